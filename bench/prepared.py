@@ -18,9 +18,10 @@ from bench.memory import parse_pss
 from bench.models import Body, Network
 from bench.table import Row, format_mb, format_ms
 from runtime.cache.manifest import Entry
-from runtime.cache.store import FOLDER, ModelCache
+from runtime.cache.store import ModelCache
 from runtime.memory import PROC, list_descendants, parse_private
 from runtime.repository import MODEL_FILE
+from runtime.store.folder import STORE
 from runtime.worker.loading import huge_pages_help
 
 # Three pairs of processes for each form, at low priority: half a minute, where nothing else runs.
@@ -122,7 +123,7 @@ def measure(
     with ExitStack() as stack:
         plain = stack.enter_context(driver.running(folder / "plain", *OPTIONS, "--prepare=off"))
         server = stack.enter_context(driver.running(folder / "preparing", *OPTIONS, "--prepare=on"))
-        store = ModelCache(folder / "preparing" / "data" / FOLDER, limit_bytes=0)
+        store = ModelCache(folder / "preparing" / "data" / STORE, limit_bytes=0)
         wait_until_prepared(store, driver.TINY)
         for network in networks:
             subject = prepare_network(network, server, plain, store)

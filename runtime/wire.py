@@ -146,38 +146,15 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optional: bool = False
 
 
-class HashedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of a loaded version: its identity and the SHA-256 (64 hex digits) of its content."""
-
-    path: Name
-    dev: FileNumber
-    inode: FileNumber
-    bytes: Count
-    mtime_ns: Time
-    ctime_ns: Time
-    sha256: Sha256
-
-
-class SourceHash(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What one of the repository's files has to hold."""
-
-    path: Name
-    sha256: Sha256
-
-
 class CachedCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A prepared form on disk: what a load uses instead of the repository's files.
+    """A prepared form on disk, in an absolute folder: what a load uses instead of the version's files.
 
-    `folder` is absolute, and the paths of `files` are relative to it. `sha256` is of the form: of a line
-    "<sha256> <path>", with its newline, for each of its files in order of their paths. `sources` are the
-    repository's files that it was made of, in the same order.
+    `bytes` is the size of all its files.
     """
 
     folder: str
     form: Form
-    sha256: Sha256
-    files: tuple[HashedFile, ...]
-    sources: tuple[SourceHash, ...]
+    bytes: Count
 
 
 class Load(Message, frozen=True):
@@ -269,9 +246,8 @@ class Loaded(Message, frozen=True):
 
 
 class PrepareDone(Message, frozen=True):
-    """The form is there, with these files; the worker ends after this."""
+    """The form is there; the worker ends after this."""
 
-    files: tuple[HashedFile, ...]
     took_us: Count
 
 

@@ -23,8 +23,8 @@ from events.log import Log
 from events.sqlite.listing import open_reader
 from events.sqlite.presence import NOTE_EVERY_S
 from events.types import Cause
-from runtime.cache.files import CacheUnavailable
-from runtime.cache.store import FOLDER, ModelCache
+from runtime.cache.formerfolder import remove_former_folder
+from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
 from runtime.contents import ModelContents
@@ -278,12 +278,13 @@ def _needed_digests(log: Log, store: Store) -> frozenset[str]:
 
 def _open_cache(config: Config) -> ModelCache | None:
     """Open the cache of optimised models; without one, models load from their files."""
+    remove_former_folder(config.data)
     if config.prepare != ON:
         return None
-    store = ModelCache(config.data / FOLDER, config.prepared_bytes())
+    store = ModelCache(config.data / STORE, config.prepared_bytes())
     try:
         store.open()
-    except CacheUnavailable as error:
+    except CACHE_PROBLEMS as error:
         _log.warning("models are not prepared: %s", error)
         return None
     return store

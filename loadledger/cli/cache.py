@@ -62,10 +62,11 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
 
 
 def _store(data: Path) -> Any:
-    from runtime.cache.store import FOLDER, ModelCache  # noqa: PLC0415 - as above
+    from runtime.cache.store import ModelCache  # noqa: PLC0415 - as above
+    from runtime.store.folder import STORE  # noqa: PLC0415
 
     require_data(data)
-    return ModelCache(data / FOLDER, limit_bytes=0)  # the limit applies to new entries only
+    return ModelCache(data / STORE, limit_bytes=0)  # the limit applies to what is added
 
 
 def _members(entry: Any) -> dict[str, Any]:

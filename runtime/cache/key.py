@@ -8,14 +8,13 @@ that takes one away.
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from events.codec import encode_canonical
 from runtime.cache.manifest import LAYOUT
-from runtime.wire import SourceHash
 
 PROC = Path("/proc")
 KIND = frozenset(
@@ -68,13 +67,13 @@ def _description(processor: str) -> Iterator[tuple[str, str]]:
             yield "features", " ".join(sorted(set(value.split())))
 
 
-def make_key(sources: Sequence[SourceHash], threads: int) -> str:
+def make_key(digest: str, threads: int) -> str:
     """Return the key of a cached model: SHA-256, in 64 hex digits, of all that it depends on.
 
     The other session options are the same for all models; whoever changes them increments `LAYOUT`.
 
     Args:
-        sources: all files of the version, in any order.
+        digest: of the version's files (`runtime.store.manifest.digest_of`).
         threads: the number of threads that a session computes with.
     """
     parts = {
@@ -83,7 +82,7 @@ def make_key(sources: Sequence[SourceHash], threads: int) -> str:
         "machine": platform.machine(),
         "cpu": cpu_features(),
         "threads": threads,
-        "sources": sorted([source.path, source.sha256] for source in sources),
+        "sources": digest,
     }
     return hashlib.sha256(encode_canonical(parts).encode()).hexdigest()
 

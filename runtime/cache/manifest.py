@@ -3,45 +3,43 @@
 An invalid manifest counts as none, so that a damaged or foreign folder is never used.
 """
 
+from __future__ import annotations
+
 import hashlib
-import os
-import stat
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-from events.audit.files import write_file
 from events.clock import format_timestamp
-from events.types import LoadedFile as RecordedFile
-from runtime.cache.files import open_file
-from runtime.wire import CachedCopy, Count, Form, HashedFile, Name, Sha256, SourceHash, Text
+from runtime.repository import MODEL_FILE
+from runtime.store.manifest import MANIFEST, StoredFile, read_record
+from runtime.wire import CachedCopy, Count, Form, Name, Sha256, Text
 
-LAYOUT: Literal[2] = 2
+LAYOUT: Literal[3] = 3
 """Version of these folders and of how forms are made; a new number invalidates the whole cache."""
-
-
-MANIFEST = "manifest.json"
-
-
-MAX_MANIFEST_BYTES = 64 * 2**20
-"""The longest allowed list of sources with the longest paths fits."""
-
-
+WEIGHTS_FILE = "weights.bin"
+"""Beside `MODEL_FILE`, the only file of a form."""
 MAX_TIME_S = 250_000_000_000
 """In the year 9892: a file's time may be later, but has no timestamp then."""
+Figures = dict[Name, int | float | str]
 
 
-_NO_FILE = frozenset({"", ".", "..", MANIFEST})
+@dataclass(frozen=True, slots=True)
+class CachedForm:
+    """A form in the cache: its key and hash, and what the worker that loads it is told."""
 
+    key: str
+    sha256: str
+    copy: CachedCopy
 
-Figure = int | float | str
-
-
-Figures = dict[Name, Figure]
+    @property
+    def form(self) -> Form:
+        """Which form it is."""
+        return self.copy.form
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,23 +54,21 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         took_ms: duration of preparation and trial.
         form: None if no form helps.
         sha256: hash of the form, made by `form_sha256`.
-        files: the form's own files, directly in the folder.
-        sources: the repository's files that it was made of.
+        files: the form's own files.
         figures: measurements of the trial.
         tried: why each other form was left out.
         known_until: timestamp after which reasons against all forms are ignored; None of a form.
     """
 
-    layout: Literal[2]
+    layout: Literal[3] = LAYOUT
     key: Sha256
     model_id: Name
     version: Count
-    made_at: Name
+    made_at: Name = ""
     took_ms: Count = 0
     form: Form | None = None
     sha256: Sha256 | None = None
-    files: tuple[HashedFile, ...] = ()
-    sources: tuple[SourceHash, ...] = ()
+    files: tuple[StoredFile, ...] = ()
     figures: Annotated[Figures, msgspec.Meta(max_length=64)] = {}
     tried: dict[Form, Text] = {}
     known_until: Name | None = None
@@ -82,29 +78,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """Size of the form's files."""
         return sum(file.bytes for file in self.files)
 
-    @property
-    def form_bytes(self) -> int | None:
-        """Size of the form; None if there is none."""
-        return None if self.form is None else self.bytes
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedForm:
-    """A form that passed its trial; `Manifest` describes the shared fields.
-
-    Attributes:
-        files: the files that the worker reported, directly in the draft.
-        tried: why each form that was tried before it was left out.
-    """
-
-    form: Form
-    files: tuple[HashedFile, ...]
-    sources: tuple[SourceHash, ...]
-    model_id: str
-    version: int
-    took_ms: int
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    tried: Mapping[Form, str] = field(default_factory=dict)
+    def cached_form(self, folder: Path) -> CachedForm | None:
+        """Return the form with files in this folder; None without a form."""
+        if self.form is None or self.sha256 is None:
+            return None
+        return CachedForm(self.key, self.sha256, CachedCopy(str(folder), self.form, self.bytes))
 
 
 class Entry(Manifest, frozen=True, kw_only=True):
@@ -126,32 +104,10 @@ def make_entry(manifest: Manifest, used_ns: int) -> Entry:
     return Entry(**msgspec.structs.asdict(manifest), used_at=timestamp_of(used_ns))
 
 
-def describe_cached(
-    folder: Path, form: Form, files: Sequence[HashedFile], sources: Sequence[SourceHash]
-) -> CachedCopy:
-    """Describe a form, or its draft, to the worker that loads it."""
-    own = tuple(sorted(files, key=lambda file: file.path))
-    of = tuple(sorted(sources, key=lambda file: file.path))
-    return CachedCopy(str(folder), form, form_sha256(own), own, of)
-
-
-def source_hashes(files: Iterable[HashedFile | RecordedFile]) -> tuple[SourceHash, ...]:
-    """Return the hashes of files, ordered by path."""
-    return tuple(SourceHash(file.path, file.sha256) for file in sorted(files, key=lambda file: file.path))
-
-
-def form_sha256(files: Iterable[HashedFile]) -> str:
+def form_sha256(files: Iterable[StoredFile]) -> str:
     """Return the hash of a form: SHA-256 over a line "<sha256> <path>" per file, ordered by path."""
     lines = (f"{file.sha256} {file.path}\n" for file in sorted(files, key=lambda file: file.path))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def are_plain_names(files: Sequence[HashedFile]) -> bool:
-    """Return whether all files have different, plain names, so that they can lie beside a manifest."""
-    names = {file.path for file in files}
-    return len(names) == len(files) and not any(
-        name in _NO_FILE or "/" in name or "\0" in name or name.startswith(f".{MANIFEST}") for name in names
-    )
 
 
 def timestamp_of(time_ns: int) -> str:
@@ -166,35 +122,25 @@ def read_manifest(folder: Path) -> tuple[Manifest, int] | None:
     Returns:
         The manifest and its last use in nanoseconds since 1970; None if there is no valid one.
     """
-    try:
-        if not stat.S_ISDIR(folder.lstat().st_mode):
-            return None
-        with open_file(folder / MANIFEST) as file:
-            seen = os.fstat(file.fileno())
-            if seen.st_size > MAX_MANIFEST_BYTES:
-                return None
-            manifest = msgspec.json.decode(file.read(), type=Manifest)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    manifest = read_record(folder / MANIFEST, Manifest)
+    if manifest is None or manifest.key != folder.name or not _is_sound(manifest):
         return None
-    return (manifest, seen.st_mtime_ns) if manifest.key == folder.name and _is_sound(manifest) else None
+    try:
+        return manifest, (folder / MANIFEST).lstat().st_mtime_ns
+    except OSError:
+        return None
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, durably, together with the names of all files in the folder.
-
-    Raises:
-        OSError: it could not be written.
-        WrongTarget: its path is no regular file.
-    """
-    with write_file(folder / MANIFEST, replace=True) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+def are_of_form(paths: Iterable[str]) -> bool:
+    """Return whether these are the files of a form."""
+    found = set(paths)
+    return MODEL_FILE in found and found <= {MODEL_FILE, WEIGHTS_FILE}
 
 
 def _is_sound(manifest: Manifest) -> bool:
     if manifest.form is None:
         return manifest.sha256 is None and not manifest.files
+    paths = [file.path for file in manifest.files]
     return (
-        bool(manifest.files)
-        and are_plain_names(manifest.files)
-        and form_sha256(manifest.files) == manifest.sha256
+        are_of_form(paths) and paths == sorted(set(paths)) and form_sha256(manifest.files) == manifest.sha256
     )

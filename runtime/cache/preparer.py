@@ -18,18 +18,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from msgspec import structs
+
 from events.clock import uuid7
 from events.counters import Histogram
 from events.footprints import Footprint
 from events.types import LoadedFile, LoadParameters
-from runtime.cache.files import CacheUnavailable
 from runtime.cache.key import make_key, runtime_was_replaced
-from runtime.cache.manifest import FinishedForm, describe_cached, source_hashes
-from runtime.cache.store import ModelCache
+from runtime.cache.manifest import CachedForm, Manifest
+from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.cache.trial import (
     CHANGED,
     MAX_SAMPLE_BYTES,
-    Pair,
     Trial,
     TrialImpossible,
     TrialInterrupted,
@@ -43,7 +43,9 @@ from runtime.modeldefaults import read_warm_up
 from runtime.process.pool import WorkerPool, complete, kill_and_wait
 from runtime.repository import FileStat
 from runtime.scheduler.view import PreparationView
-from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, SourceHash, Tensor
+from runtime.store.manifest import digest_of
+from runtime.store.problems import StoreUnavailable
+from runtime.wire import CachedCopy, Form, Load, Prepare, Tensor
 
 KEPT = "kept"
 LEFT_OUT = "left_out"
@@ -133,9 +135,9 @@ class Candidate:
         return math.ceil(self.peak_bytes * TRIED_IN_TIMES) + TRIED_IN_BYTES
 
     @property
-    def hashes(self) -> tuple[SourceHash, ...]:
-        """The hashes of the files."""
-        return source_hashes(self.sources)
+    def digest(self) -> str:
+        """The digest of the files' contents."""
+        return digest_of((file.path, file.sha256) for file in self.sources)
 
 
 class PreparationRun:
@@ -157,10 +159,11 @@ class PreparationRun:
 
         Raises:
             TrialInterrupted: the preparation may be repeated.
-            CacheUnavailable: the form cannot be kept.
+            StoreUnavailable: the form cannot be kept.
+            DiskFull: the disk has no room for the form.
             OSError: the repository cannot be read.
         """
-        self._key = await asyncio.to_thread(make_key, self._candidate.hashes, self._pool.threads)
+        self._key = await asyncio.to_thread(make_key, self._candidate.digest, self._pool.threads)
         try:
             async with asyncio.timeout(LIMIT_S), self._files() as files:
                 bare, given = await self._bare_load(files)
@@ -178,15 +181,7 @@ class PreparationRun:
 
     async def record_useless(self, tried: Mapping[Form, str]) -> None:
         """Record for a while why no form is of use."""
-        candidate = self._candidate
-        await asyncio.to_thread(
-            self._store.record_useless,
-            self._key,
-            tried,
-            model_id=candidate.model_id,
-            version=candidate.version,
-            took_ms=self._took_ms,
-        )
+        await asyncio.to_thread(self._store.record_useless, self._describe(), tried)
 
     async def _first_of_use(self, bare: Load, trial: Trial) -> dict[Form, str] | None:
         """Keep the first form that is of use and return None; else return the reason against each."""
@@ -230,18 +225,21 @@ class PreparationRun:
         """Make a form, try it, and keep it; returns the reason against it, or None."""
         try:
             async with self._draft(form) as draft:
-                files = await self._make(form, bare, draft)
-                why_not, pair = await trial.run(describe_cached(draft, form, files, self._candidate.hashes))
+                await self._make(form, bare, draft)
+                size = sum(path.lstat().st_size for path in draft.iterdir())
+                why_not, pair = await trial.run(CachedCopy(str(draft), form, size))
                 if why_not is None:  # completely: the draft must not be removed while it becomes an entry
-                    await complete(asyncio.to_thread(self._keep, draft, form, files, pair, tried))
+                    figures = asdict(pair) if pair is not None else {}
+                    manifest = structs.replace(self._describe(), form=form, figures=figures, tried={**tried})
+                    why_not = await complete(asyncio.to_thread(self._store.keep, manifest, draft))
                 return why_not
-        except CacheUnavailable:
+        except CACHE_PROBLEMS:
             raise
         except RuntimeProblem as problem:
             if problem.code in CHANGED:
                 raise _Changed from problem
             if problem.code == "disk_full":
-                raise CacheUnavailable(str(problem)) from problem
+                raise StoreUnavailable(str(problem)) from problem
             if has_outside_cause(problem):
                 raise TrialInterrupted(f"{form}: {problem}") from problem
             return f"its worker died: {problem}" if isinstance(problem, WorkerDied) else str(problem)
@@ -252,15 +250,13 @@ class PreparationRun:
         made: list[Path] = []
         expected_bytes = WEIGHTS_IN[form] * sum(file.bytes for file in self._candidate.sources)
         try:
-            await complete(
-                asyncio.to_thread(lambda: made.append(self._store.draft(self._key, expected_bytes)))
-            )
+            await complete(asyncio.to_thread(lambda: made.append(self._store.draft(expected_bytes))))
             yield made[0]
         finally:
             for draft in made:
                 await complete(asyncio.to_thread(self._store.discard, draft))
 
-    async def _make(self, form: Form, bare: Load, draft: Path) -> tuple[HashedFile, ...]:
+    async def _make(self, form: Form, bare: Load, draft: Path) -> None:
         worker = await self._pool.start(uuid7())
         alone_bytes = self._candidate.need_bytes - WORKER_BYTES
         order = Prepare(
@@ -275,37 +271,19 @@ class PreparationRun:
         )
         try:
             if await asyncio.to_thread(runtime_was_replaced, worker.pid):
-                raise CacheUnavailable("ONNX Runtime was replaced while this server uses it: restart it")
-            made = await worker.prepare(order)
+                raise StoreUnavailable("ONNX Runtime was replaced while this server uses it: restart it")
+            await worker.prepare(order)
         finally:
             await kill_and_wait(worker)
-        return made.files
 
     @property
     def _took_ms(self) -> int:
         return round((time.monotonic() - self._began) * 1000)
 
-    def _keep(
-        self,
-        draft: Path,
-        form: Form,
-        files: tuple[HashedFile, ...],
-        pair: Pair | None,
-        tried: Mapping[Form, str],
-    ) -> None:
-        candidate = self._candidate
-        made = FinishedForm(
-            form=form,
-            files=files,
-            sources=candidate.hashes,
-            model_id=candidate.model_id,
-            version=candidate.version,
-            took_ms=self._took_ms,
-            figures=asdict(pair) if pair is not None else {},
-            tried=dict(tried),
-        )
-        if self._store.keep(self._key, draft, made) is not None:
-            _log.info("%s version %d is prepared: %s", candidate.model_id, candidate.version, form)
+    def _describe(self) -> Manifest:
+        """Return what is recorded of this preparation, whatever comes of it."""
+        model_id, version = self._candidate.model_id, self._candidate.version
+        return Manifest(key=self._key, model_id=model_id, version=version, took_ms=self._took_ms)
 
 
 class Preparer:
@@ -371,13 +349,14 @@ class Preparer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def find_form(self, files: Sequence[LoadedFile]) -> CachedCopy | None:
+    def find_form(self, files: Sequence[LoadedFile]) -> CachedForm | None:
         """Return the cached model of these files, if there is one; reads files, so call it in a thread."""
         if self.store is None:
             return None
+        digest = digest_of((file.path, file.sha256) for file in files)
         try:
-            return self.store.use(make_key(source_hashes(files), self._pool.threads))
-        except (CacheUnavailable, OSError) as error:
+            return self.store.use(make_key(digest, self._pool.threads))
+        except CACHE_PROBLEMS as error:
             _log.warning("a prepared form cannot be used, and the load goes on without it: %s", error)
             return None
 
@@ -391,9 +370,9 @@ class Preparer:
         known = next((seen.files for seen in footprints if is_same_files(seen.files, files)), None)
         if self.store is None or known is None:
             return None
-        return make_key(source_hashes(known), self._pool.threads)
+        return make_key(digest_of((file.path, file.sha256) for file in known), self._pool.threads)
 
-    def fail_form(self, prepared: CachedCopy, failure: FormFailure) -> None:
+    def fail_form(self, prepared: CachedForm, failure: FormFailure) -> None:
         """Drop a form that failed in a load or in service; one with an outside cause may fail repeatedly."""
         name, reason = prepared.sha256[:12], failure.reason
         if failure.has_outside_cause:
@@ -414,16 +393,15 @@ class Preparer:
         task.add_done_callback(self._tasks.discard)
 
     async def _consider(self, store: ModelCache, candidate: Candidate) -> None:
-        key = await asyncio.to_thread(make_key, candidate.hashes, self._pool.threads)
+        key = await asyncio.to_thread(make_key, candidate.digest, self._pool.threads)
         if await asyncio.to_thread(store.find, key) is None:
             self._candidates.setdefault(key, candidate)  # other models may have the same files
             self._wake()
 
-    async def _drop(self, store: ModelCache, prepared: CachedCopy, reason: str) -> None:
+    async def _drop(self, store: ModelCache, prepared: CachedForm, reason: str) -> None:
         try:
-            key = await asyncio.to_thread(make_key, prepared.sources, self._pool.threads)
-            await asyncio.to_thread(store.drop, key, reason, prepared)
-        except (CacheUnavailable, OSError) as error:
+            await asyncio.to_thread(store.drop, prepared, reason)
+        except CACHE_PROBLEMS as error:
             self._pause(error)
 
     def _on_ended(self) -> None:
@@ -439,7 +417,7 @@ class Preparer:
         began = time.monotonic()
         try:
             await self._attempt(preparing, key, candidate)
-        except (CacheUnavailable, OSError) as error:
+        except CACHE_PROBLEMS as error:
             self._pause(error)
         except Exception:  # noqa: BLE001 - a defect here must not reach a load
             _log.exception("%s could not be prepared", candidate.model_id)

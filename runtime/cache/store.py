@@ -1,160 +1,79 @@
-"""The cached models on disk, `<data>/prepared/<key>/`: each complete or absent, evicted by last use.
+"""The cached models in the store, `<data>/store/forms/<key>/`: each complete or absent, evicted by last use.
 
-One process writes: the server that holds the data directory. A form is written to a draft until all of it is
-on the disk, and then takes its name in one step; a removed entry loses its name first. So a killed process
-leaves only drafts, which the next `open` removes. Other processes may list and clear meanwhile: to a reader,
-an entry that vanishes or is damaged was never there. Workers keep removed files that they have mapped, since
-no file of an entry is ever written to.
+One process writes: the server that holds the data directory. A form is written to an incoming folder until
+all of it is on the disk, and then takes its name in one step; a removed entry loses its name first. So a
+killed process leaves only incoming folders, which the next `open` removes. Other processes may list and clear
+meanwhile: to a reader, an entry that vanishes or is damaged was never there. Workers keep removed files that
+they have mapped, since no file of an entry is ever written to.
 
 All methods block, so call them in threads, as many as you like.
 """
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
+from msgspec.structs import replace
 
 from events.clock import add_seconds
-from runtime.cache.files import (
-    CacheFolder,
-    CacheUnavailable,
-    explain_os_errors,
-    have_sizes,
-    remove_others,
-    sync,
-    verify_files,
-)
 from runtime.cache.manifest import (
-    LAYOUT,
-    MANIFEST,
+    CachedForm,
     Cleared,
     Entry,
-    FinishedForm,
     Manifest,
-    are_plain_names,
-    describe_cached,
+    are_of_form,
+    form_sha256,
     make_entry,
     read_manifest,
     timestamp_of,
-    write_manifest,
 )
 from runtime.memory import free_disk_bytes
-from runtime.wire import CachedCopy, Form, HashedFile, plain_text
+from runtime.store.folder import FILES, StoreFolder, explain_os_errors, remove, sync, walk_files
+from runtime.store.identities import hash_files, have_identities, rehash_files
+from runtime.store.manifest import MANIFEST, encode_record
+from runtime.store.problems import DiskFull, StoreUnavailable
+from runtime.wire import Form, plain_text
 
 MAX_WITHOUT_FORM = 1_000
 """Limit of keys without a form. Each takes a folder and a file; a forgotten one costs one more attempt to
 prepare."""
-
-
-FOLDER = "prepared"
-"""The folder's name in the data directory."""
 USELESS_KNOWN_S = 86_400
 """A day: how long reasons against all forms hold. Some are measured, and the machine was busy."""
+CACHE_PROBLEMS = (StoreUnavailable, DiskFull, OSError)
+"""What a full, broken or foreign disk raises; models load without the cache then."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
-    """The last use, in nanoseconds since 1970, and the size of the form; None is no form."""
+class _Kept:
+    """An entry as eviction sees it."""
 
+    path: Path
+    manifest: Manifest
     used_ns: int
-    bytes: int | None
-
-
-class UseOrder:
-    """The order of use of all keys (LRU), within limits.
-
-    Args:
-        limit_bytes: the size of all forms together.
-        max_without_form: the number of keys without a form.
-    """
-
-    def __init__(self, limit_bytes: int, max_without_form: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._max_without_form = max_without_form
-        self._uses = dict[str, Use]()
-        self._bytes = 0
-        self._without_form = 0
-        self._latest_ns = 0
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._uses))
-
-    @property
-    def kept(self) -> tuple[int, int]:
-        """The number of forms, and their size."""
-        return len(self._uses) - self._without_form, self._bytes
-
-    def forms(self) -> list[tuple[str, int]]:
-        """List the keys that have a form with their sizes, the least recently used first."""
-        return [(key, use.bytes) for key, use in self._oldest_first() if use.bytes is not None]
-
-    def put(self, key: str, use: Use) -> None:
-        """Set the last use of a key."""
-        self.forget(key)
-        self._uses[key] = use
-        self._latest_ns = max(self._latest_ns, use.used_ns)
-        self._count(use, 1)
-
-    def use(self, key: str, bytes_: int | None, now_ns: int) -> int:
-        """Record a use of a key now.
-
-        Returns:
-            Its time: later than all others, even if the clock was set back or has not moved.
-        """
-        used_ns = max(now_ns, self._latest_ns + 1)
-        self.put(key, Use(used_ns, bytes_))
-        return used_ns
-
-    def forget(self, key: str) -> None:
-        """Remove a key, if it is there."""
-        use = self._uses.pop(key, None)
-        if use is not None:
-            self._count(use, -1)
-
-    def exceeds_limits(self) -> bool:
-        """Return whether a limit is exceeded."""
-        return self._bytes > self._limit_bytes or self._without_form > self._max_without_form
-
-    def next_victims(self) -> Iterator[str]:
-        """Yield the keys to evict, the least recently used first; forget each before taking the next."""
-        for key, use in self._oldest_first():
-            too_many = (
-                self._without_form > self._max_without_form
-                if use.bytes is None
-                else self._bytes > self._limit_bytes
-            )
-            if too_many:
-                yield key
-
-    def _oldest_first(self) -> list[tuple[str, Use]]:
-        return sorted(self._uses.items(), key=lambda item: (item[1].used_ns, item[0]))
-
-    def _count(self, use: Use, sign: int) -> None:
-        if use.bytes is None:
-            self._without_form += sign
-        else:
-            self._bytes += sign * use.bytes
 
 
 class ModelCache:
-    """The optimised model cache in one folder.
+    """The optimised model cache in the folder of a store.
 
-    `find` and `use` never fail because of the folder's content. The other methods raise `CacheUnavailable`
-    (`prepared_unavailable`) for every refusal of the file system, a full disk included, and leave no draft.
+    `find` and `use` never fail because of the folder's content. The other methods raise `StoreUnavailable` or
+    `DiskFull` for every refusal of the file system, and leave no draft.
 
     Args:
-        folder: the folder, which `open` creates; it must not be a link.
+        folder: the store's folder, which `open` creates; it must not be a link.
         limit_bytes: the size of all forms together. Drafts, and removed files that a worker has mapped, are
             not counted.
         max_without_form: number of keys for which the reasons against all forms are remembered.
         now_ns: the time in nanoseconds since 1970.
         free_disk_bytes: the bytes that may be taken on a folder's disk.
+
+    Attributes:
+        kept: the number of forms, and their size, as of the last change by this process.
     """
 
     def __init__(
@@ -165,282 +84,237 @@ class ModelCache:
         now_ns: Callable[[], int] = time.time_ns,
         free_disk_bytes: Callable[[Path], int] = free_disk_bytes,
     ) -> None:
-        self._folder = CacheFolder(folder)
+        self._folder = StoreFolder(folder)
+        self._lock = threading.Lock()
         self.limit_bytes = limit_bytes
+        self._max_without_form = max_without_form
         self._now_ns = now_ns
         self._free_disk_bytes = free_disk_bytes
-        self._uses = UseOrder(limit_bytes, max_without_form)
-
-    @property
-    def kept(self) -> tuple[int, int]:
-        """The number of forms that this process knows of, and their size."""
-        return self._uses.kept
+        self._latest_ns = 0
+        self.kept = (0, 0)
 
     def open(self) -> None:
-        """Create the folder; remove incomplete entries, abandoned drafts and what exceeds the limits.
-
-        Foreign names are left alone and logged. May be repeated: drafts of this cache stay.
-        """
+        """Create the folder; remove drafts, damaged entries, and what exceeds the limits."""
         self._folder.make()
-        with self._folder.lock() as doomed:
-            doomed.extend(self._folder.abandoned_drafts())
-            for path in self._folder.entries():
-                self._load_entry(path, doomed)
-            self._evict(doomed)
-        foreign_names = self._folder.foreign_names()
-        if foreign_names:
-            names = ", ".join(map(repr, foreign_names[:8]))
-            _log.warning("foreign files in %s are left alone: %s", self._folder.path, names)
+        with self._changing():
+            for path in self._folder.incoming():
+                remove(path)
+            for path in self._folder.forms():
+                if read_manifest(path) is None:
+                    self._remove(path)
 
     def find(self, key: str) -> Entry | None:
         """Return the entry of a key; None if there is none or it has expired."""
-        found = self._read(key)
+        found = read_manifest(self._folder.form(key))
         if found is None:
             return None
         until = found[0].known_until
         return make_entry(*found) if until is None or timestamp_of(self._now_ns()) <= until else None
 
-    def use(self, key: str) -> CachedCopy | None:
+    def use(self, key: str) -> CachedForm | None:
         """Return the form to load for a key, and record its use; None if no form is of use.
 
-        Files whose identity has changed are read, which may take seconds; a form whose content differs is
+        Files whose identity has changed are hashed, which may take seconds; a form whose content differs is
         removed.
         """
-        found = self._read(key)
+        path = self._folder.form(key)
+        found = read_manifest(path)
         if found is None:
             return None
-        manifest, folder = found[0], self._folder.entry(key)
-        files = verify_files(folder, manifest.files)
-        if files is None:
-            self._forget(manifest)
-            return None
-        if files != manifest.files:
-            manifest = self._renew(manifest, files)
-        with suppress(CacheUnavailable), self._folder.lock():
-            self._count_use(manifest)
-        return (
-            None if manifest.form is None else describe_cached(folder, manifest.form, files, manifest.sources)
-        )
+        manifest = found[0]
+        if manifest.files and not have_identities(path / FILES, manifest.files):
+            renewed = self._rehash(path, manifest)
+            if renewed is None:
+                return None
+            manifest = renewed
+        with self._lock:
+            self._touch(path)
+        return manifest.cached_form(path / FILES)
 
-    def draft(self, key: str, expected_bytes: int = 0) -> Path:
-        """Create a draft for a form of this key; the caller keeps or discards it.
+    def draft(self, expected_bytes: int = 0) -> Path:
+        """Create a draft for a form, whose files go to the returned folder; the caller keeps or discards it.
 
         Args:
-            key: the key of the form.
             expected_bytes: the likely size of the form. It is written twice, so the least recently used forms
                 are evicted until the disk has room for twice that.
 
         Raises:
-            CacheUnavailable: `prepared_unavailable`, for example without that room.
+            DiskFull: `disk_full`, without that room.
+            StoreUnavailable: `store_unavailable`.
         """
         if expected_bytes:
             self._make_room(2 * expected_bytes)
-        return self._folder.draft(key)
+        with explain_os_errors(self._folder.path):
+            folder = self._folder.new_incoming() / FILES
+            folder.mkdir(mode=0o700)
+        return folder
 
     def discard(self, draft: Path) -> None:
         """Remove a draft, if it exists; a failure is logged."""
-        self._folder.discard(draft)
+        remove(draft.parent)
 
-    def keep(self, key: str, draft: Path, made: FinishedForm) -> CachedCopy | None:
-        """Turn a draft into the entry of a key, in place of an older one, and evict others for it.
+    def keep(self, manifest: Manifest, draft: Path) -> str | None:
+        """Turn a draft into the form of a manifest, in place of an older entry, and evict others for it.
 
-        The draft is gone afterwards, however this ends.
+        The files are hashed here. The draft is gone afterwards, however this ends.
 
         Returns:
-            The form to load. None if it is larger than the limit or its files are not the reported ones; the
-            entry then has that reason.
+            Why the form is left out; None if it is kept.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`.
+            DiskFull: `disk_full`.
         """
         try:
             with explain_os_errors(self._folder.path):
-                return self._keep(key, draft, made)
+                paths, folders = walk_files(draft)
+                if not are_of_form(paths):
+                    return "its files are not those of a form"
+                files = hash_files(draft)
+                size = sum(file.bytes for file in files)
+                if size > self.limit_bytes:
+                    return f"it takes {size} bytes, and all forms together may take {self.limit_bytes}"
+                for path in (*(draft / each for each in paths), *folders):
+                    sync(path)
+            self._publish(draft.parent, replace(manifest, files=files, sha256=form_sha256(files)))
         finally:
             self.discard(draft)
+        return None
 
-    def record_useless(
-        self,
-        key: str,
-        tried: Mapping[Form, str],
-        *,
-        model_id: str,
-        version: int,
-        took_ms: int = 0,
-    ) -> None:
-        """Record for a day why no form is of use; for the arguments see `Manifest`."""
-        manifest = self._manifest(key, model_id, version, took_ms, tried)
-        until = add_seconds(manifest.made_at, USELESS_KNOWN_S)
-        draft = self.draft(key)
+    def record_useless(self, manifest: Manifest, tried: Mapping[Form, str]) -> None:
+        """Record for a day why no form of this model is of use.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`.
+            DiskFull: `disk_full`.
+        """
+        until = add_seconds(timestamp_of(self._now_ns()), USELESS_KNOWN_S)
+        reasons = {form: plain_text(reason) for form, reason in tried.items()}
+        useless = replace(
+            manifest, form=None, sha256=None, files=(), figures={}, tried=reasons, known_until=until
+        )
+        draft = self.draft()
         try:
-            self._publish(draft, msgspec.structs.replace(manifest, known_until=until))
+            self._publish(draft.parent, useless)
         finally:
             self.discard(draft)
 
-    def drop(self, key: str, reason: str, used: CachedCopy | None = None) -> bool:
-        """Remove the form of a key, and record for a day why it is of no use.
-
-        Args:
-            key: the key of the form.
-            reason: what went wrong.
-            used: the form with which it went wrong; nothing happens if the entry has another one by now,
-                since it was evicted, cleared or replaced meanwhile.
+    def drop(self, used: CachedForm, reason: str) -> bool:
+        """Remove a form, and record for a day why it is of no use.
 
         Returns:
-            Whether it was removed.
+            Whether it was removed; not if the entry has another form by now.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`.
+            DiskFull: `disk_full`.
         """
-        found = read_manifest(self._folder.entry(key))
-        if found is None or found[0].form is None or (used is not None and used.files != found[0].files):
+        found = read_manifest(self._folder.form(used.key))
+        if found is None or found[0].sha256 != used.sha256:
             return False
-        old, form = found[0], found[0].form
-        tried: dict[Form, str] = {**old.tried, form: reason}
-        self.record_useless(key, tried, model_id=old.model_id, version=old.version, took_ms=old.took_ms)
+        self.record_useless(found[0], {**found[0].tried, used.form: reason})
         return True
 
     def entries(self) -> list[Entry]:
         """List all entries, the last used first."""
-        found = [found for path in self._folder.entries() if (found := read_manifest(path)) is not None]
-        return [make_entry(*each) for each in sorted(found, key=lambda each: -each[1])]
+        found = sorted(self._read_all(), key=lambda kept: -kept.used_ns)
+        return [make_entry(kept.manifest, kept.used_ns) for kept in found]
 
     def clear(self, model_id: str | None = None) -> Cleared:
-        """Remove all entries, or those of one model; a preparation under way goes on.
-
-        Any process may call this. It also removes drafts that no process has locked.
-        """
+        """Remove all entries, or those of one model; any process may, and a preparation goes on."""
         entries = size = 0
-        with self._folder.lock() as doomed:
-            if model_id is None:
-                doomed.extend(self._folder.unlocked_drafts())
-            for path in self._folder.entries():
+        with explain_os_errors(self._folder.path), self._lock:
+            self._folder.check()
+            for path in self._folder.forms():
                 found = read_manifest(path)
                 if model_id is None or (found is not None and found[0].model_id == model_id):
                     entries, size = entries + 1, size + (found[0].bytes if found is not None else 0)
-                    self._remove_entry(path, doomed)
+                    self._remove(path)
         return Cleared(entries, size)
 
-    def _keep(self, key: str, draft: Path, made: FinishedForm) -> CachedCopy | None:
-        files = _verify_draft(draft, made.files)
-        size = sum(file.bytes for file in files or ())
-        if files is None or size > self.limit_bytes:
-            reason = f"it takes {size} bytes, and all forms together may take {self.limit_bytes}"
-            if files is None:
-                reason = "its files are not those that the worker wrote"
-            tried: dict[Form, str] = {**made.tried, made.form: reason}
-            version, took_ms = made.version, made.took_ms
-            self.record_useless(key, tried, model_id=made.model_id, version=version, took_ms=took_ms)
-            return None
-        remove_others(draft, files)
-        manifest = self._manifest(key, made.model_id, made.version, made.took_ms, made.tried)
-        prepared = describe_cached(self._folder.entry(key), made.form, files, made.sources)
-        manifest = msgspec.structs.replace(
-            manifest,
-            form=made.form,
-            sha256=prepared.sha256,
-            files=prepared.files,
-            sources=prepared.sources,
-            figures=dict(made.figures),
-        )
-        self._publish(draft, manifest)
-        return self.use(key)  # with the files' identities after the rename
-
-    def _manifest(
-        self, key: str, model_id: str, version: int, took_ms: int, tried: Mapping[Form, str]
-    ) -> Manifest:
-        return Manifest(
-            layout=LAYOUT,
-            key=key,
-            model_id=model_id,
-            version=version,
-            made_at=timestamp_of(self._now_ns()),
-            took_ms=took_ms,
-            tried={form: plain_text(reason) for form, reason in tried.items()},
-        )
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock, then evict what exceeds the limits."""
+        with explain_os_errors(self._folder.path), self._lock:
+            yield
+            self._evict()
 
     def _publish(self, draft: Path, manifest: Manifest) -> None:
+        """Rename a synced draft to its entry, durably, in place of an older one."""
+        path = self._folder.form(manifest.key)
+        made = replace(manifest, made_at=timestamp_of(self._now_ns()))
         with explain_os_errors(self._folder.path):
-            write_manifest(draft, manifest)
-        with self._folder.lock() as doomed:
-            self._folder.put(draft, manifest.key, doomed)
-            self._count_use(manifest)
-            self._evict(doomed)
+            self._write(draft, made)
+        with self._changing():
+            self._remove(path)
+            draft.rename(path)
+            sync(path.parent)
+            self._touch(path)
 
-    def _load_entry(self, path: Path, doomed: list[Path]) -> None:
-        found = read_manifest(path)
-        if found is None or not have_sizes(path, found[0].files):
-            self._remove_entry(path, doomed)
-        else:
-            manifest, used_ns = found
-            self._uses.put(path.name, Use(used_ns, manifest.form_bytes))
+    def _write(self, folder: Path, manifest: Manifest) -> None:
+        self._folder.write(folder / MANIFEST, encode_record(manifest), durably=True)
 
-    def _make_room(self, needed: int) -> None:
-        """Evict forms until the disk has this much room; none if even all of them would not suffice."""
-        self._folder.make()
-        with self._folder.lock():
-            there_is, oldest = self._free_disk_bytes(self._folder.path), self._uses.forms()
-        if there_is + sum(size for _, size in oldest) < needed:
-            oldest.clear()
-        while there_is < needed and oldest:
-            key, size = oldest.pop(0)
-            with self._folder.lock() as doomed:
-                self._remove_entry(self._folder.entry(key), doomed)
-            with explain_os_errors(self._folder.path):
-                before, there_is = there_is, self._free_disk_bytes(self._folder.path)
-            if there_is - before < size // 2:  # workers have it mapped: evicting more would free nothing
-                break
-        if there_is < needed:
-            raise CacheUnavailable(
-                f"preparing needs {needed} bytes on the disk of {self._folder.path}, and"
-                f" {max(0, there_is)} can be spared: free some there"
-            )
-
-    def _evict(self, doomed: list[Path]) -> None:
-        if self._uses.exceeds_limits():
-            for key in self._uses:  # another process may have cleared some
-                if not os.path.lexists(self._folder.entry(key)):
-                    self._uses.forget(key)
-        for key in self._uses.next_victims():
-            self._remove_entry(self._folder.entry(key), doomed)
-
-    def _remove_entry(self, path: Path, doomed: list[Path]) -> None:
-        self._folder.unlink_entry(path, doomed)
-        self._uses.forget(path.name)
-
-    def _forget(self, manifest: Manifest) -> None:
-        path = self._folder.entry(manifest.key)
-        with suppress(CacheUnavailable), self._folder.lock() as doomed:
-            if _is_current(path, manifest):
-                _log.warning("the files in %s have changed since they were prepared: removed", path)
-                self._remove_entry(path, doomed)
-
-    def _renew(self, manifest: Manifest, files: tuple[HashedFile, ...]) -> Manifest:
-        """Record the files' present identities; if that fails, the next use reads the files again."""
-        renewed = msgspec.structs.replace(manifest, files=files)
-        path = self._folder.entry(manifest.key)
-        with suppress(CacheUnavailable), self._folder.lock():
-            if _is_current(path, manifest):
-                write_manifest(path, renewed)
-        return renewed
-
-    def _count_use(self, manifest: Manifest) -> None:
-        used_ns = self._uses.use(manifest.key, manifest.form_bytes, self._now_ns())
-        path = self._folder.entry(manifest.key) / MANIFEST
+    def _touch(self, path: Path) -> None:
+        """Set the time of the last use: later than all others, even if the clock was set back."""
+        self._latest_ns = used_ns = max(self._now_ns(), self._latest_ns + 1)
         with suppress(OSError):  # removed or not writable: it may be evicted too early
-            os.utime(path, ns=(used_ns, used_ns), follow_symlinks=False)
+            os.utime(path / MANIFEST, ns=(used_ns, used_ns), follow_symlinks=False)
 
-    def _read(self, key: str) -> tuple[Manifest, int] | None:
-        folder = self._folder.entry(key)
-        found = read_manifest(folder)
-        return found if found is not None and have_sizes(folder, found[0].files) else None
+    def _rehash(self, path: Path, manifest: Manifest) -> Manifest | None:
+        """Hash a form's files; returns its manifest with their identities, or removes it."""
+        try:
+            files = rehash_files(path / FILES, manifest.files)
+        except OSError:
+            files = None
+        with suppress(StoreUnavailable, DiskFull), self._changing():
+            is_current = (found := read_manifest(path)) is not None and found[0] == manifest
+            if files is None and is_current:
+                _log.warning("the files in %s have changed since they were prepared: removed", path)
+                self._remove(path)
+            elif files is not None and is_current:  # if that fails, the next use hashes them again
+                self._write(path, replace(manifest, files=files))
+        return None if files is None else replace(manifest, files=files)
 
+    def _read_all(self) -> list[_Kept]:
+        with explain_os_errors(self._folder.path):
+            self._folder.check()
+            found = [(path, read_manifest(path)) for path in self._folder.forms()]
+        return [_Kept(path, *read) for path, read in found if read is not None]
 
-def _verify_draft(draft: Path, files: tuple[HashedFile, ...]) -> tuple[HashedFile, ...] | None:
-    """Return a draft's files, synced to the disk; None if they are not the reported ones."""
-    if not draft.is_dir():
-        raise CacheUnavailable(f"the draft {draft} is gone: another process has removed it")
-    if not files or not are_plain_names(files) or not have_sizes(draft, files):
-        return None
-    for file in files:
-        sync(draft / file.path)
-    return verify_files(draft, files)
+    def _evict(self) -> None:
+        """Remove the least recently used entries that exceed a limit."""
+        kept = sorted(self._read_all(), key=lambda each: (each.used_ns, each.path.name))
+        self._latest_ns = max([self._latest_ns, *(each.used_ns for each in kept)])
+        forms = [each for each in kept if each.manifest.form is not None]
+        without = [each for each in kept if each.manifest.form is None]
+        size = sum(each.manifest.bytes for each in forms)
+        while size > self.limit_bytes:
+            size -= forms[0].manifest.bytes
+            self._remove(forms.pop(0).path)
+        for each in without[: max(0, len(without) - self._max_without_form)]:
+            self._remove(each.path)
+        self.kept = len(forms), size
 
+    def _make_room(self, needed_bytes: int) -> None:
+        """Evict forms until the disk has this much room; none if even all of them would not suffice."""
+        with self._changing():
+            self._folder.make()
+            free_bytes, path = self._free_disk_bytes(self._folder.path), self._folder.path
+            forms = sorted(self._read_all(), key=lambda each: each.used_ns)
+            if free_bytes + sum(each.manifest.bytes for each in forms) < needed_bytes:
+                forms.clear()
+            for each in forms:
+                if free_bytes >= needed_bytes:
+                    break
+                self._remove(each.path)
+                before, free_bytes = free_bytes, self._free_disk_bytes(path)
+                if free_bytes - before < each.manifest.bytes // 2:  # workers have it mapped
+                    break
+        if free_bytes < needed_bytes:
+            raise DiskFull(path, needed_bytes, free_bytes)
 
-def _is_current(path: Path, manifest: Manifest) -> bool:
-    found = read_manifest(path)
-    return found is not None and found[0] == manifest
+    def _remove(self, path: Path) -> None:
+        """Take an entry's name, and remove it; another process may have been faster."""
+        away = self._folder.move_away(path)
+        if away is not None:
+            remove(away)

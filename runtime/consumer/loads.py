@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from events.clock import add_seconds, uuid7
 from events.jobs import FORK_SERVER_DIED, Failure, Job
 from events.types import LoadedFile, LoadParameters
+from runtime.cache.manifest import CachedForm
 from runtime.cache.preparer import FormFailure
 from runtime.cache.trial import CHANGED, has_outside_cause
 from runtime.consumer.loadfiles import LoadFiles
@@ -34,7 +35,7 @@ from runtime.repository import FileStat, Repository
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.view import LoadView, Phase
 from runtime.statistics import Statistics
-from runtime.wire import CachedCopy, Load, Loaded, Tensor
+from runtime.wire import Load, Loaded, Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class FormUnusable(RuntimeProblem):
     code = "prepared_unusable"
 
 
-FindForm = Callable[[Sequence[LoadedFile]], CachedCopy | None]
+FindForm = Callable[[Sequence[LoadedFile]], CachedForm | None]
 """Finds the prepared form of these files, if there is one; may read files."""
 
 OUT_OF_MEMORY: Final = "out_of_memory"
@@ -101,7 +102,7 @@ class RunningLoad:
     failure: Failure | None = None
     stage: str | None = None
     needs_form: bool = False
-    prepared: CachedCopy | None = None
+    prepared: CachedForm | None = None
     form_failure: FormFailure | None = None
     warm_up_inputs: tuple[Tensor, ...] = ()
     starting_us: int = 0
@@ -297,7 +298,7 @@ class RunningLoad:
             return None
         instances = self.parameters.instances
         others = (instances - 1) * (self.reserved_bytes // instances)
-        form_bytes = sum(file.bytes for file in self.prepared.files) if self.prepared is not None else 0
+        form_bytes = self.prepared.copy.bytes if self.prepared is not None else 0
         return allowance - others + self.file_bytes + form_bytes + (threads + 1) * STACK_BYTES
 
     def check_allowance(self, worker: Worker) -> None:
@@ -358,7 +359,7 @@ def _store_failure(load: RunningLoad, problem: RuntimeProblem, worker: Worker | 
         load.failure = Failure(problem.code, str(problem))
 
 
-def _blame_form(prepared: CachedCopy | None, problem: RuntimeProblem) -> FormFailure | None:
+def _blame_form(prepared: CachedForm | None, problem: RuntimeProblem) -> FormFailure | None:
     """Return what a problem says about the form; None if a load without it would not help.
 
     Whether it is a problem of the model, a bare load shows.
@@ -392,7 +393,7 @@ async def build_order(
     if load.needs_form:  # which is found by the hashes
         await load.files.hash()
 
-    def look_up() -> tuple[WarmUp, CachedCopy | None]:
+    def look_up() -> tuple[WarmUp, CachedForm | None]:
         form = None
         if find_form is not None and files.sha256s is not None:
             form = find_form(files.loaded_files)
@@ -409,7 +410,8 @@ async def build_order(
     if load.needs_form and load.prepared is None:
         raise FormUnusable("it is gone")
     load.warm_up_inputs = warm_up.inputs
-    return replace(pool.build_load(files, load.parameters, warm_up), prepared=load.prepared)
+    form = load.prepared.copy if load.prepared is not None else None
+    return replace(pool.build_load(files, load.parameters, warm_up), prepared=form)
 
 
 async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:

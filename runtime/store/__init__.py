@@ -6,9 +6,10 @@ from there while `hash_copy` hashes the copy; `settle` gives the folder its name
 and `make_durable` syncs it and writes its `manifest`. Later loads of the same bytes ask `find`; whether the
 repository still has them says `find_source`.
 
-To change: which files may be read: `sources`. How bytes are copied: `copying`. What is recorded of a version:
-`manifest`. Folders, names and access rights: `folder`. Which version is swept, and limits: `bounds`. Checks
-of everything that is stored: `verification`. Error codes: `problems`.
+To change: which files may be read: `sources`. How bytes are copied: `copying`. What is recorded of a
+version: `manifest`. Whether a file is still the one that was hashed: `identities`. Folders, names and access
+rights: `folder`. Which version is swept, and limits: `bounds`. Checks of everything that is stored:
+`verification`. Error codes: `problems`.
 
 All functions block: call them in threads.
 """

@@ -1,8 +1,8 @@
 """The store's folder: its paths, who may write to it, and how names appear in it and vanish from it.
 
 `blobs/<2 hex>/<sha256>` are files, `versions/<digest>` folders of hard links to them, `incoming/<16 hex>`
-what is being taken or removed, `sources/<model>/<version>.json` what was taken from where. A name that is
-none of these is left alone.
+what is being taken or removed, `sources/<model>/<version>.json` what was taken from where, `forms/<key>`
+optimised forms (`runtime.cache`). A name that is none of these is left alone.
 """
 
 import errno
@@ -23,7 +23,7 @@ STORE = "store"
 FILES = "files"
 """The folder of a version's files, beside its manifest."""
 
-_BLOBS, _VERSIONS, _INCOMING, _SOURCES = "blobs", "versions", "incoming", "sources"
+_BLOBS, _VERSIONS, _INCOMING, _SOURCES, _FORMS = "blobs", "versions", "incoming", "sources", "forms"
 _HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _PREFIX = re.compile(r"[0-9a-f]{2}", re.ASCII)
 _RANDOM = re.compile(r"[0-9a-f]{16}", re.ASCII)
@@ -39,7 +39,7 @@ class StoreFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path.parent)) / path.name
-        self._parts = (_BLOBS, _VERSIONS, _INCOMING, _SOURCES)
+        self._parts = (_BLOBS, _VERSIONS, _INCOMING, _SOURCES, _FORMS)
 
     def blob(self, sha256: str) -> Path:
         """Return the path of a blob."""
@@ -52,6 +52,14 @@ class StoreFolder:
     def source(self, model_id: str, version: int) -> Path:
         """Return the path of a source record."""
         return self.path / _SOURCES / model_id / f"{version}.json"
+
+    def form(self, key: str) -> Path:
+        """Return the path of an optimised form's folder."""
+        return self.path / _FORMS / key
+
+    def forms(self) -> list[Path]:
+        """List the folders of optimised forms."""
+        return [path for path in self._list(_FORMS) if _HASH.fullmatch(path.name)]
 
     def versions(self) -> list[Path]:
         """List the folders of versions."""
@@ -77,6 +85,7 @@ class StoreFolder:
         yield from (path for path in _names(self.path) if path.name not in self._parts)
         yield from (path for path in self._list(_BLOBS) if not _PREFIX.fullmatch(path.name))
         yield from (path for path in self._list(_VERSIONS) if not _HASH.fullmatch(path.name))
+        yield from (path for path in self._list(_FORMS) if not _HASH.fullmatch(path.name))
         yield from (path for path in self._list(_INCOMING) if not _RANDOM.fullmatch(path.name))
 
     def make(self) -> bool:
@@ -84,7 +93,8 @@ class StoreFolder:
 
         Returns:
             Whether only this user could write to what is there. If its group could, which some systems grant
-            on all that is mounted, identities prove nothing.
+            on all that is mounted, identities prove nothing; forms, whose names are not the hashes of what
+            they hold, are removed.
 
         Raises:
             StoreUnavailable: `store_unavailable`, the path is no folder, a link, another user's, writable by
@@ -94,7 +104,19 @@ class StoreFolder:
             own = _make_private(self.path)
             for part in self._parts:
                 own = _make_private(self.path / part) and own
+            for path in () if own else self.forms():
+                remove(path)
         return own
+
+    def check(self) -> None:
+        """Refuse a store that is a link or no folder; one that is missing is empty.
+
+        Raises:
+            StoreUnavailable: `store_unavailable`.
+        """
+        for path in (self.path, *(self.path / part for part in self._parts)):
+            with suppress(FileNotFoundError):
+                _refuse_irregular(path, path.lstat())
 
     def new_incoming(self) -> Path:
         """Create an empty folder for what is being taken."""
@@ -219,10 +241,14 @@ def _make_private(path: Path) -> bool:
     return True
 
 
-def _make_ours(path: Path, seen: os.stat_result) -> bool:
+def _refuse_irregular(path: Path, seen: os.stat_result) -> None:
     if not stat.S_ISDIR(seen.st_mode):
         what = "a symbolic link" if stat.S_ISLNK(seen.st_mode) else "no folder"
         raise StoreUnavailable(f"{path} is {what}: remove it, and a folder is created there")
+
+
+def _make_ours(path: Path, seen: os.stat_result) -> bool:
+    _refuse_irregular(path, seen)
     if seen.st_uid != os.geteuid():
         raise StoreUnavailable(
             f"{path} belongs to user {seen.st_uid}, and this process is user {os.geteuid()}: remove it, or"

@@ -16,6 +16,8 @@ import msgspec
 from runtime.repository import FoundFile
 from runtime.wire import Count, FileNumber, Name, Sha256, Time
 
+R = TypeVar("R", bound=msgspec.Struct)
+
 MANIFEST = "manifest.json"
 MAX_BYTES = 64 * 2**20
 """The longest allowed list of files with the longest paths fits."""
@@ -109,24 +111,22 @@ def describe_sources(files: Iterable[FoundFile]) -> tuple[SourceFile, ...]:
 
 def read_version_manifest(folder: Path) -> StoredManifest | None:
     """Read the manifest of a version's folder, but none of its files; None if there is no valid one."""
-    manifest = _read(folder / MANIFEST, StoredManifest)
+    manifest = read_record(folder / MANIFEST, StoredManifest)
     return manifest if manifest is not None and _is_sound(manifest, folder.name) else None
 
 
 def read_source_record(path: Path) -> SourceRecord | None:
     """Read a source record; None if there is no valid one."""
-    return _read(path, SourceRecord)
+    return read_record(path, SourceRecord)
 
 
-def encode_record(record: StoredManifest | SourceRecord) -> bytes:
-    """Return the content of the file."""
+def encode_record(record: msgspec.Struct) -> bytes:
+    """Return the content of a record's file."""
     return msgspec.json.format(msgspec.json.encode(record), indent=1)
 
 
-R = TypeVar("R", StoredManifest, SourceRecord)
-
-
-def _read(path: Path, kind: type[R]) -> R | None:
+def read_record(path: Path, kind: type[R]) -> R | None:
+    """Read a record from its file; None if there is no valid one."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:

@@ -11,7 +11,6 @@ All methods block, so call them in threads, as many as you like.
 import errno
 import logging
 import os
-import stat
 import threading
 import time
 from collections import Counter
@@ -28,10 +27,10 @@ from runtime.store.bounds import KeptVersion, StoreBounds
 from runtime.store.copying import (
     FileCopier,
     IsCancelled,
-    hash_descriptor,
     refuse_truncated,
 )
 from runtime.store.folder import FILES, NO_ROOM, StoreFolder, explain_os_errors, remove, sync, walk_files
+from runtime.store.identities import has_identity, hash_file, have_identities, is_never, rehash_files
 from runtime.store.manifest import (
     MANIFEST,
     SourceRecord,
@@ -44,7 +43,7 @@ from runtime.store.manifest import (
     read_source_record,
     read_version_manifest,
 )
-from runtime.store.problems import RepositoryUnreadable
+from runtime.store.problems import DiskFull, RepositoryUnreadable
 from runtime.store.sources import SourceFolder, look_after_tick, open_sources, refuse_changed
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
@@ -70,11 +69,6 @@ class TakenCopy:
     def bytes(self) -> int:
         """The size of all files together."""
         return sum(file.bytes for file in self.sources)
-
-
-def is_never() -> bool:
-    """Return False: this work is not cancelled."""
-    return False
 
 
 class Store:
@@ -200,7 +194,7 @@ class Store:
         try:
             with explain_os_errors(self.path), self._lock:
                 known = self._versions.get(manifest.digest)
-                if known is None or not _is_unchanged(self._folder.version(known.digest) / FILES, known):
+                if known is None or not self._is_unchanged(known):
                     known = self._settle(taken, manifest)
                 self._use(known.digest)
                 return self._describe(known)
@@ -302,8 +296,16 @@ class Store:
             self._bounds.make_room(sum(self._incoming_bytes.values()), self._kept(), is_needed, sweep)
 
     def _make_disk_room(self, size: int, find_needed: FindNeeded) -> None:
+        """Sweep versions, then evict optimised forms, which are only a cache, until the disk has room."""
         with self._lock, explain_os_errors(self.path), self._sweeping(find_needed) as (is_needed, sweep):
-            self._bounds.make_disk_room(size, self._kept(), is_needed, sweep)
+            forms = sorted(self._folder.forms(), key=_last_use)
+            while True:
+                try:
+                    return self._bounds.make_disk_room(size, self._kept(), is_needed, sweep)
+                except DiskFull:
+                    if not forms:
+                        raise
+                    self._remove(forms.pop(0))
 
     @contextmanager
     def _sweeping(
@@ -342,7 +344,7 @@ class Store:
                 os.link(path, blob, follow_symlinks=False)
             except FileExistsError:
                 stored = known.get(file.sha256)
-                if stored is None or not _is_file(blob.lstat(), stored):
+                if stored is None or not has_identity(blob.lstat(), stored):
                     self._folder.link_over(path, blob)
                 else:
                     self._folder.link_over(blob, path)
@@ -353,35 +355,42 @@ class Store:
         return file
 
     def _verify_for_use(self, manifest: StoredManifest, is_cancelled: IsCancelled) -> StoredManifest | None:
-        folder = self._folder.version(manifest.digest) / FILES
-        if _is_unchanged(folder, manifest):
+        if self._is_unchanged(manifest):
             return manifest
+        folder = self._folder.version(manifest.digest) / FILES
         try:
-            renewed = verify_contents(folder, manifest, is_cancelled)
+            files = rehash_files(folder, manifest.files, is_cancelled)
         except OSError as error:
             _log.warning("%s cannot be read: %s", folder, error)
-            renewed = None
+            files = None
         with self._lock:
-            if renewed is None:
+            if files is None:
                 if self._versions.get(manifest.digest) is manifest:
                     _log.warning("%s is not what was stored there: removed", folder)
                     self._remove_version(manifest.digest)
                 return None
+            renewed = replace(manifest, files=files)
             self._versions[manifest.digest] = renewed
             if (folder.parent / MANIFEST).exists():
                 with suppress(OSError):  # then the next start hashes it again
                     self._folder.write(folder.parent / MANIFEST, encode_record(renewed), durably=True)
         return renewed
 
+    def _is_unchanged(self, manifest: StoredManifest) -> bool:
+        return have_identities(self._folder.version(manifest.digest) / FILES, manifest.files)
+
     def _remove_version(self, digest: str) -> None:
         """Remove a version and the blobs that no other has; the caller holds the lock."""
         manifest = self._versions.pop(digest, None)
         self._used_ns.pop(digest, None)
-        away = self._folder.move_away(self._folder.version(digest))
-        if away is not None:
-            remove(away)
+        self._remove(self._folder.version(digest))
         for file in manifest.files if manifest is not None else ():
             _remove_unreferenced(self._folder.blob(file.sha256))
+
+    def _remove(self, path: Path) -> None:
+        away = self._folder.move_away(path)
+        if away is not None:
+            remove(away)
 
     def _drop_incoming(self, path: Path) -> None:
         if os.path.lexists(path):
@@ -415,54 +424,12 @@ def _copy_file(copier: FileCopier, sources: SourceFolder, file: FoundFile, targe
         refuse_truncated(file.path, file.bytes, copied)
 
 
-def hash_file(folder: Path, path: str, is_cancelled: IsCancelled = is_never) -> StoredFile:
-    """Return a file of the store with the hash of its content.
-
-    Raises:
-        CopyCancelled: `copy_cancelled`.
-        OSError: it cannot be read, or is no regular file.
-    """
-    descriptor = os.open(folder / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def _last_use(folder: Path) -> int:
+    """Return when a form was last used, in nanoseconds since 1970; one without a manifest never was."""
     try:
-        seen = os.fstat(descriptor)
-        if not stat.S_ISREG(seen.st_mode):
-            raise OSError(errno.EINVAL, "no regular file", str(folder / path))
-        sha256 = hash_descriptor(descriptor, is_cancelled)
-    finally:
-        os.close(descriptor)
-    return StoredFile(path, seen.st_size, sha256, seen.st_dev, seen.st_ino, seen.st_mtime_ns)
-
-
-def verify_contents(
-    folder: Path, manifest: StoredManifest, is_cancelled: IsCancelled = is_never
-) -> StoredManifest | None:
-    """Hash a version's files; None if they are not those of its manifest, else it with their identities.
-
-    Raises:
-        CopyCancelled: `copy_cancelled`.
-        OSError: a file cannot be read.
-    """
-    paths = [file.path for file in manifest.files]
-    if walk_files(folder)[0] != paths:
-        return None
-    files = tuple(hash_file(folder, path, is_cancelled) for path in paths)
-    same = [file.sha256 for file in files] == [file.sha256 for file in manifest.files]
-    return replace(manifest, files=files) if same else None
-
-
-def _is_unchanged(folder: Path, manifest: StoredManifest) -> bool:
-    """Whether a folder has exactly the files of a manifest, each with its recorded identity."""
-    try:
-        if walk_files(folder)[0] != [file.path for file in manifest.files]:
-            return False
-        return all(_is_file((folder / file.path).lstat(), file) for file in manifest.files)
+        return (folder / MANIFEST).lstat().st_mtime_ns
     except OSError:
-        return False
-
-
-def _is_file(seen: os.stat_result, file: StoredFile) -> bool:
-    identity = (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
-    return stat.S_ISREG(seen.st_mode) and identity == (file.dev, file.inode, file.bytes, file.mtime_ns)
+        return 0
 
 
 def _remove_unreferenced(blob: Path) -> None:

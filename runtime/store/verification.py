@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.store.folder import FILES, StoreFolder, explain_os_errors, walk_files
+from runtime.store.identities import hash_file
 from runtime.store.manifest import MANIFEST, StoredManifest, read_version_manifest
-from runtime.store.store import hash_file
 
 
 @dataclass(frozen=True, slots=True)

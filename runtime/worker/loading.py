@@ -54,7 +54,7 @@ def huge_pages_help(source_bytes: int, prepared: CachedCopy | None) -> bool:
     """
     if prepared is None or prepared.form == "optimised":
         return source_bytes >= ENOUGH_BYTES
-    return sum(file.bytes for file in prepared.files) - source_bytes >= ENOUGH_BYTES
+    return prepared.bytes - source_bytes >= ENOUGH_BYTES
 
 
 def disable_huge_pages() -> None:

@@ -10,7 +10,6 @@ protobuf messages that lead to tensors are rewritten; all others stay as they ar
 """
 
 import errno
-import hashlib
 import os
 import re
 import resource
@@ -36,7 +35,7 @@ from runtime.onnxfile import (
     read_field,
 )
 from runtime.repository import MODEL_FILE
-from runtime.wire import HashedFile, Prepare, PrepareDone
+from runtime.wire import Prepare, PrepareDone
 from runtime.worker import sessions
 from runtime.worker.loading import lower_priority
 
@@ -230,7 +229,8 @@ def _prepare(order: Prepare) -> PrepareDone:
         sessions.limit_memory(order.memory_limit_bytes)
         _write(order, Path(order.folder), Path(os.path.realpath(order.root)))
         align_weights(target / MODEL_FILE, target / WEIGHTS_FILE)
-    return PrepareDone(_hash_written(target), (time.perf_counter_ns() - started) // 1000)
+    _check_written(target)
+    return PrepareDone((time.perf_counter_ns() - started) // 1000)
 
 
 @contextmanager
@@ -296,21 +296,15 @@ def _probe(target: Path) -> None:
         probe.write(bytes(PROBE_BYTES))
 
 
-def _hash_written(target: Path) -> tuple[HashedFile, ...]:
-    """Return the written files with hashes, if they are a model that refers only to its own weights."""
+def _check_written(target: Path) -> None:
+    """Check that what was written is a model that refers only to its own weights.
+
+    Raises:
+        LoadRefused: `prepare_failed`.
+    """
     try:
         locations = set(external_locations(target / MODEL_FILE))
     except (Unparsable, FileNotFoundError) as problem:
         raise LoadRefused("prepare_failed", f"what was written is no model: {problem}") from None
     if not locations <= {WEIGHTS_FILE}:
         raise LoadRefused("prepare_failed", "what was written refers to files that are not its own")
-    return tuple(_hash_file(path) for path in sorted(target.iterdir()))
-
-
-def _hash_file(path: Path) -> HashedFile:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        seen = os.fstat(file.fileno())
-    return HashedFile(
-        path.name, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, sha256
-    )

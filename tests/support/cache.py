@@ -13,17 +13,19 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from msgspec.structs import replace
 
 from runtime.cache.key import make_key
-from runtime.cache.manifest import Figure, FinishedForm, describe_cached, source_hashes
+from runtime.cache.manifest import CachedForm, Manifest
 from runtime.cache.store import ModelCache
 from runtime.errors import Exit
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.wire import CachedCopy, Form, HashedFile, Load, Prepare, PrepareDone, SourceHash
+from runtime.store.identities import hash_file
+from runtime.store.manifest import StoredFile, digest_of
+from runtime.wire import CachedCopy, Form, Load, Prepare, PrepareDone
 from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from support.workers import order_of
 
@@ -49,20 +51,19 @@ async def prepare_form(pool: WorkerPool, order: Prepare) -> PrepareDone:
 async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> CachedCopy:
     """Prepare model `m`, and describe the form as the cache does."""
     order = prepare_order(root, form)
-    report = await prepare_form(pool, order)
-    return describe(order.target, form, report.files, found(order.folder))
+    await prepare_form(pool, order)
+    return describe(order.target, form)
 
 
-def describe(
-    folder: Path | str, form: Form, files: tuple[HashedFile, ...], sources: tuple[HashedFile, ...]
-) -> CachedCopy:
-    """Describe a form of these sources."""
-    return describe_cached(Path(folder), form, files, source_hashes(sources))
+def describe(folder: Path | str, form: Form) -> CachedCopy:
+    """Describe the form in a folder to a worker."""
+    return CachedCopy(str(folder), form, sum(path.lstat().st_size for path in Path(folder).iterdir()))
 
 
-def found(folder: Path | str) -> tuple[HashedFile, ...]:
+def found(folder: Path | str) -> tuple[StoredFile, ...]:
     """Describe the files of a folder as they are, but none in folders within."""
-    return tuple(_loaded(path) for path in sorted(Path(folder).iterdir()) if path.is_file())
+    paths = [path for path in sorted(Path(folder).iterdir()) if path.is_file()]
+    return tuple(hash_file(path.parent, path.name) for path in paths)
 
 
 def written_by_the_runtime(root: Path) -> Load:
@@ -77,7 +78,7 @@ def written_by_the_runtime(root: Path) -> Load:
     chosen.add_session_config_entry(name, "weights.bin")
     chosen.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     ort.InferenceSession(Path(order.folder) / "model.onnx", chosen, providers=["CPUExecutionProvider"])
-    return replace(order, prepared=describe(folder, "prepacked", found(folder), found(order.folder)))
+    return replace(order, prepared=describe(folder, "prepacked"))
 
 
 def in_background(pid: int) -> bool:
@@ -96,21 +97,26 @@ def key(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def written(folder: Path, contents: Mapping[str, bytes]) -> tuple[HashedFile, ...]:
-    """Write files, and describe them as a worker does."""
+def write(folder: Path, contents: Mapping[str, bytes]) -> Path:
+    """Write files into a folder, and return it."""
     for path, content in contents.items():
         (folder / path).write_bytes(content)
-    return tuple(_loaded(folder / path) for path in contents)
+    return folder
 
 
-def made_of(
-    files: tuple[HashedFile, ...], *, model_id: str = MODEL, form: Form = "prepacked"
-) -> FinishedForm:
-    """Describe files as a form that passed its trial."""
-    sources = (SourceHash("model.onnx", "ab" * 32),)
-    figures: dict[str, Figure] = {"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"}
-    tried: dict[Form, str] = {} if form == "prepacked" else {"prepacked": "the worker ended: signal 11"}
-    return FinishedForm(form, files, sources, model_id, 1, 2_500, figures, tried)
+def manifest_of(
+    name: str, *, model_id: str = MODEL, form: Form | None = "prepacked", version: int = 1
+) -> Manifest:
+    """Describe a form that passed its trial, or a model without one."""
+    return Manifest(
+        key=key(name),
+        model_id=model_id,
+        version=version,
+        took_ms=2_500,
+        form=form,
+        figures={"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"},
+        tried={"prepacked": "the worker ended: signal 11"} if form == "optimised" else {},
+    )
 
 
 def keep(
@@ -121,11 +127,22 @@ def keep(
     model_id: str = MODEL,
     form: Form = "prepacked",
     seed: str = "",
-) -> CachedCopy | None:
+) -> CachedForm | None:
     """Keep a form of this size: two files whose contents follow from name and seed."""
-    draft = store.draft(key(name))
-    files = written(draft, halves(size, name + seed))
-    return store.keep(key(name), draft, made_of(files, model_id=model_id, form=form))
+    draft = write(store.draft(), halves(size, name + seed))
+    why_not = store.keep(manifest_of(name, model_id=model_id, form=form), draft)
+    return store.use(key(name)) if why_not is None else None
+
+
+def record(store: ModelCache, name: str, tried: Mapping[Form, str] = {}, **given: Any) -> None:
+    """Record that no form of a model is of use."""
+    store.record_useless(manifest_of(name, **given), tried)
+
+
+def drop(store: ModelCache, name: str, reason: str = "bad") -> bool:
+    """Drop the form of this name, if there is one."""
+    used = store.use(key(name))
+    return used is not None and store.drop(used, reason)
 
 
 def halves(size: int, seed: str) -> dict[str, bytes]:
@@ -134,20 +151,17 @@ def halves(size: int, seed: str) -> dict[str, bytes]:
     return {"model.onnx": content[: size // 2], "weights.bin": content[size // 2 :]}
 
 
-def check_whole(prepared: CachedCopy) -> None:
-    """Check that a form has exactly the described files with the described content."""
-    folder = Path(prepared.folder)
-    for file in prepared.files:
-        assert _loaded(folder / file.path) == file
-    names = {file.path for file in prepared.files} | {"manifest.json"}
-    assert {path.name for path in folder.iterdir()} == names
+def files_of(form: CachedForm) -> tuple[StoredFile, ...]:
+    """Return the files of a form with their present identities and contents."""
+    return found(form.copy.folder)
 
 
-def _loaded(path: Path) -> HashedFile:
-    seen, digest = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
-    return HashedFile(
-        path.name, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, digest
-    )
+def check_whole(store: ModelCache, form: CachedForm) -> None:
+    """Check that a form has exactly the recorded files with the recorded content."""
+    entry = store.find(form.key)
+    assert entry is not None
+    assert files_of(form) == entry.files
+    assert {path.name for path in Path(form.copy.folder).parent.iterdir()} == {"files", "manifest.json"}
 
 
 def opened(folder: Path, limit_bytes: int = 10**9) -> ModelCache:
@@ -159,7 +173,8 @@ def opened(folder: Path, limit_bytes: int = 10**9) -> ModelCache:
 
 def key_in(root: Path, model_id: str) -> str:
     """Return the key of a model's highest version, for one thread."""
-    return make_key(_sources(root, model_id), 1)
+    folder = Repository(root).resolve(model_id, None).folder
+    return make_key(digest_of((file.path, file.sha256) for file in found(folder)), 1)
 
 
 async def keep_form(
@@ -170,24 +185,20 @@ async def keep_form(
     form: Form = "optimised",
     *,
     instead: Path | None = None,
-) -> CachedCopy:
+) -> CachedForm:
     """Have a worker make a form of a model's highest version, and keep it untried.
 
     With `instead`, that ONNX file takes the place of the one that was made: whoever loads the form loads it.
     """
-    key = key_in(root, model_id)
-    draft = store.draft(key)
-    own = (await prepare_form(pool, replace(prepare_order(root, form, model_id), target=str(draft)))).files
+    draft = store.draft()
+    await prepare_form(pool, replace(prepare_order(root, form, model_id), target=str(draft)))
     if instead is not None:
         shutil.copy(instead, draft / "model.onnx")
-        own = found(draft)
-    kept = store.keep(key, draft, FinishedForm(form, own, _sources(root, model_id), model_id, 1, 1))
+    key = key_in(root, model_id)
+    assert store.keep(Manifest(key=key, model_id=model_id, version=1, form=form), draft) is None
+    kept = store.use(key)
     assert kept is not None
     return kept
-
-
-def _sources(root: Path, model_id: str) -> tuple[SourceHash, ...]:
-    return source_hashes(found(Repository(root).resolve(model_id, None).folder))
 
 
 KEPT_NAMES = "abcdef"
@@ -206,7 +217,7 @@ def keep_and_be_killed(folder: Path, lives: int, seed: int) -> None:
     for _ in range(lives):
         _live(folder, dice.random(), dice.randrange(3), dice.uniform(0, LIFE_S))
         seen["lives"] += 1
-        seen["drafts"] += len(list(folder.glob("draft-*")))
+        seen["drafts"] += len(list(folder.glob("incoming/*")))
         store = opened(folder, KEPT_LIMIT_BYTES)
         check_store(store, folder)
         seen["forms"] += store.kept[0]
@@ -243,9 +254,9 @@ def change_store(store: ModelCache, dice: random.Random, beside: ModelCache | No
     name = dice.choice(KEPT_NAMES)
     match dice.randrange(12):
         case 0:
-            store.record_useless(key(name), {"prepacked": "slower"}, model_id=name, version=1)
+            record(store, name, {"prepacked": "slower"}, model_id=name)
         case 1:
-            store.drop(key(name), "it killed its worker")
+            drop(store, name, "it killed its worker")
         case 2:
             (beside or store).clear(name)
         case 3:
@@ -260,7 +271,8 @@ def change_store(store: ModelCache, dice: random.Random, beside: ModelCache | No
 def check_store(store: ModelCache, folder: Path) -> None:
     """Check that all entries of an open store are whole, and that there is nothing else in its folder."""
     entries = store.entries()
-    assert {path.name for path in folder.iterdir()} == {entry.key for entry in entries}
+    assert {path.name for path in (folder / "forms").iterdir()} == {entry.key for entry in entries}
+    assert list((folder / "incoming").iterdir()) == []
     assert sum(entry.bytes for entry in entries) <= store.limit_bytes
     for entry in entries:
         assert entry.key == key(entry.model_id)
@@ -268,4 +280,4 @@ def check_store(store: ModelCache, folder: Path) -> None:
         assert (prepared is None) == (entry.form is None)
         if prepared is not None:
             assert prepared.sha256 == entry.sha256
-            check_whole(prepared)
+            check_whole(store, prepared)

@@ -79,14 +79,12 @@ async def answered(server: Server) -> Json:
 
 def check_forms(config: Config) -> None:
     """Check that all files are those that their manifests name, and nothing else is there."""
-    for folder in (config.data / "prepared").iterdir():
+    for folder in (config.data / "store" / "forms").iterdir():
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        assert {path.name for path in folder.iterdir()} == {
-            "manifest.json",
-            *(file["path"] for file in manifest["files"]),
-        }
+        names = {path.name for path in (folder / "files").iterdir()}
+        assert names == {file["path"] for file in manifest["files"]}
         for file in manifest["files"]:
-            content = (folder / file["path"]).read_bytes()
+            content = (folder / "files" / file["path"]).read_bytes()
             assert hashlib.sha256(content).hexdigest() == file["sha256"]
 
 

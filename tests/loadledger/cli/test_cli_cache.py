@@ -3,22 +3,23 @@
 from pathlib import Path
 
 import pytest
-from support.cache import halves, keep, key, made_of, written
+from support.cache import halves, keep, key, manifest_of, record, write
 from support.clients import printed, printed_json, refused
 
 from events.datalock import lock_data
-from runtime.cache.store import FOLDER, ModelCache
+from runtime.cache.store import ModelCache
+from runtime.store.folder import STORE
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ModelCache:
     """Two cached models and one without, as a server has kept them."""
-    store = ModelCache(tmp_path / FOLDER, 10**9, now_ns=lambda: 1_800_000_000 * 10**9)
+    store = ModelCache(tmp_path / STORE, 10**9, now_ns=lambda: 1_800_000_000 * 10**9)
     store.open()
     keep(store, "a", 3_000_000, model_id="detector")
     keep(store, "b", 250_000, model_id="digits", form="optimised")
     why = "slower:\n\x1b[31m1.2 times"
-    store.record_useless(key("c"), {"prepacked": why}, model_id="small", version=7, took_ms=440)
+    record(store, "c", {"prepacked": why}, model_id="small", version=7)
     return store
 
 
@@ -32,7 +33,7 @@ def test_list_prints_latest_used_first(store: ModelCache, tmp_path: Path) -> Non
         f"digits    1        optimised  0.2 MB  2.5 s  {at}  {at}  {other.sha256[:12]}",
         "  not prepacked: the worker ended: signal 11",
         f"detector  1        prepacked  3.0 MB  2.5 s  {at}  {at}  {prepared.sha256[:12]}",
-        f"small     7        bare               0.4 s  {at}  {at}",
+        f"small     7        bare               2.5 s  {at}  {at}",
         "  not prepacked: slower:\ufffd\ufffd[31m1.2 times",
         "3 entries, 3.2 MB",
     ]
@@ -59,7 +60,7 @@ def test_list_in_json(store: ModelCache, tmp_path: Path) -> None:
         "key": key("a"),
     }
     assert optimised["tried"] == {"prepacked": "the worker ended: signal 11"}
-    assert (bare["form"], bare["sha256"], bare["bytes"], bare["took_ms"]) == (None, None, 0, 440)
+    assert (bare["form"], bare["sha256"], bare["bytes"], bare["took_ms"]) == (None, None, 0, 2_500)
 
 
 def test_empty_cache_is_listed_and_cleared_without_a_trace(tmp_path: Path) -> None:
@@ -77,27 +78,23 @@ def test_clear_removes_one_model_or_all(store: ModelCache, tmp_path: Path) -> No
     cleared = printed_json("prepared", "clear", "--data", tmp_path, "--model", "unheard")
     assert cleared == {"entries": 0, "bytes": 0}
     assert [entry.model_id for entry in store.entries()] == ["small", "detector"]
-    left = tmp_path / FOLDER / f"draft-{'0' * 16}-{'1' * 8}"  # of a server that was killed
-    left.mkdir()
-    (left / "weights.bin").write_bytes(b"x")
     assert printed("prepared", "clear", "--data", tmp_path) == "cleared: 2 entries, 3000000 bytes\n"
-    assert list((tmp_path / FOLDER).iterdir()) == []
+    assert list((tmp_path / STORE).glob("*/*")) == []
 
 
 def test_clear_beside_server_leaves_its_drafts(store: ModelCache, tmp_path: Path) -> None:
     with lock_data(tmp_path):
-        draft = store.draft(key("d"))
-        files = written(draft, halves(10, "d"))
+        draft = write(store.draft(), halves(10, "d"))
         assert printed("prepared", "list", "--data", tmp_path).endswith("3 entries, 3.2 MB\n")
         assert printed("prepared", "clear", "--data", tmp_path) == "cleared: 3 entries, 3250000 bytes\n"
         assert store.use(key("a")) is None
-        assert store.keep(key("d"), draft, made_of(files)) is not None
+        assert store.keep(manifest_of("d"), draft) is None
     assert printed("prepared", "list", "--data", tmp_path).endswith("1 entry, 0.0 MB\n")
 
 
 @pytest.mark.parametrize("command", ["list", "clear"])
 def test_unusable_data_directory_is_refused(tmp_path: Path, command: str) -> None:
-    (tmp_path / FOLDER).symlink_to(tmp_path)
+    (tmp_path / STORE).symlink_to(tmp_path)
     assert "symbolic link" in refused("prepared", command, "--data", tmp_path)
     for arguments in (("--data", tmp_path / "nowhere"), ()):
         assert "--data" in refused("prepared", command, *arguments)

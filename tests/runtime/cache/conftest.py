@@ -11,7 +11,7 @@ from runtime.cache.store import ModelCache
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder of the cache."""
-    return tmp_path / "prepared"
+    return tmp_path / "store"
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Files of the optimised model cache: damaged, foreign, or refused by the file system."""
 
+import logging
 import os
 import resource
 import shutil
@@ -13,18 +14,24 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cache import check_whole, halves, keep, key, made_of, opened, written
+from support.cache import check_whole, drop, files_of, halves, keep, key, manifest_of, opened, record, write
 from support.history import PLAIN
 from support.ledgers import FAST_FOLDER
 
-from runtime.cache.files import CacheUnavailable
-from runtime.cache.manifest import source_hashes
-from runtime.cache.store import ModelCache
-from runtime.wire import HashedFile
+from runtime.cache.formerfolder import remove_former_folder
+from runtime.cache.store import CACHE_PROBLEMS, ModelCache
+from runtime.store.problems import DiskFull
 
 A, B, C = map(key, "abc")
 LIMIT = 1_000
-STRAY_DRAFT = f"draft-{'0' * 16}-{'1' * 8}"
+
+
+def entry_of(folder: Path, name: str = A) -> Path:
+    return folder / "forms" / name
+
+
+def keys_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "forms").iterdir())
 
 
 @contextmanager
@@ -38,73 +45,44 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def drafts(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name.startswith("draft-")]
-
-
 # Drafts
 
 
-def test_other_files_of_a_draft_are_not_kept(store: ModelCache, tmp_path: Path) -> None:
-    draft = store.draft(A)
-    (draft / "log").mkdir()
-    (draft / "log" / "deep").write_bytes(b"x" * 10_000)
-    (draft / "manifest.json").mkdir()
-    (tmp_path / "elsewhere").write_text("stays")
-    (draft / "link").symlink_to(tmp_path / "elsewhere")
-    prepared = store.keep(A, draft, made_of(written(draft, halves(10, "a"))))
-    assert prepared is not None
-    check_whole(prepared)
-    assert (tmp_path / "elsewhere").read_text() == "stays"
+def spoil(draft: Path, how: str) -> None:
+    """Leave in a draft what is no form."""
+    write(draft, halves(10, "a"))
+    match how:
+        case "nothing":
+            shutil.rmtree(draft)
+            draft.mkdir()
+        case "no model":
+            (draft / "model.onnx").unlink()
+        case "another file":
+            (draft / "log").mkdir()
+            (draft / "log" / "deep").write_bytes(b"x")
+        case "a link":
+            (draft / "weights.bin").rename(draft.parent.parent / "elsewhere")
+            (draft / "weights.bin").symlink_to(draft.parent.parent / "elsewhere")
+        case "a FIFO":
+            (draft / "weights.bin").unlink()
+            os.mkfifo(draft / "weights.bin")
 
 
-def report_other_files(draft: Path, wrong: str) -> tuple[HashedFile, ...]:
-    """Write files, and report others; any other `wrong` is the path to report for one of them."""
-    files, weights = written(draft, halves(10, "a")), draft / "weights.bin"
-    shutil.copy(weights, draft.parent / "elsewhere")
-    match wrong:
-        case "none":
-            return ()
-        case "twice":
-            return files * 2
-        case "changed":
-            weights.write_bytes(b"other")
-            return files
-        case "linked":
-            weights.rename(draft.parent / "elsewhere")
-            weights.symlink_to(draft.parent / "elsewhere")
-            return files
-    return (msgspec.structs.replace(files[0], path=wrong),)
+@pytest.mark.parametrize("how", ["nothing", "no model", "another file"])
+def test_draft_with_other_files_is_left_out(store: ModelCache, folder: Path, how: str) -> None:
+    draft = store.draft()
+    spoil(draft, how)
+    assert store.keep(manifest_of("a"), draft) == "its files are not those of a form"
+    assert list(folder.glob("*/*")) == []
 
 
-FOREIGN = ("../elsewhere", "/etc/passwd", "a/b", "", ".", "..", "manifest.json", "a\0b", "gone")
-
-
-@pytest.mark.parametrize("wrong", ["none", "twice", "changed", "linked", *FOREIGN], ids=repr)
-def test_files_other_than_those_reported_are_not_kept(store: ModelCache, folder: Path, wrong: str) -> None:
-    draft = store.draft(A)
-    assert store.keep(A, draft, made_of(report_other_files(draft, wrong))) is None
-    entry = store.find(A)
-    assert entry is not None
-    assert entry.form is None
-    assert entry.tried == {"prepacked": "its files are not those that the worker wrote"}
-    assert not drafts(folder)
-
-
-def test_only_drafts_are_discarded(store: ModelCache, folder: Path, tmp_path: Path) -> None:
-    keep(store, "a")
-    for path in (folder / A, folder, tmp_path / STRAY_DRAFT):
-        path.mkdir(exist_ok=True)
-        store.discard(path)
-        assert path.is_dir()
-    store.discard(folder / STRAY_DRAFT)
-
-
-@pytest.mark.parametrize("name", ["", "..", "../x", "a" * 63, "A" * 64, "a" * 64 + "\n", "draft-1"])
-def test_name_that_is_no_key_is_refused(store: ModelCache, name: str) -> None:
-    for method in (store.use, store.draft):
-        with pytest.raises(ValueError, match="no key"):
-            method(name)
+@pytest.mark.parametrize("how", ["a link", "a FIFO"])
+def test_draft_with_irregular_files_is_refused(store: ModelCache, folder: Path, how: str) -> None:
+    draft = store.draft()
+    spoil(draft, how)
+    with pytest.raises(CACHE_PROBLEMS):
+        store.keep(manifest_of("a"), draft)
+    assert keys_in(folder) == []
 
 
 # Damage
@@ -113,23 +91,32 @@ def test_name_that_is_no_key_is_refused(store: ModelCache, name: str) -> None:
 def test_restored_copy_with_the_same_content_is_used(store: ModelCache, folder: Path, tmp_path: Path) -> None:
     before = keep(store, "a")
     assert before is not None
-    moved = shutil.copytree(folder, tmp_path / "restored" / "prepared")
+    moved = shutil.copytree(folder, tmp_path / "restored" / "store")
     after = opened(moved, LIMIT).use(A)
     assert after is not None
-    assert (after.sha256, after.folder) == (before.sha256, str(moved / A))
-    assert {file.inode for file in after.files}.isdisjoint(file.inode for file in before.files)
-    check_whole(after)
-    (moved / A / "weights.bin").rename(tmp_path / "away")  # the identity recorded then is trusted
-    (tmp_path / "away").rename(moved / A / "weights.bin")
-    assert ModelCache(moved, LIMIT).use(A) is not None
+    assert (after.sha256, after.copy.folder) == (before.sha256, str(entry_of(moved) / "files"))
+    assert {file.inode for file in files_of(after)}.isdisjoint(file.inode for file in files_of(before))
+    check_whole(opened(moved, LIMIT), after)
 
 
-@pytest.mark.parametrize("change", ["same size", "other size", "gone", "link", "folder", "FIFO"])
-def test_form_with_changed_content_is_forgotten(
+def test_form_with_its_recorded_identity_is_not_hashed(store: ModelCache, folder: Path) -> None:
+    keep(store, "a", 64)
+    file = entry_of(folder) / "files" / "weights.bin"
+    seen, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert store.use(A) is not None
+    os.utime(file, ns=(1, 1))
+    assert store.use(A) is None
+
+
+@pytest.mark.parametrize("change", ["same size", "other size", "gone", "link", "folder", "FIFO", "another"])
+def test_form_with_changed_content_is_removed(
     store: ModelCache, folder: Path, tmp_path: Path, change: str
 ) -> None:
     keep(store, "a", 64)
-    file = folder / A / "weights.bin"
+    file = entry_of(folder) / "files" / "weights.bin"
     content = file.read_bytes()
     file.unlink()
     match change:
@@ -144,16 +131,18 @@ def test_form_with_changed_content_is_forgotten(
             file.mkdir()
         case "FIFO":
             os.mkfifo(file)
+        case "another":
+            file.write_bytes(content)
+            (file.parent / "more").write_bytes(b"x")
     assert store.use(A) is None
-    assert opened(folder, LIMIT).find(A) is None
-    assert not (folder / A).exists()
+    assert not entry_of(folder).exists()
     assert keep(store, "a", 64) is not None
 
 
 UNREADABLE: list[bytes | tuple[str, object]] = [
     b"", b"{", b"null", b"[]", b"\xff\xfe", b"{}" * 9, b"[" * 100_000, b'{"layout": 1}',
-    b'{"layout": 1, "key": 1}',
-    ("layout", 3), ("key", B), ("form", "other"), ("form", None), ("sha256", "ab" * 32), ("sha256", None),
+    b'{"layout": 3, "key": 1}',
+    ("layout", 4), ("key", B), ("form", "other"), ("form", None), ("sha256", "ab" * 32), ("sha256", None),
     ("files", []), ("took_ms", -1), ("version", 2**70), ("model_id", 7), ("new", 1), ("figures", [1]),
     ("tried", {"best": "?"}), ("path", "../model.onnx"), ("path", "manifest.json"), ("bytes", 2**63),
 ]  # fmt: skip
@@ -166,7 +155,7 @@ def test_invalid_manifest_is_none(
     """Not JSON, or a field with an impossible value."""
     keep(store, "a")
     keep(store, "b")
-    file = folder / A / "manifest.json"
+    file = entry_of(folder) / "manifest.json"
     if isinstance(change, bytes):
         file.write_bytes(change)
     else:
@@ -175,19 +164,18 @@ def test_invalid_manifest_is_none(
         file.write_bytes(msgspec.json.encode(fields))
     assert store.find(A) is None
     assert store.use(A) is None
-    assert not store.drop(A, "bad")
     assert [entry.key for entry in store.entries()] == [B]
     store.open()
-    assert os.listdir(folder) == [B]  # noqa: PTH208
+    assert keys_in(folder) == [B]
 
 
 @PLAIN
 @given(position=st.integers(0, 10_000), byte=st.integers(0, 255))
 def test_any_byte_of_a_manifest_may_be_wrong(position: int, byte: int) -> None:
     with tempfile.TemporaryDirectory(dir=FAST_FOLDER) as scratch:
-        store = opened(Path(scratch) / "prepared", LIMIT)
+        store = opened(Path(scratch) / "store", LIMIT)
         before = keep(store, "a")
-        file = Path(scratch) / "prepared" / A / "manifest.json"
+        file = entry_of(Path(scratch) / "store") / "manifest.json"
         text = bytearray(file.read_bytes())
         text[position % len(text)] = byte
         file.write_bytes(text)
@@ -201,7 +189,7 @@ def test_any_byte_of_a_manifest_may_be_wrong(position: int, byte: int) -> None:
 def test_manifest_of_an_impossible_date_is_listed(store: ModelCache, folder: Path) -> None:
     keep(store, "a")
     for time_ns in (-(10**18), 2**62):
-        os.utime(folder / A / "manifest.json", ns=(time_ns, time_ns))
+        os.utime(entry_of(folder) / "manifest.json", ns=(time_ns, time_ns))
         assert len(store.entries()) == 1
         store.open()
 
@@ -209,69 +197,60 @@ def test_manifest_of_an_impossible_date_is_listed(store: ModelCache, folder: Pat
 # The folder
 
 
-def test_open_removes_leftovers_and_spares_foreign_files(
-    store: ModelCache, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_open_removes_leftovers_and_spares_foreign_files(store: ModelCache, folder: Path) -> None:
     keep(store, "a")
-    draft = store.draft(A)
-    files = written(draft, halves(10, "a"))
-    store.open()
-    assert store.keep(A, draft, made_of(files)) is not None  # its own draft is no leftover
-    for name in (STRAY_DRAFT, B):
-        (folder / name).mkdir()
-        (folder / name / "weights.bin").write_bytes(b"x")
-    (folder / C).symlink_to(folder / A)
-    (folder / key("file")).write_text("no folder")
-    for name in ("lost+found", "draft-1", B[:-1], B.upper()):
-        (folder / name).mkdir()
-    opened(folder, LIMIT)
-    assert {path.name for path in folder.iterdir()} == {A, "lost+found", "draft-1", B[:-1], B.upper()}
-    assert "'lost+found'" in caplog.text
-    assert opened(folder, LIMIT).use(A) is not None
+    write(store.draft(), halves(10, "a"))
+    (entry_of(folder, B)).mkdir()
+    (entry_of(folder, C)).symlink_to(entry_of(folder))
+    entry_of(folder, key("file")).write_text("no folder")
+    for name in ("lost+found", B[:-1], B.upper()):
+        (folder / "forms" / name).mkdir()
+    store = opened(folder, LIMIT)
+    assert set(keys_in(folder)) == {A, "lost+found", B[:-1], B.upper()}
+    assert list((folder / "incoming").iterdir()) == []
+    assert store.use(A) is not None
 
 
+@pytest.mark.parametrize("part", ["", "forms", "incoming"])
 @pytest.mark.parametrize("kind", ["link", "broken link", "file", "writable"])
-def test_folder_that_others_can_fill_is_refused(folder: Path, kind: str) -> None:
-    (folder.parent / A).mkdir()
+def test_folder_that_others_can_fill_is_refused(folder: Path, kind: str, part: str) -> None:
+    elsewhere, path = folder.parent / "elsewhere", folder / part
+    (elsewhere / A).mkdir(parents=True)
+    path.parent.mkdir(exist_ok=True)
     match kind:
         case "link":
-            folder.symlink_to(folder.parent)
+            path.symlink_to(elsewhere)
         case "broken link":
-            folder.symlink_to(folder.parent / "nowhere")
+            path.symlink_to(folder.parent / "nowhere")
         case "file":
-            folder.write_text("mine")
+            path.write_text("mine")
         case "writable":
-            folder.mkdir()
-            folder.chmod(0o777)
-    store = ModelCache(folder, LIMIT)
-    calls: list[Callable[[], object]] = [
-        store.open,
-        lambda: store.draft(A),
-        lambda: store.record_useless(A, {}, model_id="m", version=1),
-    ]
-    for call in calls:
-        with pytest.raises(CacheUnavailable, match=str(folder)):
-            call()
-    assert store.use(A) is None
-    assert (folder.parent / A).exists()
+            path.mkdir()
+            path.chmod(0o777)
+    with pytest.raises(CACHE_PROBLEMS, match=str(path)):
+        ModelCache(folder, LIMIT).open()
+    assert ModelCache(folder, LIMIT).use(A) is None
+    assert (elsewhere / A).exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 def test_folder_of_another_user_is_refused(store: ModelCache, folder: Path) -> None:
     os.chown(folder, 12_345, -1)
-    with pytest.raises(CacheUnavailable, match="user 12345"):
+    with pytest.raises(CACHE_PROBLEMS, match="user 12345"):
         store.open()
 
 
-def test_group_writable_folder_is_emptied(store: ModelCache, folder: Path) -> None:
+@pytest.mark.parametrize("part", ["", "forms"])
+def test_forms_in_a_group_writable_folder_are_removed(store: ModelCache, folder: Path, part: str) -> None:
+    """Nothing but their manifest says what they were made of."""
     keep(store, "a")
-    folder.chmod(0o755)
+    (folder / part).chmod(0o755)
     opened(folder, LIMIT)
     assert store.use(A) is not None  # a reader has changed nothing
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    folder.chmod(0o2770)
+    assert stat.S_IMODE((folder / part).stat().st_mode) == 0o700
+    (folder / part).chmod(0o2770)
     assert opened(folder, LIMIT).entries() == []
-    assert stat.S_IMODE(folder.stat().st_mode) & 0o777 == 0o700
+    assert stat.S_IMODE((folder / part).stat().st_mode) & 0o777 == 0o700
 
 
 # Disk space
@@ -281,13 +260,13 @@ def test_full_disk_makes_the_cache_unavailable(store: ModelCache, folder: Path) 
     old = keep(store, "a", seed="old")
     calls: list[Callable[[], object]] = [
         lambda: keep(store, "a", seed="new"),
-        lambda: store.record_useless(B, {}, model_id="b", version=1),
-        lambda: store.drop(A, "bad"),
+        lambda: record(store, "b"),
+        lambda: drop(store, "a"),
     ]
     for call in calls:
-        with file_size_limit(100), pytest.raises(CacheUnavailable, match="cannot be kept in"):
+        with file_size_limit(100), pytest.raises(DiskFull):
             call()
-    assert os.listdir(folder) == [A]  # noqa: PTH208
+    assert (keys_in(folder), list((folder / "incoming").iterdir())) == ([A], [])
     assert store.use(A) == old
     assert keep(store, "b") is not None
 
@@ -302,32 +281,64 @@ def with_room(folder: Path, room: Callable[[Path], int]) -> ModelCache:
 
 
 def test_draft_evicts_the_least_recently_used_for_room(folder: Path) -> None:
-    store = with_room(folder, lambda of: 500 - sum(file.stat().st_size for file in of.glob("*/weights.bin")))
+    store = with_room(
+        folder, lambda of: 500 - sum(file.stat().st_size for file in of.glob("forms/*/files/weights.bin"))
+    )
     assert store.use(A) is not None
-    assert store.draft(key("d"), 25).is_dir()
+    assert store.draft(25).is_dir()
     assert {entry.key for entry in store.entries()} == {A, B, C}
-    assert store.draft(key("d"), 100).is_dir()
+    assert store.draft(100).is_dir()
     assert {entry.key for entry in store.entries()} == {A, C}
 
 
 def test_eviction_without_effect_stops_after_the_first(folder: Path) -> None:
     store = with_room(folder, lambda _: 100)  # the others are mapped as well
-    with pytest.raises(CacheUnavailable, match=r"needs 200 bytes .* 100 can be spared"):
-        store.draft(key("d"), 100)
+    with pytest.raises(DiskFull, match="100 bytes are missing"):
+        store.draft(100)
     assert {entry.key for entry in store.entries()} == {B, C}
-    assert not drafts(folder)
+    assert list((folder / "incoming").iterdir()) == []
 
 
 def test_draft_larger_than_the_disk_evicts_nothing(store: ModelCache, folder: Path) -> None:
     keep(store, "a")
-    with pytest.raises(CacheUnavailable, match=f"needs {2 * 10**18} bytes on the disk of {folder}, and"):
-        store.draft(B, 10**18)
-    assert os.listdir(folder) == [A]  # noqa: PTH208
-    assert store.draft(B, 10).is_dir()
+    with pytest.raises(DiskFull, match=f"{2 * 10**18} bytes"):
+        store.draft(10**18)
+    assert keys_in(folder) == [A]
+    assert store.draft(10).is_dir()
 
 
-def test_sources_are_hashes_in_order_of_the_paths(tmp_path: Path) -> None:
-    files = written(tmp_path, {"b": b"2", "a": b"1"})
-    assert [(source.path, source.sha256) for source in source_hashes(files)] == sorted(
-        (file.path, file.sha256) for file in files
-    )
+# The folder of the release before
+
+
+def former_folder(data: Path) -> Path:
+    """Make the folder that the release before has left."""
+    folder = data / "prepared"
+    for name in (A, f"draft-{'0' * 16}-{'1' * 8}"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "weights.bin").write_bytes(b"x")
+    return folder
+
+
+def test_former_folder_is_removed_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = former_folder(tmp_path)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            remove_former_folder(tmp_path)
+    assert not folder.exists()
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_former_folder_keeps_what_is_not_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = former_folder(tmp_path)
+    (folder / "notes.txt").write_text("mine")
+    remove_former_folder(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_link_in_place_of_the_former_folder_is_left_alone(tmp_path: Path) -> None:
+    elsewhere = former_folder(tmp_path / "other")
+    (tmp_path / "prepared").symlink_to(elsewhere)
+    remove_former_folder(tmp_path)
+    assert (elsewhere / A / "weights.bin").exists()
+    assert (tmp_path / "prepared").is_symlink()

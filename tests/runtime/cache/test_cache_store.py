@@ -19,22 +19,24 @@ from support.cache import (
     change_store,
     check_store,
     check_whole,
+    drop,
+    files_of,
     halves,
     keep,
     key,
-    made_of,
+    manifest_of,
     opened,
-    written,
+    record,
+    write,
 )
 from support.fleet import new_dice, of_both, tell
 from support.history import PLAIN, child
 from support.ledgers import FAST_FOLDER
 
-from runtime.cache.files import CacheUnavailable
 from runtime.cache.key import make_key
 from runtime.cache.manifest import Cleared, Entry
-from runtime.cache.store import USELESS_KNOWN_S, ModelCache, Use, UseOrder
-from runtime.wire import SourceHash
+from runtime.cache.store import CACHE_PROBLEMS, USELESS_KNOWN_S, ModelCache
+from runtime.store.manifest import digest_of
 
 A, B, C = map(key, "abc")
 LIMIT = 1_000
@@ -69,26 +71,26 @@ def test_kept_model_is_found_and_used(store: ModelCache, folder: Path) -> None:
     prepared = keep(store, "a", 100)
     assert prepared is not None
     assert prepared == store.use(A)
-    assert (prepared.folder, prepared.form) == (str(folder / A), "prepacked")
-    assert prepared.sources == (SourceHash("model.onnx", "ab" * 32),)
-    check_whole(prepared)
+    assert (prepared.copy.folder, prepared.form) == (str(folder / "forms" / A / "files"), "prepacked")
+    assert prepared.copy.bytes == 100
+    check_whole(store, prepared)
     entry = found(store, A)
     assert (entry.key, entry.model_id, entry.version, entry.bytes) == (A, MODEL, 1, 100)
     assert (entry.form, entry.sha256, entry.took_ms) == ("prepacked", prepared.sha256, 2_500)
     assert entry.figures == {"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"}
     assert entry.made_at <= entry.used_at
-    store.record_useless(B, {"prepacked": "slower"}, model_id="b", version=2)
+    record(store, "b", {"prepacked": "slower"}, model_id="b", version=2)
     again = opened(folder, LIMIT)
     assert again.use(A) == prepared
     assert again.entries() == [again.find(A), again.find(B)]
-    draft = store.draft(B)
-    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / A, draft)] == [0o700] * 3
+    paths = (folder, folder / "forms" / A, store.draft())
+    assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o700] * 3
 
 
 def test_hash_covers_files_in_order_of_their_paths(store: ModelCache) -> None:
     prepared = keep(store, "a")
     assert prepared is not None
-    first, second = prepared.files
+    first, second = files_of(prepared)
     assert (first.path, second.path) == ("model.onnx", "weights.bin")
     text = f"{first.sha256} model.onnx\n{second.sha256} weights.bin\n".encode()
     ran = subprocess.run(["sha256sum"], input=text, capture_output=True, check=True)
@@ -97,15 +99,15 @@ def test_hash_covers_files_in_order_of_their_paths(store: ModelCache) -> None:
 
 def test_new_form_replaces_the_old_one(store: ModelCache, folder: Path) -> None:
     old = keep(store, "a", seed="old")
-    with (folder / A / "weights.bin").open("rb") as mapped:
+    with (folder / "forms" / A / "files" / "weights.bin").open("rb") as mapped:
         new = keep(store, "a", seed="new")
         assert mapped.read() == halves(10, "aold")["weights.bin"]  # a worker that has it open keeps it
     assert old is not None
     assert new is not None
     assert new.sha256 != old.sha256
     assert store.use(A) == new
-    check_whole(new)
-    assert os.listdir(folder) == [A]  # noqa: PTH208
+    check_whole(store, new)
+    assert os.listdir(folder / "forms") == [A]  # noqa: PTH208
 
 
 # No form is of use
@@ -113,11 +115,11 @@ def test_new_form_replaces_the_old_one(store: ModelCache, folder: Path) -> None:
 
 def test_reasons_against_forms_are_remembered(store: ModelCache, folder: Path) -> None:
     why = "killed by signal 11 \ud800 " + "x" * 10_000
-    store.record_useless(A, {"prepacked": why, "optimised": "slower"}, model_id="m", version=3, took_ms=9)
+    record(store, "a", {"prepacked": why, "optimised": "slower"}, model_id="m", version=3)
     for each in (store, opened(folder, LIMIT)):
         entry = found(each, A)
         assert (entry.form, entry.sha256, entry.bytes) == (None, None, 0)
-        assert (entry.model_id, entry.version, entry.took_ms) == ("m", 3, 9)
+        assert (entry.model_id, entry.version, entry.took_ms) == ("m", 3, 2_500)
         assert entry.tried["prepacked"].startswith("killed by signal 11 ? xxx")
         assert entry.tried["optimised"] == "slower"
         assert each.use(A) is None
@@ -125,47 +127,46 @@ def test_reasons_against_forms_are_remembered(store: ModelCache, folder: Path) -
 
 def test_dropped_form_is_gone_and_its_reason_stays(store: ModelCache, folder: Path) -> None:
     used = keep(store, "a", form="optimised")
-    assert store.drop(A, "it killed its worker", used)
+    assert used is not None
+    assert store.drop(used, "it killed its worker")
     assert store.use(A) is None
     entry = found(opened(folder, LIMIT), A)
     assert entry.form is None
     assert entry.tried == {"prepacked": "the worker ended: signal 11", "optimised": "it killed its worker"}
-    assert os.listdir(folder / A) == ["manifest.json"]  # noqa: PTH208
-    assert not store.drop(A, "again", used)
+    assert list((folder / "forms" / A / "files").iterdir()) == []
+    assert not store.drop(used, "again")
     store.clear()
-    assert not store.drop(A, "its files are gone", used)
+    assert not store.drop(used, "its files are gone")
     assert store.find(A) is None
-    new = keep(store, "a")  # what replaced it is spared
-    assert not store.drop(A, "its files are not what they were", used)
+    new = keep(store, "a", seed="new")  # what replaced it is spared
+    assert not store.drop(used, "its files are not what they were")
     assert store.use(A) == new
 
 
 def test_form_larger_than_the_cache_is_left_out(store: ModelCache, folder: Path) -> None:
     keep(store, "b", LIMIT)
-    assert keep(store, "a", LIMIT + 1) is None
-    entry = found(store, A)
-    assert entry.form is None
-    assert entry.tried == {
-        "prepacked": f"it takes {LIMIT + 1} bytes, and all forms together may take {LIMIT}"
-    }
+    draft = write(store.draft(), halves(LIMIT + 1, "a"))
+    reason = f"it takes {LIMIT + 1} bytes, and all forms together may take {LIMIT}"
+    assert store.keep(manifest_of("a"), draft) == reason
+    assert store.find(A) is None
     assert store.use(B) is not None  # nothing was evicted for it
-    assert opened(folder, LIMIT).find(A) is not None
+    assert list((folder / "incoming").iterdir()) == []
 
 
 def test_reasons_against_forms_hold_for_a_day(folder: Path) -> None:
     clock = Clock()
     store = ModelCache(folder, LIMIT, now_ns=clock)
     store.open()
-    store.record_useless(A, {"prepacked": "slower"}, model_id="m", version=1)
+    record(store, "a", {"prepacked": "slower"})
     keep(store, "b")
     keep(store, "c", form="optimised")
-    assert store.drop(C, "killed by signal 11")
+    assert drop(store, "c", "killed by signal 11")
     clock.now_ns += USELESS_KNOWN_S * SECOND_NS
     assert found(store, A).tried == {"prepacked": "slower"}
     assert found(store, C).tried["optimised"] == "killed by signal 11"
     clock.now_ns += SECOND_NS
     assert (store.find(A), store.find(C)) == (None, None)
-    store.record_useless(A, {"prepacked": "slower again"}, model_id="m", version=1)
+    record(store, "a", {"prepacked": "slower again"})
     assert found(store, A).tried == {"prepacked": "slower again"}
     clock.now_ns += 1000 * USELESS_KNOWN_S * SECOND_NS
     assert found(store, B).form == "prepacked"
@@ -179,7 +180,7 @@ def test_keys_without_a_form_are_bounded_by_number(folder: Path) -> None:
     store.open()
     keep(store, "x", LIMIT)
     for name in "abc":
-        store.record_useless(key(name), {}, model_id=name, version=1)
+        record(store, name, model_id=name)
         store.use(A)
     assert set(keys(store)) == {key("x"), A, C}
     again = ModelCache(folder, LIMIT, max_without_form=1)
@@ -188,11 +189,7 @@ def test_keys_without_a_form_are_bounded_by_number(folder: Path) -> None:
 
 
 def test_clock_set_back_keeps_the_order_of_use(folder: Path) -> None:
-    least = UseOrder(limit_bytes=1, max_without_form=0)
-    least.put("b", Use(7, 1))
-    least.put("a", Use(7, 1))
-    assert next(least.next_victims()) == "a"  # of those used at the same time
-    times = iter([5 * 10**18, *range(100, 0, -1)])
+    times = iter([5 * 10**18, 5 * 10**18, *range(1000, 0, -1)])
     store = ModelCache(folder, LIMIT, now_ns=lambda: next(times))
     store.open()
     for name in "abcd":
@@ -217,8 +214,6 @@ class Expected:
 
     def put(self, name: str, size: int | None) -> None:
         self.remove(name)
-        if size is not None and size > self.limit:
-            size = None
         self.sizes[name] = size
         self.evict()
 
@@ -251,16 +246,20 @@ def test_entries_follow_a_list_in_order_of_use(
         for step in steps:
             match step:
                 case "keep", str(name), int(size):
-                    keep(store, name, size, model_id=name)
-                    expected.put(name, size)
+                    kept = keep(store, name, size, model_id=name)
+                    assert (kept is not None) == (size <= expected.limit)
+                    if kept is not None:
+                        expected.put(name, size)
+                        expected.use(name)
                 case "settle", str(name), _:
-                    store.record_useless(key(name), {}, model_id=name, version=1)
+                    record(store, name, model_id=name)
                     expected.put(name, None)
                 case "use", str(name), _:
                     assert (store.use(key(name)) is not None) == (expected.use(name) is not None)
                 case "drop", str(name), _:
                     has_form = expected.sizes.get(name) is not None
-                    assert store.drop(key(name), "bad") == has_form
+                    expected.use(name)
+                    assert drop(store, name) == has_form
                     if has_form:
                         expected.put(name, None)
                 case "clear" | "clear beside" as who, str(name), _:
@@ -279,23 +278,21 @@ def test_entries_follow_a_list_in_order_of_use(
 def test_clear_takes_all_or_one_model(store: ModelCache, folder: Path) -> None:
     keep(store, "a", 10, model_id="one")
     keep(store, "b", 20, model_id="two")
-    store.record_useless(C, {}, model_id="two", version=1)
-    (folder / key("d")).mkdir()
+    record(store, "c", model_id="two")
+    (folder / "forms" / key("d")).mkdir()
     assert store.clear("three") == Cleared(0, 0)
     assert store.clear("two") == Cleared(2, 20)
     assert keys(store) == [A]
     assert store.clear() == Cleared(2, 10)
-    assert list(folder.iterdir()) == []
+    assert list(folder.glob("*/*")) == []
     assert store.clear() == Cleared(0, 0)
 
 
 def test_clear_beside_a_server_spares_its_drafts(store: ModelCache, folder: Path) -> None:
-    draft = store.draft(A)
-    files = written(draft, halves(10, "a"))
-    (folder / f"draft-{'0' * 16}-{'1' * 8}").mkdir()
-    ModelCache(folder, 0).clear()
-    assert [path.name for path in folder.iterdir()] == [draft.name]
-    assert store.keep(A, draft, made_of(files)) is not None
+    draft = write(store.draft(), halves(10, "a"))
+    keep(store, "b")
+    assert ModelCache(folder, 0).clear() == Cleared(1, 10)
+    assert store.keep(manifest_of("a"), draft) is None
 
 
 def test_folder_removed_while_open_comes_back(store: ModelCache, folder: Path) -> None:
@@ -303,11 +300,11 @@ def test_folder_removed_while_open_comes_back(store: ModelCache, folder: Path) -
     shutil.rmtree(folder)
     assert (store.entries(), store.use(A), store.clear()) == ([], None, Cleared(0, 0))
     assert keep(store, "b") is not None
-    draft = store.draft(A)
+    draft = store.draft()
     shutil.rmtree(folder)
-    with pytest.raises(CacheUnavailable, match="gone"):
-        store.keep(A, draft, made_of(()))
-    assert store.draft(A, 1).is_dir()
+    with pytest.raises(CACHE_PROBLEMS):
+        store.keep(manifest_of("a"), draft)
+    assert store.draft(1).is_dir()
 
 
 # Threads, processes, and their deaths
@@ -342,15 +339,9 @@ def test_kill_while_keeping_leaves_nothing_wrong(folder: Path) -> None:
     assert min(counts["drafts"], counts["forms"]) > 0  # some were killed in the middle of it
 
 
-def test_key_covers_files_in_any_order_and_threads() -> None:
-    one, two = SourceHash("model.onnx", "ab" * 32), SourceHash("weights", "cd" * 32)
-    assert make_key([one, two], 1) == make_key([two, one], 1)
-    keys = [
-        make_key([one, two], 1),
-        make_key([one, two], 2),
-        make_key([one], 1),
-        make_key([SourceHash("other", one.sha256), two], 1),
-        make_key([SourceHash(one.path, two.sha256), two], 1),
-    ]
+def test_key_covers_files_and_threads() -> None:
+    one, two = ("model.onnx", "ab" * 32), ("weights", "cd" * 32)
+    versions = [[one, two], [one], [("other", one[1]), two], [(one[0], two[1]), two]]
+    keys = [make_key(digest_of(files), threads) for files in versions for threads in (1, 2)]
     assert len(set(keys)) == len(keys)
     assert all(len(each) == 64 for each in keys)

@@ -18,7 +18,7 @@ from support.workers import until
 
 from events.jobs import JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
-from runtime.cache.manifest import Entry
+from runtime.cache.manifest import Entry, Manifest
 from runtime.cache.preparer import KEPT, LEFT_OUT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
 from runtime.cache.store import ModelCache
 from runtime.cache.trial import has_outside_cause
@@ -53,7 +53,7 @@ def _no_inference_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ModelCache:
-    return opened(tmp_path / "prepared")
+    return opened(tmp_path / "store")
 
 
 def form_of(store: ModelCache, root: Path, model_id: str = "m") -> str | None:
@@ -86,7 +86,7 @@ async def test_same_files_are_offered_once(preparer: Preparer, store: ModelCache
         models.save(models.add(constant), tmp_path, name)
     await offer(preparer, *(candidate(tmp_path, name) for name in ("one", "two", "three")))
     assert set(preparer.preparable) == {"load of one", "load of three"}
-    store.record_useless(key_in(tmp_path, "one"), {}, model_id="other", version=1)
+    store.record_useless(Manifest(key=key_in(tmp_path, "one"), model_id="other", version=1), {})
     preparer.begin("load of one")  # settled meanwhile, and not prepared again
     await until(lambda: preparer.preparation is None)
     [entry] = store.entries()
@@ -112,9 +112,7 @@ async def test_preparation_stopped_repeatedly_is_given_up(
     assert not preparer.preparable
 
 
-async def test_stop_at_any_time_leaves_nothing(
-    preparer: Preparer, pool: WorkerPool, store: ModelCache, tmp_path: Path
-) -> None:
+async def test_stop_at_any_time_leaves_nothing(preparer: Preparer, pool: WorkerPool, tmp_path: Path) -> None:
     models.save(models.add(1), tmp_path, "m")
     for turns in range(40):
         preparer._candidates.clear()  # it is not the third attempt
@@ -125,8 +123,7 @@ async def test_stop_at_any_time_leaves_nothing(
         preparer.stop()
         preparer.stop()
         await until(lambda: preparer.preparation is None)
-        assert list((tmp_path / "prepared").iterdir()) == []
-        assert not store._folder._drafts
+        assert list((tmp_path / "store").glob("*/*")) == []
         assert not pool._workers
 
 
@@ -357,8 +354,8 @@ async def test_models_load_where_the_cache_is_unavailable(
 ) -> None:
     models.save(models.add(1), tmp_path / "models", "m")
     async with start() as engine:
-        (tmp_path / "prepared").rmdir()
-        (tmp_path / "prepared").touch()
+        (tmp_path / "store" / "forms").rmdir()
+        (tmp_path / "store" / "forms").touch()
         await load(engine)
         await until(lambda: "nothing is prepared" in caplog.text)
         assert (await reload(engine)).prepared is None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto
 from support import models
-from support.cache import describe, found, prepared, written_by_the_runtime
+from support.cache import prepared, written_by_the_runtime
 from support.history import PLAIN
 from support.models import save
 from support.workers import Serve, array, ask, order_of
@@ -65,7 +65,8 @@ async def tried(
     pool: WorkerPool, root: Path, form: CachedCopy, *given: Tensor, limit_bytes: int | None = None
 ) -> tuple[str | None, Pair | None]:
     """Try a form of the model `m`."""
-    return await Trial(pool, order_of(root, memory_limit_bytes=limit_bytes), given).run(form)
+    order = order_of(root, memory_limit_bytes=limit_bytes)
+    return await Trial(pool, order, given).run(form)
 
 
 async def test_trial_times_one_pair_with_equal_answers(pool: WorkerPool, root: Path) -> None:
@@ -91,7 +92,6 @@ async def test_form_that_differs_is_of_no_use(
     other = root.parent / "other" / "models"
     save(models.add(1), other, "m")
     form = await prepared(pool, other)  # given out for one of the model
-    form = describe(form.folder, form.form, form.files, found(root / "m" / "1"))
     assert await tried(pool, root, form) == (why_not, None)
 
 

@@ -266,6 +266,14 @@ def test_cancelled_copy_and_hash_leave_nothing(store: Store, root: Path) -> None
 # Limits
 
 
+def in_own_namespace() -> list[str]:
+    """Return the beginning of a command that may mount file systems which nobody else sees."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("no namespace for a file system of its own")
+    return alone
+
+
 def test_full_disk_is_refused_before_anything_is_copied(store: Store, root: Path) -> None:
     folder = write_version(root, FILES)
     seen = os.statvfs(root)
@@ -304,13 +312,33 @@ except DiskFull as full:
     print(full, os.listdir(at / "data" / "store" / "incoming"))
 """
     (tmp_path / "data").mkdir()
-    alone = ["unshare", "--user", "--map-root-user", "--mount"]
-    if subprocess.run([*alone, "true"], check=False).returncode:
-        pytest.skip("no namespace for a file system of its own")
-    command = [*alone, *child(script, tmp_path)]
+    command = [*in_own_namespace(), *child(script, tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert f"takes {2**21} bytes" in done.stdout
     assert done.stdout.endswith("[]\n")
+
+
+def test_full_disk_evicts_forms_least_recently_used_first(tmp_path: Path) -> None:
+    """On a file system of 4 MB: two forms of 1 MB, and a version of 2 MB."""
+    script = """
+import subprocess
+from pathlib import Path
+from support.cache import keep, key, opened
+from support.store import opened_store, write_version
+at = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", at / "data"], check=True)
+cache = opened(at / "data" / "store")
+for name in "abca":
+    keep(cache, name, 2**20 - 2**14) if name != "c" else keep(cache, name, 10)
+folder = write_version(at, {"model.onnx": bytes(2**21)})
+store = opened_store(at / "data")
+store.discard(store.take(at, folder))
+print([entry.key == key("a") or entry.key == key("c") for entry in cache.entries()])
+"""
+    (tmp_path / "data").mkdir()
+    command = [*in_own_namespace(), *child(script, tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.stdout.strip() == "[True, True]", ran.stderr
 
 
 def test_least_recently_used_version_is_swept_for_another(root: Path, tmp_path: Path) -> None:

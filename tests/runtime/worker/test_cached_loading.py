@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.cache import FORMS, describe, found, in_background, prepared, written_by_the_runtime
+from support.cache import FORMS, describe, in_background, prepared, written_by_the_runtime
 from support.models import save
 from support.workers import array, ask, floats, load, loaded_memory, order_of, refusal, tensor, trips
 
@@ -94,7 +94,7 @@ async def crafted(root: Path, form: ModelProto | bytes) -> Load:
     """Make the order to load model `m` with this form, hashes included."""
     data = form if isinstance(form, bytes) else form.SerializeToString()
     order, folder = order_of(root), models.save_bytes(data, root.parent / "forms", "m")
-    return replace(order, prepared=describe(folder, "optimised", found(folder), found(order.folder)))
+    return replace(order, prepared=describe(folder, "optimised"))
 
 
 async def test_form_is_loaded_in_place_of_the_model(pool: WorkerPool, tmp_path: Path) -> None:
