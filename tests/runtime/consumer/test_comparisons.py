@@ -16,7 +16,7 @@ from events.types import LoadedFile
 from runtime.consumer.comparisons import ContentComparisons
 from runtime.contents import ModelContents
 from runtime.repository import Repository
-from runtime.store.store import hash_file
+from runtime.store.identities import hash_file
 
 
 def touch(folder: Path) -> None:
