@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,15 +15,16 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from runtime.errors import RuntimeProblem
-from runtime.limits import time_limit
+from runtime.limits import Limit, time_limit
 
 T = TypeVar("T")
 
 MAX_THREADS = 32
 """Looks at once. One takes a millisecond, so only looks that hang fill this."""
-TURN_LIMIT_S = 2.0
-"""How long a look waits for an earlier one of its model, and for a thread. A model whose look has taken
-longer is known to hang: its next look is refused at once."""
+HANG_S = 2.0
+"""A look that takes longer counts as hanging until it returns: other looks do not wait for it."""
+CHECK_S = 0.5
+"""How often a waiting look checks whether those before it hang."""
 REQUEST_LIMIT_S = 3.0
 """How long a request waits for a look: many files on a slow network mount take a second."""
 LOAD_LIMIT_S = 30.0
@@ -45,6 +45,7 @@ class Lookups:
     """
 
     def __init__(self, max_threads: int = MAX_THREADS) -> None:
+        self._max_threads = max_threads
         self._free = asyncio.Semaphore(max_threads)
         self._lanes: dict[str, _Lane] = {}
         self._idle: list[_Thread] = []
@@ -80,25 +81,46 @@ class Lookups:
             raise _busy(key, f"did not answer within {limit_s:g} s") from None
 
     async def _wait_for_turn(self, key: str, lane: _Lane) -> None:
-        if lane.hangs:
-            raise _busy(key, f"has not answered for more than {TURN_LIMIT_S:g} s")
+        """Wait for the looks before it, however many, unless they hang."""
+        if not (lane.lock.locked() or self._free.locked()):
+            await self._take_turn(lane)  # at once
+            return
+        turn = asyncio.ensure_future(self._take_turn(lane))
         try:
-            async with time_limit(TURN_LIMIT_S):
-                await lane.lock.acquire()
-                try:
-                    await self._free.acquire()
-                except BaseException:
-                    lane.lock.release()
-                    raise
-        except TimeoutError:
-            raise _busy(key, f"was looked at by others for {TURN_LIMIT_S:g} s") from None
+            while not turn.done():
+                self._refuse_hopeless(key, lane)
+                await asyncio.wait({turn}, timeout=CHECK_S)
+        except BaseException:
+            turn.add_done_callback(lambda _: self._give_turn_back(turn, lane))
+            turn.cancel()
+            raise
+
+    async def _take_turn(self, lane: _Lane) -> None:
+        await lane.lock.acquire()
+        try:
+            await self._free.acquire()
+        except BaseException:
+            lane.lock.release()
+            raise
+
+    def _give_turn_back(self, turn: asyncio.Future[None], lane: _Lane) -> None:
+        if not turn.cancelled():
+            lane.lock.release()
+            self._free.release()
+
+    def _refuse_hopeless(self, key: str, lane: _Lane) -> None:
+        if lane.hangs:
+            raise _busy(key, f"has not answered for {HANG_S:g} s")
+        hanging = sum(each.hangs for each in self._lanes.values())
+        if hanging >= self._max_threads:
+            raise _busy(key, f"has to wait: {hanging} other folders have not answered for {HANG_S:g} s")
 
     def _start(self, key: str, lane: _Lane, look: Callable[[], T]) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         answer.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may await it
         thread = self._idle.pop() if self._idle else _Thread()
-        lane.began_s = time.monotonic()
+        lane.limit = Limit(HANG_S, lane.note_hang)
 
         def end(set_answer: Callable[[Any], None], value: Any) -> None:
             self._idle.append(thread)
@@ -118,7 +140,9 @@ class Lookups:
         return answer
 
     def _release(self, key: str, lane: _Lane) -> None:
-        lane.began_s = None
+        if lane.limit is not None:
+            lane.limit.cancel()
+        lane.hangs = False
         lane.lock.release()
         self._free.release()
         self._leave(key, lane)
@@ -135,18 +159,18 @@ class _Lane:
     Attributes:
         users: looks that run or wait.
         lock: held while one runs, until its thread has returned.
-        began_s: when the running one began (CLOCK_MONOTONIC).
+        limit: after which the running one counts as hanging.
+        hangs: whether it does.
     """
 
     def __init__(self) -> None:
         self.users = 0
         self.lock = asyncio.Lock()
-        self.began_s: float | None = None
+        self.limit: Limit | None = None
+        self.hangs = False
 
-    @property
-    def hangs(self) -> bool:
-        """Whether the running look has taken too long."""
-        return self.began_s is not None and time.monotonic() - self.began_s > TURN_LIMIT_S
+    def note_hang(self) -> None:
+        self.hangs = True
 
 
 class _Thread:

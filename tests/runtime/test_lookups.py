@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -39,8 +40,9 @@ class Hanging:
 
 
 @pytest.fixture
-def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookups_module, "TURN_LIMIT_S", SHORT_S)
+def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookups_module, "HANG_S", SHORT_S)
+    monkeypatch.setattr(lookups_module, "CHECK_S", SHORT_S)
 
 
 async def test_look_returns_or_raises_what_it_finds() -> None:
@@ -65,7 +67,7 @@ async def test_looks_of_one_model_run_one_after_the_other() -> None:
     assert hanging.began == 2
 
 
-@pytest.mark.usefixtures("_short_turns")
+@pytest.mark.usefixtures("_short_limits")
 async def test_looks_that_hang_refuse_others_at_the_bound_only() -> None:
     lookups, hanging = Lookups(max_threads=2), Hanging()
     late = []
@@ -84,6 +86,18 @@ async def test_looks_that_hang_refuse_others_at_the_bound_only() -> None:
     hanging.may_end.set()
     await until(lambda: not lookups._lanes)
     assert await lookups.run("a", lambda: 3, LIMIT_S) == 3
+
+
+async def test_looks_wait_for_as_many_as_come_before_them() -> None:
+    lookups = Lookups(max_threads=1)
+    looks = [lookups.run(f"m{number}", partial(time.sleep, 0.01), LIMIT_S) for number in range(100)]
+    waiting = asyncio.ensure_future(lookups.run("m0", lambda: 3, LIMIT_S))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    assert await asyncio.gather(*looks) == [None] * 100
+    assert waiting.cancelled()
+    assert not lookups._lanes
+    assert not lookups._free.locked()
 
 
 async def test_threads_are_reused_and_end_with_their_owner() -> None:
