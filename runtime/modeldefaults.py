@@ -47,6 +47,10 @@ class WarmUp:
     required: bool = True
 
 
+NO_WARM_UP = WarmUp(enabled=False, required=False)
+"""Of a reload whose model has no valid file, or none that can be read now."""
+
+
 class _Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: Name
     datatype: str
@@ -92,7 +96,7 @@ def read_reload_warm_up(repository: Repository, model_id: str) -> WarmUp:
     try:
         return replace(read_warm_up(repository, model_id), required=False)
     except RuntimeProblem:
-        return WarmUp(enabled=False, required=False)
+        return NO_WARM_UP
 
 
 def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp]:

@@ -27,7 +27,7 @@ from runtime.errors import ForkServerUnavailable, LoadRefused, RuntimeProblem, W
 from runtime.estimates import FileSizes, file_sizes
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, time_limit
 from runtime.lookups import LOAD_LIMIT_S, RepositoryBusy
-from runtime.modeldefaults import WarmUp, read_reload_warm_up, read_warm_up
+from runtime.modeldefaults import NO_WARM_UP, WarmUp, read_reload_warm_up, read_warm_up
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
@@ -405,7 +405,7 @@ async def build_order(
     except RepositoryBusy:
         if not load.is_reload:
             raise
-        warm_up = WarmUp()  # the store has all that a reload needs
+        warm_up = NO_WARM_UP  # the store has all that a reload needs
     load.check_estimate(files.files)
     if load.needs_form and load.prepared is None:
         raise FormUnusable("it is gone")

@@ -12,6 +12,7 @@ from runtime.errors import (
     UnknownVersion,
     WorkerDied,
 )
+from runtime.lookups import RepositoryBusy
 from runtime.modeldefaults import InvalidDefaults
 from runtime.repository import UnsafeFile
 from runtime.store.problems import DiskFull, RepositoryUnreadable, StoreFull, StoreUnavailable
@@ -20,7 +21,7 @@ from runtime.store.problems import DiskFull, RepositoryUnreadable, StoreFull, St
 def test_every_code_of_a_failed_load_has_a_consequence() -> None:
     problems = (
         *(ForkServerUnavailable, UnknownModel, UnknownVersion, WorkerDied, InvalidDefaults, UnsafeFile),
-        *(DiskFull, RepositoryUnreadable, StoreFull, StoreUnavailable, NotEncodable),
+        *(DiskFull, RepositoryBusy, RepositoryUnreadable, StoreFull, StoreUnavailable, NotEncodable),
     )
     refusals = set(get_args(LoadCode)) - set(get_args(PrepareCode))
     assert {problem.code for problem in problems} | refusals <= CONSEQUENCES.keys()
