@@ -137,5 +137,6 @@ async def test_death_of_a_part_ends_the_server_uncleanly(config: Config, part: s
         if part == "writer":
             await request_load(server, "m")
         assert await server.ended() == 1
-        assert f"{part} ended; the server stops" in server.output.read_text()
+        ended = "writer" if part == "tails" else part  # an event of another process ends the writer first
+        assert f"{ended} ended; the server stops" in server.output.read_text()
     assert recorded(ledger) == ["ServerStarted"]  # no ServerStopped: the next start is unclean
