@@ -210,14 +210,16 @@ class ModelContents:
             LoadRefused: `unsafe_file`, `model_changed`.
             RepositoryUnreadable: `repository_unreadable`.
         """
-        sources = self._look(model_id, version)
         if self.store is None:
             known = self._remembered.get((model_id, version))
-            if known is None or known.sources != sources:
+            if known is None or known.sources != self._look(model_id, version):
                 return None
-            return tuple((file.path, sha256) for file, sha256 in zip(sources, known.sha256s, strict=True))
-        digest = self.store.find_source(model_id, version, sources)
-        return None if digest is None else self.store.contents(digest)
+            paths = (file.path for file in known.sources)
+            return tuple(zip(paths, known.sha256s, strict=True))
+        record = self.store.read_source(model_id, version)
+        if record is None or not record.is_of(self._look(model_id, version)):
+            return None
+        return self.store.contents(record.digest)
 
     def has_changed(self, model_id: str, version: int, loaded: Iterable[LoadedFile]) -> bool:
         """Whether the repository has other files than those that were loaded, as far as their identities say.

@@ -87,9 +87,8 @@ async def make_load_command(
     """
     wanted = {name: value for name, value in asked.items() if name != "version"}
     version = asked.get("version")
-    contents, loaded = app[CONTENTS], app[LOG].state.models.get(model_id)
-    serving = loaded.serving if loaded is not None else None
-    look = partial(_look_up, contents, model_id, version, serving.version if serving is not None else None)
+    contents = app[CONTENTS]
+    look = partial(_look_up, contents, model_id, version)
     found, known, written = await contents.repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(found.model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(found.model_id), app[CONFIG])
@@ -116,14 +115,12 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
 
 
 def _look_up(
-    contents: ModelContents, model_id: str, version: int | None, loaded_version: int | None
+    contents: ModelContents, model_id: str, version: int | None
 ) -> tuple[ModelVersion, Contents | None, dict[str, Any]]:
-    """Resolve a version; its contents are looked up only if it is loaded."""
     found = contents.repository.resolve(model_id, version)
     known = None
-    if found.version == loaded_version:
-        with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
-            known = contents.known_contents(model_id, found.version)
+    with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
+        known = contents.known_contents(model_id, found.version)
     return found, known, read_defaults(contents.repository, model_id)
 
 

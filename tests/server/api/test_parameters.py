@@ -10,10 +10,11 @@ from support.http import LocalApi
 from support.models import save
 
 from events.types import LoadRequested
+from runtime.contents import ModelContents
 from runtime.repository import Repository
 from server.api.models import make_load_command
 from server.app import create_app
-from server.appkeys import REPOSITORY
+from server.appkeys import CONTENTS
 from server.config import Config
 
 USUAL: dict[str, Any] = {
@@ -33,7 +34,7 @@ def application(repository: Path, **settings: Any) -> web.Application:
     """Return an application that is not started, since a command needs no worker."""
     write(repository, "")
     app = create_app(Config(repository=repository, data=repository / "data", **settings))
-    app[REPOSITORY] = Repository(repository)
+    app[CONTENTS] = ModelContents(Repository(repository), None)
     return app
 
 

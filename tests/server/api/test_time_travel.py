@@ -99,7 +99,9 @@ async def test_head_and_future_time_show_the_present(past: LocalApi) -> None:
         assert (await found(past, f"models?at={local.isoformat()}{offset}"))["as_of"] == past.position
     listed = await found(past, f"models?at={past.position}")
     now = await found(past, "models")
-    assert listed["models"] == [model | {"versions": None} for model in now["models"]]
+    assert listed["models"] == [
+        model | {"versions": None, "repository_changed": None} for model in now["models"]
+    ]
 
 
 async def test_past_job_shows_its_status_then(past: LocalApi) -> None:
