@@ -237,9 +237,13 @@ class WatchedWorld(World):
         assert job.cause is not Cause.RESTART
         is_stopped = self.preparation is None or self.preparation.stopping
         assert is_stopped or self.budget_bytes == inf or self.max_loaded < inf
-        is_one_more = job.model_id not in self.present()
-        is_one_too_many = is_one_more and len(self.present()) >= self.max_loaded
-        assert is_one_too_many or self.used_bytes() + self.estimate(job) > self.budget_bytes
+        # It lacks room for itself, or beside those for which room is reserved.
+        waiting = [
+            each for each in self.state.unended() if each.load is not None and each.id not in self.live
+        ]
+        models = self.present() | {each.model_id for each in waiting}
+        is_over_budget = self.used_bytes() + sum(map(self.estimate, waiting)) > self.budget_bytes
+        assert len(models) > self.max_loaded or is_over_budget
         self._check_turn(job)
 
     def present(self) -> set[str]:
