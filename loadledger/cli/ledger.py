@@ -54,7 +54,7 @@ def verify(
     files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Verify a ledger, exports, archives, or the store of model versions.
+    """Verify a ledger, exports, archives or a store.
 
     --data verifies a ledger: the database file, the hash chain and the stored projections. The server may be
     running; a copy made with `backup` works too. If events were archived, give the files with --archive: they

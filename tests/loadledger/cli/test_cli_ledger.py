@@ -292,7 +292,8 @@ async def test_replay_agrees_with_running_server(api: LocalApi) -> None:
     models.save(models.add(), api.config.repository, "digits")
     await api.load("digits")
     found = await asyncio.to_thread(printed_json, "replay", "--data", api.config.data)
-    assert found["models"] == [await api.model("digits") | {"versions": None}]
+    now = await api.model("digits")
+    assert found["models"] == [now | {"versions": None, "repository_changed": None}]
     assert found["jobs"] == []
     at = (await api.get(f"/api/v1/models?at={found['as_of']}")).json
     assert (found["as_of"], found["as_of_time"]) == (at["as_of"], at["as_of_time"])

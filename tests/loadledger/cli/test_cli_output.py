@@ -88,16 +88,17 @@ def test_value_has_unit_or_dash() -> None:
     ("status", "stage", "done", "told"),
     [
         ("pending", None, 0, "pending"),
-        ("in_progress", "starting", 1, "starting"),
-        ("in_progress", "warming_up", 3, "warming up"),
+        ("in_progress", "copying", 1, "copying"),
+        ("in_progress", "starting", 2, "starting"),
+        ("in_progress", "warming_up", 4, "warming up"),
         ("in_progress", "of a later release", 0, "of a later release"),
-        ("completed", None, 5, "completed"),
+        ("completed", None, 6, "completed"),
         ("failed", None, 0, "failed"),
     ],
 )
 def test_job_progress_in_steps_and_words(status: str, stage: str | None, done: int, told: str) -> None:
     job = Job(id="j", kind="load", model_id="m", status=status, stage=stage)
-    assert (count_steps(job), describe_progress(job)) == ((done, 5), told)
+    assert (count_steps(job), describe_progress(job)) == ((done, 6), told)
     job = Job(id="j", kind="load", model_id="m", status="pending", waiting_for="20 MB of memory")
     assert describe_progress(job) == "waits: 20 MB of memory"
 
