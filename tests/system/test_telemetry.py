@@ -148,7 +148,7 @@ async def test_request_job_and_stages_join_the_callers_trace(config: Config) -> 
     assert request.attributes["http.route"] == "/api/v1/models/{id}/load"
     assert request.attributes["loadledger.job"] == load_job.attributes["loadledger.job"] == job["id"]
     assert (load_job.attributes["loadledger.model"], load_job.attributes["loadledger.version"]) == ("m", 1)
-    stages = ["waiting", "starting", "loading", "warming_up", "measuring"]
+    stages = ["waiting", "copying", "starting", "loading", "warming_up", "measuring"]
     assert inside(collector, load_job) == stages
     for stage in collector.children(load_job):
         assert load_job.began_ns <= stage.began_ns <= stage.ended_ns <= load_job.ended_ns
