@@ -88,7 +88,7 @@ def _details(model: Any) -> Iterator[str]:
     facts = {
         "version": model.version,
         "next version": model.next_version,
-        "repository": model.repository_changed and "has newer files than those that are loaded",
+        "repository": "has newer files than those that are loaded" if model.repository_changed else None,
         "versions": model.versions and ", ".join(map(str, model.versions)),
         "instances": model.instances,
         "memory": model.memory_bytes and format_size(model.memory_bytes),

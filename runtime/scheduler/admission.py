@@ -221,7 +221,7 @@ class _PendingLoad:
             return actions.CompareFiles(self.job)
         is_same = unchanged[self.job.id]
         if is_same is None:
-            return Waiting("a look at its files")
+            return Waiting("the comparison of its files with the loaded ones")
         return actions.ChangeSettings(self.job, serving.load_job_id) if is_same else None
 
     def _refuse_or_estimate(self) -> Action | Waiting | None:

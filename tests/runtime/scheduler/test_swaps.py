@@ -111,7 +111,9 @@ def test_load_of_what_is_loaded_changes_settings_only(
 ) -> None:
     decision = decide_on(facts, running, observations=Observations(unchanged=unchanged))
     assert describe(decision.action) == action
-    assert decision.waiting_for == ({"L3": "a look at its files"} if action == "nothing" else {})
+    assert decision.waiting_for == (
+        {"L3": "the comparison of its files with the loaded ones"} if action == "nothing" else {}
+    )
 
 
 @pytest.mark.parametrize(
