@@ -20,8 +20,8 @@ from bench.table import Row, format_mb, format_ms
 from runtime.cache.manifest import Entry
 from runtime.cache.store import ModelCache
 from runtime.memory import PROC, list_descendants, parse_private
-from runtime.repository import MODEL_FILE
 from runtime.store.folder import STORE
+from runtime.wire import MODEL_FILE
 from runtime.worker.loading import huge_pages_help
 
 # Three pairs of processes for each form, at low priority: half a minute, where nothing else runs.

@@ -17,13 +17,14 @@ from pathlib import Path
 from events.jobs import BYTES_GONE
 from events.types import LoadedFile
 from runtime.errors import LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
-from runtime.repository import MODEL_FILE, FileStat, FoundFile, Repository
+from runtime.repository import FileStat, FoundFile, Repository
 from runtime.store.copying import IsCancelled, hash_descriptor
 from runtime.store.identities import is_never
 from runtime.store.manifest import StoredFile, StoredVersion, digest_of
 from runtime.store.problems import RepositoryUnreadable
 from runtime.store.sources import open_sources
 from runtime.store.store import FindNeeded, Store, TakenCopy
+from runtime.wire import MODEL_FILE
 
 Contents = tuple[tuple[str, str], ...]
 """Path and SHA-256 of each file of a version, in order of their paths."""

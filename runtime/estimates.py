@@ -17,9 +17,10 @@ from events.state import State
 from events.types import LoadedFile, LoadParameters
 from runtime.errors import RuntimeProblem
 from runtime.lookups import LOAD_LIMIT_S
-from runtime.repository import MODEL_FILE, FileStat, Repository
+from runtime.repository import FileStat, Repository
 from runtime.store.problems import RepositoryUnreadable
 from runtime.store.sources import open_sources
+from runtime.wire import MODEL_FILE
 
 _log = logging.getLogger(__name__)
 

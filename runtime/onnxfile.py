@@ -14,7 +14,6 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from runtime.errors import LoadRefused
-from runtime.repository import inside
 
 MAX_DEPTH = 100
 """Nesting of messages; protobuf's own parsers stop here, too."""
@@ -87,6 +86,11 @@ def external_locations(path: Path) -> Iterator[str]:
             raise Unparsable("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield from _walk(data)
+
+
+def inside(path: Path, root: Path) -> bool:
+    """Whether a path, with all links followed, is beneath the root (itself without links)."""
+    return Path(os.path.realpath(path)).is_relative_to(root)
 
 
 def _check_location(location: str, folder: Path, root: Path) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from runtime.errors import InvalidModelId, LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
 from runtime.lookups import Lookups
+from runtime.onnxfile import inside
+from runtime.wire import MODEL_FILE
 
-MODEL_FILE = "model.onnx"
 SUFFIX = ".onnx"
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,9}")
@@ -210,11 +211,6 @@ def open_identified(folder: Path, identity: FoundFile) -> int:
         os.close(descriptor)
         raise LoadRefused("model_changed", f"{identity.path!r} changed while it was loaded")
     return descriptor
-
-
-def inside(path: Path, root: Path) -> bool:
-    """Whether a path, with all links followed, is beneath the root (itself without links)."""
-    return Path(os.path.realpath(path)).is_relative_to(root)
 
 
 def _identity(path: str, seen: os.stat_result) -> FoundFile:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from runtime.errors import LoadRefused
-from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, MODEL_FILE, FoundFile
+from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, FoundFile
 from runtime.store.problems import RepositoryUnreadable
+from runtime.wire import MODEL_FILE
 
 TICK_S = 0.012
 """At least the clock of a file system's times: a file that is written to within it after a look at it can

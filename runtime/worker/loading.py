@@ -14,8 +14,8 @@ from pathlib import Path
 import onnxruntime as ort
 
 from runtime.errors import LoadRefused
-from runtime.repository import MODEL_FILE
 from runtime.wire import (
+    MODEL_FILE,
     CachedCopy,
     Load,
     Loaded,

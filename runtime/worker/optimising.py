@@ -34,8 +34,7 @@ from runtime.onnxfile import (
     external_locations,
     read_field,
 )
-from runtime.repository import MODEL_FILE
-from runtime.wire import Prepare, PrepareDone
+from runtime.wire import MODEL_FILE, Prepare, PrepareDone
 from runtime.worker import sessions
 from runtime.worker.loading import lower_priority
 

@@ -14,8 +14,7 @@ import onnxruntime as ort
 from runtime import memory
 from runtime.errors import LoadRefused
 from runtime.onnxfile import check_external_data
-from runtime.repository import MODEL_FILE
-from runtime.wire import BY_ONNX, MAX_NAME_CHARACTERS, TensorSpec
+from runtime.wire import BY_ONNX, MAX_NAME_CHARACTERS, MODEL_FILE, TensorSpec
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
 

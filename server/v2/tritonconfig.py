@@ -15,8 +15,7 @@ from aiohttp import web
 from marshmallow import fields
 
 from events.types import LoadParameters
-from runtime.repository import MODEL_FILE
-from runtime.wire import DATATYPES, TensorSpec
+from runtime.wire import DATATYPES, MODEL_FILE, TensorSpec
 from server.api.schemas import AnswerSchema, LoadBodySchema
 from server.errors import ServerProblem
 from server.http import validation

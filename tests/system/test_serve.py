@@ -149,6 +149,7 @@ async def test_every_setting_is_read_from_the_environment(config: Config) -> Non
         "memory_budget": "50%", "max_loaded": 3, "evict": "idle", "min_residency_s": 1,
         "keep_alive_s": 60, "strategy": "auto", "on_demand": "on", "warm_up": "off",
         "prepare": "off", "prepared_size": "5MB", "huge_pages": "off", "restore": "none",
+        "store": "off", "store_size": "1GB", "repository_immutable": "on",
         "streams_per_subject": 3, "max_connections": 77,
         "head_timeout_s": 3, "idle_timeout_s": 4,
         "log_format": "json", "log_level": "error", "log_inferences": 0.5, "otel": "off",
