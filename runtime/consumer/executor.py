@@ -312,19 +312,21 @@ class Executor:
 
     def _restart_bare(self, load_job_id: str) -> None:
         """Forget an attempt whose workers have exited; the job is estimated and admitted without its form."""
-        load = self.loads.pop(load_job_id)
-        self.totals.end(load)
-        load.files.close()
+        load = self._forget_attempt(load_job_id)
         self.estimates.restart_bare(load_job_id)
         if load.prepared is not None and load.form_failure is not None:
             self.preparer.fail_form(load.prepared, load.form_failure)
 
     def _restart_outdated(self, load_job_id: str) -> None:
         """Forget an attempt that found other files; the job is estimated and admitted for those."""
+        self._forget_attempt(load_job_id)
+        self.estimates.restart_outdated(load_job_id)
+
+    def _forget_attempt(self, load_job_id: str) -> RunningLoad:
         load = self.loads.pop(load_job_id)
         self.totals.end(load)
         load.files.close()
-        self.estimates.restart_outdated(load_job_id)
+        return load
 
     async def _complete_load(self, job: Job, replaces: str | None, conditions: Conditions) -> None:
         load = self.loads[job.id]

@@ -14,8 +14,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -292,27 +292,26 @@ class Store:
             self._used_ns[manifest.digest] = (path / MANIFEST).stat().st_mtime_ns
 
     def _make_room(self, find_needed: FindNeeded) -> None:
-        with self._lock, self._sweeping(find_needed) as (is_needed, sweep):
-            self._bounds.make_room(sum(self._incoming_bytes.values()), self._kept(), is_needed, sweep)
+        with self._lock:
+            size, is_needed = sum(self._incoming_bytes.values()), self._test_of_need(find_needed)
+            self._bounds.make_room(size, self._kept(), is_needed, self._remove_version)
 
     def _make_disk_room(self, size: int, find_needed: FindNeeded) -> None:
         """Sweep versions, then evict optimised forms, which are only a cache, until the disk has room."""
-        with self._lock, explain_os_errors(self.path), self._sweeping(find_needed) as (is_needed, sweep):
-            forms = sorted(self._folder.forms(), key=_last_use)
+        with self._lock, explain_os_errors(self.path):
+            forms, is_needed = sorted(self._folder.forms(), key=_last_use), self._test_of_need(find_needed)
             while True:
                 try:
-                    return self._bounds.make_disk_room(size, self._kept(), is_needed, sweep)
+                    return self._bounds.make_disk_room(size, self._kept(), is_needed, self._remove_version)
                 except DiskFull:
                     if not forms:
                         raise
                     self._remove(forms.pop(0))
 
-    @contextmanager
-    def _sweeping(
-        self, find_needed: FindNeeded
-    ) -> Iterator[tuple[Callable[[str], bool], Callable[[str], None]]]:
+    def _test_of_need(self, find_needed: FindNeeded) -> Callable[[str], bool]:
+        """Return whether a digest is held or needed; what is needed is found once, if at all."""
         needed = cache(find_needed)
-        yield (lambda digest: digest in self._held or digest in needed()), self._remove_version
+        return lambda digest: digest in self._held or digest in needed()
 
     def _kept(self) -> list[KeptVersion]:
         return [
