@@ -55,7 +55,7 @@ _MOST_UNENDED = {Cause.REQUEST: MAX_QUEUE, Cause.DEMAND: MAX_QUEUE // 2}
 """By cause: on-demand loads leave half of the queue to explicit ones; loads by the system have no limit."""
 
 NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
-"""What is wrong with a queue delay alone."""
+"""Message of `invalid_body`, for a queue delay without batches."""
 
 OUTDATED = "outdated"
 """Code of a refused command of the system: what it rests on has changed, so the caller decides anew."""

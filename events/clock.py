@@ -49,7 +49,7 @@ STEP_S = 60.0
 """A wall clock that moved by more than this against CLOCK_BOOTTIME was set; NTP slews by less."""
 
 SETTLED_S = 60.0
-"""How long a time that a step forward led to must stand before it is believed."""
+"""Seconds for which the time after a step forward must stand before the ledger follows it."""
 
 
 class ClockStep(NamedTuple):

@@ -60,7 +60,7 @@ class WorkerServes(Struct, frozen=True, gc=False):
 
 
 Condition = JobUnchanged | ModelUnchanged | WorkerServes
-"""What must still be so when a command of the system is decided; otherwise the command is `outdated`."""
+"""A precondition of a command of the system; the command is `outdated` if it does not hold any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def read_join(event: Event) -> Join | None:
 
 @dataclass(frozen=True, slots=True)
 class KnownRequests:
-    """What the log has of earlier requests that the commands of a group depend on."""
+    """Idempotency keys and joins of earlier requests, for the decisions of one group."""
 
     keys: Mapping[str, KnownKey] = field(default_factory=dict)
     joins: Collection[Join] = ()

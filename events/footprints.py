@@ -1,4 +1,4 @@
-"""What did a version's loads take? The footprints of a model, from which later loads are estimated."""
+"""Footprints: the peak memory of a model's loads, from which later loads are estimated."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ BYTES_GONE = "bytes_gone"
 
 
 class Consequence(Enum):
-    """What follows from a failed reload."""
+    """The consequence of a failed reload for its model."""
 
     INCIDENT = auto()
     """It speaks against the model: enough of these within ten minutes, and the model is given up."""

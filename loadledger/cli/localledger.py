@@ -244,7 +244,7 @@ async def show_events(
 
 @dataclass(frozen=True, slots=True)
 class StoreFinding:
-    """What is wrong with one version of the store."""
+    """A finding in one version of the store."""
 
     digest: str
     reason: str

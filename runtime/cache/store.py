@@ -45,7 +45,7 @@ prepare."""
 USELESS_KNOWN_S = 86_400
 """A day: how long reasons against all forms hold. Some are measured, and the machine was busy."""
 CACHE_PROBLEMS = (StoreUnavailable, DiskFull, OSError)
-"""What a full, broken or foreign disk raises; models load without the cache then."""
+"""Errors of a full, broken or foreign disk; models load without the cache then."""
 _log = logging.getLogger(__name__)
 
 
