@@ -22,7 +22,7 @@ from runtime.store.copying import IsCancelled, hash_descriptor
 from runtime.store.identities import is_never
 from runtime.store.manifest import StoredFile, StoredVersion, digest_of
 from runtime.store.problems import RepositoryUnreadable
-from runtime.store.sources import open_sources
+from runtime.store.sources import open_sources, open_version
 from runtime.store.store import FindNeeded, Store, TakenCopy
 from runtime.wire import MODEL_FILE
 
@@ -138,8 +138,8 @@ class ModelContents:
         Args:
             model_id: the model.
             version: its version.
-            expected: the files that the version must have, as the ledger has them; None takes the present
-                ones.
+            expected: the files that the version must have, as the ledger has them, if `find` has not found
+                them; None takes the present ones.
             is_cancelled: asked between pieces.
 
         Raises:
@@ -238,32 +238,40 @@ class ModelContents:
         except (LoadRefused, RepositoryUnreadable):
             return False
 
-    def find(self, model_id: str, version: int, loaded: Sequence[LoadedFile]) -> VersionFiles | None:
+    def find(
+        self,
+        model_id: str,
+        version: int,
+        loaded: Sequence[LoadedFile],
+        is_cancelled: IsCancelled = is_never,
+    ) -> VersionFiles | None:
         """Return the files that were loaded, held, wherever workers loaded them from; None if they are gone.
 
         Raises:
             CopyCancelled: `copy_cancelled`.
         """
         if self.store is not None:
-            return self._find_stored(model_id, version, loaded, is_never)
+            digest = digest_of((file.path, file.sha256) for file in loaded)
+            stored = self.store.find(digest, is_cancelled)
+            mtimes_ns = {file.path: file.mtime_ns for file in loaded}
+            return None if stored is None else _of_stored(model_id, version, stored, mtimes_ns)
         try:
             files = self._in_repository(model_id, version, self._look(model_id, version))
-            self.hash(files)
+            self.hash(files, is_cancelled)
         except (LoadRefused, RepositoryUnreadable):
             return None
         return files if files.contents == contents_of(loaded) else None
 
     def _obtain_present(self, model_id: str, version: int, is_cancelled: IsCancelled) -> VersionFiles:
-        found = self.repository.resolve(model_id, version)
-        sources = self._look(model_id, version)
-        if self.store is None:
-            return self._in_repository(model_id, version, sources)
-        digest = self.store.find_source(model_id, version, sources)
-        stored = self.store.find(digest, is_cancelled) if digest is not None else None
-        if stored is not None:
-            return _of_stored(model_id, version, stored, {file.path: file.mtime_ns for file in sources})
-        began_ns = time.monotonic_ns()
-        copy = self.store.take(self.repository.root, found.folder, self.find_needed, is_cancelled)
+        with open_version(self.repository, model_id, version) as (sources, found):
+            if self.store is None:
+                return self._in_repository(model_id, version, found)
+            digest = self.store.find_source(model_id, version, found)
+            stored = self.store.find(digest, is_cancelled) if digest is not None else None
+            if stored is not None:
+                return _of_stored(model_id, version, stored, {file.path: file.mtime_ns for file in found})
+            began_ns = time.monotonic_ns()
+            copy = self.store.take(sources, found, self.find_needed, is_cancelled)
         return VersionFiles(
             model_id,
             version,
@@ -278,9 +286,6 @@ class ModelContents:
     def _obtain_same(
         self, model_id: str, version: int, expected: Sequence[LoadedFile], is_cancelled: IsCancelled
     ) -> VersionFiles:
-        stored = self._find_stored(model_id, version, expected, is_cancelled)
-        if stored is not None:
-            return stored
         try:
             files = self._obtain_present(model_id, version, is_cancelled)
         except (UnknownModel, UnknownVersion):
@@ -299,33 +304,21 @@ class ModelContents:
             raise
         return files
 
-    def _find_stored(
-        self, model_id: str, version: int, loaded: Sequence[LoadedFile], is_cancelled: IsCancelled
-    ) -> VersionFiles | None:
-        digest = digest_of((file.path, file.sha256) for file in loaded)
-        stored = self.store.find(digest, is_cancelled) if self.store is not None else None
-        if stored is None:
-            return None
-        return _of_stored(model_id, version, stored, {file.path: file.mtime_ns for file in loaded})
-
     def _in_repository(self, model_id: str, version: int, sources: tuple[FoundFile, ...]) -> VersionFiles:
         known = self._remembered.get((model_id, version))
         return VersionFiles(
             model_id,
             version,
             root=self.repository.root,
-            folder=self._folder_of(model_id, version),
+            folder=self.repository.folder_of(model_id, version),
             files=_stats_of(sources),
             sha256s=known.sha256s if known is not None and known.sources == sources else None,
             sources=sources,
         )
 
     def _look(self, model_id: str, version: int) -> tuple[FoundFile, ...]:
-        with open_sources(self.repository.root, self._folder_of(model_id, version)) as sources:
+        with open_sources(self.repository.root, self.repository.folder_of(model_id, version)) as sources:
             return sources.look()
-
-    def _folder_of(self, model_id: str, version: int) -> Path:
-        return self.repository.root / model_id / str(version)
 
     def _check_readable(self, model_id: str, version: int) -> None:
         """Refuse to judge by a repository that cannot be read, or is not mounted.
@@ -333,7 +326,7 @@ class ModelContents:
         Raises:
             RepositoryUnreadable: `repository_unreadable`.
         """
-        root, folder = self.repository.root, self._folder_of(model_id, version)
+        root, folder = self.repository.root, self.repository.folder_of(model_id, version)
         try:
             with os.scandir(root) as entries:
                 is_empty = next(entries, None) is None

@@ -19,7 +19,7 @@ from runtime.errors import RuntimeProblem
 from runtime.lookups import LOAD_LIMIT_S
 from runtime.repository import FileStat, Repository
 from runtime.store.problems import RepositoryUnreadable
-from runtime.store.sources import open_sources
+from runtime.store.sources import open_version
 from runtime.wire import MODEL_FILE
 
 _log = logging.getLogger(__name__)
@@ -213,9 +213,8 @@ class MemoryEstimates:
 
     def _look_at_files(self, model_id: str, version: int) -> Sequence[FileStat]:
         """Look at the files of a version; one that cannot be looked at is an error, and not left out."""
-        folder = self._repository.resolve(model_id, version).folder
-        with open_sources(self._repository.root, folder) as sources:
-            return [FileStat(file.path, file.bytes, file.mtime_ns) for file in sources.look()]
+        with open_version(self._repository, model_id, version) as (_, files):
+            return [FileStat(file.path, file.bytes, file.mtime_ns) for file in files]
 
     def _stop_waiting(self, job_id: str) -> None:
         self.in_progress.discard(job_id)

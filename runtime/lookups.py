@@ -1,4 +1,4 @@
-"""Looks at the repository, in threads of their own: a file system that hangs holds up its models only.
+"""Looks at the repository, in threads of their own: a file system that hangs delays its models only.
 
 A look at a dead network mount never returns, and a thread in it cannot be stopped. So there are few, one for
 each model, and neither requests nor the server's stop wait for them.
@@ -35,6 +35,35 @@ class RepositoryBusy(RuntimeProblem):
     """The repository does not answer at the moment."""
 
     code = "repository_busy"
+
+
+def make_job(
+    work: Callable[[], T], on_end: Callable[[], None]
+) -> tuple[asyncio.Future[T], Callable[[], None]]:
+    """Return the future of a call, and the function that makes the call in a thread.
+
+    Args:
+        work: what to call.
+        on_end: called in the event loop when the call has ended, also if the future was cancelled.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+    answer.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may await it
+
+    def end(set_answer: Callable[[Any], None], value: Any) -> None:
+        on_end()
+        if not answer.done():
+            set_answer(value)
+
+    def job() -> None:
+        try:
+            result: tuple[Callable[[Any], None], Any] = (answer.set_result, work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+            result = (answer.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            loop.call_soon_threadsafe(end, *result)
+
+    return answer, job
 
 
 class Lookups:
@@ -116,26 +145,14 @@ class Lookups:
             raise _busy(key, f"has to wait: {hanging} other folders have not answered for {HANG_S:g} s")
 
     def _start(self, key: str, lane: _Lane, look: Callable[[], T]) -> asyncio.Future[T]:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
-        answer.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may await it
         thread = self._idle.pop() if self._idle else _Thread()
         lane.limit = Limit(HANG_S, lane.note_hang)
 
-        def end(set_answer: Callable[[Any], None], value: Any) -> None:
+        def end() -> None:
             self._idle.append(thread)
             self._release(key, lane)
-            if not answer.done():
-                set_answer(value)
 
-        def job() -> None:
-            try:
-                result: tuple[Callable[[Any], None], Any] = (answer.set_result, look())
-            except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-                result = (answer.set_exception, error)
-            with suppress(RuntimeError):  # the loop is closed: the server has stopped
-                loop.call_soon_threadsafe(end, *result)
-
+        answer, job = make_job(look, end)
         thread.jobs.put(job)
         return answer
 
@@ -190,6 +207,32 @@ def _serve(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
 def _end_threads(idle: list[_Thread]) -> None:
     for thread in idle:
         thread.jobs.put(None)
+
+
+async def wait_with_progress(
+    key: str, answer: asyncio.Future[T], progress: Callable[[], int], limit_s: float
+) -> T:
+    """Return what a thread returns, however long it takes, as long as it goes on.
+
+    Args:
+        key: the model.
+        answer: of the thread, which goes on without effect if this is cancelled or raises.
+        progress: returns a number that changes with each piece of the work.
+        limit_s: how long it may stay the same.
+
+    Raises:
+        RepositoryBusy: `repository_busy`, it stayed the same for longer.
+    """
+    while True:
+        before = progress()
+        try:
+            async with time_limit(limit_s):
+                return await asyncio.shield(answer)
+        except TimeoutError:
+            if answer.done():  # it is the thread's own, or in time after all
+                return answer.result()
+            if progress() == before:
+                raise _busy(key, f"has given nothing to copy for {limit_s:g} s") from None
 
 
 def _busy(key: str, reason: str) -> RepositoryBusy:

@@ -131,8 +131,16 @@ class Repository:
         chosen = versions[-1] if version is None else version
         if chosen not in versions:
             raise UnknownVersion(model_id, chosen)
-        folder = self.root / model_id / str(chosen)
+        folder = self.folder_of(model_id, chosen)
         return ModelVersion(model_id, chosen, folder, tuple(_listing(folder, self.root)))
+
+    def folder_of(self, model_id: str, version: int) -> Path:
+        """Return the folder of a version, whether or not it is there.
+
+        Raises:
+            InvalidModelId: `invalid_model_id`.
+        """
+        return self.root / check_model_id(model_id) / str(version)
 
     def read_beside(self, model_id: str, name: str, max_bytes: int) -> bytes:
         """Read a file beside a model's versions; empty if there is none.

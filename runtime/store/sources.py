@@ -10,12 +10,12 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from runtime.errors import LoadRefused
-from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, FoundFile
+from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, FoundFile, Repository
 from runtime.store.problems import RepositoryUnreadable
 from runtime.wire import MODEL_FILE
 
@@ -176,7 +176,33 @@ def open_sources(root: Path, folder: Path) -> Iterator[SourceFolder]:
         os.close(anchor)
 
 
-def look_after_tick(sources: SourceFolder) -> tuple[FoundFile, ...]:
+@contextmanager
+def open_version(
+    repository: Repository, model_id: str, version: int
+) -> Iterator[tuple[SourceFolder, tuple[FoundFile, ...]]]:
+    """Open the folder of a version, and look at its files.
+
+    Raises:
+        UnknownModel: `unknown_model`.
+        UnknownVersion: `unknown_version`.
+        LoadRefused: `unsafe_file`; `model_changed`.
+        RepositoryUnreadable: `repository_unreadable`.
+    """
+    with ExitStack() as stack:
+        try:
+            sources = stack.enter_context(
+                open_sources(repository.root, repository.folder_of(model_id, version))
+            )
+            files = _look_after_tick(sources)
+        except LoadRefused:
+            repository.resolve(
+                model_id, version
+            )  # what is not there is unknown, and neither changed nor unsafe
+            raise
+        yield sources, files
+
+
+def _look_after_tick(sources: SourceFolder) -> tuple[FoundFile, ...]:
     """Look at the files when whatever is written to them from now on has a later time."""
     files = sources.look()
     latest_ns = max(file.ctime_ns for file in files)

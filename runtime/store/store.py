@@ -44,7 +44,7 @@ from runtime.store.manifest import (
     read_version_manifest,
 )
 from runtime.store.problems import DiskFull, RepositoryUnreadable
-from runtime.store.sources import SourceFolder, look_after_tick, open_sources, refuse_changed
+from runtime.store.sources import SourceFolder, refuse_changed
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 
@@ -128,16 +128,16 @@ class Store:
 
     def take(
         self,
-        root: Path,
-        folder: Path,
+        sources: SourceFolder,
+        files: tuple[FoundFile, ...],
         find_needed: FindNeeded = frozenset,
         is_cancelled: IsCancelled = is_never,
     ) -> TakenCopy:
         """Copy a version of the repository into an incoming folder.
 
         Args:
-            root: the repository's root, which no file may leave.
-            folder: the version's folder.
+            sources: the version's open folder.
+            files: what a look at it found; see `open_version`.
             find_needed: returns digests that are not swept for it, beside those held; asked if one must be.
             is_cancelled: asked between pieces.
 
@@ -153,23 +153,21 @@ class Store:
             StoreUnavailable: `store_unavailable`.
             CopyCancelled: `copy_cancelled`.
         """
-        with open_sources(root, folder) as sources:
-            files = look_after_tick(sources)
-            size = sum(file.bytes for file in files)
-            with explain_os_errors(self.path), self._lock:
-                path = self._folder.new_incoming()
-                self._incoming_bytes[path] = size
-            try:
-                self._make_room(find_needed)
-                copier = FileCopier(lambda: self._make_disk_room(size, find_needed), is_cancelled)
-                with explain_os_errors(self.path, size):
-                    (path / FILES).mkdir(mode=0o700)
-                    for file in files:
-                        _copy_file(copier, sources, file, path / FILES / file.path)
-                refuse_changed(files, sources.look())
-            except BaseException:
-                self._drop_incoming(path)
-                raise
+        size = sum(file.bytes for file in files)
+        with explain_os_errors(self.path), self._lock:
+            path = self._folder.new_incoming()
+            self._incoming_bytes[path] = size
+        try:
+            self._make_room(find_needed)
+            copier = FileCopier(lambda: self._make_disk_room(size, find_needed), is_cancelled)
+            with explain_os_errors(self.path, size):
+                (path / FILES).mkdir(mode=0o700)
+                for file in files:
+                    _copy_file(copier, sources, file, path / FILES / file.path)
+            refuse_changed(files, sources.look())
+        except BaseException:
+            self._drop_incoming(path)
+            raise
         return TakenCopy(path, files)
 
     def hash_copy(self, taken: TakenCopy, is_cancelled: IsCancelled = is_never) -> tuple[StoredFile, ...]:

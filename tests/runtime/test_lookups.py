@@ -1,6 +1,7 @@
 """Looks at the repository: in their order by model, bounded in all, and nobody waits for one that hangs."""
 
 import asyncio
+import errno
 import gc
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from events.commands import RequestLoad
 from events.jobs import JobStatus
 from events.types import LoadParameters
 from runtime import lookups as lookups_module
-from runtime.lookups import Lookups, RepositoryBusy
+from runtime.lookups import Lookups, RepositoryBusy, make_job, wait_with_progress
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
 
@@ -98,6 +99,46 @@ async def test_looks_wait_for_as_many_as_come_before_them() -> None:
     assert waiting.cancelled()
     assert not lookups._lanes
     assert not lookups._free.locked()
+
+
+async def test_work_may_take_long_as_long_as_it_goes_on() -> None:
+    hanging, pieces = Hanging(), 0
+
+    def progress() -> int:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 6:  # three limits
+            hanging.may_end.set()
+        return pieces
+
+    work, job = make_job(hanging, lambda: None)
+    threading.Thread(target=job).start()
+    assert await wait_with_progress("m", work, progress, SHORT_S) == "late"
+    assert pieces >= 6
+
+
+async def test_work_without_progress_is_left_alone() -> None:
+    hanging = Hanging()
+    ended = asyncio.Event()
+    work, job = make_job(hanging, ended.set)
+    thread = threading.Thread(target=job)
+    thread.start()
+    with pytest.raises(RepositoryBusy, match="has given nothing to copy"):
+        await wait_with_progress("m", work, lambda: 0, SHORT_S)
+    assert not work.done()
+    hanging.may_end.set()
+    await ended.wait()
+    assert await work == "late"
+
+
+async def test_time_out_of_the_work_itself_is_raised() -> None:
+    def work() -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "of the file system")
+
+    answer, job = make_job(work, lambda: None)
+    threading.Thread(target=job).start()
+    with pytest.raises(TimeoutError, match="of the file system"):
+        await wait_with_progress("m", answer, lambda: 0, LIMIT_S)
 
 
 async def test_threads_are_reused_and_end_with_their_owner() -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import runtime.store
-from runtime.repository import FoundFile
+from runtime.repository import FoundFile, Repository
+from runtime.store.copying import IsCancelled
+from runtime.store.identities import is_never
 from runtime.store.manifest import StoredVersion
-from runtime.store.sources import open_sources
-from runtime.store.store import Store
+from runtime.store.sources import open_sources, open_version
+from runtime.store.store import FindNeeded, Store, TakenCopy
 from runtime.store.verification import verify_store
 
 CODE = str(Path(runtime.store.__file__).parent)
@@ -34,9 +36,21 @@ def write_version(root: Path, files: dict[str, bytes], model_id: str = "m", vers
     return folder
 
 
+def take(
+    store: Store,
+    root: Path,
+    folder: Path,
+    find_needed: FindNeeded = frozenset,
+    is_cancelled: IsCancelled = is_never,
+) -> TakenCopy:
+    """Take a version of a repository, as a load does."""
+    with open_version(Repository(root), folder.parent.name, int(folder.name)) as (sources, files):
+        return store.take(sources, files, find_needed, is_cancelled)
+
+
 def store_version(store: Store, root: Path, folder: Path) -> StoredVersion:
     """Take a version into the store, durably; nothing holds it afterwards."""
-    taken = store.take(root, folder)
+    taken = take(store, root, folder)
     version = store.settle(taken, store.hash_copy(taken))
     store.make_durable(version.digest)
     store.release(version.digest)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.fleet import new_dice, of_both, tell
 from support.history import child
-from support.store import blobs, check_store, look, opened_store, store_version, write_version
+from support.store import blobs, check_store, look, opened_store, store_version, take, write_version
 
 from runtime.store.manifest import StoredVersion
 from runtime.store.store import Store
@@ -141,8 +141,8 @@ def test_same_files_of_two_versions_are_one_blob(root: Path, stored: StoredVersi
 def test_same_bytes_taken_at_once_are_stored_once(root: Path, tmp_path: Path) -> None:
     store = opened_store(tmp_path)
 
-    def take(_: int) -> StoredVersion:
-        taken = store.take(root, root / "m" / "1")
+    def take_once(_: int) -> StoredVersion:
+        taken = take(store, root, root / "m" / "1")
         open_file = (taken.folder / "model.onnx").open("rb")
         version = store.settle(taken, store.hash_copy(taken))
         with open_file:
@@ -151,7 +151,7 @@ def test_same_bytes_taken_at_once_are_stored_once(root: Path, tmp_path: Path) ->
         return version
 
     with ThreadPoolExecutor(8) as threads:
-        versions = list(threads.map(take, range(of_both(short=24, long=1_000))))
+        versions = list(threads.map(take_once, range(of_both(short=24, long=1_000))))
     assert len({version.digest for version in versions}) == 1
     assert store.find(versions[0].digest) == versions[0]
     assert check_store(tmp_path) == 1
@@ -176,8 +176,8 @@ def test_open_sweeps_what_a_dead_process_left(
     root: Path, stored: StoredVersion, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = opened_store(tmp_path)
-    store.take(root, root / "m" / "1")
-    taken = store.take(root, write_version(root, {"model.onnx": b"2"}, "m", 2))
+    take(store, root, root / "m" / "1")
+    taken = take(store, root, write_version(root, {"model.onnx": b"2"}, "m", 2))
     unsynced = store.settle(taken, store.hash_copy(taken))
     store.record_source("m", 2, taken.sources, unsynced.digest)
     (store.path / "blobs" / "ab").mkdir()

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from support.history import child
 from support.models import bind_socket
-from support.store import blobs, look, opened_store, store_version, write_version
+from support.store import blobs, look, opened_store, store_version, take, write_version
 
-from runtime.errors import LoadRefused
+from runtime.errors import LoadRefused, UnknownModel
 from runtime.repository import MAX_PATHS_BYTES
 from runtime.store import copying, sources
 from runtime.store.manifest import digest_of
@@ -149,7 +149,7 @@ def test_unsafe_file_is_refused_and_leaves_nothing(
     folder = write_version(root, FILES)
     damage(folder)
     with pytest.raises(LoadRefused, match=reason) as refusal:
-        store.take(root, folder)
+        take(store, root, folder)
     assert refusal.value.code == "unsafe_file"
     assert list((store.path / "incoming").iterdir()) == []
 
@@ -159,7 +159,9 @@ def test_version_folder_that_leads_out_is_refused(store: Store, root: Path, tmp_
     (root / "m").mkdir()
     (root / "m" / "1").symlink_to(outside)
     with pytest.raises(LoadRefused, match="leads out of the repository"):
-        store.take(root, root / "m" / "1")
+        look(root, root / "m" / "1")
+    with pytest.raises(UnknownModel):
+        take(store, root, root / "m" / "1")
 
 
 def change_between_files(change: Callable[[], None]) -> Callable[[], bool]:
@@ -201,7 +203,7 @@ def test_file_that_changes_while_it_is_copied_is_refused(
             path.mkdir()
 
     with pytest.raises(LoadRefused) as refusal:
-        store.take(root, folder, is_cancelled=change_between_files(change))
+        take(store, root, folder, is_cancelled=change_between_files(change))
     assert refusal.value.code == "model_changed"
     assert list((store.path / "incoming").iterdir()) == []
 
@@ -214,7 +216,7 @@ def test_folder_exchanged_while_it_is_copied_does_no_harm(store: Store, root: Pa
         folder.rename(root / "m" / "aside")
         other.rename(folder)
 
-    taken = store.take(root, folder, is_cancelled=change_between_files(exchange))
+    taken = take(store, root, folder, is_cancelled=change_between_files(exchange))
     version = store.settle(taken, store.hash_copy(taken))
     assert {path: (version.folder / path).read_bytes() for path in FILES} == FILES
     store.record_source("m", 1, taken.sources, version.digest)
@@ -228,7 +230,7 @@ def test_page_dirty_through_a_shared_mapping_changes_nothing_taken(store: Store,
     libc.mmap.restype = ctypes.c_void_p
     address = libc.mmap(None, 10_000, 3, 1, file, 0)  # PROT_READ | PROT_WRITE, MAP_SHARED
     ctypes.memset(address, 1, 1)  # dirty from here on: later writes leave the times as they are
-    taken = store.take(root, folder)
+    taken = take(store, root, folder)
     ctypes.memset(address, 255, 1)
     version = store.settle(taken, store.hash_copy(taken))
     ctypes.memset(address, 7, 10_000)
@@ -252,13 +254,13 @@ def test_each_way_of_copying_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_cancelled_copy_and_hash_leave_nothing(store: Store, root: Path) -> None:
     folder, cancelled = write_version(root, FILES), threading.Event()
-    taken = store.take(root, folder, is_cancelled=cancelled.is_set)
+    taken = take(store, root, folder, is_cancelled=cancelled.is_set)
     cancelled.set()
     with pytest.raises(CopyCancelled):
         store.hash_copy(taken, cancelled.is_set)
     store.discard(taken)
     with pytest.raises(CopyCancelled):
-        store.take(root, folder, is_cancelled=cancelled.is_set)
+        take(store, root, folder, is_cancelled=cancelled.is_set)
     assert list((store.path / "incoming").iterdir()) == []
     assert store.bytes == 0
 
@@ -280,7 +282,7 @@ def test_full_disk_is_refused_before_anything_is_copied(store: Store, root: Path
     size = min(seen.f_blocks * seen.f_frsize * 2, 2**43)
     os.truncate(folder / "data" / "w.bin", size)
     with pytest.raises(DiskFull, match=f"takes {size + 5} bytes .* bytes are missing") as refusal:
-        store.take(root, folder)
+        take(store, root, folder)
     assert refusal.value.needed_bytes == size + 5
     assert list((store.path / "incoming").iterdir()) == []
 
@@ -290,7 +292,7 @@ def test_disk_that_becomes_full_fails_with_what_is_missing(tmp_path: Path) -> No
     script = """
 import os, subprocess
 from pathlib import Path
-from support.store import opened_store, write_version
+from support.store import opened_store, take, write_version
 from runtime.store.problems import DiskFull
 at = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", at / "data"], check=True)
@@ -307,7 +309,7 @@ def fill():
     return False
 try:
     store._bounds.make_disk_room = lambda *_: None
-    store.take(at, folder, is_cancelled=fill)
+    take(store, at, folder, is_cancelled=fill)
 except DiskFull as full:
     print(full, os.listdir(at / "data" / "store" / "incoming"))
 """
@@ -324,7 +326,7 @@ def test_full_disk_evicts_forms_least_recently_used_first(tmp_path: Path) -> Non
 import subprocess
 from pathlib import Path
 from support.cache import keep, key, opened
-from support.store import opened_store, write_version
+from support.store import opened_store, take, write_version
 at = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", at / "data"], check=True)
 cache = opened(at / "data" / "store")
@@ -332,7 +334,7 @@ for name in "abca":
     keep(cache, name, 2**20 - 2**14) if name != "c" else keep(cache, name, 10)
 folder = write_version(at, {"model.onnx": bytes(2**21)})
 store = opened_store(at / "data")
-store.discard(store.take(at, folder))
+store.discard(take(store, at, folder))
 print([entry.key == key("a") or entry.key == key("c") for entry in cache.entries()])
 """
     (tmp_path / "data").mkdir()
@@ -353,7 +355,7 @@ def test_least_recently_used_version_is_swept_for_another(root: Path, tmp_path: 
     assert [store.contents(each.digest) is not None for each in (two, three)] == [True, False]
     assert len(blobs(tmp_path)) == 2
     with pytest.raises(StoreFull, match="takes 20 bytes, and the store may take 25, of which 10 are needed"):
-        store.take(root, write_version(root, {"model.onnx": b"5" * 20}, "m", 5))
+        take(store, root, write_version(root, {"model.onnx": b"5" * 20}, "m", 5))
     assert list((store.path / "incoming").iterdir()) == []
 
 
@@ -365,10 +367,10 @@ def test_needed_version_is_never_swept(root: Path, tmp_path: Path, *, held: bool
     if held:
         assert store.find(one.digest) is not None
     with pytest.raises(StoreFull) as refusal:
-        store.take(root, write_version(root, {"model.onnx": b"2" * 10}, "m", 2), needed)
+        take(store, root, write_version(root, {"model.onnx": b"2" * 10}, "m", 2), needed)
     assert (refusal.value.needed_bytes, refusal.value.kept_bytes) == (10, 10)
     store.release(one.digest)
-    store.discard(store.take(root, root / "m" / "2"))
+    store.discard(take(store, root, root / "m" / "2"))
     assert store.contents(one.digest) is None
 
 

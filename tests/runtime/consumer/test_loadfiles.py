@@ -1,0 +1,33 @@
+"""The files of one load: a folder that hangs while they are copied ends the load, and nothing is left."""
+
+from pathlib import Path
+
+import pytest
+from support.mounts import hanging_mounts
+from support.store import opened_store, write_version
+from support.workers import until
+
+from runtime.consumer import loadfiles
+from runtime.consumer.loadfiles import LoadFiles
+from runtime.contents import ModelContents
+from runtime.lookups import RepositoryBusy
+from runtime.repository import Repository
+
+
+async def test_folder_that_hangs_beneath_a_model_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loadfiles, "LOAD_LIMIT_S", 0.2)
+    folder = write_version(tmp_path / "models", {"model.onnx": b"model", "data/w.bin": b"weights"})
+    contents = ModelContents(Repository(tmp_path / "models"), opened_store(tmp_path))
+    files = LoadFiles(contents, "m", 1)
+    with hanging_mounts(folder / "data"):
+        with pytest.raises(RepositoryBusy, match=r"folder of 'm' has given nothing to copy for 0\.2 s"):
+            await files.obtain(None)
+        files.close()
+    await until(lambda: not files._running)  # the thread has ended with the mount
+    assert files.found is None
+    again = LoadFiles(contents, "m", 1)
+    assert [file.path for file in (await again.obtain(None)).files] == ["data/w.bin", "model.onnx"]
+    again.close()
+    await until(lambda: not list((tmp_path / "store" / "incoming").iterdir()))
