@@ -217,6 +217,11 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"{choice.rounds} pairs of workers. Memory: of workers that ran once; of several, the sum of "
             "their proportional set sizes."
         )
+    if {"loads", "prepared"}.intersection(choice.parts):
+        told.append(
+            f"The goal of a first load: {loads.RATIO_GOAL:.2f} × a bare session or that + "
+            f"{loads.ABOVE_GOAL_MS:.0f} ms, or sha256sum of its files if that takes longer; and cp of them."
+        )
     if "policies" in choice.parts:
         told.append(
             f"Policies: gaps, forced unloads and cold inferences are medians of {choice.repeats}, ten loads "

@@ -13,7 +13,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from runtime.process.forkserver import ADDED
@@ -54,6 +56,36 @@ def measure_session(
         timeout=LIMIT_S,
     )
     return float(done.stdout)
+
+
+@dataclass(frozen=True, slots=True)
+class FileCosts:
+    """Milliseconds of `sha256sum` and `cp` of a file, each with the start of its process."""
+
+    hashing_ms: float
+    copying_ms: float
+
+
+def measure_file(path: Path, folder: Path, *, repeats: int) -> FileCosts:
+    """Hash a file, and copy it into a folder, in turn; medians.
+
+    Args:
+        path: The file, in the page cache.
+        folder: Where the copies go, one at a time.
+        repeats: Of each.
+    """
+    copy = folder / "copy"
+    rounds = []
+    for _ in range(repeats):
+        rounds.append((_command_ms("sha256sum", path), _command_ms("cp", "--reflink=auto", path, copy)))
+        copy.unlink()
+    return FileCosts(*(median(took_ms) for took_ms in zip(*rounds, strict=True)))
+
+
+def _command_ms(*command: str | Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, timeout=LIMIT_S)  # noqa: S603 - coreutils
+    return (time.perf_counter() - start) * 1000
 
 
 def _print_session(model: str, inferences: int) -> None:

@@ -82,6 +82,12 @@ class Server:
         self.send(self.client, method, path, body, headers)
         return read(self.client)
 
+    def written_bytes(self) -> int:
+        """Return how many bytes it has had written to disks, now or later, since its start."""
+        lines = Path(f"/proc/{self.pid}/io").read_text().splitlines()
+        counters = dict(line.split(": ") for line in lines)
+        return int(counters["write_bytes"])
+
     def connect(self) -> http.client.HTTPConnection:
         """Return another connection, for concurrent requests."""
         connection = http.client.HTTPConnection(self.client.host, self.port, timeout=ANSWER_LIMIT_S)

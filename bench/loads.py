@@ -15,16 +15,27 @@ from bench import baselines, driver, models
 from bench.baselines import THROWN_AWAY
 from bench.driver import TINY, Server
 from bench.inference import LENGTH
-from bench.table import Row, format_ms
+from bench.table import Row, format_mb, format_ms
 from runtime.memory import list_descendants
 
 RATIO_GOAL = 1.10
 ABOVE_GOAL_MS = 15.0
 """For sessions so quick that a tenth of one is less than the noise."""
+PARTS = {
+    "waiting": "waiting_us",
+    "copying": "copying_us",
+    "hashing": "hashing_us",
+    "session": "loading_us",
+    "warm-up": "warming_up_us",
+    "measuring": "measuring_us",
+}
+"""Of a load, as `ModelLoaded` has them; hashing runs beside the session."""
 FORCED_LIMIT_MS = 1000.0
 LOADS_AT_ONCE = 10
 UNMEASURED = 2
 """Cold inferences before the median: the first of each model has an estimate of its memory, and no hash."""
+MANY = 9_000_000_000
+"""A limit beyond the number of events."""
 BUDGET_FILES = 3.5
 """A worker takes 3 times the network's file while it loads, then 1.3 times: room for one, not for both."""
 EVICTION_OPTIONS = ("--prepare", "off", "--evict", "idle", "--on-demand", "on", "--min-residency-s", "0")
@@ -37,17 +48,64 @@ def measure_first_loads(server: Server, *, repeats: int) -> list[Row]:
     network = models.convnet()
     ids = [f"convnet-{index:02}" for index in range(repeats + THROWN_AWAY)]
     paths = [models.write(server.repository, model_id, models.renamed(network, model_id)) for model_id in ids]
+    written_before = server.written_bytes()
     rounds = [
         _first_load_round(server, model_id, path, ours_first=index % 2 == 0)
         for index, (model_id, path) in enumerate(zip(ids, paths, strict=True))
     ]
+    written = (server.written_bytes() - written_before) // len(rounds)
     ours, same, plain = (median(figures) for figures in zip(*rounds[THROWN_AWAY:], strict=True))
-    reached = ours <= max(same * RATIO_GOAL, same + ABOVE_GOAL_MS)
-    name = f"first load, {len(network) / 1e6:.0f} MB network ÷ bare first session"
-    goal = f"≤ {RATIO_GOAL:.2f} or + {ABOVE_GOAL_MS:.0f} ms"
+    label = f"{len(network) / 1e6:.0f} MB network"
     return [
-        Row(name, format_ms(ours), format_ms(same), ours / same, goal, reached),
-        Row(f"{name} without huge pages", format_ms(ours), format_ms(plain), ours / plain),
+        *first_load_rows(server, label, paths[0], ours, same, loads=repeats),
+        Row(f"{label}: the same without huge pages", format_ms(ours), format_ms(plain), ours / plain),
+        Row(
+            f"{label}: written for a first load and unload ÷ its files",
+            format_mb(written),
+            format_mb(len(network)),
+            written / len(network),
+        ),
+    ]
+
+
+def first_load_rows(
+    server: Server, label: str, path: Path, ours_ms: float, bare_ms: float, *, loads: int
+) -> list[Row]:
+    """Return a first load beside its goal, and its parts.
+
+    A new version is copied and hashed, so the goal is that of a session, or the time to hash it if that is
+    longer, and the time to copy it.
+
+    Args:
+        server: Whose last loads these were.
+        label: The network.
+        path: Its file.
+        ours_ms: Request to ready.
+        bare_ms: The bare first session.
+        loads: How many of the server's last loads are counted; its file is hashed and copied as often.
+    """
+    costs = baselines.measure_file(path, server.repository.parent, repeats=loads)
+    goal_ms = max(bare_ms * RATIO_GOAL, bare_ms + ABOVE_GOAL_MS, costs.hashing_ms) + costs.copying_ms
+    events = server.ask("GET", f"/api/v1/events?type=ModelLoaded&before={MANY}&limit={loads}").json()[
+        "events"
+    ]
+    durations = [event["data"]["durations"] for event in events]
+    parts = {name: median(each[key] or 0 for each in durations) / 1000 for name, key in PARTS.items()}
+    return [
+        Row(
+            f"{label}: first load ÷ bare first session",
+            format_ms(ours_ms, decimals=1),
+            format_ms(bare_ms, decimals=1),
+            ours_ms / bare_ms,
+            f"≤ {goal_ms:.1f} ms",
+            ours_ms <= goal_ms,
+        ),
+        Row(
+            f"{label}: {', '.join(parts)}; sha256sum, cp",
+            ", ".join(f"{took_ms:.1f}" for took_ms in parts.values()),
+            f"{costs.hashing_ms:.1f}, {costs.copying_ms:.1f} ms",
+            None,
+        ),
     ]
 
 
