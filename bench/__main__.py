@@ -219,7 +219,7 @@ def _conditions(choice: Choice, busy: float) -> str:
         )
     if {"loads", "prepared"}.intersection(choice.parts):
         told.append(
-            f"The goal of a first load: {loads.RATIO_GOAL:.2f} × a bare session or that + "
+            f"The goal of a first load: {loads.RATIO_GOAL:.2f} of a bare session, or that + "
             f"{loads.ABOVE_GOAL_MS:.0f} ms, or sha256sum of its files if that takes longer; and cp of them."
         )
     if "policies" in choice.parts:
