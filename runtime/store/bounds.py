@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,26 @@ class KeptVersion:
     files: tuple[StoredFile, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class KeptVersions:
+    """The versions that a store keeps at the moment.
+
+    Attributes:
+        versions: all of them.
+        is_needed: whether the version of a digest must not be swept.
+        sweep: removes the version of a digest.
+    """
+
+    versions: Sequence[KeptVersion]
+    is_needed: Callable[[str], bool]
+    sweep: Callable[[str], None]
+
+    def unneeded(self) -> list[KeptVersion]:
+        """Return the versions that may be swept, least recently used first."""
+        unneeded = [version for version in self.versions if not self.is_needed(version.digest)]
+        return sorted(unneeded, key=lambda version: (version.used_ns, version.digest))
+
+
 class StoreBounds:
     """Chooses the versions to sweep; those with a file in common share its blob.
 
@@ -35,13 +55,7 @@ class StoreBounds:
         self._folder = folder
         self.limit_bytes = limit_bytes
 
-    def make_room(
-        self,
-        needed_bytes: int,
-        kept: Iterable[KeptVersion],
-        is_needed: Callable[[str], bool],
-        sweep: Callable[[str], None],
-    ) -> None:
+    def make_room(self, needed_bytes: int, kept: KeptVersions) -> None:
         """Sweep versions for this many bytes within the limit; does nothing without a limit.
 
         Raises:
@@ -49,26 +63,19 @@ class StoreBounds:
         """
         if self.limit_bytes is None:
             return
-        versions = list(kept)
-        blobs = _Blobs(version.files for version in versions)
+        blobs = _Blobs(version.files for version in kept.versions)
         if blobs.bytes + needed_bytes <= self.limit_bytes:
             return
-        for_good = _Blobs(version.files for version in versions if is_needed(version.digest)).bytes
+        for_good = _Blobs(each.files for each in kept.versions if kept.is_needed(each.digest)).bytes
         if for_good + needed_bytes > self.limit_bytes:
             raise StoreFull(needed_bytes, for_good, self.limit_bytes)
-        for version in _least_recently_used(versions, is_needed):
+        for version in kept.unneeded():
             if blobs.bytes + needed_bytes <= self.limit_bytes:
                 break
-            sweep(version.digest)
+            kept.sweep(version.digest)
             blobs.drop(version.files)
 
-    def make_disk_room(
-        self,
-        needed_bytes: int,
-        kept: Iterable[KeptVersion],
-        is_needed: Callable[[str], bool],
-        sweep: Callable[[str], None],
-    ) -> None:
+    def make_disk_room(self, needed_bytes: int, kept: KeptVersions) -> None:
         """Sweep versions until the disk has room, and without a limit until a tenth of it stays free.
 
         Raises:
@@ -77,8 +84,8 @@ class StoreBounds:
         """
         if self._has_room(needed_bytes):
             return
-        for version in _least_recently_used(kept, is_needed):
-            sweep(version.digest)
+        for version in kept.unneeded():
+            kept.sweep(version.digest)
             if self._has_room(needed_bytes):
                 return
         free_bytes = free_disk_bytes(self._folder)
@@ -111,10 +118,3 @@ class _Blobs:
             self._links[file.sha256] -= 1
             if not self._links[file.sha256]:
                 self.bytes -= self._sizes[file.sha256]
-
-
-def _least_recently_used(
-    versions: Iterable[KeptVersion], is_needed: Callable[[str], bool]
-) -> list[KeptVersion]:
-    unneeded = [version for version in versions if not is_needed(version.digest)]
-    return sorted(unneeded, key=lambda version: (version.used_ns, version.digest))

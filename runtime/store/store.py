@@ -23,7 +23,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from runtime.repository import FoundFile
-from runtime.store.bounds import KeptVersion, StoreBounds
+from runtime.store.bounds import KeptVersion, KeptVersions, StoreBounds
 from runtime.store.copying import (
     FileCopier,
     IsCancelled,
@@ -291,31 +291,29 @@ class Store:
 
     def _make_room(self, find_needed: FindNeeded) -> None:
         with self._lock:
-            size, is_needed = sum(self._incoming_bytes.values()), self._test_of_need(find_needed)
-            self._bounds.make_room(size, self._kept(), is_needed, self._remove_version)
+            self._bounds.make_room(sum(self._incoming_bytes.values()), self._kept(find_needed))
 
     def _make_disk_room(self, size: int, find_needed: FindNeeded) -> None:
         """Sweep versions, then evict optimised forms, which are only a cache, until the disk has room."""
         with self._lock, explain_os_errors(self.path):
-            forms, is_needed = sorted(self._folder.forms(), key=_last_use), self._test_of_need(find_needed)
+            forms = sorted(self._folder.forms(), key=_last_use)
             while True:
                 try:
-                    return self._bounds.make_disk_room(size, self._kept(), is_needed, self._remove_version)
+                    return self._bounds.make_disk_room(size, self._kept(find_needed))
                 except DiskFull:
                     if not forms:
                         raise
                     self._remove(forms.pop(0))
 
-    def _test_of_need(self, find_needed: FindNeeded) -> Callable[[str], bool]:
-        """Return whether a digest is held or needed; what is needed is found once, if at all."""
-        needed = cache(find_needed)
-        return lambda digest: digest in self._held or digest in needed()
-
-    def _kept(self) -> list[KeptVersion]:
-        return [
+    def _kept(self, find_needed: FindNeeded) -> KeptVersions:
+        needed = cache(find_needed)  # found once, if at all
+        versions = [
             KeptVersion(digest, self._used_ns.get(digest, 0), manifest.files)
             for digest, manifest in self._versions.items()
         ]
+        return KeptVersions(
+            versions, lambda digest: digest in self._held or digest in needed(), self._remove_version
+        )
 
     def _settle(self, taken: TakenCopy, manifest: StoredManifest) -> StoredManifest:
         """Share blobs, and rename the incoming folder; returns the manifest with the files' identities."""
