@@ -289,7 +289,7 @@ async def test_load_beyond_a_full_queue_is_429(start: Start) -> None:
     first = await api.accepted_load("first")
     names = [f"x{number}" for number in range(MAX_QUEUE - 2)]
     for name in names:
-        api.save(models.identity(), name)
+        (api.config.repository / name).symlink_to("first")
     others = [RequestLoad(name, 1, None, "alice") for name in names]
     await asyncio.gather(*map(api.app[LOG].submit, others))
     answer = await api.post("/api/v1/models/last/load")
