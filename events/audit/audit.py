@@ -21,6 +21,7 @@ from events.audit.archivechain import (
 )
 from events.audit.exportreader import FileAudit
 from events.audit.files import printable_name
+from events.audit.kepthead import find_rollback
 from events.audit.verify import Expected, Finding, FindingKind, Verification, verify_connection
 from events.errors import Archived, ArchiveMissing, NothingThere
 from events.sqlite import queries
@@ -99,6 +100,7 @@ def audit(
     archives: Sequence[Path] = (),
     key: str | None = None,
     files: Sequence[FileAudit] = (),
+    kept_in: Path | None = None,
 ) -> Audit:
     """Audit the ledger at `path`, read-only and in one snapshot; works beside a running server.
 
@@ -109,6 +111,7 @@ def audit(
             it has stored there. Memory does not grow with them.
         key: the id of the archives' expected signer's key; None accepts any.
         files: exports and archives, verified by themselves, to be compared with the ledger.
+        kept_in: the data directory whose kept head the ledger must have, unless another one is expected.
 
     Raises:
         IncompleteCopy: `incomplete_copy`, the newest events may be missing, and no head was expected.
@@ -122,7 +125,9 @@ def audit(
         OSError: an archive cannot be read.
     """
     found, stored = _audit_own_file(path, expected, files, with_archives=bool(archives))
-    if stored is None:
+    if stored is not None and expected is None and kept_in is not None:
+        found = replace(found, unexpected=_compare_with_kept_head(kept_in, path, found))
+    if stored is None or found.finding is not None:
         return found
     if archives:
         behind = check_archives(archives, found.base, found.archives, key=key, expected=expected)
@@ -175,6 +180,14 @@ def _audit_own_file(
             ),
         )
         return found, read_base_state(connection, found.base.position) if found.finding is None else None
+
+
+def _compare_with_kept_head(data: Path, path: Path, found: Audit) -> Finding | None:
+    rollback = find_rollback(data, path)
+    if rollback is None:
+        return None
+    _, reason = rollback
+    return Finding(found.verification.position, reason, FindingKind.EXPECTATION)
 
 
 def _damage(connection: sqlite3.Connection) -> str | None:

@@ -57,7 +57,8 @@ def verify(
     """Verify a ledger, exports, archives or a store.
 
     --data verifies a ledger: the database file, the hash chain and the stored projections. The server may be
-    running; a copy made with `backup` works too. If events were archived, give the files with --archive: they
+    running; a copy made with `backup` works too. The ledger must contain the head that the server kept last,
+    or the one to --expect. If events were archived, give the files with --archive: they
     have to lead to the first event of the log, and to the state that the ledger stored there.
 
     Each FILE, a jsonl export or an archive, is verified by itself: its chain and its signed head. With

@@ -200,7 +200,7 @@ def verify_ledger_and_files(
     checked = [audit_file(each, key=wanted, expected=alone) for each in files]
     if ledger is not None:
         sound = [each for each in checked if each.finding is None]
-        found = audit(ledger, expected, archives=archives, key=wanted, files=sound)
+        found = audit(ledger, expected, archives=archives, key=wanted, files=sound, kept_in=ledger.parent)
         return VerifyResult(found, checked, wanted)
     if expected is not None and not any(each.has_expected or each.finding for each in checked):
         raise NothingThere(f"none of these files has position {expected.position}: name one that has it")

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 from collections.abc import Callable
 
@@ -101,11 +102,14 @@ def hash_descriptor(descriptor: int, is_cancelled: IsCancelled) -> str:
         CopyCancelled: `copy_cancelled`.
         OSError: it cannot be read.
     """
-    digest, block, position = hashlib.sha256(), memoryview(bytearray(HASH_BLOCK_BYTES)), 0
-    while length := os.preadv(descriptor, [block], position):
-        digest.update(block[:length])
-        position += length
-        check_cancelled(is_cancelled)
+    digest, position = hashlib.sha256(), 0
+    # Mapped, since memory that a thread frees stays with its arena, and each load has threads of its own.
+    with mmap.mmap(-1, HASH_BLOCK_BYTES) as mapped, memoryview(mapped) as block:
+        while length := os.preadv(descriptor, [block], position):
+            with block[:length] as read:
+                digest.update(read)
+            position += length
+            check_cancelled(is_cancelled)
     return digest.hexdigest()
 
 

@@ -10,8 +10,10 @@ import pytest
 from support import ledgers
 
 from events.audit import kepthead
+from events.audit.audit import audit
 from events.audit.kepthead import KEPT_HEAD, HeadKeeper, find_rollback
 from events.audit.signing import SignedHead, Statement
+from events.audit.verify import Expected, FindingKind
 from events.sqlite.queries import LogHead, read_base, read_head
 from events.types import LogBase
 
@@ -82,6 +84,23 @@ async def test_ledger_without_its_kept_head_is_refused(
             assert (accepted.kept_position, accepted.kept_hash) == (
                 kept.statement.position, kept.statement.hash.hex(),
             )  # fmt: skip
+
+
+async def test_audit_finds_ledger_without_its_kept_head() -> None:
+    with ledgers.copy_of(LONG_LEDGER) as longer:
+        kept = signed(longer)
+    with ledgers.copy_of(LEDGER) as path:  # an earlier copy of the same ledger
+        head = signed(path).statement
+        await keep(path.parent, kept)
+        found = audit(path, kept_in=path.parent).finding
+        assert found is not None
+        assert (found.position, found.kind) == (head.position, FindingKind.EXPECTATION)
+        words = f"the ledger ends at position {head.position}, and its last signed head was at position"
+        assert found.problem == f"{words} {kept.statement.position}"
+        expected = Expected(head.position, head.hash)
+        assert audit(path, expected, kept_in=path.parent).finding is None
+        await keep(path.parent, signed(path))
+        assert audit(path, kept_in=path.parent).finding is None
 
 
 def edit_kept(data: Path, **changes: object) -> None:
