@@ -23,13 +23,11 @@ def measure(server: Server, *, cycles: int) -> list[Row]:
 
 
 def tree_bytes(pid: int) -> int:
-    """Return what a process takes with all its descendants; pages that they share count once (PSS)."""
-    return sum(parse_pss(_rollup(each)) for each in (pid, *list_descendants(pid)))
+    """Return what a process takes with all its descendants; pages that they share count once.
 
-
-def parse_pss(smaps_rollup: str) -> int:
-    """Read the proportional set size in the text of a smaps_rollup file, in bytes."""
-    return parse_field(smaps_rollup, "Pss")
+    Without those of files: its share of a library changes with each other process that uses that, too.
+    """
+    return sum(parse_field(_rollup(each), "Pss_Anon") for each in (pid, *list_descendants(pid)))
 
 
 def _rollup(pid: int) -> str:

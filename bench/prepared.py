@@ -14,12 +14,11 @@ from bench.baselines import THROWN_AWAY
 from bench.driver import Server
 from bench.inference import LENGTH
 from bench.loads import MANY, first_load_rows
-from bench.memory import parse_pss
 from bench.models import Body, Network
 from bench.table import Row, format_mb, format_ms
 from runtime.cache.manifest import Entry
 from runtime.cache.store import ModelCache
-from runtime.memory import PROC, list_descendants, parse_private
+from runtime.memory import PROC, list_descendants, parse_field, parse_private
 from runtime.store.folder import STORE
 from runtime.store.sources import TICK_S
 from runtime.wire import MODEL_FILE
@@ -313,5 +312,5 @@ def _memory(subject: Subject, server: Server, instances: int) -> Memory:
     server.unload(model)
     return Memory(
         sum(map(parse_private, texts)),
-        sum(map(parse_pss, texts)),
+        sum(parse_field(text, "Pss") for text in texts),
     )

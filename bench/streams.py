@@ -10,6 +10,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -182,7 +183,9 @@ async def _fan_out(
         most = max(most, _resident(server.pid))
         await asyncio.sleep(0.5)
     await sampling
-    position = json.loads(server.ask("GET", "/api/v1/events?before=9000000000&limit=1").content)["as_of"]
+    with closing(server.connect()) as connection:  # the idle one may have been closed by now
+        server.send(connection, "GET", "/api/v1/events?before=9000000000&limit=1")
+        position = driver.read(connection).json()["as_of"]
     await audience.hear(position)
     audience.leave()
     return audience.heard, most

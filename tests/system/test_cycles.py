@@ -26,9 +26,10 @@ FLOATS: Json = {"name": "x", "shape": [1, 790], "datatype": "FP32", "data": [0.5
 
 @dataclass(frozen=True)
 class Resources:
-    """What a server has open."""
+    """What a server has open and mapped."""
 
     descriptors: Counter[str]
+    mapped_files: Counter[str]
     threads: int
     fork_server_descriptors: Counter[str]
     fork_server_threads: int
@@ -40,12 +41,19 @@ def resources(server: Server, config: Config) -> Resources:
     fork_server = server.children()[0]
     return Resources(
         Counter(descriptors(server.pid)),
+        mapped_files(server.pid),
         threads(server.pid),
         Counter(descriptors(fork_server)),
         threads(fork_server),
         len(server.children()),
         frozenset([*temporary_folder(config).rglob("*"), *config.data.rglob("*")]),
     )
+
+
+def mapped_files(pid: int) -> Counter[str]:
+    """Return the files that a process has mapped."""
+    lines = (Path("/proc") / str(pid) / "maps").read_text().splitlines()
+    return Counter(line[73:] for line in lines if line[73:].startswith("/"))
 
 
 def temporary_folder(config: Config) -> Path:
