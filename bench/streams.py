@@ -20,8 +20,8 @@ from bench.driver import Server
 from bench.table import Row
 
 MODELS = 4
-EVENTS_EACH = 3
-"""Requested, started, loaded."""
+EVENTS_EACH = 2
+"""`LoadRequested`, and `ModelSettingsChanged`."""
 LATE_S = 1.0
 OPEN_AT_ONCE = 50
 LIMIT_S = 120.0
