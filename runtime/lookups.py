@@ -37,7 +37,7 @@ class RepositoryBusy(RuntimeProblem):
     code = "repository_busy"
 
 
-def make_job(
+def make_call(
     work: Callable[[], T], on_end: Callable[[], None]
 ) -> tuple[asyncio.Future[T], Callable[[], None]]:
     """Return the future of a call, and the function that makes the call in a thread.
@@ -55,7 +55,7 @@ def make_job(
         if not answer.done():
             set_answer(value)
 
-    def job() -> None:
+    def call() -> None:
         try:
             result: tuple[Callable[[Any], None], Any] = (answer.set_result, work())
         except BaseException as error:  # noqa: BLE001 - raised where it is awaited
@@ -63,7 +63,7 @@ def make_job(
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
             loop.call_soon_threadsafe(end, *result)
 
-    return answer, job
+    return answer, call
 
 
 class Lookups:
@@ -152,8 +152,8 @@ class Lookups:
             self._idle.append(thread)
             self._release(key, lane)
 
-        answer, job = make_job(look, end)
-        thread.jobs.put(job)
+        answer, call = make_call(look, end)
+        thread.calls.put(call)
         return answer
 
     def _release(self, key: str, lane: _Lane) -> None:
@@ -191,22 +191,22 @@ class _Lane:
 
 
 class _Thread:
-    """A thread that runs jobs one after the other; a daemon, so that no stop of the process waits for it."""
+    """A thread that runs calls one after the other; a daemon, so that no stop of the process waits for it."""
 
     def __init__(self) -> None:
-        self.jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        threading.Thread(target=_serve, args=(self.jobs,), name="lookup", daemon=True).start()
+        self.calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(target=_serve, args=(self.calls,), name="lookup", daemon=True).start()
 
 
-def _serve(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job  # it refers to what it looked at
+def _serve(calls: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := calls.get()) is not None:
+        call()
+        del call  # it refers to what it looked at
 
 
 def _end_threads(idle: list[_Thread]) -> None:
     for thread in idle:
-        thread.jobs.put(None)
+        thread.calls.put(None)
 
 
 async def wait_with_progress(

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from events.types import LoadedFile
 from runtime.contents import Contents, ModelContents, VersionFiles
-from runtime.lookups import LOAD_LIMIT_S, make_job, wait_with_progress
+from runtime.lookups import LOAD_LIMIT_S, make_call, wait_with_progress
 from runtime.wire import MODEL_FILE
 
 T = TypeVar("T")
@@ -113,8 +113,8 @@ class LoadFiles:
 
     def _start(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Call a function in a daemon thread: no stop of the process waits for a file system that hangs."""
-        answer, job = make_job(work, self._end)
-        threading.Thread(target=job, name="files of a load", daemon=True).start()
+        answer, call = make_call(work, self._end)
+        threading.Thread(target=call, name="files of a load", daemon=True).start()
         self._running += 1
         return answer
 

@@ -20,7 +20,7 @@ from events.commands import RequestLoad
 from events.jobs import JobStatus
 from events.types import LoadParameters
 from runtime import lookups as lookups_module
-from runtime.lookups import Lookups, RepositoryBusy, make_job, wait_with_progress
+from runtime.lookups import Lookups, RepositoryBusy, make_call, wait_with_progress
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
 
@@ -111,8 +111,8 @@ async def test_work_may_take_long_as_long_as_it_goes_on() -> None:
             hanging.may_end.set()
         return pieces
 
-    work, job = make_job(hanging, lambda: None)
-    threading.Thread(target=job).start()
+    work, call = make_call(hanging, lambda: None)
+    threading.Thread(target=call).start()
     assert await wait_with_progress("m", work, progress, SHORT_S) == "late"
     assert pieces >= 6
 
@@ -120,8 +120,8 @@ async def test_work_may_take_long_as_long_as_it_goes_on() -> None:
 async def test_work_without_progress_is_left_alone() -> None:
     hanging = Hanging()
     ended = asyncio.Event()
-    work, job = make_job(hanging, ended.set)
-    thread = threading.Thread(target=job)
+    work, call = make_call(hanging, ended.set)
+    thread = threading.Thread(target=call)
     thread.start()
     with pytest.raises(RepositoryBusy, match="has given nothing to copy"):
         await wait_with_progress("m", work, lambda: 0, SHORT_S)
@@ -135,8 +135,8 @@ async def test_time_out_of_the_work_itself_is_raised() -> None:
     def work() -> None:
         raise TimeoutError(errno.ETIMEDOUT, "of the file system")
 
-    answer, job = make_job(work, lambda: None)
-    threading.Thread(target=job).start()
+    answer, call = make_call(work, lambda: None)
+    threading.Thread(target=call).start()
     with pytest.raises(TimeoutError, match="of the file system"):
         await wait_with_progress("m", answer, lambda: 0, LIMIT_S)
 
