@@ -57,7 +57,10 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
         None,
         ("--only=loads", "--only=memory", "--only=inference", *ONCE, "--cycles=1", "--seconds=0.2"),
         (
-            "first load, 54 MB network ÷ bare first session",
+            "54 MB network: first load ÷ bare first session",
+            "54 MB network: waiting, copying, hashing, session, warm-up, measuring;",
+            "54 MB network: written for a first load and unload ÷ its files",
+            "The goal of a first load: 1.10 of a bare session",
             "memory of the process tree, after 1 loads",
             "16 floats, 8 clients ÷ constant reply",
             "16 floats in JSON, 8 clients ÷ constant reply",
@@ -131,7 +134,7 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """By part: a program that runs the bench in a smaller form, options, and what the table has to contain."""
-OTHERS = ("÷ constant reply", "first load,", "Triton", "MLP")
+OTHERS = ("÷ constant reply", "MB network: first load", "Triton", "MLP")
 """Contained in no table of another part, and without peers."""
 
 
