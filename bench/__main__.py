@@ -28,7 +28,7 @@ from bench.models import NETWORKS
 from bench.table import Row, table
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-WIDTH = 160
+WIDTH = 200
 PARTS = ("loads", "prepared", "memory", "policies", "inference", "tails", "ledger", "listing")
 AT_LEAST_ONE = click.IntRange(min=1)
 BARE = "--prepare=off"

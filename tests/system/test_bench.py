@@ -58,8 +58,8 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
         ("--only=loads", "--only=memory", "--only=inference", *ONCE, "--cycles=1", "--seconds=0.2"),
         (
             "54 MB network: first load ÷ bare first session",
-            "54 MB network: waiting, copying, hashing,",
-            "54 MB network: written for a first load and unload",
+            "54 MB network: waiting, copying, hashing, session, warm-up, measuring; sha256sum, cp",
+            "54 MB network: written for a first load and unload ÷ its files",
             "The goal of a first load: 1.10 of a bare session",
             "memory of the process tree, after 1 loads",
             "16 floats, 8 clients ÷ constant reply",
