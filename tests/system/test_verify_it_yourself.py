@@ -40,12 +40,14 @@ def test_verifier_is_short_and_needs_only_the_standard_library() -> None:
 def complaint(path: Path, *kept: str) -> str | None:
     """Run the verifier; return its complaint, or None."""
     before, sys.argv = sys.argv, ["verify.py", str(path), *kept]
+    names: dict[str, object] = {"print": lambda *_: None}
     try:
-        exec(CODE, {"print": lambda *_: None})
+        exec(CODE, names)
     except SystemExit as end:
         return str(end.code)
     finally:
         sys.argv = before
+        names.clear()  # or a collection in another thread closes the ledger, which only this one may
     return None
 
 

@@ -72,6 +72,15 @@ def noted(folder: Path) -> dict[str, str]:
 # Measurements
 
 
+async def measure(engine: Engine) -> None:
+    """Measure all workers, however long a busy machine takes."""
+    while True:
+        await upkeep(engine).measure()
+        if not (late := [*upkeep(engine)._measuring.values()]):
+            return
+        await asyncio.gather(*late)
+
+
 async def test_measured_growth_counts_against_the_budget(engine: Engine) -> None:
     await engine.load("grows")
     await engine.load("old", parameters=LoadParameters(instances=2))
@@ -79,7 +88,7 @@ async def test_measured_growth_counts_against_the_budget(engine: Engine) -> None
     loaded = load.memory_bytes
     await use(engine, "grows")
     assert load.memory_bytes == loaded
-    await upkeep(engine).measure()
+    await measure(engine)
     assert load.memory_bytes >= loaded + 0.9 * GROWTH_BYTES
     assert pair.memory_bytes == sum(worker.memory_bytes for worker in pair.workers) > 0
     uses = {use.model_id: use.memory_bytes for use in engine.consumer.uses()}
@@ -93,7 +102,7 @@ async def test_growth_beyond_the_budget_evicts(folder: Path, shared_pool: Worker
         await engine.load("grows")
         await use(engine, "old")
         await use(engine, "grows")
-        await upkeep(engine).measure()
+        await measure(engine)
         await engine.becomes("old", ModelState.UNLOADED)  # the least recently used that is enough
         await until(lambda: not engine.log.state.unended())
         assert sum(use.memory_bytes for use in engine.consumer.uses()) <= GROWTH_BYTES + 15_000_000
