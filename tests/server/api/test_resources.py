@@ -124,7 +124,7 @@ async def test_draining_model_uses_memory_until_its_process_ends(small: LocalApi
 
 async def test_load_without_room_waits_and_says_for_what(small: LocalApi) -> None:
     small.save(models.table(8), "large")
-    small.save(models.table(12), "larger")
+    small.save(models.table(16), "larger")
     await small.load("large")
     job = await small.accepted_load("larger")
     seen = await resources_when(
