@@ -46,11 +46,12 @@ _SMALL_MB = 10
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Why a load does not start now, when to look again, and whether room is reserved for it."""
+    """Why a load does not start now, when to look again, and whether room is reserved for it, or when."""
 
     reason: str
     wake_at: str | None = None
     reserves_room: bool = False
+    reserves_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
             admission.action = decision
             return admission
         admission.waiting_for[load.job.id] = decision.reason
-        admission.wake_at += filter(None, [decision.wake_at])
+        reserves_at = decision.reserves_at if load is not queue[-1] else None  # others may have to act then
+        admission.wake_at += filter(None, [decision.wake_at, reserves_at])
         if decision.reserves_room:
             reservations = load.reserve()
         if estimating is None and load.job.id in view.observations.estimating:
@@ -317,13 +319,15 @@ class _PendingLoad:
             code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
             reason = f"not reloaded after the server's start: it needs {shortage_text}"
             return actions.FailLoad(job, code, reason)
-        wake_at = self._eviction.next_at if self._may_evict else None
-        has_priority = self.rank == _BEFORE_ALL or view.created_at(job) <= view.earlier_by(OVERTAKING_LIMIT_S)
+        overtaken_until = add_seconds(view.created_at(job), OVERTAKING_LIMIT_S)
+        has_priority = self.rank == _BEFORE_ALL or overtaken_until <= view.now
         reserves_room = has_priority and job.cause not in _RESERVES_NOTHING
+        reserves_at = None if has_priority else overtaken_until
+        wake_at = self._eviction.next_at if self._may_evict else None
         reason = f"{shortage_text}; {self._advise()}"
         if first is not None and self._shortage_now(replaced_bytes, reserved=Reservations()).is_none:
             reason = f"room, which is reserved for job {first.id}, before it"
-        return Waiting(reason, wake_at, reserves_room=reserves_room)
+        return Waiting(reason, wake_at, reserves_room=reserves_room, reserves_at=reserves_at)
 
     def _describe_shortage(self) -> str:
         """Return what the load waits for, with the numbers."""

@@ -523,6 +523,21 @@ Simulation.TestCase.settings = settings(
 TestSimulation = Simulation.TestCase
 
 
+def test_scheduler_wakes_when_an_earlier_load_begins_to_reserve_room() -> None:
+    simulation = Simulation()
+    parameters = LoadParameters(instances=2)
+    first = RequestLoad("a", 1, CONTENTS, "alice", parameters, asked=frozenset({"instances"}))
+    policy = Policy(1, budget_bytes=100, max_loaded=1, restores=True)
+    simulation.begin(policy=policy, loads=[first])
+    simulation.a_model_can_be_prepared(name="a", need=60, turns=0)
+    simulation.workers_of_a_model_die(count=1, turns=2, which=0)
+    simulation.an_inference_asks_for_a_model(name="b", turns=0, version=1)
+    # It waits for the preparation to end; in 30 s the load of `b` reserves that room.
+    again = RequestLoad("a", 1, CONTENTS, "alice", LoadParameters(strategy="auto"))
+    simulation.somebody_loads_and_all_goes_well(load=again, turns=0)
+    simulation.teardown()
+
+
 class CarelessWorld(WatchedWorld):
     """A world that appends without the conditions of one kind."""
 
