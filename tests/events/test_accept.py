@@ -641,10 +641,11 @@ def test_accept_names_existing_jobs_for_any_commands(commands: list[Command]) ->
 @given_any(st.lists(drafts(), max_size=30), COMMANDS)
 def test_repeated_command_is_one_job(facts: list[Draft], command: RequestLoad | RequestUnload) -> None:
     state = fold(facts).state
-    first = accept(state, command, lambda: "first", at(99))
+    ids = iter(["first", "of a superseded load"])
+    first = accept(state, command, lambda: next(ids), at(99))
     expected: Decision = first
     if isinstance(first, Accepted):
-        (draft,) = first.drafts
-        state.apply(record_draft(draft, state.position + 1, at(state.position + 1)))
-        expected = Existing("first")
+        for draft in first.drafts:
+            state.apply(record_draft(draft, state.position + 1, at(state.position + 1)))
+        expected = Existing(first.job_id or "")
     assert accept(state, command, lambda: "second", at(99)) == expected
