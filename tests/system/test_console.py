@@ -37,7 +37,6 @@ def write_models(root: Path) -> None:
     for version in (1, 2):
         for model_id in ("digits", "past"):
             models.save(models.add(float(version)), root, model_id, version)
-    models.save(models.slow_to_fold(900, 40), root, "slow")
     models.save(models.counting_loop(), root, "counter")
     models.save_bytes(models.TEXT, root, "broken")
     models.save(models.weights(36), root, "large")  # needs 98 MB: nothing else may be loaded
@@ -138,7 +137,15 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     assert not tokens_in(admin, server.api, "admin")
 
 
-async def test_stages_of_a_load_and_new_events_appear(server: Server, admin: Console) -> None:
+async def test_stages_of_a_load_and_new_events_appear(tmp_path: Path, browser: BrowserContext) -> None:
+    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
+    models.save(models.slow_model(depth=2000), config.repository, "slow")  # loads for minutes
+    async with serving(config) as server, Console.opened(browser, server.url) as admin:
+        await admin.sign_in(server.api.token("admin"))
+        await _watch_load_and_cancel_it(server, admin)
+
+
+async def _watch_load_and_cancel_it(server: Server, admin: Console) -> None:
     job = await server.api.accepted_load("slow")
     shown = admin.page.locator(f'[data-job="{job["id"]}"]')
     await expect(shown.locator("[aria-current=step]")).to_have_text("loading")
