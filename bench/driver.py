@@ -22,6 +22,8 @@ STOP_LIMIT_S = 60
 ANSWER_LIMIT_S = 90
 MAX_TOLD_BYTES = 4000
 TINY = "tiny"
+BEYOND_ALL = 9_000_000_000
+"""A position beyond all events."""
 WAIT = {"Prefer": "wait=60"}
 UNLIMITED = ("--limit-management", "off", "--limit-inference", "off")
 """Options that lift limits which a bench would reach."""
@@ -81,6 +83,11 @@ class Server:
         """Send any other request and return its response."""
         self.send(self.client, method, path, body, headers)
         return read(self.client)
+
+    def newest_events(self, query: str, count: int) -> list[dict[str, Any]]:
+        """Return the data of the newest events that a query finds, newest first."""
+        page = self.ask("GET", f"/api/v1/events?{query}&before={BEYOND_ALL}&limit={count}").json()
+        return [event["data"] for event in page["events"]]
 
     def written_bytes(self) -> int:
         """Return how many bytes it has had written to disks, now or later, since its start."""

@@ -34,8 +34,6 @@ FORCED_LIMIT_MS = 1000.0
 LOADS_AT_ONCE = 10
 UNMEASURED = 2
 """Cold inferences before the median: the first of each model has an estimate of its memory, and no hash."""
-MANY = 9_000_000_000
-"""A limit beyond the number of events."""
 BUDGET_FILES = 3.5
 """A worker takes 3 times the network's file while it loads, then 1.3 times: room for one, not for both."""
 EVICTION_OPTIONS = ("--prepare", "off", "--evict", "idle", "--on-demand", "on", "--min-residency-s", "0")
@@ -86,10 +84,7 @@ def first_load_rows(
     """
     costs = baselines.measure_file(path, server.repository.parent, repeats=loads)
     goal_ms = max(bare_ms * RATIO_GOAL, bare_ms + ABOVE_GOAL_MS, costs.hashing_ms) + costs.copying_ms
-    events = server.ask("GET", f"/api/v1/events?type=ModelLoaded&before={MANY}&limit={loads}").json()[
-        "events"
-    ]
-    durations = [event["data"]["durations"] for event in events]
+    durations = [data["durations"] for data in server.newest_events("type=ModelLoaded", loads)]
     parts = {name: median(each[key] or 0 for each in durations) / 1000 for name, key in PARTS.items()}
     return [
         Row(

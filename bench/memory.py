@@ -3,7 +3,7 @@
 from bench import models
 from bench.driver import Server
 from bench.table import Row, format_mb
-from runtime.memory import PROC, list_descendants, parse_field
+from runtime.memory import tree_bytes
 
 MODEL = "memory"
 RATIO_GOAL = 1.02
@@ -20,21 +20,6 @@ def measure(server: Server, *, cycles: int) -> list[Row]:
     ratio = after / before
     name = f"memory of the process tree, after {cycles:,} loads and unloads ÷ before"
     return [Row(name, format_mb(after), format_mb(before), ratio, f"≤ {RATIO_GOAL:.2f}", ratio <= RATIO_GOAL)]
-
-
-def tree_bytes(pid: int) -> int:
-    """Return what a process takes with all its descendants; pages that they share count once.
-
-    Without those of files: its share of a library changes with each other process that uses that, too.
-    """
-    return sum(parse_field(_rollup(each), "Pss_Anon") for each in (pid, *list_descendants(pid)))
-
-
-def _rollup(pid: int) -> str:
-    try:
-        return (PROC / str(pid) / "smaps_rollup").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-        return ""
 
 
 def _cycle(server: Server) -> None:

@@ -13,7 +13,7 @@ from bench import baselines, driver, models
 from bench.baselines import THROWN_AWAY
 from bench.driver import Server
 from bench.inference import LENGTH
-from bench.loads import MANY, first_load_rows
+from bench.loads import first_load_rows
 from bench.models import Body, Network
 from bench.table import Row, format_mb, format_ms
 from runtime.cache.manifest import Entry
@@ -143,9 +143,8 @@ def _loads(subject: Subject, repeats: int) -> Loads:
         _link(subject.plain.repository, model, name)
     time.sleep(TICK_S)  # else the first look at them waits for that
     rounds = [_round(subject, number, name) for number, name in enumerate(new)]
-    path = f"/api/v1/events?type=ModelLoaded&model={model}&before={MANY}&limit={repeats}"
-    for event in subject.server.ask("GET", path).json()["events"]:
-        used = event["data"]["prepared"]
+    for data in subject.server.newest_events(f"type=ModelLoaded&model={model}", repeats):
+        used = data["prepared"]
         if (used and used["sha256"]) != subject.entry.sha256:
             raise SystemExit(f"a later load of {model} used {used}, where there is {subject.entry}")
     return Loads(*(median(took_ms) for took_ms in zip(*rounds[THROWN_AWAY:], strict=True)))

@@ -184,7 +184,7 @@ async def _fan_out(
         await asyncio.sleep(0.5)
     await sampling
     with closing(server.connect()) as connection:  # the idle one may have been closed by now
-        server.send(connection, "GET", "/api/v1/events?before=9000000000&limit=1")
+        server.send(connection, "GET", f"/api/v1/events?before={driver.BEYOND_ALL}&limit=1")
         position = driver.read(connection).json()["as_of"]
     await audience.hear(position)
     audience.leave()

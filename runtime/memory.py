@@ -92,6 +92,22 @@ def list_descendants(pid: int) -> list[int]:
     return [*children, *(each for child in children for each in list_descendants(child))]
 
 
+def tree_bytes(pid: int) -> int:
+    """Measure the memory of a process and its descendants without files; pages that they share count once.
+
+    The share of a file's pages changes with each other process that maps it: one that imports ONNX Runtime
+    changed the sum by 9 MB (measured).
+    """
+    return sum(map(_anonymous_bytes, (pid, *list_descendants(pid))))
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        return parse_field(_read(f"{pid}/smaps_rollup"), "Pss_Anon")
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return 0
+
+
 def data_bytes(pid: int | str = "self") -> int:
     """Read the size that `RLIMIT_DATA` limits: private writable mappings, touched or not."""
     return parse_field(_read(f"{pid}/status"), "VmData")

@@ -30,7 +30,7 @@ from events.sqlite.listing import EventQuery, open_reader
 from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.problems import ClientProblem
-from runtime.memory import list_descendants, parse_field
+from runtime.memory import list_descendants, tree_bytes
 from server.auth.keys import ensure_data_dir, issue_token
 
 MAX_KEPT_BYTES = 8 * 2**20
@@ -68,12 +68,8 @@ class _Server:
         return float(sum(right)) / len(right)
 
     def memory_bytes(self) -> int:
-        """Return the memory of the process tree without mapped files; shared pages count once.
-
-        Mapped files are left out since their share depends on other processes: one that imports ONNX Runtime
-        changed the sum by 9 MB (measured).
-        """
-        return sum(_anonymous_bytes(pid) for pid in (self.process.pid, *list_descendants(self.process.pid)))
+        """Return the memory of the process tree without files."""
+        return tree_bytes(self.process.pid)
 
     def processes(self) -> set[int]:
         """Return the process ids of the tree."""
@@ -221,14 +217,6 @@ def _ledger(path: Path) -> None:
 async def _lines(path: Path) -> list[bytes]:
     async with open_reader(path) as reader:
         return [event.line for event in (await reader.event_page(EventQuery())).items]
-
-
-def _anonymous_bytes(pid: int) -> int:
-    """Return a process's share of anonymous pages; 0 if it is gone."""
-    try:
-        return parse_field(Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii"), "Pss_Anon")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
 
 
 def _is_gone(pid: int) -> bool:

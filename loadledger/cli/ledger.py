@@ -58,8 +58,8 @@ def verify(
 
     --data verifies a ledger: the database file, the hash chain and the stored projections. The server may be
     running; a copy made with `backup` works too. The ledger must contain the head that the server kept last,
-    or the one to --expect. If events were archived, give the files with --archive: they
-    have to lead to the first event of the log, and to the state that the ledger stored there.
+    or, with --expect, that one. If events were archived, give the files with --archive: they have to lead to
+    the first event of the log, and to the state that the ledger stored there.
 
     Each FILE, a jsonl export or an archive, is verified by itself: its chain and its signed head. With
     --data, its events are also compared with the ledger's. Use --key to check who signed.

@@ -46,12 +46,12 @@ _SMALL_MB = 10
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Why a load does not start now, when to look again, and whether room is reserved for it, or when."""
+    """Why a load does not start now, when to look again, and whether room is reserved for it, or later is."""
 
     reason: str
     wake_at: str | None = None
     reserves_room: bool = False
-    reserves_at: str | None = None
+    reserves_later: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,7 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
     queue = sorted(pending, key=lambda load: (load.rank, load.job.created_position))
     reservations = Reservations()
     estimating: Job | None = None
+    overtaken_since = list[str]()
     for load in queue:
         load.reservations = reservations
         decision = load.decide(estimating)
@@ -102,12 +103,15 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
             admission.action = decision
             return admission
         admission.waiting_for[load.job.id] = decision.reason
-        reserves_at = decision.reserves_at if load is not queue[-1] else None  # others may have to act then
-        admission.wake_at += filter(None, [decision.wake_at, reserves_at])
+        admission.wake_at += filter(None, [decision.wake_at])
+        if decision.reserves_later and load is not queue[-1]:  # a load behind it may have to act then
+            overtaken_since.append(view.created_at(load.job))
         if decision.reserves_room:
             reservations = load.reserve()
         if estimating is None and load.job.id in view.observations.estimating:
             estimating = load.job
+    if overtaken_since:
+        admission.wake_at.append(add_seconds(min(overtaken_since), OVERTAKING_LIMIT_S))
     if reservations.first is not None:
         admission.wake_at += _next_agings(view, queue)
     return admission
@@ -319,15 +323,18 @@ class _PendingLoad:
             code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
             reason = f"not reloaded after the server's start: it needs {shortage_text}"
             return actions.FailLoad(job, code, reason)
-        overtaken_until = add_seconds(view.created_at(job), OVERTAKING_LIMIT_S)
-        has_priority = self.rank == _BEFORE_ALL or overtaken_until <= view.now
-        reserves_room = has_priority and job.cause not in _RESERVES_NOTHING
-        reserves_at = None if has_priority else overtaken_until
+        has_priority = self.rank == _BEFORE_ALL or view.created_at(job) <= view.earlier_by(OVERTAKING_LIMIT_S)
+        may_reserve = job.cause not in _RESERVES_NOTHING
         wake_at = self._eviction.next_at if self._may_evict else None
         reason = f"{shortage_text}; {self._advise()}"
         if first is not None and self._shortage_now(replaced_bytes, reserved=Reservations()).is_none:
             reason = f"room, which is reserved for job {first.id}, before it"
-        return Waiting(reason, wake_at, reserves_room=reserves_room, reserves_at=reserves_at)
+        return Waiting(
+            reason,
+            wake_at,
+            reserves_room=may_reserve and has_priority,
+            reserves_later=may_reserve and not has_priority,
+        )
 
     def _describe_shortage(self) -> str:
         """Return what the load waits for, with the numbers."""

@@ -194,10 +194,8 @@ def open_version(
                 open_sources(repository.root, repository.folder_of(model_id, version))
             )
             files = _look_after_tick(sources)
-        except LoadRefused:
-            repository.resolve(
-                model_id, version
-            )  # what is not there is unknown, and neither changed nor unsafe
+        except LoadRefused:  # what is not there is unknown, and neither changed nor unsafe
+            repository.resolve(model_id, version)
             raise
         yield sources, files
 

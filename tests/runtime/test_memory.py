@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.history import PLAIN
 
-from bench.memory import tree_bytes
 from runtime import memory
-from runtime.memory import MemoryLimit, MemoryUnknown, Pressure
+from runtime.memory import MemoryLimit, MemoryUnknown, Pressure, tree_bytes
 
 GB = 2**30
 MACHINE = MemoryLimit(24684096 * 1024, "machine")
