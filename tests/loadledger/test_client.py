@@ -126,10 +126,11 @@ async def test_cancellation_closes_stream_and_leaves_job(server: Server) -> None
         fork_server = server.children()[0]
         os.kill(fork_server, signal.SIGSTOP)  # so that the load does not end before it was seen
         try:
-            running = when(lambda: first_job(client), lambda job: job.model_id == "slow" and not job.ended)
+            running = when(lambda: unended_load(client, "slow"), lambda job: job is not None)
             job = await cancel_once(running, client.load("slow", wait=True))
         finally:
             os.kill(fork_server, signal.SIGCONT)
+        assert job is not None
         assert (await client.wait_for(job.id)).status == "completed"
         await client.unload("slow", wait=True)
 
@@ -145,9 +146,11 @@ async def cancel_once(condition: Awaitable[T], call: Coroutine[Any, Any, Any]) -
     return met
 
 
-async def first_job(client: AsyncClient) -> Job:
-    async with aclosing(client.jobs(limit=1)) as jobs:
-        return await anext(jobs)
+async def unended_load(client: AsyncClient, model_id: str) -> Job | None:
+    """Return the model's newest job, unless there is none or it has ended."""
+    async with aclosing(client.jobs(model=model_id, limit=1)) as jobs:
+        newest = await anext(jobs, None)
+    return None if newest is None or newest.ended else newest
 
 
 # Restarts
@@ -160,24 +163,25 @@ async def test_wait_and_follow_survive_killed_server(tmp_path: Path) -> None:
     config = Config(repository=repository, data=tmp_path / "data")
     away: list[Exception] = []
     seen: dict[str, list[Event]] = {kind: [] for kind in KINDS}
-    started = {kind: threading.Event() for kind in KINDS}
+    following, loading = ({kind: threading.Event() for kind in KINDS} for _ in range(2))
 
     def follow(kind: str) -> None:
         with connected(kind, url, token) as client:
             events = client.events(after=0, follow=True, on_away=away.append)
             while not seen[kind] or seen[kind][-1].type != "UnloadRequested":
                 seen[kind].append(next(events))
+                following[kind].set()
             events.close()
 
     def load(kind: str) -> Job:
         with connected(kind, url, token) as client:
-            return client.load(kind, wait=True, wait_s=LIMIT_S, on_stage=lambda _: started[kind].set())
+            return client.load(kind, wait=True, wait_s=LIMIT_S, on_stage=lambda _: loading[kind].set())
 
     async with serving(config, APART) as server:
         url, token, port = server.url, server.api.token("admin"), server.url.rpartition(":")[2]
         follows = [asyncio.create_task(asyncio.to_thread(follow, kind)) for kind in KINDS]
         loads = [asyncio.create_task(asyncio.to_thread(load, kind)) for kind in KINDS]
-        for each in started.values():
+        for each in (*following.values(), *loading.values()):
             assert await asyncio.to_thread(each.wait, LIMIT_S)
         await server.kill()
     async with serving(config, APART, f"--port={port}") as server, asyncio.timeout(2 * LIMIT_S):

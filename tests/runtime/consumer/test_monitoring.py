@@ -96,7 +96,7 @@ async def test_measured_growth_counts_against_the_budget(engine: Engine) -> None
 
 
 async def test_growth_beyond_the_budget_evicts(folder: Path, shared_pool: WorkerPool) -> None:
-    policy = Policy(2, budget_bytes=GROWTH_BYTES + 15_000_000, evicts=True, min_residency_s=0)
+    policy = Policy(2, budget_bytes=GROWTH_BYTES + 10_000_000, evicts=True, min_residency_s=0)
     async with running(folder, policy=policy, pool=shared_pool) as engine:
         await engine.load("old")
         await engine.load("grows")
@@ -105,7 +105,7 @@ async def test_growth_beyond_the_budget_evicts(folder: Path, shared_pool: Worker
         await measure(engine)
         await engine.becomes("old", ModelState.UNLOADED)  # the least recently used that is enough
         await until(lambda: not engine.log.state.unended())
-        assert sum(use.memory_bytes for use in engine.consumer.uses()) <= GROWTH_BYTES + 15_000_000
+        assert sum(use.memory_bytes for use in engine.consumer.uses()) <= GROWTH_BYTES + 10_000_000
         assert [request.cause for request in await engine.facts(UnloadRequested)] == [Cause.EVICTION]
         assert engine.model("grows").state is ModelState.LOADED
 
