@@ -93,10 +93,10 @@ def list_descendants(pid: int) -> list[int]:
 
 
 def tree_bytes(pid: int) -> int:
-    """Measure the memory of a process and its descendants without files; pages that they share count once.
+    """Measure the anonymous memory of a process and its descendants; pages that they share count once.
 
-    The share of a file's pages changes with each other process that maps it: one that imports ONNX Runtime
-    changed the sum by 9 MB (measured).
+    A process's share of a mapped file changes with each other process that maps it: one that imports ONNX
+    Runtime changed the sum by 9 MB (measured).
     """
     return sum(map(_anonymous_bytes, (pid, *list_descendants(pid))))
 

@@ -68,7 +68,7 @@ class _Server:
         return float(sum(right)) / len(right)
 
     def memory_bytes(self) -> int:
-        """Return the memory of the process tree without files."""
+        """Return the anonymous memory of the process tree."""
         return tree_bytes(self.process.pid)
 
     def processes(self) -> set[int]:

@@ -142,27 +142,23 @@ async def test_stages_of_a_load_and_new_events_appear(tmp_path: Path, browser: B
     models.save(models.slow_model(depth=2000), config.repository, "slow")  # loads for minutes
     async with serving(config) as server, Console.opened(browser, server.url) as admin:
         await admin.sign_in(server.api.token("admin"))
-        await _watch_load_and_cancel_it(server, admin)
-
-
-async def _watch_load_and_cancel_it(server: Server, admin: Console) -> None:
-    job = await server.api.accepted_load("slow")
-    shown = admin.page.locator(f'[data-job="{job["id"]}"]')
-    await expect(shown.locator("[aria-current=step]")).to_have_text("loading")
-    await admin.see("slow", "loading")
-    await shown.get_by_role("button", name="Cancel").click()
-    await expect(shown.locator(".pill")).to_have_text("cancelled")
-    ended = await server.api.ended(job["id"])
-    event = admin.page.locator(f'#ledger-list [data-position="{ended["position"]}"]')
-    await expect(event).to_contain_text("JobCancelled")
-    await event.locator("summary").click()
-    line = (await server.api.get(f"/api/v1/events?after={ended['position'] - 1}&limit=1")).body.decode()
-    await expect(event.locator("pre")).not_to_be_empty()
-    text = await event.locator("pre").inner_text()
-    assert f'{{"events":[{text}],' in line
-    await admin.page.get_by_label("Type").select_option("LoadRequested")
-    await expect(event).to_be_hidden()
-    await expect(admin.page.locator("#ledger-list strong").first).to_have_text("LoadRequested")
+        job = await server.api.accepted_load("slow")
+        shown = admin.page.locator(f'[data-job="{job["id"]}"]')
+        await expect(shown.locator("[aria-current=step]")).to_have_text("loading")
+        await admin.see("slow", "loading")
+        await shown.get_by_role("button", name="Cancel").click()
+        await expect(shown.locator(".pill")).to_have_text("cancelled")
+        ended = await server.api.ended(job["id"])
+        event = admin.page.locator(f'#ledger-list [data-position="{ended["position"]}"]')
+        await expect(event).to_contain_text("JobCancelled")
+        await event.locator("summary").click()
+        line = (await server.api.get(f"/api/v1/events?after={ended['position'] - 1}&limit=1")).body.decode()
+        await expect(event.locator("pre")).not_to_be_empty()
+        text = await event.locator("pre").inner_text()
+        assert f'{{"events":[{text}],' in line
+        await admin.page.get_by_label("Type").select_option("LoadRequested")
+        await expect(event).to_be_hidden()
+        await expect(admin.page.locator("#ledger-list strong").first).to_have_text("LoadRequested")
 
 
 async def test_force_unload_kills_stopped_worker(server: Server, admin: Console) -> None:
