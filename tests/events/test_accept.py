@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import structs
-from support.history import CONTENTS, FEWER, MODEL, TUNED, History, at, drafts, fold, given, ids
+from support.history import CONTENTS, FEWER, MODEL, TUNED, History, at, fold, given, ids
+from support.strategies import drafts
 
 from events.accept import MAX_QUEUE, OUTDATED, Accepted, Decision, Existing, Refused, accept, holds
 from events.commands import (

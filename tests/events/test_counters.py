@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import FEWER, MODEL, PLAIN, History, drafts, fold, opened, write
+from support.history import FEWER, MODEL, PLAIN, History, fold, opened, write
+from support.strategies import drafts
 
 from events.counters import (
     MAX_CODES,

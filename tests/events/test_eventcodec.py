@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import INTEGERS, PLAIN, any_data, load_requested, model_loaded
+from support.history import PLAIN, load_requested, model_loaded
 from support.ledgers import sample_history
+from support.strategies import INTEGERS, any_data
 
 from events.codec import (
     GENESIS,

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import FEWER, MODEL, History, as_event, at, drafts, given, load_requested, model_loaded
+from support.history import FEWER, MODEL, History, as_event, at, given, load_requested, model_loaded
+from support.strategies import drafts
 
 from events.codec import decode_event
 from events.jobs import Job, JobKind, JobStatus, UnloadParameters, evolve_job

@@ -14,12 +14,12 @@ from support.history import (
     History,
     as_event,
     at,
-    drafts,
     file,
     given,
     load_requested,
     model_loaded,
 )
+from support.strategies import drafts
 
 from events.clock import seconds_between
 from events.codec import decode_event

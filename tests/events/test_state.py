@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import FEWER, MODEL, History, as_event, drafts, fold, opened
+from support.history import FEWER, MODEL, History, as_event, fold, opened
 from support.history import given as given_facts
 from support.ledgers import FAST_FOLDER, sample_history
+from support.strategies import drafts
 
 from events import jobs, models
 from events.audit.verify import verify

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import fields, replace
-from support.history import FEWER, INTEGERS, PLAIN, TEXTS, any_data, drafts, instances
+from support.history import FEWER, PLAIN
+from support.strategies import INTEGERS, TEXTS, any_data, drafts, instances
 
 from events.codec import decode_event, encode_canonical, encode_event
 from events.types import SCHEMA, TYPES, Data, Event, Unknown, record_draft

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import PLAIN, TEXTS, instances
+from support.history import PLAIN
+from support.strategies import TEXTS, instances
 
 from runtime import wire
 from runtime.frames import CHUNK_BYTES, FrameReader

@@ -10,9 +10,10 @@ import aiohttp
 import pytest
 from support import models
 from support.fleet import settled
-from support.http import ENDLESS, ONE, following
+from support.http import ENDLESS, ONE
 from support.models import save
 from support.servers import Server, events, serving, verified
+from support.streams import following
 from support.workers import computing, until
 
 from events.datalock import LEDGER

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from support import models
 from support.fleet import SOAK, new_dice, of_both, tell
-from support.http import following
 from support.models import save
 from support.servers import Server, events, serving
+from support.streams import following
 
 from bench import driver, streams
 from server.config import Config

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import FEWER, START, History, as_event, at, drafts, opened, write
+from support.history import FEWER, START, History, as_event, at, opened, write
 from support.ledgers import copy_of, overwrite_pages, store_events
+from support.strategies import drafts
 
 from events.errors import Archived, LogUnavailable
 from events.jobs import Job, JobStatus

@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.history import FEWER, MODEL, History, as_event, drafts, opened
+from support.history import FEWER, MODEL, History, as_event, opened
 from support.ledgers import FAST_FOLDER, store_events, stored
+from support.strategies import drafts
 
 from events.audit.verify import verify
 from events.codec import decode_event, encode_event

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from support import models
 from support.history import write
-from support.http import LIMIT_S, LocalApi, following, when
+from support.http import LIMIT_S, LocalApi, when
+from support.streams import following
 from support.workers import until
 
 from events.commands import Record

@@ -1,0 +1,96 @@
+"""Strategies for events and drafts, and for the values of their fields.
+
+They are derived from the data classes themselves, so that a new event type or field is covered the moment it
+exists.
+"""
+
+import enum
+import types
+import typing
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+from msgspec import Struct
+
+from events.types import (
+    SYSTEM,
+    TYPES,
+    Data,
+    Draft,
+    LoadRequested,
+    ModelLoaded,
+    UnloadRequested,
+)
+from support.history import at, model_loaded
+
+T = TypeVar("T", bound=Struct)
+
+INTEGERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 5)
+TEXTS = st.text(max_size=20)
+HASHES = st.binary(min_size=32, max_size=32).map(bytes.hex)
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Return a strategy for what a field with this annotation may hold."""
+    simple = {int: INTEGERS, str: TEXTS, bool: st.booleans(), types.NoneType: st.none()}
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in simple:
+        return simple[hint]
+    if origin in (types.UnionType, typing.Union):
+        return st.one_of(*map(values, arguments))
+    if origin is tuple:
+        return st.lists(values(arguments[0]), max_size=3).map(tuple)
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
+    if origin is typing.Annotated:
+        return bounded(*arguments)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return st.sampled_from(list(hint))
+    assert issubclass(hint, Struct), hint
+    return instances(hint)
+
+
+def bounded(kind: type, bounds: Any) -> st.SearchStrategy[Any]:
+    """Return a strategy for numbers and texts within msgspec's bounds."""
+    if kind is int:
+        return st.integers(bounds.ge, 2**64 - 1 if bounds.le is None else bounds.le)
+    return HASHES if bounds.pattern else TEXTS
+
+
+def instances(kind: type[T], *, without: str = "") -> st.SearchStrategy[T]:
+    """Return a strategy for instances of a struct, all fields but this one given."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    timestamps = st.none() | st.integers(-1_000, 1_000).map(at)
+    known = dict.fromkeys(("down_since", "last_event_at", "last_seen_at"), timestamps)
+    names = (name for name in kind.__struct_fields__ if name != without)
+    return st.builds(kind, **{name: known.get(name, values(hints[name])) for name in names})
+
+
+def any_data() -> st.SearchStrategy[Data]:
+    return st.sampled_from(sorted(TYPES)).flatmap(lambda name: instances(TYPES[name]))
+
+
+IDS = st.sampled_from(["a", "b", "c", "d"])
+MODELS = st.sampled_from(["m", "n"])
+
+
+@st.composite
+def drafts(draw: st.DrawFn) -> Draft:
+    """Return drafts of all types whose ids, jobs, models and workers collide all the time."""
+    data = draw(any_data())
+    event_id, job_id = draw(IDS), draw(IDS | st.none())
+    if isinstance(data, LoadRequested | UnloadRequested) and draw(st.integers(0, 3)):
+        job_id = event_id
+    if isinstance(data, UnloadRequested):
+        data = UnloadRequested(data.force, draw(IDS), data.cause)
+    if isinstance(data, ModelLoaded):
+        data = model_loaded(*draw(st.lists(IDS, max_size=2, unique=True)))
+    return Draft(
+        event_id,
+        data,
+        draw(st.sampled_from([SYSTEM, "alice", "é\U0001f600"])),
+        job_id,
+        draw(st.one_of(MODELS, MODELS, MODELS, st.none())),
+        draw(st.integers(1, 2) | st.none()),
+        draw(IDS | st.none()),
+    )
