@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance soak lint type fmt bench bench-peers generated
+.PHONY: help install demo test conformance soak hostile lint type fmt bench bench-peers generated
 
 help:
-	@echo "make demo | test | conformance | soak | lint | type | fmt | bench | bench-peers | generated"
+	@echo "make demo | test | conformance | soak | hostile | lint | type | fmt | bench | bench-peers | generated"
 
 # Targets run the installed package, so they install the working tree first. A build/ of an earlier install would
 # add deleted modules.
@@ -40,6 +40,12 @@ soak: install
 SOAKS := runtime/scheduler/test_simulation runtime/cache/test_cache_store runtime/store/test_store_keeping \
 	runtime/consumer/test_provenance \
 	$(addprefix system/test_,bench many_models cycles killed_servers restore tails prepared)
+
+# Attacks on a server with a good model, in their long forms: some minutes each, with figures.
+hostile: install
+	$(BIN)/pip install --quiet '.[test,hostile]'
+	rm -rf build
+	SOAK=all $(BIN)/pytest -n 0 -s tests/hostile
 
 lint: $(BIN)/.tools
 	$(BIN)/ruff check .

@@ -61,6 +61,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "hostile": ["schemathesis>=4.32"],  # beside "test", for `make hostile` alone
         "otel": OTEL,
         "examples": ["scikit-learn>=1.7", "skl2onnx>=1.20"],  # to train examples/ again
     },

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from bench import (
+    bodies,
     driver,
     generator,
     inference,
@@ -29,7 +30,7 @@ from bench.table import Row, table
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 WIDTH = 200
-PARTS = ("loads", "prepared", "memory", "policies", "inference", "tails", "ledger", "listing")
+PARTS = ("loads", "prepared", "memory", "policies", "inference", "bodies", "tails", "ledger", "listing")
 AT_LEAST_ONE = click.IntRange(min=1)
 BARE = "--prepare=off"
 """Nothing may be prepared in the background of what is measured."""
@@ -132,6 +133,7 @@ def main(**options: Any) -> None:
         "memory": _memory,
         "policies": _policies,
         "inference": _inference,
+        "bodies": _bodies,
         "tails": _tails,
         "ledger": _ledger,
         "listing": _listing,
@@ -185,6 +187,10 @@ def _inference(folder: Path, choice: Choice) -> list[Row]:
     return inference.measure(folder, rounds=choice.rounds, seconds=choice.seconds, peers_at=choice.peers)
 
 
+def _bodies(folder: Path, choice: Choice) -> list[Row]:
+    return bodies.measure(folder, seconds=choice.seconds)
+
+
 def _tails(folder: Path, choice: Choice) -> list[Row]:
     room = ("--limit-reads", "off", "--streams-per-subject", str(choice.tails))
     with driver.running(folder, *driver.UNLIMITED, *room, BARE) as server:
@@ -234,6 +240,13 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"Inferences: binary unless it says JSON, in and out; one load generator beside it on these "
             f"cores; median of {choice.rounds} times {choice.seconds:g} s, alternated; token, rate limit and "
             "deadline on."
+        )
+    if "bodies" in choice.parts:
+        told.append(
+            f"Bodies: sent again and again for {choice.seconds:g} s, with no limit of the subject, over one "
+            "connection unless it says more; beside them a tiny inference on another model after each "
+            f"{bodies.PAUSE_S * 1000:.0f} ms; its waits, with those and without, and the processor time "
+            "of the event loop for a body, during which it serves nobody."
         )
     if "tails" in choice.parts:
         told.append("Tails: from recorded to received, one process listens to all of them on these cores.")

@@ -22,8 +22,8 @@ class EventText(NamedTuple):
 
     Attributes:
         parts: joined by commas. `{a.b}` is a member of the event's data, `{a.-1}` the last item of a list;
-            `{a:ms}`, `{a:MB}` and `{a:files}` have a form, and `{a?}` may be missing. A part is left out if
-            its member is null or an empty list. `a?yes|no` chooses by a member.
+            `{a:ms}`, `{a:MB}`, `{a:acts}` and `{a:files}` have a form, and `{a?}` may be missing. A part is
+            left out if its member is null or an empty list. `a?yes|no` chooses by a member.
         fields: the fields of a log line: name and member.
         tone: `good`, `bad` or `plain`. A bad event is logged as a warning.
         bad_if: the member that makes an event bad if it is true.
@@ -73,7 +73,12 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         "bad",
     ),
     "ServerStarted": EventText(
-        ("unclean?after an unclean end|in order", "last seen {last_seen_at?}", "down since {down_since?}"),
+        (
+            "unclean?after an unclean end|in order",
+            "last seen {last_seen_at?}",
+            "down since {down_since?}",
+            "workers could {confinement.not_prevented?:acts}",
+        ),
         {"unclean": "unclean", "last_event_at": "last_event_at", "last_seen_at": "last_seen_at"},
         bad_if="unclean",
     ),
@@ -92,6 +97,7 @@ _FORMS: Mapping[str | None, Callable[[Any], str]] = {
     None: str,
     "ms": lambda microseconds: f"{microseconds / 1000:.0f} ms",
     "MB": lambda size_bytes: f"{size_bytes / 10**6:.1f} MB",
+    "acts": lambda acts: ", ".join(act.replace("_", " ") for act in acts),
     "files": lambda files: ", ".join(f"{each['path']} {each['sha256'][:HASH_DIGITS]}" for each in files),
 }
 

@@ -73,6 +73,9 @@ TOO_MANY_LOADED = "too_many_loaded"
 TIMEOUT = "timeout"
 """Error code of a load that missed its deadline."""
 
+NO_PROGRESS = "no_progress"
+"""Error code of a load that made no progress for its `progress_timeout_s`."""
+
 BYTES_GONE = "bytes_gone"
 """Error code of a reload whose recorded bytes neither the store nor a readable repository has."""
 
@@ -91,10 +94,11 @@ class Consequence(Enum):
 
 
 CONSEQUENCES: Mapping[str, Consequence] = {
-    # The worker died, or the model does not load by itself.
+    # The worker died, or the model does not load by itself, or never ends to load.
     "worker_died": Consequence.INCIDENT,
     "invalid_model": Consequence.INCIDENT,
     "warm_up_failed": Consequence.INCIDENT,
+    NO_PROGRESS: Consequence.INCIDENT,
     "not_encodable": Consequence.INCIDENT,
     # No process, no memory, no disk, no time.
     FORK_SERVER_DIED: Consequence.RETRY,

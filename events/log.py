@@ -56,6 +56,7 @@ from events.state import Attempt, State
 from events.types import (
     SYSTEM,
     ClockStepped,
+    Confinement,
     Draft,
     Event,
     RollbackAccepted,
@@ -298,7 +299,7 @@ class Log:
         self._inbox.put(note)
         await note.done
 
-    async def server_started(self) -> Receipt:
+    async def server_started(self, confinement: Confinement | None = None) -> Receipt:
         """Append `ServerStarted`; unclean unless the last event is `ServerStopped`.
 
         Then copy the WAL into the file, so that a copy of the file alone shows that the server runs.
@@ -306,7 +307,9 @@ class Log:
         unclean = self.head.position > 0 and self.head.type != ServerStopped.TYPE
         last_event_at = self.head.recorded_at or None
         last_seen_at = max(self.head.recorded_at, self.last_seen if unclean else "") or None
-        data = ServerStarted(unclean, last_event_at=last_event_at, last_seen_at=last_seen_at)
+        data = ServerStarted(
+            unclean, last_event_at=last_event_at, last_seen_at=last_seen_at, confinement=confinement
+        )
         self._is_complete = False
         receipt = await self.submit(Record((Draft(self._new_id(), data, SYSTEM),)))
         self._is_complete = await self._database.make_whole()
@@ -389,7 +392,7 @@ class Log:
         except (sqlite3.Error, LedgerProblem):
             await self._database.give_up()
             return
-        self._can_write = True
+        self._note_success()
 
     async def _write(self, group: Sequence[PendingCommand]) -> None:
         try:
@@ -435,12 +438,22 @@ class Log:
             await self._database.write(decided.rows, decided.attempt.changes, entities, self.head)
             self.tally.commit_s.observe(time.monotonic() - began)
         except sqlite3.Error as error:
-            _log.exception("the ledger could not be written")
-            self.tally.write_failures += 1
-            self._can_write = False
+            self._note_failure(error)
             await self._database.give_up(error)
             self._uncertain_head = decided.head
             await self._check_written(decided.head)
+        self._note_success()
+
+    def _note_failure(self, error: sqlite3.Error) -> None:
+        """Count a failed write; the first is logged, since each request on a full disk would bring one."""
+        if self._can_write:
+            _log.error("the ledger cannot be written, and requests that need it are refused: %s", error)
+        self.tally.write_failures += 1
+        self._can_write = False
+
+    def _note_success(self) -> None:
+        if not self._can_write:
+            _log.warning("the ledger can be written again")
         self._can_write = True
 
     async def _check_written(self, head: LogHead) -> None:

@@ -56,6 +56,23 @@ class Prepared(Struct, frozen=True, gc=False):
     sha256: str
 
 
+class Confinement(Struct, frozen=True, gc=False):
+    """Confinement of the workers, as a throw-away worker found it at the start of the server.
+
+    Attributes:
+        mode: `auto`, `require` or `off`, as set.
+        landlock_abi: the version of Landlock that restricts files; 0 if nothing does.
+        seccomp: whether a filter restricts system calls.
+        not_prevented: the forbidden things that a worker could do: `read_files`, `write_files`,
+            `use_network`, `start_processes`, `read_memory` (of the fork server).
+    """
+
+    mode: str
+    landlock_abi: int
+    seccomp: bool
+    not_prevented: tuple[str, ...]
+
+
 class Durations(Struct, frozen=True, gc=False):
     """How long the stages of a load took; None where a stage did not take place.
 
@@ -92,6 +109,8 @@ class LoadParameters(Struct, frozen=True, gc=False):
         instances: how many workers serve the model.
         max_batch_size: requests run together; 0 turns batching off.
         max_queue_delay_us: how long a request may wait for its batch.
+        progress_timeout_s: how long the load may make no progress once it has started; None, in events of
+            earlier releases, is the server's setting.
     """
 
     priority: str = "normal"
@@ -103,6 +122,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
     instances: int = 1
     max_batch_size: int = 0
     max_queue_delay_us: int = 0
+    progress_timeout_s: int | None = None
 
     def has_same_workers(self, other: LoadParameters) -> bool:
         """Whether workers of a load with `other` parameters do for one with these."""
@@ -183,7 +203,8 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     """The version serves from here on. Memory is the sum of all workers.
 
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
-    the repository's files, which may have changed in between.
+    the repository's files, which may have changed in between. `confinement` is None in events of earlier
+    releases, whose workers were not confined.
     """
 
     TYPE: ClassVar[str] = "ModelLoaded"
@@ -194,6 +215,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     peak_memory_bytes: int
     durations: Durations
     verified: bool = False
+    confinement: Confinement | None = None
 
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):
@@ -291,7 +313,11 @@ class AccessDenied(Struct, frozen=True, gc=False):
 
 
 class WorkerExited(Struct, frozen=True, gc=False):
-    """A worker ended unexpectedly; code and signal are None if it ended with the fork server."""
+    """A worker ended unexpectedly; code and signal are None if it ended with the fork server.
+
+    Attributes:
+        stderr: its last lines, then why the server killed it; only the latter with `--ledger-stderr off`.
+    """
 
     TYPE: ClassVar[str] = "WorkerExited"
     exit_code: int | None
@@ -308,6 +334,7 @@ class ServerStarted(Struct, frozen=True, gc=False):
         last_event_at: when the event before was recorded; None in a new log.
         last_seen_at: until when the server before is known to have run: until that event, or after an unclean
             end until its last note; None in a new log.
+        confinement: of the workers; None in events of earlier releases, whose workers were not confined.
     """
 
     TYPE: ClassVar[str] = "ServerStarted"
@@ -315,6 +342,7 @@ class ServerStarted(Struct, frozen=True, gc=False):
     down_since: Timestamp | None = None
     last_event_at: Timestamp | None = None
     last_seen_at: Timestamp | None = None
+    confinement: Confinement | None = None
 
     @property
     def seen_at(self) -> Timestamp | None:

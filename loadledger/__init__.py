@@ -4,7 +4,8 @@
 operations.py, written once as coroutines over a transport: transport.py uses the standard library,
 aiotransport.py uses aiohttp. An operation goes this way:
 
-    operations.py    arguments -> request (paging, inference, polling in jobs.py, events in stream.py)
+    operations.py    arguments -> request (paging, polling in jobs.py, events in stream.py)
+    inference.py     tensors -> request and answer -> lists, in binary; datatypes in tensors.py
     requests.py      requests; answer -> value of records.py or exception
     retries.py       request -> answer, with retries and back-off
     problems.py      the exceptions

@@ -7,11 +7,12 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any, Literal, TypedDict, Unpack
 
 from loadledger.address import path
+from loadledger.inference import decode_inference, encode_inference
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.problems import ServerError
 from loadledger.records import Event, Head, Health, Job, Model, Resources
-from loadledger.requests import CallContext, Request, encode_json, get_request, post_request
-from loadledger.retries import fetch
+from loadledger.requests import CallContext, Request, get_request, post_request
+from loadledger.retries import fetch, send_request
 from loadledger.stream import (
     EventSelection,
     JobPage,
@@ -53,10 +54,9 @@ async def run_inference(
     wanted = {name: value for name, value in options.items() if value is not None}
 
     async def ask(metadata: Json | None) -> Json:
-        body = encode_json({"inputs": to_tensors(inputs, metadata), **wanted})
-        headers = {"Content-Type": "application/json"}
+        headers, body = encode_inference(to_tensors(inputs, metadata), wanted)
         request = Request("POST", f"{path}/infer", headers, body, repeatable=False, timeout_s=timeout_s)
-        return await fetch(context, request, Json)
+        return decode_inference(await send_request(context, request), context.address)
 
     async def ask_with_metadata() -> Json:
         """Send the inference with the datatypes of the model's metadata."""
@@ -85,6 +85,7 @@ class LoadOptions(TypedDict, total=False):
     """Parameters of a load; the default of each is the model's loadledger.toml, then the server's setting."""
 
     timeout_s: int
+    progress_timeout_s: int
     memory_limit_bytes: int | None
     priority: Literal["high", "normal", "low"]
     keep_alive_s: int | None

@@ -152,6 +152,15 @@ class PressureInfo(msgspec.Struct, frozen=True, kw_only=True):
     cpu_some_percent: float | None = None
 
 
+class WorkerConfinement(msgspec.Struct, frozen=True, kw_only=True):
+    """Confinement of the workers; `not_prevented` are forbidden acts that a worker could do."""
+
+    mode: str
+    landlock_abi: int
+    seccomp: bool
+    not_prevented: list[str]
+
+
 class Resources(msgspec.Struct, frozen=True, kw_only=True):
     """The memory budget of the workers, its use, and the jobs that wait for it."""
 
@@ -166,6 +175,7 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     waiting: list[WaitingJob] = []
     preparing: CachePreparation | None = None
     pressure: PressureInfo | None = None
+    confinement: WorkerConfinement | None = None
     as_of: int = 0
 
 

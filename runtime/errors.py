@@ -80,6 +80,12 @@ class LoadRefused(RuntimeProblem):
         self.code = code
 
 
+class NoProgress(RuntimeProblem):
+    """A load reached no further stage, and copied or hashed nothing, for its `progress_timeout_s`."""
+
+    code = "no_progress"
+
+
 class WorkerDied(RuntimeProblem):
     """The worker's process ended before it answered.
 

@@ -44,10 +44,14 @@ FormOf = Callable[[Sequence[FileStat], Iterable[Footprint]], str | None]
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes that all workers of a load take at most; whether they rest on file sizes only."""
+    """Bytes that all workers of a load take at most; whether they rest on file sizes only.
+
+    `is_proven` says whether these files loaded before.
+    """
 
     bytes: int
     is_estimate: bool
+    is_proven: bool
 
 
 def estimate_memory(
@@ -75,7 +79,8 @@ def estimate_memory(
     is_limited = limit is not None and limit + WORKER_BYTES <= one
     if limit is not None and is_limited:
         one = limit + WORKER_BYTES
-    return MemoryEstimate(one * parameters.instances, known is None and not is_limited)
+    is_estimate = known is None and not is_limited
+    return MemoryEstimate(one * parameters.instances, is_estimate, is_proven=bool(same))
 
 
 def _estimate_from_sizes(files: Iterable[FileStat]) -> int:
@@ -106,6 +111,7 @@ class MemoryEstimates:
         known: bytes by job id; None while the files are being read.
         in_progress: jobs whose files have been read for less than `ESTIMATE_WAIT_S`.
         from_file_sizes: jobs of whose files only the sizes are known.
+        proven: jobs whose files loaded before.
         with_form: jobs whose estimate is for a prepared form.
         bare: jobs whose form failed, so that they load without one.
         outdated: how often jobs were estimated for other files than they then found.
@@ -126,6 +132,7 @@ class MemoryEstimates:
         self.known: dict[str, int | None] = {}
         self.in_progress: set[str] = set()
         self.from_file_sizes: set[str] = set()
+        self.proven: set[str] = set()
         self.with_form: set[str] = set()
         self.bare: set[str] = set()
         self.outdated = Counter[str]()
@@ -178,6 +185,7 @@ class MemoryEstimates:
     def _forget(self, job_id: str) -> None:
         self.known.pop(job_id, None)
         self.from_file_sizes.discard(job_id)
+        self.proven.discard(job_id)
         self.with_form.discard(job_id)
         self.failures.pop(job_id, None)
         self._sizes.pop(job_id, None)
@@ -202,6 +210,8 @@ class MemoryEstimates:
                     self.with_form.add(job.id)
                 if need.is_estimate:
                     self.from_file_sizes.add(job.id)
+                if need.is_proven:
+                    self.proven.add(job.id)
         finally:
             self._stop_waiting(job.id)
 

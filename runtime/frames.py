@@ -1,6 +1,7 @@
 """Cuts a byte stream into frames of `runtime.wire`, with few copies."""
 
 import ctypes
+from dataclasses import dataclass
 from typing import Generic
 
 import msgspec
@@ -13,13 +14,30 @@ from runtime.wire import (
     Frame,
     M,
     MalformedFrame,
+    Message,
     decode,
+    decode_header,
 )
 
 CHUNK_BYTES = 64 * 2**10
 """Shorter frames are cut out of one read; a longer one is read into a buffer of its own."""
+READ_BYTES = 2**20
+"""Limit of one read: a socket is read on for as long as its other side goes on writing."""
 JOINED_BYTES = 32 * 2**10
 """Of frames to send: copying this much takes about as long as one more buffer in a system call."""
+
+
+class PayloadDropped(MemoryError):
+    """There is no memory for the payload of a frame; it was read and dropped, and the channel goes on.
+
+    Attributes:
+        message: the frame's message, without its tensors.
+    """
+
+    def __init__(self, message: Message) -> None:
+        super().__init__()
+        self.message = message
+
 
 _new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
 """Allocates without filling: zeroing 600 KB takes as long as reading them, and announced bytes that never
@@ -27,75 +45,119 @@ come would take memory."""
 _new_bytearray.argtypes, _new_bytearray.restype = (ctypes.c_char_p, ctypes.c_ssize_t), ctypes.py_object
 
 
+@dataclass(frozen=True, slots=True)
+class FrameRules(Generic[M]):
+    """Which frames may come: the messages, and limits that a frame's prefix is held against.
+
+    Without header bytes, none may come.
+    """
+
+    decoder: msgspec.msgpack.Decoder[M]
+    header_bytes: int = MAX_HEADER_BYTES
+    payload_bytes: int = MAX_PAYLOAD_BYTES
+
+
 class FrameReader(Generic[M]):
     """Cuts the bytes of a channel into frames.
 
-    Read into `buffer()`, then call `advance` with the number of bytes. The tensor data of a frame refers to
-    memory that nothing else uses.
-
-    Args:
-        decoder: of the messages that are allowed on the channel.
+    Read into `buffer()`, call `feed` with the number of bytes, and then `next_frame` until there is none. The
+    tensor data of a frame refers to memory that nothing else uses.
 
     Attributes:
-        max_header_bytes: longer headers are malformed; may be changed between frames.
+        rules: which frames may come next; may be changed between frames.
     """
 
-    def __init__(self, decoder: msgspec.msgpack.Decoder[M]) -> None:
-        self.max_header_bytes = MAX_HEADER_BYTES
-        self._decoder = decoder
+    def __init__(self, rules: FrameRules[M]) -> None:
+        self.rules = rules
         self._chunk = bytearray(CHUNK_BYTES)
         self._body: bytearray | None = None
         self._begin = 0
         self._header_bytes = 0
+        self._start = 0
         self._filled = 0
+        self._is_dropped = False
+        self._drop_bytes = 0
 
     def buffer(self) -> memoryview:
-        """Return the buffer for the next bytes; never empty."""
-        return memoryview(self._chunk if self._body is None else self._body)[self._filled :]
+        """Return the buffer for the next bytes; never empty once `next_frame` has returned None."""
+        if self._body is None:
+            return memoryview(self._chunk)[self._filled :]
+        if self._drop_bytes and self._filled == len(self._body):
+            return memoryview(self._chunk)[: self._drop_bytes]
+        return memoryview(self._body)[self._filled : self._filled + READ_BYTES]
 
-    def advance(self, count: int) -> list[Frame[M]]:
-        """Accept `count` more bytes in the buffer; return the frames that they complete.
+    def feed(self, count: int) -> None:
+        """Accept `count` more bytes in the buffer."""
+        if self._drop_bytes and self._body is not None and self._filled == len(self._body):
+            self._drop_bytes -= count
+        else:
+            self._filled += count
+
+    def next_frame(self) -> Frame[M] | None:
+        """Return the next complete frame.
 
         Raises:
-            MalformedFrame: the bytes are no frame.
+            MalformedFrame: the bytes are no frame, or none that may come now.
+            PayloadDropped: there was no memory for the frame's payload.
         """
-        self._filled += count
-        if self._body is None:
-            return self._cut()
-        if self._filled < len(self._body):
-            return []
-        frame = decode(memoryview(self._body)[self._begin :], self._header_bytes, self._decoder)
-        self._body, self._filled = None, 0
-        return [frame]
+        if self._body is not None:
+            return self._finish_body(self._body)
+        start = self._start
+        if self._filled - start < PREFIX.size:
+            if start:
+                self._move_rest(start)
+            return None
+        header, payload = PREFIX.unpack_from(self._chunk, start)
+        rules = self.rules
+        if header > rules.header_bytes or payload > rules.payload_bytes:
+            raise MalformedFrame(_describe_excess(rules, header, payload))
+        start += PREFIX.size
+        end = start + header + payload
+        if end > self._filled:
+            self._begin_body(start, header, payload)
+            return None
+        self._start = end
+        # A copy, since the chunk is used again.
+        return decode(memoryview(bytes(memoryview(self._chunk)[start:end])), header, rules.decoder)
 
     def close(self) -> None:
         """Release the buffers now: nothing more is read, and a reference cycle may keep the reader alive."""
         self._chunk, self._body = bytearray(), None
+        self._start = self._filled = 0
 
-    def _cut(self) -> list[Frame[M]]:
-        frames: list[Frame[M]] = []
-        view, start = memoryview(self._chunk), 0
-        while self._filled - start >= PREFIX.size:
-            header, payload = PREFIX.unpack_from(self._chunk, start)
-            if header > self.max_header_bytes or payload > MAX_PAYLOAD_BYTES:
-                raise MalformedFrame("a frame of more than the allowed length")
-            start += PREFIX.size
-            end = start + header + payload
-            if end > self._filled:
-                self._begin_body(start, header, payload)
-                return frames
-            # A copy, since the chunk is used again.
-            frames.append(decode(memoryview(bytes(view[start:end])), header, self._decoder))
-            start = end
+    def _move_rest(self, start: int) -> None:
+        """Move the beginning of a prefix to the beginning of the chunk."""
         if start < self._filled:
             self._chunk[: self._filled - start] = self._chunk[start : self._filled]
         self._filled -= start
-        return frames
+        self._start = 0
 
     def _begin_body(self, start: int, header: int, payload: int) -> None:
+        """Read the rest of a frame into a buffer of its own; a page of it takes memory when bytes arrive."""
         self._begin = -header % ALIGNMENT
-        self._body = _new_bytearray(None, self._begin + header + payload)
         self._header_bytes = header
+        try:
+            self._body = _new_bytearray(None, self._begin + header + payload)
+        except MemoryError:  # the message says whose frame it is
+            self._body, self._drop_bytes, self._is_dropped = bytearray(self._begin + header), payload, True
         came = self._filled - start
-        self._body[self._begin : self._begin + came] = self._chunk[start : self._filled]
-        self._filled = self._begin + came
+        kept = min(came, len(self._body) - self._begin)
+        self._body[self._begin : self._begin + kept] = self._chunk[start : start + kept]
+        self._drop_bytes -= came - kept
+        self._start, self._filled = 0, self._begin + kept
+
+    def _finish_body(self, body: bytearray) -> Frame[M] | None:
+        if self._filled < len(body) or self._drop_bytes:
+            return None
+        self._body, self._filled = None, 0
+        if self._is_dropped:
+            self._is_dropped = False
+            raise PayloadDropped(decode_header(memoryview(body)[self._begin :], self.rules.decoder))
+        return decode(memoryview(body)[self._begin :], self._header_bytes, self.rules.decoder)
+
+
+def _describe_excess(rules: FrameRules[M], header: int, payload: int) -> str:
+    if not rules.header_bytes:
+        return "a message that nothing asked for"
+    came, most = f"{header} + {payload}", f"{rules.header_bytes} + {rules.payload_bytes}"
+    return f"a frame of {came} bytes (header + payload), of at most {most}"

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from runtime.errors import RuntimeProblem
-from runtime.limits import Limit, time_limit
+from runtime.limits import Limit, LimitPassed, time_limit
 
 T = TypeVar("T")
 
@@ -102,12 +102,12 @@ class Lookups:
             answer = self._start(key, lane, look)
         except RuntimeError as error:  # no new thread
             self._release(key, lane)
-            raise _busy(key, f"cannot be looked at: {error}") from None
+            raise busy(key, f"cannot be looked at: {error}") from None
         try:
             async with time_limit(limit_s):
                 return await asyncio.shield(answer)
         except TimeoutError:
-            raise _busy(key, f"did not answer within {limit_s:g} s") from None
+            raise busy(key, f"did not answer within {limit_s:g} s") from None
 
     async def _wait_for_turn(self, key: str, lane: _Lane) -> None:
         """Wait for the looks before it, however many, unless they hang."""
@@ -139,10 +139,10 @@ class Lookups:
 
     def _refuse_hopeless(self, key: str, lane: _Lane) -> None:
         if lane.hangs:
-            raise _busy(key, f"has not answered for {HANG_S:g} s")
+            raise busy(key, f"has not answered for {HANG_S:g} s")
         hanging = sum(each.hangs for each in self._lanes.values())
         if hanging >= self._max_threads:
-            raise _busy(key, f"has to wait: {hanging} other folders have not answered for {HANG_S:g} s")
+            raise busy(key, f"has to wait: {hanging} other folders have not answered for {HANG_S:g} s")
 
     def _start(self, key: str, lane: _Lane, look: Callable[[], T]) -> asyncio.Future[T]:
         thread = self._idle.pop() if self._idle else _Thread()
@@ -223,17 +223,15 @@ async def wait_with_progress(
     Raises:
         RepositoryBusy: `repository_busy`, it stayed the same for longer.
     """
-    while True:
-        before = progress()
-        try:
-            async with time_limit(limit_s):
-                return await asyncio.shield(answer)
-        except TimeoutError:
-            if answer.done():  # it is the thread's own, or in time after all
-                return answer.result()
-            if progress() == before:
-                raise _busy(key, f"has given nothing to copy for {limit_s:g} s") from None
+    try:
+        async with time_limit(limit_s, progress):
+            return await asyncio.shield(answer)
+    except LimitPassed:
+        if answer.done():  # in time after all
+            return answer.result()
+        raise busy(key, f"has given nothing to copy for {limit_s:g} s") from None
 
 
-def _busy(key: str, reason: str) -> RepositoryBusy:
+def busy(key: str, reason: str) -> RepositoryBusy:
+    """Return the error of a model's folder, for a reason that goes on after its name."""
     return RepositoryBusy(f"the repository's folder of {key!r} {reason}; is its file system reachable?")

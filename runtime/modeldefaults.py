@@ -7,6 +7,7 @@ begins, because a ledger holds no tensors; so a reload takes it as a help and no
 
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -20,6 +21,11 @@ from runtime.wire import DATATYPES, MAX_DIMENSIONS, Count, Name, Tensor
 DEFAULTS_FILE = "loadledger.toml"
 MAX_DEFAULTS_BYTES = 64 * 1024
 """A file with every key has a few hundred bytes; this leaves room for comments and warm-up inputs."""
+MAX_DOTS = 1000
+"""Beside those of numbers. tomllib takes quadratic time for a key of many parts: a minute for 64 KiB, in
+which its thread competes with the event loop. For a key of so many parts it takes a tenth of a second."""
+_NUMBER = re.compile(r"[-+\s,\[=][0-9][0-9_]*\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?(?=\s*[,\]}#\n])")
+"""A number with a fraction, in a list or at the end of a line. No part of a key is followed by these."""
 WARM_UP = "warm_up"
 """The only key that is no parameter of a load."""
 NO_TEXT = frozenset({"FP16", "BF16"})
@@ -103,7 +109,7 @@ def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp
     name = defaults_name(model_id)
     try:
         content = repository.read_beside(model_id, DEFAULTS_FILE, MAX_DEFAULTS_BYTES)
-        values = tomllib.loads(content.decode())
+        values = _parse(content.decode())
         return values, _warm_up(name, values.pop(WARM_UP, {}))
     except UnsafeFile as error:
         raise InvalidDefaults(f"{name} {error}; replace it, or take it away") from None
@@ -113,6 +119,12 @@ def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp
         raise InvalidDefaults(f"{name} is no TOML: {error}") from None
     except RecursionError:
         raise InvalidDefaults(f"{name} is nested too deeply; it takes keys with plain values") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    if text.count(".") - len(_NUMBER.findall(text)) > MAX_DOTS:
+        raise ValueError(f"it has more than {MAX_DOTS} dots, beside those of numbers")
+    return tomllib.loads(text)
 
 
 def _warm_up(file: str, table: object) -> WarmUp:

@@ -1,54 +1,33 @@
 """External data of an ONNX file: its locations are found and checked before ONNX Runtime reads the file.
 
-A model can keep tensors in other files, and a hostile one names `../../etc/shadow`. This walks the protobuf
-wire format through the few fields that lead to tensors (onnx.proto3 of ONNX 1.23) and skips everything else
-by its length, so it never reads the weights. It does not validate: it finds a superset of the locations
-that a runtime can see.
+A model can keep tensors in other files, and a hostile one names `../../etc/shadow`. This walks through the
+fields that lead to tensors (onnx.proto3 of ONNX 1.23; `runtime.onnxfields`). It does not validate: it finds a
+superset of the locations that a runtime can see.
 """
 
 import mmap
 import os
 import stat
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from runtime.errors import LoadRefused
+from runtime.onnxfields import (
+    FIELDS,
+    KEY,
+    MARK,
+    MAX_DEPTH,
+    VALUE,
+    FieldReader,
+    MessageKind,
+    TooManyFields,
+    Unparsable,
+)
 
-MAX_DEPTH = 100
-"""Nesting of messages; protobuf's own parsers stop here, too."""
-MAX_VARINT_BYTES = 10
-"""Bytes of a 64-bit varint, with seven bits each."""
-MAX_TAG = 2**32 - 1
-"""C++ parsers truncate a longer tag, and would then read another field."""
-VARINT, FIXED64, LENGTH, START_GROUP, END_GROUP, FIXED32 = 0, 1, 2, 3, 4, 5
-
-
-class Unparsable(ValueError):
-    """The file is no protobuf message, or is nested too deeply."""
-
-
-MessageKind = Enum("MessageKind", "MODEL TRAINING GRAPH FUNCTION NODE ATTRIBUTE SPARSE TENSOR EXTERNAL_DATA")
-"""The ONNX messages that lead to a tensor."""
-FIELDS: dict[MessageKind, dict[int, MessageKind]] = {
-    MessageKind.MODEL: {7: MessageKind.GRAPH, 20: MessageKind.TRAINING, 25: MessageKind.FUNCTION},
-    MessageKind.TRAINING: {1: MessageKind.GRAPH, 2: MessageKind.GRAPH},
-    MessageKind.GRAPH: {1: MessageKind.NODE, 5: MessageKind.TENSOR, 15: MessageKind.SPARSE},
-    MessageKind.FUNCTION: {7: MessageKind.NODE, 11: MessageKind.ATTRIBUTE},
-    MessageKind.NODE: {5: MessageKind.ATTRIBUTE},
-    MessageKind.ATTRIBUTE: {
-        5: MessageKind.TENSOR,
-        6: MessageKind.GRAPH,
-        10: MessageKind.TENSOR,
-        11: MessageKind.GRAPH,
-        22: MessageKind.SPARSE,
-        23: MessageKind.SPARSE,
-    },
-    MessageKind.SPARSE: {1: MessageKind.TENSOR, 2: MessageKind.TENSOR},
-    MessageKind.TENSOR: {13: MessageKind.EXTERNAL_DATA},
-}
-KEY, VALUE = 1, 2
-"""Fields of an entry of external data (StringStringEntryProto)."""
+MAX_LOCATION_BYTES = 4096
+"""PATH_MAX: no file has a longer path."""
+MAX_SHOWN = 100
+"""Characters that an error has of such a path."""
 
 
 def check_external_data(path: Path, folder: Path, root: Path) -> bool:
@@ -60,18 +39,24 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
         root: the repository's root, without links.
 
     Returns:
-        Whether the whole file was parsed. If not, there may be more locations: the file must not be given to
-        anything that follows them.
+        Whether the file was parsed as far as it may have locations. If not, there may be more of them: the
+        file must not be given to anything that follows them.
 
     Raises:
         LoadRefused: `unsafe_file`, for a location that is absolute, leaves the folder, or is not a regular
-            file inside the repository.
+            file inside the repository; `invalid_model`, for more fields than are read.
     """
+    checked = set[PurePosixPath]()
     try:
         for location in external_locations(path):
-            _check_location(location, folder, root)
+            place = _place_of(location)
+            if place not in checked:
+                _check_place(place, folder, root)
+                checked.add(place)
     except Unparsable:
         return False
+    except TooManyFields as problem:
+        raise LoadRefused("invalid_model", f"{path.name} cannot be loaded: {problem}") from None
     return True
 
 
@@ -80,118 +65,53 @@ def external_locations(path: Path) -> Iterator[str]:
 
     Raises:
         Unparsable: the locations up to then may be incomplete.
+        TooManyFields: likewise.
     """
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise Unparsable("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield from _walk(data)
+            yield from _walk(FieldReader(data), len(data))
 
 
-def inside(path: Path, root: Path) -> bool:
-    """Whether a path, with all links followed, is beneath the root (itself without links)."""
-    return Path(os.path.realpath(path)).is_relative_to(root)
-
-
-def _check_location(location: str, folder: Path, root: Path) -> None:
-    pure = PurePosixPath(location)
+def _place_of(location: str) -> PurePosixPath:
+    """Return the path of a location, which many spellings name."""
+    beginning = location[:MAX_SHOWN]
+    if len(os.fsencode(location)) > MAX_LOCATION_BYTES:
+        raise LoadRefused("unsafe_file", f"external data at {beginning!r}… has a path that is too long")
+    place = PurePosixPath(location)
     # "*/_ORT_MEM_ADDR_/*" makes ONNX Runtime take the offset for an address in its own memory.
-    if not location or "\0" in location or "*" in location or pure.is_absolute() or ".." in pure.parts:
+    if not location or "\0" in location or "*" in location or place.is_absolute() or ".." in place.parts:
         raise LoadRefused("unsafe_file", f"external data at {location!r} is not inside the model's folder")
-    if not inside(folder / location, root):
-        raise LoadRefused("unsafe_file", f"external data at {location!r} leads out of the repository")
+    return place
+
+
+def _check_place(place: PurePosixPath, folder: Path, root: Path) -> None:
+    """Refuse what is no regular file in the repository; one that is missing ends the walk at once."""
     try:
-        regular = stat.S_ISREG((folder / location).stat().st_mode)
-    except (OSError, ValueError):
-        regular = False
-    if not regular:
-        raise LoadRefused("unsafe_file", f"external data at {location!r} is not a regular file")
+        is_regular = stat.S_ISREG((folder / place).stat().st_mode)
+    except OSError:
+        is_regular = False
+    if not (is_regular and Path(os.path.realpath(folder / place)).is_relative_to(root)):
+        reason = f"external data at {str(place)!r} is not a regular file in the repository"
+        raise LoadRefused("unsafe_file", reason)
 
 
-def _walk(data: mmap.mmap) -> Iterator[str]:
-    """Walk the messages depth first with an explicit stack of (kind, position, end)."""
-    stack = [(MessageKind.MODEL, 0, len(data))]
+def _walk(reader: FieldReader, end: int) -> Iterator[str]:
+    """Walk the messages depth first, with an explicit stack."""
+    stack = [(MessageKind.MODEL, reader.find(FIELDS[MessageKind.MODEL], 0, end))]
     while stack:
-        kind, position, end = stack.pop()
-        if kind is MessageKind.EXTERNAL_DATA:
-            yield from _location(data, position, end)
+        kind, fields = stack[-1]
+        field = next(fields, None)
+        if field is None:
+            stack.pop()
             continue
-        inner = FIELDS[kind]
-        while position < end:
-            number, start, position = read_field(data, position, end)
-            if number in inner and start >= 0:
-                if len(stack) >= MAX_DEPTH:
-                    raise Unparsable("nested too deeply")
-                stack.append((kind, position, end))
-                stack.append((inner[number], start, position))
-                break
-
-
-def _location(data: mmap.mmap, position: int, end: int) -> Iterator[str]:
-    """Read one entry of external data; the last of repeated fields counts."""
-    key, value = b"", b""
-    while position < end:
-        number, start, position = read_field(data, position, end)
-        if start >= 0 and number == KEY:
-            key = data[start:position]
-        elif start >= 0 and number == VALUE:
-            value = data[start:position]
-    if key == b"location":
-        yield os.fsdecode(value)
-
-
-def read_field(data: mmap.mmap | memoryview, position: int, end: int) -> tuple[int, int, int]:
-    """Read one field: its number, where its bytes start (-1 if it has no length), where the next one is.
-
-    Raises:
-        Unparsable: there is no field of protobuf, or it does not end before `end`.
-    """
-    tag, position = _varint(data, position, end)
-    number, wire = tag >> 3, tag & 7
-    start = -1
-    if wire == LENGTH:
-        length, start = _varint(data, position, end)
-        position = start + length
-    elif wire == VARINT:
-        _, position = _varint(data, position, end)
-    elif wire in {FIXED64, FIXED32}:
-        position += 8 if wire == FIXED64 else 4
-    elif wire == START_GROUP:
-        position = _after_group(data, number, position, end)
-    else:
-        raise Unparsable("a wire type that nothing here uses")
-    if number == 0 or tag > MAX_TAG or position > end:
-        raise Unparsable("a field that cannot be, or ends outside of its message")
-    return number, start, position
-
-
-def _after_group(data: mmap.mmap | memoryview, number: int, position: int, end: int) -> int:
-    """Skip a group and the groups in it; return the position of the next field.
-
-    ONNX has none, so protobuf treats each as an unknown field.
-    """
-    open_groups = [number]
-    while open_groups:
-        tag, after = _varint(data, position, end)
-        if tag & 7 == START_GROUP:
-            open_groups.append(tag >> 3)
-        elif tag & 7 == END_GROUP:
-            if open_groups.pop() != tag >> 3:
-                raise Unparsable("a group that ends another")
-        else:
-            _, _, after = read_field(data, position, end)
-        if len(open_groups) > MAX_DEPTH:
+        inner = FIELDS[kind][field.number]
+        if inner is MessageKind.EXTERNAL_DATA:
+            entry = reader.read_entry(field.start, field.next)
+            if entry[KEY] == MARK:
+                yield os.fsdecode(entry[VALUE])
+            continue
+        if len(stack) >= MAX_DEPTH:
             raise Unparsable("nested too deeply")
-        position = after
-    return position
-
-
-def _varint(data: mmap.mmap | memoryview, position: int, end: int) -> tuple[int, int]:
-    result = shift = 0
-    for offset in range(position, min(end, position + MAX_VARINT_BYTES)):
-        byte = data[offset]
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:  # noqa: PLR2004 - the bit that says another byte follows
-            return result, offset + 1
-        shift += 7
-    raise Unparsable("a number without an end")
+        stack.append((inner, reader.find(FIELDS[inner], field.start, field.next)))

@@ -15,11 +15,12 @@ from itertools import islice
 from pathlib import Path
 
 from runtime.errors import InvalidModelId, LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
-from runtime.lookups import Lookups
-from runtime.onnxfile import inside
+from runtime.lookups import Lookups, busy
 from runtime.wire import MODEL_FILE
 
 SUFFIX = ".onnx"
+UNKNOWN = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO})
+"""Numbers of errors that leave open what a folder has: a model that cannot be looked at may be there."""
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,9}")
 MAX_VERSION = 2**31 - 1
@@ -113,6 +114,7 @@ class Repository:
         Raises:
             InvalidModelId: `invalid_model_id`.
             UnknownModel: `unknown_model`, no such folder, or no complete version in it.
+            RepositoryBusy: `repository_busy`, that cannot be known now.
         """
         versions = self._versions(check_model_id(model_id))
         if not versions:
@@ -126,6 +128,7 @@ class Repository:
             InvalidModelId: `invalid_model_id`.
             UnknownModel: `unknown_model`.
             UnknownVersion: `unknown_version`.
+            RepositoryBusy: `repository_busy`.
         """
         versions = self.versions(model_id)
         chosen = versions[-1] if version is None else version
@@ -185,6 +188,11 @@ class Repository:
                     yield model_id, f"has no version: {cure} {model_id}/1/{MODEL_FILE}"
             elif model_id.endswith(SUFFIX):
                 yield model_id, f"is in no model's folder: move it to {Path(model_id).stem}/1/{MODEL_FILE}"
+
+    def find_hard_links(self, model_id: str, version: int) -> list[str]:
+        """Return the paths of a version's files that have other names, anywhere on their file system."""
+        files = islice(_walk(self.folder_of(model_id, version), self.root), MAX_FILES)
+        return sorted(path for path, seen in files if not isinstance(seen, str) and seen.st_nlink > 1)
 
     def _versions(self, model_id: str) -> list[int]:
         names = _names(self.root / model_id)
@@ -258,7 +266,7 @@ def _stat(path: Path, root: Path) -> os.stat_result | str:
         return "has a name that is not UTF-8"
     except OSError as error:
         return f"cannot be looked at: {error.strerror}"
-    if not inside(path, root):
+    if not Path(os.path.realpath(path)).is_relative_to(root):
         return "leads out of the repository"
     usable = stat.S_ISREG(seen.st_mode) or stat.S_ISDIR(seen.st_mode)
     return seen if usable else "is not a regular file"
@@ -276,4 +284,6 @@ def _names(folder: Path) -> list[str]:
     except OSError as error:  # missing, no folder, or unreadable: like an empty one
         if error.errno == errno.ENOMEM:
             raise MemoryError(error.strerror) from None
+        if error.errno in UNKNOWN:
+            raise busy(folder.name, f"cannot be listed: {error.strerror}") from None
         return []

@@ -3,12 +3,13 @@
 A frame is a fixed prefix (length of the header, length of the payload), a header (one of the messages here,
 in msgpack) and the payload: the raw bytes of the message's tensors, one after the other, little-endian and
 in row-major order. Requests carry ids that only go up; any number may be in flight. On the data channel
-`Load`, `Prepare` and `Infer` go to the worker, and `StageReached`, `Loaded`, `PrepareDone`, `LoadFailure`,
-`Outcome` and `InferenceFailure` come back; on the control channel `Cancel` goes to the worker. Nothing is
-pickled, and what cannot be decoded is a `MalformedFrame`, whatever the bytes.
+`Load`, `Prepare`, `Probe` and `Infer` go to the worker; `StageReached`, `Loaded`, `PrepareDone`, `Probed`,
+`LoadFailure`, `Outcome` and `InferenceFailure` come back; on the control channel `Cancel` goes to the worker.
+Nothing is pickled, and what cannot be decoded is a `MalformedFrame`, whatever the bytes.
 
 A worker runs what its model made of it, so each field that comes from one has bounds here: what a hostile
-worker says is within what the ledger can hold, or ends it.
+worker says is within what the ledger can hold, or ends it. Which messages may come when, and how long they
+may be then, is in `runtime.process.replies`.
 """
 
 import math
@@ -27,7 +28,16 @@ PREFIX = struct.Struct("<IQ")
 LENGTH = struct.Struct("<I")
 """What goes before each element of a BYTES tensor."""
 MAX_HEADER_BYTES = 16 * 2**20
-"""`Loaded` with the longest list of files that is allowed, and long paths, fits."""
+"""Of any message: the names in a request, of which there may be many thousands."""
+MAX_REPORT_BYTES = 2**20
+"""Header of a message about a load. `Loaded` with 10,000 inputs and outputs fits, 100 bytes for each: models
+of the first ONNX releases list each of their weights as an input."""
+MAX_FAILURE_BYTES = 8 * 2**10
+"""Header of an answer without outputs: an `InferenceFailure` with its message fits."""
+MAX_OUTPUTS = 4096
+"""Of a model. An answer with so many takes the server's loop 20 ms, which no other request should wait."""
+MAX_HEAD_BYTES = 1024
+"""Of an output's head in `Outcome`, beside its name: `MAX_DIMENSIONS` lengths of 9 bytes fit."""
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Four times the largest request that the server takes; a longer answer becomes an `InferenceFailure`."""
 ALIGNMENT = 16
@@ -36,6 +46,8 @@ MAX_DIMENSIONS = 64
 """What numpy's arrays have."""
 MAX_TEXT_BYTES = 4096
 """Of a message for people, as it is kept in an event."""
+MAX_REASON_BYTES = 256
+"""Of what is wrong with a frame: the decoder cites what the other side wrote, however long that is."""
 MAX_NAME_CHARACTERS = 4096
 """Of a path (PATH_MAX), and of what a model calls its inputs and outputs."""
 
@@ -89,6 +101,10 @@ Buffer = bytes | bytearray | memoryview
 LoadStage = Literal["loading", "warming_up"]
 Form = Literal["prepacked", "optimised"]
 """Of prepared files: the optimised graph with its weights beside it, and those packed for this CPU or not."""
+Layer = Literal["landlock", "seccomp"]
+"""By which the kernel confines a worker, in the order in which they are applied."""
+ForbiddenAct = Literal["read_files", "write_files", "use_network", "start_processes", "read_memory"]
+"""Forbidden things that a throw-away worker tries: outside of its files, or of another process."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """Nanoseconds since 1970, and a file can be older."""
@@ -124,7 +140,7 @@ class TensorHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     name: Name
     datatype: Name
-    shape: tuple[Count, ...]
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
     size: Count
     text: bool = False
 
@@ -174,6 +190,8 @@ class Load(Message, frozen=True):
         prepared: a prepared form to create the session from, instead of from the version's files.
         background: whether all work of the worker yields to other processes.
         huge_pages: whether the worker may use huge pages, where they were measured to be better.
+        layers: what confines the worker; one that cannot be applied ends it.
+        ceiling_bytes: limit of its memory for good, whatever it does itself; None is no limit.
         tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
     """
 
@@ -190,7 +208,15 @@ class Load(Message, frozen=True):
     prepared: CachedCopy | None = None
     background: bool = False
     huge_pages: bool = True
+    layers: tuple[Layer, ...] = ()
+    ceiling_bytes: int | None = None
     tensors: tuple[TensorHead, ...] = ()
+
+    @property
+    def hard_limit_bytes(self) -> int | None:
+        """The limit that the worker cannot lift."""
+        given = [each for each in (self.memory_limit_bytes, self.ceiling_bytes) if each is not None]
+        return min(given, default=None)
 
     @property
     def least_limit_bytes(self) -> int | None:
@@ -202,9 +228,9 @@ class Load(Message, frozen=True):
 class Prepare(Message, frozen=True):
     """Make a prepared form of the model in `folder`; the first message to a worker, and its last.
 
-    `root`, `bytes`, `threads` and `memory_limit_bytes` are as for `Load`. `target` is an empty folder, where
-    the form's files are written, and nothing anywhere else. It is always done in the background. No file has
-    more than `most_bytes`; None leaves it at what a form can be expected to have.
+    `root`, `bytes`, `threads`, `memory_limit_bytes` and `layers` are as for `Load`. `target` is an empty
+    folder, where the form's files are written, and nothing anywhere else. It is always done in the
+    background. No file has more than `most_bytes`; None leaves it at what a form can be expected to have.
     """
 
     root: str
@@ -215,6 +241,17 @@ class Prepare(Message, frozen=True):
     form: Form
     target: str
     most_bytes: Count | None = None
+    layers: tuple[Layer, ...] = ()
+
+
+class Probe(Message, frozen=True):
+    """Confine yourself by these layers, as far as they are to be had, and try forbidden things.
+
+    The first message to a worker, and its last. `outside` is a folder that no worker needs.
+    """
+
+    outside: str
+    layers: tuple[Layer, ...]
 
 
 class Infer(Message, frozen=True):
@@ -242,7 +279,7 @@ class Loaded(Message, frozen=True):
     """The model can serve; `warming_up_us` is None if it was not run before."""
 
     inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_OUTPUTS)]
     loading_us: Count
     warming_up_us: Count | None = None
 
@@ -251,6 +288,22 @@ class PrepareDone(Message, frozen=True):
     """The form is there; the worker ends after this."""
 
     took_us: Count
+
+
+class Probed(Message, frozen=True):
+    """Result of a `Probe`; the worker ends after this.
+
+    Attributes:
+        landlock_abi: the version of the Landlock that was applied; 0 if it was not.
+        layers: those that were applied.
+        succeeded: the forbidden things that the worker could do.
+        problems: why a layer was not applied.
+    """
+
+    landlock_abi: Count
+    layers: tuple[Layer, ...]
+    succeeded: tuple[ForbiddenAct, ...]
+    problems: tuple[Text, ...] = ()
 
 
 class LoadFailure(Message, frozen=True):
@@ -268,7 +321,7 @@ class Outcome(Message, frozen=True):
     """
 
     id: Count
-    tensors: tuple[TensorHead, ...] = ()
+    tensors: Annotated[tuple[TensorHead, ...], msgspec.Meta(max_length=MAX_OUTPUTS)] = ()
     queue_ns: Count = 0
     input_ns: Count = 0
     infer_ns: Count = 0
@@ -294,12 +347,15 @@ class Cancel(Message, frozen=True):
     id: Count
 
 
-ToWorker = Load | Prepare | Infer
-FromWorker = StageReached | Loaded | PrepareDone | LoadFailure | Outcome | InferenceFailure
+ToWorker = Load | Prepare | Probe | Infer
+FromLoading = StageReached | Loaded | PrepareDone | Probed | LoadFailure
+FromServing = Outcome | InferenceFailure
+FromWorker = FromLoading | FromServing
 TO_WORKER = msgspec.msgpack.Decoder(ToWorker)
-FROM_WORKER = msgspec.msgpack.Decoder(FromWorker)
+FROM_LOADING = msgspec.msgpack.Decoder(FromLoading)
+FROM_SERVING = msgspec.msgpack.Decoder(FromServing)
 CONTROL = msgspec.msgpack.Decoder(Cancel)
-"""One decoder for each direction: what it does not know does not belong there."""
+"""One decoder for each direction and time: what it does not know does not belong there."""
 _ENCODER = msgspec.msgpack.Encoder()
 
 M = TypeVar("M", bound=Message)
@@ -374,11 +430,20 @@ def decode(body: memoryview, header_bytes: int, decoder: msgspec.msgpack.Decoder
     Raises:
         MalformedFrame: it is no frame of this contract.
     """
-    try:
-        message = decoder.decode(body[:header_bytes])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedFrame(str(error)) from None
+    message = decode_header(body[:header_bytes], decoder)
     return message, _cut_tensors(getattr(message, "tensors", ()), body[header_bytes:])
+
+
+def decode_header(header: memoryview, decoder: msgspec.msgpack.Decoder[M]) -> M:
+    """Decode the message of a frame.
+
+    Raises:
+        MalformedFrame: it is no message of this contract.
+    """
+    try:
+        return decoder.decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedFrame(plain_text(str(error), MAX_REASON_BYTES)) from None
 
 
 def _cut_tensors(tensor_heads: Sequence[TensorHead], payload: memoryview) -> tuple[Tensor, ...]:

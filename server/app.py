@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from events.audit.kepthead import HeadKeeper, find_rollback
 from events.commands import RequestLoad
@@ -29,6 +30,7 @@ from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
 from runtime.contents import ModelContents
 from runtime.memory import budget_bytes, find_memory_limit, is_under_pressure, read_pressure
+from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
@@ -67,10 +69,10 @@ from server.appkeys import (
 from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir
 from server.auth.ratelimit import RateLimits, add_quota_headers
-from server.config import OFF, ON, Config
+from server.config import MAX_BODY_BYTES, OFF, ON, Config
 from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
-from server.http.responses import SERVER
+from server.http.responses import prepare_standard_fields
 from server.http.validation import validation_middleware
 from server.observability import scrape
 from server.observability.output import RequestLog
@@ -85,7 +87,6 @@ from server.observability.scrape import SCRAPES, Scrapes
 from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
 from server.v2 import inference, metadata, repository
-from server.v2.metadata import MAX_BODY_BYTES
 from server.v2.ondemand import OnDemand
 
 _log = logging.getLogger(__name__)
@@ -133,13 +134,15 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
     app[GATE] = gate
     app[PROXIES] = proxies
     app[VERIFIER] = verifier
-    app[BODIES] = Bodies(MAX_BODIES_BYTES)
+    app[BODIES] = Bodies(MAX_BODIES_BYTES, config.json_bytes())
     app[OPENAPI] = partial(_openapi, config.metrics)
     app[STOPPING] = asyncio.Event()
     app[RESOURCES_CACHE] = ResourcesCache()
     app[HTTP_COUNTS] = counts
     app[SCRAPES] = Scrapes()
-    app.on_response_prepare.extend([add_quota_headers, add_request_id, _hide_version, _relocate_for_proxy])
+    app.on_response_prepare.extend(
+        [add_quota_headers, add_request_id, prepare_standard_fields, _relocate_for_proxy]
+    )
     app.on_shutdown.append(_begin_stop)
     ledger = partial(_ledger, accepts_rollback=accepts_rollback)
     app.cleanup_ctx.extend(
@@ -152,11 +155,6 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
 def _openapi(metrics: str) -> str:
     """Return the OpenAPI document; the first call takes a quarter of a second."""
     return openapi_yaml(all_routes(metrics))
-
-
-async def _hide_version(_request: web.Request, response: web.StreamResponse) -> None:
-    """Send a Server header without versions."""
-    response.headers[hdrs.SERVER] = SERVER
 
 
 async def _relocate_for_proxy(request: web.Request, response: web.StreamResponse) -> None:
@@ -187,12 +185,25 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
         patience_s=app[CONFIG].inference_grace_s,
         warm_up=app[CONFIG].warm_up == "on",
         huge_pages=app[CONFIG].huge_pages == "auto",
+        records_stderr=app[CONFIG].ledger_stderr == "on",
     )
     await pool.open()
     try:
+        await _confine(pool, app[CONFIG])
         yield
     finally:
         await pool.close()
+
+
+async def _confine(pool: WorkerPool, config: Config) -> None:
+    """Confine the workers, and log what that does not prevent, and what it took."""
+    started_s = time.perf_counter()
+    await pool.confine(config.confine, config.data)
+    said = describe(pool.applied.confinement)
+    if pool.applied.confinement.not_prevented:
+        _log.warning("%s%s", said, pool.applied.reasons)
+    else:
+        _log.info("%s; to test that took %.0f ms", said, (time.perf_counter() - started_s) * 1000)
 
 
 async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncIterator[None]:
@@ -208,7 +219,7 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
     try:
         app[PROVER] = prover = await open_prover(data, log.path)
         app[HEAD_KEEPER] = keeper = HeadKeeper(data)
-        started = await log.server_started()
+        started = await log.server_started(app[POOL].applied.confinement)
         if rollback is not None:
             await log.rollback_accepted(rollback[0])
         await keeper.keep(prover.head(log))
@@ -302,6 +313,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         app[CONTENTS],
         policy=_policy(config, app[LIMIT].bytes),
         drain_timeout_s=config.drain_timeout_s,
+        progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),
         demand=pending,
         store=await asyncio.to_thread(_open_cache, config),

@@ -10,11 +10,12 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from msgspec import structs
@@ -22,10 +23,11 @@ from msgspec import structs
 from events.clock import uuid7
 from events.types import LoadParameters
 from runtime.contents import ModelContents
-from runtime.errors import RuntimeProblem
+from runtime.errors import ForkServerUnavailable, RuntimeProblem
 from runtime.estimates import estimate_memory
 from runtime.memory import MemoryUnknown, budget_bytes, find_memory_limit
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
+from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, ModelVersion, Repository
 from runtime.scheduler.admission import format_megabytes
@@ -39,7 +41,7 @@ from server.http.tls import load_context
 
 OnVersion = Callable[[str], None]
 """Called with each version before its trial load."""
-_Candidate = tuple[ModelVersion, LoadParameters]
+Candidate = tuple[ModelVersion, LoadParameters]
 """A version to try, and its load parameters."""
 
 
@@ -62,11 +64,15 @@ class CheckFinding:
 
 @dataclass(slots=True)
 class CheckResult:
-    """The result of a config check: numbers of models with a version, of versions and of trial loads."""
+    """The result of a config check: numbers of models with a version, of versions and of trial loads.
+
+    `confinement` says in a sentence what confines the workers.
+    """
 
     models: int = 0
     versions: int = 0
     loaded: int = 0
+    confinement: str = ""
     findings: list[CheckFinding] = field(default_factory=list)
 
     @property
@@ -183,13 +189,8 @@ def _check_address(config: Config) -> Iterator[CheckFinding]:
             return
 
 
-def check_repository(
-    config: Config, result: CheckResult, *, limit_s: float | None, on_version: OnVersion
-) -> None:
-    """Check the models of a repository and add findings to the result.
-
-    Trial loads run one after the other, each in a worker of its own, for at most `limit_s`; None skips them.
-    """
+def check_repository(config: Config, result: CheckResult) -> list[Candidate]:
+    """Check the models of a repository and add findings to the result; returns the versions to try."""
     try:
         repository = Repository(config.repository)
         names = sorted(path.name for path in repository.root.iterdir())
@@ -197,7 +198,7 @@ def check_repository(
         if not any(each.place == "--repository" for each in result.findings):
             text = f"cannot be listed: {getattr(error, 'strerror', error)}"
             result.findings.append(CheckFinding("--repository", "unreadable", text))
-        return
+        return []
     for name in names:
         if not MODEL_ID.fullmatch(name) and not name.startswith("."):
             text = "is not served: a model's name has A-Z a-z 0-9 . _ - and a letter or digit first"
@@ -208,21 +209,14 @@ def check_repository(
     if not models:
         text = f"{repository.root} has no model that could be served"
         result.findings.append(CheckFinding("--repository", "empty", text, Severity.NOTE))
-        return
+        return []
     budget = budget_bytes(config.memory_budget, find_memory_limit().bytes)
-    candidates = [
-        each for name in models for each in _check_versions(repository, name, config, budget, result)
-    ]
-    if limit_s is not None and candidates:
-        loads = _load_all(
-            repository, candidates, config, budget, result, limit_s=limit_s, on_version=on_version
-        )
-        asyncio.run(loads)
+    return [each for name in models for each in _check_versions(repository, name, config, budget, result)]
 
 
 def _check_versions(
     repository: Repository, model_id: str, config: Config, budget: int, result: CheckResult
-) -> Iterator[_Candidate]:
+) -> Iterator[Candidate]:
     """Yield the versions of a model that fit the budget."""
     parameters: LoadParameters | None = None
     try:
@@ -236,6 +230,7 @@ def _check_versions(
         except RuntimeProblem:  # it was just deleted
             continue
         result.versions += 1
+        result.findings += _check_hard_links(repository, found)
         if parameters is None:
             continue
         need = estimate_memory(found.files, version, parameters, ())
@@ -250,39 +245,87 @@ def _check_versions(
         result.findings.append(CheckFinding(_place_of(found), "insufficient_memory", text))
 
 
-async def _load_all(
-    repository: Repository,
-    candidates: list[_Candidate],
+def _check_hard_links(repository: Repository, found: ModelVersion) -> Iterator[CheckFinding]:
+    linked = repository.find_hard_links(found.model_id, found.version)
+    if linked:
+        more = f" and {len(linked) - 1} more have" if len(linked) > 1 else " has"
+        text = (
+            f"{linked[0]}{more} other names (hard links), perhaps outside the repository: who may write to"
+            " one of those can change the version without access to this folder; copy files, do not link them"
+        )
+        yield CheckFinding(_place_of(found), "hard_link", text, Severity.NOTE)
+
+
+def check_workers(
     config: Config,
-    budget: int,
+    result: CheckResult,
+    candidates: Sequence[Candidate],
+    *,
+    limit_s: float,
+    on_version: OnVersion,
+) -> None:
+    """Check what confines the workers, and try to load versions; add findings to the result.
+
+    Trial loads run one after the other, each in a worker of its own, for at most `limit_s`.
+    """
+
+    async def check() -> None:
+        is_huge = config.huge_pages == AUTO
+        pool = WorkerPool(threads=config.threads, warm_up=config.warm_up == ON, huge_pages=is_huge)
+        try:
+            await pool.open()
+            await _check_confinement(pool, config, result)
+            await _load_all(pool, candidates, config, result, limit_s=limit_s, on_version=on_version)
+        except ForkServerUnavailable as problem:
+            result.findings.append(CheckFinding("--confine", problem.code, str(problem)))
+        finally:
+            await pool.close()
+
+    asyncio.run(check())
+
+
+async def _check_confinement(pool: WorkerPool, config: Config, result: CheckResult) -> None:
+    try:
+        await pool.confine(config.confine, Path(gettempdir()))
+    except NotConfined as problem:
+        result.findings.append(CheckFinding("--confine", problem.code, str(problem)))
+        return
+    result.confinement = describe(pool.applied.confinement)
+    if pool.applied.confinement.not_prevented:
+        text = f"{result.confinement}{pool.applied.reasons}"
+        result.findings.append(CheckFinding("--confine", NotConfined.code, text, Severity.NOTE))
+
+
+async def _load_all(
+    pool: WorkerPool,
+    candidates: Sequence[Candidate],
+    config: Config,
     result: CheckResult,
     *,
     limit_s: float,
     on_version: OnVersion,
 ) -> None:
-    is_huge = config.huge_pages == AUTO
+    if not candidates:
+        return
+    repository = Repository(config.repository)
+    budget = budget_bytes(config.memory_budget, find_memory_limit().bytes)
     contents = ModelContents(repository, None)  # a check takes nothing into a store
-    pool = WorkerPool(threads=config.threads, warm_up=config.warm_up == ON, huge_pages=is_huge)
-    try:
-        await pool.open()
-        for found, parameters in candidates:
-            on_version(_place_of(found))
-            timeout_s = min(limit_s, parameters.timeout_s)
-            try:
-                limit = min(budget, parameters.memory_limit_bytes or sys.maxsize)
-                warm_up = read_warm_up(repository, found.model_id)
-                files = contents.obtain(found.model_id, found.version)
-                message = pool.build_load(files, parameters, warm_up)
-                message = structs.replace(message, memory_limit_bytes=limit)
-                await _load_once(pool, message, warm_up.inputs, timeout_s)
-                result.loaded += 1
-            except TimeoutError:
-                text = f"was not loaded within {timeout_s:g} s"
-                result.findings.append(CheckFinding(_place_of(found), "timeout", text))
-            except RuntimeProblem as problem:
-                result.findings.append(CheckFinding(_place_of(found), problem.code, str(problem)))
-    finally:
-        await pool.close()
+    for found, parameters in candidates:
+        on_version(_place_of(found))
+        timeout_s = min(limit_s, parameters.timeout_s)
+        try:
+            limit = min(budget, parameters.memory_limit_bytes or sys.maxsize)
+            warm_up = read_warm_up(repository, found.model_id)
+            files = contents.obtain(found.model_id, found.version)
+            message = pool.build_load(files, parameters, warm_up)
+            message = structs.replace(message, memory_limit_bytes=limit)
+            await _load_once(pool, message, warm_up.inputs, timeout_s)
+            result.loaded += 1
+        except TimeoutError:
+            text = f"was not loaded within {timeout_s:g} s"
+            result.findings.append(CheckFinding(_place_of(found), "timeout", text))
+        except RuntimeProblem as problem:
+            result.findings.append(CheckFinding(_place_of(found), problem.code, str(problem)))
 
 
 async def _load_once(pool: WorkerPool, message: Load, inputs: tuple[Tensor, ...], timeout_s: float) -> None:

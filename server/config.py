@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 from marshmallow import ValidationError, validate
 
-from runtime.limits import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S
+from runtime.limits import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.memory import budget_bytes
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 
@@ -26,6 +26,8 @@ ON = "on"
 OFF = "off"
 MAX_TIMEOUT_S = 3600
 """Also the longest timeout that a request may choose."""
+MAX_BODY_BYTES = 64 * 2**20
+"""Of an inference. Triton's default (`--http-max-input-size`)."""
 MAX_KEEP_ALIVE_S = 365 * 86400
 """A year; for longer there is -1, which means never."""
 MANY = 1_000_000
@@ -73,6 +75,18 @@ def parse_store_size(text: str) -> int | None:
 def _read_size(text: str) -> int | None:
     found = _SIZE.fullmatch(text)
     return int(found[1]) * _UNITS[found[2]] or None if found is not None else None
+
+
+def parse_json_size(text: str) -> int:
+    """Return the bytes that the JSON of an inference may have.
+
+    Raises:
+        ValueError: the text is no size, 0, or more than a body may have; the message says what it must be.
+    """
+    size = _read_size(text)
+    if size is None or size > MAX_BODY_BYTES:
+        raise ValueError(f"Must be {_SIZES}, like 4MiB, and at most {MAX_BODY_BYTES // 2**20}MiB.")
+    return size
 
 
 class RateLimit(NamedTuple):
@@ -153,7 +167,8 @@ class Config:
     )
     loads_at_once: int = setting(
         0,
-        "Models that may load at the same time; 0 means as many as there are cores.",
+        "Models that may load at the same time; 0 means as many as there are cores. One more may, if it"
+        " loaded before, while only models that never did are loading.",
         validate.Range(0, 1024),
     )
     threads: int = setting(1, "Threads of each model.", validate.Range(1, 1024))
@@ -169,9 +184,21 @@ class Config:
     inference_queue: int = setting(
         1024, "Inferences of one model that may be queued or running.", validate.Range(1, MANY)
     )
+    max_json_bytes: str = setting(
+        "4MiB",
+        "Longest JSON of an inference, after decompression; tensors in binary may have 64 MiB: bytes, or a"
+        " number of MB or MiB.",
+        _validator_of(parse_json_size),
+    )
     timeout_s: int = setting(
         300,
         "Seconds that a load may take, waiting included, unless its request says otherwise.",
+        validate.Range(1, MAX_TIMEOUT_S),
+    )
+    progress_timeout_s: int = setting(
+        PROGRESS_TIMEOUT_S,
+        "Seconds that a load may make no progress: it reaches no further stage, and nothing is copied or"
+        " hashed. Unless its request says otherwise.",
         validate.Range(1, MAX_TIMEOUT_S),
     )
     memory_budget: str = setting(
@@ -243,6 +270,18 @@ class Config:
         "Huge pages for the memory of workers: auto, where they make loading faster, or off.",
         validate.OneOf((AUTO, OFF)),
     )
+    confine: str = setting(
+        AUTO,
+        "Confine workers with Landlock and seccomp: auto (as far as the kernel can), require (or do not"
+        " start), or off.",
+        validate.OneOf((AUTO, "require", OFF)),
+    )
+    ledger_stderr: str = setting(
+        ON,
+        "Record what a worker printed before it died, which may hold inputs of clients: on, or off, which"
+        " writes it to the server's log only.",
+        _SWITCH,
+    )
     restore: str = setting(
         "all",
         "Models to reload at start, of those that were loaded when the server ended: all, or none.",
@@ -302,7 +341,12 @@ class Config:
         "roles", "Claim that lists the roles; may be a path like realm_access.roles.", _check_printable
     )
     limit_management: str = setting("600/minute", "Loads and unloads per subject, or off.", _LIMIT)
-    limit_inference: str = setting("600000/minute", "Inferences per subject, or off.", _LIMIT)
+    limit_inference: str = setting(
+        "600000/minute",
+        "Inferences per subject, or off. Each 4 KiB of a request's JSON count as one more; binary tensors do"
+        " not.",
+        _LIMIT,
+    )
     limit_reads: str = setting("6000/minute", "Other requests per subject, or off.", _LIMIT)
     limit_auth_failures: str = setting("30/minute", "Refused credentials per peer address, or off.", _LIMIT)
 
@@ -317,6 +361,10 @@ class Config:
     def store_bytes(self) -> int | None:
         """Return how many bytes the store may take; None leaves a tenth of the file system free."""
         return parse_store_size(self.store_size)
+
+    def json_bytes(self) -> int:
+        """Return how many bytes the JSON of an inference may have."""
+        return parse_json_size(self.max_json_bytes)
 
     def proxies(self) -> Proxies:
         """Return the trusted proxies and their header field."""

@@ -84,6 +84,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "too_many_streams": ErrorKind(429, "Too many streams are open"),
     "head_too_large": ErrorKind(431, "The request's header fields are too large"),
     "internal": ErrorKind(500, "The server failed"),
+    "unknown_transfer_coding": ErrorKind(501, "The transfer coding is not supported"),
     "inference_queue_full": ErrorKind(503, "Too many inferences of the model are waiting"),
     "bodies_full": ErrorKind(503, "Too many large bodies are in memory"),
     "too_many_connections": ErrorKind(503, "Too many connections are open"),
@@ -98,6 +99,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "store_full": ErrorKind(503, "The store of models is full"),
     "store_unavailable": ErrorKind(503, "The store of models cannot be used"),
     "timeout": ErrorKind(503, "The load took too long"),
+    "no_progress": ErrorKind(503, "The load made no progress"),
     "fork_server_died": ErrorKind(503, "The fork server ended"),
     "fork_server_unavailable": ErrorKind(503, "The fork server does not answer"),
     "repository_unreadable": ErrorKind(503, "The repository cannot be read"),
@@ -106,6 +108,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "unhealthy": ErrorKind(503, "The server is unhealthy"),
     "shutting_down": ErrorKind(503, "The server is stopping"),
     "inference_timeout": ErrorKind(504, "The inference took too long"),
+    "unknown_http_version": ErrorKind(505, "The HTTP version is not supported"),
 }
 """Every error code of the API; an entry here is all that a new code needs."""
 

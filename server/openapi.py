@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
-from marshmallow import INCLUDE, Schema, fields
+from marshmallow import INCLUDE, Schema, fields, validate
 
 from server.errors import ERRORS, media_type_of
 from server.routing import Access, LimitClass, Route
@@ -24,7 +24,9 @@ TOKEN = "token"  # noqa: S105 -- the name of the security scheme
 
 _DESCRIPTION = (
     "Loads and unloads ONNX models, each in its own process, and keeps a ledger of all requests and their "
-    "outcomes. Every error has the same body with a stable `code`."
+    "outcomes. Every error has the same body with a stable `code`. Every answer has `X-Content-Type-Options: "
+    "nosniff` and, but for the files of the pages, `Cache-Control: no-store`. On any route, a request that "
+    "is no proper HTTP is refused with 400, 408, 414, 431, 501 or 505."
 )
 _HEADERS_BY_STATUS = {
     401: ["WWW-Authenticate"],
@@ -61,6 +63,16 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
         return True
 
 
+def _pattern(_: object, field: fields.Field[Any], **__: object) -> dict[str, str]:
+    r"""Return the pattern of a field as JSON Schema has it: searched for, not matched, and without `\Z`."""
+    patterns = [str(each.regex.pattern) for each in field.validators if isinstance(each, validate.Regexp)]
+    return {"pattern": f"^{patterns[0].removesuffix(_END)}$"} if patterns else {}
+
+
+_END = r"\Z"
+"""Ends our patterns: in Python, `$` matches before a line break, too. To ECMA 262 this is the letter Z."""
+
+
 def openapi_yaml(routes: Iterable[Route]) -> str:
     """Return the document as YAML; the same routes give the same text."""
     document = openapi_document(routes)
@@ -87,13 +99,16 @@ def error_codes(route: Route) -> list[str]:
 
 
 def _empty_spec() -> APISpec:
+    plugin = MarshmallowPlugin()
     spec = APISpec(
         title="loadledger",
         version=metadata.version("loadledger"),
         openapi_version=OPENAPI_VERSION,
-        plugins=[MarshmallowPlugin()],
+        plugins=[plugin],
         info={"description": _DESCRIPTION, "license": {"name": "Apache-2.0"}},
     )
+    assert plugin.converter is not None
+    plugin.converter.add_attribute_function(_pattern)  # type: ignore[no-untyped-call]
     bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
     spec.components.security_scheme(TOKEN, bearer)
     spec.components.schema("Problem", schema=ProblemSchema)

@@ -12,8 +12,10 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
+from threading import Barrier
 
 import uvloop
 from aiohttp import web
@@ -76,6 +78,9 @@ def _watchdog_s(environment: Mapping[str, str]) -> float | None:
 
 
 STDOUT = 1
+SPARE_THREADS = 4
+"""Beside one for each core, for work that waits for a disk; as asyncio has it."""
+MAX_THREADS = 32
 
 OTEL_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 """Variables that enable traces; OpenTelemetry reads them and its others itself."""
@@ -138,9 +143,23 @@ def _keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+def _start_threads() -> ThreadPoolExecutor:
+    """Return the loop's threads, all of them started: under a limit of processes there may be none later."""
+    count = min(MAX_THREADS, len(os.sched_getaffinity(0)) + SPARE_THREADS)
+    threads = ThreadPoolExecutor(count, thread_name_prefix="server")
+    started = Barrier(count)  # a thread that waits takes no other call, so each call starts one
+    try:
+        for _ in range(count):
+            threads.submit(started.wait)
+    except RuntimeError:  # there are no more already
+        started.abort()
+    return threads
+
+
 async def _serve(
     config: Config, announce: Callable[[str], None], manager: Notifier, *, accepts_rollback: bool
 ) -> int:
+    asyncio.get_running_loop().set_default_executor(_start_threads())
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

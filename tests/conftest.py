@@ -20,7 +20,7 @@ from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from server.config import Config
 
-LONG = ("tests/system/", "tests/conformance/", "tests/clients/")
+LONG = ("tests/system/", "tests/conformance/", "tests/clients/", "tests/hostile/")
 Start = Callable[..., Awaitable[LocalApi]]
 
 

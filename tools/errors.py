@@ -13,7 +13,8 @@ ADVICE: Mapping[str, str] = {
     "not_supported": "Remove what `detail` names from the request; the server does not support it.",
     "beyond_head": "The log has not reached this position. If it had, an older ledger was restored.",
     "invalid_defaults": "Correct the model's `loadledger.toml`; `detail` says where.",
-    "inference_failed": "The message is ONNX Runtime's. Check the inputs: the same request fails again.",
+    "inference_failed": "The message is ONNX Runtime's, or says that the inputs or outputs do not fit into"
+    " the worker's memory. Check the inputs: the same request fails again.",
     "inference_cancelled": "The client disconnected, or the model was unloaded by force. Send the"
     " request again if needed.",
     "invalid_input": "Send the inputs that the model takes: `GET /v2/models/{id}` has names, types and"
@@ -47,18 +48,23 @@ ADVICE: Mapping[str, str] = {
     "already_started": "It is too late to cancel. To end a load anyway, unload with `?force=true`.",
     "not_loaded": "There is nothing to unload. To end a load in progress, use `?force=true`.",
     "archived": "Start at `oldest`, or read the archives: `loadledger replay --archive`.",
-    "body_too_large": "Send less at once, or in bytes rather than JSON.",
+    "body_too_large": "Send less at once. JSON of an inference is limited by `--max-json-bytes`: send"
+    " tensors in binary.",
     "target_too_long": "Use a shorter path and query, for example fewer filters at once.",
     "unsupported_media_type": "Send `Content-Type: application/json` in UTF-8, or a coding that `detail`"
     " names.",
     "idempotency_mismatch": "Use a new key for a new request.",
-    "rate_limited": "Retry after `Retry-After`; the limits are `--limit-…`.",
-    "too_many_failures": "Correct the token and wait for `Retry-After`. Behind a proxy, set"
-    " `--trusted-proxies`: else all clients share its address.",
+    "rate_limited": "Retry after `Retry-After`; the limits are `--limit-…`. The JSON of an inference"
+    " counts, too, each 4 KiB as a request; binary tensors do not.",
+    "too_many_failures": "Correct the token and wait for `Retry-After`. A token that the server has accepted"
+    " before passes; a new one waits, too. Behind a proxy, set `--trusted-proxies`: else all clients share"
+    " its address.",
     "queue_full": "Wait until some jobs have ended.",
     "too_many_streams": "Close unused streams, or raise `--streams-per-subject`.",
     "head_too_large": "Send fewer or shorter header fields.",
     "internal": "This is a bug. The server's log has the reason under the reference in `instance`.",
+    "unknown_transfer_coding": "Send `Transfer-Encoding: chunked` or `Content-Length`; compress the content"
+    " with `Content-Encoding`.",
     "inference_queue_full": "Send fewer requests at once, give the model more `instances`, or raise"
     " `--inference-queue`.",
     "bodies_full": "Too many large bodies are in memory: retry after `Retry-After`.",
@@ -66,7 +72,8 @@ ADVICE: Mapping[str, str] = {
     "model_not_loaded": "Load it, or let the server load it: `--on-demand on`.",
     "load_failed": "`detail` has the reason; the server tries again after `Retry-After`.",
     "model_unloading": "Retry after `Retry-After`: another version may replace it.",
-    "worker_died": "Retry: the worker is replaced. After a failed load, `WorkerExited` has its last lines.",
+    "worker_died": "Retry: the worker is replaced. After a failed load, `WorkerExited` or the log has its"
+    " last lines.",
     "out_of_memory": "`detail` has the figures. Raise the load's `memory_limit_bytes` or `--memory-budget`,"
     " or unload other models; without a limit, the machine has no more memory.",
     "insufficient_memory": "Unload a model, let the server evict idle models (`--evict idle`), or raise"
@@ -77,15 +84,18 @@ ADVICE: Mapping[str, str] = {
     "store_full": "Unload a model, or raise `--store-size`; `detail` has both figures.",
     "store_unavailable": "`detail` has the system's reason: check the disk of the data directory.",
     "timeout": "`detail` says what the load waited for. Provide that, or raise `timeout_s`.",
+    "no_progress": "The model does not finish to load. If it only needs longer, raise `progress_timeout_s`.",
     "fork_server_died": "The server restarts it and reloads the models that were loaded. Load again.",
     "fork_server_unavailable": "The server restarts it: retry after `Retry-After`.",
     "repository_unreadable": "`detail` has the system's reason. Check the mount and the access rights.",
-    "repository_busy": "The file system of the model's folder hangs, or too many do. Check the mount, then"
-    " retry after `Retry-After`; other models are served.",
+    "repository_busy": "The file system of the model's folder hangs, or too many do, or the server has no"
+    " descriptor or thread left. Check the mount and the limits, then retry after `Retry-After`; other"
+    " models are served.",
     "log_unavailable": "Check the disk of the data directory: it may be full or read-only.",
     "unhealthy": "`detail` names the failed checks. If a part cannot recover, the process ends: see its log.",
     "shutting_down": "Retry when the server is up again; accepted jobs continue then.",
     "inference_timeout": "Allow more time (`timeout`, `--inference-timeout-s`), or send less at once.",
+    "unknown_http_version": "Send HTTP/1.1. A proxy in front of the server can take HTTP/2.",
 }
 """Advice for each code."""
 

@@ -8,7 +8,17 @@ from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 
 from events.eventtext import EVENT_TEXTS
-from events.types import SCHEMA, SYSTEM, TYPES, Cause, Durations, Idempotency, LoadedFile, Prepared
+from events.types import (
+    SCHEMA,
+    SYSTEM,
+    TYPES,
+    Cause,
+    Confinement,
+    Durations,
+    Idempotency,
+    LoadedFile,
+    Prepared,
+)
 from tools.markdown import cell, slug, table
 
 BY: Mapping[str, str] = {
@@ -65,7 +75,7 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 }
 """The members of every event."""
 
-_PARTS = (LoadedFile, Prepared, Durations, Idempotency)
+_PARTS = (LoadedFile, Prepared, Durations, Confinement, Idempotency)
 _HEAD = f"""\
 # Events
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from events.errors import IncompleteCopy, LogUnavailable
-from events.sqlite.schema import BUSY_TIMEOUT, check_readable, refuse_foreign
+from events.sqlite.schema import BUSY_TIMEOUT, check_readable, refuse_foreign, release_cursors
 from events.types import ServerStopped
 
 _CACHE = "PRAGMA cache_size = -512"
@@ -92,6 +92,9 @@ class ReaderThread:
             self._connection.execute("BEGIN")
             try:
                 return query(self._connection)
+            except BaseException as error:
+                release_cursors(error)
+                raise
             finally:
                 self._connection.rollback()
         except sqlite3.Error as error:

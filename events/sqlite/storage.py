@@ -27,10 +27,10 @@ from events.sqlite import queries, snapshots
 from events.sqlite.history import fold_page, load_base_state
 from events.sqlite.queries import LogHead, Row
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
-from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, transaction
+from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors, transaction
 from events.state import Changes, State
 
-FOLDS = 3
+FOLDS = 4
 """The number of the folds: add one with each change after which the same events give other stored bodies."""
 
 MAX_NAMED = 100
@@ -262,7 +262,15 @@ class Database:
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run some work in the thread of the connection."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+        def run() -> T:
+            try:
+                return work()
+            except BaseException as error:
+                release_cursors(error)
+                raise
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
     def _open_connection(self) -> tuple[sqlite3.Connection, StoredLedger]:
         if not self._was_open and self._path.exists():

@@ -21,6 +21,8 @@ from loadledger.cli.server import (
 )
 
 HEAD = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
+NAMES = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+"""As in the JSON of Protocol Buffers."""
 MAX_DATA_CHARACTERS = 400
 """Longest output in a table; `--json` has all of it."""
 
@@ -70,7 +72,7 @@ def infer(
             outputs=outputs or request.get("outputs"),
             parameters=request.get("parameters"),
         )
-    print_result(answer, _lines(answer), as_json=as_json)
+    print_result(_with_named_numbers(answer), _lines(answer), as_json=as_json)
 
 
 def _request(typed: tuple[str, ...], file: Path | None) -> dict[str, Any]:
@@ -111,6 +113,19 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         exit_with_error(f"{file} cannot be read: {error}")
+
+
+def _with_named_numbers(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer with NaN and the infinities by name: JSON has no numbers for them."""
+    for output in answer.get("outputs", []):
+        data = output.get("data")
+        if isinstance(data, list):
+            output["data"] = list(map(_named_number, data))
+    return answer
+
+
+def _named_number(element: Any) -> Any:
+    return NAMES.get(str(element), element) if isinstance(element, float) else element
 
 
 def _lines(answer: dict[str, Any]) -> Iterator[str]:

@@ -272,6 +272,7 @@ def _details(job: Any) -> Iterator[str]:
 @_wait_option
 @click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Order among waiting jobs.")
 @int_option("--timeout-s", metavar="SECONDS", text="Limit of the whole job, waiting included.")
+@int_option("--progress-timeout-s", metavar="SECONDS", text="Limit of a load without progress.")
 @int_option(
     "--keep-alive-s", metavar="SECONDS", least=-1, text="Unload after so many idle seconds; -1: never."
 )

@@ -159,11 +159,24 @@ def pressure_line(found: Any) -> str | None:
     return f"pressure of the last 10 s: {', '.join(parts)}" if parts else None
 
 
+def confinement_line(found: Any) -> str | None:
+    """Return what confines the workers; None from a server that does not say."""
+    confinement = found.confinement
+    if confinement is None:
+        return None
+    applied = [f"Landlock {confinement.landlock_abi}"] if confinement.landlock_abi else []
+    applied += ["seccomp"] if confinement.seccomp else []
+    could = [format_cell(act) for act in confinement.not_prevented]
+    return f"workers confined by {' and '.join(applied) or 'nothing'}" + (
+        f"; not prevented: {', '.join(could)}" if could else ""
+    )
+
+
 def _resource_lines(found: Any) -> Iterator[str]:
     now = datetime.now(UTC)
     yield budget_line(found)
     yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"
-    yield from filter(None, [pressure_line(found)])
+    yield from filter(None, [pressure_line(found), confinement_line(found)])
     if found.preparing is not None:
         yield f"preparing {format_cell(found.preparing.model_id)} version {found.preparing.version}"
     if found.models:

@@ -85,12 +85,18 @@ def check(*, quick: bool, limit_s: float, as_json: bool, **flags: str | None) ->
 
     Exit code: 0 without problems (notes do not count), 1 with problems, 2 if nothing could be checked.
     """
-    from server.check import CheckResult, check_configuration, check_repository  # noqa: PLC0415 - as above
+    from server.check import (  # noqa: PLC0415 - as above
+        CheckResult,
+        check_configuration,
+        check_repository,
+        check_workers,
+    )
 
     result = CheckResult()
     with report_problems():
         config = check_configuration(flags, os.environ, result)
-        check_repository(config, result, limit_s=None if quick else limit_s, on_version=_progress())
+        candidates = check_repository(config, result)
+        check_workers(config, result, [] if quick else candidates, limit_s=limit_s, on_version=_progress())
     click.echo(json.dumps(result.members(), indent=2) if as_json else "\n".join(_lines(result)))
     sys.exit(0 if result.fine else NEGATIVE_RESULT)
 
@@ -110,6 +116,7 @@ def _lines(result: Any) -> list[str]:
     problems = sum(finding.severity == "problem" for finding in result.findings)
     counted = f"{count_of(result.models, 'model')}, {count_of(result.versions, 'version')}"
     tried = f", {result.loaded} of them loaded" if result.loaded else ""
+    lines += [result.confinement] if result.confinement else []
     return [*lines, f"{counted}{tried}: {count_of(problems, 'problem') if problems else 'no problems'}"]
 
 

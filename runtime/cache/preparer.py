@@ -268,6 +268,7 @@ class PreparationRun:
             form=form,
             target=str(draft),
             most_bytes=self._store.limit_bytes,
+            layers=bare.layers,
         )
         try:
             if await asyncio.to_thread(runtime_was_replaced, worker.pid):

@@ -24,7 +24,7 @@ from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import JobWait, MemoryUse, PendingDemand, PreparationUsage, list_usage
 from runtime.contents import ModelContents
 from runtime.errors import WorkerDied
-from runtime.limits import MEASURE_LIMIT_S
+from runtime.limits import MEASURE_LIMIT_S, PROGRESS_TIMEOUT_S
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.scheduler.actions import Action, Decision, FailLoad
@@ -55,6 +55,7 @@ class Consumer:
         contents: finds the files of versions.
         policy: the operator's settings.
         drain_timeout_s: how long an unload without force waits for running inferences.
+        progress_timeout_s: how long a load may make no progress, unless its request says otherwise.
         demand: the inferences that wait for models.
         under_pressure: whether the machine is under pressure; called while a load of low
             priority waits, or a model can be prepared.
@@ -69,6 +70,7 @@ class Consumer:
         *,
         policy: Policy,
         drain_timeout_s: float,
+        progress_timeout_s: int = PROGRESS_TIMEOUT_S,
         demand: PendingDemand,
         under_pressure: Callable[[], bool] = lambda: False,
         store: ModelCache | None = None,
@@ -89,6 +91,7 @@ class Consumer:
             contents,
             self._wakeup.set,
             drain_timeout_s=drain_timeout_s,
+            progress_timeout_s=progress_timeout_s,
             budget_bytes=lambda: self.policy.budget_bytes,
             store=store,
         )
@@ -190,6 +193,7 @@ class Consumer:
             estimate_failures=estimates.failures,
             estimating=estimates.in_progress,
             from_file_sizes=estimates.from_file_sizes,
+            proven=estimates.proven,
             unchanged=self._executor.comparisons.known,
             pending_demand=self._demand.models,
             last_used=self._log.last_used,

@@ -23,6 +23,7 @@ from events.state import State
 from events.types import (
     SYSTEM,
     Cause,
+    Confinement,
     Data,
     Draft,
     Durations,
@@ -41,11 +42,13 @@ from events.types import (
 from runtime.cache.preparer import Candidate, FormFailure, Preparer
 from runtime.cache.store import ModelCache
 from runtime.consumer.comparisons import ContentComparisons
-from runtime.consumer.loads import RunningLoad, build_order, run_load, run_unload
+from runtime.consumer.loads import RunningLoad
+from runtime.consumer.loadtasks import build_order, run_load, run_unload
 from runtime.consumer.usage import InferenceTotals
 from runtime.contents import ModelContents
 from runtime.errors import Exit, RuntimeProblem
 from runtime.estimates import MemoryEstimates, find_expected
+from runtime.limits import PROGRESS_TIMEOUT_S
 from runtime.memory import MAX_BYTES, total_bytes
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import Worker
@@ -71,7 +74,7 @@ def draft_fact(job: Job, data: Data, load: RunningLoad | None = None) -> Draft:
     return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
 
 
-def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
+def describe_loaded(job: Job, load: RunningLoad, now: str, confinement: Confinement) -> ModelLoaded:
     """Return `ModelLoaded` of a load that has its report."""
     if job.started_at is None:
         raise RuntimeError(f"job {job.id} has not started")
@@ -94,6 +97,7 @@ def describe_loaded(job: Job, load: RunningLoad, now: str) -> ModelLoaded:
             copying_us=files.copying_us,
         ),
         verified=files.is_stored,
+        confinement=confinement,
     )
 
 
@@ -130,12 +134,21 @@ def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
     )
 
 
-def build_reload(model: LoadedModel, cause: Cause, conditions: tuple[Condition, ...]) -> RequestLoad:
-    """Return the request with which the system reloads a model."""
+def build_reload(
+    model: LoadedModel,
+    cause: Cause,
+    conditions: tuple[Condition, ...],
+    progress_timeout_s: int = PROGRESS_TIMEOUT_S,
+) -> RequestLoad:
+    """Return the request with which the system reloads a model; its limits are at least the server's."""
     serving = model.serving
+    before = serving.parameters
     # Many may be requested at once: a short timeout was not meant for the queue after a restart.
-    timeout_s = max(serving.parameters.timeout_s, RELOAD_TIMEOUT_S)
-    parameters = replace(serving.parameters, timeout_s=timeout_s)
+    parameters = replace(
+        before,
+        timeout_s=max(before.timeout_s, RELOAD_TIMEOUT_S),
+        progress_timeout_s=max(before.progress_timeout_s or 0, progress_timeout_s),
+    )
     return RequestLoad(model.id, serving.version, None, SYSTEM, parameters, cause, conditions=conditions)
 
 
@@ -154,8 +167,14 @@ def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
     """Return `WorkerExited` of a worker that exited unexpectedly."""
     # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
     end = Exit(None, None) if worker.orphaned else worker.ended.result()
-    data = WorkerExited(end.exit_code, end.signal, tuple(worker.stderr_tail()))
+    data = WorkerExited(end.exit_code, end.signal, tuple(worker.recorded_tail()))
     return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
+
+
+def log_stderr(load: RunningLoad, worker: Worker) -> None:
+    """Log the last lines of a worker, each in a line, for the operator: the ledger does not have them."""
+    for line in worker.stderr_tail():
+        _log.warning("worker %s of %s printed: %s", worker.worker_id, load.model_id, line)
 
 
 def _microseconds(seconds: float) -> int:
@@ -182,6 +201,7 @@ class Executor:
         wake: Callable[[], None],
         *,
         drain_timeout_s: float,
+        progress_timeout_s: int = PROGRESS_TIMEOUT_S,
         budget_bytes: Callable[[], int | None] = lambda: None,
         store: ModelCache | None = None,
     ) -> None:
@@ -196,6 +216,7 @@ class Executor:
         self.estimates = MemoryEstimates(contents.repository, wake, self.preparer.form_of)
         self.comparisons = ContentComparisons(contents, wake)
         self._drain_timeout_s = drain_timeout_s
+        self._progress_timeout_s = progress_timeout_s
         self.syncs: set[asyncio.Task[None]] = set()
 
     def note_recorded_exits(self, state: State) -> None:
@@ -268,7 +289,7 @@ class Executor:
                 unload = draft_replacement_unload(self.loads[load_job_id], job.id)
                 await self._record(unload, conditions=conditions)
             case actions.RequestReload(model, cause):
-                await self._log.submit(build_reload(model, cause, conditions))
+                await self._log.submit(build_reload(model, cause, conditions, self._progress_timeout_s))
             case actions.UnloadAutomatically():
                 await self._log.submit(build_unload(action, conditions))
             case actions.FailModel(model, message):
@@ -279,9 +300,11 @@ class Executor:
         files = self.comparisons.take_files(job)
         load = RunningLoad(job.id, job.model_id, version, parameters, uuid7(), files, self._wake)
         load.is_reload = job.cause in RELOADS
+        load.progress_timeout_s = parameters.progress_timeout_s or self._progress_timeout_s
         load.reserved_bytes = self.estimates.known.get(job.id) or 0
         load.estimated_sizes = self.estimates.sizes(job.id)
         load.allowance = partial(self._allowance, load)
+        load.budget_bytes = self._budget_bytes()
         model = self._log.state.models.get(job.model_id)
         expected = find_expected(job, model)
         find_form = self.preparer.find_form if self.estimates.may_use_form(job.id) else None
@@ -330,7 +353,9 @@ class Executor:
 
     async def _complete_load(self, job: Job, replaces: str | None, conditions: Conditions) -> None:
         load = self.loads[job.id]
-        loaded = draft_fact(job, describe_loaded(job, load, self._log.now()), load)
+        loaded = draft_fact(
+            job, describe_loaded(job, load, self._log.now(), self._pool.applied.confinement), load
+        )
         old = self.loads.get(replaces) if replaces is not None else None
         swapped_out = [] if old is None else [draft_replacement_unload(old, loaded.id)]
         try:
@@ -413,6 +438,9 @@ class Executor:
         exits = (draft_exit(load, worker) for worker in new)
         await self._record(*exits, *drafts, conditions=conditions)
         load.recorded_exits.update(worker.worker_id for worker in new)
+        for worker in new:
+            if not worker.records_stderr:
+                log_stderr(load, worker)
 
     def _drop_crashing_copy(self, load: RunningLoad, dead: Sequence[Worker]) -> None:
         """Drop a prepared form with which a worker crashed: the model is reloaded without it."""

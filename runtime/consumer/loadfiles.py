@@ -15,10 +15,14 @@ from typing import TypeVar
 
 from events.types import LoadedFile
 from runtime.contents import Contents, ModelContents, VersionFiles
-from runtime.lookups import LOAD_LIMIT_S, make_call, wait_with_progress
+from runtime.lookups import LOAD_LIMIT_S, busy, make_call, wait_with_progress
 from runtime.wire import MODEL_FILE
 
 T = TypeVar("T")
+
+THREAD = "files of a load"
+RETRY_S = 1.0
+"""Pause before files are given back in a thread, after there was none."""
 
 
 class LoadFiles:
@@ -26,6 +30,7 @@ class LoadFiles:
 
     Attributes:
         found: the files, once they are obtained.
+        pieces: how many pieces of files were copied or hashed.
     """
 
     def __init__(self, contents: ModelContents, model_id: str, version: int) -> None:
@@ -33,7 +38,7 @@ class LoadFiles:
         self._contents = contents
         self._model_id, self._version = model_id, version
         self._running = 0
-        self._pieces = 0
+        self.pieces = 0
         self._cancelled = self._closed = False
 
     @property
@@ -60,7 +65,7 @@ class LoadFiles:
         if self.found is None:
             await self._check_answers()
             obtaining = self._start(partial(self._obtain, expected))
-            await wait_with_progress(self._model_id, obtaining, lambda: self._pieces, LOAD_LIMIT_S)
+            await wait_with_progress(self._model_id, obtaining, lambda: self.pieces, LOAD_LIMIT_S)
         return self.version_files
 
     async def hash(self) -> Contents:
@@ -108,13 +113,16 @@ class LoadFiles:
         self.found = self._contents.obtain(self._model_id, self._version, expected, self._is_cancelled)
 
     def _is_cancelled(self) -> bool:
-        self._pieces += 1
+        self.pieces += 1
         return self._cancelled
 
     def _start(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Call a function in a daemon thread: no stop of the process waits for a file system that hangs."""
         answer, call = make_call(work, self._end)
-        threading.Thread(target=call, name="files of a load", daemon=True).start()
+        try:
+            threading.Thread(target=call, name=THREAD, daemon=True).start()
+        except RuntimeError as error:  # no new thread
+            raise busy(self._model_id, f"cannot be read: {error}") from None
         self._running += 1
         return answer
 
@@ -124,5 +132,9 @@ class LoadFiles:
 
     def _release_if_idle(self) -> None:
         if self._closed and not self._running and self.found is not None:
-            found, self.found = self.found, None
-            threading.Thread(target=self._contents.release, args=(found,), name="files of a load").start()
+            try:
+                threading.Thread(target=self._contents.release, args=(self.found,), name=THREAD).start()
+            except RuntimeError:  # no new thread
+                asyncio.get_running_loop().call_later(RETRY_S, self._release_if_idle)
+            else:
+                self.found = None

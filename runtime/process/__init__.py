@@ -5,8 +5,9 @@ new one; `forkserver`, a process of its own, forks; `worker.Worker` then owns th
 until `ended` is set.
 
 To change: how processes are forked, their environment and descriptors: `forkserver`. When a fork server is
-replaced, pre-forking: `pool`. Messages to and from a worker: `worker`. Its memory while it loads:
-`sampling`. Deadlines, cancellation and stuck workers: `requests`. Bytes on the socket and busy-polling:
+replaced, pre-forking: `pool`. What the workers' confinement does not prevent: `confinement`. Messages to a
+worker: `worker`. What a worker may say, and when: `replies`. Its memory while it loads: `sampling`.
+Deadlines, cancellation and stuck workers: `requests`. Bytes on the socket, their budget, and busy-polling:
 `channel`. Exit codes and stderr: `pidfd`, `forkclient`.
 
 Nothing here imports ONNX Runtime; what runs inside a worker is `runtime.worker`.

@@ -24,7 +24,6 @@ from runtime.process.forkserver import (
     Fork,
     Forked,
     ForkFailed,
-    FromForkServer,
     Ready,
     launch_command,
     launch_environment,
@@ -32,31 +31,46 @@ from runtime.process.forkserver import (
 
 MAX_LINES = 64
 MAX_BYTES = 16 * 2**10
-READ_BYTES = 64 * 2**10
-"""The capacity of a pipe: one read empties it, and the loop turns before the next."""
-
+READ_BYTES = 2**20
+"""The largest capacity that a process without privileges can give its pipe: one read empties it."""
+BYTES_PER_S = 4 * 2**20
+"""Of one pipe: reading as much takes the loop about a millisecond. ONNX Runtime's lines about ten thousand
+failed inferences are less. A process that writes more waits."""
 
 FORK = msgspec.msgpack.encode(Fork())
 
 
 class StderrTail:
-    """Reads a pipe on the running loop and closes it at its end; keeps the last 64 lines, at most 16 KiB."""
+    """Reads a pipe on the running loop and closes it at its end; keeps the last 64 lines, at most 16 KiB.
+
+    Of a flood, no more is read than `BYTES_PER_S`.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._descriptor: int | None = descriptor
         self._kept = bytearray()
+        self._note = ""
+        self._second_bytes = 0
+        self._second_ends_at = 0.0
+        self._pause: asyncio.TimerHandle | None = None
         os.set_blocking(descriptor, False)
         self._loop.add_reader(descriptor, self._read)
 
     def lines(self) -> list[str]:
-        """Return the last lines, oldest first; bytes that are not UTF-8 are replaced."""
-        text = self._kept.decode("utf-8", "replace").encode()[-MAX_BYTES:]  # a replaced byte takes three
-        return text.decode("utf-8", "ignore").splitlines()[-MAX_LINES:]
+        """Return the last lines, oldest first, and the note; bytes that are not UTF-8 are replaced."""
+        note = self.note_lines()
+        text = self._kept.decode("utf-8", "replace").encode()  # a replaced byte takes three
+        printed = text[-MAX_BYTES + len("".join(note).encode()) :].decode("utf-8", "ignore").splitlines()
+        return [*printed[-MAX_LINES + len(note) :], *note]
+
+    def note_lines(self) -> list[str]:
+        """Return the note alone, if there is one."""
+        return [self._note] if self._note else []
 
     def note(self, line: str) -> None:
-        """Add a line of the server that explains why the process ended."""
-        self._keep(f"{line}\n".encode())
+        """Note why the server ends the process; the first reason counts."""
+        self._note = self._note or " ".join(line.split())
 
     def close(self) -> list[str]:
         """Read the rest of the pipe, close it, and return the last lines."""
@@ -70,8 +84,24 @@ class StderrTail:
         with contextlib.suppress(BlockingIOError):
             data = os.read(self._descriptor, READ_BYTES)
             self._keep(data)
-            if not data:
+            if data:
+                self._count(len(data))
+            else:
                 self._close()
+
+    def _count(self, bytes_: int) -> None:
+        """Count what was read; beyond the limit of a second, stop reading until it is over."""
+        now = self._loop.time()
+        if now >= self._second_ends_at:
+            self._second_bytes, self._second_ends_at = 0, now + 1.0
+        self._second_bytes += bytes_
+        if self._second_bytes >= BYTES_PER_S and self._descriptor is not None and self._pause is None:
+            self._loop.remove_reader(self._descriptor)
+            self._pause = self._loop.call_at(self._second_ends_at, self._resume, self._descriptor)
+
+    def _resume(self, descriptor: int) -> None:
+        self._pause = None
+        self._loop.add_reader(descriptor, self._read)
 
     def _keep(self, data: bytes) -> None:
         self._kept += data[-MAX_BYTES:]
@@ -79,6 +109,8 @@ class StderrTail:
 
     def _close(self) -> None:
         if self._descriptor is not None:
+            if self._pause is not None:
+                self._pause.cancel()
             self._loop.remove_reader(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
@@ -179,35 +211,45 @@ class ForkServer:
             self.kill()
 
     def _take(self) -> bool:
+        """Take one message; returns whether there may be more."""
         try:
             message, descriptors, _, _ = socket.recv_fds(self._connection, MESSAGE_BYTES, 1)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
             message, descriptors = b"", []
-        if message:
-            self._on_message(FROM_FORK_SERVER.decode(message), descriptors)
-        self._at_end = not message
+        self._at_end = not message or not self._on_message(message, descriptors)
         return not self._at_end
 
-    def _on_message(self, message: FromForkServer, descriptors: list[int]) -> None:
-        match message:
-            case Ready():
-                self.ready.set_result(None)
-            case Forked(pid):
-                self._on_forked(pid, descriptors)
-            case ForkFailed(text):
-                self._requests.popleft().set_exception(ForkServerUnavailable(text))
-            case Exited(pid, exit_code, number):
-                self._children.pop(pid).set_result(Exit(exit_code, number))
-            case _:
-                assert_never(message)
+    def _on_message(self, message: bytes, descriptors: list[int]) -> bool:
+        """Take a message; returns False for one that nothing asked for: whoever sent it is no fork server.
 
-    def _on_forked(self, pid: int, descriptors: list[int]) -> None:
+        Each message settles something that is pending, so there are no more of them than that.
+        """
+        try:
+            match FROM_FORK_SERVER.decode(message):
+                case Ready():
+                    self.ready.set_result(None)
+                case Forked(pid):
+                    self._on_forked(pid, self._requests.popleft(), descriptors)
+                case ForkFailed(text):
+                    self._requests.popleft().set_exception(ForkServerUnavailable(text))
+                case Exited(pid, exit_code, number):
+                    self._children.pop(pid).set_result(Exit(exit_code, number))
+                case other:
+                    assert_never(other)
+        except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, asyncio.InvalidStateError):
+            self._stderr.note("killed by the server: it sent a message that nothing asked for")
+            return False
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    def _on_forked(self, pid: int, answer: asyncio.Future[Child], descriptors: list[int]) -> None:
         end = self._children[pid] = self._loop.create_future()
-        answer = self._requests.popleft()
         if descriptors:
-            answer.set_result(Child(pid, descriptors[0], end))
+            answer.set_result(Child(pid, descriptors.pop(), end))
         else:  # the kernel drops what there is no number for; the child ends when its channels are closed
             answer.set_exception(ForkServerUnavailable("no pidfd arrived: too many open files"))
 

@@ -25,7 +25,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import msgspec
 
@@ -76,8 +76,8 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     """A child has ended; exactly one of the two is not None."""
 
     pid: int
-    exit_code: int | None
-    signal: int | None
+    exit_code: Annotated[int, msgspec.Meta(ge=0, le=255)] | None
+    signal: Annotated[int, msgspec.Meta(ge=1, le=127)] | None
 
 
 FromForkServer = Ready | Forked | ForkFailed | Exited

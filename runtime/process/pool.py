@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 from events.types import LoadParameters
@@ -12,6 +13,7 @@ from runtime.contents import VersionFiles
 from runtime.errors import ForkServerUnavailable
 from runtime.limits import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, INFERENCE_GRACE_S, time_limit
 from runtime.modeldefaults import WarmUp
+from runtime.process.confinement import UNCONFINED, probe
 from runtime.process.forkclient import Child, ForkServer, close_watched
 from runtime.process.sampling import MemorySampler
 from runtime.process.worker import Worker
@@ -66,6 +68,9 @@ class WorkerPool:
         patience_s: how long a cancelled inference may go on before its worker is killed.
         warm_up: whether models are warmed up, unless their loadledger.toml decides.
         huge_pages: whether workers use huge pages where these were measured to be better.
+
+    Attributes:
+        applied: what confines the workers; nothing before `confine`.
     """
 
     def __init__(
@@ -75,10 +80,13 @@ class WorkerPool:
         patience_s: float = INFERENCE_GRACE_S,
         warm_up: bool = True,
         huge_pages: bool = True,
+        records_stderr: bool = True,
     ) -> None:
         self.threads = threads
         self.warm_up = warm_up
         self.huge_pages = huge_pages
+        self.records_stderr = records_stderr
+        self.applied = UNCONFINED
         self._patience_s = patience_s
         self._fork_server: ForkServer | None = None
         self._up = asyncio.Event()
@@ -111,6 +119,20 @@ class WorkerPool:
         fork_server = await self._launch()
         self._keeper = asyncio.create_task(self._keep(fork_server), name="fork server")
 
+    async def confine(self, mode: str, outside: Path) -> None:
+        """Confine the workers of later loads; for the arguments see `runtime.process.confinement.probe`.
+
+        Raises:
+            NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as it is.
+            ForkServerUnavailable: `fork_server_unavailable`.
+        """
+        worker = await self._fork_one("probe")
+        try:
+            self.applied = await probe(worker, mode, outside)
+        finally:
+            await kill_and_wait(worker)
+        self.applied.check()
+
     def prefork(self) -> None:
         """Fork a worker ahead of a `start` that probably follows in a moment."""
         if self.healthy and not self._closed:
@@ -129,6 +151,7 @@ class WorkerPool:
             warm_up=self.warm_up if warm_up.enabled is None else warm_up.enabled,
             warm_up_required=warm_up.required,
             huge_pages=self.huge_pages,
+            layers=self.applied.layers,
         )
 
     async def start(self, worker_id: str) -> Worker:
@@ -185,6 +208,7 @@ class WorkerPool:
             child = await self._answer(fork_server, forked)
             ours.callback(close_watched, child.pidfd)
             worker = Worker(worker_id, child, read, self._patience_s, self._sampler)
+            worker.records_stderr = self.records_stderr
             ours.pop_all()
         return worker, data, control
 

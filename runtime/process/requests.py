@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from runtime.errors import Exit, InferenceTimeout, RuntimeProblem, WorkerDied
 from runtime.limits import Limit
-from runtime.wire import Outcome, Tensor
+from runtime.wire import Infer, Outcome, Tensor
 
 Answer = tuple[Outcome, tuple[Tensor, ...]]
 """The result of an inference: its durations and its outputs."""
@@ -31,7 +31,7 @@ class InFlight:
         self._send_cancel = cancel
         self._on_stuck = on_stuck
         self._loop = asyncio.get_running_loop()
-        self._pending: dict[int, asyncio.Future[Answer]] = {}
+        self._pending: dict[int, tuple[Infer, asyncio.Future[Answer]]] = {}
         self._cancelled: dict[int, float] = {}
         self._answered_at = 0.0
         self._watching: Limit | None = None
@@ -40,8 +40,10 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._pending
+    def find(self, number: int) -> Infer | None:
+        """Return the request with this id; None if it is not in flight."""
+        pending = self._pending.get(number)
+        return None if pending is None else pending[0]
 
     async def wait_until_drained(self) -> None:
         """Wait until nothing is in flight."""
@@ -49,7 +51,7 @@ class InFlight:
             self._idle.clear()
             await self._idle.wait()
 
-    async def answer(self, number: int, timeout_s: float) -> Answer:
+    async def answer(self, request: Infer, timeout_s: float) -> Answer:
         """Wait for the answer to an inference that was just sent; cancelling this cancels the inference.
 
         Raises:
@@ -58,7 +60,8 @@ class InFlight:
             RuntimeProblem: the inference failed.
         """
         answer: asyncio.Future[Answer] = self._loop.create_future()
-        self._pending[number] = answer
+        number = request.id
+        self._pending[number] = request, answer
         deadline = Limit(timeout_s, self._expire, number, timeout_s)
         try:
             return await answer
@@ -71,7 +74,7 @@ class InFlight:
 
     def settle(self, number: int, result: Answer | RuntimeProblem) -> None:
         """Hand the worker's answer to the caller, who may have gone."""
-        answer = self._pending.pop(number)
+        _, answer = self._pending.pop(number)
         self._answered_at = self._loop.time()
         if self._cancelled:
             self._cancelled.pop(number, None)
@@ -87,7 +90,7 @@ class InFlight:
     def abandon(self, end: Exit) -> None:
         """Fail all inferences because the worker has ended; the first may have been running."""
         first = next(iter(self._pending), None)
-        for number, answer in self._pending.items():
+        for number, (_, answer) in self._pending.items():
             if not answer.done():
                 answer.set_exception(WorkerDied(end, begun=number == first))
         self._pending.clear()
@@ -97,10 +100,10 @@ class InFlight:
         self._idle.set()
 
     def _expire(self, number: int, timeout_s: float) -> None:
-        answer = self._pending.get(number)
-        if answer is not None and not answer.done():
+        pending = self._pending.get(number)
+        if pending is not None and not pending[1].done():
             reason = f"the inference did not end within {timeout_s:g} s and was stopped"
-            answer.set_exception(InferenceTimeout(reason))
+            pending[1].set_exception(InferenceTimeout(reason))
             self._cancel(number)
 
     def _cancel(self, number: int) -> None:

@@ -6,8 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -17,9 +16,7 @@ from runtime.errors import (
     InferenceCancelled,
     InferenceFailed,
     InvalidInput,
-    LoadRefused,
     NotRepresentable,
-    PrepareCode,
     QueueFull,
     RuntimeProblem,
     WorkerDied,
@@ -28,10 +25,10 @@ from runtime.limits import EXIT_WAIT_S, MEASURE_LIMIT_S, Limit, time_limit
 from runtime.process.channel import Channel
 from runtime.process.forkclient import Child, StderrTail
 from runtime.process.pidfd import Process
+from runtime.process.replies import REPORTS, SILENCE, AnswerRules, PendingOrder
 from runtime.process.requests import Answer, InFlight
 from runtime.process.sampling import LoadSamples, MemorySampler, WorkerMemory
 from runtime.wire import (
-    FROM_WORKER,
     Cancel,
     Frame,
     FromWorker,
@@ -39,12 +36,12 @@ from runtime.wire import (
     InferenceFailure,
     Load,
     Loaded,
-    LoadFailure,
     MalformedFrame,
     Outcome,
     Prepare,
     PrepareDone,
-    StageReached,
+    Probe,
+    Probed,
     Tensor,
     WantedOutput,
     heads,
@@ -56,40 +53,11 @@ MAX_UNSENT_BYTES = 256 * 2**20
 cancelled and timed-out requests stay in memory until they are read, too."""
 MAX_UNSENT_CANCELS_BYTES = 2**20
 """Some 50,000. A worker reads cancellations at once, even while it computes; one that does not is killed."""
-MAX_ANSWER_HEADER_BYTES = 4 * 2**20
-"""Enough for tens of thousands of outputs. Only a load's list of files may be longer."""
+SURPLUS_NAMES = 64
+"""Names beyond the model's own that a request may have: the worker refuses them, in better words."""
 PROBLEMS: dict[str, type[RuntimeProblem]] = {
     problem.code: problem for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled)
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _PendingOrder:
-    """A load or preparation whose report is pending, and the future of its caller."""
-
-    order: Load | Prepare
-    answer: asyncio.Future[Any]
-    on_stage: Callable[[str], None] | None = None
-
-    def accepts(self, message: Loaded | PrepareDone | LoadFailure) -> bool:
-        """Return whether the worker may report this: the order's form, or a code of its kind."""
-        match self.order, message:
-            case Load(), Loaded():
-                return True
-            case Load(), LoadFailure():
-                return message.code not in get_args(PrepareCode)
-            case Prepare(), PrepareDone():
-                return True
-        return isinstance(message, LoadFailure)
-
-    def settle(self, message: Loaded | PrepareDone | LoadFailure) -> None:
-        """Set the caller's result; the caller may have gone."""
-        if self.answer.done():
-            return
-        if isinstance(message, LoadFailure):
-            self.answer.set_exception(LoadRefused(message.code, plain_text(message.message)))
-        else:
-            self.answer.set_result(message)
 
 
 class Worker:
@@ -100,6 +68,7 @@ class Worker:
         pid: its process id, for people and /proc only: after `ended` another process may have it.
         memory_bytes: its private bytes, as last measured; while it loads, those that the load has added.
         loaded_memory: its memory once it has loaded a model.
+        records_stderr: whether the ledger may have what it prints.
         ended: set once, when the process is gone. Wait for it with `asyncio.wait` or through
             `asyncio.shield`: a task that is cancelled while it awaits a future cancels that too.
     """
@@ -111,16 +80,19 @@ class Worker:
         self.pid = child.pid
         self.memory_bytes = 0
         self.loaded_memory: WorkerMemory | None = None
+        self.records_stderr = True
         self._sampler = sampler
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[Exit] = self._loop.create_future()
         self._process = Process(child, self._on_gone)
         self._stderr = StderrTail(stderr)
         self._in_flight = InFlight(patience_s, self._cancel, self._kill_stuck)
-        self._data = Channel(FROM_WORKER, self._on_frame, self._on_lost)
-        self._control = Channel(FROM_WORKER, self._on_unexpected, self._on_lost)
+        self._data = Channel(SILENCE, self._on_frame, self._on_malformed, self._on_lost)
+        self._control = Channel(SILENCE, self._on_frame, self._on_malformed, self._on_lost)
         self._ids = itertools.count()
-        self._pending: _PendingOrder | None = None
+        self._pending: PendingOrder | None = None
+        self._answer_rules: AnswerRules | None = None
+        self._most_names = SURPLUS_NAMES
         self._stopping = False
         self._exit_timer: Limit | None = None
 
@@ -181,6 +153,7 @@ class Worker:
 
         with self._sampler.watch(self.pid, note_sample) as samples:
             report: Loaded = await self._answer_to(order, warm_up_inputs, on_stage)
+            self._most_names = len(report.inputs) + len(report.outputs) + SURPLUS_NAMES
             on_stage("measuring")
             self.loaded_memory = await self._measure_load(samples)
         return report
@@ -196,6 +169,15 @@ class Worker:
             WorkerDied: `worker_died`.
         """
         report: PrepareDone = await self._answer_to(order)
+        return report
+
+    async def probe(self, order: Probe) -> Probed:
+        """Have this worker confine itself and try forbidden things, instead of a load; it then ends.
+
+        Raises:
+            WorkerDied: `worker_died`.
+        """
+        report: Probed = await self._answer_to(order)
         return report
 
     async def infer(
@@ -229,13 +211,16 @@ class Worker:
         """
         if self._data.unsent_bytes > MAX_UNSENT_BYTES:
             raise QueueFull("the model's worker has more to read than may wait")
+        if len(inputs) + len(outputs) > self._most_names:
+            raise InvalidInput("the request names more inputs and outputs than the model has")
         number = next(self._ids)
         try:
             request = Infer(number, heads(inputs), outputs, text, time.monotonic_ns(), digest)
             self._send(request, inputs)
         except MalformedFrame as error:
             raise InvalidInput(str(error)) from None
-        return await self._in_flight.answer(number, timeout_s)
+        self._expect_answers()
+        return await self._in_flight.answer(request, timeout_s)
 
     async def measure(self) -> int:
         """Measure the worker's private bytes; they are also in `memory_bytes`.
@@ -268,8 +253,12 @@ class Worker:
         self._process.kill()
 
     def stderr_tail(self) -> list[str]:
-        """Return the worker's last lines on stderr: at most 64, 16 KiB."""
+        """Return the worker's last lines on stderr, and why the server killed it: at most 64, 16 KiB."""
         return self._stderr.lines()
+
+    def recorded_tail(self) -> list[str]:
+        """Return the part of the tail that the ledger may have: at least why the server killed the worker."""
+        return self._stderr.lines() if self.records_stderr else self._stderr.note_lines()
 
     def _set_memory(self, bytes_: int) -> None:
         self.memory_bytes = bytes_
@@ -291,45 +280,61 @@ class Worker:
             self.kill()
 
     def _kill_stuck(self) -> None:
-        patience_s = self._in_flight.patience_s
-        self._stderr.note(f"killed by the server: an inference did not stop within {patience_s:g} s")
+        self._kill_for(f"an inference did not stop within {self._in_flight.patience_s:g} s")
+
+    def _on_malformed(self, reason: str) -> None:
+        self._kill_for(f"it sent {reason}")
+
+    def _kill_for(self, reason: str) -> None:
+        self._stderr.note(f"killed by the server: {reason}")
         self.kill()
 
     async def _answer_to(
         self,
-        order: Load | Prepare,
+        order: Load | Prepare | Probe,
         tensors: Sequence[Tensor] = (),
-        on_stage: Callable[[str], None] | None = None,
+        on_stage: Callable[[str], None] = lambda _: None,
     ) -> Any:
-        self._pending = pending = _PendingOrder(order, self._loop.create_future(), on_stage)
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        self._pending = PendingOrder(order, answer, on_stage)
+        self._data.expect(REPORTS)
         self._send(order, tensors)
-        return await pending.answer
+        return await answer
 
-    def _send(self, message: Load | Prepare | Infer, tensors: Sequence[Tensor] = ()) -> None:
+    def _send(self, message: Load | Prepare | Probe | Infer, tensors: Sequence[Tensor] = ()) -> None:
         if self.ended.done():
             raise WorkerDied(self.ended.result())
         self._data.send(message, tensors)
 
     def _on_frame(self, frame: Frame[FromWorker]) -> None:
+        """Take a frame of the data channel; the control channel's rules let none pass."""
         message, tensors = frame
-        if type(message) is Outcome and message.id in self._in_flight:  # first, for it comes most often
-            self._in_flight.settle(message.id, (message, tensors))
-            return
-        pending = self._pending
-        match message:
-            case StageReached(stage) if pending is not None and pending.on_stage is not None:
-                pending.on_stage(stage)
-            case Loaded() | PrepareDone() | LoadFailure() if pending and pending.accepts(message):
-                pending.settle(message)
-                self._data.limit_headers(MAX_ANSWER_HEADER_BYTES)
-                self._pending = None
-            case InferenceFailure(number, code, text) if number in self._in_flight:
-                self._in_flight.settle(number, PROBLEMS.get(code, InferenceFailed)(plain_text(text)))
-            case _:
-                self.kill()
+        if type(message) is Outcome or type(message) is InferenceFailure:  # answers come most often
+            self._take_answer(message, tensors)
+        elif self._pending is not None and self._pending.take(message):
+            self._pending = None
+            self._data.expect(SILENCE)
+            if isinstance(message, Loaded):
+                self._answer_rules = AnswerRules(message)
+                if self._in_flight:
+                    self._expect_answers()
 
-    def _on_unexpected(self, _: Frame[FromWorker]) -> None:
-        self.kill()  # a worker sends nothing on its control channel
+    def _expect_answers(self) -> None:
+        if self._answer_rules is not None:
+            self._data.expect(self._answer_rules.frames)
+
+    def _take_answer(self, message: Outcome | InferenceFailure, tensors: tuple[Tensor, ...]) -> None:
+        request = self._in_flight.find(message.id)
+        if request is None or self._answer_rules is None:
+            raise MalformedFrame("an answer that nothing asked for")
+        if isinstance(message, Outcome):
+            self._answer_rules.check(request, tensors)
+            self._in_flight.settle(message.id, (message, tensors))
+        else:
+            problem = PROBLEMS.get(message.code, InferenceFailed)
+            self._in_flight.settle(message.id, problem(plain_text(message.message)))
+        if not self._in_flight:
+            self._data.expect(SILENCE)
 
     def _on_lost(self) -> None:
         if not self._stopping:
@@ -361,5 +366,5 @@ class Worker:
         self._stderr.close()
         self.ended.set_result(end)
         self._in_flight.abandon(end)
-        if self._pending is not None and not self._pending.answer.done():
-            self._pending.answer.set_exception(WorkerDied(end))
+        if self._pending is not None:
+            self._pending.fail(WorkerDied(end))

@@ -3,6 +3,9 @@
 Loads start by priority, then age. Each minute of waiting raises a load by one priority, so after two minutes
 no later load comes before it. A load that waits for room may be overtaken for a while by loads that fit; then
 room is reserved for it. Before all others come reloads, and loads whose old version was unloaded for them.
+
+A load slot is kept for files that loaded before: when all slots are taken, and by loads of other files only,
+one more may start. So loads that never end delay only models that never loaded.
 """
 
 from __future__ import annotations
@@ -175,6 +178,12 @@ class _PendingLoad:
         """Whether it may evict; a reload after a start of the server uses free memory only."""
         return self._view.policy.evicts and self.job.cause is not Cause.RESTART
 
+    @property
+    def _may_exceed_slots(self) -> bool:
+        """Whether it may run as one more than usual: past slow loads, and past those that may never end."""
+        view, job = self._view, self.job
+        return job.cause in _URGENT or (view.is_proven(job) and not view.proven_load_runs)
+
     def reserve(self) -> Reservations:
         """Return the reservations before it and its own."""
         view, before = self._view, self.reservations
@@ -199,7 +208,7 @@ class _PendingLoad:
             return Waiting(f"the memory estimate of {estimating.model_id!r}, which comes first")
         if not view.observations.fork_server_up:
             return Waiting("the fork server, which is being started again")
-        if view.free_load_slots + (job.cause in _URGENT) <= 0:
+        if view.free_load_slots + self._may_exceed_slots <= 0:
             return Waiting(f"a free load slot: at most {view.policy.loads_at_once} may run at once")
         if view.observations.under_pressure and self.rank == _LOWEST_PRIORITY:
             if view.can_stop_preparation:  # it may be the cause of the pressure

@@ -8,8 +8,8 @@ from enum import StrEnum
 from functools import cached_property
 
 from events.clock import FoldTimes, add_seconds
-from events.jobs import Failure, Job
-from events.models import LoadedModel, Model, ModelState
+from events.jobs import NO_PROGRESS, Failure, Job
+from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.state import State, has_turn
 from events.types import SYSTEM, Cause
 
@@ -103,6 +103,7 @@ class Observations:
         estimates: bytes that a pending load will need, by job id; None while it is being estimated.
         estimating: jobs whose estimate began just now, so that later loads still wait for it.
         from_file_sizes: jobs whose estimate rests on file sizes, not on an earlier load.
+        proven: jobs whose files loaded before; known with the estimate, so that without a budget none is.
         unchanged: whether the files of a pending load are those that its model was loaded from, by job id;
             None while they are being read.
         pending_demand: models that inferences wait for.
@@ -118,6 +119,7 @@ class Observations:
     estimates: Mapping[str, int | None] = field(default_factory=dict)
     estimating: Collection[str] = ()
     from_file_sizes: Collection[str] = ()
+    proven: Collection[str] = ()
     unchanged: Mapping[str, bool | None] = field(default_factory=dict)
     pending_demand: Collection[str] = ()
     last_used: Mapping[str, str] = field(default_factory=dict)
@@ -218,6 +220,23 @@ class SchedulerView:
         """How many more loads may start."""
         loading = sum(run.phase is Phase.LOADING for run in self.running.values())
         return self.policy.loads_at_once - loading if self.observations.fork_server_up else 0
+
+    def is_proven(self, job: Job) -> bool:
+        """Whether the files of a load are known to load: those of reloads served until just now.
+
+        One load of them that made no progress ends that, until they load again.
+        """
+        model = self.state.models.get(job.model_id)
+        if model is not None and model.error is not None and model.error.code == NO_PROGRESS:
+            return False
+        return job.cause in RELOADS or job.id in self.observations.proven
+
+    @cached_property
+    def proven_load_runs(self) -> bool:
+        """Whether a load of files that loaded before is running."""
+        loading = (load_id for load_id, run in self.running.items() if run.phase is Phase.LOADING)
+        jobs = (self.state.unended_job(load_id) for load_id in loading)
+        return any(job is not None and self.is_proven(job) for job in jobs)
 
     @cached_property
     def free_bytes(self) -> int | None:

@@ -34,6 +34,8 @@ class DiskFull(RuntimeProblem):
         super().__init__(
             f"the version takes {needed_bytes} bytes on the disk of {folder}, and {max(0, free_bytes)} can be"
             f" spared there: {missing} bytes are missing; free as many, or move the data directory"
+            if needed_bytes
+            else f"the disk of {folder} is full: free some space, or move the data directory"
         )
         self.needed_bytes = needed_bytes
         self.missing_bytes = missing

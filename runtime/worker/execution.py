@@ -11,7 +11,16 @@ import onnxruntime as ort
 
 from runtime.errors import InferenceCancelled, InferenceFailed, RuntimeProblem
 from runtime.frames import JOINED_BYTES
-from runtime.wire import PREFIX, Buffer, Infer, InferenceFailure, Message, Outcome, Tensor, plain_text
+from runtime.wire import (
+    PREFIX,
+    Buffer,
+    Infer,
+    InferenceFailure,
+    Message,
+    Outcome,
+    Tensor,
+    plain_text,
+)
 from runtime.worker.batching import (
     BatchDimension,
     BatchRequest,
@@ -20,6 +29,7 @@ from runtime.worker.batching import (
     split_outputs,
 )
 from runtime.worker.inference import Runner
+from runtime.worker.sessions import is_out_of_memory
 
 HELD_BYTES = 256 * 2**10
 """Limit of unsent answers: about what a socket's buffer holds."""
@@ -35,6 +45,10 @@ _ROOM = bytes(PREFIX.size)
 
 
 NO_MEMORY = "the worker has not enough memory for this inference"
+_NO_MEMORY = InferenceFailed(NO_MEMORY)
+"""Made now: there may be no memory for it when it is needed."""
+SHRINK_ARENA = ("memory.enable_memory_arena_shrinkage", "cpu:0")
+"""onnxruntime_run_options_config_keys.h: at the end of a run, free what no tensor uses."""
 
 
 class Outbox:
@@ -56,19 +70,23 @@ class Outbox:
         self._watcher: threading.Thread | None = None
 
     def put(self, message: Message, parts: Sequence[Buffer] = ()) -> None:
-        """Queue a frame with its tensors' data, which is sent now or at the latest with the next `flush`."""
+        """Queue a frame with its tensors' data, which is sent now or at the latest with the next `flush`.
+
+        Raises:
+            MemoryError: there is no memory for it; nothing is queued.
+        """
         payload = sum(map(len, parts))
         with self._lock:
             held = self._held
             if not held:
                 self._since_ns = time.monotonic_ns()
             start = len(held)
-            held += _ROOM
-            _ENCODER.encode_into(message, held, -1)
-            PREFIX.pack_into(held, start, len(held) - start - PREFIX.size, payload)
+            try:
+                _append(held, message, payload, parts)
+            except MemoryError:
+                del held[start:]
+                raise
             if payload < JOINED_BYTES:
-                for part in parts:
-                    held += part
                 if len(held) < HELD_BYTES:
                     return
                 parts = ()
@@ -133,8 +151,20 @@ class Outbox:
                     sent -= len(buffers.pop(0))
                 if buffers:
                     buffers[0] = buffers[0][sent:]
-        except OSError:
+        except (OSError, MemoryError):  # the channel is closed; or half a frame is sent
             os._exit(0)
+
+
+def _append(held: bytearray, message: Message, payload: int, parts: Sequence[Buffer]) -> None:
+    """Append a frame, with its payload if that is short."""
+    start = len(held)
+    held += _ROOM
+    _ENCODER.encode_into(message, held, -1)
+    header = len(held) - start - PREFIX.size
+    PREFIX.pack_into(held, start, header, payload)
+    if payload < JOINED_BYTES:
+        for part in parts:
+            held += part
 
 
 class Cancellation:
@@ -220,6 +250,7 @@ class InferenceExecutor:
         self._cancellation = cancellation
         self._dimension = dimension
         self._last_run_ns = 0
+        self._must_shrink = False
 
     def prepare(self, infer: Infer, tensors: Sequence[Tensor]) -> BatchRequest | None:
         """Decode a request; None if it is refused or cancelled, which is answered.
@@ -234,9 +265,9 @@ class InferenceExecutor:
             feed = self._runner.decode_inputs(tensors)
             size, alone = (1, True) if self._dimension is None else self._dimension.measure(feed)
         except MemoryError:
-            self._refuse(infer.id, InferenceFailed(NO_MEMORY))
+            self.refuse(infer.id)
         except RuntimeProblem as problem:  # keep no other reference: its traceback holds the tensors
-            self._refuse(infer.id, problem)
+            self.refuse(infer.id, problem)
         else:
             input_ns = time.monotonic_ns() - came_ns
             return BatchRequest(infer.id, outputs, feed, size, alone, infer.sent_ns, came_ns, input_ns)
@@ -258,16 +289,22 @@ class InferenceExecutor:
             if options is None:
                 self._cancellation.drop(request.number)
                 raise InferenceCancelled
+            if self._must_shrink:
+                options.add_run_config_entry(*SHRINK_ARENA)
+                self._must_shrink = False
             self._outbox.before_run(self._last_run_ns)
             arrays = self._runner.run(request.outputs, request.feed, options)
             self._last_run_ns = time.monotonic_ns() - begun_ns
         except MemoryError:
-            self._fail(request.number, InferenceFailed(NO_MEMORY))
+            self._fail(request.number, _NO_MEMORY)
         except RuntimeProblem as problem:
             self._fail(request.number, problem)
         else:
             times = _queue_ns(request, begun_ns), request.input_ns, self._last_run_ns
-            self._answer(request, arrays, times, request.size)
+            refused = self._answer(request, arrays, times, request.size)
+            if refused is not None:
+                del arrays
+                self._fail(request.number, refused)
         finally:
             self._cancellation.end()
 
@@ -293,8 +330,11 @@ class InferenceExecutor:
         for request, part in zip(batch, parts, strict=True):
             queue_ns = _queue_ns(request, begun_ns)
             times = queue_ns, request.input_ns + joined_ns - begun_ns, ran_ns - joined_ns
-            if self._answer(request, part, times, execution_size):
+            problem = self._answer(request, part, times, execution_size)
+            if problem is None:
                 execution_size = 0
+            else:
+                self._fail(request.number, problem)
         return True
 
     def _answer(
@@ -303,21 +343,19 @@ class InferenceExecutor:
         arrays: Sequence[object],
         times: tuple[int, int, int],
         execution_size: int,
-    ) -> bool:
-        """Answer a request that was run; returns whether its outputs were sent."""
+    ) -> RuntimeProblem | None:
+        """Answer a request that was run; returns why its outputs could not be sent, and None if they were."""
         split_ns = time.monotonic_ns()
         try:
             heads, parts = self._runner.encode_outputs(request.outputs, arrays)
-        except MemoryError:
-            self._fail(request.number, InferenceFailed(NO_MEMORY))
-        except RuntimeProblem as problem:
-            self._fail(request.number, problem)
-        else:
             output_ns = time.monotonic_ns() - split_ns
             outcome = Outcome(request.number, heads, *times, output_ns, request.size, execution_size)
             self._outbox.put(outcome, parts)
-            return True
-        return False
+        except MemoryError:
+            return _NO_MEMORY
+        except RuntimeProblem as problem:
+            return problem.with_traceback(None)  # it holds what was encoded
+        return None
 
     def _drop_cancelled(self, number: int) -> bool:
         dropped = self._cancellation.drop(number)
@@ -325,12 +363,16 @@ class InferenceExecutor:
             self._fail(number, InferenceCancelled())
         return dropped
 
-    def _refuse(self, number: int, problem: RuntimeProblem) -> None:
+    def refuse(self, number: int, problem: RuntimeProblem = _NO_MEMORY) -> None:
+        """Answer a request that is not run; by default for lack of memory."""
         self._cancellation.skip(number)
         self._fail(number, problem)
 
     def _fail(self, number: int, problem: RuntimeProblem) -> None:
-        self._outbox.put(InferenceFailure(number, problem.code, plain_text(str(problem))))
+        text = str(problem)
+        if problem is _NO_MEMORY or is_out_of_memory(text):
+            self._must_shrink = True  # ONNX Runtime keeps what it took, and later requests would lack it
+        self._outbox.put(InferenceFailure(number, problem.code, plain_text(text)))
 
 
 def _queue_ns(request: BatchRequest, begun_ns: int) -> int:

@@ -7,6 +7,7 @@ many elements as the shape has; FP16 and BF16 have no JSON form.
 import ctypes
 import hashlib
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -42,7 +43,14 @@ _FP32_BOUND = 2.0**128 - 2.0**103
 """The first number that rounds to infinity (IEEE 754)."""
 _SHORT = 256
 """Up to this many elements Python finds the largest sooner than numpy (measured)."""
-_BRACKET = ord("[")
+PART_ELEMENTS = 2**14
+"""Of an array that becomes JSON text: Python's numbers of all at once would take eight times its memory, and
+one long text twice its own while it grows."""
+STRING_BYTES = 96
+"""Of Python's object for a string, and of its place in a list that grows."""
+ROOM_BYTES = 2 * 2**20
+"""In such pieces, or smaller ones, Python takes memory."""
+_BRACKET, _COMMA = ord("["), ord(",")
 _FIRST_OF_AN_ELEMENT = frozenset(b'-0123456789tf"')
 _ENCODER = msgspec.json.Encoder()
 
@@ -80,6 +88,10 @@ def decode_text(tensor: Tensor) -> Any:
     depth = _depth(tensor.data)
     if depth not in (1, _nesting(shape)):
         raise InvalidInput(f"input '{name}': data must be a flat list, or nested as its shape {list(shape)}")
+    if datatype == "BYTES":
+        _check_memory(bytes(tensor.data))
+    elif 0 not in shape:
+        _check_count(name, shape, bytes(tensor.data))
     try:
         values = _decoder(_ELEMENT.get(datatype, int), depth).decode(tensor.data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -93,8 +105,15 @@ def decode_text(tensor: Tensor) -> Any:
     raise InvalidInput(f"input '{name}': data has shape {list(found)}, declared is {list(shape)}")
 
 
-def encode_text(name: str, datatype: str, array: Any) -> bytes:
-    """Return an array's elements, flat and row-major, as JSON text.
+def _check_count(name: str, shape: tuple[int, ...], text: bytes) -> None:
+    """Refuse a text of numbers that has other than the shape's elements before each becomes an object."""
+    count = text.count(b",") + 1
+    if count != math.prod(shape):
+        raise InvalidInput(f"input '{name}': data has {count} elements, declared is {list(shape)}")
+
+
+def encode_text(name: str, datatype: str, array: Any) -> list[Buffer]:
+    """Return an array's elements, flat and row-major, as JSON text, in parts.
 
     Raises:
         NotRepresentable: `not_representable`, JSON has no form for them, or they are too many.
@@ -102,14 +121,32 @@ def encode_text(name: str, datatype: str, array: Any) -> bytes:
     check_json(name, datatype)
     if datatype != "BYTES":
         _check_size(name, array.nbytes)
-    elements = array.ravel().tolist()
+    flat = array.ravel()
     if datatype == "BYTES":
-        _check_size(name, sum(4 + len(each.encode()) for each in elements))
-    text = _ENCODER.encode(elements)
-    if datatype in ("FP32", "FP64") and b"null" in text:  # the encoding of NaN and infinity
-        raise NotRepresentable(f"output '{name}' holds NaN or infinity, which JSON cannot carry")
-    if len(text) > MAX_PAYLOAD_BYTES:
-        raise NotRepresentable(f"output '{name}' is too long as JSON: ask for the binary data form")
+        _check_size(name, sum(4 + len(each.encode()) for each in flat.tolist()))
+    parts, length = list[Buffer](), 0
+    for start in range(0, max(flat.size, 1), PART_ELEMENTS):
+        part = _encode_part(flat[start : start + PART_ELEMENTS], start, flat.size)
+        if datatype in ("FP32", "FP64") and b"null" in part:  # the encoding of NaN and infinity
+            raise NotRepresentable(f"output '{name}' holds NaN or infinity, which JSON cannot carry")
+        parts.append(part)
+        length += len(part)
+        if length > MAX_PAYLOAD_BYTES:
+            raise NotRepresentable(f"output '{name}' is too long as JSON: ask for the binary data form")
+    return parts
+
+
+def _encode_part(elements: Any, start: int, total: int) -> bytearray:
+    """Return some elements of a list as JSON text, with its brackets and commas where they belong.
+
+    Without memory `encode` crashes the process (msgspec 0.22), and `encode_into` raises MemoryError.
+    """
+    text = bytearray()
+    _ENCODER.encode_into(elements.tolist(), text)
+    if start:
+        text[0] = _COMMA
+    if start + elements.size < total:
+        del text[-1]
     return text
 
 
@@ -119,6 +156,21 @@ def _check_size(name: str, size: int) -> None:
             f"output '{name}' is {size} bytes; as JSON at most {MAX_JSON_BYTES} are sent: "
             "ask for the binary data form"
         )
+
+
+def _check_memory(text: bytes) -> None:
+    """Check that there is memory for the strings of a JSON text.
+
+    Without it msgspec 0.22 crashes the process.
+
+    Raises:
+        MemoryError: there is not.
+    """
+    needed = ROOM_BYTES + (text.count(b",") + 1) * STRING_BYTES + len(text) * (1 if text.isascii() else 4)
+    try:
+        mmap.mmap(-1, needed, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()  # which takes no page of it
+    except OSError:
+        raise MemoryError from None
 
 
 @cache
@@ -279,9 +331,9 @@ class Runner:
         parts: list[Buffer] = []
         for (name, datatype, text), array in zip(selected.forms, arrays, strict=True):
             if array is not None:
-                data = encode_text(name, datatype, array) if text else to_data(datatype, array)
-                heads.append(TensorHead(name, datatype, array.shape, len(data), text))
-                parts.append(data)
+                data = encode_text(name, datatype, array) if text else [to_data(datatype, array)]
+                heads.append(TensorHead(name, datatype, array.shape, sum(map(len, data)), text))
+                parts += data
         if sum(map(len, parts)) > MAX_PAYLOAD_BYTES:
             problem = NotRepresentable if any(head.text for head in heads) else InferenceFailed
             raise problem(f"the outputs are larger than {MAX_PAYLOAD_BYTES} bytes")

@@ -84,8 +84,6 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
     Raises:
         LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`.
     """
-    if order.background:
-        lower_priority()
     try:
         return _load(order, given, on_stage)
     except MemoryError as error:
@@ -100,7 +98,7 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     on_stage("loading")
     if not order.huge_pages or not huge_pages_help(order.bytes, order.prepared):
         disable_huge_pages()
-    sessions.limit_memory(order.memory_limit_bytes, order.load_limit_bytes)
+    sessions.limit_memory(order.hard_limit_bytes, order.load_limit_bytes)
     started_ns = time.perf_counter_ns()
     session = _create_session(order)
     loading_us = _elapsed_us(started_ns)

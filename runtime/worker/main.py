@@ -1,7 +1,8 @@
 """The worker process: it holds one session of one model version and serves its two channels.
 
-Its main thread serves the data channel: reads, runs, answers, with no hand-over between. A second thread
-sleeps on the control channel, so that a cancellation reaches a running inference. The worker ends when either
+Its main thread serves the data channel: reads, runs, answers, with no hand-over between. The first message
+says what to load; the worker confines itself to that, and then starts a second thread, which sleeps on the
+control channel, so that a cancellation reaches a running inference. The worker ends when either
 channel ends, on a malformed frame, after a failed load, and after it has made a cached model.
 """
 
@@ -11,11 +12,11 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from runtime.errors import LoadRefused
-from runtime.frames import FrameReader
+from runtime.frames import FrameReader, FrameRules, PayloadDropped
 from runtime.wire import (
     CONTROL,
     TO_WORKER,
@@ -27,14 +28,16 @@ from runtime.wire import (
     MalformedFrame,
     Message,
     Prepare,
+    Probe,
     StageReached,
     Tensor,
     ToWorker,
     plain_text,
 )
 from runtime.worker.batching import Queue
+from runtime.worker.confine import confine, probe
 from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
-from runtime.worker.loading import load
+from runtime.worker.loading import load, lower_priority
 from runtime.worker.optimising import make_cached_model
 from runtime.worker.sessions import ServingSession, register_operators
 
@@ -57,21 +60,18 @@ def prepare() -> None:
 def main(data: int, control: int) -> NoReturn:
     """Run a worker on the descriptors of its two channels; ends the process."""
     threading.stack_size(STACK_BYTES)
-    cancellation = Cancellation()
-    listener = socket.socket(fileno=control)
-    # Not `threading`: that waits for the thread to start, and so would the load.
-    _thread.start_new_thread(_listen, (listener, cancellation))
-    _Worker(socket.socket(fileno=data), cancellation).serve()
+    _Worker(socket.socket(fileno=data), socket.socket(fileno=control)).serve()
     os._exit(0)
 
 
 class _Worker:
-    """Serves the data channel."""
+    """Serves the data channel; its order also starts the thread of the control channel."""
 
-    def __init__(self, channel: socket.socket, cancellation: Cancellation) -> None:
+    def __init__(self, channel: socket.socket, control: socket.socket) -> None:
         self._channel = channel
-        self._cancellation = cancellation
-        self._reader = FrameReader(TO_WORKER)
+        self._control = control
+        self._cancellation = Cancellation()
+        self._reader = FrameReader(FrameRules(TO_WORKER))
         self._outbox = Outbox(channel)
         self._executor: InferenceExecutor | None = None
         self._queue: Queue | None = None
@@ -108,8 +108,11 @@ class _Worker:
             self._busy_poll(asked_ns + BUSY_POLL_NS)
         count = _receive(self._channel, self._reader)
         self._busy_polls = time.monotonic_ns() - asked_ns < BUSY_POLL_NS
-        for message, tensors in _frames(self._reader, count):
-            self._handle(message, tensors)
+        try:
+            for message, tensors in _frames(self._reader, count):
+                self._handle(message, tensors)
+        except PayloadDropped as dropped:
+            self._refuse(dropped.message)
         return count > 0
 
     def _busy_poll(self, until_ns: int) -> None:
@@ -134,10 +137,28 @@ class _Worker:
             self._load(message, tensors)
         elif isinstance(message, Prepare) and self._executor is None:
             self._prepare(message)
+        elif isinstance(message, Probe) and self._executor is None:
+            self._send(probe(message))
+            os._exit(0)
         else:
             os._exit(EX_PROTOCOL)
 
+    def _refuse(self, message: Message) -> None:
+        """Refuse a request whose tensors there is no memory for."""
+        if not isinstance(message, Infer) or self._executor is None:
+            raise MemoryError
+        self._executor.refuse(message.id)
+
+    def _confine(self, order: Load | Prepare) -> None:
+        """Confine this worker before it has another thread, and before it reads a byte of a model."""
+        if isinstance(order, Prepare) or order.background:
+            lower_priority()  # which it may not do later
+        confine(order)
+        # Not `threading`: that waits for the thread to start, and so would the load.
+        _thread.start_new_thread(_listen, (self._control, self._cancellation))
+
     def _load(self, order: Load, given: Sequence[Tensor]) -> None:
+        self._confine(order)
         try:
             model, report = load(order, given, lambda stage: self._send(StageReached(stage)))
         except LoadRefused as refusal:
@@ -147,6 +168,7 @@ class _Worker:
         self._send(report)
 
     def _prepare(self, order: Prepare) -> NoReturn:
+        self._confine(order)
         try:
             self._send(make_cached_model(order))
         except LoadRefused as refusal:
@@ -165,7 +187,7 @@ class _Worker:
 
 def _listen(channel: socket.socket, cancellation: Cancellation) -> None:
     """Serve the control channel; its end ends the worker, even while it computes."""
-    reader = FrameReader(CONTROL)
+    reader = FrameReader(FrameRules(CONTROL))
     while count := _receive(channel, reader):
         for message, _ in _frames(reader, count):
             cancellation.cancel(message.id)
@@ -179,9 +201,11 @@ def _receive(channel: socket.socket, reader: FrameReader[M]) -> int:
         return 0
 
 
-def _frames(reader: FrameReader[M], count: int) -> list[Frame[M]]:
+def _frames(reader: FrameReader[M], count: int) -> Iterator[Frame[M]]:
+    reader.feed(count)
     try:
-        return reader.advance(count)
+        while (frame := reader.next_frame()) is not None:
+            yield frame
     except MalformedFrame as error:
         os.write(2, f"malformed frame: {error}\n".encode("utf-8", "replace"))
         os._exit(EX_PROTOCOL)

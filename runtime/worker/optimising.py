@@ -22,21 +22,21 @@ import onnxruntime as ort
 
 from runtime.errors import LoadRefused
 from runtime.memory import free_disk_bytes
-from runtime.onnxfile import (
+from runtime.onnxfields import (
     FIELDS,
     KEY,
     LENGTH,
     MAX_DEPTH,
-    START_GROUP,
     VALUE,
+    Field,
+    FieldReader,
     MessageKind,
+    TooManyFields,
     Unparsable,
-    external_locations,
-    read_field,
 )
+from runtime.onnxfile import external_locations
 from runtime.wire import MODEL_FILE, Prepare, PrepareDone
 from runtime.worker import sessions
-from runtime.worker.loading import lower_priority
 
 ALIGNMENT = 64
 """In bytes, as ONNX Runtime's own allocations, for the widest registers."""
@@ -80,8 +80,8 @@ def align_weights(model: Path, weights: Path) -> None:
         return
     moves = _Moves(weights.name)
     try:
-        data = _rewrite(MessageKind.MODEL, memoryview(model.read_bytes()), moves)
-    except Unparsable as problem:
+        data = _Rewriting(memoryview(model.read_bytes()), moves).rewrite()
+    except (Unparsable, TooManyFields) as problem:
         raise _not_known(str(problem)) from None
     moved = weights.with_suffix(".moved")
     moves.copy(weights, moved)
@@ -126,21 +126,41 @@ class _Moves:
         return piece
 
 
-def _rewrite(kind: MessageKind, data: memoryview, moves: _Moves, depth: int = 0) -> bytes:
-    """Return a message with updated references to weights."""
-    if depth > MAX_DEPTH:
-        raise _not_known("messages nested too deeply")
-    parts, entries = [], dict[str, str]()
-    for number, whole, content in _fields(data):
-        inner = None if content is None else FIELDS[kind].get(number)
-        if content is None or inner is None:
-            parts.append(bytes(whole))
-        elif inner is MessageKind.EXTERNAL_DATA:
-            entries |= [_entry(content)]
-        else:
-            parts.append(_field(number, _rewrite(inner, content, moves, depth + 1)))
-    parts += [_field(EXTERNAL_DATA_FIELD, _entry_of(*entry)) for entry in _move_entries(entries, moves)]
-    return b"".join(parts)
+class _Rewriting:
+    """Updates the references to weights in one file, and copies all else."""
+
+    def __init__(self, data: memoryview, moves: _Moves) -> None:
+        self._data, self._moves = data, moves
+        self._reader = FieldReader(data, has_groups=False)
+
+    def rewrite(self) -> bytes:
+        """Return the file with updated references."""
+        return self._rewrite(MessageKind.MODEL, 0, len(self._data), 0)
+
+    def _rewrite(self, kind: MessageKind, position: int, end: int, depth: int) -> bytes:
+        if depth > MAX_DEPTH:
+            raise _not_known("messages nested too deeply")
+        parts, entries, copied = list[bytes | memoryview](), dict[str, str](), position
+        for field in self._find(kind, position, end):
+            parts.append(self._data[copied : field.begin])
+            copied, inner = field.next, FIELDS[kind][field.number]
+            if inner is MessageKind.EXTERNAL_DATA:
+                entry = self._reader.read_entry(field.start, field.next)
+                entries[os.fsdecode(entry[KEY])] = os.fsdecode(entry[VALUE])
+            else:
+                content = self._rewrite(inner, field.start, field.next, depth + 1)
+                parts.append(_field(field.number, content))
+        parts.append(self._data[copied:end])
+        parts += [
+            _field(EXTERNAL_DATA_FIELD, _entry_of(*entry)) for entry in _move_entries(entries, self._moves)
+        ]
+        return b"".join(parts)
+
+    def _find(self, kind: MessageKind, position: int, end: int) -> Iterator[Field]:
+        """Yield the fields of a message to rewrite: of a tensor all entries, of others what may have any."""
+        if kind is not MessageKind.TENSOR:
+            return self._reader.find(FIELDS[kind], position, end)
+        return (field for field in self._reader.read_all(position, end) if field.number in FIELDS[kind])
 
 
 def _move_entries(entries: dict[str, str], moves: _Moves) -> Iterator[tuple[str, str]]:
@@ -168,26 +188,8 @@ def _moved_packed(text: str, moves: _Moves) -> str:
     return "|".join([name, *moved])
 
 
-def _entry(data: memoryview) -> tuple[str, str]:
-    texts = {
-        number: os.fsdecode(bytes(content)) for number, _, content in _fields(data) if content is not None
-    }
-    return texts.get(KEY, ""), texts.get(VALUE, "")
-
-
 def _entry_of(key: str, text: str) -> bytes:
     return _field(KEY, os.fsencode(key)) + _field(VALUE, os.fsencode(text))
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview, memoryview | None]]:
-    """Yield each field's number, all its bytes and, if it has a length, its content."""
-    position = 0
-    while position < len(data):
-        begin = position
-        if data[begin] & 7 == START_GROUP:
-            raise _not_known("a group, which ONNX does not have")
-        number, start, position = read_field(data, position, len(data))
-        yield number, data[begin:position], None if start < 0 else data[start:position]
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -207,12 +209,11 @@ def _not_known(what: str) -> LoadRefused:
 
 
 def make_cached_model(order: Prepare) -> PrepareDone:
-    """Make the cached model of an order in its target folder, with low priority from here on.
+    """Make the cached model of an order in its target folder.
 
     Raises:
         LoadRefused: `prepare_failed`, `disk_full`, `unsafe_file`, `out_of_memory`.
     """
-    lower_priority()
     try:
         return _prepare(order)
     except MemoryError as error:
@@ -303,7 +304,7 @@ def _check_written(target: Path) -> None:
     """
     try:
         locations = set(external_locations(target / MODEL_FILE))
-    except (Unparsable, FileNotFoundError) as problem:
+    except (Unparsable, TooManyFields, FileNotFoundError) as problem:
         raise LoadRefused("prepare_failed", f"what was written is no model: {problem}") from None
     if not locations <= {WEIGHTS_FILE}:
         raise LoadRefused("prepare_failed", "what was written refers to files that are not its own")

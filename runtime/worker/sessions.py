@@ -3,7 +3,7 @@
 import os
 import re
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,14 @@ import onnxruntime as ort
 from runtime import memory
 from runtime.errors import LoadRefused
 from runtime.onnxfile import check_external_data
-from runtime.wire import BY_ONNX, MAX_NAME_CHARACTERS, MODEL_FILE, TensorSpec
+from runtime.wire import (
+    BY_ONNX,
+    MAX_NAME_CHARACTERS,
+    MAX_OUTPUTS,
+    MAX_REPORT_BYTES,
+    MODEL_FILE,
+    TensorSpec,
+)
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
 
@@ -22,6 +29,8 @@ OPTIONAL = re.compile(r"optional\((.*)\)")
 """ONNX Runtime's type of an optional input or output; an input may be given with a value or left out."""
 
 
+MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 256
+"""Of a model's inputs and outputs: all of `Loaded` but its own two numbers."""
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation", "MemoryError")
 """Texts of ONNX Runtime and Python for it; ONNX Runtime has no code."""
 SMALLEST_MODEL = bytes.fromhex(
@@ -51,9 +60,11 @@ def describe_model(session: ort.InferenceSession, max_batch_size: int) -> Servin
     """Return the serving session for batches of at most this many elements; 0 is no batching.
 
     Raises:
-        LoadRefused: `invalid_model`, a name is too long or the batch dimension is missing.
+        LoadRefused: `invalid_model`, inputs or outputs are too many, or one has too long a name or no batch
+            dimension.
     """
     inputs, outputs = _inputs(session), tuple(_spec(node) for node in session.get_outputs())
+    _check_size(inputs, outputs)
     dimension = None
     if max_batch_size:
         names = [node.name for node in session.get_inputs()]
@@ -80,6 +91,17 @@ def _spec(node: ort.NodeArg) -> TensorSpec:
     shape = tuple(length if isinstance(length, int) and length >= 0 else -1 for length in node.shape)
     name = node.type if datatype is None else datatype.name
     return TensorSpec(node.name, name, shape, optional=inner is not None)
+
+
+def _check_size(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """Refuse a model whose inputs and outputs the server would not take in one message."""
+    described_bytes = len(msgspec.msgpack.encode((inputs, outputs)))
+    if len(outputs) > MAX_OUTPUTS or described_bytes > MAX_DESCRIBED_BYTES:
+        reason = (
+            f"the model has {len(inputs)} inputs and {len(outputs)} outputs, described in {described_bytes}"
+            f" bytes; at most {MAX_OUTPUTS} outputs and {MAX_DESCRIBED_BYTES} bytes are supported"
+        )
+        raise LoadRefused("invalid_model", reason)
 
 
 def _check_batch_dimension(specs: Iterable[TensorSpec]) -> None:

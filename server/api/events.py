@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,6 @@ READERS = 2
 """Tails behind the shared ring that may read the log at the same time; others queue."""
 
 HEADERS = {
-    hdrs.CACHE_CONTROL: "no-cache",
     "X-Accel-Buffering": "no",  # else nginx buffers the stream
     hdrs.VARY: hdrs.ACCEPT,
 }
@@ -247,8 +246,9 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
         streams.tails.open(after, event_filter(query)) as tail,
     ):
         batch = await tail.read()
-        await response.prepare(request)
-        if request.method == hdrs.METH_GET:
+        with suppress(ConnectionError):  # the client has left meanwhile; aiohttp notices it, too
+            await response.prepare(request)
+        if response.prepared and request.method == hdrs.METH_GET:
             ticket = StreamToken.of(request, request.app[VERIFIER])
             stream = EventStream(
                 request=request, response=response, streams=streams, form=form, tail=tail, ticket=ticket

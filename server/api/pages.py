@@ -21,7 +21,6 @@ routes = Routes(tag="documentation")
 _NOTHING_ELSE = "default-src 'none'; script-src 'self'; connect-src 'self'; "
 _NO_FRAMES = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _HEADERS = {
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
@@ -42,7 +41,7 @@ _DOCS_HEADERS = {
     **_HEADERS,
     "Content-Security-Policy": f"{_NOTHING_ELSE}style-src-elem 'self'; style-src-attr 'unsafe-inline'; "
     f"img-src 'self' data:; {_NO_FRAMES}",
-    hdrs.CACHE_CONTROL: "max-age=3600",
+    hdrs.CACHE_CONTROL: "max-age=3600",  # a megabyte, the same for everybody
 }
 
 _OURS = resources.files("server") / "static"

@@ -10,7 +10,7 @@ from marshmallow import fields, validate
 
 from runtime.memory import read_pressure, total_bytes
 from server.api.schemas import AnswerSchema, about
-from server.appkeys import CONSUMER, LIMIT, LOG
+from server.appkeys import CONSUMER, LIMIT, LOG, POOL
 from server.http.validation import NothingSchema
 from server.routing import Access, Routes
 
@@ -67,6 +67,19 @@ class PressureSchema(AnswerSchema):
     cpu_some_percent = fields.Float(required=True, allow_none=True)
 
 
+class ConfinementSchema(AnswerSchema):
+    """Confinement of the workers, as tested when the server started."""
+
+    mode = fields.String(required=True, validate=validate.OneOf(["auto", "require", "off"]))
+    landlock_abi = fields.Integer(
+        required=True, **about("Version of Landlock that restricts files; 0 if nothing does.")
+    )
+    seccomp = fields.Boolean(required=True, **about("Whether system calls are filtered."))
+    not_prevented = fields.List(
+        fields.String(), required=True, **about("Forbidden acts that a worker could do.")
+    )
+
+
 class ResourcesSchema(AnswerSchema):
     """The memory budget of workers and its use."""
 
@@ -81,6 +94,7 @@ class ResourcesSchema(AnswerSchema):
     waiting = fields.List(fields.Nested(WaitSchema), required=True)
     preparing = fields.Nested(PreparationSchema, required=True, allow_none=True)
     pressure = fields.Nested(PressureSchema, required=True, allow_none=True, **about("Null without PSI."))
+    confinement = fields.Nested(ConfinementSchema, required=True)
     as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
 
 
@@ -136,5 +150,6 @@ def _resources(app: web.Application) -> dict[str, object]:
         "waiting": waiting,
         "preparing": preparing,
         "pressure": read_pressure(),
+        "confinement": app[POOL].applied.confinement,
         "as_of": app[LOG].state.position,
     }

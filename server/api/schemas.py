@@ -73,6 +73,14 @@ class LoadBodySchema(Schema):
             "Default: the server's --timeout-s."
         ),
     )
+    progress_timeout_s = StrictInteger(
+        validate=validate.Range(1, MAX_TIMEOUT_S),
+        **about(
+            "Seconds that the load, once it has started, may make no progress; then it fails with "
+            "`no_progress`. Progress is a further stage, or a piece of a file that is copied or hashed. "
+            "Default: the server's --progress-timeout-s."
+        ),
+    )
     memory_limit_bytes = StrictInteger(
         validate=validate.Range(min=2**20),
         allow_none=True,

@@ -1,13 +1,14 @@
 """Who may do what: authentication, authorisation and rate limits.
 
-`gate.Gate.admit` checks each request, in this order: failures of its address (429), its token (401), the
-limit of its subject (429), its roles (403). The middleware calls it for every request except those to
-public routes, and the fast path for inferences.
+`gate.Gate.admit` checks each request, in this order: failures of its address (429, unless its token is
+remembered), its token (401), the limit of its subject (429), its roles (403). The middleware calls it for
+every request except those to public routes, and the fast path for inferences.
 
 - `gate`: tokens, roles, the middleware; denials, counted for the ledger
 - `keyring`: the public keys that verify tokens, ours or an identity provider's; reread when their files
   change
 - `keys`: the private keys in the data directory; issues tokens, rotates and revokes keys; the ledger's key
+- `subjects`: which subjects a token may have
 - `ratelimit`: the windows that count requests, and the header fields that show them
 - `proxies`: the client's address behind trusted proxies
 

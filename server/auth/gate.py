@@ -26,9 +26,10 @@ from events.clock import uuid7
 from events.commands import Command, Record
 from events.types import SYSTEM, AccessDenied, Draft
 from server.auth.keyring import KeyRing, VerificationKey
-from server.auth.keys import ROLES, subject_refusal
+from server.auth.keys import ROLES
 from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA, RateLimits
+from server.auth.subjects import subject_refusal
 from server.config import Config
 from server.errors import ServerProblem
 from server.routing import Access, LimitClass, matched_route
@@ -57,8 +58,8 @@ MAX_TIME_S = 2**53
 MAX_REMEMBERED = 4096
 """Verified tokens in memory, some 2 MB; a token that was forgotten costs one signature check (0.1 ms)."""
 
-_USUAL = "Bearer "
-"""How nearly all clients begin the field; a remembered token after it needs no further parsing."""
+_SCHEME = "bearer "
+"""How the field begins, in any case (RFC 9110 section 11.1); a remembered token needs no further parsing."""
 
 # RFC 6750 section 2.1, with as many spaces as RFC 9110 section 11.4 allows.
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
@@ -285,7 +286,11 @@ def create_verifier(config: Config) -> Verifier:
 
 @dataclass(eq=False)
 class Gate:
-    """Admits requests; refuses them in the order 429 (address), 401, 429 (subject), 403."""
+    """Admits requests; refuses them in the order 429 (address), 401, 429 (subject), 403.
+
+    A remembered token passes the limit of its address: others behind it cannot lock it out. Beyond that limit
+    no other token is looked at: it bounds the guesses, and the signatures that are checked.
+    """
 
     verifier: Verifier
     limits: RateLimits
@@ -319,19 +324,19 @@ class Gate:
         return principal
 
     def _authenticate(self, request: web.BaseRequest) -> Principal:
-        if self.limits.has_failures:
-            self.limits.check_peer(self.proxies.peer(request))
         fields, now = request.headers.getall(hdrs.AUTHORIZATION, []), self.clock()
-        if len(fields) == 1 and fields[0].startswith(_USUAL):
-            known = self.verifier.recall(fields[0][len(_USUAL) :], now)
+        if len(fields) == 1 and fields[0][: len(_SCHEME)].lower() == _SCHEME:
+            known = self.verifier.recall(fields[0][len(_SCHEME) :].strip(" "), now)
             if known is not None:
                 return known
+        peer = self.proxies.peer(request)
+        self.limits.check_peer(peer)
         try:
             return self.verifier.verify(bearer_token(fields), now)
         except (InvalidToken, MalformedAuthorization):
             # Requests without credentials are not counted: they guess nothing, and counting them would lock
             # out everybody behind the same address.
-            self.limits.count_failure(self.proxies.peer(request))
+            self.limits.count_failure(peer)
             raise
 
 

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import time
-import unicodedata
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,14 +31,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from events.audit.signing import KEY_ID_DIGITS, HeadSigner, key_id
+from server.auth.subjects import subject_refusal
 
 _log = logging.getLogger(__name__)
 
 ROLES = frozenset({"admin", "predict", "audit"})
 """All roles."""
-
-MAX_SUBJECT_CHARACTERS = 128
-"""Every event has its actor: longer ones would make the ledger grow."""
 
 ALGORITHM = "EdDSA"
 
@@ -148,17 +145,6 @@ def is_kid_file(name: str) -> bool:
     return name.endswith(".pem") and is_kid(name.removesuffix(".pem"))
 
 
-def subject_refusal(subject: str) -> str | None:
-    """Return why this cannot be a subject; None if it can. Events have it as their actor."""
-    if not 1 <= len(subject) <= MAX_SUBJECT_CHARACTERS:
-        return f"the subject must have 1 to {MAX_SUBJECT_CHARACTERS} characters"
-    if not subject.isprintable():
-        return "the subject must be printable"
-    if unicodedata.normalize("NFKC", subject).strip().casefold() == "system":
-        return "the subject system is the server's own"
-    return None
-
-
 def issue_token(
     data: Path,
     subject: str,
@@ -240,6 +226,8 @@ def _write_new(path: Path, content: bytes) -> None:
             _leave_to_owner(descriptor, path.parent)
             os.fsync(descriptor)
         os.link(draft, path)  # unlike a rename, it refuses to replace
+    except OSError as error:  # a failed write names no file
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink()
     _sync_folder(path.parent)

@@ -130,7 +130,7 @@ class GuardedConnection(asyncio.Protocol):
         beyond = len(self._limits.open) - self._limits.most
         self.is_reserve = beyond > 0
         if beyond > self._limits.reserve:
-            self._refuse(responses.TooManyConnections())
+            self.refuse(responses.TooManyConnections())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
@@ -151,7 +151,13 @@ class GuardedConnection(asyncio.Protocol):
                 self._head_bytes += len(data)
             if self._timer is None:
                 self._schedule_check()
-        self._http.data_received(data)
+        try:
+            self._http.data_received(data)
+        except ValueError as error:  # aiohttp 3.14.1 lets through what yarl says of a target
+            if self._is_handling:  # the answer would be taken for that of the request before
+                self._http.force_close()
+            else:
+                self.refuse(responses.problem_of_parser(error))
 
     def eof_received(self) -> None:
         """Pass the end on."""
@@ -210,23 +216,23 @@ class GuardedConnection(asyncio.Protocol):
             limit_s = min(limit_s, self._limits.reserve_head_s)
         if self._head_checks * self._limits.interval_s() > limit_s:
             if self.is_reserve:
-                self._refuse(responses.TooManyConnections())
+                self.refuse(responses.TooManyConnections())
             elif self._head_bytes:
-                self._refuse(
+                self.refuse(
                     responses.HeadTimeout(f"the head of the request did not arrive within {limit_s:g} s")
                 )
             else:  # the client has sent nothing, so there is nothing to answer
                 self._http.force_close()
         elif self._checked_head_bytes > responses.MAX_HEAD_BYTES:
-            self._refuse(
+            self.refuse(
                 responses.HeadTooLarge(
                     f"the head of a request must end within {responses.MAX_HEAD_BYTES} bytes"
                 )
             )
         self._checked_head_bytes = self._head_bytes
 
-    def _refuse(self, problem: ServerProblem) -> None:
-        """Answer before there is a request, and close."""
+    def refuse(self, problem: ServerProblem) -> None:
+        """Answer without a request, and close."""
         self._transport.write(responses.raw_refusal(problem))
         self._http.force_close()
 
@@ -245,7 +251,9 @@ class _HttpProtocol(web.RequestHandler):
     ) -> web.StreamResponse:
         """Answer a refusal of the parser; other errors are aiohttp's."""
         if status != HTTPStatus.BAD_REQUEST:
-            return super().handle_error(request, status, exc, message)
+            response = super().handle_error(request, status, exc, message)
+            responses.add_standard_fields(response)
+            return response
         return responses.refusal(request, responses.problem_of_parser(exc))
 
 
@@ -266,16 +274,25 @@ def _connection(request: web.BaseRequest) -> GuardedConnection | None:
 
 
 def _guard(handler: RequestHandler) -> RequestHandler:
-    """Return a handler that notifies connections of requests, and answers only probes in the reserve."""
+    """Return a handler that notifies connections of requests and checks these; the reserve answers probes."""
 
     def handle(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         connection = _connection(request)
         if connection is None:  # refused, or the client has left: do not run the request
-            return _refuse_request(request)
+            return _refuse_request(request, responses.TooManyConnections())
         connection.request_began(request.content)
+        if not responses.is_known_version(request):
+            connection.refuse(responses.UnknownHttpVersion())  # aiohttp's answer would have the same version
+            return _refuse_request(request, responses.UnknownHttpVersion())
+        try:
+            responses.check_framing(request)
+        except ServerProblem as problem:
+            return _refuse_request(request, problem)
         if not connection.is_reserve:
             return handler(request)
-        return _answer_probe(handler, request) if is_probe(request) else _refuse_request(request)
+        if is_probe(request):
+            return _answer_probe(handler, request)
+        return _refuse_request(request, responses.TooManyConnections())
 
     return handle
 
@@ -286,8 +303,8 @@ async def _answer_probe(handler: RequestHandler, request: web.BaseRequest) -> we
     return response
 
 
-async def _refuse_request(request: web.BaseRequest) -> web.StreamResponse:
-    return responses.refusal(request, responses.TooManyConnections())
+async def _refuse_request(request: web.BaseRequest, problem: ServerProblem) -> web.StreamResponse:
+    return responses.refusal(request, problem)
 
 
 @asynccontextmanager

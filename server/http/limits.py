@@ -1,8 +1,15 @@
-"""How much memory may bodies take? A budget for all requests and responses; one subject gets half of it."""
+"""How much memory and time may bodies take? A budget for all requests and responses, and turns to decode.
+
+One subject gets half of the budget, and one turn at a time.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
 
 from server.errors import ServerProblem
 
@@ -17,11 +24,17 @@ class BodiesFull(ServerProblem):
 
 
 class Bodies:
-    """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it."""
+    """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it.
 
-    def __init__(self, max_bytes: int) -> None:
+    Attributes:
+        max_json_bytes: of the JSON of an inference, after decompression.
+    """
+
+    def __init__(self, max_bytes: int, max_json_bytes: int) -> None:
+        self.max_json_bytes = max_json_bytes
         self._max_bytes = max_bytes
         self._by_subject = Counter[str]()
+        self._turns = WeakValueDictionary[str, asyncio.Lock]()
         self.taken_bytes = 0
 
     def share(self, subject: str) -> Share:
@@ -39,6 +52,22 @@ class Bodies:
         self._by_subject[subject] += count
         if not self._by_subject[subject]:
             del self._by_subject[subject]
+
+    @asynccontextmanager
+    async def turn(self, subject: str) -> AsyncIterator[None]:
+        """Wait for the subject's turn to block the event loop; its next one begins after as long a pause.
+
+        So many long bodies of one subject leave half of the time to others, and no more than one of them is
+        between any two requests of others.
+        """
+        turn = self._turns.setdefault(subject, asyncio.Lock())
+        await turn.acquire()
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        try:
+            yield
+        finally:
+            loop.call_later(loop.time() - began_s, turn.release)
 
 
 class Share:

@@ -28,9 +28,10 @@ from events.models import Model, ModelState
 from events.types import TYPES, Cause
 from runtime.cache.preparer import FORMS, KEPT, LEFT_OUT, STOPPED
 from runtime.memory import read_pressure
+from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
 from server.api.health import ready_checks
-from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, STREAMS
+from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL, STREAMS
 from server.errors import ERRORS
 from server.observability.requestlog import HTTP_COUNTS
 
@@ -311,6 +312,13 @@ class ServerCollector(Collector):
             "memory_used_bytes",
             "Memory of the budget that loaded models take, as measured.",
             self._used_bytes,
+        )
+        confinement = self._app[POOL].applied.confinement
+        yield _gauge(
+            "worker_forbidden_acts",
+            "Whether a worker could do a forbidden act, as tested when the server started.",
+            {act: int(act in confinement.not_prevented) for act in ALL_ACTS},
+            "act",
         )
         found = read_pressure()
         percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}

@@ -9,6 +9,7 @@ const BY_CODE = {
   insufficient_memory: "It does not fit into the memory budget. Unload a model, set --evict idle, or raise --memory-budget.",
   too_many_loaded: "The limit --max-loaded is reached. Unload a model first.",
   timeout: "It was not loaded in time. See what it waited for; load it again or raise timeout_s.",
+  no_progress: "It stayed in one stage of its load for too long. If it only needs longer, raise progress_timeout_s, then load it again.",
   crash_loop: "Its workers died too often, so it is not reloaded. Read their last lines, then load another version, or this one again.",
   worker_died: "Its worker died. Read its last lines in the ledger (WorkerExited). If it dies again, load another version.",
   fork_server_died: "The fork server ended. It restarts by itself; the model is not the cause.",

@@ -10,6 +10,7 @@ const LABELS = { critical: "Failed", warning: "Warning", waiting: "Waiting" };
 export function attentionView(store, offers) {
   let said = null;
   const draw = () => {
+    tell(byId("confinement"), openConfinement(store.resources?.confinement));
     const all = problems(store), shown = all.slice(0, MOST);
     keyed(byId("attention-list"), shown, (problem) => problem.key, (problem) => item(problem, offers), (node, problem) => node.update(problem));
     const more = all.length - shown.length;
@@ -22,6 +23,19 @@ export function attentionView(store, offers) {
   };
   store.watch(draw);
   setInterval(draw, 1000);
+}
+
+const ACTS = {
+  read_files: "read this user's files", write_files: "write this user's files", use_network: "use the network",
+  start_processes: "start processes", read_memory: "read other processes' memory",
+};
+
+// Nobody can put this line away: it is so until the server starts anew.
+function openConfinement(confinement) {
+  if (!confinement?.not_prevented.length) return "";
+  const acts = confinement.not_prevented.map((act) => ACTS[act] ?? act).join(", ");
+  const todo = confinement.mode === "off" ? "start the server with --confine=auto" : "allow Landlock and seccomp on this machine and in its containers";
+  return `Workers are not fully confined: a model that takes over its worker could ${acts}. To change that, ${todo}.`;
 }
 
 function well(store) {

@@ -1,10 +1,10 @@
-// Asks a model from the page: a request in JSON, begun with zeros of the shapes that the model takes.
+// Asks a model from the page: a request is written in JSON, begun with zeros of the shapes that the model takes.
 
 import { told } from "./api.js";
 import { dialog } from "./dialogs.js";
 import { byId, setText, show } from "./dom.js";
 import { duration, plain } from "./format.js";
-import { request, sent } from "./zeros.js";
+import { request, sent } from "./tensors.js";
 
 const SHOWN = 20_000; // characters of an answer
 const LIMIT_MS = 120_000; // the server has its own limit
@@ -12,15 +12,15 @@ const LIMIT_MS = 120_000; // the server has its own limit
 export function predictDialog(api) {
   let model = null, asking = new AbortController();
   const about = dialog("predict", async () => {
-    let body;
+    let written;
     try {
-      body = sent(byId("predict-body").value);
+      written = sent(byId("predict-body").value);
     } catch (error) {
       about.refuse(`This is not a valid request: ${error.message}`);
       return false;
     }
     asking = new AbortController();
-    await ask(api, model, body, asking.signal);
+    await ask(api, model, written, asking.signal);
     return false; // the answer is in the dialog
   });
   about.node.addEventListener("close", () => asking.abort()); // nobody waits for the answer any more
@@ -43,13 +43,13 @@ export function predictDialog(api) {
   };
 }
 
-async function ask(api, model, body, signal) {
+async function ask(api, model, { body, headers }, signal) {
   const began = performance.now();
   setText(byId("predict-told"), "Asked…");
   show(byId("predict-answer"), false);
   try {
     const path = `/v2/models/${encodeURIComponent(model.id)}/infer`;
-    const response = await api.send(path, { method: "POST", body, signal, limitMs: LIMIT_MS });
+    const response = await api.send(path, { method: "POST", body, headers, signal, limitMs: LIMIT_MS });
     const answer = await response.text(); // as it came: read into numbers, long integers would be rounded
     const source = response.headers.get("Loadledger-Model");
     setText(byId("predict-told"), `Answered in ${duration((performance.now() - began) / 1000)}${source ? ` by ${source.replace(";position=", ", the ModelLoaded at position ")}` : ""}.`);

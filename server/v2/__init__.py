@@ -6,6 +6,7 @@ run by `runtime.router.Router`, and encoded again. If its model is not loaded, `
 - `inference`: infer, metadata and readiness of a model
 - `fastpath`: inferences past aiohttp's router and middlewares
 - `codec`: requests and responses, JSON and binary
+- `requestjson`: the JSON of a request, however hostile
 - `ondemand`: on-demand loads, with back-off after failures
 - `metadata`: schemas of the protocol; server metadata, statistics, configuration
 - `repository`: the repository extension: index, load and unload, which wait for the job's end

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
 
 import msgspec
 
@@ -17,29 +16,15 @@ from runtime.errors import InvalidInput
 from runtime.wire import (
     DATATYPES,
     LENGTH,
-    MAX_DIMENSIONS,
     Buffer,
-    Name,
     Tensor,
     TensorSpec,
     WantedOutput,
     plain_text,
 )
-
-Parameters = dict[str, bool | int | float | str]
-"""Values are strings, numbers or booleans, as the protocol says."""
+from server.v2.requestjson import MAX_DIMENSION, NO_DATA, JsonInput, JsonOutput, Parameters, decode_json
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-
-MAX_HEAD_BYTES = 2**20
-"""Of a request without its tensors' data: a thousand inputs take a quarter of it. Reading 64 MiB of names,
-shapes and parameters would block the event loop for seconds (measured), and not fit into a worker's frame."""
-
-MAX_INPUTS = MAX_HEAD_BYTES // 32
-"""An input takes more bytes than that without its data, so requests with more inputs are refused anyway."""
-
-MAX_DIMENSION = 2**31 - 1
-"""Accepted by numpy everywhere, and more than the elements of any body."""
 
 MAX_TIMEOUT_US = 2**63 - 1
 
@@ -53,7 +38,6 @@ _SHOWN_BYTES = 64
 """Of a client's name in a refusal."""
 
 _BINARY_ONLY = frozenset({"FP16", "BF16"})
-_NO_DATA = msgspec.Raw()
 _NOTHING = memoryview(b"")
 
 _NEUTRAL: dict[str, tuple[int | str, ...]] = {
@@ -117,10 +101,6 @@ def shorten(name: str) -> str:
     return plain_text(name, _SHOWN_BYTES)
 
 
-Dimension = Annotated[int, msgspec.Meta(ge=0, le=MAX_DIMENSION)]
-Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
-
-
 class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     """A decoded request.
 
@@ -135,54 +115,13 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     text: bool
 
 
-class _Input(msgspec.Struct, gc=False):
-    name: Name
-    shape: Shape
-    datatype: str
-    data: msgspec.Raw = _NO_DATA
-    parameters: Parameters | None = None
-
-
-class _Output(msgspec.Struct, gc=False):
-    name: Name
-    parameters: Parameters | None = None
-
-
-class _Request(msgspec.Struct, gc=False):
-    inputs: list[_Input]
-    outputs: list[_Output] | None = None
-    id: str | None = None
-    parameters: Parameters | None = None
-
-
-class _Data(msgspec.Struct, gc=False):
-    """Counted while decoding, since each is an object: 64 MiB of `{},{},…` would become 2 GB in 4 s."""
-
-    data: msgspec.Raw = _NO_DATA
-    count: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        _Data.count += 1
-        if _Data.count > MAX_INPUTS:
-            raise InvalidInput(f"the request has more than {MAX_INPUTS} inputs; no more are allowed")
-
-
-class _DataRequest(msgspec.Struct, gc=False):
-    inputs: list[_Data] = []
-
-
-_REQUEST = msgspec.json.Decoder(_Request)
-_DATA = msgspec.json.Decoder(_DataRequest)
-
-
-def header_length(fields: Sequence[str] | str | None, body_length: int) -> int | None:
+def header_length(fields: Sequence[str] | str | None) -> int | None:
     """Return the length of the body's JSON; None if all of the body is JSON, 0 if all of it is a raw tensor.
 
     `fields` are the values of the request's `Inference-Header-Content-Length` fields, or the only value.
-    `body_length` is in bytes, after decompression.
 
     Raises:
-        InvalidInput: `invalid_input`, the value is no length within the body, or there are two.
+        InvalidInput: `invalid_input`, the value is no length, or there are two.
     """
     if not fields:
         if fields == "":
@@ -191,10 +130,8 @@ def header_length(fields: Sequence[str] | str | None, body_length: int) -> int |
     value = fields if isinstance(fields, str) else fields[0]
     if value is not fields and len(fields) > 1:
         raise InvalidInput(f"{HEADER_LENGTH} must be given once")
-    if not (value.isascii() and value.isdigit()):
+    if not (value.isascii() and value.isdigit() and len(value) <= _LENGTH_DIGITS):
         raise InvalidInput(f"{HEADER_LENGTH} must be a number of bytes, not '{shorten(value)}'")
-    if len(value) > _LENGTH_DIGITS or int(value) > body_length:
-        raise InvalidInput(f"{HEADER_LENGTH} is {shorten(value)}, but the body has {body_length} bytes")
     return int(value)
 
 
@@ -213,22 +150,18 @@ def decode_request(body: Buffer, header_bytes: int | None = None) -> InferenceRe
         text = payload[:header_bytes]
     else:
         raise InvalidInput(f"{HEADER_LENGTH} is {header_bytes}, but the body has {len(body)} bytes")
-    try:
-        if len(text) > MAX_HEAD_BYTES:
-            _check_head(text)
-        request = _REQUEST.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidInput(f"the body is not an inference request: {error}") from None
+    request = decode_json(text)
     tensors = _tensors(request.inputs, payload, header_bytes or 0)
     parameters, limit_us, default = request.parameters, None, True
     if parameters:
         limit_us, default = timeout_us(parameters), not binary_output("", parameters, "binary_data_output")
         check_parameters("", parameters)
     outputs = _outputs(request.outputs, default) if request.outputs else ()
-    return InferenceRequest(request.id, limit_us, tensors, outputs, default)
+    request_id = None if request.id is msgspec.UNSET else request.id
+    return InferenceRequest(request_id, limit_us, tensors, outputs, default)
 
 
-def _tensors(inputs: list[_Input], body: memoryview, start: int) -> tuple[Tensor, ...]:
+def _tensors(inputs: list[JsonInput], body: memoryview, start: int) -> tuple[Tensor, ...]:
     """Return the inputs; the binary ones are in `body`, from `start` to its end."""
     tensors = []
     for item in inputs:
@@ -251,16 +184,16 @@ def _tensors(inputs: list[_Input], body: memoryview, start: int) -> tuple[Tensor
     return tuple(tensors)
 
 
-def _text(item: _Input) -> memoryview:
-    if item.data is _NO_DATA:
+def _text(item: JsonInput) -> memoryview:
+    if item.data is NO_DATA:
         raise _invalid_input(item, "data is missing: give either data or the parameter binary_data_size")
     if item.datatype in _BINARY_ONLY:
         raise _invalid_input(item, f"{item.datatype} cannot be sent as JSON; use the binary data form")
     return memoryview(item.data)
 
 
-def _binary(item: _Input, size: float | str, body: memoryview, start: int) -> memoryview:
-    if item.data is not _NO_DATA:
+def _binary(item: JsonInput, size: float | str, body: memoryview, start: int) -> memoryview:
+    if item.data is not NO_DATA:
         raise _invalid_input(item, "give either data or the parameter binary_data_size, not both")
     if type(size) is not int or size < 0:
         raise _invalid_input(item, "the parameter binary_data_size must be a number of bytes")
@@ -274,7 +207,7 @@ def _binary(item: _Input, size: float | str, body: memoryview, start: int) -> me
     return data
 
 
-def _outputs(outputs: list[_Output], default: bool) -> tuple[WantedOutput, ...]:  # noqa: FBT001 -- what text is
+def _outputs(outputs: list[JsonOutput], default: bool) -> tuple[WantedOutput, ...]:  # noqa: FBT001 -- what text is
     wanted = []
     for item in outputs:
         text, parameters = default, item.parameters
@@ -287,15 +220,7 @@ def _outputs(outputs: list[_Output], default: bool) -> tuple[WantedOutput, ...]:
     return tuple(wanted)
 
 
-def _check_head(text: Buffer) -> None:
-    _Data.count = 0
-    data_bytes = sum(len(memoryview(item.data)) for item in _DATA.decode(text).inputs)
-    if len(text) - data_bytes > MAX_HEAD_BYTES:
-        reason = f"has {len(text) - data_bytes} bytes; at most {MAX_HEAD_BYTES} are allowed"
-        raise InvalidInput(f"the request without its tensors' data {reason}")
-
-
-def _invalid_input(item: _Input, text: str) -> InvalidInput:
+def _invalid_input(item: JsonInput, text: str) -> InvalidInput:
     return InvalidInput(f"input '{shorten(item.name)}': {text}")
 
 

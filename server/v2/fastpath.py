@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from server.appkeys import GATE, PROXIES
 from server.auth.ratelimit import QUOTA
 from server.errors import error_response
-from server.http.responses import SERVER
+from server.http.responses import add_standard_fields
 from server.observability.output import REQUEST_ID, begin_context
 from server.observability.requestlog import HTTP_COUNTS
 from server.routing import Access, LimitClass, RequestHandler, wrap_handler
@@ -52,7 +52,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
                 response.headers[REQUEST_ID] = context.request_id
                 quota = request.get(QUOTA)
                 response.headers.update(quota.headers() if quota is not None else {})
-                response.headers[hdrs.SERVER] = SERVER
+                add_standard_fields(response)
                 proxies.relocate(request, response)
                 counts.count_response("POST", _PATH_OF_VERSION if version else _PATH, response)
                 return response

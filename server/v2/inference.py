@@ -9,14 +9,15 @@ from aiohttp import hdrs, web
 
 from runtime.router import ModelNotLoaded, ModelRoute, ModelUnloading, Router
 from runtime.wire import Buffer, Tensor
-from server.appkeys import BODIES, CONFIG, DEMAND, ROUTER
+from server.appkeys import BODIES, CONFIG, DEMAND, GATE, ROUTER
 from server.auth.gate import PRINCIPAL
-from server.auth.ratelimit import QUOTA, Quota
+from server.auth.ratelimit import JSON_BYTES_PER_REQUEST, QUOTA, Quota
+from server.config import MAX_BODY_BYTES
 from server.errors import ServerProblem
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.limits import Share
 from server.http.responses import DirectResponse
-from server.http.validation import path_parameters, read_encoded_body
+from server.http.validation import BodyTooLarge, path_parameters, read_encoded_body
 from server.routing import Access, Routes
 from server.v2.codec import (
     HEADER_LENGTH,
@@ -30,7 +31,6 @@ from server.v2.metadata import (
     INFERENCE_BODY,
     INFERENCE_PARAMETERS,
     INFERENCE_RESPONSE,
-    MAX_BODY_BYTES,
     MODEL_ERRORS,
     MetadataSchema,
     ReadySchema,
@@ -38,6 +38,7 @@ from server.v2.metadata import (
     metadata,
     model_routes,
 )
+from server.v2.requestjson import SHORT_JSON_BYTES
 
 routes = Routes(tag="inference")
 
@@ -46,6 +47,19 @@ class NotReady(ServerProblem):
     """The model is not ready."""
 
     code = "not_ready"
+
+
+class JsonTooLarge(ServerProblem):
+    """The JSON of the request is longer than the server takes."""
+
+    code = "body_too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(
+            f"the JSON of an inference must not be larger than {max_bytes} bytes (--max-json-bytes); send"
+            f" tensors in binary: with the binary tensor data extension ({HEADER_LENGTH}), a body may have"
+            f" {MAX_BODY_BYTES} bytes"
+        )
 
 
 _INFER_ERRORS = (
@@ -115,13 +129,15 @@ async def infer(
     subject = request[PRINCIPAL].subject
     router, share = app[ROUTER], app[BODIES].share(subject)
     loop, longest_s = asyncio.get_running_loop(), app[CONFIG].inference_timeout_s
-    decoded: InferenceRequest | None = None
     try:
-        body = await _read_body(request, share)
-        header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()), len(body))
+        body, header_bytes, json_bytes = await _receive(request, app, share)
         began_s = loop.time()
+        decoded = None
+        if json_bytes > SHORT_JSON_BYTES:
+            async with app[BODIES].turn(subject):
+                decoded = decode_request(body, header_bytes)
         try:
-            decoded = _decode(router, model_id, version, body, header_bytes)
+            decoded = decoded or _decode(router, model_id, version, body, header_bytes)
             timeout_s = _timeout_s(decoded, longest_s)
             route, (_, outputs) = await router.infer(model_id, version, decoded, timeout_s)
         except (ModelNotLoaded, ModelUnloading):
@@ -141,14 +157,46 @@ async def infer(
         raise
 
 
-async def _read_body(request: web.BaseRequest, share: Share) -> bytes:
+async def _receive(
+    request: web.BaseRequest, app: web.Application, share: Share
+) -> tuple[bytes, int | None, int]:
+    """Return the body, decompressed, what its header gives as length, and the JSON bytes, which are counted.
+
+    Raises:
+        BodyTooLarge: `body_too_large`.
+        JsonTooLarge: `body_too_large`; of a compressed body, no more than the limit was decompressed.
+        RateLimited: `rate_limited`.
+    """
+    most = app[BODIES].max_json_bytes
+    header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
+    if header_bytes is None:
+        try:
+            body = await _read_body(request, share, most)
+        except BodyTooLarge:
+            raise JsonTooLarge(most) from None
+    elif header_bytes > most:
+        raise JsonTooLarge(most)
+    else:
+        body = await _read_body(request, share, MAX_BODY_BYTES)
+    json_bytes = len(body) if header_bytes is None else min(header_bytes, len(body))
+    if json_bytes >= JSON_BYTES_PER_REQUEST:
+        quota = app[GATE].limits.count_json(request[PRINCIPAL].subject, json_bytes)
+        if quota is not None:
+            request[QUOTA] = quota
+    return body, header_bytes, json_bytes
+
+
+async def _read_body(request: web.BaseRequest, share: Share, max_bytes: int) -> bytes:
     content, encoding = request.content, request.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is None and content.is_eof():  # aiohttp limits a body that arrived with its head
-        return content.read_nowait()
-    body = await read_encoded_body(request, MAX_BODY_BYTES, share.take)
+        body = content.read_nowait()
+        if len(body) > max_bytes:
+            raise BodyTooLarge(max_bytes)
+        return body
+    body = await read_encoded_body(request, max_bytes, share.take)
     if encoding is None:
         return body
-    body = await decompress(body, encoding, MAX_BODY_BYTES)
+    body = await decompress(body, encoding, max_bytes)
     share.take(len(body))
     return body
 

@@ -26,9 +26,6 @@ from server.v2.tritonconfig import PLATFORM, ModelConfigSchema, model_config
 
 routes = Routes(tag="inference")
 
-MAX_BODY_BYTES = 64 * 2**20
-"""Triton's default (`--http-max-input-size`)."""
-
 
 class TensorSchema(AnswerSchema):
     """A tensor, or the specification of one."""
@@ -94,7 +91,8 @@ def _tensor_list(required: list[str], **members: dict[str, Any]) -> dict[str, An
 INFERENCE_BODY: dict[str, Any] = {
     "required": True,
     "description": "JSON, and after it the data of binary tensors in the order of the inputs. "
-    "May be compressed: Content-Encoding gzip or deflate.",
+    "May be compressed: Content-Encoding gzip or deflate. At most 64 MiB after decompression, of it 4 MiB of "
+    "JSON unless the server is configured otherwise; each 4 KiB of JSON count as one more request.",
     "content": {
         "application/json": {
             "schema": {

@@ -80,12 +80,15 @@ def _versions(model: Model) -> dict[int, Entry]:
     return entries
 
 
+MAX_INDEX_BYTES = 4096
+"""Of the body of an index, which any role may send, some thousand times a minute."""
+
 _BODY_ERRORS = ("invalid_body", "not_supported", "body_timeout", "body_too_large", "unsupported_media_type")
 _LOAD_ERRORS = (
     "invalid_defaults", "invalid_model", "warm_up_failed", "model_changed", "unsafe_file", "not_encodable",
     "crash_loop", "job_failed", "cancelled", "unknown_model", "unknown_version", "queue_full", "worker_died",
-    "out_of_memory", "insufficient_memory", "too_many_loaded", "timeout", "fork_server_died",
-    "fork_server_unavailable", "repository_busy", "repository_unreadable",
+    "out_of_memory", "insufficient_memory", "too_many_loaded", "timeout", "no_progress",
+    "fork_server_died", "fork_server_unavailable", "repository_busy", "repository_unreadable",
 )  # fmt: skip
 _LOG_ERRORS = ("log_unavailable", "shutting_down")
 
@@ -141,7 +144,7 @@ _ENDED = {
 )
 async def show_index(request: web.Request) -> web.Response:
     """Return the recorded versions, and the other models of the repository."""
-    only_ready = tritonconfig.read_only_ready(await tritonconfig.read_object(request))
+    only_ready = tritonconfig.read_only_ready(await tritonconfig.read_object(request, MAX_INDEX_BYTES))
     recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
     found = [] if only_ready else await list_versions(request.app[CONTENTS], {}, ())
     entries = await asyncio.to_thread(_encoded_index, recorded, found, only_ready=only_ready)

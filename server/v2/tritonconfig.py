@@ -180,13 +180,13 @@ UNLOAD_BODY = _optional_body(
 INDEX_BODY = _optional_body({"ready": {"type": "boolean", "description": "Only versions that are ready."}})
 
 
-async def read_object(request: web.Request) -> dict[str, Any]:
+async def read_object(request: web.Request, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Return the body, a JSON object; an empty body is an empty object.
 
     Raises:
         InvalidBody: `invalid_body`; also `body_too_large`, `body_timeout`, `unsupported_media_type`.
     """
-    body = await read_body(request, MAX_JSON_BYTES)
+    body = await read_body(request, max_bytes)
     return _parse_object(body, "body") if body else {}
 
 

@@ -160,9 +160,9 @@ class KServe:
 
 
 class Ours:
-    """`loadledger.Client` or `AsyncClient`, which send JSON; each has one token."""
+    """`loadledger.Client` or `AsyncClient`, which choose the form of inputs; each has one token."""
 
-    encodings = ((False, False),)
+    encodings = ((True, True),)
     datatypes = tuple(ELEMENTS)
     error = ServerError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support.history import MODEL, START, at, child, facts, ids, opened, write
-from support.ledgers import change_ledger, rows_of, run_forked, stored
+from support.ledgers import change_ledger, rows_of, run_forked, stored, unwritable
 from support.workers import until
 
 import migrations
@@ -85,6 +85,20 @@ async def test_failed_transaction_fails_its_group_and_log_recovers(path: Path, f
         assert await log.submit(load()) == Receipt("j2", existing=False, position=4)
         assert log.healthy
     assert (verify(path).verified, verify(path).position) == (True, 4)
+
+
+async def test_failing_writes_are_logged_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with opened(path) as log:
+        with unwritable(path, "LoadFailed"):
+            for name in ("f1", "f2", "f3"):
+                with pytest.raises(LogUnavailable):
+                    await log.submit(fact(name))
+        await log.submit(fact("f4"))
+    first, *others = [record for record in caplog.records if record.name == "events.log"]
+    assert "cannot be written" in first.message
+    assert "the disk is full" in first.message
+    assert first.exc_info is None  # a client can fill no disk with tracebacks
+    assert [record.message for record in others] == ["the ledger can be written again"]
 
 
 def wal_bytes(path: Path) -> int:

@@ -29,6 +29,8 @@ ADDED = {
     "reason": None,
     "superseded_by": None,
     "verified": False,
+    "progress_timeout_s": None,
+    "confinement": None,
 }
 """Fields that earlier releases did not write. Add to these; a line that has to change is a broken promise."""
 

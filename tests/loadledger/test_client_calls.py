@@ -1,6 +1,7 @@
 """The client's decisions: calls played with given answers and a clock that is a number."""
 
 import json
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -390,7 +391,8 @@ def test_inference_is_sent_once() -> None:
     [request] = play.requests
     assert (request.target, request.timeout_s) == ("/v2/models/m/versions/2/infer", 3.0)
     assert request.body == (
-        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1.5]}],"outputs":[{"name":"y"}]}'
+        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1.5]}],"outputs":[{"name":"y"}],'
+        b'"parameters":{"binary_data_output":true}}'
     )
 
 
@@ -400,8 +402,25 @@ def test_inference_reads_datatypes_from_metadata() -> None:
     metadata, infer = play.requests
     assert metadata == Request("GET", "/v2/models/m")
     assert infer.body == (
-        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1.5]}],"parameters":{"a":1}}'
+        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1.5]}],'
+        b'"parameters":{"binary_data_output":true,"a":1}}'
     )
+
+
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_large_tensor_is_sent_in_binary(kind: Any) -> None:
+    play = Played([METADATA, DONE])
+    play.client.infer("m", {"x": kind([0.5] * 300)}, parameters={"binary_data_output": False})
+    request = play.requests[1]
+    length = int(request.headers["Inference-Header-Content-Length"])
+    assert request.body is not None
+    assert json.loads(request.body[:length]) == {
+        "inputs": [
+            {"name": "x", "shape": [300], "datatype": "FP32", "parameters": {"binary_data_size": 1200}}
+        ],
+        "parameters": {"binary_data_output": False},
+    }
+    assert request.body[length:] == struct.pack("<300f", *[0.5] * 300)
 
 
 @pytest.mark.parametrize(

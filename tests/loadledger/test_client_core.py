@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import struct
 from typing import Any
 from urllib.parse import unquote
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_dtypes import bfloat16
 from support.clients import ADDRESS, answer, bookmark, event_line, problem
 from support.history import PLAIN
 
@@ -33,10 +35,12 @@ from loadledger import (
     requests,
 )
 from loadledger.address import Address, path, query
+from loadledger.inference import HEADER_LENGTH as LENGTH
+from loadledger.inference import decode_inference, encode_inference
 from loadledger.requests import Answer, quote_key
 from loadledger.retries import LONGEST_BACK_OFF_S, back_off_s
 from loadledger.stream import LineSplitter, parse_line
-from loadledger.tensors import to_tensors
+from loadledger.tensors import FORMS, pack, to_tensors, unpack
 from server.api.jobs import unquote_key
 
 TOKEN = "s3cr3t-token"
@@ -307,9 +311,105 @@ def test_nested_lists_have_shape_and_order_of_array(shape: list[int]) -> None:
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
     metadata = {"inputs": [{"name": "x", "datatype": "INT64"}]}
     tensor = {"name": "x", "shape": shape, "datatype": "INT64", "data": array.flatten().tolist()}
-    assert to_tensors({"x": array}, metadata) == [tensor]
+    assert to_tensors({"x": array}, metadata) == [{**tensor, "data": array.tobytes()}]
+    assert to_tensors({"x": array.astype(">i8")}, metadata) == [tensor]
     if 0 not in shape:  # an empty array's lists do not give its shape
         assert to_tensors({"x": array.tolist()}, metadata) == [tensor]
+
+
+ELEMENTS = st.sampled_from(
+    [
+        0, 1, -1, 255, 2**31, 2**63 - 1, 2**64 - 1, -(2**63), True, False, 0.5, -2.25, 6e4, 1e38, 1e300,
+        float("inf"), "", "a", "ü€", "\x00", "\ud800", None, [1],
+    ]
+)  # fmt: skip
+
+
+@PLAIN
+@given(st.sampled_from([*FORMS, "BYTES", "BF16", "FP8"]), st.lists(ELEMENTS, max_size=3))
+def test_elements_are_packed_as_numpy_does_or_stay_json(datatype: str, values: list[Any]) -> None:
+    packed = pack(datatype, values)
+    if packed is None:
+        return
+    if datatype == "BYTES":
+        assert unpack(datatype, packed) == values
+    elif datatype == "BF16":
+        assert packed == np.array(values, bfloat16).tobytes()
+        assert unpack(datatype, packed) == np.array(values, bfloat16).astype(float).tolist()
+    else:
+        array = np.array(values, FORMS[datatype].numpy)
+        assert (packed, unpack(datatype, packed)) == (array.tobytes(), array.tolist())
+
+
+@pytest.mark.parametrize(
+    ("datatype", "value"),
+    [
+        ("BOOL", 1), ("INT8", 128), ("UINT8", -1), ("INT64", 1.0), ("INT64", True), ("INT64", 2**63),
+        ("FP16", 7e4), ("FP32", 1e39), ("FP32", True), ("FP32", "1"), ("FP64", 10**400), ("BF16", 1e39),
+        ("BYTES", 1), ("BYTES", "\ud800"), ("FP8", 1.0),
+    ],
+)  # fmt: skip
+def test_element_that_does_not_fit_is_not_packed(datatype: str, value: Any) -> None:
+    assert pack(datatype, [value]) is None
+
+
+def test_bfloat16_is_rounded_half_to_even() -> None:
+    values = [1.00390625, 1.01171875, 1.0039063, -1.00390625, 3.3895314e38, float("nan")]
+    packed = pack("BF16", values)
+    assert packed == np.array(values, np.float32).astype(bfloat16).tobytes()
+
+
+def test_tensors_are_json_only_if_small_and_representable() -> None:
+    for tensor, is_json in (
+        ({"shape": [256], "datatype": "FP32", "data": [0.5] * 256}, True),
+        ({"shape": [257], "datatype": "FP32", "data": [0.5] * 257}, False),
+        ({"shape": [1], "datatype": "FP32", "data": [float("nan")]}, False),
+        ({"shape": [1], "datatype": "FP16", "data": [0.5]}, False),
+        ({"shape": [1], "datatype": "INT8", "data": b"\1"}, False),
+        ({"shape": [2, 150], "datatype": "INT8", "data": [[1] * 150] * 2}, False),
+        ({"shape": [150, 2], "datatype": "INT8", "data": [[1] * 150] * 2}, True),
+        ({"shape": [300], "datatype": "INT8", "data": [[1] * 150, [1]]}, True),
+        ({"shape": [300], "datatype": "INT8", "data": [200] * 300}, True),
+    ):
+        fields, body = encode_inference([{"name": "x", **tensor}], {})
+        assert (LENGTH not in fields) is is_json
+        head = msgspec.json.decode(body[: int(fields.get(LENGTH, len(body)))])
+        assert ("data" in head["inputs"][0]) is is_json
+
+
+def test_binary_outputs_become_lists_beside_json_ones() -> None:
+    binary = {"name": "a", "datatype": "FP32", "shape": [2], "parameters": {"binary_data_size": 8}}
+    empty = {"name": "b", "datatype": "BYTES", "shape": [0], "parameters": {"binary_data_size": 0, "c": 1}}
+    plain = {"name": "d", "datatype": "INT8", "shape": [1], "data": [7]}
+    text = msgspec.json.encode({"model_name": "m", "outputs": [binary, empty, plain]})
+    told = Answer(200, {LENGTH.lower(): str(len(text))}, text + struct.pack("<2f", 0.5, 2))
+    assert decode_inference(told, ADDRESS)["outputs"] == [
+        {"name": "a", "datatype": "FP32", "shape": [2], "data": [0.5, 2]},
+        {"name": "b", "datatype": "BYTES", "shape": [0], "parameters": {"c": 1}, "data": []},
+        plain,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("output", "payload", "length"),
+    [
+        ({"datatype": "FP32", "shape": [2]}, bytes(8), "9" * 30),
+        ({"datatype": "FP32", "shape": [2]}, bytes(8), "-1"),
+        ({"datatype": "FP32", "shape": [2]}, bytes(7), None),
+        ({"datatype": "FP32", "shape": [3]}, bytes(8), None),
+        ({"datatype": "FP32", "shape": "a"}, bytes(8), None),
+        ({"datatype": "FP32"}, bytes(8), None),
+        ({"datatype": ["FP32"], "shape": [2]}, bytes(8), None),
+        ({"datatype": "FP8", "shape": [8]}, bytes(8), None),
+        ({"datatype": "BYTES", "shape": [2]}, b"\1\0\0\0a\1\0\0", None),
+        ({"datatype": "BYTES", "shape": [1]}, b"\xff\xff\xff\xff1234", None),
+    ],
+)
+def test_malformed_binary_answer_is_refused(output: Any, payload: bytes, length: str | None) -> None:
+    text = msgspec.json.encode({"outputs": [{**output, "parameters": {"binary_data_size": 8}}]})
+    told = Answer(200, {LENGTH.lower(): length or str(len(text))}, text + payload)
+    with pytest.raises(BadAnswer, match="is this its URL"):
+        decode_inference(told, ADDRESS)
 
 
 @pytest.mark.parametrize("value", [[[1, 2], [3]], [1, [2]], [[[1]], [[1, 2]]]])

@@ -57,13 +57,14 @@ def need(
     return estimate_memory(files, 1, parameters, footprints, form)
 
 
-def sizes(model_bytes: int, other_bytes: int) -> MemoryEstimate:
+def sizes(model_bytes: int, other_bytes: int, *, proven: bool = False) -> MemoryEstimate:
     """Return the estimate from sizes alone."""
-    return MemoryEstimate(WORKER_BYTES + math.ceil(2.5 * model_bytes) + other_bytes, is_estimate=True)
+    bytes_ = WORKER_BYTES + math.ceil(2.5 * model_bytes) + other_bytes
+    return MemoryEstimate(bytes_, is_estimate=True, is_proven=proven)
 
 
-def known(peak: int) -> MemoryEstimate:
-    return MemoryEstimate(peak, is_estimate=False)
+def known(peak: int, *, proven: bool = True) -> MemoryEstimate:
+    return MemoryEstimate(peak, is_estimate=False, is_proven=proven)
 
 
 KNOWN, OTHER_VERSION = footprint(*BOTH), footprint(*BOTH, version=2, peak=5)
@@ -91,20 +92,20 @@ RENAMED, MORE = FileStat("model2.onnx", 1000, 1), FileStat("more.bin", 0, 3)
         (need(OTHER_VERSION, KNOWN), known(PEAK)),
         # A memory limit bounds the model beside its worker.
         (need(KNOWN, limit=2000), known(WORKER_BYTES + 2000)),
-        (need(limit=2000), known(WORKER_BYTES + 2000)),
+        (need(limit=2000), known(WORKER_BYTES + 2000, proven=False)),
         (need(KNOWN, limit=10**12), known(PEAK)),
         (need(limit=10**12), sizes(1000, 5000)),
         # Each instance needs as much.
         (need(instances=3).bytes, 3 * sizes(1000, 5000).bytes),
         (need(KNOWN, instances=3), known(3 * PEAK)),
-        (need(limit=2000, instances=3), known(3 * (WORKER_BYTES + 2000))),
+        (need(limit=2000, instances=3), known(3 * (WORKER_BYTES + 2000), proven=False)),
         # A prepared form takes what it took, and the first time as much as the files without it.
         (need(KNOWN, PREPACKED, form="prepacked"), known(20_000)),
         (need(PREPACKED, KNOWN, form="prepacked"), known(20_000)),
         (need(KNOWN, PREPACKED), known(PEAK)),
         (need(PREPACKED, KNOWN), known(PEAK)),
         (need(KNOWN, form="prepacked"), known(PEAK)),
-        (need(PREPACKED), sizes(1000, 5000)),
+        (need(PREPACKED), sizes(1000, 5000, proven=True)),
     ],
 )
 def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -> None:

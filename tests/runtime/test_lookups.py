@@ -20,6 +20,7 @@ from events.commands import RequestLoad
 from events.jobs import JobStatus
 from events.types import LoadParameters
 from runtime import lookups as lookups_module
+from runtime.limits import PROGRESS_TICKS
 from runtime.lookups import Lookups, RepositoryBusy, make_call, wait_with_progress
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
@@ -107,14 +108,14 @@ async def test_work_may_take_long_as_long_as_it_goes_on() -> None:
     def progress() -> int:
         nonlocal pieces
         pieces += 1
-        if pieces == 6:  # three limits
+        if pieces == 3 * PROGRESS_TICKS:  # three limits
             hanging.may_end.set()
         return pieces
 
     work, call = make_call(hanging, lambda: None)
     threading.Thread(target=call).start()
     assert await wait_with_progress("m", work, progress, SHORT_S) == "late"
-    assert pieces >= 6
+    assert pieces >= 3 * PROGRESS_TICKS
 
 
 async def test_work_without_progress_is_left_alone() -> None:

@@ -69,9 +69,22 @@ def test_defaults_are_read_each_time(root: Path) -> None:
         (b"\xff = 1", "is not UTF-8"),
         (b"a = " + b"9" * 5_000, "is no TOML"),
         (b"a = " + b"[" * 30_000, "is nested too deeply"),
+        (b"a." * 30_000 + b"a = 1", "more than 1000 dots"),
+        (b"[" + b"1 ." * 20_000 + b"1]", "more than 1000 dots"),
+        (b"a = {" + b'", 1.1,".' * 7_000 + b"a = 1}", "more than 1000 dots"),
         (b"#" * (MAX_DEFAULTS_BYTES + 1), f"has more than {MAX_DEFAULTS_BYTES} bytes"),
     ],
-    ids=["no TOML", "twice", "no UTF-8", "a long number", "deep", "large"],
+    ids=[
+        "no TOML",
+        "twice",
+        "no UTF-8",
+        "a long number",
+        "deep",
+        "long key",
+        "long table",
+        "quoted key",
+        "large",
+    ],
 )
 def test_invalid_defaults_file_is_refused(root: Path, content: bytes, words: str) -> None:
     assert words in refusal(write(root, content))
@@ -95,6 +108,13 @@ def test_unsafe_defaults_file_is_refused(root: Path, make: Callable[[Path], obje
 
 
 INPUT = b"[[warm_up.inputs]]\nname = 'x'\ndatatype = 'INT64'\nshape = [2, 1]\ndata = %s\n"
+
+
+def test_warm_up_input_takes_many_fractions(root: Path) -> None:
+    data = b"[" + b"-0.5,+1.25e-3, 1_0.0 ,\n2.0 " * 1000 + b"]"
+    data = data.replace(b"2.0 -", b"2.0, -")
+    [given] = read_warm_up(write(root, INPUT % data), "m").inputs
+    assert bytes(given.data).count(b",") == 3999
 
 
 def test_warm_up_can_be_switched(root: Path) -> None:

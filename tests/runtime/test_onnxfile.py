@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from random import Random
 
 import onnx
 import pytest
@@ -13,8 +14,10 @@ from support import models
 from support.history import PLAIN
 from support.models import FLOAT, external_bytes, external_tensor, save, save_bytes, value, varint
 
+from runtime import onnxfields, onnxfile
 from runtime.errors import LoadRefused
-from runtime.onnxfile import Unparsable, check_external_data, external_locations
+from runtime.onnxfields import MAX_FIELDS, Unparsable
+from runtime.onnxfile import check_external_data, external_locations
 
 
 def locations(model: onnx.ModelProto, tmp_path: Path) -> list[str]:
@@ -111,7 +114,7 @@ def test_invalid_protobuf_is_not_parsed(tmp_path: Path, data: bytes) -> None:
 
 
 def test_nesting_is_bounded(tmp_path: Path) -> None:
-    data = b""
+    data = b"\x52\x08location"  # the graph's description: what has no such word is not looked into
     for _ in range(60):  # graph > node > attribute > graph …
         node = b"\x2a" + varint(len(data) + 1 + len(varint(len(data)))) + b"\x32" + varint(len(data)) + data
         data = b"\x0a" + varint(len(node)) + node
@@ -135,6 +138,108 @@ def test_groups_are_skipped(tmp_path: Path, group: bytes) -> None:
     folder = save_bytes(data, tmp_path, "m")
     assert onnx.ModelProto.FromString(data).graph.initializer[0].external_data[0].value == "../x"
     assert list(external_locations(folder / "model.onnx")) == ["../x"]
+
+
+FILLERS = (0, 0, 1, 7, 126, 127, 128, 129, 300, 4_080, 4_096, 4_100, 70_000)
+"""Lengths around those at which a field counts as short, and at which bytes are searched."""
+WORDS = ("x", "locatio", "location", "locationlocation")
+
+
+@PLAIN
+@given(seed=st.integers(0, 2**32))
+def test_every_location_is_found_whatever_is_around_it(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    dice, expected = Random(seed), list[str]()
+
+    def text() -> str:
+        return (dice.choice(WORDS) * 9_000)[: dice.choice(FILLERS)]
+
+    def tensor() -> TensorProto:
+        made = TensorProto(name=text(), raw_data=text().encode(), dims=[1] * dice.randrange(40))
+        for _ in range(dice.randrange(3)):
+            made.external_data.add(key=dice.choice(WORDS), value=f"file {len(expected)} {text()}")
+            if made.external_data[-1].key == "location":
+                expected.append(made.external_data[-1].value)
+        made.doc_string = text()
+        return made
+
+    def graph(depth: int) -> onnx.GraphProto:
+        made = onnx.GraphProto(name=text(), doc_string=text())
+        for _ in range(dice.randrange(3)):
+            attribute = made.node.add(op_type=text(), input=[text()]).attribute.add(name=text())
+            attribute.floats.extend([0.5] * dice.choice(FILLERS[:-1]))
+            attribute.strings.append(text().encode())
+            attribute.ints.extend([3, 300, -1])
+            attribute.tensors.append(tensor())
+            if depth:
+                attribute.g.CopyFrom(graph(depth - 1))
+        made.initializer.extend([tensor() for _ in range(dice.randrange(3))])
+        return made
+
+    path = tmp_path_factory.getbasetemp() / "around.onnx"
+    path.write_bytes(onnx.ModelProto(producer_name=text(), graph=graph(2)).SerializeToString())
+    assert sorted(external_locations(path)) == sorted(expected)
+
+
+UNKNOWN = {
+    "varints": b"\xf8\x07\x01",
+    "empty": b"\x0a\x00",
+    "graphs": b"\x3a\x04\x0a\x02\x0a\x00",
+    "numbers": b"\x08\xff\x01\x0d****\x09********",
+}
+"""Fields of the file itself that lead nowhere: unknown, or without content."""
+LONG = {
+    "long tags": b"\x88\x80\x80\x80\x00\x01",
+    "groups": b"\x0b\x0c",
+    "long fields": b"\x12\x80\x01" + bytes(128),
+    "marks": b"\x12\x08location",
+    "tensors": b"\x3a\x16\x2a\x14\x6a\x12\x0a\x08location\x12\x06../../",
+}
+"""Fields that are read one by one."""
+
+
+@pytest.mark.parametrize("fields", UNKNOWN)
+def test_short_fields_are_skipped_however_many(tmp_path: Path, fields: str) -> None:
+    count = 2 * MAX_FIELDS // len(UNKNOWN[fields])
+    folder = save_bytes(UNKNOWN[fields] * count + models.external("x").SerializeToString(), tmp_path, "m")
+    assert list(external_locations(folder / "model.onnx")) == ["x"]
+
+
+@pytest.mark.parametrize("fields", [*LONG, *UNKNOWN])
+def test_fields_that_are_read_are_bounded(
+    tmp_path: Path, fields: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxfields, "MAX_FIELDS", 1_000)
+    monkeypatch.setattr(onnxfields, "MAX_SHORT_BYTES", 1_000)
+    monkeypatch.setattr(onnxfile, "_check_place", lambda *_: None)
+    monkeypatch.setattr(onnxfile, "_place_of", PurePosixPath)
+    unit = {**LONG, **UNKNOWN}[fields]
+    folder = save_bytes(unit * 100, tmp_path, "m")
+    assert check_external_data(folder / "model.onnx", folder, tmp_path)
+    folder = save_bytes(unit * 2_000, tmp_path, "m")
+    with pytest.raises(LoadRefused, match="has more than 1,000 fields to read for references") as refusal:
+        check_external_data(folder / "model.onnx", folder, tmp_path)
+    assert refusal.value.code == "invalid_model"
+
+
+def test_known_graphs_have_far_fewer_fields_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The networks of the onnx package, and a tree ensemble: its attributes have 13 fields for each node."""
+    files = [*(Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx")]
+    ensemble = helper.make_node(
+        "TreeEnsembleRegressor",
+        ["x"],
+        ["y"],
+        nodes_modes=["BRANCH_LEQ", "LEAF"] * 50_000,
+        nodes_values=[0.5] * 100_000,
+        nodes_nodeids=list(range(100_000)),
+        nodes_truenodeids=list(range(100_000)),
+    )
+    files.append(save(models.model([ensemble], [], [], []), tmp_path, "m") / "model.onnx")
+    assert len(files) > 5
+    monkeypatch.setattr(onnxfields, "MAX_FIELDS", onnxfields.MAX_FIELDS // 1_000)
+    for file in files:
+        assert list(external_locations(file)) == []
 
 
 def test_location_before_garbage_is_refused(tmp_path: Path) -> None:
@@ -181,7 +286,7 @@ def test_files_beside_the_model_are_allowed(tmp_path: Path) -> None:
     "location",
     [
         "", "/etc/passwd", "../2/w.bin", "../../../etc/passwd", "data/../../x", "none", "a\0b", "data",
-        "fifo", "out", "out/passwd", "*/_ORT_MEM_ADDR_/*", "w.bin/x", "x" * 5000,
+        "fifo", "out", "out/passwd", "*/_ORT_MEM_ADDR_/*", "w.bin/x", "x" * 5000, "./" * 100_000,
     ],
 )  # fmt: skip
 def test_unsafe_locations_are_refused(tmp_path: Path, location: str) -> None:
@@ -195,3 +300,4 @@ def test_unsafe_locations_are_refused(tmp_path: Path, location: str) -> None:
     with pytest.raises(LoadRefused) as refusal:
         check(location, tmp_path)
     assert refusal.value.code == "unsafe_file"
+    assert len(str(refusal.value)) < 1_000

@@ -12,12 +12,14 @@ from support.history import model_loaded, opened
 from support.ledgers import SIGN
 from support.models import add, bind_socket, save, save_bytes
 from support.store import look
+from support.workers import descriptors_left
 
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
 from events.commands import Record
 from events.types import SYSTEM, Draft, LoadedFile
 from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
+from runtime.lookups import RepositoryBusy
 from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, open_identified
 
 
@@ -239,6 +241,17 @@ def test_folder_listed_without_memory_is_not_empty(
     (tmp_path / "model.onnx").touch()
     ended = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY, str(tmp_path)], check=False, timeout=120)
     assert ended.returncode == 7
+
+
+def test_folder_listed_without_descriptors_is_not_missing(tmp_path: Path) -> None:
+    save(add(), tmp_path, "m")
+    repository = Repository(tmp_path)
+    with descriptors_left(0):
+        with pytest.raises(RepositoryBusy, match="'m' cannot be listed: Too many open files"):
+            repository.resolve("m")
+        with pytest.raises(RepositoryBusy, match="open files"):
+            repository.models()
+    assert repository.models() == ["m"]
 
 
 def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from support.history import PLAIN
 from support.strategies import TEXTS, instances
 
 from runtime import wire
-from runtime.frames import CHUNK_BYTES, FrameReader
+from runtime.frames import CHUNK_BYTES, FrameReader, FrameRules
 from runtime.wire import Infer, MalformedFrame, MalformedTexts, Outcome, Tensor, TensorHead, heads
 
 
@@ -31,7 +31,8 @@ MESSAGES = {
     decoder: st.one_of(*(instances(kind, without="tensors") for kind in kinds))
     for decoder, kinds in {
         wire.TO_WORKER: get_args(wire.ToWorker),
-        wire.FROM_WORKER: get_args(wire.FromWorker),
+        wire.FROM_LOADING: get_args(wire.FromLoading),
+        wire.FROM_SERVING: get_args(wire.FromServing),
         wire.CONTROL: (wire.Cancel,),
     }.items()
 }
@@ -47,15 +48,21 @@ def asked(content: list[Tensor]) -> Infer:
 
 
 def read(decoder: Any, data: bytes, step: int = 2**30) -> list[wire.Frame[Any]]:
-    reader: FrameReader[Any] = FrameReader(decoder)
+    reader: FrameReader[Any] = FrameReader(FrameRules(decoder))
     found, position = [], 0
     while position < len(data):
         buffer = reader.buffer()
         count = min(len(buffer), step, len(data) - position)
-        buffer[:count] = data[position : position + count]
-        found += reader.advance(count)
+        found += fed(reader, data[position : position + count])
         position += count
     return found
+
+
+def fed(reader: FrameReader[Any], data: bytes) -> list[wire.Frame[Any]]:
+    """Feed a reader as much as its buffer takes, and return the frames that are complete then."""
+    reader.buffer()[: len(data)] = data
+    reader.feed(len(data))
+    return list(iter(reader.next_frame, None))
 
 
 def comparable(frames: list[wire.Frame[Any]]) -> list[Any]:
@@ -67,7 +74,7 @@ def comparable(frames: list[wire.Frame[Any]]) -> list[Any]:
 def test_frames_round_trip_in_any_pieces(data: st.DataObject, step: int) -> None:
     decoder = data.draw(st.sampled_from(list(MESSAGES)))
     choices: st.SearchStrategy[wire.Frame[Any]] = MESSAGES[decoder].map(lambda message: (message, ()))
-    if decoder is not wire.CONTROL:
+    if decoder in (wire.TO_WORKER, wire.FROM_SERVING):
         choices |= st.lists(tensors(), max_size=3).map(
             lambda ts: (
                 data.draw(st.sampled_from([asked(ts), wire.Load("r", "f", 0, 1, tensors=heads(ts))]))
@@ -86,22 +93,21 @@ def test_frames_round_trip_in_any_pieces(data: st.DataObject, step: int) -> None
 def test_long_frames_round_trip(size: int, step: int) -> None:
     content = (Tensor("x", "UINT8", (size,), bytes(range(256)) * (size // 256) + bytes(size % 256)),)
     sent: list[wire.Frame[Any]] = [
-        (wire.StageReached("loading"), ()),
+        (Outcome(0), ()),
         (Outcome(1, heads(content)), content),
-        (wire.StageReached("loading"), ()),
+        (Outcome(2), ()),
     ]
     stream = b"".join(frame(message, parts) for message, parts in sent)
-    assert comparable(read(wire.FROM_WORKER, stream, step)) == comparable(sent)
+    assert comparable(read(wire.FROM_SERVING, stream, step)) == comparable(sent)
 
 
 def test_tensors_outlive_the_next_frame() -> None:
-    reader: FrameReader[Any] = FrameReader(wire.FROM_WORKER)
+    reader: FrameReader[Any] = FrameReader(FrameRules(wire.FROM_SERVING))
     kept = []
     for fill in (b"\x01", b"\x02"):
         content = (Tensor("x", "UINT8", (8,), fill * 8),)
         data = frame(Outcome(1, heads(content)), content)
-        reader.buffer()[: len(data)] = data
-        kept += [bytes(t.data) for _, ts in reader.advance(len(data)) for t in ts]
+        kept += [bytes(t.data) for _, ts in fed(reader, data) for t in ts]
     assert kept == [b"\x01" * 8, b"\x02" * 8]
 
 
@@ -154,7 +160,7 @@ def test_malformed_frames_are_refused(stream: bytes) -> None:
 
 def test_announced_bytes_take_no_memory() -> None:
     stream = wire.PREFIX.pack(10, wire.MAX_PAYLOAD_BYTES) + b"x"
-    assert read(wire.FROM_WORKER, stream) == []
+    assert read(wire.FROM_SERVING, stream) == []
 
 
 def test_datatypes_have_one_onnx_type_each() -> None:

@@ -22,10 +22,13 @@ VALUES = {
     "tls_cert": "/cert.pem", "tls_key": "/key.pem", "trusted_proxies": "10.0.0.0/8,::1",
     "forwarded_header": "forwarded", "loads_at_once": "3",
     "threads": "2", "drain_timeout_s": "0.5", "inference_timeout_s": "1.5", "timeout_s": "10",
+    "progress_timeout_s": "11",
     "inference_grace_s": "0.5", "inference_queue": "7",
     "memory_budget": "12.5%", "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
     "keep_alive_s": "90", "strategy": "auto", "on_demand": "on", "warm_up": "off",
-    "prepare": "off", "prepared_size": "1GiB", "huge_pages": "off", "restore": "none",
+    "max_json_bytes": "64MiB",
+    "prepare": "off", "prepared_size": "1GiB", "huge_pages": "off", "confine": "require", "restore": "none",
+    "ledger_stderr": "off",
     "store": "off", "store_size": "5TB", "repository_immutable": "on",
     "streams_per_subject": "5", "max_connections": "99", "head_timeout_s": "2.5",
     "idle_timeout_s": "650.0", "log_format": "json", "log_level": "warning", "log_inferences": "0.25",
@@ -107,12 +110,14 @@ def test_command_reads_only_named_settings() -> None:
 
 REFUSED = {
     "port": "65536 -1 http 8080.5 tcp://10.0.0.1:8080", "threads": "0", "loads_at_once": "-1",
-    "timeout_s": "0 3601", "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
+    "timeout_s": "0 3601", "progress_timeout_s": "0 3601 1.5",
+    "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
     "limit_reads": "many 0/minute 1/second;10/minute 1/eon 1/minutely OFF", "max_loaded": "-1 1.5",
     "memory_budget": "0 -1 0.0% 100.1% 80_% 1.5 8GB nan% " + "9" * 5000,
     "evict": "on", "min_residency_s": "-1 nan", "keep_alive_s": "-2 31536001 1.5",
     "strategy": "Beside", "on_demand": "1", "warm_up": "yes", "prepare": "auto",
-    "huge_pages": "on", "restore": "off",
+    "huge_pages": "on", "confine": "on", "restore": "off", "ledger_stderr": "none",
+    "max_json_bytes": "0 -1 4KiB 1.5MB 67108865 65MiB 1GB",
     "prepared_size": "0 0GB -1 1.5GB 1gb GB \u0661GB " + "9" * 19,
     "store": "auto", "store_size": "0 0GB -1 1.5GB 1gb Auto off", "repository_immutable": "true",
     "streams_per_subject": "0", "max_connections": "0", "head_timeout_s": "0",
@@ -137,7 +142,8 @@ def test_invalid_value_is_refused_from_each_source(name: str) -> None:
 def test_value_at_the_limit_is_taken() -> None:
     for name, values in {
         "memory_budget": ("1", "8589934592", "100%", "0.5%"), "max_loaded": (0,), "min_residency_s": (0,),
-        "keep_alive_s": (-1, 0, 31536000), "prepared_size": ("1", "999TB"), "log_inferences": (0, 1),
+        "keep_alive_s": (-1, 0, 31536000), "prepared_size": ("1", "999TB"), "max_json_bytes": ("1", "64MiB"),
+        "log_inferences": (0, 1),
     }.items():  # fmt: skip
         for value in values:
             assert read_settings({name: str(value)}, {})[0][name] == value
@@ -163,6 +169,7 @@ def test_sizes_and_rate_limits_have_units() -> None:
     [
         ({"prepared_size": "0"}, {}, "--prepare=off"),
         ({"store_size": "0"}, {}, "like 500GB"),
+        ({"max_json_bytes": "65MiB"}, {}, "at most 64MiB"),
         ({}, {"LOADLEDGER_PORT": "tcp://10.0.0.1:8080"}, "enableServiceLinks: false"),
         ({"trusted_proxies": "10.0.0.1/8"}, {}, "that is 10.0.0.0/8"),
         ({"config": ""}, {}, "--config: '' cannot be read"),

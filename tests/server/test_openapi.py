@@ -64,6 +64,19 @@ def test_each_operation_has_summary_tags_and_answers(committed: dict[str, Any]) 
         assert all(response["description"] for response in operation["responses"].values()), path
 
 
+def test_patterns_are_anchored_and_of_json_schema(committed: dict[str, Any]) -> None:
+    patterns = set(re.findall(r"^ +pattern: (.+)$", COMMITTED.read_text(encoding="utf-8"), re.MULTILINE))
+    assert patterns
+    assert all(re.fullmatch(r"'?\^.+(?<!\\Z)\$'?", pattern) for pattern in patterns), patterns
+    [model_id] = [
+        parameter["schema"]["pattern"]
+        for parameter in committed["paths"]["/api/v1/models/{id}"]["get"]["parameters"]
+        if parameter["name"] == "id"
+    ]
+    assert re.search(model_id, "digits")
+    assert not re.search(model_id, "../digits")
+
+
 async def test_server_serves_the_committed_document(shared: LocalApi) -> None:
     answer = await shared.get("/openapi.yaml", roles=())
     assert (answer.status, answer.media_type) == (200, "application/yaml")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.serve import Notifier, _fill_standard_streams
+from server.serve import MAX_THREADS, Notifier, _fill_standard_streams, _start_threads
 
 LIMIT_S = 30.0
 
@@ -106,3 +106,8 @@ def test_closed_standard_streams_are_opened(
             os.close(copy)
     assert opened[1]
     assert devices == [Path(os.devnull).stat().st_rdev] * 2
+
+
+def test_threads_of_the_loop_are_all_started() -> None:
+    with _start_threads() as threads:
+        assert 4 < len(threads._threads) == threads._max_workers <= MAX_THREADS

@@ -27,7 +27,7 @@ from runtime.store.identities import hash_file
 from runtime.store.manifest import StoredFile, digest_of
 from runtime.wire import CachedCopy, Form, Load, Prepare, PrepareDone
 from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
-from support.workers import order_of
+from support.workers import LAYERS, order_of
 
 FORMS: tuple[Form, ...] = get_args(Form)
 
@@ -37,7 +37,7 @@ def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> 
     load = order_of(root, model_id)
     target = root.parent / "forms" / form
     target.mkdir(parents=True, exist_ok=True)
-    return Prepare(str(root), load.folder, load.bytes, 1, None, form, str(target))
+    return Prepare(str(root), load.folder, load.bytes, 1, None, form, str(target), layers=LAYERS)
 
 
 async def prepare_form(pool: WorkerPool, order: Prepare) -> PrepareDone:

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from server.http.connection import ConnectionLimits, listening
+from server.http.responses import STANDARD_FIELDS
 
 LIMIT_S = 30.0
 LONG_S = 600.0
@@ -137,7 +138,7 @@ def problem(answer: bytes) -> tuple[int, str]:
     status, members = int(head.split()[1]), json.loads(body)
     assert b"content-type: application/problem+json" in head.lower()
     assert head.startswith(b"HTTP/1.0 ") or b"\r\nConnection: close" in head
-    assert b"\r\nServer: loadledger" in head
+    assert all(f"\r\n{name}: {value}".encode() in head for name, value in STANDARD_FIELDS.items())
     assert members["status"] == status
     return status, members["code"]
 

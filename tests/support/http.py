@@ -29,6 +29,7 @@ from server.auth.keys import ensure_data_dir, issue_token
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.config import Config
 from server.errors import errors_middleware
+from server.http.responses import prepare_standard_fields
 from server.http.validation import validation_middleware
 from server.openapi import openapi_document
 from server.routing import Access, LimitClass, Route, add_routes
@@ -48,6 +49,9 @@ ANYWHERE = {
     (429, "too_many_failures"),
 }
 """What a request to a path, or with a method, that no route has may be answered with."""
+
+PAGES = re.compile(r"/(?:$|\?|console/|docs)")
+"""Paths of the files that browsers may keep."""
 
 Client = TestClient[web.Request, web.Application]
 Json = Any
@@ -303,8 +307,14 @@ def _has(seen: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
 
 
 def check_answer(method: str, path: str, answer: Answer) -> None:
-    """Assert that the document has this status, content type, error code and body for the route."""
+    """Assert that the document has this status, content type, error code and body for the route.
+
+    No answer may be kept in a cache, but for the files of the pages, or taken for another media type.
+    """
     told = f"{method} {path[:80]} -> {answer.status} {answer.media_type} {answer.body[:1000]!r}"
+    assert answer.headers.get("X-Content-Type-Options") == "nosniff", told
+    is_file = answer.status == 200 and PAGES.match(path) is not None
+    assert (answer.headers.get("Cache-Control") == "no-store") is not is_file, told
     operation = _operation("GET" if method == "HEAD" else method, path.partition("?")[0])
     if operation is None:
         assert answer.media_type in {"application/problem+json", "application/json"}, told
@@ -369,7 +379,7 @@ def small_app(
             validation_middleware,
         ]
     )
-    app.on_response_prepare.append(add_quota_headers)
+    app.on_response_prepare.extend([add_quota_headers, prepare_standard_fields])
     add_routes(app, routes)
     return app
 

@@ -35,7 +35,7 @@ from runtime.scheduler.view import Policy
 from runtime.wire import Tensor, WantedOutput
 from support import models
 from support.store import opened_store
-from support.workers import LIMIT_S, array, floats, freeze, threads, trips, unhurried, until
+from support.workers import LIMIT_S, array, floats, freeze, trips, unhurried, until, waits_for_its_order
 
 D = TypeVar("D", bound=Data)
 
@@ -263,7 +263,7 @@ class Engine:
         assert spare._timer is not None
         spare._timer.cancel()  # it is for somebody who will come
         worker = await asyncio.shield(spare._coming)
-        await until(lambda: threads(worker.pid) == 2)  # then it ends with the fork server
+        await waits_for_its_order(worker.pid)
         await freeze(worker.pid)
         return worker.pid
 
@@ -356,6 +356,7 @@ async def running(
         contents = ModelContents(repository, kept)
         if shared is None:
             await pool.open()
+            await pool.confine("auto", folder)
         await log.open()
         await log.server_started()
         policy = policy or Policy(loads_at_once)

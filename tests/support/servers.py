@@ -163,6 +163,21 @@ async def serving(
             await server.nothing_left()
 
 
+async def refused_start(config: Config, *arguments: str, command: Sequence[str] = MODULE) -> str:
+    """Run `serve`, which must refuse to start without a traceback; returns what it wrote to stderr."""
+    process = await asyncio.create_subprocess_exec(
+        *(*command, "serve", "--port=0", f"--repository={config.repository}", f"--data={config.data}"),
+        *arguments,
+        env=clean_environment(),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert (process.returncode, out) == (2, b"")
+    assert b"Traceback" not in err
+    return err.decode()
+
+
 def started(pid: int) -> int:
     """Return when a process started, in clock ticks since boot."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # proc_pid_stat(5)

@@ -6,6 +6,7 @@ import os
 import resource
 import select
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -23,7 +24,8 @@ from runtime.process.pool import WorkerPool
 from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.wire import DATATYPES, Load, Loaded, Outcome, Prepare, Tensor, WantedOutput
+from runtime.wire import DATATYPES, Layer, Load, Loaded, Outcome, Prepare, Tensor, WantedOutput
+from runtime.worker.landlock import find_abi
 
 T = TypeVar("T")
 
@@ -32,6 +34,9 @@ Serve = Callable[..., Awaitable[Worker]]
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
+LAYERS: tuple[Layer, ...] = ("landlock", "seccomp") if find_abi() else ("seccomp",)
+"""What confines the workers of the tests, as on a server: what this kernel has."""
+WORKER_DESCRIPTORS = ["/dev/null", "pipe", "pipe", "socket", "socket"]
 FOR_EVER_S = 1000.0
 """The time that an inference gets where none is to run out."""
 
@@ -43,6 +48,7 @@ async def running_pool(*, threads: int = 1) -> AsyncIterator[WorkerPool]:
     with unhurried():
         await pool.open()
         try:
+            await pool.confine("auto", Path(tempfile.gettempdir()))
             yield pool
         finally:
             await pool.close()
@@ -70,7 +76,8 @@ def unhurried() -> Iterator[None]:
 def order_of(root: Path, model_id: str = "m", version: int | None = None, **changes: Any) -> Load:
     """Make the order to load a version of a model, the highest when none is named, with these changes."""
     found = Repository(root).resolve(model_id, version)
-    order = Load(str(root), str(found.folder), sum(file.bytes for file in found.files), threads=1)
+    size = sum(file.bytes for file in found.files)
+    order = Load(str(root), str(found.folder), size, threads=1, layers=LAYERS)
     return replace(order, **changes)
 
 
@@ -167,6 +174,11 @@ def descriptors(pid: int) -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
             kinds.append(str(entry.readlink()).partition(":")[0])
     return sorted(kinds)
+
+
+async def waits_for_its_order(pid: int) -> None:
+    """Wait until a new worker waits for its first message; then it also ends with the fork server."""
+    await until(lambda: descriptors(pid) == WORKER_DESCRIPTORS)
 
 
 @contextmanager

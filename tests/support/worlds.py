@@ -9,7 +9,7 @@ import pytest
 from events.accept import Accepted, Decision, accept
 from events.clock import add_seconds
 from events.commands import Command, Condition, Record
-from events.jobs import FORK_SERVER_DIED, Job, JobStatus
+from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Job, JobStatus
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -38,6 +38,7 @@ from runtime.consumer.executor import (
     draft_load_start,
     draft_settings_change,
 )
+from runtime.limits import PROGRESS_TIMEOUT_S
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.actions import Decision as Next
@@ -45,8 +46,11 @@ from runtime.scheduler.scheduler import decide, is_load_current
 from runtime.scheduler.view import LoadView, Observations, Phase, Policy, PreparationView
 from support.history import at, model_loaded
 
-MODEL_BYTES = {("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1): 55, ("c", 2): 120}
-"""Bytes that one instance takes at most, by model and version; the last fits in no budget."""
+MODEL_BYTES = {
+    ("a", 1): 20, ("a", 2): 60, ("b", 1): 45, ("b", 2): 70, ("c", 1): 55, ("c", 2): 120, ("d", 1): 30,
+    ("e", 1): 30,
+}  # fmt: skip
+"""Bytes that one instance takes at most, by model and version; those of 120 fit in no budget."""
 
 
 BARE_BYTES = 15
@@ -89,6 +93,7 @@ class Process:
     failure: str | None = None
     has_form: bool = False
     form_failed: bool = False
+    hangs_until: str | None = None
     dead: dict[str, WorkerExited] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
     ended: bool = False
@@ -140,8 +145,22 @@ class Process:
         if self.busy:
             self.busy, self.last_used_at = False, now
 
+    def hang(self, now: str) -> None:
+        """Its load makes no progress from now on."""
+        self.started = True
+        self.hangs_until = self.hangs_until or add_seconds(now, PROGRESS_TIMEOUT_S)
+
+    def fail_without_progress(self) -> None:
+        """Its load has made no progress for too long."""
+        self.failure, self.killed = NO_PROGRESS, True
+
     def finish(self, outcome: str, keeps_percent: int = 80) -> None:
-        """End its load: it is loaded, and keeps so much of what was reserved; refused; or a worker dies."""
+        """End its load: it is loaded, and keeps so much of what was reserved; refused; or a worker dies.
+
+        One that hangs ends by its limit only.
+        """
+        if self.hangs_until is not None:
+            return
         self.started = True
         match outcome:
             case "loaded":
@@ -251,12 +270,21 @@ class World:
             self.fork_server_up,
             self.under_pressure,
             self.estimates,
+            proven=self.proven(),
             unchanged=self.unchanged,
             pending_demand=self.demanded,
             preparable=self.preparable,
             preparation=self.preparation,
         )
         return decide(self.state, self.running(), self.policy, now or self.now, observations)
+
+    def proven(self) -> set[str]:
+        """Return the loads whose files loaded before, as far as they were looked at."""
+        jobs = (job for job in self.state.unended() if self.estimates.get(job.id) is not None)
+        footprints = {
+            (model.id, seen.version) for model in self.state.models.values() for seen in model.footprints
+        }
+        return {job.id for job in jobs if (job.model_id, job.version) in footprints}
 
     def step(self) -> Next:
         """Do what the consumer does in one turn."""
@@ -268,6 +296,9 @@ class World:
                 process.killed = True
                 if process.over:
                     del self.live[load]
+        for process in self.loading():
+            if process.hangs_until is not None and process.hangs_until <= self.now:
+                process.fail_without_progress()
         for job_id in {*self.estimates, *self.unchanged} - {job.id for job in self.state.unended()}:
             self.estimates.pop(job_id, None)
             self.unchanged.pop(job_id, None)
@@ -276,10 +307,10 @@ class World:
         if decision.action is not None:
             self.act(decision.action)
         else:
-            self._check_pause(decision)
+            self.check_pause(decision)
         return decision
 
-    def _check_pause(self, decision: Next) -> None:
+    def check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
         assert not [job for job in self.state.unended() if job.deadline_at and job.deadline_at <= self.now]
         until = decision.wake_at or add_seconds(self.now, 1_000_000)  # as good as never
@@ -498,8 +529,11 @@ class World:
 
     def progress(self, outcome: str) -> None:
         """Let all that runs come to its end: what loads has this outcome, what is to end ends."""
+        self.now = max(self.now, *(process.hangs_until or "" for process in self.loading()), "")
         for process in self.loading():
             process.finish(outcome)
+            if process.hangs_until is not None:
+                process.fail_without_progress()
         self.end_all()
 
     def restart(self, *, unclean: bool) -> None:

@@ -104,6 +104,17 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
             "medians of 1,",
         ),
     ),
+    "bodies": (
+        None,
+        ("--only=bodies", "--seconds=0.2"),
+        (
+            '4 MiB of "data":[1] repeated',
+            "4 MiB of arrays nested 900 deep, compressed",
+            "4 connections",
+            "≤ 50 ms a body",
+            "Bodies: sent again and again for 0.2 s",
+        ),
+    ),
     "tails": (
         None,
         ("--only=tails", "--tails=20", "--tail-seconds=1"),

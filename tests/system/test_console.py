@@ -113,6 +113,11 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     await expect(page.locator("#predict-body")).to_have_value(re.compile(r'"shape": \[1\], "data": \[0\]'))
     await admin.choose("Predict")
     await expect(page.locator("#predict-answer")).to_contain_text('"data":[1.0]')
+    binary = '{"id": "binary", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": "zeros"}]}'
+    await page.locator("#predict-body").fill(binary)
+    await admin.choose("Predict")
+    await expect(page.locator("#predict-answer")).to_contain_text('"data":[1.0]')
+    await expect(page.locator("#predict-answer")).to_contain_text('"id":"binary"')
     await expect(page.locator("#predict-told")).to_contain_text("by digits/1, the ModelLoaded at position")
     await admin.choose("Close")
 

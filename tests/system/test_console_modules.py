@@ -237,22 +237,67 @@ CASES: dict[str, tuple[object, str]] = {
                 {"name": "a", "datatype": "BOOL", "shape": [2], "data": [False, False]},
                 {"name": "b", "datatype": "BYTES", "shape": [1], "data": [""]},
             ],
-            [True, 3 * 224 * 224],
+            [True, 3 * 224 * 224 * 4, 0],
+            {"name": "h", "datatype": "FP16", "shape": [1], "parameters": {"binary_data_size": 2}},
             True,
             True,  # more than a JavaScript number holds
         ],
         """
-        const { request, sent } = await import("/console/zeros.js");
-        const ask = (...inputs) => JSON.parse(sent(request(inputs)));
+        const { request, sent } = await import("/console/tensors.js");
+        const ask = (...inputs) => JSON.parse(sent(request(inputs)).body);
+        const askBinary = async (...inputs) => {
+          const { body, headers } = sent(request(inputs));
+          const length = Number(headers["Inference-Header-Content-Length"]);
+          const data = new Uint8Array(await body.slice(length).arrayBuffer());
+          return [JSON.parse(await body.slice(0, length).text()).inputs[0], data];
+        };
         const image = { name: "i", datatype: "FP32", shape: [-1, 3, 224, 224] };
         const flags = { name: "a", datatype: "BOOL", shape: [2] };
         const small = ask(flags, { name: "b", datatype: "BYTES", shape: [-1] });
         let refused = "";
         try { sent('{"inputs": [{"name": "i", "shape": [1e9], "data": "zeros"}]}'); }
         catch (error) { refused = error.message; }
-        const exact = sent('{"inputs": [{"data": [9007199254740993]}]}');
-        const large = [request([image]).length < 200, ask(image).inputs[0].data.length];
-        return [small.inputs, large, refused.includes("too large"), exact.includes("9007199254740993")];
+        const exact = sent('{"inputs": [{"data": [9007199254740993]}]}').body;
+        const [, zeros] = await askBinary(image);
+        const large = [request([image]).length < 200, zeros.length, Math.max(...zeros.slice(-1000))];
+        const [half] = await askBinary({ name: "h", datatype: "FP16", shape: [1] });
+        return [small.inputs, large, half, refused.includes("too large"), exact.includes("9007199254740993")];
+        """,
+    ),
+    "a long request is sent in binary where that changes no value": (
+        [
+            [20_000, 1.5],
+            [20_000, 200],
+            [20_000, 1],
+            [20_000, 7],
+            [100_000, 97],
+            "text",
+            "text",
+            "text",
+            "text",
+            "text",
+            "text",
+            "text",
+        ],
+        """
+        const { sent } = await import("/console/tensors.js");
+        const written = (datatype, value, shape = [20_000]) => JSON.stringify({ inputs: [
+          { name: "x", datatype, shape, data: new Array(20_000).fill(value), more: "m".repeat(65536) }] });
+        const told = [];
+        for (const [datatype, ...rest] of [["FP32", 1.5], ["UINT8", 200], ["BOOL", true], ["INT64", 7],
+          ["BYTES", "a"], ["INT8", 200], ["FP32", 1e39], ["INT32", 0.5], ["INT64", 2 ** 53], ["FP16", 1],
+          ["FP32", "a"], ["FP32", 1, [10]]]) {
+          const { body, headers } = sent(written(datatype, ...rest));
+          if (typeof body === "string") {
+            told.push(body === written(datatype, ...rest) ? "text" : "other text");
+            continue;
+          }
+          const data = await body.slice(Number(headers["Inference-Header-Content-Length"])).arrayBuffer();
+          const Kind = { FP32: Float32Array, INT64: BigInt64Array }[datatype] ?? Uint8Array;
+          const values = new Kind(data);
+          told.push([values.length, Number(values[datatype === "BYTES" ? values.length - 1 : 0])]);
+        }
+        return told;
         """,
     ),
 }

@@ -22,6 +22,7 @@ import yaml
 from support.servers import LIMIT_S, MODULE, QUIET, clean_environment
 
 from runtime.memory import list_descendants
+from runtime.worker.landlock import find_abi
 from server.app import all_routes
 from server.config import Config, settings
 from server.configsources import read_settings
@@ -236,6 +237,8 @@ def test_unit_command_and_paths_match_the_server() -> None:
     user = re.search(r"^u (\S+) ", (DEPLOY / "loadledger.sysusers").read_text(), re.MULTILINE)
     assert user
     assert said["User"] == said["Group"] == user[1]
+    calls = re.findall(r"^SystemCallFilter=(.*)$", UNIT.read_text(), re.MULTILINE)
+    assert "landlock_create_ruleset landlock_add_rule landlock_restrict_self" in calls
     config = read_valid({"config": DEPLOY / "server.toml"}, {})
     assert config.data == Path("/var/lib") / said["StateDirectory"]
 
@@ -324,7 +327,8 @@ def test_serve_as_process_1_on_a_read_only_system(tmp_path: Path) -> None:
     arguments = (f"--data={tmp_path / 'data' / 'new'}", f"--repository={ROOT / 'examples'}")
     with manager(tmp_path / "data" / "notify") as told, (tmp_path / "stderr").open("w") as stderr:
         environment["NOTIFY_SOCKET"] = told.getsockname()
-        command = sandboxed(tmp_path, *MODULE, "serve", *arguments)
+        confine = "--confine=require" if find_abi() else "--confine=auto"
+        command = sandboxed(tmp_path, *MODULE, "serve", confine, *arguments)
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True
         ) as process:

@@ -13,7 +13,16 @@ import pytest
 from support import models
 from support.http import LIMIT_S, ONE, Json, when
 from support.models import save
-from support.servers import MODULE, SCRIPT, Server, clean_environment, events, serving, verified
+from support.servers import (
+    MODULE,
+    SCRIPT,
+    Server,
+    clean_environment,
+    events,
+    refused_start,
+    serving,
+    verified,
+)
 from support.workers import computing, freeze, until
 from yarl import URL
 
@@ -48,16 +57,7 @@ async def refuses_connections(server: Server) -> None:
 
 
 async def check_second_server_names_the_first(server: Server, config: Config) -> None:
-    second = await asyncio.create_subprocess_exec(
-        *(*MODULE, "serve", "--port=0", f"--repository={config.repository}", f"--data={config.data}"),
-        env=clean_environment(),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await second.communicate()
-    assert (second.returncode, out) == (2, b"")
-    assert f"is in use by process {server.pid};" in err.decode()
-    assert "Traceback" not in err.decode()
+    assert f"is in use by process {server.pid};" in await refused_start(config)
     assert (await server.api.get("/health/ready")).status == 200
 
 
@@ -93,7 +93,8 @@ async def test_serve_prints_its_address_and_children_have_no_http_stack(
         assert server.output.read_text() == ""
     log = await events(config)
     assert verified(config).events == len(log)
-    assert (log[0].data, log[-1].data) == (ServerStarted(unclean=False), ServerStopped())
+    assert isinstance(started := log[0].data, ServerStarted)
+    assert (started.unclean, log[-1].data) == (False, ServerStopped())
     assert [event.type for event in log].count("ServerStarted") == 1
     assert (config.data.stat().st_mode & 0o777) == 0o700
 
@@ -146,9 +147,12 @@ async def test_every_setting_is_read_from_the_environment(config: Config) -> Non
         "host": "localhost", "trusted_proxies": "192.0.2.1", "forwarded_header": "forwarded",
         "loads_at_once": 1, "threads": 2, "drain_timeout_s": 5,
         "inference_timeout_s": 0.2, "inference_grace_s": 0.3, "inference_queue": 9, "timeout_s": 44,
+        "progress_timeout_s": 45,
         "memory_budget": "50%", "max_loaded": 3, "evict": "idle", "min_residency_s": 1,
         "keep_alive_s": 60, "strategy": "auto", "on_demand": "on", "warm_up": "off",
+        "max_json_bytes": "1MB",
         "prepare": "off", "prepared_size": "5MB", "huge_pages": "off", "restore": "none",
+        "ledger_stderr": "off", "confine": "off",
         "store": "off", "store_size": "1GB", "repository_immutable": "on",
         "streams_per_subject": 3, "max_connections": 77,
         "head_timeout_s": 3, "idle_timeout_s": 4,
@@ -208,6 +212,14 @@ async def test_serve_limits_heads_and_connections_but_not_probes(config: Config)
     async with serving(config, *limits) as server:
         assert b'"head_timeout"' in await response(*await connect(server, HEALTH[:-2]))
         assert b'"target_too_long"' in await response(*await connect(server, long_target))
+        for path in (
+            b"/v2/models/m/infer",
+            b"/v2/models/%6D/infer",
+            b"/api/v1/models/m/load",
+        ):  # first, the fast path
+            coded = b"POST %b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" % path
+            refused = await response(*await connect(server, coded + HEALTH))
+            assert (b'"unknown_transfer_coding"' in refused, refused.count(b"HTTP/1.1")) == (True, 1)
         held = [await connect(server, HEALTH) for _ in range(2)]
         for reader, _ in held:
             assert (await reader.readline()).startswith(b"HTTP/1.1 200 OK")

@@ -18,7 +18,7 @@ from events.audit.verify import Expected, FindingKind, verify
 from events.clock import utc_now
 from events.commands import Record
 from events.errors import IncompleteCopy, LogUnavailable
-from events.sqlite.readonly import lacks_wal, wants_wal
+from events.sqlite.readonly import lacks_wal, open_reader_thread, wants_wal
 from events.sqlite.schema import WAL_LIMIT_BYTES
 from events.sqlite.storage import FOLDS, Database, rebuild_file
 from events.types import SYSTEM, Draft, LoadFailed
@@ -97,6 +97,23 @@ async def test_file_of_a_killed_server_is_complete_with_its_wal(tmp_path: Path, 
     assert not wants_wal(path)
     assert not path.with_name("ledger.db-wal").exists()
     assert audit(path).finding is None
+
+
+async def test_kept_error_of_a_read_holds_up_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+
+    def fail_amid(connection: sqlite3.Connection) -> None:
+        cursor = connection.execute("SELECT body FROM events")
+        assert cursor.fetchone()
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async with opened(path) as log, open_reader_thread(path, "reader") as reader:
+        await write(log, 20)
+        with pytest.raises(LogUnavailable, match="disk I/O error") as kept:
+            await reader.run(fail_amid)
+        with pytest.raises(sqlite3.OperationalError) as kept_too:
+            await log._database.run(lambda: fail_amid(log._database._connection))
+        assert await log._database.make_whole(), (kept, kept_too)
 
 
 async def test_reader_holds_up_neither_start_nor_checkpoint_for_ever(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     answer = alice.run("infer", "m", "-i", "x=[1, 2.5]")
     assert re.search(r"y +FP32 +\[2\] +\[3\.0, 4\.5\]", answer.stdout)
     assert alice.json("infer m -i x=[1]")["outputs"][0]["data"] == [3.0]
+    assert alice.json("infer m -i x=[NaN,-Infinity]")["outputs"][0]["data"] == ["NaN", "-Infinity"]
     (tmp_path / "x.json").write_text("[7]")
     assert "[9.0]" in alice.prints(f"infer m -i x=@{tmp_path / 'x.json'}")
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}

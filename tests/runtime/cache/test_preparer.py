@@ -395,6 +395,15 @@ async def test_kill_while_a_form_loads_ends_the_attempt_and_keeps_the_form(
         assert (await reload(engine)).prepared is not None
 
 
+async def test_form_that_never_loads_ends_the_attempt_and_is_kept(start: Start, store: ModelCache) -> None:
+    async with start(m=models.add(1)) as engine:
+        await engine.stopped_ahead()
+        job = await engine.load("m", parameters=LoadParameters(progress_timeout_s=1))
+        assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
+        assert await form_of_load(engine, 2) is None
+        assert form_of(store, engine.root) == "optimised"
+
+
 async def test_form_with_repeated_outside_failures_is_dropped(start: Start, store: ModelCache) -> None:
     async with start(m=models.add(1)) as engine:
         for _ in range(MAX_ATTEMPTS):

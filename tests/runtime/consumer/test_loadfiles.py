@@ -1,5 +1,6 @@
 """The files of one load: a folder that hangs while they are copied ends the load, and nothing is left."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,4 +31,24 @@ async def test_folder_that_hangs_beneath_a_model_that_answers(
     again = LoadFiles(contents, "m", 1)
     assert [file.path for file in (await again.obtain(None)).files] == ["data/w.bin", "model.onnx"]
     again.close()
+    await until(lambda: not list((tmp_path / "store" / "incoming").iterdir()))
+
+
+async def test_lack_of_threads_fails_the_load_and_releases_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(loadfiles, "RETRY_S", 0.01)
+    write_version(tmp_path / "models", {"model.onnx": b"model"})
+    contents = ModelContents(Repository(tmp_path / "models"), opened_store(tmp_path))
+    files = LoadFiles(contents, "m", 1)
+    await files.obtain(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RepositoryBusy, match="can't start new thread"):
+            await files.hash()
+        files.close()
+        assert list((tmp_path / "store" / "incoming").iterdir())
     await until(lambda: not list((tmp_path / "store" / "incoming").iterdir()))

@@ -12,6 +12,7 @@ from support.models import ENDLESS
 from support.workers import answer, fork_server_of, freeze, load, order_of, resume, trips
 
 from runtime.errors import InferenceTimeout
+from runtime.limits import time_limit
 from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
 
@@ -64,7 +65,21 @@ async def fork_worker(pool: WorkerPool, _: Path) -> None:
     assert fork_server_of(pool) is fork_server
 
 
-@pytest.mark.parametrize("step", [cancel_inference, expire_inference, fork_worker])
+async def load_model(pool: WorkerPool, folder: Path) -> None:
+    """A load reaches its next stage during the stall; it goes on."""
+    models.save(models.add(), folder, "m")
+    worker, stages = await pool.start("w"), list[str]()
+    await freeze(worker.pid)
+    loading = asyncio.ensure_future(worker.load(order_of(folder), stages.append))
+    async with time_limit(SHORT_S, lambda: len(stages)):
+        await asyncio.sleep(0)
+        resume(worker.pid)
+        stall()
+        await loading
+    assert stages[-1] == "measuring"
+
+
+@pytest.mark.parametrize("step", [cancel_inference, expire_inference, fork_worker, load_model])
 def test_stalled_server_judges_no_process(
     step: Callable[[WorkerPool, Path], Awaitable[None]],
     tmp_path: Path,

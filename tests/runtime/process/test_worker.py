@@ -22,17 +22,18 @@ from support.workers import (
     loaded_memory,
     order_of,
     tensor,
-    threads,
     trips,
     until,
+    waits_for_its_order,
 )
 
 from events.types import LoadParameters
 from runtime import memory, wire
-from runtime.consumer import loads
+from runtime.consumer import loadtasks
 from runtime.consumer.loadfiles import LoadFiles
-from runtime.consumer.loads import RunningLoad, run_load, run_unload
-from runtime.consumer.loads import build_order as order_of_load
+from runtime.consumer.loads import RunningLoad
+from runtime.consumer.loadtasks import build_order as order_of_load
+from runtime.consumer.loadtasks import run_load, run_unload
 from runtime.contents import ModelContents
 from runtime.errors import Exit, WorkerDied
 from runtime.process.pool import WorkerPool
@@ -103,7 +104,6 @@ async def test_death_of_one_worker_leaves_another_serving(serve: Serve) -> None:
 
 async def test_stop_kills_a_stopped_worker_after_its_grace(pool: WorkerPool) -> None:
     worker = await pool.start("w")
-    await until(lambda: threads(worker.pid) == 2)
     await freeze(worker.pid)
     assert await worker.stop(0.05) == KILLED
 
@@ -162,8 +162,8 @@ async def test_unload_ends_without_a_measurement(
     fifo.parent.mkdir()
     os.mkfifo(fifo)
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    monkeypatch.setattr(loads, "MEASURE_LIMIT_S", 0.05)
-    monkeypatch.setattr(loads, "STOP_GRACE_S", LIMIT_S)
+    monkeypatch.setattr(loadtasks, "MEASURE_LIMIT_S", 0.05)
+    monkeypatch.setattr(loadtasks, "STOP_GRACE_S", LIMIT_S)
     await run_unload(live, drain_timeout_s=1)
     assert live.freed_bytes == loaded_memory(live.workers[0]).memory_bytes
     assert worker.ended.result() == Exit(0, None)
@@ -172,7 +172,7 @@ async def test_unload_ends_without_a_measurement(
 
 async def test_stderr_flood_is_bounded(pool: WorkerPool) -> None:
     worker = await pool.start("w")
-    await until(lambda: threads(worker.pid) == 2)  # then its descriptors are in their places
+    await waits_for_its_order(worker.pid)
     pipe = os.open(f"/proc/{worker.pid}/fd/2", os.O_WRONLY)
     for number in range(50):
         await asyncio.to_thread(os.write, pipe, b"\xff line %d\n" % number * 2000)

@@ -87,6 +87,16 @@ start a 10; start b 10; request c 10 -> c1 waits for a free load slot; request d
   -> start d1;
   begin d; request e 10 cause=recovery -> e1 waits for a free load slot
 
+# A load slot is kept for files that loaded before; one that then made no progress is as good as unknown.
+start a 10; start b 10; request c 10; request d 10; observe proven=d1+ -> start d1;
+  begin d; request e 10; observe proven=d1+e1+ -> e1 waits for a free load slot; complete d 10 -> start e1
+set loads_at_once=1; start a 10; request d 10; observe proven=d1+ -> start d1
+start a 10; start b 10; request d 10; observe proven=a1+d1+ -> d1 waits for a free load slot
+start a 10; start b 10; request d 10 cause=restart -> start d1;
+  begin d; request e 10 cause=restart -> e1 waits for a free load slot
+start d 10; fail d no_progress; start a 10; start b 10; request d 10 version=2; observe proven=d2+
+  -> d2 waits for a free load slot
+
 # An on-demand load without pending demand is cancelled unless it has begun.
 set evicts=false; load z 80; request a 30 cause=demand -> cancel a1; observe pending_demand=a+ -> nothing
 start a 30 cause=demand -> nothing

@@ -28,7 +28,7 @@ from events.commands import (
     RequestUnload,
     WorkerServes,
 )
-from events.jobs import Job, JobKind, JobStatus
+from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.types import (
     Cause,
@@ -40,7 +40,7 @@ from events.types import (
     WorkerExited,
 )
 from runtime.scheduler import actions
-from runtime.scheduler.actions import Action
+from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 from runtime.scheduler.view import Phase, Policy
 
@@ -82,6 +82,27 @@ class WatchedWorld(World):
 
     def estimate(self, job: Job) -> int:
         return self.estimates.get(job.id) or 0
+
+    def is_proven(self, job: Job) -> bool:
+        """Whether the files of a load loaded before, and made progress the last time."""
+        model = self.state.models.get(job.model_id)
+        error = model.error if model is not None else None
+        is_known = job.cause in RELOADS or job.id in self.proven()
+        return is_known and (error is None or error.code != NO_PROGRESS)
+
+    def loads_proven(self) -> list[Job]:
+        """Return the running loads of files that loaded before."""
+        running = self.running()
+        jobs = [self.state.unended_job(load) for load in running if running[load].phase is Phase.LOADING]
+        return [job for job in jobs if job is not None and self.is_proven(job)]
+
+    def check_pause(self, decision: Decision) -> None:
+        """Files that loaded before wait for others of that kind only, however many loads never end."""
+        super().check_pause(decision)
+        for job_id, reason in decision.waiting_for.items():
+            job = self.state.unended_job(job_id)
+            if job is not None and self.is_proven(job) and reason.startswith("a free load slot"):
+                assert self.loads_proven()
 
     def act(self, action: Action) -> None:
         self._check_force(action)
@@ -144,7 +165,8 @@ class WatchedWorld(World):
         assert job.load is not None
         assert self.state.queue(job.model_id)[0].id == job.id
         assert not job.cancelling
-        assert len(self.loading()) < self.policy.loads_at_once + (job.cause in URGENT)
+        may_exceed = job.cause in URGENT or (self.is_proven(job) and not self.loads_proven())
+        assert len(self.loading()) < self.policy.loads_at_once + may_exceed
         assert self.used_bytes() + self.estimate(job) <= self.budget_bytes
         assert job.model_id in self.present() or len(self.present()) < self.max_loaded
         if job.load.strategy == "in_place" and job.cause is not Cause.RECOVERY:
@@ -254,8 +276,10 @@ class WatchedWorld(World):
         """Never are there two operations on one model, and never too many at once."""
         running = self.running()
         loading = [self.state.unended_job(load) for load in running if running[load].phase is Phase.LOADING]
-        urgent = any(job is not None and job.cause in URGENT for job in loading)
-        assert len(loading) <= self.policy.loads_at_once + urgent
+        most = self.policy.loads_at_once
+        assert len(loading) <= most + 1
+        if len(loading) > most:  # the proof of a reload's files is gone once one of them made no progress
+            assert any(job is not None and (job.cause in RELOADS or self.is_proven(job)) for job in loading)
         for name, model in self.state.models.items():
             unended = self.state.unended(name)
             own = [job for job in unended if job.kind is JobKind.LOAD or job.id in model.unloads]
@@ -428,6 +452,12 @@ class Simulation(RuleBasedStateMachine):
     def a_load_ends(self, which: int, outcome: str, keeps: int, turns: int) -> None:
         for process in pick(self.world.loading(), which) if self.world.fork_server_up else []:
             process.finish(outcome, keeps)
+        self.world.work(turns)
+
+    @rule(which=st.integers(0, 3), turns=TURNS)
+    def a_load_makes_no_progress(self, which: int, turns: int) -> None:
+        for process in pick(self.world.loading(), which):
+            process.hang(self.world.now)
         self.world.work(turns)
 
     @rule(which=st.integers(0, 3), count=st.sampled_from([1, 1, 2]), turns=TURNS)

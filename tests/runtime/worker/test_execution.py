@@ -29,8 +29,8 @@ from support.workers import (
 )
 
 from runtime.errors import InvalidInput, LoadRefused
-from runtime.frames import FrameReader
-from runtime.wire import FROM_WORKER, Infer, InferenceFailure, Tensor, TensorSpec, WantedOutput, pack_texts
+from runtime.frames import FrameReader, FrameRules
+from runtime.wire import FROM_SERVING, Infer, InferenceFailure, Tensor, TensorSpec, WantedOutput, pack_texts
 from runtime.worker.batching import (
     MAX_WAITING,
     BatchDimension,
@@ -215,8 +215,9 @@ def test_request_cancelled_before_arrival_is_not_decoded(
     for number in range(3):
         assert executor.prepare(Infer(number), [NO_NUMBERS]) is None
     outbox.flush()
-    reader = FrameReader(FROM_WORKER)
-    answers = [message for message, _ in reader.advance(channel[0].recv_into(reader.buffer()))]
+    reader = FrameReader(FrameRules(FROM_SERVING))
+    reader.feed(channel[0].recv_into(reader.buffer()))
+    answers = [message for message, _ in iter(reader.next_frame, None)]
     codes = [(each.id, each.code) for each in answers if isinstance(each, InferenceFailure)]
     assert codes == [(0, "invalid_input"), (1, "inference_cancelled"), (2, "invalid_input")]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ def arrays(draw: st.DrawFn) -> tuple[str, Any]:
 def test_flat_and_nested_json_round_trip_bit_equal(drawn: tuple[str, Any], indent: int | None) -> None:
     assert sorted(ELEMENTS) == JSON_DATATYPES
     datatype, array = drawn
-    flat = encode_text("y", datatype, array)
+    flat = b"".join(encode_text("y", datatype, array))
     nested = json.dumps(array.tolist() if array.ndim else [array.item()], indent=indent).encode()
     for text in (flat, nested):
         assert bits(datatype, decode(datatype, array.shape, text)) == bits(datatype, array)
@@ -167,6 +168,17 @@ def test_data_of_another_shape_is_refused(datatype: str, shape: list[int], form:
     refusal(datatype, shape, text.encode())
 
 
+@pytest.mark.parametrize("unit", [b"[],", b"0,"], ids=["arrays", "zeros"])
+def test_other_number_of_elements_is_refused_without_taking_memory(unit: bytes) -> None:
+    text = b"[" + unit * 2**18 + unit[:-1] + b"]"
+    tracemalloc.start()
+    try:
+        assert "has 262145 elements, declared is [1, 4]" in refusal("FP32", [1, 4], text)
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("datatype", ["FP16", "BF16"])
 def test_half_floats_have_no_json_form(datatype: str) -> None:
     words = f"input 'x': {datatype} cannot be sent as JSON; use the binary data form"
@@ -194,5 +206,5 @@ def test_output_without_a_json_form_is_refused(datatype: str, array: Any, words:
 
 
 def test_text_null_is_no_nan_and_columns_become_rows() -> None:
-    assert encode_text("y", "BYTES", np.array(["null"], object)) == b'["null"]'
-    assert encode_text("y", "INT64", np.arange(4).reshape(2, 2).T) == b"[0,2,1,3]"
+    assert b"".join(encode_text("y", "BYTES", np.array(["null"], object))) == b'["null"]'
+    assert b"".join(encode_text("y", "INT64", np.arange(4).reshape(2, 2).T)) == b"[0,2,1,3]"

@@ -152,7 +152,7 @@ async def test_peak_memory_includes_the_warm_up(pool: WorkerPool, tmp_path: Path
         ([floats("a", 1)], "no value for input 'b'"),
         ([floats("a", 1), floats("a", 1)], "input 'a' is given twice"),
         ([text("a", "INT64", (1,), b"[1]")], "input 'a' is FP32, not INT64"),
-        ([text("a", "FP32", (2,), b"[1]")], "data has shape [1], declared is [2]"),
+        ([text("a", "FP32", (2,), b"[1]")], "data has 1 elements, declared is [2]"),
         ([text("a", "FP32", (1,), b"[true]")], "input 'a': data is not FP32"),
         ([text(name, "FP32", (1, 1), b"[1]") for name in "ab"], "rank"),
         ([floats("a", 1, 2, 3), floats("b", 1, 2)], "Sub"),

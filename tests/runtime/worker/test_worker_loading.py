@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, helper
 from support import models
 from support.models import save, save_bytes
 from support.workers import (
@@ -62,6 +62,21 @@ def with_long_name() -> ModelProto:
     return model
 
 
+def with_long_names() -> ModelProto:
+    """Return a model whose inputs take more than a message to describe; it uses one of them."""
+    model = models.identity()
+    names = (f"{'x' * 4000}{number}" for number in range(wire.MAX_REPORT_BYTES // 4000))
+    model.graph.input.extend(models.value(name, models.FLOAT, [1]) for name in names)
+    return model
+
+
+def with_outputs(count: int) -> ModelProto:
+    names = [f"y{number}" for number in range(count)]
+    split = helper.make_node("Split", ["x"], names, num_outputs=count)
+    outputs = [models.value(name, models.FLOAT, [1]) for name in names]
+    return models.model([split], [models.value("x", models.FLOAT, [count])], outputs)
+
+
 def not_utf8() -> bytes:
     data: bytes = models.identity().SerializeToString()
     return data.replace(b"\x01x", b"\x01\xff")
@@ -78,6 +93,8 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], int | None, str, str]
     ),
     "name not UTF-8": (not_utf8, None, "invalid_model", "not UTF-8"),
     "name too long": (with_long_name, None, "invalid_model", "characters"),
+    "names too long": (with_long_names, None, "invalid_model", "bytes are supported"),
+    "outputs": (lambda: with_outputs(wire.MAX_OUTPUTS + 1), None, "invalid_model", "at most 4096 outputs"),
     "data outside": (lambda: models.external("../../secret"), None, "unsafe_file", "secret"),
     "absolute data": (lambda: models.external("/etc/hostname"), None, "unsafe_file", "hostname"),
     "linked data": (lambda: models.external("link"), None, "unsafe_file", "link"),
@@ -101,6 +118,11 @@ async def test_load_is_refused_with_code_and_reason(pool: WorkerPool, tmp_path: 
     refused = await refusal(pool, order_of(root, memory_limit_bytes=limit_bytes))
     assert refused.code == code
     assert words in str(refused)
+
+
+async def test_most_outputs_are_answered(serve: Serve) -> None:
+    worker = await serve(with_outputs(wire.MAX_OUTPUTS))
+    assert len(await ask(worker, [floats("x", *range(wire.MAX_OUTPUTS))])) == wire.MAX_OUTPUTS
 
 
 async def test_external_data_hidden_from_our_parser_is_not_read(

@@ -19,7 +19,7 @@ from support.workers import until
 
 from events.accept import MAX_QUEUE
 from events.commands import RequestLoad
-from events.types import LoadRequested, ModelLoaded
+from events.types import LoadRequested, ModelLoaded, WorkerExited
 from server.appkeys import LOG
 from server.check import find_unusable_paths
 from server.config import Config
@@ -67,7 +67,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "parameters": {
             "priority": "normal", "timeout_s": 77, "keep_alive_s": None, "memory_limit_bytes": None,
             "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0,
-            "max_queue_delay_us": 0,
+            "max_queue_delay_us": 0, "progress_timeout_s": 120,
         },
         **{name: job[name] for name in ("position", "started_at", "finished_at")},
     }  # fmt: skip
@@ -192,6 +192,32 @@ async def uses(api: LocalApi, model_id: str) -> list[dict[str, Any]]:
     answer = await api.get("/api/v1/resources")
     found: list[dict[str, Any]] = answer.json["models"]
     return [use for use in found if use["model_id"] == model_id]
+
+
+# Workers that die
+
+
+@pytest.mark.parametrize("setting", ["on", "off"])
+async def test_printed_input_of_a_client_is_recorded_if_on(
+    start: Start, caplog: pytest.LogCaptureFixture, setting: str
+) -> None:
+    """With off, the ledger has nothing that a worker printed; the operator's log has it."""
+    api = await start(ledger_stderr=setting)
+    api.save(models.look_up(), "table")
+    api.save(models.crash_on_load(), "crash")
+    await api.load("table")
+    asked = await api.infer("table", {"name": "x", "datatype": "INT64", "shape": [1, 1], "data": [4711]})
+    assert asked.refusal == (400, "invalid_input")
+    api.worker("table").kill()
+    error = (await api.failed_load("crash"))["error"]
+    assert error["message"].startswith("the worker was killed by signal 8 while it loaded the model")
+    exits = await when(lambda: api.data_of(WorkerExited), lambda exits: len(exits) == 2)
+    recorded = "\n".join([error["message"], *(line for each in exits for line in each.stderr)])
+    words = ("idx=4711", "Fatal Python error: Floating")
+    assert [word in recorded for word in words] == 2 * [setting == "on"]
+    assert [word in caplog.text for word in words] == 2 * [setting == "off"]
+    if setting == "off":
+        assert [each.stderr for each in exits] == 2 * [()]
 
 
 # Swaps and recovery

@@ -74,7 +74,8 @@ async def test_policy_lets_only_this_server_in(client: Client, path: str, policy
     headers = (await client.get(path)).headers
     parts = headers["Content-Security-Policy"].split("; ")
     assert dict(part.split(" ", 1) for part in parts) == POLICY | policy
-    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert (headers["Server"], headers["X-Content-Type-Options"]) == ("loadledger", "nosniff")
+    assert headers["Cache-Control"] == ("max-age=3600" if policy is DOCS else "no-cache")
     assert headers["Referrer-Policy"] == "no-referrer"
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
 

@@ -20,6 +20,7 @@ from server.config import Config
 USUAL: dict[str, Any] = {
     "priority": "normal", "timeout_s": 300, "keep_alive_s": None, "memory_limit_bytes": None,
     "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0, "max_queue_delay_us": 0,
+    "progress_timeout_s": 120,
 }  # fmt: skip
 NOTHING = "nothing"
 
@@ -80,11 +81,11 @@ async def test_file_applies_where_request_says_nothing(tmp_path: Path) -> None:
 
 
 async def test_setting_applies_where_nobody_says(tmp_path: Path) -> None:
-    app = application(tmp_path, timeout_s=12, strategy="auto")
-    assert await changes(app) == {"timeout_s": 12, "strategy": "auto"}
-    assert await changes(app, strategy="beside") == {"timeout_s": 12}
-    write(tmp_path, 'timeout_s = 13\nstrategy = "in_place"')
-    assert await changes(app) == {"timeout_s": 13, "strategy": "in_place"}
+    app = application(tmp_path, timeout_s=12, strategy="auto", progress_timeout_s=14)
+    assert await changes(app) == {"timeout_s": 12, "strategy": "auto", "progress_timeout_s": 14}
+    assert await changes(app, strategy="beside", progress_timeout_s=120) == {"timeout_s": 12}
+    write(tmp_path, 'timeout_s = 13\nstrategy = "in_place"\nprogress_timeout_s = 15')
+    assert await changes(app) == {"timeout_s": 13, "strategy": "in_place", "progress_timeout_s": 15}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,7 @@ WRONG_FILES: list[tuple[str, tuple[str, ...]]] = [
     ("instances.of = 2", ("instances: Must be an integer",)),
     ("timeout_s = 1979-05-27", ("timeout_s: Must be an integer",)),
     ("timeout_s = 0", ("timeout_s: Must be",)),
+    ("progress_timeout_s = 3601", ("progress_timeout_s: Must be", "1", "3600")),
     ("memory_limit_bytes = 5", ("memory_limit_bytes: Must be",)),
     ("max_batch_size = -1", ("max_batch_size: Must be", "65536")),
     ('priority = "urgent"', ("priority: Must be one of", "normal")),
@@ -151,7 +153,8 @@ async def test_invalid_file_is_400_and_named(shared: LocalApi) -> None:
 
 OUT_OF_RANGE: list[dict[str, Any]] = [
     {"version": "1"}, {"version": 1.5}, {"version": True}, {"version": None}, {"version": 0},
-    {"version": 10**20}, {"timeout_s": 0}, {"timeout_s": 3601}, {"memory_limit_bytes": 1}, {"pinned": 0},
+    {"version": 10**20}, {"timeout_s": 0}, {"timeout_s": 3601}, {"progress_timeout_s": 0},
+    {"progress_timeout_s": None}, {"memory_limit_bytes": 1}, {"pinned": 0},
     {"pinned": None}, {"priority": "urgent"}, {"priority": None}, {"strategy": "fast"}, {"keep_alive_s": -2},
     {"keep_alive_s": 1.5}, {"keep_alive_s": 31536001}, {"max_batch_size": 65_537}, {"max_batch_size": -1},
     {"max_batch_size": 1.0}, {"max_batch_size": None}, {"max_batch_size": 1, "max_queue_delay_us": 1_000_001},

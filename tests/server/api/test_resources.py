@@ -12,6 +12,7 @@ from support.workers import computing, until
 
 from runtime.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.memory import private_bytes
+from runtime.worker.landlock import find_abi
 from server.appkeys import CONSUMER
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -56,6 +57,9 @@ async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: Lo
         expected = BUDGET if api is small else seen["limit_bytes"] * 80 // 100
         assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
         assert seen.pop("limit_bytes") > BUDGET
+        confinement = seen.pop("confinement")
+        assert confinement["landlock_abi"] == find_abi()
+        assert (confinement["mode"], confinement["seccomp"]) == ("auto", True)
         assert seen == {
             "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
             "max_loaded": max_loaded, "models": [], "waiting": [], "preparing": None, "as_of": api.position,

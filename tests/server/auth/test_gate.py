@@ -26,6 +26,7 @@ from events.types import SYSTEM, AccessDenied
 from server.app import all_routes
 from server.appkeys import GATE
 from server.auth.gate import MAX_EVENTS, NO_ROUTE, OTHER, Denials
+from server.auth.keys import list_keys, revoke, rotate
 from server.auth.ratelimit import Windows, peer_of
 from server.config import Config, RateLimit
 from server.errors import QUOTA_EXCEEDED
@@ -216,11 +217,14 @@ async def test_errors_of_limited_routes_show_the_limit(limited: Limited) -> None
     assert all("RateLimit" in answer.headers for answer in answers)
 
 
+BAD, MALFORMED = {"Authorization": "Bearer a.b.c"}, {"Authorization": "Bearer"}
+
+
 async def test_address_with_too_many_failures_is_refused(limited: Limited) -> None:
     clock, public = Clock(), route("/health", access=Access.PUBLIC, limit=LimitClass.NONE)
     client, config = await limited(route(), public, clock=clock, limit_auth_failures="3/minute")
-    good, bad, malformed = bearer(config), {"Authorization": "Bearer a.b.c"}, {"Authorization": "Bearer"}
-    for headers in (None, None, None, bad, good, malformed, None, bad):
+    good, bad = bearer(config), BAD
+    for headers in (None, None, None, bad, MALFORMED, None, bad):
         assert (await client.get("/x", headers=headers)).status != 429
     for headers in (None, bad, good):
         answer = await client.get("/x", headers=headers)
@@ -230,6 +234,25 @@ async def test_address_with_too_many_failures_is_refused(limited: Limited) -> No
     assert (await client.get("/health", headers=bad)).status == 200
     clock.now += 60
     assert (await client.get("/x", headers=good)).status == 200
+
+
+async def test_known_token_passes_the_limit_of_its_address(limited: Limited) -> None:
+    clock = Clock()
+    client, config = await limited(route(), clock=clock, limit_auth_failures="1/hour")
+
+    async def status(headers: dict[str, str]) -> int:
+        return (await client.get("/x", headers=headers)).status
+
+    revoked, revoked_kid = bearer(config), list_keys(config.data)[0].kid
+    rotate(config.data)
+    known, expired, new = bearer(config), bearer(config, expires_s=60), bearer(config, subject="carol")
+    other_spelling = {"Authorization": known["Authorization"].replace("Bearer ", "bEARER  ")}
+    for expected in (401, 429):
+        assert [await status(headers) for headers in (known, revoked, expired, BAD)] == [200] * 3 + [expected]
+    assert [await status(headers) for headers in (other_spelling, new, MALFORMED)] == [200, 429, 429]
+    revoke(config.data, revoked_kid)
+    clock.now += 60
+    assert [await status(headers) for headers in (known, revoked, expired)] == [200, 429, 429]
 
 
 def test_full_memory_forgets_the_least_recently_used_counter() -> None:

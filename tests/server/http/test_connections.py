@@ -90,16 +90,92 @@ async def test_large_head_within_limits_is_answered(server: SmallServer) -> None
         (b"GET / HTTP/1.1\r\n" + fields(20, 4000), TOO_LARGE),
         (get(b"A b: c"), INVALID),
         (b"nonsense\r\n\r\n", INVALID),
+        (b"GET http://[::1/ HTTP/1.1\r\n\r\n", INVALID),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 TLS\r\n\r\n", INVALID),
         (sized(-1), INVALID),
         (GET + b"nonsense\r\n\r\n", INVALID),  # the first was not run, so nothing is lost
     ],
-    ids=["target", "value", "name", "fields", "endless", "field", "nonsense", "tls", "length", "second"],
+    ids=[
+        "target",
+        "value",
+        "name",
+        "fields",
+        "endless",
+        "field",
+        "nonsense",
+        "url",
+        "tls",
+        "length",
+        "second",
+    ],
 )
 async def test_malformed_or_too_large_head_is_refused(
     server: SmallServer, sent: bytes, expected: tuple[int, str]
 ) -> None:
     assert await (await server.connect()).refusal(sent) == expected
+
+
+@pytest.mark.parametrize("version", [b"HTTP/0.9", b"HTTP/2.0"], ids=["0.9", "2.0"])
+async def test_unknown_http_version_is_refused_in_the_servers_own(
+    server: SmallServer, version: bytes
+) -> None:
+    client = await server.connect()
+    client.send(GET.replace(b"HTTP/1.1", version))
+    answer = await client.rest()
+    assert problem(answer) == (505, "unknown_http_version")
+    assert answer.startswith(b"HTTP/1.1 505 ")
+    assert answer.count(b"505 ") == 1
+
+
+UNKNOWN_CODING = (501, "unknown_transfer_coding")
+CHUNKED, LENGTH = b"Transfer-Encoding: chunked", b"Content-Length: 5"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ([b"Transfer-Encoding: gzip, chunked"], UNKNOWN_CODING),
+        ([b"Transfer-Encoding: chunked, chunked"], UNKNOWN_CODING),
+        ([b"Transfer-Encoding: ,chunked"], UNKNOWN_CODING),
+        ([b"Transfer-Encoding: chunked, gzip"], UNKNOWN_CODING),
+        ([b"Transfer-Encoding: chunked;q=1"], UNKNOWN_CODING),
+        ([b"Transfer-Encoding: xchunked"], UNKNOWN_CODING),
+        ([b"Transfer-Encoding: identity"], UNKNOWN_CODING),
+        ([b"Transfer-Encoding:"], UNKNOWN_CODING),
+        ([CHUNKED, CHUNKED], UNKNOWN_CODING),
+        ([b"Transfer-Encoding: identity", CHUNKED], UNKNOWN_CODING),
+        ([CHUNKED, b"Transfer-Encoding: identity"], UNKNOWN_CODING),
+        ([CHUNKED, LENGTH], INVALID),
+        ([LENGTH, b"Transfer-Encoding: identity"], INVALID),
+        ([b"Transfer-Encoding : chunked"], INVALID),
+        ([b"Transfer-Encoding: \x0bchunked"], INVALID),
+        ([b"Transfer-Encoding:\r\n chunked"], INVALID),
+    ],
+    ids=lambda value: b" + ".join(value).decode() if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"], ids=["1.1", "1.0"])
+async def test_body_that_is_not_just_chunked_is_refused(
+    server: SmallServer, fields: list[bytes], version: bytes, expected: tuple[int, str]
+) -> None:
+    client = await server.connect()
+    client.send(get(*fields).replace(b"HTTP/1.1", version))
+    refused = await client.reader.readuntil(b"}")
+    client.send(b"0\r\n\r\n")  # the end of the body, for which aiohttp would wait
+    assert problem(refused + await client.rest()) == expected
+
+
+async def test_request_behind_a_refused_coding_is_not_answered(server: SmallServer) -> None:
+    client = await server.connect()
+    client.send(get(b"Transfer-Encoding: gzip, chunked") + b"5\r\nhello\r\n0\r\n\r\n" + GET)
+    answer = await client.rest()
+    assert (problem(answer), answer.count(b"HTTP/1.1")) == (UNKNOWN_CODING, 1)
+
+
+async def test_chunked_body_is_for_http_1_1_only(server: SmallServer) -> None:
+    client = await server.connect()
+    await client.get(get(b"Transfer-Encoding:  CHUNKED  ") + b"0\r\n\r\n")
+    client.send(get(CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert problem(await client.reader.readuntil(b"}")) == INVALID
 
 
 async def test_requests_during_a_long_response_are_answered_after_it(server: SmallServer) -> None:
@@ -236,7 +312,7 @@ async def test_slow_reader_gets_all_of_a_long_response(server: SmallServer) -> N
 
 
 async def test_unread_fast_response_gives_back_its_memory() -> None:
-    bodies = Bodies(2**30)
+    bodies = Bodies(2**30, 2**20)
 
     async def direct(_: web.Request) -> web.StreamResponse:
         return DirectResponse({}, [LONG_ANSWER], bodies.share("alice"))

@@ -177,10 +177,12 @@ async def test_each_part_of_a_request_is_loaded_by_its_schema(client: Client) ->
 async def test_body_must_be_declared_as_json_in_utf_8(client: Client) -> None:
     for status, media_types in (
         (200, ("application/json", "application/json; charset=utf-8", 'Application/JSON; Charset="UTF-8"',
-               "application/merge-patch+json", "application/json; version=1")),
+               "application/merge-patch+json", "application/json; version=1",
+               "application/json ; x=" + "(" * 7000)),
         (415, ("text/plain", "text/json", "application/octet-stream", "application/x-www-form-urlencoded",
                "json", "", "application/json; charset=latin-1", "application/jsonx",
-               "multipart/form-data; boundary=x")),
+               "multipart/form-data; boundary=x", "+json", "(" * 7000, '"' * 7000, ";" * 7000,
+               "application/json; charset=utf-8; charset=latin-1")),
     ):  # fmt: skip
         for media_type in media_types:
             answer = await client.post("/default", data=b"{}", headers={"Content-Type": media_type})

@@ -1,6 +1,7 @@
 """The fast path of inferences: it answers each request as the router and the middlewares do."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ BODY = json.dumps({"inputs": [ONE]}).encode()
 FAST, SLOW = "/v2/models/m/infer", "/v2/models/%6D/infer"
 NOT_COMPARED = {"Date", "RateLimit", "Content-Length", "Connection"}
 PREDICT = ("predict",)
+MAX_JSON = 4 * 2**20
+BOMB = gzip.compress(BODY + b" " * MAX_JSON)
+LENGTH = "Inference-Header-Content-Length"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -52,7 +56,10 @@ def request(api: LocalApi, *fields: str, body: bytes = BODY, version: str = "HTT
         ({}, BODY, (), 401),
         ({}, BODY, ("audit",), 403),
         ({}, b"{", PREDICT, 400),
-        ({"Inference-Header-Content-Length": "-1"}, BODY, PREDICT, 400),
+        ({LENGTH: "-1"}, BODY, PREDICT, 400),
+        ({}, BODY.replace(b"{", b'{"id": "1", "id": "2", ', 1), PREDICT, 400),
+        ({"Content-Encoding": "gzip"}, BOMB, PREDICT, 413),
+        ({LENGTH: str(MAX_JSON + 1)}, BODY, PREDICT, 413),
         ({"Content-Encoding": "br"}, BODY, PREDICT, 415),
         ({"Content-Encoding": "gzip"}, BODY, PREDICT, 400),
     ],
@@ -82,6 +89,27 @@ async def test_both_paths_count_for_one_limit(start: Start, repository: Path) ->
         answer = await api.post(path, data=BODY, roles=PREDICT)
         found.append((answer.status, answer.headers["RateLimit"].partition(";t=")[0]))
     assert found == [(200, '"inference";r=1'), (200, '"inference";r=0'), (429, '"inference";r=0')]
+
+
+async def test_json_counts_against_the_limit_of_inferences(start: Start, repository: Path) -> None:
+    save(models.add(1), repository, "m")
+    api = await start(limit_inference="9/minute")
+    await api.load("m")
+    long, found, told = gzip.compress(BODY + b" " * (5 * 4096)), [], {}
+    binary = {LENGTH: str(len(BODY))}
+    for path, body, headers in (
+        (FAST, BODY, {}),
+        (SLOW, BODY + bytes(8192), binary),  # refused, but not for its bytes, which are not JSON
+        (SLOW, long, {"Content-Encoding": "gzip"}),
+        (FAST, long, {"Content-Encoding": "gzip"}),
+        (FAST, BODY, {}),
+    ):
+        answer = await api.post(path, data=body, headers=headers, roles=PREDICT)
+        found.append((answer.status, answer.headers["RateLimit"].partition(";t=")[0]))
+        told = answer.json
+    left = [f'"inference";r={count}' for count in (8, 7, 1, 0, 0)]
+    assert found == list(zip([200, 400, 200, 200, 429], left, strict=True))
+    assert "Each 4 KiB of a request's JSON count as one more" in told["detail"]
 
 
 async def test_connection_is_kept_as_the_client_requests(shared: LocalApi) -> None:

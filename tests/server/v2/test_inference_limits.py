@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from support.workers import computing, until
 
 from events.types import WorkerExited
 from server.appkeys import BODIES
+from server.http.limits import Bodies
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -167,12 +169,30 @@ async def test_bodies_beyond_the_budget_are_refused(
         await until(lambda: api.app[BODIES].taken_bytes == 0)
     half = asyncio.create_task(infer(slow()))  # of the budget, which one subject may have
     await until(lambda: api.app[BODIES].taken_bytes == 2**19)
-    large = body + b" " * 2**18
+    large = body.replace(b'"data": [', b'"data": [' + b" " * 2**18)
     assert [(await infer(large, subject)).status for subject in ("alice", "bob")] == [503, 200]
     more.set()
     assert (await half).refusal == (503, "bodies_full")
     await until(lambda: api.app[BODIES].taken_bytes == 0)
     assert (await infer(body)).status == 200
+
+
+async def test_turns_of_a_subject_leave_time_to_others() -> None:
+    bodies, seen = Bodies(2**20, 2**20), list[str]()
+
+    async def decode(subject: str) -> None:
+        async with bodies.turn(subject):
+            seen.append(subject)
+            time.sleep(0.05)  # noqa: ASYNC251 -- it blocks the event loop, as decoding does
+
+    decoding = asyncio.gather(*map(decode, ("alice", "alice", "bob", "alice")))
+    while not decoding.done():
+        seen.append("-")
+        await asyncio.sleep(0.01)
+    turns = "".join(each[0] for each in seen).split("a")
+    assert len(turns) == 4
+    assert all("-" in between for between in turns[1:3])
+    assert turns[1].startswith("b")
 
 
 async def test_data_that_a_worker_does_not_read_is_bounded(

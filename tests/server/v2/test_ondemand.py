@@ -172,6 +172,7 @@ async def test_waiter_beyond_the_queue_is_refused(
         await wait(shared, "queue", within_s=0.05)
     assert not second.done()
     assert look_ups == ["queue"]
+    await recorded(shared, "queue", "LoadStarted")  # else nobody needs the load, and it is cancelled
     second.cancel()
     await shared.unload("queue", force=True)
 

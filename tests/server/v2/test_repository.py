@@ -22,6 +22,7 @@ from events.models import Model, ModelState, PendingLoad, Serving
 from events.types import LoadParameters
 from server.http.validation import MAX_JSON_BYTES
 from server.v2 import repository as extension
+from server.v2.repository import MAX_INDEX_BYTES
 
 
 async def load(api: LocalApi, model_id: str, **config: Any) -> Answer:
@@ -147,9 +148,10 @@ async def test_shutdown_answers_who_waits_for_a_load(api: LocalApi) -> None:
         (lambda: models.external("../../secret"), "", (400, "unsafe_file"), "not inside the model's folder"),
         (models.memory_bomb_on_load, f"memory_limit_bytes = {200 * 2**20}", (503, "out_of_memory"), ""),
         (slow_model, "timeout_s = 1", (503, "timeout"), "not loaded within 1 s"),
+        (models.endless, "progress_timeout_s = 1", (503, "no_progress"), "its stage was 'warming_up'"),
         (models.crash_on_load, "", (503, "worker_died"), "killed by signal"),
     ],
-    ids=["text", "operator", "outside", "bomb", "slow", "crash"],
+    ids=["text", "operator", "outside", "bomb", "slow", "endless", "crash"],
 )
 async def test_failed_load_has_its_reason(
     shared: LocalApi,
@@ -192,6 +194,7 @@ async def test_refused_requests_append_nothing(shared: LocalApi) -> None:
         ("models/idle/VERB", b" " * (MAX_JSON_BYTES + 1), (413, "body_too_large")),
         ("index", b'{"ready": 1}', (400, "invalid_body")),
         ("index", b"nope", (400, "invalid_body")),
+        ("index", b'{"ready": true}' + b" " * MAX_INDEX_BYTES, (413, "body_too_large")),
         ("r/index", b"", (404, "not_found")),
         ("r/models/idle/VERB", b"", (404, "not_found")),
     ):

@@ -1,0 +1,178 @@
+"""How a worker is confined before it reads a byte of a model, and how a throw-away worker tests that.
+
+ONNX Runtime parses a model's bytes in C++, so a model file may take over its worker. What the worker may do
+is therefore reduced to what serving one model takes: Landlock restricts files, seccomp the system calls. Both
+bind the calling thread and those that it starts, so they come before all threads of ours.
+"""
+
+import ctypes
+import errno
+import os
+import resource
+import socket
+import struct
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, assert_never
+
+import msgspec
+import numpy as np
+import onnxruntime as ort
+
+import runtime
+from runtime.wire import CachedCopy, ForbiddenAct, Layer, Load, Prepare, Probe, Probed
+from runtime.worker import landlock, seccomp, sessions
+
+PR_SET_NO_NEW_PRIVS = 38
+"""linux/prctl.h"""
+CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
+"""linux/capability.h: `_LINUX_CAPABILITY_VERSION_3`, of this thread."""
+NO_CAPABILITIES = bytes(24)
+"""No effective, permitted and inheritable ones, in two words each."""
+MAX_DESCRIPTORS = 256
+"""A worker has five, and opens a model's files one after the other."""
+NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
+"""Of a file system that has only files with names."""
+LIBRARY_FOLDERS = {"site-packages", "dist-packages"}
+SYSTEM_PATHS = ("/proc/self/status", "/proc/meminfo", "/sys/devices/system/cpu")
+"""The C library and ONNX Runtime read these to find out how much memory and how many cores there are."""
+
+
+def _find_code() -> tuple[str, ...]:
+    """Return where the code of a worker lies: Python's library, and the packages that a worker imports."""
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
+    for module in (np, ort, msgspec, runtime):
+        package = Path(module.__path__[0])
+        is_installed = package.parent.name in LIBRARY_FOLDERS
+        folders.add(str(package.parent if is_installed else package))
+    return tuple(sorted(folders))
+
+
+CODE = _find_code()
+_LIBC = ctypes.CDLL(None)
+
+
+def confine(order: Load | Prepare | Probe) -> None:
+    """Confine this thread, and those that it starts, to the files of an order, by the layers that it names.
+
+    Raises:
+        OSError: a layer cannot be applied.
+    """
+    if not order.layers:
+        return
+    writes = not isinstance(order, Load)  # a probe gets what any worker gets
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_DESCRIPTORS}
+    if not writes:  # making a form has a limit of its own
+        limits[resource.RLIMIT_FSIZE] = 0
+    for kind, limit in limits.items():
+        sessions.limit_resource(kind, limit)
+    _drop_privileges()
+    for layer in order.layers:
+        if layer == "landlock":
+            landlock.restrict(_find_accesses(order))
+        else:
+            seccomp.restrict(writes=writes)
+
+
+def _find_accesses(order: Load | Prepare | Probe) -> dict[str, int]:
+    """Return how a worker with this order may access which paths."""
+    match order:
+        case Load(prepared=CachedCopy(folder=folder)):
+            own = {folder: landlock.READS}
+        case Load(root=root):
+            own = {root: landlock.READS}
+        case Prepare(root=root, target=target):
+            own = {root: landlock.READS, target: landlock.WRITES}
+        case Probe():
+            own = {}
+        case _:
+            assert_never(order)
+    return {**dict.fromkeys((*SYSTEM_PATHS, *CODE), landlock.READS), **own}
+
+
+def _drop_privileges() -> None:
+    """Give up all capabilities, which a server of root has, for good."""
+    if (
+        _LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+        or _LIBC.capset(CAPABILITY_HEADER, NO_CAPABILITIES) != 0
+    ):
+        raise OSError("the kernel keeps a worker from giving up privileges")
+
+
+def probe(order: Probe) -> Probed:
+    """Apply the layers of an order one by one, as far as this kernel allows, then try forbidden things."""
+    abi, applied, problems = landlock.find_abi(), list[Layer](), list[str]()
+    target = _Target(order.outside, os.getppid())
+    for layer in order.layers:
+        try:
+            confine(msgspec.structs.replace(order, layers=(layer,)))
+        except OSError as error:
+            problems.append(f"{layer}: {error.strerror or error}")
+        else:
+            applied.append(layer)
+    if "landlock" not in applied:
+        abi = 0
+    return Probed(abi, tuple(applied), tuple(_try_all(target)), tuple(problems))
+
+
+class _Target(NamedTuple):
+    """A folder outside of everything that a worker may read, and the fork server's process id."""
+
+    outside: str
+    fork_server: int
+
+
+def _try_all(target: _Target) -> Iterable[ForbiddenAct]:
+    """Yield the forbidden things that this process can do."""
+    for name, act in FORBIDDEN_ACTS.items():
+        with suppress(OSError):
+            act(target)
+            yield name
+
+
+def _read_file(target: _Target) -> None:
+    os.close(os.open(target.outside, os.O_RDONLY))
+
+
+def _write_file(target: _Target) -> None:
+    try:
+        descriptor = os.open(target.outside, os.O_WRONLY | os.O_TMPFILE, 0o600)  # a file without a name
+    except OSError as error:
+        if error.errno not in NO_UNNAMED_FILES:
+            raise
+        path = Path(target.outside, f".attempt-{os.getpid()}")
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        path.unlink()
+    os.close(descriptor)
+
+
+def _use_network(_: _Target) -> None:
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
+
+
+def _start_process(_: _Target) -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def _read_memory(target: _Target) -> None:
+    """Read the fork server's memory: None has the same address there."""
+    descriptor = os.open(f"/proc/{target.fork_server}/mem", os.O_RDONLY)
+    try:
+        os.pread(descriptor, 8, id(None))
+    finally:
+        os.close(descriptor)
+
+
+FORBIDDEN_ACTS: Mapping[ForbiddenAct, Callable[[_Target], None]] = {
+    "read_files": _read_file,
+    "write_files": _write_file,
+    "use_network": _use_network,
+    "start_processes": _start_process,
+    "read_memory": _read_memory,
+}
+"""Five forbidden things; one that the kernel refuses raises OSError."""

@@ -1,0 +1,385 @@
+"""A worker's words are hostile input: what it may not say ends it, and holds up nobody else."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import uvloop
+from hypothesis import given
+from hypothesis import strategies as st
+from support import models
+from support.history import FEWER
+from support.impostors import Impostor, encoded, impostor, silent_worker
+from support.strategies import instances
+from support.workers import (
+    FOR_EVER_S,
+    LIMIT_S,
+    answer,
+    descriptors,
+    floats,
+    load,
+    order_of,
+    running_pool,
+    until,
+)
+
+from runtime import memory, wire
+from runtime.errors import Exit, ForkServerUnavailable, RuntimeProblem, WorkerDied
+from runtime.frames import READ_BYTES, FrameRules
+from runtime.process import forkclient
+from runtime.process.channel import BYTES_PER_TURN, FRAMES_PER_TURN, Channel
+from runtime.process.forkclient import ForkServer
+from runtime.process.forkserver import Exited, Forked, ForkFailed, Ready
+from runtime.process.worker import Worker
+from runtime.wire import PREFIX, Load, Loaded, Outcome, StageReached, Tensor, TensorSpec, heads
+
+ORDER = Load("/", "/", 0, 1)
+KILLED = Exit(None, signal.SIGKILL)
+PAUSE_S = 2.0
+"""No hold of the loop takes this long on a busy machine either; before there were limits, some had no end."""
+
+Y, OTHER = floats("y", 1.0), floats("other", 1.0)
+LOADED = Loaded((), (TensorSpec("y", "FP32", (1,)), TensorSpec("z", "FP32", (1,))), 1, 2)
+LOADING, WARMING_UP = encoded(StageReached("loading")), encoded(StageReached("warming_up"))
+SERVES = LOADING + encoded(LOADED)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run on the loop that the server has."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(work, LIMIT_S))
+
+
+def answered(*tensors: Tensor, number: int = 0) -> bytes:
+    return encoded(Outcome(number, heads(tensors)), *tensors)
+
+
+def announced(message: wire.Message, payload: int) -> bytes:
+    """A frame of which the payload is still to come."""
+    frame = encoded(message)
+    return PREFIX.pack(len(frame) - PREFIX.size, payload) + frame[PREFIX.size :]
+
+
+LONG = Outcome(0, (wire.TensorHead("y", "UINT8", (2**28,), 2**28),))
+
+WHILE_LOADING = {
+    "endless stages": (LOADING, LOADING, "stage 'loading' twice, or out of order"),
+    "stages backwards": (WARMING_UP, LOADING, "stage 'loading' twice, or out of order"),
+    "a payload": (announced(LOADED, 2**28), bytes(2**16), "+ 268435456 bytes (header + payload), of at most"),
+    "a long header": (PREFIX.pack(2**20 + 1, 0), bytes(2**16), "a frame of 1048577 + 0 bytes"),
+    "answers": (encoded(Outcome(0)), answered(Y), "Invalid value 'Outcome'"),
+    "no messages": (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", "a frame of 1347703880 + "),
+    "no msgpack": (PREFIX.pack(1, 0) + b"\xc1", b"\xc1", "MessagePack data is malformed"),
+}
+"""What a worker says when it has its order, what it repeats, and why it is killed."""
+
+WHEN_ASKED = {
+    "no output of the model": (answered(OTHER), "output 'other', which was not asked for"),
+    "output not asked for": (answered(floats("z", 1.0)), "output 'z', which was not asked for"),
+    "output twice": (answered(Y, Y), "an output twice"),
+    "other datatype": (answered(Tensor("y", "INT8", (1,), b"\0")), "output 'y' in another form"),
+    "JSON": (answered(Tensor("y", "FP32", (1,), b"[1]", text=True)), "output 'y' in another form"),
+    "answer of another": (answered(Y, number=1), "an answer that nothing asked for"),
+    "answer twice": (2 * answered(Y), "a message that nothing asked for"),
+    "stage": (LOADING, "Invalid value 'StageReached'"),
+    "loaded again": (encoded(LOADED), "Invalid value 'Loaded'"),
+    "long header": (PREFIX.pack(2**16, 0), "a frame of 65536 + 0 bytes"),
+    "endless answer": (announced(LONG, 2**28 + 1), "+ 268435457 bytes (header + payload)"),
+}
+"""What a loaded worker answers to a request for the output y, and why it is killed."""
+
+
+async def load_fails(worker: Worker) -> None:
+    with pytest.raises(WorkerDied):
+        await worker.load(ORDER, lambda _: None)
+
+
+async def request_fails(worker: Worker) -> None:
+    """The first request may be answered, the next one is not."""
+    await worker.load(ORDER, lambda _: None)
+    asked = [worker.infer((), (wire.WantedOutput("y"),), timeout_s=FOR_EVER_S) for _ in range(2)]
+    with contextlib.suppress(WorkerDied):
+        await asked[0]
+    with pytest.raises(WorkerDied):
+        await asked[1]
+
+
+async def ends(worker: Worker) -> None:
+    await asyncio.shield(worker.ended)
+
+
+@asynccontextmanager
+async def serving_meanwhile(folder: Path) -> AsyncIterator[None]:
+    """Run inferences on a good model meanwhile: each is answered, and the loop has its turns."""
+    models.save(models.add(), folder, "m")
+    async with running_pool() as pool:
+        good, _ = await load(pool, order_of(folder))
+        pauses_s, over = list[float](), False
+
+        async def ask() -> None:
+            while not over:
+                assert await answer(good, floats("x", 1)) == [2]
+
+        async def turn() -> None:
+            while not over:
+                began = time.monotonic()
+                await asyncio.sleep(0.001)
+                pauses_s.append(time.monotonic() - began)
+
+        asking, turning = asyncio.create_task(ask()), asyncio.create_task(turn())
+        try:
+            yield
+        finally:
+            over = True
+            await asyncio.gather(asking, turning)
+        assert max(pauses_s) < PAUSE_S
+
+
+def test_hostile_words_end_their_worker_only(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    """While it loads, when it is asked, and when nothing is asked."""
+    cases: dict[str, tuple[list[bytes], bytes, str, Callable[[Worker], Awaitable[None]], str]] = {
+        **{f"loading: {k}": ([a], b, "data", load_fails, why) for k, (a, b, why) in WHILE_LOADING.items()},
+        **{
+            f"asked: {k}": ([SERVES, said], b"", "data", request_fails, why)
+            for k, (said, why) in WHEN_ASKED.items()
+        },
+        "nothing ordered": ([], LOADING, "data", ends, "a message that nothing asked for"),
+        "nothing asked": ([SERVES], answered(Y), "data", load_then_end, "a message that nothing asked for"),
+        "control": ([LOADING], answered(Y), "control", load_fails, "a message that nothing asked for"),
+    }
+
+    async def hold_against_all() -> None:
+        async with serving_meanwhile(tmp_path):
+            for name, (said, flood, where, holds, why) in cases.items():
+                with subtests.test(name):
+                    async with impostor(*said, flood=flood, where=where) as worker:
+                        await holds(worker)
+                        await ends(worker)
+                        assert worker.ended.result() == KILLED
+                        [line] = worker.stderr_tail()
+                        assert line.startswith("killed by the server: it sent ")
+                        assert why in line
+
+    run(hold_against_all())
+
+
+async def load_then_end(worker: Worker) -> None:
+    with contextlib.suppress(WorkerDied):
+        await worker.load(ORDER, lambda _: None)
+    await ends(worker)
+
+
+async def test_announced_payload_takes_no_memory() -> None:
+    """Of a worker that may answer: pages without bytes are not resident."""
+    async with silent_worker() as it:
+        loading = asyncio.ensure_future(it.worker.load(ORDER, lambda _: None))
+        await asyncio.sleep(0)
+        receive(it, SERVES)
+        await loading
+        asked = asyncio.ensure_future(it.worker.infer((), timeout_s=FOR_EVER_S))
+        await asyncio.sleep(0)
+        before = memory.private_bytes("self")
+        receive(it, announced(LONG, 2**28))
+        assert memory.private_bytes("self") - before < 2**24
+    with pytest.raises(WorkerDied):
+        await asked
+
+
+# The budget of a turn
+
+
+@asynccontextmanager
+async def receiving(on_frame: Callable[[], None]) -> AsyncIterator[socket.socket]:
+    """Open a channel of a serving worker; yields the worker's end."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    lost = asyncio.Event()
+    rules: FrameRules[wire.FromWorker] = FrameRules(wire.FROM_SERVING)
+    channel = Channel(rules, lambda _: on_frame(), pytest.fail, lost.set)
+    await channel.connect(ours)
+    with theirs:
+        yield theirs
+    await lost.wait()
+
+
+def test_answers_of_one_turn_are_bounded() -> None:
+    """A thousand at once are passed on, a few in each turn of the loop."""
+
+    async def send_thousand() -> None:
+        turn, turns = 0, list[int]()
+
+        def count_turn() -> None:
+            nonlocal turn
+            turn += 1
+            asyncio.get_running_loop().call_soon(count_turn)
+
+        count_turn()
+        async with receiving(lambda: turns.append(turn)) as theirs:
+            theirs.sendall(1000 * encoded(Outcome(0)))
+        assert len(turns) == 1000
+        assert max(len(list(some)) for _, some in itertools.groupby(turns)) <= FRAMES_PER_TURN
+
+    run(send_thousand())
+
+
+def test_bytes_of_one_turn_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast the other side writes."""
+    read = list[tuple[int, int]]()
+    turn = 0
+    updated = Channel.buffer_updated
+
+    def noted(channel: Channel, nbytes: int) -> None:
+        read.append((turn, nbytes))
+        updated(channel, nbytes)
+
+    monkeypatch.setattr(Channel, "buffer_updated", noted)
+    data = Tensor("y", "UINT8", (2**26,), bytes(2**26))
+
+    async def send_much() -> None:
+        def count_turn() -> None:
+            nonlocal turn
+            turn += 1
+            asyncio.get_running_loop().call_soon(count_turn)
+
+        count_turn()
+        came = asyncio.Event()
+        async with receiving(came.set) as theirs:
+            sending = threading.Thread(target=theirs.sendall, args=[answered(data)])
+            sending.start()
+            await came.wait()
+            sending.join()
+
+    run(send_much())
+    by_turn = [sum(n for _, n in some) for _, some in itertools.groupby(read, lambda each: each[0])]
+    assert sum(by_turn) > 2**26
+    assert max(by_turn) <= BYTES_PER_TURN + READ_BYTES
+
+
+# stderr, and the fork server's socket
+
+
+def written_bytes(pid: int) -> int:
+    """Return how much a process has written, to whatever (proc_pid_io(5))."""
+    counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(counts["wchar"])
+
+
+async def test_stderr_flood_is_read_by_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept are the last lines; the server's reason comes after them."""
+    most = 2**18
+    monkeypatch.setattr(forkclient, "BYTES_PER_S", most)
+    async with impostor(flood=b"a line\n" * 1000, where="stderr") as worker:
+        await until(lambda: worker._stderr._pause is not None)
+        written = written_bytes(worker.pid)
+        assert written < most + 2 * 2**16  # what the pipe holds, and its last read
+        await until(lambda: written_bytes(worker.pid) > written + 2 * 2**16)  # in the next second
+        worker._data.get_buffer(-1)[:13] = PREFIX.pack(1, 0) + b"?"
+        worker._data.buffer_updated(13)
+        await ends(worker)
+    assert worker.stderr_tail()[:-1] == 63 * ["a line"]
+    assert worker.stderr_tail()[-1] == "killed by the server: it sent a message that nothing asked for"
+    worker.records_stderr = False
+    assert worker.recorded_tail() == worker.stderr_tail()[-1:]
+
+
+async def test_foreign_message_ends_the_fork_server(subtests: pytest.Subtests) -> None:
+    """It answers nothing that was asked for, so whoever sent it is no fork server."""
+    foreign: dict[str, list[object]] = {
+        "junk": ["junk"],
+        "fork": [Forked(1)],
+        "failed fork": [ForkFailed("so it says")],
+        "exit": [Exited(1, 0, None)],
+        "untrue exit": [Exited(1, 2**63, None)],
+        "ready twice": [Ready(), Ready()],
+    }
+    for name, messages in foreign.items():
+        with subtests.test(name):
+            before = descriptors(os.getpid())
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.setblocking(False)
+            stderr, nobody = os.pipe2(os.O_CLOEXEC)
+            process = subprocess.Popen(["sleep", "1000"])  # noqa: ASYNC220 - it takes no time
+            fork_server = ForkServer(process, os.pidfd_open(process.pid), ours, stderr)
+            for message in messages:
+                socket.send_fds(theirs, [msgspec.msgpack.encode(message)], [nobody])
+            await asyncio.shield(fork_server.ended)
+            assert process.returncode == -signal.SIGKILL
+            if name != "ready twice":
+                with pytest.raises(ForkServerUnavailable, match="a message that nothing asked for"):
+                    await fork_server.ready
+            os.close(nobody)
+            theirs.close()
+            assert descriptors(os.getpid()) == before
+
+
+# Any words
+
+
+def receive(it: Impostor, data: bytes) -> None:
+    """Let the server read this; after a malformed frame it reads nothing."""
+    channel = it.worker._data
+    while data and not channel._transport.is_closing():  # type: ignore[union-attr]
+        buffer = channel.get_buffer(-1)
+        count = min(len(buffer), len(data))
+        buffer[:count] = data[:count]
+        channel.buffer_updated(count)
+        data = data[count:]
+
+
+ASK = None
+"""In place of words: the server asks the worker for an answer."""
+REPORTS = st.one_of(*(instances(kind) for kind in (StageReached, wire.LoadFailure, wire.PrepareDone)))
+ANSWERS = st.builds(
+    lambda number, tensors: answered(*tensors, number=number),
+    st.integers(0, 3),
+    st.lists(st.sampled_from([Y, OTHER, floats("z", 1.0)]), max_size=2),
+)
+FAILURES = st.builds(
+    lambda number, code, text: encoded(wire.InferenceFailure(number, code, text)),
+    st.integers(0, 3), st.sampled_from(["invalid_input", "no such code"]), st.text(max_size=5),
+)  # fmt: skip
+WORDS = st.one_of(
+    st.sampled_from([LOADING, WARMING_UP, SERVES, ASK, ASK, ASK]),
+    ANSWERS, ANSWERS, FAILURES, REPORTS.map(encoded), st.binary(max_size=40),
+)  # fmt: skip
+
+
+@FEWER
+@given(words=st.lists(WORDS, max_size=12).map(lambda words: [SERVES, *words]) | st.lists(WORDS, max_size=12))
+def test_any_words_are_answers_or_end_the_worker(words: list[bytes | None]) -> None:
+    """Nothing else is raised, and nobody waits for ever."""
+
+    async def listen() -> None:
+        async with silent_worker() as it:
+            loading = asyncio.ensure_future(it.worker.load(ORDER, lambda _: None))
+            asked = list[asyncio.Future[Any]]()
+            await asyncio.sleep(0)
+            for each in words:
+                if each is not ASK:
+                    receive(it, each)
+                elif loading.done() and not loading.exception():
+                    asked.append(asyncio.ensure_future(it.worker.infer((), timeout_s=FOR_EVER_S)))
+                await asyncio.sleep(0)
+            is_refused = it.worker._data._transport.is_closing()  # type: ignore[union-attr]
+            assert is_refused == bool(it.worker.stderr_tail())
+        results = await asyncio.gather(loading, *asked, return_exceptions=True)
+        for result in results:
+            assert isinstance(result, RuntimeProblem | Loaded | tuple)
+            if isinstance(result, tuple):
+                names = [tensor.name for tensor in result[1]]
+                assert len(names) == len(set(names))
+                assert set(names) <= {"y", "z"}
+
+    run(listen())

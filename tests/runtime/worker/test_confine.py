@@ -1,0 +1,239 @@
+"""The confinement of workers: what taken over ones can do, the layers one by one, and the filter."""
+
+import errno
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from support import models, takeover
+from support.models import save
+from support.workers import LAYERS, answer, floats, fork_server_of, load, order_of, running_pool
+
+from runtime.errors import LoadRefused, WorkerDied
+from runtime.process.pool import WorkerPool
+from runtime.wire import ForbiddenAct, Layer, Load, Prepare, Probe
+from runtime.worker import landlock, seccomp
+
+MB = 10**6
+NO_FILES = (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE)
+MARK = "FACTS "
+PATCH = """
+
+import json as _json
+import takeover as _takeover
+
+
+def {name}(order, *_):
+    data = Path(order.folder, MODEL_FILE).read_bytes()
+    facts = _json.JSONDecoder().raw_decode(data.decode("utf-8", "replace").partition("FACTS ")[2])[0]
+    succeeded = _takeover.try_all({{**facts, "own": order.folder}})
+    raise LoadRefused("invalid_model", "SUCCEEDED " + _json.dumps(succeeded))
+"""
+"""In place of the function that reads a model's bytes: try everything, and report what succeeded."""
+PATCHED = {"loading": "_create_session", "optimising": "_write"}
+
+
+@asynccontextmanager
+async def taken_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WorkerPool]:
+    """Open a pool whose workers try everything instead of creating a session."""
+    patched = folder / "patched"
+    shutil.copytree(Path(landlock.__file__).parents[1], patched / "runtime")
+    shutil.copy(takeover.__file__, patched)
+    for module, name in PATCHED.items():
+        with (patched / "runtime" / "worker" / f"{module}.py").open("a") as file:
+            file.write(PATCH.format(name=name))
+    monkeypatch.syspath_prepend(str(patched))  # the fork server's path is this process's
+    async with running_pool() as pool:
+        yield pool
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+async def prepared_world(pool: WorkerPool, folder: Path, port: int) -> Path:
+    """Make a repository with a model that carries the facts, and a data directory; returns the repository."""
+    root, data = folder / "models", folder / "data"
+    others = save(models.add(), root, "others") / "model.onnx"
+    (data / "keys").mkdir(parents=True)
+    for name in ("ledger.key", "ledger.db", "keys/key.pem"):
+        (data / name).write_bytes(b"secret")
+    sibling = await pool.start("sibling")
+    facts = {
+        "server": os.getpid(), "fork_server": fork_server_of(pool).pid, "sibling": sibling.pid,
+        "data": str(data), "others": str(others), "port": port,
+    }  # fmt: skip
+    model = models.add()
+    model.doc_string = MARK + json.dumps(facts)
+    save(model, root, "m")
+    return root
+
+
+async def succeeded(pool: WorkerPool, order: Load | Prepare) -> set[str]:
+    """Return which attempts of a taken over worker succeeded."""
+    worker = await pool.start("w")
+    with pytest.raises((LoadRefused, WorkerDied)) as refused:
+        await (worker.prepare(order) if isinstance(order, Prepare) else worker.load(order, lambda _: None))
+    assert "SUCCEEDED" in str(refused.value), "\n".join(worker.stderr_tail())
+    return set(json.loads(str(refused.value).partition("SUCCEEDED ")[2]))
+
+
+ANYWHERE = {
+    "read ledger key", "write ledger", "create in data directory", "write own model",
+    "create beside own model", "tcp connect", "tcp listen", "udp", "fork", "start a program", "signal server",
+    "memory with code", "limits of server", "outlive the fork server", "memory beyond the limit",
+    "memory file",
+}  # fmt: skip
+"""What succeeds without confinement on every machine, so that no attempt fails for another reason."""
+
+
+async def test_taken_over_worker_succeeds_at_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    if LAYERS != ("landlock", "seccomp"):
+        pytest.skip("this kernel has no Landlock; its files are then open to workers")
+    async with taken_over(tmp_path, monkeypatch) as pool:
+        root = await prepared_world(pool, tmp_path, port)
+        order = order_of(root, ceiling_bytes=500 * MB)
+        order = replace(order, root=order.folder)  # as in the store
+        assert await succeeded(pool, replace(order, layers=(), ceiling_bytes=None)) >= ANYWHERE
+        assert await succeeded(pool, order) == set()
+        target = tmp_path / "form"
+        target.mkdir()
+        prepare = Prepare(
+            order.root, order.folder, order.bytes, 1, 500 * MB, "optimised", str(target), layers=LAYERS
+        )
+        assert await succeeded(pool, prepare) == set()
+
+
+MEMORY = {"read_memory"} if os.geteuid() else set()
+"""A worker of root has given up the capabilities that the fork server has, and may not read its memory."""
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ((), {"read_files", "write_files", "use_network", "start_processes", "read_memory"}),
+        (("landlock",), {"use_network", "start_processes"}),  # TCP alone is restricted; processes inherit it
+        (("seccomp",), {"read_files", "write_files", *MEMORY}),
+        (LAYERS, set()),
+    ],
+)
+async def test_probe_reports_what_layers_do_not_prevent(
+    pool: WorkerPool, tmp_path: Path, layers: tuple[Layer, ...], expected: set[ForbiddenAct]
+) -> None:
+    if "landlock" in layers and not landlock.find_abi():
+        pytest.skip("this kernel has no Landlock")
+    worker = await pool.start("w")
+    found = await worker.probe(Probe(str(tmp_path), layers))
+    assert (set(found.succeeded), found.layers, found.problems) == (expected, layers, ())
+    assert found.landlock_abi == (landlock.find_abi() if "landlock" in layers else 0)
+    assert sum(1 for _ in os.scandir(tmp_path)) == 0
+
+
+async def test_layer_that_cannot_be_applied_ends_the_worker(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    with pytest.raises(WorkerDied):  # the filter refuses the system calls of Landlock
+        await load(pool, order_of(tmp_path, layers=("seccomp", "landlock")))
+    worker, _ = await load(pool, order_of(tmp_path))
+    assert await answer(worker, floats("x", 1)) == [2]
+    assert [resource.prlimit(worker.pid, kind) for kind in NO_FILES] == 2 * [(0, 0)]
+    capabilities = re.findall(r"^Cap(?:Inh|Prm|Eff):\t(\w+)$", status_of(worker.pid), re.MULTILINE)
+    assert {int(each, 16) for each in capabilities} == {0}
+
+
+def status_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text()
+
+
+def test_numbers_of_system_calls_are_those_of_the_headers() -> None:
+    folder = Path(f"/usr/include/{platform.machine()}-linux-gnu/asm/unistd_64.h")
+    headers = [folder, Path("/usr/include/asm-generic/unistd.h")]
+    if not all(path.exists() for path in headers):
+        pytest.skip("the kernel's headers are not installed (linux-libc-dev)")
+    for column, path in enumerate(headers):
+        found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text())
+        known = {name: int(number) for name, number in found}
+        known.setdefault("newfstatat", known.get("fstatat", -1))
+        for name, numbers in seccomp.NUMBERS.items():
+            assert numbers[column] == known.get(name) or numbers[column] is None, name
+
+
+def run(program: bytes, audit_number: int, number: int, *arguments: int) -> int:
+    """Run a filter as the kernel does; returns its result."""
+    arguments = (*arguments, *(6 - len(arguments)) * (0,))
+    data = struct.pack("=IIQ6Q", number, audit_number, 0, *arguments)
+    code = [seccomp.INSTRUCTION.unpack_from(program, at) for at in range(0, len(program), 8)]
+    at = word = 0
+    while True:
+        operation, if_true, if_false, operand = code[at]
+        at += 1
+        match operation:
+            case seccomp.LOAD_WORD:
+                [word] = struct.unpack_from("=I", data, operand)
+            case seccomp.AND:
+                word &= operand
+            case seccomp.JUMP_IF_EQUAL:
+                at += if_true if word == operand else if_false
+            case seccomp.RETURN:
+                return int(operand)
+
+
+DENIED = seccomp.ERRNO | errno.EPERM
+PID = 77
+READ, EXEC = 1, 4
+CASES = [  # system call, arguments, result when it reads, when it also writes
+    ("read", (), seccomp.ALLOW, seccomp.ALLOW),
+    ("unlinkat", (), DENIED, seccomp.ALLOW),
+    ("openat", (0, 0, os.O_RDONLY | os.O_CLOEXEC), seccomp.ALLOW, seccomp.ALLOW),
+    ("openat", (0, 0, os.O_WRONLY | os.O_CREAT), DENIED, seccomp.ALLOW),
+    ("mmap", (0, 1, READ, 0x02), seccomp.ALLOW, seccomp.ALLOW),  # a private file
+    ("mmap", (0, 1, READ, 0x20022), seccomp.ALLOW, seccomp.ALLOW),  # a stack of glibc
+    ("mmap", (0, 1, READ | EXEC, 0x02), DENIED, DENIED),
+    ("mmap", (0, 1, READ, 0x21), DENIED, DENIED),  # shared memory
+    ("mmap", (0, 1, READ, 0x122), DENIED, DENIED),  # MAP_GROWSDOWN
+    ("mprotect", (0, 1, EXEC), DENIED, DENIED),
+    ("clone", (0x3D0F00,), seccomp.ALLOW, seccomp.ALLOW),  # glibc's thread
+    ("clone", (0x01200011,), DENIED, DENIED),  # glibc's fork
+    ("clone", (0x3D0F00 | 0x10000000,), DENIED, DENIED),
+    ("clone3", (), seccomp.ERRNO | errno.ENOSYS, seccomp.ERRNO | errno.ENOSYS),
+    ("prlimit64", (0, 2), seccomp.ALLOW, seccomp.ALLOW),
+    ("prlimit64", (PID, 2), DENIED, DENIED),
+    ("fcntl", (3, 4), seccomp.ALLOW, seccomp.ALLOW),
+    ("fcntl", (3, 8), DENIED, DENIED),  # F_SETOWN
+    ("ioctl", (0, 0x5401), seccomp.ALLOW, seccomp.ALLOW),
+    ("ioctl", (0, 0x5412), DENIED, DENIED),  # TIOCSTI
+    ("prctl", (15,), seccomp.ALLOW, seccomp.ALLOW),
+    ("prctl", (1, 0), DENIED, DENIED),
+    ("kill", (PID, 9), seccomp.ALLOW, seccomp.ALLOW),
+    ("kill", (1, 0), DENIED, DENIED),
+    ("tgkill", (1, 1, 0), DENIED, DENIED),
+]
+
+
+@pytest.mark.parametrize("machine", seccomp.MACHINES)
+def test_filter_allows_calls_by_number_and_arguments(machine: str) -> None:
+    found = seccomp.MACHINES[machine]
+    other = next(each for name, each in seccomp.MACHINES.items() if name != machine)
+    for writes in (False, True):
+        program = seccomp.build_filter(found, PID, writes=writes)
+        for name, arguments, *expected in CASES:
+            number = seccomp.NUMBERS[name][found.column]
+            assert number is not None
+            assert run(program, found.audit_number, number, *arguments) == expected[writes], name
+            assert run(program, other.audit_number, number, *arguments) == seccomp.KILL_PROCESS
+        known = {numbers[found.column] for numbers in seccomp.NUMBERS.values()}
+        for number in {*range(600), *(0x40000000 | each for each in range(600))} - known:
+            assert run(program, found.audit_number, number) == DENIED, number
