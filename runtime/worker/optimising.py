@@ -3,8 +3,8 @@
 The graph is written after all optimisations for this machine, with the weights in a file beside it, which a
 load maps instead of reading; the form "prepacked" also has what the kernels made of the weights.
 
-ONNX Runtime (1.31) writes packed weights at any offset. Its matrix kernels read them in aligned steps: of a
-250 by 250 matrix the process dies of SIGSEGV, and only when it is run on two rows at once. Other weights are
+ONNX Runtime writes packed weights at any offset. Up to 1.31 its matrix kernels read them in aligned steps: of
+a 250 by 250 matrix the process dies of SIGSEGV, and only if it is run on two rows at once. Other weights are
 read faster where an allocation of their own would be. So all weights are copied to aligned offsets, and the
 protobuf messages that lead to tensors are rewritten; all others stay as they are.
 """

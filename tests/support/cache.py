@@ -25,7 +25,7 @@ from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.store.identities import hash_file
 from runtime.store.manifest import StoredFile, digest_of
-from runtime.wire import CachedCopy, Form, Load, Prepare, PrepareDone
+from runtime.wire import CachedCopy, Form, Prepare, PrepareDone
 from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from support.workers import LAYERS, order_of
 
@@ -64,21 +64,6 @@ def found(folder: Path | str) -> tuple[StoredFile, ...]:
     """Describe the files of a folder as they are, but none in folders within."""
     paths = [path for path in sorted(Path(folder).iterdir()) if path.is_file()]
     return tuple(hash_file(path.parent, path.name) for path in paths)
-
-
-def written_by_the_runtime(root: Path) -> Load:
-    """Make the order to load `m` with its prepacked form as ONNX Runtime wrote it, not aligned."""
-    order, folder = order_of(root), root.parent / "forms" / "raw"
-    folder.mkdir(parents=True)
-    import onnxruntime as ort  # noqa: PLC0415 - it starts threads
-
-    chosen = ort.SessionOptions()
-    chosen.optimized_model_filepath = str(folder / "model.onnx")
-    name = "session.optimized_model_external_initializers_file_name"
-    chosen.add_session_config_entry(name, "weights.bin")
-    chosen.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-    ort.InferenceSession(Path(order.folder) / "model.onnx", chosen, providers=["CPUExecutionProvider"])
-    return replace(order, prepared=describe(folder, "prepacked"))
 
 
 def in_background(pid: int) -> bool:

@@ -419,6 +419,25 @@ def crash_on_zeros() -> ModelProto:
     return model(nodes, [value("x", INT64, [1])], [value("y", INT64, [1])], numbers)
 
 
+def crash_on_rows(rows: int) -> ModelProto:
+    """`y = x`; kills the process that runs it (SIGFPE on x86) for so many: it then divides `LOWEST / -1`."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["rows"]),
+        helper.make_node("Sub", ["rows", "deadly"], ["more"]),
+        helper.make_node("Mul", ["more", "more"], ["square"]),
+        helper.make_node("Add", ["square", "lowest"], ["a"]),
+        helper.make_node("Sub", ["square", "one"], ["b"]),
+        helper.make_node("Div", ["a", "b"], ["quotient"]),
+        helper.make_node("Mul", ["quotient", "zero"], ["nothing"]),
+        helper.make_node("Add", ["x", "nothing"], ["y"]),
+    ]
+    numbers = [
+        helper.make_tensor(name, INT64, [1], [number])
+        for name, number in {"deadly": rows, "lowest": LOWEST, "one": 1, "zero": 0}.items()
+    ]
+    return model(nodes, [value("x", INT64, [None])], [value("y", INT64, [None])], numbers)
+
+
 def endless() -> ModelProto:
     """Counts on from its input for ever: no inference of it ends by itself."""
     loop = counting_loop().graph
@@ -476,10 +495,10 @@ def entry(key: int, index: Any) -> Any:
 
 
 def misaligned(rows: int | str = "rows", side: int = 250) -> ModelProto:
-    """Three layers of odd size: what ONNX Runtime 1.31 packs of them, it saves where it cannot use it.
+    """Three layers of odd size: what ONNX Runtime up to 1.31 packs of them, it saves where it cannot use it.
 
     The prepacked form that it writes by itself kills the process (SIGSEGV) that runs it on two rows or more;
-    on one row it does not.
+    on one row it does not. With 1.32 it answers.
     """
     rng = np.random.default_rng(0)
     tensors = [

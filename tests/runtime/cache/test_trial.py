@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto
 from support import models
-from support.cache import prepared, written_by_the_runtime
+from support.cache import prepared
 from support.history import PLAIN
 from support.models import save
 from support.workers import Serve, array, ask, order_of
 
 from runtime.cache.trial import (
+    LENGTHS,
     MAX_SAMPLE_BYTES,
     Pair,
     Trial,
@@ -101,11 +102,12 @@ async def test_form_of_a_random_model_is_of_no_use(pool: WorkerPool, root: Path)
 
 
 async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, root: Path) -> None:
-    save(models.misaligned(), root, "m")
-    order = written_by_the_runtime(root)
-    assert order.prepared is not None
+    save(models.identity(models.INT64), root, "m")
+    other = root.parent / "other" / "models"
+    save(models.crash_on_rows(LENGTHS[1][0]), other, "m")
+    form = await prepared(pool, other)  # given out for one of the model
     with pytest.raises(WorkerDied):
-        await tried(pool, root, order.prepared)
+        await tried(pool, root, form)
     assert not pool._workers
 
 

@@ -1,7 +1,6 @@
 """Loading a cached model in a real worker: the same answers, or a refusal where it is of no use."""
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import pytest
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.cache import FORMS, describe, in_background, prepared, written_by_the_runtime
+from support.cache import FORMS, describe, in_background, prepared
 from support.models import save
 from support.workers import array, ask, floats, load, loaded_memory, order_of, refusal, tensor, trips
 
 from runtime import wire
-from runtime.errors import Exit, WorkerDied
+from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.wire import Load
@@ -80,7 +79,8 @@ async def test_peak_memory_of_a_form_is_measured(pool: WorkerPool, tmp_path: Pat
     given = await prepared(pool, tmp_path / "models")
     worker, _ = await load(pool, replace(order, prepared=given))
     assert loaded_memory(worker).memory_bytes < 12_000_000
-    assert 15_000_000 < loaded_memory(worker).peak_memory_bytes < 28_000_000
+    # At its peak 20 MB with ONNX Runtime 1.31; with 1.32 now and then 34.
+    assert 15_000_000 < loaded_memory(worker).peak_memory_bytes < 45_000_000
 
 
 async def test_background_load_has_low_priority(pool: WorkerPool, root: Path) -> None:
@@ -133,12 +133,9 @@ def rows_input(count: int) -> wire.Tensor:
 
 
 async def test_aligned_weights_prevent_the_runtimes_crash(pool: WorkerPool, tmp_path: Path) -> None:
+    """That of ONNX Runtime before 1.32, whose own form kills the process on two rows."""
     root = tmp_path / "models"
     save(models.misaligned(), root, "m")
-    raw, _ = await load(pool, written_by_the_runtime(root))
-    with pytest.raises(WorkerDied):
-        await ask(raw, [rows_input(2)])
-    assert raw.ended.result() == Exit(None, signal.SIGSEGV)
     bare, _ = await load(pool, order_of(root))
     ours, _ = await load(pool, order_of(root, prepared=await prepared(pool, root)))
     for count in (1, 2, 3, 64):
