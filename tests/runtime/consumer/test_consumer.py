@@ -244,6 +244,7 @@ async def test_unload_force_does_not_wait_for_stopped_fork_server(folder: Path) 
     async with running(folder) as engine:
         fork_server = engine.fork_server_pid
         os.kill(fork_server, signal.SIGSTOP)
+        await until(lambda: is_stopped(fork_server))  # it takes the signal when it has a core
         await engine.ask_load("adder")
         await engine.becomes("adder", ModelState.LOADING)
         await engine.unload("adder", force=True)
