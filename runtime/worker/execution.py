@@ -29,7 +29,7 @@ from runtime.worker.batching import (
     split_outputs,
 )
 from runtime.worker.inference import Runner
-from runtime.worker.sessions import is_out_of_memory
+from runtime.worker.sessions import is_out_of_memory, return_free_memory
 
 HELD_BYTES = 256 * 2**10
 """Limit of unsent answers: about what a socket's buffer holds."""
@@ -260,6 +260,8 @@ class InferenceExecutor:
         if self._drop_cancelled(infer.id):
             return None
         came_ns = time.monotonic_ns()
+        if self._must_shrink:  # of an earlier request, whose objects are gone by now
+            return_free_memory()
         try:
             outputs = self._runner.select_outputs(infer.outputs, infer.text, infer.digest)
             feed = self._runner.decode_inputs(tensors)
@@ -284,14 +286,11 @@ class InferenceExecutor:
 
     def _run_alone(self, request: BatchRequest) -> None:
         begun_ns = time.monotonic_ns()
-        options = self._cancellation.begin((request.number,))
+        options = self._begin((request.number,))
         try:
             if options is None:
                 self._cancellation.drop(request.number)
                 raise InferenceCancelled
-            if self._must_shrink:
-                options.add_run_config_entry(*SHRINK_ARENA)
-                self._must_shrink = False
             self._outbox.before_run(self._last_run_ns)
             arrays = self._runner.run(request.outputs, request.feed, options)
             self._last_run_ns = time.monotonic_ns() - begun_ns
@@ -308,10 +307,18 @@ class InferenceExecutor:
         finally:
             self._cancellation.end()
 
+    def _begin(self, numbers: Sequence[int]) -> ort.RunOptions | None:
+        """Start these inferences as `Cancellation.begin` does; after a lack of memory, shrink the arena."""
+        options = self._cancellation.begin(numbers)
+        if options is not None and self._must_shrink:
+            options.add_run_config_entry(*SHRINK_ARENA)
+            self._must_shrink = False
+        return options
+
     def _run_at_once(self, batch: Sequence[BatchRequest]) -> bool:
         """Run a batch and answer all or none of it: no request may fail because of another."""
         begun_ns = time.monotonic_ns()
-        options = self._cancellation.begin([request.number for request in batch])
+        options = self._begin([request.number for request in batch])
         if options is None:
             return False
         self._outbox.before_run(self._last_run_ns)

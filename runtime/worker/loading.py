@@ -105,7 +105,7 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     model, warming_up_us = describe_model(session, order.max_batch_size), None
     if order.warm_up:  # before it is measured: memory of an inference belongs to the model
         warming_up_us = _warm_up(order, model, given, lambda: on_stage("warming_up"))
-    ctypes.CDLL(None).malloc_trim(0)  # in 2 ms returns what loading freed, as much as it kept
+    sessions.return_free_memory()  # of loading: as much as the model keeps
     sessions.lift_load_limit()
     return model, Loaded(model.inputs, model.outputs, loading_us, warming_up_us)
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto
 from support import models
 from support.running import Engine, error_of, gone, running
-from support.workers import until
+from support.workers import freeze, until
 
 from events.jobs import Failure, JobStatus
 from events.models import ModelState
@@ -243,8 +243,7 @@ async def test_unload_force_ends_a_load_in_progress(engine: Engine) -> None:
 async def test_unload_force_does_not_wait_for_stopped_fork_server(folder: Path) -> None:
     async with running(folder) as engine:
         fork_server = engine.fork_server_pid
-        os.kill(fork_server, signal.SIGSTOP)
-        await until(lambda: is_stopped(fork_server))  # it takes the signal when it has a core
+        await freeze(fork_server)
         await engine.ask_load("adder")
         await engine.becomes("adder", ModelState.LOADING)
         await engine.unload("adder", force=True)
