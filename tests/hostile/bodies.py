@@ -64,7 +64,7 @@ SHAPES: tuple[Any, ...] = (
     "1",
     {},
 )
-"""What overflows 32 and 64 bits as a product, has no elements, more dimensions than numpy, or is no shape."""
+"""Shapes that overflow 32 or 64 bits, are empty or have too many dimensions, and values that are no shape."""
 TEXTS: tuple[Any, ...] = ("", "x", "y", "\0", "x" * 5000, "\udfff", "\u202ex", "../x", "id", 1, None, [], {})
 """Names and ids."""
 PARAMETERS = (

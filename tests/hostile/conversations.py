@@ -1,4 +1,4 @@
-"""What clients send that hold to no protocol: garbage, half requests, wrong lengths, resets at any moment."""
+"""Conversations of clients that violate HTTP: garbage, half requests, wrong lengths, resets at any moment."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ STATUS = re.compile(rb"HTTP/1\.[01] ([1-5]\d\d) [^\r\n]*\r\n")
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a client sends, in pieces with a short wait after each, and how it ends.
+    """The bytes of one connection of a client, in pieces with a short wait after each, and its end.
 
     `end` is `read` (all answers), `half` (the same, after a half-close), `close` or `reset`.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, get_args
@@ -39,7 +38,7 @@ BOMBS = (
     b"\xc9\xff\xff\xff\xff\x01",  # an extension
     b"\xc1",  # no type
 )
-"""What makes a msgpack decoder allocate or recurse."""
+"""Headers that make a careless msgpack decoder allocate or recurse."""
 CODES = (*get_args(PrepareCode), "invalid_model", "unsafe_file", "warm_up_failed")
 
 
@@ -92,7 +91,7 @@ def mutate_frame(rng: Random, good: bytes) -> bytes:
 
 
 def _prefix(header_bytes: int, payload_bytes: int) -> bytes:
-    return struct.pack("<IQ", header_bytes % 2**32, payload_bytes % 2**64)
+    return wire.PREFIX.pack(header_bytes % 2**32, payload_bytes % 2**64)
 
 
 def _mutate_fields(rng: Random, header: bytes) -> bytes:

@@ -16,7 +16,7 @@ DISK_BYTES = 96 * 2**20
 """Room for the models here, and for what traffic adds to the ledger."""
 ROUNDS = of_both(short=2, long=40)
 FREE_BYTES = (0, 0, 4096, 65536, 2**20, 6 * 2**20)
-"""What is left: too little for an event, for a group of events, or for a model."""
+"""Free space on the disk: too little for an event, for a group of events, or for a model."""
 FULL_S = 0.7
 ERRORS = ("the ledger cannot be written",)
 

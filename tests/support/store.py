@@ -16,6 +16,7 @@ from runtime.store.manifest import StoredVersion
 from runtime.store.sources import open_sources, open_version
 from runtime.store.store import FindNeeded, Store, TakenCopy
 from runtime.store.verification import verify_store
+from support.workers import until
 
 CODE = str(Path(runtime.store.__file__).parent)
 
@@ -66,6 +67,11 @@ def look(root: Path, folder: Path) -> tuple[FoundFile, ...]:
 def blobs(data: Path) -> list[str]:
     """Return the names of the blobs."""
     return sorted(path.name for path in (data / "store" / "blobs").glob("*/*"))
+
+
+async def nothing_incoming(data: Path) -> None:
+    """Wait until the incoming folder is empty: a manifest is written there after the end of a load."""
+    await until(lambda: not list((data / "store" / "incoming").iterdir()))
 
 
 def check_store(data: Path) -> int:

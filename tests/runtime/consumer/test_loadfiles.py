@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.mounts import hanging_mounts
-from support.store import opened_store, write_version
+from support.store import nothing_incoming, opened_store, write_version
 from support.workers import until
 
 from runtime.consumer import loadfiles
@@ -31,7 +31,7 @@ async def test_folder_that_hangs_beneath_a_model_that_answers(
     again = LoadFiles(contents, "m", 1)
     assert [file.path for file in (await again.obtain(None)).files] == ["data/w.bin", "model.onnx"]
     again.close()
-    await until(lambda: not list((tmp_path / "store" / "incoming").iterdir()))
+    await nothing_incoming(tmp_path)
 
 
 async def test_lack_of_threads_fails_the_load_and_releases_its_files(
@@ -51,4 +51,4 @@ async def test_lack_of_threads_fails_the_load_and_releases_its_files(
             await files.hash()
         files.close()
         assert list((tmp_path / "store" / "incoming").iterdir())
-    await until(lambda: not list((tmp_path / "store" / "incoming").iterdir()))
+    await nothing_incoming(tmp_path)

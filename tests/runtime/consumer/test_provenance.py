@@ -15,8 +15,8 @@ from support import models
 from support.fleet import new_dice, of_both, tell
 from support.history import child
 from support.running import Engine, code_of, error_of, running, stopped_clock
-from support.store import blobs
-from support.workers import array, floats, until
+from support.store import blobs, nothing_incoming
+from support.workers import array, floats
 
 from events.jobs import Job, JobStatus
 from events.models import ModelState
@@ -72,11 +72,6 @@ async def loaded(engine: Engine, **parameters: object) -> Job:
     job = await engine.load("m", parameters=LoadParameters(**parameters))  # type: ignore[arg-type]
     assert job.status is JobStatus.COMPLETED, job.error
     return job
-
-
-async def nothing_incoming(folder: Path) -> None:
-    """Wait until all that came into the store has its place: a manifest is written after the load's end."""
-    await until(lambda: not list((folder / "store" / "incoming").iterdir()))
 
 
 async def test_external_data_overwritten_after_the_load_changes_no_answer(

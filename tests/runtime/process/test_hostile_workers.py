@@ -83,7 +83,7 @@ WHILE_LOADING = {
     "no messages": (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", "a frame of 1347703880 + "),
     "no msgpack": (PREFIX.pack(1, 0) + b"\xc1", b"\xc1", "MessagePack data is malformed"),
 }
-"""What a worker says when it has its order, what it repeats, and why it is killed."""
+"""Bytes of a worker that has its order, those that it repeats, and the reason why the server kills it."""
 
 WHEN_ASKED = {
     "no output of the model": (answered(OTHER), "output 'other', which was not asked for"),
@@ -98,7 +98,7 @@ WHEN_ASKED = {
     "long header": (PREFIX.pack(2**16, 0), "a frame of 65536 + 0 bytes"),
     "endless answer": (announced(LONG, 2**28 + 1), "+ 268435457 bytes (header + payload)"),
 }
-"""What a loaded worker answers to a request for the output y, and why it is killed."""
+"""Answers of a loaded worker to a request for the output y, and the reason why the server kills it."""
 
 
 async def load_fails(worker: Worker) -> None:
@@ -277,7 +277,7 @@ def written_bytes(pid: int) -> int:
 
 
 async def test_stderr_flood_is_read_by_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept are the last lines; the server's reason comes after them."""
+    """The tail keeps the last lines; the server's reason follows them."""
     most = 2**18
     monkeypatch.setattr(forkclient, "BYTES_PER_S", most)
     async with impostor(flood=b"a line\n" * 1000, where="stderr") as worker:
