@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bench import (
     bodies,
+    compute,
     driver,
     generator,
     inference,
@@ -30,7 +31,18 @@ from bench.table import Row, table
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 WIDTH = 200
-PARTS = ("loads", "prepared", "memory", "policies", "inference", "bodies", "tails", "ledger", "listing")
+PARTS = (
+    "loads",
+    "prepared",
+    "memory",
+    "policies",
+    "inference",
+    "compute",
+    "bodies",
+    "tails",
+    "ledger",
+    "listing",
+)
 AT_LEAST_ONE = click.IntRange(min=1)
 BARE = "--prepare=off"
 """Nothing may be prepared in the background of what is measured."""
@@ -133,6 +145,7 @@ def main(**options: Any) -> None:
         "memory": _memory,
         "policies": _policies,
         "inference": _inference,
+        "compute": _compute,
         "bodies": _bodies,
         "tails": _tails,
         "ledger": _ledger,
@@ -185,6 +198,14 @@ def _policies(folder: Path, choice: Choice) -> list[Row]:
 
 def _inference(folder: Path, choice: Choice) -> list[Row]:
     return inference.measure(folder, rounds=choice.rounds, seconds=choice.seconds, peers_at=choice.peers)
+
+
+def _compute(folder: Path, choice: Choice) -> list[Row]:
+    rounds, seconds = choice.rounds, choice.seconds
+    return [
+        *compute.measure(folder / "beside", rounds=rounds, seconds=seconds, peers_at=choice.peers),
+        *compute.measure_many(folder / "many", rounds=rounds, seconds=seconds),
+    ]
 
 
 def _bodies(folder: Path, choice: Choice) -> list[Row]:
@@ -240,6 +261,12 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"Inferences: binary unless it says JSON, in and out; one load generator beside it on these "
             f"cores; median of {choice.rounds} times {choice.seconds:g} s, alternated; token, rate limit and "
             "deadline on."
+        )
+    if "compute" in choice.parts:
+        told.append(
+            f"Models that compute: {compute.THREADS} threads in bare sessions and Triton, which spin as by "
+            f"default; one load generator beside them on these cores; medians of {choice.rounds} ratios of "
+            f"{choice.seconds:g} s each, alternated; outputs equal to the bare session's, bit for bit."
         )
     if "bodies" in choice.parts:
         told.append(

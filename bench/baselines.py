@@ -1,22 +1,26 @@
 """Baselines of the comparison, each in a process of its own.
 
 `python -m bench.baselines session MODEL INFERENCES` prints the milliseconds of the first `InferenceSession()`
-of the process, with so many inferences on zeros. `calls MODEL ELEMENTS SECONDS` prints how many inferences a
-second one thread makes. `reply` serves a constant answer: it prints its port when it is ready, and ends when
-its standard input does.
+of the process, with so many inferences on zeros. `calls MODEL THREADS SECONDS` reads inputs (npz) and writes
+how many inferences a second a bare session makes of them, and the outputs (npz). `reply` serves a constant
+answer: it prints its port when it is ready, and ends when its standard input does.
 """
 
 import asyncio
+import io
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from runtime.process.forkserver import ADDED
 
@@ -29,9 +33,9 @@ THROWN_AWAY = 3
 """Rounds before the measurement. Memory that a virtual machine has never touched costs its host a fault for
 each page: 60 ms became 200 to 400. All files are written before, too."""
 LIMIT_S = 120
-WARM_UP_CALLS = 100
-CALLS_AT_ONCE = 20
-"""Calls between two readings of the clock; one with 600 KB takes some 0.1 ms."""
+WARM_UP_S = 0.3
+BETWEEN_LOOKS_S = 0.002
+"""Calls between two readings of the clock take about so long."""
 HOST = "127.0.0.1"
 REPLY = b'{"outputs":[]}'
 STOP_LIMIT_S = 60
@@ -107,8 +111,6 @@ def _print_session(model: str, inferences: int) -> None:
 
 def _zeros(session: Any) -> dict[str, Any]:
     """Return new zeros of the declared shapes, as a worker makes them; unknown dimensions are 1."""
-    import numpy as np  # noqa: PLC0415
-
     shapes = {
         node.name: [size if isinstance(size, int) else 1 for size in node.shape]
         for node in session.get_inputs()
@@ -116,35 +118,60 @@ def _zeros(session: Any) -> dict[str, Any]:
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
-def measure_calls(model: Path, elements: int, *, seconds: float) -> float:
-    """Measure in a process of its own and return the calls per second."""
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """Calls of a bare session, a second, and the outputs of one, flat."""
+
+    per_s: float
+    outputs: Sequence[NDArray[np.float32]]
+
+
+def measure_calls(
+    model: Path, inputs: Mapping[str, NDArray[np.float32]], *, threads: int, seconds: float
+) -> Calls:
+    """Call a session in a process of its own, as a program without a server would, with its defaults.
+
+    Args:
+        model: The file.
+        inputs: By name.
+        threads: Of the session, which spin as ONNX Runtime has them do.
+        seconds: For how long, after a warm-up.
+    """
+    content = io.BytesIO()
+    np.savez(content, **dict[str, Any](inputs))
     done = subprocess.run(  # noqa: S603 - our own module and a path of ours
-        [sys.executable, "-m", "bench.baselines", "calls", str(model), str(elements), str(seconds)],
+        [sys.executable, "-m", "bench.baselines", "calls", str(model), str(threads), str(seconds)],
+        input=content.getvalue(),
         stdout=subprocess.PIPE,
-        timeout=seconds + 60,
+        timeout=seconds + LIMIT_S,
         check=True,
     )
-    return float(done.stdout)
+    with np.load(io.BytesIO(done.stdout)) as arrays:
+        return Calls(float(arrays["per_s"]), [arrays[name] for name in arrays.files if name != "per_s"])
 
 
-def _print_calls(model: str, elements: int, seconds: float) -> None:
-    """Call the model in a loop, with a worker's options, and print the calls per second."""
-    # Imported only in the measuring process.
-    import numpy as np  # noqa: PLC0415
-    import onnxruntime  # noqa: PLC0415
+def _write_calls(model: str, threads: int, seconds: float) -> None:
+    """Call the session in a loop on the inputs in standard input; write the rate and the outputs."""
+    import onnxruntime  # noqa: PLC0415 - only in the measuring process
 
-    from runtime.worker.sessions import session_options  # noqa: PLC0415
-
-    session = onnxruntime.InferenceSession(model, session_options(1), providers=["CPUExecutionProvider"])
-    values = {"x": np.arange(elements, dtype=np.float32).reshape(1, elements)}
-    for _ in range(WARM_UP_CALLS):
-        session.run(None, values)
+    with np.load(io.BytesIO(sys.stdin.buffer.read())) as arrays:
+        inputs = dict(arrays)
+    chosen = onnxruntime.SessionOptions()
+    chosen.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model, chosen, providers=["CPUExecutionProvider"])
+    calls_at_once, outputs = 1, list[Any]()
+    warm_until = time.perf_counter() + min(WARM_UP_S, seconds)
+    while (begin := time.perf_counter()) < warm_until:
+        outputs = session.run(None, inputs)
+        calls_at_once = 1 + int(BETWEEN_LOOKS_S / (time.perf_counter() - begin))
     calls, begin = 0, time.perf_counter()
     while (took := time.perf_counter() - begin) < seconds:
-        for _ in range(CALLS_AT_ONCE):
-            session.run(None, values)
-        calls += CALLS_AT_ONCE
-    print(calls / took)
+        for _ in range(calls_at_once):
+            session.run(None, inputs)
+        calls += calls_at_once
+    content = io.BytesIO()
+    np.savez(content, *(output.ravel() for output in outputs), per_s=calls / took)
+    sys.stdout.buffer.write(content.getvalue())
 
 
 @contextmanager
@@ -190,7 +217,7 @@ def main(kind: str, *arguments: str) -> None:
         case "session":
             _print_session(arguments[0], int(arguments[1]))
         case "calls":
-            _print_calls(arguments[0], int(arguments[1]), float(arguments[2]))
+            _write_calls(arguments[0], int(arguments[1]), float(arguments[2]))
         case "reply":
             import uvloop  # noqa: PLC0415 - see `_serve_reply`
 

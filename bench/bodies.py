@@ -15,7 +15,8 @@ from pathlib import Path
 
 from bench import driver, generator, models
 from bench.driver import Server
-from bench.inference import SMALL, Request, Target
+from bench.inference import SMALL
+from bench.requests import Target, add_one_request
 from bench.table import Row, format_ms
 
 MIB = 2**20
@@ -163,7 +164,7 @@ def _waits(server: Server, seconds: float) -> Waits:
 
 
 def _ask_for(server: Server, connection: http.client.HTTPConnection, seconds: float) -> Iterator[float]:
-    request = Request(SMALL, binary=True).content(Target("ours", server.port, server.token))
+    request = add_one_request(SMALL, binary=True).content(Target("ours", server.port, server.token))
     until = time.perf_counter() + seconds
     while (begin := time.perf_counter()) < until:
         connection.sock.sendall(request)

@@ -1,8 +1,8 @@
 """Clients in a process of their own, which cost little beside the server that they measure.
 
-`python -m bench.generator rate PORT REQUEST CLIENTS SECONDS WARM_UP_S` sends the bytes of the file REQUEST
-over open connections, one request in flight on each, and prints its `Result` as JSON. The time counts after
-the warm-up. Any answer but 200 ends it, with the answer's text and exit code 1.
+`python -m bench.generator rate PORT CLIENTS SECONDS WARM_UP_S REQUEST...` sends the bytes of the files over
+open connections, one request in flight on each, the files in turn to the clients, and prints its `Result` as
+JSON. The time counts after the warm-up. Any answer but 200 ends it, with the answer's text and exit code 1.
 
 `python -m bench.generator record PORT REQUEST CLIENTS` sends in the same way and prints an empty line when it
 has begun. It ends when its standard input does, and prints its `Answers` as JSON. Any answer but 200 is
@@ -49,17 +49,19 @@ class WrongAnswer(Exception):
     """The server closed the connection, or its answer is not a 200 with a Content-Length."""
 
 
-def measure_rate(port: int, request: Path, *, clients: int, seconds: float, warm_up_s: float) -> Result:
+def measure_rate(port: int, *requests: Path, clients: int, seconds: float, warm_up_s: float) -> Result:
     """Measure in a process of its own; a wrong answer ends the bench with its text."""
-    numbers = [str(number) for number in (clients, seconds, warm_up_s)]
-    done = subprocess.run(  # noqa: S603 - our own module and a path of ours
-        [sys.executable, "-m", "bench.generator", "rate", str(port), str(request), *numbers],
+    arguments = [str(each) for each in (port, clients, seconds, warm_up_s, *requests)]
+    done = subprocess.run(  # noqa: S603 - our own module and paths of ours
+        [sys.executable, "-m", "bench.generator", "rate", *arguments],
         stdout=subprocess.PIPE,
         timeout=seconds + warm_up_s + 2 * LAST_ANSWER_LIMIT_S,
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"the load generator ended with {done.returncode}: {request.name} to port {port}")
+        raise SystemExit(
+            f"the load generator ended with {done.returncode}: {requests[0].name} to port {port}"
+        )
     return Result(**json.loads(done.stdout))
 
 
@@ -145,8 +147,10 @@ class Client(asyncio.BufferedProtocol):
         self._transport.abort()
 
 
-async def generate(port: int, request: bytes, clients: int, seconds: float, warm_up_s: float) -> Result:
-    """Run the clients and return their measurements.
+async def generate(
+    port: int, requests: Sequence[bytes], clients: int, seconds: float, warm_up_s: float
+) -> Result:
+    """Run the clients, which take the requests in turn, and return their measurements.
 
     Raises:
         WrongAnswer: one of them was answered something else than 200.
@@ -155,7 +159,7 @@ async def generate(port: int, request: bytes, clients: int, seconds: float, warm
     begin = time.perf_counter() + warm_up_s
     stop = begin + seconds
     loop = asyncio.get_running_loop()
-    protocols = [Client(request, begin, stop) for _ in range(clients)]
+    protocols = [Client(requests[index % len(requests)], begin, stop) for index in range(clients)]
     for protocol in protocols:
         await loop.create_connection(lambda protocol=protocol: protocol, HOST, port)  # type: ignore[misc]
     async with asyncio.timeout(warm_up_s + seconds + LAST_ANSWER_LIMIT_S):
@@ -170,9 +174,9 @@ def _rank(latencies: list[float], share: float) -> float:
     return latencies[int(share * (len(latencies) - 1))] * 1000
 
 
-def _print_rate(port: str, request: str, clients: str, seconds: str, warm_up_s: str) -> None:
-    content = Path(request).read_bytes()
-    result = uvloop.run(generate(int(port), content, int(clients), float(seconds), float(warm_up_s)))
+def _print_rate(port: str, clients: str, seconds: str, warm_up_s: str, *requests: str) -> None:
+    contents = [Path(request).read_bytes() for request in requests]
+    result = uvloop.run(generate(int(port), contents, int(clients), float(seconds), float(warm_up_s)))
     print(json.dumps(asdict(result)))
 
 

@@ -1,111 +1,16 @@
 """Inferences per second, beside a constant response, the model called directly, and Triton."""
 
-import http.client
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-import numpy as np
 
 from bench import baselines, driver, generator, models, peers
 from bench.generator import Result
-from bench.models import ADD_ONE
+from bench.requests import Request, Target, add_one_inputs, add_one_request
 from bench.table import Row
-
-CHECK_LIMIT_S = 60
-LENGTH = "Inference-Header-Content-Length"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A measured server.
-
-    Args:
-        name: What the table calls it.
-        port: Where it listens on 127.0.0.1.
-        token: A bearer token, if it asks for one.
-    """
-
-    name: str
-    port: int
-    token: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """An inference on the model that adds one: float32 values in, as many out, in the same form.
-
-    Args:
-        elements: How many values.
-        binary: As raw bytes, both ways, rather than as JSON.
-    """
-
-    elements: int
-    binary: bool
-
-    def content(self, target: Target) -> bytes:
-        """Return all bytes of the request, its head included."""
-        headers, body = self._headers(target), self._body()[1]
-        lines = [f"{name}: {value}\r\n" for name, value in {**headers, "Content-Length": len(body)}.items()]
-        return f"POST {_path()} HTTP/1.1\r\nHost: 127.0.0.1\r\n{''.join(lines)}\r\n".encode() + body
-
-    def write(self, target: Target, folder: Path) -> Path:
-        """Write the bytes to a file for the load generator."""
-        form = "binary" if self.binary else "json"
-        path = folder / f"{target.name}-{self.elements}-{form}".replace(" ", "-")
-        path.write_bytes(self.content(target))
-        return path
-
-    def check(self, target: Target) -> None:
-        """Send one request and end the bench if the response is wrong: an empty one would be quick."""
-        connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=CHECK_LIMIT_S)
-        connection.request("POST", _path(), self._body()[1], self._headers(target))
-        response = connection.getresponse()
-        content = response.read()
-        connection.close()
-        told = f"{target.name}, {self}: {response.status} {content[:1000]!r}"
-        if response.status != http.HTTPStatus.OK:
-            raise SystemExit(told)
-        if not self._is_right(content, int(response.headers.get(LENGTH, 0))):
-            raise SystemExit(f"a wrong answer: {told}")
-
-    def _headers(self, target: Target) -> dict[str, str]:
-        headers = {"Authorization": f"Bearer {target.token}"} if target.token else {}
-        return headers | ({LENGTH: str(self._body()[0])} if self.binary else {})
-
-    def _body(self) -> tuple[int, bytes]:
-        """Return the length of the JSON, and the body, which begins with it."""
-        tensor: dict[str, Any] = {"name": "x", "shape": [1, self.elements], "datatype": "FP32"}
-        asked: dict[str, Any] = {"inputs": [tensor]}
-        raw = b""
-        if self.binary:
-            raw = self._values().tobytes()
-            tensor["parameters"] = {"binary_data_size": len(raw)}
-            asked["parameters"] = {"binary_data_output": True}
-        else:
-            tensor["data"] = self._values().tolist()
-        head = json.dumps(asked, separators=(",", ":")).encode()
-        return len(head), head + raw
-
-    def _values(self, offset: int = 0) -> "np.ndarray[Any, np.dtype[np.float32]]":
-        return np.arange(offset, self.elements + offset, dtype=np.float32)
-
-    def _is_right(self, content: bytes, head_bytes: int) -> bool:
-        expected = self._values(offset=1)
-        if self.binary:
-            return content[head_bytes:] == expected.tobytes()
-        data = [output.get("data") for output in json.loads(content)["outputs"]]
-        return bool(np.array_equal(np.ravel(data), expected))
-
-
-def _path() -> str:
-    return f"/v2/models/{ADD_ONE}/infer"
-
 
 # As many as no machine answers: it is counted against, like any limit.
 OPTIONS = ("--limit-inference", "100000000/minute", "--prepare", "off")
@@ -132,27 +37,43 @@ class Case:
 
     Args:
         what: Its name in the table.
-        request: The request.
+        elements: Of the request's tensor.
         clients: Connections with one request in flight each.
         beside: The servers and what is wanted beside each; Triton is asked only when it is there.
+        binary: In and out as raw bytes rather than as JSON.
     """
 
     what: str
-    request: Request
+    elements: int
     clients: int
     beside: Mapping[str, Goal | None]
+    binary: bool = True
+
+    @property
+    def request(self) -> Request:
+        """Return the request."""
+        return add_one_request(self.elements, binary=self.binary)
 
 
 AS_TRITON = Goal(1.0, 0.75)
 PAST_TRITON = Goal(4.0, 0.75)
 CASES = (
-    Case("16 floats, 1 client", Request(SMALL, binary=True), 1, {CONSTANT: None, TRITON: AS_TRITON}),
+    Case("16 floats, 1 client", SMALL, 1, {CONSTANT: None, TRITON: AS_TRITON}),
     Case(
-        "16 floats, 8 clients", Request(SMALL, binary=True), 8, {CONSTANT: Goal(0.6, 0.45), TRITON: AS_TRITON}
+        "16 floats, 8 clients",
+        SMALL,
+        8,
+        {CONSTANT: Goal(0.6, 0.45), TRITON: AS_TRITON},
     ),
-    Case("16 floats in JSON, 8 clients", Request(SMALL, binary=False), 8, {CONSTANT: None, TRITON: None}),
-    Case("600 KB, 1 client", Request(LARGE, binary=True), 1, {TRITON: PAST_TRITON}),
-    Case("600 KB, 8 clients", Request(LARGE, binary=True), 8, {TRITON: PAST_TRITON}),
+    Case(
+        "16 floats in JSON, 8 clients",
+        SMALL,
+        8,
+        {CONSTANT: None, TRITON: None},
+        binary=False,
+    ),
+    Case("600 KB, 1 client", LARGE, 1, {TRITON: PAST_TRITON}),
+    Case("600 KB, 8 clients", LARGE, 8, {TRITON: PAST_TRITON}),
 )
 Rates = Mapping[tuple[str, str], Result]
 """Rates, by the names of case and server."""
@@ -174,7 +95,9 @@ def measure(folder: Path, *, rounds: int, seconds: float, peers_at: Path | None)
         targets = [Target(OURS, server.port, server.token)]
         targets.append(Target(CONSTANT, stack.enter_context(baselines.constant_reply())))
         if peers_at is not None:
-            targets.append(Target(TRITON, stack.enter_context(peers.running(peers_at, folder))))
+            served = {models.ADD_ONE: models.add_one()}
+            triton = stack.enter_context(peers.running(peers_at, folder, served, threads=1))
+            targets.append(Target(TRITON, triton))
         rates = _alternated(targets, folder, rounds, seconds)
         calls = _direct(model, rounds, seconds)
     return list(_rows(rates, calls))
@@ -209,7 +132,10 @@ def _run(case: Case, target: Target, folder: Path, seconds: float) -> Result:
 def _direct(model: Path, rounds: int, seconds: float) -> dict[int, float]:
     """Return the direct calls per second, by elements."""
     return {
-        elements: median(baselines.measure_calls(model, elements, seconds=seconds) for _ in range(rounds))
+        elements: median(
+            baselines.measure_calls(model, add_one_inputs(elements), threads=1, seconds=seconds).per_s
+            for _ in range(rounds)
+        )
         for elements in (SMALL, LARGE)
     }
 
@@ -228,7 +154,7 @@ def _rows(rates: Rates, calls: Mapping[int, float]) -> Iterator[Row]:
             if beside := rates.get((case.what, name)):
                 yield _row(case, name, rates[case.what, OURS], beside)
     for case in CASES:
-        ours, direct_per_s = rates[case.what, OURS], calls[case.request.elements]
+        ours, direct_per_s = rates[case.what, OURS], calls[case.elements]
         what = f"{case.what} ÷ the model called directly"
         yield Row(what, _told(ours), f"{direct_per_s:,.0f}/s", ours.per_s / direct_per_s)
 

@@ -14,7 +14,7 @@ from statistics import median
 from bench import baselines, driver, models
 from bench.baselines import THROWN_AWAY
 from bench.driver import TINY, Server
-from bench.inference import LENGTH
+from bench.requests import LENGTH
 from bench.table import Row, format_mb, format_ms
 from runtime.memory import list_descendants
 

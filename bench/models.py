@@ -1,7 +1,5 @@
 """The models that the bench loads, made on the spot with fixed seeds: the same bytes in every run."""
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.random import Generator
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 # Every ONNX Runtime that the server accepts reads these.
@@ -235,9 +234,6 @@ class Layers(ConvNet):
         return name
 
 
-Body = tuple[int, bytes]
-"""The length of the JSON, and all of a request's body, which begins with it."""
-
 MLP_LAYERS = (1024, 3072, 3072, 3072, 1024, 1000)
 
 # Each stage halves the picture: its channels, and how many blocks follow.
@@ -275,22 +271,10 @@ class Network:
     build: Callable[[], bytes]
     inputs: Mapping[str, tuple[int, ...]]
 
-    def request(self) -> Body:
-        """Return an inference in binary form, on noise."""
+    def values(self) -> dict[str, NDArray[np.float32]]:
+        """Return what one inference brings, noise, by name."""
         noise = np.random.default_rng(1)
-        values = {name: noise.standard_normal(shape, dtype=np.float32) for name, shape in self.inputs.items()}
-        tensors = [
-            {
-                "name": name,
-                "shape": shape,
-                "datatype": "FP32",
-                "parameters": {"binary_data_size": 4 * math.prod(shape)},
-            }
-            for name, shape in self.inputs.items()
-        ]
-        asked = {"inputs": tensors, "parameters": {"binary_data_output": True}}
-        head = json.dumps(asked, separators=(",", ":")).encode()
-        return len(head), head + b"".join(value.tobytes() for value in values.values())
+        return {name: noise.standard_normal(shape, dtype=np.float32) for name, shape in self.inputs.items()}
 
 
 def mlp() -> bytes:

@@ -10,23 +10,21 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import onnx
+from onnx import TensorProto
 
 from bench import models
 
 START_LIMIT_S = 60
 STOP_LIMIT_S = 40
-CONFIG = f"""
-name: "{models.ADD_ONE}"
-backend: "python"
-max_batch_size: 0
-input [{{ name: "x" data_type: TYPE_FP32 dims: [-1, -1] }}]
-output [{{ name: "y" data_type: TYPE_FP32 dims: [-1, -1] }}]
-instance_group [{{ kind: KIND_CPU count: 1 }}]
-"""
+REPOSITORY, BACKENDS, OUTPUT = "triton", "backends", "triton-output"
+KINDS: Mapping[int, str] = {TensorProto.FLOAT: "TYPE_FP32"}
+"""Triton's names of the datatypes that our models have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +56,23 @@ def find(environment: Path) -> Installation:
 
 
 @contextmanager
-def running(environment: Path, folder: Path) -> Iterator[int]:
-    """Start Triton with the model that adds one, its files and output in `folder`, and yield its port."""
+def running(environment: Path, folder: Path, served: Mapping[str, bytes], *, threads: int) -> Iterator[int]:
+    """Start Triton, its files and output in `folder`, and yield its port.
+
+    Args:
+        environment: The environment that the wheel is installed in.
+        folder: An empty directory.
+        served: The models to load, by name.
+        threads: Of the session of each; otherwise these have ONNX Runtime's defaults.
+    """
     installation = find(environment)
-    repository, backends, output = folder / "triton", folder / "backends", folder / "triton-output"
-    _write_model(repository)
-    _link_backend(installation, backends)
+    for model_id, content in served.items():
+        _write_model(folder / REPOSITORY, model_id, content, threads)
+    _link_backend(installation, folder / BACKENDS)
     port = _free_port()
-    process = _serve(installation, repository, backends, port, output)
+    process = _serve(installation, folder, port, served)
     try:
-        _wait_ready(process, port, output)
+        _wait_ready(process, port, folder / OUTPUT, served)
         yield port
         process.terminate()
         process.wait(STOP_LIMIT_S)
@@ -76,10 +81,26 @@ def running(environment: Path, folder: Path) -> Iterator[int]:
         process.wait()
 
 
-def _write_model(repository: Path) -> None:
-    path = models.write(repository, models.ADD_ONE, models.add_one())
+def _write_model(repository: Path, model_id: str, content: bytes, threads: int) -> None:
+    path = models.write(repository, model_id, content)
     shutil.copy(Path(__file__).with_name("triton_model.py"), path.with_name("model.py"))
-    (repository / models.ADD_ONE / "config.pbtxt").write_text(CONFIG)
+    graph = onnx.load_from_string(content).graph
+    config = "".join(
+        [
+            f'name: "{model_id}" backend: "python" max_batch_size: 0\n',
+            *(f"input [{{ {_describe(value)} }}]\n" for value in graph.input),
+            *(f"output [{{ {_describe(value)} }}]\n" for value in graph.output),
+            "instance_group [{ kind: KIND_CPU count: 1 }]\n",
+            f'parameters {{ key: "threads" value {{ string_value: "{threads}" }} }}\n',
+        ]
+    )
+    (repository / model_id / "config.pbtxt").write_text(config)
+
+
+def _describe(value: onnx.ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
+    return f'name: "{value.name}" data_type: {KINDS[tensor.elem_type]} dims: {dims}'
 
 
 def _link_backend(installation: Installation, backends: Path) -> None:
@@ -92,14 +113,14 @@ def _link_backend(installation: Installation, backends: Path) -> None:
 
 
 def _serve(
-    installation: Installation, repository: Path, backends: Path, port: int, output: Path
+    installation: Installation, folder: Path, port: int, served: Iterable[str]
 ) -> subprocess.Popen[bytes]:
     command = [
         str(installation.server / "bin" / "tritonserver"),
-        f"--model-repository={repository}",
-        f"--backend-directory={backends}",
+        f"--model-repository={folder / REPOSITORY}",
+        f"--backend-directory={folder / BACKENDS}",
         "--model-control-mode=explicit",
-        f"--load-model={models.ADD_ONE}",
+        *(f"--load-model={model_id}" for model_id in served),
         "--disable-auto-complete-config",
         "--allow-grpc=false",
         "--allow-metrics=false",
@@ -109,7 +130,7 @@ def _serve(
     # The backend's interpreter finds its packages by the python3 that comes first in PATH.
     path = f"{installation.bin}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     variables = {**os.environ, "PATH": path, "LD_LIBRARY_PATH": str(installation.libraries.resolve())}
-    with output.open("wb") as sink:
+    with (folder / OUTPUT).open("wb") as sink:
         return subprocess.Popen(command, env=variables, stdout=sink, stderr=subprocess.STDOUT)  # noqa: S603 - the wheel's binary
 
 
@@ -120,19 +141,19 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait_ready(process: subprocess.Popen[bytes], port: int, output: Path) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], port: int, output: Path, served: Iterable[str]) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while process.poll() is None and time.monotonic() < deadline:
-        if _is_ready(port):
+        if all(_is_ready(port, model_id) for model_id in served):
             return
         time.sleep(0.05)
     raise SystemExit(f"Triton is not ready\n{output.read_text(errors='replace')[-4000:]}")
 
 
-def _is_ready(port: int) -> bool:
+def _is_ready(port: int, model_id: str) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_LIMIT_S)
     try:
-        connection.request("GET", f"/v2/models/{models.ADD_ONE}/ready")
+        connection.request("GET", f"/v2/models/{model_id}/ready")
         return connection.getresponse().status == http.HTTPStatus.OK
     except OSError:
         return False

@@ -12,9 +12,9 @@ from statistics import geometric_mean, median
 from bench import baselines, driver, models
 from bench.baselines import THROWN_AWAY
 from bench.driver import Server
-from bench.inference import LENGTH
 from bench.loads import first_load_rows
-from bench.models import Body, Network
+from bench.models import Network
+from bench.requests import LENGTH, Body, encode
 from bench.table import Row, format_mb, format_ms
 from runtime.cache.manifest import Entry
 from runtime.cache.store import ModelCache
@@ -238,7 +238,7 @@ def inference_row(subject: Subject, rounds: int, seconds: float) -> Row:
 def _quickest_s(subject: Subject, seconds: float) -> tuple[float, float]:
     """Send requests to both servers in turn; return the shortest time of each."""
     both, network = (subject.server, subject.plain), subject.network
-    request = network.request()
+    request = encode(network.values(), binary=True)
     for server in both:
         server.load(network.name)
     if len({_outputs(_answer(server, network, request)) for server in both}) > 1:

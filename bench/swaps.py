@@ -10,11 +10,11 @@ from statistics import median
 from bench import generator, models
 from bench.driver import Server
 from bench.generator import Answers
-from bench.inference import Request, Target
+from bench.requests import Target, add_one_request
 from bench.table import Row
 
 BESIDE, IN_PLACE = "beside", "in_place"
-REQUEST = Request(16, binary=True)
+REQUEST = add_one_request(16, binary=True)
 MANY_CLIENTS = 8
 SETTLE_S = 0.1
 """After a swap the worker of the old version ends, which belongs to the swap."""

@@ -19,8 +19,8 @@ from support.servers import UNHURRIED, clean_environment
 from bench import baselines, generator, models
 from bench.driver import Answer, completed_job
 from bench.generator import Result, WrongAnswer, generate, longest_gap
-from bench.inference import Request, Target
 from bench.models import NETWORKS, Network
+from bench.requests import Target, add_one_request, encode
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300
@@ -170,7 +170,7 @@ def test_network_accepts_its_request(network: Network) -> None:
     content = network.build()
     assert content == network.build()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    head_bytes, body = network.request()
+    head_bytes, body = encode(network.values(), binary=True)
     tensors = json.loads(body[:head_bytes])["inputs"]
     assert len(body) == head_bytes + sum(each["parameters"]["binary_data_size"] for each in tensors)
     zeros = {each["name"]: np.zeros(each["shape"], np.float32) for each in tensors}
@@ -256,7 +256,7 @@ async def generated(*pieces: bytes) -> Result:
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
     async with server:
         try:
-            return await generate(server.sockets[0].getsockname()[1], b"x", 2, 0.2, 0.0)
+            return await generate(server.sockets[0].getsockname()[1], [b"x"], 2, 0.2, 0.0)
         finally:  # its connections are closed, so these end; an open one would be found by another test
             await asyncio.gather(*answering)
 
@@ -298,4 +298,4 @@ def test_wrong_answer_ends_the_bench(*, binary: bool) -> None:
         baselines.constant_reply() as port,
         pytest.raises(SystemExit, match="a wrong answer: the constant one"),
     ):
-        Request(16, binary=binary).check(Target("the constant one", port))
+        add_one_request(16, binary=binary).check(Target("the constant one", port))
