@@ -18,7 +18,8 @@ from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.process.requests import Answer
 from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.wire import Tensor, TensorSpec, WantedOutput
+from runtime.statistics import InferenceTimes
+from runtime.wire import Outcome, Tensor, TensorSpec, WantedOutput
 
 
 class ModelNotLoaded(RuntimeProblem):
@@ -82,6 +83,12 @@ class ModelRoute:
         """The load behind an answer, for the response header that refers to the ledger."""
         return f"{self.model_id}/{self.version};position={self.position}"
 
+    def count_answer(self, outcome: Outcome, times: InferenceTimes) -> None:
+        """Count an answered inference, now that its response is written."""
+        # The load's statistics of now: they are replaced when it ends.
+        statistics, now_ms = self.load.statistics, time.time_ns() // 10**6
+        statistics.count_success(outcome, times, time.monotonic_ns(), now_ms)
+
     def worker(self, max_queue: int) -> Worker:
         """Return the worker with the fewest inferences.
 
@@ -116,17 +123,25 @@ class Router:
         self._routes: dict[str, tuple[Model, ModelRoute]] = {}
 
     async def infer(
-        self, model_id: str, version: int | None, question: Question, timeout_s: float
+        self, model_id: str, version: int | None, question: Question, timeout_s: float, times: InferenceTimes
     ) -> tuple[ModelRoute, Answer]:
         """Run one inference, at most `timeout_s` seconds; cancelling this stops the run.
 
-        Inferences that were queued when their worker died are repeated once, when the model is reloaded.
+        Inferences that were queued when their worker died are repeated once, when the model is reloaded. A
+        failure is counted; the caller counts an answer with `ModelRoute.count_answer` when it is written.
+
+        Args:
+            model_id: the model.
+            version: the version that must serve; None is any.
+            question: the inputs.
+            timeout_s: its limit.
+            times: of this request; what happens here is added.
 
         Raises:
             QueueFull: `inference_queue_full`.
             RuntimeProblem: what `route` raises, or the worker answered.
         """
-        began_ns = time.monotonic_ns()
+        times.asked_ns = began_ns = time.monotonic_ns()
         route = self.route(model_id, version)
         try:
             try:
@@ -136,14 +151,15 @@ class Router:
                 if death.begun or left_s <= 0:
                     raise
                 route, left_s = await self._wait_for_recovery(model_id, version, left_s, death)
+                times.asked_ns = time.monotonic_ns()
+                times.waited_ns += times.asked_ns - began_ns
                 answer = await self._ask(route, question, left_s)
         except BaseException as error:  # a cancelled request is a use, too
             route.load.last_used_ns = ended_ns = time.monotonic_ns()
             if isinstance(error, RuntimeProblem):
-                route.load.statistics.count_failure(ended_ns - began_ns)
+                route.load.statistics.count_failure(ended_ns - times.arrived_ns)
             raise
-        route.load.last_used_ns = ended_ns = time.monotonic_ns()
-        route.load.statistics.count_success(answer[0], ended_ns - began_ns, time.time_ns() // 10**6)
+        route.load.last_used_ns = times.answered_ns = time.monotonic_ns()
         return route, answer
 
     def _ask(self, route: ModelRoute, question: Question, timeout_s: float) -> Awaitable[Answer]:

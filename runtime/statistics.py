@@ -1,4 +1,8 @@
-"""Counts and durations of one load's inferences, as the protocol's statistics extension has them."""
+"""Counts and durations of one load's inferences, as the protocol's statistics extension has them.
+
+The time of an answered request is divided without a rest into queue, compute (input, infer, output) and
+transport. docs/metrics.md defines them for users; `InferenceTimes` has the clock readings that bound them.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,23 @@ _TOOK_NS = tuple(round(bound * 1e9) for bound in TOOK_S)
 
 
 @dataclass(slots=True)
+class InferenceTimes:
+    """The server's readings of CLOCK_MONOTONIC during one inference, in the order of the attributes.
+
+    Attributes:
+        arrived_ns: when the first byte of the request was read.
+        waited_ns: how long it waited for its model to be loaded, on demand or again.
+        asked_ns: when it went to the worker that answered it.
+        answered_ns: when the worker's answer was read.
+    """
+
+    arrived_ns: int
+    waited_ns: int = 0
+    asked_ns: int = 0
+    answered_ns: int = 0
+
+
+@dataclass(slots=True)
 class Statistics:
     """The counts of one load, updated on the event loop once per inference.
 
@@ -27,7 +48,9 @@ class Statistics:
         executions: runs of the model; fewer than `requests` with batching.
         failures: requests without an answer of the model.
         total_ns, failed_ns: durations of answered and failed requests, as the server saw them.
-        queue_ns, input_ns, infer_ns, output_ns: parts of `total_ns` in the worker.
+        queue_ns: part of `total_ns`: waits for the model, and for the worker while it ran other requests.
+        input_ns, infer_ns, output_ns: parts of `total_ns` in the worker: decode, run, encode.
+        transport_ns: the rest of `total_ns`: HTTP, JSON, frames to the worker and back, waking both sides.
         last_inference_ms: time of the last answer in milliseconds since 1970; 0 is never.
         by_size: executions and their durations, by batch size.
         took: histogram of the durations of answered requests, with the buckets of `TOOK_S` and one beyond.
@@ -43,32 +66,44 @@ class Statistics:
     input_ns: int = 0
     infer_ns: int = 0
     output_ns: int = 0
+    transport_ns: int = 0
     last_inference_ms: int = 0
     by_size: dict[int, list[int]] = field(default_factory=dict)
     took: list[int] = field(default_factory=lambda: [0] * (len(TOOK_S) + 1))
 
-    def count_success(self, outcome: Outcome, total_ns: int, now_ms: int) -> None:
-        """Count an answered request.
+    def count_success(self, outcome: Outcome, times: InferenceTimes, ended_ns: int, now_ms: int) -> None:
+        """Count an answered request, and divide its time.
+
+        The worker's durations count as far as they fit into the time that the server saw it take: what a
+        worker says is not to be trusted.
 
         Args:
             outcome: the worker's answer.
-            total_ns: from the request's arrival to its answer.
+            times: the readings until then.
+            ended_ns: CLOCK_MONOTONIC when the response was handed to its connection.
             now_ms: the time, in milliseconds since 1970.
         """
+        rest_ns = worker_ns = times.answered_ns - times.asked_ns
+        rest_ns -= (queue_ns := min(outcome.queue_ns, rest_ns))
+        rest_ns -= (input_ns := min(outcome.input_ns, rest_ns))
+        rest_ns -= (infer_ns := min(outcome.infer_ns, rest_ns))
+        rest_ns -= (output_ns := min(outcome.output_ns, rest_ns))
+        total_ns = ended_ns - times.arrived_ns
         self.requests += 1
         self.inferences += outcome.batch_size
         self.total_ns += total_ns
         self.took[bisect_left(_TOOK_NS, total_ns)] += 1
-        self.queue_ns += outcome.queue_ns
-        self.input_ns += outcome.input_ns
-        self.infer_ns += outcome.infer_ns
-        self.output_ns += outcome.output_ns
+        self.queue_ns += queue_ns + times.waited_ns
+        self.input_ns += input_ns
+        self.infer_ns += infer_ns
+        self.output_ns += output_ns
+        self.transport_ns += total_ns - times.waited_ns - worker_ns + rest_ns
         self.last_inference_ms = now_ms
         if outcome.execution_size > 0:
-            self._execution(outcome)
+            self._count_execution(outcome.execution_size, input_ns, infer_ns, output_ns)
 
     def count_failure(self, total_ns: int) -> None:
-        """Count a failed request that took `total_ns`."""
+        """Count a failed request that took `total_ns` until its failure was known."""
         self.failures += 1
         self.failed_ns += total_ns
 
@@ -84,6 +119,7 @@ class Statistics:
         self.input_ns += other.input_ns
         self.infer_ns += other.infer_ns
         self.output_ns += other.output_ns
+        self.transport_ns += other.transport_ns
         self.last_inference_ms = max(self.last_inference_ms, other.last_inference_ms)
         self.took = [mine + more for mine, more in zip(self.took, other.took, strict=True)]
 
@@ -91,7 +127,7 @@ class Statistics:
         """Return the load's entry in `model_stats`.
 
         The counts of queue and compute equal that of success; perf_analyzer treats anything else as an error.
-        There is no cache, so its counts are 0.
+        There is no cache, so its counts are 0. `transport` is ours; Triton's clients read members by name.
         """
         requests = self.requests
         return {
@@ -107,6 +143,7 @@ class Statistics:
                 "compute_input": _duration(requests, self.input_ns),
                 "compute_infer": _duration(requests, self.infer_ns),
                 "compute_output": _duration(requests, self.output_ns),
+                "transport": _duration(requests, self.transport_ns),
                 "cache_hit": _duration(0, 0),
                 "cache_miss": _duration(0, 0),
             },
@@ -115,18 +152,17 @@ class Statistics:
             "memory_usage": [{"type": "CPU", "id": 0, "byte_size": memory_bytes}],
         }
 
-    def _execution(self, outcome: Outcome) -> None:
+    def _count_execution(self, size: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
         self.executions += 1
-        size = outcome.execution_size
         counts = self.by_size.get(size)
         if counts is None:
             if len(self.by_size) >= MAX_SIZES:
                 return
             counts = self.by_size[size] = [0, 0, 0, 0]
         counts[0] += 1
-        counts[1] += outcome.input_ns
-        counts[2] += outcome.infer_ns
-        counts[3] += outcome.output_ns
+        counts[1] += input_ns
+        counts[2] += infer_ns
+        counts[3] += output_ns
 
 
 def _batch_members(size: int, counts: list[int]) -> dict[str, Any]:

@@ -314,8 +314,10 @@ class LoadFailure(Message, frozen=True):
 
 
 class Outcome(Message, frozen=True):
-    """The answer to `Infer`, and where its time went.
+    """The answer to `Infer`, and where its time in the worker went.
 
+    `queue_ns` is the wait for other requests, also for those before which this one was not received yet.
+    `input_ns`, `infer_ns` and `output_ns` are decoding, run and encoding; a whole run, if it is a batch's.
     `batch_size` is what the request brought along the batch dimension, 1 where the model has none.
     `execution_size` is the batch size of the execution, in one answer of each; the others have 0.
     """

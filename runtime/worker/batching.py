@@ -34,6 +34,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         sent_ns: when the server sent it, or 0.
         came_ns: when the worker received it.
         input_ns: how long its decoding took.
+        queue_ns: how long it waited to be received while the worker was busy with other requests.
     """
 
     number: int
@@ -44,6 +45,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     sent_ns: int
     came_ns: int
     input_ns: int
+    queue_ns: int = 0
 
     def batch_key(self) -> Hashable:
         """Return the key that requests of one batch share."""

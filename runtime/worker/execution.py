@@ -250,6 +250,7 @@ class InferenceExecutor:
         self._cancellation = cancellation
         self._dimension = dimension
         self._last_run_ns = 0
+        self._free_ns = 0  # when the latest request was over
         self._must_shrink = False
 
     def prepare(self, infer: Infer, tensors: Sequence[Tensor]) -> BatchRequest | None:
@@ -271,36 +272,41 @@ class InferenceExecutor:
         except RuntimeProblem as problem:  # keep no other reference: its traceback holds the tensors
             self.refuse(infer.id, problem)
         else:
-            input_ns = time.monotonic_ns() - came_ns
-            return BatchRequest(infer.id, outputs, feed, size, alone, infer.sent_ns, came_ns, input_ns)
+            queue_ns = max(0, self._free_ns - infer.sent_ns) if infer.sent_ns else 0
+            self._free_ns = time.monotonic_ns()
+            input_ns = self._free_ns - came_ns
+            return BatchRequest(
+                infer.id, outputs, feed, size, alone, infer.sent_ns, came_ns, input_ns, queue_ns
+            )
         return None
 
     def run(self, batch: Sequence[BatchRequest]) -> None:
         """Run a batch at once or, if a request makes it fail, one request after the other."""
         if len(batch) > 1:
             batch = [request for request in batch if not self._drop_cancelled(request.number)]
-        if len(batch) > 1 and self._run_at_once(batch):
-            return
-        for request in batch:
-            self._run_alone(request)
+        if len(batch) == 1 or not self._run_at_once(batch):
+            for request in batch:
+                self._run_alone(request)
+        self._free_ns = time.monotonic_ns()
 
     def _run_alone(self, request: BatchRequest) -> None:
-        begun_ns = time.monotonic_ns()
-        options = self._begin((request.number,))
         try:
+            self._outbox.before_run(self._last_run_ns)
+            begun_ns = time.monotonic_ns()
+            options = self._begin((request.number,))
             if options is None:
                 self._cancellation.drop(request.number)
                 raise InferenceCancelled
-            self._outbox.before_run(self._last_run_ns)
             arrays = self._runner.run(request.outputs, request.feed, options)
-            self._last_run_ns = time.monotonic_ns() - begun_ns
+            ran_ns = time.monotonic_ns()
+            self._last_run_ns = ran_ns - begun_ns
         except MemoryError:
             self._fail(request.number, _NO_MEMORY)
         except RuntimeProblem as problem:
             self._fail(request.number, problem)
         else:
             times = _queue_ns(request, begun_ns), request.input_ns, self._last_run_ns
-            refused = self._answer(request, arrays, times, request.size)
+            refused = self._answer(request, arrays, times, ran_ns, request.size)
             if refused is not None:
                 del arrays
                 self._fail(request.number, refused)
@@ -317,11 +323,11 @@ class InferenceExecutor:
 
     def _run_at_once(self, batch: Sequence[BatchRequest]) -> bool:
         """Run a batch and answer all or none of it: no request may fail because of another."""
+        self._outbox.before_run(self._last_run_ns)
         begun_ns = time.monotonic_ns()
         options = self._begin([request.number for request in batch])
         if options is None:
             return False
-        self._outbox.before_run(self._last_run_ns)
         try:
             feed = join_inputs(batch)
             joined_ns = time.monotonic_ns()
@@ -337,7 +343,7 @@ class InferenceExecutor:
         for request, part in zip(batch, parts, strict=True):
             queue_ns = _queue_ns(request, begun_ns)
             times = queue_ns, request.input_ns + joined_ns - begun_ns, ran_ns - joined_ns
-            problem = self._answer(request, part, times, execution_size)
+            problem = self._answer(request, part, times, ran_ns, execution_size)
             if problem is None:
                 execution_size = 0
             else:
@@ -349,13 +355,16 @@ class InferenceExecutor:
         request: BatchRequest,
         arrays: Sequence[object],
         times: tuple[int, int, int],
+        ran_ns: int,
         execution_size: int,
     ) -> RuntimeProblem | None:
-        """Answer a request that was run; returns why its outputs could not be sent, and None if they were."""
-        split_ns = time.monotonic_ns()
+        """Answer a request that was run; returns why its outputs could not be sent, and None if they were.
+
+        The encoding of its outputs includes that of the requests before it in a batch.
+        """
         try:
             heads, parts = self._runner.encode_outputs(request.outputs, arrays)
-            output_ns = time.monotonic_ns() - split_ns
+            output_ns = time.monotonic_ns() - ran_ns
             outcome = Outcome(request.number, heads, *times, output_ns, request.size, execution_size)
             self._outbox.put(outcome, parts)
         except MemoryError:
@@ -374,6 +383,7 @@ class InferenceExecutor:
         """Answer a request that is not run; by default for lack of memory."""
         self._cancellation.skip(number)
         self._fail(number, problem)
+        self._free_ns = time.monotonic_ns()
 
     def _fail(self, number: int, problem: RuntimeProblem) -> None:
         text = str(problem)
@@ -383,5 +393,5 @@ class InferenceExecutor:
 
 
 def _queue_ns(request: BatchRequest, begun_ns: int) -> int:
-    """Return how long a request waited, without the decoding of its inputs."""
-    return max(0, begun_ns - request.sent_ns - request.input_ns) if request.sent_ns else 0
+    """Return how long a request waited for others, and to be run; copying and decoding it are no part."""
+    return request.queue_ns + begun_ns - request.came_ns - request.input_ns

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import resource
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,9 @@ CLOSING_S = 10.0
 
 CHECK_S = 1.0
 """At most, between two checks of an active connection."""
+
+ARRIVED_NS: web.RequestKey[int] = web.RequestKey("arrived_ns", int)
+"""CLOCK_MONOTONIC when the first byte of a request was read."""
 
 
 @dataclass(slots=True)
@@ -117,6 +121,7 @@ class GuardedConnection(asyncio.Protocol):
         self._body: StreamReader | None = None
         self._is_head_expected = True
         self._head_bytes = self._checked_head_bytes = self._head_checks = 0
+        self._arrived_ns = 0
         self.is_writing_paused = False
         self._unread_bytes = self._unread_checks = 0
         self.is_reserve = False
@@ -147,6 +152,8 @@ class GuardedConnection(asyncio.Protocol):
         """
         if not self._is_handling and (self._body is None or self._body.is_eof()):
             if self._head_bytes or not data.isspace():
+                if not self._head_bytes:
+                    self._arrived_ns = time.monotonic_ns()
                 self._is_head_expected = True
                 self._head_bytes += len(data)
             if self._timer is None:
@@ -174,10 +181,15 @@ class GuardedConnection(asyncio.Protocol):
         self._unread_bytes = self._unread_checks = 0
         self._http.resume_writing()
 
-    def request_began(self, body: StreamReader) -> None:
-        """Note that a head is complete and its request is being handled."""
+    def request_began(self, request: web.BaseRequest) -> None:
+        """Note that a head is complete and its request is being handled.
+
+        A request that arrived behind another one begins when that is answered.
+        """
+        request[ARRIVED_NS] = self._arrived_ns or time.monotonic_ns()
+        self._arrived_ns = 0
         self._is_handling = True
-        self._body = body
+        self._body = request.content
         self._is_head_expected = False
         self._head_bytes = self._checked_head_bytes = self._head_checks = 0
 
@@ -280,7 +292,7 @@ def _guard(handler: RequestHandler) -> RequestHandler:
         connection = _connection(request)
         if connection is None:  # refused, or the client has left: do not run the request
             return _refuse_request(request, responses.TooManyConnections())
-        connection.request_began(request.content)
+        connection.request_began(request)
         if not responses.is_known_version(request):
             connection.refuse(responses.UnknownHttpVersion())  # aiohttp's answer would have the same version
             return _refuse_request(request, responses.UnknownHttpVersion())

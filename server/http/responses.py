@@ -10,8 +10,9 @@ the one error body.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 
@@ -52,13 +53,21 @@ class DirectResponse(web.StreamResponse):
     """A 200 with these header fields, which are final and without line breaks, and this body.
 
     The share of memory is that of request and response, given back when the client has received it.
+    `on_written` is called once: when the whole response was handed to the connection, or cannot be.
     """
 
-    def __init__(self, fields: Mapping[str, object], body: Sequence[Buffer], share: Share) -> None:
+    def __init__(
+        self,
+        fields: Mapping[str, object],
+        body: Sequence[Buffer],
+        share: Share,
+        on_written: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
         self._fields = fields
         self._buffers = body
         self._share = share
+        self._on_written = on_written
         self._is_kept = False
 
     @property
@@ -73,28 +82,36 @@ class DirectResponse(web.StreamResponse):
             ConnectionResetError: the client has left, or was disconnected because it did not read.
         """
         try:
-            transport = request.transport
-            if transport is None:
-                raise ConnectionResetError("the client has left")
-            self._is_kept = request.keep_alive
-            length = sum(map(len, self._buffers))
-            more = _connection(request)
-            request_id = request.headers.get(REQUEST_ID)  # a client's own; creating one would take too long
-            if request_id is not None and valid_request_id((request_id,)) is not None:
-                more += f"{REQUEST_ID}: {request_id}\r\n"
-            head = _head(self._fields, length, more)
-            if length < JOINED_BYTES:
-                transport.write(b"".join((head, *self._buffers)))
-            else:
-                self._share.replace(length)
-                for part in (head, *self._buffers):
-                    transport.write(part)
-            self._buffers = ()
+            try:
+                transport = self._write(request)
+            finally:
+                self._on_written()
             if transport.get_write_buffer_size() > JOINED_BYTES:
                 await request.writer.drain()
         finally:
             self._share.give_back()
         return None
+
+    def _write(self, request: web.BaseRequest) -> asyncio.WriteTransport:
+        """Hand the whole response to the connection's transport."""
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client has left")
+        self._is_kept = request.keep_alive
+        length = sum(map(len, self._buffers))
+        more = _connection(request)
+        request_id = request.headers.get(REQUEST_ID)  # a client's own; creating one would take too long
+        if request_id is not None and valid_request_id((request_id,)) is not None:
+            more += f"{REQUEST_ID}: {request_id}\r\n"
+        head = _head(self._fields, length, more)
+        if length < JOINED_BYTES:
+            transport.write(b"".join((head, *self._buffers)))
+        else:
+            self._share.replace(length)
+            for part in (head, *self._buffers):
+                transport.write(part)
+        self._buffers = ()
+        return transport
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing: `prepare` has written everything."""

@@ -44,7 +44,7 @@ SERIES_AT_ONCE = 64
 PAUSE_S = 0.0001
 """Hands the interpreter to the event loop, which would otherwise wait 5 ms for it."""
 
-STAGES = ("queue", "input", "infer", "output")
+STAGES = ("queue", "input", "infer", "output", "transport")
 
 _UNITS = ("seconds", "bytes", "ratio")
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
@@ -127,7 +127,7 @@ class ServerCollector(Collector):
         sums = self._statistics
         yield _histogram(
             "inference_duration_seconds",
-            "Time from a decoded inference to the model's answer, queueing included.",
+            "Time from an inference's first byte until its answer is written, queueing included.",
             {
                 name: HistogramSnapshot(TOOK_S, tuple(each.took), each.total_ns / 1e9)
                 for name, each in sums.items()
@@ -154,7 +154,7 @@ class ServerCollector(Collector):
         )
         yield _counter(
             "inference_stage_seconds_total",
-            "Time of answered inferences in the worker: queue, input, infer, output.",
+            "Time of answered inferences by stage: queue, input, infer, output, transport.",
             {
                 (name, stage): getattr(each, f"{stage}_ns") / 1e9
                 for name, each in sums.items()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
+from functools import partial
 
 from aiohttp import hdrs, web
 
 from runtime.router import ModelNotLoaded, ModelRoute, ModelUnloading, Router
+from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer, Tensor
 from server.appkeys import BODIES, CONFIG, DEMAND, GATE, ROUTER
 from server.auth.gate import PRINCIPAL
@@ -15,6 +18,7 @@ from server.auth.ratelimit import JSON_BYTES_PER_REQUEST, QUOTA, Quota
 from server.config import MAX_BODY_BYTES
 from server.errors import ServerProblem
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
+from server.http.connection import ARRIVED_NS
 from server.http.limits import Share
 from server.http.responses import DirectResponse
 from server.http.validation import BodyTooLarge, path_parameters, read_encoded_body
@@ -126,6 +130,7 @@ async def infer(
     The gate has admitted the request. A model that is not loaded, in this version if there is one, is loaded
     on demand, if that is configured, within the inference's own time.
     """
+    times = InferenceTimes(request.get(ARRIVED_NS) or time.monotonic_ns())
     subject = request[PRINCIPAL].subject
     router, share = app[ROUTER], app[BODIES].share(subject)
     loop, longest_s = asyncio.get_running_loop(), app[CONFIG].inference_timeout_s
@@ -139,19 +144,26 @@ async def infer(
         try:
             decoded = decoded or _decode(router, model_id, version, body, header_bytes)
             timeout_s = _timeout_s(decoded, longest_s)
-            route, (_, outputs) = await router.infer(model_id, version, decoded, timeout_s)
+            route, (outcome, outputs) = await router.infer(model_id, version, decoded, timeout_s, times)
         except (ModelNotLoaded, ModelUnloading):
             ends_at_s = began_s + (longest_s if decoded is None else _timeout_s(decoded, longest_s))
+            missed_ns = time.monotonic_ns()
             async with app[DEMAND].keep_loaded(model_id, version, subject, ends_at_s):
+                times.waited_ns += time.monotonic_ns() - missed_ns
                 decoded = decoded or _decode(router, model_id, version, body, header_bytes)
                 left_s = ends_at_s - loop.time()
-                route, (_, outputs) = await router.infer(model_id, version, decoded, left_s)
-        fields, answer = _encode(route, decoded, outputs, request.get(QUOTA))
-        encoding = _encoding(request, answer)
-        if encoding is not None:
-            fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
-            answer = [await compress(answer, encoding)]
-        return DirectResponse(fields, answer, share)
+                route, (outcome, outputs) = await router.infer(model_id, version, decoded, left_s, times)
+        count = partial(route.count_answer, outcome, times)
+        try:
+            fields, answer = _encode(route, decoded, outputs, request.get(QUOTA))
+            encoding = _encoding(request, answer)
+            if encoding is not None:
+                fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
+                answer = [await compress(answer, encoding)]
+        except BaseException:  # the model has answered, whoever does not get it
+            count()
+            raise
+        return DirectResponse(fields, answer, share, count)
     except BaseException:
         share.give_back()
         raise

@@ -263,7 +263,8 @@ class ModelStatisticsSchema(AnswerSchema):
         values=fields.Nested(DurationSchema),
         metadata={
             "description": "Of success, fail, queue, compute_input, compute_infer, compute_output, "
-            "cache_hit and cache_miss."
+            "transport, cache_hit and cache_miss. The times of queue, compute and transport add up to "
+            "that of success."
         },
     )
     response_stats = fields.Dict(required=True)

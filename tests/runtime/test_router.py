@@ -13,7 +13,7 @@ from support.running import Engine, running, slow_model, stopped_clock
 from support.workers import LIMIT_S, array, floats, tensor, trips, until
 
 from events.models import ModelState
-from events.types import LoadParameters, WorkerExited
+from events.types import LoadParameters, ModelLoaded, WorkerExited
 from runtime.errors import (
     InferenceTimeout,
     InvalidInput,
@@ -217,6 +217,9 @@ async def test_queued_inferences_wait_for_the_reload_of_their_model(
         else:
             engine.pass_time(0.5)
             assert [int(array((await task)[0])) for task in queued] == [0, 1, 2]
+            [*_, reloaded] = await engine.facts(ModelLoaded)
+            waited_ns = 3 * reloaded.durations.loading_us * 1000
+            assert engine.live("loop").statistics.queue_ns >= waited_ns > 0
 
 
 async def test_stuck_worker_is_killed_and_reloaded(engine: Engine) -> None:

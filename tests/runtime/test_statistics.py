@@ -15,12 +15,14 @@ from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import InferenceTotals, PendingDemand
 from runtime.contents import ModelContents
 from runtime.repository import Repository
-from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, Statistics
+from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, InferenceTimes, Statistics
 from runtime.wire import Outcome
 
 COUNT = st.integers(0, 2**63 - 1)
 COMPUTE = ("compute_input", "compute_infer", "compute_output")
-STATS = ("success", "fail", "queue", *COMPUTE, "cache_hit", "cache_miss")
+PARTS = ("queue", *COMPUTE, "transport")
+STATS = ("success", "fail", *PARTS, "cache_hit", "cache_miss")
+SPAN_NS = st.integers(0, 10**12)
 
 
 @st.composite
@@ -28,6 +30,21 @@ def outcomes(draw: st.DrawFn) -> Outcome:
     """Any answer that the wire lets through."""
     times = {name: draw(COUNT) for name in ("queue_ns", "input_ns", "infer_ns", "output_ns")}
     return Outcome(1, (), **times, batch_size=draw(COUNT), execution_size=draw(COUNT))
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> tuple[InferenceTimes, int]:
+    """The server's readings for one request, which can only be in order, and that of its end."""
+    before_ns, waited_ns, worker_ns, after_ns = (draw(SPAN_NS) for _ in range(4))
+    arrived_ns = draw(SPAN_NS)
+    asked_ns = arrived_ns + before_ns + waited_ns
+    times = InferenceTimes(arrived_ns, waited_ns, asked_ns, asked_ns + worker_ns)
+    return times, times.answered_ns + after_ns
+
+
+def count(statistics: Statistics, outcome: Outcome, total_ns: int, now_ms: int = 1) -> None:
+    """Count a request of which the worker had the whole time."""
+    statistics.count_success(outcome, InferenceTimes(1000, 0, 1000, 1000 + total_ns), 1000 + total_ns, now_ms)
 
 
 def protocol(statistics: Statistics) -> dict[str, Any]:
@@ -50,8 +67,8 @@ def test_statistics_of_idle_load_are_zero() -> None:
 
 def test_requests_of_one_batch_are_one_execution() -> None:
     statistics = Statistics()
-    statistics.count_success(Outcome(1, (), 10, 20, 30, 40, batch_size=2, execution_size=5), 200, 1_000)
-    statistics.count_success(Outcome(2, (), 1, 2, 3, 4, batch_size=3, execution_size=0), 100, 2_000)
+    count(statistics, Outcome(1, (), 10, 20, 30, 40, batch_size=2, execution_size=5), 200, 1_000)
+    count(statistics, Outcome(2, (), 1, 2, 3, 4, batch_size=3, execution_size=0), 100, 2_000)
     seen = protocol(statistics)
     assert (seen["inference_count"], seen["execution_count"], seen["last_inference"]) == (5, 1, 2_000)
     assert seen["inference_stats"]["success"] == {"count": 2, "ns": 300}
@@ -70,15 +87,41 @@ def test_failure_counts_as_failure_only() -> None:
     assert (seen["inference_count"], seen["last_inference"]) == (0, 0)
 
 
+def test_time_of_request_is_divided_by_who_had_it() -> None:
+    statistics = Statistics()
+    times = InferenceTimes(arrived_ns=1_000, waited_ns=500, asked_ns=1_700, answered_ns=1_900)
+    statistics.count_success(Outcome(1, (), 10, 20, 30, 40), times, 2_000, 1)
+    seen = protocol(statistics)["inference_stats"]
+    assert [seen[name]["ns"] for name in ("success", *PARTS)] == [1_000, 510, 20, 30, 40, 400]
+
+
+@PLAIN
+@given(st.lists(st.tuples(outcomes(), spans()), max_size=5))
+def test_parts_add_up_whatever_a_worker_says(
+    requests: list[tuple[Outcome, tuple[InferenceTimes, int]]],
+) -> None:
+    statistics, before = Statistics(), [0] * len(PARTS)
+    for outcome, (times, ended_ns) in requests:
+        statistics.count_success(outcome, times, ended_ns, 1)
+        seen = protocol(statistics)["inference_stats"]
+        parts = [seen[name]["ns"] for name in PARTS]
+        assert sum(parts) == seen["success"]["ns"] == statistics.total_ns
+        assert all(map(int.__le__, before, parts))
+        before = parts
+    in_worker = sum(times.answered_ns - times.asked_ns for _, (times, _) in requests)
+    waited = sum(times.waited_ns for _, (times, _) in requests)
+    assert sum(before[:-1]) <= in_worker + waited
+
+
 @PLAIN
 @given(st.lists(outcomes(), max_size=20))
 def test_statistics_count_successes_within_64_bits(answers: list[Outcome]) -> None:
     statistics = Statistics()
     for answer in answers:
-        statistics.count_success(answer, answer.queue_ns, 1)
+        count(statistics, answer, answer.queue_ns)
     seen = protocol(statistics)
     stats = seen["inference_stats"]
-    assert {stats[name]["count"] for name in ("success", "queue", *COMPUTE)} == {len(answers)}
+    assert {stats[name]["count"] for name in ("success", *PARTS)} == {len(answers)}
     assert all(counts["ns"] <= MAX_COUNT for counts in stats.values())
     assert seen["execution_count"] == sum(answer.execution_size > 0 for answer in answers)
     assert sum(entry["compute_infer"]["count"] for entry in seen["batch_stats"]) == seen["execution_count"]
@@ -87,7 +130,7 @@ def test_statistics_count_successes_within_64_bits(answers: list[Outcome]) -> No
 def test_invented_batch_sizes_are_bounded() -> None:
     statistics = Statistics()
     for size in range(1, MAX_SIZES + 100):
-        statistics.count_success(Outcome(1, (), execution_size=size), 1, 1)
+        count(statistics, Outcome(1, (), execution_size=size), 1)
     seen = protocol(statistics)
     assert (len(seen["batch_stats"]), seen["execution_count"]) == (MAX_SIZES, MAX_SIZES + 99)
 
@@ -95,7 +138,7 @@ def test_invented_batch_sizes_are_bounded() -> None:
 def test_durations_fall_into_the_first_bucket_that_holds_them() -> None:
     statistics = Statistics()
     for seconds in (*TOOK_S, 10**6):
-        statistics.count_success(Outcome(1), round(seconds * 1e9), 1)
+        count(statistics, Outcome(1), round(seconds * 1e9))
     assert statistics.took == [1] * (len(TOOK_S) + 1)
 
 
@@ -108,7 +151,8 @@ def load(model_id: str) -> RunningLoad:
 
 
 def figures(counts: Statistics) -> tuple[int, ...]:
-    return (counts.requests, counts.failures, counts.total_ns, counts.failed_ns, *counts.took)
+    parts = (counts.queue_ns, counts.input_ns, counts.infer_ns, counts.output_ns, counts.transport_ns)
+    return (counts.requests, counts.failures, counts.total_ns, counts.failed_ns, *parts, *counts.took)
 
 
 @PLAIN
@@ -124,7 +168,7 @@ def test_totals_never_lose_or_repeat_an_inference(steps: list[tuple[str, int, in
         each = live[number]
         for counts in (each.statistics, expected[each.model_id]):
             if step == "ask":  # also of a load that is over: an answer may come to be counted last
-                counts.count_success(Outcome(1, (), 1, 2, 3, 4), took_ns, 5)
+                count(counts, Outcome(1, (), 1, 2, 3, 4), took_ns)
             elif step == "fail":
                 counts.count_failure(took_ns)
         if step == "end":

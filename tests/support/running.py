@@ -6,6 +6,7 @@ Nothing here sleeps: what is recorded is waited for at the log, and time passes 
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler.view import Policy
+from runtime.statistics import InferenceTimes
 from runtime.wire import Tensor, WantedOutput
 from support import models
 from support.store import opened_store
@@ -207,7 +209,9 @@ class Engine:
     ) -> Sequence[Tensor]:
         """Run an inference; returns the outputs, as raw bytes."""
         question = Asked(tensors, tuple(map(WantedOutput, outputs)))
-        _, (_, answer) = await self.router.infer(model_id, None, question, timeout_s)
+        times = InferenceTimes(time.monotonic_ns())
+        route, (outcome, answer) = await self.router.infer(model_id, None, question, timeout_s, times)
+        route.count_answer(outcome, times)
         return answer
 
     def kill(self, model_id: str) -> None:

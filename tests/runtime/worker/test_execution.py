@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -220,6 +221,43 @@ def test_request_cancelled_before_arrival_is_not_decoded(
     answers = [message for message, _ in iter(reader.next_frame, None)]
     codes = [(each.id, each.code) for each in answers if isinstance(each, InferenceFailure)]
     assert codes == [(0, "invalid_input"), (1, "inference_cancelled"), (2, "invalid_input")]
+
+
+def test_only_a_busy_worker_makes_requests_queue(
+    channel: tuple[socket.socket, socket.socket], runner: Runner
+) -> None:
+    """What passes between sending and receiving is copying and waking while the worker has nothing to do."""
+    executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None)
+    sent_ns = time.monotonic_ns()
+    on_its_way = executor.prepare(Infer(0, sent_ns=sent_ns), [floats("x", 1)])
+    assert on_its_way is not None
+    assert on_its_way.queue_ns == 0
+    executor.run([on_its_way])
+    ran_ns = time.monotonic_ns()
+    behind = executor.prepare(Infer(1, sent_ns=sent_ns), [floats("x", 1)])
+    later = executor.prepare(Infer(2, sent_ns=ran_ns), [floats("x", 1)])
+    unknown = executor.prepare(Infer(3), [floats("x", 1)])
+    assert behind is not None
+    assert later is not None
+    assert unknown is not None
+    assert 0 < on_its_way.input_ns <= behind.queue_ns <= ran_ns - sent_ns
+    assert 0 < behind.input_ns <= later.queue_ns <= later.came_ns - ran_ns
+    assert unknown.queue_ns == 0
+
+
+@pytest.mark.parametrize("refused", [Infer(0), None], ids=["undecodable", "too large"])
+def test_requests_queue_behind_a_refused_one(
+    channel: tuple[socket.socket, socket.socket], runner: Runner, refused: Infer | None
+) -> None:
+    executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None)
+    sent_ns = time.monotonic_ns()
+    if refused is None:
+        executor.refuse(0)
+    else:
+        assert executor.prepare(refused, [NO_NUMBERS]) is None
+    behind = executor.prepare(Infer(1, sent_ns=sent_ns), [floats("x", 1)])
+    assert behind is not None
+    assert 0 < behind.queue_ns <= behind.came_ns - sent_ns
 
 
 def test_long_lists_of_wanted_outputs_are_not_cached(runner: Runner) -> None:

@@ -24,7 +24,7 @@ from support.connections import (
 from support.workers import until
 
 from server.config import Config
-from server.http.connection import RESERVE, ConnectionLimits, listening
+from server.http.connection import ARRIVED_NS, RESERVE, ConnectionLimits, listening
 from server.http.limits import Bodies
 from server.http.responses import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES, DirectResponse
 from server.http.tls import load_context
@@ -309,6 +309,29 @@ async def test_slow_reader_gets_all_of_a_long_response(server: SmallServer) -> N
             received += len(piece)
             await asyncio.sleep(0.001)
     assert received > len(LONG_ANSWER)
+
+
+async def test_request_arrives_with_its_first_byte() -> None:
+    """One that was sent before the answer to the previous request arrives when that is answered."""
+    spans = list[tuple[int, int]]()
+
+    async def note(request: web.Request) -> web.Response:
+        spans.append((request[ARRIVED_NS], time.monotonic_ns()))
+        return web.Response()
+
+    async with small_server(others={"/note": note}) as server:
+        client, request = await server.connect(), GET.replace(b"/short", b"/note")
+        for _ in range(2):
+            client.send(b"\r\n" + request[:9])
+            await until(lambda: any(each._head_bytes for each in server.limits.open))
+            begun_ns = time.monotonic_ns()
+            await client.get(request[9:])
+            assert 0 < spans[-1][0] < begun_ns
+        client.send(request * 3)
+        for _ in range(3):
+            await client.answer()
+    marks = [mark for span in spans for mark in span]
+    assert marks == sorted(marks)
 
 
 async def test_unread_fast_response_gives_back_its_memory() -> None:

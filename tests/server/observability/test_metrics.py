@@ -22,7 +22,7 @@ from events.types import Cause
 from server.app import all_routes
 from server.appkeys import LOG
 from server.errors import ERRORS
-from server.observability.collector import ServerCollector
+from server.observability.collector import STAGES, ServerCollector
 from server.observability.requestlog import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
 from server.observability.scrape import SCRAPES, negotiate
 
@@ -91,7 +91,9 @@ async def test_server_counts_and_measures_its_work(start: Start, repository: Pat
     seen = await metrics(api)
     assert {name: seen[series(name, model="m")] for name in OF_M} == OF_M
     assert seen[series("inference_duration_seconds_bucket", model="m", le="+Inf")] == 3
-    assert seen[series("inference_stage_seconds_total", model="m", stage="infer")] > 0
+    stages = [seen[series("inference_stage_seconds_total", model="m", stage=stage)] for stage in STAGES]
+    assert min(stages) > 0
+    assert sum(stages) == pytest.approx(seen[series("inference_duration_seconds_sum", model="m")])
     assert seen[series("model_info", model="m", version="1", form="none")] == 1
     assert seen[series("model_memory_bytes", model="m")] == seen["memory_used_bytes"] > 0
     assert seen[series("models", state="loaded")] == 1

@@ -351,7 +351,7 @@ async def test_metadata_and_configuration_of_a_loaded_model(shared: LocalApi) ->
         }
 
 
-PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
+PHASES = ("queue", "compute_input", "compute_infer", "compute_output", "transport")
 
 
 async def stats(api: LocalApi, path: str = "/v2/models/stats") -> list[Json]:
@@ -373,7 +373,7 @@ async def test_statistics_count_each_phase_of_a_load_s_inferences(shared: LocalA
     assert (after["inference_count"], after["execution_count"]) == (2, 2)
     assert after["last_inference"] > 1_600_000_000_000
     counts = after["inference_stats"]
-    assert [counts[each]["count"] for each in ("fail", "success", *PHASES)] == [1, 2, 2, 2, 2, 2]
+    assert [counts[each]["count"] for each in ("fail", "success", *PHASES)] == [1, 2, 2, 2, 2, 2, 2]
     assert counts["success"]["ns"] >= counts["compute_infer"]["ns"] > 0
     [batch] = after["batch_stats"]
     assert (batch["batch_size"], batch["compute_infer"]["count"]) == (1, 2)
