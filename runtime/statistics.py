@@ -7,8 +7,11 @@ transport. docs/metrics.md defines them for users; `InferenceTimes` has the cloc
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from runtime.wire import Outcome
 
@@ -21,8 +24,7 @@ TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 _TOOK_NS = tuple(round(bound * 1e9) for bound in TOOK_S)
 
 
-@dataclass(slots=True)
-class InferenceTimes:
+class InferenceTimes(msgspec.Struct, gc=False):
     """The server's readings of CLOCK_MONOTONIC during one inference, in the order of the attributes.
 
     Attributes:
@@ -83,21 +85,23 @@ class Statistics:
             ended_ns: CLOCK_MONOTONIC when the response was handed to its connection.
             now_ms: the time, in milliseconds since 1970.
         """
-        rest_ns = worker_ns = times.answered_ns - times.asked_ns
-        rest_ns -= (queue_ns := min(outcome.queue_ns, rest_ns))
-        rest_ns -= (input_ns := min(outcome.input_ns, rest_ns))
-        rest_ns -= (infer_ns := min(outcome.infer_ns, rest_ns))
-        rest_ns -= (output_ns := min(outcome.output_ns, rest_ns))
-        total_ns = ended_ns - times.arrived_ns
+        queue_ns, input_ns, infer_ns, output_ns = parts_ns = (
+            outcome.queue_ns, outcome.input_ns, outcome.infer_ns, outcome.output_ns
+        )  # fmt: skip
+        in_worker_ns, most_ns = queue_ns + input_ns + infer_ns + output_ns, times.answered_ns - times.asked_ns
+        if in_worker_ns > most_ns:
+            queue_ns, input_ns, infer_ns, output_ns = _cut_down(parts_ns, most_ns)
+            in_worker_ns = most_ns
+        total_ns, waited_ns = ended_ns - times.arrived_ns, times.waited_ns
         self.requests += 1
         self.inferences += outcome.batch_size
         self.total_ns += total_ns
         self.took[bisect_left(_TOOK_NS, total_ns)] += 1
-        self.queue_ns += queue_ns + times.waited_ns
+        self.queue_ns += queue_ns + waited_ns
         self.input_ns += input_ns
         self.infer_ns += infer_ns
         self.output_ns += output_ns
-        self.transport_ns += total_ns - times.waited_ns - worker_ns + rest_ns
+        self.transport_ns += total_ns - waited_ns - in_worker_ns
         self.last_inference_ms = now_ms
         if outcome.execution_size > 0:
             self._count_execution(outcome.execution_size, input_ns, infer_ns, output_ns)
@@ -173,6 +177,13 @@ def _batch_members(size: int, counts: list[int]) -> dict[str, Any]:
         "compute_infer": _duration(executions, infer_ns),
         "compute_output": _duration(executions, output_ns),
     }
+
+
+def _cut_down(parts_ns: Iterable[int], most_ns: int) -> Iterator[int]:
+    """Yield each part as far as it fits behind those before it."""
+    for part_ns in parts_ns:
+        yield (fitting_ns := min(part_ns, most_ns))
+        most_ns -= fitting_ns
 
 
 def _duration(count: int, ns: int) -> dict[str, int]:
