@@ -207,6 +207,17 @@ def runner() -> Runner:
     return Runner(session, [TensorSpec("x", "FP32", (-1,))], [TensorSpec("y", "FP32", (-1,))])
 
 
+def answers_in(channel: socket.socket, outbox: Outbox) -> list[tuple[int, str]]:
+    """Read the answers, which are all failures; returns their ids and codes."""
+    outbox.flush()
+    reader = FrameReader(FrameRules(FROM_SERVING))
+    reader.feed(channel.recv_into(reader.buffer()))
+    answers = [message for message, _ in iter(reader.next_frame, None)]
+    failures = [(each.id, each.code) for each in answers if isinstance(each, InferenceFailure)]
+    assert len(failures) == len(answers)
+    return failures
+
+
 def test_request_cancelled_before_arrival_is_not_decoded(
     channel: tuple[socket.socket, socket.socket], runner: Runner
 ) -> None:
@@ -215,12 +226,20 @@ def test_request_cancelled_before_arrival_is_not_decoded(
     cancellation.cancel(1)
     for number in range(3):
         assert executor.prepare(Infer(number), [NO_NUMBERS]) is None
-    outbox.flush()
-    reader = FrameReader(FrameRules(FROM_SERVING))
-    reader.feed(channel[0].recv_into(reader.buffer()))
-    answers = [message for message, _ in iter(reader.next_frame, None)]
-    codes = [(each.id, each.code) for each in answers if isinstance(each, InferenceFailure)]
+    codes = answers_in(channel[0], outbox)
     assert codes == [(0, "invalid_input"), (1, "inference_cancelled"), (2, "invalid_input")]
+
+
+def test_batch_of_cancelled_requests_is_not_run(
+    channel: tuple[socket.socket, socket.socket], runner: Runner
+) -> None:
+    outbox, cancellation = Outbox(channel[1]), Cancellation()
+    executor = InferenceExecutor(runner, outbox, cancellation, BatchDimension(4, ["x"]))
+    batch = [executor.prepare(Infer(number), [floats("x", 1)]) for number in range(2)]
+    for number in range(2):
+        cancellation.cancel(number)
+    executor.run([each for each in batch if each is not None])
+    assert answers_in(channel[0], outbox) == [(0, "inference_cancelled"), (1, "inference_cancelled")]
 
 
 def test_only_a_busy_worker_makes_requests_queue(
