@@ -284,7 +284,7 @@ class InferenceExecutor:
         """Run a batch at once or, if a request makes it fail, one request after the other."""
         if len(batch) > 1:
             batch = [request for request in batch if not self._drop_cancelled(request.number)]
-        if len(batch) < 2 or not self._run_at_once(batch):
+        if not (len(batch) > 1 and self._run_at_once(batch)):
             for request in batch:
                 self._run_alone(request)
         self._free_ns = time.monotonic_ns()

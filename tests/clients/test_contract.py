@@ -373,6 +373,9 @@ def test_metadata_and_configuration_name_inputs_and_outputs(client: Any, admin: 
 def test_encodings_mix_in_one_counted_request(client: Any, admin: dict[str, str]) -> None:
     def count() -> Any:
         (stats,) = client.get_inference_statistics("subtract", "1", headers=admin)["model_stats"]
+        times = {name: each["ns"] for name, each in stats["inference_stats"].items()}
+        parts = ("queue", "compute_input", "compute_infer", "compute_output", "transport")
+        assert sum(times[name] for name in parts) == times["success"]
         return stats["inference_stats"]["success"]["count"]
 
     before, inputs = count(), [floats("a", 5, 7), floats("b", 2, 3, binary=False)]
