@@ -6,9 +6,10 @@ and executes it; `process` starts and supervises workers; `worker` is what runs 
 
 To change: which load starts, evictions, reloads: `scheduler`. How an action is carried out and recorded:
 `consumer`. Private copies of versions: `store`. Optimised copies of models: `cache`. Memory limits and
-measurements: `memory`; memory that a load will need: `estimates`. A repository that hangs: `lookups`. A
-model's `loadledger.toml`: `modeldefaults`. External data: `onnxfile`, and what it reads of a model:
-`onnxfields`. Unsafe files: `repository`. When something counts as stuck: `limits`. Error codes: `errors`.
+measurements: `memory`; CPUs that may be used: `cgroups`; memory that a load will need: `estimates`. A
+repository that hangs: `lookups`. A model's `loadledger.toml`: `modeldefaults`. External data: `onnxfile`, and
+what it reads of a model: `onnxfields`. Unsafe files: `repository`. When something counts as stuck: `limits`.
+Error codes: `errors`.
 
 ONNX Runtime is imported in `worker` only; `worker` imports nothing of `events`.
 """

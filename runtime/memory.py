@@ -4,8 +4,8 @@ A worker's own memory is its private dirty pages: the machine gets them back whe
 that it shares with the fork server are not its own, nor unchanged pages of a file, such as mapped weights,
 which the kernel can drop at any time.
 
-Limits and pressure come from /proc and the cgroup file systems (cgroups(7); "Control Group v2" and "PSI" in
-the kernel's documentation). They differ between machines, so unreadable files are skipped.
+Limits and pressure come from /proc and the cgroup file systems (`runtime.cgroups`; "PSI" in the kernel's
+documentation). They differ between machines, so unreadable files are skipped.
 """
 
 import os
@@ -17,6 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+from runtime.cgroups import CGROUPS, find_folders, read_text
 from runtime.errors import RuntimeProblem
 
 PROC = Path("/proc")
@@ -26,7 +27,6 @@ RESERVE_BYTES = 2**30
 RESERVE_SHARE = 20
 """Disk space that the model cache leaves free: `RESERVE_BYTES`, or a twentieth of a small file system. A
 ledger grows by some hundred bytes per event, so there is time to notice."""
-CGROUPS = Path("/sys/fs/cgroup")
 
 Source = Literal["cgroup v2", "cgroup v1", "machine"]
 
@@ -40,9 +40,6 @@ kernel reads back pages that it has just dropped, and another model makes that w
 CPU_PRESSURE_PERCENT = 80.0
 """Share of the last 10 s in which a task waited for a core. One runnable thread too many all the time is
 100, and bursts stay well below; from 80 on, a load takes its computing time from inferences."""
-
-MAX_FILE_CHARACTERS = 64 * 1024
-"""More than these files have: a few kilobytes."""
 
 _RESIDENT = re.compile(rb"^VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB\nRssAnon:\s+(\d+) kB$", re.MULTILINE)
 MAX_BYTES = 2**63 - 1
@@ -177,11 +174,11 @@ def find_memory_limit(proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryLimit
     Raises:
         MemoryUnknown: `memory_unknown`, none of these can be read.
     """
-    unified, v1_memory = parse_cgroups(_text(proc / "self/cgroup"))
+    folders = find_folders("memory", proc, cgroups)
     found = [
         *_machine_limits(proc),
-        *_cgroup_limits(_unified_mount(cgroups), unified, "memory.max", "cgroup v2"),
-        *_cgroup_limits(cgroups / "memory", v1_memory, "memory.limit_in_bytes", "cgroup v1"),
+        *_cgroup_limits(folders.unified, "memory.max", "cgroup v2"),
+        *_cgroup_limits(folders.v1, "memory.limit_in_bytes", "cgroup v1"),
     ]
     if not found:
         raise MemoryUnknown(
@@ -199,10 +196,9 @@ def read_pressure(proc: Path = PROC, cgroups: Path = CGROUPS) -> Pressure | None
     Returns:
         None if the kernel does not provide PSI.
     """
-    unified, _ = parse_cgroups(_text(proc / "self/cgroup"))
-    mount = _unified_mount(cgroups)
+    above = find_folders("memory", proc, cgroups).unified
     # In a container the path may be the host's, and the container's cgroup is what is mounted.
-    folders = dict.fromkeys((_cgroup_folder(mount, unified), mount))
+    folders = dict.fromkeys((above[0], above[-1]))
     memory, cpu = (
         _some_percent([*(folder / f"{name}.pressure" for folder in folders), proc / "pressure" / name])
         for name in ("memory", "cpu")
@@ -242,22 +238,6 @@ def budget_bytes(setting: str, limit_bytes: int) -> int:
     return max(1, int(limit_bytes * percent / 100))
 
 
-def parse_cgroups(text: str) -> tuple[str, str]:
-    """Read the text of /proc/self/cgroup: lines of `hierarchy:controllers:path`.
-
-    Returns:
-        The cgroups in the unified and in the v1 memory hierarchy; `/` if unknown.
-    """
-    unified = v1_memory = "/"
-    for line in text.split("\n"):
-        match line.split(":", 2):
-            case ["0", "", path]:
-                unified = path
-            case [_, controllers, path] if "memory" in controllers.split(","):
-                v1_memory = path
-    return unified, v1_memory
-
-
 def parse_limit(text: str) -> int | None:
     """Parse a cgroup limit in bytes; None is no limit, or an invalid one."""
     found = _COUNT.fullmatch(text.strip())
@@ -273,45 +253,22 @@ def parse_some_percent(text: str) -> float | None:
 
 def _machine_limits(proc: Path) -> Iterator[MemoryLimit]:
     try:
-        total = parse_field(_text(proc / "meminfo"), "MemTotal")
+        total = parse_field(read_text(proc / "meminfo"), "MemTotal")
     except (ValueError, IndexError):
         return
     if total > 0:
         yield MemoryLimit(total, "machine")
 
 
-def _cgroup_limits(mount: Path, own: str, file: str, source: Source) -> Iterator[MemoryLimit]:
-    """Yield the limits of a cgroup and its parents, up to the mount."""
-    folder = _cgroup_folder(mount, own)
-    for each in (folder, *folder.parents):
-        if (limit := parse_limit(_text(each / file))) is not None:
+def _cgroup_limits(folders: Iterable[Path], file: str, source: Source) -> Iterator[MemoryLimit]:
+    """Yield the limits of a cgroup and its parents."""
+    for folder in folders:
+        if (limit := parse_limit(read_text(folder / file))) is not None:
             yield MemoryLimit(limit, source)
-        if each == mount:
-            return
-
-
-def _unified_mount(cgroups: Path) -> Path:
-    """Return the mount of cgroup v2: this one, or one beside the v1 hierarchies (systemd's hybrid mode)."""
-    return cgroups if _text(cgroups / "cgroup.controllers") else cgroups / "unified"
-
-
-def _cgroup_folder(mount: Path, own: str) -> Path:
-    # A path with `..` is outside of what is mounted here (cgroup_namespaces(7)).
-    parts = own.strip("/").split("/")
-    return mount if ".." in parts else mount.joinpath(*parts)
 
 
 def _some_percent(files: list[Path]) -> float | None:
-    return next((value for file in files if (value := parse_some_percent(_text(file))) is not None), None)
-
-
-def _text(file: Path) -> str:
-    """Read the beginning of a file; an unreadable file is empty (ValueError: a path with a NUL)."""
-    try:
-        with file.open(encoding="utf-8", errors="surrogateescape") as opened:
-            return opened.read(MAX_FILE_CHARACTERS)
-    except (OSError, ValueError):
-        return ""
+    return next((value for file in files if (value := parse_some_percent(read_text(file))) is not None), None)
 
 
 def free_disk_bytes(folder: Path) -> int:

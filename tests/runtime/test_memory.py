@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cgroups import Files
 from support.history import PLAIN
 
 from runtime import memory
+from runtime.cgroups import parse_cgroups
 from runtime.memory import MemoryLimit, MemoryUnknown, Pressure, tree_bytes
 
 GB = 2**30
@@ -38,37 +40,12 @@ TEXT = st.one_of(
 )
 
 
-class Files:
-    """The two file systems, written where a test wants them."""
+def limit_of(files: Files) -> MemoryLimit:
+    return memory.find_memory_limit(files.proc, files.cgroups)
 
-    def __init__(self, folder: Path) -> None:
-        self.proc = folder / "proc"
-        self.cgroups = folder / "cgroup"
 
-    def write(self, **contents: str) -> None:
-        """Write what is found under /proc: `self_cgroup`, `meminfo`, and so on, with `_` for `/`."""
-        self._save(self.proc, {name.replace("_", "/"): text for name, text in contents.items()})
-
-    def cgroup(self, contents: dict[str, str]) -> None:
-        self._save(self.cgroups, contents)
-
-    def unified(self, own: str, limits: dict[str, str], mount: str = "") -> None:
-        """Write a hierarchy of cgroup v2: this process's path, and what each folder's memory.max says."""
-        self.write(self_cgroup=own)
-        self.cgroup({f"{mount}cgroup.controllers": "cpuset cpu io memory pids\n"})
-        self.cgroup({f"{mount}{folder}memory.max": text for folder, text in limits.items()})
-
-    def limit(self) -> MemoryLimit:
-        return memory.find_memory_limit(self.proc, self.cgroups)
-
-    def pressure(self) -> Pressure | None:
-        return memory.read_pressure(self.proc, self.cgroups)
-
-    @staticmethod
-    def _save(root: Path, contents: dict[str, str]) -> None:
-        for path, text in contents.items():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_text(text)
+def pressure_of(files: Files) -> Pressure | None:
+    return memory.read_pressure(files.proc, files.cgroups)
 
 
 @pytest.fixture
@@ -108,7 +85,7 @@ def test_limit_is_the_least_of_the_cgroups_above(
 ) -> None:
     files.unified(own, limits)
     (files.cgroups.parent / "memory.max").write_text("4096\n")  # above the mount: nobody's
-    assert files.limit() == (MACHINE if limit_gb is None else MemoryLimit(limit_gb * GB, "cgroup v2"))
+    assert limit_of(files) == (MACHINE if limit_gb is None else MemoryLimit(limit_gb * GB, "cgroup v2"))
 
 
 @pytest.mark.parametrize(
@@ -131,40 +108,40 @@ def test_limit_of_cgroup_v1_and_of_both(
 ) -> None:
     files.write(self_cgroup=own)
     files.cgroup(limits | {"unified/cgroup.controllers": "memory\n"})
-    assert files.limit() == expected
+    assert limit_of(files) == expected
 
 
 @pytest.mark.parametrize("text", ["", "-1\n", "0\n", "1.5\n", "4G\n", "\u0664\n", "9" * 5000, "max max\n"])
 def test_unreadable_limit_is_skipped(files: Files, text: str) -> None:
     assert memory.parse_limit(text) is None
     files.unified(V2, {SERVICE: text, SLICE: f"{2 * GB}\n"})
-    assert files.limit() == MemoryLimit(2 * GB, "cgroup v2")
+    assert limit_of(files) == MemoryLimit(2 * GB, "cgroup v2")
 
 
 @pytest.mark.parametrize("text", ["", "MemTotal:\n", "MemTotal: much kB\n", "MemTotal: 0 kB\n"])
 def test_limit_of_cgroup_without_meminfo(files: Files, text: str) -> None:
     files.unified(V2, {SERVICE: f"{4 * GB}\n"})
     files.write(meminfo=text)
-    assert files.limit() == MemoryLimit(4 * GB, "cgroup v2")
+    assert limit_of(files) == MemoryLimit(4 * GB, "cgroup v2")
 
 
 def test_unreadable_limits_are_an_error_naming_the_places(tmp_path: Path) -> None:
     files = Files(tmp_path)
     with pytest.raises(MemoryUnknown, match="meminfo") as error:
-        files.limit()
+        limit_of(files)
     assert str(files.proc) in str(error.value)
     assert str(files.cgroups) in str(error.value)
     files.write(self_cgroup=V1, meminfo="")
     files.cgroup({V1_ROOT: V1_NONE_64K})
     with pytest.raises(MemoryUnknown):
-        files.limit()
+        limit_of(files)
 
 
 def test_folders_in_place_of_files_are_skipped(files: Files) -> None:
     for path in ("proc/self/cgroup", "cgroup/cgroup.controllers", "cgroup/memory.max"):
         (files.proc.parent / path).mkdir(parents=True)
-    assert files.limit() == MACHINE
-    assert files.pressure() is None
+    assert limit_of(files) == MACHINE
+    assert pressure_of(files) is None
 
 
 def test_cgroup_name_may_contain_anything(files: Files) -> None:
@@ -174,8 +151,8 @@ def test_cgroup_name_may_contain_anything(files: Files) -> None:
     folder = files.cgroups / os.fsdecode(name)
     folder.mkdir()
     (folder / "memory.max").write_text(f"{GB}\n")
-    assert files.limit() == MemoryLimit(GB, "cgroup v2")
-    assert memory.parse_cgroups("4:memory:/a:b\n0::/c:d e\n") == ("/c:d e", "/a:b")
+    assert limit_of(files) == MemoryLimit(GB, "cgroup v2")
+    assert parse_cgroups("4:memory:/a:b\n0::/c:d e\n", "memory") == ("/c:d e", "/a:b")
 
 
 @PLAIN
@@ -193,10 +170,10 @@ def test_garbled_files_raise_memory_unknown_at_most(
     ):  # fmt: skip
         (files.proc.parent / path).write_bytes(content)
     try:
-        assert files.limit().bytes > 0
+        assert limit_of(files).bytes > 0
     except MemoryUnknown:
         assert memory.parse_limit(limit.decode(errors="replace")) is None
-    assert memory.is_under_pressure(files.pressure()) in (True, False)
+    assert memory.is_under_pressure(pressure_of(files)) in (True, False)
 
 
 def test_this_machine_has_a_limit_and_pressure() -> None:
@@ -266,20 +243,20 @@ def test_own_cgroup_pressure_goes_before_the_machines(
 ) -> None:
     files.unified(own, {}, mount=mount)
     files.write(pressure_memory=psi(50), pressure_cpu=psi(60))
-    assert files.pressure() == Pressure(50, 60)
+    assert pressure_of(files) == Pressure(50, 60)
     files.cgroup({f"{folder}memory.pressure": psi(1.25), f"{folder}cpu.pressure": psi(2)})
-    assert files.pressure() == Pressure(1.25, 2)
+    assert pressure_of(files) == Pressure(1.25, 2)
 
 
 def test_each_pressure_is_read_where_it_is(files: Files) -> None:
     files.unified(V2, {})
-    assert files.pressure() is None
+    assert pressure_of(files) is None
     files.write(pressure_cpu=psi(6))
-    assert files.pressure() == Pressure(None, 6)
+    assert pressure_of(files) == Pressure(None, 6)
     files.cgroup({f"{SERVICE}memory.pressure": psi(7)})
-    assert files.pressure() == Pressure(7, 6)
+    assert pressure_of(files) == Pressure(7, 6)
     files.write(pressure_cpu="")
-    assert files.pressure() == Pressure(7, None)
+    assert pressure_of(files) == Pressure(7, None)
 
 
 @pytest.mark.parametrize(
