@@ -44,7 +44,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "LoadJoined": EventText(),
     "LoadStarted": EventText(("attempt {attempt}",), {"attempt": "attempt"}),
     "ModelLoaded": EventText(
-        ("{durations.total_us:ms}", "{memory_bytes:MB}", "{files:files}"),
+        ("{durations.total_us:ms}", "{memory_bytes:MB}", "threads {threads?}", "{files:files}"),
         {"memory_bytes": "memory_bytes", "prepared": "prepared.form"},
         "good",
     ),

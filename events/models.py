@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, seconds_between
-from events.footprints import Footprint, add_footprint
+from events.footprints import Footprint, add_footprint, footprint_of
 from events.jobs import (
     INSUFFICIENT_MEMORY,
     Consequence,
@@ -78,6 +78,7 @@ class Serving(Struct, frozen=True, gc=False):
         degraded_at: when the incident began in which workers died; None while all are left.
         kept_as_is: whether its repair was cancelled or has no room, so that it stays degraded.
         prepared: the prepared form that the workers use, if any.
+        threads: of each worker; None in events of earlier releases.
     """
 
     load_job_id: str
@@ -93,6 +94,7 @@ class Serving(Struct, frozen=True, gc=False):
     degraded_at: Timestamp | None = None
     kept_as_is: bool = False
     prepared: Prepared | None = None
+    threads: int | None = None
 
 
 class PendingLoad(Struct, frozen=True, gc=False):
@@ -258,9 +260,8 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         peak_memory_bytes=data.peak_memory_bytes,
         parameters=job.load,
         prepared=data.prepared,
+        threads=data.threads,
     )
-    form = data.prepared.form if data.prepared is not None else None
-    peak_bytes = -(-data.peak_memory_bytes // max(1, len(data.worker_ids)))  # of one worker, rounded up
     return _without_job(
         model,
         job.id,
@@ -275,7 +276,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         incidents=model.incidents if by_system else (),
         retries=None,
         previous=None,
-        footprints=add_footprint(model.footprints, Footprint(event.version, data.files, peak_bytes, form)),
+        footprints=add_footprint(model.footprints, footprint_of(event.version, data)),
     )
 
 
@@ -303,11 +304,8 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
     consequence = consequence_of(error.code)
     is_reload = job is not None and job.cause in RELOADS
     if model.degraded and is_reload:
-        return (
-            _end_reloads(model)
-            if consequence is Consequence.END
-            else _count_failure(model, event, consequence)
-        )
+        is_over = consequence is Consequence.END
+        return _end_reloads(model) if is_over else _count_failure(model, event, consequence)
     if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
         return model
     if model.phase is ModelState.LOST:

@@ -111,6 +111,8 @@ class LoadParameters(Struct, frozen=True, gc=False):
         max_queue_delay_us: how long a request may wait for its batch.
         progress_timeout_s: how long the load may make no progress once it has started; None, in events of
             earlier releases, is the server's setting.
+        threads: how many threads each worker computes with; None is the server's setting, whatever it is when
+            the load starts.
     """
 
     priority: str = "normal"
@@ -123,6 +125,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
     max_batch_size: int = 0
     max_queue_delay_us: int = 0
     progress_timeout_s: int | None = None
+    threads: int | None = None
 
     def has_same_workers(self, other: LoadParameters) -> bool:
         """Whether workers of a load with `other` parameters do for one with these."""
@@ -134,7 +137,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
         return own == others and self.pinned == other.pinned
 
 
-WORKER_PARAMETERS = ("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes")
+WORKER_PARAMETERS = ("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads")
 """Parameters of the workers: a change of them loads the model anew."""
 
 SETTINGS = ("pinned", "keep_alive_s")
@@ -204,7 +207,8 @@ class ModelLoaded(Struct, frozen=True, gc=False):
 
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
     the repository's files, which may have changed in between. `confinement` is None in events of earlier
-    releases, whose workers were not confined.
+    releases, whose workers were not confined. `threads` is how many each worker computes with; None in events
+    of earlier releases.
     """
 
     TYPE: ClassVar[str] = "ModelLoaded"
@@ -216,6 +220,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     durations: Durations
     verified: bool = False
     confinement: Confinement | None = None
+    threads: int | None = None
 
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):

@@ -92,6 +92,7 @@ class LoadOptions(TypedDict, total=False):
     strategy: Literal["beside", "in_place", "auto"]
     pinned: bool
     instances: int
+    threads: int | None
     max_batch_size: int
     max_queue_delay_us: int
 

@@ -88,6 +88,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         position: of its latest `ModelLoaded`.
         repository_changed: whether the repository has newer files than those that are loaded.
         instances: workers alive.
+        threads: of each worker; None from a server, or of a load, of an earlier release.
     """
 
     id: str
@@ -106,6 +107,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None = None
     error: ErrorInfo | None = None
     instances: int | None = None
+    threads: int | None = None
     as_of: int | None = None
     as_of_time: str | None = None
     server: ServerPresence | None = None
@@ -171,6 +173,7 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     limit_bytes: int = 0
     limit_source: str = ""
     max_loaded: int | None = None
+    threads: int | None = None
     models: list[LoadUsage] = []
     waiting: list[WaitingJob] = []
     preparing: CachePreparation | None = None

@@ -26,6 +26,7 @@ from events.sqlite.presence import NOTE_EVERY_S
 from events.types import Cause
 from runtime.cache.formerfolder import remove_former_folder
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
+from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
 from runtime.contents import ModelContents
@@ -50,6 +51,7 @@ from server.appkeys import (
     CONSUMER,
     CONSUMER_TASK,
     CONTENTS,
+    CPUS,
     DEMAND,
     GATE,
     LIMIT,
@@ -180,8 +182,9 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
     app[REPOSITORY] = repository = Repository(app[CONFIG].repository)
     app[CONTENTS] = ModelContents(repository, await asyncio.to_thread(_open_store, app[CONFIG]))
     app[LIMIT] = find_memory_limit()
+    app[CPUS] = cpus = count_usable_cpus()
     app[POOL] = pool = WorkerPool(
-        threads=app[CONFIG].threads,
+        threads=app[CONFIG].model_threads(cpus),
         patience_s=app[CONFIG].inference_grace_s,
         warm_up=app[CONFIG].warm_up == "on",
         huge_pages=app[CONFIG].huge_pages == "auto",
@@ -190,6 +193,7 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
     await pool.open()
     try:
         await _confine(pool, app[CONFIG])
+        _log.info("threads of each model: %d, unless its load says otherwise", pool.threads)
         yield
     finally:
         await pool.close()
@@ -255,9 +259,9 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-def _policy(config: Config, limit_bytes: int) -> Policy:
+def _policy(config: Config, cpus: int, limit_bytes: int) -> Policy:
     return Policy(
-        config.max_loads(),
+        config.max_loads(cpus),
         budget_bytes=budget_bytes(config.memory_budget, limit_bytes),
         max_loaded=config.max_loaded or None,
         evicts=config.evict == "idle",
@@ -311,7 +315,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         app[LOG],
         app[POOL],
         app[CONTENTS],
-        policy=_policy(config, app[LIMIT].bytes),
+        policy=_policy(config, app[CPUS], app[LIMIT].bytes),
         drain_timeout_s=config.drain_timeout_s,
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),

@@ -37,6 +37,8 @@ CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyn
 ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
+CPUS = web.AppKey("cpus", int)
+"""How many CPUs this process may use."""
 PENDING_DEMAND = web.AppKey("pending_demand", PendingDemand)
 DEMAND = web.AppKey("demand", OnDemand)
 STREAMS = web.AppKey("streams", Streams)

@@ -22,6 +22,7 @@ from msgspec import structs
 
 from events.clock import uuid7
 from events.types import LoadParameters
+from runtime.cgroups import count_usable_cpus
 from runtime.contents import ModelContents
 from runtime.errors import ForkServerUnavailable, RuntimeProblem
 from runtime.estimates import estimate_memory
@@ -271,7 +272,8 @@ def check_workers(
 
     async def check() -> None:
         is_huge = config.huge_pages == AUTO
-        pool = WorkerPool(threads=config.threads, warm_up=config.warm_up == ON, huge_pages=is_huge)
+        threads = config.model_threads(count_usable_cpus())
+        pool = WorkerPool(threads=threads, warm_up=config.warm_up == ON, huge_pages=is_huge)
         try:
             await pool.open()
             await _check_confinement(pool, config, result)

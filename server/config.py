@@ -5,7 +5,6 @@ The options of `serve` and `check` and the table in the documentation are genera
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +29,8 @@ MAX_BODY_BYTES = 64 * 2**20
 """Of an inference. Triton's default (`--http-max-input-size`)."""
 MAX_KEEP_ALIVE_S = 365 * 86400
 """A year; for longer there is -1, which means never."""
+MAX_THREADS = 1024
+"""Of a model: more than most machines have cores."""
 MANY = 1_000_000
 """Upper limit of counts: catches typing errors, limits nothing real."""
 
@@ -167,11 +168,16 @@ class Config:
     )
     loads_at_once: int = setting(
         0,
-        "Models that may load at the same time; 0 means as many as there are cores. One more may, if it"
-        " loaded before, while only models that never did are loading.",
+        "Models that may load at the same time; 0 means one for each CPU that the server may use (--threads)."
+        " One more may, if it loaded before, while only models that never did are loading.",
         validate.Range(0, 1024),
     )
-    threads: int = setting(1, "Threads of each model.", validate.Range(1, 1024))
+    threads: int = setting(
+        0,
+        "Threads of each model, unless its load says otherwise; 0 means as many as the server may use: its"
+        " CPU affinity and the container's CPU quota.",
+        validate.Range(0, MAX_THREADS),
+    )
     drain_timeout_s: float = setting(
         DRAIN_TIMEOUT_S, "Seconds that an unload waits for running inferences.", _SECONDS
     )
@@ -350,9 +356,13 @@ class Config:
     limit_reads: str = setting("6000/minute", "Other requests per subject, or off.", _LIMIT)
     limit_auth_failures: str = setting("30/minute", "Refused credentials per peer address, or off.", _LIMIT)
 
-    def max_loads(self) -> int:
-        """Return how many loads may run at the same time; 0 means the cores of this process."""
-        return self.loads_at_once or len(os.sched_getaffinity(0))
+    def max_loads(self, cpus: int) -> int:
+        """Return how many loads may run at the same time, given the CPUs that this process may use."""
+        return self.loads_at_once or cpus
+
+    def model_threads(self, cpus: int) -> int:
+        """Return how many threads a model computes with unless its load says otherwise, given those CPUs."""
+        return self.threads or cpus
 
     def prepared_bytes(self) -> int:
         """Return how many bytes prepared models may take."""

@@ -282,6 +282,7 @@ def _details(job: Any) -> Iterator[str]:
 )
 @click.option("--pin/--no-pin", "pinned", default=None, help="Never evict the model or unload it when idle.")
 @int_option("--instances", metavar="N", text="Number of workers.")
+@int_option("--threads", metavar="N", text="Threads of each worker.")
 @int_option("--max-batch-size", metavar="N", least=0, text="Batch up to so many waiting requests.")
 @int_option("--max-queue-delay-us", metavar="MICROSECONDS", least=0, text="Longest wait for a fuller batch.")
 @json_option

@@ -91,6 +91,7 @@ def _details(model: Any) -> Iterator[str]:
         "repository": "has newer files than those that are loaded" if model.repository_changed else None,
         "versions": model.versions and ", ".join(map(str, model.versions)),
         "instances": model.instances,
+        "threads": model.threads,
         "memory": model.memory_bytes and format_size(model.memory_bytes),
         "loaded": model.loaded_at
         and f"{format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
@@ -176,6 +177,8 @@ def _resource_lines(found: Any) -> Iterator[str]:
     now = datetime.now(UTC)
     yield budget_line(found)
     yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"
+    if found.threads is not None:
+        yield f"threads of each worker: {found.threads}, unless its load says otherwise"
     yield from filter(None, [pressure_line(found), confinement_line(found)])
     if found.preparing is not None:
         yield f"preparing {format_cell(found.preparing.model_id)} version {found.preparing.version}"

@@ -18,7 +18,7 @@ from events.clock import format_timestamp
 from runtime.store.manifest import MANIFEST, StoredFile, read_record
 from runtime.wire import MODEL_FILE, CachedCopy, Count, Form, Name, Sha256, Text
 
-LAYOUT: Literal[3] = 3
+LAYOUT: Literal[4] = 4
 """Version of these folders and of how forms are made; a new number invalidates the whole cache."""
 WEIGHTS_FILE = "weights.bin"
 """Beside `MODEL_FILE`, the only file of a form."""
@@ -59,7 +59,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         known_until: timestamp after which reasons against all forms are ignored; None of a form.
     """
 
-    layout: Literal[3] = LAYOUT
+    layout: Literal[4] = LAYOUT
     key: Sha256
     model_id: Name
     version: Count

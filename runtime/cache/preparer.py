@@ -2,7 +2,9 @@
 
 The scheduler decides when (`PrepareModel`, `StopPreparation`). A worker makes a form, and fresh workers try
 it beside the bare model. A form that crashes its worker, answers differently or is not faster is left out,
-and the next simpler form is tried. A preparation may end at any moment; its draft is never used.
+and the next simpler form is tried. A preparation may end at any moment; its draft is never used. A form does
+not depend on the number of threads (`runtime.cache.key`), so all these workers compute with one: in the
+background they take no more than a core each.
 """
 
 from __future__ import annotations
@@ -163,7 +165,7 @@ class PreparationRun:
             DiskFull: the disk has no room for the form.
             OSError: the repository cannot be read.
         """
-        self._key = await asyncio.to_thread(make_key, self._candidate.digest, self._pool.threads)
+        self._key = await asyncio.to_thread(make_key, self._candidate.digest)
         try:
             async with asyncio.timeout(LIMIT_S), self._files() as files:
                 bare, given = await self._bare_load(files)
@@ -218,7 +220,7 @@ class PreparationRun:
             )
         except RuntimeProblem as problem:
             raise _Changed from problem
-        parameters = LoadParameters(memory_limit_bytes=candidate.worker_bytes)
+        parameters = LoadParameters(memory_limit_bytes=candidate.worker_bytes, threads=1)
         return self._pool.build_load(files, parameters, warm_up), warm_up.inputs
 
     async def _try_form(self, form: Form, bare: Load, trial: Trial, tried: Mapping[Form, str]) -> str | None:
@@ -356,7 +358,7 @@ class Preparer:
             return None
         digest = digest_of((file.path, file.sha256) for file in files)
         try:
-            return self.store.use(make_key(digest, self._pool.threads))
+            return self.store.use(make_key(digest))
         except CACHE_PROBLEMS as error:
             _log.warning("a prepared form cannot be used, and the load goes on without it: %s", error)
             return None
@@ -371,7 +373,7 @@ class Preparer:
         known = next((seen.files for seen in footprints if is_same_files(seen.files, files)), None)
         if self.store is None or known is None:
             return None
-        return make_key(digest_of((file.path, file.sha256) for file in known), self._pool.threads)
+        return make_key(digest_of((file.path, file.sha256) for file in known))
 
     def fail_form(self, prepared: CachedForm, failure: FormFailure) -> None:
         """Drop a form that failed in a load or in service; one with an outside cause may fail repeatedly."""
@@ -394,7 +396,7 @@ class Preparer:
         task.add_done_callback(self._tasks.discard)
 
     async def _consider(self, store: ModelCache, candidate: Candidate) -> None:
-        key = await asyncio.to_thread(make_key, candidate.digest, self._pool.threads)
+        key = await asyncio.to_thread(make_key, candidate.digest)
         if await asyncio.to_thread(store.find, key) is None:
             self._candidates.setdefault(key, candidate)  # other models may have the same files
             self._wake()

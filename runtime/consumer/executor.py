@@ -23,7 +23,6 @@ from events.state import State
 from events.types import (
     SYSTEM,
     Cause,
-    Confinement,
     Data,
     Draft,
     Durations,
@@ -74,8 +73,8 @@ def draft_fact(job: Job, data: Data, load: RunningLoad | None = None) -> Draft:
     return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
 
 
-def describe_loaded(job: Job, load: RunningLoad, now: str, confinement: Confinement) -> ModelLoaded:
-    """Return `ModelLoaded` of a load that has its report."""
+def describe_loaded(job: Job, load: RunningLoad, now: str, pool: WorkerPool) -> ModelLoaded:
+    """Return `ModelLoaded` of a load of this pool that has its report."""
     if job.started_at is None:
         raise RuntimeError(f"job {job.id} has not started")
     reports = [load.reports[worker.worker_id] for worker in load.workers]
@@ -97,7 +96,8 @@ def describe_loaded(job: Job, load: RunningLoad, now: str, confinement: Confinem
             copying_us=files.copying_us,
         ),
         verified=files.is_stored,
-        confinement=confinement,
+        confinement=pool.applied.confinement,
+        threads=pool.threads_of(load.parameters),
     )
 
 
@@ -213,7 +213,9 @@ class Executor:
         self.loads: dict[str, RunningLoad] = {}
         self.totals = InferenceTotals(log.tally.names)
         self.preparer = Preparer(store, pool, contents, wake)
-        self.estimates = MemoryEstimates(contents.repository, wake, self.preparer.form_of)
+        self.estimates = MemoryEstimates(
+            contents.repository, wake, self.preparer.form_of, threads=pool.threads
+        )
         self.comparisons = ContentComparisons(contents, wake)
         self._drain_timeout_s = drain_timeout_s
         self._progress_timeout_s = progress_timeout_s
@@ -353,9 +355,7 @@ class Executor:
 
     async def _complete_load(self, job: Job, replaces: str | None, conditions: Conditions) -> None:
         load = self.loads[job.id]
-        loaded = draft_fact(
-            job, describe_loaded(job, load, self._log.now(), self._pool.applied.confinement), load
-        )
+        loaded = draft_fact(job, describe_loaded(job, load, self._log.now(), self._pool), load)
         old = self.loads.get(replaces) if replaces is not None else None
         swapped_out = [] if old is None else [draft_replacement_unload(old, loaded.id)]
         try:

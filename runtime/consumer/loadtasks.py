@@ -6,7 +6,6 @@ The executor starts the tasks. They store their outcome in the `RunningLoad` and
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from msgspec.structs import replace
 from events.clock import uuid7
 from events.types import LoadedFile
 from runtime.cache.manifest import CachedForm
+from runtime.cgroups import count_usable_cpus
 from runtime.consumer.loads import OUT_OF_MEMORY, FormUnusable, RunningLoad
 from runtime.errors import ForkServerUnavailable, LoadRefused, NoProgress, RuntimeProblem, WorkerDied
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, LimitPassed, time_limit
@@ -33,8 +33,6 @@ START_ATTEMPTS = 3
 """A load survives the replacement of the fork server, but not one that cannot fork."""
 START_PAUSE_S = 0.1
 """Between attempts: by then the pool knows that the fork server has ended, and waits for the next one."""
-INSTANCES_AT_ONCE = len(os.sched_getaffinity(0))
-"""Workers of one load that load at once after the first: each takes a core and its peak of memory."""
 
 
 async def run_load(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[Load]) -> None:
@@ -120,8 +118,11 @@ async def build_order(
 
 
 async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
-    """Load the other instances, some at once; the first failure cancels the rest."""
-    places = asyncio.Semaphore(INSTANCES_AT_ONCE)
+    """Load the other instances, some at once; the first failure cancels the rest.
+
+    Each takes a CPU and its peak of memory while it loads.
+    """
+    places = asyncio.Semaphore(count_usable_cpus())
 
     async def load_one() -> None:
         async with places:

@@ -64,7 +64,7 @@ class WorkerPool:
     """The workers of one server, all forked from one fork server, which is replaced when it ends.
 
     Args:
-        threads: how many threads each worker computes with.
+        threads: how many threads each worker computes with, unless its load says otherwise.
         patience_s: how long a cancelled inference may go on before its worker is killed.
         warm_up: whether models are warmed up, unless their loadledger.toml decides.
         huge_pages: whether workers use huge pages where these were measured to be better.
@@ -138,13 +138,17 @@ class WorkerPool:
         if self.healthy and not self._closed:
             self._preforked.fork_ahead()
 
+    def threads_of(self, parameters: LoadParameters) -> int:
+        """Return how many threads each worker of a load computes with."""
+        return parameters.threads or self.threads
+
     def build_load(self, files: VersionFiles, parameters: LoadParameters, warm_up: WarmUp) -> Load:
         """Return the message by which a worker of this pool loads a version."""
         return Load(
             root=str(files.root),
             folder=str(files.folder),
             bytes=files.bytes,
-            threads=self.threads,
+            threads=self.threads_of(parameters),
             memory_limit_bytes=parameters.memory_limit_bytes,
             max_batch_size=parameters.max_batch_size,
             max_queue_delay_us=parameters.max_queue_delay_us,

@@ -90,6 +90,9 @@ class ResourcesSchema(AnswerSchema):
     used_bytes = fields.Integer(required=True)
     free_bytes = fields.Integer(required=True, **about("Negative if models have grown beyond the budget."))
     max_loaded = fields.Integer(required=True, allow_none=True)
+    threads = fields.Integer(
+        required=True, **about("Threads of each worker of a load that does not say otherwise.")
+    )
     models = fields.List(fields.Nested(LoadUseSchema), required=True)
     waiting = fields.List(fields.Nested(WaitSchema), required=True)
     preparing = fields.Nested(PreparationSchema, required=True, allow_none=True)
@@ -146,6 +149,7 @@ def _resources(app: web.Application) -> dict[str, object]:
         "used_bytes": used,
         "free_bytes": budget - reserved - used,
         "max_loaded": consumer.policy.max_loaded,
+        "threads": app[POOL].threads,
         "models": models,
         "waiting": waiting,
         "preparing": preparing,

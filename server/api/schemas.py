@@ -14,7 +14,7 @@ from events.state import State
 from events.types import Cause
 from runtime.consumer.consumer import Consumer
 from runtime.repository import MAX_VERSION, MODEL_ID
-from server.config import MAX_KEEP_ALIVE_S, MAX_TIMEOUT_S
+from server.config import MAX_KEEP_ALIVE_S, MAX_THREADS, MAX_TIMEOUT_S
 from server.http.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
 
 MAX_PAGE = 1000
@@ -119,6 +119,11 @@ class LoadBodySchema(Schema):
     instances = StrictInteger(
         validate=validate.Range(1, MAX_INSTANCES),
         **about("Workers that serve the model in parallel. Default: 1."),
+    )
+    threads = StrictInteger(
+        validate=validate.Range(1, MAX_THREADS),
+        allow_none=True,
+        **about("Threads that each worker computes with. Default, also for null: the server's --threads."),
     )
     max_batch_size = StrictInteger(
         validate=validate.Range(0, MAX_BATCH_SIZE),
@@ -302,6 +307,11 @@ class ModelSchema(AnswerSchema):
     instances = fields.Integer(
         required=True, allow_none=True, **about("Running workers; may be fewer than were loaded.")
     )
+    threads = fields.Integer(
+        required=True,
+        allow_none=True,
+        **about("Threads that each of its workers computes with; null if an earlier release loaded it."),
+    )
     as_of = fields.Integer(**about(_AS_OF_IN_THE_PAST))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
     server = fields.Nested(ServerSchema, **about(_SERVER))
@@ -391,6 +401,7 @@ def model_view(
         "memory_bytes": serving.memory_bytes if serving else None,
         "error": _failure(model.error),
         "instances": len(serving.worker_ids) if serving and model.phase in _HAS_WORKERS else None,
+        "threads": serving.threads if serving else None,
     }
 
 

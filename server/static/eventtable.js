@@ -6,7 +6,7 @@ export const EVENT_TEXTS = {
   LoadRequested: {"parts": ["{cause}", "priority {priority}", "pinned?pinned"], "tone": "plain", "badIf": null},
   LoadJoined: {"parts": [], "tone": "plain", "badIf": null},
   LoadStarted: {"parts": ["attempt {attempt}"], "tone": "plain", "badIf": null},
-  ModelLoaded: {"parts": ["{durations.total_us:ms}", "{memory_bytes:MB}", "{files:files}"], "tone": "good", "badIf": null},
+  ModelLoaded: {"parts": ["{durations.total_us:ms}", "{memory_bytes:MB}", "threads {threads?}", "{files:files}"], "tone": "good", "badIf": null},
   ModelSettingsChanged: {"parts": ["pinned?pinned|not pinned", "keep_alive_s {keep_alive_s}"], "tone": "good", "badIf": null},
   LoadFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},
   UnloadRequested: {"parts": ["{cause}", "force?by force"], "tone": "plain", "badIf": null},

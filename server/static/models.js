@@ -1,7 +1,7 @@
 // The table of models: what each is, uses and does, and what may be done with it.
 
 import { button, byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
-import { ago, bytes, clock, oneLine, plain } from "./format.js";
+import { ago, bytes, clock, count, oneLine, plain } from "./format.js";
 
 const AT_FIRST = 100;
 const ORDER = ["failed", "lost", "unloading", "loading", "loaded", "unloaded"];
@@ -48,6 +48,7 @@ function row(first, offers, store) {
     setText(error, model.error ? oneLine(model.error.code, 60) : "");
     setAttribute(error, "title", model.error ? plain(model.error.message) : null);
     setText(cells.version, versionText(model));
+    setAttribute(cells.version, "title", model.threads ? `${count(model.threads, "thread")} in each worker` : null);
     setText(cells.memory, memoryText(model, uses));
     const last = uses.map((use) => use.last_used_at).filter(Boolean).sort().at(-1);
     setText(cells.used, serving ? ago(last) : "–");

@@ -199,15 +199,17 @@ LIMIT_S = 300.0
 """All cases take bare ONNX Runtime some 20 s; it is there so that a bug fails a test and does not hang it."""
 
 
-def cases(folder: Path, *, sample: bool) -> list[Case]:
+def cases(folder: Path, *, threads: int, sample: bool) -> list[Case]:
     """Run all cases or a sample with bare ONNX Runtime; one that kills the process, or hangs, has failed.
 
     Args:
         folder: for files.
+        threads: how many each session computes with.
         sample: not all.
     """
     found: list[Case] = []
-    while (ended := _run_from(folder / f"cases-{len(found)}", len(found), found, sample=sample)) != 0:
+    about = (str(threads), "sample" if sample else "all")
+    while (ended := _run_from(folder / f"cases-{len(found)}", found, about)) != 0:
         last = found.pop()
         assert ended < 0, f"the process that runs the cases ended with {ended}, in {last.name}"
         assert not last.model, f"the process that runs the cases was killed by {-ended}, in none of them"
@@ -215,11 +217,11 @@ def cases(folder: Path, *, sample: bool) -> list[Case]:
     return found
 
 
-def _run_from(file: Path, done: int, found: list[Case], *, sample: bool) -> int:
-    """Run the cases after those that are done, and add them; returns the process's exit code."""
+def _run_from(file: Path, found: list[Case], about: Sequence[str]) -> int:
+    """Run the cases after those that are found, and add them; returns the process's exit code."""
     # Not multiprocessing, which leaves a process of its own to the one that runs the tests.
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, str(file), str(done), "sample" if sample else "all"],
+        [sys.executable, "-c", MAIN, str(file), str(len(found)), *about],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:
@@ -245,13 +247,13 @@ def _read(file: Path) -> list[Case]:
 
 def main(arguments: Sequence[str]) -> None:
     """Write each case before it runs, and what came of it after."""
-    file, done, which = arguments
+    file, done, threads, which = arguments
     warnings.simplefilter("ignore")  # numpy's, about what the cases are made from
     ort.set_default_logger_severity(4)
     with Path(file).open("wb") as stream:
         for case in node_cases(sample=which == "sample")[int(done) :]:
             _write(stream, Case(case.name, b"", case.rtol, case.atol))
-            _write(stream, run(case))
+            _write(stream, run(case, int(threads)))
 
 
 def _write(stream: IO[bytes], item: Case) -> None:
@@ -259,8 +261,8 @@ def _write(stream: IO[bytes], item: Case) -> None:
     stream.flush()
 
 
-def run(case: TestCase) -> Case:
-    """Run one case with bare ONNX Runtime, as the worker does: one thread, defaults otherwise."""
+def run(case: TestCase, threads: int) -> Case:
+    """Run one case with bare ONNX Runtime, as the worker does: so many threads, defaults otherwise."""
     assert case.model is not None
     assert case.data_sets is not None
     model, graph = case.model.SerializeToString(), case.model.graph
@@ -268,7 +270,7 @@ def run(case: TestCase) -> Case:
     if unnamed := unnamed_type(graph):
         return Case(*about, unnamed=unnamed)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         asked = [_ask(session, graph, *data) for data in case.data_sets]

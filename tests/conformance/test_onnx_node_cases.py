@@ -33,14 +33,24 @@ NAMELESS = {"sequence", "optional sequence", "map", "sparse_tensor"}
 NAMELESS_ELEMENTS = ("FLOAT8", "FLOAT4", "INT4", "UINT4", "INT2", "UINT2", "COMPLEX")
 
 
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-thread", "two-threads"])
+def threads(request: pytest.FixtureRequest) -> int:
+    """Threads of each model, and of each bare session."""
+    count: int = request.param
+    return count
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+def found(tmp_path_factory: pytest.TempPathFactory, threads: int) -> list[Case]:
     """The cases, and the answers of bare ONNX Runtime."""
-    return cases(tmp_path_factory.mktemp("cases"), sample=not ALL)
+    return cases(tmp_path_factory.mktemp("cases"), threads=threads, sample=not ALL)
 
 
-async def test_answers_equal_those_of_bare_onnx_runtime(found: list[Case], tmp_path: Path) -> None:
-    wrong = await answers(found, Config(repository=tmp_path / "repository", data=tmp_path / "data"))
+async def test_answers_equal_those_of_bare_onnx_runtime(
+    found: list[Case], threads: int, tmp_path: Path
+) -> None:
+    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
+    wrong = await answers(found, config, f"--threads={threads}")
     print(summary(found, wrong))
     assert list(wrong) == []
     assert sum(bool(case.asked) for case in found) >= LEAST
@@ -54,13 +64,13 @@ def test_only_types_unknown_to_the_protocol_are_left_out(found: list[Case]) -> N
     assert all(bool(case.asked) + bool(case.unnamed) + bool(case.failed) == 1 for case in found)
 
 
-async def answers(found: Sequence[Case], config: Config) -> dict[str, str]:
+async def answers(found: Sequence[Case], config: Config, *arguments: str) -> dict[str, str]:
     """Load, ask and unload each case, some at once; return what is wrong with which."""
     config.repository.mkdir()
     wrong: dict[str, str] = {}
     waiting = iter([case for case in found if case.asked])
     async with (
-        serving(config, "--limit-management=off", "--limit-inference=off") as server,
+        serving(config, "--limit-management=off", "--limit-inference=off", *arguments) as server,
         aiohttp.ClientSession(server.url, headers=bearer(server, "admin")) as session,
     ):
         async with asyncio.TaskGroup() as group:

@@ -219,6 +219,9 @@ PARAMETERS: list[tuple[str, RequestLoad, str | None, dict[str, Any]]] = [
         None,
         TUNED | {"pinned": False, "instances": 2},
     ),
+    ("load_tuned", asking(load(), threads=4), None, TUNED | {"threads": 4}),
+    ("load_tuned", asking(load(), threads=None), None, TUNED | {"threads": None}),
+    ("load", asking(load(), threads=None, pinned=True), "L", {"pinned": True}),
     ("load_tuned", asking(load(), max_batch_size=16), None, TUNED | {"max_batch_size": 16}),
     ("load_tuned", asking(load(), max_queue_delay_us=5), None, TUNED | {"max_queue_delay_us": 5}),
     (

@@ -26,6 +26,8 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("LoadRequested", REQUESTED | {"pinned": True}, "demand, priority low, pinned", False),
     ("LoadStarted", {"attempt": 2}, "attempt 2", False),
     ("ModelLoaded", LOADED, "19 ms, 3.2 MB, model.onnx 0123456789ab", False),
+    ("ModelLoaded", LOADED | {"threads": None}, "19 ms, 3.2 MB, model.onnx 0123456789ab", False),
+    ("ModelLoaded", LOADED | {"threads": 4}, "19 ms, 3.2 MB, threads 4, model.onnx 0123456789ab", False),
     ("ModelSettingsChanged", {"pinned": True, "keep_alive_s": None}, "pinned", False),
     ("ModelSettingsChanged", {"pinned": False, "keep_alive_s": -1}, "not pinned, keep_alive_s -1", False),
     ("LoadFailed", {"code": "timeout", "message": "too slow"}, "timeout: too slow", True),

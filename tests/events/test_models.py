@@ -415,6 +415,17 @@ def test_footprint_keeps_highest_peak_per_prepared_form() -> None:
     assert history.model().footprints == (Footprint(1, (file(2),), 2_000),)
 
 
+def test_footprint_is_kept_per_number_of_threads() -> None:
+    history = given("load")  # of an earlier release, which did not record it
+    for load, threads, peak in (("L4", 1, 3_000), ("L5", 2, 9_000), ("L6", 2, 500), ("L7", 1, 4_000)):
+        history.ask_load(load)
+        history.start_load(load)
+        history.add(replace(model_loaded(f"w-{load}"), threads=threads, peak_memory_bytes=peak), load)
+        assert serving(history).threads == threads
+    found = [(each.threads, each.peak_memory_bytes) for each in history.model().footprints]
+    assert found == [(None, 2_000), (2, 9_000), (1, 4_000)]
+
+
 def test_footprints_of_latest_versions_outlive_the_model() -> None:
     history = History()
     for version in (1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 10):

@@ -31,6 +31,7 @@ ADDED = {
     "verified": False,
     "progress_timeout_s": None,
     "confinement": None,
+    "threads": None,
 }
 """Fields that earlier releases did not write. Add to these; a line that has to change is a broken promise."""
 

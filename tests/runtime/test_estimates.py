@@ -40,10 +40,12 @@ BOTH = (MODEL, WEIGHTS)
 PEAK = 123_456_789
 
 
-def footprint(*files: FileStat, version: int = 1, peak: int = PEAK, form: str | None = None) -> Footprint:
+def footprint(
+    *files: FileStat, version: int = 1, peak: int = PEAK, form: str | None = None, threads: int | None = 1
+) -> Footprint:
     """Return what these files took the last time."""
     loaded = (LoadedFile(file.path, file.bytes, file.mtime_ns, "ab" * 32) for file in files)
-    return Footprint(version, tuple(loaded), peak, form)
+    return Footprint(version, tuple(loaded), peak, form, threads)
 
 
 def need(
@@ -52,9 +54,10 @@ def need(
     limit: int | None = None,
     instances: int = 1,
     form: str | None = None,
+    threads: int = 1,
 ) -> MemoryEstimate:
     parameters = LoadParameters(memory_limit_bytes=limit, instances=instances)
-    return estimate_memory(files, 1, parameters, footprints, form)
+    return estimate_memory(files, 1, parameters, footprints, form, threads=threads)
 
 
 def sizes(model_bytes: int, other_bytes: int, *, proven: bool = False) -> MemoryEstimate:
@@ -69,6 +72,7 @@ def known(peak: int, *, proven: bool = True) -> MemoryEstimate:
 
 KNOWN, OTHER_VERSION = footprint(*BOTH), footprint(*BOTH, version=2, peak=5)
 PREPACKED = footprint(*BOTH, peak=20_000, form="prepacked")
+OF_TWO, UNKNOWN_THREADS = footprint(*BOTH, peak=7_000, threads=2), footprint(*BOTH, peak=8_000, threads=None)
 TOUCHED, LARGER = FileStat("model.onnx", 1000, 7), FileStat("model.onnx", 1001, 1)
 RENAMED, MORE = FileStat("model2.onnx", 1000, 1), FileStat("more.bin", 0, 3)
 
@@ -106,6 +110,13 @@ RENAMED, MORE = FileStat("model2.onnx", 1000, 1), FileStat("more.bin", 0, 3)
         (need(PREPACKED, KNOWN), known(PEAK)),
         (need(KNOWN, form="prepacked"), known(PEAK)),
         (need(PREPACKED), sizes(1000, 5000, proven=True)),
+        # The peak with as many threads counts, else the highest with others.
+        (need(KNOWN, OF_TWO), known(PEAK)),
+        (need(KNOWN, OF_TWO, threads=2), known(7_000)),
+        (need(UNKNOWN_THREADS, OF_TWO, threads=3), known(8_000)),
+        (need(UNKNOWN_THREADS), known(8_000)),
+        (need(PREPACKED, OF_TWO, form="prepacked", threads=2), known(20_000)),
+        (need(KNOWN, OF_TWO, form="prepacked", threads=2), known(7_000)),
     ],
 )
 def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -> None:

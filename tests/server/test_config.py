@@ -109,7 +109,7 @@ def test_command_reads_only_named_settings() -> None:
 
 
 REFUSED = {
-    "port": "65536 -1 http 8080.5 tcp://10.0.0.1:8080", "threads": "0", "loads_at_once": "-1",
+    "port": "65536 -1 http 8080.5 tcp://10.0.0.1:8080", "threads": "-1 1025 auto", "loads_at_once": "-1",
     "timeout_s": "0 3601", "progress_timeout_s": "0 3601 1.5",
     "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
     "limit_reads": "many 0/minute 1/second;10/minute 1/eon 1/minutely OFF", "max_loaded": "-1 1.5",
@@ -143,10 +143,17 @@ def test_value_at_the_limit_is_taken() -> None:
     for name, values in {
         "memory_budget": ("1", "8589934592", "100%", "0.5%"), "max_loaded": (0,), "min_residency_s": (0,),
         "keep_alive_s": (-1, 0, 31536000), "prepared_size": ("1", "999TB"), "max_json_bytes": ("1", "64MiB"),
-        "log_inferences": (0, 1),
+        "log_inferences": (0, 1), "threads": (0, 1024),
     }.items():  # fmt: skip
         for value in values:
             assert read_settings({name: str(value)}, {})[0][name] == value
+
+
+def test_zero_threads_and_loads_mean_one_for_each_cpu(tmp_path: Path) -> None:
+    automatic = Config(repository=tmp_path, data=tmp_path)
+    assert (automatic.model_threads(3), automatic.max_loads(3)) == (3, 3)
+    chosen = Config(repository=tmp_path, data=tmp_path, threads=8, loads_at_once=1)
+    assert (chosen.model_threads(3), chosen.max_loads(3)) == (8, 1)
 
 
 def test_sizes_and_rate_limits_have_units() -> None:
@@ -223,7 +230,7 @@ def test_refusal_names_line_and_key_of_file(file: Path, line: str, words: str) -
 
 def test_mistakes_of_all_sources_are_reported_at_once(file: Path, tmp_path: Path) -> None:
     file.write_text("prot = 1\nmax_loaded = 'x'\n")
-    command = ["serve", f"--data={tmp_path / 'data'}", f"--repository={tmp_path / 'none'}", "--threads=0"]
+    command = ["serve", f"--data={tmp_path / 'data'}", f"--repository={tmp_path / 'none'}", "--threads=-1"]
     environment = {"LOADLEDGER_CONFIG": str(file), "LOADLEDGER_EVICT": "all"}
     result = CliRunner().invoke(main, [*command, "--tls-cert=x"], env=environment)
     assert (result.exit_code, result.stdout) == (2, "")

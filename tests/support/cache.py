@@ -159,7 +159,7 @@ def opened(folder: Path, limit_bytes: int = 10**9) -> ModelCache:
 def key_in(root: Path, model_id: str) -> str:
     """Return the key of a model's highest version, for one thread."""
     folder = Repository(root).resolve(model_id, None).folder
-    return make_key(digest_of((file.path, file.sha256) for file in found(folder)), 1)
+    return make_key(digest_of((file.path, file.sha256) for file in found(folder)))
 
 
 async def keep_form(

@@ -249,6 +249,7 @@ TUNED: dict[str, Any] = {
     "memory_limit_bytes": 9,
     "max_batch_size": 8,
     "max_queue_delay_us": 500,
+    "threads": 2,
 }
 JOBS = ("L", "L2", "L3", "R", "U", "F", "S")
 STEPS: dict[str, Callable[[History], object]] = {

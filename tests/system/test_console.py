@@ -125,7 +125,9 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     await expect(page.locator("#load-text")).to_contain_text("Version 1 is loaded")
     await page.get_by_label("Strategy").select_option("in_place")
     await admin.choose("Swap")
-    await expect(admin.row("digits").locator("[data-label=Version]")).to_have_text("2")
+    version = admin.row("digits").locator("[data-label=Version]")
+    await expect(version).to_have_text("2")
+    await expect(version).to_have_attribute("title", re.compile(r"^\d+ threads? in each worker$"))
     await admin.see("digits", "loaded")
     assert (await server.api.jobs("?model=digits"))[-2]["parameters"]["strategy"] == "in_place"
 

@@ -102,7 +102,8 @@ async def test_log_joins_requests_with_events_despite_hostile_input(config: Conf
     assert (refusal["status"], refusal["code"]) == (404, "unknown_model")
     assert not [line for line in told if line.get("method") == "GET" or "infer" in line["message"]]
     assert "workers are" in told[0]["message"]
-    assert told[1]["event"] == "ServerStarted"
+    assert re.fullmatch(r"threads of each model: \d+, .+", told[1]["message"])
+    assert told[2]["event"] == "ServerStarted"
 
 
 async def test_unread_log_blocks_neither_requests_nor_stop(config: Config) -> None:

@@ -79,7 +79,7 @@ def test_quick_check_finds_problems_of_files(tmp_path: Path) -> None:
 def test_check_finds_every_wrong_setting(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text('strategy = "sideways"\nloads = 1\n')
-    arguments = (f"--repository={tmp_path / 'none'}", "--evict=all", "--threads=0", f"--config={file}")
+    arguments = (f"--repository={tmp_path / 'none'}", "--evict=all", "--threads=-1", f"--config={file}")
     told = run(*arguments).stdout
     for words in ("--evict", "--threads", "config.toml:1", "config.toml:2", "none' is not a directory"):
         assert words in told

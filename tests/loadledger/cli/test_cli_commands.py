@@ -67,7 +67,7 @@ def alice(server: Server) -> Shell:
 
 
 def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None:
-    loaded = alice.prints("load m --wait --pin --keep-alive-s 60")
+    loaded = alice.prints("load m --wait --pin --keep-alive-s 60 --threads 2")
     assert re.fullmatch(r"m version 2: load completed in \d+(\.\d)?s\n", loaded)
     assert "nothing to do" in alice.prints("load m --version 2")
 
@@ -97,6 +97,8 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     assert "no input 'z'; it has x" in alice.refused(2, "infer m -i z=[1]")
 
     taken = alice.prints("resources")
+    assert re.search(r"^ +threads: +2$", alice.prints("models m"), re.MULTILINE)
+    assert re.search(r"^threads of each worker: \d+,", taken, re.MULTILINE)
     assert re.search(r"^budget .+: used .+ MB, reserved .+, free .+ GB$", taken, re.MULTILINE)
     for shown in (taken, alice.prints("top --once")):
         assert re.search(r"^m +2 +serving +1 .* pinned$", shown, re.MULTILINE)

@@ -141,8 +141,8 @@ def test_form_with_changed_content_is_removed(
 
 UNREADABLE: list[bytes | tuple[str, object]] = [
     b"", b"{", b"null", b"[]", b"\xff\xfe", b"{}" * 9, b"[" * 100_000, b'{"layout": 1}',
-    b'{"layout": 3, "key": 1}',
-    ("layout", 4), ("key", B), ("form", "other"), ("form", None), ("sha256", "ab" * 32), ("sha256", None),
+    b'{"layout": 4, "key": 1}',
+    ("layout", 3), ("key", B), ("form", "other"), ("form", None), ("sha256", "ab" * 32), ("sha256", None),
     ("files", []), ("took_ms", -1), ("version", 2**70), ("model_id", 7), ("new", 1), ("figures", [1]),
     ("tried", {"best": "?"}), ("path", "../model.onnx"), ("path", "manifest.json"), ("bytes", 2**63),
 ]  # fmt: skip

@@ -14,12 +14,20 @@ from onnx import ModelProto
 from support import models
 from support.cache import found, keep_form, key_in, opened
 from support.running import Engine, running
-from support.workers import until
+from support.workers import threads, until
 
 from events.jobs import JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime.cache.manifest import Entry, Manifest
-from runtime.cache.preparer import KEPT, LEFT_OUT, MAX_ATTEMPTS, STOPPED, Candidate, Preparer
+from runtime.cache.preparer import (
+    KEPT,
+    LEFT_OUT,
+    MAX_ATTEMPTS,
+    STOPPED,
+    Candidate,
+    PreparationRun,
+    Preparer,
+)
 from runtime.cache.store import ModelCache
 from runtime.cache.trial import has_outside_cause
 from runtime.contents import ModelContents
@@ -110,6 +118,17 @@ async def test_preparation_stopped_repeatedly_is_given_up(
     assert entry.tried["prepacked"].endswith(f"{MAX_ATTEMPTS} times")
     await offer(preparer, candidate(tmp_path, peak_bytes=0))
     assert not preparer.preparable
+
+
+async def test_preparation_computes_with_one_thread(
+    pool: WorkerPool, store: ModelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "threads", 3)
+    models.save(models.add(1), tmp_path, "m")
+    run = PreparationRun(store, pool, ModelContents(Repository(tmp_path), None), candidate(tmp_path))
+    async with run._files() as files:
+        bare, _ = await run._bare_load(files)
+    assert bare.threads == 1
 
 
 async def test_stop_at_any_time_leaves_nothing(preparer: Preparer, pool: WorkerPool, tmp_path: Path) -> None:
@@ -225,6 +244,11 @@ async def test_loaded_model_is_prepared_for_the_next_load(
         assert again.files == first.files
         assert await engine.ask("m", 3) == answer
         assert int(entry.figures["load_us"]) < int(entry.figures["bare_load_us"])
+        await engine.unload("m")
+        with_threads = await load(engine, threads=3)  # a form is for any number of them
+        assert (with_threads.prepared, with_threads.threads) == (again.prepared, 3)
+        assert threads(engine.worker("m").pid) == 4
+        assert await engine.ask("m", 3) == answer
         await until(lambda: engine.consumer.preparer.preparation is None)
         counts, (forms, size) = engine.consumer.preparer.counts, store.kept
         assert (counts.tried, forms) == ({("prepacked", KEPT): 1}, 1)

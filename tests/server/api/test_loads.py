@@ -15,11 +15,12 @@ from support import models
 from support.http import LIMIT_S, ONE, LocalApi, when
 from support.ledgers import unwritable
 from support.models import TEXT
-from support.workers import until
+from support.workers import threads, until
 
 from events.accept import MAX_QUEUE
 from events.commands import RequestLoad
 from events.types import LoadRequested, ModelLoaded, WorkerExited
+from runtime.cgroups import count_usable_cpus
 from server.appkeys import LOG
 from server.check import find_unusable_paths
 from server.config import Config
@@ -67,7 +68,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "parameters": {
             "priority": "normal", "timeout_s": 77, "keep_alive_s": None, "memory_limit_bytes": None,
             "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0,
-            "max_queue_delay_us": 0, "progress_timeout_s": 120,
+            "max_queue_delay_us": 0, "progress_timeout_s": 120, "threads": None,
         },
         **{name: job[name] for name in ("position", "started_at", "finished_at")},
     }  # fmt: skip
@@ -80,7 +81,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,
         "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
         "position": job["position"], "prepared": None, "error": None, "instances": 1,
-        "repository_changed": False,
+        "repository_changed": False, "threads": count_usable_cpus(),
     }  # fmt: skip
     events = await shared.events("m")
     assert [event.type for event in events] == ["LoadRequested", "LoadStarted", "ModelLoaded"]
@@ -174,6 +175,22 @@ async def test_load_that_changes_settings_completes_without_a_load(shared: Local
     assert (await shared.load("changed", pinned=False, keep_alive_s=60))["id"] != pinned["id"]
     assert [(use["pinned"], use["keep_alive_s"]) for use in await uses(shared, "changed")] == [(False, 60)]
     assert shared.worker("changed").pid == pid
+
+
+async def test_load_computes_with_the_threads_that_it_names(shared: LocalApi) -> None:
+    shared.save(models.add(1), "threaded")
+    usual = count_usable_cpus()
+    jobs = set()
+    for asked, used in (({"threads": 1}, 1), ({"threads": 2}, 2), ({}, 2), ({"threads": None}, usual)):
+        job = await shared.load("threaded", **asked)
+        jobs.add(job["id"])
+        [*_, loaded] = await shared.data_of(ModelLoaded)
+        assert (loaded.threads, (await shared.model("threaded"))["threads"]) == (used, used)
+        assert threads(shared.worker("threaded").pid) == used + 1  # one reads what cancels
+        assert (await shared.infer("threaded", ONE)).status == 200
+    assert len(jobs) == 3  # a load that names none keeps them
+    requested = [event.data for event in await shared.events("threaded")]
+    assert [each.threads for each in requested if isinstance(each, LoadRequested)] == [1, 2, None]
 
 
 async def test_changed_settings_of_dead_worker_start_another(shared: LocalApi) -> None:

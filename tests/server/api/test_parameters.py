@@ -20,7 +20,7 @@ from server.config import Config
 USUAL: dict[str, Any] = {
     "priority": "normal", "timeout_s": 300, "keep_alive_s": None, "memory_limit_bytes": None,
     "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0, "max_queue_delay_us": 0,
-    "progress_timeout_s": 120,
+    "progress_timeout_s": 120, "threads": None,
 }  # fmt: skip
 NOTHING = "nothing"
 
@@ -78,6 +78,10 @@ async def test_file_applies_where_request_says_nothing(tmp_path: Path) -> None:
     assert await changes(app, max_queue_delay_us=0) == {"max_batch_size": 4}
     write(tmp_path, "max_batch_size = 4")
     assert await changes(app, max_queue_delay_us=5) == {"max_batch_size": 4, "max_queue_delay_us": 5}
+    write(tmp_path, "threads = 3")
+    assert await changes(app) == {"threads": 3}
+    assert await changes(app, threads=1024) == {"threads": 1024}
+    assert await changes(app, threads=None) == {}
 
 
 async def test_setting_applies_where_nobody_says(tmp_path: Path) -> None:
@@ -86,6 +90,7 @@ async def test_setting_applies_where_nobody_says(tmp_path: Path) -> None:
     assert await changes(app, strategy="beside", progress_timeout_s=120) == {"timeout_s": 12}
     write(tmp_path, 'timeout_s = 13\nstrategy = "in_place"\nprogress_timeout_s = 15')
     assert await changes(app) == {"timeout_s": 13, "strategy": "in_place", "progress_timeout_s": 15}
+    assert await changes(application(tmp_path, threads=5)) == {}  # the setting when the load starts
 
 
 @pytest.mark.parametrize(
@@ -122,6 +127,9 @@ WRONG_FILES: list[tuple[str, tuple[str, ...]]] = [
     ("version = 2", ("version: Unknown field",)),
     ("instances = 65", ("instances: Must be", "1", "64")),
     ('instances = "2"', ("instances: Must be an integer",)),
+    ("threads = 0", ("threads: Must be", "1", "1024")),
+    ("threads = 1025", ("threads: Must be", "1", "1024")),
+    ('threads = "2"', ("threads: Must be an integer",)),
     ("instances = true", ("instances: Must be an integer",)),
     ("instances = 2.0", ("instances: Must be an integer",)),
     ("instances = 99999999999999999999", ("instances: Must be an integer",)),
@@ -159,7 +167,8 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"keep_alive_s": 1.5}, {"keep_alive_s": 31536001}, {"max_batch_size": 65_537}, {"max_batch_size": -1},
     {"max_batch_size": 1.0}, {"max_batch_size": None}, {"max_batch_size": 1, "max_queue_delay_us": 1_000_001},
     {"max_queue_delay_us": 5}, {"max_batch_size": 0, "max_queue_delay_us": 5}, {"instances": 0},
-    {"instances": 65}, {"instances": "2"}, {"verson": 1},
+    {"instances": 65}, {"instances": "2"}, {"threads": 0}, {"threads": 1025}, {"threads": "2"},
+    {"threads": 1.0}, {"threads": True}, {"verson": 1},
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from support import models
 from support.http import ENDLESS, Json, LocalApi, local_server, when
 from support.workers import computing, until
 
+from runtime.cgroups import count_usable_cpus
 from runtime.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.memory import private_bytes
 from runtime.worker.landlock import find_abi
@@ -62,7 +63,8 @@ async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: Lo
         assert (confinement["mode"], confinement["seccomp"]) == ("auto", True)
         assert seen == {
             "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
-            "max_loaded": max_loaded, "models": [], "waiting": [], "preparing": None, "as_of": api.position,
+            "max_loaded": max_loaded, "threads": count_usable_cpus(), "models": [], "waiting": [],
+            "preparing": None, "as_of": api.position,
         }  # fmt: skip
     assert (await shared.get("/api/v1/resources?model=m")).refusal == (400, "invalid_parameter")
 
