@@ -10,6 +10,7 @@ documentation). They differ between machines, so unreadable files are skipped.
 
 import os
 import re
+import resource
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ RESERVE_BYTES = 2**30
 RESERVE_SHARE = 20
 """Disk space that the model cache leaves free: `RESERVE_BYTES`, or a twentieth of a small file system. A
 ledger grows by some hundred bytes per event, so there is time to notice."""
+
+THREAD_HEAP_BYTES = 256 * 2**10
+"""At least what malloc maps for a thread at first (132 KiB), and what the libraries keep of it."""
+UNLIMITED_STACK_BYTES = 8 * 2**20
+"""At least the stack of a thread if stacks have no limit: 2 MiB, on some machines 4 (pthread_create(3))."""
 
 Source = Literal["cgroup v2", "cgroup v1", "machine"]
 
@@ -108,6 +114,15 @@ def _anonymous_bytes(pid: int) -> int:
 def data_bytes(pid: int | str = "self") -> int:
     """Read the size that `RLIMIT_DATA` limits: private writable mappings, touched or not."""
     return parse_field(_read(f"{pid}/status"), "VmData")
+
+
+def thread_bytes() -> int:
+    """Return what `RLIMIT_DATA` counts of a thread that a library starts: mostly its stack, touched or not.
+
+    A session of ONNX Runtime (1.32) that cannot start one of its threads is never created (measured).
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return THREAD_HEAP_BYTES + (UNLIMITED_STACK_BYTES if soft == resource.RLIM_INFINITY else soft)
 
 
 def parse_private(smaps_rollup: str) -> int:

@@ -212,11 +212,15 @@ class Load(Message, frozen=True):
     ceiling_bytes: int | None = None
     tensors: tuple[TensorHead, ...] = ()
 
-    @property
-    def hard_limit_bytes(self) -> int | None:
-        """The limit that the worker cannot lift."""
-        given = [each for each in (self.memory_limit_bytes, self.ceiling_bytes) if each is not None]
-        return min(given, default=None)
+    def hard_limit_bytes(self, thread_bytes: int) -> int | None:
+        """Return the limit that the worker cannot lift; the model's own leaves room for its threads.
+
+        Args:
+            thread_bytes: of one thread. The first of `threads` is the worker's own, which is there.
+        """
+        own = self.memory_limit_bytes
+        with_threads = None if own is None else own + (self.threads - 1) * thread_bytes
+        return min((each for each in (with_threads, self.ceiling_bytes) if each is not None), default=None)
 
     @property
     def least_limit_bytes(self) -> int | None:

@@ -21,6 +21,7 @@ from runtime.consumer.loadfiles import LoadFiles
 from runtime.errors import LoadRefused, NoProgress, RuntimeProblem, WorkerDied
 from runtime.estimates import FileSizes, file_sizes
 from runtime.limits import PROGRESS_TIMEOUT_S
+from runtime.memory import thread_bytes
 from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
 from runtime.repository import FileStat
@@ -39,8 +40,6 @@ class FormUnusable(RuntimeProblem):
 
 
 OUT_OF_MEMORY: Final = "out_of_memory"
-STACK_BYTES = 8 * 2**20
-"""Of a thread of ONNX Runtime, as RLIMIT_DATA counts it."""
 
 
 @dataclass(slots=True)
@@ -308,7 +307,7 @@ class RunningLoad:
         if allowance is None or self.budget_bytes is None:
             return order
         form_bytes = self.prepared.copy.bytes if self.prepared is not None else 0
-        mapped = self.file_bytes + form_bytes + (order.threads + 1) * STACK_BYTES
+        mapped = self.file_bytes + form_bytes + (order.threads + 1) * thread_bytes()
         others = (instances - 1) * (self.reserved_bytes // instances)
         limit = allowance - others + mapped
         return replace(order, load_limit_bytes=limit, ceiling_bytes=self.budget_bytes + mapped)

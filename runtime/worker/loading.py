@@ -14,6 +14,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from runtime.errors import LoadRefused
+from runtime.memory import thread_bytes
 from runtime.wire import (
     MODEL_FILE,
     CachedCopy,
@@ -98,7 +99,7 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     on_stage("loading")
     if not order.huge_pages or not huge_pages_help(order.bytes, order.prepared):
         disable_huge_pages()
-    sessions.limit_memory(order.hard_limit_bytes, order.load_limit_bytes)
+    sessions.limit_memory(order.hard_limit_bytes(thread_bytes()), order.load_limit_bytes)
     started_ns = time.perf_counter_ns()
     session = _create_session(order)
     loading_us = _elapsed_us(started_ns)

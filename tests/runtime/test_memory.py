@@ -176,6 +176,20 @@ def test_garbled_files_raise_memory_unknown_at_most(
     assert memory.is_under_pressure(pressure_of(files)) in (True, False)
 
 
+def test_thread_takes_its_stack_and_more() -> None:
+    code = (
+        "import resource; from runtime.memory import thread_bytes\n"
+        "for limit in (2**20, resource.RLIM_INFINITY):\n"
+        "    resource.setrlimit(resource.RLIMIT_STACK, (limit, resource.RLIM_INFINITY))\n"
+        "    print(thread_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [int(line) for line in done.stdout.split()] == [
+        2**20 + memory.THREAD_HEAP_BYTES,
+        memory.UNLIMITED_STACK_BYTES + memory.THREAD_HEAP_BYTES,
+    ]
+
+
 def test_this_machine_has_a_limit_and_pressure() -> None:
     with Path("/proc/meminfo").open(encoding="ascii") as meminfo:
         total = memory.parse_field(meminfo.read(), "MemTotal")

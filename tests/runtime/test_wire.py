@@ -193,6 +193,24 @@ def test_any_bytes_are_texts_or_malformed(data: bytes) -> None:
         assert wire.pack_texts(wire.unpack_texts(data)) == data
 
 
+@pytest.mark.parametrize(
+    ("own", "ceiling", "threads", "expected"),
+    [
+        (None, None, 4, None),
+        (100, None, 1, 100),
+        (100, None, 4, 130),
+        (100, 120, 4, 120),
+        (100, 200, 4, 130),
+        (None, 200, 4, 200),
+    ],
+)
+def test_memory_limit_of_a_model_leaves_room_for_its_threads(
+    own: int | None, ceiling: int | None, threads: int, expected: int | None
+) -> None:
+    order = wire.Load("/m", "/m/1", 5, threads, memory_limit_bytes=own, ceiling_bytes=ceiling)
+    assert order.hard_limit_bytes(10) == expected
+
+
 @PLAIN
 @given(text=st.text(), limit=st.integers(4, 40))
 def test_plain_text_is_bounded_and_encodable(text: str, limit: int) -> None:

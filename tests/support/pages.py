@@ -192,6 +192,7 @@ _CHANGING = (
     (re.compile(r"\bkey [0-9a-f]{32}\b"), "key ID"),
     (re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"), "ID"),
     (re.compile(r"\b\d[\d.,]* ?(µs|ms|s|m|h|d|B|KB|MB|GB|KiB|MiB|GiB)\b"), "FIGURE"),
+    (re.compile(r"\bthreads \d+,"), "threads COUNT,"),
 )
 _IN_THE_LEDGER = re.compile(r"^TIME +\d+ ")
 """The beginning of an event's line; concurrent events may have other positions and order."""

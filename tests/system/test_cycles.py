@@ -102,7 +102,7 @@ async def test_loads_and_unloads_leave_nothing_behind(config: Config) -> None:
     temporary_folder(config).mkdir()
     environment = {"TMPDIR": str(temporary_folder(config))}
     async with serving(
-        config, "--limit-management=off", "--limit-reads=off", environment=environment
+        config, "--threads=1", "--limit-management=off", "--limit-reads=off", environment=environment
     ) as server:
 
         async def cycle() -> None:

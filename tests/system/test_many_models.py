@@ -182,7 +182,7 @@ async def test_twenty_models_in_memory_for_six_answer_right(config: Config, on_d
     dice, memory = new_dice(), Memory()
     residency_s = of_both(short="0", long=dice.choice(("0", "0.3", "1")))
     settings = (
-        f"--memory-budget={BUDGET_BYTES}", "--evict=idle", f"--min-residency-s={residency_s}",
+        f"--memory-budget={BUDGET_BYTES}", "--threads=1", "--evict=idle", f"--min-residency-s={residency_s}",
         f"--on-demand={on_demand}", "--inference-timeout-s=20", "--drain-timeout-s=5", *UNLIMITED,
     )  # fmt: skip
     async with serving(config, *settings, environment=PREPARING) as server:

@@ -151,6 +151,13 @@ async def test_memory_bomb_at_inference_fails_only_that_one(serve: Serve) -> Non
     assert await answer(worker, tensor("shape", "INT64", [1000])) == 0
 
 
+async def test_memory_limit_leaves_room_for_threads(serve: Serve) -> None:
+    """A session that cannot start all of its threads would never be created."""
+    worker = await serve(models.add(), threads=40, memory_limit_bytes=20 * 2**20)
+    assert threads(worker.pid) == 41
+    assert await answer(worker, floats("x", 1)) == [2]
+
+
 async def test_threads_of_the_pool_compute(tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     async with running_pool(threads=3) as pool:
