@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 from support import models
+from support.history import History, model_loaded
 from support.ledgers import unwritable
 from support.running import Engine, code_of, gone, running, stopped_clock
 from support.workers import freeze, until
@@ -26,7 +27,7 @@ from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer
-from runtime.consumer.executor import RELOAD_TIMEOUT_S
+from runtime.consumer.executor import RELOAD_TIMEOUT_S, build_reload
 from runtime.errors import WorkerDied
 from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
@@ -220,6 +221,19 @@ async def test_load_fails_after_three_unclean_ends_only(
         assert code_of(await engine.ended(job_id)) == code
         starts = await engine.facts(LoadStarted, of="slow")
         assert [start.attempt for start in starts] == attempts
+
+
+@pytest.mark.parametrize("asked", [None, 3])
+def test_reload_asks_for_the_threads_that_the_load_asked_for(asked: int | None) -> None:
+    """None is the setting of the server that reloads it, not of the one that loaded it."""
+    history = History()
+    history.ask_load("L", threads=asked)
+    history.start_load("L")
+    history.add(structs.replace(model_loaded("w-L"), threads=asked or 2), "L")
+    history.restart()
+    lost = history.model().loaded
+    assert lost is not None
+    assert build_reload(lost, Cause.RESTART, ()).parameters.threads == asked
 
 
 async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: WorkerPool) -> None:
