@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from bench import (
+    baselines,
     bodies,
     compute,
     driver,
@@ -233,8 +234,7 @@ def _conditions(choice: Choice, busy: float) -> str:
     if "loads" in choice.parts:
         told.append(
             f"Loads: request to ready, median of {choice.repeats}, alternated with bare sessions in the "
-            "workers' environment; warm page cache, 1 thread a session, the same warm-up inference on "
-            "zeros in both."
+            "workers' environment; warm page cache, the same threads and warm-up inference on zeros in both."
         )
     if "prepared" in choice.parts:
         told.append(
@@ -263,9 +263,10 @@ def _conditions(choice: Choice, busy: float) -> str:
             "deadline on."
         )
     if "compute" in choice.parts:
+        others = "bare sessions" if choice.peers is None else "bare sessions and Triton"
         told.append(
-            f"Models that compute: {compute.THREADS} threads in bare sessions and Triton, which spin as by "
-            f"default; one load generator beside them on these cores; medians of {choice.rounds} ratios of "
+            f"Models that compute: {baselines.THREADS} threads in {others}, which spin as by default; one "
+            f"load generator beside them on these cores; medians of {choice.rounds} ratios of "
             f"{choice.seconds:g} s each, alternated; outputs equal to the bare session's, bit for bit."
         )
     if "bodies" in choice.parts:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.cgroups import count_usable_cpus
 from runtime.process.forkserver import ADDED
 
 MALLOC = "GLIBC_TUNABLES"
@@ -36,6 +37,8 @@ LIMIT_S = 120
 WARM_UP_S = 0.3
 BETWEEN_LOOKS_S = 0.002
 """Calls between two readings of the clock take about so long."""
+THREADS = count_usable_cpus()
+"""Of bare sessions: as many as the server's have by default."""
 HOST = "127.0.0.1"
 REPLY = b'{"outputs":[]}'
 STOP_LIMIT_S = 60
@@ -99,7 +102,7 @@ def _print_session(model: str, inferences: int) -> None:
 
     from runtime.worker.sessions import session_options  # noqa: PLC0415
 
-    chosen = session_options(1)
+    chosen = session_options(THREADS)
     start = time.perf_counter()
     session = onnxruntime.InferenceSession(model, chosen, providers=["CPUExecutionProvider"])
     for _ in range(inferences):

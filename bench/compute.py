@@ -1,6 +1,5 @@
 """Inferences of models that compute, beside a bare session in one process and Triton; many models at once."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,8 +21,6 @@ GOAL_CLIENTS = 8
 BUSY_MODELS = 8
 BUSY_GOAL = 0.95
 ONE_THREAD = "--threads=1"
-THREADS = len(os.sched_getaffinity(0))
-"""Of bare sessions, as many as this process may use; the server has as many by default."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +73,7 @@ def measure(folder: Path, *, rounds: int, seconds: float, peers_at: Path | None)
         server = stack.enter_context(driver.running(folder, *OPTIONS))
         targets = [Target(OURS, server.port, server.token)]
         if peers_at is not None:
-            triton = peers.running(peers_at, folder, contents, threads=THREADS)
+            triton = peers.running(peers_at, folder, contents, threads=baselines.THREADS)
             targets.append(Target(TRITON, stack.enter_context(triton)))
         subjects = {name: _load(server, networks[name], content) for name, content in contents.items()}
         for subject in subjects.values():
@@ -96,7 +93,7 @@ def _load(server: Server, network: Network, content: bytes) -> Subject:
     path = models.write(server.repository, network.name, content)
     server.load(network.name)
     inputs = network.values()
-    outputs = baselines.measure_calls(path, inputs, threads=THREADS, seconds=0.01).outputs
+    outputs = baselines.measure_calls(path, inputs, threads=baselines.THREADS, seconds=0.01).outputs
     requests = {binary: Request(network.name, inputs, outputs, binary=binary) for binary in (True, False)}
     return Subject(path, requests)
 
@@ -107,7 +104,7 @@ def _round(
     """Measure everything once; yield who, the case, and answers a second."""
     for case in CASES:
         subject, inputs = subjects[case.network.name], case.network.values()
-        calls = baselines.measure_calls(subject.path, inputs, threads=THREADS, seconds=seconds)
+        calls = baselines.measure_calls(subject.path, inputs, threads=baselines.THREADS, seconds=seconds)
         yield BARE, case, calls.per_s
         for target in targets:
             request = subject.requests[case.binary].write(target, folder)

@@ -104,6 +104,18 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
             "medians of 1,",
         ),
     ),
+    "compute": (
+        None,
+        ("--only=compute", "--rounds=1", "--seconds=2"),
+        (
+            "CNN, binary, 1 client ÷ bare session",
+            "CNN, JSON, 8 clients ÷ bare session",
+            "MLP, binary, 8 clients ÷ bare session",
+            "1 busy CNN, a client each ÷ with 1 thread each",
+            "8 busy CNNs, a client each ÷ with 1 thread each",
+            "medians of 1 ratios of 2 s each",
+        ),
+    ),
     "bodies": (
         None,
         ("--only=bodies", "--seconds=0.2"),
