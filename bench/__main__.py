@@ -24,6 +24,7 @@ from bench import (
     memory,
     peers,
     prepared,
+    preparing,
     streams,
     swaps,
 )
@@ -35,6 +36,7 @@ WIDTH = 200
 PARTS = (
     "loads",
     "prepared",
+    "preparing",
     "memory",
     "policies",
     "inference",
@@ -143,6 +145,7 @@ def main(**options: Any) -> None:
     measures = {
         "loads": _loads,
         "prepared": _prepared,
+        "preparing": _preparing,
         "memory": _memory,
         "policies": _policies,
         "inference": _inference,
@@ -176,6 +179,10 @@ def _prepared(folder: Path, choice: Choice) -> list[Row]:
     return prepared.measure(
         folder, chosen, repeats=choice.repeats, rounds=choice.rounds, seconds=choice.seconds
     )
+
+
+def _preparing(folder: Path, choice: Choice) -> list[Row]:
+    return preparing.measure(folder, rounds=choice.rounds, seconds=choice.seconds)
 
 
 def _memory(folder: Path, choice: Choice) -> list[Row]:
@@ -243,6 +250,12 @@ def _conditions(choice: Choice, busy: float) -> str:
             "inferences: the quickest of many, asked in turn through both servers, medians of "
             f"{choice.rounds} pairs of workers. Memory: of workers that ran once; of several, the sum of "
             "their proportional set sizes."
+        )
+    if "preparing" in choice.parts:
+        told.append(
+            f"Preparing: medians of {choice.rounds} ratios, each of {choice.seconds:g} s of inferences of a "
+            f"{preparing.SERVED.what}, or {preparing.LOADS_AT_ONCE} loads of it, while the server prepares "
+            f"{preparing.PREPARED.what}s, and right before."
         )
     if {"loads", "prepared"}.intersection(choice.parts):
         told.append(
