@@ -68,7 +68,7 @@ PEERS := .venv/peers
 PEERS_PYTHON ?= $(PYTHON)
 
 bench-peers: install $(PEERS)/.installed
-	$(BIN)/python -m bench --only inference --peers $(PEERS)
+	$(BIN)/python -m bench --only inference --only compute --peers $(PEERS)
 
 $(PEERS)/.installed: | $(BIN)/pip
 	$(PEERS_PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13) and "Triton needs numpy 1: set PEERS_PYTHON to a Python 3.11 or 3.12")'

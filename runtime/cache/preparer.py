@@ -22,12 +22,12 @@ from pathlib import Path
 
 from msgspec import structs
 
-from events.clock import uuid7
 from events.counters import Histogram
 from events.footprints import Footprint
 from events.types import LoadedFile, LoadParameters
 from runtime.cache.key import make_key, runtime_was_replaced
 from runtime.cache.manifest import CachedForm, Manifest
+from runtime.cache.pacing import Pacer
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.cache.trial import (
     CHANGED,
@@ -42,7 +42,7 @@ from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.estimates import WORKER_BYTES, is_same_files
 from runtime.lookups import LOAD_LIMIT_S
 from runtime.modeldefaults import read_warm_up
-from runtime.process.pool import WorkerPool, complete, kill_and_wait
+from runtime.process.pool import WorkerPool, complete
 from runtime.repository import FileStat
 from runtime.scheduler.view import PreparationView
 from runtime.store.manifest import digest_of
@@ -146,10 +146,16 @@ class PreparationRun:
     """One preparation of one version; `outcomes` has that of each form tried so far."""
 
     def __init__(
-        self, store: ModelCache, pool: WorkerPool, contents: ModelContents, candidate: Candidate
+        self,
+        store: ModelCache,
+        pool: WorkerPool,
+        contents: ModelContents,
+        candidate: Candidate,
+        pacer: Pacer,
     ) -> None:
         self._store = store
         self._pool = pool
+        self._pacer = pacer
         self._contents = contents
         self._candidate = candidate
         self._key = ""
@@ -171,7 +177,7 @@ class PreparationRun:
                 bare, given = await self._bare_load(files)
                 if await asyncio.to_thread(self._store.find, self._key) is not None:
                     return
-                tried = await self._first_of_use(bare, Trial(self._pool, bare, given))
+                tried = await self._first_of_use(bare, Trial(self._pacer, bare, given))
         except TrialImpossible as why:
             tried = dict.fromkeys(FORMS, str(why))
         except TimeoutError:
@@ -259,7 +265,6 @@ class PreparationRun:
                 await complete(asyncio.to_thread(self._store.discard, draft))
 
     async def _make(self, form: Form, bare: Load, draft: Path) -> None:
-        worker = await self._pool.start(uuid7())
         alone_bytes = self._candidate.need_bytes - WORKER_BYTES
         order = Prepare(
             root=bare.root,
@@ -272,12 +277,10 @@ class PreparationRun:
             most_bytes=self._store.limit_bytes,
             layers=bare.layers,
         )
-        try:
+        async with self._pacer.worker() as worker:
             if await asyncio.to_thread(runtime_was_replaced, worker.pid):
                 raise StoreUnavailable("ONNX Runtime was replaced while this server uses it: restart it")
             await worker.prepare(order)
-        finally:
-            await kill_and_wait(worker)
 
     @property
     def _took_ms(self) -> int:
@@ -295,6 +298,7 @@ class Preparer:
     Args:
         store: the model cache; None disables it.
         wake: called when the scheduler has something new to decide.
+        is_busy: whether loads or inferences compute now; a preparation is stopped meanwhile.
 
     Attributes:
         preparation: the preparation under way, for the scheduler.
@@ -302,10 +306,16 @@ class Preparer:
     """
 
     def __init__(
-        self, store: ModelCache | None, pool: WorkerPool, contents: ModelContents, wake: Callable[[], None]
+        self,
+        store: ModelCache | None,
+        pool: WorkerPool,
+        contents: ModelContents,
+        wake: Callable[[], None],
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self.store = store
         self._pool = pool
+        self._pacer = Pacer(pool, is_busy)
         self._contents = contents
         self._wake = wake
         self._candidates: dict[str, Candidate] = {}
@@ -416,8 +426,9 @@ class Preparer:
         self._paused_until = time.monotonic() + PAUSE_S
 
     async def _prepare(self, store: ModelCache, key: str, candidate: Candidate) -> None:
-        preparing = PreparationRun(store, self._pool, self._contents, candidate)
+        preparing = PreparationRun(store, self._pool, self._contents, candidate, self._pacer)
         began = time.monotonic()
+        pacing = asyncio.create_task(self._pacer.run(), name="pacing")
         try:
             await self._attempt(preparing, key, candidate)
         except CACHE_PROBLEMS as error:
@@ -425,6 +436,7 @@ class Preparer:
         except Exception:  # noqa: BLE001 - a defect here must not reach a load
             _log.exception("%s could not be prepared", candidate.model_id)
         finally:
+            pacing.cancel()
             self.counts.count(preparing.outcomes, time.monotonic() - began)
 
     async def _attempt(self, preparing: PreparationRun, key: str, candidate: Candidate) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from events.clock import uuid7
+from runtime.cache.pacing import Pacer
 from runtime.errors import (
     ForkServerUnavailable,
     InferenceFailed,
@@ -31,7 +31,6 @@ from runtime.errors import (
     RuntimeProblem,
     WorkerDied,
 )
-from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.process.worker import Worker
 from runtime.wire import DATATYPES, CachedCopy, Load, Loaded, Outcome, Tensor, TensorSpec
 
@@ -178,13 +177,13 @@ class Trial:
     """Trials of one version's forms.
 
     Args:
-        pool: for two fresh workers each time.
+        pacer: starts two fresh workers each time.
         bare: the order to load the version; a trial skips its warm-up and runs in the background.
         given: inputs of its loadledger.toml; empty means that the trial makes some up.
     """
 
-    def __init__(self, pool: WorkerPool, bare: Load, given: Sequence[Tensor]) -> None:
-        self._pool = pool
+    def __init__(self, pacer: Pacer, bare: Load, given: Sequence[Tensor]) -> None:
+        self._pacer = pacer
         self._bare = replace(bare, warm_up=False, background=True, max_batch_size=0, max_queue_delay_us=0)
         self._given = tuple(given)
         self._sets: list[tuple[Tensor, ...]] | None = None
@@ -212,13 +211,10 @@ class Trial:
 
     @asynccontextmanager
     async def _load(self, order: Load) -> AsyncIterator[tuple[Worker, Loaded]]:
-        worker = await self._pool.start(uuid7())
-        try:
+        async with self._pacer.worker() as worker:
             with bare_model_errors() if order.prepared is None else nullcontext():
                 report = await worker.load(order, lambda _: None)
             yield worker, report
-        finally:
-            await kill_and_wait(worker)
 
     async def _collect_inputs(self, bare: Worker, report: Loaded) -> list[tuple[Tensor, ...]]:
         """Return the inputs of the trial: the given ones, and made-up ones that the model accepts."""

@@ -212,7 +212,9 @@ class Executor:
         self._wake = wake
         self.loads: dict[str, RunningLoad] = {}
         self.totals = InferenceTotals(log.tally.names)
-        self.preparer = Preparer(store, pool, contents, wake)
+        self.preparer = Preparer(
+            store, pool, contents, wake, lambda: any(load.is_computing for load in self.loads.values())
+        )
         self.estimates = MemoryEstimates(
             contents.repository, wake, self.preparer.form_of, threads=pool.threads
         )

@@ -197,6 +197,11 @@ class RunningLoad:
         """How many inferences are queued or running."""
         return sum(worker.in_flight for worker in self.alive_workers)
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether it is being loaded or unloaded, or an inference is queued or running."""
+        return bool(self.tasks) or self.in_flight > 0
+
     def last_used_at(self, now: str) -> str | None:
         """Return the timestamp at which the last inference ended; None without one."""
         if not self.last_used_ns:

@@ -12,7 +12,7 @@ from runtime.process.forkclient import Child
 
 
 class Process:
-    """Watches a process that is no child of this one, and kills it.
+    """Watches a process that is no child of this one, and sends it signals.
 
     Args:
         child: the process; its pidfd is from now on this object's to close.
@@ -48,11 +48,11 @@ class Process:
         poll.register(self._child.pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
-    def kill(self) -> None:
-        """Kill the process, even a stopped one; nothing happens if it has ended."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal; SIGKILL ends even a stopped process. Nothing happens if it has ended."""
         if not self._closed:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self._child.pidfd, number)
 
     def close(self) -> Exit:
         """Close the pidfd of a process that has ended; returns how it ended, as far as known."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -250,7 +251,15 @@ class Worker:
 
     def kill(self) -> None:
         """Kill the worker at once; it may be stopped or gone already."""
-        self._process.kill()
+        self._process.send_signal(signal.SIGKILL)
+
+    def suspend(self) -> None:
+        """Stop the process until `resume`: none of its threads computes; it can still be killed."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a suspended process go on."""
+        self._process.send_signal(signal.SIGCONT)
 
     def stderr_tail(self) -> list[str]:
         """Return the worker's last lines on stderr, and why the server killed it: at most 64, 16 KiB."""

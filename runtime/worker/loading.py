@@ -79,6 +79,14 @@ def lower_priority() -> None:
         AUTOGROUP.write_bytes(b"%d" % NICENESS)
 
 
+def clock_for(order: Load) -> Callable[[], int]:
+    """Return the clock that times a worker's loading and runs, in nanoseconds.
+
+    In the background it is the process's computing time: there a worker waits for others, and is stopped.
+    """
+    return time.process_time_ns if order.background else time.monotonic_ns
+
+
 def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
     """Load the model of an order and warm it up on the given inputs; returns it and the server's report.
 
@@ -100,9 +108,10 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     if not order.huge_pages or not huge_pages_help(order.bytes, order.prepared):
         disable_huge_pages()
     sessions.limit_memory(order.hard_limit_bytes(thread_bytes()), order.load_limit_bytes)
-    started_ns = time.perf_counter_ns()
+    clock = clock_for(order)
+    started_ns = clock()
     session = _create_session(order)
-    loading_us = _elapsed_us(started_ns)
+    loading_us = (clock() - started_ns) // 1000
     model, warming_up_us = describe_model(session, order.max_batch_size), None
     if order.warm_up:  # before it is measured: memory of an inference belongs to the model
         warming_up_us = _warm_up(order, model, given, lambda: on_stage("warming_up"))
@@ -131,7 +140,3 @@ def _create_session(order: Load) -> ort.InferenceSession:
     chosen = sessions.saved_graph_options(order.threads)
     model_file = str(Path(order.prepared.folder) / MODEL_FILE)
     return sessions.create_session(model_file, chosen, order.least_limit_bytes)
-
-
-def _elapsed_us(started_ns: int) -> int:
-    return (time.perf_counter_ns() - started_ns) // 1000

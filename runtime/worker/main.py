@@ -37,7 +37,7 @@ from runtime.wire import (
 from runtime.worker.batching import Queue
 from runtime.worker.confine import confine, probe
 from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
-from runtime.worker.loading import load, lower_priority
+from runtime.worker.loading import clock_for, load, lower_priority
 from runtime.worker.optimising import make_cached_model
 from runtime.worker.sessions import ServingSession, register_operators
 
@@ -178,7 +178,9 @@ class _Worker:
     def _begin(self, order: Load, model: ServingSession) -> None:
         if order.max_batch_size:
             self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
-        self._executor = InferenceExecutor(model.runner, self._outbox, self._cancellation, model.dimension)
+        self._executor = InferenceExecutor(
+            model.runner, self._outbox, self._cancellation, model.dimension, clock_for(order)
+        )
 
     def _send(self, message: Message) -> None:
         self._outbox.put(message)

@@ -148,7 +148,12 @@ async def until(condition: Callable[[], bool]) -> None:
 async def freeze(pid: int) -> None:
     """Stop a process, and wait until it has stopped: the signal alone only begins it."""
     os.kill(pid, signal.SIGSTOP)
-    await until(lambda: all(_fields(task)[0] == "T" for task in Path(f"/proc/{pid}/task").iterdir()))
+    await until(lambda: is_stopped(pid))
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether all threads of a process are stopped."""
+    return all(_fields(task)[0] == "T" for task in Path(f"/proc/{pid}/task").iterdir())
 
 
 def resume(pid: int) -> None:

@@ -116,6 +116,16 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
             "medians of 1 ratios of 2 s each",
         ),
     ),
+    "preparing": (
+        UNHURRIED_BENCH,
+        ("--only=preparing", "--rounds=1", "--seconds=0.5"),
+        (
+            "inferences, 1 client, during a preparation ÷ without",
+            "inferences, 8 clients, during a preparation ÷ without",
+            "later loads during a preparation ÷ without",
+            "medians of 1 ratios, each of 0.5 s",
+        ),
+    ),
     "bodies": (
         None,
         ("--only=bodies", "--seconds=0.2"),

@@ -14,11 +14,12 @@ from onnx import ModelProto
 from support import models
 from support.cache import found, keep_form, key_in, opened
 from support.running import Engine, running
-from support.workers import threads, until
+from support.workers import FOR_EVER_S, is_stopped, threads, trips, until
 
 from events.jobs import JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime.cache.manifest import Entry, Manifest
+from runtime.cache.pacing import Pacer
 from runtime.cache.preparer import (
     KEPT,
     LEFT_OUT,
@@ -125,7 +126,8 @@ async def test_preparation_computes_with_one_thread(
 ) -> None:
     monkeypatch.setattr(pool, "threads", 3)
     models.save(models.add(1), tmp_path, "m")
-    run = PreparationRun(store, pool, ModelContents(Repository(tmp_path), None), candidate(tmp_path))
+    contents, pacer = ModelContents(Repository(tmp_path), None), Pacer(pool, lambda: False)
+    run = PreparationRun(store, pool, contents, candidate(tmp_path), pacer)
     async with run._files() as files:
         bare, _ = await run._bare_load(files)
     assert bare.threads == 1
@@ -227,6 +229,26 @@ async def preparing(engine: Engine) -> int:
     serving = {worker.pid for load in engine.consumer.loads.values() for worker in load.alive_workers}
     await until(lambda: bool(set(engine.worker_pids()) - serving))
     return min(set(engine.worker_pids()) - serving)
+
+
+async def test_preparation_is_stopped_during_an_inference_and_ends_all_the_same(
+    start: Start, tmp_path: Path, store: ModelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.save(SLOW, tmp_path / "models", "m")
+    models.save(models.counting_loop(), tmp_path / "models", "endless")
+    async with start() as engine:
+        await load(engine, "endless")
+        await until(lambda: not engine.consumer.preparer.preparable)
+        await until(lambda: engine.consumer.preparer.preparation is None)
+        await load(engine)
+        worker = engine.worker("endless")
+        inference = asyncio.ensure_future(worker.infer([trips(models.ENDLESS)], timeout_s=FOR_EVER_S))
+        pid = await preparing(engine)
+        await until(lambda: is_stopped(pid))
+        monkeypatch.setattr("runtime.cache.pacing.STOPPED_S", 0.01)
+        assert (await settled(store, engine.root)).form == "prepacked"
+        inference.cancel()
+        await asyncio.wait([inference])
 
 
 async def test_loaded_model_is_prepared_for_the_next_load(
