@@ -1,6 +1,7 @@
 """Cuts a byte stream into frames of `runtime.wire`, with few copies."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -11,7 +12,9 @@ from runtime.wire import (
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     PREFIX,
+    Buffer,
     Frame,
+    Locate,
     M,
     MalformedFrame,
     Message,
@@ -65,10 +68,15 @@ class FrameReader(Generic[M]):
 
     Attributes:
         rules: which frames may come next; may be changed between frames.
+
+    Args:
+        rules: which frames may come at first.
+        locate: finds the tensors that lie in shared memory; None if none do.
     """
 
-    def __init__(self, rules: FrameRules[M]) -> None:
+    def __init__(self, rules: FrameRules[M], locate: Locate | None = None) -> None:
         self.rules = rules
+        self._locate = locate
         self._chunk = bytearray(CHUNK_BYTES)
         self._body: bytearray | None = None
         self._begin = 0
@@ -118,7 +126,9 @@ class FrameReader(Generic[M]):
             return None
         self._start = end
         # A copy, since the chunk is used again.
-        return decode(memoryview(bytes(memoryview(self._chunk)[start:end])), header, rules.decoder)
+        return decode(
+            memoryview(bytes(memoryview(self._chunk)[start:end])), header, rules.decoder, self._locate
+        )
 
     def close(self) -> None:
         """Release the buffers now: nothing more is read, and a reference cycle may keep the reader alive."""
@@ -153,7 +163,7 @@ class FrameReader(Generic[M]):
         if self._is_dropped:
             self._is_dropped = False
             raise PayloadDropped(decode_header(memoryview(body)[self._begin :], self.rules.decoder))
-        return decode(memoryview(body)[self._begin :], self._header_bytes, self.rules.decoder)
+        return decode(memoryview(body)[self._begin :], self._header_bytes, self.rules.decoder, self._locate)
 
 
 def _describe_excess(rules: FrameRules[M], header: int, payload: int) -> str:
@@ -161,3 +171,17 @@ def _describe_excess(rules: FrameRules[M], header: int, payload: int) -> str:
         return "a message that nothing asked for"
     came, most = f"{header} + {payload}", f"{rules.header_bytes} + {rules.payload_bytes}"
     return f"a frame of {came} bytes (header + payload), of at most {most}"
+
+
+def join_short(parts: Sequence[Buffer]) -> list[Buffer]:
+    """Join short buffers, for few system calls; long ones are not copied."""
+    if sum(map(len, parts)) < JOINED_BYTES:
+        return [b"".join(parts)]
+    joined, short = list[Buffer](), list[Buffer]()
+    for part in parts:
+        if len(part) < JOINED_BYTES:
+            short.append(part)
+            continue
+        joined += [b"".join(short), part]
+        short = []
+    return [*joined, b"".join(short)]

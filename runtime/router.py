@@ -16,6 +16,7 @@ from runtime.consumer.loads import RunningLoad
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
 from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.process.requests import Answer
+from runtime.process.sharedmemory import Region
 from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.statistics import InferenceTimes
@@ -61,6 +62,10 @@ class Question(Protocol):
     def text(self) -> bool:
         """Whether outputs come as JSON if none are requested by name."""
 
+    @property
+    def region(self) -> Region | None:
+        """Where input tensors lie, if they do in a worker's shared memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRoute:
@@ -89,8 +94,8 @@ class ModelRoute:
         statistics, now_ms = self.load.statistics, time.time_ns() // 10**6
         statistics.count_success(outcome, times, time.monotonic_ns(), now_ms)
 
-    def worker(self, max_queue: int) -> Worker:
-        """Return the worker with the fewest inferences.
+    def worker(self, max_queue: int, region: Region | None = None) -> Worker:
+        """Return the worker in whose memory the inputs lie, or that with the fewest inferences.
 
         Raises:
             QueueFull: `inference_queue_full`.
@@ -100,7 +105,7 @@ class ModelRoute:
             worker = workers[0]
             in_flight = worker.in_flight
         else:
-            worker = min(workers, key=_in_flight)
+            worker = _find_holder(workers, region) or min(workers, key=_in_flight)
             in_flight = sum(map(_in_flight, workers))
         if in_flight >= max_queue:
             raise QueueFull(f"{max_queue} inferences of model '{self.model_id}' are queued or running")
@@ -163,8 +168,22 @@ class Router:
         return route, answer
 
     def _ask(self, route: ModelRoute, question: Question, timeout_s: float) -> Awaitable[Answer]:
-        worker = route.worker(self._max_queue)
-        return worker.infer(question.tensors, question.outputs, text=question.text, timeout_s=timeout_s)
+        region = question.region
+        worker = route.worker(self._max_queue, region)
+        return worker.infer(
+            question.tensors, question.outputs, text=question.text, timeout_s=timeout_s, region=region
+        )
+
+    def reserve(self, model_id: str, version: int | None, count: int) -> Region | None:
+        """Return shared memory for a request of so many bytes, of the worker that has the least to do.
+
+        Returns None if there is none: the request is sent without, or refused when it is routed.
+        """
+        try:
+            workers = self.route(model_id, version).load.serving
+        except RuntimeProblem:
+            return None
+        return min(workers, key=_expected).tensor_memory.requests.reserve(count)
 
     async def _wait_for_recovery(
         self, model_id: str, version: int | None, timeout_s: float, death: WorkerDied
@@ -275,3 +294,14 @@ def _recovering_error(model_id: str) -> ModelRecovering:
 
 def _in_flight(worker: Worker) -> int:
     return worker.in_flight
+
+
+def _expected(worker: Worker) -> int:
+    """Return how many inferences a worker has, with those whose bodies are still arriving."""
+    return worker.in_flight + worker.tensor_memory.requests.regions
+
+
+def _find_holder(workers: Sequence[Worker], region: Region | None) -> Worker | None:
+    if region is None:
+        return None
+    return next((each for each in workers if each.tensor_memory.requests is region.memory), None)

@@ -5,7 +5,8 @@ in msgpack) and the payload: the raw bytes of the message's tensors, one after t
 in row-major order. Requests carry ids that only go up; any number may be in flight. On the data channel
 `Load`, `Prepare`, `Probe` and `Infer` go to the worker; `StageReached`, `Loaded`, `PrepareDone`, `Probed`,
 `LoadFailure`, `Outcome` and `InferenceFailure` come back; on the control channel `Cancel` goes to the worker.
-Nothing is pickled, and what cannot be decoded is a `MalformedFrame`, whatever the bytes.
+Nothing is pickled, and what cannot be decoded is a `MalformedFrame`, whatever the bytes. A long tensor of an
+inference may lie in shared memory (`runtime.process.sharedmemory`) instead of in the payload.
 
 A worker runs what its model made of it, so each field that comes from one has bounds here: what a hostile
 worker says is within what the ledger can hold, or ends it. Which messages may come when, and how long they
@@ -14,8 +15,9 @@ may be then, is in `runtime.process.replies`.
 
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -42,6 +44,8 @@ MAX_PAYLOAD_BYTES = 256 * 2**20
 """Four times the largest request that the server takes; a longer answer becomes an `InferenceFailure`."""
 ALIGNMENT = 16
 """Bytes: where the payload of a long frame begins is a multiple of it. malloc gives no other addresses."""
+SHARED_ALIGNMENT = 64
+"""Bytes: where outputs begin in shared memory is a multiple of it, a line of the processor's cache."""
 MAX_DIMENSIONS = 64
 """What numpy's arrays have."""
 MAX_TEXT_BYTES = 4096
@@ -136,13 +140,17 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unk
 
 
 class TensorHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """A tensor without its data, which is `size` bytes of the payload; JSON, if it is `text`."""
+    """A tensor without its data, which is `size` bytes of the payload; JSON, if it is `text`.
+
+    With `at`, they are no part of the payload: they begin there in the shared memory.
+    """
 
     name: Name
     datatype: Name
     shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
     size: Count
     text: bool = False
+    at: Count | None = None
 
 
 class WantedOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -263,6 +271,7 @@ class Infer(Message, frozen=True):
 
     `sent_ns` is the time of CLOCK_MONOTONIC, which all processes of a machine share. With
     `digest` each output comes as 32 bytes, UINT8: the SHA-256 of its datatype, shape and data.
+    `room` is where in the shared memory long outputs may go, and how many bytes it has.
     """
 
     id: Count
@@ -271,6 +280,7 @@ class Infer(Message, frozen=True):
     text: bool = False
     sent_ns: Count = 0
     digest: bool = False
+    room: tuple[Count, Count] | None = None
 
 
 class StageReached(Message, frozen=True):
@@ -366,15 +376,20 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 M = TypeVar("M", bound=Message)
 Frame = tuple[M, tuple[Tensor, ...]]
+Locate = Callable[[int, int, int], memoryview]
+"""Returns shared memory: of which request, from where, how many bytes. It raises `MalformedFrame`."""
 
 
-def heads(tensors: Sequence[Tensor]) -> tuple[TensorHead, ...]:
+def heads(tensors: Sequence[Tensor], places: Iterable[int | None] = repeat(None)) -> tuple[TensorHead, ...]:
     """Describe tensors as the message that goes before their data does.
+
+    `places` is where each begins in shared memory, None for one in the payload.
 
     Raises:
         MalformedFrame: the other side would not take them: no such datatype, or data not of its shape.
     """
-    described = tuple([TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text) for t in tensors])
+    pairs = zip(tensors, places, strict=False)
+    described = tuple([TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text, at) for t, at in pairs])
     for head in described:
         _check_head(head)
     return described
@@ -430,14 +445,19 @@ def unpack_texts(data: Buffer) -> list[str]:
     return texts
 
 
-def decode(body: memoryview, header_bytes: int, decoder: msgspec.msgpack.Decoder[M]) -> Frame[M]:
-    """Decode what follows a frame's prefix; the tensors refer to `body`, they are no copies.
+def decode(
+    body: memoryview,
+    header_bytes: int,
+    decoder: msgspec.msgpack.Decoder[M],
+    locate: Locate | None = None,
+) -> Frame[M]:
+    """Decode what follows a frame's prefix; the tensors refer to `body` or shared memory, they are no copies.
 
     Raises:
         MalformedFrame: it is no frame of this contract.
     """
     message = decode_header(body[:header_bytes], decoder)
-    return message, _cut_tensors(getattr(message, "tensors", ()), body[header_bytes:])
+    return message, _cut_tensors(message, body[header_bytes:], locate)
 
 
 def decode_header(header: memoryview, decoder: msgspec.msgpack.Decoder[M]) -> M:
@@ -452,13 +472,18 @@ def decode_header(header: memoryview, decoder: msgspec.msgpack.Decoder[M]) -> M:
         raise MalformedFrame(plain_text(str(error), MAX_REASON_BYTES)) from None
 
 
-def _cut_tensors(tensor_heads: Sequence[TensorHead], payload: memoryview) -> tuple[Tensor, ...]:
+def _cut_tensors(message: Message, payload: memoryview, locate: Locate | None) -> tuple[Tensor, ...]:
     tensors, position = [], 0
-    for head in tensor_heads:
+    for head in getattr(message, "tensors", ()):
         _check_head(head)
-        data = payload[position : position + head.size]
+        if head.at is None:
+            data = payload[position : position + head.size]
+            position += head.size
+        elif locate is None or not isinstance(message, Infer | Outcome):
+            raise MalformedFrame("a tensor in shared memory that there is not")
+        else:
+            data = locate(message.id, head.at, head.size)
         tensors.append(Tensor(head.name, head.datatype, head.shape, data, head.text))
-        position += head.size
     if position != len(payload):
         raise MalformedFrame("the payload is not as long as its tensors")
     return tuple(tensors)

@@ -126,7 +126,7 @@ def _fill_standard_streams() -> None:
 
 
 def _allow_many_descriptors() -> None:
-    """Raise the soft limit to the hard one: a connection takes a descriptor, a model four."""
+    """Raise the soft limit to the hard one: a connection takes a descriptor, a worker six."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from runtime.frames import JOINED_BYTES, FrameReader, FrameRules
-from runtime.wire import Buffer, Frame, FromWorker, MalformedFrame, Message, Tensor, encode
+from runtime.frames import FrameReader, FrameRules, join_short
+from runtime.wire import Buffer, Frame, FromWorker, Locate, MalformedFrame, Message, Tensor, encode
 
 BUSY_POLL_NS = 300_000
 """After an answer within this time the loop busy-polls for the next one: to sleep and wake takes as long as a
@@ -30,6 +30,7 @@ class Channel(asyncio.BufferedProtocol):
         on_frame: called with each frame; it raises `MalformedFrame` for one that must not come now.
         on_malformed: called once with what is wrong, before the channel closes for it.
         on_lost: called once, when the channel is closed at either end.
+        locate: finds the tensors of a frame that lie in shared memory.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class Channel(asyncio.BufferedProtocol):
         on_frame: Callable[[Frame[FromWorker]], None],
         on_malformed: Callable[[str], None],
         on_lost: Callable[[], None],
+        locate: Locate | None = None,
     ) -> None:
-        self._reader = FrameReader(rules)
+        self._reader = FrameReader(rules, locate)
         self._on_frame = on_frame
         self._on_malformed = on_malformed
         self._on_lost = on_lost
@@ -73,7 +75,7 @@ class Channel(asyncio.BufferedProtocol):
     def _flush(self) -> None:
         parts, self._unsent = self._unsent, []
         if self._transport is not None and not self._transport.is_closing():
-            for part in _join_short(parts):
+            for part in join_short(parts):
                 self._transport.write(part)  # writelines of some Python 3.12 and 3.13 forgets pause_writing
         self._sent_ns, self._awaits_answer = time.monotonic_ns(), True
         if self._answers_fast and not self._is_polling:
@@ -162,17 +164,3 @@ class Channel(asyncio.BufferedProtocol):
         self._reader.close()
         self._unsent.clear()
         self._on_lost()
-
-
-def _join_short(parts: list[Buffer]) -> list[Buffer]:
-    """Join short buffers, for few system calls; long ones are not copied."""
-    if sum(map(len, parts)) < JOINED_BYTES:
-        return [b"".join(parts)]
-    joined, short = list[Buffer](), list[Buffer]()
-    for part in parts:
-        if len(part) < JOINED_BYTES:
-            short.append(part)
-            continue
-        joined += [b"".join(short), part]
-        short = []
-    return [*joined, b"".join(short)]

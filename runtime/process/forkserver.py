@@ -5,10 +5,11 @@ must therefore stay as clean as at its start: one thread, no descriptors but its
 program of its own (`launch_command`), not the standard library's: that one imports the server's main module
 again in each child, needs a named socket and a resource tracker, and takes its environment from the server's.
 
-It serves one SOCK_SEQPACKET socket that it inherits. `Fork` comes with three descriptors (the worker's end
-of its data channel, of its control channel, and of its stderr pipe) and is answered, in order, with `Forked`
-and a pidfd, taken before the child can be reaped, so that it can never mean another process. When a child
-ends, `Exited` says how. When the socket ends, so does the fork server, and the kernel ends its children.
+It serves one SOCK_SEQPACKET socket that it inherits. `Fork` comes with five descriptors (the worker's end
+of its data channel, of its control channel, and of its stderr pipe, and two of shared memory) and is
+answered, in order, with `Forked` and a pidfd, taken before the child can be reaped, so that it can never mean
+another process. When a child ends, `Exited` says how. When the socket ends, so does the fork server, and the
+kernel ends its children.
 """
 
 import array
@@ -29,9 +30,9 @@ from typing import Annotated, NoReturn
 
 import msgspec
 
-WORKER_FDS = 3
-DATA, CONTROL = 3, 4
-"""A worker's descriptors for its channels; 0 is /dev/null, 1 and 2 are its stderr pipe."""
+WORKER_FDS = 5
+DATA, CONTROL, REQUESTS, ANSWERS = 3, 4, 5, 6
+"""A worker's descriptors: channels, and memory that it maps; 0 is /dev/null, 1 and 2 are its stderr pipe."""
 MESSAGE_BYTES = 4096
 PR_SET_PDEATHSIG = 1
 """linux/prctl.h"""
@@ -53,7 +54,7 @@ ADDED = {
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
-    """Fork a worker with the three descriptors that come with this message."""
+    """Fork a worker with the descriptors that come with this message."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -203,7 +204,7 @@ def _become_worker(parent: int, descriptors: Sequence[int]) -> NoReturn:
         _arrange(descriptors)
         faulthandler.enable(all_threads=False)  # walking the others, it may itself crash
         gc.enable()
-        importlib.import_module("runtime.worker.main").main(DATA, CONTROL)
+        importlib.import_module("runtime.worker.main").main(DATA, CONTROL, REQUESTS, ANSWERS)
     except BaseException:  # noqa: BLE001 - printed, then the process ends
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
@@ -212,14 +213,15 @@ def _become_worker(parent: int, descriptors: Sequence[int]) -> NoReturn:
 
 
 def _arrange(descriptors: Sequence[int]) -> None:
-    """Leave /dev/null, the stderr pipe twice, the data and the control channel, and nothing else, open."""
-    data, control, stderr = descriptors
+    """Leave /dev/null, the stderr pipe twice, the channels and the shared memory, and nothing else, open."""
+    data, control, stderr, requests, answers = descriptors
     null = os.open(os.devnull, os.O_RDONLY)
     # First to high numbers: a descriptor may have arrived with the number of another one's target.
-    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, 2 * CONTROL) for fd in (null, stderr, stderr, data, control)]
+    sources = (null, stderr, stderr, data, control, requests, answers)
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, 2 * ANSWERS) for fd in sources]
     for number, descriptor in enumerate(moved):
         os.dup2(descriptor, number, inheritable=number < DATA)
     for descriptor in [int(entry.name) for entry in os.scandir("/proc/self/fd")]:
-        if descriptor > CONTROL:
+        if descriptor > ANSWERS:
             with contextlib.suppress(OSError):  # the listing's own descriptor is closed already
                 os.close(descriptor)

@@ -16,6 +16,7 @@ from runtime.modeldefaults import WarmUp
 from runtime.process.confinement import UNCONFINED, probe
 from runtime.process.forkclient import Child, ForkServer, close_watched
 from runtime.process.sampling import MemorySampler
+from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import Worker
 from runtime.wire import Load
 
@@ -208,10 +209,14 @@ class WorkerPool:
                 read, write = os.pipe2(os.O_CLOEXEC)
                 ours.callback(close_watched, read)
                 theirs.callback(os.close, write)
-                forked = fork_server.fork((data_end.fileno(), control_end.fileno(), write))
+                tensors, shared = TensorMemory.create()
+                ours.callback(tensors.close)
+                for descriptor in shared:
+                    theirs.callback(os.close, descriptor)
+                forked = fork_server.fork((data_end.fileno(), control_end.fileno(), write, *shared))
             child = await self._answer(fork_server, forked)
             ours.callback(close_watched, child.pidfd)
-            worker = Worker(worker_id, child, read, self._patience_s, self._sampler)
+            worker = Worker(worker_id, child, read, self._patience_s, self._sampler, tensor_memory=tensors)
             worker.records_stderr = self.records_stderr
             ours.pop_all()
         return worker, data, control

@@ -29,6 +29,7 @@ from runtime.process.pidfd import Process
 from runtime.process.replies import REPORTS, SILENCE, AnswerRules, PendingOrder
 from runtime.process.requests import Answer, InFlight
 from runtime.process.sampling import LoadSamples, MemorySampler, WorkerMemory
+from runtime.process.sharedmemory import Region, TensorMemory, places
 from runtime.wire import (
     Cancel,
     Frame,
@@ -70,25 +71,34 @@ class Worker:
         memory_bytes: its private bytes, as last measured; while it loads, those that the load has added.
         loaded_memory: its memory once it has loaded a model.
         records_stderr: whether the ledger may have what it prints.
+        tensor_memory: what it shares with the server.
         ended: set once, when the process is gone. Wait for it with `asyncio.wait` or through
             `asyncio.shield`: a task that is cancelled while it awaits a future cancels that too.
     """
 
     def __init__(
-        self, worker_id: str, child: Child, stderr: int, patience_s: float, sampler: MemorySampler
+        self,
+        worker_id: str,
+        child: Child,
+        stderr: int,
+        patience_s: float,
+        sampler: MemorySampler,
+        *,
+        tensor_memory: TensorMemory,
     ) -> None:
         self.worker_id = worker_id
         self.pid = child.pid
         self.memory_bytes = 0
         self.loaded_memory: WorkerMemory | None = None
         self.records_stderr = True
+        self.tensor_memory = tensor_memory
         self._sampler = sampler
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[Exit] = self._loop.create_future()
         self._process = Process(child, self._on_gone)
         self._stderr = StderrTail(stderr)
         self._in_flight = InFlight(patience_s, self._cancel, self._kill_stuck)
-        self._data = Channel(SILENCE, self._on_frame, self._on_malformed, self._on_lost)
+        self._data = Channel(SILENCE, self._on_frame, self._on_malformed, self._on_lost, tensor_memory.locate)
         self._control = Channel(SILENCE, self._on_frame, self._on_malformed, self._on_lost)
         self._ids = itertools.count()
         self._pending: PendingOrder | None = None
@@ -189,6 +199,7 @@ class Worker:
         text: bool = False,
         digest: bool = False,
         timeout_s: float,
+        region: Region | None = None,
     ) -> Answer:
         """Run the model; cancelling the awaiting task cancels the inference.
 
@@ -201,6 +212,7 @@ class Worker:
             digest: whether each output is returned as UINT8 of shape [32] instead: SHA-256 over its
                 datatype, shape and data, to compare with another worker's.
             timeout_s: limit after which the inference is cancelled.
+            region: where inputs lie; those in another worker's are sent through the socket.
 
         Raises:
             InvalidInput: `invalid_input`, or `not_representable` for what JSON cannot carry.
@@ -214,11 +226,20 @@ class Worker:
             raise QueueFull("the model's worker has more to read than may wait")
         if len(inputs) + len(outputs) > self._most_names:
             raise InvalidInput("the request names more inputs and outputs than the model has")
+        if region is not None and region.memory is not self.tensor_memory.requests:
+            region = None
         number = next(self._ids)
+        room = self.tensor_memory.hold(number, region)
         try:
-            request = Infer(number, heads(inputs), outputs, text, time.monotonic_ns(), digest)
-            self._send(request, inputs)
+            if region is None:
+                tensors, sent = heads(inputs), inputs
+            else:
+                tensors = heads(inputs, places(inputs, region))
+                sent = [tensor for tensor in inputs if not region.holds(tensor.data)]
+            request = Infer(number, tensors, outputs, text, time.monotonic_ns(), digest, room)
+            self._send(request, sent)
         except MalformedFrame as error:
+            self.tensor_memory.release(number)
             raise InvalidInput(str(error)) from None
         self._expect_answers()
         return await self._in_flight.answer(request, timeout_s)
@@ -338,8 +359,10 @@ class Worker:
             raise MalformedFrame("an answer that nothing asked for")
         if isinstance(message, Outcome):
             self._answer_rules.check(request, tensors)
+            self.tensor_memory.release(message.id, tensors)
             self._in_flight.settle(message.id, (message, tensors))
         else:
+            self.tensor_memory.release(message.id)
             problem = PROBLEMS.get(message.code, InferenceFailed)
             self._in_flight.settle(message.id, problem(plain_text(message.message)))
         if not self._in_flight:
@@ -373,6 +396,7 @@ class Worker:
         self._data.abort()
         self._control.abort()
         self._stderr.close()
+        self.tensor_memory.close()
         self.ended.set_result(end)
         self._in_flight.abandon(end)
         if self._pending is not None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from runtime.errors import InvalidInput
 from runtime.worker.inference import SelectedOutputs
+from runtime.worker.sharedtensors import Room
 
 MAX_WAITING_BYTES = 64 * 2**20
 MAX_WAITING = 1024
@@ -35,6 +36,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         came_ns: when the worker received it.
         input_ns: how long its decoding took.
         queue_ns: how long it waited to be received while the worker was busy with other requests.
+        room: where in shared memory its outputs may go.
     """
 
     number: int
@@ -46,6 +48,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     came_ns: int
     input_ns: int
     queue_ns: int = 0
+    room: Room | None = None
 
     def batch_key(self) -> Hashable:
         """Return the key that requests of one batch share."""

@@ -30,6 +30,7 @@ from runtime.worker.batching import (
 )
 from runtime.worker.inference import Runner
 from runtime.worker.sessions import is_out_of_memory, return_free_memory
+from runtime.worker.sharedtensors import SharedTensors
 
 HELD_BYTES = 256 * 2**10
 """Limit of unsent answers: about what a socket's buffer holds."""
@@ -247,6 +248,7 @@ class InferenceExecutor:
         outbox: takes the answers.
         cancellation: what the other thread cancels.
         dimension: that of batches; None runs each request alone.
+        shared: where long outputs go.
         clock: measures runs of one request, in nanoseconds.
     """
 
@@ -256,6 +258,7 @@ class InferenceExecutor:
         outbox: Outbox,
         cancellation: Cancellation,
         dimension: BatchDimension | None,
+        shared: SharedTensors,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._runner = runner
@@ -263,6 +266,7 @@ class InferenceExecutor:
         self._cancellation = cancellation
         self._dimension = dimension
         self._clock = clock
+        self._shared = shared
         self._last_run_ns = 0
         self._free_ns = 0  # when the latest request was over
         self._must_shrink = False
@@ -289,8 +293,9 @@ class InferenceExecutor:
             queue_ns = max(0, self._free_ns - infer.sent_ns) if infer.sent_ns else 0
             self._free_ns = time.monotonic_ns()
             input_ns = self._free_ns - came_ns
+            room = None if infer.room is None else self._shared.room(infer.room)
             return BatchRequest(
-                infer.id, outputs, feed, size, alone, infer.sent_ns, came_ns, input_ns, queue_ns
+                infer.id, outputs, feed, size, alone, infer.sent_ns, came_ns, input_ns, queue_ns, room
             )
         return None
 
@@ -378,10 +383,12 @@ class InferenceExecutor:
         The encoding of its outputs includes that of the requests before it in a batch.
         """
         try:
-            heads, parts = self._runner.encode_outputs(request.outputs, arrays)
+            heads, parts = self._runner.encode_outputs(request.outputs, arrays, request.room)
             output_ns = time.monotonic_ns() - ran_ns
             outcome = Outcome(request.number, heads, *times, output_ns, request.size, execution_size)
             self._outbox.put(outcome, parts)
+            if request.room is not None and request.room.is_used:  # so long an answer waits for no other
+                self._outbox.flush()
         except MemoryError:
             return _NO_MEMORY
         except RuntimeProblem as problem:

@@ -32,6 +32,7 @@ from runtime.wire import (
     pack_texts,
     unpack_texts,
 )
+from runtime.worker.sharedtensors import Room
 
 MAX_JSON_BYTES = 64 * 2**20
 """Limit of an output's tensor before encoding: the size of a request. JSON takes several times as much."""
@@ -317,9 +318,11 @@ class Runner:
         return arrays
 
     def encode_outputs(
-        self, selected: SelectedOutputs, arrays: Sequence[Any]
+        self, selected: SelectedOutputs, arrays: Sequence[Any], room: Room | None = None
     ) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
         """Return the heads and data of the outputs; optional ones without a value are left out.
+
+        Long ones are copied to `room`, as far as it goes, and are no part of the data.
 
         Raises:
             NotRepresentable: `not_representable`.
@@ -330,9 +333,12 @@ class Runner:
         heads: list[TensorHead] = []
         parts: list[Buffer] = []
         for (name, datatype, text), array in zip(selected.forms, arrays, strict=True):
-            if array is not None:
-                data = encode_text(name, datatype, array) if text else [to_data(datatype, array)]
-                heads.append(TensorHead(name, datatype, array.shape, sum(map(len, data)), text))
+            if array is None:
+                continue
+            data = encode_text(name, datatype, array) if text else [to_data(datatype, array)]
+            at = None if text or room is None else room.put(data[0])
+            heads.append(TensorHead(name, datatype, array.shape, sum(map(len, data)), text, at))
+            if at is None:
                 parts += data
         if sum(map(len, parts)) > MAX_PAYLOAD_BYTES:
             problem = NotRepresentable if any(head.text for head in heads) else InferenceFailed

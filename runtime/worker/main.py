@@ -40,6 +40,7 @@ from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
 from runtime.worker.loading import clock_for, load, lower_priority
 from runtime.worker.optimising import make_cached_model
 from runtime.worker.sessions import ServingSession, register_operators
+from runtime.worker.sharedtensors import SharedTensors
 
 EX_PROTOCOL = 76
 """sysexits.h: the exit code of a worker after a malformed frame."""
@@ -57,21 +58,23 @@ def prepare() -> None:
     register_operators()
 
 
-def main(data: int, control: int) -> NoReturn:
-    """Run a worker on the descriptors of its two channels; ends the process."""
+def main(data: int, control: int, requests: int, answers: int) -> NoReturn:
+    """Run a worker on the descriptors of its two channels and its shared memory; ends the process."""
     threading.stack_size(STACK_BYTES)
-    _Worker(socket.socket(fileno=data), socket.socket(fileno=control)).serve()
+    shared = SharedTensors(requests, answers)
+    _Worker(socket.socket(fileno=data), socket.socket(fileno=control), shared).serve()
     os._exit(0)
 
 
 class _Worker:
     """Serves the data channel; its order also starts the thread of the control channel."""
 
-    def __init__(self, channel: socket.socket, control: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, control: socket.socket, shared: SharedTensors) -> None:
         self._channel = channel
         self._control = control
+        self._shared = shared
         self._cancellation = Cancellation()
-        self._reader = FrameReader(FrameRules(TO_WORKER))
+        self._reader = FrameReader(FrameRules(TO_WORKER), shared.locate)
         self._outbox = Outbox(channel)
         self._executor: InferenceExecutor | None = None
         self._queue: Queue | None = None
@@ -179,7 +182,12 @@ class _Worker:
         if order.max_batch_size:
             self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
         self._executor = InferenceExecutor(
-            model.runner, self._outbox, self._cancellation, model.dimension, clock_for(order)
+            model.runner,
+            self._outbox,
+            self._cancellation,
+            model.dimension,
+            self._shared,
+            clock_for(order),
         )
 
     def _send(self, message: Message) -> None:

@@ -16,17 +16,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http import HTTPStatus
 from typing import cast
 
 from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractAccessLogger
 
+from runtime.limits import ProgressLimit
 from server.api.health import is_probe
 from server.config import Config
 from server.errors import ServerProblem
 from server.http import responses
-from server.http.validation import MIN_PROGRESS_BYTES
+from server.http.validation import BODY_IDLE_S, MIN_PROGRESS_BYTES, READ_BYTES, BodyReader, BodyTimeout
 from server.routing import RequestHandler, wrap_handler
 
 _log = logging.getLogger(__name__)
@@ -45,6 +47,11 @@ UNREAD_S = 30.0
 
 CLOSING_S = 10.0
 """For the end of a TLS connection; asyncio's default is 30 s."""
+
+CHUNK_BYTES = 64 * 2**10
+"""Of one read. Of a longer body this much arrives with its head; `receive_rest` reads the rest in place."""
+_chunk = memoryview(bytearray(CHUNK_BYTES))
+"""Shared by all connections: what is read into it is passed on at once."""
 
 CHECK_S = 1.0
 """At most, between two checks of an active connection."""
@@ -94,7 +101,33 @@ class ConnectionLimits:
         return min(self.check_s, self.head_s / 4, self.unread_s / 4)
 
 
-class GuardedConnection(asyncio.Protocol):
+@dataclass(slots=True)
+class _Rest:
+    """The rest of a body that is read in place.
+
+    Attributes:
+        content: the body, as far as the parser has passed it on.
+        buffer: where the rest goes.
+        ended: set when all of it is there, or the client has left.
+        filled: how many bytes are there.
+    """
+
+    content: StreamReader
+    buffer: memoryview
+    ended: asyncio.Future[None]
+    filled: int = 0
+
+    def progress(self) -> int:
+        """Return what changes while enough of it arrives."""
+        return self.filled // MIN_PROGRESS_BYTES
+
+    def fail(self) -> None:
+        """End it because too little arrives."""
+        if not self.ended.done():
+            self.ended.set_exception(BodyTimeout())
+
+
+class GuardedConnection(asyncio.BufferedProtocol):
     """The protocol of one connection: aiohttp's, within limits.
 
     Timeouts count checks, which a timer makes while the connection is active. A check is an iteration of the
@@ -114,11 +147,13 @@ class GuardedConnection(asyncio.Protocol):
             max_line_size=responses.MAX_LINE_BYTES,
             max_field_size=responses.MAX_LINE_BYTES + 1,  # so that the parser's errors differ
             max_headers=responses.MAX_FIELDS,
+            read_bufsize=CHUNK_BYTES // 4,  # a body longer than twice this pauses until its handler reads it
         )
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
         self._is_handling = False
         self._body: StreamReader | None = None
+        self._rest: _Rest | None = None
         self._is_head_expected = True
         self._head_bytes = self._checked_head_bytes = self._head_checks = 0
         self._arrived_ns = 0
@@ -143,8 +178,52 @@ class GuardedConnection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._http.connection_lost(exc)
+        if self._rest is not None:
+            self._end_rest(self._rest)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - a body knows better
+        """Return the buffer for the next bytes."""
+        rest = self._rest
+        return _chunk if rest is None else rest.buffer[rest.filled : rest.filled + READ_BYTES]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Pass on what was read, unless it is where it belongs."""
+        rest = self._rest
+        if rest is None:
+            self._parse(bytes(_chunk[:nbytes]))
+            return
+        rest.filled += nbytes
+        if rest.filled == len(rest.buffer):
+            self._end_rest(rest)
+
+    async def receive_rest(self, content: StreamReader, buffer: memoryview, idle_s: float) -> None:
+        """Read the rest of a body in place, into a buffer that is as long, past aiohttp's parser.
+
+        Raises:
+            BodyTimeout: `body_timeout`, too little of it arrived in `idle_s`.
+            ConnectionResetError: the client has left.
+        """
+        rest = self._rest = _Rest(content, buffer, self._loop.create_future())
+        limit = ProgressLimit(idle_s, rest.progress, rest.fail)
+        try:
+            await rest.ended
+        finally:
+            limit.cancel()
+            if self._rest is not None:
+                self._end_rest(rest)
+        if rest.filled < len(buffer):
+            raise ConnectionResetError("the client has left")
+
+    def _end_rest(self, rest: _Rest) -> None:
+        """Have the parser go on after what was read: it gets as many other bytes, which are dropped."""
+        self._rest = None
+        for start in range(0, rest.filled if self._http.connected else 0, READ_BYTES):
+            self._http.data_received(_filler(min(rest.filled - start, READ_BYTES)))
+            rest.content.read_nowait()
+        if not rest.ended.done():
+            rest.ended.set_result(None)
+
+    def _parse(self, data: bytes) -> None:
         """Pass data on; between two requests it begins a head, which must end in time.
 
         After an early response, data is still the body of that request. Empty lines before a request are no
@@ -344,3 +423,42 @@ async def listening(
         yield listener.sockets[0].getsockname()[1]
     finally:
         listener.close()
+
+
+async def read_body_into(
+    request: web.BaseRequest, text_bytes: int, buffer: memoryview, idle_s: float = BODY_IDLE_S
+) -> bytes:
+    """Read a body: return its first `text_bytes`, and put the rest into a buffer that is as long.
+
+    What has arrived with the head is copied; what is still to come is read in place.
+
+    Raises:
+        BodyTimeout: `body_timeout`.
+        ConnectionResetError: the client has left.
+    """
+    content, connection = request.content, _connection(request)
+    in_place = isinstance(connection, GuardedConnection)  # aiohttp's own in tests, None if it is closed
+    content.set_read_chunk_size(READ_BYTES)  # no pauses from here on
+    beginning = content.read_nowait()
+    least_bytes = text_bytes if in_place else text_bytes + len(buffer)
+    if len(beginning) < least_bytes:
+        beginning += await _read_on(content, least_bytes - len(beginning), idle_s)
+    came = len(beginning) - text_bytes
+    buffer[:came] = memoryview(beginning)[text_bytes:]
+    if connection is not None and came < len(buffer):
+        await connection.receive_rest(content, buffer[came:], idle_s)
+    return beginning[:text_bytes]
+
+
+async def _read_on(content: StreamReader, least_bytes: int, idle_s: float) -> bytes:
+    """Read so many bytes of a body, and all that came with them."""
+    reader, pieces = BodyReader(content, idle_s), list[bytes]()
+    while reader.total_bytes < least_bytes and not content.at_eof():
+        pieces.append(await reader.read())
+    return b"".join([*pieces, content.read_nowait()])
+
+
+@lru_cache(maxsize=4)
+def _filler(count: int) -> bytes:
+    """Return so many bytes; requests of one model are often of one size."""
+    return bytes(count)

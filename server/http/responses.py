@@ -19,6 +19,7 @@ from functools import lru_cache
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, http_exceptions, web
 from aiohttp.abc import AbstractStreamWriter
 
+from runtime.frames import join_short
 from runtime.wire import Buffer
 from server.errors import ServerProblem, problem_of, problem_response
 from server.http.limits import Share
@@ -108,7 +109,7 @@ class DirectResponse(web.StreamResponse):
             transport.write(b"".join((head, *self._buffers)))
         else:
             self._share.replace(length)
-            for part in (head, *self._buffers):
+            for part in join_short((head, *self._buffers)):  # a short write would wake the client early
                 transport.write(part)
         self._buffers = ()
         return transport

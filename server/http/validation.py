@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from aiohttp import hdrs, web
+from aiohttp import StreamReader, hdrs, web
 from aiohttp.typedefs import Handler
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields
 
@@ -254,8 +254,7 @@ async def read_encoded_body(
 ) -> bytes:
     """Read a whole body as it is, within a limit of its own: the application's is the largest of all routes.
 
-    `take` is called with the number of bytes of each part that arrives, and may refuse them. In `idle_s`,
-    MIN_PROGRESS_BYTES or the end must arrive.
+    `take` is called with the number of bytes of each part that arrives, and may refuse them.
 
     Raises:
         BodyTooLarge: the declared length or the body is too long (`body_too_large`).
@@ -269,25 +268,49 @@ async def read_encoded_body(
         if take is not None:
             take(len(body))
         return body
-    content.set_read_chunk_size(READ_BYTES)
-    pieces, length = list[bytes](), 0
-    loop = asyncio.get_running_loop()
-    until, enough = loop.time() + idle_s, MIN_PROGRESS_BYTES
-    try:
-        while not content.at_eof():
-            async with asyncio.timeout_at(until):
-                piece, _ = await content.readchunk()  # other ways to read would join the pieces twice
-            length += len(piece)
-            if length >= enough:
-                until, enough = loop.time() + idle_s, length + MIN_PROGRESS_BYTES
-            if length > max_bytes:
-                raise BodyTooLarge(max_bytes)
-            if take is not None:
-                take(len(piece))
-            pieces.append(piece)
-    except TimeoutError:
-        raise BodyTimeout from None
+    reader, pieces = BodyReader(content, idle_s), list[bytes]()
+    while not content.at_eof():
+        piece = await reader.read()
+        if reader.total_bytes > max_bytes:
+            raise BodyTooLarge(max_bytes)
+        if take is not None:
+            take(len(piece))
+        pieces.append(piece)
     return b"".join(pieces)
+
+
+class BodyReader:
+    """Reads the parts of a body as they arrive; in `idle_s`, MIN_PROGRESS_BYTES or the end must.
+
+    Attributes:
+        total_bytes: what was read so far.
+    """
+
+    def __init__(self, content: StreamReader, idle_s: float) -> None:
+        content.set_read_chunk_size(READ_BYTES)
+        self._content = content
+        self._idle_s = idle_s
+        self._loop = asyncio.get_running_loop()
+        self._until_s = self._loop.time() + idle_s
+        self._enough_bytes = MIN_PROGRESS_BYTES
+        self.total_bytes = 0
+
+    async def read(self) -> bytes:
+        """Return the next part.
+
+        Raises:
+            BodyTimeout: `body_timeout`.
+        """
+        try:
+            async with asyncio.timeout_at(self._until_s):
+                piece, _ = await self._content.readchunk()  # other ways to read would join the parts twice
+        except TimeoutError:
+            raise BodyTimeout from None
+        self.total_bytes += len(piece)
+        if self.total_bytes >= self._enough_bytes:
+            self._until_s = self._loop.time() + self._idle_s
+            self._enough_bytes = self.total_bytes + MIN_PROGRESS_BYTES
+        return piece
 
 
 @web.middleware

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import msgspec
 
 from runtime.errors import InvalidInput
+from runtime.process.sharedmemory import Region
 from runtime.wire import (
     DATATYPES,
     LENGTH,
@@ -105,7 +106,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     """A decoded request.
 
     Without `outputs`, all outputs are requested. `text` is the form of those that are not listed: JSON, or
-    else binary. `timeout_us` is the client's timeout in microseconds, or None.
+    else binary. `timeout_us` is the client's timeout in microseconds, or None. `region` is
+    where binary tensors lie, if that is the memory that a worker shares.
     """
 
     id: str | None
@@ -113,6 +115,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     tensors: tuple[Tensor, ...]
     outputs: tuple[WantedOutput, ...]
     text: bool
+    region: Region | None = None
 
 
 def header_length(fields: Sequence[str] | str | None) -> int | None:
@@ -135,15 +138,21 @@ def header_length(fields: Sequence[str] | str | None) -> int | None:
     return int(value)
 
 
-def decode_request(body: Buffer, header_bytes: int | None = None) -> InferenceRequest:
+def decode_request(
+    body: Buffer, header_bytes: int | None = None, region: Region | None = None
+) -> InferenceRequest:
     """Decode a request; its tensors are views of the body.
 
-    Binary tensors follow `header_bytes` of JSON, see `header_length`; None if all of the body is JSON.
+    Binary tensors follow `header_bytes` of JSON, see `header_length`; None if all of the body is JSON. With a
+    region, they are there, and `body` is the JSON alone.
 
     Raises:
         InvalidInput: `invalid_input`, the request is malformed or unsupported.
     """
-    if header_bytes is None:
+    start = header_bytes or 0
+    if region is not None:
+        text, payload, start = body, region.buffer, 0
+    elif header_bytes is None:
         text, payload = body, _NOTHING
     elif 0 <= header_bytes <= len(body):
         payload = memoryview(body)
@@ -151,14 +160,14 @@ def decode_request(body: Buffer, header_bytes: int | None = None) -> InferenceRe
     else:
         raise InvalidInput(f"{HEADER_LENGTH} is {header_bytes}, but the body has {len(body)} bytes")
     request = decode_json(text)
-    tensors = _tensors(request.inputs, payload, header_bytes or 0)
+    tensors = _tensors(request.inputs, payload, start)
     parameters, limit_us, default = request.parameters, None, True
     if parameters:
         limit_us, default = timeout_us(parameters), not binary_output("", parameters, "binary_data_output")
         check_parameters("", parameters)
     outputs = _outputs(request.outputs, default) if request.outputs else ()
     request_id = None if request.id is msgspec.UNSET else request.id
-    return InferenceRequest(request_id, limit_us, tensors, outputs, default)
+    return InferenceRequest(request_id, limit_us, tensors, outputs, default, region)
 
 
 def _tensors(inputs: list[JsonInput], body: memoryview, start: int) -> tuple[Tensor, ...]:
@@ -224,8 +233,12 @@ def _invalid_input(item: JsonInput, text: str) -> InvalidInput:
     return InvalidInput(f"input '{shorten(item.name)}': {text}")
 
 
-def decode_raw(body: Buffer, inputs: Sequence[TensorSpec], *, max_batch_size: int = 0) -> InferenceRequest:
+def decode_raw(
+    body: Buffer, inputs: Sequence[TensorSpec], *, max_batch_size: int = 0, region: Region | None = None
+) -> InferenceRequest:
     """Decode a raw body: the data of the model's only input. Its outputs are binary.
+
+    With a region, `body` is its buffer.
 
     The variable dimension follows from the body's size; for a batching model, the body is a batch of 1. Of
     BYTES, the whole body is one element, as in Triton ("Raw Binary Request").
@@ -245,7 +258,8 @@ def decode_raw(body: Buffer, inputs: Sequence[TensorSpec], *, max_batch_size: in
         shape = _fill_dimension(spec.name, shape, len(body), datatype.size)
     else:
         shape, data = _one_element(spec.name, shape, body)
-    return InferenceRequest(None, None, (Tensor(spec.name, spec.datatype, shape, data),), (), text=False)
+    tensors = (Tensor(spec.name, spec.datatype, shape, data),)
+    return InferenceRequest(None, None, tensors, (), text=False, region=region)
 
 
 def _required_input(inputs: Sequence[TensorSpec]) -> TensorSpec:

@@ -7,8 +7,10 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
+import msgspec
 from aiohttp import hdrs, web
 
+from runtime.process.sharedmemory import SHARED_FROM_BYTES, Region
 from runtime.router import ModelNotLoaded, ModelRoute, ModelUnloading, Router
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer, Tensor
@@ -18,7 +20,7 @@ from server.auth.ratelimit import JSON_BYTES_PER_REQUEST, QUOTA, Quota
 from server.config import MAX_BODY_BYTES
 from server.errors import ServerProblem
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
-from server.http.connection import ARRIVED_NS
+from server.http.connection import ARRIVED_NS, read_body_into
 from server.http.limits import Share
 from server.http.responses import DirectResponse
 from server.http.validation import BodyTooLarge, path_parameters, read_encoded_body
@@ -135,14 +137,14 @@ async def infer(
     router, share = app[ROUTER], app[BODIES].share(subject)
     loop, longest_s = asyncio.get_running_loop(), app[CONFIG].inference_timeout_s
     try:
-        body, header_bytes, json_bytes = await _receive(request, app, share)
+        body = await _receive(request, app, share, model_id, version)
         began_s = loop.time()
         decoded = None
-        if json_bytes > SHORT_JSON_BYTES:
+        if body.json_bytes > SHORT_JSON_BYTES:
             async with app[BODIES].turn(subject):
-                decoded = decode_request(body, header_bytes)
+                decoded = decode_request(body.content, body.header_bytes, body.region)
         try:
-            decoded = decoded or _decode(router, model_id, version, body, header_bytes)
+            decoded = decoded or _decode(router, model_id, version, body)
             timeout_s = _timeout_s(decoded, longest_s)
             route, (outcome, outputs) = await router.infer(model_id, version, decoded, timeout_s, times)
         except (ModelNotLoaded, ModelUnloading):
@@ -150,7 +152,7 @@ async def infer(
             missed_ns = time.monotonic_ns()
             async with app[DEMAND].keep_loaded(model_id, version, subject, ends_at_s):
                 times.waited_ns += time.monotonic_ns() - missed_ns
-                decoded = decoded or _decode(router, model_id, version, body, header_bytes)
+                decoded = decoded or _decode(router, model_id, version, body)
                 left_s = ends_at_s - loop.time()
                 route, (outcome, outputs) = await router.infer(model_id, version, decoded, left_s, times)
         count = partial(route.count_answer, outcome, times)
@@ -169,10 +171,26 @@ async def infer(
         raise
 
 
+class _Body(msgspec.Struct, frozen=True, gc=False):
+    """A received body, decompressed.
+
+    Attributes:
+        content: all of it, or with a region the JSON alone.
+        header_bytes: the length of its JSON, as the request's header gives it.
+        json_bytes: the length of its JSON.
+        region: the memory of a worker in which its tensors lie; the JSON, which decides, does not.
+    """
+
+    content: Buffer
+    header_bytes: int | None
+    json_bytes: int
+    region: Region | None = None
+
+
 async def _receive(
-    request: web.BaseRequest, app: web.Application, share: Share
-) -> tuple[bytes, int | None, int]:
-    """Return the body, decompressed, what its header gives as length, and the JSON bytes, which are counted.
+    request: web.BaseRequest, app: web.Application, share: Share, model_id: str, version: int | None
+) -> _Body:
+    """Return the body; its JSON bytes are counted.
 
     Raises:
         BodyTooLarge: `body_too_large`.
@@ -181,21 +199,37 @@ async def _receive(
     """
     most = app[BODIES].max_json_bytes
     header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
+    region = None
     if header_bytes is None:
         try:
-            body = await _read_body(request, share, most)
+            content: Buffer = await _read_body(request, share, most)
         except BodyTooLarge:
             raise JsonTooLarge(most) from None
     elif header_bytes > most:
         raise JsonTooLarge(most)
     else:
-        body = await _read_body(request, share, MAX_BODY_BYTES)
-    json_bytes = len(body) if header_bytes is None else min(header_bytes, len(body))
+        tensor_bytes = _expected_tensor_bytes(request, header_bytes)
+        if tensor_bytes:
+            region = app[ROUTER].reserve(model_id, version, tensor_bytes)
+        if region is None:
+            content = await _read_body(request, share, MAX_BODY_BYTES)
+        else:
+            share.take(header_bytes + len(region.buffer))
+            content = await read_body_into(request, header_bytes, region.buffer)
+    json_bytes = len(content) if header_bytes is None else min(header_bytes, len(content))
     if json_bytes >= JSON_BYTES_PER_REQUEST:
         quota = app[GATE].limits.count_json(request[PRINCIPAL].subject, json_bytes)
         if quota is not None:
             request[QUOTA] = quota
-    return body, header_bytes, json_bytes
+    return _Body(content, header_bytes, json_bytes, region)
+
+
+def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int) -> int:
+    """Return the length of tensors that are still arriving; 0 if they are short, or no length is known."""
+    if request.content.is_eof() or hdrs.CONTENT_ENCODING in request.headers:
+        return 0
+    tensor_bytes = (request.content_length or 0) - header_bytes
+    return tensor_bytes if SHARED_FROM_BYTES <= tensor_bytes <= MAX_BODY_BYTES else 0
 
 
 async def _read_body(request: web.BaseRequest, share: Share, max_bytes: int) -> bytes:
@@ -213,14 +247,13 @@ async def _read_body(request: web.BaseRequest, share: Share, max_bytes: int) -> 
     return body
 
 
-def _decode(
-    router: Router, model_id: str, version: int | None, body: bytes, header_bytes: int | None
-) -> InferenceRequest:
+def _decode(router: Router, model_id: str, version: int | None, body: _Body) -> InferenceRequest:
     """Decode a body; the model's input says what a raw one is."""
-    if header_bytes != 0:
-        return decode_request(body, header_bytes)
+    if body.header_bytes != 0:
+        return decode_request(body.content, body.header_bytes, body.region)
     route = router.route(model_id, version)
-    return decode_raw(body, route.inputs, max_batch_size=route.max_batch_size)
+    raw = body.content if body.region is None else body.region.buffer
+    return decode_raw(raw, route.inputs, max_batch_size=route.max_batch_size, region=body.region)
 
 
 def _timeout_s(decoded: InferenceRequest, longest_s: float) -> float:

@@ -42,6 +42,8 @@ BOMBS = (
 CODES = (*get_args(PrepareCode), "invalid_model", "unsafe_file", "warm_up_failed")
 
 
+PLACES = (0, 1, 2**20, 2**25 - 8, 2**25, 2**62)
+"""In shared memory, and beyond it."""
 VALUES: tuple[Any, ...] = (
     "",
     "x" * 5000,
@@ -118,6 +120,7 @@ def to_worker(rng: Random, load: Load) -> list[tuple[str, bytes]]:
             (
                 frame(Infer(number, heads(tensors), (), rng.random() < 0.5), tensors),
                 frame(Infer(number, heads(tensors), (WantedOutput("y"),)), tensors),
+                frame(Infer(number, heads(tensors, [rng.choice(PLACES)]), room=(rng.choice(PLACES), 2**20))),
                 frame(load),
                 frame(Cancel(number)),
                 frame(Outcome(number)),
@@ -160,6 +163,7 @@ def replies(rng: Random, *, numbers: int) -> list[tuple[str, bytes]]:
         frame(Outcome(0, heads(double)), double),
         frame(Outcome(0, heads(other)), other),
         frame(Outcome(0, heads((Y,)), *(2**63 - 1,) * 6), (Y,)),
+        frame(Outcome(0, heads((Y,), [rng.choice(PLACES)]))),
         frame(StageReached("loading")),
         frame(Loaded((), SPECS, 1)),
     )

@@ -25,6 +25,7 @@ from runtime.frames import FrameReader, FrameRules
 from runtime.process.forkclient import Child
 from runtime.process.forkserver import EX_SOFTWARE
 from runtime.process.pool import WorkerPool
+from runtime.process.sharedmemory import TensorMemory
 from runtime.wire import FromWorker, Load
 from runtime.worker.main import EX_PROTOCOL
 
@@ -61,9 +62,12 @@ async def fork(pool: WorkerPool, stack: ExitStack) -> tuple[Child, Ends]:
     ours = {name: stack.enter_context(pair[0]) for name, pair in pairs.items()}
     output = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     theirs = [pair[1].fileno() for pair in pairs.values()]
-    child = await fork_server_of(pool).fork((*theirs, output))
+    tensor_memory, shared = TensorMemory.create()
+    child = await fork_server_of(pool).fork((*theirs, output, *shared))
+    tensor_memory.close()
     stack.callback(os.close, child.pidfd)
-    os.close(output)
+    for descriptor in (output, *shared):
+        os.close(descriptor)
     for our_end, their_end in pairs.values():
         our_end.setblocking(False)
         their_end.close()
@@ -73,7 +77,9 @@ async def fork(pool: WorkerPool, stack: ExitStack) -> tuple[Child, Ends]:
 async def read_answers(channel: socket.socket) -> int:
     """Read what a worker says until it hangs up, all of which is of the contract; returns how many frames."""
     rules: FrameRules[FromWorker] = FrameRules(msgspec.msgpack.Decoder(FromWorker))
-    reader, loop, frames = FrameReader(rules), asyncio.get_running_loop(), 0
+    shared = memoryview(bytes(2**20))
+    reader = FrameReader(rules, lambda _, at, size: shared[at : at + size])
+    loop, frames = asyncio.get_running_loop(), 0
     with suppress(ConnectionError):
         while count := await loop.sock_recv_into(channel, reader.buffer()):
             reader.feed(count)

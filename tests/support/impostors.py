@@ -14,6 +14,7 @@ from runtime import wire
 from runtime.errors import Exit
 from runtime.process.forkclient import Child
 from runtime.process.sampling import MemorySampler
+from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import Worker
 from support.workers import LIMIT_S
 
@@ -111,7 +112,10 @@ async def _adopted(process: subprocess.Popen[bytes], ends: _Ends) -> AsyncIterat
     loop.add_reader(watched, reap)
     os.close(ends.stderr_end)
     child = Child(process.pid, os.pidfd_open(process.pid), end)
-    worker = Worker("impostor", child, ends.stderr, LIMIT_S, MemorySampler())
+    tensor_memory, shared = TensorMemory.create()
+    for descriptor in shared:
+        os.close(descriptor)
+    worker = Worker("impostor", child, ends.stderr, LIMIT_S, MemorySampler(), tensor_memory=tensor_memory)
     await worker.connect(ends.data, ends.control)
     try:
         yield worker

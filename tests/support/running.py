@@ -29,6 +29,7 @@ from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import PendingDemand
 from runtime.contents import ModelContents
 from runtime.process.pool import WorkerPool
+from runtime.process.sharedmemory import Region
 from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.router import Router
@@ -74,6 +75,7 @@ class Asked:
     tensors: Sequence[Tensor]
     outputs: tuple[WantedOutput, ...] = ()
     text: bool = False
+    region: Region | None = None
 
 
 @dataclass

@@ -38,6 +38,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return simple[hint]
     if origin in (types.UnionType, typing.Union):
         return st.one_of(*map(values, arguments))
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return st.tuples(*map(values, arguments))
     if origin is tuple:
         return st.lists(values(arguments[0]), max_size=3).map(tuple)
     if origin is typing.Literal:

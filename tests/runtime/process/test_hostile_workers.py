@@ -91,6 +91,10 @@ WHEN_ASKED = {
     "output twice": (answered(Y, Y), "an output twice"),
     "other datatype": (answered(Tensor("y", "INT8", (1,), b"\0")), "output 'y' in another form"),
     "JSON": (answered(Tensor("y", "FP32", (1,), b"[1]", text=True)), "output 'y' in another form"),
+    "shared memory": (
+        encoded(Outcome(0, (wire.TensorHead("y", "FP32", (1,), 4, at=0),))),
+        "an output outside of the answer's room",
+    ),
     "answer of another": (answered(Y, number=1), "an answer that nothing asked for"),
     "answer twice": (2 * answered(Y), "a message that nothing asked for"),
     "stage": (LOADING, "Invalid value 'StageReached'"),

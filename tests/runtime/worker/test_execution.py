@@ -31,6 +31,7 @@ from support.workers import (
 
 from runtime.errors import InvalidInput, LoadRefused
 from runtime.frames import FrameReader, FrameRules
+from runtime.process.sharedmemory import TensorMemory
 from runtime.wire import FROM_SERVING, Infer, InferenceFailure, Tensor, TensorSpec, WantedOutput, pack_texts
 from runtime.worker.batching import (
     MAX_WAITING,
@@ -43,6 +44,7 @@ from runtime.worker.batching import (
 )
 from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
 from runtime.worker.inference import Runner, SelectedOutputs
+from runtime.worker.sharedtensors import SharedTensors
 
 ASKED = SelectedOutputs(["y"], [("y", "FP32", False)])
 HOUR_US = 3600 * 10**6
@@ -222,7 +224,8 @@ def test_request_cancelled_before_arrival_is_not_decoded(
     channel: tuple[socket.socket, socket.socket], runner: Runner
 ) -> None:
     outbox, cancellation = Outbox(channel[1]), Cancellation()
-    executor = InferenceExecutor(runner, outbox, cancellation, None)
+    shared = SharedTensors(*TensorMemory.create()[1])
+    executor = InferenceExecutor(runner, outbox, cancellation, None, shared)
     cancellation.cancel(1)
     for number in range(3):
         assert executor.prepare(Infer(number), [NO_NUMBERS]) is None

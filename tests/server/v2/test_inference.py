@@ -133,6 +133,16 @@ async def test_any_binary_tensor_comes_back_bit_for_bit(identities: LocalApi, te
     assert outputs_of(await infer_binary(identities, tensor.datatype, tensor)) == [tensor]
 
 
+async def test_long_tensors_of_several_instances_come_back(shared: LocalApi) -> None:
+    """Each through the memory of the worker that it was received into."""
+    await load(shared, "instances", models.identity(), instances=2)
+    rng = Random(0)
+    sent = [Binary("FP32", (2**16,), rng.randbytes(4 * 2**16)) for _ in range(12)]
+    for _ in range(2):
+        answers = await asyncio.gather(*(infer_binary(shared, "instances", each) for each in sent))
+        assert [outputs_of(answer) for answer in answers] == [[each] for each in sent]
+
+
 @settings(PLAIN, suppress_health_check=[HealthCheck.too_slow])
 @given(tensor=tensors())
 async def test_any_json_tensor_comes_back_bit_for_bit(identities: LocalApi, tensor: Binary) -> None:

@@ -199,6 +199,7 @@ async def test_data_that_a_worker_does_not_read_is_bounded(
     shared: LocalApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.process.worker.MAX_UNSENT_BYTES", 2**20)
+    monkeypatch.setattr("runtime.process.sharedmemory.SHARED_BYTES", 2**20)  # the socket takes it
     save(models.identity(), shared.config.repository, "unread")
     await shared.load("unread")
     pid = shared.worker("unread").pid

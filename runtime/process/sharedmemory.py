@@ -1,0 +1,261 @@
+"""Memory that the server and one worker map: long tensors lie in it, instead of passing through a socket.
+
+A worker has two: one for requests, which it can only read, and one for answers. The server alone reserves
+regions of both, and the worker uses those that a request names. A region is free again when nothing refers
+to it: those of a request are kept until the worker has answered or is gone, and an answer's until the client
+has it, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from bisect import insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from typing import Any
+from weakref import ref
+
+from runtime.wire import SHARED_ALIGNMENT, MalformedFrame, Tensor
+
+SHARED_BYTES = 32 * 2**20
+"""Of each memory: 13 tensors of 2.4 MB. What finds no room takes the socket."""
+KEPT_S = 5.0
+"""So long after its last use a memory keeps its pages: to get new ones takes longer than copying."""
+SHARED_FROM_BYTES = 64 * 2**10
+"""Shorter tensors take the socket, which costs them less than a region."""
+STEP_BYTES = 64 * 2**10
+"""Regions begin and end at a multiple of it: no two share a page, of any architecture."""
+MAX_STEPS = 16
+"""Of a region, then steps are twice as long: each size is a type of ctypes, which is kept for good."""
+MFD_NOEXEC_SEAL = 0x8
+"""linux/memfd.h; since Linux 6.3."""
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""A worker that made the file shorter would end the server: access beyond the end is SIGBUS."""
+
+
+class Region:
+    """A part of a `SharedMemory`, reserved until nothing refers to its `buffer` or to a view of that.
+
+    Attributes:
+        memory: what it is a part of.
+        start: where it begins.
+        buffer: its bytes.
+    """
+
+    __slots__ = ("buffer", "memory", "start")
+
+    def __init__(self, memory: SharedMemory, start: int, buffer: memoryview) -> None:
+        self.memory = memory
+        self.start = start
+        self.buffer = buffer
+
+    def holds(self, data: object) -> bool:
+        """Return whether this is a view of the region."""
+        return isinstance(data, memoryview) and data.obj is self.buffer.obj
+
+
+class SharedMemory:
+    """One memory of a worker; `create` makes it.
+
+    Its pages are taken when they are first written, and go back with the worker.
+    """
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped: mmap.mmap | None = mapped
+        self._taken: list[tuple[int, int]] = []
+        self._owners: dict[int, ref[Any]] = {}
+        self._released = deque[tuple[int, int]]()
+        self._trimming: asyncio.TimerHandle | None = None
+        self._is_used = False
+
+    @classmethod
+    def create(cls, *, writable: bool) -> tuple[SharedMemory, int]:
+        """Return a memory, and the descriptor by which the worker maps it: to write, or only to read.
+
+        Raises:
+            OSError: there is no descriptor for it.
+        """
+        descriptor = _create_file()
+        try:
+            os.ftruncate(descriptor, SHARED_BYTES)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+            mapped = mmap.mmap(descriptor, SHARED_BYTES)
+            if writable:
+                return cls(mapped), descriptor
+            reading = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return cls(mapped), reading
+
+    @property
+    def regions(self) -> int:
+        """How many regions are reserved."""
+        self._collect_released()
+        return len(self._taken)
+
+    def reserve(self, count: int) -> Region | None:
+        """Return a region for so many bytes, as near to the beginning as possible; None if there is none."""
+        self._collect_released()
+        size = _round_up(count)
+        start = self._find_gap(size)
+        if start is None or self._mapped is None:
+            return None
+        extent = start, start + size
+        owner = _array_of(size).from_buffer(self._mapped, start)
+        self._owners[start] = ref(owner, partial(_note_release, self._released, extent))
+        insort(self._taken, extent)
+        self._is_used = True
+        if self._trimming is None:
+            self._trimming = asyncio.get_running_loop().call_later(KEPT_S, self._trim)
+        return Region(self, start, memoryview(owner).cast("B")[:count])
+
+    def close(self) -> None:
+        """Reserve no more; the memory goes back when the last region is released."""
+        mapped, self._mapped = self._mapped, None
+        self._owners.clear()
+        if mapped is not None:
+            with suppress(BufferError):  # a region is in use, and keeps it
+                mapped.close()
+        if self._trimming is not None:
+            self._trimming.cancel()
+
+    def _find_gap(self, size: int) -> int | None:
+        start = 0
+        for taken_start, taken_end in self._taken:
+            if taken_start - start >= size:
+                break
+            start = taken_end
+        return start if start + size <= SHARED_BYTES else None
+
+    def _collect_released(self) -> None:
+        while self._released:
+            extent = self._released.popleft()
+            self._taken.remove(extent)
+            del self._owners[extent[0]]
+
+    def _trim(self) -> None:
+        """Give all pages back if no region was in use since the last time."""
+        self._trimming = None
+        if self._mapped is None:
+            return
+        if self.regions or self._is_used:
+            self._is_used = False
+            self._trimming = asyncio.get_running_loop().call_later(KEPT_S, self._trim)
+        else:
+            self._mapped.madvise(mmap.MADV_REMOVE)
+
+
+def _note_release(released: deque[tuple[int, int]], extent: tuple[int, int], _: ref[Any]) -> None:
+    """Note that nothing refers to a region any more: in any thread, and at any moment."""
+    released.append(extent)
+
+
+class TensorMemory:
+    """The memory that a worker shares with the server, and the regions that its requests hold.
+
+    Attributes:
+        requests: which the worker can only read: what it was sent cannot change afterwards.
+        answers: which it writes.
+    """
+
+    def __init__(self, requests: SharedMemory, answers: SharedMemory) -> None:
+        self.requests = requests
+        self.answers = answers
+        self._held: dict[int, tuple[Region | None, Region | None]] = {}
+        self._answer_bytes = 0
+
+    @classmethod
+    def create(cls) -> tuple[TensorMemory, tuple[int, int]]:
+        """Return the memory, and the descriptors by which a worker maps it.
+
+        Raises:
+            OSError: there are no descriptors for it.
+        """
+        requests, reading = SharedMemory.create(writable=False)
+        try:
+            answers, writing = SharedMemory.create(writable=True)
+        except OSError:
+            os.close(reading)
+            raise
+        return cls(requests, answers), (reading, writing)
+
+    def hold(self, number: int, region: Region | None) -> tuple[int, int] | None:
+        """Keep a request's region until `release`; return where its answer may go, and how many bytes.
+
+        The answer is expected to be as long as the latest one.
+        """
+        room = self.answers.reserve(self._answer_bytes) if self._answer_bytes >= SHARED_FROM_BYTES else None
+        if region is None and room is None:
+            return None
+        self._held[number] = region, room
+        return None if room is None else (room.start, len(room.buffer))
+
+    def locate(self, number: int, at: int, size: int) -> memoryview:
+        """Return the part of an answer's room that a worker names.
+
+        Raises:
+            MalformedFrame: it is no part of it.
+        """
+        _, room = self._held.get(number, (None, None))
+        if room is None or at < room.start or at + size > room.start + len(room.buffer):
+            raise MalformedFrame("an output outside of the answer's room")
+        return room.buffer[at - room.start : at - room.start + size]
+
+    def release(self, number: int, outputs: Sequence[Tensor] = ()) -> None:
+        """Let go of a request that the worker has answered."""
+        if outputs:
+            self._answer_bytes = sum([len(each.data) + SHARED_ALIGNMENT for each in outputs if not each.text])
+        if self._held:
+            self._held.pop(number, None)
+
+    def close(self) -> None:
+        """Let go of all requests: the worker is gone."""
+        self._held.clear()
+        self.requests.close()
+        self.answers.close()
+
+
+def places(tensors: Sequence[Tensor], region: Region) -> Iterator[int | None]:
+    """Yield where in the shared memory each tensor of a request begins, None for one that is not there.
+
+    Those in the region lie in it one after the other, in their order.
+    """
+    position = region.start
+    for tensor in tensors:
+        if region.holds(tensor.data):
+            yield position
+            position += len(tensor.data)
+        else:
+            yield None
+
+
+def _create_file() -> int:
+    """Return a descriptor of a file without a name; sealed against being executed where the kernel can."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("tensors", flags | MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create("tensors", flags)
+
+
+def _round_up(count: int) -> int:
+    step = STEP_BYTES
+    while step * MAX_STEPS < count:
+        step *= 2
+    return max(1, -(-count // step)) * step
+
+
+@cache
+def _array_of(size: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+    return ctypes.c_ubyte * size
