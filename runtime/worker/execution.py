@@ -259,6 +259,7 @@ class InferenceExecutor:
         cancellation: Cancellation,
         dimension: BatchDimension | None,
         shared: SharedTensors,
+        *,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._runner = runner

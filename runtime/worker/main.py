@@ -187,7 +187,7 @@ class _Worker:
             self._cancellation,
             model.dimension,
             self._shared,
-            clock_for(order),
+            clock=clock_for(order),
         )
 
     def _send(self, message: Message) -> None:

@@ -58,6 +58,10 @@ def request(
     return BatchRequest(number, ASKED, feed, size, alone, 0, came_ns or number + 1, 0)
 
 
+def shared() -> SharedTensors:
+    return SharedTensors(*TensorMemory.create()[1])
+
+
 def row(*values: float) -> Tensor:
     return tensor("x", "FP32", [values])
 
@@ -224,8 +228,7 @@ def test_request_cancelled_before_arrival_is_not_decoded(
     channel: tuple[socket.socket, socket.socket], runner: Runner
 ) -> None:
     outbox, cancellation = Outbox(channel[1]), Cancellation()
-    shared = SharedTensors(*TensorMemory.create()[1])
-    executor = InferenceExecutor(runner, outbox, cancellation, None, shared)
+    executor = InferenceExecutor(runner, outbox, cancellation, None, shared())
     cancellation.cancel(1)
     for number in range(3):
         assert executor.prepare(Infer(number), [NO_NUMBERS]) is None
@@ -237,7 +240,7 @@ def test_batch_of_cancelled_requests_is_not_run(
     channel: tuple[socket.socket, socket.socket], runner: Runner
 ) -> None:
     outbox, cancellation = Outbox(channel[1]), Cancellation()
-    executor = InferenceExecutor(runner, outbox, cancellation, BatchDimension(4, ["x"]))
+    executor = InferenceExecutor(runner, outbox, cancellation, BatchDimension(4, ["x"]), shared())
     batch = [executor.prepare(Infer(number), [floats("x", 1)]) for number in range(2)]
     for number in range(2):
         cancellation.cancel(number)
@@ -249,7 +252,7 @@ def test_only_a_busy_worker_makes_requests_queue(
     channel: tuple[socket.socket, socket.socket], runner: Runner
 ) -> None:
     """What passes between sending and receiving is copying and waking while the worker has nothing to do."""
-    executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None)
+    executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None, shared())
     sent_ns = time.monotonic_ns()
     on_its_way = executor.prepare(Infer(0, sent_ns=sent_ns), [floats("x", 1)])
     assert on_its_way is not None
@@ -271,7 +274,7 @@ def test_only_a_busy_worker_makes_requests_queue(
 def test_requests_queue_behind_a_refused_one(
     channel: tuple[socket.socket, socket.socket], runner: Runner, refused: Infer | None
 ) -> None:
-    executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None)
+    executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None, shared())
     sent_ns = time.monotonic_ns()
     if refused is None:
         executor.refuse(0)
