@@ -446,10 +446,7 @@ def unpack_texts(data: Buffer) -> list[str]:
 
 
 def decode(
-    body: memoryview,
-    header_bytes: int,
-    decoder: msgspec.msgpack.Decoder[M],
-    locate: Locate | None = None,
+    body: memoryview, header_bytes: int, decoder: msgspec.msgpack.Decoder[M], locate: Locate | None = None
 ) -> Frame[M]:
     """Decode what follows a frame's prefix; the tensors refer to `body` or shared memory, they are no copies.
 
