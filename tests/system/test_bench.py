@@ -124,6 +124,7 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
             "inferences, 8 clients, during a preparation ÷ without",
             "later loads during a preparation ÷ without",
             "medians of 1 ratios, each of 0.5 s",
+            "prepares MLPs, and right before",
         ),
     ),
     "bodies": (
