@@ -254,7 +254,7 @@ def _conditions(choice: Choice, busy: float) -> str:
     if "preparing" in choice.parts:
         told.append(
             f"Preparing: medians of {choice.rounds} ratios, each of {choice.seconds:g} s of inferences of a "
-            f"{preparing.SERVED.what}, or {preparing.LOADS_AT_ONCE} loads of it, while the server prepares "
+            f"{preparing.SERVED.what}, or {preparing.LOADS_IN_TURN} loads of it, while the server prepares "
             f"{preparing.PREPARED.what}s, and right before."
         )
     if {"loads", "prepared"}.intersection(choice.parts):

@@ -5,14 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from bench import baselines, driver, generator, models, peers
 from bench.driver import Server
-from bench.inference import OPTIONS, OURS, TRITON, WARM_UP_S
+from bench.inference import OPTIONS, OURS, TRITON
 from bench.models import NETWORKS, Network
 from bench.requests import Request, Target
-from bench.table import Row
+from bench.table import Row, rate_row
 
 BARE = "bare session"
 BARE_GOAL, TRITON_GOAL = 0.90, 1.0
@@ -112,9 +111,7 @@ def _round(
 
 
 def _rate(target: Target, requests: Sequence[Path], clients: int, seconds: float) -> float:
-    return generator.measure_rate(
-        target.port, *requests, clients=clients, seconds=seconds, warm_up_s=min(WARM_UP_S, seconds)
-    ).per_s
+    return generator.measure_rate(target.port, *requests, clients=clients, seconds=seconds).per_s
 
 
 def _rows(rates: Mapping[tuple[str, ComputeCase], Sequence[float]]) -> Iterator[Row]:
@@ -122,16 +119,7 @@ def _rows(rates: Mapping[tuple[str, ComputeCase], Sequence[float]]) -> Iterator[
         for case in CASES:
             if beside := rates.get((name, case)):
                 has_goal = case.binary and case.clients == GOAL_CLIENTS
-                yield _row(f"{case} ÷ {name}", rates[OURS, case], beside, goal if has_goal else None)
-
-
-def _row(what: str, ours: Sequence[float], beside: Sequence[float], goal: float | None) -> Row:
-    """Return the median of the ratios: each is of measurements that followed each other."""
-    ratio = median(one / other for one, other in zip(ours, beside, strict=True))
-    rates = f"{median(ours):,.1f}/s", f"{median(beside):,.1f}/s"
-    if goal is None:
-        return Row(what, *rates, ratio)
-    return Row(what, *rates, ratio, f"≥ {goal:.2f}", ratio >= goal)
+                yield rate_row(f"{case} ÷ {name}", rates[OURS, case], beside, goal if has_goal else None)
 
 
 def measure_many(folder: Path, *, rounds: int, seconds: float) -> list[Row]:
@@ -163,7 +151,7 @@ def measure_many(folder: Path, *, rounds: int, seconds: float) -> list[Row]:
                     ]
                     rates[target.name, busy].append(_rate(target, paths, busy, seconds))
     return [
-        _row(
+        rate_row(
             f"{busy} busy {network.what}{'s' * (busy > 1)}, a client each ÷ with 1 thread each",
             rates[OURS, busy],
             rates[ONE_THREAD, busy],

@@ -31,7 +31,7 @@ TEXT_BYTES = 4096
 LENGTH = b"\r\ncontent-length: "
 LAST_ANSWER_LIMIT_S = 60
 """From the end of the time to the last answer of a slow server."""
-RECORD_WARM_UP_S = 0.3
+WARM_UP_S = 0.3
 PAUSE_S = 0.005
 """After a refusal: long enough to leave the cores to the load, and short beside it."""
 
@@ -49,8 +49,9 @@ class WrongAnswer(Exception):
     """The server closed the connection, or its answer is not a 200 with a Content-Length."""
 
 
-def measure_rate(port: int, *requests: Path, clients: int, seconds: float, warm_up_s: float) -> Result:
-    """Measure in a process of its own; a wrong answer ends the bench with its text."""
+def measure_rate(port: int, *requests: Path, clients: int, seconds: float) -> Result:
+    """Measure in a process of its own, after a warm-up; a wrong answer ends the bench with its text."""
+    warm_up_s = min(WARM_UP_S, seconds)
     arguments = [str(each) for each in (port, clients, seconds, warm_up_s, *requests)]
     done = subprocess.run(  # noqa: S603 - our own module and paths of ours
         [sys.executable, "-m", "bench.generator", "rate", *arguments],
@@ -280,7 +281,7 @@ async def record(port: int, request: bytes, clients: int) -> Answers:
     askers = [RecordingClient(request) for _ in range(clients)]
     for asker in askers:
         await loop.create_connection(lambda asker=asker: asker, HOST, port)  # type: ignore[misc]
-    await asyncio.sleep(RECORD_WARM_UP_S)
+    await asyncio.sleep(WARM_UP_S)
     print(flush=True)
     await stopped.wait()
     for asker in askers:

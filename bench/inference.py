@@ -14,7 +14,6 @@ from bench.table import Row
 
 # As many as no machine answers: it is counted against, like any limit.
 OPTIONS = ("--limit-inference", "100000000/minute", "--prepare", "off")
-WARM_UP_S = 0.3
 OURS, CONSTANT, TRITON = "ours", "constant reply", "Triton"
 SMALL, LARGE, LARGER = 16, 150_000, 600_000
 """Elements of four bytes: 64 bytes, where the server's own work counts; 600 KB and 2.4 MB: copies do."""
@@ -126,9 +125,7 @@ def _select_targets(case: Case, targets: Sequence[Target]) -> list[Target]:
 
 def _run(case: Case, target: Target, folder: Path, seconds: float) -> Result:
     request = case.request.write(target, folder)
-    return generator.measure_rate(
-        target.port, request, clients=case.clients, seconds=seconds, warm_up_s=min(WARM_UP_S, seconds)
-    )
+    return generator.measure_rate(target.port, request, clients=case.clients, seconds=seconds)
 
 
 def _direct(model: Path, rounds: int, seconds: float) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""What others feel of a preparation: inferences and loads while one runs, beside the same without it."""
+"""Inferences and loads of one network during the preparation of another, beside the same without it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +10,10 @@ from statistics import median
 
 from bench import driver, generator, models
 from bench.driver import Server
-from bench.inference import WARM_UP_S
 from bench.models import NETWORKS, Network
 from bench.prepared import LOOK_S, PREPARING_LIMIT_S, wait_until_prepared
 from bench.requests import Request, Target
-from bench.table import Row
+from bench.table import Row, median_ratio, rate_row
 from runtime.cache.store import ModelCache
 from runtime.store.folder import STORE
 
@@ -23,7 +22,7 @@ SERVED, PREPARED = NETWORKS[:2]
 """A network that serves or is loaded, and one that is prepared meanwhile, which takes longer."""
 LOADED = f"{SERVED.name}-loaded"
 CLIENTS = (1, 8)
-LOADS_AT_ONCE = 5
+LOADS_IN_TURN = 5
 """Loads of one measurement, one after the other."""
 INFERENCES_GOAL, LOADS_GOAL = 0.95, 1.05
 
@@ -86,13 +85,11 @@ def measure(folder: Path, *, rounds: int, seconds: float) -> list[Row]:
         rows = []
         for clients in CLIENTS:
             with_one, without = _pairs(preparations, rounds, partial(_rate, server, path, clients, seconds))
-            rates = f"{median(with_one):,.1f}/s", f"{median(without):,.1f}/s"
             name = f"inferences, {clients} client{'s' * (clients > 1)}, during a preparation ÷ without"
-            ratio = _ratio(with_one, without)
-            rows.append(Row(name, *rates, ratio, f"≥ {INFERENCES_GOAL:.2f}", ratio >= INFERENCES_GOAL))
+            rows.append(rate_row(name, with_one, without, INFERENCES_GOAL))
         with_one, without = _pairs(preparations, rounds, partial(_loads_ms, server))
         took = f"{median(with_one):.1f} ms", f"{median(without):.1f} ms"
-        ratio = _ratio(with_one, without)
+        ratio = median_ratio(with_one, without)
         name = "later loads during a preparation ÷ without"
         return [*rows, Row(name, *took, ratio, f"≤ {LOADS_GOAL:.2f}", ratio <= LOADS_GOAL)]
 
@@ -110,18 +107,12 @@ def _pairs(
 
 
 def _rate(server: Server, request: Path, clients: int, seconds: float) -> float:
-    return generator.measure_rate(
-        server.port, request, clients=clients, seconds=seconds, warm_up_s=min(WARM_UP_S, seconds)
-    ).per_s
+    return generator.measure_rate(server.port, request, clients=clients, seconds=seconds).per_s
 
 
 def _loads_ms(server: Server) -> float:
     took_ms = []
-    for _ in range(LOADS_AT_ONCE):
+    for _ in range(LOADS_IN_TURN):
         took_ms.append(server.load(LOADED))
         server.unload(LOADED)
     return median(took_ms)
-
-
-def _ratio(ours: list[float], beside: list[float]) -> float:
-    return median(one / other for one, other in zip(ours, beside, strict=True))

@@ -1,7 +1,8 @@
 """A result beside its goal, and the table of all of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +27,20 @@ class Row:
     ratio: float | None
     goal: str = ""
     reached: bool | None = None
+
+
+def median_ratio(ours: Sequence[float], beside: Sequence[float]) -> float:
+    """Return the median of the ratios, each of two measurements that followed each other."""
+    return median(one / other for one, other in zip(ours, beside, strict=True))
+
+
+def rate_row(what: str, ours: Sequence[float], beside: Sequence[float], goal: float | None) -> Row:
+    """Return a line for two rates a second, with the least ratio as its goal; None is no goal."""
+    ratio = median_ratio(ours, beside)
+    rates = f"{median(ours):,.1f}/s", f"{median(beside):,.1f}/s"
+    if goal is None:
+        return Row(what, *rates, ratio)
+    return Row(what, *rates, ratio, f"≥ {goal:.2f}", ratio >= goal)
 
 
 def table(rows: Iterable[Row], *, title: str, caption: str) -> Table:

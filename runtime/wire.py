@@ -380,15 +380,15 @@ Locate = Callable[[int, int, int], memoryview]
 """Returns shared memory: of which request, from where, how many bytes. It raises `MalformedFrame`."""
 
 
-def heads(tensors: Sequence[Tensor], places: Iterable[int | None] = repeat(None)) -> tuple[TensorHead, ...]:
+def heads(tensors: Sequence[Tensor], offsets: Iterable[int | None] = repeat(None)) -> tuple[TensorHead, ...]:
     """Describe tensors as the message that goes before their data does.
 
-    `places` is where each begins in shared memory, None for one in the payload.
+    `offsets` is where each begins in shared memory, None for one in the payload.
 
     Raises:
         MalformedFrame: the other side would not take them: no such datatype, or data not of its shape.
     """
-    pairs = zip(tensors, places, strict=False)
+    pairs = zip(tensors, offsets, strict=False)
     described = tuple([TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text, at) for t, at in pairs])
     for head in described:
         _check_head(head)

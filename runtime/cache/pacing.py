@@ -70,7 +70,6 @@ class Pacer:
         self._pool = pool
         self._is_busy = is_busy
         self._workers: set[Worker] = set()
-        self._pace = Pace()
 
     @asynccontextmanager
     async def worker(self) -> AsyncIterator[Worker]:
@@ -89,17 +88,17 @@ class Pacer:
 
     async def run(self) -> None:
         """Pace the workers until cancelled; those that are left are continued then."""
-        stopped = set[Worker]()
+        pace, stopped = Pace(), set[Worker]()
         try:
             while True:
-                self._pace = next_pace(self._pace, time.monotonic(), is_busy=self._is_busy())
-                if self._pace.is_stopped:
+                pace = next_pace(pace, time.monotonic(), is_busy=self._is_busy())
+                if pace.is_stopped:
                     for worker in self._workers - stopped:
                         worker.suspend()
                 else:
                     for worker in stopped:
                         worker.resume()
-                stopped = set(self._workers) if self._pace.is_stopped else set()
+                stopped = set(self._workers) if pace.is_stopped else set()
                 await asyncio.sleep(TICK_S)
         finally:
             for worker in stopped:

@@ -224,7 +224,7 @@ class TensorMemory:
         self.answers.close()
 
 
-def places(tensors: Sequence[Tensor], region: Region) -> Iterator[int | None]:
+def find_offsets(tensors: Sequence[Tensor], region: Region) -> Iterator[int | None]:
     """Yield where in the shared memory each tensor of a request begins, None for one that is not there.
 
     Those in the region lie in it one after the other, in their order.

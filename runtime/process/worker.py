@@ -29,7 +29,7 @@ from runtime.process.pidfd import Process
 from runtime.process.replies import REPORTS, SILENCE, AnswerRules, PendingOrder
 from runtime.process.requests import Answer, InFlight
 from runtime.process.sampling import LoadSamples, MemorySampler, WorkerMemory
-from runtime.process.sharedmemory import Region, TensorMemory, places
+from runtime.process.sharedmemory import Region, TensorMemory, find_offsets
 from runtime.wire import (
     Cancel,
     Frame,
@@ -234,7 +234,7 @@ class Worker:
             if region is None:
                 tensors, sent = heads(inputs), inputs
             else:
-                tensors = heads(inputs, places(inputs, region))
+                tensors = heads(inputs, find_offsets(inputs, region))
                 sent = [tensor for tensor in inputs if not region.holds(tensor.data)]
             request = Infer(number, tensors, outputs, text, time.monotonic_ns(), digest, room)
             self._send(request, sent)

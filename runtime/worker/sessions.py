@@ -44,7 +44,7 @@ SMALLEST_MODEL = bytes.fromhex(
 )
 """`y = x` in ONNX's format; workers have no library that could write it."""
 SPIN_US = 50
-"""How long a thread of a session spins for the next operator before it blocks. ONNX Runtime's own limit takes
+"""Spinning of a session's threads for the next operator, before they block. ONNX Runtime's own limit takes
 the cores from other workers: eight busy models together then answer 0.6 of what they do with one thread each;
 with 20 to 100 us they answer as many, and one model alone what it does without a limit (decision 42)."""
 HAS_SPIN_DURATION = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 26)

@@ -10,7 +10,7 @@ import os
 
 from runtime.wire import SHARED_ALIGNMENT, Buffer, MalformedFrame
 
-SHARED_FROM_BYTES = 32 * 2**10
+LONG_FROM_BYTES = 32 * 2**10
 """A shorter output goes into the frame."""
 MAP_FAILED = ctypes.c_void_p(-1).value
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -36,7 +36,7 @@ class Room:
     def put(self, data: Buffer) -> int | None:
         """Copy the data of an output there and return where it begins; None if it belongs into the frame."""
         at, size = self._next, len(data)
-        if size < SHARED_FROM_BYTES or size > self._end - at:
+        if size < LONG_FROM_BYTES or size > self._end - at:
             return None
         self._memory[at : at + size] = data
         self.is_used = True

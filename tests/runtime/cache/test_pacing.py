@@ -21,7 +21,7 @@ LOOKS = st.lists(st.tuples(st.floats(TICK_S, 0.3), st.booleans()), max_size=200)
 TRIPS = 3_000_000
 """Of a loop: a second or so."""
 PAUSE_S = 0.5
-"""How long a process is stopped, which its clock does not count."""
+"""Duration of a stop, which the clock of the stopped process does not count."""
 
 
 def paces(looks: Sequence[tuple[float, bool]]) -> list[tuple[float, bool, Pace]]:

@@ -231,7 +231,7 @@ async def preparing(engine: Engine) -> int:
     return min(set(engine.worker_pids()) - serving)
 
 
-async def test_preparation_is_stopped_during_an_inference_and_ends_all_the_same(
+async def test_preparation_stops_for_an_inference_and_still_ends(
     start: Start, tmp_path: Path, store: ModelCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.save(SLOW, tmp_path / "models", "m")

@@ -42,7 +42,7 @@ ELEMENTS = 150_000
 KB_600 = 4 * ELEMENTS
 
 
-def taken(*regions: Region) -> list[tuple[int, int]]:
+def extents_of(*regions: Region) -> list[tuple[int, int]]:
     return [(region.start, region.start + len(region.buffer)) for region in regions]
 
 
@@ -68,7 +68,7 @@ async def test_regions_never_overlap(steps: list[int | None]) -> None:
         else:
             regions += filter(None, [memory.reserve(count)])
         assert memory.regions == len(regions)
-        extents = sorted(taken(*regions))
+        extents = sorted(extents_of(*regions))
         assert all(end <= start for (_, end), (start, _) in pairwise(extents))
         assert all(0 <= start < end <= SHARED_BYTES for start, end in extents)
     regions.clear()

@@ -251,7 +251,7 @@ def test_batch_of_cancelled_requests_is_not_run(
 def test_only_a_busy_worker_makes_requests_queue(
     channel: tuple[socket.socket, socket.socket], runner: Runner
 ) -> None:
-    """What passes between sending and receiving is copying and waking while the worker has nothing to do."""
+    """Copying and waking pass between sending and receiving while the worker has nothing to do."""
     executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None, shared())
     sent_ns = time.monotonic_ns()
     on_its_way = executor.prepare(Infer(0, sent_ns=sent_ns), [floats("x", 1)])
