@@ -17,6 +17,7 @@ from bench import (
     bodies,
     compute,
     driver,
+    firstloads,
     generator,
     inference,
     ledger,
@@ -28,7 +29,7 @@ from bench import (
     streams,
     swaps,
 )
-from bench.models import NETWORKS
+from bench.models import LARGE, NETWORKS, Network
 from bench.table import Row, table
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -74,6 +75,10 @@ class Choice:
     def parts(self) -> tuple[str, ...]:
         """Return the parts to run, in their order."""
         return tuple(part for part in PARTS if part in (self.only or PARTS))
+
+    def chosen(self, *networks: Network) -> list[Network]:
+        """Return the networks of these that are asked for."""
+        return [network for network in networks if not self.network or network.name in self.network]
 
 
 @click.command()
@@ -125,8 +130,8 @@ class Choice:
 @click.option(
     "--network",
     multiple=True,
-    type=click.Choice([network.name for network in NETWORKS]),
-    help="Prepare only this one of all networks; can be repeated.",
+    type=click.Choice([network.name for network in (*NETWORKS, LARGE)]),
+    help="Load and prepare only this one of all networks; can be repeated.",
 )
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part; can be repeated.")
 @click.option(
@@ -170,14 +175,14 @@ def _measured(measure: Callable[[Path, Choice], list[Row]], choice: Choice) -> l
 
 
 def _loads(folder: Path, choice: Choice) -> list[Row]:
-    with driver.running(folder, BARE) as server:
-        return loads.measure_first_loads(server, repeats=choice.repeats)
+    with driver.running(folder, *driver.UNLIMITED, BARE) as server:
+        return firstloads.measure(server, choice.chosen(*NETWORKS, LARGE), repeats=choice.repeats)
 
 
 def _prepared(folder: Path, choice: Choice) -> list[Row]:
-    chosen = [network for network in NETWORKS if not choice.network or network.name in choice.network]
+    networks = choice.chosen(*NETWORKS)
     return prepared.measure(
-        folder, chosen, repeats=choice.repeats, rounds=choice.rounds, seconds=choice.seconds
+        folder, networks, repeats=choice.repeats, rounds=choice.rounds, seconds=choice.seconds
     )
 
 
@@ -240,13 +245,18 @@ def _conditions(choice: Choice, busy: float) -> str:
     told = [f"Python {platform.python_version()}, ONNX Runtime {version('onnxruntime')}, {machine}"]
     if "loads" in choice.parts:
         told.append(
-            f"Loads: request to ready, median of {choice.repeats}, alternated with bare sessions in the "
-            "workers' environment; warm page cache, the same threads and warm-up inference on zeros in both."
+            f"Loads: request to ready, median of {choice.repeats}, of the largest of "
+            f"{min(choice.repeats, firstloads.LARGE_REPEATS)}, alternated with bare sessions in the workers' "
+            "environment; warm page cache, the same threads and warm-up inference on zeros in both. The goal "
+            f"of a first load: {firstloads.RATIO_GOAL:.2f} of a bare session, or that + "
+            f"{firstloads.ABOVE_GOAL_MS:.0f} ms, or sha256sum of its files if that takes longer; and cp of "
+            "them. HTTP is what the client waits for beyond the load that the ledger records; commits are "
+            "those of its three events."
         )
     if "prepared" in choice.parts:
         told.append(
-            f"Prepared: request to ready, medians of {choice.repeats}, first and later loads and bare "
-            "sessions in turn, none with a warm-up; first loads at a server that prepares nothing. Their "
+            f"Prepared: request to ready, medians of {choice.repeats}, later loads and bare sessions in "
+            "turn, none with a warm-up. Their "
             "inferences: the quickest of many, asked in turn through both servers, medians of "
             f"{choice.rounds} pairs of workers. Memory: of workers that ran once; of several, the sum of "
             "their proportional set sizes."
@@ -256,11 +266,6 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"Preparing: medians of {choice.rounds} ratios, each of {choice.seconds:g} s of inferences of a "
             f"{preparing.SERVED.what}, or {preparing.LOADS_IN_TURN} loads of it, while the server prepares "
             f"{preparing.PREPARED.what}s, and right before."
-        )
-    if {"loads", "prepared"}.intersection(choice.parts):
-        told.append(
-            f"The goal of a first load: {loads.RATIO_GOAL:.2f} of a bare session, or that + "
-            f"{loads.ABOVE_GOAL_MS:.0f} ms, or sha256sum of its files if that takes longer; and cp of them."
         )
     if "policies" in choice.parts:
         told.append(

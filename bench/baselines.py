@@ -9,6 +9,7 @@ answer: it prints its port when it is ready, and ends when its standard input do
 import asyncio
 import io
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -67,26 +67,19 @@ def measure_session(
 
 @dataclass(frozen=True, slots=True)
 class FileCosts:
-    """Milliseconds of `sha256sum` and `cp` of a file, each with the start of its process."""
+    """Milliseconds of `sha256sum` and `cp` of files, each with the start of its process."""
 
     hashing_ms: float
     copying_ms: float
 
 
-def measure_file(path: Path, folder: Path, *, repeats: int) -> FileCosts:
-    """Hash a file, and copy it into a folder, in turn; medians.
-
-    Args:
-        path: The file, in the page cache.
-        folder: Where the copies go, one at a time.
-        repeats: Of each.
-    """
-    copy = folder / "copy"
-    rounds = []
-    for _ in range(repeats):
-        rounds.append((_command_ms("sha256sum", path), _command_ms("cp", "--reflink=auto", path, copy)))
-        copy.unlink()
-    return FileCosts(*(median(took_ms) for took_ms in zip(*rounds, strict=True)))
+def measure_files(files: Sequence[Path], folder: Path) -> FileCosts:
+    """Hash files in the page cache, and copy them into a folder, which the copies then leave."""
+    target = folder / "copies"
+    target.mkdir()
+    costs = FileCosts(_command_ms("sha256sum", *files), _command_ms("cp", "--reflink=auto", *files, target))
+    shutil.rmtree(target)
+    return costs
 
 
 def _command_ms(*command: str | Path) -> float:

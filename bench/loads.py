@@ -1,4 +1,4 @@
-"""Duration of loads beside bare sessions: first loads, ten at once, with eviction; forced unloads."""
+"""Duration of loads beside bare sessions: ten at once, with eviction; forced unloads."""
 
 import http.client
 import json
@@ -12,24 +12,11 @@ from pathlib import Path
 from statistics import median
 
 from bench import baselines, driver, models
-from bench.baselines import THROWN_AWAY
 from bench.driver import TINY, Server
 from bench.requests import LENGTH
-from bench.table import Row, format_mb, format_ms
-from runtime.memory import list_descendants
+from bench.table import Row, format_ms
+from runtime.memory import list_workers
 
-RATIO_GOAL = 1.10
-ABOVE_GOAL_MS = 15.0
-"""For sessions so quick that a tenth of one is less than the noise."""
-PARTS = {
-    "waiting": "waiting_us",
-    "copying": "copying_us",
-    "hashing": "hashing_us",
-    "session": "loading_us",
-    "warm-up": "warming_up_us",
-    "measuring": "measuring_us",
-}
-"""Of a load, as `ModelLoaded` has them; hashing runs beside the session."""
 FORCED_LIMIT_MS = 1000.0
 LOADS_AT_ONCE = 10
 UNMEASURED = 2
@@ -39,85 +26,6 @@ BUDGET_FILES = 3.5
 EVICTION_OPTIONS = ("--prepare", "off", "--evict", "idle", "--on-demand", "on", "--min-residency-s", "0")
 IMAGE = (1, 3, 224, 224)
 IMAGE_BYTES = 4 * math.prod(IMAGE)
-
-
-def measure_first_loads(server: Server, *, repeats: int) -> list[Row]:
-    """Load `repeats` networks, each new to the server, alternated with bare sessions of the same files."""
-    network = models.convnet()
-    ids = [f"convnet-{index:02}" for index in range(repeats + THROWN_AWAY)]
-    paths = [models.write(server.repository, model_id, models.renamed(network, model_id)) for model_id in ids]
-    written_before = server.written_bytes()
-    rounds = [
-        _first_load_round(server, model_id, path, ours_first=index % 2 == 0)
-        for index, (model_id, path) in enumerate(zip(ids, paths, strict=True))
-    ]
-    written = (server.written_bytes() - written_before) // len(rounds)
-    ours, same, plain = (median(figures) for figures in zip(*rounds[THROWN_AWAY:], strict=True))
-    label = f"{len(network) / 1e6:.0f} MB network"
-    return [
-        *first_load_rows(server, label, paths[0], ours, same, loads=repeats),
-        Row(f"{label}: the same without huge pages", format_ms(ours), format_ms(plain), ours / plain),
-        Row(
-            f"{label}: written for a first load and unload ÷ its files",
-            format_mb(written),
-            format_mb(len(network)),
-            written / len(network),
-        ),
-    ]
-
-
-def first_load_rows(
-    server: Server, label: str, path: Path, ours_ms: float, bare_ms: float, *, loads: int
-) -> list[Row]:
-    """Return a first load beside its goal, and its parts.
-
-    A new version is copied and hashed, so the goal is that of a session, or the time to hash it if that is
-    longer, and the time to copy it.
-
-    Args:
-        server: Whose last loads these were.
-        label: The network.
-        path: Its file.
-        ours_ms: Request to ready.
-        bare_ms: The bare first session.
-        loads: How many of the server's last loads are counted; its file is hashed and copied as often.
-    """
-    costs = baselines.measure_file(path, server.repository.parent, repeats=loads)
-    goal_ms = max(bare_ms * RATIO_GOAL, bare_ms + ABOVE_GOAL_MS, costs.hashing_ms) + costs.copying_ms
-    durations = [data["durations"] for data in server.newest_events("type=ModelLoaded", loads)]
-    parts = {name: median(each[key] or 0 for each in durations) / 1000 for name, key in PARTS.items()}
-    return [
-        Row(
-            f"{label}: first load ÷ bare first session",
-            format_ms(ours_ms, decimals=1),
-            format_ms(bare_ms, decimals=1),
-            ours_ms / bare_ms,
-            f"≤ {goal_ms:.1f} ms",
-            ours_ms <= goal_ms,
-        ),
-        Row(
-            f"{label}: {', '.join(parts)}; sha256sum, cp",
-            ", ".join(f"{took_ms:.1f}" for took_ms in parts.values()),
-            f"{costs.hashing_ms:.1f}, {costs.copying_ms:.1f} ms",
-            None,
-        ),
-    ]
-
-
-def _first_load_round(
-    server: Server, model_id: str, path: Path, *, ours_first: bool
-) -> tuple[float, float, float]:
-    """Return the milliseconds of our load and of both bare sessions, with nothing else loaded."""
-    before = _ours_ms(server, model_id) if ours_first else None
-    same = baselines.measure_session(path)
-    plain = baselines.measure_session(path, environment=baselines.PLAIN_ENVIRONMENT)
-    return before or _ours_ms(server, model_id), same, plain
-
-
-def _ours_ms(server: Server, model_id: str) -> float:
-    took_ms = server.load(model_id)
-    server.unload(model_id)
-    return took_ms
 
 
 def measure_loads_at_once(server: Server, *, rounds: int) -> list[Row]:
@@ -233,9 +141,8 @@ def measure_forced_unloads(server: Server, *, repeats: int) -> list[Row]:
 
 def _force_unload_ms(server: Server, *, is_stopped: bool) -> float:
     """Return the milliseconds from the request to the response with the completed job."""
-    before = set(list_descendants(server.pid))
     server.load(TINY)
-    (worker,) = set(list_descendants(server.pid)) - before
+    (worker,) = list_workers(server.pid)
     if is_stopped:
         os.kill(worker, signal.SIGSTOP)
     return server.unload(TINY, force=True)

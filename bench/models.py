@@ -249,6 +249,9 @@ LINE_HIDDEN = 300
 # As many as a published recogniser of Chinese has.
 LINE_CLASSES = 6625
 
+LARGE_SIDE, LARGE_LAYERS = 4096, 16
+WEIGHTS = "weights.bin"
+
 SPECTRUM = 256
 # Each stage halves the spectrum.
 SOUND_CHANNELS = (32, 48, 64, 64)
@@ -264,12 +267,22 @@ class Network:
         what: What the table calls it.
         build: Returns the ONNX file; it takes up to a second.
         inputs: The shapes of what one inference brings, all FP32, by name.
+        weights_bytes: What it has in a file of its own, `weights.bin`; 0 is none.
     """
 
     name: str
     what: str
     build: Callable[[], bytes]
     inputs: Mapping[str, tuple[int, ...]]
+    weights_bytes: int = 0
+
+    def write_weights(self, model: Path, seed: int) -> None:
+        """Write the file of weights beside the model's, if there is one: noise, other bytes for each seed."""
+        if self.weights_bytes:
+            noise = np.random.default_rng(seed).standard_normal(LARGE_SIDE**2, dtype=np.float32) / LARGE_SIDE
+            with model.with_name(WEIGHTS).open("wb") as file:
+                for _ in range(self.weights_bytes // noise.nbytes):
+                    file.write(noise.data)
 
     def values(self) -> dict[str, NDArray[np.float32]]:
         """Return what one inference brings, noise, by name."""
@@ -418,3 +431,35 @@ NETWORKS = (
     ),
 )
 """Networks that `make bench` measures, the smallest last."""
+
+
+def large_mlp() -> bytes:
+    """Return a network of fully connected layers without biases, whose weights lie in `weights.bin`."""
+    weights, nodes, last = [], [], "x"
+    for index in range(LARGE_LAYERS):
+        weight = onnx.TensorProto(
+            name=f"weight_{index}",
+            data_type=TensorProto.FLOAT,
+            dims=[LARGE_SIDE, LARGE_SIDE],
+            data_location=TensorProto.EXTERNAL,
+        )
+        length = 4 * LARGE_SIDE**2
+        for key, value in {"location": WEIGHTS, "offset": index * length, "length": length}.items():
+            weight.external_data.add(key=key, value=str(value))
+        weights.append(weight)
+        nodes.append(helper.make_node("Gemm", [last, weight.name], [f"layer_{index}"]))
+        last = f"layer_{index}"
+    shape: Shape = ["N", LARGE_SIDE]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name in ("x", last)
+    )
+    graph = helper.make_graph(nodes, "large", inputs, outputs, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+LARGE = Network(
+    "large", "MLP, external data", large_mlp, {"x": (1, LARGE_SIDE)}, LARGE_LAYERS * 4 * LARGE_SIDE**2
+)
+"""One whose weights are a gigabyte, beside the file of its graph."""

@@ -12,16 +12,13 @@ from statistics import geometric_mean, median
 from bench import baselines, driver, models
 from bench.baselines import THROWN_AWAY
 from bench.driver import Server
-from bench.loads import first_load_rows
 from bench.models import Network
 from bench.requests import LENGTH, Body, encode
 from bench.table import Row, format_mb, format_ms
 from runtime.cache.manifest import Entry
 from runtime.cache.store import ModelCache
-from runtime.memory import PROC, list_descendants, parse_field, parse_private
+from runtime.memory import PROC, list_workers, parse_field, parse_private
 from runtime.store.folder import STORE
-from runtime.store.sources import TICK_S
-from runtime.wire import MODEL_FILE
 from runtime.worker.loading import huge_pages_help
 
 # Three pairs of processes for each form, at low priority: half a minute, where nothing else runs.
@@ -99,7 +96,6 @@ LATER_GOAL, MEAN_GOAL = 1.0, 0.5
 class Loads:
     """Milliseconds until a model is ready, medians."""
 
-    first: float
     later: float
     bare: float
 
@@ -127,8 +123,7 @@ def measure(
             subject = prepare_network(network, server, plain, store)
             loads = _loads(subject, repeats)
             ratios.append(loads.later / loads.bare)
-            rows += _load_rows(subject, loads, repeats)
-            rows.append(inference_row(subject, rounds, seconds))
+            rows += [_later_row(subject, loads), inference_row(subject, rounds, seconds)]
             rows += [*memory_rows(subject), *_cost_rows(subject)]
     mean, number = geometric_mean(ratios), len(ratios)
     name = f"later load ÷ bare first session, geometric mean of {number} network{'s' * (number > 1)}"
@@ -136,13 +131,9 @@ def measure(
 
 
 def _loads(subject: Subject, repeats: int) -> Loads:
-    """Load it for the first time, again, and bare, in turn; check that the prepared form was used."""
+    """Load it again, and bare, in turn; check that the prepared form was used."""
     model = subject.network.name
-    new = [f"{model}-{number:03}" for number in range(repeats + THROWN_AWAY)]
-    for name in new:
-        _link(subject.plain.repository, model, name)
-    time.sleep(TICK_S)  # else the first look at them waits for that
-    rounds = [_round(subject, number, name) for number, name in enumerate(new)]
+    rounds = [_round(subject, ours_first=number % 2 == 0) for number in range(repeats + THROWN_AWAY)]
     for data in subject.server.newest_events(f"type=ModelLoaded&model={model}", repeats):
         used = data["prepared"]
         if (used and used["sha256"]) != subject.entry.sha256:
@@ -150,29 +141,15 @@ def _loads(subject: Subject, repeats: int) -> Loads:
     return Loads(*(median(took_ms) for took_ms in zip(*rounds[THROWN_AWAY:], strict=True)))
 
 
-def _round(subject: Subject, number: int, new: str) -> tuple[float, float, float]:
-    """Return the milliseconds of a first, a later and a bare load, each round beginning with another."""
+def _round(subject: Subject, *, ours_first: bool) -> tuple[float, float]:
+    """Return the milliseconds of a later and of a bare load."""
     huge = huge_pages_help(subject.bytes, None)
     environment = (
         baselines.WORKER_ENVIRONMENT if huge else baselines.PLAIN_ENVIRONMENT
     )  # as a bare worker has them
-    steps = (
-        lambda: _loaded(subject.plain, new),
-        lambda: _loaded(subject.server, subject.network.name),
-        lambda: baselines.measure_session(subject.path, inferences=0, environment=environment),
-    )
-    took = {index % 3: steps[index % 3]() for index in range(number, number + 3)}
-    return took[0], took[1], took[2]
-
-
-def _link(repository: Path, model: str, new: str) -> None:
-    """Have a model's file be that of another, too, of which the server has never heard.
-
-    That changes the file's ctime: if it was loaded, its hash is known no longer.
-    """
-    path = repository / new / "1" / MODEL_FILE
-    path.parent.mkdir(parents=True)
-    path.hardlink_to(repository / model / "1" / MODEL_FILE)
+    before = _loaded(subject.server, subject.network.name) if ours_first else None
+    bare = baselines.measure_session(subject.path, inferences=0, environment=environment)
+    return before or _loaded(subject.server, subject.network.name), bare
 
 
 def _loaded(server: Server, model_id: str) -> float:
@@ -181,20 +158,16 @@ def _loaded(server: Server, model_id: str) -> float:
     return took_ms
 
 
-def _load_rows(subject: Subject, loads: Loads, repeats: int) -> list[Row]:
-    first, later, beside = loads.first, loads.later, loads.bare
-    ratio = later / beside
-    return [
-        *first_load_rows(subject.plain, subject.label, subject.path, first, beside, loads=repeats),
-        Row(
-            f"{subject.label}: later load, {subject.form} ÷ bare first session",
-            format_ms(later, decimals=1),
-            format_ms(beside, decimals=1),
-            ratio,
-            f"≤ {LATER_GOAL:.2f}",
-            ratio <= LATER_GOAL,
-        ),
-    ]
+def _later_row(subject: Subject, loads: Loads) -> Row:
+    ratio = loads.later / loads.bare
+    return Row(
+        f"{subject.label}: later load, {subject.form} ÷ bare first session",
+        format_ms(loads.later, decimals=1),
+        format_ms(loads.bare, decimals=1),
+        ratio,
+        f"≤ {LATER_GOAL:.2f}",
+        ratio <= LATER_GOAL,
+    )
 
 
 def _cost_rows(subject: Subject) -> Iterator[Row]:
@@ -302,9 +275,8 @@ def _memory(subject: Subject, server: Server, instances: int) -> Memory:
     """Return the memory of so many workers of the model, each after one inference on zeros."""
     model = subject.network.name
     (server.repository / model / "loadledger.toml").write_text(ONCE)
-    before = set(list_descendants(server.pid))
     server.load(model, instances=instances)
-    workers = set(list_descendants(server.pid)) - before
+    workers = list_workers(server.pid)
     texts = [(PROC / str(worker) / "smaps_rollup").read_text() for worker in workers]
     if len(texts) != instances:
         raise SystemExit(f"{model} has {len(texts)} workers and not {instances}")

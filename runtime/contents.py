@@ -150,6 +150,16 @@ class ModelContents:
             return self._obtain_same(model_id, version, tuple(expected), is_cancelled)
         return self._obtain_present(model_id, version, is_cancelled)
 
+    def look(self, model_id: str, version: int) -> tuple[tuple[FileStat, ...], VersionFiles | None]:
+        """Return a version's files in the repository, and the same files in the store, held; hashes nothing.
+
+        Raises:
+            RuntimeProblem: `unknown_model`, `unknown_version`, `unsafe_file`, `model_changed`,
+                `repository_unreadable`.
+        """
+        with open_version(self.repository, model_id, version) as (_, found):
+            return _stats_of(found), self._find_stored(model_id, version, found, rehashes=False)
+
     def hash(self, files: VersionFiles, is_cancelled: IsCancelled = is_never) -> None:
         """Hash the files, unless their hashes are known.
 
@@ -266,10 +276,9 @@ class ModelContents:
         with open_version(self.repository, model_id, version) as (sources, found):
             if self.store is None:
                 return self._in_repository(model_id, version, found)
-            digest = self.store.find_source(model_id, version, found)
-            stored = self.store.find(digest, is_cancelled) if digest is not None else None
+            stored = self._find_stored(model_id, version, found, is_cancelled)
             if stored is not None:
-                return _of_stored(model_id, version, stored, {file.path: file.mtime_ns for file in found})
+                return stored
             began_ns = time.monotonic_ns()
             copy = self.store.take(sources, found, self.find_needed, is_cancelled)
         return VersionFiles(
@@ -282,6 +291,23 @@ class ModelContents:
             sources=copy.sources,
             copying_us=(time.monotonic_ns() - began_ns) // 1000,
         )
+
+    def _find_stored(
+        self,
+        model_id: str,
+        version: int,
+        found: tuple[FoundFile, ...],
+        is_cancelled: IsCancelled = is_never,
+        *,
+        rehashes: bool = True,
+    ) -> VersionFiles | None:
+        """Return what was taken from these very files into the store, held; None if it is not there."""
+        digest = self.store.find_source(model_id, version, found) if self.store is not None else None
+        if self.store is None or digest is None:
+            return None
+        stored = self.store.find(digest, is_cancelled, rehashes=rehashes)
+        mtimes_ns = {file.path: file.mtime_ns for file in found}
+        return None if stored is None else _of_stored(model_id, version, stored, mtimes_ns)
 
     def _obtain_same(
         self, model_id: str, version: int, expected: Sequence[LoadedFile], is_cancelled: IsCancelled

@@ -16,10 +16,9 @@ from events.models import RELOADS, Model
 from events.state import State
 from events.types import LoadedFile, LoadParameters
 from runtime.errors import RuntimeProblem
-from runtime.lookups import LOAD_LIMIT_S
-from runtime.repository import FileStat, Repository
+from runtime.lookups import LOAD_LIMIT_S, Lookups
+from runtime.repository import FileStat
 from runtime.store.problems import RepositoryUnreadable
-from runtime.store.sources import open_version
 from runtime.wire import MODEL_FILE
 
 _log = logging.getLogger(__name__)
@@ -120,7 +119,9 @@ class MemoryEstimates:
     """Estimates of pending loads, each made once from the load's files, for the form that it will use.
 
     Args:
-        repository: where the files are looked at.
+        lookups: runs the looks at files.
+        look_of: returns what looks at the files of a job, in a thread; one that cannot be looked at is an
+            error, and not left out.
         wake: called when an estimate has ended.
         form_of: finds the prepared form that a load will use.
         threads: how many threads a worker computes with, unless its load says otherwise.
@@ -139,13 +140,15 @@ class MemoryEstimates:
 
     def __init__(
         self,
-        repository: Repository,
+        lookups: Lookups,
+        look_of: Callable[[Job], Callable[[], Sequence[FileStat]]],
         wake: Callable[[], None],
         form_of: FormOf = lambda _files, _footprints: None,
         *,
         threads: int = 1,
     ) -> None:
-        self._repository = repository
+        self._lookups = lookups
+        self._look_of = look_of
         self._form_of = form_of
         self._wake = wake
         self._threads = threads
@@ -217,8 +220,9 @@ class MemoryEstimates:
         expected = find_expected(job, model) or ()
         recorded = [FileStat(file.path, file.bytes, file.mtime_ns) for file in expected]
         try:
-            files, form = await self._repository.lookups.run(
-                job.model_id, partial(self._look, job, version, recorded, footprints), LOAD_LIMIT_S
+            look = (lambda: recorded) if recorded else self._look_of(job)
+            files, form = await self._lookups.run(
+                job.model_id, partial(self._look, job, look, footprints), LOAD_LIMIT_S
             )
             threads = parameters.threads or self._threads
             need = estimate_memory(files, version, parameters, footprints, form, threads=threads)
@@ -238,15 +242,10 @@ class MemoryEstimates:
             self._stop_waiting(job.id)
 
     def _look(
-        self, job: Job, version: int, recorded: Sequence[FileStat], footprints: Iterable[Footprint]
+        self, job: Job, look: Callable[[], Sequence[FileStat]], footprints: Iterable[Footprint]
     ) -> tuple[Sequence[FileStat], str | None]:
-        files = recorded or self._look_at_files(job.model_id, version)
+        files = look()
         return files, None if job.id in self.bare else self._form_of(files, footprints)
-
-    def _look_at_files(self, model_id: str, version: int) -> Sequence[FileStat]:
-        """Look at the files of a version; one that cannot be looked at is an error, and not left out."""
-        with open_version(self._repository, model_id, version) as (_, files):
-            return [FileStat(file.path, file.bytes, file.mtime_ns) for file in files]
 
     def _stop_waiting(self, job_id: str) -> None:
         self.in_progress.discard(job_id)

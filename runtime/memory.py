@@ -95,6 +95,18 @@ def list_descendants(pid: int) -> list[int]:
     return [*children, *(each for child in children for each in list_descendants(child))]
 
 
+def list_workers(pid: int) -> list[int]:
+    """Return the process ids of a server's workers that have an order; without one they have one thread."""
+    return [each for each in list_descendants(pid)[1:] if _count_threads(each) > 1]
+
+
+def _count_threads(pid: int) -> int:
+    try:
+        return len(os.listdir(f"{PROC}/{pid}/task"))  # noqa: PTH208 - names
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return 0
+
+
 def tree_bytes(pid: int) -> int:
     """Measure the anonymous memory of a process and its descendants; pages that they share count once.
 

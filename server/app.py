@@ -325,6 +325,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
     app[ROUTER] = Router(app[LOG], consumer.loads, app[REPOSITORY], max_queue=config.inference_queue)
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
+    app[POOL].prefork()
     try:
         yield
     finally:

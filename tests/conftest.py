@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
 from support.http import LocalApi, local_server
-from support.running import Engine, running, save_models
+from support.running import Engine, end_workers, running, save_models
 from support.workers import Serve, order_of, running_pool, until
 
 from runtime.process.pool import WorkerPool
@@ -84,8 +84,7 @@ async def shared_pool() -> AsyncIterator[WorkerPool]:
 async def pool(shared_pool: WorkerPool) -> AsyncIterator[WorkerPool]:
     """The module's pool; the workers that a test leaves are killed after it."""
     yield shared_pool
-    for worker in shared_pool._workers:
-        worker.kill()
+    await end_workers(shared_pool)
     await until(lambda: not shared_pool._workers)
 
 

@@ -30,7 +30,7 @@ from events.sqlite.listing import EventQuery, open_reader
 from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.problems import ClientProblem
-from runtime.memory import list_descendants, tree_bytes
+from runtime.memory import list_workers, tree_bytes
 from server.auth.keys import ensure_data_dir, issue_token
 
 MAX_KEPT_BYTES = 8 * 2**20
@@ -71,9 +71,9 @@ class _Server:
         """Return the anonymous memory of the process tree."""
         return tree_bytes(self.process.pid)
 
-    def processes(self) -> set[int]:
-        """Return the process ids of the tree."""
-        return set(list_descendants(self.process.pid))
+    def workers(self) -> set[int]:
+        """Return the process ids of the workers that have a model."""
+        return set(list_workers(self.process.pid))
 
 
 class _Failed(Exception):
@@ -105,7 +105,7 @@ def _show(repository: Path, data: Path, digits: dict[str, Any]) -> None:
     with _serve(repository, data) as server:
         click.echo(f"loadledger serves {server.admin.url}; alice is its admin, bob may predict\n")
         _warm_up(server, digits)
-        before, nothing_loaded = server.memory_bytes(), server.processes()
+        before, nothing_loaded = server.memory_bytes(), server.workers()
         first = _load(server, 1, nothing_loaded)
         with_model = server.memory_bytes()
         plain = _classify(server, 1, digits)
@@ -182,7 +182,7 @@ def _warm_up(server: _Server, digits: dict[str, Any]) -> None:
 
 def _load(server: _Server, version: int, others: set[int]) -> int:
     took_ms = server.load(version)
-    new = server.processes() - others
+    new = server.workers() - others
     _require(len(new) == 1, "the model has a process of its own")
     pid = new.pop()
     click.echo(f"version {version} loaded in {took_ms:.0f} ms, in a process of its own: {pid}")

@@ -78,7 +78,7 @@ class Pacer:
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`.
         """
-        worker = await self._pool.start(uuid7())
+        worker = await self._pool.fork(uuid7())
         self._workers.add(worker)
         try:
             yield worker

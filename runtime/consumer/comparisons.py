@@ -11,8 +11,8 @@ from collections.abc import Callable
 from events.jobs import Job
 from events.models import Serving
 from events.state import State
-from runtime.consumer.loadfiles import LoadFiles
-from runtime.contents import ModelContents, contents_of
+from runtime.consumer.loadfiles import LoadFiles, PendingFiles
+from runtime.contents import contents_of
 from runtime.errors import RuntimeProblem
 
 
@@ -24,40 +24,25 @@ class ContentComparisons:
         tasks: the comparisons under way.
     """
 
-    def __init__(self, contents: ModelContents, wake: Callable[[], None]) -> None:
-        self._contents = contents
+    def __init__(self, files: PendingFiles, wake: Callable[[], None]) -> None:
+        self._files = files
         self._wake = wake
-        self._files: dict[str, LoadFiles] = {}
         self.known: dict[str, bool | None] = {}
         self.tasks: set[asyncio.Task[None]] = set()
 
     def start(self, job: Job, serving: Serving) -> None:
         """Begin to compare; `known` has the result when this wakes the consumer."""
         self.known[job.id] = None
-        self._files[job.id] = files = self._open_files(job)
-        task = asyncio.create_task(self._compare(job, files, serving), name="comparing a model")
+        task = asyncio.create_task(
+            self._compare(job, self._files.open(job), serving), name="comparing a model"
+        )
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def take_files(self, job: Job) -> LoadFiles:
-        """Return the files for the workers of a load: the compared ones, or new ones."""
-        return self._files.pop(job.id, None) or self._open_files(job)
-
     def forget_ended(self, state: State) -> None:
-        """Drop what is known of jobs that have ended, and give their files back."""
+        """Drop what is known of jobs that have ended."""
         for job_id in [job_id for job_id in self.known if state.unended_job(job_id) is None]:
             del self.known[job_id]
-            if (files := self._files.pop(job_id, None)) is not None:
-                files.close()
-
-    def close(self) -> None:
-        """Give all files back."""
-        for files in self._files.values():
-            files.close()
-
-    def _open_files(self, job: Job) -> LoadFiles:
-        version, _ = job.load_order
-        return LoadFiles(self._contents, job.model_id, version)
 
     async def _compare(self, job: Job, files: LoadFiles, serving: Serving) -> None:
         is_same = False

@@ -160,6 +160,7 @@ class Consumer:
         self._executor.end_unneeded_loads(state)
         self._executor.estimates.forget_ended(state)
         self._executor.comparisons.forget_ended(state)
+        self._executor.files.forget_ended(state)
         running = {
             key: load.to_view(state.unended_job(key), now, is_demanded=self._demand.has(load.model_id))
             for key, load in self.loads.items()
@@ -208,7 +209,7 @@ class Consumer:
         tasks = [*looks, *itertools.chain.from_iterable(effects)]
         for task in tasks:
             task.cancel()
-        self._executor.comparisons.close()
+        self._executor.files.close()
         for load in self.loads.values():
             load.files.cancel()
         await asyncio.gather(*tasks, *self._executor.syncs, return_exceptions=True)

@@ -41,6 +41,7 @@ from events.types import (
 from runtime.cache.preparer import Candidate, FormFailure, Preparer
 from runtime.cache.store import ModelCache
 from runtime.consumer.comparisons import ContentComparisons
+from runtime.consumer.loadfiles import PendingFiles
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.loadtasks import build_order, run_load, run_unload
 from runtime.consumer.usage import InferenceTotals
@@ -186,6 +187,7 @@ class Executor:
 
     Attributes:
         loads: the running loads, by job id.
+        files: the files of pending loads.
         estimates: the memory that pending loads need.
         comparisons: whether the bytes of pending loads are those that their models serve.
         preparer: prepares models.
@@ -215,10 +217,15 @@ class Executor:
         self.preparer = Preparer(
             store, pool, contents, wake, lambda: any(load.is_computing for load in self.loads.values())
         )
+        self.files = PendingFiles(contents)
         self.estimates = MemoryEstimates(
-            contents.repository, wake, self.preparer.form_of, threads=pool.threads
+            contents.repository.lookups,
+            lambda job: self.files.open(job).make_look(),
+            wake,
+            self.preparer.form_of,
+            threads=pool.threads,
         )
-        self.comparisons = ContentComparisons(contents, wake)
+        self.comparisons = ContentComparisons(self.files, wake)
         self._drain_timeout_s = drain_timeout_s
         self._progress_timeout_s = progress_timeout_s
         self.syncs: set[asyncio.Task[None]] = set()
@@ -301,8 +308,9 @@ class Executor:
 
     async def _start_load(self, job: Job, conditions: Conditions) -> None:
         version, parameters = job.load_order
-        files = self.comparisons.take_files(job)
-        load = RunningLoad(job.id, job.model_id, version, parameters, uuid7(), files, self._wake)
+        load = RunningLoad(
+            job.id, job.model_id, version, parameters, uuid7(), self.files.take(job), self._wake
+        )
         load.is_reload = job.cause in RELOADS
         load.progress_timeout_s = parameters.progress_timeout_s or self._progress_timeout_s
         load.reserved_bytes = self.estimates.known.get(job.id) or 0
@@ -322,7 +330,7 @@ class Executor:
             await self._record(replace(started, worker_id=load.worker_id), conditions=conditions)
         except BaseException:
             ordered.cancel()
-            files.close()
+            load.files.close()
             raise
         self.loads[job.id] = load
         load.track(asyncio.create_task(run_load(load, self._pool, ordered)))

@@ -9,13 +9,18 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
+from events.jobs import Job
+from events.state import State
 from events.types import LoadedFile
 from runtime.contents import Contents, ModelContents, VersionFiles
 from runtime.lookups import LOAD_LIMIT_S, busy, make_call, wait_with_progress
+from runtime.repository import FileStat
 from runtime.wire import MODEL_FILE
 
 T = TypeVar("T")
@@ -23,6 +28,8 @@ T = TypeVar("T")
 THREAD = "files of a load"
 RETRY_S = 1.0
 """Pause before files are given back in a thread, after there was none."""
+FRESH_NS = 1_000_000_000
+"""A look at a load's files holds for so long: one that waits longer, as for memory, looks again."""
 
 
 class LoadFiles:
@@ -37,6 +44,8 @@ class LoadFiles:
         self.found: VersionFiles | None = None
         self._contents = contents
         self._model_id, self._version = model_id, version
+        self._lock = threading.Lock()
+        self._looked_ns: int | None = None
         self._running = 0
         self.pieces = 0
         self._cancelled = self._closed = False
@@ -52,12 +61,31 @@ class LoadFiles:
             raise RuntimeError(f"the files of {self._model_id!r} have not been obtained")
         return self.found
 
+    def make_look(self) -> Callable[[], Sequence[FileStat]]:
+        """Return what looks at the files in the repository, in a thread; stored ones are obtained thereby.
+
+        It raises what `ModelContents.look` does.
+        """
+        loop = asyncio.get_running_loop()
+
+        def look() -> Sequence[FileStat]:
+            seen, stored = self._contents.look(self._model_id, self._version)
+            if stored is not None:
+                self._looked_ns = time.monotonic_ns()
+                self._set_found(stored)
+                with suppress(RuntimeError):  # the loop is closed: the server has stopped
+                    loop.call_soon_threadsafe(self._release_if_idle)
+            return seen
+
+        return look
+
     async def obtain(self, expected: Sequence[LoadedFile] | None) -> VersionFiles:
         """Obtain the files, once; for arguments and further errors see `ModelContents.obtain`.
 
         Raises:
             RepositoryBusy: `repository_busy`, nothing of them could be read for `LOAD_LIMIT_S`.
         """
+        await self._forget_old_look()
         if expected is not None and self.found is None and self._contents.store is not None:
             await asyncio.shield(
                 self._start(partial(self._find, expected))
@@ -106,11 +134,26 @@ class LoadFiles:
         file = repository.folder_of(self._model_id, self._version) / MODEL_FILE
         await repository.lookups.run(self._model_id, partial(os.access, file, os.R_OK), LOAD_LIMIT_S)
 
+    async def _forget_old_look(self) -> None:
+        if self._looked_ns is not None and time.monotonic_ns() - self._looked_ns > FRESH_NS:
+            self._looked_ns, old, self.found = None, self.version_files, None
+            await asyncio.shield(self._start(partial(self._contents.release, old)))
+
     def _find(self, expected: Sequence[LoadedFile]) -> None:
-        self.found = self._contents.find(self._model_id, self._version, expected, self._is_cancelled)
+        found = self._contents.find(self._model_id, self._version, expected, self._is_cancelled)
+        if found is not None:
+            self._set_found(found)
 
     def _obtain(self, expected: Sequence[LoadedFile] | None) -> None:
-        self.found = self._contents.obtain(self._model_id, self._version, expected, self._is_cancelled)
+        self._set_found(self._contents.obtain(self._model_id, self._version, expected, self._is_cancelled))
+
+    def _set_found(self, files: VersionFiles) -> None:
+        """Keep the files unless others were found meanwhile."""
+        with self._lock:
+            if self.found is None:
+                self.found = files
+                return
+        self._contents.release(files)
 
     def _is_cancelled(self) -> bool:
         self.pieces += 1
@@ -138,3 +181,34 @@ class LoadFiles:
                 asyncio.get_running_loop().call_later(RETRY_S, self._release_if_idle)
             else:
                 self.found = None
+
+
+class PendingFiles:
+    """The files of loads that have not started, where they were looked at or compared, by job."""
+
+    def __init__(self, contents: ModelContents) -> None:
+        self._contents = contents
+        self._files: dict[str, LoadFiles] = {}
+
+    def open(self, job: Job) -> LoadFiles:
+        """Return the files of a pending load."""
+        if job.id not in self._files:
+            version, _ = job.load_order
+            self._files[job.id] = LoadFiles(self._contents, job.model_id, version)
+        return self._files[job.id]
+
+    def take(self, job: Job) -> LoadFiles:
+        """Return the files of a load that starts; the caller closes them."""
+        files = self.open(job)
+        del self._files[job.id]
+        return files
+
+    def forget_ended(self, state: State) -> None:
+        """Give the files of jobs back that have ended."""
+        for job_id in [job_id for job_id in self._files if state.unended_job(job_id) is None]:
+            self._files.pop(job_id).close()
+
+    def close(self) -> None:
+        """Give all files back."""
+        for files in self._files.values():
+            files.close()

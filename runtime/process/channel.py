@@ -57,8 +57,13 @@ class Channel(asyncio.BufferedProtocol):
         self.lost = False
 
     async def connect(self, end: socket.socket) -> None:
-        """Adopt a connected stream socket, which the channel closes."""
-        await self._loop.create_unix_connection(lambda: self, sock=end)
+        """Adopt a connected stream socket, which the channel closes, also if this fails."""
+        try:
+            await self._loop.create_unix_connection(lambda: self, sock=end)
+        except BaseException:
+            if self._transport is None:
+                end.close()
+            raise
 
     def send(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
         """Queue a frame; on a lost channel nothing happens, since `on_lost` reports that.

@@ -1,4 +1,4 @@
-"""The pool of workers: one fork server, replaced when it ends, and at most one pre-forked worker."""
+"""The pool of workers: one fork server, replaced when it ends, and one pre-forked worker."""
 
 import asyncio
 import contextlib
@@ -27,9 +27,9 @@ RETRY_S = (0.1, 5.0)
 """Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
 BUFFER_BYTES = 2**20
 """Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
-PREFORKED_KEPT_S = 1.0
-"""How long a pre-forked worker is kept. A load starts some milliseconds after its files are resolved; one
-that waits longer forks its own worker."""
+FORK_AHEAD_S = 0.2
+"""Between the start of a load and the next fork ahead: a small model is loaded by then. As long after a
+failure."""
 _UNTAKEN = "pre-forked"
 
 
@@ -94,7 +94,7 @@ class WorkerPool:
         self._keeper: asyncio.Task[None] | None = None
         self._workers: set[Worker] = set()
         self._sampler = MemorySampler()
-        self._preforked = PreforkedWorker(self._fork_one)
+        self._preforked = PreforkedWorker(self.fork)
         self._closed = False
 
     @property
@@ -127,7 +127,7 @@ class WorkerPool:
             NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as it is.
             ForkServerUnavailable: `fork_server_unavailable`.
         """
-        worker = await self._fork_one("probe")
+        worker = await self.fork("probe")
         try:
             self.applied = await probe(worker, mode, outside)
         finally:
@@ -135,7 +135,7 @@ class WorkerPool:
         self.applied.check()
 
     def prefork(self) -> None:
-        """Fork a worker ahead of a `start` that probably follows in a moment."""
+        """Fork a worker ahead of the next `start`, unless there is one."""
         if self.healthy and not self._closed:
             self._preforked.fork_ahead()
 
@@ -160,14 +160,15 @@ class WorkerPool:
         )
 
     async def start(self, worker_id: str) -> Worker:
-        """Return the pre-forked worker or a new one, with this id.
+        """Return the pre-forked worker or a new one, with this id; for errors see `fork`."""
+        return await self._preforked.take(worker_id) or await self.fork(worker_id)
+
+    async def fork(self, worker_id: str) -> Worker:
+        """Return a new worker with this id.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`, with the reason; a new fork server is starting.
         """
-        return await self._preforked.take(worker_id) or await self._fork_one(worker_id)
-
-    async def _fork_one(self, worker_id: str) -> Worker:
         fork_server = await self._available()
         try:
             worker, data, control = await self._fork(fork_server, worker_id)
@@ -302,7 +303,7 @@ def _socketpair(
 
 
 class PreforkedWorker:
-    """At most one pre-forked worker: it starts while its load is still being decided and recorded."""
+    """At most one pre-forked worker: where a load takes it, or it dies, another is forked a moment later."""
 
     def __init__(self, fork: Callable[[str], Coroutine[Any, Any, Worker]]) -> None:
         self._fork = fork
@@ -311,18 +312,19 @@ class PreforkedWorker:
         self._timer: asyncio.TimerHandle | None = None
 
     def fork_ahead(self) -> None:
-        """Begin to fork one, if there is none; a failure is ignored."""
-        if self._coming is None:
-            self._coming = task = start_task(self._fork(_UNTAKEN), "forking ahead")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            self._timer = asyncio.get_running_loop().call_later(PREFORKED_KEPT_S, self.drop)
+        """Begin to fork one, if there is none; a failure is repeated."""
+        if self._coming is not None:
+            return
+        self._coming = task = start_task(self._fork(_UNTAKEN), "forking ahead")
+        self._tasks.add(task)
+        task.add_done_callback(self._on_forked)
 
     async def take(self, worker_id: str) -> Worker | None:
         """Hand over the pre-forked worker with this id; None if there is none or it is dying."""
-        task = self._let_go()
+        task = self._coming
         if task is None:
             return None
+        self._renew(task)
         try:
             worker = await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -335,25 +337,30 @@ class PreforkedWorker:
         worker.worker_id = worker_id
         return worker
 
-    def drop(self) -> None:
-        """Kill the pre-forked worker, which no load has taken."""
-        task = self._let_go()
-        if task is not None:
-            task.add_done_callback(_kill)
-
     async def close(self) -> None:
-        """Cancel the fork under way, and wait until it has ended."""
-        self.drop()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def _let_go(self) -> asyncio.Task[Worker] | None:
+        """Kill the pre-forked worker, or cancel the fork under way and wait until it has ended."""
         task, self._coming = self._coming, None
         if self._timer is not None:
             self._timer.cancel()
-        return task
+        if task is not None:
+            task.add_done_callback(_kill)
+        for each in self._tasks:
+            each.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _on_forked(self, task: asyncio.Task[Worker]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is not None:
+            self._renew(task)
+        else:
+            task.result().ended.add_done_callback(lambda _: self._renew(task))
+
+    def _renew(self, task: asyncio.Task[Worker]) -> None:
+        """Fork another worker soon if this is still the one."""
+        if self._coming is task:
+            self._coming = None
+            self._timer = asyncio.get_running_loop().call_later(FORK_AHEAD_S, self.fork_ahead)
 
 
 def _kill(task: asyncio.Task[Worker]) -> None:

@@ -111,7 +111,11 @@ class Worker:
         """Adopt this side's ends of the channels; the pool kills the worker if this fails."""
 
         async def both() -> None:
-            await self._data.connect(data)
+            try:
+                await self._data.connect(data)
+            except BaseException:  # as all tasks are cancelled
+                control.close()
+                raise
             await self._control.connect(control)
 
         await asyncio.shield(both())  # half of it would leave a socket that nobody closes

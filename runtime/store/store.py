@@ -222,11 +222,13 @@ class Store:
         """Remove a copy that is not settled."""
         self._drop_incoming(taken.path)
 
-    def find(self, digest: str, is_cancelled: IsCancelled = is_never) -> StoredVersion | None:
+    def find(
+        self, digest: str, is_cancelled: IsCancelled = is_never, *, rehashes: bool = True
+    ) -> StoredVersion | None:
         """Return a stored version, and hold it; None if it is not there.
 
-        Files whose identity has changed, as after a restored backup, are hashed before. With another content
-        the version is removed.
+        Files whose identity has changed, as after a restored backup, are hashed before, or count as not there
+        if nothing is to be hashed. With another content the version is removed.
 
         Raises:
             CopyCancelled: `copy_cancelled`.
@@ -237,7 +239,8 @@ class Store:
                 return None
             self._use(digest)
         try:
-            usable = self._verify_for_use(manifest, is_cancelled)
+            is_usable = rehashes or self._is_unchanged(manifest)
+            usable = self._verify_for_use(manifest, is_cancelled) if is_usable else None
         except BaseException:
             self.release(digest)
             raise

@@ -127,11 +127,12 @@ def is_out_of_memory(text: str) -> bool:
     return any(words in text for words in OUT_OF_MEMORY)
 
 
-def register_operators() -> None:
+def run_smallest_model() -> None:
     """Create, run and drop the smallest session, before workers are forked.
 
     With its first session ONNX Runtime registers its operators: 3 ms and 10 MB, which every worker would
-    otherwise spend again (measured with 1.31). It leaves one thread, and no descriptor.
+    otherwise spend again (measured with 1.31). The process has one thread then, as before, and no
+    more descriptors.
     """
     session = ort.InferenceSession(SMALLEST_MODEL, session_options(1), providers=["CPUExecutionProvider"])
     session.run(None, {"x": np.zeros((), np.float32)})

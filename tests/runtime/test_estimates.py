@@ -22,6 +22,8 @@ from events.footprints import Footprint
 from events.jobs import JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime import estimates
+from runtime.consumer.loadfiles import PendingFiles
+from runtime.contents import ModelContents
 from runtime.estimates import (
     BYTES_PER_MODEL_BYTE,
     WORKER_BYTES,
@@ -147,7 +149,10 @@ class Estimating:
         models.save(models.add(1), root, "m")
         self.woken = asyncio.Event()
         self.repository = Repository(root)
-        self.estimates = MemoryEstimates(self.repository, self.woken.set)
+        files = PendingFiles(ModelContents(self.repository, None))
+        self.estimates = MemoryEstimates(
+            self.repository.lookups, lambda job: files.open(job).make_look(), self.woken.set
+        )
         self.history = History()
 
     def ask(self, job: str = "j", of: str = "m") -> None:

@@ -28,6 +28,7 @@ from runtime.consumer.consumer import Consumer
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import PendingDemand
 from runtime.contents import ModelContents
+from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
 from runtime.process.sharedmemory import Region
 from runtime.process.worker import Worker
@@ -38,7 +39,17 @@ from runtime.statistics import InferenceTimes
 from runtime.wire import Tensor, WantedOutput
 from support import models
 from support.store import opened_store
-from support.workers import LIMIT_S, array, floats, freeze, trips, unhurried, until, waits_for_its_order
+from support.workers import (
+    LIMIT_S,
+    array,
+    floats,
+    freeze,
+    has_order,
+    trips,
+    unhurried,
+    until,
+    waits_for_its_order,
+)
 
 D = TypeVar("D", bound=Data)
 
@@ -234,7 +245,7 @@ class Engine:
         return asked
 
     async def nothing_left(self) -> None:
-        """Wait until no load and no worker is left; a worker forked for nobody ends a moment later."""
+        """Wait until no load and no worker is left."""
         await until(lambda: self.consumer.loads == {} and self.worker_pids() == [])
 
     @property
@@ -244,8 +255,13 @@ class Engine:
         return self.pool._fork_server.pid
 
     def worker_pids(self) -> list[int]:
-        """List the processes of all workers."""
-        return memory.list_descendants(self.fork_server_pid)
+        """List the processes of all workers but the one that is, or is being, forked ahead."""
+        pids = memory.list_descendants(self.fork_server_pid)
+        known = {worker.pid: worker.worker_id for worker in self.pool._workers}
+        coming = self.pool._preforked._coming
+        if coming is not None and not coming.done():
+            pids = [pid for pid in pids if pid in known or has_order(pid)]
+        return [pid for pid in pids if known.get(pid) != pool_module._UNTAKEN]
 
     async def loading(self, model_id: str) -> RunningLoad:
         """Wait until a model's worker is amid its load."""
@@ -264,11 +280,8 @@ class Engine:
             Its process id.
         """
         self.pool.prefork()
-        spare = self.pool._preforked
-        assert spare._coming is not None
-        assert spare._timer is not None
-        spare._timer.cancel()  # it is for somebody who will come
-        worker = await asyncio.shield(spare._coming)
+        assert self.pool._preforked._coming is not None
+        worker = await asyncio.shield(self.pool._preforked._coming)
         await waits_for_its_order(worker.pid)
         await freeze(worker.pid)
         return worker.pid

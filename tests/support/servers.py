@@ -22,10 +22,10 @@ from events.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.sqlite.queries import PAGE
 from events.types import Event
-from runtime.memory import list_descendants
+from runtime.memory import list_descendants, list_workers
 from server.config import Config
 from support.http import Api
-from support.workers import wait_gone
+from support.workers import until, wait_gone
 
 MODULE = (sys.executable, "-P", "-m", "loadledger")  # -P: the installed package, not the folder we are in
 SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
@@ -70,8 +70,15 @@ class Server:
         return self.process.pid
 
     def children(self) -> list[int]:
-        """Return the process ids of the fork server and its workers, the fork server first."""
-        return list_descendants(self.pid)
+        """Return the process ids of the fork server and its workers, the fork server first.
+
+        The worker that is forked ahead is none of them.
+        """
+        return list_descendants(self.pid)[:1] + list_workers(self.pid)
+
+    async def forked_ahead(self) -> None:
+        """Wait until there is a worker for the next load, as there is whenever the server is at rest."""
+        await until(lambda: len(list_descendants(self.pid)) > len(self.children()))
 
     def worker(self) -> int:
         """Return the process id of the newest worker."""
@@ -106,7 +113,7 @@ class Server:
         assert await asyncio.to_thread(wait_gone, held)
 
     def _hold_children(self) -> None:
-        for child in self.children():
+        for child in list_descendants(self.pid):
             with suppress(ProcessLookupError):
                 self._pidfds.append(os.pidfd_open(child))
 

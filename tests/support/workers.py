@@ -167,6 +167,13 @@ def computing(pid: int) -> Callable[[], bool]:
     return lambda: _ticks(pid) > before
 
 
+def has_order(pid: int) -> bool:
+    """Whether a worker has been told what to do: from then on it has more than one thread."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has exited
+        return threads(pid) > 1
+    return False
+
+
 def threads(pid: int) -> int:
     """Count a process's threads."""
     return len(list(Path(f"/proc/{pid}/task").iterdir()))

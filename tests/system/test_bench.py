@@ -55,11 +55,23 @@ ONCE = ("--repeats", "1", "--rounds", "1")
 TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
     "loads, memory, inference": (
         None,
-        ("--only=loads", "--only=memory", "--only=inference", *ONCE, "--cycles=1", "--seconds=0.2"),
         (
-            "54 MB network: first load ÷ bare first session",
-            "54 MB network: waiting, copying, hashing, session, warm-up, measuring; sha256sum, cp",
-            "54 MB network: written for a first load and unload ÷ its files",
+            "--only=loads",
+            "--network=cnn",
+            "--network=stateful",
+            "--only=memory",
+            "--only=inference",
+            *ONCE,
+            "--cycles=1",
+            "--seconds=0.2",
+        ),
+        (
+            "54 MB CNN: first load ÷ bare first session",
+            "54 MB CNN: first load ÷ bare without huge pages",
+            "54 MB CNN: first load: written ÷ its files",
+            "2 MB stateful net: first load ÷ bare first session",
+            "2 MB stateful net: first load, no warm-up ÷ bare first session",
+            "2 MB stateful net: first load: HTTP, commits, copying, session, warm-up, measuring, all else",
             "The goal of a first load: 1.10 of a bare session",
             "memory of the process tree, after 1 loads",
             "16 floats, 8 clients ÷ constant reply",
@@ -94,7 +106,6 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
         UNHURRIED_BENCH,
         ("--only=prepared", *ONCE, "--network=stateful", "--seconds=0.2"),
         (
-            "2 MB stateful net: first load ÷ bare first session",
             "2 MB stateful net: later load, ",
             "2 MB stateful net: inferences a second, ",
             "2 MB stateful net: private memory of a worker, ",
@@ -168,7 +179,7 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """By part: a program that runs the bench in a smaller form, options, and what the table has to contain."""
-OTHERS = ("÷ constant reply", "MB network: first load", "Triton", "MLP")
+OTHERS = ("÷ constant reply", ": first load ÷", "Triton", "MLP")
 """Contained in no table of another part, and without peers."""
 
 

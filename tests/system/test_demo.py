@@ -72,6 +72,6 @@ def test_memory_figure_ignores_other_processes_with_same_libraries(repository: P
         assert abs(server.memory_bytes() - alone) < MB
         rollups = [
             (PROC / str(pid) / "smaps_rollup").read_text()
-            for pid in server.processes() | {server.process.pid}
+            for pid in (server.process.pid, *list_descendants(server.process.pid))
         ]
         assert alone < sum(parse_field(rollup, "Pss") for rollup in rollups)  # which has the libraries

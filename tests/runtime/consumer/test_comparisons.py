@@ -14,6 +14,7 @@ from support.store import opened_store
 
 from events.types import LoadedFile
 from runtime.consumer.comparisons import ContentComparisons
+from runtime.consumer.loadfiles import PendingFiles
 from runtime.contents import ModelContents
 from runtime.repository import Repository
 from runtime.store.identities import hash_file
@@ -51,7 +52,7 @@ async def test_comparison_with_loaded_bytes(
     change(folder)
     (tmp_path / "data").mkdir()
     contents = ModelContents(Repository(tmp_path), opened_store(tmp_path / "data"))
-    comparisons = ContentComparisons(contents, wakeup.set)
+    comparisons = ContentComparisons(PendingFiles(contents), wakeup.set)
     comparisons.start(history.job("L3"), replace(serving, files=loaded))
     assert comparisons.known == {"L3": None}
     await asyncio.wait_for(wakeup.wait(), 60)

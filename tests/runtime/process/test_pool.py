@@ -21,9 +21,11 @@ from support.workers import (
     order_of,
     resume,
     running_pool,
+    threads,
     until,
 )
 
+from runtime import memory
 from runtime.errors import Exit
 from runtime.memory import list_descendants
 from runtime.process import pool as pool_module
@@ -31,9 +33,13 @@ from runtime.process.pool import WorkerPool, complete
 
 
 @pytest.fixture
-def _long_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep a pre-forked worker for longer than any test takes to use it."""
-    monkeypatch.setattr(pool_module, "PREFORKED_KEPT_S", LIMIT_S)
+def _only_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork no worker ahead after a start; only when asked to."""
+    monkeypatch.setattr(pool_module, "FORK_AHEAD_S", LIMIT_S)
+
+
+TOUCHED_BYTES = 2_300_000
+"""A worker takes 2 MB when it waits for its order, and 2.7 MB when it has run the smallest model."""
 
 
 def pids(pool: WorkerPool) -> list[int]:
@@ -111,7 +117,7 @@ async def test_many_workers_start_at_once(pool: WorkerPool) -> None:
 # Pre-forked worker
 
 
-@pytest.mark.usefixtures("_long_kept")
+@pytest.mark.usefixtures("_only_asked")
 async def test_start_takes_the_only_pre_forked_worker(serve: Serve, pool: WorkerPool) -> None:
     for _ in range(100):
         pool.prefork()
@@ -123,17 +129,23 @@ async def test_start_takes_the_only_pre_forked_worker(serve: Serve, pool: Worker
     assert (await pool.start("other")).pid != pid
 
 
-async def test_pre_forked_worker_ends_when_not_taken(
+async def test_next_worker_is_forked_soon_after_a_start(
     pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "PREFORKED_KEPT_S", 0.0)
-    pool.prefork()
-    await asyncio.sleep(0)
-    await until(lambda: not pool._preforked._tasks and not pool._workers)
-    assert (await pool.start("w")).worker_id == "w"
+    monkeypatch.setattr(pool_module, "FORK_AHEAD_S", 0.0)
+    ahead = await forked_ahead(pool)
+    assert [(await pool.start(name)).pid == ahead for name in ("first", "second")] == [True, False]
+    await until(lambda: len(pool._workers) == 3)
+    assert (await pool.start("third")).worker_id == "third"
 
 
-@pytest.mark.usefixtures("_long_kept")
+async def test_worker_forked_ahead_has_no_thread_that_confinement_would_miss(pool: WorkerPool) -> None:
+    pid = await forked_ahead(pool)
+    await until(lambda: memory.private_bytes(pid) > TOUCHED_BYTES)
+    assert threads(pid) == 1
+
+
+@pytest.mark.usefixtures("_only_asked")
 @pytest.mark.parametrize("killed", ["worker", "fork server"])
 async def test_pre_forked_worker_that_died_is_not_taken(pool: WorkerPool, killed: str) -> None:
     pid = await forked_ahead(pool)
@@ -142,7 +154,17 @@ async def test_pre_forked_worker_that_died_is_not_taken(pool: WorkerPool, killed
     assert (await pool.start("w")).pid != pid
 
 
-@pytest.mark.usefixtures("_long_kept")
+@pytest.mark.parametrize("killed", ["worker", "fork server"])
+async def test_pre_forked_worker_that_died_is_replaced(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    monkeypatch.setattr(pool_module, "FORK_AHEAD_S", 0.0)
+    pid = await forked_ahead(pool)
+    os.kill(pid if killed == "worker" else fork_server_of(pool).pid, signal.SIGKILL)
+    await until(lambda: bool(pids(pool)) and pid not in pids(pool))
+
+
+@pytest.mark.usefixtures("_only_asked")
 async def test_start_cancelled_during_pre_fork_leaves_nothing(pool: WorkerPool) -> None:
     await freeze(fork_server_of(pool).pid)
     pool.prefork()
@@ -155,7 +177,7 @@ async def test_start_cancelled_during_pre_fork_leaves_nothing(pool: WorkerPool) 
     await until(lambda: not pool._preforked._tasks and not pool._workers)
 
 
-@pytest.mark.usefixtures("_long_kept")
+@pytest.mark.usefixtures("_only_asked")
 @pytest.mark.parametrize("is_there", [False, True], ids=["coming", "there"])
 async def test_closed_pool_leaves_no_pre_forked_worker(*, is_there: bool) -> None:
     async with running_pool() as pool:

@@ -1,0 +1,171 @@
+"""First loads, from the request to ready, beside bare sessions of the same files, and their parts."""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from bench import baselines, models
+from bench.baselines import THROWN_AWAY, FileCosts
+from bench.driver import Server
+from bench.models import LARGE, Network
+from bench.table import Row, format_mb, format_ms
+
+RATIO_GOAL = 1.10
+ABOVE_GOAL_MS = 15.0
+"""For sessions so quick that a tenth of one is less than the noise."""
+LARGE_REPEATS, LARGE_THROWN_AWAY = 3, 1
+"""A round of a gigabyte takes half a minute, most of it to write the files."""
+STAGES = {
+    "copying": "copying_us",
+    "session": "loading_us",
+    "warm-up": "warming_up_us",
+    "measuring": "measuring_us",
+    "hashing": "hashing_us",
+}
+"""Of a load, as `ModelLoaded` has them; hashing runs beside the session."""
+COMMITS = re.compile(rb"^loadledger_ledger_commit_duration_seconds_sum (\S+)$", re.MULTILINE)
+MOST_ELEMENTS = 10_000
+"""Of inputs that are written into a `loadledger.toml`."""
+NO_WARM_UP = "[warm_up]\nenabled = false\n"
+"""As `loadledger.toml`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A load and a bare session of the same new files.
+
+    Args:
+        ours: Milliseconds from the request to ready.
+        bare: Milliseconds of the bare session, with as many inferences.
+        plain: The same without huge pages.
+        parts: Milliseconds of the parts of ours.
+        costs: Of hashing and copying the files.
+        bytes: Their size.
+        written: Bytes that the server wrote for the load and its unload.
+    """
+
+    ours: float
+    bare: float
+    plain: float
+    parts: Mapping[str, float]
+    costs: FileCosts
+    bytes: int
+    written: int
+
+
+def measure(server: Server, networks: Iterable[Network], *, repeats: int) -> list[Row]:
+    """Load files that are new to the server, `repeats` times each, alternated with bare sessions of them."""
+    rows: list[Row] = []
+    for network in networks:
+        rows += _rows(network, "first load", _rounds(server, network, repeats, warms_up=True))
+        rows += _rows(network, "first load, no warm-up", _rounds(server, network, repeats, warms_up=False))
+    return rows
+
+
+def _rounds(server: Server, network: Network, repeats: int, *, warms_up: bool) -> list[Round]:
+    """Measure in turn; the first rounds are thrown away."""
+    thrown_away = THROWN_AWAY
+    if network is LARGE:
+        repeats, thrown_away = min(repeats, LARGE_REPEATS), LARGE_THROWN_AWAY
+    content, settings = network.build(), _warm_up(network) if warms_up else NO_WARM_UP
+    rounds = []
+    for number in range(repeats + thrown_away):
+        model_id = f"{network.name}-{'warm' if warms_up else 'cold'}-{number:02}"
+        path = models.write(server.repository, model_id, models.renamed(content, model_id))
+        network.write_weights(path, number)
+        (path.parents[1] / "loadledger.toml").write_text(settings)
+        os.sync()  # none of it is written later, beside what is measured
+        rounds.append(_round(server, model_id, path, int(warms_up), ours_first=number % 2 == 0))
+        for file in path.parent.iterdir():  # to save disk
+            file.unlink()
+    return rounds[thrown_away:]
+
+
+def _warm_up(network: Network) -> str:
+    """Return settings with zeros of all inputs, which the declared shapes of some networks leave open."""
+    inputs = (
+        f"[[warm_up.inputs]]\nname = {name!r}\ndatatype = 'FP32'\nshape = {[*shape]}\n"
+        f"data = {[0.0] * math.prod(shape)}\n"
+        for name, shape in network.inputs.items()
+    )
+    is_small = sum(map(math.prod, network.inputs.values())) <= MOST_ELEMENTS
+    return "[warm_up]\nenabled = true\n" + ("".join(inputs) if is_small else "")
+
+
+def _round(server: Server, model_id: str, path: Path, inferences: int, *, ours_first: bool) -> Round:
+    files = sorted(path.parent.iterdir())
+    costs = baselines.measure_files(files, server.repository.parent)
+    written_before = server.written_bytes()
+    before = _load(server, model_id) if ours_first else None
+    bare = baselines.measure_session(path, inferences=inferences)
+    plain = baselines.measure_session(path, inferences=inferences, environment=baselines.PLAIN_ENVIRONMENT)
+    ours, parts = before or _load(server, model_id)
+    if bool(parts["warm-up"]) != bool(inferences):
+        raise SystemExit(f"{model_id} was loaded with a warm-up of {parts['warm-up']} ms")
+    size = sum(file.stat().st_size for file in files)
+    return Round(ours, bare, plain, parts, costs, size, server.written_bytes() - written_before)
+
+
+def _load(server: Server, model_id: str) -> tuple[float, dict[str, float]]:
+    """Load and unload a model; return the milliseconds until it was ready, and those of the parts."""
+    commits_before = _commits_ms(server)
+    took_ms = server.load(model_id)
+    commits_ms = _commits_ms(server) - commits_before
+    server.unload(model_id)
+    (data,) = server.newest_events(f"type=ModelLoaded&model={model_id}", 1)
+    durations = data["durations"]
+    parts = {
+        "HTTP": took_ms - durations["total_us"] / 1000,
+        "commits": commits_ms,
+        **{name: (durations[key] or 0) / 1000 for name, key in STAGES.items()},
+    }
+    return took_ms, parts
+
+
+def _commits_ms(server: Server) -> float:
+    """Return the milliseconds that all commits have taken so far."""
+    found = COMMITS.search(server.ask("GET", "/metrics").content)
+    if found is None:
+        raise SystemExit("the server's metrics have no duration of commits")
+    return float(found[1]) * 1000
+
+
+def _rows(network: Network, what: str, rounds: Sequence[Round]) -> Iterator[Row]:
+    """Yield a first load beside its goal, its parts, and for the CNN what else is of interest.
+
+    New files are copied and hashed, so the goal is that of a session, or the time to hash them if that is
+    longer, and the time to copy them.
+    """
+    ours, bare = (median(getattr(each, name) for each in rounds) for name in ("ours", "bare"))
+    hashing, copying = (
+        median(getattr(each.costs, name) for each in rounds) for name in ("hashing_ms", "copying_ms")
+    )
+    goal = max(bare * RATIO_GOAL, bare + ABOVE_GOAL_MS, hashing) + copying
+    label = f"{rounds[0].bytes / 1e6:.0f} MB {network.what}: {what}"
+    yield Row(
+        f"{label} ÷ bare first session",
+        format_ms(ours, decimals=1),
+        format_ms(bare, decimals=1),
+        ours / bare,
+        f"≤ {goal:.1f} ms",
+        ours <= goal,
+    )
+    parts = {name: median(each.parts[name] for each in rounds) for name in rounds[0].parts}
+    beside = parts.pop("hashing")
+    parts["all else"] = ours - sum(parts.values())
+    yield Row(
+        f"{label}: {', '.join(parts)}; hashing beside that; sha256sum, cp",
+        ", ".join(f"{took_ms:.1f}" for took_ms in (*parts.values(), beside)),
+        f"{hashing:.1f}, {copying:.1f} ms",
+        None,
+    )
+    if network.name == "cnn":
+        plain = median(each.plain for each in rounds)
+        written = int(median(each.written for each in rounds))
+        size = rounds[0].bytes
+        yield Row(f"{label} ÷ bare without huge pages", format_ms(ours), format_ms(plain), ours / plain)
+        yield Row(f"{label}: written ÷ its files", format_mb(written), format_mb(size), written / size)
