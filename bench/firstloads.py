@@ -1,8 +1,8 @@
 """First loads, from the request to ready, beside bare sessions of the same files, and their parts."""
 
-import math
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ ABOVE_GOAL_MS = 15.0
 LARGE_REPEATS, LARGE_THROWN_AWAY = 3, 1
 """A round of a gigabyte takes half a minute, most of it to write the files."""
 STAGES = {
+    "first commit, looks": "waiting_us",
     "copying": "copying_us",
     "session": "loading_us",
     "warm-up": "warming_up_us",
@@ -27,10 +28,10 @@ STAGES = {
     "hashing": "hashing_us",
 }
 """Of a load, as `ModelLoaded` has them; hashing runs beside the session."""
-COMMITS = re.compile(rb"^loadledger_ledger_commit_duration_seconds_sum (\S+)$", re.MULTILINE)
-MOST_ELEMENTS = 10_000
-"""Of inputs that are written into a `loadledger.toml`."""
-NO_WARM_UP = "[warm_up]\nenabled = false\n"
+COMMITS = re.compile(r"^loadledger_ledger_commit_duration_seconds_(count|sum) (\S+)$", re.MULTILINE)
+SCRAPE_KEPT_S = 0.15
+"""Beyond what the server keeps an answer of `/metrics` for."""
+AS_SERVED, NO_WARM_UP = "", "[warm_up]\nenabled = false\n"
 """As `loadledger.toml`."""
 
 
@@ -58,80 +59,74 @@ class Round:
 
 
 def measure(server: Server, networks: Iterable[Network], *, repeats: int) -> list[Row]:
-    """Load files that are new to the server, `repeats` times each, alternated with bare sessions of them."""
+    """Load files that are new to the server, `repeats` times each, alternated with bare sessions of them.
+
+    Networks that the server warms up are loaded without a warm-up, too.
+    """
     rows: list[Row] = []
     for network in networks:
-        rows += _rows(network, "first load", _rounds(server, network, repeats, warms_up=True))
-        rows += _rows(network, "first load, no warm-up", _rounds(server, network, repeats, warms_up=False))
+        rounds = _rounds(server, network, repeats, AS_SERVED)
+        rows += _rows(network, "first load", rounds)
+        if rounds[0].parts["warm-up"]:
+            rows += _rows(network, "first load, no warm-up", _rounds(server, network, repeats, NO_WARM_UP))
     return rows
 
 
-def _rounds(server: Server, network: Network, repeats: int, *, warms_up: bool) -> list[Round]:
+def _rounds(server: Server, network: Network, repeats: int, settings: str) -> list[Round]:
     """Measure in turn; the first rounds are thrown away."""
     thrown_away = THROWN_AWAY
     if network is LARGE:
         repeats, thrown_away = min(repeats, LARGE_REPEATS), LARGE_THROWN_AWAY
-    content, settings = network.build(), _warm_up(network) if warms_up else NO_WARM_UP
-    rounds = []
+    content, rounds = network.build(), list[Round]()
     for number in range(repeats + thrown_away):
-        model_id = f"{network.name}-{'warm' if warms_up else 'cold'}-{number:02}"
+        model_id = f"{network.name}-{'cold-' if settings else ''}{number:02}"
         path = models.write(server.repository, model_id, models.renamed(content, model_id))
         network.write_weights(path, number)
         (path.parents[1] / "loadledger.toml").write_text(settings)
         os.sync()  # none of it is written later, beside what is measured
-        rounds.append(_round(server, model_id, path, int(warms_up), ours_first=number % 2 == 0))
+        runs = bool(rounds) and rounds[-1].parts["warm-up"] > 0
+        rounds.append(_round(server, model_id, path, ours_first=number % 2 == 0, runs=runs))
         for file in path.parent.iterdir():  # to save disk
             file.unlink()
     return rounds[thrown_away:]
 
 
-def _warm_up(network: Network) -> str:
-    """Return settings with zeros of all inputs, which the declared shapes of some networks leave open."""
-    inputs = (
-        f"[[warm_up.inputs]]\nname = {name!r}\ndatatype = 'FP32'\nshape = {[*shape]}\n"
-        f"data = {[0.0] * math.prod(shape)}\n"
-        for name, shape in network.inputs.items()
-    )
-    is_small = sum(map(math.prod, network.inputs.values())) <= MOST_ELEMENTS
-    return "[warm_up]\nenabled = true\n" + ("".join(inputs) if is_small else "")
-
-
-def _round(server: Server, model_id: str, path: Path, inferences: int, *, ours_first: bool) -> Round:
+def _round(server: Server, model_id: str, path: Path, *, ours_first: bool, runs: bool) -> Round:
+    """Measure both; if ours is first, the bare session runs if that did, else if it `runs`."""
     files = sorted(path.parent.iterdir())
     costs = baselines.measure_files(files, server.repository.parent)
     written_before = server.written_bytes()
     before = _load(server, model_id) if ours_first else None
+    inferences = int(runs if before is None else before[1]["warm-up"] > 0)
     bare = baselines.measure_session(path, inferences=inferences)
     plain = baselines.measure_session(path, inferences=inferences, environment=baselines.PLAIN_ENVIRONMENT)
     ours, parts = before or _load(server, model_id)
-    if bool(parts["warm-up"]) != bool(inferences):
-        raise SystemExit(f"{model_id} was loaded with a warm-up of {parts['warm-up']} ms")
     size = sum(file.stat().st_size for file in files)
     return Round(ours, bare, plain, parts, costs, size, server.written_bytes() - written_before)
 
 
 def _load(server: Server, model_id: str) -> tuple[float, dict[str, float]]:
-    """Load and unload a model; return the milliseconds until it was ready, and those of the parts."""
-    commits_before = _commits_ms(server)
+    """Load and unload a model; return the milliseconds until it was ready, and those of the parts.
+
+    What the ledger's times do not contain is HTTP, and the commit of `ModelLoaded`.
+    """
+    before = _commits(server)
     took_ms = server.load(model_id)
-    commits_ms = _commits_ms(server) - commits_before
     server.unload(model_id)
+    count, seconds = (after - earlier for after, earlier in zip(_commits(server), before, strict=True))
     (data,) = server.newest_events(f"type=ModelLoaded&model={model_id}", 1)
     durations = data["durations"]
-    parts = {
-        "HTTP": took_ms - durations["total_us"] / 1000,
-        "commits": commits_ms,
-        **{name: (durations[key] or 0) / 1000 for name, key in STAGES.items()},
-    }
-    return took_ms, parts
+    parts = {name: (durations[key] or 0) / 1000 for name, key in STAGES.items()}
+    http_ms = took_ms - durations["total_us"] / 1000
+    return took_ms, {"HTTP, last commit": http_ms, **parts, "one commit": 1000 * seconds / count}
 
 
-def _commits_ms(server: Server) -> float:
-    """Return the milliseconds that all commits have taken so far."""
-    found = COMMITS.search(server.ask("GET", "/metrics").content)
-    if found is None:
-        raise SystemExit("the server's metrics have no duration of commits")
-    return float(found[1]) * 1000
+def _commits(server: Server) -> tuple[float, float]:
+    """Return how many commits there were so far, and how many seconds they took."""
+    time.sleep(SCRAPE_KEPT_S)
+    text = server.ask("GET", "/metrics").content.decode()
+    found = dict(COMMITS.findall(text))
+    return float(found["count"]), float(found["sum"])
 
 
 def _rows(network: Network, what: str, rounds: Sequence[Round]) -> Iterator[Row]:
@@ -155,11 +150,11 @@ def _rows(network: Network, what: str, rounds: Sequence[Round]) -> Iterator[Row]
         ours <= goal,
     )
     parts = {name: median(each.parts[name] for each in rounds) for name in rounds[0].parts}
-    beside = parts.pop("hashing")
+    beside = [parts.pop(name) for name in ("hashing", "one commit")]
     parts["all else"] = ours - sum(parts.values())
     yield Row(
-        f"{label}: {', '.join(parts)}; hashing beside that; sha256sum, cp",
-        ", ".join(f"{took_ms:.1f}" for took_ms in (*parts.values(), beside)),
+        f"{label}: {', '.join(parts)}; beside that hashing; of that one commit; sha256sum, cp",
+        "; ".join(", ".join(f"{took_ms:.1f}" for took_ms in each) for each in (parts.values(), beside)),
         f"{hashing:.1f}, {copying:.1f} ms",
         None,
     )

@@ -46,6 +46,7 @@ class LoadFiles:
         self._model_id, self._version = model_id, version
         self._lock = threading.Lock()
         self._looked_ns: int | None = None
+        self._is_found_by_look = False
         self._running = 0
         self.pieces = 0
         self._cancelled = self._closed = False
@@ -70,9 +71,9 @@ class LoadFiles:
 
         def look() -> Sequence[FileStat]:
             seen, stored = self._contents.look(self._model_id, self._version)
+            self._looked_ns = time.monotonic_ns()
             if stored is not None:
-                self._looked_ns = time.monotonic_ns()
-                self._set_found(stored)
+                self._is_found_by_look = self._set_found(stored)
                 with suppress(RuntimeError):  # the loop is closed: the server has stopped
                     loop.call_soon_threadsafe(self._release_if_idle)
             return seen
@@ -85,13 +86,16 @@ class LoadFiles:
         Raises:
             RepositoryBusy: `repository_busy`, nothing of them could be read for `LOAD_LIMIT_S`.
         """
-        await self._forget_old_look()
+        is_fresh = self._looked_ns is not None and time.monotonic_ns() - self._looked_ns <= FRESH_NS
+        if self._is_found_by_look and not is_fresh:
+            await self._forget_found()
         if expected is not None and self.found is None and self._contents.store is not None:
             await asyncio.shield(
                 self._start(partial(self._find, expected))
             )  # whatever the repository is like
         if self.found is None:
-            await self._check_answers()
+            if not is_fresh:
+                await self._check_answers()
             obtaining = self._start(partial(self._obtain, expected))
             await wait_with_progress(self._model_id, obtaining, lambda: self.pieces, LOAD_LIMIT_S)
         return self.version_files
@@ -134,10 +138,9 @@ class LoadFiles:
         file = repository.folder_of(self._model_id, self._version) / MODEL_FILE
         await repository.lookups.run(self._model_id, partial(os.access, file, os.R_OK), LOAD_LIMIT_S)
 
-    async def _forget_old_look(self) -> None:
-        if self._looked_ns is not None and time.monotonic_ns() - self._looked_ns > FRESH_NS:
-            self._looked_ns, old, self.found = None, self.version_files, None
-            await asyncio.shield(self._start(partial(self._contents.release, old)))
+    async def _forget_found(self) -> None:
+        old, self.found, self._is_found_by_look = self.version_files, None, False
+        await asyncio.shield(self._start(partial(self._contents.release, old)))
 
     def _find(self, expected: Sequence[LoadedFile]) -> None:
         found = self._contents.find(self._model_id, self._version, expected, self._is_cancelled)
@@ -147,13 +150,14 @@ class LoadFiles:
     def _obtain(self, expected: Sequence[LoadedFile] | None) -> None:
         self._set_found(self._contents.obtain(self._model_id, self._version, expected, self._is_cancelled))
 
-    def _set_found(self, files: VersionFiles) -> None:
-        """Keep the files unless others were found meanwhile."""
+    def _set_found(self, files: VersionFiles) -> bool:
+        """Keep the files unless others were found meanwhile; returns whether they are kept."""
         with self._lock:
             if self.found is None:
                 self.found = files
-                return
+                return True
         self._contents.release(files)
+        return False
 
     def _is_cancelled(self) -> bool:
         self.pieces += 1

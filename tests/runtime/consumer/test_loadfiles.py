@@ -1,5 +1,6 @@
 """The files of one load: a folder that hangs while they are copied ends the load, and nothing is left."""
 
+import asyncio
 import threading
 from pathlib import Path
 
@@ -32,6 +33,63 @@ async def test_folder_that_hangs_beneath_a_model_that_answers(
     assert [file.path for file in (await again.obtain(None)).files] == ["data/w.bin", "model.onnx"]
     again.close()
     await nothing_incoming(tmp_path)
+
+
+async def stored(root: Path) -> ModelContents:
+    """Return the contents of a repository whose model `m` was loaded before, and is stored."""
+    write_version(root / "models", {"model.onnx": b"model"})
+    contents = ModelContents(Repository(root / "models"), opened_store(root))
+    files = LoadFiles(contents, "m", 1)
+    await files.obtain(None)
+    await files.hash()
+    await files.settle()
+    files.close()
+    await until(lambda: files.found is None)
+    return contents
+
+
+def held(contents: ModelContents) -> int:
+    assert contents.store is not None
+    return sum(contents.store._held.values())
+
+
+async def test_look_obtains_stored_files_until_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = await stored(tmp_path)
+    files = LoadFiles(contents, "m", 1)
+    (seen,) = await asyncio.to_thread(files.make_look())
+    assert seen.bytes == len(b"model")
+    found = files.found
+    assert found is not None
+    assert await files.obtain(None) is found
+    (tmp_path / "models" / "m" / "1" / "model.onnx").write_bytes(b"another model")
+    assert await files.obtain(None) is found
+    monkeypatch.setattr(loadfiles, "FRESH_NS", 0)
+    assert [file.bytes for file in (await files.obtain(None)).files] == [len(b"another model")]
+    assert held(contents) == 0
+    files.close()
+    await nothing_incoming(tmp_path)
+
+
+async def test_look_that_ends_after_its_load_leaves_nothing_held(tmp_path: Path) -> None:
+    contents = await stored(tmp_path)
+    files = LoadFiles(contents, "m", 1)
+    look = files.make_look()
+    files.close()
+    await asyncio.to_thread(look)
+    await until(lambda: files.found is None)
+    await until(lambda: held(contents) == 0)
+
+
+async def test_look_beside_a_comparison_leaves_one_hold(tmp_path: Path) -> None:
+    contents = await stored(tmp_path)
+    files = LoadFiles(contents, "m", 1)
+    await files.obtain(None)
+    await asyncio.to_thread(files.make_look())
+    assert held(contents) == 1
+    files.close()
+    await until(lambda: held(contents) == 0)
 
 
 async def test_lack_of_threads_fails_the_load_and_releases_its_files(

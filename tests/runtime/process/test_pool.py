@@ -12,6 +12,7 @@ import uvloop
 from support import models
 from support.workers import (
     LIMIT_S,
+    TOUCHED_BYTES,
     Serve,
     ask,
     floats,
@@ -36,10 +37,6 @@ from runtime.process.pool import WorkerPool, complete
 def _only_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork no worker ahead after a start; only when asked to."""
     monkeypatch.setattr(pool_module, "FORK_AHEAD_S", LIMIT_S)
-
-
-TOUCHED_BYTES = 2_300_000
-"""A worker takes 2 MB when it waits for its order, and 2.7 MB when it has run the smallest model."""
 
 
 def pids(pool: WorkerPool) -> list[int]:
