@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -28,8 +27,9 @@ T = TypeVar("T")
 THREAD = "files of a load"
 RETRY_S = 1.0
 """Pause before files are given back in a thread, after there was none."""
-FRESH_NS = 1_000_000_000
-"""A look at a load's files holds for so long: one that waits longer, as for memory, looks again."""
+FRESH_S = 1.0
+"""How long a look at a load's files counts, and stored ones are held for it: a load that waits longer, as for
+memory, looks again."""
 
 
 class LoadFiles:
@@ -45,8 +45,7 @@ class LoadFiles:
         self._contents = contents
         self._model_id, self._version = model_id, version
         self._lock = threading.Lock()
-        self._looked_ns: int | None = None
-        self._is_found_by_look = False
+        self._is_fresh = self._is_found_by_look = False
         self._running = 0
         self.pieces = 0
         self._cancelled = self._closed = False
@@ -71,11 +70,9 @@ class LoadFiles:
 
         def look() -> Sequence[FileStat]:
             seen, stored = self._contents.look(self._model_id, self._version)
-            self._looked_ns = time.monotonic_ns()
-            if stored is not None:
-                self._is_found_by_look = self._set_found(stored)
-                with suppress(RuntimeError):  # the loop is closed: the server has stopped
-                    loop.call_soon_threadsafe(self._release_if_idle)
+            is_kept = stored is not None and self._set_found(stored)
+            with suppress(RuntimeError):  # the loop is closed: the server has stopped
+                loop.call_soon_threadsafe(self._note_look, is_kept)
             return seen
 
         return look
@@ -86,15 +83,13 @@ class LoadFiles:
         Raises:
             RepositoryBusy: `repository_busy`, nothing of them could be read for `LOAD_LIMIT_S`.
         """
-        is_fresh = self._looked_ns is not None and time.monotonic_ns() - self._looked_ns <= FRESH_NS
-        if self._is_found_by_look and not is_fresh:
-            await self._forget_found()
+        self._is_found_by_look = False
         if expected is not None and self.found is None and self._contents.store is not None:
             await asyncio.shield(
                 self._start(partial(self._find, expected))
             )  # whatever the repository is like
         if self.found is None:
-            if not is_fresh:
+            if not self._is_fresh:
                 await self._check_answers()
             obtaining = self._start(partial(self._obtain, expected))
             await wait_with_progress(self._model_id, obtaining, lambda: self.pieces, LOAD_LIMIT_S)
@@ -138,9 +133,16 @@ class LoadFiles:
         file = repository.folder_of(self._model_id, self._version) / MODEL_FILE
         await repository.lookups.run(self._model_id, partial(os.access, file, os.R_OK), LOAD_LIMIT_S)
 
-    async def _forget_found(self) -> None:
-        old, self.found, self._is_found_by_look = self.version_files, None, False
-        await asyncio.shield(self._start(partial(self._contents.release, old)))
+    def _note_look(self, is_found: bool) -> None:  # noqa: FBT001 - called by the loop
+        self._is_fresh, self._is_found_by_look = True, is_found
+        asyncio.get_running_loop().call_later(FRESH_S, self._forget_look)
+        self._release_if_idle()
+
+    def _forget_look(self) -> None:
+        self._is_fresh = False
+        if self._is_found_by_look:
+            self._is_found_by_look = False
+            self._release_found()
 
     def _find(self, expected: Sequence[LoadedFile]) -> None:
         found = self._contents.find(self._model_id, self._version, expected, self._is_cancelled)
@@ -178,7 +180,11 @@ class LoadFiles:
         self._release_if_idle()
 
     def _release_if_idle(self) -> None:
-        if self._closed and not self._running and self.found is not None:
+        if self._closed and not self._running:
+            self._release_found()
+
+    def _release_found(self) -> None:
+        if self.found is not None:
             try:
                 threading.Thread(target=self._contents.release, args=(self.found,), name=THREAD).start()
             except RuntimeError:  # no new thread

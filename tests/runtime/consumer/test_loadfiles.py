@@ -53,9 +53,8 @@ def held(contents: ModelContents) -> int:
     return sum(contents.store._held.values())
 
 
-async def test_look_obtains_stored_files_until_it_is_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_look_obtains_stored_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loadfiles, "FRESH_S", 0.01)
     contents = await stored(tmp_path)
     files = LoadFiles(contents, "m", 1)
     (seen,) = await asyncio.to_thread(files.make_look())
@@ -63,11 +62,22 @@ async def test_look_obtains_stored_files_until_it_is_old(
     found = files.found
     assert found is not None
     assert await files.obtain(None) is found
+    await until(lambda: not files._is_fresh)
+    assert (files.found, held(contents)) == (found, 1)
+    files.close()
+    await until(lambda: held(contents) == 0)
+
+
+async def test_load_that_waits_holds_nothing_and_looks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loadfiles, "FRESH_S", 0.0)
+    contents = await stored(tmp_path)
+    files = LoadFiles(contents, "m", 1)
+    await asyncio.to_thread(files.make_look())
+    await until(lambda: files.found is None and held(contents) == 0)
     (tmp_path / "models" / "m" / "1" / "model.onnx").write_bytes(b"another model")
-    assert await files.obtain(None) is found
-    monkeypatch.setattr(loadfiles, "FRESH_NS", 0)
     assert [file.bytes for file in (await files.obtain(None)).files] == [len(b"another model")]
-    assert held(contents) == 0
     files.close()
     await nothing_incoming(tmp_path)
 
