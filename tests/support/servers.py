@@ -78,7 +78,11 @@ class Server:
 
     async def forked_ahead(self) -> None:
         """Wait until there is a worker for the next load, as there is whenever the server is at rest."""
-        await until(lambda: len(list_descendants(self.pid)) > len(self.children()))
+        await until(lambda: self.without_order() != [])
+
+    def without_order(self) -> list[int]:
+        """Return the process ids of workers that wait for an order."""
+        return [pid for pid in list_descendants(self.pid) if pid not in self.children()]
 
     def worker(self) -> int:
         """Return the process id of the newest worker."""

@@ -32,15 +32,17 @@ async def test_stopped_server_accuses_no_process_when_it_goes_on(config: Config)
         await server.api.load("loop")
         loop, stop = server.worker(), asyncio.Event()
         clients = [asyncio.create_task(send_until(stop, server)) for _ in range(3)]
+        await server.forked_ahead()
         processes = server.children()
+        asked = [loop, processes[0], *server.without_order()]
         # What was asked of these is answered while the server is stopped, and so read after its limit.
-        for pid in (loop, processes[0]):
+        for pid in asked:
             await freeze(pid)
         assert (await server.api.infer("loop", ENDLESS, parameters={"timeout": 1000})).status == 504
         job = await server.api.accepted_load("later")
         await server.api.job_when(job["id"], stage="starting")
         await freeze(server.pid)
-        for pid in (loop, processes[0]):
+        for pid in asked:
             resume(pid)
         await asyncio.sleep(STALL_S)
         os.kill(server.pid, signal.SIGCONT)
