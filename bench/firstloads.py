@@ -110,10 +110,11 @@ def _load(server: Server, model_id: str) -> tuple[float, dict[str, float]]:
 
     What the ledger's times do not contain is HTTP, and the commit of `ModelLoaded`.
     """
-    before = _commits(server)
+    before = _commits(server, 0)
     took_ms = server.load(model_id)
     server.unload(model_id)
-    count, seconds = (after - earlier for after, earlier in zip(_commits(server), before, strict=True))
+    after = _commits(server, before[0] + 1)
+    count, seconds = (now - then for now, then in zip(after, before, strict=True))
     (data,) = server.newest_events(f"type=ModelLoaded&model={model_id}", 1)
     durations = data["durations"]
     parts = {name: (durations[key] or 0) / 1000 for name, key in STAGES.items()}
@@ -121,12 +122,13 @@ def _load(server: Server, model_id: str) -> tuple[float, dict[str, float]]:
     return took_ms, {"HTTP, last commit": http_ms, **parts, "one commit": 1000 * seconds / count}
 
 
-def _commits(server: Server) -> tuple[float, float]:
-    """Return how many commits there were so far, and how many seconds they took."""
-    time.sleep(SCRAPE_KEPT_S)
-    text = server.ask("GET", "/metrics").content.decode()
-    found = dict(COMMITS.findall(text))
-    return float(found["count"]), float(found["sum"])
+def _commits(server: Server, at_least: float) -> tuple[float, float]:
+    """Return how many commits there were so far, once there were so many, and how many seconds they took."""
+    while True:
+        time.sleep(SCRAPE_KEPT_S)
+        found = dict(COMMITS.findall(server.ask("GET", "/metrics").content.decode()))
+        if float(found["count"]) >= at_least:
+            return float(found["count"]), float(found["sum"])
 
 
 def _rows(network: Network, what: str, rounds: Sequence[Round]) -> Iterator[Row]:
