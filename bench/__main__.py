@@ -250,14 +250,14 @@ def _conditions(choice: Choice, busy: float) -> str:
             "environment; warm page cache, the same threads and warm-up inference on zeros in both. The goal "
             f"of a first load: {firstloads.RATIO_GOAL:.2f} of a bare session, or that + "
             f"{firstloads.ABOVE_GOAL_MS:.0f} ms, or sha256sum of its files if that takes longer; and cp of "
-            "them. HTTP is what the client waits for beyond the load that the ledger records; commits are "
-            "those of its three events."
+            "them. HTTP is what the client waits for beyond the load that the ledger records; one commit is "
+            "the mean of those of a load and its unload."
         )
     if "prepared" in choice.parts:
         told.append(
             f"Prepared: request to ready, medians of {choice.repeats}, later loads and bare sessions in "
-            "turn, none with a warm-up. Their "
-            "inferences: the quickest of many, asked in turn through both servers, medians of "
+            "turn, none with a warm-up. Their inferences: the quickest of many, asked in turn through both "
+            "servers, medians of "
             f"{choice.rounds} pairs of workers. Memory: of workers that ran once; of several, the sum of "
             "their proportional set sizes."
         )

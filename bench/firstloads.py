@@ -30,7 +30,7 @@ STAGES = {
 """Of a load, as `ModelLoaded` has them; hashing runs beside the session."""
 COMMITS = re.compile(r"^loadledger_ledger_commit_duration_seconds_(count|sum) (\S+)$", re.MULTILINE)
 SCRAPE_KEPT_S = 0.15
-"""Beyond what the server keeps an answer of `/metrics` for."""
+"""Longer than the server keeps an answer of `/metrics`."""
 AS_SERVED, NO_WARM_UP = "", "[warm_up]\nenabled = false\n"
 """As `loadledger.toml`."""
 
@@ -92,7 +92,7 @@ def _rounds(server: Server, network: Network, repeats: int, settings: str) -> li
 
 
 def _round(server: Server, model_id: str, path: Path, *, ours_first: bool, runs: bool) -> Round:
-    """Measure both; if ours is first, the bare session runs if that did, else if it `runs`."""
+    """Measure both; the bare session runs an inference if ours did, or as `runs` says if it comes first."""
     files = sorted(path.parent.iterdir())
     costs = baselines.measure_files(files, server.repository.parent)
     written_before = server.written_bytes()

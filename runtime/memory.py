@@ -96,15 +96,16 @@ def list_descendants(pid: int) -> list[int]:
 
 
 def list_workers(pid: int) -> list[int]:
-    """Return the process ids of a server's workers that have an order; without one they have one thread."""
-    return [each for each in list_descendants(pid)[1:] if _count_threads(each) > 1]
+    """Return the process ids of a server's workers that have an order; the pre-forked one has none."""
+    return [each for each in list_descendants(pid)[1:] if has_order(each)]
 
 
-def _count_threads(pid: int) -> int:
+def has_order(pid: int) -> bool:
+    """Whether a worker has an order: its second thread starts with that. One that has ended has none."""
     try:
-        return len(os.listdir(f"{PROC}/{pid}/task"))  # noqa: PTH208 - names
-    except (FileNotFoundError, ProcessLookupError):  # it has ended
-        return 0
+        return len(os.listdir(f"{PROC}/{pid}/task")) > 1  # noqa: PTH208 - names
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def tree_bytes(pid: int) -> int:

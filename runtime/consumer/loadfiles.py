@@ -28,8 +28,8 @@ THREAD = "files of a load"
 RETRY_S = 1.0
 """Pause before files are given back in a thread, after there was none."""
 FRESH_S = 1.0
-"""How long a look at a load's files counts, and stored ones are held for it: a load that waits longer, as for
-memory, looks again."""
+"""A load that starts later than this after the look at its files, as one that waits for memory, looks again,
+and holds no stored files until then."""
 
 
 class LoadFiles:

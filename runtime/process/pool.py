@@ -312,7 +312,7 @@ class PreforkedWorker:
         self._timer: asyncio.TimerHandle | None = None
 
     def fork_ahead(self) -> None:
-        """Begin to fork one, if there is none; a failure is repeated."""
+        """Begin to fork one, if there is none; after a failure another is begun."""
         if self._coming is not None:
             return
         self._coming = task = start_task(self._fork(_UNTAKEN), "forking ahead")

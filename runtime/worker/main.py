@@ -50,22 +50,15 @@ BUSY_POLL_NS = 400_000
 """A worker whose last request came within this time busy-polls for this time: at one client of a small model
 requests come every 300 µs (measured), and it answers 1.4 times as many. With fewer requests it sleeps."""
 IDLE_MS = 20
-"""A worker without an order for so long was forked ahead of its load."""
+"""A worker without an order for so long is the pre-forked one. It runs the smallest model then, and so
+touches what any session uses. After a fork each first touch of a page is a fault, some 2 us on a virtual
+machine: of 540 in the session of a small model, 250 are left (measured). It takes 1 to 3 ms, and 1 MB."""
 STACK_BYTES = 512 * 2**10
 """Stack of our own threads, which do little. The usual 8 MiB would count against a memory limit."""
 
 
 def prepare() -> None:
     """Do once, in the fork server, what every worker would do first."""
-    run_smallest_model()
-
-
-def touch_memory() -> None:
-    """Touch the memory that any load uses, so that a load of a worker forked ahead need not.
-
-    After a fork each first touch of a page is a fault, which costs some 2 us on a virtual machine: of 540 in
-    the session of a small model, this leaves 250 (measured). It takes 1 to 3 ms, and 1 MB of private memory.
-    """
     run_smallest_model()
 
 
@@ -96,7 +89,7 @@ class _Worker:
     def serve(self) -> None:
         """Answer requests until the channel ends; those read at once are answered at once."""
         if not self._poll.poll(IDLE_MS):
-            touch_memory()
+            run_smallest_model()
         while self._read():
             if self._queue is not None and self._executor is not None:
                 self._serve_batches(self._queue, self._executor)

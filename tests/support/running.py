@@ -44,7 +44,6 @@ from support.workers import (
     array,
     floats,
     freeze,
-    has_order,
     trips,
     unhurried,
     until,
@@ -260,7 +259,7 @@ class Engine:
         known = {worker.pid: worker.worker_id for worker in self.pool._workers}
         coming = self.pool._preforked._coming
         if coming is not None and not coming.done():
-            pids = [pid for pid in pids if pid in known or has_order(pid)]
+            pids = [pid for pid in pids if pid in known or memory.has_order(pid)]
         return [pid for pid in pids if known.get(pid) != pool_module._UNTAKEN]
 
     async def loading(self, model_id: str) -> RunningLoad:

@@ -171,13 +171,6 @@ TOUCHED_BYTES = 2_300_000
 """A worker takes 2 MB when it waits for its order, and 2.7 MB when it has run the smallest model."""
 
 
-def has_order(pid: int) -> bool:
-    """Whether a worker has been told what to do: from then on it has more than one thread."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has exited
-        return threads(pid) > 1
-    return False
-
-
 def threads(pid: int) -> int:
     """Count a process's threads."""
     return len(list(Path(f"/proc/{pid}/task").iterdir()))

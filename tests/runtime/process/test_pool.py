@@ -136,7 +136,7 @@ async def test_next_worker_is_forked_soon_after_a_start(
     assert (await pool.start("third")).worker_id == "third"
 
 
-async def test_worker_forked_ahead_has_no_thread_that_confinement_would_miss(pool: WorkerPool) -> None:
+async def test_pre_forked_worker_has_one_thread(pool: WorkerPool) -> None:
     pid = await forked_ahead(pool)
     await until(lambda: memory.private_bytes(pid) > TOUCHED_BYTES)
     assert threads(pid) == 1
