@@ -239,8 +239,7 @@ class Store:
                 return None
             self._use(digest)
         try:
-            is_usable = rehashes or self._is_unchanged(manifest)
-            usable = self._verify_for_use(manifest, is_cancelled) if is_usable else None
+            usable = self._verify_for_use(manifest, is_cancelled, rehashes=rehashes)
         except BaseException:
             self.release(digest)
             raise
@@ -352,9 +351,13 @@ class Store:
                 raise  # where there are no more links, or none at all, the version keeps a file of its own
         return file
 
-    def _verify_for_use(self, manifest: StoredManifest, is_cancelled: IsCancelled) -> StoredManifest | None:
+    def _verify_for_use(
+        self, manifest: StoredManifest, is_cancelled: IsCancelled, *, rehashes: bool
+    ) -> StoredManifest | None:
         if self._is_unchanged(manifest):
             return manifest
+        if not rehashes:
+            return None
         folder = self._folder.version(manifest.digest) / FILES
         try:
             files = rehash_files(folder, manifest.files, is_cancelled)
