@@ -167,8 +167,18 @@ def computing(pid: int) -> Callable[[], bool]:
     return lambda: _ticks(pid) > before
 
 
-TOUCHED_BYTES = 2_300_000
-"""A worker takes 2 MB when it waits for its order, and 2.7 MB when it has run the smallest model."""
+MAX_DESCRIPTOR = 2**20
+
+
+def has_run_smallest_model(pid: int) -> bool:
+    """Tell whether a worker without an order has run the smallest model.
+
+    Until then it sleeps in a poll, whose first argument is an address, and from then on in a receive, whose
+    first argument is a descriptor. The memory that it takes depends on Python and on huge pages.
+    """
+    task = Path(f"/proc/{pid}/task/{pid}")
+    _, *arguments = (task / "syscall").read_text().split()
+    return bool(arguments) and int(arguments[0], 16) < MAX_DESCRIPTOR and _fields(task)[0] == "S"
 
 
 def threads(pid: int) -> int:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from support.servers import LIMIT_S, MODULE, clean_environment
-from support.workers import TOUCHED_BYTES, freeze, until
+from support.workers import freeze, has_run_smallest_model, until
 
 from loadledger.cli import demo
-from runtime.memory import PROC, list_descendants, parse_field, private_bytes
+from runtime.memory import PROC, list_descendants, parse_field
 
 MB = 2**20
 
@@ -70,7 +70,7 @@ def settled_memory(server: demo._Server) -> int:
     limit = time.monotonic() + LIMIT_S
     while time.monotonic() < limit:
         _, *ahead = list_descendants(server.process.pid)
-        if ahead and private_bytes(ahead[0]) > TOUCHED_BYTES:
+        if ahead and has_run_smallest_model(ahead[0]):
             return server.memory_bytes()
         time.sleep(0.01)
     raise AssertionError("no worker was forked ahead")

@@ -12,12 +12,12 @@ import uvloop
 from support import models
 from support.workers import (
     LIMIT_S,
-    TOUCHED_BYTES,
     Serve,
     ask,
     floats,
     fork_server_of,
     freeze,
+    has_run_smallest_model,
     load,
     order_of,
     resume,
@@ -26,7 +26,6 @@ from support.workers import (
     until,
 )
 
-from runtime import memory
 from runtime.errors import Exit
 from runtime.memory import list_descendants
 from runtime.process import pool as pool_module
@@ -138,7 +137,7 @@ async def test_next_worker_is_forked_soon_after_a_start(
 
 async def test_pre_forked_worker_has_one_thread(pool: WorkerPool) -> None:
     pid = await forked_ahead(pool)
-    await until(lambda: memory.private_bytes(pid) > TOUCHED_BYTES)
+    await until(lambda: has_run_smallest_model(pid))
     assert threads(pid) == 1
 
 
