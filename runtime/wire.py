@@ -391,7 +391,12 @@ def heads(tensors: Sequence[Tensor], offsets: Iterable[int | None] = repeat(None
     pairs = zip(tensors, offsets, strict=False)
     described = tuple([TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text, at) for t, at in pairs])
     for head in described:
-        _check_head(head)
+        if len(head.name) > MAX_NAME_CHARACTERS:
+            raise MalformedFrame(f"a name of more than {MAX_NAME_CHARACTERS} characters")
+        shape = head.shape
+        if len(shape) > MAX_DIMENSIONS or (shape and not 0 <= min(shape) <= max(shape) < 2**63):
+            raise MalformedFrame("a tensor of a shape or size that cannot be")
+        _check_size(head)
     return described
 
 
@@ -472,7 +477,7 @@ def decode_header(header: memoryview, decoder: msgspec.msgpack.Decoder[M]) -> M:
 def _cut_tensors(message: Message, payload: memoryview, locate: Locate | None) -> tuple[Tensor, ...]:
     tensors, position = [], 0
     for head in getattr(message, "tensors", ()):
-        _check_head(head)
+        _check_size(head)
         if head.at is None:
             data = payload[position : position + head.size]
             position += head.size
@@ -486,14 +491,9 @@ def _cut_tensors(message: Message, payload: memoryview, locate: Locate | None) -
     return tuple(tensors)
 
 
-def _check_head(head: TensorHead) -> None:
+def _check_size(head: TensorHead) -> None:
     datatype = DATATYPES.get(head.datatype)
     if datatype is None:
         raise MalformedFrame(f"no such datatype: {plain_text(head.datatype, 64)}")
-    if len(head.name) > MAX_NAME_CHARACTERS:
-        raise MalformedFrame(f"a name of more than {MAX_NAME_CHARACTERS} characters")
-    shape = head.shape
-    if len(shape) > MAX_DIMENSIONS or (shape and not 0 <= min(shape) <= max(shape) < 2**63):
-        raise MalformedFrame("a tensor of a shape or size that cannot be")
-    if datatype.size and not head.text and math.prod(shape) * datatype.size != head.size:
+    if datatype.size and not head.text and math.prod(head.shape) * datatype.size != head.size:
         raise MalformedFrame("a tensor whose data is not of its shape")

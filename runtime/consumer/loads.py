@@ -132,7 +132,7 @@ class RunningLoad:
         """The workers that take inferences: loaded, alive, and not being ended."""
         if self.report is None or self.draining:
             return ()
-        return tuple(worker for worker in self.workers if not worker.dying)
+        return tuple([worker for worker in self.workers if not worker.dying])
 
     @property
     def unexpected_exits(self) -> list[Worker]:
