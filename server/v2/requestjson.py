@@ -102,7 +102,7 @@ _ENCODER = msgspec.json.Encoder()
 _NOTHING_YET = msgspec.Raw(b"0")
 _COUNTED_BYTES = 4096
 """In a longer text, replacing a byte takes a fiftieth of the time of counting it, since it uses memchr."""
-_ESCAPED_COLON = rb"\u003"
+_BACKSLASH, _ESCAPED_COLON = b"\\", rb"\u003"
 _NESTED = frozenset({dict, list})
 _ANYTHING = msgspec.json.Decoder()
 _DATA_KEY = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*')
@@ -157,7 +157,7 @@ def _check_keys(text: Buffer, request: JsonRequest) -> None:
     whole = bytes(text)
     more = _count_colons(whole) - _count_members(request)
     is_known = not more or more == _colons_in_strings(request)
-    if is_known and _ESCAPED_COLON not in whole:
+    if is_known and (_BACKSLASH not in whole or _ESCAPED_COLON not in whole):  # one byte is found sooner
         return
     rest = _without_escaped_colons(_without_data(whole, request))
     if _count_colons(rest) != _count_all(_ANYTHING.decode(rest)):
