@@ -477,7 +477,7 @@ def decode_header(header: memoryview, decoder: msgspec.msgpack.Decoder[M]) -> M:
 def _cut_tensors(message: Message, payload: memoryview, locate: Locate | None) -> tuple[Tensor, ...]:
     tensors, position = [], 0
     for head in getattr(message, "tensors", ()):
-        _check_size(head)
+        _check_size(head)  # name and shape are within their limits, which are the decoder's, too
         if head.at is None:
             data = payload[position : position + head.size]
             position += head.size
