@@ -315,6 +315,8 @@ class PreforkedWorker:
         """Begin to fork one, if there is none; after a failure another is begun."""
         if self._coming is not None:
             return
+        if self._timer is not None:  # asked for before its time
+            self._timer.cancel()
         self._coming = task = start_task(self._fork(_UNTAKEN), "forking ahead")
         self._tasks.add(task)
         task.add_done_callback(self._on_forked)

@@ -187,6 +187,17 @@ async def test_closed_pool_leaves_no_pre_forked_worker(*, is_there: bool) -> Non
     assert not pool._preforked._tasks
 
 
+@pytest.mark.usefixtures("_only_asked")
+async def test_closed_pool_forks_nothing_later() -> None:
+    timers: list[asyncio.TimerHandle | None] = []
+    async with running_pool() as pool:
+        for name in ("first", "second"):  # asked for before the pool would have by itself
+            await forked_ahead(pool)
+            await pool.start(name)
+            timers.append(pool._preforked._timer)
+    assert [timer is not None and timer.cancelled() for timer in timers] == [True, True]
+
+
 # Work that a cancelled task completes
 
 
