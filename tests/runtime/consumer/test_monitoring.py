@@ -24,8 +24,9 @@ from runtime.consumer.consumer import WorkerMonitor
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
 
-GROWTH_BYTES = 40_000_000
-"""What the model `grows` takes when it is asked to, and keeps: ONNX Runtime's arena gives nothing back."""
+GROWTH_BYTES = 33_500_000
+"""What the model `grows` takes when it is asked to, and keeps: ONNX Runtime's arena gives nothing back, and
+takes powers of two, of 40 MB first 64, and after refusals 42."""
 
 
 @pytest.fixture(autouse=True)
