@@ -128,7 +128,7 @@ def is_out_of_memory(text: str) -> bool:
 
 
 def run_smallest_model() -> None:
-    """Create, run and drop the smallest session, before workers are forked.
+    """Create, run and drop the smallest session: in the fork server, and in the pre-forked worker.
 
     With its first session ONNX Runtime registers its operators: 3 ms and 10 MB, which every worker would
     otherwise spend again (measured with 1.31). The process has one thread then, as before, and no

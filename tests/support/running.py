@@ -39,16 +39,7 @@ from runtime.statistics import InferenceTimes
 from runtime.wire import Tensor, WantedOutput
 from support import models
 from support.store import opened_store
-from support.workers import (
-    LIMIT_S,
-    array,
-    floats,
-    freeze,
-    trips,
-    unhurried,
-    until,
-    waits_for_its_order,
-)
+from support.workers import LIMIT_S, array, floats, freeze, trips, unhurried, until, waits_for_its_order
 
 D = TypeVar("D", bound=Data)
 

@@ -22,7 +22,7 @@ from events.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.sqlite.queries import PAGE
 from events.types import Event
-from runtime.memory import list_descendants, list_workers
+from runtime.memory import has_order, list_descendants, list_workers
 from server.config import Config
 from support.http import Api
 from support.workers import until, wait_gone
@@ -82,7 +82,7 @@ class Server:
 
     def without_order(self) -> list[int]:
         """Return the process ids of workers that wait for an order."""
-        return [pid for pid in list_descendants(self.pid) if pid not in self.children()]
+        return [pid for pid in list_descendants(self.pid)[1:] if not has_order(pid)]
 
     def worker(self) -> int:
         """Return the process id of the newest worker."""

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,20 +64,18 @@ async def test_server_that_does_not_stop_is_killed(repository: Path, tmp_path: P
         context.__exit__(None, None, None)
 
 
-def settled_memory(server: demo._Server) -> int:
-    """Return the memory of all processes once a worker waits for a load, and has run the smallest model."""
-    limit = time.monotonic() + LIMIT_S
-    while time.monotonic() < limit:
-        _, *ahead = list_descendants(server.process.pid)
-        if ahead and has_run_smallest_model(ahead[0]):
-            return server.memory_bytes()
-        time.sleep(0.01)
-    raise AssertionError("no worker was forked ahead")
+def has_settled(server: demo._Server) -> bool:
+    """Tell whether a worker waits for the next load, and has run the smallest model."""
+    _, *ahead = list_descendants(server.process.pid)
+    return bool(ahead) and has_run_smallest_model(ahead[0])
 
 
-def test_memory_figure_ignores_other_processes_with_same_libraries(repository: Path, tmp_path: Path) -> None:
+async def test_memory_figure_ignores_other_processes_with_same_libraries(
+    repository: Path, tmp_path: Path
+) -> None:
     with demo._serve(repository, tmp_path / "data") as server:
-        alone = settled_memory(server)
+        await until(lambda: has_settled(server))
+        alone = server.memory_bytes()
         with other_process():
             assert abs(server.memory_bytes() - alone) < MB
         assert abs(server.memory_bytes() - alone) < MB

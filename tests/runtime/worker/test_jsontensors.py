@@ -107,7 +107,7 @@ LARGEST = float(np.finfo(np.float32).max)
 JUST_ROUNDED_DOWN = math.nextafter(2.0**128 - 2.0**103, 0)
 
 
-@pytest.mark.parametrize("padding", [0, 2000])
+@pytest.mark.parametrize("padding", [0, 255, 1000, 2000])
 def test_number_beyond_float_range_is_refused_and_others_rounded(padding: int) -> None:
     zeros = [0.0] * padding
     shape = [padding + 1]
