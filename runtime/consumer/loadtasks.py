@@ -17,7 +17,6 @@ from events.types import LoadedFile
 from runtime.cache.manifest import CachedForm
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.loads import OUT_OF_MEMORY, FormUnusable, RunningLoad
-from runtime.contents import VersionFiles
 from runtime.errors import ForkServerUnavailable, LoadRefused, NoProgress, RuntimeProblem, WorkerDied
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, LimitPassed, time_limit
 from runtime.lookups import LOAD_LIMIT_S, RepositoryBusy
@@ -71,24 +70,12 @@ async def _load_in_time(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[
 async def _load_instances(load: RunningLoad, pool: WorkerPool, order: Load) -> Loaded:
     """Load in the first worker while its files are hashed; the others load what was settled then."""
     load.reach_stage("starting")
-    loaded = asyncio.Event()
-    settling = start_task(_settle(load, loaded), "hashing a model")
-    try:
-        first = await _load_instance(
-            load, pool, order, load.worker_id, time.monotonic_ns(), on_loaded=loaded.set
-        )
-        settled = await settling
-    finally:
-        settling.cancel()
+    hashing = start_task(load.files.hash(), "hashing a model")
+    first = await _load_instance(load, pool, order, load.worker_id, time.monotonic_ns())
+    await hashing
+    settled = await load.files.settle()
     await _load_rest(load, pool, replace(order, root=str(settled.root), folder=str(settled.folder)))
     return first
-
-
-async def _settle(load: RunningLoad, loaded: asyncio.Event) -> VersionFiles:
-    """Hash the files, and settle them when the first worker has loaded: that moves their folder."""
-    await load.files.hash()
-    await loaded.wait()
-    return await load.files.settle()
 
 
 async def build_order(
@@ -151,21 +138,9 @@ async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
 
 
 async def _load_instance(
-    load: RunningLoad,
-    pool: WorkerPool,
-    order: Load,
-    worker_id: str,
-    began_ns: int,
-    *,
-    on_loaded: Callable[[], None] = lambda: None,
+    load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
 ) -> Loaded:
-    """Start a worker and load the model in it; `on_loaded` is called before its memory is measured."""
-
-    def on_stage(stage: str) -> None:
-        load.reach_stage(stage, worker_id)
-        if stage == "measuring":
-            on_loaded()
-
+    """Start a worker and load the model in it."""
     worker = await _start_worker(pool, worker_id)
     load.workers.append(worker)
     load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
@@ -173,7 +148,7 @@ async def _load_instance(
     try:
         report = await worker.load(
             load.limit_memory(order),
-            on_stage,
+            lambda stage: load.reach_stage(stage, worker_id),
             load.warm_up_inputs,
             on_sample=lambda: load.check_allowance(worker),
         )
