@@ -37,7 +37,13 @@ from server.api.models import default_parameters
 from server.auth.keyring import read_public_keys
 from server.auth.keys import KeyProblem
 from server.config import AUTO, OFF, ON, Config, ConfigError
-from server.configsources import Mistake, raise_mistakes, read_settings, unknown_variables
+from server.configsources import (
+    Mistake,
+    default_folder,
+    raise_mistakes,
+    read_settings,
+    unknown_variables,
+)
 from server.http.tls import load_context
 
 OnVersion = Callable[[str], None]
@@ -87,12 +93,16 @@ class CheckResult:
 
 
 def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
-    """Return the configuration of a server.
+    """Return the configuration of a server; a user's own repository is created.
 
     Raises:
         ConfigError: with all mistakes of the settings and of the files that they name.
     """
     values, mistakes = read_settings(flags, environment, needed=("repository", "data"))
+    own = default_folder("models", environment)
+    if own is not None and values.get("repository") == own:
+        with suppress(OSError):  # below it says what is wrong
+            own.mkdir(mode=0o700, parents=True, exist_ok=True)
     raise_mistakes([*mistakes, *find_unusable_paths(values)])
     return Config(**values)
 

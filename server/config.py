@@ -6,7 +6,7 @@ The options of `serve` and `check` and the table in the documentation are genera
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -23,6 +23,8 @@ PREFIX = "LOADLEDGER_"
 AUTO = "auto"
 ON = "on"
 OFF = "off"
+FOLDERS = "~/.local/share/loadledger"
+"""Where a user's own directories are, as the XDG base directory specification has it by default."""
 MAX_TIMEOUT_S = 3600
 """Also the longest timeout that a request may choose."""
 MAX_BODY_BYTES = 64 * 2**20
@@ -43,6 +45,31 @@ _RATE = re.compile(
 )
 
 Validator = Callable[[Any], object]
+
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "Files and address": ("repository", "data", "host", "port"),
+    "Memory and what is loaded": (
+        *("memory_budget", "max_loaded", "evict", "min_residency_s", "keep_alive_s", "on_demand", "restore"),
+    ),
+    "Loads": (
+        *("loads_at_once", "threads", "strategy", "timeout_s", "progress_timeout_s", "drain_timeout_s"),
+        *("warm_up", "prepare", "prepared_size", "huge_pages"),
+    ),
+    "Inference": ("inference_timeout_s", "inference_grace_s", "inference_queue", "max_json_bytes"),
+    "Copies of models, and confinement": (
+        *("store", "store_size", "repository_immutable", "confine", "ledger_stderr"),
+    ),
+    "Tokens": ("jwt_audience", "jwt_issuer", "jwt_keys", "jwt_roles_claim"),
+    "Connections, TLS and proxies": (
+        *("tls_cert", "tls_key", "trusted_proxies", "forwarded_header", "max_connections", "head_timeout_s"),
+        *("idle_timeout_s", "streams_per_subject"),
+    ),
+    "Rate limits": ("limit_management", "limit_inference", "limit_reads", "limit_auth_failures"),
+    "Logs, traces and metrics": (
+        *("log_format", "log_level", "log_inferences", "otel", "trace_inferences", "metrics"),
+    ),
+}
+"""The settings by what they are about, as the help and the documentation list them."""
 
 
 class ConfigError(Exception):
@@ -142,12 +169,17 @@ def setting(default: Any, help_text: str, validator: Validator | None = None) ->
     return field(default=default, metadata={"help": help_text, "validator": validator})
 
 
+def own_folder(name: str, help_text: str) -> Any:
+    """Return a field for a directory; a user's own is `name` in `default_folder`."""
+    return field(metadata={"help": help_text, "folder": name})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The settings of one server. Nothing here reads the environment or files."""
 
-    repository: Path = field(metadata={"help": "Directory of models, as MODEL/VERSION/model.onnx."})
-    data: Path = field(metadata={"help": "Directory of the ledger and the keys; created when it is missing."})
+    repository: Path = own_folder("models", "Directory of models, as MODEL/VERSION/model.onnx.")
+    data: Path = own_folder("data", "Directory of the ledger and the keys; created when it is missing.")
     host: str = setting("127.0.0.1", "Address to listen on.", _check_printable)
     port: int = setting(8080, "Port to listen on; 0 picks a free one.", validate.Range(0, 65535))
     tls_cert: Path | None = setting(
@@ -384,12 +416,17 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One field of the configuration, with its option and variable; the name is the key in the file."""
+    """One field of the configuration, with its option and variable; the name is the key in the file.
+
+    Attributes:
+        folder: name of the user's own directory, for a setting whose default it is.
+        default: as it is shown.
+    """
 
     name: str
     help: str
     kind: type
-    required: bool
+    folder: str | None
     default: Any
     validator: Validator | None
 
@@ -416,12 +453,12 @@ def settings() -> tuple[Setting, ...]:
 
 def _describe_setting(entry: "dataclasses.Field[Any]") -> Setting:
     kind = (get_args(entry.type) or (entry.type,))[0]  # of `Path | None` the path
-    required = entry.default is dataclasses.MISSING
+    folder = entry.metadata.get("folder")
     return Setting(
         name=entry.name,
         help=entry.metadata["help"],
         kind=kind,
-        required=required,
-        default=None if required else entry.default,
+        folder=folder,
+        default=f"{FOLDERS}/{folder}" if folder is not None else entry.default,
         validator=_PATH if kind is Path else entry.metadata["validator"],
     )

@@ -65,7 +65,7 @@ def read_settings(
     Args:
         flags: options by the settings' names; None means not given. `config` names the file.
         environment: LOADLEDGER_CONFIG names the file, unless the option does.
-        needed: required settings.
+        needed: directories that must be known, given or as the user's own.
         only: the settings to read; empty means all.
 
     Returns:
@@ -77,17 +77,26 @@ def read_settings(
         if only and setting.name not in only:
             continue
         given = _find(setting, flags, environment, file)
-        if not setting.required:
+        if setting.folder is None:
             values[setting.name] = setting.default
-        if given is None and setting.name in needed:
+        elif (default := default_folder(setting.folder, environment)) is not None:
+            values[setting.name] = default
+        elif given is None and setting.name in needed:
             source = f"set {setting.variable}, or {setting.name} in the file that --config names"
-            mistakes.append(Mistake(setting.flag, f"is missing: give it or {source}"))
-        elif given is not None:
+            mistakes.append(Mistake(setting.flag, f"is missing, and there is no HOME: give it or {source}"))
+        if given is not None:
             try:
                 values[setting.name] = _convert(setting, given)
             except ValidationError as error:
                 mistakes.append(_mistake_of(given, error))
     return values, mistakes
+
+
+def default_folder(name: str, environment: Mapping[str, str]) -> Path | None:
+    """Return a user's own directory by the XDG base directory specification; None without a home."""
+    given, home = environment.get("XDG_DATA_HOME", ""), environment.get("HOME", "")
+    base = Path(given) if given.startswith("/") else Path(home, ".local", "share") if home else None
+    return None if base is None else base / "loadledger" / name
 
 
 def raise_mistakes(mistakes: Sequence[Mistake]) -> None:

@@ -11,11 +11,13 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from threading import Barrier
+from typing import Any
 
 import uvloop
 from aiohttp import web
@@ -95,10 +97,25 @@ MALLOC_OPTIONS = {
 """malloc.h"""
 
 
-def serve(config: Config, announce: Callable[[str], None], *, accepts_rollback: bool = False) -> int:
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that is ready: its application and its address."""
+
+    app: web.Application
+    url: str
+
+
+Announce = Callable[[RunningServer], Coroutine[Any, Any, None]]
+"""Called with a server that is ready; it must not block the event loop."""
+
+
+def serve(config: Config, announce: Announce, *, accepts_rollback: bool = False) -> int:
     """Serve until SIGTERM or SIGINT; return the process's exit code: 0, or 1 when a part of the server died.
 
-    `announce` is called with the server's URL once it is ready; `accepts_rollback` is as for `create_app`.
+    Args:
+        config: the settings.
+        announce: runs beside the server once that is ready, and is cancelled when it stops.
+        accepts_rollback: as for `create_app`.
 
     Raises:
         TlsProblem: the certificate or its key cannot be used.
@@ -156,9 +173,7 @@ def _start_threads() -> ThreadPoolExecutor:
     return threads
 
 
-async def _serve(
-    config: Config, announce: Callable[[str], None], manager: Notifier, *, accepts_rollback: bool
-) -> int:
+async def _serve(config: Config, announce: Announce, manager: Notifier, *, accepts_rollback: bool) -> int:
     asyncio.get_running_loop().set_default_executor(_start_threads())
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -186,7 +201,8 @@ async def _serve(
         if tracing is not None:
             tracing.trace_requests(runner.server, app)
         async with _listening(runner.server, config) as url:
-            announce(url)
+            announcing = asyncio.create_task(announce(RunningServer(app, url)), name="announcement")
+            announcing.add_done_callback(_log_failed_announcement)
             manager.ready(url)
             living = asyncio.create_task(manager.notify_watchdog())
             try:
@@ -194,10 +210,18 @@ async def _serve(
             finally:
                 manager.stopping()
                 living.cancel()  # from here the manager's stop timeout runs
+                announcing.cancel()
+                await asyncio.wait([announcing])
     finally:
         await runner.cleanup()
         if tracing is not None:
             tracing.close()
+
+
+def _log_failed_announcement(announcing: asyncio.Task[None]) -> None:
+    """Log a defect of the announcement: the server serves without it."""
+    if not announcing.cancelled() and (defect := announcing.exception()) is not None:
+        _log.error("the server could not say what it found", exc_info=defect)
 
 
 def _exports_traces(config: Config) -> bool:

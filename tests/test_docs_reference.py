@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ from support.pages import BLOCK
 from events.codec import encode_event
 from events.types import SYSTEM, TYPES, Cause, Event, ServerStopped
 from runtime.errors import UnknownModel
-from server.config import settings
+from server.config import SECTIONS, settings
 from server.errors import ERRORS, problem_of, problem_response
 from tools.errors import ADVICE
 from tools.events import BY, CAUSES, MEMBERS
@@ -32,7 +33,9 @@ def test_committed_page_is_generated(path: str) -> None:
 def test_each_setting_has_a_row() -> None:
     rows = [line for line in PAGES["docs/configuration.md"].splitlines() if line.startswith("| `--")]
     assert len(rows) == len(settings())
-    for row, setting in zip(rows, settings(), strict=True):
+    by_name = {setting.name: setting for setting in settings()}
+    for row, name in zip(rows, chain.from_iterable(SECTIONS.values()), strict=True):
+        setting = by_name[name]
         assert setting.flag in row
         assert setting.variable in row
         assert setting.help in row

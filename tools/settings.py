@@ -1,9 +1,10 @@
 """The table of settings in `docs/configuration.md`, from the fields of the configuration."""
 
-from server.config import Setting, settings
+from server.config import SECTIONS, Setting, settings
 from tools.markdown import table
 
 BEGIN = "<!-- settings: written by `make generated` -->\n"
+HEAD = ("option", "variable", "default", "what")
 END = "<!-- end of settings -->\n"
 
 
@@ -15,12 +16,14 @@ def with_settings(page: str) -> str:
     """
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    rows = table(("option", "variable", "default", "what"), map(_row, settings()))
-    return f"{before}{BEGIN}\n{rows}\n{END}{after}"
+    known = {setting.name: setting for setting in settings()}
+    parts = (
+        f"### {title}\n\n{table(HEAD, (_row(known[name]) for name in names))}\n"
+        for title, names in SECTIONS.items()
+    )
+    return f"{before}{BEGIN}\n{''.join(parts)}{END}{after}"
 
 
 def _row(setting: Setting) -> tuple[str, ...]:
-    default = (
-        "(required)" if setting.required else f"`{setting.default}`" if setting.default is not None else ""
-    )
+    default = f"`{setting.default}`" if setting.default is not None else ""
     return f"`{setting.flag}`", f"`{setting.variable}`", default, setting.help

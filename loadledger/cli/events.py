@@ -154,7 +154,7 @@ def _print_file_events(data: Path, show: Show, **options: Any) -> None:
     from events.errors import LedgerProblem  # noqa: PLC0415
     from events.sqlite.listing import EventFilter  # noqa: PLC0415
     from events.types import TYPES  # noqa: PLC0415
-    from loadledger.cli.localledger import show_events  # noqa: PLC0415
+    from loadledger.cli.local.localledger import show_events  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():
         exit_with_error(f"there is no ledger in {data}: give the --data directory of a server, or --url")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -15,6 +15,7 @@ from loadledger.cli.completion import latest_jobs, loaded_models, models_of_serv
 from loadledger.cli.output import (
     INTERRUPTED,
     NEGATIVE_RESULT,
+    exit_with_error,
     format_age,
     format_cell,
     format_elapsed,
@@ -303,15 +304,32 @@ def load(
 
 @click.command()
 @click.argument("model", required=False, shell_complete=loaded_models)
+@click.option(
+    "--active", is_flag=True, show_default=False, help="Unload the active model, which was loaded last."
+)
 @click.option("--force", "-f", is_flag=True, show_default=False, help="Do not wait for running requests.")
 @_wait_option
 @json_option
 @server_options
-def unload(model: str | None, *, force: bool, wait: bool, as_json: bool, where: ServerChoice) -> None:
-    """Unload a model, by default the one loaded last.
+def unload(
+    model: str | None, *, active: bool, force: bool, wait: bool, as_json: bool, where: ServerChoice
+) -> None:
+    """Unload a model.
 
     --force aborts running requests, cancels a load in progress and kills a stuck worker.
     """
+    if active and model is not None:
+        raise click.UsageError("name a model or give --active, not both")
     with open_chosen_client(where) as client:
+        if model is None and not active:
+            _refuse_nameless(client)
         job = client.unload(model, force=force)
         report_request(client, job, wait=wait, as_json=as_json)
+
+
+def _refuse_nameless(client: Any) -> NoReturn:
+    """Refuse to guess which model is meant; name the active one."""
+    found = next((each.id for each in client.models() if each.active), None)
+    if found is None:
+        exit_with_error("name a model; none is loaded now; `loadledger models` lists them")
+    exit_with_error(f"name a model; the active one, which --active unloads, is {to_printable(found)}")

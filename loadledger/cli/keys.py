@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from loadledger.cli.ledger import ledger_key
+from loadledger.cli.local.ledger import ledger_key
 from loadledger.cli.output import print_json, print_result, report_problems
 from loadledger.cli.server import data_option, json_option, require_data
 

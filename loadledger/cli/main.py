@@ -14,9 +14,9 @@ from loadledger.cli.output import is_dumb, quiet_exits
 
 SECTIONS = {
     "Serve": {
-        "serve": "loadledger.cli.serve:serve",
-        "check": "loadledger.cli.serve:check",
-        "demo": "loadledger.cli.serve:demo",
+        "serve": "loadledger.cli.local.serve:serve",
+        "check": "loadledger.cli.local.serve:check",
+        "demo": "loadledger.cli.local.serve:demo",
     },
     "Models of a server": {
         "load": "loadledger.cli.jobs:load",
@@ -33,11 +33,11 @@ SECTIONS = {
         "events": "loadledger.cli.events:events",
     },
     "Files of a ledger": {
-        "verify": "loadledger.cli.ledger:verify",
-        "replay": "loadledger.cli.ledger:replay",
-        "export": "loadledger.cli.ledger:export_events",
-        "archive": "loadledger.cli.ledger:archive",
-        "backup": "loadledger.cli.ledger:backup",
+        "verify": "loadledger.cli.local.ledger:verify",
+        "replay": "loadledger.cli.local.ledger:replay",
+        "export": "loadledger.cli.local.ledger:export_events",
+        "archive": "loadledger.cli.local.ledger:archive",
+        "backup": "loadledger.cli.local.ledger:backup",
         "prepared": "loadledger.cli.cache:prepared",
     },
     "Keys, tokens and this shell": {
@@ -62,6 +62,22 @@ ALIASES = {
     "stats": ("top",),
 }
 """Words of Docker and Ollama."""
+
+SUGGESTIONS = {
+    "open": "console",
+    "logout": "token revoke",
+    "status": "models, resources or jobs",
+    "start": "serve",
+    "pull": "add",
+    "push": "add",
+    "create": "add",
+    "delete": "rm",
+    "remove": "rm",
+    "predict": "infer",
+    "tail": "events --follow",
+    "audit": "verify",
+}
+"""Words of other tools for commands that do not mean quite the same."""
 
 EPILOG = """\b
 Name the server by --url or LOADLEDGER_URL, and set the token in
@@ -123,8 +139,9 @@ class CommandGroup(click.Group):
         if name not in COMMANDS and not name.startswith("-"):
             from difflib import get_close_matches  # noqa: PLC0415 - 5 ms, and only here
 
-            like = get_close_matches(name, [*COMMANDS, *ALIASES], n=3)
-            advice = f"did you mean {' or '.join(like)}?" if like else "`loadledger --help` lists them"
+            like = " or ".join(get_close_matches(name, [*COMMANDS, *ALIASES], n=3))
+            meant = SUGGESTIONS.get(name, like)
+            advice = f"did you mean {meant}?" if meant else "`loadledger --help` lists them"
             context.fail(f"there is no command {name[:64]!r}; {advice}")
         return super().resolve_command(context, args)
 

@@ -42,7 +42,7 @@ WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
 def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, where: ServerChoice) -> None:
     """List the models and their states, or show one.
 
-    A star marks the active model, which `unload` takes by default.
+    A star marks the active model, the one loaded last, which `unload --active` unloads.
     """
     with open_chosen_client(where) as client:
         if model is not None:

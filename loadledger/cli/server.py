@@ -270,13 +270,24 @@ def int_option(
     return click.option(*flags, metavar=metavar, type=click.IntRange(min=least), help=text, **options)
 
 
+def own_data() -> Path:
+    """Return the user's own data directory, which `serve` takes by default."""
+    from server.configsources import default_folder  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    found = default_folder("data", os.environ)
+    if found is None:
+        raise click.UsageError("there is no HOME: name the data directory with --data or LOADLEDGER_DATA")
+    return found
+
+
 def data_option(command: Command) -> Command:
-    """Add the required option `--data`."""
+    """Add the option `--data`."""
     return click.option(
         "--data",
         type=click.Path(path_type=Path, file_okay=False),
         envvar="LOADLEDGER_DATA",
-        required=True,
+        default=own_data,
+        show_default="~/.local/share/loadledger/data",
         help="Directory of the ledger and the keys.",
     )(command)
 

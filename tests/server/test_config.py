@@ -247,10 +247,21 @@ def test_missing_setting_says_each_way_to_give_it(tmp_path: Path) -> None:
     assert len(lines) == 2
     for line, name in zip(lines, REQUIRED, strict=True):
         assert line.startswith(
-            f"--{name}: is missing: give it or set LOADLEDGER_{name.upper()}, or {name} in"
+            f"--{name}: is missing, and there is no HOME: "
+            f"give it or set LOADLEDGER_{name.upper()}, or {name} in"
         )
     config = load_config({"repository": str(tmp_path), "data": str(tmp_path / "new")}, {})
     assert config == Config(repository=tmp_path, data=tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("variable", "below"), [("HOME", ".local/share/loadledger"), ("XDG_DATA_HOME", "loadledger")]
+)
+def test_user_has_own_directories_by_default(tmp_path: Path, variable: str, below: str) -> None:
+    config = load_config({}, {"HOME": "/nowhere", variable: str(tmp_path)})
+    own = tmp_path / below
+    assert (config.repository, config.data) == (own / "models", own / "data")
+    assert config.repository.is_dir()  # and the data directory is the server's to create
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ NO_SETTINGS: dict[str, str | None] = dict.fromkeys(
     [
         *(setting.variable for setting in settings()),
         *(f"LOADLEDGER_{name}" for name in ("CONFIG", "TOKEN", "URL", "PROFILE", "CA")),
-        "XDG_CONFIG_HOME",
+        *("XDG_CONFIG_HOME", "XDG_DATA_HOME"),
     ]
 )
 

@@ -13,7 +13,7 @@ import pytest
 from support.servers import LIMIT_S, MODULE, clean_environment
 from support.workers import freeze, has_run_smallest_model, until
 
-from loadledger.cli import demo
+from loadledger.cli.local import demo
 from runtime.memory import PROC, list_descendants, parse_field
 
 MB = 2**20

@@ -89,7 +89,8 @@ async def test_serve_prints_its_address_and_children_have_no_http_stack(
         assert await server.stop() == 0
         await server.nothing_left()
         assert server.process.stdout is not None
-        assert await server.process.stdout.read() == b""
+        said = (await server.process.stdout.read()).decode()
+        assert f"models: 1 model with 1 version in {config.repository.resolve()}\n" in said
         assert server.output.read_text() == ""
     log = await events(config)
     assert verified(config).events == len(log)

@@ -95,7 +95,7 @@ def test_check_reads_file_and_variables_as_serve_does(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.endswith("\n1 model, 1 version: no problems\n")
     assert run("--quick", LOADLEDGER_REPOSITORY=str(tmp_path / "repository")).exit_code == 0
-    result = run()
+    result = run(HOME="")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "LOADLEDGER_REPOSITORY" in result.stderr
 

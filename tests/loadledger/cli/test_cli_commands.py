@@ -112,7 +112,9 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     positions = len(alice.prints("events").splitlines())
     assert len(alice.prints("events -n 1000").splitlines()) == positions
 
-    assert re.search("m version 2: unload (completed|pending|in_progress)", alice.prints("unload"))
+    assert "the active one, which --active unloads, is m" in alice.refused(2, "stop")
+    assert "not both" in alice.refused(2, "kill m --active")
+    assert re.search("m version 2: unload (completed|pending|in_progress)", alice.prints("unload --active"))
     jobs = alice.prints("jobs --model=m").splitlines()
     assert [line.split()[1:3] for line in jobs[1:]] == [["unload", "m/2"], ["load", "m/2"]]
     (unload, load) = alice.json("jobs --model=m")["jobs"]
@@ -211,7 +213,8 @@ async def test_top_and_followed_events_survive_restart(tmp_path: Path) -> None:
         assert alice.prints("models") == "the repository has no models\n"
         save(models.add(), config.repository, "m")
         assert alice.prints("ps") == "no model is loaded\n"
-        assert "`loadledger ps`" in alice.refused(2, "unload")
+        assert "`loadledger ps`" in alice.refused(2, "unload --active")
+        assert "none is loaded now" in alice.refused(2, "unload")
         await server.api.load("m")
         assert "\x1b" not in alice.prints("models")
         for no_color, colour in (("", "\x1b[32mloaded\x1b[0m"), ("1", "m *")):

@@ -73,7 +73,7 @@ def test_token_refuses_options(tmp_path: Path) -> None:
             assert words in refused("token", data, *ALICE, f"--{option}={value}"), value
     assert "--role" in refused("token", data, "--subject=a")
     assert "--subject" in refused("token", data, "--role=admin")
-    assert "--data" in refused("token", *ALICE)
+    assert "--data" in refused("token", *ALICE, HOME="")
     assert "LOADLEDGER_JWT_AUDIENCE" in refused("token", data, *ALICE, LOADLEDGER_JWT_AUDIENCE=" ")
 
 

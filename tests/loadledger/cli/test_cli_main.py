@@ -15,9 +15,12 @@ from support.clients import printed, refused
 from support.servers import clean_environment
 
 from loadledger.cli.completion import _items
+from loadledger.cli.local.startup import MAX_FINDINGS, describe_models
 from loadledger.cli.main import ALIASES, SECTIONS, CommandGroup, find_command, main
-from loadledger.cli.serve import _announce
+from server.check import CheckFinding, CheckResult
+from server.config import SECTIONS as SETTINGS
 from server.config import settings
+from server.configsources import warn_of_unknown_variables
 
 WIDTH = 80
 HEAVY = {
@@ -64,12 +67,17 @@ def test_help_lists_commands_in_sections_on_whole_lines() -> None:
             assert line.split(maxsplit=1)[1] == first
 
 
+def test_settings_are_each_in_one_section() -> None:
+    listed = [name for names in SETTINGS.values() for name in names]
+    assert sorted(listed) == sorted(setting.name for setting in settings())
+
+
 def test_help_of_serve_has_every_setting() -> None:
-    text = " ".join(printed("serve", "--help").split())
+    text = "".join(printed("serve", "--help").split())
     for setting in settings():
         assert setting.flag in text
         default = "no default" if setting.default is None else f"default: {setting.default}"
-        assert f"[{setting.variable}; {'required' if setting.required else default}]" in text
+        assert f"[{setting.variable};{default}]".replace(" ", "") in text
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,9 @@ def test_alias_leads_to_command(typed: str, usage: str) -> None:
     [
         ("modles", "did you mean models"),
         ("lod", "load"),
+        ("open", "did you mean console?"),
+        ("logout", "did you mean token revoke?"),
+        ("status", "did you mean models, resources or jobs?"),
         ("xyzzy", "`loadledger --help` lists them"),
         ("serve --nope", "--nope"),
         ("key nope", "nope"),
@@ -170,15 +181,28 @@ def test_command_of_files_imports_no_web_framework(tmp_path: Path, arguments: st
 # serve
 
 
-def test_serve_warns_once_of_unknown_variables(
+def test_unknown_variables_are_one_warning_without_values(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("LOADLEDGER_PROT", "LOADLEDGER_ZZZZZZZZ\n"):
         monkeypatch.setenv(name, "secret")
-    _announce("http://127.0.0.1:8080")
+    warn_of_unknown_variables(os.environ)
     [warning] = caplog.messages
     assert "LOADLEDGER_PROT: did you mean LOADLEDGER_PORT?; LOADLEDGER_ZZZZZZZZ\n: " in warning
     assert "secret" not in warning
+
+
+def test_report_at_start_says_what_is_wrong_and_next() -> None:
+    assert list(describe_models(Path("/models"), CheckResult()))[::2] == ["models: none in /models"]
+    wrong = [CheckFinding(f"m{number}", "not_served", "has no version") for number in range(25)]
+    [counted, *findings, more, following] = describe_models(
+        Path("/models"), CheckResult(1, 2, findings=wrong)
+    )
+    assert counted == "models: 1 model with 2 versions in /models"
+    assert len(findings) == MAX_FINDINGS
+    assert click.unstyle(findings[0]) == "problem: m0: has no version (not_served)"
+    assert more.startswith("5 more: ")
+    assert "loadledger load MODEL" in following
 
 
 def test_serve_refuses_unreadable_configuration_file_in_one_line() -> None:

@@ -70,7 +70,7 @@ def verify(
     Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
     from events.audit.verify import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
-    from loadledger.cli.localledger import verify_ledger_and_files  # noqa: PLC0415
+    from loadledger.cli.local.localledger import verify_ledger_and_files  # noqa: PLC0415
 
     if files and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
@@ -90,7 +90,7 @@ def verify(
 
 
 def _verify_store(data: Path | None, *, as_json: bool, others: bool) -> NoReturn:
-    from loadledger.cli.localledger import verify_local_store  # noqa: PLC0415 - as above
+    from loadledger.cli.local.localledger import verify_local_store  # noqa: PLC0415 - as above
 
     if data is None or others:
         raise click.UsageError("--store takes --data DIR, and nothing else to verify beside it")
@@ -305,7 +305,7 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     """
     from events.audit.backup import back_up  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
-    from loadledger.cli.localledger import audit_members, format_audit  # noqa: PLC0415
+    from loadledger.cli.local.localledger import audit_members, format_audit  # noqa: PLC0415
 
     with report_problems():
         ledger = _ledger_in(data)

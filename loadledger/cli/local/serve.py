@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.output import NEGATIVE_RESULT, count_of, report_problems, to_printable
+from loadledger.cli.output import NEGATIVE_RESULT, count_of, report_problems
 from loadledger.cli.server import json_option
 
 
@@ -22,6 +22,16 @@ class SettingsCommand(click.Command):
         """Return the options of the settings, then the command's own."""
         return [*_settings_options(), *super().get_params(ctx)]
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the command's own options, then those of the settings in sections."""
+        from server.config import SECTIONS  # noqa: PLC0415 - as below
+
+        rows = {each.name: each.get_help_record(ctx) for each in self.get_params(ctx)}
+        sections = {title: [rows.pop(name) for name in names] for title, names in SECTIONS.items()}
+        for title, found in {"Options": list(rows.values()), **sections}.items():
+            with formatter.section(title):
+                formatter.write_dl([row for row in found if row is not None])
+
 
 @cache
 def _settings_options() -> list[click.Option]:
@@ -31,7 +41,7 @@ def _settings_options() -> list[click.Option]:
     options = [click.Option(["--config"], metavar="FILE", help=f"{text} [LOADLEDGER_CONFIG]")]
     for setting in settings():
         default = "no default" if setting.default is None else f"default: {setting.default}"
-        text = f"{setting.help} [{setting.variable}; {'required' if setting.required else default}]"
+        text = f"{setting.help} [{setting.variable}; {default}]"
         names = [setting.flag, setting.name]
         given_alone: dict[str, Any] = {"is_flag": False, "flag_value": "on"} if setting.is_promise else {}
         options.append(click.Option(names, metavar=setting.kind.__name__.upper(), help=text, **given_alone))
@@ -50,20 +60,13 @@ def serve(*, accept_rollback: bool, **flags: str | None) -> None:
 
     A setting's option overrides its variable, which overrides the --config file, which overrides the default.
     """
-    from server import serve as server  # noqa: PLC0415 - as above
+    from loadledger.cli.local.startup import announce  # noqa: PLC0415 - as above
+    from server import serve as server  # noqa: PLC0415
     from server.check import load_config  # noqa: PLC0415
 
     with report_problems():
         config = load_config(flags, os.environ)
-        sys.exit(server.serve(config, _announce, accepts_rollback=accept_rollback))
-
-
-def _announce(url: str) -> None:
-    from server.configsources import warn_of_unknown_variables  # noqa: PLC0415 - as above
-
-    warn_of_unknown_variables(os.environ)  # now that logging is set up
-    click.echo(f"loadledger is ready at {url}")
-    sys.stdout.flush()
+        sys.exit(server.serve(config, announce, accepts_rollback=accept_rollback))
 
 
 @click.command(cls=SettingsCommand)
@@ -109,10 +112,9 @@ def _progress() -> Callable[[str], None]:
 
 
 def _lines(result: Any) -> list[str]:
-    lines = []
-    for finding in result.findings:
-        word = click.style(finding.severity.value, fg="red" if finding.severity == "problem" else "yellow")
-        lines.append(f"{word}: {to_printable(f'{finding.place}: {finding.text}')} ({finding.code})")
+    from loadledger.cli.local.startup import format_finding  # noqa: PLC0415 - as above
+
+    lines = [format_finding(finding) for finding in result.findings]
     problems = sum(finding.severity == "problem" for finding in result.findings)
     counted = f"{count_of(result.models, 'model')}, {count_of(result.versions, 'version')}"
     tried = f", {result.loaded} of them loaded" if result.loaded else ""
@@ -123,6 +125,6 @@ def _lines(result: Any) -> list[str]:
 @click.command()
 def demo() -> None:
     """Load, query, swap and unload a real model; show the ledger."""
-    from loadledger.cli.demo import run  # noqa: PLC0415 - as above
+    from loadledger.cli.local.demo import run  # noqa: PLC0415 - as above
 
     sys.exit(run())
