@@ -30,7 +30,7 @@ from events.sqlite.listing import EventQuery, open_reader
 from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.problems import ClientProblem
-from runtime.memory import list_workers, tree_bytes
+from runtime.memory import has_order, list_descendants, list_workers, tree_bytes
 from server.auth.keys import ensure_data_dir, issue_token
 
 MAX_KEPT_BYTES = 8 * 2**20
@@ -39,6 +39,7 @@ MAX_KEPT_BYTES = 8 * 2**20
 START_LIMIT_S = 60
 STOP_LIMIT_S = 60
 GONE_LIMIT_S = 10
+REST_LIMIT_S = 10
 _MB = 2**20
 
 
@@ -68,7 +69,10 @@ class _Server:
         return float(sum(right)) / len(right)
 
     def memory_bytes(self) -> int:
-        """Return the anonymous memory of the process tree."""
+        """Return the anonymous memory of the process tree at rest, which has a worker for the next load."""
+        limit_s = time.monotonic() + REST_LIMIT_S
+        while all(map(has_order, list_descendants(self.process.pid)[1:])) and time.monotonic() < limit_s:
+            time.sleep(0.01)
         return tree_bytes(self.process.pid)
 
     def workers(self) -> set[int]:
