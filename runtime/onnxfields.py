@@ -224,7 +224,22 @@ class FieldReader:
         return position
 
 
-def _varint(data: mmap.mmap | memoryview, position: int, end: int) -> tuple[int, int]:
+def read_tag_and_length(data: bytes, begin: int) -> tuple[int, int, int]:
+    """Return the tag of a field, where its content starts, and where it ends, perhaps outside of the data.
+
+    Raises:
+        Unparsable: this is no field of ONNX, or its tag or length is not within the data.
+    """
+    tag, start = _varint(data, begin, len(data))
+    if tag & 7 == LENGTH:
+        length, start = _varint(data, start, len(data))
+        return tag, start, start + length
+    if tag & 7 == VARINT:
+        return tag, start, _varint(data, start, len(data))[1]
+    raise Unparsable("a field that ONNX does not have there")
+
+
+def _varint(data: bytes | mmap.mmap | memoryview, position: int, end: int) -> tuple[int, int]:
     result = shift = 0
     for offset in range(position, min(end, position + MAX_VARINT_BYTES)):
         byte = data[offset]

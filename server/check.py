@@ -28,11 +28,12 @@ from runtime.errors import ForkServerUnavailable, RuntimeProblem
 from runtime.estimates import estimate_memory
 from runtime.memory import MemoryUnknown, budget_bytes, find_memory_limit
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
+from runtime.onnxfile import describe_foreign_content, read_head
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, ModelVersion, Repository
 from runtime.scheduler.admission import format_megabytes
-from runtime.wire import Load, Tensor
+from runtime.wire import MODEL_FILE, Load, Tensor
 from server.api.models import default_parameters
 from server.auth.keyring import read_public_keys
 from server.auth.keys import KeyProblem
@@ -242,7 +243,9 @@ def _check_versions(
             continue
         result.versions += 1
         result.findings += _check_hard_links(repository, found)
-        if parameters is None:
+        foreign = list(_check_content(found))
+        result.findings += foreign
+        if parameters is None or foreign:
             continue
         need = estimate_memory(found.files, version, parameters, ())
         if need.bytes <= budget:
@@ -254,6 +257,14 @@ def _check_versions(
             f" {defaults_name(model_id)} if it takes less"
         )
         result.findings.append(CheckFinding(_place_of(found), "insufficient_memory", text))
+
+
+def _check_content(found: ModelVersion) -> Iterator[CheckFinding]:
+    """Yield what the file of a version is, if it is no ONNX file, or not all of one."""
+    with suppress(OSError):  # a trial load says so
+        foreign = describe_foreign_content(*read_head(found.folder / MODEL_FILE))
+        if foreign is not None:
+            yield CheckFinding(_place_of(found), "invalid_model", f"{MODEL_FILE} {foreign}")
 
 
 def _check_hard_links(repository: Repository, found: ModelVersion) -> Iterator[CheckFinding]:

@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from runtime import memory
 from runtime.errors import LoadRefused
-from runtime.onnxfile import check_external_data
+from runtime.onnxfile import check_external_data, describe_foreign_content, read_head
 from runtime.wire import (
     BY_ONNX,
     MAX_NAME_CHARACTERS,
@@ -174,12 +174,26 @@ def create_checked(
         LoadRefused: `unsafe_file`, `out_of_memory`, `invalid_model`.
     """
     path = folder / MODEL_FILE
-    if check_external_data(path, folder, root):
-        return create_session(str(path), chosen, limit_bytes)
+    is_parsed = check_external_data(path, folder, root)
+    try:
+        if is_parsed:
+            return create_session(str(path), chosen, limit_bytes)
+    except LoadRefused as refused:
+        if refused.code == "invalid_model":
+            _refuse_foreign(path)
+        raise
+    _refuse_foreign(path)
     with path.open("rb") as file:
         beginning = file.read(UNREADABLE_BYTES)
     create_session(beginning, _isolate(session_options(1)), limit_bytes)  # its own words for what is wrong
     raise LoadRefused("invalid_model", f"{MODEL_FILE} is not an ONNX file")
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a file that is no ONNX file, or not all of one, in words that help more than the runtime's."""
+    foreign = describe_foreign_content(*read_head(path))
+    if foreign is not None:
+        raise LoadRefused("invalid_model", f"{path.name} {foreign}") from None
 
 
 def create_session(

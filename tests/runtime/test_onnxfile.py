@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 from pathlib import Path, PurePosixPath
 from random import Random
 
@@ -17,7 +18,12 @@ from support.models import FLOAT, external_bytes, external_tensor, save, save_by
 from runtime import onnxfields, onnxfile
 from runtime.errors import LoadRefused
 from runtime.onnxfields import MAX_FIELDS, Unparsable
-from runtime.onnxfile import check_external_data, external_locations
+from runtime.onnxfile import (
+    FOREIGN_HEAD_BYTES,
+    check_external_data,
+    describe_foreign_content,
+    external_locations,
+)
 
 
 def locations(model: onnx.ModelProto, tmp_path: Path) -> list[str]:
@@ -301,3 +307,66 @@ def test_unsafe_locations_are_refused(tmp_path: Path, location: str) -> None:
         check(location, tmp_path)
     assert refusal.value.code == "unsafe_file"
     assert len(str(refusal.value)) < 1_000
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 98762\n"
+SAVED_MODEL = b"\x08\x01\x12\x80\x10\x0a\x20" + bytes(2_100)
+SAFETENSORS = (
+    (60).to_bytes(8, "little") + b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(60) + b"...."
+)
+FOREIGN = {
+    "empty": (b"", "is empty"),
+    "pointer": (POINTER, "Git LFS pointer"),
+    "page": (b"\n<!DOCTYPE html><html><title>Sign in</title>", "HTML page"),
+    "xhtml": (b'<?xml version="1.0"?><html xmlns="x">', "HTML page"),
+    "error document": (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code>', "XML document"),
+    "sentence": (b"404: Not Found", "a text and no model: '404: Not Found'"),
+    "JSON": (b'{"error": "Invalid credentials"}\n', "Invalid credentials"),
+    "long text": (b"word " * 100, "word word "),
+    "zip": (b"PK\x03\x04" + b"notes.txt", "zip archive"),
+    "PyTorch": (b"PK\x03\x04" + bytes(22) + b"archive/data.pkl", "PyTorch checkpoint"),
+    "Keras": (b"PK\x03\x04" + bytes(22) + b"config.json", "Keras model"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "Keras"),
+    "pickle": (pickle.dumps({"a": 1}), "pickle"),
+    "old pickle": (pickle.dumps([1], protocol=2), "pickle"),
+    "safetensors": (SAFETENSORS, "safetensors"),
+    "SavedModel": (SAVED_MODEL, "SavedModel of TensorFlow"),
+    "TensorFlow Lite": (b"\x1c\0\0\0TFL3" + bytes(99), "TensorFlow Lite"),
+    "ort": (models.OTHER_FORMAT, "own format"),
+    "numpy": (b"\x93NUMPY\x01\x00" + bytes(99), "numpy"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(99), "gzip"),
+    "tar": (b"model.onnx".ljust(257, b"\0") + b"ustar\x0000", "tar archive"),
+    "zeros": (bytes(5_000), "zero bytes"),
+    "cut off": (models.weights(1).SerializeToString()[:5_000], "ends after 5,000 bytes"),
+}
+"""Files that are no ONNX file, and words of what they are."""
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_content_is_named(name: str) -> None:
+    content, words = FOREIGN[name]
+    told = describe_foreign_content(content[:FOREIGN_HEAD_BYTES], len(content))
+    assert told is not None
+    assert words in told
+    assert len(told) < 200
+
+
+def test_onnx_files_are_not_foreign() -> None:
+    files = [*(Path(onnx.__file__).parent / "backend/test/data").rglob("*.onnx")]
+    contents = [file.read_bytes() for file in files[:200]]
+    contents += [made().SerializeToString() for made in (models.add, models.strings, models.counting_loop)]
+    contents += [
+        onnx.ModelProto(ir_version=1, producer_name="x" * 500, graph={"name": "g"}).SerializeToString()
+    ]
+    for content in contents:
+        assert describe_foreign_content(content[:FOREIGN_HEAD_BYTES], len(content)) is None
+
+
+@PLAIN
+@given(
+    head=st.binary(max_size=300) | st.binary(max_size=30).map(b"\x08\x01\x12".__add__),
+    size=st.integers(0, 2**70),
+)
+def test_any_content_is_described_in_bounds(head: bytes, size: int) -> None:
+    told = describe_foreign_content(head, max(size, len(head)))
+    assert told is None or (len(told) < 250 and told.isprintable())

@@ -73,7 +73,7 @@ async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_poo
 @pytest.mark.parametrize(
     ("content", "code", "words"),
     [
-        pytest.param(models.CORRUPT, "invalid_model", "parsing", id="corrupt"),
+        pytest.param(models.CORRUPT, "invalid_model", "ends after", id="corrupt"),
         pytest.param(b"", "invalid_model", "", id="empty"),
         pytest.param(models.TEXT, "invalid_model", "", id="text"),
         pytest.param(models.unknown_operator(), "invalid_model", "Frobnicate", id="unknown operator"),

@@ -83,10 +83,10 @@ def not_utf8() -> bytes:
 
 
 REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], int | None, str, str]] = {
-    "empty": (lambda: b"", None, "invalid_model", "No graph was found"),
-    "text": (lambda: models.TEXT, None, "invalid_model", "protobuf parsing failed"),
-    "corrupt": (lambda: models.CORRUPT, None, "invalid_model", "protobuf parsing failed"),
-    "other format": (lambda: models.OTHER_FORMAT, None, "invalid_model", "protobuf parsing failed"),
+    "empty": (lambda: b"", None, "invalid_model", "model.onnx is empty"),
+    "text": (lambda: models.TEXT, None, "invalid_model", "model.onnx is a text and no model"),
+    "corrupt": (lambda: models.CORRUPT, None, "invalid_model", "model.onnx ends after"),
+    "other format": (lambda: models.OTHER_FORMAT, None, "invalid_model", "own format (.ort)"),
     "unknown operator": (models.unknown_operator, None, "invalid_model", "Frobnicate"),
     "long tag": (
         lambda: models.behind_a_long_tag(models.identity()), None, "invalid_model", "is not an ONNX file",

@@ -294,7 +294,7 @@ async def test_lost_instance_is_shown_until_it_is_replaced(shared: LocalApi) -> 
 @pytest.mark.parametrize(
     ("content", "code", "message"),
     [
-        pytest.param(TEXT, "invalid_model", "INVALID_PROTOBUF", id="text"),
+        pytest.param(TEXT, "invalid_model", "is a text and no model", id="text"),
         pytest.param(models.crash_on_load(), "worker_died", "killed by signal", id="crash"),
         pytest.param(models.divide(), "warm_up_failed", "Integer division by zero", id="warm-up"),
         pytest.param(models.memory_bomb_on_load(), "out_of_memory", str(200 * MIB), id="memory"),
