@@ -79,6 +79,15 @@ class CachedCopy(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class ModelTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """An input or output of a model; -1 in its shape is any length, and an optional input may be left out."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    optional: bool = False
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is in the repository or loaded.
 
@@ -89,6 +98,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         repository_changed: whether the repository has newer files than those that are loaded.
         instances: workers alive.
         threads: of each worker; None from a server, or of a load, of an earlier release.
+        inputs: of the model alone, not in a list: of `signature_version`; None if its file cannot be read.
+        outputs: likewise.
+        signature_version: the version that serves, else the highest one.
+        parameters: of the load that serves, likewise not in a list.
     """
 
     id: str
@@ -108,6 +121,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorInfo | None = None
     instances: int | None = None
     threads: int | None = None
+    inputs: list[ModelTensor] | None = None
+    outputs: list[ModelTensor] | None = None
+    signature_version: int | None = None
+    parameters: dict[str, Any] | None = None
     as_of: int | None = None
     as_of_time: str | None = None
     server: ServerPresence | None = None

@@ -11,12 +11,21 @@ import errno
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from events.jobs import BYTES_GONE
 from events.types import LoadedFile
 from runtime.errors import LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
+from runtime.onnxfields import TooManyFields, Unparsable
+from runtime.onnxfile import (
+    FOREIGN_HEAD_BYTES,
+    FileWindows,
+    ModelSignature,
+    describe_foreign_content,
+    read_signature,
+)
 from runtime.repository import FileStat, FoundFile, Repository
 from runtime.store.copying import IsCancelled, hash_descriptor
 from runtime.store.identities import is_never
@@ -111,6 +120,10 @@ class _Remembered:
     sha256s: tuple[str, ...]
 
 
+MAX_SIGNATURES = 256
+"""Kept inputs and outputs of files, the latest read; each has at most 64 KiB."""
+
+
 @dataclass(slots=True)
 class ModelContents:
     """The contents of model versions.
@@ -125,6 +138,7 @@ class ModelContents:
     store: Store | None
     find_needed: FindNeeded = frozenset
     _remembered: dict[tuple[str, int], _Remembered] = field(default_factory=dict)
+    _signatures: dict[FoundFile, ModelSignature | str] = field(default_factory=dict)
 
     def obtain(
         self,
@@ -159,6 +173,28 @@ class ModelContents:
         """
         with open_version(self.repository, model_id, version) as (_, found):
             return _stats_of(found), self._find_stored(model_id, version, found, rehashes=False)
+
+    def read_signature(self, model_id: str, version: int | None) -> tuple[int, ModelSignature]:
+        """Return a version, by default the highest, and the inputs and outputs that its file declares.
+
+        Raises:
+            LoadRefused: `invalid_model`, it declares none that can be read; `unsafe_file`, `model_changed`.
+            RuntimeProblem: `unknown_model`, `unknown_version`, `repository_unreadable`.
+        """
+        chosen = self.repository.versions(model_id)[-1] if version is None else version
+        with open_version(self.repository, model_id, chosen) as (sources, found):
+            file = next(each for each in found if each.path == MODEL_FILE)  # a look fails without it
+            known = self._signatures.get(file)
+            if known is None:
+                with sources.open_file(file) as descriptor:
+                    known = _read_signature(descriptor, file)
+                self._signatures[file] = known
+                with suppress(StopIteration, KeyError, RuntimeError):  # another thread did so meanwhile
+                    while len(self._signatures) > MAX_SIGNATURES:
+                        del self._signatures[next(iter(self._signatures))]
+        if isinstance(known, str):
+            raise LoadRefused("invalid_model", known)
+        return chosen, known
 
     def hash(self, files: VersionFiles, is_cancelled: IsCancelled = is_never) -> None:
         """Hash the files, unless their hashes are known.
@@ -367,6 +403,19 @@ class ModelContents:
                 if error.errno in _GONE:
                     return
                 raise RepositoryUnreadable(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_signature(descriptor: int, file: FoundFile) -> ModelSignature | str:
+    """Return a file's inputs and outputs, or why there are none to read."""
+    try:
+        return read_signature(FileWindows(descriptor), file.bytes)
+    except TooManyFields as problem:
+        return f"{file.path}: {problem}"
+    except Unparsable:
+        head = os.pread(descriptor, FOREIGN_HEAD_BYTES, 0)
+        return f"{file.path} {describe_foreign_content(head, file.bytes) or 'is not an ONNX file'}"
+    except OSError as error:
+        raise RepositoryUnreadable(f"{file.path!r} cannot be read: {error.strerror}") from None
 
 
 def _of_stored(model_id: str, version: int, stored: StoredVersion, mtimes_ns: dict[str, int]) -> VersionFiles:

@@ -10,7 +10,7 @@ import mmap
 import re
 from collections.abc import Container, Iterator
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, overload
 
 MAX_DEPTH = 100
 """Nesting of messages; protobuf's own parsers stop here, too."""
@@ -42,8 +42,18 @@ class Unparsable(ValueError):
 class TooManyFields(ValueError):
     """The file has more fields to read than any model."""
 
-    def __init__(self) -> None:
-        super().__init__(f"it has more than {MAX_FIELDS:,} fields to read for references to other files")
+    def __init__(self, most: int, purpose: str) -> None:
+        super().__init__(f"it has more than {most:,} fields to read for {purpose}")
+
+
+class FileBytes(Protocol):
+    """The bytes of a file: a mapping of it, or what reads it in parts."""
+
+    @overload
+    def __getitem__(self, at: int, /) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice, /) -> bytes | memoryview: ...
 
 
 MessageKind = Enum("MessageKind", "MODEL TRAINING GRAPH FUNCTION NODE ATTRIBUTE SPARSE TENSOR EXTERNAL_DATA")
@@ -99,15 +109,96 @@ SHORT_FIELDS = _short_fields()
 
 
 class Field(NamedTuple):
-    """Where a field begins, its number, where its content does (-1 without a length), and the next field."""
+    """Where a field begins, its number, where its content does, and the next field.
+
+    `start` is -1 without a length, and `value` without a number of its own.
+    """
 
     begin: int
     number: int
     start: int
     next: int
+    value: int
 
 
 class FieldReader:
+    """Reads the fields of one file, one by one, up to a bound.
+
+    Args:
+        data: the whole file.
+        max_fields: the bound.
+        purpose: for the error text: what the fields are read for.
+        has_groups: whether groups, which ONNX does not have, are skipped, too.
+    """
+
+    def __init__(self, data: FileBytes, max_fields: int, purpose: str, *, has_groups: bool = True) -> None:
+        self._bytes = data
+        self._has_groups = has_groups
+        self._max_fields = self._fields_left = max_fields
+        self._purpose = purpose
+
+    def read_all(self, position: int, end: int) -> Iterator[Field]:
+        """Yield all fields of a message, in their order.
+
+        Raises:
+            Unparsable: there is no field of protobuf, or it does not end before `end`.
+            TooManyFields: so many fields of this file were read.
+        """
+        while position < end:
+            field = self._read_field(position, end)
+            position = field.next
+            yield field
+
+    def _read_field(self, begin: int, end: int) -> Field:
+        self._count_field()
+        tag, position = _varint(self._bytes, begin, end)
+        number, wire = tag >> 3, tag & 7
+        start = value = -1
+        if wire == LENGTH:
+            length, start = _varint(self._bytes, position, end)
+            position = start + length
+        elif wire == VARINT:
+            value, position = _varint(self._bytes, position, end)
+        elif wire in {FIXED64, FIXED32}:
+            position += 8 if wire == FIXED64 else 4
+        elif wire == START_GROUP:
+            position = self._skip_group(number, position, end)
+        else:
+            raise Unparsable("a wire type that nothing here uses")
+        if number == 0 or tag > MAX_TAG or position > end:
+            raise Unparsable("a field that cannot be, or ends outside of its message")
+        return Field(begin, number, start, position, value)
+
+    def _count_field(self) -> None:
+        self._fields_left -= 1
+        if self._fields_left < 0:
+            raise TooManyFields(self._max_fields, self._purpose)
+
+    def _skip_group(self, number: int, position: int, end: int) -> int:
+        """Skip a group and the groups in it; return the position of the next field.
+
+        ONNX has none, so protobuf treats each as an unknown field.
+        """
+        if not self._has_groups:
+            raise Unparsable("a group, which ONNX does not have")
+        open_groups = [number]
+        while open_groups:
+            self._count_field()
+            tag, after = _varint(self._bytes, position, end)
+            if tag & 7 == START_GROUP:
+                open_groups.append(tag >> 3)
+            elif tag & 7 == END_GROUP:
+                if open_groups.pop() != tag >> 3:
+                    raise Unparsable("a group that ends another")
+            else:
+                after = self._read_field(position, end).next
+            if len(open_groups) > MAX_DEPTH:
+                raise Unparsable("nested too deeply")
+            position = after
+        return position
+
+
+class ReferenceReader(FieldReader):
     """Finds the fields that lead to external data in one file, and skips all others, up to a bound.
 
     Args:
@@ -116,9 +207,8 @@ class FieldReader:
     """
 
     def __init__(self, data: mmap.mmap | memoryview, *, has_groups: bool = True) -> None:
+        super().__init__(data, MAX_FIELDS, "references to other files", has_groups=has_groups)
         self._data = data
-        self._has_groups = has_groups
-        self._fields_left = MAX_FIELDS
         self._short_bytes_left = MAX_SHORT_BYTES
         self._clean_from = self._clean_to = 0
         self._is_marked = False
@@ -142,19 +232,11 @@ class FieldReader:
             if field.number in numbers and field.start >= 0 and self._may_have_mark(field.start, field.next):
                 yield field
 
-    def read_all(self, position: int, end: int) -> Iterator[Field]:
-        """Yield all fields of a message that have a length; for errors see `find`."""
-        while position < end:
-            field = self._read_field(position, end)
-            position = field.next
-            if field.start >= 0:
-                yield field
-
     def read_entry(self, position: int, end: int) -> dict[int, bytes]:
         """Read key and value of one entry of external data; the last of repeated fields counts."""
         entry = {KEY: b"", VALUE: b""}
         for field in self.read_all(position, end):
-            if field.number in entry:
+            if field.number in entry and field.start >= 0:
                 entry[field.number] = bytes(self._data[field.start : field.next])
         return entry
 
@@ -175,54 +257,6 @@ class FieldReader:
             self._clean_to += mark if self._is_marked else WINDOW_BYTES
         return self._clean_to
 
-    def _read_field(self, begin: int, end: int) -> Field:
-        self._count_field()
-        tag, position = _varint(self._data, begin, end)
-        number, wire = tag >> 3, tag & 7
-        start = -1
-        if wire == LENGTH:
-            length, start = _varint(self._data, position, end)
-            position = start + length
-        elif wire == VARINT:
-            _, position = _varint(self._data, position, end)
-        elif wire in {FIXED64, FIXED32}:
-            position += 8 if wire == FIXED64 else 4
-        elif wire == START_GROUP:
-            position = self._skip_group(number, position, end)
-        else:
-            raise Unparsable("a wire type that nothing here uses")
-        if number == 0 or tag > MAX_TAG or position > end:
-            raise Unparsable("a field that cannot be, or ends outside of its message")
-        return Field(begin, number, start, position)
-
-    def _count_field(self) -> None:
-        self._fields_left -= 1
-        if self._fields_left < 0:
-            raise TooManyFields
-
-    def _skip_group(self, number: int, position: int, end: int) -> int:
-        """Skip a group and the groups in it; return the position of the next field.
-
-        ONNX has none, so protobuf treats each as an unknown field.
-        """
-        if not self._has_groups:
-            raise Unparsable("a group, which ONNX does not have")
-        open_groups = [number]
-        while open_groups:
-            self._count_field()
-            tag, after = _varint(self._data, position, end)
-            if tag & 7 == START_GROUP:
-                open_groups.append(tag >> 3)
-            elif tag & 7 == END_GROUP:
-                if open_groups.pop() != tag >> 3:
-                    raise Unparsable("a group that ends another")
-            else:
-                after = self._read_field(position, end).next
-            if len(open_groups) > MAX_DEPTH:
-                raise Unparsable("nested too deeply")
-            position = after
-        return position
-
 
 def read_tag_and_length(data: bytes, begin: int) -> tuple[int, int, int]:
     """Return the tag of a field, where its content starts, and where it ends, perhaps outside of the data.
@@ -239,7 +273,7 @@ def read_tag_and_length(data: bytes, begin: int) -> tuple[int, int, int]:
     raise Unparsable("a field that ONNX does not have there")
 
 
-def _varint(data: bytes | mmap.mmap | memoryview, position: int, end: int) -> tuple[int, int]:
+def _varint(data: FileBytes, position: int, end: int) -> tuple[int, int]:
     result = shift = 0
     for offset in range(position, min(end, position + MAX_VARINT_BYTES)):
         byte = data[offset]

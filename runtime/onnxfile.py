@@ -1,16 +1,22 @@
-"""External data of an ONNX file: its locations are found and checked before ONNX Runtime reads the file.
+"""What an ONNX file says of itself, read without ONNX Runtime: other files, inputs and outputs, its kind.
 
-A model can keep tensors in other files, and a hostile one names `../../etc/shadow`. This walks through the
-fields that lead to tensors (onnx.proto3 of ONNX 1.23; `runtime.onnxfields`). It does not validate: it finds a
-superset of the locations that a runtime can see.
+A model can keep tensors in other files, and a hostile one names `../../etc/shadow`. `check_external_data`
+walks through the fields that lead to tensors (onnx.proto3 of ONNX 1.23; `runtime.onnxfields`). It does not
+validate: it finds a superset of the locations that a runtime can see. `read_signature` reads inputs and
+outputs, within bounds, of a file that nobody has loaded. `describe_foreign_content` names other files.
 """
 
 import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import overload
+
+from msgspec.structs import replace
 
 from runtime.errors import LoadRefused
 from runtime.onnxfields import (
@@ -20,12 +26,16 @@ from runtime.onnxfields import (
     MARK,
     MAX_DEPTH,
     VALUE,
+    Field,
     FieldReader,
+    FileBytes,
     MessageKind,
+    ReferenceReader,
     TooManyFields,
     Unparsable,
     read_tag_and_length,
 )
+from runtime.wire import BY_ONNX, MAX_DIMENSIONS, MAX_NAME_CHARACTERS, TensorSpec
 
 MAX_LOCATION_BYTES = 4096
 """PATH_MAX: no file has a longer path."""
@@ -35,6 +45,37 @@ FOREIGN_HEAD_BYTES = 2**16
 """What `describe_foreign_content` needs of a file: its graph begins there, unless a description is longer."""
 MAX_QUOTED = 60
 """Characters of a text that an error quotes: the first words of a web server's answer."""
+MAX_SIGNATURE_FIELDS = 200_000
+"""Fields that are read for inputs and outputs, in 0.4 s: one for each node and three for each weight."""
+MAX_SIGNATURE_CHARACTERS = 2**16
+"""Of all names and types together, since they are kept: 1,000 inputs with names of 40 characters."""
+MAX_TYPE_DEPTH = 8
+"""Of sequences, maps and optional values in each other; ONNX Runtime itself takes three."""
+WINDOW_BYTES = 2**12
+"""Of a file read at once: the name of a weight is one page away from that of the next."""
+_IR_VERSION, _GRAPH = 1, 7
+"""Fields of a model."""
+_INITIALIZER, _INPUT, _OUTPUT, _SPARSE_INITIALIZER = 5, 11, 12, 15
+"""Fields of a graph."""
+_TENSOR_NAME, _SPARSE_VALUES = 8, 1
+_VALUE_NAME, _VALUE_TYPE = 1, 2
+_TENSOR_TYPE, _SEQUENCE_TYPE, _MAP_TYPE, _SPARSE_TYPE, _OPTIONAL_TYPE = 1, 4, 5, 8, 9
+"""Fields of a type."""
+_ELEMENT, _SHAPE, _MAP_VALUE = 1, 2, 2
+"""Fields of each type; the first of a map is the type of its keys."""
+_DIMENSION, _LENGTH = 1, 1
+OVERRIDABLE_SINCE = 4
+"""IR version from which on an input with a default value may be given; before, each weight was an input."""
+_ELEMENT_NAMES = (
+    "float uint8 int8 uint16 int16 int32 int64 string bool float16 double uint32 uint64 complex64 complex128"
+    " bfloat16 float8e4m3fn float8e4m3fnuz float8e5m2 float8e5m2fnuz uint4 int4 float4e2m1"
+)
+ELEMENTS = dict(enumerate(_ELEMENT_NAMES.split(), start=1))
+"""ONNX Runtime's names of the element types of onnx.proto3."""
+UNKNOWN = "unknown"
+"""Of a type that the file does not declare, or that is newer than this list."""
+OPTIONAL = re.compile(r"optional\((.*)\)")
+"""ONNX Runtime's type of an optional input or output; an input may be given with a value or left out."""
 _FIRST_TAG = b"\x08"
 """Of an ONNX file's IR version, and of a SavedModel's; other formats do not begin so."""
 _MAGIC = (
@@ -103,7 +144,174 @@ def external_locations(path: Path) -> Iterator[str]:
         if os.fstat(file.fileno()).st_size == 0:
             raise Unparsable("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield from _walk(FieldReader(data), len(data))
+            yield from _walk(ReferenceReader(data), len(data))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSignature:
+    """Inputs and outputs as a model's file declares them; inputs with a default come last, as in `Loaded`."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class FileWindows:
+    """The bytes of an open file, read in parts.
+
+    A mapping would end the process if somebody cut the file short.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._begin, self._window = 0, b""
+
+    @overload
+    def __getitem__(self, at: int, /) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice, /) -> bytes: ...
+
+    def __getitem__(self, at: int | slice) -> int | bytes:
+        """Return bytes of the file; those beyond its end are missing, or an error for a single one."""
+        if isinstance(at, slice):
+            return os.pread(self._descriptor, at.stop - at.start, at.start)
+        offset = at - self._begin
+        if not 0 <= offset < len(self._window):
+            self._begin, self._window, offset = at, os.pread(self._descriptor, WINDOW_BYTES, at), 0
+        if not self._window:
+            raise Unparsable("the file was cut short")
+        return self._window[offset]
+
+
+def describe_tensor(name: str, kind: str, shape: Iterable[object]) -> TensorSpec:
+    """Return the description of an input or output.
+
+    Args:
+        name: its name.
+        kind: ONNX Runtime's name of its type.
+        shape: a length for each dimension; what is none is any length.
+    """
+    inner = OPTIONAL.fullmatch(kind)
+    datatype = BY_ONNX.get(kind if inner is None else inner[1])
+    lengths = tuple(length if isinstance(length, int) and length >= 0 else -1 for length in shape)
+    return TensorSpec(name, kind if datatype is None else datatype.name, lengths, optional=inner is not None)
+
+
+def read_signature(data: FileBytes, size: int) -> ModelSignature:
+    """Read the inputs and outputs that an ONNX file declares; nothing of it is run or validated.
+
+    Args:
+        data: the bytes of the file.
+        size: how many there are.
+
+    Raises:
+        Unparsable: it is no ONNX file, or has no graph.
+        TooManyFields: it has more to read than any model.
+        OSError: it cannot be read.
+    """
+    return _SignatureReader(data, size).read()
+
+
+class _SignatureReader:
+    def __init__(self, data: FileBytes, size: int) -> None:
+        self._data, self._size = data, size
+        self._fields = FieldReader(data, MAX_SIGNATURE_FIELDS, "its inputs and outputs")
+        self._characters_left = MAX_SIGNATURE_CHARACTERS
+
+    def read(self) -> ModelSignature:
+        ir_version, graphs = 0, list[Field]()
+        for field in self._fields.read_all(0, self._size):
+            if field.number == _IR_VERSION:
+                ir_version = field.value
+            elif field.number == _GRAPH and field.start >= 0:
+                graphs.append(field)
+        if not graphs:
+            raise Unparsable("it has no graph")
+        found: dict[int, list[Field]] = {
+            number: [] for number in (_INITIALIZER, _SPARSE_INITIALIZER, _INPUT, _OUTPUT)
+        }
+        for field in chain.from_iterable(self._fields.read_all(each.start, each.next) for each in graphs):
+            if field.number in found and field.start >= 0:
+                found[field.number].append(field)
+        defaults = self._find_defaults(found) if found[_INPUT] else frozenset()
+        inputs = [self._read_value(field) for field in found[_INPUT]]
+        optional = [replace(spec, optional=True) for spec in inputs if spec.name in defaults]
+        outputs = tuple(self._read_value(field) for field in found[_OUTPUT])
+        required = [spec for spec in inputs if spec.name not in defaults]
+        return ModelSignature((*required, *(optional if ir_version >= OVERRIDABLE_SINCE else ())), outputs)
+
+    def _find_defaults(self, found: dict[int, list[Field]]) -> frozenset[str]:
+        """Return the names of the weights, which may stand among the inputs."""
+        sparse = (self._find(field, _SPARSE_VALUES) for field in found[_SPARSE_INITIALIZER])
+        tensors = chain(found[_INITIALIZER], filter(None, sparse))
+        return frozenset(self._read_text(self._find(tensor, _TENSOR_NAME)) for tensor in tensors)
+
+    def _read_value(self, value: Field) -> TensorSpec:
+        name = self._read_text(self._find(value, _VALUE_NAME))
+        kind, shape = self._read_type(self._find(value, _VALUE_TYPE), MAX_TYPE_DEPTH)
+        self._characters_left -= len(name) + len(kind) + 8 * len(shape)
+        if self._characters_left < 0:
+            raise TooManyFields(MAX_SIGNATURE_CHARACTERS, "its inputs and outputs")
+        return describe_tensor(name, kind, shape)
+
+    def _read_type(self, kind: Field | None, depth: int) -> tuple[str, tuple[int, ...]]:
+        """Return ONNX Runtime's name of a type, and the shape of a tensor."""
+        if depth == 0:
+            raise Unparsable("nested too deeply")
+        for field in self._fields.read_all(kind.start, kind.next) if kind is not None else ():
+            if field.start < 0:
+                continue
+            if field.number in {_TENSOR_TYPE, _SPARSE_TYPE}:
+                name = "tensor" if field.number == _TENSOR_TYPE else "sparse_tensor"
+                return f"{name}({self._read_element(field)})", self._read_shape(self._find(field, _SHAPE))
+            if field.number in {_SEQUENCE_TYPE, _OPTIONAL_TYPE}:
+                name = "seq" if field.number == _SEQUENCE_TYPE else "optional"
+                inner, shape = self._read_type(self._find(field, _ELEMENT), depth - 1)
+                return f"{name}({inner})", shape if field.number == _OPTIONAL_TYPE else ()
+            if field.number == _MAP_TYPE:
+                inner, _ = self._read_type(self._find(field, _MAP_VALUE), depth - 1)
+                return f"map({self._read_element(field)},{inner})", ()
+        return UNKNOWN, ()
+
+    def _read_element(self, kind: Field) -> str:
+        fields = self._fields.read_all(kind.start, kind.next)
+        numbers = [field.value for field in fields if field.number == _ELEMENT]
+        return ELEMENTS.get(numbers[-1], UNKNOWN) if numbers else UNKNOWN
+
+    def _read_shape(self, shape: Field | None) -> tuple[int, ...]:
+        """Return the lengths of all dimensions; -1 is any."""
+        lengths = list[int]()
+        for dimension in self._fields.read_all(shape.start, shape.next) if shape is not None else ():
+            if dimension.number == _DIMENSION and dimension.start >= 0:
+                lengths.append(self._read_length(dimension))
+        if len(lengths) > MAX_DIMENSIONS:
+            raise TooManyFields(MAX_DIMENSIONS, "a shape")
+        return tuple(lengths)
+
+    def _read_length(self, dimension: Field) -> int:
+        length = -1
+        for field in self._fields.read_all(dimension.start, dimension.next):
+            if field.number in {_LENGTH, _LENGTH + 1}:  # a number or a name: the last one counts
+                length = field.value
+        return length if length < 2**63 else -1
+
+    def _find(self, message: Field, number: int) -> Field | None:
+        """Return the field of a message with this number and a length; the last one counts."""
+        found = None
+        for field in self._fields.read_all(message.start, message.next):
+            if field.number == number and field.start >= 0:
+                found = field
+        return found
+
+    def _read_text(self, field: Field | None) -> str:
+        if field is None:
+            return ""
+        if field.next - field.start > 4 * MAX_NAME_CHARACTERS:
+            raise Unparsable("a name that is too long")
+        try:
+            return bytes(self._data[field.start : field.next]).decode()
+        except UnicodeDecodeError:
+            raise Unparsable("a name that is not UTF-8") from None
 
 
 def describe_foreign_content(head: bytes, size: int) -> str | None:
@@ -210,7 +418,7 @@ def _check_place(place: PurePosixPath, folder: Path, root: Path) -> None:
         raise LoadRefused("unsafe_file", reason)
 
 
-def _walk(reader: FieldReader, end: int) -> Iterator[str]:
+def _walk(reader: ReferenceReader, end: int) -> Iterator[str]:
     """Walk the messages depth first, with an explicit stack."""
     stack = [(MessageKind.MODEL, reader.find(FIELDS[MessageKind.MODEL], 0, end))]
     while stack:

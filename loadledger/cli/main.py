@@ -22,6 +22,7 @@ SECTIONS = {
         "load": "loadledger.cli.jobs:load",
         "unload": "loadledger.cli.jobs:unload",
         "models": "loadledger.cli.models:models",
+        "show": "loadledger.cli.models:show",
         "infer": "loadledger.cli.infer:infer",
         "resources": "loadledger.cli.models:resources",
         "top": "loadledger.cli.top:top",
@@ -56,8 +57,7 @@ ALIASES = {
     "run": ("load", "--wait"),
     "stop": ("unload", "--wait"),
     "logs": ("events",),
-    "inspect": ("models",),
-    "show": ("models",),
+    "inspect": ("show",),
     "kill": ("unload", "--force", "--wait"),
     "stats": ("top",),
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from math import prod
 from typing import Any
 
 import click
@@ -26,17 +29,27 @@ from loadledger.cli.server import ServerChoice, json_option, open_chosen_client,
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 MAX_VERSIONS = 4
 """Number of versions in a cell: the highest ones."""
+ZEROS = {"BOOL": "false", "BYTES": '""', **dict.fromkeys(("FP16", "BF16", "FP32", "FP64"), "0.0")}
+ZEROS |= {f"{sign}INT{bits}": "0" for sign in ("", "U") for bits in (8, 16, 32, 64)}
+"""A zero of each datatype, as JSON."""
+UNSET = (None, False, 0)
+"""Parameters of a load that are not worth a word."""
+MAX_ZEROS = 32
+"""Zeros that a command line has: more are no example to type."""
 USE_HEAD = ("MODEL", "VERSION", "PHASE", "WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED", "KEPT")
 RIGHT = frozenset({"WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED"})
 WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
 
 
+at_option = click.option(
+    "--at", metavar="POSITION|TIME", help="Past state: a position, or a time like 2026-01-31T14:02:00Z."
+)
+
+
 @click.command()
 @click.argument("model", required=False, shell_complete=models_of_server)
 @click.option("--loaded", is_flag=True, show_default=False, help="Only models that are not unloaded.")
-@click.option(
-    "--at", metavar="POSITION|TIME", help="Past state: a position, or a time like 2026-01-31T14:02:00Z."
-)
+@at_option
 @json_option
 @server_options
 def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, where: ServerChoice) -> None:
@@ -46,8 +59,7 @@ def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, wh
     """
     with open_chosen_client(where) as client:
         if model is not None:
-            shown = client.model(model, at=at)
-            print_result(shown, _details(shown), as_json=as_json)
+            _show(client, model, at, as_json=as_json)
             return
         rows = [each for each in client.models(at=at) if not loaded or each.state != "unloaded"]
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
@@ -56,6 +68,22 @@ def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, wh
     table = format_table(HEAD, [_row(each) for each in rows], right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
     print_result({"models": rows}, table if rows else [none], as_json=as_json)
+
+
+@click.command()
+@click.argument("model", shell_complete=models_of_server)
+@at_option
+@json_option
+@server_options
+def show(model: str, *, at: str | None, as_json: bool, where: ServerChoice) -> None:
+    """Show a model: its state, files, inputs and outputs, and a command line for a first inference."""
+    with open_chosen_client(where) as client:
+        _show(client, model, at, as_json=as_json)
+
+
+def _show(client: Any, model_id: str, at: str | None, *, as_json: bool) -> None:
+    shown = client.model(model_id, at=at)
+    print_result(shown, _details(shown), as_json=as_json)
 
 
 def _row(model: Any) -> tuple[str, ...]:
@@ -92,6 +120,7 @@ def _details(model: Any) -> Iterator[str]:
         "versions": model.versions and ", ".join(map(str, model.versions)),
         "instances": model.instances,
         "threads": model.threads,
+        "parameters": model.parameters and _parameters(model.parameters),
         "memory": model.memory_bytes and format_size(model.memory_bytes),
         "loaded": model.loaded_at
         and f"{format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
@@ -104,6 +133,60 @@ def _details(model: Any) -> Iterator[str]:
     yield from format_facts(facts)
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
+    yield from _signature_lines(model)
+
+
+def _parameters(parameters: dict[str, Any]) -> str:
+    """Return the parameters of a load that are set to something."""
+    return ", ".join(f"{name} {value}" for name, value in sorted(parameters.items()) if value not in UNSET)
+
+
+def _signature_lines(model: Any) -> Iterator[str]:
+    """Yield inputs and outputs as tables, and a command line that the model answers."""
+    if model.signature_version is None:  # the file cannot be read, or the state is one of the past
+        return
+    for head, tensors in (("INPUT", model.inputs), ("OUTPUT", model.outputs)):
+        yield ""
+        yield from format_table(
+            (head, "DATATYPE", "SHAPE"), [_tensor_row(tensor) for tensor in tensors or ()]
+        )
+    command = inference_command(model)
+    if command is not None:
+        yield ""
+        if model.state != "loaded":
+            yield f"loadledger load {model.id} --wait"
+        yield command
+
+
+def _tensor_row(tensor: Any) -> tuple[str, ...]:
+    name = f"{format_cell(tensor.name)}{' (optional)' if tensor.optional else ''}"
+    return name, format_cell(tensor.datatype), str(tensor.shape)
+
+
+def inference_command(model: Any) -> str | None:
+    """Return a command line that sends a model zeros; None if the command line cannot give an input.
+
+    A length that the model leaves open is 1. An input of many elements comes from a file of nested lists.
+    """
+    words = ["loadledger", "infer", model.id]
+    for tensor in model.inputs or ():
+        if tensor.optional:
+            continue
+        shape = [1 if length < 0 else length for length in tensor.shape]
+        zero = ZEROS.get(tensor.datatype)
+        if zero is None or "=" in tensor.name or not (tensor.name and tensor.name.isprintable()):
+            return None
+        is_long = prod(shape) > MAX_ZEROS
+        text = f"@{re.sub(r'[^A-Za-z0-9]', '_', tensor.name)}.json" if is_long else _zeros(zero, shape)
+        words += ["-i", f"{tensor.name}={text}"]
+    return shlex.join(words)
+
+
+def _zeros(zero: str, shape: Sequence[int]) -> str:
+    text = zero
+    for length in reversed(shape):
+        text = f"[{', '.join([text] * length)}]"
+    return text
 
 
 def format_presence(server: Any) -> str:

@@ -29,8 +29,8 @@ from runtime.onnxfields import (
     MAX_DEPTH,
     VALUE,
     Field,
-    FieldReader,
     MessageKind,
+    ReferenceReader,
     TooManyFields,
     Unparsable,
 )
@@ -131,7 +131,7 @@ class _Rewriting:
 
     def __init__(self, data: memoryview, moves: _Moves) -> None:
         self._data, self._moves = data, moves
-        self._reader = FieldReader(data, has_groups=False)
+        self._reader = ReferenceReader(data, has_groups=False)
 
     def rewrite(self) -> bytes:
         """Return the file with updated references."""
@@ -160,7 +160,8 @@ class _Rewriting:
         """Yield the fields of a message to rewrite: of a tensor all entries, of others what may have any."""
         if kind is not MessageKind.TENSOR:
             return self._reader.find(FIELDS[kind], position, end)
-        return (field for field in self._reader.read_all(position, end) if field.number in FIELDS[kind])
+        fields = self._reader.read_all(position, end)
+        return (field for field in fields if field.number in FIELDS[kind] and field.start >= 0)
 
 
 def _move_entries(entries: dict[str, str], moves: _Moves) -> Iterator[tuple[str, str]]:

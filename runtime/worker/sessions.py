@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import re
 import resource
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,13 @@ import onnxruntime as ort
 
 from runtime import memory
 from runtime.errors import LoadRefused
-from runtime.onnxfile import check_external_data, describe_foreign_content, read_head
+from runtime.onnxfile import (
+    check_external_data,
+    describe_foreign_content,
+    describe_tensor,
+    read_head,
+)
 from runtime.wire import (
-    BY_ONNX,
     MAX_NAME_CHARACTERS,
     MAX_OUTPUTS,
     MAX_REPORT_BYTES,
@@ -25,10 +28,6 @@ from runtime.wire import (
 )
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
-
-OPTIONAL = re.compile(r"optional\((.*)\)")
-"""ONNX Runtime's type of an optional input or output; an input may be given with a value or left out."""
-
 
 MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 256
 """Of a model's inputs and outputs: all of `Loaded` but its own two numbers."""
@@ -93,11 +92,7 @@ def _spec(node: ort.NodeArg) -> TensorSpec:
     if max(len(node.name), len(node.type)) > MAX_NAME_CHARACTERS:
         reason = f"an input or output has a name or type of more than {MAX_NAME_CHARACTERS} characters"
         raise LoadRefused("invalid_model", reason)
-    inner = OPTIONAL.fullmatch(node.type)
-    datatype = BY_ONNX.get(node.type if inner is None else inner[1])
-    shape = tuple(length if isinstance(length, int) and length >= 0 else -1 for length in node.shape)
-    name = node.type if datatype is None else datatype.name
-    return TensorSpec(node.name, name, shape, optional=inner is not None)
+    return describe_tensor(node.name, node.type, node.shape)
 
 
 def _check_size(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from events.accept import NO_BATCHING
@@ -21,9 +22,10 @@ from events.commands import RequestLoad, RequestUnload
 from events.models import Model, ModelState
 from events.types import Idempotency, LoadParameters
 from runtime.contents import Contents, ModelContents
-from runtime.errors import LoadRefused, UnknownModel
+from runtime.errors import LoadRefused, RuntimeProblem, UnknownModel
 from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
+from runtime.onnxfile import ModelSignature
 from runtime.repository import ModelVersion, Repository
 from runtime.store.problems import RepositoryUnreadable
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
@@ -39,7 +41,7 @@ from server.api.schemas import (
     model_view,
 )
 from server.api.timetravel import past_model, past_models
-from server.appkeys import CONFIG, CONTENTS, LOG
+from server.appkeys import CONFIG, CONTENTS, LOG, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.config import Config
 from server.http.validation import (
@@ -181,7 +183,40 @@ async def show_model(request: web.Request) -> web.Response:
     seen = await _look_at_model(request, model_id)
     state = request.app[LOG].state
     view = model_view(model_id, state, seen.versions, state.active(), repository_changed=seen.has_changed)
-    return web.json_response(view)
+    serving = state.models[model_id].serving if model_id in state.models else None
+    parameters = msgspec.to_builtins(serving.parameters) if serving is not None else None
+    signature = await _describe_signature(request.app, model_id)
+    return web.json_response({**view, "parameters": parameters, **signature})
+
+
+async def find_signature(
+    app: web.Application, model_id: str, version: int | None = None
+) -> tuple[int, ModelSignature]:
+    """Return a version, inputs and outputs: the serving one, else the highest and what its file declares.
+
+    Args:
+        app: the application.
+        model_id: the model.
+        version: only this one.
+
+    Raises:
+        RuntimeProblem: `unknown_model`, `unknown_version`, `invalid_model`, `unsafe_file`, `model_changed`,
+            `repository_busy`, `repository_unreadable`.
+    """
+    router, contents = app[ROUTER], app[CONTENTS]
+    if router.is_ready(model_id, version):
+        route = router.route(model_id, version)
+        return route.version, ModelSignature(route.inputs, route.outputs)
+    look = partial(contents.read_signature, model_id, version)
+    return await contents.repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
+
+
+async def _describe_signature(app: web.Application, model_id: str) -> dict[str, Any]:
+    with suppress(RuntimeProblem):  # the rest is known, and a load says why this is not
+        version, signature = await find_signature(app, model_id)
+        inputs, outputs = msgspec.to_builtins((signature.inputs, signature.outputs))
+        return {"inputs": inputs, "outputs": outputs, "signature_version": version}
+    return {"inputs": None, "outputs": None, "signature_version": None}
 
 
 @routes.post(

@@ -269,6 +269,26 @@ class PreparedSchema(AnswerSchema):
     sha256 = fields.String(required=True)
 
 
+class TensorSchema(AnswerSchema):
+    """A tensor, or the specification of one."""
+
+    name = fields.String(required=True)
+    datatype = fields.String(required=True)
+    shape = fields.List(fields.Integer(), required=True)
+
+
+class ModelTensorSchema(TensorSchema):
+    """An input or output of a model; -1 in its shape is any length."""
+
+    optional = fields.Boolean(required=True, **about("Whether an input may be left out."))
+
+
+_SIGNATURE = (
+    "In the answer of one model: those of the version that serves, else of the highest one, as its file"
+)
+_SIGNATURE += " declares them; null if the file cannot be read as ONNX."
+
+
 class ModelSchema(AnswerSchema):
     """A model of the repository, or one that is loaded."""
 
@@ -311,6 +331,14 @@ class ModelSchema(AnswerSchema):
         required=True,
         allow_none=True,
         **about("Threads that each of its workers computes with; null if an earlier release loaded it."),
+    )
+    inputs = fields.List(fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE))
+    outputs = fields.List(fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE))
+    parameters = fields.Dict(
+        allow_none=True, **about("In the answer of one model: of the load that serves; null without one.")
+    )
+    signature_version = fields.Integer(
+        allow_none=True, **about("The version that `inputs` and `outputs` are of.")
     )
     as_of = fields.Integer(**about(_AS_OF_IN_THE_PAST))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))

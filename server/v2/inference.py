@@ -14,6 +14,7 @@ from runtime.process.sharedmemory import SHARED_FROM_BYTES, Region
 from runtime.router import ModelNotLoaded, ModelRoute, ModelUnloading, Router
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer, Tensor
+from server.api.models import find_signature
 from server.appkeys import BODIES, CONFIG, DEMAND, GATE, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import JSON_BYTES_PER_REQUEST, QUOTA, Quota
@@ -37,10 +38,8 @@ from server.v2.metadata import (
     INFERENCE_BODY,
     INFERENCE_PARAMETERS,
     INFERENCE_RESPONSE,
-    MODEL_ERRORS,
     MetadataSchema,
     ReadySchema,
-    current_route,
     metadata,
     model_routes,
 )
@@ -76,6 +75,12 @@ _INFER_ERRORS = (
 )  # fmt: skip
 
 
+_METADATA_ERRORS = (
+    "unknown_model", "unknown_version", "invalid_model", "unsafe_file", "model_changed", "repository_busy",
+    "repository_unreadable",
+)  # fmt: skip
+
+
 @model_routes(
     routes.post,
     "/infer",
@@ -96,15 +101,17 @@ async def infer_model(request: web.Request) -> web.StreamResponse:
 @model_routes(
     routes.get,
     "",
-    ("Inputs and outputs of a loaded model", "Inputs and outputs of a loaded version"),
+    ("Inputs and outputs of a model", "Inputs and outputs of a version"),
     of_version="show_version_metadata",
     access=Access.ANY,
-    answers={200: (MetadataSchema(), "The metadata.")},
-    errors=MODEL_ERRORS,
+    answers={200: (MetadataSchema(), "The metadata, of a model that is not loaded as its file declares it.")},
+    errors=_METADATA_ERRORS,
 )
 async def show_metadata(request: web.Request) -> web.Response:
-    """Return inputs and outputs of the serving version, or of the version in the path if it serves."""
-    return web.json_response(metadata(await current_route(request)))
+    """Return inputs and outputs of the serving version, else of the highest; or of that in the path."""
+    path = path_parameters(request)
+    found = await find_signature(request.app, path["id"], path.get("version"))
+    return web.json_response(metadata(path["id"], *found))
 
 
 @model_routes(

@@ -15,9 +15,10 @@ from marshmallow import fields
 
 from events.models import ModelState
 from runtime.consumer.loads import RunningLoad
+from runtime.onnxfile import ModelSignature
 from runtime.router import ModelRoute
 from runtime.wire import DATATYPES, TensorSpec
-from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema
+from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema, TensorSchema
 from server.appkeys import CONSUMER, LOG, ROUTER
 from server.http.validation import path_parameters
 from server.routing import Access, Routes
@@ -27,16 +28,8 @@ from server.v2.tritonconfig import PLATFORM, ModelConfigSchema, model_config
 routes = Routes(tag="inference")
 
 
-class TensorSchema(AnswerSchema):
-    """A tensor, or the specification of one."""
-
-    name = fields.String(required=True)
-    datatype = fields.String(required=True)
-    shape = fields.List(fields.Integer(), required=True)
-
-
 class MetadataSchema(AnswerSchema):
-    """Inputs and outputs of a loaded model; -1 in a shape is any length."""
+    """Inputs and outputs of a model; -1 in a shape is any length."""
 
     name = fields.String(required=True)
     versions = fields.List(fields.String(), required=True)
@@ -156,14 +149,14 @@ INFERENCE_RESPONSE: dict[str, Any] = {
 """The response of infer."""
 
 
-def metadata(route: ModelRoute) -> dict[str, Any]:
-    """Return inputs and outputs of a loaded version, in the protocol's form."""
+def metadata(model_id: str, version: int, signature: ModelSignature) -> dict[str, Any]:
+    """Return inputs and outputs of a version, in the protocol's form."""
     return {
-        "name": route.model_id,
-        "versions": [str(route.version)],
+        "name": model_id,
+        "versions": [str(version)],
         "platform": PLATFORM,
-        "inputs": [_spec(spec) for spec in route.inputs],
-        "outputs": [_spec(spec) for spec in route.outputs],
+        "inputs": [_spec(spec) for spec in signature.inputs],
+        "outputs": [_spec(spec) for spec in signature.outputs],
     }
 
 

@@ -3,27 +3,36 @@
 import contextlib
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from random import Random
+from typing import Any
 
 import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from onnxruntime import InferenceSession
 from support import models
 from support.history import PLAIN
 from support.models import FLOAT, external_bytes, external_tensor, save, save_bytes, value, varint
 
 from runtime import onnxfields, onnxfile
 from runtime.errors import LoadRefused
-from runtime.onnxfields import MAX_FIELDS, Unparsable
+from runtime.onnxfields import MAX_FIELDS, TooManyFields, Unparsable
 from runtime.onnxfile import (
+    ELEMENTS,
     FOREIGN_HEAD_BYTES,
+    FileWindows,
+    ModelSignature,
     check_external_data,
     describe_foreign_content,
     external_locations,
+    read_signature,
 )
+from runtime.wire import DATATYPES
+from runtime.worker.sessions import describe_model, session_options
 
 
 def locations(model: onnx.ModelProto, tmp_path: Path) -> list[str]:
@@ -370,3 +379,131 @@ def test_onnx_files_are_not_foreign() -> None:
 def test_any_content_is_described_in_bounds(head: bytes, size: int) -> None:
     told = describe_foreign_content(head, max(size, len(head)))
     assert told is None or (len(told) < 250 and told.isprintable())
+
+
+OF_TEST_MODELS = (
+    models.add,
+    models.strings,
+    models.zip_map,
+    models.sequence_input,
+    models.with_default,
+    models.optional_input,
+    models.optional_output,
+    models.counting_loop,
+)
+
+
+def signature(model: onnx.ModelProto) -> ModelSignature:
+    data = model.SerializeToString()
+    return read_signature(data, len(data))
+
+
+@pytest.mark.parametrize("made", OF_TEST_MODELS, ids=lambda made: str(made.__name__))
+def test_signature_is_what_onnx_runtime_reports(made: Callable[[], onnx.ModelProto]) -> None:
+    model = made()
+    session = InferenceSession(model.SerializeToString(), session_options(1))
+    reported = describe_model(session, 0)
+    assert signature(model) == ModelSignature(reported.inputs, reported.outputs)
+
+
+def test_signature_of_files_of_the_onnx_package_is_reported_too() -> None:
+    for file in sorted((Path(onnx.__file__).parent / "backend/test/data/simple").rglob("*.onnx"))[:20]:
+        data = file.read_bytes()
+        with contextlib.suppress(Exception):  # not all can be loaded on each machine
+            reported = describe_model(InferenceSession(data, session_options(1)), 0)
+            assert read_signature(data, len(data)).inputs == reported.inputs
+
+
+NAMES = st.text(max_size=20)
+SHAPES = st.none() | st.lists(st.none() | st.text(max_size=3) | st.integers(-(2**63), 2**63 - 1), max_size=5)
+TENSORS = st.tuples(
+    st.sampled_from([number for number in TensorProto.DataType.values() if number in ELEMENTS]), SHAPES
+)
+"""Element type and shape."""
+
+
+@PLAIN
+@given(
+    inputs=st.dictionaries(NAMES, TENSORS, max_size=5),
+    outputs=st.dictionaries(NAMES, TENSORS, max_size=5),
+    defaults=st.sets(NAMES, max_size=3),
+    picked=st.integers(0, 5),
+    ir_version=st.integers(1, 12),
+)
+def test_signature_of_any_graph_is_what_onnx_parses(
+    inputs: dict[str, Any], outputs: dict[str, Any], defaults: set[str], picked: int, ir_version: int
+) -> None:
+    defaults |= set(list(inputs)[:picked])
+    weights = [helper.make_tensor(name, FLOAT, [2], [1.0, 2.0]) for name in sorted(defaults)]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["a"], ["b"], doc_string="c" * 200)] * picked,
+        "g",
+        [value(name, *each) for name, each in inputs.items()],
+        [value(name, *each) for name, each in outputs.items()],
+        weights,
+    )
+    model = onnx.ModelProto(ir_version=ir_version, producer_name="x" * picked * 50, graph=graph)
+    parsed = onnx.ModelProto.FromString(model.SerializeToString()).graph
+    found = signature(model)
+    optional = [each for each in parsed.input if each.name in defaults and ir_version >= 4]
+    required = [each for each in parsed.input if each.name not in defaults]
+    assert [spec.name for spec in found.inputs] == [each.name for each in (*required, *optional)]
+    assert [spec.optional for spec in found.inputs] == [False] * len(required) + [True] * len(optional)
+    for spec, each in zip(
+        (*found.inputs, *found.outputs), (*required, *optional, *parsed.output), strict=True
+    ):
+        kind = each.type.tensor_type
+        known = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
+        assert spec.shape == tuple(length if length >= 0 else -1 for length in known)
+        datatype = DATATYPES.get(spec.datatype)
+        assert (datatype.onnx if datatype else spec.datatype) == f"tensor({ELEMENTS[kind.elem_type]})"
+
+
+@PLAIN
+@given(data=st.binary(max_size=200), cut=st.integers(0, 400), garbage=st.binary(max_size=4))
+def test_signature_of_any_bytes_is_read_or_refused(data: bytes, cut: int, garbage: bytes) -> None:
+    whole = models.counting_loop().SerializeToString()
+    for content in (data, whole[:cut] + garbage + whole[cut + len(garbage) :], whole[:cut]):
+        with contextlib.suppress(Unparsable, TooManyFields):
+            read_signature(content, len(content))
+
+
+def nested(depth: int) -> onnx.TypeProto:
+    kind = helper.make_tensor_type_proto(FLOAT, [])
+    for _ in range(depth):
+        kind = helper.make_sequence_type_proto(kind)
+    return kind
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.model([], [helper.make_value_info("x", nested(20))], []),
+        models.model([], [value("x" * 20_000, FLOAT, [])], []),
+        models.model([], [value("x", FLOAT, [1] * 65)], []),
+        models.model([], [value(f"{number}{'x' * 1_000}", FLOAT, []) for number in range(70)], []),
+    ],
+    ids=["depth", "name", "shape", "names"],
+)
+def test_signature_beyond_bounds_is_refused(model: onnx.ModelProto) -> None:
+    with pytest.raises((Unparsable, TooManyFields)):
+        signature(model)
+
+
+def test_signature_is_read_within_a_bound_of_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxfile, "MAX_SIGNATURE_FIELDS", 500)
+    many = helper.make_node("Identity", ["x"], ["y"])
+    assert signature(models.model([many] * 400, [], [])) == ModelSignature((), ())
+    with pytest.raises(TooManyFields, match="more than 500 fields to read for its inputs and outputs"):
+        signature(models.model([many] * 600, [], []))
+
+
+def test_signature_of_a_large_file_is_read_in_parts(tmp_path: Path) -> None:
+    folder = save(models.weights(16), tmp_path, "m")
+    with (folder / "model.onnx").open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        windows = FileWindows(file.fileno())
+        assert read_signature(windows, size) == signature(models.weights(16))
+        (folder / "model.onnx").write_bytes(b"")  # cut short while it is read
+        with pytest.raises(Unparsable):
+            read_signature(FileWindows(file.fileno()), size)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from support.clients import run_command
 from support.models import save
 from support.servers import APART, CTRL_C, Server, at_terminal, serving, standing
 
+from loadledger.cli.models import inference_command
+from loadledger.records import Model, ModelTensor
 from server.config import Config
 
 JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -124,6 +127,37 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     assert "no jobs" in alice.prints("jobs --status failed --model=m")
 
 
+def test_show_prints_inputs_and_a_command_that_works(alice: Shell) -> None:
+    shown = alice.prints("show whole")
+    assert re.search(r"^INPUT +DATATYPE +SHAPE\nx +FP32 +\[-1\]$", shown, re.MULTILINE)
+    assert re.search(r"^OUTPUT +DATATYPE +SHAPE\ny +FP32 +\[-1\]$", shown, re.MULTILINE)
+    *_, load, infer = shown.splitlines()
+    assert load == "loadledger load whole --wait"
+    alice.prints(load.removeprefix("loadledger "))
+    assert "[1.0]" in alice.run(*shlex.split(infer)[1:]).stdout
+    alice.prints("unload whole --wait")
+    assert alice.prints("inspect whole") == alice.prints("models whole")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "command"),
+    [
+        ([("a b", "INT64", [-1, 2])], "loadledger infer m -i 'a b=[[0, 0]]'"),
+        ([("x", "BYTES", [1]), ("y", "BOOL", [])], "loadledger infer m -i 'x=[\"\"]' -i y=false"),
+        ([("in/x", "FP32", [1, 3, 224, 224])], "loadledger infer m -i in/x=@in_x.json"),
+        ([("s", "seq(tensor(float))", [])], None),
+        ([("a=b", "FP32", [1])], None),
+        ([("\x1b", "FP32", [1])], None),
+    ],
+)
+def test_command_for_an_inference_has_zeros(
+    tensors: list[tuple[str, str, list[int]]], command: str | None
+) -> None:
+    inputs = [ModelTensor(name=name, datatype=kind, shape=shape) for name, kind, shape in tensors]
+    optional = ModelTensor(name="o", datatype="FP32", shape=[1], optional=True)
+    assert inference_command(Model(id="m", state="loaded", inputs=[*inputs, optional])) == command
+
+
 def test_load_that_changes_settings_says_so(alice: Shell) -> None:
     alice.prints("load other --wait")
     assert alice.prints("load other --pin --wait") == "other version 1: settings changed\n"
@@ -169,7 +203,7 @@ def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -
 def test_infer_loads_model_on_demand(server: Server, tmp_path: Path) -> None:
     bob = Shell(server, "predict")
     assert "[2.0]" in bob.prints("infer guessed -i x=[1.0]")
-    # Whole numbers are guessed as INT64, which the model refuses once it is loaded.
+    # The datatype comes from the model's file: of their own, whole numbers would be INT64.
     assert "[2.0]" in bob.prints("infer whole -i x=[1]")
     file = tmp_path / "request.json"
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
@@ -182,7 +216,8 @@ def test_infer_loads_model_on_demand(server: Server, tmp_path: Path) -> None:
     ):
         assert words in bob.refused(2, command)
     loaded = {each["id"] for each in bob.json("ps")["models"]}
-    assert {"guessed", "whole", "wrong"} <= loaded
+    assert {"guessed", "whole"} <= loaded
+    assert "wrong" not in loaded
     assert "shape" not in loaded
 
 

@@ -22,7 +22,7 @@ from onnx import ModelProto, TensorProto
 from support import models
 from support.history import PLAIN
 from support.http import ONE, Answer, Json, LocalApi, when
-from support.models import FLOAT, save
+from support.models import FLOAT, save, save_bytes
 from yarl import URL
 
 from events.types import ModelLoaded
@@ -314,7 +314,7 @@ async def test_model_or_version_that_is_not_loaded_is_refused(shared: LocalApi) 
         answer = await shared.post(f"/v2/models/{path}/infer", json={"inputs": [ONE]})
         assert answer.refusal == expected, path
         assert answer.media_type == "application/json"
-        for rest in ("", "/config", "/stats"):
+        for rest in ("/config", "/stats"):
             assert (await shared.get(f"/v2/models/{path}{rest}")).refusal == expected, path
         assert (await shared.get(f"/v2/models/{path}/ready")).refusal == (400, "not_ready"), path
     for text in ("0", "-1", "01x", "v1", "1.0", "99999999999", "%00", "+1", "%2B1"):
@@ -359,6 +359,40 @@ async def test_metadata_and_configuration_of_a_loaded_model(shared: LocalApi) ->
             "dynamic_batching": {"max_queue_delay_microseconds": 100},
             "model_transaction_policy": {"decoupled": False},
         }
+
+
+async def test_metadata_of_a_model_that_is_not_loaded_is_its_files(shared: LocalApi) -> None:
+    root = shared.config.repository
+    for number, rank in ((1, 1), (2, 2)):
+        save(models.identity(FLOAT, (None, *[4] * rank)), root, "unread", number)
+    save(models.identity(FLOAT, (None,)), root, "half", 1)
+    await shared.load("half")
+    save(models.identity(FLOAT, (3,)), root, "half", 2)
+    save_bytes(b"<!DOCTYPE html>", root, "page")
+    for path, number, shape in (
+        ("unread", 2, [-1, 4, 4]),
+        ("unread/versions/1", 1, [-1, 4]),
+        ("half", 1, [-1]),
+        ("half/versions/2", 2, [3]),
+    ):
+        tensors = [{"name": name, "datatype": "FP32", "shape": shape} for name in ("x", "y")]
+        assert (await shared.get(f"/v2/models/{path}", roles=("predict",))).json == {
+            "name": path.partition("/")[0], "versions": [str(number)], "platform": "onnxruntime_onnx",
+            "inputs": tensors[:1], "outputs": tensors[1:],
+        }  # fmt: skip
+    for path, expected in (
+        ("unread/versions/3", (404, "unknown_version")),
+        ("half/versions/3", (404, "unknown_version")),
+        ("page", (400, "invalid_model")),
+        ("nope", (404, "unknown_model")),
+    ):
+        assert (await shared.get(f"/v2/models/{path}")).refusal == expected
+    shown = [await shared.model(model_id) for model_id in ("unread", "half", "page")]
+    assert [each["signature_version"] for each in shown] == [2, 1, None]
+    optional = {"name": "x", "datatype": "FP32", "shape": [-1, 4, 4], "optional": False}
+    assert [each["inputs"] for each in shown] == [[optional], [{**optional, "shape": [-1]}], None]
+    listed = (await shared.get("/api/v1/models")).json["models"]
+    assert not any("inputs" in each for each in listed)
 
 
 PHASES = ("queue", "compute_input", "compute_infer", "compute_output", "transport")

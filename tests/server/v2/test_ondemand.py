@@ -233,7 +233,7 @@ async def test_inference_loads_its_model(shared: LocalApi) -> None:
 async def test_reads_and_invalid_requests_load_nothing(shared: LocalApi) -> None:
     add(shared, "untouched")
     for answer, expected in (
-        (await shared.get("/v2/models/untouched"), (503, "model_not_loaded")),
+        (await shared.get("/v2/models/untouched/config"), (503, "model_not_loaded")),
         (await shared.get("/v2/models/untouched/ready"), (400, "not_ready")),
         (await shared.post("/v2/models/untouched/infer", json={}), (400, "invalid_input")),
         (await shared.infer("untouched", ONE, version=7), (404, "unknown_version")),
