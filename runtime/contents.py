@@ -140,6 +140,11 @@ class ModelContents:
     _remembered: dict[tuple[str, int], _Remembered] = field(default_factory=dict)
     _signatures: dict[FoundFile, ModelSignature | str] = field(default_factory=dict)
 
+    @property
+    def folders(self) -> set[str]:
+        """The folders of the server that messages about a model may name."""
+        return {str(self.repository.root), *((str(self.store.path),) if self.store is not None else ())}
+
     def obtain(
         self,
         model_id: str,
@@ -393,16 +398,17 @@ class ModelContents:
             with os.scandir(root) as entries:
                 is_empty = next(entries, None) is None
         except OSError as error:
-            raise RepositoryUnreadable(f"the repository {root} cannot be read: {error.strerror}") from None
+            raise RepositoryUnreadable(f"the repository cannot be read: {error.strerror}") from None
         if is_empty:
-            raise RepositoryUnreadable(f"the repository {root} is empty: is it mounted?")
+            raise RepositoryUnreadable("the repository is empty: is it mounted?")
         for path in (folder.parent, folder, folder / MODEL_FILE):
             try:
                 path.stat()
             except OSError as error:
                 if error.errno in _GONE:
                     return
-                raise RepositoryUnreadable(f"{path} cannot be read: {error.strerror}") from None
+                place = str(path.relative_to(root))
+                raise RepositoryUnreadable(f"{place!r} cannot be read: {error.strerror}") from None
 
 
 def _read_signature(descriptor: int, file: FoundFile) -> ModelSignature | str:

@@ -3,7 +3,11 @@
 HTTP status codes are not here; the server has one table from `code` to status.
 """
 
+import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 PrepareCode = Literal["prepare_failed", "disk_full"]
@@ -12,6 +16,27 @@ LoadCode = Literal[
     "invalid_model", "model_changed", "unsafe_file", "out_of_memory", "warm_up_failed", PrepareCode
 ]
 """Codes with which a worker refuses to load or prepare a model."""
+
+
+CODE_FOLDERS = {str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix}
+"""Where the code lies: a worker that crashes prints where it was."""
+
+
+def hide_folders(text: str, folders: Iterable[str]) -> str:
+    """Return a text without the absolute paths of folders of this server: paths in them become relative.
+
+    Those who may only predict or audit read what is recorded, and learn nothing of the machine from it.
+
+    Args:
+        text: an error message, or a line that a worker printed.
+        folders: absolute, and none is the root of all.
+    """
+    longest_first = sorted({folder.rstrip("/") for folder in folders} - {""}, key=len, reverse=True)
+    if not any(folder in text for folder in longest_first):
+        return text
+    names = "|".join(map(re.escape, longest_first))
+    inside = re.sub(rf"(?<![\w./-])(?:{names})/(?=[^\s/'\":;,)\]])", "", text)
+    return re.sub(rf"(?<![\w./-])(?:{names})(?![\w-])/?", "…", inside)
 
 
 @dataclass(frozen=True, slots=True)

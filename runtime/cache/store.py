@@ -311,7 +311,7 @@ class ModelCache:
                 if free_bytes - before < each.manifest.bytes // 2:  # workers have it mapped
                     break
         if free_bytes < needed_bytes:
-            raise DiskFull(path, needed_bytes, free_bytes)
+            raise DiskFull(needed_bytes, free_bytes)
 
     def _remove(self, path: Path) -> None:
         """Take an entry's name, and remove it; another process may have been faster."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from msgspec.structs import replace
@@ -46,7 +46,7 @@ from runtime.consumer.loads import RunningLoad
 from runtime.consumer.loadtasks import build_order, run_load, run_unload
 from runtime.consumer.usage import InferenceTotals
 from runtime.contents import ModelContents
-from runtime.errors import Exit, RuntimeProblem
+from runtime.errors import CODE_FOLDERS, Exit, RuntimeProblem, hide_folders
 from runtime.estimates import MemoryEstimates, find_expected
 from runtime.limits import PROGRESS_TIMEOUT_S
 from runtime.memory import MAX_BYTES, total_bytes
@@ -170,6 +170,17 @@ def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
     end = Exit(None, None) if worker.orphaned else worker.ended.result()
     data = WorkerExited(end.exit_code, end.signal, tuple(worker.recorded_tail()))
     return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
+
+
+def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
+    """Return a draft whose texts of others, such as ONNX Runtime, do not name these folders of the server."""
+    match draft.data:
+        case LoadFailed(message=message):
+            return replace(draft, data=replace(draft.data, message=hide_folders(message, folders)))
+        case WorkerExited(stderr=lines):
+            hidden = tuple(hide_folders(line, folders) for line in lines)
+            return replace(draft, data=replace(draft.data, stderr=hidden))
+    return draft
 
 
 def log_stderr(load: RunningLoad, worker: Worker) -> None:
@@ -462,4 +473,5 @@ class Executor:
             self.preparer.fail_form(load.prepared, failure)
 
     async def _record(self, *drafts: Draft, conditions: Conditions) -> None:
-        await self._log.submit(Record(drafts, conditions))
+        folders = self._contents.folders | CODE_FOLDERS
+        await self._log.submit(Record(tuple(hide_paths(draft, folders) for draft in drafts), conditions))

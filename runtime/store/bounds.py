@@ -90,7 +90,7 @@ class StoreBounds:
                 return
         free_bytes = free_disk_bytes(self._folder)
         if free_bytes < needed_bytes:
-            raise DiskFull(self._folder, needed_bytes, free_bytes)
+            raise DiskFull(needed_bytes, free_bytes)
 
     def _has_room(self, needed_bytes: int) -> bool:
         if free_disk_bytes(self._folder) < needed_bytes:

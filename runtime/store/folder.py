@@ -177,7 +177,7 @@ def explain_os_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise DiskFull(folder, needed_bytes, _free_bytes(folder)) from error
+            raise DiskFull(needed_bytes, _free_bytes(folder)) from error
         raise StoreUnavailable(f"the store in {folder} cannot be used: {error}") from error
 
 

@@ -29,13 +29,13 @@ class DiskFull(RuntimeProblem):
 
     code = "disk_full"
 
-    def __init__(self, folder: object, needed_bytes: int, free_bytes: int) -> None:
+    def __init__(self, needed_bytes: int, free_bytes: int) -> None:
         missing = max(1, needed_bytes - free_bytes)
         super().__init__(
-            f"the version takes {needed_bytes} bytes on the disk of {folder}, and {max(0, free_bytes)} can be"
-            f" spared there: {missing} bytes are missing; free as many, or move the data directory"
+            f"the version takes {needed_bytes} bytes on the disk of the store, and {max(0, free_bytes)} can"
+            f" be spared there: {missing} bytes are missing; free as many, or move the data directory"
             if needed_bytes
-            else f"the disk of {folder} is full: free some space, or move the data directory"
+            else "the disk of the store is full: free some space, or move the data directory"
         )
         self.needed_bytes = needed_bytes
         self.missing_bytes = missing

@@ -337,7 +337,7 @@ async def _body(request: web.Request) -> Any:
     if not body:
         return {}
     if not _is_json(request.headers.get(hdrs.CONTENT_TYPE, "")):
-        raise UnsupportedMediaType
+        raise UnsupportedMediaType(_describe_media_type(request.headers.get(hdrs.CONTENT_TYPE)))
     try:
         return loads(body)
     except InvalidJson as error:
@@ -356,6 +356,15 @@ def _is_json(field: str) -> bool:
     }
     is_json = media_type == "application/json" or ("/" in media_type and media_type.endswith("+json"))
     return is_json and charsets <= {"utf-8"}
+
+
+def _describe_media_type(field: str | None) -> str:
+    """Return what is wrong with a Content-Type, and what to send; curl declares a form unless it is told."""
+    declared = "without a Content-Type" if field is None else f"declared as {_quote(field)}"
+    return (
+        f"the body is {declared}: send JSON in UTF-8 with the header Content-Type: application/json"
+        " (curl: -H 'Content-Type: application/json')"
+    )
 
 
 def _query(request: web.Request, schema: Schema) -> Mapping[str, object]:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -78,6 +79,10 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
     assert re.fullmatch(r"[0-9a-f]{64}", file["sha256"])
     assert model.pop("memory_bytes") > 0
     assert model == {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1], "optional": False}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1], "optional": False}],
+        "signature_version": 1,
+        "parameters": job["parameters"],
         "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,
         "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
         "position": job["position"], "prepared": None, "error": None, "instances": 1,
@@ -163,7 +168,7 @@ async def test_load_that_changes_settings_completes_without_a_load(shared: Local
     pinned = answer.json
     assert pinned["id"] != loaded["id"]
     assert pinned["parameters"] == loaded["parameters"] | {"pinned": True}
-    assert await shared.model("changed") == before
+    assert await shared.model("changed") == before | {"parameters": pinned["parameters"]}
     assert [(use["pinned"], use["keep_alive_s"]) for use in await uses(shared, "changed")] == [(True, None)]
     story = [event.type for event in await shared.events("changed")]
     assert story == [
@@ -321,6 +326,39 @@ async def test_failed_load_says_why_and_disturbs_nothing(
     shared.save(models.add(2), bad)
     await shared.load(bad)
     assert await result_of(shared, bad) == 3
+
+
+async def test_no_answer_names_a_folder_of_the_server(shared: LocalApi) -> None:
+    """What ONNX Runtime and a crashing worker say has absolute paths; those who predict or audit see none."""
+    config = shared.config
+    shared.save(models.unknown_operator(), "unknown")
+    shared.save(models.crash_on_load(), "crashing")
+    (config.repository / "unfit").mkdir()
+    (config.repository / "unfit" / "1").symlink_to(config.repository / "unknown" / "1")
+    (config.repository / "unfit" / "loadledger.toml").write_text("instances = 'two'")
+    failed = [await shared.failed_load(model_id) for model_id in ("unknown", "crashing")]
+    assert "model.onnx failed" in failed[0]["error"]["message"]
+    own = (config.repository, config.data)
+    folders = {*map(str, own), *map(os.path.realpath, own), sys.prefix, sys.base_prefix} - {"/usr"}
+    get, post = shared.get, shared.post
+    answers = [
+        *[await get(path, roles=("predict",)) for path in (
+            "/api/v1/models", "/api/v1/models/unknown", "/api/v1/models/crashing", "/api/v1/models/none",
+            "/api/v1/jobs?model=unknown", f"/api/v1/jobs/{failed[1]['id']}", "/api/v1/resources",
+            "/v2/models/unknown", "/v2/models/crashing/config", "/v2/models/unknown/stats",
+            "/v2/models/unfit", "/openapi.yaml",
+        )],
+        await post("/v2/repository/index", roles=("predict",)),
+        await post("/v2/models/unknown/infer", json={"inputs": []}, roles=("predict",)),
+        await post("/v2/repository/models/unknown/load"),
+        await post("/api/v1/models/unfit/load"),
+        *[await get(f"/api/v1/events?model={name}", roles=("audit",)) for name in ("unknown", "crashing")],
+    ]  # fmt: skip
+    told = {answer.status for answer in answers}
+    assert told >= {200, 400, 404, 503}
+    for answer in answers:
+        assert not [folder for folder in folders if folder in answer.body.decode()]
+    assert await shared.types("crashing") == ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
 
 
 async def test_load_beyond_a_full_queue_is_429(start: Start) -> None:

@@ -112,6 +112,7 @@ async def test_invalid_body_or_query_is_refused_on_each_route(shared: LocalApi) 
         for body, headers, query, refusal in (
             *((body, JSON, "", invalid) for body in (b"[]", b"{", b'{"x": 1}')),
             (packed, {"Content-Type": "text/plain"}, "", unsupported),
+            (b"{}", {"Content-Type": "application/x-www-form-urlencoded"}, "", unsupported),
             (packed, {"Content-Type": "application/json; charset=latin-1"}, "", unsupported),
             (packed, {**JSON, "Content-Encoding": "gzip"}, "", unsupported),
             (large, JSON, "", (413, "body_too_large")),
@@ -121,6 +122,8 @@ async def test_invalid_body_or_query_is_refused_on_each_route(shared: LocalApi) 
             sent = {"data": io.BytesIO(body), "headers": headers}
             answer = await shared.post(f"/api/v1/models/{path}{query}", **sent)
             assert answer.refusal == refusal, (path, body[:20], headers, query)
+            if refusal == unsupported and "Content-Encoding" not in headers:
+                assert "curl: -H 'Content-Type: application/json'" in answer.json["detail"]
     assert shared.position == head
 
 
