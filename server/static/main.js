@@ -14,13 +14,14 @@ import { modelsView } from "./models.js";
 import { Past } from "./past.js";
 import { predictDialog } from "./predict.js";
 import { Refresher } from "./refresher.js";
+import { Router } from "./router.js";
 import { cleaned, keepToken, keptToken, Session } from "./session.js";
 import { Store } from "./store.js";
 
 const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
 
 function begin(token) {
-  const api = new Api(token), session = new Session(token), store = new Store();
+  const api = new Api(token), session = new Session(token), store = new Store(), router = new Router();
   const refresher = new Refresher(api, store), actions = new Actions(api, store, refresher);
   const live = new Live(api, store, refresher, { follows: session.audits, onSignedOut: signOut });
   show(byId("sign-in"), false);
@@ -37,7 +38,14 @@ function begin(token) {
     offers.trace = (job) => ledger.only(job);
   }
   jobsView(store, offers);
+  router.watch(({ view }) => showView(view));
   live.run();
+}
+
+// Which part of the page an address shows. A model has a page of its own; all else stands in the overview.
+function showView(view) {
+  show(byId("model-page"), view === "models");
+  show(byId("overview"), view !== "models");
 }
 
 // What a role may not do is not offered; what is offered may still be refused, by the server, which decides.
