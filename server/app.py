@@ -39,11 +39,12 @@ from runtime.scheduler.view import Policy
 from runtime.store.folder import STORE
 from runtime.store.manifest import digest_of
 from runtime.store.store import Store
-from server.api import events, health, jobs, models, pages, resources
+from server.api import events, health, jobs, models, pages, resources, timeline
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
 from server.api.health import failed_tasks
 from server.api.models import make_load_command
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
+from server.api.timeline import open_timeline
 from server.api.timetravel import open_time_travel, time_travel_middleware
 from server.appkeys import (
     BODIES,
@@ -101,6 +102,7 @@ def all_routes(metrics: str = "token") -> list[Route]:
         *jobs.routes,
         *resources.routes,
         *events.routes,
+        *timeline.routes,
         *inference.routes,
         *metadata.routes,
         *repository.routes,
@@ -148,7 +150,16 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
     app.on_shutdown.append(_begin_stop)
     ledger = partial(_ledger, accepts_rollback=accepts_rollback)
     app.cleanup_ctx.extend(
-        [_data_directory, _workers, ledger, _reader, open_time_travel, _consumer, open_streams]
+        [
+            _data_directory,
+            _workers,
+            ledger,
+            _reader,
+            open_time_travel,
+            open_timeline,
+            _consumer,
+            open_streams,
+        ]
     )
     return app
 

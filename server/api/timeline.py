@@ -1,0 +1,210 @@
+"""`GET /api/v1/timeline`: the state of each model over a range of time, for the console's drawing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import msgspec
+from aiohttp import web
+from marshmallow import Schema, fields, validate
+
+from events.clock import format_timestamp, utc_now
+from events.models import ModelState
+from events.sqlite.history import parse_moment
+from events.sqlite.lanes import FILES_SHOWN, MarkKind
+from events.sqlite.presence import ServerState
+from events.sqlite.readonly import open_reader_thread
+from events.sqlite.timeline import TimelineQuery, TimelineReader
+from server.api.schemas import AnswerSchema, about
+from server.appkeys import LOG
+from server.http.validation import ParameterInteger, query_parameters
+from server.routing import Access, Routes
+
+routes = Routes(tag="ledger")
+
+TIMELINE = web.AppKey("timeline", TimelineReader)
+"""Reads the timeline."""
+
+MAX_LANES = 100
+"""Of one answer: more do not fit on a screen."""
+
+MIN_RESOLUTION, MAX_RESOLUTION = 100, 2000
+"""Buckets: about one for each pixel of a narrow and of a wide screen."""
+
+
+async def open_timeline(app: web.Application) -> AsyncIterator[None]:
+    """Open the reader of the timeline; a resource of the application."""
+    async with open_reader_thread(app[LOG].path, "ledger-timeline") as thread:
+        app[TIMELINE] = TimelineReader(thread)
+        yield
+
+
+_WHERE = "A position, all digits, or a time with its offset (RFC 3339), such as 2026-01-31T14:02:00Z."
+
+
+class TimelineQuerySchema(Schema):
+    """Range, page and resolution of the timeline."""
+
+    begin = fields.String(
+        data_key="from", load_default=None, **about(f"Begin of the range. {_WHERE} Default: the first event.")
+    )
+    end = fields.String(
+        data_key="to", load_default=None, **about(f"End of the range. {_WHERE} Default: the present.")
+    )
+    find = fields.String(
+        load_default="",
+        validate=validate.Length(max=128),
+        **about("Only models whose id contains this text, in capitals or not."),
+    )
+    cursor = fields.String(
+        load_default="",
+        validate=validate.Length(max=128),
+        **about("Only models after this id: the `next_cursor` of the page before."),
+    )
+    limit = ParameterInteger(
+        load_default=50, validate=validate.Range(1, MAX_LANES), **about("Lanes in the page at most.")
+    )
+    resolution = ParameterInteger(
+        load_default=600,
+        validate=validate.Range(MIN_RESOLUTION, MAX_RESOLUTION),
+        **about("Buckets of the range; what is shorter than one is merged into summaries."),
+    )
+
+
+_STATES = [state.value for state in ModelState]
+
+
+class SegmentSchema(AnswerSchema):
+    """A time in which a model's state stayed the same, or a summary of several."""
+
+    state = fields.String(required=True, validate=validate.OneOf(_STATES))
+    begin = fields.String(data_key="from", required=True)
+    end = fields.String(data_key="to", required=True)
+    version = fields.Integer(required=True, allow_none=True)
+    next_version = fields.Integer(
+        required=True, allow_none=True, **about("The version that loads beside the one that serves.")
+    )
+    load_job_id = fields.String(
+        required=True, allow_none=True, **about("Job of its load; see `loads` of the lane.")
+    )
+    position = fields.Integer(
+        required=True, allow_none=True, **about("Of the event that began it; null if that was earlier.")
+    )
+    by = fields.String(required=True, allow_none=True, **about("Who asked for what began it."))
+    cause = fields.String(required=True, allow_none=True, **about("Of the job that began it."))
+    degraded = fields.Boolean(required=True, **about("Whether some of its workers are gone."))
+    error = fields.String(
+        required=True, allow_none=True, **about("Code of the failure, in the states `failed` and `lost`.")
+    )
+    events = fields.Integer(required=True, **about("Events of the model in this time."))
+    summary = fields.Boolean(
+        required=True,
+        **about("Whether this may be several states, too short or too many; `state` is that of the end."),
+    )
+
+
+class MarkSchema(AnswerSchema):
+    """A moment that stands out; those of a kind within one bucket are one, with the last one's members."""
+
+    kind = fields.String(required=True, validate=validate.OneOf([kind.value for kind in MarkKind]))
+    at = fields.String(required=True)
+    position = fields.Integer(required=True)
+    version = fields.Integer(required=True, allow_none=True)
+    job_id = fields.String(required=True, allow_none=True)
+    by = fields.String(required=True, allow_none=True)
+    code = fields.String(required=True, allow_none=True, **about("Of the failure, or how a worker ended."))
+    count = fields.Integer(required=True)
+
+
+class FileHashSchema(AnswerSchema):
+    """A file of a loaded version."""
+
+    path = fields.String(required=True)
+    sha256 = fields.String(required=True)
+
+
+class LaneLoadSchema(AnswerSchema):
+    """A load that took effect, and its bytes."""
+
+    job_id = fields.String(required=True)
+    version = fields.Integer(required=True)
+    loaded_at = fields.String(required=True)
+    loaded_by = fields.String(required=True)
+    position = fields.Integer(required=True, **about("Of its `ModelLoaded`."))
+    files = fields.List(
+        fields.Nested(FileHashSchema), required=True, **about(f"The first {FILES_SHOWN} of its files.")
+    )
+    file_count = fields.Integer(required=True)
+
+
+class LaneSchema(AnswerSchema):
+    """One model over the range."""
+
+    model_id = fields.String(required=True)
+    segments = fields.List(fields.Nested(SegmentSchema), required=True, **about("In order, without overlap."))
+    marks = fields.List(fields.Nested(MarkSchema), required=True)
+    its_loads = fields.List(fields.Nested(LaneLoadSchema), data_key="loads", required=True)
+
+
+class ServerSegmentSchema(AnswerSchema):
+    """A time in which the server ran, was stopped, or may have been either."""
+
+    state = fields.String(required=True, validate=validate.OneOf([state.value for state in ServerState]))
+    begin = fields.String(data_key="from", required=True)
+    end = fields.String(data_key="to", required=True)
+    position = fields.Integer(required=True, allow_none=True)
+    restarts = fields.Integer(required=True, **about("Starts of the server that are merged into it."))
+
+
+class TimelineSchema(AnswerSchema):
+    """A page of lanes."""
+
+    begin = fields.String(data_key="from", required=True)
+    end = fields.String(data_key="to", required=True)
+    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
+    known_from = fields.String(
+        required=True,
+        allow_none=True,
+        **about("When the first event was recorded that is not archived; nothing before it is shown."),
+    )
+    lanes = fields.List(
+        fields.Nested(LaneSchema), required=True, **about("Of models that the ledger knows, by id.")
+    )
+    server = fields.List(fields.Nested(ServerSegmentSchema), required=True)
+    marks_from = fields.String(
+        required=True,
+        allow_none=True,
+        **about("Marks of failures begin here, because there are too many; null if all are there."),
+    )
+    models = fields.Integer(required=True, **about("Models on all pages."))
+    next_cursor = fields.String(
+        required=True, allow_none=True, **about("`cursor` of the next page; null on the last page.")
+    )
+
+
+@routes.get(
+    "/api/v1/timeline",
+    access=Access.AUDIT,
+    summary="Summarise a range of time",
+    description="The state of each model over a range of time, as segments, and marks of failures, swaps and "
+    "losses. What is shorter than a bucket of the range is merged: the answer is bounded, however long the "
+    "log is. A segment that is no `summary` is exact: `?at=` any time in it gives the same state.",
+    query=TimelineQuerySchema(),
+    answers={200: (TimelineSchema(), "One page.")},
+    errors=("invalid_parameter", "log_unavailable"),
+)
+async def show_timeline(request: web.Request) -> web.Response:
+    """Answer with a page of lanes."""
+    query = query_parameters(request)
+    page = await request.app[TIMELINE].page(
+        TimelineQuery(
+            now=format_timestamp(utc_now()),
+            begin=parse_moment(query["begin"]),
+            end=parse_moment(query["end"]),
+            find=query["find"],
+            cursor=query["cursor"],
+            limit=query["limit"],
+            resolution=query["resolution"],
+        )
+    )
+    return web.Response(body=msgspec.json.encode(page), content_type="application/json")
