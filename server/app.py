@@ -39,7 +39,7 @@ from runtime.scheduler.view import Policy
 from runtime.store.folder import STORE
 from runtime.store.manifest import digest_of
 from runtime.store.store import Store
-from server.api import events, health, jobs, models, pages, resources, timeline
+from server.api import events, health, history, jobs, models, pages, resources, timeline, workers
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
 from server.api.health import failed_tasks
 from server.api.models import make_load_command
@@ -55,6 +55,7 @@ from server.appkeys import (
     CPUS,
     DEMAND,
     GATE,
+    HISTORY,
     LIMIT,
     LOG,
     OPENAPI,
@@ -78,6 +79,7 @@ from server.http.limits import MAX_BODIES_BYTES, Bodies
 from server.http.responses import prepare_standard_fields
 from server.http.validation import validation_middleware
 from server.observability import scrape
+from server.observability.history import History, record
 from server.observability.output import RequestLog
 from server.observability.requestlog import (
     HTTP_COUNTS,
@@ -100,7 +102,9 @@ def all_routes(metrics: str = "token") -> list[Route]:
     return [
         *models.routes,
         *jobs.routes,
+        *workers.routes,
         *resources.routes,
+        *history.routes,
         *events.routes,
         *timeline.routes,
         *inference.routes,
@@ -158,6 +162,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             open_time_travel,
             open_timeline,
             _consumer,
+            _history,
             open_streams,
         ]
     )
@@ -344,6 +349,15 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         await consumer.stop()
         await asyncio.wait([task])
         await app[POOL].close()  # ServerStopped, which follows, says that no worker is left
+
+
+async def _history(app: web.Application) -> AsyncIterator[None]:
+    app[HISTORY] = history = History()
+    recording = record(history, app[LOG], app[CONSUMER], app[LIMIT])
+    sampling = asyncio.create_task(recording, name="history")
+    yield
+    sampling.cancel()
+    await asyncio.wait([sampling])
 
 
 def _on_demand(app: web.Application) -> OnDemand:

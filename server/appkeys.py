@@ -19,6 +19,7 @@ from server.auth.gate import Gate, Verifier
 from server.auth.proxies import Proxies
 from server.config import Config
 from server.http.limits import Bodies
+from server.observability.history import History
 from server.observability.output import RequestLog
 from server.v2.ondemand import OnDemand
 
@@ -41,6 +42,8 @@ CPUS = web.AppKey("cpus", int)
 """How many CPUs this process may use."""
 PENDING_DEMAND = web.AppKey("pending_demand", PendingDemand)
 DEMAND = web.AppKey("demand", OnDemand)
+HISTORY = web.AppKey("history", History)
+"""Samples for charts."""
 STREAMS = web.AppKey("streams", Streams)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 """Set when the server begins to stop; ends long waits."""

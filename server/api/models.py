@@ -180,7 +180,7 @@ async def show_model(request: web.Request) -> web.Response:
     model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
     if at is not None:
         return web.json_response(await past_model(request, at, model_id))
-    seen = await _look_at_model(request, model_id)
+    seen = await look_at_model(request, model_id)
     state = request.app[LOG].state
     view = model_view(model_id, state, seen.versions, state.active(), repository_changed=seen.has_changed)
     serving = state.models[model_id].serving if model_id in state.models else None
@@ -268,7 +268,7 @@ async def unload_model(request: web.Request) -> web.Response:
     """Append `UnloadRequested`, unless an unload is in progress."""
     model_id = path_parameters(request)["id"]
     if not _is_listed(request, model_id):
-        await _look_at_model(request, model_id)
+        await look_at_model(request, model_id)
     return await _unload(request, model_id)
 
 
@@ -278,7 +278,7 @@ async def _unload(request: web.Request, model_id: str | None) -> web.Response:
     return await answer_with_job(request, RequestUnload(model_id, subject, force, idempotency=key))
 
 
-async def _look_at_model(request: web.Request, model_id: str) -> ListedModel:
+async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
     """Look at a model in the repository; a loaded one has no versions if they are not there or hang.
 
     Raises:
