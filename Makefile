@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance soak hostile lint type fmt bench bench-peers generated
+.PHONY: help install demo test conformance soak hostile lint type fmt bench bench-peers generated docs
 
 help:
-	@echo "make demo | test | conformance | soak | hostile | lint | type | fmt | bench | bench-peers | generated"
+	@echo "make demo | test | conformance | soak | hostile | lint | type | fmt | bench | bench-peers | generated | docs"
 
 # Targets run the installed package, so they install the working tree first. A build/ of an earlier install would
 # add deleted modules.
@@ -82,3 +82,10 @@ $(PEERS)/.installed: | $(BIN)/pip
 # tree.
 generated: $(BIN)/.tools
 	$(BIN)/python -m tools.generate
+
+# Builds the site of the documentation to site/. A warning is an error: also a link or an anchor that leads nowhere.
+docs: install
+	$(BIN)/pip install --quiet '.[docs]'
+	rm -rf build site
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env -d build/doctrees -c docs . site
+	rm -rf build

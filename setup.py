@@ -22,6 +22,7 @@ TEST = [
     "tritonclient[http]>=2.73",
     "types-PyYAML",
 ]
+DOCS = ["furo>=2025.12.19", "myst-parser==5.*", "sphinx==9.*"]  # furo is named by dates
 PACKAGES = ["events", "loadledger", "migrations", "runtime", "server"]
 
 setup(
@@ -60,6 +61,7 @@ setup(
         "uvloop>=0.22",
     ],
     extras_require={
+        "docs": DOCS,  # for `make docs` alone
         "test": TEST,
         "hostile": ["schemathesis>=4.32"],  # beside "test", for `make hostile` alone
         "otel": OTEL,

@@ -26,6 +26,7 @@ from bench import (
     peers,
     prepared,
     preparing,
+    release,
     streams,
     swaps,
 )
@@ -39,6 +40,7 @@ PARTS = (
     "prepared",
     "preparing",
     "memory",
+    "release",
     "policies",
     "inference",
     "compute",
@@ -152,6 +154,7 @@ def main(**options: Any) -> None:
         "prepared": _prepared,
         "preparing": _preparing,
         "memory": _memory,
+        "release": _release,
         "policies": _policies,
         "inference": _inference,
         "compute": _compute,
@@ -193,6 +196,11 @@ def _preparing(folder: Path, choice: Choice) -> list[Row]:
 def _memory(folder: Path, choice: Choice) -> list[Row]:
     with driver.running(folder, *driver.UNLIMITED, BARE) as server:
         return memory.measure(server, cycles=choice.cycles)
+
+
+def _release(folder: Path, _: Choice) -> list[Row]:
+    with driver.running(folder, *driver.UNLIMITED, BARE) as server:
+        return release.measure(server)
 
 
 def _policies(folder: Path, choice: Choice) -> list[Row]:
@@ -266,6 +274,11 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"Preparing: medians of {choice.rounds} ratios, each of {choice.seconds:g} s of inferences of a "
             f"{preparing.SERVED.what}, or {preparing.LOADS_IN_TURN} loads of it, while the server prepares "
             f"{preparing.PREPARED.what}s, and right before."
+        )
+    if "release" in choice.parts:
+        told.append(
+            "Release: anonymous memory of the process tree, the server included, beside that of one process "
+            "with the defaults of ONNX Runtime and malloc, which runs the same inferences in a pool of threads."
         )
     if "policies" in choice.parts:
         told.append(

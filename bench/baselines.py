@@ -2,11 +2,13 @@
 
 `python -m bench.baselines session MODEL INFERENCES` prints the milliseconds of the first `InferenceSession()`
 of the process, with so many inferences on zeros. `calls MODEL THREADS SECONDS` reads inputs (npz) and writes
-how many inferences a second a bare session makes of them, and the outputs (npz). `reply` serves a constant
-answer: it prints its port when it is ready, and ends when its standard input does.
+how many inferences a second a bare session makes of them, and the outputs (npz). `release MODEL INFERENCES`
+reads inputs (npz) and prints the bytes of memory of its process before, with and after a session. `reply` serves a constant answer: it prints its port when it is ready, and ends when its standard input does.
 """
 
 import asyncio
+import ctypes
+import gc
 import io
 import os
 import shutil
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.cgroups import count_usable_cpus
+from runtime.memory import tree_bytes
 from runtime.process.forkserver import ADDED
 
 MALLOC = "GLIBC_TUNABLES"
@@ -170,6 +174,52 @@ def _write_calls(model: str, threads: int, seconds: float) -> None:
     sys.stdout.buffer.write(content.getvalue())
 
 
+def measure_release(
+    model: Path, inputs: Mapping[str, NDArray[np.float32]], *, inferences: int
+) -> tuple[int, ...]:
+    """Return the bytes of a process that holds a session as a script with a web framework does.
+
+    Args:
+        model: The file.
+        inputs: By name.
+        inferences: How many it runs before it deletes the session.
+
+    Returns:
+        Its anonymous memory before the session, with it, after `del session` and `gc.collect()`, and after
+        `malloc_trim`, which such a script does not call.
+    """
+    content = io.BytesIO()
+    np.savez(content, **dict[str, Any](inputs))
+    done = subprocess.run(  # noqa: S603 - our own module and a path of ours
+        [sys.executable, "-m", "bench.baselines", "release", str(model), str(inferences)],
+        input=content.getvalue(),
+        stdout=subprocess.PIPE,
+        timeout=LIMIT_S,
+        check=True,
+    )
+    return tuple(map(int, done.stdout.split()))
+
+
+def _print_release(model: str, inferences: int) -> None:
+    """Create a session, run it in a pool of threads, delete it; print this process's memory at each step."""
+    import onnxruntime  # noqa: PLC0415 - only in the measuring process
+
+    with np.load(io.BytesIO(sys.stdin.buffer.read())) as arrays:
+        inputs = dict(arrays)
+    found = [tree_bytes(os.getpid())]
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    with ThreadPoolExecutor() as pool:
+        for call in [pool.submit(session.run, None, inputs) for _ in range(inferences)]:
+            call.result()
+    found.append(tree_bytes(os.getpid()))
+    del call, session
+    gc.collect()
+    found.append(tree_bytes(os.getpid()))
+    ctypes.CDLL(None).malloc_trim(0)
+    found.append(tree_bytes(os.getpid()))
+    print(*found)
+
+
 @contextmanager
 def constant_reply() -> Iterator[int]:
     """Run it in a process of its own and yield its port."""
@@ -214,6 +264,8 @@ def main(kind: str, *arguments: str) -> None:
             _print_session(arguments[0], int(arguments[1]))
         case "calls":
             _write_calls(arguments[0], int(arguments[1]), float(arguments[2]))
+        case "release":
+            _print_release(arguments[0], int(arguments[1]))
         case "reply":
             import uvloop  # noqa: PLC0415 - see `_serve_reply`
 

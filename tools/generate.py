@@ -9,6 +9,7 @@ from tools.commands import command_page
 from tools.errors import error_page
 from tools.events import event_page
 from tools.eventtable import event_table
+from tools.pictures import pictures
 from tools.settings import with_settings
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,7 @@ def pages() -> Mapping[str, str]:
         "docs/reference/events.md": event_page(),
         "openapi.yaml": openapi_yaml(all_routes()),
         "server/static/eventtable.js": event_table(),
+        **pictures(),
     }
 
 
