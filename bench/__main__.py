@@ -278,7 +278,7 @@ def _conditions(choice: Choice, busy: float) -> str:
     if "release" in choice.parts:
         told.append(
             "Release: anonymous memory of the process tree, the server included, beside that of one process "
-            "with the defaults of ONNX Runtime and malloc, which runs the same inferences in a pool of threads."
+            "with the defaults of ONNX Runtime and malloc, which runs the inferences in a pool of threads."
         )
     if "policies" in choice.parts:
         told.append(

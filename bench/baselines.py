@@ -3,7 +3,8 @@
 `python -m bench.baselines session MODEL INFERENCES` prints the milliseconds of the first `InferenceSession()`
 of the process, with so many inferences on zeros. `calls MODEL THREADS SECONDS` reads inputs (npz) and writes
 how many inferences a second a bare session makes of them, and the outputs (npz). `release MODEL INFERENCES`
-reads inputs (npz) and prints the bytes of memory of its process before, with and after a session. `reply` serves a constant answer: it prints its port when it is ready, and ends when its standard input does.
+reads inputs (npz) and prints the bytes of memory of its process before, with and after a session. `reply`
+serves a constant answer: it prints its port when it is ready, and ends when its standard input does.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Settings of the documentation's site, for Sphinx: `make docs`. Why: decisions/0052-documentation-site.md.
 
-The sources are the Markdown files of the repository as they are, so that they read alike on a forge. What a site
-needs beside them is added here: navigation from `docs/index.md`, and pages for links to folders.
+The sources are the Markdown files of the repository as they are, so that they read alike on a forge. What a
+site needs beside them is added here: navigation from `docs/index.md`, and pages for links to folders.
 """
 
 import re
