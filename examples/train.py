@@ -93,6 +93,8 @@ def main() -> None:
         stratify=digits.target,
     )
     (HERE / "digits.json").write_text(held_out_json(held_out, held_out_labels), encoding="ascii")
+    first = json.dumps(held_out[:1].astype(int).tolist())
+    (HERE / "digit.json").write_text(f"{first}\n", encoding="ascii")
     for version, classifier in classifiers().items():
         model = to_onnx(classifier.fit(pixels, labels)).SerializeToString(deterministic=True)
         path = HERE / "digits" / str(version) / "model.onnx"

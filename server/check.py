@@ -212,7 +212,7 @@ def check_repository(config: Config, result: CheckResult) -> list[Candidate]:
             result.findings.append(CheckFinding("--repository", "unreadable", text))
         return []
     for name in names:
-        if not MODEL_ID.fullmatch(name) and not name.startswith("."):
+        if not MODEL_ID.fullmatch(name) and not name.startswith((".", "__")):
             text = "is not served: a model's name has A-Z a-z 0-9 . _ - and a letter or digit first"
             result.findings.append(CheckFinding(name, "invalid_model_id", text, Severity.NOTE))
     result.findings += [CheckFinding(place, "not_served", text) for place, text in repository.find_unserved()]

@@ -3,6 +3,9 @@
 A page has blocks of `sh`, then perhaps of `python`, which are one program. A block of `json` or `text` is the
 output of the block before it. Other kinds are errors, since nothing would check them.
 
+A line that runs a server in the foreground is a terminal of its own: the rest of the page runs beside it,
+once it is ready, and its output until then is what the line prints.
+
 For a page that runs `alone`, times, ids and figures with a unit are not compared, and in a `text` an ellipsis
 stands for anything.
 """
@@ -75,11 +78,27 @@ def run_page(
 
 def script(found: list[Block]) -> str:
     """Return the blocks as one program of the shell."""
-    shell = [f"{block.text}\necho '{END}'\n" for block in found if block.kind == "sh"]
+    shell = [f"{_with_servers(block.text)}\necho '{END}'\n" for block in found if block.kind == "sh"]
     python = [f"{block.text}\nprint('{END}', flush=True)\n" for block in found if block.kind == "python"]
     if python:
         shell.append(f"{sys.executable} -W error - <<'THE-END'\n{''.join(python)}\nTHE-END\n")
     return "".join(shell)
+
+
+SERVER = re.compile(r"^loadledger serve\b[^&|>\n]*$", re.MULTILINE)
+"""A server in the foreground."""
+LAST_LINE = "^next: "
+"""Of what a server prints when it is ready."""
+LOG = "server.log"
+"""The file with the servers' log lines, or all their output where a page redirects it."""
+SCREEN = "server.txt"
+"""The file with what a server in the foreground prints."""
+
+
+def _with_servers(text: str) -> str:
+    """Return a block whose servers run in the background, and are waited for."""
+    waiting = f"until grep -qs '{LAST_LINE}' {SCREEN} || ! kill -0 $!; do sleep 0.1; done"
+    return SERVER.sub(lambda line: f"{line[0]} > {SCREEN} 2> {LOG} &\n{waiting}\ncat {SCREEN}", text)
 
 
 def _run(
@@ -139,8 +158,8 @@ PORTS = range(1000, 3000)
 """The first digits of the ports, below the kernel's ephemeral ports, which other tests may get."""
 MAX_TRIES = 5
 IN_USE = "address already in use"
-LOG = "server.log"
-"""The file to which a page redirects its servers' output."""
+ON_PORT = "export LOADLEDGER_PORT=8080 LOADLEDGER_URL=http://127.0.0.1:8080\n"
+"""For pages that leave the port to its default."""
 
 
 def run_alone(
@@ -162,7 +181,8 @@ def run_alone(
     for digits in map(str, tries):
         here = folder / digits
         (has or copy_examples)(here)
-        code, printed, errors = _run(re.sub(r"\b808(?=\d\b)", digits, script(found)), here, environment)
+        program = re.sub(r"\b808(?=\d\b)", digits, ON_PORT + script(found))
+        code, printed, errors = _run(program, here, environment)
         if code and _is_taken(here):
             continue
         assert code == 0, f"{printed}\n{errors}\n{_log(here)}"
