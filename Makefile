@@ -84,7 +84,7 @@ generated: $(BIN)/.tools
 	$(BIN)/python -m tools.generate
 
 # Builds the site of the documentation to site/. A warning is an error: also a link or an anchor that leads nowhere.
-docs: install
+docs: | $(BIN)/pip
 	$(BIN)/pip install --quiet '.[docs]'
 	rm -rf build site
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env -d build/doctrees -c docs . site

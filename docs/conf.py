@@ -28,7 +28,7 @@ html_use_index = False
 INDEX = ROOT / "docs/index.md"
 DECISIONS = "docs/decisions/README"
 SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-PAGE = re.compile(r"\]\(([\w./-]+)\.md\)")
+PAGE = re.compile(r"\[([^\]]+)\]\(([\w./-]+)\.md\)")
 FOLDER = re.compile(r"\]\(([\w./-]+/)\)")
 BY_ROLE = "By role"
 """The index's section that leads to pages of its other sections."""
@@ -45,7 +45,7 @@ def complete_source(_app: Sphinx, page: str, source: list[str]) -> None:
     if page == root_doc:
         source[0] += "".join(_navigation())
     elif page == DECISIONS:
-        source[0] += "\n```{toctree}\n:glob:\n\n0*\n```\n"
+        source[0] += "\n```{toctree}\n:glob:\n:maxdepth: 1\n\n0*\n```\n"
 
 
 def _navigation() -> Iterator[str]:
@@ -54,11 +54,16 @@ def _navigation() -> Iterator[str]:
     for title, text in SECTION.findall(FOLDER.sub(r"](\1README.md)", INDEX.read_text(encoding="utf-8"))):
         if title == BY_ROLE:
             continue
-        pages = [_from_root(page) for page in PAGE.findall(text)]
-        entries = "\n".join(page for page in dict.fromkeys(pages) if page not in seen)
+        pages = {_from_root(page): label for label, page in PAGE.findall(text)}
+        entries = [_entry(page, label) for page, label in pages.items() if page not in seen]
         seen.update(pages)
-        yield f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n{entries}\n```\n"
-    yield "\n```{toctree}\n:hidden:\n\n/docs/index\n```\n"
+        yield "\n".join(["", "```{toctree}", ":hidden:", f":caption: {title}", "", *entries, "```", ""])
+    yield "\n```{toctree}\n:hidden:\n\nAll pages </docs/index>\n```\n"
+
+
+def _entry(page: str, label: str) -> str:
+    """Return a line of a tree, with the link's words if they stand alone, else with the page's title."""
+    return f"{label} <{page}>" if label[0].isupper() else page
 
 
 def _from_root(page: str) -> str:
