@@ -85,8 +85,8 @@ def script(found: list[Block]) -> str:
     return "".join(shell)
 
 
-SERVER = re.compile(r"^loadledger serve\b[^&|>\n]*$", re.MULTILINE)
-"""A server in the foreground."""
+SERVER = re.compile(r"^loadledger serve\b(?:[^&|>\\\n]|\\\n)*$", re.MULTILINE)
+"""A server in the foreground; its command may go on in the next line."""
 LAST_LINE = "^next: "
 """Of what a server prints when it is ready."""
 LOG = "server.log"
