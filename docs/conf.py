@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 project = "loadledger"
 html_title = project
+html_favicon = "../server/static/console.svg"
 extensions = ["myst_parser"]
 myst_heading_anchors = 4  # the anchors that a forge gives headings
 root_doc = "README"
@@ -21,6 +22,7 @@ include_patterns = ["*.md", "docs/**.md"]
 exclude_patterns = [".*", "build", "site"]
 templates_path = ["templates"]
 html_additional_pages = {"index": "start.html"}
+smartquotes = False  # it would make a dash of the beginning of an option
 html_theme = "furo"  # its files are local; a page asks no other server for anything
 html_copy_source = False
 html_use_index = False
