@@ -16,12 +16,14 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp
 from events.commands import (
+    AddVersion,
     Command,
     Condition,
     JobUnchanged,
     Join,
     ModelUnchanged,
     Record,
+    RemoveVersion,
     RequestCancel,
     RequestLoad,
     RequestUnload,
@@ -46,6 +48,8 @@ from events.types import (
     ModelSettingsChanged,
     UnloadJoined,
     UnloadRequested,
+    VersionAdded,
+    VersionRemoved,
 )
 
 MAX_QUEUE = 256
@@ -98,6 +102,8 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
         new_id: returns the id of a new event.
         now: the ledger's time.
     """
+    if isinstance(command, AddVersion | RemoveVersion):
+        return _decide_version(state, command)
     if not all(holds(state, condition) for condition in command.conditions):
         return Refused(OUTDATED, "what this was decided on has changed; decide it anew")
     if isinstance(command, Record):
@@ -112,6 +118,28 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
             return _decide_unload(state, command, new_id)
         case RequestCancel():
             return _decide_cancel(state, command, new_id)
+
+
+def _decide_version(state: State, command: AddVersion | RemoveVersion) -> Accepted | Refused:
+    """Accept what changes the repository; a version that a load uses cannot be removed."""
+    if isinstance(command, RemoveVersion):
+        use = find_use(state, command.model_id, command.version)
+        if use is not None:
+            return Refused("version_in_use", f"version {command.version} of model '{command.model_id}' {use}")
+    data = VersionAdded(command.files) if isinstance(command, AddVersion) else VersionRemoved()
+    draft = Draft(command.event_id, data, command.actor, model_id=command.model_id, version=command.version)
+    return Accepted((draft,))
+
+
+def find_use(state: State, model_id: str, version: int) -> str | None:
+    """Return what uses a version, as the end of a sentence with what to do; None if nothing does."""
+    model = state.models.get(model_id)
+    servings = (model.serving, model.previous) if model is not None else ()
+    if any(serving is not None and serving.version == version for serving in servings):
+        return "is loaded, or will be reloaded: unload the model, or load another version, and remove it then"
+    if any(job.kind is JobKind.LOAD and job.version == version for job in state.unended(model_id)):
+        return "has a load that has not ended: cancel it, and remove the version then"
+    return None
 
 
 def holds(state: State, condition: Condition) -> bool:

@@ -20,6 +20,7 @@ from events.clock import Timestamp, add_seconds
 from events.errors import LedgerProblem
 from events.models import Model
 from events.types import (
+    AddedFile,
     CancelRequested,
     Cause,
     Draft,
@@ -115,6 +116,31 @@ class RequestCancel:
 
 
 @dataclass(frozen=True, slots=True)
+class AddVersion:
+    """Record a version whose files are complete and on disk, but not visible yet.
+
+    Attributes:
+        event_id: chosen by the caller: the staging folder has this name, so that a start finds the event.
+    """
+
+    model_id: str
+    version: int
+    actor: str
+    files: tuple[AddedFile, ...]
+    event_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveVersion:
+    """Record that a version's files leave the repository, unless a load uses them; as `AddVersion`."""
+
+    model_id: str
+    version: int
+    actor: str
+    event_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """Append these facts unchanged, in this order, in one transaction, if all conditions hold."""
 
@@ -122,7 +148,12 @@ class Record:
     conditions: tuple[Condition, ...] = ()
 
 
-Command = RequestLoad | RequestUnload | RequestCancel | Record
+VersionCommand = AddVersion | RemoveVersion
+Command = RequestLoad | RequestUnload | RequestCancel | Record | VersionCommand
+
+
+_WITHOUT_KEY = (Record, AddVersion, RemoveVersion)
+"""What nobody repeats with an idempotency key: facts, and what has its effect at most once by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +234,7 @@ class PendingCommand:
     @property
     def key_hash(self) -> str | None:
         """The hash of the command's idempotency key, if it has one."""
-        given = None if isinstance(self.command, Record) else self.command.idempotency
+        given = None if isinstance(self.command, _WITHOUT_KEY) else self.command.idempotency
         return given.key_hash if given is not None else None
 
 

@@ -91,6 +91,8 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         {"kept_position": "kept_position", "head_position": "head_position"},
         "bad",
     ),
+    "VersionAdded": EventText(("{files:files}",), tone="good"),
+    "VersionRemoved": EventText(("{reason?}",), {"reason": "reason"}),
 }
 
 _FORMS: Mapping[str | None, Callable[[Any], str]] = {

@@ -394,6 +394,31 @@ class RollbackAccepted(Struct, frozen=True, gc=False):
     head_hash: str
 
 
+class AddedFile(Struct, frozen=True, gc=False):
+    """One file of an added version as it arrived; `path` is relative to the version's folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class VersionAdded(Struct, frozen=True, gc=False):
+    """A caller put a version into the repository, where it is visible from the moment after this event."""
+
+    TYPE: ClassVar[str] = "VersionAdded"
+    files: tuple[AddedFile, ...]
+
+
+class VersionRemoved(Struct, frozen=True, gc=False):
+    """A version leaves the repository: no load finds it from here on.
+
+    `reason` is `not_placed` if an added version never became visible: another one had taken its place.
+    """
+
+    TYPE: ClassVar[str] = "VersionRemoved"
+    reason: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Unknown:
     """Data of a type or schema version that this release does not know: kept, and skipped by folds."""
@@ -404,26 +429,11 @@ class Unknown:
 
 
 Data = (
-    LoadRequested
-    | LoadJoined
-    | LoadStarted
-    | ModelLoaded
-    | ModelSettingsChanged
-    | LoadFailed
-    | UnloadRequested
-    | UnloadJoined
-    | UnloadStarted
-    | ModelUnloaded
-    | UnloadFailed
-    | CancelRequested
-    | JobCancelled
-    | AccessDenied
-    | WorkerExited
-    | ServerStarted
-    | ServerStopped
-    | ClockStepped
-    | RollbackAccepted
-)
+    LoadRequested | LoadJoined | LoadStarted | ModelLoaded | ModelSettingsChanged | LoadFailed
+    | UnloadRequested | UnloadJoined | UnloadStarted | ModelUnloaded | UnloadFailed | CancelRequested
+    | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
+    | RollbackAccepted | VersionAdded | VersionRemoved
+)  # fmt: skip
 """The types that this release writes."""
 
 OF_SERVER = (ServerStarted, ServerStopped)
@@ -467,17 +477,7 @@ class Event(Struct, frozen=True, gc=False):
 
 def record_draft(draft: Draft, position: int, recorded_at: Timestamp) -> Event:
     """Return the event that `draft` becomes at `position`."""
-    return Event(
-        position=position,
-        recorded_at=recorded_at,
-        id=draft.id,
-        data=draft.data,
-        actor=draft.actor,
-        job_id=draft.job_id,
-        model_id=draft.model_id,
-        version=draft.version,
-        worker_id=draft.worker_id,
-    )
+    return Event(position=position, recorded_at=recorded_at, **asdict(draft))
 
 
 class LogBase(Struct, frozen=True):

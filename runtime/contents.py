@@ -24,6 +24,7 @@ from runtime.onnxfile import (
     FileWindows,
     ModelSignature,
     describe_foreign_content,
+    find_model_file,
     read_signature,
 )
 from runtime.repository import FileStat, FoundFile, Repository
@@ -33,7 +34,6 @@ from runtime.store.manifest import StoredFile, StoredVersion, digest_of
 from runtime.store.problems import RepositoryUnreadable
 from runtime.store.sources import open_sources, open_version
 from runtime.store.store import FindNeeded, Store, TakenCopy
-from runtime.wire import MODEL_FILE
 
 Contents = tuple[tuple[str, str], ...]
 """Path and SHA-256 of each file of a version, in order of their paths."""
@@ -188,7 +188,8 @@ class ModelContents:
         """
         chosen = self.repository.versions(model_id)[-1] if version is None else version
         with open_version(self.repository, model_id, chosen) as (sources, found):
-            file = next(each for each in found if each.path == MODEL_FILE)  # a look fails without it
+            name = find_model_file(each.path for each in found)
+            file = next(each for each in found if each.path == name)  # a look fails without it
             known = self._signatures.get(file)
             if known is None:
                 with sources.open_file(file) as descriptor:
@@ -401,9 +402,9 @@ class ModelContents:
             raise RepositoryUnreadable(f"the repository cannot be read: {error.strerror}") from None
         if is_empty:
             raise RepositoryUnreadable("the repository is empty: is it mounted?")
-        for path in (folder.parent, folder, folder / MODEL_FILE):
+        for path in (folder.parent, folder):
             try:
-                path.stat()
+                os.scandir(path).close()
             except OSError as error:
                 if error.errno in _GONE:
                     return

@@ -17,9 +17,9 @@ from events.state import State
 from events.types import LoadedFile, LoadParameters
 from runtime.errors import RuntimeProblem
 from runtime.lookups import LOAD_LIMIT_S, Lookups
+from runtime.onnxfile import find_model_file
 from runtime.repository import FileStat
 from runtime.store.problems import RepositoryUnreadable
-from runtime.wire import MODEL_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -95,8 +95,9 @@ def estimate_memory(
 
 
 def _estimate_from_sizes(files: Iterable[FileStat]) -> int:
-    weights = {True: BYTES_PER_MODEL_BYTE, False: BYTES_PER_DATA_BYTE}
-    return WORKER_BYTES + math.ceil(sum(file.bytes * weights[file.path == MODEL_FILE] for file in files))
+    sizes = {file.path: file.bytes for file in files}
+    model, weights = find_model_file(sizes), {True: BYTES_PER_MODEL_BYTE, False: BYTES_PER_DATA_BYTE}
+    return WORKER_BYTES + math.ceil(sum(size * weights[path == model] for path, size in sizes.items()))
 
 
 def is_same_files(seen: Iterable[LoadedFile], files: Iterable[FileStat]) -> bool:

@@ -37,6 +37,9 @@ from runtime.onnxfields import (
 )
 from runtime.wire import BY_ONNX, MAX_DIMENSIONS, MAX_NAME_CHARACTERS, TensorSpec
 
+SUFFIX = ".onnx"
+MODEL_FILE = "model.onnx"
+"""The usual name of the file of a version's folder that sessions are created from; it names the others."""
 MAX_LOCATION_BYTES = 4096
 """PATH_MAX: no file has a longer path."""
 MAX_SHOWN = 100
@@ -101,6 +104,24 @@ _SAFETENSORS = re.compile(rb'\s*\{\s*(?:"|\})')
 _META_GRAPH_TAG = 2 << 3 | LENGTH
 _MIN_META_GRAPH_BYTES = 1024
 """Field 2 of an ONNX file is the name of its producer, which is shorter; TensorFlow has a graph there."""
+
+
+def find_model_file(names: Iterable[str]) -> str | None:
+    """Return which file of a version is the model, given the paths of all; None if none or several could be.
+
+    It is `model.onnx`, or else the only one in the version's own folder whose name ends in `.onnx`.
+    """
+    found = list_model_files(names)
+    if MODEL_FILE in found:
+        return MODEL_FILE
+    return found[0] if len(found) == 1 else None
+
+
+def list_model_files(names: Iterable[str]) -> list[str]:
+    """Return the files of a version that look like models by their names, sorted; hidden ones are none."""
+    return sorted(
+        name for name in names if name.endswith(SUFFIX) and "/" not in name and not name.startswith(".")
+    )
 
 
 def check_external_data(path: Path, folder: Path, root: Path) -> bool:
@@ -383,6 +404,25 @@ def _describe_fields(head: bytes, size: int) -> str | None:
             return f"ends after {size:,} bytes, within a part of it that goes on to {end:,}: copy it again"
         position = end
     return None
+
+
+def describe_foreign_file(path: Path) -> str | None:
+    """Return what a file is instead of an ONNX file, as `describe_foreign_content`; None if it has a graph.
+
+    Only the outline of the whole file is looked at; weights are not read.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    foreign = describe_foreign_content(*read_head(path))
+    if foreign is not None:
+        return foreign
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            has_graph = any(each.number == _GRAPH for each in FieldReader(data).read_all(0, len(data)))
+        except (Unparsable, TooManyFields):
+            has_graph = False
+    return None if has_graph else "is no ONNX file, or not all of one"
 
 
 def read_head(path: Path) -> tuple[bytes, int]:

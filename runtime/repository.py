@@ -1,7 +1,9 @@
 """The model repository: Triton's layout, `<root>/<model>/<version>/model.onnx`.
 
+The only `.onnx` file of a version is its model, whatever its name; with several, one is `model.onnx`.
+
 Each call reads the file system and nothing is cached, so a version exists as soon as it is complete. Symbolic
-links are followed within the root. A model, version or model.onnx behind a link that leaves the root does not
+links are followed within the root. A model, version or model file behind a link that leaves the root does not
 exist; `resolve` omits any other such file, and the load fails with `unsafe_file`.
 """
 
@@ -16,9 +18,8 @@ from pathlib import Path
 
 from runtime.errors import InvalidModelId, LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
 from runtime.lookups import Lookups, busy
-from runtime.wire import MODEL_FILE
+from runtime.onnxfile import MODEL_FILE, SUFFIX, find_model_file, list_model_files
 
-SUFFIX = ".onnx"
 UNKNOWN = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO})
 """Numbers of errors that leave open what a folder has: a model that cannot be looked at may be there."""
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -27,6 +28,10 @@ MAX_VERSION = 2**31 - 1
 """The largest signed 32-bit integer, in which clients keep versions."""
 MAX_FILES = 10_000
 """Files of one version. The largest known models have hundreds; each becomes part of an event."""
+HUB_FOLDER = "onnx"
+"""Where repositories of Hugging Face have their ONNX files."""
+MAX_NAMED = 4
+"""Of several files, in a message."""
 MAX_PATHS_BYTES = 2**20
 """Bytes of the paths of all files of one version: 100 for each of `MAX_FILES`. Escaped twice, a path takes up
 to seven times as much in a line of an export, which its reader takes up to 16 MiB of."""
@@ -93,11 +98,13 @@ class Repository:
 
     Attributes:
         lookups: runs looks at one model in a thread.
+        hidden: versions that are being removed: to every other look they are not there any more.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.realpath(root))
         self.lookups = Lookups()
+        self.hidden = set[tuple[str, int]]()
         str(self.root).encode()  # ONNX Runtime opens paths as UTF-8: fail now, not at the first load
 
     def folders(self) -> list[str]:
@@ -145,6 +152,17 @@ class Repository:
         """
         return self.root / check_model_id(model_id) / str(version)
 
+    def find_file(self, model_id: str, version: int) -> Path | None:
+        """Return a version's model file; None if it has none that can be told.
+
+        Raises:
+            InvalidModelId: `invalid_model_id`.
+            RepositoryBusy: `repository_busy`.
+        """
+        folder = self.folder_of(model_id, version)
+        name = find_model_file(_names(folder))
+        return folder / name if name is not None and os.access(folder / name, os.R_OK) else None
+
     def read_beside(self, model_id: str, name: str, max_bytes: int) -> bytes:
         """Read a file beside a model's versions; empty if there is none.
 
@@ -183,9 +201,7 @@ class Repository:
                     if (refusal := self._refuse_version(model_id, name)) is not None:
                         yield f"{model_id}/{name}", refusal
                 if not names:
-                    file = _only_model(self.root / model_id)
-                    cure = f"move {file} to" if file else "add"
-                    yield model_id, f"has no version: {cure} {model_id}/1/{MODEL_FILE}"
+                    yield model_id, f"has no version: {_cure_model(self.root / model_id, model_id)}"
             elif model_id.endswith(SUFFIX):
                 yield model_id, f"is in no model's folder: move it to {Path(model_id).stem}/1/{MODEL_FILE}"
 
@@ -202,11 +218,19 @@ class Repository:
         """Return why a folder is no complete version; None if it is one."""
         if not VERSION.fullmatch(name) or int(name) > MAX_VERSION:
             return f"is no version, which is a number from 1 to {MAX_VERSION} without zeros before it"
-        seen = _stat(self.root / model_id / name / MODEL_FILE, self.root)
+        if (model_id, int(name)) in self.hidden:
+            return "is being removed"
+        folder = self.root / model_id / name
+        seen, model = _stat(folder / MODEL_FILE, self.root), MODEL_FILE
+        if isinstance(seen, str) and (named := list_model_files(_names(folder))):
+            model = find_model_file(named) or ""
+            if not model:
+                shown = ", ".join(named[:MAX_NAMED])
+                return f"has several models, {shown}: rename one to {MODEL_FILE}, or give each its own folder"
+            seen = _stat(folder / model, self.root)
         if isinstance(seen, str):
-            file = _only_model(self.root / model_id / name)
-            return f"is not complete: its {MODEL_FILE} {seen}{f'; rename {file}' if file else ''}"
-        return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {MODEL_FILE} is a folder"
+            return f"is not complete: its {model} {seen}{_cure_layout(folder)}"
+        return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {model} is a folder"
 
 
 def open_identified(folder: Path, identity: FoundFile) -> int:
@@ -272,10 +296,20 @@ def _stat(path: Path, root: Path) -> os.stat_result | str:
     return seen if usable else "is not a regular file"
 
 
-def _only_model(folder: Path) -> str | None:
-    """Return the name of the only file in a folder that looks like a model; None if there are several."""
-    found = [name for name in _names(folder) if name.endswith(SUFFIX) and name != MODEL_FILE]
-    return found[0] if len(found) == 1 else None
+def _cure_model(folder: Path, model_id: str) -> str:
+    """Return what makes a model of a folder without versions."""
+    if find_model_file(_names(folder / HUB_FOLDER)) is not None:
+        return f"it is laid out as by Hugging Face: `loadledger add {model_id} {folder}` takes what is needed"
+    file = find_model_file(_names(folder))
+    return f"{f'move {file} to' if file else 'add'} {model_id}/1/{MODEL_FILE}"
+
+
+def _cure_layout(folder: Path) -> str:
+    """Return what makes a version of a folder whose model lies beneath it, if one does."""
+    for name in _names(folder):
+        if find_model_file(_names(folder / name)) is not None:
+            return f"; move what is in {name}/ to the version's folder"
+    return ""
 
 
 def _names(folder: Path) -> list[str]:

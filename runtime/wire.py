@@ -24,8 +24,6 @@ import msgspec
 
 from runtime.errors import LoadCode
 
-MODEL_FILE = "model.onnx"
-"""The file of a version's folder that sessions are created from; it names the others."""
 PREFIX = struct.Struct("<IQ")
 LENGTH = struct.Struct("<I")
 """What goes before each element of a BYTES tensor."""

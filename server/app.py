@@ -39,7 +39,8 @@ from runtime.scheduler.view import Policy
 from runtime.store.folder import STORE
 from runtime.store.manifest import digest_of
 from runtime.store.store import Store
-from server.api import events, health, history, jobs, models, pages, resources, timeline, workers
+from runtime.uploads.uploads import Uploads
+from server.api import events, health, history, jobs, models, pages, resources, timeline, versions, workers
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
 from server.api.health import failed_tasks
 from server.api.models import make_load_command
@@ -68,6 +69,7 @@ from server.appkeys import (
     ROUTER,
     STOPPING,
     STREAMS,
+    UPLOADS,
     VERIFIER,
 )
 from server.auth.gate import Gate, auth_middleware, create_verifier
@@ -101,6 +103,7 @@ def all_routes(metrics: str = "token") -> list[Route]:
     """Return every route of the server; `metrics` is the setting of who may read /metrics."""
     return [
         *models.routes,
+        *versions.routes,
         *jobs.routes,
         *workers.routes,
         *resources.routes,
@@ -159,6 +162,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _workers,
             ledger,
             _reader,
+            _uploads,
             open_time_travel,
             open_timeline,
             _consumer,
@@ -273,6 +277,22 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
     async with open_reader(app[LOG].path) as reader:
         app[READER] = reader
         yield
+
+
+async def _uploads(app: web.Application) -> AsyncIterator[None]:
+    """Finish what callers added or removed before the server ended, before any model is loaded."""
+    log = app[LOG]
+    app[UPLOADS] = uploads = Uploads(
+        app[REPOSITORY],
+        app[CONFIG].upload_policy(),
+        node=app[PROVER].node,
+        submit=app[REQUEST_LOG].submit,
+        find_event=app[READER].version_event,
+        state=lambda: log.state,
+    )
+    await uploads.open()
+    yield
+    await uploads.close()
 
 
 def _policy(config: Config, cpus: int, limit_bytes: int) -> Policy:

@@ -14,6 +14,7 @@ from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
+from runtime.uploads.uploads import Uploads
 from server.api.stream import Streams
 from server.auth.gate import Gate, Verifier
 from server.auth.proxies import Proxies
@@ -31,6 +32,7 @@ LOG = web.AppKey("log", Log)
 REQUEST_LOG = web.AppKey("request_log", RequestLog)
 READER = web.AppKey("reader", Reader)
 REPOSITORY = web.AppKey("repository", Repository)
+UPLOADS = web.AppKey("uploads", Uploads)
 CONTENTS = web.AppKey("contents", ModelContents)
 POOL = web.AppKey("pool", WorkerPool)
 CONSUMER = web.AppKey("consumer", Consumer)

@@ -28,12 +28,12 @@ from runtime.errors import ForkServerUnavailable, RuntimeProblem
 from runtime.estimates import estimate_memory
 from runtime.memory import MemoryUnknown, budget_bytes, find_memory_limit
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
-from runtime.onnxfile import describe_foreign_content, read_head
+from runtime.onnxfile import describe_foreign_content, find_model_file, read_head
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, ModelVersion, Repository
 from runtime.scheduler.admission import format_megabytes
-from runtime.wire import MODEL_FILE, Load, Tensor
+from runtime.wire import Load, Tensor
 from server.api.models import default_parameters
 from server.auth.keyring import read_public_keys
 from server.auth.keys import KeyProblem
@@ -140,6 +140,9 @@ def find_unusable_paths(values: Mapping[str, Any]) -> Iterator[Mistake]:
     elif cert is not None or key is not None:
         given, other = ("--tls-key", "--tls-cert") if cert is None else ("--tls-cert", "--tls-key")
         yield Mistake(given, f"is given alone: HTTPS takes {other}, too")
+    if values["repository_writable"] == ON and values["repository_immutable"] == ON:
+        text = "on is refused with --repository-immutable=on: what nobody ever changes takes no versions"
+        yield Mistake("--repository-writable", text)
     if values["store"] == OFF and values["repository_immutable"] == OFF:
         text = "is refused: workers would load files that others may change; add --repository-immutable=on if"
         yield Mistake("--store", f"off {text} nobody does")
@@ -262,9 +265,10 @@ def _check_versions(
 def _check_content(found: ModelVersion) -> Iterator[CheckFinding]:
     """Yield what the file of a version is, if it is no ONNX file, or not all of one."""
     with suppress(OSError):  # a trial load says so
-        foreign = describe_foreign_content(*read_head(found.folder / MODEL_FILE))
+        name = find_model_file(file.path for file in found.files)
+        foreign = None if name is None else describe_foreign_content(*read_head(found.folder / name))
         if foreign is not None:
-            yield CheckFinding(_place_of(found), "invalid_model", f"{MODEL_FILE} {foreign}")
+            yield CheckFinding(_place_of(found), "invalid_model", f"{name} {foreign}")
 
 
 def _check_hard_links(repository: Repository, found: ModelVersion) -> Iterator[CheckFinding]:

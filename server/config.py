@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from marshmallow import ValidationError, validate
 
 from runtime.limits import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.memory import budget_bytes
+from runtime.uploads.policy import UploadPolicy, Writable
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 
 PREFIX = "LOADLEDGER_"
@@ -97,6 +98,18 @@ def parse_store_size(text: str) -> int | None:
     size = None if text == AUTO else _read_size(text)
     if size is None and text != AUTO:
         raise ValueError(f"Must be {AUTO}, {_SIZES}, like 500GB.")
+    return size
+
+
+def parse_upload_size(text: str) -> int:
+    """Return the bytes that an added version may have.
+
+    Raises:
+        ValueError: the text is no size or 0; the message says what it must be.
+    """
+    size = _read_size(text)
+    if size is None:
+        raise ValueError(f"Must be {_SIZES}, like 20GB; to take none, use --repository-writable=off.")
     return size
 
 
@@ -303,6 +316,17 @@ class Config:
         "Whether nobody ever changes a file in the repository: on, or off.",
         _SWITCH,
     )
+    repository_writable: str = setting(
+        AUTO,
+        "Whether callers with the role admin may add and remove versions: auto (if the repository's folder"
+        " belongs to the server's user), on, or off.",
+        validate.OneOf((AUTO, ON, OFF)),
+    )
+    max_upload: str = setting(
+        "20GB",
+        "Longest version that a caller may add: bytes, or a number of MB, GB, TB, MiB, GiB or TiB.",
+        _validator_of(parse_upload_size),
+    )
     huge_pages: str = setting(
         AUTO,
         "Huge pages for the memory of workers: auto, where they make loading faster, or off.",
@@ -403,6 +427,14 @@ class Config:
     def store_bytes(self) -> int | None:
         """Return how many bytes the store may take; None leaves a tenth of the file system free."""
         return parse_store_size(self.store_size)
+
+    def upload_policy(self) -> UploadPolicy:
+        """Return what callers may add to the repository."""
+        return UploadPolicy(
+            cast("Writable", self.repository_writable),
+            is_immutable=self.repository_immutable == ON,
+            max_bytes=parse_upload_size(self.max_upload),
+        )
 
     def json_bytes(self) -> int:
         """Return how many bytes the JSON of an inference may have."""

@@ -114,6 +114,14 @@ class Routes(list[Route]):
         """Declare a handler of POST."""
         return self._declare(hdrs.METH_POST, paths, operation)
 
+    def put(self, *paths: str, **operation: Unpack[Operation]) -> Callable[[AnyHandler], AnyHandler]:
+        """Declare a handler of PUT."""
+        return self._declare(hdrs.METH_PUT, paths, operation)
+
+    def delete(self, *paths: str, **operation: Unpack[Operation]) -> Callable[[AnyHandler], AnyHandler]:
+        """Declare a handler of DELETE."""
+        return self._declare(hdrs.METH_DELETE, paths, operation)
+
     def _declare(
         self, method: str, paths: Sequence[str], operation: Operation
     ) -> Callable[[AnyHandler], AnyHandler]:

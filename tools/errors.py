@@ -33,12 +33,15 @@ ADVICE: Mapping[str, str] = {
     "cancelled": "The job was cancelled; `CancelRequested` in the ledger has the subject.",
     "not_ready": "Load the model, or wait for its load.",
     "not_representable": "Request this output as bytes: `binary_data`.",
+    "bad_archive": "Make the tar anew, with `tar -C FOLDER -cf - .`: files and folders only, no links.",
+    "not_onnx": "`detail` says what the file is. Download or export the model again.",
+    "digest_mismatch": "Send the file again; the network, or something on the way, changed it.",
     "no_credentials": "Send `Authorization: Bearer TOKEN`.",
     "invalid_token": "Get a new token; `detail` says what is wrong with this one.",
     "forbidden": "Use a token with one of the roles that `detail` names. The attempt is in the ledger.",
     "not_found": "Correct the path; `/openapi.yaml` lists all routes.",
     "unknown_model": "Check the name, and the folder of that name in the repository.",
-    "unknown_version": "Check the version, and that its `model.onnx` exists.",
+    "unknown_version": "Check the version, and that its folder has a model file.",
     "unknown_job": "Check the id. For archived jobs use `loadledger replay --archive`.",
     "method_not_allowed": "Use a method that `Allow` names.",
     "body_timeout": "Send the body without a pause; check the network.",
@@ -47,9 +50,14 @@ ADVICE: Mapping[str, str] = {
     "already_finished": "The job has ended; see its `status`.",
     "already_started": "It is too late to cancel. To end a load anyway, unload with `?force=true`.",
     "not_loaded": "There is nothing to unload. To end a load in progress, use `?force=true`.",
+    "version_exists": "Choose another number: a version is never overwritten.",
+    "version_in_use": "Unload the model, load another version, or cancel the load; then remove the version.",
+    "repository_read_only": "`detail` says which setting or access right it is. Put the version's folder into"
+    " the repository yourself.",
+    "precondition_failed": "As `version_exists`: the request had `If-None-Match: *`.",
     "archived": "Start at `oldest`, or read the archives: `loadledger replay --archive`.",
     "body_too_large": "Send less at once. JSON of an inference is limited by `--max-json-bytes`: send"
-    " tensors in binary.",
+    " tensors in binary. A version is limited by `--max-upload`.",
     "target_too_long": "Use a shorter path and query, for example fewer filters at once.",
     "unsupported_media_type": "Send `Content-Type: application/json` in UTF-8, or a coding that `detail`"
     " names.",
@@ -95,6 +103,7 @@ ADVICE: Mapping[str, str] = {
     "unhealthy": "`detail` names the failed checks. If a part cannot recover, the process ends: see its log.",
     "shutting_down": "Retry when the server is up again; accepted jobs continue then.",
     "inference_timeout": "Allow more time (`timeout`, `--inference-timeout-s`), or send less at once.",
+    "insufficient_storage": "Free some space on the repository's disk.",
     "unknown_http_version": "Send HTTP/1.1. A proxy in front of the server can take HTTP/2.",
 }
 """Advice for each code."""

@@ -12,6 +12,7 @@ from events.types import (
     SCHEMA,
     SYSTEM,
     TYPES,
+    AddedFile,
     Cause,
     Confinement,
     Durations,
@@ -27,6 +28,8 @@ BY: Mapping[str, str] = {
     "LoadJoined": "the caller",
     "UnloadJoined": "the caller",
     "CancelRequested": "the caller",
+    "VersionAdded": "the caller",
+    "VersionRemoved": f"the caller; `{SYSTEM}` with the reason `not_placed`",
     "AccessDenied": f"the refused subject; `{SYSTEM}` with the action `other` for those beyond the limit"
     f" of events",
 } | dict.fromkeys(
@@ -75,7 +78,7 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 }
 """The members of every event."""
 
-_PARTS = (LoadedFile, Prepared, Durations, Confinement, Idempotency)
+_PARTS = (LoadedFile, AddedFile, Prepared, Durations, Confinement, Idempotency)
 _HEAD = f"""\
 # Events
 

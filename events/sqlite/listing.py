@@ -25,7 +25,7 @@ from events.jobs import Job
 from events.sqlite.history import BeyondHead
 from events.sqlite.queries import PAGE, JobQuery, read_job, select_jobs
 from events.sqlite.readonly import ReaderThread, open_reader_thread
-from events.types import Event
+from events.types import Event, VersionAdded, VersionRemoved
 
 SCAN = 10_000
 """Candidates that one page reads, some microseconds each, if the filter has several fields."""
@@ -329,6 +329,16 @@ class Reader:
         def read(connection: sqlite3.Connection) -> list[Event]:
             sql = "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?"
             return [decode_event(body) for (body,) in connection.execute(sql, (after, limit)).fetchall()]
+
+        return await self._thread.run(read)
+
+    async def version_event(self, event_id: str) -> Event | None:
+        """Return the event with this id if it added or removed a version; None if the log has none."""
+
+        def read(connection: sqlite3.Connection) -> Event | None:
+            sql = "SELECT body FROM events WHERE type IN (?, ?) AND json_extract(body, '$.id') = ?"
+            row = connection.execute(sql, (VersionAdded.TYPE, VersionRemoved.TYPE, event_id)).fetchone()
+            return None if row is None else decode_event(row[0])
 
         return await self._thread.run(read)
 

@@ -15,8 +15,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from events.clock import format_timestamp
+from runtime.onnxfile import MODEL_FILE
 from runtime.store.manifest import MANIFEST, StoredFile, read_record
-from runtime.wire import MODEL_FILE, CachedCopy, Count, Form, Name, Sha256, Text
+from runtime.wire import CachedCopy, Count, Form, Name, Sha256, Text
 
 LAYOUT: Literal[4] = 4
 """Version of these folders and of how forms are made; a new number invalidates the whole cache."""

@@ -7,7 +7,6 @@ then is given back when it ends, so that nothing stays in the store for a load t
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +19,6 @@ from events.types import LoadedFile
 from runtime.contents import Contents, ModelContents, VersionFiles
 from runtime.lookups import LOAD_LIMIT_S, busy, make_call, wait_with_progress
 from runtime.repository import FileStat
-from runtime.wire import MODEL_FILE
 
 T = TypeVar("T")
 
@@ -124,14 +122,14 @@ class LoadFiles:
         self._release_if_idle()
 
     async def _check_answers(self) -> None:
-        """Look at the model's file in the repository, since that has a limit where a file system hangs.
+        """Look at the version's folder in the repository, since that has a limit where a file system hangs.
 
         Raises:
             RepositoryBusy: `repository_busy`.
         """
         repository = self._contents.repository
-        file = repository.folder_of(self._model_id, self._version) / MODEL_FILE
-        await repository.lookups.run(self._model_id, partial(os.access, file, os.R_OK), LOAD_LIMIT_S)
+        find = partial(repository.find_file, self._model_id, self._version)
+        await repository.lookups.run(self._model_id, find, LOAD_LIMIT_S)
 
     def _note_look(self, is_found: bool) -> None:  # noqa: FBT001 - called by the loop
         self._is_fresh, self._is_found_by_look = True, is_found

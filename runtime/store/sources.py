@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from runtime.errors import LoadRefused
+from runtime.onnxfile import find_model_file
 from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, FoundFile, Repository
 from runtime.store.problems import RepositoryUnreadable
-from runtime.wire import MODEL_FILE
 
 TICK_S = 0.012
 """At least the clock of a file system's times: a file that is written to within it after a look at it can
@@ -38,7 +38,7 @@ class SourceFolder:
 
         Raises:
             LoadRefused: `unsafe_file`, something that is no regular file or leads out of the repository, or
-                too many files; `model_changed`, when model.onnx or another file is gone.
+                too many files; `model_changed`, when the model file or another file is gone.
             RepositoryUnreadable: `repository_unreadable`.
         """
         found = list[FoundFile]()
@@ -51,8 +51,8 @@ class SourceFolder:
             figures = f"have {paths_bytes} bytes, and may have {MAX_PATHS_BYTES} together"
             reason = f"the paths of its files {figures}; shorten the names, or use fewer files"
             raise LoadRefused("unsafe_file", reason)
-        if not any(file.path == MODEL_FILE for file in found):
-            raise LoadRefused("model_changed", f"{MODEL_FILE} is no longer there")
+        if find_model_file(file.path for file in found) is None:
+            raise LoadRefused("model_changed", "its model file is no longer there, or there are several now")
         return tuple(sorted(found, key=lambda file: file.path))
 
     @contextmanager

@@ -15,8 +15,8 @@ import onnxruntime as ort
 
 from runtime.errors import LoadRefused
 from runtime.memory import thread_bytes
+from runtime.onnxfile import MODEL_FILE
 from runtime.wire import (
-    MODEL_FILE,
     CachedCopy,
     Load,
     Loaded,

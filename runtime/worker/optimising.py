@@ -34,8 +34,8 @@ from runtime.onnxfields import (
     TooManyFields,
     Unparsable,
 )
-from runtime.onnxfile import external_locations
-from runtime.wire import MODEL_FILE, Prepare, PrepareDone
+from runtime.onnxfile import MODEL_FILE, external_locations
+from runtime.wire import Prepare, PrepareDone
 from runtime.worker import sessions
 
 ALIGNMENT = 64

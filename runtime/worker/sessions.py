@@ -17,13 +17,13 @@ from runtime.onnxfile import (
     check_external_data,
     describe_foreign_content,
     describe_tensor,
+    find_model_file,
     read_head,
 )
 from runtime.wire import (
     MAX_NAME_CHARACTERS,
     MAX_OUTPUTS,
     MAX_REPORT_BYTES,
-    MODEL_FILE,
     TensorSpec,
 )
 from runtime.worker.batching import BatchDimension
@@ -168,7 +168,10 @@ def create_checked(
     Raises:
         LoadRefused: `unsafe_file`, `out_of_memory`, `invalid_model`.
     """
-    path = folder / MODEL_FILE
+    model = find_model_file(each.name for each in os.scandir(folder))
+    if model is None:
+        raise LoadRefused("invalid_model", "the version has no model file, or several; name one model.onnx")
+    path = folder / model
     is_parsed = check_external_data(path, folder, root)
     try:
         if is_parsed:
@@ -181,7 +184,7 @@ def create_checked(
     with path.open("rb") as file:
         beginning = file.read(UNREADABLE_BYTES)
     create_session(beginning, _isolate(session_options(1)), limit_bytes)  # its own words for what is wrong
-    raise LoadRefused("invalid_model", f"{MODEL_FILE} is not an ONNX file")
+    raise LoadRefused("invalid_model", f"{model} is not an ONNX file")
 
 
 def _refuse_foreign(path: Path) -> None:

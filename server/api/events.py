@@ -18,7 +18,7 @@ from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
 
 from events.audit.kepthead import HeadKeeper
-from events.audit.signing import HeadSigner, SignedHead, Statement
+from events.audit.signing import HeadSigner, SignedHead, Statement, key_id
 from events.log import Log
 from events.sqlite.history import parse_moment
 from events.sqlite.listing import EventFilter, EventQuery, open_reader
@@ -301,6 +301,11 @@ class Prover:
 
     signer: HeadSigner
     base: LogBase
+
+    @property
+    def node(self) -> str:
+        """The name of this ledger among servers that share a repository: its key's."""
+        return key_id(self.signer.public_key)
 
     def head(self, log: Log) -> SignedHead:
         """Sign the writer's head, which moves only after its events are durable."""

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from aiohttp import StreamReader, hdrs, web
@@ -311,6 +311,29 @@ class BodyReader:
             self._until_s = self._loop.time() + self._idle_s
             self._enough_bytes = self.total_bytes + MIN_PROGRESS_BYTES
         return piece
+
+
+async def iterate_body(content: StreamReader, idle_s: float = BODY_IDLE_S) -> AsyncIterator[bytes]:
+    """Yield a body of any length as it arrives; what the caller does meanwhile does not count as idle.
+
+    Raises:
+        BodyTimeout: `body_timeout`, less than MIN_PROGRESS_BYTES arrived in `idle_s` of waiting.
+    """
+    content.set_read_chunk_size(READ_BYTES)
+    clock, left_s, got_bytes = asyncio.get_running_loop().time, idle_s, 0
+    while not content.at_eof():
+        began_s = clock()
+        try:
+            async with asyncio.timeout(left_s):
+                piece = await content.readany()
+        except TimeoutError:
+            raise BodyTimeout from None
+        left_s -= clock() - began_s
+        got_bytes += len(piece)
+        if got_bytes >= MIN_PROGRESS_BYTES:
+            left_s, got_bytes = idle_s, 0
+        if piece:
+            yield piece
 
 
 @web.middleware

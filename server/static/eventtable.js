@@ -22,4 +22,6 @@ export const EVENT_TEXTS = {
   ServerStopped: {"parts": [], "tone": "plain", "badIf": null},
   ClockStepped: {"parts": ["from {from} to {to}", "taken?|not followed"], "tone": "bad", "badIf": null},
   RollbackAccepted: {"parts": ["signed up to {kept_position}", "accepted at {head_position}"], "tone": "bad", "badIf": null},
+  VersionAdded: {"parts": ["{files:files}"], "tone": "good", "badIf": null},
+  VersionRemoved: {"parts": ["{reason?}"], "tone": "plain", "badIf": null},
 };

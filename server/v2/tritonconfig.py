@@ -15,7 +15,8 @@ from aiohttp import web
 from marshmallow import fields
 
 from events.types import LoadParameters
-from runtime.wire import DATATYPES, MODEL_FILE, TensorSpec
+from runtime.onnxfile import MODEL_FILE
+from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema, LoadBodySchema
 from server.errors import ServerProblem
 from server.http import validation

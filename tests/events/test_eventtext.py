@@ -43,6 +43,13 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("ServerStarted", {"unclean": True, "down_since": "T"}, "after an unclean end, down since T", True),
     ("ServerStarted", {"unclean": False}, "in order", False),
     ("ServerStopped", {}, "", False),
+    (
+        "VersionAdded",
+        {"files": [{"path": "model.onnx", "sha256": "c" * 64}]},
+        "model.onnx cccccccccccc",
+        False,
+    ),
+    ("VersionRemoved", {"reason": None}, "", False),
     ("RollbackAccepted", {"kept_position": 7, "head_position": 4}, "signed up to 7, accepted at 4", True),
     ("ClockStepped", {"from": "T", "to": "U", "taken": True}, "from T to U", True),
     ("ClockStepped", {"from": "T", "to": "U", "taken": False}, "from T to U, not followed", True),

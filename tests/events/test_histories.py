@@ -18,6 +18,8 @@ from events.sqlite.storage import FOLDS
 from events.state import State
 from events.types import TYPES, ClockStepped, RollbackAccepted, UnloadFailed
 
+VERSIONS = {"VersionAdded", "VersionRemoved"}
+"""Events of the repository, which change no model and no job."""
 FOLDER = Path(__file__).parents[1] / "histories"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
 
@@ -28,7 +30,7 @@ def bodies(name: str) -> list[str]:
 
 def test_recorded_histories_have_every_event_type_and_cause() -> None:
     events = [decode_event(body) for name in NAMES for body in bodies(name)]
-    rare = {UnloadFailed.TYPE, ClockStepped.TYPE, RollbackAccepted.TYPE}
+    rare = {UnloadFailed.TYPE, ClockStepped.TYPE, RollbackAccepted.TYPE, *VERSIONS}
     assert {event.type for event in events} >= set(TYPES) - rare
     causes = {cause for event in events if (cause := getattr(event.data, "cause", None)) is not None}
     assert causes >= {"request", "swap", "eviction", "recovery", "restart"}

@@ -202,7 +202,7 @@ def test_stop_keeps_queue_of_each_model() -> None:
 def test_every_type_has_a_fold() -> None:
     of_no_job = {
         *("ServerStarted", "ServerStopped", "AccessDenied", "LoadJoined", "UnloadJoined"),
-        *("ClockStepped", "RollbackAccepted"),
+        *("ClockStepped", "RollbackAccepted", "VersionAdded", "VersionRemoved"),
     }
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job
     assert {kind.__name__ for kind in models.STEPS} == TYPES.keys() - of_no_job - {"CancelRequested"}

@@ -264,7 +264,14 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
     (tmp_path / "long").symlink_to("x" * 300)
     (tmp_path / "good" / "7").symlink_to("x" * 300)
     (tmp_path / "good" / "8").symlink_to("/usr")
-    for name in ("loose.onnx", "flat/net.onnx", "other/1/net.onnx"):
+    named = (
+        "flat/net.onnx",
+        "two/1/a.onnx",
+        "two/1/b.onnx",
+        "hub/onnx/model.onnx",
+        "inner/1/onnx/model.onnx",
+    )
+    for name in ("loose.onnx", "other/1/net.onnx", *named):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     save(add(), tmp_path, "file")
@@ -275,7 +282,9 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
         "empty": "has no version",
         "flat": "has no version",
         "loose.onnx": "is in no model's folder",
-        "other/1": "is not complete",
+        "hub": "has no version",
+        "inner/1": "is not complete",
+        "two/1": "has several models, a.onnx, b.onnx",
         "file/1": "is not complete",
         "folder/1": "is not complete",
         "good/01": "is no version, which is a number from 1 to 2147483647 without zeros before it",
@@ -289,5 +298,7 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
     assert unserved["folder/1"].endswith("model.onnx is a folder")
     assert unserved["flat"].endswith("move net.onnx to flat/1/model.onnx")
     assert unserved["loose.onnx"].endswith("move it to loose/1/model.onnx")
-    assert unserved["other/1"].endswith("rename net.onnx")
+    assert unserved["hub"].endswith(f"`loadledger add hub {tmp_path}/hub` takes what is needed")
+    assert unserved["inner/1"].endswith("move what is in onnx/ to the version's folder")
+    assert unserved["two/1"].endswith("rename one to model.onnx, or give each its own folder")
     assert unserved["good/1"].endswith("model.onnx cannot be looked at: No such file or directory")

@@ -30,6 +30,7 @@ VALUES = {
     "prepare": "off", "prepared_size": "1GiB", "huge_pages": "off", "confine": "require", "restore": "none",
     "ledger_stderr": "off",
     "store": "off", "store_size": "5TB", "repository_immutable": "on",
+    "repository_writable": "off", "max_upload": "1TB",
     "streams_per_subject": "5", "max_connections": "99", "head_timeout_s": "2.5",
     "idle_timeout_s": "650.0", "log_format": "json", "log_level": "warning", "log_inferences": "0.25",
     "otel": "on", "trace_inferences": "1.0", "metrics": "open", "jwt_audience": "a",

@@ -1,0 +1,166 @@
+"""The staging folder inside the repository: what is not visible yet, and what is not visible any more.
+
+`.uploads/<node>/<event id>/version` holds the files of one version. No model has a name with a dot first, so
+nothing lists or serves it, and a rename from here to a version's folder stays on one file system. `<node>` is
+the ledger's own key: servers that share a repository leave each other's uploads alone. The event that makes a
+change durable has its id before it happens, so a start finds the change that an event is of.
+"""
+
+import errno
+import os
+import re
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from runtime.errors import UnknownVersion
+from runtime.repository import Repository
+from runtime.uploads.problems import RepositoryReadOnly, VersionExists
+from runtime.uploads.receiving import sync_folder
+
+STAGING = ".uploads"
+VERSION, NOTE = "version", "inode"
+"""Of an entry: the version's files; and, before a removal, which folder it is that goes."""
+ATTEMPTS = 3
+"""To place a version beside a removal of the model's last one, which may take the model's folder away."""
+
+_ENTRY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+
+
+class Staging:
+    """The staging folder of one server. Its methods block, for ever if a file system hangs.
+
+    Args:
+        repository: the models.
+        node: names this server's part of the folder.
+    """
+
+    def __init__(self, repository: Repository, node: str) -> None:
+        self._repository = repository
+        self._root = repository.root
+        self._folder = self._root / STAGING / node
+
+    def entries(self) -> list[str]:
+        """Return the event ids of changes that have not ended."""
+        try:
+            return sorted(name for name in os.listdir(self._folder) if _ENTRY.fullmatch(name))  # noqa: PTH208
+        except FileNotFoundError:
+            return []
+
+    def begin_addition(self, event_id: str, model_id: str, version: int) -> Path:
+        """Make the entry of an upload, and return its new, empty folder for the version's files.
+
+        Raises:
+            VersionExists: `version_exists`.
+            RepositoryReadOnly: `repository_read_only`, the model's folder is on another file system, or
+                leads out of the repository.
+            OSError: the folder cannot be made.
+        """
+        self.check_free(model_id, version)
+        folder = self._make_entry(event_id) / VERSION
+        folder.mkdir()
+        model = self._root / model_id
+        if model.exists():
+            is_inside = Path(os.path.realpath(model)).is_relative_to(self._root)
+            if not is_inside or model.stat().st_dev != folder.stat().st_dev:
+                raise RepositoryReadOnly(
+                    f"the folder of {model_id!r} is not on the repository's own file system: copy the files"
+                    " there yourself"
+                )
+        return folder
+
+    def check_free(self, model_id: str, version: int) -> None:
+        """Refuse a version that is there, complete or not.
+
+        Raises:
+            VersionExists: `version_exists`.
+        """
+        if os.path.lexists(self._target(model_id, version)):
+            raise VersionExists(model_id, version)
+
+    def sync(self, event_id: str) -> None:
+        """Sync the names that lead to an entry, and those in it."""
+        for folder in (self._folder / event_id, self._folder, self._folder.parent, self._root):
+            sync_folder(folder)
+
+    def place(self, event_id: str, model_id: str, version: int) -> None:
+        """Make an upload visible, and forget its entry; nothing happens if that was done before.
+
+        Raises:
+            VersionExists: `version_exists`, something else has the version's name now.
+            OSError: the rename failed.
+        """
+        source, target = self._folder / event_id / VERSION, self._target(model_id, version)
+        if source.is_dir():
+            self._rename(source, target, model_id, version)
+        sync_folder(target.parent)
+        sync_folder(self._root)
+        self.discard(event_id)
+
+    def begin_removal(self, event_id: str, model_id: str, version: int) -> None:
+        """Make the entry of a removal, which notes the folder that goes.
+
+        Raises:
+            UnknownVersion: `unknown_version`.
+            OSError: the entry cannot be made.
+        """
+        try:
+            inode = self._target(model_id, version).lstat().st_ino
+        except FileNotFoundError:
+            raise UnknownVersion(model_id, version) from None
+        (self._make_entry(event_id) / NOTE).write_text(str(inode), encoding="ascii")
+        self.sync(event_id)
+
+    def take(self, event_id: str, model_id: str, version: int) -> None:
+        """Move a version that is being removed out of sight, unless that was done before.
+
+        A folder that has taken its place since is another version's, and stays.
+
+        Raises:
+            OSError: the rename failed.
+        """
+        entry, target = self._folder / event_id, self._target(model_id, version)
+        with suppress(FileNotFoundError):
+            if str(target.lstat().st_ino) == (entry / NOTE).read_text(encoding="ascii"):
+                target.rename(entry / VERSION)
+                sync_folder(target.parent)
+                sync_folder(entry)
+        with suppress(OSError):  # other versions, or a loadledger.toml
+            target.parent.rmdir()
+
+    def discard(self, event_id: str) -> None:
+        """Delete an entry, and what is in it."""
+        version = self._folder / event_id / VERSION
+        if version.is_symlink():  # a version that was a link: what it leads to is not ours
+            version.unlink()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._folder / event_id)
+
+    def _target(self, model_id: str, version: int) -> Path:
+        return self._repository.folder_of(model_id, version)
+
+    def _make_entry(self, event_id: str) -> Path:
+        for folder in (self._folder.parent, self._folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if not stat.S_ISDIR(folder.lstat().st_mode):
+                raise RepositoryReadOnly(f"{folder} is a link: uploads go nowhere but into the repository")
+        entry = self._folder / event_id
+        entry.mkdir(mode=0o700)
+        return entry
+
+    def _rename(self, source: Path, target: Path, model_id: str, version: int) -> None:
+        for attempt in range(ATTEMPTS):
+            target.parent.mkdir(exist_ok=True)
+            try:
+                source.rename(target)
+            except FileNotFoundError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                raise VersionExists(model_id, version) from None
+            else:
+                return
