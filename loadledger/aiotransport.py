@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from http import HTTPStatus
@@ -14,7 +14,7 @@ from yarl import URL
 
 from loadledger.address import CHUNK_BYTES, SILENCE_S, ConnectionOptions
 from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, failure_reason
-from loadledger.requests import Answer, Request
+from loadledger.requests import Answer, Request, StreamedBody, T
 
 CLOSED = "this client is closed"
 
@@ -73,7 +73,8 @@ class AioTransport:
     async def send(self, request: Request) -> Answer:
         """Return the whole answer."""
         limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
-        async with self.limit_wait(limit_s):
+        is_streamed = not isinstance(request.body, bytes | None)  # then only what follows is limited
+        async with self.limit_wait(None if is_streamed else limit_s):
             stream = await self._respond(request, limit_s)
             try:
                 return await stream.read_all()
@@ -93,14 +94,19 @@ class AioTransport:
         """Sleep."""
         await asyncio.sleep(seconds)
 
+    async def call(self, work: Callable[[], T]) -> T:
+        """Return what a function returns, called in a thread."""
+        return await asyncio.to_thread(work)
+
     async def _respond(self, request: Request, silence_s: float) -> AioStream:
         """Send a request and return the response with its body unread."""
         connect_s = min(self.options.connect_s, silence_s)
-        async with self.limit_wait(connect_s + silence_s):
+        is_streamed = not isinstance(request.body, bytes | None)
+        async with self.limit_wait(None if is_streamed else connect_s + silence_s):
             response = await self._open_session().request(
                 request.method,
                 URL(f"{self.options.address.url}{request.target}", encoded=True),
-                data=None if request.body is None else io.BytesIO(request.body),
+                data=_data_of(request),
                 headers=request.headers,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=silence_s),
@@ -149,6 +155,23 @@ class AioTransport:
         if isinstance(error, aiohttp.ClientResponseError):
             return BadAnswer(f"{url} does not speak HTTP as this client does: is this its URL?")
         return ServerUnreachable(url, f"the connection was lost: {failure_reason(error)}", sent=True)
+
+
+def _data_of(request: Request) -> io.BytesIO | AsyncGenerator[bytes, None] | None:
+    if isinstance(request.body, bytes):
+        return io.BytesIO(request.body)
+    return None if request.body is None else _read_in_thread(request.body)
+
+
+async def _read_in_thread(body: StreamedBody) -> AsyncGenerator[bytes, None]:
+    chunks = body.chunks()
+    while chunk := await asyncio.to_thread(_next_chunk, chunks):
+        yield chunk
+
+
+def _next_chunk(chunks: Iterator[bytes]) -> bytes:
+    """Return the next part that is not empty; b"" is the end."""
+    return next(filter(None, chunks), b"")
 
 
 def _safe_cause(error: Exception) -> Exception | None:

@@ -88,6 +88,8 @@ class Client:
 
     load = _blocking(Operations.load)
     unload = _blocking(Operations.unload)
+    add = _blocking(Operations.add)
+    remove = _blocking(Operations.remove)
     cancel = _blocking(Operations.cancel)
     job = _blocking(Operations.job)
     wait_for = _blocking(Operations.wait_for)

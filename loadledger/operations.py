@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from loadledger.address import path
 from loadledger.inference import decode_inference, encode_inference
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
-from loadledger.problems import ServerError
-from loadledger.records import Event, Head, Health, Job, Model, Resources
-from loadledger.requests import CallContext, Request, get_request, post_request
+from loadledger.problems import NotFound, ServerError
+from loadledger.records import AddedVersion, Event, Head, Health, Job, Model, Resources
+from loadledger.requests import CallContext, Request, decode_refusal, get_request, post_request
 from loadledger.retries import fetch, send_request
 from loadledger.stream import (
     EventSelection,
@@ -25,12 +28,18 @@ from loadledger.stream import (
     repeated_parameter,
 )
 from loadledger.tensors import Inputs, are_tensors, to_tensors
+from loadledger.uploads import Progress, UploadBody, find_version_files, open_body
 
 Json = dict[str, Any]
 
 NOT_LOADED = frozenset({"model_not_loaded", "model_unloading"})
 REFUSED = "invalid_input"
 """The server's code for inputs that do not fit the model; nothing ran."""
+TAKEN = frozenset({"precondition_failed", "version_exists"})
+MAX_TAKEN = 3
+"""Numbers that are tried if the next version's is taken by something that is no version yet."""
+UPLOAD_ANSWER_S = 300.0
+"""For the answer to an upload once all of it is sent: the server syncs it to its disk first."""
 At = int | str
 """A position of the ledger, or a time with its offset, such as 2026-01-31T14:02:00Z."""
 UNWELL = "unhealthy"
@@ -167,6 +176,66 @@ class Operations:
         return await submit_job(
             self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
         )
+
+    async def add(
+        self,
+        model_id: str,
+        source: str | os.PathLike[str],
+        version: int | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> AddedVersion:
+        """Put a version into the server's repository, and return it.
+
+        Args:
+            model_id: the model; it may be new.
+            source: an ONNX file, with the files that it names; or a folder of a version, or of Hugging Face
+                with `onnx/model.onnx` (`loadledger.uploads.find_version_files`).
+            version: its number; default: the highest plus 1.
+            on_progress: called with the bytes that were sent and their total.
+
+        Raises:
+            ValueError: there is no model at the source, or several.
+            OSError: a file cannot be read.
+            ServerError: the server refused: `precondition_failed` (the version exists), `not_onnx`,
+                `body_too_large`, `repository_read_only`, …
+        """
+        found = await self._context.transport.call(lambda: find_version_files(Path(source)))
+        body = await self._context.transport.call(lambda: open_body(found, on_progress))
+        if version is not None:
+            return await self._put(model_id, version, body)
+        wanted = await self._next_version(model_id)
+        for number in range(wanted, wanted + MAX_TAKEN):
+            try:
+                return await self._put(model_id, number, body)
+            except ServerError as problem:  # a folder that is no version, or another upload
+                if problem.code not in TAKEN:
+                    raise
+        return await self._put(model_id, wanted + MAX_TAKEN, body)
+
+    async def _put(self, model_id: str, version: int, body: UploadBody) -> AddedVersion:
+        target = f"/api/v1{path('models', model_id, 'versions', str(version))}"
+        request = Request("PUT", target, body.headers, body, repeatable=False, timeout_s=UPLOAD_ANSWER_S)
+        return await fetch(self._context, request, AddedVersion)
+
+    async def _next_version(self, model_id: str) -> int:
+        try:
+            model = await self.model(model_id)
+        except NotFound:
+            return 1
+        return max(model.versions or [0]) + 1
+
+    async def remove(self, model_id: str, version: int) -> None:
+        """Remove a version, which no load may use, from the server's repository.
+
+        Raises:
+            ServerError: the server refused: `unknown_version`, `version_in_use`, `repository_read_only`.
+        """
+        target = f"/api/v1{path('models', model_id, 'versions', str(version))}"
+        request = Request("DELETE", target, repeatable=False, timeout_s=UPLOAD_ANSWER_S)
+        answer = await send_request(self._context, request)
+        if answer.status != HTTPStatus.NO_CONTENT:
+            raise decode_refusal(answer, self._context.address)
 
     async def cancel(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
         """Request a job's cancellation and return the job; `wait_for` returns its outcome.

@@ -72,6 +72,23 @@ class File(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class AddedFile(msgspec.Struct, frozen=True):
+    """A file of a version that was added."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class AddedVersion(msgspec.Struct, frozen=True):
+    """A version that was added to the server's repository."""
+
+    model_id: str
+    version: int
+    bytes: int
+    files: list[AddedFile]
+
+
 class CachedCopy(msgspec.Struct, frozen=True):
     """The optimised copy that the workers loaded."""
 

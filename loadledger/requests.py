@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -51,6 +51,13 @@ _CODE = re.compile(r"[a-z0-9_]{1,64}")
 MAX_KEY_CHARACTERS = 255
 
 
+class StreamedBody(Protocol):
+    """A body that is read while it is sent; its length is in the request's header fields."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the parts, from the beginning."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One HTTP request.
@@ -65,7 +72,7 @@ class Request:
     method: str
     target: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | None = None
+    body: bytes | StreamedBody | None = None
     repeatable: bool = True
     patience_s: float = 0.0
     timeout_s: float | None = None
@@ -107,6 +114,9 @@ class Transport(Protocol):
 
     async def pause(self, seconds: float) -> None:
         """Sleep."""
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Return what a function returns that reads files, for a long time perhaps."""
 
 
 def decode_value(answer: Answer, kind: type[T], address: Address) -> T:

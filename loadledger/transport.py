@@ -11,7 +11,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import replace
 from http import HTTPStatus
@@ -154,7 +154,8 @@ class BlockingTransport:
         limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
         until = time.monotonic() + limit_s
         with closing(self._respond(request, limit_s)) as response:
-            return await response.read_all(until)
+            is_streamed = not isinstance(request.body, bytes | None)  # then only what follows is limited
+            return await response.read_all(time.monotonic() + limit_s if is_streamed else until)
 
     async def open(self, request: Request) -> BlockingStream:
         """Return the answer as a stream; one without success is read whole."""
@@ -171,6 +172,10 @@ class BlockingTransport:
         """Sleep."""
         time.sleep(seconds)  # noqa: ASYNC251 - it is to block
 
+    async def call(self, work: Callable[[], T]) -> T:
+        """Return what a function returns."""
+        return work()
+
     def _respond(self, request: Request, silence_s: float) -> BlockingStream:
         """Send a request and return the response with its body unread."""
         connection = self._connection()
@@ -180,7 +185,8 @@ class BlockingTransport:
             sock.settimeout(silence_s)
             # A server that refuses a body early does not read the rest: its answer may have arrived.
             with suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(request.method, self._parts.path + request.target, request.body, headers)
+                body = request.body if isinstance(request.body, bytes | None) else request.body.chunks()
+                connection.request(request.method, self._parts.path + request.target, body, headers)
             return BlockingStream(self, connection, sock, silence_s)
         except (http.client.HTTPException, OSError) as error:
             connection.close()

@@ -419,7 +419,7 @@ def describe_foreign_file(path: Path) -> str | None:
         return foreign
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            has_graph = any(each.number == _GRAPH for each in FieldReader(data).read_all(0, len(data)))
+            has_graph = any(each.number == _GRAPH for each in ReferenceReader(data).read_all(0, len(data)))
         except (Unparsable, TooManyFields):
             has_graph = False
     return None if has_graph else "is no ONNX file, or not all of one"

@@ -19,6 +19,8 @@ SECTIONS = {
         "demo": "loadledger.cli.local.serve:demo",
     },
     "Models of a server": {
+        "add": "loadledger.cli.models:add",
+        "rm": "loadledger.cli.models:remove",
         "load": "loadledger.cli.jobs:load",
         "unload": "loadledger.cli.jobs:unload",
         "models": "loadledger.cli.models:models",

@@ -1,19 +1,25 @@
-"""`loadledger models | resources`: models and their states; the memory budget and its use."""
+"""`loadledger models | add | rm | resources`: models and their states; the memory budget and its use."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import click
 
 from loadledger.cli.completion import models_of_server
+from loadledger.cli.jobs import report_request
 from loadledger.cli.output import (
     NOTHING,
+    count_of,
+    exit_with_error,
     format_age,
     format_cell,
     format_facts,
@@ -23,8 +29,9 @@ from loadledger.cli.output import (
     format_timestamp,
     print_note,
     print_result,
+    to_printable,
 )
-from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
+from loadledger.cli.server import ServerChoice, int_option, json_option, open_chosen_client, server_options
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 MAX_VERSIONS = 4
@@ -192,6 +199,80 @@ def _zeros(zero: str, shape: Sequence[int]) -> str:
 def format_presence(server: Any) -> str:
     """Return the state of the server at a moment of the past."""
     return f"{server.state} since {format_timestamp(server.since)}" if server.since else str(server.state)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("source", type=click.Path(path_type=Path, exists=True), metavar="FILE|DIR")
+@int_option("--version", "-v", metavar="N", text="Version; default: the highest plus 1.")
+@click.option("--load", "loads", is_flag=True, show_default=False, help="Load it, and wait.")
+@json_option
+@server_options
+def add(
+    model: str, source: Path, *, version: int | None, loads: bool, as_json: bool, where: ServerChoice
+) -> None:
+    """Put a version of a model into the server's repository.
+
+    FILE is an ONNX file; files that it names for its weights go along. DIR is a folder with one model, or a
+    snapshot of Hugging Face with onnx/model.onnx. A version is never overwritten.
+
+    --json prints the version with its files, or with --load the job.
+    """
+    from loadledger.uploads import find_version_files  # noqa: PLC0415 - keeps other commands quick
+
+    with open_chosen_client(where) as client:
+        try:
+            found = find_version_files(source)
+            with _upload_display(f"{to_printable(model)}: sending") as on_progress:
+                added = client.add(model, source, version, on_progress=on_progress)
+        except OSError as error:
+            exit_with_error(f"{error.filename or source} cannot be read: {error.strerror}")
+        if not (as_json and loads):
+            print_result(added, _added_lines(added), as_json=as_json)
+        if found.left_out:
+            print_note(f"left out, as other models: {', '.join(map(format_cell, found.left_out))}")
+        if loads:
+            job = client.load(model, added.version)
+            report_request(client, job, wait=True, as_json=as_json)
+        elif not as_json:
+            click.echo(f"to load it: loadledger load {to_printable(model)} --version {added.version}")
+
+
+def _added_lines(added: Any) -> Iterator[str]:
+    count = count_of(len(added.files), "file")
+    yield f"{to_printable(added.model_id)} version {added.version}: added, {count}, {added.bytes} bytes"
+    for file in added.files:
+        yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
+
+
+@contextmanager
+def _upload_display(about: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Give the callback of a progress bar; None without a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # noqa: PLC0415 - 50 ms, for terminals only
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(escape(about), total=None)
+        yield lambda sent, total: progress.update(task, completed=sent, total=total)
+
+
+@click.command("rm")
+@click.argument("model", shell_complete=models_of_server)
+@int_option("--version", "-v", metavar="N", text="Version that goes.", required=True)
+@server_options
+def remove(model: str, *, version: int, where: ServerChoice) -> None:
+    """Remove a version from the server's repository.
+
+    Its files are deleted. A version that is loaded, or will be, is refused.
+    """
+    with open_chosen_client(where) as client:
+        client.remove(model, version)
+    click.echo(f"{to_printable(model)} version {version}: removed")
 
 
 @click.command()

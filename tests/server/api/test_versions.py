@@ -1,0 +1,169 @@
+"""`PUT` and `DELETE …/versions/{version}`: statuses and codes, and what loads make of them."""
+
+import asyncio
+import base64
+import gzip
+import hashlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from support import models
+from support.http import ONE, LocalApi
+from support.uploads import entry, staged, tar
+from support.workers import until
+
+from events.types import VersionAdded, VersionRemoved
+from server.appkeys import LOG
+
+MODEL = models.add(1).SerializeToString()
+TAR = {"Content-Type": "application/x-tar"}
+FILE = {"Content-Type": "application/octet-stream"}
+Start = Callable[..., Awaitable[LocalApi]]
+
+
+def path(model_id: str, version: object = 1) -> str:
+    return f"/api/v1/models/{model_id}/versions/{version}"
+
+
+def digest(data: bytes, name: str = "sha-256") -> str:
+    value = hashlib.new(name.replace("-", ""), data).digest()
+    return f"{name}=:{base64.b64encode(value).decode()}:"
+
+
+async def put(api: LocalApi, model_id: str, data: Any = MODEL, version: object = 1, **options: Any) -> Any:
+    headers = {**FILE, **options.pop("headers", {})}
+    return await api.send("PUT", path(model_id, version), data=data, headers=headers, **options)
+
+
+async def test_added_version_loads_and_a_removed_one_does_not(shared: LocalApi) -> None:
+    answer = await put(shared, "a", headers={"Repr-Digest": digest(MODEL)}, subject="Ann")
+    assert answer.status == 201
+    assert answer.headers["Location"] == "/api/v1/models/a"
+    file = {"path": "model.onnx", "bytes": len(MODEL), "sha256": hashlib.sha256(MODEL).hexdigest()}
+    assert answer.json == {"model_id": "a", "version": 1, "bytes": len(MODEL), "files": [file]}
+    archive = tar(entry("./silero.onnx", models.add(2).SerializeToString()), entry("config.json", b"{}"))
+    assert (await put(shared, "a", gzip.compress(archive), 2, headers=TAR)).status == 201
+    job = await shared.load("a")
+    assert job["version"] == 2
+    assert (await shared.infer("a", ONE)).json["outputs"][0]["data"] == [3]
+    refused = await shared.send("DELETE", path("a", 2))
+    assert refused.refusal == (409, "version_in_use")
+    assert (await shared.send("DELETE", path("a", 1), subject="Bob")).status == 204
+    assert (await shared.post("/api/v1/models/a/load", json={"version": 1})).refusal[0] == 404
+    assert (await shared.model("a"))["versions"] == [2]
+    events = [
+        event for event in await shared.events("a") if isinstance(event.data, VersionAdded | VersionRemoved)
+    ]
+    assert [(event.type, event.version, event.actor) for event in events] == [
+        ("VersionAdded", 1, "Ann"),
+        ("VersionAdded", 2, "alice"),
+        ("VersionRemoved", 1, "Bob"),
+    ]
+
+
+REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
+    ("a web page", {"data": b"<html>"}, (400, "not_onnx")),
+    ("no model in a tar", {"data": tar(entry("a.txt", b"1")), "headers": TAR}, (400, "not_onnx")),
+    (
+        "two models in a tar",
+        {"data": tar(entry("a.onnx", MODEL), entry("b.onnx", MODEL)), "headers": TAR},
+        (400, "not_onnx"),
+    ),
+    ("no tar", {"data": MODEL, "headers": TAR}, (400, "bad_archive")),
+    ("nothing", {"data": b"", "headers": TAR}, (400, "not_onnx")),
+    ("wrong digest", {"headers": {"Repr-Digest": digest(b"other")}}, (400, "digest_mismatch")),
+    (
+        "wrong digest of two",
+        {"headers": {"Content-Digest": f"{digest(MODEL)}, {digest(b'', 'sha-512')}"}},
+        (400, "digest_mismatch"),
+    ),
+    ("no digest", {"headers": {"Repr-Digest": "sha-256=1"}}, (400, "invalid_parameter")),
+    ("entity tag", {"headers": {"If-None-Match": '"x"'}}, (400, "invalid_parameter")),
+    ("version 0", {"version": 0}, (400, "invalid_parameter")),
+    (
+        "form",
+        {"headers": {"Content-Type": "application/x-www-form-urlencoded"}},
+        (415, "unsupported_media_type"),
+    ),
+    ("coding", {"headers": {"Content-Encoding": "gzip"}}, (415, "unsupported_media_type")),
+    ("role", {"roles": ("predict",)}, (403, "forbidden")),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [row[1:] for row in REFUSALS], ids=[row[0] for row in REFUSALS]
+)
+async def test_refused_upload_leaves_nothing(
+    shared: LocalApi, options: dict[str, Any], expected: tuple[int, str]
+) -> None:
+    answer = await put(shared, "refused", **options)
+    assert answer.refusal == expected
+    assert not (shared.config.repository / "refused").exists()
+    assert staged(shared.config.repository) == []
+
+
+async def test_version_is_never_overwritten(shared: LocalApi) -> None:
+    shared.save(b"by hand", "kept")
+    assert (await put(shared, "kept")).refusal == (409, "version_exists")
+    assert (await put(shared, "kept", headers={"If-None-Match": "*"})).refusal == (412, "precondition_failed")
+    assert (await put(shared, "kept", version=2, headers={"If-None-Match": "*"})).status == 201
+    assert (shared.config.repository / "kept/1/model.onnx").read_bytes() == b"by hand"
+
+
+async def test_unknown_version_cannot_be_removed(shared: LocalApi) -> None:
+    assert (await shared.send("DELETE", path("nothing"))).refusal == (404, "unknown_version")
+    assert (await shared.send("DELETE", path("nothing"), roles=("audit",))).status == 403
+
+
+async def test_client_that_leaves_leaves_nothing(shared: LocalApi) -> None:
+    received = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield MODEL[:50]
+        await received.wait()
+
+    request = asyncio.create_task(put(shared, "left", body()))
+    await until(lambda: staged(shared.config.repository) != [])
+    second = await put(shared, "left")
+    assert second.refusal == (409, "version_exists")
+    assert (await shared.get("/api/v1/models/left")).status == 404
+    request.cancel()
+    await until(lambda: staged(shared.config.repository) == [])
+    assert (await put(shared, "left")).status == 201
+
+
+async def test_load_and_removal_at_once_have_one_winner(shared: LocalApi) -> None:
+    for version in range(1, 6):
+        await put(shared, "race", version=version)
+        load, removal = await asyncio.gather(
+            shared.post("/api/v1/models/race/load", json={"version": version}, wait=60),
+            shared.send("DELETE", path("race", version)),
+        )
+        if removal.status == 204:
+            assert load.status == 404 or load.json["status"] == "failed"
+        else:
+            assert removal.refusal == (409, "version_in_use")
+            assert load.json["status"] == "completed"
+    assert shared.app[LOG].healthy
+
+
+async def test_settings_limit_uploads(start: Start) -> None:
+    api = await start(max_upload="100")
+    assert (await put(api, "m")).refusal == (413, "body_too_large")
+    api.save(MODEL, "there")
+    api.config.repository.chmod(0o500)
+    try:
+        if os.geteuid() != 0:  # root may write everywhere
+            assert (await put(api, "m", b"x")).refusal == (409, "repository_read_only")
+            assert (await api.send("DELETE", path("there"))).refusal == (409, "repository_read_only")
+    finally:
+        api.config.repository.chmod(0o700)
+
+
+async def test_server_that_only_reads_refuses_changes(start: Start) -> None:
+    api = await start(repository_writable="off")
+    api.save(MODEL, "there")
+    assert (await put(api, "m")).refusal == (409, "repository_read_only")
+    assert (await api.send("DELETE", path("there"))).refusal == (409, "repository_read_only")
