@@ -21,7 +21,7 @@ from support.http import LIMIT_S, when
 from support.models import save
 from support.servers import APART, Server, serving, standing
 
-from loadledger import AsyncClient, Client, Event, Job
+from loadledger import AsyncClient, Client, Event, Job, NotFound, ServerError
 from server.config import Config
 
 T = TypeVar("T")
@@ -44,6 +44,29 @@ def client(server: Server, request: pytest.FixtureRequest) -> Iterator[Client]:
     """Each of the clients, as an administrator."""
     with connected(request.param, server.url, server.api.token("admin")) as client:
         yield client
+
+
+def test_version_is_added_and_removed(client: Client, tmp_path: Path) -> None:
+    file, seen = tmp_path / "net.onnx", list[tuple[int, int]]()
+    file.write_bytes(models.external("w.bin").SerializeToString())
+    (tmp_path / "w.bin").write_bytes(models.external_bytes())
+    model_id = f"added-{type(client).__name__}"
+    added = client.add(model_id, file, on_progress=lambda sent, total: seen.append((sent, total)))
+    assert (added.model_id, added.version) == (model_id, 1)
+    assert {each.path for each in added.files} == {"model.onnx", "w.bin"}
+    assert seen[-1][0] == seen[-1][1] > added.bytes
+    assert client.add(model_id, tmp_path).version == 2
+    for version, code in ((2, "precondition_failed"), (7, None)):
+        if code is None:
+            assert client.add(model_id, str(file), version).version == version
+            continue
+        with pytest.raises(ServerError) as refused:
+            client.add(model_id, file, version)
+        assert refused.value.code == code
+    client.remove(model_id, 2)
+    assert client.model(model_id).versions == [1, 7]
+    with pytest.raises(NotFound):
+        client.remove(model_id, 2)
 
 
 def test_model_is_loaded_inferred_swapped_and_unloaded(client: Client) -> None:

@@ -69,6 +69,26 @@ def alice(server: Server) -> Shell:
     return Shell(server, "admin")
 
 
+def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").write_bytes(models.add().SerializeToString())
+    (tmp_path / "onnx" / "model_q4.onnx").write_bytes(b"another")
+    added = alice.run("add", "added", str(tmp_path))
+    assert re.fullmatch(
+        r"added version 1: added, 1 file, \d+ bytes\n  model\.onnx: \d+ bytes, sha256 [0-9a-f]{64}\n"
+        r"to load it: loadledger load added --version 1\n",
+        added.stdout,
+    )
+    assert "left out, as other models: model_q4.onnx" in added.stderr
+    file = tmp_path / "onnx" / "model.onnx"
+    assert alice.json(f"add added {file}")["version"] == 2
+    assert "added version 3: load completed" in alice.prints(f"add added {file} --load")
+    assert "precondition_failed" in alice.refused(2, f"add added {file} --version 2")
+    assert "is no ONNX" in alice.refused(2, f"add added {__file__}")
+    assert alice.prints("rm added --version 1") == "added version 1: removed\n"
+    assert "version_in_use" in alice.refused(2, "rm added --version 3")
+
+
 def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None:
     loaded = alice.prints("load m --wait --pin --keep-alive-s 60 --threads 2")
     assert re.fullmatch(r"m version 2: load completed in \d+(\.\d)?s\n", loaded)
