@@ -27,6 +27,7 @@ from events.commands import (
     RequestCancel,
     RequestLoad,
     RequestUnload,
+    VersionCommand,
     WorkerServes,
 )
 from events.jobs import Job, JobKind, JobStatus
@@ -102,7 +103,7 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
         new_id: returns the id of a new event.
         now: the ledger's time.
     """
-    if isinstance(command, AddVersion | RemoveVersion):
+    if isinstance(command, VersionCommand):
         return _decide_version(state, command)
     if not all(holds(state, condition) for condition in command.conditions):
         return Refused(OUTDATED, "what this was decided on has changed; decide it anew")
@@ -120,7 +121,7 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
             return _decide_cancel(state, command, new_id)
 
 
-def _decide_version(state: State, command: AddVersion | RemoveVersion) -> Accepted | Refused:
+def _decide_version(state: State, command: VersionCommand) -> Accepted | Refused:
     """Accept what changes the repository; a version that a load uses cannot be removed."""
     if isinstance(command, RemoveVersion):
         use = find_use(state, command.model_id, command.version)

@@ -148,12 +148,11 @@ class Record:
     conditions: tuple[Condition, ...] = ()
 
 
+JobCommand = RequestLoad | RequestUnload | RequestCancel
+"""The commands that a job answers. They have conditions and may have an idempotency key."""
+
 VersionCommand = AddVersion | RemoveVersion
-Command = RequestLoad | RequestUnload | RequestCancel | Record | VersionCommand
-
-
-_WITHOUT_KEY = (Record, AddVersion, RemoveVersion)
-"""What nobody repeats with an idempotency key: facts, and what has its effect at most once by itself."""
+Command = JobCommand | Record | VersionCommand
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +233,7 @@ class PendingCommand:
     @property
     def key_hash(self) -> str | None:
         """The hash of the command's idempotency key, if it has one."""
-        given = None if isinstance(self.command, _WITHOUT_KEY) else self.command.idempotency
+        given = self.command.idempotency if isinstance(self.command, JobCommand) else None
         return given.key_hash if given is not None else None
 
 

@@ -73,8 +73,7 @@ class AioTransport:
     async def send(self, request: Request) -> Answer:
         """Return the whole answer."""
         limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
-        is_streamed = not isinstance(request.body, bytes | None)  # then only what follows is limited
-        async with self.limit_wait(None if is_streamed else limit_s):
+        async with self.limit_wait(limit_s if request.upload is None else None):  # sending takes its time
             stream = await self._respond(request, limit_s)
             try:
                 return await stream.read_all()
@@ -101,8 +100,7 @@ class AioTransport:
     async def _respond(self, request: Request, silence_s: float) -> AioStream:
         """Send a request and return the response with its body unread."""
         connect_s = min(self.options.connect_s, silence_s)
-        is_streamed = not isinstance(request.body, bytes | None)
-        async with self.limit_wait(None if is_streamed else connect_s + silence_s):
+        async with self.limit_wait(connect_s + silence_s if request.upload is None else None):
             response = await self._open_session().request(
                 request.method,
                 URL(f"{self.options.address.url}{request.target}", encoded=True),
@@ -158,9 +156,9 @@ class AioTransport:
 
 
 def _data_of(request: Request) -> io.BytesIO | AsyncGenerator[bytes, None] | None:
-    if isinstance(request.body, bytes):
-        return io.BytesIO(request.body)
-    return None if request.body is None else _read_in_thread(request.body)
+    if request.upload is not None:
+        return _read_in_thread(request.upload)
+    return None if request.body is None else io.BytesIO(request.body)
 
 
 async def _read_in_thread(body: StreamedBody) -> AsyncGenerator[bytes, None]:

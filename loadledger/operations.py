@@ -215,7 +215,9 @@ class Operations:
 
     async def _put(self, model_id: str, version: int, body: UploadBody) -> AddedVersion:
         target = f"/api/v1{path('models', model_id, 'versions', str(version))}"
-        request = Request("PUT", target, body.headers, body, repeatable=False, timeout_s=UPLOAD_ANSWER_S)
+        request = Request(
+            "PUT", target, body.headers, upload=body, repeatable=False, timeout_s=UPLOAD_ANSWER_S
+        )
         return await fetch(self._context, request, AddedVersion)
 
     async def _next_version(self, model_id: str) -> int:

@@ -63,6 +63,7 @@ class Request:
     """One HTTP request.
 
     Attributes:
+        upload: the body instead, read while it is sent.
         target: path and query below the server's URL, encoded.
         repeatable: sending it twice has no further effect.
         patience_s: extra time for an answer that the server was asked to hold back.
@@ -72,7 +73,8 @@ class Request:
     method: str
     target: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | StreamedBody | None = None
+    body: bytes | None = None
+    upload: StreamedBody | None = None
     repeatable: bool = True
     patience_s: float = 0.0
     timeout_s: float | None = None

@@ -154,8 +154,9 @@ class BlockingTransport:
         limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
         until = time.monotonic() + limit_s
         with closing(self._respond(request, limit_s)) as response:
-            is_streamed = not isinstance(request.body, bytes | None)  # then only what follows is limited
-            return await response.read_all(time.monotonic() + limit_s if is_streamed else until)
+            if request.upload is not None:  # to send it takes as long as it takes
+                until = time.monotonic() + limit_s
+            return await response.read_all(until)
 
     async def open(self, request: Request) -> BlockingStream:
         """Return the answer as a stream; one without success is read whole."""
@@ -185,7 +186,7 @@ class BlockingTransport:
             sock.settimeout(silence_s)
             # A server that refuses a body early does not read the rest: its answer may have arrived.
             with suppress(BrokenPipeError, ConnectionResetError):
-                body = request.body if isinstance(request.body, bytes | None) else request.body.chunks()
+                body = request.body if request.upload is None else request.upload.chunks()
                 connection.request(request.method, self._parts.path + request.target, body, headers)
             return BlockingStream(self, connection, sock, silence_s)
         except (http.client.HTTPException, OSError) as error:

@@ -60,6 +60,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Copies of models, and confinement": (
         *("store", "store_size", "repository_immutable", "confine", "ledger_stderr"),
     ),
+    "Adding versions": ("repository_writable", "max_upload"),
     "Tokens": ("jwt_audience", "jwt_issuer", "jwt_keys", "jwt_roles_claim"),
     "Connections, TLS and proxies": (
         *("tls_cert", "tls_key", "trusted_proxies", "forwarded_header", "max_connections", "head_timeout_s"),

@@ -15,10 +15,13 @@ from support.strategies import drafts
 
 from events.accept import MAX_QUEUE, OUTDATED, Accepted, Decision, Existing, Refused, accept, holds
 from events.commands import (
+    AddVersion,
     Command,
+    JobCommand,
     JobUnchanged,
     ModelUnchanged,
     Record,
+    RemoveVersion,
     RequestCancel,
     RequestLoad,
     RequestUnload,
@@ -38,6 +41,7 @@ from events.types import (
     ModelSettingsChanged,
     UnloadJoined,
     UnloadRequested,
+    VersionRemoved,
     record_draft,
 )
 
@@ -468,8 +472,33 @@ def test_cancel_outcome(facts: str, job: str, expected: str) -> None:
     assert outcome(facts, RequestCancel(job, "bob")) == expected
 
 
+REMOVALS = [
+    ("", None),
+    ("load", "version_in_use"),
+    ("request", "version_in_use"),
+    ("request start", "version_in_use"),
+    ("load request_drain start_drain", "version_in_use"),
+    ("load load_v2", None),
+    ("load request_unload start_unload", "version_in_use"),
+    ("load request_unload start_unload finish_unload", None),
+]
+
+
+@pytest.mark.parametrize(("facts", "code"), REMOVALS)
+def test_version_in_use_is_not_removed(facts: str, code: str | None) -> None:
+    state = given(facts).state
+    match decide(state, RemoveVersion(MODEL, 1, "bob", "e")):
+        case Accepted((Draft(id="e", data=VersionRemoved(), actor="bob", version=1),)):
+            assert code is None
+        case Refused(refusal, _):
+            assert refusal == code
+        case other:
+            raise AssertionError(other)
+    assert isinstance(decide(state, AddVersion(MODEL, 1, "bob", (), "e")), Accepted)
+
+
 def by(actor: str, command: Command, key: Idempotency | None = None) -> Command:
-    assert not isinstance(command, Record)
+    assert isinstance(command, JobCommand)
     return replace(command, actor=actor, idempotency=key)
 
 

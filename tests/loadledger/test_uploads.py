@@ -90,6 +90,7 @@ def test_what_is_no_version_is_refused_with_advice(folder: Path, given: str, rea
 
 def test_body_is_the_file_or_a_tar_and_has_its_digest(folder: Path) -> None:
     seen = list[tuple[int, int]]()
+    sent = b""
     for given, media_type in (("one/net.onnx", FILE_TYPE), ("external", TAR_TYPE)):
         body = open_body(find_version_files(folder / given), lambda sent, total: seen.append((sent, total)))
         sent = b"".join(body.chunks())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import isasyncgen
@@ -20,7 +20,7 @@ from loadledger.address import Address
 from loadledger.cli.main import main
 from loadledger.operations import Operations
 from loadledger.problems import ClientProblem
-from loadledger.requests import Answer, CallContext, Request
+from loadledger.requests import Answer, CallContext, Request, T
 from server.config import settings
 
 LIMIT_S = 60.0
@@ -156,6 +156,9 @@ class Played:
         context = CallContext(ADDRESS, 30.0, self, now=lambda: self.now, chance=lambda: 1.0)
         client._calls = Operations(context)
         return client
+
+    async def call(self, work: Callable[[], T]) -> T:
+        return work()
 
     async def send(self, request: Request) -> Answer:
         """Return the next answer."""
