@@ -74,9 +74,10 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     ),
     "ServerStarted": EventText(
         (
-            "unclean?after an unclean end|in order",
-            "last seen {last_seen_at?}",
-            "down since {down_since?}",
+            "unclean?the server before ended unexpectedly|",
+            "the ledger's last event before was at {last_event_at?}",
+            "the last event before was at {down_since?}",
+            "the server was last seen at {last_seen_at?}",
             "workers could {confinement.not_prevented?:acts}",
         ),
         {"unclean": "unclean", "last_event_at": "last_event_at", "last_seen_at": "last_seen_at"},

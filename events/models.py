@@ -79,6 +79,8 @@ class Serving(Struct, frozen=True, gc=False):
         kept_as_is: whether its repair was cancelled or has no room, so that it stays degraded.
         prepared: the prepared form that the workers use, if any.
         threads: of each worker; None in events of earlier releases.
+        asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
+        brought_back: the cause of that reload.
     """
 
     load_job_id: str
@@ -95,6 +97,8 @@ class Serving(Struct, frozen=True, gc=False):
     kept_as_is: bool = False
     prepared: Prepared | None = None
     threads: int | None = None
+    asked_by: str | None = None
+    brought_back: Cause | None = None
 
 
 class PendingLoad(Struct, frozen=True, gc=False):
@@ -248,6 +252,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     if job is None or job.load is None or event.version is None:
         return model
     by_system = job.cause not in _BY_CLIENTS
+    before = (model.serving or model.previous) if job.cause in RELOADS else None
     serving = Serving(
         load_job_id=job.id,
         version=event.version,
@@ -261,6 +266,8 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         parameters=job.load,
         prepared=data.prepared,
         threads=data.threads,
+        asked_by=None if before is None else before.asked_by or before.loaded_by,
+        brought_back=None if before is None else job.cause,
     )
     return _without_job(
         model,
@@ -435,10 +442,7 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
 
 
 def _is_new_incident(serving: Serving, event: Event) -> bool:
-    """Whether a death begins an incident: all deaths of one load are one, until it expires.
-
-    Incidents limit how often a model is reloaded, not how many workers die.
-    """
+    """Whether a death begins an incident, which limits reloads; all deaths of one load are one."""
     began = serving.degraded_at
     return began is None or seconds_between(began, event.recorded_at) > INCIDENT_WINDOW_S
 
@@ -492,7 +496,4 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     JobCancelled: _ended_without_effect,
     WorkerExited: _worker_exited,
 }
-"""The step of each event type that concerns one model; those of the server concern all.
-
-A table, because a `match` of so many classes takes as long as the rest of a step (measured).
-"""
+"""By type of event. A `match` of so many classes takes as long as the rest of a step (measured)."""

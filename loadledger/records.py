@@ -115,6 +115,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         repository_changed: whether the repository has newer files than those that are loaded.
         instances: workers alive.
         threads: of each worker; None from a server, or of a load, of an earlier release.
+        loaded_by: who asked for it.
+        brought_back: why the system loaded it again since: restart, recovery or swap; None if it did not.
+        memory_bytes: now; None with `at`. `memory_at_load_bytes` is what it took when it was loaded.
         inputs: of the model alone, not in a list: of `signature_version`; None if its file cannot be read.
         outputs: likewise.
         signature_version: the version that serves, else the highest one.
@@ -129,12 +132,14 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     active: bool = False
     loaded_at: str | None = None
     loaded_by: str | None = None
+    brought_back: str | None = None
     job_id: str | None = None
     position: int | None = None
     files: list[File] = []
     repository_changed: bool | None = None
     prepared: CachedCopy | None = None
     memory_bytes: int | None = None
+    memory_at_load_bytes: int | None = None
     error: ErrorInfo | None = None
     instances: int | None = None
     threads: int | None = None
@@ -157,6 +162,7 @@ class LoadUsage(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 0
     reserved_bytes: int = 0
     memory_bytes: int = 0
+    memory_at_load_bytes: int | None = None
     in_flight: int = 0
     last_used_at: str | None = None
     pinned: bool = False

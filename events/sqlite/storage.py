@@ -30,7 +30,7 @@ from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors, transaction
 from events.state import Changes, State
 
-FOLDS = 5
+FOLDS = 6
 """The number of the folds: add one with each change after which the same events give other stored bodies."""
 
 MAX_NAMED = 100

@@ -39,6 +39,12 @@ MAX_VERSIONS = 4
 ZEROS = {"BOOL": "false", "BYTES": '""', **dict.fromkeys(("FP16", "BF16", "FP32", "FP64"), "0.0")}
 ZEROS |= {f"{sign}INT{bits}": "0" for sign in ("", "U") for bits in (8, 16, 32, 64)}
 """A zero of each datatype, as JSON."""
+BROUGHT_BACK = {
+    "restart": "by the system, after a restart of the server",
+    "recovery": "by the system, after its worker ended",
+    "swap": "by the system, after a replacement failed",
+}
+"""What `brought_back` says."""
 UNSET = (None, False, 0)
 """Parameters of a load that are not worth a word."""
 MAX_ZEROS = 32
@@ -106,7 +112,7 @@ def _row(model: Any) -> tuple[str, ...]:
         _versions(model.versions),
         format_size(model.memory_bytes),
         format_age(model.loaded_at, datetime.now(UTC)),
-        format_cell(model.loaded_by, most=24),
+        format_cell(model.loaded_by, most=24) + (f" ({model.brought_back})" if model.brought_back else ""),
         format_cell(model.error and f"{model.error.code}: {model.error.message}", most=60),
     )
 
@@ -128,9 +134,11 @@ def _details(model: Any) -> Iterator[str]:
         "instances": model.instances,
         "threads": model.threads,
         "parameters": model.parameters and _parameters(model.parameters),
-        "memory": model.memory_bytes and format_size(model.memory_bytes),
+        "memory": model.memory_bytes and f"{format_size(model.memory_bytes)} now",
+        "memory at load": model.memory_at_load_bytes and format_size(model.memory_at_load_bytes),
         "loaded": model.loaded_at
         and f"{format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
+        "brought back": model.brought_back and BROUGHT_BACK.get(model.brought_back, model.brought_back),
         "job": model.job_id,
         "position": model.position,
         "prepared": model.prepared and f"{model.prepared.form}, sha256 {model.prepared.sha256}",

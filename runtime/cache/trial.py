@@ -116,6 +116,10 @@ def _zeros(spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
     return Tensor(spec.name, spec.datatype, shape, empty * math.prod(shape))
 
 
+MAX_NAMED = 3
+"""Outputs that a reason names."""
+
+
 class TrialImpossible(Exception):
     """No trial is possible: no inputs are known, or the bare model fails on them."""
 
@@ -201,10 +205,11 @@ class Trial:
             self._load(replace(self._bare, prepared=prepared)) as (other, report),
         ):
             if (bare_report.inputs, bare_report.outputs) != (report.inputs, report.outputs):
-                return "its inputs or outputs are declared otherwise", None
+                return _describe_difference(bare_report, report), None
             sets = self._sets = self._sets or await self._collect_inputs(bare, bare_report)
-            if not await _agree(bare, other, sets):
-                return "its answers differ", None
+            why_not = await _compare(bare, other, sets)
+            if why_not is not None:
+                return why_not, None
             quickest_ns = await _quickest_ns(bare, other, sets[0])
         pair = Pair(bare_report.loading_us, report.loading_us, *quickest_ns)
         return verdict(pair), pair
@@ -250,14 +255,36 @@ async def _make_inputs(report: Loaded) -> AsyncIterator[tuple[Tensor, ...]]:
         yield made
 
 
-async def _agree(bare: Worker, other: Worker, sets: Iterable[tuple[Tensor, ...]]) -> bool:
+def _describe_difference(bare: Loaded, other: Loaded) -> str:
+    """Return the first input or output that a form declares otherwise."""
+    ours, theirs = (*bare.inputs, *bare.outputs), (*other.inputs, *other.outputs)
+    for spec, changed in zip(ours, theirs, strict=False):
+        if spec != changed:
+            said, was = (f"{each.name!r} {each.datatype} {list(each.shape)}" for each in (changed, spec))
+            return f"it declares {said}, and the model {was}"
+    return f"it declares {len(theirs)} inputs and outputs, and the model {len(ours)}"
+
+
+async def _compare(bare: Worker, other: Worker, sets: Iterable[tuple[Tensor, ...]]) -> str | None:
+    """Return why the answers of a form do not agree with the bare model's; None if they do.
+
+    Raises:
+        TrialImpossible: the bare model does not agree with itself.
+    """
     for inputs in sets:
         with bare_model_errors():
             _, expected = await _ask(bare, inputs)
         _, answered = await _ask(other, inputs)
-        if _hashes(answered) != _hashes(expected):
-            return False
-    return True
+        if _hashes(answered) == _hashes(expected):
+            continue
+        with bare_model_errors():
+            _, again = await _ask(bare, inputs)
+        if _hashes(again) != _hashes(expected):
+            raise TrialImpossible("the model answers the same inputs otherwise each time")
+        pairs = zip(_hashes(expected), _hashes(answered), strict=False)
+        differing = [name for (name, digest), (_, other_digest) in pairs if digest != other_digest]
+        return f"its answers differ: {', '.join(map(repr, differing[:MAX_NAMED]))}"
+    return None
 
 
 async def _quickest_ns(bare: Worker, other: Worker, inputs: tuple[Tensor, ...]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from runtime.statistics import Statistics
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Memory of one load: `reserved_bytes` until it is loaded, then the measured `memory_bytes`.
+    """Memory of one load: `reserved_bytes` until it is loaded, then `memory_bytes`, measured now and then.
 
     A model can have two for a moment: the version that serves, and the next one, or the one that drains.
     """
@@ -32,6 +32,7 @@ class MemoryUse:
     workers: int
     reserved_bytes: int
     memory_bytes: int
+    memory_at_load_bytes: int | None
     in_flight: int
     last_used_at: str | None
     pinned: bool
@@ -80,6 +81,7 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> MemoryUse:
         workers=len(load.alive_workers),
         reserved_bytes=run.memory_bytes if is_reserved else 0,
         memory_bytes=0 if is_reserved else run.memory_bytes,
+        memory_at_load_bytes=serving.memory_bytes if serving is not None and is_present else None,
         in_flight=load.in_flight,
         last_used_at=run.last_used_at,
         pinned=settings.pinned,

@@ -41,7 +41,7 @@ from server.api.schemas import (
     model_view,
 )
 from server.api.timetravel import past_model, past_models
-from server.appkeys import CONFIG, CONTENTS, LOG, ROUTER
+from server.appkeys import CONFIG, CONSUMER, CONTENTS, LOG, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.config import Config
 from server.http.validation import (
@@ -159,7 +159,14 @@ async def list_models(request: web.Request) -> web.Response:
     limit, active = query["limit"], state.active()
     page = await list_versions(request.app[CONTENTS], dict(state.models), known, query["cursor"], limit)
     models = [
-        model_view(seen.id, state, seen.versions, active, repository_changed=seen.has_changed)
+        model_view(
+            seen.id,
+            state,
+            seen.versions,
+            active,
+            repository_changed=seen.has_changed,
+            memory_bytes=_memory_now(request.app, seen.id),
+        )
         for seen in page[:limit]
     ]
     next_cursor = models[-1]["id"] if len(page) > limit else None
@@ -182,11 +189,26 @@ async def show_model(request: web.Request) -> web.Response:
         return web.json_response(await past_model(request, at, model_id))
     seen = await look_at_model(request, model_id)
     state = request.app[LOG].state
-    view = model_view(model_id, state, seen.versions, state.active(), repository_changed=seen.has_changed)
+    view = model_view(
+        model_id,
+        state,
+        seen.versions,
+        state.active(),
+        repository_changed=seen.has_changed,
+        memory_bytes=_memory_now(request.app, model_id),
+    )
     serving = state.models[model_id].serving if model_id in state.models else None
     parameters = msgspec.to_builtins(serving.parameters) if serving is not None else None
     signature = await _describe_signature(request.app, model_id)
     return web.json_response({**view, "parameters": parameters, **signature})
+
+
+def _memory_now(app: web.Application, model_id: str) -> int | None:
+    """Return the measured memory of the load that serves a model; None if it has no process."""
+    model = app[LOG].state.models.get(model_id)
+    serving = model.serving if model is not None else None
+    load = app[CONSUMER].loads.get(serving.load_job_id) if serving is not None else None
+    return load.memory_bytes if load is not None and load.alive_workers else None
 
 
 async def find_signature(

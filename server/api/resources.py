@@ -34,6 +34,9 @@ class LoadUseSchema(AnswerSchema):
     memory_bytes = fields.Integer(
         required=True, **about("Private bytes of its workers, measured every few seconds.")
     )
+    memory_at_load_bytes = fields.Integer(
+        required=True, allow_none=True, **about("What they took when the model was loaded.")
+    )
     in_flight = fields.Integer(required=True, **about("Inferences queued or running."))
     last_used_at = fields.String(required=True, allow_none=True, **about("The end of its last inference."))
     pinned = fields.Boolean(required=True)

@@ -8,7 +8,7 @@ import msgspec
 from marshmallow import INCLUDE, Schema, fields, validate
 
 from events.jobs import Failure, Job, JobKind, JobStatus
-from events.models import Model, ModelState
+from events.models import RELOADS, Model, ModelState
 from events.sqlite.presence import ServerState
 from events.state import State
 from events.types import Cause
@@ -304,7 +304,17 @@ class ModelSchema(AnswerSchema):
     next_version = fields.Integer(required=True, allow_none=True)
     active = fields.Boolean(required=True)
     loaded_at = fields.String(required=True, allow_none=True)
-    loaded_by = fields.String(required=True, allow_none=True)
+    loaded_by = fields.String(
+        required=True,
+        allow_none=True,
+        **about("Who asked for it, also of a model that the system brought back since."),
+    )
+    brought_back = fields.String(
+        required=True,
+        allow_none=True,
+        validate=validate.OneOf([cause.value for cause in RELOADS]),
+        **about("Why the system loaded it again, if it did: `restart` of the server, `recovery`, `swap`."),
+    )
     job_id = fields.String(required=True, allow_none=True)
     position = fields.Integer(required=True, allow_none=True, **about("Position of its `ModelLoaded`."))
     files = fields.List(fields.Nested(FileSchema), required=True)
@@ -322,7 +332,16 @@ class ModelSchema(AnswerSchema):
         allow_none=True,
         **about("The prepared form that its workers loaded; null if they loaded the files."),
     )
-    memory_bytes = fields.Integer(required=True, allow_none=True)
+    memory_bytes = fields.Integer(
+        required=True,
+        allow_none=True,
+        **about(
+            "Memory of its workers now, measured every few seconds, as in the resources; null with `at`."
+        ),
+    )
+    memory_at_load_bytes = fields.Integer(
+        required=True, allow_none=True, **about("What they took when the model was loaded.")
+    )
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
     instances = fields.Integer(
         required=True, allow_none=True, **about("Running workers; may be fewer than were loaded.")
@@ -408,6 +427,7 @@ def model_view(
     active: Model | None,
     *,
     repository_changed: bool | None = None,
+    memory_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Return a model of the state, or one of the repository only; None for what is unknown of the past."""
     model = state.models.get(model_id) or Model(model_id)
@@ -420,13 +440,15 @@ def model_view(
         "next_version": model.next_version,
         "active": active is not None and active.id == model.id,
         "loaded_at": serving.loaded_at if serving else None,
-        "loaded_by": serving.loaded_by if serving else None,
+        "loaded_by": (serving.asked_by or serving.loaded_by) if serving else None,
+        "brought_back": serving.brought_back if serving else None,
         "job_id": serving.load_job_id if serving else None,
         "position": serving.position if serving else None,
         "files": msgspec.to_builtins(serving.files) if serving else [],
         "repository_changed": repository_changed if serving else None,
         "prepared": msgspec.to_builtins(serving.prepared) if serving else None,
-        "memory_bytes": serving.memory_bytes if serving else None,
+        "memory_bytes": memory_bytes,
+        "memory_at_load_bytes": serving.memory_bytes if serving else None,
         "error": _failure(model.error),
         "instances": len(serving.worker_ids) if serving and model.phase in _HAS_WORKERS else None,
         "threads": serving.threads if serving else None,

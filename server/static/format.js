@@ -83,3 +83,10 @@ export function local(time) {
 export function count(amount, one, many = `${one}s`) {
   return `${amount.toLocaleString("en")} ${amount === 1 ? one : many}`;
 }
+
+const CAUSES = { restart: "after a restart", recovery: "after its worker ended", swap: "after a replacement failed" };
+
+// Whether the system loaded again what somebody asked for.
+export function broughtBack(model) {
+  return model.brought_back ? `, brought back ${CAUSES[model.brought_back] ?? `(${oneLine(model.brought_back, 20)})`}` : "";
+}

@@ -1,7 +1,7 @@
 // The table of models: what each is, uses and does, and what may be done with it.
 
 import { button, byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
-import { ago, bytes, clock, count, oneLine, plain } from "./format.js";
+import { ago, broughtBack, bytes, clock, count, oneLine, plain } from "./format.js";
 
 const AT_FIRST = 100;
 const ORDER = ["failed", "lost", "unloading", "loading", "loaded", "unloaded"];
@@ -50,11 +50,12 @@ function row(first, offers, store) {
     setText(cells.version, versionText(model));
     setAttribute(cells.version, "title", model.threads ? `${count(model.threads, "thread")} in each worker` : null);
     setText(cells.memory, memoryText(model, uses));
+    setAttribute(cells.memory, "title", model.memory_at_load_bytes ? `${bytes(model.memory_at_load_bytes)} when it was loaded` : null);
     const last = uses.map((use) => use.last_used_at).filter(Boolean).sort().at(-1);
     setText(cells.used, serving ? ago(last) : "–");
     setAttribute(cells.used, "title", last ?? null);
     setText(cells.flying, uses.length ? String(uses.reduce((sum, use) => sum + use.in_flight, 0)) : "–");
-    setText(cells.loaded, model.loaded_at ? `${clock(model.loaded_at)} by ${oneLine(model.loaded_by, 60)}` : "–");
+    setText(cells.loaded, model.loaded_at ? `${clock(model.loaded_at)} by ${oneLine(model.loaded_by, 60)}${broughtBack(model)}` : "–");
     setAttribute(cells.loaded, "title", model.loaded_at);
     for (const each of Object.values(cells)) each.classList.toggle("none", each.textContent === "–");
     can.update(model, serving);

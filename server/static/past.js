@@ -3,7 +3,7 @@
 import { told } from "./api.js";
 import { byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
 import { summary } from "./eventtext.js";
-import { bytes, clock, local, oneLine } from "./format.js";
+import { broughtBack, bytes, clock, local, oneLine } from "./format.js";
 
 const MOST = 500; // models that are shown
 const PAGE = 1000;
@@ -144,7 +144,7 @@ function row(first) {
     setText(pill, model.state);
     setAttribute(pill, "class", `pill ${model.state}`);
     setText(version, model.version == null ? "–" : String(model.version));
-    setText(by, model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}` : "–");
+    setText(by, model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}${broughtBack(model)}` : "–");
     keyed(files, model.files, (file) => file.path, (file) => el("li", {}, el("span", {}), el("code", {})), (item, file) => {
       setText(item.firstChild, `${oneLine(file.path, 200)}, ${bytes(file.bytes)} `);
       setText(item.lastChild, oneLine(file.sha256, 64));

@@ -21,6 +21,8 @@ LOADED = {
 }
 FREED = {"freed_bytes": 54_321_000, "drained_requests": 2, "aborted_requests": 0}
 EXITED = {"signal": None, "exit_code": 3, "stderr": ["first", "last"]}
+UNEXPECTED, SEEN = "the server before ended unexpectedly", "the server was last seen at U"
+STARTED = {"unclean": True, "last_event_at": "T", "last_seen_at": "U"}
 CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("LoadRequested", REQUESTED, "demand, priority low", False),
     ("LoadRequested", REQUESTED | {"pinned": True}, "demand, priority low, pinned", False),
@@ -40,8 +42,20 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("AccessDenied", {"action": "GET /x", "count": 3}, "GET /x, 3 times", True),
     ("WorkerExited", EXITED, "exit code 3, last", True),
     ("WorkerExited", {"signal": 9, "exit_code": None, "stderr": []}, "signal 9", True),
-    ("ServerStarted", {"unclean": True, "down_since": "T"}, "after an unclean end, down since T", True),
-    ("ServerStarted", {"unclean": False}, "in order", False),
+    ("ServerStarted", STARTED, f"{UNEXPECTED}, the ledger's last event before was at T, {SEEN}", True),
+    (
+        "ServerStarted",
+        {"unclean": True, "down_since": "T"},
+        f"{UNEXPECTED}, the last event before was at T",
+        True,
+    ),
+    (
+        "ServerStarted",
+        STARTED | {"unclean": False},
+        f"the ledger's last event before was at T, {SEEN}",
+        False,
+    ),
+    ("ServerStarted", {"unclean": False, "last_event_at": None, "last_seen_at": None}, "", False),
     ("ServerStopped", {}, "", False),
     (
         "VersionAdded",

@@ -1,6 +1,7 @@
 """The fold of models: after these facts, a model reads so. `support.history.STEPS` explains the words."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from events.models import (
     PendingLoad,
     Serving,
 )
-from events.types import TYPES, Data, Draft, LoadParameters, Prepared, Unknown
+from events.types import SYSTEM, TYPES, Cause, Data, Draft, LoadParameters, Prepared, Unknown
 
 UNLOADED, LOADING, LOADED = ModelState.UNLOADED, ModelState.LOADING, ModelState.LOADED
 UNLOADING, LOST = ModelState.UNLOADING, ModelState.LOST
@@ -481,3 +482,29 @@ def test_fold_of_any_events_stays_coherent(events: list[Draft]) -> None:
         assert all(model.id in {"m", "n"} for model in history.state.models.values())
         active = history.state.active()
         assert active is None or active.phase in {LOADED, UNLOADING}
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked"),
+    [
+        ("load", ("alice", None, None)),
+        ("load restart restore", (SYSTEM, "alice", Cause.RESTART)),
+        ("load restart restore restart again", (SYSTEM, "alice", Cause.RESTART)),
+        ("load crash recover", (SYSTEM, "alice", Cause.RECOVERY)),
+        ("load restart reload", ("alice", None, None)),
+    ],
+)
+def test_reloaded_model_says_who_asked_for_it(
+    steps: str, asked: tuple[str, str | None, Cause | None]
+) -> None:
+    history = History()
+    own: dict[str, Callable[[History], object]] = {
+        "again": lambda h: h.load("L3", cause=Cause.RESTART),
+        "recover": lambda h: h.load("R", cause=Cause.RECOVERY),
+        "reload": lambda h: h.load("L2"),
+    }
+    for step in steps.split():
+        (own.get(step) or STEPS[step])(history)
+    serving = history.model().serving
+    assert serving is not None
+    assert (serving.loaded_by, serving.asked_by, serving.brought_back) == asked

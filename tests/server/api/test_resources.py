@@ -75,6 +75,9 @@ async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> 
     [use] = (await resources(shared))["models"]
     pids = [worker.pid for load in shared.app[CONSUMER].loads.values() for worker in load.alive_workers]
     assert use.pop("memory_bytes") == pytest.approx(sum(map(private_bytes, pids)), rel=0.2)
+    shown = await shared.model("m")
+    assert use.pop("memory_at_load_bytes") == shown["memory_at_load_bytes"] > 0
+    assert shown["memory_bytes"] == pytest.approx(sum(map(private_bytes, pids)), rel=0.2)
     assert use == {
         "model_id": "m", "version": 3, "job_id": job["id"], "phase": "serving", "workers": 2,
         "reserved_bytes": 0, "in_flight": 0, "last_used_at": None, "pinned": True, "keep_alive_s": 50,

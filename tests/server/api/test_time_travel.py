@@ -100,7 +100,8 @@ async def test_head_and_future_time_show_the_present(past: LocalApi) -> None:
     listed = await found(past, f"models?at={past.position}")
     now = await found(past, "models")
     assert listed["models"] == [
-        model | {"versions": None, "repository_changed": None} for model in now["models"]
+        model | {"versions": None, "repository_changed": None, "memory_bytes": None}
+        for model in now["models"]
     ]
 
 

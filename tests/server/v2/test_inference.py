@@ -421,7 +421,7 @@ async def test_statistics_count_each_phase_of_a_load_s_inferences(shared: LocalA
     assert counts["success"]["ns"] >= counts["compute_infer"]["ns"] > 0
     [batch] = after["batch_stats"]
     assert (batch["batch_size"], batch["compute_infer"]["count"]) == (1, 2)
-    memory_bytes = (await shared.model("counted"))["memory_bytes"]
+    memory_bytes = (await shared.model("counted"))["memory_at_load_bytes"]
     assert after["memory_usage"] == [{"type": "CPU", "id": 0, "byte_size": memory_bytes}]
     await load(shared, "counted", models.subtract(), 4)
     [fresh] = await stats(shared, "/v2/models/counted/stats")
