@@ -5,8 +5,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
+EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 TEST = [
     *OTEL,
+    *EXTENSIONS,
     "axe-playwright-python>=0.1.4",
     "hypothesis>=6.150",
     "kserve>=0.21; python_version < '3.14'",  # it is not made for more
@@ -64,6 +66,7 @@ setup(
         "docs": DOCS,  # for `make docs` alone
         "test": TEST,
         "hostile": ["schemathesis>=4.32"],  # beside "test", for `make hostile` alone
+        "extensions": EXTENSIONS,
         "otel": OTEL,
         "examples": ["scikit-learn>=1.7", "skl2onnx>=1.20"],  # to train examples/ again
     },

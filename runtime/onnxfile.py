@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -56,8 +57,10 @@ MAX_TYPE_DEPTH = 8
 """Of sequences, maps and optional values in each other; ONNX Runtime itself takes three."""
 WINDOW_BYTES = 2**12
 """Of a file read at once: the name of a weight is one page away from that of the next."""
-_IR_VERSION, _GRAPH = 1, 7
+_IR_VERSION, _GRAPH, _OPERATOR_SET = 1, 7, 8
 """Fields of a model."""
+_DOMAIN = 1
+"""Field of an operator set."""
 _INITIALIZER, _INPUT, _OUTPUT, _SPARSE_INITIALIZER = 5, 11, 12, 15
 """Fields of a graph."""
 _TENSOR_NAME, _SPARSE_VALUES = 8, 1
@@ -333,6 +336,28 @@ class _SignatureReader:
             return bytes(self._data[field.start : field.next]).decode()
         except UnicodeDecodeError:
             raise Unparsable("a name that is not UTF-8") from None
+
+
+def read_domains(path: Path) -> frozenset[str]:
+    """Return the operator sets that a model names; none of a file that is not parsed so far.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        windows, size = FileWindows(file.fileno()), os.fstat(file.fileno()).st_size
+        found = set[str]()
+        with suppress(Unparsable, TooManyFields):
+            reader = FieldReader(windows, MAX_SIGNATURE_FIELDS, "its operator sets")
+            for field in reader.read_all(0, size):
+                if field.number == _OPERATOR_SET and field.start >= 0:
+                    found |= {
+                        bytes(windows[each.start : each.next]).decode("utf-8", "replace")
+                        for each in reader.read_all(field.start, field.next)
+                        if each.number == _DOMAIN
+                        and 0 <= each.start <= each.next < each.start + MAX_NAME_CHARACTERS
+                    }
+    return frozenset(found)
 
 
 def describe_foreign_content(head: bytes, size: int) -> str | None:

@@ -23,7 +23,7 @@ from runtime.wire import (
     LoadStage,
     Tensor,
 )
-from runtime.worker import sessions
+from runtime.worker import extensions, sessions
 from runtime.worker.sessions import ServingSession, describe_model
 from runtime.worker.warmup import warm_up
 
@@ -126,9 +126,14 @@ def _warm_up(
     try:
         return warm_up(model, given, on_begin)
     except LoadRefused:
-        if order.warm_up_required:
+        # Zeros are no image and no document: a model that decodes them is warmed up by inputs that are given.
+        if order.warm_up_required and (given or not extensions.are_named(_model_file(order))):
             raise
         return None
+
+
+def _model_file(order: Load) -> Path:
+    return Path(order.folder if order.prepared is None else order.prepared.folder) / MODEL_FILE
 
 
 def _create_session(order: Load) -> ort.InferenceSession:
@@ -138,5 +143,4 @@ def _create_session(order: Load) -> ort.InferenceSession:
         chosen = sessions.session_options(order.threads)
         return sessions.create_checked(folder, root, chosen, order.least_limit_bytes)
     chosen = sessions.saved_graph_options(order.threads)
-    model_file = str(Path(order.prepared.folder) / MODEL_FILE)
-    return sessions.create_session(model_file, chosen, order.least_limit_bytes)
+    return sessions.create_session(str(_model_file(order)), chosen, order.least_limit_bytes)

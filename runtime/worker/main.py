@@ -34,6 +34,7 @@ from runtime.wire import (
     ToWorker,
     plain_text,
 )
+from runtime.worker import extensions
 from runtime.worker.batching import Queue
 from runtime.worker.confine import confine, probe
 from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
@@ -60,6 +61,7 @@ STACK_BYTES = 512 * 2**10
 def prepare() -> None:
     """Do once, in the fork server, what every worker would do first."""
     run_smallest_model()
+    extensions.map_library()
 
 
 def main(data: int, control: int, requests: int, answers: int) -> NoReturn:

@@ -26,6 +26,7 @@ from runtime.wire import (
     MAX_REPORT_BYTES,
     TensorSpec,
 )
+from runtime.worker import extensions
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
 
@@ -198,6 +199,7 @@ def create_session(
     model: str | bytes, chosen: ort.SessionOptions, limit_bytes: int | None
 ) -> ort.InferenceSession:
     """Create a session from a file or from bytes; for arguments and errors see `create_checked`."""
+    lacks_extensions = isinstance(model, str) and extensions.register(Path(model), chosen)
     try:
         return ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"], enable_fallback=False)
     except MemoryError as error:
@@ -206,6 +208,8 @@ def create_session(
         text = str(error) or type(error).__name__
         if is_out_of_memory(text):
             raise out_of_memory(limit_bytes, text) from None
+        if lacks_extensions:
+            text = f"it uses operators of ONNX Runtime Extensions: {extensions.INSTALL}, and restart. {text}"
         raise LoadRefused("invalid_model", text) from None
 
 
