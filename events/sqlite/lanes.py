@@ -175,6 +175,8 @@ class LaneFold:
         model = self._entities.models.get(self._model_id)
         job = job or (self._entities.jobs.get(event.job_id) if event.job_id is not None else None)
         after = self._segment_of(model, event.recorded_at, event, job)
+        if self._segment is None and after is not None and after.state is ModelState.UNLOADED:
+            after = None  # a lane begins with what was done, not with the request that waits for it
         if not _is_same(self._segment, after):
             self._mark(after, event)
             self._close(event.recorded_at)
@@ -208,7 +210,7 @@ class LaneFold:
             for each in self._segments
             if each.end > begin and each.begin < end
         ]
-        segments = merge_segments(inside, width_s)
+        segments = [*merge_segments(inside[:-1], width_s), *inside[-1:]]  # the last is what is so at the end
         named = {each.load_job_id for each in segments if not each.is_summary}
         loads = [_lane_load(load) for job_id, load in self._loads.items() if job_id in named]
         marks = merge_marks([mark for mark in self._marks if begin <= mark.at <= end], width_s)

@@ -69,6 +69,7 @@ class TimelineQuery:
         find: only models whose id contains this text, in capitals or not.
         cursor: only models after this id.
         limit: lanes at most.
+        is_active: only models that were loaded, or had events, in the range or shortly before it.
         resolution: buckets of the range; what is shorter than one is merged.
     """
 
@@ -78,6 +79,7 @@ class TimelineQuery:
     find: str = ""
     cursor: str = ""
     limit: int = 50
+    is_active: bool = False
     resolution: int = 600
 
 
@@ -88,6 +90,7 @@ class Timeline(Struct, frozen=True, rename={"begin": "from", "end": "to"}):
         begin: of the range.
         end: of the range.
         as_of: the position that the answer reflects.
+        oldest: the position of the oldest event that is not archived.
         known_from: when the first event was recorded that is not archived; None if there is none.
         lanes: of the models that the ledger knew by the end of the range.
         server: the states of the server in the range.
@@ -99,6 +102,7 @@ class Timeline(Struct, frozen=True, rename={"begin": "from", "end": "to"}):
     begin: Timestamp
     end: Timestamp
     as_of: int
+    oldest: int
     known_from: Timestamp | None
     lanes: list[Lane]
     server: list[ServerSegment]
@@ -122,6 +126,7 @@ class _Frame:
     end: Timestamp
     width_s: float
     as_of: int
+    base: int
     known_from: Timestamp | None
     first: int
     anchors: list[tuple[int, Timestamp]]
@@ -165,6 +170,7 @@ class TimelineReader:
             begin=frame.begin,
             end=frame.end,
             as_of=frame.as_of,
+            oldest=frame.base + 1,
             known_from=frame.known_from,
             lanes=lanes,
             server=server_segments(
@@ -197,7 +203,7 @@ def _read_frame(connection: sqlite3.Connection, query: TimelineQuery) -> _Frame:
     first = _last_position_by(connection, begin, base)
     last = _last_position_by(connection, end, base)
     low = snapshots.latest(connection, first) or base
-    ids, has_more, models = _read_ids(connection, query)
+    ids, has_more, models = _read_ids(connection, query, low, last)
     between = [
         position
         for (position,) in connection.execute(
@@ -213,6 +219,7 @@ def _read_frame(connection: sqlite3.Connection, query: TimelineQuery) -> _Frame:
         end=end,
         width_s=seconds_between(begin, end) / query.resolution,
         as_of=head.position,
+        base=base,
         known_from=known_from,
         first=first,
         anchors=[(each, _recorded_at(connection, each) or known_from or begin) for each in positions],
@@ -250,17 +257,31 @@ def _thin(positions: list[int], limit: int) -> list[int]:
     return sorted({positions[round(number * step)] for number in range(limit)})
 
 
-def _read_ids(connection: sqlite3.Connection, query: TimelineQuery) -> tuple[list[str], bool, int]:
-    where = "instr(lower(id), lower(?)) > 0"
+def _read_ids(
+    connection: sqlite3.Connection, query: TimelineQuery, low: int, last: int
+) -> tuple[list[str], bool, int]:
+    """Return the ids of a page, whether there is another page, and the number of models on all of them."""
+    where = "instr(lower(id), lower(:find)) > 0" + (f" AND ({_IS_ACTIVE})" if query.is_active else "")
+    given = {"find": query.find, "low": low, "last": last}
     found = connection.execute(
-        f"SELECT id FROM models WHERE {where} AND id > ? ORDER BY id LIMIT ?",  # noqa: S608 - a literal
-        (query.find, query.cursor, query.limit + 1),
+        f"SELECT id FROM models WHERE {where} AND id > :cursor ORDER BY id LIMIT :limit",  # noqa: S608 - literals
+        {**given, "cursor": query.cursor, "limit": query.limit + 1},
     ).fetchall()
     (models,) = connection.execute(
-        f"SELECT count(*) FROM models WHERE {where}",  # noqa: S608 - a literal
-        (query.find,),
+        f"SELECT count(*) FROM models WHERE {where}",  # noqa: S608 - literals
+        given,
     ).fetchone()
     return [model_id for (model_id,) in found[: query.limit]], len(found) > query.limit, int(models)
+
+
+_IS_ACTIVE = (
+    "EXISTS (SELECT 1 FROM events INDEXED BY events_by_model WHERE model_id = models.id"
+    "  AND position > :low AND position <= :last)"
+    " OR (SELECT json_extract(copy.body, '$.serving') FROM model_snapshots AS copy"
+    "  WHERE copy.model_id = models.id AND copy.position <= :low ORDER BY copy.position DESC LIMIT 1)"
+    "  IS NOT NULL"
+)
+"""Whether a model had events since the snapshot before the range, or a load in that snapshot."""
 
 
 def _read_server_events(connection: sqlite3.Connection, low: int, last: int) -> list[Event]:

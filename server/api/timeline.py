@@ -17,7 +17,7 @@ from events.sqlite.readonly import open_reader_thread
 from events.sqlite.timeline import TimelineQuery, TimelineReader
 from server.api.schemas import AnswerSchema, about
 from server.appkeys import LOG
-from server.http.validation import ParameterInteger, query_parameters
+from server.http.validation import ParameterBoolean, ParameterInteger, query_parameters
 from server.routing import Access, Routes
 
 routes = Routes(tag="ledger")
@@ -63,6 +63,10 @@ class TimelineQuerySchema(Schema):
     )
     limit = ParameterInteger(
         load_default=50, validate=validate.Range(1, MAX_LANES), **about("Lanes in the page at most.")
+    )
+    active = ParameterBoolean(
+        load_default=False,
+        **about("Only models that were loaded, or had events, in the range or shortly before it."),
     )
     resolution = ParameterInteger(
         load_default=600,
@@ -162,6 +166,7 @@ class TimelineSchema(AnswerSchema):
     begin = fields.String(data_key="from", required=True)
     end = fields.String(data_key="to", required=True)
     as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
+    oldest = fields.Integer(required=True, **about("Position of the oldest event that is not archived."))
     known_from = fields.String(
         required=True,
         allow_none=True,
@@ -204,6 +209,7 @@ async def show_timeline(request: web.Request) -> web.Response:
             find=query["find"],
             cursor=query["cursor"],
             limit=query["limit"],
+            is_active=query["active"],
             resolution=query["resolution"],
         )
     )

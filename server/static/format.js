@@ -66,12 +66,23 @@ export function ago(stamp, now = serverNow()) {
   return `${age(seconds)} ago`;
 }
 
-// The time of day here; with the day, unless that is today.
+// The time of day here; with the day and the zone, unless that is today.
 export function clock(stamp) {
   if (!stamp) return "–";
   const time = new Date(stamp);
-  const day = time.toDateString() === new Date().toDateString() ? "" : `${local(time).slice(0, 10)} `;
-  return day + local(time).slice(11);
+  return time.toDateString() === new Date().toDateString() ? local(time).slice(11) : moment(stamp);
+}
+
+// The time here with its date and zone, as it can be quoted.
+export function moment(stamp) {
+  const time = new Date(stamp);
+  return `${local(time).replace("T", " ")} ${zone(time)}`;
+}
+
+// The offset from UTC here at a time: UTC, UTC+1, UTC+5:30.
+export function zone(time = new Date()) {
+  const minutes = -time.getTimezoneOffset(), [hours, rest] = [Math.floor(Math.abs(minutes) / 60), Math.abs(minutes) % 60];
+  return minutes === 0 ? "UTC" : `UTC${minutes < 0 ? "−" : "+"}${hours}${rest ? `:${String(rest).padStart(2, "0")}` : ""}`;
 }
 
 // As `datetime-local` takes it: the time here, without an offset.

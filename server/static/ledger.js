@@ -43,12 +43,12 @@ export class Ledger {
     return (!type || event.type === type) && (!model || event.model_id === model) && (!actor || event.actor === actor) && (!job || event.job_id === job);
   }
 
-  // Shows the events of one job.
-  only(job) {
+  // Shows the events of the job with this id; of all jobs, if it is empty.
+  only(jobId, { scrolls = false } = {}) {
     byId("ledger-filters").reset();
-    byId("ledger-job").value = job.id;
+    byId("ledger-job").value = jobId;
     this.#refilter();
-    byId("ledger").scrollIntoView({ block: "nearest" });
+    if (scrolls) byId("ledger").scrollIntoView({ block: "nearest" });
   }
 
   #refilter() {

@@ -6,6 +6,7 @@ import { attentionView } from "./attention.js";
 import { connectionView } from "./connection.js";
 import { loadDialog, unloadDialog } from "./dialogs.js";
 import { byId, show, tell } from "./dom.js";
+import { jobPage } from "./jobpage.js";
 import { jobsView } from "./jobs.js";
 import { Ledger } from "./ledger.js";
 import { Live } from "./live.js";
@@ -17,6 +18,7 @@ import { Refresher } from "./refresher.js";
 import { Router } from "./router.js";
 import { cleaned, keepToken, keptToken, Session } from "./session.js";
 import { Store } from "./store.js";
+import { Timeline } from "./timeline.js";
 
 const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
 
@@ -33,9 +35,11 @@ function begin(token) {
   memoryView(store);
   modelsView(store, offers);
   if (session.audits) {
-    const past = new Past(api, store);
-    const ledger = new Ledger(api, store, (position) => past.visit(position));
-    offers.trace = (job) => ledger.only(job);
+    const past = new Past(api, store, router, (time) => timeline.mark(time));
+    const timeline = new Timeline(api, store, router, (at) => past.visit(at));
+    const ledger = new Ledger(api, store, (position) => past.visit(String(position), { scrolls: true }));
+    offers.trace = (job) => ledger.only(job.id, { scrolls: true });
+    jobPage(api, router, ledger);
   }
   jobsView(store, offers);
   router.watch(({ view }) => showView(view));

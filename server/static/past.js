@@ -3,7 +3,7 @@
 import { told } from "./api.js";
 import { byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
 import { summary } from "./eventtext.js";
-import { broughtBack, bytes, clock, local, oneLine } from "./format.js";
+import { broughtBack, bytes, clock, local, moment, oneLine, zone } from "./format.js";
 
 const MOST = 500; // models that are shown
 const PAGE = 1000;
@@ -16,18 +16,20 @@ export class Past {
   #due = null;
   #busy = false; // whether an answer is waited for: a ledger that moves does not overtake it
   #shown = null; // the position that is shown, or asked for
+  #address = null; // the moment that the page's address has
 
-  constructor(api, store) {
-    this.api = api;
-    this.store = store;
+  // `shown` is called with the moment that is shown, in milliseconds; null is now.
+  constructor(api, store, router, shown) {
+    Object.assign(this, { api, store, router, shown });
     const slider = byId("past-slider"), position = byId("past-position"), time = byId("past-time");
     slider.addEventListener("input", () => this.#soon(Number(slider.value)));
     position.addEventListener("change", () => position.value !== "" && this.#soon(Number(position.value)));
-    time.addEventListener("change", () => time.value && this.#show(new Date(time.value).toISOString(), { isTime: true }));
+    time.addEventListener("change", () => time.value && this.visit(new Date(time.value).toISOString()));
     byId("past-back").addEventListener("click", () => this.#soon(this.#here - 1));
     byId("past-on").addEventListener("click", () => this.#soon(this.#here + 1));
     byId("past-now").addEventListener("click", () => this.#soon(null));
     show(byId("past"), true);
+    router.watch((address) => this.#read(address));
     store.watch(() => this.#follow());
   }
 
@@ -35,10 +37,30 @@ export class Past {
     return this.#moment ?? this.store.head;
   }
 
-  visit(position) {
-    this.#soon(position);
+  // Shows a moment, a position or a time as text; null is now.
+  visit(at, { scrolls = false } = {}) {
+    if (at === null) this.#soon(null);
+    else if (/^\d+$/.test(at)) this.#soon(Number(at));
+    else this.#show(at, { isTime: true });
+    if (!scrolls) return;
     byId("past").scrollIntoView({ block: "start" });
     byId("past-slider").focus({ preventScroll: true });
+  }
+
+  // Shows what the address says; what this view has written there itself, it shows already.
+  #read({ view, id }) {
+    const at = view === "at" ? id : null;
+    if (at === this.#address) return;
+    this.#address = at;
+    if (at !== null || this.#moment !== null) this.visit(at);
+  }
+
+  // Writes what is shown into the address: the moment, or that it is now.
+  #write(at) {
+    if (at === this.#address) return;
+    this.#address = at;
+    if (at !== null) this.router.replace("at", at);
+    else if (this.router.now.view === "at") this.router.replace();
   }
 
   #follow() {
@@ -82,6 +104,9 @@ export class Past {
       this.#shown = page.as_of;
       this.#mark(page.as_of);
       this.#draw(page, event);
+      this.#write(this.#moment === null ? null : isTime ? at : String(page.as_of));
+      const time = isTime ? at : page.as_of_time;
+      this.shown(this.#moment === null || !time ? null : Date.parse(time));
       tell(byId("past-refusal"), "");
     } catch (error) {
       if (!signal.aborted) tell(byId("past-refusal"), told(error));
@@ -116,8 +141,9 @@ export class Past {
 
   #draw(page, event) {
     const now = this.#moment === null;
-    setText(byId("past-when"), page.as_of === 0 ? "before everything" : `position ${page.as_of}, ${clock(page.as_of_time)}${now ? ", which is now" : ""}${absence(page.server)}`);
+    setText(byId("past-when"), page.as_of === 0 ? "before everything" : `position ${page.as_of}${page.as_of_time ? `, ${moment(page.as_of_time)}` : ""}${now ? ", which is now" : ""}${absence(page.server)}`);
     byId("past").classList.toggle("then", !now);
+    setText(byId("past-zone"), zone(new Date(page.as_of_time ?? Date.now())));
     if (page.as_of_time && document.activeElement !== byId("past-time")) byId("past-time").value = local(new Date(page.as_of_time));
     setText(byId("past-event"), event ? `Here: ${oneLine([event.type, event.model_id, event.version, `by ${event.actor}`].filter((part) => part != null).join(" "), 300)}${summary(event) ? `, ${summary(event)}` : ""}` : "");
     keyed(byId("past-rows"), page.models.slice(0, MOST), (model) => model.id, (model) => row(model), (node, model) => node.update(model));

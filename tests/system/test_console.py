@@ -220,7 +220,7 @@ async def test_role_is_offered_only_what_it_may_do(
         await console.see("hostile", "loaded")
         buttons = await console.row("hostile").get_by_role("button").all_inner_texts()
         assert {text.split()[0] for text in buttons} == offers
-        for part in ("#ledger", "#past"):
+        for part in ("#ledger", "#past", "#timeline"):
             assert await console.page.locator(part).is_visible() == shown
         assert not tokens_in(console, server.api, role)
 
@@ -281,6 +281,54 @@ async def test_time_travel_shows_actor_and_hash(server: Server, admin: Console) 
     await expect(row.locator(".pill")).to_have_text("loading")
     await slider.press("Home")
     await expect(admin.page.locator("#past-when")).to_have_text("before everything")
+
+
+async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admin: Console) -> None:
+    page, detail = admin.page, admin.page.locator("#timeline-detail")
+    await server.api.load("past", version=1)
+    loaded = await server.api.model("past")
+    await server.api.load("past", version=2)
+    lane = page.locator('.lane[data-model="past"]')
+    await expect(lane.locator(".seg.loaded").last).to_be_visible()
+    await page.locator("#timeline-find").fill("PAS")
+    await expect(page.locator("#timeline-rows > .lane")).to_have_count(2)  # the server's and the model's
+    await page.locator("#timeline-plot").focus()
+    await page.keyboard.press("ArrowDown")
+    await expect(detail).to_contain_text("past 2 loaded")
+    for _ in range(3):  # the mark of the swap, version 2 loading beside, version 1
+        await page.keyboard.press("ArrowLeft")
+    await expect(detail).to_contain_text(re.compile(r"past 1 loaded"))
+    await expect(detail).to_contain_text("by alice")
+    await expect(detail).to_contain_text(f"model.onnx {loaded['files'][0]['sha256'][:12]}")
+    await expect(detail).to_contain_text(re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"))
+    await page.keyboard.press("Enter")
+    row = page.locator("#past-rows > tr", has=page.get_by_text("past", exact=True))
+    await expect(row.locator("[data-label=Version]")).to_have_text("1")
+    await expect(page).to_have_url(re.compile(r"#/at/"))
+    await page.reload()  # as somebody does who got the address in a ticket
+    await expect(row.locator("[data-label=Version]")).to_have_text("1")
+    await expect(page.locator("#timeline-cursor")).to_be_visible()
+    await page.goto(f"{admin.url}/#/jobs/{loaded['job_id']}")
+    await expect(page.locator("#job-text")).to_contain_text("Load of past 1")
+    await expect(page.locator("#ledger-list")).to_contain_text("ModelLoaded")
+    await page.locator("#timeline-plot").focus()
+    await page.keyboard.press("0")
+    await expect(page).to_have_url(re.compile(r"last=all"))
+    await page.locator("#timeline-text summary").click()
+    await expect(page.locator("#timeline-table")).to_contain_text("past 2 loaded")
+
+
+async def test_page_ends_with_its_last_part(server: Server, admin: Console) -> None:
+    for _ in range(3):
+        await server.api.load("past")
+        await server.api.unload("past")
+    await expect(admin.page.locator("#ledger-list > li").nth(15)).to_be_attached()
+    await admin.page.locator("#timeline-text summary").click()
+    below = """document.documentElement.scrollHeight
+        - Math.max(...[...document.querySelectorAll("main section")].map(
+            (part) => part.getBoundingClientRect().bottom + scrollY))
+        - parseFloat(getComputedStyle(document.querySelector("main")).paddingBottom)"""
+    assert await admin.page.evaluate(below) <= 1
 
 
 async def test_subject_with_markup_is_shown_as_text(server: Server, admin: Console) -> None:

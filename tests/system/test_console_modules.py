@@ -16,6 +16,7 @@ pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
 PRELUDE = """
 const { Store } = await import("/console/store.js");
 const soon = (ms) => new Promise((done) => setTimeout(done, ms));
+const { Router } = await import("/console/router.js");
 """
 CASES: dict[str, tuple[object, str]] = {
     "stream continues anew where its position was archived": (
@@ -73,6 +74,52 @@ CASES: dict[str, tuple[object, str]] = {
         return ages;
         """,
     ),
+    "addresses are read as they were written": (
+        [
+            ["#/models/a%20b%2F%3F", "models", "a b/?"],
+            ["#/at/2026-01-31T14%3A02%3A00Z?last=60", "at", "2026-01-31T14:02:00Z"],
+            ["#/", "", None],
+            ["", "", "models/", "other/1", "ledger/1", "at/%E0"],
+            {"from": "1", "find": "x y"},
+            ["models m", "jobs j", "jobs j", "#/jobs/j?last=all&find=x"],
+        ],
+        """
+        const { href, parse } = await import("/console/router.js");
+        const time = "2026-01-31T14:02:00Z";
+        const written = [href("models", "a b/?"), href("at", time, { last: 60, from: null }), href()];
+        const told = written.map((address) => [address, parse(address).view, parse(address).id]);
+        const none = ["", "#", "#/models/", "#/other/1", "#/ledger/1", "#/at/%E0"]
+          .filter((address) => parse(address).view === "");
+        const router = new Router(), seen = [];
+        const changed = () => new Promise((done) =>
+          addEventListener("hashchange", () => setTimeout(done), { once: true }));
+        router.watch(({ view, id }, before) => before && seen.push(`${view} ${id}`));
+        router.go("models", "m", { last: "all" });
+        await changed();
+        router.replace("jobs", "j");
+        router.replace("jobs", "j", { find: "x" });
+        const address = location.hash;
+        history.back();
+        await changed();
+        return [...told, none.map((address) => address.slice(2)), parse("#/ledger?from=1&find=x+y").query,
+          [...seen.slice(0, 3), address]];
+        """,
+    ),
+    "an axis names round times that are apart": (
+        [["00:00:10", 7], ["14:30", 9], ["12 Jan", 8], ["1 Feb", 8], ["2026", 5]],
+        """
+        const { Scale, ticks, YEAR, DAY, HOUR, MINUTE } = await import("/console/timescale.js");
+        const named = (from, span, index) => {
+          const scale = new Scale(from, from + span, 900), found = ticks(scale);
+          const places = found.map((tick) => scale.x(tick.time));
+          const apart = places.slice(1).every((place, before) => place - places[before] >= 40);
+          return [found[index].label, apart ? found.length : 0];
+        };
+        const at = (...parts) => new Date(2026, ...parts).getTime();
+        return [named(at(0, 12), MINUTE, 1), named(at(0, 12, 14), 4 * HOUR, 1), named(at(0, 12), 7 * DAY, 0),
+          named(at(0, 12), 60 * DAY, 2), named(at(0, 1), 5 * YEAR, 0)];
+        """,
+    ),
     "time travel lists loaded models first": (
         [True, "And 101 more.", "", True],
         """
@@ -87,7 +134,7 @@ CASES: dict[str, tuple[object, str]] = {
             : { models: [model("z", "loaded")], next_cursor: null, as_of: 5 };
         } };
         store.head = 5;
-        new Past(api, store);
+        new Past(api, store, new Router(), () => {});
         const rows = document.getElementById("past-rows");
         while (!rows.firstChild) await soon(20);
         const said = ["past-none", "past-refusal"].map((id) => document.getElementById(id).textContent);
@@ -109,7 +156,7 @@ CASES: dict[str, tuple[object, str]] = {
             : { models: [], next_cursor: null, as_of: at.includes("T") ? 3 : Number(at) };
         } };
         store.head = 10;
-        new Past(api, store);
+        new Past(api, store, new Router(), () => {});
         await soon(1000);
         const time = document.getElementById("past-time"), when = document.getElementById("past-when");
         time.value = "2020-02-02T02:02:02";

@@ -1,0 +1,129 @@
+// Lanes of the timeline, drawn as SVG: a row for each model, and one for the server. States differ in shape and
+// pattern as well as in colour.
+
+import { el, keyed, setAttribute, svg } from "./dom.js";
+import { oneLine } from "./format.js";
+import { Scale } from "./timescale.js";
+
+export const HIGH = 26; // of a row, in pixels
+const THIN = 3; // a segment is drawn at least so wide: what is there can be seen
+const EDGE = 8; // a mark is drawn no nearer to it, so that it is seen whole
+const CHARACTER = 7; // about how wide one is, of a label
+const COLOURS = 7;
+const BARS = { // top and height of a state's bar
+  loaded: [4, 18], unloading: [9, 13], loading: [9, 13], failed: [16, 6], lost: [4, 18], unloaded: [20, 2],
+  running: [11, 4], stopped: [11, 4], unknown: [5, 16],
+};
+export const MARKS = { // glyph, and what it stands for
+  swapped: ["◆", "swapped"], failed: ["✕", "load failed"], lost: ["!", "lost"], exited: ["▾", "a worker ended"],
+};
+
+// A lane as items in the order of time, each with what it is about: segments, then the marks at their moments.
+export function itemsOf(lane) {
+  return [
+    ...lane.segments.map((segment) => ({ kind: "segment", key: `s${segment.from}`, from: Date.parse(segment.from), to: Date.parse(segment.to), segment })),
+    ...(lane.marks ?? []).map((mark) => ({ kind: "mark", key: `m${mark.kind}${mark.position}`, from: Date.parse(mark.at), to: Date.parse(mark.at), mark })),
+  ].sort((a, b) => a.from - b.from || (b.kind === "mark") - (a.kind === "mark"));
+}
+
+// The rows of a plot; `hrefOf` has the address of a model. Rows are kept when they are drawn again.
+export class Rows {
+  constructor(parent, hrefOf) {
+    this.parent = parent;
+    this.hrefOf = hrefOf;
+  }
+
+  // Draws lanes on a scale: `until` is where the present ends a segment that goes on, `down` when no server ran.
+  draw(lanes, scale, about) {
+    keyed(this.parent, lanes, (lane) => lane.model_id, (lane) => this.#row(lane), (row, lane) => row.update(lane, scale, about));
+  }
+
+  #row(first) {
+    const drawing = svg("svg", { class: "lane-plot", "aria-hidden": "true", height: HIGH });
+    const name = first.model_id === "" ? el("span", { class: "lane-name server" }, "Server")
+      : el("a", { class: "lane-name", href: this.hrefOf(first.model_id), title: first.model_id, tabindex: "-1" }, oneLine(first.model_id, 130));
+    const row = el("div", { class: "lane", "data-model": first.model_id }, name, drawing);
+    row.update = (lane, scale, about) => {
+      if (name.href) setAttribute(name, "href", this.hrefOf(lane.model_id));
+      setAttribute(drawing, "viewBox", `0 0 ${scale.width} ${HIGH}`);
+      setAttribute(drawing, "width", scale.width);
+      drawing.replaceChildren(...parts(lane, scale, about));
+    };
+    return row;
+  }
+}
+
+function parts(lane, scale, { down, until, end, selected }) {
+  const drawn = lane.model_id === "" ? [] : down.map(([from, to]) => box("down", scale, from, to, 0, HIGH));
+  const marks = [];
+  for (const item of lane.items) {
+    const to = item.kind === "segment" && item.to >= end ? until : item.to;
+    if (to < scale.from || item.from > scale.to) continue;
+    const chosen = selected?.model === lane.model_id && selected.key === item.key;
+    if (item.kind === "segment") drawn.push(...segmentParts(item.segment, scale, item.from, to, chosen));
+    else marks.push(markPart(item.mark, Math.min(scale.width - EDGE, Math.max(EDGE, scale.x(item.from))), chosen));
+  }
+  return [...drawn, ...marks];
+}
+
+function box(kind, scale, from, to, top, high, more = {}) {
+  const left = Math.max(-2, scale.x(from)), right = Math.min(scale.width + 2, scale.x(to));
+  return svg("rect", { class: kind, x: left.toFixed(1), y: top, width: Math.max(0, right - left).toFixed(1), height: high, ...more });
+}
+
+function segmentParts(segment, scale, from, to, chosen) {
+  const [top, high] = BARS[segment.state];
+  const left = Math.max(-2, scale.x(from)), right = Math.min(scale.width + 2, Math.max(scale.x(to), scale.x(from) + THIN));
+  const colour = segment.state === "loaded" || segment.state === "unloading" ? ` v${(segment.version ?? 0) % COLOURS}` : "";
+  const about = { x: left.toFixed(1), y: top, width: (right - left).toFixed(1), height: high, rx: segment.state === "loaded" || segment.state === "lost" ? 3 : 1 };
+  const found = [svg("rect", { class: `seg ${segment.state}${colour}${chosen ? " chosen" : ""}`, ...about })];
+  const pattern = segment.summary ? "several" : { loading: "rising", unloading: "falling", unknown: "unsure" }[segment.state];
+  if (pattern) found.push(svg("rect", { class: "over", fill: `url(#${pattern})`, ...about }));
+  const text = labelOf(segment), room = right - Math.max(left, 0);
+  if (text && high > 12 && room > text.length * CHARACTER + 10) {
+    found.push(svg("text", { class: "seg-label", x: (Math.max(left, 0) + 6).toFixed(1), y: top + 13 }, text));
+  }
+  return found;
+}
+
+function labelOf(segment) {
+  if (segment.summary) return segment.events ? `${segment.events.toLocaleString("en")} events` : "";
+  if (segment.state === "loaded") return segment.next_version == null ? `v${segment.version}${segment.degraded ? " degraded" : ""}` : `v${segment.version} → ${segment.next_version}`;
+  return segment.state === "lost" ? "lost" : "";
+}
+
+function markPart(mark, x, chosen) {
+  const [glyph] = MARKS[mark.kind];
+  return svg("g", { class: `mark ${mark.kind}${chosen ? " chosen" : ""}`, transform: `translate(${x.toFixed(1)} 0)` },
+    svg("line", { x1: 0, x2: 0, y1: 2, y2: HIGH - 2 }),
+    svg("circle", { cx: 0, cy: 7, r: 6 }),
+    svg("text", { x: 0, y: 10.5 }, glyph));
+}
+
+// The axis above the rows: ticks with their labels, and where the present and the moment of `at` are.
+export function drawAxis(drawing, scale, marks, { at, now }) {
+  setAttribute(drawing, "viewBox", `0 0 ${scale.width} 34`);
+  setAttribute(drawing, "width", scale.width);
+  const found = [];
+  for (const tick of marks) {
+    const x = scale.x(tick.time);
+    found.push(svg("line", { class: "tick", x1: x.toFixed(1), x2: x.toFixed(1), y1: 26, y2: 34 }));
+    if (x < 30 || x > scale.width - 30) continue; // its label would be cut off
+    found.push(svg("text", { class: tick.day ? "tick-label day" : "tick-label", x: x.toFixed(1), y: 20, "text-anchor": "middle" }, tick.label));
+  }
+  if (now !== null && scale.x(now) <= scale.width) found.push(svg("line", { class: "now", x1: scale.x(now).toFixed(1), x2: scale.x(now).toFixed(1), y1: 22, y2: 34 }));
+  if (at !== null) found.push(svg("path", { class: "at", d: `M${scale.x(at).toFixed(1)} 34l-6 -8h12z` }));
+  drawing.replaceChildren(...found);
+}
+
+// Fills the legend: a sample of each shape, and what it says.
+export function sayShapes(legend, shapes) {
+  legend.replaceChildren(...shapes.map(([state, text]) => {
+    const sample = svg("svg", { width: 28, height: HIGH, viewBox: `0 0 28 ${HIGH}`, "aria-hidden": "true" }), scale = new Scale(0, 28, 28);
+    const segment = { state: state === "several" ? "loaded" : state, summary: state === "several", version: 1 };
+    if (state === "down") sample.append(box("down", scale, 0, 28, 0, HIGH));
+    else if (BARS[segment.state]) sample.append(...segmentParts(segment, scale, 1, 27, false));
+    if (MARKS[state]) sample.append(markPart({ kind: state }, 14, false));
+    return el("li", {}, sample, el("span", {}, text));
+  }));
+}

@@ -1,0 +1,372 @@
+// The timeline: a lane for each model over a range of time, from the server's summary of it. The range is in the
+// page's address; a click or Enter shows the models as of that moment.
+
+import { told } from "./api.js";
+import { byId, el, setAttribute, setText, show, tell } from "./dom.js";
+import { count, moment, serverNow, zone } from "./format.js";
+import { drawAxis, itemsOf, Rows, sayShapes } from "./lanes.js";
+import { describe, fillTable } from "./lanetext.js";
+import { DAY, HOUR, MINUTE, rangeText, Scale, SECOND, ticks, YEAR } from "./timescale.js";
+
+const PAGE = 25; // lanes: what can be read at once, and what the server sums up in a third of a second
+const PAUSE_MS = 150; // a range that is still being moved is asked for where it rests
+const CALM_MS = 1000; // between two looks at what events changed
+const SHARE = 3; // a look that takes long is followed by so much longer a pause
+const REACH = 7; // pixels around a mark that mean it
+const LEAST = MINUTE, MOST = YEAR;
+const SPANS = { minute: MINUTE, hour: HOUR, day: DAY, month: 30 * DAY, year: YEAR };
+const SHAPES = [["loaded", "loaded, with its version"], ["loading", "loading"], ["unloading", "unloading"], ["lost", "lost"],
+  ["failed", "failed"], ["several", "several changes: zoom in"], ["swapped", "swapped"], ["exited", "a worker ended"], ["down", "no server"]];
+
+export class Timeline {
+  #range = { live: true, span: DAY, auto: true }; // or {live: true, span: null} for all, or {from, to}
+  #page = null;
+  #lanes = [];
+  #down = [];
+  #cursors = [""]; // of the pages up to the present one
+  #selected = null; // {model, key}
+  #at = null; // the moment that is shown as of, in milliseconds
+  #asking = new AbortController();
+  #due = null;
+  #tookMs = 0;
+  #upto = -1; // the position that the last answer reflects, or is asked for
+  #address = null; // the query of the range that was written into the address last
+  #width = 600;
+
+  // `visit` shows the models as of a time; null is now.
+  constructor(api, store, router, visit) {
+    Object.assign(this, { api, store, router, visit });
+    this.rows = new Rows(byId("timeline-rows"), (id) => router.href("models", id));
+    sayShapes(byId("timeline-legend"), SHAPES);
+    this.#listen();
+    show(byId("timeline"), true);
+    new ResizeObserver(() => this.#measure()).observe(byId("timeline-axis").parentElement);
+    router.watch(({ query }) => this.#read(query));
+    store.watch(() => this.#follow());
+    setInterval(() => this.#range.live && !document.hidden && this.#draw(), SECOND);
+  }
+
+  // Marks the moment that is shown as of; null is now.
+  mark(time) {
+    this.#at = time;
+    this.#draw();
+  }
+
+  #listen() {
+    for (const [name, span] of Object.entries(SPANS)) byId(`timeline-${name}`).addEventListener("click", () => this.#span(span));
+    byId("timeline-all").addEventListener("click", () => this.#set({ live: true, span: null }));
+    byId("timeline-in").addEventListener("click", () => this.#zoom(0.5));
+    byId("timeline-out").addEventListener("click", () => this.#zoom(2));
+    byId("timeline-earlier").addEventListener("click", () => this.#pan(-0.5));
+    byId("timeline-later").addEventListener("click", () => this.#pan(0.5));
+    byId("timeline-now").addEventListener("click", () => this.#span(this.#shown().to - this.#shown().from));
+    byId("timeline-find").addEventListener("input", () => this.#turn([""]));
+    byId("timeline-next").addEventListener("click", () => this.#turn([...this.#cursors, this.#page.next_cursor]));
+    byId("timeline-previous").addEventListener("click", () => this.#turn(this.#cursors.slice(0, -1)));
+    byId("timeline-text").addEventListener("toggle", () => this.#draw());
+    const plot = byId("timeline-plot");
+    plot.addEventListener("keydown", (event) => this.#key(event));
+    plot.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
+    plot.addEventListener("pointerdown", (event) => this.#grab(event));
+    plot.addEventListener("pointermove", (event) => this.#point(event));
+    plot.addEventListener("pointerleave", () => show(byId("timeline-tip"), false));
+  }
+
+  // The range that is shown, in milliseconds.
+  #shown() {
+    const { live, span, auto, from, to } = this.#range;
+    if (!live) return { from, to };
+    const now = serverNow(), first = this.#page?.known_from ? Date.parse(this.#page.known_from) : now - MINUTE;
+    const begin = span === null ? first : auto ? Math.max(now - span, first) : now - span;
+    return { from: Math.min(begin, now - LEAST), to: now };
+  }
+
+  #scale() {
+    const { from, to } = this.#shown();
+    return new Scale(from, to, this.#width);
+  }
+
+  #measure() {
+    const width = Math.floor(byId("timeline-axis").parentElement.getBoundingClientRect().width);
+    if (width === 0 || width === this.#width) return;
+    this.#width = width;
+    this.#draw();
+    this.#soon(PAUSE_MS);
+  }
+
+  // Ranges.
+
+  #read(query) {
+    const address = JSON.stringify([query.from, query.to, query.last]);
+    if (address === this.#address) return;
+    this.#address = address;
+    const [from, to] = [Date.parse(query.from), Date.parse(query.to)];
+    if (to - from >= 1) this.#range = { live: false, from, to };
+    else if (query.last === "all") this.#range = { live: true, span: null };
+    else if (Number(query.last) > 0) this.#range = { live: true, span: bounded(Number(query.last) * SECOND) };
+    else this.#range = { live: true, span: DAY, auto: true };
+    this.#draw();
+    this.#soon(0);
+  }
+
+  #set(range) {
+    this.#range = range;
+    const { live, span, from, to } = range;
+    const query = live ? { last: span === null ? "all" : Math.round(span / SECOND), from: null, to: null } : { last: null, from: iso(from), to: iso(to) };
+    this.#address = JSON.stringify([query.from ?? undefined, query.to ?? undefined, query.last == null ? undefined : String(query.last)]);
+    const { view, id } = this.router.now;
+    this.router.replace(view || "ledger", id, query);
+    this.#draw();
+    this.#soon(PAUSE_MS);
+  }
+
+  #span(span) {
+    this.#set({ live: true, span: bounded(span) });
+  }
+
+  // Zooms about a moment, by default the one that is shown as of or chosen, else the end of a live range.
+  #zoom(factor, about = null) {
+    const { from, to } = this.#shown(), span = bounded((to - from) * factor);
+    const chosen = about ?? this.#chosen()?.item.from ?? this.#at;
+    if (this.#range.live && (chosen === null || chosen < from || chosen > to)) return this.#span(span);
+    const center = chosen !== null && chosen >= from && chosen <= to ? chosen : (from + to) / 2;
+    const begin = center - ((center - from) / (to - from)) * span;
+    this.#window(begin, begin + span);
+  }
+
+  #pan(share) {
+    const { from, to } = this.#shown(), by = (to - from) * share;
+    this.#window(from + by, to + by);
+  }
+
+  // Shows a range; one that reaches the present is live again.
+  #window(from, to) {
+    const now = serverNow();
+    if (to >= now) this.#span(to - from);
+    else this.#set({ live: false, from: Math.round(from), to: Math.round(to) });
+  }
+
+  #turn(cursors) {
+    this.#cursors = cursors;
+    byId("timeline-plot").scrollTop = 0;
+    this.#soon(PAUSE_MS);
+  }
+
+  // Answers.
+
+  #follow() {
+    if (!this.#range.live || this.store.head <= this.#upto || this.#due !== null || this.#tookMs < 0) return;
+    this.#soon(Math.max(CALM_MS, SHARE * this.#tookMs));
+  }
+
+  #soon(pauseMs) {
+    clearTimeout(this.#due);
+    this.#due = setTimeout(() => this.#load(), pauseMs);
+  }
+
+  async #load() {
+    this.#due = null;
+    this.#asking.abort();
+    this.#asking = new AbortController();
+    const { signal } = this.#asking, began = performance.now(), { live, span, to } = this.#range;
+    const query = new URLSearchParams({ limit: PAGE, resolution: Math.min(2000, Math.max(100, this.#width)), active: "true",
+      cursor: this.#cursors.at(-1), find: byId("timeline-find").value.trim() });
+    if (!live) query.set("to", iso(to));
+    const begin = live && this.#page === null ? serverNow() - span : this.#shown().from;
+    if (span !== null) query.set("from", iso(begin));
+    this.#upto = this.store.head;
+    this.#tookMs = -1;
+    try {
+      const isFirst = this.#page === null;
+      this.#take(await this.api.get(`/api/v1/timeline?${query}`, { signal }));
+      tell(byId("timeline-refusal"), "");
+      if (isFirst && this.#shown().from > begin + SECOND) this.#soon(0); // the ledger is shorter: what was merged can be drawn apart
+    } catch (error) {
+      if (!signal.aborted) tell(byId("timeline-refusal"), told(error));
+    } finally {
+      if (!signal.aborted) this.#tookMs = Math.min(2000, performance.now() - began);
+    }
+    this.#draw();
+  }
+
+  #take(page) {
+    this.#page = page;
+    this.#upto = Math.max(this.#upto, page.as_of);
+    const server = { model_id: "", segments: page.server.map((each) => ({ ...each, version: null, events: 0, server: true })), marks: [], loads: [] };
+    this.#lanes = [server, ...page.lanes].map((lane) => ({ ...lane, items: itemsOf(lane) }));
+    this.#down = page.server.filter((each) => each.state !== "running").map((each) => [Date.parse(each.from), Date.parse(each.to)]);
+  }
+
+  // Drawing.
+
+  #draw() {
+    const scale = this.#scale(), now = serverNow();
+    setText(byId("timeline-range"), `${rangeText(scale.from, scale.to)} ${zone(new Date(scale.to))}${this.#range.live ? ", live" : ""}`);
+    for (const [name, span] of Object.entries(SPANS)) setAttribute(byId(`timeline-${name}`), "aria-pressed", String(Math.abs(scale.to - scale.from - span) < SECOND));
+    setAttribute(byId("timeline-all"), "aria-pressed", String(this.#range.live && this.#range.span === null));
+    byId("timeline-in").disabled = scale.to - scale.from <= LEAST;
+    byId("timeline-later").disabled = byId("timeline-now").disabled = this.#range.live;
+    drawAxis(byId("timeline-axis"), scale, ticks(scale), { at: this.#inside(this.#at, scale), now: this.#range.live ? null : now });
+    if (this.#page === null) return;
+    const until = this.#range.live ? now : Math.min(scale.to, now), end = Date.parse(this.#page.to) - 1;
+    this.rows.draw(this.#lanes, scale, { down: this.#down.map(([from, to]) => [from, to >= end ? until : to]), until, end, selected: this.#selected });
+    this.#drawCursor(scale);
+    this.#say();
+  }
+
+  #inside(time, scale) {
+    return time !== null && time >= scale.from && time <= scale.to ? time : null;
+  }
+
+  #drawCursor(scale) {
+    const line = byId("timeline-cursor"), at = this.#inside(this.#at, scale);
+    show(line, at !== null);
+    if (at === null) return;
+    line.style.left = `${byId("timeline-axis").parentElement.offsetLeft + scale.x(at)}px`;
+    line.style.height = `${byId("timeline-rows").offsetHeight}px`;
+  }
+
+  #say() {
+    const page = this.#page, shown = page.lanes.length, before = (this.#cursors.length - 1) * PAGE;
+    const find = byId("timeline-find").value.trim();
+    setText(byId("timeline-count"), page.models ? count(page.models, "model") : "");
+    tell(byId("timeline-none"), shown ? "" : find ? "No model of this range matches." : "No model was asked for in this range. Its lane begins with its first load.");
+    const archived = page.oldest > 1 && page.known_from !== null && Date.parse(page.known_from) > this.#shown().from;
+    tell(byId("timeline-archived"), [archived ? `Earlier events are archived: the timeline knows from ${moment(page.known_from)} on.` : "",
+      page.marks_from !== null ? `There are too many failures to mark all: marks begin at ${moment(page.marks_from)}.` : ""].filter(Boolean).join(" "));
+    show(byId("timeline-pages"), this.#cursors.length > 1 || page.next_cursor !== null);
+    setText(byId("timeline-page"), `${before + 1} to ${before + shown} of ${page.models}`);
+    byId("timeline-previous").disabled = this.#cursors.length < 2;
+    byId("timeline-next").disabled = page.next_cursor === null;
+    if (byId("timeline-text").open) fillTable(byId("timeline-table"), this.#lanes);
+  }
+
+  // What is chosen, or pointed at.
+
+  #chosen() {
+    const lane = this.#lanes.find((each) => each.model_id === this.#selected?.model);
+    const item = lane?.items.find((each) => each.key === this.#selected.key);
+    return item ? { lane, item } : null;
+  }
+
+  #choose(lane, item) {
+    this.#selected = item ? { model: lane.model_id, key: item.key } : null;
+    this.#draw();
+    const row = byId("timeline-rows").shown?.get(lane.model_id);
+    row?.scrollIntoView({ block: "nearest" });
+    this.#detail(lane, item);
+  }
+
+  #detail(lane, item) {
+    const detail = byId("timeline-detail");
+    if (!item) return show(detail, false);
+    const [title, ...lines] = describe(lane, item), subject = item.segment ?? item.mark;
+    const job = subject.job_id ?? subject.load_job_id;
+    const at = item.kind === "mark" ? String(subject.position) : iso(Math.max(item.from, this.#shown().from));
+    const links = [lane.model_id && ["Model", this.router.href("models", lane.model_id)], job && ["Job", this.router.href("jobs", job)],
+      ["As of this moment", this.router.href("at", at)]].filter(Boolean);
+    detail.replaceChildren(el("p", {}, el("strong", {}, title)), ...lines.map((line) => el("p", {}, line)),
+      el("p", { class: "links" }, ...links.map(([text, href]) => el("a", { href }, text))));
+    show(detail, true);
+  }
+
+  #pick(event) {
+    const row = event.target.closest?.(".lane");
+    const lane = row && this.#lanes.find((each) => each.model_id === row.dataset.model);
+    const x = event.clientX - byId("timeline-axis").parentElement.getBoundingClientRect().left;
+    if (!lane || x < 0) return { lane: null, item: null, x };
+    const scale = this.#scale(), time = scale.time(x), slack = (scale.to - scale.from) * (REACH / scale.width);
+    const near = (item) => item.from - slack <= time && time <= item.to + slack;
+    const marks = lane.items.filter((item) => item.kind === "mark" && near(item)).sort((a, b) => Math.abs(a.from - time) - Math.abs(b.from - time));
+    const segments = lane.items.filter((item) => item.kind === "segment");
+    const item = marks[0] ?? segments.find((each) => each.from <= time && time < each.to) ?? segments.findLast(near) ?? null;
+    return { lane, item, x, time };
+  }
+
+  #point(event) {
+    const tip = byId("timeline-tip"), { lane, item } = this.#pick(event);
+    if (!item || event.pointerType === "touch" || event.buttons) return show(tip, false);
+    const [title, ...lines] = describe(lane, item);
+    tip.replaceChildren(el("strong", {}, title), ...lines.map((line) => el("span", {}, line)));
+    show(tip, true);
+    const frame = byId("timeline").getBoundingClientRect(), size = tip.getBoundingClientRect();
+    const left = Math.min(event.clientX - frame.left + 14, frame.width - size.width - 8);
+    const below = event.clientY + 18 + size.height < innerHeight;
+    tip.style.left = `${Math.max(8, left)}px`;
+    tip.style.top = `${event.clientY - frame.top + (below ? 18 : -size.height - 12)}px`;
+  }
+
+  // A press without a move chooses; with a move it pulls the range along.
+  #grab(event) {
+    if (event.button !== 0 || event.target.closest("a")) return;
+    const { lane, item, time } = this.#pick(event), plot = byId("timeline-plot");
+    const begin = event.clientX, { from, to } = this.#shown(), each = (to - from) / this.#width;
+    let moved = false;
+    const move = (next) => {
+      moved ||= Math.abs(next.clientX - begin) > 4;
+      if (moved && event.pointerType !== "touch") this.#window(from - (next.clientX - begin) * each, to - (next.clientX - begin) * each);
+    };
+    const end = (last) => {
+      plot.removeEventListener("pointermove", move);
+      removeEventListener("pointerup", end);
+      removeEventListener("pointercancel", end);
+      if (moved || last.type === "pointercancel" || time === undefined) return;
+      if (lane) this.#choose(lane, item);
+      this.visit(iso(Math.min(time, serverNow())));
+    };
+    plot.addEventListener("pointermove", move);
+    addEventListener("pointerup", end);
+    addEventListener("pointercancel", end);
+  }
+
+  #wheel(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) {
+      event.preventDefault();
+      const { time } = this.#pick(event);
+      this.#zoom(event.deltaY > 0 ? 1.25 : 0.8, time ?? null);
+    } else if (event.shiftKey || Math.abs(event.deltaX) > Math.abs(event.deltaY)) {
+      event.preventDefault();
+      this.#pan(Math.sign(event.deltaX || event.deltaY) * 0.1);
+    }
+  }
+
+  #key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("a")) return;
+    const lanes = this.#lanes.filter((lane) => lane.items.length), chosen = this.#chosen();
+    const acts = {
+      ArrowLeft: () => (event.shiftKey ? this.#pan(-0.25) : this.#step(lanes, chosen, -1)),
+      ArrowRight: () => (event.shiftKey ? this.#pan(0.25) : this.#step(lanes, chosen, 1)),
+      ArrowUp: () => this.#across(lanes, chosen, -1),
+      ArrowDown: () => this.#across(lanes, chosen, 1),
+      Home: () => chosen && this.#choose(chosen.lane, chosen.lane.items[0]),
+      End: () => chosen && this.#choose(chosen.lane, chosen.lane.items.at(-1)),
+      Enter: () => chosen && this.visit(chosen.item.kind === "mark" ? String(chosen.item.mark.position) : iso(Math.max(chosen.item.from, this.#shown().from))),
+      "+": () => this.#zoom(0.5),
+      "=": () => this.#zoom(0.5),
+      "-": () => this.#zoom(2),
+      0: () => this.#set({ live: true, span: null }),
+      Escape: () => this.visit(null),
+    };
+    if (!acts[event.key] || (event.shiftKey && event.key.startsWith("Arrow") && /Up|Down/.test(event.key))) return;
+    event.preventDefault();
+    acts[event.key]();
+  }
+
+  #step(lanes, chosen, by) {
+    if (!chosen) return lanes.length && this.#choose(lanes.at(-1), lanes.at(-1).items.at(-1));
+    const { items } = chosen.lane, next = items[items.indexOf(chosen.item) + by];
+    if (next) this.#choose(chosen.lane, next);
+  }
+
+  // To the next lane with something in it, at about the same time.
+  #across(lanes, chosen, by) {
+    if (!chosen) return this.#step(lanes, chosen, 0);
+    const lane = lanes[lanes.indexOf(chosen.lane) + by];
+    if (!lane) return;
+    const distance = (item) => (item.from <= chosen.item.from && chosen.item.from < item.to ? 0 : Math.min(Math.abs(item.from - chosen.item.from), Math.abs(item.to - chosen.item.from)));
+    this.#choose(lane, lane.items.reduce((best, item) => (distance(item) < distance(best) ? item : best)));
+  }
+}
+
+const iso = (time) => new Date(time).toISOString();
+const bounded = (span) => Math.min(MOST, Math.max(LEAST, span));
