@@ -61,6 +61,24 @@ export class Api {
     return JSON.parse(await this.text(path, options));
   }
 
+  // Puts a file, and tells how much of it has been sent, which only this older interface does.
+  upload(path, file, { headers = {}, onProgress, signal }) {
+    const request = new XMLHttpRequest();
+    return new Promise((resolve, reject) => {
+      request.open("PUT", path);
+      for (const [name, value] of Object.entries({ Authorization: `Bearer ${this.token}`, ...headers })) request.setRequestHeader(name, value);
+      request.upload.addEventListener("progress", (event) => onProgress(event.loaded));
+      request.addEventListener("load", () => resolve(new Response(request.responseText, { status: request.status })));
+      request.addEventListener("error", () => reject(new Unreachable("the connection broke")));
+      request.addEventListener("abort", () => reject(signal.reason));
+      signal.addEventListener("abort", () => request.abort());
+      request.send(file);
+    }).then(async (response) => {
+      if (!response.ok) throw await refusal(response);
+      return response.json();
+    });
+  }
+
   // Posts and returns the status with the answer: 200 and 202 say different things.
   async post(path, value, options) {
     const response = await this.send(path, { method: "POST", body: value === undefined ? undefined : JSON.stringify(value), ...options });

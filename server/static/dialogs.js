@@ -41,7 +41,7 @@ export function dialog(id, ask) {
 export function loadDialog(api, store, actions) {
   let model = null;
   const about = dialog("load", () => {
-    if (!byId("load-version").value) return about.refuse(`The repository has no version of it. Add one as ${model.id}/VERSION/model.onnx.`), false;
+    if (!byId("load-version").value) return about.refuse(`The repository has no version of it. Add one on the model's page, or as ${model.id}/VERSION/model.onnx in the repository's folder.`), false;
     const body = { version: Number(byId("load-version").value) };
     for (const name of ["strategy", "priority"]) {
       const chosen = byId(`load-${name}`);
@@ -50,10 +50,11 @@ export function loadDialog(api, store, actions) {
     if (byId("load-pinned").value) body.pinned = byId("load-pinned").value === "true";
     return actions.load(model.id, body);
   });
-  return async (asked) => {
+  return async (asked, version = null) => {
     model = asked;
     byId("load-form").reset(); // what was chosen for another model is not meant for this one
     fill(model, store);
+    if (version !== null) byId("load-version").value = version;
     about.open();
     try {
       const fresh = await api.get(`/api/v1/models/${encodeURIComponent(asked.id)}`); // the repository may have more by now
@@ -89,7 +90,7 @@ export function unloadDialog(store, actions) {
     const under = { loading: "Only force ends a load that is under way.", unloading: "It is being unloaded: force has it not wait." }[model.state];
     setText(byId("unload-title"), `${under ? "Force unload" : "Unload"} ${model.id}`);
     show(byId("unload-go"), !under);
-    const waits = flying ? `${count(flying, "request")} in flight: an unload waits for ${flying === 1 ? "it" : "them"}, for as long as --drain-timeout-s says.` : "No request is in flight.";
+    const waits = flying ? `${count(flying, "request")} in flight: an unload waits for ${flying === 1 ? "it" : "them"}, for as long as the server's option --drain-timeout-s says.` : "No request is in flight.";
     const version = model.version == null ? "" : `, version ${model.version}`;
     setText(byId("unload-text"), `It is ${model.state ?? "being unloaded"}${version}. ${under ?? waits} Afterwards requests are refused with 503${model.state === "lost" ? ", and it is not wanted back any more" : ""}.`);
     about.open();

@@ -85,6 +85,21 @@ export function zone(time = new Date()) {
   return minutes === 0 ? "UTC" : `UTC${minutes < 0 ? "−" : "+"}${hours}${rest ? `:${String(rest).padStart(2, "0")}` : ""}`;
 }
 
+// The time here with its zone, for what is read later or elsewhere: a time of day alone says less than it seems.
+export function stamp(text) {
+  if (!text) return "at an unknown time";
+  const time = new Date(text), day = time.toDateString() === new Date().toDateString() ? "" : `on ${local(time).slice(0, 10)} `;
+  return `${day}at ${local(time).slice(11)} ${zone(time)}`;
+}
+
+// The zone of a time here: UTC, or its distance from it.
+export function zone(time = new Date()) {
+  const minutes = -time.getTimezoneOffset();
+  if (minutes === 0) return "UTC";
+  const [hours, rest] = [Math.floor(Math.abs(minutes) / 60), Math.abs(minutes) % 60];
+  return `UTC${minutes < 0 ? "−" : "+"}${hours}${rest ? `:${String(rest).padStart(2, "0")}` : ""}`;
+}
+
 // As `datetime-local` takes it: the time here, without an offset.
 export function local(time) {
   const shifted = new Date(time.getTime() - time.getTimezoneOffset() * 60_000);

@@ -6,19 +6,21 @@ import { ended } from "./store.js";
 
 const STAGES = { load: ["copying", "starting", "loading", "warming_up", "measuring"], unload: ["draining", "stopping"] };
 
+const MOST = 100; // that are shown
+
 export function jobsView(store, offers) {
   const draw = () => {
     const jobs = store.jobsNow().sort((a, b) => ended(a) - ended(b) || (a.created_at < b.created_at ? 1 : -1));
     const open = jobs.filter((job) => !ended(job)).length;
-    keyed(byId("jobs-list"), jobs, (job) => job.id, (job) => item(job, offers), (node, job) => node.update(job));
+    keyed(byId("jobs-list"), jobs.slice(0, MOST), (job) => job.id, (job) => jobItem(job, offers), (node, job) => node.update(job));
     setText(byId("jobs-count"), open ? `${open} under way` : "");
-    show(byId("jobs-none"), jobs.length === 0);
+    tell(byId("jobs-none"), jobs.length > MOST ? `And ${jobs.length - MOST} more.` : jobs.length ? "" : "No load or unload yet.");
   };
   store.watch(draw);
   setInterval(draw, 1000);
 }
 
-function item(first, offers) {
+export function jobItem(first, offers) {
   const what = el("strong", {}, `${first.kind === "load" ? "Load" : "Unload"} ${first.model_id}${first.version == null ? "" : ` ${first.version}`}`);
   const pill = el("span", { class: "pill" }), about = el("p", { class: "dim" }), why = el("p", { class: "why" });
   const steps = el("ol", { class: "steps" }, ...STAGES[first.kind].map((stage) => el("li", { "data-stage": stage }, stage.replace("_", " "))));

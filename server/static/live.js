@@ -2,8 +2,8 @@
 // Connects again by itself, for as long as the page is open.
 
 import { Refusal, Unreachable, told } from "./api.js";
-import { EVERY_MS } from "./samples.js";
 import { linesAfter } from "./stream.js";
+import { EVERY_MS } from "./stuck.js";
 
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 5000;

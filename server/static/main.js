@@ -7,11 +7,14 @@ import { connectionView } from "./connection.js";
 import { loadDialog, unloadDialog } from "./dialogs.js";
 import { byId, show, tell } from "./dom.js";
 import { jobPage } from "./jobpage.js";
+import { Histories } from "./history.js";
 import { jobsView } from "./jobs.js";
 import { Ledger } from "./ledger.js";
 import { Live } from "./live.js";
 import { memoryView } from "./memory.js";
+import { ModelPage } from "./modelpage.js";
 import { modelsView } from "./models.js";
+import { notice } from "./notices.js";
 import { Past } from "./past.js";
 import { predictDialog } from "./predict.js";
 import { Refresher } from "./refresher.js";
@@ -19,12 +22,13 @@ import { Router } from "./router.js";
 import { cleaned, keepToken, keptToken, Session } from "./session.js";
 import { Store } from "./store.js";
 import { Timeline } from "./timeline.js";
+import { uploads } from "./upload.js";
 
 const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
 
 function begin(token) {
   const api = new Api(token), session = new Session(token), store = new Store(), router = new Router();
-  const refresher = new Refresher(api, store), actions = new Actions(api, store, refresher);
+  const refresher = new Refresher(api, store, session), actions = new Actions(api, store, refresher);
   const live = new Live(api, store, refresher, { follows: session.audits, onSignedOut: signOut });
   show(byId("sign-in"), false);
   show(byId("console"), true);
@@ -32,7 +36,8 @@ function begin(token) {
   const offers = offered(session, api, store, actions);
   connectionView(store, live, session);
   attentionView(store, offers);
-  memoryView(store);
+  const histories = new Histories(api, store);
+  memoryView(store, histories);
   modelsView(store, offers);
   if (session.audits) {
     const past = new Past(api, store, router, (time) => timeline.mark(time));
@@ -42,8 +47,20 @@ function begin(token) {
     jobPage(api, router, ledger);
   }
   jobsView(store, offers);
+  if (session.manages) offerUploads(api, store, offers, refresher);
+  new ModelPage({ api, store, router, histories, offers, session });
   router.watch(({ view }) => showView(view));
   live.run();
+}
+
+// Adding versions, to the list of models and to the page of each.
+function offerUploads(api, store, offers, refresher) {
+  offers.noticed = notice;
+  offers.refresh = (id) => refresher.soon(id);
+  Object.assign(offers, uploads(api, store, offers));
+  byId("models-add").addEventListener("click", () => offers.add());
+  show(byId("models-add"), true);
+  offers.takeDrops(document.querySelector("section.models"), {});
 }
 
 // Which part of the page an address shows. A model has a page of its own; all else stands in the overview.

@@ -1,23 +1,26 @@
-// The memory budget as a bar: who uses how much of it, what is reserved, what is free; and the charts.
+// The memory budget as a bar: who uses how much of it, what is reserved, what is free. And the charts of the server.
 
-import { chart } from "./charts.js";
 import { byId, el, keyed, setAttribute, setText, svg } from "./dom.js";
-import { bytes, count, duration, number } from "./format.js";
+import { bytes, count } from "./format.js";
+import { rangeSwitch, trafficCharts } from "./traffic.js";
 
 const COLOURS = 7; // models that are told apart; the smaller ones are one part
+const THIN = 6; // of 1,000: an edge would hide it
+const MEMORY = [
+  { kind: "plain", name: "models", of: (point) => point.used_bytes },
+  { kind: "second", name: "server", of: (point) => point.server_bytes },
+];
 
-export function memoryView(store) {
+export function memoryView(store, histories) {
   const bar = svg("svg", { viewBox: "0 0 1000 28", preserveAspectRatio: "none", role: "img" });
   byId("memory-bar").append(bar);
-  const charts = {
-    requests: chart("Requests", (value) => `${number(value)}/s`),
-    latency: chart("Latency, mean", (value) => (value == null ? "–" : duration(value / 1000))),
-    memory: chart("Memory in use", bytes),
-  };
-  byId("charts").append(...Object.values(charts).map((each) => each.node));
+  const charts = trafficCharts(MEMORY), range = rangeSwitch(histories, "server");
+  byId("charts").before(range.node);
+  byId("charts").append(...charts.nodes);
   store.watch(() => {
     if (store.resources) draw(bar, store.resources);
-    drawCharts(charts, store);
+    charts.draw(histories.server);
+    range.draw();
   });
 }
 
@@ -33,9 +36,9 @@ function draw(bar, resources) {
     return { ...part, x: x - width, width };
   });
   keyed(bar, placed, (part) => part.key, () => svg("rect", { y: 0, height: 28 }), (rect, part) => {
-    setAttribute(rect, "class", `part ${part.kind}`);
+    setAttribute(rect, "class", `part ${part.kind}${part.width < THIN ? " thin" : ""}`);
     setAttribute(rect, "x", part.x.toFixed(2));
-    setAttribute(rect, "width", Math.max(part.width, part.bytes ? 1.5 : 0).toFixed(2));
+    setAttribute(rect, "width", Math.max(part.width, part.bytes ? 2 : 0).toFixed(2));
   });
   const limit = resources.max_loaded ? `; ${count(resources.max_loaded, "model")} may be loaded at once` : "";
   const rest = free < 0 ? `${bytes(-free)} over budget` : `${bytes(free)} free`;
@@ -66,14 +69,4 @@ function legend(parts) {
     item.firstChild.setAttribute("class", `swatch ${part.kind}`);
     setText(item.lastChild, `${part.name}: ${bytes(part.bytes)}${part.note ? `, ${part.note}` : ""}`);
   });
-}
-
-function drawCharts(charts, store) {
-  const line = (member, kind, name = "", said = true) => ({ kind, name, said, values: store.samples.map((look) => [look.at, look[member]]) });
-  const failures = store.samples.some((look) => look.failedPerSecond > 0);
-  charts.requests.draw([line("perSecond", "plain"), ...(failures ? [line("failedPerSecond", "bad", "failed")] : [])]);
-  charts.latency.draw([line("latencyMs", "plain")]);
-  const memory = line("usedBytes", "plain");
-  if (store.resources) memory.values.push([store.heardAt, store.resources.used_bytes]);
-  charts.memory.draw([memory]);
 }

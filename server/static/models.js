@@ -1,7 +1,8 @@
 // The table of models: what each is, uses and does, and what may be done with it.
 
 import { button, byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
-import { ago, broughtBack, bytes, clock, count, oneLine, plain } from "./format.js";
+import { ago, broughtBack, bytes, clock, count, oneLine, plain, zone } from "./format.js";
+import { href } from "./router.js";
 
 const AT_FIRST = 100;
 const ORDER = ["failed", "lost", "unloading", "loading", "loaded", "unloaded"];
@@ -17,9 +18,10 @@ export function modelsView(store, offers) {
     keyed(byId("models-rows"), wanted.slice(0, most), (model) => model.id, (model) => row(model, offers, store), (node, model) => node.update(model));
     const loaded = all.filter((model) => model.state === "loaded").length;
     setText(byId("models-count"), `${loaded} loaded of ${all.length}`);
-    tell(byId("models-none"), wanted.length ? "" : all.length ? "No model matches." : "The repository has no models yet. Add one as MODEL/VERSION/model.onnx.");
+    tell(byId("models-none"), wanted.length ? "" : all.length ? "No model matches." : "The repository has no models yet. Add one here, or as MODEL/VERSION/model.onnx in the repository's folder.");
     show(byId("models-more"), wanted.length > most);
   };
+  setText(byId("models-loaded"), `Loaded (${zone()})`);
   show(byId("models-do"), Boolean(offers.load || offers.predict));
   byId("models-more").addEventListener("click", () => ((most += AT_FIRST), draw()));
   find.addEventListener("input", draw);
@@ -36,7 +38,7 @@ function row(first, offers, store) {
   const state = cell("State");
   state.append(pill, error);
   const can = actionsOf(first, offers, store);
-  const node = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, el("span", { class: "name" }, first.id), badges.active, badges.pinned, badges.newer), state, ...Object.values(cells));
+  const node = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, el("a", { class: "name", href: href("models", first.id) }, first.id), badges.active, badges.pinned, badges.newer), state, ...Object.values(cells));
   if (can.nodes.length) node.append(el("td", { role: "cell" }, el("div", { class: "do" }, ...can.nodes)));
   node.update = (model) => {
     const uses = store.usesOf(model.id), serving = uses.find((use) => use.job_id === model.job_id);
@@ -63,23 +65,28 @@ function row(first, offers, store) {
   return node;
 }
 
-function versionText(model) {
+export function versionText(model) {
   const newest = Math.max(0, ...(model.versions ?? []));
   if (model.version == null) return "–";
   if (model.next_version != null) return `${model.version} → ${model.next_version}`;
   return newest > model.version ? `${model.version}, newest ${newest}` : String(model.version);
 }
 
-function memoryText(model, uses) {
+export function memoryText(model, uses) {
   const used = uses.reduce((sum, use) => sum + use.memory_bytes, 0), reserved = uses.reduce((sum, use) => sum + use.reserved_bytes, 0);
   if (!uses.length) return model.memory_bytes && model.state === "loaded" ? bytes(model.memory_bytes) : "–";
   return reserved ? `${used ? `${bytes(used)} + ` : ""}${bytes(reserved)} reserved` : bytes(used);
 }
 
-// The buttons of a row are made once, and shown where they make sense.
-function actionsOf(first, offers, store) {
+// The buttons of a model are made once, and shown where they make sense.
+export function actionsOf(first, offers, store) {
   const now = () => store.models.get(first.id) ?? first;
+  const cancel = () => {
+    const job = store.loadOf(first.id);
+    if (job) offers.cancel(job);
+  };
   const made = {
+    cancel: offers.cancel && button("Cancel", `the load of ${first.id}`, cancel),
     predict: offers.predict && button("Predict…", first.id, () => offers.predict(now())),
     load: offers.load && button("Load…", first.id, () => offers.load(now())),
     swap: offers.load && button("Swap…", first.id, () => offers.load(now())),
@@ -90,8 +97,9 @@ function actionsOf(first, offers, store) {
   };
   const update = (model, serving) => {
     const serves = model.state === "loaded", idle = model.state === "unloaded" || model.state === "failed";
+    const job = model.next_version != null || model.state === "loading" ? store.loadOf(model.id) : null;
     const sense = {
-      predict: serves, swap: serves, load: idle || model.state === "lost", unload: serves || model.state === "lost", force: model.state === "loading" || model.state === "unloading",
+      cancel: job !== null && !job.cancel_requested, predict: serves, swap: serves, load: idle || model.state === "lost", unload: serves || model.state === "lost", force: model.state === "loading" || model.state === "unloading",
       pin: serves && serving !== undefined && !serving.pinned, unpin: serves && (serving?.pinned ?? false),
     };
     for (const [name, node] of Object.entries(made)) if (node) show(node, sense[name]);

@@ -1,58 +1,117 @@
-// Asks a model from the page: a request is written in JSON, begun with zeros of the shapes that the model takes.
+// Asks a model from the page: a request is written in JSON, begun with zeros of the shapes that the model takes, or
+// with the data of a dropped or chosen file.
 
 import { told } from "./api.js";
 import { dialog } from "./dialogs.js";
-import { byId, setText, show } from "./dom.js";
-import { duration, plain } from "./format.js";
-import { request, sent } from "./tensors.js";
+import { byId, el, setText, show } from "./dom.js";
+import { duration, oneLine, plain } from "./format.js";
+import { layoutOf, readTensor, SCALES } from "./files.js";
+import { overview, request, sent, written } from "./tensors.js";
 
 const SHOWN = 20_000; // characters of an answer
 const LIMIT_MS = 120_000; // the server has its own limit
 
 export function predictDialog(api) {
-  let model = null, asking = new AbortController();
+  let model = null, asking = new AbortController(), inputs = [];
+  const files = new Map(); // by name: the bytes that stand for it
   const about = dialog("predict", async () => {
-    let written;
+    let form;
     try {
-      written = sent(byId("predict-body").value);
+      form = sent(byId("predict-body").value, files);
     } catch (error) {
       about.refuse(`This is not a valid request: ${error.message}`);
       return false;
     }
     asking = new AbortController();
-    await ask(api, model, written, asking.signal);
+    await ask(api, model, form, asking.signal);
     return false; // the answer is in the dialog
   });
   about.node.addEventListener("close", () => asking.abort()); // nobody waits for the answer any more
+  about.node.addEventListener("dragover", (event) => event.preventDefault());
+  about.node.addEventListener("drop", (event) => {
+    event.preventDefault();
+    const [file] = event.dataTransfer.files, [first] = byId("predict-files").children;
+    if (file && first) first.take(file);
+  });
+
+  // Has an input take its data from a file: the request names it.
+  const put = (input, name, tensor) => {
+    files.set(name, tensor.data);
+    let asked;
+    try {
+      asked = JSON.parse(byId("predict-body").value).inputs;
+    } catch {
+      asked = JSON.parse(request(inputs)).inputs;
+    }
+    const data = { name: input.name, datatype: tensor.datatype, shape: tensor.shape, data: name };
+    byId("predict-body").value = written(asked.map((each) => (each.name === input.name ? data : each)));
+    about.refuse("");
+  };
+
   return async (asked) => {
     model = asked;
+    files.clear();
     setText(byId("predict-title"), `Predict with ${model.id}`);
     setText(byId("predict-inputs"), `Version ${model.version}.`);
     byId("predict-body").value = "";
-    setText(byId("predict-told"), "");
-    show(byId("predict-answer"), false);
+    byId("predict-files").replaceChildren();
+    clear();
     about.open();
     try {
       const described = await api.get(`/v2/models/${encodeURIComponent(model.id)}`);
       if (model !== asked || !about.node.open) return; // it is about another one
-      setText(byId("predict-inputs"), described.inputs.map((input) => plain(`${input.name}: ${input.datatype} [${input.shape.join(", ")}]`, 200)).join(" · "));
-      if (byId("predict-body").value === "") byId("predict-body").value = request(described.inputs);
+      inputs = described.inputs;
+      setText(byId("predict-inputs"), inputs.map((input) => plain(`${input.name}: ${input.datatype} [${input.shape.join(", ")}]`, 200)).join(" · "));
+      byId("predict-files").replaceChildren(...inputs.map((input, number) => fileField(input, number, put, about.refuse)));
+      if (byId("predict-body").value === "") byId("predict-body").value = request(inputs);
     } catch (error) {
       if (model === asked) about.refuse(told(error));
     }
   };
 }
 
+// A field for the file of an input, and what was made of it.
+function fileField(input, number, put, refuse) {
+  const id = `predict-file-${number}`, said = el("span", { class: "hint", role: "status" });
+  const picked = el("input", { id, type: "file", accept: layoutOf(input.shape) ? ".npy,image/*" : ".npy" });
+  const scale = el("select", { "aria-label": `Values of the image for ${oneLine(input.name, 60)}`, hidden: true }, ...Object.entries(SCALES).map(([value, text]) => el("option", { value }, text)));
+  const node = el("div", { class: "predict-file" }, el("label", { for: id }, `${oneLine(input.name, 60)} from a file`), picked, scale, said);
+  let file = null;
+  const read = async () => {
+    if (file === null) return;
+    show(scale, file.type.startsWith("image/") && input.datatype === "FP32");
+    try {
+      const tensor = await readTensor(file, input, scale.value);
+      setText(said, oneLine(`${file.name}: ${tensor.said}`, 300));
+      put(input, file.name, tensor);
+    } catch (error) {
+      setText(said, "");
+      refuse(`${oneLine(file.name, 100)}: ${error.message}.`);
+    }
+  };
+  node.take = (chosen) => ((file = chosen), read());
+  picked.addEventListener("change", () => picked.files[0] && node.take(picked.files[0]));
+  scale.addEventListener("change", read);
+  return node;
+}
+
+function clear() {
+  setText(byId("predict-told"), "");
+  byId("predict-outputs").replaceChildren();
+  show(byId("predict-answer"), false);
+}
+
 async function ask(api, model, { body, headers }, signal) {
   const began = performance.now();
+  clear();
   setText(byId("predict-told"), "Asked…");
-  show(byId("predict-answer"), false);
   try {
     const path = `/v2/models/${encodeURIComponent(model.id)}/infer`;
     const response = await api.send(path, { method: "POST", body, headers, signal, limitMs: LIMIT_MS });
     const answer = await response.text(); // as it came: read into numbers, long integers would be rounded
     const source = response.headers.get("Loadledger-Model");
     setText(byId("predict-told"), `Answered in ${duration((performance.now() - began) / 1000)}${source ? ` by ${source.replace(";position=", ", the ModelLoaded at position ")}` : ""}.`);
+    drawOutputs(answer);
     setText(byId("predict-answer"), plain(answer, SHOWN));
     show(byId("predict-answer"), true);
   } catch (error) {
@@ -60,4 +119,9 @@ async function ask(api, model, { body, headers }, signal) {
     setText(byId("predict-told"), "");
     throw error;
   }
+}
+
+function drawOutputs(answer) {
+  const outputs = overview(JSON.parse(answer).outputs ?? []);
+  byId("predict-outputs").replaceChildren(...outputs.map(({ what, values }) => el("p", {}, el("span", { class: "dim" }, `${oneLine(what, 200)} `), el("strong", {}, oneLine(values, 400)))));
 }

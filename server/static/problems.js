@@ -1,7 +1,7 @@
 // What is wrong, worst first, and what to do about each: from what the page knows, and nothing else.
 
-import { advice } from "./advice.js";
-import { age, ago, bytes, count, oneLine, secondsSince, serverNow } from "./format.js";
+import { advice, ofMany } from "./advice.js";
+import { age, ago, bytes, count, oneLine, secondsSince, serverNow, stamp } from "./format.js";
 import { ended } from "./store.js";
 
 const STUCK_S = 10; // requests in flight, and none answered
@@ -12,42 +12,76 @@ const PRESSED_PERCENT = 10;
 
 export const LEVELS = ["critical", "warning", "waiting"];
 
-// Each has key, level, title (which stays the same, so that it is read aloud once), why, todo, and what can be done from here: offers of {do, model, job}.
+// Each has key, level, title (which stays the same, so that it is read aloud once), why, todo, and what can be done
+// from here: offers of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
+// Those of one `cause` are one entry, which has them as `members`.
 export function problems(store, now = Date.now(), there = serverNow()) {
-  const found = [...ofMemory(store), ...ofStuck(store, now)];
-  for (const model of store.models.values()) found.push(...ofModel(model, store.jobs));
+  const found = [...ofServer(store), ...ofMemory(store), ...ofStuck(store, now)];
+  for (const model of store.models.values()) found.push(...ofModel(model, store));
   for (const job of store.jobsNow()) found.push(...ofJob(job, there));
-  return found.sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level) || (a.key < b.key ? -1 : 1));
+  return grouped(found).sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level) || (a.key < b.key ? -1 : 1));
+}
+
+function grouped(found) {
+  const causes = new Map();
+  for (const each of found) causes.set(each.cause ?? each.key, [...(causes.get(each.cause ?? each.key) ?? []), each]);
+  return [...causes].map(([cause, members]) => (members.length === 1 ? members[0] : group(cause, members)));
+}
+
+function group(cause, members) {
+  const first = members[0], people = [...new Set(members.map((each) => each.by).filter(Boolean))].sort();
+  const others = people.length > 3 ? ` and ${count(people.length - 3, "other")}` : "";
+  const by = people.length ? `Asked for by ${people.slice(0, 3).join(", ")}${others}.` : "";
+  const why = [first.sameWhy, by].filter(Boolean).join(" ");
+  const occurrence = members.every((each) => each.occurrence !== null) ? members.map((each) => each.occurrence).join() : null;
+  members.sort((a, b) => (a.key < b.key ? -1 : 1));
+  return { ...first, key: `group ${cause}`, title: `${count(members.length, first.noun)} ${first.ofMany}`, why, offers: [], members, occurrence };
 }
 
 function problem(level, key, title, why, todo, ...offers) {
-  return { level, key, title, why: oneLine(why), todo: oneLine(todo), offers };
+  return { level, key, title, why: oneLine(why), todo: oneLine(todo), offers, occurrence: null, members: [] };
 }
 
 const reason = (error) => (error ? `${error.code}: ${error.message}` : "");
 
-function whenFailed(id, jobs) {
-  const last = jobs.filter((job) => job.model_id === id && job.status === "failed").sort((a, b) => (a.finished_at < b.finished_at ? 1 : -1))[0];
-  return last ? `${ago(last.finished_at)}, asked for by ${oneLine(last.requested_by, 60)}. ` : "";
+// The last time that it failed, and who had asked for that.
+function lastFailure(id, store) {
+  const job = store.failures.get(id);
+  return job ? { when: `Asked for by ${oneLine(job.requested_by, 60)}, failed ${ago(job.finished_at)}. `, by: oneLine(job.requested_by, 60), occurrence: job.id } : { when: "", by: null, occurrence: null };
 }
 
-function* ofModel(model, jobs) {
+function* ofServer({ started }) {
+  if (!started?.data.unclean) return;
+  const { last_event_at: event, last_seen_at: seen } = started.data;
+  const known = [`The last event was recorded ${stamp(event)}`, seen && seen !== event ? `the server was last seen ${stamp(seen)}` : null];
+  yield {
+    ...problem("warning", "unclean", "The server ended unexpectedly",
+      `${known.filter(Boolean).join("; ")}. It started again ${stamp(started.recorded_at)}, and reloads what was loaded.`,
+      "Look for the cause in the machine's log: it may have run out of memory, lost power, or been killed."),
+    occurrence: String(started.position), position: started.position,
+  };
+}
+
+function* ofModel(model, store) {
   const { id, state, error } = model;
   const load = { do: "load", model }, unload = { do: "unload", model };
+  const { when, by, occurrence } = lastFailure(id, store);
   if (state === "failed") {
-    yield problem("critical", `failed ${id}`, `${id} failed`, `${whenFailed(id, jobs)}${reason(error)}`, advice(error?.code), load);
+    yield { ...problem("critical", `failed ${id}`, `${id} failed`, `${when}${reason(error)}`, advice(error?.code), load),
+      cause: `failed ${error?.code}`, noun: "model", ofMany: ofMany(error?.code), by, occurrence: occurrence ?? reason(error), model: id };
   } else if (state === "lost") {
     const why = reason(error) || "Its worker or the server died.";
-    yield problem("critical", `lost ${id}`, `${id} is lost: it served, and does not now`, why,
-      "The server reloads it; its job says what it waits for. To stop that, unload it.", load, unload);
+    yield { ...problem("critical", `lost ${id}`, `${id} is lost: it served, and does not now`, why,
+      "The server reloads it; its job says what it waits for. To stop that, unload it.", load, unload),
+    cause: "lost", noun: "model", ofMany: "are lost: they served, and do not now", by: model.loaded_by, occurrence: `${model.position} ${reason(error)}`, model: id };
   } else if (error && state === "loaded") {
-    yield problem("warning", `error ${id}`, `${id} still serves version ${model.version}, but something failed`,
-      reason(error), advice(error.code), { do: "swap", model });
+    yield { ...problem("warning", `error ${id}`, `${id} still serves version ${model.version}, but something failed`,
+      `${when}${reason(error)}`, advice(error.code), { do: "swap", model }), occurrence: occurrence ?? reason(error), model: id };
   }
 }
 
 function* ofStuck(store, now) {
-  for (const [jobId, since] of store.samples.at(-1)?.stuck ?? []) {
+  for (const [jobId, since] of store.looked?.since ?? []) {
     const use = store.resources?.models.find((each) => each.job_id === jobId);
     const seconds = (now - since) / 1000;
     if (!use || seconds < STUCK_S) continue;
@@ -64,8 +98,9 @@ function* ofJob(job, now) {
   const seconds = secondsSince(job.started_at ?? job.created_at, now);
   const cancel = { do: "cancel", job };
   if (job.waiting_for) {
-    yield problem("waiting", `waits ${job.id}`, what, `For ${job.waiting_for}.`,
-      `Requested by ${job.requested_by} ${age(secondsSince(job.created_at, now))} ago; it starts by itself.`, cancel);
+    yield { ...problem("waiting", `waits ${job.id}`, what, `For ${job.waiting_for}.`,
+      `Requested by ${job.requested_by} ${age(secondsSince(job.created_at, now))} ago; it starts by itself.`, cancel),
+    cause: `${job.kind} waits for ${job.waiting_for}`, noun: job.kind, ofMany: "wait", sameWhy: `For ${oneLine(job.waiting_for)}.`, by: oneLine(job.requested_by, 60), model: job.model_id };
   } else if (job.kind === "unload" && job.status === "in_progress" && seconds > SLOW_UNLOAD_S) {
     yield problem("warning", `slow ${job.id}`, `${what} takes long`,
       `It is ${job.stage ?? "under way"}, for ${age(seconds)} by now: running requests have not ended.`, "It kills the worker when its time is up; a forced unload does so now.",
@@ -79,7 +114,7 @@ function* ofJob(job, now) {
 function* ofMemory({ resources }) {
   if (!resources) return;
   const { budget_bytes: budget, free_bytes: free, pressure, waiting, limit_bytes: limit } = resources;
-  const todo = "Unload unused models, or set --evict idle.";
+  const todo = "Unload models that are not used. Or start the server with --evict idle: it then does so by itself.";
   const needs = Math.max(0, ...waiting.map((each) => each.needs_bytes ?? 0));
   if (free < 0) {
     yield problem("critical", "memory", "Memory is over budget", `By ${bytes(-free)} of ${bytes(budget)}: models have grown.`, todo);

@@ -1,6 +1,6 @@
 // Asks the server for what is shown: all of it, or what an event says has changed, and never in a hurry.
 
-import { sample } from "./samples.js";
+import { isWorthwhile, look } from "./stuck.js";
 
 const PAUSE_MS = 300; // between an event and the look at what it changed: many come together
 const SHARE = 3; // a look that takes long is followed by so much longer a pause: the server has other things to do
@@ -15,9 +15,12 @@ export class Refresher {
   #tookMs = 0;
   #running = Promise.resolve();
 
-  constructor(api, store) {
+  // `audits`: whether the ledger may be read.
+  constructor(api, store, { audits = false } = {}) {
     this.api = api;
     this.store = store;
+    this.audits = audits;
+    store.listeners.push((event) => this.#hear(event));
     this.failed = () => {}; // called with what a look in the background met
   }
 
@@ -26,7 +29,13 @@ export class Refresher {
     const position = await this.models(signal);
     await this.jobs(signal);
     await this.look(signal);
+    if (this.audits) await this.#start(signal);
     return position;
+  }
+
+  #hear(event) {
+    if (event.type === "ServerStarted") this.store.started = event;
+    if (event.type === "LoadFailed") this.store.failures.delete(event.model_id); // by another job than the one that is known
   }
 
   async models(signal) {
@@ -54,7 +63,35 @@ export class Refresher {
     this.store.jobs = [...found.values()];
     const unfinished = new Set(this.store.jobs.filter((job) => job.finished_at === null).map((job) => job.id));
     for (const id of this.store.stages.keys()) if (!unfinished.has(id)) this.store.stages.delete(id);
+    await this.#failures(signal);
     this.store.changed();
+  }
+
+  // Finds, for each model that failed, the job that did: who asked for it is said for as long as it is so.
+  async #failures(signal) {
+    const { failures, jobs, models } = this.store;
+    for (const id of failures.keys()) if (!models.get(id)?.error) failures.delete(id);
+    for (const job of jobs.toReversed()) if (job.status === "failed" && models.get(job.model_id)?.error) failures.set(job.model_id, job);
+    const unknown = () => [...models.values()].filter((model) => model.error && !failures.has(model.id));
+    if (unknown().length > MOST_ALONE) {
+      const page = await this.api.get(`/api/v1/jobs?status=failed&limit=${PAGE}`, { signal });
+      for (const job of page.jobs.toReversed()) if (models.get(job.model_id)?.error) failures.set(job.model_id, job);
+    }
+    for (const { id } of unknown().slice(0, MOST_ALONE)) {
+      const page = await this.api.get(`/api/v1/jobs?model=${encodeURIComponent(id)}&status=failed&limit=1`, { signal });
+      failures.set(id, page.jobs[0] ?? null);
+    }
+  }
+
+  // Asks how the server started last: whether it had ended in order.
+  async #start(signal) {
+    try {
+      const page = await this.api.get(`/api/v1/events?type=ServerStarted&before=${Number.MAX_SAFE_INTEGER}&limit=1`, { signal });
+      this.store.started = page.events[0] ?? null;
+      this.store.changed();
+    } catch (error) {
+      if (error.code !== "forbidden") throw error; // the token said more than the server grants
+    }
   }
 
   async resources(signal) {
@@ -63,11 +100,12 @@ export class Refresher {
     this.store.changed();
   }
 
-  // Looks at memory and statistics, for the charts.
+  // Looks at memory, and at whether what is in flight is answered.
   async look(signal) {
     await this.resources(signal);
-    const { model_stats: statistics } = await this.api.get("/v2/models/stats", { signal });
-    this.store.samples = sample(this.store.samples, this.store.resources, statistics);
+    const asks = isWorthwhile(this.store.resources);
+    const statistics = asks ? (await this.api.get("/v2/models/stats", { signal })).model_stats : [];
+    this.store.looked = look(this.store.looked, this.store.resources, statistics);
     this.store.changed();
   }
 

@@ -5,13 +5,19 @@ const PAUSE_MS = 100; // between two looks: a thousand events a second are still
 export class Store {
   #views = [];
   #due = null;
+  #uses = new Map(); // by model, of the resources below
+  #usesFrom = null;
 
   constructor() {
     this.models = new Map(); // by id, as the API has them
     this.jobs = []; // unfinished ones, then the newest
+    this.failures = new Map(); // by model that failed: the last job that did
+    this.started = null; // the last ServerStarted, for those who may read the ledger
     this.stages = new Map(); // by job: what the stream said since the jobs were asked for
+    this.subject = null; // the model whose page is open
+    this.readOnly = false; // whether the server has refused to add a version
     this.resources = null;
-    this.samples = []; // see samples.js
+    this.looked = null; // see stuck.js
     this.head = 0; // the highest position that is known of
     this.oldest = 1; // the lowest position that is not archived
     this.epoch = 0; // changes where the ledger that was shown has to be looked at anew
@@ -63,7 +69,16 @@ export class Store {
 
   // The processes of a model: two loads while one takes the other's place.
   usesOf(modelId) {
-    return (this.resources?.models ?? []).filter((use) => use.model_id === modelId);
+    if (this.#usesFrom !== this.resources) {
+      this.#usesFrom = this.resources;
+      this.#uses = Map.groupBy(this.resources?.models ?? [], (use) => use.model_id);
+    }
+    return this.#uses.get(modelId) ?? [];
+  }
+
+  // The load of a model that is under way, if there is one.
+  loadOf(modelId) {
+    return this.jobs.find((job) => job.model_id === modelId && job.kind === "load" && !ended(job)) ?? null;
   }
 }
 

@@ -1,4 +1,5 @@
-// Requests of the page: begun with zeros of each input's shape, 1 where it leaves a size open, and sent in binary.
+// Requests of the page: begun with zeros of each input's shape, 1 where it leaves a size open, or with the data of a
+// file, and sent in binary.
 
 const WRITTEN = 256; // values that are written out; more are the word "zeros"
 const WORD = "zeros";
@@ -21,18 +22,23 @@ export function request(inputs) {
     const short = volume(sizes) <= WRITTEN && !WITHOUT_JSON.includes(datatype);
     return { name, datatype, shape: sizes, data: short ? new Array(volume(sizes)).fill(EMPTY[datatype] ?? 0) : WORD };
   });
+  return written(tensors);
+}
+
+// A request as text, an input in each line.
+export function written(tensors) {
   const text = tensors.map((tensor) => `  {${Object.entries(tensor).map(([name, value]) => `${JSON.stringify(name)}: ${JSON.stringify(value)}`).join(", ")}}`);
   return `{"inputs": [\n${text.join(",\n")}\n]}`;
 }
 
 // The body and header fields for what was written: a short text as it is, whose long integers must not be rounded,
-// else its tensors in binary. Throws SyntaxError for what is no JSON, RangeError for what cannot be sent.
-export function sent(text) {
+// else its tensors in binary. The data of an input may be the name of a file, whose bytes are in `files`. Throws SyntaxError for what is no JSON, RangeError for what cannot be sent.
+export function sent(text, files = new Map()) {
   const written = JSON.parse(text);
   const inputs = Array.isArray(written?.inputs) ? written.inputs : [];
-  const hasZeros = inputs.some((input) => input?.data === WORD);
+  const hasZeros = inputs.some((input) => input?.data === WORD || files.has(input?.data));
   if (!hasZeros && text.length <= SHORT) return { body: text };
-  const data = inputs.map(binary);
+  const data = inputs.map((input) => files.get(input?.data) ?? binary(input));
   if (!hasZeros && data.includes(null)) return { body: text }; // the server says what is wrong with it
   const head = new TextEncoder().encode(JSON.stringify({ ...written, inputs: inputs.map((input, at) => without(input, data[at])) }));
   const headers = { "Content-Type": "application/octet-stream", "Inference-Header-Content-Length": String(head.length) };
@@ -90,3 +96,23 @@ function texts(values) {
 }
 
 const volume = (shape) => shape.reduce((product, size) => product * size, 1);
+
+// What an answer says at a glance: of each output its values if they are few, else the largest, or their range.
+export function overview(outputs) {
+  return outputs.map(({ name, datatype, shape, data }) => ({ what: `${name}: ${datatype} [${shape.join(", ")}]`, values: glance(shape, data) }));
+}
+
+const FEW = 8, BEST = 5;
+const short = (value) => (typeof value === "number" && !Number.isInteger(value) ? Number(value.toPrecision(4)) : value);
+
+function glance(shape, data) {
+  if (!Array.isArray(data)) return "";
+  if (data.length <= FEW) return data.map(short).join(", ");
+  if (!data.every((value) => typeof value === "number")) return `${data.length} values`;
+  if (data.length === shape.at(-1)) {
+    const best = data.map((value, at) => [value, at]).sort((a, b) => b[0] - a[0]).slice(0, BEST);
+    return `largest: ${best.map(([value, at]) => `${short(value)} at ${at}`).join(", ")}`;
+  }
+  const [least, most] = data.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+  return `${data.length} values from ${short(least)} to ${short(most)}`;
+}

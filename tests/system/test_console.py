@@ -104,7 +104,7 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     page = admin.page
     await admin.see("digits", "unloaded")
     await admin.press("digits", "Load")
-    await page.get_by_label("Version").select_option("1")
+    await page.locator("#load-version").select_option("1")
     await admin.choose("Load")
     await admin.see("digits", "loaded")
     await expect(page.locator("#notices")).to_contain_text("Load of digits completed")
@@ -187,7 +187,9 @@ async def test_failed_and_waiting_loads_need_attention(server: Server, admin: Co
     failed = admin.attention.filter(has_text="broken failed")
     await expect(failed).to_contain_text("invalid_model: ")
     await expect(failed).to_contain_text("as a new version")
-    await expect(failed.get_by_role("button")).to_have_text(re.compile("^Load…"))
+    await expect(failed.get_by_role("button")).to_have_text(
+        [re.compile("^Load…"), re.compile("^Acknowledge")]
+    )
     assert "⚠" in await admin.page.title()
     first = admin.page.locator("#models-rows > tr").first
     await expect(first.locator(".pill")).to_have_text("failed")
@@ -401,7 +403,7 @@ async def test_dialogs_and_search_work_by_keyboard(busy_admin: Console) -> None:
     swap = busy_admin.row("fraud-check").get_by_role("button", name="Swap… fraud-check")
     await swap.focus()
     await page.keyboard.press("Enter")
-    await expect(page.get_by_label("Version")).to_be_focused()
+    await expect(page.locator("#load-version")).to_be_focused()
     await page.keyboard.press("Escape")
     await expect(page.locator("dialog[open]")).to_have_count(0)
     await expect(swap).to_be_focused()

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[object, str]] = {
         const { problems } = await import("/console/problems.js");
         const hence = (seconds) => new Date(Date.now() + seconds * 1000);
         const job = { id: "j", kind: "unload", model_id: "m", status: "in_progress", finished_at: null };
-        const store = { models: new Map(), samples: [], jobsNow: () => [job] };
+        const store = { models: new Map(), failures: new Map(), jobsNow: () => [job] };
         const ages = [];
         for (const seconds of [-3600, 3600, 1]) {
           learnClock(hence(seconds).toUTCString());
@@ -221,52 +221,116 @@ CASES: dict[str, tuple[object, str]] = {
         return [document.activeElement.textContent, list.textContent];
         """,
     ),
-    "charts show rates between two samples": (
-        [
-            150,
-            [
-                [None, None, None, []],
-                [5, 1, 4, []],
-                [0, 0, None, [4000]],
-                [0, 0, None, [4000]],
-                [1.5, 0, 3, []],
-            ],
-        ],
+    "requests without an answer are stuck": (
+        [[], [4000], [4000], [], [10_000]],
         """
-        const { sample } = await import("/console/samples.js");
-        const stats = (requests, failures, ns) => [{ name: "m", version: "1", inference_stats: {
-          success: { count: requests, ns }, fail: { count: failures, ns: 0 } } }];
-        const use = (in_flight) => ({ used_bytes: 5, reserved_bytes: 1, models: [
+        const { look } = await import("/console/stuck.js");
+        const stats = (requests, failures) => [{ name: "m", version: "1", inference_stats: {
+          success: { count: requests }, fail: { count: failures } } }];
+        const use = (in_flight) => ({ models: [
           { job_id: "j", model_id: "m", version: 1, in_flight, phase: "serving" }] });
-        let looks = sample([], use(0), stats(100, 0, 1e9), 0);
-        looks = sample(looks, use(0), stats(110, 2, 1e9 + 40e6), 2000);
-        looks = sample(looks, use(1), stats(110, 2, 1e9 + 40e6), 4000);
-        looks = sample(looks, use(1), stats(110, 2, 1e9 + 40e6), 6000);
-        looks = sample(looks, use(0), stats(3, 0, 9e6), 8000); // loaded again
-        const told = looks.map((look) =>
-          [look.perSecond, look.failedPerSecond, look.latencyMs, [...look.stuck.values()]]);
-        for (let at = 10_000; at < 1_000_000; at += 2000) looks = sample(looks, use(0), [], at);
-        return [looks.length, told];
+        const told = [];
+        let last = null;
+        for (const [at, flying, ...counts] of [[2000, 0], [4000, 1, 7, 0], [6000, 1, 7, 0], [8000, 1, 7, 1],
+          [10_000, 1, 7, 1]]) {
+          last = look(last, use(flying), counts.length ? stats(...counts) : [], at);
+          told.push([...last.since.values()]);
+        }
+        return told;
         """,
     ),
-    "a stuck model is a problem": (
+    "problems: stuck, over budget, unclean, grouped by cause": (
         [
             [],
             [["critical", "m does not answer", "2 requests in flight, none answered for 13 s.", "unload"]],
             [["critical", "Memory is over budget", "By 7 B of 100 B: models have grown.", None]],
+            [["warning", "The server ended unexpectedly", "The last event was recorded", None]],
+            [
+                ["critical", "3 models are not valid ONNX", "Asked for by alice, bob.", None],
+                ["j1", "j2", "j3"],
+            ],
         ],
         """
         const { problems } = await import("/console/problems.js");
         const use = { job_id: "j", model_id: "m", in_flight: 2 };
         const resources = { models: [use], waiting: [], budget_bytes: 100, free_bytes: 50 };
         const models = new Map([["m", { id: "m", state: "loaded", error: null }]]);
-        const samples = [{ stuck: new Map([["j", 1000]]) }];
-        const store = { models, samples, resources, jobs: [], jobsNow: () => [] };
+        const looked = { since: new Map([["j", 1000]]) };
+        const store = { models, looked, resources, started: null, failures: new Map(), jobsNow: () => [] };
         const told = (each) => [each.level, each.title, each.why, each.offers[0]?.do];
         const at = (now) => problems(store, now).map(told);
-        const before = at(10_000), after = at(14_000);
+        const found = [at(10_000), at(14_000)];
         resources.free_bytes = -7;
-        return [before, after, at(9000)];
+        found.push(at(9000));
+        resources.free_bytes = 50;
+        const seen = { unclean: true, last_event_at: "2026-01-01T00:00:00Z", last_seen_at: null };
+        store.started = { position: 9, recorded_at: "2026-01-01T00:01:00Z", data: seen };
+        found.push(at(9000).map(([level, title, why]) => [level, title, why.slice(0, 27), null]));
+        store.started = null;
+        for (const [number, by] of [[1, "bob"], [2, "alice"], [3, "bob"]]) {
+          const id = `broken${number}`;
+          models.set(id, { id, state: "failed", error: { code: "invalid_model", message: "no" } });
+          store.failures.set(id, { id: `j${number}`, requested_by: by, finished_at: null });
+        }
+        const [group] = problems(store, 9000);
+        const { level, title, why, occurrence, members } = group;
+        return [...found, [level, title, why, occurrence, members.length]];
+        """,
+    ),
+    "a chart draws samples, breaks at gaps and is read by keyboard": (
+        ["p50 2 ms", 2, ["0", "3"], "p50 2 ms", True],
+        """
+        const { chart } = await import("/console/charts.js");
+        const ago = (seconds) => new Date(Date.now() - seconds * 1000).toISOString();
+        const points = [[90, 0.001], [80, 0.003], [20, null], [10, 0.002]]
+          .map(([seconds, p50_s]) => ({ at: ago(seconds), p50_s }));
+        const of = { kind: "p50", name: "p50", of: (point) => point.p50_s };
+        const headline = () => ({ headline: "p50 2 ms", summary: "in the last hour" });
+        const { node, draw } = chart("Latency", [of], (value) => `${value * 1000} ms`, { headline });
+        document.body.append(node);
+        draw({ range: "1h", interval_s: 10, points });
+        const slider = node.querySelector("input"), figure = node.querySelector(".figure");
+        const said = [figure.textContent, node.querySelector("path").getAttribute("d").split("M").length - 1];
+        said.push([slider.min, slider.max]);
+        slider.value = 3;
+        slider.dispatchEvent(new Event("input"));
+        said.push(figure.textContent, / p50 2 ms$/.test(slider.getAttribute("aria-valuetext")));
+        node.remove();
+        return said;
+        """,
+    ),
+    "files become tensors": (
+        [
+            ["FP32", [2], [1.5, -2]],
+            "its type >f4 cannot be sent: save numbers or booleans, little-endian",
+            [[255, 0, 0, 0, 0, 255], [255, 0, 0, 0, 0, 255]],
+            [True, [1, 3, 1, 2], [0.5, 0.5, 0, 0, 0, 0]],
+        ],
+        """
+        const { laidOut, npy, readTensor } = await import("/console/files.js");
+        const saved = (descr) => {
+          const head = `{'descr': '${descr}', 'fortran_order': False, 'shape': (2,), }`.padEnd(117) + "\n";
+          const bytes = new Uint8Array(10 + head.length + 8);
+          bytes.set([0x93, ...new TextEncoder().encode("NUMPY"), 1, 0, head.length, 0]);
+          bytes.set(new TextEncoder().encode(head), 10);
+          bytes.set(new Uint8Array(Float32Array.of(1.5, -2).buffer), 10 + head.length);
+          return bytes.buffer;
+        };
+        const { datatype, shape, data } = npy(saved("<f4"));
+        let refused = "";
+        try { npy(saved(">f4")); } catch (error) { refused = error.message; }
+        const pixels = Uint8ClampedArray.of(255, 0, 0, 255, 0, 0, 255, 255);
+        const lay = (first) => [...laidOut(pixels, { channels: 3, first }, "byte", Uint8Array)];
+        const canvas = Object.assign(document.createElement("canvas"), { width: 4, height: 2 });
+        canvas.getContext("2d").fillStyle = "rgb(128 0 0)";
+        canvas.getContext("2d").fillRect(0, 0, 4, 2);
+        const blob = await new Promise((done) => canvas.toBlob(done));
+        const input = { name: "x", datatype: "FP32", shape: [-1, 3, 1, 2] };
+        const image = await readTensor(new File([blob], "cat.png", { type: "image/png" }), input, "unit");
+        const values = [...new Float32Array(image.data.buffer)].map((value) => Math.round(value * 100) / 100);
+        return [[datatype, shape, [...new Float32Array(data.slice().buffer)]], refused,
+          [lay(true), lay(false)],
+          [image.said.endsWith("RGB, 0 to 1"), image.shape, values]];
         """,
     ),
     "control characters are replaced, figures have units": (

@@ -1,0 +1,84 @@
+// Tensors from files: NumPy's arrays (.npy), and images, which are scaled and laid out as the model's input wants them.
+
+const MAGIC = "\u0093NUMPY";
+const TYPES = {
+  "|b1": "BOOL", "|i1": "INT8", "|u1": "UINT8", "<i2": "INT16", "<u2": "UINT16", "<i4": "INT32", "<u4": "UINT32",
+  "<i8": "INT64", "<u8": "UINT64", "<f2": "FP16", "<f4": "FP32", "<f8": "FP64",
+};
+const MEANS = [0.485, 0.456, 0.406], DEVIATIONS = [0.229, 0.224, 0.225]; // of ImageNet, as most vision models were trained
+const MOST_PIXELS = 16e6; // 64 MB of FP32 of one channel: more does not fit into a request
+
+export const SCALES = { unit: "0 to 1", byte: "0 to 255", imagenet: "ImageNet's mean and deviation" };
+
+// Reads a file for an input. Returns {datatype, shape, data, said}; throws RangeError with what is wrong, for people.
+export async function readTensor(file, input, scale) {
+  if (/\.npy$/i.test(file.name)) return fitted(npy(await file.arrayBuffer()), input);
+  if (file.type.startsWith("image/")) return image(file, input, scale);
+  throw new RangeError("choose a .npy array or an image");
+}
+
+// A .npy file, of the format's versions 1 to 3.
+export function npy(buffer) {
+  const view = new DataView(buffer), text = (from, to) => new TextDecoder("latin1").decode(buffer.slice(from, to));
+  if (buffer.byteLength < 12 || ![...MAGIC].every((letter, at) => letter.charCodeAt(0) === view.getUint8(at))) throw new RangeError("this is no .npy file");
+  const isLong = view.getUint8(6) > 1, start = isLong ? 12 : 10;
+  const end = start + (isLong ? view.getUint32(8, true) : view.getUint16(8, true));
+  const head = text(start, end);
+  const descr = /'descr':\s*'([^']+)'/.exec(head)?.[1], shape = /'shape':\s*\(([^)]*)\)/.exec(head)?.[1];
+  if (descr === undefined || shape === undefined) throw new RangeError("its header cannot be read: save one array, without fields");
+  if (!(descr in TYPES)) throw new RangeError(`its type ${descr} cannot be sent: save numbers or booleans, little-endian`);
+  if (/'fortran_order':\s*True/.test(head)) throw new RangeError("it is in Fortran order: save numpy.ascontiguousarray(array)");
+  const sizes = shape.split(",").map((size) => size.trim()).filter(Boolean).map(Number);
+  return { datatype: TYPES[descr], shape: sizes, data: new Uint8Array(buffer, end), said: `${TYPES[descr]} [${sizes.join(", ")}]` };
+}
+
+// An array of another precision becomes what the input takes; anything else the server refuses by name.
+function fitted(array, { datatype }) {
+  if (array.datatype !== "FP64" || datatype !== "FP32") return array;
+  const values = Float32Array.from(new Float64Array(array.data.slice().buffer));
+  return { ...array, datatype, data: new Uint8Array(values.buffer), said: `${array.said}, sent as FP32` };
+}
+
+// Where an input has its channels, height and width; null for what is no image.
+export function layoutOf(shape) {
+  const sizes = shape.slice(-3), isChannels = (size) => size === 1 || size === 3;
+  if (shape.length < 3 || shape.length > 4) return null;
+  if (isChannels(sizes[0])) return { channels: sizes[0], height: sizes[1], width: sizes[2], first: true };
+  if (isChannels(sizes[2])) return { channels: sizes[2], height: sizes[0], width: sizes[1], first: false };
+  return null;
+}
+
+async function image(file, { name, datatype, shape }, scale) {
+  const layout = layoutOf(shape);
+  if (layout === null) throw new RangeError(`${name} has the shape [${shape.join(", ")}], which is no image of 1 or 3 channels`);
+  if (!["FP32", "UINT8"].includes(datatype)) throw new RangeError(`${name} takes ${datatype}: an image can be sent as FP32 or UINT8; save a .npy array`);
+  const bitmap = await createImageBitmap(file).catch(() => {
+    throw new RangeError("the browser cannot read this image");
+  });
+  const height = layout.height > 0 ? layout.height : bitmap.height, width = layout.width > 0 ? layout.width : bitmap.width;
+  if (height * width > MOST_PIXELS) throw new RangeError(`${width} × ${height} pixels are too many for one request`);
+  const canvas = Object.assign(document.createElement("canvas"), { width, height }).getContext("2d", { willReadFrequently: true });
+  canvas.drawImage(bitmap, 0, 0, width, height);
+  const pixels = canvas.getImageData(0, 0, width, height).data;
+  const values = laidOut(pixels, layout, datatype === "UINT8" ? "byte" : scale, datatype === "UINT8" ? Uint8Array : Float32Array);
+  const sizes = layout.first ? [layout.channels, height, width] : [height, width, layout.channels];
+  const colours = layout.channels === 3 ? "RGB" : "grey", scaled = datatype === "UINT8" ? SCALES.byte : SCALES[scale];
+  return {
+    datatype, shape: shape.length === 4 ? [1, ...sizes] : sizes, data: new Uint8Array(values.buffer),
+    said: `${bitmap.width} × ${bitmap.height} pixels, scaled to ${width} × ${height}, ${colours}, ${scaled}`,
+  };
+}
+
+// Pixels of four bytes as channels; grey by the weights of BT.601, as most programs have it.
+export function laidOut(pixels, { channels, first }, scale, Kind) {
+  const count = pixels.length / 4, values = new Kind(count * channels);
+  for (let at = 0; at < count; at++) {
+    const colour = pixels.subarray(at * 4, at * 4 + 3);
+    const parts = channels === 3 ? colour : [0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]];
+    for (let channel = 0; channel < channels; channel++) {
+      const value = scale === "byte" ? parts[channel] : parts[channel] / 255;
+      values[first ? channel * count + at : at * channels + channel] = scale === "imagenet" ? (value - MEANS[channel]) / DEVIATIONS[channel] : value;
+    }
+  }
+  return values;
+}
