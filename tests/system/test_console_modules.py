@@ -245,10 +245,7 @@ CASES: dict[str, tuple[object, str]] = {
             [["critical", "m does not answer", "2 requests in flight, none answered for 13 s.", "unload"]],
             [["critical", "Memory is over budget", "By 7 B of 100 B: models have grown.", None]],
             [["warning", "The server ended unexpectedly", "The last event was recorded", None]],
-            [
-                ["critical", "3 models are not valid ONNX", "Asked for by alice, bob.", None],
-                ["j1", "j2", "j3"],
-            ],
+            ["critical", "3 models are not valid ONNX", "Asked for by alice, bob.", "j1,j2,j3", 3],
         ],
         """
         const { problems } = await import("/console/problems.js");
@@ -309,7 +306,7 @@ CASES: dict[str, tuple[object, str]] = {
         """
         const { laidOut, npy, readTensor } = await import("/console/files.js");
         const saved = (descr) => {
-          const head = `{'descr': '${descr}', 'fortran_order': False, 'shape': (2,), }`.padEnd(117) + "\n";
+          const head = `{'descr': '${descr}', 'fortran_order': False, 'shape': (2,), }`.padEnd(118);
           const bytes = new Uint8Array(10 + head.length + 8);
           bytes.set([0x93, ...new TextEncoder().encode("NUMPY"), 1, 0, head.length, 0]);
           bytes.set(new TextEncoder().encode(head), 10);
