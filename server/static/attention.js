@@ -55,6 +55,7 @@ function openConfinement(confinement) {
 function well(store, away) {
   if (!store.resources) return "Loading…";
   if (away) return "Nothing new.";
+  if (!store.models.size) return "Nothing yet: add a first model below.";
   const loaded = [...store.models.values()].filter((model) => model.state === "loaded").length;
   return `Nothing: ${count(loaded, "model")} loaded, none failed or lost, no job waits.`;
 }

@@ -14,8 +14,8 @@ const MEMORY = [
 export function memoryView(store, histories) {
   const bar = svg("svg", { viewBox: "0 0 1000 28", preserveAspectRatio: "none", role: "img" });
   byId("memory-bar").append(bar);
-  const charts = trafficCharts(MEMORY), range = rangeSwitch(histories, "server");
-  byId("charts").before(range.node);
+  const charts = trafficCharts(MEMORY, () => store.resources?.used_bytes), range = rangeSwitch(histories, "server");
+  byId("charts").before(el("div", { class: "head over-time" }, el("h3", {}, "Over time"), range.node));
   byId("charts").append(...charts.nodes);
   store.watch(() => {
     if (store.resources) draw(bar, store.resources);

@@ -52,7 +52,7 @@ export class ModelPage {
     const path = `/api/v1/models/${encodeURIComponent(id)}`;
     const title = el("h2", { tabindex: "-1", class: "name" }, id);
     const head = headPart(id, title, this.offers, this.store);
-    const charts = trafficCharts(MEMORY), range = rangeSwitch(this.histories, "model");
+    const charts = trafficCharts(MEMORY, () => this.#used()), range = rangeSwitch(this.histories, "model");
     const traffic = panel("traffic", "Requests and memory", [range.node], el("div", { class: "charts" }, ...charts.nodes));
     const tensors = tensorsPart(), calls = callsPart(id), versions = versionsPart(id, this.offers, this.store);
     const jobs = panel("its-jobs", "Jobs", [], el("ul", { class: "jobs-list" }), el("p", { class: "hint" }));
@@ -86,6 +86,12 @@ export class ModelPage {
     parts.tensors.draw(model);
     parts.calls.draw(model);
     this.#draw();
+  }
+
+  // Its memory now; nothing where it has no process.
+  #used() {
+    const uses = this.store.usesOf(this.#id);
+    return uses.length ? uses.reduce((sum, use) => sum + use.memory_bytes, 0) : null;
   }
 
   // The model with its inputs and outputs, which the protocol's metadata has for a loaded one.

@@ -18,7 +18,9 @@ export function modelsView(store, offers) {
     keyed(byId("models-rows"), wanted.slice(0, most), (model) => model.id, (model) => row(model, offers, store), (node, model) => node.update(model));
     const loaded = all.filter((model) => model.state === "loaded").length;
     setText(byId("models-count"), `${loaded} loaded of ${all.length}`);
-    tell(byId("models-none"), wanted.length ? "" : all.length ? "No model matches." : "The repository has no models yet. Add one here, or as MODEL/VERSION/model.onnx in the repository's folder.");
+    tell(byId("models-none"), wanted.length || !all.length ? "" : "No model matches.");
+    show(byId("models-empty"), store.resources !== null && !all.length);
+    show(byId("models-table"), wanted.length > 0);
     show(byId("models-more"), wanted.length > most);
   };
   setText(byId("models-loaded"), `Loaded (${zone()})`);

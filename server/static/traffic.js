@@ -8,8 +8,9 @@ import { RANGES } from "./history.js";
 const milliseconds = (value) => (value == null ? "–" : value < 0.01 ? `${Number((value * 1000).toPrecision(2))} ms` : duration(value));
 const perSecond = (value) => `${value != null && value < 10 ? Number(value.toFixed(2)) : number(value)}/s`;
 
-// `memory` are the lines of the memory chart: of the server and of a model they are others.
-export function trafficCharts(memory) {
+// `memory` are the lines of the memory chart: of the server and of a model they are others. `now` tells what the first
+// of them is at the moment, which is newer than the last sample.
+export function trafficCharts(memory, now) {
   let interval = 10, failed = false;
   const latency = chart("Latency", [
     { kind: "p50", name: "p50", of: (point) => point.p50_s },
@@ -20,7 +21,7 @@ export function trafficCharts(memory) {
     { kind: "plain", name: "answered", of: (point) => point.requests / interval },
     { kind: "bad", name: "failed", of: (point) => (failed ? point.failures / interval : null) },
   ], perSecond, { headline: requestsHeadline });
-  const used = chart("Memory", memory, bytes, { headline: (history) => memoryHeadline(history, memory) });
+  const used = chart("Memory", memory, bytes, { headline: (history) => memoryHeadline(history, memory[0], now()) });
   const charts = [latency, requests, used];
   return {
     nodes: charts.map((each) => each.node),
@@ -47,12 +48,10 @@ function requestsHeadline(history) {
   return { headline: perSecond(rate), summary: `${requests.toLocaleString("en")} answered${failed} ${when(history)}` };
 }
 
-function memoryHeadline(history, lines) {
-  const last = history.points.at(-1);
-  const now = last ? lines.map((line) => line.of(last)) : [];
-  if (!now.length || now[0] == null) return { headline: "–", summary: "no process now" };
-  const most = Math.max(...history.points.map((point) => lines[0].of(point) ?? 0));
-  return { headline: bytes(now[0]), summary: `now; at most ${bytes(most)} ${when(history)}` };
+function memoryHeadline(history, line, now) {
+  if (now == null) return { headline: "–", summary: "no process now" };
+  const most = Math.max(now, ...history.points.map((point) => line.of(point) ?? 0));
+  return { headline: bytes(now), summary: `now, at most ${bytes(most)}` };
 }
 
 // Buttons for the range of the charts; `which` history they are about.

@@ -1,7 +1,7 @@
 // A new version from a dropped or chosen file: sent with its progress shown, then offered to be loaded.
 
 import { dialog } from "./dialogs.js";
-import { byId, setText, show } from "./dom.js";
+import { byId, setText, show, tell } from "./dom.js";
 import { bytes, oneLine } from "./format.js";
 
 const FORMS = [
@@ -25,11 +25,12 @@ export function uploads(api, store, offers) {
   picked.addEventListener("change", () => take(picked.files[0] ?? null));
   name.addEventListener("input", suggest);
   takeDrops(about.node, null);
+  document.body.classList.add("may-add");
   store.watch(() => document.body.classList.toggle("read-only", isReadOnly()));
 
   function take(chosen) {
     file = chosen;
-    setText(byId("upload-chosen"), file ? `${oneLine(file.name, 200)}, ${bytes(file.size)}` : "No file is chosen.");
+    tell(byId("upload-chosen"), file ? `${oneLine(file.name, 200)}, ${bytes(file.size)}` : "");
     if (file && !name.value) name.value = idOf(file.name);
     suggest();
   }
