@@ -6,7 +6,9 @@ from setuptools import find_packages, setup
 
 OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
+IMAGES = ["Pillow>=11"]
 TEST = [
+    *IMAGES,
     *OTEL,
     *EXTENSIONS,
     "axe-playwright-python>=0.1.4",
@@ -65,6 +67,7 @@ setup(
     extras_require={
         "docs": DOCS,  # for `make docs` alone
         "test": TEST,
+        "images": IMAGES,  # for `loadledger infer` with pictures
         "hostile": ["schemathesis>=4.32"],  # beside "test", for `make hostile` alone
         "extensions": EXTENSIONS,
         "otel": OTEL,

@@ -1,14 +1,15 @@
 """The Python client of a loadledger server; `loadledger.cli` is the command.
 
 `Client` (client.py) blocks, `AsyncClient` (aio.py) is for event loops. Both have the operations of
-operations.py, written once as coroutines over a transport: transport.py uses the standard library,
-aiotransport.py uses aiohttp. An operation goes this way:
+operations.py, written once as coroutines over one of the transports in transports/. An operation goes this
+way:
 
     operations.py    arguments -> request (paging, polling in jobs.py, events in stream.py)
-    inference.py     tensors -> request and answer -> lists, in binary; datatypes in tensors.py
+    inference.py     arrays -> request and answer -> arrays, in binary; datatypes in tensors.py
     requests.py      requests; answer -> value of records.py or exception
     retries.py       request -> answer, with retries and back-off
     problems.py      the exceptions
+    profiles.py      which server: variables and profiles
 
 To add an operation, add a method to `Operations` and name it in `Client`. Public names are imported on first
 use, since every run of the command imports this package; type checkers find them in `__init__.pyi`.
@@ -31,7 +32,9 @@ _MODULES = {
         "ServerError",
         "ServerUnreachable",
     ),
-    "records": ("Event", "Head", "Health", "Job", "Model", "Resources"),
+    "profiles": ("ProfileProblem",),
+    "inference": ("InferenceResult",),
+    "records": ("Event", "Head", "Health", "Job", "Model", "ModelMetadata", "ModelTensor", "Resources"),
 }
 _PLACES = {name: f"loadledger.{module}:{name}" for module, names in _MODULES.items() for name in names}
 __all__ = [*_PLACES]  # noqa: PLE0604 - names are imported on first use

@@ -1,5 +1,6 @@
 from loadledger.aio import AsyncClient as AsyncClient
 from loadledger.client import Client as Client
+from loadledger.inference import InferenceResult as InferenceResult
 from loadledger.problems import Archived as Archived
 from loadledger.problems import BadAnswer as BadAnswer
 from loadledger.problems import Busy as Busy
@@ -10,9 +11,12 @@ from loadledger.problems import NotAllowed as NotAllowed
 from loadledger.problems import NotFound as NotFound
 from loadledger.problems import ServerError as ServerError
 from loadledger.problems import ServerUnreachable as ServerUnreachable
+from loadledger.profiles import ProfileProblem as ProfileProblem
 from loadledger.records import Event as Event
 from loadledger.records import Head as Head
 from loadledger.records import Health as Health
 from loadledger.records import Job as Job
 from loadledger.records import Model as Model
+from loadledger.records import ModelMetadata as ModelMetadata
+from loadledger.records import ModelTensor as ModelTensor
 from loadledger.records import Resources as Resources

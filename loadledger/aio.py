@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Self
 
 from loadledger.address import MAX_ANSWER_BYTES, Address, ConnectionOptions
-from loadledger.aiotransport import AioTransport
 from loadledger.operations import Operations
+from loadledger.profiles import find_target
 from loadledger.requests import CallContext
+from loadledger.transports.asynchronous import AioTransport
 
 
 class AsyncClient(Operations):
@@ -33,6 +35,36 @@ class AsyncClient(Operations):
         options = ConnectionOptions(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
         self._transport = AioTransport(options)
         super().__init__(CallContext(options.address, timeout_s, self._transport))
+
+    @classmethod
+    def from_profile(
+        cls,
+        profile: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
+    ) -> Self:
+        """Return a client of the server that the command line talks to.
+
+        The variables LOADLEDGER_URL, LOADLEDGER_TOKEN and LOADLEDGER_CA count first, then the profile that
+        `loadledger login` wrote, then http://127.0.0.1:8080. A profile's token goes to its own URL only.
+
+        Args:
+            profile: name or path of the profile; default: LOADLEDGER_PROFILE, then the one without a name.
+            timeout_s: as of the client.
+            max_answer_bytes: as of the client.
+
+        Raises:
+            ProfileProblem: the profile does not exist, or cannot be used.
+        """
+        target = find_target(None, profile, os.environ)
+        return cls(
+            target.url,
+            token=target.token,
+            timeout_s=timeout_s,
+            ca_file=target.ca,
+            max_answer_bytes=max_answer_bytes,
+        )
 
     async def __aenter__(self) -> Self:
         return self

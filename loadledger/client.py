@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self
 
 from loadledger.address import MAX_ANSWER_BYTES, Address, ConnectionOptions
 from loadledger.operations import Operations
+from loadledger.profiles import find_target
 from loadledger.requests import CallContext, T
-from loadledger.transport import BlockingTransport, iterate, run
+from loadledger.transports.blocking import BlockingTransport, iterate, run
 
 P = ParamSpec("P")
 
@@ -35,6 +38,29 @@ def _iterating(
     @wraps(method)
     def call(self: Client, /, *arguments: P.args, **options: P.kwargs) -> Generator[T, None, None]:
         return iterate(method(self._calls, *arguments, **options))
+
+    return call
+
+
+def _managing(
+    method: Callable[Concatenate[Operations, P], AbstractAsyncContextManager[T]],
+) -> Callable[Concatenate[Client, P], AbstractContextManager[T]]:
+    """Make an operation around an `async with` block one around a `with` block."""
+
+    @contextmanager
+    def manage(manager: AbstractAsyncContextManager[T]) -> Generator[T, None, None]:
+        value = run(manager.__aenter__())
+        try:
+            yield value
+        except BaseException as error:
+            if not run(manager.__aexit__(type(error), error, error.__traceback__)):
+                raise
+        else:
+            run(manager.__aexit__(None, None, None))
+
+    @wraps(method)
+    def call(self: Client, /, *arguments: P.args, **options: P.kwargs) -> AbstractContextManager[T]:
+        return manage(method(self._calls, *arguments, **options))
 
     return call
 
@@ -68,6 +94,36 @@ class Client:
         self._transport = BlockingTransport(options)
         self._calls = Operations(CallContext(options.address, timeout_s, self._transport))
 
+    @classmethod
+    def from_profile(
+        cls,
+        profile: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
+    ) -> Self:
+        """Return a client of the server that the command line talks to.
+
+        The variables LOADLEDGER_URL, LOADLEDGER_TOKEN and LOADLEDGER_CA count first, then the profile that
+        `loadledger login` wrote, then http://127.0.0.1:8080. A profile's token goes to its own URL only.
+
+        Args:
+            profile: name or path of the profile; default: LOADLEDGER_PROFILE, then the one without a name.
+            timeout_s: as of the client.
+            max_answer_bytes: as of the client.
+
+        Raises:
+            ProfileProblem: the profile does not exist, or cannot be used.
+        """
+        target = find_target(None, profile, os.environ)
+        return cls(
+            target.url,
+            token=target.token,
+            timeout_s=timeout_s,
+            ca_file=target.ca,
+            max_answer_bytes=max_answer_bytes,
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -99,6 +155,8 @@ class Client:
     resources = _blocking(Operations.resources)
     head = _blocking(Operations.head)
     health = _blocking(Operations.health)
+    metadata = _blocking(Operations.metadata)
     infer = _blocking(Operations.infer)
+    loaded = _managing(Operations.loaded)
     events = _iterating(Operations.events)
     get = _blocking(Operations.get)

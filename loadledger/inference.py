@@ -1,118 +1,323 @@
-"""How is an inference written and its answer read? Tensors in binary; small ones as JSON where it has them.
+"""How is an inference sent and its answer read? Tensors in binary, outputs as numpy arrays.
 
-What does not fit its datatype stays JSON, so that the server says what is wrong with it.
+The datatype of an array is its dtype's. Those of lists, and of arrays that the model refuses, come from the
+model's metadata, which a client remembers. A model may change; so the server checks each datatype, refuses a
+wrong one without running anything, and the inference is sent again with those of the metadata.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from loadledger.address import Address
-from loadledger.problems import BadAnswer
-from loadledger.requests import Answer, decode_value, encode_json
-from loadledger.tensors import flatten, pack, unpack
+from loadledger.problems import BadAnswer, ServerError
+from loadledger.records import ModelMetadata
+from loadledger.requests import (
+    HEADER_LENGTH,
+    MAX_LENGTH_DIGITS,
+    Answer,
+    Buffer,
+    CallContext,
+    Request,
+    decode_value,
+    encode_json,
+    get_request,
+)
+from loadledger.retries import fetch, send_request
 
-HEADER_LENGTH = "Inference-Header-Content-Length"
-MAX_LENGTH_DIGITS = 18
-SMALL_ELEMENTS = 256
-"""A tensor of so many elements stays readable as JSON, which takes the server no longer."""
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""By name: an array, a nested list or a tensor of the protocol; or a list of named tensors.
 
-_BINARY_ONLY = frozenset({"FP16", "BF16"})
-
+The `data` of a tensor is an array or a nested list.
+"""
+Datatypes = Mapping[str, str]
+"""The datatypes of a model's inputs, by name."""
 Json = dict[str, Any]
 
+NOT_LOADED = frozenset({"model_not_loaded", "model_unloading"})
+REFUSED = "invalid_input"
+"""The server's code for inputs that do not fit the model; nothing ran."""
+MAX_REMEMBERED = 1000
+"""Models whose datatypes a client remembers."""
 
-def encode_inference(tensors: Iterable[Json], members: Mapping[str, Any]) -> tuple[dict[str, str], bytes]:
-    """Return the header fields and the body of an inference; its outputs are to come back in binary.
+
+class InferenceResult(Mapping[str, Any]):
+    """The outputs of an inference: numpy arrays by name.
+
+    BF16 is FP32, and elements of BYTES are str, in which bytes that are no UTF-8 are surrogates.
+
+    Attributes:
+        model_name: the model.
+        model_version: the version that answered.
+        datatypes: of the outputs, by name, as the server names them.
+        id: of the request, if it had one.
+        parameters: of the answer.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], datatypes: Mapping[str, str], head: InferenceHead) -> None:
+        self._arrays = dict(arrays)
+        self.datatypes = dict(datatypes)
+        self.model_name = head.model_name
+        self.model_version = head.model_version
+        self.id = head.id
+        self.parameters = head.parameters
+
+    def __getitem__(self, name: str) -> Any:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        outputs = ", ".join(
+            f"{name}: {self.datatypes[name]}{list(each.shape)}" for name, each in self._arrays.items()
+        )
+        return f"InferenceResult({self.model_name}/{self.model_version}: {outputs})"
+
+
+class OutputHead(msgspec.Struct, frozen=True):
+    """An output as the answer's JSON describes it."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: Json = {}
+    data: Any = msgspec.UNSET
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of a binary output; None of one in JSON."""
+        size = self.parameters.get("binary_data_size")
+        return size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None
+
+
+class InferenceHead(msgspec.Struct, frozen=True):
+    """The JSON of an answer."""
+
+    outputs: list[OutputHead] = []
+    model_name: str = ""
+    model_version: str | None = None
+    id: str | None = None
+    parameters: Json = {}
+
+
+@dataclass(frozen=True, slots=True)
+class InputTensor:
+    """An input as it is sent: its members in JSON, and its data in binary if it is not among them."""
+
+    members: Json
+    data: Buffer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceCall:
+    """One inference.
+
+    Attributes:
+        path: of the model.
+        members: of the request, beside its inputs.
+    """
+
+    path: str
+    inputs: Inputs
+    members: Mapping[str, Any] = field(default_factory=dict)
+    timeout_s: float | None = None
+
+
+class Inferences:
+    """Runs inferences and remembers the datatypes of models."""
+
+    def __init__(self, context: CallContext) -> None:
+        self._context = context
+        self._known: dict[str, Datatypes] = {}
+
+    async def run(self, call: InferenceCall) -> InferenceResult:
+        """Run one inference.
+
+        Raises:
+            ServerError: the server refused.
+            ValueError: the model has no such input, or a value does not fit it.
+        """
+        remembered = known = self._known.get(call.path)
+        if known is None and _needs_datatypes(call.inputs):
+            known = await self._find_datatypes(call.path)
+        tensors = list[InputTensor]()
+        try:
+            tensors = build_tensors(call.inputs, known)
+            return await self._send(call, tensors)
+        except ServerError as error:
+            if error.code != REFUSED or _are_tensors(call.inputs):
+                raise
+            refusal: Exception = error
+        except ValueError as error:
+            if remembered is None:
+                raise
+            refusal = error
+        found = await self._find_datatypes(call.path)
+        try:
+            again = build_tensors(call.inputs, found)
+        except ValueError as error:
+            raise (refusal if isinstance(refusal, ServerError) else error) from None
+        if [each.members for each in again] == [each.members for each in tensors]:
+            raise refusal
+        return await self._send(call, again)
+
+    async def _send(self, call: InferenceCall, tensors: Sequence[InputTensor]) -> InferenceResult:
+        headers, text, attachments = encode_inference(tensors, call.members)
+        request = Request(
+            "POST",
+            f"{call.path}/infer",
+            headers,
+            text,
+            repeatable=False,
+            timeout_s=call.timeout_s,
+            attachments=attachments,
+        )
+        return decode_inference(await send_request(self._context, request), self._context.address)
+
+    async def _find_datatypes(self, path: str) -> Datatypes | None:
+        """Return the datatypes of the metadata; None of a model that is not loaded."""
+        try:
+            metadata = await fetch(self._context, get_request(path), ModelMetadata)
+        except ServerError as problem:
+            if problem.code in NOT_LOADED:
+                return None
+            raise
+        if len(self._known) >= MAX_REMEMBERED:
+            self._known.clear()
+        found = self._known[path] = {tensor.name: tensor.datatype for tensor in metadata.inputs}
+        return found
+
+
+def build_tensors(inputs: Inputs, known: Datatypes | None) -> list[InputTensor]:
+    """Return the inputs as tensors.
+
+    Args:
+        inputs: of the caller.
+        known: datatypes of the model's inputs; without them, those of lists are guessed.
+
+    Raises:
+        ValueError: the model has no such input, or a value does not fit it.
+    """
+    if not isinstance(inputs, Mapping):
+        return [_whole_tensor(dict(tensor)) for tensor in inputs]
+    return [
+        _whole_tensor({"name": name, **value}) if isinstance(value, Mapping) else _tensor(name, value, known)
+        for name, value in inputs.items()
+    ]
+
+
+def encode_inference(
+    tensors: Sequence[InputTensor], members: Mapping[str, Any]
+) -> tuple[dict[str, str], bytes, tuple[Buffer, ...]]:
+    """Return header fields, JSON and tensors of an inference; its outputs are to come back in binary.
 
     Raises:
         ValueError: a value cannot be sent.
     """
-    heads, payload = list[Json](), list[bytes]()
-    for tensor in tensors:
-        data = _binary_data(tensor)
-        if data is None:
-            heads.append(tensor)
-            continue
-        parameters = {**(tensor.get("parameters") or {}), "binary_data_size": len(data)}
-        heads.append({key: tensor[key] for key in tensor if key != "data"} | {"parameters": parameters})
-        payload.append(data)
+    heads = [_input_head(tensor) for tensor in tensors]
     parameters = {"binary_data_output": True, **(members.get("parameters") or {})}
     text = encode_json({"inputs": heads, **members, "parameters": parameters})
+    payload = tuple(tensor.data for tensor in tensors if tensor.data is not None)
     fields = {"Content-Type": "application/json", "Accept": "application/json, application/octet-stream"}
     if payload:
         fields |= {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
-    return fields, b"".join([text, *payload])
+    return fields, text, payload
 
 
-def decode_inference(answer: Answer, address: Address) -> Json:
-    """Return the answer to an inference with the elements of each output as a list, `data`.
+def decode_inference(answer: Answer, address: Address) -> InferenceResult:
+    """Return the outputs of an inference.
 
     Raises:
         ServerError: the server refused.
         BadAnswer: the body has another shape.
     """
-    length = answer.headers.get(HEADER_LENGTH.lower(), str(len(answer.body)))
+    from loadledger import tensors  # noqa: PLC0415 - it imports numpy
+
+    body = memoryview(answer.body)
+    length = answer.headers.get(HEADER_LENGTH.lower(), str(len(body)))
     is_length = length.isascii() and length.isdecimal() and len(length) <= MAX_LENGTH_DIGITS
-    if not is_length or int(length) > len(answer.body):
+    if not is_length or int(length) > len(body):
         raise _foreign(address, "a length beyond the body")
-    text, payload = answer.body[: int(length)], answer.body[int(length) :]
-    told: Json = decode_value(replace(answer, body=text), Json, address)
-    outputs = told.get("outputs")
-    start = 0
-    for output in outputs if isinstance(outputs, list) else ():
-        size = _binary_size(output)
-        if size is None:
-            continue
+    head = decode_value(Answer(answer.status, answer.headers, body[: int(length)]), InferenceHead, address)
+    arrays, start = dict[str, Any](), int(length)
+    for output in head.outputs:
+        size = output.size
         try:
-            output["data"] = _elements(output, payload[start : start + size])
-        except (ValueError, TypeError, KeyError) as error:
+            if size is None:
+                data = [] if output.data is msgspec.UNSET else output.data
+                arrays[output.name] = tensors.from_json(output.datatype, data, output.shape)
+                continue
+            data = body[start : start + size]
+            arrays[output.name] = tensors.unpack(output.datatype, data, output.shape)
+        except (ValueError, OverflowError, MemoryError) as error:
             raise _foreign(address, str(error)) from None
         start += size
-    return told
+    return InferenceResult(arrays, {output.name: output.datatype for output in head.outputs}, head)
 
 
-def _elements(output: Json, data: bytes) -> list[Any]:
-    values = unpack(output["datatype"], data)
-    if len(values) != math.prod(output["shape"]):
-        raise ValueError(f"{len(data)} bytes are not of its shape")
-    return values
+def _are_tensors(inputs: Inputs) -> bool:
+    """Whether all inputs are tensors, so that the model's metadata is not needed."""
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return all(isinstance(value, Mapping) for value in values)
 
 
-def _binary_data(tensor: Json) -> bytes | None:
-    """Return a tensor's data in binary; None if it stays JSON."""
-    data, datatype = tensor.get("data"), tensor.get("datatype")
-    if isinstance(data, bytes):
-        return data
-    if not isinstance(data, list | tuple) or not isinstance(datatype, str):
-        return None
+def _needs_datatypes(inputs: Inputs) -> bool:
+    """Whether an input is neither a tensor nor an array, so that only the metadata has its datatype."""
+    values = inputs.values() if isinstance(inputs, Mapping) else ()
+    return not all(isinstance(value, Mapping) or hasattr(value, "dtype") for value in values)
+
+
+def _tensor(name: str, value: Any, known: Datatypes | None) -> InputTensor:
+    from loadledger import tensors  # noqa: PLC0415 - it imports numpy
+
+    if known is not None and name not in known:
+        raise ValueError(f"the model has no input {name!r}; it has {', '.join(known) or 'none'}")
+    array = tensors.to_array(name, value)
+    datatype = tensors.guess_datatype(array) if known is None else known[name]
+    if known is None and not hasattr(value, "dtype") and datatype == "FP64":
+        datatype = "FP32"  # lists of floats are more often those of models
+    if datatype is None:
+        raise ValueError(f"input {name!r}: there is no datatype for numpy's {array.dtype}")
+    return _packed({"name": name, "shape": list(array.shape), "datatype": datatype}, array)
+
+
+def _whole_tensor(members: Json) -> InputTensor:
+    """Return a tensor that the caller wrote; what is wrong with it, the server says."""
+    from loadledger import tensors  # noqa: PLC0415 - it imports numpy
+
+    data, datatype = members.get("data"), members.get("datatype")
+    if isinstance(data, bytes | bytearray | memoryview):
+        return InputTensor({key: each for key, each in members.items() if key != "data"}, data)
+    if data is None or not isinstance(datatype, str):
+        return InputTensor(members)
     try:
-        shape, values = flatten(str(tensor.get("name")), data)
-    except ValueError:  # ragged
-        return None
-    if len(shape) != 1 and shape != [*tensor.get("shape", ())]:
-        return None
-    if len(values) <= SMALL_ELEMENTS and datatype not in _BINARY_ONLY and all(map(_has_json, values)):
-        return None
-    return pack(datatype, values)
+        return _packed(members, tensors.to_array(str(members.get("name")), data))
+    except ValueError:
+        plain = data.tolist() if hasattr(data, "tolist") else data
+        return InputTensor({**members, "data": plain})
 
 
-def _has_json(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def _packed(members: Json, array: Any) -> InputTensor:
+    from loadledger import tensors  # noqa: PLC0415 - it imports numpy
+
+    datatype = members["datatype"]
+    data = tensors.pack(tensors.convert(str(members.get("name")), array, datatype), datatype)
+    return InputTensor({key: each for key, each in members.items() if key != "data"}, data)
 
 
-def _binary_size(output: Any) -> int | None:
-    """Return the bytes of a binary output, whose parameters then no longer say so; None of a JSON one."""
-    parameters = output.get("parameters") if isinstance(output, dict) else None
-    size = parameters.pop("binary_data_size", None) if isinstance(parameters, dict) else None
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        return None
-    if not parameters:
-        del output["parameters"]
-    return size
+def _input_head(tensor: InputTensor) -> Json:
+    if tensor.data is None:
+        return tensor.members
+    parameters = {**(tensor.members.get("parameters") or {}), "binary_data_size": len(tensor.data)}
+    return {**tensor.members, "parameters": parameters}
 
 
 def _foreign(address: Address, why: str) -> BadAnswer:

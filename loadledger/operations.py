@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from loadledger.address import path
-from loadledger.inference import decode_inference, encode_inference
+from loadledger.inference import InferenceCall, InferenceResult, Inferences, Inputs
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.problems import NotFound, ServerError
-from loadledger.records import AddedVersion, Event, Head, Health, Job, Model, Resources
+from loadledger.records import AddedVersion, Event, Head, Health, Job, Model, ModelMetadata, Resources
 from loadledger.requests import CallContext, Request, decode_refusal, get_request, post_request
 from loadledger.retries import fetch, send_request
 from loadledger.stream import (
@@ -27,14 +28,8 @@ from loadledger.stream import (
     present_parameters,
     repeated_parameter,
 )
-from loadledger.tensors import Inputs, are_tensors, to_tensors
 from loadledger.uploads import Progress, UploadBody, find_version_files, open_body
 
-Json = dict[str, Any]
-
-NOT_LOADED = frozenset({"model_not_loaded", "model_unloading"})
-REFUSED = "invalid_input"
-"""The server's code for inputs that do not fit the model; nothing ran."""
 TAKEN = frozenset({"precondition_failed", "version_exists"})
 MAX_TAKEN = 3
 """Numbers that are tried if the next version's is taken by something that is no version yet."""
@@ -43,51 +38,12 @@ UPLOAD_ANSWER_S = 300.0
 At = int | str
 """A position of the ledger, or a time with its offset, such as 2026-01-31T14:02:00Z."""
 UNWELL = "unhealthy"
+LOADED, NOT_LOADED = "loaded", "not_loaded"
+"""A model's state, and the code of an unload that is too late."""
+UNUSED = frozenset({"unloaded", "unloading", "failed"})
+"""States of a model that nobody wants loaded; a lost one is brought back by the server."""
 _PATH = re.compile(r"[!-\"$->@-~]+")
 """Visible ASCII characters except `#` and `?`, which end a path."""
-
-
-async def run_inference(
-    context: CallContext, path: str, inputs: Inputs, options: Mapping[str, Any], timeout_s: float | None
-) -> Json:
-    """Run one inference of the model at a path.
-
-    The metadata of an unloaded model is not known, and only an inference loads it on demand. So the first
-    request carries guessed datatypes. A wrong guess is refused, never run, and loads the model; then its
-    metadata is known.
-
-    Raises:
-        ServerError: the server refused.
-        ValueError: the model has no such input, or its lists are ragged.
-    """
-    wanted = {name: value for name, value in options.items() if value is not None}
-
-    async def ask(metadata: Json | None) -> Json:
-        headers, body = encode_inference(to_tensors(inputs, metadata), wanted)
-        request = Request("POST", f"{path}/infer", headers, body, repeatable=False, timeout_s=timeout_s)
-        return decode_inference(await send_request(context, request), context.address)
-
-    async def ask_with_metadata() -> Json:
-        """Send the inference with the datatypes of the model's metadata."""
-        return await ask(await fetch(context, get_request(path), Json))
-
-    if are_tensors(inputs):
-        return await ask(None)
-    try:
-        return await ask_with_metadata()
-    except ServerError as problem:
-        if problem.code not in NOT_LOADED:
-            raise
-    try:
-        return await ask(None)
-    except ServerError as problem:
-        if problem.code != REFUSED:
-            raise
-        refused = problem
-    try:
-        return await ask_with_metadata()
-    except ServerError as problem:
-        raise (refused if problem.code in NOT_LOADED else problem) from None
 
 
 class LoadOptions(TypedDict, total=False):
@@ -111,6 +67,7 @@ class Operations:
 
     def __init__(self, context: CallContext) -> None:
         self._context = context
+        self._inferences = Inferences(context)
 
     @property
     def url(self) -> str:
@@ -311,6 +268,10 @@ class Operations:
                 raise
             return Health(status=problem.detail)
 
+    async def metadata(self, model_id: str, *, version: int | None = None) -> ModelMetadata:
+        """Return what a model takes and gives: names, datatypes and shapes of its inputs and outputs."""
+        return await fetch(self._context, get_request(_model_path(model_id, version)), ModelMetadata)
+
     async def infer(
         self,
         model_id: str,
@@ -320,25 +281,73 @@ class Operations:
         outputs: Iterable[str] | None = None,
         parameters: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
-    ) -> dict[str, Any]:
-        """Run an inference at most once; return the Open Inference Protocol's response.
+    ) -> InferenceResult:
+        """Run an inference at most once; return its outputs as numpy arrays by name.
 
         A server with `--on-demand on` loads the model first if needed.
 
         Args:
             model_id: the model.
-            inputs: nested lists or arrays by name, whose datatypes the metadata gives; or whole tensors.
+            inputs: arrays or nested lists by name, converted to the model's datatypes where no value
+                changes, except that floating-point numbers are rounded; or whole tensors of the protocol.
             version: the version; default: the one that serves.
             outputs: names of the outputs; default: all.
             parameters: parameters of the request.
             timeout_s: instead of the client's timeout.
+
+        Raises:
+            ServerError: the server refused: `model_not_loaded`, `invalid_input`, …
+            ValueError: the model has no such input, or a value does not fit its datatype.
         """
-        at = () if version is None else ("versions", str(version))
-        model = f"/v2{path('models', model_id, *at)}"
         names = None if outputs is None else repeated_parameter("outputs", outputs)
         named = None if names is None else [{"name": name} for _, name in names]
-        options = {"outputs": named, "parameters": parameters}
-        return await run_inference(self._context, model, inputs, options, timeout_s)
+        members = {"outputs": named, "parameters": parameters}
+        given = {name: value for name, value in members.items() if value is not None}
+        call = InferenceCall(_model_path(model_id, version), inputs, given, timeout_s)
+        return await self._inferences.run(call)
+
+    @asynccontextmanager
+    async def loaded(
+        self,
+        model_id: str,
+        version: int | None = None,
+        *,
+        wait_s: float | None = None,
+        **parameters: Unpack[LoadOptions],
+    ) -> AsyncGenerator[Model, None]:
+        """Keep a model loaded within a `with` block, and unload it afterwards if the block has loaded it.
+
+        A model that was loaded before, in whatever version, stays loaded; so does one that somebody has
+        loaded again meanwhile. Blocks that load the same model at once are not counted: the one that loaded
+        it unloads it.
+
+        Args:
+            model_id: the model.
+            version: the version; default: the one that serves, else the highest.
+            wait_s: limit of the wait for the load, in seconds.
+            parameters: how to load; with some, the model is loaded even if it is loaded already.
+
+        Raises:
+            JobFailed: the load failed or was cancelled.
+            JobUnfinished: `wait_s` is over; the load continues, and the model stays loaded.
+        """
+        before = await self.model(model_id)
+        if before.state == LOADED and version in (None, before.version) and not parameters:
+            yield before
+            return
+        job = await self.load(model_id, version, wait=True, wait_s=wait_s, **parameters)
+        try:
+            yield await self.model(model_id)
+        finally:
+            if before.state in UNUSED and (await self.model(model_id)).job_id == job.id:
+                await self._unload_if_loaded(model_id)
+
+    async def _unload_if_loaded(self, model_id: str) -> None:
+        try:
+            await self.unload(model_id, wait=True)
+        except ServerError as problem:
+            if problem.code != NOT_LOADED:
+                raise
 
     def events(
         self,
@@ -393,3 +402,8 @@ class Operations:
                 f"{path!r} has characters that a path cannot have: encode them, and pass a query as `query`"
             )
         return await fetch(self._context, get_request(path, list((query or {}).items())), Any)
+
+
+def _model_path(model_id: str, version: int | None) -> str:
+    at = () if version is None else ("versions", str(version))
+    return f"/v2{path('models', model_id, *at)}"

@@ -152,6 +152,20 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     server: ServerPresence | None = None
 
 
+class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model takes and gives.
+
+    Attributes:
+        versions: those that are loaded.
+    """
+
+    name: str = ""
+    versions: list[str] = []
+    platform: str = ""
+    inputs: list[ModelTensor] = []
+    outputs: list[ModelTensor] = []
+
+
 class LoadUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Resources of one load until its processes have exited."""
 

@@ -27,6 +27,14 @@ from loadledger.problems import (
 )
 
 T = TypeVar("T")
+Buffer = bytes | bytearray | memoryview
+MAX_JOINED_BYTES = 2**15
+"""Longest request that is copied into one piece: one call to the system costs more than such a copy."""
+HEADER_LENGTH = "Inference-Header-Content-Length"
+"""Bytes of JSON before the binary tensors of a body."""
+MAX_LENGTH_DIGITS = 18
+ALIGNMENT_BYTES = 16
+"""Of binary tensors in memory: no datatype needs more."""
 DETAIL_CHARACTERS = 4096
 PROBLEM_BYTES = 2**16
 """A longer problem body is not parsed; the server's own are far smaller."""
@@ -65,6 +73,7 @@ class Request:
     Attributes:
         upload: the body instead, read while it is sent.
         target: path and query below the server's URL, encoded.
+        attachments: sent after the body without being copied: tensors in binary.
         repeatable: sending it twice has no further effect.
         patience_s: extra time for an answer that the server was asked to hold back.
         timeout_s: instead of the client's.
@@ -78,6 +87,7 @@ class Request:
     repeatable: bool = True
     patience_s: float = 0.0
     timeout_s: float | None = None
+    attachments: tuple[Buffer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,15 @@ class Answer:
 
     status: int
     headers: Mapping[str, str]
-    body: bytes
+    body: Buffer
+
+
+def body_buffer(headers: Mapping[str, str], length: int) -> memoryview:
+    """Return room for a body; the binary tensors after an inference's JSON are aligned in it."""
+    text = headers.get(HEADER_LENGTH.lower(), "")
+    is_length = text.isascii() and text.isdecimal() and len(text) <= MAX_LENGTH_DIGITS
+    padding = -int(text) % ALIGNMENT_BYTES if is_length else 0
+    return memoryview(bytearray(padding + length))[padding:]
 
 
 class ResponseStream(Protocol):
@@ -145,7 +163,7 @@ def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
     if not isinstance(code, str) or not _CODE.fullmatch(code):
         code = f"http_{answer.status}"
     if not isinstance(detail, str) or not detail:
-        detail = answer.body[:200].decode(errors="replace") or "no reason given"
+        detail = bytes(answer.body[:200]).decode(errors="replace") or "no reason given"
     instance = members.get("instance")
     kind = _KINDS.get(answer.status, ServerError)
     if kind is Archived and not _is_position(members.get("oldest")):
@@ -179,7 +197,7 @@ def _redirect_problem(answer: Answer, address: Address) -> ClientProblem:
     )
 
 
-def _members(body: bytes) -> dict[str, Any]:
+def _members(body: Buffer) -> dict[str, Any]:
     if len(body) > PROBLEM_BYTES:
         return {}
     try:

@@ -1,6 +1,7 @@
-"""Tensors of the Open Inference Protocol: nested lists or arrays to tensors, elements to bytes and back.
+"""How do values become tensors, and tensors numpy arrays? Datatypes of the Open Inference Protocol.
 
-Bytes are little-endian and row-major (Triton's binary tensor data extension).
+Bytes are little-endian and row-major (Triton's binary tensor data extension). This module imports numpy, so
+it is imported on use.
 """
 
 from __future__ import annotations
@@ -8,187 +9,232 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""By name: a nested list, an array (anything with `tolist`) or a tensor; or a list of named tensors.
+import numpy as np
+from numpy.typing import NDArray
 
-The `data` of a tensor is a nested list, or its elements in binary as bytes.
-"""
+from loadledger.requests import Buffer
 
+Array = NDArray[Any]
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """The binary form of a datatype: its code in `struct`, the types of its elements, and its numpy name."""
-
-    code: str
-    kinds: frozenset[type]
-    numpy: str = ""
-
-
-_REAL = frozenset({int, float})
-_INTEGER = frozenset({int})
-FORMS = {
-    "BOOL": Form("?", frozenset({bool}), "|b1"),
-    "INT8": Form("b", _INTEGER, "|i1"),
-    "INT16": Form("h", _INTEGER, "<i2"),
-    "INT32": Form("i", _INTEGER, "<i4"),
-    "INT64": Form("q", _INTEGER, "<i8"),
-    "UINT8": Form("B", _INTEGER, "|u1"),
-    "UINT16": Form("H", _INTEGER, "<u2"),
-    "UINT32": Form("I", _INTEGER, "<u4"),
-    "UINT64": Form("Q", _INTEGER, "<u8"),
-    "FP16": Form("e", _REAL, "<f2"),
-    "FP32": Form("f", _REAL, "<f4"),
-    "FP64": Form("d", _REAL, "<f8"),
+FORMS: Mapping[str, np.dtype[Any]] = {
+    datatype: np.dtype(form)
+    for datatype, form in {
+        "BOOL": "?",
+        "INT8": "i1",
+        "INT16": "<i2",
+        "INT32": "<i4",
+        "INT64": "<i8",
+        "UINT8": "u1",
+        "UINT16": "<u2",
+        "UINT32": "<u4",
+        "UINT64": "<u8",
+        "FP16": "<f2",
+        "FP32": "<f4",
+        "FP64": "<f8",
+    }.items()
 }
-_TEXTS = frozenset({str, bytes})
+"""The binary form of each datatype; BF16, which numpy lacks, is FP32 in arrays."""
+_DATATYPES = {form.str: datatype for datatype, form in FORMS.items()}
+_NUMBERS, _TEXTS = "biuf", "OSU"
 _LENGTH = struct.Struct("<I")
+_BFLOAT16 = "bfloat16"
+"""Name of the dtype of the package ml_dtypes, whose arrays are taken too."""
+_BFLOAT16_NAN = 0x7FC0
+UNDECODABLE = "surrogateescape"
+"""Bytes of a text that are no UTF-8 survive in `str`, as in Python's file names."""
 
 
-def are_tensors(inputs: Inputs) -> bool:
-    """Whether all inputs are tensors, so that the model's metadata is not needed."""
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return all(isinstance(value, Mapping) for value in values)
+def guess_datatype(array: Array) -> str | None:
+    """Return the datatype of an array; None if the protocol has none for it."""
+    if array.dtype.kind in _TEXTS:
+        return "BYTES"
+    if _is_bfloat16(array):
+        return "BF16"
+    return _DATATYPES.get(array.dtype.newbyteorder("<").str)
 
 
-def to_tensors(inputs: Inputs, metadata: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the inputs as tensors.
-
-    Args:
-        inputs: of the caller.
-        metadata: of the model; without it, datatypes are guessed from the values.
-
-    Raises:
-        ValueError: the model has no such input, or its lists are ragged.
-    """
-    if not isinstance(inputs, Mapping):
-        return [dict(tensor) for tensor in inputs]
-    known = None if metadata is None else _datatypes(metadata)
-    return [_tensor(name, value, known) for name, value in inputs.items()]
-
-
-def flatten(name: str, value: Any) -> tuple[list[int], list[Any]]:
-    """Return the shape of nested lists and their values, in row-major order; a single value has the shape [].
+def to_array(name: str, value: Any) -> Array:
+    """Return a value as an array: an array as it is, nested lists with the dtype of their elements.
 
     Raises:
-        ValueError: they are ragged.
+        ValueError: the lists are ragged.
     """
-    shape: list[int] = []
-    level = [value]
-    while any(isinstance(item, list | tuple) for item in level):
-        lengths = {len(item) if isinstance(item, list | tuple) else -1 for item in level}
-        if len(lengths) > 1:
-            raise ValueError(f"input {name!r}: lists beside each other must have the same length")
-        shape += lengths
-        level = [part for item in level for part in item]
-    return shape, level
-
-
-def _tensor(name: str, value: Any, known: Mapping[str, str] | None) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {"name": name, **value}
-    if known is not None and name not in known:
-        raise ValueError(f"the model has no input {name!r}; it has {', '.join(known) or 'none'}")
-    binary = None if known is None else _numpy_bytes(known[name], value)
-    if known is not None and binary is not None:
-        return {"name": name, "shape": list(value.shape), "datatype": known[name], "data": binary}
-    plain = value.tolist() if hasattr(value, "tolist") else value
-    shape, data = flatten(name, plain)
-    if hasattr(value, "shape"):  # an empty array's lists do not give its shape
-        shape = [int(length) for length in value.shape]
-    datatype = _looks_like(data) if known is None else known[name]
-    return {"name": name, "shape": shape, "datatype": datatype, "data": data}
-
-
-def _looks_like(data: list[Any]) -> str:
-    kinds = {type(each) for each in data}
-    if kinds == {bool}:
-        return "BOOL"
-    if kinds == {int}:
-        return "INT64"
-    return "BYTES" if kinds == {str} else "FP32"
-
-
-def _datatypes(metadata: Mapping[str, Any]) -> dict[str, str]:
-    tensors_of = metadata.get("inputs")
-    named = tensors_of if isinstance(tensors_of, list) else []
-    return {
-        str(tensor["name"]): str(tensor["datatype"])
-        for tensor in named
-        if isinstance(tensor, dict) and {"name", "datatype"} <= tensor.keys()
-    }
-
-
-def pack(datatype: str, values: Sequence[Any]) -> bytes | None:
-    """Return elements in binary; None if they do not fit the datatype, or it is unknown."""
-    kinds, form = set(map(type, values)), FORMS.get("FP32" if datatype == "BF16" else datatype)
     try:
-        if datatype == "BYTES" and kinds <= _TEXTS:
-            texts = [each.encode() if isinstance(each, str) else each for each in values]
-            return b"".join(part for text in texts for part in (_LENGTH.pack(len(text)), text))
-        if form is None or not kinds <= form.kinds:
-            return None
-        packed = struct.pack(f"<{len(values)}{form.code}", *values)
-    except (struct.error, OverflowError, UnicodeEncodeError):
-        return None
-    return _to_bfloat16(packed) if datatype == "BF16" else packed
+        array = np.asarray(value)
+    except UnicodeDecodeError:  # str and bytes side by side
+        return np.asarray(value, dtype=object)
+    except (ValueError, OverflowError) as error:
+        reason = "lists beside each other must have the same length"
+        text = reason if "inhomogeneous" in str(error) else str(error)
+        raise ValueError(f"input {name!r}: {text}") from None
+    if array.dtype.kind in "SU" and not hasattr(value, "dtype"):  # numbers beside texts became texts
+        return np.asarray(value, dtype=object)
+    return array
 
 
-def unpack(datatype: str, data: bytes) -> list[Any]:
-    """Return the elements of a binary tensor.
+def convert(name: str, array: Array, datatype: str) -> Array:
+    """Return an array with the values of another in the binary form of a datatype; BF16 as FP32.
+
+    Numbers keep their value, except that floating-point numbers are rounded to the nearest.
 
     Raises:
-        ValueError: the bytes are none of this datatype.
+        ValueError: a value does not fit the datatype, or the protocol has no such datatype.
     """
     if datatype == "BYTES":
-        return list(_texts(data))
+        return _texts(name, array)
+    if _is_bfloat16(array):
+        array = array.astype(np.float32)
+    form = FORMS.get("FP32" if datatype == "BF16" else datatype)
+    if form is None:
+        raise ValueError(f"input {name!r}: there is no datatype {datatype!r}")
+    if array.dtype == form and datatype != "BF16":
+        return array
+    if array.dtype.kind not in _NUMBERS and array.size:
+        raise _misfit(name, array.flat[0], datatype)
+    with np.errstate(all="ignore"):
+        cast = array.astype(form)
+        lost = _lost(array, _round_bfloat16(cast) if datatype == "BF16" else cast)
+    if lost.any():
+        raise _misfit(name, array[lost].flat[0], datatype)
+    return cast
+
+
+def pack(array: Array, datatype: str) -> Buffer:
+    """Return the bytes of an array, as `convert` returns it; those of a contiguous one are not copied."""
+    if datatype == "BYTES":
+        return b"".join(part for text in array.flat for part in (_LENGTH.pack(len(text)), text))
     if datatype == "BF16":
-        data, datatype = _from_bfloat16(data), "FP32"
-    try:
-        code = FORMS[datatype].code
-        return list(struct.unpack(f"<{len(data) // struct.calcsize('<' + code)}{code}", data))
-    except (KeyError, struct.error):
-        raise ValueError(f"{len(data)} bytes are no {datatype}") from None
+        array = _bfloat16_bits(array)
+    flat = np.asarray(array, order="C").reshape(-1)
+    return flat.view(np.uint8).data
 
 
-def _texts(data: bytes) -> Iterator[str]:
+def unpack(datatype: str, data: Buffer, shape: Sequence[int]) -> Array:
+    """Return a binary tensor as an array: a view of the bytes, except of BYTES and BF16.
+
+    Raises:
+        ValueError: the bytes are none of this datatype and shape.
+    """
+    count = _count(shape)
+    if datatype == "BYTES":
+        texts = list(_decoded(memoryview(data)))
+        if len(texts) != count:
+            raise ValueError(f"{len(texts)} elements are not of its shape")
+        return _object_array(texts).reshape(shape)
+    form = np.dtype("<u2") if datatype == "BF16" else FORMS.get(datatype)
+    if form is None:
+        raise ValueError(f"there is no datatype {datatype[:64]!r}")
+    if len(data) != count * form.itemsize:
+        raise ValueError(f"{len(data)} bytes are not of its shape")
+    array = np.frombuffer(data, form) if count else np.empty(0, form)
+    if datatype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return (array if array.flags.aligned else array.copy()).reshape(shape)
+
+
+def from_json(datatype: str, data: Any, shape: Sequence[int]) -> Array:
+    """Return a tensor of JSON as an array; texts as str.
+
+    Raises:
+        ValueError: the elements are none of this datatype and shape.
+    """
+    _count(shape)
+    array = to_array("data", data)
+    if datatype != "BYTES":
+        return convert("data", array, datatype).reshape(shape)
+    texts = array.reshape(-1).tolist()
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("elements of BYTES have to be strings")
+    return _object_array(texts).reshape(shape)
+
+
+def _is_bfloat16(array: Array) -> bool:
+    return array.dtype.kind == "V" and array.dtype.name == _BFLOAT16
+
+
+def _count(shape: Sequence[int]) -> int:
+    if any(length < 0 for length in shape):
+        raise ValueError("a length is negative")
+    return math.prod(shape)
+
+
+def _misfit(name: str, value: Any, datatype: str) -> ValueError:
+    plain = value.item() if isinstance(value, np.generic) else value
+    if isinstance(plain, list):
+        return ValueError(f"input {name!r}: lists beside each other must have the same length")
+    return ValueError(f"input {name!r}: {str(plain)[:64]!s} does not fit {datatype}")
+
+
+def _lost(array: Array, cast: Array) -> Array:
+    """Return for each element whether the cast has lost its value; rounding a float loses none."""
+    given = array.astype(np.uint8) if array.dtype.kind == "b" else array
+    kinds = given.dtype.kind, cast.dtype.kind
+    if kinds == ("f", "f"):
+        lost = np.isfinite(given) & ~np.isfinite(cast)
+    elif kinds[1] == "b":
+        lost = (given != 0) & (given != 1)
+    elif kinds[0] == "f":
+        wide, info = given.astype(np.float64), np.iinfo(cast.dtype)
+        lost = ~((wide >= info.min) & (wide < _beyond(cast)) & (np.trunc(wide) == wide))
+    elif kinds[1] == "f":
+        wide = cast.astype(np.float64)
+        lost = (wide >= _beyond(given)) | (wide.astype(given.dtype) != given)
+    else:
+        info = np.iinfo(cast.dtype)
+        lost = (given < info.min) | (given > info.max)
+    return np.asarray(lost)
+
+
+def _beyond(integers: Array) -> float:
+    """Return the least number above all integers of a dtype: a power of two, which floats have."""
+    return float(np.iinfo(integers.dtype).max + 1)
+
+
+def _round_bfloat16(array: Array) -> Array:
+    return (_bfloat16_bits(array).astype(np.uint32) << 16).view(np.float32)
+
+
+def _bfloat16_bits(array: Array) -> Array:
+    """Round FP32 to the upper half of its bits, half to even; NaN stays NaN."""
+    bits = np.asarray(array, np.float32, order="C").view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+    return np.asarray(np.where(np.isnan(array), _BFLOAT16_NAN, rounded), "<u2")
+
+
+def _texts(name: str, array: Array) -> Array:
+    """Return texts as an array of bytes objects."""
+    if array.dtype.kind not in _TEXTS and array.size:
+        raise _misfit(name, array.flat[0], "BYTES")
+    texts = list[bytes]()
+    for text in array.reshape(-1).tolist():
+        if isinstance(text, str):
+            try:
+                texts.append(text.encode(errors=UNDECODABLE))
+            except UnicodeEncodeError:
+                raise _misfit(name, ascii(text), "BYTES") from None
+        elif isinstance(text, bytes):
+            texts.append(text)
+        else:
+            raise _misfit(name, text, "BYTES")
+    return _object_array(texts).reshape(array.shape)
+
+
+def _object_array(values: Sequence[Any]) -> Array:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def _decoded(data: memoryview) -> Iterator[str]:
     start = 0
     while start < len(data):
-        try:
-            (size,) = _LENGTH.unpack_from(data, start)
-        except struct.error:
-            raise ValueError("the last element of BYTES is cut off") from None
-        start += _LENGTH.size
-        if start + size > len(data):
+        end = start + _LENGTH.size
+        if end > len(data):
             raise ValueError("the last element of BYTES is cut off")
-        yield data[start : start + size].decode(errors="replace")
-        start += size
-
-
-def _to_bfloat16(data: bytes) -> bytes:
-    """Round FP32 to BF16, half to even; NaN stays NaN."""
-    count = len(data) // 4
-    numbers, bits = struct.unpack(f"<{count}f", data), struct.unpack(f"<{count}I", data)
-    rounded = [
-        0x7FC0 if math.isnan(number) else (each + 0x7FFF + (each >> 16 & 1)) >> 16
-        for number, each in zip(numbers, bits, strict=True)
-    ]
-    return struct.pack(f"<{count}H", *rounded)
-
-
-def _from_bfloat16(data: bytes) -> bytes:
-    if len(data) % 2:
-        raise ValueError(f"{len(data)} bytes are no BF16")
-    halves = struct.unpack(f"<{len(data) // 2}H", data)
-    return struct.pack(f"<{len(halves)}I", *(each << 16 for each in halves))
-
-
-def _numpy_bytes(datatype: str, value: Any) -> bytes | None:
-    """Return the bytes of a numpy array that has this datatype already; else None."""
-    form = FORMS.get(datatype)
-    kind = getattr(getattr(value, "dtype", None), "str", None)
-    if form is None or kind != form.numpy:
-        return None
-    return bytes(value.tobytes())
+        (size,) = _LENGTH.unpack_from(data, start)
+        if end + size > len(data):
+            raise ValueError("the last element of BYTES is cut off")
+        yield bytes(data[end : end + size]).decode(errors=UNDECODABLE)
+        start = end + size

@@ -120,7 +120,7 @@ def test_what_ships_imports_nothing_that_does_not() -> None:
 def test_the_web_framework_appears_in_server_only() -> None:
     assert packages_that_import("aiohttp_apispec") == {"server"}
     beside = {module for module in importers_of("aiohttp") if top(module) != "server"}
-    assert beside == {"loadledger.aiotransport"}  # the client for event loops
+    assert beside == {"loadledger.transports.asynchronous"}  # the client for event loops
 
 
 def test_sqlite_appears_in_events_only() -> None:

@@ -14,7 +14,7 @@ import click
 from click.shell_completion import BashComplete, CompletionItem, FishComplete, ZshComplete
 
 from loadledger.cli.output import to_printable
-from loadledger.cli.server import find_target
+from loadledger.profiles import find_target
 
 SHELLS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 VARIABLE = "_LOADLEDGER_COMPLETE"

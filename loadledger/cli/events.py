@@ -15,14 +15,13 @@ from events.eventtext import describe_event
 from loadledger.cli.completion import latest_jobs, models_of_server
 from loadledger.cli.output import INTERRUPTED, exit_with_error, note_retry
 from loadledger.cli.server import (
-    PROFILE,
-    URL,
     Command,
     ServerChoice,
     int_option,
     open_chosen_client,
     server_options,
 )
+from loadledger.profiles import PROFILE, URL
 
 MAX_CHARACTERS = 200
 """Longest description of an event in a line: messages may have 4 KiB."""

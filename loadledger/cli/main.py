@@ -25,7 +25,7 @@ SECTIONS = {
         "unload": "loadledger.cli.jobs:unload",
         "models": "loadledger.cli.models:models",
         "show": "loadledger.cli.models:show",
-        "infer": "loadledger.cli.infer:infer",
+        "infer": "loadledger.cli.inference.command:infer",
         "resources": "loadledger.cli.models:resources",
         "top": "loadledger.cli.top:top",
     },

@@ -160,11 +160,11 @@ class KServe:
 
 
 class Ours:
-    """`loadledger.Client` or `AsyncClient`, which choose the form of inputs; each has one token."""
+    """`loadledger.Client` or `AsyncClient`, which send binary tensors; each has one token."""
 
     encodings = ((True, True),)
     datatypes = tuple(ELEMENTS)
-    error = ServerError
+    error = (ServerError, ValueError)
 
     def __init__(self, server: Server, resources: ExitStack, kind: str) -> None:
         self._clients = {
@@ -182,17 +182,13 @@ class Ours:
             return False
 
     def infer(self, request: Inference) -> Any:
-        inputs = [
-            {"name": name, "shape": array.shape, "datatype": request.datatype, "data": array.ravel().tolist()}
-            for name, array in request.arrays.items()
-        ]
         parameters = {"timeout": request.timeout_us} if request.timeout_us else None
-        answer = self._clients[request.role].infer(request.model, inputs, parameters=parameters)
-        [output] = answer["outputs"]
-        return np.array(output["data"], object).reshape(output["shape"])
+        client = self._clients[request.role]
+        [output] = client.infer(request.model, request.arrays, parameters=parameters).values()
+        return output
 
     def status(self, error: Any) -> int:
-        return int(error.status)
+        return 400 if isinstance(error, ValueError) else int(error.status)  # which it refuses by itself
 
     def load(self, model: str) -> None:
         self._clients["admin"].load(model, wait=True)

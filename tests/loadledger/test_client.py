@@ -71,12 +71,15 @@ def test_version_is_added_and_removed(client: Client, tmp_path: Path) -> None:
 
 def test_model_is_loaded_inferred_swapped_and_unloaded(client: Client) -> None:
     assert client.load("add", 1, wait=True).status == "completed"
-    assert client.infer("add", {"x": [1.0, 2.0]})["outputs"][0]["data"] == [2.0, 3.0]
+    declared = client.metadata("add")
+    assert [(each.name, each.datatype, each.shape) for each in declared.inputs] == [("x", "FP32", [-1])]
+    assert (declared.versions, [each.name for each in declared.outputs]) == (["1"], ["y"])
+    assert client.infer("add", {"x": [1.0, 2.0]})["y"].tolist() == [2.0, 3.0]
     job = client.load("add", wait=True, priority="high", keep_alive_s=3600, pinned=True)
     assert (job.version, job.parameters["pinned"], job.ended) == (2, True, True)
     array = np.array([1.0, 2.0], dtype=np.float32)
     answer = client.infer("add", {"x": array}, version=2, outputs=["y"], timeout_s=20.0)
-    assert answer["outputs"][0]["data"] == [3.0, 4.0]
+    assert (answer.model_version, answer["y"].dtype, answer["y"].tolist()) == ("2", np.float32, [3.0, 4.0])
     model = client.model("add")
     assert (model.state, model.version, model.versions, model.job_id) == ("loaded", 2, [1, 2], job.id)
     assert model.files[0].sha256
@@ -115,7 +118,7 @@ def test_threads_share_a_client(server: Server) -> None:
         client.load("add", 1, wait=True)
         numbers = [float(number) for number in range(6)] * 10
         answers = threads.map(lambda number: client.infer("add", {"x": [number]}), numbers)
-        assert [answer["outputs"][0]["data"] for answer in answers] == [[number + 1] for number in numbers]
+        assert [answer["y"].tolist() for answer in answers] == [[number + 1] for number in numbers]
         client.unload("add", wait=True)
 
 
@@ -125,7 +128,6 @@ def test_closed_connection_is_not_reused(server: Server) -> None:
         [connection] = client._transport._idle
         client.health()
         assert client._transport._idle == [connection]
-        assert connection.sock is not None
         connection.sock.shutdown(2)
         assert client.health().status == "ok"
         assert client._transport._idle != [connection]
@@ -227,10 +229,10 @@ import sys
 before = set(sys.modules)
 import loadledger
 def has(*names): return sorted(name for name in names if name in sys.modules)
-assert not has("msgspec", "http.client", "aiohttp", "click"), has()
+assert not has("msgspec", "socket", "aiohttp", "click"), has()
 from loadledger import Client, ServerUnreachable
 Client("http://127.0.0.1:1").close()
-assert not has("aiohttp", "asyncio", "urllib3", "numpy", "events", "runtime", "server"), has("asyncio")
+assert not has("aiohttp", "asyncio", "http.client", "numpy", "events", "runtime", "server"), has()
 from loadledger import AsyncClient
 assert not has("numpy", "events", "runtime", "server", "click")
 """

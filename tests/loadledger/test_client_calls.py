@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from loadledger.problems import (
     ServerError,
     ServerUnreachable,
 )
-from loadledger.requests import Answer, Request
+from loadledger.requests import Answer
 from loadledger.retries import RETRY_FOR_S
 
 GONE = ServerUnreachable("http://h", "connection refused")
@@ -380,7 +381,16 @@ def test_health_of_unhealthy_server() -> None:
 NOT_LOADED = problem(503, "model_not_loaded", "m is not loaded")
 MISTAKEN = problem(400, "invalid_input", "x is FP32")
 METADATA = answer({"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}]})
+OTHER = answer({"inputs": [{"name": "x", "datatype": "INT64", "shape": [-1]}]})
 DONE = answer({"outputs": []})
+
+
+def datatypes_sent(play: Played) -> list[Any]:
+    """Return the datatype of x in each inference, and None for each metadata that was read."""
+    return [
+        json.loads(request.body)["inputs"][0]["datatype"] if request.body else None
+        for request in play.requests
+    ]
 
 
 def test_inference_is_sent_once() -> None:
@@ -391,76 +401,128 @@ def test_inference_is_sent_once() -> None:
     [request] = play.requests
     assert (request.target, request.timeout_s) == ("/v2/models/m/versions/2/infer", 3.0)
     assert request.body == (
-        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1.5]}],"outputs":[{"name":"y"}],'
-        b'"parameters":{"binary_data_output":true}}'
+        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","parameters":{"binary_data_size":4}}],'
+        b'"outputs":[{"name":"y"}],"parameters":{"binary_data_output":true}}'
     )
+    assert request.headers["Inference-Header-Content-Length"] == str(len(request.body))
+    assert b"".join(request.attachments) == struct.pack("<f", 1.5)
 
 
-def test_inference_reads_datatypes_from_metadata() -> None:
-    play = Played([METADATA, DONE])
-    assert play.client.infer("m", {"x": [1.5]}, parameters={"a": 1}) == {"outputs": []}
-    metadata, infer = play.requests
-    assert metadata == Request("GET", "/v2/models/m")
-    assert infer.body == (
-        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1.5]}],'
-        b'"parameters":{"binary_data_output":true,"a":1}}'
-    )
-
-
-@pytest.mark.parametrize("kind", [list, np.array])
-def test_large_tensor_is_sent_in_binary(kind: Any) -> None:
-    play = Played([METADATA, DONE])
-    play.client.infer("m", {"x": kind([0.5] * 300)}, parameters={"binary_data_output": False})
-    request = play.requests[1]
-    length = int(request.headers["Inference-Header-Content-Length"])
-    assert request.body is not None
-    assert json.loads(request.body[:length]) == {
+@pytest.mark.parametrize("kind", [list, np.float32, np.float64, np.float16])
+def test_array_is_sent_as_its_dtype_until_refused(kind: Any) -> None:
+    answers = {list: [METADATA, DONE], np.float32: [DONE]}
+    play = Played(answers.get(kind, [MISTAKEN, METADATA, DONE]))
+    values = [0.5] * 300 if kind is list else np.full(300, 0.5, kind)
+    play.client.infer("m", {"x": values}, parameters={"a": 1, "binary_data_output": False})
+    request = play.requests[-1]
+    assert json.loads(request.body or b"") == {
         "inputs": [
             {"name": "x", "shape": [300], "datatype": "FP32", "parameters": {"binary_data_size": 1200}}
         ],
-        "parameters": {"binary_data_output": False},
+        "parameters": {"binary_data_output": False, "a": 1},
     }
-    assert request.body[length:] == struct.pack("<300f", *[0.5] * 300)
+    assert b"".join(request.attachments) == struct.pack("<300f", *[0.5] * 300)
+
+
+def test_large_array_is_sent_from_its_own_memory() -> None:
+    play, values = Played([DONE]), np.zeros((300, 500), np.float32)
+    play.client.infer("m", {"x": values})
+    [sent] = play.requests[0].attachments
+    assert np.shares_memory(np.frombuffer(sent, np.float32), values)
+
+
+def test_datatypes_are_remembered_until_model_refuses_them() -> None:
+    play = Played([METADATA, DONE, DONE, MISTAKEN, OTHER, DONE, OTHER, DONE])
+    client = play.client
+    for value in ([1], [1], [1], [1.5]):  # the last does not fit the INT64 that the client remembers
+        with suppress(ValueError):
+            client.infer("m", {"x": value})
+    assert datatypes_sent(play) == [None, "FP32", "FP32", "FP32", None, "INT64", None]
 
 
 @pytest.mark.parametrize(
     ("value", "datatype"),
     [
         *(([1.5], "FP32"), ([1, 2.5], "FP32"), ([[1, 2]], "INT64"), ([True], "BOOL"), (["a"], "BYTES")),
-        *(([], "FP32"), (np.array([1.0]), "FP32")),
+        *(([], "FP32"), (np.array([1.0]), "FP64"), (np.array(["a"]), "BYTES"), (np.uint8(3), "UINT8")),
     ],
-    ids=str,
+    ids=repr,
 )
 def test_unloaded_model_gets_guessed_datatypes(value: Any, datatype: str) -> None:
-    play = Played([NOT_LOADED, DONE])
-    assert play.client.infer("m", {"x": value}) == {"outputs": []}
-    [asked, infer] = play.requests
-    assert (asked.method, infer.method) == ("GET", "POST")
-    [sent] = json.loads(infer.body or b"")["inputs"]
-    shape, data = list(np.shape(value)), np.ravel(value).tolist()
-    assert sent == {"name": "x", "shape": shape, "datatype": datatype, "data": data}
-
-
-def test_refused_guess_is_followed_by_metadata() -> None:
-    play = Played([NOT_LOADED, MISTAKEN, METADATA, DONE])
-    assert play.client.infer("m", {"x": [1]}) == {"outputs": []}
-    assert [request.method for request in play.requests] == ["GET", "POST", "GET", "POST"]
-    sent = [json.loads(request.body)["inputs"][0] for request in play.requests if request.body]
-    assert [tensor["datatype"] for tensor in sent] == ["INT64", "FP32"]
+    is_array = hasattr(value, "dtype")
+    play = Played([DONE] if is_array else [NOT_LOADED, DONE])
+    play.client.infer("m", {"x": value})
+    assert datatypes_sent(play) == [*([] if is_array else [None]), datatype]
+    assert json.loads(play.requests[-1].body or b"")["inputs"][0]["shape"] == list(np.shape(value))
 
 
 @pytest.mark.parametrize(
-    ("answers", "code"),
+    ("value", "answers", "sent"),
     [
-        ([problem(404, "model_not_found", "there is no m")], "model_not_found"),
-        ([NOT_LOADED, NOT_LOADED], "model_not_loaded"),
-        ([NOT_LOADED, MISTAKEN, NOT_LOADED], "invalid_input"),
-        ([NOT_LOADED, MISTAKEN, METADATA, MISTAKEN], "invalid_input"),
+        ([1], [NOT_LOADED, MISTAKEN, METADATA, DONE], [None, "INT64", None, "FP32"]),
+        (np.array([1]), [MISTAKEN, METADATA, DONE], ["INT64", None, "FP32"]),
     ],
-    ids=["no model", "not on demand", "gone again", "wrong all the same"],
+    ids=["list", "array"],
 )
-def test_failed_inference_ends_with_reason(answers: list[Answer], code: str) -> None:
+def test_refused_guess_is_followed_by_metadata(value: Any, answers: list[Answer], sent: list[Any]) -> None:
+    play = Played(answers)
+    play.client.infer("m", {"x": value})
+    assert datatypes_sent(play) == sent
+
+
+@pytest.mark.parametrize(
+    ("value", "answers", "code"),
+    [
+        ([1], [problem(404, "model_not_found", "there is no m")], "model_not_found"),
+        ([1], [NOT_LOADED, NOT_LOADED], "model_not_loaded"),
+        ([1], [NOT_LOADED, MISTAKEN, NOT_LOADED], "invalid_input"),
+        ([1], [NOT_LOADED, MISTAKEN, METADATA, MISTAKEN], "invalid_input"),
+        (np.array([1.5], np.float32), [MISTAKEN, METADATA], "invalid_input"),
+        ({"data": [1], "datatype": "INT64", "shape": [1]}, [MISTAKEN], "invalid_input"),
+    ],
+    ids=["no model", "not on demand", "gone again", "wrong all the same", "right datatype", "whole tensor"],
+)
+def test_failed_inference_ends_with_reason(value: Any, answers: list[Answer], code: str) -> None:
     play = Played(answers)
     with pytest.raises(ServerError) as caught:
-        play.client.infer("m", {"x": [1]})
+        play.client.infer("m", {"x": value})
     assert (caught.value.code, len(play.requests)) == (code, len(answers))
+
+
+# Blocks
+
+LOADED = answer({"id": "m", "state": "loaded", "version": 1, "job_id": "j1"})
+UNLOADED = answer({"id": "m", "state": "unloaded"})
+TAKEN_OVER = answer({"id": "m", "state": "loaded", "version": 2, "job_id": "j2"})
+
+
+@pytest.mark.parametrize(
+    ("version", "answers", "paths"),
+    [
+        (None, [LOADED], ["m"]),
+        (1, [LOADED], ["m"]),
+        (None, [UNLOADED, COMPLETED, LOADED, LOADED, COMPLETED], ["m", "m/load", "m", "m", "m/unload"]),
+        (None, [UNLOADED, COMPLETED, LOADED, TAKEN_OVER], ["m", "m/load", "m", "m"]),
+        (None, [UNLOADED, COMPLETED, LOADED, UNLOADED], ["m", "m/load", "m", "m"]),
+        (
+            None,
+            [UNLOADED, COMPLETED, LOADED, LOADED, problem(409, "not_loaded")],
+            ["m", "m/load", "m", "m", "m/unload"],
+        ),
+        (2, [LOADED, COMPLETED, TAKEN_OVER], ["m", "m/load", "m"]),
+    ],
+    ids=[
+        *("loaded before", "that version before", "not loaded", "loaded by another meanwhile"),
+        *("unloaded meanwhile", "unloaded just now", "another version before"),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_block_unloads_only_what_it_loaded(
+    version: int | None, answers: list[Answer], paths: list[str], *, fails: bool
+) -> None:
+    play = Played(answers)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), play.client.loaded("m", version) as m:
+        assert m.state == "loaded"
+        if fails:
+            raise ZeroDivisionError
+    assert [request.target for request in play.requests] == [f"/api/v1/models/{path}" for path in paths]

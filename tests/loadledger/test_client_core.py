@@ -1,6 +1,7 @@
 """The client's pure parts: addresses, answers, lines and tensors, hostile ones among them."""
 
 import copy
+import math
 import pickle
 import re
 import struct
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from ml_dtypes import bfloat16
 from support.clients import ADDRESS, answer, bookmark, event_line, problem
 from support.history import PLAIN
@@ -35,12 +37,13 @@ from loadledger import (
     requests,
 )
 from loadledger.address import Address, path, query
-from loadledger.inference import HEADER_LENGTH as LENGTH
-from loadledger.inference import decode_inference, encode_inference
-from loadledger.requests import Answer, quote_key
+from loadledger.inference import InputTensor, build_tensors, decode_inference, encode_inference
+from loadledger.requests import HEADER_LENGTH as LENGTH
+from loadledger.requests import Answer, body_buffer, quote_key
 from loadledger.retries import LONGEST_BACK_OFF_S, back_off_s
 from loadledger.stream import LineSplitter, parse_line
-from loadledger.tensors import FORMS, pack, to_tensors, unpack
+from loadledger.tensors import FORMS, unpack
+from loadledger.transports.http1 import ChunkedDecoder, MalformedResponse, format_fields, parse_head
 from server.api.jobs import unquote_key
 
 TOKEN = "s3cr3t-token"
@@ -304,90 +307,164 @@ def test_invalid_line_is_refused(line: bytes) -> None:
 
 # Tensors
 
+NUMBERS = [*FORMS, "BF16"]
+
+
+def unpacked(tensor: InputTensor) -> Any:
+    """Return what a server that answers with its input gives back."""
+    assert tensor.data is not None
+    members = tensor.members
+    return unpack(members["datatype"], bytes(tensor.data), members["shape"])
+
 
 @PLAIN
-@given(st.lists(st.integers(0, 3), max_size=4))
-def test_nested_lists_have_shape_and_order_of_array(shape: list[int]) -> None:
-    array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    metadata = {"inputs": [{"name": "x", "datatype": "INT64"}]}
-    tensor = {"name": "x", "shape": shape, "datatype": "INT64", "data": array.flatten().tolist()}
-    assert to_tensors({"x": array}, metadata) == [{**tensor, "data": array.tobytes()}]
-    assert to_tensors({"x": array.astype(">i8")}, metadata) == [tensor]
-    if 0 not in shape:  # an empty array's lists do not give its shape
-        assert to_tensors({"x": array.tolist()}, metadata) == [tensor]
+@given(st.data(), st.lists(st.integers(0, 3), max_size=4), st.sampled_from(NUMBERS))
+def test_array_of_any_shape_and_datatype_comes_back(data: Any, shape: list[int], datatype: str) -> None:
+    form = FORMS.get(datatype, FORMS["FP32"])
+    array = data.draw(arrays(form, tuple(shape)))
+    if datatype == "BF16":
+        array = array.astype(bfloat16)
+    for value in (array, np.asfortranarray(array), array.tolist(), array.astype(array.dtype.newbyteorder())):
+        if isinstance(value, np.ndarray) or 0 not in shape:  # an empty array's lists do not give its shape
+            [tensor] = build_tensors({"x": value}, {"x": datatype})
+            back = unpacked(tensor)
+            assert back.dtype == form
+            np.testing.assert_array_equal(back, array.astype(form))
+    [guessed] = build_tensors({"x": array}, None)
+    assert guessed.members == {"name": "x", "shape": shape, "datatype": datatype}
 
 
-ELEMENTS = st.sampled_from(
-    [
-        0, 1, -1, 255, 2**31, 2**63 - 1, 2**64 - 1, -(2**63), True, False, 0.5, -2.25, 6e4, 1e38, 1e300,
-        float("inf"), "", "a", "ü€", "\x00", "\ud800", None, [1],
+@PLAIN
+@given(st.data(), st.lists(st.integers(0, 3), max_size=3))
+def test_texts_of_any_shape_and_bytes_come_back(data: Any, shape: list[int]) -> None:
+    texts = [data.draw(st.text() | st.binary(max_size=5)) for _ in range(math.prod(shape))]
+    array = np.empty(len(texts), object)
+    array[:] = texts
+    [tensor] = build_tensors({"x": array.reshape(shape)}, None)
+    back = unpacked(tensor)
+    assert back.shape == tuple(shape)
+    assert [each.encode(errors="surrogateescape") for each in back.flat] == [
+        each if isinstance(each, bytes) else each.encode() for each in texts
     ]
-)  # fmt: skip
 
 
-@PLAIN
-@given(st.sampled_from([*FORMS, "BYTES", "BF16", "FP8"]), st.lists(ELEMENTS, max_size=3))
-def test_elements_are_packed_as_numpy_does_or_stay_json(datatype: str, values: list[Any]) -> None:
-    packed = pack(datatype, values)
-    if packed is None:
-        return
-    if datatype == "BYTES":
-        assert unpack(datatype, packed) == values
-    elif datatype == "BF16":
-        assert packed == np.array(values, bfloat16).tobytes()
-        assert unpack(datatype, packed) == np.array(values, bfloat16).astype(float).tolist()
-    else:
-        array = np.array(values, FORMS[datatype].numpy)
-        assert (packed, unpack(datatype, packed)) == (array.tobytes(), array.tolist())
+@pytest.mark.parametrize(
+    ("datatype", "value", "expected"),
+    [
+        ("BOOL", [0, 1.0], [False, True]),
+        ("INT8", [1.0, -128.0], [1, -128]),
+        ("INT64", [True, np.uint64(7)], [1, 7]),
+        ("UINT64", [2.0**63], [2**63]),
+        ("FP32", [0.1, 2**24, True], [np.float32(0.1), 2**24, 1]),
+        ("FP16", [float("nan"), float("-inf")], [float("nan"), float("-inf")]),
+        ("FP64", [2**62], [2.0**62]),
+        ("BF16", [1.00390625, 1.01171875, 1.0040, -1.00390625], [1.0, 1.015625, 1.0078125, -1.0]),
+        ("BYTES", ["ü", b"\xff"], ["ü", "\udcff"]),
+        ("INT32", [], []),
+        ("BYTES", [], []),
+    ],
+)
+def test_values_are_converted_if_none_is_lost(datatype: str, value: Any, expected: Any) -> None:
+    [tensor] = build_tensors({"x": value}, {"x": datatype})
+    np.testing.assert_array_equal(unpacked(tensor), expected)
 
 
 @pytest.mark.parametrize(
     ("datatype", "value"),
     [
-        ("BOOL", 1), ("INT8", 128), ("UINT8", -1), ("INT64", 1.0), ("INT64", True), ("INT64", 2**63),
-        ("FP16", 7e4), ("FP32", 1e39), ("FP32", True), ("FP32", "1"), ("FP64", 10**400), ("BF16", 1e39),
-        ("BYTES", 1), ("BYTES", "\ud800"), ("FP8", 1.0),
+        *(("BOOL", 2), ("INT8", 128), ("UINT8", -1), ("INT64", 1.5), ("INT64", 2**63), ("INT64", 2.0**63)),
+        *(("INT32", float("nan")), ("UINT64", np.int64(-1)), ("INT8", float("inf")), ("INT8", None)),
+        *(("FP16", 7e4), ("FP32", 1e39), ("FP32", 2**24 + 1), ("FP64", 2**63 - 1), ("FP64", 2**64 - 1)),
+        *(("FP64", 10**400), ("FP32", "1"), ("BF16", 3.4e38), ("BF16", 257), ("FP16", 2049)),
+        *(("BYTES", 1), ("BYTES", "\ud800"), ("BYTES", None), ("FP8", 1.0)),
     ],
-)  # fmt: skip
-def test_element_that_does_not_fit_is_not_packed(datatype: str, value: Any) -> None:
-    assert pack(datatype, [value]) is None
+)
+def test_value_that_does_not_fit_is_refused_by_name(datatype: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="input 'x'"):
+        build_tensors({"x": [value]}, {"x": datatype})
 
 
-def test_bfloat16_is_rounded_half_to_even() -> None:
-    values = [1.00390625, 1.01171875, 1.0039063, -1.00390625, 3.3895314e38, float("nan")]
-    packed = pack("BF16", values)
-    assert packed == np.array(values, np.float32).astype(bfloat16).tobytes()
+@pytest.mark.parametrize("value", [[[1, 2], [3]], [1, [2]], [[[1]], [[1, 2]]], [["a"], ["b", "c"]]])
+@pytest.mark.parametrize("datatype", ["INT64", "BYTES"])
+def test_ragged_lists_are_refused_by_input_name(value: Any, datatype: str) -> None:
+    with pytest.raises(ValueError, match=r"'x'.*(same length|does not fit)"):
+        build_tensors({"x": value}, {"x": datatype})
 
 
-def test_tensors_are_json_only_if_small_and_representable() -> None:
-    for tensor, is_json in (
-        ({"shape": [256], "datatype": "FP32", "data": [0.5] * 256}, True),
-        ({"shape": [257], "datatype": "FP32", "data": [0.5] * 257}, False),
-        ({"shape": [1], "datatype": "FP32", "data": [float("nan")]}, False),
-        ({"shape": [1], "datatype": "FP16", "data": [0.5]}, False),
-        ({"shape": [1], "datatype": "INT8", "data": b"\1"}, False),
-        ({"shape": [2, 150], "datatype": "INT8", "data": [[1] * 150] * 2}, False),
-        ({"shape": [150, 2], "datatype": "INT8", "data": [[1] * 150] * 2}, True),
-        ({"shape": [300], "datatype": "INT8", "data": [[1] * 150, [1]]}, True),
-        ({"shape": [300], "datatype": "INT8", "data": [200] * 300}, True),
-    ):
-        fields, body = encode_inference([{"name": "x", **tensor}], {})
-        assert (LENGTH not in fields) is is_json
-        head = msgspec.json.decode(body[: int(fields.get(LENGTH, len(body)))])
-        assert ("data" in head["inputs"][0]) is is_json
+def test_mixed_list_is_no_text() -> None:
+    with pytest.raises(ValueError, match="1 does not fit BYTES"):
+        build_tensors({"x": ["a", 1]}, {"x": "BYTES"})
 
 
-def test_binary_outputs_become_lists_beside_json_ones() -> None:
-    binary = {"name": "a", "datatype": "FP32", "shape": [2], "parameters": {"binary_data_size": 8}}
-    empty = {"name": "b", "datatype": "BYTES", "shape": [0], "parameters": {"binary_data_size": 0, "c": 1}}
-    plain = {"name": "d", "datatype": "INT8", "shape": [1], "data": [7]}
-    text = msgspec.json.encode({"model_name": "m", "outputs": [binary, empty, plain]})
-    told = Answer(200, {LENGTH.lower(): str(len(text))}, text + struct.pack("<2f", 0.5, 2))
-    assert decode_inference(told, ADDRESS)["outputs"] == [
-        {"name": "a", "datatype": "FP32", "shape": [2], "data": [0.5, 2]},
-        {"name": "b", "datatype": "BYTES", "shape": [0], "parameters": {"c": 1}, "data": []},
-        plain,
+def test_unknown_input_is_refused_with_known_ones() -> None:
+    for declared, known in (({"x": "A", "z": "B"}, "x, z"), ({}, "none")):
+        with pytest.raises(ValueError, match=f"no input 'y'; it has {known}"):
+            build_tensors({"y": 1}, declared)
+
+
+def test_array_without_datatype_is_refused() -> None:
+    with pytest.raises(ValueError, match="no datatype for numpy's complex128"):
+        build_tensors({"x": np.zeros(1, complex)}, None)
+
+
+@pytest.mark.parametrize(
+    ("data", "datatype", "is_binary"),
+    [
+        ([[1.5]], "FP32", True),
+        (b"\0\0\0\0", "FP32", True),
+        (np.ones(1, bfloat16), "BF16", True),
+        (["a"], "BYTES", True),
+        ([[1], [1, 2]], "FP32", False),
+        ([300], "INT8", False),
+        ([1], "FP8", False),
+        ([1], None, False),
+        (None, "FP32", False),
+    ],
+)
+def test_whole_tensor_is_left_to_server_if_wrong(data: Any, datatype: Any, *, is_binary: bool) -> None:
+    members = {"name": "x", "shape": [1], "datatype": datatype, "data": data, "parameters": {"a": 1}}
+    fields, text, payload = encode_inference(build_tensors([members], None), {})
+    [head] = msgspec.json.decode(text)["inputs"]
+    assert (LENGTH in fields) is bool(payload) is ("data" not in head) is is_binary
+    assert head["parameters"] == {"a": 1} | ({"binary_data_size": len(payload[0])} if payload else {})
+
+
+def test_outputs_are_arrays_in_binary_and_json() -> None:
+    outputs = [
+        {"name": "a", "datatype": "FP32", "shape": [2], "parameters": {"binary_data_size": 8}},
+        {"name": "b", "datatype": "BYTES", "shape": [0], "parameters": {"binary_data_size": 0, "c": 1}},
+        {"name": "c", "datatype": "INT8", "shape": [1, 1], "data": [7]},
+        {"name": "d", "datatype": "BYTES", "shape": [1], "data": ["ü"]},
+        {"name": "e", "datatype": "FP32", "shape": [0, 3]},
     ]
+    text = msgspec.json.encode({"model_name": "m", "model_version": "2", "id": "i", "outputs": outputs})
+    told = Answer(200, {LENGTH.lower(): str(len(text))}, text + struct.pack("<2f", 0.5, 2))
+    found = decode_inference(told, ADDRESS)
+    assert (found.model_name, found.model_version, found.id) == ("m", "2", "i")
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "a": [0.5, 2],
+        "b": [],
+        "c": [[7]],
+        "d": ["ü"],
+        "e": [],
+    }
+    assert (list(found), found["e"].shape, found.datatypes["b"]) == ([*"abcde"], (0, 3), "BYTES")
+    assert repr(found) == (
+        "InferenceResult(m/2: a: FP32[2], b: BYTES[0], c: INT8[1, 1], d: BYTES[1], e: FP32[0, 3])"
+    )
+
+
+def test_large_outputs_are_aligned_views_of_the_body() -> None:
+    output = {"name": "a", "datatype": "FP64", "shape": [2], "parameters": {"binary_data_size": 16}}
+    for spaces in range(16):
+        text = msgspec.json.encode({"outputs": [output]}) + b" " * spaces
+        headers = {LENGTH.lower(): str(len(text))}
+        body = body_buffer(headers, len(text) + 16)
+        body[: len(text)], body[len(text) :] = text, struct.pack("<2d", 0.5, 2)
+        array = decode_inference(Answer(200, headers, body), ADDRESS)["a"]
+        assert array.flags.aligned
+        assert np.shares_memory(array, np.frombuffer(body, np.uint8))
+        assert array.tolist() == [0.5, 2]
 
 
 @pytest.mark.parametrize(
@@ -397,6 +474,8 @@ def test_binary_outputs_become_lists_beside_json_ones() -> None:
         ({"datatype": "FP32", "shape": [2]}, bytes(8), "-1"),
         ({"datatype": "FP32", "shape": [2]}, bytes(7), None),
         ({"datatype": "FP32", "shape": [3]}, bytes(8), None),
+        ({"datatype": "FP32", "shape": [-2]}, bytes(8), None),
+        ({"datatype": "FP32", "shape": [10**30, 0]}, bytes(8), None),
         ({"datatype": "FP32", "shape": "a"}, bytes(8), None),
         ({"datatype": "FP32"}, bytes(8), None),
         ({"datatype": ["FP32"], "shape": [2]}, bytes(8), None),
@@ -406,29 +485,93 @@ def test_binary_outputs_become_lists_beside_json_ones() -> None:
     ],
 )
 def test_malformed_binary_answer_is_refused(output: Any, payload: bytes, length: str | None) -> None:
-    text = msgspec.json.encode({"outputs": [{**output, "parameters": {"binary_data_size": 8}}]})
+    head = {"name": "y", **output, "parameters": {"binary_data_size": 8}}
+    text = msgspec.json.encode({"outputs": [head]})
     told = Answer(200, {LENGTH.lower(): length or str(len(text))}, text + payload)
     with pytest.raises(BadAnswer, match="is this its URL"):
         decode_inference(told, ADDRESS)
 
 
-@pytest.mark.parametrize("value", [[[1, 2], [3]], [1, [2]], [[[1]], [[1, 2]]]])
-def test_ragged_lists_are_refused_by_input_name(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"'x'.*same length"):
-        to_tensors({"x": value}, {"inputs": [{"name": "x", "datatype": "INT64"}]})
+@pytest.mark.parametrize(
+    ("datatype", "shape", "data"),
+    [("INT8", [1], [300]), ("INT8", [2], [1]), ("BYTES", [1], [1]), ("FP32", [2], [[1], [1, 2]])],
+)
+def test_malformed_json_answer_is_refused(datatype: str, shape: list[int], data: Any) -> None:
+    output = {"name": "y", "datatype": datatype, "shape": shape, "data": data}
+    with pytest.raises(BadAnswer, match="is this its URL"):
+        decode_inference(answer({"outputs": [output]}), ADDRESS)
 
 
-def test_unknown_input_is_refused_with_known_ones() -> None:
-    inputs = [{"name": "x", "datatype": "A"}, {"name": "z", "datatype": "B"}, 5, {}]
-    for declared, known in ((inputs, "x, z"), (None, "none")):
-        with pytest.raises(ValueError, match=f"no input 'y'; it has {known}"):
-            to_tensors({"y": 1}, {"inputs": declared})
+# HTTP/1.1
 
 
-def test_complete_tensors_are_taken_unchanged() -> None:
-    tensor = {"shape": [1], "datatype": "FP32", "data": [1.5]}
-    named = [{"name": "x", **tensor}]
-    assert to_tensors({"x": tensor}, None) == to_tensors(named, None) == named
+@PLAIN
+@given(st.lists(st.binary(max_size=20)), st.data())
+def test_chunks_are_decoded_wherever_they_are_cut(parts: list[bytes], data: Any) -> None:
+    text = b"".join(b"%x;a=b\r\n%b\r\n" % (len(part), part) for part in parts if part)
+    text += b"0\r\nX-Trailer: y\r\n\r\nrest"
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    decoder = ChunkedDecoder()
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert b"".join(map(decoder.feed, pieces)) == b"".join(parts)
+    assert (decoder.has_ended, bytes(decoder.rest)) == (True, b"rest")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"x\r\n", b"-1\r\n", b"1\r\nab\r\n", b"f" * 16 + b"\r\n", b"1" * 300, b"0\r\n" + b"x" * 70_000],
+)
+def test_malformed_chunks_are_refused(text: bytes) -> None:
+    with pytest.raises(MalformedResponse):
+        ChunkedDecoder().feed(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"HTTP/2 200 OK",
+        b"HTTP/1.1 20 OK",
+        b"HTTP/1.1 200 OK\r\nno colon",
+        b"HTTP/1.1 200 OK\r\nA : b",
+        b"HTTP/1.1 200 OK\r\nA: b\r\n folded",
+        b"HTTP/1.1 200 OK\r\nA: b\nC: d",
+        b"HTTP/1.1 200 OK\r\nA: \0",
+    ],
+)
+def test_malformed_head_is_refused(text: bytes) -> None:
+    with pytest.raises(MalformedResponse):
+        parse_head(text)
+
+
+@pytest.mark.parametrize(
+    ("version", "fields", "length", "persists"),
+    [
+        ("1.1", "content-length: 5", 5, True),
+        ("1.1", "Content-Length:\t0 \r\nConnection: Close", 0, False),
+        ("1.0", "Content-Length: 5", 5, False),
+        ("1.0", "Connection: Keep-Alive", None, True),
+    ],
+)
+def test_head_says_how_its_body_ends(
+    version: str, fields: str, length: int | None, *, persists: bool
+) -> None:
+    head = parse_head(f"HTTP/{version} 200\r\n{fields}".encode())
+    assert (head.status, head.body_length, head.is_chunked, head.persists) == (200, length, False, persists)
+
+
+@pytest.mark.parametrize(
+    "fields", ["Content-Length: 5\r\nContent-Length: 6", "Content-Length: +5", "Transfer-Encoding: gzip"]
+)
+def test_ambiguous_body_is_refused(fields: str) -> None:
+    head = parse_head(f"HTTP/1.1 200 OK\r\n{fields}".encode())
+    with pytest.raises(MalformedResponse):
+        assert head.is_chunked or head.body_length
+
+
+def test_field_with_line_end_is_not_sent() -> None:
+    with pytest.raises(ValueError, match="control characters"):
+        format_fields([("A", "b\r\nC: d")])
 
 
 # The package

@@ -114,16 +114,16 @@ def test_endless_answer_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("head", "part", "kinds"),
+    ("head", "part"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" ", KINDS),
-        (b"HTTP/1.1 200 OK\r\nX-A: ", b"a", ["AsyncClient"]),
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", ["AsyncClient"]),
-        (streamed(b"{}", end=True)[:-2], b"X: y\r\n", ["AsyncClient"]),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (streamed(b"{}", end=True)[:-2], b"X: y\r\n"),
     ],
     ids=["body", "head", "before it", "after the body"],
 )
-def test_byte_by_byte_server_times_out(head: bytes, part: bytes, kinds: list[str]) -> None:
+def test_byte_by_byte_server_times_out(head: bytes, part: bytes) -> None:
     over = threading.Event()
 
     def drip(connection: socket.socket) -> None:
@@ -133,7 +133,7 @@ def test_byte_by_byte_server_times_out(head: bytes, part: bytes, kinds: list[str
                 break
             connection.sendall(part)
 
-    for kind in kinds:
+    for kind in KINDS:
         over.clear()
         with odd_server(drip) as server, connected(kind, server.url, timeout_s=0.3) as client:
             try:
@@ -210,8 +210,8 @@ def test_endless_line_closes_stream(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
 @each_kind
 def test_silent_stream_is_opened_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("transport", "aiotransport"):
-        monkeypatch.setattr(f"loadledger.{module}.SILENCE_S", 0.5)
+    for module in ("blocking", "asynchronous"):
+        monkeypatch.setattr(f"loadledger.transports.{module}.SILENCE_S", 0.5)
     away: list[Exception] = []
     scripts = staying(streamed(event_lines(1))), staying(streamed(event_lines(2)))
     with odd_server(*scripts) as server, connected(kind, server.url) as client:

@@ -27,7 +27,7 @@ STANDING = {
     "docs/memory.md": ("--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on", 5),
     "docs/time-travel.md": ("", 5),
     "docs/prepared.md": ("--prepare on", 2),
-    "docs/client.md": ("", 6),
+    "docs/client.md": ("", 8),
     "docs/verify-it-yourself.md": ("", 8),
 }
 """Pages that need the quick start's server: its options, and how many answers are compared."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 from support import models
@@ -117,7 +118,7 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
     body = json.dumps({"inputs": [tensor], "outputs": [{"name": "y"}]})
     assert "[3.0]" in alice.run("infer", "m", "-f", "-", typed=body).stdout
-    assert "no input 'z'; it has x" in alice.refused(2, "infer m -i z=[1]")
+    assert "no input 'z'; it has x" in alice.refused(2, "infer m z=[1]")
 
     taken = alice.prints("resources")
     assert re.search(r"^ +threads: +2$", alice.prints("models m"), re.MULTILINE)
@@ -220,6 +221,25 @@ def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -
         assert words in alice.refused(2, command, **variables), command
 
 
+def test_infer_reads_and_writes_files_of_numpy(alice: Shell, tmp_path: Path) -> None:
+    alice.prints("load ready --wait")
+    file, out = tmp_path / "x.npy", tmp_path / "y.npz"
+    np.save(file, np.array([1, 2]))
+    done = alice.run("infer", "ready", f"@{file}", "--out", str(out))
+    assert done.stderr == f"loadledger: x.npy: int64 [2] -> FP32 [2]\nloadledger: the outputs are in {out}\n"
+    assert np.load(out)["y"].tolist() == [2.0, 3.0]
+    for command, words in (
+        (f"infer ready @{file} --out {tmp_path}/y.csv", ".npy or .npz"),
+        (f"infer ready @{file} --out {tmp_path}/no/y.npy", "cannot be written"),
+        (f"infer ready {file}", "is not JSON"),
+        ("infer ready x=[1.5] x=[1]", "'x' is given twice"),
+        ("infer ready @/no/file.npy", "cannot be read"),
+        ("infer ready x=1 --size 0x3", "is not like 224x224"),
+        ("infer ready x=1 --mean a", "is not a number for all channels"),
+    ):
+        assert words in alice.refused(2, command).replace("\n", " "), command
+
+
 def test_infer_loads_model_on_demand(server: Server, tmp_path: Path) -> None:
     bob = Shell(server, "predict")
     assert "[2.0]" in bob.prints("infer guessed -i x=[1.0]")
@@ -229,7 +249,7 @@ def test_infer_loads_model_on_demand(server: Server, tmp_path: Path) -> None:
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
     file.write_text(json.dumps({"inputs": [tensor], "parameters": {"sequence_id": 1}}))
     for command, words in (
-        ("infer wrong -i z=[1]", "no input 'z'; it has x"),
+        ("infer wrong -i z=[1]", "no input 'z'"),
         ("infer shape -i x=[[1],[2,3]]", "same length"),
         ("infer bad -i x=[1]", "Frobnicate"),
         (f"infer shape -f {file}", "sequence_id"),

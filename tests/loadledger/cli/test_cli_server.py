@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from support.history import PLAIN
 
 from loadledger import Busy
-from loadledger.cli.server import (
+from loadledger.cli.server import explain_problem
+from loadledger.profiles import (
     DEFAULT_URL,
     MAX_PROFILE_BYTES,
     ProfileProblem,
     ServerTarget,
-    explain_problem,
     find_target,
     profile_path,
     read_profile,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import io
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from http import HTTPStatus
@@ -14,7 +13,7 @@ from yarl import URL
 
 from loadledger.address import CHUNK_BYTES, SILENCE_S, ConnectionOptions
 from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, failure_reason
-from loadledger.requests import Answer, Request, StreamedBody, T
+from loadledger.requests import MAX_JOINED_BYTES, Answer, Buffer, Request, StreamedBody, T, body_buffer
 
 CLOSED = "this client is closed"
 
@@ -35,11 +34,24 @@ class AioStream:
 
     async def read_all(self) -> Answer:
         """Return the answer with its whole body."""
+        length = self._response.content_length
+        if length is not None:
+            return replace(self.answer, body=await self._read_length(length))
         found = bytearray()
         while chunk := await self.read():
             found += chunk
             self._transport.options.check(len(found))
-        return replace(self.answer, body=bytes(found))
+        return replace(self.answer, body=found)
+
+    async def _read_length(self, length: int) -> Buffer:
+        """Return a body of a known length, in one buffer."""
+        self._transport.options.check(length)
+        body, position = body_buffer(self.answer.headers, length), 0
+        async with self._transport.limit_wait(None):
+            while chunk := await self._response.content.readany():
+                body[position : position + len(chunk)] = chunk
+                position += len(chunk)
+        return body[:position]
 
     def release(self) -> None:
         """Keep the connection for the next request if the body was read to its end, else close it."""
@@ -104,8 +116,8 @@ class AioTransport:
             response = await self._open_session().request(
                 request.method,
                 URL(f"{self.options.address.url}{request.target}", encoded=True),
-                data=_data_of(request),
-                headers=request.headers,
+                data=_payload(request),
+                headers={**request.headers, **_length_field(request)},
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=silence_s),
             )
@@ -155,12 +167,6 @@ class AioTransport:
         return ServerUnreachable(url, f"the connection was lost: {failure_reason(error)}", sent=True)
 
 
-def _data_of(request: Request) -> io.BytesIO | AsyncGenerator[bytes, None] | None:
-    if request.upload is not None:
-        return _read_in_thread(request.upload)
-    return None if request.body is None else io.BytesIO(request.body)
-
-
 async def _read_in_thread(body: StreamedBody) -> AsyncGenerator[bytes, None]:
     chunks = body.chunks()
     while chunk := await asyncio.to_thread(_next_chunk, chunks):
@@ -175,3 +181,25 @@ def _next_chunk(chunks: Iterator[bytes]) -> bytes:
 def _safe_cause(error: Exception) -> Exception | None:
     """Return the cause to chain; errors of the library may repeat the token, so they are left out."""
     return None if isinstance(error, aiohttp.ClientResponseError) else error
+
+
+def _payload(request: Request) -> bytes | AsyncIterator[Buffer] | None:
+    """Return a body as the library sends it; a long one in parts, which are not copied."""
+    if request.upload is not None:
+        return _read_in_thread(request.upload)
+    if request.body is None:
+        return None
+    parts = (request.body, *request.attachments)
+    return b"".join(parts) if sum(map(len, parts)) <= MAX_JOINED_BYTES else _parts(parts)
+
+
+async def _parts(parts: Iterable[Buffer]) -> AsyncGenerator[Buffer, None]:
+    for part in parts:
+        yield part
+
+
+def _length_field(request: Request) -> dict[str, str]:
+    """Return the length of a body, which would be sent in chunks without it."""
+    if request.body is None:
+        return {}
+    return {"Content-Length": str(len(request.body) + sum(map(len, request.attachments)))}

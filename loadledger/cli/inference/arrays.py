@@ -1,0 +1,132 @@
+"""How do given inputs become those of a model? Names, files of numpy, a batch dimension, datatypes."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from loadledger.cli.inference.images import ImageOptions, image_array
+from loadledger.cli.inference.sources import MAX_FILE_BYTES, GivenInput, InputFile
+from loadledger.records import ModelMetadata, ModelTensor
+from loadledger.tensors import Array, convert, guess_datatype, to_array
+
+Note = Callable[[str], None]
+_BROKEN = (ValueError, OSError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile, KeyError)
+
+
+def build_inputs(
+    given: Iterable[GivenInput], metadata: ModelMetadata | None, options: ImageOptions, note: Note
+) -> dict[str, Any]:
+    """Return the inputs by name.
+
+    Args:
+        given: as they were read.
+        metadata: of the model; None if it is not loaded, so that only names that were given are known.
+        options: for pictures.
+        note: called with each conversion, in words.
+
+    Raises:
+        ValueError: an input does not fit; the message says what to do.
+    """
+    declared = None if metadata is None else {tensor.name: tensor for tensor in metadata.inputs}
+    found: dict[str, Any] = {}
+    for name, value in _named_values(given, declared):
+        if name in found:
+            raise ValueError(f"input {name!r} is given twice")
+        if declared is not None and name not in declared:
+            raise ValueError(f"the model has no input {name!r}; it has {', '.join(declared) or 'none'}")
+        tensor = None if declared is None else declared[name]
+        found[name] = _fit(name, value, tensor, options, note)
+    return found
+
+
+def _named_values(
+    given: Iterable[GivenInput], declared: Mapping[str, ModelTensor] | None
+) -> Iterator[tuple[str, Any]]:
+    for each in given:
+        if each.names_inputs:
+            values = each.value if isinstance(each.value, Mapping) else _read_archive(each.value)
+            yield from values.items()
+        else:
+            yield (_only_name(declared) if each.name is None else each.name), each.value
+
+
+def _only_name(declared: Mapping[str, ModelTensor] | None) -> str:
+    """Return the name of a model's only input."""
+    if declared is None:
+        raise ValueError("the model is not loaded, so its inputs are not known: give NAME=VALUE")
+    if len(declared) != 1:
+        raise ValueError(
+            f"the model has the inputs {', '.join(declared) or 'none'}: give NAME=VALUE for each"
+        )
+    return next(iter(declared))
+
+
+def _fit(name: str, value: Any, tensor: ModelTensor | None, options: ImageOptions, note: Note) -> Any:
+    """Return a value for an input, which is not known if the model is not loaded."""
+    if isinstance(value, InputFile) and value.is_image:
+        if tensor is None:
+            raise ValueError(
+                f"input {name!r}: a picture needs the shape of the input, which only a loaded model's has"
+            )
+        array, said = image_array(value.content, tensor, options)
+        note(f"{value.label}: {said}")
+        return array
+    if isinstance(value, InputFile):
+        array = _only_array(value) if value.is_archive else _read_array(value)
+        label = value.label
+    elif isinstance(value, Mapping):  # a whole tensor
+        return value
+    else:
+        array, label = to_array(name, value), name
+    return array if tensor is None else _fit_array(label, array, tensor, note)
+
+
+def _fit_array(label: str, array: Array, tensor: ModelTensor, note: Note) -> Array:
+    """Add the batch dimension that the declared shape has, and convert to the declared datatype."""
+    batched = array[None] if _lacks_batch(array.shape, tensor.shape) else array
+    fitted = convert(tensor.name, batched, tensor.datatype)
+    is_file = label != tensor.name
+    if batched is not array or (is_file and guess_datatype(array) not in (tensor.datatype, None)):
+        note(f"{label}: {_describe(array)} -> {tensor.datatype} {list(fitted.shape)}")
+    return fitted
+
+
+def _lacks_batch(shape: tuple[int, ...], declared: list[int]) -> bool:
+    return len(declared) == len(shape) + 1 and declared[0] in (-1, 1)
+
+
+def _describe(array: Array) -> str:
+    return f"{array.dtype if array.dtype.kind in 'biuf' else 'strings'} {list(array.shape)}"
+
+
+def _read_array(file: InputFile) -> Array:
+    try:
+        return np.asarray(np.load(io.BytesIO(file.content), allow_pickle=False))
+    except _BROKEN as error:
+        raise ValueError(f"{file.label} is no array that can be read safely: {error}") from None
+
+
+def _read_archive(file: InputFile) -> dict[str, Array]:
+    """Return the arrays of an archive by name; one that unpacks to too much is not unpacked."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(file.content)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_FILE_BYTES // 2**20} MiB")
+        with np.load(io.BytesIO(file.content), allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in arrays.files}
+    except _BROKEN as error:
+        raise ValueError(f"{file.label} is no archive that can be read safely: {error}") from None
+
+
+def _only_array(file: InputFile) -> Array:
+    arrays = _read_archive(file)
+    if len(arrays) != 1:
+        names = ", ".join(arrays) or "none"
+        raise ValueError(f"{file.label} has the arrays {names}: give @{file.label} without a name")
+    return next(iter(arrays.values()))

@@ -1,0 +1,172 @@
+"""`loadledger infer`: the command and its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loadledger.cli.completion import loaded_models
+from loadledger.cli.inference.sources import GivenInput, parse_input, read_value, whole_request
+from loadledger.cli.output import exit_with_error, print_json, print_note
+from loadledger.cli.server import (
+    ServerChoice,
+    int_option,
+    json_option,
+    open_chosen_client,
+    server_options,
+)
+
+NOT_LOADED = frozenset({"model_not_loaded", "model_unloading"})
+MAX_SIDE = 16_384
+"""Longest side of a picture, in pixels; Pillow's JPEG and WebP have no longer ones."""
+SUFFIXES = (".npy", ".npz")
+
+
+def _parse_size(
+    _context: click.Context, _option: click.Parameter, text: str | None
+) -> tuple[int, int] | None:
+    """Return width and height of WIDTHxHEIGHT; one number is both."""
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    sides = [int(side) if side.isascii() and side.isdecimal() else 0 for side in (width, height or width)]
+    if not all(0 < side <= MAX_SIDE for side in sides):
+        raise click.BadParameter(f"{text[:64]!r} is not like 224x224, with up to {MAX_SIDE} each")
+    return sides[0], sides[1]
+
+
+def _parse_numbers(
+    _context: click.Context, _option: click.Parameter, text: str | None
+) -> tuple[float, ...] | None:
+    """Return a number, or several with commas."""
+    try:
+        return None if text is None else tuple(map(float, text.split(",")))
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not a number for all channels, or one for each, like 0.5,0.5,0.5"
+        ) from None
+
+
+@click.command()
+@click.argument("model", shell_complete=loaded_models)
+@click.argument("inputs", nargs=-1, metavar="[INPUT]...")
+@click.option("--input", "-i", "typed", multiple=True, metavar="INPUT", help="An input, as the arguments.")
+@click.option(
+    "--file",
+    "-f",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="A file with inputs, like the argument @FILE; - is standard input.",
+)
+@int_option("--version", "-v", metavar="N", text="Version; it has to be the loaded one.")
+@click.option(
+    "--output", "-o", "outputs", multiple=True, metavar="NAME", help="Only this output. May be repeated."
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["NCHW", "NHWC"], case_sensitive=False),
+    help="Of a picture: channels before or after height and width. [from the model]",
+)
+@click.option(
+    "--size", callback=_parse_size, metavar="WxH", help="Of a picture, which is resized. [from the model]"
+)
+@click.option(
+    "--scale",
+    type=float,
+    metavar="FACTOR",
+    help="Factor of a picture's values, 0 to 255. [1/255 for floating-point inputs, else 1]",
+)
+@click.option("--mean", callback=_parse_numbers, metavar="M,…", help="Subtracted from the scaled values.")
+@click.option("--std", callback=_parse_numbers, metavar="S,…", help="Divisor of the values after that.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the outputs to a file of numpy: one to .npy, any number to .npz.",
+)
+@json_option
+@server_options
+def infer(
+    model: str,
+    *,
+    inputs: tuple[str, ...],
+    typed: tuple[str, ...],
+    file: Path | None,
+    version: int | None,
+    outputs: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    where: ServerChoice,
+    **picture: Any,
+) -> None:
+    """Run an inference on a model.
+
+    An INPUT is NAME=JSON, like x='[[1, 2]]', or NAME=@FILE: an array (.npy, .npz), a picture (PNG, JPEG,
+    WebP) or JSON; @- is standard input. The only input of a model needs no NAME=. @FILE alone can be an
+    archive or a JSON object with the inputs by name, or a whole request of the protocol.
+
+    Shapes and datatypes come from the model; what is changed for them is said on standard error. A server
+    with `--on-demand on` loads the model first if needed.
+
+    --json prints the whole tensors instead of a summary.
+    """
+    given = _given_inputs((*inputs, *typed), file)
+    if out is not None and (as_json or out.suffix not in SUFFIXES):
+        raise click.BadParameter("give it a name with .npy or .npz, and no --json", param_hint="--out")
+    with open_chosen_client(where, timeout_s=120.0) as client:
+        request = whole_request(given) or {
+            "inputs": _find_inputs(client, model, version, given=given, picture=picture)
+        }
+        result = client.infer(
+            model,
+            request["inputs"],
+            version=version,
+            outputs=outputs or request.get("outputs"),
+            parameters=request.get("parameters"),
+        )
+    from loadledger.cli.inference import results  # noqa: PLC0415 - it imports numpy
+
+    if out is not None:
+        try:
+            results.write_arrays(out, result)
+        except (OSError, ValueError) as error:
+            exit_with_error(f"{out} cannot be written: {error}")
+        print_note(f"the outputs are in {out}")
+    if as_json:
+        print_json(results.result_json(result))
+    else:
+        click.echo("\n".join(results.result_lines(result)))
+
+
+def _given_inputs(texts: tuple[str, ...], file: Path | None) -> list[GivenInput]:
+    if (file is None) == (not texts):
+        raise click.UsageError("give the inputs: NAME=JSON or NAME=@FILE for each, or --file FILE")
+    if file is None:
+        return list(map(parse_input, texts))
+    value = read_value(file)
+    if isinstance(value, list):
+        raise click.BadParameter('it has to be a JSON object, like {"x": [[1, 2]]}', param_hint="--file")
+    return [GivenInput(None, value)]
+
+
+def _find_inputs(
+    client: Any,
+    model: str,
+    version: int | None,
+    *,
+    given: list[GivenInput],
+    picture: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the inputs for a model."""
+    from loadledger import ServerError  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    try:
+        metadata = client.metadata(model, version=version)
+    except ServerError as problem:
+        if problem.code not in NOT_LOADED:
+            raise
+        metadata = None
+    from loadledger.cli.inference import arrays, images  # noqa: PLC0415 - they import numpy
+
+    return arrays.build_inputs(given, metadata, images.ImageOptions(**picture), print_note)
