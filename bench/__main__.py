@@ -15,6 +15,7 @@ from rich.console import Console
 from bench import (
     baselines,
     bodies,
+    clients,
     compute,
     driver,
     firstloads,
@@ -43,6 +44,7 @@ PARTS = (
     "release",
     "policies",
     "inference",
+    "clients",
     "compute",
     "bodies",
     "tails",
@@ -157,6 +159,7 @@ def main(**options: Any) -> None:
         "release": _release,
         "policies": _policies,
         "inference": _inference,
+        "clients": _clients,
         "compute": _compute,
         "bodies": _bodies,
         "tails": _tails,
@@ -219,6 +222,10 @@ def _policies(folder: Path, choice: Choice) -> list[Row]:
 
 def _inference(folder: Path, choice: Choice) -> list[Row]:
     return inference.measure(folder, rounds=choice.rounds, seconds=choice.seconds, peers_at=choice.peers)
+
+
+def _clients(folder: Path, choice: Choice) -> list[Row]:
+    return clients.measure(folder, rounds=choice.rounds, seconds=choice.seconds)
 
 
 def _compute(folder: Path, choice: Choice) -> list[Row]:
@@ -292,6 +299,12 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"Inferences: binary unless it says JSON, in and out; one load generator beside it on these "
             f"cores; median of {choice.rounds} times {choice.seconds:g} s, alternated; token, rate limit and "
             "deadline on."
+        )
+    if "clients" in choice.parts:
+        told.append(
+            "Clients: blocking, one connection each, binary in and out, in turns call by call on these "
+            f"cores; rates of the median call, medians of {choice.rounds} ratios of {choice.seconds:g} s "
+            "each; token, rate limit and deadline on."
         )
     if "compute" in choice.parts:
         others = "bare sessions" if choice.peers is None else "bare sessions and Triton"

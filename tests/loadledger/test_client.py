@@ -21,7 +21,8 @@ from support.http import LIMIT_S, when
 from support.models import save
 from support.servers import APART, Server, serving, standing
 
-from loadledger import AsyncClient, Client, Event, Job, NotFound, ServerError
+from loadledger import AsyncClient, Client, Event, Job, NotFound, ProfileProblem, ServerError
+from loadledger.profiles import ServerTarget, write_profile
 from server.config import Config
 
 T = TypeVar("T")
@@ -85,6 +86,35 @@ def test_model_is_loaded_inferred_swapped_and_unloaded(client: Client) -> None:
     assert model.files[0].sha256
     assert client.unload("add", force=True, wait=True).kind == "unload"
     assert client.model("add").state == "unloaded"
+
+
+def test_block_loads_model_and_unloads_it_again(client: Client) -> None:
+    with client.loaded("b", pinned=True) as model:
+        assert (model.state, client.infer("b", {"x": np.ones(1, np.float32)})["y"].tolist()) == (
+            "loaded",
+            [2.0],
+        )
+        with client.loaded("b") as again:
+            assert again.job_id == model.job_id
+        assert client.model("b").state == "loaded"
+    assert client.model("b").state == "unloaded"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_client_of_profile_has_its_url_and_token(
+    kind: type[Client] | type[AsyncClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("URL", "TOKEN", "CA", "PROFILE"):
+        monkeypatch.delenv(f"LOADLEDGER_{name}", raising=False)
+    path = tmp_path / "mine.toml"
+    write_profile(path, ServerTarget("http://127.0.0.1:9", "secret"))
+    client = kind.from_profile(str(path))
+    assert (client.url, client._transport.options.address.token) == ("http://127.0.0.1:9", "secret")
+    monkeypatch.setenv("LOADLEDGER_URL", "http://127.0.0.1:10")
+    client = kind.from_profile(str(path))
+    assert (client.url, client._transport.options.address.token) == ("http://127.0.0.1:10", None)
+    with pytest.raises(ProfileProblem, match="loadledger login"):
+        kind.from_profile(str(tmp_path / "none.toml"))
 
 
 def test_lists_page_and_filter_now_and_in_the_past(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

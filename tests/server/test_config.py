@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from loadledger.cli import server
+from loadledger import profiles
 from loadledger.cli.main import SECTIONS, find_command, main
 from server.check import find_unusable_paths, load_config
 from server.config import Config, ConfigError, parse_limit, parse_size, parse_store_size, settings
@@ -315,7 +315,7 @@ def test_unknown_variable_is_named_with_a_suggestion(name: str, advice: str) -> 
 
 
 def test_variables_of_commands_and_compose_are_known() -> None:
-    read = {server.URL, server.TOKEN, server.CA, server.PROFILE, CONFIG_VARIABLE}
+    read = {profiles.URL, profiles.TOKEN, profiles.CA, profiles.PROFILE, CONFIG_VARIABLE}
     for name in (name for names in SECTIONS.values() for name in names):
         command = find_command(name)
         for each in [command, *(command.commands.values() if isinstance(command, click.Group) else ())]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import isasyncgen
 from typing import Any
@@ -83,9 +83,16 @@ class Blocked:
     def __getattr__(self, name: str) -> Any:
         def called(*arguments: Any, **options: Any) -> Any:
             made = getattr(self.client, name)(*arguments, **options)
+            if isinstance(made, AbstractAsyncContextManager):
+                return self._enter(made)
             return self._iterate(made) if isasyncgen(made) else self._runner.run(_in_time(made))
 
         return called
+
+    @contextmanager
+    def _enter(self, manager: Any) -> Iterator[Any]:
+        yield self._runner.run(_in_time(manager.__aenter__()))
+        self._runner.run(_in_time(manager.__aexit__(None, None, None)))
 
     def _iterate(self, values: Any) -> Generator[Any, None, None]:
         end = object()

@@ -76,24 +76,36 @@ def _fit(name: str, value: Any, tensor: ModelTensor | None, options: ImageOption
         array, said = image_array(value.content, tensor, options)
         note(f"{value.label}: {said}")
         return array
-    if isinstance(value, InputFile):
-        array = _only_array(value) if value.is_archive else _read_array(value)
-        label = value.label
-    elif isinstance(value, Mapping):  # a whole tensor
+    if isinstance(value, Mapping):  # a whole tensor
         return value
+    label, is_typed = name, isinstance(value, InputFile | np.ndarray)
+    if isinstance(value, InputFile):
+        array, label = _only_array(value) if value.is_archive else _read_array(value), value.label
     else:
-        array, label = to_array(name, value), name
-    return array if tensor is None else _fit_array(label, array, tensor, note)
+        array = to_array(name, value)
+    return array if tensor is None else _fit_array(label, array, tensor, note, is_typed=is_typed)
 
 
-def _fit_array(label: str, array: Array, tensor: ModelTensor, note: Note) -> Array:
+def _fit_array(label: str, array: Array, tensor: ModelTensor, note: Note, *, is_typed: bool) -> Array:
     """Add the batch dimension that the declared shape has, and convert to the declared datatype."""
     batched = array[None] if _lacks_batch(array.shape, tensor.shape) else array
+    if not _has_shape(batched.shape, tensor.shape):
+        raise ValueError(
+            f"{label} has the shape {list(array.shape)}; input {tensor.name!r} takes {tensor.shape},"
+            " where -1 is any length"
+        )
     fitted = convert(tensor.name, batched, tensor.datatype)
-    is_file = label != tensor.name
-    if batched is not array or (is_file and guess_datatype(array) not in (tensor.datatype, None)):
+    if batched is not array or (is_typed and guess_datatype(array) not in (tensor.datatype, None)):
         note(f"{label}: {_describe(array)} -> {tensor.datatype} {list(fitted.shape)}")
     return fitted
+
+
+def _has_shape(shape: tuple[int, ...], declared: list[int]) -> bool:
+    """Whether a shape fits the declared one; an empty one may stand for one that is not known."""
+    if not declared:
+        return True
+    pairs = zip(shape, declared, strict=False)
+    return len(shape) == len(declared) and all(wanted in (-1, length) for length, wanted in pairs)
 
 
 def _lacks_batch(shape: tuple[int, ...], declared: list[int]) -> bool:

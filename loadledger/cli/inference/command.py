@@ -65,7 +65,7 @@ def _parse_numbers(
 )
 @click.option(
     "--layout",
-    type=click.Choice(["NCHW", "NHWC"], case_sensitive=False),
+    type=click.Choice(["NCHW", "NHWC"]),
     help="Of a picture: channels before or after height and width. [from the model]",
 )
 @click.option(

@@ -98,7 +98,8 @@ def test_file_is_known_by_its_content(kind: str, tmp_path: Path) -> None:
     [
         ([1.0, 2.0], (-1,), (2,), None),
         ([1.0, 2.0], (-1, 2), (1, 2), "x: float64 [2] -> FP32 [1, 2]"),
-        ([1.0, 2.0], (4, 2), (2,), None),
+        (2.5, (), (), None),
+        ([1.0, 2.0], (), (2,), None),
         (
             file_of(np.ones((2, 2), np.float32)),
             (1, 2, 2),
@@ -107,6 +108,7 @@ def test_file_is_known_by_its_content(kind: str, tmp_path: Path) -> None:
         ),
         (file_of(np.ones(2, np.uint8)), (-1,), (2,), "x.npy: uint8 [2] -> FP32 [2]"),
         (file_of(0, x=np.ones(2, np.float32)), (-1,), (2,), None),
+        (file_of(0, x=np.ones(2)), (-1,), (2,), "x: float64 [2] -> FP32 [2]"),
     ],
 )
 def test_array_fits_declared_shape_and_datatype(
@@ -114,6 +116,12 @@ def test_array_fits_declared_shape_and_datatype(
 ) -> None:
     array, notes = built(value, "FP32", *declared)
     assert (array.dtype, array.shape, notes) == (np.float32, shape, [note] if note else [])
+
+
+@pytest.mark.parametrize("declared", [(4, 2), (3,), (-1, 3), (2, -1, -1)])
+def test_array_of_another_shape_is_refused(declared: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x.npy has the shape \[2\]; input 'x' takes \["):
+        built(file_of(np.ones(2)), "FP32", *declared)
 
 
 def test_archive_and_object_name_inputs() -> None:
