@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from runtime.errors import LoadRefused
+from runtime.errors import LoadRefused, UnknownVersion
 from runtime.onnxfile import find_model_file
 from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, FoundFile, Repository
 from runtime.store.problems import RepositoryUnreadable
@@ -188,6 +188,8 @@ def open_version(
         LoadRefused: `unsafe_file`; `model_changed`.
         RepositoryUnreadable: `repository_unreadable`.
     """
+    if (model_id, version) in repository.hidden:
+        raise UnknownVersion(model_id, version)
     with ExitStack() as stack:
         try:
             sources = stack.enter_context(

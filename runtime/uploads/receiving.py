@@ -279,6 +279,23 @@ class FolderSink:
             os.close(descriptor)
 
 
+def check_room(folder: Path, length: int, max_bytes: int) -> None:
+    """Refuse a body that is too long, or has no room on the disk, before any of it is read.
+
+    Raises:
+        UploadTooLarge: `body_too_large`.
+        InsufficientStorage: `insufficient_storage`.
+    """
+    if length > max_bytes + OVERHEAD_BYTES:
+        raise UploadTooLarge(max_bytes)
+    seen = os.statvfs(folder)
+    free_bytes = seen.f_bavail * seen.f_frsize
+    if length > free_bytes:
+        raise InsufficientStorage(
+            f"the body has {length} bytes, and the repository's disk {free_bytes} free: free some space there"
+        )
+
+
 def unwritable(error: OSError) -> RuntimeProblem:
     """Return the problem for an error of the repository's file system."""
     if error.errno in FULL:

@@ -54,8 +54,8 @@ class Staging:
 
         Raises:
             VersionExists: `version_exists`.
-            RepositoryReadOnly: `repository_read_only`, the model's folder is on another file system, or
-                leads out of the repository.
+            RepositoryReadOnly: `repository_read_only`, the model's folder is on another file system, leads
+                out of the repository, or is another user's.
             OSError: the folder cannot be made.
         """
         self.check_free(model_id, version)
@@ -63,12 +63,7 @@ class Staging:
         folder.mkdir()
         model = self._root / model_id
         if model.exists():
-            is_inside = Path(os.path.realpath(model)).is_relative_to(self._root)
-            if not is_inside or model.stat().st_dev != folder.stat().st_dev:
-                raise RepositoryReadOnly(
-                    f"the folder of {model_id!r} is not on the repository's own file system: copy the files"
-                    " there yourself"
-                )
+            self._check_movable(model, folder.parent)
         return folder
 
     def check_free(self, model_id: str, version: int) -> None:
@@ -104,13 +99,19 @@ class Staging:
 
         Raises:
             UnknownVersion: `unknown_version`.
+            RepositoryReadOnly: as `begin_addition`.
             OSError: the entry cannot be made.
         """
+        target = self._target(model_id, version)
         try:
-            inode = self._target(model_id, version).lstat().st_ino
+            inode = target.lstat().st_ino
         except FileNotFoundError:
             raise UnknownVersion(model_id, version) from None
-        (self._make_entry(event_id) / NOTE).write_text(str(inode), encoding="ascii")
+        entry = self._make_entry(event_id)
+        self._check_movable(target.parent, entry)
+        if not target.is_symlink():
+            self._check_movable(target, entry)
+        (entry / NOTE).write_text(str(inode), encoding="ascii")
         self.sync(event_id)
 
     def take(self, event_id: str, model_id: str, version: int) -> None:
@@ -137,6 +138,23 @@ class Staging:
             version.unlink()
         with suppress(FileNotFoundError):
             shutil.rmtree(self._folder / event_id)
+
+    def _check_movable(self, folder: Path, entry: Path) -> None:
+        """Refuse a folder whose contents cannot be moved from or to an entry: found out before the event.
+
+        Raises:
+            RepositoryReadOnly: `repository_read_only`.
+        """
+        shown = folder.relative_to(self._root)
+        is_inside = Path(os.path.realpath(folder)).is_relative_to(self._root)
+        if not is_inside or folder.stat().st_dev != entry.stat().st_dev:
+            raise RepositoryReadOnly(
+                f"the folder {str(shown)!r} is not on the repository's file system: change it there yourself"
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise RepositoryReadOnly(
+                f"the folder {str(shown)!r} cannot be written by the server's user: correct its owner or mode"
+            )
 
     def _target(self, model_id: str, version: int) -> Path:
         return self._repository.folder_of(model_id, version)

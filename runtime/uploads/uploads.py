@@ -22,12 +22,20 @@ from events.commands import AddVersion, Command, Receipt, Record, RemoveVersion
 from events.errors import LedgerProblem, LogUnavailable
 from events.state import State
 from events.types import SYSTEM, AddedFile, Draft, Event, VersionAdded, VersionRemoved
+from runtime.errors import RuntimeProblem
 from runtime.limits import time_limit
 from runtime.lookups import Lookups, RepositoryBusy, make_call
 from runtime.repository import Repository
 from runtime.uploads.policy import UploadPolicy, check_writable
 from runtime.uploads.problems import RepositoryReadOnly, VersionExists, VersionInUse, VersionNotNew
-from runtime.uploads.receiving import NO_DIGESTS, ExpectedDigests, Receiver, UploadForm, unwritable
+from runtime.uploads.receiving import (
+    NO_DIGESTS,
+    ExpectedDigests,
+    Receiver,
+    UploadForm,
+    check_room,
+    unwritable,
+)
 from runtime.uploads.staging import Staging
 
 T = TypeVar("T")
@@ -52,6 +60,7 @@ class UploadOrder:
     Attributes:
         form: of the body.
         expected: digests that the body must have.
+        length: of the body in bytes, if it is known.
         only_new: whether the request is for a version that is not there (`If-None-Match: *`).
     """
 
@@ -60,6 +69,7 @@ class UploadOrder:
     actor: str
     form: UploadForm = UploadForm.FILE
     expected: ExpectedDigests = NO_DIGESTS
+    length: int | None = None
     only_new: bool = False
 
 
@@ -98,14 +108,17 @@ class Uploads:
     async def open(self) -> None:
         """Finish what has its event, and discard the rest; a repository that hangs is left for later."""
         try:
-            await self._recover(START_LIMIT_S)
-        except (RepositoryBusy, LedgerProblem, OSError) as problem:
-            _log.warning("uploads that had not ended cannot be finished yet: %s", problem)
+            await self._recover()
+        except (RepositoryBusy, OSError) as problem:
+            self._is_recovered = False
+            _log.warning("changes of the repository that had not ended cannot be finished yet: %s", problem)
 
     async def close(self) -> None:
         """Wait for changes whose event is on its way."""
         if self._finishing:
-            await asyncio.wait(self._finishing)
+            _, hanging = await asyncio.wait(self._finishing, timeout=START_LIMIT_S)
+            for task in hanging:  # the next start finishes them
+                task.cancel()
 
     async def add(self, order: UploadOrder, body: AsyncIterator[bytes]) -> tuple[AddedFile, ...]:
         """Add a version, and return its files.
@@ -179,9 +192,9 @@ class Uploads:
         Raises:
             RepositoryReadOnly: `repository_read_only`.
         """
-        await self._run(partial(check_writable, self._repository.root, self._policy), START_LIMIT_S)
+        await self._run(partial(check_writable, self._repository.root, self._policy))
         if not self._is_recovered:
-            await self._recover(PIECE_LIMIT_S)
+            await self._recover()
 
     def _check_unused(self, model_id: str, version: int) -> None:
         use = find_use(self._state(), model_id, version)
@@ -192,6 +205,9 @@ class Uploads:
         self, order: UploadOrder, body: AsyncIterator[bytes], change: _Change
     ) -> tuple[AddedFile, ...]:
         """Write the body into the staging folder, up to the moment before its event."""
+        await change.run(
+            partial(check_room, self._repository.root, order.length or 0, self._policy.max_bytes)
+        )
         folder = await change.run(partial(self._staging.begin_addition, *change.entry))
         receiver = Receiver(folder, order.form, self._policy.max_bytes, order.expected)
         change.on_abandon = receiver.close
@@ -217,12 +233,9 @@ class Uploads:
 
     async def _make_invisible(self, actor: str, change: _Change) -> None:
         key = change.model_id, change.version
-        self._repository.hidden.add(key)  # before the event: no load that comes after it finds the files
-        try:
-            await self._record(RemoveVersion(*key, actor, change.event_id), change)
-        except BaseException:
-            self._repository.hidden.discard(key)
-            raise
+        await self._record(RemoveVersion(*key, actor, change.event_id), change)
+        # The writer wakes this task before the consumer: no load that is accepted after it finds the files.
+        self._repository.hidden.add(key)
         try:
             await change.run(partial(self._staging.take, *change.entry))
         except BaseException:
@@ -263,30 +276,35 @@ class Uploads:
         task.add_done_callback(note_end)
         await asyncio.shield(task)
 
-    async def _recover(self, limit_s: float) -> None:
+    async def _recover(self) -> None:
         """Finish changes whose event is durable, and discard the others, of servers that ended."""
         async with self._recovering:
             if self._is_recovered:
                 return
-            for event_id in await self._run(self._staging.entries, limit_s):
-                if event_id not in self._changing.values():
-                    await self._recover_one(event_id, await self._find_event(event_id), limit_s)
             self._is_recovered = True
+            for event_id in await self._run(self._staging.entries):
+                if event_id in self._changing.values():
+                    continue
+                try:
+                    await self._recover_one(event_id, await self._find_event(event_id))
+                except (RuntimeProblem, LedgerProblem, OSError) as problem:
+                    self._is_recovered = False  # tried again by the next change, which it does not prevent
+                    _log.warning("change %s of the repository cannot be finished yet: %s", event_id, problem)
 
-    async def _recover_one(self, event_id: str, event: Event | None, limit_s: float) -> None:
+    async def _recover_one(self, event_id: str, event: Event | None) -> None:
         if event is None or event.model_id is None or event.version is None:
-            await self._run(partial(self._staging.discard, event_id), limit_s)
+            await self._run(partial(self._staging.discard, event_id))
             return
         change = _Change(self._lookups, event_id, event.model_id, event.version)
         if isinstance(event.data, VersionAdded):
             try:
-                await self._run(partial(self._staging.place, *change.entry), limit_s)
+                await self._run(partial(self._staging.place, *change.entry))
             except VersionExists:
                 await self._give_up(change)
         elif isinstance(event.data, VersionRemoved):
-            await self._run(partial(self._staging.take, *change.entry), limit_s)
+            await self._run(partial(self._staging.take, *change.entry))
             self._repository.hidden.discard((change.model_id, change.version))
-            await self._run(partial(self._staging.discard, event_id), limit_s)
+            await self._run(partial(self._staging.discard, event_id))
         _log.info("%s was finished: version %d of %s", event.type, change.version, change.model_id)
 
     async def _give_up(self, change: _Change) -> None:
@@ -297,8 +315,8 @@ class Uploads:
         )
         await self._submit(Record((draft,)))
 
-    async def _run(self, work: Callable[[], T], limit_s: float) -> T:
-        return await self._lookups.run(_ALL, work, limit_s)
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await self._lookups.run(_ALL, work, START_LIMIT_S)
 
 
 class _Change:

@@ -154,12 +154,15 @@ def _read_order(request: web.Request) -> UploadOrder:
         InvalidParameter: `invalid_parameter`.
     """
     given, named = path_parameters(request), header_fields(request)
+    if hdrs.CONTENT_RANGE in request.headers:  # RFC 9110, section 14.5
+        raise InvalidParameter("headers: Content-Range: a version is sent as a whole")
     return UploadOrder(
         given["id"],
         given["version"],
         request[PRINCIPAL].subject,
         form=_read_form(request),
         expected=_read_digests(named),
+        length=request.content_length,
         only_new="if_none_match" in named,
     )
 

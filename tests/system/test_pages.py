@@ -22,12 +22,12 @@ GUIDES = {
 }
 """Pages that start their own servers, and how many answers are compared."""
 STANDING = {
-    "docs/models.md": ("", 5),
+    "docs/models.md": ("", 7),
     "docs/events.md": ("", 5),
     "docs/memory.md": ("--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on", 5),
     "docs/time-travel.md": ("", 5),
     "docs/prepared.md": ("--prepare on", 2),
-    "docs/client.md": ("", 8),
+    "docs/client.md": ("", 9),
     "docs/verify-it-yourself.md": ("", 8),
 }
 """Pages that need the quick start's server: its options, and how many answers are compared."""

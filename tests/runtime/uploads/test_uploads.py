@@ -196,6 +196,26 @@ async def test_version_whose_place_is_taken_is_recorded_as_removed(folder: Path)
         assert (log.head.position, log.head.type) == (2, "VersionRemoved")
 
 
+async def test_body_without_room_is_refused_before_it_is_read(folder: Path) -> None:
+    async with opened_uploads(folder) as (uploads, _):
+        for length, code in ((2**62, "insufficient_storage"), (2**64, "body_too_large")):
+            order = UploadOrder("m", 1, "alice", length=length)
+            with pytest.raises(RuntimeProblem) as refused:
+                await uploads.add(order, pieces(MODEL))
+            assert refused.value.code == code
+        assert not (folder / "repository" / ".uploads").exists()
+
+
+async def test_entry_that_cannot_be_finished_prevents_no_other_change(folder: Path) -> None:
+    await run_until_death(folder, "add", "place", "before")
+    (folder / "repository" / "m").symlink_to("nowhere")  # no folder can be made there
+    async with opened_uploads(folder) as (uploads, _):
+        await uploads.add(UploadOrder("other", 1, "alice"), pieces(MODEL))
+        (folder / "repository" / "m").unlink()
+        await uploads.add(UploadOrder("other", 2, "alice"), pieces(MODEL))
+        assert files_in(folder / "repository").items() >= PLACED.items()
+
+
 async def test_removal_does_not_follow_links(folder: Path) -> None:
     outside = models.save_bytes(MODEL, folder / "outside", "o")
     (folder / "repository" / "m").mkdir()
@@ -205,7 +225,7 @@ async def test_removal_does_not_follow_links(folder: Path) -> None:
         assert not (folder / "repository" / "m").exists()
         assert (outside / MODEL_FILE).read_bytes() == MODEL
         (folder / "repository" / "m").symlink_to(folder / "outside")
-        with pytest.raises(RepositoryReadOnly, match="is not on the repository's own file system"):
+        with pytest.raises(RepositoryReadOnly, match="is not on the repository's file system"):
             await uploads.add(ORDER, pieces(MODEL))
 
 

@@ -81,6 +81,7 @@ REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
     ),
     ("no digest", {"headers": {"Repr-Digest": "sha-256=1"}}, (400, "invalid_parameter")),
     ("entity tag", {"headers": {"If-None-Match": '"x"'}}, (400, "invalid_parameter")),
+    ("a part", {"headers": {"Content-Range": "bytes 0-9/20"}}, (400, "invalid_parameter")),
     ("version 0", {"version": 0}, (400, "invalid_parameter")),
     (
         "form",
