@@ -26,9 +26,10 @@ from events.sqlite import queries, snapshots
 from events.sqlite.history import open_time_travel_reader
 from events.sqlite.listing import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.queries import LogHead
-from events.sqlite.readonly import open_read_only
+from events.sqlite.readonly import open_read_only, open_reader_thread
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
+from events.sqlite.timeline import TimelineQuery, TimelineReader
 from events.state import Attempt, State
 from events.types import (
     SYSTEM,
@@ -58,6 +59,10 @@ PLACES = 20
 """Pages of each list: the first, the newest, and random ones."""
 PAGE_GOAL_MS = 100.0
 """For the median; on shared cores the worst of twenty measures the other processes."""
+LANES, TIMELINES = 25, 5
+"""What the console asks for at once, and how often it is measured."""
+RANGES = {"whole history": 0.0, "middle day": 86_400.0, "middle minute": 60.0}
+"""Seconds of each range."""
 MODEL_COUNT = 100
 EVENTS_IN_A_GROUP = 256
 RESTARTS, FAILURES = 20_000, 20
@@ -158,7 +163,12 @@ def measure_ledger(folder: Path, *, facts: int, rounds: int) -> list[Row]:
     ]
     path = folder / "long.db"
     write_ledger(path, facts)
-    return [*rows, *_verify(path, facts), *asyncio.run(_as_of(path, facts))]
+    return [
+        *rows,
+        *_verify(path, facts),
+        *asyncio.run(_as_of(path, facts)),
+        *asyncio.run(_timeline(path, facts)),
+    ]
 
 
 def _append(folder: Path, what: str, source: Callable[[int], Iterator[Draft]], rounds: int) -> Row:
@@ -276,6 +286,30 @@ async def _as_of(path: Path, facts: int) -> list[Row]:
         _slowest(f"models as of a moment of {facts:,} events, slowest of {MOMENTS}", max(models)),
         _slowest(f"100 jobs as of a moment of {facts:,} events, slowest of {MOMENTS}", max(jobs)),
     ]
+
+
+async def _timeline(path: Path, facts: int) -> list[Row]:
+    """Read a page of the console's timeline: everything, and the middle day and minute of it."""
+    end = add_seconds(START, APART_S * facts)
+    rows = []
+    async with open_reader_thread(path, "timeline") as thread:
+        for what, span_s in RANGES.items():
+            begin_s = max(0.0, (APART_S * facts - span_s) / 2)
+            query = TimelineQuery(
+                now=end,
+                begin=None if what == "whole history" else add_seconds(START, begin_s),
+                end=None if what == "whole history" else add_seconds(START, begin_s + span_s),
+                limit=LANES,
+                resolution=1000,
+            )
+            took_s = []
+            for _ in range(TIMELINES):
+                start = time.perf_counter()
+                await TimelineReader(thread).page(query)
+                took_s.append(time.perf_counter() - start)
+            name = f"timeline of {LANES} models over the {what} of {facts:,} events, slowest of {TIMELINES}"
+            rows.append(_slowest(name, max(took_s)))
+    return rows
 
 
 def _slowest(name: str, took_s: float) -> Row:

@@ -37,11 +37,10 @@ export class Past {
     return this.#moment ?? this.store.head;
   }
 
-  // Shows a moment, a position or a time as text; null is now.
+  // Shows a moment, a position or a time as text, and stays there; null is now.
   visit(at, { scrolls = false } = {}) {
     if (at === null) this.#soon(null);
-    else if (/^\d+$/.test(at)) this.#soon(Number(at));
-    else this.#show(at, { isTime: true });
+    else this.#show(at, { stays: true });
     if (!scrolls) return;
     byId("past").scrollIntoView({ block: "start" });
     byId("past-slider").focus({ preventScroll: true });
@@ -90,7 +89,7 @@ export class Past {
     byId("past-on").disabled = position >= this.store.head;
   }
 
-  async #show(at, { isTime = false } = {}) {
+  async #show(at, { stays = false } = {}) {
     clearTimeout(this.#due);
     this.#due = null;
     this.#busy = true;
@@ -100,12 +99,12 @@ export class Past {
     try {
       const page = await this.#modelsAt(at, signal);
       const event = await this.#eventAt(page.as_of, signal);
-      if (isTime) this.#moment = page.as_of >= this.store.head ? null : page.as_of;
+      if (stays) this.#moment = page.as_of;
       this.#shown = page.as_of;
       this.#mark(page.as_of);
       this.#draw(page, event);
-      this.#write(this.#moment === null ? null : isTime ? at : String(page.as_of));
-      const time = isTime ? at : page.as_of_time;
+      this.#write(this.#moment === null ? null : stays ? at : String(page.as_of));
+      const time = Date.parse(at) > 0 && !/^\d+$/.test(at) ? at : page.as_of_time; // a time may be long after the event
       this.shown(this.#moment === null || !time ? null : Date.parse(time));
       tell(byId("past-refusal"), "");
     } catch (error) {

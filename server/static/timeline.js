@@ -32,6 +32,7 @@ export class Timeline {
   #upto = -1; // the position that the last answer reflects, or is asked for
   #address = null; // the query of the range that was written into the address last
   #width = 600;
+  #drawnAt = 0;
 
   // `visit` shows the models as of a time; null is now.
   constructor(api, store, router, visit) {
@@ -43,7 +44,13 @@ export class Timeline {
     new ResizeObserver(() => this.#measure()).observe(byId("timeline-axis").parentElement);
     router.watch(({ query }) => this.#read(query));
     store.watch(() => this.#follow());
-    setInterval(() => this.#range.live && !document.hidden && this.#draw(), SECOND);
+    setInterval(() => this.#tick(), SECOND);
+  }
+
+  // Moves the right edge along, once that is a pixel.
+  #tick() {
+    const { from, to } = this.#shown();
+    if (this.#range.live && !document.hidden && serverNow() - this.#drawnAt >= (to - from) / this.#width) this.#draw();
   }
 
   // Marks the moment that is shown as of; null is now.
@@ -201,6 +208,7 @@ export class Timeline {
 
   #draw() {
     const scale = this.#scale(), now = serverNow();
+    this.#drawnAt = now;
     setText(byId("timeline-range"), `${rangeText(scale.from, scale.to)} ${zone(new Date(scale.to))}${this.#range.live ? ", live" : ""}`);
     for (const [name, span] of Object.entries(SPANS)) setAttribute(byId(`timeline-${name}`), "aria-pressed", String(Math.abs(scale.to - scale.from - span) < SECOND));
     setAttribute(byId("timeline-all"), "aria-pressed", String(this.#range.live && this.#range.span === null));

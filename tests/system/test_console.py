@@ -29,13 +29,15 @@ MAX_BYTES = 200_000
 """Of a picture, so that the README loads quickly."""
 SHOWN_S = 45
 """Duration of the inferences that fill the charts."""
+SWAPS = {40: 3, 100: 2}
+"""Versions that are loaded meanwhile, by turn, for the timeline."""
 QUESTION = {"name": "x", "datatype": "FP32", "shape": [4], "data": [0.5, 1, 2, 3]}
 
 
 def write_models(root: Path) -> None:
     """Write the models; each test has its own."""
     for version in (1, 2):
-        for model_id in ("digits", "past"):
+        for model_id in ("digits", "past", "drawn"):
             models.save(models.add(float(version)), root, model_id, version)
     models.save(models.counting_loop(), root, "counter")
     models.save_bytes(models.TEXT, root, "broken")
@@ -287,37 +289,37 @@ async def test_time_travel_shows_actor_and_hash(server: Server, admin: Console) 
 
 async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admin: Console) -> None:
     page, detail = admin.page, admin.page.locator("#timeline-detail")
-    await server.api.load("past", version=1)
-    loaded = await server.api.model("past")
-    await server.api.load("past", version=2)
-    lane = page.locator('.lane[data-model="past"]')
+    await server.api.load("drawn", version=1)
+    loaded = await server.api.model("drawn")
+    await server.api.load("drawn", version=2)
+    lane = page.locator('.lane[data-model="drawn"]')
     await expect(lane.locator(".seg.loaded").last).to_be_visible()
-    await page.locator("#timeline-find").fill("PAS")
+    await page.locator("#timeline-find").fill("DRAW")
     await expect(page.locator("#timeline-rows > .lane")).to_have_count(2)  # the server's and the model's
     await page.locator("#timeline-plot").focus()
     await page.keyboard.press("ArrowDown")
-    await expect(detail).to_contain_text("past 2 loaded")
+    await expect(detail).to_contain_text("drawn 2 loaded")
     for _ in range(3):  # the mark of the swap, version 2 loading beside, version 1
         await page.keyboard.press("ArrowLeft")
-    await expect(detail).to_contain_text(re.compile(r"past 1 loaded"))
+    await expect(detail).to_contain_text("drawn 1 loaded")
     await expect(detail).to_contain_text("by alice")
     await expect(detail).to_contain_text(f"model.onnx {loaded['files'][0]['sha256'][:12]}")
     await expect(detail).to_contain_text(re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"))
     await page.keyboard.press("Enter")
-    row = page.locator("#past-rows > tr", has=page.get_by_text("past", exact=True))
+    row = page.locator("#past-rows > tr", has=page.get_by_text("drawn", exact=True))
     await expect(row.locator("[data-label=Version]")).to_have_text("1")
     await expect(page).to_have_url(re.compile(r"#/at/"))
     await page.reload()  # as somebody does who got the address in a ticket
     await expect(row.locator("[data-label=Version]")).to_have_text("1")
     await expect(page.locator("#timeline-cursor")).to_be_visible()
     await page.goto(f"{admin.url}/#/jobs/{loaded['job_id']}")
-    await expect(page.locator("#job-text")).to_contain_text("Load of past 1")
+    await expect(page.locator("#job-text")).to_contain_text("Load of drawn 1")
     await expect(page.locator("#ledger-list")).to_contain_text("ModelLoaded")
     await page.locator("#timeline-plot").focus()
     await page.keyboard.press("0")
     await expect(page).to_have_url(re.compile(r"last=all"))
     await page.locator("#timeline-text summary").click()
-    await expect(page.locator("#timeline-table")).to_contain_text("past 2 loaded")
+    await expect(page.locator("#timeline-table")).to_contain_text("drawn 2 loaded")
 
 
 async def test_page_ends_with_its_last_part(server: Server, admin: Console) -> None:
@@ -481,6 +483,8 @@ async def test_pictures_of_the_readme(busy_server: Server, browser: BrowserConte
             for _ in range(10 + 8 * (turn // 16 % 4)):
                 await busy_server.api.infer("fraud-check", QUESTION)
             await page.wait_for_timeout(250)
+            if turn in SWAPS:
+                await busy_server.api.load("fraud-check", version=SWAPS[turn])
         await page.emulate_media(color_scheme="light")
         await page.screenshot(path=folder / "console-light.png")
         await page.emulate_media(color_scheme="dark")
@@ -488,7 +492,7 @@ async def test_pictures_of_the_readme(busy_server: Server, browser: BrowserConte
         await page.keyboard.press("Enter")
         await expect(page.locator("#past-when")).to_contain_text("position 12")
         await page.locator("#past-when").click()  # the focus leaves the field
-        await page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+        await expect(page.locator("#timeline-cursor")).to_be_visible()
         await page.screenshot(path=folder / "console-dark.png")
         await page.set_viewport_size(PHONE)
         await page.evaluate("scrollTo(0, 0)")
