@@ -484,7 +484,7 @@ async def test_pictures_of_the_readme(busy_server: Server, browser: BrowserConte
                 await busy_server.api.infer("fraud-check", QUESTION)
             await page.wait_for_timeout(250)
             if turn in SWAPS:
-                await busy_server.api.load("fraud-check", version=SWAPS[turn])
+                await busy_server.api.load("fraud-check", version=SWAPS[turn], priority="high")
         await page.emulate_media(color_scheme="light")
         await page.screenshot(path=folder / "console-light.png")
         await page.emulate_media(color_scheme="dark")
