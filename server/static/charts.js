@@ -1,7 +1,7 @@
 // Charts of the server's samples, drawn as SVG: lines over time, with the values at the pointer or at the keyboard's cursor.
 
 import { el, setAttribute, setText, svg } from "./dom.js";
-import { clock, serverNow, zone } from "./format.js";
+import { clock, local, serverNow, zone } from "./format.js";
 
 const WIDE = 600, HIGH = 120;
 const LEAST_MS = 120_000; // from edge to edge, where the server has not been up for long
@@ -12,7 +12,7 @@ export function chart(title, lines, write, { headline }) {
   const figure = el("p", { class: "figure" }), summary = el("p", { class: "summary" });
   const drawing = svg("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, preserveAspectRatio: "none", "aria-hidden": "true" });
   const paths = lines.map(({ kind }) => svg("path", { class: `line ${kind}`, "vector-effect": "non-scaling-stroke" }));
-  const cursor = svg("line", { class: "cursor", y1: 0, y2: HIGH, "vector-effect": "non-scaling-stroke" });
+  const cursor = svg("line", { class: "reading", y1: 0, y2: HIGH, "vector-effect": "non-scaling-stroke" });
   drawing.append(...[0.5, HIGH / 2].map((y) => svg("line", { class: "grid", x1: 0, x2: WIDE, y1: y, y2: y, "vector-effect": "non-scaling-stroke" })), ...paths, cursor);
   const most = el("span", { class: "most" }), half = el("span", { class: "half" });
   const slider = el("input", { type: "range", class: "reader", "aria-label": `${title}: values over time`, min: 0, max: 0, value: 0 });
@@ -25,7 +25,7 @@ export function chart(title, lines, write, { headline }) {
   const read = (index) => {
     at = index;
     const point = shown?.points[index];
-    setAttribute(cursor, "class", point ? "cursor" : "cursor away");
+    setAttribute(cursor, "class", point ? "reading" : "reading away");
     if (!shown) return;
     if (point) for (const name of ["x1", "x2"]) setAttribute(cursor, name, shown.x(point).toFixed(1));
     const values = point ? lines.map((line) => [line.of(point), line]).filter(([value]) => value != null) : [];
@@ -55,11 +55,17 @@ export function chart(title, lines, write, { headline }) {
     if (document.activeElement !== slider) slider.value = Math.max(0, inside.length - 1);
     setText(most, highest > 0 ? write(highest) : "");
     setText(half, highest > 0 ? write(highest / 2) : "");
-    [now - span, now - span / 2, now].forEach((time, number) => setText(times[number], `${clock(new Date(time).toISOString()).slice(0, -3)}${number === 2 ? ` ${zone(new Date(time))}` : ""}`));
+    [now - span, now - span / 2, now].forEach((time, number) => setText(times[number], `${axisTime(new Date(time))}${number === 2 ? ` ${zone(new Date(time))}` : ""}`));
     node.classList.toggle("empty", inside.length === 0);
     read(at !== null && at < inside.length ? at : null);
   };
   return { node, draw };
+}
+
+// To the minute, with the day unless that is today.
+function axisTime(time) {
+  const text = local(time).replace("T", " ");
+  return time.toDateString() === new Date().toDateString() ? text.slice(11, 16) : text.slice(5, 16);
 }
 
 function svgSwatch(kind) {

@@ -92,14 +92,6 @@ export function stamp(text) {
   return `${day}at ${local(time).slice(11)} ${zone(time)}`;
 }
 
-// The zone of a time here: UTC, or its distance from it.
-export function zone(time = new Date()) {
-  const minutes = -time.getTimezoneOffset();
-  if (minutes === 0) return "UTC";
-  const [hours, rest] = [Math.floor(Math.abs(minutes) / 60), Math.abs(minutes) % 60];
-  return `UTC${minutes < 0 ? "−" : "+"}${hours}${rest ? `:${String(rest).padStart(2, "0")}` : ""}`;
-}
-
 // As `datetime-local` takes it: the time here, without an offset.
 export function local(time) {
   const shifted = new Date(time.getTime() - time.getTimezoneOffset() * 60_000);

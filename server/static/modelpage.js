@@ -3,7 +3,7 @@
 import { told } from "./api.js";
 import { byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
 import { TYPES } from "./eventtext.js";
-import { ago, bytes, count, oneLine, plain, stamp } from "./format.js";
+import { ago, broughtBack, bytes, count, oneLine, plain, stamp } from "./format.js";
 import { jobItem } from "./jobs.js";
 import { callsPart, eventsPart, panel, printedPart, tensorsPart, versionsPart } from "./modelparts.js";
 import { actionsOf, memoryText, versionText } from "./models.js";
@@ -162,9 +162,9 @@ function headPart(id, title, offers, store) {
     show(badges.newer, model.repository_changed ?? false);
     tell(refusal, model.error ? `${model.error.code}: ${plain(model.error.message)}` : "");
     setText(facts.Version, versionText(model));
-    const atLoad = model.memory_bytes && serving ? `, ${bytes(model.memory_bytes)} when it was loaded` : "";
+    const atLoad = model.memory_at_load_bytes && serving ? `, ${bytes(model.memory_at_load_bytes)} when it was loaded` : "";
     setText(facts["Memory now"], `${memoryText(model, uses)}${atLoad}`);
-    setText(facts.Loaded, model.loaded_at ? `${stamp(model.loaded_at)} by ${oneLine(model.loaded_by, 130)}` : "–");
+    setText(facts.Loaded, model.loaded_at ? `${stamp(model.loaded_at)} by ${oneLine(model.loaded_by, 130)}${broughtBack(model)}` : "–");
     setText(facts["Last use"], serving ? ago(uses.map((use) => use.last_used_at).filter(Boolean).sort().at(-1)) : "–");
     setText(facts["In flight"], uses.length ? String(uses.reduce((sum, use) => sum + use.in_flight, 0)) : "–");
     setText(facts.Workers, model.instances ? `${count(model.instances, "worker")}${model.threads ? ` of ${count(model.threads, "thread")}` : ""}` : "–");

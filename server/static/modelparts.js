@@ -31,7 +31,7 @@ export function tensorsPart() {
 
 // How to ask it from elsewhere, to be copied.
 export function callsPart(id) {
-  const text = el("pre", { tabindex: "0", role: "group", "aria-label": "The program" }), tabs = el("div", { class: "segments", role: "group", "aria-label": "Language" });
+  const text = el("pre", { tabindex: "0", role: "group", "aria-label": "The program" }), tabs = el("div", { class: "segmented", role: "group", "aria-label": "Language" });
   const copied = el("span", { class: "hint", role: "status" }), none = el("p", { class: "hint" });
   let written = [], chosen = 0;
   const choose = (number) => {

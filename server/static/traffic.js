@@ -58,7 +58,7 @@ function memoryHeadline(history, line, now) {
 export function rangeSwitch(histories, which) {
   const buttons = Object.keys(RANGES).map((range) =>
     el("button", { type: "button", "aria-label": `Show ${RANGES[range]}`, onclick: () => (histories.choose({ range }), draw()) }, range === "1h" ? "1 h" : "24 h"));
-  const node = el("div", { class: "segments", role: "group", "aria-label": which === "server" ? "Range of the charts" : "Range of the model's charts" }, ...buttons);
+  const node = el("div", { class: "segmented", role: "group", "aria-label": which === "server" ? "Range of the charts" : "Range of the model's charts" }, ...buttons);
   const draw = () => Object.keys(RANGES).forEach((range, number) => setAttribute(buttons[number], "aria-pressed", String(range === histories.range)));
   return { node, draw };
 }
