@@ -3,7 +3,7 @@
 The way of a command: `log` queues it, `accept` decides it on `state`, `codec` writes the events as canonical
 JSON and chains their hashes, `sqlite.storage` commits them in one transaction, and `tail` wakes the readers.
 
-- A new event or field: `types`, then the folds in `jobs` and `models` (with `footprints`), then `counters`.
+- A new event or field: `types`, then the folds in `jobs`, `models` and `tokens`, then `counters`.
 - What the state allows, duplicates, idempotency keys: `accept`; the commands and their queue: `commands`.
 - The live state and its transactions: `state`; group commit and failures of writing: `log`.
 - Times and ids: `clock`; refusals and failures with a code: `errors`; one process per directory: `datalock`.

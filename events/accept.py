@@ -19,6 +19,7 @@ from events.commands import (
     AddVersion,
     Command,
     Condition,
+    IssueToken,
     JobUnchanged,
     Join,
     ModelUnchanged,
@@ -27,12 +28,14 @@ from events.commands import (
     RequestCancel,
     RequestLoad,
     RequestUnload,
+    RevokeToken,
     VersionCommand,
     WorkerServes,
 )
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
 from events.state import State
+from events.tokens import MAX_TOKENS, SignInLinkUsed, TokenRevoked, count_valid
 from events.types import (
     NEVER,
     SETTINGS,
@@ -78,9 +81,12 @@ class Accepted(Struct, frozen=True, gc=False):
 
 
 class Existing(Struct, frozen=True, gc=False):
-    """Nothing to append: this job did, or will do, what the command asks, and its actor is recorded."""
+    """Nothing to append: this job did, or will do, what the command asks, and its actor is recorded.
 
-    job_id: str
+    Without a job, what the command asks was recorded before.
+    """
+
+    job_id: str | None
 
 
 class Refused(Struct, frozen=True, gc=False):
@@ -105,6 +111,10 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
     """
     if isinstance(command, VersionCommand):
         return _decide_version(state, command)
+    if isinstance(command, IssueToken):
+        return _decide_issue(state, command, new_id, now)
+    if isinstance(command, RevokeToken):
+        return _decide_revocation(state, command, new_id)
     if not all(holds(state, condition) for condition in command.conditions):
         return Refused(OUTDATED, "what this was decided on has changed; decide it anew")
     if isinstance(command, Record):
@@ -398,3 +408,29 @@ def _why_not_cancelled(job: Job) -> str:
     if job.cause is Cause.SWAP:
         return f"job {job.id} is part of a swap; to go back, load version {job.version}"
     return f"unload {job.id} has started and cannot be cancelled; load model '{job.model_id}' again"
+
+
+def _decide_issue(state: State, command: IssueToken, new_id: Callable[[], str], now: Timestamp) -> Decision:
+    if len(state.tokens) >= MAX_TOKENS and count_valid(state.tokens, now) >= MAX_TOKENS:
+        return Refused(
+            "too_many_tokens",
+            f"{MAX_TOKENS} tokens have not expired yet; let tokens expire sooner, or issue fewer",
+        )
+    drafts = [Draft(new_id(), command.issued, command.actor)]
+    if command.link_id is not None:
+        drafts.insert(0, Draft(new_id(), SignInLinkUsed(command.link_id), command.actor))
+    return Accepted(tuple(drafts))
+
+
+def _decide_revocation(state: State, command: RevokeToken, new_id: Callable[[], str]) -> Decision:
+    token = state.tokens.get(command.jti)
+    if token is not None and token.is_revoked:
+        return Existing(None)
+    if token is None and command.expires_at is None:
+        return Refused(
+            "unknown_token",
+            f"the ledger knows no token {command.jti[:64]!r} that may still be valid; for a token of an "
+            "identity provider, say how long it is valid at most (`expires_s`, `--expires`)",
+        )
+    data = TokenRevoked(command.jti, command.expires_at if token is None else None)
+    return Accepted((Draft(new_id(), data, command.actor),))

@@ -19,6 +19,7 @@ from msgspec import Struct
 from events.clock import Timestamp, add_seconds
 from events.errors import LedgerProblem
 from events.models import Model
+from events.tokens import TokenIssued
 from events.types import (
     AddedFile,
     CancelRequested,
@@ -148,11 +149,37 @@ class Record:
     conditions: tuple[Condition, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class IssueToken:
+    """Record a new token, which its caller has signed.
+
+    Attributes:
+        issued: what to record.
+        link_id: the sign-in link that it is for, whose use is recorded before.
+    """
+
+    issued: TokenIssued
+    actor: str
+    link_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeToken:
+    """Refuse a token from now on.
+
+    `expires_at` is when it expires at the latest: without it only tokens that the ledger issued are revoked.
+    """
+
+    jti: str
+    actor: str
+    expires_at: Timestamp | None = None
+
+
 JobCommand = RequestLoad | RequestUnload | RequestCancel
 """The commands that a job answers. They have conditions and may have an idempotency key."""
 
 VersionCommand = AddVersion | RemoveVersion
-Command = JobCommand | Record | VersionCommand
+Command = JobCommand | Record | VersionCommand | IssueToken | RevokeToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +239,8 @@ class Receipt(Struct, frozen=True, gc=False):
     """The answer to a command.
 
     Attributes:
-        job_id: the job that the command made or joined; None for facts.
-        existing: whether the job was there before.
+        job_id: the job that the command made or joined; None for facts and tokens.
+        existing: whether the job was there before, or the token was revoked before.
         position: of the head after the command.
     """
 

@@ -94,6 +94,13 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     ),
     "VersionAdded": EventText(("{files:files}",), tone="good"),
     "VersionRemoved": EventText(("{reason?}",), {"reason": "reason"}),
+    "TokenIssued": EventText(
+        ("for {subject}", "{roles:acts}", "until {expires_at}", "via {via?}", "id {jti}"),
+        {"jti": "jti", "token_subject": "subject", "expires_at": "expires_at", "via": "via"},
+    ),
+    "TokenRevoked": EventText(("id {jti}",), {"jti": "jti"}),
+    "SignInLinkIssued": EventText(("id {link_id}",), {"link_id": "link_id"}),
+    "SignInLinkUsed": EventText(("id {link_id}",), {"link_id": "link_id"}),
 }
 
 _FORMS: Mapping[str | None, Callable[[Any], str]] = {

@@ -116,7 +116,7 @@ def decide_group(
             if isinstance(decision, Accepted):
                 new_events, new_rows, head = encode_drafts(decision.drafts, head, now)
                 for event in new_events:
-                    attempt.state.apply(event)
+                    attempt.apply(event)
                 events += new_events
                 rows += new_rows
             pending.outcome = make_receipt(decision, head)
@@ -300,13 +300,14 @@ class Log:
         await note.done
 
     async def server_started(self, confinement: Confinement | None = None) -> Receipt:
-        """Append `ServerStarted`; unclean unless the last event is `ServerStopped`.
+        """Append `ServerStarted`; unclean unless the last event of a server is `ServerStopped`.
 
         Then copy the WAL into the file, so that a copy of the file alone shows that the server runs.
         """
-        unclean = self.head.position > 0 and self.head.type != ServerStopped.TYPE
+        last = await self._database.read_last_of_server()
+        unclean = last.position > 0 and last.type != ServerStopped.TYPE
         last_event_at = self.head.recorded_at or None
-        last_seen_at = max(self.head.recorded_at, self.last_seen if unclean else "") or None
+        last_seen_at = max(last.recorded_at, self.last_seen if unclean else "") or None
         data = ServerStarted(
             unclean, last_event_at=last_event_at, last_seen_at=last_seen_at, confinement=confinement
         )

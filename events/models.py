@@ -1,7 +1,6 @@
 """The `Models` projection: what is loaded, by whom, from which bytes. A pure fold, one model at a time.
 
-`evolve_model` looks the event's type up in `STEPS`. Each step returns the model after the event, or the same
-object where the event does not concern it.
+`evolve_model` finds the step of an event's type in `STEPS`; one that changes nothing returns the same object.
 """
 
 from __future__ import annotations
@@ -14,17 +13,19 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, seconds_between
-from events.footprints import Footprint, add_footprint, footprint_of
 from events.jobs import (
     INSUFFICIENT_MEMORY,
     Consequence,
     Failure,
+    Footprint,
     Job,
     JobKind,
     JobStatus,
     Retries,
+    add_footprint,
     consequence_of,
     count_retry,
+    footprint_of,
 )
 from events.types import (
     OF_SERVER,

@@ -1,4 +1,4 @@
-"""The live state: all models and the unended jobs, folded one event at a time.
+"""The live state: all models, the unended jobs and the tokens, folded one event at a time.
 
 `State` is the writer's; an `Attempt` folds a transaction on top of it; `Entities` folds the same, faster, for
 replay and verification.
@@ -19,6 +19,7 @@ from events.clock import Timestamp
 from events.commands import Join, KnownKey, KnownRequests, read_join, read_key
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
+from events.tokens import OF_TOKENS, Token, evolve_tokens
 from events.types import OF_SERVER, Cause, Event
 
 T = TypeVar("T")
@@ -26,14 +27,16 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class State:
-    """Models and jobs after the event at `position`.
+    """Models, jobs and tokens after the event at `position`.
 
-    Models and jobs are immutable values. Only the writer changes the maps; everything else reads them.
+    They are immutable values. Only the writer changes the maps; everything else reads them.
 
     Attributes:
         keys: idempotency keys in memory; the writer reads those that its commands name from the log.
         joins: joins in memory; the writer reads those that matter to its commands from the log.
         queues: the unended jobs of each model, oldest first.
+        tokens: by their ids; those of a transaction are a copy, made by its first event about a token.
+        shares_tokens: whether `tokens` still is the map of the state before.
         backlog: the number of unended jobs.
     """
 
@@ -44,6 +47,8 @@ class State:
     keys: MutableMapping[str, KnownKey] = field(default_factory=dict)
     joins: set[Join] = field(default_factory=set)
     queues: MutableMapping[str, tuple[Job, ...]] = field(default_factory=dict)
+    tokens: dict[str, Token] = field(default_factory=dict)
+    shares_tokens: bool = False
     backlog: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,11 +82,8 @@ class State:
 
     def apply(self, event: Event) -> Changes:
         """Fold one event into this state and return what it changed."""
-        if type(event.data) in OF_SERVER:
-            changes, unended = _apply_to_all(self, event), self.unended()
-            self.models.update(changes.models)
-            self.jobs.update(changes.jobs)
-            self._fill_queues(changes.jobs.get(job.id, job) for job in unended)
+        if type(event.data) in _OF_NO_MODEL:
+            changes = self._apply_to_no_model(event)
         else:
             changes = self._apply_to_one(event)
             if key := read_key(event):
@@ -89,6 +91,18 @@ class State:
             if join := read_join(event):
                 self.joins.add(join)
         self.position, self.recorded_at = event.position, event.recorded_at
+        return changes
+
+    def _apply_to_no_model(self, event: Event) -> Changes:
+        """Fold an event that concerns a token, or all models and jobs."""
+        if isinstance(event.data, OF_TOKENS):
+            if self.shares_tokens:
+                self.tokens, self.shares_tokens = dict(self.tokens), False
+            return Changes(_NOTHING, _NOTHING, _apply_to_tokens(self.tokens, event))
+        changes, unended = _apply_to_all(self, event), self.unended()
+        self.models.update(changes.models)
+        self.jobs.update(changes.jobs)
+        self._fill_queues(changes.jobs.get(job.id, job) for job in unended)
         return changes
 
     def _apply_to_one(self, event: Event) -> Changes:
@@ -147,14 +161,27 @@ def has_turn(job: Job) -> bool:
     return job.kind is JobKind.LOAD or job.cause is not Cause.SWAP
 
 
+_NOTHING: Mapping[str, Never] = MappingProxyType({})
+
+_OF_NO_MODEL = frozenset({*OF_SERVER, *OF_TOKENS})
+"""The events that concern no single model or job; one look-up finds that an event is none of them."""
+
+
 class Changes(Struct, frozen=True):
-    """The models and jobs that one event, or a transaction, changed."""
+    """The models, jobs and tokens that one event, or a transaction, changed; None for tokens that went."""
 
     models: Mapping[str, Model]
     jobs: Mapping[str, Job]
+    tokens: Mapping[str, Token | None] = _NOTHING
 
 
-_NOTHING: Mapping[str, Never] = MappingProxyType({})
+def _apply_to_tokens(tokens: dict[str, Token], event: Event) -> Mapping[str, Token | None]:
+    """Fold an event about a token into `tokens`, and return what it changed."""
+    if not isinstance(event.data, OF_TOKENS):
+        return _NOTHING
+    return evolve_tokens(
+        tokens, event.data, position=event.position, recorded_at=event.recorded_at, actor=event.actor
+    )
 
 
 def _apply_to_all(state: State, event: Event) -> Changes:
@@ -198,12 +225,19 @@ class Attempt:
             _Layers({}, dict(known.keys if known is not None else {})),
             set(known.joins if known is not None else ()),
             _Layers(self._queues, base.queues),
+            base.tokens,
+            shares_tokens=True,
         )
+        self._tokens: dict[str, Token | None] = {}
 
     @property
     def changes(self) -> Changes:
         """All changes of the transaction so far."""
-        return Changes(self._models, self._jobs)
+        return Changes(self._models, self._jobs, self._tokens)
+
+    def apply(self, event: Event) -> None:
+        """Fold one event of the transaction."""
+        self._tokens.update(self.state.apply(event).tokens)
 
     def commit(self) -> None:
         """Apply the changes to the base."""
@@ -214,28 +248,33 @@ class Attempt:
         for model_id in self._queues:
             if not self._base.queues[model_id]:
                 del self._base.queues[model_id]
+        self._base.tokens = self.state.tokens
         self._base.backlog = self.state.backlog
         self._base.position, self._base.recorded_at = self.state.position, self.state.recorded_at
 
 
 class Entities:
-    """The models and unended jobs of `State`, folded in half the time: no queues, no keys, no changes.
+    """What `State` has but for queues, keys and changes, folded in half the time.
 
     Args:
         models: where the fold begins.
         jobs: the unended ones there.
+        tokens: those there.
     """
 
-    __slots__ = ("jobs", "models")
+    __slots__ = ("jobs", "models", "tokens")
 
-    def __init__(self, models: Iterable[Model] = (), jobs: Iterable[Job] = ()) -> None:
+    def __init__(
+        self, models: Iterable[Model] = (), jobs: Iterable[Job] = (), tokens: Iterable[Token] = ()
+    ) -> None:
         self.models = {model.id: model for model in models}
         self.jobs = {job.id: job for job in jobs}
+        self.tokens = {token.id: token for token in tokens}
 
     def apply(self, event: Event) -> Job | None:
         """Fold one event and return the job that ended with it, which is then dropped."""
-        if type(event.data) in OF_SERVER:
-            self._apply_to_all(event)
+        if type(event.data) in _OF_NO_MODEL:
+            self._apply_to_no_model(event)
             return None
         job_id, model_id = event.job_id, event.model_id
         before = None if job_id is None else self.jobs.get(job_id)
@@ -254,8 +293,11 @@ class Entities:
         self.jobs.pop(job_id, None)
         return job
 
-    def _apply_to_all(self, event: Event) -> None:
-        """Fold a start or a stop of the server, which changes all models and unended jobs and ends none."""
+    def _apply_to_no_model(self, event: Event) -> None:
+        """Fold an event about a token, or a start or stop of the server, which ends no job."""
+        if isinstance(event.data, OF_TOKENS):
+            _apply_to_tokens(self.tokens, event)
+            return
         models = [evolve_model(model, event, None) for model in self.models.values()]
         jobs = [evolve_job(job, event) for job in self.jobs.values()]
         self.models = {model.id: model for model in models if model is not None}

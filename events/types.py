@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from events.clock import Timestamp
+from events.tokens import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
 
 
 class Cause(StrEnum):
@@ -334,7 +335,7 @@ class ServerStarted(Struct, frozen=True, gc=False):
     """The server started on this log. Jobs are not charged for the time since the server was last seen.
 
     Attributes:
-        unclean: whether the event before was not `ServerStopped`.
+        unclean: whether the event before was not `ServerStopped`; events about tokens do not count.
         down_since: in events of earlier releases, when the event before was recorded; now always None.
         last_event_at: when the event before was recorded; None in a new log.
         last_seen_at: until when the server before is known to have run: until that event, or after an unclean
@@ -432,7 +433,8 @@ Data = (
     LoadRequested | LoadJoined | LoadStarted | ModelLoaded | ModelSettingsChanged | LoadFailed
     | UnloadRequested | UnloadJoined | UnloadStarted | ModelUnloaded | UnloadFailed | CancelRequested
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
-    | RollbackAccepted | VersionAdded | VersionRemoved
+    | RollbackAccepted | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked | SignInLinkIssued
+    | SignInLinkUsed
 )  # fmt: skip
 """The types that this release writes."""
 

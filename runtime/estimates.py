@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from events.footprints import Footprint
-from events.jobs import Failure, Job
+from events.jobs import Failure, Footprint, Job
 from events.models import RELOADS, Model
 from events.state import State
 from events.types import LoadedFile, LoadParameters

@@ -30,6 +30,10 @@ BY: Mapping[str, str] = {
     "CancelRequested": "the caller",
     "VersionAdded": "the caller",
     "VersionRemoved": f"the caller; `{SYSTEM}` with the reason `not_placed`",
+    "TokenIssued": "who asked for the token: a caller, or `local:USER` for a user of the server's machine",
+    "TokenRevoked": "the caller, or `local:USER`",
+    "SignInLinkIssued": "the caller, or `local:USER`",
+    "SignInLinkUsed": "who asked for the link",
     "AccessDenied": f"the refused subject; `{SYSTEM}` with the action `other` for those beyond the limit"
     f" of events",
 } | dict.fromkeys(
@@ -72,7 +76,7 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
     "model_id": ("text or null", "its model"),
     "version": ("integer or null", "the model's version"),
     "worker_id": ("text or null", "its worker"),
-    "actor": ("text", f"a token's subject, or `{SYSTEM}`"),
+    "actor": ("text", f"a token's subject, `{SYSTEM}`, or `local:USER`, a user of the server's machine"),
     "recorded_at": ("text", "`YYYY-MM-DDTHH:MM:SS.ffffffZ`; never earlier than the event before"),
     "data": ("object", "the members of its type"),
 }

@@ -151,9 +151,15 @@ def _find_last(connection: sqlite3.Connection, before: str, now: datetime) -> in
 def _refuse_what_must_stay(
     connection: sqlite3.Connection, last: int, head: queries.LogHead, now: datetime
 ) -> None:
-    """Refuse to move the last event, which the next start needs, and valid idempotency keys."""
+    """Refuse to move the last events, which the next start needs, and valid idempotency keys."""
     if last >= head.position:
         raise MustStay(f"the log's last event must stay: archive --before {head.position} at most")
+    run_end = queries.read_last_of_server(connection).position
+    if last >= run_end > 0:
+        raise MustStay(
+            "the last event of the server must stay, since the next start needs it: archive --before "
+            f"{run_end} at most"
+        )
     since = add_seconds(max(format_timestamp(now), head.recorded_at), -KEY_LIFETIME_S)
     (kept,) = connection.execute(
         "SELECT min(position) FROM events WHERE idempotency_key IS NOT NULL AND position <= ?"

@@ -186,7 +186,11 @@ def _find_difference(files: Sequence[FileAudit], stored: State) -> str | None:
     jobs |= {job_id: job for job_id, job in ended.items() if job_id in behind}
     if unknown := behind - jobs.keys():  # an event may name a job that was never requested
         jobs |= fold_archives(files, wanted=unknown)[1]
-    for kind, given, there in (("model", state.models, stored.models), ("job", jobs, stored.jobs)):
+    for kind, given, there in (
+        ("model", state.models, stored.models),
+        ("job", jobs, stored.jobs),
+        ("token", state.tokens, stored.tokens),
+    ):
         for key in sorted(given.keys() | there.keys()):
             one, other = given.get(key), there.get(key)
             if (one and as_bytes(one)) != (other and as_bytes(other)):
@@ -232,7 +236,8 @@ def fold_archives(
         position, recorded_at = row.position, event.recorded_at
         if job is not None and job.id in wanted:
             ended[job.id] = job
-    return State(position, recorded_at, entities.models, entities.jobs), ended
+    state = State(position, recorded_at, entities.models, entities.jobs, tokens=entities.tokens)
+    return state, ended
 
 
 def find_archived_hash(files: Sequence[FileAudit], position: int) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Comparison of stored jobs, models and snapshots with a fold of the log, as the fold reaches them.
+"""Comparison of stored jobs, models, tokens and snapshots with a fold of the log, as the fold reaches them.
 
 All connections return text as bytes.
 """
@@ -6,14 +6,16 @@ All connections return text as bytes.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
 
 from events.jobs import Job
+from events.models import Model
 from events.sqlite import snapshots
-from events.sqlite.queries import as_bytes, as_model
+from events.sqlite.queries import TOKENS_SINCE, as_bytes, as_model
 from events.sqlite.schema import check_readable
 from events.state import Entities
+from events.tokens import Token
 
 NEVER = 2**63
 """No position is there."""
@@ -29,7 +31,7 @@ _Copy = tuple[int, bytes, bytes]
 
 
 class StoredProjections:
-    """The stored jobs, models and snapshots of a ledger whose base is at the position `base`."""
+    """The stored jobs, models, tokens and snapshots of a ledger whose base is at the position `base`."""
 
     def __init__(self, connection: sqlite3.Connection, base: int) -> None:
         self._connection = connection
@@ -41,19 +43,31 @@ class StoredProjections:
         row = self._connection.execute("SELECT position FROM projected").fetchone()
         if row != (position,):
             return position, f"the stored projections are at position {row and row[0]}"
-        problem = self._compare_models(folded) or self.jobs.difference(folded.jobs.values())
+        problem = (
+            self._compare_models(folded)
+            or self.jobs.difference(folded.jobs.values())
+            or self._compare_tokens(folded)
+        )
         return (position, problem) if problem else self.snapshots.end(position)
 
     def _compare_models(self, folded: Entities) -> str | None:
-        expected = {key.encode(): model for key, model in folded.models.items()}
+        return self._compare_table("models", folded.models)
+
+    def _compare_tokens(self, folded: Entities) -> str | None:
+        if check_readable(self._connection) < TOKENS_SINCE:
+            return None  # no release of then wrote events about them
+        return self._compare_table("tokens", folded.tokens)
+
+    def _compare_table(self, table: str, folded: Mapping[str, Model] | Mapping[str, Token]) -> str | None:
+        expected = {key.encode(): entity for key, entity in folded.items()}
         for key, body, is_text in self._connection.execute(
-            "SELECT id, body, typeof(id) = 'text' AND typeof(body) = 'text' FROM models"
+            f"SELECT id, body, typeof(id) = 'text' AND typeof(body) = 'text' FROM {table}"  # noqa: S608 - literals above
         ):
-            model = expected.pop(key, None)
-            if model is None or not is_text or as_bytes(model) != body:
-                return f"the stored models differ from the log's at {_format_key(key)!r}"
+            entity = expected.pop(key, None)
+            if entity is None or not is_text or as_bytes(entity) != body:
+                return f"the stored {table} differ from the log's at {_format_key(key)!r}"
         for key in expected:
-            return f"the stored models lack {key.decode()!r}"
+            return f"the stored {table} lack {key.decode()!r}"
         return None
 
 

@@ -133,7 +133,8 @@ class CheckedFold:
         self.position, self.hash, self._recorded_at = base.position, base.hash, ""
         self.stored = stored
         known = sorted(state.jobs.values(), key=lambda job: job.created_position)
-        self.entities = Entities(state.models.values(), (job for job in known if not job.ended))
+        unended = (job for job in known if not job.ended)
+        self.entities = Entities(state.models.values(), unended, state.tokens.values())
         self._canonical = CanonicalCheck()
         self._touched = set[str | None]() if stored is None else stored.snapshots.touched
         self._compare_at = NEVER if stored is None else stored.snapshots.next

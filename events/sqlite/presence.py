@@ -50,7 +50,7 @@ def presence_at(
         find_server_event(connection, position, after=True),
     )
     if after is None and not is_live:
-        seen_at = max(queries.read_last_seen(connection), queries.read_head(connection).recorded_at)
+        seen_at = max(queries.read_last_seen(connection), queries.read_last_of_server(connection).recorded_at)
         if _is_running(before) and time is not None and time > add_seconds(seen_at, _OVERDUE_S):
             return Presence(ServerState.UNKNOWN, seen_at)
     return presence_between(before, after, time, is_first=position == 0)

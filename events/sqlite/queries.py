@@ -1,4 +1,4 @@
-"""The SQL of the log: heads, pages, stored models and jobs, idempotency keys, joins, and writing a group."""
+"""The SQL of the log: heads, pages, stored projections, idempotency keys, joins, and writing a group."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from events.jobs import Job, JobStatus
 from events.models import Model
 from events.sqlite.schema import check_readable, transaction
 from events.state import Changes, State
+from events.tokens import OF_TOKENS, Token
 from events.types import LogBase
 
 PAGE = 500
@@ -25,6 +26,9 @@ LAST = 2**63 - 1
 
 _SEEN_SINCE = 7
 """The schema from which on the server notes that it is there."""
+
+TOKENS_SINCE = 8
+"""The schema from which on there are tokens."""
 
 
 class LogHead(msgspec.Struct, frozen=True, gc=False):
@@ -53,6 +57,19 @@ def read_head(connection: sqlite3.Connection) -> LogHead:
         position, digest = connection.execute("SELECT position, hash FROM base").fetchone()
         return LogHead(position, digest)
     return LogHead(*row)
+
+
+def read_last_of_server(connection: sqlite3.Connection) -> LogHead:
+    """Return the last event that a running server wrote; position 0 if the log has none.
+
+    Events about tokens do not count, since they may be appended while no server runs.
+    """
+    skipped = ", ".join(f"'{kind.TYPE}'" for kind in OF_TOKENS)
+    row = connection.execute(
+        "SELECT position, hash, recorded_at, type FROM events"  # noqa: S608 - literals
+        f" WHERE type NOT IN ({skipped}) ORDER BY position DESC LIMIT 1"
+    ).fetchone()
+    return LogHead() if row is None else LogHead(*row)
 
 
 def read_base(connection: sqlite3.Connection) -> LogBase:
@@ -99,20 +116,34 @@ def read_state(connection: sqlite3.Connection) -> State:
     jobs = connection.execute(
         "SELECT body FROM jobs WHERE status IN (?, ?)", (JobStatus.PENDING, JobStatus.IN_PROGRESS)
     )
-    return make_state(position, read_head(connection).recorded_at, models, jobs)
+    tokens = read_tokens(connection, "tokens")
+    return make_state(position, read_head(connection).recorded_at, models, jobs, tokens)
+
+
+def read_tokens(connection: sqlite3.Connection, table: str) -> Iterable[tuple[str]]:
+    """Return the tokens of a table as they are stored; none if the schema is older."""
+    if check_readable(connection) < TOKENS_SINCE:
+        return ()
+    return connection.execute(f"SELECT body FROM {table}")  # noqa: S608 - a literal of the caller
 
 
 def make_state(
-    position: int, recorded_at: str, models: Iterable[tuple[str]], jobs: Iterable[tuple[str]]
+    position: int,
+    recorded_at: str,
+    models: Iterable[tuple[str]],
+    jobs: Iterable[tuple[str]],
+    tokens: Iterable[tuple[str]] = (),
 ) -> State:
-    """Return the state of models and jobs as they are stored; raise ValueError if one is damaged."""
+    """Return the state of what is stored; raise ValueError if a part of it is damaged."""
     stored_models = [as_model(body) for (body,) in models]
     stored_jobs = [as_job(body) for (body,) in jobs]
+    stored_tokens = [as_token(body) for (body,) in tokens]
     return State(
         position,
         recorded_at,
         {model.id: model for model in stored_models},
         {job.id: job for job in stored_jobs},
+        tokens={token.id: token for token in stored_tokens},
     )
 
 
@@ -228,6 +259,8 @@ def write_group(
             _refuse_other_head(connection, after)
         _insert(connection, rows)
         write_projections(connection, changes.models.values(), changes.jobs.values(), rows[-1].position)
+        if changes.tokens:
+            store_tokens(connection, changes.tokens)
 
 
 def _refuse_other_head(connection: sqlite3.Connection, expected: LogHead) -> None:
@@ -325,12 +358,23 @@ def _store_jobs(connection: sqlite3.Connection, new: Sequence[_JobRow], changed:
     )
 
 
-def as_text(entity: Job | Model) -> str:
+def store_tokens(connection: sqlite3.Connection, tokens: Mapping[str, Token | None]) -> None:
+    """Store tokens by their ids, and delete those that are None; the caller holds the transaction."""
+    connection.executemany(
+        "DELETE FROM tokens WHERE id = ?", [(key,) for key, token in tokens.items() if token is None]
+    )
+    connection.executemany(
+        "INSERT INTO tokens (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+        [(key, as_text(token)) for key, token in tokens.items() if token is not None],
+    )
+
+
+def as_text(entity: Job | Model | Token) -> str:
     """Return an entity as it is stored."""
     return as_bytes(entity).decode()
 
 
-def as_bytes(entity: Job | Model) -> bytes:
+def as_bytes(entity: Job | Model | Token) -> bytes:
     """Return an entity as it is stored, in UTF-8."""
     return _ENCODER.encode(entity)
 
@@ -345,6 +389,12 @@ def as_model(body: str | bytes) -> Model:
     return _MODEL.decode(body)
 
 
+def as_token(body: str | bytes) -> Token:
+    """Return the token that `as_text` wrote; raise ValueError if it is damaged."""
+    return _TOKEN.decode(body)
+
+
 _ENCODER = msgspec.json.Encoder(order="sorted")
 _JOB = msgspec.json.Decoder(Job)
 _MODEL = msgspec.json.Decoder(Model)
+_TOKEN = msgspec.json.Decoder(Token)

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from events.errors import IncompleteCopy, LogUnavailable
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, refuse_foreign, release_cursors
+from events.tokens import OF_TOKENS
 from events.types import ServerStopped
 
 _CACHE = "PRAGMA cache_size = -512"
@@ -28,6 +29,8 @@ _READ_VERSION = 19
 
 _WAL = 2
 """Its value for a file that is written through a write-ahead log."""
+
+_WHILE_STOPPED = {kind.TYPE for kind in OF_TOKENS}
 
 T = TypeVar("T")
 
@@ -147,9 +150,15 @@ def lacks_wal(path: Path) -> bool:
 
 
 def may_lack_events(connection: sqlite3.Connection) -> bool:
-    """Whether a ledger without its write-ahead log may lack events: its last one is no `ServerStopped`."""
-    last = connection.execute("SELECT type FROM events ORDER BY position DESC LIMIT 1").fetchone()
-    return last is not None and last[0] not in (ServerStopped.TYPE, ServerStopped.TYPE.encode())
+    """Whether a ledger without its write-ahead log may lack events: its last one is no `ServerStopped`.
+
+    After that only tokens are issued and revoked, which leaves a complete file.
+    """
+    for (kind,) in connection.execute("SELECT type FROM events ORDER BY position DESC"):
+        name = kind.decode() if isinstance(kind, bytes) else kind
+        if name not in _WHILE_STOPPED:
+            return bool(name != ServerStopped.TYPE)
+    return False
 
 
 def refuse_incomplete(connection: sqlite3.Connection, path: Path) -> None:

@@ -70,6 +70,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
         state = load_base_state(connection)
         connection.execute("DELETE FROM jobs")
         connection.execute("DELETE FROM models")
+        connection.execute("DELETE FROM tokens")
         snapshots.forget(connection, state.position)
         connection.execute(
             "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, ?, ?)",
@@ -80,6 +81,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
             models, jobs = fold_page(state, page)
             queries.write_projections(connection, models.values(), jobs.values(), state.position)
             snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)
+        queries.store_tokens(connection, state.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def rebuild_file(path: Path) -> RebuildResult:
 
 def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Iterator[str]:
     """Walk both connections' tables in the order of their keys, and yield each difference in words."""
-    for table in ("models", "jobs"):
+    for table in ("models", "jobs", "tokens"):
         walk = f"SELECT id, body FROM {table} ORDER BY 1"  # noqa: S608 - literals above
         old, new = before.execute(walk), after.execute(walk)
         one, other = old.fetchone(), new.fetchone()
@@ -226,6 +228,10 @@ class Database:
             _log.exception("the idempotency keys and joins of a group could not be read")
             await self.give_up()
             raise LogUnavailable from error
+
+    async def read_last_of_server(self) -> LogHead:
+        """Return the last event that a running server wrote; position 0 if there is none."""
+        return await self.run(lambda: queries.read_last_of_server(self._connection))
 
     async def note(self, used: Mapping[str, str], seen_at: str) -> None:
         """Store when models were last used, and that the server is there.

@@ -23,7 +23,7 @@ from pathlib import Path
 from msgspec import structs
 
 from events.counters import Histogram
-from events.footprints import Footprint
+from events.jobs import Footprint
 from events.types import LoadedFile, LoadParameters
 from runtime.cache.key import make_key, runtime_was_replaced
 from runtime.cache.manifest import CachedForm, Manifest

@@ -24,4 +24,8 @@ export const EVENT_TEXTS = {
   RollbackAccepted: {"parts": ["signed up to {kept_position}", "accepted at {head_position}"], "tone": "bad", "badIf": null},
   VersionAdded: {"parts": ["{files:files}"], "tone": "good", "badIf": null},
   VersionRemoved: {"parts": ["{reason?}"], "tone": "plain", "badIf": null},
+  TokenIssued: {"parts": ["for {subject}", "{roles:acts}", "until {expires_at}", "via {via?}", "id {jti}"], "tone": "plain", "badIf": null},
+  TokenRevoked: {"parts": ["id {jti}"], "tone": "plain", "badIf": null},
+  SignInLinkIssued: {"parts": ["id {link_id}"], "tone": "plain", "badIf": null},
+  SignInLinkUsed: {"parts": ["id {link_id}"], "tone": "plain", "badIf": null},
 };

@@ -74,7 +74,7 @@ def outcome(facts: str | State, command: Command) -> str:
         case Accepted((Draft(id=event), Draft(data=ModelSettingsChanged(load), job_id=about)), job):
             assert NEW == event == job == about
             return f"settings:{load}"
-        case Existing(job):
+        case Existing(str(job)):
             return job
         case Refused(code, message):
             assert message
@@ -497,8 +497,7 @@ def test_version_in_use_is_not_removed(facts: str, code: str | None) -> None:
     assert isinstance(decide(state, AddVersion(MODEL, 1, "bob", (), "e")), Accepted)
 
 
-def by(actor: str, command: Command, key: Idempotency | None = None) -> Command:
-    assert isinstance(command, JobCommand)
+def by(actor: str, command: JobCommand, key: Idempotency | None = None) -> Command:
     return replace(command, actor=actor, idempotency=key)
 
 

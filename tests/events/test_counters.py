@@ -141,7 +141,7 @@ def count_in_groups(recorded: list[Draft], size: int) -> dict[str, Any]:
     for first in range(0, len(events), size):
         attempt = Attempt(state)
         for event in events[first : first + size]:
-            attempt.state.apply(event)
+            attempt.apply(event)
         attempt.commit()
         tally.count(events[first : first + size], attempt.changes.jobs.values())
     histograms = {**tally.load_s, **{f"unload {key}": each for key, each in tally.unload_s.items()}}

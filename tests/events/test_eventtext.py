@@ -20,6 +20,7 @@ LOADED = {
     "prepared": {"form": "mapped"},
 }
 FREED = {"freed_bytes": 54_321_000, "drained_requests": 2, "aborted_requests": 0}
+ISSUED = {"jti": "i1", "subject": "bob", "roles": ["admin", "audit"], "expires_at": "T", "via": None}
 EXITED = {"signal": None, "exit_code": 3, "stderr": ["first", "last"]}
 UNEXPECTED, SEEN = "the server before ended unexpectedly", "the server was last seen at U"
 STARTED = {"unclean": True, "last_event_at": "T", "last_seen_at": "U"}
@@ -65,6 +66,11 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ),
     ("VersionRemoved", {"reason": None}, "", False),
     ("RollbackAccepted", {"kept_position": 7, "head_position": 4}, "signed up to 7, accepted at 4", True),
+    ("TokenIssued", ISSUED, "for bob, admin, audit, until T, id i1", False),
+    ("TokenIssued", ISSUED | {"via": "link"}, "for bob, admin, audit, until T, via link, id i1", False),
+    ("TokenRevoked", {"jti": "i1", "expires_at": None}, "id i1", False),
+    ("SignInLinkIssued", {"link_id": "l1"}, "id l1", False),
+    ("SignInLinkUsed", {"link_id": "l1"}, "id l1", False),
     ("ClockStepped", {"from": "T", "to": "U", "taken": True}, "from T to U", True),
     ("ClockStepped", {"from": "T", "to": "U", "taken": False}, "from T to U, not followed", True),
 ]

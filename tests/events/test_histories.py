@@ -50,6 +50,8 @@ def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
             where
         )
         assert {key: as_text(job) for key, job in changes.jobs.items()} == texts(expected["jobs"]), where
+        tokens = {key: as_text(token) for key, token in changes.tokens.items() if token is not None}
+        assert tokens == texts(expected.get("tokens", {})), where
 
 
 def with_added_members(body: str) -> str:
@@ -86,5 +88,5 @@ async def test_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, t
     assert verification.verified, verification.finding
     assert verification.compared
     async with opened(path) as log:
-        assert log.state.models == state.models
+        assert (log.state.models, log.state.tokens) == (state.models, state.tokens)
         await log.server_started()

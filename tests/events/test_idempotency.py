@@ -194,7 +194,7 @@ def code_of(decision: Decision) -> str:
         case Accepted(_, job_id, is_join):
             return f"{'' if is_join else 'new '}{job_id}"
         case Existing(job_id):
-            return job_id
+            return str(job_id)
         case Refused(code):
             return code
 

@@ -24,8 +24,7 @@ from support.strategies import drafts
 
 from events.clock import seconds_between
 from events.codec import decode_event
-from events.footprints import MAX_FOOTPRINTS, Footprint
-from events.jobs import Failure, JobKind, JobStatus
+from events.jobs import MAX_FOOTPRINTS, Failure, Footprint, JobKind, JobStatus
 from events.models import (
     INCIDENT_WINDOW_S,
     Model,

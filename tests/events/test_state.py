@@ -57,14 +57,15 @@ def test_queues_hold_unended_jobs_in_any_transaction(groups: Sequence[tuple[list
         attempt = Attempt(state)
         for draft in group:
             position = attempt.state.position + 1
-            attempt.state.apply(as_event(draft, position, position))
+            attempt.apply(as_event(draft, position, position))
             assert_queues_are_right(attempt.state)
         assert (state.unended(), state.backlog) == before
         if durable:
             attempt.commit()
             assert all(state.queues.values())  # no model leaves anything behind
         assert_queues_are_right(state)
-        assert State(state.position, state.recorded_at, state.models, state.jobs) == state
+        same = State(state.position, state.recorded_at, state.models, state.jobs, tokens=state.tokens)
+        assert same == state
 
 
 @FEWER
@@ -169,6 +170,7 @@ def assert_entities_agree(events: Sequence[Event]) -> None:
         assert [job for job in changed if job.ended] == ([] if ended is None else [ended])
         assert entities.models == state.models
         assert entities.jobs == state.jobs
+        assert entities.tokens == state.tokens
 
 
 @FEWER
@@ -183,7 +185,7 @@ def test_entities_agree_on_history_and_continue_anywhere() -> None:
     whole = Entities()
     for middle, event in enumerate(events, 1):
         whole.apply(event)
-        rest = Entities(whole.models.values(), whole.jobs.values())
+        rest = Entities(whole.models.values(), whole.jobs.values(), whole.tokens.values())
         for later in events[middle:]:
             rest.apply(later)
         assert (len(rest.models), len(rest.jobs)) == (3, 1)
@@ -203,6 +205,7 @@ def test_every_type_has_a_fold() -> None:
     of_no_job = {
         *("ServerStarted", "ServerStopped", "AccessDenied", "LoadJoined", "UnloadJoined"),
         *("ClockStepped", "RollbackAccepted", "VersionAdded", "VersionRemoved"),
+        *("TokenIssued", "TokenRevoked", "SignInLinkIssued", "SignInLinkUsed"),
     }
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job
     assert {kind.__name__ for kind in models.STEPS} == TYPES.keys() - of_no_job - {"CancelRequested"}

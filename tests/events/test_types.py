@@ -32,6 +32,7 @@ ADDED = {
     "progress_timeout_s": None,
     "confinement": None,
     "threads": None,
+    "via": None,
 }
 """Fields that earlier releases did not write. Add to these; a line that has to change is a broken promise."""
 

@@ -13,6 +13,7 @@ instead of a name makes all states anew; use it only together with a new `events
 - `evictions-and-memory`: with room for one model, others are evicted; then there is memory for none
 - `settings`: a load changes settings of what is loaded, and another version takes the defaults
 - `joins`: others join a load, a forced unload and a loaded model; a person's load supersedes an on-demand one
+- `tokens`: tokens are issued over all ways, revoked, and used by a sign-in link; one of a provider is revoked
 - `keys`: requests with idempotency keys, repeated, reused for another request, and expired after a day
 """
 
@@ -28,12 +29,14 @@ from support import models
 from support.running import running
 
 from events.codec import decode_event, encode_event
-from events.commands import Record, RequestLoad, RequestUnload
+from events.commands import IssueToken, Record, RequestLoad, RequestUnload, RevokeToken
+from events.log import Log
 from events.models import ModelState
 from events.sqlite.listing import open_reader
 from events.sqlite.queries import as_text
 from events.sqlite.storage import FOLDS
-from events.state import State
+from events.state import Changes, State
+from events.tokens import SignInLinkIssued, TokenIssued
 from events.types import AccessDenied, Cause, Draft, Idempotency, LoadParameters
 
 HERE = Path(__file__).parent
@@ -50,9 +53,17 @@ def changes(bodies: Iterable[str]) -> list[dict[str, Any]]:
             {
                 "models": {key: json.loads(as_text(model)) for key, model in changed.models.items()},
                 "jobs": {key: json.loads(as_text(job)) for key, job in changed.jobs.items()},
+                **_tokens_of(changed),
             }
         )
     return found
+
+
+def _tokens_of(changed: Changes) -> dict[str, Any]:
+    """Return the changed tokens; histories before there were any have none."""
+    tokens = changed.tokens.items()
+    stored = {key: None if token is None else json.loads(as_text(token)) for key, token in tokens}
+    return {"tokens": stored} if stored else {}
 
 
 def write_states(name: str) -> None:
@@ -112,7 +123,33 @@ async def loads_and_swaps(folder: Path) -> None:
         await engine.unload("other")
 
 
-SCENARIOS: dict[str, Scenario] = {"loads-and-swaps": loads_and_swaps, "settings": settings, "joins": joins}
+async def tokens(folder: Path) -> None:
+    """Tokens are issued before, during and after a run of the server, revoked, and got by a sign-in link."""
+
+    def issued(jti: str, via: str) -> TokenIssued:
+        return TokenIssued(jti, "bob", ("admin", "audit"), "2030-01-31T14:02:00.000000Z", via)
+
+    log = Log(folder / "ledger.db")
+    await log.open()
+    await log.submit(IssueToken(issued("first", "command"), "local:root"))
+    await log.close()
+    async with running(folder, stops_cleanly=True) as engine:
+        submit = engine.log.submit
+        await submit(IssueToken(issued("second", "api"), "alice"))
+        await submit(IssueToken(issued("third", "socket"), "local:loadledger"))
+        await submit(RevokeToken("second", "alice"))
+        await submit(RevokeToken("provider/1", "alice", "2030-01-31T14:02:00.000000Z"))
+        await submit(Record((Draft("link-1", SignInLinkIssued("link"), "alice"),)))
+        await submit(IssueToken(issued("fourth", "link"), "alice", "link"))
+        await engine.load("adder", 1)
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "loads-and-swaps": loads_and_swaps,
+    "settings": settings,
+    "joins": joins,
+    "tokens": tokens,
+}
 
 
 async def record(name: str) -> None:

@@ -18,8 +18,7 @@ from support.history import PLAIN, History
 from support.running import Engine, error_of, running
 from support.workers import LIMIT_S, until
 
-from events.footprints import Footprint
-from events.jobs import JobStatus
+from events.jobs import Footprint, JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime import estimates
 from runtime.consumer.loadfiles import PendingFiles

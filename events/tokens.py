@@ -1,0 +1,155 @@
+"""Tokens: the events that issue and revoke them, and their fold, which says whose token is refused.
+
+Tokens of earlier releases, and those of an identity provider, were never recorded: their signature counts. A
+token goes from the fold some time after its expiry, so memory grows with the valid ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from events.clock import Timestamp, add_seconds
+
+MAX_TOKENS = 10_000
+"""Valid tokens from which on none is issued: some 5 MB, and they are looked through in 2 ms."""
+
+KEPT_S = 24 * 3_600
+"""How long a token stays after its expiry: a clock that is set back by less revives no revoked one."""
+
+SWEEP_EVERY = 128
+"""Expired tokens go when this many divides the number of tokens: so few of the events look at all of them."""
+
+
+class TokenIssued(Struct, frozen=True, gc=False):
+    """The actor issued a token for `subject`; the ledger never has the token itself, but its id, `jti`.
+
+    `via` says how: over the `api`, over the `socket` in the data directory, by a sign-in `link`, by a
+    `command` while no server ran, or by the server for its own user (`serve`).
+    """
+
+    TYPE: ClassVar[str] = "TokenIssued"
+    jti: str
+    subject: str
+    roles: tuple[str, ...]
+    expires_at: Timestamp
+    via: str | None = None
+
+
+class TokenRevoked(Struct, frozen=True, gc=False):
+    """The actor revoked the token with the id `jti`: it is refused from here on.
+
+    `expires_at` is when the token expires at the latest, if the ledger did not issue it.
+    """
+
+    TYPE: ClassVar[str] = "TokenRevoked"
+    jti: str
+    expires_at: Timestamp | None = None
+
+
+class SignInLinkIssued(Struct, frozen=True, gc=False):
+    """The actor asked for a link that signs a browser in once, within a minute. Its code is not kept."""
+
+    TYPE: ClassVar[str] = "SignInLinkIssued"
+    link_id: str
+
+
+class SignInLinkUsed(Struct, frozen=True, gc=False):
+    """The link was used. `TokenIssued` follows, with the actor and the roles of who asked for the link."""
+
+    TYPE: ClassVar[str] = "SignInLinkUsed"
+    link_id: str
+
+
+TokenData = TokenIssued | TokenRevoked
+"""Data of the events that change a token. Both may be appended while no server runs."""
+
+OF_TOKENS = (TokenIssued, TokenRevoked)
+
+
+class Token(Struct, frozen=True, gc=False):
+    """A token, as its events say.
+
+    Attributes:
+        id: its `jti`.
+        subject: None for a token that the ledger did not issue.
+        expires_at: from when on it is refused in any case.
+        position: of the first event about it.
+        issued_at: None for a token that the ledger did not issue.
+        issued_by: the actor of `TokenIssued`.
+        via: as in `TokenIssued`.
+        revoked_at: None while it is not revoked.
+        revoked_by: the actor of `TokenRevoked`.
+    """
+
+    id: str
+    subject: str | None
+    roles: tuple[str, ...]
+    expires_at: Timestamp
+    position: int
+    issued_at: Timestamp | None = None
+    issued_by: str | None = None
+    via: str | None = None
+    revoked_at: Timestamp | None = None
+    revoked_by: str | None = None
+
+    @property
+    def is_revoked(self) -> bool:
+        """Whether the token is refused though it has not expired."""
+        return self.revoked_at is not None
+
+
+def evolve_token(
+    token: Token | None, data: TokenData, *, position: int, recorded_at: Timestamp, actor: str
+) -> Token | None:
+    """Return a token after an event about it. A revocation stays, whatever follows.
+
+    Args:
+        token: as it was before; None if there was no event about it.
+        data: of the event.
+        position: of the event.
+        recorded_at: of the event.
+        actor: of the event.
+    """
+    match data:
+        case TokenIssued(jti, subject, roles, expires_at, via):
+            if token is not None:
+                return token
+            return Token(jti, subject, roles, expires_at, position, recorded_at, actor, via)
+        case TokenRevoked(jti, expires_at):
+            if token is None and expires_at is not None:
+                token = Token(jti, None, (), expires_at, position)
+            if token is None or token.is_revoked:
+                return token
+            return replace(token, revoked_at=recorded_at, revoked_by=actor)
+
+
+def evolve_tokens(
+    tokens: dict[str, Token], data: TokenData, *, position: int, recorded_at: Timestamp, actor: str
+) -> Mapping[str, Token | None]:
+    """Fold an event into `tokens`, and return those that changed by their ids; None for those that went."""
+    before = tokens.get(data.jti)
+    after = evolve_token(before, data, position=position, recorded_at=recorded_at, actor=actor)
+    if after is None or after is before:
+        return {}
+    tokens[data.jti] = after
+    changed: dict[str, Token | None] = {data.jti: after}
+    if len(tokens) % SWEEP_EVERY == 0:
+        for key in _find_forgotten(tokens, recorded_at):
+            del tokens[key]
+            changed[key] = None
+    return changed
+
+
+def count_valid(tokens: Mapping[str, Token], now: Timestamp) -> int:
+    """Return how many tokens have not expired; a revoked one counts, since it has to be remembered."""
+    return sum(token.expires_at > now for token in tokens.values())
+
+
+def _find_forgotten(tokens: Mapping[str, Token], now: Timestamp) -> list[str]:
+    """Return the ids of the tokens that expired long ago."""
+    until = add_seconds(now, -KEPT_S)
+    return [key for key, token in tokens.items() if token.expires_at <= until]

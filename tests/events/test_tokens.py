@@ -1,0 +1,226 @@
+"""Issued and revoked tokens: decisions, the fold, and what restarts, archives and verification make of it."""
+
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from support.history import START, at, opened, steady
+from support.ledgers import SIGN, change_ledger
+
+from events.accept import Accepted, Existing, Refused, accept
+from events.audit.archive import archive
+from events.audit.audit import audit
+from events.audit.verify import FindingKind, verify
+from events.clock import add_seconds
+from events.commands import Command, IssueToken, RevokeToken
+from events.errors import MustStay
+from events.sqlite import storage
+from events.sqlite.listing import open_reader
+from events.sqlite.readonly import open_read_only, refuse_incomplete
+from events.sqlite.schema import connect
+from events.sqlite.snapshots import read_base_state
+from events.state import Attempt, State
+from events.tokens import (
+    KEPT_S,
+    MAX_TOKENS,
+    SWEEP_EVERY,
+    SignInLinkUsed,
+    Token,
+    TokenData,
+    TokenIssued,
+    TokenRevoked,
+    evolve_token,
+    evolve_tokens,
+)
+from events.types import Event, ServerStarted
+
+BOB = TokenIssued("t1", "bob", ("admin",), at(600), "api")
+REVOKED, FOREIGN = TokenRevoked("t1"), TokenRevoked("t1", at(600))
+
+
+def fold(*facts: TokenData) -> Token | None:
+    token = None
+    for position, data in enumerate(facts, 1):
+        token = evolve_token(token, data, position=position, recorded_at=at(position), actor=f"by{position}")
+    return token
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ((BOB,), Token("t1", "bob", ("admin",), at(600), 1, at(1), "by1", "api")),
+        ((BOB, REVOKED), Token("t1", "bob", ("admin",), at(600), 1, at(1), "by1", "api", at(2), "by2")),
+        ((BOB, REVOKED, BOB), Token("t1", "bob", ("admin",), at(600), 1, at(1), "by1", "api", at(2), "by2")),
+        ((FOREIGN,), Token("t1", None, (), at(600), 1, revoked_at=at(1), revoked_by="by1")),
+        ((FOREIGN, BOB), Token("t1", None, (), at(600), 1, revoked_at=at(1), revoked_by="by1")),
+        ((REVOKED,), None),
+    ],
+    ids=["issued", "revoked", "issued-again", "foreign", "foreign-issued", "unknown"],
+)
+def test_token_folds_to_its_state(facts: tuple[TokenData, ...], expected: Token | None) -> None:
+    assert fold(*facts) == expected
+
+
+def test_expired_tokens_leave_the_fold() -> None:
+    tokens: dict[str, Token] = {}
+    for position in range(1, 10 * SWEEP_EVERY):
+        data = TokenIssued(f"t{position}", "bob", (), add_seconds(at(position * 3600), -KEPT_S))
+        changed = evolve_tokens(tokens, data, position=position, recorded_at=at(position * 3600), actor="a")
+        assert all((changed[key] is None) == (key not in tokens) for key in changed)
+        assert len(tokens) < SWEEP_EVERY
+    revoked = TokenRevoked("late", at(1e9))
+    evolve_tokens(tokens, revoked, position=position, recorded_at=at(1e8), actor="a")
+    assert tokens["late"].is_revoked
+
+
+def state_of(*facts: TokenData, count: int = 0, expires_at: str = "") -> State:
+    token = fold(*facts)
+    others = {f"n{number}": Token(f"n{number}", "x", (), expires_at, number) for number in range(count)}
+    return State(tokens=others if token is None else {**others, token.id: token})
+
+
+ISSUE = IssueToken(BOB, "alice")
+
+
+@pytest.mark.parametrize(
+    ("state", "command", "expected"),
+    [
+        (state_of(), ISSUE, [BOB]),
+        (state_of(), IssueToken(BOB, "alice", "l1"), [SignInLinkUsed("l1"), BOB]),
+        (state_of(count=MAX_TOKENS, expires_at=at(9)), ISSUE, "too_many_tokens"),
+        (state_of(count=MAX_TOKENS, expires_at=at(5)), ISSUE, [BOB]),
+        (state_of(BOB), RevokeToken("t1", "alice", at(900)), [REVOKED]),
+        (state_of(BOB, REVOKED), RevokeToken("t1", "alice"), "existing"),
+        (state_of(), RevokeToken("t1", "alice"), "unknown_token"),
+        (state_of(), RevokeToken("t1", "alice", at(600)), [FOREIGN]),
+    ],
+)
+def test_command_about_token_is_decided(state: State, command: Command, expected: object) -> None:
+    match accept(state, command, lambda: "new", at(5)):
+        case Accepted(drafts, None):
+            assert [draft.data for draft in drafts] == expected
+            assert {draft.actor for draft in drafts} == {"alice"}
+        case Refused(code):
+            assert code == expected
+        case Existing(None):
+            assert expected == "existing"
+        case other:
+            pytest.fail(str(other))
+
+
+async def write(path: Path, *commands: Command, runs: bool = True) -> dict[str, Token]:
+    """Append to a ledger, as a server that runs and stops or as a command, and return its tokens."""
+    async with opened(path, **steady(lambda: START)) as log:
+        if runs:
+            await log.server_started()
+        for command in commands:
+            await log.submit(command)
+        if runs:
+            await log.server_stopped()
+        return dict(log.state.tokens)
+
+
+async def test_revocation_survives_restart_archive_and_rebuild(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    known = await write(path, ISSUE, RevokeToken("t1", "carol"), RevokeToken("idp", "carol", at(900)))
+    assert [token.is_revoked for token in known.values()] == [True, True]
+    other = TokenIssued("t2", "eve", ("audit",), at(600))
+    last = await write(path, IssueToken(other, "alice"))
+    assert last == await write(path, runs=False)
+    assert verify(path).verified
+    archive(path, "6", tmp_path / "old.gz", SIGN, START + timedelta(days=30))
+    with closing(connect(path)) as connection:
+        assert read_base_state(connection, 5).tokens == known
+    proof = audit(path, archives=[tmp_path / "old.gz"])
+    assert proof.finding is None
+    assert proof.behind is not None
+    assert proof.behind.is_folded
+    change_ledger(path, "DELETE FROM tokens WHERE id = 't1'", "UPDATE tokens SET body = '{}'")
+    assert len(storage.rebuild_file(path).differences) == 3
+    assert await write(path, runs=False) == last
+    assert verify(path).verified
+
+
+@pytest.mark.parametrize(
+    ("statement", "kind", "problem"),
+    [
+        ("DELETE FROM tokens", FindingKind.PROJECTIONS, "the stored tokens lack 't1'"),
+        ("UPDATE tokens SET body = replace(body, 'carol', 'dave')", FindingKind.PROJECTIONS, "tokens differ"),
+        ("UPDATE base_tokens SET body = replace(body, 'bob', 'eve')", FindingKind.BASE, "was changed"),
+        ("DELETE FROM base_tokens", FindingKind.BASE, "was changed"),
+    ],
+)
+async def test_changed_token_is_found(
+    tmp_path: Path, statement: str, kind: FindingKind, problem: str
+) -> None:
+    path = tmp_path / "ledger.db"
+    await write(path, ISSUE)
+    await write(path, RevokeToken("t1", "carol"))
+    archive(path, "4", tmp_path / "old.gz", SIGN, START + timedelta(days=30))
+    change_ledger(path, statement)
+    finding = verify(path).finding
+    assert finding is not None
+    assert finding.kind is kind
+    assert problem in finding.problem
+
+
+async def test_ledger_without_token_tables_verifies_and_opens(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    await write(path)
+    change_ledger(path, "DROP TABLE tokens", "DROP TABLE base_tokens", "PRAGMA user_version = 7")
+    assert verify(path).verified
+    assert list(await write(path, ISSUE)) == ["t1"]
+
+
+@pytest.mark.parametrize(
+    ("kills", "unclean"), [(False, False), (True, True)], ids=["after-stop", "after-kill"]
+)
+async def test_token_between_runs_hides_no_unclean_end(
+    tmp_path: Path,
+    kills: bool,  # noqa: FBT001
+    unclean: bool,  # noqa: FBT001
+) -> None:
+    path = tmp_path / "ledger.db"
+    async with opened(path) as log:
+        await log.server_started()
+        if not kills:
+            await log.server_stopped()
+    await write(path, ISSUE, runs=False)
+    with open_read_only(path) as connection:
+        if not kills:
+            refuse_incomplete(connection, path)
+    async with opened(path) as log:
+        await log.server_started()
+    async with open_reader(path) as reader:
+        data = (await reader.events(0))[-1].data
+    assert isinstance(data, ServerStarted)
+    assert data.unclean is unclean
+
+
+async def test_first_start_after_token_is_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    await write(path, ISSUE, runs=False)
+    await write(path)
+    async with open_reader(path) as reader:
+        started = (await reader.events(0))[1].data
+    assert isinstance(started, ServerStarted)
+    assert (started.unclean, started.last_seen_at) == (False, None)
+
+
+async def test_stop_before_tokens_is_not_archived(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    await write(path)
+    await write(path, ISSUE, runs=False)
+    with pytest.raises(MustStay, match="--before 2 at most"):
+        archive(path, "3", tmp_path / "old.gz", SIGN, START + timedelta(days=30))
+
+
+def test_group_that_fails_changes_no_token() -> None:
+    state = state_of(BOB)
+    attempt = Attempt(state)
+    attempt.apply(Event(2, "e", REVOKED, "carol", at(2)))
+    assert not state.tokens["t1"].is_revoked
+    assert attempt.state.tokens["t1"].is_revoked
+    attempt.commit()
+    assert state.tokens["t1"].is_revoked
