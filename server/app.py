@@ -40,7 +40,19 @@ from runtime.store.folder import STORE
 from runtime.store.manifest import digest_of
 from runtime.store.store import Store
 from runtime.uploads.uploads import Uploads
-from server.api import events, health, history, jobs, models, pages, resources, timeline, versions, workers
+from server.api import (
+    events,
+    health,
+    history,
+    jobs,
+    models,
+    pages,
+    resources,
+    timeline,
+    tokens,
+    versions,
+    workers,
+)
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
 from server.api.health import failed_tasks
 from server.api.models import make_load_command
@@ -72,9 +84,11 @@ from server.appkeys import (
     UPLOADS,
     VERIFIER,
 )
+from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir
 from server.auth.ratelimit import RateLimits, add_quota_headers
+from server.auth.tokens import TOKENS, open_tokens
 from server.config import MAX_BODY_BYTES, OFF, ON, Config
 from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
@@ -108,6 +122,7 @@ def all_routes(metrics: str = "token") -> list[Route]:
         *workers.routes,
         *resources.routes,
         *history.routes,
+        *tokens.routes,
         *events.routes,
         *timeline.routes,
         *inference.routes,
@@ -168,6 +183,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _consumer,
             _history,
             open_streams,
+            open_control,
         ]
     )
     return app
@@ -248,6 +264,7 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
             await log.rollback_accepted(rollback[0])
         await keeper.keep(prover.head(log))
         app[REQUEST_LOG] = RequestLog(log, started.position)
+        app[TOKENS] = open_tokens(app)
         noting = asyncio.create_task(_note_presence(log, prover, keeper), name="presence")
         denials = app[GATE].denials
         counting = asyncio.create_task(denials.run(log.submit), name="denials")

@@ -24,6 +24,7 @@ from aiohttp import web
 
 from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
+from server.auth.tokens import TOKENS
 from server.config import AUTO, OFF, Config, ConfigError
 from server.http.connection import ConnectionLimits, listening
 from server.http.tls import Certificate
@@ -201,6 +202,7 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
         if tracing is not None:
             tracing.trace_requests(runner.server, app)
         async with _listening(runner.server, config) as url:
+            app[TOKENS].server_url = local_url(url)
             announcing = asyncio.create_task(announce(RunningServer(app, url)), name="announcement")
             announcing.add_done_callback(_log_failed_announcement)
             manager.ready(url)
@@ -255,6 +257,11 @@ async def _listening(server: web.Server, config: Config) -> AsyncIterator[str]:
     async with listening(server, config.host, config.port, limits, tls) as port:
         host = f"[{config.host}]" if ":" in config.host else config.host
         yield f"{'http' if tls is None else 'https'}://{host}:{port}"
+
+
+def local_url(url: str) -> str:
+    """Return the URL by which this machine reaches a server that listens at `url`."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 async def _wait_for_end(app: web.Application, stop: asyncio.Event) -> int:

@@ -43,6 +43,8 @@ ADVICE: Mapping[str, str] = {
     "unknown_model": "Check the name, and the folder of that name in the repository.",
     "unknown_version": "Check the version, and that its folder has a model file.",
     "unknown_job": "Check the id. For archived jobs use `loadledger replay --archive`.",
+    "unknown_token": "`loadledger token list` lists the known ones. For a token of an identity provider, say"
+    " how long it is valid at most (`expires_s`).",
     "method_not_allowed": "Use a method that `Allow` names.",
     "body_timeout": "Send the body without a pause; check the network.",
     "head_timeout": "Send the head without a pause; `--head-timeout-s` sets the limit.",
@@ -68,6 +70,7 @@ ADVICE: Mapping[str, str] = {
     " before passes; a new one waits, too. Behind a proxy, set `--trusted-proxies`: else all clients share"
     " its address.",
     "queue_full": "Wait until some jobs have ended.",
+    "too_many_tokens": "Issue fewer tokens, for a shorter time.",
     "too_many_streams": "Close unused streams, or raise `--streams-per-subject`.",
     "head_too_large": "Send fewer or shorter header fields.",
     "internal": "This is a bug. The server's log has the reason under the reference in `instance`.",

@@ -8,6 +8,8 @@ every request except those to public routes, and the fast path for inferences.
 - `keyring`: the public keys that verify tokens, ours or an identity provider's; reread when their files
   change
 - `keys`: the private keys in the data directory; issues tokens, rotates and revokes keys; the ledger's key
+- `issuing`, `tokens`: a token is signed and recorded; revocations, sign-in links
+- `control`, `localtokens`: the socket in the data directory, and the commands that use it
 - `subjects`: which subjects a token may have
 - `ratelimit`: the windows that count requests, and the header fields that show them
 - `proxies`: the client's address behind trusted proxies

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import jwt
 from aiohttp import hdrs, web
@@ -35,6 +35,8 @@ from server.errors import ServerProblem
 from server.routing import Access, LimitClass, matched_route
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 REALM = "loadledger"
 
@@ -67,10 +69,14 @@ _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The subject and roles of a verified token: the actor of its events, and the token's known roles."""
+    """The subject and roles of a verified token: the actor of its events, and the token's known roles.
+
+    `jti` is the token's id; None if it has none.
+    """
 
     subject: str
     roles: frozenset[str]
+    jti: str | None = field(default=None, compare=False)
 
 
 PRINCIPAL: web.RequestKey[Principal] = web.RequestKey("principal", Principal)
@@ -201,15 +207,23 @@ class _Remembered:
     key: VerificationKey
 
 
+def _none_revoked(jti: str) -> bool:  # noqa: ARG001 - without a ledger no token is revoked
+    return False
+
+
 @dataclass(eq=False)
 class Verifier:
-    """Verifies tokens; remembers valid ones by their SHA-256 until they expire or their key is revoked."""
+    """Verifies tokens; remembers valid ones by their SHA-256 until they or their key expire or are revoked.
+
+    `is_revoked` says of a token's id whether the ledger has its revocation; it is asked for each request.
+    """
 
     keys: KeyRing
     audience: str
     issuer: str | None = None
     roles_claim: str = "roles"
     capacity: int = MAX_REMEMBERED
+    is_revoked: Callable[[str], bool] = _none_revoked
     _remembered: OrderedDict[bytes, _Remembered] = field(default_factory=OrderedDict, init=False)
 
     def verify(self, token: str, now: float) -> Principal:
@@ -232,7 +246,8 @@ class Verifier:
         known = self._remembered.get(digest)
         if known is None:
             return None
-        if known.expires_at > now and self.keys.find(known.kid, now) is known.key:
+        is_valid = known.expires_at > now and self.keys.find(known.kid, now) is known.key
+        if is_valid and not self._refuses(known.principal):
             self._remembered.move_to_end(digest)
             return known.principal
         del self._remembered[digest]
@@ -245,7 +260,13 @@ class Verifier:
             raise InvalidToken("the token is signed with a key that is not known here")
         claims = self._claims(token, key)
         expires_at = _check_times(claims, now)
-        return _Remembered(self._principal(claims), expires_at, kid, key)
+        principal = self._principal(claims)
+        if self._refuses(principal):
+            raise InvalidToken("the token was revoked")
+        return _Remembered(principal, expires_at, kid, key)
+
+    def _refuses(self, principal: Principal) -> bool:
+        return principal.jti is not None and self.is_revoked(principal.jti)
 
     def _claims(self, token: str, key: VerificationKey) -> Mapping[str, Any]:
         options: jwt.types.Options = {
@@ -269,13 +290,17 @@ class Verifier:
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
         subject = claims["sub"]
-        refusal = subject_refusal(subject) if isinstance(subject, str) else "the subject must be text"
+        if not isinstance(subject, str):
+            raise InvalidToken("the subject must be text")
+        refusal = subject_refusal(subject, is_own=self.keys.provider is None)
         if refusal is not None:
             raise InvalidToken(refusal)
         roles = _find_claim(claims, self.roles_claim)
         if not isinstance(roles, list):
             raise InvalidToken(f"the claim {self.roles_claim} must be a list of roles")
-        return Principal(subject, ROLES.intersection(role for role in roles if isinstance(role, str)))
+        jti = claims.get("jti")
+        known = ROLES.intersection(role for role in roles if isinstance(role, str))
+        return Principal(subject, known, jti if isinstance(jti, str) else None)
 
 
 def create_verifier(config: Config) -> Verifier:
@@ -322,6 +347,21 @@ class Gate:
             self.denials.count(principal.subject, action)
             raise
         return principal
+
+    def try_credentials(self, request: web.BaseRequest, check: Callable[[], T]) -> T:
+        """Check credentials that are no token, such as the code of a sign-in link, as a token is checked.
+
+        Raises:
+            TooManyFailures: `too_many_failures`.
+            InvalidToken: `invalid_token`, as `check` raises it; the failure is counted.
+        """
+        peer = self.proxies.peer(request)
+        self.limits.check_peer(peer)
+        try:
+            return check()
+        except InvalidToken:
+            self.limits.count_failure(peer)
+            raise
 
     def _authenticate(self, request: web.BaseRequest) -> Principal:
         fields, now = request.headers.getall(hdrs.AUTHORIZATION, []), self.clock()

@@ -1,7 +1,8 @@
 """Which keys sign tokens and the ledger, and how are tokens issued?
 
 `<data>/keys/<kid>.pem` are our Ed25519 keys: the newest signs tokens, all verify them. `<data>/ledger.key`
-signs the ledger's head and nothing else. Tokens cannot be revoked, but keys can, by removing their file.
+signs the ledger's head and nothing else. A key is revoked by removing its file, with all its tokens; a single
+token is revoked in the ledger (`server.auth.tokens`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from events.audit.signing import KEY_ID_DIGITS, HeadSigner, key_id
+from events.clock import uuid7
 from server.auth.subjects import subject_refusal
 
 _log = logging.getLogger(__name__)
@@ -42,6 +44,9 @@ ALGORITHM = "EdDSA"
 
 LEDGER_KEY = "ledger.key"
 """The ledger's key in the data directory."""
+
+MAX_EXPIRES_S = 100 * 365 * 86_400 - 1
+"""Of a token's lifetime: longer ones are a mistake, and end after what a timestamp can hold."""
 
 MAX_KEY_BYTES = 64 * 2**10
 """A longer file is no public key."""
@@ -153,25 +158,30 @@ def issue_token(
     expires_s: float,
     audience: str,
     issuer: str | None = None,
+    jti: str | None = None,
+    now_s: int | None = None,
 ) -> str:
-    """Sign a token with the newest key.
+    """Sign a token with the newest key; recording it is the caller's. Without a `jti` it gets a new one.
+
+    `now_s` is in seconds since 1970; None is now.
 
     Raises:
         KeyProblem: the subject, a role or the time is invalid, or there is no key.
     """
-    refusal, unknown = subject_refusal(subject), sorted(set(roles) - ROLES)
+    refusal, unknown = subject_refusal(subject, is_own=True), sorted(set(roles) - ROLES)
     if refusal is None and (unknown or not roles):
         refusal = f"roles are {', '.join(sorted(ROLES))}; not {', '.join(unknown) or 'none'}"
-    if refusal is None and not 0 < expires_s < 100 * 365 * 86400:
+    if refusal is None and not 0 < expires_s <= MAX_EXPIRES_S:
         refusal = "a token must expire in the future, and within 100 years"
     if refusal is not None:
         raise KeyProblem(refusal)
     known = list_keys(data)
     if not known:
         raise KeyProblem(f"there is no key under {keys_folder(data)}; `loadledger key rotate` creates one")
-    kid, now = known[-1].kid, int(time.time())
+    kid, now = known[-1].kid, int(time.time()) if now_s is None else now_s
     key = load_private_key(keys_folder(data) / f"{kid}.pem")
     claims = {
+        "jti": jti or uuid7(),
         "sub": subject,
         "aud": audience,
         "roles": sorted(set(roles)),

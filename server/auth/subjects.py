@@ -1,4 +1,6 @@
-"""Which subjects may a token have? Printable ones without invisible characters that do not read as `system`.
+"""Which subjects may a token have? Printable ones without invisible characters that read as nobody else's.
+
+`system` is the server's own, and `local:NAME` is a user of the server's machine (`server.auth.control`).
 
 Events have the subject as their actor, and people read it there: what it looks like is what counts. Ledgers
 with other actors, of earlier releases, are read as they are.
@@ -8,6 +10,9 @@ import re
 import unicodedata
 
 from events.types import SYSTEM
+
+LOCAL = "local:"
+"""How the actor of a user of this machine begins: the rest is the user's name, or number without one."""
 
 MAX_SUBJECT_CHARACTERS = 128
 """Every event has its actor: longer ones would make the ledger grow."""
@@ -31,11 +36,16 @@ _LOOKALIKES = str.maketrans(
             "t": "\u0442\u03c4\u1d1b",
             "e": "\u0435\u03b5\u1d07",
             "m": "\u043c\u03bc\u1d0d",
+            "l": "i1\u04cf\u029f\u0131",
+            "o": "0\u043e\u03bf\u1d0f",
+            "c": "\u0441\u03f2\u1d04",
+            "a": "\u0430\u03b1\u1d00",
+            ":": "\u02d0\u0589\u05c3\u2236\ua789",
         }.items()
         for letter in letters
     }
 )
-"""Cyrillic and Greek letters, and small capitals, that look like those of `system` in one case or the other.
+"""Cyrillic and Greek letters, and small capitals, that look like those of `system` or `local:`.
 
 The source is confusables.txt of UTS #39, for the alphabets of common keyboards.
 """
@@ -44,8 +54,11 @@ _BLANKS = " \u2800"
 """Of what is printable: the space, and the Braille pattern without dots."""
 
 
-def subject_refusal(subject: str) -> str | None:
-    """Return why this cannot be a subject; None if it can. Events have it as their actor."""
+def subject_refusal(subject: str, *, is_own: bool = False) -> str | None:
+    """Return why this cannot be a subject; None if it can. Events have it as their actor.
+
+    With `is_own` it is that of a token that the server signed: users of its machine get some as `local:NAME`.
+    """
     if not 1 <= len(subject) <= MAX_SUBJECT_CHARACTERS:
         return f"the subject must have 1 to {MAX_SUBJECT_CHARACTERS} characters"
     if (ignorable := _IGNORABLE.search(subject)) is not None:
@@ -54,6 +67,8 @@ def subject_refusal(subject: str) -> str | None:
         return "the subject must be printable"
     if _reads_as(subject) == SYSTEM:
         return f"the subject {SYSTEM} is the server's own, however it is written"
+    if _reads_as(subject).startswith(LOCAL) and not (is_own and subject.startswith(LOCAL)):
+        return f"subjects that begin with {LOCAL} are of the users of the server's machine"
     if subject.strip(_BLANKS) != subject:
         return "the subject must not begin or end with a blank: it would read as another, or as nothing"
     return None

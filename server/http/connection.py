@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -421,6 +422,23 @@ async def listening(
     )
     try:
         yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()
+
+
+@asynccontextmanager
+async def listening_on(
+    runner: web.AppRunner, bound: socket.socket, limits: ConnectionLimits
+) -> AsyncIterator[None]:
+    """Listen on a bound UNIX socket, as `listening` does on an address."""
+    server = runner.server
+    assert server is not None, "the runner is not set up"
+    wrap_handler(server, _guard)
+    listener = await asyncio.get_running_loop().create_unix_server(
+        lambda: GuardedConnection(server, limits), sock=bound, backlog=limits.most
+    )
+    try:
+        yield
     finally:
         listener.close()
 

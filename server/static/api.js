@@ -31,7 +31,7 @@ export class Api {
       response = await fetch(path, {
         method,
         body,
-        headers: { Authorization: `Bearer ${this.token}`, ...(body ? { "Content-Type": "application/json" } : {}), ...headers },
+        headers: { ...(this.token ? { Authorization: `Bearer ${this.token}` } : {}), ...(body ? { "Content-Type": "application/json" } : {}), ...headers },
         signal: signals.length ? AbortSignal.any(signals) : undefined,
         cache: "no-store",
         credentials: "omit",

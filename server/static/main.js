@@ -19,7 +19,7 @@ import { Past } from "./past.js";
 import { predictDialog } from "./predict.js";
 import { Refresher } from "./refresher.js";
 import { Router } from "./router.js";
-import { cleaned, keepToken, keptToken, Session } from "./session.js";
+import { cleaned, isSignInLink, keepToken, keptToken, Session, takeCode } from "./session.js";
 import { Store } from "./store.js";
 import { Timeline } from "./timeline.js";
 import { uploads } from "./upload.js";
@@ -92,10 +92,22 @@ function signOut(why = "") {
   location.reload(); // nothing of what was seen stays in memory
 }
 
-function askForToken() {
+// A link signs in once; its token is kept for this tab, because the link cannot be used again.
+async function signInByLink(code) {
+  let token;
+  try {
+    token = (await new Api(null).post("/api/v1/sign-in-links/use", { code })).answer.token;
+  } catch (error) {
+    return askForToken(error.status === 401 ? `The sign-in link does not work: ${error.message}.` : told(error));
+  }
+  keepToken(token);
+  begin(token);
+}
+
+function askForToken(why = givenUpBecause()) {
   const form = byId("sign-in-form"), field = byId("token");
   show(byId("sign-in"), true);
-  tell(byId("sign-in-why"), givenUpBecause());
+  tell(byId("sign-in-why"), why);
   field.focus();
   let asking = false;
   form.addEventListener("submit", async (event) => {
@@ -135,6 +147,8 @@ function givenUpBecause() {
 }
 
 byId("sign-out").addEventListener("click", () => signOut());
-const kept = keptToken();
-if (kept !== null && cleaned(kept) !== null) begin(kept);
+addEventListener("hashchange", () => isSignInLink() && location.reload()); // pasted where the console is open
+const code = takeCode(), kept = keptToken();
+if (code !== null) signInByLink(code);
+else if (kept !== null && cleaned(kept) !== null) begin(kept);
 else askForToken();

@@ -1,5 +1,5 @@
 // Who is signed in. The token is kept in memory and, if that is wanted, in this tab's sessionStorage: never in
-// a URL, never in what other tabs or later visits see.
+// a URL, never in what other tabs or later visits see. A sign-in link has no token, but a code for one.
 
 const KEPT = "loadledger.token";
 
@@ -18,6 +18,18 @@ export function keepToken(token) {
   } catch {
     // as above
   }
+}
+
+const LINK = "#sign-in=";
+
+export const isSignInLink = () => location.hash.startsWith(LINK);
+
+// Returns the code of a sign-in link, or null, and takes it out of the address: history has no secrets.
+export function takeCode() {
+  if (!isSignInLink()) return null;
+  const code = location.hash.slice(LINK.length);
+  history.replaceState(null, "", location.pathname + location.search);
+  return code;
 }
 
 // What was pasted, without what often comes with it. Returns null for what cannot be a token.

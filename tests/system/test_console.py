@@ -268,6 +268,24 @@ async def test_sign_in_refuses_invalid_tokens_and_sign_out_forgets(
         assert sum("/events/stream" in url for url in console.urls) == 1
 
 
+async def test_sign_in_link_works_once_and_leaves_the_address(
+    server: Server, browser: BrowserContext
+) -> None:
+    link = (await server.api.post("/api/v1/sign-in-links", subject="dora")).json["path"]
+    async with Console.opened(browser, f"{server.url}{link}") as console:
+        page = console.page
+        await expect(console.connection).to_have_text("Live")
+        await expect(page.locator("#who")).to_have_text("dora (admin)")
+        assert page.url == f"{server.url}/"
+        assert not any("sign-in=" in url.partition("#")[0] for url in console.urls)
+        await page.reload()  # the token stays in this tab
+        await expect(console.connection).to_have_text("Live")
+        await page.evaluate("path => { location.href = path; }", link)  # as if it was pasted once more
+        await expect(page.locator("#sign-in-why")).to_contain_text("The sign-in link does not work")
+        assert page.url == f"{server.url}/"
+        await console.sign_in(server.api.token("admin"))
+
+
 async def test_time_travel_shows_actor_and_hash(server: Server, admin: Console) -> None:
     await server.api.load("past", version=1)
     then = await server.api.model("past")

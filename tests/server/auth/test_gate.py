@@ -43,7 +43,7 @@ ANY_ROLE: set[Roles] = EVERYONE - {()}
 PREDICT: set[Roles] = ANY_ROLE - {("audit",)}
 AUDIT: set[Roles] = ANY_ROLE - {("predict",)}
 ADMIN: set[Roles] = {("admin",)}
-NAMES = {"id": "m", "version": 1, "job_id": "j", "file": "console.css"}
+NAMES = {"id": "m", "version": 1, "job_id": "j", "file": "console.css", "jti": "t"}
 """Values of path parameters."""
 QUERIES = {"/api/v1/events/stream": "?after=x"}
 """Ends the requests that would stream."""
@@ -69,6 +69,11 @@ TABLE: dict[str, set[Roles]] = {
     "GET /api/v1/events": AUDIT,
     "GET /api/v1/events/stream": AUDIT,
     "GET /api/v1/events/head": AUDIT,
+    "GET /api/v1/tokens": ADMIN,
+    "POST /api/v1/tokens": ADMIN,
+    "POST /api/v1/tokens/{jti}/revoke": ADMIN,
+    "POST /api/v1/sign-in-links": ADMIN,
+    "POST /api/v1/sign-in-links/use": EVERYONE,
     "POST /api/v1/jobs/{job_id}/cancel": ADMIN,
     "POST /api/v1/models/unload": ADMIN,
     "POST /api/v1/models/{id}/load": ADMIN,

@@ -1,0 +1,121 @@
+"""The socket in the data directory, over which users of the machine manage tokens without having one.
+
+Who may read the keys may sign any token; so whoever may open this socket is an administrator: the server's
+own user, and root. It speaks HTTP, with the routes of `server.api.tokens` and the limits of any connection:
+
+    curl --unix-socket DATA/control.sock http://local/api/v1/tokens
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from server.api import tokens
+from server.appkeys import CONFIG
+from server.auth.gate import PRINCIPAL, InvalidToken, Principal
+from server.auth.localtokens import SOCKET, local_actor
+from server.auth.tokens import TOKENS
+from server.errors import errors_middleware
+from server.http.connection import ConnectionLimits, listening_on
+from server.http.responses import prepare_standard_fields
+from server.http.validation import validation_middleware
+from server.routing import Access, add_routes
+
+_log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 16
+"""Commands at once; each asks one thing."""
+
+MAX_BODY_BYTES = 64 * 2**10
+"""Of a request: a name, some roles and a number."""
+
+_PEER = struct.Struct("3i")
+"""Process, user and group of the other end (unix(7), SO_PEERCRED)."""
+
+
+async def open_control(app: web.Application) -> AsyncIterator[None]:
+    """Serve the socket; a resource of the application, under the lock of its data directory.
+
+    Where no socket can be, as on some network file systems, the server runs without it.
+    """
+    runner = web.AppRunner(_create_control(app), access_log=None, handler_cancellation=True)
+    limits = replace(ConnectionLimits.of(app[CONFIG]), most=MAX_CONNECTIONS, reserve=0, open=set())
+    async with AsyncExitStack() as stack:
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        try:
+            bound = stack.enter_context(_bound_socket(app[CONFIG].data))
+        except OSError as error:
+            _log.warning("without %s, tokens are managed over HTTP only: %s", SOCKET, error)
+        else:
+            await stack.enter_async_context(listening_on(runner, bound, limits))
+        yield
+
+
+def _create_control(app: web.Application) -> web.Application:
+    """Return the application behind the socket: the routes of tokens that take a role."""
+    control = web.Application(
+        middlewares=[errors_middleware, _local_middleware, validation_middleware],
+        client_max_size=MAX_BODY_BYTES,
+    )
+    control.on_response_prepare.append(prepare_standard_fields)
+    add_routes(control, [route for route in tokens.routes if route.access is Access.ADMIN])
+    control[TOKENS] = app[TOKENS]
+    return control
+
+
+@contextmanager
+def _bound_socket(data: Path) -> Iterator[socket.socket]:
+    """Bind the socket, in the place of one that a killed server left, and remove it on exit.
+
+    The path goes through the directory's descriptor: the address of a socket has 108 bytes at most.
+
+    Raises:
+        OSError: the file system has no sockets.
+    """
+    folder = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as bound:
+            os.fchmod(bound.fileno(), 0o600)  # what the file is created with
+            _remove(folder)
+            bound.bind(f"/proc/self/fd/{folder}/{SOCKET}")
+            try:
+                yield bound
+            finally:
+                _remove(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove(folder: int) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(SOCKET, dir_fd=folder)
+
+
+@web.middleware
+async def _local_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Have the user at the other end as an administrator."""
+    user = _peer_user(request)
+    if user not in {os.geteuid(), 0}:
+        raise InvalidToken("only the server's user and root may use this socket")
+    request[PRINCIPAL] = Principal(local_actor(user), frozenset({"admin"}))
+    return await handler(request)
+
+
+def _peer_user(request: web.Request) -> int | None:
+    """Return the number of the user at the other end; None if the connection is closed."""
+    connection = None if request.transport is None else request.transport.get_extra_info("socket")
+    if connection is None:
+        return None
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    return int(_PEER.unpack(peer)[1])

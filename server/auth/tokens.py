@@ -1,0 +1,239 @@
+"""How are tokens issued and revoked, and how does a link sign a browser in?
+
+A token is signed, then recorded (`TokenIssued`), and only then handed out. The ledger says who is revoked, so
+that a restart forgets nothing. The code of a sign-in link is in memory only, as its hash, and works once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+
+from aiohttp import web
+
+from events.clock import Timestamp, uuid7
+from events.commands import Receipt, Record, RevokeToken
+from events.log import Log
+from events.tokens import SignInLinkIssued, Token
+from events.types import Draft
+from server.appkeys import CONFIG, LOG, VERIFIER
+from server.auth.gate import InvalidToken, Principal, Verifier
+from server.auth.issuing import IssuedToken, TokenRequest, issue_and_record, timestamp_in
+from server.auth.subjects import LOCAL
+from server.config import Config
+from server.errors import ServerProblem
+
+LINK_S = 60
+"""How long a sign-in link works: it is opened right after it was made."""
+
+MAX_LINKS = 64
+"""Links at once; a further one ends the oldest. Each is for one person and one minute."""
+
+CODE_BYTES = 32
+"""Of the code of a link: nobody guesses it in a minute."""
+
+SESSION_S = 12 * 3_600
+"""How long the token of a sign-in link is valid: a working day, as `loadledger token` has it by default."""
+
+
+class IssuingRefused(ServerProblem):
+    """This server issues no tokens: they come from the identity provider, whose keys it has (--jwt-keys)."""
+
+    code = "not_supported"
+
+
+@dataclass(frozen=True, slots=True)
+class SignInLink:
+    """A new sign-in link: `path` leads to the console, and its fragment has the code."""
+
+    link_id: str
+    path: str = field(repr=False)
+    expires_at: Timestamp
+
+    def members(self) -> dict[str, object]:
+        """Return the link as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenLink:
+    link_id: str
+    principal: Principal
+    until_s: float
+
+
+class SignInLinks:
+    """The links that were not used yet, by the hashes of their codes."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._open: dict[bytes, _OpenLink] = {}
+
+    def add(self, link_id: str, principal: Principal) -> str:
+        """Return the code of a new link for a person."""
+        code = secrets.token_urlsafe(CODE_BYTES)
+        now_s = self._clock()
+        kept = {key: link for key, link in self._open.items() if link.until_s > now_s}
+        kept[_hash(code)] = _OpenLink(link_id, principal, now_s + LINK_S)
+        self._open = dict(list(kept.items())[-MAX_LINKS:])
+        return code
+
+    def take(self, code: str) -> _OpenLink:
+        """Return the link with this code, which is used up.
+
+        Raises:
+            InvalidToken: `invalid_token`, there is none any more.
+        """
+        link = self._open.pop(_hash(code), None)
+        if link is None or link.until_s <= self._clock():
+            raise InvalidToken(
+                f"this sign-in link is not valid any more: it works once, within {LINK_S} s; "
+                "`loadledger console` makes another"
+            )
+        return link
+
+
+class TokenIssuer:
+    """Issues and revokes tokens, and sign-in links; all of it is recorded.
+
+    Attributes:
+        links: the sign-in links that were not used yet.
+        server_url: where the server listens, for people on its machine; empty until it does.
+    """
+
+    def __init__(self, config: Config, log: Log, verifier: Verifier) -> None:
+        self._config = config
+        self._log = log
+        self._verifier = verifier
+        self.links = SignInLinks()
+        self.server_url = ""
+
+    @property
+    def tokens(self) -> Mapping[str, Token]:
+        """The tokens that the ledger knows, by their ids."""
+        return self._log.state.tokens
+
+    @property
+    def position(self) -> int:
+        """The position that `tokens` reflect."""
+        return self._log.state.position
+
+    async def issue(
+        self,
+        subject: str,
+        roles: Collection[str],
+        *,
+        expires_s: int,
+        actor: str,
+        via: str,
+        link_id: str | None = None,
+    ) -> IssuedToken:
+        """Issue a token and record it.
+
+        Args:
+            subject: the actor of what the token's bearer does.
+            roles: of the token.
+            expires_s: its lifetime.
+            actor: who asked for it.
+            via: how, as in `TokenIssued`.
+            link_id: the sign-in link that is used for it.
+
+        Raises:
+            IssuingRefused: `not_supported`, an identity provider issues the tokens.
+            KeyProblem: the subject, a role or the time is invalid, or there is no key.
+            RequestRefused: `too_many_tokens`.
+            LogUnavailable: `log_unavailable`.
+        """
+        self._refuse_with_provider()
+        config = self._config
+        return await issue_and_record(
+            config.data,
+            self._log.submit,
+            TokenRequest(subject, tuple(roles), expires_s, config.jwt_audience, config.jwt_issuer),
+            actor=actor,
+            via=via,
+            link_id=link_id,
+        )
+
+    async def revoke(self, jti: str, *, actor: str, expires_s: int | None = None) -> Receipt:
+        """Revoke a token; `expires_s` is how long an identity provider's may still be valid.
+
+        Raises:
+            RequestRefused: `unknown_token`.
+            LogUnavailable: `log_unavailable`.
+        """
+        expires_at = None if expires_s is None else timestamp_in(expires_s)
+        return await self._log.submit(RevokeToken(jti, actor, expires_at))
+
+    async def issue_link(self, principal: Principal) -> SignInLink:
+        """Return a link that signs a browser in as this person.
+
+        Raises:
+            IssuingRefused: `not_supported`, an identity provider issues the tokens.
+            LogUnavailable: `log_unavailable`.
+        """
+        self._refuse_with_provider()
+        link_id = uuid7()
+        await self._log.submit(Record((Draft(uuid7(), SignInLinkIssued(link_id), principal.subject),)))
+        code = self.links.add(link_id, principal)
+        return SignInLink(link_id, f"/#sign-in={code}", timestamp_in(LINK_S))
+
+    def take_link(self, code: str) -> _OpenLink:
+        """Return the link with this code, which is used up, unless its issuer was revoked meanwhile.
+
+        Raises:
+            InvalidToken: `invalid_token`.
+        """
+        link = self.links.take(code)
+        jti = link.principal.jti
+        if jti is not None and self._verifier.is_revoked(jti):
+            raise InvalidToken("the token of who asked for this sign-in link was revoked")
+        return link
+
+    async def use_link(self, link: _OpenLink) -> IssuedToken:
+        """Return a token for who asked for the link. The link is used up, even if that cannot be recorded."""
+        subject, roles = link.principal.subject, sorted(link.principal.roles)
+        return await self.issue(
+            subject, roles, expires_s=SESSION_S, actor=subject, via="link", link_id=link.link_id
+        )
+
+    def _refuse_with_provider(self) -> None:
+        if self._config.jwt_keys is not None:
+            raise IssuingRefused
+
+
+TOKENS = web.AppKey("tokens", TokenIssuer)
+
+
+async def issue_recorded_token(
+    app: web.Application, subject: str, roles: Collection[str], expires_s: int
+) -> IssuedToken:
+    """Issue a token within the running server, for its own user; recorded as the server's.
+
+    Raises as `TokenIssuer.issue`.
+    """
+    return await app[TOKENS].issue(subject, roles, expires_s=expires_s, actor=subject, via="serve")
+
+
+def open_tokens(app: web.Application) -> TokenIssuer:
+    """Return the issuer over the application's log, whose revocations the verifier asks for from here on."""
+    log, verifier = app[LOG], app[VERIFIER]
+
+    def is_revoked(jti: str) -> bool:
+        token = log.state.tokens.get(jti)
+        return token is not None and token.is_revoked
+
+    verifier.is_revoked = is_revoked
+    return TokenIssuer(app[CONFIG], log, verifier)
+
+
+def is_local(principal: Principal) -> bool:
+    """Whether a person is a user of this machine, who needs no token (`server.auth.control`)."""
+    return principal.jti is None and principal.subject.startswith(LOCAL)
+
+
+def _hash(code: str) -> bytes:
+    return hashlib.sha256(code.encode("utf-8", "surrogateescape")).digest()

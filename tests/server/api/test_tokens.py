@@ -1,0 +1,242 @@
+"""Tokens and sign-in links over HTTP, and the socket in the data directory that needs no token."""
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from support.http import ONE, Answer, LocalApi, local_server
+from support.models import add
+
+from events.tokens import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
+from server.auth.gate import InvalidToken, Principal
+from server.auth.issuing import TokenRequest
+from server.auth.localtokens import SOCKET, ask_server, issue_local, list_local, local_actor, revoke_local
+from server.auth.tokens import LINK_S, MAX_LINKS, TOKENS, SignInLinks, issue_recorded_token
+from server.serve import local_url
+
+BOB = {"subject": "bob", "roles": ["predict"], "expires_s": 60}
+ME = local_actor(os.geteuid())
+
+
+async def issued(api: LocalApi, **changes: Any) -> dict[str, Any]:
+    answer = await api.post("/api/v1/tokens", json=BOB | changes)
+    assert answer.status == 201, answer.body
+    body: dict[str, Any] = answer.json
+    return body
+
+
+async def send(
+    api: LocalApi, token: str, method: str = "GET", path: str = "/api/v1/models", **options: Any
+) -> Answer:
+    headers = {"Authorization": f"Bearer {token}"}
+    return await api.send(method, path, roles=(), headers=headers, **options)
+
+
+async def infer(api: LocalApi, token: str) -> int:
+    return (await send(api, token, "POST", "/v2/models/m/infer", json={"inputs": [ONE]})).status
+
+
+async def test_issued_token_works_until_it_is_revoked(shared: LocalApi) -> None:
+    shared.save(add(), "m")
+    await shared.load("m")
+    new = await issued(shared)
+    claims = jwt.decode(new["token"], options={"verify_signature": False})
+    assert (claims["jti"], claims["sub"], claims["roles"]) == (new["jti"], "bob", ["predict"])
+    assert claims["exp"] - claims["iat"] == 60
+    assert [await infer(shared, new["token"]) for _ in range(2)] == [200, 200]  # afresh, and remembered
+    path = f"/api/v1/tokens/{new['jti']}/revoke"
+    revoked = await shared.post(path, subject="carol")
+    assert (revoked.status, revoked.json["revoked_by"]) == (200, "carol")
+    assert await infer(shared, new["token"]) == 401
+    refusal = await send(shared, new["token"])
+    assert refusal.refusal == (401, "invalid_token")
+    assert "revoked" in refusal.json["detail"]
+    position = shared.position
+    assert (await shared.post(path)).json == revoked.json
+    assert shared.position == position
+    assert [data.jti for data in await shared.data_of(TokenRevoked)] == [new["jti"]]
+
+
+async def test_tokens_are_listed_in_pages_newest_first(shared: LocalApi) -> None:
+    made = [(await issued(shared, subject=f"s{number}"))["jti"] for number in range(3)]
+    first = (await shared.get("/api/v1/tokens?limit=2")).json
+    assert [token["jti"] for token in first["tokens"]] == made[:0:-1]
+    rest = (await shared.get(f"/api/v1/tokens?limit=1&cursor={first['next_cursor']}")).json
+    [token] = rest["tokens"]
+    shown = (token["jti"], token["subject"], token["issued_by"], token["via"], token["revoked_at"])
+    assert shown == (made[0], "s0", "alice", "api", None)
+    assert "token" not in token
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "refusal"),
+    [
+        ("/api/v1/tokens", {}, (400, "invalid_body")),
+        ("/api/v1/tokens", BOB | {"roles": []}, (400, "invalid_body")),
+        ("/api/v1/tokens", BOB | {"roles": ["root"]}, (400, "invalid_body")),
+        ("/api/v1/tokens", BOB | {"subject": "SYSTEM"}, (400, "invalid_body")),
+        ("/api/v1/tokens", BOB | {"subject": "local:root"}, (400, "invalid_body")),
+        ("/api/v1/tokens", BOB | {"expires_s": 0}, (400, "invalid_body")),
+        ("/api/v1/tokens", BOB | {"expires_s": 2**40}, (400, "invalid_body")),
+        ("/api/v1/tokens/nope/revoke", {}, (404, "unknown_token")),
+        (f"/api/v1/tokens/{'x' * 256}/revoke", {}, (400, "invalid_parameter")),
+        ("/api/v1/sign-in-links", {"x": 1}, (400, "invalid_body")),
+        ("/api/v1/sign-in-links/use", {}, (400, "invalid_body")),
+        ("/api/v1/sign-in-links/use", {"code": "nope"}, (401, "invalid_token")),
+    ],
+)
+async def test_invalid_request_about_tokens_is_refused(
+    shared: LocalApi, path: str, body: Mapping[str, Any], refusal: tuple[int, str]
+) -> None:
+    assert (await shared.post(path, json=body)).refusal == refusal
+
+
+async def test_sign_in_link_works_once(shared: LocalApi) -> None:
+    link = (await shared.post("/api/v1/sign-in-links", subject="dora")).json
+    code = link["path"].removeprefix("/#sign-in=")
+    used = await shared.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
+    assert (used.status, used.json["subject"], used.json["roles"]) == (201, "dora", ["admin"])
+    assert (await send(shared, used.json["token"])).status == 200
+    again = await shared.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
+    assert again.refusal == (401, "invalid_token")
+    events = [event for event in await shared.events() if event.actor == "dora"]
+    assert [type(event.data) for event in events] == [SignInLinkIssued, SignInLinkUsed, TokenIssued]
+    assert {getattr(event.data, "link_id", link["link_id"]) for event in events} == {link["link_id"]}
+    assert code not in str(events)
+
+
+async def test_link_of_revoked_token_is_refused(shared: LocalApi) -> None:
+    new = await issued(shared, roles=["admin"])
+    link = (await send(shared, new["token"], "POST", "/api/v1/sign-in-links")).json
+    await shared.post(f"/api/v1/tokens/{new['jti']}/revoke")
+    code = link["path"].removeprefix("/#sign-in=")
+    answer = await shared.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
+    assert answer.refusal == (401, "invalid_token")
+
+
+def test_links_end_in_time_and_are_bounded() -> None:
+    now, person = [0.0], Principal("alice", frozenset())
+    links = SignInLinks(lambda: now[0])
+    codes = [links.add(str(number), person) for number in range(MAX_LINKS + 1)]
+    assert links.take(codes[1]).link_id == "1"
+    now[0] = LINK_S
+    for code in (codes[0], codes[1], codes[2], "", "\udcff"):
+        with pytest.raises(InvalidToken):
+            links.take(code)
+
+
+async def test_wrong_codes_count_as_failed_authentications(tmp_path: Path) -> None:
+    async with local_server(tmp_path, limit_auth_failures="2/minute") as api:
+        answers = [
+            await api.post("/api/v1/sign-in-links/use", roles=(), json={"code": "no"}) for _ in range(3)
+        ]
+    codes = [answer.refusal for answer in answers]
+    assert codes == [(401, "invalid_token")] * 2 + [(429, "too_many_failures")]
+
+
+async def test_provider_issues_tokens_and_ledger_revokes_them(tmp_path: Path) -> None:
+    key, keys = Ed25519PrivateKey.generate(), tmp_path / "keys.pem"
+    keys.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    async with local_server(tmp_path, jwt_keys=keys) as api:
+
+        def signed(jti: object, subject: str = "ann") -> str:
+            claims = {"sub": subject, "aud": "loadledger", "exp": 2**40, "roles": ["admin"], "jti": jti}
+            return jwt.encode(claims, key, "EdDSA")
+
+        token = signed("idp/1")
+        for path in ("/api/v1/tokens", "/api/v1/sign-in-links"):
+            body = BOB if path.endswith("tokens") else {}
+            refused = await send(api, token, "POST", path, json=body)
+            assert refused.refusal == (400, "not_supported")
+        path = "/api/v1/tokens/idp%2F1/revoke"
+        assert (await send(api, token, "POST", path)).refusal == (404, "unknown_token")
+        assert (await send(api, token, "POST", path, json={"expires_s": 60})).json["subject"] is None
+        assert (await send(api, token)).refusal == (401, "invalid_token")
+        assert (await send(api, signed("idp/2"))).status == 200
+        assert (await send(api, signed("idp/3", "local:root"))).refusal == (401, "invalid_token")
+
+
+# The socket.
+
+
+@pytest.fixture
+async def deep(tmp_path: Path) -> AsyncIterator[LocalApi]:
+    """A server whose data directory has a path that no socket's address can hold."""
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    (folder / "data").mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as left:  # as a killed server leaves one
+        there = os.open(folder / "data", os.O_RDONLY)
+        left.bind(f"/proc/self/fd/{there}/{SOCKET}")
+        os.close(there)
+    async with local_server(folder, head_timeout_s=1) as api:
+        yield api
+    assert not (folder / "data" / SOCKET).exists()
+
+
+async def test_socket_manages_tokens_within_limits(deep: LocalApi) -> None:
+    data = deep.config.data
+    assert stat.S_IMODE((data / SOCKET).stat().st_mode) == 0o600
+    wanted = TokenRequest("bob", ("audit", "admin"), 60, "ignored")
+    token = await asyncio.to_thread(issue_local, data, wanted)
+    assert (await send(deep, token)).status == 200
+    [listed] = await asyncio.to_thread(list_local, data)
+    shown = (listed["subject"], listed["roles"], listed["issued_by"], listed["via"])
+    assert shown == ("bob", ["admin", "audit"], ME, "socket")
+    revoked = await asyncio.to_thread(revoke_local, data, listed["jti"])
+    assert revoked["revoked_by"] == ME
+    assert (await send(deep, token)).status == 401
+    link = await asyncio.to_thread(ask_server, data, "POST", "/api/v1/sign-in-links", {})
+    assert link is not None
+    code = link["path"].removeprefix("/#sign-in=")
+    used = await deep.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
+    assert (used.json["subject"], (await send(deep, used.json["token"])).status) == (ME, 200)
+    made = await issue_recorded_token(deep.app, "eve", ["admin"], 60)
+    assert deep.app[TOKENS].tokens[made.jti].via == "serve"
+    with pytest.raises(Exception, match="no route"):
+        await asyncio.to_thread(ask_server, deep.config.data, "GET", "/api/v1/models")
+    there = os.open(deep.config.data, os.O_RDONLY)
+    reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{there}/{SOCKET}")
+    os.close(there)
+    writer.write(b"GET /api/v1/tokens HTTP/1.1\r\n")
+    assert b" 408 " in await reader.readline()  # a client that sends no more is disconnected
+    writer.close()
+
+
+async def test_server_runs_where_no_socket_can_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "data" / SOCKET).mkdir(parents=True)
+    async with local_server(tmp_path) as api:
+        assert (await api.get("/api/v1/tokens")).status == 200
+    assert "tokens are managed over HTTP only" in caplog.text
+
+
+async def test_server_knows_tokens_that_a_command_recorded(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    wanted = TokenRequest("bob", ("admin",), 60, "loadledger")
+    kept, ended = [await asyncio.to_thread(issue_local, data, wanted) for _ in range(2)]
+    [newest, first] = await asyncio.to_thread(list_local, data)
+    assert [first["issued_by"], first["via"], newest["subject"]] == [ME, "command", "bob"]
+    await asyncio.to_thread(revoke_local, data, newest["jti"])
+    async with local_server(tmp_path) as api:
+        assert [(await send(api, token)).status for token in (kept, ended)] == [200, 401]
+
+
+@pytest.mark.parametrize(
+    ("listening", "reached"),
+    [
+        ("http://0.0.0.0:80", "http://127.0.0.1:80"),
+        ("http://[::]:80", "http://[::1]:80"),
+        ("https://10.0.0.1:8080", "https://10.0.0.1:8080"),
+    ],
+)
+def test_server_is_reached_on_its_own_machine(listening: str, reached: str) -> None:
+    assert local_url(listening) == reached
