@@ -160,3 +160,4 @@ class Client:
     loaded = _managing(Operations.loaded)
     events = _iterating(Operations.events)
     get = _blocking(Operations.get)
+    post = _blocking(Operations.post)

@@ -15,7 +15,14 @@ from loadledger.inference import InferenceCall, InferenceResult, Inferences, Inp
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.problems import NotFound, ServerError
 from loadledger.records import AddedVersion, Event, Head, Health, Job, Model, ModelMetadata, Resources
-from loadledger.requests import CallContext, Request, decode_refusal, get_request, post_request
+from loadledger.requests import (
+    CallContext,
+    Request,
+    decode_refusal,
+    encode_json,
+    get_request,
+    post_request,
+)
 from loadledger.retries import fetch, send_request
 from loadledger.stream import (
     EventSelection,
@@ -395,13 +402,24 @@ class Operations:
 
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
         """Return the JSON of a GET of any path, such as `/v2/models/stats`."""
+        self._check_path(path)
+        return await fetch(self._context, get_request(path, list((query or {}).items())), Any)
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Return the JSON of a POST to any path, such as `/api/v1/tokens`; it is sent once."""
+        self._check_path(path)
+        headers = {"Content-Type": "application/json"}
+        request = Request("POST", path, headers, encode_json(body), repeatable=False)
+        return await fetch(self._context, request, Any)
+
+    @staticmethod
+    def _check_path(path: str) -> None:
         if not path.startswith("/"):
             raise ValueError(f"{path!r} does not begin with /: give a path such as /v2/models/stats")
         if not _PATH.fullmatch(path):
             raise ValueError(
                 f"{path!r} has characters that a path cannot have: encode them, and pass a query as `query`"
             )
-        return await fetch(self._context, get_request(path, list((query or {}).items())), Any)
 
 
 def _model_path(model_id: str, version: int | None) -> str:

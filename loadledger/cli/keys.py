@@ -1,23 +1,71 @@
-"""`loadledger token` and `loadledger key`: create tokens; list, rotate and revoke their keys."""
+"""`loadledger token`, `console` and `key`: tokens and sign-in links; the keys behind them."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from loadledger.cli.local.ledger import ledger_key
-from loadledger.cli.output import print_json, print_result, report_problems
-from loadledger.cli.server import data_option, json_option, require_data
+from loadledger.cli.output import (
+    NOTHING,
+    exit_with_error,
+    format_table,
+    print_json,
+    print_result,
+    report_problems,
+    to_printable,
+)
+from loadledger.cli.server import (
+    ServerChoice,
+    data_option,
+    json_option,
+    open_chosen_client,
+    require_data,
+    server_options,
+)
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
+PAGE = 1000
+"""Tokens of one request."""
+TOKEN_HEAD = ("ID", "SUBJECT", "ROLES", "EXPIRES", "ISSUED BY", "VIA", "STATE")
+
+optional_data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="LOADLEDGER_DATA",
+    help="Data directory: no token is needed, and the server need not run. Default: ask the server.",
+)
+"""Adds `--data` to commands that otherwise ask a server; `--url` and `--profile` go first."""
 
 
-@click.command()
+class TokenGroup(click.Group):
+    """`loadledger token`, which issues a token unless a subcommand is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the word `issue` before options that are its own."""
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = ["issue", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=TokenGroup)
+def token() -> None:
+    """Issue, list and revoke tokens.
+
+    `loadledger token --role … --subject …` is short for `loadledger token issue`.
+    """
+
+
+@token.command("issue")
 @data_option
 @click.option(
     "--role",
@@ -37,32 +85,158 @@ _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
 @click.option("--jwt-audience", help="As given to `serve`. [LOADLEDGER_JWT_AUDIENCE]", show_default=False)
 @click.option("--jwt-issuer", help="As given to `serve`. [LOADLEDGER_JWT_ISSUER]", show_default=False)
 @json_option
-def token(
+def issue_token(
     data: Path, roles: tuple[str, ...], subject: str, expires: str, *, as_json: bool, **claims: str | None
 ) -> None:
-    """Create a token and print it.
+    """Issue a token, record it in the ledger, and print it.
 
-    The first use creates the data directory and the keys. --json prints `token`, `subject`, `roles`,
-    `expires_at` and `kid`, the id of the signing key.
+    The server of the data directory issues it, or the command itself if none runs. A running server uses its
+    own audience and issuer. --json prints `token`, `jti` (its id), `subject`, `roles`, `expires_at` and
+    `kid`, the id of the signing key.
     """
-    from server.auth.keys import ensure_data_dir, issue_token  # noqa: PLC0415 - keeps `--help` quick
+    from server.auth.issuing import TokenRequest  # noqa: PLC0415 - keeps `--help` quick
+    from server.auth.localtokens import issue_local  # noqa: PLC0415
     from server.configsources import raise_mistakes, read_settings  # noqa: PLC0415
 
     expires_s = _seconds(expires)
     with report_problems():
         chosen, mistakes = read_settings(claims, os.environ, only=claims)
         raise_mistakes(mistakes)
-        ensure_data_dir(data)
+        require_data(data)
         audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
-        made = issue_token(data, subject, roles, expires_s=expires_s, audience=audience, issuer=issuer)
+        made = issue_local(data, TokenRequest(subject, roles, expires_s, audience, issuer))
     print_result(_token_members(made), [made], as_json=as_json)
+
+
+@token.command("list")
+@optional_data_option
+@server_options
+@json_option
+def list_tokens(data: Path | None, where: ServerChoice, *, as_json: bool) -> None:
+    """List the tokens that have not expired, newest first."""
+    local = _local_data(data, where)
+    if local is not None:
+        from server.auth.localtokens import list_local  # noqa: PLC0415 - as above
+
+        with report_problems():
+            require_data(local)
+            found = list_local(local)
+    else:
+        with open_chosen_client(where) as client:
+            found = list(_pages(client))
+    rows = [_token_row(each) for each in found]
+    print_result({"tokens": found}, format_table(TOKEN_HEAD, rows), as_json=as_json)
+
+
+@token.command("revoke")
+@optional_data_option
+@server_options
+@click.option(
+    "--expires",
+    show_default=False,
+    help="For a token of an identity provider: how long it is valid at most, like 12h.",
+)
+@json_option
+@click.argument("token_id", metavar="ID")
+def revoke_token(
+    token_id: str, data: Path | None, where: ServerChoice, expires: str | None, *, as_json: bool
+) -> None:
+    """Revoke a token by its id; it is refused at once.
+
+    It prints nothing; --json prints the token as `list` shows it.
+    """
+    expires_s = None if expires is None else _seconds(expires)
+    local = _local_data(data, where)
+    if local is not None:
+        from server.auth.localtokens import revoke_local  # noqa: PLC0415 - as above
+
+        with report_problems():
+            require_data(local)
+            revoked = revoke_local(local, token_id, expires_s)
+    else:
+        from loadledger.address import path  # noqa: PLC0415 - as above
+
+        body = {} if expires_s is None else {"expires_s": expires_s}
+        with open_chosen_client(where) as client:
+            revoked = client.post(f"/api/v1{path('tokens', token_id, 'revoke')}", body)
+    if as_json:
+        print_json(revoked)
+
+
+@click.command()
+@optional_data_option
+@server_options
+@click.option("--print", "prints", is_flag=True, show_default=False, help="Print the link, open no browser.")
+@json_option
+def console(data: Path | None, where: ServerChoice, *, prints: bool, as_json: bool) -> None:
+    """Open the console, signed in.
+
+    The link works once, within a minute, and signs in for 12 hours. On a terminal with a display it is opened
+    in your browser, elsewhere it is printed. --json prints it as `link`.
+    """
+    local = _local_data(data, where)
+    if local is not None:
+        from server.auth.localtokens import sign_in_link_local  # noqa: PLC0415 - as above
+
+        with report_problems():
+            require_data(local)
+            link = sign_in_link_local(local)
+    else:
+        with open_chosen_client(where) as client:
+            link = f"{client.url}{client.post('/api/v1/sign-in-links', {})['path']}"
+    if not (prints or as_json) and _opens_browser(os.environ):
+        import webbrowser  # noqa: PLC0415 - only here
+
+        if webbrowser.open(link):
+            click.echo("the console was opened in your browser", err=True)
+            return
+    print_result({"link": link}, [to_printable(link)], as_json=as_json)
+
+
+def _opens_browser(environment: Mapping[str, str]) -> bool:
+    """Whether a person at a terminal has a display, where a browser can open."""
+    has_display = bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
+    return sys.stdout.isatty() and has_display
+
+
+def _local_data(data: Path | None, where: ServerChoice) -> Path | None:
+    """Return the data directory unless a server is named."""
+    is_server_named = where.url is not None or where.profile is not None
+    is_data_given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
+    if is_server_named and is_data_given:
+        exit_with_error("give --data, or a server by --url or --profile, not both")
+    return None if is_server_named else data
+
+
+def _pages(client: Any) -> Iterable[dict[str, Any]]:
+    """Yield all tokens of a server."""
+    query = {"limit": str(PAGE)}
+    while True:
+        page = client.get("/api/v1/tokens", query)
+        yield from page["tokens"]
+        if page["next_cursor"] is None:
+            return
+        query["cursor"] = str(page["next_cursor"])
+
+
+def _token_row(token: Mapping[str, Any]) -> list[str]:
+    now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    state = "revoked" if token["revoked_at"] else "expired" if token["expires_at"] <= now else "valid"
+    shown = (
+        token["subject"],
+        ", ".join(token["roles"]),
+        f"{token['expires_at'][:19]}Z",
+        token["issued_by"],
+        token["via"],
+    )
+    return [token["jti"], *(each or NOTHING for each in shown), state]
 
 
 @click.group()
 def key() -> None:
     """List, rotate and revoke keys; show the ledger's.
 
-    To revoke tokens, revoke the key that signed them.
+    To revoke one token, see `loadledger token revoke`; to revoke all that a key signed, revoke the key.
     """
 
 
@@ -123,6 +297,7 @@ def _token_members(made: str) -> dict[str, object]:
     claims = whole["payload"]
     return {
         "token": made,
+        "jti": claims["jti"],
         "subject": claims["sub"],
         "roles": claims["roles"],
         "expires_at": datetime.fromtimestamp(claims["exp"], UTC),

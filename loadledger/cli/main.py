@@ -47,6 +47,7 @@ SECTIONS = {
         "token": "loadledger.cli.keys:token",
         "key": "loadledger.cli.keys:key",
         "login": "loadledger.cli.server:login",
+        "console": "loadledger.cli.keys:console",
         "completion": "loadledger.cli.completion:completion",
     },
 }

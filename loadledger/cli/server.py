@@ -29,6 +29,7 @@ HINTS = {
     "unknown_model": "`loadledger models` lists them",
     "unknown_version": "`loadledger models MODEL` lists its versions",
     "unknown_job": "`loadledger jobs` lists them",
+    "unknown_token": "`loadledger token list` lists them",
     "not_loaded": "`loadledger ps` lists loaded models",
     "nothing_loaded": "`loadledger ps` lists loaded models",
     "model_not_loaded": "`loadledger load MODEL --wait` loads it",
@@ -140,7 +141,9 @@ def require_data(data: Path) -> None:
     """Refuse a data directory that does not exist."""
     if not data.is_dir():
         raise click.BadParameter(
-            f"there is no {data}; `loadledger token` and `serve` create it", param_hint="--data"
+            f"there is no directory {data}; start the server first, which creates it, or name the one that "
+            "the server has (`loadledger serve --data`)",
+            param_hint="--data",
         )
 
 

@@ -11,6 +11,8 @@ import jwt
 import pytest
 from support.clients import printed, printed_json, refused
 
+from events.datalock import LEDGER, lock_data
+from server.auth import localtokens
 from server.auth.gate import create_verifier
 from server.auth.keys import list_keys
 from server.config import Config
@@ -29,11 +31,13 @@ def claims(token: str) -> dict[str, Any]:
     return jwt.decode(token, options={"verify_signature": False})
 
 
-def test_first_token_creates_data_directory(tmp_path: Path) -> None:
-    data = tmp_path / "new" / "data"
+def test_first_token_creates_keys_and_ledger(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert "start the server first" in refused("token", f"--data={data}", *ALICE)
+    data.mkdir()
     token = create(data, "--role", "audit")
-    assert stat.S_IMODE(data.stat().st_mode) == 0o700
-    assert {path.name for path in data.iterdir()} == {"keys", "ledger.key"}
+    assert {path.name for path in data.iterdir()} == {"keys", "ledger.key", LEDGER, "lock"}
+    assert {stat.S_IMODE((data / name).stat().st_mode) for name in (LEDGER, "ledger.key")} == {0o600}
     principal = create_verifier(Config(repository=tmp_path, data=data)).verify(token, time.time())
     assert (principal.subject, principal.roles) == ("alice", frozenset({"admin", "audit"}))
     printed("token", *ALICE, LOADLEDGER_DATA=str(data))
@@ -54,6 +58,7 @@ def test_token_in_json_repeats_its_claims(tmp_path: Path) -> None:
     found = printed_json("token", f"--data={tmp_path}", "--subject=alice", *roles, "--expires=1h")
     assert found == {
         "token": found["token"],
+        "jti": claims(found["token"])["jti"],
         "subject": "alice",
         "roles": ["audit", "predict"],
         "expires_at": f"{datetime.fromtimestamp(claims(found['token'])['exp'], UTC):%Y-%m-%dT%H:%M:%SZ}",
@@ -75,6 +80,26 @@ def test_token_refuses_options(tmp_path: Path) -> None:
     assert "--subject" in refused("token", data, "--role=admin")
     assert "--data" in refused("token", *ALICE, HOME="")
     assert "LOADLEDGER_JWT_AUDIENCE" in refused("token", data, *ALICE, LOADLEDGER_JWT_AUDIENCE=" ")
+
+
+def test_tokens_are_listed_and_revoked_without_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = f"--data={tmp_path}"
+    first, second = (claims(create(tmp_path))["jti"] for _ in range(2))
+    assert printed("token", "revoke", data, first) == ""
+    again = printed_json("token", "revoke", data, first)
+    assert again["revoked_by"].startswith("local:")
+    head, *rows = printed("token", "list", LOADLEDGER_DATA=str(tmp_path)).splitlines()
+    assert head.split()[:3] == ["ID", "SUBJECT", "ROLES"]
+    assert [(row.split()[0], row.split()[-1]) for row in rows] == [(second, "valid"), (first, "revoked")]
+    assert printed_json("token", "list", data)["tokens"][1] == again
+    assert "`token list`" not in refused("token", "revoke", data, "nope")
+    assert printed_json("token", "revoke", data, "idp", "--expires=1h")["subject"] is None
+    monkeypatch.setattr(localtokens, "STARTING_S", 0)
+    with lock_data(tmp_path):
+        assert "control.sock" in refused("token", data, *ALICE)
+    assert "no server runs" in refused("console", data)
 
 
 @pytest.mark.parametrize(
