@@ -109,7 +109,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _with_external(source: Path, model: VersionFile, beside: Iterable[VersionFile]) -> VersionSource:
     """Add the files that a model names, which must lie beside or beneath it."""
     from runtime.onnxfields import TooManyFields, Unparsable  # noqa: PLC0415
-    from runtime.onnxfile import describe_foreign_file, external_locations  # noqa: PLC0415
+    from runtime.onnxfile import external_locations  # noqa: PLC0415
+    from runtime.uploads.outline import describe_foreign_file  # noqa: PLC0415
 
     foreign = describe_foreign_file(source)
     if foreign is not None:

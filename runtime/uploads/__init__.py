@@ -5,6 +5,7 @@ by one rename. A start of the server finishes what has its event, and discards t
 
 - `paths`: which paths a version's files may have
 - `tarstream`: reads a tar as it arrives, and trusts nothing in it
+- `outline`: whether a file is an ONNX file
 - `receiving`: one upload on its way to the disk: limits, hashes, and what is no model
 - `staging`: the staging folder, the rename, and what is left of uploads that ended early
 - `uploads`: the way of one upload or removal, in threads with time limits, and its event

@@ -20,11 +20,11 @@ from runtime.errors import LoadRefused, RuntimeProblem
 from runtime.onnxfile import (
     MODEL_FILE,
     check_external_data,
-    describe_foreign_file,
     find_model_file,
     list_model_files,
 )
 from runtime.store.problems import RepositoryUnreadable
+from runtime.uploads.outline import describe_foreign_file
 from runtime.uploads.paths import quote
 from runtime.uploads.problems import (
     DigestMismatch,

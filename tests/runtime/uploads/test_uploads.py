@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -18,8 +19,8 @@ from runtime.errors import RuntimeProblem
 from runtime.onnxfile import MODEL_FILE
 from runtime.repository import Repository
 from runtime.uploads.policy import UploadPolicy, check_writable
-from runtime.uploads.problems import NotOnnx, RepositoryReadOnly, VersionExists
-from runtime.uploads.receiving import parse_digests
+from runtime.uploads.problems import InsufficientStorage, NotOnnx, RepositoryReadOnly, VersionExists
+from runtime.uploads.receiving import NO_DIGESTS, Receiver, UploadForm, parse_digests
 from runtime.uploads.uploads import UploadOrder
 
 MODEL = models.add(1).SerializeToString()
@@ -307,3 +308,15 @@ def test_repository_of_another_user_is_not_changed_by_itself(tmp_path: Path) -> 
     with pytest.raises(RepositoryReadOnly, match="--repository-writable=on"):
         check_writable(root, UploadPolicy())
     check_writable(root, UploadPolicy("on"))
+
+
+def test_file_that_finds_no_room_is_insufficient_storage(tmp_path: Path) -> None:
+    receiver = Receiver(tmp_path, UploadForm.FILE, 10**6, NO_DIGESTS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(InsufficientStorage, match="free some space"):
+            receiver.write(bytes(200))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        receiver.close()
