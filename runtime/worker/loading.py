@@ -113,7 +113,9 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     session = _create_session(order)
     loading_us = (clock() - started_ns) // 1000
     model, warming_up_us = describe_model(session, order.max_batch_size), None
-    if order.warm_up:  # before it is measured: memory of an inference belongs to the model
+    # Zeros are no image, and a decoder that gets them may end the process (decision 49).
+    is_possible = bool(given) or not extensions.are_named(_model_file(order))
+    if order.warm_up and is_possible:  # before it is measured: memory of an inference belongs to the model
         warming_up_us = _warm_up(order, model, given, lambda: on_stage("warming_up"))
     sessions.return_free_memory()  # of loading: as much as the model keeps
     sessions.lift_load_limit()
@@ -126,8 +128,7 @@ def _warm_up(
     try:
         return warm_up(model, given, on_begin)
     except LoadRefused:
-        # Zeros are no image and no document: a model that decodes them is warmed up by inputs that are given.
-        if order.warm_up_required and (given or not extensions.are_named(_model_file(order))):
+        if order.warm_up_required:
             raise
         return None
 
