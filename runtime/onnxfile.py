@@ -69,7 +69,7 @@ _TENSOR_TYPE, _SEQUENCE_TYPE, _MAP_TYPE, _SPARSE_TYPE, _OPTIONAL_TYPE = 1, 4, 5,
 """Fields of a type."""
 _ELEMENT, _SHAPE, _MAP_VALUE = 1, 2, 2
 """Fields of each type; the first of a map is the type of its keys."""
-_DIMENSION, _LENGTH = 1, 1
+_DIMENSION, _LENGTH, _LENGTH_NAME = 1, 1, 2
 OVERRIDABLE_SINCE = 4
 """IR version from which on an input with a default value may be given; before, each weight was an input."""
 _ELEMENT_NAMES = (
@@ -313,19 +313,17 @@ class _SignatureReader:
         return tuple(lengths)
 
     def _read_length(self, dimension: Field) -> int:
-        length = -1
-        for field in self._fields.read_all(dimension.start, dimension.next):
-            if field.number in {_LENGTH, _LENGTH + 1}:  # a number or a name: the last one counts
-                length = field.value
-        return length if length < 2**63 else -1
+        fields = self._fields.read_all(dimension.start, dimension.next)
+        given = [
+            each.value for each in fields if each.number in {_LENGTH, _LENGTH_NAME}
+        ]  # the last one counts
+        return given[-1] if given and given[-1] < 2**63 else -1
 
     def _find(self, message: Field, number: int) -> Field | None:
         """Return the field of a message with this number and a length; the last one counts."""
-        found = None
-        for field in self._fields.read_all(message.start, message.next):
-            if field.number == number and field.start >= 0:
-                found = field
-        return found
+        fields = self._fields.read_all(message.start, message.next)
+        found = [field for field in fields if field.number == number and field.start >= 0]
+        return found[-1] if found else None
 
     def _read_text(self, field: Field | None) -> str:
         if field is None:

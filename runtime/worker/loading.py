@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from runtime.errors import LoadRefused
 from runtime.memory import thread_bytes
-from runtime.onnxfile import MODEL_FILE
+from runtime.onnxfile import MODEL_FILE, find_model_file
 from runtime.wire import (
     CachedCopy,
     Load,
@@ -114,7 +114,7 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     loading_us = (clock() - started_ns) // 1000
     model, warming_up_us = describe_model(session, order.max_batch_size), None
     # Zeros are no image, and a decoder that gets them may end the process (decision 49).
-    is_possible = bool(given) or not extensions.are_named(_model_file(order))
+    is_possible = bool(given) or not _names_extensions(order)
     if order.warm_up and is_possible:  # before it is measured: memory of an inference belongs to the model
         warming_up_us = _warm_up(order, model, given, lambda: on_stage("warming_up"))
     sessions.return_free_memory()  # of loading: as much as the model keeps
@@ -133,8 +133,11 @@ def _warm_up(
         return None
 
 
-def _model_file(order: Load) -> Path:
-    return Path(order.folder if order.prepared is None else order.prepared.folder) / MODEL_FILE
+def _names_extensions(order: Load) -> bool:
+    """Whether the model of an order names operators of ONNX Runtime Extensions."""
+    folder = Path(order.folder if order.prepared is None else order.prepared.folder)
+    name = find_model_file(each.name for each in os.scandir(folder))
+    return name is not None and extensions.are_named(folder / name)
 
 
 def _create_session(order: Load) -> ort.InferenceSession:
@@ -144,4 +147,5 @@ def _create_session(order: Load) -> ort.InferenceSession:
         chosen = sessions.session_options(order.threads)
         return sessions.create_checked(folder, root, chosen, order.least_limit_bytes)
     chosen = sessions.saved_graph_options(order.threads)
-    return sessions.create_session(str(_model_file(order)), chosen, order.least_limit_bytes)
+    model_file = str(Path(order.prepared.folder) / MODEL_FILE)
+    return sessions.create_session(model_file, chosen, order.least_limit_bytes)
