@@ -17,7 +17,7 @@ export function chart(title, lines, write, { headline }) {
   const most = el("span", { class: "most" }), half = el("span", { class: "half" });
   const slider = el("input", { type: "range", class: "reader", "aria-label": `${title}: values over time`, min: 0, max: 0, value: 0 });
   const times = ["from", "middle", "to"].map((name) => el("span", { class: name }));
-  const legend = lines.length > 1 ? el("ul", { class: "legend lines" }, ...lines.map(({ kind, name }) => el("li", {}, svgSwatch(kind), name))) : null;
+  const legend = el("ul", { class: "legend lines" }, ...lines.map(({ kind, name }) => el("li", {}, svgSwatch(kind), name)));
   const plot = el("div", { class: "plot" }, drawing, most, half, slider);
   const node = el("figure", { class: "chart" }, el("figcaption", {}, title), figure, summary, plot, el("div", { class: "times", "aria-hidden": "true" }, ...times), legend);
 
@@ -92,7 +92,7 @@ function path(points, of, x, y, gapMs) {
       continue;
     }
     if (before !== null && time - before > gapMs) pen = "M";
-    drawn += `${pen}${x(point).toFixed(1)} ${y(value).toFixed(1)}${pen === "M" ? "h.01" : ""}`;
+    drawn += `${pen}${x(point).toFixed(1)} ${y(value).toFixed(1)}${pen === "M" ? "h1" : ""}`;
     [pen, before] = ["L", time];
   }
   return drawn;

@@ -48,8 +48,8 @@ function begin(token) {
   }
   jobsView(store, offers);
   if (session.manages) offerUploads(api, store, offers, refresher);
+  router.watch(({ view }) => showView(view)); // before the page of a model, which takes the focus
   new ModelPage({ api, store, router, histories, offers, session });
-  router.watch(({ view }) => showView(view));
   live.run();
 }
 

@@ -24,7 +24,7 @@ export function tensorsPart() {
     rows.replaceChildren(...tensors.map(([kind, { name, datatype, shape }]) =>
       el("tr", {}, el("td", { class: "dim" }, kind), el("th", { scope: "row" }, oneLine(name, 200)), el("td", {}, oneLine(datatype, 20)), el("td", {}, el("code", {}, `[${shape.join(", ").replaceAll("-", "−")}]`)))));
     for (const part of [table, node.lastChild]) show(part, tensors.length > 0);
-    tell(none, tensors.length ? "" : model.refusal ?? "They are known when it is loaded.");
+    tell(none, tensors.length ? "" : model.refusal ?? "Its file does not say: they are known when it is loaded.");
   };
   return { node, draw };
 }
@@ -48,7 +48,7 @@ export function callsPart(id) {
     written = model.inputs ? snippets(location.origin, id, model.inputs) : [];
     tabs.replaceChildren(...written.map(({ name }, number) => el("button", { type: "button", onclick: () => choose(number) }, name)));
     for (const part of [text, tabs, copy]) show(part, written.length > 0);
-    tell(none, written.length ? "" : "Load it first: the programs name its inputs.");
+    tell(none, !written.length ? "The programs name its inputs, which are known when it is loaded." : model.state === "loaded" ? "" : "It has to be loaded first.");
     choose(chosen);
   };
   return { node, draw };

@@ -49,7 +49,8 @@ from loadledger import Client
 
 with Client(${quoted(origin)}, token=os.environ["TOKEN"]) as client:
     answer = client.infer(${quoted(modelId)}, {${inputs.join(", ")}})
-print(answer)
+for name, value in answer.items():
+    print(name, value)
 `;
 }
 

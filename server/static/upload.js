@@ -26,6 +26,8 @@ export function uploads(api, store, offers) {
   name.addEventListener("input", suggest);
   takeDrops(about.node, null);
   document.body.classList.add("may-add");
+  // A file that is dropped beside a target would take the place of the page.
+  for (const type of ["dragover", "drop"]) addEventListener(type, (event) => event.dataTransfer?.types.includes("Files") && event.preventDefault());
   store.watch(() => document.body.classList.toggle("read-only", isReadOnly()));
 
   function take(chosen) {

@@ -7,6 +7,7 @@ import asyncio
 import os
 import re
 import signal
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def write_models(root: Path) -> None:
     models.save(models.counting_loop(), root, "counter")
     models.save_bytes(models.TEXT, root, "broken")
     models.save(models.weights(36), root, "large")  # needs 98 MB: nothing else may be loaded
-    for model_id in ("refused", "hostile"):
+    for model_id in ("refused", "hostile", "paged"):
         models.save(models.add(), root, model_id)
 
 
@@ -146,6 +147,66 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     assert not tokens_in(admin, server.api, "admin")
 
 
+async def test_model_page_shows_bytes_charts_and_programs(server: Server, admin: Console) -> None:
+    page = admin.page
+    await server.api.load("paged")
+    await server.api.infer("paged", ONE)
+    await page.get_by_role("link", name="paged").first.click()
+    await expect(page.get_by_role("heading", name="paged")).to_be_focused()
+    model = await server.api.model("paged")
+    versions = page.locator(".its-versions tbody > tr")
+    await expect(versions.first).to_contain_text(model["files"][0]["sha256"])
+    await expect(page.locator(".its-tensors tbody")).to_have_text(re.compile("inputxFP32.*outputyFP32"))
+    await expect(page.locator(".its-jobs .job")).to_have_count(1)
+    await expect(page.locator(".its-events")).to_contain_text("ModelLoaded")
+    await expect(page.locator(".its-lines")).to_contain_text("Worker of version 1, running")
+    await expect(page.locator(".traffic .summary").nth(1)).to_contain_text("in the last hour")
+    await page.get_by_role("button", name="Show the last 24 hours").last.click()
+    await expect(page.locator(".traffic .summary").nth(1)).to_contain_text("1 answered in the last 24 hours")
+    await page.get_by_role("button", name="Python").click()
+    program = await page.locator(".its-calls pre").inner_text()
+    environment = {**os.environ, "TOKEN": server.api.token("predict")}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-c", program, env=environment, stdout=asyncio.subprocess.PIPE
+    )
+    assert b"y" in (await process.communicate())[0]
+    await check_accessibility(admin)
+    await page.set_viewport_size(PHONE)
+    assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    await page.reload()
+    await expect(page.get_by_role("heading", name="paged")).to_be_visible()
+    await page.get_by_role("link", name="All models").click()
+    await admin.see("paged", "loaded")
+
+
+DROP = """(section, [name, bytes]) => {
+  const dropped = new DataTransfer();
+  dropped.items.add(new File([new Uint8Array(bytes)], name));
+  const event = (type) => new DragEvent(type, { dataTransfer: dropped, bubbles: true, cancelable: true });
+  for (const type of ["dragover", "drop"]) section.dispatchEvent(event(type));
+}"""
+
+
+async def test_dropped_file_becomes_a_version_and_is_loaded(server: Server, admin: Console) -> None:
+    page = admin.page
+    for version in (1, 2):
+        bytes_ = list(models.add(float(version)).SerializeToString())
+        await page.locator("section.models").evaluate(DROP, ["My model.onnx", bytes_])
+        await expect(page.locator("#upload-model")).to_have_value("My-model")
+        await expect(page.locator("#upload-version")).to_have_value(str(version))
+        if version == 1:
+            assert await admin.serious("dialog[open]") == []
+        await admin.choose("Add")
+        await expect(page.locator("#load-title")).to_have_text("Load My-model")
+        await admin.choose("Keep as it is")
+        await expect(admin.row("My-model")).to_be_visible()
+    assert (await server.api.model("My-model"))["versions"] == [1, 2]
+    await page.locator("section.models").evaluate(DROP, ["My model.onnx", [1, 2, 3]])
+    await page.locator("#upload-version").fill("2")
+    await admin.choose("Add")
+    await expect(page.locator("dialog[open] .refusal")).to_contain_text("exists")
+
+
 async def test_stages_of_a_load_and_new_events_appear(tmp_path: Path, browser: BrowserContext) -> None:
     config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
     models.save(models.slow_model(depth=2000), config.repository, "slow")  # loads for minutes
@@ -155,6 +216,7 @@ async def test_stages_of_a_load_and_new_events_appear(tmp_path: Path, browser: B
         shown = admin.page.locator(f'[data-job="{job["id"]}"]')
         await expect(shown.locator("[aria-current=step]")).to_have_text("loading")
         await admin.see("slow", "loading")
+        await expect(admin.row("slow").locator("button:visible").first).to_have_text(re.compile("^Cancel"))
         await shown.get_by_role("button", name="Cancel").click()
         await expect(shown.locator(".pill")).to_have_text("cancelled")
         ended = await server.api.ended(job["id"])
@@ -193,6 +255,14 @@ async def test_failed_and_waiting_loads_need_attention(server: Server, admin: Co
         [re.compile("^Load…"), re.compile("^Acknowledge")]
     )
     assert "⚠" in await admin.page.title()
+    await failed.get_by_role("button", name="Acknowledge").click()
+    await expect(failed).to_have_count(0)
+    await admin.page.reload()
+    await expect(admin.page.locator("#attention-away")).to_contain_text("1 acknowledged")
+    await expect(failed).to_have_count(0)
+    await server.api.failed_load("broken")  # which is another occurrence
+    await expect(failed).to_contain_text("Asked for by alice")
+    await admin.page.evaluate("localStorage.clear()")
     first = admin.page.locator("#models-rows > tr").first
     await expect(first.locator(".pill")).to_have_text("failed")
     await server.api.load("hostile")
