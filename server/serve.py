@@ -100,13 +100,14 @@ MALLOC_OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that is ready: its application and its address."""
+    """A server that is ready: its application, its address, and how to stop it."""
 
     app: web.Application
     url: str
+    stop: Callable[[], None]
 
 
-Announce = Callable[[RunningServer], Coroutine[Any, Any, None]]
+Announce = Callable[[RunningServer], Coroutine[Any, Any, object]]
 """Called with a server that is ready; it must not block the event loop."""
 
 
@@ -203,7 +204,8 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
             tracing.trace_requests(runner.server, app)
         async with _listening(runner.server, config) as url:
             app[TOKENS].server_url = local_url(url)
-            announcing = asyncio.create_task(announce(RunningServer(app, url)), name="announcement")
+            running = RunningServer(app, url, stop.set)
+            announcing = asyncio.create_task(announce(running), name="announcement")
             announcing.add_done_callback(_log_failed_announcement)
             manager.ready(url)
             living = asyncio.create_task(manager.notify_watchdog())
@@ -220,7 +222,7 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
             tracing.close()
 
 
-def _log_failed_announcement(announcing: asyncio.Task[None]) -> None:
+def _log_failed_announcement(announcing: asyncio.Task[object]) -> None:
     """Log a defect of the announcement: the server serves without it."""
     if not announcing.cancelled() and (defect := announcing.exception()) is not None:
         _log.error("the server could not say what it found", exc_info=defect)

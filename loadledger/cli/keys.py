@@ -26,6 +26,7 @@ from loadledger.cli.output import (
 from loadledger.cli.server import (
     ServerChoice,
     data_option,
+    find_chosen_target,
     json_option,
     open_chosen_client,
     require_data,
@@ -106,6 +107,16 @@ def issue_token(
         audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
         made = issue_local(data, TokenRequest(subject, roles, expires_s, audience, issuer))
     print_result(_token_members(made), [made], as_json=as_json)
+
+
+@token.command("show")
+@server_options
+def show_token(where: ServerChoice) -> None:
+    """Print the token that commands send, of LOADLEDGER_TOKEN or the profile, for other programs."""
+    target = find_chosen_target(where)
+    if target.token is None:
+        exit_with_error(f"there is no token for {to_printable(target.url)}: `loadledger login` saves one")
+    click.echo(to_printable(target.token))
 
 
 @token.command("list")

@@ -14,6 +14,7 @@ from loadledger.cli.output import is_dumb, quiet_exits
 
 SECTIONS = {
     "Serve": {
+        "run": "loadledger.cli.local.run:run",
         "serve": "loadledger.cli.local.serve:serve",
         "check": "loadledger.cli.local.serve:check",
         "demo": "loadledger.cli.local.serve:demo",
@@ -57,7 +58,6 @@ ALIASES = {
     "ls": ("models",),
     "list": ("models",),
     "ps": ("models", "--loaded"),
-    "run": ("load", "--wait"),
     "stop": ("unload", "--wait"),
     "logs": ("events",),
     "inspect": ("show",),
@@ -85,8 +85,8 @@ SUGGESTIONS = {
 EPILOG = """\b
 Name the server by --url or LOADLEDGER_URL, and set the token in
 LOADLEDGER_TOKEN; or save both with `loadledger login`. The default server is
-http://127.0.0.1:8080. Words of Docker and Ollama work too: ls, ps, run, show,
-stop, kill, logs, stats."""
+http://127.0.0.1:8080. Words of Docker and Ollama work too: ls, ps, stop, kill,
+logs, stats."""
 
 
 COMMANDS = {name: place for commands in SECTIONS.values() for name, place in commands.items()}

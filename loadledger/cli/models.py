@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +29,11 @@ from loadledger.cli.output import (
     to_printable,
 )
 from loadledger.cli.server import ServerChoice, int_option, json_option, open_chosen_client, server_options
+from loadledger.cli.snippets import format_infer
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 MAX_VERSIONS = 4
 """Number of versions in a cell: the highest ones."""
-ZEROS = {"BOOL": "false", "BYTES": '""', **dict.fromkeys(("FP16", "BF16", "FP32", "FP64"), "0.0")}
-ZEROS |= {f"{sign}INT{bits}": "0" for sign in ("", "U") for bits in (8, 16, 32, 64)}
-"""A zero of each datatype, as JSON."""
 BROUGHT_BACK = {
     "restart": "by the system, after a restart of the server",
     "recovery": "by the system, after its worker ended",
@@ -47,8 +42,6 @@ BROUGHT_BACK = {
 """What `brought_back` says."""
 UNSET = (None, False, 0)
 """Parameters of a load that are not worth a word."""
-MAX_ZEROS = 32
-"""Zeros that a command line has: more are no example to type."""
 USE_HEAD = ("MODEL", "VERSION", "PHASE", "WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED", "KEPT")
 RIGHT = frozenset({"WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED"})
 WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
@@ -148,7 +141,7 @@ def _details(model: Any) -> Iterator[str]:
     yield from format_facts(facts)
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
-    yield from _signature_lines(model)
+    yield from signature_lines(model)
 
 
 def _parameters(parameters: dict[str, Any]) -> str:
@@ -156,7 +149,7 @@ def _parameters(parameters: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(parameters.items()) if value not in UNSET)
 
 
-def _signature_lines(model: Any) -> Iterator[str]:
+def signature_lines(model: Any) -> Iterator[str]:
     """Yield inputs and outputs as tables, and a command line that the model answers."""
     if model.signature_version is None:  # the file cannot be read, or the state is one of the past
         return
@@ -165,7 +158,7 @@ def _signature_lines(model: Any) -> Iterator[str]:
         yield from format_table(
             (head, "DATATYPE", "SHAPE"), [_tensor_row(tensor) for tensor in tensors or ()]
         )
-    command = inference_command(model)
+    command = format_infer(model)
     if command is not None:
         yield ""
         if model.state != "loaded":
@@ -176,32 +169,6 @@ def _signature_lines(model: Any) -> Iterator[str]:
 def _tensor_row(tensor: Any) -> tuple[str, ...]:
     name = f"{format_cell(tensor.name)}{' (optional)' if tensor.optional else ''}"
     return name, format_cell(tensor.datatype), str(tensor.shape)
-
-
-def inference_command(model: Any) -> str | None:
-    """Return a command line that sends a model zeros; None if the command line cannot give an input.
-
-    A length that the model leaves open is 1. An input of many elements comes from a file of nested lists.
-    """
-    words = ["loadledger", "infer", model.id]
-    for tensor in model.inputs or ():
-        if tensor.optional:
-            continue
-        shape = [1 if length < 0 else length for length in tensor.shape]
-        zero = ZEROS.get(tensor.datatype)
-        if zero is None or "=" in tensor.name or not (tensor.name and tensor.name.isprintable()):
-            return None
-        is_long = prod(shape) > MAX_ZEROS
-        text = f"@{re.sub(r'[^A-Za-z0-9]', '_', tensor.name)}.json" if is_long else _zeros(zero, shape)
-        words += ["-i", f"{tensor.name}={text}"]
-    return shlex.join(words)
-
-
-def _zeros(zero: str, shape: Sequence[int]) -> str:
-    text = zero
-    for length in reversed(shape):
-        text = f"[{', '.join([text] * length)}]"
-    return text
 
 
 def format_presence(server: Any) -> str:

@@ -66,13 +66,17 @@ def server_options(command: Command) -> Command:
     return with_url(with_profile(call))
 
 
-def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> AbstractContextManager[Any]:
-    """Open a client of the server that the options name; problems end the command, as in `open_client`."""
+def find_chosen_target(where: ServerChoice) -> ServerTarget:
+    """Return the server that the options, variables and profiles name; a problem ends the command."""
     try:
-        target = find_target(where.url, where.profile, os.environ)
+        return find_target(where.url, where.profile, os.environ)
     except ProfileProblem as problem:
         exit_with_error(str(problem))
-    return open_client(target, timeout_s=timeout_s)
+
+
+def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> AbstractContextManager[Any]:
+    """Open a client of the server that the options name; problems end the command, as in `open_client`."""
+    return open_client(find_chosen_target(where), timeout_s=timeout_s)
 
 
 @contextmanager

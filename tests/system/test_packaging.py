@@ -1,5 +1,6 @@
 """The wheel: what is in it, and that it runs without the source tree."""
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,9 @@ from contextlib import suppress
 from email.parser import BytesParser
 from pathlib import Path
 
+import onnx
 import pytest
+from support.servers import CTRL_C, at_terminal
 from support.workers import until
 
 ROOT = Path(__file__).parents[2]
@@ -58,10 +61,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def run(command: list[str], *, cwd: Path) -> str:
+def run(command: list[str], *, cwd: Path, env: dict[str, str] | None = None) -> str:
     """Return what the command printed; it must end with 0."""
     done = subprocess.run(
-        command, cwd=cwd, env=environment(cwd), capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=cwd,
+        env=env or environment(cwd),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -95,6 +104,26 @@ async def test_first_line_of_the_readme_runs_the_demo(installed: Path, tmp_path:
     assert re.search(r"^chain verified: \d+ events", out, re.MULTILINE)
     assert "not so" not in out
     await until(lambda: not processes_of(installed))
+
+
+async def test_three_commands_lead_to_a_prediction(installed: Path, tmp_path: Path) -> None:
+    """`pip install .`, `loadledger run FILE.onnx`, and the `curl` that it prints; the file is ONNX's own."""
+    file = Path(onnx.__file__).parent / "backend/test/data/light/light_squeezenet.onnx"
+    command = [str(installed / "bin" / "loadledger")]
+    surroundings = environment(tmp_path) | {"LOADLEDGER_PORT": "0"}
+    surroundings["PATH"] = os.pathsep.join([str(installed / "bin"), os.defpath])
+    with at_terminal("run", str(file), environment=surroundings, command=command) as terminal:
+        await terminal.until("Ctrl-C stops the server")
+        assert "light_squeezenet version 1: loaded" in terminal.plain
+        assert re.search(r"data_0 +FP32 +\[1, 3, 224, 224\]", terminal.plain)
+        asked = terminal.plain.partition("\n\n(printf")[2].partition("\n\n")[0].replace("\r", "")
+        answer = json.loads(run(["bash", "-c", f"(printf{asked}"], cwd=tmp_path, env=surroundings))
+        assert answer["model_name"] == "light_squeezenet"
+        assert answer["outputs"][0]["shape"] == [1, 1000, 1, 1]
+        again = run([*command, "run", str(file)], cwd=tmp_path, env=surroundings)
+        assert again.startswith("light_squeezenet version 1: loaded\n")  # on this server, not added again
+        terminal.press(CTRL_C)
+        assert await terminal.end() == 0
 
 
 def test_metadata_names_license_and_what_the_readmes_second_line_needs(wheel: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from loadledger.cli.local.signin import SignedIn, sign_in_user
 from loadledger.cli.output import count_of, to_printable
 from runtime.lookups import RepositoryBusy
 from server.appkeys import CONFIG, REPOSITORY
@@ -24,12 +25,17 @@ MAX_FINDINGS = 20
 """Findings that are printed; `loadledger check` prints all."""
 
 
-async def announce(server: RunningServer) -> None:
-    """Print that the server is ready, then what it found in the repository."""
+async def announce(server: RunningServer) -> SignedIn | None:
+    """Print that the server is ready, and what it found; on a terminal, sign its user in, and return that."""
     warn_of_unknown_variables(os.environ)  # now that logging is set up
     _print(f"loadledger is ready at {server.url}")
-    for line in [f"console: {server.url}/", *await check_models(server)]:
+    _print(f"console: {server.url}/ (`loadledger console` signs you in)")
+    profile = await sign_in_user(server) if sys.stdout.isatty() else None
+    if profile is not None:
+        _print(f"profile: {to_printable(str(profile.path))} has an admin's token{profile.hint}")
+    for line in await check_models(server):
         _print(line)
+    return profile
 
 
 async def check_models(server: RunningServer) -> list[str]:

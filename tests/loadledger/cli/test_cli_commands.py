@@ -16,7 +16,7 @@ from support.clients import run_command
 from support.models import save
 from support.servers import APART, CTRL_C, Server, at_terminal, serving, standing
 
-from loadledger.cli.models import inference_command
+from loadledger.cli.snippets import format_infer
 from loadledger.records import Model, ModelTensor
 from server.config import Config
 
@@ -165,7 +165,8 @@ def test_show_prints_inputs_and_a_command_that_works(alice: Shell) -> None:
     [
         ([("a b", "INT64", [-1, 2])], "loadledger infer m -i 'a b=[[0, 0]]'"),
         ([("x", "BYTES", [1]), ("y", "BOOL", [])], "loadledger infer m -i 'x=[\"\"]' -i y=false"),
-        ([("in/x", "FP32", [1, 3, 224, 224])], "loadledger infer m -i in/x=@in_x.json"),
+        ([("in/x", "FP32", [1, 3, 224, 224])], "loadledger infer m -i in/x=@image.jpg"),
+        ([("in/x", "FP32", [-1, 768])], "loadledger infer m -i in/x=@in_x.npy"),
         ([("s", "seq(tensor(float))", [])], None),
         ([("a=b", "FP32", [1])], None),
         ([("\x1b", "FP32", [1])], None),
@@ -176,7 +177,7 @@ def test_command_for_an_inference_has_zeros(
 ) -> None:
     inputs = [ModelTensor(name=name, datatype=kind, shape=shape) for name, kind, shape in tensors]
     optional = ModelTensor(name="o", datatype="FP32", shape=[1], optional=True)
-    assert inference_command(Model(id="m", state="loaded", inputs=[*inputs, optional])) == command
+    assert format_infer(Model(id="m", state="loaded", inputs=[*inputs, optional])) == command
 
 
 def test_load_that_changes_settings_says_so(alice: Shell) -> None:
