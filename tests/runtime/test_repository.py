@@ -21,6 +21,7 @@ from events.types import SYSTEM, Draft, LoadedFile
 from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
 from runtime.lookups import RepositoryBusy
 from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, open_identified
+from runtime.store.sources import open_version
 
 
 def test_models_appear_once_they_are_complete(tmp_path: Path) -> None:
@@ -302,3 +303,23 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
     assert unserved["inner/1"].endswith("move what is in onnx/ to the version's folder")
     assert unserved["two/1"].endswith("rename one to model.onnx, or give each its own folder")
     assert unserved["good/1"].endswith("model.onnx cannot be looked at: No such file or directory")
+
+
+def test_version_that_is_being_removed_is_not_there(tmp_path: Path) -> None:
+    save(add(), tmp_path, "m", 1)
+    save(add(), tmp_path, "m", 2)
+    repository = Repository(tmp_path)
+    repository.hidden.add(("m", 1))
+    assert repository.versions("m") == [2]
+    with pytest.raises(UnknownVersion), open_version(repository, "m", 1):
+        pass
+
+
+def test_only_onnx_file_is_the_model_whatever_its_name(tmp_path: Path) -> None:
+    save(add(), tmp_path, "m", 1).joinpath("model.onnx").rename(tmp_path / "m/1/silero_vad.onnx")
+    (tmp_path / "m/1/._silero_vad.onnx").touch()
+    repository = Repository(tmp_path)
+    assert repository.versions("m") == [1]
+    assert repository.find_file("m", 1) == tmp_path / "m/1/silero_vad.onnx"
+    with open_version(repository, "m", 1) as (_, files):
+        assert "silero_vad.onnx" in [file.path for file in files]

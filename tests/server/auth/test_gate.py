@@ -67,6 +67,7 @@ TABLE: dict[str, set[Roles]] = {
     "GET /api/v1/models/{id}/history": ANY_ROLE,
     "GET /api/v1/models/{id}/stderr": ADMIN,
     "GET /api/v1/events": AUDIT,
+    "GET /api/v1/timeline": AUDIT,
     "GET /api/v1/events/stream": AUDIT,
     "GET /api/v1/events/head": AUDIT,
     "GET /api/v1/tokens": ADMIN,
