@@ -314,9 +314,7 @@ class _SignatureReader:
 
     def _read_length(self, dimension: Field) -> int:
         fields = self._fields.read_all(dimension.start, dimension.next)
-        given = [
-            each.value for each in fields if each.number in {_LENGTH, _LENGTH_NAME}
-        ]  # the last one counts
+        given = [each.value for each in fields if each.number in {_LENGTH, _LENGTH_NAME}]  # the last counts
         return given[-1] if given and given[-1] < 2**63 else -1
 
     def _find(self, message: Field, number: int) -> Field | None:

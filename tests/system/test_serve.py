@@ -155,6 +155,7 @@ async def test_every_setting_is_read_from_the_environment(config: Config) -> Non
         "prepare": "off", "prepared_size": "5MB", "huge_pages": "off", "restore": "none",
         "ledger_stderr": "off", "confine": "off",
         "store": "off", "store_size": "1GB", "repository_immutable": "on",
+        "repository_writable": "off", "max_upload": "1GB",
         "streams_per_subject": 3, "max_connections": 77,
         "head_timeout_s": 3, "idle_timeout_s": 4,
         "log_format": "json", "log_level": "error", "log_inferences": 0.5, "otel": "off",

@@ -286,7 +286,8 @@ async def test_lost_instance_is_shown_until_it_is_replaced(shared: LocalApi) -> 
         os.kill(shared.worker("lost").pid, signal.SIGKILL)
         left = await shared.model_when("lost", instances=1)
         assert left["error"]["code"] == "worker_died"
-        assert left == whole | {"instances": 1, "error": left["error"]}
+        assert left == whole | {name: left[name] for name in ("instances", "error", "memory_bytes")}
+        assert left["memory_bytes"] < whole["memory_bytes"]
         assert await result_of(shared, "lost") == 2
     again = await shared.model_when("lost", instances=2)
     assert (again["state"], again["error"]) == ("loaded", None)
