@@ -82,7 +82,10 @@ def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, wh
 @json_option
 @server_options
 def show(model: str, *, at: str | None, as_json: bool, where: ServerChoice) -> None:
-    """Show a model: its state, files, inputs and outputs, and a command line for a first inference."""
+    """Show a model: its state, files, inputs and outputs.
+
+    At the end it prints a command line for a first inference.
+    """
     with open_chosen_client(where) as client:
         _show(client, model, at, as_json=as_json)
 
@@ -162,7 +165,7 @@ def signature_lines(model: Any) -> Iterator[str]:
     if command is not None:
         yield ""
         if model.state != "loaded":
-            yield f"loadledger load {model.id} --wait"
+            yield f"loadledger load {format_cell(model.id)} --wait"
         yield command
 
 

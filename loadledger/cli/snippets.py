@@ -37,6 +37,8 @@ def format_infer(model: Any) -> str | None:
 
     An input of many elements comes from a file: a picture if it has the shape of one, else an array.
     """
+    if not _is_typed(model.id):
+        return None
     words = ["loadledger", "infer", model.id]
     for tensor in _required(model):
         if tensor.datatype not in ZEROS or "=" in tensor.name or not _is_typed(tensor.name):

@@ -116,7 +116,8 @@ async def test_three_commands_lead_to_a_prediction(installed: Path, tmp_path: Pa
         await terminal.until("Ctrl-C stops the server")
         assert "light_squeezenet version 1: loaded" in terminal.plain
         assert re.search(r"data_0 +FP32 +\[1, 3, 224, 224\]", terminal.plain)
-        asked = terminal.plain.partition("\n\n(printf")[2].partition("\n\n")[0].replace("\r", "")
+        shown = terminal.plain.replace("\r", "")
+        asked = shown.partition("\n\n(printf")[2].partition("\n\n")[0]
         answer = json.loads(run(["bash", "-c", f"(printf{asked}"], cwd=tmp_path, env=surroundings))
         assert answer["model_name"] == "light_squeezenet"
         assert answer["outputs"][0]["shape"] == [1, 1000, 1, 1]

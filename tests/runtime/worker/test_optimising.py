@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], dict[str, Any], str, 
     "folded weights too long": (models.grown, {}, "prepare_failed", "a file of it has more than"),
     "memory": (models.memory_bomb_on_load, {"memory_limit_bytes": 200_000_000}, "out_of_memory", "200000000"),
     "data outside": (lambda: models.external("../../secret"), {}, "unsafe_file", "secret"),
-    "no model": (lambda: models.CORRUPT, {}, "prepare_failed", "protobuf"),
+    "no model": (lambda: models.CORRUPT, {}, "prepare_failed", "copy it again"),
 }
 
 
