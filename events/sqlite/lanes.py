@@ -19,7 +19,9 @@ from events.sqlite.presence import ServerState
 from events.state import Entities
 from events.types import OF_SERVER, Cause, Event, LoadFailed, ModelLoaded, ServerStarted, WorkerExited
 
-_RENAMED = {"begin": "from", "end": "to", "is_summary": "summary"}
+_NOT_LOADED = (ModelState.UNLOADED, ModelState.FAILED)
+
+_RENAMED = {"begin": "from", "end": "to", "is_summary": "summary", "is_waiting": "waiting"}
 """As the API has them."""
 
 FILES_SHOWN = 3
@@ -36,10 +38,11 @@ class Segment(Struct, frozen=True, gc=False, rename=_RENAMED):
         begin: included.
         end: not included.
         position: of the event that began it; None if that was before the events that were read.
-        next_version: the version that is loading beside the one that serves.
+        next_version: the version that is loading beside the one that serves, or waits to be loaded.
         load_job_id: of the load that serves, served, or is under way.
         by: who asked for what began it: the actor of its job, else of its event.
         cause: of its job.
+        is_waiting: whether the model is not loaded, and a load of it waits to start.
         degraded: whether some of the load's workers are gone.
         error: the code of the failure, in the state `failed` or `lost`.
         events: of the model in this time.
@@ -55,6 +58,7 @@ class Segment(Struct, frozen=True, gc=False, rename=_RENAMED):
     position: int | None = None
     by: str | None = None
     cause: Cause | None = None
+    is_waiting: bool = False
     degraded: bool = False
     error: str | None = None
     events: int = 0
@@ -175,8 +179,6 @@ class LaneFold:
         model = self._entities.models.get(self._model_id)
         job = job or (self._entities.jobs.get(event.job_id) if event.job_id is not None else None)
         after = self._segment_of(model, event.recorded_at, event, job)
-        if self._segment is None and after is not None and after.state is ModelState.UNLOADED:
-            after = None  # a lane begins with what was done, not with the request that waits for it
         if not _is_same(self._segment, after):
             self._mark(after, event)
             self._close(event.recorded_at)
@@ -223,8 +225,10 @@ class LaneFold:
             return None
         serving, started = model.serving, model.started_load
         state = model.state
+        waiting = model.loads[0] if model.loads and state in _NOT_LOADED else None
         is_loading = state is ModelState.LOADING and started is not None
         load_job_id = started.job_id if is_loading and started else serving.load_job_id if serving else None
+        load_job_id = waiting.job_id if waiting is not None else load_job_id
         if job is None and event is None:
             job = self._entities.jobs.get(load_job_id or "")
         by = job.requested_by if job is not None else event.actor if event is not None else None
@@ -234,11 +238,12 @@ class LaneFold:
             at,
             at,
             version=started.version if is_loading and started else model.version,
-            next_version=model.next_version,
+            next_version=waiting.version if waiting is not None else model.next_version,
             load_job_id=load_job_id,
             position=event.position if event is not None else None,
             by=by if event is not None or serving is None else serving.loaded_by,
             cause=job.cause if job is not None else None,
+            is_waiting=waiting is not None,
             degraded=model.degraded,
             error=model.error.code if has_error and model.error is not None else None,
         )
@@ -301,6 +306,7 @@ def _is_same(one: Segment | None, other: Segment | None) -> bool:
         and one.version == other.version
         and one.next_version == other.next_version
         and one.load_job_id == other.load_job_id
+        and one.is_waiting == other.is_waiting
         and one.degraded == other.degraded
     )
 

@@ -86,7 +86,9 @@ class SegmentSchema(AnswerSchema):
     end = fields.String(data_key="to", required=True)
     version = fields.Integer(required=True, allow_none=True)
     next_version = fields.Integer(
-        required=True, allow_none=True, **about("The version that loads beside the one that serves.")
+        required=True,
+        allow_none=True,
+        **about("The version that loads beside the one that serves, or waits to be loaded."),
     )
     load_job_id = fields.String(
         required=True, allow_none=True, **about("Job of its load; see `loads` of the lane.")
@@ -96,6 +98,9 @@ class SegmentSchema(AnswerSchema):
     )
     by = fields.String(required=True, allow_none=True, **about("Who asked for what began it."))
     cause = fields.String(required=True, allow_none=True, **about("Of the job that began it."))
+    waiting = fields.Boolean(
+        required=True, **about("Whether the model is not loaded, and a load of it waits to start.")
+    )
     degraded = fields.Boolean(required=True, **about("Whether some of its workers are gone."))
     error = fields.String(
         required=True, allow_none=True, **about("Code of the failure, in the states `failed` and `lost`.")

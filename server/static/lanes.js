@@ -12,7 +12,7 @@ const CHARACTER = 7; // about how wide one is, of a label
 const COLOURS = 7;
 const BARS = { // top and height of a state's bar
   loaded: [4, 18], unloading: [9, 13], loading: [9, 13], failed: [16, 6], lost: [4, 18], unloaded: [20, 2],
-  running: [11, 4], stopped: [11, 4], unknown: [5, 16],
+  waiting: [12, 10], running: [11, 4], stopped: [11, 4], unknown: [5, 16],
 };
 export const MARKS = { // glyph, and what it stands for
   swapped: ["◆", "swapped"], failed: ["✕", "load failed"], lost: ["!", "lost"], exited: ["▾", "a worker ended"],
@@ -72,12 +72,12 @@ function box(kind, scale, from, to, top, high, more = {}) {
 }
 
 function segmentParts(segment, scale, from, to, chosen) {
-  const [top, high] = BARS[segment.state];
+  const shape = segment.waiting ? "waiting" : segment.state, [top, high] = BARS[shape];
   const left = Math.max(-2, scale.x(from)), right = Math.min(scale.width + 2, Math.max(scale.x(to), scale.x(from) + THIN));
   const colour = segment.state === "loaded" || segment.state === "unloading" ? ` v${(segment.version ?? 0) % COLOURS}` : "";
   const about = { x: left.toFixed(1), y: top, width: (right - left).toFixed(1), height: high, rx: segment.state === "loaded" || segment.state === "lost" ? 3 : 1 };
-  const found = [svg("rect", { class: `seg ${segment.state}${colour}${chosen ? " chosen" : ""}`, ...about })];
-  const pattern = segment.summary ? "several" : { loading: "rising", unloading: "falling", unknown: "unsure" }[segment.state];
+  const found = [svg("rect", { class: `seg ${shape}${colour}${chosen ? " chosen" : ""}`, ...about })];
+  const pattern = segment.summary ? "several" : { loading: "rising", unloading: "falling", unknown: "unsure" }[shape];
   if (pattern) found.push(svg("rect", { class: "over", fill: `url(#${pattern})`, ...about }));
   const text = labelOf(segment), room = right - Math.max(left, 0);
   if (text && high > 12 && room > text.length * CHARACTER + 10) {

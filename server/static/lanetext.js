@@ -25,6 +25,7 @@ function describeServer(segment) {
 
 function describeSegment(lane, segment) {
   const version = segment.version == null ? "" : ` ${segment.version}`, load = loadOf(lane, segment);
+  if (segment.waiting && !segment.summary) return describeWaiting(lane, segment);
   const title = segment.summary ? `${lane.model_id}: ${count(segment.events, "event")}, ${segment.state}${segment.state === "unloaded" ? "" : version} at the end` : `${lane.model_id}${version} ${segment.state}`;
   const cause = segment.cause && segment.cause !== "request" ? `, cause ${segment.cause}` : "";
   return [
@@ -37,6 +38,11 @@ function describeSegment(lane, segment) {
     load && !segment.summary ? `bytes: ${bytesOf(load)}` : "",
     !segment.summary && segment.load_job_id ? `job ${segment.load_job_id}` : "",
   ].filter(Boolean);
+}
+
+function describeWaiting(lane, segment) {
+  return [oneLine(`${lane.model_id} ${segment.next_version} waits to be loaded`, 200), times(segment),
+    segment.by ? `requested by ${oneLine(segment.by, 130)}` : "", `job ${segment.load_job_id}`].filter(Boolean);
 }
 
 function describeMark(lane, mark) {

@@ -160,9 +160,10 @@ def test_swap_failure_and_loss_are_marked() -> None:
         (version, "alice", "ab" * 32) for version in (1, 2)
     ]
     assert [each.state.value for each in other.segments] == [
-        "loading", "loaded", "unloading", "unloaded"
+        "unloaded", "loading", "loaded", "unloading", "unloaded"
     ]  # fmt: skip
-    assert [each.by for each in other.segments] == ["alice"] * 4
+    assert [each.by for each in other.segments] == ["alice"] * 5
+    assert [each.is_waiting for each in other.segments] == [True, False, False, False, False]
     assert other.segments[-1].end == found.end == at(60)
 
 
