@@ -270,9 +270,8 @@ export class Timeline {
     if (!item) return show(detail, false);
     const [title, ...lines] = describe(lane, item), subject = item.segment ?? item.mark;
     const job = subject.job_id ?? subject.load_job_id;
-    const at = item.kind === "mark" ? String(subject.position) : iso(Math.max(item.from, this.#shown().from));
     const links = [lane.model_id && ["Model", this.router.href("models", lane.model_id)], job && ["Job", this.router.href("jobs", job)],
-      ["As of this moment", this.router.href("at", at)]].filter(Boolean);
+      ["As of this moment", this.router.href("at", momentOf(item))]].filter(Boolean);
     detail.replaceChildren(el("p", {}, el("strong", {}, title)), ...lines.map((line) => el("p", {}, line)),
       el("p", { class: "links" }, ...links.map(([text, href]) => el("a", { href }, text))));
     show(detail, true);
@@ -348,7 +347,7 @@ export class Timeline {
       ArrowDown: () => this.#across(lanes, chosen, 1),
       Home: () => chosen && this.#choose(chosen.lane, chosen.lane.items[0]),
       End: () => chosen && this.#choose(chosen.lane, chosen.lane.items.at(-1)),
-      Enter: () => chosen && this.visit(chosen.item.kind === "mark" ? String(chosen.item.mark.position) : iso(Math.max(chosen.item.from, this.#shown().from))),
+      Enter: () => chosen && this.visit(momentOf(chosen.item)),
       "+": () => this.#zoom(0.5),
       "=": () => this.#zoom(0.5),
       "-": () => this.#zoom(2),
@@ -376,5 +375,7 @@ export class Timeline {
   }
 }
 
+// The moment at which an item begins: its event, else the time to the microsecond, which no `Date` has.
+const momentOf = ({ mark, segment }) => String((mark ?? segment).position ?? segment.from);
 const iso = (time) => new Date(time).toISOString();
 const bounded = (span) => Math.min(MOST, Math.max(LEAST, span));

@@ -396,7 +396,8 @@ async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admi
     await page.keyboard.press("Enter")
     row = page.locator("#past-rows > tr", has=page.get_by_text("drawn", exact=True))
     await expect(row.locator("[data-label=Version]")).to_have_text("1")
-    await expect(page).to_have_url(re.compile(r"#/at/"))
+    await expect(page.locator("#past-event")).to_contain_text("ModelLoaded drawn 1")
+    await expect(page).to_have_url(f"{admin.url}/#/at/{loaded['position']}")
     await page.reload()  # as somebody does who got the address in a ticket
     await expect(row.locator("[data-label=Version]")).to_have_text("1")
     await expect(page.locator("#timeline-cursor")).to_be_visible()
