@@ -30,8 +30,8 @@ MAX_BYTES = 200_000
 """Of a picture, so that the README loads quickly."""
 SHOWN_S = 45
 """Duration of the inferences that fill the charts."""
-SWAPS = {40: 3, 100: 2}
-"""Versions that are loaded meanwhile, by turn, for the timeline."""
+SWAPS = {16: 3, 40: 2}
+"""Versions that are loaded meanwhile, by turn, before the load that waits has aged to their priority."""
 QUESTION = {"name": "x", "datatype": "FP32", "shape": [4], "data": [0.5, 1, 2, 3]}
 
 
