@@ -10,7 +10,8 @@ from marshmallow import fields, validate
 
 from runtime.memory import read_pressure, total_bytes
 from server.api.schemas import AnswerSchema, about
-from server.appkeys import CONSUMER, LIMIT, LOG, POOL
+from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL
+from server.config import OFF, ON
 from server.http.validation import NothingSchema
 from server.routing import Access, Routes
 
@@ -101,6 +102,10 @@ class ResourcesSchema(AnswerSchema):
     preparing = fields.Nested(PreparationSchema, required=True, allow_none=True)
     pressure = fields.Nested(PressureSchema, required=True, allow_none=True, **about("Null without PSI."))
     confinement = fields.Nested(ConfinementSchema, required=True)
+    repository_writable = fields.Boolean(
+        required=True,
+        **about("Whether the settings let admins add and remove versions; the folder may still not."),
+    )
     as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
 
 
@@ -137,7 +142,7 @@ RESOURCES_CACHE = web.AppKey("resources_cache", ResourcesCache)
 
 
 def _resources(app: web.Application) -> dict[str, object]:
-    consumer, limit = app[CONSUMER], app[LIMIT]
+    consumer, limit, config = app[CONSUMER], app[LIMIT], app[CONFIG]
     models, waiting = consumer.uses(), consumer.waits()
     budget = consumer.policy.budget_bytes or limit.bytes
     reserved = total_bytes(use.reserved_bytes for use in models)
@@ -158,5 +163,6 @@ def _resources(app: web.Application) -> dict[str, object]:
         "preparing": preparing,
         "pressure": read_pressure(),
         "confinement": app[POOL].applied.confinement,
+        "repository_writable": config.repository_writable != OFF and config.repository_immutable != ON,
         "as_of": app[LOG].state.position,
     }

@@ -6,7 +6,7 @@ import { notice } from "./notices.js";
 import { ended } from "./store.js";
 
 export class Actions {
-  #asked = new Map(); // by job: what to say when it has ended
+  #asked = new Map(); // by job: what to say when it has ended, in place of what was said when it was accepted
 
   constructor(api, store, refresher) {
     this.api = api;
@@ -39,8 +39,7 @@ export class Actions {
     const { status, answer: job } = await this.api.post(path, body);
     if (status === 200 && ended(job)) notice(`${what}: ${job.kind === "load" && !job.started_at ? "done" : "nothing to do, it is so already"}.`);
     else {
-      notice(`${what} is accepted.`);
-      this.#asked.set(job.id, what);
+      this.#asked.set(job.id, { what, withdraw: notice(`${what} is accepted.`) });
     }
     this.refresher.soon(job.model_id);
   }
@@ -55,9 +54,10 @@ export class Actions {
 
   #tellEnded() {
     for (const job of this.store.jobs) {
-      const what = this.#asked.get(job.id);
-      if (what === undefined || !ended(job)) continue;
+      if (!this.#asked.has(job.id) || !ended(job)) continue;
+      const { what, withdraw } = this.#asked.get(job.id);
       this.#asked.delete(job.id);
+      withdraw(); // its outcome takes its place
       const took = duration(secondsSince(job.created_at, Date.parse(job.finished_at)));
       if (job.status === "completed") notice(`${what} completed in ${took}.`);
       else notice(`${what} ${job.status}${job.error ? `: ${oneLine(job.error.message)}` : "."}`, job.status === "failed" ? "bad" : "good");

@@ -98,9 +98,9 @@ function path(points, of, x, y, gapMs) {
   return drawn;
 }
 
-// The next number above that is read at a glance: 1, 2 or 5, and zeros.
+// The next number above that is read at a glance, and whose half is, too.
 function niceCeiling(value) {
   if (value <= 0) return 0;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].find((step) => value <= step * power * 1.0001) * power;
+  return [1, 2, 3, 4, 5, 6, 8, 10].find((step) => value <= step * power * 1.0001) * power;
 }

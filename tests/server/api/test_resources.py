@@ -64,7 +64,7 @@ async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: Lo
         assert seen == {
             "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
             "max_loaded": max_loaded, "threads": count_usable_cpus(), "models": [], "waiting": [],
-            "preparing": None, "as_of": api.position,
+            "preparing": None, "as_of": api.position, "repository_writable": True,
         }  # fmt: skip
     assert (await shared.get("/api/v1/resources?model=m")).refusal == (400, "invalid_parameter")
 
