@@ -26,7 +26,7 @@ export class ModelPage {
   constructor({ api, store, router, histories, offers, session }) {
     Object.assign(this, { api, store, router, histories, offers, session });
     router.watch(({ view, id }) => this.#visit(view === "models" ? id : null));
-    store.listeners.push((event) => event.model_id === this.#id && this.#soon());
+    store.listeners.push((event) => this.#id !== null && event.model_id === this.#id && this.#soon());
     store.watch(() => this.#draw());
     setInterval(() => this.#draw(), 1000);
   }
