@@ -72,6 +72,7 @@ export class ModelPage {
 
   // Asks for what only this page shows. Each part says itself what went wrong with it.
   async #fetch() {
+    if (!this.#parts) return; // the page was left meanwhile
     const opened = this.#opened, parts = this.#parts, { path } = parts;
     const isCurrent = () => opened === this.#opened;
     const jobs = this.api.get(`/api/v1/jobs?model=${encodeURIComponent(this.#id)}&limit=${JOBS}`);

@@ -15,8 +15,8 @@ const SHARE = 3; // a look that takes long is followed by so much longer a pause
 const REACH = 7; // pixels around a mark that mean it
 const LEAST = MINUTE, MOST = YEAR;
 const SPANS = { minute: MINUTE, hour: HOUR, day: DAY, month: 30 * DAY, year: YEAR };
-const SHAPES = [["loaded", "loaded, with its version"], ["waiting", "waiting"], ["loading", "loading"], ["unloading", "unloading"], ["lost", "lost"],
-  ["failed", "failed"], ["several", "several changes: zoom in"], ["swapped", "swapped"], ["exited", "a worker ended"], ["down", "no server"]];
+const SHAPES = [["loaded", "loaded"], ["waiting", "waiting"], ["loading", "loading"], ["unloading", "unloading"], ["lost", "lost"],
+  ["failed", "failed"], ["several", "several changes"], ["swapped", "swapped"], ["exited", "a worker ended"], ["down", "no server"]];
 
 export class Timeline {
   #range = { live: true, span: DAY, auto: true }; // or {live: true, span: null} for all, or {from, to}

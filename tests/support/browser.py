@@ -78,7 +78,7 @@ class Console:
             yield console
         finally:
             await console.page.close()
-        assert not console.mistakes
+        assert not console.mistakes, console.mistakes
 
     def _listen(self) -> None:
         def said(text: str, kind: str) -> None:

@@ -381,15 +381,15 @@ async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admi
     loaded = await server.api.model("drawn")
     await server.api.load("drawn", version=2)
     lane = page.locator('.lane[data-model="drawn"]')
-    await expect(lane.locator(".seg.loaded").last).to_be_visible()
+    await expect(lane.locator(".seg.loaded.v2").last).to_be_visible()
     await page.locator("#timeline-find").fill("DRAW")
     await expect(page.locator("#timeline-rows > .lane")).to_have_count(2)  # the server's and the model's
     await page.locator("#timeline-plot").focus()
     await page.keyboard.press("ArrowDown")
     await expect(detail).to_contain_text("drawn 2 loaded")
-    for _ in range(3):  # the mark of the swap, version 2 loading beside, version 1
-        await page.keyboard.press("ArrowLeft")
-    await expect(detail).to_contain_text("drawn 1 loaded")
+    while "drawn 1 loaded" not in (text := await detail.inner_text()) or "beside" in text:
+        await page.keyboard.press("ArrowLeft")  # over the swap, and version 2 while it loads
+        await expect(detail).not_to_have_text(text, use_inner_text=True)
     await expect(detail).to_contain_text("by alice")
     await expect(detail).to_contain_text(f"model.onnx {loaded['files'][0]['sha256'][:12]}")
     await expect(detail).to_contain_text(re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"))
