@@ -2,18 +2,17 @@
 // page's address; a click or Enter shows the models as of that moment.
 
 import { told } from "./api.js";
-import { byId, el, setAttribute, setText, show, tell } from "./dom.js";
+import { byId, setAttribute, setText, show, tell } from "./dom.js";
 import { count, moment, serverNow, zone } from "./format.js";
 import { drawAxis, itemsOf, Rows, sayShapes } from "./lanes.js";
-import { describe, fillTable } from "./lanetext.js";
-import { DAY, HOUR, MINUTE, rangeText, Scale, SECOND, ticks, YEAR } from "./timescale.js";
+import { fillTable } from "./lanetext.js";
+import { Pointer } from "./pointer.js";
+import { bounded, DAY, HOUR, LEAST, MINUTE, rangeText, Scale, SECOND, ticks, YEAR } from "./timescale.js";
 
 const PAGE = 25; // lanes: what can be read at once, and what the server sums up in a third of a second
 const PAUSE_MS = 150; // a range that is still being moved is asked for where it rests
 const CALM_MS = 1000; // between two looks at what events changed
 const SHARE = 3; // a look that takes long is followed by so much longer a pause
-const REACH = 7; // pixels around a mark that mean it
-const LEAST = MINUTE, MOST = YEAR;
 const SPANS = { minute: MINUTE, hour: HOUR, day: DAY, month: 30 * DAY, year: YEAR };
 const SHAPES = [["loaded", "loaded"], ["waiting", "waiting"], ["loading", "loading"], ["unloading", "unloading"], ["lost", "lost"],
   ["failed", "failed"], ["several", "several changes"], ["swapped", "swapped"], ["exited", "a worker ended"], ["down", "no server"]];
@@ -24,7 +23,6 @@ export class Timeline {
   #lanes = [];
   #down = [];
   #cursors = [""]; // of the pages up to the present one
-  #selected = null; // {model, key}
   #at = null; // the moment that is shown as of, in milliseconds
   #asking = new AbortController();
   #due = null;
@@ -36,10 +34,15 @@ export class Timeline {
 
   // `visit` shows the models as of a time; null is now.
   constructor(api, store, router, visit) {
-    Object.assign(this, { api, store, router, visit });
+    Object.assign(this, { api, store, router });
     this.rows = new Rows(byId("timeline-rows"), (id) => router.href("models", id));
     sayShapes(byId("timeline-legend"), SHAPES);
     this.#listen();
+    this.pointer = new Pointer({
+      lanes: () => this.#lanes, scale: () => this.#scale(), draw: () => this.#draw(), visit, router,
+      zoom: (factor, about) => this.#zoom(factor, about), pan: (share) => this.#pan(share),
+      window: (from, to) => this.#window(from, to), all: () => this.#set({ live: true, span: null }),
+    });
     show(byId("timeline"), true);
     new ResizeObserver(() => this.#measure()).observe(byId("timeline-axis").parentElement);
     router.watch(({ query }) => this.#read(query));
@@ -71,12 +74,6 @@ export class Timeline {
     byId("timeline-next").addEventListener("click", () => this.#turn([...this.#cursors, this.#page.next_cursor]));
     byId("timeline-previous").addEventListener("click", () => this.#turn(this.#cursors.slice(0, -1)));
     byId("timeline-text").addEventListener("toggle", () => this.#draw());
-    const plot = byId("timeline-plot");
-    plot.addEventListener("keydown", (event) => this.#key(event));
-    plot.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
-    plot.addEventListener("pointerdown", (event) => this.#grab(event));
-    plot.addEventListener("pointermove", (event) => this.#point(event));
-    plot.addEventListener("pointerleave", () => show(byId("timeline-tip"), false));
   }
 
   // The range that is shown, in milliseconds.
@@ -134,7 +131,7 @@ export class Timeline {
   // Zooms about a moment, by default the one that is shown as of or chosen, else the end of a live range.
   #zoom(factor, about = null) {
     const { from, to } = this.#shown(), span = bounded((to - from) * factor);
-    const chosen = about ?? this.#chosen()?.item.from ?? this.#at;
+    const chosen = about ?? this.pointer.chosen()?.item.from ?? this.#at;
     if (this.#range.live && (chosen === null || chosen < from || chosen > to)) return this.#span(span);
     const center = chosen !== null && chosen >= from && chosen <= to ? chosen : (from + to) / 2;
     const begin = center - ((center - from) / (to - from)) * span;
@@ -217,7 +214,7 @@ export class Timeline {
     drawAxis(byId("timeline-axis"), scale, ticks(scale), { at: this.#inside(this.#at, scale), now: this.#range.live ? null : now });
     if (this.#page === null) return;
     const until = this.#range.live ? now : Math.min(scale.to, now), end = Date.parse(this.#page.to) - 1;
-    this.rows.draw(this.#lanes, scale, { down: this.#down.map(([from, to]) => [from, to >= end ? until : to]), until, end, selected: this.#selected });
+    this.rows.draw(this.#lanes, scale, { down: this.#down.map(([from, to]) => [from, to >= end ? until : to]), until, end, selected: this.pointer.selected });
     this.#drawCursor(scale);
     this.#say();
   }
@@ -248,134 +245,6 @@ export class Timeline {
     byId("timeline-next").disabled = page.next_cursor === null;
     if (byId("timeline-text").open) fillTable(byId("timeline-table"), this.#lanes);
   }
-
-  // What is chosen, or pointed at.
-
-  #chosen() {
-    const lane = this.#lanes.find((each) => each.model_id === this.#selected?.model);
-    const item = lane?.items.find((each) => each.key === this.#selected.key);
-    return item ? { lane, item } : null;
-  }
-
-  #choose(lane, item) {
-    this.#selected = item ? { model: lane.model_id, key: item.key } : null;
-    this.#draw();
-    const row = byId("timeline-rows").shown?.get(lane.model_id);
-    row?.scrollIntoView({ block: "nearest" });
-    this.#detail(lane, item);
-  }
-
-  #detail(lane, item) {
-    const detail = byId("timeline-detail");
-    if (!item) return show(detail, false);
-    const [title, ...lines] = describe(lane, item), subject = item.segment ?? item.mark;
-    const job = subject.job_id ?? subject.load_job_id;
-    const links = [lane.model_id && ["Model", this.router.href("models", lane.model_id)], job && ["Job", this.router.href("jobs", job)],
-      ["As of this moment", this.router.href("at", momentOf(item))]].filter(Boolean);
-    detail.replaceChildren(el("p", {}, el("strong", {}, title)), ...lines.map((line) => el("p", {}, line)),
-      el("p", { class: "links" }, ...links.map(([text, href]) => el("a", { href }, text))));
-    show(detail, true);
-  }
-
-  #pick(event) {
-    const row = event.target.closest?.(".lane");
-    const lane = row && this.#lanes.find((each) => each.model_id === row.dataset.model);
-    const x = event.clientX - byId("timeline-axis").parentElement.getBoundingClientRect().left;
-    if (!lane || x < 0) return { lane: null, item: null, x };
-    const scale = this.#scale(), time = scale.time(x), slack = (scale.to - scale.from) * (REACH / scale.width);
-    const near = (item) => item.from - slack <= time && time <= item.to + slack;
-    const marks = lane.items.filter((item) => item.kind === "mark" && near(item)).sort((a, b) => Math.abs(a.from - time) - Math.abs(b.from - time));
-    const segments = lane.items.filter((item) => item.kind === "segment");
-    const item = marks[0] ?? segments.find((each) => each.from <= time && time < each.to) ?? segments.findLast(near) ?? null;
-    return { lane, item, x, time };
-  }
-
-  #point(event) {
-    const tip = byId("timeline-tip"), { lane, item } = this.#pick(event);
-    if (!item || event.pointerType === "touch" || event.buttons) return show(tip, false);
-    const [title, ...lines] = describe(lane, item);
-    tip.replaceChildren(el("strong", {}, title), ...lines.map((line) => el("span", {}, line)));
-    show(tip, true);
-    const frame = byId("timeline").getBoundingClientRect(), size = tip.getBoundingClientRect();
-    const left = Math.min(event.clientX - frame.left + 14, frame.width - size.width - 8);
-    const below = event.clientY + 18 + size.height < innerHeight;
-    tip.style.left = `${Math.max(8, left)}px`;
-    tip.style.top = `${event.clientY - frame.top + (below ? 18 : -size.height - 12)}px`;
-  }
-
-  // A press without a move chooses; with a move it pulls the range along.
-  #grab(event) {
-    if (event.button !== 0 || event.target.closest("a")) return;
-    const { lane, item, time } = this.#pick(event), plot = byId("timeline-plot");
-    const begin = event.clientX, { from, to } = this.#shown(), each = (to - from) / this.#width;
-    let moved = false;
-    const move = (next) => {
-      moved ||= Math.abs(next.clientX - begin) > 4;
-      if (moved && event.pointerType !== "touch") this.#window(from - (next.clientX - begin) * each, to - (next.clientX - begin) * each);
-    };
-    const end = (last) => {
-      plot.removeEventListener("pointermove", move);
-      removeEventListener("pointerup", end);
-      removeEventListener("pointercancel", end);
-      if (moved || last.type === "pointercancel" || time === undefined) return;
-      if (lane) this.#choose(lane, item);
-      this.visit(iso(Math.min(time, serverNow())));
-    };
-    plot.addEventListener("pointermove", move);
-    addEventListener("pointerup", end);
-    addEventListener("pointercancel", end);
-  }
-
-  #wheel(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) {
-      event.preventDefault();
-      const { time } = this.#pick(event);
-      this.#zoom(event.deltaY > 0 ? 1.25 : 0.8, time ?? null);
-    } else if (event.shiftKey || Math.abs(event.deltaX) > Math.abs(event.deltaY)) {
-      event.preventDefault();
-      this.#pan(Math.sign(event.deltaX || event.deltaY) * 0.1);
-    }
-  }
-
-  #key(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("a")) return;
-    const lanes = this.#lanes.filter((lane) => lane.items.length), chosen = this.#chosen();
-    const acts = {
-      ArrowLeft: () => (event.shiftKey ? this.#pan(-0.25) : this.#step(lanes, chosen, -1)),
-      ArrowRight: () => (event.shiftKey ? this.#pan(0.25) : this.#step(lanes, chosen, 1)),
-      ArrowUp: () => this.#across(lanes, chosen, -1),
-      ArrowDown: () => this.#across(lanes, chosen, 1),
-      Home: () => chosen && this.#choose(chosen.lane, chosen.lane.items[0]),
-      End: () => chosen && this.#choose(chosen.lane, chosen.lane.items.at(-1)),
-      Enter: () => chosen && this.visit(momentOf(chosen.item)),
-      "+": () => this.#zoom(0.5),
-      "=": () => this.#zoom(0.5),
-      "-": () => this.#zoom(2),
-      0: () => this.#set({ live: true, span: null }),
-      Escape: () => this.visit(null),
-    };
-    if (!acts[event.key] || (event.shiftKey && event.key.startsWith("Arrow") && /Up|Down/.test(event.key))) return;
-    event.preventDefault();
-    acts[event.key]();
-  }
-
-  #step(lanes, chosen, by) {
-    if (!chosen) return lanes.length && this.#choose(lanes.at(-1), lanes.at(-1).items.at(-1));
-    const { items } = chosen.lane, next = items[items.indexOf(chosen.item) + by];
-    if (next) this.#choose(chosen.lane, next);
-  }
-
-  // To the next lane with something in it, at about the same time.
-  #across(lanes, chosen, by) {
-    if (!chosen) return this.#step(lanes, chosen, 0);
-    const lane = lanes[lanes.indexOf(chosen.lane) + by];
-    if (!lane) return;
-    const distance = (item) => (item.from <= chosen.item.from && chosen.item.from < item.to ? 0 : Math.min(Math.abs(item.from - chosen.item.from), Math.abs(item.to - chosen.item.from)));
-    this.#choose(lane, lane.items.reduce((best, item) => (distance(item) < distance(best) ? item : best)));
-  }
 }
 
-// The moment at which an item begins: its event, else the time to the microsecond, which no `Date` has.
-const momentOf = ({ mark, segment }) => String((mark ?? segment).position ?? segment.from);
 const iso = (time) => new Date(time).toISOString();
-const bounded = (span) => Math.min(MOST, Math.max(LEAST, span));
