@@ -95,10 +95,25 @@ SCREEN = "server.txt"
 """The file with what a server in the foreground prints."""
 
 
+AT_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+"""Runs a command at a terminal of its own, and copies what it prints there."""
+
+
 def _with_servers(text: str) -> str:
-    """Return a block whose servers run in the background, and are waited for."""
+    """Return a block whose servers run in the background, and are waited for.
+
+    A server without options is one that a person starts at a terminal; it signs that person in.
+    """
     waiting = f"until grep -qs '{LAST_LINE}' {SCREEN} || ! kill -0 $!; do sleep 0.1; done"
-    return SERVER.sub(lambda line: f"{line[0]} > {SCREEN} 2> {LOG} &\n{waiting}\ncat {SCREEN}", text)
+
+    def start(found: re.Match[str]) -> str:
+        command = f"{found[0]} > {SCREEN} 2> {LOG}"
+        if found[0] == "loadledger serve":
+            on_screen = f"LOADLEDGER_LOG_LEVEL=warning python3 -c '{AT_TERMINAL}' {found[0]} < /dev/null"
+            command = f"{{ {on_screen} | sed -u 's|\\r$||'; }} > {SCREEN} 2> {LOG}"
+        return f"{command} &\n{waiting}\ncat {SCREEN}"
+
+    return SERVER.sub(start, text)
 
 
 def _run(

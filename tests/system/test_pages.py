@@ -94,7 +94,7 @@ def test_guide_names_its_starting_point(page: str) -> None:
 
 def test_quick_start_works_in_a_copy_of_the_tree(tmp_path: Path) -> None:
     skip_without_programs(QUICK_START)
-    assert compared(run_alone(QUICK_START, tmp_path, bare_environment(tmp_path), copy_tree)) == 9
+    assert compared(run_alone(QUICK_START, tmp_path, bare_environment(tmp_path), copy_tree)) == 8
 
 
 def test_every_page_with_commands_is_run() -> None:

@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from loadledger.cli.output import NEGATIVE_RESULT, print_note, print_result, report_problems
-from loadledger.cli.server import Command, data_option, json_option
+from loadledger.cli.server import Command, data_option, json_option, own_data
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -74,6 +74,8 @@ def verify(
 
     if files and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
+    if data is None and not files:
+        data = own_data()
     if store:
         _verify_store(data, as_json=as_json, others=bool(archives or key or expect or files))
     _refuse(data, archives, key, files)
@@ -106,8 +108,6 @@ def _refuse(data: Path | None, archives: tuple[Path, ...], key: str | None, file
         raise click.UsageError(
             "--archive belongs to the ledger in --data; to verify an archive by itself, name it as FILE"
         )
-    if data is None and not files:
-        raise click.UsageError("give something to verify: --data DIR of a ledger, or FILE")
     if key is not None and not (files or archives):
         raise click.UsageError("--key is for signed files: name them as FILE, or with --archive")
 
