@@ -74,7 +74,7 @@ def verify(
 
     if files and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
-    if data is None and not files:
+    if data is None and not (files or archives):
         data = own_data()
     if store:
         _verify_store(data, as_json=as_json, others=bool(archives or key or expect or files))
