@@ -2,10 +2,10 @@
 
 main.py finds a command by name, alias or section and imports only its module. Commands that talk to a server
 (models, jobs, events, inference/, top) get a client from server.py, which reads options, variables and
-profiles. Commands on files (local/ledger, cache, keys) and those that run a server (local/) import the server's
-packages inside their functions: `loadledger --help` and the thin commands must start fast, and a test lists
-what they may import. output.py has tables, values with units, notes on stderr and exit codes; snippets.py the
-first commands to send a model.
+profiles. Commands on files (local/ledger, cache, keys) and those that run a server (local/) import the
+server's packages inside their functions: `loadledger --help` and the thin commands must start fast, and a
+test lists what they may import. output.py has tables, values with units, notes on stderr and exit codes;
+snippets.py the first commands to send a model.
 
 To add a command, write it in the module of its subject and name it in `SECTIONS` of main.py; then run
 `python -m tools.generate`, which writes docs/cli.md.
