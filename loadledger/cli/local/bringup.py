@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import click
 
+from events.errors import LedgerProblem
 from loadledger import AsyncClient, ClientProblem, NotFound, ServerUnreachable
 from loadledger.cli.local.run import Subject
 from loadledger.cli.local.signin import local_subject
@@ -22,8 +23,10 @@ from loadledger.cli.server import explain_problem
 from loadledger.cli.snippets import format_curl
 from loadledger.profiles import TOKEN, ServerTarget
 from loadledger.uploads import VersionSource, find_version_files
+from server.auth.keys import KeyProblem
 from server.auth.tokens import issue_recorded_token
 from server.check import load_config
+from server.errors import ServerProblem
 from server.serve import RunningServer, serve
 
 LEVEL = "LOADLEDGER_LOG_LEVEL"
@@ -61,15 +64,15 @@ def serve_and_run(subject: Subject) -> NoReturn:
 
     async def announce_and_run(running: RunningServer) -> None:
         profile = await announce(running)
-        issued = await issue_recorded_token(running.app, local_subject(), ["admin"], TOKEN_LIFE_S)
-        token_word = _token_word(None if profile is None else profile.option, config.data)
-        async with AsyncClient(running.url, token=issued.token) as client:
-            try:
-                await bring_up(client, subject, token_word)
-                click.echo("\nCtrl-C stops the server; the model stays in its repository.")
-            except (ClientProblem, ValueError, OSError) as problem:
-                problems.append(str(problem))
-                running.stop()
+        word = _token_word(None if profile is None else profile.option, config.data)
+        try:
+            token = profile.token if profile is not None else await _issue_token(running)
+            async with AsyncClient(running.url, token=token) as client:
+                await bring_up(client, subject, word)
+            click.echo("\nCtrl-C stops the server; the model stays in its repository.")
+        except (ClientProblem, ServerProblem, KeyProblem, LedgerProblem, ValueError, OSError) as problem:
+            problems.append(str(problem))
+            running.stop()
 
     with report_problems():
         config = load_config({} if LEVEL in os.environ else {"log_level": "warning"}, os.environ)
@@ -77,6 +80,11 @@ def serve_and_run(subject: Subject) -> NoReturn:
     for problem in problems:
         print_note(problem)
     sys.exit(status or (NEGATIVE_RESULT if problems else 0))
+
+
+async def _issue_token(running: RunningServer) -> str:
+    """Issue a token for the command's own requests, without a profile."""
+    return (await issue_recorded_token(running.app, local_subject(), ["admin"], TOKEN_LIFE_S)).token
 
 
 def _token_word(profile_option: str | None, data: Path) -> str:

@@ -6,15 +6,14 @@ import asyncio
 import logging
 import os
 import pwd
-import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jwt
 
 from events.errors import LedgerProblem
+from events.tokens import Token
 from loadledger.profiles import (
     DEFAULT_PROFILE,
     ProfileProblem,
@@ -24,6 +23,7 @@ from loadledger.profiles import (
     write_profile,
 )
 from server.appkeys import CONFIG
+from server.auth.issuing import timestamp_in
 from server.auth.keys import KeyProblem
 from server.auth.subjects import subject_refusal
 from server.auth.tokens import TOKENS, issue_recorded_token
@@ -47,6 +47,7 @@ class SignedIn:
 
     name: str
     path: Path
+    token: str = field(repr=False)
 
     @property
     def option(self) -> str:
@@ -68,16 +69,15 @@ async def sign_in_user(server: RunningServer) -> SignedIn | None:
         return None  # an identity provider issues the tokens
     try:
         name = DEFAULT_PROFILE if _is_ours(server, _read_if_there(DEFAULT_PROFILE)) else OWN_PROFILE
-        profile = SignedIn(name, profile_path(name, os.environ))
-        kept = _read_if_there(name)
-        if kept is not None and kept.url == server.url and _works(server, kept.token):
-            return profile
+        path, kept = profile_path(name, os.environ), _read_if_there(name)
+        if kept is not None and kept.token and kept.url == server.url and _works(server, kept.token):
+            return SignedIn(name, path, kept.token)
         issued = await issue_recorded_token(server.app, local_subject(), ["admin"], PROFILE_LIFE_S)
-        await asyncio.to_thread(write_profile, profile.path, ServerTarget(server.url, issued.token))
+        await asyncio.to_thread(write_profile, path, ServerTarget(server.url, issued.token))
     except (ProfileProblem, OSError, LedgerProblem, KeyProblem) as problem:
         _log.warning("no profile with a token was written for commands: %s", problem)
         return None
-    return profile
+    return SignedIn(name, path, issued.token)
 
 
 def local_subject() -> str:
@@ -99,21 +99,20 @@ def _is_ours(server: RunningServer, kept: ServerTarget | None) -> bool:
     """Whether a profile is for this server, or has a token that an earlier start of it wrote."""
     if kept is None or kept.url.rstrip("/") == server.url:
         return True
-    known = server.app[TOKENS].tokens.get(_claims(kept.token).get("jti", ""))
+    known = _find_known(server, kept.token)
     return known is not None and known.via == "serve"
 
 
-def _works(server: RunningServer, token: str | None) -> bool:
+def _works(server: RunningServer, token: str) -> bool:
     """Whether a token is one of this ledger, for at least a day."""
-    claims = _claims(token)
-    known = server.app[TOKENS].tokens.get(claims.get("jti", ""))
-    is_valid = known is not None and not known.is_revoked
-    return is_valid and claims.get("exp", 0) > time.time() + KEPT_S
+    known = _find_known(server, token)
+    return known is not None and not known.is_revoked and known.expires_at > timestamp_in(KEPT_S)
 
 
-def _claims(token: str | None) -> dict[str, Any]:
-    """Return the claims of a token, without verifying it: only the ledger says whether it is known."""
+def _find_known(server: RunningServer, token: str | None) -> Token | None:
+    """Return what the ledger knows of a token; its signature is not verified here."""
     try:
-        return dict(jwt.decode(token or "", options={"verify_signature": False}))
+        claims = jwt.decode(token or "", options={"verify_signature": False})
     except jwt.InvalidTokenError:
-        return {}
+        return None
+    return server.app[TOKENS].tokens.get(str(claims.get("jti")))
