@@ -379,8 +379,9 @@ async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admi
     page, detail = admin.page, admin.page.locator("#timeline-detail")
     await server.api.load("drawn", version=1)
     loaded = await server.api.model("drawn")
-    await server.api.load("drawn", version=2)
     lane = page.locator('.lane[data-model="drawn"]')
+    await expect(lane.locator(".seg.loaded.v1").last).to_be_visible()  # long enough to be drawn apart
+    await server.api.load("drawn", version=2)
     await expect(lane.locator(".seg.loaded.v2").last).to_be_visible()
     await page.locator("#timeline-find").fill("DRAW")
     await expect(page.locator("#timeline-rows > .lane")).to_have_count(2)  # the server's and the model's
