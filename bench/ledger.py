@@ -17,6 +17,7 @@ from typing import NamedTuple
 import uvloop
 
 from bench.table import Row
+from events import storage
 from events.audit.verify import verify
 from events.clock import add_seconds
 from events.codec import GENESIS, encode_event, hash_body
@@ -25,12 +26,12 @@ from events.log import Log, encode_drafts
 from events.sqlite import queries, snapshots
 from events.sqlite.history import open_time_travel_reader
 from events.sqlite.listing import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
-from events.sqlite.queries import LogHead
 from events.sqlite.readonly import open_read_only, open_reader_thread
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
 from events.sqlite.timeline import TimelineQuery, TimelineReader
 from events.state import Attempt, State
+from events.storage import LogHead
 from events.types import (
     SYSTEM,
     AccessDenied,
@@ -80,13 +81,13 @@ def write_ledger(path: Path, facts: int) -> None:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("UPDATE projected SET folds = ?", (FOLDS,))
         while state.position < facts:
-            attempt, rows = Attempt(state), list[queries.Row]()
+            attempt, rows = Attempt(state), list[storage.Row]()
             for _ in range(min(EVENTS_IN_A_GROUP, facts - state.position)):
                 position = attempt.state.position + 1
                 event = record_draft(next(told), position, add_seconds(START, APART_S * position))
                 body = encode_event(event)
                 digest = hash_body(digest, body)
-                rows.append(queries.Row(position, body, digest))
+                rows.append(storage.Row(position, body, digest))
                 attempt.state.apply(event)
             queries.write_group(connection, rows, attempt.changes)
             snapshots.try_if_due(connection, rows[-1].position, len(state.models) + attempt.state.backlog)

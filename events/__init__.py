@@ -6,7 +6,8 @@ JSON and chains their hashes, `sqlite.storage` commits them in one transaction, 
 - A new event or field: `types`, then the folds in `jobs`, `models` and `tokens`, then `counters`.
 - What the state allows, duplicates, idempotency keys: `accept`; the commands and their queue: `commands`.
 - The live state and its transactions: `state`; group commit and failures of writing: `log`.
-- Times and ids: `clock`; refusals and failures with a code: `errors`; one process per directory: `datalock`.
+- Times and ids: `clock`; refusals and failures with a code: `errors`; what the writer needs of a storage:
+  `storage`.
 
 This package knows no HTTP and no ONNX, and imports neither `runtime` nor `server`.
 """

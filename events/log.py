@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -50,9 +49,9 @@ from events.errors import (
     NotEncodable,
     RequestRefused,
 )
-from events.sqlite.queries import LogHead, Row, kind_of
 from events.sqlite.storage import Database
 from events.state import Attempt, State
+from events.storage import LogHead, Row, Storage, StorageError
 from events.types import (
     SYSTEM,
     ClockStepped,
@@ -162,10 +161,11 @@ def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Rece
 
 
 class Log:
-    """The event log, written by this process alone (take the lock of `events.datalock` before).
+    """The event log, written by this process alone (take the locks of `events.sqlite.datalock` before).
 
     Args:
-        path: of the ledger.
+        path: of the ledger, which readers open.
+        storage: where the ledger is written; None is the file itself.
         now: the wall clock.
         boottime: CLOCK_BOOTTIME in seconds.
         new_id: returns the id of a new event.
@@ -183,6 +183,7 @@ class Log:
         self,
         path: Path,
         *,
+        storage: Storage | None = None,
         now: Callable[[], datetime] = utc_now,
         boottime: Callable[[], float] = boottime,
         new_id: Callable[[], str] = uuid7,
@@ -191,7 +192,7 @@ class Log:
         self._clock = LedgerClock(now, boottime)
         self._new_id = new_id
         self._inbox: Inbox[PendingCommand | PendingNote] = Inbox()
-        self._database = Database(path)
+        self._storage: Storage = Database(path) if storage is None else storage
         self._writer: asyncio.Task[None] | None = None
         self._wakeups: set[asyncio.Event] = set()
         self._closing = False
@@ -209,7 +210,7 @@ class Log:
     @property
     def healthy(self) -> bool:
         """Whether the last write, or the last probe after a failed one, succeeded."""
-        return self._database.is_open and self._can_write and not self._closing
+        return self._storage.is_open and self._can_write and not self._closing
 
     @property
     def waiting(self) -> int:
@@ -263,7 +264,7 @@ class Log:
         if self._writer is not None:
             self._inbox.wake()
             await asyncio.wait([self._writer])
-        await self._database.close()
+        await self._storage.close()
         self.notify()
 
     async def submit(self, command: Command) -> Receipt:
@@ -304,7 +305,7 @@ class Log:
 
         Then copy the WAL into the file, so that a copy of the file alone shows that the server runs.
         """
-        last = await self._database.read_last_of_server()
+        last = await self._storage.read_last_of_server()
         unclean = last.position > 0 and last.type != ServerStopped.TYPE
         last_event_at = self.head.recorded_at or None
         last_seen_at = max(last.recorded_at, self.last_seen if unclean else "") or None
@@ -313,7 +314,7 @@ class Log:
         )
         self._is_complete = False
         receipt = await self.submit(Record((Draft(self._new_id(), data, SYSTEM),)))
-        self._is_complete = await self._database.make_whole()
+        self._is_complete = await self._storage.make_whole()
         self._is_started = True
         return receipt
 
@@ -347,7 +348,7 @@ class Log:
         Raises:
             ForeignHead: after an error, another process has written.
         """
-        stored = await self._database.open()
+        stored = await self._storage.open()
         if self._writer is not None and stored.head not in (self.head, self._uncertain_head):
             raise ForeignHead(f"the ledger's head at {stored.head.position} was not written by this server")
         self._uncertain_head = None
@@ -368,7 +369,7 @@ class Log:
                     if isinstance(each, PendingNote):
                         await self._note(each)
                 if not self._is_complete:
-                    self._is_complete = await self._database.make_whole()
+                    self._is_complete = await self._storage.make_whole()
         finally:  # if the writer dies, no caller waits for ever
             fail_callers([*group, *self._inbox.take()], LogClosed())
 
@@ -381,27 +382,27 @@ class Log:
             if not self.healthy:
                 await self._probe()
             else:
-                self._is_complete = await self._database.make_whole()
+                self._is_complete = await self._storage.make_whole()
         return await self._inbox.wait()
 
     async def _probe(self) -> None:
         """Try an empty write, so that the log becomes healthy again without a request."""
         try:
-            if not self._database.is_open:
+            if not self._storage.is_open:
                 await self._open()
-            await self._database.probe()
-        except (sqlite3.Error, LedgerProblem):
-            await self._database.give_up()
+            await self._storage.probe()
+        except (StorageError, LedgerProblem):
+            await self._storage.give_up()
             return
         self._note_success()
 
     async def _write(self, group: Sequence[PendingCommand]) -> None:
         try:
-            if not self._database.is_open:
+            if not self._storage.is_open:
                 await self._open()
             hashes = {key_hash for pending in group if (key_hash := pending.key_hash) is not None}
             joinable = {each for pending in group for each in find_joinable(self.state, pending.command)}
-            known = await self._database.read_requests(hashes, joinable)
+            known = await self._storage.read_requests(hashes, joinable)
             decided = decide_group(
                 group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id
             )
@@ -436,16 +437,16 @@ class Log:
         entities = len(self.state.models) + decided.attempt.state.backlog
         began = time.monotonic()
         try:
-            await self._database.write(decided.rows, decided.attempt.changes, entities, self.head)
+            await self._storage.write(decided.rows, decided.attempt.changes, entities, self.head)
             self.tally.commit_s.observe(time.monotonic() - began)
-        except sqlite3.Error as error:
+        except StorageError as error:
             self._note_failure(error)
-            await self._database.give_up(error)
+            await self._storage.give_up(error)
             self._uncertain_head = decided.head
             await self._check_written(decided.head)
         self._note_success()
 
-    def _note_failure(self, error: sqlite3.Error) -> None:
+    def _note_failure(self, error: StorageError) -> None:
         """Count a failed write; the first is logged, since each request on a full disk would bring one."""
         if self._can_write:
             _log.error("the ledger cannot be written, and requests that need it are refused: %s", error)
@@ -470,9 +471,9 @@ class Log:
 
     async def _note(self, note: PendingNote) -> None:
         try:
-            if not self._database.is_open:
+            if not self._storage.is_open:
                 await self._open()
-            await self._database.note(note.used, self.now())
+            await self._storage.note(note.used, self.now())
         except ForeignHead:
             raise
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a note, it fails alone
@@ -483,7 +484,7 @@ class Log:
     async def _fail_note(self, note: PendingNote, error: Exception) -> None:
         """Log a failed note, and probe whether the log itself can be written."""
         _log.warning("the last uses of models, and that the server is there, could not be noted: %s", error)
-        if isinstance(error, sqlite3.Error) and kind_of(error) == sqlite3.SQLITE_IOERR:
-            await self._database.give_up(error)
+        if isinstance(error, StorageError) and error.is_disk_error:
+            await self._storage.give_up(error)
         await self._probe()
         fail_callers([note], NotEncodable() if isinstance(error, UnicodeEncodeError) else LogUnavailable())

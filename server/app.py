@@ -18,9 +18,9 @@ from aiohttp import web
 
 from events.audit.kepthead import HeadKeeper, find_rollback
 from events.commands import RequestLoad
-from events.datalock import LEDGER, lock_data, lock_ledger
 from events.errors import LedgerProblem, LogUnavailable, RolledBack
 from events.log import Log
+from events.sqlite.datalock import LEDGER, lock_data, lock_ledger
 from events.sqlite.listing import open_reader
 from events.sqlite.presence import NOTE_EVERY_S
 from events.types import Cause

@@ -34,6 +34,7 @@ from events.sqlite.readonly import wants_wal
 from events.sqlite.schema import connect, schema_difference, transaction
 from events.sqlite.snapshots import base_state_digest, write_base_state
 from events.sqlite.storage import leave_complete_file
+from events.storage import LogHead
 from events.types import LogBase
 
 _LIFTED = ("events_never_go", "base_never_changes")
@@ -148,9 +149,7 @@ def _find_last(connection: sqlite3.Connection, before: str, now: datetime) -> in
     return int(last)
 
 
-def _refuse_what_must_stay(
-    connection: sqlite3.Connection, last: int, head: queries.LogHead, now: datetime
-) -> None:
+def _refuse_what_must_stay(connection: sqlite3.Connection, last: int, head: LogHead, now: datetime) -> None:
     """Refuse to move the last events, which the next start needs, and valid idempotency keys."""
     if last >= head.position:
         raise MustStay(f"the log's last event must stay: archive --before {head.position} at most")

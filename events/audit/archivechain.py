@@ -21,11 +21,12 @@ from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailabl
 from events.jobs import Job
 from events.sqlite.history import Moment, fold_page, head_moment, moment_at, parse_time, state_at_moment
 from events.sqlite.presence import Presence, find_server_event, presence_at, presence_between
-from events.sqlite.queries import Row, as_bytes, read_base, read_pages
+from events.sqlite.queries import as_bytes, read_base, read_pages
 from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import jobs_behind
 from events.sqlite.storage import FOLDS
 from events.state import Entities, State
+from events.storage import Row
 from events.types import OF_SERVER, Event, LogBase
 
 _FOLDS_SINCE = 7

@@ -23,8 +23,9 @@ from pathlib import Path
 from events.audit.signing import Sign, SignedHead, Statement, key_id
 from events.codec import hash_body
 from events.errors import Archived, LedgerDamaged, NothingThere
-from events.sqlite.queries import Row, hash_at, read_base, read_pages
+from events.sqlite.queries import hash_at, read_base, read_pages
 from events.sqlite.readonly import open_read_only
+from events.storage import Row
 from events.types import SYSTEM, LogBase
 
 FORMAT = "loadledger-export-v1"

@@ -25,7 +25,7 @@ from events.audit.signing import SignedHead, as_signed_head, key_id
 from events.audit.verify import Expected, Finding, FindingKind
 from events.codec import GENESIS, hash_body, is_canonical
 from events.errors import LedgerDamaged, LogUnavailable
-from events.sqlite.queries import Row
+from events.storage import Row
 from events.types import LogBase
 
 MAX_LINE = 16 * 2**20

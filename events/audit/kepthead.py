@@ -14,8 +14,9 @@ from pathlib import Path
 from events.audit.files import write_file
 from events.audit.signing import SignedHead, as_signed_head
 from events.errors import LedgerProblem
-from events.sqlite.queries import LogHead, read_base, read_head
+from events.sqlite.queries import read_base, read_head
 from events.sqlite.readonly import open_read_only
+from events.storage import LogHead
 from events.types import RollbackAccepted
 
 KEPT_HEAD = "ledger.head"

@@ -9,5 +9,6 @@ states (`history`), in short transactions, so that the write-ahead log can be be
 - `queries`: the SQL of events, models, jobs and idempotency keys
 - `readonly`: the one way to open a ledger for reading; copies that lack their write-ahead log
 - `listing`, `history`: what the server reads, now and at a past moment
+- `datalock`: one process per data directory and file
 - `snapshots`: snapshots for time travel, and the state at the base
 """

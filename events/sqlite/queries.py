@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 
 import msgspec
 
-from events.codec import GENESIS, decode_event
+from events.codec import decode_event
 from events.commands import Join, KnownKey, read_key
 from events.errors import ForeignHead
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.sqlite.schema import check_readable, transaction
 from events.state import Changes, State
+from events.storage import LogHead, Row
 from events.tokens import OF_TOKENS, Token
 from events.types import LogBase
 
@@ -29,23 +30,6 @@ _SEEN_SINCE = 7
 
 TOKENS_SINCE = 8
 """The schema from which on there are tokens."""
-
-
-class LogHead(msgspec.Struct, frozen=True, gc=False):
-    """The last event: position, hash (32 bytes), time, type; position 0 is the empty log."""
-
-    position: int = 0
-    hash: bytes = GENESIS
-    recorded_at: str = ""
-    type: str = ""
-
-
-class Row(msgspec.Struct, frozen=True, gc=False):
-    """One event as it is stored."""
-
-    position: int
-    body: str
-    hash: bytes
 
 
 def read_head(connection: sqlite3.Connection) -> LogHead:

@@ -25,10 +25,10 @@ from events.commands import KnownRequests
 from events.errors import LogUnavailable
 from events.sqlite import queries, snapshots
 from events.sqlite.history import fold_page, load_base_state
-from events.sqlite.queries import LogHead, Row
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors, transaction
-from events.state import Changes, State
+from events.state import Changes
+from events.storage import LogHead, Row, StorageError, StoredLedger
 
 FOLDS = 6
 """The number of the folds: add one with each change after which the same events give other stored bodies."""
@@ -144,20 +144,8 @@ def _sort_key(key: _Key) -> tuple[bool, _Key]:
     return isinstance(key, bytes), key
 
 
-@dataclass(frozen=True, slots=True)
-class StoredLedger:
-    """A ledger as it was opened: its head, the live state there, last uses, and when the server was seen."""
-
-    head: LogHead
-    state: State
-    last_used: Mapping[str, str]
-    last_seen: str
-
-
 class Database:
-    """The writer's connection. Its methods raise sqlite3.Error unless they say otherwise.
-
-    After such an error the state of the connection is unknown: `give_up` it, and `open` it anew.
+    """The writer's connection: `Storage` in one file.
 
     Attributes:
         is_open: whether the connection is open; only then it can be used.
@@ -184,7 +172,7 @@ class Database:
         """
         try:
             self._connection, stored = await self.run(self._open_connection)
-        except (sqlite3.Error, OSError, ValueError) as error:  # stored content may be damaged
+        except (StorageError, OSError, ValueError) as error:  # stored content may be damaged
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
         self.is_open, self._was_open, self._unsynced = True, True, False
         self._failed_at = 0
@@ -224,7 +212,7 @@ class Database:
             return KnownRequests()
         try:
             return await self.run(read)
-        except sqlite3.Error as error:
+        except StorageError as error:
             _log.exception("the idempotency keys and joins of a group could not be read")
             await self.give_up()
             raise LogUnavailable from error
@@ -251,13 +239,13 @@ class Database:
             return False
         try:
             return await self.run(lambda: checkpoint(self._connection))  # False while a reader blocks it
-        except sqlite3.Error as error:
+        except StorageError as error:
             _log.warning("the ledger's file could not be brought up to date yet: %s", error)
             return False
 
-    async def give_up(self, error: sqlite3.Error | None = None) -> None:
+    async def give_up(self, error: StorageError | None = None) -> None:
         """Close the connection after an error; after a disk error, the next `open` syncs the database."""
-        if error is not None and queries.kind_of(error) == sqlite3.SQLITE_IOERR:
+        if error is not None and error.is_disk_error:
             self._unsynced = True
         await self.run(self._drop)
 
@@ -267,11 +255,19 @@ class Database:
         self._thread.shutdown()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run some work in the thread of the connection."""
+        """Run some work in the thread of the connection.
+
+        Raises:
+            StorageError: SQLite raised an error.
+        """
 
         def run() -> T:
             try:
                 return work()
+            except sqlite3.Error as error:
+                release_cursors(error)
+                is_disk_error = queries.kind_of(error) == sqlite3.SQLITE_IOERR
+                raise StorageError(str(error), is_disk_error=is_disk_error) from error
             except BaseException as error:
                 release_cursors(error)
                 raise

@@ -149,8 +149,8 @@ def _print_server_events(
 def _print_file_events(data: Path, show: Show, **options: Any) -> None:
     import asyncio  # noqa: PLC0415 - for files only, like what follows
 
-    from events.datalock import LEDGER  # noqa: PLC0415
     from events.errors import LedgerProblem  # noqa: PLC0415
+    from events.sqlite.datalock import LEDGER  # noqa: PLC0415
     from events.sqlite.listing import EventFilter  # noqa: PLC0415
     from events.types import TYPES  # noqa: PLC0415
     from loadledger.cli.local.localledger import show_events  # noqa: PLC0415

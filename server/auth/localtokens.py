@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from events.commands import RevokeToken
-from events.datalock import LEDGER, lock_data, lock_ledger
 from events.errors import DataInUse
 from events.log import Log
+from events.sqlite.datalock import LEDGER, lock_data, lock_ledger
 from server.auth.issuing import TokenRequest, issue_and_record, timestamp_in, token_view
 from server.auth.keys import KeyProblem, ensure_data_dir
 from server.auth.subjects import LOCAL, subject_refusal

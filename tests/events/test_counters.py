@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.history import FEWER, MODEL, PLAIN, History, fold, opened, write
+from support.ledgers import database_of
 from support.strategies import drafts
 
 from events.counters import (
@@ -158,8 +159,8 @@ async def test_appends_commits_and_failures_are_counted(tmp_path: Path) -> None:
         assert count(log.tally.append_s.snapshot()) == 3
         assert count(log.tally.commit_s.snapshot()) == 3
         assert log.tally.append_s.snapshot().total_s >= log.tally.commit_s.snapshot().total_s > 0
-        assert log._database._connection is not None
-        log._database._connection.close()
+        assert database_of(log)._connection is not None
+        database_of(log)._connection.close()
         with pytest.raises(LogUnavailable):
             await write(log, 1, first=4)
         assert log.tally.write_failures >= 1

@@ -12,10 +12,11 @@ from events.audit.verify import verify
 from events.codec import GENESIS, decode_event, encode_canonical, encode_event, hash_body
 from events.sqlite import queries, storage
 from events.sqlite.history import state_at
-from events.sqlite.queries import Row, as_text
+from events.sqlite.queries import as_text
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
 from events.state import State
+from events.storage import Row
 from events.types import TYPES, ClockStepped, RollbackAccepted, UnloadFailed
 
 VERSIONS = {"VersionAdded", "VersionRemoved"}

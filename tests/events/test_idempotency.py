@@ -25,7 +25,7 @@ from support.history import (
     opened,
     steady,
 )
-from support.ledgers import FAST_FOLDER
+from support.ledgers import FAST_FOLDER, database_of
 
 from events.accept import Accepted, Decision, Existing, Refused, accept
 from events.audit.verify import verify
@@ -265,8 +265,8 @@ async def test_log_answers_repeated_keys(path: Path) -> None:
 async def test_failed_write_leaves_key_unused(path: Path) -> None:
     async with opened(path, new_id=ids("j")) as log:
         await log.submit(load(None, "first"))
-        assert log._database._connection is not None
-        log._database._connection.execute("PRAGMA busy_timeout = 20")
+        assert database_of(log)._connection is not None
+        database_of(log)._connection.execute("PRAGMA busy_timeout = 20")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(LogUnavailable):
@@ -274,8 +274,8 @@ async def test_failed_write_leaves_key_unused(path: Path) -> None:
             other.execute("ROLLBACK")
         assert await outcome(log, load(OTHER_REQUEST, "other")) == "new j3"
         assert await outcome(log, load(KEY)) == "idempotency_mismatch"
-        assert log._database._connection is not None
-        log._database._connection.close()  # the keys cannot be read: the log refuses, and recovers
+        assert database_of(log)._connection is not None
+        database_of(log)._connection.close()  # the keys cannot be read: the log refuses, and recovers
         with pytest.raises(LogUnavailable):
             await log.submit(load(OTHER_REQUEST))
         assert await outcome(log, load(OTHER_REQUEST)) == "j3"

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.history import FEWER, MODEL, START, at, facts, ids, opened, steady, write
-from support.ledgers import FAST_FOLDER, change_ledger, rows_of, run_forked, stored
+from support.ledgers import FAST_FOLDER, change_ledger, database_of, rows_of, run_forked, stored
 
 from events.audit.verify import verify
 from events.clock import format_timestamp
@@ -96,7 +96,7 @@ def test_kill_loses_nothing_acknowledged(path: Path) -> None:
 
 async def test_concurrent_submits_share_transactions_in_one_gapless_chain(path: Path) -> None:
     async with opened(path) as log:
-        connection = log._database._connection
+        connection = database_of(log)._connection
         assert connection is not None
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
@@ -295,7 +295,7 @@ async def test_close_writes_pending_commands_and_leaves_one_file(path: Path) -> 
     pending = [asyncio.create_task(log.submit(command)) for command in facts(700)]
     note = asyncio.create_task(log.note({"a": at(1)}))
     await asyncio.sleep(0)  # each has been handed over
-    threads = set(log._database._thread._threads)
+    threads = set(database_of(log)._thread._threads)
     closing_log = asyncio.create_task(log.close())
     await asyncio.sleep(0)
     with pytest.raises(LogClosed) as raised:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support.history import MODEL, START, at, child, facts, ids, opened, write
-from support.ledgers import change_ledger, rows_of, run_forked, stored, unwritable
+from support.ledgers import change_ledger, database_of, rows_of, run_forked, stored, unwritable
 from support.workers import until
 
 import migrations
@@ -57,7 +57,7 @@ def load(model_id: str = MODEL) -> RequestLoad:
 
 
 def connection_of(log: Log) -> sqlite3.Connection:
-    connection = log._database._connection
+    connection = database_of(log)._connection
     assert connection is not None
     return connection
 
@@ -175,7 +175,7 @@ def test_unknown_commit_is_acknowledged_only_when_on_disk(path: Path, fails_once
             wal = descriptor_of(path.with_name("ledger.db-wal"))
             assert wal > spare
             os.close(spare)  # the WAL has another number when it is opened again, so only one fsync fails
-            await log._database.run(lambda: fail_fsync(wal if fails_once else None))
+            await database_of(log).run(lambda: fail_fsync(wal if fails_once else None))
             results = await asyncio.gather(*map(log.submit, facts(5, first=4)), return_exceptions=True)
             found = [getattr(result, "position", type(result)) for result in results]
             assert found == ([4, 5, 6, 7, 8] if fails_once else [LogUnavailable] * 5)
@@ -204,7 +204,7 @@ def test_fact_of_durable_commit_that_raised_is_not_repeated(path: Path) -> None:
             wal = descriptor_of(path.with_name("ledger.db-wal"))
             assert wal > spare
             os.close(spare)  # the WAL has another number when it is opened again, so only one fsync fails
-            await log._database.run(lambda: fail_fsync(wal))
+            await database_of(log).run(lambda: fail_fsync(wal))
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # nothing can be opened to look
             with pytest.raises(LogUnavailable, match="unknown whether the last requests were recorded"):

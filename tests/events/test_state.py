@@ -22,10 +22,10 @@ from events.jobs import Job
 from events.models import Serving
 from events.sqlite import queries, snapshots, storage
 from events.sqlite.history import state_at
-from events.sqlite.queries import Row
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
 from events.state import Attempt, Entities, State, has_turn
+from events.storage import Row
 from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown
 
 # Queues of unended jobs.

@@ -24,9 +24,10 @@ from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
 from events.log import Log
 from events.sqlite import queries, snapshots
-from events.sqlite.queries import Row
 from events.sqlite.schema import connect
+from events.sqlite.storage import Database
 from events.state import State
+from events.storage import Row
 from events.types import (
     Draft,
     Event,
@@ -50,6 +51,12 @@ OTHER_SIGN = HeadSigner(Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33))
 
 FAST_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Properties write hundreds of ledgers: in memory, an fsync takes 0.01 ms instead of 4 ms."""
+
+
+def database_of(log: Log) -> Database:
+    """Return the file in which a log is written."""
+    assert isinstance(log._storage, Database)
+    return log._storage
 
 
 @contextmanager

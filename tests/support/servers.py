@@ -18,7 +18,7 @@ from select import select
 import aiohttp
 
 from events.audit.verify import Verification, verify
-from events.datalock import LEDGER
+from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.sqlite.queries import PAGE
 from events.types import Event

@@ -11,7 +11,7 @@ from support.clients import run_command
 from support.models import save
 from support.servers import MODULE, events, refused_start, serving
 
-from events.datalock import LEDGER
+from events.sqlite.datalock import LEDGER
 from events.types import Confinement, ModelLoaded, ServerStarted
 from runtime.worker.landlock import find_abi
 from server.config import Config

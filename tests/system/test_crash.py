@@ -16,7 +16,7 @@ from support.servers import Server, events, serving, verified
 from support.streams import following
 from support.workers import computing, until
 
-from events.datalock import LEDGER
+from events.sqlite.datalock import LEDGER
 from events.types import Event, ServerStarted
 from server.config import Config
 

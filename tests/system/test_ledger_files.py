@@ -14,8 +14,8 @@ from support.models import save
 from support.servers import MODULE, Server, clean_environment, events, serving, verified
 
 from events.audit.audit import audit
-from events.datalock import LEDGER
 from events.errors import IncompleteCopy
+from events.sqlite.datalock import LEDGER
 from server.config import Config
 
 

@@ -12,7 +12,7 @@ from support.http import when
 from support.models import save, save_bytes
 from support.servers import Server, events, serving, verified
 
-from events.datalock import LEDGER
+from events.sqlite.datalock import LEDGER
 from events.types import Cause, ModelLoaded, UnloadRequested
 from server.config import Config
 

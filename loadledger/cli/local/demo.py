@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import click
 
 from events.audit.verify import verify
-from events.datalock import LEDGER
+from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import EventQuery, open_reader
 from loadledger.cli.events import event_line
 from loadledger.client import Client

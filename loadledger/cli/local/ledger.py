@@ -200,7 +200,7 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
 
 
 def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
-    from events.datalock import lock_data, lock_ledger  # noqa: PLC0415 - as above
+    from events.sqlite.datalock import lock_data, lock_ledger  # noqa: PLC0415 - as above
     from events.sqlite.storage import rebuild_file  # noqa: PLC0415
 
     with lock_data(data), lock_ledger(path):
@@ -269,7 +269,7 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     """
     from events.audit.archive import archive  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
-    from events.datalock import lock_data, lock_ledger  # noqa: PLC0415
+    from events.sqlite.datalock import lock_data, lock_ledger  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
@@ -345,7 +345,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 def _ledger_in(data: Path) -> Path:
     """Return the ledger's file in a data directory, which must exist."""
-    from events.datalock import LEDGER  # noqa: PLC0415
+    from events.sqlite.datalock import LEDGER  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():
         raise FileNotFoundError(f"there is no {LEDGER} in {data}: name the data directory with --data")

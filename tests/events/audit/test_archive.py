@@ -29,10 +29,11 @@ from events.clock import format_timestamp
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.sqlite import history, snapshots, storage
 from events.sqlite.history import InvalidMoment
-from events.sqlite.queries import Row, as_text, read_base
+from events.sqlite.queries import as_text, read_base
 from events.sqlite.schema import connect, schema_of, transaction
 from events.sqlite.snapshots import base_state_digest, read_base_state
 from events.state import State
+from events.storage import Row
 from events.types import LogBase
 
 LATER = START + timedelta(days=30)

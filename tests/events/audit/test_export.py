@@ -14,7 +14,8 @@ from events.audit.export import HEAD_TYPE, JSONL, cloudevents, export
 from events.audit.exportreader import ExportReader
 from events.audit.signing import as_signed_head
 from events.errors import LedgerDamaged, NothingThere
-from events.sqlite.queries import PAGE, Row
+from events.sqlite.queries import PAGE
+from events.storage import Row
 
 LEDGER = sound_ledger()
 

@@ -20,7 +20,7 @@ from events.audit.exportreader import MAX_LINE, FileAudit, audit_file
 from events.audit.signing import HeadSigner, SignedHead, Statement, key_id
 from events.audit.verify import Expected, Finding, FindingKind
 from events.errors import LogUnavailable
-from events.sqlite.queries import Row
+from events.storage import Row
 from events.types import LogBase
 
 with ledgers.copy_of(ledgers.sound_ledger()) as _path:

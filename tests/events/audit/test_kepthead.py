@@ -14,7 +14,8 @@ from events.audit.audit import audit
 from events.audit.kepthead import KEPT_HEAD, HeadKeeper, find_rollback
 from events.audit.signing import SignedHead, Statement
 from events.audit.verify import Expected, FindingKind
-from events.sqlite.queries import LogHead, read_base, read_head
+from events.sqlite.queries import read_base, read_head
+from events.storage import LogHead
 from events.types import LogBase
 
 LEDGER, LONG_LEDGER = ledgers.sound_ledger(), ledgers.sound_ledger(2)

@@ -18,9 +18,9 @@ from events.codec import decode_event, encode_event
 from events.commands import Record
 from events.jobs import Job
 from events.sqlite import queries, storage
-from events.sqlite.queries import Row
 from events.sqlite.schema import connect
 from events.state import Changes, State
+from events.storage import Row
 from events.types import SYSTEM, Draft, LoadFailed
 
 TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.history import History, facts, opened
-from support.ledgers import append_events, copy_of, overwrite_pages
+from support.ledgers import append_events, copy_of, database_of, overwrite_pages
 
 from events.audit.verify import verify
 from events.sqlite import snapshots
@@ -107,7 +107,7 @@ async def test_failed_snapshot_holds_up_no_event_and_is_logged_once(
         assert len([record for record in caplog.records if "no snapshot" in record.message]) == 1
         await asyncio.gather(*map(log.submit, facts(EVERY, first=EVERY + 11)))
         assert len([record for record in caplog.records if "no snapshot" in record.message]) == 2
-        await log._database.give_up()
+        await database_of(log).give_up()
         await asyncio.gather(*map(log.submit, facts(1, first=2 * EVERY + 11)))  # a new connection tries again
         assert len([record for record in caplog.records if "no snapshot" in record.message]) == 3
     assert rows(path, "SELECT max(position) FROM events") == [(2 * EVERY + 15,)]

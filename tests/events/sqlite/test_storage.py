@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support import ledgers
 from support.history import facts, opened, write
+from support.ledgers import database_of
 
 from events.audit.archive import archive
 from events.audit.audit import audit
@@ -21,6 +22,7 @@ from events.errors import IncompleteCopy, LogUnavailable
 from events.sqlite.readonly import lacks_wal, open_reader_thread, wants_wal
 from events.sqlite.schema import WAL_LIMIT_BYTES
 from events.sqlite.storage import FOLDS, Database, rebuild_file
+from events.storage import StorageError
 from events.types import SYSTEM, Draft, LoadFailed
 
 
@@ -111,9 +113,9 @@ async def test_kept_error_of_a_read_holds_up_no_checkpoint(tmp_path: Path) -> No
         await write(log, 20)
         with pytest.raises(LogUnavailable, match="disk I/O error") as kept:
             await reader.run(fail_amid)
-        with pytest.raises(sqlite3.OperationalError) as kept_too:
-            await log._database.run(lambda: fail_amid(log._database._connection))
-        assert await log._database.make_whole(), (kept, kept_too)
+        with pytest.raises(StorageError) as kept_too:
+            await database_of(log).run(lambda: fail_amid(database_of(log)._connection))
+        assert await database_of(log).make_whole(), (kept, kept_too)
 
 
 async def test_reader_holds_up_neither_start_nor_checkpoint_for_ever(tmp_path: Path) -> None:
@@ -150,8 +152,7 @@ async def test_reader_during_an_orderly_stop_leaves_the_wal(tmp_path: Path) -> N
 
 async def test_open_after_disk_error_waits_for_a_reader_and_syncs_the_wal(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    error = sqlite3.OperationalError("disk I/O error")
-    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+    error = StorageError("disk I/O error", is_disk_error=True)
     database = Database(path)
     await database.open()
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
@@ -257,7 +258,7 @@ async def write_read_only_file(folder: Path) -> None:
         await write(log, 3)
         folder.chmod(0o500)  # noqa: ASYNC240 - nothing else runs
         path.chmod(0o400)
-        log._database._connection.close()  # whatever makes the writer open the file anew
+        database_of(log)._connection.close()  # whatever makes the writer open the file anew
         for command in facts(2, first=4):
             with pytest.raises(LogUnavailable):
                 await log.submit(command)

@@ -6,7 +6,7 @@ import pytest
 from support.cache import halves, keep, key, manifest_of, record, write
 from support.clients import printed, printed_json, refused
 
-from events.datalock import lock_data
+from events.sqlite.datalock import lock_data
 from runtime.cache.store import ModelCache
 from runtime.store.folder import STORE
 

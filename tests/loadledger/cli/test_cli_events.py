@@ -18,7 +18,7 @@ from support.servers import MODULE, clean_environment
 
 from events.audit.archive import archive
 from events.clock import utc_now
-from events.datalock import LEDGER
+from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import EventFilter
 from loadledger.cli.local.localledger import show_events
 

@@ -11,7 +11,7 @@ import jwt
 import pytest
 from support.clients import printed, printed_json, refused
 
-from events.datalock import LEDGER, lock_data
+from events.sqlite.datalock import LEDGER, lock_data
 from server.auth import localtokens
 from server.auth.gate import create_verifier
 from server.auth.keys import list_keys

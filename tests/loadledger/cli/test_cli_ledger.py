@@ -20,7 +20,7 @@ from support.store import opened_store, store_version, write_version
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
 from events.audit.verify import verify
-from events.datalock import LEDGER, lock_data
+from events.sqlite.datalock import LEDGER, lock_data
 from runtime.store.manifest import StoredVersion
 from server.auth.keys import ensure_data_dir, open_signer
 

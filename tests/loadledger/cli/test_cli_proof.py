@@ -20,7 +20,7 @@ from support.ledgers import change_ledger, sample_history, sound_ledger
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import as_signed_head, key_id
-from events.datalock import LEDGER, lock_data
+from events.sqlite.datalock import LEDGER, lock_data
 from events.sqlite.storage import FOLDS
 from server.auth.keys import ensure_data_dir, open_signer
 

@@ -16,7 +16,7 @@ import pytest
 from msgspec import structs
 from support import models
 from support.history import History, model_loaded
-from support.ledgers import unwritable
+from support.ledgers import database_of, unwritable
 from support.running import Engine, code_of, gone, running, stopped_clock
 from support.workers import freeze, until
 
@@ -343,8 +343,8 @@ async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest
     engine.consumer.policy = replace(policy, loads_at_once=0)
     job_id = await engine.ask_load("adder")
     head = engine.log.head
-    assert engine.log._database._connection is not None
-    engine.log._database._connection.execute("PRAGMA busy_timeout = 20")
+    assert database_of(engine.log)._connection is not None
+    database_of(engine.log)._connection.execute("PRAGMA busy_timeout = 20")
     with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")  # nothing can be written at all
         engine.consumer.policy = policy

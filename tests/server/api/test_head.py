@@ -18,8 +18,8 @@ from support.ledgers import unwritable
 
 from events.audit.kepthead import KEPT_HEAD
 from events.audit.signing import as_signed_head, key_id
-from events.datalock import LEDGER
 from events.errors import RolledBack
+from events.sqlite.datalock import LEDGER
 from server.auth.keys import KeyProblem, keys_folder, list_keys, open_signer
 
 HEAD = "/api/v1/events/head"

@@ -19,8 +19,8 @@ from support.http import LocalApi, bearer, route, small_app, small_config
 from support.workers import until
 
 from events.commands import Command, Record
-from events.datalock import LEDGER
 from events.errors import LogUnavailable
+from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.types import SYSTEM, AccessDenied
 from server.app import all_routes

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from support.history import child
 
-from events.datalock import lock_data, lock_ledger
 from events.errors import DataInUse
+from events.sqlite.datalock import lock_data, lock_ledger
 
 HOLD = """
 import sys
 from pathlib import Path
-from events.datalock import lock_data
+from events.sqlite.datalock import lock_data
 with lock_data(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

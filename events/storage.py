@@ -1,0 +1,120 @@
+"""What the writer needs of a storage, and the values that they exchange. `Log` knows no SQL.
+
+`events.sqlite` keeps a ledger in one file; `events.postgres` keeps one for several servers in a database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from events.codec import GENESIS
+from events.commands import KnownRequests
+from events.state import Changes, State
+
+
+class LogHead(msgspec.Struct, frozen=True, gc=False):
+    """The last event: position, hash (32 bytes), time, type; position 0 is the empty log."""
+
+    position: int = 0
+    hash: bytes = GENESIS
+    recorded_at: str = ""
+    type: str = ""
+
+
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """One event as it is stored."""
+
+    position: int
+    body: str
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLedger:
+    """A ledger as it was opened: its head, the live state there, last uses, and when the server was seen."""
+
+    head: LogHead
+    state: State
+    last_used: Mapping[str, str]
+    last_seen: str
+
+
+class StorageError(Exception):
+    """A storage failed, and its state is unknown: give it up, and open it anew.
+
+    Attributes:
+        is_disk_error: whether the disk failed: what can be read then need not be on it.
+    """
+
+    def __init__(self, message: str, *, is_disk_error: bool = False) -> None:
+        super().__init__(message)
+        self.is_disk_error = is_disk_error
+
+
+class Storage(Protocol):
+    """Where the writer keeps a ledger. Its methods raise StorageError unless they say otherwise.
+
+    The writer calls one at a time.
+    """
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the storage is open; only then it can be used."""
+
+    async def open(self) -> StoredLedger:
+        """Connect, rebuild projections of other folds, and read the stored state.
+
+        Raises:
+            FutureSchema: `future_schema`.
+            ForeignDatabase: `foreign_database`.
+            LogUnavailable: `log_unavailable`, it cannot be opened, or what is stored is damaged.
+        """
+
+    async def write(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+        """Append a group of events and store what they changed, durably.
+
+        Args:
+            rows: the events.
+            changes: the models, jobs and tokens that they change.
+            entities: the number of models and unended jobs, by which snapshots are due.
+            after: the head that the events were made to follow.
+
+        Raises:
+            ForeignHead: the log's head is not `after`.
+        """
+
+    async def read_requests(
+        self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
+    ) -> KnownRequests:
+        """Return what the log has of these idempotency keys, and of these jobs and actors: their joins.
+
+        Raises:
+            LogUnavailable: `log_unavailable`, they cannot be read; the storage is given up.
+        """
+
+    async def read_last_of_server(self) -> LogHead:
+        """Return the last event that a running server wrote; position 0 if there is none."""
+
+    async def note(self, used: Mapping[str, str], seen_at: str) -> None:
+        """Store when models were last used, and that the server is there.
+
+        Raises:
+            UnicodeEncodeError: an id is not valid text.
+        """
+
+    async def probe(self) -> None:
+        """Commit a durable transaction that changes nothing, to see whether the ledger can be written."""
+
+    async def make_whole(self) -> bool:
+        """Bring the ledger's file up to date; return False if that is not possible yet."""
+
+    async def give_up(self, error: StorageError | None = None) -> None:
+        """Close the connection after an error; the next `open` makes sure of what is on the disk."""
+
+    async def close(self) -> None:
+        """Leave one complete file, and end."""
