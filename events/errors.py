@@ -48,6 +48,12 @@ class DataInUse(LedgerProblem):
     code = "data_in_use"
 
 
+class IsReplica(LedgerProblem):
+    """The ledger's file is a replica of a ledger in a database: only a server of that ledger writes it."""
+
+    code = "is_replica"
+
+
 class RequestRefused(LedgerProblem):
     """The present state does not allow the request; `code` says why."""
 
@@ -72,6 +78,12 @@ class ForeignHead(Exception):
     """The ledger has events that this writer did not write. No caller handles this: the writer ends."""
 
     code = "foreign_head"
+
+
+class LedgerForked(ForeignHead):
+    """The database does not have the events that this server has read from it: its history is another one."""
+
+    code = "ledger_forked"
 
 
 class Archived(LedgerProblem):

@@ -10,29 +10,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from events.accept import Accepted, Existing, Refused, accept, find_joinable
+from events.accept import find_joinable
 from events.clock import (
     ClockStep,
     FoldTimes,
     LedgerClock,
-    Timestamp,
     boottime,
     format_timestamp,
     utc_now,
     uuid7,
 )
-from events.codec import encode_event, hash_body
 from events.commands import (
     Command,
     Inbox,
-    KnownRequests,
     PendingCommand,
     PendingNote,
     Receipt,
@@ -47,21 +43,19 @@ from events.errors import (
     LogClosed,
     LogUnavailable,
     NotEncodable,
-    RequestRefused,
 )
+from events.groups import DecidedGroup, decide_group, fold_rows
 from events.sqlite.storage import Database
-from events.state import Attempt, State
-from events.storage import LogHead, Row, Storage, StorageError
+from events.state import State
+from events.storage import HeadMoved, LogHead, Storage, StorageError
 from events.types import (
     SYSTEM,
     ClockStepped,
     Confinement,
     Draft,
-    Event,
     RollbackAccepted,
     ServerStarted,
     ServerStopped,
-    record_draft,
 )
 
 _log = logging.getLogger(__name__)
@@ -73,91 +67,6 @@ PROBE_S = 1.0
 
 MAX_GROUP = 512
 """Commands in one transaction: the cost of the commit vanishes, and answers still take milliseconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecidedGroup:
-    """The outcome of a group: its events, their rows, the state after them and the head."""
-
-    attempt: Attempt
-    events: Sequence[Event]
-    rows: Sequence[Row]
-    head: LogHead
-
-
-def decide_group(
-    group: Iterable[PendingCommand],
-    state: State,
-    head: LogHead,
-    *,
-    known: KnownRequests,
-    now: Timestamp,
-    new_id: Callable[[], str],
-) -> DecidedGroup:
-    """Decide the commands of a group one after the other, each on the state after those before it.
-
-    Only the outcomes in `group` change. Commands of cancelled callers are skipped.
-
-    Args:
-        group: the pending commands.
-        state: the durable state.
-        head: the durable head.
-        known: what the log has of the group's idempotency keys, actors and the jobs that may answer them.
-        now: the ledger's time, one for the group, because it becomes durable at one moment.
-        new_id: returns the id of a new event.
-    """
-    attempt, events, rows = Attempt(state, known), list[Event](), list[Row]()
-    for pending in group:
-        if pending.done.cancelled():
-            continue
-        try:
-            decision = accept(attempt.state, pending.command, new_id, now)
-            if isinstance(decision, Accepted):
-                new_events, new_rows, head = encode_drafts(decision.drafts, head, now)
-                for event in new_events:
-                    attempt.apply(event)
-                events += new_events
-                rows += new_rows
-            pending.outcome = make_receipt(decision, head)
-        except LedgerProblem as error:
-            pending.outcome = error
-    return DecidedGroup(attempt, events, rows, head)
-
-
-def encode_drafts(
-    drafts: Sequence[Draft], head: LogHead, now: Timestamp
-) -> tuple[list[Event], list[Row], LogHead]:
-    """Return the drafts as events and rows after `head`.
-
-    Raises:
-        NotEncodable: `not_encodable`; no draft is encoded then, so one caller fails alone.
-    """
-    events, rows = [], []
-    position, digest = head.position, head.hash
-    recorded_at = max(now, head.recorded_at)
-    for draft in drafts:
-        position += 1
-        event = record_draft(draft, position, recorded_at)
-        body = encode_event(event)
-        digest = hash_body(digest, body)
-        events.append(event)
-        rows.append(Row(position, body, digest))
-    return events, rows, LogHead(position, digest, recorded_at, events[-1].type) if events else head
-
-
-def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Receipt:
-    """Return the receipt of a decision; `head` is the one after it.
-
-    Raises:
-        RequestRefused: the command was refused.
-    """
-    if isinstance(decision, Refused):
-        raise RequestRefused(decision.code, decision.message)
-    return Receipt(
-        decision.job_id,
-        existing=not isinstance(decision, Accepted) or decision.is_join,
-        position=head.position,
-    )
 
 
 class Log:
@@ -193,6 +102,7 @@ class Log:
         self._new_id = new_id
         self._inbox: Inbox[PendingCommand | PendingNote] = Inbox()
         self._storage: Storage = Database(path) if storage is None else storage
+        self._storage.on_change(self._inbox.wake)
         self._writer: asyncio.Task[None] | None = None
         self._wakeups: set[asyncio.Event] = set()
         self._closing = False
@@ -355,12 +265,34 @@ class Log:
         self.head, self.state = stored.head, stored.state
         self.last_used, self.last_seen = stored.last_used, stored.last_seen
         self.notify()  # after an error in COMMIT the file may have new events
+        await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Fold and store what other servers have appended.
+
+        Raises:
+            LogUnavailable: `log_unavailable`, it cannot be read, stored or folded.
+            LedgerForked: the storage has another history.
+        """
+        try:
+            while rows := await self._storage.read_after(self.head):
+                followed = fold_rows(rows, self.state)
+                entities = len(self.state.models) + followed.attempt.state.backlog
+                await self._storage.store(rows, followed.attempt.changes, entities, self.head)
+                self._advance(followed)
+        except StorageError as error:
+            self._note_failure(error)
+            await self._storage.give_up(error)
+            raise LogUnavailable(f"{error}; nothing was accepted") from error
 
     async def _write_groups(self) -> None:
         group: list[PendingCommand | PendingNote] = []
         try:
             while self._inbox or not self._closing:
                 await self._wait()
+                if self._storage.is_behind and self._storage.is_open:
+                    with suppress(LogUnavailable):  # the next probe, or command, opens the storage anew
+                        await self._catch_up()
                 group = self._inbox.take(MAX_GROUP)
                 commands = [each for each in group if isinstance(each, PendingCommand)]
                 if commands:
@@ -383,7 +315,10 @@ class Log:
                 await self._probe()
             else:
                 self._is_complete = await self._storage.make_whole()
-        return await self._inbox.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._storage.look_every_s):
+                await self._inbox.wait()
+        return None
 
     async def _probe(self) -> None:
         """Try an empty write, so that the log becomes healthy again without a request."""
@@ -400,12 +335,7 @@ class Log:
         try:
             if not self._storage.is_open:
                 await self._open()
-            hashes = {key_hash for pending in group if (key_hash := pending.key_hash) is not None}
-            joinable = {each for pending in group for each in find_joinable(self.state, pending.command)}
-            known = await self._storage.read_requests(hashes, joinable)
-            decided = decide_group(
-                group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id
-            )
+            await self._append(group)
         except LedgerProblem as error:
             fail_callers(group, error)
             return
@@ -415,21 +345,50 @@ class Log:
             _log.exception("a group of commands could not be decided; none was applied")
             fail_callers(group, error)
             return
-        try:
-            if decided.rows:
-                await self._commit(decided)
-        except LogUnavailable as error:
-            fail_callers(group, error)
-            return
-        decided.attempt.commit()
-        self.head = decided.head
-        if decided.rows:
-            self.fold_times.note(decided.rows[0].position, self.head.recorded_at)
-        self.tally.count(decided.events, decided.attempt.changes.jobs.values())
         for pending in group:
             if pending.outcome is not None:  # it is None if the caller was cancelled before
                 answer(pending.done, pending.outcome)
+
+    async def _append(self, group: Sequence[PendingCommand]) -> None:
+        """Decide and commit a group; if another server was first, once more while it cannot append.
+
+        Trying without the lock first is as fast as a ledger with one writer; only then to lock keeps a server
+        from being too late again and again.
+        """
+        try:
+            await self._try_append(group)
+        except HeadMoved:
+            try:
+                async with self._storage.locked():
+                    await self._catch_up()
+                    await self._try_append(group)
+            except StorageError as error:
+                self._note_failure(error)
+                await self._storage.give_up(error)
+                raise LogUnavailable(f"{error}; nothing was accepted") from error
+
+    async def _try_append(self, group: Sequence[PendingCommand]) -> None:
+        """Decide a group on the present state, and commit it.
+
+        Raises:
+            HeadMoved: another server has appended; nothing was committed.
+            LedgerProblem: the group fails with it.
+        """
+        hashes = {key_hash for pending in group if (key_hash := pending.key_hash) is not None}
+        joinable = {each for pending in group for each in find_joinable(self.state, pending.command)}
+        known = await self._storage.read_requests(hashes, joinable)
+        decided = decide_group(group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id)
         if decided.rows:
+            await self._commit(decided)
+        self._advance(decided)
+
+    def _advance(self, decided: DecidedGroup) -> None:
+        """Move the state on to durable events, and wake the subscribers."""
+        decided.attempt.commit()
+        self.head = decided.head
+        self.tally.count(decided.events, decided.attempt.changes.jobs.values())
+        if decided.rows:
+            self.fold_times.note(decided.rows[0].position, self.head.recorded_at)
             self.notify()
 
     async def _commit(self, decided: DecidedGroup) -> None:
@@ -462,11 +421,12 @@ class Log:
         """Read the file again; without this head in it, the group was not written."""
         try:
             await self._open()
-        except LedgerProblem as error:
+            is_written = await self._storage.contains(head)
+        except (LedgerProblem, StorageError) as error:
             raise LogUnavailable(
                 f"{error}; until then it is unknown whether the last requests were recorded"
             ) from error
-        if (self.head.position, self.head.hash) != (head.position, head.hash):
+        if not is_written:
             raise LogUnavailable
 
     async def _note(self, note: PendingNote) -> None:

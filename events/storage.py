@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,15 +57,30 @@ class StorageError(Exception):
         self.is_disk_error = is_disk_error
 
 
+class HeadMoved(Exception):
+    """Another server has appended since: the writer catches up, and decides anew."""
+
+
 class Storage(Protocol):
     """Where the writer keeps a ledger. Its methods raise StorageError unless they say otherwise.
 
-    The writer calls one at a time.
+    The writer calls one at a time. Of a ledger with other writers it reads what they appended, and stores it.
     """
 
     @property
     def is_open(self) -> bool:
         """Whether the storage is open; only then it can be used."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether another server may have appended; False where there is none."""
+
+    @property
+    def look_every_s(self) -> float | None:
+        """How often the writer asks `is_behind`, beside when it is woken; None without other servers."""
+
+    def on_change(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when another server has appended."""
 
     async def open(self) -> StoredLedger:
         """Connect, rebuild projections of other folds, and read the stored state.
@@ -85,8 +101,25 @@ class Storage(Protocol):
             after: the head that the events were made to follow.
 
         Raises:
-            ForeignHead: the log's head is not `after`.
+            ForeignHead: the log's head is not `after`, and there is no other writer.
+            HeadMoved: the log's head is not `after`; never while it is `locked`.
         """
+
+    async def read_after(self, head: LogHead) -> Sequence[Row]:
+        """Return the next events that other servers appended after `head`, in order; none at the end.
+
+        Raises:
+            LedgerForked: the log does not contain `head`, or what follows it does not link to it.
+        """
+
+    async def store(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+        """Store what other servers appended; the arguments are those of `write`."""
+
+    def locked(self) -> AbstractAsyncContextManager[None]:
+        """Keep all other servers from appending until the next `write`, or the end of the block."""
+
+    async def contains(self, head: LogHead) -> bool:
+        """Whether the log, as far as it is stored here, has this event."""
 
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]

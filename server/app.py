@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 from aiohttp import web
 
@@ -20,10 +21,10 @@ from events.audit.kepthead import HeadKeeper, find_rollback
 from events.commands import RequestLoad
 from events.errors import LedgerProblem, LogUnavailable, RolledBack
 from events.log import Log
-from events.sqlite.datalock import LEDGER, lock_data, lock_ledger
+from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
 from events.sqlite.presence import NOTE_EVERY_S
-from events.types import Cause
+from events.types import Cause, RollbackAccepted
 from runtime.cache.formerfolder import remove_former_folder
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.cgroups import count_usable_cpus
@@ -89,7 +90,7 @@ from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.auth.tokens import TOKENS, open_tokens
-from server.config import MAX_BODY_BYTES, OFF, ON, Config
+from server.config import Config, ConfigError
 from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
 from server.http.responses import prepare_standard_fields
@@ -107,6 +108,7 @@ from server.observability.requestlog import (
 from server.observability.scrape import SCRAPES, Scrapes
 from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
+from server.settingvalues import MAX_BODY_BYTES, OFF, ON
 from server.v2 import inference, metadata, repository
 from server.v2.ondemand import OnDemand
 
@@ -208,9 +210,11 @@ async def _begin_stop(app: web.Application) -> None:
 
 
 async def _data_directory(app: web.Application) -> AsyncIterator[None]:
-    data = app[CONFIG].data
+    data, address = app[CONFIG].data, app[CONFIG].ledger
     await asyncio.to_thread(ensure_data_dir, data)
     with lock_data(data), lock_ledger(data / LEDGER):
+        if address is None:
+            refuse_replica(data)
         yield
 
 
@@ -247,16 +251,15 @@ async def _confine(pool: WorkerPool, config: Config) -> None:
 
 
 async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncIterator[None]:
-    data = app[CONFIG].data
-    rollback = await asyncio.to_thread(find_rollback, data, data / LEDGER)
-    if rollback is not None and not accepts_rollback:
-        raise RolledBack(
-            f"{rollback[1]}: {data / LEDGER} was replaced by an older ledger, or by another one; if that is "
-            "intended, as after a restore, start once with --accept-rollback, which the ledger records"
-        )
-    app[LOG] = log = Log(data / LEDGER)
+    data, address = app[CONFIG].data, app[CONFIG].ledger
+    rollback = None
+    if address is None:
+        rollback = await _check_rollback(data, accepts_rollback=accepts_rollback)
+    app[LOG] = log = Log(data / LEDGER) if address is None else _shared_log(data, address)
     await log.open()
     try:
+        if address is not None:  # only now the replica has what the database has
+            rollback = await _check_rollback(data, accepts_rollback=accepts_rollback)
         app[PROVER] = prover = await open_prover(data, log.path)
         app[HEAD_KEEPER] = keeper = HeadKeeper(data)
         started = await log.server_started(app[POOL].applied.confinement)
@@ -279,6 +282,39 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
         await keeper.keep(prover.head(log))
     finally:
         await log.close()
+
+
+async def _check_rollback(data: Path, *, accepts_rollback: bool) -> tuple[RollbackAccepted, str] | None:
+    """Return what accepting the ledger records; None if it contains the last signed head.
+
+    Raises:
+        RolledBack: `rolled_back`, it does not, and that is not accepted.
+    """
+    rollback = await asyncio.to_thread(find_rollback, data, data / LEDGER)
+    if rollback is not None and not accepts_rollback:
+        raise RolledBack(
+            f"{rollback[1]}: {data / LEDGER} was replaced by an older ledger, or by another one; if that is "
+            "intended, as after a restore, start once with --accept-rollback, which the ledger records"
+        )
+    return rollback
+
+
+def _shared_log(data: Path, address: str) -> Log:
+    """Return the log of a ledger in a database, of which the data directory has a replica.
+
+    Raises:
+        ConfigError: the driver is not installed.
+    """
+    try:
+        from events.postgres.connection import DatabaseClock  # noqa: PLC0415 - of an extra
+        from events.postgres.storage import ReplicatedStorage  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            f"--ledger: {error.name} is not installed: pip install 'loadledger[postgres]'"
+        ) from None
+    clock = DatabaseClock()
+    storage = ReplicatedStorage(address, data, clock, is_alone=True)
+    return Log(data / LEDGER, storage=storage, now=clock)
 
 
 async def _note_presence(log: Log, prover: Prover, keeper: HeadKeeper) -> None:

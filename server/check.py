@@ -37,7 +37,7 @@ from runtime.wire import Load, Tensor
 from server.api.models import default_parameters
 from server.auth.keyring import read_public_keys
 from server.auth.keys import KeyProblem
-from server.config import AUTO, OFF, ON, Config, ConfigError
+from server.config import Config, ConfigError
 from server.configsources import (
     Mistake,
     default_folder,
@@ -46,6 +46,7 @@ from server.configsources import (
     unknown_variables,
 )
 from server.http.tls import load_context
+from server.settingvalues import AUTO, OFF, ON
 
 OnVersion = Callable[[str], None]
 """Called with each version before its trial load."""

@@ -5,11 +5,10 @@ The options of `serve` and `check` and the table in the documentation are genera
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, cast, get_args
 
 from marshmallow import ValidationError, validate
 
@@ -17,19 +16,25 @@ from runtime.limits import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_
 from runtime.memory import budget_bytes
 from runtime.uploads.policy import UploadPolicy, Writable
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
+from server.settingvalues import (
+    AUTO,
+    OFF,
+    ON,
+    parse_json_size,
+    parse_ledger,
+    parse_limit,
+    parse_size,
+    parse_store_size,
+    parse_upload_size,
+)
 
 PREFIX = "LOADLEDGER_"
 """Of the settings' environment variables."""
 
-AUTO = "auto"
-ON = "on"
-OFF = "off"
 FOLDERS = "~/.local/share/loadledger"
 """Where a user's own directories are, as the XDG base directory specification has it by default."""
 MAX_TIMEOUT_S = 3600
 """Also the longest timeout that a request may choose."""
-MAX_BODY_BYTES = 64 * 2**20
-"""Of an inference. Triton's default (`--http-max-input-size`)."""
 MAX_KEEP_ALIVE_S = 365 * 86400
 """A year; for longer there is -1, which means never."""
 MAX_THREADS = 1024
@@ -37,18 +42,10 @@ MAX_THREADS = 1024
 MANY = 1_000_000
 """Upper limit of counts: catches typing errors, limits nothing real."""
 
-_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_SIZE = re.compile(r"(\d{1,18})(MB|GB|TB|MiB|GiB|TiB|)", re.ASCII)
-_SIZES = "bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB, and more than 0"
-_PERIODS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
-_RATE = re.compile(
-    r"([1-9]\d{0,11}) *(?:/|per) *([1-9]\d{0,5})? *(second|minute|hour|day)s?", re.ASCII | re.IGNORECASE
-)
-
 Validator = Callable[[Any], object]
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
-    "Files and address": ("repository", "data", "host", "port"),
+    "Files and address": ("repository", "data", "ledger", "host", "port"),
     "Memory and what is loaded": (
         *("memory_budget", "max_loaded", "evict", "min_residency_s", "keep_alive_s", "on_demand", "restore"),
     ),
@@ -76,80 +73,6 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
 
 class ConfigError(Exception):
     """Settings are missing or invalid; each line says which setting, why and what to do."""
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size: bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB.
-
-    Raises:
-        ValueError: the text is no size or 0; the message says what it must be.
-    """
-    size = _read_size(text)
-    if size is None:
-        raise ValueError(f"Must be {_SIZES}, like 20GB; to prepare no models, use --prepare=off.")
-    return size
-
-
-def parse_store_size(text: str) -> int | None:
-    """Return the bytes of the store's size; None for auto.
-
-    Raises:
-        ValueError: the text is neither; the message says what it must be.
-    """
-    size = None if text == AUTO else _read_size(text)
-    if size is None and text != AUTO:
-        raise ValueError(f"Must be {AUTO}, {_SIZES}, like 500GB.")
-    return size
-
-
-def parse_upload_size(text: str) -> int:
-    """Return the bytes that an added version may have.
-
-    Raises:
-        ValueError: the text is no size or 0; the message says what it must be.
-    """
-    size = _read_size(text)
-    if size is None:
-        raise ValueError(f"Must be {_SIZES}, like 20GB; to take none, use --repository-writable=off.")
-    return size
-
-
-def _read_size(text: str) -> int | None:
-    found = _SIZE.fullmatch(text)
-    return int(found[1]) * _UNITS[found[2]] or None if found is not None else None
-
-
-def parse_json_size(text: str) -> int:
-    """Return the bytes that the JSON of an inference may have.
-
-    Raises:
-        ValueError: the text is no size, 0, or more than a body may have; the message says what it must be.
-    """
-    size = _read_size(text)
-    if size is None or size > MAX_BODY_BYTES:
-        raise ValueError(f"Must be {_SIZES}, like 4MiB, and at most {MAX_BODY_BYTES // 2**20}MiB.")
-    return size
-
-
-class RateLimit(NamedTuple):
-    """Requests per window, and the window's length in seconds."""
-
-    amount: int
-    window_s: int
-
-
-def parse_limit(text: str) -> RateLimit | None:
-    """Return a rate limit, like 600/minute or 20 per 5 minutes; None for off.
-
-    Raises:
-        ValueError: the text is neither; the message says what it must be.
-    """
-    if text == OFF:
-        return None
-    found = _RATE.fullmatch(text)
-    if found is None:
-        raise ValueError(f"Must be one limit like 600/minute, or {OFF}.")
-    return RateLimit(int(found[1]), int(found[2] or 1) * _PERIODS_S[found[3].lower()])
 
 
 def _validator_of(parse: Callable[[str], object]) -> Validator:
@@ -194,6 +117,12 @@ class Config:
 
     repository: Path = own_folder("models", "Directory of models, as MODEL/VERSION/model.onnx.")
     data: Path = own_folder("data", "Directory of the ledger and the keys; created when it is missing.")
+    ledger: str | None = setting(
+        None,
+        "PostgreSQL database of the ledger, like postgresql://USER@HOST/DATABASE; the data directory then"
+        " has a replica. If unset, the ledger is a file there.",
+        _validator_of(parse_ledger),
+    )
     host: str = setting("127.0.0.1", "Address to listen on.", _check_printable)
     port: int = setting(8080, "Port to listen on; 0 picks a free one.", validate.Range(0, 65535))
     tls_cert: Path | None = setting(

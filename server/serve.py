@@ -25,12 +25,13 @@ from aiohttp import web
 from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
 from server.auth.tokens import TOKENS
-from server.config import AUTO, OFF, Config, ConfigError
+from server.config import Config, ConfigError
 from server.http.connection import ConnectionLimits, listening
 from server.http.tls import Certificate
 from server.observability.eventlog import log_events
 from server.observability.output import STDERR, log_to_stderr
 from server.observability.requestlog import log_inferences
+from server.settingvalues import AUTO, OFF
 from server.v2.fastpath import add_fast_path
 
 _log = logging.getLogger(__name__)

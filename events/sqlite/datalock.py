@@ -1,4 +1,4 @@
-"""The data directory: the file of its ledger, and two locks, which end with their process.
+"""The data directory: its ledger, which may be a replica, and two locks, which end with their process.
 
 `lock_data` locks the directory, `lock_ledger` the file itself: two directories may hold the same file, by a
 hard link or a bind mount, and each would have its own write-ahead log.
@@ -11,16 +11,40 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from events.errors import DataInUse
+from events.errors import DataInUse, IsReplica
 
 LEDGER = "ledger.db"
 """The log's file in the data directory."""
 
+REPLICA = "ledger.replica"
+"""Beside a ledger that is a replica: the address of the database of the ledger, without a password."""
+
 _LOCKED_BYTE = 0x4000_0000 + 512
 """The first byte after those that SQLite locks (PENDING_BYTE and 511 more); the file need not have it."""
+
+
+def mark_replica(data: Path, address: str) -> None:
+    """Note that the ledger of a data directory is a replica; `address` has no password."""
+    path = data / REPLICA
+    if not path.exists() or path.read_text(encoding="utf-8").strip() != address:
+        path.write_text(f"{address}\n", encoding="utf-8")
+
+
+def refuse_replica(data: Path) -> None:
+    """Refuse to write a ledger that is a replica: it would then have another history.
+
+    Raises:
+        IsReplica: `is_replica`, with the address.
+    """
+    with suppress(FileNotFoundError):
+        address = (data / REPLICA).read_text(encoding="utf-8", errors="replace").strip()
+        raise IsReplica(
+            f"{data / LEDGER} is a replica of the ledger in {address}: give the server --ledger={address}, "
+            f"and let a running server write; to make it a ledger of its own, remove {data / REPLICA}"
+        )
 
 
 @contextmanager

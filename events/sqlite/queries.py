@@ -43,6 +43,15 @@ def read_head(connection: sqlite3.Connection) -> LogHead:
     return LogHead(*row)
 
 
+def contains(connection: sqlite3.Connection, head: LogHead) -> bool:
+    """Whether the log has this event, or its base is that one."""
+    found = connection.execute(
+        "SELECT hash FROM events WHERE position = :at UNION ALL SELECT hash FROM base WHERE position = :at",
+        {"at": head.position},
+    ).fetchone()
+    return found is not None and bool(found[0] == head.hash)
+
+
 def read_last_of_server(connection: sqlite3.Connection) -> LogHead:
     """Return the last event that a running server wrote; position 0 if the log has none.
 

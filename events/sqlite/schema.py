@@ -42,10 +42,11 @@ class SchemaRow(NamedTuple):
 _NAME = re.compile(r"^(\d{4})_\w+\.sql$")
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, *, is_replica: bool = False) -> sqlite3.Connection:
     """Open the ledger for durable writing; create and migrate it where needed.
 
-    The connection may be used from any thread, by one at a time.
+    The connection may be used from any thread, by one at a time. A replica may lose its last commits with the
+    machine's power, since they can be read again elsewhere; the file stays whole.
 
     Raises:
         FutureSchema: `future_schema`, a newer release wrote it.
@@ -57,7 +58,7 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute(BUSY_TIMEOUT)
         refuse_foreign(connection)
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA synchronous = {'NORMAL' if is_replica else 'FULL'}")
         connection.execute(CHECKPOINT)
         connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
         migrate(connection)

@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import AbstractAsyncContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -145,7 +145,11 @@ def _sort_key(key: _Key) -> tuple[bool, _Key]:
 
 
 class Database:
-    """The writer's connection: `Storage` in one file.
+    """The writer's connection: `Storage` in one file, which has no other writer.
+
+    Args:
+        path: of the ledger.
+        is_replica: whether the file repeats a ledger elsewhere, so that its last commits may be lost.
 
     Attributes:
         is_open: whether the connection is open; only then it can be used.
@@ -153,14 +157,20 @@ class Database:
 
     _connection: sqlite3.Connection
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_replica: bool = False) -> None:
         self._path = path
+        self._is_replica = is_replica
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
         self.is_open = False
         self._was_open = False
         self._lacked_wal = False
         self._unsynced = False
         self._failed_at = 0
+        self.is_behind = False
+        self.look_every_s: float | None = None
+
+    def on_change(self, wake: Callable[[], None]) -> None:
+        """Do nothing: no other server appends."""
 
     async def open(self) -> StoredLedger:
         """Connect, rebuild projections of other folds, and read the stored state.
@@ -192,6 +202,20 @@ class Database:
             )
 
         await self.run(write)
+
+    store = write
+
+    async def read_after(self, head: LogHead) -> Sequence[Row]:  # noqa: ARG002 - others have some
+        """Return no events: no other server appends."""
+        return ()
+
+    def locked(self) -> AbstractAsyncContextManager[None]:
+        """Do nothing: no other server appends."""
+        return nullcontext()
+
+    async def contains(self, head: LogHead) -> bool:
+        """Whether the log has this event, or its base is that one."""
+        return await self.run(lambda: queries.contains(self._connection, head))
 
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
@@ -278,7 +302,7 @@ class Database:
         if not self._was_open and self._path.exists():
             self._lacked_wal = lacks_wal(self._path)
             _check_readable_state(self._path)
-        connection = connect(self._path)
+        connection = connect(self._path, is_replica=self._is_replica)
         try:
             if self._unsynced:
                 queries.sync(connection)

@@ -42,6 +42,7 @@ SECTIONS = {
         "export": "loadledger.cli.local.ledger:export_events",
         "archive": "loadledger.cli.local.ledger:archive",
         "backup": "loadledger.cli.local.ledger:backup",
+        "migrate": "loadledger.cli.local.database:migrate",
         "prepared": "loadledger.cli.cache:prepared",
     },
     "Keys, tokens and this shell": {

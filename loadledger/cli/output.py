@@ -184,7 +184,7 @@ def quiet_exits() -> Iterator[None]:
 @contextmanager
 def report_problems() -> Iterator[None]:
     """Print a problem of files, keys or settings, and exit."""
-    from events.errors import LedgerProblem  # noqa: PLC0415 - only commands that work on files come here
+    from events.errors import ForeignHead, LedgerProblem  # noqa: PLC0415 - only commands that work on files come here
     from runtime.errors import RuntimeProblem  # noqa: PLC0415
     from server.auth.keys import KeyProblem  # noqa: PLC0415
     from server.config import ConfigError  # noqa: PLC0415
@@ -193,7 +193,7 @@ def report_problems() -> Iterator[None]:
         yield
     except BrokenPipeError:  # whoever reads has read enough
         raise
-    except (ConfigError, KeyProblem, LedgerProblem, RuntimeProblem, OSError) as error:
+    except (ConfigError, KeyProblem, LedgerProblem, ForeignHead, RuntimeProblem, OSError) as error:
         exit_with_error(str(error))
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from events.commands import RevokeToken
 from events.errors import DataInUse
 from events.log import Log
-from events.sqlite.datalock import LEDGER, lock_data, lock_ledger
+from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from server.auth.issuing import TokenRequest, issue_and_record, timestamp_in, token_view
 from server.auth.keys import KeyProblem, ensure_data_dir
 from server.auth.subjects import LOCAL, subject_refusal
@@ -218,6 +218,7 @@ def _open_and_work(data: Path, work: Callable[[Log], Awaitable[T]]) -> T:
 
     _become_owner(data)
     with lock_data(data):
+        refuse_replica(data)
         ensure_data_dir(data)
         with lock_ledger(data / LEDGER):
             return asyncio.run(run())

@@ -18,7 +18,6 @@ from server.api.models import find_signature
 from server.appkeys import BODIES, CONFIG, DEMAND, GATE, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import JSON_BYTES_PER_REQUEST, QUOTA, Quota
-from server.config import MAX_BODY_BYTES
 from server.errors import ServerProblem
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
@@ -26,6 +25,7 @@ from server.http.limits import Share
 from server.http.responses import DirectResponse
 from server.http.validation import BodyTooLarge, path_parameters, read_encoded_body
 from server.routing import Access, Routes
+from server.settingvalues import MAX_BODY_BYTES
 from server.v2.codec import (
     HEADER_LENGTH,
     InferenceRequest,

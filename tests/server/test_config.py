@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from loadledger import profiles
 from loadledger.cli.main import SECTIONS, find_command, main
 from server.check import find_unusable_paths, load_config
-from server.config import Config, ConfigError, parse_limit, parse_size, parse_store_size, settings
+from server.config import Config, ConfigError, settings
 from server.configsources import CONFIG_VARIABLE, OF_OTHERS, read_settings, unknown_variables
+from server.settingvalues import parse_limit, parse_size, parse_store_size
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = ("repository", "data")

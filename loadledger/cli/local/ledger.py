@@ -40,6 +40,9 @@ def _archive_option(text: str) -> Callable[[Command], Command]:
     show_default=False,
     help="Check the store of model versions in --data instead of the ledger: hash all of its files.",
 )
+@click.option(
+    "--ledger", "address", metavar="URL", help="Verify the ledger in this PostgreSQL database."
+)
 @json_option
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=_FILE)
 @click.pass_context
@@ -51,6 +54,7 @@ def verify(
     expect: str | None,
     *,
     store: bool,
+    address: str | None,
     files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
@@ -64,18 +68,22 @@ def verify(
     Each FILE, a jsonl export or an archive, is verified by itself: its chain and its signed head. With
     --data, its events are also compared with the ledger's. Use --key to check who signed.
 
+    With --ledger, all events in a PostgreSQL database are verified; a server's replica is in its --data.
+
     With --store, the private copies that models are loaded from are hashed and compared with their names. The
     server may be running.
 
     Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
     from events.audit.verify import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
-    from loadledger.cli.local.localledger import verify_ledger_and_files  # noqa: PLC0415
+    from loadledger.cli.local.localledger import VerifyResult, verify_ledger_and_files  # noqa: PLC0415
 
-    if files and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
+    if (files or address) and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
-    if data is None and not (files or archives):
+    if data is None and not (files or archives or address):
         data = own_data()
+    if address is not None and (data is not None or files or archives or key or store):
+        raise click.UsageError("--ledger URL takes --expect, and nothing else to verify beside it")
     if store:
         _verify_store(data, as_json=as_json, others=bool(archives or key or expect or files))
     _refuse(data, archives, key, files)
@@ -84,9 +92,13 @@ def verify(
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--expect") from None
     with report_problems():
-        checked = verify_ledger_and_files(
-            None if data is None else _ledger_in(data), archives, files, key, expected
-        )
+        if address is not None:
+            from loadledger.cli.local.database import verify_database  # noqa: PLC0415
+
+            checked = VerifyResult(verify_database(address, expected), (), None)
+        else:
+            ledger = None if data is None else _ledger_in(data)
+            checked = verify_ledger_and_files(ledger, archives, files, key, expected)
     click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(checked.lines()))
     sys.exit(0 if checked.verified else NEGATIVE_RESULT)
 
@@ -269,13 +281,14 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     """
     from events.audit.archive import archive  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
-    from events.sqlite.datalock import lock_data, lock_ledger  # noqa: PLC0415
+    from events.sqlite.datalock import lock_data, lock_ledger, refuse_replica  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
         ledger, sign = _ledger_in(data), open_signer(data)
         refuse_own(file, data)
         with _exit_on_sigterm(), lock_data(data), lock_ledger(ledger):
+            refuse_replica(data)
             done = archive(ledger, before, file, sign, datetime.now(UTC))
     first, last, sha256 = done.first_position, done.last_position, done.sha256.hex()
     print_result(

@@ -1,0 +1,134 @@
+"""A connection to the database of a ledger: its address, limits and clock, and translated errors.
+
+asyncpg raises more than `PostgresError` when a server dies (`InternalClientError`, `OSError`), so every
+exception is translated, and no other package of the product knows the driver.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from events.clock import utc_now
+from events.errors import LedgerProblem
+from events.storage import HeadMoved, StorageError
+
+SCHEMES = ("postgresql", "postgres")
+"""The schemes of a database's address."""
+
+CONNECT_S = 5.0
+"""How long a connection may take to be made."""
+
+COMMAND_S = 10.0
+"""How long a statement may take: a page of the log takes milliseconds, an append waits for other appends."""
+
+CLOSE_S = 2.0
+"""How long a connection may take to be closed in order; then it is cut."""
+
+CLOCK_PROBES = 3
+"""Readings of the database's clock; that with the shortest round trip counts."""
+
+_SETTINGS = {
+    "application_name": "loadledger",
+    "search_path": "loadledger",
+    "client_encoding": "UTF8",
+    # Whoever stops amid a transaction holds the head's lock, for which all others wait.
+    "idle_in_transaction_session_timeout": "5s",
+    "lock_timeout": "8s",
+    "statement_timeout": "9s",
+    # A server that is cut off keeps its session, and so its locks, no longer than this.
+    "tcp_keepalives_idle": "3",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "9000",
+}
+
+Connection: TypeAlias = "asyncpg.Connection[Any]"
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is the address of a database, not a path."""
+    return text.partition("://")[0] in SCHEMES
+
+
+def describe_address(address: str) -> str:
+    """Return an address for people and logs, without its password and options."""
+    parts = urlsplit(address)
+    user = f"{parts.username}@" if parts.username else ""
+    port = f":{parts.port}" if parts.port else ""
+    return f"postgresql://{user}{parts.hostname or ''}{port}{parts.path}"
+
+
+@contextmanager
+def translated_errors(what: str) -> Iterator[None]:
+    """Translate what the driver raises; `what` completes "the ledger's database …".
+
+    Raises:
+        StorageError: for every exception that is not the ledger's own.
+    """
+    try:
+        yield
+    except (LedgerProblem, StorageError, HeadMoved):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise StorageError(f"the ledger's database {what}: {reason}") from error
+
+
+async def connect(address: str, **settings: str) -> Connection:
+    """Connect to a database; commits are durable whatever the database's default is.
+
+    Args:
+        address: in libpq's form; what it lacks comes from libpq's environment and password file.
+        settings: further settings of the session, or other values of those that every session has.
+
+    Raises:
+        StorageError: there is no connection.
+    """
+    with translated_errors(f"{describe_address(address)} cannot be reached"):
+        connection = await asyncpg.connect(
+            address, timeout=CONNECT_S, command_timeout=COMMAND_S, server_settings={**_SETTINGS, **settings}
+        )
+        if await connection.fetchval("SHOW synchronous_commit") in ("off", "local"):
+            await connection.execute("SET synchronous_commit = on")
+        return connection
+
+
+async def close(connection: Connection) -> None:
+    """Close a connection, whatever state it is in."""
+    with suppress(Exception):
+        await connection.close(timeout=CLOSE_S)
+    connection.terminate()
+
+
+async def measure_clock(connection: Connection) -> timedelta:
+    """Return by how much the database's clock is ahead of this machine's."""
+    readings = []
+    for _ in range(CLOCK_PROBES):
+        before_s, began = time.monotonic(), utc_now()
+        shown: datetime = await connection.fetchval("SELECT clock_timestamp()")
+        took_s = time.monotonic() - before_s
+        readings.append((took_s, shown - began - timedelta(seconds=took_s / 2)))
+    return min(readings)[1]
+
+
+class DatabaseClock:
+    """The wall clock of the database, as this machine last measured it.
+
+    Args:
+        wall: this machine's wall clock.
+    """
+
+    def __init__(self, wall: Callable[[], datetime] = utc_now) -> None:
+        self._wall = wall
+        self.offset = timedelta()
+
+    def __call__(self) -> datetime:
+        """Return the present moment."""
+        return self._wall() + self.offset

@@ -1,0 +1,151 @@
+"""The schema of a ledger in PostgreSQL: migrations by its owner, and a server's checks before it uses it."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import resources
+
+from events.errors import ForeignDatabase, FutureSchema, LedgerProblem
+from events.postgres.connection import Connection, translated_errors
+
+SCHEMA = "loadledger"
+"""The database's schema that has the tables and functions."""
+
+_NAME = re.compile(r"^(\d{4})_\w+\.sql$")
+
+_LOCK = 0x4C4C6467
+"""The key of the advisory lock of migrations: "LLdg"."""
+
+_ROLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}", re.ASCII)
+
+
+class SchemaMissing(LedgerProblem):
+    """The database has no ledger: create it with `loadledger migrate`, as the role that is to own it."""
+
+    code = "schema_missing"
+
+
+class SchemaOutdated(LedgerProblem):
+    """An earlier release made the database's schema: run `loadledger migrate` as its owner."""
+
+    code = "schema_outdated"
+
+
+class UnsafeRole(LedgerProblem):
+    """The role may change or delete events: a server must not be able to."""
+
+    code = "unsafe_role"
+
+
+@cache
+def migrations() -> tuple[tuple[int, str], ...]:
+    """Return the migrations in order, with their numbers."""
+    found = sorted(
+        (int(match[1]), file.read_text(encoding="utf-8"))
+        for file in (resources.files("migrations") / "postgres").iterdir()
+        if (match := _NAME.match(file.name))
+    )
+    assert [number for number, _ in found] == list(range(1, len(found) + 1))
+    return tuple(found)
+
+
+async def migrate(connection: Connection, server_role: str | None = None) -> int:
+    """Create or update the schema in one transaction, and return how many migrations were applied.
+
+    Args:
+        connection: of the role that owns the schema, or is to own it.
+        server_role: gets what a server needs: reading, and the functions.
+
+    Raises:
+        FutureSchema: `future_schema`.
+        ForeignDatabase: `foreign_database`, another program has a schema of this name.
+        ValueError: there can be no role of that name.
+        StorageError: the database refused it; nothing was changed.
+    """
+    if server_role is not None and _ROLE_NAME.fullmatch(server_role) is None:
+        raise ValueError(f"{server_role!r} is no name of a role")
+    with translated_errors("cannot be migrated"):
+        async with connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
+            done = await _count_applied(connection)
+            if done is None:
+                await connection.execute(
+                    f"CREATE SCHEMA {SCHEMA}; REVOKE ALL ON SCHEMA {SCHEMA} FROM PUBLIC;"
+                    f"CREATE TABLE {SCHEMA}.migrations"
+                    " (number integer PRIMARY KEY, applied_at timestamptz NOT NULL)"
+                )
+            await connection.execute(f"SET LOCAL search_path = {SCHEMA}")
+            for number, script in migrations()[done or 0 :]:
+                await connection.execute(script)
+                await connection.execute("INSERT INTO migrations VALUES ($1, now())", number)
+            if server_role is not None:
+                await _grant(connection, server_role)
+    return len(migrations()) - (done or 0)
+
+
+async def _grant(connection: Connection, role: str) -> None:
+    """Grant a role what a server needs: no INSERT, UPDATE, DELETE or TRUNCATE on any table."""
+    await connection.execute(
+        f'GRANT USAGE ON SCHEMA {SCHEMA} TO "{role}";'
+        f'GRANT SELECT ON ALL TABLES IN SCHEMA {SCHEMA} TO "{role}";'
+        f'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {SCHEMA} TO "{role}"'
+    )
+
+
+async def _count_applied(connection: Connection) -> int | None:
+    """Return how many migrations the database has; None without the schema."""
+    if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", SCHEMA):
+        return None
+    if not await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"{SCHEMA}.migrations"):
+        raise ForeignDatabase(
+            f"the database has a schema {SCHEMA} that is no ledger; nothing in it was touched"
+        )
+    done = int(await connection.fetchval(f"SELECT coalesce(max(number), 0) FROM {SCHEMA}.migrations"))  # noqa: S608
+    if done > len(migrations()):
+        raise FutureSchema(
+            f"the database has schema {done}, this loadledger knows {len(migrations())}: use the release "
+            "that wrote it, or a later one"
+        )
+    return done
+
+
+async def check_schema(connection: Connection) -> None:
+    """Check that this release can use the database.
+
+    Raises:
+        SchemaMissing: `schema_missing`.
+        SchemaOutdated: `schema_outdated`.
+        FutureSchema: `future_schema`.
+        ForeignDatabase: `foreign_database`.
+        StorageError: the role may not read it, or the database failed.
+    """
+    with translated_errors("cannot be read"):
+        done = await _count_applied(connection)
+        if done is None:
+            raise SchemaMissing
+        if done < len(migrations()):
+            raise SchemaOutdated
+
+
+async def check_role(connection: Connection) -> None:
+    """Check that the session's role cannot change events, so that a stolen credential cannot either.
+
+    Raises:
+        UnsafeRole: `unsafe_role`.
+        StorageError: the database failed.
+    """
+    with translated_errors("cannot be read"):
+        found = await connection.fetchrow(
+            "SELECT session_user, rolsuper"
+            " OR pg_has_role(session_user,"
+            "  (SELECT relowner FROM pg_class WHERE oid = 'events'::regclass), 'MEMBER')"
+            " OR has_table_privilege(session_user, 'events', 'INSERT, UPDATE, DELETE, TRUNCATE')"
+            " FROM pg_roles WHERE rolname = session_user"
+        )
+    role, is_unsafe = found or ("", True)
+    if is_unsafe:
+        raise UnsafeRole(
+            f"the role {role!r} may change or delete events: connect as another role, which the owner lets "
+            "in with `loadledger migrate --server-role NAME`"
+        )

@@ -1,0 +1,268 @@
+"""`Storage` for one of several servers: append in the database, then store the same in this server's replica.
+
+The replica is a ledger in SQLite like that of a single server, and all is read from it. It is never ahead of
+the database: a group is stored in it after its COMMIT there. The writer reads again what it lacks then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from asyncpg.transaction import Transaction
+
+from events.codec import hash_body
+from events.commands import KnownRequests
+from events.errors import LedgerForked, LogUnavailable
+from events.postgres.connection import (
+    Connection,
+    DatabaseClock,
+    close,
+    connect,
+    describe_address,
+    measure_clock,
+    translated_errors,
+)
+from events.postgres.schema import check_role, check_schema
+from events.sqlite.datalock import LEDGER, mark_replica
+from events.sqlite.storage import Database
+from events.state import Changes
+from events.storage import HeadMoved, LogHead, Row, StorageError, StoredLedger
+
+CHANNEL = "loadledger"
+"""Where `append` notifies; a notification carries nothing, and a lost one loses nothing."""
+
+LOOK_EVERY_S = 2.0
+"""How often the writer looks for new events without a notification, as over a connection that was cut."""
+
+_ALONE = 0x4C4C6468
+"""The key of the advisory lock of the only server; it ends with the server's connection."""
+
+PAGE = 1_000
+"""Events that the writer reads at once while it catches up."""
+
+
+class ReplicatedStorage:
+    """The log in PostgreSQL, and this server's replica of it.
+
+    Args:
+        address: of the database.
+        data: this server's data directory, whose ledger no other process writes.
+        clock: is set to the database's time at each connection.
+        is_alone: whether no other such storage may be open on the same ledger.
+
+    Attributes:
+        look_every_s: how often to look for events of other servers.
+        last: the last event that the database was seen to have.
+    """
+
+    def __init__(self, address: str, data: Path, clock: DatabaseClock, *, is_alone: bool = False) -> None:
+        self._address = address
+        self._data = data
+        self._replica = Database(data / LEDGER, is_replica=True)
+        self._clock = clock
+        self._is_alone = is_alone
+        self._connection: Connection | None = None
+        self._transaction: Transaction | None = None
+        self._wake: Callable[[], None] = lambda: None
+        self._is_notified = False
+        self._looked_s = 0.0
+        self.look_every_s: float | None = LOOK_EVERY_S
+
+    @property
+    def is_open(self) -> bool:
+        """Whether both the database and the replica are open."""
+        return self._replica.is_open and self._connection is not None and not self._connection.is_closed()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether another server has said that it appended, or it is time to look."""
+        return self._is_notified or time.monotonic() - self._looked_s >= LOOK_EVERY_S
+
+    def on_change(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when another server has appended."""
+        self._wake = wake
+
+    async def open(self) -> StoredLedger:
+        """Open the replica, connect, and read what the replica has; the caller then catches up.
+
+        Raises:
+            LedgerForked: `ledger_forked`, the database does not have the replica's head.
+            LedgerProblem: `schema_missing`, `schema_outdated`, `future_schema`, `foreign_database`,
+                `unsafe_role`.
+            LogUnavailable: `log_unavailable`, the replica or the database cannot be opened.
+        """
+        if self._replica.is_open:
+            await self._replica.give_up()
+        stored = await self._replica.open()
+        try:
+            self._connection = await connect(self._address)
+            await self._prepare(self._connection)
+        except StorageError as error:
+            await self._disconnect()
+            raise LogUnavailable(f"the ledger cannot be opened: {error}") from error
+        except BaseException:
+            await self._disconnect()
+            raise
+        self._is_notified = True
+        return stored
+
+    async def _prepare(self, connection: Connection) -> None:
+        await check_schema(connection)
+        await check_role(connection)
+        with translated_errors("cannot be followed"):
+            await connection.add_listener(CHANNEL, self._heard)
+            self._clock.offset = await measure_clock(connection)
+            if self._is_alone and not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _ALONE):
+                raise LogUnavailable("another server uses this ledger, or did until seconds ago")
+        await asyncio.to_thread(mark_replica, self._data, describe_address(self._address))
+
+    def _heard(self, connection: object, pid: int, _channel: str, _payload: object) -> None:
+        """Note that another server has appended; this one knows what it appended itself."""
+        own = self._connection
+        if own is not None and connection is own and pid != own.get_server_pid():
+            self._is_notified = True
+            self._wake()
+
+    async def write(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+        """Append in the database, durably, then store the same in the replica.
+
+        Raises:
+            HeadMoved: the database's head is not `after`; nothing was appended.
+        """
+        with translated_errors("could not be written"):
+            answer = await self._connected.fetchval(
+                "SELECT append($1, $2, $3, $4)",
+                after.position,
+                after.hash,
+                [row.body for row in rows],
+                [row.hash for row in rows],
+            )
+            if answer != "appended":
+                raise HeadMoved
+            if self._transaction is not None:
+                transaction, self._transaction = self._transaction, None
+                await transaction.commit()
+        await self._replica.write(rows, changes, entities, after)
+
+    async def read_after(self, head: LogHead) -> Sequence[Row]:
+        """Return the next events after `head`; none if `head` is the database's head.
+
+        Raises:
+            LedgerForked: `ledger_forked`, the database has another event there, or none.
+            LogUnavailable: `log_unavailable`, the next events were archived.
+        """
+        self._is_notified, self._looked_s = False, time.monotonic()
+        with translated_errors("could not be read"):
+            found = await self._connected.fetch(
+                "SELECT position, body, hash FROM events WHERE position > $1 ORDER BY position LIMIT $2",
+                head.position,
+                PAGE,
+            )
+            rows = [Row(position, body, digest) for position, body, digest in found]
+            if not rows or rows[0].position != head.position + 1:
+                await self._check_end(head)
+        before = head
+        for row in rows:
+            if row.hash != hash_body(before.hash, row.body):
+                raise forked(self._address, before)
+            before = LogHead(row.position, row.hash)
+        if len(rows) == PAGE:
+            self._is_notified = True
+        return rows
+
+    async def _check_end(self, head: LogHead) -> None:
+        """Check that the database's log ends at `head`."""
+        found = await self._connected.fetchrow(
+            "SELECT head.position, head.hash, base.position FROM head, base"
+        )
+        position, digest, base = found or (-1, b"", 0)
+        if base > head.position:
+            raise LogUnavailable(
+                f"events after position {head.position} were archived, up to {base}, before this server read "
+                "them: replace its ledger.db by a backup of another server's, and start again"
+            )
+        if position < head.position or (position == head.position and digest != head.hash):
+            raise forked(self._address, head)
+
+    async def store(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+        """Store in the replica what other servers appended."""
+        await self._replica.write(rows, changes, entities, after)
+
+    @asynccontextmanager
+    async def locked(self) -> AsyncIterator[None]:
+        """Keep other servers from appending until `write` has committed, or the block ends."""
+        with translated_errors("could not be locked"):
+            self._transaction = self._connected.transaction()
+            await self._transaction.start()
+            await self._connected.execute("SELECT lock_head()")
+        try:
+            yield
+        finally:
+            transaction, self._transaction = self._transaction, None
+            if transaction is not None and self.is_open:
+                with translated_errors("could not be unlocked"):
+                    await transaction.rollback()
+
+    async def contains(self, head: LogHead) -> bool:
+        """Whether the replica has this event."""
+        return await self._replica.contains(head)
+
+    async def read_requests(
+        self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
+    ) -> KnownRequests:
+        """Return what the replica has of these keys and joins; the writer has caught up before it decides."""
+        return await self._replica.read_requests(hashes, joinable)
+
+    async def read_last_of_server(self) -> LogHead:
+        """Return the last event that a running server wrote."""
+        return await self._replica.read_last_of_server()
+
+    async def note(self, used: Mapping[str, str], seen_at: str) -> None:
+        """Store in the replica when models were last used, and that this server is there."""
+        await self._replica.note(used, seen_at)
+
+    async def probe(self) -> None:
+        """Commit transactions that change nothing, in the database and in the replica."""
+        with translated_errors("could not be written"):
+            await self._connected.execute("SELECT probe()")
+        await self._replica.probe()
+
+    async def make_whole(self) -> bool:
+        """Bring the replica's file up to date; return False if that is not possible yet."""
+        return await self._replica.make_whole()
+
+    async def give_up(self, error: StorageError | None = None) -> None:
+        """Close both after an error."""
+        await self._disconnect()
+        if self._replica.is_open:
+            await self._replica.give_up(error)
+
+    async def close(self) -> None:
+        """Leave the replica as one complete file, and end."""
+        await self._disconnect()
+        await self._replica.close()
+
+    @property
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            raise StorageError("the ledger's database is not connected")
+        return self._connection
+
+    async def _disconnect(self) -> None:
+        connection, self._connection, self._transaction = self._connection, None, None
+        if connection is not None:
+            await close(connection)
+
+
+def forked(address: str, head: LogHead) -> LedgerForked:
+    """Return the error of a database that lacks an event which this server has read from it."""
+    return LedgerForked(
+        f"{describe_address(address)} does not have the event at position {head.position} with the hash "
+        f"{head.hash.hex()}, which this server has in its ledger.db: the database lost or changed events, or "
+        "it is another ledger's. Compare with `loadledger verify`, on the database and on each data directory"
+    )
