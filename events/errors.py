@@ -86,6 +86,18 @@ class LedgerForked(ForeignHead):
     code = "ledger_forked"
 
 
+class EpochOver(LogUnavailable):
+    """The other nodes have given this one up: nothing was accepted, and it joins again."""
+
+    code = "epoch_over"
+
+
+class NodeAlive(LedgerProblem):
+    """A node cannot be declared lost: it has renewed its lease, or the one that judges is late itself."""
+
+    code = "node_alive"
+
+
 class Archived(LedgerProblem):
     """The events asked for were archived; the archive has them.
 

@@ -383,9 +383,11 @@ class Log:
         self._advance(decided)
 
     def _advance(self, decided: DecidedGroup) -> None:
-        """Move the state on to durable events, and wake the subscribers."""
+        """Move the state on to durable events, and wake the subscribers; count what came since the start."""
         decided.attempt.commit()
         self.head = decided.head
+        if self._writer is None:
+            return
         self.tally.count(decided.events, decided.attempt.changes.jobs.values())
         if decided.rows:
             self.fold_times.note(decided.rows[0].position, self.head.recorded_at)

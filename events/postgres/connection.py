@@ -7,7 +7,7 @@ exception is translated, and no other package of the product knows the driver.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from events.clock import utc_now
-from events.errors import LedgerProblem
+from events.errors import EpochOver, LedgerProblem, NodeAlive
 from events.storage import HeadMoved, StorageError
 
 SCHEMES = ("postgresql", "postgres")
@@ -33,6 +33,9 @@ CLOSE_S = 2.0
 
 CLOCK_PROBES = 3
 """Readings of the database's clock; that with the shortest round trip counts."""
+
+REFUSALS: Mapping[str, type[LedgerProblem]] = {"LL001": EpochOver, "LL002": NodeAlive}
+"""What `append` raises, by its SQLSTATE (migrations/postgres)."""
 
 _SETTINGS = {
     "application_name": "loadledger",
@@ -70,12 +73,19 @@ def translated_errors(what: str) -> Iterator[None]:
     """Translate what the driver raises; `what` completes "the ledger's database …".
 
     Raises:
-        StorageError: for every exception that is not the ledger's own.
+        EpochOver: `epoch_over`, the database refused the epoch of this node.
+        NodeAlive: `node_alive`, it refused the loss of another one.
+        StorageError: for every other exception that is not the ledger's own.
     """
     try:
         yield
     except (LedgerProblem, StorageError, HeadMoved):
         raise
+    except asyncpg.PostgresError as error:
+        refusal = REFUSALS.get(error.sqlstate or "")
+        if refusal is not None:
+            raise refusal(str(error)) from error
+        raise StorageError(f"the ledger's database {what}: {error}") from error
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise StorageError(f"the ledger's database {what}: {reason}") from error

@@ -89,7 +89,7 @@ async def _grant(connection: Connection, role: str) -> None:
     await connection.execute(
         f'GRANT USAGE ON SCHEMA {SCHEMA} TO "{role}";'
         f'GRANT SELECT ON ALL TABLES IN SCHEMA {SCHEMA} TO "{role}";'
-        f'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {SCHEMA} TO "{role}"'
+        f'GRANT EXECUTE ON FUNCTION append, renew, lock_head, probe TO "{role}"'
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from asyncpg.transaction import Transaction
 
@@ -46,6 +47,14 @@ PAGE = 1_000
 """Events that the writer reads at once while it catches up."""
 
 
+class Authority(NamedTuple):
+    """As whom a server appends: a node, its epoch and lease in seconds; None for a writer that is no node."""
+
+    node_id: str | None = None
+    epoch: int | None = None
+    lease_s: float | None = None
+
+
 class ReplicatedStorage:
     """The log in PostgreSQL, and this server's replica of it.
 
@@ -57,7 +66,7 @@ class ReplicatedStorage:
 
     Attributes:
         look_every_s: how often to look for events of other servers.
-        last: the last event that the database was seen to have.
+        authority: with which it appends.
     """
 
     def __init__(self, address: str, data: Path, clock: DatabaseClock, *, is_alone: bool = False) -> None:
@@ -72,6 +81,7 @@ class ReplicatedStorage:
         self._is_notified = False
         self._looked_s = 0.0
         self.look_every_s: float | None = LOOK_EVERY_S
+        self.authority = Authority()
 
     @property
     def is_open(self) -> bool:
@@ -133,14 +143,17 @@ class ReplicatedStorage:
 
         Raises:
             HeadMoved: the database's head is not `after`; nothing was appended.
+            EpochOver: `epoch_over`, this node was declared lost; nothing was appended.
+            NodeAlive: `node_alive`, the events declare a node lost that is not; nothing was appended.
         """
         with translated_errors("could not be written"):
             answer = await self._connected.fetchval(
-                "SELECT append($1, $2, $3, $4)",
+                "SELECT append($1, $2, $3, $4, $5, $6, $7)",
                 after.position,
                 after.hash,
                 [row.body for row in rows],
                 [row.hash for row in rows],
+                *self.authority,
             )
             if answer != "appended":
                 raise HeadMoved

@@ -25,6 +25,37 @@ CREATE TABLE head (
 
 INSERT INTO head (position, hash, recorded_at) SELECT position, hash, '' FROM base;
 
+-- Where events went that are no longer here, and the state after them: its models, jobs and tokens as replicas store them.
+CREATE TABLE archives (
+  last_position bigint PRIMARY KEY,
+  first_position bigint NOT NULL,
+  hash bytea NOT NULL CHECK (octet_length(hash) = 32),
+  archived_at text NOT NULL,
+  file text NOT NULL,
+  sha256 bytea NOT NULL CHECK (octet_length(sha256) = 32),
+  state_sha256 bytea NOT NULL CHECK (octet_length(state_sha256) = 32),
+  folds integer NOT NULL
+);
+
+CREATE TABLE base_state (
+  kind text NOT NULL,
+  key text NOT NULL,
+  body text NOT NULL,
+  PRIMARY KEY (kind, key)
+);
+
+-- The servers of this ledger, as their renewals say; what they are and have is in the events. A node's facts are taken
+-- while its epoch lasts. Only this database's clock says that a node is late.
+CREATE TABLE nodes (
+  node_id text PRIMARY KEY,
+  epoch bigint NOT NULL,
+  ended boolean NOT NULL DEFAULT false,
+  lease_s double precision NOT NULL CHECK (lease_s > 0),
+  renewed_at timestamptz NOT NULL,
+  steady_since timestamptz NOT NULL,
+  hints text NOT NULL DEFAULT '{}'
+);
+
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
   RAISE EXCEPTION 'events are never changed or deleted';
@@ -38,24 +69,33 @@ CREATE TRIGGER base_never_changes BEFORE UPDATE OR DELETE OR TRUNCATE ON base
 EXECUTE FUNCTION refuse_change();
 
 -- Append events after a head, in one transaction: 'appended', or 'moved' if the head is another one.
+-- Raises LL001 if the epoch of the node that appends is over, LL002 if the events say that a node is lost which is not
+-- late, or which this node may not judge.
 --
 -- The chain, the positions and the order of the times are checked here, so that no server can write a log that does
 -- not verify. What the chain does not prove, that a body is canonical JSON, is the servers' and the verifiers' part.
-CREATE FUNCTION append(after_position bigint, after_hash bytea, bodies text[], hashes bytea[]) RETURNS text
-LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = loadledger, pg_temp AS $$
+--
+-- A writer that is no node, such as a command, has null for its node and epoch.
+CREATE FUNCTION append(
+  after_position bigint, after_hash bytea, bodies text[], hashes bytea[], node text, node_epoch bigint, lease_s float8
+) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = loadledger, pg_temp AS $$
 DECLARE
   tip head%ROWTYPE;
   wrong bigint;
   last_hash bytea;
   last_at text;
+  of_nodes json[];
 BEGIN
   SELECT * INTO STRICT tip FROM head FOR UPDATE;
-  IF tip.position <> after_position OR tip.hash <> after_hash THEN
+  IF tip.position IS DISTINCT FROM after_position OR tip.hash IS DISTINCT FROM after_hash THEN
     RETURN 'moved';
   END IF;
-  IF cardinality(bodies) = 0 OR cardinality(bodies) <> cardinality(hashes) THEN
+  IF coalesce(cardinality(bodies), 0) = 0 OR cardinality(bodies) IS DISTINCT FROM cardinality(hashes) THEN
     RAISE EXCEPTION 'there must be as many hashes as events, at least one';
   END IF;
+  SELECT array_agg(body::json) INTO of_nodes FROM unnest(bodies) AS body WHERE body LIKE '%"type":"Node%';
+  PERFORM check_epochs(of_nodes, node, node_epoch, lease_s);
   WITH given AS (
     SELECT number, body, hash, body::json AS parsed
     FROM unnest(bodies, hashes) WITH ORDINALITY AS rows (body, hash, number)
@@ -88,6 +128,72 @@ BEGIN
   UPDATE head SET position = after_position + cardinality(bodies), hash = last_hash, recorded_at = last_at;
   PERFORM pg_notify('loadledger', '');
   RETURN 'appended';
+END
+$$;
+
+-- Begin and end the epochs that events about nodes begin and end, or refuse the events.
+CREATE FUNCTION check_epochs(of_nodes json[], node text, node_epoch bigint, new_lease_s float8) RETURNS void
+LANGUAGE plpgsql SET search_path = loadledger, pg_temp AS $$
+DECLARE
+  event json;
+  named text;
+  named_epoch bigint;
+BEGIN
+  IF of_nodes IS NOT NULL THEN
+    FOREACH event IN ARRAY of_nodes LOOP
+      named := event -> 'data' ->> 'node_id';
+      named_epoch := event -> 'data' ->> 'epoch';
+      IF event ->> 'type' = 'NodeJoined' THEN
+        INSERT INTO nodes AS before (node_id, epoch, lease_s, renewed_at, steady_since)
+        VALUES (named, named_epoch, new_lease_s, clock_timestamp(), clock_timestamp())
+        ON CONFLICT (node_id) DO UPDATE SET
+          epoch = excluded.epoch, ended = false, lease_s = excluded.lease_s,
+          renewed_at = excluded.renewed_at, steady_since = excluded.steady_since
+        WHERE before.epoch < excluded.epoch;
+      ELSIF event ->> 'type' = 'NodeLost' THEN
+        -- The one that judges has renewed without a gap for a lease: an outage of this database makes no node lost.
+        PERFORM FROM nodes WHERE node_id = node AND epoch = node_epoch AND NOT ended
+          AND steady_since + nodes.lease_s * interval '1 second' <= clock_timestamp()
+          AND renewed_at + nodes.lease_s * interval '1 second' > clock_timestamp();
+        IF NOT FOUND THEN
+          RAISE EXCEPTION 'this node may not say that % is lost', named USING ERRCODE = 'LL002';
+        END IF;
+        UPDATE nodes SET ended = true WHERE node_id = named AND epoch = named_epoch AND NOT ended
+          AND renewed_at + nodes.lease_s * interval '1 second' < clock_timestamp();
+        IF NOT FOUND THEN
+          RAISE EXCEPTION 'node % is not late', named USING ERRCODE = 'LL002';
+        END IF;
+      END IF;
+    END LOOP;
+  END IF;
+  IF node IS NOT NULL THEN
+    PERFORM FROM nodes WHERE node_id = node AND epoch = node_epoch AND NOT ended FOR SHARE;
+    IF NOT FOUND THEN
+      RAISE EXCEPTION 'epoch % of node % is over', node_epoch, node USING ERRCODE = 'LL001';
+    END IF;
+  END IF;
+  IF of_nodes IS NOT NULL THEN
+    FOREACH event IN ARRAY of_nodes LOOP
+      IF event ->> 'type' = 'NodeLeft' THEN
+        UPDATE nodes SET ended = true
+        WHERE node_id = event -> 'data' ->> 'node_id' AND epoch = (event -> 'data' ->> 'epoch')::bigint;
+      END IF;
+    END LOOP;
+  END IF;
+END
+$$;
+
+-- Renew a node's lease; false if its epoch is over.
+CREATE FUNCTION renew(node text, node_epoch bigint, new_lease_s float8, new_hints text) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = loadledger, pg_temp AS $$
+BEGIN
+  UPDATE nodes SET
+    steady_since = CASE
+      WHEN renewed_at + lease_s * interval '1 second' < clock_timestamp() THEN clock_timestamp() ELSE steady_since
+    END,
+    renewed_at = clock_timestamp(), lease_s = new_lease_s, hints = new_hints
+  WHERE node_id = node AND epoch = node_epoch AND NOT ended;
+  RETURN FOUND;
 END
 $$;
 

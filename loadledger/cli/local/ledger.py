@@ -40,9 +40,7 @@ def _archive_option(text: str) -> Callable[[Command], Command]:
     show_default=False,
     help="Check the store of model versions in --data instead of the ledger: hash all of its files.",
 )
-@click.option(
-    "--ledger", "address", metavar="URL", help="Verify the ledger in this PostgreSQL database."
-)
+@click.option("--ledger", "address", metavar="URL", help="Verify the ledger in this PostgreSQL database.")
 @json_option
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=_FILE)
 @click.pass_context
