@@ -7,10 +7,13 @@ from setuptools import find_packages, setup
 OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
+POSTGRES = ["asyncpg>=0.30,<1"]
 TEST = [
     *IMAGES,
     *OTEL,
     *EXTENSIONS,
+    *POSTGRES,
+    "asyncpg-stubs>=0.30",
     "axe-playwright-python>=0.1.4",
     "hypothesis>=6.150",
     "kserve>=0.21; python_version < '3.14'",  # it is not made for more
@@ -71,6 +74,7 @@ setup(
         "hostile": ["schemathesis>=4.32"],  # beside "test", for `make hostile` alone
         "extensions": EXTENSIONS,
         "otel": OTEL,
+        "postgres": POSTGRES,  # for a ledger in PostgreSQL
         "examples": ["scikit-learn>=1.7", "skl2onnx>=1.20"],  # to train examples/ again
     },
     entry_points={"console_scripts": ["loadledger=loadledger.cli.main:main"]},

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
 from support.http import LocalApi, local_server
+from support.postgres import Database, PostgresServer, end_shared_server, join_shared_server
 from support.running import Engine, end_workers, running, save_models
 from support.workers import Serve, order_of, running_pool, until
 
@@ -28,6 +29,11 @@ def pytest_configure() -> None:
     """Restore SIGINT for the processes that tests start: a shell ignores it for background jobs."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """End the run's PostgreSQL server, in the process that controls the others."""
+    end_shared_server()
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -64,6 +70,19 @@ async def start(repository: Path, tmp_path: Path) -> AsyncIterator[Start]:  # no
 async def api(start: Start) -> LocalApi:
     """The application with default settings."""
     return await start()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def postgres() -> PostgresServer:
+    """The PostgreSQL server of this test run, for all its processes; no test stops it."""
+    return await join_shared_server()
+
+
+@pytest.fixture
+async def database(postgres: PostgresServer) -> AsyncIterator[Database]:
+    """An empty database in PostgreSQL, of the role `ledger_owner`."""
+    async with postgres.database() as made:
+        yield made
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
