@@ -46,7 +46,7 @@ setup(
     package_data={
         "events": ["py.typed"],
         "loadledger": ["py.typed", "*.pyi"],
-        "migrations": ["*.sql"],
+        "migrations": ["*.sql", "postgres/*.sql"],
         "runtime": ["py.typed"],
         "server": ["py.typed", "static/*"],
         "server.examples": ["digits/*/model.onnx", "digits.json"],

@@ -106,9 +106,8 @@ def parse_ledger(text: str) -> str:
     """
     try:
         parts = urlsplit(text)
-        is_address = parts.scheme in DATABASE_SCHEMES and len(parts.path) > 1 and (parts.port or 1) > 0
     except ValueError:
-        is_address = False
-    if not is_address:
+        parts = urlsplit("")
+    if parts.scheme not in DATABASE_SCHEMES or len(parts.path) < len("/x"):
         raise ValueError("Must be like postgresql://USER@HOST/DATABASE; the password may be in PGPASSWORD.")
     return text

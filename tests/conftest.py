@@ -14,6 +14,7 @@ from onnx import ModelProto
 from support import models
 from support.http import LocalApi, local_server
 from support.postgres import Database, PostgresServer, end_shared_server, join_shared_server
+from support.replicas import make_ledger
 from support.running import Engine, end_workers, running, save_models
 from support.workers import Serve, order_of, running_pool, until
 
@@ -72,7 +73,7 @@ async def api(start: Start) -> LocalApi:
     return await start()
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest.fixture
 async def postgres() -> PostgresServer:
     """The PostgreSQL server of this test run, for all its processes; no test stops it."""
     return await join_shared_server()
@@ -82,6 +83,13 @@ async def postgres() -> PostgresServer:
 async def database(postgres: PostgresServer) -> AsyncIterator[Database]:
     """An empty database in PostgreSQL, of the role `ledger_owner`."""
     async with postgres.database() as made:
+        yield made
+
+
+@pytest.fixture
+async def ledger(postgres: PostgresServer) -> AsyncIterator[Database]:
+    """An empty ledger in PostgreSQL."""
+    async with postgres.database(make_ledger) as made:
         yield made
 
 

@@ -64,8 +64,7 @@ def describe_address(address: str) -> str:
     """Return an address for people and logs, without its password and options."""
     parts = urlsplit(address)
     user = f"{parts.username}@" if parts.username else ""
-    port = f":{parts.port}" if parts.port else ""
-    return f"postgresql://{user}{parts.hostname or ''}{port}{parts.path}"
+    return f"postgresql://{user}{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 @contextmanager

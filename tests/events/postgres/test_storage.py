@@ -1,0 +1,240 @@
+"""Several servers over one ledger in PostgreSQL: one order, no lost fact, and no history but one."""
+
+import asyncio
+from pathlib import Path
+
+import asyncpg
+import pytest
+from support.history import MODEL, facts, ids, write
+from support.ledgers import rows_of
+from support.postgres import Database, postgres_server
+from support.replicas import (
+    change,
+    make_ledger,
+    opened_replica,
+    replica_log,
+    rows_in,
+    storage_of,
+)
+from support.workers import until
+
+from events.audit.verify import verify
+from events.commands import Receipt, RequestLoad
+from events.errors import ForeignHead, LedgerForked, LedgerProblem, LogUnavailable
+from events.log import Log
+from events.postgres.storage import Authority
+from events.types import Idempotency
+
+LIMIT_S = 60
+"""Only against hanging."""
+
+
+def load(key: str, actor: str = "alice") -> RequestLoad:
+    return RequestLoad(MODEL, 1, None, actor, idempotency=Idempotency(key * 64, "ab" * 32))
+
+
+async def heads_agree(*logs: Log) -> None:
+    await until(lambda: len({log.head for log in logs}) == 1)
+
+
+async def test_servers_append_in_one_order(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a") as one,
+        opened_replica(ledger.server_url, tmp_path / "b") as other,
+    ):
+        commands = [log.submit(fact) for log in (one, other) for fact in facts(200)]
+        singles = [write(log, 40, first=1_000) for log in (one, other)]
+        await asyncio.gather(*commands, *singles)
+        await heads_agree(one, other)
+        assert one.head.position == 480
+    rows = await rows_in(ledger)
+    assert rows == rows_of(tmp_path / "a" / "ledger.db") == rows_of(tmp_path / "b" / "ledger.db")
+    assert verify(tmp_path / "a" / "ledger.db").verified
+
+
+async def test_same_request_at_two_servers_is_one_job(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a", new_id=ids("a")) as one,
+        opened_replica(ledger.server_url, tmp_path / "b", new_id=ids("b")) as other,
+    ):
+        first, second = await asyncio.gather(one.submit(load("1")), other.submit(load("1")))
+        assert first.job_id == second.job_id
+        assert {first.existing, second.existing} == {False, True}
+        joined = await other.submit(load("2", "bob"))
+        assert (joined.job_id, joined.existing) == (first.job_id, True)
+
+
+async def test_idle_server_hears_what_another_appends(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a") as one,
+        opened_replica(ledger.server_url, tmp_path / "b") as other,
+    ):
+        wakeup = other.subscribe()
+        await one.submit(load("1"))
+        async with asyncio.timeout(LIMIT_S):
+            await wakeup.wait()
+        assert other.state.queues.keys() == {MODEL}
+
+
+async def test_later_server_begins_with_all_events(ledger: Database, tmp_path: Path) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as one:
+        await asyncio.gather(*map(one.submit, facts(2_500)))
+        await one.submit(load("1"))
+        async with opened_replica(ledger.server_url, tmp_path / "b") as other:
+            assert (other.head, other.state.jobs) == (one.head, one.state.jobs)
+            assert not other.tally.events
+
+
+async def test_busy_server_does_not_starve_another(ledger: Database, tmp_path: Path) -> None:
+    async def keep_busy(log: Log) -> None:
+        while True:
+            await asyncio.gather(*map(log.submit, facts(20)))
+
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a") as one,
+        opened_replica(ledger.server_url, tmp_path / "b") as other,
+    ):
+        busy = asyncio.create_task(keep_busy(one))
+        async with asyncio.timeout(LIMIT_S):
+            await write(other, 50)
+        busy.cancel()
+        await asyncio.wait([busy])
+        await heads_agree(one, other)
+
+
+async def test_killed_database_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    async with postgres_server() as server, server.database(make_ledger) as database:
+        async with opened_replica(database.server_url, tmp_path / "a") as log:
+            acknowledged: list[Receipt] = []
+            for round_ in range(3):
+                acknowledged += await write(log, 20, first=1 + 100 * round_)
+                await server.kill()
+                refused = await asyncio.gather(
+                    *map(log.submit, facts(5, first=50 + 100 * round_)), return_exceptions=True
+                )
+                assert {type(each) for each in refused} == {LogUnavailable}
+                assert not log.healthy
+                await server.start()
+                await until(lambda: log.healthy)
+            assert [receipt.position for receipt in acknowledged] == list(range(1, 61))
+        assert await rows_in(database) == rows_of(tmp_path / "a" / "ledger.db")
+
+
+async def test_promoted_standby_has_all_acknowledged_events(tmp_path: Path) -> None:
+    async with postgres_server() as server, server.database(make_ledger) as database:
+        standby = await server.standby()
+        address = database.url("ledger_server", server.address, standby.address)
+        async with opened_replica(f"{address}?target_session_attrs=primary", tmp_path / "a") as log:
+            await write(log, 50)
+            await server.kill()
+            await standby.promote()
+            await until(lambda: log.healthy)
+            assert (await write(log, 1, first=51))[0].position == 51
+        assert verify(tmp_path / "a" / "ledger.db").position == 51
+
+
+async def test_append_whose_answer_was_lost_is_known(ledger: Database, tmp_path: Path) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        await write(log, 2)
+        storage = storage_of(log)
+        connection = storage._connection
+        assert connection is not None
+        before = connection.fetchval
+
+        async def answer_is_lost(*arguments: object) -> object:
+            await before(*arguments)  # type: ignore[arg-type]
+            raise ConnectionResetError
+
+        connection.fetchval = answer_is_lost  # type: ignore[method-assign,assignment]
+        assert [receipt.position for receipt in await write(log, 1, first=3)] == [3]
+        assert storage._connection is not connection
+        assert log.healthy
+    assert len(await rows_in(ledger)) == 3
+
+
+LAST = "position = (SELECT max(position) FROM events)"
+TIP = f"UPDATE head SET (position, hash) = (SELECT position, hash FROM events WHERE {LAST})"
+CHANGES = {
+    "changed last event": "UPDATE events SET hash = sha256(hash) WHERE position = 3",
+    "lost last event": "DELETE FROM events WHERE position = 3",
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+async def test_server_stops_at_a_database_with_another_history(
+    ledger: Database, tmp_path: Path, changed: str
+) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        await write(log, 3)
+    await change(ledger, CHANGES[changed], TIP)
+    later = replica_log(ledger.server_url, tmp_path / "a")
+    with pytest.raises(LedgerForked, match="does not have the event at position 3"):
+        await later.open()
+    await later.close()
+
+
+async def test_running_writer_ends_when_the_history_changes(ledger: Database, tmp_path: Path) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        await write(log, 3)
+        await change(
+            ledger,
+            "DELETE FROM events",
+            "UPDATE head SET position = 0, hash = decode(repeat('00', 32), 'hex')",
+        )
+        with pytest.raises(LedgerProblem):
+            await log.submit(load("1"))
+        with pytest.raises(ForeignHead):
+            await log.writer
+
+
+async def test_facts_of_an_ended_epoch_are_refused(ledger: Database, tmp_path: Path) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        await write(log, 1)
+        await change(ledger, "INSERT INTO nodes VALUES ('a', 3, false, 10, now(), now())")
+        storage_of(log).authority = Authority("a", 3, 10.0)
+        await write(log, 1, first=2)
+        await change(ledger, "UPDATE nodes SET ended = true")
+        with pytest.raises(LogUnavailable) as refused:
+            await write(log, 1, first=3)
+        assert (refused.value.code, log.head.position) == ("epoch_over", 2)
+        storage_of(log).authority = Authority()
+        assert (await write(log, 1, first=4))[0].position == 3
+
+
+async def test_server_role_can_read_and_append_only(ledger: Database, tmp_path: Path) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        await write(log, 1)
+    connection = await asyncpg.connect(ledger.server_url, server_settings={"search_path": "loadledger"})
+    for table in ("events", "head", "base", "archives", "base_state", "nodes", "migrations"):
+        for statement in (f"DELETE FROM {table}", f"TRUNCATE {table}", f"INSERT INTO {table} DEFAULT VALUES"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(statement)
+    for statement in ("UPDATE events SET body = ''", "UPDATE head SET position = 0", "DROP TABLE events"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(statement)
+    for bodies, hashes in ((["{}"], [bytes(32)]), ([], []), (["x"], [bytes(32)])):
+        with pytest.raises(asyncpg.PostgresError):
+            await connection.execute(
+                "SELECT append(position, hash, $1, $2, NULL, NULL, NULL) FROM head", bodies, hashes
+            )
+    await connection.close()
+    owner = await asyncpg.connect(ledger.owner_url, server_settings={"search_path": "loadledger"})
+    for statement in (
+        "DELETE FROM events",
+        "UPDATE events SET body = ''",
+        "TRUNCATE events",
+        "DELETE FROM base",
+    ):
+        with pytest.raises(asyncpg.RaiseError, match="never changed"):
+            await owner.execute(statement)
+    await owner.close()
+    assert len(await rows_in(ledger)) == 1
+
+
+async def test_server_refuses_the_owners_role(ledger: Database, database: Database, tmp_path: Path) -> None:
+    for address, code in ((ledger.owner_url, "unsafe_role"), (database.server_url, "schema_missing")):
+        log = replica_log(address, tmp_path / "a")
+        with pytest.raises(LedgerProblem) as refused:
+            await log.open()
+        await log.close()
+        assert refused.value.code == code

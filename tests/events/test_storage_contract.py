@@ -1,0 +1,130 @@
+"""What every storage gives the writer: the same tests over SQLite and over PostgreSQL with its replica."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.history import MODEL, START, facts, ids, opened, steady, write
+from support.ledgers import append_events, rows_of, sample_history, stored
+from support.postgres import join_shared_server
+from support.replicas import make_ledger, opened_replica, rows_in
+
+from events.audit.verify import verify
+from events.codec import GENESIS, decode_event, hash_body
+from events.commands import JobUnchanged, Receipt, Record, RequestLoad, RequestUnload
+from events.errors import NotEncodable, RequestRefused
+from events.log import Log
+from events.sqlite.history import open_time_travel_reader
+from events.types import SYSTEM, Draft, Idempotency, LoadFailed
+
+Open = Callable[..., AbstractAsyncContextManager[Log]]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def open_log(request: pytest.FixtureRequest, path: Path) -> AsyncIterator[Open]:
+    """Open the log of one ledger, again and again; its file is `path`."""
+    if request.param == "sqlite":
+        yield lambda **options: opened(path, **options)
+        return
+    postgres = await join_shared_server()
+    async with postgres.database(make_ledger) as database:
+        yield lambda **options: opened_replica(database.server_url, path.parent, **options)
+        assert await rows_in(database) == rows_of(path)
+
+
+def load(key: str | None = None, *, actor: str = "alice") -> RequestLoad:
+    given = None if key is None else Idempotency(key * 64, "ab" * 32)
+    return RequestLoad(MODEL, 1, None, actor, idempotency=given)
+
+
+def chain(rows: list[tuple[int, str, bytes]]) -> bool:
+    """Whether positions and hashes follow one another from the first event on."""
+    before, digest = 0, GENESIS
+    for position, body, found in rows:
+        digest = hash_body(digest, body)
+        if (position, found, decode_event(body).position) != (before + 1, digest, position):
+            return False
+        before = position
+    return True
+
+
+async def test_positions_have_no_gap_and_hashes_link(open_log: Open, path: Path) -> None:
+    async with open_log() as log:
+        receipts = await asyncio.gather(*map(log.submit, facts(300)))
+        assert [receipt.position for receipt in receipts] == list(range(1, 301))
+        await write(log, 3, first=301)
+        assert log.head.position == 303
+    assert chain(rows_of(path))
+    assert len(rows_of(path)) == 303
+    assert verify(path).verified
+
+
+async def test_command_that_cannot_be_encoded_fails_alone(open_log: Open, path: Path) -> None:
+    broken = Record((Draft("f", LoadFailed("x", "\ud800"), SYSTEM, "job", MODEL, 1),))
+    async with open_log() as log:
+        good, bad, other = await asyncio.gather(
+            *map(log.submit, [*facts(1), broken, *facts(1, first=2)]), return_exceptions=True
+        )
+    assert isinstance(bad, NotEncodable)
+    assert isinstance(good, Receipt)
+    assert isinstance(other, Receipt)
+    assert [decode_event(body).id for _, body, _ in rows_of(path)] == ["f1", "f2"]
+
+
+async def test_state_and_projections_survive_a_new_start(open_log: Open, path: Path) -> None:
+    options = steady(lambda: START)
+    async with open_log(**options) as log:
+        await append_events(log, sample_history(3))
+        state, head = log.state, log.head
+    before = stored(path, "models", "jobs")
+    async with open_log(**options) as log:
+        assert (log.head, log.state.models, log.state.jobs) == (head, state.models, state.jobs)
+        assert stored(path, "models", "jobs") == before
+
+
+async def test_repeated_key_gets_its_job_after_a_start(open_log: Open) -> None:
+    async with open_log(new_id=ids("a")) as log:
+        first = await log.submit(load("1"))
+    async with open_log(new_id=ids("b")) as log:
+        assert await log.submit(load("1")) == Receipt(first.job_id, existing=True, position=1)
+        joined = await log.submit(load(actor="bob"))
+        assert (joined.job_id, joined.existing) == (first.job_id, True)
+        assert (await log.submit(load(actor="bob"))).position == joined.position  # it joined before
+
+
+async def test_outdated_and_refused_commands_append_nothing(open_log: Open) -> None:
+    async with open_log() as log:
+        with pytest.raises(RequestRefused, match="loaded") as refused:
+            await log.submit(RequestUnload(None, "alice"))
+        assert refused.value.code == "nothing_loaded"
+        job = (await log.submit(load())).job_id
+        assert job is not None
+        with pytest.raises(RequestRefused) as outdated:
+            await log.submit(Record(tuple(fact.drafts[0] for fact in _facts()), (JobUnchanged(job, 7),)))
+        assert (outdated.value.code, log.head.position) == ("outdated", 1)
+
+
+def _facts() -> list[Record]:
+    return [fact for fact in facts(2) if isinstance(fact, Record)]
+
+
+async def test_notes_last_and_are_no_events(open_log: Open) -> None:
+    async with open_log() as log:
+        await log.note({MODEL: "2026-01-01T00:00:09.000000Z"})
+        assert log.head.position == 0
+    async with open_log() as log:
+        assert log.last_used == {MODEL: "2026-01-01T00:00:09.000000Z"}
+
+
+async def test_past_states_are_those_of_a_fold(open_log: Open, path: Path) -> None:
+    async with open_log(**steady(lambda: START)) as log:
+        await append_events(log, sample_history(2))
+        async with open_time_travel_reader(path) as past:
+            for position in (1, 5, log.head.position // 2, log.head.position):
+                history: Any = sample_history(2)[:position]
+                _, state = await past.state(str(position))
+                assert state.position == len(history)
+                assert set(state.models) == {fact.model_id for fact in history if fact.model_id}

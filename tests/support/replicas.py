@@ -1,0 +1,68 @@
+"""Servers' logs over one ledger in PostgreSQL, each with a replica in a folder of its own."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from events.log import Log
+from events.postgres.connection import DatabaseClock, close, connect
+from events.postgres.schema import migrate
+from events.postgres.storage import ReplicatedStorage
+from events.sqlite.datalock import LEDGER
+from support.postgres import Database
+
+Row = tuple[int, str, bytes]
+
+
+async def make_ledger(database: Database) -> None:
+    """Make the schema of a ledger, as its owner does."""
+    connection = await connect(database.owner_url)
+    await migrate(connection, "ledger_server")
+    await close(connection)
+
+
+def replica_log(address: str, folder: Path, **options: Any) -> Log:
+    """Return the log of a server that is not open yet."""
+    folder.mkdir(exist_ok=True)
+    clock = DatabaseClock()
+    storage = ReplicatedStorage(address, folder, clock)
+    return Log(folder / LEDGER, storage=storage, **{"now": clock, **options})
+
+
+@asynccontextmanager
+async def opened_replica(address: str, folder: Path, **options: Any) -> AsyncIterator[Log]:
+    """Open a server's log, and close it after the block."""
+    log = replica_log(address, folder, **options)
+    await log.open()
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
+def storage_of(log: Log) -> ReplicatedStorage:
+    """Return the storage of a log in PostgreSQL."""
+    assert isinstance(log._storage, ReplicatedStorage)
+    return log._storage
+
+
+async def rows_in(database: Database) -> list[Row]:
+    """Return the events of the database."""
+    connection = await asyncpg.connect(database.owner_url)
+    found = await connection.fetch("SELECT position, body, hash FROM loadledger.events ORDER BY position")
+    await connection.close()
+    return [(position, body, digest) for position, body, digest in found]
+
+
+async def change(database: Database, *statements: str) -> None:
+    """Change a ledger as only its owner can who means to: with the triggers off."""
+    connection = await asyncpg.connect(database.owner_url)
+    await connection.execute("SET search_path = loadledger")
+    await connection.execute("ALTER TABLE events DISABLE TRIGGER ALL")
+    for statement in statements:
+        await connection.execute(statement)
+    await connection.execute("ALTER TABLE events ENABLE TRIGGER ALL")
+    await connection.close()
