@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from events.clock import utc_now
-from events.errors import EpochOver, LedgerProblem, NodeAlive
+from events.errors import EpochOver, ForeignHead, LedgerProblem, NodeAlive
 from events.storage import HeadMoved, StorageError
 
 SCHEMES = ("postgresql", "postgres")
@@ -78,7 +78,7 @@ def translated_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LedgerProblem, StorageError, HeadMoved):
+    except (LedgerProblem, ForeignHead, StorageError, HeadMoved):
         raise
     except asyncpg.PostgresError as error:
         refusal = REFUSALS.get(error.sqlstate or "")

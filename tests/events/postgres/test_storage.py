@@ -133,25 +133,6 @@ async def test_promoted_standby_has_all_acknowledged_events(tmp_path: Path) -> N
         assert verify(tmp_path / "a" / "ledger.db").position == 51
 
 
-async def test_append_whose_answer_was_lost_is_known(ledger: Database, tmp_path: Path) -> None:
-    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
-        await write(log, 2)
-        storage = storage_of(log)
-        connection = storage._connection
-        assert connection is not None
-        before = connection.fetchval
-
-        async def answer_is_lost(*arguments: object) -> object:
-            await before(*arguments)  # type: ignore[arg-type]
-            raise ConnectionResetError
-
-        connection.fetchval = answer_is_lost  # type: ignore[method-assign,assignment]
-        assert [receipt.position for receipt in await write(log, 1, first=3)] == [3]
-        assert storage._connection is not connection
-        assert log.healthy
-    assert len(await rows_in(ledger)) == 3
-
-
 LAST = "position = (SELECT max(position) FROM events)"
 TIP = f"UPDATE head SET (position, hash) = (SELECT position, hash FROM events WHERE {LAST})"
 CHANGES = {
