@@ -1,4 +1,4 @@
-"""What the writer needs of a storage, and the values that they exchange. `Log` knows no SQL.
+"""What the writer needs of a storage, and the values that storages exchange. `Log` knows no SQL.
 
 `events.sqlite` keeps a ledger in one file; `events.postgres` keeps one for several servers in a database.
 """
@@ -35,6 +35,34 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     hash: bytes
 
 
+RawRow = tuple[int, bytes, bytes]
+"""The position, body and hash of an event as a verifier reads them; a forged ledger may have other types."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivedRange:
+    """An archive as the ledger lists it: its positions and last hash, its file's name, and the folds then."""
+
+    first_position: int
+    last_position: int
+    hash: bytes
+    file: str
+    folds: int
+
+    def __str__(self) -> str:
+        """Return the range for messages."""
+        return f"positions {self.first_position} to {self.last_position}, {self.file!r}"
+
+    def members(self) -> dict[str, object]:
+        """Return the members of the JSON form."""
+        return {
+            "first_position": self.first_position,
+            "last_position": self.last_position,
+            "file": self.file,
+            "folds": self.folds,
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class StoredLedger:
     """A ledger as it was opened: its head, the live state there, last uses, and when the server was seen."""
@@ -59,6 +87,10 @@ class StorageError(Exception):
 
 class HeadMoved(Exception):
     """Another server has appended since: the writer catches up, and decides anew."""
+
+
+class StorageDamaged(StorageError):
+    """What is stored cannot be read, because it is damaged."""
 
 
 class Storage(Protocol):

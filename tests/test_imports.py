@@ -123,8 +123,12 @@ def test_the_web_framework_appears_in_server_only() -> None:
     assert beside == {"loadledger.transports.asynchronous"}  # the client for event loops
 
 
-def test_sqlite_appears_in_events_only() -> None:
-    assert packages_that_import("sqlite3", "aiosqlite") == {"events"}
+@pytest.mark.parametrize(
+    ("drivers", "package"),
+    [(("sqlite3", "aiosqlite"), "events.sqlite."), (("asyncpg", "psycopg"), "events.postgres.")],
+)
+def test_database_driver_appears_in_its_storage_only(drivers: tuple[str, ...], package: str) -> None:
+    assert not {module for module in importers_of(*drivers) if not module.startswith(package)}
 
 
 def test_onnx_runtime_appears_in_the_worker_only() -> None:

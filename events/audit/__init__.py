@@ -4,7 +4,10 @@
 and an expected head. `export` writes lines that prove themselves, `exportreader` verifies them again, and
 `archive` moves the oldest events to such a file. Reads here hold one snapshot for long, on purpose.
 
-- `verify`, `projections`: chain, events and base; stored jobs, models and snapshots against the fold
+Nothing here knows SQL: ledgers are read through `events.sqlite.proof`. `verify_rows` and `export_rows` take
+the rows of any log.
+
+- `verify`: the chain, the events, the base, and the stored projections against the fold
 - `audit`: one result for the command `verify`; add a new check of the whole file here
 - `export`, `exportreader`, `signing`: formats, their verification, the signed head
 - `archive`, `archivechain`: moving events away; proving a chain of archives, and replay

@@ -6,7 +6,6 @@ one folds them. So a forged file is never folded, whose models and jobs might ta
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,45 +18,15 @@ from events.clock import format_timestamp, utc_now
 from events.codec import decode_event
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
 from events.jobs import Job
-from events.sqlite.history import Moment, fold_page, head_moment, moment_at, parse_time, state_at_moment
-from events.sqlite.presence import Presence, find_server_event, presence_at, presence_between
-from events.sqlite.queries import as_bytes, read_base, read_pages
-from events.sqlite.schema import check_readable
+from events.sqlite.history import Moment, parse_time
+from events.sqlite.presence import Presence, presence_between
+from events.sqlite.proof import LogReader
+from events.sqlite.queries import as_bytes
 from events.sqlite.snapshots import jobs_behind
 from events.sqlite.storage import FOLDS
 from events.state import Entities, State
-from events.storage import Row
+from events.storage import ArchivedRange, Row
 from events.types import OF_SERVER, Event, LogBase
-
-_FOLDS_SINCE = 7
-"""The schema from which on an archive's row has the folds of the state at its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class ArchivedRange:
-    """An archive as the ledger lists it: its positions, and its file's name and the folds as it was made."""
-
-    first_position: int
-    last_position: int
-    file: str
-    folds: int = 0
-
-    def __str__(self) -> str:
-        """Return the range for messages."""
-        return f"positions {self.first_position} to {self.last_position}, {self.file!r}"
-
-
-def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
-    """Return the archives that a ledger lists, in the order of their positions."""
-    folds = "folds" if check_readable(connection) >= _FOLDS_SINCE else "0"
-    found = connection.execute(
-        "SELECT first_position, last_position, CAST(file AS BLOB),"  # noqa: S608 - literals above
-        f" {folds} FROM archives ORDER BY last_position"
-    )
-    return tuple(
-        ArchivedRange(first, last, (file or b"").decode(errors="replace"), folds)
-        for first, last, file, folds in found
-    )
 
 
 class InvalidArchive(LedgerDamaged):
@@ -270,15 +239,13 @@ def _rows(files: Sequence[FileAudit]) -> Iterator[tuple[Path, Row]]:
             raise changed
 
 
-def replay(
-    connection: sqlite3.Connection, until: str | None, archives: Sequence[Path] = ()
-) -> tuple[Moment, State]:
+def replay(log: LogReader, until: str | None, archives: Sequence[Path] = ()) -> tuple[Moment, State]:
     """Fold the log anew, and return the live state at a moment, with the moment.
 
     Without archives the fold begins at the base, and a moment before that is refused.
 
     Args:
-        connection: read-only; a transaction begins.
+        log: a transaction begins in it.
         until: a position in digits, a time, or None for the head.
         archives: of the ledger, all of them, in any order.
 
@@ -293,32 +260,31 @@ def replay(
         OSError: an archive cannot be read.
     """
     if not archives:
-        connection.execute("BEGIN")
-        moment = _find_moment(connection, until)
-        return moment, state_at_moment(connection, moment, from_base=True)
-    proof = _prove_archives(connection, archives)
-    connection.execute("BEGIN")  # not earlier: it keeps the writer from beginning its write-ahead log anew
-    if read_base(connection) != proof.files[-1].proved:
+        log.begin()
+        moment = _find_moment(log, until)
+        return moment, log.state_at(moment)
+    proof = _prove_archives(log, archives)
+    log.begin()  # not earlier: it keeps the writer from beginning its write-ahead log anew
+    if log.base() != proof.files[-1].proved:
         raise LogUnavailable("events were archived meanwhile: give that archive, too")
     try:
-        moment = _find_moment(connection, until)
+        moment = _find_moment(log, until)
     except Archived:
-        return _replay_archives(connection, proof, until or "")
+        return _replay_archives(log, proof, until or "")
     if moment.position == 0:
         return moment, State()
     state, _ = fold_archives(proof.files)
     if moment.recorded_at is None:
         moment = replace(moment, recorded_at=state.recorded_at)
-    for page in read_pages(connection, state.position, moment.position):
-        fold_page(state, page)
+    log.fold_onto(state, moment.position)
     return moment, state
 
 
-def _prove_archives(connection: sqlite3.Connection, archives: Sequence[Path]) -> ArchiveProof:
-    base = read_base(connection)
+def _prove_archives(log: LogReader, archives: Sequence[Path]) -> ArchiveProof:
+    base = log.base()
     if base.position == 0:
         raise NothingThere("this ledger has no archived events: leave --archive out")
-    proof = check_archives(archives, base, list_archives(connection))
+    proof = check_archives(archives, base, log.archives())
     if proof.finding is not None:
         raise InvalidArchive(proof.finding, proof.at or proof.files[-1].path)
     if proof.after.position:
@@ -328,15 +294,11 @@ def _prove_archives(connection: sqlite3.Connection, archives: Sequence[Path]) ->
     return proof
 
 
-def _find_moment(connection: sqlite3.Connection, until: str | None) -> Moment:
-    """Return the moment, with the state of the server; without `until` it is now."""
-    now = format_timestamp(utc_now())
-    moment = replace(head_moment(connection), time=now) if until is None else moment_at(connection, until)
-    time = min(moment.time, now) if moment.time is not None else None
-    return replace(moment, server=presence_at(connection, moment.position, time))
+def _find_moment(log: LogReader, until: str | None) -> Moment:
+    return log.find_moment(until, format_timestamp(utc_now()))
 
 
-def _replay_archives(connection: sqlite3.Connection, proof: ArchiveProof, until: str) -> tuple[Moment, State]:
+def _replay_archives(log: LogReader, proof: ArchiveProof, until: str) -> tuple[Moment, State]:
     """Return the state at a moment before the base, or at the base itself."""
     time = None
     if until.isdigit():
@@ -345,15 +307,15 @@ def _replay_archives(connection: sqlite3.Connection, proof: ArchiveProof, until:
     else:
         time = parse_time(until)
         state, _ = fold_archives(proof.files, ends=lambda event: event.recorded_at > time)
-    server = _archived_presence(connection, proof.files, state.position, time)
+    server = _archived_presence(log, proof.files, state.position, time)
     return Moment(state.position, state.recorded_at or None, time, server), state
 
 
 def _archived_presence(
-    connection: sqlite3.Connection, files: Sequence[FileAudit], position: int, time: str | None
+    log: LogReader, files: Sequence[FileAudit], position: int, time: str | None
 ) -> Presence:
     """Return the state of the server at a moment before the base."""
-    before, after = None, find_server_event(connection, 0, after=True)
+    before, after = None, log.first_server_event()
     for _, row in _rows(files):
         if '"type":"Server' in row.body and isinstance((event := decode_event(row.body)).data, OF_SERVER):
             if row.position <= position:

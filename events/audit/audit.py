@@ -6,41 +6,22 @@ give it, and a comparison with exports and with a head that somebody kept.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from events.audit.archivechain import (
-    ArchivedRange,
-    ArchiveProof,
-    check_archives,
-    compare_with_base,
-    find_archived_hash,
-    list_archives,
-)
+from events.audit.archivechain import ArchiveProof, check_archives, compare_with_base, find_archived_hash
 from events.audit.exportreader import FileAudit
 from events.audit.files import printable_name
 from events.audit.kepthead import find_rollback
-from events.audit.verify import Expected, Finding, FindingKind, Verification, verify_connection
+from events.audit.verify import Expected, Finding, FindingKind, Verification, verify_ledger
+from events.codec import GENESIS
 from events.errors import Archived, ArchiveMissing, NothingThere
-from events.sqlite import queries
-from events.sqlite.queries import hash_at, read_base
-from events.sqlite.readonly import lacks_wal, open_read_only, refuse_incomplete
-from events.sqlite.schema import schema_difference
-from events.sqlite.snapshots import read_base_state
+from events.sqlite.proof import ProofReader, open_proof_reader
+from events.sqlite.readonly import lacks_wal
 from events.state import State
+from events.storage import ArchivedRange
 from events.types import LogBase
-
-_NOT_ABOUT_CONTENT = {
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_INTERRUPT,
-}
-"""Errors of SQLite that are not about the content of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,35 +132,34 @@ def _audit_own_file(
     anew.
     """
     without_wal = lacks_wal(path)
-    with open_read_only(path) as connection:
-        connection.text_factory = bytes
-        connection.execute("BEGIN")
-        damage = _damage(connection)
-        verification = verify_connection(connection, path)
-        found = Audit(read_base(connection), verification, damage, None, schema=schema_difference(connection))
+    with open_proof_reader(path) as ledger:
+        damage = ledger.find_damage()
+        verification = verify_ledger(ledger)
+        base, schema = ledger.base() or LogBase(0, GENESIS), ledger.find_schema_difference()
+        found = Audit(base, verification, damage, None, schema=schema)
         if verification.verified and found.schema is None and without_wal and expected is None:
-            refuse_incomplete(connection, path)
+            ledger.refuse_incomplete()
         if not verification.verified:
             return found, None
-        found = replace(found, archives=list_archives(connection) if found.base.position else ())
-        if with_archives and found.base.position == 0:
+        found = replace(found, archives=ledger.archives(base) if base.position else ())
+        if with_archives and base.position == 0:
             raise NothingThere(
                 "this ledger has no archived events: its log begins with the first event. Verify files by "
                 "themselves, with `loadledger verify FILE`"
             )
         found = replace(
             found,
-            unexpected=_compare_with_head(connection, found, expected, with_archives=with_archives),
+            unexpected=_compare_with_head(ledger, found, expected, with_archives=with_archives),
             compared=tuple(  # if the last hash of a file is the chain's, so are all events before it
                 (
                     each.path,
-                    _compare_with_log(connection, found, Expected(each.proved.position, each.proved.hash)),
+                    _compare_with_log(ledger, found, Expected(each.proved.position, each.proved.hash)),
                 )
                 for each in files
                 if not _is_behind(each, found)
             ),
         )
-        return found, read_base_state(connection, found.base.position) if found.finding is None else None
+        return found, ledger.base_state(base) if found.finding is None else None
 
 
 def _compare_with_kept_head(data: Path, path: Path, found: Audit) -> Finding | None:
@@ -190,26 +170,14 @@ def _compare_with_kept_head(data: Path, path: Path, found: Audit) -> Finding | N
     return Finding(found.verification.position, reason, FindingKind.EXPECTATION)
 
 
-def _damage(connection: sqlite3.Connection) -> str | None:
-    """Return the first problem that SQLite's integrity check finds, or None."""
-    try:
-        (said,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        if isinstance(error, sqlite3.Error) and queries.kind_of(error) in _NOT_ABOUT_CONTENT:
-            raise
-        return str(error)
-    text = str(said, "utf-8", "replace")
-    return None if text == "ok" else text
-
-
 def _compare_with_head(
-    connection: sqlite3.Connection, found: Audit, expected: Expected | None, *, with_archives: bool
+    ledger: ProofReader, found: Audit, expected: Expected | None, *, with_archives: bool
 ) -> Finding | None:
     """Compare with the expected head; positions before the base are left to the archives."""
     if expected is None:
         return None
     if expected.position >= found.base.position:
-        return _compare_with_log(connection, found, expected)
+        return _compare_with_log(ledger, found, expected)
     if with_archives:
         return None
     raise _archived_error(found.base, found)
@@ -244,10 +212,10 @@ def _compare_with_archives(found: Audit, file: FileAudit) -> Finding | None:
     return Expected(end.position, end.hash).compare(digest)
 
 
-def _compare_with_log(connection: sqlite3.Connection, found: Audit, expected: Expected) -> Finding | None:
+def _compare_with_log(ledger: ProofReader, found: Audit, expected: Expected) -> Finding | None:
     """Compare with a stored hash, which the chain has proved."""
     head = found.verification.position
     if expected.position > head:
         problem = f"the log ends at position {head}, {expected.position} was expected"
         return Finding(head + 1, problem, FindingKind.EXPECTATION)
-    return expected.compare(hash_at(connection, found.base, expected.position))
+    return expected.compare(ledger.hash_at(expected.position))

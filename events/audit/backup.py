@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from events.audit.audit import Audit, audit
 from events.audit.files import open_draft, publish
 from events.errors import DataInUse, LedgerDamaged, WrongTarget
-from events.sqlite.readonly import open_read_only
+from events.sqlite.readonly import copy_ledger
 
 
 def back_up(path: Path, target: Path) -> Audit:
@@ -33,7 +32,7 @@ def back_up(path: Path, target: Path) -> Audit:
     """
     _refuse_leftovers(target)
     with _lock_folder(target.parent), open_draft(target) as draft:
-        _copy(path, draft)
+        copy_ledger(path, draft)
         found = audit(draft)
         if found.finding is not None:
             raise LedgerDamaged(
@@ -43,15 +42,6 @@ def back_up(path: Path, target: Path) -> Audit:
         _refuse_leftovers(target)
         publish(draft, target, replace=True)
         return found
-
-
-def _copy(path: Path, draft: Path) -> None:
-    with (
-        open_read_only(path, problem="cannot be copied", refuses_incomplete=True) as source,
-        closing(sqlite3.connect(f"{draft.absolute().as_uri()}?mode=rw", uri=True)) as copy,
-    ):
-        source.backup(copy)  # in one step: in several, each commit of the server would begin it anew
-        copy.execute("PRAGMA journal_mode = DELETE")
 
 
 def _refuse_leftovers(target: Path) -> None:

@@ -14,17 +14,14 @@ CloudEvent a line instead, for other programs; loadledger does not read those fi
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from events.audit.signing import Sign, SignedHead, Statement, key_id
 from events.codec import hash_body
 from events.errors import Archived, LedgerDamaged, NothingThere
-from events.sqlite.queries import hash_at, read_base, read_pages
-from events.sqlite.readonly import open_read_only
+from events.sqlite.proof import LogReader, open_log_reader
 from events.storage import Row
 from events.types import SYSTEM, LogBase
 
@@ -67,57 +64,71 @@ def export(
         LedgerDamaged: `ledger_damaged`, naming the position.
         LogUnavailable: `log_unavailable`, the file cannot be read.
     """
-    with open_read_only(path, refuses_incomplete=True) as connection:
-        yield from export_of(connection, form, sign, after=after, until=until)
+    with open_log_reader(path, refuses_incomplete=True) as log:
+        yield from export_of(log, form, sign, after=after, until=until)
 
 
 def export_of(
-    connection: sqlite3.Connection, form: ExportFormat, sign: Sign, *, after: int | None, until: int | None
+    log: LogReader, form: ExportFormat, sign: Sign, *, after: int | None, until: int | None
 ) -> Iterator[bytes]:
-    """Yield what `export` does, from an open connection."""
-    base = read_base(connection)
-    first, last = _bounds(connection, base, after, until)
-    digest = hash_at(connection, base, first)
-    if opening := form.first(LogBase(first, digest)):
+    """Yield what `export` does, from an open log."""
+    base = log.base()
+    first, last = _bounds(log, after, until)
+    start = LogBase(first, log.hash_at(first))
+    rows, recorded_at = log.rows(first, last), log.recorded_at(last)
+    return export_rows(rows, form, sign, base=base, after=start, until=last, recorded_at=recorded_at)
+
+
+def export_rows(
+    rows: Iterable[Row],
+    form: ExportFormat,
+    sign: Sign,
+    *,
+    base: LogBase,
+    after: LogBase,
+    until: int,
+    recorded_at: str,
+) -> Iterator[bytes]:
+    """Yield the lines of the events of any log, and the signed head at their end.
+
+    Args:
+        rows: the events after `after` up to and with `until`; it is checked that they are these.
+        form: of the lines.
+        sign: signs the head at `until`.
+        base: of the log.
+        after: the position and hash before the first row.
+        until: the position of the last row.
+        recorded_at: when that was recorded; empty for position 0, and for the base.
+
+    Raises:
+        LedgerDamaged: `ledger_damaged`, naming the position.
+    """
+    if opening := form.first(after):
         yield opening
-    for row in _rows_between(connection, first, last):
-        previous, digest = digest, hash_body(digest, row.body)
-        if digest != row.hash:
-            raise LedgerDamaged(f"the event at position {row.position} was changed; `verify` says more")
-        yield form.event(row, previous)
-    yield form.last(sign(Statement(last, digest, _recorded_at(connection, last), base)))
-
-
-def _rows_between(connection: sqlite3.Connection, after: int, until: int) -> Iterator[Row]:
-    """Yield the events after one position up to and with another, and check that none is missing."""
-    for position, body, digest in chain.from_iterable(read_pages(connection, after, until)):
-        if position != after + 1:
+    position, digest = after.position, after.hash
+    for row in rows:
+        if row.position != position + 1:
             break
-        after = position
-        yield Row(position, body, digest)
-    if after < until:
-        raise LedgerDamaged(f"the event at position {after + 1} is missing; `verify` says more")
+        position, previous, digest = position + 1, digest, hash_body(digest, row.body)
+        if digest != row.hash:
+            raise LedgerDamaged(f"the event at position {position} was changed; `verify` says more")
+        yield form.event(row, previous)
+    if position != until:
+        raise LedgerDamaged(f"the event at position {position + 1} is missing; `verify` says more")
+    yield form.last(sign(Statement(until, digest, recorded_at, base)))
 
 
-def _bounds(
-    connection: sqlite3.Connection, base: LogBase, after: int | None, until: int | None
-) -> tuple[int, int]:
-    (head,) = connection.execute("SELECT max(position) FROM events").fetchone()
-    head = base.position if head is None else head
-    first, last = base.position if after is None else after, head if until is None else until
-    if first < base.position:
-        problem = f"events up to position {base.position} were archived: export what is after them"
-        raise Archived(problem, base.position + 1, head)
+def _bounds(log: LogReader, after: int | None, until: int | None) -> tuple[int, int]:
+    base, head = log.bounds()
+    first, last = base if after is None else after, head if until is None else until
+    if first < base:
+        problem = f"events up to position {base} were archived: export what is after them"
+        raise Archived(problem, base + 1, head)
     if not first <= last <= head:
         raise NothingThere(
             f"there are no events from after position {first} to {last}: the log ends at position {head}"
         )
     return first, last
-
-
-def _recorded_at(connection: sqlite3.Connection, position: int) -> str:
-    row = connection.execute("SELECT recorded_at FROM events WHERE position = ?", (position,)).fetchone()
-    return "" if row is None else str(row[0])
 
 
 def _line(members: dict[str, object]) -> bytes:

@@ -14,8 +14,7 @@ from pathlib import Path
 from events.audit.files import write_file
 from events.audit.signing import SignedHead, as_signed_head
 from events.errors import LedgerProblem
-from events.sqlite.queries import read_base, read_head
-from events.sqlite.readonly import open_read_only
+from events.sqlite.proof import open_log_reader
 from events.storage import LogHead
 from events.types import RollbackAccepted
 
@@ -85,19 +84,14 @@ def _compare(ledger: Path, kept: SignedHead) -> tuple[LogHead, str | None]:
     position, digest = kept.statement.position, kept.statement.hash
     if not ledger.exists() or ledger.stat().st_size == 0:
         return LogHead(), f"the ledger is empty, and its last signed head was at position {position}"
-    with open_read_only(ledger) as connection:
-        base, head = read_base(connection), read_head(connection)
+    with open_log_reader(ledger) as log:
+        base, head = log.base(), log.head()
         if position > head.position:
             shorter = f"the ledger ends at position {head.position}"
             return head, f"{shorter}, and its last signed head was at position {position}"
-        row = connection.execute(
-            "SELECT hash FROM events WHERE position = :at"
-            " UNION ALL SELECT hash FROM base WHERE position = :at"
-            " UNION ALL SELECT hash FROM archives WHERE last_position = :at LIMIT 1",
-            {"at": position},
-        ).fetchone()
-    if row is None and position < base.position:  # it is within an archive
+        found = log.find_hash(position)
+    if found is None and position < base.position:  # it is within an archive
         return head, None
-    if row is None or row[0] != digest:
+    if found != digest:
         return head, f"the ledger's event at position {position} is not the one that was signed"
     return head, None

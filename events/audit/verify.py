@@ -6,7 +6,6 @@ The log is read once, in order. The result names the first position that is wron
 from __future__ import annotations
 
 import re
-import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,27 +13,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
-from events.audit.projections import NEVER, StoredProjections
 from events.codec import GENESIS, CanonicalCheck, decode_event
 from events.jobs import Job
-from events.sqlite import queries, storage
-from events.sqlite.readonly import open_read_only
-from events.sqlite.schema import check_readable
-from events.sqlite.snapshots import is_base_state_whole, read_base_state
+from events.sqlite.projections import NEVER, StoredProjections
+from events.sqlite.proof import ProofReader, open_proof_reader, storage_errors
 from events.state import Entities, State
+from events.storage import ArchivedRange, RawRow, StorageDamaged, StorageError
 from events.types import Event, LogBase
 
 PAGE = 200
 """Events that take each step together: the processor's caches then hold the code of one step, not of all. It
 takes a sixth less time than event by event (measured)."""
 
-_ARCHIVES_SINCE = 4
-"""The schema from which on the ledger lists its archives."""
-
 _EXPECTED = re.compile(r"(\d{1,19}):([0-9a-fA-F]{64})", re.ASCII)
-
-Row = tuple[int, bytes, bytes]
-"""The position, body and hash of an event, as they are stored."""
 
 T = TypeVar("T")
 
@@ -77,8 +68,8 @@ class Verification:
 
     Attributes:
         finding: the first problem; None if there is none.
-        compared: False if another release's folds made the stored projections; they are rebuilt before
-            anything uses them, so they were not compared.
+        compared: False if there are no stored projections to compare, or if another release's folds made
+            them: then they are rebuilt before anything uses them.
     """
 
     events: int
@@ -130,6 +121,7 @@ class CheckedFold:
     """
 
     def __init__(self, base: LogBase, state: State, stored: StoredProjections | None = None) -> None:
+        self._base = base
         self.position, self.hash, self._recorded_at = base.position, base.hash, ""
         self.stored = stored
         known = sorted(state.jobs.values(), key=lambda job: job.created_position)
@@ -145,12 +137,8 @@ class CheckedFold:
             if base.position == self._compare_at:
                 self._compare_snapshot(stored)
 
-    def follow(self, rows: Iterable[Row]) -> Finding | None:
-        """Read the rows of the log up to the first problem, and return it.
-
-        Raises:
-            sqlite3.Error: the rows cannot be read.
-        """
+    def follow(self, rows: Iterable[RawRow]) -> Finding | None:
+        """Read the rows of the log up to the first problem, and return it; raise what reading them raises."""
         for page in _pages(rows):
             hashed, finding = _take_until_problem(self._hash_rows(page), None)
             events, finding = _take_until_problem(self._read(hashed), finding)
@@ -164,7 +152,7 @@ class CheckedFold:
                 return finding
         return None
 
-    def _hash_rows(self, page: Iterable[Row]) -> Iterator[Row]:
+    def _hash_rows(self, page: Iterable[RawRow]) -> Iterator[RawRow]:
         """Yield rows that follow one another, with the hash of the previous hash and the body."""
         before, previous = self.position, self.hash
         for row in page:
@@ -182,7 +170,7 @@ class CheckedFold:
             yield row
             before, previous = position, digest
 
-    def _read(self, rows: Iterable[Row]) -> Iterator[Event]:
+    def _read(self, rows: Iterable[RawRow]) -> Iterator[Event]:
         """Yield the events that are in the canonical form."""
         holds = self._canonical.holds
         for position, body, _ in rows:
@@ -200,7 +188,7 @@ class CheckedFold:
                 raise VerificationError(position, "the body is not in the canonical form", FindingKind.EVENT)
             yield event
 
-    def _fold_events(self, found: Iterable[tuple[Row, Event]]) -> Iterator[Job]:
+    def _fold_events(self, found: Iterable[tuple[RawRow, Event]]) -> Iterator[Job]:
         """Apply events, and yield the jobs that ended with them."""
         apply, touch = self.entities.apply, self._touched.add
         for (position, _, digest), event in found:
@@ -221,21 +209,26 @@ class CheckedFold:
             if ended is not None:
                 yield ended
 
+    def result(self, finding: Finding | None, *, compared: bool) -> Verification:
+        """Return the result so far, with a finding and whether stored projections were compared."""
+        events = self.position - self._base.position
+        return Verification(events, self.position, self.hash, finding, compared)
+
     def _compare_snapshot(self, stored: StoredProjections) -> None:
         stored.snapshots.compare(self.position, self.entities)
         self._compare_at = stored.snapshots.next
 
 
-def _pages(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _pages(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
     """Yield the rows in pages; if reading fails, first yield the rows before that."""
-    page = list[Row]()
+    page = list[RawRow]()
     try:
         for row in rows:
             page.append(row)
             if len(page) == PAGE:
                 yield page
                 page = []
-    except sqlite3.Error:
+    except Exception:
         yield page
         raise
     yield page
@@ -259,75 +252,86 @@ def _is_utf_8(body: bytes) -> bool:
         return False
 
 
+def verify_rows(base: LogBase, state: State, rows: Iterable[RawRow]) -> Verification:
+    """Verify the events of any log after its base, where the live state is known; there are no projections.
+
+    Raises what reading the rows raises.
+    """
+    fold = CheckedFold(base, state)
+    return fold.result(fold.follow(rows), compared=False)
+
+
 def verify(path: Path) -> Verification:
     """Verify the ledger at `path`, read-only and in one snapshot; works beside a running server.
 
-    Memory grows with the models and unended jobs, not with the log. Raises as `open_read_only` does.
+    Memory grows with the models and unended jobs, not with the log. Raises as `open_proof_reader` does.
     """
-    with open_read_only(path) as connection:
-        connection.text_factory = bytes
-        connection.execute("BEGIN")
-        return verify_connection(connection, path)
+    with open_proof_reader(path) as ledger:
+        return verify_ledger(ledger)
 
 
-def verify_connection(connection: sqlite3.Connection, path: Path) -> Verification:
-    """Verify as `verify` does, in the transaction of a connection that returns text as bytes."""
-    row = connection.execute("SELECT position, hash FROM base").fetchone()
-    if row is None or not (isinstance(row[0], int) and isinstance(row[1], bytes)):
+def verify_ledger(ledger: ProofReader) -> Verification:
+    """Verify an open ledger as `verify` does."""
+    base = ledger.base()
+    if base is None:
         return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", FindingKind.BASE))
-    base = LogBase(*row)
     fold = CheckedFold(base, State(base.position))
     finding, compared = None, True
     try:
-        compared = storage.is_current(connection)
-        fold = _fold_at_base(connection, base, compared=compared)
-        rows = connection.execute("SELECT position, body, hash FROM events ORDER BY position")
-        finding = fold.follow(rows)
-        if finding is None:
-            _check_base(connection, base)
-            _check_projections(fold)
-            _check_length(connection, path, fold.position)
+        with storage_errors():
+            compared = ledger.is_current()
+            fold = _fold_at_base(ledger, base, compared=compared)
+            finding = fold.follow(ledger.rows())
+            if finding is None:
+                _check_base(ledger, base)
+                _check_projections(fold)
+                _check_length(ledger, fold.position)
     except VerificationError as bad:
         finding = bad.finding
-    except sqlite3.DatabaseError as error:
-        if queries.kind_of(error) != sqlite3.SQLITE_CORRUPT:
-            raise
+    except StorageDamaged as error:
         finding = Finding(fold.position + 1, f"the file is damaged: {error}", FindingKind.DAMAGED)
-    return Verification(fold.position - base.position, fold.position, fold.hash, finding, compared)
+    return fold.result(finding, compared=compared)
 
 
-def _fold_at_base(connection: sqlite3.Connection, base: LogBase, *, compared: bool) -> CheckedFold:
+def _fold_at_base(ledger: ProofReader, base: LogBase, *, compared: bool) -> CheckedFold:
     """Return the fold at the base; `compared` says whether it compares the stored projections."""
     try:
-        state = read_base_state(connection, base.position)
-        return CheckedFold(base, state, StoredProjections(connection, base.position) if compared else None)
-    except sqlite3.Error:
+        with storage_errors():
+            state = ledger.base_state(base)
+            return CheckedFold(base, state, ledger.projections(base) if compared else None)
+    except StorageError:
         raise
     except Exception as error:  # noqa: BLE001 - a forged state may raise anything
         problem = f"the stored state at the base is damaged: {error!r}"
         raise VerificationError(base.position, problem, FindingKind.BASE) from None
 
 
-def _check_base(connection: sqlite3.Connection, base: LogBase) -> None:
+def _check_base(ledger: ProofReader, base: LogBase) -> None:
     """Check that the listed archives lead from the first event to the base, and the stored state there."""
+    check_listed(ledger.archives(base), base)
+    if not ledger.is_base_state_whole(base):
+        problem = "the stored state at the base was changed"
+        raise VerificationError(base.position, problem, FindingKind.BASE)
+
+
+def check_listed(archives: Iterable[ArchivedRange], base: LogBase) -> None:
+    """Check that archives, in order, lead from the first event to the base.
+
+    Raises:
+        VerificationError: they do not.
+    """
     end = LogBase(0, GENESIS)
-    if base.position or check_readable(connection) >= _ARCHIVES_SINCE:
-        for first, last, digest in connection.execute(
-            "SELECT first_position, last_position, hash FROM archives ORDER BY last_position"
-        ):
-            if first != end.position + 1:
-                problem = f"the listed archives do not have position {end.position + 1}"
-                raise VerificationError(base.position, problem, FindingKind.BASE)
-            if not isinstance(last, int):
-                problem = "the listed archives do not end with a position"
-                raise VerificationError(base.position, problem, FindingKind.BASE)
-            end = LogBase(last, digest)
+    for each in archives:
+        if each.first_position != end.position + 1:
+            problem = f"the listed archives do not have position {end.position + 1}"
+            raise VerificationError(base.position, problem, FindingKind.BASE)
+        if type(each.last_position) is not int:  # a forged ledger may have any type
+            problem = "the listed archives do not end with a position"
+            raise VerificationError(base.position, problem, FindingKind.BASE)
+        end = LogBase(each.last_position, each.hash)
     if end != base:
         problem = f"the listed archives end at position {end.position}, the log begins after {base.position}"
         raise VerificationError(base.position, f"{problem}, or with another hash", FindingKind.BASE)
-    if not is_base_state_whole(connection, base.position):
-        problem = "the stored state at the base was changed"
-        raise VerificationError(base.position, problem, FindingKind.BASE)
 
 
 def _check_projections(fold: CheckedFold) -> None:
@@ -336,8 +340,6 @@ def _check_projections(fold: CheckedFold) -> None:
         raise VerificationError(*difference, FindingKind.PROJECTIONS)
 
 
-def _check_length(connection: sqlite3.Connection, path: Path, position: int) -> None:
-    """Check the file's length: SQLite reads a truncated last page as zeros; it finds missing pages itself."""
-    (page_size,) = connection.execute("PRAGMA page_size").fetchone()
-    if path.stat().st_size % page_size:
+def _check_length(ledger: ProofReader, position: int) -> None:
+    if ledger.is_cut_off():
         raise VerificationError(position, "the file is damaged: its end is missing", FindingKind.DAMAGED)

@@ -11,4 +11,6 @@ states (`history`), in short transactions, so that the write-ahead log can be be
 - `listing`, `history`: what the server reads, now and at a past moment
 - `datalock`: one process per data directory and file
 - `snapshots`: snapshots for time travel, and the state at the base
+- `proof`, `projections`: what `events.audit` reads; comparison of the stored projections with a fold
+- `archiving`: removing archived events
 """

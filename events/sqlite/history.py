@@ -240,7 +240,7 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
         BeyondHead: `beyond_head`.
         Archived: `archived`, with the `oldest` position that can be read, and the `head`.
     """
-    base, head = _bounds(connection)
+    base, head = bounds(connection)
     if re.fullmatch(r"\d{1,19}", at, re.ASCII):
         return _at_position(connection, int(at), base, head)
     time = parse_time(at)
@@ -258,7 +258,7 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
 
 def head_moment(connection: sqlite3.Connection) -> Moment:
     """Return the moment of the last event."""
-    base, head = _bounds(connection)
+    base, head = bounds(connection)
     return _at_position(connection, head, base, head)
 
 
@@ -306,7 +306,8 @@ def _at_position(connection: sqlite3.Connection, position: int, base: int, head:
     return Moment(position, row[0] if row is not None else None)
 
 
-def _bounds(connection: sqlite3.Connection) -> tuple[int, int]:
+def bounds(connection: sqlite3.Connection) -> tuple[int, int]:
+    """Return the positions of the base and of the last event; they are the same for a log without events."""
     base = read_base(connection).position
     (head,) = connection.execute("SELECT coalesce(max(position), ?) FROM events", (base,)).fetchone()
     return base, int(head)

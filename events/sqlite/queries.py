@@ -15,7 +15,7 @@ from events.jobs import Job, JobStatus
 from events.models import Model
 from events.sqlite.schema import check_readable, transaction
 from events.state import Changes, State
-from events.storage import LogHead, Row
+from events.storage import ArchivedRange, LogHead, Row
 from events.tokens import OF_TOKENS, Token
 from events.types import LogBase
 
@@ -27,6 +27,9 @@ LAST = 2**63 - 1
 
 _SEEN_SINCE = 7
 """The schema from which on the server notes that it is there."""
+
+_FOLDS_SINCE = 7
+"""The schema from which on an archive's row has the folds of the state at its end."""
 
 TOKENS_SINCE = 8
 """The schema from which on there are tokens."""
@@ -69,6 +72,30 @@ def read_base(connection: sqlite3.Connection) -> LogBase:
     """Return the base of the log; a missing one, which `verify` reports, reads as 0."""
     row = connection.execute("SELECT position, hash FROM base").fetchone()
     return LogBase(0, bytes(32)) if row is None else LogBase(*row)
+
+
+def find_hash(connection: sqlite3.Connection, position: int) -> bytes | None:
+    """Return the hash at a position of the log, or at the end of an archive; None if none is known."""
+    row: tuple[bytes] | None = connection.execute(
+        "SELECT hash FROM events WHERE position = :at"
+        " UNION ALL SELECT hash FROM base WHERE position = :at"
+        " UNION ALL SELECT hash FROM archives WHERE last_position = :at LIMIT 1",
+        {"at": position},
+    ).fetchone()
+    return None if row is None else row[0]
+
+
+def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
+    """Return the archives that a ledger lists, in the order of their positions."""
+    folds = "folds" if check_readable(connection) >= _FOLDS_SINCE else "0"
+    found = connection.execute(
+        "SELECT first_position, last_position, hash, CAST(file AS BLOB),"  # noqa: S608 - literals above
+        f" {folds} FROM archives ORDER BY last_position"
+    )
+    return tuple(
+        ArchivedRange(first, last, digest, (file or b"").decode(errors="replace"), folds)
+        for first, last, digest, file, folds in found
+    )
 
 
 def hash_at(connection: sqlite3.Connection, base: LogBase, position: int) -> bytes:

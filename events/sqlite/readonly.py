@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from events.errors import IncompleteCopy, LogUnavailable
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, refuse_foreign, release_cursors
+from events.storage import StorageError
 from events.tokens import OF_TOKENS
 from events.types import ServerStopped
 
@@ -58,8 +59,21 @@ def open_read_only(
             if without_wal:
                 refuse_incomplete(connection, path)
             yield connection
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote damaged content
+    except (sqlite3.Error, StorageError, UnicodeDecodeError) as error:  # messages quote damaged content
         raise LogUnavailable(f"the ledger {path.name} {problem}: {error}") from error
+
+
+def copy_ledger(path: Path, draft: Path) -> None:
+    """Copy a ledger, as it is at one moment, into the existing file `draft`, as one complete file.
+
+    Raises as `open_read_only` does; a copy that may lack its newest events is refused.
+    """
+    with (
+        open_read_only(path, problem="cannot be copied", refuses_incomplete=True) as source,
+        closing(sqlite3.connect(f"{draft.absolute().as_uri()}?mode=rw", uri=True)) as copy,
+    ):
+        source.backup(copy)  # in one step: in several, each commit of the server would begin it anew
+        copy.execute("PRAGMA journal_mode = DELETE")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

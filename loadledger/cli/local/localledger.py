@@ -112,7 +112,7 @@ def audit_members(found: Audit) -> dict[str, Any]:
         "integrity": found.damage or "ok",
         "projections_compared": verification.compared,
         "finding": _finding(finding, found.at),
-        "archives": [asdict(each) for each in found.archives],
+        "archives": [each.members() for each in found.archives],
         "proved_after": (found.base if behind is None else behind.after).position,
         "base_state_proved": found.base.position == 0 if behind is None else behind.is_folded,
     }

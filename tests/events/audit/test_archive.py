@@ -21,19 +21,19 @@ from support.history import FEWER, START, opened, write
 
 from events.audit import archive as module
 from events.audit.archive import ArchiveResult, archive
-from events.audit.archivechain import ArchivedRange
 from events.audit.audit import audit
 from events.audit.exportreader import ExportReader, audit_file, read_lines
 from events.audit.verify import FindingKind, verify
 from events.clock import format_timestamp
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.sqlite import history, snapshots, storage
+from events.sqlite.archiving import ArchivingLedger
 from events.sqlite.history import InvalidMoment
 from events.sqlite.queries import as_text, read_base
-from events.sqlite.schema import connect, schema_of, transaction
+from events.sqlite.schema import connect, schema_of
 from events.sqlite.snapshots import base_state_digest, read_base_state
 from events.state import State
-from events.storage import Row
+from events.storage import ArchivedRange, Row
 from events.types import LogBase
 
 LATER = START + timedelta(days=30)
@@ -84,7 +84,7 @@ def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
             assert done.jobs == len(jobs - job_ids(path))
             assert audit_file(file).after == LogBase(len(gone), gone[-1].hash if gone else bytes(32))
             gone += rows_in(file)
-            listed.append(ArchivedRange(first, cut - 1, file.name, storage.FOLDS))
+            listed.append(ArchivedRange(first, cut - 1, gone[-1].hash, file.name, storage.FOLDS))
         left = [Row(*row) for row in ledgers.rows_of(path)]
         assert gone + left == ROWS
         found = audit(path)
@@ -191,12 +191,13 @@ def test_remaining_ledger_is_verified_before_the_commit() -> None:
             " BEGIN UPDATE jobs SET body = replace(body, 'alice', 'mallory'); END"
         )
         base, now = read_base(connection), format_timestamp(LATER)
-        check = module._write(connection, base, 19, path.with_name("archive.gz"), ledgers.SIGN)
+        ledger = ArchivingLedger(connection, path)
+        check = module._write(ledger, base, 19, path.with_name("archive.gz"), ledgers.SIGN)
 
         def move() -> None:
-            with transaction(connection):
-                module._move(connection, base, check, "archive.gz", now)
-                module._refuse_invalid_rest(connection, path)
+            with ledger.transaction():
+                ledger.remove(check.proved, "archive.gz", check.sha256, now)
+                module._refuse_invalid_rest(ledger)
 
         with pytest.raises(LedgerDamaged, match="nothing was moved"):
             move()
@@ -206,13 +207,16 @@ def test_remaining_ledger_is_verified_before_the_commit() -> None:
         assert len(ledgers.rows_of(path)) == HEAD
 
 
+TRACED = ("/archive.py", "/archiving.py", "/files.py", "/snapshots.py")
+
+
 def archive_traced(path: Path, killed_at: int | None = None) -> int:
     """Archive, and return how many lines that took; this process is killed before the given one."""
     lines = 0
 
     def count(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal lines
-        if not frame.f_code.co_filename.endswith(("/archive.py", "/files.py", "/snapshots.py")):
+        if not frame.f_code.co_filename.endswith(TRACED):
             return None
         if event == "line":
             lines += 1

@@ -10,12 +10,13 @@ import pytest
 from support.history import opened, write
 from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
 
-from events.audit.export import HEAD_TYPE, JSONL, cloudevents, export
+from events.audit.export import HEAD_TYPE, JSONL, cloudevents, export, export_rows
 from events.audit.exportreader import ExportReader
 from events.audit.signing import as_signed_head
 from events.errors import LedgerDamaged, NothingThere
 from events.sqlite.queries import PAGE
 from events.storage import Row
+from events.types import LogBase
 
 LEDGER = sound_ledger()
 
@@ -77,6 +78,22 @@ def test_damaged_ledger_is_not_signed(statement: str, words: str) -> None:
         with pytest.raises(LedgerDamaged, match=words):
             lines.extend(export(path, JSONL, SIGN))
         assert not any(b'"head"' in line for line in lines)
+
+
+def test_rows_of_any_log_are_exported_as_those_of_a_file() -> None:
+    with copy_of(LEDGER) as path:
+        lines, rows = exported(path, after=3, until=7), [Row(*row) for row in rows_of(path)]
+    base, after = LogBase(0, bytes(32)), LogBase(3, rows[2].hash)
+    recorded_at = json.loads(rows[6].body)["recorded_at"]
+
+    def export_some(first: int, last: int) -> list[bytes]:
+        some = rows[first - 1 : last]
+        return list(export_rows(some, JSONL, SIGN, base=base, after=after, until=7, recorded_at=recorded_at))
+
+    assert export_some(4, 7) == lines
+    for first, last, words in ((5, 7, "position 4 is missing"), (4, 6, "position 7 is missing")):
+        with pytest.raises(LedgerDamaged, match=words):
+            export_some(first, last)
 
 
 # CloudEvents.

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,12 @@ from support.fleet import of_both
 from support.history import PLAIN, facts, opened
 from support.ledgers import change_ledger, copy_of, flip_byte, place_of, rows_of, sound_ledger
 
-from events.audit.verify import Finding, FindingKind, Verification, verify
-from events.codec import decode_event, encode_canonical
+from events.audit.verify import Finding, FindingKind, Verification, verify, verify_rows
+from events.codec import GENESIS, decode_event, encode_canonical
 from events.errors import LedgerProblem, LogUnavailable
-from events.types import Unknown
+from events.state import State
+from events.storage import StorageError
+from events.types import LogBase, Unknown
 
 
 class Row(NamedTuple):
@@ -42,7 +45,7 @@ with copy_of(LEDGER) as _path:
 """A ledger whose table of events takes whatever it is given."""
 
 
-def verify_rows(rows: list[Row]) -> Verification:
+def verify_stored(rows: list[Row]) -> Verification:
     """Verify a ledger with these events."""
     with copy_of(OPEN_LEDGER) as path:
         with closing(sqlite3.connect(path)) as connection:
@@ -75,7 +78,7 @@ async def test_sound_ledger_verifies_and_is_not_written(tmp_path: Path) -> None:
     async with opened(tmp_path / "new.db"):
         pass
     assert verify(tmp_path / "new.db") == Verification(0, 0, bytes(32), None)
-    assert verify_rows(ROWS) == Verification(HEAD, HEAD, ROWS[-1].hash, None)
+    assert verify_stored(ROWS) == Verification(HEAD, HEAD, ROWS[-1].hash, None)
     with copy_of(LEDGER) as path:
         assert verify(path) == Verification(HEAD, HEAD, ROWS[-1].hash, None)
         assert path.read_bytes() == LEDGER
@@ -114,7 +117,7 @@ def tampered(draw: st.DrawFn) -> list[Row]:
 @example([*ROWS[:3], ROWS[4]._replace(position=4), ROWS[3]._replace(position=5), *ROWS[5:]])
 def test_tampered_chain_is_found_at_the_first_position(rows: list[Row]) -> None:
     wrong = next((at for at, (row, sound) in enumerate(zip(rows, ROWS, strict=False), 1) if row != sound), 0)
-    found = verify_rows(rows)
+    found = verify_stored(rows)
     if wrong or len(rows) > HEAD:
         assert place_of(found.finding)[0] == (wrong or HEAD + 1)
         assert found.position == (wrong or HEAD + 1) - 1
@@ -154,7 +157,7 @@ def test_tampered_chain_is_found_at_the_first_position(rows: list[Row]) -> None:
     ids=lambda body: body[:60].decode(),
 )
 def test_forged_body_in_a_good_chain_is_a_finding(body: bytes) -> None:
-    assert place_of(verify_rows(with_body(5, body)).finding)[0] in {5, HEAD}
+    assert place_of(verify_stored(with_body(5, body)).finding)[0] in {5, HEAD}
 
 
 @pytest.mark.parametrize(
@@ -172,20 +175,20 @@ def test_forged_body_in_a_good_chain_is_a_finding(body: bytes) -> None:
     ids=["position", "byte", "continuation", "surrogate", "repeated key", "white space", "escapes", "float"],
 )
 def test_unreadable_body_in_a_good_chain_is_named(body: bytes, problem: str) -> None:
-    assert verify_rows(with_body(5, body)).finding == Finding(5, problem)
+    assert verify_stored(with_body(5, body)).finding == Finding(5, problem)
 
 
 def test_event_type_of_a_later_release_is_skipped() -> None:
     body = edited(HEAD, type="ModelMoved", data={"to": "gpu"})
     assert isinstance(decode_event(body.decode()).data, Unknown)
-    assert verify_rows(with_body(HEAD, body)).verified
-    skipped = verify_rows(with_body(HEAD - 1, edited(HEAD - 1, type="ModelMoved", data={})))
+    assert verify_stored(with_body(HEAD, body)).verified
+    skipped = verify_stored(with_body(HEAD - 1, edited(HEAD - 1, type="ModelMoved", data={})))
     assert place_of(skipped.finding) == (HEAD, FindingKind.PROJECTIONS)  # they knew the event
 
 
 def test_event_recorded_before_its_predecessor_is_found() -> None:
     body = ROWS[4].body.replace(b"2026-01-01T", b"2025-01-01T")
-    assert place_of(verify_rows(with_body(5, body)).finding) == (5, FindingKind.ORDER)
+    assert place_of(verify_stored(with_body(5, body)).finding) == (5, FindingKind.ORDER)
 
 
 # The tables.
@@ -268,3 +271,31 @@ async def test_verify_works_beside_a_running_log() -> None:
             assert len(heads) == 10
             assert heads == sorted(heads)
             assert verify(path) == Verification(log.head.position, log.head.position, log.head.hash, None)
+
+
+# Rows of a log that is not in a file.
+
+
+@pytest.mark.parametrize("after", [0, 1, HEAD // 2, HEAD])
+def test_rows_after_any_base_verify_from_the_state_there(after: int) -> None:
+    state = State()
+    for row in ROWS[:after]:
+        state.forget_ended(state.apply(decode_event(row.body)).jobs.values())
+    base = LogBase(after, ROWS[after - 1].hash if after else GENESIS)
+    found = verify_rows(base, state, iter(ROWS[after:]))
+    assert found == Verification(HEAD - after, HEAD, ROWS[-1].hash, None, compared=False)
+
+
+def test_changed_row_of_any_log_is_named() -> None:
+    changed = [*ROWS[:2], ROWS[2]._replace(body=edited(3, actor="mallory")), *ROWS[3:]]
+    found = verify_rows(LogBase(0, GENESIS), State(), changed)
+    assert (found.position, *place_of(found.finding)) == (2, 3, FindingKind.HASH)
+
+
+def test_failure_to_read_rows_is_no_finding() -> None:
+    def rows() -> Iterator[Row]:
+        yield from ROWS[:3]
+        raise StorageError("the connection was lost")
+
+    with pytest.raises(StorageError, match="was lost"):
+        verify_rows(LogBase(0, GENESIS), State(), rows())

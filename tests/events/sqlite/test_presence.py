@@ -13,6 +13,7 @@ from events.audit.archivechain import replay
 from events.sqlite import queries
 from events.sqlite.history import open_time_travel_reader
 from events.sqlite.presence import NOTE_EVERY_S, Presence, ServerState, presence_at
+from events.sqlite.proof import LogReader
 from events.sqlite.schema import connect
 from events.types import ServerStarted
 
@@ -74,13 +75,14 @@ def test_presence_of_live_server_is_never_unknown(connection: sqlite3.Connection
 
 
 def test_replay_without_a_moment_says_whether_server_was_seen_lately(connection: sqlite3.Connection) -> None:
-    moment, _ = replay(connection, None)
+    log = LogReader(connection)
+    moment, _ = replay(log, None)
     assert moment.server == Presence(UNKNOWN, at(2_100))
     assert NOTE_EVERY_S <= 60
     connection.rollback()
-    assert replay(connection, at(500))[0].server == Presence(UNKNOWN, at(60))
+    assert replay(log, at(500))[0].server == Presence(UNKNOWN, at(60))
     connection.rollback()
-    assert replay(connection, "4")[0].server == Presence(RUNNING, at(2))
+    assert replay(log, "4")[0].server == Presence(RUNNING, at(2))
 
 
 async def test_time_travel_says_whether_server_ran(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from support.history import FEWER, START
 from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
 
 from events.audit.archive import archive
-from events.audit.projections import StoredJobs
 from events.audit.verify import Finding, FindingKind, Verification, verify
+from events.sqlite.projections import StoredJobs
 from events.sqlite.storage import rebuild_file
 
 LEDGER = sound_ledger()
