@@ -16,6 +16,7 @@ TEST = [
     "asyncpg-stubs>=0.30",
     "axe-playwright-python>=0.1.4",
     "hypothesis>=6.150",
+    "kubernetes-validate>=1.37",  # with the schemas of 1.25 to 1.37; 108 MB
     "kserve>=0.21; python_version < '3.14'",  # it is not made for more
     "mypy==2.4.*",
     "onnx>=1.20",

@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from configparser import ConfigParser
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,60 +19,35 @@ from typing import Any
 
 import pytest
 import yaml
+from support.deployment import (
+    DEPLOY,
+    DOCKERFILE,
+    DRAIN_S,
+    ROOT,
+    drain_limit_s,
+    image_environment,
+    instructions,
+    read_valid,
+)
 from support.servers import LIMIT_S, MODULE, QUIET, clean_environment
 
 from runtime.memory import list_descendants
 from runtime.worker.landlock import find_abi
-from server.app import all_routes
-from server.config import Config, settings
-from server.configsources import read_settings
+from server.config import settings
+from server.configsources import OF_OTHERS
 from server.http.responses import TooManyConnections
-from server.routing import Access
 
-ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
-DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
 UNIT = DEPLOY / "loadledger.service"
+NODE = DEPLOY / "systemd" / "node.conf"
+"""A drop-in of the unit."""
+NODE_ENVIRONMENT = DEPLOY / "systemd" / "node.env"
 VARIABLES = {setting.variable for setting in settings()} | {"LOADLEDGER_CONFIG"}
-OTHER_VARIABLES = {"LOADLEDGER_MODELS"}
-"""Of the compose file itself."""
-PAGES = [ROOT / "docs" / name for name in ("deployment.md", "configuration.md")]
-TEXTS = [ROOT / "Dockerfile", *sorted(path for path in DEPLOY.glob("*.*") if path.is_file()), *PAGES]
-# A stop waits for handlers and then for connections, half of this each, and then ends the workers.
-DRAIN_S = Config(repository=Path(), data=Path()).drain_timeout_s
+NODE_VARIABLES = {f"LOADLEDGER_{name}" for name in ("LEDGER", "NODE_NAME", "NODE_ADDRESS", "NODE_LABELS")}
+"""Settings of a node."""
+PAGES = [ROOT / "docs" / name for name in ("deployment.md", "configuration.md", "cluster.md")]
+FILES = [path for pattern in ("*.*", "kubernetes/*", "systemd/*") for path in sorted(DEPLOY.glob(pattern))]
+TEXTS = [ROOT / "Dockerfile", *(path for path in FILES if path.is_file()), *PAGES]
 LIMITS = {"s": 1, "m": 60}
-
-
-def read_valid(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
-    values, mistakes = read_settings(flags, environment)
-    assert not mistakes
-    return Config(**values)
-
-
-def instructions(name: str) -> list[str]:
-    """Return what follows an instruction of the Dockerfile, wherever it stands."""
-    return re.findall(rf"^{name} +(.*)$", DOCKERFILE, re.MULTILINE)
-
-
-def image_environment() -> dict[str, str]:
-    """Return what the image sets."""
-    return dict(pair.split("=", 1) for line in instructions("ENV") for pair in shlex.split(line))
-
-
-def documents() -> dict[str, Any]:
-    """Return the Kubernetes objects by kind; of several of a kind the last."""
-    return {entry["kind"]: entry for entry in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
-
-
-def pod() -> dict[str, Any]:
-    found: dict[str, Any] = documents()["Deployment"]["spec"]["template"]["spec"]
-    return found
-
-
-def container() -> dict[str, Any]:
-    [found] = pod()["containers"]
-    assert isinstance(found, dict)
-    return found
 
 
 def service() -> dict[str, Any]:
@@ -80,15 +55,18 @@ def service() -> dict[str, Any]:
     return found
 
 
-def unit() -> dict[str, str]:
+def unit(path: Path = UNIT) -> dict[str, str]:
+    """Return the section `Service` of a unit or drop-in, with continued lines joined."""
     parser = ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case
-    parser.read(UNIT)
+    parser.read_string(path.read_text(encoding="utf-8").replace("\\\n", " "))
     return dict(parser["Service"])
 
 
-def public_paths() -> set[str]:
-    return {route.path for route in all_routes() if route.access is Access.PUBLIC and route.method == "GET"}
+def stop_command() -> list[str]:
+    """Return the command line of ExecStop as systemd runs it, without the prefix `-`."""
+    line = unit(NODE)["ExecStop"].removeprefix("-").replace("$$", "$").replace("%S", "/var/lib")
+    return shlex.split(line)
 
 
 # All of them
@@ -97,7 +75,7 @@ def public_paths() -> set[str]:
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_named_variables_and_options_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert set(re.findall(r"LOADLEDGER_[A-Z_]+\b", text)) <= VARIABLES | OTHER_VARIABLES
+    assert set(re.findall(r"LOADLEDGER_[A-Z_]+\b", text)) <= VARIABLES | NODE_VARIABLES | OF_OTHERS
     given = re.findall(r"loadledger serve((?: +-[^|&;#`\n]*)?)", text)
     flags = {flag for arguments in given for flag in re.findall(r"--[a-z][a-z-]+", arguments)}
     assert flags <= {setting.flag for setting in settings()} | {"--config", "--help"}
@@ -162,69 +140,6 @@ def seconds(text: str) -> int:
     return int(text[:-1]) * LIMITS[text[-1]] if text[-1] in LIMITS else int(text)
 
 
-# Kubernetes
-
-
-def test_pod_has_least_privilege() -> None:
-    spec, inner = pod(), container()["securityContext"]
-    assert spec["automountServiceAccountToken"] is False
-    assert spec["enableServiceLinks"] is False
-    context = spec["securityContext"]
-    assert context["runAsNonRoot"] is True
-    assert f"{context['runAsUser']}:{context['runAsGroup']}" == instructions("USER")[-1]
-    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert inner == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    mounts = {mount["mountPath"]: mount["name"] for mount in container()["volumeMounts"]}
-    assert {"/tmp", *json.loads(instructions("VOLUME")[0])} <= mounts.keys()
-    assert set(mounts.values()) == {volume["name"] for volume in spec["volumes"]}
-    writable = {mount["mountPath"] for mount in container()["volumeMounts"] if not mount.get("readOnly")}
-    assert writable == {"/tmp", image_environment()["LOADLEDGER_DATA"]}
-
-
-def test_probes_ask_public_routes_on_the_service_port() -> None:
-    ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
-    assert ports == {"http": int(image_environment()["LOADLEDGER_PORT"])}
-    asked = {name: container()[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
-    assert {probe["port"] for probe in asked.values()} == {"http"}
-    assert {probe["path"] for probe in asked.values()} <= public_paths()
-    assert asked["readiness"]["path"] == "/health/ready"
-    assert asked["liveness"]["path"] == "/health/live"
-    [port] = documents()["Service"]["spec"]["ports"]
-    assert port["targetPort"] == "http"
-
-
-def test_pod_labels_claims_and_limits_match() -> None:
-    objects = documents()
-    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
-    assert objects["Deployment"]["spec"]["selector"]["matchLabels"] == labels
-    assert objects["Service"]["spec"]["selector"] == labels
-    every = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
-    claims = {entry["metadata"]["name"] for entry in every if entry["kind"] == "PersistentVolumeClaim"}
-    volumes = [volume for volume in pod()["volumes"] if "persistentVolumeClaim" in volume]
-    assert {volume["persistentVolumeClaim"]["claimName"] for volume in volumes} == claims
-    asked = container()["resources"]
-    assert asked["requests"]["memory"] == asked["limits"]["memory"]
-    deployment = objects["Deployment"]["spec"]
-    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
-    assert pod()["terminationGracePeriodSeconds"] > 2 * DRAIN_S
-
-
-def test_pod_settings_are_valid(tmp_path: Path) -> None:
-    [(name, text)] = documents()["ConfigMap"]["data"].items()
-    (tmp_path / name).write_text(text)
-    environment = {entry["name"]: entry["value"] for entry in container()["env"]}
-    mounts = [mount["mountPath"] for mount in container()["volumeMounts"]]
-    path = Path(environment.pop("LOADLEDGER_CONFIG"))
-    assert path.name == name
-    assert str(path.parent) in mounts
-    config = read_valid({"config": tmp_path / name}, image_environment() | environment)
-    assert (config.data, config.log_format) == (Path("/data"), "json")
-
-
 # systemd
 
 
@@ -262,16 +177,51 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here")
-def test_systemd_finds_the_unit_valid_and_well_protected(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drop_ins", [[], [NODE]], ids=["server", "node"])
+def test_systemd_finds_the_unit_valid_and_well_protected(tmp_path: Path, drop_ins: list[Path]) -> None:
     script = Path(sys.executable).with_name("loadledger")
     path = tmp_path / UNIT.name
     path.write_text(UNIT.read_text().replace("/opt/loadledger/bin/loadledger", str(script)))
+    for drop_in in drop_ins:
+        copy = tmp_path / f"{UNIT.name}.d" / drop_in.name
+        copy.parent.mkdir()
+        copy.write_text(drop_in.read_text().replace("/opt/loadledger/bin/loadledger", str(script)))
     done = analyze("verify", "--man=no", str(path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     done = analyze("security", "--offline=yes", "--threshold=15", str(path))  # in tenths
     if "offline" in done.stderr:
         pytest.skip("this systemd-analyze checks installed units only")
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
+def test_node_unit_drains_before_it_stops() -> None:
+    said = unit(NODE)
+    shell, flag, script = stop_command()
+    assert (shell, flag) == ("/bin/sh", "-c")
+    assert unit(NODE)["ExecStop"].startswith("-")  # a drain that fails does not make the stop one
+    assert drain_limit_s(script) < int(said["TimeoutStopSec"])
+    assert f"--data {read_valid({'config': DEPLOY / 'server.toml'}, {}).data} " in script
+    program = unit()["ExecStart"].split()[0]
+    assert set(re.findall(r"(/\S+)(?= token| drain)", script)) == {program}
+    assert f"sudo install -m 0600 deploy/systemd/node.env {said['EnvironmentFile']}" in PAGES[-1].read_text()
+
+
+@pytest.mark.parametrize(("environment", "is_refused"), [({}, False), ({"MAINPID": "1"}, True)])
+def test_node_unit_drains_a_running_server_only(environment: dict[str, str], *, is_refused: bool) -> None:
+    if Path(unit()["ExecStart"].split()[0]).exists():
+        pytest.skip("loadledger is installed where the unit expects it: its server would be drained")
+    done = subprocess.run(stop_command(), env=environment, capture_output=True, timeout=60, check=False)
+    assert (done.returncode != 0) == is_refused, done.stderr
+
+
+def test_node_environment_is_valid() -> None:
+    text = NODE_ENVIRONMENT.read_text(encoding="utf-8")
+    complete = re.sub(r"^# (?=\w+=)", "", text, flags=re.MULTILINE)
+    pairs = [line.split("=", 1) for line in complete.splitlines() if line and not line.startswith("#")]
+    given = dict(pairs)
+    assert len(given) == len(pairs)
+    assert NODE_VARIABLES - given.keys() == {"LOADLEDGER_NODE_NAME"}  # node.conf has it
+    read_valid({"config": DEPLOY / "server.toml"}, given | {"LOADLEDGER_NODE_NAME": "node-1"})
 
 
 # As in a container
