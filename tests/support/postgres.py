@@ -1,8 +1,8 @@
 """Real PostgreSQL servers: started, stopped, killed, with a standby, and a database for each test.
 
-A server runs from a folder of its own in /tmp, as the user `postgres` if we are root. It has a unix socket
-for its superuser, and an address of its own in 127.0.0.0/8 for the two roles of the product. A keeper
-(`keeper.py`) kills and removes everything when the process that owns the folder ends.
+A server runs from a folder of its own, as the user `postgres` if we are root. It has a unix socket for its
+superuser, and an address of its own in 127.0.0.0/8 for the two roles of the product. A keeper (`keeper.py`)
+kills and removes everything when the process that owns the folder ends.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
 
 import asyncpg
@@ -38,14 +38,20 @@ PASSWORD = "ledger: secret"
 """Of both roles, where the server asks for one. It has to be quoted in a URL."""
 SUPERUSER = "postgres"
 
-FOLDER = Path("/tmp")
-"""Not the run's folder, which the user `postgres` may not enter; and a socket's path is short."""
+MEMORY, DISK = Path("/dev/shm"), Path("/tmp")
+"""Where a server's folder is. Not in the run's own, which the user `postgres` may not enter; and a socket's
+path is short. In memory a new database takes 20 ms, on a disk 200."""
+
+MIN_MEMORY_BYTES = 2 * 2**30
+"""A container often has 64 MB there; a server takes 50 to 300."""
 PREFIX = "loadledger-postgres-"
 
 SETTINGS = {
     "fsync": "off",  # what was written survives kill -9 of all processes, not of the machine
     "shared_buffers": "16MB",
     "max_connections": "100",
+    "max_wal_size": "128MB",
+    "min_wal_size": "32MB",
     "autovacuum": "off",  # a worker in the template of a new database makes it wait
     "dynamic_shared_memory_type": "mmap",  # in the data directory: kill -9 leaves nothing in /dev/shm
     "wal_retrieve_retry_interval": "100ms",  # of a standby whose primary starts again
@@ -53,12 +59,12 @@ SETTINGS = {
 """What differs from PostgreSQL's own; a test may change them."""
 
 Role = Literal["ledger_owner", "ledger_server"]
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Address = tuple[str, int]
 Prepare = Callable[["Database"], Awaitable[None]]
 _numbers = count(1)
 
 
-@cache
 def find_programs() -> Path | None:
     """Return the folder of `initdb`: what POSTGRES names, else Debian's newest, else what is on PATH."""
     if named := os.environ.get("POSTGRES"):
@@ -90,6 +96,14 @@ def _server_user() -> pwd.struct_passwd:
     with suppress(KeyError):
         return pwd.getpwnam("postgres")
     return pwd.getpwnam("nobody")
+
+
+@cache
+def _parent(*, on_disk: bool = False) -> Path:
+    """Return where folders of servers are."""
+    if on_disk or not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).total < MIN_MEMORY_BYTES:
+        return DISK
+    return MEMORY
 
 
 def _own(path: Path) -> None:
@@ -215,9 +229,7 @@ class PostgresServer:
             assert await superuser.fetchval("SELECT pg_promote(wait_seconds => $1)", int(LIMIT_S))
 
     @asynccontextmanager
-    async def connection(
-        self, database: str = "postgres"
-    ) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
+    async def connection(self, database: str = "postgres") -> AsyncIterator[Connection]:
         """Connect as the superuser through the socket."""
         connection = await asyncpg.connect(
             host=str(self.home), port=self.port, user=SUPERUSER, database=database, timeout=LIMIT_S
@@ -357,10 +369,10 @@ async def postgres_server(
 
     Args:
         auth: how roles that come over TCP prove who they are.
-        settings: of postgresql.conf, such as `fsync="on"`.
+        settings: of postgresql.conf. With `fsync="on"` its folder is on the disk.
     """
     require_programs()
-    home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=FOLDER))
+    home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_parent(on_disk=settings.get("fsync") == "on")))
     _own(home)
     _start_keeper(home, os.getpid())
     try:
@@ -399,7 +411,7 @@ def end_shared_server() -> None:
 
 
 def _shared_home(owner: int) -> Path:
-    return FOLDER / f"{PREFIX}{owner}"
+    return _parent() / f"{PREFIX}{owner}"
 
 
 @contextmanager
