@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from support import keeper
 from support.cutting import cutting_proxy
 from support.postgres import Address, Connection, Database, PostgresServer, postgres_server, require_programs
-from support.workers import LIMIT_S, until
+from support.workers import LIMIT_S, until, wait_gone
 
 TESTS = Path(__file__).parents[2]
 TABLE = "CREATE TABLE rows (number int PRIMARY KEY); GRANT SELECT, INSERT ON rows TO ledger_server"
@@ -23,7 +21,7 @@ from support.postgres import postgres_server
 
 async def main():
     async with postgres_server() as server:
-        print(server.home, flush=True)
+        print(server.home, server.pid, flush=True)
         await asyncio.Event().wait()
 
 asyncio.run(main())
@@ -88,13 +86,15 @@ async def test_server_and_its_folder_end_with_their_killed_owner() -> None:
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     command = (sys.executable, "-c", OWNER)
     owner = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
-    assert owner.stdout is not None
-    home = Path((await owner.stdout.readline()).decode().strip())
-    assert list(keeper.processes_in(home / "main"))
-    owner.send_signal(signal.SIGKILL)
-    await owner.wait()
-    await until(lambda: not home.exists())
-    assert not list(keeper.processes_in(home))
+    try:
+        assert owner.stdout is not None
+        home, pid = (await owner.stdout.readline()).decode().split()
+        server = os.pidfd_open(int(pid))
+    finally:
+        owner.kill()
+        await owner.wait()
+    assert await asyncio.to_thread(wait_gone, [server])
+    await until(lambda: not Path(home).exists())
 
 
 async def test_query_times_out_while_all_is_swallowed(postgres: PostgresServer) -> None:
