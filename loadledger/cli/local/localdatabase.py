@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ from events.postgres.connection import Connection, close, connect, describe_addr
 from events.postgres.schema import migrate
 from events.postgres.transfer import DatabaseReader, copy_events, open_database_reader
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, mark_replica, refuse_replica
-from events.sqlite.queries import read_base, read_head, read_pages
-from events.sqlite.readonly import open_read_only
+from events.sqlite.proof import open_log_reader
 from events.state import State
-from events.storage import Row, StorageError
+from events.storage import StorageError
 
 
 async def migrate_database(address: str, server_role: str | None, data: Path | None) -> dict[str, Any]:
@@ -64,16 +63,12 @@ async def _owned(address: str) -> AsyncIterator[Connection]:
 async def _copy(connection: Connection, path: Path) -> None:
     """Copy a ledger that verifies into the empty database."""
     _refuse_finding(audit(path).finding, f"the ledger {path.name}")
-    with open_read_only(path) as source:
-        if base := read_base(source).position:
+    with open_log_reader(path) as source:
+        source.begin()
+        if base := source.base().position:
             raise MustStay(f"events up to position {base} are archived: such a ledger cannot be copied yet")
-        await copy_events(connection, _rows(source), read_head(source))
-
-
-def _rows(source: Any) -> Iterator[Row]:
-    for page in read_pages(source, 0):
-        for position, body, digest in page:
-            yield Row(position, body, digest)
+        head = source.head()
+        await copy_events(connection, source.rows(0, head.position), head)
 
 
 def _refuse_finding(finding: Finding | None, what: str) -> None:
