@@ -3,9 +3,10 @@
 The way of a command: `log` queues it, `accept` decides it on `state`, `codec` writes the events as canonical
 JSON and chains their hashes, `sqlite.storage` commits them in one transaction, and `tail` wakes the readers.
 
-- A new event or field: `types`, then the folds in `jobs`, `models` and `tokens`, then `counters`.
+- A new event or field: `types`, then the folds in `jobs`, `models`, `tokens` and `nodes`, then `counters`.
 - What the state allows, duplicates, idempotency keys: `accept`; the commands and their queue: `commands`.
-- The live state and its transactions: `state`; group commit and failures of writing: `log`.
+- The live state, its transactions, and the part of it that a node works on: `state`; group commit and failures
+  of writing: `log`.
 - Times and ids: `clock`; refusals and failures with a code: `errors`; what the writer needs of a storage:
   `storage`.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp
@@ -19,10 +19,17 @@ from events.commands import (
     AddVersion,
     Command,
     Condition,
+    DrainNode,
     IssueToken,
     JobUnchanged,
     Join,
+    JoinNode,
+    LeaveNode,
+    LoseNode,
     ModelUnchanged,
+    NodeCommand,
+    NodeCurrent,
+    NodeUnchanged,
     Record,
     RemoveVersion,
     RequestCancel,
@@ -34,10 +41,12 @@ from events.commands import (
 )
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
+from events.nodes import NodeDraining, NodeJoined, NodeLeft, NodeLost, NodePhase
 from events.state import State
 from events.tokens import MAX_TOKENS, SignInLinkUsed, TokenRevoked, count_valid
 from events.types import (
     NEVER,
+    REPLACEMENTS,
     SETTINGS,
     SYSTEM,
     WORKER_PARAMETERS,
@@ -98,6 +107,8 @@ class Refused(Struct, frozen=True, gc=False):
 
 Decision = Accepted | Existing | Refused
 
+_OUTDATED = Refused(OUTDATED, "what this was decided on has changed; decide it anew")
+
 
 def accept(state: State, command: Command, new_id: Callable[[], str], now: Timestamp) -> Decision:
     """Decide `command` on `state`.
@@ -115,8 +126,10 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
         return _decide_issue(state, command, new_id, now)
     if isinstance(command, RevokeToken):
         return _decide_revocation(state, command, new_id)
+    if isinstance(command, NodeCommand):
+        return _decide_node(state, command, new_id, now)
     if not all(holds(state, condition) for condition in command.conditions):
-        return Refused(OUTDATED, "what this was decided on has changed; decide it anew")
+        return _OUTDATED
     if isinstance(command, Record):
         return Accepted(command.drafts)
     repeated = _find_repeated(state, command.idempotency, now)
@@ -166,6 +179,11 @@ def holds(state: State, condition: Condition) -> bool:
             if now is None or now.serving is None or now.phase is not ModelState.LOADED:
                 return False
             return now.serving.load_job_id == load_job_id and worker_id in now.serving.worker_ids
+        case NodeCurrent(node_id=node_id, epoch=epoch):
+            node = state.nodes.get(node_id)
+            return node is not None and node.is_present and node.epoch == epoch
+        case NodeUnchanged(node=node):
+            return state.nodes.get(node.id) == node
 
 
 def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existing | Refused | None:
@@ -342,18 +360,17 @@ def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], st
     if load_job_id is None:
         why = "is only loading; add ?force=true to end the load" if queue else "is not loaded"
         return Refused("not_loaded", f"model '{model_id}' {why}")
-    version = _version_of(state.models.get(model_id), queue, load_job_id)
-    return _unload_requested(command, model_id, version, load_job_id, new_id())
-
-
-def _unload_requested(
-    command: RequestUnload, model_id: str, version: int | None, load_job_id: str, event_id: str
-) -> Accepted:
+    version, node_id = _locate_load(state.models.get(model_id), queue, load_job_id)
     data = UnloadRequested(
-        command.force, load_job_id, command.cause, command.cause_event_id, command.idempotency
+        command.force,
+        load_job_id,
+        command.cause,
+        command.cause_event_id,
+        command.idempotency,
+        node_id=UNSET if node_id is None else node_id,
     )
-    draft = Draft(event_id, data, command.actor, event_id, model_id, version)
-    return Accepted((draft,), event_id)
+    event_id = new_id()
+    return Accepted((Draft(event_id, data, command.actor, event_id, model_id, version),), event_id)
 
 
 def _will_unload(job: Job, command: RequestUnload) -> bool:
@@ -383,10 +400,11 @@ def _load_to_end(model: Model | None, queue: list[Job], command: RequestUnload) 
     return loads[0].id if loads and command.force else None
 
 
-def _version_of(model: Model | None, queue: list[Job], load_job_id: str) -> int | None:
+def _locate_load(model: Model | None, queue: list[Job], load_job_id: str) -> tuple[int | None, str | None]:
+    """Return the version of a load that is to end, and its node."""
     if model is not None and model.serving is not None and model.serving.load_job_id == load_job_id:
-        return model.serving.version
-    return next((job.version for job in queue if job.id == load_job_id), None)
+        return model.serving.version, model.serving.node_id
+    return next(((job.version, job.node_id) for job in queue if job.id == load_job_id), (None, None))
 
 
 def _decide_cancel(state: State, command: RequestCancel, new_id: Callable[[], str]) -> Decision:
@@ -405,7 +423,7 @@ def _decide_cancel(state: State, command: RequestCancel, new_id: Callable[[], st
 
 
 def _why_not_cancelled(job: Job) -> str:
-    if job.cause is Cause.SWAP:
+    if job.cause in REPLACEMENTS:
         return f"job {job.id} is part of a swap; to go back, load version {job.version}"
     return f"unload {job.id} has started and cannot be cancelled; load model '{job.model_id}' again"
 
@@ -434,3 +452,49 @@ def _decide_revocation(state: State, command: RevokeToken, new_id: Callable[[], 
         )
     data = TokenRevoked(command.jti, command.expires_at if token is None else None)
     return Accepted((Draft(new_id(), data, command.actor),))
+
+
+def _decide_node(state: State, command: NodeCommand, new_id: Callable[[], str], now: Timestamp) -> Decision:
+    """Decide a command about a node. Only a present epoch ends, and it ends once."""
+    node = state.nodes.get(command.node_id)
+    if isinstance(command, JoinNode):
+        return Accepted((Draft(new_id(), _joined(state, command, now), SYSTEM),))
+    if isinstance(command, DrainNode):
+        return _decide_drain(state, command, new_id)
+    if node is None or not node.is_present or node.epoch != command.epoch:
+        return _OUTDATED
+    match command:
+        case LeaveNode(node_id, epoch):
+            return Accepted((Draft(new_id(), NodeLeft(node_id, epoch), SYSTEM),))
+        case LoseNode(node_id, epoch, last_renewed_at):
+            return Accepted((Draft(new_id(), NodeLost(node_id, epoch, last_renewed_at), SYSTEM),))
+
+
+def _joined(state: State, command: JoinNode, now: Timestamp) -> NodeJoined:
+    """Return the next epoch of a node. An event is proof that a server was there when it was recorded."""
+    before, since = state.nodes.get(command.node_id), command.no_node_since
+    return NodeJoined(
+        command.node_id,
+        1 if before is None else before.epoch + 1,
+        command.address,
+        command.labels,
+        command.budget_bytes,
+        command.release,
+        command.public_key,
+        unclean=before is not None and before.phase is not NodePhase.LEFT,
+        last_seen_at=command.last_seen_at,
+        no_node_since=None if since is None else min(now, max(since, state.recorded_at)),
+        confinement=command.confinement,
+    )
+
+
+def _decide_drain(state: State, command: DrainNode, new_id: Callable[[], str]) -> Decision:
+    node = state.nodes.get(command.node_id)
+    if node is None:
+        return Refused("unknown_node", f"no node {command.node_id[:64]!r} ever joined this ledger")
+    if not node.is_present:
+        end = "left" if node.phase is NodePhase.LEFT else "was lost"
+        return Refused("node_ended", f"node {node.id!r} {end} at {node.ended_at}, so nothing is to drain")
+    if node.phase is NodePhase.DRAINING:
+        return Existing(None)
+    return Accepted((Draft(new_id(), NodeDraining(node.id, node.epoch), command.actor),))

@@ -23,9 +23,11 @@ from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from msgspec import UnsetType
 from msgspec.structs import astuple
 
 from events.errors import NotEncodable
+from events.nodes import PlacedFile
 from events.types import (
     SCHEMA,
     TYPES,
@@ -178,8 +180,8 @@ def _is_plain(value: Any) -> bool:
     return kind in _STRUCTS and all(map(_is_plain, astuple(value)))
 
 
-_PLAIN = frozenset({str, bool, type(None), Cause})
-_STRUCTS = frozenset({Event, *TYPES.values(), Idempotency, LoadedFile, Prepared, Durations})
+_PLAIN = frozenset({str, bool, type(None), UnsetType, Cause})
+_STRUCTS = frozenset({Event, *TYPES.values(), Idempotency, LoadedFile, PlacedFile, Prepared, Durations})
 
 
 def decode_event(body: str | bytes) -> Event:

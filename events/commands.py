@@ -19,6 +19,7 @@ from msgspec import Struct
 from events.clock import Timestamp, add_seconds
 from events.errors import LedgerProblem
 from events.models import Model
+from events.nodes import Confinement, Node
 from events.tokens import TokenIssued
 from events.types import (
     AddedFile,
@@ -61,7 +62,20 @@ class WorkerServes(Struct, frozen=True, gc=False):
     worker_id: str
 
 
-Condition = JobUnchanged | ModelUnchanged | WorkerServes
+class NodeCurrent(Struct, frozen=True, gc=False):
+    """This epoch of the node has not ended: nothing is appended by a node that was lost."""
+
+    node_id: str
+    epoch: int
+
+
+class NodeUnchanged(Struct, frozen=True, gc=False):
+    """No event changed this node: it has not left, and is not being drained since then."""
+
+    node: Node
+
+
+Condition = JobUnchanged | ModelUnchanged | WorkerServes | NodeCurrent | NodeUnchanged
 """A precondition of a command of the system; the command is `outdated` if it does not hold any more."""
 
 
@@ -175,11 +189,56 @@ class RevokeToken:
     expires_at: Timestamp | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class JoinNode:
+    """Begin the next epoch of a node, and end the one before if that has not ended.
+
+    The epoch is in the state then: `state.nodes[node_id]` has the position of the receipt, unless another
+    process joined as the same node since. The attributes are those of `NodeJoined`.
+    """
+
+    node_id: str
+    address: str
+    labels: tuple[str, ...] = ()
+    budget_bytes: int | None = None
+    release: str = ""
+    public_key: str | None = None
+    last_seen_at: Timestamp | None = None
+    no_node_since: Timestamp | None = None
+    confinement: Confinement | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DrainNode:
+    """Drain a node: its models move to other nodes, and it takes no more loads."""
+
+    node_id: str
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveNode:
+    """End an epoch of a node in order, when its workers have ended."""
+
+    node_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoseNode:
+    """End an epoch of a node that did not renew its lease, last at `last_renewed_at`."""
+
+    node_id: str
+    epoch: int
+    last_renewed_at: Timestamp
+
+
 JobCommand = RequestLoad | RequestUnload | RequestCancel
 """The commands that a job answers. They have conditions and may have an idempotency key."""
 
 VersionCommand = AddVersion | RemoveVersion
-Command = JobCommand | Record | VersionCommand | IssueToken | RevokeToken
+NodeCommand = JoinNode | DrainNode | LeaveNode | LoseNode
+Command = JobCommand | Record | VersionCommand | IssueToken | RevokeToken | NodeCommand
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ class EventText(NamedTuple):
 
     Attributes:
         parts: joined by commas. `{a.b}` is a member of the event's data, `{a.-1}` the last item of a list;
-            `{a:ms}`, `{a:MB}`, `{a:acts}` and `{a:files}` have a form, and `{a?}` may be missing. A part is
-            left out if its member is null or an empty list. `a?yes|no` chooses by a member.
+            `{a:ms}`, `{a:MB}`, `{a:list}`, `{a:acts}` and `{a:files}` have a form; `{a?}` may be missing. A
+            part is left out if its member is null or an empty list. `a?yes|no` chooses by a member.
         fields: the fields of a log line: name and member.
         tone: `good`, `bad` or `plain`. A bad event is logged as a warning.
         bad_if: the member that makes an event bad if it is true.
@@ -42,9 +42,15 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         ("{cause}", "priority {priority}", "pinned?pinned"), {"cause": "cause", "priority": "priority"}
     ),
     "LoadJoined": EventText(),
-    "LoadStarted": EventText(("attempt {attempt}",), {"attempt": "attempt"}),
+    "LoadStarted": EventText(("attempt {attempt}", "at node {node_id?}"), {"attempt": "attempt"}),
     "ModelLoaded": EventText(
-        ("{durations.total_us:ms}", "{memory_bytes:MB}", "threads {threads?}", "{files:files}"),
+        (
+            "{durations.total_us:ms}",
+            "{memory_bytes:MB}",
+            "threads {threads?}",
+            "at node {node_id?}",
+            "{files:files}",
+        ),
         {"memory_bytes": "memory_bytes", "prepared": "prepared.form"},
         "good",
     ),
@@ -54,7 +60,9 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         "good",
     ),
     "LoadFailed": _FAILED,
-    "UnloadRequested": EventText(("{cause}", "force?by force"), {"cause": "cause", "force": "force"}),
+    "UnloadRequested": EventText(
+        ("{cause}", "force?by force", "at node {node_id?}"), {"cause": "cause", "force": "force"}
+    ),
     "UnloadJoined": EventText(),
     "UnloadStarted": EventText(),
     "ModelUnloaded": EventText(
@@ -68,7 +76,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     ),
     "AccessDenied": EventText(("{action}", "{count} times"), {"action": "action", "count": "count"}, "bad"),
     "WorkerExited": EventText(
-        ("signal {signal}", "exit code {exit_code}", "{stderr.-1}"),
+        ("signal {signal}", "exit code {exit_code}", "at node {node_id?}", "{stderr.-1}"),
         {"exit_code": "exit_code", "signal": "signal", "stderr": "stderr.-1"},
         "bad",
     ),
@@ -101,12 +109,38 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "TokenRevoked": EventText(("id {jti}",), {"jti": "jti"}),
     "SignInLinkIssued": EventText(("id {link_id}",), {"link_id": "link_id"}),
     "SignInLinkUsed": EventText(("id {link_id}",), {"link_id": "link_id"}),
+    "NodeJoined": EventText(
+        (
+            "{node_id} epoch {epoch}",
+            "at {address}",
+            "{labels:list}",
+            "budget {budget_bytes:MB}",
+            "release {release}",
+            "unclean?its epoch before ended unexpectedly|",
+            "last seen at {last_seen_at}",
+            "no node since {no_node_since}",
+            "workers could {confinement.not_prevented?:acts}",
+        ),
+        {"node": "node_id", "epoch": "epoch", "unclean": "unclean", "last_seen_at": "last_seen_at"},
+        bad_if="unclean",
+    ),
+    "NodeDraining": EventText(("{node_id} epoch {epoch}",), {"node": "node_id", "epoch": "epoch"}),
+    "NodeLeft": EventText(("{node_id} epoch {epoch}",), {"node": "node_id", "epoch": "epoch"}),
+    "NodeLost": EventText(
+        ("{node_id} epoch {epoch}", "last seen at {last_renewed_at}"),
+        {"node": "node_id", "epoch": "epoch", "last_renewed_at": "last_renewed_at"},
+        "bad",
+    ),
+    "LoadPlaced": EventText(
+        ("at node {node_id}", "{reason}", "{files:files}"), {"node": "node_id", "reason": "reason"}
+    ),
 }
 
 _FORMS: Mapping[str | None, Callable[[Any], str]] = {
     None: str,
     "ms": lambda microseconds: f"{microseconds / 1000:.0f} ms",
     "MB": lambda size_bytes: f"{size_bytes / 10**6:.1f} MB",
+    "list": ", ".join,
     "acts": lambda acts: ", ".join(act.replace("_", " ") for act in acts),
     "files": lambda files: ", ".join(f"{each['path']} {each['sha256'][:HASH_DIGITS]}" for each in files),
 }

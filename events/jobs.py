@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from enum import Enum, StrEnum, auto
 from typing import Any
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType, field
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds, seconds_between
+from events.nodes import LoadPlaced, NodeJoined, NodeLeft, NodeLost, ends_processes
 from events.types import (
-    OF_SERVER,
+    ENDS_OF_PROCESSES,
+    REPLACEMENTS,
     CancelRequested,
     Cause,
     Data,
@@ -156,11 +158,36 @@ def count_retry(retries: Retries | None, failed_at: Timestamp) -> Retries:
     return Retries(min(MAX_RETRIES, 1 + (retries.count if retries is not None else 0)), failed_at)
 
 
+INCIDENT_WINDOW_S = 600
+"""How long deaths and failed recoveries count as incidents (DESIGN.md, "Crash")."""
+
+
+def recent_incidents(incidents: tuple[Timestamp, ...], now: Timestamp) -> tuple[Timestamp, ...]:
+    """Return the incidents that have not expired."""
+    return tuple(past for past in incidents if seconds_between(past, now) <= INCIDENT_WINDOW_S)
+
+
+def describe_exit(data: WorkerExited) -> str:
+    """Return how the worker of a model ended."""
+    if data.signal is not None:
+        return f"its worker was killed by signal {data.signal}"
+    if data.exit_code is not None:
+        return f"its worker ended with exit code {data.exit_code}"
+    return "its worker ended with the fork server"
+
+
 class UnloadParameters(Struct, frozen=True, gc=False):
     """The parameters of an unload, and the load that it ends."""
 
     force: bool
     load_job_id: str
+
+
+class JobPlacement(Struct, frozen=True, gc=False):
+    """The node of a job, and how often the job was placed since a node that had it ended."""
+
+    node_id: str
+    times: int = 0
 
 
 class Job(Struct, frozen=True, gc=False):
@@ -173,6 +200,7 @@ class Job(Struct, frozen=True, gc=False):
         server_deaths: unclean ends of the server while the job was in progress.
         cancel_requested: whether a client asked to cancel it; `cancelling` says whether that was in time.
         superseded_by: the person's load that took the place of this one by the system.
+        placement: the node of a load, or of the load that an unload ends; without nodes it is not stored.
     """
 
     id: str
@@ -195,6 +223,12 @@ class Job(Struct, frozen=True, gc=False):
     error: Failure | None = None
     cancel_requested: bool = False
     superseded_by: str | None = None
+    placement: JobPlacement | UnsetType = UNSET
+
+    @property
+    def node_id(self) -> str | None:
+        """The node of the job; None while it is not placed."""
+        return None if self.placement is UNSET else self.placement.node_id
 
     @property
     def load_order(self) -> tuple[int, LoadParameters]:
@@ -221,16 +255,31 @@ class Job(Struct, frozen=True, gc=False):
     def cancellable(self) -> bool:
         """Whether the job can still be cancelled: a load until it has ended, an unload until it starts.
 
-        An unload of cause `swap` cannot: the swap has taken place.
+        An unload of a replaced load cannot: the swap has taken place.
         """
         if self.kind is JobKind.LOAD:
             return not self.ended
-        return self.status is JobStatus.PENDING and self.attempt == 0 and self.cause is not Cause.SWAP
+        is_replaced = self.cause in REPLACEMENTS
+        return self.status is JobStatus.PENDING and self.attempt == 0 and not is_replaced
 
     @property
     def cancelling(self) -> bool:
         """Whether the job will end as cancelled: a client asked for it in time."""
         return self.cancel_requested and self.cancellable
+
+
+class PendingLoad(Struct, frozen=True, gc=False):
+    """A load of a model that has not ended; `node` is where it started."""
+
+    job_id: str
+    version: int
+    started: bool = False
+    node: str | UnsetType = field(default=UNSET, name="node_id")
+
+    def interrupted(self, event: Event) -> PendingLoad:
+        """Return the load after the start or end of a server or node."""
+        is_ended = self.started and ends_processes(event.data, None if self.node is UNSET else self.node)
+        return replace(self, started=False, node=UNSET) if is_ended else self
 
 
 def evolve_job(job: Job | None, event: Event) -> Job | None:
@@ -242,8 +291,8 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
         return _create_job(event, event.model_id, data)
     if job.status not in _UNENDED:
         return job
-    if isinstance(data, OF_SERVER):
-        return _interrupt_job(job, event, data)
+    if type(data) in ENDS_OF_PROCESSES:
+        return _end_processes(job, event, data)
     step = STEPS.get(type(data))
     return job if step is None or event.job_id != job.id else step(job, event, data)
 
@@ -269,38 +318,75 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         load=load.parameters if load else None,
         unload=UnloadParameters(unload.force, unload.load_job_id) if unload else None,
         deadline_at=add_seconds(event.recorded_at, load.timeout_s) if load else None,
+        placement=UNSET if unload is None or unload.node_id is UNSET else JobPlacement(unload.node_id),
     )
 
 
-def _interrupt_job(job: Job, event: Event, data: ServerStarted | ServerStopped) -> Job:
-    """Return the job pending for its next attempt; at a start its deadline moves by the time between.
+def _end_processes(job: Job, event: Event, data: Any) -> Job:
+    """A server or a node started or ended: its jobs wait for their next attempt, at any node."""
+    match data:
+        case ServerStarted(unclean=unclean):
+            return _interrupt_job(job, event, since=data.seen_at, is_death=unclean)
+        case ServerStopped():
+            is_interrupted = job.status is JobStatus.IN_PROGRESS
+            return replace(job, status=JobStatus.PENDING, position=event.position) if is_interrupted else job
+        case NodeJoined(unclean=unclean, no_node_since=since):
+            if _is_at_ended_node(job, data):
+                return _interrupt_job(job, event, since=since, is_death=unclean)
+            if since is not None:
+                return replace(job, deadline_at=_extend(job, since, event), position=event.position)
+        case NodeLeft() | NodeLost() if _is_at_ended_node(job, data):
+            return _interrupt_job(job, event, since=None, is_death=isinstance(data, NodeLost))
+    return job
+
+
+def _is_at_ended_node(job: Job, data: NodeJoined | NodeLeft | NodeLost) -> bool:
+    """Whether the job is placed at the node, or in progress at none, as before there were nodes."""
+    is_somewhere = job.placement is not UNSET or job.status is JobStatus.IN_PROGRESS
+    return is_somewhere and ends_processes(data, job.node_id)
+
+
+def _interrupt_job(job: Job, event: Event, *, since: Timestamp | None, is_death: bool) -> Job:
+    """Return the job pending for its next attempt.
 
     After an orderly stop no job is in progress, so a start interrupts one only after an unclean end.
     """
-    is_interrupted = job.status is JobStatus.IN_PROGRESS
-    if isinstance(data, ServerStopped):
-        return replace(job, status=JobStatus.PENDING, position=event.position) if is_interrupted else job
-    deadline_at = job.deadline_at
-    if deadline_at is not None and data.seen_at is not None:
-        deadline_at = add_seconds(deadline_at, max(0.0, seconds_between(data.seen_at, event.recorded_at)))
     return replace(
         job,
         status=JobStatus.PENDING,
-        deadline_at=deadline_at,
-        server_deaths=job.server_deaths + (1 if is_interrupted and data.unclean else 0),
+        deadline_at=_extend(job, since, event),
+        server_deaths=job.server_deaths + (is_death and job.status is JobStatus.IN_PROGRESS),
         position=event.position,
+        placement=UNSET,
     )
+
+
+def _extend(job: Job, since: Timestamp | None, event: Event) -> Timestamp | None:
+    """Return the deadline of a job that is not charged for the time since then, when nothing ran."""
+    if job.deadline_at is None or since is None:
+        return job.deadline_at
+    return add_seconds(job.deadline_at, max(0.0, seconds_between(since, event.recorded_at)))
+
+
+def _place_job(job: Job, event: Event, data: LoadPlaced) -> Job:
+    if job.kind is not JobKind.LOAD or job.status is not JobStatus.PENDING:
+        return job
+    times = 0 if job.placement is UNSET else job.placement.times
+    return replace(job, placement=JobPlacement(data.node_id, times + 1), position=event.position)
 
 
 def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job:
     attempt = data.attempt if isinstance(data, LoadStarted) else job.attempt + 1
-    return replace(
+    started = replace(
         job,
         status=JobStatus.IN_PROGRESS,
         attempt=attempt,
         started_at=event.recorded_at,
         position=event.position,
     )
+    if isinstance(data, UnloadStarted) or data.node_id is UNSET or data.node_id == job.node_id:
+        return started
+    return replace(started, placement=JobPlacement(data.node_id))
 
 
 def _complete_job(job: Job, event: Event, _: ModelLoaded | ModelSettingsChanged | ModelUnloaded) -> Job:
@@ -340,8 +426,9 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     JobCancelled: _cancel_job,
     CancelRequested: _cancel_requested,
     WorkerExited: _worker_exited,
+    LoadPlaced: _place_job,
 }
-"""The step of each event type that concerns one unended job; those of the server concern all.
+"""The step of each event type that concerns one unended job; ends of processes concern all.
 
 A table, because a `match` of so many classes takes as long as the rest of a step (measured).
 """

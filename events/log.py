@@ -45,13 +45,13 @@ from events.errors import (
     NotEncodable,
 )
 from events.groups import DecidedGroup, decide_group, fold_rows
+from events.nodes import Confinement
 from events.sqlite.storage import Database
 from events.state import State
 from events.storage import HeadMoved, LogHead, Storage, StorageError
 from events.types import (
     SYSTEM,
     ClockStepped,
-    Confinement,
     Draft,
     RollbackAccepted,
     ServerStarted,

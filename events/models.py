@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType, field
 from msgspec.structs import replace
 
 from events.clock import Timestamp, seconds_between
 from events.jobs import (
+    INCIDENT_WINDOW_S,
     INSUFFICIENT_MEMORY,
     Consequence,
     Failure,
@@ -21,14 +22,18 @@ from events.jobs import (
     Job,
     JobKind,
     JobStatus,
+    PendingLoad,
     Retries,
     add_footprint,
     consequence_of,
     count_retry,
+    describe_exit,
     footprint_of,
+    recent_incidents,
 )
+from events.nodes import ends_processes
 from events.types import (
-    OF_SERVER,
+    ENDS_OF_PROCESSES,
     Cause,
     Data,
     Event,
@@ -49,11 +54,8 @@ from events.types import (
     WorkerExited,
 )
 
-RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP)
-"""Causes of reloads: loads by the system that bring back a lost model or instance."""
-
-INCIDENT_WINDOW_S = 600
-"""How long deaths and failed recoveries count as incidents (DESIGN.md, "Crash")."""
+RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN)
+"""Causes of reloads: loads by the system that bring back a lost model or instance, or move a model."""
 
 _BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
 
@@ -100,14 +102,12 @@ class Serving(Struct, frozen=True, gc=False):
     threads: int | None = None
     asked_by: str | None = None
     brought_back: Cause | None = None
+    node: str | UnsetType = field(default=UNSET, name="node_id")
 
-
-class PendingLoad(Struct, frozen=True, gc=False):
-    """A load of the model that has not ended."""
-
-    job_id: str
-    version: int
-    started: bool = False
+    @property
+    def node_id(self) -> str | None:
+        """The node of its workers, or of those that died; None if its epoch ended, and without nodes."""
+        return None if self.node is UNSET else self.node
 
 
 class Model(Struct, frozen=True, gc=False):
@@ -209,7 +209,7 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
         event: of any model or of none.
         job: the event's job as it was before the event.
     """
-    if type(event.data) in OF_SERVER:
+    if type(event.data) in ENDS_OF_PROCESSES:
         return None if model is None else _end_processes(model, event)
     if event.model_id is None or (model is not None and event.model_id != model.id):
         return model
@@ -220,18 +220,28 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
 
 
 def _end_processes(model: Model, event: Event) -> Model:
-    """The server ended, in order or not: a loaded model is lost, and a load will start again."""
+    """A server or node ended, in order or not: a model loaded there is lost, and a load will start again."""
+    loads = tuple([load.interrupted(event) for load in model.loads])
+    held = model.serving or model.previous
+    if held is not None and not ends_processes(event.data, held.node_id):
+        return model if loads == model.loads else replace(model, loads=loads)
     lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
     lost = lost or (model.previous is not None and model.lost_at is None)
     after = replace(
         model,
         phase=ModelState.LOST if lost and model.previous is None else model.phase,
+        serving=_without_node(model.serving),
+        previous=_without_node(model.previous),
         lost_by=Cause.RESTART if lost or model.phase is ModelState.LOST else model.lost_by,
         lost_at=event.recorded_at if lost else model.lost_at,
-        loads=tuple(replace(load, started=False) for load in model.loads),
+        loads=loads,
         retries=None,  # what was in the last server's way need not be in the next one's
     )
     return model if after == model else after  # most models may be unloaded
+
+
+def _without_node(serving: Serving | None) -> Serving | None:
+    return serving if serving is None or serving.node is UNSET else replace(serving, node=UNSET)
 
 
 def _load_requested(model: Model, event: Event, _: LoadRequested, job: Job | None) -> Model:
@@ -240,13 +250,14 @@ def _load_requested(model: Model, event: Event, _: LoadRequested, job: Job | Non
     return replace(model, loads=(*model.loads, PendingLoad(event.id, event.version)))
 
 
-def _load_started(model: Model, event: Event, _: LoadStarted, __: Job | None) -> Model:
+def _load_started(model: Model, event: Event, data: LoadStarted, _: Job | None) -> Model:
     if not _waits_for(model, event):
         return model
-    loads = tuple(
-        [replace(load, started=True) if load.job_id == event.job_id else load for load in model.loads]
-    )
-    return replace(model, loads=loads, last_version=event.version)
+    started = [
+        replace(load, started=True, node=data.node_id) if load.job_id == event.job_id else load
+        for load in model.loads
+    ]
+    return replace(model, loads=tuple(started), last_version=event.version)
 
 
 def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> Model:
@@ -269,6 +280,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         threads=data.threads,
         asked_by=None if before is None else before.asked_by or before.loaded_by,
         brought_back=None if before is None else job.cause,
+        node=data.node_id,
     )
     return _without_job(
         model,
@@ -315,7 +327,7 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
         is_over = consequence is Consequence.END
         return _end_reloads(model) if is_over else _count_failure(model, event, consequence)
     if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
-        return model
+        return _count_failed_move(model, event, job)
     if model.phase is ModelState.LOST:
         if job is not None and is_reload and consequence is not Consequence.END:
             is_restored = job.cause is Cause.RESTART and consequence is Consequence.RETRY
@@ -330,10 +342,17 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
     )
 
 
+def _count_failed_move(model: Model, event: Event, job: Job | None) -> Model:
+    """Return the model, which still serves, with a failed or cancelled move counted for the back-off."""
+    is_move = job is not None and job.cause is Cause.DRAIN and model.serving is not None
+    return _count_failure(model, event, Consequence.RETRY) if is_move else model
+
+
 def _count_failure(model: Model, event: Event, consequence: Consequence) -> Model:
     """Return the model with a failed reload counted: as an incident, or only for the back-off."""
     if consequence is Consequence.INCIDENT:
-        return _with_incident(model, event)
+        incidents = (*recent_incidents(model.incidents, event.recorded_at), event.recorded_at)
+        return replace(model, incidents=incidents, back_off_position=event.position)
     retries = count_retry(model.retries, event.recorded_at)
     return replace(model, retries=retries, back_off_position=event.position)
 
@@ -405,7 +424,7 @@ def _ended_without_effect(
     A client that cancels the reload of a lost or degraded model also ends further reloads.
     """
     if job is not None and job.kind is JobKind.LOAD and job.cancelling and job.cause in RELOADS:
-        return _end_reloads(_without_job(model, job.id))
+        return _count_failed_move(_end_reloads(_without_job(model, job.id)), event, job)
     begun = job is not None and job.status is JobStatus.IN_PROGRESS and event.job_id in model.unloads
     is_back = begun and model.phase is ModelState.UNLOADING
     phase = ModelState.LOADED if is_back else model.phase
@@ -429,11 +448,11 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
     is_new = _is_new_incident(serving, event)
     by_forkserver = data.exit_code is None and data.signal is None  # no fault of the model
     counts = is_new and not by_forkserver
-    recent = _recent_incidents(model, event)
+    recent = recent_incidents(model.incidents, event.recorded_at)
     after = replace(
         model,
         back_off_position=event.position if is_new else model.back_off_position,
-        error=Failure("worker_died", _end(data) + of),
+        error=Failure("worker_died", describe_exit(data) + of),
         incidents=(*recent, event.recorded_at) if counts else recent,
     )
     if not left:
@@ -448,28 +467,9 @@ def _is_new_incident(serving: Serving, event: Event) -> bool:
     return began is None or seconds_between(began, event.recorded_at) > INCIDENT_WINDOW_S
 
 
-def _end(data: WorkerExited) -> str:
-    if data.signal is not None:
-        return f"its worker was killed by signal {data.signal}"
-    if data.exit_code is not None:
-        return f"its worker ended with exit code {data.exit_code}"
-    return "its worker ended with the fork server"
-
-
 def _lose_model(model: Model, event: Event, *, by: Cause = Cause.RECOVERY) -> Model:
-    at, position = event.recorded_at, event.position
-    return replace(model, phase=ModelState.LOST, lost_by=by, lost_at=at, back_off_position=position)
-
-
-def _with_incident(model: Model, event: Event) -> Model:
-    incidents = (*_recent_incidents(model, event), event.recorded_at)
-    return replace(model, incidents=incidents, back_off_position=event.position)
-
-
-def _recent_incidents(model: Model, event: Event) -> tuple[str, ...]:
-    """Return the incidents of the model that have not expired at the time of the event."""
-    now = event.recorded_at
-    return tuple(past for past in model.incidents if seconds_between(past, now) <= INCIDENT_WINDOW_S)
+    lost = replace(model, phase=ModelState.LOST, lost_by=by, lost_at=event.recorded_at)
+    return replace(lost, back_off_position=event.position)
 
 
 def _waits_for(model: Model, event: Event) -> bool:

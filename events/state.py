@@ -1,7 +1,7 @@
-"""The live state: all models, the unended jobs and the tokens, folded one event at a time.
+"""The live state: all models, the unended jobs, tokens and nodes, folded one event at a time.
 
-`State` is the writer's; an `Attempt` folds a transaction on top of it; `Entities` folds the same, faster, for
-replay and verification.
+`State` is the writer's, and `State.of` the part of it that a node works on; an `Attempt` folds a
+transaction on top of it; `Entities` folds the same, faster, for replay and verification.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from events.clock import Timestamp
 from events.commands import Join, KnownKey, KnownRequests, read_join, read_key
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
+from events.nodes import OF_NODES, Node, evolve_node, find_placer
 from events.tokens import OF_TOKENS, Token, evolve_tokens
-from events.types import OF_SERVER, Cause, Event
+from events.types import ENDS_OF_PROCESSES, REPLACEMENTS, Event
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class State:
-    """Models, jobs and tokens after the event at `position`.
+    """Models, jobs, tokens and nodes after the event at `position`.
 
     They are immutable values. Only the writer changes the maps; everything else reads them.
 
@@ -37,6 +38,7 @@ class State:
         queues: the unended jobs of each model, oldest first.
         tokens: by their ids; those of a transaction are a copy, made by its first event about a token.
         shares_tokens: whether `tokens` still is the map of the state before.
+        nodes: by their ids; a map is never changed, since events about nodes are rare.
         backlog: the number of unended jobs.
     """
 
@@ -49,6 +51,7 @@ class State:
     queues: MutableMapping[str, tuple[Job, ...]] = field(default_factory=dict)
     tokens: dict[str, Token] = field(default_factory=dict)
     shares_tokens: bool = False
+    nodes: Mapping[str, Node] = field(default_factory=dict)
     backlog: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +83,46 @@ class State:
         )
         return max(candidates, key=lambda model: model.rank or 0, default=None)
 
+    def of(self, node_id: str | None, epoch: int | None = None) -> State:
+        """Return the part of the state that a node works on; None is the whole, of a server without nodes.
+
+        Each unended job, and each model that has or lost a load, belongs to one node: what belongs to none
+        that is present is the placer's. Of a node whose epoch is over, or not `epoch`, nothing is left.
+        """
+        if node_id is None:
+            return self
+        node = self.nodes.get(node_id)
+        if node is None or not node.is_present or epoch not in (None, node.epoch):
+            return State(self.position, self.recorded_at, nodes=self.nodes)
+        placer = find_placer(self.nodes)
+        models = (model for model in self.models.values() if model.serving is not None)
+        jobs = chain.from_iterable(self.queues.values())
+        return State(
+            self.position,
+            self.recorded_at,
+            {model.id: model for model in models if (self._node_of_model(model) or placer) == node_id},
+            {job.id: job for job in jobs if (self._node_of_job(job) or placer) == node_id},
+            nodes=self.nodes,
+        )
+
+    def _node_of_model(self, model: Model) -> str | None:
+        """Return the present node of a model's load."""
+        return self._present(model.serving.node_id) if model.serving is not None else None
+
+    def _node_of_job(self, job: Job) -> str | None:
+        """Return the present node of a job: where it is placed, or where the load is that it ends."""
+        model = self.models.get(job.model_id)
+        if job.unload is not None and has_turn(job) and model is not None:
+            target = self.unended_job(job.unload.load_job_id) if model.serving is None else None
+            node_id = self._node_of_model(model) or self._present(target.node_id if target else None)
+            if node_id is not None:
+                return node_id
+        return self._present(job.node_id)
+
+    def _present(self, node_id: str | None) -> str | None:
+        node = self.nodes.get(node_id) if node_id is not None else None
+        return node_id if node is not None and node.is_present else None
+
     def apply(self, event: Event) -> Changes:
         """Fold one event into this state and return what it changed."""
         if type(event.data) in _OF_NO_MODEL:
@@ -94,19 +137,23 @@ class State:
         return changes
 
     def _apply_to_no_model(self, event: Event) -> Changes:
-        """Fold an event that concerns a token, or all models and jobs."""
+        """Fold an event that concerns a token or a node, or all models and jobs."""
         if isinstance(event.data, OF_TOKENS):
             if self.shares_tokens:
                 self.tokens, self.shares_tokens = dict(self.tokens), False
             return Changes(_NOTHING, _NOTHING, _apply_to_tokens(self.tokens, event))
-        changes, unended = _apply_to_all(self, event), self.unended()
+        nodes = _apply_to_nodes(self.nodes, event)
+        self.nodes = {**self.nodes, **nodes}
+        if type(event.data) not in ENDS_OF_PROCESSES:
+            return Changes(_NOTHING, _NOTHING, nodes=nodes)
+        changes, unended = _apply_to_all(self, event, nodes), self.unended()
         self.models.update(changes.models)
         self.jobs.update(changes.jobs)
         self._fill_queues(changes.jobs.get(job.id, job) for job in unended)
         return changes
 
     def _apply_to_one(self, event: Event) -> Changes:
-        """Fold an event that concerns at most one job and one model: all but those of the server."""
+        """Fold an event that concerns at most one job and one model: all but those of servers and nodes."""
         model_id, job_id = event.model_id, event.job_id
         before = self.unended_job(job_id)
         models: Mapping[str, Model] = _NOTHING
@@ -158,21 +205,22 @@ def _age(job: Job) -> int:
 
 def has_turn(job: Job) -> bool:
     """Whether a job waits its turn in its model's queue: the unload of a replaced load does not."""
-    return job.kind is JobKind.LOAD or job.cause is not Cause.SWAP
+    return job.kind is JobKind.LOAD or job.cause not in REPLACEMENTS
 
 
 _NOTHING: Mapping[str, Never] = MappingProxyType({})
 
-_OF_NO_MODEL = frozenset({*OF_SERVER, *OF_TOKENS})
+_OF_NO_MODEL = frozenset({*ENDS_OF_PROCESSES, *OF_NODES, *OF_TOKENS})
 """The events that concern no single model or job; one look-up finds that an event is none of them."""
 
 
 class Changes(Struct, frozen=True):
-    """The models, jobs and tokens that one event, or a transaction, changed; None for tokens that went."""
+    """What an event, or a transaction, changed; None for tokens that went."""
 
     models: Mapping[str, Model]
     jobs: Mapping[str, Job]
     tokens: Mapping[str, Token | None] = _NOTHING
+    nodes: Mapping[str, Node] = _NOTHING
 
 
 def _apply_to_tokens(tokens: dict[str, Token], event: Event) -> Mapping[str, Token | None]:
@@ -184,13 +232,23 @@ def _apply_to_tokens(tokens: dict[str, Token], event: Event) -> Mapping[str, Tok
     )
 
 
-def _apply_to_all(state: State, event: Event) -> Changes:
-    """Return what a start or a stop of the server changes in all models and unended jobs."""
+def _apply_to_nodes(nodes: Mapping[str, Node], event: Event) -> Mapping[str, Node]:
+    """Return the node that an event changed, if it is about one."""
+    if not isinstance(event.data, OF_NODES):
+        return _NOTHING
+    before = nodes.get(event.data.node_id)
+    after = evolve_node(before, event.data, position=event.position, recorded_at=event.recorded_at)
+    return _NOTHING if after is None or after is before else {after.id: after}
+
+
+def _apply_to_all(state: State, event: Event, nodes: Mapping[str, Node]) -> Changes:
+    """Return what a start or an end of a server or node changes in all models and unended jobs."""
     models = ((model, evolve_model(model, event, None)) for model in state.models.values())
     jobs = ((job, evolve_job(job, event)) for job in state.unended())
     return Changes(
         {new.id: new for old, new in models if new is not None and new is not old},
         {new.id: new for old, new in jobs if new is not None and new is not old},
+        nodes=nodes,
     )
 
 
@@ -227,17 +285,21 @@ class Attempt:
             _Layers(self._queues, base.queues),
             base.tokens,
             shares_tokens=True,
+            nodes=base.nodes,
         )
         self._tokens: dict[str, Token | None] = {}
+        self._nodes: dict[str, Node] = {}
 
     @property
     def changes(self) -> Changes:
         """All changes of the transaction so far."""
-        return Changes(self._models, self._jobs, self._tokens)
+        return Changes(self._models, self._jobs, self._tokens, self._nodes)
 
     def apply(self, event: Event) -> None:
         """Fold one event of the transaction."""
-        self._tokens.update(self.state.apply(event).tokens)
+        changes = self.state.apply(event)
+        self._tokens.update(changes.tokens)
+        self._nodes.update(changes.nodes)
 
     def commit(self) -> None:
         """Apply the changes to the base."""
@@ -248,7 +310,7 @@ class Attempt:
         for model_id in self._queues:
             if not self._base.queues[model_id]:
                 del self._base.queues[model_id]
-        self._base.tokens = self.state.tokens
+        self._base.tokens, self._base.nodes = self.state.tokens, self.state.nodes
         self._base.backlog = self.state.backlog
         self._base.position, self._base.recorded_at = self.state.position, self.state.recorded_at
 
@@ -260,16 +322,22 @@ class Entities:
         models: where the fold begins.
         jobs: the unended ones there.
         tokens: those there.
+        nodes: those there.
     """
 
-    __slots__ = ("jobs", "models", "tokens")
+    __slots__ = ("jobs", "models", "nodes", "tokens")
 
     def __init__(
-        self, models: Iterable[Model] = (), jobs: Iterable[Job] = (), tokens: Iterable[Token] = ()
+        self,
+        models: Iterable[Model] = (),
+        jobs: Iterable[Job] = (),
+        tokens: Iterable[Token] = (),
+        nodes: Iterable[Node] = (),
     ) -> None:
         self.models = {model.id: model for model in models}
         self.jobs = {job.id: job for job in jobs}
         self.tokens = {token.id: token for token in tokens}
+        self.nodes = {node.id: node for node in nodes}
 
     def apply(self, event: Event) -> Job | None:
         """Fold one event and return the job that ended with it, which is then dropped."""
@@ -294,9 +362,12 @@ class Entities:
         return job
 
     def _apply_to_no_model(self, event: Event) -> None:
-        """Fold an event about a token, or a start or stop of the server, which ends no job."""
+        """Fold an event about a token, or a start or end of a server or node, which ends no job."""
         if isinstance(event.data, OF_TOKENS):
             _apply_to_tokens(self.tokens, event)
+            return
+        self.nodes.update(_apply_to_nodes(self.nodes, event))
+        if type(event.data) not in ENDS_OF_PROCESSES:
             return
         models = [evolve_model(model, event, None) for model in self.models.values()]
         jobs = [evolve_job(job, event) for job in self.jobs.values()]

@@ -11,10 +11,19 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import Any, ClassVar
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict
 
 from events.clock import Timestamp
+from events.nodes import (
+    ENDS_OF_NODES,
+    Confinement,
+    LoadPlaced,
+    NodeDraining,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+)
 from events.tokens import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
 
 
@@ -28,6 +37,11 @@ class Cause(StrEnum):
     IDLE = "idle"
     RECOVERY = "recovery"
     RESTART = "restart"
+    DRAIN = "drain"
+
+
+REPLACEMENTS = (Cause.SWAP, Cause.DRAIN)
+"""Causes of unloads of loads that another load of the model replaces."""
 
 
 SYSTEM = "system"
@@ -55,23 +69,6 @@ class Prepared(Struct, frozen=True, gc=False):
 
     form: str
     sha256: str
-
-
-class Confinement(Struct, frozen=True, gc=False):
-    """Confinement of the workers, as a throw-away worker found it at the start of the server.
-
-    Attributes:
-        mode: `auto`, `require` or `off`, as set.
-        landlock_abi: the version of Landlock that restricts files; 0 if nothing does.
-        seccomp: whether a filter restricts system calls.
-        not_prevented: the forbidden things that a worker could do: `read_files`, `write_files`,
-            `use_network`, `start_processes`, `read_memory` (of the fork server).
-    """
-
-    mode: str
-    landlock_abi: int
-    seccomp: bool
-    not_prevented: tuple[str, ...]
 
 
 class Durations(Struct, frozen=True, gc=False):
@@ -197,10 +194,13 @@ class LoadStarted(Struct, frozen=True, gc=False):
     It also grows if a start was recorded though its commit raised: no worker belongs to that start. It comes
     twice with the same attempt if the load began with a prepared form that failed: then the job starts again
     without it, with another worker.
+
+    `node_id` is the node at which it started; it is missing in a ledger of one server, here as elsewhere.
     """
 
     TYPE: ClassVar[str] = "LoadStarted"
     attempt: int
+    node_id: str | UnsetType = UNSET
 
 
 class ModelLoaded(Struct, frozen=True, gc=False):
@@ -209,7 +209,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
     the repository's files, which may have changed in between. `confinement` is None in events of earlier
     releases, whose workers were not confined. `threads` is how many each worker computes with; None in events
-    of earlier releases.
+    of earlier releases. `node_id` is the node at which it serves.
     """
 
     TYPE: ClassVar[str] = "ModelLoaded"
@@ -222,6 +222,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     verified: bool = False
     confinement: Confinement | None = None
     threads: int | None = None
+    node_id: str | UnsetType = UNSET
 
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):
@@ -250,7 +251,10 @@ class LoadFailed(Struct, frozen=True, gc=False):
 
 
 class UnloadRequested(Struct, frozen=True, gc=False):
-    """A person or the system requested the end of the load `load_job_id`. The event's id is the job's."""
+    """A person or the system requested the end of the load `load_job_id`. The event's id is the job's.
+
+    `node_id` is the node at which that load is, if it is at any.
+    """
 
     TYPE: ClassVar[str] = "UnloadRequested"
     force: bool
@@ -258,6 +262,7 @@ class UnloadRequested(Struct, frozen=True, gc=False):
     cause: Cause
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None
+    node_id: str | UnsetType = UNSET
 
 
 class UnloadJoined(Struct, frozen=True, gc=False):
@@ -323,12 +328,14 @@ class WorkerExited(Struct, frozen=True, gc=False):
 
     Attributes:
         stderr: its last lines, then why the server killed it; only the latter with `--ledger-stderr off`.
+        node_id: the node at which it ran.
     """
 
     TYPE: ClassVar[str] = "WorkerExited"
     exit_code: int | None
     signal: int | None
     stderr: tuple[str, ...]
+    node_id: str | UnsetType = UNSET
 
 
 class ServerStarted(Struct, frozen=True, gc=False):
@@ -434,12 +441,15 @@ Data = (
     | UnloadRequested | UnloadJoined | UnloadStarted | ModelUnloaded | UnloadFailed | CancelRequested
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
     | RollbackAccepted | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked | SignInLinkIssued
-    | SignInLinkUsed
+    | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
 )  # fmt: skip
 """The types that this release writes."""
 
 OF_SERVER = (ServerStarted, ServerStopped)
-"""The events that concern all models and jobs."""
+"""The starts and stops of a server."""
+
+ENDS_OF_PROCESSES: frozenset[type[Data]] = frozenset({*OF_SERVER, *ENDS_OF_NODES})
+"""The events that end processes: they may concern all models and jobs (`events.nodes.ends_processes`)."""
 
 TYPES: Mapping[str, type[Data]] = {kind.TYPE: kind for kind in Data.__args__}
 SCHEMA = 1

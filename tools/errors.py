@@ -45,6 +45,7 @@ ADVICE: Mapping[str, str] = {
     "unknown_job": "Check the id. For archived jobs use `loadledger replay --archive`.",
     "unknown_token": "`loadledger token list` lists the known ones. For a token of an identity provider, say"
     " how long it is valid at most (`expires_s`).",
+    "unknown_node": "Check the name of the node.",
     "method_not_allowed": "Use a method that `Allow` names.",
     "body_timeout": "Send the body without a pause; check the network.",
     "head_timeout": "Send the head without a pause; `--head-timeout-s` sets the limit.",
@@ -54,6 +55,7 @@ ADVICE: Mapping[str, str] = {
     "not_loaded": "There is nothing to unload. To end a load in progress, use `?force=true`.",
     "version_exists": "Choose another number: a version is never overwritten.",
     "version_in_use": "Unload the model, load another version, or cancel the load; then remove the version.",
+    "node_ended": "There is nothing to drain: its models are loaded at other nodes.",
     "repository_read_only": "`detail` says which setting or access right it is. Put the version's folder into"
     " the repository yourself.",
     "precondition_failed": "As `version_exists`: the request had `If-None-Match: *`.",

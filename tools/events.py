@@ -1,20 +1,21 @@
 """The reference page of the events, from their types."""
 
 from collections.abc import Iterable, Mapping
+from types import UnionType
 from typing import Any, get_type_hints
 
 import msgspec
-from msgspec import NODEFAULT, Struct
+from msgspec import NODEFAULT, UNSET, Struct, UnsetType
 from msgspec.structs import FieldInfo, fields
 
 from events.eventtext import EVENT_TEXTS
+from events.nodes import Confinement, PlacedFile
 from events.types import (
     SCHEMA,
     SYSTEM,
     TYPES,
     AddedFile,
     Cause,
-    Confinement,
     Durations,
     Idempotency,
     LoadedFile,
@@ -34,6 +35,7 @@ BY: Mapping[str, str] = {
     "TokenRevoked": "the caller, or `local:USER`",
     "SignInLinkIssued": "the caller, or `local:USER`",
     "SignInLinkUsed": "who asked for the link",
+    "NodeDraining": "the caller",
     "AccessDenied": f"the refused subject; `{SYSTEM}` with the action `other` for those beyond the limit"
     f" of events",
 } | dict.fromkeys(
@@ -51,6 +53,10 @@ BY: Mapping[str, str] = {
         "ServerStopped",
         "ClockStepped",
         "RollbackAccepted",
+        "NodeJoined",
+        "NodeLeft",
+        "NodeLost",
+        "LoadPlaced",
     ),
     f"`{SYSTEM}`",
 )
@@ -63,7 +69,8 @@ CAUSES: Mapping[Cause, str] = {
     Cause.EVICTION: "another load needed the memory (`--evict idle`)",
     Cause.IDLE: "the model had no request for its `keep_alive_s`",
     Cause.RECOVERY: "a worker of the model died",
-    Cause.RESTART: "the server restarted, and the model was loaded before",
+    Cause.RESTART: "the server, or the model's node, ended, and the model was loaded before",
+    Cause.DRAIN: "the model's node is being drained, so the model moves to another one",
 }
 """The meaning of each cause of a load or an unload."""
 
@@ -82,7 +89,7 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 }
 """The members of every event."""
 
-_PARTS = (LoadedFile, AddedFile, Prepared, Durations, Confinement, Idempotency)
+_PARTS = (LoadedFile, AddedFile, Prepared, Durations, Confinement, PlacedFile, Idempotency)
 _HEAD = f"""\
 # Events
 
@@ -153,12 +160,16 @@ def _members(rows: Iterable[tuple[str, str, str]]) -> str:
 def _missing(member: FieldInfo) -> str:
     if member.default is NODEFAULT:
         return ""
+    if member.default is UNSET:
+        return "missing in a ledger without nodes"
     return f"if missing: {msgspec.json.encode(member.default).decode()}"
 
 
 def _type(hint: Any) -> str:
     """Return an annotation in words."""
-    arguments = getattr(hint, "__args__", ())
+    arguments = [each for each in getattr(hint, "__args__", ()) if each is not UnsetType]
+    if hint.__class__ is UnionType and len(arguments) == 1:
+        return _type(arguments[0])
     if type(None) in arguments:
         return " or ".join([*(_type(each) for each in arguments if each is not type(None)), "null"])
     if arguments:  # a tuple of any length

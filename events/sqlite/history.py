@@ -36,7 +36,7 @@ from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import read_base_state
 from events.state import State
-from events.types import OF_SERVER, Event
+from events.types import ENDS_OF_PROCESSES, Event
 
 T = TypeVar("T")
 
@@ -152,16 +152,13 @@ def _job_then(
 
 
 def _events_of(connection: sqlite3.Connection, job: Job, position: int) -> Iterator[Event]:
-    """Yield the events that changed a job up to a position: its own, and those of the server."""
+    """Yield the events that changed a job up to a position: its own, and those of servers and nodes."""
+    kinds = ", ".join(f"'{kind.TYPE}'" for kind in ENDS_OF_PROCESSES)
     rows = connection.execute(
-        "SELECT position, body FROM events WHERE job_id = ? AND position BETWEEN ? AND ?"
-        " UNION SELECT position, body FROM events WHERE type IN (?, ?) AND position BETWEEN ? AND ?"
-        " ORDER BY position",
-        (
-            *(job.id, job.created_position, position),
-            *(kind.TYPE for kind in OF_SERVER),
-            *(job.created_position, position),
-        ),
+        "SELECT position, body FROM events WHERE job_id = :job AND position BETWEEN :first AND :last"  # noqa: S608 - literals
+        f" UNION SELECT position, body FROM events WHERE type IN ({kinds})"
+        " AND position BETWEEN :first AND :last ORDER BY position",
+        {"job": job.id, "first": job.created_position, "last": position},
     )
     return (decode_event(body) for _, body in rows)
 

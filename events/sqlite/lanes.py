@@ -17,7 +17,16 @@ from events.jobs import Job
 from events.models import Model, ModelState, Serving
 from events.sqlite.presence import ServerState
 from events.state import Entities
-from events.types import OF_SERVER, Cause, Event, LoadFailed, ModelLoaded, ServerStarted, WorkerExited
+from events.types import (
+    ENDS_OF_PROCESSES,
+    OF_SERVER,
+    Cause,
+    Event,
+    LoadFailed,
+    ModelLoaded,
+    ServerStarted,
+    WorkerExited,
+)
 
 _NOT_LOADED = (ModelState.UNLOADED, ModelState.FAILED)
 
@@ -169,11 +178,10 @@ class LaneFold:
         self._note_load(model)
 
     def apply(self, event: Event) -> None:
-        """Fold an event of the model, or of the server."""
-        is_of_server = _is_of_server(event)
-        if is_of_server and self._is_after_server:
+        """Fold an event of the model, or of a server or node."""
+        if is_of_server(event) and self._is_after_server:
             return  # nothing was loaded in between: a server that restarts in a loop costs one fold
-        self._is_after_server = is_of_server
+        self._is_after_server = is_of_server(event)
         job = self._entities.jobs.get(event.job_id) if event.job_id is not None else None
         self._entities.apply(event)
         model = self._entities.models.get(self._model_id)
@@ -183,7 +191,7 @@ class LaneFold:
             self._mark(after, event)
             self._close(event.recorded_at)
             self._segment = after
-        if self._segment is not None and not is_of_server:
+        if self._segment is not None and not _ends_processes(event):
             self._segment = replace(self._segment, events=self._segment.events + 1)
         self._note_load(model)
 
@@ -268,7 +276,7 @@ class LaneFold:
         )
         was_lost = self._segment is not None and self._segment.state is ModelState.LOST
         if after.state is ModelState.LOST and not was_lost:
-            self._marks.append(replace(mark, code=SERVER_ENDED) if _is_of_server(event) else mark)
+            self._marks.append(replace(mark, code=SERVER_ENDED) if _ends_processes(event) else mark)
         if isinstance(event.data, ModelLoaded) and self._loaded_version not in (None, after.version):
             self._marks.append(replace(mark, kind=MarkKind.SWAPPED))
 
@@ -294,8 +302,13 @@ def _lane_load(load: Serving) -> LaneLoad:
     )
 
 
-def _is_of_server(event: Event) -> bool:
+def is_of_server(event: Event) -> bool:
+    """Return whether the event is the start or the stop of a server without nodes."""
     return type(event.data) in OF_SERVER
+
+
+def _ends_processes(event: Event) -> bool:
+    return type(event.data) in ENDS_OF_PROCESSES
 
 
 def _is_same(one: Segment | None, other: Segment | None) -> bool:

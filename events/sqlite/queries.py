@@ -13,6 +13,7 @@ from events.commands import Join, KnownKey, read_key
 from events.errors import ForeignHead
 from events.jobs import Job, JobStatus
 from events.models import Model
+from events.nodes import Node
 from events.sqlite.schema import check_readable, transaction
 from events.state import Changes, State
 from events.storage import ArchivedRange, LogHead, Row
@@ -33,6 +34,9 @@ _FOLDS_SINCE = 7
 
 TOKENS_SINCE = 8
 """The schema from which on there are tokens."""
+
+NODES_SINCE = 9
+"""The schema from which on there are nodes."""
 
 
 def read_head(connection: sqlite3.Connection) -> LogHead:
@@ -136,8 +140,8 @@ def read_state(connection: sqlite3.Connection) -> State:
     jobs = connection.execute(
         "SELECT body FROM jobs WHERE status IN (?, ?)", (JobStatus.PENDING, JobStatus.IN_PROGRESS)
     )
-    tokens = read_tokens(connection, "tokens")
-    return make_state(position, read_head(connection).recorded_at, models, jobs, tokens)
+    tokens, nodes = read_tokens(connection, "tokens"), read_nodes(connection, "nodes")
+    return make_state(position, read_head(connection).recorded_at, models, jobs, tokens=tokens, nodes=nodes)
 
 
 def read_tokens(connection: sqlite3.Connection, table: str) -> Iterable[tuple[str]]:
@@ -147,23 +151,34 @@ def read_tokens(connection: sqlite3.Connection, table: str) -> Iterable[tuple[st
     return connection.execute(f"SELECT body FROM {table}")  # noqa: S608 - a literal of the caller
 
 
+def read_nodes(connection: sqlite3.Connection, table: str) -> Iterable[tuple[str]]:
+    """Return the nodes of a table as they are stored; none if the schema is older."""
+    if check_readable(connection) < NODES_SINCE:
+        return ()
+    return connection.execute(f"SELECT body FROM {table}")  # noqa: S608 - a literal of the caller
+
+
 def make_state(
     position: int,
     recorded_at: str,
     models: Iterable[tuple[str]],
     jobs: Iterable[tuple[str]],
+    *,
     tokens: Iterable[tuple[str]] = (),
+    nodes: Iterable[tuple[str]] = (),
 ) -> State:
     """Return the state of what is stored; raise ValueError if a part of it is damaged."""
     stored_models = [as_model(body) for (body,) in models]
     stored_jobs = [as_job(body) for (body,) in jobs]
     stored_tokens = [as_token(body) for (body,) in tokens]
+    stored_nodes = [as_node(body) for (body,) in nodes]
     return State(
         position,
         recorded_at,
         {model.id: model for model in stored_models},
         {job.id: job for job in stored_jobs},
         tokens={token.id: token for token in stored_tokens},
+        nodes={node.id: node for node in stored_nodes},
     )
 
 
@@ -281,6 +296,8 @@ def write_group(
         write_projections(connection, changes.models.values(), changes.jobs.values(), rows[-1].position)
         if changes.tokens:
             store_tokens(connection, changes.tokens)
+        if changes.nodes:
+            store_nodes(connection, changes.nodes)
 
 
 def _refuse_other_head(connection: sqlite3.Connection, expected: LogHead) -> None:
@@ -389,12 +406,20 @@ def store_tokens(connection: sqlite3.Connection, tokens: Mapping[str, Token | No
     )
 
 
-def as_text(entity: Job | Model | Token) -> str:
+def store_nodes(connection: sqlite3.Connection, nodes: Mapping[str, Node]) -> None:
+    """Store nodes by their ids; the caller holds the transaction."""
+    connection.executemany(
+        "INSERT INTO nodes (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+        [(key, as_text(node)) for key, node in nodes.items()],
+    )
+
+
+def as_text(entity: Job | Model | Token | Node) -> str:
     """Return an entity as it is stored."""
     return as_bytes(entity).decode()
 
 
-def as_bytes(entity: Job | Model | Token) -> bytes:
+def as_bytes(entity: Job | Model | Token | Node) -> bytes:
     """Return an entity as it is stored, in UTF-8."""
     return _ENCODER.encode(entity)
 
@@ -414,7 +439,13 @@ def as_token(body: str | bytes) -> Token:
     return _TOKEN.decode(body)
 
 
+def as_node(body: str | bytes) -> Node:
+    """Return the node that `as_text` wrote; raise ValueError if it is damaged."""
+    return _NODE.decode(body)
+
+
 _ENCODER = msgspec.json.Encoder(order="sorted")
 _JOB = msgspec.json.Decoder(Job)
 _MODEL = msgspec.json.Decoder(Model)
 _TOKEN = msgspec.json.Decoder(Token)
+_NODE = msgspec.json.Decoder(Node)

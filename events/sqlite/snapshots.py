@@ -2,8 +2,8 @@
 
 A snapshot is a cache, copied within SQLite from the stored projections right after their transaction
 (`docs/decisions/0019`). Only the snapshot at the base is more: it replaces the archived events. So it is
-complete: all models, all unended jobs, the ended loads that models serve from or return to, and all tokens,
-which other snapshots do not have: no past state is asked for them.
+complete: all models, all unended jobs, the ended loads that models serve from or return to, and all tokens
+and nodes, which other snapshots do not have: no past state is asked for them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import sqlite3
 from collections.abc import Iterator
 
 from events.jobs import JobStatus
-from events.sqlite.queries import LAST, TOKENS_SINCE, as_text, make_state, read_tokens
+from events.sqlite.queries import (
+    LAST,
+    NODES_SINCE,
+    TOKENS_SINCE,
+    as_text,
+    make_state,
+    read_nodes,
+    read_tokens,
+)
 from events.sqlite.schema import check_readable, transaction
 from events.state import State
 
@@ -117,18 +125,21 @@ def read_base_state(connection: sqlite3.Connection, base: int) -> State:
         return State()
     models = connection.execute("SELECT body FROM model_snapshots WHERE position = ?", (base,))
     jobs = connection.execute("SELECT body FROM job_snapshots WHERE position = ?", (base,))
-    return make_state(base, "", models, jobs, read_tokens(connection, "base_tokens"))
+    tokens, nodes = read_tokens(connection, "base_tokens"), read_nodes(connection, "base_nodes")
+    return make_state(base, "", models, jobs, tokens=tokens, nodes=nodes)
 
 
 def base_state_digest(connection: sqlite3.Connection, base: int) -> bytes:
     """Return the SHA-256 of the stored state at the base: each body, followed by a line feed."""
-    tokens = " UNION ALL SELECT 3, id, body FROM base_tokens"
-    if check_readable(connection) < TOKENS_SINCE:
-        tokens = ""
+    schema, others = check_readable(connection), ""
+    if schema >= TOKENS_SINCE:
+        others += " UNION ALL SELECT 3, id, body FROM base_tokens"
+    if schema >= NODES_SINCE:
+        others += " UNION ALL SELECT 4, id, body FROM base_nodes"
     found = connection.execute(
         "SELECT CAST(body AS BLOB) FROM (SELECT 1 AS kind, model_id AS key, body FROM model_snapshots"  # noqa: S608
         "  WHERE position = :base UNION ALL SELECT 2, created_position, body FROM job_snapshots"
-        f"  WHERE position = :base{tokens}) ORDER BY kind, key",
+        f"  WHERE position = :base{others}) ORDER BY kind, key",
         {"base": base},
     )
     digest = hashlib.sha256()
@@ -171,6 +182,11 @@ def write_base_state(connection: sqlite3.Connection, state: State) -> int:
     connection.executemany(
         "INSERT INTO base_tokens (id, body) VALUES (?, ?)",
         [(token.id, as_text(token)) for token in state.tokens.values()],
+    )
+    connection.execute("DELETE FROM base_nodes")
+    connection.executemany(
+        "INSERT INTO base_nodes (id, body) VALUES (?, ?)",
+        [(node.id, as_text(node)) for node in state.nodes.values()],
     )
     behind = json.dumps(sorted(jobs_behind(state)))
     connection.execute(

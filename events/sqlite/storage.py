@@ -71,6 +71,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
         connection.execute("DELETE FROM jobs")
         connection.execute("DELETE FROM models")
         connection.execute("DELETE FROM tokens")
+        connection.execute("DELETE FROM nodes")
         snapshots.forget(connection, state.position)
         connection.execute(
             "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, ?, ?)",
@@ -82,6 +83,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
             queries.write_projections(connection, models.values(), jobs.values(), state.position)
             snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)
         queries.store_tokens(connection, state.tokens)
+        queries.store_nodes(connection, state.nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def rebuild_file(path: Path) -> RebuildResult:
 
 def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Iterator[str]:
     """Walk both connections' tables in the order of their keys, and yield each difference in words."""
-    for table in ("models", "jobs", "tokens"):
+    for table in ("models", "jobs", "tokens", "nodes"):
         walk = f"SELECT id, body FROM {table} ORDER BY 1"  # noqa: S608 - literals above
         old, new = before.execute(walk), after.execute(walk)
         one, other = old.fetchone(), new.fetchone()

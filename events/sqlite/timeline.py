@@ -37,13 +37,14 @@ from events.sqlite.lanes import (
     Mark,
     ServerSegment,
     failure_mark,
+    is_of_server,
     merge_marks,
     server_segments,
 )
 from events.sqlite.presence import ServerState, find_server_event, presence_between
 from events.sqlite.queries import as_job, as_model, read_base, read_head
 from events.sqlite.readonly import ReaderThread
-from events.types import OF_SERVER, Event, LoadFailed, WorkerExited
+from events.types import ENDS_OF_PROCESSES, Event, LoadFailed, WorkerExited
 
 FOLDED = 4_000
 """Events that the lanes of one answer may fold beside those at the ends of the range: 0.15 s."""
@@ -119,7 +120,7 @@ class _Frame:
         anchors: positions and times of the snapshots that are used, the first at or before `first`, and at
             last the last event of the range.
         first: the last position at or before the beginning.
-        server: the starts and stops of the server from the first anchor on.
+        server: the starts and ends of servers and nodes from the first anchor on.
     """
 
     begin: Timestamp
@@ -137,7 +138,7 @@ class _Frame:
     models: int
 
     def server_between(self, low: int, high: int) -> list[Event]:
-        """Return the starts and stops of the server after a position, up to another."""
+        """Return the starts and ends of servers and nodes after a position, up to another."""
         position = attrgetter("position")
         begin, end = (bisect_right(self.server, each, key=position) for each in (low, high))
         return self.server[begin:end]
@@ -174,7 +175,7 @@ class TimelineReader:
             known_from=frame.known_from,
             lanes=lanes,
             server=server_segments(
-                [event for event in frame.server if event.position > frame.first],
+                [each for each in frame.server if each.position > frame.first and is_of_server(each)],
                 frame.presence,
                 max(frame.begin, frame.known_from or frame.begin),
                 frame.end,
@@ -285,9 +286,11 @@ _IS_ACTIVE = (
 
 
 def _read_server_events(connection: sqlite3.Connection, low: int, last: int) -> list[Event]:
+    kinds = ", ".join(f"'{kind.TYPE}'" for kind in ENDS_OF_PROCESSES)
     found = connection.execute(
-        "SELECT CAST(body AS BLOB) FROM events WHERE type IN (?, ?) AND position > ? AND position <= ?",
-        (*(kind.TYPE for kind in OF_SERVER), low, last),
+        "SELECT CAST(body AS BLOB) FROM events"  # noqa: S608 - literals
+        f" WHERE type IN ({kinds}) AND position > ? AND position <= ?",
+        (low, last),
     ).fetchall()
     return sorted(_decoded(found), key=attrgetter("position"))
 

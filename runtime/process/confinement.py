@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from events.types import Confinement
+from events.nodes import Confinement
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.limits import FORK_LIMIT_S, time_limit
 from runtime.process.worker import Worker

@@ -14,6 +14,7 @@ const FORMS = {
   undefined: String,
   ms: (microseconds) => `${Math.round(microseconds / 1000)} ms`,
   MB: (size) => `${(size / 1e6).toFixed(1)} MB`,
+  list: (items) => items.join(", "),
   acts: (acts) => acts.map((act) => act.replaceAll("_", " ")).join(", "),
   files: (files) => files.map((file) => `${file.path} ${file.sha256.slice(0, HASH_DIGITS)}`).join(", "),
 };

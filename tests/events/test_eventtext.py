@@ -11,6 +11,19 @@ import pytest
 from events.eventtext import EVENT_TEXTS, describe_event, is_bad, log_fields
 from events.types import TYPES
 
+NODE = {
+    "node_id": "a",
+    "epoch": 2,
+    "address": "https://a",
+    "labels": ["zone=eu_1"],
+    "budget_bytes": None,
+    "release": "1",
+    "unclean": True,
+    "last_seen_at": "T",
+    "no_node_since": None,
+    "confinement": None,
+}
+
 SCRIPT = Path(__file__).parents[2] / "server" / "static" / "eventtext.js"
 REQUESTED = {"cause": "demand", "priority": "low", "pinned": False}
 LOADED = {
@@ -71,6 +84,28 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("TokenRevoked", {"jti": "i1", "expires_at": None}, "id i1", False),
     ("SignInLinkIssued", {"link_id": "l1"}, "id l1", False),
     ("SignInLinkUsed", {"link_id": "l1"}, "id l1", False),
+    (
+        "NodeJoined",
+        NODE,
+        "a epoch 2, at https://a, zone=eu_1, release 1, its epoch before ended unexpectedly, last seen at T",
+        True,
+    ),
+    (
+        "NodeJoined",
+        NODE | {"labels": [], "budget_bytes": 2_000_000, "unclean": False, "last_seen_at": None},
+        "a epoch 2, at https://a, budget 2.0 MB, release 1",
+        False,
+    ),
+    ("NodeDraining", {"node_id": "a", "epoch": 2}, "a epoch 2", False),
+    ("NodeLeft", {"node_id": "a", "epoch": 2}, "a epoch 2", False),
+    ("NodeLost", {"node_id": "a", "epoch": 2, "last_renewed_at": "T"}, "a epoch 2, last seen at T", True),
+    (
+        "LoadPlaced",
+        {"node_id": "a", "node_epoch": 2, "reason": "files", "files": []},
+        "at node a, files",
+        False,
+    ),
+    ("LoadStarted", {"attempt": 2, "node_id": "a"}, "attempt 2, at node a", False),
     ("ClockStepped", {"from": "T", "to": "U", "taken": True}, "from T to U", True),
     ("ClockStepped", {"from": "T", "to": "U", "taken": False}, "from T to U, not followed", True),
 ]

@@ -10,6 +10,7 @@ from support.history import opened
 
 from events.audit.verify import verify
 from events.codec import GENESIS, decode_event, encode_canonical, encode_event, hash_body
+from events.nodes import OF_NODES, LoadPlaced
 from events.sqlite import queries, storage
 from events.sqlite.history import state_at
 from events.sqlite.queries import as_text
@@ -21,6 +22,8 @@ from events.types import TYPES, ClockStepped, RollbackAccepted, UnloadFailed
 
 VERSIONS = {"VersionAdded", "VersionRemoved"}
 """Events of the repository, which change no model and no job."""
+NODES = {kind.TYPE for kind in (*OF_NODES, LoadPlaced)}
+"""Events of nodes: a single server, whose histories these are, has none."""
 FOLDER = Path(__file__).parents[1] / "histories"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
 
@@ -31,7 +34,7 @@ def bodies(name: str) -> list[str]:
 
 def test_recorded_histories_have_every_event_type_and_cause() -> None:
     events = [decode_event(body) for name in NAMES for body in bodies(name)]
-    rare = {UnloadFailed.TYPE, ClockStepped.TYPE, RollbackAccepted.TYPE, *VERSIONS}
+    rare = {UnloadFailed.TYPE, ClockStepped.TYPE, RollbackAccepted.TYPE, *VERSIONS, *NODES}
     assert {event.type for event in events} >= set(TYPES) - rare
     causes = {cause for event in events if (cause := getattr(event.data, "cause", None)) is not None}
     assert causes >= {"request", "swap", "eviction", "recovery", "restart"}

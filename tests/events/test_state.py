@@ -64,7 +64,8 @@ def test_queues_hold_unended_jobs_in_any_transaction(groups: Sequence[tuple[list
             attempt.commit()
             assert all(state.queues.values())  # no model leaves anything behind
         assert_queues_are_right(state)
-        same = State(state.position, state.recorded_at, state.models, state.jobs, tokens=state.tokens)
+        same = State(state.position, state.recorded_at, state.models, state.jobs)
+        same.tokens, same.nodes = state.tokens, state.nodes
         assert same == state
 
 
@@ -171,6 +172,7 @@ def assert_entities_agree(events: Sequence[Event]) -> None:
         assert entities.models == state.models
         assert entities.jobs == state.jobs
         assert entities.tokens == state.tokens
+        assert entities.nodes == state.nodes
 
 
 @FEWER
@@ -206,9 +208,11 @@ def test_every_type_has_a_fold() -> None:
         *("ServerStarted", "ServerStopped", "AccessDenied", "LoadJoined", "UnloadJoined"),
         *("ClockStepped", "RollbackAccepted", "VersionAdded", "VersionRemoved"),
         *("TokenIssued", "TokenRevoked", "SignInLinkIssued", "SignInLinkUsed"),
+        *("NodeJoined", "NodeDraining", "NodeLeft", "NodeLost"),
     }
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job
-    assert {kind.__name__ for kind in models.STEPS} == TYPES.keys() - of_no_job - {"CancelRequested"}
+    of_no_model = of_no_job | {"CancelRequested", "LoadPlaced"}
+    assert {kind.__name__ for kind in models.STEPS} == TYPES.keys() - of_no_model
 
 
 # Replays agree, and what this release does not know changes nothing.

@@ -19,13 +19,15 @@ from events.jobs import (
     BYTES_GONE,
     CRASH_LOOP,
     FORK_SERVER_DIED,
+    INCIDENT_WINDOW_S,
     INSUFFICIENT_MEMORY,
     TIMEOUT,
     TOO_MANY_LOADED,
     Job,
 )
 from events.log import Log
-from events.models import INCIDENT_WINDOW_S, Model
+from events.models import Model
+from events.nodes import LoadPlaced, NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -235,6 +237,47 @@ class History:
         last_at = self.facts[-1].recorded_at if self.facts else None
         data = ServerStarted(unclean, last_event_at=last_at, last_seen_at=last_at)
         self.add(data, None, of=None, version=None, after_s=down_s)
+
+    def about_node(self, data: NodeData, **about: Any) -> Event:
+        return self.add(data, None, of=None, version=None, **about)
+
+    def join(self, node: str, *, epoch: int | None = None, unclean: bool = False, **given: Any) -> None:
+        """A node joins: its next epoch begins."""
+        before = self.state.nodes.get(node)
+        epoch = epoch or (before.epoch + 1 if before is not None else 1)
+        about = {
+            "address": f"http://{node}",
+            "labels": (),
+            "budget_bytes": None,
+            "release": "1",
+            "public_key": None,
+        }
+        self.about_node(NodeJoined(node, epoch, unclean=unclean, **{**about, **given}))
+
+    def drain(self, node: str) -> None:
+        self.about_node(NodeDraining(node, self.state.nodes[node].epoch), by="alice")
+
+    def leave(self, node: str) -> None:
+        self.about_node(NodeLeft(node, self.state.nodes[node].epoch))
+
+    def lose(self, node: str) -> None:
+        self.about_node(NodeLost(node, self.state.nodes[node].epoch, at(self.seconds)))
+
+    def place(self, job: str, node: str, **about: Any) -> None:
+        self.add(LoadPlaced(node, self.state.nodes[node].epoch, "room"), job, **about)
+
+    def load_at(
+        self, node: str, job: str, *, of: str = MODEL, cause: Cause = Cause.REQUEST, **given: Any
+    ) -> None:
+        """A load is requested, placed at a node, and ends well there."""
+        self.ask_load(job, of=of, cause=cause, **given)
+        self.start_at(node, job, of=of)
+        self.add(replace(model_loaded(f"w-{job}"), node_id=node), job, of=of)
+
+    def start_at(self, node: str, job: str, *, of: str = MODEL) -> None:
+        """A load is placed at a node and starts there."""
+        self.place(job, node, of=of)
+        self.add(LoadStarted(self.job(job).attempt + 1, node), job, of=of)
 
     def job(self, job: str) -> Job:
         return self.state.jobs[job]

@@ -10,7 +10,7 @@ import typing
 from typing import Any, TypeVar
 
 from hypothesis import strategies as st
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from events.types import (
     SYSTEM,
@@ -27,12 +27,19 @@ T = TypeVar("T", bound=Struct)
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 5)
 TEXTS = st.text(max_size=20)
+NODES = st.sampled_from(["a", "b"])
 HASHES = st.binary(min_size=32, max_size=32).map(bytes.hex)
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Return a strategy for what a field with this annotation may hold."""
-    simple = {int: INTEGERS, str: TEXTS, bool: st.booleans(), types.NoneType: st.none()}
+    simple = {
+        int: INTEGERS,
+        str: TEXTS,
+        bool: st.booleans(),
+        types.NoneType: st.none(),
+        UnsetType: st.just(UNSET),
+    }
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in simple:
         return simple[hint]
@@ -65,7 +72,11 @@ def instances(kind: type[T], *, without: str = "") -> st.SearchStrategy[T]:
     """Return a strategy for instances of a struct, all fields but this one given."""
     hints = typing.get_type_hints(kind, include_extras=True)
     timestamps = st.none() | st.integers(-1_000, 1_000).map(at)
-    known = dict.fromkeys(("down_since", "last_event_at", "last_seen_at"), timestamps)
+    known: dict[str, st.SearchStrategy[Any]] = dict.fromkeys(
+        ("down_since", "last_event_at", "last_seen_at", "no_node_since"), timestamps
+    )
+    is_optional = typing.get_origin(hints.get("node_id")) is types.UnionType
+    known |= {"node_id": NODES | st.just(UNSET) if is_optional else NODES, "epoch": st.integers(1, 2)}
     names = (name for name in kind.__struct_fields__ if name != without)
     return st.builds(kind, **{name: known.get(name, values(hints[name])) for name in names})
 

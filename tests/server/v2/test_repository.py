@@ -17,8 +17,8 @@ from support.models import FLOAT, TEXT, save, save_bytes
 from support.running import gone, slow_model
 from support.workers import computing, until
 
-from events.jobs import Failure
-from events.models import Model, ModelState, PendingLoad, Serving
+from events.jobs import Failure, PendingLoad
+from events.models import Model, ModelState, Serving
 from events.types import LoadParameters
 from server.http.validation import MAX_JSON_BYTES
 from server.v2 import repository as extension

@@ -1,0 +1,435 @@
+"""Nodes: their fold, what their ends do to models and jobs, and which node works on what."""
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from support.history import MODEL, START, History, at, given, ids, model_loaded, opened, steady
+
+from events.accept import Accepted, Decision, Existing, Refused, accept
+from events.codec import encode_event
+from events.commands import (
+    Command,
+    DrainNode,
+    JoinNode,
+    LeaveNode,
+    LoseNode,
+    NodeCurrent,
+    NodeUnchanged,
+    Record,
+    RequestUnload,
+)
+from events.jobs import JobStatus
+from events.models import ModelState
+from events.nodes import (
+    Node,
+    NodeDraining,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+    NodePhase,
+    find_placer,
+)
+from events.sqlite import queries, storage
+from events.sqlite.schema import connect
+from events.state import State
+from events.types import SYSTEM, Cause, Draft, LoadStarted, ServerStarted, UnloadRequested
+
+
+def cluster(*nodes: str) -> History:
+    """Return a history in which these nodes have joined."""
+    history = History()
+    for node in nodes:
+        history.join(node)
+    return history
+
+
+def phase_of(history: History, node: str) -> NodePhase:
+    return history.state.nodes[node].phase
+
+
+def works_on(history: History, node: str) -> tuple[set[str], set[str]]:
+    """Return the unended jobs and the models that a node works on."""
+    own = history.state.of(node)
+    return {job.id for job in own.unended()}, set(own.models)
+
+
+# The fold of a node
+
+
+def test_node_goes_through_its_phases() -> None:
+    history = cluster("a")
+    assert history.state.nodes["a"] == Node(
+        "a", 1, NodePhase.JOINED, 1, at(1), "http://a", (), None, "1", None
+    )
+    history.drain("a")
+    assert phase_of(history, "a") is NodePhase.DRAINING
+    history.leave("a")
+    assert (phase_of(history, "a"), history.state.nodes["a"].ended_at) == (NodePhase.LEFT, at(3))
+    history.join("a", labels=("zone=eu",))
+    node = history.state.nodes["a"]
+    assert (node.epoch, node.phase, node.labels, node.ended_at) == (2, NodePhase.JOINED, ("zone=eu",), None)
+    history.lose("a")
+    assert phase_of(history, "a") is NodePhase.LOST
+
+
+@pytest.mark.parametrize("data", [NodeDraining("a", 1), NodeLeft("a", 1), NodeLost("a", 1, at(0))])
+def test_event_of_another_epoch_changes_no_node(data: NodeDraining | NodeLeft | NodeLost) -> None:
+    history = cluster("a", "a")
+    before = history.state.nodes["a"]
+    history.about_node(data)
+    assert history.state.nodes["a"] is before
+    history.about_node(replace(data, node_id="never"))
+    assert set(history.state.nodes) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "steps", "placer"),
+    [
+        ("", "", None),
+        ("b a", "", "a"),
+        ("a b", "drain:a", "b"),
+        ("a b", "drain:a drain:b", "a"),
+        ("a b", "lose:a", "b"),
+        ("a b", "leave:a leave:b", None),
+    ],
+)
+def test_placer_is_lowest_node_that_takes_loads(nodes: str, steps: str, placer: str | None) -> None:
+    history = cluster(*nodes.split())
+    for step in steps.split():
+        name, _, node = step.partition(":")
+        getattr(history, name)(node)
+    assert find_placer(history.state.nodes) == placer
+
+
+# What the end of a node does
+
+ENDS = {
+    "leaves": lambda history: history.leave("b"),
+    "is lost": lambda history: history.lose("b"),
+    "joins again": lambda history: history.join("b", unclean=True),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_end_of_node_loses_its_models_alone(end: str) -> None:
+    history = cluster("a", "b")
+    history.load_at("a", "A", of="at_a")
+    history.load_at("b", "B", of="at_b")
+    before = history.model("at_a")
+    ENDS[end](history)
+    lost = history.model("at_b")
+    assert history.model("at_a") is before
+    assert (lost.phase, lost.lost_by, lost.lost_at) == (ModelState.LOST, Cause.RESTART, at(history.seconds))
+    assert lost.serving is not None
+    assert lost.serving.node_id is None
+
+
+@pytest.mark.parametrize(("end", "deaths"), [("leaves", 0), ("is lost", 1), ("joins again", 1)])
+def test_end_of_node_leaves_its_load_to_another(end: str, deaths: int) -> None:
+    history = cluster("a", "b")
+    history.ask_load("L")
+    history.start_at("b", "L")
+    assert (history.job("L").node_id, history.model().state) == ("b", ModelState.LOADING)
+    ENDS[end](history)
+    job = history.job("L")
+    assert (job.status, job.node_id, job.attempt, job.server_deaths) == (JobStatus.PENDING, None, 1, deaths)
+    assert history.model().state is ModelState.UNLOADED
+    history.start_at("a", "L")
+    assert (history.job("L").attempt, history.job("L").node_id) == (2, "a")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_end_of_node_unplaces_waiting_loads(end: str) -> None:
+    history = cluster("a", "b")
+    history.ask_load("L")
+    history.place("L", "b")
+    ENDS[end](history)
+    job = history.job("L")
+    assert (job.node_id, job.server_deaths, job.position) == (None, 0, history.state.position)
+
+
+def test_end_of_node_keeps_load_at_another() -> None:
+    history = cluster("a", "b")
+    history.load_at("b", "B")
+    history.ask_load("L")
+    history.start_at("a", "L")
+    history.lose("b")
+    assert (history.model().phase, history.job("L").status) == (ModelState.LOST, JobStatus.IN_PROGRESS)
+    assert [load.started for load in history.model().loads] == [True]
+    history.add(replace(model_loaded("w"), node_id="a"), "L")
+    serving = history.model().serving
+    assert serving is not None
+    assert (serving.node_id, history.model().phase) == ("a", ModelState.LOADED)
+
+
+def test_dead_worker_keeps_model_at_its_node() -> None:
+    history = cluster("a", "b")
+    history.load_at("b", "B")
+    history.kill_worker("w-B")
+    assert works_on(history, "b")[1] == {MODEL}
+    history.lose("b")
+    assert works_on(history, "a")[1] == {MODEL}
+    assert history.model().lost_by is Cause.RESTART
+
+
+def test_drained_and_replaced_load_is_unloaded_apart() -> None:
+    history = cluster("a", "b")
+    history.load_at("a", "A")
+    history.load_at("b", "M", cause=Cause.DRAIN)
+    unload = UnloadRequested(False, "A", Cause.DRAIN, node_id="a")
+    history.add(unload, "U")
+    assert (works_on(history, "a"), works_on(history, "b")) == (({"U"}, set()), (set(), {MODEL}))
+    assert history.state.queue(MODEL) == []
+    assert not history.job("U").cancellable
+    serving = history.model().serving
+    assert serving is not None
+    assert (serving.node_id, serving.asked_by, serving.brought_back) == ("b", "alice", Cause.DRAIN)
+    history.start_unload("U")
+    history.lose("a")
+    assert (history.job("U").status, works_on(history, "b")[0]) == (JobStatus.PENDING, {"U"})
+    history.start_unload("U")
+    history.end_unload("U")
+    assert (history.model().phase, history.state.unended()) == (ModelState.LOADED, [])
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_failed_move_is_counted_and_model_serves_on(cancels: bool) -> None:  # noqa: FBT001
+    history = cluster("a", "b")
+    history.load_at("a", "A")
+    history.ask_load("M", cause=Cause.DRAIN)
+    history.start_at("b", "M")
+    if cancels:
+        history.ask_cancel("M")
+        history.end_cancelled("M")
+    else:
+        history.fail_load("M", "invalid_model")
+    model = history.model()
+    assert (model.phase, model.incidents) == (ModelState.LOADED, ())
+    assert model.retries is not None
+    assert (model.retries.count, model.back_off_position) == (1, history.state.position)
+
+
+def test_placement_is_counted_until_a_node_ends() -> None:
+    history = cluster("a", "b")
+    history.ask_load("L")
+    for node in ("a", "b", "b"):
+        history.place("L", node)
+    placed = history.job("L").placement
+    assert placed
+    assert (placed.node_id, placed.times, history.job("L").position) == ("b", 3, history.state.position)
+    history.lose("b")
+    history.place("L", "a")
+    assert history.job("L").placement != placed
+
+
+def test_deadline_moves_by_time_without_any_node() -> None:
+    history = cluster("a", "b")
+    history.ask_load("L", timeout_s=10)
+    history.ask_load("M", of="other", timeout_s=10)
+    history.start_at("b", "M", of="other")
+    deadlines = [history.job(job).deadline_at for job in ("L", "M")]
+    assert deadlines == [at(13), at(14)]
+    history.join("a", unclean=True, no_node_since=at(history.seconds - 2))
+    assert [history.job(job).deadline_at for job in ("L", "M")] == [at(16), at(17)]
+    assert (history.job("M").status, history.job("M").node_id) == (JobStatus.IN_PROGRESS, "b")
+    history.join("a", unclean=True)
+    assert history.job("L").deadline_at == at(16)
+
+
+def test_first_node_ends_what_ran_without_nodes() -> None:
+    history = given("load request_other start_other")
+    history.join("a", unclean=True)
+    assert history.model().phase is ModelState.LOST
+    assert history.job("O").status is JobStatus.PENDING
+    assert works_on(history, "a") == ({"O"}, {MODEL})
+
+
+def test_server_without_nodes_takes_over_what_they_had() -> None:
+    history = cluster("a", "b")
+    history.load_at("a", "A")
+    history.ask_load("L", of="other")
+    history.place("L", "b", of="other")
+    history.add(ServerStarted(True, last_seen_at=at(history.seconds)), None, of=None, version=None)
+    serving = history.model().serving
+    assert serving is not None
+    assert (serving.node_id, history.model().phase) == (None, ModelState.LOST)
+    assert history.job("L").node_id is None
+
+
+# Which node works on what
+
+
+def test_unplaced_and_lost_work_is_the_placers() -> None:
+    history = cluster("a", "b")
+    history.load_at("b", "B", of="lost")
+    history.ask_load("L")
+    history.lose("b")
+    assert works_on(history, "a") == ({"L"}, {"lost"})
+    assert works_on(history, "b") == (set(), set())
+    history.join("b")
+    assert works_on(history, "b") == (set(), set())
+    history.drain("a")
+    assert works_on(history, "b") == ({"L"}, {"lost"})
+    assert works_on(history, "a") == (set(), set())
+
+
+def test_unload_is_worked_on_where_its_load_is() -> None:
+    history = cluster("a", "b")
+    history.load_at("b", "B")
+    history.ask_unload("U", "B")
+    assert works_on(history, "b")[0] == {"U"}
+    history.ask_load("L", of="other")
+    history.ask_unload("V", "L", of="other", force=True)
+    assert works_on(history, "a")[0] == {"L", "V"}
+    history.place("L", "b", of="other")
+    assert works_on(history, "b")[0] == {"U", "L", "V"}
+
+
+def test_epoch_that_is_over_works_on_nothing() -> None:
+    history = cluster("a")
+    history.ask_load("L")
+    assert [job.id for job in history.state.of("a", 1).unended()] == ["L"]
+    history.join("a", unclean=True)
+    assert history.state.of("a", 1).unended() == []
+    assert [job.id for job in history.state.of("a", 2).unended()] == ["L"]
+
+
+def test_state_without_nodes_is_worked_on_whole() -> None:
+    history = given("load request_other")
+    assert history.state.of(None) is history.state
+    assert history.state.of("a").unended() == []
+
+
+# Commands
+
+
+def decide(state: State, command: Command, *, now: str = at(100)) -> Decision:
+    return accept(state, command, ids("n"), now)
+
+
+def facts(decision: Decision) -> list[object]:
+    assert isinstance(decision, Accepted), decision
+    return [draft.data for draft in decision.drafts]
+
+
+@pytest.mark.parametrize(
+    ("steps", "epoch", "unclean"),
+    [
+        ((), 1, False),
+        (("join",), 2, True),
+        (("join", "leave"), 2, False),
+        (("join", "lose"), 2, True),
+        (("join", "drain", "leave", "join"), 3, True),
+    ],
+)
+def test_join_begins_the_next_epoch(steps: tuple[str, ...], epoch: int, *, unclean: bool) -> None:
+    history = History()
+    for step in steps:
+        getattr(history, step)("a")
+    command = JoinNode("a", "http://a", ("zone=eu",), 5, "1.2", "key", last_seen_at=at(3))
+    joined = NodeJoined("a", epoch, "http://a", ("zone=eu",), 5, "1.2", "key", unclean, at(3))
+    assert facts(decide(history.state, command)) == [joined]
+
+
+def test_no_node_since_is_not_before_the_last_event() -> None:
+    state = cluster("a", "b").state
+    (joined,) = facts(decide(state, JoinNode("a", "http://a", no_node_since=at(0))))
+    assert isinstance(joined, NodeJoined)
+    assert joined.no_node_since == at(2)
+
+
+def test_end_of_present_epoch_is_recorded_once() -> None:
+    history = cluster("a", "a")
+    assert facts(decide(history.state, LeaveNode("a", 2))) == [NodeLeft("a", 2)]
+    assert facts(decide(history.state, LoseNode("a", 2, at(1)))) == [NodeLost("a", 2, at(1))]
+    for command in (LeaveNode("a", 1), LoseNode("a", 1, at(1)), LoseNode("b", 1, at(1))):
+        refused = decide(history.state, command)
+        assert isinstance(refused, Refused)
+        assert refused.code == "outdated"
+    history.leave("a")
+    assert isinstance(decide(history.state, LoseNode("a", 2, at(1))), Refused)
+
+
+@pytest.mark.parametrize(
+    ("steps", "code"),
+    [((), "unknown_node"), (("join", "leave"), "node_ended"), (("join", "lose"), "node_ended")],
+)
+def test_drain_of_absent_node_is_refused(steps: tuple[str, ...], code: str) -> None:
+    history = History()
+    for step in steps:
+        getattr(history, step)("a")
+    refused = decide(history.state, DrainNode("a", "alice"))
+    assert isinstance(refused, Refused)
+    assert refused.code == code
+
+
+def test_drain_is_recorded_once_with_its_actor() -> None:
+    history = cluster("a")
+    decision = decide(history.state, DrainNode("a", "alice"))
+    assert decision == Accepted((Draft("n1", NodeDraining("a", 1), "alice"),))
+    history.drain("a")
+    assert decide(history.state, DrainNode("a", "alice")) == Existing(None)
+
+
+def test_facts_of_ended_epoch_are_refused() -> None:
+    history = cluster("a", "b")
+    node = history.state.nodes["a"]
+    draft = Draft("f", LoadStarted(1, "a"), SYSTEM, "L", MODEL, 1)
+    current, unchanged = Record((draft,), (NodeCurrent("a", 1),)), Record((draft,), (NodeUnchanged(node),))
+    assert facts(decide(history.state, current)) == facts(decide(history.state, unchanged)) == [draft.data]
+    history.drain("a")
+    assert facts(decide(history.state, current)) == [draft.data]
+    assert isinstance(decide(history.state, unchanged), Refused)
+    history.lose("a")
+    assert isinstance(decide(history.state, current), Refused)
+    history.join("a")
+    assert isinstance(decide(history.state, current), Refused)
+
+
+def test_unload_names_the_node_of_its_load() -> None:
+    history = cluster("a", "b")
+    history.load_at("b", "B")
+    (request,) = facts(decide(history.state, RequestUnload(MODEL, "alice")))
+    assert isinstance(request, UnloadRequested)
+    assert (request.load_job_id, request.node_id) == ("B", "b")
+
+
+# How they are stored
+
+
+def test_bodies_without_nodes_do_not_mention_them() -> None:
+    history = given("load request_v2 start_v2 request_unload")
+    stored = [queries.as_text(model) for model in history.state.models.values()]
+    stored += [queries.as_text(job) for job in history.state.jobs.values()]
+    assert not any("node" in body for body in stored)
+    assert not any("node" in encode_event(event) for event in history.facts)
+
+
+def test_stored_entities_with_nodes_read_back() -> None:
+    history = cluster("a")
+    history.load_at("a", "A")
+    history.ask_load("L", version=2)
+    history.start_at("a", "L")
+    for model in history.state.models.values():
+        assert queries.as_model(queries.as_text(model)) == model
+        assert json.loads(queries.as_text(model))["serving"]["node_id"] == "a"
+    for job in history.state.jobs.values():
+        assert queries.as_job(queries.as_text(job)) == job
+
+
+async def test_nodes_are_stored_and_rebuilt(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    async with opened(path, **steady(lambda: START)) as log:
+        await log.submit(JoinNode("a", "http://a", ("zone=eu",)))
+        await log.submit(JoinNode("b", "http://b"))
+        await log.submit(DrainNode("a", "alice"))
+        nodes = log.state.nodes
+    assert nodes["a"].phase is NodePhase.DRAINING
+    with closing(connect(path)) as connection:
+        storage.rebuild(connection)
+        assert queries.read_state(connection).nodes == nodes
+    async with opened(path) as log:
+        assert log.state.nodes == nodes
