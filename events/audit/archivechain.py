@@ -160,6 +160,7 @@ def _find_difference(files: Sequence[FileAudit], stored: State) -> str | None:
         ("model", state.models, stored.models),
         ("job", jobs, stored.jobs),
         ("token", state.tokens, stored.tokens),
+        ("node", state.nodes, stored.nodes),
     ):
         for key in sorted(given.keys() | there.keys()):
             one, other = given.get(key), there.get(key)
@@ -206,7 +207,14 @@ def fold_archives(
         position, recorded_at = row.position, event.recorded_at
         if job is not None and job.id in wanted:
             ended[job.id] = job
-    state = State(position, recorded_at, entities.models, entities.jobs, tokens=entities.tokens)
+    state = State(
+        position,
+        recorded_at,
+        entities.models,
+        entities.jobs,
+        tokens=entities.tokens,
+        nodes=entities.nodes,
+    )
     return state, ended
 
 

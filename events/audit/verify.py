@@ -126,7 +126,7 @@ class CheckedFold:
         self.stored = stored
         known = sorted(state.jobs.values(), key=lambda job: job.created_position)
         unended = (job for job in known if not job.ended)
-        self.entities = Entities(state.models.values(), unended, state.tokens.values())
+        self.entities = Entities(state.models.values(), unended, state.tokens.values(), state.nodes.values())
         self._canonical = CanonicalCheck()
         self._touched = set[str | None]() if stored is None else stored.snapshots.touched
         self._compare_at = NEVER if stored is None else stored.snapshots.next

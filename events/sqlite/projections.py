@@ -1,4 +1,4 @@
-"""Comparison of stored jobs, models, tokens and snapshots with a fold of the log, as the fold reaches them.
+"""Comparison of stored projections and snapshots with a fold of the log, as the fold reaches them.
 
 All connections return text as bytes.
 """
@@ -11,8 +11,9 @@ from itertools import chain, zip_longest
 
 from events.jobs import Job
 from events.models import Model
+from events.nodes import Node
 from events.sqlite import snapshots
-from events.sqlite.queries import TOKENS_SINCE, as_bytes, as_model
+from events.sqlite.queries import NODES_SINCE, TOKENS_SINCE, as_bytes, as_model
 from events.sqlite.schema import check_readable
 from events.state import Entities
 from events.tokens import Token
@@ -31,7 +32,7 @@ _Copy = tuple[int, bytes, bytes]
 
 
 class StoredProjections:
-    """The stored jobs, models, tokens and snapshots of a ledger whose base is at the position `base`."""
+    """The stored projections and snapshots of a ledger whose base is at the position `base`."""
 
     def __init__(self, connection: sqlite3.Connection, base: int) -> None:
         self._connection = connection
@@ -47,6 +48,7 @@ class StoredProjections:
             self._compare_models(folded)
             or self.jobs.difference(folded.jobs.values())
             or self._compare_tokens(folded)
+            or self._compare_nodes(folded)
         )
         return (position, problem) if problem else self.snapshots.end(position)
 
@@ -58,7 +60,14 @@ class StoredProjections:
             return None  # no release of then wrote events about them
         return self._compare_table("tokens", folded.tokens)
 
-    def _compare_table(self, table: str, folded: Mapping[str, Model] | Mapping[str, Token]) -> str | None:
+    def _compare_nodes(self, folded: Entities) -> str | None:
+        if check_readable(self._connection) < NODES_SINCE:
+            return None
+        return self._compare_table("nodes", folded.nodes)
+
+    def _compare_table(
+        self, table: str, folded: Mapping[str, Model] | Mapping[str, Token] | Mapping[str, Node]
+    ) -> str | None:
         expected = {key.encode(): entity for key, entity in folded.items()}
         for key, body, is_text in self._connection.execute(
             f"SELECT id, body, typeof(id) = 'text' AND typeof(body) = 'text' FROM {table}"  # noqa: S608 - literals above

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from support.history import MODEL, START, History, at, given, ids, model_loaded, opened, steady
 
 from events.accept import Accepted, Decision, Existing, Refused, accept
+from events.audit.verify import verify
 from events.codec import encode_event
 from events.commands import (
     Command,
@@ -433,3 +434,15 @@ async def test_nodes_are_stored_and_rebuilt(tmp_path: Path) -> None:
         assert queries.read_state(connection).nodes == nodes
     async with opened(path) as log:
         assert log.state.nodes == nodes
+
+
+async def test_changed_node_is_found_by_verify(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    async with opened(path) as log:
+        await log.submit(JoinNode("a", "http://a"))
+    assert verify(path).verified
+    with closing(connect(path)) as connection:
+        connection.execute("DELETE FROM nodes")
+    finding = verify(path).finding
+    assert finding is not None
+    assert "the stored nodes lack 'a'" in finding.problem
