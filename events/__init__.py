@@ -5,8 +5,8 @@ JSON and chains their hashes, `sqlite.storage` commits them in one transaction, 
 
 - A new event or field: `types`, then the folds in `jobs`, `models`, `tokens` and `nodes`, then `counters`.
 - What the state allows, duplicates, idempotency keys: `accept`; the commands and their queue: `commands`.
-- The live state, its transactions, and the part of it that a node works on: `state`; group commit and failures
-  of writing: `log`.
+- The live state, its transactions, and the part of it that a node works on: `state`; groups of events:
+  `groups`; group commit and failures of writing: `log`.
 - Times and ids: `clock`; refusals and failures with a code: `errors`; what the writer needs of a storage:
   `storage`.
 

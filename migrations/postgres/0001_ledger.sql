@@ -75,7 +75,7 @@ EXECUTE FUNCTION refuse_change();
 -- The chain, the positions and the order of the times are checked here, so that no server can write a log that does
 -- not verify. What the chain does not prove, that a body is canonical JSON, is the servers' and the verifiers' part.
 --
--- A writer that is no node, such as a command, has null for its node and epoch.
+-- A writer that is no node, such as a command, has null for its node; a node that has not joined yet, for its epoch.
 CREATE FUNCTION append(
   after_position bigint, after_hash bytea, bodies text[], hashes bytea[], node text, node_epoch bigint, lease_s float8
 ) RETURNS text
@@ -138,6 +138,7 @@ DECLARE
   event json;
   named text;
   named_epoch bigint;
+  own_epoch bigint;
 BEGIN
   IF of_nodes IS NOT NULL THEN
     FOREACH event IN ARRAY of_nodes LOOP
@@ -150,6 +151,9 @@ BEGIN
           epoch = excluded.epoch, ended = false, lease_s = excluded.lease_s,
           renewed_at = excluded.renewed_at, steady_since = excluded.steady_since
         WHERE before.epoch < excluded.epoch;
+        IF named = node THEN
+          own_epoch := named_epoch;
+        END IF;
       ELSIF event ->> 'type' = 'NodeLost' THEN
         -- The one that judges has renewed without a gap for a lease: an outage of this database makes no node lost.
         PERFORM FROM nodes WHERE node_id = node AND epoch = node_epoch AND NOT ended
@@ -167,7 +171,7 @@ BEGIN
     END LOOP;
   END IF;
   IF node IS NOT NULL THEN
-    PERFORM FROM nodes WHERE node_id = node AND epoch = node_epoch AND NOT ended FOR SHARE;
+    PERFORM FROM nodes WHERE node_id = node AND epoch = coalesce(own_epoch, node_epoch) AND NOT ended FOR SHARE;
     IF NOT FOUND THEN
       RAISE EXCEPTION 'epoch % of node % is over', node_epoch, node USING ERRCODE = 'LL001';
     END IF;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ INSTALL = "pip install 'loadledger[postgres]'"
 
 def require_driver() -> None:
     """Exit with an error unless the driver is installed."""
-    try:
-        import asyncpg  # noqa: F401, PLC0415
-    except ImportError:
+    if find_spec("asyncpg") is None:
         exit_with_error(f"asyncpg is not installed: {INSTALL}")
 
 
