@@ -548,7 +548,7 @@ class Simulation(RuleBasedStateMachine):
 
 
 Simulation.TestCase.settings = settings(
-    PLAIN, max_examples=of_both(short=100, long=5_000), stateful_step_count=50
+    PLAIN, max_examples=of_both(short=60, long=5_000), stateful_step_count=50
 )
 TestSimulation = Simulation.TestCase
 
