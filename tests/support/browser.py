@@ -2,9 +2,10 @@
 
 import re
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
@@ -27,6 +28,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is insta
 
 DESKTOP = ViewportSize(width=1280, height=1000)
 PHONE = ViewportSize(width=375, height=812)
+BLANK = "about:blank"
 
 LIMIT_MS = 30_000
 """Nothing takes this long; a bug fails a test instead of hanging it."""
@@ -69,18 +71,35 @@ class Console:
     async def opened(
         cls, browser: BrowserContext, url: str, size: ViewportSize = DESKTOP
     ) -> AsyncIterator["Console"]:
-        """Open the console in a new page, which has a session of its own; in the end, there are no errors."""
-        console = cls(await browser.new_page(), url)
-        console._listen()
+        """Open the console in a page with a session of its own; in the end, there are no errors.
+
+        It is a page that an earlier console has left, if there is one: a new one costs a second of computing.
+        """
+        left = [page for page in browser.pages if page.url == BLANK]
+        console = cls(left[0] if left else await browser.new_page(), url)
+        listeners = console._listen()
         await console.page.set_viewport_size(size)
         await console.page.goto(url)
         try:
             yield console
-        finally:
+        except BaseException:
             await console.page.close()
+            raise
+        for event, listener in listeners.items():
+            console.page.remove_listener(event, listener)
+        await console._leave()
         assert not console.mistakes, console.mistakes
 
-    def _listen(self) -> None:
+    async def _leave(self) -> None:
+        """Leave a page that is as good as new."""
+        await self.page.unroute_all(behavior="ignoreErrors")
+        await self.page.evaluate("sessionStorage.clear()")
+        await self.page.goto(BLANK)
+        await self.page.emulate_media(color_scheme="null", reduced_motion="null")
+
+    def _listen(self) -> dict[Any, Callable[..., Any]]:
+        """Listen to the page; return the listener of each event."""
+
         def said(text: str, kind: str) -> None:
             # A browser reports each answer that is an error, and each that did not come.
             if kind in {"error", "warning"} and not text.startswith("Failed to load resource"):
@@ -93,10 +112,15 @@ class Console:
             self.mistakes.append(f"a dialog of the browser: {dialog.message}")
             await dialog.dismiss()
 
-        self.page.on("console", lambda message: said(message.text, message.type))
-        self.page.on("pageerror", lambda error: self.mistakes.append(str(error)))
-        self.page.on("dialog", opened)
-        self.page.on("request", asked)
+        listeners: dict[Any, Callable[..., Any]] = {
+            "console": lambda message: said(message.text, message.type),
+            "pageerror": lambda error: self.mistakes.append(str(error)),
+            "dialog": opened,
+            "request": asked,
+        }
+        for event, listener in listeners.items():
+            self.page.on(event, listener)
+        return listeners
 
     async def sign_in(self, token: str, *, says: str = "Live") -> None:
         """Sign in, and wait until everything is shown."""
