@@ -4,6 +4,8 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from itertools import chain, groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +139,26 @@ async def serve(pool: WorkerPool, tmp_path: Path) -> Serve:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long tests first, and run tests that share an application on the loop on which it runs.
-
-    A test of the folders in `LONG` takes 4 s in the mean, another one 0.05 s: started late, a long test would
-    keep one process busy while the others are done.
-    """
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    """Put long tests first in each process, and run tests that share an application on its loop."""
+    items[:] = order_tests(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     for item in items:
         if {"shared", "shared_pool"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.asyncio(loop_scope="module"), append=False)
+
+
+def order_tests(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """Return the tests in the order in which pytest-xdist cuts them into one queue for each process.
+
+    A test of the folders in `LONG` takes 2 s in the mean, another one 0.1 s. Each queue begins with whole
+    modules of long tests, which so share their browsers and servers, and idle processes steal from its end:
+    a long test that starts late would keep one process busy while the others are done.
+    """
+    queues: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    modules = groupby((item for item in items if item.nodeid.startswith(LONG)), attrgetter("path"))
+    for number, (_, tests) in enumerate(modules):
+        queues[number % processes] += tests
+    short = (item for item in items if not item.nodeid.startswith(LONG))
+    for number, queue in enumerate(queues):
+        size = (len(items) + number) // processes  # as pytest-xdist has it
+        queue.extend(islice(short, max(0, size - len(queue))))
+    return [*chain.from_iterable(queues), *short]
