@@ -42,6 +42,7 @@ from events.errors import (
     LedgerProblem,
     LogClosed,
     LogUnavailable,
+    NodeAlive,
     NotEncodable,
 )
 from events.groups import DecidedGroup, decide_group, fold_rows
@@ -211,10 +212,7 @@ class Log:
         await note.done
 
     async def server_started(self, confinement: Confinement | None = None) -> Receipt:
-        """Append `ServerStarted`; unclean unless the last event of a server is `ServerStopped`.
-
-        Then copy the WAL into the file, so that a copy of the file alone shows that the server runs.
-        """
+        """Append `ServerStarted`; unclean unless the last event of a server is `ServerStopped`."""
         last = await self._storage.read_last_of_server()
         unclean = last.position > 0 and last.type != ServerStopped.TYPE
         last_event_at = self.head.recorded_at or None
@@ -222,8 +220,15 @@ class Log:
         data = ServerStarted(
             unclean, last_event_at=last_event_at, last_seen_at=last_seen_at, confinement=confinement
         )
+        return await self.begin(Record((Draft(self._new_id(), data, SYSTEM),)))
+
+    async def begin(self, command: Command) -> Receipt:
+        """Append the start of this server, or its joining as a node, before anything else.
+
+        Then copy the WAL into the file, so that a copy of the file alone shows that the server runs.
+        """
         self._is_complete = False
-        receipt = await self.submit(Record((Draft(self._new_id(), data, SYSTEM),)))
+        receipt = await self.submit(command)
         self._is_complete = await self._storage.make_whole()
         self._is_started = True
         return receipt
@@ -336,6 +341,12 @@ class Log:
             if not self._storage.is_open:
                 await self._open()
             await self._append(group)
+        except NodeAlive as error:  # it is about one command of the group
+            if len(group) == 1:
+                fail_callers(group, error)
+            for pending in group if len(group) > 1 else ():
+                await self._write([pending])
+            return
         except LedgerProblem as error:
             fail_callers(group, error)
             return

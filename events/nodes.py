@@ -221,3 +221,23 @@ def find_placer(nodes: Mapping[str, Node]) -> str | None:
     takers = [node.id for node in nodes.values() if node.takes_loads]
     present = takers or [node.id for node in nodes.values() if node.is_present]
     return min(present, default=None)
+
+
+class Lease(Struct, frozen=True, gc=False):
+    """The lease of a node as the database has it, outside the log.
+
+    Attributes:
+        node_id: its name.
+        epoch: its latest one.
+        ended: whether that is over.
+        is_late: whether it did not renew in time, by the database's clock.
+        renewed_at: when it did last.
+        hints: what it last said of itself, as JSON.
+    """
+
+    node_id: str
+    epoch: int
+    ended: bool
+    is_late: bool
+    renewed_at: Timestamp
+    hints: str

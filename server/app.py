@@ -18,8 +18,8 @@ from pathlib import Path
 from aiohttp import web
 
 from events.audit.kepthead import HeadKeeper, find_rollback
-from events.commands import RequestLoad
-from events.errors import LedgerProblem, LogUnavailable, RolledBack
+from events.commands import Receipt, RequestLoad
+from events.errors import LedgerProblem, RolledBack
 from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
@@ -72,6 +72,7 @@ from server.appkeys import (
     HISTORY,
     LIMIT,
     LOG,
+    MEMBERSHIP,
     OPENAPI,
     PENDING_DEMAND,
     POOL,
@@ -87,10 +88,11 @@ from server.appkeys import (
 )
 from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
-from server.auth.keys import ensure_data_dir
+from server.auth.keys import ensure_data_dir, public_pem
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.auth.tokens import TOKENS, open_tokens
-from server.config import Config, ConfigError
+from server.cluster import SharedLedger
+from server.config import Config
 from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
 from server.http.responses import prepare_standard_fields
@@ -251,18 +253,17 @@ async def _confine(pool: WorkerPool, config: Config) -> None:
 
 
 async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncIterator[None]:
-    data, address = app[CONFIG].data, app[CONFIG].ledger
-    rollback = None
-    if address is None:
-        rollback = await _check_rollback(data, accepts_rollback=accepts_rollback)
-    app[LOG] = log = Log(data / LEDGER) if address is None else _shared_log(data, address)
+    config, data = app[CONFIG], app[CONFIG].data
+    shared = None if config.ledger is None else SharedLedger(config, config.ledger)
+    rollback = None if shared else await _check_rollback(data, accepts_rollback=accepts_rollback)
+    app[LOG] = log = shared.log if shared else Log(data / LEDGER)
     await log.open()
     try:
-        if address is not None:  # only now the replica has what the database has
+        if shared:  # only now the replica has what the database has
             rollback = await _check_rollback(data, accepts_rollback=accepts_rollback)
         app[PROVER] = prover = await open_prover(data, log.path)
         app[HEAD_KEEPER] = keeper = HeadKeeper(data)
-        started = await log.server_started(app[POOL].applied.confinement)
+        started = await _begin(app, shared)
         if rollback is not None:
             await log.rollback_accepted(rollback[0])
         await keeper.keep(prover.head(log))
@@ -277,11 +278,26 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
         await counting
         await asyncio.wait([noting])
         if not failed_tasks(app):  # after a failure the next start must see an unclean stop
-            with suppress(LogUnavailable):  # the stop counts as unclean then
-                await log.server_stopped()
+            with suppress(LedgerProblem):  # the stop counts as unclean then
+                await (app[MEMBERSHIP].leave() if shared else log.server_stopped())
         await keeper.keep(prover.head(log))
     finally:
+        if shared:
+            await shared.close()
         await log.close()
+
+
+async def _begin(app: web.Application, shared: SharedLedger | None) -> Receipt:
+    """Record that this server is there: alone, or as a node."""
+    config, confinement = app[CONFIG], app[POOL].applied.confinement
+    if shared is None:
+        return await app[LOG].server_started(confinement)
+    app[MEMBERSHIP], receipt = await shared.join(
+        budget_bytes=budget_bytes(config.memory_budget, app[LIMIT].bytes),
+        public_key=public_pem(app[PROVER].signer),
+        confinement=confinement,
+    )
+    return receipt
 
 
 async def _check_rollback(data: Path, *, accepts_rollback: bool) -> tuple[RollbackAccepted, str] | None:
@@ -297,24 +313,6 @@ async def _check_rollback(data: Path, *, accepts_rollback: bool) -> tuple[Rollba
             "intended, as after a restore, start once with --accept-rollback, which the ledger records"
         )
     return rollback
-
-
-def _shared_log(data: Path, address: str) -> Log:
-    """Return the log of a ledger in a database, of which the data directory has a replica.
-
-    Raises:
-        ConfigError: the driver is not installed.
-    """
-    try:
-        from events.postgres.connection import DatabaseClock  # noqa: PLC0415 - of an extra
-        from events.postgres.storage import ReplicatedStorage  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigError(
-            f"--ledger: {error.name} is not installed: pip install 'loadledger[postgres]'"
-        ) from None
-    clock = DatabaseClock()
-    storage = ReplicatedStorage(address, data, clock, is_alone=True)
-    return Log(data / LEDGER, storage=storage, now=clock)
 
 
 async def _note_presence(log: Log, prover: Prover, keeper: HeadKeeper) -> None:

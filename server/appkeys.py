@@ -10,6 +10,7 @@ from events.sqlite.listing import Reader
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
 from runtime.contents import ModelContents
+from runtime.membership import Membership
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
@@ -38,6 +39,8 @@ POOL = web.AppKey("pool", WorkerPool)
 CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)
 ROUTER = web.AppKey("router", Router)
+MEMBERSHIP = web.AppKey("membership", Membership)
+"""Of this node; a server alone has none."""
 LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
 CPUS = web.AppKey("cpus", int)

@@ -5,6 +5,7 @@ The options of `serve` and `check` and the table in the documentation are genera
 """
 
 import dataclasses
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,10 @@ from server.settingvalues import (
     OFF,
     ON,
     parse_json_size,
+    parse_labels,
     parse_ledger,
     parse_limit,
+    parse_node_address,
     parse_size,
     parse_store_size,
     parse_upload_size,
@@ -45,7 +48,10 @@ MANY = 1_000_000
 Validator = Callable[[Any], object]
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
-    "Files and address": ("repository", "data", "ledger", "host", "port"),
+    "Files and address": ("repository", "data", "host", "port"),
+    "Several machines": (
+        *("ledger", "node_name", "node_address", "node_labels", "placement", "lease_s", "when_away"),
+    ),
     "Memory and what is loaded": (
         *("memory_budget", "max_loaded", "evict", "min_residency_s", "keep_alive_s", "on_demand", "restore"),
     ),
@@ -97,6 +103,9 @@ _POSITIVE_SECONDS = validate.Range(0, MAX_TIMEOUT_S, min_inclusive=False)
 _SHARE = validate.Range(0, 1)
 _SWITCH = validate.OneOf((ON, OFF))
 _LIMIT = _validator_of(parse_limit)
+_NODE_NAME = validate.Regexp(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z", error="Must be letters, digits, '.', '_' and '-', at most 63."
+)
 _PATH = validate.Regexp("[^~]", error="Must name a path in full: ~ is not expanded.")
 """A shell does not expand the ~ of --data=~/ledger; a folder named ~ would be created."""
 
@@ -122,6 +131,33 @@ class Config:
         "PostgreSQL database of the ledger, like postgresql://USER@HOST/DATABASE; the data directory then"
         " has a replica. If unset, the ledger is a file there.",
         _validator_of(parse_ledger),
+    )
+    node_name: str | None = setting(
+        None, "Name of this node among those of the --ledger; if unset, the host's name.", _NODE_NAME
+    )
+    node_address: str | None = setting(
+        None,
+        "URL at which the other nodes reach this one; if unset, that of the host's name and --port.",
+        _validator_of(parse_node_address),
+    )
+    node_labels: str | None = setting(
+        None, "Labels of this node, like zone=a,gpu=none.", _validator_of(parse_labels)
+    )
+    placement: str = setting(
+        "spread",
+        "Which nodes loads prefer: spread (the emptiest), or pack.",
+        validate.OneOf(("spread", "pack")),
+    )
+    lease_s: float = setting(
+        10.0,
+        "Seconds without a sign of life after which this node is lost, and its models are loaded elsewhere.",
+        validate.Range(1, MAX_TIMEOUT_S),
+    )
+    when_away: str = setting(
+        "serve",
+        "When the ledger's database cannot be reached: serve (go on answering with what is loaded, for 10"
+        " min), or stop.",
+        validate.OneOf(("serve", "stop")),
     )
     host: str = setting("127.0.0.1", "Address to listen on.", _check_printable)
     port: int = setting(8080, "Port to listen on; 0 picks a free one.", validate.Range(0, 65535))
@@ -341,6 +377,26 @@ class Config:
     )
     limit_reads: str = setting("6000/minute", "Other requests per subject, or off.", _LIMIT)
     limit_auth_failures: str = setting("30/minute", "Refused credentials per peer address, or off.", _LIMIT)
+
+    def node_id(self) -> str:
+        """Return the name of this node."""
+        return self.node_name or socket.gethostname()
+
+    def own_address(self) -> str:
+        """Return the URL at which other nodes reach this one.
+
+        Raises:
+            ConfigError: the port is not known before the server listens.
+        """
+        if self.node_address is not None:
+            return self.node_address.rstrip("/")
+        if not self.port:
+            raise ConfigError("--node-address: must be given with --port 0")
+        return f"{'http' if self.tls_cert is None else 'https'}://{socket.gethostname()}:{self.port}"
+
+    def labels(self) -> tuple[str, ...]:
+        """Return the labels of this node, in order."""
+        return parse_labels(self.node_labels or "")
 
     def max_loads(self, cpus: int) -> int:
         """Return how many loads may run at the same time, given the CPUs that this process may use."""

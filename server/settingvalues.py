@@ -20,6 +20,8 @@ _RATE = re.compile(
     r"([1-9]\d{0,11}) *(?:/|per) *([1-9]\d{0,5})? *(second|minute|hour|day)s?", re.ASCII | re.IGNORECASE
 )
 
+_LABEL = re.compile(r"[A-Za-z0-9._-]{1,63}=[A-Za-z0-9._-]{1,63}", re.ASCII)
+
 DATABASE_SCHEMES = ("postgresql", "postgres")
 """The schemes of a database's address."""
 
@@ -111,3 +113,27 @@ def parse_ledger(text: str) -> str:
     if parts.scheme not in DATABASE_SCHEMES or len(parts.path) < len("/x"):
         raise ValueError("Must be like postgresql://USER@HOST/DATABASE; the password may be in PGPASSWORD.")
     return text
+
+
+def parse_node_address(text: str) -> str:
+    """Return the URL of a node.
+
+    Raises:
+        ValueError: the text is none; the message says what it must be.
+    """
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
+        raise ValueError("Must be like http://HOST:PORT, without a path.")
+    return text
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    """Return labels in order, each once; none for an empty text.
+
+    Raises:
+        ValueError: one is not of the form; the message says what it must be.
+    """
+    labels = [label.strip() for label in text.split(",") if label.strip()]
+    if not all(_LABEL.fullmatch(label) for label in labels):
+        raise ValueError("Must be like zone=a,gpu=none: letters, digits, '.', '_' and '-'.")
+    return tuple(sorted(set(labels)))

@@ -40,9 +40,6 @@ CHANNEL = "loadledger"
 LOOK_EVERY_S = 2.0
 """How often the writer looks for new events without a notification, as over a connection that was cut."""
 
-_ALONE = 0x4C4C6468
-"""The key of the advisory lock of the only server; it ends with the server's connection."""
-
 PAGE = 1_000
 """Events that the writer reads at once while it catches up."""
 
@@ -62,19 +59,17 @@ class ReplicatedStorage:
         address: of the database.
         data: this server's data directory, whose ledger no other process writes.
         clock: is set to the database's time at each connection.
-        is_alone: whether no other such storage may be open on the same ledger.
 
     Attributes:
         look_every_s: how often to look for events of other servers.
         authority: with which it appends.
     """
 
-    def __init__(self, address: str, data: Path, clock: DatabaseClock, *, is_alone: bool = False) -> None:
+    def __init__(self, address: str, data: Path, clock: DatabaseClock) -> None:
         self._address = address
         self._data = data
         self._replica = Database(data / LEDGER, is_replica=True)
         self._clock = clock
-        self._is_alone = is_alone
         self._connection: Connection | None = None
         self._transaction: Transaction | None = None
         self._wake: Callable[[], None] = lambda: None
@@ -127,8 +122,6 @@ class ReplicatedStorage:
         with translated_errors("cannot be followed"):
             await connection.add_listener(CHANNEL, self._heard)
             self._clock.offset = await measure_clock(connection)
-            if self._is_alone and not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _ALONE):
-                raise LogUnavailable("another server uses this ledger, or did until seconds ago")
         await asyncio.to_thread(mark_replica, self._data, describe_address(self._address))
 
     def _heard(self, connection: object, pid: int, _channel: str, _payload: object) -> None:
