@@ -285,6 +285,7 @@ class Log:
                 entities = len(self.state.models) + followed.attempt.state.backlog
                 await self._storage.store(rows, followed.attempt.changes, entities, self.head)
                 self._advance(followed)
+                self.notify()
         except StorageError as error:
             self._note_failure(error)
             await self._storage.give_up(error)
@@ -359,6 +360,7 @@ class Log:
         for pending in group:
             if pending.outcome is not None:  # it is None if the caller was cancelled before
                 answer(pending.done, pending.outcome)
+        self.notify()
 
     async def _append(self, group: Sequence[PendingCommand]) -> None:
         """Decide and commit a group; if another server was first, once more while it cannot append.
@@ -394,7 +396,7 @@ class Log:
         self._advance(decided)
 
     def _advance(self, decided: DecidedGroup) -> None:
-        """Move the state on to durable events, and wake the subscribers; count what came since the start."""
+        """Move the state on to durable events, and count what came since the start."""
         decided.attempt.commit()
         self.head = decided.head
         if self._writer is None:
@@ -402,7 +404,6 @@ class Log:
         self.tally.count(decided.events, decided.attempt.changes.jobs.values())
         if decided.rows:
             self.fold_times.note(decided.rows[0].position, self.head.recorded_at)
-            self.notify()
 
     async def _commit(self, decided: DecidedGroup) -> None:
         """Make a group durable. COMMIT may fail after it took effect, so the file is read again then."""

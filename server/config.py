@@ -396,7 +396,7 @@ class Config:
 
     def labels(self) -> tuple[str, ...]:
         """Return the labels of this node, in order."""
-        return parse_labels(self.node_labels or "")
+        return () if self.node_labels is None else parse_labels(self.node_labels)
 
     def max_loads(self, cpus: int) -> int:
         """Return how many loads may run at the same time, given the CPUs that this process may use."""

@@ -128,12 +128,12 @@ def parse_node_address(text: str) -> str:
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
-    """Return labels in order, each once; none for an empty text.
+    """Return labels in order, each once.
 
     Raises:
         ValueError: one is not of the form; the message says what it must be.
     """
     labels = [label.strip() for label in text.split(",") if label.strip()]
-    if not all(_LABEL.fullmatch(label) for label in labels):
+    if not labels or not all(_LABEL.fullmatch(label) for label in labels):
         raise ValueError("Must be like zone=a,gpu=none: letters, digits, '.', '_' and '-'.")
     return tuple(sorted(set(labels)))

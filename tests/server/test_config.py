@@ -19,6 +19,9 @@ from server.settingvalues import parse_limit, parse_size, parse_store_size
 ROOT = Path(__file__).parents[2]
 REQUIRED = ("repository", "data")
 VALUES = {
+    "ledger": "postgresql://server@db.example,other.example:5433/ledger", "node_name": "a-1",
+    "node_address": "http://a.example:8080", "node_labels": "gpu=none,zone=a", "placement": "pack",
+    "lease_s": "3.0", "when_away": "stop",
     "repository": "/models", "data": "/data", "host": "::1", "port": "0",
     "tls_cert": "/cert.pem", "tls_key": "/key.pem", "trusted_proxies": "10.0.0.0/8,::1",
     "forwarded_header": "forwarded", "loads_at_once": "3",
@@ -111,6 +114,9 @@ def test_command_reads_only_named_settings() -> None:
 
 
 REFUSED = {
+    "ledger": "ledger.db postgresql:// mysql://a/b", "node_name": "a/b -a \u00e4", "lease_s": "0 nan",
+    "node_address": "a:8080 http:// http://a/b ftp://a", "node_labels": "zone zone= =a a=b=c",
+    "placement": "even", "when_away": "die",
     "port": "65536 -1 http 8080.5 tcp://10.0.0.1:8080", "threads": "-1 1025 auto", "loads_at_once": "-1",
     "timeout_s": "0 3601", "progress_timeout_s": "0 3601 1.5",
     "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
