@@ -67,6 +67,7 @@ MODEL = "digits"
 
 PLAIN = settings(
     deadline=None,
+    max_examples=of_both(short=50, long=200),
     database=None,
     derandomize=not SOAK,
     suppress_health_check=[HealthCheck.too_slow],
