@@ -4,9 +4,9 @@ The way of a request: `consumer.Consumer` wakes on an event, an outcome or a tim
 has `executor.Executor` execute one action: facts in the log, and tasks on a `loads.RunningLoad`. A task
 stores its outcome there and wakes the consumer, which decides again.
 
-To change: periodic measuring and wake-ups: `consumer`. What an action records: `executor`. How workers
-load, drain and stop: `loadtasks`. The live side of a load, and why it failed: `loads`. What resources and
-metrics show, pending demand of inferences: `usage`.
+To change: periodic measuring and wake-ups: `consumer`. What an action does: `executor`; what it records:
+`drafts`. How workers load, drain and stop: `loadtasks`. The live side of a load, and why it failed: `loads`.
+What resources and metrics show, pending demand of inferences: `usage`.
 
 Only this package appends outcomes, so each job ends once.
 """

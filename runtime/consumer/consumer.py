@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from events.accept import OUTDATED
 from events.clock import seconds_between
+from events.commands import NodeCurrent
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
 from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
@@ -29,7 +30,7 @@ from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.scheduler.actions import Action, Decision, FailLoad
 from runtime.scheduler.scheduler import decide
-from runtime.scheduler.view import Observations, Policy, find_unload_target
+from runtime.scheduler.view import NodeHints, Observations, Policy, find_started_job, find_unload_target
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Consumer:
         under_pressure: whether the machine is under pressure; called while a load of low
             priority waits, or a model can be prepared.
         store: the optimised model cache; None turns preparation off.
+        hints: the hints of the nodes, by their ids; whoever changes them wakes the consumer.
     """
 
     def __init__(
@@ -74,9 +76,11 @@ class Consumer:
         demand: PendingDemand,
         under_pressure: Callable[[], bool] = lambda: False,
         store: ModelCache | None = None,
+        hints: Callable[[], Mapping[str, NodeHints]] = dict,
     ) -> None:
         self._log = log
         self._pool = pool
+        self._hints = hints
         self.policy = policy
         self._demand = demand
         self._under_pressure = under_pressure
@@ -93,6 +97,7 @@ class Consumer:
             drain_timeout_s=drain_timeout_s,
             progress_timeout_s=progress_timeout_s,
             budget_bytes=lambda: self.policy.budget_bytes,
+            node=self._node,
             store=store,
         )
         self.loads = self._executor.loads
@@ -156,13 +161,14 @@ class Consumer:
     async def _step(self) -> None:
         self._wakeup.clear()
         state, now = self._log.state, self._log.fold_times.now()
-        self._executor.note_recorded_exits(state)
-        self._executor.end_unneeded_loads(state)
-        self._executor.estimates.forget_ended(state)
-        self._executor.comparisons.forget_ended(state)
-        self._executor.files.forget_ended(state)
+        own = state.of(self.policy.node_id, self.policy.node_epoch)
+        self._executor.note_recorded_exits(own)
+        self._executor.end_unneeded_loads(own)
+        self._executor.estimates.forget_ended(own)
+        self._executor.comparisons.forget_ended(own)
+        self._executor.files.forget_ended(own)
         running = {
-            key: load.to_view(state.unended_job(key), now, is_demanded=self._demand.has(load.model_id))
+            key: load.to_view(find_started_job(own, key), now, is_demanded=self._demand.has(load.model_id))
             for key, load in self.loads.items()
         }
         self._decision = decide(state, running, self.policy, now, self._observe(state))
@@ -184,6 +190,11 @@ class Consumer:
             self._wakeup.clear()
             await self._sleep(None, now, at_most_s=LOG_RETRY_S)
 
+    def _node(self) -> NodeCurrent | None:
+        """Return the epoch of this node, on which all that it appends rests; None without nodes."""
+        node_id, epoch = self.policy.node_id, self.policy.node_epoch
+        return None if node_id is None or epoch is None else NodeCurrent(node_id, epoch)
+
     def _observe(self, state: State) -> Observations:
         estimates, preparable = self._executor.estimates, self.preparer.preparable
         may_yield = preparable or any(job.load and job.load.priority == "low" for job in state.unended())
@@ -201,6 +212,7 @@ class Consumer:
             preparable=preparable,
             preparation=self.preparer.preparation,
             fold_times=self._log.fold_times,
+            nodes=self._hints(),
         )
 
     async def _cancel_effects(self) -> None:

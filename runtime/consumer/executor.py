@@ -8,48 +8,51 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from msgspec.structs import replace
 
-from events.clock import seconds_between, uuid7
-from events.commands import Condition, Record, RequestLoad, RequestUnload
+from events.clock import uuid7
+from events.commands import Condition, NodeCurrent, Record
 from events.errors import LedgerProblem, NotEncodable
-from events.jobs import CRASH_LOOP, Failure, Job, JobStatus
+from events.jobs import Failure, Job, JobStatus
 from events.log import Log
-from events.models import RELOADS, LoadedModel
+from events.models import RELOADS
 from events.state import State
 from events.types import (
-    SYSTEM,
-    Cause,
-    Data,
     Draft,
-    Durations,
     JobCancelled,
     LoadFailed,
-    LoadRequested,
-    LoadStarted,
-    ModelLoaded,
-    ModelSettingsChanged,
     ModelUnloaded,
-    Prepared,
-    UnloadRequested,
     UnloadStarted,
-    WorkerExited,
 )
 from runtime.cache.preparer import Candidate, FormFailure, Preparer
 from runtime.cache.store import ModelCache
 from runtime.consumer.comparisons import ContentComparisons
+from runtime.consumer.drafts import (
+    build_request,
+    describe_loaded,
+    draft_crash_loop,
+    draft_exit,
+    draft_fact,
+    draft_load_start,
+    draft_moved_unload,
+    draft_placement,
+    draft_replacement_unload,
+    draft_settings_change,
+    hide_paths,
+    name_node,
+)
 from runtime.consumer.loadfiles import PendingFiles
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.loadtasks import build_order, run_load, run_unload
 from runtime.consumer.usage import InferenceTotals
 from runtime.contents import ModelContents
-from runtime.errors import CODE_FOLDERS, Exit, RuntimeProblem, hide_folders
+from runtime.errors import CODE_FOLDERS, RuntimeProblem
 from runtime.estimates import MemoryEstimates, find_expected
 from runtime.limits import PROGRESS_TIMEOUT_S
-from runtime.memory import MAX_BYTES, total_bytes
+from runtime.memory import MAX_BYTES
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import Worker
 from runtime.scheduler import actions
@@ -64,133 +67,11 @@ FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE,
 """Signals that a process causes by itself; others were sent to it."""
 Conditions = tuple[Condition, ...]
 
-RELOAD_TIMEOUT_S = 300
-"""Least timeout of a reload: the default of a person's load."""
-
-
-def draft_fact(job: Job, data: Data, load: RunningLoad | None = None) -> Draft:
-    """Return a draft of a fact about a job, and the worker of its load if it has only one."""
-    worker_id = load.only_worker_id if load is not None else None
-    return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
-
-
-def describe_loaded(job: Job, load: RunningLoad, now: str, pool: WorkerPool) -> ModelLoaded:
-    """Return `ModelLoaded` of a load of this pool that has its report."""
-    if job.started_at is None:
-        raise RuntimeError(f"job {job.id} has not started")
-    reports = [load.reports[worker.worker_id] for worker in load.workers]
-    form, files = load.prepared, load.files.version_files
-    return ModelLoaded(
-        files=files.loaded_files,
-        worker_ids=tuple(worker.worker_id for worker in load.workers),
-        prepared=None if form is None else Prepared(form.form, form.sha256),
-        memory_bytes=total_bytes(each.memory_bytes for each in load.loaded_memory),
-        peak_memory_bytes=total_bytes(each.peak_memory_bytes for each in load.loaded_memory),
-        durations=Durations(
-            waiting_us=_microseconds(seconds_between(job.created_at, job.started_at)),
-            starting_us=load.starting_us,
-            loading_us=max(report.loading_us for report in reports),
-            hashing_us=files.hashing_us,
-            warming_up_us=max((us for r in reports if (us := r.warming_up_us) is not None), default=None),
-            measuring_us=max(each.measuring_us for each in load.loaded_memory),
-            total_us=_microseconds(seconds_between(job.created_at, now)),
-            copying_us=files.copying_us,
-        ),
-        verified=files.is_stored,
-        confinement=pool.applied.confinement,
-        threads=pool.threads_of(load.parameters),
-    )
-
-
-def draft_settings_change(job: Job, load_job_id: str) -> Draft:
-    """Return the outcome of a load of what that load has loaded already."""
-    _, parameters = job.load_order
-    return draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
-
-
-def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:
-    """Return `LoadStarted` of a job; a start after a new estimate is in the same attempt."""
-    is_same_attempt = is_restarted and job.status is JobStatus.IN_PROGRESS
-    return draft_fact(job, LoadStarted(job.attempt if is_same_attempt else job.attempt + 1))
-
-
-def draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
-    """Return the unload request of a load that another load of its model replaces."""
-    request = UnloadRequested(
-        force=False, load_job_id=old.job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
-    )
-    swap_id = uuid7()
-    return Draft(swap_id, request, SYSTEM, swap_id, old.model_id, old.version, old.only_worker_id)
-
-
-def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
-    """Return the request and the failure of a reload that a crash loop prevents."""
-    serving = model.serving
-    job_id, version = uuid7(), serving.version
-    request = LoadRequested.of(serving.parameters, Cause.RECOVERY)
-    failed = LoadFailed(CRASH_LOOP, plain_text(message))
-    return (
-        Draft(job_id, request, SYSTEM, job_id, model.id, version),
-        Draft(uuid7(), failed, SYSTEM, job_id, model.id, version),
-    )
-
-
-def build_reload(
-    model: LoadedModel,
-    cause: Cause,
-    conditions: tuple[Condition, ...],
-    progress_timeout_s: int = PROGRESS_TIMEOUT_S,
-) -> RequestLoad:
-    """Return the request with which the system reloads a model; its limits are at least the server's."""
-    serving = model.serving
-    before = serving.parameters
-    # Many may be requested at once: a short timeout was not meant for the queue after a restart.
-    parameters = replace(
-        before,
-        timeout_s=max(before.timeout_s, RELOAD_TIMEOUT_S),
-        progress_timeout_s=max(before.progress_timeout_s or 0, progress_timeout_s),
-    )
-    return RequestLoad(model.id, serving.version, None, SYSTEM, parameters, cause, conditions=conditions)
-
-
-def build_unload(action: actions.UnloadAutomatically, conditions: tuple[Condition, ...]) -> RequestUnload:
-    """Return the request with which the system unloads a model."""
-    return RequestUnload(
-        action.model.id,
-        SYSTEM,
-        cause=action.cause,
-        cause_event_id=action.cause_event_id,
-        conditions=conditions,
-    )
-
-
-def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
-    """Return `WorkerExited` of a worker that exited unexpectedly."""
-    # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
-    end = Exit(None, None) if worker.orphaned else worker.ended.result()
-    data = WorkerExited(end.exit_code, end.signal, tuple(worker.recorded_tail()))
-    return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
-
-
-def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
-    """Return a draft whose texts of others, such as ONNX Runtime, do not name these folders of the server."""
-    match draft.data:
-        case LoadFailed(message=message):
-            return replace(draft, data=replace(draft.data, message=hide_folders(message, folders)))
-        case WorkerExited(stderr=lines):
-            hidden = tuple(hide_folders(line, folders) for line in lines)
-            return replace(draft, data=replace(draft.data, stderr=hidden))
-    return draft
-
 
 def log_stderr(load: RunningLoad, worker: Worker) -> None:
     """Log the last lines of a worker, each in a line, for the operator: the ledger does not have them."""
     for line in worker.stderr_tail():
         _log.warning("worker %s of %s printed: %s", worker.worker_id, load.model_id, line)
-
-
-def _microseconds(seconds: float) -> int:
-    return max(0, round(seconds * 1_000_000))
 
 
 class Executor:
@@ -216,9 +97,11 @@ class Executor:
         drain_timeout_s: float,
         progress_timeout_s: int = PROGRESS_TIMEOUT_S,
         budget_bytes: Callable[[], int | None] = lambda: None,
+        node: Callable[[], NodeCurrent | None] = lambda: None,
         store: ModelCache | None = None,
     ) -> None:
         self._log = log
+        self._node = node
         self._budget_bytes = budget_bytes
         self._pool = pool
         self._contents = contents
@@ -268,10 +151,12 @@ class Executor:
             RequestRefused: `outdated`, the state changed before the action was recorded; nothing follows.
             LogUnavailable: it could not be recorded, so nothing follows from it.
         """
-        conditions = actions.list_conditions(action, self._log.state)
+        conditions = actions.list_conditions(action, self._log.state, self._node())
         match action:
             case actions.StartLoad(job):
                 await self._start_load(job, conditions)
+            case actions.PlaceLoad():
+                await self._record(draft_placement(action), conditions=conditions)
             case actions.ChangeSettings(job, load_job_id):
                 await self._record(draft_settings_change(job, load_job_id), conditions=conditions)
             case actions.CompleteLoad(job, replaces):
@@ -310,10 +195,8 @@ class Executor:
             case actions.UnloadForReplacement(job, load_job_id):
                 unload = draft_replacement_unload(self.loads[load_job_id], job.id)
                 await self._record(unload, conditions=conditions)
-            case actions.RequestReload(model, cause):
-                await self._log.submit(build_reload(model, cause, conditions, self._progress_timeout_s))
-            case actions.UnloadAutomatically():
-                await self._log.submit(build_unload(action, conditions))
+            case actions.RequestReload() | actions.MoveModel() | actions.UnloadAutomatically():
+                await self._log.submit(build_request(action, conditions, self._progress_timeout_s))
             case actions.FailModel(model, message):
                 await self._record(*draft_crash_loop(model, message), conditions=conditions)
 
@@ -377,8 +260,7 @@ class Executor:
     async def _complete_load(self, job: Job, replaces: str | None, conditions: Conditions) -> None:
         load = self.loads[job.id]
         loaded = draft_fact(job, describe_loaded(job, load, self._log.now(), self._pool), load)
-        old = self.loads.get(replaces) if replaces is not None else None
-        swapped_out = [] if old is None else [draft_replacement_unload(old, loaded.id)]
+        swapped_out = self._draft_swapped_out(job, replaces, loaded.id)
         try:
             await self._record(loaded, *swapped_out, conditions=conditions)
         except NotEncodable as error:  # the load fails then, and not the consumer
@@ -387,6 +269,17 @@ class Executor:
         finally:  # also if an append raised after it was durable
             self._make_durable(load)
         self._offer_for_preparation(load)
+
+    def _draft_swapped_out(self, job: Job, replaces: str | None, loaded_id: str) -> list[Draft]:
+        """Return the unload request of the load that a job replaces: here, or at another node."""
+        old = self.loads.get(replaces) if replaces is not None else None
+        if old is not None:
+            return [draft_replacement_unload(old, loaded_id)]
+        model = self._log.state.models.get(job.model_id)
+        serving = model.loaded if model is not None else None
+        if serving is None or serving.serving.load_job_id != replaces or serving.serving.node_id is None:
+            return []
+        return [draft_moved_unload(serving, job, loaded_id, uuid7)]
 
     def _make_durable(self, load: RunningLoad) -> None:
         """Sync the files of a load beside all else; without that, the next start copies them again."""
@@ -473,5 +366,8 @@ class Executor:
             self.preparer.fail_form(load.prepared, failure)
 
     async def _record(self, *drafts: Draft, conditions: Conditions) -> None:
-        folders = self._contents.folders | CODE_FOLDERS
-        await self._log.submit(Record(tuple(hide_paths(draft, folders) for draft in drafts), conditions))
+        folders, node = self._contents.folders | CODE_FOLDERS, self._node()
+        shown = [hide_paths(draft, folders) for draft in drafts]
+        if node is not None:
+            shown = [name_node(draft, node.node_id) for draft in shown]
+        await self._log.submit(Record(tuple(shown), conditions))

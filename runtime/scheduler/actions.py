@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from events.commands import Condition, JobUnchanged, ModelUnchanged, WorkerServes
+from events.commands import (
+    Condition,
+    JobUnchanged,
+    ModelUnchanged,
+    NodeCurrent,
+    NodeUnchanged,
+    WorkerServes,
+)
 from events.jobs import Job
 from events.models import LoadedModel
+from events.nodes import Node, PlacedFile
 from events.state import State
 from events.types import Cause
 
@@ -21,6 +29,15 @@ class JobAction:
 
 class StartLoad(JobAction):
     """Record `LoadStarted`, then start the workers for this job."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceLoad(JobAction):
+    """Record `LoadPlaced`: the load runs at this node."""
+
+    node: Node
+    reason: str
+    files: tuple[PlacedFile, ...] = ()
 
 
 class EstimateMemory(JobAction):
@@ -125,6 +142,13 @@ class RequestReload:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveModel:
+    """Request, as the system, the load of a model of this node, which is being drained, at another one."""
+
+    model: LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
 class UnloadAutomatically:
     """Request, as the system, the unload of a model; `cause_event_id` is the load that it makes room for."""
 
@@ -143,6 +167,7 @@ class FailModel:
 
 Action = (
     StartLoad
+    | PlaceLoad
     | ChangeSettings
     | CompleteLoad
     | FailLoad
@@ -154,6 +179,7 @@ Action = (
     | FinishUnload
     | RecordExits
     | RequestReload
+    | MoveModel
     | EstimateMemory
     | CompareFiles
     | UnloadForReplacement
@@ -173,13 +199,20 @@ class Decision:
     waiting_for: Mapping[str, str] = field(default_factory=dict)
 
 
-def list_conditions(action: Action, state: State) -> tuple[Condition, ...]:
+def list_conditions(action: Action, state: State, own: NodeCurrent | None = None) -> tuple[Condition, ...]:
     """Return what must still be so when the facts or the request of an action are appended.
 
     Requests and starts rest on the model: a client's command that was recorded first wins. Outcomes rest on
-    their job alone, so no request for the model delays them.
+    their job alone, so no request for the model delays them. What a node appends rests on its epoch, `own`.
     """
+    conditions = _conditions_of(action, state)
+    return conditions if own is None else (*conditions, own)
+
+
+def _conditions_of(action: Action, state: State) -> tuple[Condition, ...]:
     match action:
+        case PlaceLoad(job, node):
+            return (_unchanged(job), *_unchanged_model(job.model_id, state), NodeUnchanged(node))
         case StartLoad(job) | ChangeSettings(job) | UnloadForReplacement(job) | StartUnload(job):
             return (_unchanged(job), *_unchanged_model(job.model_id, state))
         case CompleteLoad(job) | FailLoad(job) | CancelJob(job):
@@ -188,7 +221,7 @@ def list_conditions(action: Action, state: State) -> tuple[Condition, ...]:
             return tuple(map(_unchanged, jobs))
         case RecordExits(load_job_id, model_id, worker_ids):
             return tuple(WorkerServes(model_id, load_job_id, worker_id) for worker_id in worker_ids)
-        case RequestReload(loaded) | FailModel(loaded):
+        case RequestReload(loaded) | FailModel(loaded) | MoveModel(loaded):
             return (ModelUnchanged(loaded.model),)
         case UnloadAutomatically(loaded, _, cause_event_id):
             job_with_need = state.unended_job(cause_event_id)

@@ -21,6 +21,7 @@ from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.eviction import Eviction
+from runtime.scheduler.placement import place_elsewhere
 from runtime.scheduler.view import LoadView, SchedulerView
 
 MAX_SERVER_DEATHS = 3
@@ -39,7 +40,7 @@ _PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 _LOWEST_PRIORITY = 2
 _URGENT = (Cause.RECOVERY, Cause.SWAP)
 """Loads of models that served until just now: one may run beyond the limit, past slow loads."""
-_RESERVES_NOTHING = (Cause.RECOVERY, Cause.RESTART)
+_RESERVES_NOTHING = (Cause.RECOVERY, Cause.RESTART, Cause.DRAIN)
 """Loads that are repeated when they fail, or that use free memory only: no other load waits for them."""
 _BEFORE_ALL = -1
 
@@ -88,12 +89,15 @@ class Admission:
 
 
 def admit(view: SchedulerView, eviction: Eviction) -> Admission:
-    """Decide the pending loads in their order, until one of them leads to an action."""
+    """Decide the pending loads of this node in their order, until one of them leads to an action."""
     admission = Admission()
     pending = (
         _PendingLoad(view, job, eviction)
         for job in view.unended
-        if job.kind is JobKind.LOAD and job.id not in view.running and view.is_first_in_queue(job)
+        if job.kind is JobKind.LOAD
+        and job.id not in view.running
+        and view.is_placed(job)
+        and view.is_first_in_queue(job)
     )
     queue = sorted(pending, key=lambda load: (load.rank, load.job.created_position))
     reservations = Reservations()
@@ -253,7 +257,10 @@ class _PendingLoad:
             is_begun = job.id in estimates
             return Waiting("the estimate of its memory") if is_begun else actions.EstimateMemory(job)
         misfit = self._explain_misfit()
-        return actions.FailLoad(job, INSUFFICIENT_MEMORY, misfit) if misfit is not None else None
+        if misfit is None:
+            return None
+        elsewhere = place_elsewhere(self._view, job, needs_budget_only=True)
+        return elsewhere or actions.FailLoad(job, INSUFFICIENT_MEMORY, misfit)
 
     def _explain_misfit(self) -> str | None:
         """Return why a load will never fit, whatever else is unloaded; None if it may."""
@@ -315,7 +322,7 @@ class _PendingLoad:
         )
 
     def _make_room(self, replaced_bytes: int) -> Action | Waiting:
-        """Wait for exiting processes; otherwise stop the preparation, then evict the fewest models.
+        """Wait for exiting processes; else stop the preparation, go to another node, or evict the fewest.
 
         Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
         exiting processes release is reserved in any case if it is enough.
@@ -326,9 +333,12 @@ class _PendingLoad:
         missing, shortage_text = self._shortage_after_exits(replaced_bytes), self._describe_shortage()
         if missing.is_none:
             return Waiting(f"{shortage_text}; it is being released", reserves_room=True)
+        elsewhere = place_elsewhere(view, job)
+        if elsewhere is not None:
+            return elsewhere
         if self._may_evict and (chosen := self._eviction.choose(missing.bytes, missing.models)):
             return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
-        if job.cause is Cause.RESTART and not view.will_free_more:
+        if job.cause is Cause.RESTART and not view.will_free_more and view.policy.node_id is None:
             code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
             reason = f"not reloaded after the server's start: it needs {shortage_text}"
             return actions.FailLoad(job, code, reason)

@@ -110,7 +110,7 @@ def choose_fewest(
 
 def find_automatic_unload(view: SchedulerView, eviction: Eviction) -> Decision:
     """Decide the next automatic unload: not restored, idle, or over budget."""
-    models = (model for model in view.state.models.values() if _is_not_restored(view, model))
+    models = (model for model in view.own.models.values() if _is_not_restored(view, model))
     not_restored = next((loaded for model in models if (loaded := model.loaded) is not None), None)
     if not_restored is not None:
         return Decision(UnloadAutomatically(not_restored, Cause.RESTART))

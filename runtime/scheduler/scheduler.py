@@ -3,22 +3,40 @@
 The consumer calls `decide` again after each action, event, outcome, exit and timer, so the scheduler keeps no
 memory of its own. Jobs of one model run in the order of their acceptance; a forced unload goes first. The
 unload of a replaced version delays no other job.
+
+A node decides on its own jobs and models (`State.of`), and sees those of the others. The node that is the
+placer also chooses the nodes of loads, and reloads what was lost with a node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from events.clock import add_seconds
 from events.jobs import TIMEOUT, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.state import State
-from events.types import Cause
+from events.types import REPLACEMENTS, Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.admission import Admission, admit
 from runtime.scheduler.eviction import Eviction, find_automatic_unload
-from runtime.scheduler.view import LoadView, Observations, Phase, Policy, SchedulerView, find_unload_target
+from runtime.scheduler.placement import (
+    explain_unplaced,
+    find_node_for_model,
+    is_unplaced,
+    place_loads,
+)
+from runtime.scheduler.view import (
+    LoadView,
+    Observations,
+    Phase,
+    Policy,
+    SchedulerView,
+    find_started_job,
+    find_unload_target,
+)
 
 MAX_INCIDENTS = 5
 """Incidents within ten minutes that make a crash loop: unexpected exits, and failed reloads that speak
@@ -49,6 +67,8 @@ def decide(
 ) -> Decision:
     """Return the next action for the recorded `state` and the running loads, by load job id."""
     view = SchedulerView(state, running, policy, now, observations or Observations())
+    if view.is_over:
+        return Decision()
     for concern in (
         _force_unloads,
         _cancel_jobs,
@@ -63,8 +83,14 @@ def decide(
     admission = admit(view, eviction)
     waiting_for = _waiting_for(view, admission)
     late = next(_fail_late_loads(view, waiting_for), None)
-    reloads = _find_reloads(view)
-    action = late or next(_request_reloads(view, reloads), None) or admission.action
+    reloads, moves = _find_reloads(view), _find_moves(view)
+    action = (
+        late
+        or next(_request_reloads(view, reloads), None)
+        or next(_move_models(view, moves), None)
+        or next(place_loads(view), None)
+        or admission.action
+    )
     if action is not None:
         return Decision(action)
     automatic = find_automatic_unload(view, eviction)
@@ -72,21 +98,25 @@ def decide(
         return automatic
     if (load_job_id := _find_preparation(view)) is not None:
         return Decision(actions.PrepareModel(load_job_id))
-    return Decision(None, _wake_at(view, admission, automatic, reloads), waiting_for)
+    wake_at = _wake_at(
+        view, admission, automatic, [*map(partial(_reload_at, view), reloads), *moves.values()]
+    )
+    return Decision(None, wake_at, waiting_for)
 
 
 def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:
     """Whether the ledger still has use for the workers of a load; otherwise they are to end.
 
-    Only the state decides, so this holds even if it is unknown whether the last fact was recorded.
+    Only the state decides, so this holds even if it is unknown whether the last fact was recorded. A node
+    asks with its part of the state: what the others work on is not its own.
     """
     model = state.models.get(model_id)
     phases = (ModelState.LOADED, ModelState.UNLOADING)
     serving = model.serving if model is not None and model.phase in phases else None
     is_serving = serving is not None and serving.load_job_id == load_job_id
-    if is_serving or state.unended_job(load_job_id) is not None:
+    if is_serving or find_started_job(state, load_job_id) is not None:
         return True
-    swapped_out = (job for job in state.unended(model_id) if job.unload and job.cause is Cause.SWAP)
+    swapped_out = (job for job in state.unended(model_id) if job.unload and job.cause in REPLACEMENTS)
     return any(find_unload_target(state, job) == load_job_id for job in swapped_out)
 
 
@@ -94,7 +124,7 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
     """A forced unload cancels the loads before it, kills all workers, and ends the unloads before it."""
     for model_id, queue in view.queues.items():
         forced = [index for index, job in enumerate(queue) if job.forced]
-        if not forced:
+        if not forced or view.own.unended_job(queue[forced[-1]].id) is None:
             continue
         before = queue[: forced[-1] + 1]
         target = find_unload_target(view.state, before[-1])
@@ -107,10 +137,14 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
 
 
 def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
-    """Cancel jobs on request, and on-demand loads that have not begun and that no inference needs."""
+    """Cancel jobs on request, and on-demand loads that have not begun and that no inference needs.
+
+    A node does not know which inferences wait at the others.
+    """
     for job in view.unended:
         has_begun = job.status is not JobStatus.PENDING or job.id in view.running
-        if job.cancelling or (job.cause is Cause.DEMAND and not has_begun and not _is_needed(view, job)):
+        may_be_unneeded = job.cause is Cause.DEMAND and not has_begun and view.policy.node_id is None
+        if job.cancelling or (may_be_unneeded and not _is_needed(view, job)):
             yield actions.CancelJob(job)
 
 
@@ -125,7 +159,7 @@ def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
     for run in view.running.values():
         if run.phase in _UNDER_WAY and not run.exited:
             continue
-        job = view.state.unended_job(run.load_job_id)
+        job = find_started_job(view.own, run.load_job_id)
         if run.phase is Phase.LOADED and job is not None:
             replaced = view.find_loaded(job.model_id)
             yield actions.CompleteLoad(job, replaced.serving.load_job_id if replaced is not None else None)
@@ -218,7 +252,7 @@ def _find_reloads(view: SchedulerView) -> list[LoadedModel]:
         used_at = max(view.observations.last_used.get(model.id, ""), model.serving.loaded_at)
         return model.serving.parameters.pinned, used_at, model.serving.position
 
-    models = (model for model in view.state.models.values() if _needs_reload(view, model))
+    models = (model for model in view.own.models.values() if _needs_reload(view, model))
     reloads = (loaded for model in models if (loaded := model.loaded) is not None)
     return sorted(reloads, key=rank, reverse=True)
 
@@ -245,6 +279,32 @@ def _reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
     return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
 
+def _find_moves(view: SchedulerView) -> dict[str, str]:
+    """Return the models of this node that move to others, since it is being drained, and when."""
+    if view.node is None or view.node.takes_loads:
+        return {}
+    loaded = [each for model in view.own.models if (each := view.find_loaded(model)) is not None]
+    return {
+        each.id: _move_at(view, each.model)
+        for each in loaded
+        if not (each.model.loads or each.model.unloads)
+        and find_node_for_model(view, each.model, each.serving) is not None
+    }
+
+
+def _move_models(view: SchedulerView, moves: Mapping[str, str]) -> Iterator[Action]:
+    due = (view.find_loaded(model_id) for model_id, move_at in moves.items() if move_at <= view.now)
+    return (actions.MoveModel(loaded) for loaded in due if loaded is not None)
+
+
+def _move_at(view: SchedulerView, model: Model) -> str:
+    """Return when the back-off of a model that could not move ends."""
+    if model.retries is None:
+        return view.now
+    since = view.folded_at(model.retries.last_at, model.back_off_position)
+    return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**model.retries.count))
+
+
 def _find_preparation(view: SchedulerView) -> str | None:
     """Return the load whose files are prepared next: one at a time, when nothing else needs the machine."""
     observations, free = view.observations, view.free_bytes
@@ -255,10 +315,10 @@ def _find_preparation(view: SchedulerView) -> str | None:
 
 
 def _wake_at(
-    view: SchedulerView, admission: Admission, automatic: Decision, reloads: Sequence[LoadedModel]
+    view: SchedulerView, admission: Admission, automatic: Decision, retries: Sequence[str]
 ) -> str | None:
     times = [at for job in view.unended if (at := view.deadline_at(job)) is not None]
-    times += [_reload_at(view, model) for model in reloads]
+    times += retries
     if times and not view.observations.fork_server_up:
         times.append(add_seconds(view.now, FORK_SERVER_POLL_S))
     if view.observations.preparable and view.observations.under_pressure:
@@ -271,4 +331,6 @@ def _waiting_for(view: SchedulerView, admission: Admission) -> dict[str, str]:
     for job in view.unended:
         if job.status is JobStatus.PENDING and not view.is_first_in_queue(job):
             waiting[job.id] = f"job {view.queues[job.model_id][0].id} of the same model"
+        elif is_unplaced(view, job):
+            waiting[job.id] = explain_unplaced(view, job)
     return waiting

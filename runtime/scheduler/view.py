@@ -8,18 +8,26 @@ from enum import StrEnum
 from functools import cached_property
 
 from events.clock import FoldTimes, add_seconds
-from events.jobs import NO_PROGRESS, Failure, Job
+from events.jobs import NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
+from events.nodes import Node
 from events.state import State, has_turn
-from events.types import SYSTEM, Cause
+from events.types import REPLACEMENTS, SYSTEM, Cause
 
 MIN_RESIDENCY_S = 10.0
 """Minimum residency of a loaded model before the server unloads it (DESIGN.md, "Defaults")."""
 
 
+class PlacementStrategy(StrEnum):
+    """Among nodes that are as good otherwise: the one with the most free memory, or with the least."""
+
+    SPREAD = "spread"
+    PACK = "pack"
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The operator's settings.
+    """The operator's settings, and which node this server is.
 
     Attributes:
         loads_at_once: loads that may run at once.
@@ -28,6 +36,9 @@ class Policy:
         evicts: whether a load that needs room may evict idle models.
         min_residency_s: seconds that a loaded model stays at least before it is evicted.
         restores: whether models that were loaded when the server ended are reloaded.
+        node_id: this node; None for a server without nodes.
+        node_epoch: the epoch of this process; when it is over, there is nothing to do.
+        placing: how loads are distributed over the nodes.
     """
 
     loads_at_once: int
@@ -36,6 +47,9 @@ class Policy:
     evicts: bool = False
     min_residency_s: float = MIN_RESIDENCY_S
     restores: bool = True
+    node_id: str | None = None
+    node_epoch: int | None = None
+    placing: PlacementStrategy = PlacementStrategy.SPREAD
 
 
 class Phase(StrEnum):
@@ -94,6 +108,25 @@ class PreparationView:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeHints:
+    """What a node said of itself lately; it may be wrong by now, which costs time only.
+
+    Attributes:
+        position: of the log when it was measured: later placements are not in it.
+        free_bytes: of its memory budget; None is no limit.
+        free_models: how many more models may have a process there; None is no limit.
+        digests: SHA-256 of the files that it has.
+        prepared: SHA-256 of the model files of which it has a prepared form.
+    """
+
+    position: int
+    free_bytes: int | None = None
+    free_models: int | None = None
+    digests: frozenset[str] = frozenset()
+    prepared: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Observations:
     """What was measured outside the log.
 
@@ -112,6 +145,8 @@ class Observations:
         preparation: the running preparation; it takes memory until its processes have exited.
         estimate_failures: why the files of a pending load cannot be looked at, by job id.
         fold_times: when events were folded, by the time that deadlines run by.
+        nodes: hints of the nodes, by their ids.
+        required_labels: labels that the nodes of a model must have, by model id.
     """
 
     fork_server_up: bool = True
@@ -127,6 +162,8 @@ class Observations:
     preparation: PreparationView | None = None
     estimate_failures: Mapping[str, Failure] = field(default_factory=dict)
     fold_times: FoldTimes = field(default_factory=FoldTimes)
+    nodes: Mapping[str, NodeHints] = field(default_factory=dict)
+    required_labels: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def find_unload_target(state: State, unload: Job) -> str:
@@ -135,9 +172,15 @@ def find_unload_target(state: State, unload: Job) -> str:
         raise RuntimeError(f"job {unload.id} is no unload")
     named = unload.unload.load_job_id
     model = state.models.get(unload.model_id)
-    if unload.cause is Cause.SWAP or model is None or model.serving is None:
+    if unload.cause in REPLACEMENTS or model is None or model.serving is None:
         return named
     return model.serving.load_job_id
+
+
+def find_started_job(own: State, load_job_id: str) -> Job | None:
+    """Return the job of a running load; None if it has ended, or begins anew after the end of its node."""
+    job = own.unended_job(load_job_id)
+    return job if job is not None and job.status is JobStatus.IN_PROGRESS else None
 
 
 PEAK_VARIATION = 8
@@ -164,6 +207,11 @@ class SchedulerView:
 
     All its times are of `FoldTimes`. Recorded times are converted, which changes them only after the wall
     clock was set.
+
+    Attributes:
+        own: the part of the state that this node works on; the whole without nodes.
+        unended: the unended jobs of that part, oldest first.
+        queues: all unended jobs of their models that wait for their turn, also those at other nodes.
     """
 
     def __init__(
@@ -176,12 +224,34 @@ class SchedulerView:
     ) -> None:
         self.state, self.running, self.policy, self.now = state, running, policy, now
         self.observations = observations
-        self.unended = state.unended()
+        self.own = state.of(policy.node_id, policy.node_epoch)
+        self.unended = self.own.unended()
         self._earlier: dict[float, str] = {}
         self.queues: dict[str, list[Job]] = {}
-        for job in self.unended:
+        for job in self.unended if policy.node_id is None else self._list_jobs_of_own_models():
             if has_turn(job):
                 self.queues.setdefault(job.model_id, []).append(job)
+
+    def _list_jobs_of_own_models(self) -> list[Job]:
+        models = {job.model_id: None for job in self.unended}
+        return [job for model_id in models for job in self.state.unended(model_id)]
+
+    @property
+    def node(self) -> Node | None:
+        """This node; None without nodes."""
+        return self.state.nodes.get(self.policy.node_id) if self.policy.node_id is not None else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the epoch of this node has ended, so that it has nothing to do but to end its workers."""
+        node = self.node
+        if self.policy.node_id is None:
+            return False
+        return node is None or not node.is_present or self.policy.node_epoch not in (None, node.epoch)
+
+    def is_placed(self, load: Job) -> bool:
+        """Whether a load of this node is to run here; else its node is to be chosen."""
+        return load.node_id == self.policy.node_id
 
     def folded_at(self, recorded_at: str, position: int | None) -> str:
         """Return a time that was recorded at `position`, or computed from such a time, as one of the view."""

@@ -65,6 +65,8 @@ def decide_on(
 
 WORDS = {
     actions.StartLoad: "start {0.job.id}",
+    actions.PlaceLoad: "place {0.job.id} at {0.node.id}: {0.reason}",
+    actions.MoveModel: "move {0.model.id}",
     actions.CompleteLoad: "complete {0.job.id}, replacing {0.replaces}",
     actions.FailLoad: "fail {0.job.id}: {0.code}",
     actions.CancelJob: "cancel {0.job.id}",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, settings
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 import events.log
@@ -197,9 +198,16 @@ class History:
         self.end_load(job, of=of, version=version, mtime_ns=mtime_ns)
 
     def ask_unload(
-        self, job: str, load: str, *, force: bool = False, cause: Cause = Cause.REQUEST, **about: Any
+        self,
+        job: str,
+        load: str,
+        *,
+        force: bool = False,
+        cause: Cause = Cause.REQUEST,
+        node_id: str | UnsetType = UNSET,
+        **about: Any,
     ) -> None:
-        self.add(UnloadRequested(force, load, cause), job, by="alice", **about)
+        self.add(UnloadRequested(force, load, cause, node_id=node_id), job, by="alice", **about)
 
     def start_unload(self, job: str, **about: Any) -> None:
         self.add(UnloadStarted(), job, **about)

@@ -30,7 +30,7 @@ from events.types import (
     WorkerExited,
     record_draft,
 )
-from runtime.consumer.executor import (
+from runtime.consumer.drafts import (
     build_reload,
     build_unload,
     draft_crash_loop,

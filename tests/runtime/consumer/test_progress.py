@@ -11,7 +11,7 @@ from support.workers import computing, until
 
 from events.jobs import JobStatus
 from events.types import Cause, LoadParameters
-from runtime.consumer.executor import build_reload
+from runtime.consumer.drafts import build_reload
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
 

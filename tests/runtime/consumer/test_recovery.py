@@ -27,7 +27,7 @@ from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer
-from runtime.consumer.executor import RELOAD_TIMEOUT_S, build_reload
+from runtime.consumer.drafts import RELOAD_TIMEOUT_S, build_reload
 from runtime.errors import WorkerDied
 from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool

@@ -1,0 +1,203 @@
+"""What an action records: drafts of facts, and the requests of the system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from msgspec import UnsetType
+from msgspec.structs import replace
+
+from events.clock import seconds_between, uuid7
+from events.commands import Condition, RequestLoad, RequestUnload
+from events.jobs import CRASH_LOOP, Job, JobStatus
+from events.models import LoadedModel
+from events.nodes import LoadPlaced
+from events.types import (
+    SYSTEM,
+    Cause,
+    Data,
+    Draft,
+    Durations,
+    LoadFailed,
+    LoadRequested,
+    LoadStarted,
+    ModelLoaded,
+    ModelSettingsChanged,
+    Prepared,
+    UnloadRequested,
+    WorkerExited,
+)
+from runtime.consumer.loads import RunningLoad
+from runtime.errors import Exit, hide_folders
+from runtime.limits import PROGRESS_TIMEOUT_S
+from runtime.memory import total_bytes
+from runtime.process.pool import WorkerPool
+from runtime.process.worker import Worker
+from runtime.scheduler import actions
+from runtime.wire import plain_text
+
+RELOAD_TIMEOUT_S = 300
+"""Least timeout of a reload: the default of a person's load."""
+
+
+def draft_fact(job: Job, data: Data, load: RunningLoad | None = None) -> Draft:
+    """Return a draft of a fact about a job, and the worker of its load if it has only one."""
+    worker_id = load.only_worker_id if load is not None else None
+    return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
+
+
+def describe_loaded(job: Job, load: RunningLoad, now: str, pool: WorkerPool) -> ModelLoaded:
+    """Return `ModelLoaded` of a load of this pool that has its report."""
+    if job.started_at is None:
+        raise RuntimeError(f"job {job.id} has not started")
+    reports = [load.reports[worker.worker_id] for worker in load.workers]
+    form, files = load.prepared, load.files.version_files
+    return ModelLoaded(
+        files=files.loaded_files,
+        worker_ids=tuple(worker.worker_id for worker in load.workers),
+        prepared=None if form is None else Prepared(form.form, form.sha256),
+        memory_bytes=total_bytes(each.memory_bytes for each in load.loaded_memory),
+        peak_memory_bytes=total_bytes(each.peak_memory_bytes for each in load.loaded_memory),
+        durations=Durations(
+            waiting_us=_microseconds(seconds_between(job.created_at, job.started_at)),
+            starting_us=load.starting_us,
+            loading_us=max(report.loading_us for report in reports),
+            hashing_us=files.hashing_us,
+            warming_up_us=max((us for r in reports if (us := r.warming_up_us) is not None), default=None),
+            measuring_us=max(each.measuring_us for each in load.loaded_memory),
+            total_us=_microseconds(seconds_between(job.created_at, now)),
+            copying_us=files.copying_us,
+        ),
+        verified=files.is_stored,
+        confinement=pool.applied.confinement,
+        threads=pool.threads_of(load.parameters),
+    )
+
+
+def draft_settings_change(job: Job, load_job_id: str) -> Draft:
+    """Return the outcome of a load of what that load has loaded already."""
+    _, parameters = job.load_order
+    return draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
+
+
+def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:
+    """Return `LoadStarted` of a job; a start after a new estimate is in the same attempt."""
+    is_same_attempt = is_restarted and job.status is JobStatus.IN_PROGRESS
+    return draft_fact(job, LoadStarted(job.attempt if is_same_attempt else job.attempt + 1))
+
+
+def draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
+    """Return the unload request of a load of this server that another load of its model replaces."""
+    request = UnloadRequested(
+        force=False, load_job_id=old.job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
+    )
+    swap_id = uuid7()
+    return Draft(swap_id, request, SYSTEM, swap_id, old.model_id, old.version, old.only_worker_id)
+
+
+def draft_moved_unload(old: LoadedModel, job: Job, cause_event_id: str, new_id: Callable[[], str]) -> Draft:
+    """Return the unload request of a load at another node that this job replaces: that node unloads it."""
+    cause = Cause.DRAIN if job.cause is Cause.DRAIN else Cause.SWAP
+    request = UnloadRequested(
+        force=False,
+        load_job_id=old.serving.load_job_id,
+        cause=cause,
+        cause_event_id=cause_event_id,
+        node_id=old.serving.node,
+    )
+    worker_ids, unload_id = old.serving.worker_ids, new_id()
+    worker_id = worker_ids[0] if len(worker_ids) == 1 else None
+    return Draft(unload_id, request, SYSTEM, unload_id, old.id, old.serving.version, worker_id)
+
+
+def draft_placement(action: actions.PlaceLoad) -> Draft:
+    """Return `LoadPlaced` of a load."""
+    data = LoadPlaced(action.node.id, action.node.epoch, action.reason, action.files)
+    return draft_fact(action.job, data)
+
+
+def name_node(draft: Draft, node_id: str) -> Draft:
+    """Return a draft with this node, at which its workers are, unless it names another."""
+    match draft.data:
+        case LoadStarted() | ModelLoaded() | WorkerExited() | UnloadRequested(node_id=UnsetType()):
+            return replace(draft, data=replace(draft.data, node_id=node_id))
+    return draft
+
+
+def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
+    """Return the request and the failure of a reload that a crash loop prevents."""
+    serving = model.serving
+    job_id, version = uuid7(), serving.version
+    request = LoadRequested.of(serving.parameters, Cause.RECOVERY)
+    failed = LoadFailed(CRASH_LOOP, plain_text(message))
+    return (
+        Draft(job_id, request, SYSTEM, job_id, model.id, version),
+        Draft(uuid7(), failed, SYSTEM, job_id, model.id, version),
+    )
+
+
+def build_reload(
+    model: LoadedModel,
+    cause: Cause,
+    conditions: tuple[Condition, ...],
+    progress_timeout_s: int = PROGRESS_TIMEOUT_S,
+) -> RequestLoad:
+    """Return the request with which the system reloads a model; its limits are at least the server's."""
+    serving = model.serving
+    before = serving.parameters
+    # Many may be requested at once: a short timeout was not meant for the queue after a restart.
+    parameters = replace(
+        before,
+        timeout_s=max(before.timeout_s, RELOAD_TIMEOUT_S),
+        progress_timeout_s=max(before.progress_timeout_s or 0, progress_timeout_s),
+    )
+    return RequestLoad(model.id, serving.version, None, SYSTEM, parameters, cause, conditions=conditions)
+
+
+def build_unload(action: actions.UnloadAutomatically, conditions: tuple[Condition, ...]) -> RequestUnload:
+    """Return the request with which the system unloads a model."""
+    return RequestUnload(
+        action.model.id,
+        SYSTEM,
+        cause=action.cause,
+        cause_event_id=action.cause_event_id,
+        conditions=conditions,
+    )
+
+
+def build_request(
+    action: actions.RequestReload | actions.MoveModel | actions.UnloadAutomatically,
+    conditions: tuple[Condition, ...],
+    progress_timeout_s: int = PROGRESS_TIMEOUT_S,
+) -> RequestLoad | RequestUnload:
+    """Return the request of the system that an action appends."""
+    match action:
+        case actions.RequestReload(model, cause):
+            return build_reload(model, cause, conditions, progress_timeout_s)
+        case actions.MoveModel(model):
+            return build_reload(model, Cause.DRAIN, conditions, progress_timeout_s)
+        case actions.UnloadAutomatically():
+            return build_unload(action, conditions)
+
+
+def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
+    """Return `WorkerExited` of a worker that exited unexpectedly."""
+    # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
+    end = Exit(None, None) if worker.orphaned else worker.ended.result()
+    data = WorkerExited(end.exit_code, end.signal, tuple(worker.recorded_tail()))
+    return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
+
+
+def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
+    """Return a draft whose texts of others, such as ONNX Runtime, do not name these folders of the server."""
+    match draft.data:
+        case LoadFailed(message=message):
+            return replace(draft, data=replace(draft.data, message=hide_folders(message, folders)))
+        case WorkerExited(stderr=lines):
+            hidden = tuple(hide_folders(line, folders) for line in lines)
+            return replace(draft, data=replace(draft.data, stderr=hidden))
+    return draft
+
+
+def _microseconds(seconds: float) -> int:
+    return max(0, round(seconds * 1_000_000))
