@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
+
+import msgspec
 
 from events.clock import boottime
 from events.commands import JoinNode, LeaveNode, LoseNode, Receipt
@@ -20,6 +22,7 @@ from events.errors import LedgerProblem, LogUnavailable, NodeAlive, RequestRefus
 from events.log import Log
 from events.nodes import Lease
 from events.storage import StorageError
+from runtime.scheduler.view import NodeHints
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +41,22 @@ class LeaseTable(Protocol):
 
     async def read(self, limit_s: float) -> Sequence[Lease]:
         """Return all leases."""
+
+
+_ENCODER = msgspec.json.Encoder()
+_DECODER = msgspec.json.Decoder(NodeHints)
+
+
+async def _no_hints() -> NodeHints:
+    return NodeHints(0)
+
+
+def _decode_hints(text: str) -> NodeHints:
+    """Return a node's hints; none of a release that says something else."""
+    try:
+        return _DECODER.decode(text)
+    except ValueError:
+        return NodeHints(0)
 
 
 Authorise = Callable[[str, int | None, float], None]
@@ -63,7 +82,8 @@ class Membership:
     Attributes:
         epoch: the present one; None before it has joined.
         leases: of all nodes, as last read.
-        hints: returns what this node says of itself, as JSON.
+        peers: the hints of all nodes, as last read.
+        hints: returns what this node says of itself.
         on_change: called when the epoch or the leases have changed.
     """
 
@@ -80,7 +100,8 @@ class Membership:
         self.node_id = command.node_id
         self.epoch: int | None = None
         self.leases: Sequence[Lease] = ()
-        self.hints: Callable[[], str] = lambda: "{}"
+        self.hints: Callable[[], Awaitable[NodeHints]] = _no_hints
+        self.peers: Mapping[str, NodeHints] = {}
         self.on_change: Callable[[], None] = lambda: None
 
     @property
@@ -165,7 +186,8 @@ class Membership:
             await self._join(self._log.submit)
             return
         began_s = boottime()
-        if not await self._table.renew(self.node_id, self.epoch, self._lease_s, self.hints()):
+        hints = _ENCODER.encode(await self.hints()).decode()
+        if not await self._table.renew(self.node_id, self.epoch, self._lease_s, hints):
             _log.warning("node %s was declared lost; it ends its workers, and joins again", self.node_id)
             self.epoch = None
             self.on_change()
@@ -173,6 +195,7 @@ class Membership:
             return
         self._renewed_s = began_s
         self.leases = await self._table.read(self._lease_s)
+        self.peers = {lease.node_id: _decode_hints(lease.hints) for lease in self.leases}
         self.on_change()
         for lease in self.leases:
             if lease.is_late and not lease.ended and lease.node_id != self.node_id:

@@ -36,7 +36,7 @@ from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
-from runtime.scheduler.view import Policy
+from runtime.scheduler.view import PlacementStrategy, Policy
 from runtime.store.folder import STORE
 from runtime.store.manifest import digest_of
 from runtime.store.store import Store
@@ -91,7 +91,7 @@ from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, public_pem
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.auth.tokens import TOKENS, open_tokens
-from server.cluster import SharedLedger
+from server.cluster import SharedLedger, take_part
 from server.config import Config
 from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
@@ -354,6 +354,7 @@ def _policy(config: Config, cpus: int, limit_bytes: int) -> Policy:
         evicts=config.evict == "idle",
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
+        placing=PlacementStrategy(config.placement),
     )
 
 
@@ -398,6 +399,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
     if contents.store is not None:
         contents.find_needed = partial(_needed_digests, app[LOG], contents.store)
     app[PENDING_DEMAND] = pending = PendingDemand()
+    cache = await asyncio.to_thread(_open_cache, config)
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
         app[POOL],
@@ -407,8 +409,11 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),
         demand=pending,
-        store=await asyncio.to_thread(_open_cache, config),
+        store=cache,
+        hints=lambda: app[MEMBERSHIP].peers if MEMBERSHIP in app else {},
     )
+    if MEMBERSHIP in app:
+        take_part(app, cache)
     app[ROUTER] = Router(app[LOG], consumer.loads, app[REPOSITORY], max_queue=config.inference_queue)
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")

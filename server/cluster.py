@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
+from itertools import chain
+
+from aiohttp import web
 
 from events.commands import JoinNode, Receipt
 from events.log import Log
 from events.nodes import Confinement
 from events.sqlite.datalock import LEDGER
+from runtime.cache.key import make_key
+from runtime.cache.store import ModelCache
 from runtime.membership import Membership
+from runtime.scheduler.view import NodeHints
+from server.appkeys import CONSUMER, CONTENTS, LOG, MEMBERSHIP
 from server.config import Config, ConfigError
+
+MAX_DIGESTS = 2_000
+"""Files that a node says it has: 140 KB in its row of the database."""
 
 INSTALL = "pip install 'loadledger[postgres]'"
 
@@ -78,3 +90,40 @@ class SharedLedger:
             self._running.cancel()
             await asyncio.wait([self._running])
         await self._leases.close()
+
+
+def take_part(app: web.Application, cache: ModelCache | None) -> None:
+    """Let the consumer work as this node, and the node say of itself what helps to place loads."""
+    membership, consumer = app[MEMBERSHIP], app[CONSUMER]
+
+    def change() -> None:
+        consumer.be_node(membership.node_id, membership.epoch)
+
+    membership.hints = partial(_describe_node, app, cache)
+    membership.on_change = change
+    change()
+
+
+async def _describe_node(app: web.Application, cache: ModelCache | None) -> NodeHints:
+    """Return what is free at this node, and which files it has."""
+    consumer, store = app[CONSUMER], app[CONTENTS].store
+    position, policy, uses = app[LOG].head.position, consumer.policy, consumer.uses()
+    taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
+    models = len({use.model_id for use in uses})
+    versions = {} if store is None else store.stored_versions()
+    prepared = await asyncio.to_thread(_find_prepared, cache, versions)
+    return NodeHints(
+        position,
+        None if policy.budget_bytes is None else policy.budget_bytes - taken,
+        None if policy.max_loaded is None else policy.max_loaded - models,
+        frozenset(list(chain.from_iterable(versions.values()))[:MAX_DIGESTS]),
+        frozenset(prepared[:MAX_DIGESTS]),
+    )
+
+
+def _find_prepared(cache: ModelCache | None, versions: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the SHA-256 of the files of versions that have a prepared form."""
+    if cache is None:
+        return []
+    found = (files for digest, files in versions.items() if cache.find(make_key(digest)) is not None)
+    return list(chain.from_iterable(found))

@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 from events.accept import OUTDATED
 from events.clock import seconds_between
@@ -118,6 +119,11 @@ class Consumer:
             await asyncio.wait([monitoring])
             await self.preparer.close()
             await self._monitor.note_uses()
+
+    def be_node(self, node_id: str, epoch: int | None) -> None:
+        """Work as this epoch of a node from now on, None between two; the hints may have changed, too."""
+        self.policy = replace(self.policy, node_id=node_id, node_epoch=epoch)
+        self._wakeup.set()
 
     async def stop(self) -> None:
         """End `run` after its present action, and all tasks with it; nothing more is appended."""

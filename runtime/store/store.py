@@ -329,6 +329,13 @@ class Store:
         self._versions[manifest.digest] = settled
         return settled
 
+    def stored_versions(self) -> dict[str, tuple[str, ...]]:
+        """Return the SHA-256 of the files of each version, by the version's digest."""
+        return {
+            manifest.digest: tuple(file.sha256 for file in manifest.files)
+            for manifest in list(self._versions.values())
+        }
+
     def _known_blobs(self) -> dict[str, StoredFile]:
         return {file.sha256: file for manifest in self._versions.values() for file in manifest.files}
 
