@@ -36,7 +36,7 @@ RETRY_S = 0.5
 class LeaseTable(Protocol):
     """Where leases are kept (`events.postgres.leases`); its methods raise StorageError."""
 
-    async def renew(self, node_id: str, epoch: int, lease_s: float, hints: str) -> bool:
+    async def renew(self, node_id: str, epoch: int, lease_s: float, hints: str, limit_s: float) -> bool:
         """Renew the lease of an epoch; return False if the epoch is over."""
 
     async def read(self, limit_s: float) -> Sequence[Lease]:
@@ -77,6 +77,7 @@ class Membership:
         table: the leases.
         command: with which it joins.
         lease_s: seconds without a renewal after which it may be declared lost.
+        away_limit_s: seconds without a renewal after which it ends its workers.
         authorise: tells the log's storage as whom it appends.
 
     Attributes:
@@ -85,16 +86,26 @@ class Membership:
         peers: the hints of all nodes, as last read.
         hints: returns what this node says of itself.
         on_change: called when the epoch or the leases have changed.
+        end_workers: called when this node may not serve any longer without the database.
     """
 
     def __init__(
-        self, log: Log, table: LeaseTable, command: JoinNode, *, lease_s: float, authorise: Authorise
+        self,
+        log: Log,
+        table: LeaseTable,
+        command: JoinNode,
+        *,
+        lease_s: float,
+        away_limit_s: float,
+        authorise: Authorise,
     ) -> None:
         self._log = log
         self._table = table
         self._command = command
         self._lease_s = lease_s
+        self._away_limit_s = away_limit_s
         self._authorise = authorise
+        self._limit_s = lease_s / RENEWALS_PER_LEASE
         self._renewed_s = boottime()
         self._is_noted = False
         self.node_id = command.node_id
@@ -103,6 +114,7 @@ class Membership:
         self.hints: Callable[[], Awaitable[NodeHints]] = _no_hints
         self.peers: Mapping[str, NodeHints] = {}
         self.on_change: Callable[[], None] = lambda: None
+        self.end_workers: Callable[[], None] = lambda: None
 
     @property
     def away_s(self) -> float:
@@ -110,9 +122,9 @@ class Membership:
         return boottime() - self._renewed_s
 
     @property
-    def is_away(self) -> bool:
-        """Whether the lease may be over."""
-        return self.away_s > self._lease_s
+    def may_serve(self) -> bool:
+        """Whether this node may answer inferences, with the database or without."""
+        return self.away_s <= self._away_limit_s
 
     async def start(self) -> Receipt:
         """Join, before anything else is appended.
@@ -128,13 +140,15 @@ class Membership:
         while True:
             try:
                 await self._renew()
-                pause_s = self._lease_s / RENEWALS_PER_LEASE
+                pause_s = self._limit_s
                 if self._is_noted:
                     _log.warning("the lease of node %s is renewed again", self.node_id)
                 self._is_noted = False
             except (StorageError, LedgerProblem) as error:
                 self._note_failure(error)
-                pause_s = min(RETRY_S, self._lease_s / RENEWALS_PER_LEASE)
+                pause_s = min(RETRY_S, self._limit_s)
+                if not self.may_serve:
+                    self.end_workers()
             await asyncio.sleep(pause_s)
 
     async def leave(self) -> None:
@@ -148,7 +162,7 @@ class Membership:
 
     async def _join(self, submit: Callable[[JoinNode], Awaitable[Receipt]]) -> Receipt:
         try:
-            leases = await self._table.read(self._lease_s)
+            leases = await self._table.read(self._limit_s)
         except StorageError as error:
             raise LogUnavailable(str(error)) from error
         own = next((lease for lease in leases if lease.node_id == self.node_id), None)
@@ -187,14 +201,14 @@ class Membership:
             return
         began_s = boottime()
         hints = _ENCODER.encode(await self.hints()).decode()
-        if not await self._table.renew(self.node_id, self.epoch, self._lease_s, hints):
+        if not await self._table.renew(self.node_id, self.epoch, self._lease_s, hints, self._limit_s):
             _log.warning("node %s was declared lost; it ends its workers, and joins again", self.node_id)
             self.epoch = None
             self.on_change()
             await self._join(self._log.submit)
             return
         self._renewed_s = began_s
-        self.leases = await self._table.read(self._lease_s)
+        self.leases = await self._table.read(self._limit_s)
         self.peers = {lease.node_id: _decode_hints(lease.hints) for lease in self.leases}
         self.on_change()
         for lease in self.leases:

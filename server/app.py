@@ -78,6 +78,7 @@ from server.appkeys import (
     POOL,
     PROXIES,
     READER,
+    RENEWING,
     REPOSITORY,
     REQUEST_LOG,
     ROUTER,
@@ -292,7 +293,7 @@ async def _begin(app: web.Application, shared: SharedLedger | None) -> Receipt:
     config, confinement = app[CONFIG], app[POOL].applied.confinement
     if shared is None:
         return await app[LOG].server_started(confinement)
-    app[MEMBERSHIP], receipt = await shared.join(
+    app[MEMBERSHIP], app[RENEWING], receipt = await shared.join(
         budget_bytes=budget_bytes(config.memory_budget, app[LIMIT].bytes),
         public_key=public_pem(app[PROVER].signer),
         confinement=confinement,

@@ -41,6 +41,8 @@ CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyn
 ROUTER = web.AppKey("router", Router)
 MEMBERSHIP = web.AppKey("membership", Membership)
 """Of this node; a server alone has none."""
+RENEWING: web.AppKey[asyncio.Task[None]] = web.AppKey("renewing", asyncio.Task)
+"""Renews this node's lease; a server alone has none."""
 LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
 CPUS = web.AppKey("cpus", int)

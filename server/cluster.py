@@ -35,7 +35,6 @@ class SharedLedger:
 
     Attributes:
         log: not open yet.
-        membership: of this node; None before `join`.
     """
 
     def __init__(self, config: Config, address: str) -> None:
@@ -55,14 +54,13 @@ class SharedLedger:
         self._node_address = config.own_address()
         self._authorise = authorise
         self._leases = LeaseStore(address)
-        self._running: asyncio.Task[None] | None = None
+        self._tasks = list[asyncio.Task[None]]()
         self.log = Log(config.data / LEDGER, storage=storage, now=clock)
-        self.membership: Membership | None = None
 
     async def join(
         self, *, budget_bytes: int | None, public_key: str, confinement: Confinement
-    ) -> tuple[Membership, Receipt]:
-        """Join as a node, and renew the lease from now on.
+    ) -> tuple[Membership, asyncio.Task[None], Receipt]:
+        """Join as a node; the task renews the lease from now on.
 
         Raises:
             NameInUse: `node_name_in_use`.
@@ -77,18 +75,24 @@ class SharedLedger:
             public_key,
             confinement=confinement,
         )
-        self.membership = membership = Membership(
-            self.log, self._leases, command, lease_s=self._config.lease_s, authorise=self._authorise
+        membership = Membership(
+            self.log,
+            self._leases,
+            command,
+            lease_s=self._config.lease_s,
+            away_limit_s=self._config.away_limit_s(),
+            authorise=self._authorise,
         )
         receipt = await membership.start()
-        self._running = asyncio.create_task(membership.run(), name="membership")
-        return membership, receipt
+        renewing = asyncio.create_task(membership.run(), name="membership")
+        self._tasks.append(renewing)
+        return membership, renewing, receipt
 
     async def close(self) -> None:
         """Stop renewing."""
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.wait([self._running])
+        for task in self._tasks:
+            task.cancel()
+            await asyncio.wait([task])
         await self._leases.close()
 
 
@@ -101,6 +105,7 @@ def take_part(app: web.Application, cache: ModelCache | None) -> None:
 
     membership.hints = partial(_describe_node, app, cache)
     membership.on_change = change
+    membership.end_workers = consumer.end_workers
     change()
 
 

@@ -42,6 +42,10 @@ MAX_KEEP_ALIVE_S = 365 * 86400
 """A year; for longer there is -1, which means never."""
 MAX_THREADS = 1024
 """Of a model: more than most machines have cores."""
+MAX_AWAY_S = 600.0
+"""How long a node serves that is cut from the database: longer than an outage that somebody is working on."""
+AWAY_SHARE = 2 / 3
+"""Of the lease: a node that is not to serve then has ended its workers before others load its models."""
 MANY = 1_000_000
 """Upper limit of counts: catches typing errors, limits nothing real."""
 
@@ -285,7 +289,7 @@ class Config:
     repository_writable: str = setting(
         AUTO,
         "Whether callers with the role admin may add and remove versions: auto (if the repository's folder"
-        " belongs to the server's user), on, or off.",
+        " belongs to the server's user, and there is no --ledger), on, or off.",
         validate.OneOf((AUTO, ON, OFF)),
     )
     max_upload: str = setting(
@@ -394,6 +398,10 @@ class Config:
             raise ConfigError("--node-address: must be given with --port 0")
         return f"{'http' if self.tls_cert is None else 'https'}://{socket.gethostname()}:{self.port}"
 
+    def away_limit_s(self) -> float:
+        """Return how long this node answers inferences without the ledger's database."""
+        return MAX_AWAY_S if self.when_away == "serve" else self.lease_s * AWAY_SHARE
+
     def labels(self) -> tuple[str, ...]:
         """Return the labels of this node, in order."""
         return () if self.node_labels is None else parse_labels(self.node_labels)
@@ -419,6 +427,7 @@ class Config:
         return UploadPolicy(
             cast("Writable", self.repository_writable),
             is_immutable=self.repository_immutable == ON,
+            is_of_node=self.ledger is not None,
             max_bytes=parse_upload_size(self.max_upload),
         )
 

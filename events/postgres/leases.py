@@ -22,13 +22,13 @@ class LeaseStore:
         self._address = address
         self._connection: Connection | None = None
 
-    async def renew(self, node_id: str, epoch: int, lease_s: float, hints: str) -> bool:
+    async def renew(self, node_id: str, epoch: int, lease_s: float, hints: str, limit_s: float) -> bool:
         """Renew the lease of an epoch; return False if the epoch is over.
 
         Raises:
             StorageError: the database did not answer; whether the lease was renewed is unknown.
         """
-        async with self._connected(lease_s) as connection:
+        async with self._connected(limit_s) as connection:
             return bool(
                 await connection.fetchval("SELECT renew($1, $2, $3, $4)", node_id, epoch, lease_s, hints)
             )

@@ -125,6 +125,11 @@ class Consumer:
         self.policy = replace(self.policy, node_id=node_id, node_epoch=epoch)
         self._wakeup.set()
 
+    def end_workers(self) -> None:
+        """Kill all workers; what follows is recorded once the log can be written."""
+        for load in self.loads.values():
+            load.kill()
+
     async def stop(self) -> None:
         """End `run` after its present action, and all tasks with it; nothing more is appended."""
         self._stopping = True

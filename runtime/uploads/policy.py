@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runtime.uploads.problems import RepositoryReadOnly
+from runtime.uploads.problems import RepositoryNotShared, RepositoryReadOnly
 
 Writable = Literal["auto", "on", "off"]
 
@@ -17,11 +17,13 @@ class UploadPolicy:
     Attributes:
         writable: whether it changes the repository; `auto` does if the folder belongs to the server's user.
         is_immutable: whether nobody may ever change a file there (`--repository-immutable`).
+        is_of_node: whether other nodes load from it, too: then only `on` says that it is one for all.
         max_bytes: of one version.
     """
 
     writable: Writable = "auto"
     is_immutable: bool = False
+    is_of_node: bool = False
     max_bytes: int = 2**63
 
 
@@ -30,6 +32,7 @@ def check_writable(root: Path, policy: UploadPolicy) -> None:
 
     Raises:
         RepositoryReadOnly: `repository_read_only`, with what to do.
+        RepositoryNotShared: `repository_not_shared`, likewise.
     """
     advice = "put versions into its folder yourself"
     if policy.writable == "off":
@@ -40,6 +43,11 @@ def check_writable(root: Path, policy: UploadPolicy) -> None:
         raise RepositoryReadOnly(
             f"nobody may change a file of this repository (--repository-immutable=on): {advice}, under a new"
             " number"
+        )
+    if policy.is_of_node and policy.writable == "auto":
+        raise RepositoryNotShared(
+            "a version has to be there for all nodes: if the repository is one folder that all of them share,"
+            " start them with --repository-writable=on; else put the version into the folder of each"
         )
     try:
         seen = root.stat()

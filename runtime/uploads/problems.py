@@ -44,6 +44,12 @@ class RepositoryReadOnly(RuntimeProblem):
     code = "repository_read_only"
 
 
+class RepositoryNotShared(RuntimeProblem):
+    """This node does not know whether the other nodes have the same repository."""
+
+    code = "repository_not_shared"
+
+
 class VersionExists(RuntimeProblem):
     """The repository has this version, or it is just being added or removed."""
 

@@ -8,7 +8,7 @@ from aiohttp import hdrs, web
 from marshmallow import fields
 
 from server.api.schemas import AnswerSchema, HealthSchema
-from server.appkeys import CONSUMER_TASK, LOG, OPENAPI, POOL, STOPPING, STREAMS
+from server.appkeys import CONSUMER_TASK, LOG, MEMBERSHIP, OPENAPI, POOL, RENEWING, STOPPING, STREAMS
 from server.errors import ServerProblem
 from server.routing import Access, Routes
 
@@ -112,6 +112,7 @@ def vital_tasks(app: web.Application) -> dict[str, asyncio.Task[None]]:
         "writer": app[LOG].writer,
         "keeper": app[POOL].keeper,
         **app[STREAMS].tasks,
+        **({"membership": app[RENEWING]} if RENEWING in app else {}),
     }
 
 
@@ -130,7 +131,7 @@ def ready_checks(app: web.Application) -> dict[str, bool]:
     """Return the checks of readiness."""
     return {
         **live_checks(app),
-        "log": app[LOG].healthy,
+        "log": app[LOG].healthy or (MEMBERSHIP in app and app[MEMBERSHIP].may_serve),
         "fork_server": app[POOL].healthy,
         "serving": not app[STOPPING].is_set(),
     }

@@ -42,6 +42,7 @@ DIGESTS = ("Repr-Digest", "Content-Digest")
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _CHANGE_ERRORS = (
     "repository_read_only",
+    "repository_not_shared",
     "version_exists",
     "repository_busy",
     "repository_unreadable",
