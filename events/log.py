@@ -371,6 +371,7 @@ class Log:
         try:
             await self._try_append(group)
         except HeadMoved:
+            await self._catch_up()  # what takes long, before the others have to wait
             try:
                 async with self._storage.locked():
                     await self._catch_up()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ INSTALL = "pip install 'loadledger[postgres]'"
 
 def require_driver() -> None:
     """Exit with an error unless the driver is installed."""
+    from importlib.util import find_spec  # noqa: PLC0415 - keeps `loadledger --help` quick
+
     if find_spec("asyncpg") is None:
         exit_with_error(f"asyncpg is not installed: {INSTALL}")
 
@@ -49,6 +49,8 @@ def migrate(address: str, server_role: str | None, data: Path | None, *, as_json
     verified, copied into the empty database with its positions and hashes, and verified there.
     """
     require_driver()
+    import asyncio  # noqa: PLC0415 - as above
+
     from loadledger.cli.local.localdatabase import migrate_database  # noqa: PLC0415 - needs the driver
 
     with report_problems():
@@ -64,6 +66,8 @@ def migrate(address: str, server_role: str | None, data: Path | None, *, as_json
 def verify_database(address: str, expected: Any) -> Any:
     """Verify the ledger of a database; `expected` is an expected head or None."""
     require_driver()
+    import asyncio  # noqa: PLC0415 - as above
+
     from loadledger.cli.local.localdatabase import verify_address  # noqa: PLC0415 - as above
 
     return asyncio.run(verify_address(address, expected))
