@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from events.codec import GENESIS
 from events.commands import KnownRequests
 from events.state import Changes, State
+from events.types import LogBase
 
 
 class LogHead(msgspec.Struct, frozen=True, gc=False):
@@ -61,6 +63,57 @@ class ArchivedRange:
             "file": self.file,
             "folds": self.folds,
         }
+
+
+class ArchiveRecord(NamedTuple):
+    """An archive as a ledger stores it: hashes are of its last event, its file and the state at its end."""
+
+    first_position: int
+    last_position: int
+    hash: bytes
+    archived_at: str
+    file: str
+    sha256: bytes
+    state_sha256: bytes
+    folds: int
+
+    def range(self) -> ArchivedRange:
+        """Return what verification and messages need of it."""
+        return ArchivedRange(self.first_position, self.last_position, self.hash, self.file, self.folds)
+
+
+KINDS = ("model", "job", "token", "node")
+"""What the state at a base consists of, in the order in which it is hashed."""
+
+
+class BaseEntity(NamedTuple):
+    """A part of the state at a base as it is stored; keys sort by code point, as entities are hashed."""
+
+    kind: str
+    key: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBase:
+    """Where a log begins: its base, the archives that lead to it in order, and the state there."""
+
+    base: LogBase
+    archives: tuple[ArchiveRecord, ...] = ()
+    entities: tuple[BaseEntity, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the state is what archiving wrote: its bodies, each followed by a line feed."""
+        if self.base.position == 0 or not {each.kind for each in self.entities} <= set(KINDS):
+            return not self.entities
+        ordered = sorted(self.entities, key=lambda each: (KINDS.index(each.kind), each.key))
+        digest = hashlib.sha256(b"".join(f"{each.body}\n".encode() for each in ordered)).digest()
+        return bool(self.archives) and self.archives[-1].state_sha256 == digest
+
+    def bodies(self, kind: str) -> Sequence[tuple[str]]:
+        """Return the stored bodies of a kind, as rows of one column."""
+        return [(each.body,) for each in self.entities if each.kind == kind]
 
 
 @dataclass(frozen=True, slots=True)

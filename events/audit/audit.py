@@ -111,16 +111,36 @@ def audit(
     if stored is None or found.finding is not None:
         return found
     if archives:
-        behind = check_archives(archives, found.base, found.archives, key=key, expected=expected)
-        if expected is not None and expected.position < behind.after.position and behind.finding is None:
-            raise _archived_error(behind.after, found)
-        found = replace(found, behind=compare_with_base(behind, stored, found.archives[-1].folds))
+        found = prove_base(found, stored, archives, key=key, expected=expected)
     if found.finding is not None:
         return found
     archived = tuple(
         (each.path, _compare_with_archives(found, each)) for each in files if _is_behind(each, found)
     )
     return replace(found, compared=(*found.compared, *archived))
+
+
+def prove_base(
+    found: Audit, stored: State, archives: Sequence[Path], *, key: str | None, expected: Expected | None
+) -> Audit:
+    """Add what archives prove of the events up to the base, where the ledger has stored a state.
+
+    Raises:
+        Archived: `archived`, the expected position is before the first archive.
+        ArchiveMissing: `archive_missing`, the archives do not follow one another up to the base.
+        NothingThere: `nothing_there`, the ledger has no archived events.
+        LogUnavailable: `log_unavailable`, an archive was changed meanwhile.
+        OSError: an archive cannot be read.
+    """
+    if found.base.position == 0:
+        raise NothingThere(
+            "this ledger has no archived events: its log begins with the first event. Verify files by "
+            "themselves, with `loadledger verify FILE`"
+        )
+    behind = check_archives(archives, found.base, found.archives, key=key, expected=expected)
+    if expected is not None and expected.position < behind.after.position and behind.finding is None:
+        raise archived_error(behind.after, found)
+    return replace(found, behind=compare_with_base(behind, stored, found.archives[-1].folds))
 
 
 def _audit_own_file(
@@ -142,11 +162,6 @@ def _audit_own_file(
         if not verification.verified:
             return found, None
         found = replace(found, archives=ledger.archives(base) if base.position else ())
-        if with_archives and base.position == 0:
-            raise NothingThere(
-                "this ledger has no archived events: its log begins with the first event. Verify files by "
-                "themselves, with `loadledger verify FILE`"
-            )
         found = replace(
             found,
             unexpected=_compare_with_head(ledger, found, expected, with_archives=with_archives),
@@ -180,10 +195,11 @@ def _compare_with_head(
         return _compare_with_log(ledger, found, expected)
     if with_archives:
         return None
-    raise _archived_error(found.base, found)
+    raise archived_error(found.base, found)
 
 
-def _archived_error(after: LogBase, found: Audit) -> Archived:
+def archived_error(after: LogBase, found: Audit) -> Archived:
+    """Return the error of an expected event that is in an archive which was not given."""
     problem = (
         f"events up to position {after.position} are archived: expect a later position, or give the archives "
         "with --archive"

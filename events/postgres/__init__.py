@@ -7,5 +7,6 @@ role, by command, may change the schema. See `docs/decisions/0054`.
 - `connection`: an address, a connection with its limits, the database's clock, translated errors
 - `schema`: migrations by the owner, and what a server checks before it uses a database
 - `storage`: `Storage` for the writer: append in the database, then store in the replica
-- `transfer`: events into an empty database, and out of one
+- `bases`: where the log begins: read it, and move it after archiving
+- `transfer`: a ledger into an empty database, and out of one
 """

@@ -60,10 +60,10 @@ def is_address(text: str) -> bool:
     return text.partition("://")[0] in SCHEMES
 
 
-def describe_address(address: str) -> str:
-    """Return an address for people and logs, without its password and options."""
+def describe_address(address: str, role: str | None = None) -> str:
+    """Return an address for people and logs, without its password and options; `role` replaces its role."""
     parts = urlsplit(address)
-    user = f"{parts.username}@" if parts.username else ""
+    user = f"{role or parts.username}@" if role or parts.username else ""
     return f"postgresql://{user}{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 

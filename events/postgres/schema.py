@@ -38,6 +38,12 @@ class UnsafeRole(LedgerProblem):
     code = "unsafe_role"
 
 
+class NotOwner(LedgerProblem):
+    """Only the role that owns the ledger may do this: connect as that one."""
+
+    code = "not_owner"
+
+
 @cache
 def migrations() -> tuple[tuple[int, str], ...]:
     """Return the migrations in order, with their numbers."""
@@ -148,4 +154,23 @@ async def check_role(connection: Connection) -> None:
         raise UnsafeRole(
             f"the role {role!r} may change or delete events: connect as another role, which the owner lets "
             "in with `loadledger migrate --server-role NAME`"
+        )
+
+
+async def check_owner(connection: Connection) -> None:
+    """Check that the session's role may move events out of the database.
+
+    Raises:
+        NotOwner: `not_owner`.
+        StorageError: the database failed.
+    """
+    with translated_errors("cannot be read"):
+        role, is_owner = await connection.fetchrow(
+            "SELECT session_user, pg_has_role(session_user,"
+            " (SELECT relowner FROM pg_class WHERE oid = 'events'::regclass), 'MEMBER')"
+        ) or ("", False)
+    if not is_owner:
+        raise NotOwner(
+            f"the role {role!r} does not own the ledger, and may not delete events: connect as the role that "
+            "ran `loadledger migrate`"
         )

@@ -19,6 +19,7 @@ from asyncpg.transaction import Transaction
 from events.codec import hash_body
 from events.commands import KnownRequests
 from events.errors import LedgerForked, LogUnavailable
+from events.postgres.bases import read_stored_base
 from events.postgres.connection import (
     Connection,
     DatabaseClock,
@@ -95,8 +96,11 @@ class ReplicatedStorage:
     async def open(self) -> StoredLedger:
         """Open the replica, connect, and read what the replica has; the caller then catches up.
 
+        A replica that is empty begins at the database's base.
+
         Raises:
             LedgerForked: `ledger_forked`, the database does not have the replica's head.
+            LedgerDamaged: `ledger_damaged`, the state at the database's base is not what archiving wrote.
             LedgerProblem: `schema_missing`, `schema_outdated`, `future_schema`, `foreign_database`,
                 `unsafe_role`.
             LogUnavailable: `log_unavailable`, the replica or the database cannot be opened.
@@ -107,6 +111,8 @@ class ReplicatedStorage:
         try:
             self._connection = await connect(self._address)
             await self._prepare(self._connection)
+            if stored.head.position == 0:
+                stored = await self._seed(self._connection, stored)
         except StorageError as error:
             await self._disconnect()
             raise LogUnavailable(f"the ledger cannot be opened: {error}") from error
@@ -123,6 +129,17 @@ class ReplicatedStorage:
             await connection.add_listener(CHANNEL, self._heard)
             self._clock.offset = await measure_clock(connection)
         await asyncio.to_thread(mark_replica, self._data, describe_address(self._address))
+
+    async def _seed(self, connection: Connection, stored: StoredLedger) -> StoredLedger:
+        """Begin an empty replica at the database's base, whose state replaces archived events.
+
+        Raises:
+            LedgerDamaged: `ledger_damaged`, the state there is not what archiving wrote.
+        """
+        with translated_errors("could not be read"):
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                base = await read_stored_base(connection)
+        return await self._replica.seed(base) if base.base.position else stored
 
     def _heard(self, connection: object, pid: int, _channel: str, _payload: object) -> None:
         """Note that another server has appended; this one knows what it appended itself."""
@@ -190,7 +207,8 @@ class ReplicatedStorage:
         if base > head.position:
             raise LogUnavailable(
                 f"events after position {head.position} were archived, up to {base}, before this server read "
-                "them: replace its ledger.db by a backup of another server's, and start again"
+                f"them: move {self._data / LEDGER} away, with its -wal and -shm, and start again; the server "
+                "then begins at that base, or with the backup of another server's that you put there"
             )
         if position < head.position or (position == head.position and digest != head.hash):
             raise forked(self._address, head)

@@ -1,14 +1,18 @@
-"""A whole ledger into an empty database, to migrate one from SQLite, and out of one, to verify it."""
+"""A whole ledger into an empty database, to migrate it there, and out of one, to verify or archive it."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
-from events.errors import LedgerProblem
+from events.errors import LedgerDamaged, LedgerProblem
+from events.groups import fold_rows
+from events.postgres.bases import read_stored_base, write_stored_base
 from events.postgres.connection import Connection, connect, translated_errors
 from events.postgres.schema import check_schema
-from events.storage import LogHead, Row
+from events.sqlite.storage import Database
+from events.storage import LogHead, Row, StoredBase, StoredLedger
 from events.types import LogBase
 
 PAGE = 5_000
@@ -21,12 +25,15 @@ class LedgerNotEmpty(LedgerProblem):
     code = "ledger_not_empty"
 
 
-async def copy_events(connection: Connection, rows: Iterable[Row], head: LogHead) -> None:
-    """Copy all events of a verified ledger into an empty database, in one transaction.
+async def copy_ledger_in(
+    connection: Connection, stored: StoredBase, rows: Iterable[Row], head: LogHead
+) -> None:
+    """Copy a verified ledger into an empty database, in one transaction.
 
     Args:
         connection: of the schema's owner.
-        rows: from position 1 on, in order.
+        stored: where its log begins.
+        rows: all its events, in order.
         head: the last of them.
 
     Raises:
@@ -41,6 +48,7 @@ async def copy_events(connection: Connection, rows: Iterable[Row], head: LogHead
                 "SELECT EXISTS (SELECT FROM events)"
             ):
                 raise LedgerNotEmpty
+            await write_stored_base(connection, stored)
             await connection.copy_records_to_table(
                 "events",
                 records=((row.position, row.body, row.hash) for row in rows),
@@ -57,16 +65,16 @@ async def copy_events(connection: Connection, rows: Iterable[Row], head: LogHead
 
 
 class DatabaseReader:
-    """Reads the events of a ledger in a database, as they were when it was opened.
+    """Reads a ledger in a database, as it was when it was opened.
 
     Attributes:
-        base: position and hash of the last archived event.
+        stored: where the log begins, with the archives and the state there.
         head: position and hash that the database says its last event has.
     """
 
-    def __init__(self, connection: Connection, base: LogBase, head: LogBase) -> None:
+    def __init__(self, connection: Connection, stored: StoredBase, head: LogBase) -> None:
         self._connection = connection
-        self.base = base
+        self.stored = stored
         self.head = head
 
     async def pages(self) -> AsyncIterator[list[tuple[int, bytes, bytes]]]:
@@ -103,8 +111,46 @@ async def open_database_reader(address: str) -> AsyncIterator[DatabaseReader]:
         await check_schema(connection)
         with translated_errors("could not be read"):
             await connection.transaction(isolation="repeatable_read", readonly=True).start()
-            base = LogBase(*(await connection.fetchrow("SELECT position, hash FROM base") or (0, b"")))
+            stored = await read_stored_base(connection)
             head = LogBase(*(await connection.fetchrow("SELECT position, hash FROM head") or (0, b"")))
-        yield DatabaseReader(connection, base, head)
+        yield DatabaseReader(connection, stored, head)
     finally:
         connection.terminate()
+
+
+async def make_replica(address: str, path: Path) -> StoredBase:
+    """Make a replica of a whole ledger in an empty file, and return where the log begins.
+
+    Raises:
+        LedgerProblem: as `open_database_reader` says, or an event cannot be folded.
+        LedgerDamaged: `ledger_damaged`, the state at the base was changed, or the head is not the last event.
+        StorageError: the database cannot be read, or the file cannot be written.
+    """
+    replica = Database(path, is_replica=True)
+    try:
+        async with open_database_reader(address) as reader:
+            stored = await replica.open()
+            if reader.stored.base.position:
+                stored = await replica.seed(reader.stored)
+            head = await _fill(replica, reader, stored)
+            if (head.position, head.hash) != (reader.head.position, reader.head.hash):
+                raise LedgerDamaged(
+                    f"the database's last event is at position {head.position}, and its head says "
+                    f"{reader.head.position}: see `loadledger verify --ledger`"
+                )
+            return reader.stored
+    finally:
+        await replica.close()
+
+
+async def _fill(replica: Database, reader: DatabaseReader, stored: StoredLedger) -> LogHead:
+    """Store all events of a database in a replica that is at its base; return the last one."""
+    head, state = stored.head, stored.state
+    async for page in reader.pages():
+        rows = [Row(position, body.decode(), digest) for position, body, digest in page]
+        followed = fold_rows(rows, state)
+        entities = len(state.models) + followed.attempt.state.backlog
+        await replica.write(rows, followed.attempt.changes, entities, head)
+        followed.attempt.commit()
+        head = followed.head
+    return head

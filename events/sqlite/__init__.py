@@ -13,4 +13,5 @@ states (`history`), in short transactions, so that the write-ahead log can be be
 - `snapshots`: snapshots for time travel, and the state at the base
 - `proof`, `projections`: what `events.audit` reads; comparison of the stored projections with a fold
 - `archiving`: removing archived events
+- `bases`: the base of a log as values, to begin a replica with
 """

@@ -10,14 +10,12 @@ from pathlib import Path
 from events.clock import Timestamp
 from events.errors import LogUnavailable
 from events.sqlite import history, queries, storage
+from events.sqlite.bases import suspended_triggers
 from events.sqlite.proof import LogReader, ProofReader, prove
 from events.sqlite.schema import connect, transaction
 from events.sqlite.snapshots import base_state_digest, write_base_state
 from events.storage import StorageError
 from events.types import LogBase
-
-_LIFTED = ("events_never_go", "base_never_changes")
-"""The triggers that archiving has to drop, and to create again."""
 
 
 class ArchivingLedger(LogReader):
@@ -71,7 +69,7 @@ class ArchivingLedger(LogReader):
         before = self.archives()
         folds = storage.FOLDS if not before or before[-1].folds == storage.FOLDS else before[-1].folds
         state = history.state_at(connection, end.position, from_base=True)
-        with _suspend_triggers(connection):
+        with suspended_triggers(connection):
             jobs = write_base_state(connection, state)
             connection.execute("DELETE FROM events WHERE position <= ?", (end.position,))
             connection.execute("UPDATE base SET position = ?, hash = ?", (end.position, end.hash))
@@ -108,16 +106,3 @@ def open_to_archive(path: Path) -> Iterator[ArchivingLedger]:
                 storage.leave_complete_file(connection)
     except (sqlite3.Error, StorageError) as error:
         raise LogUnavailable(f"the ledger {path.name} cannot be archived: {error}") from error
-
-
-@contextmanager
-def _suspend_triggers(connection: sqlite3.Connection) -> Iterator[None]:
-    """Drop the triggers within the caller's transaction, so that no reader sees the log without them."""
-    found = connection.execute(
-        "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' AND name IN (?, ?)", _LIFTED
-    ).fetchall()
-    for name, _ in found:
-        connection.execute(f"DROP TRIGGER {name}")
-    yield
-    for _, sql in found:
-        connection.execute(sql)

@@ -16,6 +16,7 @@ from pathlib import Path
 from events.clock import Timestamp
 from events.codec import GENESIS
 from events.sqlite import history, queries, storage
+from events.sqlite.bases import read_stored_base
 from events.sqlite.history import Moment
 from events.sqlite.presence import find_server_event, presence_at
 from events.sqlite.projections import StoredProjections
@@ -23,7 +24,7 @@ from events.sqlite.readonly import open_read_only, refuse_incomplete
 from events.sqlite.schema import check_readable, schema_difference
 from events.sqlite.snapshots import is_base_state_whole, read_base_state
 from events.state import State
-from events.storage import ArchivedRange, LogHead, RawRow, Row, StorageDamaged, StorageError
+from events.storage import ArchivedRange, LogHead, RawRow, Row, StorageDamaged, StorageError, StoredBase
 from events.types import Event, LogBase
 
 _ARCHIVES_SINCE = 4
@@ -100,6 +101,10 @@ class LogReader:
     def archives(self) -> tuple[ArchivedRange, ...]:
         """Return the archives that a ledger with a base after 0 lists, in the order of their positions."""
         return queries.list_archives(self._connection)
+
+    def stored_base(self) -> StoredBase:
+        """Return the base with its archives and the state there, to be stored elsewhere."""
+        return read_stored_base(self._connection)
 
     def find_moment(self, until: str | None, now: Timestamp) -> Moment:
         """Return the moment of a position in digits or a time, with the state of the server.

@@ -29,7 +29,7 @@ LAST = 2**63 - 1
 _SEEN_SINCE = 7
 """The schema from which on the server notes that it is there."""
 
-_FOLDS_SINCE = 7
+FOLDS_SINCE = 7
 """The schema from which on an archive's row has the folds of the state at its end."""
 
 TOKENS_SINCE = 8
@@ -91,7 +91,7 @@ def find_hash(connection: sqlite3.Connection, position: int) -> bytes | None:
 
 def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
     """Return the archives that a ledger lists, in the order of their positions."""
-    folds = "folds" if check_readable(connection) >= _FOLDS_SINCE else "0"
+    folds = "folds" if check_readable(connection) >= FOLDS_SINCE else "0"
     found = connection.execute(
         "SELECT first_position, last_position, hash, CAST(file AS BLOB),"  # noqa: S608 - literals above
         f" {folds} FROM archives ORDER BY last_position"

@@ -24,11 +24,12 @@ from typing import TypeVar
 from events.commands import KnownRequests
 from events.errors import LogUnavailable
 from events.sqlite import queries, snapshots
+from events.sqlite.bases import store_base
 from events.sqlite.history import fold_page, load_base_state
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors, transaction
 from events.state import Changes
-from events.storage import LogHead, Row, StorageError, StoredLedger
+from events.storage import LogHead, Row, StorageError, StoredBase, StoredLedger
 
 FOLDS = 6
 """The number of the folds: add one with each change after which the same events give other stored bodies."""
@@ -67,23 +68,27 @@ def rebuild(connection: sqlite3.Connection) -> None:
         sqlite3.Error: the ledger cannot be read or written; nothing was changed.
     """
     with transaction(connection):
-        state = load_base_state(connection)
-        connection.execute("DELETE FROM jobs")
-        connection.execute("DELETE FROM models")
-        connection.execute("DELETE FROM tokens")
-        connection.execute("DELETE FROM nodes")
-        snapshots.forget(connection, state.position)
-        connection.execute(
-            "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, ?, ?)",
-            (state.position, FOLDS),
-        )
-        queries.write_projections(connection, state.models.values(), state.jobs.values(), state.position)
-        for page in queries.read_pages(connection, state.position):
-            models, jobs = fold_page(state, page)
-            queries.write_projections(connection, models.values(), jobs.values(), state.position)
-            snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)
-        queries.store_tokens(connection, state.tokens)
-        queries.store_nodes(connection, state.nodes)
+        _fold_anew(connection)
+
+
+def _fold_anew(connection: sqlite3.Connection) -> None:
+    state = load_base_state(connection)
+    connection.execute("DELETE FROM jobs")
+    connection.execute("DELETE FROM models")
+    connection.execute("DELETE FROM tokens")
+    connection.execute("DELETE FROM nodes")
+    snapshots.forget(connection, state.position)
+    connection.execute(
+        "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, ?, ?)",
+        (state.position, FOLDS),
+    )
+    queries.write_projections(connection, state.models.values(), state.jobs.values(), state.position)
+    for page in queries.read_pages(connection, state.position):
+        models, jobs = fold_page(state, page)
+        queries.write_projections(connection, models.values(), jobs.values(), state.position)
+        snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)
+    queries.store_tokens(connection, state.tokens)
+    queries.store_nodes(connection, state.nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +194,21 @@ class Database:
         self.is_open, self._was_open, self._unsynced = True, True, False
         self._failed_at = 0
         return stored
+
+    async def seed(self, stored: StoredBase) -> StoredLedger:
+        """Begin the empty ledger at the base of another, in one transaction.
+
+        Raises:
+            LedgerDamaged: `ledger_damaged`, the state there is not what archiving wrote.
+        """
+
+        def seed() -> StoredLedger:
+            with transaction(self._connection):
+                store_base(self._connection, stored)
+                _fold_anew(self._connection)
+            return _read_stored(self._connection)
+
+        return await self.run(seed)
 
     async def write(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
         """Append a group of events and store what they changed, durably; then write a due snapshot.

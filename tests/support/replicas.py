@@ -2,16 +2,21 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 
 from events.log import Log
-from events.postgres.connection import DatabaseClock, close, connect
+from events.postgres.bases import read_stored_base
+from events.postgres.connection import Connection, DatabaseClock, close, connect
 from events.postgres.schema import migrate
 from events.postgres.storage import ReplicatedStorage
+from events.postgres.transfer import copy_ledger_in
 from events.sqlite.datalock import LEDGER
+from events.sqlite.proof import open_log_reader
+from events.storage import KINDS, StoredBase
 from support.postgres import Database
 
 Row = tuple[int, str, bytes]
@@ -57,12 +62,37 @@ async def rows_in(database: Database) -> list[Row]:
     return [(position, body, digest) for position, body, digest in found]
 
 
+@asynccontextmanager
+async def owned(database: Database) -> AsyncIterator[Connection]:
+    """Connect as the owner's commands do."""
+    connection = await connect(database.owner_url)
+    try:
+        yield connection
+    finally:
+        await close(connection)
+
+
+async def copy_ledger(database: Database, path: Path) -> None:
+    """Copy a ledger from a file into an empty one."""
+    with open_log_reader(path) as source:
+        stored, head = source.stored_base(), source.head()
+        async with owned(database) as connection:
+            await copy_ledger_in(connection, stored, source.rows(stored.base.position, head.position), head)
+
+
+async def read_base(database: Database) -> StoredBase:
+    """Return where the ledger of a database begins; the parts of the state in the order of its digest."""
+    async with owned(database) as connection:
+        found = await read_stored_base(connection)
+    entities = sorted(found.entities, key=lambda each: (KINDS.index(each.kind), each.key))
+    return replace(found, entities=tuple(entities))
+
+
 async def change(database: Database, *statements: str) -> None:
     """Change a ledger as only its owner can who means to: with the triggers off."""
     connection = await asyncpg.connect(database.owner_url)
     await connection.execute("SET search_path = loadledger")
-    await connection.execute("ALTER TABLE events DISABLE TRIGGER ALL")
+    await connection.execute("SET loadledger.archiving = on")
     for statement in statements:
         await connection.execute(statement)
-    await connection.execute("ALTER TABLE events ENABLE TRIGGER ALL")
     await connection.close()

@@ -1,7 +1,8 @@
-"""`loadledger migrate`, and `verify --ledger`: a ledger in PostgreSQL."""
+"""`loadledger migrate`, and `--ledger` of `verify` and `archive`: a ledger in PostgreSQL."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,19 @@ def migrate(address: str, server_role: str | None, data: Path | None, *, as_json
     print_result(done, lines, as_json=as_json)
 
 
-def verify_database(address: str, expected: Any) -> Any:
-    """Verify the ledger of a database; `expected` is an expected head or None."""
+def verify_database(address: str, expected: Any, archives: Sequence[Path], key: str | None) -> Any:
+    """Verify the ledger of a database; `expected` is an expected head or None, `key` a key id or None."""
     require_driver()
     import asyncio  # noqa: PLC0415 - as above
 
     from loadledger.cli.local.localdatabase import verify_address  # noqa: PLC0415 - as above
 
-    return asyncio.run(verify_address(address, expected))
+    return asyncio.run(verify_address(address, expected, archives, key))
+
+
+def archive_in_database(address: str, *arguments: Any) -> Any:
+    """Archive the ledger of a database, with the other arguments of `archive_database`."""
+    require_driver()
+    from loadledger.cli.local.localdatabase import archive_database  # noqa: PLC0415 - as above
+
+    return archive_database(address, *arguments)

@@ -31,7 +31,7 @@ def _archive_option(text: str) -> Callable[[Command], Command]:
     envvar="LOADLEDGER_DATA",
     help="Directory of a ledger to check. [LOADLEDGER_DATA, without FILE]",
 )
-@_archive_option("An archive of the ledger in --data. May be repeated, in any order.")
+@_archive_option("An archive of the ledger. May be repeated, in any order.")
 @click.option("--key", metavar="FILE|KEY_ID", help="Expected signing key, as `key ledger` prints it.")
 @click.option("--expect", metavar="POSITION:HASH", help="Expected event: a head that you kept.")
 @click.option(
@@ -66,7 +66,8 @@ def verify(
     Each FILE, a jsonl export or an archive, is verified by itself: its chain and its signed head. With
     --data, its events are also compared with the ledger's. Use --key to check who signed.
 
-    With --ledger, all events in a PostgreSQL database are verified; a server's replica is in its --data.
+    With --ledger, a ledger in a PostgreSQL database is verified in the same way, with --archive, too; it has
+    no stored projections. A server's replica of it is in the server's --data.
 
     With --store, the private copies that models are loaded from are hashed and compared with their names. The
     server may be running.
@@ -80,11 +81,11 @@ def verify(
         data = None
     if data is None and not (files or archives or address):
         data = own_data()
-    if address is not None and (data is not None or files or archives or key or store):
-        raise click.UsageError("--ledger URL takes --expect, and nothing else to verify beside it")
+    if address is not None and (data is not None or files or store):
+        raise click.UsageError("--ledger URL takes --archive, --key and --expect, and nothing else to verify")
     if store:
         _verify_store(data, as_json=as_json, others=bool(archives or key or expect or files))
-    _refuse(data, archives, key, files)
+    _refuse(data or address, archives, key, files)
     try:
         expected = None if expect is None else parse_expected(expect)
     except ValueError as error:
@@ -92,8 +93,10 @@ def verify(
     with report_problems():
         if address is not None:
             from loadledger.cli.local.database import verify_database  # noqa: PLC0415
+            from server.auth.keys import expected_key  # noqa: PLC0415
 
-            checked = VerifyResult(verify_database(address, expected), (), None)
+            wanted = None if key is None else expected_key(key)
+            checked = VerifyResult(verify_database(address, expected, archives, wanted), (), wanted)
         else:
             ledger = None if data is None else _ledger_in(data)
             checked = verify_ledger_and_files(ledger, archives, files, key, expected)
@@ -112,11 +115,14 @@ def _verify_store(data: Path | None, *, as_json: bool, others: bool) -> NoReturn
     sys.exit(0 if checked.verified else NEGATIVE_RESULT)
 
 
-def _refuse(data: Path | None, archives: tuple[Path, ...], key: str | None, files: tuple[Path, ...]) -> None:
+def _refuse(
+    ledger: Path | str | None, archives: tuple[Path, ...], key: str | None, files: tuple[Path, ...]
+) -> None:
     """Refuse combinations of options without a meaning."""
-    if data is None and archives:
+    if ledger is None and archives:
         raise click.UsageError(
-            "--archive belongs to the ledger in --data; to verify an archive by itself, name it as FILE"
+            "--archive belongs to a ledger, in --data or --ledger; to verify an archive by itself, name it "
+            "as FILE"
         )
     if key is not None and not (files or archives):
         raise click.UsageError("--key is for signed files: name them as FILE, or with --archive")
@@ -269,25 +275,39 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     required=True,
     help="Archive events below this position, or before a time like 2026-01-31T14:02:00Z.",
 )
+@click.option(
+    "--ledger",
+    "address",
+    metavar="URL",
+    help="Archive the ledger in this PostgreSQL database, as the role that owns it: "
+    "postgresql://OWNER@HOST/DATABASE. The key in --data signs.",
+)
 @json_option
 @click.argument("file", type=_FILE)
-def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
+def archive(data: Path, before: str, address: str | None, file: Path, *, as_json: bool) -> None:
     """Move the oldest events to a compressed file that proves itself.
 
     Stop the server first. The log then begins after the archived events, and the hash chain continues. Jobs
     that had ended by then move too, except those behind loaded models.
+
+    With --ledger, servers may be running, also that of --data. FILE's folder needs room for a copy of the
+    ledger while the command runs.
     """
-    from events.audit.archive import archive  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
-    from events.sqlite.datalock import lock_data, lock_ledger, refuse_replica  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
-        ledger, sign = _ledger_in(data), open_signer(data)
+        if address is None:
+            _ledger_in(data)
+        sign = open_signer(data)
         refuse_own(file, data)
-        with _exit_on_sigterm(), lock_data(data), lock_ledger(ledger):
-            refuse_replica(data)
-            done = archive(ledger, before, file, sign, datetime.now(UTC))
+        with _exit_on_sigterm():
+            if address is None:
+                done = _archive_file(data, before, file, sign)
+            else:
+                from loadledger.cli.local.database import archive_in_database  # noqa: PLC0415 - as above
+
+                done = archive_in_database(address, data, before, file, sign)
     first, last, sha256 = done.first_position, done.last_position, done.sha256.hex()
     print_result(
         {"first_position": first, "last_position": last, "jobs": done.jobs, "sha256": sha256},
@@ -299,9 +319,20 @@ def archive(data: Path, before: str, file: Path, *, as_json: bool) -> None:
     )
     if not done.alone:
         print_note(
-            f"{ledger.name} is being read, so it could not shrink; {ledger.name}-wal belongs to it: copy both"
-            " with `loadledger backup`"
+            "ledger.db is being read, so it could not shrink; ledger.db-wal belongs to it: copy both with "
+            "`loadledger backup`"
         )
+
+
+def _archive_file(data: Path, before: str, file: Path, sign: Any) -> Any:
+    """Archive the ledger of a data directory whose server is stopped."""
+    from events.audit.archive import archive  # noqa: PLC0415 - as above
+    from events.sqlite.datalock import lock_data, lock_ledger, refuse_replica  # noqa: PLC0415
+
+    ledger = _ledger_in(data)
+    with lock_data(data), lock_ledger(ledger):
+        refuse_replica(data)
+        return archive(ledger, before, file, sign, datetime.now(UTC))
 
 
 @click.command()

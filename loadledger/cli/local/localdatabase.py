@@ -1,22 +1,38 @@
-"""A ledger in PostgreSQL for the commands: migrate it, copy a stopped server's ledger into it, verify it."""
+"""A ledger in PostgreSQL for the commands: migrate it, copy a stopped server's into it, verify, archive."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from events.audit.audit import Audit, audit
-from events.audit.verify import CheckedFold, Expected, Finding, FindingKind, Verification
-from events.errors import LedgerDamaged, LogUnavailable, MustStay
+from events.audit.archive import ArchiveResult, archive
+from events.audit.audit import Audit, archived_error, audit, prove_base
+from events.audit.files import open_draft
+from events.audit.signing import Sign
+from events.audit.verify import (
+    CheckedFold,
+    Expected,
+    Finding,
+    FindingKind,
+    Verification,
+    VerificationError,
+    check_listed,
+)
+from events.errors import LedgerDamaged, LogUnavailable
+from events.postgres.bases import move_base
 from events.postgres.connection import Connection, close, connect, describe_address
-from events.postgres.schema import migrate
-from events.postgres.transfer import DatabaseReader, copy_events, open_database_reader
+from events.postgres.schema import check_owner, check_schema, migrate
+from events.postgres.transfer import DatabaseReader, copy_ledger_in, make_replica, open_database_reader
+from events.sqlite.bases import state_at_base
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, mark_replica, refuse_replica
 from events.sqlite.proof import open_log_reader
 from events.state import State
-from events.storage import StorageError
+from events.storage import StorageError, StoredBase
+from events.types import LogBase
 
 
 async def migrate_database(address: str, server_role: str | None, data: Path | None) -> dict[str, Any]:
@@ -37,7 +53,7 @@ async def migrate_database(address: str, server_role: str | None, data: Path | N
             await _copy(connection, data / LEDGER)
             found = await verify_address(address, None)
             _refuse_finding(found.finding, "the copy in the database")
-            mark_replica(data, describe_address(address))
+            mark_replica(data, describe_address(address, server_role))
     proved = found.verification
     return {
         "migrations": applied,
@@ -65,10 +81,9 @@ async def _copy(connection: Connection, path: Path) -> None:
     _refuse_finding(audit(path).finding, f"the ledger {path.name}")
     with open_log_reader(path) as source:
         source.begin()
-        if base := source.base().position:
-            raise MustStay(f"events up to position {base} are archived: such a ledger cannot be copied yet")
-        head = source.head()
-        await copy_events(connection, source.rows(0, head.position), head)
+        stored, head = source.stored_base(), source.head()
+        rows = source.rows(stored.base.position, head.position)
+        await copy_ledger_in(connection, stored, rows, head)
 
 
 def _refuse_finding(finding: Finding | None, what: str) -> None:
@@ -76,22 +91,107 @@ def _refuse_finding(finding: Finding | None, what: str) -> None:
         raise LedgerDamaged(f"{what} does not verify: position {finding.position}, {finding.problem}")
 
 
-async def verify_address(address: str, expected: Expected | None) -> Audit:
-    """Verify all events of a ledger in a database, in one snapshot; it has no stored projections.
+def archive_database(address: str, data: Path, before: str, target: Path, sign: Sign) -> ArchiveResult:
+    """Move the events before a position or time out of a database to `target`; servers may be running.
+
+    A copy of the whole ledger, beside `target` while this runs, is archived as a file is; then one
+    transaction in the database does the same there. A process that is killed in between leaves the database
+    unchanged, and a file that the next one uses.
+
+    Args:
+        address: of the database, as the role that owns the ledger.
+        data: a server's data directory: if it has a replica, the database must agree with it.
+        before: as for `archive`.
+        target: the archive's file.
+        sign: signs the archive.
 
     Raises:
-        LedgerProblem: it cannot be read, or is no ledger.
+        LedgerProblem: as `archive` does, or the database cannot be used, or contradicts the replica.
+        OSError: the file cannot be written.
     """
+    asyncio.run(_check_owner(address))
+    with open_draft(target) as replica:
+        base = asyncio.run(_make_replica(address, replica))
+        _refuse_other_history(data / LEDGER, replica)
+        done = archive(replica, before, target, sign, datetime.now(UTC))
+        with open_log_reader(replica) as copied:
+            stored = copied.stored_base()
+    asyncio.run(_move_base(address, base, stored))
+    return done
+
+
+async def _check_owner(address: str) -> None:
+    async with _owned(address) as connection:
+        await check_schema(connection)
+        await check_owner(connection)
+
+
+async def _make_replica(address: str, path: Path) -> LogBase:
     try:
-        async with open_database_reader(address) as reader:
-            return await _verify(reader, expected)
+        return (await make_replica(address, path)).base
     except StorageError as error:
         raise LogUnavailable(str(error)) from error
 
 
+async def _move_base(address: str, before: LogBase, stored: StoredBase) -> None:
+    async with _owned(address) as connection:
+        await move_base(connection, before, stored)
+
+
+def _refuse_other_history(ledger: Path, replica: Path) -> None:
+    """Refuse to archive events which are not those that a server has read from the database.
+
+    Raises:
+        LedgerDamaged: `ledger_damaged`, there are two histories.
+    """
+    if not ledger.is_file():
+        return
+    with open_log_reader(ledger) as own, open_log_reader(replica) as other:
+        position = min(own.head().position, other.head().position)
+        one, another = own.find_hash(position), other.find_hash(position)
+    if one is not None and another is not None and one != another:
+        raise LedgerDamaged(
+            f"nothing was moved: at position {position} the database has the hash {another.hex()}, and "
+            f"{ledger} has {one.hex()}: one of them was changed, or they are two ledgers"
+        )
+
+
+async def verify_address(
+    address: str, expected: Expected | None, archives: Sequence[Path] = (), key: str | None = None
+) -> Audit:
+    """Verify all events of a ledger in a database, in one snapshot; it has no stored projections.
+
+    Args:
+        address: of the database.
+        expected: a head that the ledger, or one of `archives`, must have.
+        archives: of the ledger, in any order: they must verify and lead to its base and the state there.
+        key: the id of the archives' expected signer's key; None accepts any.
+
+    Raises:
+        LedgerProblem: it cannot be read, or is no ledger.
+        OSError: an archive cannot be read.
+    """
+    try:
+        async with open_database_reader(address) as reader:
+            found = await _verify(reader, expected)
+    except StorageError as error:
+        raise LogUnavailable(str(error)) from error
+    if found.finding is not None:
+        return found
+    if archives:
+        return prove_base(found, state_at_base(reader.stored), archives, key=key, expected=expected)
+    if expected is not None and expected.position < found.base.position:
+        raise archived_error(found.base, found)
+    return found
+
+
 async def _verify(reader: DatabaseReader, expected: Expected | None) -> Audit:
-    base = reader.base
-    fold, finding, unexpected = CheckedFold(base, State(base.position)), None, None
+    base = reader.stored.base
+    listed = tuple(each.range() for each in reader.stored.archives)
+    try:
+        fold, finding = CheckedFold(base, _checked_state(reader.stored)), None
+    except VerificationError as error:
+        return Audit(base, Verification(0, base.position, base.hash, error.finding), None, None, listed)
     found = base.hash if expected is not None and expected.position == base.position else None
     async for page in reader.pages():
         finding = fold.follow(page)
@@ -102,11 +202,34 @@ async def _verify(reader: DatabaseReader, expected: Expected | None) -> Audit:
     if finding is None and (reader.head.position, reader.head.hash) != (fold.position, fold.hash):
         problem = f"the stored head is {reader.head.position}:{reader.head.hash.hex()}"
         finding = Finding(fold.position, problem, FindingKind.ORDER)
-    if expected is not None and finding is None:
-        unexpected = (
-            Finding(expected.position, "the ledger has no such event", FindingKind.EXPECTATION)
-            if found is None
-            else expected.compare(found)
-        )
-    events = fold.position - base.position
-    return Audit(base, Verification(events, fold.position, fold.hash, finding), None, unexpected)
+    verification = Verification(fold.position - base.position, fold.position, fold.hash, finding)
+    return Audit(base, verification, None, _compare(expected, found, base, verification), listed)
+
+
+def _checked_state(stored: StoredBase) -> State:
+    """Return the state at the base, of which the archives that are listed lead to the first event of the log.
+
+    Raises:
+        VerificationError: they do not, or the state was changed.
+    """
+    position = stored.base.position
+    check_listed((each.range() for each in stored.archives), stored.base)
+    if not stored.is_whole:
+        problem = "the stored state at the base was changed"
+        raise VerificationError(position, problem, FindingKind.BASE)
+    try:
+        return state_at_base(stored)
+    except ValueError as error:
+        problem = f"the stored state at the base is damaged: {error}"
+        raise VerificationError(position, problem, FindingKind.BASE) from None
+
+
+def _compare(
+    expected: Expected | None, found: bytes | None, base: LogBase, verification: Verification
+) -> Finding | None:
+    """Compare an expected event with the hash that was found; those before the base are in archives."""
+    if expected is None or verification.finding is not None or expected.position < base.position:
+        return None
+    if found is None:
+        return Finding(expected.position, "the ledger has no such event", FindingKind.EXPECTATION)
+    return expected.compare(found)

@@ -1,0 +1,179 @@
+"""Archived events of a ledger in PostgreSQL: the base in the database, and replicas that begin there."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import asyncpg
+import pytest
+from support.history import facts, write
+from support.ledgers import archive_before, archived_copy, copy_of, rows_of, sound_ledger, stored
+from support.postgres import Database
+from support.replicas import change, copy_ledger, opened_replica, owned, read_base, replica_log, rows_in
+
+from events.audit.audit import audit
+from events.audit.verify import verify
+from events.errors import LedgerDamaged, LedgerProblem, LogUnavailable
+from events.postgres.bases import move_base, write_stored_base
+from events.postgres.transfer import make_replica
+from events.sqlite.bases import read_stored_base, state_at_base
+from events.sqlite.datalock import LEDGER
+from events.sqlite.proof import open_log_reader
+from events.sqlite.schema import connect
+from events.sqlite.snapshots import read_base_state
+from events.storage import StoredBase
+from events.types import LogBase
+
+ROUNDS = 3
+LEDGER_FILE = sound_ledger(ROUNDS)
+BASE = 19
+PROJECTIONS = ("models", "jobs", "tokens", "nodes")
+
+
+def base_in(path: Path) -> StoredBase:
+    with open_log_reader(path) as log:
+        return log.stored_base()
+
+
+@pytest.fixture
+async def archived(ledger: Database) -> AsyncIterator[tuple[Database, Path]]:
+    """A database with a ledger whose first events are archived, and the file that it came from."""
+    with archived_copy(LEDGER_FILE, 8, BASE + 1) as (path, _):
+        await copy_ledger(ledger, path)
+        yield ledger, path
+
+
+def test_stored_base_is_what_archiving_wrote() -> None:
+    with archived_copy(LEDGER_FILE, 8, BASE + 1) as (path, _), closing(connect(path)) as connection:
+        found = read_stored_base(connection)
+        assert (found.base.position, [each.last_position for each in found.archives]) == (BASE, [7, BASE])
+        assert state_at_base(found).models == read_base_state(connection, BASE).models
+        assert state_at_base(found).jobs == read_base_state(connection, BASE).jobs
+    assert found.is_whole
+    first, *others = found.entities
+    for changed in ((), tuple(others), (first._replace(body="{}"), *others), (first._replace(kind="x"),)):
+        assert not replace(found, entities=changed).is_whole
+    assert replace(found, entities=tuple(reversed(found.entities))).is_whole  # whatever their order here
+
+
+async def test_empty_replica_begins_at_the_base(archived: tuple[Database, Path], tmp_path: Path) -> None:
+    database, path = archived
+    async with opened_replica(database.server_url, tmp_path / "a") as log:
+        assert (log.head.position, log.head.hash) == rows_of(path)[-1][::2]
+        assert (await write(log, 1))[0].position == log.head.position
+    replica = tmp_path / "a" / LEDGER
+    assert rows_of(replica) == await rows_in(database)
+    assert (base_in(replica), audit(replica).finding) == (base_in(path), None)
+    assert stored(replica, *PROJECTIONS) == stored(path, *PROJECTIONS)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE base_state SET body = replace(body, 'alice', 'mallory')",
+        "DELETE FROM base_state WHERE kind = 'job'",
+        "DELETE FROM archives",
+    ],
+)
+async def test_replica_refuses_changed_state_at_the_base(
+    archived: tuple[Database, Path], tmp_path: Path, statement: str
+) -> None:
+    await change(archived[0], statement)
+    log = replica_log(archived[0].server_url, tmp_path / "a")
+    with pytest.raises(LedgerDamaged, match=f"position {BASE}"):
+        await log.open()
+    await log.close()
+    assert base_in(tmp_path / "a" / LEDGER).base.position == 0
+
+
+def new_file(folder: Path) -> Path:
+    folder.mkdir()
+    return folder / LEDGER
+
+
+async def archive_in(database: Database, folder: Path, before: int) -> StoredBase:
+    """Archive a database as the command does, on a copy first."""
+    replica = await asyncio.to_thread(new_file, folder)
+    base = await make_replica(database.owner_url, replica)
+    await asyncio.to_thread(archive_before, replica, before)
+    async with owned(database) as connection:
+        await move_base(connection, base.base, base_in(replica))
+    return base_in(replica)
+
+
+async def test_servers_go_on_while_events_are_archived(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a") as log,
+        owned(ledger) as connection,
+    ):
+        await write(log, 20)
+        await log.server_started()
+        end = LogBase(10, rows_of(log.path)[9][2])
+        async with connection.transaction():
+            await write_stored_base(connection, StoredBase(end))
+            await connection.execute("DELETE FROM events WHERE position <= 10")
+            await write(log, 1, first=21)
+    assert [position for position, _, _ in await rows_in(ledger)] == list(range(11, 23))
+
+
+async def test_replica_keeps_events_that_were_archived(ledger: Database, tmp_path: Path) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        await asyncio.gather(*map(log.submit, facts(20)))
+        await log.server_started()
+        moved = await archive_in(ledger, tmp_path / "copy", 11)
+        await write(log, 1, first=21)
+    async with opened_replica(ledger.server_url, tmp_path / "b") as later:
+        assert later.head.position == 22
+    old, new = tmp_path / "a" / LEDGER, tmp_path / "b" / LEDGER
+    assert [len(rows_of(path)) for path in (old, new)] == [22, 12]
+    assert (base_in(new), await read_base(ledger)) == (moved, moved)
+    assert verify(old).hash == verify(new).hash
+    assert stored(old, *PROJECTIONS) == stored(new, *PROJECTIONS)
+
+
+async def test_replica_behind_the_base_is_refused(ledger: Database, tmp_path: Path) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        await write(log, 5)
+    async with opened_replica(ledger.server_url, tmp_path / "b") as log:
+        await write(log, 10, first=6)
+        await log.server_started()
+    await archive_in(ledger, tmp_path / "copy", 11)
+    behind = replica_log(ledger.server_url, tmp_path / "a")
+    with pytest.raises(LogUnavailable, match=r"after position 5 were archived, up to 10.*ledger\.db away"):
+        await behind.open()
+    await behind.close()
+    (tmp_path / "a" / LEDGER).unlink()
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        assert log.head.position == 16
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE base SET position = 1", "archived meanwhile"),
+        ("UPDATE events SET hash = sha256(hash) WHERE position = 19", "does not have the archived event"),
+        ("DELETE FROM events WHERE position = 12", "DELETE 18"),
+    ],
+)
+async def test_base_of_another_history_is_not_moved(ledger: Database, statement: str, words: str) -> None:
+    with copy_of(LEDGER_FILE) as path:
+        await copy_ledger(ledger, path)
+        before = base_in(path)
+        archive_before(path, BASE + 1)
+        await change(ledger, statement)
+        rows, base = await rows_in(ledger), await read_base(ledger)
+        async with owned(ledger) as connection:
+            with pytest.raises(LedgerProblem, match=words):
+                await move_base(connection, before.base, base_in(path))
+        assert (await rows_in(ledger), await read_base(ledger)) == (rows, base)
+
+
+async def test_only_the_owner_lifts_the_triggers(archived: tuple[Database, Path]) -> None:
+    settings = {"search_path": "loadledger", "loadledger.archiving": "on"}
+    connection = await asyncpg.connect(archived[0].server_url, server_settings=settings)
+    for statement in ("DELETE FROM events", "UPDATE base SET position = 0", "TRUNCATE events"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(statement)
+    await connection.close()

@@ -1,0 +1,340 @@
+"""`loadledger migrate`, `verify --ledger` and `archive --ledger`: output, exit codes, refusals."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from support.clients import printed, printed_json, refused
+from support.http import local_server
+from support.ledgers import archive_before, rows_of, sample_history, sound_ledger
+from support.postgres import PASSWORD, Database, postgres_server
+from support.replicas import change, make_ledger, rows_in
+
+from events.audit.exportreader import audit_file
+from events.audit.signing import key_id
+from events.sqlite.datalock import LEDGER, REPLICA
+from events.sqlite.schema import connect
+from server.auth.keys import ensure_data_dir, open_signer
+
+ROUNDS = 2
+HEAD = len(sample_history(ROUNDS)) + 1
+OTHER_PROGRAM = "CREATE SCHEMA loadledger; CREATE TABLE loadledger.notes (id int)"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data directory with keys and a ledger that ended in order."""
+    folder = tmp_path / "data"
+    ensure_data_dir(folder)
+    (folder / LEDGER).write_bytes(sound_ledger(ROUNDS))
+    return folder
+
+
+@pytest.fixture
+def migrated(database: Database, data: Path) -> Database:
+    """A database with that ledger, of which the data directory has a replica."""
+    printed("migrate", "--ledger", database.owner_url, "--server-role", "ledger_server", "--data", data)
+    return database
+
+
+def head_of(data: Path) -> str:
+    return f"{HEAD}:{rows_of(data / LEDGER)[-1][2].hex()}"
+
+
+def count_rows(database: Database) -> int:
+    return len(asyncio.run(rows_in(database)))
+
+
+# migrate
+
+
+def test_migrate_prints_what_it_did(database: Database, data: Path) -> None:
+    migrate = ("migrate", "--ledger", database.owner_url)
+    assert printed(*migrate).splitlines() == ["schema: 1 migrations applied"]
+    assert printed(*migrate, "--server-role", "ledger_server", "--data", data).splitlines() == [
+        "schema: 0 migrations applied",
+        "role ledger_server: may read and append",
+        f"copied and verified: {HEAD} events, head {head_of(data)}",
+    ]
+    assert (data / REPLICA).read_text() == f"{database.server_url}\n"  # which a server is given
+    assert asyncio.run(rows_in(database)) == rows_of(data / LEDGER)
+    (data / REPLICA).unlink()
+    assert "has events already" in refused(*migrate, "--data", data)
+
+
+def test_migrate_in_json_copies_an_archived_ledger(database: Database, data: Path) -> None:
+    files = archive_before(data / LEDGER, 8, 20, sign=open_signer(data))
+    position, digest = head_of(data).split(":")
+    assert printed_json("migrate", "--ledger", database.owner_url, "--data", data) == {
+        "migrations": 1,
+        "server_role": None,
+        "events": HEAD - 19,
+        "position": int(position),
+        "hash": digest,
+    }
+    verified = [f"verified: {HEAD - 19} events after position 19", f"head: {head_of(data)}"]
+    verify = ("verify", "--ledger", database.owner_url)
+    assert printed(*verify).splitlines() == [
+        *verified,
+        "for a whole proof, add: positions 1 to 7, '8.gz'",
+        "for a whole proof, add: positions 8 to 19, '20.gz'",
+    ]
+    archives = [word for file in files for word in ("--archive", file)]
+    key = key_id(open_signer(data).public_key)
+    assert printed(*verify, *archives, "--key", key).splitlines() == [
+        *verified,
+        f"archive: positions 1 to 7, {files[0]}",
+        f"archive: positions 8 to 19, {files[1]}",
+        f"the archives are signed by the expected key {key}",
+        "proved from the first event: the archives lead to the state at the log's base",
+    ]
+    found = printed_json(*verify, *archives[2:])
+    assert (found["proved_after"], found["base_state_proved"], len(found["files"])) == (7, False, 1)
+    assert "positions 8 to 19, '20.gz'" in refused(*verify, *archives[:2])
+
+
+def test_migrate_refuses_ledgers_it_cannot_copy(database: Database, data: Path) -> None:
+    migrate = ("migrate", "--ledger", database.owner_url, "--data", data)
+    with closing(connect(data / LEDGER)) as connection:
+        connection.execute("DROP TRIGGER events_never_change")
+        connection.execute("UPDATE events SET hash = zeroblob(32) WHERE position = 4")
+    assert "does not verify: position 4" in refused(*migrate)
+    (data / LEDGER).unlink()
+    assert "ledger.db" in refused(*migrate)
+    (data / REPLICA).write_text("postgresql://db/other\n")
+    assert "is a replica of the ledger in postgresql://db/other" in refused(*migrate)
+    assert "no name of a role" in refused(*migrate[:3], "--server-role", 'x"; DROP')
+    assert count_rows(database) == 0
+
+
+# a ledger that was migrated
+
+
+def test_migrated_ledger_is_served_and_verified(migrated: Database, data: Path) -> None:
+    async def serve() -> None:
+        async with local_server(data.parent, ledger=migrated.server_url) as api:
+            assert (await api.get("/api/v1/events/head")).json["position"] > HEAD
+
+    before = head_of(data)
+    asyncio.run(serve())
+    rows = asyncio.run(rows_in(migrated))
+    assert rows == rows_of(data / LEDGER)
+    assert len(rows) > HEAD
+    for where in (("--ledger", migrated.server_url), ("--data", data)):
+        assert f"head: {rows[-1][0]}:{rows[-1][2].hex()}" in printed("verify", *where)
+        assert printed("verify", *where, "--expect", before)
+
+
+def test_archive_beside_its_server_and_a_start_at_the_base(
+    migrated: Database, data: Path, tmp_path: Path
+) -> None:
+    async def serve() -> int:
+        async with local_server(tmp_path, ledger=migrated.server_url) as api:
+            await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
+            return int((await api.get("/api/v1/events/head")).json["position"])
+
+    file = tmp_path / "archive.gz"
+    command = [sys.executable, "-m", "loadledger", "archive", "--ledger", migrated.owner_url]
+    command += ["--data", str(data), "--before", str(HEAD), str(file)]
+    first = asyncio.run(serve())
+    assert len(rows_of(data / LEDGER)) == first + 1  # with the end of its server
+    (data / LEDGER).unlink()
+    assert asyncio.run(rows_in(migrated))[0][0] == HEAD
+    command[-2:] = [str(first), str(tmp_path / "next.gz")]
+    asyncio.run(serve())
+    assert rows_of(data / LEDGER)[0][0] == HEAD
+    for where in (("--ledger", migrated.server_url, "--archive", tmp_path / "next.gz"), ("--data", data)):
+        assert "proved from the first event" in printed("verify", *where, "--archive", file), where
+
+
+def test_replica_is_written_by_its_servers_only(migrated: Database, data: Path) -> None:
+    rows = rows_of(data / LEDGER)
+    for arguments in (
+        ("token", "--subject", "alice", "--role", "admin", "--data", data),
+        ("serve", "--data", data, "--repository", data.parent / "repository"),
+        ("archive", "--data", data, "--before", 5, data.parent / "archive.gz"),
+        ("migrate", "--ledger", migrated.owner_url, "--data", data),
+    ):
+        (data.parent / "repository").mkdir(exist_ok=True)
+        assert "is a replica of the ledger in postgresql://" in refused(*arguments), arguments
+    assert rows_of(data / LEDGER) == rows == asyncio.run(rows_in(migrated))
+
+
+# verify
+
+
+@pytest.mark.parametrize(
+    ("statement", "position", "words"),
+    [
+        ("UPDATE events SET body = replace(body, 'alice', 'mallory') WHERE position = 2", 2, "hash"),
+        ("UPDATE events SET hash = sha256(hash) WHERE position = 4", 4, "hash"),
+        ("DELETE FROM events WHERE position = 6", 6, "missing"),
+        (f"DELETE FROM events WHERE position = {HEAD}", HEAD - 1, "the stored head is"),
+        ("UPDATE base SET position = 1", 1, "the listed archives end at position 0"),
+        ("INSERT INTO base_state VALUES ('token', 'x', '{}')", 0, "the stored state at the base"),
+    ],
+)
+def test_verify_names_position_of_forged_event(
+    migrated: Database, statement: str, position: int, words: str
+) -> None:
+    asyncio.run(change(migrated, statement))
+    first = printed("verify", "--ledger", migrated.owner_url, code=1).splitlines()[0]
+    assert first.startswith(f"NOT verified: position {position}: ")
+    assert words in first
+    found = printed_json("verify", "--ledger", migrated.owner_url, code=1)
+    assert (found["verified"], found["finding"]["position"]) == (False, position)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE base_state SET body = replace(body, 'alice', 'mallory')",
+        "UPDATE archives SET state_sha256 = sha256(state_sha256)",
+        "DELETE FROM archives",
+        "UPDATE base SET hash = sha256(hash)",
+    ],
+)
+def test_verify_checks_the_base(database: Database, data: Path, statement: str) -> None:
+    archive_before(data / LEDGER, 20, sign=open_signer(data))
+    printed("migrate", "--ledger", database.owner_url, "--data", data)
+    asyncio.run(change(database, statement))
+    found = printed_json("verify", "--ledger", database.owner_url, code=1)["finding"]
+    assert (found["position"], found["kind"]) == (19, "base")
+
+
+def test_verify_expects_a_head_and_refuses_other_options(migrated: Database, data: Path) -> None:
+    verify = ("verify", "--ledger", migrated.server_url)
+    assert printed(*verify, "--expect", head_of(data))
+    assert "no such event" in printed(*verify, "--expect", f"{HEAD + 1}:{'0' * 64}", code=1)
+    assert "was expected" in printed(*verify, "--expect", f"4:{'0' * 64}", code=1)
+    for arguments, words in (
+        (("--data", data), "nothing else to verify"),
+        (("--store",), "nothing else to verify"),
+        ((data / LEDGER,), "nothing else to verify"),
+        (("--key", "0" * 32), "--key is for signed files"),
+        (("--archive", data / LEDGER), "has no archived events"),
+    ):
+        assert words in refused(*verify, *arguments), arguments
+
+
+# archive
+
+
+def test_archive_moves_events_out_of_the_database(migrated: Database, data: Path, tmp_path: Path) -> None:
+    archive = ("archive", "--ledger", migrated.owner_url, "--data", data, "--before")
+    first, second = tmp_path / "first.gz", tmp_path / "second.gz"
+    told = printed(*archive, 8, first).splitlines()
+    check = audit_file(first)
+    assert (check.after.position, check.proved.position) == (0, 7)
+    assert told[0].startswith("archived: positions 1 to 7, ")
+    assert told[1:] == [f"sha256 of first.gz: {check.sha256.hex()}"]
+    assert printed_json(*archive, 20, second)["last_position"] == 19
+    assert count_rows(migrated) == HEAD - 19
+    archives = ("--archive", first, "--archive", second)
+    verify = ("verify", "--ledger", migrated.server_url)
+    shown = printed(*verify, *archives, "--expect", head_of(data))
+    assert "proved from the first event" in shown
+    assert "up to position 19 are archived" in refused(*verify, "--expect", f"3:{'0' * 64}")
+    assert len(rows_of(data / LEDGER)) == HEAD  # the replica keeps them
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "first.gz", "second.gz"]
+
+
+def test_archive_after_an_interrupted_run_uses_its_file(
+    migrated: Database, data: Path, tmp_path: Path
+) -> None:
+    file, stale = tmp_path / "archive.gz", tmp_path / ".archive.gz.0123abcd"
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / LEDGER).write_bytes((data / LEDGER).read_bytes())
+    archive_before(tmp_path / "copy" / LEDGER, 8, sign=open_signer(data))
+    (tmp_path / "copy" / "8.gz").rename(file)
+    stale.write_bytes(b"half of a replica")
+    before = file.read_bytes()
+    printed("archive", "--ledger", migrated.owner_url, "--data", data, "--before", 8, file)
+    assert (file.read_bytes(), stale.exists(), count_rows(migrated)) == (before, False, HEAD - 7)
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        ("1", "no events before that"),
+        (str(HEAD + 1), f"--before {HEAD} at most"),
+        ("yesterday", "yesterday"),
+    ],
+)
+def test_archive_refuses_moments_as_for_files(
+    migrated: Database, data: Path, tmp_path: Path, before: str, words: str
+) -> None:
+    archive = ("archive", "--ledger", migrated.owner_url, "--data", data, "--before", before)
+    assert words in refused(*archive, tmp_path / "archive.gz")
+    assert "is in the data directory" in refused(*archive, data / "archive.gz")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert count_rows(migrated) == HEAD
+
+
+def test_archive_refuses_database_that_contradicts_the_replica(
+    migrated: Database, data: Path, tmp_path: Path
+) -> None:
+    archive = ("archive", "--ledger", migrated.owner_url, "--data", data, "--before", 8)
+    (data / LEDGER).write_bytes(sound_ledger(ROUNDS, seconds=2))
+    assert f"at position {HEAD} the database has the hash" in refused(*archive, tmp_path / "archive.gz")
+    (data / LEDGER).unlink()  # any data directory with a key can sign
+    asyncio.run(change(migrated, "UPDATE events SET hash = sha256(hash) WHERE position = 30"))
+    assert "does not verify: position 30" in refused(*archive, tmp_path / "archive.gz")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+# databases that cannot be used
+
+
+@pytest.fixture
+async def unusable(database: Database, ledger: Database, kind: str) -> AsyncIterator[tuple[str, str]]:
+    """The address of a database, and what a command says about it."""
+    match kind:
+        case "unreachable":
+            host, port = database.server.address
+            yield f"postgresql://ledger_owner@{host}:{port + 1}/x", "cannot be reached"
+        case "no such database":
+            yield database.server.url("nowhere", "ledger_owner"), "does not exist"
+        case "empty":
+            yield database.owner_url, "has no ledger"
+        case "another program's":
+            async with database.server.connection(database.name) as superuser:
+                await superuser.execute(f"{OTHER_PROGRAM}; ALTER SCHEMA loadledger OWNER TO ledger_owner")
+            yield database.owner_url, "is no ledger; nothing in it was touched"
+        case "a later release's":
+            await change(ledger, "INSERT INTO migrations VALUES (99, now())")
+            yield ledger.owner_url, "the database has schema 99"
+        case "another role's":
+            yield ledger.server_url, "does not own the ledger"
+        case "wrong password":
+            async with postgres_server(auth="scram-sha-256") as server, server.database(make_ledger) as made:
+                yield made.owner_url.replace(quote(PASSWORD, safe=""), "wrong"), "password authentication"
+
+
+KINDS = ("unreachable", "no such database", "another program's", "a later release's", "wrong password")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "empty", "another role's"])
+def test_commands_refuse_unusable_database(
+    kind: str, unusable: tuple[str, str], data: Path, tmp_path: Path
+) -> None:
+    address, words = unusable
+    archive = ("archive", "--data", data, "--before", 5, tmp_path / "archive.gz")
+    assert words in refused(*archive, "--ledger", address)
+    if kind != "another role's":
+        assert words in refused("verify", "--ledger", address)
+    if kind in KINDS:
+        assert words in refused("migrate", "--ledger", address, "--data", data)
+    assert not (data / REPLICA).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_migrate_by_another_role_is_refused(ledger: Database, database: Database, data: Path) -> None:
+    assert "permission denied" in refused("migrate", "--ledger", database.server_url)
+    assert "permission denied" in refused("migrate", "--ledger", ledger.server_url, "--data", data)
+    assert not (data / REPLICA).exists()
