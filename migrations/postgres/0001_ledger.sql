@@ -128,6 +128,9 @@ BEGIN
   IF wrong IS NOT NULL THEN
     RAISE EXCEPTION 'event % does not follow: hash, position or time', after_position + wrong;
   END IF;
+  IF last_at COLLATE "C" > tip.recorded_at COLLATE "C" AND last_at::timestamptz > clock_timestamp() + interval '1 s' THEN
+    RAISE EXCEPTION 'the clock of the server is ahead of the database''s by more than a second: %', last_at;
+  END IF;
   UPDATE head SET position = after_position + cardinality(bodies), hash = last_hash, recorded_at = last_at;
   PERFORM pg_notify('loadledger', '');
   RETURN 'appended';

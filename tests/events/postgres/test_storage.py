@@ -1,6 +1,7 @@
 """Several servers over one ledger in PostgreSQL: one order, no lost fact, and no history but one."""
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
 
 import asyncpg
@@ -19,6 +20,7 @@ from support.replicas import (
 from support.workers import until
 
 from events.audit.verify import verify
+from events.clock import format_timestamp, seconds_between, utc_now
 from events.commands import Receipt, RequestLoad
 from events.errors import ForeignHead, LedgerForked, LedgerProblem, LogUnavailable
 from events.log import Log
@@ -180,6 +182,16 @@ async def test_facts_of_an_ended_epoch_are_refused(ledger: Database, tmp_path: P
         assert (refused.value.code, log.head.position) == ("epoch_over", 2)
         storage_of(log).authority = Authority()
         assert (await write(log, 1, first=4))[0].position == 3
+
+
+async def test_clock_that_is_ahead_is_measured_before_an_append(ledger: Database, tmp_path: Path) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        await write(log, 1)
+        storage_of(log)._clock.offset += timedelta(seconds=50)  # as if this machine's clock was set since
+        with pytest.raises(LogUnavailable):
+            await write(log, 1, first=2)
+        assert (await write(log, 1, first=3))[0].position == 2
+        assert seconds_between(log.head.recorded_at, format_timestamp(utc_now())) > -1
 
 
 async def test_server_role_can_read_and_append_only(ledger: Database, tmp_path: Path) -> None:
