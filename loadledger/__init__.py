@@ -34,7 +34,17 @@ _MODULES = {
     ),
     "profiles": ("ProfileProblem",),
     "inference": ("InferenceResult",),
-    "records": ("Event", "Head", "Health", "Job", "Model", "ModelMetadata", "ModelTensor", "Resources"),
+    "records": (
+        "Event",
+        "Head",
+        "Health",
+        "Job",
+        "Model",
+        "ModelMetadata",
+        "ModelTensor",
+        "Node",
+        "Resources",
+    ),
 }
 _PLACES = {name: f"loadledger.{module}:{name}" for module, names in _MODULES.items() for name in names}
 __all__ = [*_PLACES]  # noqa: PLE0604 - names are imported on first use

@@ -19,4 +19,5 @@ from loadledger.records import Job as Job
 from loadledger.records import Model as Model
 from loadledger.records import ModelMetadata as ModelMetadata
 from loadledger.records import ModelTensor as ModelTensor
+from loadledger.records import Node as Node
 from loadledger.records import Resources as Resources

@@ -153,6 +153,8 @@ class Client:
     models = _iterating(Operations.models)
     model = _blocking(Operations.model)
     resources = _blocking(Operations.resources)
+    nodes = _blocking(Operations.nodes)
+    drain = _blocking(Operations.drain)
     head = _blocking(Operations.head)
     health = _blocking(Operations.health)
     metadata = _blocking(Operations.metadata)

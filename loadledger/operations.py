@@ -14,7 +14,18 @@ from loadledger.address import path
 from loadledger.inference import InferenceCall, InferenceResult, Inferences, Inputs
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.problems import NotFound, ServerError
-from loadledger.records import AddedVersion, Event, Head, Health, Job, Model, ModelMetadata, Resources
+from loadledger.records import (
+    AddedVersion,
+    Event,
+    Head,
+    Health,
+    Job,
+    Model,
+    ModelMetadata,
+    Node,
+    NodeList,
+    Resources,
+)
 from loadledger.requests import (
     CallContext,
     Request,
@@ -261,6 +272,20 @@ class Operations:
     async def resources(self) -> Resources:
         """Return the memory budget, its use, and the jobs that wait for it."""
         return await fetch(self._context, get_request("/api/v1/resources"), Resources)
+
+    async def nodes(self) -> list[Node]:
+        """Return the servers that share the ledger, with what runs where; none if the server is alone."""
+        return (await fetch(self._context, get_request("/api/v1/nodes"), NodeList)).nodes
+
+    async def drain(self, node_id: str) -> Node:
+        """Drain a node and return it: it takes no more loads, and its models are loaded at other nodes.
+
+        Raises:
+            ServerError: the server refused: `unknown_node`, `node_ended`, `no_nodes`.
+        """
+        return await fetch(
+            self._context, Request("POST", f"/api/v1{path('nodes', node_id, 'drain')}", {}), Node
+        )
 
     async def head(self) -> Head:
         """Return the signed head of the ledger."""

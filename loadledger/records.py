@@ -31,6 +31,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         stage: while in progress: copying, starting, loading, warming_up, measuring;
             draining, stopping.
         waiting_for: while pending: the reason.
+        node: where it is placed; None without one, and of a server alone.
         superseded_by: the person's load that took the place of this one by the system; waits go on with it.
         position: of its latest event in the ledger.
     """
@@ -50,6 +51,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cancel_requested: bool = False
     superseded_by: str | None = None
     attempt: int = 0
+    node: str | None = None
     position: int = 0
     parameters: dict[str, Any] = {}
     error: ErrorInfo | None = None
@@ -111,6 +113,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         versions: in the repository; None with `at`, since the ledger does not record them.
         state: unloaded, loading, loaded, unloading, failed or lost.
+        node: where it is loaded; None without one, and of a server alone.
         position: of its latest `ModelLoaded`.
         repository_changed: whether the repository has newer files than those that are loaded.
         instances: workers alive.
@@ -134,6 +137,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     loaded_by: str | None = None
     brought_back: str | None = None
     job_id: str | None = None
+    node: str | None = None
     position: int | None = None
     files: list[File] = []
     repository_changed: bool | None = None
@@ -234,6 +238,67 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     pressure: PressureInfo | None = None
     confinement: WorkerConfinement | None = None
     as_of: int = 0
+
+
+class NodeModel(msgspec.Struct, frozen=True):
+    """A model at a node."""
+
+    id: str
+    version: int
+    state: str
+
+
+class NodeJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A job at a node that has not ended."""
+
+    id: str
+    kind: str
+    model_id: str
+    status: str
+    version: int | None = None
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True):
+    """A server among those that share a ledger.
+
+    Attributes:
+        phase: joined, draining, left or lost.
+        epoch: how many times it has joined.
+        labels: `name=value` each.
+        models: loaded there.
+        jobs: placed there and not ended.
+        renewed_at: when it last renewed its lease, if that is known.
+        late: whether it did not renew it in time; None if it has ended, or that is not known.
+        this: whether it is the node that answered.
+        placer: whether it places loads.
+    """
+
+    id: str
+    phase: str
+    epoch: int = 1
+    address: str = ""
+    labels: list[str] = []
+    joined_at: str | None = None
+    ended_at: str | None = None
+    release: str = ""
+    budget_bytes: int | None = None
+    models: list[NodeModel] = []
+    jobs: list[NodeJob] = []
+    renewed_at: str | None = None
+    late: bool | None = None
+    this: bool = False
+    placer: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is gone, until it joins again."""
+        return self.phase not in {"joined", "draining"}
+
+
+class NodeList(msgspec.Struct, frozen=True):
+    """All nodes of a ledger; none of a server alone."""
+
+    nodes: list[Node]
 
 
 class LogBase(msgspec.Struct, frozen=True):

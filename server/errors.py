@@ -82,6 +82,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "version_in_use": ErrorKind(409, "A load uses the version"),
     "node_ended": ErrorKind(409, "The node has left, or was lost"),
     "repository_not_shared": ErrorKind(409, "The nodes may not share a repository"),
+    "no_nodes": ErrorKind(409, "The server has no nodes"),
     "repository_read_only": ErrorKind(409, "The server does not change its repository"),
     "archived": ErrorKind(410, "The position was archived"),
     "precondition_failed": ErrorKind(412, "The version exists, and the request is for a new one"),

@@ -55,6 +55,7 @@ ADVICE: Mapping[str, str] = {
     "not_loaded": "There is nothing to unload. To end a load in progress, use `?force=true`.",
     "version_exists": "Choose another number: a version is never overwritten.",
     "version_in_use": "Unload the model, load another version, or cancel the load; then remove the version.",
+    "no_nodes": "Only servers with `--ledger` are nodes.",
     "node_ended": "There is nothing to drain: its models are loaded at other nodes.",
     "repository_not_shared": "If all nodes mount one folder, start them with `--repository-writable=on`.",
     "repository_read_only": "`detail` says which setting or access right it is. Put the version's folder into"

@@ -65,6 +65,15 @@ def latest_jobs(context: click.Context, _parameter: click.Parameter, begun: str)
     return _complete(context, begun, find)
 
 
+def nodes_of_server(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Complete nodes that are there."""
+
+    def find(client: Any) -> Iterator[tuple[str, str]]:
+        return ((node.id, node.phase) for node in client.nodes() if not node.ended)
+
+    return _complete(context, begun, find)
+
+
 def _complete(context: click.Context, begun: str, find: Any) -> list[CompletionItem]:
     offered: list[CompletionItem] = []
 

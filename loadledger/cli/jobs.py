@@ -29,6 +29,7 @@ from loadledger.cli.output import (
     print_result,
     retry_message,
     to_printable,
+    with_nodes,
 )
 from loadledger.cli.server import (
     ServerChoice,
@@ -194,7 +195,8 @@ def jobs(*, limit: int, as_json: bool, where: ServerChoice, **filters: str | Non
     """List the jobs, newest first."""
     with open_chosen_client(where) as client:
         found = list(client.jobs(limit=limit, **filters))
-    table = format_table(HEAD, [_row(job) for job in found], right={"AGE", "TOOK"})
+    rows = with_nodes(HEAD, [_row(job) for job in found], found)
+    table = format_table(*rows, right={"AGE", "TOOK"})
     print_result({"jobs": found}, table if found else ["no jobs"], as_json=as_json)
 
 
@@ -260,6 +262,7 @@ def _details(job: Any) -> Iterator[str]:
         "finished": job.finished_at
         and f"{format_timestamp(job.finished_at)}, after {format_elapsed(job.created_at, job.finished_at)}",
         "superseded by": job.superseded_by,
+        "node": job.node,
         "position": job.position,
         "parameters": ", ".join(f"{name} {value}" for name, value in job.parameters.items()) or None,
         "error": job.error and f"{job.error.code}: {job.error.message}",

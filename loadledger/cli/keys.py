@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from loadledger.cli.local.ledger import ledger_key
 from loadledger.cli.output import (
@@ -27,6 +26,7 @@ from loadledger.cli.server import (
     ServerChoice,
     data_option,
     find_chosen_target,
+    find_local_data,
     json_option,
     open_chosen_client,
     require_data,
@@ -125,7 +125,7 @@ def show_token(where: ServerChoice) -> None:
 @json_option
 def list_tokens(data: Path | None, where: ServerChoice, *, as_json: bool) -> None:
     """List the tokens that have not expired, newest first."""
-    local = _local_data(data, where)
+    local = find_local_data(data, where)
     if local is not None:
         from server.auth.localtokens import list_local  # noqa: PLC0415 - as above
 
@@ -157,7 +157,7 @@ def revoke_token(
     It prints nothing; --json prints the token as `list` shows it.
     """
     expires_s = None if expires is None else _seconds(expires)
-    local = _local_data(data, where)
+    local = find_local_data(data, where)
     if local is not None:
         from server.auth.localtokens import revoke_local  # noqa: PLC0415 - as above
 
@@ -185,7 +185,7 @@ def console(data: Path | None, where: ServerChoice, *, prints: bool, as_json: bo
     The link works once, within a minute, and signs in for 12 hours. On a terminal with a display it is opened
     in your browser, elsewhere it is printed. --json prints it as `link`.
     """
-    local = _local_data(data, where)
+    local = find_local_data(data, where)
     if local is not None:
         from server.auth.localtokens import sign_in_link_local  # noqa: PLC0415 - as above
 
@@ -208,15 +208,6 @@ def _opens_browser(environment: Mapping[str, str]) -> bool:
     """Whether a person at a terminal has a display, where a browser can open."""
     has_display = bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
     return sys.stdout.isatty() and has_display
-
-
-def _local_data(data: Path | None, where: ServerChoice) -> Path | None:
-    """Return the data directory unless a server is named."""
-    is_server_named = where.url is not None or where.profile is not None
-    is_data_given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
-    if is_server_named and is_data_given:
-        exit_with_error("give --data, or a server by --url or --profile, not both")
-    return None if is_server_named else data
 
 
 def _pages(client: Any) -> Iterable[dict[str, Any]]:

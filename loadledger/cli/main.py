@@ -36,6 +36,10 @@ SECTIONS = {
         "cancel": "loadledger.cli.jobs:cancel",
         "events": "loadledger.cli.events:events",
     },
+    "Nodes that share a ledger": {
+        "nodes": "loadledger.cli.nodes:nodes",
+        "drain": "loadledger.cli.nodes:drain",
+    },
     "Files of a ledger": {
         "verify": "loadledger.cli.local.ledger:verify",
         "replay": "loadledger.cli.local.ledger:replay",
@@ -80,6 +84,8 @@ SUGGESTIONS = {
     "predict": "infer",
     "tail": "events --follow",
     "audit": "verify",
+    "cluster": "nodes",
+    "cordon": "drain",
 }
 """Words of other tools for commands that do not mean quite the same."""
 

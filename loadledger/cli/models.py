@@ -27,6 +27,7 @@ from loadledger.cli.output import (
     print_note,
     print_result,
     to_printable,
+    with_nodes,
 )
 from loadledger.cli.server import ServerChoice, int_option, json_option, open_chosen_client, server_options
 from loadledger.cli.snippets import format_infer
@@ -71,7 +72,7 @@ def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, wh
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
         print_note(f"the server then: {format_presence(server)}")
-    table = format_table(HEAD, [_row(each) for each in rows], right={"MEMORY"})
+    table = format_table(*with_nodes(HEAD, [_row(each) for each in rows], rows), right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
     print_result({"models": rows}, table if rows else [none], as_json=as_json)
 
@@ -135,6 +136,7 @@ def _details(model: Any) -> Iterator[str]:
         "loaded": model.loaded_at
         and f"{format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
         "brought back": model.brought_back and BROUGHT_BACK.get(model.brought_back, model.brought_back),
+        "node": model.node,
         "job": model.job_id,
         "position": model.position,
         "prepared": model.prepared and f"{model.prepared.form}, sha256 {model.prepared.sha256}",

@@ -14,6 +14,7 @@ import click
 COLOURS = {
     "loaded": "green",
     "serving": "green",
+    "joined": "green",
     "draining": "yellow",
     "completed": "green",
     "loading": "yellow",
@@ -24,6 +25,7 @@ COLOURS = {
     "lost": "red",
     "cancelled": "bright_black",
     "unloaded": "bright_black",
+    "left": "bright_black",
 }
 """Colours of states; `click.echo` omits them where the output is no terminal."""
 
@@ -62,6 +64,16 @@ def format_table(
         ]
         line = "  ".join(columns).rstrip()
         yield click.style(line, bold=True) if number == 0 else _colour_state(line, columns, cells)
+
+
+def with_nodes(
+    head: Sequence[str], rows: Sequence[Sequence[str]], of: Sequence[Any]
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Return a table's head and rows with the node of each thing, if any of them is at a node."""
+    if not any(each.node for each in of):
+        return head, rows
+    nodes = (format_cell(each.node, most=40) for each in of)
+    return (*head, "NODE"), [(*row, node) for row, node in zip(rows, nodes, strict=True)]
 
 
 def display_width(text: str) -> int:

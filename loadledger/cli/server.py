@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from loadledger.cli.output import INTERRUPTED, exit_with_error, to_printable
 from loadledger.profiles import (
@@ -29,6 +30,7 @@ HINTS = {
     "unknown_model": "`loadledger models` lists them",
     "unknown_version": "`loadledger models MODEL` lists its versions",
     "unknown_job": "`loadledger jobs` lists them",
+    "unknown_node": "`loadledger nodes` lists them",
     "unknown_token": "`loadledger token list` lists them",
     "not_loaded": "`loadledger ps` lists loaded models",
     "nothing_loaded": "`loadledger ps` lists loaded models",
@@ -139,6 +141,15 @@ def data_option(command: Command) -> Command:
         show_default="~/.local/share/loadledger/data",
         help="Directory of the ledger and the keys.",
     )(command)
+
+
+def find_local_data(data: Path | None, where: ServerChoice) -> Path | None:
+    """Return the data directory of the option `--data` unless a server is named."""
+    is_server_named = where.url is not None or where.profile is not None
+    is_data_given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
+    if is_server_named and is_data_given:
+        exit_with_error("give --data, or a server by --url or --profile, not both")
+    return None if is_server_named else data
 
 
 def require_data(data: Path) -> None:

@@ -5,6 +5,7 @@
 - `timetravel.py`: the same lists at a moment of the past (`?at=`)
 - `events.py`, `stream.py`: pages of the log, its signed head, and streams that follow it
 - `resources.py`: use of the memory budget
+- `nodes.py`: the servers that share the ledger, and draining one
 - `history.py`, `workers.py`: samples for charts; the last lines of workers
 - `health.py`: liveness, readiness, the OpenAPI document
 - `pages.py`: the console at `/` and the documentation at `/docs`

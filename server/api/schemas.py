@@ -26,6 +26,7 @@ MAX_QUEUE_DELAY_US = 1_000_000
 _AS_OF_IN_THE_PAST = "With `at`: the position that the answer reflects."
 _AS_OF_TIME = "With `at`: when the event at `as_of` was recorded; null if the log does not have it."
 _SERVER = "With `at`: the state of the server then. While it is not `running`, nothing is loaded."
+_NO_NODE = "missing while there is none, and if the server is alone."
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
 
@@ -245,6 +246,7 @@ class JobSchema(AnswerSchema):
         **about("The job of a person's load that took the place of this one by the system."),
     )
     attempt = fields.Integer(required=True)
+    node = fields.String(**about(f"Name of the node where it is placed; {_NO_NODE}"))
     position = fields.Integer(required=True, **about("Position of its latest event."))
     parameters = fields.Dict(required=True, **about("Parameters of its request."))
     error = fields.Nested(FailureSchema, required=True, allow_none=True)
@@ -316,6 +318,7 @@ class ModelSchema(AnswerSchema):
         **about("Why the system loaded it again, if it did: `restart` of the server, `recovery`, `swap`."),
     )
     job_id = fields.String(required=True, allow_none=True)
+    node = fields.String(**about(f"Name of the node where it is loaded; {_NO_NODE}"))
     position = fields.Integer(required=True, allow_none=True, **about("Position of its `ModelLoaded`."))
     files = fields.List(fields.Nested(FileSchema), required=True)
     repository_changed = fields.Boolean(
@@ -414,6 +417,7 @@ def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
         "cancel_requested": job.cancel_requested,
         "superseded_by": job.superseded_by,
         "attempt": job.attempt,
+        **_at_node(job.node_id),
         "position": job.position,
         "parameters": parameters,
         "error": _failure(job.error),
@@ -443,6 +447,7 @@ def model_view(
         "loaded_by": (serving.asked_by or serving.loaded_by) if serving else None,
         "brought_back": serving.brought_back if serving else None,
         "job_id": serving.load_job_id if serving else None,
+        **_at_node(serving.node_id if serving else None),
         "position": serving.position if serving else None,
         "files": msgspec.to_builtins(serving.files) if serving else [],
         "repository_changed": repository_changed if serving else None,
@@ -453,6 +458,11 @@ def model_view(
         "instances": len(serving.worker_ids) if serving and model.phase in _HAS_WORKERS else None,
         "threads": serving.threads if serving else None,
     }
+
+
+def _at_node(node_id: str | None) -> dict[str, str]:
+    """Return the member of a node; without one there is none, so that a server alone never shows it."""
+    return {} if node_id is None else {"node": node_id}
 
 
 def _failure(error: Failure | None) -> dict[str, str] | None:

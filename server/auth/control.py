@@ -1,7 +1,8 @@
-"""The socket in the data directory, over which users of the machine manage tokens without having one.
+"""The socket in the data directory, over which users of the machine manage tokens and nodes without a token.
 
 Who may read the keys may sign any token; so whoever may open this socket is an administrator: the server's
-own user, and root. It speaks HTTP, with the routes of `server.api.tokens` and the limits of any connection:
+own user, and root. It speaks HTTP, with the routes of `server.api.tokens` and `server.api.nodes`, and the
+limits of any connection:
 
     curl --unix-socket DATA/control.sock http://local/api/v1/tokens
 """
@@ -20,8 +21,8 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api import tokens
-from server.appkeys import CONFIG
+from server.api import nodes, tokens
+from server.appkeys import CONFIG, LOG, MEMBERSHIP
 from server.auth.gate import PRINCIPAL, InvalidToken, Principal
 from server.auth.localtokens import SOCKET, local_actor
 from server.auth.tokens import TOKENS
@@ -56,21 +57,24 @@ async def open_control(app: web.Application) -> AsyncIterator[None]:
         try:
             bound = stack.enter_context(_bound_socket(app[CONFIG].data))
         except OSError as error:
-            _log.warning("without %s, tokens are managed over HTTP only: %s", SOCKET, error)
+            _log.warning("without %s, tokens and nodes are managed over HTTP only: %s", SOCKET, error)
         else:
             await stack.enter_async_context(listening_on(runner, bound, limits))
         yield
 
 
 def _create_control(app: web.Application) -> web.Application:
-    """Return the application behind the socket: the routes of tokens that take a role."""
+    """Return the application behind the socket: the routes of tokens and nodes that take a role."""
     control = web.Application(
         middlewares=[errors_middleware, _local_middleware, validation_middleware],
         client_max_size=MAX_BODY_BYTES,
     )
     control.on_response_prepare.append(prepare_standard_fields)
-    add_routes(control, [route for route in tokens.routes if route.access is Access.ADMIN])
-    control[TOKENS] = app[TOKENS]
+    offered = [*tokens.routes, *nodes.routes]
+    add_routes(control, [route for route in offered if route.access is not Access.PUBLIC])
+    control[CONFIG], control[LOG], control[TOKENS] = app[CONFIG], app[LOG], app[TOKENS]
+    if MEMBERSHIP in app:
+        control[MEMBERSHIP] = app[MEMBERSHIP]
     return control
 
 

@@ -215,7 +215,7 @@ async def test_server_runs_where_no_socket_can_be(tmp_path: Path, caplog: pytest
     (tmp_path / "data" / SOCKET).mkdir(parents=True)
     async with local_server(tmp_path) as api:
         assert (await api.get("/api/v1/tokens")).status == 200
-    assert "tokens are managed over HTTP only" in caplog.text
+    assert "tokens and nodes are managed over HTTP only" in caplog.text
 
 
 async def test_server_knows_tokens_that_a_command_recorded(tmp_path: Path) -> None:

@@ -1,0 +1,245 @@
+"""`loadledger nodes | drain`: the servers that share a ledger, and taking one out of service."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import click
+
+from loadledger.cli.completion import nodes_of_server
+from loadledger.cli.output import (
+    NEGATIVE_RESULT,
+    NOTHING,
+    count_of,
+    format_age,
+    format_cell,
+    format_duration,
+    format_size,
+    format_table,
+    print_note,
+    print_result,
+    report_problems,
+    to_printable,
+)
+from loadledger.cli.server import (
+    ServerChoice,
+    find_local_data,
+    int_option,
+    json_option,
+    open_chosen_client,
+    require_data,
+    server_options,
+)
+
+HEAD = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "LABELS", "ADDRESS", "RELEASE")
+PAUSE_S = 0.5
+"""Between two looks at a node that drains; a load takes as long."""
+
+_data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="LOADLEDGER_DATA",
+    help="Data directory of a running node: no token is needed. Default: ask the server.",
+)
+
+
+class NodeSource(Protocol):
+    """Where nodes are listed and drained: the client of a server, or a server's socket."""
+
+    def nodes(self) -> list[Any]:
+        """Return all nodes."""
+
+    def drain(self, node_id: str) -> Any:
+        """Drain a node and return it."""
+
+
+class LocalNodes:
+    """The nodes, through the socket of the server that runs on a data directory.
+
+    Args:
+        data: the directory.
+
+    Raises:
+        KeyProblem: no server runs there, or it refused.
+        OSError: the directory cannot be opened.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+
+    def nodes(self) -> list[Any]:
+        """Return all nodes."""
+        from loadledger.records import NodeList  # noqa: PLC0415 - keeps `--help` quick
+
+        return list(self._ask("GET", "/api/v1/nodes", NodeList).nodes)
+
+    def drain(self, node_id: str) -> Any:
+        """Drain a node and return it."""
+        from loadledger.address import path  # noqa: PLC0415 - as above
+        from loadledger.records import Node  # noqa: PLC0415
+
+        return self._ask("POST", f"/api/v1{path('nodes', node_id, 'drain')}", Node)
+
+    def _ask(self, method: str, path: str, kind: Any) -> Any:
+        import msgspec  # noqa: PLC0415 - as above
+
+        from server.auth.localtokens import LocalRefusal, ask_server  # noqa: PLC0415
+
+        answer = ask_server(self._data, method, path)
+        if answer is None:
+            raise LocalRefusal(f"no server runs on {self._data}")
+        return msgspec.convert(answer, kind)
+
+
+@contextmanager
+def _open_source(data: Path | None, where: ServerChoice) -> Iterator[NodeSource]:
+    local = find_local_data(data, where)
+    if local is None:
+        with open_chosen_client(where) as client:
+            yield client
+        return
+    with report_problems():
+        require_data(local)
+        yield LocalNodes(local)
+
+
+@click.command()
+@_data_option
+@json_option
+@server_options
+def nodes(*, data: Path | None, as_json: bool, where: ServerChoice) -> None:
+    """List the nodes, which share one ledger, and what runs where.
+
+    A star marks the node that answers. A node is late when it has not renewed its lease in time; the others
+    then declare it lost and load its models.
+    """
+    with _open_source(data, where) as source:
+        found = source.nodes()
+    table = format_table(HEAD, [_row(node) for node in found], right={"JOBS", "BUDGET", "RENEWED"})
+    none = "this server is alone: servers with --ledger are nodes"
+    print_result({"nodes": found}, table if found else [none], as_json=as_json)
+
+
+def _row(node: Any) -> tuple[str, ...]:
+    renewed = format_age(node.renewed_at, datetime.now(UTC))
+    return (
+        format_cell(node.id) + (" *" if node.this else ""),
+        node.phase,
+        format_cell(", ".join(model.id for model in node.models), most=60),
+        str(len(node.jobs)) if node.jobs else NOTHING,
+        format_size(node.budget_bytes),
+        f"late, {renewed}" if node.late else renewed,
+        format_cell(", ".join(node.labels), most=40),
+        format_cell(node.address),
+        format_cell(node.release),
+    )
+
+
+@click.command()
+@click.argument("node_id", metavar="NODE", envvar="LOADLEDGER_NODE_NAME", shell_complete=nodes_of_server)
+@click.option(
+    "--wait",
+    "-w",
+    is_flag=True,
+    show_default=False,
+    help="Wait until no model and no job is left there; Ctrl-C leaves it draining.",
+)
+@int_option("--timeout-s", metavar="SECONDS", text="With --wait: give up after so many seconds.")
+@_data_option
+@json_option
+@server_options
+def drain(
+    node_id: str,
+    *,
+    wait: bool,
+    timeout_s: int | None,
+    data: Path | None,
+    as_json: bool,
+    where: ServerChoice,
+) -> None:
+    """Drain a node: its models are loaded at other nodes.
+
+    It takes no more loads, and unloads a model once another node serves it. It drains until it stops; when it
+    starts again, it takes loads. Without NODE, the variable LOADLEDGER_NODE_NAME names it.
+
+    With --wait, the exit code is 1 if something is left: when the time is up, or at once if no other node
+    takes loads. In that case the command does not begin a drain.
+    """
+    if timeout_s is not None and not wait:
+        raise click.UsageError("--timeout-s goes with --wait")
+    began_s = time.monotonic()
+    with _open_source(data, where) as source:
+        if wait:
+            _refuse_vain_drain(node_id, source.nodes())
+        node = source.drain(node_id)
+        if wait:
+            node = _wait_until_drained(source, node, timeout_s)
+    print_result(node, _outcome_lines(node, time.monotonic() - began_s, waited=wait), as_json=as_json)
+
+
+def _outcome_lines(node: Any, took_s: float, *, waited: bool) -> Iterator[str]:
+    name = to_printable(node.id)
+    if waited:
+        yield f"{name}: {'left' if node.ended else 'drained'} in {format_duration(took_s)}"
+        return
+    yield f"{name}: draining, {describe_rest(node)}"
+    if has_rest(node):
+        yield f"to wait for it: loadledger drain {name} --wait"
+
+
+def describe_rest(node: Any) -> str:
+    """Return in words what is left at a node."""
+    if not has_rest(node):
+        return "nothing is left there"
+    parts = [(len(node.models), "model"), (len(node.jobs), "job")]
+    return f"{' and '.join(count_of(count, noun) for count, noun in parts if count)} left"
+
+
+def has_rest(node: Any) -> bool:
+    """Whether a model or a job is left at a node."""
+    return bool(node.models or node.jobs)
+
+
+def find_takers(node_id: str, nodes: Sequence[Any]) -> list[str]:
+    """Return the other nodes that take loads."""
+    return [node.id for node in nodes if node.id != node_id and node.phase == "joined"]
+
+
+def _refuse_vain_drain(node_id: str, nodes: Sequence[Any]) -> None:
+    """End the command if nothing could move away from a node."""
+    node = next((node for node in nodes if node.id == node_id), None)
+    if node is not None and not node.ended and has_rest(node) and not find_takers(node_id, nodes):
+        _fail(node, "no other node takes loads: start one, or stop this one without a drain")
+
+
+def _wait_until_drained(source: NodeSource, node: Any, timeout_s: int | None) -> Any:
+    """Wait until nothing is left at a node, or it has left, and return it; all else ends the command."""
+    began_s, epoch, said = time.monotonic(), node.epoch, ""
+    while True:
+        found = source.nodes()
+        node = next(each for each in found if each.id == node.id)
+        waited_s = time.monotonic() - began_s
+        if node.epoch != epoch:
+            _fail(node, "it has joined again, and takes loads")
+        if node.phase == "lost":
+            _fail(node, "it was lost meanwhile; other nodes load its models")
+        if node.phase == "left" or not has_rest(node):
+            return node
+        if not find_takers(node.id, found):
+            _fail(node, "no other node takes loads any more")
+        if timeout_s is not None and waited_s >= timeout_s:
+            _fail(node, f"the {timeout_s} s of --timeout-s are over; it goes on draining")
+        if describe_rest(node) != said:
+            said = describe_rest(node)
+            print_note(f"{node.id}: {said} ({waited_s:.1f}s)")
+        time.sleep(PAUSE_S)
+
+
+def _fail(node: Any, reason: str) -> NoReturn:
+    print_note(f"{node.id} is not drained, {describe_rest(node)}: {reason}")
+    raise SystemExit(NEGATIVE_RESULT)

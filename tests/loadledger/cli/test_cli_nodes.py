@@ -1,0 +1,147 @@
+"""`loadledger nodes` and `drain`: against real nodes, and what ends a wait."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from support.clients import run_command
+from support.http import LocalApi
+from support.models import add
+from support.nodes import list_nodes, local_node
+from support.postgres import Database
+
+from loadledger.cli.nodes import _wait_until_drained
+from loadledger.records import Node, NodeJob, NodeModel
+
+
+async def run(api: LocalApi, command: str, **environment: Any) -> Result:
+    """Run a command against a server of this process."""
+    given = {"LOADLEDGER_URL": api.url, "LOADLEDGER_TOKEN": api.token("admin"), **environment}
+    return await asyncio.to_thread(run_command, *command.split(), **given)
+
+
+async def prints(api: LocalApi, command: str, **environment: Any) -> str:
+    result = await run(api, command, **environment)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+async def test_nodes_lists_what_runs_where_and_drain_waits(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a, local_node(ledger, tmp_path, "b") as b:
+        a.save(add(), "m")
+        home = (await a.load("m"))["node"]
+        other = "b" if home == "a" else "a"
+        listed = await prints(b, "nodes")
+        assert listed.splitlines()[0].split() == [
+            *("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "LABELS", "ADDRESS", "RELEASE")
+        ]
+        assert re.search(rf"^{home}( \*)? +joined +m +-", listed, re.MULTILINE)
+        assert re.search(r"^b \* ", listed, re.MULTILINE)
+        assert re.search(r" NODE$", (await prints(b, "models")).splitlines()[0])
+        assert re.search(rf" {home}$", (await prints(a, "jobs")).splitlines()[1])
+        assert re.search(rf"^ +node: +{home}$", await prints(b, "show m"), re.MULTILINE)
+
+        drained = await run(b, f"drain {home} --wait --timeout-s 100")
+        assert drained.exit_code == 0, drained.output
+        assert re.fullmatch(rf"{home}: drained in \d+(\.\d)?s\n", drained.stdout)
+        assert f"{home}: 1 model" in drained.stderr
+        again = json.loads(await prints(b, f"drain {home} --json"))
+        assert (again["phase"], again["models"], again["jobs"]) == ("draining", [], [])
+        found = json.loads(await prints(b, "nodes --json"))["nodes"]
+        assert {node["id"]: len(node["models"]) for node in found} == {home: 0, other: 1}
+
+
+async def test_last_node_is_not_drained_in_vain(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a:
+        a.save(add(), "m")
+        await a.load("m")
+        refused = await run(a, "drain a --wait")
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert "a is not drained, 1 model left: no other node takes loads" in refused.stderr
+        assert (await list_nodes(a))["a"]["phase"] == "joined"
+        assert "a: draining, 1 model left\n" in await prints(a, "drain a")
+        unknown = await run(a, "drain never")
+        assert (unknown.exit_code, "`loadledger nodes` lists them" in unknown.stderr) == (2, True)
+        assert (await run(a, "drain a --timeout-s 9")).exit_code == 2
+
+
+async def test_drain_through_the_data_directory_needs_no_token(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a:
+        data, local = a.config.data, {"LOADLEDGER_TOKEN": "", "LOADLEDGER_URL": ""}
+        assert re.search(r"^a \* +joined", await prints(a, f"nodes --data {data}", **local), re.MULTILINE)
+        named = {**local, "LOADLEDGER_DATA": str(data), "LOADLEDGER_NODE_NAME": "a"}
+        assert re.fullmatch(r"a: drained in \d.*\n", await prints(a, "drain --wait", **named))
+        unknown = await run(a, f"drain never --data {data}", **local)
+        assert (unknown.exit_code, "(unknown_node)" in unknown.stderr) == (2, True)
+    stopped = await run(a, f"drain a --data {data}", **local)
+    assert (stopped.exit_code, "no server runs on" in stopped.stderr) == (2, True)
+
+
+async def test_server_alone_has_no_node_to_drain(api: LocalApi) -> None:
+    api.save(add(), "m")
+    await api.load("m")
+    assert await prints(api, "nodes") == "this server is alone: servers with --ledger are nodes\n"
+    refused = await run(api, "drain a")
+    assert (refused.exit_code, "This server is alone" in refused.stderr) == (2, True)
+    for command in ("models", "jobs", "show m"):
+        assert "node" not in (await prints(api, command)).lower()
+
+
+# What ends a wait
+
+HERE = Node(
+    id="a",
+    phase="draining",
+    models=[NodeModel("m", 1, "loaded")],
+    jobs=[NodeJob(id="j", kind="load", model_id="m", status="pending")],
+)
+OTHER = Node(id="b", phase="joined")
+
+
+class Scripted:
+    """Nodes as they are seen one look after the other; the last look stays."""
+
+    def __init__(self, *looks: list[Node]) -> None:
+        self._looks = list(looks)
+
+    def nodes(self) -> list[Node]:
+        return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
+
+    def drain(self, node_id: str) -> Node:
+        return next(node for node in self.nodes() if node.id == node_id)
+
+
+def test_wait_goes_on_until_nothing_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    fewer = Node(id="a", phase="draining", models=HERE.models)
+    empty = Node(id="a", phase="draining")
+    nodes = Scripted([HERE, OTHER], [fewer, OTHER], [empty, OTHER])
+    assert _wait_until_drained(nodes, HERE, None) is empty
+    assert re.findall(r"a: (.+) \(", capsys.readouterr().err) == ["1 model and 1 job left", "1 model left"]
+
+
+def test_wait_ends_when_the_node_has_left() -> None:
+    left = Node(id="a", phase="left")
+    assert _wait_until_drained(Scripted([left]), HERE, None) is left
+
+
+@pytest.mark.parametrize(
+    ("nodes", "timeout_s", "reason"),
+    [
+        ([HERE], None, "no other node takes loads any more"),
+        ([HERE, Node(id="b", phase="draining")], None, "no other node takes loads any more"),
+        ([Node(id="a", phase="lost"), OTHER], None, "it was lost meanwhile"),
+        ([Node(id="a", phase="joined", epoch=2), OTHER], None, "it has joined again"),
+        ([HERE, OTHER], 0, "the 0 s of --timeout-s are over"),
+    ],
+)
+def test_wait_fails_when_nothing_can_move(
+    nodes: list[Node], timeout_s: int | None, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _wait_until_drained(Scripted(nodes), HERE, timeout_s)
+    assert ended.value.code == 1
+    assert reason in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""Nodes over HTTP: who is there, what runs where, and draining; a server alone has none."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from support.history import History, at
+from support.http import Json, LocalApi, when
+from support.models import add
+from support.nodes import list_nodes, local_node
+from support.postgres import Database
+
+from events.nodes import Lease, NodeDraining
+from server.api.nodes import node_views
+from server.auth.localtokens import ask_server
+
+
+def models_of(nodes: dict[str, Json]) -> dict[str, list[str]]:
+    return {name: [model["id"] for model in node["models"]] for name, node in nodes.items()}
+
+
+async def test_server_alone_has_no_nodes(shared: LocalApi) -> None:
+    shared.save(add(), "m")
+    job = await shared.load("m")
+    assert (await shared.get("/api/v1/nodes", roles=("predict",))).json["nodes"] == []
+    assert (await shared.post("/api/v1/nodes/a/drain")).refusal == (409, "no_nodes")
+    past = (await shared.get(f"/api/v1/models/m?at={job['position']}")).json
+    assert not any("node" in shown for shown in (job, past, await shared.model("m"), *await shared.jobs()))
+
+
+async def test_drained_node_gives_its_models_away(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        local_node(ledger, tmp_path, "a", node_labels="zone=eu") as a,
+        local_node(ledger, tmp_path, "b") as b,
+    ):
+        a.save(add(), "m")
+        job = await a.load("m")
+        home = job["node"]
+        other = "b" if home == "a" else "a"
+        assert (await b.model_when("m", state="loaded"))["node"] == home
+        found = await when(
+            lambda: list_nodes(b), lambda nodes: all(each["renewed_at"] for each in nodes.values())
+        )
+        assert found[home]["models"] == [{"id": "m", "version": 1, "state": "loaded"}]
+        assert [found["a"][name] for name in ("labels", "address", "epoch", "phase", "late")] == [
+            ["zone=eu"],
+            "http://a",
+            1,
+            "joined",
+            False,
+        ]
+        assert [(each["this"], each["placer"]) for each in found.values()] == [(False, True), (True, False)]
+
+        drain = f"/api/v1/nodes/{home}/drain"
+        assert (await a.post(drain, roles=("predict",))).refusal == (403, "forbidden")
+        asked = await b.post(drain, subject="carol")
+        assert (asked.status, asked.json["phase"]) == (202, "draining")
+        assert (await b.post(drain)).status == 200
+        assert (await b.data_of(NodeDraining)) == [NodeDraining(home, 1)]
+        moved = await when(lambda: list_nodes(b), lambda nodes: models_of(nodes) == {home: [], other: ["m"]})
+        await when(lambda: list_nodes(b), lambda nodes: not any(each["jobs"] for each in nodes.values()))
+        assert not moved[home]["placer"]
+        assert (await b.model("m"))["node"] == other
+        past = (await b.get(f"/api/v1/models/m?at={job['position']}")).json
+        assert (past["node"], past["state"]) == (home, "loaded")
+
+
+async def test_node_that_left_or_never_joined_is_not_drained(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a:
+        async with local_node(ledger, tmp_path, "b"):
+            pass
+        left = await when(lambda: list_nodes(a), lambda nodes: nodes["b"]["phase"] == "left")
+        assert left["b"]["ended_at"]
+        assert left["b"]["late"] is None
+        assert (await a.post("/api/v1/nodes/b/drain")).refusal == (409, "node_ended")
+        assert (await a.post("/api/v1/nodes/c/drain")).refusal == (404, "unknown_node")
+
+
+async def test_socket_lists_and_drains_nodes(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a:
+        asked = await asyncio.to_thread(ask_server, a.config.data, "POST", "/api/v1/nodes/a/drain", {})
+        shown = await asyncio.to_thread(ask_server, a.config.data, "GET", "/api/v1/nodes")
+        assert asked is not None
+        assert shown is not None
+        assert [asked["phase"], *(each["phase"] for each in shown["nodes"])] == ["draining", "draining"]
+
+
+# What is shown of a node's lease
+
+
+def lease(*, epoch: int = 1, ended: bool = False, is_late: bool = False) -> Lease:
+    return Lease("a", epoch, ended, is_late, at(9), "{}")
+
+
+@pytest.mark.parametrize(
+    ("given", "late", "shown"),
+    [
+        ([], (), (None, None)),
+        ([lease()], (), (at(9), False)),
+        ([lease(is_late=True)], (), (at(9), True)),
+        ([lease()], ("a",), (at(9), True)),
+        ([lease(epoch=2)], (), (None, None)),
+    ],
+)
+def test_view_of_node_has_its_lease_of_this_epoch(
+    given: list[Lease], late: tuple[str, ...], shown: tuple[str | None, bool | None]
+) -> None:
+    history = History()
+    history.join("a")
+    [view] = node_views(history.state, given, "a", late)
+    assert (view["renewed_at"], view["late"]) == shown
+
+
+def test_view_of_lost_node_is_not_late() -> None:
+    history = History()
+    history.join("a")
+    history.lose("a")
+    [view] = node_views(history.state, [lease(is_late=True)])
+    assert (view["phase"], view["renewed_at"], view["late"], view["placer"]) == ("lost", at(9), None, False)
+
+
+def test_view_of_node_has_its_models_and_unended_jobs() -> None:
+    history = History()
+    history.join("a")
+    history.join("b")
+    history.load_at("b", "L", of="m")
+    history.ask_load("waits", of="other")
+    history.place("waits", "b", of="other")
+    first, second = node_views(history.state)
+    assert (first["models"], first["jobs"]) == ([], [])
+    assert second["models"] == [{"id": "m", "version": 1, "state": "loaded"}]
+    [job] = second["jobs"]
+    assert (job["id"], job["kind"], job["model_id"], job["status"]) == ("waits", "load", "other", "pending")
