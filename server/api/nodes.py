@@ -120,7 +120,7 @@ class NodeListSchema(AnswerSchema):
 )
 async def list_nodes(request: web.Request) -> web.Response:
     """Answer with all nodes."""
-    return web.json_response({"nodes": _views(request.app), "as_of": request.app[LOG].state.position})
+    return web.json_response({"nodes": describe_nodes(request.app), "as_of": request.app[LOG].state.position})
 
 
 @routes.post(
@@ -144,11 +144,11 @@ async def drain_node(request: web.Request) -> web.Response:
     if MEMBERSHIP not in app:
         raise NoNodes
     receipt = await app[LOG].submit(DrainNode(node_id, request[PRINCIPAL].subject))
-    [view] = [view for view in _views(app) if view["id"] == node_id]
+    [view] = [view for view in describe_nodes(app) if view["id"] == node_id]
     return web.json_response(view, status=200 if receipt.existing else 202)
 
 
-def _views(app: web.Application) -> list[dict[str, Any]]:
+def describe_nodes(app: web.Application) -> list[dict[str, Any]]:
     """Return all nodes as this server knows them; without the database it knows that it is late itself."""
     membership, state = app.get(MEMBERSHIP), app[LOG].state
     if membership is None:

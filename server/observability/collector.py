@@ -25,12 +25,14 @@ from events.clock import seconds_between
 from events.counters import ENDS, EVICTIONS, NO_FORM, OTHERS, HistogramSnapshot
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
+from events.nodes import NodePhase
 from events.types import TYPES, Cause
 from runtime.cache.preparer import FORMS, KEPT, LEFT_OUT, STOPPED
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
 from server.api.health import ready_checks
+from server.api.nodes import describe_nodes
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL, STREAMS
 from server.errors import ERRORS
 from server.observability.requestlog import HTTP_COUNTS
@@ -68,7 +70,10 @@ class ServerCollector(Collector):
         self._now = log.now()
         self._jobs = log.state.unended()
         self._models = list(log.state.models.values())
-        self._names = {model.id: name_of(model.id) for model in self._models if _should_serve(model)}
+        self._nodes = describe_nodes(app)
+        own = next((node["id"] for node in self._nodes if node["this"]), None)
+        here = (model for model in self._models if _should_serve(model) and not _is_elsewhere(model, own))
+        self._names = {model.id: name_of(model.id) for model in here}
         self._tail_lag = max((log.head.position - tail.position for tail in app[STREAMS].tails), default=0)
         self._workers, self._memory, self._in_flight = Counter[str](), Counter[str](), Counter[str]()
         self._used_bytes = 0
@@ -97,6 +102,7 @@ class ServerCollector(Collector):
             self._memory_families(),
             self._ledger_families(),
             self._preparing_families(),
+            self._node_families(),
             _PROCESS.collect(),
         )
 
@@ -395,6 +401,26 @@ class ServerCollector(Collector):
             "prepared_dropped_total", "Forms dropped because a load could not use them.", counts.dropped
         )
 
+    def _node_families(self) -> Iterator[Metric]:
+        own = [(node["id"], node["release"]) for node in self._nodes if node["this"]]
+        phases = Counter(node["phase"] for node in self._nodes)
+        late = {node["id"]: float(node["late"]) for node in self._nodes if node["late"] is not None}
+        yield _gauge(
+            "node_info",
+            "1 for this node; none if the server is alone.",
+            dict.fromkeys(own, 1),
+            "node release",
+        )
+        yield _gauge(
+            "nodes",
+            "Nodes that ever joined, by phase; none if the server is alone.",
+            {phase.value: phases[phase.value] for phase in NodePhase} if phases else {},
+            "phase",
+        )
+        yield _gauge(
+            "node_late", "1 if a node that is there did not renew its lease in time, else 0.", late, "node"
+        )
+
 
 def _family(
     kind: type[CounterMetricFamily | GaugeMetricFamily],
@@ -452,6 +478,11 @@ def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]
 def _should_serve(model: Model) -> bool:
     """Return whether a model should serve: it is loaded, or was and is to be again."""
     return model.phase in _SHOULD_SERVE or model.previous is not None
+
+
+def _is_elsewhere(model: Model, own: str | None) -> bool:
+    """Whether a model is at another node, which has its metrics."""
+    return own is not None and model.serving is not None and model.serving.node_id not in (None, own)
 
 
 def _size(*paths: Path) -> int:

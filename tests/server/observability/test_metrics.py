@@ -14,7 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families as read_plai
 from support import models
 from support.http import ENDLESS, ONE, LocalApi, local_server, when
 from support.models import TEXT, save, save_bytes
+from support.nodes import list_nodes, local_node
 from support.pages import FAMILIES
+from support.postgres import Database
 from support.workers import computing, until
 
 from events.counters import OTHERS
@@ -302,3 +304,29 @@ async def test_page_lists_every_family(shared: LocalApi) -> None:
         for sample in family.samples:
             assert sample.name in listed[family.name].series
             assert sample.labels.keys() - {"le"} == listed[family.name].labels, sample
+
+
+async def test_each_node_has_its_own_models_and_sees_all_nodes(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a, local_node(ledger, tmp_path, "b") as b:
+        a.save(models.add(), "m")
+        home, other = (a, b) if (await a.load("m"))["node"] == "a" else (b, a)
+        await other.model_when("m", state="loaded")
+        known = {"a": False, "b": False}
+        await when(
+            lambda: list_nodes(a), lambda nodes: {each: nodes[each]["late"] for each in nodes} == known
+        )
+        serving = series("model_serving", model="m")
+        assert (await metrics(home))[serving] == 1
+        assert serving not in await metrics(other)
+        seen = await metrics(a)
+        assert [seen[series("node_late", node=name)] for name in known] == [0, 0]
+        phases = {
+            phase: seen[series("nodes", phase=phase)] for phase in ("joined", "draining", "left", "lost")
+        }
+        assert phases == {"joined": 2, "draining": 0, "left": 0, "lost": 0}
+        [(release, own)] = [(name, value) for name, value in seen.items() if name.startswith("node_info")]
+        assert ('node="a"' in release, own) == (True, 1)
+
+
+async def test_server_alone_has_no_series_of_nodes(shared: LocalApi) -> None:
+    assert not [name for name in await metrics(shared) if name.startswith("node")]
