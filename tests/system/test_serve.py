@@ -160,12 +160,14 @@ async def test_every_setting_is_read_from_the_environment(config: Config) -> Non
         "head_timeout_s": 3, "idle_timeout_s": 4,
         "log_format": "json", "log_level": "error", "log_inferences": 0.5, "otel": "off",
         "trace_inferences": 0.5, "metrics": "open",
+        "node_labels": "zone=a", "placement": "pack", "lease_s": 3, "when_away": "stop",
         "jwt_audience": "there", "jwt_issuer": "me", "jwt_roles_claim": "groups",
         "limit_management": "11/minute", "limit_inference": "12/minute",
         "limit_reads": "13/minute", "limit_auth_failures": "1/hour",
     }  # fmt: skip
     # Those are options here, or have tests of their own.
     not_given = {"repository", "data", "port", "jwt_keys", "tls_cert", "tls_key"}
+    not_given |= {"ledger", "node_name", "node_address"}
     assert given.keys() | not_given == {setting.name for setting in settings()}
     environment = {f"LOADLEDGER_{name.upper()}": str(value) for name, value in given.items()}
     async with serving(config, environment=environment) as server:
