@@ -21,6 +21,8 @@ from typing import Any
 from msgspec import structs
 
 from events.clock import uuid7
+from events.errors import LedgerProblem, LogUnavailable
+from events.storage import StorageError
 from events.types import LoadParameters
 from runtime.cgroups import count_usable_cpus
 from runtime.contents import ModelContents
@@ -37,6 +39,7 @@ from runtime.wire import Load, Tensor
 from server.api.models import default_parameters
 from server.auth.keyring import read_public_keys
 from server.auth.keys import KeyProblem
+from server.cluster import INSTALL
 from server.config import Config, ConfigError
 from server.configsources import (
     Mistake,
@@ -203,6 +206,43 @@ def _check_address(config: Config) -> Iterator[CheckFinding]:
             text = f"{config.host}:{config.port} cannot be listened on: {error.strerror}{hint}"
             yield CheckFinding("--port", "no_address", text, Severity.NOTE if taken else Severity.PROBLEM)
             return
+
+
+def check_ledger(config: Config, result: CheckResult) -> None:
+    """Check the database of a ledger, and add findings to the result; nothing is written to it."""
+    if config.ledger is None:
+        return
+    try:
+        result.findings += asyncio.run(_examine_database(config.ledger))
+    except ImportError as error:
+        text = f"{error.name} is not installed: {INSTALL}"
+        result.findings.append(CheckFinding("--ledger", "invalid_setting", text))
+
+
+async def _examine_database(address: str) -> list[CheckFinding]:
+    from events.postgres.connection import close, connect, measure_clock, translated_errors  # noqa: PLC0415
+    from events.postgres.schema import check_role, check_schema, describe_durability  # noqa: PLC0415
+
+    try:
+        connection = await connect(address)
+        try:
+            await check_schema(connection)
+            await check_role(connection)
+            durability = await describe_durability(connection)
+            with translated_errors("cannot be read"):
+                offset_s = (await measure_clock(connection)).total_seconds()
+        finally:
+            await close(connection)
+    except StorageError as error:
+        return [CheckFinding("--ledger", LogUnavailable.code, str(error))]
+    except LedgerProblem as error:
+        return [CheckFinding("--ledger", error.code, str(error))]
+    side = "ahead of" if offset_s >= 0 else "behind"
+    clock = f"the database's clock is {abs(offset_s):.3f} s {side} this machine's; the ledger has its time"
+    return [
+        CheckFinding("--ledger", "durability", durability, Severity.NOTE),
+        CheckFinding("--ledger", "clock_offset", clock, Severity.NOTE),
+    ]
 
 
 def check_repository(config: Config, result: CheckResult) -> list[Candidate]:

@@ -17,6 +17,8 @@ _NAME = re.compile(r"^(\d{4})_\w+\.sql$")
 _LOCK = 0x4C4C6467
 """The key of the advisory lock of migrations: "LLdg"."""
 
+_STANDBYS = re.compile(r"\s*(?:(?:FIRST|ANY)\s+)?(\d+)\s*\(", re.ASCII | re.IGNORECASE)
+
 _ROLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}", re.ASCII)
 
 
@@ -174,3 +176,27 @@ async def check_owner(connection: Connection) -> None:
             f"the role {role!r} does not own the ledger, and may not delete events: connect as the role that "
             "ran `loadledger migrate`"
         )
+
+
+async def describe_durability(connection: Connection) -> str:
+    """Return in words what a commit of this session waits for.
+
+    Raises:
+        StorageError: the database failed.
+    """
+    with translated_errors("cannot be read"):
+        names, fsync = await connection.fetchrow(
+            "SELECT current_setting('synchronous_standby_names'), current_setting('fsync')"
+        ) or ("", "off")
+    count = count_standbys(names)
+    if count:
+        return f"commits wait for {count} synchronous standby{'' if count == 1 else 's'}"
+    if fsync == "off":
+        return "commits wait for no disk: fsync is off, so a crash of the database's machine loses some"
+    return "commits wait for the database's own disk only"
+
+
+def count_standbys(names: str) -> int:
+    """Return for how many standbys a commit waits, by PostgreSQL's setting `synchronous_standby_names`."""
+    counted = _STANDBYS.match(names)
+    return int(counted[1]) if counted else int(bool(names.strip()))

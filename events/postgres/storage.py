@@ -7,6 +7,7 @@ the database: a group is stored in it after its COMMIT there. The writer reads a
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -29,11 +30,13 @@ from events.postgres.connection import (
     measure_clock,
     translated_errors,
 )
-from events.postgres.schema import check_role, check_schema
+from events.postgres.schema import check_role, check_schema, describe_durability
 from events.sqlite.datalock import LEDGER, mark_replica
 from events.sqlite.storage import Database
 from events.state import Changes
 from events.storage import HeadMoved, LogHead, Row, StorageError, StoredLedger
+
+_log = logging.getLogger(__name__)
 
 CHANNEL = "loadledger"
 """Where `append` notifies; a notification carries nothing, and a lost one loses nothing."""
@@ -128,7 +131,9 @@ class ReplicatedStorage:
         with translated_errors("cannot be followed"):
             await connection.add_listener(CHANNEL, self._heard)
             self._clock.offset = await measure_clock(connection)
-        await asyncio.to_thread(mark_replica, self._data, describe_address(self._address))
+        shown = describe_address(self._address)
+        _log.info("the ledger is in %s; %s", shown, await describe_durability(connection))
+        await asyncio.to_thread(mark_replica, self._data, shown)
 
     async def _seed(self, connection: Connection, stored: StoredLedger) -> StoredLedger:
         """Begin an empty replica at the database's base, whose state replaces archived events.

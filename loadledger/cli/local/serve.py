@@ -84,13 +84,14 @@ def check(*, quick: bool, limit_s: float, as_json: bool, **flags: str | None) ->
 
     It takes the options and variables of `serve` and changes nothing; a server may be running. Each version
     of each model is loaded in a process of its own, one after the other, within the memory budget, and warmed
-    up. --data is optional.
+    up. Of a --ledger it checks the schema, the role and the clock. --data is optional.
 
     Exit code: 0 without problems (notes do not count), 1 with problems, 2 if nothing could be checked.
     """
     from server.check import (  # noqa: PLC0415 - as above
         CheckResult,
         check_configuration,
+        check_ledger,
         check_repository,
         check_workers,
     )
@@ -98,6 +99,7 @@ def check(*, quick: bool, limit_s: float, as_json: bool, **flags: str | None) ->
     result = CheckResult()
     with report_problems():
         config = check_configuration(flags, os.environ, result)
+        check_ledger(config, result)
         candidates = check_repository(config, result)
         check_workers(config, result, [] if quick else candidates, limit_s=limit_s, on_version=_progress())
     click.echo(json.dumps(result.members(), indent=2) if as_json else "\n".join(_lines(result)))

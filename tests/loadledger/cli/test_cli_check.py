@@ -1,5 +1,6 @@
 """`loadledger check`: findings of a configuration and a repository before it is served."""
 
+import asyncio
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from support import models
 from support.clients import NO_SETTINGS, run_command
 from support.models import save, save_bytes
+from support.postgres import Database
 
 from loadledger.cli.main import main
 
@@ -164,3 +166,21 @@ def test_check_finds_unusable_directories(tmp_path: Path) -> None:
     data.mkdir(mode=0o500)
     found = dict(problems("--quick", f"--repository={root}", f"--data={data}"))
     assert found == {"--data": "invalid_setting", "--repository": "unreadable"}
+
+
+async def test_check_examines_the_database_of_a_ledger(
+    ledger: Database, database: Database, tmp_path: Path
+) -> None:
+    async def found(url: str) -> list[tuple[str, str]]:
+        return await asyncio.to_thread(problems, f"--repository={tmp_path}", "--quick", f"--ledger={url}")
+
+    checked = await asyncio.to_thread(run, f"--repository={tmp_path}", f"--ledger={ledger.server_url}")
+    assert checked.exit_code == 0, checked.output
+    assert "--ledger: commits wait for no disk: fsync is off" in checked.stdout  # of the tests' server
+    assert "the database's clock is 0.0" in checked.stdout
+    assert await found(ledger.owner_url) == [("--ledger", "unsafe_role")]
+    assert await found(database.server_url) == [("--ledger", "schema_missing")]
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = ledger.url("ledger_server", closed.getsockname())
+        assert await found(nobody) == [("--ledger", "log_unavailable")]
