@@ -2,10 +2,11 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loadledger.cli.nodes import drain
 from server.config import Config
 from server.configsources import read_settings
 
@@ -34,7 +35,8 @@ def image_environment() -> dict[str, str]:
     return dict(pair.split("=", 1) for line in instructions("ENV") for pair in shlex.split(line))
 
 
-def drain_limit_s(script: str) -> int:
-    """Return the time limit of the drain in a hook's script."""
-    [limit] = re.findall(r"\btimeout (\d+) \S*loadledger drain\b", script)
-    return int(limit)
+def drain_options(command: Sequence[str]) -> dict[str, Any]:
+    """Return the parameters of `loadledger drain` in a hook's command line; there must be no mistake."""
+    program, name, *arguments = command
+    assert (Path(program).name, name) == ("loadledger", "drain")
+    return drain.make_context(name, arguments).params

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from support.deployment import (
     DRAIN_S,
     LEDGER_URL,
     ROOT,
-    drain_limit_s,
+    drain_options,
     image_environment,
     instructions,
     read_valid,
@@ -219,13 +218,16 @@ def test_cluster_keeps_a_volume_for_each_node_and_one_of_models() -> None:
     assert budget["selector"] == cluster["selector"]
 
 
-def test_pod_drains_its_node_within_the_grace_period() -> None:
-    shell, flag, script = hook()
-    assert (shell, flag) == ("sh", "-c")
-    checked = subprocess.run(["sh", "-n", "-c", script], capture_output=True, text=True, check=False)
-    assert (checked.returncode, checked.stderr) == (0, "")
+def test_pod_drains_its_node_within_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (image_environment() | variables("loadledger-2")).items():
+        monkeypatch.setenv(name, value)
+    asked = drain_options(hook())
+    assert (asked["node_id"], asked["wait"]) == ("loadledger-2", True)
+    assert asked["data"] == Path(
+        image_environment()["LOADLEDGER_DATA"]
+    )  # through its socket, without a token
     node = pod("cluster.yaml")["terminationGracePeriodSeconds"]
-    assert drain_limit_s(script) + 2 * DRAIN_S < node
+    assert asked["timeout_s"] + 2 * DRAIN_S < node
     # A server that does not answer gets no time for a drain.
     assert 2 * DRAIN_S < container("cluster.yaml")["livenessProbe"]["terminationGracePeriodSeconds"] < node
 
