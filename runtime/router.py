@@ -12,6 +12,7 @@ from typing import Protocol
 
 from events.log import Log
 from events.models import Model, ModelState
+from events.nodes import Node
 from runtime.consumer.loads import RunningLoad
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
 from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
@@ -45,6 +46,13 @@ class ModelReplaced(ModelRecovering):
 
 class OtherVersionLoaded(ModelNotLoaded):
     """Another version than the named one is loaded."""
+
+
+class ModelElsewhere(ModelNotLoaded):
+    """The model is loaded at another node."""
+
+    def __init__(self, model_id: str, node_id: str) -> None:
+        super().__init__(f"model '{model_id}' is loaded at node '{node_id}', not here")
 
 
 class Question(Protocol):
@@ -115,16 +123,24 @@ class ModelRoute:
 class Router:
     """Finds the load of a model among the running ones; the repository only says why there is none.
 
-    At most `max_queue` inferences of one model may be queued or running.
+    At most `max_queue` inferences of one model may be queued or running. `node_id` is this node; None for a
+    server alone.
     """
 
     def __init__(
-        self, log: Log, loads: Mapping[str, RunningLoad], repository: Repository, *, max_queue: int
+        self,
+        log: Log,
+        loads: Mapping[str, RunningLoad],
+        repository: Repository,
+        *,
+        max_queue: int,
+        node_id: str | None = None,
     ) -> None:
         self._log = log
         self._loads = loads
         self._repository = repository
         self._max_queue = max_queue
+        self._node_id = node_id
         self._routes: dict[str, tuple[Model, ModelRoute]] = {}
 
     async def infer(
@@ -209,6 +225,21 @@ class Router:
         finally:
             self._log.unsubscribe(wakeup)
 
+    def find_node(self, model_id: str) -> Node | None:
+        """Return the present node at which a model is loaded; None if there is none, or no nodes."""
+        state = self._log.state
+        model = state.models.get(model_id)
+        serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
+        if self._node_id is None or serving is None or serving.node_id is None:
+            return None
+        node = state.nodes.get(serving.node_id)
+        return node if node is not None and node.is_present else None
+
+    def find_other_node(self, model_id: str) -> Node | None:
+        """Return the other node at which a model is loaded; None if it is loaded here, or nowhere."""
+        node = self.find_node(model_id)
+        return None if node is None or node.id == self._node_id else node
+
     async def find_route(self, model_id: str, version: int | None = None) -> ModelRoute:
         """Return the route of a model; a refusal also checks whether the repository has the model.
 
@@ -239,6 +270,7 @@ class Router:
 
         Raises:
             ModelNotLoaded: `model_not_loaded`; `ModelRecovering` while it is being reloaded.
+            ModelElsewhere: `model_not_loaded`, it is loaded at another node.
             OtherVersionLoaded: `model_not_loaded`, another version is.
             ModelUnloading: `model_unloading`.
         """
@@ -264,6 +296,9 @@ class Router:
         serving = model.serving if model is not None else None
         if model is None or serving is None or model.phase is not ModelState.LOADED:
             raise _not_loaded_error(model_id, model)
+        node = self.find_other_node(model_id)
+        if node is not None:
+            raise ModelElsewhere(model_id, node.id)
         load = self._loads.get(serving.load_job_id)
         if load is None or load.report is None:
             raise _recovering_error(model_id)

@@ -114,6 +114,7 @@ from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
 from server.settingvalues import MAX_BODY_BYTES, OFF, ON
 from server.v2 import inference, metadata, repository
+from server.v2.forwarding import open_forwarder
 from server.v2.ondemand import OnDemand
 
 _log = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             open_time_travel,
             open_timeline,
             _consumer,
+            open_forwarder,
             _history,
             open_streams,
             open_control,
@@ -417,7 +419,13 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
     )
     if MEMBERSHIP in app:
         take_part(app, cache)
-    app[ROUTER] = Router(app[LOG], consumer.loads, app[REPOSITORY], max_queue=config.inference_queue)
+    app[ROUTER] = Router(
+        app[LOG],
+        consumer.loads,
+        app[REPOSITORY],
+        max_queue=config.inference_queue,
+        node_id=app[MEMBERSHIP].node_id if MEMBERSHIP in app else None,
+    )
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
     app[POOL].prefork()

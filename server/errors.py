@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 CODE: web.ResponseKey[str] = web.ResponseKey("code", str)
 """The error code of an answer."""
 
+NODE = "Loadledger-Node"
+"""The header field that names the node that has answered."""
+ANSWERING_NODE: web.RequestKey[str] = web.RequestKey("answering_node", str)
+"""The node that answers a request about a model; a server alone has none."""
+
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 # Long enough for any message of ours; a hostile field name must not be echoed by the megabyte.
 DETAIL_CHARACTERS = 4096
@@ -104,6 +109,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "model_not_loaded": ErrorKind(503, "The model is not loaded"),
     "load_failed": ErrorKind(503, "The model could not be loaded on demand"),
     "model_unloading": ErrorKind(503, "The model is being unloaded"),
+    "node_unreachable": ErrorKind(503, "The node that has the model cannot be reached"),
     "worker_died": ErrorKind(503, "The model's worker ended"),
     "out_of_memory": ErrorKind(503, "There is not enough memory for the model"),
     "insufficient_memory": ErrorKind(503, "The model does not fit into the memory budget"),
@@ -143,6 +149,16 @@ class ServerProblem(Exception):
     def __init__(self, detail: str = "", *, http_headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail or (type(self).__doc__ or "").strip())
         self.http_headers: Mapping[str, str] = http_headers or {}
+
+
+class AnsweredRefusal(Exception):
+    """Another node has refused the request; its answer is passed on as it is."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        super().__init__(status)
+        self.status = status
+        self.headers = headers
+        self.body = body
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +230,16 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
 
 def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
     """Return the answer to an error; raises it again if the answer has already begun."""
+    if isinstance(error, AnsweredRefusal):
+        return web.Response(status=error.status, headers=error.headers, body=error.body)
     problem = problem_of(error)
     if request.writer.output_size > 0:
         # A second status line in the middle of a stream would be read as data: break the connection instead.
         raise error
     response = problem_response(problem, request.path)
     response[CODE] = problem.code
+    if ANSWERING_NODE in request:
+        response.headers[NODE] = request[ANSWERING_NODE]
     if isinstance(error, web.RequestPayloadError):
         response.force_close()  # the framework ends such a connection
     return response

@@ -86,6 +86,9 @@ ADVICE: Mapping[str, str] = {
     "too_many_connections": "Close unused connections, or raise `--max-connections`.",
     "model_not_loaded": "Load it, or let the server load it: `--on-demand on`.",
     "load_failed": "`detail` has the reason; the server tries again after `Retry-After`.",
+    "node_unreachable": "Send the request again after `Retry-After`. If the node does not come back, its"
+    " models are loaded at other nodes once its lease is over. Check that all nodes reach its"
+    " `--node-address`.",
     "model_unloading": "Retry after `Retry-After`: another version may replace it.",
     "worker_died": "Retry: the worker is replaced. After a failed load, `WorkerExited` or the log has its"
     " last lines.",

@@ -71,6 +71,10 @@ class DirectResponse(web.StreamResponse):
         self._on_written = on_written
         self._is_kept = False
 
+    def add_fields(self, fields: Mapping[str, object]) -> None:
+        """Add header fields, which are final and without line breaks."""
+        self._fields = {**self._fields, **fields}
+
     @property
     def keep_alive(self) -> bool | None:
         """Whether the connection stays open after this response."""

@@ -5,6 +5,7 @@ run by `runtime.router.Router`, and encoded again. If its model is not loaded, `
 
 - `inference`: infer, metadata and readiness of a model
 - `fastpath`: inferences past aiohttp's router and middlewares
+- `forwarding`: requests about a model that is loaded at another node
 - `codec`: requests and responses, JSON and binary
 - `requestjson`: the JSON of a request, however hostile
 - `ondemand`: on-demand loads, with back-off after failures

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
 
 from aiohttp import hdrs, web
 
@@ -17,6 +18,7 @@ from server.http.responses import add_standard_fields
 from server.observability.output import REQUEST_ID, begin_context
 from server.observability.requestlog import HTTP_COUNTS
 from server.routing import Access, LimitClass, RequestHandler, wrap_handler
+from server.v2.forwarding import FORWARDER, Forwarder, model_target
 from server.v2.inference import infer
 
 _INFER = re.compile(r"/v2/models/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/versions/([1-9][0-9]{0,8}))?/infer")
@@ -32,6 +34,8 @@ _ANSWERED, _ANSWERED_OF_VERSION = (("POST", path, "2xx") for path in (_PATH, _PA
 def add_fast_path(server: web.Server, app: web.Application) -> None:
     """Let a server of the application handle inferences on the fast path."""
     gate, proxies, counts = app[GATE], app[PROXIES], app[HTTP_COUNTS]
+    forwarder = app.get(FORWARDER)
+    answer_inference = infer if forwarder is None else partial(_infer_anywhere, forwarder)
 
     def wrap(router_path: RequestHandler) -> RequestHandler:
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -42,7 +46,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
             try:
                 action = _ACTION_OF_VERSION if version else _ACTION
                 gate.admit(request, Access.PREDICT, LimitClass.INFERENCE, action)
-                answer = await infer(request, app, model_id, int(version) if version else None)
+                answer = await answer_inference(request, app, model_id, int(version) if version else None)
             except asyncio.CancelledError:
                 counts.count_aborted("POST", _PATH_OF_VERSION if version else _PATH)
                 raise
@@ -62,3 +66,11 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
         return handle
 
     wrap_handler(server, wrap)
+
+
+async def _infer_anywhere(
+    forwarder: Forwarder, request: web.BaseRequest, app: web.Application, model_id: str, version: int | None
+) -> web.StreamResponse:
+    """Answer an inference at the node at which the model is loaded."""
+    target = model_target(model_id, version, "/infer")
+    return await forwarder.answer(request, model_id, target, lambda: infer(request, app, model_id, version))

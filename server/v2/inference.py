@@ -34,6 +34,7 @@ from server.v2.codec import (
     encode_response,
     header_length,
 )
+from server.v2.forwarding import RECEIVED_BODY
 from server.v2.metadata import (
     INFERENCE_BODY,
     INFERENCE_PARAMETERS,
@@ -72,12 +73,13 @@ _INFER_ERRORS = (
     "body_too_large", "body_timeout", "model_not_loaded", "model_unloading", "worker_died",
     "inference_queue_full", "inference_timeout", "inference_cancelled", "bodies_full",
     "unsupported_media_type", "load_failed", "queue_full", "log_unavailable", "shutting_down",
+    "node_unreachable",
 )  # fmt: skip
 
 
 _METADATA_ERRORS = (
     "unknown_model", "unknown_version", "invalid_model", "unsafe_file", "model_changed", "repository_busy",
-    "repository_unreadable",
+    "repository_unreadable", "model_not_loaded", "node_unreachable", "inference_timeout",
 )  # fmt: skip
 
 
@@ -121,7 +123,7 @@ async def show_metadata(request: web.Request) -> web.Response:
     of_version="show_version_ready",
     access=Access.ANY,
     answers={200: (ReadySchema(), "It is ready.")},
-    errors=("not_ready",),
+    errors=("not_ready", "model_not_loaded", "node_unreachable", "inference_timeout"),
 )
 async def show_ready(request: web.Request) -> web.Response:
     """Answer 200 if an inference would be tried, else 400, as Triton's clients expect."""
@@ -155,6 +157,7 @@ async def infer(
             timeout_s = _timeout_s(decoded, longest_s)
             route, (outcome, outputs) = await router.infer(model_id, version, decoded, timeout_s, times)
         except (ModelNotLoaded, ModelUnloading):
+            request[RECEIVED_BODY] = body  # for another node, if the model is there
             ends_at_s = began_s + (longest_s if decoded is None else _timeout_s(decoded, longest_s))
             missed_ns = time.monotonic_ns()
             async with app[DEMAND].keep_loaded(model_id, version, subject, ends_at_s):
@@ -192,6 +195,10 @@ class _Body(msgspec.Struct, frozen=True, gc=False):
     header_bytes: int | None
     json_bytes: int
     region: Region | None = None
+
+    def join(self) -> bytes:
+        """Return all of it."""
+        return bytes(self.content) if self.region is None else b"".join((self.content, self.region.buffer))
 
 
 async def _receive(

@@ -20,9 +20,11 @@ from runtime.router import ModelRoute
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema, TensorSchema
 from server.appkeys import CONSUMER, LOG, ROUTER
+from server.errors import NODE
 from server.http.validation import path_parameters
 from server.routing import Access, Routes
 from server.v2.codec import HEADER_LENGTH
+from server.v2.forwarding import NODE_ADDRESS, forwardable
 from server.v2.tritonconfig import PLATFORM, ModelConfigSchema, model_config
 
 routes = Routes(tag="inference")
@@ -139,6 +141,11 @@ INFERENCE_RESPONSE: dict[str, Any] = {
     "description": "JSON, or with a binary output JSON and after it the data of the binary outputs.",
     "headers": {
         "Loadledger-Model": {"schema": {"type": "string"}, "description": "Names the load that answered."},
+        NODE: {"schema": {"type": "string"}, "description": "Of several nodes, the one that answered."},
+        NODE_ADDRESS: {
+            "schema": {"type": "string", "format": "uri"},
+            "description": "Its address, if another node has forwarded the request there.",
+        },
         HEADER_LENGTH: {
             "schema": {"type": "integer"},
             "description": "How many bytes of the body, after decompression, are JSON; missing if all are.",
@@ -171,7 +178,9 @@ EXTENSIONS = ("model_repository", "model_configuration", "binary_tensor_data", "
 AT_ONCE = 100
 """Loads whose statistics are read without a pause: about a millisecond."""
 
-MODEL_ERRORS = ("unknown_model", "model_not_loaded", "model_unloading")
+MODEL_ERRORS = (
+    *("unknown_model", "model_not_loaded", "model_unloading", "node_unreachable", "inference_timeout"),
+)
 """Errors of a read that needs a loaded model."""
 
 ModelHandler = TypeVar("ModelHandler", bound=Handler)
@@ -187,6 +196,8 @@ def model_routes(
 ) -> Callable[[ModelHandler], ModelHandler]:
     """Declare a handler's route for a model, and its twin for a version of the model.
 
+    At a node, both let the node answer at which the model is loaded.
+
     Args:
         declare: such as `routes.get`.
         suffix: the end of both paths.
@@ -196,12 +207,14 @@ def model_routes(
     """
 
     def decorate(handler: ModelHandler) -> ModelHandler:
+        anywhere = forwardable(handler, suffix)
+
         async def twin(request: web.Request) -> web.StreamResponse:
-            return await handler(request)
+            return await anywhere(request)
 
         twin.__name__ = of_version
         for path, schema, summary, each in (
-            ("/v2/models/{id}", ModelPathSchema(), summaries[0], handler),
+            ("/v2/models/{id}", ModelPathSchema(), summaries[0], anywhere),
             ("/v2/models/{id}/versions/{version}", ModelVersionPathSchema(), summaries[1], twin),
         ):
             declare(f"{path}{suffix}", path=schema, summary=summary, **operation)(each)

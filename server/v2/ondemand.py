@@ -22,7 +22,7 @@ from events.sqlite.listing import Reader
 from events.types import Cause
 from runtime import errors
 from runtime.consumer.usage import PendingDemand
-from runtime.router import ModelNotLoaded, ModelUnloading, OtherVersionLoaded, Router
+from runtime.router import ModelElsewhere, ModelNotLoaded, ModelUnloading, OtherVersionLoaded, Router
 from server.errors import ServerProblem
 
 _log = logging.getLogger(__name__)
@@ -179,6 +179,7 @@ class OnDemand:
         Raises:
             RuntimeProblem: as `Router.find_route`, if on-demand loads are not configured.
             ModelNotLoaded: `model_not_loaded`, another version is loaded and is not replaced on demand.
+            ModelElsewhere: `model_not_loaded`, the model is loaded at another node.
             InferenceTimeout: `inference_timeout`.
             QueueFull: `inference_queue_full`, too many inferences wait for the model.
             DemandFailed: `load_failed`.
@@ -198,11 +199,14 @@ class OnDemand:
     def _is_ready(self, model_id: str, version: int | None) -> bool:
         try:
             self.router.route(model_id, version)
-        except OtherVersionLoaded:
+        except (OtherVersionLoaded, ModelElsewhere):
             raise
         except (ModelNotLoaded, ModelUnloading):
             return False
         return True
+
+    def _is_loaded(self, model_id: str) -> bool:
+        return self.router.is_ready(model_id) or self.router.find_other_node(model_id) is not None
 
     async def _wait(self, demand: Demand, subject: str, ends_at_s: float) -> None:
         """Wait until any version of the model is ready; cancelling this does not affect other waiters."""
@@ -244,7 +248,7 @@ class OnDemand:
                 wakeup.clear()
                 if self.stopping.is_set():
                     return ServerStops()
-                if self.router.is_ready(demand[0]) or (not self._waiting[demand] and attempt.own_job is None):
+                if self._is_loaded(demand[0]) or (not self._waiting[demand] and attempt.own_job is None):
                     return None
                 if self._is_in_progress(attempt):
                     await wakeup.wait()

@@ -278,6 +278,13 @@ async def local_server(folder: Path, **settings: Any) -> AsyncIterator[LocalApi]
     """
     config = Config(repository=folder / "repository", data=folder / "data", **{"prepare": "off", **settings})
     config.repository.mkdir(exist_ok=True)
+    async with application(config) as api:
+        yield api
+
+
+@asynccontextmanager
+async def application(config: Config) -> AsyncIterator[LocalApi]:
+    """Serve the application of a configuration, and yield a client of it."""
     ensure_data_dir(config.data)
     app = create_app(config)
     server = TestServer(app)

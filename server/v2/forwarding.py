@@ -1,0 +1,446 @@
+"""Forwarding: which node answers a request about a loaded model, and how is it sent there?
+
+Any node answers for any model. A request about a model that the state says is loaded at another node goes to
+that node's address over HTTP: the same token, the same body, unparsed. The answer comes back as it is. A
+forwarded request names the node that sent it, and is never forwarded again. A server alone has no forwarder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from functools import wraps
+from http import HTTPStatus
+from typing import Any, Protocol
+
+import aiohttp
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
+from multidict import CIMultiDict, istr
+from yarl import URL
+
+from events.log import Log
+from events.nodes import Node
+from runtime.errors import InferenceTimeout
+from runtime.router import ModelElsewhere, Router
+from runtime.wire import Buffer
+from server.appkeys import BODIES, CONFIG, LOG, MEMBERSHIP, ROUTER
+from server.auth.gate import PRINCIPAL
+from server.auth.ratelimit import QUOTA
+from server.errors import ANSWERING_NODE, NODE, AnsweredRefusal, ServerProblem
+from server.http.connection import read_body_into
+from server.http.limits import Bodies, Share
+from server.http.responses import DirectResponse
+from server.http.validation import BodyTooLarge, path_parameters, read_encoded_body
+from server.observability.output import REQUEST_ID, begin_context
+from server.settingvalues import MAX_BODY_BYTES
+from server.v2.codec import HEADER_LENGTH
+
+FORWARDED = istr("Loadledger-Forwarded")
+"""Names the node that has forwarded a request; read of authenticated requests only."""
+NODE_ADDRESS = "Loadledger-Node-Address"
+"""The address of the node that has answered a forwarded request: clients may go there themselves."""
+POSITION = istr("Loadledger-Position")
+"""How far the node that refuses a forwarded request knows the ledger."""
+
+MAX_CONNECTIONS = 256
+"""To each other node; further requests wait for one that is free."""
+KEPT_S = 15.0
+"""An idle connection is closed before the other node closes it (`idle_timeout_s`)."""
+CONNECT_S = 5.0
+"""For a connection to another node: beyond it, its machine is gone."""
+CATCH_UP_S = 1.0
+"""For the events that a node knows already which has refused: replicas are milliseconds apart."""
+READ_BYTES = 2**20
+"""Of an answer before its reader has its turn; aiohttp's 64 KB take a pause each."""
+IN_PLACE_BYTES = 2**15
+"""Longer bodies are read in place, into one buffer."""
+JOINED_BYTES = 2**16
+"""Longer bodies are sent in a part of their own; shorter ones with the head."""
+
+_SENT = frozenset(
+    name.lower()
+    for name in (
+        *(hdrs.AUTHORIZATION, hdrs.CONTENT_TYPE, hdrs.CONTENT_ENCODING, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING),
+        *(HEADER_LENGTH, "traceparent", "tracestate"),
+    )
+)
+"""Header fields of a request that go to the other node."""
+_RETURNED = frozenset(
+    name.lower()
+    for name in (
+        *(hdrs.CONTENT_TYPE, hdrs.CONTENT_ENCODING, hdrs.VARY, HEADER_LENGTH, hdrs.RETRY_AFTER),
+        *(hdrs.LOCATION, hdrs.WWW_AUTHENTICATE, "Loadledger-Model", NODE),
+    )
+)
+"""Header fields of an answer that go to the client."""
+_REDIRECTS = range(300, 400)
+_NOT_ADDED = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AGENT)
+"""Header fields that aiohttp would add."""
+
+
+class ReceivedBody(Protocol):
+    """A body that this node has received before it found that another one answers."""
+
+    def join(self) -> bytes:
+        """Return all of it, without its Content-Encoding."""
+
+
+RECEIVED_BODY: web.RequestKey[ReceivedBody] = web.RequestKey("received_body", ReceivedBody)
+"""Set when an inference did not find its model."""
+
+
+class NodeUnreachable(ServerProblem):
+    """The node at which the model is loaded cannot be reached."""
+
+    code = "node_unreachable"
+
+    def __init__(self, node: Node, reason: str, *, is_answered: bool = False) -> None:
+        super().__init__(
+            f"node '{node.id}', at which the model is loaded, cannot be reached at {node.address}: {reason};"
+            " if it does not come back, its models are loaded at other nodes"
+        )
+        self.is_answered = is_answered
+
+
+class ModelMoved(ServerProblem):
+    """The request was forwarded to a node at which the model is not loaded any more."""
+
+    code = "model_not_loaded"
+
+    def __init__(self, sender: str, elsewhere: ModelElsewhere, position: int) -> None:
+        super().__init__(
+            f"{elsewhere}; node '{sender[:63]}' has forwarded the request here, which happens once only",
+            http_headers={POSITION: str(position)},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Forwarded:
+    """A request as it is sent to another node.
+
+    Attributes:
+        target: its path.
+        body: None of a GET.
+        ends_at_s: when the answer must be there, on the loop's clock.
+    """
+
+    model_id: str
+    target: str
+    headers: CIMultiDict[str]
+    body: Buffer | None
+    ends_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """The answer of another node, read to its end."""
+
+    node: Node
+    status: int
+    headers: CIMultiDict[str]
+    parts: list[bytes]
+    position: int
+
+
+class Forwarder:
+    """Answers requests about models: at this node, or by sending them to the node that has the model.
+
+    Args:
+        session: with which it reaches the other nodes.
+        timeout_s: of a forwarded request.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        router: Router,
+        log: Log,
+        bodies: Bodies,
+        *,
+        node_id: str,
+        timeout_s: float,
+    ) -> None:
+        self._session = session
+        self._router = router
+        self._log = log
+        self._bodies = bodies
+        self._node_id = node_id
+        self._own_fields = {str(NODE): node_id}
+        self._timeout_s = timeout_s
+
+    async def answer(
+        self,
+        request: web.BaseRequest,
+        model_id: str,
+        target: str,
+        answer_here: Callable[[], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        """Answer a request that the gate has admitted.
+
+        Args:
+            request: its body may be unread.
+            model_id: the model.
+            target: the path.
+            answer_here: answers it at this node.
+
+        Raises:
+            AnsweredRefusal: the other node has refused.
+            ModelMoved: `model_not_loaded`, the request was forwarded here, and the model is elsewhere.
+            NodeUnreachable: `node_unreachable`.
+            InferenceTimeout: `inference_timeout`.
+        """
+        ends_at_s = None
+        node = self._router.find_other_node(model_id)
+        if node is None:
+            ends_at_s = asyncio.get_running_loop().time() + self._timeout_s
+            request[ANSWERING_NODE] = self._node_id
+            try:
+                return self._sign(await answer_here())
+            except ModelElsewhere as moved:  # while its body arrived, or it was loaded on demand
+                del request[ANSWERING_NODE]
+                node, elsewhere = self._router.find_other_node(model_id), moved
+                if node is None:
+                    raise
+        else:
+            elsewhere = ModelElsewhere(model_id, node.id)
+        sender = request.headers.get(FORWARDED)
+        if sender is not None:
+            raise ModelMoved(sender, elsewhere, self._log.state.position)
+        return await self._forward(request, node, model_id, target, ends_at_s)
+
+    def _sign(self, response: web.StreamResponse) -> web.StreamResponse:
+        """Name this node in its answer."""
+        if isinstance(response, DirectResponse):
+            response.add_fields(self._own_fields)
+        else:
+            response.headers.update(self._own_fields)
+        return response
+
+    async def _forward(
+        self, request: web.BaseRequest, node: Node, model_id: str, target: str, ends_at_s: float | None
+    ) -> web.StreamResponse:
+        share = self._bodies.share(request[PRINCIPAL].subject)
+        try:
+            headers, body = await self._receive(request, share)
+            ends_at_s = ends_at_s or asyncio.get_running_loop().time() + self._timeout_s
+            reply = await self._ask(_Forwarded(model_id, target, headers, body, ends_at_s), node)
+            return _respond(request, reply, share)
+        except BaseException:
+            share.give_back()
+            raise
+
+    async def _receive(
+        self, request: web.BaseRequest, share: Share
+    ) -> tuple[CIMultiDict[str], Buffer | None]:
+        """Return the header fields and the body to send."""
+        headers = CIMultiDict(
+            [(name, value) for name, value in request.headers.items() if name.lower() in _SENT]
+        )
+        context = begin_context(request)
+        headers.update({FORWARDED: self._node_id, REQUEST_ID: context.request_id, **context.carrier})
+        if request.method != hdrs.METH_POST:
+            return headers, None
+        received = request.get(RECEIVED_BODY)
+        if received is None:
+            return headers, await _read_body(request, share)
+        body = received.join()
+        headers.popall(hdrs.CONTENT_ENCODING, None)
+        share.take(len(body))
+        return headers, body
+
+    async def _ask(self, forwarded: _Forwarded, node: Node) -> _Reply:
+        """Send a request to a node; once more if the node refuses or is gone, and the model is elsewhere."""
+        try:
+            reply = await self._send(forwarded, node)
+            if reply.status != HTTPStatus.SERVICE_UNAVAILABLE or not reply.position:
+                return reply
+            await self._catch_up(reply.position)
+            other = self._find_another(forwarded.model_id, node)
+            return reply if other is None else await self._send(forwarded, other)
+        except NodeUnreachable as problem:
+            other = self._find_another(forwarded.model_id, node)
+            if other is None or problem.is_answered:
+                raise
+            return await self._send(forwarded, other)
+
+    def _find_another(self, model_id: str, tried: Node) -> Node | None:
+        """Return the node at which the model is loaded by now, which may be this one."""
+        node = self._router.find_node(model_id)
+        return None if node is None or (node.id, node.epoch) == (tried.id, tried.epoch) else node
+
+    async def _catch_up(self, position: int) -> None:
+        """Wait until the state of this node has an event, for a short time."""
+        wakeup = self._log.subscribe()
+        try:
+            async with asyncio.timeout(CATCH_UP_S):
+                while self._log.state.position < position:
+                    wakeup.clear()
+                    await wakeup.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._log.unsubscribe(wakeup)
+
+    async def _send(self, forwarded: _Forwarded, node: Node) -> _Reply:
+        """Send a request to a node and read its answer.
+
+        Raises:
+            NodeUnreachable: `node_unreachable`.
+            InferenceTimeout: `inference_timeout`.
+        """
+        left_s = forwarded.ends_at_s - asyncio.get_running_loop().time()
+        reply = None
+        try:
+            async with asyncio.timeout(left_s):
+                async with self._session.request(
+                    hdrs.METH_GET if forwarded.body is None else hdrs.METH_POST,
+                    URL(f"{node.address}{forwarded.target}", encoded=True),
+                    headers=_with_length(forwarded),
+                    data=_payload(forwarded.body),
+                    skip_auto_headers=_NOT_ADDED,
+                    allow_redirects=False,
+                ) as response:
+                    if response.status in _REDIRECTS:
+                        raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
+                    reply = _Reply(
+                        node, response.status, CIMultiDict(response.headers), [], _position(response)
+                    )
+                    while part := await response.content.readany():
+                        reply.parts.append(part)
+                    return reply
+        except aiohttp.ConnectionTimeoutError:
+            raise NodeUnreachable(node, f"no connection within {CONNECT_S:g} s") from None
+        except TimeoutError:
+            raise InferenceTimeout(
+                f"node '{node.id}', at which the model is loaded, has not answered in time"
+            ) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise NodeUnreachable(node, _reason(error), is_answered=reply is not None) from None
+
+
+FORWARDER = web.AppKey("forwarder", Forwarder)
+"""Of a node; a server alone has none."""
+
+
+async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
+    """Let a node forward requests to the others; for `app.cleanup_ctx`."""
+    if MEMBERSHIP not in app:
+        yield
+        return
+    connector = aiohttp.TCPConnector(limit=0, limit_per_host=MAX_CONNECTIONS, keepalive_timeout=KEPT_S)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=READ_BYTES,
+    ) as session:
+        app[FORWARDER] = Forwarder(
+            session,
+            app[ROUTER],
+            app[LOG],
+            app[BODIES],
+            node_id=app[MEMBERSHIP].node_id,
+            timeout_s=app[CONFIG].inference_timeout_s,
+        )
+        yield
+
+
+def forwardable(handler: Handler, suffix: str) -> Handler:
+    """Return a handler of a path below a model that lets the node answer at which the model is loaded."""
+
+    @wraps(handler)
+    async def answer(request: web.Request) -> web.StreamResponse:
+        forwarder = request.app.get(FORWARDER)
+        if forwarder is None:
+            return await handler(request)
+        path = path_parameters(request)
+        target = model_target(path["id"], path.get("version"), suffix)
+        return await forwarder.answer(request, path["id"], target, lambda: handler(request))
+
+    return answer
+
+
+def model_target(model_id: str, version: int | None, suffix: str) -> str:
+    """Return a path below a model or a version; ids of models need no escapes."""
+    return f"/v2/models/{model_id}{'' if version is None else f'/versions/{version}'}{suffix}"
+
+
+async def _read_body(request: web.BaseRequest, share: Share) -> Buffer:
+    """Read a body as it is.
+
+    Raises:
+        BodyTooLarge: `body_too_large`.
+        BodyTimeout: `body_timeout`.
+        BodiesFull: `bodies_full`.
+    """
+    length = request.content_length or 0
+    if length > MAX_BODY_BYTES:
+        raise BodyTooLarge(MAX_BODY_BYTES)
+    if length <= IN_PLACE_BYTES or request.content.is_eof():
+        return await read_encoded_body(request, MAX_BODY_BYTES, share.take)
+    share.take(length)
+    body = bytearray(length)
+    await read_body_into(request, 0, memoryview(body))
+    return body
+
+
+def _with_length(forwarded: _Forwarded) -> CIMultiDict[str]:
+    if forwarded.body is None:
+        return forwarded.headers
+    return CIMultiDict([*forwarded.headers.items(), (hdrs.CONTENT_LENGTH, str(len(forwarded.body)))])
+
+
+def _payload(body: Buffer | None) -> Any:
+    """Return a body as aiohttp sends it; a long one in one part, which is not copied."""
+    return body if body is None or len(body) <= JOINED_BYTES else _whole(body)
+
+
+async def _whole(body: Buffer) -> AsyncGenerator[Buffer, None]:
+    yield body
+
+
+def _respond(request: web.BaseRequest, reply: _Reply, share: Share) -> web.StreamResponse:
+    """Return the answer of another node for the client.
+
+    Raises:
+        AnsweredRefusal: it has no success.
+    """
+    fields = _returned_fields(request, reply)
+    if reply.status == HTTPStatus.OK and request.method == hdrs.METH_POST:
+        return DirectResponse(fields, reply.parts, share)
+    body = b"".join(reply.parts)
+    if reply.status != HTTPStatus.OK:
+        raise AnsweredRefusal(reply.status, fields, body)
+    share.give_back()
+    return web.Response(body=body, headers=fields)
+
+
+def _returned_fields(request: web.BaseRequest, reply: _Reply) -> dict[str, str]:
+    """Return the header fields of an answer for the client, with what this node counts."""
+    fields = {str(name): value for name, value in reply.headers.items() if name.lower() in _RETURNED}
+    quota = request.get(QUOTA)
+    return {**fields, NODE_ADDRESS: reply.node.address, **({} if quota is None else quota.headers())}
+
+
+def _position(response: aiohttp.ClientResponse) -> int:
+    """Return the position that a refusal names; 0 if it does not."""
+    text = response.headers.get(POSITION, "")
+    return int(text) if text.isdecimal() and len(text) < 19 else 0  # noqa: PLR2004 - a 64-bit integer
+
+
+def _reason(error: Exception) -> str:
+    """Return why a connection failed, without what was sent over it."""
+    number = getattr(error, "errno", None)
+    if isinstance(number, int) and number > 0:
+        return os.strerror(number).lower()
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "its certificate is not trusted"
+    return (
+        "its name is not known"
+        if isinstance(error, aiohttp.ClientConnectorDNSError)
+        else "the connection ended"
+    )

@@ -1,0 +1,414 @@
+"""Forwarding: any node answers for any model, through the node that has it."""
+
+import asyncio
+import gzip
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from support import models
+from support.connections import odd_server, said
+from support.cutting import cutting_proxy
+from support.http import ENDLESS, ONE, Answer, LocalApi, local_server, when
+from support.models import save
+from support.postgres import Database, join_shared_server
+from support.reachable import ReachableNode, loaded_beside, reachable_node, reachable_nodes
+from support.replicas import make_ledger
+from support.workers import computing, until
+
+from events.commands import DrainNode
+from server.appkeys import BODIES, LOG, MEMBERSHIP
+from server.v2.forwarding import FORWARDER
+
+BODY = json.dumps({"inputs": [ONE]}).encode()
+LENGTH, ADDRESS = "Inference-Header-Content-Length", "Loadledger-Node-Address"
+PREDICT = ("predict",)
+NOT_COMPARED = {"Date", "RateLimit", "X-Request-ID"}
+PATHS = ("/v2/models/m/infer", "/v2/models/%6D/infer", "/v2/models/m/versions/1/infer")
+"""The fast path, the router's, and that of a version."""
+UNEQUAL = json.dumps(
+    {
+        "inputs": [
+            {"name": name, "shape": [count], "datatype": "FP32", "data": [1] * count}
+            for name, count in (("a", 2), ("b", 3))
+        ]
+    }
+).encode()
+"""Inputs with which `models.subtract` fails."""
+FROM_C: dict[str, Any] = {"Loadledger-Forwarded": "c"}
+PROBLEM = {
+    "type": "urn:loadledger:error:queue_full",
+    "title": "a",
+    "status": 429,
+    "detail": "b",
+    "code": "queue_full",
+    "error": "b",
+}
+FAILED = said(json.dumps(PROBLEM).encode(), "429 Too Many Requests", "Retry-After: 7", "X-Odd: 1")
+
+Pair = tuple[ReachableNode, ReachableNode]
+
+
+def binary(count: int) -> tuple[bytes, dict[str, str]]:
+    """Return body and header fields of an inference whose tensor and outputs are binary."""
+    data = np.arange(count, dtype="<f4").tobytes()
+    tensor = {"name": "x", "shape": [count], "datatype": "FP32"}
+    head = json.dumps(
+        {
+            "inputs": [{**tensor, "parameters": {"binary_data_size": len(data)}}],
+            "parameters": {"binary_data_output": True},
+        }
+    ).encode()
+    return head + data, {LENGTH: str(len(head))}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
+    """Two nodes: the one at which all models are loaded, and one that joined after that."""
+    postgres, folder = await join_shared_server(), tmp_path_factory.mktemp("nodes")
+    loaded = {"m": models.add(1), "loop": models.counting_loop(), "subtract": models.subtract()}
+    async with (
+        postgres.database(make_ledger) as ledger,
+        reachable_node(ledger.server_url, folder, "a") as owner,
+    ):
+        for model_id, model in loaded.items():
+            save(model, folder / "repository", model_id)
+            await owner.api.load(model_id)
+        async with reachable_node(ledger.server_url, folder, "b") as other:
+            yield owner, other
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def ask(node: ReachableNode, path: str = PATHS[0], body: bytes = BODY, **headers: Any) -> Answer:
+    return await node.api.post(path, data=body, headers=headers, roles=PREDICT, subject="pia")
+
+
+@contextmanager
+def target(node: ReachableNode, address: tuple[str, int]) -> Iterator[None]:
+    """Have something else answer at a node's address."""
+    before, node.proxy.target = node.proxy.target, address
+    try:
+        yield
+    finally:
+        node.proxy.target = before
+
+
+def in_flight(api: LocalApi, model_id: str) -> int:
+    return api.worker(model_id).in_flight
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (BODY, {}),
+        (BODY, {"X-Request-Id": "mine"}),
+        (BODY.replace(b"{", b'{"id": "7", ', 1), {"Content-Type": "application/json"}),
+        (gzip.compress(BODY), {"Content-Encoding": "gzip"}),
+        binary(16),
+        binary(150_000),
+        (binary(150_000)[0], {**binary(150_000)[1], "Accept-Encoding": "gzip"}),
+        (BODY[:-1], {}),
+        (BODY, {LENGTH: "-1"}),
+        (BODY.replace(b"FP32", b"INT8"), {}),
+    ],
+    ids=["json", "id", "typed", "gzip", "small", "large", "compressed", "malformed", "length", "datatype"],
+)
+async def test_both_nodes_answer_alike(pair: Pair, path: str, body: bytes, headers: dict[str, str]) -> None:
+    owner, other = pair
+    here, there = await ask(owner, path, body, **headers), await ask(other, path, body, **headers)
+    assert there.status == here.status
+    assert there.body == here.body
+    fields = {name: value for name, value in there.headers.items() if name not in NOT_COMPARED}
+    assert fields.pop(ADDRESS) == owner.address
+    assert fields.pop("Loadledger-Node") == owner.name
+    assert fields == {
+        name: value for name, value in here.headers.items() if name not in {*NOT_COMPARED, "Loadledger-Node"}
+    }
+    assert here.headers["Loadledger-Node"] == owner.name
+    if "X-Request-Id" in headers:
+        assert there.headers["X-Request-Id"] == "mine"
+
+
+@pytest.mark.parametrize("suffix", ["", "/ready", "/config", "/stats"])
+async def test_reads_of_a_model_are_forwarded(pair: Pair, suffix: str) -> None:
+    owner, other = pair
+    for path in (f"/v2/models/m{suffix}", f"/v2/models/m/versions/1{suffix}"):
+        here, there = await owner.api.get(path), await other.api.get(path)
+        assert (there.status, there.json) == (here.status, here.json) == (200, there.json)
+        assert (await other.api.send("HEAD", path)).status == 200
+        assert there.headers["Loadledger-Node"] == owner.name
+    assert (await other.api.get(f"/v2/models/m/versions/2{suffix}")).status == (
+        await owner.api.get(f"/v2/models/m/versions/2{suffix}")
+    ).status
+
+
+@pytest.mark.parametrize(
+    ("model_id", "refusal"),
+    [("nope", (404, "unknown_model")), ("subtract", (400, "inference_failed"))],
+)
+async def test_refusals_are_the_same_at_both_nodes(
+    pair: Pair, model_id: str, refusal: tuple[int, str]
+) -> None:
+    found = [await ask(node, f"/v2/models/{model_id}/infer", UNEQUAL) for node in pair]
+    assert [answer.refusal for answer in found] == [refusal, refusal]
+    assert found[0].json == found[1].json, found
+
+
+async def test_forwarded_request_is_not_forwarded_again(pair: Pair) -> None:
+    owner, other = pair
+    for path in PATHS:
+        refused = await ask(other, path, **FROM_C)
+        assert refused.refusal == (503, "model_not_loaded")
+        assert refused.headers["Retry-After"] == "1"
+        assert "node 'a', not here; node 'c' has forwarded" in refused.json["detail"]
+        assert (await ask(owner, path, **FROM_C)).status == 200
+    await owner.proxy.reset()
+    with target(owner, other.proxy.target):  # the address of one node leads to another one
+        refused = await ask(other)
+    await owner.proxy.reset()
+    assert refused.refusal == (503, "model_not_loaded")
+
+
+async def test_forwarding_needs_a_token_of_the_role(pair: Pair) -> None:
+    _, other = pair
+    for path in PATHS:
+        for roles, status in (((), 401), (("audit",), 403)):
+            refused = await other.api.post(path, data=BODY, roles=roles, headers=FROM_C)
+            assert refused.status == status
+            assert ADDRESS not in refused.headers
+
+
+async def test_only_some_header_fields_are_forwarded(pair: Pair) -> None:
+    owner, other = pair
+    sent = {
+        "Content-Type": "a/b",
+        "Content-Encoding": "odd",
+        "Accept": "c/d",
+        "Accept-Encoding": "identity",
+        LENGTH: "7",
+        "X-Request-Id": "mine",
+        "traceparent": "00-1-2-01",
+        "tracestate": "a=1",
+    }
+    hidden = {"Connection": "close", "Te": "trailers", "Cookie": "a=b", "X-Forwarded-For": "1.2.3.4"}
+    with odd_server(FAILED) as server:
+        port = int(server.url.rpartition(":")[2])
+        await owner.proxy.reset()
+        with target(owner, ("localhost", port)):
+            answer = await ask(other, body=b"\0unparsed", **sent, **hidden)
+        head, _, body = server.requests[0].partition(b"\r\n\r\n")
+    line, *fields = head.decode().split("\r\n")
+    arrived = {name.title(): value for name, _, value in (field.partition(": ") for field in fields)}
+    token = arrived.pop("Authorization")
+    assert token == f"Bearer {other.api.token('predict', subject='pia')}"
+    expected = {
+        **sent,
+        "Loadledger-Forwarded": other.name,
+        "Content-Length": "9",
+        "Host": f"{owner.proxy.address[0]}:{owner.proxy.address[1]}",
+    }
+    assert line == "POST /v2/models/m/infer HTTP/1.1"
+    assert arrived == {name.title(): value for name, value in expected.items()}
+    assert body == b"\0unparsed"
+    assert answer.refusal == (429, "queue_full")
+    assert answer.headers["Retry-After"] == "7"
+    assert "X-Odd" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
+        b"SSH-2.0-no\r\n\r\n",
+        said(b"", "302 Found", "Location: http://127.0.0.1:1/"),
+    ],
+    ids=["closed", "cut", "foreign", "redirect"],
+)
+async def test_broken_answer_of_a_node_is_refused(pair: Pair, script: bytes) -> None:
+    owner, other = pair
+    with odd_server(script) as server:
+        await owner.proxy.reset()
+        with target(owner, ("localhost", int(server.url.rpartition(":")[2]))):
+            answer = await ask(other)
+    assert answer.refusal == (503, "node_unreachable")
+    assert answer.headers["Retry-After"] == "1"
+    assert (await ask(other)).status == 200
+
+
+async def test_refused_connection_names_the_node(pair: Pair) -> None:
+    owner, other = pair
+    await owner.proxy.cut()
+    answers = [await ask(other, path) for path in PATHS] + [await other.api.get("/v2/models/m/ready")]
+    owner.proxy.heal()
+    assert {answer.refusal for answer in answers} == {(503, "node_unreachable")}
+    assert (
+        f"node 'a', at which the model is loaded, cannot be reached at {owner.address}"
+        in (answers[0].json["detail"])
+    )
+    assert (await ask(other)).status == 200
+
+
+async def test_client_that_leaves_ends_the_forwarded_inference(pair: Pair) -> None:
+    owner, other = pair
+    is_computing = computing(owner.api.worker("loop").pid)
+    running = asyncio.create_task(other.api.infer("loop", ENDLESS))
+    await until(is_computing)
+    running.cancel()
+    await until(lambda: not in_flight(owner.api, "loop"))
+    assert (await other.api.infer("loop", {**ENDLESS, "data": [5]})).status == 200
+
+
+async def test_slow_client_holds_up_one_node_only(pair: Pair) -> None:
+    owner, other = pair
+    body, fields = binary(150_000)
+    lines = [
+        "POST /v2/models/m/infer HTTP/1.1",
+        "Host: a",
+        f"Content-Length: {len(body)}",
+        f"Authorization: Bearer {other.api.token('predict')}",
+        *(f"{name}: {value}" for name, value in fields.items()),
+    ]
+    assert other.api.client.port is not None
+    reader, writer = await asyncio.open_connection(other.api.client.host, other.api.client.port, limit=2**10)
+    writer.write("\r\n".join([*lines, "Connection: close", "", ""]).encode() + body[:-1])
+    await until(lambda: other.app[BODIES].taken_bytes > len(body) // 2)
+    assert not in_flight(owner.api, "m")
+    assert not owner.app[BODIES].taken_bytes
+    writer.write(body[-1:])
+    assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+    assert not in_flight(owner.api, "m")
+    received = await reader.read(-1)
+    assert np.frombuffer(received[-600_000:], "<f4")[-1] == 150_000
+    writer.close()
+    await writer.wait_closed()
+    await until(lambda: not other.app[BODIES].taken_bytes)
+
+
+async def test_body_budget_counts_forwarded_bodies(pair: Pair) -> None:
+    _, other = pair
+    bodies = other.app[BODIES]
+    bodies.add("pia", 2**29)
+    body, fields = binary(150_000)
+    refused = await ask(other, body=body, **fields)
+    bodies.add("pia", -(2**29))
+    assert refused.refusal == (503, "bodies_full")
+    assert (await ask(other, body=body, **fields)).status == 200
+    assert bodies.taken_bytes == 0
+
+
+async def test_server_alone_has_no_forwarder(tmp_path: Path) -> None:
+    async with local_server(tmp_path) as api:
+        save(models.add(1), api.config.repository, "m")
+        await api.load("m")
+        answer = await api.infer("m", ONE)
+        assert FORWARDER not in api.app
+        assert not [name for name in answer.headers if name.startswith("Loadledger-Node")]
+
+
+async def drain(node: ReachableNode) -> None:
+    await node.app[LOG].submit(DrainNode(node.name, "alice"))
+
+
+async def test_no_inference_fails_while_its_model_moves(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", "c", placement="pack") as nodes:
+        save(models.add(1), tmp_path / "repository", "m")
+        owner, _ = await loaded_beside(nodes, "m")
+        stopping, answers = asyncio.Event(), list[Answer]()
+
+        async def keep_asking(node: ReachableNode) -> None:
+            while not stopping.is_set():
+                answers.append(await ask(node))
+
+        asking = [asyncio.create_task(keep_asking(node)) for node in nodes]
+        await until(lambda: len(answers) > 20)
+        await drain(owner)
+        moved_to = await _moved(nodes, owner)
+        count = len(answers)
+        await until(lambda: len(answers) > count + 20)
+        stopping.set()
+        await asyncio.gather(*asking)
+        assert [answer.body for answer in answers if answer.status != 200] == []
+        assert {answer.headers["Loadledger-Node"] for answer in answers} == {owner.name, moved_to}
+
+
+async def _moved(nodes: Sequence[ReachableNode], owner: ReachableNode) -> str:
+    """Wait until all nodes know that the model is elsewhere, and unloaded where it was."""
+
+    async def look() -> set[str | None]:
+        return {node.node_of("m") for node in nodes}
+
+    found = await when(look, lambda names: len(names) == 1 and names.isdisjoint({None, owner.name}))
+    [name] = found
+    assert name is not None
+    return name
+
+
+async def test_body_that_arrives_while_its_model_moves_is_forwarded(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", placement="pack") as nodes:
+        save(models.add(1), tmp_path / "repository", "m")
+        owner, other = await loaded_beside(nodes, "m")
+        body, fields = binary(150_000)
+        arriving = asyncio.Event()
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield body[:-1]
+            await arriving.wait()
+            yield body[-1:]
+
+        answering = asyncio.create_task(
+            owner.api.post(
+                PATHS[0], data=parts(), headers={**fields, "Content-Length": str(len(body))}, roles=PREDICT
+            )
+        )
+        await until(lambda: owner.app[BODIES].taken_bytes > 0)
+        await drain(owner)
+        await other.knows("m", other.name)
+        await owner.knows("m", other.name)
+        arriving.set()
+        answer = await answering
+        assert answer.status == 200
+        assert answer.headers["Loadledger-Node"] == other.name
+        assert np.frombuffer(answer.body[-600_000:], "<f4")[-1] == 150_000
+        assert not owner.app[BODIES].taken_bytes
+
+
+async def test_model_is_loaded_on_demand_at_any_node(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", on_demand="on") as nodes:
+        for index in range(4):
+            save(models.add(index), tmp_path / "repository", f"m{index}")
+        found = [await ask(nodes[index % 2], f"/v2/models/m{index}/infer") for index in range(4)]
+        assert [answer.json["outputs"][0]["data"] for answer in found] == [[1.0], [2.0], [3.0], [4.0]]
+        assert [answer for answer in found if ADDRESS in answer.headers]
+
+
+async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_path: Path) -> None:
+    async with cutting_proxy(ledger.server.address) as proxy:
+        url = ledger.url("ledger_server", (proxy.address[0], proxy.address[1]))
+        async with reachable_nodes(url, tmp_path, "a", "b", lease_s=1.0) as nodes:
+            save(models.add(1), tmp_path / "repository", "m")
+            owner, other = await loaded_beside(nodes, "m")
+            await proxy.cut()
+            await until(lambda: all(node.app[MEMBERSHIP].away_s > 1.0 for node in nodes))
+            assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == [owner.name] * 2
+            proxy.heal()
+            await until(lambda: all(node.app[MEMBERSHIP].away_s < 1.0 for node in nodes))
+            assert (await ask(other)).status == 200
+
+
+async def test_unused_port_is_a_refused_connection(pair: Pair) -> None:
+    owner, other = pair
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        await owner.proxy.reset()
+        with target(owner, unused.getsockname()):
+            assert (await ask(other)).refusal == (503, "node_unreachable")

@@ -1,0 +1,103 @@
+"""Nodes that reach each other: applications in this process, each behind a proxy at its address."""
+
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from server.appkeys import LOG
+from server.auth.keys import ensure_data_dir, keys_folder
+from server.config import Config
+from support.cutting import CuttingProxy, cutting_proxy
+from support.http import LocalApi, application
+from support.workers import until
+
+
+@dataclass(slots=True)
+class ReachableNode:
+    """A node: its application, and the proxy at its address, which a test may cut."""
+
+    name: str
+    api: LocalApi
+    proxy: CuttingProxy
+
+    @property
+    def app(self) -> web.Application:
+        """The application."""
+        return self.api.app
+
+    @property
+    def address(self) -> str:
+        """Its address, as the ledger has it."""
+        return f"http://{self.proxy.address[0]}:{self.proxy.address[1]}"
+
+    def node_of(self, model_id: str) -> str | None:
+        """Return the node at which a model is loaded, as this one knows it."""
+        model = self.app[LOG].state.models.get(model_id)
+        serving = model.serving if model is not None and model.state == "loaded" else None
+        return None if serving is None else serving.node_id
+
+    async def knows(self, model_id: str, node_id: str | None) -> None:
+        """Wait until this node knows that a model is loaded at a node, or at none."""
+        await until(lambda: self.node_of(model_id) == node_id)
+
+
+@asynccontextmanager
+async def reachable_node(
+    ledger: str, folder: Path, name: str, **settings: Any
+) -> AsyncIterator[ReachableNode]:
+    """Serve a node over `repository` and `keys` in a folder; its data are in a folder of its name.
+
+    `ledger` is the URL of the database for servers.
+    """
+    data = folder / name
+    async with cutting_proxy(("127.0.0.1", 0)) as proxy:
+        config = Config(
+            repository=folder / "repository",
+            data=data,
+            node_name=name,
+            node_address=f"http://{proxy.address[0]}:{proxy.address[1]}",
+            ledger=ledger,
+            **{"prepare": "off", **settings},
+        )
+        config.repository.mkdir(exist_ok=True)
+        share_keys(folder, data)
+        async with application(config) as api:
+            assert isinstance(api.client.server, TestServer)
+            assert api.client.port is not None
+            proxy.target = ("127.0.0.1", api.client.port)
+            yield ReachableNode(name, api, proxy)
+
+
+def share_keys(folder: Path, data: Path) -> None:
+    """Give a data directory the keys of tokens that all nodes of a folder have."""
+    ensure_data_dir(folder / "keys")
+    if not keys_folder(data).exists():
+        shutil.copytree(keys_folder(folder / "keys"), keys_folder(data))
+
+
+@asynccontextmanager
+async def reachable_nodes(
+    ledger: str, folder: Path, *names: str, **settings: Any
+) -> AsyncIterator[Sequence[ReachableNode]]:
+    """Serve several nodes, which all know each other."""
+    async with AsyncExitStack() as stack:
+        serving = [reachable_node(ledger, folder, name, **settings) for name in names]
+        nodes = [await stack.enter_async_context(each) for each in serving]
+        for node in nodes:
+            await until(lambda log=node.app[LOG]: log.state.nodes.keys() == set(names))  # type: ignore[misc]
+        yield nodes
+
+
+async def loaded_beside(nodes: Sequence[ReachableNode], model_id: str) -> tuple[ReachableNode, ReachableNode]:
+    """Load a model; return the node that has it, and another one that knows that."""
+    await nodes[0].api.load(model_id)
+    [owner] = [node for node in nodes if node.name == nodes[0].node_of(model_id)]
+    other = next(node for node in nodes if node is not owner)
+    await other.knows(model_id, owner.name)
+    return owner, other
