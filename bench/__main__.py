@@ -16,6 +16,7 @@ from bench import (
     baselines,
     bodies,
     clients,
+    cluster,
     compute,
     driver,
     firstloads,
@@ -51,6 +52,7 @@ PARTS = (
     "tails",
     "ledger",
     "listing",
+    "cluster",
 )
 AT_LEAST_ONE = click.IntRange(min=1)
 BARE = "--prepare=off"
@@ -123,7 +125,7 @@ class Choice:
     default=1_000_000,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Events of the ledger for verification and time travel.",
+    help="Events of the ledger for verification, time travel and catching up.",
 )
 @click.option(
     "--listed",
@@ -166,6 +168,7 @@ def main(**options: Any) -> None:
         "tails": _tails,
         "ledger": _ledger,
         "listing": _listing,
+        "cluster": _cluster,
     }
     rows = [row for part in choice.parts for row in _measured(measures[part], choice)]
     console = Console()
@@ -255,6 +258,10 @@ def _listing(folder: Path, choice: Choice) -> list[Row]:
     return ledger.measure_pages(folder, listed=choice.listed)
 
 
+def _cluster(folder: Path, choice: Choice) -> list[Row]:
+    return cluster.measure(folder, repeats=choice.repeats, rounds=choice.rounds, facts=choice.facts)
+
+
 def _conditions(choice: Choice, busy: float) -> str:
     pages = HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else "unknown"
     machine = f"{os.cpu_count()} cores (load average before: {busy:.1f}), transparent huge pages {pages}."
@@ -327,6 +334,12 @@ def _conditions(choice: Choice, busy: float) -> str:
         told.append(
             f"Pages: of 100 events, by the server's own reader, {ledger.PLACES} of each list from different "
             "places, half of them backwards; warm page cache."
+        )
+    if "cluster" in choice.parts:
+        told.append(
+            "Cluster: PostgreSQL on these cores and this disk, with its own defaults (fsync, "
+            f"synchronous_commit); loads and unloads are medians of {choice.repeats}, in turn at a node and "
+            f"at a server alone, from one repository; appends medians of {choice.rounds} ratios, in turn."
         )
     return " ".join(told)
 

@@ -143,15 +143,18 @@ def completed_job(answer: Answer, path: str) -> dict[str, Any]:
 
 
 @contextmanager
-def running(folder: Path, *options: str) -> Iterator[Server]:
+def running(folder: Path, *options: str, repository: Path | None = None) -> Iterator[Server]:
     """Start a server whose data, models and output are in `folder`, warm it up, and stop it at the end.
 
     Args:
         folder: An empty directory.
         options: Further options of `serve`.
+        repository: Of another server, if both load from one.
     """
-    repository, data = folder / "repository", folder / "data"
-    models.write(repository, TINY, models.tiny())
+    repository, data = repository or folder / "repository", folder / "data"
+    folder.mkdir(exist_ok=True)
+    if not (repository / TINY).exists():
+        models.write(repository, TINY, models.tiny())
     process = _serve(repository, data, folder / "output", options)
     try:
         client = http.client.HTTPConnection(_address(process, folder / "output"), timeout=ANSWER_LIMIT_S)
@@ -188,11 +191,15 @@ def _serve(repository: Path, data: Path, output: Path, options: Sequence[str]) -
 
 
 def _token(data: Path) -> str:
-    command = _command("token", "--data", data, "--role", "admin", "--subject", "bench")
-    done = subprocess.run(  # noqa: S603 - the installed command and paths of ours
-        command, env=_environment(), stdout=subprocess.PIPE, text=True, check=True
+    return run("token", "--data", data, "--role", "admin", "--subject", "bench").strip()
+
+
+def run(*arguments: str | Path) -> str:
+    """Run a command of the installed `loadledger`, and return what it printed."""
+    done = subprocess.run(  # noqa: S603 - the installed command and arguments of ours
+        _command(*arguments), env=_environment(), stdout=subprocess.PIPE, text=True, check=True
     )
-    return done.stdout.strip()
+    return done.stdout
 
 
 def _address(process: subprocess.Popen[bytes], output: Path) -> str:

@@ -72,6 +72,8 @@ RESTARTS, FAILURES = 20_000, 20
 START = "2026-01-01T00:00:00.000000Z"
 APART_S = 0.25
 DENIED = AccessDenied("POST /api/v1/models/{id}/load", 1)
+Source = Callable[[int], Iterator[Draft]]
+"""Yields facts without end, by the number of a writer."""
 ALICE, MALLORY, FIRST = "alice@example.org", "mallory@example.org", "carol@example.org"
 
 
@@ -160,8 +162,8 @@ def measure_ledger(folder: Path, *, facts: int, rounds: int) -> list[Row]:
         rounds: Rounds of appending to take the median of.
     """
     rows = [
-        _append(folder, "facts", _denials, rounds),
-        _append(folder, "loads and unloads", _loads, rounds),
+        _append(folder, "facts", yield_denials, rounds),
+        _append(folder, "loads and unloads", yield_loads, rounds),
     ]
     path = folder / "long.db"
     write_ledger(path, facts)
@@ -173,7 +175,7 @@ def measure_ledger(folder: Path, *, facts: int, rounds: int) -> list[Row]:
     ]
 
 
-def _append(folder: Path, what: str, source: Callable[[int], Iterator[Draft]], rounds: int) -> Row:
+def _append(folder: Path, what: str, source: Source, rounds: int) -> Row:
     """Let 64 writers append one fact after the other, then insert the same rows in the same groups.
 
     Ours runs in the server's event loop. Facts and rows are made before the measurement.
@@ -181,7 +183,7 @@ def _append(folder: Path, what: str, source: Callable[[int], Iterator[Draft]], r
     figures = []
     for number in range(rounds):
         ours, plain = folder / f"{what}-{number}.db", folder / f"{what}-{number}-plain.db"
-        took_s, ends = uvloop.run(_written(ours, source))
+        took_s, ends = uvloop.run(append_all(Log(ours), source))
         figures.append((APPENDED / took_s, APPENDED / _inserted_s(ours, plain, ends)))
         for path in (ours, plain):
             path.unlink()
@@ -192,9 +194,21 @@ def _append(folder: Path, what: str, source: Callable[[int], Iterator[Draft]], r
     return Row(name, f"{rate:,.0f}/s", beside, ratio, f"≥ {APPEND_GOAL:.2f}", ratio >= APPEND_GOAL)
 
 
-async def _written(path: Path, source: Callable[[int], Iterator[Draft]]) -> tuple[float, list[int]]:
-    """Return the seconds that it took, and the last position of each group."""
-    log, ends = Log(path), [0]
+async def append_all(
+    log: Log, source: Source, *, writers: int = WRITERS, facts: int = APPENDED
+) -> tuple[float, list[int]]:
+    """Let writers append facts to an empty log, each one after the other, and close it.
+
+    Args:
+        log: Not open yet.
+        source: Yields the facts of a writer, by its number.
+        writers: How many.
+        facts: Of all of them together.
+
+    Returns:
+        The seconds that it took, and the last position of each group.
+    """
+    ends = [0]
     await log.open()
     committed = log.subscribe()
 
@@ -210,8 +224,7 @@ async def _written(path: Path, source: Callable[[int], Iterator[Draft]]) -> tupl
 
     watching = asyncio.create_task(watch())
     told = [
-        [Record((draft,)) for draft in islice(source(number), APPENDED // WRITERS)]
-        for number in range(WRITERS)
+        [Record((draft,)) for draft in islice(source(number), facts // writers)] for number in range(writers)
     ]
     gc.freeze()  # the collector need not visit the bench's own objects
     start = time.perf_counter()
@@ -223,12 +236,14 @@ async def _written(path: Path, source: Callable[[int], Iterator[Draft]]) -> tupl
     return took_s, [*ends, log.head.position]
 
 
-def _denials(number: int) -> Iterator[Draft]:
+def yield_denials(number: int) -> Iterator[Draft]:
+    """Yield facts without end that change no model; those of each number have other ids."""
     data = AccessDenied("POST /api/v1/models/{id}/load", 1)
     return (Draft(f"{number:08}-{each:027}", data, "mallory@example.org") for each in count())
 
 
-def _loads(number: int) -> Iterator[Draft]:
+def yield_loads(number: int) -> Iterator[Draft]:
+    """Yield facts without end of a model that is loaded and unloaded; each number is another model."""
     return model_facts(f"model-{number:03}", random.Random(number))  # noqa: S311 - the same each time
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from support.fleet import soak_only
+from support.postgres import require_programs
 from support.servers import UNHURRIED, clean_environment
 
 from bench import baselines, generator, models
@@ -30,6 +31,11 @@ loads.LOADS_AT_ONCE = 3
 __main__.main()
 """
 """Ten, the usual number, take half a minute."""
+FEWER_APPENDS = """
+from bench import __main__, cluster
+cluster.APPENDED = {64: 640, 1: 20}
+__main__.main()
+"""
 UNHURRIED_BENCH = f"""
 from bench import __main__, driver
 driver._command = lambda *arguments: [*{UNHURRIED}, *map(str, arguments)]
@@ -182,6 +188,20 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
             "Pages: of 100 events, by the server's own reader",
         ),
     ),
+    "cluster": (
+        FEWER_APPENDS,
+        ("--only=cluster", *ONCE, "--facts=2000"),
+        (
+            "load of a tiny model, PostgreSQL ÷ SQLite",
+            "unload of a 54 MB CNN, PostgreSQL ÷ SQLite",
+            "append, durable, 64 writers, facts, PostgreSQL ÷ SQLite",
+            "append, durable, 1 writer, facts, PostgreSQL ÷ SQLite",
+            "copy 2,000 events into an empty database",
+            "verify and fold 2,000 events from PostgreSQL ÷ from SQLite",
+            "a new node's empty replica until it has 2,000 events",
+            "Cluster: PostgreSQL on these cores and this disk",
+        ),
+    ),
 }
 """By part: a program that runs the bench in a smaller form, options, and what the table has to contain."""
 OTHERS = ("÷ constant reply", ": first load ÷", "Triton", "MLP")
@@ -192,6 +212,8 @@ OTHERS = ("÷ constant reply", ": first load ÷", "Triton", "MLP")
     "part", [pytest.param(part, marks=() if part == "listing" else soak_only) for part in TABLES]
 )
 def test_bench_prints_the_rows_of_a_part(part: str) -> None:
+    if part == "cluster":
+        require_programs()
     program, options, rows = TABLES[part]
     done = run("bench", *options) if program is None else run(program, *options, how="-c")
     assert done.returncode == 0, done.stdout + done.stderr
