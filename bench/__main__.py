@@ -74,6 +74,7 @@ class Choice:
     facts: int
     listed: int
     tail_seconds: float
+    away_seconds: float
     network: tuple[str, ...]
     only: tuple[str, ...]
     peers: Path | None
@@ -115,11 +116,14 @@ class Choice:
     default=5,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Rounds of inferences, appends and ten loads at once for each median.",
+    help="Rounds of inferences, appends, kills of a node and ten loads at once for each median.",
 )
 @click.option("--seconds", default=2.0, show_default=True, help="Duration of each measurement of inference.")
 @click.option("--tails", default=1000, show_default=True, type=AT_LEAST_ONE, help="Streams at once.")
 @click.option("--tail-seconds", default=30.0, show_default=True, help="Duration of the streams.")
+@click.option(
+    "--away-seconds", default=60.0, show_default=True, help="For how long nodes are without their database."
+)
 @click.option(
     "--facts",
     default=1_000_000,
@@ -259,7 +263,13 @@ def _listing(folder: Path, choice: Choice) -> list[Row]:
 
 
 def _cluster(folder: Path, choice: Choice) -> list[Row]:
-    return cluster.measure(folder, repeats=choice.repeats, rounds=choice.rounds, facts=choice.facts)
+    return cluster.measure(
+        folder,
+        repeats=choice.repeats,
+        rounds=choice.rounds,
+        facts=choice.facts,
+        away_s=choice.away_seconds,
+    )
 
 
 def _conditions(choice: Choice, busy: float) -> str:
@@ -339,7 +349,8 @@ def _conditions(choice: Choice, busy: float) -> str:
         told.append(
             "Cluster: PostgreSQL on these cores and this disk, with its own defaults (fsync, "
             f"synchronous_commit); loads and unloads are medians of {choice.repeats}, in turn at a node and "
-            f"at a server alone, from one repository; appends medians of {choice.rounds} ratios, in turn."
+            f"at a server alone, from one repository; appends medians of {choice.rounds} ratios, in turn; "
+            f"kills medians of {choice.rounds}."
         )
     return " ".join(told)
 

@@ -155,10 +155,10 @@ def running(folder: Path, *options: str, repository: Path | None = None) -> Iter
     folder.mkdir(exist_ok=True)
     if not (repository / TINY).exists():
         models.write(repository, TINY, models.tiny())
-    process = _serve(repository, data, folder / "output", options)
+    process = serve(repository, data, folder / "output", options)
     try:
-        client = http.client.HTTPConnection(_address(process, folder / "output"), timeout=ANSWER_LIMIT_S)
-        server = Server(process.pid, repository, client, _token(data))
+        client = http.client.HTTPConnection(find_address(process, folder / "output"), timeout=ANSWER_LIMIT_S)
+        server = Server(process.pid, repository, client, issue_token(data))
         # The first load starts the fork server, once in the life of a server; it is not what is measured.
         server.load(TINY)
         server.unload(TINY)
@@ -182,7 +182,8 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("LOADLEDGER_")}
 
 
-def _serve(repository: Path, data: Path, output: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
+def serve(repository: Path, data: Path, output: Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a server, and return its process, which may not be ready yet."""
     command = _command("serve", "--repository", repository, "--data", data, "--port", "0", *options)
     with output.open("wb") as sink:
         return subprocess.Popen(  # noqa: S603 - the installed command and paths of ours
@@ -190,7 +191,8 @@ def _serve(repository: Path, data: Path, output: Path, options: Sequence[str]) -
         )
 
 
-def _token(data: Path) -> str:
+def issue_token(data: Path) -> str:
+    """Return an administrator's token for the server of a data directory."""
     return run("token", "--data", data, "--role", "admin", "--subject", "bench").strip()
 
 
@@ -202,7 +204,7 @@ def run(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def _address(process: subprocess.Popen[bytes], output: Path) -> str:
+def find_address(process: subprocess.Popen[bytes], output: Path) -> str:
     """Return host and port, which `serve` prints when it is ready."""
     deadline = time.monotonic() + START_LIMIT_S
     while process.poll() is None and time.monotonic() < deadline:

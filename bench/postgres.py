@@ -121,6 +121,14 @@ class Postgres:
         return output.read_text()
 
 
+def find_free_port() -> int:
+    """Return a port of 127.0.0.1 on which nothing listens."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 @contextmanager
 def running(folder: Path, programs: Path) -> Iterator[Postgres]:
     """Start a server, and stop it at the end.
@@ -131,9 +139,7 @@ def running(folder: Path, programs: Path) -> Iterator[Postgres]:
     """
     if (user := _server_user()) is not None:
         os.chown(folder, user.pw_uid, user.pw_gid)
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        server = Postgres(programs, folder, free.getsockname()[1])
+    server = Postgres(programs, folder, find_free_port())
     try:
         server.initialise()
         yield server

@@ -134,7 +134,7 @@ def add_one_inputs(elements: int) -> dict[str, NDArray[np.float32]]:
     return {"x": np.arange(elements, dtype=np.float32).reshape(1, elements)}
 
 
-def add_one_request(elements: int, *, binary: bool) -> Request:
-    """Return an inference of the model that adds one, of so many values."""
+def add_one_request(elements: int, *, binary: bool, model_id: str = ADD_ONE) -> Request:
+    """Return an inference of the model that adds one, under any name, of so many values."""
     inputs = add_one_inputs(elements)
-    return Request(ADD_ONE, inputs, [inputs["x"][0] + 1], binary=binary)
+    return Request(model_id, inputs, [inputs["x"][0] + 1], binary=binary)

@@ -1,0 +1,279 @@
+"""Several nodes over one PostgreSQL: one is killed; the database is away for a while."""
+
+import http.client
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import driver, generator, models
+from bench.driver import Server
+from bench.generator import Answers
+from bench.postgres import Postgres, find_free_port
+from bench.requests import Target, add_one_request
+from bench.table import Row
+
+NAMES = ("a", "b", "c")
+LEASE_S = 3.0
+KILL_GOAL_S = 4.0
+"""For all models of a killed node to be loaded elsewhere, beside the time that loading them takes."""
+MODELS = 12
+ACCEPTED = 20
+"""Loads that the database going away interrupts."""
+PLACEMENTS = 20
+"""Loads after which each node has one, or `spread` does not hold."""
+CLIENTS = 2
+"""Of each node."""
+ELEMENTS = 16
+LIMIT_S = 60.0
+"""For nodes to do what they must: far more than any lease."""
+LOOK_S = 0.02
+ASK_S = 1.0
+"""Between two loads that are asked for while the database is away."""
+AWAY = "away"
+"""A model that is asked for meanwhile."""
+UNENDED = ("pending", "in_progress")
+
+
+@dataclass(slots=True)
+class Node:
+    """One node: its process and a connection to it."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    server: Server
+
+
+class Fleet:
+    """Nodes over one ledger, with one repository and the same keys.
+
+    Args:
+        folder: An empty directory.
+        address: Of the ledger.
+    """
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self._folder = folder
+        self._address = address
+        self.repository = folder / "repository"
+        self.nodes: dict[str, Node] = {}
+        self._ports = {name: find_free_port() for name in NAMES}
+
+    def start(self, name: str) -> Server:
+        """Start a node, or start it again; return when it is ready."""
+        data, output = self._folder / name, self._folder / f"{name}.log"
+        if not data.exists() and self.nodes:
+            shutil.copytree(self._folder / next(iter(self.nodes)) / "keys", data / "keys")
+        port = self._ports[name]
+        node = ("--ledger", self._address, "--node-name", name, "--lease-s", f"{LEASE_S:g}")
+        where = ("--port", str(port), "--node-address", f"http://127.0.0.1:{port}")
+        options = (*driver.UNLIMITED, "--prepare=off", *node, *where)
+        process = driver.serve(self.repository, data, output, options)
+        try:
+            client = http.client.HTTPConnection(
+                driver.find_address(process, output), timeout=driver.ANSWER_LIMIT_S
+            )
+        except BaseException:
+            process.kill()
+            raise
+        server = Server(process.pid, self.repository, client, driver.issue_token(data))
+        self.nodes[name] = Node(name, process, server)
+        return server
+
+    def kill(self, name: str) -> None:
+        """Kill a node with SIGKILL, and wait for its process to end."""
+        node = self.nodes.pop(name)
+        node.server.client.close()
+        node.process.kill()
+        node.process.wait()
+
+    def stop(self, name: str) -> None:
+        """Stop a node in order."""
+        node = self.nodes.pop(name)
+        node.server.client.close()
+        node.process.send_signal(signal.SIGTERM)
+        if status := node.process.wait(driver.STOP_LIMIT_S):
+            raise SystemExit(f"node {name} ended with {status}")
+
+    @property
+    def any(self) -> Server:
+        """Return a node to ask."""
+        return next(iter(self.nodes.values())).server
+
+
+@contextmanager
+def running(folder: Path, database: Postgres) -> Iterator[Fleet]:
+    """Start three nodes over an empty ledger, and stop them at the end."""
+    folder.mkdir()
+    fleet = Fleet(folder, database.create_ledger())
+    fleet.repository.mkdir()
+    try:
+        for name in NAMES:
+            fleet.start(name)
+        yield fleet
+        for name in list(fleet.nodes):
+            fleet.stop(name)
+    finally:
+        for name in list(fleet.nodes):
+            fleet.kill(name)
+
+
+def measure_kills(folder: Path, database: Postgres, *, rounds: int) -> Row:
+    """Kill the node with most models, until each of them is loaded at another node."""
+    with running(folder, database) as fleet:
+        ids = [f"kept-{number}" for number in range(MODELS)]
+        for model_id in ids:
+            models.write(fleet.repository, model_id, models.tiny())
+        loading_s = _load_all(fleet.any, ids)
+        took_s, moved = zip(*(_kill_round(fleet, ids) for _ in range(rounds)), strict=True)
+    goal_s = KILL_GOAL_S + loading_s
+    what = f"its {min(moved)} to {max(moved)} models are loaded elsewhere, lease {LEASE_S:g} s"
+    return Row(
+        f"kill -9 of one of {len(NAMES)} nodes until {what}; beside: loading {MODELS} models",
+        f"{median(took_s):.2f} s, worst {max(took_s):.2f} s",
+        f"{loading_s:.2f} s",
+        None,
+        f"≤ {KILL_GOAL_S:g} s + loading them",
+        max(took_s) <= goal_s,
+    )
+
+
+def _kill_round(fleet: Fleet, ids: Sequence[str]) -> tuple[float, int]:
+    """Return the seconds, and how many models moved; the node is back and its share of models with it."""
+    places = _places(fleet.any, ids)
+    ((victim, _),) = Counter(places.values()).most_common(1)
+    moving = {model_id for model_id, node in places.items() if node == victim}
+    begin = time.monotonic()
+    fleet.kill(victim)
+    _until(lambda: not {each for each, node in _places(fleet.any, moving).items() if node == victim})
+    took_s = time.monotonic() - begin
+    fleet.start(victim)
+    return took_s, len(moving)
+
+
+def _load_all(server: Server, ids: Sequence[str]) -> float:
+    """Load models at once, and return the seconds until all are ready."""
+    paths = [f"/api/v1/models/{model_id}/load" for model_id in ids]
+    begin = time.monotonic()
+    connections = [server.connect() for _ in paths]
+    for connection, path in zip(connections, paths, strict=True):
+        server.send(connection, "POST", path, headers=driver.WAIT)
+    for connection, path in zip(connections, paths, strict=True):
+        driver.completed_job(driver.read(connection), path)
+        connection.close()
+    return time.monotonic() - begin
+
+
+def _places(server: Server, ids: Collection[str]) -> dict[str, str]:
+    """Return at which node each model was loaded last."""
+    found = dict[str, str]()
+    for event in _loaded_events(server):
+        if event["model_id"] in ids:
+            found.setdefault(event["model_id"], event["data"]["node_id"])
+    return found
+
+
+def _loaded_events(server: Server) -> list[dict[str, Any]]:
+    """Return the newest events of loaded models, newest first."""
+    page = server.ask("GET", f"/api/v1/events?type=ModelLoaded&before={driver.BEYOND_ALL}&limit=100").json()
+    events: list[dict[str, Any]] = page["events"]
+    return events
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not holds():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the nodes have not done what they must within {LIMIT_S:g} s")
+        time.sleep(LOOK_S)
+
+
+def measure_outage(folder: Path, database: Postgres, *, away_s: float) -> list[Row]:
+    """Stop the database under inferences at all nodes and loads accepted right before; start it again."""
+    with running(folder, database) as fleet, ExitStack() as clients:
+        asked = _load_everywhere(fleet)
+        stops = [
+            clients.enter_context(_asking(node.server, folder, asked[name]))
+            for name, node in fleet.nodes.items()
+        ]
+        ids = [f"accepted-{number}" for number in range(ACCEPTED)]
+        for model_id in (*ids, AWAY):
+            models.write(fleet.repository, model_id, models.tiny())
+        jobs = _request_loads(fleet, ids)
+        database.stop()
+        refused, more = _ask_while_away(fleet, away_s)
+        database.start()
+        jobs += more
+        _until(lambda: all(_job_status(fleet.any, job) not in UNENDED for job in jobs))
+        answers = [stop() for stop in stops]
+        statuses = [_job_status(fleet.any, job) for job in jobs]
+    return _outage_rows(away_s, answers, statuses, refused)
+
+
+def _outage_rows(
+    away_s: float, answers: Sequence[Answers], statuses: Sequence[str], refused: int
+) -> list[Row]:
+    during = f"while the database is away for {away_s:g} s, lease {LEASE_S:g} s"
+    failed, total = sum(each.failed for each in answers), sum(each.total for each in answers)
+    for reason in filter(None, (each.reason for each in answers)):
+        print(f"inferences failed {during}, the first: {reason}", file=sys.stderr)
+    lost = sum(status != "completed" for status in statuses)
+    ended = f"{lost} of {len(statuses)}, {refused} refused meanwhile"
+    return [
+        Row(f"inferences failed {during}", f"{failed:,} of {total:,}", "", None, "0", failed == 0),
+        Row(f"accepted loads lost {during}", ended, "", None, "0", lost == 0),
+    ]
+
+
+def _load_everywhere(fleet: Fleet) -> dict[str, str]:
+    """Load models until each node has one, and return one of each node."""
+    found = dict[str, str]()
+    for number in range(PLACEMENTS):
+        model_id = f"asked-{number}"
+        models.write(fleet.repository, model_id, models.add_one())
+        _load_all(fleet.any, [model_id])
+        found.setdefault(_places(fleet.any, [model_id])[model_id], model_id)
+        if len(found) == len(fleet.nodes):
+            return found
+    raise SystemExit(f"{PLACEMENTS} loads were placed at {', '.join(found)} alone")
+
+
+@contextmanager
+def _asking(server: Server, folder: Path, model_id: str) -> Iterator[Callable[[], Answers]]:
+    """Send inferences on a model to the node that has it; yield what stops them."""
+    request = add_one_request(ELEMENTS, binary=True, model_id=model_id)
+    target = Target(model_id, server.port, server.token)
+    request.check(target)
+    with generator.recording(server.port, request.write(target, folder), clients=CLIENTS) as stop:
+        yield stop
+
+
+def _request_loads(fleet: Fleet, ids: Sequence[str]) -> list[str]:
+    """Ask for loads without waiting for them, and return the accepted jobs."""
+    answers = [fleet.any.ask("POST", f"/api/v1/models/{model_id}/load") for model_id in ids]
+    return [answer.json()["id"] for answer in answers if answer.status == HTTPStatus.ACCEPTED]
+
+
+def _ask_while_away(fleet: Fleet, away_s: float) -> tuple[int, list[str]]:
+    """Ask for loads for so long; return how many were refused, and the jobs of the others."""
+    until, refused, jobs = time.monotonic() + away_s, 0, list[str]()
+    while (left_s := until - time.monotonic()) > 0:
+        accepted = _request_loads(fleet, [AWAY])
+        jobs += accepted
+        refused += not accepted
+        time.sleep(min(ASK_S, left_s))
+    return refused, jobs
+
+
+def _job_status(server: Server, job_id: str) -> str:
+    status: str = server.ask("GET", f"/api/v1/jobs/{job_id}").json()["status"]
+    return status
