@@ -87,9 +87,7 @@ class LedgerForked(ForeignHead):
 
 
 class EpochOver(LogUnavailable):
-    """The other nodes have given this one up: nothing was accepted, and it joins again."""
-
-    code = "epoch_over"
+    """The other nodes have given this one up: nothing was accepted, and it joins again; try again shortly."""
 
 
 class NodeAlive(LedgerProblem):

@@ -72,7 +72,7 @@ def translated_errors(what: str) -> Iterator[None]:
     """Translate what the driver raises; `what` completes "the ledger's database …".
 
     Raises:
-        EpochOver: `epoch_over`, the database refused the epoch of this node.
+        EpochOver: `log_unavailable`, the database refused the epoch of this node.
         NodeAlive: `node_alive`, it refused the loss of another one.
         StorageError: for every other exception that is not the ledger's own.
     """

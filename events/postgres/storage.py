@@ -158,7 +158,7 @@ class ReplicatedStorage:
 
         Raises:
             HeadMoved: the database's head is not `after`; nothing was appended.
-            EpochOver: `epoch_over`, this node was declared lost; nothing was appended.
+            EpochOver: `log_unavailable`, this node was declared lost; nothing was appended.
             NodeAlive: `node_alive`, the events declare a node lost that is not; nothing was appended.
         """
         with translated_errors("could not be written"):

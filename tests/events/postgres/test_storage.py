@@ -22,7 +22,7 @@ from support.workers import until
 from events.audit.verify import verify
 from events.clock import format_timestamp, seconds_between, utc_now
 from events.commands import Receipt, RequestLoad
-from events.errors import ForeignHead, LedgerForked, LedgerProblem, LogUnavailable
+from events.errors import EpochOver, ForeignHead, LedgerForked, LedgerProblem, LogUnavailable
 from events.log import Log
 from events.postgres.storage import Authority
 from events.types import Idempotency
@@ -177,9 +177,9 @@ async def test_facts_of_an_ended_epoch_are_refused(ledger: Database, tmp_path: P
         storage_of(log).authority = Authority("a", 3, 10.0)
         await write(log, 1, first=2)
         await change(ledger, "UPDATE nodes SET ended = true")
-        with pytest.raises(LogUnavailable) as refused:
+        with pytest.raises(EpochOver) as refused:
             await write(log, 1, first=3)
-        assert (refused.value.code, log.head.position) == ("epoch_over", 2)
+        assert (refused.value.code, log.head.position) == ("log_unavailable", 2)
         storage_of(log).authority = Authority()
         assert (await write(log, 1, first=4))[0].position == 3
 
