@@ -100,15 +100,14 @@ BEGIN
   SELECT array_agg(body::json) INTO of_nodes FROM unnest(bodies) AS body WHERE body LIKE '%"type":"Node%';
   PERFORM check_epochs(of_nodes, node, node_epoch, lease_s);
   WITH given AS (
-    SELECT number, body, hash, body::json AS parsed
-    FROM unnest(bodies, hashes) WITH ORDINALITY AS rows (body, hash, number)
+    SELECT number, body, hash, position AS said, recorded_at AS at
+    FROM unnest(bodies, hashes) WITH ORDINALITY AS rows (body, hash, number),
+      json_to_record(body::json) AS parsed (position text, recorded_at text)
   ), linked AS (
     SELECT
-      number, body, hash,
+      number, body, hash, said, at,
       lag(hash, 1, after_hash) OVER (ORDER BY number) AS previous,
-      parsed ->> 'position' AS said,
-      parsed ->> 'recorded_at' AS at,
-      lag(parsed ->> 'recorded_at', 1, tip.recorded_at) OVER (ORDER BY number) AS before
+      lag(at, 1, tip.recorded_at) OVER (ORDER BY number) AS before
     FROM given
   ), inserted AS (
     INSERT INTO events (position, body, hash)
@@ -121,8 +120,8 @@ BEGIN
       OR at IS NULL
       OR at COLLATE "C" < before COLLATE "C"
     ),
-    (array_agg(hash ORDER BY number DESC))[1],
-    (array_agg(at ORDER BY number DESC))[1]
+    (array_agg(hash) FILTER (WHERE number = cardinality(bodies)))[1],
+    max(at COLLATE "C")
   INTO wrong, last_hash, last_at
   FROM linked;
   IF wrong IS NOT NULL THEN
