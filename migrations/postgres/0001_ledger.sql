@@ -77,6 +77,7 @@ WHEN (current_setting('loadledger.archiving', true) IS DISTINCT FROM 'on') EXECU
 --
 -- The chain, the positions and the order of the times are checked here, so that no server can write a log that does
 -- not verify. What the chain does not prove, that a body is canonical JSON, is the servers' and the verifiers' part.
+-- Reading a member of a text with \u0000 in it is an error, whichever member has it, so it is read as \u0001.
 --
 -- A writer that is no node, such as a command, has null for its node; a node that has not joined yet, for its epoch.
 CREATE FUNCTION append(
@@ -97,12 +98,13 @@ BEGIN
   IF coalesce(cardinality(bodies), 0) = 0 OR cardinality(bodies) IS DISTINCT FROM cardinality(hashes) THEN
     RAISE EXCEPTION 'there must be as many hashes as events, at least one';
   END IF;
-  SELECT array_agg(body::json) INTO of_nodes FROM unnest(bodies) AS body WHERE body LIKE '%"type":"Node%';
+  SELECT array_agg(replace(body, '\u0000', '\u0001')::json) INTO of_nodes
+  FROM unnest(bodies) AS body WHERE body LIKE '%"type":"Node%';
   PERFORM check_epochs(of_nodes, node, node_epoch, lease_s);
   WITH given AS (
     SELECT number, body, hash, position AS said, recorded_at AS at
     FROM unnest(bodies, hashes) WITH ORDINALITY AS rows (body, hash, number),
-      json_to_record(body::json) AS parsed (position text, recorded_at text)
+      json_to_record(replace(body, '\u0000', '\u0001')::json) AS parsed (position text, recorded_at text)
   ), linked AS (
     SELECT
       number, body, hash, said, at,

@@ -18,7 +18,7 @@ from events.commands import JobUnchanged, Receipt, Record, RequestLoad, RequestU
 from events.errors import NotEncodable, RequestRefused
 from events.log import Log
 from events.sqlite.history import open_time_travel_reader
-from events.types import SYSTEM, Draft, Idempotency, LoadFailed
+from events.types import SYSTEM, AccessDenied, Draft, Idempotency, LoadFailed
 
 Open = Callable[..., AbstractAsyncContextManager[Log]]
 
@@ -59,6 +59,14 @@ async def test_positions_have_no_gap_and_hashes_link(open_log: Open, path: Path)
         assert log.head.position == 303
     assert chain(rows_of(path))
     assert len(rows_of(path)) == 303
+    assert verify(path).verified
+
+
+async def test_text_with_null_character_is_recorded(open_log: Open, path: Path) -> None:
+    async with open_log() as log:
+        await log.submit(Record((Draft("denied", AccessDenied("a\x00\\u0000b", 1), "mallory"),)))
+    [(_, body, _)] = rows_of(path)
+    assert decode_event(body).data == AccessDenied("a\x00\\u0000b", 1)
     assert verify(path).verified
 
 
