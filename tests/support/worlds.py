@@ -1,6 +1,6 @@
 """A simulation around the real `accept`, folds and `decide`: log, clock, processes, memory, requests."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -31,11 +31,11 @@ from events.types import (
     record_draft,
 )
 from runtime.consumer.drafts import (
-    build_reload,
-    build_unload,
+    build_request,
     draft_crash_loop,
     draft_fact,
     draft_load_start,
+    draft_placement,
     draft_settings_change,
 )
 from runtime.limits import PROGRESS_TIMEOUT_S
@@ -43,7 +43,15 @@ from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.scheduler import decide, is_load_current
-from runtime.scheduler.view import LoadView, Observations, Phase, Policy, PreparationView
+from runtime.scheduler.view import (
+    LoadView,
+    NodeHints,
+    Observations,
+    Phase,
+    Policy,
+    PreparationView,
+    find_started_job,
+)
 from support.history import at, model_loaded
 
 MODEL_BYTES = {
@@ -177,6 +185,49 @@ class Process:
                 pytest.fail(outcome)
 
 
+def check_fact(
+    event: Event, state: State, before: Sequence[Event], exited: set[str | None], bare: Container[str]
+) -> None:
+    """Each fact is recorded once, and no request of the system undoes what a client asked for.
+
+    Args:
+        event: about to be recorded.
+        state: before it.
+        before: the events before it.
+        exited: the workers whose exits are recorded, to which this one's is added.
+        bare: the loads whose cached model failed: they start again in the same attempt.
+    """
+    job, data = state.unended_job(event.job_id), event.data
+    if isinstance(data, OUTCOMES):
+        assert job is not None
+        assert not (isinstance(data, ModelLoaded) and job.cancelling)
+        if isinstance(data, JobCancelled) and data.superseded_by is not None:
+            check_superseded(job, data.superseded_by, before[-1])
+    elif isinstance(data, LoadStarted):
+        assert job is not None
+        assert not job.cancelling
+        is_bare_again = job.id in bare and job.status is JobStatus.IN_PROGRESS
+        assert data.attempt == job.attempt + (not is_bare_again)
+    elif isinstance(data, UnloadStarted):
+        assert job is not None
+        assert not job.cancelling
+        assert job.status is JobStatus.PENDING
+    elif isinstance(data, WorkerExited):
+        assert event.worker_id not in exited
+        exited.add(event.worker_id)
+    elif isinstance(data, LoadRequested) or (isinstance(data, UnloadRequested) and data.cause in _ALONE):
+        assert event.actor != SYSTEM or state.queue(event.model_id or "") == []
+
+
+def check_superseded(job: Job, by: str, request: Event) -> None:
+    """A load of the system that has not started gives way to a client's load, requested with it."""
+    assert job.cause is not Cause.REQUEST
+    assert job.status is JobStatus.PENDING
+    assert not job.cancelling
+    assert isinstance(request.data, LoadRequested)
+    assert (request.id, request.model_id, request.data.cause) == (by, job.model_id, Cause.REQUEST)
+
+
 class World:
     """A log, a clock and processes, around the real `accept`, folds and `decide`.
 
@@ -202,6 +253,7 @@ class World:
         self.unchanged: dict[str, bool | None] = {}
         self.preparable: dict[str, int] = {}
         self.preparation: PreparationView | None = None
+        self.hints: Mapping[str, NodeHints] = {}
         self.fault: str | None = None
         self.events: list[Event] = []
         self.cancelled: set[str] = set()
@@ -213,6 +265,11 @@ class World:
         """The state that the consumer sees: not the last facts, if their commit raised just now."""
         return self._seen or self._recorded
 
+    @property
+    def own(self) -> State:
+        """The part of the state that this server works on: all of it, without nodes."""
+        return self.state.of(self.policy.node_id, self.policy.node_epoch)
+
     def new_id(self) -> str:
         return f"j{next(self._ids)}"
 
@@ -221,47 +278,16 @@ class World:
         decision = accept(self.state, command, self.new_id, self.now)
         for draft in decision.drafts if isinstance(decision, Accepted) else ():
             event = record_draft(draft, self.state.position + 1, self.now)
-            self._check_fact(event)
+            check_fact(event, self.state, self.events, self.exited, self.bare)
             self.events.append(event)
             changes = self.state.apply(event)
             self.state.forget_ended(changes.jobs.values())
         return decision
 
-    def _check_fact(self, event: Event) -> None:
-        """Each fact is recorded once, and no request of the system undoes what a client asked for."""
-        job, data = self.state.unended_job(event.job_id), event.data
-        if isinstance(data, OUTCOMES):
-            assert job is not None
-            assert not (isinstance(data, ModelLoaded) and job.cancelling)
-            if isinstance(data, JobCancelled) and data.superseded_by is not None:
-                self._check_superseded(job, data.superseded_by)
-        elif isinstance(data, LoadStarted):
-            assert job is not None
-            assert not job.cancelling
-            is_bare_again = job.id in self.bare and job.status is JobStatus.IN_PROGRESS
-            assert data.attempt == job.attempt + (not is_bare_again)
-        elif isinstance(data, UnloadStarted):
-            assert job is not None
-            assert not job.cancelling
-            assert job.status is JobStatus.PENDING
-        elif isinstance(data, WorkerExited):
-            assert event.worker_id not in self.exited
-            self.exited.add(event.worker_id)
-        elif isinstance(data, LoadRequested) or (isinstance(data, UnloadRequested) and data.cause in _ALONE):
-            assert event.actor != SYSTEM or self.state.queue(event.model_id or "") == []
-
-    def _check_superseded(self, job: Job, by: str) -> None:
-        """A load of the system that has not started gives way to a client's load, requested with it."""
-        assert job.cause is not Cause.REQUEST
-        assert job.status is JobStatus.PENDING
-        assert not job.cancelling
-        request = self.events[-1]
-        assert isinstance(request.data, LoadRequested)
-        assert (request.id, request.model_id, request.data.cause) == (by, job.model_id, Cause.REQUEST)
-
     def running(self) -> dict[str, LoadView]:
+        own = self.own
         return {
-            load: process.view(self.state.unended_job(load), load, demanded=process.model_id in self.demanded)
+            load: process.view(find_started_job(own, load), load, demanded=process.model_id in self.demanded)
             for load, process in self.live.items()
         }
 
@@ -275,6 +301,7 @@ class World:
             pending_demand=self.demanded,
             preparable=self.preparable,
             preparation=self.preparation,
+            nodes=self.hints,
         )
         return decide(self.state, self.running(), self.policy, now or self.now, observations)
 
@@ -288,18 +315,19 @@ class World:
 
     def step(self) -> Next:
         """Do what the consumer does in one turn."""
+        own = self.own
         for load, process in list(self.live.items()):
-            model = self.state.models.get(process.model_id)
+            model = own.models.get(process.model_id)
             if model is not None and model.serving is not None and model.serving.load_job_id == load:
                 process.recorded |= process.dead.keys() - set(model.serving.worker_ids)
-            if not is_load_current(self.state, load, process.model_id):
+            if not is_load_current(own, load, process.model_id):
                 process.killed = True
                 if process.over:
                     del self.live[load]
         for process in self.loading():
             if process.hangs_until is not None and process.hangs_until <= self.now:
                 process.fail_without_progress()
-        for job_id in {*self.estimates, *self.unchanged} - {job.id for job in self.state.unended()}:
+        for job_id in {*self.estimates, *self.unchanged} - {job.id for job in own.unended()}:
             self.estimates.pop(job_id, None)
             self.unchanged.pop(job_id, None)
         decision = self.decision()
@@ -312,7 +340,7 @@ class World:
 
     def check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
-        assert not [job for job in self.state.unended() if job.deadline_at and job.deadline_at <= self.now]
+        assert not [job for job in self.own.unended() if job.deadline_at and job.deadline_at <= self.now]
         until = decision.wake_at or add_seconds(self.now, 1_000_000)  # as good as never
         assert until > self.now
         assert self.decision(add_seconds(until, -0.000_001)).action is None
@@ -384,7 +412,7 @@ class World:
         match action:
             case actions.StartLoad(job):
                 version, parameters = job.load_order
-                workers = tuple(f"w{number}-{job.id}" for number in range(parameters.instances))
+                workers = tuple(self.name_worker(job, number) for number in range(parameters.instances))
                 reserved = self.estimates.get(job.id) or self.estimated(job)
                 has_form = job.id not in self.bare
                 self.live[job.id] = Process(job.model_id, version, workers, reserved, has_form=has_form)
@@ -402,6 +430,10 @@ class World:
             case _:
                 pass
 
+    def name_worker(self, job: Job, number: int) -> str:
+        """Return the id of a worker of a load."""
+        return f"w{number}-{job.id}"
+
     def model_of(self, action: Action) -> str:
         """Return the model of an action."""
         match action:
@@ -415,7 +447,12 @@ class World:
                 return self.live[load].model_id
             case actions.FinishUnload(jobs):
                 return jobs[0].model_id
-            case actions.RequestReload(model) | actions.FailModel(model) | actions.UnloadAutomatically(model):
+            case (
+                actions.RequestReload(model)
+                | actions.FailModel(model)
+                | actions.UnloadAutomatically(model)
+                | actions.MoveModel(model)
+            ):
                 return model.id
             case actions.JobAction(job):
                 return job.model_id
@@ -429,20 +466,22 @@ class World:
     def _command(self, action: Action) -> Command:
         conditions = self.list_conditions(action)
         match action:
-            case actions.RequestReload(model, cause):
-                return build_reload(model, cause, conditions)
-            case actions.UnloadAutomatically():
-                return build_unload(action, conditions)
+            case actions.RequestReload() | actions.UnloadAutomatically() | actions.MoveModel():
+                return build_request(action, conditions)
             case _:
                 return Record(tuple(self._facts(action)), conditions)
 
     def _facts(self, action: Action) -> Iterable[Draft]:
         match action:
+            case actions.PlaceLoad():
+                return [draft_placement(action)]
             case actions.StartLoad(job):
                 return [draft_load_start(job, is_restarted=job.id in self.bare)]
             case actions.CompleteLoad(job, replaces):
-                drafts = [draft_fact(job, model_loaded(*self.live[job.id].workers))]
-                return [*drafts, *self._swapped_out(job, replaces)]
+                return [
+                    draft_fact(job, self.describe_loaded(self.live[job.id])),
+                    *self._swapped_out(job, replaces),
+                ]
             case actions.ChangeSettings(job, load):
                 return [draft_settings_change(job, load)]
             case actions.UnloadForReplacement(job, load):
@@ -465,6 +504,10 @@ class World:
                 return draft_crash_loop(model, message)
             case _:
                 pytest.fail(f"{action} is never recorded")
+
+    def describe_loaded(self, process: Process) -> ModelLoaded:
+        """Return the outcome of a load."""
+        return model_loaded(*process.workers)
 
     def _swapped_out(self, job: Job, load: str | None) -> tuple[Draft, ...]:
         if load not in self.live:

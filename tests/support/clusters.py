@@ -1,0 +1,470 @@
+"""A simulation of several nodes around one log: each folds it by itself, and decides on its own part of it.
+
+Nodes crash, pause, are cut off from the log, leave and are drained; their clocks differ; their appends are
+lost, come late or twice. The checks of `ClusterLog` hold at each event.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+
+import pytest
+from msgspec.structs import replace as change
+
+from events.accept import Accepted, Decision, Refused, accept
+from events.clock import add_seconds, seconds_between
+from events.commands import Command, Condition, JoinNode, LeaveNode, LoseNode, NodeCurrent, Record
+from events.jobs import Job, JobKind, JobStatus
+from events.models import ModelState, Serving
+from events.nodes import LoadPlaced, find_placer
+from events.state import State
+from events.types import (
+    Draft,
+    Event,
+    LoadStarted,
+    ModelLoaded,
+    UnloadRequested,
+    WorkerExited,
+    record_draft,
+)
+from runtime.consumer.drafts import draft_moved_unload, name_node
+from runtime.scheduler import actions
+from runtime.scheduler.actions import Action
+from runtime.scheduler.actions import Decision as Next
+from runtime.scheduler.view import NodeHints, Policy
+from support.history import at
+from support.worlds import Process, World, check_fact
+
+LEASE_S = 10.0
+"""A node that did not renew for so long may be declared lost."""
+
+UNAVAILABLE = Refused("log_unavailable", "the node is cut off from the log")
+EPOCH_OVER = Refused("epoch_over", "the node was declared lost")
+
+
+class ClusterLog:
+    """The one log: decides commands, records events, and checks that each may be recorded.
+
+    Attributes:
+        is_fenced: whether it refuses what nodes append whose epoch is over; else their conditions have to.
+    """
+
+    def __init__(self, *, is_fenced: bool = True) -> None:
+        self.state = State()
+        self.events: list[Event] = []
+        self.is_fenced = is_fenced
+        self.nodes: dict[str, ClusterNode] = {}
+        self._exited: set[str | None] = set()
+        self._ids = count(1)
+
+    def new_id(self) -> str:
+        return f"j{next(self._ids)}"
+
+    def submit(self, command: Command, now: str, by: "ClusterNode | None" = None) -> Decision:
+        """Decide a command of a client or of the consumer of a node."""
+        if self.is_fenced and by is not None and not by.is_current_in(self.state):
+            return EPOCH_OVER
+        decision = accept(self.state, command, self.new_id, max(now, self.state.recorded_at))
+        drafts = decision.drafts if isinstance(decision, Accepted) else ()
+        if drafts and by is not None:
+            assert by.is_current_in(self.state), "a fact of an epoch that is over"
+        for number, draft in enumerate(drafts):
+            self._check(draft, drafts[number + 1 :], by)
+            self._record(draft, max(now, self.state.recorded_at))
+        return decision
+
+    def _record(self, draft: Draft, now: str) -> None:
+        event = record_draft(draft, self.state.position + 1, now)
+        bare = {job_id for node in self.nodes.values() for job_id in node.bare}
+        check_fact(event, self.state, self.events, self._exited, bare)
+        self.events.append(event)
+        changes = self.state.apply(event)
+        self.state.forget_ended(changes.jobs.values())
+        assert event.position == len(self.events)
+
+    def _check(self, draft: Draft, following: Sequence[Draft], by: "ClusterNode | None") -> None:
+        """What concerns a node is recorded by that node, while it is there."""
+        job = self.state.unended_job(draft.job_id)
+        match draft.data:
+            case LoadPlaced(node_id, epoch):
+                assert job is not None
+                assert job.status is JobStatus.PENDING
+                node = self.state.nodes[node_id]
+                assert (node.takes_loads, node.epoch) == (True, epoch)
+            case LoadStarted(node_id=node_id) | ModelLoaded(node_id=node_id):
+                assert by is not None
+                assert job is not None
+                assert node_id == by.name == job.node_id
+                if isinstance(draft.data, ModelLoaded):
+                    self._check_replaced(draft, following)
+            case WorkerExited(node_id=node_id):
+                assert by is not None
+                assert node_id == by.name
+
+    def _check_replaced(self, loaded: Draft, following: Sequence[Draft]) -> None:
+        """A load that the model served from until now is unloaded: no model is loaded twice."""
+        model = self.state.models[loaded.model_id or ""]
+        if model.phase is not ModelState.LOADED or model.serving is None:
+            return
+        requests = [draft.data for draft in following if isinstance(draft.data, UnloadRequested)]
+        assert [each.load_job_id for each in requests] == [model.serving.load_job_id]
+        assert [each.node_id for each in requests] == [model.serving.node_id]
+
+
+class ClusterNode(World):
+    """A node: a consumer with a copy of the state, which may be behind.
+
+    Attributes:
+        name: of the node.
+        epoch: of this process; None before it has joined.
+        is_cut: whether it reaches the log.
+        is_paused: whether its process stands still.
+        renewed_at: when it renewed its lease last, by the clock of the database.
+    """
+
+    def __init__(self, name: str, log: ClusterLog, policy: Policy, skew_s: float) -> None:
+        super().__init__(replace(policy, node_id=name))
+        self.name, self.log = name, log
+        self.replica = State()
+        self.epoch: int | None = None
+        self.is_cut = self.is_paused = False
+        self.renewed_at = self.clock = at(0)
+        self.now = add_seconds(self.clock, skew_s)
+        log.nodes[name] = self
+
+    @property
+    def state(self) -> State:
+        """The state as this node has folded it."""
+        return self.replica
+
+    @property
+    def is_up(self) -> bool:
+        """Whether its process runs and has joined."""
+        return self.epoch is not None and not self.is_paused
+
+    @property
+    def renews(self) -> bool:
+        return self.is_up and not self.is_cut
+
+    def is_current_in(self, state: State) -> bool:
+        node = state.nodes.get(self.name)
+        return node is not None and node.is_present and node.epoch == self.epoch
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass for the database and for the node, whose clock differs."""
+        self.clock, self.now = add_seconds(self.clock, seconds), add_seconds(self.now, seconds)
+        if self.renews:
+            self.renewed_at = self.clock
+
+    def catch_up(self) -> None:
+        """Fold what the others have appended; a node that was lost joins anew."""
+        if self.is_cut or self.epoch is None:
+            return
+        self._fold()
+        if not self.is_current_in(self.replica):
+            self.join()
+
+    def _fold(self) -> None:
+        for event in self.log.events[self.replica.position :]:
+            changes = self.replica.apply(event)
+            self.replica.forget_ended(changes.jobs.values())
+        assert self.replica.models == self.log.state.models
+        assert self.replica.jobs == self.log.state.jobs
+        assert self.replica.nodes == self.log.state.nodes
+        self.now = max(self.now, self.replica.recorded_at)
+
+    def join(self, no_node_since: str | None = None) -> None:
+        """Begin the next epoch."""
+        budget = self.policy.budget_bytes
+        command = JoinNode(
+            self.name,
+            f"http://{self.name}",
+            budget_bytes=budget,
+            last_seen_at=self.renewed_at,
+            no_node_since=no_node_since,
+        )
+        self.log.submit(command, self.now)
+        self.epoch = self.log.state.nodes[self.name].epoch
+        self.policy = replace(self.policy, node_epoch=self.epoch)
+        self.renewed_at = self.clock
+        self._fold()
+
+    def die(self) -> None:
+        """Its process is gone, with its workers and all that it knew."""
+        self.live.clear()
+        self.estimates.clear()
+        self.unchanged.clear()
+        self.bare.clear()
+        self.meanwhile.clear()
+        self.fault, self.epoch, self.replica = None, None, State()
+        self.is_cut = self.is_paused = False
+
+    def submit(self, command: Command) -> Decision:
+        if self.is_cut:
+            return UNAVAILABLE
+        return self.log.submit(command, self.now)
+
+    def measure(self) -> NodeHints:
+        """Return what the node says of itself."""
+        budget, most = self.policy.budget_bytes, self.policy.max_loaded
+        present = {process.model_id for process in self.live.values() if process.left or not process.started}
+        return NodeHints(
+            self.replica.position,
+            None if budget is None else budget - self.used_bytes(),
+            None if most is None else most - len(present),
+        )
+
+    def act(self, action: Action) -> None:
+        self._check(action)
+        super().act(action)
+
+    def _check(self, action: Action) -> None:
+        """A load starts here if it was placed here, in its turn, and within the limits of the node."""
+        match action:
+            case actions.StartLoad(job):
+                assert job.node_id == self.name
+                assert self.state.queue(job.model_id)[0].id == job.id
+                assert len(self.loading()) <= self.policy.loads_at_once
+                budget = self.policy.budget_bytes
+                needed = self.used_bytes() + (self.estimates.get(job.id) or 0)
+                assert budget is None or needed <= budget
+            case actions.PlaceLoad(job, node):
+                assert job.node_id != node.id
+                assert job.node_id == self.name or find_placer(self.state.nodes) == self.name
+            case actions.MoveModel(model):
+                assert model.serving.node_id == self.name
+            case _:
+                pass
+
+    def name_worker(self, job: Job, number: int) -> str:
+        return f"w{number}-{job.id}-{self.name}{self.epoch}"
+
+    def describe_loaded(self, process: Process) -> ModelLoaded:
+        return change(
+            super().describe_loaded(process),
+            memory_bytes=process.measured_bytes,
+            peak_memory_bytes=process.reserved_bytes,
+        )
+
+    def list_conditions(self, action: Action) -> tuple[Condition, ...]:
+        own = NodeCurrent(self.name, self.epoch or 0)
+        return actions.list_conditions(action, self.state, own)
+
+    def _command(self, action: Action) -> Command:
+        command = super()._command(action)
+        if not isinstance(command, Record):
+            return command
+        return replace(command, drafts=tuple(name_node(draft, self.name) for draft in command.drafts))
+
+    def _swapped_out(self, job: Job, load: str | None) -> tuple[Draft, ...]:
+        model = self.state.models.get(job.model_id)
+        loaded = model.loaded if model is not None else None
+        if load in self.live or loaded is None or loaded.serving.load_job_id != load:
+            return super()._swapped_out(job, load)
+        return (draft_moved_unload(loaded, job, "cause", self.new_id),)
+
+    def new_id(self) -> str:
+        return self.log.new_id()
+
+    def _append(self, action: Action, fault: str | None) -> None:
+        """Append what was decided, on a state that may have changed meanwhile."""
+        self.fault = None
+        command, decided_at = self._command(action), self.state.position
+        while self.meanwhile:
+            self.log.submit(self.meanwhile.pop()(action), self.now)
+        if fault == "lost" or self.is_cut:
+            return
+        decision = self.log.submit(command, self.now, by=self)
+        if fault == "twice":
+            assert not isinstance(self.log.submit(command, self.now, by=self), Accepted)
+        if fault == "unsure":
+            return
+        if isinstance(decision, Accepted):
+            self._fold()
+            self._follow_up(action)
+        else:
+            assert self.log.state.position > decided_at, (action, decision)
+            self.catch_up()
+
+
+class Cluster:
+    """Nodes `a`, `b`, `c`, … over one log, with the clock of its database."""
+
+    def __init__(self, policies: Sequence[Policy], skews_s: Sequence[float], *, is_fenced: bool) -> None:
+        self.log = ClusterLog(is_fenced=is_fenced)
+        self.now = at(0)
+        self.nodes = [
+            ClusterNode("abcdef"[number], self.log, policy, skew_s)
+            for number, (policy, skew_s) in enumerate(zip(policies, skews_s, strict=True))
+        ]
+        for node in self.nodes:
+            node.join()
+
+    @property
+    def state(self) -> State:
+        return self.log.state
+
+    def pass_time(self, seconds: float) -> None:
+        self.now = add_seconds(self.now, seconds)
+        for node in self.nodes:
+            node.pass_time(seconds)
+
+    def share_hints(self) -> None:
+        """All nodes say what they have, and those that are not cut off hear it."""
+        hints = {node.name: node.measure() for node in self.nodes if node.renews}
+        for node in self.nodes:
+            if node.renews:
+                node.hints = {**node.hints, **hints}
+
+    def start(self, node: ClusterNode) -> None:
+        """Start the process of a node that died or left."""
+        if node.epoch is not None:
+            return
+        renewed_at = max(each.renewed_at for each in self.nodes)
+        is_empty = seconds_between(renewed_at, self.now) > LEASE_S
+        node.join(renewed_at if is_empty else None)
+
+    def leave(self, node: ClusterNode) -> None:
+        """Stop a node in order: its workers end, and it says so."""
+        if node.renews:
+            node.catch_up()
+            self.log.submit(LeaveNode(node.name, node.epoch or 0), node.now)
+            node.die()
+
+    def declare_lost(self, name: str) -> None:
+        """A node that is there declares another lost, if that is late."""
+        late = next(node for node in self.nodes if node.name == name)
+        judges = [node for node in self.nodes if node.renews and node is not late]
+        node = self.state.nodes[name]
+        is_late = not late.renews and seconds_between(late.renewed_at, self.now) > LEASE_S
+        if judges and is_late and node.is_present:
+            self.log.submit(LoseNode(name, node.epoch, late.renewed_at), judges[0].now)
+
+    def work(self, node: ClusterNode, turns: int, *, is_late: bool = False) -> None:
+        """Let a node take turns; a late one begins on the state that it had."""
+        if not node.is_up:
+            return
+        for turn in range(turns):
+            if turn or not is_late:
+                node.catch_up()
+            if node.step().action is None:
+                return
+
+    def settle(self) -> list[Next]:
+        """Let all nodes take turns until none has anything to do, which has to be soon."""
+        for _ in range(50):
+            position = self.state.position
+            decisions = [self._settle_node(node) for node in self.nodes if node.renews]
+            if self.state.position == position:
+                hints = {node.name: node.hints for node in self.nodes}
+                self.share_hints()
+                if hints == {node.name: node.hints for node in self.nodes}:
+                    return decisions
+        pytest.fail(f"busy without end: {self.tell()}")
+
+    def _settle_node(self, node: ClusterNode) -> Next:
+        limit = 20 + 8 * (len(self.state.jobs) + len(node.live) + len(self.state.models))
+        for _ in range(limit):
+            node.catch_up()
+            decision = node.step()
+            if decision.action is None:
+                return decision
+        pytest.fail(f"node {node.name} is busy without end: {self.tell()}")
+
+    def bring_back(self) -> None:
+        """All nodes are there, reach the log and see it; at least one takes loads."""
+        for node in self.nodes:
+            node.is_cut = node.is_paused = False
+            node._end_troubles()
+            node.meanwhile.clear()
+            node.estimates_take_time = False
+            if node.epoch is None:
+                self.start(node)
+            for process in node.live.values():
+                process.answer(node.now)
+        self.pass_time(0)
+        for node in self.nodes:
+            node.catch_up()
+        if not any(node.takes_loads for node in self.state.nodes.values()):
+            self.leave(self.nodes[0])
+            self.start(self.nodes[0])
+
+    def calm_down(self) -> None:
+        """Be fair for long enough: every job ends; and with memory for all, nothing is left to do."""
+        self.bring_back()
+        jobs = {job.id for job in self.state.unended()}
+        self._go_on(jobs)
+        given = [node.policy for node in self.nodes]
+        for node in self.nodes:
+            node.policy = replace(node.policy, budget_bytes=None, max_loaded=None)
+        self._go_on(None)
+        self.check_rest()
+        for node, policy in zip(self.nodes, given, strict=True):
+            node.policy = replace(policy, node_epoch=node.epoch)
+
+    def _go_on(self, jobs: set[str] | None) -> None:
+        for _ in range(200 + 20 * len(self.state.jobs)):
+            decisions = self.settle()
+            if jobs is not None and all(self.state.unended_job(job) is None for job in jobs):
+                return
+            if not self.progress("loaded"):
+                wake_at = min(filter(None, (each.wake_at for each in decisions)), default=None)
+                if wake_at is None:
+                    return
+                # Clocks differ: wait for the last of those that may want to be woken then.
+                self.pass_time(max(0.5, seconds_between(self.now, wake_at)))
+        pytest.fail(f"never at rest: {self.tell()}")
+
+    def progress(self, outcome: str) -> bool:
+        """Let what runs come to its end; return whether anything did."""
+        has_changed = False
+        for node in self.nodes:
+            ending = [each for each in node.live.values() if each.killed or each.unloading]
+            looking = [*node.estimates.values(), *node.unchanged.values()]
+            has_changed = has_changed or bool(node.loading() or ending or None in looking)
+            node.progress(outcome)
+            node.finish_estimates()
+        return has_changed
+
+    def check_rest(self) -> None:
+        """Every job has ended, and each model that is loaded has a process, at its node alone."""
+        assert self.state.unended() == []
+        assert [event.position for event in self.log.events] == list(range(1, len(self.log.events) + 1))
+        at_nodes: dict[str | None, set[str]] = {node.name: set() for node in self.nodes}
+        for model in self.state.models.values():
+            assert model.phase is not ModelState.LOST
+            assert model.previous is None
+            if model.phase is ModelState.LOADED and model.serving is not None:
+                at_nodes[model.serving.node_id].add(model.serving.load_job_id)
+        assert {node.name: set(node.live) for node in self.nodes} == at_nodes
+        for node in self.nodes:
+            if not self.state.nodes[node.name].takes_loads:
+                assert node.live == {}, "a drained node has nothing left"
+
+    def check_now(self) -> None:
+        """What holds at any time."""
+        placed = [job for job in self.state.unended() if job.node_id is not None]
+        for job in placed:
+            assert job.kind is JobKind.UNLOAD or self.state.nodes[job.node_id or ""].is_present
+        for model in self.state.models.values():
+            started = [load for load in model.loads if load.started]
+            assert len(started) <= 1
+            if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
+                serving: Serving | None = model.serving
+                assert serving is not None
+                assert self.state.nodes[serving.node_id or ""].is_present
+        owners = [
+            {job.id for job in self.state.of(name).unended()}
+            for name, node in self.state.nodes.items()
+            if node.is_present
+        ]
+        every = {job.id for job in self.state.unended()}
+        assert not owners or set().union(*owners) == every
+        assert sum(map(len, owners)) == (len(every) if owners else 0), "each job belongs to one node"
+
+    def tell(self) -> str:
+        """Return what happened last, for the message of a failure."""
+        return "\n".join(
+            f"{event.position} {event.recorded_at[14:21]} {event.job_id} {event.model_id} {event.data}"
+            for event in self.log.events[-20:]
+        )
