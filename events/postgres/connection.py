@@ -90,11 +90,12 @@ def translated_errors(what: str) -> Iterator[None]:
         raise StorageError(f"the ledger's database {what}: {reason}") from error
 
 
-async def connect(address: str, **settings: str) -> Connection:
+async def connect(address: str, *, command_s: float | None = COMMAND_S, **settings: str) -> Connection:
     """Connect to a database; commits are durable whatever the database's default is.
 
     Args:
         address: in libpq's form; what it lacks comes from libpq's environment and password file.
+        command_s: how long a statement may take, a copy of many rows included; None is without limit.
         settings: further settings of the session, or other values of those that every session has.
 
     Raises:
@@ -102,7 +103,7 @@ async def connect(address: str, **settings: str) -> Connection:
     """
     with translated_errors(f"{describe_address(address)} cannot be reached"):
         connection = await asyncpg.connect(
-            address, timeout=CONNECT_S, command_timeout=COMMAND_S, server_settings={**_SETTINGS, **settings}
+            address, timeout=CONNECT_S, command_timeout=command_s, server_settings={**_SETTINGS, **settings}
         )
         if await connection.fetchval("SHOW synchronous_commit") in ("off", "local"):
             await connection.execute("SET synchronous_commit = on")

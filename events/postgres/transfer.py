@@ -31,7 +31,7 @@ async def copy_ledger_in(
     """Copy a verified ledger into an empty database, in one transaction.
 
     Args:
-        connection: of the schema's owner.
+        connection: of the schema's owner, without a limit for a statement.
         stored: where its log begins.
         rows: all its events, in order.
         head: the last of them.
@@ -54,7 +54,6 @@ async def copy_ledger_in(
                 records=((row.position, row.body, row.hash) for row in rows),
                 columns=("position", "body", "hash"),
                 schema_name="loadledger",
-                timeout=None,
             )
             await connection.execute(
                 "UPDATE head SET position = $1, hash = $2, recorded_at = $3",

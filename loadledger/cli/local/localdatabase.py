@@ -66,8 +66,9 @@ async def migrate_database(address: str, server_role: str | None, data: Path | N
 
 @asynccontextmanager
 async def _owned(address: str) -> AsyncIterator[Connection]:
+    """Connect for statements that copy or delete a whole ledger."""
     try:
-        connection = await connect(address, statement_timeout="0", lock_timeout="10s")
+        connection = await connect(address, command_s=None, statement_timeout="0", lock_timeout="10s")
         try:
             yield connection
         finally:

@@ -9,17 +9,21 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from support.clients import printed, printed_json, refused
+from aiohttp.test_utils import TestClient, TestServer
+from support.clients import printed, printed_json, refused, run_command
 from support.http import local_server
 from support.ledgers import archive_before, rows_of, sample_history, sound_ledger
-from support.postgres import PASSWORD, Database, postgres_server
-from support.replicas import change, make_ledger, rows_in
+from support.postgres import PASSWORD, Database, postgres_server, require_programs
+from support.replicas import change, make_ledger, replica_log, rows_in
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
+from events.errors import LedgerForked
 from events.sqlite.datalock import LEDGER, REPLICA
 from events.sqlite.schema import connect
+from server.app import create_app
 from server.auth.keys import ensure_data_dir, open_signer
+from server.config import Config
 
 ROUNDS = 2
 HEAD = len(sample_history(ROUNDS)) + 1
@@ -150,6 +154,46 @@ def test_archive_beside_its_server_and_a_start_at_the_base(
     assert rows_of(data / LEDGER)[0][0] == HEAD
     for where in (("--ledger", migrated.server_url, "--archive", tmp_path / "next.gz"), ("--data", data)):
         assert "proved from the first event" in printed("verify", *where, "--archive", file), where
+
+
+def dump_into(source: Database, target: Database) -> None:
+    """Back up a database and restore it as another one, with PostgreSQL's programs."""
+    folder = require_programs()
+    dump = [folder / "pg_dump", "--schema=loadledger", source.owner_url]
+    restore = [folder / "psql", "--quiet", "--no-psqlrc", "--set=ON_ERROR_STOP=1", target.owner_url]
+    script = subprocess.run(dump, check=True, capture_output=True).stdout
+    subprocess.run(restore, check=True, capture_output=True, input=script)
+
+
+def test_restore_to_an_earlier_point_is_noticed(ledger: Database, database: Database, tmp_path: Path) -> None:
+    async def back_up_while_served() -> None:
+        async with local_server(tmp_path, ledger=ledger.server_url):
+            await asyncio.to_thread(dump_into, ledger, database)
+
+    async def begin() -> None:
+        log = replica_log(database.server_url, data)
+        try:
+            await log.open()
+        finally:
+            await log.close()
+
+    async def accept() -> None:
+        config = Config(repository=repository, data=data, prepare="off", ledger=database.server_url)
+        async with TestClient(TestServer(create_app(config, accepts_rollback=True))):
+            pass
+
+    data, repository = tmp_path / "data", tmp_path / "repository"
+    asyncio.run(back_up_while_served())
+    position, _, digest = rows_of(data / LEDGER)[-1]
+    verify = ("verify", "--ledger", database.server_url, "--expect", f"{position}:{digest.hex()}")
+    assert "no such event" in printed(*verify, code=1)
+    serve = ("serve", "--data", data, "--repository", repository, "--ledger", database.server_url)
+    with pytest.raises(LedgerForked, match=f"does not have the event at position {position}"):
+        asyncio.run(begin())
+    (data / LEDGER).rename(tmp_path / "lost.db")
+    assert "start once with --accept-rollback" in run_command(*serve).stderr
+    asyncio.run(accept())
+    assert any('"type":"RollbackAccepted"' in body for _, body, _ in asyncio.run(rows_in(database)))
 
 
 def test_replica_is_written_by_its_servers_only(migrated: Database, data: Path) -> None:
