@@ -158,7 +158,10 @@ def list_rooms(view: SchedulerView) -> list[NodeRoom]:
 
 def _measure(view: SchedulerView, node: Node, loads: list[Job], servings: dict[str, Serving]) -> NodeRoom:
     """Return a node's room: what it said, less what was placed or loaded there since."""
-    hints = view.observations.nodes.get(node.id) or NodeHints(0, node.budget_bytes)
+    hints = view.observations.nodes.get(node.id) or NodeHints(0)
+    free_bytes = (
+        node.budget_bytes if hints.free_bytes is None else hints.free_bytes
+    )  # it has said nothing yet
     since = [job for job in loads if job.status is JobStatus.PENDING or job.position > hints.position]
     new = {model_id: each for model_id, each in servings.items() if each.position > hints.position}
     taken = sum(estimate_need(view, job) or 0 for job in since)
@@ -166,7 +169,7 @@ def _measure(view: SchedulerView, node: Node, loads: list[Job], servings: dict[s
     slots = len(new.keys() | {job.model_id for job in since if job.model_id not in servings})
     return NodeRoom(
         node,
-        None if hints.free_bytes is None else hints.free_bytes - taken,
+        None if free_bytes is None else free_bytes - taken,
         None if hints.free_models is None else hints.free_models - slots,
         len(servings.keys() | {job.model_id for job in loads}),
         hints.digests,

@@ -269,6 +269,16 @@ def test_loads_placed_since_hint_take_room() -> None:
     assert places == ["b", "a", "b"]
 
 
+def test_node_that_has_said_nothing_has_its_budget() -> None:
+    cluster = Cluster()
+    cluster.hints = {"a": NodeHints(0), "b": NodeHints(9, 100)}  # its first renewal, before it knows more
+    cluster.history.ask_load("L", of="m0")
+    cluster.history.place("L", "a", of="m0")
+    cluster.estimates["L"] = 40
+    cluster.history.ask_load("L1", of="m1")
+    assert cluster.next("a") == "place L1 at b: room"
+
+
 def test_load_waits_for_node_with_its_labels() -> None:
     cluster = Cluster()
     cluster.labels[MODEL] = frozenset({"gpu=a"})
