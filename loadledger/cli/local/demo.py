@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -78,8 +78,8 @@ class _Server:
         return set(list_workers(self.process.pid))
 
 
-class _Failed(Exception):
-    pass
+class DemoFailed(Exception):
+    """What the demo saw differs from what it says."""
 
 
 def _fail(problem: ClientProblem) -> NoReturn:
@@ -97,10 +97,15 @@ def run() -> int:
             tempfile.TemporaryDirectory(prefix="loadledger-demo-") as folder,
         ):
             _show(repository, Path(folder) / "data", digits)
-    except (_Failed, ClientProblem) as failure:
-        click.echo(f"{click.style('failed:', fg='red')} {failure}")
-        return 1
+    except (DemoFailed, ClientProblem) as failure:
+        return report_failure(failure)
     return 0
+
+
+def report_failure(failure: Exception) -> int:
+    """Print why the demo failed; return its exit code."""
+    click.echo(f"{click.style('failed:', fg='red')} {failure}")
+    return 1
 
 
 def _show(repository: Path, data: Path, digits: dict[str, Any]) -> None:
@@ -113,10 +118,10 @@ def _show(repository: Path, data: Path, digits: dict[str, Any]) -> None:
         plain = _classify(server, 1, digits)
         second = _load(server, 2, nothing_loaded | {first})
         better = _classify(server, 2, digits)
-        _require(better > plain, "version 2 is better than version 1")
-        _require(_is_gone(first), f"process {first} of version 1 is gone after the swap")
+        require(better > plain, "version 2 is better than version 1")
+        require(is_gone(first), f"process {first} of version 1 is gone after the swap")
         took_ms = server.unload()
-        _require(_is_gone(second), f"process {second} is gone after the unload")
+        require(is_gone(second), f"process {second} is gone after the unload")
         click.echo(f"unloaded in {took_ms:.0f} ms: process {second} is gone")
         _memory(before, with_model, server.memory_bytes())
     _ledger(data / LEDGER)
@@ -130,48 +135,59 @@ def _serve(repository: Path, data: Path) -> Iterator[_Server]:
     command += ["--repository", str(repository), "--data", str(data)]
     command += ["--prepare", "off"]  # it would add processes and memory to the figures
     command += ["--log-level", "warning"]  # the demo prints its own progress
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LOADLEDGER_")}
     with subprocess.Popen(  # noqa: S603 - our own interpreter and package
         command,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=server_environment(),
     ) as process:
         try:
-            url = _read_url(process)
+            url = read_url(process)
             with (
-                Client(url, token=_token(data, "alice", "admin")) as admin,
-                Client(url, token=_token(data, "bob", "predict")) as predict,
+                Client(url, token=issue_demo_token(data, "alice", "admin")) as admin,
+                Client(url, token=issue_demo_token(data, "bob", "predict")) as predict,
             ):
                 yield _Server(process, admin, predict)
         except BaseException:  # this is the failure to report
             process.kill()
             raise
-        _stop(process, STOP_LIMIT_S)
+        stop_servers([process], STOP_LIMIT_S)
 
 
-def _read_url(process: subprocess.Popen[str]) -> str:
+def server_environment() -> dict[str, str]:
+    """Return this process's environment without settings of other servers."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("LOADLEDGER_")}
+
+
+def read_url(process: subprocess.Popen[str]) -> str:
     """Return the URL that the server prints when it is ready."""
     url = ""
     if process.stdout is not None and select.select([process.stdout], [], [], START_LIMIT_S)[0]:
         url = process.stdout.readline().rpartition(" ")[2].strip()
-    _require(url.startswith("http"), "the server starts; see above")
+    require(url.startswith("http"), "the server starts; see above")
     return url
 
 
-def _stop(process: subprocess.Popen[str], limit_s: float) -> None:
-    """Stop the server cleanly; kill it if it does not end in time."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        status = process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise _Failed(f"the server stops within {limit_s:g} s") from None
-    _require(status == 0, f"the server stops in order: it ended with {status}")
+def stop_servers(processes: Sequence[subprocess.Popen[str]], limit_s: float) -> None:
+    """Stop servers cleanly, all at once; kill one that does not end in time.
+
+    Raises:
+        DemoFailed: one did not stop in order.
+    """
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        try:
+            status = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise DemoFailed(f"the server stops within {limit_s:g} s") from None
+        require(status == 0, f"the server stops in order: it ended with {status}")
 
 
-def _token(data: Path, subject: str, role: str) -> str:
-    return issue_token(data, subject, [role], expires_s=600, audience="loadledger")
+def issue_demo_token(data: Path, subject: str, *roles: str) -> str:
+    """Return a token that is valid for ten minutes."""
+    return issue_token(data, subject, roles, expires_s=600, audience="loadledger")
 
 
 def _warm_up(server: _Server, digits: dict[str, Any]) -> None:
@@ -185,7 +201,7 @@ def _warm_up(server: _Server, digits: dict[str, Any]) -> None:
 def _load(server: _Server, version: int, others: set[int]) -> int:
     took_ms = server.load(version)
     new = server.workers() - others
-    _require(len(new) == 1, "the model has a process of its own")
+    require(len(new) == 1, "the model has a process of its own")
     pid = new.pop()
     click.echo(f"version {version} loaded in {took_ms:.0f} ms, in a process of its own: {pid}")
     return pid
@@ -203,25 +219,26 @@ def _memory(before: int, with_model: int, after: int) -> None:
         f"memory of all processes: {before / _MB:.1f} MB before, {with_model / _MB:.1f} MB with a model, "
         f"{after / _MB:.1f} MB after (mapped files aside)\n"
     )
-    _require(before, "the kernel says how much memory a process has")
-    _require(after <= before + MAX_KEPT_BYTES, "all the model's memory is back")
+    require(before, "the kernel says how much memory a process has")
+    require(after <= before + MAX_KEPT_BYTES, "all the model's memory is back")
 
 
 def _ledger(path: Path) -> None:
     click.secho("the ledger", bold=True)
-    for line in asyncio.run(_lines(path)):
+    for line in asyncio.run(read_lines(path)):
         click.echo(event_line(line))
     verification = verify(path)
-    _require(verification.verified, f"the chain verifies: {verification.finding}")
+    require(verification.verified, f"the chain verifies: {verification.finding}")
     click.echo(f"chain verified: {verification.events} events, head {verification.hash.hex()[:16]}…")
 
 
-async def _lines(path: Path) -> list[bytes]:
+async def read_lines(path: Path, *, after: int | None = None) -> list[bytes]:
+    """Return the first hundred events of a ledger, or those after a position."""
     async with open_reader(path) as reader:
-        return [event.line for event in (await reader.event_page(EventQuery())).items]
+        return [event.line for event in (await reader.event_page(EventQuery(after=after))).items]
 
 
-def _is_gone(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
     """Whether the process has ended, within a generous limit."""
     try:
         descriptor = os.pidfd_open(pid)
@@ -233,6 +250,11 @@ def _is_gone(pid: int) -> bool:
         os.close(descriptor)
 
 
-def _require(so: object, what: str) -> None:
+def require(so: object, what: str) -> None:
+    """Fail unless something is so.
+
+    Raises:
+        DemoFailed: it is not.
+    """
     if not so:
-        raise _Failed(what)
+        raise DemoFailed(what)

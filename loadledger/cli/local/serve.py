@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from loadledger.cli.local.database import require_driver
 from loadledger.cli.output import NEGATIVE_RESULT, count_of, report_problems
 from loadledger.cli.server import json_option
 
@@ -125,8 +126,24 @@ def _lines(result: Any) -> list[str]:
 
 
 @click.command()
-def demo() -> None:
-    """Load, query, swap and unload a real model; show the ledger."""
+@click.option(
+    "--cluster",
+    is_flag=True,
+    help="Show three nodes over a ledger in PostgreSQL instead, of which one is killed.",
+)
+def demo(*, cluster: bool) -> None:
+    """Load, query, swap and unload a real model; show the ledger.
+
+    With --cluster it starts a PostgreSQL server and three nodes in a temporary directory, and removes all of
+    it at the end. It needs PostgreSQL's programs (Debian: apt install postgresql), not a running server.
+
+    Exit code: 0 if everything was as the demo says, 1 if not, 2 if PostgreSQL is not installed.
+    """
+    if cluster:
+        require_driver()
+        from loadledger.cli.local.democluster import run_cluster  # noqa: PLC0415 - as above
+
+        sys.exit(run_cluster())
     from loadledger.cli.local.demo import run  # noqa: PLC0415 - as above
 
     sys.exit(run())
