@@ -20,7 +20,8 @@ FROM ${PYTHON} AS installed
 COPY --from=wheel /wheel /wheel
 # What is compiled here need not be compiled at each start, where nothing can be written.
 RUN python -m venv --without-pip /opt/loadledger \
-    && pip --python /opt/loadledger/bin/python install --no-cache-dir --compile /wheel/loadledger-*.whl
+    && pip --python /opt/loadledger/bin/python install --no-cache-dir --compile \
+    "$(echo /wheel/loadledger-*.whl)[postgres]"
 
 FROM ${PYTHON}
 LABEL org.opencontainers.image.title="loadledger" \
