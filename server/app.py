@@ -262,8 +262,8 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
     shared = None if config.ledger is None else SharedLedger(config, config.ledger)
     rollback = None if shared else await _check_rollback(data, accepts_rollback=accepts_rollback)
     app[LOG] = log = shared.log if shared else Log(data / LEDGER)
-    await log.open()
     try:
+        await log.open()
         if shared:  # only now the replica has what the database has
             rollback = await _check_rollback(data, accepts_rollback=accepts_rollback)
         app[PROVER] = prover = await open_prover(data, log.path)

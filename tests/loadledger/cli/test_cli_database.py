@@ -159,8 +159,9 @@ def test_archive_beside_its_server_and_a_start_at_the_base(
 def dump_into(source: Database, target: Database) -> None:
     """Back up a database and restore it as another one, with PostgreSQL's programs."""
     folder = require_programs()
-    dump = [folder / "pg_dump", "--schema=loadledger", source.owner_url]
-    restore = [folder / "psql", "--quiet", "--no-psqlrc", "--set=ON_ERROR_STOP=1", target.owner_url]
+    dump: list[str | Path] = [folder / "pg_dump", "--schema=loadledger", source.owner_url]
+    restore: list[str | Path] = [folder / "psql", "--quiet", "--no-psqlrc", "--set=ON_ERROR_STOP=1"]
+    restore.append(target.owner_url)
     script = subprocess.run(dump, check=True, capture_output=True).stdout
     subprocess.run(restore, check=True, capture_output=True, input=script)
 
