@@ -8,6 +8,7 @@ from pathlib import Path
 
 from events.errors import LedgerDamaged, LedgerProblem
 from events.groups import fold_rows
+from events.nodes import Node
 from events.postgres.bases import read_stored_base, write_stored_base
 from events.postgres.connection import Connection, connect, translated_errors
 from events.postgres.schema import check_schema
@@ -18,6 +19,9 @@ from events.types import LogBase
 PAGE = 5_000
 """Events read at once by a verification: some megabytes."""
 
+FIRST_LEASE_S = 10.0
+"""Lease of a node that is present when its ledger is copied: that of `--lease-s` as it is by default."""
+
 
 class LedgerNotEmpty(LedgerProblem):
     """The database has events already: a ledger can only be copied into an empty one."""
@@ -26,7 +30,7 @@ class LedgerNotEmpty(LedgerProblem):
 
 
 async def copy_ledger_in(
-    connection: Connection, stored: StoredBase, rows: Iterable[Row], head: LogHead
+    connection: Connection, stored: StoredBase, rows: Iterable[Row], head: LogHead, nodes: Iterable[Node] = ()
 ) -> None:
     """Copy a verified ledger into an empty database, in one transaction.
 
@@ -35,6 +39,7 @@ async def copy_ledger_in(
         stored: where its log begins.
         rows: all its events, in order.
         head: the last of them.
+        nodes: of a replica: those that are present get a lease, after which they can be declared lost.
 
     Raises:
         LedgerNotEmpty: `ledger_not_empty`.
@@ -60,6 +65,11 @@ async def copy_ledger_in(
                 head.position,
                 head.hash,
                 head.recorded_at,
+            )
+            await connection.executemany(
+                "INSERT INTO nodes (node_id, epoch, lease_s, renewed_at, steady_since)"
+                " VALUES ($1, $2, $3, clock_timestamp(), clock_timestamp())",
+                [(node.id, node.epoch, FIRST_LEASE_S) for node in nodes if node.is_present],
             )
 
 

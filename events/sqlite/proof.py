@@ -15,6 +15,7 @@ from pathlib import Path
 
 from events.clock import Timestamp
 from events.codec import GENESIS
+from events.nodes import Node
 from events.sqlite import history, queries, storage
 from events.sqlite.bases import read_stored_base
 from events.sqlite.history import Moment
@@ -105,6 +106,10 @@ class LogReader:
     def stored_base(self) -> StoredBase:
         """Return the base with its archives and the state there, to be stored elsewhere."""
         return read_stored_base(self._connection)
+
+    def nodes(self) -> list[Node]:
+        """Return the nodes of the ledger, as they are stored."""
+        return [queries.as_node(body) for (body,) in queries.read_nodes(self._connection, "nodes")]
 
     def find_moment(self, until: str | None, now: Timestamp) -> Moment:
         """Return the moment of a position in digits or a time, with the state of the server.

@@ -76,8 +76,9 @@ async def copy_ledger(database: Database, path: Path) -> None:
     """Copy a ledger from a file into an empty one."""
     with open_log_reader(path) as source:
         stored, head = source.stored_base(), source.head()
+        rows = source.rows(stored.base.position, head.position)
         async with owned(database) as connection:
-            await copy_ledger_in(connection, stored, source.rows(stored.base.position, head.position), head)
+            await copy_ledger_in(connection, stored, rows, head, source.nodes())
 
 
 async def read_base(database: Database) -> StoredBase:

@@ -84,7 +84,7 @@ async def _copy(connection: Connection, path: Path) -> None:
         source.begin()
         stored, head = source.stored_base(), source.head()
         rows = source.rows(stored.base.position, head.position)
-        await copy_ledger_in(connection, stored, rows, head)
+        await copy_ledger_in(connection, stored, rows, head, source.nodes())
 
 
 def _refuse_finding(finding: Finding | None, what: str) -> None:

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from support.history import facts, write
-from support.ledgers import archive_before, archived_copy, copy_of, rows_of, sound_ledger, stored
+from support.history import History, facts, opened, write
+from support.ledgers import (
+    append_events,
+    archive_before,
+    archived_copy,
+    copy_of,
+    rows_of,
+    sound_ledger,
+    stored,
+)
 from support.postgres import Database
 from support.replicas import change, copy_ledger, opened_replica, owned, read_base, replica_log, rows_in
 
@@ -17,6 +25,7 @@ from events.audit.audit import audit
 from events.audit.verify import verify
 from events.errors import LedgerDamaged, LedgerProblem, LogUnavailable
 from events.postgres.bases import move_base, write_stored_base
+from events.postgres.leases import LeaseStore
 from events.postgres.transfer import make_replica
 from events.sqlite.bases import read_stored_base, state_at_base
 from events.sqlite.datalock import LEDGER
@@ -24,6 +33,7 @@ from events.sqlite.proof import open_log_reader
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import read_base_state
 from events.storage import StoredBase
+from events.tokens import TokenIssued
 from events.types import LogBase
 
 ROUNDS = 3
@@ -67,6 +77,27 @@ async def test_empty_replica_begins_at_the_base(archived: tuple[Database, Path],
     assert rows_of(replica) == await rows_in(database)
     assert (base_in(replica), audit(replica).finding) == (base_in(path), None)
     assert stored(replica, *PROJECTIONS) == stored(path, *PROJECTIONS)
+
+
+async def test_nodes_and_tokens_of_archived_events_stay(ledger: Database, tmp_path: Path) -> None:
+    path, history = tmp_path / LEDGER, History()
+    history.join("a")
+    history.join("b")
+    history.leave("b")
+    token = TokenIssued("t", "alice", ("admin",), "2030-01-01T00:00:00.000000Z")
+    history.add(token, of=None, version=None, by="alice")
+    history.load("L")
+    async with opened(path) as log:
+        await append_events(log, history.facts)
+        await log.server_stopped()
+    archive_before(path, 6)
+    await copy_ledger(ledger, path)
+    async with opened_replica(ledger.server_url, tmp_path / "a") as later:
+        assert later.state.nodes.keys() == {"a", "b"}
+        assert later.state.tokens.keys() == {"t"}
+    leases = LeaseStore(ledger.server_url)
+    assert [(lease.node_id, lease.epoch, lease.ended) for lease in await leases.read(10)] == [("a", 1, False)]
+    await leases.close()
 
 
 @pytest.mark.parametrize(
