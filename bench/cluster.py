@@ -47,6 +47,7 @@ def measure(folder: Path, *, repeats: int, rounds: int, facts: int, away_s: floa
             *_measure_long_log(database, folder / "long", facts),
             nodes.measure_kills(folder / "kills", database, rounds=rounds),
             *nodes.measure_outage(folder / "outage", database, away_s=away_s),
+            nodes.measure_replacements(folder / "replacements", database),
         ]
 
 

@@ -1,4 +1,4 @@
-"""Several nodes over one PostgreSQL: one is killed; the database is away for a while."""
+"""Several nodes over one PostgreSQL: one is killed, the database is away, each is replaced under load."""
 
 import http.client
 import shutil
@@ -223,15 +223,51 @@ def _outage_rows(
     away_s: float, answers: Sequence[Answers], statuses: Sequence[str], refused: int
 ) -> list[Row]:
     during = f"while the database is away for {away_s:g} s, lease {LEASE_S:g} s"
-    failed, total = sum(each.failed for each in answers), sum(each.total for each in answers)
-    for reason in filter(None, (each.reason for each in answers)):
-        print(f"inferences failed {during}, the first: {reason}", file=sys.stderr)
     lost = sum(status != "completed" for status in statuses)
     ended = f"{lost} of {len(statuses)}, {refused} refused meanwhile"
     return [
-        Row(f"inferences failed {during}", f"{failed:,} of {total:,}", "", None, "0", failed == 0),
+        _failures_row(f"inferences failed {during}", answers),
         Row(f"accepted loads lost {during}", ended, "", None, "0", lost == 0),
     ]
+
+
+def _failures_row(name: str, answers: Sequence[Answers]) -> Row:
+    """Return how many requests failed; print the first reason of each."""
+    failed, total = sum(each.failed for each in answers), sum(each.total for each in answers)
+    for reason in filter(None, (each.reason for each in answers)):
+        print(f"{name}, the first: {reason}", file=sys.stderr)
+    return Row(name, f"{failed:,} of {total:,}", "", None, "0", failed == 0)
+
+
+def measure_replacements(folder: Path, database: Postgres) -> Row:
+    """Drain, stop and start each node in turn, under inferences on a model of it at all nodes."""
+    with running(folder, database) as fleet:
+        _load_everywhere(fleet)
+        begin = time.monotonic()
+        answers = [told for name in NAMES for told in _replace(fleet, folder, name)]
+        took_s = time.monotonic() - begin
+    during = f"{len(NAMES)} nodes are drained, stopped and started in turn"
+    return _failures_row(f"inferences failed while {during} ({took_s:.0f} s)", answers)
+
+
+def _replace(fleet: Fleet, folder: Path, name: str) -> list[Answers]:
+    """Replace a node; its own clients go before it stops, as a balancer sees to, those of the others stay."""
+    others = [node.server for other, node in fleet.nodes.items() if other != name]
+    model_id = _node_view(others[0], name)["models"][0]["id"]
+    with ExitStack() as clients:
+        stops = [clients.enter_context(_asking(server, folder, model_id)) for server in others]
+        stop_own = clients.enter_context(_asking(fleet.nodes[name].server, folder, model_id))
+        others[0].ask("POST", f"/api/v1/nodes/{name}/drain")
+        _until(lambda: not any(_node_view(others[0], name)[what] for what in ("models", "jobs")))
+        answers = [stop_own()]
+        fleet.stop(name)
+        fleet.start(name)
+        return [*answers, *(stop() for stop in stops)]
+
+
+def _node_view(server: Server, name: str) -> dict[str, Any]:
+    views: list[dict[str, Any]] = server.ask("GET", "/api/v1/nodes").json()["nodes"]
+    return next(view for view in views if view["id"] == name)
 
 
 def _load_everywhere(fleet: Fleet) -> dict[str, str]:
@@ -249,9 +285,9 @@ def _load_everywhere(fleet: Fleet) -> dict[str, str]:
 
 @contextmanager
 def _asking(server: Server, folder: Path, model_id: str) -> Iterator[Callable[[], Answers]]:
-    """Send inferences on a model to the node that has it; yield what stops them."""
+    """Send inferences on a model to a node; yield what stops them."""
     request = add_one_request(ELEMENTS, binary=True, model_id=model_id)
-    target = Target(model_id, server.port, server.token)
+    target = Target(f"{model_id}-{server.port}", server.port, server.token)
     request.check(target)
     with generator.recording(server.port, request.write(target, folder), clients=CLIENTS) as stop:
         yield stop

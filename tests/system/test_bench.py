@@ -202,6 +202,7 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
             "kill -9 of one of 3 nodes until its",
             "inferences failed while the database is away for 2 s, lease 3 s │ 0 of",
             "accepted loads lost while the database is away for 2 s, lease 3 s │ 0 of",
+            "inferences failed while 3 nodes are drained, stopped and started in turn",
             "Cluster: PostgreSQL on these cores and this disk",
         ),
     ),
