@@ -119,7 +119,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         instances: workers alive.
         threads: of each worker; None from a server, or of a load, of an earlier release.
         loaded_by: who asked for it.
-        brought_back: why the system loaded it again since: restart, recovery or swap; None if it did not.
+        brought_back: why the system loaded it again since: restart, recovery, swap, drain; or None.
         memory_bytes: now; None with `at`. `memory_at_load_bytes` is what it took when it was loaded.
         inputs: of the model alone, not in a list: of `signature_version`; None if its file cannot be read.
         outputs: likewise.

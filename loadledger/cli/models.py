@@ -39,6 +39,7 @@ BROUGHT_BACK = {
     "restart": "by the system, after a restart of the server",
     "recovery": "by the system, after its worker ended",
     "swap": "by the system, after a replacement failed",
+    "drain": "by the system, because the node that it was at drains",
 }
 """What `brought_back` says."""
 UNSET = (None, False, 0)

@@ -315,7 +315,9 @@ class ModelSchema(AnswerSchema):
         required=True,
         allow_none=True,
         validate=validate.OneOf([cause.value for cause in RELOADS]),
-        **about("Why the system loaded it again, if it did: `restart` of the server, `recovery`, `swap`."),
+        **about(
+            "Why the system loaded it again, if it did: `restart` of the server, `recovery`, `swap`, `drain`."
+        ),
     )
     job_id = fields.String(required=True, allow_none=True)
     node = fields.String(**about(f"Name of the node where it is loaded; {_NO_NODE}"))

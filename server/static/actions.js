@@ -35,6 +35,13 @@ export class Actions {
     await this.#tried(this.#ask(`/api/v1/jobs/${encodeURIComponent(job.id)}/cancel`, undefined, `Cancelling the ${job.kind} of ${job.model_id}`));
   }
 
+  // Throws what the server refuses with, too.
+  async drain(node) {
+    const { status } = await this.api.post(`/api/v1/nodes/${encodeURIComponent(node.id)}/drain`);
+    notice(status === 200 ? `${node.id} is draining already.` : `${node.id} drains: it takes no more loads.`);
+    await this.refresher.nodes();
+  }
+
   async #ask(path, body, what) {
     const { status, answer: job } = await this.api.post(path, body);
     if (status === 200 && ended(job)) notice(`${what}: ${job.kind === "load" && !job.started_at ? "done" : "nothing to do, it is so already"}.`);

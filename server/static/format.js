@@ -102,7 +102,7 @@ export function count(amount, one, many = `${one}s`) {
   return `${amount.toLocaleString("en")} ${amount === 1 ? one : many}`;
 }
 
-const CAUSES = { restart: "after a restart", recovery: "after its worker ended", swap: "after a replacement failed" };
+const CAUSES = { restart: "after a restart", recovery: "after its worker ended", swap: "after a replacement failed", drain: "at another node, because its own drains" };
 
 // Whether the system loaded again what somebody asked for.
 export function broughtBack(model) {

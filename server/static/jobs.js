@@ -53,7 +53,7 @@ function whyText(job) {
 
 function aboutText(job) {
   const took = duration(secondsSince(job.created_at, Date.parse(job.finished_at)));
-  const parts = [`by ${oneLine(job.requested_by, 60)}`, job.cause === "request" ? null : `cause ${job.cause}`,
+  const parts = [`by ${oneLine(job.requested_by, 60)}`, job.cause === "request" ? null : `cause ${job.cause}`, job.node ? `at ${oneLine(job.node, 60)}` : null,
     ended(job) ? `${ago(job.finished_at)}, took ${took}` : `for ${age(secondsSince(job.created_at))}`,
     job.attempt > 1 ? count(job.attempt, "attempt") : null, job.parameters?.force ? "forced" : null];
   return parts.filter(Boolean).join(" · ");

@@ -14,6 +14,7 @@ import { Live } from "./live.js";
 import { memoryView } from "./memory.js";
 import { ModelPage } from "./modelpage.js";
 import { modelsView } from "./models.js";
+import { drainDialog, nodesView } from "./nodes.js";
 import { notice } from "./notices.js";
 import { Past } from "./past.js";
 import { predictDialog } from "./predict.js";
@@ -38,6 +39,7 @@ function begin(token) {
   attentionView(store, offers);
   const histories = new Histories(api, store);
   memoryView(store, histories);
+  nodesView(store, offers);
   modelsView(store, offers);
   if (session.audits) {
     const past = new Past(api, store, router, (time) => timeline.mark(time));
@@ -77,6 +79,7 @@ function offered(session, api, store, actions) {
       unload: unloadDialog(store, actions),
       pin: (model, pinned) => actions.pin(model, pinned),
       cancel: (job) => actions.cancel(job),
+      drain: drainDialog(store, actions),
     }),
     ...(session.predicts && { predict: predictDialog(api) }),
   };

@@ -1,7 +1,7 @@
 // The memory budget as a bar: who uses how much of it, what is reserved, what is free. And the charts of the server.
 
 import { byId, el, keyed, setAttribute, setText, svg } from "./dom.js";
-import { bytes, count } from "./format.js";
+import { bytes, count, oneLine } from "./format.js";
 import { rangeSwitch, trafficCharts } from "./traffic.js";
 
 const COLOURS = 7; // models that are told apart; the smaller ones are one part
@@ -18,13 +18,14 @@ export function memoryView(store, histories) {
   byId("charts").before(el("div", { class: "head over-time" }, el("h3", {}, "Over time"), range.node));
   byId("charts").append(...charts.nodes);
   store.watch(() => {
-    if (store.resources) draw(bar, store.resources);
+    if (store.resources) draw(bar, store.resources, store.nodes.find((node) => node.this));
     charts.draw(histories.server);
     range.draw();
   });
 }
 
-function draw(bar, resources) {
+// Of one node, where there are nodes.
+function draw(bar, resources, here) {
   const { budget_bytes: budget, used_bytes: used, reserved_bytes: reserved, free_bytes: free } = resources;
   const level = free < 0 ? "over" : free < budget / 10 ? "tight" : "fine";
   byId("memory-bar").className = `bar ${level}`;
@@ -42,7 +43,7 @@ function draw(bar, resources) {
   });
   const limit = resources.max_loaded ? `; ${count(resources.max_loaded, "model")} may be loaded at once` : "";
   const rest = free < 0 ? `${bytes(-free)} over budget` : `${bytes(free)} free`;
-  const text = `${bytes(used)} used${reserved ? `, ${bytes(reserved)} reserved` : ""}, ${rest}, of a budget of ${bytes(budget)}${limit}.`;
+  const text = `${here ? `Of ${oneLine(here.id, 130)}: ` : ""}${bytes(used)} used${reserved ? `, ${bytes(reserved)} reserved` : ""}, ${rest}, of a budget of ${bytes(budget)}${limit}.`;
   setText(byId("memory-text"), text);
   setAttribute(bar, "aria-label", `Memory: ${text}`);
   legend(parts);

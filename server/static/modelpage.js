@@ -144,7 +144,7 @@ function headPart(id, title, offers, store) {
   const pill = el("span", { class: "pill" }), refusal = el("p", { class: "refusal", hidden: true });
   const badges = { active: el("span", { class: "badge" }, "active"), pinned: el("span", { class: "badge" }, "pinned"), newer: el("span", { class: "badge" }, "newer files") };
   const can = actionsOf({ id }, offers, store);
-  const facts = Object.fromEntries(["Version", "Memory now", "Loaded", "Last use", "In flight", "Workers"].map((name) => [name, el("dd")]));
+  const facts = Object.fromEntries(["Version", "Node", "Memory now", "Loaded", "Last use", "In flight", "Workers"].map((name) => [name, el("dd")]));
   const list = el("dl", { class: "facts" }, ...Object.entries(facts).map(([name, value]) => el("div", {}, el("dt", {}, name), value)));
   const node = el("section", { class: "panel model-head", "aria-label": `Model ${id}` },
     el("p", { class: "crumbs" }, el("a", { href: href() }, "‹ All models")),
@@ -163,6 +163,8 @@ function headPart(id, title, offers, store) {
     show(badges.newer, model.repository_changed ?? false);
     tell(refusal, model.error ? `${model.error.code}: ${plain(model.error.message)}` : "");
     setText(facts.Version, versionText(model));
+    show(facts.Node.parentNode, store.nodes.length > 0);
+    setText(facts.Node, oneLine(model.node ?? "–", 130));
     const atLoad = model.memory_at_load_bytes && serving ? `, ${bytes(model.memory_at_load_bytes)} when it was loaded` : "";
     setText(facts["Memory now"], `${memoryText(model, uses)}${atLoad}`);
     setText(facts.Loaded, model.loaded_at ? `${stamp(model.loaded_at)} by ${oneLine(model.loaded_by, 130)}${broughtBack(model)}` : "–");

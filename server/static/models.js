@@ -21,6 +21,7 @@ export function modelsView(store, offers) {
     tell(byId("models-none"), wanted.length || !all.length ? "" : "No model matches.");
     show(byId("models-empty"), store.resources !== null && !all.length);
     show(byId("models-table"), wanted.length > 0);
+    show(byId("models-node"), store.nodes.length > 0);
     show(byId("models-more"), wanted.length > most);
   };
   setText(byId("models-loaded"), `Loaded (${zone()})`);
@@ -36,7 +37,7 @@ function row(first, offers, store) {
   const cell = (label, kind = "") => el("td", { "data-label": label, class: kind || null, role: "cell" });
   const badges = { active: el("span", { class: "badge" }, "active"), pinned: el("span", { class: "badge" }, "pinned"), newer: el("span", { class: "badge", title: "The repository has newer files than those that are loaded: load the model again to use them." }, "newer files") };
   const pill = el("span", { class: "pill" }), error = el("span", { class: "error" });
-  const cells = { version: cell("Version"), memory: cell("Memory", "number"), used: cell("Last use"), flying: cell("In flight", "number"), loaded: cell("Loaded") };
+  const cells = { version: cell("Version"), node: cell("Node"), memory: cell("Memory", "number"), used: cell("Last use"), flying: cell("In flight", "number"), loaded: cell("Loaded") };
   const state = cell("State");
   state.append(pill, error);
   const can = actionsOf(first, offers, store);
@@ -53,6 +54,8 @@ function row(first, offers, store) {
     setAttribute(error, "title", model.error ? plain(model.error.message) : null);
     setText(cells.version, versionText(model));
     setAttribute(cells.version, "title", model.threads ? `${count(model.threads, "thread")} in each worker` : null);
+    show(cells.node, store.nodes.length > 0);
+    setText(cells.node, oneLine(model.node ?? "–", 130));
     setText(cells.memory, memoryText(model, uses));
     setAttribute(cells.memory, "title", model.memory_at_load_bytes ? `${bytes(model.memory_at_load_bytes)} when it was loaded` : null);
     const last = uses.map((use) => use.last_used_at).filter(Boolean).sort().at(-1);

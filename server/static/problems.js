@@ -16,7 +16,7 @@ export const LEVELS = ["critical", "warning", "waiting"];
 // from here: offers of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
 // Those of one `cause` are one entry, which has them as `members`.
 export function problems(store, now = Date.now(), there = serverNow()) {
-  const found = [...ofServer(store), ...ofMemory(store), ...ofStuck(store, now)];
+  const found = [...ofServer(store), ...ofNodes(store), ...ofMemory(store), ...ofStuck(store, now)];
   for (const model of store.models.values()) found.push(...ofModel(model, store));
   for (const job of store.jobsNow()) found.push(...ofJob(job, there));
   return grouped(found).sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level) || (a.key < b.key ? -1 : 1));
@@ -60,6 +60,22 @@ function* ofServer({ started }) {
       "Look for the cause in the machine's log: it may have run out of memory, lost power, or been killed."),
     occurrence: String(started.position), position: started.position,
   };
+}
+
+function* ofNodes({ nodes }) {
+  for (const node of nodes) {
+    const { id, epoch } = node, rest = node.models.length + node.jobs.length, renewed = node.renewed_at ? `It renewed its lease last ${stamp(node.renewed_at)}.` : "";
+    if (node.phase === "lost") {
+      yield { ...problem("warning", `node lost ${id}`, `Node ${id} is lost`, renewed,
+        "The other nodes load its models. Check its machine: when it starts again, it joins by itself."), occurrence: String(epoch) };
+    } else if (node.late) {
+      yield problem("warning", `node late ${id}`, `Node ${id} is late`, renewed,
+        "Another node declares it lost, and its models are loaded elsewhere. Check its machine, and whether it reaches the database.");
+    } else if (node.phase === "draining" && rest && !nodes.some((each) => each.phase === "joined")) {
+      yield problem("warning", `node stays ${id}`, `Node ${id} drains, and its models stay there`, "No other node takes loads.",
+        "Start another node, or start this one again: it then takes loads.");
+    }
+  }
 }
 
 function* ofModel(model, store) {

@@ -28,6 +28,7 @@ export class Refresher {
   async everything(signal) {
     const position = await this.models(signal);
     await this.jobs(signal);
+    await this.nodes(signal);
     await this.look(signal);
     if (this.audits) await this.#start(signal);
     return position;
@@ -100,9 +101,15 @@ export class Refresher {
     this.store.changed();
   }
 
+  async nodes(signal) {
+    this.store.nodes = (await this.api.get("/api/v1/nodes", { signal })).nodes;
+    this.store.changed();
+  }
+
   // Looks at memory, and at whether what is in flight is answered.
   async look(signal) {
     await this.resources(signal);
+    if (this.store.nodes.length) await this.nodes(signal); // their leases are no events
     const asks = isWorthwhile(this.store.resources);
     const statistics = asks ? (await this.api.get("/v2/models/stats", { signal })).model_stats : [];
     this.store.looked = look(this.store.looked, this.store.resources, statistics);
@@ -125,6 +132,7 @@ export class Refresher {
     if (dirty.length && (this.store.models.size <= FEW || dirty.length > MOST_ALONE)) await this.models();
     else for (const id of dirty) await this.#model(id);
     await this.jobs();
+    if (this.store.nodes.length) await this.nodes();
     await this.resources();
     this.#tookMs = Math.min(1000, performance.now() - began);
   }

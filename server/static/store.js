@@ -10,6 +10,7 @@ export class Store {
 
   constructor() {
     this.models = new Map(); // by id, as the API has them
+    this.nodes = []; // that share the ledger; none of a server alone
     this.jobs = []; // unfinished ones, then the newest
     this.failures = new Map(); // by model that failed: the last job that did
     this.started = null; // the last ServerStarted, for those who may read the ledger

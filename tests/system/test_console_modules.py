@@ -56,6 +56,40 @@ CASES: dict[str, tuple[object, str]] = {
         return [times, Math.round((store.connection.retryAt - Date.now()) / 10_000)];
         """,
     ),
+    "lost and late nodes, and vain drains, need somebody": (
+        [
+            ["Node b is late", None],
+            ["Node a is lost", "1"],
+            ["Node c drains, and its models stay there", None],
+        ],
+        """
+        const { problems } = await import("/console/problems.js");
+        const store = new Store(), none = { epoch: 1, models: [], jobs: [], renewed_at: null, late: false };
+        const model = { id: "m", version: 1, state: "loaded" };
+        store.nodes = [
+          { ...none, id: "a", phase: "lost" },
+          { ...none, id: "b", phase: "draining", late: true },
+          { ...none, id: "c", phase: "draining", models: [model] },
+          { ...none, id: "d", phase: "left" },
+        ];
+        const found = problems(store).map(({ title, occurrence }) => [title, occurrence]);
+        store.nodes.push({ ...none, id: "e", phase: "joined" });
+        return problems(store).length === 2 ? found : problems(store);
+        """,
+    ),
+    "a node's address is a link only if a browser can open it": (
+        [["http://a:8080/", None, None], ["http://a:8080", "javascript:alert(1)", "http://"]],
+        """
+        const { nodesView } = await import("/console/nodes.js");
+        const store = new Store(), addresses = ["http://a:8080", "javascript:alert(1)", "http://"];
+        const none = { phase: "joined", epoch: 1, models: [], jobs: [], labels: [], release: "1" };
+        store.nodes = addresses.map((address, id) => ({ ...none, id: String(id), address }));
+        nodesView(store, {});
+        const cells = [...document.querySelectorAll("#nodes-rows [data-label=Address]")];
+        const links = cells.map((cell) => cell.querySelector("a")?.href ?? null);
+        return [links, cells.map((cell) => cell.firstChild.firstChild.data)];
+        """,
+    ),
     "ages follow the server's clock": (
         [["2", 0], ["2", 0], ["1", 0]],
         """
@@ -63,7 +97,7 @@ CASES: dict[str, tuple[object, str]] = {
         const { problems } = await import("/console/problems.js");
         const hence = (seconds) => new Date(Date.now() + seconds * 1000);
         const job = { id: "j", kind: "unload", model_id: "m", status: "in_progress", finished_at: null };
-        const store = { models: new Map(), failures: new Map(), jobsNow: () => [job] };
+        const store = { models: new Map(), nodes: [], failures: new Map(), jobsNow: () => [job] };
         const ages = [];
         for (const seconds of [-3600, 3600, 1]) {
           learnClock(hence(seconds).toUTCString());
@@ -253,7 +287,8 @@ CASES: dict[str, tuple[object, str]] = {
         const resources = { models: [use], waiting: [], budget_bytes: 100, free_bytes: 50 };
         const models = new Map([["m", { id: "m", state: "loaded", error: null }]]);
         const looked = { since: new Map([["j", 1000]]) };
-        const store = { models, looked, resources, started: null, failures: new Map(), jobsNow: () => [] };
+        const failures = new Map(), nodes = [];
+        const store = { models, nodes, looked, resources, started: null, failures, jobsNow: () => [] };
         const told = (each) => [each.level, each.title, each.why, each.offers[0]?.do];
         const at = (now) => problems(store, now).map(told);
         const found = [at(10_000), at(14_000)];

@@ -35,6 +35,8 @@ async def test_nodes_lists_what_runs_where_and_drain_waits(ledger: Database, tmp
         a.save(add(), "m")
         home = (await a.load("m"))["node"]
         other = "b" if home == "a" else "a"
+        for api in (a, b):  # each follows the ledger by itself
+            await api.model_when("m", state="loaded")
         listed = await prints(b, "nodes")
         assert listed.splitlines()[0].split() == [
             *("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "LABELS", "ADDRESS", "RELEASE")

@@ -1,0 +1,122 @@
+"""The console's nodes in a real browser: what runs where, and draining one.
+
+With `SCREENSHOTS=FOLDER` a picture is written there.
+"""
+
+import os
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import BrowserContext, Locator, expect
+from support import models
+from support.browser import DESKTOP, PHONE, Console, chromium, needs_browser
+from support.http import LocalApi
+from support.nodes import list_nodes, local_node
+from support.postgres import Database, join_shared_server
+from support.replicas import make_ledger
+from support.workers import until
+
+from server.appkeys import MEMBERSHIP
+
+pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
+
+PICTURES = os.environ.get("SCREENSHOTS")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def database() -> AsyncIterator[Database]:
+    """A ledger for the module's nodes."""
+    async with (await join_shared_server()).database(make_ledger) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def nodes(
+    database: Database, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[dict[str, LocalApi]]:
+    """Three nodes with six models."""
+    folder = tmp_path_factory.mktemp("nodes")
+    async with AsyncExitStack() as stack:
+        started = {
+            name: await stack.enter_async_context(
+                local_node(database, folder, name, node_labels=f"zone={zone}", lease_s=2.0)
+            )
+            for name, zone in (("loadledger-0", "a"), ("loadledger-1", "b"), ("loadledger-2", "a"))
+        }
+        first = started["loadledger-0"]
+        peers = first.app[MEMBERSHIP]
+        await until(lambda: len(peers.peers) == 3 and all(each.position for each in peers.peers.values()))
+        for number in range(6):  # of other bytes each: a node that has the files goes first
+            first.save(models.add(float(number)), f"m{number}")
+            await first.load(f"m{number}")
+        yield started
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[BrowserContext]:
+    """A browser."""
+    async with chromium() as running:
+        yield running
+
+
+def row(console: Console, node: str) -> Locator:
+    return console.page.locator("#nodes-rows > tr", has=console.page.get_by_text(node, exact=True))
+
+
+async def test_nodes_show_what_runs_where_and_are_drained(
+    nodes: dict[str, LocalApi], browser: BrowserContext, tmp_path: Path
+) -> None:
+    api = nodes["loadledger-1"]
+    async with Console.opened(browser, api.url) as console:
+        page = console.page
+        await console.sign_in(api.token("admin"))
+        await expect(page.locator("#nodes-count")).to_have_text("3 joined")
+        for name, node in (await list_nodes(api)).items():
+            await expect(row(console, name).locator(".at-node li")).to_have_count(len(node["models"]))
+            await expect(row(console, name).locator("[data-label=Lease]")).to_contain_text("renewed")
+        await expect(row(console, "loadledger-1").get_by_text("this node")).to_be_visible()
+        await expect(row(console, "loadledger-0").get_by_text("places loads")).to_be_visible()
+        link = row(console, "loadledger-2").locator("[data-label=Address] a")
+        assert await link.get_attribute("href") == "http://loadledger-2/"
+        home = (await api.model("m0"))["node"]
+        await expect(console.row("m0").locator("[data-label=Node]")).to_have_text(home)
+        await page.screenshot(path=Path(PICTURES or tmp_path) / "nodes.png", full_page=True)
+        assert await console.serious() == []
+
+        await row(console, "loadledger-2").get_by_role("button", name="Drain… loadledger-2").click()
+        told = re.compile(r"^It has 2 models\. Each is loaded at another node \(loadledger-0, loadledger-1\)")
+        await expect(page.locator("#drain-text")).to_have_text(told)
+        assert await console.serious("dialog[open]") == []
+        await page.set_viewport_size(PHONE)
+        wide = "parts => parts.filter((each) => each.getBoundingClientRect().right > innerWidth).length"
+        assert await page.locator("dialog[open] *").evaluate_all(wide) == 0
+        await console.choose("Drain")
+        await expect(row(console, "loadledger-2").locator(".pill")).to_have_text("draining")
+        await expect(row(console, "loadledger-2").locator(".at-node li")).to_have_count(0)
+        await expect(row(console, "loadledger-2").get_by_role("button")).to_be_hidden()
+        await expect(page.locator("#notices")).to_contain_text("loadledger-2 drains")
+        await expect(page.locator("#nodes-count")).to_have_text("2 joined of 3")
+        await page.screenshot(path=Path(PICTURES or tmp_path) / "nodes-phone.png", full_page=True)
+        assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        assert await console.serious() == []
+        await page.set_viewport_size(DESKTOP)
+
+        await row(console, "loadledger-0").locator(".at-node a").first.click()
+        facts = page.locator(".facts > div", has=page.get_by_text("Node", exact=True))
+        await expect(facts).to_contain_text("loadledger-0")
+
+
+async def test_role_predict_sees_nodes_and_drains_none(
+    nodes: dict[str, LocalApi], browser: BrowserContext
+) -> None:
+    api = nodes["loadledger-0"]
+    async with Console.opened(browser, api.url) as console:
+        await console.sign_in(api.token("predict"), says="Every 3 s")
+        await expect(row(console, "loadledger-1")).to_be_visible()
+        await expect(
+            console.page.locator("#nodes").get_by_role("button", name=re.compile("Drain"))
+        ).to_have_count(0)
