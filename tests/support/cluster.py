@@ -1,0 +1,399 @@
+"""Nodes of one ledger as real `serve` processes: started, stopped, killed, frozen, cut off, under load.
+
+    async with clustered(folder, server, size=3) as cluster, cluster.traffic() as traffic:
+        await cluster.nodes["n1"].kill()
+        await cluster.until(lambda state: state.nodes["n1"].phase is NodePhase.LOST)
+
+Each node has an address of its own, so that no other process takes its port while it is down, and a proxy
+before the database. All of them have the same keys and the same repository.
+"""
+
+import asyncio
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+
+from events.nodes import NodePhase
+from events.sqlite.datalock import LEDGER
+from events.sqlite.queries import read_head, read_state
+from events.state import State
+from events.storage import LogHead
+from server.auth.keys import ensure_data_dir, keys_folder
+from server.config import Config
+from support.cutting import CuttingProxy, cutting_proxy
+from support.fleet import UNLIMITED, Fleet, Source, check_inference, question
+from support.http import Api, when
+from support.postgres import Address, Database, PostgresServer
+from support.replicas import make_ledger
+from support.servers import Server, serving
+
+LEASE_S = 1.2
+REQUEST_S = 30.0
+"""How long a client waits for a server that may be frozen or cut off."""
+SETTINGS = (f"--lease-s={LEASE_S}", "--drain-timeout-s=5", *UNLIMITED)
+MODELS = 8
+
+Place = tuple[str, str, str]
+"""A node, a model, and the job of its load."""
+LOST_CONNECTION = (aiohttp.ClientError, TimeoutError, OSError)
+
+
+def _free_address() -> Address:
+    """Return a free port at a loopback address that nothing else uses."""
+    host = f"127.{random.randint(64, 254)}.{random.randint(0, 254)}.{random.randint(1, 254)}"
+    with closing(socket.socket()) as free:
+        free.bind((host, 0))
+        return host, free.getsockname()[1]
+
+
+@dataclass(slots=True)
+class ClusterNode:
+    """One node, running or not.
+
+    Attributes:
+        name: its id.
+        config: its data directory, and the repository.
+        database: of the ledger.
+        proxy: between the node and the database.
+        is_frozen: whether its server process was stopped with SIGSTOP.
+    """
+
+    name: str
+    config: Config
+    database: Database
+    proxy: CuttingProxy
+    is_frozen: bool = False
+    _address: Address = field(default_factory=_free_address)
+    _server: Server | None = None
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    @property
+    def server(self) -> Server:
+        """The running server."""
+        assert self._server is not None, f"{self.name} does not run"
+        return self._server
+
+    @property
+    def api(self) -> Api:
+        """A client of the running server."""
+        return self.server.api
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process is there, frozen or not."""
+        return self._server is not None and self._server.process.returncode is None
+
+    @property
+    def answers(self) -> bool:
+        """Whether it runs and is not frozen."""
+        return self.is_running and not self.is_frozen
+
+    @property
+    def replica(self) -> Path:
+        """Its replica of the ledger."""
+        return self.config.data / LEDGER
+
+    @property
+    def output(self) -> str:
+        """What it has written to stderr in all its lives."""
+        return self.config.data.with_name(f"{self.name}.stderr").read_text(encoding="utf-8", errors="replace")
+
+    async def start(self) -> None:
+        """Start the server; it has joined when this returns."""
+        await self.close()
+        host, port = self._address
+        ledger = self.database.url("ledger_server", self.proxy.address)
+        arguments = (f"--ledger={ledger}", f"--node-name={self.name}", f"--host={host}", f"--port={port}")
+        own = f"--node-address=http://{host}:{port}"
+        started = serving(self.config, *arguments, own, *SETTINGS)
+        self._server = await self._stack.enter_async_context(started)
+        self.is_frozen = False
+
+    async def kill(self) -> None:
+        """Kill the server with SIGKILL, and wait until all its processes are gone."""
+        await self.server.kill()
+        self.is_frozen = False
+
+    async def stop(self) -> None:
+        """Stop the server in order."""
+        assert await self.server.stop() == 0, self.output[-3000:]
+
+    def freeze(self) -> None:
+        """Stop the server's process with SIGSTOP; its workers go on."""
+        self.server.send(signal.SIGSTOP)
+        self.is_frozen = True
+
+    def thaw(self) -> None:
+        """Let a frozen server go on."""
+        self.server.send(signal.SIGCONT)
+        self.is_frozen = False
+
+    async def close(self) -> None:
+        """Kill the server if it runs, and close its client."""
+        await self._stack.aclose()
+        self._server, self.is_frozen = None, False
+
+    def read_state(self) -> State:
+        """Return the state that its replica has stored."""
+        with closing(sqlite3.connect(f"file:{self.replica}?mode=ro", uri=True)) as connection:
+            return read_state(connection)
+
+    def read_head(self) -> LogHead:
+        """Return the head of its replica."""
+        with closing(sqlite3.connect(f"file:{self.replica}?mode=ro", uri=True)) as connection:
+            return read_head(connection)
+
+    async def list_live(self) -> set[Place]:
+        """Return the loads that have workers at it."""
+        uses = (await self.api.get("/api/v1/resources")).json["models"]
+        return {(self.name, use["model_id"], use["job_id"]) for use in uses}
+
+
+@dataclass(slots=True)
+class Cluster:
+    """Nodes over one ledger, the models that they serve, and what their clients were answered.
+
+    Attributes:
+        accepted: ids of the jobs that were answered with 200 or 202.
+        sources: the loads that answered inferences.
+        counts: of what the clients did and what was done to the nodes.
+    """
+
+    database: Database
+    fleet: Fleet
+    nodes: dict[str, ClusterNode]
+    accepted: set[str] = field(default_factory=set)
+    sources: set[Source] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def answering(self) -> list[ClusterNode]:
+        """The nodes that run and are not frozen."""
+        return [node for node in self.nodes.values() if node.answers]
+
+    async def restore(self) -> None:
+        """Thaw, heal and start all nodes that are not at work."""
+        for node in self.nodes.values():
+            node.proxy.heal()
+            if node.is_frozen:
+                node.thaw()
+        await asyncio.gather(*(node.start() for node in self.nodes.values() if not node.is_running))
+
+    def follow(self, server: PostgresServer) -> None:
+        """Let the nodes reach another server of the database from their next connection on."""
+        self.database = Database(server, self.database.name)
+        for node in self.nodes.values():
+            node.proxy.target = server.address
+
+    async def until(
+        self, holds: Callable[[State], bool], *, at: ClusterNode | None = None, what: str = ""
+    ) -> State:
+        """Wait until this holds of the state at one node; without one, at any that answers."""
+
+        async def look() -> State:
+            witness = at or max(self.answering, key=lambda node: node.read_head().position)
+            return witness.read_state()
+
+        try:
+            return await when(look, holds)
+        except AssertionError:
+            raise AssertionError(f"{what or 'the state did not come'}: {self.describe()}") from None
+
+    async def settled(self) -> State:
+        """Wait until nothing is under way, all replicas are equal, and the processes are those recorded."""
+        seen: list[str] = []
+
+        async def look() -> State | None:
+            seen.clear()
+            states = [node.read_state() for node in self.answering]
+            seen.extend(_list_unsettled(states[0]))
+            if len({(state.position, state.recorded_at) for state in states}) > 1 or seen:
+                return None
+            live = set[Place]().union(*[await node.list_live() for node in self.answering])
+            recorded = set(list_places(states[0]))
+            seen.extend(f"{place} is not live" for place in recorded - live)
+            seen.extend(f"{place} is not recorded" for place in live - recorded)
+            return states[0] if recorded == live else None
+
+        try:
+            state = await when(look, lambda state: state is not None)
+        except AssertionError:
+            raise AssertionError(f"not settled: {seen[:20]}; {self.describe()}") from None
+        assert state is not None
+        return state
+
+    async def load(self, *model_ids: str) -> State:
+        """Load models, wherever; return the state when all is at rest."""
+        apis = [node.api for node in self.answering]
+        answers = await asyncio.gather(
+            *(
+                apis[number % len(apis)].post(f"/api/v1/models/{model_id}/load", wait=60)
+                for number, model_id in enumerate(model_ids)
+            )
+        )
+        assert all(answer.json["status"] == "completed" for answer in answers), answers
+        self.accepted |= {answer.json["id"] for answer in answers}
+        return await self.settled()
+
+    def describe(self) -> str:
+        """Return what each node's replica says of nodes, for a failed test."""
+        parts = []
+        for node in self.nodes.values():
+            with suppress(sqlite3.Error, ValueError):
+                state = node.read_state()
+                phases = {each.id: f"{each.phase} {each.epoch}" for each in state.nodes.values()}
+                parts.append(f"{node.name} (answers: {node.answers}) at {state.position}: {phases}")
+        return "; ".join(parts)
+
+    @asynccontextmanager
+    async def traffic(
+        self, dice: random.Random, model_ids: list[str], clients: int = 2
+    ) -> AsyncIterator[None]:
+        """Load, unload and cancel at random nodes while the block runs."""
+        tasks = [
+            asyncio.create_task(self._request_often(random.Random(dice.random()), model_ids))
+            for _ in range(clients)
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        defects = [end for end in ends if not isinstance(end, asyncio.CancelledError)]
+        assert not defects, defects
+
+    async def _request_often(self, dice: random.Random, model_ids: list[str]) -> None:
+        while True:
+            await asyncio.sleep(dice.uniform(0, 0.05))
+            nodes = self.answering
+            if nodes:
+                node = dice.choice(nodes)
+                with suppress(*LOST_CONNECTION):
+                    async with asyncio.timeout(REQUEST_S):
+                        await self._request(node, dice, dice.choice(model_ids))
+
+    async def _request(self, node: ClusterNode, dice: random.Random, model_id: str) -> None:
+        path = self._choose_path(dice, model_id)
+        answer = await node.api.post(path, json={}, wait=dice.choice((0, 0, 1)))
+        assert answer.status in (200, 202, 409, 503), answer
+        self.counts[f"answered {answer.status}"] += 1
+        if answer.status in (200, 202):
+            self.accepted.add(answer.json["id"])
+
+    def _choose_path(self, dice: random.Random, model_id: str) -> str:
+        if self.accepted and dice.random() < 0.05:
+            return f"/api/v1/jobs/{dice.choice(sorted(self.accepted)[-8:])}/cancel"
+        if dice.random() < 0.3:
+            return f"/api/v1/models/{model_id}/unload" + dice.choice(("", "?force=true"))
+        return f"/api/v1/models/{model_id}/load"
+
+    async def infer(self, node: ClusterNode, model_id: str, dice: random.Random) -> None:
+        """Ask a node for an inference, which must be answered."""
+        asked = question(dice)
+        answer = await node.api.infer(model_id, asked)
+        assert answer.status == 200, (node.name, model_id, answer)
+        self.sources.add(check_inference(model_id, asked, answer))
+        self.counts["inferences"] += 1
+
+    @asynccontextmanager
+    async def inferring(self, places: list[tuple[str, str]], dice: random.Random) -> AsyncIterator[None]:
+        """Ask nodes for inferences of models that they have while the block runs; each must be answered."""
+
+        async def ask() -> None:
+            while True:
+                name, model_id = dice.choice(places)
+                await self.infer(self.nodes[name], model_id, dice)
+                await asyncio.sleep(0.01)
+
+        task = asyncio.create_task(ask())
+        try:
+            yield
+            if task.done():
+                await task
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+
+def list_places(state: State) -> Iterator[Place]:
+    """Yield where models are loaded, as recorded."""
+    for model in state.models.values():
+        if model.state == "loaded" and model.serving is not None:
+            yield model.serving.node_id or "", model.id, model.serving.load_job_id
+
+
+def find_places(state: State, name: str) -> list[str]:
+    """Return the models that are recorded as loaded at a node."""
+    return sorted(model_id for node, model_id, _ in list_places(state) if node == name)
+
+
+def find_nodes(state: State, model_ids: list[str]) -> dict[str, str]:
+    """Return the nodes at which models are loaded."""
+    return {model_id: node for node, model_id, _ in list_places(state) if model_id in model_ids}
+
+
+def is_lost(name: str, epoch: int) -> Callable[[State], bool]:
+    """Return whether this epoch of a node is recorded as lost, and no later one has begun."""
+    return lambda state: state.nodes[name].phase is NodePhase.LOST and state.nodes[name].epoch == epoch
+
+
+def has_joined(name: str, epoch: int) -> Callable[[State], bool]:
+    """Return whether this epoch of a node has begun, and has not ended."""
+    return lambda state: state.nodes[name].phase is NodePhase.JOINED and state.nodes[name].epoch == epoch
+
+
+def are_elsewhere(model_ids: list[str], name: str) -> Callable[[State], bool]:
+    """Return whether models are loaded, and none at this node."""
+
+    def holds(state: State) -> bool:
+        found = find_nodes(state, model_ids)
+        return len(found) == len(model_ids) and name not in found.values()
+
+    return holds
+
+
+def _list_unsettled(state: State) -> Iterator[str]:
+    """Yield the jobs and models that are under way."""
+    for job in state.unended():
+        yield f"job {job.id} {job.kind} {job.model_id} {job.status} at {job.node_id} ({job.cause})"
+    for model in state.models.values():
+        if model.state in ("loading", "unloading", "lost"):
+            yield f"model {model.id} {model.state}"
+
+
+@asynccontextmanager
+async def clustered(
+    folder: Path, server: PostgresServer, names: tuple[str, ...] = ("n1", "n2", "n3")
+) -> AsyncIterator[Cluster]:
+    """Run nodes over a new ledger in a PostgreSQL server; kill them after the block.
+
+    The ledger's database stays, since the server may be another one by then: it ends with its server.
+    """
+    repository = folder / "repository"
+    fleet = Fleet(repository, MODELS, versions=(1,))
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(server.database(make_ledger))
+        cluster = Cluster(database, fleet, {})
+        first = Config(repository=repository, data=folder / names[0])
+        ensure_data_dir(first.data)
+        for name in names:
+            config = Config(repository=repository, data=folder / name)
+            if name != names[0]:
+                config.data.mkdir(mode=0o700)
+                shutil.copytree(keys_folder(first.data), keys_folder(config.data))
+            proxy = await stack.enter_async_context(cutting_proxy(server.address))
+            node = ClusterNode(name, config, database, proxy)
+            stack.push_async_callback(node.close)
+            cluster.nodes[name] = node
+        await cluster.restore()
+        yield cluster

@@ -1,0 +1,126 @@
+"""The audit of a ledger of nodes: one whole history, and no fact of a node whose epoch is over."""
+
+import asyncio
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from events.codec import decode_event
+from events.models import ModelState
+from events.nodes import LoadPlaced, NodeDraining, NodeJoined, NodeLeft, NodeLost
+from events.state import State
+from events.types import (
+    REPLACEMENTS,
+    Event,
+    LoadFailed,
+    LoadRequested,
+    LoadStarted,
+    ModelLoaded,
+    UnloadRequested,
+    WorkerExited,
+)
+from loadledger.cli.local.localdatabase import verify_address
+from server.observability.eventlog import ENDS
+from support.fleet import Source
+from support.ledgers import rows_of
+from support.cluster import Cluster
+from support.replicas import rows_in
+from support.servers import verified
+
+
+@dataclass(slots=True)
+class EpochAudit:
+    """Follows the events of a ledger, and refuses what no node may have recorded.
+
+    Attributes:
+        present: the epochs that have begun and not ended, by node.
+        last: the latest epoch of each node.
+        ends: the type of each job's end, by job.
+        asked: the jobs.
+        failures: codes of failed loads.
+        loaded: the loads that have completed.
+        lost: how often each node was lost.
+    """
+
+    present: dict[str, int] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, str] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    failures: list[str] = field(default_factory=list)
+    loaded: set[Source] = field(default_factory=set)
+    lost: list[str] = field(default_factory=list)
+    _state: State = field(default_factory=State)
+    _replaced: set[str] = field(default_factory=set)
+
+    def follow(self, events: Iterable[Event]) -> None:
+        """Check the events, which are all of the ledger."""
+        for event in events:
+            self._check_node(event)
+            self._check_job(event)
+            self._check_model(event)
+            self._state.apply(event)
+        assert not self._replaced, f"loaded at two nodes, and nothing unloads these loads: {self._replaced}"
+
+    def _check_model(self, event: Event) -> None:
+        """Note a load that gives way to one at another node: nothing but its unload may follow."""
+        data = event.data
+        if isinstance(data, UnloadRequested) and data.cause in REPLACEMENTS:
+            self._replaced.discard(data.load_job_id or "")
+        if isinstance(data, ModelLoaded):
+            model = self._state.models.get(event.model_id or "")
+            held = model.serving if model is not None and model.phase is ModelState.LOADED else None
+            if held is not None and held.node_id not in (None, data.node_id):
+                self._replaced.add(held.load_job_id)
+
+    def _check_node(self, event: Event) -> None:
+        match event.data:
+            case NodeJoined(node_id=node_id, epoch=epoch):
+                assert epoch == self.last.get(node_id, 0) + 1, event
+                self.present[node_id] = self.last[node_id] = epoch
+            case NodeLeft(node_id=node_id, epoch=epoch) | NodeLost(node_id=node_id, epoch=epoch):
+                assert self.present.pop(node_id, None) == epoch, event
+                if isinstance(event.data, NodeLost):
+                    self.lost.append(node_id)
+            case NodeDraining(node_id=node_id, epoch=epoch) | LoadPlaced(node_id=node_id, node_epoch=epoch):
+                assert self.present.get(node_id) == epoch, event
+            case LoadStarted(node_id=node_id) | ModelLoaded(node_id=node_id) | WorkerExited(node_id=node_id):
+                assert node_id in self.present, event
+
+    def _check_job(self, event: Event) -> None:
+        data = event.data
+        if isinstance(data, ModelLoaded):
+            self.loaded.add(Source(event.model_id or "", event.version or 0, event.position))
+        if isinstance(data, LoadFailed):
+            self.failures.append(f"{data.code}: {data.message}")
+        if isinstance(data, LoadRequested | UnloadRequested):
+            self.asked.add(event.id)
+        elif isinstance(data, ENDS):
+            assert event.job_id in self.asked - self.ends.keys(), event
+            self.ends[event.job_id] = event.type
+
+
+async def audit_cluster(cluster: Cluster, failures: Collection[str] = ()) -> EpochAudit:
+    """Audit a settled cluster: the database's ledger, every replica, and what clients were answered.
+
+    Args:
+        cluster: whose clients have ended.
+        failures: codes that loads may have failed with.
+    """
+    found = await verify_address(cluster.database.server_url, None)
+    assert found.finding is None, found
+    rows = await rows_in(cluster.database)
+    assert [position for position, _, _ in rows] == list(range(1, len(rows) + 1))
+    for node in cluster.nodes.values():
+        await asyncio.to_thread(verified, node.config)
+        replica = await asyncio.to_thread(rows_of, node.replica)
+        assert replica == rows[: len(replica)], node.name
+        assert len(replica) == len(rows) or not node.answers, node.name
+    audit = EpochAudit()
+    audit.follow(decode_event(body.encode()) for _, body, _ in rows)
+    assert audit.asked == audit.ends.keys(), audit.asked - audit.ends.keys()
+    assert cluster.accepted <= audit.ends.keys(), cluster.accepted - audit.ends.keys()
+    assert cluster.sources <= audit.loaded, cluster.sources - audit.loaded
+    refused = [each for each in audit.failures if each.partition(":")[0] not in failures]
+    assert not refused, refused
+    for node in cluster.nodes.values():
+        assert "Traceback" not in node.output, node.output[-5000:]
+    return audit

@@ -1,0 +1,199 @@
+"""Nodes that are killed, frozen and cut off, and databases that fail, under load; then the ledger is audited.
+
+The tests share three nodes and their PostgreSQL server; those that replace the database have their own.
+"""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from support.clusteraudit import audit_cluster
+from support.fleet import new_dice
+from support.cluster import (
+    LEASE_S,
+    Cluster,
+    ClusterNode,
+    are_elsewhere,
+    clustered,
+    find_nodes,
+    find_places,
+    has_joined,
+    is_lost,
+)
+from support.postgres import PostgresServer, postgres_server
+
+from events.nodes import NodePhase
+from events.state import State
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    """Three nodes, and a PostgreSQL server that tests may kill."""
+    async with postgres_server() as server, clustered(tmp_path_factory.mktemp("nodes"), server) as cluster:
+        yield cluster
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def cluster(shared_cluster: Cluster) -> AsyncIterator[Cluster]:
+    """The module's nodes, all at work, with half of the models loaded; audited after the test."""
+    await shared_cluster.restore()
+    await shared_cluster.load(*kept(shared_cluster))
+    yield shared_cluster
+    await shared_cluster.restore()
+    await shared_cluster.settled()
+    await audit_cluster(shared_cluster)
+
+
+@pytest.fixture
+def dice() -> random.Random:
+    """The source of random decisions."""
+    return new_dice()
+
+
+def kept(cluster: Cluster) -> list[str]:
+    """Return the models that stay loaded."""
+    return cluster.fleet.ids[:4]
+
+
+def changing(cluster: Cluster) -> list[str]:
+    """Return the models that clients load and unload all the time."""
+    return cluster.fleet.ids[4:]
+
+
+def pick(cluster: Cluster) -> tuple[ClusterNode, list[str], int]:
+    """Return a node that has some of the models that stay loaded, with those and its epoch."""
+    state = cluster.answering[0].read_state()
+    nodes = list(find_nodes(state, kept(cluster)).values())
+    name = max(cluster.nodes, key=nodes.count)
+    models = [model_id for model_id in find_places(state, name) if model_id in kept(cluster)]
+    return cluster.nodes[name], models, state.nodes[name].epoch
+
+
+def no_epoch_ended(before: State, after: State) -> bool:
+    """Whether the same epochs of the same nodes are there."""
+    return {node.id: (node.epoch, node.phase) for node in before.nodes.values()} == {
+        node.id: (node.epoch, node.phase) for node in after.nodes.values()
+    }
+
+
+async def test_models_of_killed_node_load_elsewhere(cluster: Cluster, dice: random.Random) -> None:
+    node, models, epoch = pick(cluster)
+    async with cluster.traffic(dice, changing(cluster)):
+        await node.kill()
+        await cluster.until(is_lost(node.name, epoch))
+        await cluster.until(are_elsewhere(models, node.name))
+        await node.start()
+        await cluster.until(has_joined(node.name, epoch + 1))
+
+
+async def test_thawed_node_ends_workers_and_joins_again(cluster: Cluster, dice: random.Random) -> None:
+    node, models, epoch = pick(cluster)
+    async with cluster.traffic(dice, changing(cluster)):
+        worker = node.server.worker()
+        node.freeze()
+        os.kill(worker, signal.SIGKILL)  # which it will want to record
+        await cluster.until(is_lost(node.name, epoch))
+        await cluster.until(are_elsewhere(models, node.name))
+        node.thaw()
+        await cluster.until(has_joined(node.name, epoch + 1))
+
+
+async def test_node_cut_off_for_a_moment_stays(cluster: Cluster, dice: random.Random) -> None:
+    node, models, _ = pick(cluster)
+    before = node.read_state()
+    async with cluster.traffic(dice, changing(cluster)):
+        node.proxy.swallow()
+        at = node.read_head()
+        for _ in range(20):
+            await cluster.infer(node, dice.choice(models), dice)
+        assert node.read_head() == at
+        node.proxy.heal()
+        await cluster.until(lambda state: state.position > at.position, at=node)
+    assert no_epoch_ended(before, await cluster.settled())
+
+
+async def test_node_cut_off_serves_until_it_is_back(cluster: Cluster, dice: random.Random) -> None:
+    node, models, epoch = pick(cluster)
+    async with cluster.traffic(dice, changing(cluster)):
+        async with cluster.inferring([(node.name, model_id) for model_id in models], dice):
+            node.proxy.swallow()
+            await cluster.until(is_lost(node.name, epoch))
+            await cluster.until(are_elsewhere(models, node.name))
+        node.proxy.heal()
+        await cluster.until(has_joined(node.name, epoch + 1))
+
+
+async def test_killed_database_loses_no_node_and_no_inference(cluster: Cluster, dice: random.Random) -> None:
+    before = cluster.answering[0].read_state()
+    places = [(node, model_id) for model_id, node in find_nodes(before, kept(cluster)).items()]
+    server = cluster.database.server
+    async with cluster.traffic(dice, changing(cluster)), cluster.inferring(places, dice):
+        await server.kill()
+        await asyncio.sleep(2 * LEASE_S)  # the outage, longer than all leases
+        await server.start()
+        await cluster.load(*changing(cluster)[:1])
+    assert no_epoch_ended(before, await cluster.settled())
+
+
+async def test_models_of_stopped_node_load_elsewhere(cluster: Cluster, dice: random.Random) -> None:
+    node, models, epoch = pick(cluster)
+    async with cluster.traffic(dice, changing(cluster)):
+        await node.stop()
+        state = await cluster.until(are_elsewhere(models, node.name))
+    assert (state.nodes[node.name].phase, state.nodes[node.name].epoch) == (NodePhase.LEFT, epoch)
+
+
+async def test_load_accepted_by_dying_node_completes(cluster: Cluster) -> None:
+    placer = cluster.nodes[min(cluster.nodes)]
+    model_id = changing(cluster)[0]
+    await cluster.answering[-1].api.post(f"/api/v1/models/{model_id}/unload", wait=60)
+    job = await placer.api.accepted_load(model_id)
+    await placer.kill()
+    cluster.accepted.add(job["id"])
+    ended = await cluster.answering[-1].api.ended(job["id"])
+    assert ended["status"] == "completed"
+
+
+async def replace_database(cluster: Cluster, successor: PostgresServer) -> None:
+    """Kill the database's server, and let the nodes reach its successor."""
+    await cluster.database.server.kill()
+    if not successor.is_running:
+        await successor.start()
+    await successor.promote()
+    cluster.follow(successor)
+
+
+async def test_promoted_standby_has_all_that_was_acknowledged(
+    tmp_path_factory: pytest.TempPathFactory, dice: random.Random
+) -> None:
+    folder = tmp_path_factory.mktemp("standby")
+    async with postgres_server() as server, clustered(folder, server, ("n1", "n2")) as cluster:
+        standby = await server.standby()
+        async with cluster.traffic(dice, cluster.fleet.ids, clients=4):
+            await cluster.until(lambda state: state.position > 100)
+            await replace_database(cluster, standby)
+            at = cluster.answering[0].read_head().position
+            await cluster.until(lambda state: state.position > at + 50)
+        await cluster.settled()
+        audit = await audit_cluster(cluster)
+        assert not audit.lost
+
+
+async def test_nodes_stop_where_the_database_is_older(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("older")
+    async with postgres_server() as server, clustered(folder, server, ("n1", "n2")) as cluster:
+        older = await server.standby(synchronous=False)
+        await older.kill()
+        await cluster.load(cluster.fleet.ids[0])
+        await replace_database(cluster, older)
+        for node in cluster.nodes.values():
+            assert await node.server.ended() == 1
+            assert "does not have the event at position" in node.output
