@@ -296,10 +296,10 @@ class Log:
         try:
             while self._inbox or not self._closing:
                 await self._wait()
+                group = self._inbox.take(MAX_GROUP)  # before it catches up: a later wake-up stays
                 if self._storage.is_behind and self._storage.is_open:
                     with suppress(LogUnavailable):  # the next probe, or command, opens the storage anew
                         await self._catch_up()
-                group = self._inbox.take(MAX_GROUP)
                 commands = [each for each in group if isinstance(each, PendingCommand)]
                 if commands:
                     await self._write(commands)

@@ -1,6 +1,7 @@
 """Several servers over one ledger in PostgreSQL: one order, no lost fact, and no history but one."""
 
 import asyncio
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from events.commands import Receipt, RequestLoad
 from events.errors import EpochOver, ForeignHead, LedgerForked, LedgerProblem, LogUnavailable
 from events.log import Log
 from events.postgres.storage import Authority
+from events.storage import LogHead, Row
 from events.types import Idempotency
 
 LIMIT_S = 60
@@ -76,6 +78,30 @@ async def test_idle_server_hears_what_another_appends(ledger: Database, tmp_path
         async with asyncio.timeout(LIMIT_S):
             await wakeup.wait()
         assert other.state.queues.keys() == {MODEL}
+
+
+async def test_server_hears_of_events_while_it_catches_up(
+    ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a") as one,
+        opened_replica(ledger.server_url, tmp_path / "b") as other,
+    ):
+        storage, late = storage_of(other), facts(1, first=2)
+        storage.look_every_s = None
+        read_after = storage.read_after
+
+        async def read_then_hear(head: LogHead) -> Sequence[Row]:
+            rows = await read_after(head)
+            if not rows and (fact := next(late, None)) is not None:
+                await one.submit(fact)
+                await until(lambda: storage.is_behind)
+            return rows
+
+        monkeypatch.setattr(storage, "read_after", read_then_hear)
+        await write(one, 1)
+        async with asyncio.timeout(LIMIT_S):
+            await until(lambda: other.head.position == 2)
 
 
 async def test_later_server_begins_with_all_events(ledger: Database, tmp_path: Path) -> None:
