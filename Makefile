@@ -39,7 +39,7 @@ soak: install
 
 SOAKS := runtime/scheduler/test_simulation runtime/cache/test_cache_store runtime/store/test_store_keeping \
 	runtime/consumer/test_provenance \
-	$(addprefix system/test_,bench many_models cycles killed_servers restore tails prepared)
+	$(addprefix system/test_,bench many_models cycles killed_servers cluster restore tails prepared)
 
 # Attacks on a server with a good model, in their long forms: some minutes each, with figures.
 hostile: install

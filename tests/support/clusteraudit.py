@@ -20,9 +20,9 @@ from events.types import (
 )
 from loadledger.cli.local.localdatabase import verify_address
 from server.observability.eventlog import ENDS
+from support.cluster import Cluster
 from support.fleet import Source
 from support.ledgers import rows_of
-from support.cluster import Cluster
 from support.replicas import rows_in
 from support.servers import verified
 

@@ -7,12 +7,11 @@ import asyncio
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from support.clusteraudit import audit_cluster
-from support.fleet import new_dice
 from support.cluster import (
     LEASE_S,
     Cluster,
@@ -24,6 +23,8 @@ from support.cluster import (
     has_joined,
     is_lost,
 )
+from support.clusteraudit import audit_cluster
+from support.fleet import as_text, new_dice, of_both, tell
 from support.postgres import PostgresServer, postgres_server
 
 from events.nodes import NodePhase
@@ -47,7 +48,7 @@ async def cluster(shared_cluster: Cluster) -> AsyncIterator[Cluster]:
     yield shared_cluster
     await shared_cluster.restore()
     await shared_cluster.settled()
-    await audit_cluster(shared_cluster)
+    await audit_cluster(shared_cluster, FAILURES)
 
 
 @pytest.fixture
@@ -158,6 +159,76 @@ async def test_load_accepted_by_dying_node_completes(cluster: Cluster) -> None:
     cluster.accepted.add(job["id"])
     ended = await cluster.answering[-1].api.ended(job["id"])
     assert ended["status"] == "completed"
+
+
+ROUNDS = of_both(short=4, long=200)
+AUDIT_EVERY = 20
+FAILURES = {"crash_loop"}
+"""Codes that loads of good models may fail with while nodes are killed again and again."""
+
+
+async def _kill(node: ClusterNode, _: random.Random) -> None:
+    await node.kill()
+
+
+async def _stop(node: ClusterNode, _: random.Random) -> None:
+    await node.stop()
+
+
+async def _freeze(node: ClusterNode, _: random.Random) -> None:
+    node.freeze()
+
+
+async def _kill_worker(node: ClusterNode, dice: random.Random) -> None:
+    if workers := node.server.children()[1:]:
+        os.kill(dice.choice(workers), signal.SIGKILL)
+
+
+async def _cut_off(node: ClusterNode, _: random.Random) -> None:
+    node.proxy.swallow()
+
+
+async def _lose_answers(node: ClusterNode, _: random.Random) -> None:
+    node.proxy.swallow("answers")
+
+
+async def _disconnect(node: ClusterNode, _: random.Random) -> None:
+    await node.proxy.cut()
+
+
+async def _delay(node: ClusterNode, dice: random.Random) -> None:
+    node.proxy.delay_s = dice.uniform(0.01, 0.1)
+
+
+async def _kill_database(node: ClusterNode, _: random.Random) -> None:
+    await node.database.server.kill()
+
+
+FAULTS = (_kill, _stop, _freeze, _kill_worker, _cut_off, _lose_answers, _disconnect, _delay, _kill_database)
+
+
+async def disturb(cluster: Cluster, dice: random.Random) -> None:
+    """Do one or two random things to different nodes under load, for some time, and undo them."""
+    nodes = dice.sample(list(cluster.nodes.values()), dice.choice((1, 1, 2)))
+    faults = [(node, fault) for node, fault in zip(nodes, dice.sample(FAULTS, len(nodes)), strict=True)]
+    tell(", ".join(f"{fault.__name__} {node.name}" for node, fault in faults))
+    async with cluster.traffic(dice, cluster.fleet.ids, clients=3):
+        await asyncio.sleep(dice.uniform(0, 0.3))  # a random moment
+        await asyncio.gather(*(fault(node, dice) for node, fault in faults))
+        await asyncio.sleep(dice.uniform(0, 2 * LEASE_S))  # as long as that is, the fault lasts
+        await cluster.restore()
+    await cluster.settled()
+    cluster.counts.update(fault.__name__.strip("_") for _, fault in faults)
+
+
+async def test_random_faults_leave_the_ledger_sound(cluster: Cluster, dice: random.Random) -> None:
+    for number in range(1, ROUNDS + 1):
+        await disturb(cluster, dice)
+        if number % AUDIT_EVERY == 0:
+            await audit_cluster(cluster, FAILURES)
+    audit = await audit_cluster(cluster, FAILURES)
+    ends = Counter(audit.ends.values())
+    tell(f"{len(audit.lost)} nodes lost; {as_text(cluster.counts + ends)}; {audit.failures}")
 
 
 async def replace_database(cluster: Cluster, successor: PostgresServer) -> None:
