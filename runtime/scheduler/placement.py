@@ -214,8 +214,12 @@ def _find_digests(model: Model | None, held: Serving | None, version: int | None
 
 
 def place_loads(view: SchedulerView) -> Iterator[PlaceLoad]:
-    """Place the loads of this node that have none, oldest first; it is the placer if it has any."""
-    loads = [job for job in view.unended if is_unplaced(view, job) and not job.cancelling]
+    """Place the loads that have no node, if this is the placer, and those that leave it, since it drains."""
+    loads = [
+        job
+        for job in view.unended
+        if not job.cancelling and (is_unplaced(view, job) or _leaves_draining_node(view, job))
+    ]
     rooms = list_rooms(view) if loads else []
     for job in loads:
         chosen = place(build_request(view, job), rooms, view.policy.placing)
@@ -227,6 +231,14 @@ def is_unplaced(view: SchedulerView, job: Job) -> bool:
     """Whether a load of this node is next in its queue and has no node."""
     is_waiting = job.kind is JobKind.LOAD and job.status is JobStatus.PENDING
     return is_waiting and not view.is_placed(job) and view.is_first_in_queue(job)
+
+
+def _leaves_draining_node(view: SchedulerView, job: Job) -> bool:
+    """Whether a load that has not started was placed at this node, which is being drained since."""
+    is_waiting = job.kind is JobKind.LOAD and job.status is JobStatus.PENDING
+    if view.node is None or view.node.takes_loads or not is_waiting or not job.placement:
+        return False
+    return view.is_first_in_queue(job) and job.placement.times < MAX_PLACEMENTS
 
 
 def explain_unplaced(view: SchedulerView, job: Job) -> str:

@@ -371,6 +371,16 @@ def test_draining_node_moves_its_models() -> None:
     assert cluster.next("b", "L:serving") == f"move {MODEL}"
 
 
+def test_waiting_load_leaves_draining_node() -> None:
+    cluster = Cluster()
+    cluster.history.ask_load("L")
+    cluster.history.place("L", "b")
+    cluster.history.drain("b")
+    assert cluster.next("b") == "place L at a: room"
+    cluster.history.leave("a")
+    assert cluster.next("b") == "estimate L"
+
+
 def test_last_node_keeps_its_models_while_it_drains() -> None:
     cluster = Cluster()
     cluster.history.load_at("b", "L")
