@@ -1,7 +1,7 @@
 """The command `loadledger`: one module per group of commands, thin over the client or the ledger's files.
 
 main.py finds a command by name, alias or section and imports only its module. Commands that talk to a server
-(models, jobs, events, inference/, top) get a client from server.py, which reads options, variables and
+(models, jobs, nodes, events, inference/, top) get a client from server.py, which reads options, variables and
 profiles. Commands on files (local/ledger, cache, keys) and those that run a server (local/) import the
 server's packages inside their functions: `loadledger --help` and the thin commands must start fast, and a
 test lists what they may import. output.py has tables, values with units, notes on stderr and exit codes;
