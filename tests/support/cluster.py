@@ -304,8 +304,8 @@ class Cluster:
         return f"/api/v1/models/{model_id}/load"
 
     async def _try_infer(self, node: ClusterNode, dice: random.Random) -> None:
-        """Ask a node for an inference of a model that it has, or had a moment ago."""
-        model_ids = find_places(node.read_state(), node.name)
+        """Ask a node for an inference of a model that is loaded, or was a moment ago, at any node."""
+        model_ids = [model_id for _, model_id, _ in list_places(node.read_state())]
         if model_ids:
             model_id, asked = dice.choice(model_ids), question(dice)
             answer = await node.api.infer(model_id, asked)
