@@ -153,8 +153,8 @@ async def test_models_of_stopped_node_load_elsewhere(cluster: Cluster, dice: ran
 
 ROUNDS = of_both(short=3, long=200)
 AUDIT_EVERY = 20
-FAILURES = {"crash_loop"}
-"""Codes that loads of good models may fail with while nodes are killed again and again."""
+FAILURES = {"crash_loop", "worker_died"}
+"""Codes that loads of good models may fail with while nodes and workers are killed again and again."""
 
 
 async def _kill(node: ClusterNode, _: random.Random) -> None:
