@@ -267,6 +267,7 @@ def _cluster(folder: Path, choice: Choice) -> list[Row]:
         folder,
         repeats=choice.repeats,
         rounds=choice.rounds,
+        seconds=choice.seconds,
         facts=choice.facts,
         away_s=choice.away_seconds,
     )
@@ -350,7 +351,8 @@ def _conditions(choice: Choice, busy: float) -> str:
             "Cluster: PostgreSQL on these cores and this disk, with its own defaults (fsync, "
             f"synchronous_commit); loads and unloads are medians of {choice.repeats}, in turn at a node and "
             f"at a server alone, from one repository; appends medians of {choice.rounds} ratios, in turn; "
-            f"kills medians of {choice.rounds}."
+            f"kills medians of {choice.rounds}; forwarding: binary, medians of {choice.rounds} median "
+            f"latencies of {choice.seconds:g} s each, in turn at both nodes."
         )
     return " ".join(told)
 

@@ -8,7 +8,7 @@ from statistics import median
 
 import uvloop
 
-from bench import driver, ledger, models, nodes, postgres
+from bench import driver, forwarding, ledger, models, nodes, postgres
 from bench.driver import TINY, Server
 from bench.models import NETWORKS
 from bench.postgres import Postgres
@@ -24,13 +24,16 @@ APPENDED = {64: 20_000, 1: 2_000}
 MISSING = "PostgreSQL is not installed: install its server, or name the folder of initdb in POSTGRES"
 
 
-def measure(folder: Path, *, repeats: int, rounds: int, facts: int, away_s: float) -> list[Row]:
+def measure(
+    folder: Path, *, repeats: int, rounds: int, seconds: float, facts: int, away_s: float
+) -> list[Row]:
     """Measure all parts over a PostgreSQL server of our own; without its programs, say so.
 
     Args:
         folder: An empty directory on a disk.
         repeats: Loads and unloads for each median.
         rounds: Rounds of appending, and kills of a node, to take the median of.
+        seconds: Of each measurement of inferences.
         facts: How long the log is that is verified, and caught up with.
         away_s: For how long the database is away.
     """
@@ -45,6 +48,7 @@ def measure(folder: Path, *, repeats: int, rounds: int, facts: int, away_s: floa
             *_measure_loads(database, folder / "loads", repeats),
             *(_measure_appends(database, folder, writers, rounds) for writers in APPENDED),
             *_measure_long_log(database, folder / "long", facts),
+            *forwarding.measure(folder / "forwarding", database, rounds=rounds, seconds=seconds),
             nodes.measure_kills(folder / "kills", database, rounds=rounds),
             *nodes.measure_outage(folder / "outage", database, away_s=away_s),
             nodes.measure_replacements(folder / "replacements", database),

@@ -190,7 +190,7 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "cluster": (
         FEWER_APPENDS,
-        ("--only=cluster", *ONCE, "--facts=2000", "--away-seconds=2"),
+        ("--only=cluster", *ONCE, "--facts=2000", "--away-seconds=2", "--seconds=0.2"),
         (
             "load of a tiny model, PostgreSQL ÷ SQLite",
             "unload of a 54 MB CNN, PostgreSQL ÷ SQLite",
@@ -199,6 +199,8 @@ TABLES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
             "copy 2,000 events into an empty database",
             "verify and fold 2,000 events from PostgreSQL ÷ from SQLite",
             "a new node's empty replica until it has 2,000 events",
+            "inference of 64 B, 1 client, forwarded ÷ at the node that has the model",
+            "inference of 600 KB, 1 client, forwarded ÷ at the node that has the model",
             "kill -9 of one of 3 nodes until its",
             "inferences failed while the database is away for 2 s, lease 3 s │ 0 of",
             "accepted loads lost while the database is away for 2 s, lease 3 s │ 0 of",
