@@ -11,6 +11,8 @@ from urllib.parse import quote, urlencode, urlsplit
 from loadledger.problems import BadAnswer
 
 _VISIBLE = re.compile(r"[!-~]+")
+_NEXT_URL = re.compile(r",\s*(?=https?://)")
+"""Before a further URL; a comma elsewhere is part of a URL."""
 USER_AGENT = "loadledger-client"
 CONNECT_S = 10.0
 SILENCE_S = 45.0
@@ -46,6 +48,15 @@ class Address:
                 "the token has characters that a token cannot have: give it without spaces and line ends"
             )
         return cls(_base(url), token)
+
+    @classmethod
+    def each_of(cls, urls: str, token: str | None = None) -> tuple[Address, ...]:
+        """Parse the URLs of several servers, separated by commas; they all get the token.
+
+        Raises:
+            ValueError: as `of`.
+        """
+        return tuple(cls.of(url.strip(), token) for url in _NEXT_URL.split(urls))
 
     @property
     def is_secure(self) -> bool:
@@ -89,6 +100,8 @@ def _base(url: str) -> str:
     parts = urlsplit(url)
     if "@" in parts.netloc:  # not repeated: it may be a password
         raise ValueError("the URL names a user: remove it, and give a token")
+    if "," in parts.netloc:
+        raise ValueError(f"{_shorten(url)}: after each comma there has to be a whole URL, with http://")
     try:
         named = parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
@@ -110,12 +123,14 @@ class ConnectionOptions:
         timeout_s: limit of an answer that the server does not hold back on request.
         ca_file: certificates to trust, in PEM, instead of the system's.
         max_answer_bytes: longest answer that is accepted.
+        max_connect_s: limit of the time to connect.
     """
 
     address: Address
     timeout_s: float
     ca_file: Path | str | None = None
     max_answer_bytes: int = MAX_ANSWER_BYTES
+    max_connect_s: float = CONNECT_S
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
@@ -124,7 +139,7 @@ class ConnectionOptions:
     @property
     def connect_s(self) -> float:
         """Limit of the time to connect."""
-        return min(CONNECT_S, self.timeout_s)
+        return min(self.max_connect_s, self.timeout_s)
 
     def tls(self) -> ssl.SSLContext:
         """Return the TLS context.

@@ -11,10 +11,11 @@ from loadledger.operations import Operations
 from loadledger.profiles import find_target
 from loadledger.requests import CallContext
 from loadledger.transports.asynchronous import AioTransport
+from loadledger.transports.failover import FailoverTransport
 
 
 class AsyncClient(Operations):
-    """An asynchronous client of one server, with the methods of `Client`.
+    """An asynchronous client of a server, with the methods of `Client`.
 
     Use `async with`, or await `close`. It belongs to the event loop of its first use, whose tasks may share
     it. Cancelling a task closes its connection and leaves its job running. An iterator that is left early
@@ -32,9 +33,12 @@ class AsyncClient(Operations):
         ca_file: Path | str | None = None,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        options = ConnectionOptions(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
-        self._transport = AioTransport(options)
-        super().__init__(CallContext(options.address, timeout_s, self._transport))
+        options = [
+            ConnectionOptions(address, timeout_s, ca_file, max_answer_bytes)
+            for address in Address.each_of(url, token)
+        ]
+        self._transport = FailoverTransport(options, AioTransport)
+        super().__init__(CallContext(options[0].address, timeout_s, self._transport))
 
     @classmethod
     def from_profile(
@@ -77,4 +81,5 @@ class AsyncClient(Operations):
 
     async def close(self) -> None:
         """Close the connections; pending and later calls raise RuntimeError."""
-        await self._transport.close()
+        for transport in self._transport.close_all():
+            await transport.close()

@@ -14,6 +14,7 @@ from loadledger.operations import Operations
 from loadledger.profiles import find_target
 from loadledger.requests import CallContext, T
 from loadledger.transports.blocking import BlockingTransport, iterate, run
+from loadledger.transports.failover import FailoverTransport
 
 P = ParamSpec("P")
 
@@ -66,12 +67,13 @@ def _managing(
 
 
 class Client:
-    """A blocking client of one server; close it after use, or use `with`.
+    """A blocking client of a server; close it after use, or use `with`.
 
     Threads may share it. An iterator belongs to one thread and holds a connection until it ends or is closed.
 
     Args:
-        url: such as http://127.0.0.1:8080, or https://example.org/loadledger behind a proxy.
+        url: such as http://127.0.0.1:8080, or https://example.org/loadledger behind a proxy. Several URLs of
+            nodes are separated by commas: the next one is asked when one is not there.
         token: as `loadledger token` prints it.
         timeout_s: limit of each answer; `wait_s` limits the wait for a job.
         ca_file: certificates to trust, in PEM, instead of the system's.
@@ -90,9 +92,12 @@ class Client:
         ca_file: Path | str | None = None,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        options = ConnectionOptions(Address.of(url, token), timeout_s, ca_file, max_answer_bytes)
-        self._transport = BlockingTransport(options)
-        self._calls = Operations(CallContext(options.address, timeout_s, self._transport))
+        options = [
+            ConnectionOptions(address, timeout_s, ca_file, max_answer_bytes)
+            for address in Address.each_of(url, token)
+        ]
+        self._transport = FailoverTransport(options, BlockingTransport)
+        self._calls = Operations(CallContext(options[0].address, timeout_s, self._transport))
 
     @classmethod
     def from_profile(
@@ -135,12 +140,13 @@ class Client:
 
     @property
     def url(self) -> str:
-        """The server's URL, without a trailing slash."""
+        """The server's URL, without a trailing slash; of several, the first."""
         return self._calls.url
 
     def close(self) -> None:
         """Close the connections; an iterator closes its own."""
-        self._transport.close()
+        for transport in self._transport.close_all():
+            transport.close()
 
     load = _blocking(Operations.load)
     unload = _blocking(Operations.unload)

@@ -185,6 +185,7 @@ class Inferences:
             repeatable=False,
             timeout_s=call.timeout_s,
             attachments=attachments,
+            model=call.path,
         )
         return decode_inference(await send_request(self._context, request), self._context.address)
 

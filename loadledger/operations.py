@@ -89,7 +89,7 @@ class Operations:
 
     @property
     def url(self) -> str:
-        """The server's URL, without a trailing slash."""
+        """The server's URL, without a trailing slash; of several, the first."""
         return self._context.address.url
 
     async def load(

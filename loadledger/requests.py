@@ -77,6 +77,7 @@ class Request:
         repeatable: sending it twice has no further effect.
         patience_s: extra time for an answer that the server was asked to hold back.
         timeout_s: instead of the client's.
+        model: the path of the loaded model that it is about: the node that has it may be asked.
     """
 
     method: str
@@ -88,6 +89,7 @@ class Request:
     patience_s: float = 0.0
     timeout_s: float | None = None
     attachments: tuple[Buffer, ...] = ()
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,12 @@ def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
         advice=_ADVICE.get(code, ""),
     )
     return error.begin_at(members["oldest"]) if isinstance(error, Archived) else error
+
+
+def problem_code(answer: Answer) -> str | None:
+    """Return the code of an answer without success, if it has one."""
+    code = _members(answer.body).get("code")
+    return code if isinstance(code, str) else None
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:

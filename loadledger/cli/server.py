@@ -63,7 +63,9 @@ def server_options(command: Command) -> Command:
         help="Profile with URL and token, as `login` saves it. [LOADLEDGER_PROFILE]",
     )
     with_url = click.option(
-        "--url", metavar="URL", help="Server, like http://127.0.0.1:8080. [LOADLEDGER_URL]"
+        "--url",
+        metavar="URL",
+        help="Server, like http://127.0.0.1:8080; or several, separated by commas. [LOADLEDGER_URL]",
     )
     return with_url(with_profile(call))
 

@@ -100,6 +100,10 @@ def test_block_loads_model_and_unloads_it_again(client: Client) -> None:
     assert client.model("b").state == "unloaded"
 
 
+def token_of(client: Client | AsyncClient) -> str | None:
+    return client._transport.servers[0].options.address.token
+
+
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_client_of_profile_has_its_url_and_token(
     kind: type[Client] | type[AsyncClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -109,10 +113,10 @@ def test_client_of_profile_has_its_url_and_token(
     path = tmp_path / "mine.toml"
     write_profile(path, ServerTarget("http://127.0.0.1:9", "secret"))
     client = kind.from_profile(str(path))
-    assert (client.url, client._transport.options.address.token) == ("http://127.0.0.1:9", "secret")
+    assert (client.url, token_of(client)) == ("http://127.0.0.1:9", "secret")
     monkeypatch.setenv("LOADLEDGER_URL", "http://127.0.0.1:10")
     client = kind.from_profile(str(path))
-    assert (client.url, client._transport.options.address.token) == ("http://127.0.0.1:10", None)
+    assert (client.url, token_of(client)) == ("http://127.0.0.1:10", None)
     with pytest.raises(ProfileProblem, match="loadledger login"):
         kind.from_profile(str(tmp_path / "none.toml"))
 
@@ -155,13 +159,13 @@ def test_threads_share_a_client(server: Server) -> None:
 def test_closed_connection_is_not_reused(server: Server) -> None:
     with Client(server.url, token=server.api.token("admin")) as client:
         client.health()
-        [connection] = client._transport._idle
+        [connection] = client._transport.servers[0]._idle
         client.health()
-        assert client._transport._idle == [connection]
+        assert client._transport.servers[0]._idle == [connection]
         connection.sock.shutdown(2)
         assert client.health().status == "ok"
-        assert client._transport._idle != [connection]
-    assert client._transport._idle == []
+        assert client._transport.servers[0]._idle != [connection]
+    assert client._transport.servers[0]._idle == []
 
 
 # Event loops
