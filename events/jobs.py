@@ -252,6 +252,11 @@ class Job(Struct, frozen=True, gc=False):
         return self.unload is not None and self.unload.force
 
     @property
+    def is_move(self) -> bool:
+        """Whether this is the load of a model that moves off a node that is being drained."""
+        return self.kind is JobKind.LOAD and self.cause is Cause.DRAIN
+
+    @property
     def cancellable(self) -> bool:
         """Whether the job can still be cancelled: a load until it has ended, an unload until it starts.
 

@@ -323,11 +323,13 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
         return _lose_previous(model, event)
     consequence = consequence_of(error.code)
     is_reload = job is not None and job.cause in RELOADS
+    if job is not None and job.is_move and model.phase is ModelState.LOADED:
+        return _count_failure(model, event, Consequence.RETRY)
     if model.degraded and is_reload:
         is_over = consequence is Consequence.END
         return _end_reloads(model) if is_over else _count_failure(model, event, consequence)
     if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
-        return _count_failed_move(model, event, job)
+        return model
     if model.phase is ModelState.LOST:
         if job is not None and is_reload and consequence is not Consequence.END:
             is_restored = job.cause is Cause.RESTART and consequence is Consequence.RETRY
@@ -340,12 +342,6 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
     return replace(
         model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None, lost_at=None, retries=None
     )
-
-
-def _count_failed_move(model: Model, event: Event, job: Job | None) -> Model:
-    """Return the model, which still serves, with a failed or cancelled move counted for the back-off."""
-    is_move = job is not None and job.cause is Cause.DRAIN and model.serving is not None
-    return _count_failure(model, event, Consequence.RETRY) if is_move else model
 
 
 def _count_failure(model: Model, event: Event, consequence: Consequence) -> Model:
@@ -423,8 +419,10 @@ def _ended_without_effect(
 
     A client that cancels the reload of a lost or degraded model also ends further reloads.
     """
+    if job is not None and job.is_move and model.phase is ModelState.LOADED:
+        return _count_failure(_without_job(model, job.id), event, Consequence.RETRY)
     if job is not None and job.kind is JobKind.LOAD and job.cancelling and job.cause in RELOADS:
-        return _count_failed_move(_end_reloads(_without_job(model, job.id)), event, job)
+        return _end_reloads(_without_job(model, job.id))
     begun = job is not None and job.status is JobStatus.IN_PROGRESS and event.job_id in model.unloads
     is_back = begun and model.phase is ModelState.UNLOADING
     phase = ModelState.LOADED if is_back else model.phase

@@ -257,14 +257,16 @@ def _list_files(view: SchedulerView, job: Job) -> tuple[PlacedFile, ...]:
 
 
 def find_node_for_model(view: SchedulerView, model: Model, serving: Serving) -> Placement | None:
-    """Return the node to which a model of this one would move."""
+    """Return the node to which a model of this one would move; None if it fits into no budget."""
+    need_bytes = _estimate_from_footprints(model, serving.version, serving.parameters.instances)
     request = PlacementRequest(
         model.id,
-        _estimate_from_footprints(model, serving.version, serving.parameters.instances),
+        need_bytes,
         _find_digests(model, serving, serving.version),
         view.observations.required_labels.get(model.id, frozenset()),
     )
-    return place(request, list_rooms(view), view.policy.placing)
+    rooms = [each for each in list_rooms(view) if each.can_ever_fit(need_bytes)]
+    return place(request, rooms, view.policy.placing)
 
 
 def place_elsewhere(view: SchedulerView, job: Job, *, needs_budget_only: bool = False) -> PlaceLoad | None:

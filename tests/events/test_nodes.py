@@ -213,6 +213,23 @@ def test_failed_move_is_counted_and_model_serves_on(cancels: bool) -> None:  # n
     assert (model.retries.count, model.back_off_position) == (1, history.state.position)
 
 
+def test_failed_move_ends_no_repair() -> None:
+    history = cluster("a", "b")
+    history.ask_load("A", instances=2)
+    history.start_at("a", "A")
+    history.add(replace(model_loaded("w1", "w2"), node_id="a"), "A")
+    history.kill_worker("w1")
+    history.ask_load("M", cause=Cause.DRAIN)
+    history.start_at("b", "M")
+    incidents = history.model().incidents
+    history.fail_load("M", "insufficient_memory")
+    model = history.model()
+    assert model.degraded
+    assert model.serving is not None
+    assert (model.serving.kept_as_is, model.incidents) == (False, incidents)
+    assert model.retries is not None
+
+
 def test_placement_is_counted_until_a_node_ends() -> None:
     history = cluster("a", "b")
     history.ask_load("L")

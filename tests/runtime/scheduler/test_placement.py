@@ -358,13 +358,15 @@ def test_draining_node_moves_its_models() -> None:
     history.load_at("b", "L")
     assert cluster.next("b", "L:serving") == "nothing"
     history.drain("b")
+    assert cluster.next("b", "L:serving") == "nothing"  # it took more than the budget of `a`
+    history.join("c")
     assert cluster.next("b", "L:serving") == f"move {MODEL}"
     history.ask_load("M", cause=Cause.DRAIN)
     assert cluster.next("b", "L:serving") == "nothing"
     cluster.estimates["M"] = 40
-    assert cluster.next("a") == "place M at a: room"
-    history.start_at("a", "M")
-    assert cluster.next("a", "M:loaded") == "complete M, replacing L"
+    assert cluster.next("a") == "place M at c: room"
+    history.start_at("c", "M")
+    assert cluster.next("c", "M:loaded") == "complete M, replacing L"
     history.fail_load("M", "invalid_model")
     assert cluster.decide("b", "L:serving").wake_at == at(history.seconds + 1)
     history.seconds += 1
