@@ -15,7 +15,7 @@ from events.accept import Accepted, Decision, Refused, accept
 from events.clock import add_seconds, seconds_between
 from events.commands import Command, Condition, JoinNode, LeaveNode, LoseNode, NodeCurrent, Record
 from events.jobs import Job, JobKind, JobStatus
-from events.models import ModelState, Serving
+from events.models import Model, ModelState, Serving
 from events.nodes import LoadPlaced, find_placer
 from events.state import State
 from events.types import (
@@ -437,9 +437,17 @@ class Cluster:
             if model.phase is ModelState.LOADED and model.serving is not None:
                 at_nodes[model.serving.node_id].add(model.serving.load_job_id)
         assert {node.name: set(node.live) for node in self.nodes} == at_nodes
-        for node in self.nodes:
-            if not self.state.nodes[node.name].takes_loads:
-                assert node.live == {}, "a drained node has nothing left"
+        for model in self.state.models.values():
+            if model.phase is ModelState.LOADED and model.serving is not None:
+                self._check_drained(model, model.serving)
+
+    def _check_drained(self, model: Model, serving: Serving) -> None:
+        """A drained node has nothing left but models that fit into no other's budget."""
+        if not self.state.nodes[serving.node_id or ""].takes_loads:
+            peaks = [each.peak_memory_bytes for each in model.footprints if each.version == serving.version]
+            need = max(peaks) * serving.parameters.instances
+            budgets = [node.budget_bytes for node in self.state.nodes.values() if node.takes_loads]
+            assert all(budget is not None and budget < need for budget in budgets)
 
     def check_now(self) -> None:
         """What holds at any time."""
