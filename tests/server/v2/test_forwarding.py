@@ -382,13 +382,18 @@ async def test_body_that_arrives_while_its_model_moves_is_forwarded(ledger: Data
         assert not owner.app[BODIES].taken_bytes
 
 
-async def test_model_is_loaded_on_demand_at_any_node(ledger: Database, tmp_path: Path) -> None:
-    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", on_demand="on") as nodes:
-        for index in range(4):
+async def test_model_is_loaded_on_demand_where_it_fits(ledger: Database, tmp_path: Path) -> None:
+    url = ledger.server_url
+    async with (
+        reachable_node(url, tmp_path, "a", on_demand="on") as roomy,
+        reachable_node(url, tmp_path, "b", on_demand="on", memory_budget="1000000") as small,
+    ):
+        for index, node in enumerate((small, roomy)):
             save(models.add(index), tmp_path / "repository", f"m{index}")
-        found = [await ask(nodes[index % 2], f"/v2/models/m{index}/infer") for index in range(4)]
-        assert [answer.json["outputs"][0]["data"] for answer in found] == [[1.0], [2.0], [3.0], [4.0]]
-        assert [answer for answer in found if ADDRESS in answer.headers]
+            answer = await ask(node, f"/v2/models/m{index}/infer")
+            assert answer.json["outputs"][0]["data"] == [1.0 + index]
+            assert answer.headers["Loadledger-Node"] == roomy.name
+            assert (ADDRESS in answer.headers) is (node is small)
 
 
 async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_path: Path) -> None:
