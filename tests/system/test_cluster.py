@@ -165,6 +165,13 @@ async def _stop(node: ClusterNode, _: random.Random) -> None:
     await node.stop()
 
 
+async def _drain(node: ClusterNode, dice: random.Random) -> None:
+    answer = await node.api.post(f"/api/v1/nodes/{node.name}/drain")
+    assert answer.status in (200, 202, 503), answer
+    await asyncio.sleep(dice.uniform(0, LEASE_S))  # it stops drained, or while it drains
+    await node.stop()
+
+
 async def _freeze(node: ClusterNode, _: random.Random) -> None:
     node.freeze()
 
@@ -194,7 +201,10 @@ async def _kill_database(node: ClusterNode, _: random.Random) -> None:
     await node.database.server.kill()
 
 
-FAULTS = (_kill, _stop, _freeze, _kill_worker, _cut_off, _lose_answers, _disconnect, _delay, _kill_database)
+FAULTS = (
+    *(_kill, _stop, _drain, _freeze, _kill_worker),
+    *(_cut_off, _lose_answers, _disconnect, _delay, _kill_database),
+)
 
 
 async def disturb(cluster: Cluster, dice: random.Random) -> None:
