@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from events.accept import Accepted, Existing, Refused, accept
+from events.accept import OUTDATED, Accepted, Existing, Refused, accept
 from events.clock import Timestamp
 from events.codec import decode_event, encode_event, hash_body
 from events.commands import KnownRequests, PendingCommand, Receipt
@@ -119,3 +119,8 @@ def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Rece
         existing=not isinstance(decision, Accepted) or decision.is_join,
         position=head.position,
     )
+
+
+def is_refused(pending: PendingCommand) -> bool:
+    """Whether a client's command was refused; the system decides anew by itself what is outdated."""
+    return isinstance(pending.outcome, RequestRefused) and pending.outcome.code != OUTDATED

@@ -45,7 +45,7 @@ from events.errors import (
     NodeAlive,
     NotEncodable,
 )
-from events.groups import DecidedGroup, decide_group, fold_rows
+from events.groups import DecidedGroup, decide_group, fold_rows, is_refused
 from events.nodes import Confinement
 from events.sqlite.storage import Database
 from events.state import State
@@ -116,6 +116,7 @@ class Log:
         self.tally = Tally()
         self.fold_times = FoldTimes(boottime)
         self._is_started = False
+        self._looks = list[asyncio.Future[None]]()
         self._uncertain_head: LogHead | None = None
 
     @property
@@ -195,6 +196,18 @@ class Log:
         receipt = await pending.done
         self.tally.append_s.observe(time.monotonic() - began)
         return receipt
+
+    async def look(self) -> None:
+        """Return when the state has what other servers had appended before this call; at once without others.
+
+        If the database does not answer, what is known has to do.
+        """
+        if self._storage.look_every_s is None or self._closing or self.writer.done():
+            return
+        looked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._looks.append(looked)
+        self._inbox.wake()
+        await looked
 
     async def note(self, used: Mapping[str, str]) -> None:
         """Store times of last use by model id, and that the server is there; a stored time never goes back.
@@ -297,9 +310,7 @@ class Log:
             while self._inbox or not self._closing:
                 await self._wait()
                 group = self._inbox.take(MAX_GROUP)  # before it catches up: a later wake-up stays
-                if self._storage.is_behind and self._storage.is_open:
-                    with suppress(LogUnavailable):  # the next probe, or command, opens the storage anew
-                        await self._catch_up()
+                await self._look_for_others()
                 commands = [each for each in group if isinstance(each, PendingCommand)]
                 if commands:
                     await self._write(commands)
@@ -310,6 +321,17 @@ class Log:
                     self._is_complete = await self._storage.make_whole()
         finally:  # if the writer dies, no caller waits for ever
             fail_callers([*group, *self._inbox.take()], LogClosed())
+            for looked in self._looks:
+                answer(looked, None)
+
+    async def _look_for_others(self) -> None:
+        """Catch up if another server may have appended, or a caller asks; then answer those who do."""
+        looks, self._looks = self._looks, []
+        if (looks or self._storage.is_behind) and self._storage.is_open:
+            with suppress(LogUnavailable):  # the next probe, or command, opens the storage anew
+                await self._catch_up()
+        for looked in looks:
+            answer(looked, None)
 
     async def _wait(self) -> None:
         """Wait for work; while writing fails, or the file needs its WAL, try again now and then."""
@@ -337,7 +359,13 @@ class Log:
             return
         self._note_success()
 
-    async def _write(self, group: Sequence[PendingCommand]) -> None:
+    async def _write(self, group: Sequence[PendingCommand], *, is_sure: bool = False) -> None:
+        """Append a group and answer its callers.
+
+        What is refused was refused on a state that another server may have changed: unless `is_sure`, it is
+        decided once more on the state with all that others have appended.
+        """
+        is_sure, before = is_sure or self._storage.look_every_s is None, self.head
         try:
             if not self._storage.is_open:
                 await self._open()
@@ -357,10 +385,16 @@ class Log:
             _log.exception("a group of commands could not be decided; none was applied")
             fail_callers(group, error)
             return
+        unsure = [] if is_sure else [pending for pending in group if is_refused(pending)]
         for pending in group:
-            if pending.outcome is not None:  # it is None if the caller was cancelled before
-                answer(pending.done, pending.outcome)
-        self.notify()
+            if pending.outcome is not None and (is_sure or not is_refused(pending)):
+                answer(pending.done, pending.outcome)  # it is None if the caller was cancelled before
+        if self.head != before:
+            self.notify()
+        if unsure:
+            with suppress(LogUnavailable):
+                await self._catch_up()
+            await self._write(unsure, is_sure=True)
 
     async def _append(self, group: Sequence[PendingCommand]) -> None:
         """Decide and commit a group; if another server was first, once more while it cannot append.

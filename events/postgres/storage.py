@@ -19,7 +19,7 @@ from asyncpg.transaction import Transaction
 
 from events.codec import hash_body
 from events.commands import KnownRequests
-from events.errors import LedgerForked, LogUnavailable
+from events.errors import LedgerForked, LedgerProblem, LogUnavailable
 from events.postgres.bases import read_stored_base
 from events.postgres.connection import (
     Connection,
@@ -79,6 +79,7 @@ class ReplicatedStorage:
         self._transaction: Transaction | None = None
         self._wake: Callable[[], None] = lambda: None
         self._is_notified = False
+        self._was_open = False
         self._looked_s = 0.0
         self.look_every_s: float | None = LOOK_EVERY_S
         self.authority = Authority()
@@ -120,10 +121,15 @@ class ReplicatedStorage:
         except StorageError as error:
             await self._disconnect()
             raise LogUnavailable(f"the ledger cannot be opened: {error}") from error
+        except LedgerProblem as error:
+            await self._disconnect()
+            if not self._was_open:
+                raise
+            raise LogUnavailable(f"the ledger cannot be opened any more: {error}") from error
         except BaseException:
             await self._disconnect()
             raise
-        self._is_notified = True
+        self._is_notified = self._was_open = True
         return stored
 
     async def _prepare(self, connection: Connection) -> None:

@@ -260,7 +260,12 @@ async def _submit(app: web.Application, command: Command, seconds: float | None)
 
 
 async def _find_job(app: web.Application, job_id: str) -> Job:
-    job = app[LOG].state.jobs.get(job_id) or await app[READER].job(job_id)
+    """Return a job; another node may have accepted it a moment ago."""
+    log, reader = app[LOG], app[READER]
+    job = log.state.jobs.get(job_id) or await reader.job(job_id)
+    if job is None:
+        await log.look()
+        job = log.state.jobs.get(job_id) or await reader.job(job_id)
     if job is None:
         raise UnknownJob(f"there is no job {job_id!r}; GET /api/v1/jobs lists them")
     return job

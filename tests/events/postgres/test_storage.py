@@ -7,8 +7,8 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from support.history import MODEL, facts, ids, write
-from support.ledgers import rows_of
+from support.history import MODEL, History, facts, ids, write
+from support.ledgers import append_events, rows_of
 from support.postgres import Database, postgres_server
 from support.replicas import (
     change,
@@ -22,12 +22,19 @@ from support.workers import until
 
 from events.audit.verify import verify
 from events.clock import format_timestamp, seconds_between, utc_now
-from events.commands import Receipt, RequestLoad
-from events.errors import EpochOver, ForeignHead, LedgerForked, LedgerProblem, LogUnavailable
+from events.commands import Receipt, RequestLoad, RequestUnload
+from events.errors import (
+    EpochOver,
+    ForeignHead,
+    LedgerForked,
+    LedgerProblem,
+    LogUnavailable,
+    RequestRefused,
+)
 from events.log import Log
-from events.postgres.storage import Authority
+from events.postgres.storage import CHANNEL, Authority
 from events.storage import LogHead, Row
-from events.types import Idempotency
+from events.types import Event, Idempotency
 
 LIMIT_S = 60
 """Only against hanging."""
@@ -208,6 +215,64 @@ async def test_facts_of_an_ended_epoch_are_refused(ledger: Database, tmp_path: P
         assert (refused.value.code, log.head.position) == ("log_unavailable", 2)
         storage_of(log).authority = Authority()
         assert (await write(log, 1, first=4))[0].position == 3
+
+
+async def test_later_schema_refuses_only_what_is_written(ledger: Database, tmp_path: Path) -> None:
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        await write(log, 1)
+        await change(ledger, "INSERT INTO migrations VALUES (99, now())")
+        await storage_of(log)._connected.close()
+        with pytest.raises(LogUnavailable, match="use the release that wrote it"):
+            await log.submit(load("1"))
+        await change(ledger, "DELETE FROM migrations WHERE number = 99")
+        assert (await log.submit(load("1"))).position == 2
+
+
+async def be_deaf(log: Log) -> None:
+    """Let a server hear nothing of what others append, and not look by itself."""
+    storage = storage_of(log)
+    await log.look()  # then the writer has nothing to do for a while: a connection does one thing at a time
+    await storage._connected.remove_listener(CHANNEL, storage._heard)
+    storage._is_notified, storage._looked_s = False, float("inf")
+
+
+async def test_look_brings_what_others_have_appended(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a") as one,
+        opened_replica(ledger.server_url, tmp_path / "b") as other,
+    ):
+        await write(one, 1)
+        await heads_agree(one, other)
+        await be_deaf(other)
+        await write(one, 3, first=2)
+        await asyncio.gather(other.look(), other.look())
+        assert other.head == one.head
+
+
+def loaded() -> list[Event]:
+    """Return the facts of a load."""
+    history = History()
+    history.load("L")
+    return history.facts
+
+
+async def test_refusal_rests_on_what_others_have_appended(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a") as one,
+        opened_replica(ledger.server_url, tmp_path / "b") as other,
+    ):
+        await write(one, 1)
+        await heads_agree(one, other)
+        await be_deaf(other)
+        await append_events(one, loaded())
+        receipt, refused = await asyncio.gather(
+            other.submit(RequestUnload(MODEL, "alice")),
+            other.submit(RequestUnload("unknown", "alice")),
+            return_exceptions=True,
+        )
+        assert isinstance(receipt, Receipt)
+        assert isinstance(refused, RequestRefused)
+        assert other.head.position == 1 + len(loaded()) + 1
 
 
 async def test_clock_that_is_ahead_is_measured_before_an_append(ledger: Database, tmp_path: Path) -> None:
