@@ -152,7 +152,7 @@ def running(folder: Path, *options: str, repository: Path | None = None) -> Iter
         repository: Of another server, if both load from one.
     """
     repository, data = repository or folder / "repository", folder / "data"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not (repository / TINY).exists():
         models.write(repository, TINY, models.tiny())
     process = serve(repository, data, folder / "output", options)
