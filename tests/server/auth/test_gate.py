@@ -63,6 +63,8 @@ TABLE: dict[str, set[Roles]] = {
     "GET /api/v1/models/{id}": ANY_ROLE,
     "GET /api/v1/jobs": ANY_ROLE,
     "GET /api/v1/jobs/{job_id}": ANY_ROLE,
+    "GET /api/v1/nodes": ANY_ROLE,
+    "POST /api/v1/nodes/{id}/drain": ADMIN,
     "GET /api/v1/resources": ANY_ROLE,
     "GET /api/v1/resources/history": ANY_ROLE,
     "GET /api/v1/models/{id}/history": ANY_ROLE,
