@@ -23,8 +23,9 @@ from server.observability.eventlog import ENDS
 from support.cluster import Cluster
 from support.fleet import Source
 from support.ledgers import rows_of
-from support.replicas import rows_in
+from support.replicas import Row, rows_in
 from support.servers import verified
+from support.workers import LIMIT_S
 
 
 @dataclass(slots=True)
@@ -98,6 +99,22 @@ class EpochAudit:
             self.ends[event.job_id] = event.type
 
 
+async def read_at_rest(cluster: Cluster) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Return the rows of the database and of each replica, read while nothing was recorded.
+
+    On a busy machine a node may be late at any time, and lost.
+    """
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            await cluster.settled()
+            rows = await rows_in(cluster.database)
+            replicas = {
+                node.name: await asyncio.to_thread(rows_of, node.replica) for node in cluster.nodes.values()
+            }
+            if rows == await rows_in(cluster.database):
+                return rows, replicas
+
+
 async def audit_cluster(cluster: Cluster, failures: Collection[str] = ()) -> EpochAudit:
     """Audit a settled cluster: the database's ledger, every replica, and what clients were answered.
 
@@ -107,13 +124,12 @@ async def audit_cluster(cluster: Cluster, failures: Collection[str] = ()) -> Epo
     """
     found = await verify_address(cluster.database.server_url, None)
     assert found.finding is None, found
-    rows = await rows_in(cluster.database)
+    rows, replicas = await read_at_rest(cluster)
     assert [position for position, _, _ in rows] == list(range(1, len(rows) + 1))
     for node in cluster.nodes.values():
         await asyncio.to_thread(verified, node.config)
-        replica = await asyncio.to_thread(rows_of, node.replica)
-        shared = min(len(rows), len(replica))  # something may be recorded after the database was read
-        assert replica[:shared] == rows[:shared], node.name
+        replica = replicas[node.name]
+        assert replica == rows[: len(replica)], node.name
         assert len(replica) == len(rows) or not node.answers, node.name
     audit = EpochAudit()
     audit.follow(decode_event(body.encode()) for _, body, _ in rows)
