@@ -1,4 +1,4 @@
-"""What does a forwarded inference cost? Two nodes over one ledger: the one that has the model, and the other.
+"""The cost of a forwarded inference, with two nodes over one ledger: one has the model, the other forwards.
 
 The client, both nodes, the worker and the database share these cores.
 """

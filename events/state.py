@@ -215,7 +215,7 @@ _OF_NO_MODEL = frozenset({*ENDS_OF_PROCESSES, *OF_NODES, *OF_TOKENS})
 
 
 class Changes(Struct, frozen=True):
-    """What an event, or a transaction, changed; None for tokens that went."""
+    """The entities that an event, or a transaction, changed; None for tokens that went."""
 
     models: Mapping[str, Model]
     jobs: Mapping[str, Job]

@@ -1,4 +1,4 @@
-"""What the writer needs of a storage, and the values that storages exchange. `Log` knows no SQL.
+"""The interface between the writer and a storage, and the values they exchange. `Log` knows no SQL.
 
 `events.sqlite` keeps a ledger in one file; `events.postgres` keeps one for several servers in a database.
 """
@@ -83,7 +83,7 @@ class ArchiveRecord(NamedTuple):
 
 
 KINDS = ("model", "job", "token", "node")
-"""What the state at a base consists of, in the order in which it is hashed."""
+"""The kinds of entities of the state at a base, in the order in which they are hashed."""
 
 
 class BaseEntity(NamedTuple):

@@ -252,15 +252,6 @@ def _is_utf_8(body: bytes) -> bool:
         return False
 
 
-def verify_rows(base: LogBase, state: State, rows: Iterable[RawRow]) -> Verification:
-    """Verify the events of any log after its base, where the live state is known; there are no projections.
-
-    Raises what reading the rows raises.
-    """
-    fold = CheckedFold(base, state)
-    return fold.result(fold.follow(rows), compared=False)
-
-
 def verify(path: Path) -> Verification:
     """Verify the ledger at `path`, read-only and in one snapshot; works beside a running server.
 

@@ -19,29 +19,26 @@ from events.clock import utc_now
 from events.errors import EpochOver, ForeignHead, LedgerProblem, NodeAlive
 from events.storage import HeadMoved, StorageError
 
-SCHEMES = ("postgresql", "postgres")
-"""The schemes of a database's address."""
-
 CONNECT_S = 5.0
-"""How long a connection may take to be made."""
+"""Time limit of making a connection."""
 
 COMMAND_S = 10.0
-"""How long a statement may take: a page of the log takes milliseconds, an append waits for other appends."""
+"""Time limit of a statement: a page of the log takes milliseconds, an append waits for other appends."""
 
 CLOSE_S = 2.0
-"""How long a connection may take to be closed in order; then it is cut."""
+"""Time limit of closing a connection in order; then it is cut."""
 
 CLOCK_PROBES = 3
 """Readings of the database's clock; that with the shortest round trip counts."""
 
 REFUSALS: Mapping[str, type[LedgerProblem]] = {"LL001": EpochOver, "LL002": NodeAlive}
-"""What `append` raises, by its SQLSTATE (migrations/postgres)."""
+"""The refusals of `append`, by SQLSTATE (migrations/postgres)."""
 
 _SETTINGS = {
     "application_name": "loadledger",
     "search_path": "loadledger",
     "client_encoding": "UTF8",
-    # Whoever stops amid a transaction holds the head's lock, for which all others wait.
+    # A server that stops amid a transaction holds the head's lock, for which all others wait.
     "idle_in_transaction_session_timeout": "5s",
     "lock_timeout": "8s",
     "statement_timeout": "9s",
@@ -53,11 +50,6 @@ _SETTINGS = {
 }
 
 Connection: TypeAlias = "asyncpg.Connection[Any]"
-
-
-def is_address(text: str) -> bool:
-    """Whether a text is the address of a database, not a path."""
-    return text.partition("://")[0] in SCHEMES
 
 
 def describe_address(address: str, role: str | None = None) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from functools import cache
-from importlib import resources
+from functools import partial
 
 from events.errors import ForeignDatabase, FutureSchema, LedgerProblem
 from events.postgres.connection import Connection, translated_errors
+from migrations import read_migrations
 
 SCHEMA = "loadledger"
 """The database's schema that has the tables and functions."""
 
-_NAME = re.compile(r"^(\d{4})_\w+\.sql$")
+_migrations = partial(read_migrations, "postgres")
 
 _LOCK = 0x4C4C6467
 """The key of the advisory lock of migrations: "LLdg"."""
@@ -46,18 +46,6 @@ class NotOwner(LedgerProblem):
     code = "not_owner"
 
 
-@cache
-def migrations() -> tuple[tuple[int, str], ...]:
-    """Return the migrations in order, with their numbers."""
-    found = sorted(
-        (int(match[1]), file.read_text(encoding="utf-8"))
-        for file in (resources.files("migrations") / "postgres").iterdir()
-        if (match := _NAME.match(file.name))
-    )
-    assert [number for number, _ in found] == list(range(1, len(found) + 1))
-    return tuple(found)
-
-
 async def migrate(connection: Connection, server_role: str | None = None) -> int:
     """Create or update the schema in one transaction, and return how many migrations were applied.
 
@@ -84,12 +72,12 @@ async def migrate(connection: Connection, server_role: str | None = None) -> int
                     " (number integer PRIMARY KEY, applied_at timestamptz NOT NULL)"
                 )
             await connection.execute(f"SET LOCAL search_path = {SCHEMA}")
-            for number, script in migrations()[done or 0 :]:
+            for number, script in _migrations()[done or 0 :]:
                 await connection.execute(script)
                 await connection.execute("INSERT INTO migrations VALUES ($1, now())", number)
             if server_role is not None:
                 await _grant(connection, server_role)
-    return len(migrations()) - (done or 0)
+    return len(_migrations()) - (done or 0)
 
 
 async def _grant(connection: Connection, role: str) -> None:
@@ -110,9 +98,9 @@ async def _count_applied(connection: Connection) -> int | None:
             f"the database has a schema {SCHEMA} that is no ledger; nothing in it was touched"
         )
     done = int(await connection.fetchval(f"SELECT coalesce(max(number), 0) FROM {SCHEMA}.migrations"))  # noqa: S608
-    if done > len(migrations()):
+    if done > len(_migrations()):
         raise FutureSchema(
-            f"the database has schema {done}, this loadledger knows {len(migrations())}: use the release "
+            f"the database has schema {done}, this loadledger knows {len(_migrations())}: use the release "
             "that wrote it, or a later one"
         )
     return done
@@ -132,7 +120,7 @@ async def check_schema(connection: Connection) -> None:
         done = await _count_applied(connection)
         if done is None:
             raise SchemaMissing
-        if done < len(migrations()):
+        if done < len(_migrations()):
             raise SchemaOutdated
 
 

@@ -1,4 +1,4 @@
-"""What proofs read of a ledger: its log as plain values and rows, and all that `verify` compares with it.
+"""Readers for proofs: the log as plain values and rows, and all that `verify` compares with it.
 
 These reads hold one snapshot for long, on purpose: `events.audit` proves a ledger as it is at one moment. An
 error of SQLite becomes LogUnavailable where the ledger was opened; `storage_errors` converts it earlier.

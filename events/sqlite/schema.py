@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 from events.errors import ForeignDatabase, FutureSchema
+from migrations import read_migrations
 
 APPLICATION_ID = 0x4C4C6467
 """SQLite's application_id of a ledger: "LLdg"."""
@@ -37,9 +36,6 @@ class SchemaRow(NamedTuple):
     name: bytes
     tbl_name: bytes
     sql: bytes | None
-
-
-_NAME = re.compile(r"^(\d{4})_\w+\.sql$")
 
 
 def connect(path: Path, *, is_replica: bool = False) -> sqlite3.Connection:
@@ -93,7 +89,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 def migrate(connection: sqlite3.Connection) -> None:
     """Apply the missing migrations, each in one transaction. Raises as `check_readable` does."""
     done = check_readable(connection)
-    known = _migrations()
+    known = read_migrations()
     for number, script in known[done:]:
         with transaction(connection):
             if _pragma(connection, "user_version") < number:
@@ -106,7 +102,7 @@ def check_readable(connection: sqlite3.Connection) -> int:
     Raises:
         FutureSchema: `future_schema`, more than this release knows.
     """
-    done, known = _pragma(connection, "user_version"), len(_migrations())
+    done, known = _pragma(connection, "user_version"), len(read_migrations())
     if done > known:
         raise FutureSchema(
             f"the ledger has schema {done}, this loadledger knows {known}: use the release that wrote it, "
@@ -126,7 +122,7 @@ def schema_of(connection: sqlite3.Connection) -> frozenset[SchemaRow]:
 def schema_after(migrations: int) -> frozenset[SchemaRow]:
     """Return the schema of a ledger after so many migrations."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
-        for number, script in _migrations()[:migrations]:
+        for number, script in read_migrations()[:migrations]:
             _apply(connection, number, script)
         return schema_of(connection)
 
@@ -153,18 +149,6 @@ def refuse_foreign(connection: sqlite3.Connection) -> None:
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
     (value,) = connection.execute(f"PRAGMA {name}").fetchone()
     return int(value)
-
-
-@cache
-def _migrations() -> tuple[tuple[int, str], ...]:
-    """Return the migrations in order, with their numbers; a gap in those is a mistake in the package."""
-    found = sorted(
-        (int(match[1]), file.read_text(encoding="utf-8"))
-        for file in resources.files("migrations").iterdir()
-        if (match := _NAME.match(file.name))
-    )
-    assert [number for number, _ in found] == list(range(1, len(found) + 1))
-    return tuple(found)
 
 
 def _statements(script: str) -> Iterator[str]:

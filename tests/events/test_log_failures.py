@@ -441,7 +441,7 @@ async def test_migration_is_one_transaction(path: Path, tmp_path: Path) -> None:
 async def test_broken_first_migration_leaves_empty_database(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "release" / "migrations"
     folder.mkdir(parents=True)
-    (folder / "__init__.py").touch()
+    shutil.copy(migrations.__file__, folder)
     (folder / "0001_broken.sql").write_text("CREATE TABLE events (x);\nINSERT INTO nowhere VALUES (1);\n")
     done = run(MIGRATE, path, folder.parent, first=folder.parent)
     assert (done.stdout, done.stderr) == ("no such table: nowhere\n", "")

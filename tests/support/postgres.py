@@ -29,6 +29,7 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 
+from bench.postgres import find_programs
 from support import keeper
 from support.workers import LIMIT_S
 
@@ -65,17 +66,6 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Address = tuple[str, int]
 Prepare = Callable[["Database"], Awaitable[None]]
 _numbers = count(1)
-
-
-def find_programs() -> Path | None:
-    """Return the folder of `initdb`: what POSTGRES names, else Debian's newest, else what is on PATH."""
-    if named := os.environ.get("POSTGRES"):
-        return Path(named)
-    versions = Path("/usr/lib/postgresql").glob("*/bin/initdb")
-    if found := sorted(versions, key=lambda path: float(path.parts[-3])):
-        return found[-1].parent
-    on_path = shutil.which("initdb")
-    return Path(on_path).resolve().parent if on_path else None
 
 
 def require_programs() -> Path:

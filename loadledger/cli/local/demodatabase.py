@@ -110,15 +110,7 @@ def open_demo_database(programs: Path, folder: Path) -> Iterator[DemoDatabase]:
     if os.geteuid() == 0:
         shutil.chown(folder, SUPERUSER, SUPERUSER)
     run = _Programs(programs, folder)
-    run(
-        "initdb",
-        "--no-sync",
-        "--encoding=UTF8",
-        "--locale=C",
-        "--auth=trust",
-        f"--username={SUPERUSER}",
-        "data",
-    )
+    run("initdb", *_NEW, f"--username={SUPERUSER}", "data")
     with run.server() as process:
         run.wait_until_ready(process)
         for role in (OWNER, SERVER):

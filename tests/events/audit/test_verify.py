@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from support.fleet import of_both
 from support.history import PLAIN, facts, opened
 from support.ledgers import change_ledger, copy_of, flip_byte, place_of, rows_of, sound_ledger
 
-from events.audit.verify import Finding, FindingKind, Verification, verify, verify_rows
+from events.audit.verify import CheckedFold, Finding, FindingKind, Verification, verify
 from events.codec import GENESIS, decode_event, encode_canonical
 from events.errors import LedgerProblem, LogUnavailable
 from events.state import State
@@ -274,6 +274,11 @@ async def test_verify_works_beside_a_running_log() -> None:
 
 
 # Rows of a log that is not in a file.
+
+
+def verify_rows(base: LogBase, state: State, rows: Iterable[Row]) -> Verification:
+    fold = CheckedFold(base, state)
+    return fold.result(fold.follow(rows), compared=False)
 
 
 @pytest.mark.parametrize("after", [0, 1, HEAD // 2, HEAD])

@@ -9,7 +9,8 @@ from support.ledgers import change_ledger, copy_of, sound_ledger
 
 from events.audit.audit import audit
 from events.audit.verify import FindingKind
-from events.sqlite.schema import APPLICATION_ID, _migrations, connect, schema_difference
+from events.sqlite.schema import APPLICATION_ID, connect, schema_difference
+from migrations import read_migrations
 
 LEDGER = sound_ledger()
 
@@ -17,7 +18,7 @@ LEDGER = sound_ledger()
 def make_schema(path: Path, migrations: int) -> None:
     """Make an empty ledger as the release did that had so many migrations."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for number, script in _migrations()[:migrations]:
+        for number, script in read_migrations()[:migrations]:
             connection.executescript(script)
             connection.execute(f"PRAGMA user_version = {number}")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -34,7 +35,7 @@ def difference(path: Path) -> str | None:
     return found.schema
 
 
-@pytest.mark.parametrize("migrations", range(1, len(_migrations()) + 1))
+@pytest.mark.parametrize("migrations", range(1, len(read_migrations()) + 1))
 def test_every_released_schema_is_known_and_migrated(tmp_path: Path, migrations: int) -> None:
     path = tmp_path / "ledger.db"
     make_schema(path, migrations)
