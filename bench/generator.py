@@ -294,7 +294,9 @@ async def record(port: int, request: bytes, clients: int) -> Answers:
 
 def _print_answers(port: str, request: str, clients: str) -> None:
     answers = uvloop.run(record(int(port), Path(request).read_bytes(), int(clients)))
-    print(json.dumps(asdict(answers)))
+    # An unbuffered `sys.stdout` (PYTHONUNBUFFERED) does not write the rest after a short write.
+    with open(sys.stdout.fileno(), "w", closefd=False) as output:
+        json.dump(asdict(answers), output)
 
 
 def main(kind: str, *arguments: str) -> None:

@@ -166,7 +166,9 @@ class CommandGroup(click.Group):
 def main(context: click.Context) -> None:
     """Load and unload ONNX models over HTTP, each in a process of its own, with a ledger of who did what."""
     os.umask(0o077)  # ledger and keys are private
-    if isinstance(sys.stdout, io.TextIOWrapper):  # letters that its encoding lacks are no error
-        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        if sys.stdout.write_through:  # PYTHONUNBUFFERED: what a write leaves is not written again
+            sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115 - it stays open
+        sys.stdout.reconfigure(errors="replace")  # letters that its encoding lacks are no error
     if os.environ.get("NO_COLOR") or is_dumb(os.environ):  # no-color.org: any value
         context.color = False

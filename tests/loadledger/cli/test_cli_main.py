@@ -1,11 +1,15 @@
 """`loadledger` itself: help, aliases, exit codes, completion, and what the thin commands import."""
 
+import fcntl
 import json
 import os
 import re
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import click
@@ -23,6 +27,9 @@ from server.config import settings
 from server.configsources import warn_of_unknown_variables
 
 WIDTH = 80
+LIMIT_S = 60
+PIPE_BYTES = 4096
+"""The smallest pipe: less than the help of `serve`."""
 HEAVY = {
     *("aiohttp", "onnxruntime", "numpy", "server", "runtime", "events"),
     *("sqlite3", "asyncio", "cryptography", "rich"),
@@ -129,6 +136,22 @@ def test_closed_pipe_ends_quietly_with_141() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_output_is_whole_after_interrupted_write() -> None:
+    """An unbuffered standard output of Python does not write the rest after a short write."""
+    command = [sys.executable, "-m", "loadledger", "serve", "--help"]
+    environment = {**clean_environment(), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        size = fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        while struct.unpack("i", fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4)))[0] < size:
+            assert process.poll() is None
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        process.send_signal(signal.SIGCONT)
+        output = process.communicate(timeout=LIMIT_S)[0]
+    assert output == subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True).stdout
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
