@@ -153,8 +153,8 @@ class Executor:
         """
         conditions = actions.list_conditions(action, self._log.state, self._node())
         match action:
-            case actions.StartLoad(job):
-                await self._start_load(job, conditions)
+            case actions.StartLoad():
+                await self._start_load(action, conditions)
             case actions.PlaceLoad():
                 await self._record(draft_placement(action), conditions=conditions)
             case actions.ChangeSettings(job, load_job_id):
@@ -200,7 +200,8 @@ class Executor:
             case actions.FailModel(model, message):
                 await self._record(*draft_crash_loop(model, message), conditions=conditions)
 
-    async def _start_load(self, job: Job, conditions: Conditions) -> None:
+    async def _start_load(self, action: actions.StartLoad, conditions: Conditions) -> None:
+        job, placement = action.job, action.placement
         version, parameters = job.load_order
         load = RunningLoad(
             job.id, job.model_id, version, parameters, uuid7(), self.files.take(job), self._wake
@@ -221,7 +222,9 @@ class Executor:
         )
         try:  # its files are read while the log writes
             started = draft_load_start(job, is_restarted=self.estimates.is_restarted(job.id))
-            await self._record(replace(started, worker_id=load.worker_id), conditions=conditions)
+            started = replace(started, worker_id=load.worker_id)
+            placed = [draft_placement(placement)] if placement is not None else []
+            await self._record(*placed, started, conditions=conditions)
         except BaseException:
             ordered.cancel()
             load.files.close()

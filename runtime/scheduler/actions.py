@@ -27,10 +27,6 @@ class JobAction:
     job: Job
 
 
-class StartLoad(JobAction):
-    """Record `LoadStarted`, then start the workers for this job."""
-
-
 @dataclass(frozen=True, slots=True)
 class PlaceLoad(JobAction):
     """Record `LoadPlaced`: the load runs at this node."""
@@ -38,6 +34,13 @@ class PlaceLoad(JobAction):
     node: Node
     reason: str
     files: tuple[PlacedFile, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StartLoad(JobAction):
+    """Record `LoadStarted`, after the placement at this node if it is chosen just now; start the workers."""
+
+    placement: PlaceLoad | None = None
 
 
 class EstimateMemory(JobAction):
@@ -213,6 +216,8 @@ def _conditions_of(action: Action, state: State) -> tuple[Condition, ...]:
     match action:
         case PlaceLoad(job, node):
             return (_unchanged(job), *_unchanged_model(job.model_id, state), NodeUnchanged(node))
+        case StartLoad(_, PlaceLoad() as placement):
+            return _conditions_of(placement, state)
         case StartLoad(job) | ChangeSettings(job) | UnloadForReplacement(job) | StartUnload(job):
             return (_unchanged(job), *_unchanged_model(job.model_id, state))
         case CompleteLoad(job) | FailLoad(job) | CancelJob(job):

@@ -88,15 +88,21 @@ class Admission:
     wake_at: list[str] = field(default_factory=list)
 
 
-def admit(view: SchedulerView, eviction: Eviction) -> Admission:
-    """Decide the pending loads of this node in their order, until one of them leads to an action."""
+def admit(view: SchedulerView, eviction: Eviction, placed_here: Job | None = None) -> Admission:
+    """Decide the pending loads of this node in their order, until one of them leads to an action.
+
+    Args:
+        view: of this node.
+        eviction: of the same view.
+        placed_here: a load that counts as placed here, though that is not recorded yet.
+    """
     admission = Admission()
     pending = (
         _PendingLoad(view, job, eviction)
         for job in view.unended
         if job.kind is JobKind.LOAD
         and job.id not in view.running
-        and view.is_placed(job)
+        and (view.is_placed(job) or job is placed_here)
         and view.is_first_in_queue(job)
     )
     queue = sorted(pending, key=lambda load: (load.rank, load.job.created_position))

@@ -243,6 +243,8 @@ def _leaves_draining_node(view: SchedulerView, job: Job) -> bool:
 
 def explain_unplaced(view: SchedulerView, job: Job) -> str:
     """Return what a load without a node waits for."""
+    if job.id in view.observations.estimating:
+        return "the estimate of its memory"
     labels = view.observations.required_labels.get(job.model_id)
     return "a node that takes loads" + (f" and has the labels {', '.join(sorted(labels))}" if labels else "")
 

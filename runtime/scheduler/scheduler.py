@@ -88,7 +88,7 @@ def decide(
         late
         or next(_request_reloads(view, reloads), None)
         or next(_move_models(view, moves), None)
-        or next(place_loads(view), None)
+        or _place_load(view, eviction)
         or admission.action
     )
     if action is not None:
@@ -102,6 +102,25 @@ def decide(
         view, admission, automatic, [*map(partial(_reload_at, view), reloads), *moves.values()]
     )
     return Decision(None, wake_at, waiting_for)
+
+
+def _place_load(view: SchedulerView, eviction: Eviction) -> Action | None:
+    """Place the next load. One whose place is here is estimated before, and starts with its placement.
+
+    So what starts here without delay takes one append, and the estimate may still change its place.
+    """
+    for placement in place_loads(view):
+        job = placement.job
+        if placement.node != view.node:
+            return placement
+        match admit(view, eviction, placed_here=job).action:
+            case actions.StartLoad(Job(id=job.id)):
+                return actions.StartLoad(job, placement)
+            case actions.EstimateMemory(Job(id=job.id)) as action:
+                return action
+        if job.id not in view.observations.estimating:
+            return placement
+    return None
 
 
 def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:

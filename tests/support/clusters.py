@@ -221,8 +221,10 @@ class ClusterNode(World):
     def _check(self, action: Action) -> None:
         """A load starts here if it was placed here, in its turn, and within the limits of the node."""
         match action:
-            case actions.StartLoad(job):
-                assert job.node_id == self.name
+            case actions.StartLoad(job, placement):
+                if placement is not None:
+                    self._check(placement)
+                assert self.name == (placement.node.id if placement is not None else job.node_id)
                 assert self.state.queue(job.model_id)[0].id == job.id
                 assert len(self.loading()) <= self.policy.loads_at_once
                 budget = self.policy.budget_bytes

@@ -91,6 +91,8 @@ def describe(action: Action | None) -> str:
     match action:
         case None:
             return "nothing"
+        case actions.StartLoad(_, actions.PlaceLoad() as placement):
+            return f"{describe(placement)}, and start it"
         case actions.FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
         case actions.RecordExits(load, _, workers):

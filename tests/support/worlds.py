@@ -475,8 +475,9 @@ class World:
         match action:
             case actions.PlaceLoad():
                 return [draft_placement(action)]
-            case actions.StartLoad(job):
-                return [draft_load_start(job, is_restarted=job.id in self.bare)]
+            case actions.StartLoad(job, placement):
+                placed = [draft_placement(placement)] if placement is not None else []
+                return [*placed, draft_load_start(job, is_restarted=job.id in self.bare)]
             case actions.CompleteLoad(job, replaces):
                 return [
                     draft_fact(job, self.describe_loaded(self.live[job.id])),

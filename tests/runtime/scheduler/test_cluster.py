@@ -23,7 +23,7 @@ from events.commands import (
 )
 from events.models import ModelState
 from events.types import Cause, LoadParameters, LoadStarted, UnloadRequested, WorkerExited
-from runtime.scheduler.actions import Action, PlaceLoad
+from runtime.scheduler.actions import Action, PlaceLoad, StartLoad
 from runtime.scheduler.view import NodeHints, PlacementStrategy, Policy
 
 POLICIES = st.builds(
@@ -314,8 +314,9 @@ def place_at_draining_node(cluster: Cluster) -> None:
 def target_of(node: ClusterNode) -> str:
     """Return the node that a placer chooses next."""
     action = node.decision().action
-    assert isinstance(action, PlaceLoad)
-    return action.node.id
+    placement = action.placement if isinstance(action, StartLoad) else action
+    assert isinstance(placement, PlaceLoad)
+    return placement.node.id
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which node runs a load: the choice among nodes, and the decisions of the placer and of a full node."""
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from support.history import CONTENTS, MODEL, PLAIN, History, at
 
 from events.nodes import Node, NodePhase
 from events.types import Cause
-from runtime.scheduler.actions import Decision, PlaceLoad
+from runtime.scheduler.actions import Decision, StartLoad
 from runtime.scheduler.placement import (
     MAX_PLACEMENTS,
     NodeRoom,
@@ -225,6 +226,7 @@ class Cluster:
         self.history = History()
         self.hints = dict[str, NodeHints]()
         self.estimates: dict[str, int | None] = {}
+        self.estimating: Collection[str] = ()
         self.labels: dict[str, frozenset[str]] = {}
         for name in ("a", "b"):
             self.history.join(name, budget_bytes=100)
@@ -232,7 +234,12 @@ class Cluster:
     def decide(self, name: str, running: str = "", *, epoch: int | None = None, **policy: Any) -> Decision:
         given: dict[str, Any] = {"loads_at_once": 2, "budget_bytes": 100, **policy}
         own = Policy(**given, node_id=name, node_epoch=epoch)
-        seen = Observations(estimates=self.estimates, nodes=self.hints, required_labels=self.labels)
+        seen = Observations(
+            estimates=self.estimates,
+            estimating=self.estimating,
+            nodes=self.hints,
+            required_labels=self.labels,
+        )
         return decide(self.history.state, processes(running), own, at(self.history.seconds), seen)
 
     def next(self, name: str, running: str = "", **policy: Any) -> str:
@@ -262,11 +269,30 @@ def test_loads_placed_since_hint_take_room() -> None:
         cluster.estimates[f"L{number}"] = 40
     places = []
     for number in range(3):
-        action = cluster.decide("a").action
-        assert isinstance(action, PlaceLoad)
-        places.append(action.node.id)
-        cluster.history.place(f"L{number}", action.node.id, of=f"m{number}")
-    assert places == ["b", "a", "b"]
+        places.append(cluster.next("a").removesuffix(", and start it"))
+        cluster.history.place(f"L{number}", places[-1].split()[3].rstrip(":"), of=f"m{number}")
+    assert places == ["place L0 at b: room", "place L1 at a: room", "place L2 at b: queue"]
+
+
+def test_placer_starts_load_that_it_places_at_itself() -> None:
+    cluster = Cluster()
+    cluster.hints = {"a": NodeHints(9, 100), "b": NodeHints(9, 20)}
+    cluster.history.ask_load("L")
+    assert cluster.next("a") == "estimate L"
+    cluster.estimates["L"] = None
+    assert cluster.next("a") == "place L at a: room"  # since its files are slow to read
+    cluster.estimating = {"L"}
+    assert cluster.decide("a").waiting_for == {"L": "the estimate of its memory"}
+    cluster.history.ask_load("O", of="other")
+    cluster.hints["b"] = NodeHints(9, 100)
+    cluster.estimates = {"L": None, "O": 90}
+    assert cluster.next("a") == "place O at b: room"  # meanwhile
+    cluster.history.place("O", "b", of="other")
+    cluster.estimates["L"], cluster.estimating = 40, ()
+    assert cluster.next("a") == "place L at a: room, and start it"
+    assert cluster.next("a", "O:loading", loads_at_once=1) == "place L at a: room"
+    cluster.history.place("L", "a")
+    assert cluster.next("a") == "start L"
 
 
 def test_node_that_has_said_nothing_has_its_budget() -> None:
@@ -298,7 +324,9 @@ def test_next_load_goes_where_model_is_loaded() -> None:
     cluster.history.ask_load("L3", version=3)
     assert cluster.next("a") == "place L2 at b: serves"
     cluster.history.drain("b")
-    assert cluster.next("a") == "place L2 at a: room"
+    assert cluster.next("a") == "estimate L2"
+    cluster.estimates["L2"] = 40
+    assert cluster.next("a") == "place L2 at a: room, and start it"
 
 
 def test_lost_models_are_reloaded_by_placer() -> None:
@@ -307,9 +335,11 @@ def test_lost_models_are_reloaded_by_placer() -> None:
     cluster.history.lose("b")
     assert cluster.next("a") == f"reload {MODEL}, restart"
     cluster.history.ask_load("R", cause=Cause.RESTART)
+    cluster.estimates["R"] = 40
     action = cluster.decide("a").action
-    assert isinstance(action, PlaceLoad)
-    assert [(file.path, file.sha256) for file in action.files] == list(CONTENTS)
+    assert isinstance(action, StartLoad)
+    assert action.placement is not None
+    assert [(file.path, file.sha256) for file in action.placement.files] == list(CONTENTS)
 
 
 def test_load_without_room_goes_where_it_fits() -> None:
