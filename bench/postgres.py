@@ -7,7 +7,6 @@ root it runs as the user `postgres`, because it refuses to run as root.
 import asyncio
 import os
 import pwd
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 from events.postgres import connection as databases
 from events.postgres.schema import migrate
+from loadledger.cli.local import demodatabase
 
 OWNER, ROLE = "ledger_owner", "ledger_server"
 """The role that migrates, and the one that servers have."""
@@ -28,14 +28,13 @@ _numbers = count(1)
 
 
 def find_programs() -> Path | None:
-    """Return the folder of `initdb`: what POSTGRES names, else Debian's newest, else what is on PATH."""
+    """Return the folder of `initdb`: what POSTGRES names, else the one that `demo --cluster` finds."""
     if named := os.environ.get("POSTGRES"):
         return Path(named)
-    versions = Path("/usr/lib/postgresql").glob("*/bin/initdb")
-    if found := sorted(versions, key=lambda path: float(path.parts[-3])):
-        return found[-1].parent
-    on_path = shutil.which("initdb")
-    return Path(on_path).resolve().parent if on_path else None
+    try:
+        return demodatabase.find_programs()
+    except demodatabase.DatabaseMissing:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
