@@ -34,12 +34,14 @@ conformance: install
 # The long forms of tests that `make test` runs for seconds: half an hour, with figures. Also the ledger's
 # properties with many new examples.
 soak: install
+	$(BIN)/pip install --quiet '.[test,ray]'
+	rm -rf build
 	SOAK=all $(BIN)/pytest -n 0 -s $(foreach soak,$(SOAKS),tests/$(soak).py)
 	SOAK=all $(BIN)/pytest tests/events
 
 SOAKS := runtime/scheduler/test_simulation runtime/cache/test_cache_store runtime/store/test_store_keeping \
 	runtime/consumer/test_provenance \
-	$(addprefix system/test_,bench many_models cycles killed_servers cluster restore tails prepared)
+	$(addprefix system/test_,bench many_models cycles killed_servers cluster ray restore tails prepared)
 
 # Attacks on a server with a good model, in their long forms: some minutes each, with figures.
 hostile: install

@@ -8,6 +8,7 @@ OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
 POSTGRES = ["asyncpg>=0.30,<1"]
+RAY = ["ray>=2.50,<3; python_version < '3.14'"]  # it is not made for more; 285 MB
 TEST = [
     *IMAGES,
     *OTEL,
@@ -76,6 +77,7 @@ setup(
         "extensions": EXTENSIONS,
         "otel": OTEL,
         "postgres": POSTGRES,  # for a ledger in PostgreSQL
+        "ray": RAY,  # for `loadledger ray`
         "examples": ["scikit-learn>=1.7", "skl2onnx>=1.20"],  # to train examples/ again
     },
     entry_points={"console_scripts": ["loadledger=loadledger.cli.main:main"]},

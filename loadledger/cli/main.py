@@ -39,6 +39,7 @@ SECTIONS = {
     "Nodes that share a ledger": {
         "nodes": "loadledger.cli.nodes:nodes",
         "drain": "loadledger.cli.nodes:drain",
+        "ray": "loadledger.cli.local.raycluster:ray_group",
     },
     "Files of a ledger": {
         "verify": "loadledger.cli.local.ledger:verify",

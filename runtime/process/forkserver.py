@@ -122,12 +122,13 @@ def main() -> NoReturn:
         os._exit(EX_SOFTWARE)
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process, even a stopped one, when the thread that started it ends.
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends.
 
-    If this process has another parent by now, that one has ended already, and so does this process.
+    SIGKILL ends even a stopped process. If this process has another parent by now, that one has ended
+    already, and so does this process.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
 
