@@ -10,7 +10,6 @@ from support.history import opened
 
 from events.audit.verify import verify
 from events.codec import GENESIS, decode_event, encode_canonical, encode_event, hash_body
-from events.nodes import OF_NODES, LoadPlaced
 from events.sqlite import queries, storage
 from events.sqlite.history import state_at
 from events.sqlite.queries import as_text
@@ -22,8 +21,6 @@ from events.types import TYPES, ClockStepped, RollbackAccepted, UnloadFailed
 
 VERSIONS = {"VersionAdded", "VersionRemoved"}
 """Events of the repository, which change no model and no job."""
-NODES = {kind.TYPE for kind in (*OF_NODES, LoadPlaced)}
-"""Events of nodes: a single server, whose histories these are, has none."""
 FOLDER = Path(__file__).parents[1] / "histories"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
 
@@ -34,10 +31,10 @@ def bodies(name: str) -> list[str]:
 
 def test_recorded_histories_have_every_event_type_and_cause() -> None:
     events = [decode_event(body) for name in NAMES for body in bodies(name)]
-    rare = {UnloadFailed.TYPE, ClockStepped.TYPE, RollbackAccepted.TYPE, *VERSIONS, *NODES}
+    rare = {UnloadFailed.TYPE, ClockStepped.TYPE, RollbackAccepted.TYPE, *VERSIONS}
     assert {event.type for event in events} >= set(TYPES) - rare
     causes = {cause for event in events if (cause := getattr(event.data, "cause", None)) is not None}
-    assert causes >= {"request", "swap", "eviction", "recovery", "restart"}
+    assert causes >= {"request", "swap", "eviction", "recovery", "restart", "drain"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,6 +53,8 @@ def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
         assert {key: as_text(job) for key, job in changes.jobs.items()} == texts(expected["jobs"]), where
         tokens = {key: as_text(token) for key, token in changes.tokens.items() if token is not None}
         assert tokens == texts(expected.get("tokens", {})), where
+        nodes = {key: as_text(node) for key, node in changes.nodes.items()}
+        assert nodes == texts(expected.get("nodes", {})), where
 
 
 def with_added_members(body: str) -> str:
@@ -92,5 +91,6 @@ async def test_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, t
     assert verification.verified, verification.finding
     assert verification.compared
     async with opened(path) as log:
-        assert (log.state.models, log.state.tokens) == (state.models, state.tokens)
+        assert log.state.models == state.models
+        assert (log.state.tokens, log.state.nodes) == (state.tokens, state.nodes)
         await log.server_started()

@@ -15,28 +15,36 @@ instead of a name makes all states anew; use it only together with a new `events
 - `joins`: others join a load, a forced unload and a loaded model; a person's load supersedes an on-demand one
 - `tokens`: tokens are issued over all ways, revoked, and used by a sign-in link; one of a provider is revoked
 - `keys`: requests with idempotency keys, repeated, reused for another request, and expired after a day
+- `nodes`: a worker of three nodes dies, then a node; another one is drained and leaves, and one joins again
 """
 
 import asyncio
 import json
+import os
+import shutil
+import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from support import models
+from support.cluster import are_elsewhere, clustered, find_nodes, find_places, is_lost
+from support.postgres import postgres_server
 from support.running import running
 
 from events.codec import decode_event, encode_event
 from events.commands import IssueToken, Record, RequestLoad, RequestUnload, RevokeToken
 from events.log import Log
 from events.models import ModelState
+from events.nodes import Node, NodePhase
+from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.sqlite.queries import as_text
 from events.sqlite.storage import FOLDS
-from events.state import Changes, State
-from events.tokens import SignInLinkIssued, TokenIssued
+from events.state import State
+from events.tokens import SignInLinkIssued, Token, TokenIssued
 from events.types import AccessDenied, Cause, Draft, Idempotency, LoadParameters
 
 HERE = Path(__file__).parent
@@ -53,17 +61,17 @@ def changes(bodies: Iterable[str]) -> list[dict[str, Any]]:
             {
                 "models": {key: json.loads(as_text(model)) for key, model in changed.models.items()},
                 "jobs": {key: json.loads(as_text(job)) for key, job in changed.jobs.items()},
-                **_tokens_of(changed),
+                **_stored("tokens", changed.tokens),
+                **_stored("nodes", changed.nodes),
             }
         )
     return found
 
 
-def _tokens_of(changed: Changes) -> dict[str, Any]:
-    """Return the changed tokens; histories before there were any have none."""
-    tokens = changed.tokens.items()
-    stored = {key: None if token is None else json.loads(as_text(token)) for key, token in tokens}
-    return {"tokens": stored} if stored else {}
+def _stored(kind: str, entities: Mapping[str, Token | Node | None]) -> dict[str, Any]:
+    """Return the stored forms of the changed tokens or nodes; histories without any have no such member."""
+    stored = {key: None if each is None else json.loads(as_text(each)) for key, each in entities.items()}
+    return {kind: stored} if stored else {}
 
 
 def write_states(name: str) -> None:
@@ -144,11 +152,39 @@ async def tokens(folder: Path) -> None:
         await engine.load("adder", 1)
 
 
+async def nodes(folder: Path) -> None:
+    """A worker dies, a node is killed, one is drained and leaves; the killed one joins again, and leaves."""
+    async with postgres_server() as server, clustered(folder, server) as cluster:
+        first, second, third = cluster.nodes.values()
+        state = await cluster.load(*cluster.fleet.ids[:4])
+        os.kill(third.server.worker(), signal.SIGKILL)
+        await cluster.until(lambda now: now.position > state.position)
+        state = await cluster.settled()
+        moved, epoch = find_places(state, first.name), state.nodes[first.name].epoch
+        assert moved, find_nodes(state, cluster.fleet.ids)
+        await first.kill()
+        await cluster.until(is_lost(first.name, epoch))
+        await cluster.until(are_elsewhere(moved, first.name))
+        moved = find_places(await cluster.settled(), second.name)
+        await third.api.post(f"/api/v1/nodes/{second.name}/drain")
+        await cluster.until(are_elsewhere(moved, second.name))
+        await cluster.settled()
+        await second.stop()
+        await cluster.until(lambda now: now.nodes[second.name].phase is NodePhase.LEFT, at=third)
+        await first.start()
+        await third.api.post(f"/api/v1/models/{moved[0]}/unload", wait=60)
+        await cluster.settled()
+        await third.stop()
+        await first.stop()
+        shutil.copyfile(first.replica, folder / LEDGER)
+
+
 SCENARIOS: dict[str, Scenario] = {
     "loads-and-swaps": loads_and_swaps,
     "settings": settings,
     "joins": joins,
     "tokens": tokens,
+    "nodes": nodes,
 }
 
 
