@@ -27,7 +27,7 @@ from runtime.scheduler.view import NodeHints
 _log = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 3
-"""A renewal also has this part of the lease to answer: one may time out, and the next one is still in time."""
+"""A renewal also has a third of the lease to answer: if one times out, the next one is still in time."""
 
 RETRY_S = 0.5
 """Pause after a renewal that failed, and before a node that was lost tries to join again."""

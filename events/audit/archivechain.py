@@ -18,8 +18,9 @@ from events.clock import format_timestamp, utc_now
 from events.codec import decode_event
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
 from events.jobs import Job
+from events.nodes import OF_NODES
 from events.sqlite.history import Moment, parse_time
-from events.sqlite.presence import Presence, presence_between
+from events.sqlite.presence import Presence, add_nodes, presence_between
 from events.sqlite.proof import LogReader
 from events.sqlite.queries import as_bytes
 from events.sqlite.snapshots import jobs_behind
@@ -322,12 +323,15 @@ def _replay_archives(log: LogReader, proof: ArchiveProof, until: str) -> tuple[M
 def _archived_presence(
     log: LogReader, files: Sequence[FileAudit], position: int, time: str | None
 ) -> Presence:
-    """Return the state of the server at a moment before the base."""
-    before, after = None, log.first_server_event()
+    """Return the presence of the server, or of nodes, at a moment before the base."""
+    before, after, of_nodes = None, log.first_server_event(), list[Event]()
     for _, row in _rows(files):
         if '"type":"Server' in row.body and isinstance((event := decode_event(row.body)).data, OF_SERVER):
             if row.position <= position:
                 before = event
             elif after is None or row.position < after.position:
                 after = event
-    return presence_between(before, after, time, is_first=position == 0)
+        elif '"type":"Node' in row.body and isinstance((event := decode_event(row.body)).data, OF_NODES):
+            of_nodes.append(event)
+    server = presence_between(before, after, time, is_first=position == 0)
+    return add_nodes(server, (), [*of_nodes, *log.node_events()], position, time)

@@ -6,7 +6,7 @@ merged into summaries: a lane has at most two segments for each bucket, however 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from msgspec import Struct
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from events.clock import Timestamp, seconds_between
 from events.jobs import Job
 from events.models import Model, ModelState, Serving
-from events.sqlite.presence import ServerState
+from events.sqlite.presence import NodeState, ServerState, Transition
 from events.state import Entities
 from events.types import (
     ENDS_OF_PROCESSES,
@@ -24,7 +24,6 @@ from events.types import (
     Event,
     LoadFailed,
     ModelLoaded,
-    ServerStarted,
     WorkerExited,
 )
 
@@ -102,18 +101,25 @@ class Mark(Struct, frozen=True, gc=False):
 
 
 class ServerSegment(Struct, frozen=True, gc=False, rename=_RENAMED):
-    """A time in which the server ran, was stopped, or may have been either.
+    """A time in which the server or a node ran, had ended, or may have been either.
 
     Attributes:
-        position: of the start or stop that began it, or, of an unknown end, of the start that found it.
+        position: of the event that began it, or, of an unknown end, of the event that found it.
         restarts: starts that are merged into it.
     """
 
-    state: ServerState
+    state: ServerState | NodeState
     begin: Timestamp
     end: Timestamp
     position: int | None = None
     restarts: int = 0
+
+
+class NodeLane(Struct, frozen=True, gc=False):
+    """One node over a range of time; its first segment begins where it joined, if that was not earlier."""
+
+    node_id: str
+    segments: tuple[ServerSegment, ...]
 
 
 class FileHash(Struct, frozen=True, gc=False):
@@ -377,32 +383,62 @@ def failure_mark(event: Event) -> Mark | None:
 
 
 def server_segments(
-    server_events: Iterable[Event], before: ServerState, begin: Timestamp, end: Timestamp, width_s: float
+    transitions: Iterable[Transition],
+    before: ServerState | NodeState | None,
+    begin: Timestamp,
+    end: Timestamp,
+    width_s: float,
 ) -> list[ServerSegment]:
-    """Return the states of the server from `begin` to `end`.
+    """Return the states of the server, or of a node, from `begin` to `end`.
 
     Args:
-        server_events: its starts and stops in that time, in order.
-        before: the state at `begin`.
+        transitions: its own in that time, in order.
+        before: the state at `begin`; None of a node that had not joined yet.
         begin: of the range of time.
         end: of the range of time.
         width_s: of a bucket; shorter segments are merged.
     """
     found = list[ServerSegment]()
-    now = ServerSegment(before, begin, begin)
-    for event in server_events:
-        at = event.recorded_at
-        starts = event.data if isinstance(event.data, ServerStarted) else None
-        if starts is not None and starts.unclean and (seen_at := starts.seen_at) is not None:
-            seen_at = min(max(seen_at, now.begin), at)
+    now = ServerSegment(before, begin, begin) if before is not None else None
+    for each in transitions:
+        if now is not None and each.seen_at is not None:
+            seen_at = min(max(each.seen_at, now.begin), each.at)
             found.append(replace(now, end=seen_at))
-            now = ServerSegment(ServerState.UNKNOWN, seen_at, at, event.position)
-        found.append(replace(now, end=at))
-        state = ServerState.RUNNING if starts is not None else ServerState.STOPPED
-        now = ServerSegment(state, at, at, event.position, int(starts is not None))
-    found.append(replace(now, end=max(end, now.begin)))
+            now = ServerSegment(ServerState.UNKNOWN, seen_at, each.at, each.position)
+        if now is not None:
+            found.append(replace(now, end=each.at))
+        is_start = each.state in (ServerState.RUNNING, NodeState.JOINED)
+        now = ServerSegment(each.state, each.at, each.at, each.position, int(is_start))
+    if now is not None:
+        found.append(replace(now, end=max(end, now.begin)))
     clipped = (replace(each, begin=max(each.begin, begin), end=min(each.end, end)) for each in found)
     return _merge_server([each for each in clipped if each.begin < each.end], width_s)
+
+
+def node_lanes(
+    transitions: Sequence[Transition],
+    before: Mapping[str, NodeState],
+    begin: Timestamp,
+    end: Timestamp,
+    width_s: float,
+) -> tuple[NodeLane, ...]:
+    """Return the lanes of the nodes that were there, or may have been, at any time from `begin` to `end`.
+
+    Args:
+        transitions: in that time, in order.
+        before: the nodes that had joined by `begin`, and their states.
+        begin: of the range of time.
+        end: of the range of time.
+        width_s: of a bucket; shorter segments are merged.
+    """
+    ids = {each.node_id for each in transitions if each.node_id}
+    ids |= {node_id for node_id, state in before.items() if state not in (NodeState.LEFT, NodeState.LOST)}
+    lanes = []
+    for node_id in sorted(ids):
+        own = [each for each in transitions if each.node_id == node_id]
+        segments = server_segments(own, before.get(node_id), begin, end, width_s)
+        lanes.append(NodeLane(node_id, tuple(segments)))
+    return tuple(lanes)
 
 
 def _merge_server(segments: Iterable[ServerSegment], width_s: float) -> list[ServerSegment]:
@@ -420,5 +456,13 @@ def _merge_server(segments: Iterable[ServerSegment], width_s: float) -> list[Ser
     return merged
 
 
-_CONCERN = (ServerState.RUNNING, ServerState.STOPPED, ServerState.UNKNOWN)
+_CONCERN: tuple[str, ...] = (
+    ServerState.RUNNING,
+    NodeState.JOINED,
+    NodeState.DRAINING,
+    ServerState.STOPPED,
+    NodeState.LEFT,
+    NodeState.LOST,
+    ServerState.UNKNOWN,
+)
 """Of merged states the one that needs to be seen is shown."""

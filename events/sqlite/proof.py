@@ -19,7 +19,7 @@ from events.nodes import Node
 from events.sqlite import history, queries, storage
 from events.sqlite.bases import read_stored_base
 from events.sqlite.history import Moment
-from events.sqlite.presence import find_server_event, presence_at
+from events.sqlite.presence import find_server_event, presence_at, read_node_events
 from events.sqlite.projections import StoredProjections
 from events.sqlite.readonly import open_read_only, refuse_incomplete
 from events.sqlite.schema import check_readable, schema_difference
@@ -135,6 +135,10 @@ class LogReader:
         """
         for page in queries.read_pages(self._connection, state.position, until):
             history.fold_page(state, page)
+
+    def node_events(self) -> list[Event]:
+        """Return the log's events about nodes."""
+        return read_node_events(self._connection)
 
     def first_server_event(self) -> Event | None:
         """Return the log's first start or stop of the server, if any."""

@@ -35,13 +35,22 @@ from events.sqlite.lanes import (
     Lane,
     LaneFold,
     Mark,
+    NodeLane,
     ServerSegment,
     failure_mark,
     is_of_server,
     merge_marks,
+    node_lanes,
     server_segments,
 )
-from events.sqlite.presence import ServerState, find_server_event, presence_between
+from events.sqlite.presence import (
+    Presence,
+    Transition,
+    list_transitions,
+    presence_at,
+    read_base_nodes,
+    read_node_events,
+)
 from events.sqlite.queries import as_job, as_model, read_base, read_head
 from events.sqlite.readonly import ReaderThread
 from events.types import ENDS_OF_PROCESSES, Event, LoadFailed, WorkerExited
@@ -84,7 +93,7 @@ class TimelineQuery:
     resolution: int = 600
 
 
-class Timeline(Struct, frozen=True, rename={"begin": "from", "end": "to"}):
+class Timeline(Struct, frozen=True, omit_defaults=True, rename={"begin": "from", "end": "to"}):
     """A page of lanes, by model id.
 
     Attributes:
@@ -94,10 +103,11 @@ class Timeline(Struct, frozen=True, rename={"begin": "from", "end": "to"}):
         oldest: the position of the oldest event that is not archived.
         known_from: when the first event was recorded that is not archived; None if there is none.
         lanes: of the models that the ledger knew by the end of the range.
-        server: the states of the server in the range.
+        server: the states of the server in the range; with nodes, it runs while any is there.
         marks_from: since when failures are complete; None if they are all there.
         next_cursor: the `cursor` of the next page; None on the last one.
         models: how many models the query matches, on all pages.
+        nodes: that were there in the range, by name; left out without any.
     """
 
     begin: Timestamp
@@ -110,6 +120,7 @@ class Timeline(Struct, frozen=True, rename={"begin": "from", "end": "to"}):
     marks_from: Timestamp | None
     next_cursor: str | None
     models: int
+    nodes: tuple[NodeLane, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +132,8 @@ class _Frame:
             last the last event of the range.
         first: the last position at or before the beginning.
         server: the starts and ends of servers and nodes from the first anchor on.
+        transitions: in the range, of the server and of nodes.
+        presence: at the beginning.
     """
 
     begin: Timestamp
@@ -132,7 +145,8 @@ class _Frame:
     first: int
     anchors: list[tuple[int, Timestamp]]
     server: list[Event]
-    presence: ServerState
+    transitions: list[Transition]
+    presence: Presence
     ids: list[str]
     has_more: bool
     models: int
@@ -161,6 +175,7 @@ class TimelineReader:
         marks, marks_from = await self._thread.run(lambda connection: _read_failures(connection, frame))
         budget = FOLDED
         lanes = list[Lane]()
+        known = max(frame.begin, frame.known_from or frame.begin), frame.end, frame.width_s
         for start in range(0, len(frame.ids), LANES_AT_ONCE):
             share = budget // (len(frame.ids) - start)
             ids = frame.ids[start : start + LANES_AT_ONCE]
@@ -175,15 +190,14 @@ class TimelineReader:
             known_from=frame.known_from,
             lanes=lanes,
             server=server_segments(
-                [each for each in frame.server if each.position > frame.first and is_of_server(each)],
-                frame.presence,
-                max(frame.begin, frame.known_from or frame.begin),
-                frame.end,
-                frame.width_s,
+                [each for each in frame.transitions if not each.node_id], frame.presence.state, *known
             ),
             marks_from=marks_from,
             next_cursor=frame.ids[-1] if frame.has_more else None,
             models=frame.models,
+            nodes=node_lanes(
+                frame.transitions, {node.id: node.state for node in frame.presence.nodes}, *known
+            ),
         )
 
 
@@ -213,8 +227,9 @@ def _read_frame(connection: sqlite3.Connection, query: TimelineQuery) -> _Frame:
         ).fetchall()
     ]
     positions = [low, *_thin(between, ANCHORED // max(1, len(ids))), last]
-    before = find_server_event(connection, first)
-    after = find_server_event(connection, first, after=True)
+    server = _read_server_events(connection, low, last)
+    events = [*read_node_events(connection), *(each for each in server if is_of_server(each))]
+    transitions = list_transitions(read_base_nodes(connection), sorted(events, key=attrgetter("position")))
     return _Frame(
         begin=begin,
         end=end,
@@ -224,8 +239,9 @@ def _read_frame(connection: sqlite3.Connection, query: TimelineQuery) -> _Frame:
         known_from=known_from,
         first=first,
         anchors=[(each, _recorded_at(connection, each) or known_from or begin) for each in positions],
-        server=_read_server_events(connection, low, last),
-        presence=presence_between(before, after, begin, is_first=first == 0).state,
+        server=server,
+        transitions=[each for each in transitions if first < each.position <= last],
+        presence=presence_at(connection, first, begin, is_live=True),
         ids=ids,
         has_more=has_more,
         models=models,

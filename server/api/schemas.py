@@ -9,7 +9,7 @@ from marshmallow import INCLUDE, Schema, fields, validate
 
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.models import RELOADS, Model, ModelState
-from events.sqlite.presence import ServerState
+from events.sqlite.presence import NodeState, ServerState
 from events.state import State
 from events.types import Cause
 from runtime.consumer.consumer import Consumer
@@ -25,7 +25,11 @@ MAX_QUEUE_DELAY_US = 1_000_000
 """A second: a longer wait for a batch costs more than it saves."""
 _AS_OF_IN_THE_PAST = "With `at`: the position that the answer reflects."
 _AS_OF_TIME = "With `at`: when the event at `as_of` was recorded; null if the log does not have it."
-_SERVER = "With `at`: the state of the server then. While it is not `running`, nothing is loaded."
+_SERVER = (
+    "With `at`: the state of the server then. While it is not `running`, nothing is loaded. With nodes, "
+    "it runs while any is there."
+)
+_NODES = "With `at`: the nodes that had joined by then, by name; missing if there were none."
 _NO_NODE = "missing while there is none, and if the server is alone."
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
@@ -35,7 +39,7 @@ def about(text: str, **more: str) -> dict[str, Any]:
     return {"metadata": {"description": text, **more}}
 
 
-def _values(kind: type[JobKind | JobStatus | ModelState | Cause | ServerState]) -> Any:
+def _values(kind: type[JobKind | JobStatus | ModelState | Cause | ServerState | NodeState]) -> Any:
     return validate.OneOf([member.value for member in kind])
 
 
@@ -218,6 +222,18 @@ class ServerSchema(AnswerSchema):
     since = fields.String(required=True, allow_none=True, **about("Null if the log does not say."))
 
 
+class NodePresenceSchema(AnswerSchema):
+    """The state of a node at a moment of the past."""
+
+    id = fields.String(required=True)
+    state = fields.String(
+        required=True,
+        validate=_values(NodeState),
+        **about("`unknown`: after it renewed its lease last, and before it was declared lost."),
+    )
+    since = fields.String(required=True, allow_none=True, **about("Null if the log does not say."))
+
+
 class JobSchema(AnswerSchema):
     """A job: one accepted load or unload."""
 
@@ -253,6 +269,7 @@ class JobSchema(AnswerSchema):
     as_of = fields.Integer(**about(_AS_OF_IN_THE_PAST))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
     server = fields.Nested(ServerSchema, **about(_SERVER))
+    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(_NODES))
 
 
 class FileSchema(AnswerSchema):
@@ -367,6 +384,7 @@ class ModelSchema(AnswerSchema):
     as_of = fields.Integer(**about(_AS_OF_IN_THE_PAST))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
     server = fields.Nested(ServerSchema, **about(_SERVER))
+    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(_NODES))
 
 
 class ModelListSchema(AnswerSchema):
@@ -376,6 +394,7 @@ class ModelListSchema(AnswerSchema):
     as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
     server = fields.Nested(ServerSchema, **about(_SERVER))
+    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(_NODES))
     next_cursor = fields.String(required=True, allow_none=True)
 
 
@@ -386,6 +405,7 @@ class JobListSchema(AnswerSchema):
     as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
     as_of_time = fields.String(allow_none=True, **about(_AS_OF_TIME))
     server = fields.Nested(ServerSchema, **about(_SERVER))
+    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(_NODES))
     next_cursor = fields.Integer(required=True, allow_none=True)
 
 

@@ -12,7 +12,7 @@ from events.clock import format_timestamp, utc_now
 from events.models import ModelState
 from events.sqlite.history import parse_moment
 from events.sqlite.lanes import FILES_SHOWN, MarkKind
-from events.sqlite.presence import ServerState
+from events.sqlite.presence import NodeState, ServerState
 from events.sqlite.readonly import open_reader_thread
 from events.sqlite.timeline import TimelineQuery, TimelineReader
 from server.api.schemas import AnswerSchema, about
@@ -165,6 +165,21 @@ class ServerSegmentSchema(AnswerSchema):
     restarts = fields.Integer(required=True, **about("Starts of the server that are merged into it."))
 
 
+class NodeSegmentSchema(ServerSegmentSchema):
+    """A time in which a node was there, had left or was lost, or may have been there."""
+
+    state = fields.String(required=True, validate=validate.OneOf([state.value for state in NodeState]))
+
+
+class NodeLaneSchema(AnswerSchema):
+    """One node over the range."""
+
+    node_id = fields.String(required=True)
+    segments = fields.List(
+        fields.Nested(NodeSegmentSchema), required=True, **about("In order, from where it first joined.")
+    )
+
+
 class TimelineSchema(AnswerSchema):
     """A page of lanes."""
 
@@ -180,7 +195,15 @@ class TimelineSchema(AnswerSchema):
     lanes = fields.List(
         fields.Nested(LaneSchema), required=True, **about("Of models that the ledger knows, by id.")
     )
-    server = fields.List(fields.Nested(ServerSegmentSchema), required=True)
+    server = fields.List(
+        fields.Nested(ServerSegmentSchema),
+        required=True,
+        **about("Whether a server ran; with nodes, one runs while any node is there."),
+    )
+    nodes = fields.List(
+        fields.Nested(NodeLaneSchema),
+        **about("The nodes that were there in the range, by name; missing without any."),
+    )
     marks_from = fields.String(
         required=True,
         allow_none=True,

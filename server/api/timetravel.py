@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from aiohttp import web
@@ -88,10 +88,12 @@ async def past_job(request: web.Request, at: str, job_id: str) -> dict[str, Any]
 def as_of(moment: Moment) -> dict[str, Any]:
     """Return the members that say which moment an answer is about."""
     server = moment.server
+    nodes = [asdict(node) for node in server.nodes] if server is not None else []
     return {
         "as_of": moment.position,
         "as_of_time": moment.recorded_at,
         "server": {"state": server.state.value, "since": server.since} if server is not None else None,
+        **({"nodes": nodes} if nodes else {}),
     }
 
 

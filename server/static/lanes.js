@@ -1,4 +1,4 @@
-// Lanes of the timeline, drawn as SVG: a row for each model, and one for the server. States differ in shape and
+// Lanes of the timeline, drawn as SVG: a row for each model, and one for the server or for each node. States differ in shape and
 // pattern as well as in colour.
 
 import { el, keyed, setAttribute, svg } from "./dom.js";
@@ -13,6 +13,7 @@ const COLOURS = 7;
 const BARS = { // top and height of a state's bar
   loaded: [4, 18], unloading: [9, 13], loading: [9, 13], failed: [16, 6], lost: [4, 18], unloaded: [20, 2],
   waiting: [12, 10], running: [11, 4], stopped: [11, 4], unknown: [5, 16],
+  joined: [11, 4], draining: [9, 13], left: [11, 4],
 };
 export const MARKS = { // glyph, and what it stands for
   swapped: ["◆", "swapped"], failed: ["✕", "load failed"], lost: ["!", "lost"], exited: ["▾", "a worker ended"],
@@ -25,6 +26,16 @@ export function itemsOf(lane) {
     ...(lane.marks ?? []).map((mark) => ({ kind: "mark", key: `m${mark.kind}${mark.position}`, from: Date.parse(mark.at), to: Date.parse(mark.at), mark })),
   ].sort((a, b) => a.from - b.from || (b.kind === "mark") - (a.kind === "mark"));
 }
+
+// The lanes of the nodes, or of the server without any; no model has such an id.
+export function serverLanes(page) {
+  const found = page.nodes?.map((lane) => ({ ...lane, model_id: `:${lane.node_id}` })) ?? [{ model_id: "", segments: page.server }];
+  return found.map((lane) => ({ ...lane, segments: lane.segments.map((each) => ({ ...each, version: null, events: 0 })), marks: [], loads: [] }));
+}
+
+// Whether a lane is not of a model, and its name then.
+export const ofServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
+export const serverName = (lane) => lane.node_id ?? "Server";
 
 // The rows of a plot; `hrefOf` has the address of a model. Rows are kept when they are drawn again.
 export class Rows {
@@ -40,7 +51,7 @@ export class Rows {
 
   #row(first) {
     const drawing = svg("svg", { class: "lane-plot", "aria-hidden": "true", height: HIGH });
-    const name = first.model_id === "" ? el("span", { class: "lane-name server" }, "Server")
+    const name = ofServer(first) ? el("span", { class: "lane-name server", title: serverName(first) }, oneLine(serverName(first), 130))
       : el("a", { class: "lane-name", href: this.hrefOf(first.model_id), title: first.model_id, tabindex: "-1" }, oneLine(first.model_id, 130));
     const row = el("div", { class: "lane", "data-model": first.model_id }, name, drawing);
     row.update = (lane, scale, about) => {
@@ -54,7 +65,7 @@ export class Rows {
 }
 
 function parts(lane, scale, { down, until, end, selected }) {
-  const drawn = lane.model_id === "" ? [] : down.map(([from, to]) => box("down", scale, from, to, 0, HIGH));
+  const drawn = ofServer(lane) ? [] : down.map(([from, to]) => box("down", scale, from, to, 0, HIGH));
   const marks = [];
   for (const item of lane.items) {
     const to = item.kind === "segment" && item.to >= end ? until : item.to;
@@ -77,7 +88,7 @@ function segmentParts(segment, scale, from, to, chosen) {
   const colour = segment.state === "loaded" || segment.state === "unloading" ? ` v${(segment.version ?? 0) % COLOURS}` : "";
   const about = { x: left.toFixed(1), y: top, width: (right - left).toFixed(1), height: high, rx: segment.state === "loaded" || segment.state === "lost" ? 3 : 1 };
   const found = [svg("rect", { class: `seg ${shape}${colour}${chosen ? " chosen" : ""}`, ...about })];
-  const pattern = segment.summary ? "several" : { loading: "rising", unloading: "falling", unknown: "unsure" }[shape];
+  const pattern = segment.summary ? "several" : { loading: "rising", unloading: "falling", draining: "falling", unknown: "unsure" }[shape];
   if (pattern) found.push(svg("rect", { class: "over", fill: `url(#${pattern})`, ...about }));
   const text = labelOf(segment), room = right - Math.max(left, 0);
   if (text && high > 12 && room > text.length * CHARACTER + 10) {
@@ -89,7 +100,7 @@ function segmentParts(segment, scale, from, to, chosen) {
 function labelOf(segment) {
   if (segment.summary) return segment.events ? `${segment.events.toLocaleString("en")} events` : "";
   if (segment.state === "loaded") return segment.next_version == null ? `v${segment.version}${segment.degraded ? " degraded" : ""}` : `v${segment.version} → ${segment.next_version}`;
-  return segment.state === "lost" ? "lost" : "";
+  return segment.state === "lost" || segment.state === "draining" ? segment.state : "";
 }
 
 function markPart(mark, x, chosen) {

@@ -2,25 +2,31 @@
 
 import { el } from "./dom.js";
 import { count, duration, moment, oneLine } from "./format.js";
-import { MARKS } from "./lanes.js";
+import { MARKS, ofServer, serverName } from "./lanes.js";
 
 const DIGITS = 12; // of a hash: as the events have them
 const MOST = 400; // rows of the table
-const SERVER = { running: "The server ran", stopped: "The server was stopped", unknown: "The server ended unexpectedly" };
+const SERVER = {
+  running: "ran", stopped: "was stopped", unknown: "ended unexpectedly",
+  joined: "was there", draining: "was being drained", left: "had left", lost: "was lost",
+};
 
 // What an item is, as lines: the first is its title.
 export function describe(lane, item) {
-  return item.kind === "mark" ? describeMark(lane, item.mark) : lane.model_id === "" ? describeServer(item.segment) : describeSegment(lane, item.segment);
+  return item.kind === "mark" ? describeMark(lane, item.mark) : ofServer(lane) ? describeServer(lane, item.segment) : describeSegment(lane, item.segment);
 }
 
 function times(segment) {
   return `${moment(segment.from)} to ${moment(segment.to)}, ${duration((Date.parse(segment.to) - Date.parse(segment.from)) / 1000)}`;
 }
 
-function describeServer(segment) {
+function describeServer(lane, segment) {
+  const name = lane.node_id === undefined ? "The server" : oneLine(`Node ${lane.node_id}`, 130);
   const starts = segment.restarts > 1 ? `; ${count(segment.restarts, "start")}` : "";
-  const until = segment.state === "unknown" ? "It may have run for some of this time, and was found ended at the next start." : "";
-  return [`${SERVER[segment.state]}${starts}`, times(segment), until].filter(Boolean);
+  const state = segment.state === "unknown" && lane.node_id !== undefined ? "did not renew its lease" : SERVER[segment.state];
+  const found = lane.node_id === undefined ? ", and was found ended at the next start" : "";
+  const until = segment.state === "unknown" ? `It may have run for some of this time${found}.` : "";
+  return [`${name} ${state}${starts}`, times(segment), until].filter(Boolean);
 }
 
 function describeSegment(lane, segment) {
@@ -68,7 +74,7 @@ export function fillTable(table, lanes) {
   const items = lanes.flatMap((lane) => lane.items.map((item) => ({ lane, item })));
   const rows = items.slice(0, MOST).map(({ lane, item }) => {
     const [title, when, ...rest] = describe(lane, item);
-    return el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, lane.model_id || "Server"),
+    return el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, ofServer(lane) ? serverName(lane) : lane.model_id),
       ...[["State", title], ["When", when], ["By, bytes, job", rest.join("; ")]].map(([label, text]) => el("td", { "data-label": label, role: "cell" }, text)));
   });
   if (items.length > MOST) rows.push(el("tr", { role: "row" }, el("td", { colspan: 4, role: "cell" }, `And ${(items.length - MOST).toLocaleString("en")} more: zoom in.`)));

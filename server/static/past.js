@@ -145,6 +145,7 @@ export class Past {
     setText(byId("past-zone"), zone(new Date(page.as_of_time ?? Date.now())));
     if (page.as_of_time && document.activeElement !== byId("past-time")) byId("past-time").value = local(new Date(page.as_of_time));
     setText(byId("past-event"), event ? `Here: ${oneLine([event.type, event.model_id, event.version, `by ${event.actor}`].filter((part) => part != null).join(" "), 300)}${summary(event) ? `, ${summary(event)}` : ""}` : "");
+    setText(byId("past-nodes"), nodesText(page.nodes ?? []));
     keyed(byId("past-rows"), page.models.slice(0, MOST), (model) => model.id, (model) => row(model), (node, model) => node.update(model));
     const more = page.models.length - MOST;
     tell(byId("past-none"), more > 0 ? `And ${more} more.` : page.models.length ? "" : "The ledger had no model at that time.");
@@ -158,6 +159,15 @@ function absence(server) {
   return `; ${state}${server.since ? ` since ${clock(server.since)}` : ""}`;
 }
 
+// The nodes that were there, and those that were lost.
+function nodesText(nodes) {
+  const there = nodes.filter((node) => node.state !== "left").map((node) => {
+    const state = { joined: "", draining: " draining", lost: " lost", unknown: " not seen" }[node.state];
+    return `${oneLine(node.id, 130)}${state}${state && node.since ? ` since ${clock(node.since)}` : ""}`;
+  });
+  return there.length ? `Nodes: ${there.join(", ")}` : "";
+}
+
 function row(first) {
   const cell = (label, kind = "") => el("td", { "data-label": label, class: kind || null, role: "cell" });
   const pill = el("span", { class: "pill" }), files = el("ul", { class: "files" });
@@ -169,7 +179,7 @@ function row(first) {
     setText(pill, model.state);
     setAttribute(pill, "class", `pill ${model.state}`);
     setText(version, model.version == null ? "–" : String(model.version));
-    setText(by, model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}${broughtBack(model)}` : "–");
+    setText(by, model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}${broughtBack(model)}${model.node ? ` at ${oneLine(model.node, 130)}` : ""}` : "–");
     keyed(files, model.files, (file) => file.path, (file) => el("li", {}, el("span", {}), el("code", {})), (item, file) => {
       setText(item.firstChild, `${oneLine(file.path, 200)}, ${bytes(file.bytes)} `);
       setText(item.lastChild, oneLine(file.sha256, 64));

@@ -2,6 +2,7 @@
 
 import { byId, el, show } from "./dom.js";
 import { serverNow } from "./format.js";
+import { ofServer } from "./lanes.js";
 import { describe } from "./lanetext.js";
 
 const REACH = 7; // pixels around a mark that mean it
@@ -38,7 +39,7 @@ export class Pointer {
     if (!item) return show(detail, false);
     const [title, ...lines] = describe(lane, item), subject = item.segment ?? item.mark;
     const job = subject.job_id ?? subject.load_job_id;
-    const links = [lane.model_id && ["Model", this.view.router.href("models", lane.model_id)], job && ["Job", this.view.router.href("jobs", job)],
+    const links = [!ofServer(lane) && ["Model", this.view.router.href("models", lane.model_id)], job && ["Job", this.view.router.href("jobs", job)],
       ["As of this moment", this.view.router.href("at", momentOf(item))]].filter(Boolean);
     detail.replaceChildren(el("p", {}, el("strong", {}, title)), ...lines.map((line) => el("p", {}, line)),
       el("p", { class: "links" }, ...links.map(([text, href]) => el("a", { href }, text))));

@@ -4,7 +4,7 @@
 import { told } from "./api.js";
 import { byId, setAttribute, setText, show, tell } from "./dom.js";
 import { count, moment, serverNow, zone } from "./format.js";
-import { drawAxis, itemsOf, Rows, sayShapes } from "./lanes.js";
+import { drawAxis, itemsOf, Rows, sayShapes, serverLanes } from "./lanes.js";
 import { fillTable } from "./lanetext.js";
 import { Pointer } from "./pointer.js";
 import { bounded, DAY, HOUR, LEAST, MINUTE, rangeText, Scale, SECOND, ticks, YEAR } from "./timescale.js";
@@ -196,8 +196,7 @@ export class Timeline {
   #take(page) {
     this.#page = page;
     this.#upto = Math.max(this.#upto, page.as_of);
-    const server = { model_id: "", segments: page.server.map((each) => ({ ...each, version: null, events: 0, server: true })), marks: [], loads: [] };
-    this.#lanes = [server, ...page.lanes].map((lane) => ({ ...lane, items: itemsOf(lane) }));
+    this.#lanes = [...serverLanes(page), ...page.lanes].map((lane) => ({ ...lane, items: itemsOf(lane) }));
     this.#down = page.server.filter((each) => each.state !== "running").map((each) => [Date.parse(each.from), Date.parse(each.to)]);
   }
 

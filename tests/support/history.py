@@ -250,7 +250,15 @@ class History:
     def about_node(self, data: NodeData, **about: Any) -> Event:
         return self.add(data, None, of=None, version=None, **about)
 
-    def join(self, node: str, *, epoch: int | None = None, unclean: bool = False, **given: Any) -> None:
+    def join(
+        self,
+        node: str,
+        *,
+        epoch: int | None = None,
+        unclean: bool = False,
+        after_s: float = 1,
+        **given: Any,
+    ) -> None:
         """A node joins: its next epoch begins."""
         before = self.state.nodes.get(node)
         epoch = epoch or (before.epoch + 1 if before is not None else 1)
@@ -261,7 +269,7 @@ class History:
             "release": "1",
             "public_key": None,
         }
-        self.about_node(NodeJoined(node, epoch, unclean=unclean, **{**about, **given}))
+        self.about_node(NodeJoined(node, epoch, unclean=unclean, **{**about, **given}), after_s=after_s)
 
     def drain(self, node: str) -> None:
         self.about_node(NodeDraining(node, self.state.nodes[node].epoch), by="alice")

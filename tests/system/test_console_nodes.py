@@ -20,6 +20,7 @@ from support.postgres import Database, join_shared_server
 from support.replicas import make_ledger
 from support.workers import until
 
+from events.nodes import NodeJoined
 from server.appkeys import MEMBERSHIP
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
@@ -71,6 +72,7 @@ async def test_nodes_show_what_runs_where_and_are_drained(
     nodes: dict[str, LocalApi], browser: BrowserContext, tmp_path: Path
 ) -> None:
     api = nodes["loadledger-1"]
+    [joined] = [event.position for event in await api.events() if isinstance(event.data, NodeJoined)][:1]
     async with Console.opened(browser, api.url) as console:
         page = console.page
         await console.sign_in(api.token("admin"))
@@ -104,6 +106,18 @@ async def test_nodes_show_what_runs_where_and_are_drained(
         assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         assert await console.serious() == []
         await page.set_viewport_size(DESKTOP)
+        assert await page.evaluate("document.documentElement.scrollWidth") <= DESKTOP["width"]
+
+        lanes = page.locator("#timeline-rows .lane-name.server")
+        await expect(lanes).to_have_text(["loadledger-0", "loadledger-1", "loadledger-2"])
+        await expect(page.locator("#timeline-rows .seg.draining")).to_have_count(1)
+        await expect(page.locator("#past-nodes")).to_have_text(
+            re.compile(r"^Nodes: loadledger-0, loadledger-1, loadledger-2 draining since [\d:]+$")
+        )
+        await page.screenshot(path=Path(PICTURES or tmp_path) / "nodes-past.png", full_page=True)
+        await page.locator("#past-position").fill(str(joined))
+        await page.locator("#past-position").press("Enter")
+        await expect(page.locator("#past-nodes")).to_have_text("Nodes: loadledger-0")
 
         await row(console, "loadledger-0").locator(".at-node a").first.click()
         facts = page.locator(".facts > div", has=page.get_by_text("Node", exact=True))

@@ -197,6 +197,9 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
     yield f"as of position {state['as_of']}{recorded}"
     since = f" since {state['server']['since']}" if state["server"]["since"] else ""
     yield f"server: {state['server']['state']}{since}"
+    for node in state.get("nodes", ()):
+        since = f" since {node['since']}" if node["since"] else ""
+        yield f"  node {node['id']}: {node['state']}{since}"
     yield f"models: {len(state['models'])}"
     for model in state["models"]:
         version = f" version {model['version']}" if model["version"] is not None else ""

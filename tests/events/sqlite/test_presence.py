@@ -10,11 +10,20 @@ from support import ledgers
 from support.history import History, at
 
 from events.audit.archivechain import replay
+from events.nodes import NodeLost
 from events.sqlite import queries
 from events.sqlite.history import open_time_travel_reader
-from events.sqlite.presence import NOTE_EVERY_S, Presence, ServerState, presence_at
+from events.sqlite.presence import (
+    NOTE_EVERY_S,
+    NodePresence,
+    NodeState,
+    Presence,
+    ServerState,
+    presence_at,
+)
 from events.sqlite.proof import LogReader
 from events.sqlite.schema import connect
+from events.tokens import TokenRevoked
 from events.types import ServerStarted
 
 RUNNING, STOPPED, UNKNOWN = ServerState.RUNNING, ServerState.STOPPED, ServerState.UNKNOWN
@@ -68,6 +77,59 @@ def test_presence_at_moment(connection: sqlite3.Connection, row: str) -> None:
     state, since = expected.split()
     found = presence_at(connection, int(position), None if time == "-" else at(int(time)))
     assert found == Presence(ServerState(state), None if since == "-" else at(int(since)))
+
+
+def store_nodes(path: Path) -> None:
+    """Store a history of nodes: one is drained and leaves, one is lost, and one is killed and joins again."""
+    history = History()
+    history.add(TokenRevoked("jti", at(900)), of=None, version=None, by="alice")  # at 1
+    history.join("n1")  # at 2
+    history.join("n2")  # at 3
+    history.drain("n1")  # at 4
+    history.about_node(NodeLost("n2", 1, at(60)), after_s=96)  # at 100
+    history.leave("n1")  # at 101
+    history.join("n1", after_s=899)  # at 1,000
+    history.join("n1", unclean=True, last_seen_at=at(2_000), no_node_since=at(2_000), after_s=2_000)
+    with closing(connect(path)) as connection:
+        ledgers.store_events(connection, history.facts)
+        queries.write_note(connection, {}, at(3_100))
+
+
+NODE_MOMENTS = """
+position, time -> state, since; nodes
+1 -       -> stopped -
+1 1       -> stopped -
+2 -       -> running 2      n1 joined 2
+3 -       -> running 2      n1 joined 2,     n2 joined 3
+4 60      -> running 2      n1 draining 4,   n2 joined 3
+4 61      -> running 2      n1 draining 4,   n2 unknown 60
+5 -       -> running 2      n1 draining 4,   n2 lost 100
+6 500     -> stopped 101    n1 left 101,     n2 lost 100
+7 -       -> running 1000   n1 joined 1000,  n2 lost 100
+7 2000    -> running 1000   n1 joined 1000,  n2 lost 100
+7 2001    -> unknown 2000   n1 unknown 2000, n2 lost 100
+8 3200    -> running 3000   n1 joined 3000,  n2 lost 100
+8 9000    -> unknown 3100   n1 unknown 3100, n2 lost 100
+"""
+"""Position, and the asked time if there was one -> the state of the server and of nodes, and since when."""
+
+
+@pytest.mark.parametrize("row", [row for row in NODE_MOMENTS.splitlines()[2:] if row])
+def test_presence_of_nodes_at_moment(tmp_path: Path, row: str) -> None:
+    store_nodes(tmp_path / "ledger.db")
+    moment, _, expected = (each.strip() for each in row.partition("->"))
+    position, time = moment.split()
+    state, since, *nodes = expected.replace(",", " ").split()
+    with closing(connect(tmp_path / "ledger.db")) as connection:
+        found = presence_at(connection, int(position), None if time == "-" else at(int(time)))
+    assert found == Presence(
+        ServerState(state),
+        None if since == "-" else at(int(since)),
+        tuple(
+            NodePresence(node, NodeState(phase), at(int(then)))
+            for node, phase, then in zip(nodes[::3], nodes[1::3], nodes[2::3], strict=True)
+        ),
+    )
 
 
 def test_presence_of_live_server_is_never_unknown(connection: sqlite3.Connection) -> None:

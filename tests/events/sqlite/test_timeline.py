@@ -13,6 +13,7 @@ from support.ledgers import copy_of, store_events
 
 from events.clock import seconds_between
 from events.models import ModelState
+from events.nodes import NodeLost
 from events.sqlite import timeline
 from events.sqlite.history import InvalidMoment
 from events.sqlite.lanes import (
@@ -24,7 +25,7 @@ from events.sqlite.lanes import (
     merge_segments,
     server_segments,
 )
-from events.sqlite.presence import ServerState
+from events.sqlite.presence import ServerState, list_transitions
 from events.sqlite.readonly import open_reader_thread
 from events.sqlite.schema import connect
 from events.sqlite.timeline import Timeline, TimelineQuery, TimelineReader
@@ -88,6 +89,75 @@ def test_lane_is_what_the_fold_gives(
             for time in {segment.begin, *(each for each in times if segment.begin <= each < segment.end)}:
                 model = states[bisect_right(times, time)].models[lane.model_id]
                 assert (segment.state, segment.version) == (model.state, model.version)
+
+
+NODE_STEPS = {
+    "join": lambda history, node: history.join(node, unclean=True, last_seen_at=at(history.seconds)),
+    "drain": History.drain,
+    "leave": History.leave,
+    "lose": History.lose,
+}
+
+
+@FEWER
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(NODE_STEPS)), st.sampled_from(["n1", "n2"])), max_size=20),
+    st.integers(0, 20),
+    st.integers(1, 20),
+)
+def test_node_lane_is_what_the_fold_gives(steps: list[tuple[str, str]], begin: int, last: int) -> None:
+    history = History()
+    for step, node in steps:
+        if step == "join" or node in history.state.nodes:
+            NODE_STEPS[step](history, node)
+    query = TimelineQuery(now=at(100), begin=at(begin), end=at(begin + last), resolution=2000)
+    found = read_of(history.facts, query)
+    state, events = State(), list(history.facts)
+    lanes = {lane.node_id: lane.segments for lane in found.nodes}
+    for second in range(begin + last):
+        while events and events[0].recorded_at <= at(second):
+            state.apply(events.pop(0))
+        present = {node.id for node in state.nodes.values() if node.is_present}
+        if second < begin:
+            continue
+        assert present <= lanes.keys()
+        shown = {
+            node_id: segment.state
+            for node_id, segments in lanes.items()
+            for segment in segments
+            if segment.begin <= at(second) < segment.end
+        }
+        for node_id, phase in shown.items():
+            expected = state.nodes[node_id].phase.value
+            assert phase.value == expected or (phase.value == "unknown" and node_id in present)
+        assert lanes.keys() & state.nodes.keys() == shown.keys()
+        for segment in found.server:
+            if segment.begin <= at(second) < segment.end:
+                assert (segment.state is ServerState.RUNNING) == bool(present)
+
+
+def test_lost_node_is_unknown_from_its_last_renewal() -> None:
+    history = History()
+    history.join("n1")  # at 1 s
+    history.join("n2")
+    history.about_node(NodeLost("n2", 1, at(10)), after_s=18)  # at 20 s
+    history.drain("n1")
+    history.leave("n1")
+    found = read_of(history.facts, TimelineQuery(now=at(30), begin=at(2), resolution=2000))
+    shown = {
+        lane.node_id: [(each.state.value, each.begin, each.end) for each in lane.segments]
+        for lane in found.nodes
+    }
+    assert shown == {
+        "n1": [("joined", at(2), at(21)), ("draining", at(21), at(22)), ("left", at(22), at(30))],
+        "n2": [("joined", at(2), at(10)), ("unknown", at(10), at(20)), ("lost", at(20), at(30))],
+    }
+    assert [(each.state, each.begin, each.end) for each in found.server] == [
+        (ServerState.RUNNING, at(2), at(22)),
+        (ServerState.STOPPED, at(22), at(30)),
+    ]
+    later = read_of(history.facts, TimelineQuery(now=at(60), begin=at(40)))
+    assert later.nodes == ()
 
 
 SECONDS = {ModelState.LOADING: 1, ModelState.LOADED: 10, ModelState.UNLOADED: 1}
@@ -179,7 +249,8 @@ def test_server_that_ended_is_unknown_until_it_starts() -> None:
         (running, at(1), at(4)), (unknown, at(4), at(104)),
         (running, at(104), at(105)), (stopped, at(105), at(200)),
     ]  # fmt: skip
-    narrow = server_segments(history.facts[-2:], running, at(0), at(20_000), width_s=1_000)
+    stopping = list_transitions((), history.facts[-2:])
+    narrow = server_segments(stopping, running, at(0), at(20_000), width_s=1_000)
     assert narrow == [
         ServerSegment(unknown, at(0), at(105), None, 1),
         ServerSegment(stopped, at(105), at(20_000), 6),
