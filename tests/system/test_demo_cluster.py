@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from support.postgres import require_programs
 from support.servers import CTRL_C, LIMIT_S, MODULE, at_terminal, clean_environment
+from support.workers import until
 
 from loadledger.cli.local import demodatabase
 from loadledger.cli.main import main
@@ -79,6 +82,18 @@ async def test_cluster_demo_after_ctrl_c_leaves_nothing(surroundings: dict[str, 
     assert "Traceback" not in terminal.plain
     assert not folder.exists()
     assert not list_processes(folder)
+
+
+async def test_killed_cluster_demo_leaves_no_process(surroundings: dict[str, str]) -> None:
+    with at_terminal(*COMMAND.split()[1:], environment=surroundings) as terminal:
+        await terminal.until("asked at n")
+        folder = find_folder(terminal.plain)
+        running = list_processes(folder)
+        os.kill(terminal.pid, signal.SIGKILL)
+        assert await terminal.end() == -signal.SIGKILL
+    assert len(running) >= 4  # PostgreSQL, and nodes
+    await until(lambda: not list_processes(folder))
+    shutil.rmtree(folder)
 
 
 def test_cluster_demo_without_postgresql_says_what_to_install(

@@ -16,9 +16,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from runtime.process.forkserver import die_with
 
 DEBIAN = Path("/usr/lib/postgresql")
 """Where Debian and Ubuntu have a folder for each major version; none of them is on PATH."""
@@ -163,6 +166,7 @@ class _Programs:
             subprocess.Popen(  # noqa: S603 - as above
                 [str(self.programs / "postgres"), "-D", "data", *options],
                 **self._surroundings(),
+                preexec_fn=partial(die_with, os.getpid(), signal.SIGINT),  # noqa: PLW1509 - no other threads
                 stdout=log,
                 stderr=log,
             ) as process,
