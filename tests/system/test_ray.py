@@ -23,11 +23,13 @@ from support.servers import clean_environment
 from loadledger.cli.local.demo import issue_demo_token
 from server.auth.keys import ensure_data_dir, keys_folder
 
-NAMES = ("a", "b", "c")
+ADDRESSES = {"a": "127.0.0.1", "b": "127.0.0.2", "c": "127.0.0.3"}
+NAMES = tuple(ADDRESSES)
 LOOKS = 30
 """At the status until it is as expected; each takes some seconds, most of them to import Ray."""
 HEAD = "127.0.0.1:6379"
 SMALL = ("--num-cpus=1", "--object-store-memory=80000000")
+JOIN = f"--address={HEAD}"
 START_HEAD = ("--head", "--port=6379", "--include-dashboard=false")
 Status = dict[str, dict[str, Any] | None]
 """What is known of each node; None while its actor does not answer."""
@@ -69,6 +71,13 @@ class Machines:
         assert found is not None, self.status()
         return found
 
+    def start(self, name: str, *role: str) -> None:
+        """Start the raylet of a machine, with a data directory of its own."""
+        own = {"LOADLEDGER_DATA": self.folder / name, "LOADLEDGER_REPOSITORY": self.folder / "models"}
+        where = (f"--node-name={name}", f"--node-ip-address={ADDRESSES[name]}", *SMALL)
+        begin = self.within.run(program("ray"), "start", *where, *role, env=environment(**own))
+        assert begin.returncode == 0, begin.stdout + begin.stderr
+
     def kill(self, pid: int) -> None:
         """Kill a process, by its number on the machines."""
         assert self.within.run("kill", "-9", pid).returncode == 0
@@ -103,17 +112,15 @@ def is_serving(found: Status, name: str, *, instead_of: int) -> bool:
 
 @contextmanager
 def started(tmp_path: Path) -> Iterator[Machines]:
-    """Start three raylets, each with a loopback address and a data directory of its own."""
+    """Start three raylets, each with a loopback address of its own."""
     models.save(models.add(), tmp_path / "models", "add-one")
     # Ray's sockets are in its folder, and their paths are bounded.
     with tempfile.TemporaryDirectory(prefix="ray-") as short, isolated() as within:
-        for number, name in enumerate(NAMES, 1):
-            own = environment(LOADLEDGER_DATA=tmp_path / name, LOADLEDGER_REPOSITORY=tmp_path / "models")
-            where = (f"--node-name={name}", f"--node-ip-address=127.0.0.{number}", *SMALL)
-            role = (*START_HEAD, f"--temp-dir={short}") if number == 1 else (f"--address={HEAD}",)
-            begin = within.run(program("ray"), "start", *where, *role, env=own)
-            assert begin.returncode == 0, begin.stdout + begin.stderr
-        yield Machines(within, tmp_path)
+        machines = Machines(within, tmp_path)
+        machines.start("a", *START_HEAD, f"--temp-dir={short}")
+        machines.start("b", JOIN)
+        machines.start("c", JOIN)
+        yield machines
 
 
 def make_keys(folder: Path) -> None:
@@ -130,7 +137,7 @@ async def test_ray_starts_and_keeps_node_on_each_machine(tmp_path: Path, ledger:
     address = f"postgresql://ledger_server@/{ledger.name}?{socket}"
     with started(tmp_path) as machines:
         first = nodes_of(machines.ray("up", "--json", "--ledger", address, "--", "--lease-s=3"))
-        urls = {name: f"http://127.0.0.{number}:8080" for number, name in enumerate(NAMES, 1)}
+        urls = {name: f"http://{host}:8080" for name, host in ADDRESSES.items()}
         assert {name: each and each["url"] for name, each in first.items()} == urls
         pids = {name: each["pid"] for name, each in first.items() if each}
         token = issue_demo_token(tmp_path / "a", "alice", "admin")
@@ -147,8 +154,15 @@ async def test_ray_starts_and_keeps_node_on_each_machine(tmp_path: Path, ledger:
         assert (second["exits"], second["exit_code"]) == (1, -9)
         actor = machines.within.run("ps", "-o", "ppid=", "-p", pids["c"])
         machines.kill(int(actor.stdout))
-        third = machines.until(partial(is_serving, name="c", instead_of=pids["c"]))
-        assert machines.within.run("ps", "-p", pids["c"]).returncode == 1
+        machines.until(partial(is_serving, name="c", instead_of=pids["c"]))
+        raylet = machines.within.run("pgrep", "--full", f"raylet/raylet .*node_ip_address={ADDRESSES['b']}")
+        machines.kill(int(raylet.stdout))
+        machines.until(lambda found: found["b"] is None)
+        assert machines.run("nodes", "--data", tmp_path / "b").returncode == 2  # its server has exited
+        machines.start("b", JOIN)
+        third = machines.until(partial(is_serving, name="b", instead_of=second["pid"]))
+        gone = [*pids.values(), second["pid"]][1:]
+        assert [machines.within.run("ps", "-p", pid).returncode for pid in gone] == [1, 1, 1]
         listed = json.loads(machines.run("nodes", "--json", "--data", tmp_path / "a").stdout)["nodes"]
         assert {each["id"]: each["phase"] for each in listed} == dict.fromkeys(NAMES, "joined")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -77,21 +78,21 @@ def up(*, ledger: str, port: int, address: str, options: tuple[str, ...], as_jso
 
     Exit code: 0 if all nodes serve, 1 if one does not.
     """
-    ray = _connect(address)
-    before = set(ray.util.list_named_actors())
-    machines = _find_machines(ray)
-    for name, machine in machines.items():
-        environment = {
-            "LOADLEDGER_LEDGER": ledger,
-            "LOADLEDGER_PORT": str(port),
-            "LOADLEDGER_HOST": machine,
-            "LOADLEDGER_NODE_NAME": name,
-            "LOADLEDGER_NODE_ADDRESS": f"http://{machine}:{port}",
-        }
-        _create_keeper(ray, name, machine, environment, options)
-    if running := sorted(before & machines.keys()):
-        print_note(f"left as it was: {', '.join(running)}; `loadledger ray down` stops it")
-    found = _wait_until_ready(ray, machines)
+    with _connected(address, shows_logs=True) as ray:
+        before = set(ray.util.list_named_actors())
+        machines = _find_machines(ray)
+        for name, machine in machines.items():
+            environment = {
+                "LOADLEDGER_LEDGER": ledger,
+                "LOADLEDGER_PORT": str(port),
+                "LOADLEDGER_HOST": machine,
+                "LOADLEDGER_NODE_NAME": name,
+                "LOADLEDGER_NODE_ADDRESS": f"http://{machine}:{port}",
+            }
+            _create_keeper(ray, name, machine, environment, options)
+        if running := sorted(before & machines.keys()):
+            print_note(f"left as it was: {', '.join(running)}; `loadledger ray down` stops it")
+        found = _wait_until_ready(ray, machines)
     _print(found, as_json=as_json)
     if not all(status is not None and status["url"] for status in found.values()):
         sys.exit(NEGATIVE_RESULT)
@@ -102,8 +103,9 @@ def up(*, ledger: str, port: int, address: str, options: tuple[str, ...], as_jso
 @json_option
 def status(*, address: str, as_json: bool) -> None:
     """List the nodes that `up` started, and whether they serve."""
-    ray = _connect(address)
-    _print(_ask(ray, dict.fromkeys(ray.util.list_named_actors(), "status")), as_json=as_json)
+    with _connected(address) as ray:
+        found = _ask(ray, dict.fromkeys(ray.util.list_named_actors(), "status"))
+    _print(found, as_json=as_json)
 
 
 @ray_group.command()
@@ -114,27 +116,35 @@ def down(*, names: tuple[str, ...], address: str) -> None:
 
     Each server stops as after SIGTERM. To move its models to other nodes before, use `loadledger drain`.
     """
-    ray = _connect(address)
-    known = ray.util.list_named_actors()
-    if unknown := sorted(set(names) - set(known)):
-        exit_with_error(f"no node {', '.join(unknown)}: `loadledger ray status` lists them")
-    stopped = list(names or known)
-    _ask(ray, dict.fromkeys(stopped, "stop"))
-    for name in stopped:
-        ray.kill(ray.get_actor(name), no_restart=True)
+    with _connected(address) as ray:
+        known = ray.util.list_named_actors()
+        if unknown := sorted(set(names) - set(known)):
+            exit_with_error(f"no node {', '.join(unknown)}: `loadledger ray status` lists them")
+        stopped = list(names or known)
+        _ask(ray, dict.fromkeys(stopped, "stop"))
+        for name in stopped:
+            ray.kill(ray.get_actor(name), no_restart=True)
     click.echo(f"stopped: {', '.join(sorted(stopped)) or 'nothing'}")
 
 
-def _connect(address: str) -> Any:
-    """Return the module `ray`, connected to a cluster."""
+@contextmanager
+def _connected(address: str, *, shows_logs: bool = False) -> Iterator[Any]:
+    """Yield the module `ray`, connected to a cluster.
+
+    Meanwhile all output goes to stderr: Ray prints what happens in the cluster, and logs of actors.
+    """
     if find_spec("ray") is None:
         exit_with_error(f"Ray is not installed: {INSTALL}")
     ray: Any = import_module("ray")
-    try:
-        ray.init(address=address, namespace=NAMESPACE, logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        exit_with_error(f"no Ray cluster at {address}: {error}; `ray start` starts one")
-    return ray
+    with redirect_stdout(sys.stderr):
+        try:
+            ray.init(address=address, namespace=NAMESPACE, logging_level="warning", log_to_driver=shows_logs)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            exit_with_error(f"no Ray cluster at {address}: {error}; `ray start` starts one")
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _find_machines(ray: Any) -> dict[str, str]:
