@@ -140,7 +140,8 @@ def _connected(address: str, *, shows_logs: bool = False) -> Iterator[Any]:
         try:
             ray.init(address=address, namespace=NAMESPACE, logging_level="warning", log_to_driver=shows_logs)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            exit_with_error(f"no Ray cluster at {address}: {error}; `ray start` starts one")
+            reason = str(error).rstrip(".")
+            exit_with_error(f"no Ray cluster at {address}: {reason}; `ray start` starts one")
         try:
             yield ray
         finally:
