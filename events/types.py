@@ -107,10 +107,9 @@ class LoadParameters(Struct, frozen=True, gc=False):
         instances: how many workers serve the model.
         max_batch_size: requests run together; 0 turns batching off.
         max_queue_delay_us: how long a request may wait for its batch.
-        progress_timeout_s: how long the load may make no progress once it has started; None, in events of
-            earlier releases, is the server's setting.
-        threads: how many threads each worker computes with; None is the server's setting, whatever it is when
-            the load starts.
+        progress_timeout_s: how long a started load may make no progress; None in events of earlier releases.
+        threads: how many threads each worker computes with; None is the server's setting when it starts.
+        node_labels: labels that its node must have, in order; not stored without any.
     """
 
     priority: str = "normal"
@@ -124,6 +123,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
     max_queue_delay_us: int = 0
     progress_timeout_s: int | None = None
     threads: int | None = None
+    node_labels: tuple[str, ...] | UnsetType = UNSET
 
     def has_same_workers(self, other: LoadParameters) -> bool:
         """Whether workers of a load with `other` parameters do for one with these."""
@@ -135,7 +135,9 @@ class LoadParameters(Struct, frozen=True, gc=False):
         return own == others and self.pinned == other.pinned
 
 
-WORKER_PARAMETERS = ("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads")
+WORKER_PARAMETERS = (
+    *("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads", "node_labels"),
+)
 """Parameters of the workers: a change of them loads the model anew."""
 
 SETTINGS = ("pinned", "keep_alive_s")
@@ -146,8 +148,7 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     """A person or the system requested the load of a version. The event's id is the job's.
 
     The parameters are those that apply, whether the request, the loaded model, its loadledger.toml or the
-    server chose them. `keeps_load_job_id` is of earlier releases, in which a load that changed only settings
-    took over the workers of that load.
+    server chose them. `keeps_load_job_id` is of earlier releases: the load whose workers it took over.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"

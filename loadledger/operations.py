@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -78,6 +78,7 @@ class LoadOptions(TypedDict, total=False):
     threads: int | None
     max_batch_size: int
     max_queue_delay_us: int
+    node_labels: Sequence[str] | None
 
 
 class Operations:

@@ -145,7 +145,9 @@ class Config:
         _validator_of(parse_node_address),
     )
     node_labels: str | None = setting(
-        None, "Labels of this node, like zone=a,gpu=none.", _validator_of(parse_labels)
+        None,
+        "Labels of this node, which loads may require, like zone=a,gpu=none.",
+        _validator_of(parse_labels),
     )
     placement: str = setting(
         "spread",

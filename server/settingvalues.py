@@ -20,7 +20,11 @@ _RATE = re.compile(
     r"([1-9]\d{0,11}) *(?:/|per) *([1-9]\d{0,5})? *(second|minute|hour|day)s?", re.ASCII | re.IGNORECASE
 )
 
-_LABEL = re.compile(r"[A-Za-z0-9._-]{1,63}=[A-Za-z0-9._-]{1,63}", re.ASCII)
+LABEL = re.compile(r"[A-Za-z0-9._-]{1,63}=[A-Za-z0-9._-]{1,63}", re.ASCII)
+"""A label of a node, which loads may require."""
+LABEL_RULE = "Must be like zone=a: letters, digits, '.', '_' and '-', at most 63 before and after '='."
+MAX_LABELS = 16
+"""That a load may require: its event has them."""
 
 DATABASE_SCHEMES = ("postgresql", "postgres")
 """The schemes of a database's address."""
@@ -134,6 +138,6 @@ def parse_labels(text: str) -> tuple[str, ...]:
         ValueError: one is not of the form; the message says what it must be.
     """
     labels = [label.strip() for label in text.split(",") if label.strip()]
-    if not labels or not all(_LABEL.fullmatch(label) for label in labels):
-        raise ValueError("Must be like zone=a,gpu=none: letters, digits, '.', '_' and '-'.")
+    if not labels or not all(LABEL.fullmatch(label) for label in labels):
+        raise ValueError(f"{LABEL_RULE} Several are separated by commas.")
     return tuple(sorted(set(labels)))

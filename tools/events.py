@@ -161,7 +161,8 @@ def _missing(member: FieldInfo) -> str:
     if member.default is NODEFAULT:
         return ""
     if member.default is UNSET:
-        return "missing in a ledger without nodes"
+        is_list = _type(member.type).startswith("list")
+        return "missing if empty" if is_list else "missing in a ledger without nodes"
     return f"if missing: {msgspec.json.encode(member.default).decode()}"
 
 

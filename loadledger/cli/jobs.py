@@ -20,6 +20,7 @@ from loadledger.cli.output import (
     format_cell,
     format_elapsed,
     format_facts,
+    format_parameters,
     format_state,
     format_table,
     format_timestamp,
@@ -264,10 +265,14 @@ def _details(job: Any) -> Iterator[str]:
         "superseded by": job.superseded_by,
         "node": job.node,
         "position": job.position,
-        "parameters": ", ".join(f"{name} {value}" for name, value in job.parameters.items()) or None,
+        "parameters": format_parameters(job.parameters) or None,
         "error": job.error and f"{job.error.code}: {job.error.message}",
     }
     yield from format_facts(facts)
+
+
+def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [label.strip() for label in value.split(",") if label.strip()]
 
 
 @click.command()
@@ -289,6 +294,12 @@ def _details(job: Any) -> Iterator[str]:
 @int_option("--threads", metavar="N", text="Threads of each worker.")
 @int_option("--max-batch-size", metavar="N", least=0, text="Batch up to so many waiting requests.")
 @int_option("--max-queue-delay-us", metavar="MICROSECONDS", least=0, text="Longest wait for a fuller batch.")
+@click.option(
+    "--node-labels",
+    metavar="LABELS",
+    callback=_split_labels,
+    help="Labels that the node must have, like zone=a,disk=fast; empty for none.",
+)
 @json_option
 @server_options
 def load(

@@ -20,6 +20,7 @@ from loadledger.cli.output import (
     format_age,
     format_cell,
     format_facts,
+    format_parameters,
     format_size,
     format_state,
     format_table,
@@ -152,7 +153,8 @@ def _details(model: Any) -> Iterator[str]:
 
 def _parameters(parameters: dict[str, Any]) -> str:
     """Return the parameters of a load that are set to something."""
-    return ", ".join(f"{name} {value}" for name, value in sorted(parameters.items()) if value not in UNSET)
+    named = {name: value for name, value in sorted(parameters.items()) if value not in UNSET}
+    return format_parameters(named)
 
 
 def signature_lines(model: Any) -> Iterator[str]:

@@ -241,6 +241,12 @@ def format_facts(facts: Mapping[str, object]) -> Iterator[str]:
             yield f"  {name + ':':<{column}} {format_cell(value, most=MAX_FACT_CHARACTERS)}"
 
 
+def format_parameters(parameters: Mapping[str, object]) -> str:
+    """Return the parameters of a job in one line."""
+    values = {name: " ".join(each) if isinstance(each, list) else each for name, each in parameters.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def count_of(count: int, noun: str) -> str:
     """Return a count with its noun, whose plural ends in s or ies."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"

@@ -194,18 +194,19 @@ def _estimate_from_footprints(model: Model | None, version: int, instances: int)
 
 def build_request(view: SchedulerView, job: Job) -> PlacementRequest:
     """Return what a load asks of its node."""
+    version, parameters = job.load_order
     model = view.state.models.get(job.model_id)
     held = (model.serving or model.previous) if model is not None else None
     return PlacementRequest(
         job.model_id,
         estimate_need(view, job),
-        _find_digests(model, held, job.version),
-        view.observations.required_labels.get(job.model_id, frozenset()),
+        _find_digests(model, held, version),
+        frozenset(parameters.node_labels or ()),
         held.node_id if held is not None else None,
     )
 
 
-def _find_digests(model: Model | None, held: Serving | None, version: int | None) -> frozenset[str]:
+def _find_digests(model: Model | None, held: Serving | None, version: int) -> frozenset[str]:
     """Return the hashes of the files of a version: those that are loaded, else those that were."""
     if held is not None and held.version == version:
         return frozenset(file.sha256 for file in held.files)
@@ -245,8 +246,9 @@ def explain_unplaced(view: SchedulerView, job: Job) -> str:
     """Return what a load without a node waits for."""
     if job.id in view.observations.estimating:
         return "the estimate of its memory"
-    labels = view.observations.required_labels.get(job.model_id)
-    return "a node that takes loads" + (f" and has the labels {', '.join(sorted(labels))}" if labels else "")
+    _, parameters = job.load_order
+    labels = ", ".join(parameters.node_labels or ())
+    return "a node that takes loads" + (f" and has the labels {labels}" if labels else "")
 
 
 def _list_files(view: SchedulerView, job: Job) -> tuple[PlacedFile, ...]:
@@ -265,7 +267,7 @@ def find_node_for_model(view: SchedulerView, model: Model, serving: Serving) -> 
         model.id,
         need_bytes,
         _find_digests(model, serving, serving.version),
-        view.observations.required_labels.get(model.id, frozenset()),
+        frozenset(serving.parameters.node_labels or ()),
     )
     rooms = [each for each in list_rooms(view) if each.can_ever_fit(need_bytes)]
     return place(request, rooms, view.policy.placing)

@@ -146,7 +146,6 @@ class Observations:
         estimate_failures: why the files of a pending load cannot be looked at, by job id.
         fold_times: when events were folded, by the time that deadlines run by.
         nodes: hints of the nodes, by their ids.
-        required_labels: labels that the nodes of a model must have, by model id.
     """
 
     fork_server_up: bool = True
@@ -163,7 +162,6 @@ class Observations:
     estimate_failures: Mapping[str, Failure] = field(default_factory=dict)
     fold_times: FoldTimes = field(default_factory=FoldTimes)
     nodes: Mapping[str, NodeHints] = field(default_factory=dict)
-    required_labels: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def find_unload_target(state: State, unload: Job) -> str:

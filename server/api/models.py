@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET
 
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
@@ -139,6 +140,7 @@ def _merge_parameters(
         if not defaults.get("max_batch_size"):
             raise InvalidDefaults(f"{file}: {NO_BATCHING}")
         merged["max_queue_delay_us"] = 0
+    merged["node_labels"] = tuple(sorted(set(merged.get("node_labels") or ()))) or UNSET
     return LoadParameters(**merged)
 
 

@@ -16,6 +16,7 @@ from runtime.consumer.consumer import Consumer
 from runtime.repository import MAX_VERSION, MODEL_ID
 from server.config import MAX_KEEP_ALIVE_S, MAX_THREADS, MAX_TIMEOUT_S
 from server.http.validation import ParameterBoolean, ParameterInteger, StrictBoolean, StrictInteger
+from server.settingvalues import LABEL, LABEL_RULE, MAX_LABELS
 
 MAX_PAGE = 1000
 MAX_INSTANCES = 64
@@ -140,6 +141,14 @@ class LoadBodySchema(Schema):
     max_queue_delay_us = StrictInteger(
         validate=validate.Range(0, MAX_QUEUE_DELAY_US),
         **about("Microseconds that a request may wait for its batch to fill; needs a `max_batch_size`."),
+    )
+    node_labels = fields.List(
+        fields.String(validate=validate.Regexp(rf"(?:{LABEL.pattern})\Z", error=LABEL_RULE)),
+        validate=validate.Length(max=MAX_LABELS),
+        allow_none=True,
+        **about(
+            "Labels that its node must have, `name=value` each; a server alone ignores them. Default: none."
+        ),
     )
 
 

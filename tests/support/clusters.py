@@ -16,11 +16,12 @@ from events.clock import add_seconds, seconds_between
 from events.commands import Command, Condition, JoinNode, LeaveNode, LoseNode, NodeCurrent, Record
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
-from events.nodes import LoadPlaced, find_placer
+from events.nodes import LoadPlaced, Node, find_placer
 from events.state import State
 from events.types import (
     Draft,
     Event,
+    LoadParameters,
     LoadStarted,
     ModelLoaded,
     UnloadRequested,
@@ -40,6 +41,12 @@ LEASE_S = 10.0
 
 UNAVAILABLE = Refused("log_unavailable", "the node is cut off from the log")
 EPOCH_OVER = Refused("epoch_over", "the node was declared lost")
+
+
+def has_labels(node: Node, parameters: LoadParameters | None) -> bool:
+    """Whether a node has the labels that a load requires."""
+    assert parameters is not None
+    return set(parameters.node_labels or ()) <= set(node.labels)
 
 
 class ClusterLog:
@@ -91,10 +98,12 @@ class ClusterLog:
                 assert job.status is JobStatus.PENDING
                 node = self.state.nodes[node_id]
                 assert (node.takes_loads, node.epoch) == (True, epoch)
+                assert has_labels(node, job.load)
             case LoadStarted(node_id=node_id) | ModelLoaded(node_id=node_id):
                 assert by is not None
                 assert job is not None
                 assert node_id == by.name == job.node_id
+                assert has_labels(self.state.nodes[by.name], job.load)
                 if isinstance(draft.data, ModelLoaded):
                     self._check_replaced(draft, following)
             case WorkerExited(node_id=node_id):
@@ -120,11 +129,14 @@ class ClusterNode(World):
         is_cut: whether it reaches the log.
         is_paused: whether its process stands still.
         renewed_at: when it renewed its lease last, by the clock of the database.
+        labels: with which it joins.
     """
 
-    def __init__(self, name: str, log: ClusterLog, policy: Policy, skew_s: float) -> None:
+    def __init__(
+        self, name: str, log: ClusterLog, policy: Policy, skew_s: float, labels: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(replace(policy, node_id=name))
-        self.name, self.log = name, log
+        self.name, self.log, self.labels = name, log, labels
         self.replica = State()
         self.epoch: int | None = None
         self.is_cut = self.is_paused = False
@@ -179,6 +191,7 @@ class ClusterNode(World):
         command = JoinNode(
             self.name,
             f"http://{self.name}",
+            self.labels,
             budget_bytes=budget,
             last_seen_at=self.renewed_at,
             no_node_since=no_node_since,
@@ -292,12 +305,19 @@ class ClusterNode(World):
 class Cluster:
     """Nodes `a`, `b`, `c`, … over one log, with the clock of its database."""
 
-    def __init__(self, policies: Sequence[Policy], skews_s: Sequence[float], *, is_fenced: bool) -> None:
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        skews_s: Sequence[float],
+        labels: Sequence[tuple[str, ...]] | None = None,
+        *,
+        is_fenced: bool,
+    ) -> None:
         self.log = ClusterLog(is_fenced=is_fenced)
         self.now = at(0)
+        about = zip("abcdef", policies, skews_s, labels or [()] * len(policies), strict=False)
         self.nodes = [
-            ClusterNode("abcdef"[number], self.log, policy, skew_s)
-            for number, (policy, skew_s) in enumerate(zip(policies, skews_s, strict=True))
+            ClusterNode(name, self.log, policy, skew_s, labels) for name, policy, skew_s, labels in about
         ]
         for node in self.nodes:
             node.join()
@@ -374,7 +394,7 @@ class Cluster:
         pytest.fail(f"node {node.name} is busy without end: {self.tell()}")
 
     def bring_back(self) -> None:
-        """All nodes are there, reach the log and see it; at least one takes loads."""
+        """All nodes are there, reach the log and see it; for all labels that they have, one takes loads."""
         for node in self.nodes:
             node.is_cut = node.is_paused = False
             node._end_troubles()
@@ -387,9 +407,11 @@ class Cluster:
         self.pass_time(0)
         for node in self.nodes:
             node.catch_up()
-        if not any(node.takes_loads for node in self.state.nodes.values()):
-            self.leave(self.nodes[0])
-            self.start(self.nodes[0])
+        for node in self.nodes:
+            takers = [set(each.labels) for each in self.state.nodes.values() if each.takes_loads]
+            if not any(set(node.labels) <= labels for labels in takers):
+                self.leave(node)
+                self.start(node)
 
     def calm_down(self) -> None:
         """Be fair for long enough: every job ends; and with memory for all, nothing is left to do."""
@@ -444,11 +466,12 @@ class Cluster:
                 self._check_drained(model, model.serving)
 
     def _check_drained(self, model: Model, serving: Serving) -> None:
-        """A drained node has nothing left but models that fit into no other's budget."""
+        """A drained node has nothing left but models that no other has the budget or the labels for."""
         if not self.state.nodes[serving.node_id or ""].takes_loads:
             peaks = [each.peak_memory_bytes for each in model.footprints if each.version == serving.version]
             need = max(peaks) * serving.parameters.instances
-            budgets = [node.budget_bytes for node in self.state.nodes.values() if node.takes_loads]
+            takers = [node for node in self.state.nodes.values() if node.takes_loads]
+            budgets = [node.budget_bytes for node in takers if has_labels(node, serving.parameters)]
             assert all(budget is not None and budget < need for budget in budgets)
 
     def check_now(self) -> None:
@@ -463,6 +486,7 @@ class Cluster:
                 serving: Serving | None = model.serving
                 assert serving is not None
                 assert self.state.nodes[serving.node_id or ""].is_present
+                assert has_labels(self.state.nodes[serving.node_id or ""], serving.parameters)
         owners = [
             {job.id for job in self.state.of(name).unended()}
             for name, node in self.state.nodes.items()

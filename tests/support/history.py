@@ -310,6 +310,7 @@ TUNED: dict[str, Any] = {
     "max_batch_size": 8,
     "max_queue_delay_us": 500,
     "threads": 2,
+    "node_labels": ("zone=a",),
 }
 JOBS = ("L", "L2", "L3", "R", "U", "F", "S")
 STEPS: dict[str, Callable[[History], object]] = {

@@ -91,7 +91,7 @@ def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path)
 
 
 def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None:
-    loaded = alice.prints("load m --wait --pin --keep-alive-s 60 --threads 2")
+    loaded = alice.prints("load m --wait --pin --keep-alive-s 60 --threads 2 --node-labels zone=a,disk=fast")
     assert re.fullmatch(r"m version 2: load completed in \d+(\.\d)?s\n", loaded)
     assert "nothing to do" in alice.prints("load m --version 2")
 
@@ -122,6 +122,7 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
 
     taken = alice.prints("resources")
     assert re.search(r"^ +threads: +2$", alice.prints("models m"), re.MULTILINE)
+    assert "node_labels disk=fast zone=a, pinned True" in alice.prints("models m")
     assert re.search(r"^threads of each worker: \d+,", taken, re.MULTILINE)
     assert re.search(r"^budget .+: used .+ MB, reserved .+, free .+ GB$", taken, re.MULTILINE)
     for shown in (taken, alice.prints("top --once")):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec import UNSET
 from support.clusters import LEASE_S, Cluster, ClusterNode
 from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
@@ -37,6 +38,7 @@ POLICIES = st.builds(
     placing=st.sampled_from(PlacementStrategy),
 )
 
+USUAL, KEPT = LoadParameters(), ("instances", "node_labels")
 LOADS = st.builds(
     lambda name, version, parameters, asked: RequestLoad(
         name,
@@ -44,7 +46,7 @@ LOADS = st.builds(
         CONTENTS,
         "alice",
         parameters,
-        asked=frozenset(asked | ({"instances"} if parameters.instances > 1 else set())),
+        asked=frozenset(asked | {name for name in KEPT if getattr(parameters, name) != getattr(USUAL, name)}),
     ),
     st.sampled_from(["a", "b", "c"]),
     st.sampled_from([1, 1, 2]),
@@ -55,6 +57,7 @@ LOADS = st.builds(
         keep_alive_s=st.sampled_from([None, None, 20]),
         strategy=st.sampled_from(["beside", "in_place", "auto"]),
         instances=st.sampled_from([1, 1, 1, 2]),
+        node_labels=st.sampled_from([UNSET, UNSET, UNSET, ("gpu=a",)]),
     ),
     st.sets(st.sampled_from(["keep_alive_s", "timeout_s", "strategy"])),
 )
@@ -71,15 +74,22 @@ class ClusterSimulation(RuleBasedStateMachine):
 
     @initialize(
         policies=st.lists(POLICIES, min_size=2, max_size=3),
+        labels=st.lists(st.sampled_from([(), (), ("gpu=a", "zone=x")]), min_size=3, max_size=3),
         skew_s=st.sampled_from([0.0, 3.0, -70.0]),
         is_fenced=st.booleans(),
         loads=st.lists(LOADS, max_size=3),
     )
     def begin(
-        self, policies: list[Policy], skew_s: float, loads: list[RequestLoad], *, is_fenced: bool
+        self,
+        policies: list[Policy],
+        labels: list[tuple[str, ...]],
+        skew_s: float,
+        loads: list[RequestLoad],
+        *,
+        is_fenced: bool,
     ) -> None:
         skews_s = [number * skew_s for number in range(len(policies))]
-        self.cluster = Cluster(policies, skews_s, is_fenced=is_fenced)
+        self.cluster = Cluster(policies, skews_s, labels, is_fenced=is_fenced)
         for load in loads:
             self.somebody_loads_and_that_ends(load, "loaded", 3)
 

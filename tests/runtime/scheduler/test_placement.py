@@ -227,7 +227,6 @@ class Cluster:
         self.hints = dict[str, NodeHints]()
         self.estimates: dict[str, int | None] = {}
         self.estimating: Collection[str] = ()
-        self.labels: dict[str, frozenset[str]] = {}
         for name in ("a", "b"):
             self.history.join(name, budget_bytes=100)
 
@@ -238,7 +237,6 @@ class Cluster:
             estimates=self.estimates,
             estimating=self.estimating,
             nodes=self.hints,
-            required_labels=self.labels,
         )
         return decide(self.history.state, processes(running), own, at(self.history.seconds), seen)
 
@@ -307,13 +305,40 @@ def test_node_that_has_said_nothing_has_its_budget() -> None:
 
 def test_load_waits_for_node_with_its_labels() -> None:
     cluster = Cluster()
-    cluster.labels[MODEL] = frozenset({"gpu=a"})
-    cluster.history.ask_load("L", timeout_s=10)
+    cluster.history.ask_load("L", timeout_s=10, node_labels=("gpu=a", "zone=x"))
     decision = cluster.decide("a")
-    assert decision.waiting_for == {"L": "a node that takes loads and has the labels gpu=a"}
+    assert decision.waiting_for == {"L": "a node that takes loads and has the labels gpu=a, zone=x"}
     assert decision.wake_at == at(13)
+    cluster.history.join("c", labels=("gpu=a", "os=l", "zone=x"))
+    assert cluster.next("a") == "place L at c: room"
+    cluster.history.leave("c")
     cluster.history.seconds = 13
     assert cluster.next("a") == "fail L: timeout"
+
+
+def test_model_with_labels_moves_to_node_with_them() -> None:
+    cluster = Cluster()
+    history = cluster.history
+    history.join("c", labels=("gpu=a",))
+    history.load_at("c", "L", node_labels=("gpu=a",))
+    history.drain("c")
+    assert cluster.next("c", "L:serving") == "nothing"
+    history.join("b", labels=("gpu=a",))
+    assert cluster.next("c", "L:serving") == f"move {MODEL}"
+    history.lose("c")
+    history.ask_load("R", cause=Cause.RESTART, node_labels=("gpu=a",))
+    assert cluster.next("a") == "place R at b: room"
+
+
+def test_load_with_labels_leaves_node_without_them() -> None:
+    cluster = Cluster()
+    cluster.history.load_at("b", "L")
+    cluster.history.join("c", labels=("gpu=a",))
+    cluster.history.ask_load("L2", node_labels=("gpu=a",))
+    assert cluster.next("a") == "place L2 at c: room"
+    cluster.history.place("L2", "c")
+    cluster.estimates["L2"] = 60
+    assert cluster.next("c", budget_bytes=50) == "fail L2: insufficient_memory"  # it would fit at `a`
 
 
 def test_next_load_goes_where_model_is_loaded() -> None:

@@ -65,6 +65,23 @@ async def test_drained_node_gives_its_models_away(ledger: Database, tmp_path: Pa
         assert (past["node"], past["state"]) == (home, "loaded")
 
 
+async def test_load_runs_at_node_with_its_labels(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a:
+        a.save(add(), "m")
+        (tmp_path / "repository" / "m" / "loadledger.toml").write_text('node_labels = ["gpu=a"]')
+        assert (await a.load("m", node_labels=[]))["node"] == "a"
+        job = (await a.post("/api/v1/models/m/load", json={"node_labels": ["gpu=a"]})).json
+        waiting = await a.job_when(job["id"], waiting_for="a node that takes loads and has the labels gpu=a")
+        assert waiting["parameters"]["node_labels"] == ["gpu=a"]
+        async with local_node(ledger, tmp_path, "b", node_labels="gpu=a,zone=eu") as b:
+            await a.job_when(job["id"], status="completed", node="b")
+            await b.unload("m")
+            assert (await a.load("m"))["node"] == "b"
+            assert (await a.post("/api/v1/nodes/b/drain")).status == 202
+        seen = await when(a.jobs, lambda jobs: jobs[0]["cause"] == "restart" and jobs[0]["waiting_for"])
+        assert seen[0]["waiting_for"] == "a node that takes loads and has the labels gpu=a"
+
+
 async def test_node_that_left_or_never_joined_is_not_drained(ledger: Database, tmp_path: Path) -> None:
     async with local_node(ledger, tmp_path, "a") as a:
         async with local_node(ledger, tmp_path, "b"):

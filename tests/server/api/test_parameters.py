@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from msgspec import UNSET
 from support import models
 from support.http import LocalApi
 from support.models import save
@@ -17,11 +18,12 @@ from server.app import create_app
 from server.appkeys import CONTENTS
 from server.config import Config
 
-USUAL: dict[str, Any] = {
+RECORDED: dict[str, Any] = {
     "priority": "normal", "timeout_s": 300, "keep_alive_s": None, "memory_limit_bytes": None,
     "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0, "max_queue_delay_us": 0,
     "progress_timeout_s": 120, "threads": None,
 }  # fmt: skip
+USUAL = RECORDED | {"node_labels": UNSET}
 NOTHING = "nothing"
 
 
@@ -82,6 +84,10 @@ async def test_file_applies_where_request_says_nothing(tmp_path: Path) -> None:
     assert await changes(app) == {"threads": 3}
     assert await changes(app, threads=1024) == {"threads": 1024}
     assert await changes(app, threads=None) == {}
+    write(tmp_path, 'node_labels = ["zone=a", "gpu=none", "zone=a"]')
+    assert await changes(app) == {"node_labels": ("gpu=none", "zone=a")}
+    assert await changes(app, node_labels=["disk=fast"]) == {"node_labels": ("disk=fast",)}
+    assert await changes(app, node_labels=[]) == await changes(app, node_labels=None) == {}
 
 
 async def test_setting_applies_where_nobody_says(tmp_path: Path) -> None:
@@ -116,7 +122,7 @@ async def test_parameters_are_recorded_and_outlast_the_file(shared: LocalApi) ->
     job = await shared.load("m")
     [requested] = await shared.data_of(LoadRequested)
     assert (requested.max_batch_size, requested.max_queue_delay_us) == (8, 70)
-    assert job["parameters"] == USUAL | {"max_batch_size": 8, "max_queue_delay_us": 70}
+    assert job["parameters"] == RECORDED | {"max_batch_size": 8, "max_queue_delay_us": 70}
     write(shared.config.repository, "x")
     assert await shared.job(job["id"]) == job
     await shared.unload("m")
@@ -130,6 +136,9 @@ WRONG_FILES: list[tuple[str, tuple[str, ...]]] = [
     ("threads = 0", ("threads: Must be", "1", "1024")),
     ("threads = 1025", ("threads: Must be", "1", "1024")),
     ('threads = "2"', ("threads: Must be an integer",)),
+    ('node_labels = "zone=a"', ("node_labels: Not a valid list",)),
+    ('node_labels = ["zone=a", "gpu"]', ("node_labels", "1", "Must be like zone=a")),
+    (f"node_labels = {[f'a={number}' for number in range(17)]}", ("node_labels: Longer than", "16")),
     ("instances = true", ("instances: Must be an integer",)),
     ("instances = 2.0", ("instances: Must be an integer",)),
     ("instances = 99999999999999999999", ("instances: Must be an integer",)),
@@ -168,7 +177,8 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"max_batch_size": 1.0}, {"max_batch_size": None}, {"max_batch_size": 1, "max_queue_delay_us": 1_000_001},
     {"max_queue_delay_us": 5}, {"max_batch_size": 0, "max_queue_delay_us": 5}, {"instances": 0},
     {"instances": 65}, {"instances": "2"}, {"threads": 0}, {"threads": 1025}, {"threads": "2"},
-    {"threads": 1.0}, {"threads": True}, {"verson": 1},
+    {"threads": 1.0}, {"threads": True}, {"node_labels": "zone=a"}, {"node_labels": ["zone"]},
+    {"node_labels": [f"{'a' * 64}=b"]}, {"node_labels": ["a=b\n"]}, {"node_labels": [1]}, {"verson": 1},
 ]  # fmt: skip
 
 
