@@ -21,30 +21,29 @@ class ContentComparisons:
 
     Attributes:
         known: whether they are the same, by job id; None while they are being copied and hashed.
-        tasks: the comparisons under way.
+        tasks: the comparisons, by job id.
     """
 
     def __init__(self, files: PendingFiles, wake: Callable[[], None]) -> None:
         self._files = files
         self._wake = wake
         self.known: dict[str, bool | None] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: dict[str, asyncio.Task[None]] = {}
 
     def start(self, job: Job, serving: Serving) -> None:
         """Begin to compare; `known` has the result when this wakes the consumer."""
         self.known[job.id] = None
-        task = asyncio.create_task(
-            self._compare(job, self._files.open(job), serving), name="comparing a model"
+        self.tasks[job.id] = asyncio.create_task(
+            self._compare(job.id, self._files.open(job), serving), name="comparing a model"
         )
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     def forget_ended(self, state: State) -> None:
-        """Drop what is known of jobs that have ended."""
+        """Drop what is known of jobs that have ended; whose files are given back, so comparing ends, too."""
         for job_id in [job_id for job_id in self.known if state.unended_job(job_id) is None]:
             del self.known[job_id]
+            self.tasks.pop(job_id).cancel()
 
-    async def _compare(self, job: Job, files: LoadFiles, serving: Serving) -> None:
+    async def _compare(self, job_id: str, files: LoadFiles, serving: Serving) -> None:
         is_same = False
         try:
             await files.obtain(None)
@@ -54,6 +53,6 @@ class ContentComparisons:
         except RuntimeProblem:
             pass  # the load itself says what is wrong with the files
         finally:
-            if job.id in self.known:
-                self.known[job.id] = is_same
-            self._wake()
+            if self.tasks.get(job_id) is asyncio.current_task():  # else the job has ended
+                self.known[job_id] = is_same
+                self._wake()

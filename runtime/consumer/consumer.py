@@ -228,7 +228,7 @@ class Consumer:
 
     async def _cancel_effects(self) -> None:
         effects = (load.tasks for load in self.loads.values())
-        looks = [*self._executor.estimates.tasks, *self._executor.comparisons.tasks]
+        looks = [*self._executor.estimates.tasks, *self._executor.comparisons.tasks.values()]
         tasks = [*looks, *itertools.chain.from_iterable(effects)]
         for task in tasks:
             task.cancel()

@@ -43,7 +43,7 @@ class LoadFiles:
         self._contents = contents
         self._model_id, self._version = model_id, version
         self._lock = threading.Lock()
-        self._is_fresh = self._is_found_by_look = False
+        self._is_fresh = self._is_needed = False
         self._running = 0
         self.pieces = 0
         self._cancelled = self._closed = False
@@ -68,9 +68,10 @@ class LoadFiles:
 
         def look() -> Sequence[FileStat]:
             seen, stored = self._contents.look(self._model_id, self._version)
-            is_kept = stored is not None and self._set_found(stored)
+            if stored is not None:
+                self._set_found(stored)
             with suppress(RuntimeError):  # the loop is closed: the server has stopped
-                loop.call_soon_threadsafe(self._note_look, is_kept)
+                loop.call_soon_threadsafe(self._note_look)
             return seen
 
         return look
@@ -81,7 +82,7 @@ class LoadFiles:
         Raises:
             RepositoryBusy: `repository_busy`, nothing of them could be read for `LOAD_LIMIT_S`.
         """
-        self._is_found_by_look = False
+        self._is_needed = True
         if expected is not None and self.found is None and self._contents.store is not None:
             await asyncio.shield(
                 self._start(partial(self._find, expected))
@@ -131,15 +132,14 @@ class LoadFiles:
         find = partial(repository.find_file, self._model_id, self._version)
         await repository.lookups.run(self._model_id, find, LOAD_LIMIT_S)
 
-    def _note_look(self, is_found: bool) -> None:  # noqa: FBT001 - called by the loop
-        self._is_fresh, self._is_found_by_look = True, is_found
+    def _note_look(self) -> None:
+        self._is_fresh = True
         asyncio.get_running_loop().call_later(FRESH_S, self._forget_look)
         self._release_if_idle()
 
     def _forget_look(self) -> None:
         self._is_fresh = False
-        if self._is_found_by_look:
-            self._is_found_by_look = False
+        if not self._is_needed:
             self._release_found()
 
     def _find(self, expected: Sequence[LoadedFile]) -> None:
@@ -150,14 +150,13 @@ class LoadFiles:
     def _obtain(self, expected: Sequence[LoadedFile] | None) -> None:
         self._set_found(self._contents.obtain(self._model_id, self._version, expected, self._is_cancelled))
 
-    def _set_found(self, files: VersionFiles) -> bool:
-        """Keep the files unless others were found meanwhile; returns whether they are kept."""
+    def _set_found(self, files: VersionFiles) -> None:
+        """Keep the files unless others were found meanwhile."""
         with self._lock:
             if self.found is None:
                 self.found = files
-                return True
+                return
         self._contents.release(files)
-        return False
 
     def _is_cancelled(self) -> bool:
         self.pieces += 1

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 from support import models
-from support.history import given
-from support.store import opened_store
+from support.history import History, given
+from support.store import nothing_incoming, opened_store
 
+from events.models import Serving
 from events.types import LoadedFile
 from runtime.consumer.comparisons import ContentComparisons
 from runtime.consumer.loadfiles import PendingFiles
@@ -31,6 +32,18 @@ def keep_times(folder: Path) -> None:
     os.utime(folder / "model.onnx", ns=(seen.st_atime_ns, seen.st_mtime_ns))
 
 
+def served_from(folder: Path, history: History) -> Serving:
+    serving = history.model().serving
+    assert serving is not None
+    file = hash_file(folder, "model.onnx")
+    return replace(serving, files=(LoadedFile(file.path, file.bytes, file.mtime_ns, file.sha256),))
+
+
+def pending(root: Path) -> PendingFiles:
+    (root / "data").mkdir()
+    return PendingFiles(ModelContents(Repository(root), opened_store(root / "data")))
+
+
 @pytest.mark.parametrize(
     ("change", "is_same"),
     [
@@ -45,18 +58,29 @@ async def test_comparison_with_loaded_bytes(
 ) -> None:
     folder, wakeup = models.save(models.identity(), tmp_path, "digits"), asyncio.Event()
     history = given("load request_again")
-    serving = history.model().serving
-    assert serving is not None
-    file = hash_file(folder, "model.onnx")
-    loaded = (LoadedFile(file.path, file.bytes, file.mtime_ns, file.sha256),)
+    serving = served_from(folder, history)
     change(folder)
-    (tmp_path / "data").mkdir()
-    contents = ModelContents(Repository(tmp_path), opened_store(tmp_path / "data"))
-    comparisons = ContentComparisons(PendingFiles(contents), wakeup.set)
-    comparisons.start(history.job("L3"), replace(serving, files=loaded))
+    comparisons = ContentComparisons(pending(tmp_path), wakeup.set)
+    comparisons.start(history.job("L3"), serving)
     assert comparisons.known == {"L3": None}
     await asyncio.wait_for(wakeup.wait(), 60)
     assert comparisons.known == {"L3": is_same}
     history.change_settings("L3", "L")
     comparisons.forget_ended(history.state)
     assert comparisons.known == {}
+
+
+async def test_end_of_a_job_ends_its_comparison(tmp_path: Path) -> None:
+    folder, wakeup = models.save(models.identity(), tmp_path, "digits"), asyncio.Event()
+    history, files = given("load request_again"), pending(tmp_path)
+    comparisons = ContentComparisons(files, wakeup.set)
+    comparisons.start(history.job("L3"), served_from(folder, history))
+    (task,) = comparisons.tasks.values()
+    await asyncio.sleep(0)  # it has begun
+    history.change_settings("L3", "L")
+    comparisons.forget_ended(history.state)
+    files.forget_ended(history.state)
+    await asyncio.wait([task], timeout=60)
+    assert task.cancelled()
+    assert (comparisons.known, comparisons.tasks, wakeup.is_set()) == ({}, {}, False)
+    await nothing_incoming(tmp_path / "data")

@@ -68,6 +68,21 @@ async def test_look_obtains_stored_files(tmp_path: Path, monkeypatch: pytest.Mon
     await until(lambda: held(contents) == 0)
 
 
+async def test_files_in_use_stay_when_their_look_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loadfiles, "FRESH_S", 0.01)
+    contents = await stored(tmp_path)
+    files = LoadFiles(contents, "m", 1)
+    files.make_look()()  # in this thread: the event loop hears of it after the files were obtained
+    found = await files.obtain(None)
+    await asyncio.sleep(0)  # it hears
+    await until(lambda: not files._is_fresh)
+    assert (files.found, held(contents)) == (found, 1)
+    files.close()
+    await until(lambda: held(contents) == 0)
+
+
 async def test_load_that_waits_holds_nothing_and_looks_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
