@@ -22,6 +22,7 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
+from events.errors import LedgerForked
 from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
 from server.auth.tokens import TOKENS
@@ -123,6 +124,7 @@ def serve(config: Config, announce: Announce, *, accepts_rollback: bool = False)
     Raises:
         TlsProblem: the certificate or its key cannot be used.
         LedgerProblem: the data directory is in use, or its ledger cannot be opened.
+        LedgerForked: `ledger_forked`, at the start or later, the database has another history.
         RuntimeProblem: the fork server cannot be started.
         OSError: the address cannot be listened on.
     """
@@ -268,11 +270,18 @@ def local_url(url: str) -> str:
 
 
 async def _wait_for_end(app: web.Application, stop: asyncio.Event) -> int:
-    """Wait for a signal or the end of a vital task: no server is better than one that does nothing."""
+    """Wait for a signal or the end of a vital task: no server is better than one that does nothing.
+
+    Raises:
+        LedgerForked: `ledger_forked`, the writer has found another history.
+    """
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({stopping, *vital_tasks(app).values()}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     defects = failed_tasks(app)
+    forks = [defect for defect in defects.values() if isinstance(defect, LedgerForked)]
+    if forks:
+        raise forks[0]  # no defect of this server, and no start of it mends that
     for name, defect in defects.items():
         _log.critical("the %s ended; the server stops", name, exc_info=defect)
     return 1 if defects else 0
