@@ -2,14 +2,15 @@
 
 Any node answers for any model. A request about a model that the state says is loaded at another node goes to
 that node's address over HTTP: the same token, the same body, unparsed. The answer comes back as it is. A
-forwarded request names the node that sent it, and is never forwarded again. A server alone has no forwarder.
+forwarded request names the node that sent it, and how far that one knows the ledger: its receiver answers by
+a state that is no older, and never forwards it again. A server alone has no forwarder.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from http import HTTPStatus
@@ -43,7 +44,7 @@ FORWARDED = istr("Loadledger-Forwarded")
 NODE_ADDRESS = "Loadledger-Node-Address"
 """The address of the node that has answered a forwarded request: clients may go there themselves."""
 POSITION = istr("Loadledger-Position")
-"""How far the node that refuses a forwarded request knows the ledger."""
+"""How far the node knows the ledger that forwards a request, or refuses a forwarded one."""
 
 MAX_CONNECTIONS = 256
 """To each other node; further requests wait for one that is free."""
@@ -52,7 +53,7 @@ KEPT_S = 15.0
 CONNECT_S = 5.0
 """For a connection to another node: beyond it, its machine is gone."""
 CATCH_UP_S = 1.0
-"""For the events that a node knows already which has refused: replicas are milliseconds apart."""
+"""For the events that another node knows already: replicas are milliseconds apart."""
 READ_BYTES = 2**20
 """Of an answer before its reader has its turn; aiohttp's 64 KB take a pause each."""
 IN_PLACE_BYTES = 2**15
@@ -193,6 +194,9 @@ class Forwarder:
             InferenceTimeout: `inference_timeout`.
         """
         ends_at_s = None
+        sender = request.headers.get(FORWARDED)
+        if sender is not None:
+            await self._catch_up(_read_position(request.headers))
         node = self._router.find_other_node(model_id)
         if node is None:
             ends_at_s = asyncio.get_running_loop().time() + self._timeout_s
@@ -206,7 +210,6 @@ class Forwarder:
                     raise
         else:
             elsewhere = ModelElsewhere(model_id, node.id)
-        sender = request.headers.get(FORWARDED)
         if sender is not None:
             raise ModelMoved(sender, elsewhere, self._log.state.position)
         return await self._forward(request, node, model_id, target, ends_at_s)
@@ -273,6 +276,8 @@ class Forwarder:
 
     async def _catch_up(self, position: int) -> None:
         """Wait until the state of this node has an event, for a short time."""
+        if self._log.state.position >= position:
+            return
         wakeup = self._log.subscribe()
         try:
             async with asyncio.timeout(CATCH_UP_S):
@@ -298,16 +303,15 @@ class Forwarder:
                 async with self._session.request(
                     hdrs.METH_GET if forwarded.body is None else hdrs.METH_POST,
                     URL(f"{node.address}{forwarded.target}", encoded=True),
-                    headers=_with_length(forwarded),
+                    headers=self._fields_of(forwarded),
                     data=_payload(forwarded.body),
                     skip_auto_headers=_NOT_ADDED,
                     allow_redirects=False,
                 ) as response:
                     if response.status in _REDIRECTS:
                         raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
-                    reply = _Reply(
-                        node, response.status, CIMultiDict(response.headers), [], _position(response)
-                    )
+                    fields = CIMultiDict(response.headers)
+                    reply = _Reply(node, response.status, fields, [], _read_position(fields))
                     while part := await response.content.readany():
                         reply.parts.append(part)
                     return reply
@@ -319,6 +323,12 @@ class Forwarder:
             ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise NodeUnreachable(node, _reason(error), is_answered=reply is not None) from None
+
+    def _fields_of(self, forwarded: _Forwarded) -> CIMultiDict[str]:
+        fields = CIMultiDict([*forwarded.headers.items(), (POSITION, str(self._log.state.position))])
+        if forwarded.body is not None:
+            fields.add(hdrs.CONTENT_LENGTH, str(len(forwarded.body)))
+        return fields
 
 
 FORWARDER = web.AppKey("forwarder", Forwarder)
@@ -388,12 +398,6 @@ async def _read_body(request: web.BaseRequest, share: Share) -> Buffer:
     return body
 
 
-def _with_length(forwarded: _Forwarded) -> CIMultiDict[str]:
-    if forwarded.body is None:
-        return forwarded.headers
-    return CIMultiDict([*forwarded.headers.items(), (hdrs.CONTENT_LENGTH, str(len(forwarded.body)))])
-
-
 def _payload(body: Buffer | None) -> Any:
     """Return a body as aiohttp sends it; a long one in one part, which is not copied."""
     return body if body is None or len(body) <= JOINED_BYTES else _whole(body)
@@ -426,9 +430,9 @@ def _returned_fields(request: web.BaseRequest, reply: _Reply) -> dict[str, str]:
     return {**fields, NODE_ADDRESS: reply.node.address, **({} if quota is None else quota.headers())}
 
 
-def _position(response: aiohttp.ClientResponse) -> int:
-    """Return the position that a refusal names; 0 if it does not."""
-    text = response.headers.get(POSITION, "")
+def _read_position(headers: Mapping[str, str]) -> int:
+    """Return the position that a node names; 0 if it does not."""
+    text = headers.get(POSITION, "")
     return int(text) if text.isdecimal() and len(text) < 19 else 0  # noqa: PLR2004 - a 64-bit integer
 
 

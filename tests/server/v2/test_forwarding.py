@@ -24,6 +24,7 @@ from support.workers import computing, until
 
 from events.commands import DrainNode
 from server.appkeys import BODIES, LOG, MEMBERSHIP
+from server.v2 import forwarding
 from server.v2.forwarding import FORWARDER
 
 BODY = json.dumps({"inputs": [ONE]}).encode()
@@ -216,6 +217,7 @@ async def test_only_some_header_fields_are_forwarded(pair: Pair) -> None:
     expected = {
         **sent,
         "Loadledger-Forwarded": other.name,
+        "Loadledger-Position": str(other.app[LOG].state.position),
         "Content-Length": "9",
         "Host": f"{owner.proxy.address[0]}:{owner.proxy.address[1]}",
     }
@@ -354,6 +356,22 @@ async def _moved(nodes: Sequence[ReachableNode], owner: ReachableNode) -> str:
     [name] = found
     assert name is not None
     return name
+
+
+async def test_forwarded_request_waits_for_what_its_sender_knows(
+    ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "CATCH_UP_S", 60.0)
+    async with reachable_node(ledger.server_url, tmp_path, "a") as node:
+        save(models.add(1), tmp_path / "repository", "m")
+        loaded_at = node.app[LOG].state.position + 4  # after the request, the placement and the start
+        assert (await ask(node, **FROM_C)).refusal == (503, "model_not_loaded")
+        asking = asyncio.create_task(ask(node, **{**FROM_C, "Loadledger-Position": str(loaded_at)}))
+        await node.api.load("m")
+        assert (await asking).status == 200
+        serving = node.app[LOG].state.models["m"].serving
+        assert serving is not None
+        assert serving.position == loaded_at
 
 
 async def test_body_that_arrives_while_its_model_moves_is_forwarded(ledger: Database, tmp_path: Path) -> None:
