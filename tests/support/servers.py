@@ -77,12 +77,20 @@ class Server:
         return list_descendants(self.pid)[:1] + list_workers(self.pid)
 
     async def forked_ahead(self) -> None:
-        """Wait until there is a worker for the next load, as there is whenever the server is at rest."""
-        await until(lambda: self.without_order() != [])
+        """Wait until the server has a worker for the next load, as it does whenever it is at rest."""
+        await until(lambda: not self._held_processes().isdisjoint(self.without_order()))
 
     def without_order(self) -> list[int]:
         """Return the process ids of workers that wait for an order."""
         return [pid for pid in list_descendants(self.pid)[1:] if not has_order(pid)]
+
+    def _held_processes(self) -> set[int]:
+        """Return the ids of the processes of which the server has a pidfd: it has one once it knows of it."""
+        held = set[int]()
+        for descriptor in Path(f"/proc/{self.pid}/fdinfo").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                held.update(map(int, re.findall(r"^Pid:\t(\d+)", descriptor.read_text(), re.MULTILINE)))
+        return held
 
     def worker(self) -> int:
         """Return the process id of the newest worker."""
