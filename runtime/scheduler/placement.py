@@ -74,6 +74,12 @@ class NodeRoom:
     digests: frozenset[str] = frozenset()
     prepared: frozenset[str] = frozenset()
 
+    @property
+    def free_percent(self) -> float:
+        """Whole percents of its memory budget that are free: hints are not exact. Infinite without one."""
+        budget = self.node.budget_bytes
+        return round(100 * self.free_bytes / budget) if budget and self.free_bytes is not None else inf
+
     def fits(self, need_bytes: int | None) -> bool:
         """Whether a load of another model fits without an eviction."""
         has_slot = self.free_models is None or self.free_models > 0
@@ -116,8 +122,8 @@ def _rank(
 ) -> tuple[bool, int, float, int, bytes]:
     """Return the key by which nodes are ordered: the lowest is the best."""
     fits = room.fits(request.need_bytes)
-    free = inf if room.free_bytes is None else room.free_bytes
     packs = strategy is PlacementStrategy.PACK and fits  # where it has to wait, more is free sooner
+    free = room.free_percent
     by_load = (free, -room.models) if packs else (-free, room.models)
     return (not fits, -_count_at_hand(request, room), *by_load, _hash(request.model_id, room.node.id))
 

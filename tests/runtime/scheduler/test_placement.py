@@ -27,7 +27,7 @@ F, P = frozenset({"f1", "f2"}), frozenset({"f1"})
 """Two files, and a prepared form of one."""
 
 
-def node(name: str, *, budget: int | None = None, labels: str = "", phase: str = "joined") -> Node:
+def node(name: str, *, budget: int = 100, labels: str = "", phase: str = "joined") -> Node:
     return Node(
         name, 1, NodePhase(phase), 1, at(0), f"http://{name}", tuple(labels.split()), budget, "1", None
     )
@@ -46,6 +46,8 @@ def chosen(request: PlacementRequest, rooms: list[NodeRoom], strategy: str = "sp
 
 ONE = PlacementRequest("m", 10, F)
 
+SAME_PERCENT = [room("a", 10_000, budget=10_000, models=2), room("b", 9_960, budget=10_000, models=1)]
+
 CASES = [
     ("no node", ONE, [], "spread", "none"),
     (
@@ -58,6 +60,8 @@ CASES = [
     ("most free memory", ONE, [room("a", 20), room("b", 90), room("c", 80)], "spread", "b room"),
     ("no limit is the most", ONE, [room("a", 90), room("b", None)], "spread", "b room"),
     ("fewest models", ONE, [room("a", None, models=3), room("b", None, models=1)], "spread", "b room"),
+    ("fewest models for the same percent", ONE, SAME_PERCENT, "spread", "b room"),
+    ("most models for the same percent", ONE, SAME_PERCENT, "pack", "a room"),
     ("least that fits", ONE, [room("a", 9), room("b", 90), room("c", 11)], "pack", "c room"),
     ("most models", ONE, [room("a", None, models=3), room("b", None, models=1)], "pack", "a room"),
     ("files", ONE, [room("a", 90), room("b", 20, digests=F)], "spread", "b files"),
@@ -87,7 +91,7 @@ CASES = [
     ("none has room", ONE, [room("a", 2), room("b", 5), room("c", -4, digests=F)], "spread", "c queue"),
     ("none has room", ONE, [room("a", 2), room("b", 5)], "pack", "b queue"),
     ("can never fit", ONE, [room("a", 5, budget=50), room("b", 9, budget=9)], "spread", "a queue"),
-    ("fits nowhere ever", ONE, [room("a", 5, budget=5), room("b", 9, budget=9)], "spread", "b queue"),
+    ("fits nowhere ever", ONE, [room("a", 4, budget=5), room("b", 9, budget=9)], "spread", "b queue"),
     ("unknown need", PlacementRequest("m"), [room("a", 5), room("b", 9)], "spread", "b room"),
     ("home", PlacementRequest("m", 10, home="b"), [room("a", 90), room("b", 5)], "spread", "b serves"),
     (
