@@ -38,7 +38,7 @@ class ContentComparisons:
         )
 
     def forget_ended(self, state: State) -> None:
-        """Drop what is known of jobs that have ended; whose files are given back, so comparing ends, too."""
+        """Drop what is known of ended jobs, and cancel their comparisons: their files are given back."""
         for job_id in [job_id for job_id in self.known if state.unended_job(job_id) is None]:
             del self.known[job_id]
             self.tasks.pop(job_id).cancel()

@@ -5,7 +5,6 @@ is therefore reduced to what serving one model takes: Landlock restricts files, 
 bind the calling thread and those that it starts, so they come before all threads of ours.
 """
 
-import ctypes
 import errno
 import os
 import resource
@@ -51,7 +50,6 @@ def _find_code() -> tuple[str, ...]:
 
 
 CODE = _find_code()
-_LIBC = ctypes.CDLL(None)
 
 
 def confine(order: Load | Prepare | Probe) -> None:
@@ -95,8 +93,8 @@ def _find_accesses(order: Load | Prepare | Probe) -> dict[str, int]:
 def _drop_privileges() -> None:
     """Give up all capabilities, which a server of root has, for good."""
     if (
-        _LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-        or _LIBC.capset(CAPABILITY_HEADER, NO_CAPABILITIES) != 0
+        sessions.LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+        or sessions.LIBC.capset(CAPABILITY_HEADER, NO_CAPABILITIES) != 0
     ):
         raise OSError("the kernel keeps a worker from giving up privileges")
 

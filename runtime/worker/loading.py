@@ -4,7 +4,6 @@ It hashes nothing: the server has taken the files into its store, and hashes the
 """
 
 import contextlib
-import ctypes
 import os
 import platform
 import time
@@ -60,7 +59,7 @@ def huge_pages_help(source_bytes: int, prepared: CachedCopy | None) -> bool:
 
 def disable_huge_pages() -> None:
     """Disable huge pages in this process, whatever malloc requests; a kernel that refuses changes nothing."""
-    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    sessions.LIBC.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def lower_priority() -> None:
@@ -74,7 +73,7 @@ def lower_priority() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     number = SYS_IOPRIO_SET.get(platform.machine())
     if number is not None:
-        ctypes.CDLL(None).syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_CLASS_IDLE << IOPRIO_CLASS_SHIFT)
+        sessions.LIBC.syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_CLASS_IDLE << IOPRIO_CLASS_SHIFT)
     with contextlib.suppress(OSError):
         AUTOGROUP.write_bytes(b"%d" % NICENESS)
 

@@ -30,8 +30,8 @@ from runtime.worker import extensions
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
 
-_LIBC = ctypes.CDLL(None)
-"""Made now: it makes a class, which on top of the heap would keep what is freed below it."""
+LIBC = ctypes.CDLL(None)
+"""Made once: each makes a class, which on top of the heap keeps malloc from returning what is freed below."""
 MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 256
 """Of a model's inputs and outputs: all of `Loaded` but its own two numbers."""
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation", "MemoryError")
@@ -241,7 +241,7 @@ def limit_memory(limit_bytes: int | None, load_limit_bytes: int | None = None) -
 
 def return_free_memory() -> None:
     """Return to the kernel what malloc keeps of freed memory, in 2 ms; mapped memory could not have it."""
-    _LIBC.malloc_trim(0)
+    LIBC.malloc_trim(0)
 
 
 def lift_load_limit() -> None:

@@ -53,29 +53,20 @@ def held(contents: ModelContents) -> int:
     return sum(contents.store._held.values())
 
 
-async def test_look_obtains_stored_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loadfiles, "FRESH_S", 0.01)
-    contents = await stored(tmp_path)
-    files = LoadFiles(contents, "m", 1)
-    (seen,) = await asyncio.to_thread(files.make_look())
-    assert seen.bytes == len(b"model")
-    found = files.found
-    assert found is not None
-    assert await files.obtain(None) is found
-    await until(lambda: not files._is_fresh)
-    assert (files.found, held(contents)) == (found, 1)
-    files.close()
-    await until(lambda: held(contents) == 0)
-
-
-async def test_files_in_use_stay_when_their_look_is_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_heard", [True, False], ids=["heard before", "heard after"])
+async def test_look_obtains_stored_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_heard: bool
 ) -> None:
     monkeypatch.setattr(loadfiles, "FRESH_S", 0.01)
     contents = await stored(tmp_path)
     files = LoadFiles(contents, "m", 1)
-    files.make_look()()  # in this thread: the event loop hears of it after the files were obtained
-    found = await files.obtain(None)
+    look = files.make_look()
+    # The event loop hears of a look in its own thread only after the files were obtained.
+    (seen,) = await asyncio.to_thread(look) if is_heard else look()
+    assert seen.bytes == len(b"model")
+    found = files.found
+    assert found is not None
+    assert await files.obtain(None) is found
     await asyncio.sleep(0)  # it hears
     await until(lambda: not files._is_fresh)
     assert (files.found, held(contents)) == (found, 1)
