@@ -15,7 +15,7 @@ from support.uploads import entry, staged, tar
 from support.workers import until
 
 from events.types import VersionAdded, VersionRemoved
-from server.appkeys import LOG
+from server.appkeys import LOG, UPLOADS
 
 MODEL = models.add(1).SerializeToString()
 TAR = {"Content-Type": "application/x-tar"}
@@ -132,6 +132,7 @@ async def test_client_that_leaves_leaves_nothing(shared: LocalApi) -> None:
     assert (await shared.get("/api/v1/models/left")).status == 404
     request.cancel()
     await until(lambda: staged(shared.config.repository) == [])
+    await until(lambda: not shared.app[UPLOADS]._changing)  # which ends a moment after its folder
     assert (await put(shared, "left")).status == 201
 
 
