@@ -4,6 +4,7 @@ It hashes nothing: the server has taken the files into its store, and hashes the
 """
 
 import contextlib
+import errno
 import os
 import platform
 import time
@@ -98,7 +99,10 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
         raise sessions.out_of_memory(order.least_limit_bytes, str(error) or "MemoryError") from None
     except UnicodeDecodeError:
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
-    except OSError as error:  # only without a store: nobody else writes to that
+    except OSError as error:
+        if error.errno == errno.ENOMEM:  # listing a folder takes memory
+            raise sessions.out_of_memory(order.least_limit_bytes, str(error)) from None
+        # only without a store: nobody else writes to that
         raise LoadRefused("model_changed", f"a file of the model cannot be read any more: {error}") from None
 
 

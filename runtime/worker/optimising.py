@@ -220,6 +220,8 @@ def make_cached_model(order: Prepare) -> PrepareDone:
     except MemoryError as error:
         raise sessions.out_of_memory(order.memory_limit_bytes, str(error) or "MemoryError") from None
     except OSError as error:
+        if error.errno == errno.ENOMEM:  # listing a folder takes memory
+            raise sessions.out_of_memory(order.memory_limit_bytes, str(error)) from None
         raise LoadRefused("disk_full" if error.errno in FULL else "prepare_failed", str(error)) from None
 
 

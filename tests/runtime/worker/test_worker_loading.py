@@ -1,5 +1,8 @@
 """Loading a model in a worker: what the load reports, what it refuses, and its memory limit."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +121,43 @@ async def test_load_is_refused_with_code_and_reason(pool: WorkerPool, tmp_path: 
     refused = await refusal(pool, order_of(root, memory_limit_bytes=limit_bytes))
     assert refused.code == code
     assert words in str(refused)
+
+
+WITHOUT_MEMORY = """
+import resource, sys
+from runtime.errors import LoadRefused
+from runtime.wire import Load, Prepare
+from runtime.worker import loading, optimising
+
+folder, target = sys.argv[1:]
+load = Load(folder, folder, 1, threads=1)
+prepare = Prepare(folder, folder, 1, 1, None, "optimised", target)
+resource.setrlimit(resource.RLIMIT_DATA, (0, 0))
+taken = []
+try:
+    while True:
+        taken.append(bytearray(8192))
+except MemoryError:
+    pass
+for step in (lambda: loading.load(load, (), lambda _: None), lambda: optimising.make_cached_model(prepare)):
+    try:
+        step()
+    except LoadRefused as refused:
+        print(refused.code, refused)
+"""
+
+
+def test_folder_that_cannot_be_listed_for_lack_of_memory_is_no_change(tmp_path: Path) -> None:
+    """Whatever the heap has left decides which call lacks memory first; this one leaves nothing."""
+    folder, target = save(models.add(), tmp_path / "root", "m"), tmp_path / "target"
+    target.mkdir()
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEMORY, str(folder), str(target)],
+        check=True, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
+    )  # fmt: skip
+    codes = [line.split()[0] for line in ran.stdout.splitlines()]
+    assert codes == ["out_of_memory", "out_of_memory"], ran.stdout
 
 
 async def test_most_outputs_are_answered(serve: Serve) -> None:
