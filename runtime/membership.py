@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 RENEWALS_PER_LEASE = 3
 """A renewal also has a third of the lease to answer: if one times out, the next one is still in time."""
 
+START_LIMIT_S = 10.0
+"""How long the leases may take to be read at the start: none is this node's that could run out meanwhile."""
+
 RETRY_S = 0.5
 """Pause after a renewal that failed, and before a node that was lost tries to join again."""
 
@@ -133,7 +136,7 @@ class Membership:
             NameInUse: `node_name_in_use`.
             LogUnavailable: `log_unavailable`, the database cannot be written.
         """
-        return await self._join(self._log.begin)
+        return await self._join(self._log.begin, START_LIMIT_S)
 
     async def run(self) -> None:
         """Renew the lease, and declare late nodes lost, until cancelled."""
@@ -160,9 +163,9 @@ class Membership:
         if self.epoch is not None:
             await self._log.submit(LeaveNode(self.node_id, self.epoch))
 
-    async def _join(self, submit: Callable[[JoinNode], Awaitable[Receipt]]) -> Receipt:
+    async def _join(self, submit: Callable[[JoinNode], Awaitable[Receipt]], limit_s: float) -> Receipt:
         try:
-            leases = await self._table.read(self._limit_s)
+            leases = await self._table.read(limit_s)
         except StorageError as error:
             raise LogUnavailable(str(error)) from error
         own = next((lease for lease in leases if lease.node_id == self.node_id), None)
@@ -197,7 +200,7 @@ class Membership:
 
     async def _renew(self) -> None:
         if self.epoch is None:
-            await self._join(self._log.submit)
+            await self._join(self._log.submit, self._limit_s)
             return
         began_s = boottime()
         hints = _ENCODER.encode(await self.hints()).decode()
@@ -205,7 +208,7 @@ class Membership:
             _log.warning("node %s was declared lost; it ends its workers, and joins again", self.node_id)
             self.epoch = None
             self.on_change()
-            await self._join(self._log.submit)
+            await self._join(self._log.submit, self._limit_s)
             return
         self._renewed_s = began_s
         self.leases = await self._table.read(self._limit_s)

@@ -49,11 +49,11 @@ async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
     postgres = await join_shared_server()
     async with (
         postgres.database(make_ledger) as ledger,
-        node(ledger.server_url, tmp_path, "a", "--lease-s=1") as owner,
+        node(ledger.server_url, tmp_path, "a", "--lease-s=3") as owner,
     ):
         save(models.add(1), tmp_path / "repository", "m")
         await owner.api.load("m")
-        async with node(ledger.server_url, tmp_path, "b", "--lease-s=1") as other:
+        async with node(ledger.server_url, tmp_path, "b", "--lease-s=3") as other:
             yield owner, other
 
 

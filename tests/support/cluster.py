@@ -36,7 +36,8 @@ from support.postgres import Address, Database, PostgresServer
 from support.replicas import make_ledger
 from support.servers import Server, serving
 
-LEASE_S = 1.2
+LEASE_S = 3.0
+"""As little as a busy machine allows: a third of it is the time limit of a renewal, connecting included."""
 REQUEST_S = 30.0
 """How long a client waits for a server that may be frozen or cut off."""
 SETTINGS = (f"--lease-s={LEASE_S}", "--drain-timeout-s=5", *UNLIMITED)

@@ -4,13 +4,16 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from support.cutting import cutting_proxy
 from support.history import History, at
 from support.http import Json, LocalApi, when
 from support.models import add
 from support.nodes import list_nodes, local_node
 from support.postgres import Database
+from support.reachable import reachable_node
 
 from events.nodes import Lease, NodeDraining
+from runtime.membership import NameInUse
 from server.api.nodes import node_views
 from server.auth.localtokens import ask_server
 
@@ -91,6 +94,24 @@ async def test_node_that_left_or_never_joined_is_not_drained(ledger: Database, t
         assert left["b"]["late"] is None
         assert (await a.post("/api/v1/nodes/b/drain")).refusal == (409, "node_ended")
         assert (await a.post("/api/v1/nodes/c/drain")).refusal == (404, "unknown_node")
+
+
+async def test_second_server_of_a_name_is_refused(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a:
+        with pytest.raises(NameInUse, match="at http://a: give this server another --node-name"):
+            async with reachable_node(ledger.server_url, tmp_path, "a"):
+                pytest.fail("it started")
+        assert (await list_nodes(a))["a"]["epoch"] == 1
+
+
+async def test_node_starts_over_slow_connection_to_its_database(ledger: Database, tmp_path: Path) -> None:
+    """To connect takes longer than a renewal may, which is a third of the lease."""
+    async with cutting_proxy(ledger.server.address) as proxy:
+        proxy.delay_s = 0.04
+        url = ledger.url("ledger_server", proxy.address)
+        async with reachable_node(url, tmp_path, "a", lease_s=1.0) as a:
+            proxy.heal()
+            assert (await list_nodes(a.api))["a"]["phase"] == "joined"
 
 
 async def test_socket_lists_and_drains_nodes(ledger: Database, tmp_path: Path) -> None:
