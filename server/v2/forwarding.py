@@ -54,6 +54,8 @@ CONNECT_S = 5.0
 """For a connection to another node: beyond it, its machine is gone."""
 CATCH_UP_S = 1.0
 """For the events that another node knows already: replicas are milliseconds apart."""
+CATCH_UP_OR_REFUSE_S = 5.0
+"""The same where the model is not known to be here: a disk can hold up a replica for seconds."""
 READ_BYTES = 2**20
 """Of an answer before its reader has its turn; aiohttp's 64 KB take a pause each."""
 IN_PLACE_BYTES = 2**15
@@ -196,7 +198,10 @@ class Forwarder:
         ends_at_s = None
         sender = request.headers.get(FORWARDED)
         if sender is not None:
-            await self._catch_up(_read_position(request.headers))
+            node = self._router.find_node(model_id)
+            is_here = node is not None and node.id == self._node_id
+            limit_s = CATCH_UP_S if is_here else CATCH_UP_OR_REFUSE_S
+            await self._catch_up(_read_position(request.headers), limit_s)
         node = self._router.find_other_node(model_id)
         if node is None:
             ends_at_s = asyncio.get_running_loop().time() + self._timeout_s
@@ -260,7 +265,7 @@ class Forwarder:
             reply = await self._send(forwarded, node)
             if reply.status != HTTPStatus.SERVICE_UNAVAILABLE or not reply.position:
                 return reply
-            await self._catch_up(reply.position)
+            await self._catch_up(reply.position, CATCH_UP_OR_REFUSE_S)
             other = self._find_another(forwarded.model_id, node)
             return reply if other is None else await self._send(forwarded, other)
         except NodeUnreachable as problem:
@@ -274,13 +279,13 @@ class Forwarder:
         node = self._router.find_node(model_id)
         return None if node is None or (node.id, node.epoch) == (tried.id, tried.epoch) else node
 
-    async def _catch_up(self, position: int) -> None:
-        """Wait until the state of this node has an event, for a short time."""
+    async def _catch_up(self, position: int, limit_s: float) -> None:
+        """Wait until the state of this node has an event, for a limited time."""
         if self._log.state.position >= position:
             return
         wakeup = self._log.subscribe()
         try:
-            async with asyncio.timeout(CATCH_UP_S):
+            async with asyncio.timeout(limit_s):
                 while self._log.state.position < position:
                     wakeup.clear()
                     await wakeup.wait()

@@ -361,7 +361,8 @@ async def _moved(nodes: Sequence[ReachableNode], owner: ReachableNode) -> str:
 async def test_forwarded_request_waits_for_what_its_sender_knows(
     ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forwarding, "CATCH_UP_S", 60.0)
+    monkeypatch.setattr(forwarding, "CATCH_UP_S", 0.0)  # which is for models that are here
+    monkeypatch.setattr(forwarding, "CATCH_UP_OR_REFUSE_S", 60.0)
     async with reachable_node(ledger.server_url, tmp_path, "a") as node:
         save(models.add(1), tmp_path / "repository", "m")
         loaded_at = node.app[LOG].state.position + 4  # after the request, the placement and the start
@@ -372,6 +373,8 @@ async def test_forwarded_request_waits_for_what_its_sender_knows(
         serving = node.app[LOG].state.models["m"].serving
         assert serving is not None
         assert serving.position == loaded_at
+        ahead = str(loaded_at + 1000)
+        assert (await ask(node, **{**FROM_C, "Loadledger-Position": ahead})).status == 200
 
 
 async def test_body_that_arrives_while_its_model_moves_is_forwarded(ledger: Database, tmp_path: Path) -> None:
@@ -420,14 +423,14 @@ async def test_model_is_loaded_on_demand_where_it_fits(ledger: Database, tmp_pat
 async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_path: Path) -> None:
     async with cutting_proxy(ledger.server.address) as proxy:
         url = ledger.url("ledger_server", (proxy.address[0], proxy.address[1]))
-        async with reachable_nodes(url, tmp_path, "a", "b", lease_s=1.0) as nodes:
+        async with reachable_nodes(url, tmp_path, "a", "b", lease_s=3.0) as nodes:
             save(models.add(1), tmp_path / "repository", "m")
             owner, other = await loaded_beside(nodes, "m")
             await proxy.cut()
-            await until(lambda: all(node.app[MEMBERSHIP].away_s > 1.0 for node in nodes))
+            await until(lambda: all(node.app[MEMBERSHIP].away_s > 3.0 for node in nodes))
             assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == [owner.name] * 2
             proxy.heal()
-            await until(lambda: all(node.app[MEMBERSHIP].away_s < 1.0 for node in nodes))
+            await until(lambda: all(node.app[MEMBERSHIP].away_s < 3.0 for node in nodes))
             assert (await ask(other)).status == 200
 
 
