@@ -152,8 +152,11 @@ async def freeze(pid: int) -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether all threads of a process are stopped."""
-    return all(_fields(task)[0] == "T" for task in Path(f"/proc/{pid}/task").iterdir())
+    """Tell whether all threads of a process are stopped; one that has ended is not."""
+    try:
+        return all(_fields(task)[0] == "T" for task in Path(f"/proc/{pid}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def resume(pid: int) -> None:

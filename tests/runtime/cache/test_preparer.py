@@ -224,11 +224,16 @@ async def form_of_load(engine: Engine, count: int) -> str | None:
     return prepared.form if prepared is not None else None
 
 
+def preparing_pids(engine: Engine) -> set[int]:
+    """Return the processes of workers that serve no model: those that prepare one, one after the other."""
+    serving = {worker.pid for load in engine.consumer.loads.values() for worker in load.alive_workers}
+    return set(engine.worker_pids()) - serving
+
+
 async def preparing(engine: Engine) -> int:
     """Wait until a worker prepares a model, and return its process id."""
-    serving = {worker.pid for load in engine.consumer.loads.values() for worker in load.alive_workers}
-    await until(lambda: bool(set(engine.worker_pids()) - serving))
-    return min(set(engine.worker_pids()) - serving)
+    await until(lambda: bool(preparing_pids(engine)))
+    return min(preparing_pids(engine))
 
 
 async def test_preparation_stops_for_an_inference_and_still_ends(
@@ -243,8 +248,7 @@ async def test_preparation_stops_for_an_inference_and_still_ends(
         await load(engine)
         worker = engine.worker("endless")
         inference = asyncio.ensure_future(worker.infer([trips(models.ENDLESS)], timeout_s=FOR_EVER_S))
-        pid = await preparing(engine)
-        await until(lambda: is_stopped(pid))
+        await until(lambda: any(is_stopped(pid) for pid in preparing_pids(engine)))
         monkeypatch.setattr("runtime.cache.pacing.STOPPED_S", 0.01)
         assert (await settled(store, engine.root)).form == "prepacked"
         inference.cancel()
