@@ -55,7 +55,7 @@ CONNECT_S = 5.0
 CATCH_UP_S = 1.0
 """For the events that another node knows already: replicas are milliseconds apart."""
 CATCH_UP_OR_REFUSE_S = 5.0
-"""The same where the model is not known to be here: a disk can hold up a replica for seconds."""
+"""The same where this node would refuse without them: a disk can hold up a replica for seconds."""
 READ_BYTES = 2**20
 """Of an answer before its reader has its turn; aiohttp's 64 KB take a pause each."""
 IN_PLACE_BYTES = 2**15
@@ -198,9 +198,7 @@ class Forwarder:
         ends_at_s = None
         sender = request.headers.get(FORWARDED)
         if sender is not None:
-            node = self._router.find_node(model_id)
-            is_here = node is not None and node.id == self._node_id
-            limit_s = CATCH_UP_S if is_here else CATCH_UP_OR_REFUSE_S
+            limit_s = CATCH_UP_S if self._router.is_ready(model_id) else CATCH_UP_OR_REFUSE_S
             await self._catch_up(_read_position(request.headers), limit_s)
         node = self._router.find_other_node(model_id)
         if node is None:
