@@ -4,7 +4,6 @@ It hashes nothing: the server has taken the files into its store, and hashes the
 """
 
 import contextlib
-import errno
 import os
 import platform
 import time
@@ -94,15 +93,11 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
         LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`.
     """
     try:
-        return _load(order, given, on_stage)
-    except MemoryError as error:
-        raise sessions.out_of_memory(order.least_limit_bytes, str(error) or "MemoryError") from None
+        with sessions.out_of_memory_refused(order.least_limit_bytes):
+            return _load(order, given, on_stage)
     except UnicodeDecodeError:
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
-    except OSError as error:
-        if error.errno == errno.ENOMEM:  # listing a folder takes memory
-            raise sessions.out_of_memory(order.least_limit_bytes, str(error)) from None
-        # only without a store: nobody else writes to that
+    except OSError as error:  # only without a store: nobody else writes to that
         raise LoadRefused("model_changed", f"a file of the model cannot be read any more: {error}") from None
 
 

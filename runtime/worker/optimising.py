@@ -216,12 +216,9 @@ def make_cached_model(order: Prepare) -> PrepareDone:
         LoadRefused: `prepare_failed`, `disk_full`, `unsafe_file`, `out_of_memory`.
     """
     try:
-        return _prepare(order)
-    except MemoryError as error:
-        raise sessions.out_of_memory(order.memory_limit_bytes, str(error) or "MemoryError") from None
+        with sessions.out_of_memory_refused(order.memory_limit_bytes):
+            return _prepare(order)
     except OSError as error:
-        if error.errno == errno.ENOMEM:  # listing a folder takes memory
-            raise sessions.out_of_memory(order.memory_limit_bytes, str(error)) from None
         raise LoadRefused("disk_full" if error.errno in FULL else "prepare_failed", str(error)) from None
 
 

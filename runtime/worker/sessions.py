@@ -1,9 +1,11 @@
 """Sessions: their options and errors, and the description of their inputs and outputs."""
 
 import ctypes
+import errno
 import os
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,6 +221,23 @@ def out_of_memory(limit_bytes: int | None, text: str) -> LoadRefused:
     """Return the refusal of a load for lack of memory, with its limit."""
     reason = "the machine has no more" if limit_bytes is None else f"the limit is {limit_bytes} bytes"
     return LoadRefused("out_of_memory", f"the model needs more memory than it may take, {reason}: {text}")
+
+
+@contextmanager
+def out_of_memory_refused(limit_bytes: int | None) -> Iterator[None]:
+    """Translate lack of memory, which the C library reports as an OSError where it lists a folder.
+
+    Raises:
+        LoadRefused: `out_of_memory`.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise out_of_memory(limit_bytes, str(error) or "MemoryError") from None
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise out_of_memory(limit_bytes, str(error)) from None
 
 
 def limit_memory(limit_bytes: int | None, load_limit_bytes: int | None = None) -> None:
