@@ -12,7 +12,7 @@ from support.history import model_loaded, opened
 from support.ledgers import SIGN
 from support.models import add, bind_socket, save, save_bytes
 from support.store import look
-from support.workers import descriptors_left
+from support.workers import TAKE_ALL_MEMORY, descriptors_left
 
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
@@ -211,8 +211,8 @@ def test_replaced_file_is_not_opened(tmp_path: Path) -> None:
         open_identified(folder, identity)
 
 
-WITHOUT_MEMORY = """
-import os, resource, sys
+WITHOUT_MEMORY = f"""
+import os, sys
 from pathlib import Path
 from runtime.store.problems import RepositoryUnreadable
 from runtime.store.sources import open_sources
@@ -221,14 +221,9 @@ def look(folder):
     with open_sources(folder, folder) as sources:
         return sources.look()
 
-folder, taken = Path(sys.argv[1]), []
+folder = Path(sys.argv[1])
 look(folder)
-resource.setrlimit(resource.RLIMIT_DATA, (0, 0))
-try:
-    while True:
-        taken.append(bytearray(8192))
-except MemoryError:
-    pass
+{TAKE_ALL_MEMORY}
 try:
     look(folder)
 except (MemoryError, RepositoryUnreadable):

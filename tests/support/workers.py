@@ -34,6 +34,17 @@ Serve = Callable[..., Awaitable[Worker]]
 
 LIMIT_S = 120.0
 """Nothing here takes this long, on a busy machine either; so a bug fails a test and does not hang it."""
+TAKE_ALL_MEMORY = """
+import resource
+resource.setrlimit(resource.RLIMIT_DATA, (0, 0))
+taken = []
+try:
+    while True:
+        taken.append(bytearray(8192))
+except MemoryError:
+    pass
+"""
+"""Part of a program: whatever takes memory next lacks it."""
 LAYERS: tuple[Layer, ...] = ("landlock", "seccomp") if find_abi() else ("seccomp",)
 """What confines the workers of the tests, as on a server: what this kernel has."""
 WORKER_DESCRIPTORS = ["/dev/null", "pipe", "pipe", "socket", "socket"]

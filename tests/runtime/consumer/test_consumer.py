@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto
 from support import models
 from support.running import Engine, error_of, gone, running
-from support.workers import freeze, until
+from support.workers import freeze, is_stopped, until
 
 from events.jobs import Failure, JobStatus
 from events.models import ModelState
@@ -19,11 +19,6 @@ from events.types import Cause, LoadParameters, ModelLoaded, ModelUnloaded, Unlo
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Phase
-
-
-def is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
-
 
 # Loads.
 

@@ -11,6 +11,7 @@ from onnx import ModelProto, helper
 from support import models
 from support.models import save, save_bytes
 from support.workers import (
+    TAKE_ALL_MEMORY,
     Serve,
     answer,
     ask,
@@ -123,8 +124,8 @@ async def test_load_is_refused_with_code_and_reason(pool: WorkerPool, tmp_path: 
     assert words in str(refused)
 
 
-WITHOUT_MEMORY = """
-import resource, sys
+WITHOUT_MEMORY = f"""
+import sys
 from runtime.errors import LoadRefused
 from runtime.wire import Load, Prepare
 from runtime.worker import loading, optimising
@@ -132,13 +133,7 @@ from runtime.worker import loading, optimising
 folder, target = sys.argv[1:]
 load = Load(folder, folder, 1, threads=1)
 prepare = Prepare(folder, folder, 1, 1, None, "optimised", target)
-resource.setrlimit(resource.RLIMIT_DATA, (0, 0))
-taken = []
-try:
-    while True:
-        taken.append(bytearray(8192))
-except MemoryError:
-    pass
+{TAKE_ALL_MEMORY}
 for step in (lambda: loading.load(load, (), lambda _: None), lambda: optimising.make_cached_model(prepare)):
     try:
         step()
