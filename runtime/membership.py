@@ -30,7 +30,7 @@ RENEWALS_PER_LEASE = 3
 """A renewal also has a third of the lease to answer: if one times out, the next one is still in time."""
 
 START_LIMIT_S = 10.0
-"""How long the leases may take to be read at the start: none is this node's that could run out meanwhile."""
+"""Time limit of reading the leases at the start: a node has no lease yet that could run out meanwhile."""
 
 RETRY_S = 0.5
 """Pause after a renewal that failed, and before a node that was lost tries to join again."""

@@ -76,7 +76,7 @@ class NodeRoom:
 
     @property
     def free_percent(self) -> float:
-        """Whole percents of its budget that are free, as exact as hints are; infinite without a budget."""
+        """Free memory in whole percents of the budget: hints are no more exact. Infinite without a budget."""
         budget = self.node.budget_bytes
         return round(100 * self.free_bytes / budget) if budget and self.free_bytes is not None else inf
 
