@@ -12,7 +12,7 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,9 @@ _READ_VERSION = 19
 _WAL = 2
 """Its value for a file that is written through a write-ahead log."""
 
+_JOURNAL = "-journal"
+"""Ends the name of SQLite's rollback journal: only a complete file is written with one."""
+
 _WHILE_STOPPED = {kind.TYPE for kind in OF_TOKENS}
 
 T = TypeVar("T")
@@ -41,6 +44,8 @@ def open_read_only(
     path: Path, *, problem: str = "cannot be read", refuses_incomplete: bool = False
 ) -> Iterator[sqlite3.Connection]:
     """Open a ledger to read it; nothing can be written through the connection.
+
+    A write with a rollback journal amid which a process died is undone before, and the file completed.
 
     Args:
         path: of the ledger.
@@ -77,7 +82,17 @@ def copy_ledger(path: Path, draft: Path) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    address = f"{path.absolute().as_uri()}?mode=ro"
+    try:
+        return _connect_as(path, "ro")
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
+            raise
+        _complete(path, error)
+    return _connect_as(path, "ro")
+
+
+def _connect_as(path: Path, mode: str) -> sqlite3.Connection:
+    address = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
     try:
         connection.execute(BUSY_TIMEOUT)
@@ -87,6 +102,18 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _complete(path: Path, found: sqlite3.Error) -> None:
+    """Have SQLite undo the last write of a process that died amid it, and leave one complete file."""
+    try:
+        with closing(_connect_as(path, "rw")) as connection, suppress(sqlite3.Error):  # others read it
+            connection.execute("PRAGMA journal_mode = DELETE")
+    except sqlite3.Error:
+        raise sqlite3.OperationalError(
+            f"a process died while it wrote, and {path.name}{_JOURNAL} undoes that, which takes write access "
+            f"to the file and its folder: {found}"
+        ) from found
 
 
 class ReaderThread:
@@ -153,9 +180,10 @@ def wants_wal(path: Path) -> bool:
 def lacks_wal(path: Path) -> bool:
     """Whether the file was written with a write-ahead log that is not there; a server's is never empty.
 
-    Ask before the file is opened, which creates an empty one.
+    Ask before the file is opened, which creates an empty one. A file beside a rollback journal lacks nothing:
+    SQLite had applied and removed the write-ahead log, and a process died before the header said so.
     """
-    if not wants_wal(path):
+    if not wants_wal(path) or path.with_name(f"{path.name}{_JOURNAL}").exists():
         return False
     try:
         return path.with_name(f"{path.name}-wal").stat().st_size == 0

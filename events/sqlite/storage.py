@@ -322,7 +322,7 @@ class Database:
 
     def _open_connection(self) -> tuple[sqlite3.Connection, StoredLedger]:
         if not self._was_open and self._path.exists():
-            self._lacked_wal = lacks_wal(self._path)
+            self._lacked_wal = not self._is_replica and lacks_wal(self._path)
             _check_readable_state(self._path)
         connection = connect(self._path, is_replica=self._is_replica)
         try:

@@ -47,10 +47,12 @@ class Machines:
     Attributes:
         within: where their processes are.
         folder: of the data directories, by the names of the nodes.
+        logs: folder of what actors and their servers write.
     """
 
     within: Namespaces
     folder: Path
+    logs: Path
 
     def run(self, *arguments: object, **variables: object) -> "subprocess.CompletedProcess[str]":
         """Run `loadledger` on the first machine."""
@@ -68,8 +70,13 @@ class Machines:
         """Look until the status is as expected, and return it."""
         looks = (self.status() for _ in range(LOOKS))
         found = next(filter(holds, looks), None)
-        assert found is not None, self.status()
+        assert found is not None, f"{self.status()}\n{self.written()}"
         return found
+
+    def written(self) -> str:
+        """Return what actors and their servers have written."""
+        logs = sorted(self.logs.glob("worker-*.err"))
+        return "\n".join(f"{each.name}:\n{each.read_text(errors='replace')}" for each in logs)
 
     def start(self, name: str, *role: str) -> None:
         """Start the raylet of a machine, with a data directory of its own."""
@@ -116,7 +123,7 @@ def started(tmp_path: Path) -> Iterator[Machines]:
     models.save(models.add(), tmp_path / "models", "add-one")
     # Ray's sockets are in its folder, and their paths are bounded.
     with tempfile.TemporaryDirectory(prefix="ray-") as short, isolated() as within:
-        machines = Machines(within, tmp_path)
+        machines = Machines(within, tmp_path, Path(short) / "session_latest" / "logs")
         machines.start("a", *START_HEAD, f"--temp-dir={short}")
         machines.start("b", JOIN)
         machines.start("c", JOIN)

@@ -5,9 +5,10 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ledgers
+from support.crashes import run_counted
 from support.fleet import of_both
 from support.history import FEWER, START, opened, write
 
@@ -233,17 +235,23 @@ def archive_traced(path: Path, killed_at: int | None = None) -> int:
     return lines
 
 
-def test_archive_killed_at_any_line_moves_all_or_nothing() -> None:
+def archive_counted(path: Path, killed_at: int | None = None) -> int:
+    """Archive, and return how many calls of SQLite that took; this process is killed before the given one."""
+    return run_counted(lambda: archived(path, 20), killed_at)
+
+
+@pytest.mark.parametrize("run", [archive_traced, archive_counted])
+def test_archive_killed_at_any_moment_moves_all_or_nothing(run: Callable[..., int]) -> None:
     with ledgers.copy_of(LEDGER) as path:
-        lines = archive_traced(path)
+        moments = run(path)
     moved = 0
-    for line in [*range(3, lines, max(1, lines // of_both(short=10, long=100))), lines]:
+    for moment in [*range(3, moments, max(1, moments // of_both(short=10, long=100))), moments]:
         with ledgers.copy_of(LEDGER) as path:
-            assert ledgers.run_forked(lambda: archive_traced(path, line)) == -signal.SIGKILL  # noqa: B023 - runs at once
+            assert ledgers.run_forked(partial(run, path, moment)) == -signal.SIGKILL
+            assert verify(path).verified
             first = ledgers.rows_of(path)[0][0]
             assert first in {1, 20}
             moved += first == 20
-            assert verify(path).verified
             assert len(ledgers.rows_of(path)) == HEAD + 1 - first
             target = path.with_name("archive.gz")
             if first == 20 or target.exists():

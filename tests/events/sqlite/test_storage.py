@@ -1,7 +1,6 @@
 """The ledger's file and its write-ahead log: complete after every end; a copy without the log is refused."""
 
 import asyncio
-import ctypes
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -239,19 +238,6 @@ async def test_only_orderly_start_and_stop_complete_the_copy(copied: Path, tmp_p
 # A file that nobody may write.
 
 
-class Capabilities(ctypes.Structure):  # capget(2), version 3
-    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
-
-
-def obey_modes() -> None:
-    """Drop CAP_DAC_OVERRIDE, by which root writes whatever it likes."""
-    libc, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)
-    capabilities = (Capabilities * 2)()
-    assert libc.capget(header, capabilities) == 0
-    capabilities[0].effective &= ~2
-    assert libc.capset(header, capabilities) == 0
-
-
 async def write_read_only_file(folder: Path) -> None:
     path = folder / "ledger.db"
     async with opened(path) as log:
@@ -274,7 +260,7 @@ async def write_read_only_file(folder: Path) -> None:
 
 def test_read_only_file_fails_requests_until_it_is_writable(tmp_path: Path) -> None:
     def work() -> None:
-        obey_modes()
+        ledgers.obey_modes()
         asyncio.run(write_read_only_file(tmp_path))
 
     assert ledgers.run_forked(work) == 0

@@ -43,6 +43,7 @@ def test_keeper_starts_server_again(keeper: NodeKeeper, tmp_path: Path) -> None:
     first = until(keeper, lambda found: found["url"])
     assert first["pid"] is not None
     assert (first["machine"], first["exits"], first["exit_code"]) == ("10.0.0.7", 0, None)
+    assert os.getpgid(first["pid"]) == first["pid"], "it would be killed with the actor's process group"
     os.kill(first["pid"], signal.SIGKILL)
     second = until(keeper, lambda found: found["url"] and found["exits"])
     assert (second["exits"], second["exit_code"]) == (1, -signal.SIGKILL)

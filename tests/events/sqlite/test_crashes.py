@@ -1,0 +1,108 @@
+"""A process killed at any call of SQLite: the next reader or server finds a ledger that verifies."""
+
+import asyncio
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support import ledgers
+from support.crashes import run_counted
+from support.history import opened, write
+
+from events.audit.audit import audit
+from events.errors import IncompleteCopy, LogUnavailable
+from events.sqlite.readonly import wants_wal
+from events.sqlite.storage import Database
+
+LEDGER = ledgers.sound_ledger(1)
+
+
+def serve(path: Path) -> None:
+    async def write_and_stop() -> None:
+        async with opened(path) as log:
+            await log.server_started()
+            await write(log, 3)
+            await log.server_stopped()
+
+    asyncio.run(write_and_stop())
+
+
+def use_replica(path: Path) -> None:
+    async def write_note() -> None:
+        database = Database(path, is_replica=True)
+        await database.open()
+        await database.note({}, "2026-11-23T12:00:00.000000Z")
+        await database.close()
+
+    asyncio.run(write_note())
+
+
+def read(path: Path) -> None:
+    with suppress(IncompleteCopy):  # it died while the write-ahead log was empty: a server has to start first
+        assert audit(path).finding is None
+
+
+def kill_at_each_call(work: Callable[[Path], None], ledger: bytes) -> Iterator[Path]:
+    """Have a process die before each call in turn; yield the ledger that it left."""
+    with ledgers.copy_of(ledger) as path:
+        calls = run_counted(lambda: work(path))
+    for call in range(1, calls + 1):
+        with ledgers.copy_of(ledger) as path:
+            assert ledgers.run_forked(partial(run_counted, partial(work, path), call)) == -signal.SIGKILL
+            yield path
+
+
+def names_beside(path: Path) -> tuple[str, ...]:
+    """Return how the names of SQLite's files beside a ledger end."""
+    return tuple(sorted(each.name.removeprefix(path.name) for each in path.parent.glob(f"{path.name}-*")))
+
+
+@pytest.mark.parametrize("then", [serve, read])
+def test_server_killed_at_any_call_leaves_a_ledger_that_opens(then: Callable[[Path], None]) -> None:
+    left = set[tuple[str, ...]]()
+    for path in kill_at_each_call(serve, LEDGER):
+        left.add(names_beside(path))
+        then(path)
+        serve(path)
+        assert audit(path).finding is None
+        assert not names_beside(path)
+    assert left == {(), ("-journal",), ("-wal",), ("-shm", "-wal")}
+
+
+def test_replica_killed_at_any_call_is_complete_after_the_next_stop(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    asyncio.run(ledgers.write_ledger(path, stopped=False))
+    for killed in kill_at_each_call(use_replica, path.read_bytes()):
+        use_replica(killed)
+        assert audit(killed).finding is None
+        assert not names_beside(killed)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Path:
+    """A ledger as a process left it that died while it wrote with a rollback journal."""
+    for killed in kill_at_each_call(serve, LEDGER):
+        if wants_wal(killed) and names_beside(killed) == ("-journal",):
+            return shutil.copytree(killed.parent, tmp_path / "data") / killed.name
+    pytest.fail("no process left a rollback journal")
+
+
+def read_without_rights(path: Path) -> None:
+    ledgers.obey_modes()
+    with pytest.raises(LogUnavailable, match=r"ledger\.db-journal undoes that, which takes write access"):
+        audit(path)
+
+
+def test_ledger_that_may_not_be_completed_says_so(interrupted: Path) -> None:
+    before = interrupted.read_bytes()
+    interrupted.chmod(0o400)
+    interrupted.parent.chmod(0o500)
+    assert ledgers.run_forked(lambda: read_without_rights(interrupted)) == 0
+    interrupted.parent.chmod(0o700)
+    interrupted.chmod(0o600)
+    assert interrupted.read_bytes() == before
+    assert audit(interrupted).finding is None

@@ -1,0 +1,83 @@
+"""Processes that are killed amid SQLite: before any one of the system calls with which it changes files.
+
+SQLite's own interface for tests replaces the calls: https://sqlite.org/c3ref/vfs.html (`xSetSystemCall`).
+"""
+
+import _sqlite3
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+CALLS = {
+    "open": (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
+    "write": (ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t),
+    "pwrite": (ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64),
+    "pwrite64": (ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64),
+    "ftruncate": (ctypes.c_int, ctypes.c_int, ctypes.c_int64),
+    "unlink": (ctypes.c_int, ctypes.c_char_p),
+}
+"""Result and parameters of those that change files, or create them."""
+
+_WORDS = ("mxPathname", "pNext", "zName", "pAppData", "xOpen", "xDelete", "xAccess", "xFullPathname")
+_MORE = ("xDlOpen", "xDlError", "xDlSym", "xDlClose", "xRandomness", "xSleep", "xCurrentTime")
+_LAST = ("xGetLastError", "xCurrentTimeInt64")
+_SET = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+_GET = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+
+
+class _Vfs(ctypes.Structure):
+    _fields_ = (
+        ("iVersion", ctypes.c_int),
+        ("szOsFile", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in (*_WORDS, *_MORE, *_LAST)),
+        ("xSetSystemCall", _SET),
+        ("xGetSystemCall", _GET),
+    )
+
+
+def run_counted(work: Callable[[], object], killed_at: int | None = None) -> int:
+    """Do some work; return how many calls it took. This process is killed before the given one."""
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with _before_each_call(count):
+        work()
+    return calls
+
+
+@contextmanager
+def _before_each_call(before: Callable[[], None]) -> Iterator[None]:
+    library = ctypes.CDLL(_sqlite3.__file__)  # its SQLite, linked or built in
+    library.sqlite3_vfs_find.restype = ctypes.POINTER(_Vfs)
+    vfs = library.sqlite3_vfs_find(None)
+    kept = []
+
+    def replace(name: str, result: Any, *parameters: Any) -> None:
+        kind = ctypes.CFUNCTYPE(result, *parameters, use_errno=True)
+        address = vfs.contents.xGetSystemCall(vfs, name.encode())
+        if address is None:  # this build uses another one
+            return
+        real = kind(address)
+
+        def call(*arguments: Any) -> Any:
+            before()
+            return real(*arguments)
+
+        kept.append(kind(call))
+        vfs.contents.xSetSystemCall(vfs, name.encode(), kept[-1])
+
+    for name, types in CALLS.items():
+        replace(name, *types)
+    try:
+        yield
+    finally:
+        for name in CALLS:
+            vfs.contents.xSetSystemCall(vfs, name.encode(), None)
