@@ -93,16 +93,14 @@ class NodeKeeper:
 
     def _run(self) -> None:
         """Run a server until it exits; its log goes where the actor's does."""
-        with (
-            subprocess.Popen(  # noqa: S603 - this module, with the operator's arguments
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                env=self._environment,
-                text=True,
-                start_new_session=True,  # Ray kills an actor's process group soon after it; a server stops in order
-            ) as child
-        ):
+        with subprocess.Popen(  # noqa: S603 - this module, with the operator's arguments
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env=self._environment,
+            text=True,
+            start_new_session=True,  # Ray kills the group of an actor that died
+        ) as child:
             self._child = child
             if self._stopping.is_set():  # it was, before there was a child to stop
                 child.terminate()
