@@ -111,6 +111,7 @@ class Membership:
         self._limit_s = lease_s / RENEWALS_PER_LEASE
         self._renewed_s = boottime()
         self._is_noted = False
+        self._leaves = False
         self.node_id = command.node_id
         self.epoch: int | None = None
         self.leases: Sequence[Lease] = ()
@@ -139,8 +140,8 @@ class Membership:
         return await self._join(self._log.begin, START_LIMIT_S)
 
     async def run(self) -> None:
-        """Renew the lease, and declare late nodes lost, until cancelled."""
-        while True:
+        """Renew the lease, and declare late nodes lost, until this node leaves."""
+        while not self._leaves:
             try:
                 await self._renew()
                 pause_s = self._limit_s
@@ -155,11 +156,12 @@ class Membership:
             await asyncio.sleep(pause_s)
 
     async def leave(self) -> None:
-        """End the epoch in order; nothing is appended after it.
+        """End the epoch in order; nothing is appended after it, and a renewal meanwhile does not join again.
 
         Raises:
             LedgerProblem: it could not be recorded: the other nodes will find this one late.
         """
+        self._leaves = True
         if self.epoch is not None:
             await self._log.submit(LeaveNode(self.node_id, self.epoch))
 
@@ -204,7 +206,10 @@ class Membership:
             return
         began_s = boottime()
         hints = _ENCODER.encode(await self.hints()).decode()
-        if not await self._table.renew(self.node_id, self.epoch, self._lease_s, hints, self._limit_s):
+        is_renewed = await self._table.renew(self.node_id, self.epoch, self._lease_s, hints, self._limit_s)
+        if self._leaves:
+            return
+        if not is_renewed:
             _log.warning("node %s was declared lost; it ends its workers, and joins again", self.node_id)
             self.epoch = None
             self.on_change()

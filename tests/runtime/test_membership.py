@@ -1,0 +1,47 @@
+"""The membership of a node, over leases in PostgreSQL."""
+
+import asyncio
+from pathlib import Path
+
+from support.postgres import Database
+from support.replicas import opened_replica, storage_of
+
+from events.commands import JoinNode
+from events.nodes import NodePhase
+from events.postgres.leases import LeaseStore
+from events.postgres.storage import Authority
+from runtime.membership import Membership
+
+
+class SlowLeases(LeaseStore):
+    """Leases of which a renewal goes on when it is told to."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.began, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    async def renew(self, node_id: str, epoch: int, lease_s: float, hints: str, limit_s: float) -> bool:
+        self.began.set()
+        await self.goes_on.wait()
+        return await super().renew(node_id, epoch, lease_s, hints, limit_s)
+
+
+async def test_node_that_has_left_during_a_renewal_joins_no_more(ledger: Database, tmp_path: Path) -> None:
+    leases = SlowLeases(ledger.server_url)
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+
+        def authorise(node_id: str, epoch: int | None, lease_s: float) -> None:
+            storage_of(log).authority = Authority(node_id, epoch, lease_s)
+
+        membership = Membership(
+            log, leases, JoinNode("a", "http://a"), lease_s=3, away_limit_s=3, authorise=authorise
+        )
+        await membership.start()
+        running = asyncio.create_task(membership.run())
+        async with asyncio.timeout(60):
+            await leases.began.wait()
+            await membership.leave()
+            leases.goes_on.set()
+            await running
+        assert (log.state.nodes["a"].phase, log.head.position) == (NodePhase.LEFT, 2)
+        await leases.close()
