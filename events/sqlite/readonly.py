@@ -32,7 +32,7 @@ _WAL = 2
 """Its value for a file that is written through a write-ahead log."""
 
 _JOURNAL = "-journal"
-"""Ends the name of SQLite's rollback journal: only a complete file is written with one."""
+"""Ends the name of SQLite's rollback journal: only a file without a write-ahead log is written with one."""
 
 _WHILE_STOPPED = {kind.TYPE for kind in OF_TOKENS}
 
@@ -87,7 +87,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
             raise
-        _complete(path, error)
+    _complete(path)
     return _connect_as(path, "ro")
 
 
@@ -104,16 +104,16 @@ def _connect_as(path: Path, mode: str) -> sqlite3.Connection:
     return connection
 
 
-def _complete(path: Path, found: sqlite3.Error) -> None:
+def _complete(path: Path) -> None:
     """Have SQLite undo the last write of a process that died amid it, and leave one complete file."""
     try:
         with closing(_connect_as(path, "rw")) as connection, suppress(sqlite3.Error):  # others read it
             connection.execute("PRAGMA journal_mode = DELETE")
-    except sqlite3.Error:
+    except sqlite3.Error as error:
         raise sqlite3.OperationalError(
             f"a process died while it wrote, and {path.name}{_JOURNAL} undoes that, which takes write access "
-            f"to the file and its folder: {found}"
-        ) from found
+            f"to the file and its folder: {error}"
+        ) from error
 
 
 class ReaderThread:

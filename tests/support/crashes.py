@@ -21,18 +21,19 @@ CALLS = {
 }
 """Result and parameters of those that change files, or create them."""
 
-_WORDS = ("mxPathname", "pNext", "zName", "pAppData", "xOpen", "xDelete", "xAccess", "xFullPathname")
-_MORE = ("xDlOpen", "xDlError", "xDlSym", "xDlClose", "xRandomness", "xSleep", "xCurrentTime")
-_LAST = ("xGetLastError", "xCurrentTimeInt64")
+_NUMBERS = ("iVersion", "szOsFile", "mxPathname")
+_POINTERS = (
+    *("pNext", "zName", "pAppData", "xOpen", "xDelete", "xAccess", "xFullPathname", "xDlOpen", "xDlError"),
+    *("xDlSym", "xDlClose", "xRandomness", "xSleep", "xCurrentTime", "xGetLastError", "xCurrentTimeInt64"),
+)
 _SET = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 _GET = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
 
 
 class _Vfs(ctypes.Structure):
     _fields_ = (
-        ("iVersion", ctypes.c_int),
-        ("szOsFile", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in (*_WORDS, *_MORE, *_LAST)),
+        *((name, ctypes.c_int) for name in _NUMBERS),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
         ("xSetSystemCall", _SET),
         ("xGetSystemCall", _GET),
     )
