@@ -45,7 +45,7 @@ def open_read_only(
 ) -> Iterator[sqlite3.Connection]:
     """Open a ledger to read it; nothing can be written through the connection.
 
-    A write with a rollback journal amid which a process died is undone before, and the file completed.
+    If a process died while it wrote with a rollback journal, SQLite first undoes that write.
 
     Args:
         path: of the ledger.
@@ -105,7 +105,7 @@ def _connect_as(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _complete(path: Path) -> None:
-    """Have SQLite undo the last write of a process that died amid it, and leave one complete file."""
+    """Have SQLite undo the write of a process that died amid it, and leave one complete file."""
     try:
         with closing(_connect_as(path, "rw")) as connection, suppress(sqlite3.Error):  # others read it
             connection.execute("PRAGMA journal_mode = DELETE")

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 CALLS = {
@@ -61,22 +62,16 @@ def _before_each_call(before: Callable[[], None]) -> Iterator[None]:
     vfs = library.sqlite3_vfs_find(None)
     kept = []
 
-    def replace(name: str, result: Any, *parameters: Any) -> None:
-        kind = ctypes.CFUNCTYPE(result, *parameters, use_errno=True)
-        address = vfs.contents.xGetSystemCall(vfs, name.encode())
-        if address is None:  # this build uses another one
-            return
-        real = kind(address)
-
-        def call(*arguments: Any) -> Any:
-            before()
-            return real(*arguments)
-
-        kept.append(kind(call))
-        vfs.contents.xSetSystemCall(vfs, name.encode(), kept[-1])
+    def call(real: Callable[..., Any], *arguments: Any) -> Any:
+        before()
+        return real(*arguments)
 
     for name, types in CALLS.items():
-        replace(name, *types)
+        kind = ctypes.CFUNCTYPE(*types, use_errno=True)
+        address = vfs.contents.xGetSystemCall(vfs, name.encode())
+        if address is not None:  # else this build uses another one
+            kept.append(kind(partial(call, kind(address))))
+            vfs.contents.xSetSystemCall(vfs, name.encode(), kept[-1])
     try:
         yield
     finally:

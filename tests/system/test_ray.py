@@ -70,10 +70,10 @@ class Machines:
         """Look until the status is as expected, and return it."""
         looks = (self.status() for _ in range(LOOKS))
         found = next(filter(holds, looks), None)
-        assert found is not None, f"{self.status()}\n{self.written()}"
+        assert found is not None, f"{self.status()}\n{self.read_logs()}"
         return found
 
-    def written(self) -> str:
+    def read_logs(self) -> str:
         """Return what actors and their servers have written."""
         logs = sorted(self.logs.glob("worker-*.err"))
         return "\n".join(f"{each.name}:\n{each.read_text(errors='replace')}" for each in logs)

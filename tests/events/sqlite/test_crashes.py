@@ -85,7 +85,7 @@ def test_replica_killed_at_any_call_is_complete_after_the_next_stop(tmp_path: Pa
 
 
 @pytest.fixture
-def interrupted(tmp_path: Path) -> Path:
+def ledger_with_journal(tmp_path: Path) -> Path:
     """A ledger as a process left it that died while it wrote with a rollback journal."""
     for killed in kill_at_each_call(serve, LEDGER):
         if wants_wal(killed) and names_beside(killed) == ("-journal",):
@@ -99,12 +99,12 @@ def read_without_rights(path: Path) -> None:
         audit(path)
 
 
-def test_ledger_that_may_not_be_completed_says_so(interrupted: Path) -> None:
-    before = interrupted.read_bytes()
-    interrupted.chmod(0o400)
-    interrupted.parent.chmod(0o500)
-    assert ledgers.run_forked(lambda: read_without_rights(interrupted)) == 0
-    interrupted.parent.chmod(0o700)
-    interrupted.chmod(0o600)
-    assert interrupted.read_bytes() == before
-    assert audit(interrupted).finding is None
+def test_ledger_that_may_not_be_completed_says_so(ledger_with_journal: Path) -> None:
+    before = ledger_with_journal.read_bytes()
+    ledger_with_journal.chmod(0o400)
+    ledger_with_journal.parent.chmod(0o500)
+    assert ledgers.run_forked(lambda: read_without_rights(ledger_with_journal)) == 0
+    ledger_with_journal.parent.chmod(0o700)
+    ledger_with_journal.chmod(0o600)
+    assert ledger_with_journal.read_bytes() == before
+    assert audit(ledger_with_journal).finding is None
