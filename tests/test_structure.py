@@ -1,4 +1,4 @@
-"""The shape of the code: unique class names, the size of modules and packages, and true names in the docs."""
+"""The shape of the code: unique class names, and true names in the docs."""
 
 import ast
 import re
@@ -6,17 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("events", "runtime", "server", "loadledger")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-MAX_LINES = 500
-"""More is not read in one sitting."""
-
-MAX_MODULES = 17
-"""About a dozen in one package, beside its `__init__`: what a reader keeps in mind."""
-
 MIRRORS = {ROOT / "loadledger" / name for name in ("records.py", "problems.py")}
 """The client's public types have the names of what they show."""
 
@@ -50,14 +42,6 @@ def test_public_class_names_are_unique() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found[node.name].append(path.relative_to(ROOT).as_posix())
     assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
-
-
-@pytest.mark.parametrize("package", sorted({path.parent for path in MODULES}), ids=lambda path: path.name)
-def test_package_and_its_modules_are_small(package: Path) -> None:
-    modules = [path for path in package.glob("*.py") if not path.name.startswith("__")]
-    assert len(modules) <= MAX_MODULES
-    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
-    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
 def test_names_in_structure_page_exist() -> None:
