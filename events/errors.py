@@ -24,6 +24,10 @@ class LogUnavailable(LedgerProblem):
     code = "log_unavailable"
 
 
+class OutcomeUnknown(LogUnavailable):
+    """It is unknown whether the request was recorded: read the ledger before you repeat it."""
+
+
 class LogClosed(LogUnavailable):
     """The server is stopping and has closed the ledger; nothing was accepted."""
 

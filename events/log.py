@@ -44,6 +44,7 @@ from events.errors import (
     LogUnavailable,
     NodeAlive,
     NotEncodable,
+    OutcomeUnknown,
 )
 from events.groups import DecidedGroup, decide_group, fold_rows, is_refused
 from events.nodes import Confinement
@@ -472,9 +473,7 @@ class Log:
             await self._open()
             is_written = await self._storage.contains(head)
         except (LedgerProblem, StorageError) as error:
-            raise LogUnavailable(
-                f"{error}; until then it is unknown whether the last requests were recorded"
-            ) from error
+            raise OutcomeUnknown(f"{error}; it is unknown whether the last requests were recorded") from error
         if not is_written:
             raise LogUnavailable
 
