@@ -121,6 +121,14 @@ def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Rece
     )
 
 
-def is_refused(pending: PendingCommand) -> bool:
-    """Whether a client's command was refused; the system decides anew by itself what is outdated."""
-    return isinstance(pending.outcome, RequestRefused) and pending.outcome.code != OUTDATED
+def rests_on_state(pending: PendingCommand) -> bool:
+    """Whether a command was refused, or answered with what was there.
+
+    Not if it is outdated: the system then decides anew by itself.
+    """
+    match pending.outcome:
+        case RequestRefused(code=code):
+            return code != OUTDATED
+        case Receipt(existing=existing):
+            return existing
+    return False

@@ -46,7 +46,7 @@ from events.errors import (
     NotEncodable,
     OutcomeUnknown,
 )
-from events.groups import DecidedGroup, decide_group, fold_rows, is_refused
+from events.groups import DecidedGroup, decide_group, fold_rows, rests_on_state
 from events.nodes import Confinement
 from events.sqlite.storage import Database
 from events.state import State
@@ -117,7 +117,7 @@ class Log:
         self.tally = Tally()
         self.fold_times = FoldTimes(boottime)
         self._is_started = False
-        self._looks = list[asyncio.Future[None]]()
+        self._looks = list[asyncio.Future[bool]]()
         self._uncertain_head: LogHead | None = None
 
     @property
@@ -198,17 +198,32 @@ class Log:
         self.tally.append_s.observe(time.monotonic() - began)
         return receipt
 
-    async def look(self) -> None:
+    async def look(self) -> bool:
         """Return when the state has what other servers had appended before this call; at once without others.
 
-        If the database does not answer, what is known has to do.
+        Returns:
+            False if the database does not answer: what is known has to do.
         """
-        if self._storage.look_every_s is None or self._closing or self.writer.done():
-            return
-        looked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._storage.look_every_s is None:
+            return True
+        if self._closing or self.writer.done():
+            return False
+        looked: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._looks.append(looked)
         self._inbox.wake()
-        await looked
+        return await looked
+
+    async def reach(self, position: int) -> None:
+        """Catch up if this position, which a client read at another server, is beyond the head.
+
+        Raises:
+            LogUnavailable: `log_unavailable`, the database does not answer, so the position may be there.
+        """
+        if position > self.head.position and not await self.look() and position > self.head.position:
+            raise LogUnavailable(
+                f"this server has the ledger up to position {self.head.position}, and its database does not "
+                "answer: try again shortly, or ask another node"
+            )
 
     async def note(self, used: Mapping[str, str]) -> None:
         """Store times of last use by model id, and that the server is there; a stored time never goes back.
@@ -297,6 +312,7 @@ class Log:
             while rows := await self._storage.read_after(self.head):
                 followed = fold_rows(rows, self.state)
                 entities = len(self.state.models) + followed.attempt.state.backlog
+                self._uncertain_head = followed.head
                 await self._storage.store(rows, followed.attempt.changes, entities, self.head)
                 self._advance(followed)
                 self.notify()
@@ -323,16 +339,18 @@ class Log:
         finally:  # if the writer dies, no caller waits for ever
             fail_callers([*group, *self._inbox.take()], LogClosed())
             for looked in self._looks:
-                answer(looked, None)
+                answer(looked, False)
 
     async def _look_for_others(self) -> None:
         """Catch up if another server may have appended, or a caller asks; then answer those who do."""
         looks, self._looks = self._looks, []
+        has_looked = False
         if (looks or self._storage.is_behind) and self._storage.is_open:
             with suppress(LogUnavailable):  # the next probe, or command, opens the storage anew
                 await self._catch_up()
+                has_looked = True
         for looked in looks:
-            answer(looked, None)
+            answer(looked, has_looked)
 
     async def _wait(self) -> None:
         """Wait for work; while writing fails, or the file needs its WAL, try again now and then."""
@@ -363,8 +381,8 @@ class Log:
     async def _write(self, group: Sequence[PendingCommand], *, is_sure: bool = False) -> None:
         """Append a group and answer its callers.
 
-        What is refused was refused on a state that another server may have changed: unless `is_sure`, it is
-        decided once more on the state with all that others have appended.
+        What is refused, or answered with what was there, rests on a state that another server may have
+        changed: unless `is_sure`, it is decided once more on the state with all that others have appended.
         """
         is_sure, before = is_sure or self._storage.look_every_s is None, self.head
         try:
@@ -386,15 +404,19 @@ class Log:
             _log.exception("a group of commands could not be decided; none was applied")
             fail_callers(group, error)
             return
-        unsure = [] if is_sure else [pending for pending in group if is_refused(pending)]
+        is_sure = is_sure or self.head != before  # only on the last event of all a group is appended
+        unsure = [] if is_sure else [pending for pending in group if rests_on_state(pending)]
         for pending in group:
-            if pending.outcome is not None and (is_sure or not is_refused(pending)):
+            if pending.outcome is not None and (is_sure or not rests_on_state(pending)):
                 answer(pending.done, pending.outcome)  # it is None if the caller was cancelled before
         if self.head != before:
             self.notify()
         if unsure:
-            with suppress(LogUnavailable):
+            try:
                 await self._catch_up()
+            except LogUnavailable as error:
+                fail_callers(unsure, error)
+                return
             await self._write(unsure, is_sure=True)
 
     async def _append(self, group: Sequence[PendingCommand]) -> None:
@@ -429,20 +451,24 @@ class Log:
         decided = decide_group(group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id)
         if decided.rows:
             await self._commit(decided)
-        self._advance(decided)
+        else:
+            self._advance(decided)
 
     def _advance(self, decided: DecidedGroup) -> None:
         """Move the state on to durable events, and count what came since the start."""
         decided.attempt.commit()
         self.head = decided.head
+        self._count(decided)
+
+    def _count(self, decided: DecidedGroup) -> None:
         if self._writer is None:
             return
         self.tally.count(decided.events, decided.attempt.changes.jobs.values())
         if decided.rows:
-            self.fold_times.note(decided.rows[0].position, self.head.recorded_at)
+            self.fold_times.note(decided.rows[0].position, decided.head.recorded_at)
 
     async def _commit(self, decided: DecidedGroup) -> None:
-        """Make a group durable. COMMIT may fail after it took effect, so the file is read again then."""
+        """Make a group durable, and move the state on. COMMIT may fail after it took effect."""
         entities = len(self.state.models) + decided.attempt.state.backlog
         began = time.monotonic()
         try:
@@ -451,8 +477,14 @@ class Log:
         except StorageError as error:
             self._note_failure(error)
             await self._storage.give_up(error)
+            if error.is_refusal:
+                raise LogUnavailable(f"{error}; nothing was accepted") from error
             self._uncertain_head = decided.head
             await self._check_written(decided.head)
+            if self._storage.look_every_s is None:  # else it was counted when it was read
+                self._count(decided)
+        else:
+            self._advance(decided)
         self._note_success()
 
     def _note_failure(self, error: StorageError) -> None:
@@ -468,12 +500,17 @@ class Log:
         self._can_write = True
 
     async def _check_written(self, head: LogHead) -> None:
-        """Read the file again; without this head in it, the group was not written."""
+        """Read the log again; without this head in it, the group was not written."""
         try:
             await self._open()
             is_written = await self._storage.contains(head)
+            await self._catch_up()  # an event that waited for a standby when the log was opened is there now
         except (LedgerProblem, StorageError) as error:
-            raise OutcomeUnknown(f"{error}; it is unknown whether the last requests were recorded") from error
+            if self._storage.is_open:
+                await self._storage.give_up()
+            raise OutcomeUnknown(
+                f"it is unknown whether the last requests were recorded: {error.__cause__ or error}"
+            ) from error
         if not is_written:
             raise LogUnavailable
 

@@ -131,11 +131,13 @@ class StorageError(Exception):
 
     Attributes:
         is_disk_error: whether the disk failed: what can be read then need not be on it.
+        is_refusal: whether the storage answered that nothing was written.
     """
 
-    def __init__(self, message: str, *, is_disk_error: bool = False) -> None:
+    def __init__(self, message: str, *, is_disk_error: bool = False, is_refusal: bool = False) -> None:
         super().__init__(message)
         self.is_disk_error = is_disk_error
+        self.is_refusal = is_refusal
 
 
 class HeadMoved(Exception):
@@ -204,7 +206,7 @@ class Storage(Protocol):
         """Keep all other servers from appending until the next `write`, or the end of the block."""
 
     async def contains(self, head: LogHead) -> bool:
-        """Whether the log, as far as it is stored here, has this event."""
+        """Whether the log has this event, as durably as one whose `write` has returned."""
 
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]

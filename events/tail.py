@@ -213,6 +213,7 @@ class Tails:
             BeyondHead: `beyond_head`.
             LogUnavailable: `log_unavailable`, the log cannot be read.
         """
+        await self._log.reach(after)
         if after <= self.head:
             return
         wakeup = self._log.subscribe()

@@ -6,11 +6,12 @@ exception is translated, and no other package of the product knows the driver.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -25,6 +26,9 @@ CONNECT_S = 5.0
 COMMAND_S = 10.0
 """Time limit of a statement: a page of the log takes milliseconds, an append waits for other appends."""
 
+NO_LIMIT_S = 3600.0
+"""Limit that the driver gets for a statement whose own limit is `commit`'s: more than any of those."""
+
 CLOSE_S = 2.0
 """Time limit of closing a connection in order; then it is cut."""
 
@@ -33,6 +37,15 @@ CLOCK_PROBES = 3
 
 REFUSALS: Mapping[str, type[LedgerProblem]] = {"LL001": EpochOver, "LL002": NodeAlive}
 """The refusals of `append`, by SQLSTATE (migrations/postgres)."""
+
+_UNCERTAIN = ("08", "57P", "58", "XX")
+"""Classes of SQLSTATE with which PostgreSQL ends a session or itself: a COMMIT may have taken effect. All
+other errors say that the transaction was rolled back."""
+
+_NOTICE = "00000"
+"""The SQLSTATE of a message that is no warning."""
+
+T = TypeVar("T")
 
 _SETTINGS = {
     "application_name": "loadledger",
@@ -76,7 +89,8 @@ def translated_errors(what: str) -> Iterator[None]:
         refusal = REFUSALS.get(error.sqlstate or "")
         if refusal is not None:
             raise refusal(str(error)) from error
-        raise StorageError(f"the ledger's database {what}: {error}") from error
+        is_refusal = not (error.sqlstate or "XX").startswith(_UNCERTAIN)
+        raise StorageError(f"the ledger's database {what}: {error}", is_refusal=is_refusal) from error
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise StorageError(f"the ledger's database {what}: {reason}") from error
@@ -100,6 +114,46 @@ async def connect(address: str, *, command_s: float | None = COMMAND_S, **settin
         if await connection.fetchval("SHOW synchronous_commit") in ("off", "local"):
             await connection.execute("SET synchronous_commit = on")
         return connection
+
+
+async def commit(connection: Connection, statement: Coroutine[Any, Any, T]) -> T:
+    """Run a statement that commits; its effect is durable, as the database promises it, when this returns.
+
+    After its own limit, or when its task is cancelled, the driver has the database cancel a statement.
+    PostgreSQL then waits no longer for a synchronous standby, and commits without it. So the connection is
+    cut instead: its session goes on to wait.
+
+    Args:
+        connection: on which it runs, and no other one.
+        statement: with `timeout=NO_LIMIT_S`.
+
+    Raises:
+        StorageError: an administrator cancelled the wait for the standby: it may lack what was committed.
+        TimeoutError: there was no answer within `COMMAND_S` seconds: whether it was committed is unknown.
+    """
+    warnings = list[str]()
+
+    def note(_connection: object, message: asyncpg.PostgresLogMessage) -> None:
+        if message.sqlstate != _NOTICE:
+            warnings.append(str(message))
+
+    connection.add_log_listener(note)
+    running = asyncio.ensure_future(statement)
+    try:
+        await asyncio.wait({running}, timeout=COMMAND_S)
+        if not running.done():
+            raise TimeoutError(f"it did not answer within {COMMAND_S:g} s")
+        answer = running.result()
+        if warnings:
+            raise StorageError(f"the ledger's database committed with a warning: {warnings[0]}")
+        return answer
+    finally:
+        if running.done():
+            connection.remove_log_listener(note)
+        else:
+            connection.terminate()
+            await asyncio.wait({running})
+            running.exception()
 
 
 async def close(connection: Connection) -> None:

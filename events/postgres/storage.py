@@ -15,16 +15,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from asyncpg.transaction import Transaction
-
 from events.codec import hash_body
 from events.commands import KnownRequests
 from events.errors import LedgerForked, LedgerProblem, LogUnavailable
 from events.postgres.bases import read_stored_base
 from events.postgres.connection import (
+    NO_LIMIT_S,
     Connection,
     DatabaseClock,
     close,
+    commit,
     connect,
     describe_address,
     measure_clock,
@@ -76,10 +76,11 @@ class ReplicatedStorage:
         self._replica = Database(data / LEDGER, is_replica=True)
         self._clock = clock
         self._connection: Connection | None = None
-        self._transaction: Transaction | None = None
+        self._is_locked = False
         self._wake: Callable[[], None] = lambda: None
         self._is_notified = False
         self._was_open = False
+        self._is_marked = False
         self._looked_s = 0.0
         self.look_every_s: float | None = LOOK_EVERY_S
         self.authority = Authority()
@@ -119,15 +120,15 @@ class ReplicatedStorage:
             if stored.head.position == 0:
                 stored = await self._seed(self._connection, stored)
         except StorageError as error:
-            await self._disconnect()
+            self._cut()
             raise LogUnavailable(f"the ledger cannot be opened: {error}") from error
         except LedgerProblem as error:
-            await self._disconnect()
+            self._cut()
             if not self._was_open:
                 raise
             raise LogUnavailable(f"the ledger cannot be opened any more: {error}") from error
         except BaseException:
-            await self._disconnect()
+            self._cut()
             raise
         self._is_notified = self._was_open = True
         return stored
@@ -140,7 +141,6 @@ class ReplicatedStorage:
             self._clock.offset = await measure_clock(connection)
         shown = describe_address(self._address)
         _log.info("the ledger is in %s; %s", shown, await describe_durability(connection))
-        await asyncio.to_thread(mark_replica, self._data, shown)
 
     async def _seed(self, connection: Connection, stored: StoredLedger) -> StoredLedger:
         """Begin an empty replica at the database's base, whose state replaces archived events.
@@ -168,20 +168,22 @@ class ReplicatedStorage:
             EpochOver: `log_unavailable`, this node was declared lost; nothing was appended.
             NodeAlive: `node_alive`, the events declare a node lost that is not; nothing was appended.
         """
+        connection = self._connected
         with translated_errors("could not be written"):
-            answer = await self._connected.fetchval(
+            appending = connection.fetchval(
                 "SELECT append($1, $2, $3, $4, $5, $6, $7)",
                 after.position,
                 after.hash,
                 [row.body for row in rows],
                 [row.hash for row in rows],
                 *self.authority,
+                timeout=NO_LIMIT_S,
             )
-            if answer != "appended":
+            if await commit(connection, appending) != "appended":
                 raise HeadMoved
-            if self._transaction is not None:
-                transaction, self._transaction = self._transaction, None
-                await transaction.commit()
+            if self._is_locked:
+                self._is_locked = False
+                await commit(connection, connection.execute("COMMIT", timeout=NO_LIMIT_S))
         await self._replica.write(rows, changes, entities, after)
 
     async def read_after(self, head: LogHead) -> Sequence[Row]:
@@ -208,6 +210,9 @@ class ReplicatedStorage:
             before = LogHead(row.position, row.hash)
         if len(rows) == PAGE:
             self._is_notified = True
+        if not self._is_marked:  # only now it is known that the file and the database have one history
+            await asyncio.to_thread(mark_replica, self._data, describe_address(self._address))
+            self._is_marked = True
         return rows
 
     async def _check_end(self, head: LogHead) -> None:
@@ -233,20 +238,32 @@ class ReplicatedStorage:
     async def locked(self) -> AsyncIterator[None]:
         """Keep other servers from appending until `write` has committed, or the block ends."""
         with translated_errors("could not be locked"):
-            self._transaction = self._connected.transaction()
-            await self._transaction.start()
+            await self._connected.execute("BEGIN")
+            self._is_locked = True
             await self._connected.execute("SELECT lock_head()")
         try:
             yield
         finally:
-            transaction, self._transaction = self._transaction, None
-            if transaction is not None and self.is_open:
+            is_locked, self._is_locked = self._is_locked, False
+            if is_locked and self.is_open:
                 with translated_errors("could not be unlocked"):
-                    await transaction.rollback()
+                    await self._connected.execute("ROLLBACK")
 
     async def contains(self, head: LogHead) -> bool:
-        """Whether the replica has this event."""
-        return await self._replica.contains(head)
+        """Whether the database has this event, and its synchronous standby, if there is one.
+
+        What another session has appended may wait for the standby: it is not visible yet, or no longer waits.
+        The probe's commit comes after it, and waits, too.
+        """
+        await self._probe_database()
+        with translated_errors("could not be read"):
+            return bool(
+                await self._connected.fetchval(
+                    "SELECT EXISTS (SELECT FROM events WHERE position = $1 AND hash = $2)",
+                    head.position,
+                    head.hash,
+                )
+            )
 
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
@@ -264,8 +281,7 @@ class ReplicatedStorage:
 
     async def probe(self) -> None:
         """Commit transactions that change nothing, in the database and in the replica."""
-        with translated_errors("could not be written"):
-            await self._connected.execute("SELECT probe()")
+        await self._probe_database()
         await self._replica.probe()
 
     async def make_whole(self) -> bool:
@@ -273,15 +289,22 @@ class ReplicatedStorage:
         return await self._replica.make_whole()
 
     async def give_up(self, error: StorageError | None = None) -> None:
-        """Close both after an error."""
-        await self._disconnect()
+        """Close both after an error; the connection is cut, since to close it would cancel what it runs."""
+        self._cut()
         if self._replica.is_open:
             await self._replica.give_up(error)
 
     async def close(self) -> None:
         """Leave the replica as one complete file, and end."""
-        await self._disconnect()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await close(connection)
         await self._replica.close()
+
+    async def _probe_database(self) -> None:
+        connection = self._connected
+        with translated_errors("could not be written"):
+            await commit(connection, connection.execute("SELECT probe()", timeout=NO_LIMIT_S))
 
     @property
     def _connected(self) -> Connection:
@@ -289,10 +312,10 @@ class ReplicatedStorage:
             raise StorageError("the ledger's database is not connected")
         return self._connection
 
-    async def _disconnect(self) -> None:
-        connection, self._connection, self._transaction = self._connection, None, None
+    def _cut(self) -> None:
+        connection, self._connection, self._is_locked = self._connection, None, False
         if connection is not None:
-            await close(connection)
+            connection.terminate()
 
 
 def forked(address: str, head: LogHead) -> LedgerForked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -30,7 +30,13 @@ class LedgerNotEmpty(LedgerProblem):
 
 
 async def copy_ledger_in(
-    connection: Connection, stored: StoredBase, rows: Iterable[Row], head: LogHead, nodes: Iterable[Node] = ()
+    connection: Connection,
+    stored: StoredBase,
+    rows: Iterable[Row],
+    head: LogHead,
+    nodes: Iterable[Node] = (),
+    *,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> None:
     """Copy a verified ledger into an empty database, in one transaction.
 
@@ -40,6 +46,7 @@ async def copy_ledger_in(
         rows: all its events, in order.
         head: the last of them.
         nodes: of a replica: those that are present get a lease, after which they can be declared lost.
+        before_commit: called when all is in the transaction.
 
     Raises:
         LedgerNotEmpty: `ledger_not_empty`.
@@ -71,6 +78,7 @@ async def copy_ledger_in(
                 " VALUES ($1, $2, $3, clock_timestamp(), clock_timestamp())",
                 [(node.id, node.epoch, FIRST_LEASE_S) for node in nodes if node.is_present],
             )
+            before_commit()
 
 
 class DatabaseReader:

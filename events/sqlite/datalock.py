@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from events.audit.files import write_file
 from events.errors import DataInUse, IsReplica
 
 LEDGER = "ledger.db"
@@ -27,10 +28,17 @@ _LOCKED_BYTE = 0x4000_0000 + 512
 
 
 def mark_replica(data: Path, address: str) -> None:
-    """Note that the ledger of a data directory is a replica; `address` has no password."""
-    path = data / REPLICA
-    if not path.exists() or path.read_text(encoding="utf-8").strip() != address:
-        path.write_text(f"{address}\n", encoding="utf-8")
+    """Note durably that the ledger of a data directory is a replica; `address` has no password."""
+    if not is_replica_of(data, address):
+        with write_file(data / REPLICA, replace=True) as file:
+            file.write(f"{address}\n".encode())
+
+
+def is_replica_of(data: Path, address: str) -> bool:
+    """Whether the ledger of a data directory is marked as a replica of this database."""
+    with suppress(FileNotFoundError):
+        return (data / REPLICA).read_text(encoding="utf-8", errors="replace").strip() == address
+    return False
 
 
 def refuse_replica(data: Path) -> None:

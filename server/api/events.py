@@ -135,7 +135,9 @@ class EventListSchema(AnswerSchema):
 )
 async def list_events(request: web.Request) -> web.Response:
     """Answer with a page of events in their stored texts."""
-    page = await request.app[READER].event_page(_event_query(query_parameters(request)))
+    query = query_parameters(request)
+    await request.app[LOG].reach(query["after"] or 0)
+    page = await request.app[READER].event_page(_event_query(query))
     about = {"as_of": page.as_of, "oldest": page.base + 1, "next_cursor": page.next_cursor}
     lines = b",".join(event.line for event in page.items)
     body = b'{"events":[%b],%b' % (lines, json.dumps(about)[1:].encode())

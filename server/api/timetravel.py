@@ -30,9 +30,12 @@ async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
 
 @web.middleware
 async def time_travel_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Check the role for `?at=` before the rest of the request; between auth and validation."""
+    """Check the role for `?at=` before the rest of the request, and catch up; between auth and validation."""
     if "at" in request.query and _takes_at(request.match_info.handler):
         check_role(request[PRINCIPAL], Access.AUDIT)
+        at = request.query["at"]
+        if at.isdecimal() and len(at) < 20:  # noqa: PLR2004 - a position is a 64-bit integer
+            await request.app[LOG].reach(int(at))
     return await handler(request)
 
 

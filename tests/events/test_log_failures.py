@@ -31,6 +31,7 @@ from events.errors import (
     LedgerProblem,
     LogUnavailable,
     NotEncodable,
+    OutcomeUnknown,
     RequestRefused,
 )
 from events.log import Log
@@ -178,7 +179,7 @@ def test_unknown_commit_is_acknowledged_only_when_on_disk(path: Path, fails_once
             await database_of(log).run(lambda: fail_fsync(wal if fails_once else None))
             results = await asyncio.gather(*map(log.submit, facts(5, first=4)), return_exceptions=True)
             found = [getattr(result, "position", type(result)) for result in results]
-            assert found == ([4, 5, 6, 7, 8] if fails_once else [LogUnavailable] * 5)
+            assert found == ([4, 5, 6, 7, 8] if fails_once else [OutcomeUnknown] * 5)
             assert (log.healthy, log.head.position) == ((True, 8) if fails_once else (False, 3))
             if fails_once:
                 await write(log, 1, first=9)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,25 @@ from events.errors import LedgerDamaged, LogUnavailable
 from events.postgres.bases import move_base
 from events.postgres.connection import Connection, close, connect, describe_address
 from events.postgres.schema import check_owner, check_schema, migrate
-from events.postgres.transfer import DatabaseReader, copy_ledger_in, make_replica, open_database_reader
+from events.postgres.transfer import (
+    DatabaseReader,
+    LedgerNotEmpty,
+    copy_ledger_in,
+    make_replica,
+    open_database_reader,
+)
 from events.sqlite.bases import state_at_base
-from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, mark_replica, refuse_replica
+from events.sqlite.datalock import (
+    LEDGER,
+    is_replica_of,
+    lock_data,
+    lock_ledger,
+    mark_replica,
+    refuse_replica,
+)
 from events.sqlite.proof import open_log_reader
 from events.state import State
-from events.storage import StorageError, StoredBase
+from events.storage import LogHead, StorageError, StoredBase
 from events.types import LogBase
 
 
@@ -49,11 +63,9 @@ async def migrate_database(address: str, server_role: str | None, data: Path | N
         if data is None:
             return {"migrations": applied, "server_role": server_role}
         with lock_data(data), lock_ledger(data / LEDGER):
-            refuse_replica(data)
-            await _copy(connection, data / LEDGER)
-            found = await verify_address(address, None)
+            head = await _copy(connection, data, describe_address(address, server_role))
+            found = await verify_address(address, Expected(head.position, head.hash))
             _refuse_finding(found.finding, "the copy in the database")
-            mark_replica(data, describe_address(address, server_role))
     proved = found.verification
     return {
         "migrations": applied,
@@ -77,14 +89,27 @@ async def _owned(address: str) -> AsyncIterator[Connection]:
         raise LogUnavailable(str(error)) from error
 
 
-async def _copy(connection: Connection, path: Path) -> None:
-    """Copy a ledger that verifies into the empty database."""
+async def _copy(connection: Connection, data: Path, shown: str) -> LogHead:
+    """Copy a ledger that verifies into the empty database at the address `shown`, and return its head.
+
+    The ledger is marked as a replica before the COMMIT: if the process ends after it, no server alone goes on
+    with the file. After an end before it, the next call copies; after a later one, the next call verifies.
+    """
+    path, is_marked = data / LEDGER, is_replica_of(data, shown)
+    if not is_marked:
+        refuse_replica(data)
     _refuse_finding(audit(path).finding, f"the ledger {path.name}")
     with open_log_reader(path) as source:
         source.begin()
         stored, head = source.stored_base(), source.head()
         rows = source.rows(stored.base.position, head.position)
-        await copy_ledger_in(connection, stored, rows, head, source.nodes())
+        mark = partial(mark_replica, data, shown)
+        try:
+            await copy_ledger_in(connection, stored, rows, head, source.nodes(), before_commit=mark)
+        except LedgerNotEmpty:
+            if not is_marked:
+                raise
+    return head
 
 
 def _refuse_finding(finding: Finding | None, what: str) -> None:

@@ -4,9 +4,12 @@ import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import asyncpg
 import pytest
+from support.cutting import cutting_proxy
 from support.history import MODEL, History, facts, ids, write
 from support.ledgers import append_events, rows_of
 from support.postgres import Database, postgres_server
@@ -22,18 +25,23 @@ from support.workers import until
 
 from events.audit.verify import verify
 from events.clock import format_timestamp, seconds_between, utc_now
-from events.commands import Receipt, RequestLoad, RequestUnload
+from events.commands import Receipt, RequestCancel, RequestLoad, RequestUnload
 from events.errors import (
     EpochOver,
     ForeignHead,
     LedgerForked,
     LedgerProblem,
     LogUnavailable,
+    OutcomeUnknown,
     RequestRefused,
 )
 from events.log import Log
 from events.postgres.storage import CHANNEL, Authority
-from events.storage import LogHead, Row
+from events.sqlite.datalock import REPLICA, refuse_replica
+from events.sqlite.history import BeyondHead
+from events.sqlite.listing import open_reader
+from events.storage import LogHead, Row, StorageError
+from events.tail import Tails
 from events.types import Event, Idempotency
 
 LIMIT_S = 60
@@ -168,6 +176,97 @@ async def test_promoted_standby_has_all_acknowledged_events(tmp_path: Path) -> N
         assert verify(tmp_path / "a" / "ledger.db").position == 51
 
 
+CANCEL_WAIT = """
+SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%append%'
+"""
+
+
+@pytest.mark.parametrize("ends", ["limit", "administrator"])
+async def test_append_that_no_standby_has_is_not_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    monkeypatch.setattr("events.postgres.connection.COMMAND_S", 0.5 if ends == "limit" else 2.0)
+    async with postgres_server() as server, server.database(make_ledger) as database:
+        standby = await server.standby()
+        address = database.url("ledger_server", server.address, standby.address)
+        async with opened_replica(f"{address}?target_session_attrs=primary", tmp_path / "a") as log:
+            await write(log, 1)
+            await standby.stop("immediate")
+            waiting = asyncio.create_task(log.submit(load("1")))
+            if ends == "administrator":
+                async with server.connection() as superuser:
+                    while not await superuser.fetchval(CANCEL_WAIT):  # noqa: ASYNC110 - no event
+                        await asyncio.sleep(0.01)
+            with pytest.raises(OutcomeUnknown, match="it is unknown whether"):
+                await waiting
+            await server.kill()
+            await standby.start()
+            await standby.promote()
+            assert (
+                await rows_in(Database(standby, database.name)) == rows_of(tmp_path / "a" / "ledger.db")[:1]
+            )
+
+
+async def test_append_waits_for_a_standby_that_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("events.postgres.connection.COMMAND_S", 0.5)
+    async with postgres_server() as server, server.database(make_ledger) as database:
+        standby = await server.standby()
+        async with opened_replica(database.server_url, tmp_path / "a") as log:
+            await write(log, 1)
+            await standby.stop("immediate")
+            with pytest.raises(OutcomeUnknown):
+                await log.submit(load("1"))
+            assert await rows_in(database) == rows_of(tmp_path / "a" / "ledger.db")
+            assert log.head.position == 1
+            await standby.start()
+            await until(lambda: log.healthy)
+            assert (await log.submit(load("1"))) == Receipt(ANY, existing=True, position=2)
+
+
+async def test_head_never_goes_back_after_an_uncertain_commit(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        cutting_proxy(ledger.server.address) as proxy,
+        opened_replica(ledger.url("ledger_server", proxy.address), tmp_path / "a") as one,
+        opened_replica(ledger.server_url, tmp_path / "b") as other,
+    ):
+        await write(one, 1)
+        await heads_agree(one, other)
+        proxy.swallow("answers")
+        uncertain = asyncio.create_task(one.submit(next(facts(1, first=2))))
+        await until(lambda: other.head.position == 2)
+        await write(other, 1, first=3)
+        await proxy.reset()
+        proxy.heal()
+        assert (await uncertain).position == 2
+        assert (one.head.position, one.state.position) == (3, 3)
+        await write(one, 1, first=4)
+        await heads_agree(one, other)
+    assert verify(tmp_path / "a" / "ledger.db").position == 4
+
+
+async def test_uncertain_commit_of_the_replica_ends_no_writer(
+    ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a") as one,
+        opened_replica(ledger.server_url, tmp_path / "b") as other,
+    ):
+        storage = storage_of(other)
+        store = storage.store
+
+        async def store_and_fail(*args: Any) -> None:
+            monkeypatch.undo()
+            await store(*args)
+            raise StorageError("the disk did not answer a commit")
+
+        monkeypatch.setattr(storage, "store", store_and_fail)
+        await write(one, 1)
+        await heads_agree(one, other)
+        assert (await write(other, 1, first=2))[0].position == 2
+
+
 LAST = "position = (SELECT max(position) FROM events)"
 TIP = f"UPDATE head SET (position, hash) = (SELECT position, hash FROM events WHERE {LAST})"
 CHANGES = {
@@ -183,10 +282,12 @@ async def test_server_stops_at_a_database_with_another_history(
     async with opened_replica(ledger.server_url, tmp_path / "a") as log:
         await write(log, 3)
     await change(ledger, CHANGES[changed], TIP)
+    (tmp_path / "a" / REPLICA).unlink()
     later = replica_log(ledger.server_url, tmp_path / "a")
     with pytest.raises(LedgerForked, match="does not have the event at position 3"):
         await later.open()
     await later.close()
+    refuse_replica(tmp_path / "a")  # it may be a ledger of its own, given the wrong database
 
 
 async def test_running_writer_ends_when_the_history_changes(ledger: Database, tmp_path: Path) -> None:
@@ -273,6 +374,44 @@ async def test_refusal_rests_on_what_others_have_appended(ledger: Database, tmp_
         assert isinstance(receipt, Receipt)
         assert isinstance(refused, RequestRefused)
         assert other.head.position == 1 + len(loaded()) + 1
+
+
+async def test_existing_job_rests_on_what_others_have_appended(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        opened_replica(ledger.server_url, tmp_path / "a", new_id=ids("a")) as one,
+        opened_replica(ledger.server_url, tmp_path / "b", new_id=ids("b")) as other,
+    ):
+        request = RequestLoad(MODEL, 1, None, "alice")
+        first = await one.submit(request)
+        await heads_agree(one, other)
+        assert (await other.submit(request)).job_id == first.job_id
+        await be_deaf(other)
+        assert first.job_id is not None
+        await one.submit(RequestCancel(first.job_id, "bob"))
+        again = await other.submit(request)
+        assert (again.existing, again.job_id == first.job_id) == (False, False)
+
+
+async def test_position_read_at_another_server_is_reached(ledger: Database, tmp_path: Path) -> None:
+    async with (
+        cutting_proxy(ledger.server.address) as proxy,
+        opened_replica(ledger.server_url, tmp_path / "a") as one,
+        opened_replica(ledger.url("ledger_server", proxy.address), tmp_path / "b") as other,
+        open_reader(tmp_path / "b" / "ledger.db") as reader,
+    ):
+        tails = Tails(other, reader, [reader])
+        await write(one, 1)
+        await heads_agree(one, other)
+        await be_deaf(other)
+        await write(one, 2, first=2)
+        await tails.reaches(3)
+        assert other.head.position == 3
+        with pytest.raises(BeyondHead):
+            await tails.reaches(4)
+        await write(one, 1, first=4)
+        await proxy.cut()
+        with pytest.raises(LogUnavailable, match="ask another node"):
+            await tails.reaches(4)
 
 
 async def test_clock_that_is_ahead_is_measured_before_an_append(ledger: Database, tmp_path: Path) -> None:

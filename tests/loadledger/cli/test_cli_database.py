@@ -18,9 +18,10 @@ from support.replicas import change, make_ledger, replica_log, rows_in
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
-from events.errors import LedgerForked
-from events.sqlite.datalock import LEDGER, REPLICA
+from events.errors import IsReplica, LedgerForked
+from events.sqlite.datalock import LEDGER, REPLICA, mark_replica, refuse_replica
 from events.sqlite.schema import connect
+from loadledger.cli.local import localdatabase
 from server.app import create_app
 from server.auth.keys import ensure_data_dir, open_signer
 from server.config import Config
@@ -114,6 +115,29 @@ def test_migrate_refuses_ledgers_it_cannot_copy(database: Database, data: Path) 
     assert "is a replica of the ledger in postgresql://db/other" in refused(*migrate)
     assert "no name of a role" in refused(*migrate[:3], "--server-role", 'x"; DROP')
     assert count_rows(database) == 0
+
+
+def mark_and_end(data: object, address: str, *_: object) -> None:
+    if isinstance(data, Path):
+        mark_replica(data, address)
+    sys.exit(9)
+
+
+@pytest.mark.parametrize("step", ["mark_replica", "verify_address"])
+def test_migrate_that_was_killed_is_completed(
+    database: Database, data: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    printed("migrate", "--ledger", database.owner_url, "--server-role", "ledger_server")
+    with monkeypatch.context() as patch:
+        patch.setattr(localdatabase, step, mark_and_end)
+        with pytest.raises(SystemExit):
+            asyncio.run(localdatabase.migrate_database(database.owner_url, "ledger_server", data))
+    assert count_rows(database) == (0 if step == "mark_replica" else HEAD)
+    with pytest.raises(IsReplica, match="is a replica of the ledger in postgresql://ledger_server"):
+        refuse_replica(data)
+    again = ("migrate", "--ledger", database.owner_url, "--server-role", "ledger_server", "--data", data)
+    assert f"copied and verified: {HEAD} events, head {head_of(data)}" in printed(*again)
+    assert count_rows(database) == HEAD
 
 
 # a ledger that was migrated
