@@ -485,6 +485,7 @@ def _joined(state: State, command: JoinNode, now: Timestamp) -> NodeJoined:
         last_seen_at=command.last_seen_at,
         no_node_since=None if since is None else min(now, max(since, state.recorded_at)),
         confinement=command.confinement,
+        instance=command.instance,
     )
 
 

@@ -206,6 +206,7 @@ class JoinNode:
     last_seen_at: Timestamp | None = None
     no_node_since: Timestamp | None = None
     confinement: Confinement | None = None
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -332,7 +332,7 @@ class Log:
                 if commands:
                     await self._write(commands)
                 for each in group:
-                    if isinstance(each, PendingNote):
+                    if isinstance(each, PendingNote) and not each.done.done():
                         await self._note(each)
                 if not self._is_complete:
                     self._is_complete = await self._storage.make_whole()
@@ -345,6 +345,8 @@ class Log:
         """Catch up if another server may have appended, or a caller asks; then answer those who do."""
         looks, self._looks = self._looks, []
         has_looked = False
+        if looks and not self._storage.is_open:
+            await self._probe()
         if (looks or self._storage.is_behind) and self._storage.is_open:
             with suppress(LogUnavailable):  # the next probe, or command, opens the storage anew
                 await self._catch_up()
@@ -528,8 +530,13 @@ class Log:
 
     async def _fail_note(self, note: PendingNote, error: Exception) -> None:
         """Log a failed note, and probe whether the log itself can be written."""
-        _log.warning("the last uses of models, and that the server is there, could not be noted: %s", error)
-        if isinstance(error, StorageError) and error.is_disk_error:
-            await self._storage.give_up(error)
+        if self._can_write:
+            _log.warning(
+                "the last uses of models, and that the server is there, could not be noted: %s", error
+            )
+        if isinstance(error, StorageError):
+            self._note_failure(error)
+            if error.is_disk_error:
+                await self._storage.give_up(error)
         await self._probe()
         fail_callers([note], NotEncodable() if isinstance(error, UnicodeEncodeError) else LogUnavailable())

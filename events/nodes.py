@@ -48,6 +48,7 @@ class NodeJoined(Struct, frozen=True, gc=False):
         no_node_since: since when no node was there; None if another one was. Jobs are not charged for the
             time since.
         confinement: of its workers.
+        instance: id of the process that joined, random, so that two servers with one name are told apart.
     """
 
     TYPE: ClassVar[str] = "NodeJoined"
@@ -62,6 +63,7 @@ class NodeJoined(Struct, frozen=True, gc=False):
     last_seen_at: Timestamp | None = None
     no_node_since: Timestamp | None = None
     confinement: Confinement | None = None
+    instance: str = ""
 
 
 class NodeDraining(Struct, frozen=True, gc=False):
@@ -233,6 +235,7 @@ class Lease(Struct, frozen=True, gc=False):
         is_late: whether it did not renew in time, by the database's clock.
         renewed_at: when it did last.
         hints: what it last said of itself, as JSON.
+        instance: of the process that joined.
     """
 
     node_id: str
@@ -241,3 +244,4 @@ class Lease(Struct, frozen=True, gc=False):
     is_late: bool
     renewed_at: Timestamp
     hints: str
+    instance: str = ""

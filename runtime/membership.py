@@ -1,14 +1,15 @@
 """The membership of this node: it joins, renews its lease, declares late nodes lost, and leaves.
 
-A lease is judged by the database's clock alone. A node that cannot renew is away: it answers inferences, and
-records and begins nothing, since its appends need the database too. When it is back and was declared lost
-meanwhile, its part of the state is empty, so its workers end, and it joins anew.
+A lease says that the node works: before each renewal the writer has read the database's head, and written to
+the replica's disk. The database's clock alone judges it. A node that cannot renew answers inferences for a
+while, and records and begins nothing. When its epoch is over, its workers end, and it joins anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +19,7 @@ import msgspec
 
 from events.clock import boottime
 from events.commands import JoinNode, LeaveNode, LoseNode, Receipt
-from events.errors import LedgerProblem, LogUnavailable, NodeAlive, RequestRefused
+from events.errors import LedgerProblem, LogUnavailable
 from events.log import Log
 from events.nodes import Lease
 from events.storage import StorageError
@@ -31,6 +32,12 @@ RENEWALS_PER_LEASE = 3
 
 START_LIMIT_S = 10.0
 """Time limit of reading the leases at the start: a node has no lease yet that could run out meanwhile."""
+
+HINTS_SHARE = 1 / 3
+"""Share of a renewal's limit in which the node describes itself, or else repeats what it said last."""
+
+WATCH_S = 1.0
+"""How often the end of the time to serve is looked for, at least: the loop's clock stops in a suspend."""
 
 RETRY_S = 0.5
 """Pause after a renewal that failed, and before a node that was lost tries to join again."""
@@ -80,16 +87,18 @@ class Membership:
         table: the leases.
         command: with which it joins.
         lease_s: seconds without a renewal after which it may be declared lost.
-        away_limit_s: seconds without a renewal after which it ends its workers.
+        away_limit_s: seconds for which it serves without a renewal.
+        serves_sick: whether a node that cannot renew, but reads in its lease that its epoch goes on, serves.
         authorise: tells the log's storage as whom it appends.
 
     Attributes:
         epoch: the present one; None before it has joined.
         leases: of all nodes, as last read.
         peers: the hints of all nodes, as last read.
+        problem: why the last renewal failed; None if it did not.
         hints: returns what this node says of itself.
         on_change: called when the epoch or the leases have changed.
-        end_workers: called when this node may not serve any longer without the database.
+        end_workers: called when this node may not serve any longer.
     """
 
     def __init__(
@@ -100,60 +109,72 @@ class Membership:
         *,
         lease_s: float,
         away_limit_s: float,
+        serves_sick: bool = False,
         authorise: Authorise,
     ) -> None:
         self._log = log
         self._table = table
-        self._command = command
+        self._instance = secrets.token_hex(8)
+        self._command = replace(command, instance=self._instance)
         self._lease_s = lease_s
         self._away_limit_s = away_limit_s
+        self._serves_sick = serves_sick
         self._authorise = authorise
         self._limit_s = lease_s / RENEWALS_PER_LEASE
-        self._renewed_s = boottime()
-        self._is_noted = False
+        self._renewed_s = self._confirmed_s = boottime()
         self._leaves = False
+        self._described = ""
+        self._describing: asyncio.Task[NodeHints] | None = None
+        self._judging: asyncio.Task[None] | None = None
         self.node_id = command.node_id
         self.epoch: int | None = None
         self.leases: Sequence[Lease] = ()
+        self.problem: str | None = None
         self.hints: Callable[[], Awaitable[NodeHints]] = _no_hints
         self.peers: Mapping[str, NodeHints] = {}
         self.on_change: Callable[[], None] = lambda: None
         self.end_workers: Callable[[], None] = lambda: None
 
     @property
-    def away_s(self) -> float:
-        """Seconds since the last renewal; beyond the lease the other nodes may give this one up."""
-        return boottime() - self._renewed_s
+    def is_late(self) -> bool:
+        """Whether the other nodes may declare this one lost."""
+        return boottime() - self._renewed_s > self._lease_s
 
     @property
     def may_serve(self) -> bool:
         """Whether this node may answer inferences, with the database or without."""
-        return self.away_s <= self._away_limit_s
+        return self.epoch is not None and boottime() - self._confirmed_s <= self._away_limit_s
+
+    @property
+    def is_sick(self) -> bool:
+        """Whether the lease is over although the database answers, or this node ended its workers."""
+        is_over = self.epoch is None or self._confirmed_s > self._renewed_s
+        return is_over and self.is_late and self.problem is not None
 
     async def start(self) -> Receipt:
         """Join, before anything else is appended.
 
         Raises:
             NameInUse: `node_name_in_use`.
-            LogUnavailable: `log_unavailable`, the database cannot be written.
+            LogUnavailable: `log_unavailable`, the database or the replica cannot be written.
         """
         return await self._join(self._log.begin, START_LIMIT_S)
 
     async def run(self) -> None:
-        """Renew the lease, and declare late nodes lost, until this node leaves."""
-        while not self._leaves:
-            try:
-                await self._renew()
-                pause_s = self._limit_s
-                if self._is_noted:
-                    _log.warning("the lease of node %s is renewed again", self.node_id)
-                self._is_noted = False
-            except (StorageError, LedgerProblem) as error:
-                self._note_failure(error)
-                pause_s = min(RETRY_S, self._limit_s)
-                if not self.may_serve:
-                    self.end_workers()
-            await asyncio.sleep(pause_s)
+        """Renew the lease, and declare late nodes lost, until this node leaves.
+
+        Raises:
+            NameInUse: `node_name_in_use`, another server has joined with this node's name.
+        """
+        watching = asyncio.create_task(self._watch(), name="lease")
+        try:
+            while not self._leaves:
+                pause_s = await self._renew_or_note()
+                await asyncio.sleep(pause_s)
+        finally:
+            for task in (watching, self._describing, self._judging):
+                if task is not None:
+                    task.cancel()
 
     async def leave(self) -> None:
         """End the epoch in order; nothing is appended after it, and a renewal meanwhile does not join again.
@@ -165,13 +186,40 @@ class Membership:
         if self.epoch is not None:
             await self._log.submit(LeaveNode(self.node_id, self.epoch))
 
+    async def _watch(self) -> None:
+        """End the epoch when the time to serve without a renewal is over, whatever the renewal waits for."""
+        while True:
+            left_s = self._confirmed_s + self._away_limit_s - boottime()
+            if left_s <= 0 and self.epoch is not None and not self._leaves:
+                _log.warning(
+                    "node %s has not renewed its lease for too long: it ends its workers", self.node_id
+                )
+                self._end_epoch()
+            await asyncio.sleep(min(max(left_s, 0.0) + 0.01, WATCH_S))
+
+    async def _renew_or_note(self) -> float:
+        """Renew once; return the seconds to the next time."""
+        try:
+            await self._renew()
+        except NameInUse:
+            raise
+        except (StorageError, LedgerProblem) as error:
+            if self.problem is None:
+                _log.warning("the lease of node %s could not be renewed: %s", self.node_id, error)
+            self.problem = str(error)
+            return min(RETRY_S, self._limit_s)
+        if self.problem is not None:
+            _log.warning("the lease of node %s is renewed again", self.node_id)
+        self.problem = None
+        return self._limit_s
+
     async def _join(self, submit: Callable[[JoinNode], Awaitable[Receipt]], limit_s: float) -> Receipt:
         try:
             leases = await self._table.read(limit_s)
+            own = await self._watch_other(self._find_own(leases), limit_s)
         except StorageError as error:
             raise LogUnavailable(str(error)) from error
-        own = next((lease for lease in leases if lease.node_id == self.node_id), None)
-        self._refuse_other(own)
+        await self._check_work(limit_s)
         there = any(not lease.ended and not lease.is_late for lease in leases)
         command = replace(
             self._command,
@@ -179,61 +227,124 @@ class Membership:
             no_node_since=None if there or not leases else max(lease.renewed_at for lease in leases),
         )
         self._authorise(self.node_id, None, self._lease_s)
+        began_s = boottime()
         receipt = await submit(command)
         node = self._log.state.nodes[self.node_id]
         if node.position != receipt.position:
-            raise NameInUse(
-                f"another server has joined as node {self.node_id!r} just now: name each differently"
-            )
+            raise self._name_in_use()
         self._authorise(self.node_id, node.epoch, self._lease_s)
-        self._renewed_s, self.epoch = boottime(), node.epoch
+        self._renewed_s, self._confirmed_s, self.epoch = began_s, began_s, node.epoch
         self.on_change()
         return receipt
 
-    def _refuse_other(self, own: Lease | None) -> None:
-        """Refuse a name with which another server renews: its address is another one."""
+    def _find_own(self, leases: Sequence[Lease]) -> Lease | None:
+        return next((lease for lease in leases if lease.node_id == self.node_id), None)
+
+    async def _watch_other(self, own: Lease | None, limit_s: float) -> Lease | None:
+        """Return this node's lease when no other process renews it.
+
+        The process before this one may have been killed, so one that joined is watched for as long as a
+        renewal and its limit take.
+
+        Raises:
+            NameInUse: `node_name_in_use`, another process renewed it meanwhile.
+            StorageError: the database does not answer.
+        """
+        if own is None or own.ended or own.is_late or own.instance == self._instance:
+            return own
+        _log.info("node %s joined before, and its lease goes on: is it there?", self.node_id)
+        await asyncio.sleep(2 * self._limit_s)
+        now = self._find_own(await self._table.read(limit_s))
+        if now is None or (now.epoch, now.renewed_at) != (own.epoch, own.renewed_at):
+            raise self._name_in_use()
+        return now
+
+    def _name_in_use(self) -> NameInUse:
         known = self._log.state.nodes.get(self.node_id)
-        if own is None or own.ended or own.is_late or known is None or known.address == self._command.address:
-            return
-        raise NameInUse(
-            f"node {self.node_id!r} is there, at {known.address}: give this server another --node-name, or "
-            f"wait until that one has left or its lease of {self._lease_s:g} s is over"
+        where = f", at {known.address}" if known is not None else ""
+        return NameInUse(
+            f"node {self.node_id!r} is there{where}, and renews its lease: "
+            "give this server another --node-name, or stop that one"
         )
 
+    async def _check_work(self, limit_s: float) -> None:
+        """Check that this node works: its writer reads the database's head, and writes to the replica's disk.
+
+        Raises:
+            LogUnavailable: it does not, or not within `limit_s` seconds.
+        """
+        try:
+            async with asyncio.timeout(limit_s):
+                if not await self._log.look():
+                    raise LogUnavailable("the ledger's database cannot be read")
+                await self._log.note({})
+        except TimeoutError:
+            reason = f"the replica's disk, or the database, did not answer within {limit_s:g} s"
+            raise LogUnavailable(reason) from None
+
     async def _renew(self) -> None:
+        """Renew the lease if this node works, and read all leases.
+
+        Raises:
+            LedgerProblem: the node does not work.
+            StorageError: the database does not answer.
+            NameInUse: `node_name_in_use`, another server has joined with this node's name.
+        """
         if self.epoch is None:
             await self._join(self._log.submit, self._limit_s)
             return
-        began_s = boottime()
-        hints = _ENCODER.encode(await self.hints()).decode()
-        is_renewed = await self._table.renew(self.node_id, self.epoch, self._lease_s, hints, self._limit_s)
+        began_s, epoch, problem = boottime(), self.epoch, None
+        try:
+            await self._check_work(self._limit_s)
+            await self._table.renew(self.node_id, epoch, self._lease_s, await self._describe(), self._limit_s)
+        except LedgerProblem as error:
+            problem = error
+        self.leases = await self._table.read(self._limit_s)
+        own = self._find_own(self.leases)
         if self._leaves:
             return
-        if not is_renewed:
-            _log.warning("node %s was declared lost; it ends its workers, and joins again", self.node_id)
-            self.epoch = None
-            self.on_change()
+        if self.epoch == epoch and (own is None or own.ended or own.epoch != epoch):
+            _log.warning("the epoch of node %s is over; it ends its workers, and joins again", self.node_id)
+            self._end_epoch()
+            if own is not None and not own.ended and own.instance != self._instance:
+                raise self._name_in_use()
             await self._join(self._log.submit, self._limit_s)
             return
-        self._renewed_s = began_s
-        self.leases = await self._table.read(self._limit_s)
+        if problem is not None:
+            self._confirmed_s = began_s if self._serves_sick else self._confirmed_s
+            raise problem
+        if self.epoch != epoch:  # the time to serve was over meanwhile
+            return
+        self._renewed_s = self._confirmed_s = began_s
         self.peers = {lease.node_id: _decode_hints(lease.hints) for lease in self.leases}
         self.on_change()
-        for lease in self.leases:
-            if lease.is_late and not lease.ended and lease.node_id != self.node_id:
-                await self._lose(lease)
+        late = [each for each in self.leases if each.is_late and not each.ended and each is not own]
+        if late and (self._judging is None or self._judging.done()):
+            self._judging = asyncio.create_task(self._judge(late), name="late nodes")
 
-    async def _lose(self, lease: Lease) -> None:
-        """Declare a node lost; the database refuses that if it has renewed, or this node has not for long."""
-        node = self._log.state.nodes.get(lease.node_id)
-        if node is not None and node.is_present and node.epoch == lease.epoch:
-            with suppress(RequestRefused, NodeAlive):
-                await self._log.submit(LoseNode(lease.node_id, lease.epoch, lease.renewed_at))
-                _log.warning(
-                    "node %s is lost: it renewed its lease last at %s", lease.node_id, lease.renewed_at
-                )
+    def _end_epoch(self) -> None:
+        """End the workers, and append nothing more; the consumer may be stuck behind the log."""
+        self.epoch = None
+        self.end_workers()
+        self.on_change()
 
-    def _note_failure(self, error: Exception) -> None:
-        if not self._is_noted:
-            _log.warning("the lease of node %s could not be renewed: %s", self.node_id, error)
-        self._is_noted = True
+    async def _describe(self) -> str:
+        """Return what this node says of itself; a disk that hangs does not delay a renewal."""
+        if self._describing is None:
+            self._describing = asyncio.ensure_future(self.hints())
+        done, _ = await asyncio.wait({self._describing}, timeout=self._limit_s * HINTS_SHARE)
+        if done:
+            self._described = _ENCODER.encode(self._describing.result()).decode()
+            self._describing = None
+        return self._described
+
+    async def _judge(self, late: Sequence[Lease]) -> None:
+        """Declare nodes lost; the database refuses that if one has renewed, or this node has not for long."""
+        for lease in late:
+            node = self._log.state.nodes.get(lease.node_id)
+            if node is not None and node.is_present and node.epoch == lease.epoch:
+                with suppress(LedgerProblem):  # the next renewal sees whether it is still late
+                    await self._log.submit(LoseNode(lease.node_id, lease.epoch, lease.renewed_at))
+                    _log.warning(
+                        "node %s is lost: it renewed its lease last at %s", lease.node_id, lease.renewed_at
+                    )

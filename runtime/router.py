@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +46,10 @@ class ModelReplaced(ModelRecovering):
 
 class OtherVersionLoaded(ModelNotLoaded):
     """Another version than the named one is loaded."""
+
+
+class NodeAway(ModelNotLoaded):
+    """This node has not renewed its lease: its models may be loaded at other nodes; ask one of them."""
 
 
 class ModelElsewhere(ModelNotLoaded):
@@ -123,8 +127,8 @@ class ModelRoute:
 class Router:
     """Finds the load of a model among the running ones; the repository only says why there is none.
 
-    At most `max_queue` inferences of one model may be queued or running. `node_id` is this node; None for a
-    server alone.
+    At most `max_queue` inferences of one model may be queued or running. `node_id` is this node, and
+    `may_serve` says whether it may answer; None for a server alone, which always may.
     """
 
     def __init__(
@@ -135,7 +139,9 @@ class Router:
         *,
         max_queue: int,
         node_id: str | None = None,
+        may_serve: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._may_serve = may_serve
         self._log = log
         self._loads = loads
         self._repository = repository
@@ -271,6 +277,7 @@ class Router:
         Raises:
             ModelNotLoaded: `model_not_loaded`; `ModelRecovering` while it is being reloaded.
             ModelElsewhere: `model_not_loaded`, it is loaded at another node.
+            NodeAway: `model_not_loaded`, this node may not answer.
             OtherVersionLoaded: `model_not_loaded`, another version is.
             ModelUnloading: `model_unloading`.
         """
@@ -279,6 +286,8 @@ class Router:
         if known is None or known[0] is not model:
             known = self._make_route(model_id, model)
         route = known[1]
+        if not self._may_serve():
+            raise NodeAway
         if version not in (None, route.version):
             raise OtherVersionLoaded(
                 f"version {version} of model '{model_id}' is not loaded, version {route.version} is; "

@@ -210,10 +210,18 @@ async def _relocate_for_proxy(request: web.Request, response: web.StreamResponse
 
 
 async def _begin_stop(app: web.Application) -> None:
-    """End long waits and streams, since clean-up waits for their handlers."""
+    """End long waits and streams, since clean-up waits for their handlers.
+
+    A node leaves before that: the other nodes load its models at once, while its running inferences end.
+    """
     app[STOPPING].set()
     app[STREAMS].tails.close()
     app[LOG].notify()
+    if MEMBERSHIP in app and not failed_tasks(app):
+        await app[CONSUMER].stop()
+        await asyncio.wait([app[CONSUMER_TASK]])
+        with suppress(LedgerProblem):  # the other nodes find this one late
+            await app[MEMBERSHIP].leave()
 
 
 async def _data_directory(app: web.Application) -> AsyncIterator[None]:
@@ -282,9 +290,9 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
         denials.close()
         await counting
         await asyncio.wait([noting])
-        if not failed_tasks(app):  # after a failure the next start must see an unclean stop
+        if not shared and not failed_tasks(app):  # after a failure the next start must see an unclean stop
             with suppress(LedgerProblem):  # the stop counts as unclean then
-                await (app[MEMBERSHIP].leave() if shared else log.server_stopped())
+                await log.server_stopped()
         await keeper.keep(prover.head(log))
     finally:
         if shared:
@@ -425,6 +433,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         app[REPOSITORY],
         max_queue=config.inference_queue,
         node_id=app[MEMBERSHIP].node_id if MEMBERSHIP in app else None,
+        may_serve=lambda: MEMBERSHIP not in app or app[MEMBERSHIP].may_serve,
     )
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")

@@ -81,6 +81,7 @@ class SharedLedger:
             command,
             lease_s=self._config.lease_s,
             away_limit_s=self._config.away_limit_s(),
+            serves_sick=self._config.when_away == "serve",
             authorise=self._authorise,
         )
         receipt = await membership.start()

@@ -23,6 +23,7 @@ import uvloop
 from aiohttp import web
 
 from events.errors import LedgerForked
+from runtime.membership import NameInUse
 from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
 from server.auth.tokens import TOKENS
@@ -274,14 +275,15 @@ async def _wait_for_end(app: web.Application, stop: asyncio.Event) -> int:
 
     Raises:
         LedgerForked: `ledger_forked`, the writer has found another history.
+        NameInUse: `node_name_in_use`, another server has joined with this node's name.
     """
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({stopping, *vital_tasks(app).values()}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     defects = failed_tasks(app)
-    forks = [defect for defect in defects.values() if isinstance(defect, LedgerForked)]
-    if forks:
-        raise forks[0]  # no defect of this server, and no start of it mends that
+    refusals = [defect for defect in defects.values() if isinstance(defect, LedgerForked | NameInUse)]
+    if refusals:
+        raise refusals[0]  # no defect of this server, and no start of it mends that
     for name, defect in defects.items():
         _log.critical("the %s ended; the server stops", name, exc_info=defect)
     return 1 if defects else 0

@@ -97,7 +97,7 @@ def translated_errors(what: str) -> Iterator[None]:
 
 
 async def connect(address: str, *, command_s: float | None = COMMAND_S, **settings: str) -> Connection:
-    """Connect to a database; commits are durable whatever the database's default is.
+    """Connect to a database; commits are durable whatever its default is, unless `settings` say otherwise.
 
     Args:
         address: in libpq's form; what it lacks comes from libpq's environment and password file.
@@ -111,7 +111,8 @@ async def connect(address: str, *, command_s: float | None = COMMAND_S, **settin
         connection = await asyncpg.connect(
             address, timeout=CONNECT_S, command_timeout=command_s, server_settings={**_SETTINGS, **settings}
         )
-        if await connection.fetchval("SHOW synchronous_commit") in ("off", "local"):
+        is_default = "synchronous_commit" not in settings
+        if is_default and await connection.fetchval("SHOW synchronous_commit") in ("off", "local"):
             await connection.execute("SET synchronous_commit = on")
         return connection
 

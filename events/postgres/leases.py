@@ -41,12 +41,12 @@ class LeaseStore:
         """
         async with self._connected(limit_s) as connection:
             rows = await connection.fetch(
-                "SELECT node_id, epoch, ended, renewed_at, hints,"
+                "SELECT node_id, epoch, ended, renewed_at, hints, instance,"
                 " renewed_at + lease_s * interval '1 second' < clock_timestamp() FROM nodes ORDER BY node_id"
             )
         return tuple(
-            Lease(node_id, epoch, ended, is_late, format_timestamp(renewed_at), hints)
-            for node_id, epoch, ended, renewed_at, hints, is_late in rows
+            Lease(node_id, epoch, ended, is_late, format_timestamp(renewed_at), hints, instance)
+            for node_id, epoch, ended, renewed_at, hints, instance, is_late in rows
         )
 
     async def close(self) -> None:
@@ -62,7 +62,9 @@ class LeaseStore:
             with translated_errors("did not take a lease"):
                 async with asyncio.timeout(limit_s):
                     if self._connection is None:
-                        self._connection = await connect(self._address)
+                        # A standby that is away must end no lease. One that is promoted without the last
+                        # renewals makes no node late: whoever declares that has renewed there for a lease.
+                        self._connection = await connect(self._address, synchronous_commit="local")
                     yield self._connection
         except BaseException:
             connection, self._connection = self._connection, None

@@ -47,7 +47,7 @@ CREATE TABLE base_state (
 );
 
 -- The servers of this ledger, as their renewals say; what they are and have is in the events. A node's facts are taken
--- while its epoch lasts. Only this database's clock says that a node is late.
+-- while its epoch lasts. Only this database's clock says that a node is late. `instance` names the process that joined.
 CREATE TABLE nodes (
   node_id text PRIMARY KEY,
   epoch bigint NOT NULL,
@@ -55,7 +55,8 @@ CREATE TABLE nodes (
   lease_s double precision NOT NULL CHECK (lease_s > 0),
   renewed_at timestamptz NOT NULL,
   steady_since timestamptz NOT NULL,
-  hints text NOT NULL DEFAULT '{}'
+  hints text NOT NULL DEFAULT '{}',
+  instance text NOT NULL DEFAULT ''
 );
 
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -152,10 +153,13 @@ BEGIN
       named := event -> 'data' ->> 'node_id';
       named_epoch := event -> 'data' ->> 'epoch';
       IF event ->> 'type' = 'NodeJoined' THEN
-        INSERT INTO nodes AS before (node_id, epoch, lease_s, renewed_at, steady_since)
-        VALUES (named, named_epoch, new_lease_s, clock_timestamp(), clock_timestamp())
+        INSERT INTO nodes AS before (node_id, epoch, instance, lease_s, renewed_at, steady_since)
+        VALUES (
+          named, named_epoch, coalesce(event -> 'data' ->> 'instance', ''), new_lease_s, clock_timestamp(),
+          clock_timestamp()
+        )
         ON CONFLICT (node_id) DO UPDATE SET
-          epoch = excluded.epoch, ended = false, lease_s = excluded.lease_s,
+          epoch = excluded.epoch, instance = excluded.instance, ended = false, lease_s = excluded.lease_s,
           renewed_at = excluded.renewed_at, steady_since = excluded.steady_since
         WHERE before.epoch < excluded.epoch;
         IF named = node THEN

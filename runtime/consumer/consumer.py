@@ -40,6 +40,8 @@ LOG_RETRY_S = 0.5
 LAST_READ_S = 0.1
 """Between the decision that a running load is late and its failure: its workers may have reported, in a
 socket that a server without a turn has not read."""
+NO_EPOCH = 0
+"""Of a node between two epochs, which begin at 1: nothing is its own, also before the ledger says so."""
 MAX_SLEEP_S = 30.0
 """Timers do not count a suspend of the machine, deadlines do."""
 MEASURE_EVERY_S = 5.0
@@ -122,7 +124,7 @@ class Consumer:
 
     def be_node(self, node_id: str, epoch: int | None) -> None:
         """Work as this epoch of a node from now on, None between two; the hints may have changed, too."""
-        self.policy = replace(self.policy, node_id=node_id, node_epoch=epoch)
+        self.policy = replace(self.policy, node_id=node_id, node_epoch=NO_EPOCH if epoch is None else epoch)
         self._wakeup.set()
 
     def end_workers(self) -> None:

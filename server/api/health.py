@@ -54,7 +54,7 @@ async def live(request: web.Request) -> web.Response:
 )
 async def ready(request: web.Request) -> web.Response:
     """Answer 200 when the log can be written, the consumer works and workers can be started."""
-    return _answer(ready_checks(request.app))
+    return _answer(ready_checks(request.app), _reason(request.app))
 
 
 @routes.get(
@@ -79,7 +79,7 @@ async def v2_live(request: web.Request) -> web.Response:
 )
 async def v2_ready(request: web.Request) -> web.Response:
     """Answer as `ready` does; KServe's client looks for the member `ready`, Triton's only at the status."""
-    _refuse_failed(ready_checks(request.app))
+    _refuse_failed(ready_checks(request.app), _reason(request.app))
     return web.json_response({"ready": True})
 
 
@@ -134,15 +134,22 @@ def ready_checks(app: web.Application) -> dict[str, bool]:
         "log": app[LOG].healthy or (MEMBERSHIP in app and app[MEMBERSHIP].may_serve),
         "fork_server": app[POOL].healthy,
         "serving": not app[STOPPING].is_set(),
+        **({"lease": not app[MEMBERSHIP].is_sick} if MEMBERSHIP in app else {}),
     }
 
 
-def _answer(checks: dict[str, bool]) -> web.Response:
-    _refuse_failed(checks)
+def _reason(app: web.Application) -> str:
+    """Return why this node has no lease; nothing of a server alone."""
+    problem = app[MEMBERSHIP].problem if MEMBERSHIP in app else None
+    return f"; the lease is not renewed: {problem}" if problem else ""
+
+
+def _answer(checks: dict[str, bool], reason: str = "") -> web.Response:
+    _refuse_failed(checks, reason)
     return web.json_response({"status": "ok", "checks": checks})
 
 
-def _refuse_failed(checks: dict[str, bool]) -> None:
+def _refuse_failed(checks: dict[str, bool], reason: str = "") -> None:
     failed = [name for name, well in checks.items() if not well]
     if failed:
-        raise Unhealthy(f"not well: {', '.join(failed)}")
+        raise Unhealthy(f"not well: {', '.join(failed)}{reason}")

@@ -19,7 +19,7 @@ from events.models import Model, ModelState
 from events.nodes import Lease, Node, NodePhase, find_placer
 from events.state import State
 from server.api.schemas import AnswerSchema, about
-from server.appkeys import CONFIG, LOG, MEMBERSHIP
+from server.appkeys import LOG, MEMBERSHIP
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import NothingSchema, path_parameters
@@ -153,7 +153,7 @@ def describe_nodes(app: web.Application) -> list[dict[str, Any]]:
     membership, state = app.get(MEMBERSHIP), app[LOG].state
     if membership is None:
         return node_views(state)
-    is_away = membership.away_s > app[CONFIG].lease_s
+    is_away = membership.is_late
     late = {membership.node_id} if is_away else frozenset[str]()
     return node_views(state, membership.leases, membership.node_id, late)
 

@@ -98,7 +98,7 @@ async def test_node_that_left_or_never_joined_is_not_drained(ledger: Database, t
 
 async def test_second_server_of_a_name_is_refused(ledger: Database, tmp_path: Path) -> None:
     async with local_node(ledger, tmp_path, "a") as a:
-        with pytest.raises(NameInUse, match="at http://a: give this server another --node-name"):
+        with pytest.raises(NameInUse, match="at http://a, and renews its lease: give this server another"):
             async with reachable_node(ledger.server_url, tmp_path, "a"):
                 pytest.fail("it started")
         assert (await list_nodes(a))["a"]["epoch"] == 1

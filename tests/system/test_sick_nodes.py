@@ -1,0 +1,234 @@
+"""Nodes whose disk is full or hangs, that lack the database, or that have another server's name."""
+
+import asyncio
+import random
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from support import cluster as nodes
+from support import models
+from support.cluster import Cluster, ClusterNode, are_elsewhere, clustered, find_places, has_joined, is_lost
+from support.fleet import UNLIMITED, new_dice, question
+from support.http import when
+from support.postgres import PostgresServer, postgres_server
+from support.servers import events, refused_start, serving
+
+from events.nodes import NodePhase
+from events.types import WorkerExited
+from server.auth.keys import ensure_data_dir, keys_folder
+from server.config import Config
+
+KEPT = 6
+LITTLE, WRITABLE = 2**12, 2**40
+"""File sizes: without one transaction in the write-ahead log, and that nothing reaches."""
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server() -> AsyncIterator[PostgresServer]:
+    async with postgres_server() as found:
+        yield found
+
+
+@contextmanager
+def full_disk(node: ClusterNode) -> Iterator[None]:
+    """Refuse a node's writes to its disk, as a full one does when its write-ahead log has to grow."""
+    resource.prlimit(node.server.pid, resource.RLIMIT_FSIZE, (LITTLE, WRITABLE))
+    try:
+        yield
+    finally:
+        if node.is_running:
+            resource.prlimit(node.server.pid, resource.RLIMIT_FSIZE, (WRITABLE, WRITABLE))
+
+
+@contextmanager
+def hanging_disk(folder: Path) -> Iterator[None]:
+    """Mount a disk on a folder that a test can freeze."""
+    image = folder.with_suffix(".img")
+    folder.mkdir(mode=0o700)
+    with image.open("wb") as file:
+        file.truncate(300 * 2**20)
+    mount = ("mount", "-o", "loop", str(image), str(folder))
+    steps = (("mkfs.ext4", "-q", str(image)), mount, ("chmod", "700", str(folder)))
+    if any(shutil.which(name) is None for name in ("mkfs.ext4", "fsfreeze")):
+        pytest.skip("there is no mkfs.ext4 or no fsfreeze")
+    for step in steps:
+        done = subprocess.run(step, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(("umount", "-l", str(folder)), check=True)
+
+
+@contextmanager
+def frozen(folder: Path) -> Iterator[None]:
+    """Let writes to a disk hang while the block runs."""
+    subprocess.run(("fsfreeze", "--freeze", str(folder)), check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(("fsfreeze", "--unfreeze", str(folder)), check=True)
+
+
+async def is_answered(node: ClusterNode, status: int) -> None:
+    """Wait until a node answers `/health/ready` with this status."""
+    await when(lambda: node.api.get("/health/ready"), lambda answer: answer.status == status)
+
+
+async def in_flight(node: ClusterNode, model_id: str) -> int:
+    uses = (await node.api.get("/api/v1/resources")).json["models"]
+    return int(next(use["in_flight"] for use in uses if use["model_id"] == model_id))
+
+
+async def loaded(cluster: Cluster, name: str) -> tuple[ClusterNode, list[str], int]:
+    """Load models everywhere; return a node with its models and its epoch."""
+    state = await cluster.load(*cluster.fleet.ids[:KEPT])
+    return cluster.nodes[name], find_places(state, name), state.nodes[name].epoch
+
+
+@pytest.mark.parametrize("name", ["n1", "n2"])  # n1 is the placer
+async def test_node_with_full_disk_is_lost_and_comes_back(
+    server: PostgresServer, tmp_path: Path, name: str
+) -> None:
+    async with clustered(tmp_path, server) as cluster:
+        node, own, epoch = await loaded(cluster, name)
+        other = cluster.nodes["n3"]
+        with full_disk(node):
+            jobs = [
+                await other.api.accepted_load(model_id) for model_id in cluster.fleet.ids[KEPT : KEPT + 2]
+            ]
+            await cluster.until(is_lost(name, epoch), at=other)
+            await cluster.until(are_elsewhere([*own, *(job["model_id"] for job in jobs)], name), at=other)
+            refused = await when(lambda: node.api.get("/health/ready"), lambda answer: answer.status == 503)
+            assert "the lease is not renewed" in refused.json["detail"]
+            await when(node.list_live, lambda live: not live)
+        await cluster.until(has_joined(name, epoch + 1), at=other)
+        await is_answered(node, 200)
+        await cluster.settled()
+
+
+async def test_models_stay_when_all_disks_are_full(server: PostgresServer, tmp_path: Path) -> None:
+    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
+        state = await cluster.load(*cluster.fleet.ids[:KEPT])
+        places = [(name, model_id) for name in cluster.nodes for model_id in find_places(state, name)]
+        one, other = cluster.nodes.values()
+        with full_disk(one), full_disk(other):
+            for node in cluster.nodes.values():
+                await is_answered(node, 503)
+            async with cluster.inferring(places, new_dice()):
+                await asyncio.sleep(nodes.LEASE_S)  # twice the lease without a renewal
+        for node in cluster.nodes.values():
+            await is_answered(node, 200)
+        after = await cluster.settled()
+        assert [find_places(after, name) for name in cluster.nodes] == [
+            find_places(state, name) for name in cluster.nodes
+        ]
+
+
+@pytest.mark.parametrize("when_away", ["serve", "stop"])
+async def test_node_whose_disk_hangs_is_lost_and_answers_nothing(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when_away: str
+) -> None:
+    monkeypatch.setattr(nodes, "SETTINGS", (*nodes.SETTINGS, f"--when-away={when_away}"))
+    with hanging_disk(tmp_path / "n1"):
+        async with clustered(tmp_path, server) as cluster:
+            node, own, epoch = await loaded(cluster, "n1")
+            other = cluster.nodes["n2"]
+            with frozen(tmp_path / "n1"):
+                await cluster.until(is_lost("n1", epoch), at=other)
+                await cluster.until(are_elsewhere(own, "n1"), at=other)
+                await when(
+                    lambda: node.api.infer(own[0], question(new_dice())), lambda each: each.status == 503
+                )
+                await is_answered(node, 503)
+            await cluster.until(has_joined("n1", epoch + 1), at=other)
+            await cluster.settled()
+
+
+async def test_twin_of_a_node_is_refused(server: PostgresServer, tmp_path: Path) -> None:
+    async with clustered(tmp_path, server, names=("n1",)) as cluster:
+        node, own, epoch = await loaded(cluster, "n1")
+        twin = Config(repository=node.config.repository, data=tmp_path / "twin")
+        ensure_data_dir(twin.data)
+        shutil.rmtree(keys_folder(twin.data))
+        shutil.copytree(keys_folder(node.config.data), keys_folder(twin.data))
+        host, port = node._address
+        flags = (
+            f"--ledger={cluster.database.server_url}",
+            "--node-name=n1",
+            f"--node-address=http://{host}:{port}",
+            *nodes.SETTINGS,
+        )
+        assert "node 'n1' is there" in await refused_start(twin, *flags)
+        assert find_places(await cluster.settled(), "n1") == own
+        node.freeze()
+        await asyncio.sleep(nodes.LEASE_S)  # as a machine that is restored from a snapshot: nobody renews
+        async with serving(twin, *flags) as second:
+            await when(lambda: second.api.get("/health/ready"), lambda answer: answer.status == 200)
+            node.thaw()
+            assert await node.server.ended() == 2
+            assert "node 'n1' is there" in node.output
+            assert await second.stop() == 0
+        state = node.read_state()
+        assert state.nodes["n1"].epoch <= epoch + 1
+
+
+async def test_killed_node_joins_again_at_once(server: PostgresServer, tmp_path: Path) -> None:
+    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
+        node, _, epoch = await loaded(cluster, "n1")
+        await node.kill()
+        await node.start()
+        assert has_joined("n1", epoch + 1)(node.read_state())
+        assert node.read_state().nodes["n2"].epoch == 1
+
+
+async def test_short_outages_are_no_incidents(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SETTINGS", (*nodes.SETTINGS, "--when-away=stop"))
+    async with clustered(tmp_path, server, names=("n1",)) as cluster:
+        node, own, epoch = await loaded(cluster, "n1")
+        for turn in range(1, 3):
+            node.proxy.swallow()
+            await when(node.list_live, lambda live: not live)
+            answer = await node.api.infer(own[0], question(new_dice()))
+            assert answer.status == 503
+            node.proxy.heal()
+            await cluster.until(has_joined("n1", epoch + turn))
+            assert find_places(await cluster.settled(), "n1") == own
+        assert not [event for event in await events(node.config) if event.type == WorkerExited.TYPE]
+
+
+async def test_stopping_node_hands_models_over_while_one_computes(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (f"--lease-s={nodes.LEASE_S}", "--drain-timeout-s=30", "--inference-timeout-s=60")
+    monkeypatch.setattr(nodes, "SETTINGS", (*settings, *UNLIMITED))
+    async with clustered(tmp_path, server) as cluster:
+        models.save(models.counting_loop(), tmp_path / "repository", "slow", 1)
+        state = await cluster.load(*cluster.fleet.ids[:KEPT], "slow")
+        node = cluster.nodes[state.models["slow"].serving.node_id]  # type: ignore[union-attr,index]
+        other = next(each for each in cluster.nodes.values() if each is not node)
+        own = [model_id for model_id in find_places(state, node.name) if model_id != "slow"]
+        trips = {"name": "trips", "shape": [], "datatype": "INT64", "data": [2**40]}
+        computing = asyncio.create_task(node.api.infer("slow", trips))
+        await when(lambda: in_flight(node, "slow"), lambda count: count == 1)
+        node.server.send(signal.SIGTERM)
+        await cluster.until(are_elsewhere(own, node.name), at=other)
+        assert not computing.done()
+        assert other.read_state().nodes[node.name].phase is NodePhase.LEFT
+        for model_id in own:
+            await cluster.infer(other, model_id, random.Random(1))
+        computing.cancel()
+        await asyncio.wait([computing])
