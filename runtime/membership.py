@@ -66,6 +66,10 @@ Authorise = Callable[[str, int | None, float], None]
 """Called with the node, its epoch (None before it joins) and its lease, with which it appends from now on."""
 
 
+OpenSigner = Callable[[], Callable[[bytes], str]]
+"""Returns what signs the statement of a join; it reads the key, which may be another one by now."""
+
+
 class NameInUse(LedgerProblem):
     """Another server has this node's name, and renews its lease."""
 
@@ -82,6 +86,7 @@ class Membership:
         lease_s: seconds without a renewal after which it may be declared lost.
         away_limit_s: seconds without a renewal after which it ends its workers.
         authorise: tells the log's storage as whom it appends.
+        open_signer: returns what signs a join; without one they are not signed.
 
     Attributes:
         epoch: the present one; None before it has joined.
@@ -101,6 +106,7 @@ class Membership:
         lease_s: float,
         away_limit_s: float,
         authorise: Authorise,
+        open_signer: OpenSigner | None = None,
     ) -> None:
         self._log = log
         self._table = table
@@ -108,6 +114,7 @@ class Membership:
         self._lease_s = lease_s
         self._away_limit_s = away_limit_s
         self._authorise = authorise
+        self._open_signer = open_signer
         self._limit_s = lease_s / RENEWALS_PER_LEASE
         self._renewed_s = boottime()
         self._is_noted = False
@@ -177,6 +184,7 @@ class Membership:
             self._command,
             last_seen_at=own.renewed_at if own is not None else None,
             no_node_since=None if there or not leases else max(lease.renewed_at for lease in leases),
+            sign=None if self._open_signer is None else self._open_signer(),
         )
         self._authorise(self.node_id, None, self._lease_s)
         receipt = await submit(command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -124,7 +124,7 @@ class Router:
     """Finds the load of a model among the running ones; the repository only says why there is none.
 
     At most `max_queue` inferences of one model may be queued or running. `node_id` is this node; None for a
-    server alone.
+    server alone. `untrusted` returns the nodes to which nothing may be sent.
     """
 
     def __init__(
@@ -135,7 +135,9 @@ class Router:
         *,
         max_queue: int,
         node_id: str | None = None,
+        untrusted: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
+        self._untrusted = untrusted
         self._log = log
         self._loads = loads
         self._repository = repository
@@ -226,14 +228,14 @@ class Router:
             self._log.unsubscribe(wakeup)
 
     def find_node(self, model_id: str) -> Node | None:
-        """Return the present node at which a model is loaded; None if there is none, or no nodes."""
+        """Return the present, trusted node at which a model is loaded; None if there is none, or no nodes."""
         state = self._log.state
         model = state.models.get(model_id)
         serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
         if self._node_id is None or serving is None or serving.node_id is None:
             return None
         node = state.nodes.get(serving.node_id)
-        return node if node is not None and node.is_present else None
+        return None if node is None or not node.is_present or node.id in self._untrusted() else node
 
     def find_other_node(self, model_id: str) -> Node | None:
         """Return the other node at which a model is loaded; None if it is loaded here, or nowhere."""

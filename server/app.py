@@ -75,6 +75,7 @@ from server.appkeys import (
     LOG,
     MEMBERSHIP,
     OPENAPI,
+    PEERS,
     PENDING_DEMAND,
     POOL,
     PROXIES,
@@ -297,7 +298,10 @@ async def _begin(app: web.Application, shared: SharedLedger | None) -> Receipt:
     config, confinement = app[CONFIG], app[POOL].applied.confinement
     if shared is None:
         return await app[LOG].server_started(confinement)
+    app[PEERS] = peers = shared.open_peers(app[VERIFIER])
+    app[GATE].nodes = peers
     app[MEMBERSHIP], app[RENEWING], receipt = await shared.join(
+        open_signer=peers.open_signer,
         budget_bytes=budget_bytes(config.memory_budget, app[LIMIT].bytes),
         public_key=public_pem(app[PROVER].signer),
         confinement=confinement,
@@ -416,6 +420,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         demand=pending,
         store=cache,
         hints=lambda: app[MEMBERSHIP].peers if MEMBERSHIP in app else {},
+        untrusted=partial(_untrusted, app),
     )
     if MEMBERSHIP in app:
         take_part(app, cache)
@@ -425,6 +430,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         app[REPOSITORY],
         max_queue=config.inference_queue,
         node_id=app[MEMBERSHIP].node_id if MEMBERSHIP in app else None,
+        untrusted=partial(_untrusted, app),
     )
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
@@ -445,6 +451,10 @@ async def _history(app: web.Application) -> AsyncIterator[None]:
     yield
     sampling.cancel()
     await asyncio.wait([sampling])
+
+
+def _untrusted(app: web.Application) -> frozenset[str]:
+    return app[PEERS].untrusted() if PEERS in app else frozenset()
 
 
 def _on_demand(app: web.Application) -> OnDemand:
