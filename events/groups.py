@@ -11,7 +11,7 @@ from events.accept import OUTDATED, Accepted, Existing, Refused, accept
 from events.clock import Timestamp
 from events.codec import decode_event, encode_event, hash_body
 from events.commands import Command, JoinNode, KnownRequests, PendingCommand, Receipt
-from events.errors import LedgerProblem, LogUnavailable, RequestRefused
+from events.errors import LedgerProblem, RequestRefused, UnreadableEvent
 from events.nodes import NodeJoined
 from events.state import Attempt, State
 from events.storage import LogHead, Row
@@ -83,7 +83,7 @@ def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:
     """Fold events that others appended on top of a state, which does not change.
 
     Raises:
-        LogUnavailable: `log_unavailable`, an event cannot be folded.
+        UnreadableEvent: `log_unavailable`, an event cannot be folded.
     """
     attempt, events = Attempt(state), list[Event]()
     for row in rows:
@@ -91,10 +91,7 @@ def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:
             event = decode_event(row.body)
             attempt.apply(event)
         except Exception as error:  # a forged body may raise anything
-            raise LogUnavailable(
-                f"the ledger's event {row.position} cannot be folded: {error!r}; "
-                "use the release that wrote it"
-            ) from error
+            raise UnreadableEvent(row.position, error) from error
         events.append(event)
     last, head = events[-1], rows[-1]
     return DecidedGroup(attempt, events, rows, LogHead(head.position, head.hash, last.recorded_at, last.type))

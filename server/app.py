@@ -91,11 +91,11 @@ from server.appkeys import (
 )
 from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
-from server.auth.keys import ensure_data_dir, public_pem
+from server.auth.keys import ensure_data_dir, keys_folder, list_keys, public_pem
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.auth.tokens import TOKENS, open_tokens
 from server.cluster import SharedLedger, take_part
-from server.config import Config
+from server.config import Config, ConfigError
 from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
 from server.http.responses import prepare_standard_fields
@@ -219,6 +219,11 @@ async def _begin_stop(app: web.Application) -> None:
 
 async def _data_directory(app: web.Application) -> AsyncIterator[None]:
     data, address = app[CONFIG].data, app[CONFIG].ledger
+    if address is not None and not list_keys(data):
+        raise ConfigError(
+            f"--ledger: {keys_folder(data)} has no key. Nodes know each other by keys that they share: copy "
+            f"this folder from another node; for the first one, `loadledger key rotate --data {data}` makes it"
+        )
     await asyncio.to_thread(ensure_data_dir, data)
     with lock_data(data), lock_ledger(data / LEDGER):
         if address is None:

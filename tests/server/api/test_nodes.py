@@ -5,6 +5,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from aiohttp import web
 from msgspec.structs import replace
 from support.cutting import cutting_proxy
 from support.history import History, at
@@ -18,7 +19,9 @@ from support.rogues import append_as_role, joins, rogue_join
 from events.nodes import Lease, NodeDraining, NodeJoined
 from runtime.membership import NameInUse
 from server.api.nodes import node_views
+from server.app import create_app
 from server.auth.localtokens import ask_server
+from server.config import Config, ConfigError
 
 
 def models_of(nodes: dict[str, Json]) -> dict[str, list[str]]:
@@ -109,6 +112,15 @@ async def test_node_whose_join_is_not_signed_gets_nothing(
         assert [each["trusted"] for each in nodes.values()] == [False, False, True]
         assert (await a.api.infer("m", ONE)).status == 200
     assert "node 0 at http://127.0.0.1:1 is not trusted" in caplog.text
+
+
+async def test_node_without_keys_does_not_start(ledger: Database, tmp_path: Path) -> None:
+    settings = {"ledger": ledger.server_url, "node_name": "a", "node_address": "http://a"}
+    config = Config(repository=tmp_path, data=tmp_path / "data", jwt_keys=tmp_path / "jwks", **settings)
+    runner = web.AppRunner(create_app(config))
+    with pytest.raises(ConfigError, match="copy this folder from another node"):
+        await runner.setup()
+    await runner.cleanup()
 
 
 async def test_nodes_without_common_keys_do_nothing_together(ledger: Database, tmp_path: Path) -> None:
