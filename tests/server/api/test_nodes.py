@@ -118,7 +118,7 @@ async def test_node_without_keys_does_not_start(ledger: Database, tmp_path: Path
     settings = {"ledger": ledger.server_url, "node_name": "a", "node_address": "http://a"}
     config = Config(repository=tmp_path, data=tmp_path / "data", jwt_keys=tmp_path / "jwks", **settings)
     runner = web.AppRunner(create_app(config))
-    with pytest.raises(ConfigError, match="copy this folder from another node"):
+    with pytest.raises(ConfigError, match="copy the folder from another node"):
         await runner.setup()
     await runner.cleanup()
 
