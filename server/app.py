@@ -222,7 +222,7 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
     if address is not None and not list_keys(data):
         raise ConfigError(
             f"--ledger: {keys_folder(data)} has no key, and nodes know each other by keys that they share: "
-            f"copy the folder from another node; for the first one, `loadledger key rotate --data {data}` makes it"
+            f"copy the folder from another node; `loadledger key rotate --data {data}` makes the first one"
         )
     await asyncio.to_thread(ensure_data_dir, data)
     with lock_data(data), lock_ledger(data / LEDGER):

@@ -97,7 +97,7 @@ async def discard_end(
             )
             rows = [Row(position, body, digest) for position, body, digest in found]
             if rows[0].position == first:  # behind the base
-                rows.insert(0, Row(*await connection.fetchrow("SELECT position, '', hash FROM base")))
+                rows.insert(0, Row(first - 1, "", await connection.fetchval("SELECT hash FROM base")))
             [last, *removed] = rows
             keep(removed)
             before = decode_event(last.body).recorded_at if last.body else ""

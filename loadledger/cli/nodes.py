@@ -129,7 +129,7 @@ def _row(node: Any) -> tuple[str, ...]:
     renewed = format_age(node.renewed_at, datetime.now(UTC))
     return (
         format_cell(node.id) + (" *" if node.this else ""),
-        node.phase if node.trusted else f"{node.phase}, not trusted",
+        f"{node.phase}, not trusted" if node.trusted is False else node.phase,
         format_cell(", ".join(model.id for model in node.models), most=60),
         str(len(node.jobs)) if node.jobs else NOTHING,
         format_size(node.budget_bytes),

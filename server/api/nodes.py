@@ -100,7 +100,10 @@ class NodeSchema(AnswerSchema):
     this = fields.Boolean(required=True, **about("Whether it is the node that answers."))
     trusted = fields.Boolean(
         required=True,
-        **about("Whether its join is signed with a key that the nodes share; without, it gets no work."),
+        allow_none=True,
+        **about(
+            "Whether its join is signed with a key that the nodes share, or it does nothing; null at its end."
+        ),
     )
     placer = fields.Boolean(
         required=True, **about("Whether it is the node that places loads, and does what belongs to no node.")
@@ -194,7 +197,7 @@ def node_views(
                 "renewed_at": lease.renewed_at if lease is not None else None,
                 "late": is_late,
                 "this": node.id == own_id,
-                "trusted": node.id not in untrusted,
+                "trusted": node.id not in untrusted if node.is_present else None,
                 "placer": node.id == placer,
             }
         )

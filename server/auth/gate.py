@@ -323,9 +323,6 @@ class NodeTokens(Protocol):
     async def await_sender(self, headers: CIMultiDictProxy[str]) -> None:
         """Wait a moment for the join of the node that forwards a request."""
 
-    def recall(self, token: str, model_id: str | None) -> Principal | None:
-        """Return for whom the request is, if the token was verified before and is still good."""
-
     def verify(self, token: str, model_id: str | None) -> Principal:
         """Return for whom the request is; raise `InvalidToken` if the token is not good for the model."""
 
@@ -406,24 +403,25 @@ class Gate:
             known = self.verifier.recall(fields[0][len(_SCHEME) :].strip(" "), now)
             if known is not None:
                 return known
-        return self._check(request, lambda: self.verifier.verify(bearer_token(fields), now))
+        peer = self.proxies.peer(request)
+        self.limits.check_peer(peer)
+        try:
+            return self.verifier.verify(bearer_token(fields), now)
+        except (InvalidToken, MalformedAuthorization):
+            # Requests without credentials are not counted: they guess nothing, and counting them would lock
+            # out everybody behind the same address.
+            self.limits.count_failure(peer)
+            raise
 
     def _authenticate_forwarded(
         self, request: web.BaseRequest, nodes: NodeTokens, model_id: str | None
     ) -> Principal:
-        token = bearer_token(request.headers.getall(hdrs.AUTHORIZATION, []))
-        known = nodes.recall(token, model_id)
-        return self._check(request, lambda: nodes.verify(token, model_id)) if known is None else known
-
-    def _check(self, request: web.BaseRequest, verify: Callable[[], Principal]) -> Principal:
-        """Verify a token that is not remembered, unless too many of its address were refused."""
-        peer = self.proxies.peer(request)
-        self.limits.check_peer(peer)
+        """Authenticate a request of another node, whatever clients at its address have tried."""
         try:
-            return verify()
+            return nodes.verify(bearer_token(request.headers.getall(hdrs.AUTHORIZATION, [])), model_id)
         except (InvalidToken, MalformedAuthorization):
-            # Requests without credentials are not counted: they guess nothing, and counting them would lock
-            # out everybody behind the same address.
+            peer = self.proxies.peer(request)
+            self.limits.check_peer(peer)
             self.limits.count_failure(peer)
             raise
 

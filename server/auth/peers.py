@@ -97,12 +97,20 @@ class Peers:
         return lambda statement: base64.b64encode(key.sign(statement)).decode()
 
     def untrusted(self) -> frozenset[str]:
-        """Return the nodes whose latest join is not signed with one of the nodes' keys."""
+        """Return the present nodes whose joins are not signed with one of the nodes' keys."""
         nodes, keys = self._log.state.nodes, self._ring.list_keys(time.time())
         if nodes is not self._nodes or keys != self._keys:
             self._nodes, self._keys = nodes, keys
-            self._untrusted = frozenset(node.id for node in nodes.values() if not self._is_signed(node))
-            self._warn()
+            present = (node for node in nodes.values() if node.is_present)
+            found = {(node.id, node.epoch): node for node in present if not self._is_signed(node)}
+            for each in sorted(found.keys() - self._warned):
+                _log.warning(
+                    "node %s at %s is not trusted: its join is signed with no key of %s, so it gets no loads"
+                    " and no requests. If it is one of yours, copy another node's keys there, and restart it",
+                    *(found[each].id, found[each].address, keys_folder(self._data)),
+                )
+            self._warned = set(found)
+            self._untrusted = frozenset(node_id for node_id, _ in found)
         return self._untrusted
 
     def _is_signed(self, node: Node) -> bool:
@@ -115,29 +123,14 @@ class Peers:
                     return True
         return False
 
-    def _warn(self) -> None:
-        found = {
-            (node.id, node.epoch): node
-            for node in self._nodes.values()
-            if node.is_present and node.id in self._untrusted
-        }
-        for node in (found[each] for each in sorted(found.keys() - self._warned)):
-            _log.warning(
-                "node %s at %s is not trusted: its join is signed with no key of %s, so it gets no loads and"
-                " no requests. If it is one of yours, copy the keys of another node there, and restart it",
-                *(node.id, node.address, keys_folder(self._data)),
-            )
-        self._warned = set(found)
-
     def make_token(self, receiver: Node, model_id: str, client: Principal) -> str:
         """Return the token with which this node forwards a client's request about a model to another one."""
-        now_s = self._clock()
-        what = (receiver.id, receiver.epoch, model_id, client, client.jti, client.expires_at)
+        now_s, own = self._clock(), self._log.state.nodes[self._node_id]
+        what = (own.epoch, _name_epoch(receiver), model_id, client, client.jti, client.expires_at)
         token, until_s = self._made.get(what, ("", 0.0))
         if until_s - now_s > TOKEN_S / 2:
             return token
         until_s = now_s + min(TOKEN_S, client.expires_at - time.time())
-        own = self._log.state.nodes[self._node_id]
         claims = {
             "iss": own.id,
             "epoch": own.epoch,
@@ -159,11 +152,6 @@ class Peers:
             if token not in self._read and self._find_sender(_peek(token)) is None:
                 await self._log.wait_for(read_position(headers), CATCH_UP_S)
 
-    def recall(self, token: str, model_id: str | None) -> Principal | None:
-        """Return for whom a request is forwarded, if its token was verified before and is still good."""
-        claims = self._read.get(token)
-        return None if claims is None or self._refusal(claims, model_id) else _principal(claims)
-
     def verify(self, token: str, model_id: str | None) -> Principal:
         """Return for whom a request about a model was forwarded to this node.
 
@@ -174,20 +162,22 @@ class Peers:
         Raises:
             InvalidToken: `invalid_token`.
         """
-        try:
-            sender = self._find_sender(_peek(token))
-            if sender is None or sender.public_key is None:
-                raise InvalidToken("no present node has forwarded this request")
-            if jwt.get_unverified_header(token).get("typ") != TOKEN_TYPE:
-                raise InvalidToken("a forwarded request has a token of the node that sent it")
-            options: jwt.types.Options = {"verify_aud": False, "verify_exp": False}
-            claims = jwt.decode(token, sender.public_key, [ALGORITHM], options=options)
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
-            raise InvalidToken(f"the token of the node that sent this is not valid: {error}") from None
+        known = self._read.get(token)
+        claims = self._check_signature(token) if known is None else known
         if (refusal := self._refusal(claims, model_id)) is not None:
             raise InvalidToken(refusal)
         _remember(self._read, token, claims)
-        return _principal(claims)
+        return Principal(claims["sub"], ROLES.intersection(claims["roles"]), claims.get("jti"))
+
+    def _check_signature(self, token: str) -> Mapping[str, Any]:
+        options: jwt.types.Options = {"verify_aud": False, "verify_exp": False}
+        try:
+            sender = self._find_sender(_peek(token))
+            if sender is None or jwt.get_unverified_header(token).get("typ") != TOKEN_TYPE:
+                raise InvalidToken("a forwarded request has a token of the present node that sent it")
+            return jwt.decode(token, sender.public_key or "", [ALGORITHM], options=options)
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+            raise InvalidToken(f"the token of the node that sent this is not valid: {error}") from None
 
     def _find_sender(self, claims: Mapping[str, Any]) -> Node | None:
         """Return the present, trusted node that names itself in a token, with the epoch that it names."""
@@ -219,10 +209,6 @@ def read_position(headers: Mapping[str, str]) -> int:
 def _peek(token: str) -> Mapping[str, Any]:
     """Return the claims of a token, of which nothing is verified."""
     return jwt.decode(token, options={"verify_signature": False})
-
-
-def _principal(claims: Mapping[str, Any]) -> Principal:
-    return Principal(claims["sub"], ROLES.intersection(claims["roles"]), claims.get("jti"))
 
 
 def _name_epoch(node: Node) -> str:

@@ -126,5 +126,5 @@ def read_claims(fields: dict[str, str]) -> dict[str, Any]:
 
 async def send(node: ReachableNode, path: str, fields: dict[str, str], method: str = "POST") -> Answer:
     """Send a request of another node."""
-    body = {"json": {"inputs": [ONE]}} if method == "POST" else {}
+    body: dict[str, Any] = {"json": {"inputs": [ONE]}} if method == "POST" else {}
     return await node.api.send(method, path, roles=(), headers=fields, **body)

@@ -20,9 +20,9 @@ async def append_as_role(database: Database, *bodies: MakeBody) -> None:
     try:
         await connection.execute("SET search_path = loadledger")
         while True:
-            position, digest, before = await connection.fetchrow(
-                "SELECT position, hash, recorded_at FROM head"
-            )
+            head = await connection.fetchrow("SELECT position, hash, recorded_at FROM head")
+            assert head is not None
+            position, digest, before = head
             at, after = max(before, format_timestamp(utc_now())), digest
             made = [make(position + number, at) for number, make in enumerate(bodies, start=1)]
             hashes = [digest := hash_body(digest, body) for body in made]

@@ -115,8 +115,9 @@ async def test_node_whose_join_is_not_signed_gets_nothing(
 
 
 async def test_node_without_keys_does_not_start(ledger: Database, tmp_path: Path) -> None:
-    settings = {"ledger": ledger.server_url, "node_name": "a", "node_address": "http://a"}
-    config = Config(repository=tmp_path, data=tmp_path / "data", jwt_keys=tmp_path / "jwks", **settings)
+    config = Config(
+        repository=tmp_path, data=tmp_path / "data", ledger=ledger.server_url, node_address="http://a"
+    )
     runner = web.AppRunner(create_app(config))
     with pytest.raises(ConfigError, match="copy the folder from another node"):
         await runner.setup()

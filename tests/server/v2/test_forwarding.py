@@ -202,7 +202,8 @@ async def test_forwarding_needs_a_token_of_the_role(pair: Pair) -> None:
 async def test_token_of_a_client_is_no_nodes(pair: Pair) -> None:
     owner, _ = pair
     for path in PATHS:
-        refused = await ask(owner, path, **{"Loadledger-Forwarded": "b"})
+        from_b: dict[str, Any] = {"Loadledger-Forwarded": "b"}
+        refused = await ask(owner, path, **from_b)
         assert refused.refusal == (401, "invalid_token")
 
 
