@@ -113,7 +113,6 @@ BEGIN
       AND (json_typeof(actor), json_typeof(data), json_typeof(id)) = ('string', 'object', 'string')
       AND coalesce(json_typeof(job_id), 'string') = 'string' AND coalesce(json_typeof(model_id), 'string') = 'string'
       AND coalesce(json_typeof(worker_id), 'string') = 'string'
-      AND recorded_at::text ~ '^"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"$'
       AND schema::text ~ '^[1-9]\d{0,8}$' AND type::text ~ '^"[A-Z][A-Za-z]{0,63}"$'
       AND coalesce(version::text, '0') ~ '^(0|[1-9]\d{0,17})$' AS is_event
     FROM unnest(bodies, hashes) WITH ORDINALITY AS rows (body, hash, number),
@@ -135,9 +134,10 @@ BEGIN
     min(number) FILTER (
       WHERE hash IS DISTINCT FROM sha256(previous || convert_to(body, 'UTF8'))
       OR said IS DISTINCT FROM (after_position + number)::text
+      OR at IS NULL
       OR is_event IS DISTINCT FROM true
-      OR to_char(at::timestamptz AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') <> at
       OR at COLLATE "C" < before COLLATE "C"
+      OR at <> before AND to_char(at::timestamptz AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') <> at
       OR type::text = '"NodeJoined"' AND data ->> 'after' <> encode(previous, 'hex')
     ),
     (array_agg(hash) FILTER (WHERE number = cardinality(bodies)))[1],
