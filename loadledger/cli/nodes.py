@@ -207,7 +207,11 @@ def has_rest(node: Any) -> bool:
 
 def find_takers(node_id: str, nodes: Sequence[Any]) -> list[str]:
     """Return the other nodes that take loads."""
-    return [node.id for node in nodes if node.id != node_id and node.phase == "joined"]
+    return [
+        node.id
+        for node in nodes
+        if node.id != node_id and node.phase == "joined" and node.trusted is not False
+    ]
 
 
 def _refuse_vain_drain(node_id: str, nodes: Sequence[Any]) -> None:
