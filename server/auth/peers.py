@@ -24,6 +24,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from multidict import CIMultiDictProxy
 
+from events.errors import LogUnavailable
 from events.log import Log
 from events.nodes import Node
 from server.auth.gate import POSITION, Challenge, InvalidToken, Principal, Verifier, bearer_token
@@ -53,6 +54,9 @@ CATCH_UP_S = 1.0
 """For the events that another node knows already: replicas are milliseconds apart."""
 
 
+_Keys = Mapping[str | None, VerificationKey]
+
+
 class Peers:
     """The nodes of a ledger, as this one may trust them.
 
@@ -78,7 +82,8 @@ class Peers:
         self._key = load_private_key(data / LEDGER_KEY)
         self._ring = KeyRing(data)
         self._nodes: Mapping[str, Node] = {}
-        self._keys: Mapping[str | None, VerificationKey] = {}
+        self._found: _Keys = {}
+        self._keys: _Keys = {}
         self._untrusted = frozenset[str]()
         self._warned = set[tuple[str, int]]()
         self._made: dict[tuple[object, ...], tuple[str, float]] = {}
@@ -88,40 +93,40 @@ class Peers:
         """Return what signs the statement of a join, with the newest of the nodes' keys.
 
         Raises:
-            KeyProblem: there is none.
+            LogUnavailable: `log_unavailable`, there is none that can be read.
         """
-        known = list_keys(self._data)
+        folder, known = keys_folder(self._data), list_keys(self._data)
         if not known:
-            raise KeyProblem(f"there is no key under {keys_folder(self._data)}: copy it from another node")
-        key = load_private_key(keys_folder(self._data) / f"{known[-1].kid}.pem")
+            raise LogUnavailable(f"this node cannot join: {folder} has no key")
+        try:
+            key = load_private_key(folder / f"{known[-1].kid}.pem")
+        except KeyProblem as problem:
+            raise LogUnavailable(f"this node cannot join: {problem}") from None
         return lambda statement: base64.b64encode(key.sign(statement)).decode()
 
     def untrusted(self) -> frozenset[str]:
-        """Return the present nodes whose joins are not signed with one of the nodes' keys."""
-        nodes, keys = self._log.state.nodes, self._ring.list_keys(time.time())
-        if nodes is not self._nodes or keys != self._keys:
-            self._nodes, self._keys = nodes, keys
+        """Return the present nodes whose joins are not signed with one of the nodes' keys.
+
+        Keys without that of this node's own join are not used: the folder is being replaced, or this node has
+        to be restarted. It does not end its workers for that.
+        """
+        nodes, found = self._log.state.nodes, self._ring.list_keys(time.time())
+        if nodes is not self._nodes or found != self._found:
+            self._nodes, self._found = nodes, found
+            own = nodes.get(self._node_id)
+            if own is None or _is_signed(own, found) or not _is_signed(own, self._keys):
+                self._keys = found
             present = (node for node in nodes.values() if node.is_present)
-            found = {(node.id, node.epoch): node for node in present if not self._is_signed(node)}
-            for each in sorted(found.keys() - self._warned):
+            unsigned = {(node.id, node.epoch): node for node in present if not _is_signed(node, self._keys)}
+            for node in (unsigned[each] for each in sorted(unsigned.keys() - self._warned)):
                 _log.warning(
                     "node %s at %s is not trusted: its join is signed with no key of %s, so it gets no loads"
                     " and no requests. If it is one of yours, copy another node's keys there, and restart it",
-                    *(found[each].id, found[each].address, keys_folder(self._data)),
+                    *(node.id, node.address, keys_folder(self._data)),
                 )
-            self._warned = set(found)
-            self._untrusted = frozenset(node_id for node_id, _ in found)
+            self._warned = set(unsigned)
+            self._untrusted = frozenset(node_id for node_id, _ in unsigned)
         return self._untrusted
-
-    def _is_signed(self, node: Node) -> bool:
-        with suppress(binascii.Error, ValueError):
-            signature = base64.b64decode(node.signature or "", validate=True)
-            for key in self._keys.values():
-                with suppress(InvalidSignature):
-                    assert isinstance(key.public, Ed25519PublicKey)  # our own keys are
-                    key.public.verify(signature, node.statement)
-                    return True
-        return False
 
     def make_token(self, receiver: Node, model_id: str, client: Principal) -> str:
         """Return the token with which this node forwards a client's request about a model to another one."""
@@ -204,6 +209,18 @@ def read_position(headers: Mapping[str, str]) -> int:
     """Return the position that a node names; 0 if it does not."""
     text = headers.get(POSITION, "")
     return int(text) if text.isdecimal() and len(text) < 19 else 0  # noqa: PLR2004 - a 64-bit integer
+
+
+def _is_signed(node: Node, keys: _Keys) -> bool:
+    """Whether one of our own keys has signed the join of a node."""
+    with suppress(binascii.Error, ValueError):
+        signature = base64.b64decode(node.signature or "", validate=True)
+        for key in keys.values():
+            with suppress(InvalidSignature):
+                assert isinstance(key.public, Ed25519PublicKey)  # as all of ours
+                key.public.verify(signature, node.statement)
+                return True
+    return False
 
 
 def _peek(token: str) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """Nodes over HTTP: who is there, what runs where, and draining; a server alone has none."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import asyncpg
@@ -15,11 +16,15 @@ from support.nodes import list_nodes, local_node
 from support.postgres import Database
 from support.reachable import reachable_node
 from support.rogues import append_as_role, joins, rogue_join
+from support.workers import until
 
+from events.errors import LogUnavailable
 from events.nodes import Lease, NodeDraining, NodeJoined
 from runtime.membership import NameInUse
 from server.api.nodes import node_views
 from server.app import create_app
+from server.appkeys import PEERS
+from server.auth.keys import keys_folder, rotate
 from server.auth.localtokens import ask_server
 from server.config import Config, ConfigError
 
@@ -122,6 +127,20 @@ async def test_node_without_keys_does_not_start(ledger: Database, tmp_path: Path
     with pytest.raises(ConfigError, match="copy the folder from another node"):
         await runner.setup()
     await runner.cleanup()
+
+
+async def test_node_goes_on_while_its_keys_are_replaced(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_node(ledger.server_url, tmp_path, "a") as a:
+        peers, folder = a.app[PEERS], keys_folder(a.api.config.data)
+        assert peers.untrusted() == set()
+        folder.rename(folder.with_name("away"))
+        await until(lambda: not peers._ring.list_keys(time.time()))
+        assert peers.untrusted() == set()
+        with pytest.raises(LogUnavailable, match=r"cannot join: .* has no key"):
+            peers.open_signer()
+        rotate(a.api.config.data)
+        await until(lambda: len(peers._ring.list_keys(time.time())) == 1)
+        assert peers.untrusted() == set()
 
 
 async def test_nodes_without_common_keys_do_nothing_together(ledger: Database, tmp_path: Path) -> None:
