@@ -60,6 +60,7 @@ def _measure_loads(database: Postgres, folder: Path, repeats: int) -> list[Row]:
     folder.mkdir()
     options = (*driver.UNLIMITED, "--prepare=off")
     node = ("--ledger", database.create_ledger(), "--node-address", "http://127.0.0.1")
+    driver.run("key", "rotate", "--data", folder / "node" / "data")
     with (
         driver.running(folder / "alone", *options) as alone,
         driver.running(folder / "node", *options, *node, repository=alone.repository) as shared,

@@ -71,8 +71,10 @@ class Fleet:
     def start(self, name: str) -> Server:
         """Start a node, or start it again; return when it is ready."""
         data, output = self._folder / name, self._folder / f"{name}.log"
-        if not data.exists() and self.nodes:
-            shutil.copytree(self._folder / next(iter(self.nodes)) / "keys", data / "keys")
+        if not data.exists():
+            if not (shared := self._folder / "keys").exists():
+                driver.run("key", "rotate", "--data", shared)
+            shutil.copytree(shared / "keys", data / "keys")
         port = self._ports[name]
         node = ("--ledger", self._address, "--node-name", name, "--lease-s", f"{LEASE_S:g}")
         where = ("--port", str(port), "--node-address", f"http://127.0.0.1:{port}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -194,7 +194,8 @@ class JoinNode:
     """Begin the next epoch of a node, and end the one before if that has not ended.
 
     The epoch is in the state then: `state.nodes[node_id]` has the position of the receipt, unless another
-    process joined as the same node since. The attributes are those of `NodeJoined`.
+    process joined as the same node since. The attributes are those of `NodeJoined`, and what
+    signs its statement with a key that the nodes share.
     """
 
     node_id: str
@@ -207,6 +208,7 @@ class JoinNode:
     no_node_since: Timestamp | None = None
     confinement: Confinement | None = None
     instance: str = ""
+    sign: Callable[[bytes], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

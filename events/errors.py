@@ -24,6 +24,17 @@ class LogUnavailable(LedgerProblem):
     code = "log_unavailable"
 
 
+class UnreadableEvent(LogUnavailable):
+    """An event in the database cannot be folded."""
+
+    def __init__(self, position: int, error: Exception) -> None:
+        super().__init__(
+            f"the ledger's event {position} cannot be folded: {error!r}; use the release that wrote it, or, "
+            "if none did, see `loadledger discard`"
+        )
+        self.position = position
+
+
 class OutcomeUnknown(LogUnavailable):
     """It is unknown whether the request was recorded: read the ledger before you repeat it."""
 

@@ -100,6 +100,11 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         {"kept_position": "kept_position", "head_position": "head_position"},
         "bad",
     ),
+    "EventsDiscarded": EventText(
+        ("positions {first_position} to {last_position}",),
+        {"first_position": "first_position", "last_position": "last_position"},
+        "bad",
+    ),
     "VersionAdded": EventText(("{files:files}",), tone="good"),
     "VersionRemoved": EventText(("{reason?}",), {"reason": "reason"}),
     "TokenIssued": EventText(

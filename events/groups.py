@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from events.accept import OUTDATED, Accepted, Existing, Refused, accept
 from events.clock import Timestamp
 from events.codec import decode_event, encode_event, hash_body
-from events.commands import KnownRequests, PendingCommand, Receipt
-from events.errors import LedgerProblem, LogUnavailable, RequestRefused
+from events.commands import Command, JoinNode, KnownRequests, PendingCommand, Receipt
+from events.errors import LedgerProblem, RequestRefused, UnreadableEvent
+from events.nodes import NodeJoined
 from events.state import Attempt, State
 from events.storage import LogHead, Row
 from events.types import Draft, Event, record_draft
@@ -53,7 +56,8 @@ def decide_group(
         try:
             decision = accept(attempt.state, pending.command, new_id, now)
             if isinstance(decision, Accepted):
-                new_events, new_rows, head = encode_drafts(decision.drafts, head, now)
+                drafts = _sign_join(pending.command, decision.drafts, head)
+                new_events, new_rows, head = encode_drafts(drafts, head, now)
                 for event in new_events:
                     attempt.apply(event)
                 events += new_events
@@ -64,11 +68,22 @@ def decide_group(
     return DecidedGroup(attempt, events, rows, head)
 
 
+def _sign_join(command: Command, drafts: Sequence[Draft], head: LogHead) -> Sequence[Draft]:
+    """Return the drafts of a command, that of a join signed: only here the event before it is known."""
+    if not isinstance(command, JoinNode) or command.sign is None:
+        return drafts
+    joins = [
+        replace(each.data, after=head.hash.hex()) for each in drafts if isinstance(each.data, NodeJoined)
+    ]
+    signed = [replace(join, signature=command.sign(join.statement)) for join in joins]
+    return [replace(draft, data=join) for draft, join in zip(drafts, signed, strict=True)]
+
+
 def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:
     """Fold events that others appended on top of a state, which does not change.
 
     Raises:
-        LogUnavailable: `log_unavailable`, an event cannot be folded.
+        UnreadableEvent: `log_unavailable`, an event cannot be folded.
     """
     attempt, events = Attempt(state), list[Event]()
     for row in rows:
@@ -76,10 +91,7 @@ def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:
             event = decode_event(row.body)
             attempt.apply(event)
         except Exception as error:  # a forged body may raise anything
-            raise LogUnavailable(
-                f"the ledger's event {row.position} cannot be folded: {error!r}; "
-                "use the release that wrote it"
-            ) from error
+            raise UnreadableEvent(row.position, error) from error
         events.append(event)
     last, head = events[-1], rows[-1]
     return DecidedGroup(attempt, events, rows, LogHead(head.position, head.hash, last.recorded_at, last.type))

@@ -281,6 +281,21 @@ class Log:
         """End a subscription."""
         self._wakeups.discard(wakeup)
 
+    async def wait_for(self, position: int, limit_s: float) -> None:
+        """Wait until the state has an event, for a limited time."""
+        if self.state.position >= position:
+            return
+        wakeup = self.subscribe()
+        try:
+            async with asyncio.timeout(limit_s):
+                while self.state.position < position:
+                    wakeup.clear()
+                    await wakeup.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.unsubscribe(wakeup)
+
     def notify(self) -> None:
         """Wake all subscribers; a wakeup carries no data, so a lost one loses nothing."""
         for wakeup in self._wakeups:

@@ -6,10 +6,11 @@ is over are refused. `find_placer` names the node that does the work that belong
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import ClassVar
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -49,6 +50,8 @@ class NodeJoined(Struct, frozen=True, gc=False):
             time since.
         confinement: of its workers.
         instance: id of the process that joined, random, so that two servers with one name are told apart.
+        after: hash of the event before this one, in hexadecimal; None without a signature.
+        signature: of `join_statement`, in base64, by a key that the nodes share.
     """
 
     TYPE: ClassVar[str] = "NodeJoined"
@@ -64,6 +67,24 @@ class NodeJoined(Struct, frozen=True, gc=False):
     no_node_since: Timestamp | None = None
     confinement: Confinement | None = None
     instance: str = ""
+    after: str | None = None
+    signature: str | None = None
+
+    @property
+    def statement(self) -> bytes:
+        """What its signature is of."""
+        return join_statement(self.node_id, self.epoch, self.address, self.public_key, self.after)
+
+
+def join_statement(
+    node_id: str, epoch: int, address: str, public_key: str | None, after: str | None
+) -> bytes:
+    """Return the bytes that a node signs when it joins: a JSON array of text and one number, in UTF-8.
+
+    The hash before stands for the ledger with all its events, and the database appends a join after no other
+    event: who reads a signature in the log cannot use it again.
+    """
+    return msgspec.json.encode(("loadledger-join-v1", node_id, epoch, address, public_key, after))
 
 
 class NodeDraining(Struct, frozen=True, gc=False):
@@ -146,6 +167,7 @@ class Node(Struct, frozen=True, gc=False):
         position: of its latest event.
         joined_at: when this epoch began.
         ended_at: when it ended; None while it has not.
+        after, signature: of its join, as `NodeJoined` has them.
     """
 
     id: str
@@ -159,6 +181,13 @@ class Node(Struct, frozen=True, gc=False):
     release: str
     public_key: str | None
     ended_at: Timestamp | None = None
+    after: str | None = None
+    signature: str | None = None
+
+    @property
+    def statement(self) -> bytes:
+        """What the signature of its join is of."""
+        return join_statement(self.id, self.epoch, self.address, self.public_key, self.after)
 
     @property
     def is_present(self) -> bool:
@@ -192,6 +221,8 @@ def evolve_node(node: Node | None, data: NodeData, *, position: int, recorded_at
             data.budget_bytes,
             data.release,
             data.public_key,
+            after=data.after,
+            signature=data.signature,
         )
     if node is None or not node.is_present or node.epoch != data.epoch:
         return node
@@ -218,11 +249,14 @@ def ends_processes(data: object, node_id: str | None) -> bool:
     return True
 
 
-def find_placer(nodes: Mapping[str, Node]) -> str | None:
-    """Return the node that does what belongs to no node: the lowest one, of those that drain only at last."""
-    takers = [node.id for node in nodes.values() if node.takes_loads]
-    present = takers or [node.id for node in nodes.values() if node.is_present]
-    return min(present, default=None)
+def find_placer(nodes: Mapping[str, Node], untrusted: Collection[str] = ()) -> str | None:
+    """Return the node that does what belongs to no node: the lowest one, of those that drain only at last.
+
+    `untrusted` are nodes whose joins the nodes' keys have not signed: they do nothing.
+    """
+    present = [node for node in nodes.values() if node.is_present and node.id not in untrusted]
+    takers = [node.id for node in present if node.takes_loads]
+    return min(takers or [node.id for node in present], default=None)
 
 
 class Lease(Struct, frozen=True, gc=False):

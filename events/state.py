@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
@@ -83,45 +84,42 @@ class State:
         )
         return max(candidates, key=lambda model: model.rank or 0, default=None)
 
-    def of(self, node_id: str | None, epoch: int | None = None) -> State:
+    def of(
+        self, node_id: str | None, epoch: int | None = None, untrusted: AbstractSet[str] = frozenset()
+    ) -> State:
         """Return the part of the state that a node works on; None is the whole, of a server without nodes.
 
         Each unended job, and each model that has or lost a load, belongs to one node: what belongs to none
-        that is present is the placer's. Of a node whose epoch is over, or not `epoch`, nothing is left.
+        that is present, and not `untrusted`, is the placer's. Of a node whose epoch is over, or not `epoch`,
+        nothing is left.
         """
         if node_id is None:
             return self
         node = self.nodes.get(node_id)
         if node is None or not node.is_present or epoch not in (None, node.epoch):
             return State(self.position, self.recorded_at, nodes=self.nodes)
-        placer = find_placer(self.nodes)
+        placer = find_placer(self.nodes, untrusted)
+        present = {node.id for node in self.nodes.values() if node.is_present} - untrusted
         models = (model for model in self.models.values() if model.serving is not None)
         jobs = chain.from_iterable(self.queues.values())
         return State(
             self.position,
             self.recorded_at,
-            {model.id: model for model in models if (self._node_of_model(model) or placer) == node_id},
-            {job.id: job for job in jobs if (self._node_of_job(job) or placer) == node_id},
+            {model.id: model for model in models if (_node_of_model(model, present) or placer) == node_id},
+            {job.id: job for job in jobs if (self._node_of_job(job, present) or placer) == node_id},
             nodes=self.nodes,
         )
 
-    def _node_of_model(self, model: Model) -> str | None:
-        """Return the present node of a model's load."""
-        return self._present(model.serving.node_id) if model.serving is not None else None
-
-    def _node_of_job(self, job: Job) -> str | None:
+    def _node_of_job(self, job: Job, present: AbstractSet[str]) -> str | None:
         """Return the present node of a job: where it is placed, or where the load is that it ends."""
         model = self.models.get(job.model_id)
         if job.unload is not None and has_turn(job) and model is not None:
             target = self.unended_job(job.unload.load_job_id) if model.serving is None else None
-            node_id = self._node_of_model(model) or self._present(target.node_id if target else None)
-            if node_id is not None:
+            if target is not None and target.node_id in present:
+                return target.node_id
+            if (node_id := _node_of_model(model, present)) is not None:
                 return node_id
-        return self._present(job.node_id)
-
-    def _present(self, node_id: str | None) -> str | None:
-        node = self.nodes.get(node_id) if node_id is not None else None
-        return node_id if node is not None and node.is_present else None
+        return job.node_id if job.node_id in present else None
 
     def apply(self, event: Event) -> Changes:
         """Fold one event into this state and return what it changed."""
@@ -197,6 +195,12 @@ class State:
         for job in unended:
             queues.setdefault(job.model_id, []).append(job)
         self.queues.update({model_id: tuple(queue) for model_id, queue in queues.items()})
+
+
+def _node_of_model(model: Model, present: AbstractSet[str]) -> str | None:
+    """Return the node of a model's load, if it is present."""
+    node_id = model.serving.node_id if model.serving is not None else None
+    return node_id if node_id in present else None
 
 
 def _age(job: Job) -> int:

@@ -403,6 +403,21 @@ class RollbackAccepted(Struct, frozen=True, gc=False):
     head_hash: str
 
 
+class EventsDiscarded(Struct, frozen=True, gc=False):
+    """The ledger's owner removed the end of the log, which no node could read; this took its place.
+
+    Attributes:
+        first_position: of what was removed: the event that could not be read.
+        last_position: of what was removed.
+        hash: of the last event that was removed, in hexadecimal.
+    """
+
+    TYPE: ClassVar[str] = "EventsDiscarded"
+    first_position: int
+    last_position: int
+    hash: str
+
+
 class AddedFile(Struct, frozen=True, gc=False):
     """One file of an added version as it arrived; `path` is relative to the version's folder."""
 
@@ -441,8 +456,8 @@ Data = (
     LoadRequested | LoadJoined | LoadStarted | ModelLoaded | ModelSettingsChanged | LoadFailed
     | UnloadRequested | UnloadJoined | UnloadStarted | ModelUnloaded | UnloadFailed | CancelRequested
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
-    | RollbackAccepted | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked | SignInLinkIssued
-    | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
+    | RollbackAccepted | EventsDiscarded | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked
+    | SignInLinkIssued | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
 )  # fmt: skip
 """The types that this release writes."""
 

@@ -271,6 +271,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
         late: whether it did not renew it in time; None if it has ended, or that is not known.
         this: whether it is the node that answered.
         placer: whether it places loads.
+        trusted: whether its join is signed with a key that the nodes share; None if it has ended.
     """
 
     id: str
@@ -288,6 +289,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     late: bool | None = None
     this: bool = False
     placer: bool = False
+    trusted: bool | None = None
 
     @property
     def ended(self) -> bool:

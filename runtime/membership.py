@@ -73,6 +73,10 @@ Authorise = Callable[[str, int | None, float], None]
 """Called with the node, its epoch (None before it joins) and its lease, with which it appends from now on."""
 
 
+OpenSigner = Callable[[], Callable[[bytes], str]]
+"""Returns what signs the statement of a join; it reads the key, which may be another one by now."""
+
+
 class NameInUse(LedgerProblem):
     """Another server has this node's name, and renews its lease."""
 
@@ -90,6 +94,7 @@ class Membership:
         away_limit_s: seconds for which it serves without a renewal.
         serves_sick: whether a node that cannot renew, but reads in its lease that its epoch goes on, serves.
         authorise: tells the log's storage as whom it appends.
+        open_signer: returns what signs a join; without one they are not signed.
 
     Attributes:
         epoch: the present one; None before it has joined.
@@ -111,6 +116,7 @@ class Membership:
         away_limit_s: float,
         serves_sick: bool = False,
         authorise: Authorise,
+        open_signer: OpenSigner | None = None,
     ) -> None:
         self._log = log
         self._table = table
@@ -120,6 +126,7 @@ class Membership:
         self._away_limit_s = away_limit_s
         self._serves_sick = serves_sick
         self._authorise = authorise
+        self._open_signer = open_signer
         self._limit_s = lease_s / RENEWALS_PER_LEASE
         self._renewed_s = self._confirmed_s = boottime()
         self._leaves = False
@@ -225,6 +232,7 @@ class Membership:
             self._command,
             last_seen_at=own.renewed_at if own is not None else None,
             no_node_since=None if there or not leases else max(lease.renewed_at for lease in leases),
+            sign=None if self._open_signer is None else self._open_signer(),
         )
         self._authorise(self.node_id, None, self._lease_s)
         began_s = boottime()

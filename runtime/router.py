@@ -128,7 +128,8 @@ class Router:
     """Finds the load of a model among the running ones; the repository only says why there is none.
 
     At most `max_queue` inferences of one model may be queued or running. `node_id` is this node, and
-    `may_serve` says whether it may answer; None for a server alone, which always may.
+    `may_serve` says whether it may answer; None for a server alone, which always may. `untrusted` returns the
+    nodes to which nothing may be sent.
     """
 
     def __init__(
@@ -140,8 +141,10 @@ class Router:
         max_queue: int,
         node_id: str | None = None,
         may_serve: Callable[[], bool] = lambda: True,
+        untrusted: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._may_serve = may_serve
+        self._untrusted = untrusted
         self._log = log
         self._loads = loads
         self._repository = repository
@@ -232,14 +235,14 @@ class Router:
             self._log.unsubscribe(wakeup)
 
     def find_node(self, model_id: str) -> Node | None:
-        """Return the present node at which a model is loaded; None if there is none, or no nodes."""
+        """Return the present, trusted node at which a model is loaded; None if there is none, or no nodes."""
         state = self._log.state
         model = state.models.get(model_id)
         serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
         if self._node_id is None or serving is None or serving.node_id is None:
             return None
         node = state.nodes.get(serving.node_id)
-        return node if node is not None and node.is_present else None
+        return None if node is None or not node.is_present or node.id in self._untrusted() else node
 
     def find_other_node(self, model_id: str) -> Node | None:
         """Return the other node at which a model is loaded; None if it is loaded here, or nowhere."""

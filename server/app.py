@@ -75,6 +75,7 @@ from server.appkeys import (
     LOG,
     MEMBERSHIP,
     OPENAPI,
+    PEERS,
     PENDING_DEMAND,
     POOL,
     PROXIES,
@@ -90,11 +91,11 @@ from server.appkeys import (
 )
 from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
-from server.auth.keys import ensure_data_dir, public_pem
+from server.auth.keys import ensure_data_dir, keys_folder, list_keys, public_pem
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.auth.tokens import TOKENS, open_tokens
 from server.cluster import SharedLedger, take_part
-from server.config import Config
+from server.config import Config, ConfigError
 from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
 from server.http.responses import prepare_standard_fields
@@ -226,6 +227,11 @@ async def _begin_stop(app: web.Application) -> None:
 
 async def _data_directory(app: web.Application) -> AsyncIterator[None]:
     data, address = app[CONFIG].data, app[CONFIG].ledger
+    if address is not None and not list_keys(data):
+        raise ConfigError(
+            f"--ledger: {keys_folder(data)} has no key, and nodes know each other by keys that they share: "
+            f"copy the folder from another node; `loadledger key rotate --data {data}` makes the first one"
+        )
     await asyncio.to_thread(ensure_data_dir, data)
     with lock_data(data), lock_ledger(data / LEDGER):
         if address is None:
@@ -305,7 +311,10 @@ async def _begin(app: web.Application, shared: SharedLedger | None) -> Receipt:
     config, confinement = app[CONFIG], app[POOL].applied.confinement
     if shared is None:
         return await app[LOG].server_started(confinement)
+    app[PEERS] = peers = shared.open_peers(app[VERIFIER])
+    app[GATE].nodes = peers
     app[MEMBERSHIP], app[RENEWING], receipt = await shared.join(
+        open_signer=peers.open_signer,
         budget_bytes=budget_bytes(config.memory_budget, app[LIMIT].bytes),
         public_key=public_pem(app[PROVER].signer),
         confinement=confinement,
@@ -424,6 +433,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         demand=pending,
         store=cache,
         hints=lambda: app[MEMBERSHIP].peers if MEMBERSHIP in app else {},
+        untrusted=partial(_untrusted, app),
     )
     if MEMBERSHIP in app:
         take_part(app, cache)
@@ -434,6 +444,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         max_queue=config.inference_queue,
         node_id=app[MEMBERSHIP].node_id if MEMBERSHIP in app else None,
         may_serve=lambda: MEMBERSHIP not in app or app[MEMBERSHIP].may_serve,
+        untrusted=partial(_untrusted, app),
     )
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
@@ -454,6 +465,10 @@ async def _history(app: web.Application) -> AsyncIterator[None]:
     yield
     sampling.cancel()
     await asyncio.wait([sampling])
+
+
+def _untrusted(app: web.Application) -> frozenset[str]:
+    return app[PEERS].untrusted() if PEERS in app else frozenset()
 
 
 def _on_demand(app: web.Application) -> OnDemand:

@@ -18,6 +18,7 @@ from runtime.router import Router
 from runtime.uploads.uploads import Uploads
 from server.api.stream import Streams
 from server.auth.gate import Gate, Verifier
+from server.auth.peers import Peers
 from server.auth.proxies import Proxies
 from server.config import Config
 from server.http.limits import Bodies
@@ -40,6 +41,8 @@ CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)
 ROUTER = web.AppKey("router", Router)
 MEMBERSHIP = web.AppKey("membership", Membership)
+"""Of this node; a server alone has none."""
+PEERS = web.AppKey("peers", Peers)
 """Of this node; a server alone has none."""
 RENEWING: web.AppKey[asyncio.Task[None]] = web.AppKey("renewing", asyncio.Task)
 """Renews this node's lease; a server alone has none."""

@@ -16,9 +16,11 @@ from events.nodes import Confinement
 from events.sqlite.datalock import LEDGER
 from runtime.cache.key import make_key
 from runtime.cache.store import ModelCache
-from runtime.membership import Membership
+from runtime.membership import Membership, OpenSigner
 from runtime.scheduler.view import NodeHints
 from server.appkeys import CONSUMER, CONTENTS, LOG, MEMBERSHIP
+from server.auth.gate import Verifier
+from server.auth.peers import Peers
 from server.config import Config, ConfigError
 
 MAX_DIGESTS = 2_000
@@ -53,12 +55,22 @@ class SharedLedger:
         self._config = config
         self._node_address = config.own_address()
         self._authorise = authorise
+        self._clock = clock
         self._leases = LeaseStore(address)
         self._tasks = list[asyncio.Task[None]]()
         self.log = Log(config.data / LEDGER, storage=storage, now=clock)
 
+    def open_peers(self, verifier: Verifier) -> Peers:
+        """Return what this node knows of the others by their keys.
+
+        Raises:
+            KeyProblem: `ledger.key` cannot be read.
+        """
+        config, now_s = self._config, lambda: self._clock().timestamp()
+        return Peers(config.data, config.node_id(), self.log, verifier, now_s)
+
     async def join(
-        self, *, budget_bytes: int | None, public_key: str, confinement: Confinement
+        self, *, open_signer: OpenSigner, budget_bytes: int | None, public_key: str, confinement: Confinement
     ) -> tuple[Membership, asyncio.Task[None], Receipt]:
         """Join as a node; the task renews the lease from now on.
 
@@ -83,6 +95,7 @@ class SharedLedger:
             away_limit_s=self._config.away_limit_s(),
             serves_sick=self._config.when_away == "serve",
             authorise=self._authorise,
+            open_signer=open_signer,
         )
         receipt = await membership.start()
         renewing = asyncio.create_task(membership.run(), name="membership")

@@ -60,6 +60,7 @@ class Route:
     handler: Handler
     access: Access
     limit: LimitClass
+    is_forwarded: bool = False
 
     @property
     def name(self) -> str:
@@ -75,6 +76,7 @@ class Operation(TypedDict, total=False):
     """Declaration of a handler beside its method and paths."""
 
     access: Required[Access]
+    is_forwarded: bool
     tag: str
     summary: Required[str]
     description: str
@@ -127,8 +129,8 @@ class Routes(list[Route]):
     ) -> Callable[[AnyHandler], AnyHandler]:
         def decorate(handler: AnyHandler) -> AnyHandler:
             _describe(handler, {"tag": self._tag, **operation})
-            access = operation["access"]
-            self.extend(Route(method, path, handler, access, LIMITS[access]) for path in paths)
+            access, is_forwarded = operation["access"], operation.get("is_forwarded", False)
+            self.extend(Route(method, path, handler, access, LIMITS[access], is_forwarded) for path in paths)
             return handler
 
         return decorate

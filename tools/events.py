@@ -36,6 +36,7 @@ BY: Mapping[str, str] = {
     "SignInLinkIssued": "the caller, or `local:USER`",
     "SignInLinkUsed": "who asked for the link",
     "NodeDraining": "the caller",
+    "EventsDiscarded": "`local:USER`, who ran `loadledger discard` as the ledger's owner",
     "AccessDenied": f"the refused subject; `{SYSTEM}` with the action `other` for those beyond the limit"
     f" of events",
 } | dict.fromkeys(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from events.clock import format_timestamp, uuid7
+from events.codec import decode_event
 from events.errors import LedgerDamaged, LedgerProblem
-from events.groups import fold_rows
+from events.groups import encode_drafts, fold_rows
 from events.nodes import Node
 from events.postgres.bases import read_stored_base, write_stored_base
 from events.postgres.connection import Connection, connect, translated_errors
 from events.postgres.schema import check_schema
 from events.sqlite.storage import Database
 from events.storage import LogHead, Row, StoredBase, StoredLedger
-from events.types import LogBase
+from events.types import Draft, EventsDiscarded, LogBase
 
 PAGE = 5_000
 """Events read at once by a verification: some megabytes."""
@@ -79,6 +81,51 @@ async def copy_ledger_in(
                 [(node.id, node.epoch, FIRST_LEASE_S) for node in nodes if node.is_present],
             )
             before_commit()
+
+
+async def discard_end(
+    connection: Connection, first: int, actor: str, keep: Callable[[Sequence[Row]], None]
+) -> EventsDiscarded:
+    """Remove the events from a position on, in one transaction that records it in their place.
+
+    Args:
+        connection: of the schema's owner, without a limit for a statement.
+        first: the position of an event that no node could read, nor one after it.
+        actor: who removes them.
+        keep: stores what is removed.
+
+    Raises:
+        StorageError: the database refused it; nothing was changed.
+    """
+    with translated_errors("could not be written"):
+        async with connection.transaction():
+            await connection.execute("SELECT lock_head()")
+            found = await connection.fetch(
+                "SELECT position, body, hash FROM events WHERE position >= $1 ORDER BY position", first - 1
+            )
+            rows = [Row(position, body, digest) for position, body, digest in found]
+            if rows[0].position == first:  # behind the base
+                rows.insert(0, Row(first - 1, "", await connection.fetchval("SELECT hash FROM base")))
+            [last, *removed] = rows
+            keep(removed)
+            before = decode_event(last.body).recorded_at if last.body else ""
+            await connection.execute("SET LOCAL loadledger.archiving = 'on'")
+            await connection.execute("DELETE FROM events WHERE position >= $1", first)
+            await connection.execute(
+                "UPDATE head SET position = $1, hash = $2, recorded_at = $3", last.position, last.hash, before
+            )
+            data = EventsDiscarded(first, removed[-1].position, removed[-1].hash.hex())
+            now = format_timestamp(await connection.fetchval("SELECT clock_timestamp()"))
+            head = LogHead(last.position, last.hash, before)
+            _, [row], _ = encode_drafts([Draft(uuid7(), data, actor)], head, now)
+            await connection.execute(
+                "SELECT append($1, $2, $3, $4, NULL, NULL, NULL)",
+                head.position,
+                head.hash,
+                [row.body],
+                [row.hash],
+            )
+    return data
 
 
 class DatabaseReader:

@@ -48,6 +48,7 @@ SECTIONS = {
         "archive": "loadledger.cli.local.ledger:archive",
         "backup": "loadledger.cli.local.ledger:backup",
         "migrate": "loadledger.cli.local.database:migrate",
+        "discard": "loadledger.cli.local.database:discard",
         "prepared": "loadledger.cli.cache:prepared",
     },
     "Keys, tokens and this shell": {

@@ -129,7 +129,7 @@ def _row(node: Any) -> tuple[str, ...]:
     renewed = format_age(node.renewed_at, datetime.now(UTC))
     return (
         format_cell(node.id) + (" *" if node.this else ""),
-        node.phase,
+        f"{node.phase}, not trusted" if node.trusted is False else node.phase,
         format_cell(", ".join(model.id for model in node.models), most=60),
         str(len(node.jobs)) if node.jobs else NOTHING,
         format_size(node.budget_bytes),
@@ -207,7 +207,11 @@ def has_rest(node: Any) -> bool:
 
 def find_takers(node_id: str, nodes: Sequence[Any]) -> list[str]:
     """Return the other nodes that take loads."""
-    return [node.id for node in nodes if node.id != node_id and node.phase == "joined"]
+    return [
+        node.id
+        for node in nodes
+        if node.id != node_id and node.phase == "joined" and node.trusted is not False
+    ]
 
 
 def _refuse_vain_drain(node_id: str, nodes: Sequence[Any]) -> None:

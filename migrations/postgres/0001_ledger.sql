@@ -76,8 +76,9 @@ WHEN (current_setting('loadledger.archiving', true) IS DISTINCT FROM 'on') EXECU
 -- Raises LL001 if the epoch of the node that appends is over, LL002 if the events say that a node is lost which is not
 -- late, or which this node may not judge.
 --
--- The chain, the positions and the order of the times are checked here, so that no server can write a log that does
--- not verify. What the chain does not prove, that a body is canonical JSON, is the servers' and the verifiers' part.
+-- The chain, the positions, the order of the times and the members around the data are checked here, so that no server
+-- can write a log that does not verify, or that the others cannot read. What a type's data are is the servers' part, and
+-- that they are canonical JSON also the verifiers'. A join is refused after another event than that whose hash it has.
 -- Reading a member of a text with \u0000 in it is an error, whichever member has it, so it is read as \u0001.
 --
 -- A writer that is no node, such as a command, has null for its node; a node that has not joined yet, for its epoch.
@@ -103,12 +104,26 @@ BEGIN
   FROM unnest(bodies) AS body WHERE body LIKE '%"type":"Node%';
   PERFORM check_epochs(of_nodes, node, node_epoch, lease_s);
   WITH given AS (
-    SELECT number, body, hash, position AS said, recorded_at AS at
+    SELECT number, body, hash, position::text AS said, recorded_at #>> '{}' AS at, data, type,
+      replace(body, '\u0000', '\u0001') = concat(
+        '{"actor":', actor, ',"data":', data, ',"id":', id, ',"job_id":', coalesce(job_id, 'null'),
+        ',"model_id":', coalesce(model_id, 'null'), ',"position":', position, ',"recorded_at":', recorded_at,
+        ',"schema":', schema, ',"type":', type, ',"version":', coalesce(version, 'null'),
+        ',"worker_id":', coalesce(worker_id, 'null'), '}'
+      )
+      AND (json_typeof(actor), json_typeof(data), json_typeof(id)) = ('string', 'object', 'string')
+      AND coalesce(json_typeof(job_id), 'string') = 'string' AND coalesce(json_typeof(model_id), 'string') = 'string'
+      AND coalesce(json_typeof(worker_id), 'string') = 'string'
+      AND schema::text ~ '^[1-9]\d{0,8}$' AND type::text ~ '^"[A-Z][A-Za-z]{0,63}"$'
+      AND coalesce(version::text, '0') ~ '^(0|[1-9]\d{0,17})$' AS is_event
     FROM unnest(bodies, hashes) WITH ORDINALITY AS rows (body, hash, number),
-      json_to_record(replace(body, '\u0000', '\u0001')::json) AS parsed (position text, recorded_at text)
+      json_to_record(replace(body, '\u0000', '\u0001')::json) AS parsed (
+        actor json, data json, id json, job_id json, model_id json, position json, recorded_at json, schema json,
+        type json, version json, worker_id json
+      )
   ), linked AS (
     SELECT
-      number, body, hash, said, at,
+      number, body, hash, said, at, data, type, is_event,
       lag(hash, 1, after_hash) OVER (ORDER BY number) AS previous,
       lag(at, 1, tip.recorded_at) OVER (ORDER BY number) AS before
     FROM given
@@ -121,14 +136,17 @@ BEGIN
       WHERE hash IS DISTINCT FROM sha256(previous || convert_to(body, 'UTF8'))
       OR said IS DISTINCT FROM (after_position + number)::text
       OR at IS NULL
+      OR is_event IS DISTINCT FROM true
       OR at COLLATE "C" < before COLLATE "C"
+      OR at <> before AND to_char(at::timestamptz AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') <> at
+      OR type::text = '"NodeJoined"' AND data ->> 'after' <> encode(previous, 'hex')
     ),
     (array_agg(hash) FILTER (WHERE number = cardinality(bodies)))[1],
     max(at COLLATE "C")
   INTO wrong, last_hash, last_at
   FROM linked;
   IF wrong IS NOT NULL THEN
-    RAISE EXCEPTION 'event % does not follow: hash, position or time', after_position + wrong;
+    RAISE EXCEPTION 'event % does not follow, or is no event: hash, position, time or members', after_position + wrong;
   END IF;
   IF last_at COLLATE "C" > tip.recorded_at COLLATE "C" AND last_at::timestamptz > clock_timestamp() + interval '1 s' THEN
     RAISE EXCEPTION 'the clock of the server is ahead of the database''s by more than a second: %', last_at;
@@ -162,6 +180,9 @@ BEGIN
           epoch = excluded.epoch, instance = excluded.instance, ended = false, lease_s = excluded.lease_s,
           renewed_at = excluded.renewed_at, steady_since = excluded.steady_since
         WHERE before.epoch < excluded.epoch;
+        IF NOT FOUND THEN
+          RAISE EXCEPTION 'epoch % of node % is over', named_epoch, named USING ERRCODE = 'LL001';
+        END IF;
         IF named = node THEN
           own_epoch := named_epoch;
         END IF;

@@ -65,6 +65,7 @@ class Consumer:
             priority waits, or a model can be prepared.
         store: the optimised model cache; None turns preparation off.
         hints: the hints of the nodes, by their ids; whoever changes them wakes the consumer.
+        untrusted: returns the nodes whose joins are not signed with a key that the nodes share.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Consumer:
         under_pressure: Callable[[], bool] = lambda: False,
         store: ModelCache | None = None,
         hints: Callable[[], Mapping[str, NodeHints]] = dict,
+        untrusted: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
+        self._untrusted = untrusted
         self._log = log
         self._pool = pool
         self._hints = hints
@@ -174,7 +177,7 @@ class Consumer:
     async def _step(self) -> None:
         self._wakeup.clear()
         state, now = self._log.state, self._log.fold_times.now()
-        own = state.of(self.policy.node_id, self.policy.node_epoch)
+        own = state.of(self.policy.node_id, self.policy.node_epoch, self._untrusted())
         self._executor.note_recorded_exits(own)
         self._executor.end_unneeded_loads(own)
         self._executor.estimates.forget_ended(own)
@@ -226,6 +229,7 @@ class Consumer:
             preparation=self.preparer.preparation,
             fold_times=self._log.fold_times,
             nodes=self._hints(),
+            untrusted=self._untrusted(),
         )
 
     async def _cancel_effects(self) -> None:

@@ -149,7 +149,7 @@ def _hash(model_id: str, node_id: str) -> bytes:
 
 
 def list_rooms(view: SchedulerView) -> list[NodeRoom]:
-    """Return the nodes that take loads, with what is known of them."""
+    """Return the trusted nodes that take loads, with what is known of them."""
     loads = defaultdict[str | None, list[Job]](list)
     for job in view.state.unended():
         if job.kind is JobKind.LOAD:
@@ -158,7 +158,8 @@ def list_rooms(view: SchedulerView) -> list[NodeRoom]:
     for model in view.state.models.values():
         if model.serving is not None:
             servings[model.serving.node_id][model.id] = model.serving
-    nodes = (node for node in view.state.nodes.values() if node.takes_loads)
+    takers = (node for node in view.state.nodes.values() if node.takes_loads)
+    nodes = (node for node in takers if node.id not in view.observations.untrusted)
     return [_measure(view, node, loads[node.id], servings[node.id]) for node in nodes]
 
 

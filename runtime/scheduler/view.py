@@ -146,6 +146,7 @@ class Observations:
         estimate_failures: why the files of a pending load cannot be looked at, by job id.
         fold_times: when events were folded, by the time that deadlines run by.
         nodes: hints of the nodes, by their ids.
+        untrusted: nodes whose joins are not signed with a key that the nodes share: they do nothing.
     """
 
     fork_server_up: bool = True
@@ -162,6 +163,7 @@ class Observations:
     estimate_failures: Mapping[str, Failure] = field(default_factory=dict)
     fold_times: FoldTimes = field(default_factory=FoldTimes)
     nodes: Mapping[str, NodeHints] = field(default_factory=dict)
+    untrusted: frozenset[str] = frozenset()
 
 
 def find_unload_target(state: State, unload: Job) -> str:
@@ -222,7 +224,7 @@ class SchedulerView:
     ) -> None:
         self.state, self.running, self.policy, self.now = state, running, policy, now
         self.observations = observations
-        self.own = state.of(policy.node_id, policy.node_epoch)
+        self.own = state.of(policy.node_id, policy.node_epoch, observations.untrusted)
         self.unended = self.own.unended()
         self._earlier: dict[float, str] = {}
         self.queues: dict[str, list[Job]] = {}

@@ -7,7 +7,7 @@ it without a token.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from aiohttp import web
@@ -19,7 +19,7 @@ from events.models import Model, ModelState
 from events.nodes import Lease, Node, NodePhase, find_placer
 from events.state import State
 from server.api.schemas import AnswerSchema, about
-from server.appkeys import LOG, MEMBERSHIP
+from server.appkeys import LOG, MEMBERSHIP, PEERS
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import NothingSchema, path_parameters
@@ -98,6 +98,13 @@ class NodeSchema(AnswerSchema):
         **about("Whether it did not renew its lease in time; null if it has ended, or that is not known."),
     )
     this = fields.Boolean(required=True, **about("Whether it is the node that answers."))
+    trusted = fields.Boolean(
+        required=True,
+        allow_none=True,
+        **about(
+            "Whether its join is signed with a key that the nodes share, or it does nothing; null at its end."
+        ),
+    )
     placer = fields.Boolean(
         required=True, **about("Whether it is the node that places loads, and does what belongs to no node.")
     )
@@ -153,9 +160,10 @@ def describe_nodes(app: web.Application) -> list[dict[str, Any]]:
     membership, state = app.get(MEMBERSHIP), app[LOG].state
     if membership is None:
         return node_views(state)
+    untrusted = app[PEERS].untrusted()
     is_away = membership.is_late
     late = {membership.node_id} if is_away else frozenset[str]()
-    return node_views(state, membership.leases, membership.node_id, late)
+    return node_views(state, membership.leases, membership.node_id, late, untrusted)
 
 
 def node_views(
@@ -163,6 +171,7 @@ def node_views(
     leases: Iterable[Lease] = (),
     own_id: str | None = None,
     late: Iterable[str] = (),
+    untrusted: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the nodes of a state by name, with their models and jobs.
 
@@ -171,10 +180,11 @@ def node_views(
         leases: those of earlier epochs say nothing.
         own_id: the node that answers.
         late: nodes that are late whatever the leases say.
+        untrusted: nodes whose joins are not signed with a key that the nodes share.
     """
     models, jobs = _models_by_node(state), _jobs_by_node(state)
     by_epoch = {(lease.node_id, lease.epoch): lease for lease in leases}
-    placer = find_placer(state.nodes)
+    placer = find_placer(state.nodes, untrusted)
     views = []
     for node in sorted(state.nodes.values(), key=lambda node: node.id):
         lease = by_epoch.get((node.id, node.epoch))
@@ -187,6 +197,7 @@ def node_views(
                 "renewed_at": lease.renewed_at if lease is not None else None,
                 "late": is_late,
                 "this": node.id == own_id,
+                "trusted": node.id not in untrusted if node.is_present else None,
                 "placer": node.id == placer,
             }
         )

@@ -8,6 +8,7 @@ every request except those to public routes, and the fast path for inferences.
 - `keyring`: the public keys that verify tokens, ours or an identity provider's; reread when their files
   change
 - `keys`: the private keys in the data directory; issues tokens, rotates and revokes keys; the ledger's key
+- `peers`: the signed joins of nodes, and the tokens of what they forward
 - `issuing`, `tokens`: a token is signed and recorded; revocations, sign-in links
 - `control`, `localtokens`: the socket in the data directory, and the commands that use it
 - `subjects`: which subjects a token may have

@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from server.api import nodes, tokens
-from server.appkeys import CONFIG, LOG, MEMBERSHIP
+from server.appkeys import CONFIG, LOG, MEMBERSHIP, PEERS
 from server.auth.gate import PRINCIPAL, InvalidToken, Principal
 from server.auth.localtokens import SOCKET, local_actor
 from server.auth.tokens import TOKENS
@@ -74,7 +74,7 @@ def _create_control(app: web.Application) -> web.Application:
     add_routes(control, [route for route in offered if route.access is not Access.PUBLIC])
     control[CONFIG], control[LOG], control[TOKENS] = app[CONFIG], app[LOG], app[TOKENS]
     if MEMBERSHIP in app:
-        control[MEMBERSHIP] = app[MEMBERSHIP]
+        control[MEMBERSHIP], control[PEERS] = app[MEMBERSHIP], app[PEERS]
     return control
 
 

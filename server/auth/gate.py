@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import jwt
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
+from multidict import CIMultiDictProxy, istr
 
 from events.clock import uuid7
 from events.commands import Command, Record
@@ -39,6 +41,11 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REALM = "loadledger"
+
+FORWARDED = istr("Loadledger-Forwarded")
+"""Names the node that has forwarded a request, whose token the request has."""
+POSITION = istr("Loadledger-Position")
+"""How far the node knows the ledger that forwards a request, or refuses a forwarded one."""
 
 MINUTE_S = 60.0
 
@@ -71,12 +78,13 @@ _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
 class Principal:
     """The subject and roles of a verified token: the actor of its events, and the token's known roles.
 
-    `jti` is the token's id; None if it has none.
+    `jti` is the token's id; None if it has none. `expires_at` is in seconds since 1970.
     """
 
     subject: str
     roles: frozenset[str]
     jti: str | None = field(default=None, compare=False)
+    expires_at: float = field(default=math.inf, compare=False)
 
 
 PRINCIPAL: web.RequestKey[Principal] = web.RequestKey("principal", Principal)
@@ -260,7 +268,7 @@ class Verifier:
             raise InvalidToken("the token is signed with a key that is not known here")
         claims = self._claims(token, key)
         expires_at = _check_times(claims, now)
-        principal = self._principal(claims)
+        principal = replace(self._principal(claims), expires_at=expires_at)
         if self._refuses(principal):
             raise InvalidToken("the token was revoked")
         return _Remembered(principal, expires_at, kid, key)
@@ -309,12 +317,25 @@ def create_verifier(config: Config) -> Verifier:
     return Verifier(keys, config.jwt_audience, config.jwt_issuer, config.jwt_roles_claim)
 
 
+class NodeTokens(Protocol):
+    """The tokens of requests that another node has forwarded to this one (`server.auth.peers`)."""
+
+    async def await_sender(self, headers: CIMultiDictProxy[str]) -> None:
+        """Wait a moment for the join of the node that forwards a request."""
+
+    def verify(self, token: str, model_id: str | None) -> Principal:
+        """Return for whom the request is; raise `InvalidToken` if the token is not good for the model."""
+
+
 @dataclass(eq=False)
 class Gate:
     """Admits requests; refuses them in the order 429 (address), 401, 429 (subject), 403.
 
     A remembered token passes the limit of its address: others behind it cannot lock it out. Beyond that limit
     no other token is looked at: it bounds the guesses, and the signatures that are checked.
+
+    Attributes:
+        nodes: verifies the tokens of forwarded requests; None for a server alone, to which nobody forwards.
     """
 
     verifier: Verifier
@@ -322,12 +343,21 @@ class Gate:
     clock: Callable[[], float] = time.time
     proxies: Proxies = field(default_factory=Proxies)
     denials: Denials = field(default_factory=Denials, init=False)
+    nodes: NodeTokens | None = field(default=None, init=False)
 
-    def admit(self, request: web.BaseRequest, access: Access, limit: LimitClass, action: str) -> Principal:
+    async def admit(
+        self,
+        request: web.BaseRequest,
+        access: Access,
+        limit: LimitClass,
+        action: str,
+        model_id: str | None = None,
+    ) -> Principal:
         """Authenticate a request, count it against its subject's limit, and check the subject's roles.
 
         From then on the request has `PRINCIPAL`, and `QUOTA` if the limit is set. Only its header fields are
-        read; the ledger names a denial by `action`.
+        read; the ledger names a denial by `action`. `model_id` is the model that the path names, if nodes
+        forward requests to it.
 
         Raises:
             TooManyFailures: `too_many_failures`.
@@ -337,7 +367,11 @@ class Gate:
             RateLimited: `rate_limited`.
             Forbidden: `forbidden`; the denial is counted.
         """
-        request[PRINCIPAL] = principal = self._authenticate(request)
+        if self.nodes is not None and FORWARDED in request.headers:
+            await self.nodes.await_sender(request.headers)
+            request[PRINCIPAL] = principal = self._authenticate_forwarded(request, self.nodes, model_id)
+        else:
+            request[PRINCIPAL] = principal = self._authenticate(request)
         quota = self.limits.count(limit, principal.subject)
         if quota is not None:
             request[QUOTA] = quota
@@ -379,6 +413,18 @@ class Gate:
             self.limits.count_failure(peer)
             raise
 
+    def _authenticate_forwarded(
+        self, request: web.BaseRequest, nodes: NodeTokens, model_id: str | None
+    ) -> Principal:
+        """Authenticate a request of another node, whatever clients at its address have tried."""
+        try:
+            return nodes.verify(bearer_token(request.headers.getall(hdrs.AUTHORIZATION, [])), model_id)
+        except (InvalidToken, MalformedAuthorization):
+            peer = self.proxies.peer(request)
+            self.limits.check_peer(peer)
+            self.limits.count_failure(peer)
+            raise
+
 
 def check_role(principal: Principal, access: Access) -> None:
     """Refuse a subject that has none of the roles that a route, or a parameter of it, needs.
@@ -400,11 +446,12 @@ def auth_middleware(gate: Gate) -> Middleware:
     async def authorise(request: web.Request, handler: Handler) -> web.StreamResponse:
         route = matched_route(request)
         if route is None:
-            gate.admit(request, Access.ANY, LimitClass.READS, NO_ROUTE)
+            await gate.admit(request, Access.ANY, LimitClass.READS, NO_ROUTE)
             return await handler(request)
         if route.access is Access.PUBLIC:
             return await handler(request)
-        principal = gate.admit(request, route.access, route.limit, route.name)
+        model_id = request.match_info["id"] if route.is_forwarded else None
+        principal = await gate.admit(request, route.access, route.limit, route.name, model_id)
         try:
             return await handler(request)
         except Forbidden:  # these roles may use the route, but not with such parameters

@@ -74,6 +74,11 @@ class KeyRing:
             return next(iter(self._keys.values()))
         return self._keys.get(kid) or self._keys.get(None)
 
+    def list_keys(self, now: float) -> _Keys:
+        """Return all keys; an equal mapping as long as no file has changed."""
+        self.find(None, now)
+        return self._keys
+
     def _reread(self) -> None:
         try:
             if self.provider is not None:

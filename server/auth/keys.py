@@ -1,8 +1,9 @@
 """Which keys sign tokens and the ledger, and how are tokens issued?
 
-`<data>/keys/<kid>.pem` are our Ed25519 keys: the newest signs tokens, all verify them. `<data>/ledger.key`
-signs the ledger's head and nothing else. A key is revoked by removing its file, with all its tokens; a single
-token is revoked in the ledger (`server.auth.tokens`).
+`<data>/keys/<kid>.pem` are our Ed25519 keys: the newest signs tokens, all verify them; nodes sign their
+joins with them, too. `<data>/ledger.key` signs the ledger's head, and what this node forwards
+(`server.auth.peers`). A key is revoked by removing its file, with all its tokens; a single token is revoked
+in the ledger (`server.auth.tokens`).
 """
 
 from __future__ import annotations

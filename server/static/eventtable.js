@@ -22,6 +22,7 @@ export const EVENT_TEXTS = {
   ServerStopped: {"parts": [], "tone": "plain", "badIf": null},
   ClockStepped: {"parts": ["from {from} to {to}", "taken?|not followed"], "tone": "bad", "badIf": null},
   RollbackAccepted: {"parts": ["signed up to {kept_position}", "accepted at {head_position}"], "tone": "bad", "badIf": null},
+  EventsDiscarded: {"parts": ["positions {first_position} to {last_position}"], "tone": "bad", "badIf": null},
   VersionAdded: {"parts": ["{files:files}"], "tone": "good", "badIf": null},
   VersionRemoved: {"parts": ["{reason?}"], "tone": "plain", "badIf": null},
   TokenIssued: {"parts": ["for {subject}", "{roles:acts}", "until {expires_at}", "via {via?}", "id {jti}"], "tone": "plain", "badIf": null},

@@ -43,7 +43,7 @@ function row(first, offers, store) {
     show(badges.placer, node.placer);
     setText(pill, node.phase);
     setAttribute(pill, "class", `pill ${node.phase}`);
-    setText(late, node.late ? "late" : "");
+    setText(late, [node.trusted === false ? "not trusted" : "", node.late ? "late" : ""].filter(Boolean).join(", "));
     keyed(models, node.models.slice(0, MOST_MODELS), (model) => model.id, modelItem, (item, model) => setText(item.lastChild, ` ${model.version}${model.state === "loaded" ? "" : `, ${model.state}`}`));
     setText(more, node.models.length > MOST_MODELS ? `and ${node.models.length - MOST_MODELS} more` : node.models.length ? "" : "–");
     setText(cells.jobs, node.jobs.length ? node.jobs.slice(0, 3).map((job) => `${job.kind} of ${job.model_id}`).join(", ") + (node.jobs.length > 3 ? ` and ${node.jobs.length - 3} more` : "") : "–");

@@ -45,7 +45,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
             model_id, version = found.groups()
             try:
                 action = _ACTION_OF_VERSION if version else _ACTION
-                gate.admit(request, Access.PREDICT, LimitClass.INFERENCE, action)
+                await gate.admit(request, Access.PREDICT, LimitClass.INFERENCE, action, model_id)
                 answer = await answer_inference(request, app, model_id, int(version) if version else None)
             except asyncio.CancelledError:
                 counts.count_aborted("POST", _PATH_OF_VERSION if version else _PATH)

@@ -1,16 +1,17 @@
 """Forwarding: which node answers a request about a loaded model, and how is it sent there?
 
-Any node answers for any model. A request about a model that the state says is loaded at another node goes to
-that node's address over HTTP: the same token, the same body, unparsed. The answer comes back as it is. A
-forwarded request names the node that sent it, and how far that one knows the ledger: its receiver answers by
-a state that is no older, and never forwards it again. A server alone has no forwarder.
+Any node answers for any model. A request about a model that the state says is loaded at another node goes
+to that node's address over HTTP: the same body, unparsed, and a token of this node in place of the client's
+(`server.auth.peers`). The answer comes back as it is. A forwarded request names the node that sent it, and
+how far that one knows the ledger: its receiver answers by a state that is no older, and never forwards it
+again. A server alone has no forwarder.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import wraps
 from http import HTTPStatus
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import aiohttp
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
-from multidict import CIMultiDict, istr
+from multidict import CIMultiDict
 from yarl import URL
 
 from events.log import Log
@@ -27,8 +28,9 @@ from events.nodes import Node
 from runtime.errors import InferenceTimeout
 from runtime.router import ModelElsewhere, Router
 from runtime.wire import Buffer
-from server.appkeys import BODIES, CONFIG, LOG, MEMBERSHIP, ROUTER
-from server.auth.gate import PRINCIPAL
+from server.appkeys import BODIES, CONFIG, LOG, MEMBERSHIP, PEERS, ROUTER
+from server.auth.gate import FORWARDED, POSITION, PRINCIPAL, Principal
+from server.auth.peers import CATCH_UP_S, Peers, read_position
 from server.auth.ratelimit import QUOTA
 from server.errors import ANSWERING_NODE, NODE, AnsweredRefusal, ServerProblem
 from server.http.connection import read_body_into
@@ -39,12 +41,8 @@ from server.observability.output import REQUEST_ID, begin_context
 from server.settingvalues import MAX_BODY_BYTES
 from server.v2.codec import HEADER_LENGTH
 
-FORWARDED = istr("Loadledger-Forwarded")
-"""Names the node that has forwarded a request; read of authenticated requests only."""
 NODE_ADDRESS = "Loadledger-Node-Address"
 """The address of the node that has answered a forwarded request: clients may go there themselves."""
-POSITION = istr("Loadledger-Position")
-"""How far the node knows the ledger that forwards a request, or refuses a forwarded one."""
 
 MAX_CONNECTIONS = 256
 """To each other node; further requests wait for one that is free."""
@@ -52,10 +50,8 @@ KEPT_S = 15.0
 """An idle connection is closed before the other node closes it (`idle_timeout_s`)."""
 CONNECT_S = 5.0
 """For a connection to another node: beyond it, its machine is gone."""
-CATCH_UP_S = 1.0
-"""For the events that another node knows already: replicas are milliseconds apart."""
 CATCH_UP_OR_REFUSE_S = 5.0
-"""The same where this node would refuse without them: a disk can hold up a replica for seconds."""
+"""As `CATCH_UP_S` where this node would refuse without them: a disk can hold up a replica for seconds."""
 READ_BYTES = 2**20
 """Of an answer before its reader has its turn; aiohttp's 64 KB take a pause each."""
 IN_PLACE_BYTES = 2**15
@@ -66,7 +62,7 @@ JOINED_BYTES = 2**16
 _SENT = frozenset(
     name.lower()
     for name in (
-        *(hdrs.AUTHORIZATION, hdrs.CONTENT_TYPE, hdrs.CONTENT_ENCODING, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING),
+        *(hdrs.CONTENT_TYPE, hdrs.CONTENT_ENCODING, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING),
         *(HEADER_LENGTH, "traceparent", "tracestate"),
     )
 )
@@ -125,11 +121,13 @@ class _Forwarded:
     """A request as it is sent to another node.
 
     Attributes:
+        client: for whom it is.
         target: its path.
         body: None of a GET.
         ends_at_s: when the answer must be there, on the loop's clock.
     """
 
+    client: Principal
     model_id: str
     target: str
     headers: CIMultiDict[str]
@@ -162,6 +160,7 @@ class Forwarder:
         router: Router,
         log: Log,
         bodies: Bodies,
+        peers: Peers,
         *,
         node_id: str,
         timeout_s: float,
@@ -170,6 +169,7 @@ class Forwarder:
         self._router = router
         self._log = log
         self._bodies = bodies
+        self._peers = peers
         self._node_id = node_id
         self._own_fields = {str(NODE): node_id}
         self._timeout_s = timeout_s
@@ -199,7 +199,7 @@ class Forwarder:
         sender = request.headers.get(FORWARDED)
         if sender is not None:
             limit_s = CATCH_UP_S if self._router.is_ready(model_id) else CATCH_UP_OR_REFUSE_S
-            await self._catch_up(_read_position(request.headers), limit_s)
+            await self._log.wait_for(read_position(request.headers), limit_s)
         node = self._router.find_other_node(model_id)
         if node is None:
             ends_at_s = asyncio.get_running_loop().time() + self._timeout_s
@@ -228,11 +228,12 @@ class Forwarder:
     async def _forward(
         self, request: web.BaseRequest, node: Node, model_id: str, target: str, ends_at_s: float | None
     ) -> web.StreamResponse:
-        share = self._bodies.share(request[PRINCIPAL].subject)
+        client = request[PRINCIPAL]
+        share = self._bodies.share(client.subject)
         try:
             headers, body = await self._receive(request, share)
             ends_at_s = ends_at_s or asyncio.get_running_loop().time() + self._timeout_s
-            reply = await self._ask(_Forwarded(model_id, target, headers, body, ends_at_s), node)
+            reply = await self._ask(_Forwarded(client, model_id, target, headers, body, ends_at_s), node)
             return _respond(request, reply, share)
         except BaseException:
             share.give_back()
@@ -263,7 +264,7 @@ class Forwarder:
             reply = await self._send(forwarded, node)
             if reply.status != HTTPStatus.SERVICE_UNAVAILABLE or not reply.position:
                 return reply
-            await self._catch_up(reply.position, CATCH_UP_OR_REFUSE_S)
+            await self._log.wait_for(reply.position, CATCH_UP_OR_REFUSE_S)
             other = self._find_another(forwarded.model_id, node)
             return reply if other is None else await self._send(forwarded, other)
         except NodeUnreachable as problem:
@@ -276,21 +277,6 @@ class Forwarder:
         """Return the node at which the model is loaded by now, which may be this one."""
         node = self._router.find_node(model_id)
         return None if node is None or (node.id, node.epoch) == (tried.id, tried.epoch) else node
-
-    async def _catch_up(self, position: int, limit_s: float) -> None:
-        """Wait until the state of this node has an event, for a limited time."""
-        if self._log.state.position >= position:
-            return
-        wakeup = self._log.subscribe()
-        try:
-            async with asyncio.timeout(limit_s):
-                while self._log.state.position < position:
-                    wakeup.clear()
-                    await wakeup.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self._log.unsubscribe(wakeup)
 
     async def _send(self, forwarded: _Forwarded, node: Node) -> _Reply:
         """Send a request to a node and read its answer.
@@ -306,15 +292,17 @@ class Forwarder:
                 async with self._session.request(
                     hdrs.METH_GET if forwarded.body is None else hdrs.METH_POST,
                     URL(f"{node.address}{forwarded.target}", encoded=True),
-                    headers=self._fields_of(forwarded),
+                    headers=self._fields_of(forwarded, node),
                     data=_payload(forwarded.body),
                     skip_auto_headers=_NOT_ADDED,
                     allow_redirects=False,
                 ) as response:
                     if response.status in _REDIRECTS:
                         raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
+                    if response.status == HTTPStatus.UNAUTHORIZED:
+                        raise NodeUnreachable(node, "it does not take this node's token", is_answered=True)
                     fields = CIMultiDict(response.headers)
-                    reply = _Reply(node, response.status, fields, [], _read_position(fields))
+                    reply = _Reply(node, response.status, fields, [], read_position(fields))
                     while part := await response.content.readany():
                         reply.parts.append(part)
                     return reply
@@ -327,8 +315,10 @@ class Forwarder:
         except (aiohttp.ClientError, OSError) as error:
             raise NodeUnreachable(node, _reason(error), is_answered=reply is not None) from None
 
-    def _fields_of(self, forwarded: _Forwarded) -> CIMultiDict[str]:
-        fields = CIMultiDict([*forwarded.headers.items(), (POSITION, str(self._log.state.position))])
+    def _fields_of(self, forwarded: _Forwarded, node: Node) -> CIMultiDict[str]:
+        token = self._peers.make_token(node, forwarded.model_id, forwarded.client)
+        own = ((hdrs.AUTHORIZATION, f"Bearer {token}"), (POSITION, str(self._log.state.position)))
+        fields = CIMultiDict([*forwarded.headers.items(), *own])
         if forwarded.body is not None:
             fields.add(hdrs.CONTENT_LENGTH, str(len(forwarded.body)))
         return fields
@@ -356,6 +346,7 @@ async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
             app[ROUTER],
             app[LOG],
             app[BODIES],
+            app[PEERS],
             node_id=app[MEMBERSHIP].node_id,
             timeout_s=app[CONFIG].inference_timeout_s,
         )
@@ -431,12 +422,6 @@ def _returned_fields(request: web.BaseRequest, reply: _Reply) -> dict[str, str]:
     fields = {str(name): value for name, value in reply.headers.items() if name.lower() in _RETURNED}
     quota = request.get(QUOTA)
     return {**fields, NODE_ADDRESS: reply.node.address, **({} if quota is None else quota.headers())}
-
-
-def _read_position(headers: Mapping[str, str]) -> int:
-    """Return the position that a node names; 0 if it does not."""
-    text = headers.get(POSITION, "")
-    return int(text) if text.isdecimal() and len(text) < 19 else 0  # noqa: PLR2004 - a 64-bit integer
 
 
 def _reason(error: Exception) -> str:

@@ -217,7 +217,7 @@ def model_routes(
             ("/v2/models/{id}", ModelPathSchema(), summaries[0], anywhere),
             ("/v2/models/{id}/versions/{version}", ModelVersionPathSchema(), summaries[1], twin),
         ):
-            declare(f"{path}{suffix}", path=schema, summary=summary, **operation)(each)
+            declare(f"{path}{suffix}", path=schema, summary=summary, is_forwarded=True, **operation)(each)
         return handler
 
     return decorate

@@ -79,6 +79,7 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ),
     ("VersionRemoved", {"reason": None}, "", False),
     ("RollbackAccepted", {"kept_position": 7, "head_position": 4}, "signed up to 7, accepted at 4", True),
+    ("EventsDiscarded", {"first_position": 7, "last_position": 9, "hash": "00"}, "positions 7 to 9", True),
     ("TokenIssued", ISSUED, "for bob, admin, audit, until T, id i1", False),
     ("TokenIssued", ISSUED | {"via": "link"}, "for bob, admin, audit, until T, via link, id i1", False),
     ("TokenRevoked", {"jti": "i1", "expires_at": None}, "id i1", False),

@@ -463,3 +463,24 @@ async def test_changed_node_is_found_by_verify(tmp_path: Path) -> None:
     finding = verify(path).finding
     assert finding is not None
     assert "the stored nodes lack 'a'" in finding.problem
+
+
+def test_untrusted_node_owns_nothing_and_places_nothing() -> None:
+    history = History()
+    for node in "ab":
+        history.join(node)
+    history.load_at("a", "L")
+    assert find_placer(history.state.nodes, {"a"}) == "b"
+    assert history.state.of("b", 1).models == {}
+    assert history.state.of("b", 1, frozenset("a")).models.keys() == {MODEL}
+    assert history.state.of("a", 1, frozenset("a")).models == {}
+
+
+def test_statement_of_join_names_all_that_is_checked() -> None:
+    joined = NodeJoined("a", 1, "http://a", (), None, "1", "key", unclean=False, after="00")
+    changes = ({"node_id": "b"}, {"epoch": 2}, {"address": "x"}, {"public_key": None}, {"after": "01"})
+    said = {replace(joined, **change).statement for change in ({}, *changes)}
+    assert len(said) == 6
+    history = History()
+    history.about_node(joined)
+    assert history.state.nodes["a"].statement == joined.statement

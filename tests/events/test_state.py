@@ -206,7 +206,7 @@ def test_stop_keeps_queue_of_each_model() -> None:
 def test_every_type_has_a_fold() -> None:
     of_no_job = {
         *("ServerStarted", "ServerStopped", "AccessDenied", "LoadJoined", "UnloadJoined"),
-        *("ClockStepped", "RollbackAccepted", "VersionAdded", "VersionRemoved"),
+        *("ClockStepped", "RollbackAccepted", "EventsDiscarded", "VersionAdded", "VersionRemoved"),
         *("TokenIssued", "TokenRevoked", "SignInLinkIssued", "SignInLinkUsed"),
         *("NodeJoined", "NodeDraining", "NodeLeft", "NodeLost"),
     }

@@ -34,6 +34,8 @@ ADDED = {
     "confinement": None,
     "threads": None,
     "via": None,
+    "after": None,
+    "signature": None,
 }
 """Fields that earlier releases did not write. Add to these; a line that has to change is a broken promise."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from support.http import Json, LocalApi, local_server
 from support.postgres import Database
+from support.reachable import share_keys
 
 
 @asynccontextmanager
@@ -16,6 +17,7 @@ async def local_node(ledger: Database, folder: Path, name: str, **settings: Any)
     (folder / name).mkdir(exist_ok=True)
     if not (folder / name / "repository").exists():
         (folder / name / "repository").symlink_to(folder / "repository")
+    share_keys(folder, folder / name / "data")
     about = {"ledger": ledger.server_url, "node_name": name, "node_address": f"http://{name}"}
     async with local_server(folder / name, **{**about, **settings}) as api:
         yield api

@@ -1,20 +1,23 @@
 """Nodes that reach each other: applications in this process, each behind a proxy at its address."""
 
 import shutil
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jwt
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from server.appkeys import LOG
+from server.appkeys import LOG, PEERS
+from server.auth.gate import Principal
 from server.auth.keys import ensure_data_dir, keys_folder
 from server.config import Config
 from support.cutting import CuttingProxy, cutting_proxy
-from support.http import LocalApi, application
+from support.http import ONE, Answer, LocalApi, application
 from support.workers import until
 
 
@@ -101,3 +104,27 @@ async def loaded_beside(nodes: Sequence[ReachableNode], model_id: str) -> tuple[
     other = next(node for node in nodes if node is not owner)
     await other.knows(model_id, owner.name)
     return owner, other
+
+
+def forwarded(
+    sender: ReachableNode, receiver: ReachableNode, *roles: str, model_id: str = "m", expires_s: float = 3600
+) -> dict[str, str]:
+    """Return the header fields with which a node forwards a request about a model to another one."""
+    to, client = (
+        sender.app[LOG].state.nodes[receiver.name],
+        Principal("pia", frozenset(roles or ("predict",)), "j"),
+    )
+    token = sender.app[PEERS].make_token(to, model_id, replace(client, expires_at=time.time() + expires_s))
+    return {"Loadledger-Forwarded": sender.name, "Authorization": f"Bearer {token}"}
+
+
+def read_claims(fields: dict[str, str]) -> dict[str, Any]:
+    token = fields["Authorization"].removeprefix("Bearer ")
+    found: dict[str, Any] = jwt.decode(token, options={"verify_signature": False})
+    return found
+
+
+async def send(node: ReachableNode, path: str, fields: dict[str, str], method: str = "POST") -> Answer:
+    """Send a request of another node."""
+    body: dict[str, Any] = {"json": {"inputs": [ONE]}} if method == "POST" else {}
+    return await node.api.send(method, path, roles=(), headers=fields, **body)

@@ -1,4 +1,4 @@
-"""`loadledger migrate`, and `--ledger` of `verify` and `archive`: a ledger in PostgreSQL."""
+"""`loadledger migrate` and `discard`, and `--ledger` of `verify` and `archive`: a ledger in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def require_driver() -> None:
         exit_with_error(f"asyncpg is not installed: {INSTALL}")
 
 
-@click.command()
-@click.option(
+_ledger_option = click.option(
     "--ledger",
     "address",
     metavar="URL",
@@ -31,6 +30,10 @@ def require_driver() -> None:
     required=True,
     help="Database, as the role that owns the ledger: postgresql://OWNER@HOST/DATABASE. [LOADLEDGER_LEDGER]",
 )
+
+
+@click.command()
+@_ledger_option
 @click.option(
     "--server-role",
     metavar="ROLE",
@@ -62,6 +65,28 @@ def migrate(address: str, server_role: str | None, data: Path | None, *, as_json
     if data is not None:
         lines.append(f"copied and verified: {done['events']} events, head {done['position']}:{done['hash']}")
     print_result(done, lines, as_json=as_json)
+
+
+@click.command()
+@_ledger_option
+@json_option
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def discard(address: str, file: Path, *, as_json: bool) -> None:
+    """Remove the end of a ledger in PostgreSQL that no node can read.
+
+    For nodes that say that an event cannot be folded, because somebody with their role appended it. Run it as
+    the role that owns the ledger, with the latest release that any node has, when that role has another
+    password. All events from that one on, which no node has, go to FILE, and `EventsDiscarded` takes their
+    place.
+    """
+    require_driver()
+    from loadledger.cli.local.localdatabase import discard_unreadable  # noqa: PLC0415 - as above
+
+    with report_problems():
+        done = discard_unreadable(address, file)
+    members = {"first_position": done.first_position, "last_position": done.last_position, "hash": done.hash}
+    line = f"discarded: positions {done.first_position} to {done.last_position}, kept in {file}"
+    print_result(members, [line], as_json=as_json)
 
 
 def verify_database(address: str, expected: Any, archives: Sequence[Path], key: str | None) -> Any:

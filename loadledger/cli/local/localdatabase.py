@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -23,7 +25,7 @@ from events.audit.verify import (
     VerificationError,
     check_listed,
 )
-from events.errors import LedgerDamaged, LogUnavailable
+from events.errors import LedgerDamaged, LogUnavailable, UnreadableEvent
 from events.postgres.bases import move_base
 from events.postgres.connection import Connection, close, connect, describe_address
 from events.postgres.schema import check_owner, check_schema, migrate
@@ -31,6 +33,7 @@ from events.postgres.transfer import (
     DatabaseReader,
     LedgerNotEmpty,
     copy_ledger_in,
+    discard_end,
     make_replica,
     open_database_reader,
 )
@@ -45,8 +48,9 @@ from events.sqlite.datalock import (
 )
 from events.sqlite.proof import open_log_reader
 from events.state import State
-from events.storage import LogHead, StorageError, StoredBase
-from events.types import LogBase
+from events.storage import LogHead, Row, StorageError, StoredBase
+from events.types import EventsDiscarded, LogBase
+from server.auth.localtokens import local_actor
 
 
 async def migrate_database(address: str, server_role: str | None, data: Path | None) -> dict[str, Any]:
@@ -162,6 +166,39 @@ async def _make_replica(address: str, path: Path) -> LogBase:
 async def _move_base(address: str, before: LogBase, stored: StoredBase) -> None:
     async with _owned(address) as connection:
         await move_base(connection, before, stored)
+
+
+def discard_unreadable(address: str, file: Path) -> EventsDiscarded:
+    """Remove the end of a ledger in a database, from the first event on that this release cannot read.
+
+    Args:
+        address: of the database, as the role that owns the ledger.
+        file: takes what is removed, one line of JSON for each event; it must not exist.
+
+    Raises:
+        LedgerProblem: the database cannot be used, or all its events can be read.
+        OSError: the file cannot be written.
+    """
+
+    def keep(rows: Sequence[Row]) -> None:
+        with file.open("x", encoding="utf-8") as target:
+            for row in rows:
+                line = {"position": row.position, "hash": row.hash.hex(), "body": row.body}
+                target.write(json.dumps(line) + "\n")
+            target.flush()
+            os.fsync(target.fileno())
+
+    async def discard(first: int) -> EventsDiscarded:
+        async with _owned(address) as connection:
+            return await discard_end(connection, first, local_actor(os.geteuid()), keep)
+
+    asyncio.run(_check_owner(address))
+    with open_draft(file) as replica:
+        try:
+            asyncio.run(_make_replica(address, replica))
+        except UnreadableEvent as unreadable:
+            return asyncio.run(discard(unreadable.position))
+    raise LogUnavailable("this release can read all events of the ledger: there is nothing to discard")
 
 
 def _refuse_other_history(ledger: Path, replica: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +19,21 @@ from support.cutting import cutting_proxy
 from support.http import ENDLESS, ONE, Answer, LocalApi, local_server, when
 from support.models import save
 from support.postgres import Database, join_shared_server
-from support.reachable import ReachableNode, loaded_beside, reachable_node, reachable_nodes
+from support.reachable import (
+    ReachableNode,
+    forwarded,
+    loaded_beside,
+    reachable_node,
+    reachable_nodes,
+    read_claims,
+    send,
+)
 from support.replicas import make_ledger
 from support.workers import computing, until
 
-from events.commands import DrainNode
+from events.commands import DrainNode, RevokeToken
 from server.appkeys import BODIES, LOG, MEMBERSHIP
+from server.auth.issuing import timestamp_in
 from server.v2 import forwarding
 from server.v2.forwarding import FORWARDER
 
@@ -43,7 +53,6 @@ UNEQUAL = json.dumps(
     }
 ).encode()
 """Inputs with which `models.subtract` fails."""
-FROM_C: dict[str, Any] = {"Loadledger-Forwarded": "c"}
 PROBLEM = {
     "type": "urn:loadledger:error:queue_full",
     "title": "a",
@@ -170,25 +179,45 @@ async def test_refusals_are_the_same_at_both_nodes(
 async def test_forwarded_request_is_not_forwarded_again(pair: Pair) -> None:
     owner, other = pair
     for path in PATHS:
-        refused = await ask(other, path, **FROM_C)
+        refused = await send(other, path, forwarded(owner, other))
         assert refused.refusal == (503, "model_not_loaded")
         assert refused.headers["Retry-After"] == "1"
-        assert "node 'a', not here; node 'c' has forwarded" in refused.json["detail"]
-        assert (await ask(owner, path, **FROM_C)).status == 200
+        assert "node 'a', not here; node 'a' has forwarded" in refused.json["detail"]
+        assert (await send(owner, path, forwarded(other, owner))).status == 200
     await owner.proxy.reset()
     with target(owner, other.proxy.target):  # the address of one node leads to another one
         refused = await ask(other)
     await owner.proxy.reset()
-    assert refused.refusal == (503, "model_not_loaded")
+    assert refused.refusal == (503, "node_unreachable")  # whose token is for the other one
 
 
 async def test_forwarding_needs_a_token_of_the_role(pair: Pair) -> None:
-    _, other = pair
+    owner, other = pair
     for path in PATHS:
-        for roles, status in (((), 401), (("audit",), 403)):
-            refused = await other.api.post(path, data=BODY, roles=roles, headers=FROM_C)
-            assert refused.status == status
-            assert ADDRESS not in refused.headers
+        assert (await other.api.post(path, data=BODY, roles=("audit",))).status == 403
+        assert (await send(owner, path, forwarded(other, owner, "audit"))).status == 403
+        assert (await send(owner, path, {"Loadledger-Forwarded": "b"})).refusal == (401, "no_credentials")
+
+
+async def test_token_of_a_client_is_no_nodes(pair: Pair) -> None:
+    owner, _ = pair
+    for path in PATHS:
+        from_b: dict[str, Any] = {"Loadledger-Forwarded": "b"}
+        refused = await ask(owner, path, **from_b)
+        assert refused.refusal == (401, "invalid_token")
+
+
+async def test_forwarded_token_ends_with_the_clients(pair: Pair) -> None:
+    owner, other = pair
+    assert read_claims(forwarded(other, owner, expires_s=5))["exp"] <= time.time() + 5
+    assert read_claims(forwarded(other, owner, expires_s=5)) != read_claims(forwarded(other, owner))
+    good = forwarded(other, owner)
+    assert (await send(owner, PATHS[0], good)).status == 200
+    later = timestamp_in(3600)
+    await owner.app[LOG].submit(RevokeToken("j", "alice", later))
+    refused = await send(owner, PATHS[0], good)
+    assert refused.refusal == (401, "invalid_token")
+    assert "revoked" in refused.json["detail"]
 
 
 async def test_only_some_header_fields_are_forwarded(pair: Pair) -> None:
@@ -212,8 +241,9 @@ async def test_only_some_header_fields_are_forwarded(pair: Pair) -> None:
         head, _, body = server.requests[0].partition(b"\r\n\r\n")
     line, *fields = head.decode().split("\r\n")
     arrived = {name.title(): value for name, _, value in (field.partition(": ") for field in fields)}
-    token = arrived.pop("Authorization")
-    assert token == f"Bearer {other.api.token('predict', subject='pia')}"
+    claims = read_claims(arrived)
+    assert arrived.pop("Authorization") != f"Bearer {other.api.token('predict', subject='pia')}"
+    assert (claims["iss"], claims["aud"], claims["sub"]) == ("b", "a/1", "pia")
     expected = {
         **sent,
         "Loadledger-Forwarded": other.name,
@@ -366,15 +396,16 @@ async def test_forwarded_request_waits_for_what_its_sender_knows(
     async with reachable_node(ledger.server_url, tmp_path, "a") as node:
         save(models.add(1), tmp_path / "repository", "m")
         loaded_at = node.app[LOG].state.position + 4  # after the request, the placement and the start
-        assert (await ask(node, **FROM_C)).refusal == (503, "model_not_loaded")
-        asking = asyncio.create_task(ask(node, **{**FROM_C, "Loadledger-Position": str(loaded_at)}))
+        own = forwarded(node, node)
+        assert (await send(node, PATHS[0], own)).refusal == (503, "model_not_loaded")
+        asking = asyncio.create_task(send(node, PATHS[0], {**own, "Loadledger-Position": str(loaded_at)}))
         await node.api.load("m")
         assert (await asking).status == 200
         serving = node.app[LOG].state.models["m"].serving
         assert serving is not None
         assert serving.position == loaded_at
         ahead = str(loaded_at + 1000)
-        assert (await ask(node, **{**FROM_C, "Loadledger-Position": ahead})).status == 200
+        assert (await send(node, PATHS[0], {**own, "Loadledger-Position": ahead})).status == 200
 
 
 async def test_body_that_arrives_while_its_model_moves_is_forwarded(ledger: Database, tmp_path: Path) -> None:
@@ -427,10 +458,10 @@ async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_pat
             save(models.add(1), tmp_path / "repository", "m")
             owner, other = await loaded_beside(nodes, "m")
             await proxy.cut()
-            await until(lambda: all(node.app[MEMBERSHIP].away_s > 3.0 for node in nodes))
+            await until(lambda: all(node.app[MEMBERSHIP].is_late for node in nodes))
             assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == [owner.name] * 2
             proxy.heal()
-            await until(lambda: all(node.app[MEMBERSHIP].away_s < 3.0 for node in nodes))
+            await until(lambda: all(not node.app[MEMBERSHIP].is_late for node in nodes))
             assert (await ask(other)).status == 200
 
 

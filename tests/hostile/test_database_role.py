@@ -1,0 +1,155 @@
+"""Somebody with the nodes' role in the database, and no key; somebody with a token of a node."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from support.clients import printed, printed_json, refused
+from support.http import ONE, when
+from support.models import add, save
+from support.nodes import list_nodes
+from support.postgres import Database
+from support.reachable import forwarded, loaded_beside, reachable_node, reachable_nodes, read_claims, send
+from support.replicas import rows_in
+from support.rogues import append_as_role, joins, rogue_join
+
+from events.types import EventsDiscarded
+from server.appkeys import LOG
+
+INFER = "/v2/models/m/infer"
+MODELS = "mnopqrst"
+
+
+async def test_rogue_node_gets_no_model_and_no_token(ledger: Database, tmp_path: Path) -> None:
+    received = list[str]()
+
+    async def listen(request: web.Request) -> web.Response:
+        received.append(f"{request.method} {request.path} {dict(request.headers)}")
+        return web.json_response(
+            {"outputs": [{"name": "y", "shape": [1], "datatype": "FP32", "data": [666]}]}
+        )
+
+    listener = web.Application()
+    listener.router.add_route("*", "/{path:.*}", listen)
+    async with (
+        TestServer(listener) as server,
+        reachable_nodes(ledger.server_url, tmp_path, "b", "c") as nodes,
+    ):
+        for name in ("a", "z"):  # one would place, and the other would get the next models
+            await append_as_role(ledger, joins(rogue_join(name, str(server.make_url("/")).rstrip("/"))))
+        await when(lambda: list_nodes(nodes[1].api), lambda found: len(found) == 4)
+        for model_id in MODELS:
+            save(add(1), tmp_path / "repository", model_id)
+            assert (await nodes[0].api.load(model_id))["node"] in "bc"
+        for model_id in MODELS:
+            for node in nodes:
+                answer = await when(
+                    lambda node=node, model_id=model_id: node.api.infer(model_id, ONE),  # type: ignore[misc]
+                    lambda answer: answer.status == 200,
+                )
+                assert answer.json["outputs"][0]["data"] == [2.0]
+        assert received == []
+
+
+def body(position: int, at: str, /, **changes: Any) -> str:
+    """Return the body of an event with other members; `...` leaves one out."""
+    event: dict[str, Any] = {
+        "actor": "system",
+        "data": {},
+        "id": "01a20bcb-c779-794e-ba72-b4cf6aca3ebf",
+        "job_id": None,
+        "model_id": None,
+        "position": position,
+        "recorded_at": at,
+        "schema": 1,
+        "type": "OfLater",
+        "version": None,
+        "worker_id": None,
+    }
+    members = {name: value for name, value in {**event, **changes}.items() if value is not ...}
+    return json.dumps(members, sort_keys=True, separators=(",", ":"))
+
+
+NO_EVENTS: list[dict[str, Any]] = [
+    *({name: ...} for name in json.loads(body(1, ""))),
+    *({name: 1.5} for name in json.loads(body(1, ""))),
+    *({name: []} for name in json.loads(body(1, ""))),
+    *({"recorded_at": at} for at in ("9", "2026-02-30T00:00:00.000000Z", "2026-01-01T00:00:00Z")),
+    *({"schema": value} for value in (0, -1, "1", 2**40)),
+    *({"version": value} for value in ("1", -1, 2**70)),
+    *({"type": value} for value in ("", "a", "x" * 99, None)),
+    {"further": 1},
+]
+
+
+async def test_append_refuses_what_is_no_event(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_node(ledger.server_url, tmp_path, "a") as node:
+        for changes in NO_EVENTS:
+            with pytest.raises(asyncpg.PostgresError):
+                await append_as_role(ledger, lambda position, at, c=changes: body(position, at, **c))  # type: ignore[misc]
+        for text in ("", "1", "{}", "[]", "{", '"a"', "null"):
+            with pytest.raises(asyncpg.PostgresError):
+                await append_as_role(ledger, lambda _position, _at, text=text: text)  # type: ignore[misc]
+        for old, new in (('{"actor"', '{ "actor"'), ('"type"', '"\\u0074ype"'), ('"id"', '"id":"a","id"')):
+            with pytest.raises(asyncpg.PostgresError):
+                await append_as_role(
+                    ledger,
+                    lambda position, at, old=old, new=new: body(position, at).replace(old, new, 1),  # type: ignore[misc]
+                )
+        await append_as_role(ledger, body)  # of a later release, as far as anybody can know
+        save(add(1), tmp_path / "repository", "m")
+        await node.api.load("m")
+
+
+async def test_unreadable_event_is_discarded_on_record(ledger: Database, tmp_path: Path) -> None:
+    file, discard = tmp_path / "discarded", ("discard", "--ledger", ledger.owner_url)
+    async with reachable_node(ledger.server_url, tmp_path, "a") as node:
+        save(add(1), tmp_path / "repository", "m")
+        assert "there is nothing to discard" in await asyncio.to_thread(refused, *discard, file)
+        await append_as_role(ledger, lambda position, at: body(position, at, type="LoadRequested"), body)
+        first = node.app[LOG].head.position + 1
+        assert (await node.api.post("/api/v1/models/m/load")).refusal == (503, "log_unavailable")
+        role = ("discard", "--ledger", ledger.server_url, file)
+        assert "does not own the ledger" in await asyncio.to_thread(refused, *role)
+        kept = (await rows_in(ledger))[-2:]
+        done = await asyncio.to_thread(printed_json, *discard, file)
+        assert done == {"first_position": first, "last_position": first + 1, "hash": kept[1][2].hex()}
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [(each["position"], each["body"], bytes.fromhex(each["hash"])) for each in lines] == kept
+        await when(
+            lambda: node.api.post("/api/v1/models/m/load", wait=60), lambda answer: answer.status == 200
+        )
+        assert await node.api.data_of(EventsDiscarded) == [EventsDiscarded(*done.values())]
+        assert "verified" in await asyncio.to_thread(printed, "verify", "--ledger", ledger.server_url)
+
+
+async def test_forwarded_token_is_for_one_node_model_and_minute(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b") as nodes:
+        for model_id in ("m", "loop"):
+            save(add(1), tmp_path / "repository", model_id)
+        owner, other = await loaded_beside(nodes, "m")
+        good, forged = forwarded(other, owner, "admin"), forwarded(owner, owner)
+        assert (await send(owner, INFER, good)).status == 200
+        await send(owner, INFER, forged)  # remembered, or not
+        refused = [
+            await send(other, INFER, good),
+            await send(owner, "/v2/models/loop/infer", good),
+            await send(owner, "/v2/models/loop/versions/1/infer", good),
+            await send(owner, "/v2/models/loop/ready", good, "GET"),
+            await send(owner, "/api/v1/models/m", good, "GET"),
+            await send(owner, "/api/v1/models/m/unload", good),
+            await send(owner, INFER, forwarded(other, owner, expires_s=-1)),
+            await send(owner, INFER, {**good, "Authorization": good["Authorization"][:-8] + "AAAAAAAA"}),
+        ]
+        assert {answer.refusal for answer in refused} == {(401, "invalid_token")}
+        bare = {"Authorization": good["Authorization"]}
+        assert (await send(owner, INFER, bare)).refusal == (401, "invalid_token")
+        claims = read_claims(good)
+        assert claims["exp"] <= time.time() + 61
+        assert (claims["sub"], claims["roles"], claims["aud"]) == ("pia", ["admin"], f"{owner.name}/1")
