@@ -66,7 +66,8 @@ from events.types import (
 )
 
 MAX_QUEUE = 256
-"""Unended jobs from which on loads by clients are refused (DESIGN.md, "Defaults")."""
+"""Unended jobs from which on loads by clients are refused: more than any machine loads within the longest
+`timeout_s`, and few enough to decide on all of them in a millisecond."""
 
 _MOST_UNENDED = {Cause.REQUEST: MAX_QUEUE, Cause.DEMAND: MAX_QUEUE // 2}
 """By cause: on-demand loads leave half of the queue to explicit ones; loads by the system have no limit."""

@@ -76,7 +76,7 @@ class State:
         return None if job is None or job.ended else job
 
     def active(self) -> Model | None:
-        """Return the active model (DESIGN.md, "Vocabulary"), or None when nothing is loaded."""
+        """Return the active model, which a request or an inference loaded last; None without one."""
         candidates = (
             model
             for model in self.models.values()

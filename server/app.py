@@ -389,14 +389,15 @@ def _open_store(config: Config) -> Store | None:
     return store
 
 
-def _needed_digests(log: Log, store: Store) -> frozenset[str]:
-    """Return the versions that must not be swept: of loads that serve, were lost, or are pending."""
-    state = log.state
+def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
+    """Return the versions that must not be swept: of loads here that serve, were lost, or are pending."""
+    state, here = app[LOG].state, {None, app[MEMBERSHIP].node_id if MEMBERSHIP in app else None}
     servings = [each for model in list(state.models.values()) for each in (model.serving, model.previous)]
-    needed = {digest_of((file.path, file.sha256) for file in each.files) for each in servings if each}
+    own = (each for each in servings if each is not None and each.node_id in here)
+    needed = {digest_of((file.path, file.sha256) for file in each.files) for each in own}
     for job in [job for queue in list(state.queues.values()) for job in queue]:
         source = None if job.version is None else store.read_source(job.model_id, job.version)
-        if source is not None:
+        if source is not None and job.node_id in here:
             needed.add(source.digest)
     return frozenset(needed)
 
@@ -419,7 +420,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
     contents = app[CONTENTS]
     if contents.store is not None:
-        contents.find_needed = partial(_needed_digests, app[LOG], contents.store)
+        contents.find_needed = partial(_needed_digests, app, contents.store)
     app[PENDING_DEMAND] = pending = PendingDemand()
     cache = await asyncio.to_thread(_open_cache, config)
     app[CONSUMER] = consumer = Consumer(

@@ -15,7 +15,8 @@ from events.state import State, has_turn
 from events.types import REPLACEMENTS, SYSTEM, Cause
 
 MIN_RESIDENCY_S = 10.0
-"""Minimum residency of a loaded model before the server unloads it (DESIGN.md, "Defaults")."""
+"""Minimum residency of a loaded model before the server unloads it: two models that do not fit together take
+turns of this length, instead of evicting each other for each request."""
 
 
 class PlacementStrategy(StrEnum):

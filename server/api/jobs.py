@@ -41,7 +41,7 @@ from server.routing import ROUTES, Access, Routes
 routes = Routes(tag="jobs")
 
 MAX_WAIT_S = 60
-"""Proxies and clients give up on longer waits (DESIGN.md, "HTTP")."""
+"""Most proxies and clients give up on an answer after 60 s."""
 
 _PREFERENCE = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*"?)+')  # a comma in a quoted string separates nothing
 _WAIT = re.compile(r'wait\s*=\s*(?:"(\d+)"|(\d+))\s*(?:;.*)?', re.ASCII | re.IGNORECASE)

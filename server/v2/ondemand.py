@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
-"""As for a lost model (DESIGN.md, "Crash")."""
+"""As between the reloads of a lost model: a failure that lasts costs two loads a minute."""
 MAX_FAILURES = 1000
 """Beyond them the oldest is forgotten, and its model may be tried again sooner."""
 

@@ -10,12 +10,13 @@ before the database. All of them have the same keys and the same repository.
 
 import asyncio
 import random
+import resource
 import shutil
 import signal
 import socket
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from events.storage import LogHead
 from server.auth.keys import ensure_data_dir, keys_folder
 from server.config import Config
 from support.cutting import CuttingProxy, cutting_proxy
+from support.disks import FreezableDisk
 from support.fleet import UNLIMITED, Fleet, Source, check_inference, question
 from support.http import Api, when
 from support.postgres import Address, Database, PostgresServer
@@ -42,6 +44,8 @@ REQUEST_S = 30.0
 """How long a client waits for a server that may be frozen or cut off."""
 SETTINGS = (f"--lease-s={LEASE_S}", "--drain-timeout-s=5", *UNLIMITED)
 MODELS = 8
+LITTLE, WRITABLE = 2**12, 2**40
+"""File sizes: without room for a transaction in the write-ahead log, and that nothing reaches."""
 
 Place = tuple[str, str, str]
 """A node, a model, and the job of its load."""
@@ -66,6 +70,8 @@ class ClusterNode:
         database: of the ledger.
         proxy: between the node and the database.
         is_frozen: whether its server process was stopped with SIGSTOP.
+        disk: on which its data directory is, if a test may freeze that.
+        has_frozen_disk: whether it is frozen; who reads the replica then would hang, too.
     """
 
     name: str
@@ -73,6 +79,9 @@ class ClusterNode:
     database: Database
     proxy: CuttingProxy
     is_frozen: bool = False
+    disk: FreezableDisk | None = None
+    has_frozen_disk: bool = False
+    _was_ended: bool = True
     _address: Address = field(default_factory=_free_address)
     _server: Server | None = None
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -95,8 +104,8 @@ class ClusterNode:
 
     @property
     def answers(self) -> bool:
-        """Whether it runs and is not frozen."""
-        return self.is_running and not self.is_frozen
+        """Whether it runs, and neither it nor its disk is frozen."""
+        return self.is_running and not self.is_frozen and not self.has_frozen_disk
 
     @property
     def replica(self) -> Path:
@@ -117,15 +126,17 @@ class ClusterNode:
         own = f"--node-address=http://{host}:{port}"
         started = serving(self.config, *arguments, own, *SETTINGS)
         self._server = await self._stack.enter_async_context(started)
-        self.is_frozen = False
+        self.is_frozen = self._was_ended = False
 
     async def kill(self) -> None:
         """Kill the server with SIGKILL, and wait until all its processes are gone."""
+        self._was_ended = True
         await self.server.kill()
         self.is_frozen = False
 
     async def stop(self) -> None:
         """Stop the server in order."""
+        self._was_ended = True
         assert await self.server.stop() == 0, self.output[-3000:]
 
     def freeze(self) -> None:
@@ -138,8 +149,33 @@ class ClusterNode:
         self.server.send(signal.SIGCONT)
         self.is_frozen = False
 
+    def fill_disk(self) -> None:
+        """Refuse its writes to files, as a full disk does when the write-ahead log has to grow."""
+        resource.prlimit(self.server.pid, resource.RLIMIT_FSIZE, (LITTLE, WRITABLE))
+
+    def freeze_disk(self) -> None:
+        """Let its writes hang; not every machine allows that."""
+        if self.disk is not None:
+            self.disk.freeze()
+            self.has_frozen_disk = True
+
+    def mend_disk(self) -> None:
+        """Let its writes pass, whether the disk was full or frozen."""
+        if self.disk is not None and self.has_frozen_disk:
+            self.disk.thaw()
+            self.has_frozen_disk = False
+        if self.is_running:
+            resource.prlimit(self.server.pid, resource.RLIMIT_FSIZE, (WRITABLE, WRITABLE))
+
+    def check_exit(self) -> None:
+        """Fail if its server has ended by itself."""
+        if not self.is_running and not self._was_ended:
+            code = self.server.process.returncode
+            raise AssertionError(f"{self.name} ended by itself with {code}: {self.output[-2000:]}")
+
     async def close(self) -> None:
         """Kill the server if it runs, and close its client."""
+        self.mend_disk()
         await self._stack.aclose()
         self._server, self.is_frozen = None, False
 
@@ -182,7 +218,14 @@ class Cluster:
         return [node for node in self.nodes.values() if node.answers]
 
     async def restore(self) -> None:
-        """Start the database, and thaw, heal and start all nodes, as far as they are not at work."""
+        """Start the database, and thaw, heal and start all nodes, as far as they are not at work.
+
+        Raises:
+            AssertionError: a node has ended by itself.
+        """
+        for node in self.nodes.values():
+            node.mend_disk()
+            node.check_exit()
         if not self.database.server.is_running:
             await self.database.server.start()
         for node in self.nodes.values():
@@ -391,9 +434,14 @@ def _list_unsettled(state: State) -> Iterator[str]:
 
 @asynccontextmanager
 async def clustered(
-    folder: Path, server: PostgresServer, names: tuple[str, ...] = ("n1", "n2", "n3")
+    folder: Path,
+    server: PostgresServer,
+    names: tuple[str, ...] = ("n1", "n2", "n3"),
+    disks: Mapping[str, FreezableDisk] | None = None,
 ) -> AsyncIterator[Cluster]:
     """Run nodes over a new ledger in a PostgreSQL server; kill them after the block.
+
+    Those named in `disks` have their data there.
 
     The ledger's database stays, since the server may be another one by then: it ends with its server.
     """
@@ -407,10 +455,10 @@ async def clustered(
         for name in names:
             config = Config(repository=repository, data=folder / name)
             if name != names[0]:
-                config.data.mkdir(mode=0o700)
+                config.data.mkdir(mode=0o700, exist_ok=True)
                 shutil.copytree(keys_folder(first.data), keys_folder(config.data))
             proxy = await stack.enter_async_context(cutting_proxy(server.address))
-            node = ClusterNode(name, config, database, proxy)
+            node = ClusterNode(name, config, database, proxy, disk=(disks or {}).get(name))
             stack.push_async_callback(node.close)
             cluster.nodes[name] = node
         await cluster.restore()

@@ -12,6 +12,9 @@ import pytest
 
 from server.config import Config
 
+FREEZABLE_BYTES = 300 * 2**20
+"""Room for a replica and the store of a node; the file has only what was written."""
+
 MOUNT = 'mount -t tmpfs -o size={size},mode=700 small "$1" && echo mounted && exec cat'
 
 
@@ -56,6 +59,44 @@ class SmallDisk:
     @property
     def _ballast(self) -> Path:
         return self.folder / "ballast"
+
+
+@dataclass(frozen=True, slots=True)
+class FreezableDisk:
+    """A disk of a file, whose writes hang while it is frozen."""
+
+    folder: Path
+
+    def freeze(self) -> None:
+        """Let all writes hang."""
+        subprocess.run(("fsfreeze", "--freeze", str(self.folder)), check=True)
+
+    def thaw(self) -> None:
+        """Let them go on, if it is frozen."""
+        subprocess.run(("fsfreeze", "--unfreeze", str(self.folder)), check=False, stderr=subprocess.DEVNULL)
+
+
+@contextmanager
+def freezable_disk(folder: Path) -> Iterator[FreezableDisk]:
+    """Mount a disk on a new folder while the block runs; the test is skipped where that is not allowed."""
+    if missing := [name for name in ("mkfs.ext4", "fsfreeze") if shutil.which(name) is None]:
+        pytest.skip(f"there is no {' and no '.join(missing)}")
+    image = folder.with_suffix(".img")
+    folder.mkdir(mode=0o700)
+    with image.open("wb") as file:
+        file.truncate(FREEZABLE_BYTES)
+    mount = ("mount", "-o", "loop", str(image), str(folder))
+    for step in (("mkfs.ext4", "-q", str(image)), mount):
+        done = subprocess.run(step, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    folder.chmod(0o700)
+    disk = FreezableDisk(folder)
+    try:
+        yield disk
+    finally:
+        disk.thaw()
+        subprocess.run(("umount", "-l", str(folder)), check=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 import pytest
 import pytest_asyncio
@@ -24,6 +25,7 @@ from support.cluster import (
     is_lost,
 )
 from support.clusteraudit import audit_cluster
+from support.disks import FreezableDisk, freezable_disk
 from support.fleet import as_text, new_dice, of_both, tell
 from support.postgres import PostgresServer, postgres_server
 
@@ -35,9 +37,15 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    """Three nodes, and a PostgreSQL server that tests may kill."""
-    async with postgres_server() as server, clustered(tmp_path_factory.mktemp("nodes"), server) as cluster:
-        yield cluster
+    """Three nodes, one on a disk that can be frozen if that is allowed, and a server that tests may kill."""
+    folder, disks = tmp_path_factory.mktemp("nodes"), dict[str, FreezableDisk]()
+    with ExitStack() as stack:
+        try:
+            disks["n1"] = stack.enter_context(freezable_disk(folder / "n1"))
+        except pytest.skip.Exception as reason:
+            tell(f"no disk hangs in this run: {reason}")
+        async with postgres_server() as server, clustered(folder, server, disks=disks) as cluster:
+            yield cluster
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -204,8 +212,16 @@ async def _kill_database(node: ClusterNode, _: random.Random) -> None:
     await node.database.server.kill()
 
 
+async def _fill_disk(node: ClusterNode, _: random.Random) -> None:
+    node.fill_disk()
+
+
+async def _freeze_disk(node: ClusterNode, _: random.Random) -> None:
+    node.freeze_disk()
+
+
 FAULTS = (
-    *(_kill, _stop, _drain, _freeze, _kill_worker),
+    *(_kill, _stop, _drain, _freeze, _kill_worker, _fill_disk, _freeze_disk),
     *(_cut_off, _lose_answers, _disconnect, _delay, _kill_database),
 )
 
@@ -255,6 +271,8 @@ async def test_failover_loses_nothing_or_stops_the_nodes(
     async with cluster.traffic(dice, cluster.fleet.ids, clients=4):
         at = cluster.answering[0].read_head().position
         await cluster.until(lambda state: state.position > at + 50)
+        await standby.stop("immediate")
+        await asyncio.sleep(1.5 * LEASE_S)  # appends wait for it, and no lease ends
         await replace_database(cluster, standby)
         at = cluster.answering[0].read_head().position
         await cluster.until(lambda state: state.position > at + 50)

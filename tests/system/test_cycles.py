@@ -20,7 +20,7 @@ CYCLES = of_both(short=5, long=1000)
 WARM_UP = of_both(short=3, long=100)
 """Cycles before the first measurement, in which pools of connections, threads and buffers fill."""
 MEMORY_GOAL = 1.02
-"""DESIGN.md, "Numbers to reach"."""
+"""Memory of the process tree after the cycles, as a share of that before."""
 FAILING = ("invalid", "crash")
 MAX_LATE_THREADS = 3
 """Threads that may still be added to a bounded pool, when two looks at files happen to meet."""

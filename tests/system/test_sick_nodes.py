@@ -2,10 +2,8 @@
 
 import asyncio
 import random
-import resource
 import shutil
 import signal
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest_asyncio
 from support import cluster as nodes
 from support import models
 from support.cluster import Cluster, ClusterNode, are_elsewhere, clustered, find_places, has_joined, is_lost
+from support.disks import freezable_disk
 from support.fleet import UNLIMITED, new_dice, question
 from support.http import when
 from support.postgres import PostgresServer, postgres_server
@@ -26,8 +25,6 @@ from server.auth.keys import ensure_data_dir, keys_folder
 from server.config import Config
 
 KEPT = 6
-LITTLE, WRITABLE = 2**12, 2**40
-"""File sizes: without one transaction in the write-ahead log, and that nothing reaches."""
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -41,44 +38,11 @@ async def server() -> AsyncIterator[PostgresServer]:
 
 @contextmanager
 def full_disk(node: ClusterNode) -> Iterator[None]:
-    """Refuse a node's writes to its disk, as a full one does when its write-ahead log has to grow."""
-    resource.prlimit(node.server.pid, resource.RLIMIT_FSIZE, (LITTLE, WRITABLE))
+    node.fill_disk()
     try:
         yield
     finally:
-        if node.is_running:
-            resource.prlimit(node.server.pid, resource.RLIMIT_FSIZE, (WRITABLE, WRITABLE))
-
-
-@contextmanager
-def hanging_disk(folder: Path) -> Iterator[None]:
-    """Mount a disk on a folder that a test can freeze."""
-    image = folder.with_suffix(".img")
-    folder.mkdir(mode=0o700)
-    with image.open("wb") as file:
-        file.truncate(300 * 2**20)
-    mount = ("mount", "-o", "loop", str(image), str(folder))
-    steps = (("mkfs.ext4", "-q", str(image)), mount, ("chmod", "700", str(folder)))
-    if any(shutil.which(name) is None for name in ("mkfs.ext4", "fsfreeze")):
-        pytest.skip("there is no mkfs.ext4 or no fsfreeze")
-    for step in steps:
-        done = subprocess.run(step, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(("umount", "-l", str(folder)), check=True)
-
-
-@contextmanager
-def frozen(folder: Path) -> Iterator[None]:
-    """Let writes to a disk hang while the block runs."""
-    subprocess.run(("fsfreeze", "--freeze", str(folder)), check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(("fsfreeze", "--unfreeze", str(folder)), check=True)
+        node.mend_disk()
 
 
 async def is_answered(node: ClusterNode, status: int) -> None:
@@ -141,17 +105,16 @@ async def test_node_whose_disk_hangs_is_lost_and_answers_nothing(
     server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when_away: str
 ) -> None:
     monkeypatch.setattr(nodes, "SETTINGS", (*nodes.SETTINGS, f"--when-away={when_away}"))
-    with hanging_disk(tmp_path / "n1"):
-        async with clustered(tmp_path, server) as cluster:
+    with freezable_disk(tmp_path / "n1") as disk:
+        async with clustered(tmp_path, server, disks={"n1": disk}) as cluster:
             node, own, epoch = await loaded(cluster, "n1")
             other = cluster.nodes["n2"]
-            with frozen(tmp_path / "n1"):
-                await cluster.until(is_lost("n1", epoch), at=other)
-                await cluster.until(are_elsewhere(own, "n1"), at=other)
-                await when(
-                    lambda: node.api.infer(own[0], question(new_dice())), lambda each: each.status == 503
-                )
-                await is_answered(node, 503)
+            node.freeze_disk()
+            await cluster.until(is_lost("n1", epoch), at=other)
+            await cluster.until(are_elsewhere(own, "n1"), at=other)
+            await when(lambda: node.api.infer(own[0], question(new_dice())), lambda each: each.status == 503)
+            await is_answered(node, 503)
+            node.mend_disk()
             await cluster.until(has_joined("n1", epoch + 1), at=other)
             await cluster.settled()
 

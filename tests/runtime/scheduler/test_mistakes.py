@@ -1,4 +1,4 @@
-"""Mistakes that others' users reported (DESIGN.md, "Policies"): where each is tested.
+"""Mistakes that users of comparable servers reported: where each is tested.
 
 | reported at | tested in |
 | --- | --- |
