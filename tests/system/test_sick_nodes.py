@@ -195,3 +195,20 @@ async def test_stopping_node_hands_models_over_while_one_computes(
             await cluster.infer(other, model_id, random.Random(1))
         computing.cancel()
         await asyncio.wait([computing])
+
+
+async def test_store_has_room_for_what_others_serve_no_more(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SETTINGS", (*nodes.SETTINGS, "--store-size=10MB"))  # two of the models
+    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
+        for index in range(4):
+            state = await cluster.load(cluster.fleet.ids[index])
+            first = find_places(state, "n1")
+            if index < 3:
+                await cluster.nodes["n1"].stop()  # its models load at n2
+                await cluster.until(are_elsewhere(first, "n1"), at=cluster.nodes["n2"])
+                await cluster.nodes["n1"].start()
+            if index == 1:  # of the first, n1 has no copy
+                await cluster.nodes["n2"].api.post(f"/api/v1/models/{cluster.fleet.ids[0]}/unload", wait=60)
+        assert len(find_places(await cluster.settled(), "n2")) == 2
