@@ -120,7 +120,7 @@ class Peers:
             unsigned = {(node.id, node.epoch): node for node in present if not _is_signed(node, self._keys)}
             for node in (unsigned[each] for each in sorted(unsigned.keys() - self._warned)):
                 _log.warning(
-                    "node %s at %s is not trusted: its join is signed with no key of %s, so it gets no loads"
+                    "node %r at %r is not trusted: its join is signed with no key of %s, so it gets no loads"
                     " and no requests. If it is one of yours, copy another node's keys there, and restart it",
                     *(node.id, node.address, keys_folder(self._data)),
                 )

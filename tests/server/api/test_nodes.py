@@ -116,7 +116,7 @@ async def test_node_whose_join_is_not_signed_gets_nothing(
         nodes = await when(lambda: list_nodes(a.api), lambda nodes: "1" in nodes)
         assert [each["trusted"] for each in nodes.values()] == [False, False, True]
         assert (await a.api.infer("m", ONE)).status == 200
-    assert "node 0 at http://127.0.0.1:1 is not trusted" in caplog.text
+    assert "node '0' at 'http://127.0.0.1:1' is not trusted" in caplog.text
 
 
 async def test_node_without_keys_does_not_start(ledger: Database, tmp_path: Path) -> None:
