@@ -517,7 +517,11 @@ class Log:
         self._can_write = True
 
     async def _check_written(self, head: LogHead) -> None:
-        """Read the log again; without this head in it, the group was not written."""
+        """Read the log again; without this head in it, the group was not written.
+
+        An append on its way to a database may still arrive there, as long as nothing else was appended.
+        """
+        before = self.head
         try:
             await self._open()
             is_written = await self._storage.contains(head)
@@ -529,7 +533,8 @@ class Log:
                 f"it is unknown whether the last requests were recorded: {error.__cause__ or error}"
             ) from error
         if not is_written:
-            raise LogUnavailable
+            is_final = self._storage.look_every_s is None or self.head != before
+            raise LogUnavailable if is_final else OutcomeUnknown
 
     async def _note(self, note: PendingNote) -> None:
         try:

@@ -36,6 +36,7 @@ ADDED = {
     "via": None,
     "after": None,
     "signature": None,
+    "instance": "",
 }
 """Fields that earlier releases did not write. Add to these; a line that has to change is a broken promise."""
 
