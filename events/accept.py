@@ -147,6 +147,8 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
 
 def _decide_version(state: State, command: VersionCommand) -> Accepted | Refused:
     """Accept what changes the repository; a version that a load uses cannot be removed."""
+    if not all(holds(state, condition) for condition in command.conditions):
+        return _OUTDATED
     if isinstance(command, RemoveVersion):
         use = find_use(state, command.model_id, command.version)
         if use is not None:
@@ -203,6 +205,9 @@ def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> E
 
 def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Decision:
     queue, model = state.queue(command.model_id), state.models.get(command.model_id)
+    if model is not None and command.version in model.removed:
+        name = f"version {command.version} of model '{model.id}'"
+        return Refused("unknown_version", f"{name} was removed; it loads once it has been added again")
     if queue and _joins(command, queue[-1]):
         return _join_job(state, command, queue[-1], new_id)
     superseded = queue.pop() if queue and _supersedes(command, queue[-1]) else None

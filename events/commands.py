@@ -143,6 +143,7 @@ class AddVersion:
     actor: str
     files: tuple[AddedFile, ...]
     event_id: str
+    conditions: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,7 @@ class RemoveVersion:
     version: int
     actor: str
     event_id: str
+    conditions: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,8 @@ from events.types import (
     UnloadFailed,
     UnloadRequested,
     UnloadStarted,
+    VersionAdded,
+    VersionRemoved,
     WorkerExited,
 )
 
@@ -130,6 +132,7 @@ class Model(Struct, frozen=True, gc=False):
         previous: the load that was unloaded for replacement, until the new version is loaded. If that fails,
             the model is `lost` with this load.
         footprints: of the versions loaded last, the latest at the end.
+        removed: versions that load nowhere until they are added again, whatever files there are.
     """
 
     id: str
@@ -147,6 +150,7 @@ class Model(Struct, frozen=True, gc=False):
     previous: Serving | None = None
     footprints: tuple[Footprint, ...] = ()
     retries: Retries | None = None
+    removed: tuple[int, ...] = ()
 
     @property
     def state(self) -> ModelState:
@@ -216,7 +220,9 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
     evolve = STEPS.get(type(event.data))
     if evolve is None:
         return model
-    return evolve(model or Model(event.model_id), event, event.data, job)
+    before = model or Model(event.model_id)
+    after = evolve(before, event, event.data, job)
+    return model if after is before else after
 
 
 def _end_processes(model: Model, event: Event) -> Model:
@@ -384,6 +390,7 @@ def _reset(model: Model) -> Model:
         unloads=model.unloads,
         last_version=model.last_version,
         footprints=model.footprints,
+        removed=model.removed,
     )
 
 
@@ -470,6 +477,18 @@ def _lose_model(model: Model, event: Event, *, by: Cause = Cause.RECOVERY) -> Mo
     return replace(lost, back_off_position=event.position)
 
 
+def _version_added(model: Model, event: Event, _: VersionAdded, __: Job | None) -> Model:
+    left = tuple([version for version in model.removed if version != event.version])
+    return model if left == model.removed else replace(model, removed=left)
+
+
+def _version_removed(model: Model, event: Event, data: VersionRemoved, _: Job | None) -> Model:
+    """A removal with a reason is of an added version that never became visible: no files of others go."""
+    if data.reason is not None or event.version is None or event.version in model.removed:
+        return model
+    return replace(model, removed=(*model.removed, event.version))
+
+
 def _waits_for(model: Model, event: Event) -> bool:
     """Whether the event belongs to a pending load of the model."""
     return event.job_id in [load.job_id for load in model.loads]
@@ -494,5 +513,7 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     UnloadFailed: _ended_without_effect,
     JobCancelled: _ended_without_effect,
     WorkerExited: _worker_exited,
+    VersionAdded: _version_added,
+    VersionRemoved: _version_removed,
 }
 """By type of event. A `match` of so many classes takes as long as the rest of a step (measured)."""

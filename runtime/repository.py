@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -98,13 +98,13 @@ class Repository:
 
     Attributes:
         lookups: runs looks at one model in a thread.
-        hidden: versions that are being removed: to every other look they are not there any more.
+        is_removed: whether the ledger has a version as removed: to every look it is not there any more.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.realpath(root))
         self.lookups = Lookups()
-        self.hidden = set[tuple[str, int]]()
+        self.is_removed: Callable[[str, int], bool] = lambda _, __: False
         str(self.root).encode()  # ONNX Runtime opens paths as UTF-8: fail now, not at the first load
 
     def folders(self) -> list[str]:
@@ -218,8 +218,8 @@ class Repository:
         """Return why a folder is no complete version; None if it is one."""
         if not VERSION.fullmatch(name) or int(name) > MAX_VERSION:
             return f"is no version, which is a number from 1 to {MAX_VERSION} without zeros before it"
-        if (model_id, int(name)) in self.hidden:
-            return "is being removed"
+        if self.is_removed(model_id, int(name)):
+            return "was removed: delete the folder if it stays, and add the version again"
         folder = self.root / model_id / name
         seen, model = _stat(folder / MODEL_FILE, self.root), MODEL_FILE
         if isinstance(seen, str) and (named := list_model_files(_names(folder))):

@@ -355,13 +355,20 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
 async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
     log = app[LOG]
+
+    def is_removed(model_id: str, version: int) -> bool:
+        model = log.state.models.get(model_id)
+        return model is not None and version in model.removed
+
+    app[REPOSITORY].is_removed = is_removed
     app[UPLOADS] = uploads = Uploads(
         app[REPOSITORY],
         app[CONFIG].upload_policy(),
-        node=app[PROVER].node,
+        app[PROVER].node,
+        log=log,
         submit=app[REQUEST_LOG].submit,
         find_event=app[READER].version_event,
-        state=lambda: log.state,
+        node_id=app[MEMBERSHIP].node_id if MEMBERSHIP in app else None,
     )
     await uploads.open()
     yield

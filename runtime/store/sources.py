@@ -188,7 +188,7 @@ def open_version(
         LoadRefused: `unsafe_file`; `model_changed`.
         RepositoryUnreadable: `repository_unreadable`.
     """
-    if (model_id, version) in repository.hidden:
+    if repository.is_removed(model_id, version):
         raise UnknownVersion(model_id, version)
     with ExitStack() as stack:
         try:

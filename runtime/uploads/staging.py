@@ -1,19 +1,23 @@
 """The staging folder inside the repository: what is not visible yet, and what is not visible any more.
 
-`.uploads/<node>/<event id>/version` holds the files of one version. No model has a name with a dot first, so
-nothing lists or serves it, and a rename from here to a version's folder stays on one file system. `<node>` is
-the ledger's own key: servers that share a repository leave each other's uploads alone. The event that makes a
-change durable has its id before it happens, so a start finds the change that an event is of.
+`.uploads/<owner>/<event id>/version` holds the files of one version. No model has a name with a dot first, so
+nothing lists or serves it, and a rename from here to a version's folder stays on one file system. `<owner>`
+is the ledger's own key: servers that share a repository leave each other's uploads alone. A node has a part
+for each epoch: once that is over, no event of what is there can come any more, and another node takes it. The
+event of a change has its id before it happens, so a start finds the change that an event is of.
 """
 
 import errno
+import hashlib
 import os
 import re
 import shutil
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from events.nodes import Node
 from runtime.errors import UnknownVersion
 from runtime.repository import Repository
 from runtime.uploads.problems import RepositoryReadOnly, VersionExists
@@ -24,9 +28,29 @@ VERSION, NOTE = "version", "inode"
 """Of an entry: the version's files; and, before a removal, which folder it is that goes."""
 ATTEMPTS = 3
 """To place a version beside a removal of the model's last one, which may take the model's folder away."""
+KEY_DIGITS = 32
+"""Of the hash of a node's key in a folder's name: no two nodes that share a repository have the same."""
 
 _ENTRY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+
+
+def epoch_folder(node: Node) -> str:
+    """Return the name of a node's part of the staging folder in its present epoch, or its last one."""
+    return f"{_key_of(node)}-{node.epoch}"
+
+
+def is_left(name: str, nodes: Mapping[str, Node]) -> bool:
+    """Whether a part of the staging folder is of an epoch that is over."""
+    key, _, epoch = name.rpartition("-")
+    node = next((each for each in nodes.values() if _key_of(each) == key), None)
+    if node is None or not epoch.isdecimal():
+        return False
+    return int(epoch) < node.epoch or (int(epoch) == node.epoch and not node.is_present)
+
+
+def _key_of(node: Node) -> str:
+    return hashlib.sha256((node.public_key or "").encode()).hexdigest()[:KEY_DIGITS]
 
 
 class Staging:
@@ -34,13 +58,26 @@ class Staging:
 
     Args:
         repository: the models.
-        node: names this server's part of the folder.
+        owner: names this server's part of the folder.
     """
 
-    def __init__(self, repository: Repository, node: str) -> None:
+    def __init__(self, repository: Repository, owner: str) -> None:
         self._repository = repository
         self._root = repository.root
-        self._folder = self._root / STAGING / node
+        self._folder = self._root / STAGING / owner
+
+    def adopt(self, nodes: Mapping[str, Node]) -> None:
+        """Take the entries of epochs that are over: who was slower finds nothing to act on any more."""
+        if not nodes or not self._folder.parent.is_dir():
+            return
+        for folder in sorted(self._folder.parent.iterdir()):
+            if folder != self._folder and is_left(folder.name, nodes):
+                self._make_folder()
+                for entry in filter(_ENTRY.fullmatch, os.listdir(folder)):  # noqa: PTH208
+                    with suppress(FileNotFoundError):
+                        (folder / entry).rename(self._folder / entry)
+                with suppress(OSError):
+                    folder.rmdir()
 
     def entries(self) -> list[str]:
         """Return the event ids of changes that have not ended."""
@@ -159,11 +196,14 @@ class Staging:
     def _target(self, model_id: str, version: int) -> Path:
         return self._repository.folder_of(model_id, version)
 
-    def _make_entry(self, event_id: str) -> Path:
+    def _make_folder(self) -> None:
         for folder in (self._folder.parent, self._folder):
             folder.mkdir(mode=0o700, exist_ok=True)
             if not stat.S_ISDIR(folder.lstat().st_mode):
                 raise RepositoryReadOnly(f"{folder} is a link: uploads go nowhere but into the repository")
+
+    def _make_entry(self, event_id: str) -> Path:
+        self._make_folder()
         entry = self._folder / event_id
         entry.mkdir(mode=0o700)
         return entry

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from events.accept import find_use
+from events.accept import OUTDATED, find_use
 from events.clock import uuid7
-from events.commands import AddVersion, Command, Receipt, Record, RemoveVersion
-from events.errors import LedgerProblem, LogUnavailable
-from events.state import State
+from events.commands import AddVersion, Command, NodeCurrent, Receipt, Record, RemoveVersion
+from events.errors import EpochOver, LedgerProblem, LogClosed, OutcomeUnknown, RequestRefused
+from events.log import Log
 from events.types import SYSTEM, AddedFile, Draft, Event, VersionAdded, VersionRemoved
 from runtime.errors import RuntimeProblem
 from runtime.limits import time_limit
-from runtime.lookups import Lookups, RepositoryBusy, make_call
+from runtime.lookups import Lookups, make_call
 from runtime.repository import Repository
 from runtime.uploads.policy import UploadPolicy, check_writable
 from runtime.uploads.problems import RepositoryReadOnly, VersionExists, VersionInUse, VersionNotNew
@@ -36,7 +36,7 @@ from runtime.uploads.receiving import (
     check_room,
     unwritable,
 )
-from runtime.uploads.staging import Staging
+from runtime.uploads.staging import Staging, epoch_folder
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -79,42 +79,65 @@ class Uploads:
     Args:
         repository: the models.
         policy: what is taken.
-        node: names this server's part of the staging folder.
+        owner: names the part of the staging folder of a server without nodes.
+        log: the ledger.
         submit: records a command.
-        find_event: returns the durable event with an id.
-        state: returns the live state.
+        find_event: returns the event with an id, if the ledger as it was last read has it.
+        node_id: of this node; None without nodes.
     """
 
     def __init__(
         self,
         repository: Repository,
         policy: UploadPolicy,
-        node: str,
+        owner: str,
         *,
+        log: Log,
         submit: Callable[[Command], Awaitable[Receipt]],
         find_event: Callable[[str], Awaitable[Event | None]],
-        state: Callable[[], State],
+        node_id: str | None = None,
     ) -> None:
         self._repository = repository
         self._policy = policy
-        self._staging = Staging(repository, node)
-        self._submit, self._find_event, self._state = submit, find_event, state
+        self._owner, self._node_id = owner, node_id
+        self._log, self._submit, self._find_event = log, submit, find_event
         self._lookups = Lookups(MAX_THREADS)
         self._changing = dict[tuple[str, int], str]()
         self._recovering = asyncio.Lock()
         self._finishing = set[asyncio.Task[None]]()
         self._is_recovered = False
+        self._unknown = dict[str, int]()
+        self._following: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Finish what has its event, and discard the rest; a repository that hangs is left for later."""
+        await self._try_to_recover()
+        self._following = asyncio.create_task(self._follow(), name="uploads")
+
+    async def _follow(self) -> None:
+        """Finish changes whose outcome was unknown, and those of nodes that ended, once the log tells."""
+        wakeup, nodes = self._log.subscribe(), self._log.state.nodes
+        try:
+            while await wakeup.wait():
+                wakeup.clear()
+                if self._unknown or self._log.state.nodes is not nodes:
+                    nodes, self._is_recovered = self._log.state.nodes, False
+                    await self._try_to_recover()
+        finally:
+            self._log.unsubscribe(wakeup)
+
+    async def _try_to_recover(self) -> None:
         try:
             await self._recover()
-        except (RepositoryBusy, OSError) as problem:
+        except (RuntimeProblem, LedgerProblem, OSError) as problem:
             self._is_recovered = False
             _log.warning("changes of the repository that had not ended cannot be finished yet: %s", problem)
 
     async def close(self) -> None:
         """Wait for changes whose event is on its way."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
         if self._finishing:
             _, hanging = await asyncio.wait(self._finishing, timeout=START_LIMIT_S)
             for task in hanging:  # the next start finishes them
@@ -127,7 +150,7 @@ class Uploads:
             RuntimeProblem: `repository_read_only`, `version_exists`, `body_too_large`, `bad_archive`,
                 `not_onnx`, `unsafe_file`, `invalid_model`, `digest_mismatch`, `insufficient_storage`,
                 `repository_unreadable`, `repository_busy`.
-            LogUnavailable: `log_unavailable`; a start may find that it was added anyway.
+            LogUnavailable: `log_unavailable`; if that is unknown, it may become visible later.
         """
         try:
             return await self._add(order, body)
@@ -155,13 +178,13 @@ class Uploads:
             RuntimeProblem: `repository_read_only`, `unknown_version`, `version_in_use`, `version_exists` (it
                 is just being changed), `repository_unreadable`, `repository_busy`.
             RequestRefused: `version_in_use`, a load came first.
-            LogUnavailable: `log_unavailable`; a start may find that it was removed anyway.
+            LogUnavailable: `log_unavailable`; if that is unknown, it may be removed later.
         """
         change = self._begin(model_id, version)
         try:
             await self._prepare()
             self._check_unused(model_id, version)
-            await change.run(partial(self._staging.begin_removal, *change.entry))
+            await change.run(partial(change.staging.begin_removal, *change.entry))
         except BaseException:
             await self._abandon(change)
             self._end(change)
@@ -173,18 +196,35 @@ class Uploads:
 
         Raises:
             VersionExists: `version_exists`.
+            EpochOver: `log_unavailable`.
         """
         if (model_id, version) in self._changing:
             raise VersionExists(model_id, version, is_changing=True)
-        change = _Change(self._lookups, uuid7(), model_id, version)
+        change = self._change(uuid7(), model_id, version)
         self._changing[model_id, version] = change.event_id
         return change
+
+    def _change(self, event_id: str, model_id: str, version: int) -> _Change:
+        return _Change(self._lookups, self._part(), event_id, model_id, version)
+
+    def _part(self) -> tuple[Staging, tuple[NodeCurrent, ...]]:
+        """Return this server's part of the staging folder, and what has to hold for a change there.
+
+        Raises:
+            EpochOver: `log_unavailable`.
+        """
+        if self._node_id is None:
+            return Staging(self._repository, self._owner), ()
+        node = self._log.state.nodes.get(self._node_id)
+        if node is None or not node.is_present:
+            raise EpochOver
+        return Staging(self._repository, epoch_folder(node)), (NodeCurrent(node.id, node.epoch),)
 
     def _end(self, change: _Change) -> None:
         del self._changing[change.model_id, change.version]
 
     async def _abandon(self, change: _Change) -> None:
-        await change.abandon(partial(self._staging.discard, change.event_id))
+        await change.abandon(partial(change.staging.discard, change.event_id))
 
     async def _prepare(self) -> None:
         """Check that the repository may be changed, and finish what a start could not.
@@ -197,7 +237,7 @@ class Uploads:
             await self._recover()
 
     def _check_unused(self, model_id: str, version: int) -> None:
-        use = find_use(self._state(), model_id, version)
+        use = find_use(self._log.state, model_id, version)
         if use is not None:
             raise VersionInUse(f"version {version} of model {model_id!r} {use}")
 
@@ -208,22 +248,25 @@ class Uploads:
         await change.run(
             partial(check_room, self._repository.root, order.length or 0, self._policy.max_bytes)
         )
-        folder = await change.run(partial(self._staging.begin_addition, *change.entry))
+        folder = await change.run(partial(change.staging.begin_addition, *change.entry))
         receiver = Receiver(folder, order.form, self._policy.max_bytes, order.expected)
         change.on_abandon = receiver.close
         async for piece in body:
             await change.run(partial(receiver.write, piece))
         files = await change.run(receiver.finish)
-        await change.run(partial(self._staging.sync, change.event_id))
-        await change.run(partial(self._staging.check_free, change.model_id, change.version))
+        await change.run(partial(change.staging.sync, change.event_id))
+        await change.run(partial(change.staging.check_free, change.model_id, change.version))
         return files
 
     async def _make_visible(self, order: UploadOrder, files: tuple[AddedFile, ...], change: _Change) -> None:
         await self._record(
-            AddVersion(change.model_id, change.version, order.actor, files, change.event_id), change
+            AddVersion(
+                change.model_id, change.version, order.actor, files, change.event_id, change.conditions
+            ),
+            change,
         )
         try:
-            await change.run(partial(self._staging.place, *change.entry))
+            await change.run(partial(change.staging.place, *change.entry))
         except VersionExists:
             await self._give_up(change)
             raise
@@ -232,32 +275,28 @@ class Uploads:
             raise
 
     async def _make_invisible(self, actor: str, change: _Change) -> None:
-        key = change.model_id, change.version
-        await self._record(RemoveVersion(*key, actor, change.event_id), change)
-        # The writer wakes this task before the consumer: no load that is accepted after it finds the files.
-        self._repository.hidden.add(key)
+        command = RemoveVersion(change.model_id, change.version, actor, change.event_id, change.conditions)
+        await self._record(command, change)  # from here on, no load finds the files
         try:
-            await change.run(partial(self._staging.take, *change.entry))
+            await change.run(partial(change.staging.take, *change.entry))
         except BaseException:
-            self._is_recovered = False  # hidden until its files are gone
+            self._is_recovered = False
             raise
-        self._repository.hidden.discard(key)
-        await change.run(partial(self._staging.discard, change.event_id))
+        await change.run(partial(change.staging.discard, change.event_id))
 
     async def _record(self, command: AddVersion | RemoveVersion, change: _Change) -> None:
-        """Submit a command; one that was not recorded leaves nothing."""
+        """Submit a command; one that was not recorded leaves nothing.
+
+        If that is unknown, its entry stays until the log has another event, and so this one or never.
+        """
         try:
             await self._submit(command)
-        except LogUnavailable:
-            try:
-                is_recorded = await self._find_event(command.event_id) is not None
-            except LogUnavailable:
-                self._is_recovered = False  # the next change, or the next start, finds out
-                raise
-            if is_recorded:
-                return
-            await self._abandon(change)
+        except (OutcomeUnknown, LogClosed):
+            self._unknown[change.event_id] = self._log.state.position
             raise
+        except RequestRefused as refused:
+            await self._abandon(change)
+            raise (EpochOver() if refused.code == OUTDATED else refused) from None
         except BaseException:
             await self._abandon(change)
             raise
@@ -281,35 +320,41 @@ class Uploads:
         async with self._recovering:
             if self._is_recovered:
                 return
+            staging, _ = self._part()
             self._is_recovered = True
-            for event_id in await self._run(self._staging.entries):
+            await self._run(partial(staging.adopt, self._log.state.nodes))
+            for event_id in await self._run(staging.entries):
                 if event_id in self._changing.values():
                     continue
                 try:
-                    await self._recover_one(event_id, await self._find_event(event_id))
+                    await self._recover_one(event_id, staging)
                 except (RuntimeProblem, LedgerProblem, OSError) as problem:
                     self._is_recovered = False  # tried again by the next change, which it does not prevent
                     _log.warning("change %s of the repository cannot be finished yet: %s", event_id, problem)
 
-    async def _recover_one(self, event_id: str, event: Event | None) -> None:
-        if event is None or event.model_id is None or event.version is None:
-            await self._run(partial(self._staging.discard, event_id))
+    async def _recover_one(self, event_id: str, staging: Staging) -> None:
+        is_final = self._log.state.position > self._unknown.get(event_id, -1)
+        event = await self._find_event(event_id)
+        if event is None and not is_final:
             return
-        change = _Change(self._lookups, event_id, event.model_id, event.version)
+        self._unknown.pop(event_id, None)
+        if event is None or event.model_id is None or event.version is None:
+            await self._run(partial(staging.discard, event_id))
+            return
+        change = self._change(event_id, event.model_id, event.version)
         if isinstance(event.data, VersionAdded):
             try:
-                await self._run(partial(self._staging.place, *change.entry))
+                await self._run(partial(staging.place, *change.entry))
             except VersionExists:
                 await self._give_up(change)
         elif isinstance(event.data, VersionRemoved):
-            await self._run(partial(self._staging.take, *change.entry))
-            self._repository.hidden.discard((change.model_id, change.version))
-            await self._run(partial(self._staging.discard, event_id))
+            await self._run(partial(staging.take, *change.entry))
+            await self._run(partial(staging.discard, event_id))
         _log.info("%s was finished: version %d of %s", event.type, change.version, change.model_id)
 
     async def _give_up(self, change: _Change) -> None:
         """Record that an added version never became visible; its files go first, so that it never will."""
-        await change.run(partial(self._staging.discard, change.event_id))
+        await change.run(partial(change.staging.discard, change.event_id))
         draft = Draft(
             uuid7(), VersionRemoved(NOT_PLACED), SYSTEM, model_id=change.model_id, version=change.version
         )
@@ -323,11 +368,21 @@ class _Change:
     """The work in threads of one change: a step at a time, and a clean-up that waits for a step that hangs.
 
     Attributes:
+        staging: where its entry is.
         event_id: of the event that the change will have.
+        conditions: of that event: the epoch in which the change began goes on.
         on_abandon: called before the clean-up.
     """
 
-    def __init__(self, lookups: Lookups, event_id: str, model_id: str, version: int) -> None:
+    def __init__(
+        self,
+        lookups: Lookups,
+        part: tuple[Staging, tuple[NodeCurrent, ...]],
+        event_id: str,
+        model_id: str,
+        version: int,
+    ) -> None:
+        self.staging, self.conditions = part
         self.event_id, self.model_id, self.version = event_id, model_id, version
         self._lookups = lookups
         self._key = f"{model_id}/{version}"

@@ -20,6 +20,7 @@ from events.commands import (
     JobCommand,
     JobUnchanged,
     ModelUnchanged,
+    NodeCurrent,
     Record,
     RemoveVersion,
     RequestCancel,
@@ -41,6 +42,7 @@ from events.types import (
     ModelSettingsChanged,
     UnloadJoined,
     UnloadRequested,
+    VersionAdded,
     VersionRemoved,
     record_draft,
 )
@@ -497,6 +499,26 @@ def test_version_in_use_is_not_removed(facts: str, code: str | None) -> None:
         case other:
             raise AssertionError(other)
     assert isinstance(decide(state, AddVersion(MODEL, 1, "bob", (), "e")), Accepted)
+
+
+def test_removed_version_loads_once_it_is_added_again() -> None:
+    history = given("load load_v2")
+    history.add(VersionRemoved(), of=MODEL, version=1)
+    history.add(VersionRemoved("not_placed"), of=MODEL, version=3)  # nothing was removed
+    assert outcome(history.state, load(1)) == "unknown_version"
+    assert history.model().removed == (1,)
+    history.add(VersionAdded(()), of=MODEL, version=1)
+    assert outcome(history.state, load(1)) == NEW
+    assert history.model().removed == ()
+
+
+def test_change_of_an_epoch_that_is_over_is_outdated() -> None:
+    conditions = (NodeCurrent("a", 1),)
+    for command in (
+        AddVersion(MODEL, 1, "bob", (), "e", conditions),
+        RemoveVersion(MODEL, 1, "bob", "e", conditions),
+    ):
+        assert outcome(State(), command) == OUTDATED
 
 
 def by(actor: str, command: JobCommand, key: Idempotency | None = None) -> Command:

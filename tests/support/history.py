@@ -300,7 +300,7 @@ class History:
         return self.state.jobs[job]
 
     def model(self, model: str = MODEL) -> Model:
-        return self.state.models[model]
+        return self.state.models.get(model) or Model(model)
 
 
 TUNED: dict[str, Any] = {

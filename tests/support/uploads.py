@@ -27,9 +27,9 @@ async def opened_uploads(folder: Path) -> AsyncIterator[tuple[Uploads, Log]]:
                 Repository(folder / "repository"),
                 UploadPolicy(),
                 NODE,
+                log=log,
                 submit=log.submit,
                 find_event=reader.version_event,
-                state=lambda: log.state,
             )
             await uploads.open()
             yield uploads, log

@@ -4,9 +4,12 @@ import asyncio
 import random
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -15,9 +18,12 @@ from support import models
 from support.cluster import Cluster, ClusterNode, are_elsewhere, clustered, find_places, has_joined, is_lost
 from support.disks import freezable_disk
 from support.fleet import UNLIMITED, new_dice, question
-from support.http import when
+from support.http import Answer, when
 from support.postgres import PostgresServer, postgres_server
+from support.replicas import owned, rows_in
 from support.servers import events, refused_start, serving
+from support.uploads import files_in, staged
+from support.workers import until
 
 from events.nodes import NodePhase
 from events.types import WorkerExited
@@ -212,3 +218,76 @@ async def test_store_has_room_for_what_others_serve_no_more(
             if index == 1:  # of the first, n1 has no copy
                 await cluster.nodes["n2"].api.post(f"/api/v1/models/{cluster.fleet.ids[0]}/unload", wait=60)
         assert len(find_places(await cluster.settled(), "n2")) == 2
+
+
+UPLOAD = {"Content-Type": "application/octet-stream"}
+
+
+async def cut_amid(cluster: Cluster, node: ClusterNode, request: Coroutine[Any, Any, Answer]) -> Answer:
+    """Send a request whose event is committed, but whose node does not learn that, and loses its database."""
+    await when(lambda: node.api.post("/api/v1/models/m02/load", wait=60), lambda ended: ended.status == 200)
+    head = (await rows_in(cluster.database))[-1][0]
+    async with owned(cluster.database) as connection:
+        async with connection.transaction():
+            await connection.execute("SELECT * FROM head FOR UPDATE")
+            asked = asyncio.create_task(request)
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            await when(partial(connection.fetchval, waiting), bool)
+            node.proxy.swallow("answers")
+        await when(lambda: rows_in(cluster.database), lambda rows: rows[-1][0] > head)
+    await node.proxy.cut()
+    answer = await asked
+    node.proxy.heal()
+    return answer
+
+
+async def test_changes_whose_commit_went_unanswered_are_finished(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SETTINGS", (*nodes.SETTINGS, "--repository-writable=on"))
+    repository = tmp_path / "repository"
+    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
+        node, other = cluster.nodes.values()
+        model = (repository / "m00/1/model.onnx").read_bytes()
+        path = "/api/v1/models/{}/versions/{}"
+        for request in (
+            node.api.send("PUT", path.format("m00", 2), data=BytesIO(model), headers=UPLOAD),
+            node.api.send("DELETE", path.format("m01", 1)),
+        ):
+            answer = await cut_amid(cluster, node, request)
+            assert answer.refusal == (503, "log_unavailable")
+            assert "unknown" in answer.json["detail"]
+        refused = await other.api.post("/api/v1/models/m01/load", wait=60)
+        assert refused.refusal[0] == 404
+        await until(lambda: not staged(repository))
+        assert (repository / "m00/2/model.onnx").read_bytes() == model
+        assert not (repository / "m01").exists()
+        assert (await other.api.post("/api/v1/models/m00/load", json={"version": 2}, wait=60)).json[
+            "status"
+        ] == "completed"
+
+
+async def test_what_a_killed_node_staged_is_taken_by_another(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SETTINGS", (*nodes.SETTINGS, "--repository-writable=on"))
+    repository = tmp_path / "repository"
+    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
+        node, other = cluster.nodes.values()
+        begun = asyncio.Event()
+
+        async def body() -> AsyncIterator[bytes]:
+            yield (repository / "m00/1/model.onnx").read_bytes()[:-1]
+            await begun.wait()
+
+        request = asyncio.create_task(
+            node.api.send("PUT", "/api/v1/models/m00/versions/2", data=body(), headers=UPLOAD)
+        )
+        await until(lambda: bool(staged(repository)))
+        before = files_in(repository)
+        await node.kill()
+        await asyncio.wait([request])
+        await cluster.until(is_lost("n1", 1), at=other)
+        await until(lambda: not staged(repository))
+        assert files_in(repository).keys() < before.keys()
+        begun.set()
