@@ -91,7 +91,7 @@ from server.appkeys import (
 )
 from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
-from server.auth.keys import ensure_data_dir, keys_folder, list_keys, public_pem
+from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signer, public_pem
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.auth.tokens import TOKENS, open_tokens
 from server.cluster import SharedLedger, take_part
@@ -328,7 +328,8 @@ async def _check_rollback(data: Path, *, accepts_rollback: bool) -> tuple[Rollba
     Raises:
         RolledBack: `rolled_back`, it does not, and that is not accepted.
     """
-    rollback = await asyncio.to_thread(find_rollback, data, data / LEDGER)
+    own = open_signer(data).public_key
+    rollback = await asyncio.to_thread(find_rollback, data, data / LEDGER, own)
     if rollback is not None and not accepts_rollback:
         raise RolledBack(
             f"{rollback[1]}: {data / LEDGER} was replaced by an older ledger, or by another one; if that is "

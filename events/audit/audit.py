@@ -81,7 +81,7 @@ def audit(
     archives: Sequence[Path] = (),
     key: str | None = None,
     files: Sequence[FileAudit] = (),
-    kept_in: Path | None = None,
+    kept_in: tuple[Path, bytes] | None = None,
 ) -> Audit:
     """Audit the ledger at `path`, read-only and in one snapshot; works beside a running server.
 
@@ -92,7 +92,8 @@ def audit(
             it has stored there. Memory does not grow with them.
         key: the id of the archives' expected signer's key; None accepts any.
         files: exports and archives, verified by themselves, to be compared with the ledger.
-        kept_in: the data directory whose kept head the ledger must have, unless another one is expected.
+        kept_in: the data directory whose kept head the ledger must have, unless another one is expected, and
+            the public key that has to have signed it.
 
     Raises:
         IncompleteCopy: `incomplete_copy`, the newest events may be missing, and no head was expected.
@@ -107,7 +108,7 @@ def audit(
     """
     found, stored = _audit_own_file(path, expected, files, with_archives=bool(archives))
     if stored is not None and expected is None and kept_in is not None:
-        found = replace(found, unexpected=_compare_with_kept_head(kept_in, path, found))
+        found = replace(found, unexpected=_compare_with_kept_head(*kept_in, path, found))
     if stored is None or found.finding is not None:
         return found
     if archives:
@@ -177,8 +178,8 @@ def _audit_own_file(
         return found, ledger.base_state(base) if found.finding is None else None
 
 
-def _compare_with_kept_head(data: Path, path: Path, found: Audit) -> Finding | None:
-    rollback = find_rollback(data, path)
+def _compare_with_kept_head(data: Path, public_key: bytes, path: Path, found: Audit) -> Finding | None:
+    rollback = find_rollback(data, path, public_key)
     if rollback is None:
         return None
     _, reason = rollback

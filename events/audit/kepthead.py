@@ -1,7 +1,8 @@
 """The last signed head, kept beside the ledger's key: a ledger that does not contain it was rolled back.
 
-A server keeps each head that it hands out, and one each minute and at its stop. A ledger that was replaced by
-an older one, or by another, does not contain it. Who can also replace the kept head is not found out by it.
+A server keeps each head that it hands out, one each minute, and one at its stop, and the first before the
+first event. A ledger that was replaced by an older one, or by another, does not contain it. Who has the
+ledger's key can replace both: that is not found out by it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from events.audit.files import write_file
-from events.audit.signing import SignedHead, as_signed_head
+from events.audit.signing import Sign, SignedHead, Statement, as_signed_head, key_id
+from events.codec import GENESIS
 from events.errors import LedgerProblem
+from events.sqlite.datalock import LEDGER, is_replica
 from events.sqlite.proof import open_log_reader
 from events.storage import LogHead
-from events.types import RollbackAccepted
+from events.types import LogBase, RollbackAccepted
 
 KEPT_HEAD = "ledger.head"
 """The file in the data directory, as `GET /api/v1/events/head` answers."""
@@ -28,7 +32,7 @@ class HeadKeeper:
     """Keeps the latest signed head durably; one write at a time, for all that were signed meanwhile."""
 
     def __init__(self, data: Path) -> None:
-        self._path = data / KEPT_HEAD
+        self._data = data
         self._writing = asyncio.Lock()
         self._kept = -1
 
@@ -41,21 +45,42 @@ class HeadKeeper:
             if head.statement.position <= self._kept:
                 return
             try:
-                await asyncio.to_thread(self._write, head)
+                await asyncio.to_thread(_write, self._data, head)
             except (OSError, LedgerProblem) as error:
-                _log.warning("the signed head could not be kept in %s: %s", self._path, error)
+                _log.warning("the signed head could not be kept in %s: %s", self._data / KEPT_HEAD, error)
                 return
             self._kept = head.statement.position
 
-    def _write(self, head: SignedHead) -> None:
-        with write_file(self._path, replace=True) as file:
-            file.write(json.dumps(head.members(), indent=1).encode() + b"\n")
+
+def _write(data: Path, head: SignedHead) -> None:
+    with write_file(data / KEPT_HEAD, replace=True) as file:
+        file.write(json.dumps(head.members(), indent=1).encode() + b"\n")
 
 
-def find_rollback(data: Path, ledger: Path) -> tuple[RollbackAccepted, str] | None:
+def keep_first(data: Path, sign: Sign) -> None:
+    """Keep a head of no events durably, where there is no ledger yet: each ledger has a kept head then."""
+    if not (data / KEPT_HEAD).exists() and not (data / LEDGER).exists():
+        _write(data, sign(Statement(0, GENESIS, "", LogBase(0, GENESIS))))
+
+
+def sign_anew(data: Path, sign: Sign) -> None:
+    """Sign the kept head with a new key, since the one before is missing; one that does not hold stays."""
+    with suppress(FileNotFoundError, ValueError):
+        kept = as_signed_head(json.loads((data / KEPT_HEAD).read_bytes()))
+        if kept.holds():
+            _write(data, sign(kept.statement))
+
+
+def find_rollback(data: Path, ledger: Path, public_key: bytes) -> tuple[RollbackAccepted, str] | None:
     """Return what accepting the ledger would record, and why it is refused; None if it is not.
 
     Events up to the kept head may have been archived since: then only the end of an archive can be compared.
+    A replica needs no kept head, since it was compared with its database.
+
+    Args:
+        data: the data directory.
+        ledger: the file.
+        public_key: with which the kept head has to be signed (DER).
 
     Raises:
         LedgerProblem: the ledger cannot be read.
@@ -63,7 +88,11 @@ def find_rollback(data: Path, ledger: Path) -> tuple[RollbackAccepted, str] | No
     try:
         text = (data / KEPT_HEAD).read_bytes()
     except FileNotFoundError:
-        return None
+        head = _read_head(ledger)
+        if head.position == 0 or is_replica(data):
+            return None
+        missing = f"{KEPT_HEAD} is missing, which each ledger has from its first event on"
+        return RollbackAccepted(0, "", head.position, head.hash.hex()), missing
     except OSError as error:
         return RollbackAccepted(0, "", 0, ""), f"{KEPT_HEAD} cannot be read: {error.strerror}"
     try:
@@ -71,7 +100,9 @@ def find_rollback(data: Path, ledger: Path) -> tuple[RollbackAccepted, str] | No
     except ValueError as error:
         return RollbackAccepted(0, "", 0, ""), f"{KEPT_HEAD} is damaged: {error}"
     head, reason = _compare(ledger, kept)
-    if not kept.holds():
+    if kept.public_key != public_key:
+        reason = f"{KEPT_HEAD} is signed by another key than this ledger's: {key_id(kept.public_key)}"
+    elif not kept.holds():
         reason = f"the signature in {KEPT_HEAD} does not hold"
     if reason is None:
         return None
@@ -82,6 +113,8 @@ def find_rollback(data: Path, ledger: Path) -> tuple[RollbackAccepted, str] | No
 def _compare(ledger: Path, kept: SignedHead) -> tuple[LogHead, str | None]:
     """Return the ledger's head, and how the ledger contradicts the kept one, in words."""
     position, digest = kept.statement.position, kept.statement.hash
+    if position == 0:
+        return _read_head(ledger), None
     if not ledger.exists() or ledger.stat().st_size == 0:
         return LogHead(), f"the ledger is empty, and its last signed head was at position {position}"
     with open_log_reader(ledger) as log:
@@ -95,3 +128,10 @@ def _compare(ledger: Path, kept: SignedHead) -> tuple[LogHead, str | None]:
     if found != digest:
         return head, f"the ledger's event at position {position} is not the one that was signed"
     return head, None
+
+
+def _read_head(ledger: Path) -> LogHead:
+    if not ledger.exists() or ledger.stat().st_size == 0:
+        return LogHead()
+    with open_log_reader(ledger) as log:
+        return log.head()

@@ -41,6 +41,11 @@ def is_replica_of(data: Path, address: str) -> bool:
     return False
 
 
+def is_replica(data: Path) -> bool:
+    """Whether the ledger of a data directory is marked as a replica."""
+    return (data / REPLICA).exists()
+
+
 def refuse_replica(data: Path) -> None:
     """Refuse to write a ledger that is a replica: it would then have another history.
 

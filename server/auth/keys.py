@@ -32,8 +32,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from events.audit.kepthead import keep_first, sign_anew
 from events.audit.signing import KEY_ID_DIGITS, HeadSigner, key_id
 from events.clock import uuid7
+from events.sqlite.datalock import LEDGER
 from server.auth.subjects import subject_refusal
 
 _log = logging.getLogger(__name__)
@@ -73,16 +75,21 @@ class KeyInfo:
 
 
 def ensure_data_dir(data: Path) -> None:
-    """Create the directory (0700), a first token key and the ledger's key (0600), as far as missing."""
+    """Create the directory (0700), a first token key, the ledger's key and its head, as far as missing."""
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not list_keys(data):
         create_key(data)
     ledger_key = data / LEDGER_KEY
-    if not ledger_key.exists():
-        if (data / "ledger.db").exists():
+    is_new = not ledger_key.exists()
+    if is_new:
+        if (data / LEDGER).exists():
             _log.warning("ledger.key was missing: from now on heads are signed with another key")
         with suppress(FileExistsError):  # another process was faster, and its key is as good
             _write_new(ledger_key, _new_pem())
+    signer = HeadSigner(load_private_key(ledger_key))
+    if is_new:
+        sign_anew(data, signer)
+    keep_first(data, signer)
 
 
 def create_key(data: Path, now: datetime | None = None) -> str:
@@ -101,9 +108,8 @@ def create_key(data: Path, now: datetime | None = None) -> str:
 
 def rotate(data: Path) -> str:
     """Create a key that signs new tokens; earlier ones verify until they are revoked."""
-    earlier = list_keys(data)
-    ensure_data_dir(data)  # in a new directory, it creates the first key
-    return create_key(data) if earlier else list_keys(data)[-1].kid
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return create_key(data)
 
 
 def revoke(data: Path, kid: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from events.types import LogBase
 from loadledger.cli.output import count_of, to_printable
 from runtime.store.folder import STORE
 from runtime.store.verification import verify_store
-from server.auth.keys import expected_key
+from server.auth.keys import KeyProblem, expected_key, open_signer
 
 PAGE = 500
 POLL_S = 0.2
@@ -200,7 +201,10 @@ def verify_ledger_and_files(
     checked = [audit_file(each, key=wanted, expected=alone) for each in files]
     if ledger is not None:
         sound = [each for each in checked if each.finding is None]
-        found = audit(ledger, expected, archives=archives, key=wanted, files=sound, kept_in=ledger.parent)
+        kept = None
+        with suppress(KeyProblem):  # a folder without the ledger's key is no data directory, but has a copy
+            kept = ledger.parent, open_signer(ledger.parent).public_key
+        found = audit(ledger, expected, archives=archives, key=wanted, files=sound, kept_in=kept)
         return VerifyResult(found, checked, wanted)
     if expected is not None and not any(each.has_expected or each.finding for each in checked):
         raise NothingThere(f"none of these files has position {expected.position}: name one that has it")

@@ -14,6 +14,7 @@ from events.audit.audit import audit
 from events.audit.kepthead import KEPT_HEAD, HeadKeeper, find_rollback
 from events.audit.signing import SignedHead, Statement
 from events.audit.verify import Expected, FindingKind
+from events.sqlite.datalock import mark_replica
 from events.sqlite.queries import read_base, read_head
 from events.storage import LogHead
 from events.types import LogBase
@@ -43,10 +44,12 @@ def kept_position(data: Path) -> int:
 
 async def test_ledger_with_its_kept_head_is_served() -> None:
     with ledgers.copy_of(LEDGER) as path:
-        assert find_rollback(path.parent, path) is None  # nothing was kept yet
+        missing = find_rollback(path.parent, path, ledgers.SIGN.public_key)
+        assert missing is not None
+        assert "is missing" in missing[1]
         for head in (signed(path, 7), signed(path)):
             await keep(path.parent, head)
-            assert find_rollback(path.parent, path) is None
+            assert find_rollback(path.parent, path, ledgers.SIGN.public_key) is None
         await keep(path.parent, signed(path), signed(path, 7))
         assert kept_position(path.parent) == signed(path).statement.position
 
@@ -77,7 +80,7 @@ async def test_ledger_without_its_kept_head_is_refused(
         kept = signed(path, at)
         await keep(path.parent, kept)
         change(path)
-        found = find_rollback(path.parent, path)
+        found = find_rollback(path.parent, path, ledgers.SIGN.public_key)
         assert found is not None
         accepted, reason = found
         assert words in reason
@@ -87,21 +90,27 @@ async def test_ledger_without_its_kept_head_is_refused(
             )  # fmt: skip
 
 
+async def test_replica_needs_no_kept_head() -> None:
+    with ledgers.copy_of(LEDGER) as path:
+        mark_replica(path.parent, "postgresql://a/b")
+        assert find_rollback(path.parent, path, ledgers.SIGN.public_key) is None
+
+
 async def test_audit_finds_ledger_without_its_kept_head() -> None:
     with ledgers.copy_of(LONG_LEDGER) as longer:
         kept = signed(longer)
     with ledgers.copy_of(LEDGER) as path:  # an earlier copy of the same ledger
         head = signed(path).statement
         await keep(path.parent, kept)
-        found = audit(path, kept_in=path.parent).finding
+        found = audit(path, kept_in=(path.parent, ledgers.SIGN.public_key)).finding
         assert found is not None
         assert (found.position, found.kind) == (head.position, FindingKind.EXPECTATION)
         words = f"the ledger ends at position {head.position}, and its last signed head was at position"
         assert found.problem == f"{words} {kept.statement.position}"
         expected = Expected(head.position, head.hash)
-        assert audit(path, expected, kept_in=path.parent).finding is None
+        assert audit(path, expected, kept_in=(path.parent, ledgers.SIGN.public_key)).finding is None
         await keep(path.parent, signed(path))
-        assert audit(path, kept_in=path.parent).finding is None
+        assert audit(path, kept_in=(path.parent, ledgers.SIGN.public_key)).finding is None
 
 
 def edit_kept(data: Path, **changes: object) -> None:
@@ -115,10 +124,10 @@ async def test_archived_head_is_compared_with_ends_of_archives() -> None:
     with ledgers.archived_copy(LONG_LEDGER, 20) as (path, _):
         for head in (inside, end, after):
             await keep(path.parent, head)
-            assert find_rollback(path.parent, path) is None
+            assert find_rollback(path.parent, path, ledgers.SIGN.public_key) is None
         other = Statement(19, bytes(32), end.statement.recorded_at, LogBase(0, bytes(32)))
         await keep(path.parent, ledgers.SIGN(other))
-        assert find_rollback(path.parent, path) is not None
+        assert find_rollback(path.parent, path, ledgers.SIGN.public_key) is not None
 
 
 async def test_head_that_cannot_be_kept_leaves_the_one_before(

@@ -28,10 +28,11 @@ def kids(data: Path) -> list[str]:
 
 def test_data_directory_is_private_and_kept(data: Path) -> None:
     (key,) = (data / "keys").iterdir()
-    modes = [stat.S_IMODE(path.stat().st_mode) for path in (data, data / "keys", key, data / "ledger.key")]
-    assert modes == [0o700, 0o700, 0o600, 0o600]
+    files = [data / "ledger.head", data / "ledger.key"]
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (data, data / "keys", key, *files)]
+    assert modes == [0o700, 0o700, 0o600, 0o600, 0o600]
     before = contents(data)
-    assert before.keys() == {key, data / "ledger.key"}
+    assert before.keys() == {key, *files}
     for name in ("notes.txt", "x.pem", "99999999T999999999999Z-00000000.pem", ".hidden.pem"):
         (data / "keys" / name).write_text("?")
     keys.ensure_data_dir(data)
@@ -101,5 +102,5 @@ def test_files_that_root_creates_belong_to_the_directory_s_owner(tmp_path: Path)
     keys.rotate(data)
     keys.rotate(data)
     created = sorted(data.rglob("*"))
-    assert [path.name for path in created if path.suffix != ".pem"] == ["keys", "ledger.key"]
+    assert [path.name for path in created if path.suffix != ".pem"] == ["keys"]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in created} == {(12345, 12346)}
