@@ -27,8 +27,11 @@ measurement is then given up, so that an unload does not wait for it."""
 FORK_SERVER_LIMIT_S = 10.0
 """For a new fork server to import everything, which takes 0.2 s; then it is killed and launched again."""
 FORK_LIMIT_S = 5.0
-"""For a fork, which takes 4 ms. After it, the answer is awaited once more as long; then the fork server is
-replaced, and its workers with it."""
+"""For a fork, which takes 4 ms. After it, the answer is awaited once more: as long, or `FORK_WAITS` times as
+long if there are workers, since they end with the fork server, which is then replaced."""
+FORK_WAITS = 12
+PING_LIMIT_S = 2.0
+"""For the answer of the pre-forked worker, which takes 0.1 ms; then it is killed, and another one is forked."""
 EXIT_WAIT_S = 1.0
 """For the exit status and the last output of a worker that has exited; then they are unknown."""
 

@@ -199,6 +199,7 @@ class Load(Message, frozen=True):
         layers: what confines the worker; one that cannot be applied ends it.
         ceiling_bytes: limit of its memory for good, whatever it does itself; None is no limit.
         tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
+        name: what the process is called in lists of processes.
     """
 
     root: str
@@ -217,6 +218,7 @@ class Load(Message, frozen=True):
     layers: tuple[Layer, ...] = ()
     ceiling_bytes: int | None = None
     tensors: tuple[TensorHead, ...] = ()
+    name: str = ""
 
     def hard_limit_bytes(self, thread_bytes: int) -> int | None:
         """Return the limit that the worker cannot lift; the model's own leaves room for its threads.
@@ -238,7 +240,7 @@ class Load(Message, frozen=True):
 class Prepare(Message, frozen=True):
     """Make a prepared form of the model in `folder`; the first message to a worker, and its last.
 
-    `root`, `bytes`, `threads`, `memory_limit_bytes` and `layers` are as for `Load`. `target` is an empty
+    `root`, `bytes`, `threads`, `memory_limit_bytes`, `layers` and `name` are as for `Load`. `target` is an empty
     folder, where the form's files are written, and nothing anywhere else. It is always done in the
     background. No file has more than `most_bytes`; None leaves it at what a form can be expected to have.
     """
@@ -252,6 +254,15 @@ class Prepare(Message, frozen=True):
     target: str
     most_bytes: Count | None = None
     layers: tuple[Layer, ...] = ()
+    name: str = ""
+
+
+class Ping(Message, frozen=True):
+    """Say that you are there; before any other message to a worker."""
+
+
+class Pong(Message, frozen=True):
+    """The answer to `Ping`."""
 
 
 class Probe(Message, frozen=True):
@@ -361,8 +372,8 @@ class Cancel(Message, frozen=True):
     id: Count
 
 
-ToWorker = Load | Prepare | Probe | Infer
-FromLoading = StageReached | Loaded | PrepareDone | Probed | LoadFailure
+ToWorker = Load | Prepare | Probe | Ping | Infer
+FromLoading = StageReached | Loaded | PrepareDone | Probed | Pong | LoadFailure
 FromServing = Outcome | InferenceFailure
 FromWorker = FromLoading | FromServing
 TO_WORKER = msgspec.msgpack.Decoder(ToWorker)

@@ -276,6 +276,7 @@ class PreparationRun:
             target=str(draft),
             most_bytes=self._store.limit_bytes,
             layers=bare.layers,
+            name=f"{bare.name} (preparing)",
         )
         async with self._pacer.worker() as worker:
             if await asyncio.to_thread(runtime_was_replaced, worker.pid):

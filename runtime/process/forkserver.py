@@ -34,8 +34,10 @@ WORKER_FDS = 5
 DATA, CONTROL, REQUESTS, ANSWERS = 3, 4, 5, 6
 """A worker's descriptors: channels, and memory that it maps; 0 is /dev/null, 1 and 2 are its stderr pipe."""
 MESSAGE_BYTES = 4096
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 """linux/prctl.h"""
+NAME_BYTES = 15
+"""Of a process's short name (`ps -o comm`): prctl(2) cuts a longer one."""
 EX_SOFTWARE = 70
 """sysexits.h: the exit code of a worker that an unexpected exception ended."""
 
@@ -111,6 +113,7 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         die_with(int(sys.argv[2]))
+        name_process("fork server")
         importlib.import_module("runtime.worker.main").prepare()
         gc.collect()
         gc.disable()
@@ -131,6 +134,22 @@ def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
+
+
+def name_process(name: str) -> None:
+    """Show what this process is for in lists of processes, in its short name and in its command line.
+
+    The kernel reads the command line from where the process was given its arguments (proc_pid_stat(5),
+    `arg_start` and `arg_end`), so that is written over.
+    """
+    short = name if len(name) <= NAME_BYTES else name[: NAME_BYTES - 7] + ".." + name[-5:]
+    ctypes.CDLL(None).prctl(PR_SET_NAME, short.encode(), 0, 0, 0)
+    with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+        fields = file.read().rpartition(")")[2].split()
+    start, size = int(fields[45]), int(fields[46]) - int(fields[45])
+    if start and size > 0:  # else the kernel does not tell
+        told = "\0".join((sys.executable, "loadledger", name, "of", "server", *sys.argv[2:3])).encode()
+        ctypes.memmove(start, told[: size - 1].ljust(size, b"\0"), size)
 
 
 class _Server:
@@ -202,6 +221,7 @@ def _become_worker(parent: int, descriptors: Sequence[int]) -> NoReturn:
     try:
         os.setsid()
         die_with(parent)
+        name_process("no model yet")
         _arrange(descriptors)
         faulthandler.enable(all_threads=False)  # walking the others, it may itself crash
         gc.enable()

@@ -10,8 +10,15 @@ from typing import Any, TypeVar
 
 from events.types import LoadParameters
 from runtime.contents import VersionFiles
-from runtime.errors import ForkServerUnavailable
-from runtime.limits import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, INFERENCE_GRACE_S, time_limit
+from runtime.errors import ForkServerUnavailable, WorkerDied
+from runtime.limits import (
+    FORK_LIMIT_S,
+    FORK_SERVER_LIMIT_S,
+    FORK_WAITS,
+    INFERENCE_GRACE_S,
+    PING_LIMIT_S,
+    time_limit,
+)
 from runtime.modeldefaults import WarmUp
 from runtime.process.confinement import UNCONFINED, probe
 from runtime.process.forkclient import Child, ForkServer, close_watched
@@ -157,6 +164,7 @@ class WorkerPool:
             warm_up_required=warm_up.required,
             huge_pages=self.huge_pages,
             layers=self.applied.layers,
+            name=f"{files.model_id}/{files.version}",
         )
 
     async def start(self, worker_id: str) -> Worker:
@@ -261,8 +269,9 @@ class WorkerPool:
 
     async def _answer(self, fork_server: ForkServer, forked: asyncio.Future[Child]) -> Child:
         """Wait for the fork server's answer; a child that nobody takes ends with its channels."""
+        last_s = FORK_LIMIT_S * (FORK_WAITS if self._workers else 1)
         try:
-            child = await _within(FORK_LIMIT_S, forked) or await _within(FORK_LIMIT_S, forked)
+            child = await _within(FORK_LIMIT_S, forked) or await _within(last_s, forked)
         except asyncio.CancelledError:
             forked.add_done_callback(_discard)
             raise
@@ -322,7 +331,7 @@ class PreforkedWorker:
         task.add_done_callback(self._on_forked)
 
     async def take(self, worker_id: str) -> Worker | None:
-        """Hand over the pre-forked worker with this id; None if there is none or it is dying."""
+        """Hand over the pre-forked worker with this id; None if there is none, or it does not answer."""
         task = self._coming
         if task is None:
             return None
@@ -334,8 +343,15 @@ class PreforkedWorker:
             raise
         except (ForkServerUnavailable, OSError):
             return None
-        if worker.dying or worker.ended.done():
+        try:
+            async with time_limit(PING_LIMIT_S):
+                await worker.ping()
+        except (TimeoutError, WorkerDied):
+            worker.kill()
             return None
+        except BaseException:
+            worker.kill()
+            raise
         worker.worker_id = worker_id
         return worker
 

@@ -24,6 +24,8 @@ from runtime.wire import (
     LoadFailure,
     LoadStage,
     MalformedFrame,
+    Ping,
+    Pong,
     Prepare,
     PrepareDone,
     Probe,
@@ -41,10 +43,13 @@ SHA256_BYTES = 32
 
 
 class PendingOrder:
-    """A load, preparation or probe whose report is pending, and the future of its caller."""
+    """A load, preparation, probe or ping whose report is pending, and the future of its caller."""
 
     def __init__(
-        self, order: Load | Prepare | Probe, answer: asyncio.Future[Any], on_stage: Callable[[str], None]
+        self,
+        order: Load | Prepare | Probe | Ping,
+        answer: asyncio.Future[Any],
+        on_stage: Callable[[str], None],
     ) -> None:
         self._order = order
         self._answer = answer
@@ -63,7 +68,7 @@ class PendingOrder:
                     raise MalformedFrame(f"stage '{stage}' twice, or out of order")
                 self._on_stage(stage)
                 return False
-            case (Load(), Loaded()) | (Prepare(), PrepareDone()) | (Probe(), Probed()):
+            case (Load(), Loaded()) | (Prepare(), PrepareDone()) | (Probe(), Probed()) | (Ping(), Pong()):
                 self._settle(report)
             case Load(), LoadFailure(code) if code in get_args(PrepareCode):
                 raise MalformedFrame(f"'{code}' of a load")

@@ -40,6 +40,7 @@ from runtime.wire import (
     Loaded,
     MalformedFrame,
     Outcome,
+    Ping,
     Prepare,
     PrepareDone,
     Probe,
@@ -195,6 +196,14 @@ class Worker:
         report: Probed = await self._answer_to(order)
         return report
 
+    async def ping(self) -> None:
+        """Wait until the worker answers, before any order.
+
+        Raises:
+            WorkerDied: `worker_died`.
+        """
+        await self._answer_to(Ping())
+
     async def infer(
         self,
         inputs: Sequence[Tensor],
@@ -325,7 +334,7 @@ class Worker:
 
     async def _answer_to(
         self,
-        order: Load | Prepare | Probe,
+        order: Load | Prepare | Probe | Ping,
         tensors: Sequence[Tensor] = (),
         on_stage: Callable[[str], None] = lambda _: None,
     ) -> Any:
@@ -335,7 +344,7 @@ class Worker:
         self._send(order, tensors)
         return await answer
 
-    def _send(self, message: Load | Prepare | Probe | Infer, tensors: Sequence[Tensor] = ()) -> None:
+    def _send(self, message: Load | Prepare | Probe | Ping | Infer, tensors: Sequence[Tensor] = ()) -> None:
         if self.ended.done():
             raise WorkerDied(self.ended.result())
         self._data.send(message, tensors)

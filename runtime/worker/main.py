@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from runtime.errors import LoadRefused
 from runtime.frames import FrameReader, FrameRules, PayloadDropped
+from runtime.process.forkserver import name_process
 from runtime.wire import (
     CONTROL,
     TO_WORKER,
@@ -27,6 +28,8 @@ from runtime.wire import (
     M,
     MalformedFrame,
     Message,
+    Ping,
+    Pong,
     Prepare,
     Probe,
     StageReached,
@@ -148,6 +151,8 @@ class _Worker:
             self._load(message, tensors)
         elif isinstance(message, Prepare) and self._executor is None:
             self._prepare(message)
+        elif isinstance(message, Ping) and self._executor is None:
+            self._send(Pong())
         elif isinstance(message, Probe) and self._executor is None:
             self._send(probe(message))
             os._exit(0)
@@ -162,6 +167,7 @@ class _Worker:
 
     def _confine(self, order: Load | Prepare) -> None:
         """Confine this worker before it has another thread, and before it reads a byte of a model."""
+        name_process(order.name)
         if isinstance(order, Prepare) or order.background:
             lower_priority()  # which it may not do later
         confine(order)

@@ -319,7 +319,7 @@ def _check_processes(pid: int) -> None:
             command = entry.read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"-I" in command and str(pid).encode() in command:
+        if b"server" in command and str(pid).encode() in command:
             left.append(entry.parent.name)
     assert not left
 

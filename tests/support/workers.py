@@ -81,6 +81,7 @@ def unhurried() -> Iterator[None]:
         patch.setattr(workers_module, "EXIT_WAIT_S", LIMIT_S)
         patch.setattr(pool_module, "FORK_SERVER_LIMIT_S", LIMIT_S)
         patch.setattr(pool_module, "FORK_LIMIT_S", LIMIT_S)
+        patch.setattr(pool_module, "PING_LIMIT_S", LIMIT_S)
         yield
 
 
@@ -88,7 +89,9 @@ def order_of(root: Path, model_id: str = "m", version: int | None = None, **chan
     """Make the order to load a version of a model, the highest when none is named, with these changes."""
     found = Repository(root).resolve(model_id, version)
     size = sum(file.bytes for file in found.files)
-    order = Load(str(root), str(found.folder), size, threads=1, layers=LAYERS)
+    order = Load(
+        str(root), str(found.folder), size, threads=1, layers=LAYERS, name=f"{model_id}/{found.version}"
+    )
     return replace(order, **changes)
 
 

@@ -150,6 +150,46 @@ async def test_pre_forked_worker_that_died_is_not_taken(pool: WorkerPool, killed
     assert (await pool.start("w")).pid != pid
 
 
+@pytest.mark.usefixtures("_only_asked")
+async def test_pre_forked_worker_that_is_stopped_is_replaced(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = await forked_ahead(pool)
+    await freeze(pid)
+    monkeypatch.setattr(pool_module, "PING_LIMIT_S", 0.1)
+    assert (await pool.start("w")).pid != pid
+    await until(lambda: pid not in pids(pool))
+
+
+async def test_stopped_fork_server_with_workers_is_waited_for(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, first = await pool.fork("serves"), fork_server_of(pool)
+    await freeze(first.pid)
+    monkeypatch.setattr(pool_module, "FORK_LIMIT_S", 0.1)
+    monkeypatch.setattr(pool_module, "FORK_WAITS", 1000)
+    starting = asyncio.ensure_future(pool.fork("w"))
+    await asyncio.wait([starting], timeout=0.3)  # more than twice the limit without workers
+    resume(first.pid)
+    assert (await starting).worker_id == "w"
+    assert not worker.ended.done()
+    assert fork_server_of(pool) is first
+
+
+def shown(pid: int) -> tuple[str, list[bytes]]:
+    """Return what `ps` shows of a process: its short name, and its command line."""
+    folder = Path(f"/proc/{pid}")
+    return (folder / "comm").read_text().strip(), (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+
+
+async def test_processes_say_what_they_serve(serve: Serve, pool: WorkerPool) -> None:
+    worker = await serve(models.add(), "a-model-with-a-long-name")
+    short, told = shown(worker.pid)
+    assert short == "a-model-..ame/1"
+    assert told[1:] == [b"loadledger", b"a-model-with-a-long-name/1", b"of", b"server", b"%d" % os.getpid()]
+    assert shown(fork_server_of(pool).pid)[0] == "fork server"
+
+
 @pytest.mark.parametrize("killed", ["worker", "fork server"])
 async def test_pre_forked_worker_that_died_is_replaced(
     pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, killed: str
