@@ -21,6 +21,7 @@ from events.clock import utc_now
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import EventFilter
 from loadledger.cli.local.localledger import show_events
+from server.auth.keys import ensure_data_dir
 
 
 def fill(data: Path, number: int) -> None:
@@ -157,7 +158,7 @@ async def test_follow_file_begins_at_head(tmp_path: Path) -> None:
 def archived(tmp_path: Path) -> Path:
     """A data directory whose ledger begins after position 8."""
     data = tmp_path / "data"
-    data.mkdir(mode=0o700)
+    ensure_data_dir(data)  # before there is a ledger, as a server does
     (data / LEDGER).write_bytes(sound_ledger())
     archive(data / LEDGER, "9", tmp_path / "archive.gz", SIGN, utc_now())
     return data

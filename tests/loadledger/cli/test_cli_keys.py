@@ -36,7 +36,7 @@ def test_first_token_creates_keys_and_ledger(tmp_path: Path) -> None:
     assert "start the server first" in refused("token", f"--data={data}", *ALICE)
     data.mkdir()
     token = create(data, "--role", "audit")
-    assert {path.name for path in data.iterdir()} == {"keys", "ledger.key", LEDGER, "lock"}
+    assert {path.name for path in data.iterdir()} == {"keys", "ledger.key", "ledger.head", LEDGER, "lock"}
     assert {stat.S_IMODE((data / name).stat().st_mode) for name in (LEDGER, "ledger.key")} == {0o600}
     principal = create_verifier(Config(repository=tmp_path, data=data)).verify(token, time.time())
     assert (principal.subject, principal.roles) == ("alice", frozenset({"admin", "audit"}))
