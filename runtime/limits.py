@@ -31,7 +31,7 @@ FORK_LIMIT_S = 5.0
 long if there are workers, since they end with the fork server, which is then replaced."""
 FORK_WAITS = 12
 PING_LIMIT_S = 2.0
-"""For the answer of the pre-forked worker, which takes 0.1 ms; then it is killed, and another one is forked."""
+"""For the answer of the pre-forked worker, which takes 0.1 ms; then it is killed, and another is forked."""
 EXIT_WAIT_S = 1.0
 """For the exit status and the last output of a worker that has exited; then they are unknown."""
 

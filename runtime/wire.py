@@ -240,8 +240,8 @@ class Load(Message, frozen=True):
 class Prepare(Message, frozen=True):
     """Make a prepared form of the model in `folder`; the first message to a worker, and its last.
 
-    `root`, `bytes`, `threads`, `memory_limit_bytes`, `layers` and `name` are as for `Load`. `target` is an empty
-    folder, where the form's files are written, and nothing anywhere else. It is always done in the
+    `root`, `bytes`, `threads`, `memory_limit_bytes`, `layers` and `name` are as for `Load`. `target` is an
+    empty folder, where the form's files are written, and nothing anywhere else. It is always done in the
     background. No file has more than `most_bytes`; None leaves it at what a form can be expected to have.
     """
 

@@ -26,6 +26,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import msgspec
@@ -144,8 +145,7 @@ def name_process(name: str) -> None:
     """
     short = name if len(name) <= NAME_BYTES else name[: NAME_BYTES - 7] + ".." + name[-5:]
     ctypes.CDLL(None).prctl(PR_SET_NAME, short.encode(), 0, 0, 0)
-    with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
-        fields = file.read().rpartition(")")[2].split()
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     start, size = int(fields[45]), int(fields[46]) - int(fields[45])
     if start and size > 0:  # else the kernel does not tell
         told = "\0".join((sys.executable, "loadledger", name, "of", "server", *sys.argv[2:3])).encode()
