@@ -43,7 +43,7 @@ from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
 from events.nodes import NodeDraining, NodeJoined, NodeLeft, NodeLost, NodePhase
 from events.state import State
-from events.tokens import MAX_TOKENS, SignInLinkUsed, TokenRevoked, count_valid
+from events.tokens import MAX_TOKENS, SignInLinkUsed, TokenRevoked, count_valid, find_issued
 from events.types import (
     NEVER,
     REPLACEMENTS,
@@ -448,16 +448,20 @@ def _decide_issue(state: State, command: IssueToken, new_id: Callable[[], str], 
 
 def _decide_revocation(state: State, command: RevokeToken, new_id: Callable[[], str]) -> Decision:
     token = state.tokens.get(command.jti)
-    if token is not None and token.is_revoked:
-        return Existing(None)
     if token is None and command.expires_at is None:
         return Refused(
             "unknown_token",
             f"the ledger knows no token {command.jti[:64]!r} that may still be valid; for a token of an "
             "identity provider, say how long it is valid at most (`expires_s`, `--expires`)",
         )
-    data = TokenRevoked(command.jti, command.expires_at if token is None else None)
-    return Accepted((Draft(new_id(), data, command.actor),))
+    revoked = [TokenRevoked(command.jti, command.expires_at if token is None else None)]
+    if token is not None and token.is_revoked:
+        revoked = []
+    if command.with_issued:
+        revoked += [TokenRevoked(jti) for jti in find_issued(state.tokens, command.jti)]
+    if not revoked:
+        return Existing(None)
+    return Accepted(tuple([Draft(new_id(), data, command.actor) for data in revoked]))
 
 
 def _decide_node(state: State, command: NodeCommand, new_id: Callable[[], str], now: Timestamp) -> Decision:

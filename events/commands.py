@@ -184,11 +184,13 @@ class RevokeToken:
     """Refuse a token from now on.
 
     `expires_at` is when it expires at the latest: without it only tokens that the ledger issued are revoked.
+    `with_issued` revokes those that it issued, too, and that these issued in turn.
     """
 
     jti: str
     actor: str
     expires_at: Timestamp | None = None
+    with_issued: bool = False
 
 
 @dataclass(frozen=True, slots=True)

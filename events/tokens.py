@@ -28,7 +28,8 @@ class TokenIssued(Struct, frozen=True, gc=False):
     """The actor issued a token for `subject`; the ledger never has the token itself, but its id, `jti`.
 
     `via` says how: over the `api`, over the `socket` in the data directory, by a sign-in `link`, by a
-    `command` while no server ran, or by the server for its own user (`serve`).
+    `command` while no server ran, or by the server for its own user (`serve`). `issued_with` is the id of the
+    actor's token; None on the server's machine, which needs none.
     """
 
     TYPE: ClassVar[str] = "TokenIssued"
@@ -37,6 +38,7 @@ class TokenIssued(Struct, frozen=True, gc=False):
     roles: tuple[str, ...]
     expires_at: Timestamp
     via: str | None = None
+    issued_with: str | None = None
 
 
 class TokenRevoked(Struct, frozen=True, gc=False):
@@ -80,7 +82,7 @@ class Token(Struct, frozen=True, gc=False):
         position: of the first event about it.
         issued_at: None for a token that the ledger did not issue.
         issued_by: the actor of `TokenIssued`.
-        via: as in `TokenIssued`.
+        via, issued_with: as in `TokenIssued`.
         revoked_at: None while it is not revoked.
         revoked_by: the actor of `TokenRevoked`.
     """
@@ -95,6 +97,7 @@ class Token(Struct, frozen=True, gc=False):
     via: str | None = None
     revoked_at: Timestamp | None = None
     revoked_by: str | None = None
+    issued_with: str | None = None
 
     @property
     def is_revoked(self) -> bool:
@@ -115,10 +118,11 @@ def evolve_token(
         actor: of the event.
     """
     match data:
-        case TokenIssued(jti, subject, roles, expires_at, via):
+        case TokenIssued(jti, subject, roles, expires_at, via, issued_with):
             if token is not None:
                 return token
-            return Token(jti, subject, roles, expires_at, position, recorded_at, actor, via)
+            issued = recorded_at, actor, via
+            return Token(jti, subject, roles, expires_at, position, *issued, issued_with=issued_with)
         case TokenRevoked(jti, expires_at):
             if token is None and expires_at is not None:
                 token = Token(jti, None, (), expires_at, position)
@@ -147,6 +151,33 @@ def evolve_tokens(
 def count_valid(tokens: Mapping[str, Token], now: Timestamp) -> int:
     """Return how many tokens have not expired; a revoked one counts, since it has to be remembered."""
     return sum(token.expires_at > now for token in tokens.values())
+
+
+def find_issued(tokens: Mapping[str, Token], jti: str) -> list[str]:
+    """Return the ids of the tokens that one issued, and that these issued in turn, as far as not revoked."""
+    by_issuer: dict[str | None, list[str]] = {}
+    for token in tokens.values():
+        by_issuer.setdefault(token.issued_with, []).append(token.id)
+    found = {jti: None}
+    queue = [jti]
+    while queue:
+        new = [each for each in by_issuer.get(queue.pop(), ()) if each not in found]
+        found.update(dict.fromkeys(new))
+        queue += new
+    return [each for each in found if each != jti and not tokens[each].is_revoked]
+
+
+def is_refused(tokens: Mapping[str, Token], jti: str) -> bool:
+    """Whether a token was revoked; a browser's session ends with the token that made it, too."""
+    passed = set[str]()  # a session may have made another one; no ids but forged ones form a ring
+    while jti not in passed and (token := tokens.get(jti)) is not None:
+        if token.is_revoked:
+            return True
+        if token.via != "link" or token.issued_with is None:
+            return False
+        passed.add(jti)
+        jti = token.issued_with
+    return False
 
 
 def _find_forgotten(tokens: Mapping[str, Token], now: Timestamp) -> list[str]:

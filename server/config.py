@@ -16,6 +16,7 @@ from marshmallow import ValidationError, validate
 from runtime.limits import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.memory import budget_bytes
 from runtime.uploads.policy import UploadPolicy, Writable
+from server.auth.keys import MAX_EXPIRES_S
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 from server.settingvalues import (
     AUTO,
@@ -46,6 +47,8 @@ MAX_AWAY_S = 600.0
 """How long a node serves that is cut from the database: longer than an outage that somebody is working on."""
 AWAY_SHARE = 2 / 3
 """Of the lease: a node that is not to serve then has ended its workers before others load its models."""
+MAX_TOKEN_S = 366 * 86_400
+"""A year: what a stolen token issued ends some day, even if nobody finds it."""
 MANY = 1_000_000
 """Upper limit of counts: catches typing errors, limits nothing real."""
 
@@ -68,7 +71,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         *("store", "store_size", "repository_immutable", "confine", "ledger_stderr"),
     ),
     "Adding versions": ("repository_writable", "max_upload"),
-    "Tokens": ("jwt_audience", "jwt_issuer", "jwt_keys", "jwt_roles_claim"),
+    "Tokens": ("jwt_audience", "jwt_issuer", "jwt_keys", "jwt_roles_claim", "max_token_s"),
     "Connections, TLS and proxies": (
         *("tls_cert", "tls_key", "trusted_proxies", "forwarded_header", "max_connections", "head_timeout_s"),
         *("idle_timeout_s", "streams_per_subject"),
@@ -373,6 +376,11 @@ class Config:
     )
     jwt_roles_claim: str = setting(
         "roles", "Claim that lists the roles; may be a path like realm_access.roles.", _check_printable
+    )
+    max_token_s: int = setting(
+        MAX_TOKEN_S,
+        "Longest life in seconds of a token that is issued over the API; on the server's machine, none.",
+        validate.Range(60, MAX_EXPIRES_S),
     )
     limit_management: str = setting("600/minute", "Loads and unloads per subject, or off.", _LIMIT)
     limit_inference: str = setting(

@@ -147,14 +147,16 @@ def list_tokens(data: Path | None, where: ServerChoice, *, as_json: bool) -> Non
     show_default=False,
     help="For a token of an identity provider: how long it is valid at most, like 12h.",
 )
+@click.option("--issued", is_flag=True, show_default=False, help="Revoke the tokens that it issued, too.")
 @json_option
 @click.argument("token_id", metavar="ID")
 def revoke_token(
-    token_id: str, data: Path | None, where: ServerChoice, expires: str | None, *, as_json: bool
+    token_id: str, data: Path | None, where: ServerChoice, expires: str | None, *, issued: bool, as_json: bool
 ) -> None:
-    """Revoke a token by its id; it is refused at once.
+    """Revoke a token by its id; it is refused at once, and so are browsers that it signed in.
 
-    It prints nothing; --json prints the token as `list` shows it.
+    It prints only how many tokens that it issued are not revoked; --json prints the token as `list` shows it,
+    and their ids as `issued`.
     """
     expires_s = None if expires is None else _seconds(expires)
     local = find_local_data(data, where)
@@ -163,15 +165,19 @@ def revoke_token(
 
         with report_problems():
             require_data(local)
-            revoked = revoke_local(local, token_id, expires_s)
+            revoked = revoke_local(local, token_id, expires_s, issued=issued)
     else:
         from loadledger.address import path  # noqa: PLC0415 - as above
 
-        body = {} if expires_s is None else {"expires_s": expires_s}
+        body = {"issued": issued} if expires_s is None else {"issued": issued, "expires_s": expires_s}
         with open_chosen_client(where) as client:
             revoked = client.post(f"/api/v1{path('tokens', token_id, 'revoke')}", body)
     if as_json:
         print_json(revoked)
+    elif left := len(revoked["issued"]):
+        click.echo(
+            f"tokens that it issued and that are not revoked: {left}; to revoke them: --issued {token_id}"
+        )
 
 
 @click.command()

@@ -9,15 +9,17 @@ from aiohttp import web
 from marshmallow import Schema, ValidationError, fields, validate
 
 from server.api.schemas import AnswerSchema, PageQuerySchema, about
-from server.appkeys import GATE
+from server.appkeys import CONFIG, GATE
 from server.auth.gate import PRINCIPAL
-from server.auth.issuing import token_view
+from server.auth.issuing import revoked_view, token_view
 from server.auth.keys import MAX_EXPIRES_S, ROLES
 from server.auth.subjects import subject_refusal
 from server.auth.tokens import TOKENS, is_local
 from server.http.validation import (
+    InvalidBody,
     NothingSchema,
     ParameterInteger,
+    StrictBoolean,
     StrictInteger,
     json_body,
     path_parameters,
@@ -82,6 +84,10 @@ class RevocationBodySchema(Schema):
             "revocation is kept until then."
         ),
     )
+    issued = StrictBoolean(
+        load_default=False,
+        **about("Whether to revoke the tokens that it issued, too, and those that these issued."),
+    )
 
 
 class CodeBodySchema(Schema):
@@ -104,8 +110,21 @@ class TokenSchema(AnswerSchema):
     via = fields.String(
         required=True, allow_none=True, **about("How it was issued: api, socket, link, command or serve.")
     )
+    issued_with = fields.String(
+        required=True, allow_none=True, **about("The token that issued it; null on the server's machine.")
+    )
     revoked_at = fields.String(required=True, allow_none=True)
     revoked_by = fields.String(required=True, allow_none=True)
+
+
+class RevokedTokenSchema(TokenSchema):
+    """A revoked token."""
+
+    issued = fields.List(
+        fields.String(),
+        required=True,
+        **about("The tokens that it issued, and that these issued, which are not revoked."),
+    )
 
 
 class TokenListSchema(AnswerSchema):
@@ -170,9 +189,11 @@ async def list_tokens(request: web.Request) -> web.Response:
 )
 async def issue(request: web.Request) -> web.Response:
     """Issue a token for anybody."""
-    body, principal = json_body(request), request[PRINCIPAL]
-    via = "socket" if is_local(principal) else "api"
-    issued = await request.app[TOKENS].issue(**body, actor=principal.subject, via=via)
+    body, principal, app = json_body(request), request[PRINCIPAL], request.app
+    via, longest_s = "socket" if is_local(principal) else "api", app[CONFIG].max_token_s
+    if via == "api" and body["expires_s"] > longest_s:
+        raise InvalidBody(f"body: expires_s: a token is issued for at most {longest_s} s (--max-token-s)")
+    issued = await app[TOKENS].issue(**body, actor=principal.subject, via=via, issued_with=principal.jti)
     return web.json_response(issued.members(), status=201)
 
 
@@ -183,14 +204,14 @@ async def issue(request: web.Request) -> web.Response:
     description="It is refused from then on, on this server and after each restart. Repeat it at will.",
     path=TokenPathSchema(),
     body=RevocationBodySchema(),
-    answers={200: (TokenSchema(), "The revoked token.")},
+    answers={200: (RevokedTokenSchema(), "The revoked token.")},
     errors=("unknown_token", "log_unavailable"),
 )
 async def revoke_token(request: web.Request) -> web.Response:
     """Revoke a token, also one that is revoked already."""
     jti, issuer = path_parameters(request)["jti"], request.app[TOKENS]
     await issuer.revoke(jti, actor=request[PRINCIPAL].subject, **json_body(request))
-    return web.json_response(token_view(issuer.tokens[jti]))
+    return web.json_response(revoked_view(issuer.tokens, jti))
 
 
 @routes.post(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from events.clock import Timestamp, format_timestamp, uuid7
 from events.commands import Command, IssueToken, Receipt
-from events.tokens import Token, TokenIssued
+from events.tokens import Token, TokenIssued, find_issued
 from server.auth.keys import issue_token
 
 
@@ -53,6 +53,7 @@ async def issue_and_record(
     actor: str,
     via: str,
     link_id: str | None = None,
+    issued_with: str | None = None,
 ) -> IssuedToken:
     """Sign a token with the newest key of a data directory, and record it in the ledger there.
 
@@ -63,6 +64,7 @@ async def issue_and_record(
         actor: who asked for it.
         via: how, as in `TokenIssued`.
         link_id: the sign-in link that is used for it.
+        issued_with: the id of the token of who asked for it.
 
     Raises:
         KeyProblem: the subject, a role or the time is invalid, or there is no key.
@@ -80,7 +82,8 @@ async def issue_and_record(
     )
     token = await asyncio.to_thread(sign, data, wanted.subject, roles)
     expires_at = format_timestamp(datetime.fromtimestamp(now_s + wanted.expires_s, UTC))
-    await submit(IssueToken(TokenIssued(jti, wanted.subject, roles, expires_at, via), actor, link_id))
+    issued = TokenIssued(jti, wanted.subject, roles, expires_at, via, issued_with)
+    await submit(IssueToken(issued, actor, link_id))
     return IssuedToken(token, jti, wanted.subject, roles, expires_at)
 
 
@@ -99,6 +102,12 @@ def token_view(token: Token) -> dict[str, object]:
         "issued_at": token.issued_at,
         "issued_by": token.issued_by,
         "via": token.via,
+        "issued_with": token.issued_with,
         "revoked_at": token.revoked_at,
         "revoked_by": token.revoked_by,
     }
+
+
+def revoked_view(tokens: Mapping[str, Token], jti: str) -> dict[str, object]:
+    """Return a revoked token as the API and the command show it, with what it issued and is still valid."""
+    return {**token_view(tokens[jti]), "issued": find_issued(tokens, jti)}

@@ -21,7 +21,7 @@ from events.commands import RevokeToken
 from events.errors import DataInUse
 from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
-from server.auth.issuing import TokenRequest, issue_and_record, timestamp_in, token_view
+from server.auth.issuing import TokenRequest, issue_and_record, revoked_view, timestamp_in, token_view
 from server.auth.keys import KeyProblem, ensure_data_dir
 from server.auth.subjects import LOCAL, subject_refusal
 
@@ -140,15 +140,17 @@ def list_local(data: Path) -> list[dict[str, Any]]:
             return found
 
 
-def revoke_local(data: Path, jti: str, expires_s: int | None = None) -> dict[str, Any]:
+def revoke_local(
+    data: Path, jti: str, expires_s: int | None = None, *, issued: bool = False
+) -> dict[str, Any]:
     """Revoke a token of a data directory, and return it. Raises as `issue_local`."""
 
     async def append(log: Log) -> dict[str, Any]:
         expires_at = None if expires_s is None else timestamp_in(expires_s)
-        await log.submit(RevokeToken(jti, _actor(), expires_at))
-        return token_view(log.state.tokens[jti])
+        await log.submit(RevokeToken(jti, _actor(), expires_at, issued))
+        return revoked_view(log.state.tokens, jti)
 
-    body = {} if expires_s is None else {"expires_s": expires_s}
+    body = {"issued": issued} if expires_s is None else {"issued": issued, "expires_s": expires_s}
     path = f"/api/v1/tokens/{quote_segment(jti)}/revoke"
     return _ask_or_open(data, ("POST", path, body), append)
 

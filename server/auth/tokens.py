@@ -7,6 +7,7 @@ that a restart forgets nothing. The code of a sign-in link is in memory only, as
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +18,7 @@ from aiohttp import web
 from events.clock import Timestamp, uuid7
 from events.commands import Receipt, Record, RevokeToken
 from events.log import Log
-from events.tokens import SignInLinkIssued, Token
+from events.tokens import SignInLinkIssued, Token, is_refused
 from events.types import Draft
 from server.appkeys import CONFIG, LOG, VERIFIER
 from server.auth.gate import InvalidToken, Principal, Verifier
@@ -130,6 +131,7 @@ class TokenIssuer:
         actor: str,
         via: str,
         link_id: str | None = None,
+        issued_with: str | None = None,
     ) -> IssuedToken:
         """Issue a token and record it.
 
@@ -140,6 +142,7 @@ class TokenIssuer:
             actor: who asked for it.
             via: how, as in `TokenIssued`.
             link_id: the sign-in link that is used for it.
+            issued_with: the id of the token of who asked for it.
 
         Raises:
             IssuingRefused: `not_supported`, an identity provider issues the tokens.
@@ -156,17 +159,22 @@ class TokenIssuer:
             actor=actor,
             via=via,
             link_id=link_id,
+            issued_with=issued_with,
         )
 
-    async def revoke(self, jti: str, *, actor: str, expires_s: int | None = None) -> Receipt:
+    async def revoke(
+        self, jti: str, *, actor: str, expires_s: int | None = None, issued: bool = False
+    ) -> Receipt:
         """Revoke a token; `expires_s` is how long an identity provider's may still be valid.
+
+        With `issued`, those that it issued are revoked, too.
 
         Raises:
             RequestRefused: `unknown_token`.
             LogUnavailable: `log_unavailable`.
         """
         expires_at = None if expires_s is None else timestamp_in(expires_s)
-        return await self._log.submit(RevokeToken(jti, actor, expires_at))
+        return await self._log.submit(RevokeToken(jti, actor, expires_at, issued))
 
     async def issue_link(self, principal: Principal) -> SignInLink:
         """Return a link that signs a browser in as this person.
@@ -194,10 +202,25 @@ class TokenIssuer:
         return link
 
     async def use_link(self, link: _OpenLink) -> IssuedToken:
-        """Return a token for who asked for the link. The link is used up, even if that cannot be recorded."""
-        subject, roles = link.principal.subject, sorted(link.principal.roles)
+        """Return a token for who asked for the link, which is used up, even if that cannot be recorded.
+
+        It expires no later than the token of who asked.
+
+        Raises:
+            InvalidToken: `invalid_token`, that has expired.
+        """
+        principal = link.principal
+        left_s = math.floor(min(SESSION_S, principal.expires_at - time.time()))
+        if left_s < 1:
+            raise InvalidToken("the token of who asked for this sign-in link has expired")
         return await self.issue(
-            subject, roles, expires_s=SESSION_S, actor=subject, via="link", link_id=link.link_id
+            principal.subject,
+            sorted(principal.roles),
+            expires_s=left_s,
+            actor=principal.subject,
+            via="link",
+            link_id=link.link_id,
+            issued_with=principal.jti,
         )
 
     def _refuse_with_provider(self) -> None:
@@ -222,11 +245,7 @@ def open_tokens(app: web.Application) -> TokenIssuer:
     """Return the issuer over the application's log, whose revocations the verifier asks for from here on."""
     log, verifier = app[LOG], app[VERIFIER]
 
-    def is_revoked(jti: str) -> bool:
-        token = log.state.tokens.get(jti)
-        return token is not None and token.is_revoked
-
-    verifier.is_revoked = is_revoked
+    verifier.is_revoked = lambda jti: is_refused(log.state.tokens, jti)
     return TokenIssuer(app[CONFIG], log, verifier)
 
 

@@ -32,11 +32,20 @@ from events.tokens import (
     TokenRevoked,
     evolve_token,
     evolve_tokens,
+    find_issued,
+    is_refused,
 )
 from events.types import Event, ServerStarted
 
 BOB = TokenIssued("t1", "bob", ("admin",), at(600), "api")
 REVOKED, FOREIGN = TokenRevoked("t1"), TokenRevoked("t1", at(600))
+ISSUED_BY_T1 = {  # t1 > t2 > session t3 > session t4; t5 is of another one
+    "t1": Token("t1", "bob", ("admin",), at(600), 1),
+    "t2": Token("t2", "eve", (), at(600), 2, via="api", issued_with="t1"),
+    "t3": Token("t3", "eve", (), at(600), 3, via="link", issued_with="t2"),
+    "t4": Token("t4", "eve", (), at(600), 4, via="link", issued_with="t3"),
+    "t5": Token("t5", "eve", (), at(600), 5, via="link", issued_with="t0"),
+}
 
 
 def fold(*facts: TokenData) -> Token | None:
@@ -60,6 +69,22 @@ def fold(*facts: TokenData) -> Token | None:
 )
 def test_token_folds_to_its_state(facts: tuple[TokenData, ...], expected: Token | None) -> None:
     assert fold(*facts) == expected
+
+
+def test_session_ends_with_the_token_that_made_it_and_no_other_one_does() -> None:
+    tokens = dict(ISSUED_BY_T1)
+    assert find_issued(tokens, "t1") == ["t2", "t3", "t4"]
+    evolve_tokens(tokens, TokenRevoked("t1"), position=6, recorded_at=at(6), actor="a")
+    assert [jti for jti in tokens if is_refused(tokens, jti)] == ["t1"]
+    evolve_tokens(tokens, TokenRevoked("t2"), position=7, recorded_at=at(7), actor="a")
+    assert [jti for jti in tokens if is_refused(tokens, jti)] == ["t1", "t2", "t3", "t4"]
+    assert find_issued(tokens, "t1") == ["t3", "t4"]
+
+
+def test_forged_ring_of_tokens_is_read_to_its_end() -> None:
+    ring = {each: Token(each, "x", (), at(9), 1, via="link", issued_with=of) for each, of in ("ab", "ba")}
+    assert not is_refused(ring, "a")
+    assert find_issued(ring, "a") == ["b"]
 
 
 def test_expired_tokens_leave_the_fold() -> None:
@@ -94,6 +119,12 @@ ISSUE = IssueToken(BOB, "alice")
         (state_of(BOB, REVOKED), RevokeToken("t1", "alice"), "existing"),
         (state_of(), RevokeToken("t1", "alice"), "unknown_token"),
         (state_of(), RevokeToken("t1", "alice", at(600)), [FOREIGN]),
+        (
+            State(tokens=ISSUED_BY_T1),
+            RevokeToken("t1", "alice", with_issued=True),
+            [TokenRevoked(jti) for jti in ("t1", "t2", "t3", "t4")],
+        ),
+        (State(tokens=ISSUED_BY_T1), RevokeToken("t4", "alice", with_issued=True), [TokenRevoked("t4")]),
     ],
 )
 def test_command_about_token_is_decided(state: State, command: Command, expected: object) -> None:

@@ -28,6 +28,7 @@ ADDED = {
     "max_queue_delay_us": 0,
     "keeps_load_job_id": None,
     "reason": None,
+    "issued_with": None,
     "superseded_by": None,
     "verified": False,
     "progress_timeout_s": None,

@@ -93,6 +93,7 @@ def test_tokens_are_listed_and_revoked_without_a_server(
     head, *rows = printed("token", "list", LOADLEDGER_DATA=str(tmp_path)).splitlines()
     assert head.split()[:3] == ["ID", "SUBJECT", "ROLES"]
     assert [(row.split()[0], row.split()[-1]) for row in rows] == [(second, "valid"), (first, "revoked")]
+    assert again.pop("issued") == []
     assert printed_json("token", "list", data)["tokens"][1] == again
     assert "`token list`" not in refused("token", "revoke", data, "nope")
     assert printed_json("token", "revoke", data, "idp", "--expires=1h")["subject"] is None

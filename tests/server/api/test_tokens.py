@@ -20,6 +20,7 @@ from server.auth.gate import InvalidToken, Principal
 from server.auth.issuing import TokenRequest
 from server.auth.localtokens import SOCKET, ask_server, issue_local, list_local, local_actor, revoke_local
 from server.auth.tokens import LINK_S, MAX_LINKS, TOKENS, SignInLinks, issue_recorded_token
+from server.config import MAX_TOKEN_S
 from server.serve import local_url
 
 BOB = {"subject": "bob", "roles": ["predict"], "expires_s": 60}
@@ -65,6 +66,18 @@ async def test_issued_token_works_until_it_is_revoked(shared: LocalApi) -> None:
     assert [data.jti for data in await shared.data_of(TokenRevoked)] == [new["jti"]]
 
 
+async def test_what_a_token_issued_is_named_and_revoked_with_it(shared: LocalApi) -> None:
+    new = await issued(shared, roles=["admin"])
+    child = (await send(shared, new["token"], "POST", "/api/v1/tokens", json=BOB)).json
+    [listed, *_] = (await shared.get("/api/v1/tokens")).json["tokens"]
+    assert (listed["jti"], listed["issued_with"]) == (child["jti"], new["jti"])
+    path = f"/api/v1/tokens/{new['jti']}/revoke"
+    assert (await shared.post(path)).json["issued"] == [child["jti"]]
+    assert (await send(shared, child["token"])).status == 200
+    assert (await shared.post(path, json={"issued": True})).json["issued"] == []
+    assert (await send(shared, child["token"])).refusal == (401, "invalid_token")
+
+
 async def test_tokens_are_listed_in_pages_newest_first(shared: LocalApi) -> None:
     made = [(await issued(shared, subject=f"s{number}"))["jti"] for number in range(3)]
     first = (await shared.get("/api/v1/tokens?limit=2")).json
@@ -86,6 +99,8 @@ async def test_tokens_are_listed_in_pages_newest_first(shared: LocalApi) -> None
         ("/api/v1/tokens", BOB | {"subject": "local:root"}, (400, "invalid_body")),
         ("/api/v1/tokens", BOB | {"expires_s": 0}, (400, "invalid_body")),
         ("/api/v1/tokens", BOB | {"expires_s": 2**40}, (400, "invalid_body")),
+        ("/api/v1/tokens", BOB | {"expires_s": MAX_TOKEN_S + 1}, (400, "invalid_body")),
+        ("/api/v1/tokens/nope/revoke", {"issued": "yes"}, (400, "invalid_body")),
         ("/api/v1/tokens/nope/revoke", {}, (404, "unknown_token")),
         (f"/api/v1/tokens/{'x' * 256}/revoke", {}, (400, "invalid_parameter")),
         ("/api/v1/sign-in-links", {"x": 1}, (400, "invalid_body")),

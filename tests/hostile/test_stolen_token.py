@@ -1,0 +1,65 @@
+"""Somebody with a copy of an admin's token, who makes others of it before it expires or is revoked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.http import Answer, LocalApi, local_server
+
+
+async def ask(api: LocalApi, token: str, path: str, body: dict[str, Any]) -> Answer:
+    headers = {"Authorization": f"Bearer {token}"}
+    return await api.send("POST", path, roles=(), headers=headers, json=body)
+
+
+async def works(api: LocalApi, token: str) -> bool:
+    answer = await api.send("GET", "/api/v1/models", roles=(), headers={"Authorization": f"Bearer {token}"})
+    return answer.status == 200
+
+
+async def stolen(api: LocalApi, expires_s: int) -> dict[str, Any]:
+    body = {"subject": "ops", "roles": ["admin"], "expires_s": expires_s}
+    answer = await api.post("/api/v1/tokens", json=body)
+    taken: dict[str, Any] = answer.json
+    return taken
+
+
+async def session_of(api: LocalApi, token: str) -> Answer:
+    link = await ask(api, token, "/api/v1/sign-in-links", {})
+    code = link.json["path"].removeprefix("/#sign-in=")
+    return await api.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
+
+
+async def test_session_ends_no_later_than_the_token_that_made_it(tmp_path: Path) -> None:
+    async with local_server(tmp_path) as api:
+        short = await stolen(api, 60)
+        session = (await session_of(api, short["token"])).json
+        assert session["expires_at"] <= short["expires_at"]
+
+
+async def test_revoked_token_takes_along_what_it_made(tmp_path: Path) -> None:
+    async with local_server(tmp_path) as api:
+        taken = await stolen(api, 600)
+        session = (await session_of(api, taken["token"])).json
+        child = await ask(
+            api, session["token"], "/api/v1/tokens", {"subject": "x", "roles": ["admin"], "expires_s": 9999}
+        )
+        assert child.status == 201
+        path = f"/api/v1/tokens/{taken['jti']}/revoke"
+        revoked = (await api.post(path)).json
+        assert not await works(api, session["token"])
+        assert revoked["issued"] == [session["jti"], child.json["jti"]]  # it says what is left
+        assert await works(api, child.json["token"])
+        assert (await api.post(path, json={"issued": True})).json["issued"] == []
+        assert not await works(api, child.json["token"])
+
+
+@pytest.mark.parametrize(("longest", "wanted"), [(366 * 86_400, 3_000_000_000), (3_600, 3_601)])
+async def test_no_token_outlives_the_longest_life(tmp_path: Path, longest: int, wanted: int) -> None:
+    async with local_server(tmp_path, max_token_s=longest) as api:
+        taken = await stolen(api, 600)
+        body = {"subject": "ops", "roles": ["admin"], "expires_s": wanted}
+        refused = await ask(api, taken["token"], "/api/v1/tokens", body)
+        assert refused.refusal == (400, "invalid_body")
+        assert f"at most {longest} s" in refused.json["detail"]
+        assert (await ask(api, taken["token"], "/api/v1/tokens", body | {"expires_s": longest})).status == 201
