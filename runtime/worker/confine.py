@@ -21,8 +21,10 @@ import numpy as np
 import onnxruntime as ort
 
 import runtime
+from runtime.memory import UNLIMITED_STACK_BYTES
 from runtime.wire import CachedCopy, ForbiddenAct, Layer, Load, Prepare, Probe, Probed
 from runtime.worker import landlock, seccomp, sessions
+from runtime.worker.optimising import FORM_FILES
 
 PR_SET_NO_NEW_PRIVS = 38
 """linux/prctl.h"""
@@ -61,7 +63,12 @@ def confine(order: Load | Prepare | Probe) -> None:
     if not order.layers:
         return
     writes = not isinstance(order, Load)  # a probe gets what any worker gets
-    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_DESCRIPTORS}
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: MAX_DESCRIPTORS,
+        resource.RLIMIT_STACK: UNLIMITED_STACK_BYTES if soft == resource.RLIM_INFINITY else soft,
+    }
     if not writes:  # making a form has a limit of its own
         limits[resource.RLIMIT_FSIZE] = 0
     for kind, limit in limits.items():
@@ -82,7 +89,8 @@ def _find_accesses(order: Load | Prepare | Probe) -> dict[str, int]:
         case Load(root=root):
             own = {root: landlock.READS}
         case Prepare(root=root, target=target):
-            own = {root: landlock.READS, target: landlock.WRITES}
+            own = {root: landlock.READS, target: landlock.REMOVES}
+            own |= {f"{target}/{name}": landlock.WRITES for name in FORM_FILES}
         case Probe():
             own = {}
         case _:

@@ -39,7 +39,7 @@ HELD_NS = 200_000
 WATCH_S = 0.005
 """Interval in which a thread checks for unsent answers during a long run."""
 MAX_BUFFERS = 512
-"""Buffers in one sendmsg; the kernel allows 1,024 (UIO_MAXIOV)."""
+"""Buffers in one writev; the kernel allows 1,024 (UIO_MAXIOV)."""
 
 _ENCODER = msgspec.msgpack.Encoder()
 _ROOM = bytes(PREFIX.size)
@@ -147,7 +147,7 @@ class Outbox:
         buffers = [memoryview(part) for part in parts if len(part)]
         try:
             while buffers:
-                sent = self._channel.sendmsg(buffers[:MAX_BUFFERS])
+                sent = os.writev(self._channel.fileno(), buffers[:MAX_BUFFERS])
                 while buffers and sent >= len(buffers[0]):
                     sent -= len(buffers.pop(0))
                 if buffers:

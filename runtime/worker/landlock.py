@@ -14,8 +14,8 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 """System calls, with the same numbers on all architectures."""
 CREATE_RULESET_VERSION, RULE_PATH_BENEATH = 1, 1
 
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (
-    1 << bit for bit in (0, 1, 2, 3, 5, 8, 14)
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, TRUNCATE = (
+    1 << bit for bit in (0, 1, 2, 3, 5, 14)
 )
 ACCESS_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
 """How many kinds of access to files an ABI knows; from 5 on 16."""
@@ -24,7 +24,8 @@ NET_FROM, NET_ALL = 4, 0b11
 SCOPE_FROM, SCOPE_ALL = 6, 0b11
 """The ABI that restricts connections to abstract sockets, and signals, to processes of the same domain."""
 READS = READ_FILE | READ_DIR
-WRITES = READS | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
+WRITES = READS | WRITE_FILE | TRUNCATE
+REMOVES = READS | REMOVE_FILE
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
 """Accesses that can be allowed on a path that is no folder."""
 
@@ -45,7 +46,7 @@ def restrict(accesses: Mapping[str, int]) -> None:
     The process needs `no_new_privs` first.
 
     Args:
-        accesses: `READS` or `WRITES` by path; paths that do not exist are left out.
+        accesses: `READS`, `WRITES` or `REMOVES` by path; paths that do not exist are left out.
 
     Raises:
         OSError: the kernel has no Landlock, or its reason.

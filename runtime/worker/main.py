@@ -42,7 +42,7 @@ from runtime.worker.batching import Queue
 from runtime.worker.confine import confine, probe
 from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
 from runtime.worker.loading import clock_for, load, lower_priority
-from runtime.worker.optimising import make_cached_model
+from runtime.worker.optimising import create_files, make_cached_model
 from runtime.worker.sessions import ServingSession, run_smallest_model
 from runtime.worker.sharedtensors import SharedTensors
 
@@ -185,8 +185,9 @@ class _Worker:
         self._send(report)
 
     def _prepare(self, order: Prepare) -> NoReturn:
-        self._confine(order)
         try:
+            create_files(order)
+            self._confine(order)
             self._send(make_cached_model(order))
         except LoadRefused as refusal:
             self._send(LoadFailure(refusal.code, plain_text(str(refusal))))

@@ -56,7 +56,10 @@ MORE, BITS = 128, 127
 NUMBER = re.compile(r"\d{1,19}")
 
 
-WEIGHTS_FILE = "weights.bin"
+WEIGHTS_FILE, UNALIGNED_FILE = "weights.bin", "unaligned.bin"
+FORM_FILES = (MODEL_FILE, WEIGHTS_FILE, UNALIGNED_FILE)
+"""All that a worker can write: they are made before it is confined, and it may make no others. A hostile one
+fills a disk with as many files as it may make, however short each has to be."""
 WEIGHTS_FROM_BYTES = 16 * 2**10
 """Least size of a weight in the weights file. From 128 bytes to 64 KiB, loads and memory are the same; at 1
 MiB they are 2 to 10 ms and 4 to 8 MB more (measured with six networks of 1 to 54 MB). ONNX Runtime 1.31 has
@@ -69,31 +72,33 @@ PROBE_BYTES = 2**16
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-def align_weights(model: Path, weights: Path) -> None:
-    """Move the weights in the file `weights` to aligned offsets, and update the references in `model`.
+def align_weights(folder: Path) -> None:
+    """Move the weights to a file of their own at aligned offsets, and update the references in the model.
+
+    Without weights, the model's file is the only one that stays.
 
     Raises:
         LoadRefused: `prepare_failed`, for anything that ONNX Runtime is not known to write.
         OSError: they cannot be written.
     """
-    if not weights.exists():
-        return
-    moves = _Moves(weights.name)
-    try:
-        data = _Rewriting(memoryview(model.read_bytes()), moves).rewrite()
-    except (Unparsable, TooManyFields) as problem:
-        raise _not_known(str(problem)) from None
-    moved = weights.with_suffix(".moved")
-    moves.copy(weights, moved)
-    moved.replace(weights)
-    model.write_bytes(data)
+    model, weights, unaligned = (folder / name for name in FORM_FILES)
+    if unaligned.exists():
+        moves = _Moves()
+        try:
+            data = _Rewriting(memoryview(model.read_bytes()), moves).rewrite()
+        except (Unparsable, TooManyFields) as problem:
+            raise _not_known(str(problem)) from None
+        moves.copy(unaligned, weights)
+        model.write_bytes(data)
+        unaligned.unlink()
+    else:  # without weights, ONNX Runtime removes it
+        weights.unlink()
 
 
 class _Moves:
     """New offsets of a file's weights, assigned in order of request."""
 
-    def __init__(self, location: str) -> None:
-        self.location = location
+    def __init__(self) -> None:
         self._places: dict[tuple[int, int], int] = {}
         self._end = 0
 
@@ -108,7 +113,7 @@ class _Moves:
 
     def copy(self, source: Path, target: Path) -> None:
         """Write the new file from beginning to end in large pieces."""
-        with source.open("rb") as old, target.open("xb", buffering=0) as new:
+        with source.open("rb") as old, target.open("wb", buffering=0) as new:
             for begin in range(0, self._end, PIECE_BYTES):
                 piece = memoryview(self._piece(old.fileno(), begin, min(begin + PIECE_BYTES, self._end)))
                 while piece:
@@ -169,13 +174,15 @@ def _move_entries(entries: dict[str, str], moves: _Moves) -> Iterator[tuple[str,
     if not entries:
         return
     offset, length = entries.get("offset", "0"), entries.get("length", "")
-    if entries.get("location") != moves.location or not (
+    if entries.get("location") != UNALIGNED_FILE or not (
         NUMBER.fullmatch(offset) and NUMBER.fullmatch(length)
     ):
         raise _not_known(f"external data {entries}")
     for key, text in entries.items():
         if PACKED.fullmatch(key):
             yield key, _moved_packed(text, moves)
+        elif key == "location":
+            yield key, WEIGHTS_FILE
         else:
             yield key, str(moves.place(int(offset), int(length))) if key == "offset" else text
 
@@ -209,8 +216,24 @@ def _not_known(what: str) -> LoadRefused:
     return LoadRefused("prepare_failed", f"ONNX Runtime wrote what it is not known to write: {what}")
 
 
+def create_files(order: Prepare) -> None:
+    """Create the files of a form, all empty, in the target folder of an order.
+
+    Raises:
+        LoadRefused: `prepare_failed`, there is no such folder, or it is not empty; `disk_full`.
+    """
+    os.umask(0o077)
+    try:
+        if os.listdir(order.target):  # noqa: PTH208 - whether there is any
+            raise LoadRefused("prepare_failed", f"{order.target} is not empty")
+        for name in FORM_FILES:
+            Path(order.target, name).touch()
+    except OSError as error:
+        raise LoadRefused("disk_full" if error.errno in FULL else "prepare_failed", str(error)) from None
+
+
 def make_cached_model(order: Prepare) -> PrepareDone:
-    """Make the cached model of an order in its target folder.
+    """Make the cached model of an order in its target folder, in the files that `create_files` created.
 
     Raises:
         LoadRefused: `prepare_failed`, `disk_full`, `unsafe_file`, `out_of_memory`.
@@ -228,27 +251,24 @@ def _prepare(order: Prepare) -> PrepareDone:
     with _files_limited(order):
         sessions.limit_memory(order.memory_limit_bytes)
         _write(order, Path(order.folder), Path(os.path.realpath(order.root)))
-        align_weights(target / MODEL_FILE, target / WEIGHTS_FILE)
+        align_weights(target)
     _check_written(target)
     return PrepareDone((time.perf_counter_ns() - started) // 1000)
 
 
 @contextmanager
 def _files_limited(order: Prepare) -> Iterator[None]:
-    """Require an empty target, and limit the length and the access rights of the files written there.
+    """Limit the length of the files of a form.
 
     Raises:
-        LoadRefused: `disk_full`, a file exceeds half of the disk's room, since there are two; or
-            `prepare_failed`, a file exceeds the limit of a form.
+        LoadRefused: `disk_full`, a file exceeds its share of the disk's room; or `prepare_failed`, a file
+            exceeds the limit of a form.
     """
     target = Path(order.target)
-    if any(target.iterdir()):
-        raise LoadRefused("prepare_failed", f"{target} is not empty")
-    os.umask(0o077)
     wanted = max(MOST_BYTES, MOST_TIMES * order.bytes)
     if order.most_bytes is not None:
         wanted = min(wanted, order.most_bytes)
-    there_is = max(0, free_disk_bytes(target)) // 2
+    there_is = max(0, free_disk_bytes(target)) // len(FORM_FILES)
     sessions.limit_resource(resource.RLIMIT_FSIZE, min(wanted, there_is))
     try:
         yield
@@ -276,7 +296,7 @@ def _options(order: Prepare, target: Path) -> ort.SessionOptions:
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     chosen.optimized_model_filepath = str(target / MODEL_FILE)
     entries = {
-        "session.optimized_model_external_initializers_file_name": WEIGHTS_FILE,
+        "session.optimized_model_external_initializers_file_name": UNALIGNED_FILE,
         "session.optimized_model_external_initializers_min_size_in_bytes": str(WEIGHTS_FROM_BYTES),
         "session.save_external_prepacked_constant_initializers": str(int(order.form == "prepacked")),
     }

@@ -37,10 +37,6 @@ class Machine(NamedTuple):
 MACHINES = {"x86_64": Machine(0xC000003E, 0), "aarch64": Machine(0xC00000B7, 1)}
 
 _PLAIN = {  # name: its number on x86_64 (asm/unistd_64.h), on aarch64 (asm-generic/unistd.h)
-    "recvfrom": (45, 207),
-    "recvmsg": (47, 212),
-    "sendmsg": (46, 211),
-    "sendto": (44, 206),
     "read": (0, 63),
     "readv": (19, 65),
     "pread64": (17, 67),
@@ -62,7 +58,6 @@ _PLAIN = {  # name: its number on x86_64 (asm/unistd_64.h), on aarch64 (asm-gene
     "readlink": (89, None),
     "readlinkat": (267, 78),
     "munmap": (11, 215),
-    "mremap": (25, 216),
     "madvise": (28, 233),
     "brk": (12, 214),
     "futex": (202, 98),
@@ -94,6 +89,8 @@ _PLAIN = {  # name: its number on x86_64 (asm/unistd_64.h), on aarch64 (asm-gene
     "exit_group": (231, 94),
 }
 _CHECKED = {
+    "recvfrom": (45, 207),
+    "sendto": (44, 206),
     "openat": (257, 56),
     "mmap": (9, 222),
     "mprotect": (10, 226),
@@ -107,9 +104,6 @@ _CHECKED = {
 }
 _WRITING = {
     "pwrite64": (18, 68),
-    "rename": (82, None),
-    "renameat": (264, 38),
-    "renameat2": (316, 276),
     "unlink": (87, None),
     "unlinkat": (263, 35),
     "umask": (95, 166),
@@ -122,7 +116,12 @@ _WRITING = {
 _REFUSED = {"clone3": (435, 435)}
 
 NUMBERS: Mapping[str, tuple[int, int | None]] = _PLAIN | _CHECKED | _WRITING | _REFUSED
-"""Numbers of system calls, by `Machine.column`; None where the architecture has no such call."""
+"""Numbers of system calls, by `Machine.column`; None where the architecture has no such call.
+
+Not among them: `mremap`, which makes memory of any size of a page of the stack, and no limit but that of
+addresses counts it (malloc then copies instead); `sendmsg` and `recvmsg`, whose descriptors and flags lie in
+memory, where a filter cannot read them.
+"""
 
 _PROT_EXEC = 0x4
 _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS = 0x01, 0x02, 0x20
@@ -151,6 +150,10 @@ _PRCTLS = (15, 41, 0x53564D41)
 """PR_SET_NAME, PR_SET_THP_DISABLE, PR_SET_VMA."""
 
 
+_SOCKET_FLAGS = (0, 0x40)
+"""None, MSG_DONTWAIT. Others send and receive out of band."""
+
+
 class Check(NamedTuple):
     """A condition on the lower 32 bits of an argument: after `mask`, they are one of `values`."""
 
@@ -164,6 +167,8 @@ def build_checks(pid: int, *, writes: bool) -> dict[str, tuple[Check, ...]]:
     no_code = (Check(2, _PROT_EXEC, (0,)),)
     itself = (Check(0, WORD, (pid,)),)
     return {
+        "recvfrom": (Check(3, WORD, _SOCKET_FLAGS),),
+        "sendto": (Check(3, WORD, _SOCKET_FLAGS), Check(5, WORD, (0,))),  # and to no address
         "openat": () if writes else (Check(2, _WRITES, (0,)),),
         "mmap": (*no_code, Check(3, _MAP_KINDS, _COUNTED)),
         "mprotect": no_code,

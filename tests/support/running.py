@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from events.clock import boottime, utc_now
 from events.commands import Command, Receipt, RequestLoad, RequestUnload
@@ -39,7 +39,7 @@ from runtime.statistics import InferenceTimes
 from runtime.wire import Tensor, WantedOutput
 from support import models
 from support.store import opened_store
-from support.workers import LIMIT_S, array, floats, freeze, trips, unhurried, until, waits_for_its_order
+from support.workers import LIMIT_S, array, floats, trips, unhurried, until
 
 D = TypeVar("D", bound=Data)
 
@@ -264,7 +264,7 @@ class Engine:
         return found()[-1]
 
     async def stopped_ahead(self) -> int:
-        """Have a worker forked ahead and stop it: the load that gets it waits there until it is continued.
+        """Have a worker forked ahead that stops before it gets its order, and loads once it is continued.
 
         Returns:
             Its process id.
@@ -272,8 +272,13 @@ class Engine:
         self.pool.prefork()
         assert self.pool._preforked._coming is not None
         worker = await asyncio.shield(self.pool._preforked._coming)
-        await waits_for_its_order(worker.pid)
-        await freeze(worker.pid)
+        load = worker.load
+
+        async def stop_and_load(*arguments: Any, **options: Any) -> Any:
+            worker.suspend()
+            return await load(*arguments, **options)
+
+        worker.load = stop_and_load  # type: ignore[method-assign]
         return worker.pid
 
 

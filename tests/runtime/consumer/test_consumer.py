@@ -105,7 +105,7 @@ async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool
 async def test_load_that_cannot_be_recorded_fails_alone(engine: Engine) -> None:
     pid = await engine.stopped_ahead()
     job_id = await engine.ask_load("adder", 1)
-    await until(lambda: bool(engine.consumer.loads and engine.live("adder").workers))
+    await until(lambda: is_stopped(pid))
     load = engine.live("adder")
     wake = load.wake
 

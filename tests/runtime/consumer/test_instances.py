@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import models
 from support.running import Engine, code_of, error_of, gone, running, stopped_clock
-from support.workers import computing, freeze, loaded_memory, until
+from support.workers import computing, freeze, is_stopped, loaded_memory, until
 
 from events.jobs import JobStatus
 from events.models import ModelState
@@ -45,9 +45,10 @@ async def half_load(engine: Engine, parameters: LoadParameters) -> tuple[str, Ru
 
 
 async def taken(engine: Engine, pid: int) -> None:
-    """Wait until a load has this worker."""
+    """Wait until a load has this worker, which has stopped."""
     loads = engine.consumer.loads
     await until(lambda: any(worker.pid == pid for load in loads.values() for worker in load.workers))
+    await until(lambda: is_stopped(pid))
 
 
 async def test_load_of_instances_is_one_fact_and_each_answers(engine: Engine) -> None:

@@ -25,7 +25,7 @@ from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.worker import optimising
-from runtime.worker.optimising import align_weights
+from runtime.worker.optimising import FORM_FILES, align_weights
 
 KNOWN_SHA256 = "ab" * 32
 
@@ -75,13 +75,13 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("megabytes", "spare", "fits"),
-    [(40, 2, False), (40, 3, True), (8, 8, True)],
+    [(40, 3, False), (40, 4, True), (8, 8, True)],
     ids=["full", "fits", "small"],
 )
 async def test_disk_reserve_is_kept_free(
     pool: WorkerPool, tmp_path: Path, megabytes: int, spare: int, *, fits: bool
 ) -> None:
-    """The form has 1 MB and is written twice; a twentieth of the disk is reserved."""
+    """The form has 1 MB, a third of the room; a twentieth of the disk is reserved."""
     save(models.weights(1, layers=4), tmp_path / "models", "m")
     order = prepare_order(tmp_path / "models", "optimised")
     with small_disk(target_of(order).parent, megabytes):
@@ -140,7 +140,7 @@ def weight(name: str, offset: int, data: bytes, packed: str | None = None) -> Te
     tensor = TensorProto(
         name=name, data_type=TensorProto.UINT8, dims=[len(data)], data_location=TensorProto.EXTERNAL
     )
-    entries = {"location": "weights.bin", "offset": str(offset), "length": str(len(data))}
+    entries = {"location": "unaligned.bin", "offset": str(offset), "length": str(len(data))}
     if packed is not None:
         entries["prepacked_0"] = packed
     for key, text in entries.items():
@@ -163,14 +163,19 @@ def with_weights(tensors: list[TensorProto], inner: list[TensorProto]) -> onnx.M
     return models.model([node], [models.value("go", models.BOOL, [])], outputs, tensors)
 
 
+def write_form(folder: Path, model: bytes, weights: bytes) -> None:
+    """Write a form as ONNX Runtime does, in files that are there."""
+    for name, content in zip(FORM_FILES, (model, b"", weights), strict=True):
+        (folder / name).write_bytes(content)
+
+
 def align(
     folder: Path, content: bytes, tensors: list[TensorProto], inner: list[TensorProto] | None = None
 ) -> onnx.ModelProto:
-    """Align the weights of a graph and of a branch of it, which `weights.bin` has; returns the model."""
+    """Align the weights of a graph and of a branch of it, which `unaligned.bin` has; returns the model."""
     model = with_weights(tensors, inner or [])
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    (folder / "weights.bin").write_bytes(content)
-    align_weights(folder / "model.onnx", folder / "weights.bin")
+    write_form(folder, model.SerializeToString(), content)
+    align_weights(folder)
     moved: onnx.ModelProto = onnx.load(folder / "model.onnx", load_external_data=False)
     assert without_places(moved) == without_places(model)
     assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "weights.bin"]
@@ -248,9 +253,10 @@ def test_overlapping_weights_are_moved_in_pieces(
 
 
 def test_graph_without_weights_file_is_unchanged(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(models.CORRUPT)
-    align_weights(tmp_path / "model.onnx", tmp_path / "weights.bin")
-    assert (tmp_path / "model.onnx").read_bytes() == models.CORRUPT
+    write_form(tmp_path, models.CORRUPT, b"")
+    (tmp_path / "unaligned.bin").unlink()
+    align_weights(tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [models.CORRUPT]
 
 
 @pytest.mark.parametrize(
@@ -272,10 +278,9 @@ def test_weights_written_in_unknown_ways_are_refused(tmp_path: Path, tensor: Ten
 
 
 def test_group_beside_weights_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(models.add().SerializeToString() + b"\xa3\x06\x08\x01\xa4\x06")
-    (tmp_path / "weights.bin").touch()
+    write_form(tmp_path, models.add().SerializeToString() + b"\xa3\x06\x08\x01\xa4\x06", b"w")
     with pytest.raises(LoadRefused, match="a group") as refused:
-        align_weights(tmp_path / "model.onnx", tmp_path / "weights.bin")
+        align_weights(tmp_path)
     assert refused.value.code == "prepare_failed"
 
 
@@ -283,7 +288,6 @@ def test_group_beside_weights_is_refused(tmp_path: Path) -> None:
 @given(data=st.binary(max_size=60))
 def test_any_bytes_are_aligned_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.mktemp("form")
-    (folder / "model.onnx").write_bytes(b"\x3a" + bytes([len(data)]) + data)
-    (folder / "weights.bin").write_bytes(b"")
+    write_form(folder, b"\x3a" + bytes([len(data)]) + data, b"w")
     with contextlib.suppress(LoadRefused):
-        align_weights(folder / "model.onnx", folder / "weights.bin")
+        align_weights(folder)
