@@ -48,6 +48,7 @@ CPU_PRESSURE_PERCENT = 80.0
 100, and bursts stay well below; from 80 on, a load takes its computing time from inferences."""
 
 _RESIDENT = re.compile(rb"^VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB\nRssAnon:\s+(\d+) kB$", re.MULTILINE)
+_REST = re.compile(rb"^Vm(?:PTE|Swap):\s+(\d+) kB$", re.MULTILINE)
 MAX_BYTES = 2**63 - 1
 """The most that the ledger, whose integers have 64 bits, can hold."""
 
@@ -60,16 +61,25 @@ _PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Resident memory of a process: anonymous pages, all pages, and their peak."""
+    """Memory of a process: resident anonymous pages, all resident pages, their peak; and the rest.
+
+    The rest is what no resident page shows: swapped pages, and page tables, which reading alone makes.
+    """
 
     anonymous_bytes: int
     all_bytes: int
     peak_bytes: int
+    rest_bytes: int = 0
 
     @property
     def file_bytes(self) -> int:
         """Pages of files, shared or not."""
         return self.all_bytes - self.anonymous_bytes
+
+    @property
+    def taken_bytes(self) -> int:
+        """All that the kernel keeps for the process alone, but for what it shares with its parent."""
+        return self.anonymous_bytes + self.rest_bytes
 
 
 def private_bytes(pid: int | str = "self") -> int:
@@ -124,6 +134,12 @@ def _anonymous_bytes(pid: int) -> int:
         return 0
 
 
+def taken_bytes(pid: int) -> int:
+    """Read all memory of a process, as `Resident.taken_bytes`; 0 if it has ended. Takes 0.02 ms."""
+    resident = parse_resident(_read(f"{pid}/status").encode())
+    return 0 if resident is None else resident.taken_bytes
+
+
 def resident_bytes(pid: int | str = "self") -> int:
     """Read the anonymous memory of a process, shared or not; 0 if it has ended. Takes 0.02 ms."""
     resident = parse_resident(_read(f"{pid}/status").encode())
@@ -133,6 +149,11 @@ def resident_bytes(pid: int | str = "self") -> int:
 def data_bytes(pid: int | str = "self") -> int:
     """Read the size that `RLIMIT_DATA` limits: private writable mappings, touched or not."""
     return parse_field(_read(f"{pid}/status"), "VmData")
+
+
+def size_bytes(pid: int | str = "self") -> int:
+    """Read the size that `RLIMIT_AS` limits: all mappings."""
+    return parse_field(_read(f"{pid}/status"), "VmSize")
 
 
 def thread_bytes() -> int:
@@ -155,7 +176,7 @@ def parse_resident(status: bytes) -> Resident | None:
     if found is None:
         return None
     peak, all_, anonymous = (int(kilobytes) * 1024 for kilobytes in found.groups())
-    return Resident(anonymous, all_, peak)
+    return Resident(anonymous, all_, peak, sum(int(each) * 1024 for each in _REST.findall(status)))
 
 
 def parse_field(text: str, name: str) -> int:

@@ -230,6 +230,22 @@ class Load(Message, frozen=True):
         with_threads = None if own is None else own + (self.threads - 1) * thread_bytes
         return min((each for each in (with_threads, self.ceiling_bytes) if each is not None), default=None)
 
+    def most_bytes(self, thread_bytes: int) -> int | None:
+        """Return the most memory of any kind that the worker can add within its limits; None has no limit.
+
+        Beside `hard_limit_bytes`, the kernel gives it its first stack, and the page tables: 8 bytes for each
+        page of 4 KiB, also for those of files.
+        """
+        hard = self.hard_limit_bytes(thread_bytes)
+        if hard is None:
+            return None
+        return hard + thread_bytes + (hard + self.mapped_bytes) // 512
+
+    @property
+    def mapped_bytes(self) -> int:
+        """The size of all files that the worker may map."""
+        return self.bytes + (self.prepared.bytes if self.prepared is not None else 0)
+
     @property
     def least_limit_bytes(self) -> int | None:
         """The limit while the model is loaded."""

@@ -40,7 +40,8 @@ class LoadSamples:
 
     Attributes:
         anonymous_bytes: memory without files, at the last sample; shared with the fork server or not.
-        added_bytes: how much of it the load has added so far: its private bytes beside an empty worker's.
+        empty_bytes: all memory before the load, also swapped pages and page tables.
+        added_bytes: how much the load has added to that so far.
         peak_anonymous_bytes: the largest memory without files, as sampled or as the kernel's peak between two
             samples proves. File pages read meanwhile may hide as much of that peak.
     """
@@ -59,8 +60,12 @@ class LoadSamples:
         return self._seen.anonymous_bytes
 
     @property
+    def empty_bytes(self) -> int:  # noqa: D102 - see the class
+        return self._first.taken_bytes
+
+    @property
     def added_bytes(self) -> int:  # noqa: D102 - see the class
-        return max(0, self._seen.anonymous_bytes - self._first.anonymous_bytes)
+        return max(0, self._seen.taken_bytes - self._first.taken_bytes)
 
     def sample(self) -> None:
         """Sample the memory now; a process that has exited keeps its last sample."""

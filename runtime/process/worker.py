@@ -51,6 +51,7 @@ from runtime.wire import (
     plain_text,
 )
 
+MB = 1_000_000
 MAX_UNSENT_BYTES = 256 * 2**20
 """Limit of inferences that a worker has not read. Beyond it the next is refused, however few they are:
 cancelled and timed-out requests stay in memory until they are read, too."""
@@ -107,6 +108,8 @@ class Worker:
         self._most_names = SURPLUS_NAMES
         self._stopping = False
         self._exit_timer: Limit | None = None
+        self._empty_bytes = 0
+        self._most_bytes: int | None = None
 
     async def connect(self, data: socket.socket, control: socket.socket) -> None:
         """Adopt this side's ends of the channels; the pool kills the worker if this fails."""
@@ -162,12 +165,14 @@ class Worker:
         # A cancelled request may wait this long for others of its batch.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
         order = replace(order, tensors=heads(warm_up_inputs))
+        self._most_bytes = order.most_bytes(memory.thread_bytes())
 
         def note_sample(bytes_: int) -> None:
             self._set_memory(bytes_)
             on_sample()
 
         with self._sampler.watch(self.pid, note_sample) as samples:
+            self._empty_bytes = samples.empty_bytes
             report: Loaded = await self._answer_to(order, warm_up_inputs, on_stage)
             self._most_names = len(report.inputs) + len(report.outputs) + SURPLUS_NAMES
             on_stage("measuring")
@@ -260,16 +265,26 @@ class Worker:
     async def measure(self) -> int:
         """Measure the worker's private bytes; they are also in `memory_bytes`.
 
+        One that has more memory than its limits allow, swapped pages and page tables included, is killed.
+
         Raises:
             WorkerDied: `worker_died`.
         """
+
+        def read() -> tuple[int, int]:
+            return memory.private_bytes(self.pid), memory.taken_bytes(self.pid)
+
         try:
-            measured = await asyncio.to_thread(memory.private_bytes, self.pid)
+            measured, taken = await asyncio.to_thread(read)
         except ProcessLookupError:
-            measured = 0
+            measured = taken = 0
         if self._process.has_ended():  # else another process may have had its pid
             raise WorkerDied(await asyncio.shield(self.ended))
         self._set_memory(measured)
+        added, most = taken - self._empty_bytes, self._most_bytes
+        if most is not None and added > most:
+            took = f"it took {added // MB} MB of memory, with swapped pages and page tables"
+            self._kill_for(f"{took}, and may take {most // MB} MB")
         return measured
 
     async def stop(self, grace_s: float = 1.0) -> Exit:

@@ -14,9 +14,7 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 """System calls, with the same numbers on all architectures."""
 CREATE_RULESET_VERSION, RULE_PATH_BENEATH = 1, 1
 
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, TRUNCATE = (
-    1 << bit for bit in (0, 1, 2, 3, 5, 14)
-)
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, TRUNCATE = (1 << bit for bit in (0, 1, 2, 3, 5, 14))
 ACCESS_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
 """How many kinds of access to files an ABI knows; from 5 on 16."""
 NET_FROM, NET_ALL = 4, 0b11

@@ -105,7 +105,12 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     on_stage("loading")
     if not order.huge_pages or not huge_pages_help(order.bytes, order.prepared):
         disable_huge_pages()
-    sessions.limit_memory(order.hard_limit_bytes(thread_bytes()), order.load_limit_bytes)
+    sessions.limit_memory(
+        order.hard_limit_bytes(thread_bytes()),
+        order.load_limit_bytes,
+        mapped_bytes=order.mapped_bytes,
+        threads=order.threads,
+    )
     clock = clock_for(order)
     started_ns = clock()
     session = _create_session(order)

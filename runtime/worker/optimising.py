@@ -249,7 +249,7 @@ def _prepare(order: Prepare) -> PrepareDone:
     started = time.perf_counter_ns()
     target = Path(order.target)
     with _files_limited(order):
-        sessions.limit_memory(order.memory_limit_bytes)
+        sessions.limit_memory(order.memory_limit_bytes, mapped_bytes=order.bytes, threads=order.threads)
         _write(order, Path(order.folder), Path(os.path.realpath(order.root)))
         align_weights(target)
     _check_written(target)

@@ -53,6 +53,12 @@ the cores from other workers: eight busy models together then answer 0.6 of what
 with 20 to 100 us they answer as many, and one model alone what it does without a limit (decision 42)."""
 HAS_SPIN_DURATION = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 26)
 """Whether ONNX Runtime knows a limit in microseconds: before 1.26 there is none."""
+ARENA_BYTES = 128 * 2**20
+"""Addresses that malloc takes for a thread's heap, before it gives half of them back (glibc)."""
+OTHER_THREADS = 3
+"""That of the channel, that of cancellations, and that of delayed answers."""
+MAPPED_TIMES = 2
+"""Addresses for each byte of a file: it is mapped weight by weight, each from the page where it begins."""
 UNREADABLE_BYTES = 64 * 2**20
 """Part of an invalid file shown to ONNX Runtime for its error text: the file may not fit into memory."""
 
@@ -240,17 +246,28 @@ def out_of_memory_refused(limit_bytes: int | None) -> Iterator[None]:
         raise out_of_memory(limit_bytes, str(error)) from None
 
 
-def limit_memory(limit_bytes: int | None, load_limit_bytes: int | None = None) -> None:
+def limit_memory(
+    limit_bytes: int | None, load_limit_bytes: int | None = None, *, mapped_bytes: int, threads: int
+) -> None:
     """Limit the memory that the process may add to its present one; None is no limit.
 
     `lift_load_limit` ends the second limit.
 
     Call this when the process has all its threads, whose stacks count. RLIMIT_DATA counts mapped memory,
-    touched or not, so an empty worker's memory is not part of the limit.
+    touched or not, so an empty worker's memory is not part of the limit. It counts no stack and no memory
+    that can only be read, of which page tables can be made, so RLIMIT_AS limits all addresses.
+
+    Args:
+        limit_bytes: for good.
+        load_limit_bytes: until the model is loaded.
+        mapped_bytes: the size of all files that may be mapped, which RLIMIT_DATA need not count.
+        threads: how many compute.
     """
     present_bytes = memory.data_bytes()
     if limit_bytes is not None:
         limit_resource(resource.RLIMIT_DATA, present_bytes + limit_bytes)
+        room_bytes = MAPPED_TIMES * mapped_bytes + (threads + OTHER_THREADS) * ARENA_BYTES
+        limit_resource(resource.RLIMIT_AS, memory.size_bytes() + limit_bytes + room_bytes)
     if load_limit_bytes is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         allowed = present_bytes + load_limit_bytes

@@ -327,6 +327,14 @@ def test_private_pages_are_summed() -> None:
     assert memory.parse_field(ROLLUP, "VmData") == 0
 
 
+def test_swapped_pages_and_page_tables_are_taken() -> None:
+    status = b"VmHWM:\t 70 kB\nVmRSS:\t 60 kB\nRssAnon:\t 40 kB\nRssFile:\t 20 kB\n"
+    assert memory.parse_resident(status) == memory.Resident(40 << 10, 60 << 10, 70 << 10)
+    seen = memory.parse_resident(status + b"VmPTE:\t 8 kB\nVmSwap:\t 2 kB\nHugetlbPages:\t 0 kB\n")
+    assert seen is not None
+    assert (seen.taken_bytes, seen.file_bytes) == (50 << 10, 20 << 10)
+
+
 def test_touched_memory_is_private() -> None:
     size = 32 * 2**20
     private, data = memory.private_bytes(), memory.data_bytes()

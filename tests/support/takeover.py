@@ -26,6 +26,11 @@ PAGE = 4096
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 GROWS = 0x100  # MAP_GROWSDOWN
 GIB = 2**30
+NORESERVE, FIXED_NOREPLACE, MREMAP_MAYMOVE, AT_RANDOM = 0x4000, 0x100000, 1, 25
+DOWN_THE_STACK = 2**20
+"""Well below what the thread has used of it, and within its limit."""
+DATA = 3
+"""The descriptor of the worker's data channel."""
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 PTRACE_SEIZE, PTRACE_DETACH = 0x4206, 17
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
@@ -34,7 +39,8 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 Facts = Mapping[str, Any]
 """`server`, `fork_server`, `sibling`: process ids; `data`: a data directory; `others`: a file of another
-model; `own`: the version's folder; `port`: of a server on 127.0.0.1."""
+model; `own`: the version's folder; `target`: where it prepares the model, else `own`; `port`: of a server on
+127.0.0.1."""
 
 
 def _call(function: Any, *arguments: Any) -> int:
@@ -195,6 +201,43 @@ def _make_executable() -> None:
     _call(LIBC.mprotect, address, PAGE, mmap.PROT_READ | mmap.PROT_EXEC)
 
 
+def _remap_stack(size: int) -> None:
+    """Make memory of a page of the stack: no limit of data counts it, and it is given back untouched."""
+    LIBC.getauxval.restype = ctypes.c_ulong
+    page = LIBC.getauxval(AT_RANDOM) // PAGE * PAGE - DOWN_THE_STACK
+    ctypes.memset(page, 0, PAGE)  # grows the stack
+    LIBC.mremap.restype = ctypes.c_void_p
+    LIBC.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+    LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    moved = LIBC.mremap(page, PAGE, size, MREMAP_MAYMOVE)
+    if moved in {None, ctypes.c_void_p(-1).value}:
+        raise OSError(ctypes.get_errno(), "mremap")
+    LIBC.munmap(moved, size)
+
+
+def _raise_soft_limit(kind: int) -> None:
+    """Have more than the process began with, without the right to raise hard limits."""
+    soft, hard = resource.getrlimit(kind)
+    if soft == hard != resource.RLIM_INFINITY:
+        raise PermissionError
+    resource.setrlimit(kind, (hard, hard))
+
+
+def _send_out_of_band() -> None:
+    with socket.socket(fileno=os.dup(DATA)) as channel:
+        channel.send(b"", socket.MSG_MORE)
+
+
+def _send_message() -> None:
+    with socket.socket(fileno=os.dup(DATA)) as channel:
+        channel.sendmsg([])
+
+
+def _receive_message() -> None:
+    with socket.socket(fileno=os.dup(DATA)) as channel:
+        channel.recvmsg(0, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
+
 def _close_new(descriptor: int) -> None:
     os.close(descriptor)
 
@@ -215,6 +258,7 @@ def attempts(facts: Facts) -> dict[str, Callable[[], object]]:
         "write own model": partial(_open, f"{own}/model.onnx", os.O_RDWR),
         "truncate own model": partial(_open, f"{own}/model.onnx", os.O_RDWR | os.O_APPEND),
         "create beside own model": partial(_create, own),
+        "one more file of a form": partial(_create, facts["target"]),
         "rename own model": partial(_rename, own),
         "link beside own model": partial(_link, own),
         "mode of own model": partial(os.chmod, f"{own}/model.onnx", 0o600),
@@ -244,6 +288,15 @@ def attempts(facts: Facts) -> dict[str, Callable[[], object]]:
         "memory beyond the limit": partial(_map, 6 * GIB, READ_WRITE, mmap.MAP_PRIVATE),
         "memory beyond the limit, shared": partial(_map, 6 * GIB, READ_WRITE),
         "memory beyond the limit, as a stack": partial(_map, 6 * GIB, READ_WRITE, mmap.MAP_PRIVATE | GROWS),
+        "memory beyond the limit, of a page of the stack": partial(_remap_stack, 6 * GIB),
+        "memory beyond the limit, to read only": partial(
+            _map, 600 * GIB, mmap.PROT_READ, mmap.MAP_PRIVATE | NORESERVE
+        ),
+        "raise limit of the stack": partial(_raise_soft_limit, resource.RLIMIT_STACK),
+        "raise limit of addresses": partial(_raise_limit, resource.RLIMIT_AS),
+        "flags of a channel": _send_out_of_band,
+        "send a message": _send_message,
+        "receive a message": _receive_message,
         "memory with code": partial(_map, PAGE, READ_WRITE | mmap.PROT_EXEC),
         "memory made code": _make_executable,
         "memory file": lambda: _close_new(os.memfd_create("x")),
@@ -271,6 +324,31 @@ def attempts(facts: Facts) -> dict[str, Callable[[], object]]:
             f"priority of {name}": partial(_set_priority, pid),
         }
     return found
+
+
+def fill_page_tables() -> None:
+    """Read one page in each GiB of addresses: no limit counts the 0.5 GB of tables that this takes."""
+    LIBC.mmap.restype = ctypes.c_void_p
+    LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE | FIXED_NOREPLACE
+    for place in range(1024, 61_000):
+        LIBC.mmap(place * GIB, PAGE, mmap.PROT_READ, kind, -1, 0)
+        ctypes.string_at(place * GIB, 1)
+    signal.pause()
+
+
+def take_all_stacks() -> None:
+    """Take memory that is no data: of a page of the stack, by a longer stack, and to read only."""
+    for take in (
+        partial(_remap_stack, GIB),
+        partial(_raise_soft_limit, resource.RLIMIT_STACK),
+        partial(_map, 600 * GIB, mmap.PROT_READ, mmap.MAP_PRIVATE | NORESERVE),
+    ):
+        try:
+            take()
+        except OSError:
+            continue
+        signal.pause()
 
 
 def try_all(facts: Facts) -> list[str]:

@@ -163,7 +163,7 @@ async def test_every_setting_is_read_from_the_environment(config: Config) -> Non
         "node_labels": "zone=a", "placement": "pack", "lease_s": 3, "when_away": "stop",
         "jwt_audience": "there", "jwt_issuer": "me", "jwt_roles_claim": "groups",
         "limit_management": "11/minute", "limit_inference": "12/minute",
-        "limit_reads": "13/minute", "limit_auth_failures": "1/hour",
+        "limit_reads": "13/minute", "limit_auth_failures": "1/hour", "max_token_s": 4000,
     }  # fmt: skip
     # Those are options here, or have tests of their own.
     not_given = {"repository", "data", "port", "jwt_keys", "tls_cert", "tls_key"}
