@@ -50,8 +50,8 @@ async def test_serving_worker_with_more_than_its_limit_is_ended(tmp_path: Path) 
         await api.load("m", memory_limit_bytes=LIMIT_BYTES)
         async with asyncio.timeout(LIMIT_S):
             assert await ask(api) == 503
-            while not (found := await api.data_of(WorkerExited)):
-                await asyncio.sleep(0.01)  # noqa: ASYNC110 - events are awaited over HTTP only
+            while not (found := await api.data_of(WorkerExited)):  # noqa: ASYNC110 - events are read over HTTP
+                await asyncio.sleep(0.01)
         [exited] = found
         assert exited.signal == 9
         assert any("with swapped pages and page tables, and may take" in line for line in exited.stderr)

@@ -134,6 +134,7 @@ async def test_stuck_measurement_delays_no_other_worker(
     fifo = proc / str(stuck.pid) / "smaps_rollup"  # as if the kernel did not answer
     fifo.parent.mkdir(parents=True)
     os.mkfifo(fifo)
+    (fifo.parent / "status").symlink_to(f"/proc/{stuck.pid}/status")
     (proc / str(well.pid)).symlink_to(f"/proc/{well.pid}")
     monkeypatch.setattr(memory, "PROC", proc)
     monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", 0.1)
