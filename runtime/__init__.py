@@ -8,7 +8,8 @@ To change: which load starts, evictions, reloads: `scheduler`. How an action is 
 `consumer`. Private copies of versions: `store`. Optimised copies of models: `cache`. Memory limits and
 measurements: `memory`; CPUs that may be used: `cgroups`; memory that a load will need: `estimates`. A
 repository that hangs: `lookups`. A model's `loadledger.toml`: `modeldefaults`. External data: `onnxfile`, and
-what it reads of a model: `onnxfields`. Unsafe files: `repository`. When something counts as stuck: `limits`.
+what it reads of a model: `onnxfields`. Unsafe files: `repository`. The JSON of a request: `requestjson`, and
+any other: `strictjson`. When something counts as stuck: `limits`.
 Error codes: `errors`.
 
 ONNX Runtime is imported in `worker` only; `worker` imports nothing of `events`.

@@ -291,6 +291,17 @@ class Probe(Message, frozen=True):
     layers: tuple[Layer, ...]
 
 
+class ReadJson(Message, frozen=True):
+    """Read the JSON of an inference request, the only tensor; the first message to a worker, and its last.
+
+    `memory_limit_bytes` and `layers` are as for `Load`; `Worker.read_json` adds the tensor.
+    """
+
+    memory_limit_bytes: int
+    layers: tuple[Layer, ...]
+    tensors: tuple[TensorHead, ...] = ()
+
+
 class Infer(Message, frozen=True):
     """Run the model; no `outputs` means all that the protocol has a type for, as JSON if `text`.
 
@@ -345,6 +356,17 @@ class Probed(Message, frozen=True):
     problems: tuple[Text, ...] = ()
 
 
+class JsonRead(Message, frozen=True):
+    """What `ReadJson` asked for: the request without its data, as JSON, and where in the text each data is.
+
+    Or the `problem` with it. A span has begin and length; None is an input without data in the text.
+    """
+
+    head: Annotated[bytes, msgspec.Meta(max_length=MAX_REPORT_BYTES // 2)] = b""
+    spans: tuple[tuple[Count, Count] | None, ...] = ()
+    problem: Text = ""
+
+
 class LoadFailure(Message, frozen=True):
     """The model cannot be loaded, or prepared; the worker ends after this."""
 
@@ -388,8 +410,8 @@ class Cancel(Message, frozen=True):
     id: Count
 
 
-ToWorker = Load | Prepare | Probe | Ping | Infer
-FromLoading = StageReached | Loaded | PrepareDone | Probed | Pong | LoadFailure
+ToWorker = Load | Prepare | Probe | Ping | ReadJson | Infer
+FromLoading = StageReached | Loaded | PrepareDone | Probed | Pong | JsonRead | LoadFailure
 FromServing = Outcome | InferenceFailure
 FromWorker = FromLoading | FromServing
 TO_WORKER = msgspec.msgpack.Decoder(ToWorker)

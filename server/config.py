@@ -211,7 +211,7 @@ class Config:
         1024, "Inferences of one model that may be queued or running.", validate.Range(1, MANY)
     )
     max_json_bytes: str = setting(
-        "4MiB",
+        "64MiB",
         "Longest JSON of an inference, after decompression; tensors in binary may have 64 MiB: bytes, or a"
         " number of MB or MiB.",
         _validator_of(parse_json_size),
@@ -385,8 +385,7 @@ class Config:
     limit_management: str = setting("600/minute", "Loads and unloads per subject, or off.", _LIMIT)
     limit_inference: str = setting(
         "600000/minute",
-        "Inferences per subject, or off. Each 4 KiB of a request's JSON count as one more; binary tensors do"
-        " not.",
+        "Inferences per subject, or off.",
         _LIMIT,
     )
     limit_reads: str = setting("6000/minute", "Other requests per subject, or off.", _LIMIT)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from events.types import LoadParameters
 from runtime.contents import VersionFiles
-from runtime.errors import ForkServerUnavailable, WorkerDied
+from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
 from runtime.limits import (
     FORK_LIMIT_S,
     FORK_SERVER_LIMIT_S,
@@ -25,7 +25,8 @@ from runtime.process.forkclient import Child, ForkServer, close_watched
 from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import Worker
-from runtime.wire import Load
+from runtime.requestjson import JsonRequest, assemble
+from runtime.wire import Buffer, Load, MalformedFrame, ReadJson, Tensor
 
 T = TypeVar("T")
 
@@ -37,6 +38,8 @@ BUFFER_BYTES = 2**20
 FORK_AHEAD_S = 0.2
 """Between the start of a load and the next fork ahead: a small model is loaded by then. As long after a
 failure."""
+READING_BYTES = 32 * 2**20
+"""For reading the JSON of a request, beside the text and its copies: names, shapes and parameters."""
 _UNTAKEN = "pre-forked"
 
 
@@ -60,6 +63,11 @@ def start_task(work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
     task = asyncio.create_task(work, name=name)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return task
+
+
+def reading_bytes(json_bytes: int) -> int:
+    """Return the memory that may be taken to read a JSON of this length: the text, and two copies."""
+    return 3 * json_bytes + READING_BYTES
 
 
 async def kill_and_wait(worker: Worker) -> None:
@@ -190,6 +198,28 @@ class WorkerPool:
         except OSError as error:
             raise ForkServerUnavailable(f"cannot start a worker: {error.strerror}") from None
         return worker
+
+    async def read_json(self, text: Buffer, limit_s: float) -> JsonRequest:
+        """Read the JSON of an inference request in a confined process of its own.
+
+        Raises:
+            InvalidInput: `invalid_input`, it is malformed, or takes more than `reading_bytes` to read.
+            InferenceTimeout: `inference_timeout`.
+            ForkServerUnavailable: as `fork`.
+        """
+        worker = await self.fork("JSON")
+        order = ReadJson(reading_bytes(len(text)), self.applied.layers)
+        try:
+            async with time_limit(limit_s):
+                read = await worker.read_json(order, Tensor("json", "UINT8", (len(text),), text))
+            return assemble(text, read)
+        except TimeoutError:
+            raise InferenceTimeout("the JSON of the request could not be read in time") from None
+        except (WorkerDied, MalformedFrame):
+            most = f"more than {order.memory_limit_bytes} bytes of memory"
+            raise InvalidInput(f"the JSON of the request cannot be read: it takes {most}") from None
+        finally:
+            await kill_and_wait(worker)
 
     async def close(self) -> None:
         """Kill all workers and the fork server, and wait for their ends; the pool cannot be reopened."""

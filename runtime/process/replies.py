@@ -19,6 +19,7 @@ from runtime.wire import (
     MAX_REPORT_BYTES,
     FromWorker,
     Infer,
+    JsonRead,
     Load,
     Loaded,
     LoadFailure,
@@ -30,6 +31,7 @@ from runtime.wire import (
     PrepareDone,
     Probe,
     Probed,
+    ReadJson,
     StageReached,
     Tensor,
     plain_text,
@@ -43,11 +45,11 @@ SHA256_BYTES = 32
 
 
 class PendingOrder:
-    """A load, preparation, probe or ping whose report is pending, and the future of its caller."""
+    """A load, preparation, probe, ping or reading whose report is pending, and the future of its caller."""
 
     def __init__(
         self,
-        order: Load | Prepare | Probe | Ping,
+        order: Load | Prepare | Probe | Ping | ReadJson,
         answer: asyncio.Future[Any],
         on_stage: Callable[[str], None],
     ) -> None:
@@ -68,7 +70,13 @@ class PendingOrder:
                     raise MalformedFrame(f"stage '{stage}' twice, or out of order")
                 self._on_stage(stage)
                 return False
-            case (Load(), Loaded()) | (Prepare(), PrepareDone()) | (Probe(), Probed()) | (Ping(), Pong()):
+            case (
+                (Load(), Loaded())
+                | (Prepare(), PrepareDone())
+                | (Probe(), Probed())
+                | (Ping(), Pong())
+                | (ReadJson(), JsonRead())
+            ):
                 self._settle(report)
             case Load(), LoadFailure(code) if code in get_args(PrepareCode):
                 raise MalformedFrame(f"'{code}' of a load")

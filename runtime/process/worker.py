@@ -36,6 +36,7 @@ from runtime.wire import (
     FromWorker,
     Infer,
     InferenceFailure,
+    JsonRead,
     Load,
     Loaded,
     MalformedFrame,
@@ -45,7 +46,9 @@ from runtime.wire import (
     PrepareDone,
     Probe,
     Probed,
+    ReadJson,
     Tensor,
+    ToWorker,
     WantedOutput,
     heads,
     plain_text,
@@ -209,6 +212,15 @@ class Worker:
         """
         await self._answer_to(Ping())
 
+    async def read_json(self, order: ReadJson, text: Tensor) -> JsonRead:
+        """Have this worker read the JSON of a request, instead of a load; it then ends.
+
+        Raises:
+            WorkerDied: `worker_died`, also if the order's memory is not enough.
+        """
+        report: JsonRead = await self._answer_to(replace(order, tensors=heads((text,))), (text,))
+        return report
+
     async def infer(
         self,
         inputs: Sequence[Tensor],
@@ -349,7 +361,7 @@ class Worker:
 
     async def _answer_to(
         self,
-        order: Load | Prepare | Probe | Ping,
+        order: Load | Prepare | Probe | Ping | ReadJson,
         tensors: Sequence[Tensor] = (),
         on_stage: Callable[[str], None] = lambda _: None,
     ) -> Any:
@@ -359,7 +371,7 @@ class Worker:
         self._send(order, tensors)
         return await answer
 
-    def _send(self, message: Load | Prepare | Probe | Ping | Infer, tensors: Sequence[Tensor] = ()) -> None:
+    def _send(self, message: ToWorker, tensors: Sequence[Tensor] = ()) -> None:
         if self.ended.done():
             raise WorkerDied(self.ended.result())
         self._data.send(message, tensors)

@@ -22,7 +22,7 @@ import onnxruntime as ort
 
 import runtime
 from runtime.memory import UNLIMITED_STACK_BYTES
-from runtime.wire import CachedCopy, ForbiddenAct, Layer, Load, Prepare, Probe, Probed
+from runtime.wire import CachedCopy, ForbiddenAct, Layer, Load, Prepare, Probe, Probed, ReadJson
 from runtime.worker import landlock, seccomp, sessions
 from runtime.worker.optimising import FORM_FILES
 
@@ -54,7 +54,7 @@ def _find_code() -> tuple[str, ...]:
 CODE = _find_code()
 
 
-def confine(order: Load | Prepare | Probe) -> None:
+def confine(order: Load | Prepare | Probe | ReadJson) -> None:
     """Confine this thread, and those that it starts, to the files of an order, by the layers that it names.
 
     Raises:
@@ -62,7 +62,7 @@ def confine(order: Load | Prepare | Probe) -> None:
     """
     if not order.layers:
         return
-    writes = not isinstance(order, Load)  # a probe gets what any worker gets
+    writes = isinstance(order, Prepare | Probe)  # a probe gets what any worker gets
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     limits = {
         resource.RLIMIT_CORE: 0,
@@ -81,7 +81,7 @@ def confine(order: Load | Prepare | Probe) -> None:
             seccomp.restrict(writes=writes)
 
 
-def _find_accesses(order: Load | Prepare | Probe) -> dict[str, int]:
+def _find_accesses(order: Load | Prepare | Probe | ReadJson) -> dict[str, int]:
     """Return how a worker with this order may access which paths."""
     match order:
         case Load(prepared=CachedCopy(folder=folder)):
@@ -91,7 +91,7 @@ def _find_accesses(order: Load | Prepare | Probe) -> dict[str, int]:
         case Prepare(root=root, target=target):
             own = {root: landlock.READS, target: landlock.REMOVES}
             own |= {f"{target}/{name}": landlock.WRITES for name in FORM_FILES}
-        case Probe():
+        case Probe() | ReadJson():
             own = {}
         case _:
             assert_never(order)

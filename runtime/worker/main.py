@@ -15,12 +15,17 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+import msgspec
+import numpy as np
+
 from runtime.errors import LoadRefused
 from runtime.frames import FrameReader, FrameRules, PayloadDropped
 from runtime.process.forkserver import name_process
+from runtime.requestjson import describe
 from runtime.wire import (
     CONTROL,
     TO_WORKER,
+    Buffer,
     Frame,
     Infer,
     Load,
@@ -32,6 +37,7 @@ from runtime.wire import (
     Pong,
     Prepare,
     Probe,
+    ReadJson,
     StageReached,
     Tensor,
     ToWorker,
@@ -43,7 +49,7 @@ from runtime.worker.confine import confine, probe
 from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
 from runtime.worker.loading import clock_for, load, lower_priority
 from runtime.worker.optimising import create_files, make_cached_model
-from runtime.worker.sessions import ServingSession, run_smallest_model
+from runtime.worker.sessions import ServingSession, limit_memory, run_smallest_model
 from runtime.worker.sharedtensors import SharedTensors
 
 EX_PROTOCOL = 76
@@ -151,6 +157,8 @@ class _Worker:
             self._load(message, tensors)
         elif isinstance(message, Prepare) and self._executor is None:
             self._prepare(message)
+        elif isinstance(message, ReadJson) and self._executor is None:
+            self._read_json(message, tensors[0])
         elif isinstance(message, Ping) and self._executor is None:
             self._send(Pong())
         elif isinstance(message, Probe) and self._executor is None:
@@ -193,6 +201,14 @@ class _Worker:
             self._send(LoadFailure(refusal.code, plain_text(str(refusal))))
         os._exit(0)
 
+    def _read_json(self, order: ReadJson, text: Tensor) -> NoReturn:
+        name_process("JSON of a request")
+        confine(order)
+        limit_memory(order.memory_limit_bytes, mapped_bytes=0, threads=1)
+        begin = find_address(text.data)
+        self._send(describe(text.data, lambda view: find_address(view) - begin))
+        os._exit(0)
+
     def _begin(self, order: Load, model: ServingSession) -> None:
         if order.max_batch_size:
             self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
@@ -217,6 +233,12 @@ def _listen(channel: socket.socket, cancellation: Cancellation) -> None:
         for message, _ in _frames(reader, count):
             cancellation.cancel(message.id)
     os._exit(0)
+
+
+def find_address(buffer: Buffer | msgspec.Raw) -> int:
+    """Return where in memory a buffer begins."""
+    address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+    return address
 
 
 def _receive(channel: socket.socket, reader: FrameReader[M]) -> int:

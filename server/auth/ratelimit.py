@@ -25,9 +25,6 @@ MAX_COUNTERS = 10_000
 
 AUTH_FAILURES = "auth-failures"
 
-JSON_BYTES_PER_REQUEST = 4 * 2**10
-"""Count as a request: the worst JSON of this length takes the time of a small inference (measured)."""
-
 
 class Quota(msgspec.Struct, frozen=True, gc=False):
     """The rest of a limit after a request: of its `amount` in a window, `remaining` for `reset_s` more."""
@@ -62,15 +59,6 @@ class RateLimited(ServerProblem):
         self.problem_members: Mapping[str, object] = {"violated-policies": [quota.policy]}
 
 
-class InferencesLimited(RateLimited):
-    """The subject's limit on inferences is used up."""
-
-    detail = (
-        f"{RateLimited.detail}. Each {JSON_BYTES_PER_REQUEST // 2**10} KiB of a request's JSON count as one"
-        " more request; binary tensors do not"
-    )
-
-
 class TooManyFailures(RateLimited):
     """Credentials from this address were refused too often."""
 
@@ -92,13 +80,13 @@ class Windows:
         self._capacity = capacity
         self._counters: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
-    def count(self, who: str, requests: int = 1) -> tuple[int, float]:
-        """Count requests; return those in this window, and the seconds until its end."""
+    def count(self, who: str) -> tuple[int, float]:
+        """Count a request; return those in this window, and the seconds until its end."""
         now = self._clock()
         counted, ends_at = self._counters.get(who, (0, 0.0))
         if ends_at <= now:
             counted, ends_at = 0, now + self.window_s
-        counted += requests
+        counted += 1
         self._counters[who] = (counted, ends_at)
         self._counters.move_to_end(who)
         if len(self._counters) > self._capacity:
@@ -144,25 +132,8 @@ class RateLimits:
         counted, left_s = windows.count(subject)
         quota = _quota(limit.value, windows, counted, left_s)
         if counted > windows.amount:
-            raise (InferencesLimited if limit is LimitClass.INFERENCE else RateLimited)(quota)
+            raise RateLimited(quota)
         return quota
-
-    def count_json(self, subject: str, json_bytes: int) -> Quota | None:
-        """Count the JSON of an inference that was counted as a request; return the rest of the limit.
-
-        The JSON may use up the limit: only a later request is refused for it, or one at the same time.
-
-        Raises:
-            InferencesLimited: the limit was used up (`rate_limited`).
-        """
-        windows = self._limits.get(LimitClass.INFERENCE)
-        if windows is None:
-            return None
-        before, left_s = windows.peek(subject)
-        if before > windows.amount:
-            raise InferencesLimited(_quota(LimitClass.INFERENCE.value, windows, before, left_s))
-        counted, left_s = windows.count(subject, json_bytes // JSON_BYTES_PER_REQUEST)
-        return _quota(LimitClass.INFERENCE.value, windows, counted, left_s)
 
     def check_peer(self, peer: str | None) -> None:
         """Refuse an address whose credentials were refused too often.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from weakref import WeakValueDictionary
 
 from server.errors import ServerProblem
@@ -89,6 +89,15 @@ class Share:
         if not self._bodies.has_room(self._subject, count):
             raise BodiesFull
         self._add(count)
+
+    @contextmanager
+    def holding(self, count: int) -> Iterator[None]:
+        """Count bytes meanwhile; for errors see `take`."""
+        self.take(count)
+        try:
+            yield
+        finally:
+            self._add(-count)
 
     def replace(self, count: int) -> None:
         """Give back the request's bytes, and count those of the response, which exists already."""

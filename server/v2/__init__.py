@@ -7,7 +7,6 @@ run by `runtime.router.Router`, and encoded again. If its model is not loaded, `
 - `fastpath`: inferences past aiohttp's router and middlewares
 - `forwarding`: requests about a model that is loaded at another node
 - `codec`: requests and responses, JSON and binary
-- `requestjson`: the JSON of a request, however hostile
 - `ondemand`: on-demand loads, with back-off after failures
 - `metadata`: schemas of the protocol; server metadata, statistics, configuration
 - `repository`: the repository extension: index, load and unload, which wait for the job's end

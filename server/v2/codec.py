@@ -14,6 +14,15 @@ import msgspec
 
 from runtime.errors import InvalidInput
 from runtime.process.sharedmemory import Region
+from runtime.requestjson import (
+    MAX_DIMENSION,
+    NO_DATA,
+    JsonInput,
+    JsonOutput,
+    JsonRequest,
+    Parameters,
+    decode_json,
+)
 from runtime.wire import (
     DATATYPES,
     LENGTH,
@@ -23,7 +32,6 @@ from runtime.wire import (
     WantedOutput,
     plain_text,
 )
-from server.v2.requestjson import MAX_DIMENSION, NO_DATA, JsonInput, JsonOutput, Parameters, decode_json
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -139,12 +147,15 @@ def header_length(fields: Sequence[str] | str | None) -> int | None:
 
 
 def decode_request(
-    body: Buffer, header_bytes: int | None = None, region: Region | None = None
+    body: Buffer,
+    header_bytes: int | None = None,
+    region: Region | None = None,
+    request: JsonRequest | None = None,
 ) -> InferenceRequest:
     """Decode a request; its tensors are views of the body.
 
     Binary tensors follow `header_bytes` of JSON, see `header_length`; None if all of the body is JSON. With a
-    region, they are there, and `body` is the JSON alone.
+    region, they are there, and `body` is the JSON alone. `request` is the JSON if it was decoded before.
 
     Raises:
         InvalidInput: `invalid_input`, the request is malformed or unsupported.
@@ -159,7 +170,7 @@ def decode_request(
         text = payload[:header_bytes]
     else:
         raise InvalidInput(f"{HEADER_LENGTH} is {header_bytes}, but the body has {len(body)} bytes")
-    request = decode_json(text)
+    request = request or decode_json(text)
     tensors = _tensors(request.inputs, payload, start)
     parameters, limit_us, default = request.parameters, None, True
     if parameters:

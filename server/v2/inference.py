@@ -10,14 +10,16 @@ from functools import partial
 import msgspec
 from aiohttp import hdrs, web
 
+from runtime.process.pool import reading_bytes
 from runtime.process.sharedmemory import SHARED_FROM_BYTES, Region
+from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES
 from runtime.router import ModelNotLoaded, ModelRoute, ModelUnloading, Router
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer, Tensor
 from server.api.models import find_signature
-from server.appkeys import BODIES, CONFIG, DEMAND, GATE, ROUTER
+from server.appkeys import BODIES, CONFIG, DEMAND, POOL, ROUTER
 from server.auth.gate import PRINCIPAL
-from server.auth.ratelimit import JSON_BYTES_PER_REQUEST, QUOTA, Quota
+from server.auth.ratelimit import QUOTA, Quota
 from server.errors import ServerProblem
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
@@ -44,7 +46,6 @@ from server.v2.metadata import (
     metadata,
     model_routes,
 )
-from server.v2.requestjson import SHORT_JSON_BYTES
 
 routes = Routes(tag="inference")
 
@@ -151,7 +152,11 @@ async def infer(
         decoded = None
         if body.json_bytes > SHORT_JSON_BYTES:
             async with app[BODIES].turn(subject):
-                decoded = decode_request(body.content, body.header_bytes, body.region)
+                read = None
+                if body.json_bytes > LONG_JSON_BYTES:
+                    with share.holding(reading_bytes(body.json_bytes)):
+                        read = await app[POOL].read_json(body.json, longest_s)
+                decoded = decode_request(body.content, body.header_bytes, body.region, read)
         try:
             decoded = decoded or _decode(router, model_id, version, body)
             timeout_s = _timeout_s(decoded, longest_s)
@@ -196,6 +201,11 @@ class _Body(msgspec.Struct, frozen=True, gc=False):
     json_bytes: int
     region: Region | None = None
 
+    @property
+    def json(self) -> memoryview:
+        """Its JSON, a view."""
+        return memoryview(self.content)[: self.json_bytes]
+
     def join(self) -> bytes:
         """Return all of it."""
         return bytes(self.content) if self.region is None else b"".join((self.content, self.region.buffer))
@@ -204,12 +214,11 @@ class _Body(msgspec.Struct, frozen=True, gc=False):
 async def _receive(
     request: web.BaseRequest, app: web.Application, share: Share, model_id: str, version: int | None
 ) -> _Body:
-    """Return the body; its JSON bytes are counted.
+    """Return the body.
 
     Raises:
         BodyTooLarge: `body_too_large`.
         JsonTooLarge: `body_too_large`; of a compressed body, no more than the limit was decompressed.
-        RateLimited: `rate_limited`.
     """
     most = app[BODIES].max_json_bytes
     header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
@@ -231,10 +240,6 @@ async def _receive(
             share.take(header_bytes + len(region.buffer))
             content = await read_body_into(request, header_bytes, region.buffer)
     json_bytes = len(content) if header_bytes is None else min(header_bytes, len(content))
-    if json_bytes >= JSON_BYTES_PER_REQUEST:
-        quota = app[GATE].limits.count_json(request[PRINCIPAL].subject, json_bytes)
-        if quota is not None:
-            request[QUOTA] = quota
     return _Body(content, header_bytes, json_bytes, region)
 
 

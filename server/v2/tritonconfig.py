@@ -15,11 +15,11 @@ from aiohttp import web
 from marshmallow import fields
 
 from events.types import LoadParameters
+from runtime import strictjson
 from runtime.onnxfile import MODEL_FILE
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema, LoadBodySchema
 from server.errors import ServerProblem
-from server.http import validation
 from server.http.validation import MAX_JSON_BYTES, InvalidBody, load_with, read_body
 
 PLATFORM = "onnxruntime_onnx"
@@ -239,8 +239,8 @@ def read_only_ready(body: Mapping[str, Any]) -> bool:
 
 def _parse_object(text: bytes, where: str) -> dict[str, Any]:
     try:
-        value = validation.loads(text)
-    except validation.InvalidJson as error:
+        value = strictjson.loads(text)
+    except strictjson.InvalidJson as error:
         raise InvalidBody(f"{where}: {error}") from None
     if not isinstance(value, dict):
         raise InvalidBody(f"{where}: Must be a JSON object.")

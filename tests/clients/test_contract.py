@@ -353,6 +353,19 @@ def refusal(call: Any, *arguments: Any, **named: Any) -> tuple[int, str]:
     return int(raised.value.status()), raised.value.message()
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # Triton's client does
+@pytest.mark.parametrize("side", [224, 416, 640])
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_image_is_sent_as_json(
+    client: Any, admin: dict[str, str], side: int, compression: str | None
+) -> None:
+    """Of 3 by 640 by 640 numbers: 24 MB, which takes the longer of two ways."""
+    image = np.random.default_rng(side).random((3 * side, side), np.float32)
+    given = [tensor("x", image, binary=False)]
+    packed = {"headers": dict(admin), "request_compression_algorithm": compression}
+    assert np.array_equal(client.infer("identity-FP32", given, **packed).as_numpy("y"), image)
+
+
 def test_metadata_and_configuration_name_inputs_and_outputs(client: Any, admin: dict[str, str]) -> None:
     assert client.get_server_metadata(headers=admin)["name"] == "loadledger"
     for version in ("", "1"):

@@ -25,6 +25,7 @@ from pytest_aiohttp import AiohttpClient
 from support.history import PLAIN
 from yarl import URL
 
+from runtime import strictjson
 from server.errors import errors_middleware
 from server.http import validation
 
@@ -106,14 +107,14 @@ async def send(client: Client, url: str, data: Any = b"", **headers: str) -> tup
 @PLAIN
 @given(VALUES, st.booleans(), st.sampled_from([None, 1]))
 def test_loads_reads_back_any_json(value: Any, ascii_only: bool, indent: int | None) -> None:  # noqa: FBT001
-    assert validation.loads(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()) == value
+    assert strictjson.loads(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()) == value
 
 
 def test_loads_reads_the_deepest_and_largest_exactly() -> None:
     for value in ({"a": {"a": [{"a": 1}, {"a": 2}]}}, "[{" * 1000, "\U0001f600", 2**63, sys.float_info.max):
-        assert validation.loads(json.dumps(value).encode()) == value
-    assert validation.loads(b"[" * validation.MAX_DEPTH + b"]" * validation.MAX_DEPTH) == json.loads(
-        "[" * validation.MAX_DEPTH + "]" * validation.MAX_DEPTH
+        assert strictjson.loads(json.dumps(value).encode()) == value
+    assert strictjson.loads(b"[" * strictjson.MAX_DEPTH + b"]" * strictjson.MAX_DEPTH) == json.loads(
+        "[" * strictjson.MAX_DEPTH + "]" * strictjson.MAX_DEPTH
     )
 
 
@@ -121,8 +122,8 @@ def test_loads_reads_the_deepest_and_largest_exactly() -> None:
 @given(st.binary() | st.text('[]{}":,\\u\n0N ').map(str.encode))
 def test_loads_reads_or_refuses_any_bytes(body: bytes) -> None:
     try:
-        value = validation.loads(body)
-    except validation.InvalidJson:
+        value = strictjson.loads(body)
+    except strictjson.InvalidJson:
         return
     assert value == json.loads(body)
 
@@ -145,7 +146,7 @@ def test_loads_reads_or_refuses_any_bytes(body: bytes) -> None:
         (b"[-Infinity]", "-Infinity is not a JSON number"),
         (b"-1e999", '"-1e999" is out of range'),
         (b"1" * 5000, "an integer is out of range"),
-        (b"[" * (validation.MAX_DEPTH + 1) + b"]" * (validation.MAX_DEPTH + 1), "nested deeper than 32"),
+        (b"[" * (strictjson.MAX_DEPTH + 1) + b"]" * (strictjson.MAX_DEPTH + 1), "nested deeper than 32"),
         (b'{"a":' * 33 + b"1" + b"}" * 33, "nested deeper than 32"),
         (b"[" * 500_000, "nested deeper than 32"),
         (b'{"a":' * 200_000, "nested deeper than 32"),
@@ -153,8 +154,8 @@ def test_loads_reads_or_refuses_any_bytes(body: bytes) -> None:
     ],
 )
 def test_loads_refuses_other_json_with_reason(body: bytes, message: str) -> None:
-    with pytest.raises(validation.InvalidJson, match=re.escape(message)):
-        validation.loads(body)
+    with pytest.raises(strictjson.InvalidJson, match=re.escape(message)):
+        strictjson.loads(body)
 
 
 async def test_each_part_of_a_request_is_loaded_by_its_schema(client: Client) -> None:

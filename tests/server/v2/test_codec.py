@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.history import PLAIN
 
+from runtime import requestjson
 from runtime.errors import InvalidInput
 from runtime.wire import (
     DATATYPES,
@@ -23,7 +24,7 @@ from runtime.wire import (
     encode,
     heads,
 )
-from server.v2 import codec, requestjson
+from server.v2 import codec
 
 JSON_DATATYPES = sorted(DATATYPES.keys() - {"FP16", "BF16"})
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)

@@ -2,19 +2,20 @@
 
 Short texts are decoded at once. A long one is read once into raw members, since each value of a hostile text
 would become an object; then what is left of it without the tensors' data is decoded. A key that appears twice
-in one object is refused.
+in one object is refused. The longest are read in a process of their own, which says where the data is.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 import msgspec
 
 from runtime.errors import InvalidInput
-from runtime.wire import MAX_DIMENSIONS, Buffer, Name
-from server.http.validation import InvalidJson, loads
+from runtime.strictjson import InvalidJson, loads
+from runtime.wire import MAX_DIMENSIONS, Buffer, JsonRead, MalformedFrame, Name, plain_text
 
 Parameters = dict[str, bool | int | float | str]
 """Values are strings, numbers or booleans, as the protocol says."""
@@ -31,6 +32,9 @@ MAX_INPUTS = MAX_HEAD_BYTES // 32
 
 SHORT_JSON_BYTES = 16 * 2**10
 """The worst JSON of this length blocks the event loop for a millisecond or two (measured)."""
+
+LONG_JSON_BYTES = 4 * 2**20
+"""The worst of this length blocks it for 31 ms (measured), longer ones are read in a process of their own."""
 
 MAX_DIMENSION = 2**31 - 1
 """Accepted by numpy everywhere, and more than the elements of any body."""
@@ -134,6 +138,49 @@ def _decode_long(text: Buffer) -> JsonRequest:
     request = _REQUEST.decode(_ENCODER.encode(raw))
     for item, own in zip(request.inputs, data, strict=True):
         item.data = own or NO_DATA
+    return request
+
+
+def describe(text: Buffer, place: Callable[[msgspec.Raw], int]) -> JsonRead:
+    """Decode the JSON of a request for another process, which has the same text.
+
+    Args:
+        text: the JSON.
+        place: returns where in the text a view of it begins.
+    """
+    try:
+        request = decode_json(text)
+    except InvalidInput as problem:
+        return JsonRead(problem=plain_text(str(problem)))
+    spans = []
+    for item in request.inputs:
+        size = len(memoryview(item.data))
+        spans.append((place(item.data), size) if size else None)
+        item.data = _NOTHING_YET if size else msgspec.Raw(b"null")
+    return JsonRead(_ENCODER.encode(request), tuple(spans))
+
+
+def assemble(text: Buffer, read: JsonRead) -> JsonRequest:
+    """Return the request that another process has read; the data of its tensors are views of the text.
+
+    Raises:
+        InvalidInput: `invalid_input`, as it said.
+        MalformedFrame: it said what cannot be.
+    """
+    if read.problem:
+        raise InvalidInput(read.problem)
+    view, end = memoryview(text), 0
+    try:
+        request = _REQUEST.decode(read.head)
+        for item, span in zip(request.inputs, read.spans, strict=True):
+            item.data = NO_DATA
+            if span is not None:
+                start, size = span
+                if start < end or start + size > len(view):
+                    raise MalformedFrame("data outside of the text")
+                item.data, end = msgspec.Raw(view[start : start + size]), start + size
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
+        raise MalformedFrame(f"a request that cannot be: {error}") from None
     return request
 
 

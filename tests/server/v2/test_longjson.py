@@ -1,0 +1,136 @@
+"""Long JSON: read in a process of its own, however hostile it is, and within the body budget."""
+
+import asyncio
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import models
+from support.history import PLAIN
+from support.http import ONE, Answer, LocalApi, local_server
+
+from runtime.errors import InvalidInput
+from runtime.requestjson import LONG_JSON_BYTES, assemble, decode_json, describe
+from runtime.wire import JsonRead, MalformedFrame
+from runtime.worker.main import find_address
+from server.appkeys import BODIES, POOL
+from server.v2 import codec
+
+LONG = LONG_JSON_BYTES + 1
+SPACED = json.dumps({"inputs": [ONE]}).replace("[1]}", "[1" + " " * LONG + "]}").encode()
+HEAD = b'{"inputs": [{"name": "x", "shape": [1], "datatype": "BYTES", "data": ["'
+
+
+async def infer(api: LocalApi, body: bytes, **headers: str) -> Answer:
+    return await api.post("/v2/models/m/infer", data=io.BytesIO(body), headers=headers)
+
+
+def nothing_is_left(api: LocalApi) -> bool:
+    """Whether no bytes are counted, and no process but the model's is left; else it may be on its way."""
+    return api.app[BODIES].taken_bytes == 0 and len(api.app[POOL]._workers) <= 2
+
+
+async def test_long_json_is_answered_as_a_short_one(tmp_path: Path) -> None:
+    async with local_server(tmp_path) as api:
+        api.save(models.identity(), "m")
+        await api.load("m")
+        values = [index / 7 for index in range(LONG_JSON_BYTES // 10)]
+        one = {"name": "x", "datatype": "FP32", "shape": [len(values)], "data": values}
+        request = {"id": "é", "parameters": {"own": 1}, "inputs": [one], "outputs": [{"name": "y"}]}
+        text = json.dumps(request).encode()
+        assert len(text) > LONG
+        answer = await infer(api, text)
+        assert (answer.status, answer.json["id"]) == (200, "é")
+        assert answer.json["outputs"][0]["data"] == pytest.approx(values)
+        packed = {codec.HEADER_LENGTH: str(len(text))}  # JSON alone, of a body that could have more
+        assert (await infer(api, text, **packed)).json["outputs"] == answer.json["outputs"]
+        assert nothing_is_left(api)
+
+
+HOSTILE: Mapping[str, tuple[bytes, bytes, str]] = {
+    "nothing": (b"", b" ", "the body is not an inference request"),
+    "brackets": (HEAD[:-2], b"[", "the body is not an inference request"),
+    "objects": (b'{"inputs": [', b"{},", "inputs; no more are allowed"),
+    "members": (b"{", b'"x": 1,', "the body is not an inference request"),
+    "names": (b'{"inputs": [{"name": "', b"n", "the body is not an inference request"),
+    "escapes": (HEAD, rb"\u003a", "the body is not an inference request"),
+}
+
+
+async def test_hostile_text_is_refused_and_another_subject_is_answered(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    async with local_server(tmp_path) as api:
+        api.save(models.strings(), "m")
+        await api.load("m")
+        fine = {"name": "x", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+        for name, (head, repeated, reason) in HOSTILE.items():
+            with subtests.test(name):
+                refused = asyncio.ensure_future(infer(api, head + repeated * (LONG * 2 // len(repeated))))
+                other = await api.post("/v2/models/m/infer", json={"inputs": [fine]}, subject="bob")
+                assert other.status == 200
+                assert (await refused).refusal == (400, "invalid_input")
+                assert reason in (await refused).json["detail"]
+                assert nothing_is_left(api)
+
+
+async def test_reading_counts_in_the_body_budget(tmp_path: Path) -> None:
+    async with local_server(tmp_path) as api:
+        api.save(models.identity(), "m")
+        await api.load("m")
+        bodies = api.app[BODIES]
+        bodies.add("alice", bodies._max_bytes // 2 - 3 * LONG)  # room for the body, and not for reading it
+        assert (await infer(api, SPACED)).refusal == (503, "bodies_full")
+        bodies.add("alice", 3 * LONG - bodies._max_bytes // 2)
+        assert (await infer(api, SPACED)).status == 200
+
+
+def read(text: bytes) -> JsonRead:
+    begin = find_address(text)
+    return describe(text, lambda view: find_address(view) - begin)
+
+
+@PLAIN
+@given(
+    data=st.recursive(st.integers() | st.text(), st.lists, max_leaves=9).map(json.dumps),
+    count=st.integers(0, 3),
+    padding=st.text(" \n", max_size=3),
+    ends=st.sampled_from(("", "}", "x")),
+)
+def test_text_read_elsewhere_is_the_one_read_here(data: str, count: int, padding: str, ends: str) -> None:
+    one = f'{{"name":{padding}"é","shape":[2], "data":{padding}{data}{padding},"datatype":"FP32"}}'
+    bare = '{"name": "b", "shape": [], "datatype": "FP32", "parameters": {"binary_data_size": 4}}'
+    text = f'{{"id":"1","inputs":[{",".join([*[one] * count, bare])}]}}{ends}'.encode()
+    if ends:
+        with pytest.raises(InvalidInput) as here:
+            decode_json(text)
+        with pytest.raises(InvalidInput, match=re.escape(str(here.value))):
+            assemble(text, read(text))
+    else:
+        expected, found = decode_json(text), assemble(text, read(text))
+        assert [bytes(each.data) for each in found.inputs] == [bytes(each.data) for each in expected.inputs]
+        assert (found.id, found.inputs[-1].parameters) == (expected.id, expected.inputs[-1].parameters)
+
+
+TEXT = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}'
+
+
+@pytest.mark.parametrize(
+    "untrue",
+    [
+        JsonRead(b"{", ()),
+        JsonRead(b"\xff", ()),
+        JsonRead(b'{"inputs":[]}', ((0, 1),)),
+        JsonRead(read(TEXT).head, ()),
+        JsonRead(read(TEXT).head, ((0, len(TEXT) + 1),)),
+        JsonRead(read(TEXT).head, ((2**62, 1),)),
+    ],
+)
+def test_untrue_words_of_the_reading_process_are_refused(untrue: JsonRead) -> None:
+    with pytest.raises(MalformedFrame):
+        assemble(TEXT, untrue)
