@@ -60,11 +60,13 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def bounded(kind: type, bounds: Any) -> st.SearchStrategy[Any]:
-    """Return a strategy for numbers, texts and short tuples within msgspec's bounds."""
+    """Return a strategy for numbers, texts, bytes and short tuples within msgspec's bounds."""
     if typing.get_origin(kind) is tuple:
         return values(kind)
     if kind is int:
         return st.integers(bounds.ge, 2**64 - 1 if bounds.le is None else bounds.le)
+    if kind is bytes:
+        return st.binary(max_size=30)
     return HASHES if bounds.pattern else TEXTS
 
 
