@@ -14,7 +14,6 @@ import resource
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -54,9 +53,7 @@ MAX_BYTES = 2**63 - 1
 
 _COUNT = re.compile(r"[1-9]\d{0,18}", re.ASCII)
 _AVERAGE = re.compile(r"^some avg10=(\d{1,3}(?:\.\d{1,9})?)\b", re.ASCII | re.MULTILINE)
-_BYTES = re.compile(r"[1-9]\d{0,17}", re.ASCII)
 """Up to 18 digits, so that every budget fits into the ledger's 64 bits."""
-_PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,30 +264,6 @@ def is_under_pressure(found: Pressure | None) -> bool:
         return False
     memory, cpu = found.memory_some_percent or 0.0, found.cpu_some_percent or 0.0
     return memory >= MEMORY_PRESSURE_PERCENT or cpu >= CPU_PRESSURE_PERCENT
-
-
-def budget_bytes(setting: str, limit_bytes: int) -> int:
-    """Return the memory budget of all workers in bytes.
-
-    Args:
-        setting: a positive number of bytes, even above the limit (there may be swap), or a percentage of the
-            limit, more than 0 and at most 100.
-        limit_bytes: the memory that this container or machine may use.
-
-    Returns:
-        At least 1.
-
-    Raises:
-        ValueError: the setting is neither; the message says what it must be.
-    """
-    if _BYTES.fullmatch(setting):
-        return int(setting)
-    found = _PERCENTAGE.fullmatch(setting)
-    if found is None or not 0 < (percent := Decimal(found[1])) <= 100:  # noqa: PLR2004 - it is per cent
-        raise ValueError(
-            "Must be bytes, like 8589934592, or a percentage of more than 0 and at most 100, like 80%."
-        )
-    return max(1, int(limit_bytes * percent / 100))
 
 
 def parse_limit(text: str) -> int | None:

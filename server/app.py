@@ -31,7 +31,7 @@ from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
 from runtime.contents import ModelContents
-from runtime.memory import budget_bytes, find_memory_limit, is_under_pressure, read_pressure
+from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
@@ -113,7 +113,7 @@ from server.observability.requestlog import (
 from server.observability.scrape import SCRAPES, Scrapes
 from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
-from server.settingvalues import MAX_BODY_BYTES, OFF, ON
+from server.settingvalues import MAX_BODY_BYTES, OFF, ON, parse_budget
 from server.v2 import inference, metadata, repository
 from server.v2.forwarding import open_forwarder
 from server.v2.ondemand import OnDemand
@@ -315,7 +315,7 @@ async def _begin(app: web.Application, shared: SharedLedger | None) -> Receipt:
     app[GATE].nodes = peers
     app[MEMBERSHIP], app[RENEWING], receipt = await shared.join(
         open_signer=peers.open_signer,
-        budget_bytes=budget_bytes(config.memory_budget, app[LIMIT].bytes),
+        budget_bytes=parse_budget(config.memory_budget, app[LIMIT].bytes),
         public_key=public_pem(app[PROVER].signer),
         confinement=confinement,
     )
@@ -379,7 +379,7 @@ async def _uploads(app: web.Application) -> AsyncIterator[None]:
 def _policy(config: Config, cpus: int, limit_bytes: int) -> Policy:
     return Policy(
         config.max_loads(cpus),
-        budget_bytes=budget_bytes(config.memory_budget, limit_bytes),
+        budget_bytes=parse_budget(config.memory_budget, limit_bytes),
         max_loaded=config.max_loaded or None,
         evicts=config.evict == "idle",
         min_residency_s=config.min_residency_s,

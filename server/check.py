@@ -28,7 +28,7 @@ from runtime.cgroups import count_usable_cpus
 from runtime.contents import ModelContents
 from runtime.errors import ForkServerUnavailable, RuntimeProblem
 from runtime.estimates import estimate_memory
-from runtime.memory import MemoryUnknown, budget_bytes, find_memory_limit
+from runtime.memory import MemoryUnknown, find_memory_limit
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
 from runtime.onnxfile import describe_foreign_content, find_model_file, read_head
 from runtime.process.confinement import NotConfined, describe
@@ -49,7 +49,7 @@ from server.configsources import (
     unknown_variables,
 )
 from server.http.tls import load_context
-from server.settingvalues import AUTO, OFF, ON
+from server.settingvalues import AUTO, OFF, ON, parse_budget
 
 OnVersion = Callable[[str], None]
 """Called with each version before its trial load."""
@@ -183,7 +183,7 @@ def _check_memory(config: Config) -> Iterator[CheckFinding]:
     except MemoryUnknown as error:
         yield CheckFinding("--memory-budget", error.code, str(error))
         return
-    budget = budget_bytes(config.memory_budget, limit.bytes)
+    budget = parse_budget(config.memory_budget, limit.bytes)
     if budget > limit.bytes:
         text = f"{budget} bytes are more than the {limit.bytes} that the {limit.source} allows"
         yield CheckFinding("--memory-budget", "beyond_limit", text, Severity.NOTE)
@@ -266,7 +266,7 @@ def check_repository(config: Config, result: CheckResult) -> list[Candidate]:
         text = f"{repository.root} has no model that could be served"
         result.findings.append(CheckFinding("--repository", "empty", text, Severity.NOTE))
         return []
-    budget = budget_bytes(config.memory_budget, find_memory_limit().bytes)
+    budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
     return [each for name in models for each in _check_versions(repository, name, config, budget, result)]
 
 
@@ -376,7 +376,7 @@ async def _load_all(
     if not candidates:
         return
     repository = Repository(config.repository)
-    budget = budget_bytes(config.memory_budget, find_memory_limit().bytes)
+    budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
     contents = ModelContents(repository, None)  # a check takes nothing into a store
     for found, parameters in candidates:
         on_version(_place_of(found))

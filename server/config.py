@@ -14,7 +14,6 @@ from typing import Any, cast, get_args
 from marshmallow import ValidationError, validate
 
 from runtime.limits import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
-from runtime.memory import budget_bytes
 from runtime.uploads.policy import UploadPolicy, Writable
 from server.auth.keys import MAX_EXPIRES_S
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
@@ -22,12 +21,14 @@ from server.settingvalues import (
     AUTO,
     OFF,
     ON,
+    SIZES,
+    parse_budget,
     parse_json_size,
     parse_labels,
     parse_ledger,
     parse_limit,
     parse_node_address,
-    parse_size,
+    parse_prepared_size,
     parse_store_size,
     parse_upload_size,
 )
@@ -229,8 +230,8 @@ class Config:
     )
     memory_budget: str = setting(
         "80%",
-        "Memory for all workers together: bytes, or a percentage of the container's or machine's memory.",
-        _validator_of(lambda text: budget_bytes(text, limit_bytes=1)),
+        f"Memory for all workers together: a percentage of the container's or machine's memory, {SIZES}.",
+        _validator_of(lambda text: parse_budget(text, limit_bytes=1)),
     )
     max_loaded: int = setting(
         0, "Models that may be loaded at the same time; 0 means no limit.", validate.Range(0, MANY)
@@ -270,9 +271,8 @@ class Config:
     )
     prepared_size: str = setting(
         "20GB",
-        "Disk space for prepared models; the least recently used are deleted first: bytes, or a number of MB,"
-        " GB, TB, MiB, GiB or TiB.",
-        _validator_of(parse_size),
+        f"Disk space for prepared models; the least recently used are deleted first: {SIZES}.",
+        _validator_of(parse_prepared_size),
     )
     store: str = setting(
         ON,
@@ -283,7 +283,7 @@ class Config:
     store_size: str = setting(
         AUTO,
         "Disk space for these copies; the least recently used are deleted first: auto, which leaves a tenth"
-        " of the file system free, bytes, or a number of MB, GB, TB, MiB, GiB or TiB.",
+        f" of the file system free, {SIZES}.",
         _validator_of(parse_store_size),
     )
     repository_immutable: str = setting(
@@ -299,7 +299,7 @@ class Config:
     )
     max_upload: str = setting(
         "20GB",
-        "Longest version that a caller may add: bytes, or a number of MB, GB, TB, MiB, GiB or TiB.",
+        f"Longest version that a caller may add: {SIZES}.",
         _validator_of(parse_upload_size),
     )
     huge_pages: str = setting(
@@ -425,7 +425,7 @@ class Config:
 
     def prepared_bytes(self) -> int:
         """Return how many bytes prepared models may take."""
-        return parse_size(self.prepared_size)
+        return parse_prepared_size(self.prepared_size)
 
     def store_bytes(self) -> int | None:
         """Return how many bytes the store may take; None leaves a tenth of the file system free."""

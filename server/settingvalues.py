@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -14,7 +15,9 @@ MAX_BODY_BYTES = 64 * 2**20
 
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(r"(\d{1,18})(MB|GB|TB|MiB|GiB|TiB|)", re.ASCII)
-_SIZES = "bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB, and more than 0"
+SIZES = "bytes, or a number of MB, GB, TB, MiB, GiB or TiB"
+"""What `parse_size` takes."""
+_PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%", re.ASCII)
 _PERIODS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 _RATE = re.compile(
     r"([1-9]\d{0,11}) *(?:/|per) *([1-9]\d{0,5})? *(second|minute|hour|day)s?", re.ASCII | re.IGNORECASE
@@ -30,57 +33,67 @@ DATABASE_SCHEMES = ("postgresql", "postgres")
 """The schemes of a database's address."""
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, instead: str = "") -> int:
     """Return the bytes of a size: bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB.
+
+    Args:
+        text: the size.
+        instead: what to do for none at all, for the message.
 
     Raises:
         ValueError: the text is no size or 0; the message says what it must be.
     """
-    size = _read_size(text)
-    if size is None:
-        raise ValueError(f"Must be {_SIZES}, like 20GB; to prepare no models, use --prepare=off.")
+    found = _SIZE.fullmatch(text)
+    size = 0 if found is None else int(found[1]) * _UNITS[found[2]]
+    if not size:
+        raise ValueError(f"Must be {SIZES}, whole and more than 0, like 20GB{instead}.")
     return size
 
 
+def parse_prepared_size(text: str) -> int:
+    """Return the bytes that prepared models may take. Raises as `parse_size`."""
+    return parse_size(text, "; to prepare no models, use --prepare=off")
+
+
 def parse_store_size(text: str) -> int | None:
-    """Return the bytes of the store's size; None for auto.
+    """Return the bytes of the store's size; None for auto. Raises as `parse_size`."""
+    return None if text == AUTO else parse_size(text, f", or {AUTO}")
+
+
+def parse_upload_size(text: str) -> int:
+    """Return the bytes that an added version may have. Raises as `parse_size`."""
+    return parse_size(text, "; to take none, use --repository-writable=off")
+
+
+def parse_json_size(text: str) -> int:
+    """Return the bytes that the JSON of an inference may have, as many as a body at most.
+
+    Raises:
+        ValueError: the text is no such size; the message says what it must be.
+    """
+    size = parse_size(text)
+    if size > MAX_BODY_BYTES:
+        raise ValueError(f"Must be at most {MAX_BODY_BYTES // 2**20}MiB.")
+    return size
+
+
+def parse_budget(text: str, limit_bytes: int) -> int:
+    """Return the memory budget of all workers in bytes, at least 1.
+
+    Args:
+        text: a size, even above the limit (there may be swap), or a percentage of the limit, more than 0 and
+            at most 100.
+        limit_bytes: the memory that this container or machine may use.
 
     Raises:
         ValueError: the text is neither; the message says what it must be.
     """
-    size = None if text == AUTO else _read_size(text)
-    if size is None and text != AUTO:
-        raise ValueError(f"Must be {AUTO}, {_SIZES}, like 500GB.")
-    return size
-
-
-def parse_upload_size(text: str) -> int:
-    """Return the bytes that an added version may have.
-
-    Raises:
-        ValueError: the text is no size or 0; the message says what it must be.
-    """
-    size = _read_size(text)
-    if size is None:
-        raise ValueError(f"Must be {_SIZES}, like 20GB; to take none, use --repository-writable=off.")
-    return size
-
-
-def _read_size(text: str) -> int | None:
-    found = _SIZE.fullmatch(text)
-    return int(found[1]) * _UNITS[found[2]] or None if found is not None else None
-
-
-def parse_json_size(text: str) -> int:
-    """Return the bytes that the JSON of an inference may have.
-
-    Raises:
-        ValueError: the text is no size, 0, or more than a body may have; the message says what it must be.
-    """
-    size = _read_size(text)
-    if size is None or size > MAX_BODY_BYTES:
-        raise ValueError(f"Must be {_SIZES}, like 4MiB, and at most {MAX_BODY_BYTES // 2**20}MiB.")
-    return size
+    if not text.endswith("%"):
+        return parse_size(text, ", or a percentage, like 80%")
+    found = _PERCENTAGE.fullmatch(text)
+    if found is None or not 0 < (percent := Decimal(found[1])) <= 100:  # noqa: PLR2004 - it is per cent
+        raise ValueError("Must be a percentage of more than 0 and at most 100, like 80%.")
+    return max(1, int(limit_bytes * percent / 100))
 
 
 class RateLimit(NamedTuple):

@@ -323,5 +323,7 @@ def forked(address: str, head: LogHead) -> LedgerForked:
     return LedgerForked(
         f"{describe_address(address)} does not have the event at position {head.position} with the hash "
         f"{head.hash.hex()}, which this server has in its ledger.db: the database lost or changed events, or "
-        "it is another ledger's. Compare with `loadledger verify`, on the database and on each data directory"
+        "it is another ledger's, like one that a server alone began in this data directory: begin with an "
+        "empty one, or `loadledger migrate --data`. Compare with `loadledger verify`, on the database and on "
+        "each data directory"
     )

@@ -34,6 +34,7 @@ from loadledger.cli.output import (
 )
 from loadledger.cli.server import (
     ServerChoice,
+    Size,
     int_option,
     json_option,
     open_chosen_client,
@@ -285,7 +286,9 @@ def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> l
 @int_option(
     "--keep-alive-s", metavar="SECONDS", least=-1, text="Unload after so many idle seconds; -1: never."
 )
-@int_option("--memory-limit-bytes", metavar="BYTES", text="Memory limit of each instance.")
+@click.option(
+    "--memory-limit-bytes", metavar="SIZE", type=Size(), help="Memory limit of each instance, like 2GB."
+)
 @click.option(
     "--strategy", type=click.Choice(["beside", "in_place", "auto"]), help="How to replace a loaded version."
 )

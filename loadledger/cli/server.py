@@ -123,6 +123,21 @@ def int_option(
     return click.option(*flags, metavar=metavar, type=click.IntRange(min=least), help=text, **options)
 
 
+class Size(click.ParamType[int]):
+    """A number of bytes, as all sizes are given."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes."""
+        from server.settingvalues import parse_size  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 def own_data() -> Path:
     """Return the user's own data directory, which `serve` takes by default."""
     from server.configsources import default_folder  # noqa: PLC0415 - keeps `loadledger --help` quick

@@ -100,7 +100,7 @@ def ask_server(
 
 
 def issue_local(data: Path, wanted: TokenRequest) -> str:
-    """Return a new token of a data directory, recorded in its ledger, which is created if there is none.
+    """Return a new token of a data directory, recorded in its ledger.
 
     A running server signs with its own audience and issuer.
 
@@ -221,6 +221,8 @@ def _open_and_work(data: Path, work: Callable[[Log], Awaitable[T]]) -> T:
     _become_owner(data)
     with lock_data(data):
         refuse_replica(data)
+        if not (data / LEDGER).exists():  # a node would refuse a ledger that was made for a token
+            raise LocalRefusal(f"no server has run on {data} yet: start one, which this then asks")
         ensure_data_dir(data)
         with lock_ledger(data / LEDGER):
             return asyncio.run(run())

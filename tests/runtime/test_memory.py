@@ -198,42 +198,6 @@ def test_this_machine_has_a_limit_and_pressure() -> None:
     assert found is None or found != Pressure(None, None)
 
 
-# The budget
-
-
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ("80%", 800), ("100%", 1000), ("100.000%", 1000), ("12.5%", 125), ("0.1%", 1), ("33.3%", 333),
-        ("0.000000001%", 1), ("080%", 800), ("1", 1), ("1000", 1000), ("8589934592", 8589934592),
-        ("9" * 18, 10**18 - 1),
-    ],
-)  # fmt: skip
-def test_budget_is_bytes_or_a_percentage(setting: str, expected: int) -> None:
-    assert memory.budget_bytes(setting, limit_bytes=1000) == expected
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "", "0", "-1", "+1", "1.5", "1e9", "8GB", "9" * 19, " 1", "1\n", "0%", "0.0%", "100.1%", "101%",
-        "1000%", "-5%", "nan%", "inf%", "%", ".5%", "5.%", "80 %", "80%\n", "80%%", "\u0661%", "\u0661",
-        "1_000", "0x10", "007",
-    ],
-)  # fmt: skip
-def test_other_budget_is_refused(setting: str) -> None:
-    with pytest.raises(ValueError, match="Must be bytes, like 8589934592, or a percentage"):
-        memory.budget_bytes(setting, limit_bytes=1000)
-
-
-@PLAIN
-@given(limit=st.integers(1, 2**62), thousandths=st.integers(1, 100_000))
-def test_percentage_is_exact_and_within_the_limit(limit: int, thousandths: int) -> None:
-    budget = memory.budget_bytes(f"{thousandths // 1000}.{thousandths % 1000:03}%", limit)
-    assert budget == max(1, limit * thousandths // 100_000)
-    assert budget <= limit
-
-
 # Pressure
 
 

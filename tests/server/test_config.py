@@ -121,7 +121,7 @@ REFUSED = {
     "timeout_s": "0 3601", "progress_timeout_s": "0 3601 1.5",
     "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
     "limit_reads": "many 0/minute 1/second;10/minute 1/eon 1/minutely OFF", "max_loaded": "-1 1.5",
-    "memory_budget": "0 -1 0.0% 100.1% 80_% 1.5 8GB nan% " + "9" * 5000,
+    "memory_budget": "0 -1 0.0% 100.1% 80_% 1.5 8gb nan% " + "9" * 5000,
     "evict": "on", "min_residency_s": "-1 nan", "keep_alive_s": "-2 31536001 1.5",
     "strategy": "Beside", "on_demand": "1", "warm_up": "yes", "prepare": "auto",
     "huge_pages": "on", "confine": "on", "restore": "off", "ledger_stderr": "none",
@@ -149,7 +149,8 @@ def test_invalid_value_is_refused_from_each_source(name: str) -> None:
 
 def test_value_at_the_limit_is_taken() -> None:
     for name, values in {
-        "memory_budget": ("1", "8589934592", "100%", "0.5%"), "max_loaded": (0,), "min_residency_s": (0,),
+        "memory_budget": ("1", "8589934592", "8GB", "100%", "0.5%"), "max_loaded": (0,),
+        "min_residency_s": (0,),
         "keep_alive_s": (-1, 0, 31536000), "prepared_size": ("1", "999TB"), "max_json_bytes": ("1", "64MiB"),
         "log_inferences": (0, 1), "threads": (0, 1024),
     }.items():  # fmt: skip
@@ -183,7 +184,7 @@ def test_sizes_and_rate_limits_have_units() -> None:
     ("flags", "environment", "words"),
     [
         ({"prepared_size": "0"}, {}, "--prepare=off"),
-        ({"store_size": "0"}, {}, "like 500GB"),
+        ({"store_size": "0"}, {}, "like 20GB, or auto"),
         ({"max_json_bytes": "65MiB"}, {}, "at most 64MiB"),
         ({}, {"LOADLEDGER_PORT": "tcp://10.0.0.1:8080"}, "enableServiceLinks: false"),
         ({"trusted_proxies": "10.0.0.1/8"}, {}, "that is 10.0.0.0/8"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loadledger.cli.main import main
 from loadledger.cli.nodes import drain
 from server.config import Config
 from server.configsources import read_settings
@@ -39,4 +40,4 @@ def drain_options(command: Sequence[str]) -> dict[str, Any]:
     """Return the parameters of `loadledger drain` in a hook's command line; there must be no mistake."""
     program, name, *arguments = command
     assert (Path(program).name, name) == ("loadledger", "drain")
-    return drain.make_context(name, arguments).params
+    return drain.make_context(name, arguments, **main.context_settings).params

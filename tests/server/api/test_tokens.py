@@ -235,7 +235,8 @@ async def test_server_runs_where_no_socket_can_be(tmp_path: Path, caplog: pytest
 
 async def test_server_knows_tokens_that_a_command_recorded(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    data.mkdir()
+    async with local_server(tmp_path):
+        pass
     wanted = TokenRequest("bob", ("admin",), 60, "loadledger")
     kept, ended = [await asyncio.to_thread(issue_local, data, wanted) for _ in range(2)]
     [newest, first] = await asyncio.to_thread(list_local, data)
