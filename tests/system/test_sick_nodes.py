@@ -179,6 +179,37 @@ async def test_short_outages_are_no_incidents(
         assert not [event for event in await events(node.config) if event.type == WorkerExited.TYPE]
 
 
+async def test_revoked_token_reads_and_infers_at_a_node_that_is_cut_off(
+    server: PostgresServer, tmp_path: Path
+) -> None:
+    """As `docs/cluster.md` says: such a node cannot know; but nothing that is recorded is done for it."""
+    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
+        state = await cluster.load(*cluster.fleet.ids[:KEPT])
+        one, cut_off = cluster.nodes.values()
+        own = find_places(state, cut_off.name)[0]
+        asked = {"subject": "mallory", "roles": ["admin"], "expires_s": 600}
+        issued = (await one.api.post("/api/v1/tokens", json=asked)).json
+        token = {"Authorization": f"Bearer {issued['token']}"}
+
+        async def try_all(node: ClusterNode) -> list[int]:
+            body = {"inputs": [question(new_dice())]}
+            answers = [
+                await node.api.send("GET", "/api/v1/models", roles=(), headers=token),
+                await node.api.send("POST", f"/v2/models/{own}/infer", roles=(), headers=token, json=body),
+                await node.api.send("POST", f"/api/v1/models/{own}/unload", roles=(), headers=token, json={}),
+            ]
+            return [answer.status for answer in answers]
+
+        await cluster.until(lambda state: issued["jti"] in state.tokens, at=cut_off)
+        cut_off.proxy.swallow()
+        assert (await one.api.post(f"/api/v1/tokens/{issued['jti']}/revoke")).status == 200
+        assert await try_all(cut_off) == [200, 200, 503]
+        assert await try_all(one) == [401, 401, 401]
+        cut_off.proxy.heal()
+        await when(lambda: try_all(cut_off), lambda found: found == [401, 401, 401])
+        await cluster.settled()
+
+
 async def test_stopping_node_hands_models_over_while_one_computes(
     server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,9 +91,10 @@ def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path)
 
 
 def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None:
-    settings = "--pin --keep-alive-s 60 --threads 2 --node-labels zone=a,disk=fast --memory-limit-bytes 2GB"
-    loaded = alice.prints(f"load m --wait {settings}")
-    assert "1.5GB" in alice.refused(2, "load m --memory-limit-bytes 1.5GB")
+    loaded = alice.prints(
+        "load m --wait --pin --keep-alive-s 60 --threads 2 --node-labels zone=a,disk=fast"
+        " --memory-limit-bytes 2GB"
+    )
     assert re.fullmatch(r"m version 2: load completed in \d+(\.\d)?s\n", loaded)
     assert "nothing to do" in alice.prints("load m --version 2")
 
@@ -136,8 +137,7 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     story = ["LoadRequested", "LoadStarted", "ModelLoaded"]
     assert [line.split()[2] for line in events] == [*story, "LoadJoined"]  # "nothing to do"
     assert len(alice.prints("events -n 2").splitlines()) == 2
-    positions = len(alice.prints("events").splitlines())
-    assert len(alice.prints("events -n 1000").splitlines()) == positions
+    assert len(alice.prints("events -n 1000").splitlines()) == len(alice.prints("events").splitlines())
 
     assert "the active one, which --active unloads, is m" in alice.refused(2, "stop")
     assert "not both" in alice.refused(2, "kill m --active")
@@ -145,8 +145,8 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     jobs = alice.prints("jobs --model=m").splitlines()
     assert [line.split()[1:3] for line in jobs[1:]] == [["unload", "m/2"], ["load", "m/2"]]
     (unload, load) = alice.json("jobs --model=m")["jobs"]
-    given = alice.json(f"job {load['id']}")["parameters"]
-    assert (given["keep_alive_s"], given["memory_limit_bytes"]) == (60, 2 * 10**9)
+    parameters = alice.json(f"job {load['id']}")["parameters"]
+    assert (parameters["keep_alive_s"], parameters["memory_limit_bytes"]) == (60, 2 * 10**9)
     assert "unload completed" in alice.prints(f"job {unload['id']} --wait")
     assert "cause request" in alice.prints(f"job {load['id']}")
     assert "no jobs" in alice.prints("jobs --status failed --model=m")
