@@ -485,7 +485,7 @@ def _joined(state: State, command: JoinNode, now: Timestamp) -> NodeJoined:
     before, since = state.nodes.get(command.node_id), command.no_node_since
     return NodeJoined(
         command.node_id,
-        1 if before is None else before.epoch + 1,
+        max(0 if before is None else before.epoch, command.last_epoch) + 1,
         command.address,
         command.labels,
         command.budget_bytes,

@@ -198,8 +198,8 @@ class JoinNode:
     """Begin the next epoch of a node, and end the one before if that has not ended.
 
     The epoch is in the state then: `state.nodes[node_id]` has the position of the receipt, unless another
-    process joined as the same node since. The attributes are those of `NodeJoined`, and what
-    signs its statement with a key that the nodes share.
+    process joined as the same node since. The attributes are those of `NodeJoined`, what signs its statement
+    with a key that the nodes share, and the epoch in the node's lease: the state may have forgotten it.
     """
 
     node_id: str
@@ -213,6 +213,7 @@ class JoinNode:
     confinement: Confinement | None = None
     instance: str = ""
     sign: Callable[[bytes], str] | None = None
+    last_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ is over are refused. `find_placer` names the node that does the work that belong
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from events.clock import Timestamp
+from events.clock import Timestamp, add_seconds
 
 
 class Confinement(Struct, frozen=True, gc=False):
@@ -149,6 +149,10 @@ ENDS_OF_NODES = (NodeJoined, NodeLeft, NodeLost)
 """The events that end the processes of a node, and so concern all of its models and jobs."""
 
 
+KEPT_S = 30 * 86_400
+"""How long a node is remembered after its end: for whoever asks where it is."""
+
+
 class NodePhase(StrEnum):
     """The phase of a node."""
 
@@ -233,6 +237,39 @@ def evolve_node(node: Node | None, data: NodeData, *, position: int, recorded_at
             return replace(node, phase=NodePhase.LEFT, position=position, ended_at=recorded_at)
         case NodeLost():
             return replace(node, phase=NodePhase.LOST, position=position, ended_at=recorded_at)
+
+
+def evolve_nodes(
+    nodes: Mapping[str, Node],
+    data: NodeData,
+    *,
+    position: int,
+    recorded_at: Timestamp,
+    read_owners: Callable[[], Collection[str]],
+) -> Mapping[str, Node | None]:
+    """Return the nodes that an event changed; None for those that are forgotten, when another one joins.
+
+    Args:
+        nodes: those before.
+        data: of the event.
+        position: of the event.
+        recorded_at: of the event.
+        read_owners: returns the nodes that own a model or a job.
+    """
+    before = nodes.get(data.node_id)
+    after = evolve_node(before, data, position=position, recorded_at=recorded_at)
+    if after is None or after is before:
+        return {}
+    changed: dict[str, Node | None] = {after.id: after}
+    if isinstance(data, NodeJoined):
+        long_ended = {each.id for each in nodes.values() if is_forgotten(each.ended_at, recorded_at)}
+        changed |= dict.fromkeys((long_ended - {after.id}).difference(read_owners() if long_ended else ()))
+    return changed
+
+
+def is_forgotten(ended_at: Timestamp | None, now: Timestamp) -> bool:
+    """Whether a node ended so long before another one joined that it is forgotten with that."""
+    return ended_at is not None and ended_at < add_seconds(now, -KEPT_S)
 
 
 def ends_processes(data: object, node_id: str | None) -> bool:

@@ -7,7 +7,7 @@ transaction on top of it; `Entities` folds the same, faster, for replay and veri
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,7 +20,7 @@ from events.clock import Timestamp
 from events.commands import Join, KnownKey, KnownRequests, read_join, read_key
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
-from events.nodes import OF_NODES, Node, evolve_node, find_placer
+from events.nodes import OF_NODES, Node, evolve_nodes, find_placer
 from events.tokens import OF_TOKENS, Token, evolve_tokens
 from events.types import ENDS_OF_PROCESSES, REPLACEMENTS, Event
 
@@ -140,8 +140,8 @@ class State:
             if self.shares_tokens:
                 self.tokens, self.shares_tokens = dict(self.tokens), False
             return Changes(_NOTHING, _NOTHING, _apply_to_tokens(self.tokens, event))
-        nodes = _apply_to_nodes(self.nodes, event)
-        self.nodes = {**self.nodes, **nodes}
+        nodes = _apply_to_nodes(self.nodes, event, self.models, self.unended)
+        self.nodes = _merge_nodes(self.nodes, nodes)
         if type(event.data) not in ENDS_OF_PROCESSES:
             return Changes(_NOTHING, _NOTHING, nodes=nodes)
         changes, unended = _apply_to_all(self, event, nodes), self.unended()
@@ -219,12 +219,12 @@ _OF_NO_MODEL = frozenset({*ENDS_OF_PROCESSES, *OF_NODES, *OF_TOKENS})
 
 
 class Changes(Struct, frozen=True):
-    """The entities that an event, or a transaction, changed; None for tokens that went."""
+    """The entities that an event, or a transaction, changed; None for tokens and nodes that went."""
 
     models: Mapping[str, Model]
     jobs: Mapping[str, Job]
     tokens: Mapping[str, Token | None] = _NOTHING
-    nodes: Mapping[str, Node] = _NOTHING
+    nodes: Mapping[str, Node | None] = _NOTHING
 
 
 def _apply_to_tokens(tokens: dict[str, Token], event: Event) -> Mapping[str, Token | None]:
@@ -236,16 +236,34 @@ def _apply_to_tokens(tokens: dict[str, Token], event: Event) -> Mapping[str, Tok
     )
 
 
-def _apply_to_nodes(nodes: Mapping[str, Node], event: Event) -> Mapping[str, Node]:
-    """Return the node that an event changed, if it is about one."""
+def _apply_to_nodes(
+    nodes: Mapping[str, Node],
+    event: Event,
+    models: Mapping[str, Model],
+    unended: Callable[[], Iterable[Job]],
+) -> Mapping[str, Node | None]:
+    """Return the nodes that an event changed, if it is about one."""
     if not isinstance(event.data, OF_NODES):
         return _NOTHING
-    before = nodes.get(event.data.node_id)
-    after = evolve_node(before, event.data, position=event.position, recorded_at=event.recorded_at)
-    return _NOTHING if after is None or after is before else {after.id: after}
+
+    def read_owners() -> set[str]:
+        owners = {model.serving.node_id for model in models.values() if model.serving is not None}
+        return {each for each in (*owners, *(job.node_id for job in unended())) if each is not None}
+
+    return evolve_nodes(
+        nodes,
+        event.data,
+        position=event.position,
+        recorded_at=event.recorded_at,
+        read_owners=read_owners,
+    )
 
 
-def _apply_to_all(state: State, event: Event, nodes: Mapping[str, Node]) -> Changes:
+def _merge_nodes(nodes: Mapping[str, Node], changed: Mapping[str, Node | None]) -> Mapping[str, Node]:
+    return {key: node for key, node in {**nodes, **changed}.items() if node is not None}
+
+
+def _apply_to_all(state: State, event: Event, nodes: Mapping[str, Node | None]) -> Changes:
     """Return what a start or an end of a server or node changes in all models and unended jobs."""
     models = ((model, evolve_model(model, event, None)) for model in state.models.values())
     jobs = ((job, evolve_job(job, event)) for job in state.unended())
@@ -292,7 +310,7 @@ class Attempt:
             nodes=base.nodes,
         )
         self._tokens: dict[str, Token | None] = {}
-        self._nodes: dict[str, Node] = {}
+        self._nodes: dict[str, Node | None] = {}
 
     @property
     def changes(self) -> Changes:
@@ -370,7 +388,8 @@ class Entities:
         if isinstance(event.data, OF_TOKENS):
             _apply_to_tokens(self.tokens, event)
             return
-        self.nodes.update(_apply_to_nodes(self.nodes, event))
+        nodes = _apply_to_nodes(self.nodes, event, self.models, self.jobs.values)
+        self.nodes = dict(_merge_nodes(self.nodes, nodes))
         if type(event.data) not in ENDS_OF_PROCESSES:
             return
         models = [evolve_model(model, event, None) for model in self.models.values()]

@@ -231,6 +231,7 @@ class Membership:
         command = replace(
             self._command,
             last_seen_at=own.renewed_at if own is not None else None,
+            last_epoch=own.epoch if own is not None else 0,
             no_node_since=None if there or not leases else max(lease.renewed_at for lease in leases),
             sign=None if self._open_signer is None else self._open_signer(),
         )

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from events.clock import Timestamp, add_seconds
 from events.codec import decode_event
-from events.nodes import OF_NODES, Node, NodeJoined, NodeLost, evolve_node
+from events.nodes import OF_NODES, Node, NodeJoined, NodeLost, evolve_node, is_forgotten
 from events.sqlite import queries
 from events.types import OF_SERVER, Event, ServerStarted, ServerStopped
 
@@ -175,6 +175,8 @@ def add_nodes(
             if isinstance(each.state, ServerState):
                 server = Presence(each.state, each.at)
             else:
+                if each.state is NodeState.JOINED:
+                    nodes = {key: node for key, node in nodes.items() if not _is_forgotten(node, each.at)}
                 nodes[each.node_id] = NodePresence(each.node_id, each.state, each.at)
         elif each.seen_at is not None and time is not None and each.seen_at < time:
             if each.node_id in nodes:
@@ -182,6 +184,10 @@ def add_nodes(
             elif not each.node_id and nodes:
                 server = replace(server, state=ServerState.UNKNOWN, since=each.seen_at)
     return replace(server, nodes=tuple(nodes[node_id] for node_id in sorted(nodes)))
+
+
+def _is_forgotten(node: NodePresence, joined_at: Timestamp) -> bool:
+    return not node.state.is_present and is_forgotten(node.since, joined_at)
 
 
 def _unknown_since(node: NodePresence, seen_at: Timestamp) -> NodePresence:

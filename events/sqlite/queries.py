@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import msgspec
 
@@ -397,20 +398,27 @@ def _store_jobs(connection: sqlite3.Connection, new: Sequence[_JobRow], changed:
 
 def store_tokens(connection: sqlite3.Connection, tokens: Mapping[str, Token | None]) -> None:
     """Store tokens by their ids, and delete those that are None; the caller holds the transaction."""
-    connection.executemany(
-        "DELETE FROM tokens WHERE id = ?", [(key,) for key, token in tokens.items() if token is None]
-    )
-    connection.executemany(
-        "INSERT INTO tokens (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
-        [(key, as_text(token)) for key, token in tokens.items() if token is not None],
-    )
+    _store(connection, "tokens", tokens)
 
 
-def store_nodes(connection: sqlite3.Connection, nodes: Mapping[str, Node]) -> None:
-    """Store nodes by their ids; the caller holds the transaction."""
+def store_nodes(connection: sqlite3.Connection, nodes: Mapping[str, Node | None]) -> None:
+    """Store nodes by their ids, and delete those that are None; the caller holds the transaction."""
+    _store(connection, "nodes", nodes)
+
+
+def _store(
+    connection: sqlite3.Connection,
+    table: Literal["tokens", "nodes"],
+    entities: Mapping[str, Token | None] | Mapping[str, Node | None],
+) -> None:
     connection.executemany(
-        "INSERT INTO nodes (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
-        [(key, as_text(node)) for key, node in nodes.items()],
+        f"DELETE FROM {table} WHERE id = ?",  # noqa: S608 - a literal
+        [(key,) for key, entity in entities.items() if entity is None],
+    )
+    connection.executemany(
+        f"INSERT INTO {table} (id, body) VALUES (?, ?)"  # noqa: S608 - a literal
+        " ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+        [(key, as_text(entity)) for key, entity in entities.items() if entity is not None],
     )
 
 

@@ -31,7 +31,7 @@ from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_
 from events.state import Changes
 from events.storage import LogHead, Row, StorageError, StoredBase, StoredLedger
 
-FOLDS = 8
+FOLDS = 9
 """The number of the folds: add one with each change after which the same events give other stored bodies."""
 
 MAX_NAMED = 100

@@ -46,6 +46,7 @@ from events.sqlite.lanes import (
 from events.sqlite.presence import (
     Presence,
     Transition,
+    find_server_event,
     list_transitions,
     presence_at,
     read_base_nodes,
@@ -132,7 +133,7 @@ class _Frame:
             last the last event of the range.
         first: the last position at or before the beginning.
         server: the starts and ends of servers and nodes from the first anchor on.
-        transitions: in the range, of the server and of nodes.
+        transitions: that concern the range, of the server and of nodes.
         presence: at the beginning.
     """
 
@@ -229,6 +230,8 @@ def _read_frame(connection: sqlite3.Connection, query: TimelineQuery) -> _Frame:
     positions = [low, *_thin(between, ANCHORED // max(1, len(ids))), last]
     server = _read_server_events(connection, low, last)
     events = [*read_node_events(connection), *(each for each in server if is_of_server(each))]
+    if found := find_server_event(connection, last, after=True):
+        events.append(found)
     transitions = list_transitions(read_base_nodes(connection), sorted(events, key=attrgetter("position")))
     return _Frame(
         begin=begin,
@@ -240,12 +243,17 @@ def _read_frame(connection: sqlite3.Connection, query: TimelineQuery) -> _Frame:
         first=first,
         anchors=[(each, _recorded_at(connection, each) or known_from or begin) for each in positions],
         server=server,
-        transitions=[each for each in transitions if first < each.position <= last],
+        transitions=[each for each in transitions if first < each.position and _concerns(each, last, end)],
         presence=presence_at(connection, first, begin, is_live=True),
         ids=ids,
         has_more=has_more,
         models=models,
     )
+
+
+def _concerns(transition: Transition, last: int, end: Timestamp) -> bool:
+    """Whether a transition is by the last position, or says that before the end nobody was seen any more."""
+    return transition.position <= last or (transition.seen_at is not None and transition.seen_at < end)
 
 
 def _time_of(connection: sqlite3.Connection, moment: int | str | None) -> Timestamp | None:

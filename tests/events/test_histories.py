@@ -53,7 +53,7 @@ def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
         assert {key: as_text(job) for key, job in changes.jobs.items()} == texts(expected["jobs"]), where
         tokens = {key: as_text(token) for key, token in changes.tokens.items() if token is not None}
         assert tokens == texts(expected.get("tokens", {})), where
-        nodes = {key: as_text(node) for key, node in changes.nodes.items()}
+        nodes = {key: as_text(node) for key, node in changes.nodes.items() if node is not None}
         assert nodes == texts(expected.get("nodes", {})), where
 
 

@@ -25,17 +25,19 @@ from events.commands import (
 from events.jobs import JobStatus
 from events.models import ModelState
 from events.nodes import (
+    KEPT_S,
     Node,
     NodeDraining,
     NodeJoined,
     NodeLeft,
     NodeLost,
     NodePhase,
+    evolve_nodes,
     find_placer,
 )
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
-from events.state import State
+from events.state import Attempt, Entities, State
 from events.types import SYSTEM, Cause, Draft, LoadStarted, ServerStarted, UnloadRequested
 
 
@@ -103,6 +105,40 @@ def test_placer_is_lowest_node_that_takes_loads(nodes: str, steps: str, placer: 
         name, _, node = step.partition(":")
         getattr(history, name)(node)
     assert find_placer(history.state.nodes) == placer
+
+
+def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:
+    history = cluster("a", "b", "c", "d")
+    history.leave("b")
+    history.lose("c")
+    history.join("e", after_s=KEPT_S - 10)
+    assert set(history.state.nodes) == {*"abcde"}
+    history.drain("a")
+    changes = Attempt(history.state)
+    history.join("e", after_s=20)
+    changes.apply(history.facts[-1])
+    assert set(history.state.nodes) == {*"ade"}
+    assert {key: node is None for key, node in changes.changes.nodes.items()} == {
+        "e": False,
+        "b": True,
+        "c": True,
+    }
+    folded = Entities()
+    for event in history.facts:
+        folded.apply(event)
+    assert folded.nodes == history.state.nodes
+
+
+def test_node_that_owns_something_or_joins_again_is_remembered() -> None:
+    history = cluster("a", "b", "c", "d")
+    for node in "abc":
+        history.leave(node)
+    joined = NodeJoined("a", 2, "http://a", (), None, "1", None, unclean=False)
+    later = at(history.seconds + KEPT_S + 9)
+    changed = evolve_nodes(
+        history.state.nodes, joined, position=9, recorded_at=later, read_owners=lambda: {"b"}
+    )
+    assert {key: node is None for key, node in changed.items()} == {"a": False, "c": True}
 
 
 # What the end of a node does
@@ -350,6 +386,13 @@ def test_join_begins_the_next_epoch(steps: tuple[str, ...], epoch: int, *, uncle
     command = JoinNode("a", "http://a", ("zone=eu",), 5, "1.2", "key", last_seen_at=at(3))
     joined = NodeJoined("a", epoch, "http://a", ("zone=eu",), 5, "1.2", "key", unclean, at(3))
     assert facts(decide(history.state, command)) == [joined]
+
+
+@pytest.mark.parametrize(("last_epoch", "epoch"), [(0, 3), (2, 3), (7, 8)])
+def test_epoch_follows_that_of_the_state_and_of_the_lease(last_epoch: int, epoch: int) -> None:
+    (joined,) = facts(decide(cluster("a", "a").state, JoinNode("a", "http://a", last_epoch=last_epoch)))
+    assert isinstance(joined, NodeJoined)
+    assert joined.epoch == epoch
 
 
 def test_no_node_since_is_not_before_the_last_event() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import asyncpg
 from support.postgres import Database
 from support.replicas import opened_replica, storage_of
 
@@ -24,6 +25,30 @@ class SlowLeases(LeaseStore):
         self.began.set()
         await self.goes_on.wait()
         return await super().renew(node_id, epoch, lease_s, hints, limit_s)
+
+
+async def test_epoch_goes_on_where_the_lease_ended_though_the_log_forgot_it(
+    ledger: Database, tmp_path: Path
+) -> None:
+    owner = await asyncpg.connect(ledger.owner_url)
+    await owner.execute(
+        "INSERT INTO loadledger.nodes (node_id, epoch, ended, lease_s, renewed_at, steady_since)"
+        " VALUES ('a', 7, true, 3, now(), now())"
+    )
+    await owner.close()
+    leases = LeaseStore(ledger.server_url)
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+
+        def authorise(node_id: str, epoch: int | None, lease_s: float) -> None:
+            storage_of(log).authority = Authority(node_id, epoch, lease_s)
+
+        membership = Membership(
+            log, leases, JoinNode("a", "http://a"), lease_s=3, away_limit_s=3, authorise=authorise
+        )
+        await membership.start()
+        assert (membership.epoch, log.state.nodes["a"].epoch) == (8, 8)
+        await membership.leave()
+        await leases.close()
 
 
 async def test_node_that_has_left_during_a_renewal_joins_no_more(ledger: Database, tmp_path: Path) -> None:

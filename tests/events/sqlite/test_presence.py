@@ -10,7 +10,7 @@ from support import ledgers
 from support.history import History, at
 
 from events.audit.archivechain import replay
-from events.nodes import NodeLost
+from events.nodes import KEPT_S, NodeLost
 from events.sqlite import queries
 from events.sqlite.history import open_time_travel_reader
 from events.sqlite.presence import (
@@ -130,6 +130,21 @@ def test_presence_of_nodes_at_moment(tmp_path: Path, row: str) -> None:
             for node, phase, then in zip(nodes[::3], nodes[1::3], nodes[2::3], strict=True)
         ),
     )
+
+
+def test_node_that_ended_long_before_another_joined_is_not_shown(tmp_path: Path) -> None:
+    history = History()
+    for node in ("n1", "n2", "n3"):
+        history.join(node)
+    history.leave("n1")  # at 4
+    history.join("n2", unclean=True, after_s=KEPT_S)
+    history.join("n3", unclean=True)
+    with closing(connect(tmp_path / "ledger.db")) as connection:
+        ledgers.store_events(connection, history.facts)
+        shown = [
+            [node.id for node in presence_at(connection, position, is_live=True).nodes] for position in (5, 6)
+        ]
+    assert shown == [["n1", "n2", "n3"], ["n2", "n3"]]
 
 
 def test_presence_of_live_server_is_never_unknown(connection: sqlite3.Connection) -> None:

@@ -158,6 +158,12 @@ def test_lost_node_is_unknown_from_its_last_renewal() -> None:
     ]
     later = read_of(history.facts, TimelineQuery(now=at(60), begin=at(40)))
     assert later.nodes == ()
+    between = read_of(history.facts, TimelineQuery(now=at(60), begin=at(2), end=at(15)))
+    [_, of_n2] = between.nodes  # its end was recorded after the range
+    assert [(each.state.value, each.begin, each.end) for each in of_n2.segments] == [
+        ("joined", at(2), at(10)),
+        ("unknown", at(10), at(15)),
+    ]
 
 
 SECONDS = {ModelState.LOADING: 1, ModelState.LOADED: 10, ModelState.UNLOADED: 1}
