@@ -4,13 +4,15 @@ Traffic goes on all the time; a fault may refuse loads, and fails no inference o
 """
 
 import asyncio
+import errno
 import os
 import random
 import resource
 import shutil
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from support.fleet import Fleet, new_dice, of_both
 from support.servers import address
 from support.shims import Shim, build_shim, environment_of
 from support.traffic import traffic
+from support.workers import LIMIT_S
 
 from server.config import Config
 
@@ -181,9 +184,24 @@ def _no_more_tasks_of_group(pid: int) -> Iterator[None]:
         (group / "pids.max").write_text((group / "pids.current").read_text())
         yield
     finally:
+        _empty(group, home)
+
+
+def _empty(group: Path, home: Path) -> None:
+    """Move all processes out of a group, and remove it; one that has ended is there until it is reaped."""
+    until_s = time.monotonic() + LIMIT_S
+    while True:
         for each in (group / "cgroup.procs").read_text().split():
-            (home / "cgroup.procs").write_text(each)
-        group.rmdir()
+            with suppress(ProcessLookupError):
+                (home / "cgroup.procs").write_text(each)
+        try:
+            group.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > until_s:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _group_of(pid: int) -> str:
