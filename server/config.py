@@ -213,8 +213,7 @@ class Config:
     )
     max_json_bytes: str = setting(
         "64MiB",
-        "Longest JSON of an inference, after decompression; tensors in binary may have 64 MiB: bytes, or a"
-        " number of MB or MiB.",
+        f"Longest JSON of an inference, after decompression, at most 64MiB: {SIZES}.",
         _validator_of(parse_json_size),
     )
     timeout_s: int = setting(

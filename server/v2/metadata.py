@@ -86,8 +86,7 @@ def _tensor_list(required: list[str], **members: dict[str, Any]) -> dict[str, An
 INFERENCE_BODY: dict[str, Any] = {
     "required": True,
     "description": "JSON, and after it the data of binary tensors in the order of the inputs. "
-    "May be compressed: Content-Encoding gzip or deflate. At most 64 MiB after decompression, of it 4 MiB of "
-    "JSON unless the server is configured otherwise; each 4 KiB of JSON count as one more request.",
+    "May be compressed: Content-Encoding gzip or deflate. At most 64 MiB after decompression.",
     "content": {
         "application/json": {
             "schema": {
