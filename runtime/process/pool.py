@@ -205,7 +205,7 @@ class WorkerPool:
         Raises:
             InvalidInput: `invalid_input`, it is malformed, or takes more than `reading_bytes` to read.
             InferenceTimeout: `inference_timeout`.
-            ForkServerUnavailable: as `fork`.
+            ForkServerUnavailable: as `fork`, or the fork server ended meanwhile.
         """
         worker = await self.fork("JSON")
         order = ReadJson(reading_bytes(len(text)), self.applied.layers)
@@ -216,6 +216,8 @@ class WorkerPool:
         except TimeoutError:
             raise InferenceTimeout("the JSON of the request could not be read in time") from None
         except (WorkerDied, MalformedFrame):
+            if worker.orphaned:
+                raise ForkServerUnavailable from None
             most = f"more than {order.memory_limit_bytes} bytes of memory"
             raise InvalidInput(f"the JSON of the request cannot be read: it takes {most}") from None
         finally:

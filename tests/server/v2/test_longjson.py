@@ -3,7 +3,9 @@
 import asyncio
 import io
 import json
+import os
 import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from support import models
 from support.history import PLAIN
 from support.http import ONE, Answer, LocalApi, local_server
+from support.workers import fork_server_of, until
 
 from runtime.errors import InvalidInput
 from runtime.requestjson import LONG_JSON_BYTES, assemble, decode_json, describe
@@ -88,6 +91,17 @@ async def test_reading_counts_in_the_body_budget(tmp_path: Path) -> None:
         assert (await infer(api, SPACED)).refusal == (503, "bodies_full")
         bodies.add("alice", 3 * LONG - bodies._max_bytes // 2)
         assert (await infer(api, SPACED)).status == 200
+
+
+async def test_end_of_the_fork_server_is_no_mistake_of_the_client(tmp_path: Path) -> None:
+    async with local_server(tmp_path) as api:
+        api.save(models.strings(), "m")
+        await api.load("m")
+        pool = api.app[POOL]
+        asked = asyncio.ensure_future(infer(api, HEAD + b":" * (60 * 2**20)))  # takes a second to read
+        await until(lambda: any(worker.worker_id == "JSON" for worker in pool._workers))
+        os.kill(fork_server_of(pool).pid, signal.SIGKILL)
+        assert (await asked).refusal == (503, "fork_server_unavailable")
 
 
 def read(text: bytes) -> JsonRead:
