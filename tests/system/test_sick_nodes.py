@@ -311,14 +311,14 @@ async def test_what_a_killed_node_staged_is_taken_by_another(
             yield (repository / "m00/1/model.onnx").read_bytes()[:-1]
             await begun.wait()
 
+        before = files_in(repository)
         request = asyncio.create_task(
             node.api.send("PUT", "/api/v1/models/m00/versions/2", data=body(), headers=UPLOAD)
         )
-        await until(lambda: bool(staged(repository)))
-        before = files_in(repository)
+        await until(lambda: files_in(repository).keys() > before.keys())
         await node.kill()
         await asyncio.wait([request])
         await cluster.until(is_lost("n1", 1), at=other)
         await until(lambda: not staged(repository))
-        assert files_in(repository).keys() < before.keys()
+        assert files_in(repository) == before
         begun.set()
