@@ -454,9 +454,9 @@ def _decide_revocation(state: State, command: RevokeToken, new_id: Callable[[], 
             f"the ledger knows no token {command.jti[:64]!r} that may still be valid; for a token of an "
             "identity provider, say how long it is valid at most (`expires_s`, `--expires`)",
         )
-    revoked = [TokenRevoked(command.jti, command.expires_at if token is None else None)]
-    if token is not None and token.is_revoked:
-        revoked = []
+    is_revoked = token is not None and token.is_revoked
+    expires_at = command.expires_at if token is None else None
+    revoked = [] if is_revoked else [TokenRevoked(command.jti, expires_at)]
     if command.with_issued:
         revoked += [TokenRevoked(jti) for jti in find_issued(state.tokens, command.jti)]
     if not revoked:

@@ -150,7 +150,7 @@ ENDS_OF_NODES = (NodeJoined, NodeLeft, NodeLost)
 
 
 KEPT_S = 30 * 86_400
-"""How long a node is remembered after its end: for whoever asks where it is."""
+"""A node is remembered for a month after its end, so that an operator who misses it finds it."""
 
 
 class NodePhase(StrEnum):

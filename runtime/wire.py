@@ -357,9 +357,9 @@ class Probed(Message, frozen=True):
 
 
 class JsonRead(Message, frozen=True):
-    """What `ReadJson` asked for: the request without its data, as JSON, and where in the text each data is.
+    """The answer to `ReadJson`: the request without its data, as JSON, and the span of each data in the text.
 
-    Or the `problem` with it. A span has begin and length; None is an input without data in the text.
+    Or the `problem` with it. A span is begin and length; None is that of an input without data in the text.
     """
 
     head: Annotated[bytes, msgspec.Meta(max_length=MAX_REPORT_BYTES // 2)] = b""

@@ -16,7 +16,7 @@ MAX_BODY_BYTES = 64 * 2**20
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(r"(\d{1,18})(MB|GB|TB|MiB|GiB|TiB|)", re.ASCII)
 SIZES = "bytes, or a number of MB, GB, TB, MiB, GiB or TiB"
-"""What `parse_size` takes."""
+"""The notations of a size, for messages and help."""
 _PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%", re.ASCII)
 _PERIODS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 _RATE = re.compile(

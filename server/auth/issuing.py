@@ -109,5 +109,5 @@ def token_view(token: Token) -> dict[str, object]:
 
 
 def revoked_view(tokens: Mapping[str, Token], jti: str) -> dict[str, object]:
-    """Return a revoked token as the API and the command show it, with what it issued and is still valid."""
+    """Return a revoked token as the API and the command show it, and the unrevoked ids that it issued."""
     return {**token_view(tokens[jti]), "issued": find_issued(tokens, jti)}

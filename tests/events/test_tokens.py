@@ -71,7 +71,7 @@ def test_token_folds_to_its_state(facts: tuple[TokenData, ...], expected: Token 
     assert fold(*facts) == expected
 
 
-def test_session_ends_with_the_token_that_made_it_and_no_other_one_does() -> None:
+def test_revoked_token_ends_its_sessions_alone() -> None:
     tokens = dict(ISSUED_BY_T1)
     assert find_issued(tokens, "t1") == ["t2", "t3", "t4"]
     evolve_tokens(tokens, TokenRevoked("t1"), position=6, recorded_at=at(6), actor="a")

@@ -60,7 +60,7 @@ async def test_serving_worker_with_more_than_its_limit_is_ended(tmp_path: Path) 
 @pytest.mark.usefixtures("_taken_over")
 @pytest.mark.parametrize("_taken_over", ["take_all_stacks"], indirect=True)
 async def test_stack_and_mappings_stay_within_the_limit(tmp_path: Path) -> None:
-    """What takes memory of a stack's page or to read only is refused by the kernel, and the model answers."""
+    """The kernel refuses memory made of a page of the stack, and 600 GiB to read only; the model answers."""
     async with local_server(tmp_path) as api:
         api.save(add(), "m")
         await api.load("m", memory_limit_bytes=LIMIT_BYTES)

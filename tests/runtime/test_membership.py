@@ -8,6 +8,7 @@ from support.postgres import Database
 from support.replicas import opened_replica, storage_of
 
 from events.commands import JoinNode
+from events.log import Log
 from events.nodes import NodePhase
 from events.postgres.leases import LeaseStore
 from events.postgres.storage import Authority
@@ -27,6 +28,16 @@ class SlowLeases(LeaseStore):
         return await super().renew(node_id, epoch, lease_s, hints, limit_s)
 
 
+def membership_of(log: Log, leases: LeaseStore) -> Membership:
+    """Return the membership of a node `a` that has not joined yet."""
+
+    def authorise(node_id: str, epoch: int | None, lease_s: float) -> None:
+        storage_of(log).authority = Authority(node_id, epoch, lease_s)
+
+    command = JoinNode("a", "http://a")
+    return Membership(log, leases, command, lease_s=3, away_limit_s=3, authorise=authorise)
+
+
 async def test_epoch_goes_on_where_the_lease_ended_though_the_log_forgot_it(
     ledger: Database, tmp_path: Path
 ) -> None:
@@ -38,13 +49,7 @@ async def test_epoch_goes_on_where_the_lease_ended_though_the_log_forgot_it(
     await owner.close()
     leases = LeaseStore(ledger.server_url)
     async with opened_replica(ledger.server_url, tmp_path / "a") as log:
-
-        def authorise(node_id: str, epoch: int | None, lease_s: float) -> None:
-            storage_of(log).authority = Authority(node_id, epoch, lease_s)
-
-        membership = Membership(
-            log, leases, JoinNode("a", "http://a"), lease_s=3, away_limit_s=3, authorise=authorise
-        )
+        membership = membership_of(log, leases)
         await membership.start()
         assert (membership.epoch, log.state.nodes["a"].epoch) == (8, 8)
         await membership.leave()
@@ -54,13 +59,7 @@ async def test_epoch_goes_on_where_the_lease_ended_though_the_log_forgot_it(
 async def test_node_that_has_left_during_a_renewal_joins_no_more(ledger: Database, tmp_path: Path) -> None:
     leases = SlowLeases(ledger.server_url)
     async with opened_replica(ledger.server_url, tmp_path / "a") as log:
-
-        def authorise(node_id: str, epoch: int | None, lease_s: float) -> None:
-            storage_of(log).authority = Authority(node_id, epoch, lease_s)
-
-        membership = Membership(
-            log, leases, JoinNode("a", "http://a"), lease_s=3, away_limit_s=3, authorise=authorise
-        )
+        membership = membership_of(log, leases)
         await membership.start()
         running = asyncio.create_task(membership.run())
         async with asyncio.timeout(60):
