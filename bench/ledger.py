@@ -29,7 +29,6 @@ from events.sqlite.history import open_time_travel_reader
 from events.sqlite.listing import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.readonly import open_read_only, open_reader_thread
 from events.sqlite.schema import connect
-from events.sqlite.storage import FOLDS
 from events.sqlite.timeline import TimelineQuery, TimelineReader
 from events.state import Attempt, State
 from events.storage import LogHead
@@ -82,7 +81,6 @@ def write_ledger(path: Path, facts: int) -> None:
     state, digest, told = State(), GENESIS, server_facts()
     with closing(connect(path)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
-        connection.execute("UPDATE projected SET folds = ?", (FOLDS,))
         while state.position < facts:
             attempt, rows = Attempt(state), list[storage.Row]()
             for _ in range(min(EVENTS_IN_A_GROUP, facts - state.position)):

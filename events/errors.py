@@ -51,6 +51,13 @@ class FutureSchema(LedgerProblem):
     code = "future_schema"
 
 
+DEVELOPMENT = (
+    "a version of loadledger before 0.1.0 wrote this ledger, and this one does not read it: keep it with the "
+    "version that wrote it, and start with a new data directory or database; nothing in it was touched"
+)
+"""Why a ledger of the time before format 1 is refused."""
+
+
 class ForeignDatabase(LedgerProblem):
     """The file is a database, but not a ledger of loadledger; nothing in it was touched."""
 

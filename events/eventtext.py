@@ -69,7 +69,6 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         ("{freed_bytes:MB} freed", "{drained_requests} requests drained", "{aborted_requests} aborted"),
         {name: name for name in ("freed_bytes", "drained_requests", "aborted_requests")},
     ),
-    "UnloadFailed": _FAILED,
     "CancelRequested": EventText(),
     "JobCancelled": EventText(
         ("superseded by job {superseded_by?}",), {"reason": "reason", "superseded_by": "superseded_by"}
@@ -84,7 +83,6 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         (
             "unclean?the server before ended unexpectedly|",
             "the ledger's last event before was at {last_event_at?}",
-            "the last event before was at {down_since?}",
             "the server was last seen at {last_seen_at?}",
             "workers could {confinement.not_prevented?:acts}",
         ),

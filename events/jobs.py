@@ -35,7 +35,6 @@ from events.types import (
     ServerStarted,
     ServerStopped,
     Unknown,
-    UnloadFailed,
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
@@ -332,7 +331,7 @@ def _end_processes(job: Job, event: Event, data: Any) -> Job:
     """A server or a node started or ended: its jobs wait for their next attempt, at any node."""
     match data:
         case ServerStarted(unclean=unclean):
-            return _interrupt_job(job, event, since=data.seen_at, is_death=unclean)
+            return _interrupt_job(job, event, since=data.last_seen_at, is_death=unclean)
         case ServerStopped():
             is_interrupted = job.status is JobStatus.IN_PROGRESS
             return replace(job, status=JobStatus.PENDING, position=event.position) if is_interrupted else job
@@ -399,7 +398,7 @@ def _complete_job(job: Job, event: Event, _: ModelLoaded | ModelSettingsChanged 
     return _end_job(job, event, JobStatus.COMPLETED)
 
 
-def _fail_job(job: Job, event: Event, data: LoadFailed | UnloadFailed) -> Job:
+def _fail_job(job: Job, event: Event, data: LoadFailed) -> Job:
     return _end_job(job, event, JobStatus.FAILED, Failure(data.code, data.message))
 
 
@@ -428,7 +427,6 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     ModelSettingsChanged: _complete_job,
     ModelUnloaded: _complete_job,
     LoadFailed: _fail_job,
-    UnloadFailed: _fail_job,
     JobCancelled: _cancel_job,
     CancelRequested: _cancel_requested,
     WorkerExited: _worker_exited,
@@ -448,7 +446,7 @@ from a prepared form. A model that is loaded with several numbers of threads has
 class Footprint(Struct, frozen=True, gc=False):
     """The peak memory of one worker that loaded these files, or a prepared form of them.
 
-    `threads` is how many it computed with; None in events of earlier releases.
+    `threads` is how many it computed with.
     """
 
     version: int

@@ -48,7 +48,6 @@ from events.types import (
     ModelUnloaded,
     Prepared,
     Unknown,
-    UnloadFailed,
     UnloadRequested,
     UnloadStarted,
     VersionAdded,
@@ -83,7 +82,7 @@ class Serving(Struct, frozen=True, gc=False):
         degraded_at: when the incident began in which workers died; None while all are left.
         kept_as_is: whether its repair was cancelled or has no room, so that it stays degraded.
         prepared: the prepared form that the workers use, if any.
-        threads: of each worker; None in events of earlier releases.
+        threads: of each worker.
         asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
         brought_back: the cause of that reload.
     """
@@ -419,10 +418,8 @@ def _lose_previous(model: Model, event: Event) -> Model:
     )
 
 
-def _ended_without_effect(
-    model: Model, event: Event, _: UnloadFailed | JobCancelled, job: Job | None
-) -> Model:
-    """A job failed to unload or was cancelled: a model that was unloading is loaded again.
+def _ended_without_effect(model: Model, event: Event, _: JobCancelled, job: Job | None) -> Model:
+    """A job was cancelled: a model that was unloading is loaded again.
 
     A client that cancels the reload of a lost or degraded model also ends further reloads.
     """
@@ -510,7 +507,6 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     UnloadRequested: _unload_requested,
     UnloadStarted: _unload_started,
     ModelUnloaded: _model_unloaded,
-    UnloadFailed: _ended_without_effect,
     JobCancelled: _ended_without_effect,
     WorkerExited: _worker_exited,
     VersionAdded: _version_added,

@@ -1,7 +1,7 @@
 """Tokens: the events that issue and revoke them, and their fold, which says whose token is refused.
 
-Tokens of earlier releases, and those of an identity provider, were never recorded: their signature counts. A
-token goes from the fold some time after its expiry, so memory grows with the valid ones.
+Tokens of an identity provider are not recorded: their signature counts. A token goes from the fold some time
+after its expiry, so memory grows with the valid ones.
 """
 
 from __future__ import annotations

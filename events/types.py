@@ -107,7 +107,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
         instances: how many workers serve the model.
         max_batch_size: requests run together; 0 turns batching off.
         max_queue_delay_us: how long a request may wait for its batch.
-        progress_timeout_s: how long a started load may make no progress; None in events of earlier releases.
+        progress_timeout_s: how long a started load may make no progress.
         threads: how many threads each worker computes with; None is the server's setting when it starts.
         node_labels: labels that its node must have, in order; not stored without any.
     """
@@ -148,11 +148,11 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     """A person or the system requested the load of a version. The event's id is the job's.
 
     The parameters are those that apply, whether the request, the loaded model, its loadledger.toml or the
-    server chose them. `keeps_load_job_id` is of earlier releases: the load whose workers it took over.
+    server chose them.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
-    # Without defaults, because every release wrote these: a body that lacks one is no event.
+    # Without defaults: a body that lacks one is no event.
     priority: str
     timeout_s: int
     keep_alive_s: int | None
@@ -163,7 +163,6 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     cause: Cause
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None
-    keeps_load_job_id: str | None = None
 
     @classmethod
     def of(cls, parameters: LoadParameters, cause: Cause, **rest: Any) -> LoadRequested:
@@ -208,9 +207,8 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     """The version serves from here on. Memory is the sum of all workers.
 
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
-    the repository's files, which may have changed in between. `confinement` is None in events of earlier
-    releases, whose workers were not confined. `threads` is how many each worker computes with; None in events
-    of earlier releases. `node_id` is the node at which it serves.
+    the repository's files, which may have changed in between. `threads` is how many each worker computes
+    with. `node_id` is the node at which it serves.
     """
 
     TYPE: ClassVar[str] = "ModelLoaded"
@@ -288,14 +286,6 @@ class ModelUnloaded(Struct, frozen=True, gc=False):
     aborted_requests: int
 
 
-class UnloadFailed(Struct, frozen=True, gc=False):
-    """The unload failed; the model is still loaded."""
-
-    TYPE: ClassVar[str] = "UnloadFailed"
-    code: str
-    message: str
-
-
 class CancelRequested(Struct, frozen=True, gc=False):
     """A client asked to cancel the job of this event; of further requests as `LoadJoined`."""
 
@@ -344,24 +334,17 @@ class ServerStarted(Struct, frozen=True, gc=False):
 
     Attributes:
         unclean: whether the event before was not `ServerStopped`; events about tokens do not count.
-        down_since: in events of earlier releases, when the event before was recorded; now always None.
         last_event_at: when the event before was recorded; None in a new log.
         last_seen_at: until when the server before is known to have run: until that event, or after an unclean
             end until its last note; None in a new log.
-        confinement: of the workers; None in events of earlier releases, whose workers were not confined.
+        confinement: of the workers.
     """
 
     TYPE: ClassVar[str] = "ServerStarted"
     unclean: bool
-    down_since: Timestamp | None = None
     last_event_at: Timestamp | None = None
     last_seen_at: Timestamp | None = None
     confinement: Confinement | None = None
-
-    @property
-    def seen_at(self) -> Timestamp | None:
-        """Until when the server before is known to have run; None in a new log."""
-        return self.last_seen_at or self.down_since
 
 
 class ServerStopped(Struct, frozen=True, gc=False):
@@ -454,7 +437,7 @@ class Unknown:
 
 Data = (
     LoadRequested | LoadJoined | LoadStarted | ModelLoaded | ModelSettingsChanged | LoadFailed
-    | UnloadRequested | UnloadJoined | UnloadStarted | ModelUnloaded | UnloadFailed | CancelRequested
+    | UnloadRequested | UnloadJoined | UnloadStarted | ModelUnloaded | CancelRequested
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
     | RollbackAccepted | EventsDiscarded | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked
     | SignInLinkIssued | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced

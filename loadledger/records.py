@@ -117,7 +117,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         position: of its latest `ModelLoaded`.
         repository_changed: whether the repository has newer files than those that are loaded.
         instances: workers alive.
-        threads: of each worker; None from a server, or of a load, of an earlier release.
+        threads: of each worker.
         loaded_by: who asked for it.
         brought_back: why the system loaded it again since: restart, recovery, swap, drain; or None.
         memory_bytes: now; None with `at`. `memory_at_load_bytes` is what it took when it was loaded.

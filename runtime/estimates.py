@@ -28,8 +28,6 @@ BYTES_PER_MODEL_BYTE = 2.5
 """ONNX Runtime parses, copies and packs weights while it loads them (measured: 2.1)."""
 BYTES_PER_DATA_BYTE = 1
 """External data is mapped, which takes no memory, but copied where it is packed."""
-MAX_CREDIBLE_BYTES = 2**47
-"""The address space of a process. Earlier releases recorded whatever peak a worker claimed."""
 MAX_OUTDATED = 3
 """A load that found other files than its estimate was for is estimated anew so many times; then it fails."""
 CHANGING = f"the model's files changed before its load {MAX_OUTDATED + 1} times; load it again"
@@ -75,13 +73,7 @@ def estimate_memory(
         form: the prepared form that it will use, if any.
         threads: how many each of its workers computes with.
     """
-    same = [
-        seen
-        for seen in footprints
-        if seen.version == version
-        and seen.peak_memory_bytes <= MAX_CREDIBLE_BYTES
-        and is_same_files(seen.files, files)
-    ]
+    same = [seen for seen in footprints if seen.version == version and is_same_files(seen.files, files)]
     of_form = [seen for seen in same if seen.form == form] or [seen for seen in same if seen.form is None]
     known = [seen for seen in of_form if seen.threads == threads] or of_form
     one = max((seen.peak_memory_bytes for seen in known), default=_estimate_from_sizes(files))

@@ -25,7 +25,6 @@ from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replic
 from events.sqlite.listing import open_reader
 from events.sqlite.presence import NOTE_EVERY_S
 from events.types import Cause, RollbackAccepted
-from runtime.cache.formerfolder import remove_former_folder
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
@@ -412,7 +411,6 @@ def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
 
 def _open_cache(config: Config) -> ModelCache | None:
     """Open the cache of optimised models; without one, models load from their files."""
-    remove_former_folder(config.data)
     if config.prepare != ON:
         return None
     store = ModelCache(config.data / STORE, config.prepared_bytes())

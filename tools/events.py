@@ -47,7 +47,6 @@ BY: Mapping[str, str] = {
         "LoadFailed",
         "UnloadStarted",
         "ModelUnloaded",
-        "UnloadFailed",
         "JobCancelled",
         "WorkerExited",
         "ServerStarted",

@@ -162,7 +162,7 @@ def _audit_own_file(
             ledger.refuse_incomplete()
         if not verification.verified:
             return found, None
-        found = replace(found, archives=ledger.archives(base) if base.position else ())
+        found = replace(found, archives=ledger.archives() if base.position else ())
         found = replace(
             found,
             unexpected=_compare_with_head(ledger, found, expected, with_archives=with_archives),

@@ -299,7 +299,7 @@ def _fold_at_base(ledger: ProofReader, base: LogBase, *, compared: bool) -> Chec
 
 def _check_base(ledger: ProofReader, base: LogBase) -> None:
     """Check that the listed archives lead from the first event to the base, and the stored state there."""
-    check_listed(ledger.archives(base), base)
+    check_listed(ledger.archives(), base)
     if not ledger.is_base_state_whole(base):
         problem = "the stored state at the base was changed"
         raise VerificationError(base.position, problem, FindingKind.BASE)

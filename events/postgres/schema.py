@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from events.errors import ForeignDatabase, FutureSchema, LedgerProblem
+from events.errors import DEVELOPMENT, ForeignDatabase, FutureSchema, LedgerProblem
 from events.postgres.connection import Connection, translated_errors
 from migrations import read_migrations
 
@@ -68,13 +68,13 @@ async def migrate(connection: Connection, server_role: str | None = None) -> int
             if done is None:
                 await connection.execute(
                     f"CREATE SCHEMA {SCHEMA}; REVOKE ALL ON SCHEMA {SCHEMA} FROM PUBLIC;"
-                    f"CREATE TABLE {SCHEMA}.migrations"
+                    f"CREATE TABLE {SCHEMA}.applied_migrations"
                     " (number integer PRIMARY KEY, applied_at timestamptz NOT NULL)"
                 )
             await connection.execute(f"SET LOCAL search_path = {SCHEMA}")
             for number, script in _migrations()[done or 0 :]:
                 await connection.execute(script)
-                await connection.execute("INSERT INTO migrations VALUES ($1, now())", number)
+                await connection.execute("INSERT INTO applied_migrations VALUES ($1, now())", number)
             if server_role is not None:
                 await _grant(connection, server_role)
     return len(_migrations()) - (done or 0)
@@ -93,11 +93,14 @@ async def _count_applied(connection: Connection) -> int | None:
     """Return how many migrations the database has; None without the schema."""
     if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", SCHEMA):
         return None
-    if not await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"{SCHEMA}.migrations"):
+    if await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"{SCHEMA}.migrations"):
+        raise ForeignDatabase(DEVELOPMENT)
+    applied = f"{SCHEMA}.applied_migrations"
+    if not await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", applied):
         raise ForeignDatabase(
             f"the database has a schema {SCHEMA} that is no ledger; nothing in it was touched"
         )
-    done = int(await connection.fetchval(f"SELECT coalesce(max(number), 0) FROM {SCHEMA}.migrations"))  # noqa: S608
+    done = int(await connection.fetchval(f"SELECT coalesce(max(number), 0) FROM {applied}"))  # noqa: S608
     if done > len(_migrations()):
         raise FutureSchema(
             f"the database has schema {done}, this loadledger knows {len(_migrations())}: use the release "

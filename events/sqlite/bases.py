@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from events.errors import LedgerDamaged
-from events.sqlite.queries import FOLDS_SINCE, NODES_SINCE, TOKENS_SINCE, make_state, read_base
-from events.sqlite.schema import check_readable
+from events.sqlite.queries import make_state, read_base
 from events.sqlite.snapshots import base_state_digest
 from events.state import State
 from events.storage import ArchiveRecord, BaseEntity, StoredBase
@@ -45,16 +44,15 @@ def read_stored_base(connection: sqlite3.Connection) -> StoredBase:
 
 
 def _read_archives(connection: sqlite3.Connection) -> tuple[ArchiveRecord, ...]:
-    folds = "folds" if check_readable(connection) >= FOLDS_SINCE else "0"
     found = connection.execute(
-        "SELECT first_position, last_position, hash, archived_at, file, sha256, state_sha256,"  # noqa: S608
-        f" {folds} FROM archives ORDER BY last_position"
+        "SELECT first_position, last_position, hash, archived_at, file, sha256, state_sha256, folds"
+        " FROM archives ORDER BY last_position"
     )
     return tuple(ArchiveRecord(*row) for row in found)
 
 
 def _read_entities(connection: sqlite3.Connection, base: int) -> Iterator[BaseEntity]:
-    schema, at = check_readable(connection), {"base": base}
+    at = {"base": base}
     yield from (
         BaseEntity("model", key, body)
         for key, body in connection.execute(
@@ -67,12 +65,10 @@ def _read_entities(connection: sqlite3.Connection, base: int) -> Iterator[BaseEn
             "SELECT created_position, body FROM job_snapshots WHERE position = :base ORDER BY 1", at
         )
     )
-    if schema >= TOKENS_SINCE:
-        tokens = connection.execute("SELECT id, body FROM base_tokens ORDER BY 1")
-        yield from (BaseEntity("token", key, body) for key, body in tokens)
-    if schema >= NODES_SINCE:
-        nodes = connection.execute("SELECT id, body FROM base_nodes ORDER BY 1")
-        yield from (BaseEntity("node", key, body) for key, body in nodes)
+    tokens = connection.execute("SELECT id, body FROM base_tokens ORDER BY 1")
+    yield from (BaseEntity("token", key, body) for key, body in tokens)
+    nodes = connection.execute("SELECT id, body FROM base_nodes ORDER BY 1")
+    yield from (BaseEntity("node", key, body) for key, body in nodes)
 
 
 def state_at_base(stored: StoredBase) -> State:

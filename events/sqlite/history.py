@@ -33,7 +33,6 @@ from events.sqlite.queries import (
     select_jobs,
 )
 from events.sqlite.readonly import ReaderThread, open_reader_thread
-from events.sqlite.schema import check_readable
 from events.sqlite.snapshots import read_base_state
 from events.state import State
 from events.types import ENDS_OF_PROCESSES, Event
@@ -164,8 +163,6 @@ def _events_of(connection: sqlite3.Connection, job: Job, position: int) -> Itera
 
 
 def _load_nearest(connection: sqlite3.Connection, position: int) -> State:
-    if check_readable(connection) < snapshots.SINCE_SCHEMA:
-        return load_base_state(connection)
     base, nearest = read_base(connection).position, position + 1
     try:
         while (nearest := snapshots.latest(connection, nearest - 1) or 0) > base:

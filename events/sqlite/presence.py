@@ -99,7 +99,7 @@ def list_transitions(base: Iterable[Node], events: Iterable[Event]) -> Iterator[
     for event in events:
         position, at, data = event.position, event.recorded_at, event.data
         if isinstance(data, ServerStarted):
-            seen_at = data.seen_at if data.unclean else None
+            seen_at = data.last_seen_at if data.unclean else None
             yield Transition("", ServerState.RUNNING, position, at, seen_at)
         elif isinstance(data, ServerStopped):
             yield Transition("", ServerState.STOPPED, position, at)
@@ -197,7 +197,7 @@ def _unknown_since(node: NodePresence, seen_at: Timestamp) -> NodePresence:
 
 def read_base_nodes(connection: sqlite3.Connection) -> list[Node]:
     """Return the nodes at the base of the log."""
-    return [queries.as_node(body) for (body,) in queries.read_nodes(connection, "base_nodes")]
+    return [queries.as_node(body) for (body,) in connection.execute("SELECT body FROM base_nodes")]
 
 
 def read_node_events(connection: sqlite3.Connection) -> list[Event]:
@@ -224,8 +224,8 @@ def presence_between(
         return Presence(ServerState.STOPPED, None)
     if before is None and after is None:
         return _NOTHING_KNOWN
-    if starts is not None and time is not None and time > (starts.seen_at or ""):
-        return Presence(ServerState.UNKNOWN, starts.seen_at)
+    if starts is not None and time is not None and time > (starts.last_seen_at or ""):
+        return Presence(ServerState.UNKNOWN, starts.last_seen_at)
     return Presence(ServerState.RUNNING, before.recorded_at if before is not None else None)
 
 

@@ -13,8 +13,7 @@ from events.jobs import Job
 from events.models import Model
 from events.nodes import Node
 from events.sqlite import snapshots
-from events.sqlite.queries import NODES_SINCE, TOKENS_SINCE, as_bytes, as_model
-from events.sqlite.schema import check_readable
+from events.sqlite.queries import as_bytes, as_model
 from events.state import Entities
 from events.tokens import Token
 
@@ -56,13 +55,9 @@ class StoredProjections:
         return self._compare_table("models", folded.models)
 
     def _compare_tokens(self, folded: Entities) -> str | None:
-        if check_readable(self._connection) < TOKENS_SINCE:
-            return None  # no release of then wrote events about them
         return self._compare_table("tokens", folded.tokens)
 
     def _compare_nodes(self, folded: Entities) -> str | None:
-        if check_readable(self._connection) < NODES_SINCE:
-            return None
         return self._compare_table("nodes", folded.nodes)
 
     def _compare_table(
@@ -158,14 +153,11 @@ class StoredSnapshots:
     def __init__(self, connection: sqlite3.Connection, base: int) -> None:
         self._connection = connection
         self._base = base
-        self._copies: Iterable[tuple[int]] = iter(())
-        self._positions: Iterable[tuple[int]] = iter(())
         self.touched = set[str | None]()
         self.difference: tuple[int, str] | None = None
-        if check_readable(connection) >= snapshots.SINCE_SCHEMA:
-            self._positions = connection.execute("SELECT position FROM snapshots ORDER BY position")
-            # Only numbers are sorted: SQLite has room for 100,000 of them before it takes a temporary file.
-            self._copies = connection.execute("SELECT rowid FROM model_snapshots ORDER BY position")
+        self._positions = connection.execute("SELECT position FROM snapshots ORDER BY position")
+        # Only numbers are sorted: SQLite has room for 100,000 of them before it takes a temporary file.
+        self._copies = connection.execute("SELECT rowid FROM model_snapshots ORDER BY position")
         self._copy, self._position = self._next_copy(), self._next_position()
         self.next = self._soonest()
 
@@ -226,8 +218,6 @@ class StoredSnapshots:
 
     def _jobs_elsewhere(self, end: int) -> int | None:
         """Return a position outside the log at which snapshot jobs are stored, or None."""
-        if check_readable(self._connection) < snapshots.SINCE_SCHEMA:
-            return None
         row = self._connection.execute(
             "SELECT position FROM job_snapshots WHERE position < ? OR position > ? LIMIT 1",
             (self._base, end),

@@ -22,14 +22,11 @@ from events.sqlite.history import Moment
 from events.sqlite.presence import find_server_event, presence_at, read_node_events
 from events.sqlite.projections import StoredProjections
 from events.sqlite.readonly import open_read_only, refuse_incomplete
-from events.sqlite.schema import check_readable, schema_difference
+from events.sqlite.schema import schema_difference
 from events.sqlite.snapshots import is_base_state_whole, read_base_state
 from events.state import State
 from events.storage import ArchivedRange, LogHead, RawRow, Row, StorageDamaged, StorageError, StoredBase
 from events.types import Event, LogBase
-
-_ARCHIVES_SINCE = 4
-"""The schema from which on the ledger lists its archives."""
 
 _NOT_ABOUT_CONTENT = {
     sqlite3.SQLITE_BUSY,
@@ -109,7 +106,8 @@ class LogReader:
 
     def nodes(self) -> list[Node]:
         """Return the nodes of the ledger, as they are stored."""
-        return [queries.as_node(body) for (body,) in queries.read_nodes(self._connection, "nodes")]
+        stored = self._connection.execute("SELECT body FROM nodes")
+        return [queries.as_node(body) for (body,) in stored]
 
     def find_moment(self, until: str | None, now: Timestamp) -> Moment:
         """Return the moment of a position in digits or a time, with the state of the server.
@@ -190,10 +188,8 @@ class ProofReader:
         """Whether the stored state at the base is what archiving wrote."""
         return is_base_state_whole(self._connection, base.position)
 
-    def archives(self, base: LogBase) -> tuple[ArchivedRange, ...]:
+    def archives(self) -> tuple[ArchivedRange, ...]:
         """Return the archives that the ledger lists, in the order of their positions."""
-        if base.position == 0 and check_readable(self._connection) < _ARCHIVES_SINCE:
-            return ()
         return queries.list_archives(self._connection)
 
     def is_cut_off(self) -> bool:

@@ -15,7 +15,7 @@ from events.errors import ForeignHead
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.nodes import Node
-from events.sqlite.schema import check_readable, transaction
+from events.sqlite.schema import transaction
 from events.state import Changes, State
 from events.storage import ArchivedRange, LogHead, Row
 from events.tokens import OF_TOKENS, Token
@@ -26,18 +26,6 @@ PAGE = 500
 
 LAST = 2**63 - 1
 """No position is above this."""
-
-_SEEN_SINCE = 7
-"""The schema from which on the server notes that it is there."""
-
-FOLDS_SINCE = 7
-"""The schema from which on an archive's row has the folds of the state at its end."""
-
-TOKENS_SINCE = 8
-"""The schema from which on there are tokens."""
-
-NODES_SINCE = 9
-"""The schema from which on there are nodes."""
 
 
 def read_head(connection: sqlite3.Connection) -> LogHead:
@@ -92,10 +80,9 @@ def find_hash(connection: sqlite3.Connection, position: int) -> bytes | None:
 
 def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
     """Return the archives that a ledger lists, in the order of their positions."""
-    folds = "folds" if check_readable(connection) >= FOLDS_SINCE else "0"
     found = connection.execute(
-        "SELECT first_position, last_position, hash, CAST(file AS BLOB),"  # noqa: S608 - literals above
-        f" {folds} FROM archives ORDER BY last_position"
+        "SELECT first_position, last_position, hash, CAST(file AS BLOB), folds FROM archives"
+        " ORDER BY last_position"
     )
     return tuple(
         ArchivedRange(first, last, digest, (file or b"").decode(errors="replace"), folds)
@@ -141,22 +128,9 @@ def read_state(connection: sqlite3.Connection) -> State:
     jobs = connection.execute(
         "SELECT body FROM jobs WHERE status IN (?, ?)", (JobStatus.PENDING, JobStatus.IN_PROGRESS)
     )
-    tokens, nodes = read_tokens(connection, "tokens"), read_nodes(connection, "nodes")
+    tokens = connection.execute("SELECT body FROM tokens")
+    nodes = connection.execute("SELECT body FROM nodes")
     return make_state(position, read_head(connection).recorded_at, models, jobs, tokens=tokens, nodes=nodes)
-
-
-def read_tokens(connection: sqlite3.Connection, table: str) -> Iterable[tuple[str]]:
-    """Return the tokens of a table as they are stored; none if the schema is older."""
-    if check_readable(connection) < TOKENS_SINCE:
-        return ()
-    return connection.execute(f"SELECT body FROM {table}")  # noqa: S608 - a literal of the caller
-
-
-def read_nodes(connection: sqlite3.Connection, table: str) -> Iterable[tuple[str]]:
-    """Return the nodes of a table as they are stored; none if the schema is older."""
-    if check_readable(connection) < NODES_SINCE:
-        return ()
-    return connection.execute(f"SELECT body FROM {table}")  # noqa: S608 - a literal of the caller
 
 
 def make_state(
@@ -259,9 +233,7 @@ def read_last_used(connection: sqlite3.Connection) -> dict[str, str]:
 
 
 def read_last_seen(connection: sqlite3.Connection) -> str:
-    """Return when the server last noted that it was there; empty if it never did, or the schema is older."""
-    if check_readable(connection) < _SEEN_SINCE:
-        return ""
+    """Return when the server last noted that it was there; empty if it never did."""
     row = connection.execute("SELECT seen_at FROM last_seen").fetchone()
     return "" if row is None else str(row[0])
 

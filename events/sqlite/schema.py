@@ -10,11 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from events.errors import ForeignDatabase, FutureSchema
+from events.errors import DEVELOPMENT, ForeignDatabase, FutureSchema
 from migrations import read_migrations
 
-APPLICATION_ID = 0x4C4C6467
-"""SQLite's application_id of a ledger: "LLdg"."""
+APPLICATION_ID = 0x4C4C4631
+"""SQLite's application_id of a ledger: "LLF1", LoadLedger's format 1."""
+
+_OF_DEVELOPMENT = 0x4C4C6467
+"""That of ledgers before there was a format: the same events meant other things."""
 
 BUSY_TIMEOUT = "PRAGMA busy_timeout = 5000"
 """Milliseconds that a connection waits for another one's lock; a longer read of a stopped ledger keeps a
@@ -142,6 +145,8 @@ def refuse_foreign(connection: sqlite3.Connection) -> None:
     """
     owner = _pragma(connection, "application_id")
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if owner == _OF_DEVELOPMENT:
+        raise ForeignDatabase(DEVELOPMENT)
     if owner != APPLICATION_ID and (tables or owner or _pragma(connection, "user_version")):
         raise ForeignDatabase
 

@@ -15,25 +15,14 @@ import sqlite3
 from collections.abc import Iterator
 
 from events.jobs import JobStatus
-from events.sqlite.queries import (
-    LAST,
-    NODES_SINCE,
-    TOKENS_SINCE,
-    as_text,
-    make_state,
-    read_nodes,
-    read_tokens,
-)
-from events.sqlite.schema import check_readable, transaction
+from events.sqlite.queries import LAST, as_text, make_state
+from events.sqlite.schema import transaction
 from events.state import State
 
 _log = logging.getLogger(__name__)
 
 EVERY = 4_000
 """Events between two snapshots at least: their fold takes 0.1 s, and the copies are a tenth of the log."""
-
-SINCE_SCHEMA = 3
-"""The schema from which on there are snapshots."""
 
 _ENDED = f"status NOT IN ('{JobStatus.PENDING}', '{JobStatus.IN_PROGRESS}')"
 
@@ -125,21 +114,18 @@ def read_base_state(connection: sqlite3.Connection, base: int) -> State:
         return State()
     models = connection.execute("SELECT body FROM model_snapshots WHERE position = ?", (base,))
     jobs = connection.execute("SELECT body FROM job_snapshots WHERE position = ?", (base,))
-    tokens, nodes = read_tokens(connection, "base_tokens"), read_nodes(connection, "base_nodes")
+    tokens = connection.execute("SELECT body FROM base_tokens")
+    nodes = connection.execute("SELECT body FROM base_nodes")
     return make_state(base, "", models, jobs, tokens=tokens, nodes=nodes)
 
 
 def base_state_digest(connection: sqlite3.Connection, base: int) -> bytes:
     """Return the SHA-256 of the stored state at the base: each body, followed by a line feed."""
-    schema, others = check_readable(connection), ""
-    if schema >= TOKENS_SINCE:
-        others += " UNION ALL SELECT 3, id, body FROM base_tokens"
-    if schema >= NODES_SINCE:
-        others += " UNION ALL SELECT 4, id, body FROM base_nodes"
     found = connection.execute(
-        "SELECT CAST(body AS BLOB) FROM (SELECT 1 AS kind, model_id AS key, body FROM model_snapshots"  # noqa: S608
+        "SELECT CAST(body AS BLOB) FROM (SELECT 1 AS kind, model_id AS key, body FROM model_snapshots"
         "  WHERE position = :base UNION ALL SELECT 2, created_position, body FROM job_snapshots"
-        f"  WHERE position = :base{others}) ORDER BY kind, key",
+        "  WHERE position = :base UNION ALL SELECT 3, id, body FROM base_tokens"
+        "  UNION ALL SELECT 4, id, body FROM base_nodes) ORDER BY kind, key",
         {"base": base},
     )
     digest = hashlib.sha256()

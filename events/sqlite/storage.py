@@ -31,14 +31,11 @@ from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_
 from events.state import Changes
 from events.storage import LogHead, Row, StorageError, StoredBase, StoredLedger
 
-FOLDS = 9
-"""The number of the folds: add one with each change after which the same events give other stored bodies."""
+FOLDS = 1
+"""The version of the folds: add one with each change after which the same events give other stored bodies."""
 
 MAX_NAMED = 100
 """Differences that a rebuild names at most."""
-
-_KEPT_SINCE = 2
-"""The schema from which on the number of the folds is stored."""
 
 _Key = str | bytes
 
@@ -52,8 +49,6 @@ STATEMENTS_IN_MEMORY = "PRAGMA temp_store = MEMORY"
 
 def is_current(connection: sqlite3.Connection) -> bool:
     """Whether this release's folds made the stored projections; damaged ones are not outdated."""
-    if check_readable(connection) < _KEPT_SINCE:
-        return False
     row: tuple[object] | None = connection.execute("SELECT folds FROM projected").fetchone()
     return row is None or bool(row[0] == FOLDS)
 
@@ -351,7 +346,7 @@ class Database:
 def _check_readable_state(path: Path) -> None:
     """Read the stored state before anything is written, so that an unusable file stays unchanged."""
     with open_read_only(path, problem="cannot be opened") as connection:
-        if is_current(connection):
+        if check_readable(connection) and is_current(connection):  # an empty file has no tables yet
             queries.read_state(connection)
 
 

@@ -6,8 +6,7 @@ with the bare model in fresh processes; `store.ModelCache` keeps it under its `k
 `runtime.store`. The next load of the same bytes asks `Preparer.find_form` and passes it to its worker.
 
 To change: what a cached model depends on: `key`. What is recorded of a key: `manifest`. Entries, eviction and
-disk space: `store`. When a form is good enough: `trial`. Candidates, attempts, counts: `preparer`. What the
-release before has left: `formerfolder`.
+disk space: `store`. When a form is good enough: `trial`. Candidates, attempts, counts: `preparer`.
 
 In the API, commands, events and metrics a cached model is called `prepared`, and its kind its `form`.
 """

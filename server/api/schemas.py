@@ -380,7 +380,7 @@ class ModelSchema(AnswerSchema):
     threads = fields.Integer(
         required=True,
         allow_none=True,
-        **about("Threads that each of its workers computes with; null if an earlier release loaded it."),
+        **about("Threads that each of its workers computes with."),
     )
     inputs = fields.List(fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE))
     outputs = fields.List(fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE))

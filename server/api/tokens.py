@@ -163,7 +163,7 @@ class SignInLinkSchema(AnswerSchema):
     "/api/v1/tokens",
     access=Access.ADMIN,
     summary="List the tokens that have not expired, newest first",
-    description="Tokens of earlier releases and of identity providers are not known to the ledger.",
+    description="Tokens of identity providers are not known to the ledger.",
     query=TokensQuerySchema(),
     answers={200: (TokenListSchema(), "One page.")},
 )

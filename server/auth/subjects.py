@@ -2,8 +2,7 @@
 
 `system` is the server's own, and `local:NAME` is a user of the server's machine (`server.auth.control`).
 
-Events have the subject as their actor, and people read it there: what it looks like is what counts. Ledgers
-with other actors, of earlier releases, are read as they are.
+Events have the subject as their actor, and people read it there: what it looks like is what counts.
 """
 
 import re

@@ -31,7 +31,6 @@ from events.types import (
     ModelSettingsChanged,
     ModelUnloaded,
     Unknown,
-    UnloadFailed,
     UnloadJoined,
 )
 from server.appkeys import LOG, READER, REQUEST_LOG
@@ -51,7 +50,7 @@ RETRY_S = 1.0
 JOINS = (LoadJoined, UnloadJoined)
 """The events of requests that were answered with a job of another one."""
 
-ENDS = (ModelLoaded, ModelSettingsChanged, LoadFailed, ModelUnloaded, UnloadFailed, JobCancelled)
+ENDS = (ModelLoaded, ModelSettingsChanged, LoadFailed, ModelUnloaded, JobCancelled)
 """The events that end a job."""
 
 

@@ -8,7 +8,6 @@ const FORMS = [
   [/\.onnx$/i, "application/octet-stream"],
   [/\.(tar|tar\.gz|tgz)$/i, "application/x-tar"],
 ];
-const READ_ONLY = ["repository_read_only", "not_found", "method_not_allowed"]; // the last two: an earlier release
 
 // Returns `add`, which opens the dialog, and `takeDrops`, which has a part of the page take a dropped file.
 export function uploads(api, store, offers) {
@@ -52,7 +51,7 @@ export function uploads(api, store, offers) {
       await api.upload(path, file, { headers: { "Content-Type": type, "If-None-Match": "*" }, onProgress: (sent) => draw(sent, total), signal: sending.signal });
     } catch (error) {
       if (sending.signal.aborted) return false;
-      if (READ_ONLY.includes(error.code)) {
+      if (error.code === "repository_read_only") {
         store.readOnly = true;
         store.changed();
       }

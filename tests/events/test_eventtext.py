@@ -59,12 +59,6 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("ServerStarted", STARTED, f"{UNEXPECTED}, the ledger's last event before was at T, {SEEN}", True),
     (
         "ServerStarted",
-        {"unclean": True, "down_since": "T"},
-        f"{UNEXPECTED}, the last event before was at T",
-        True,
-    ),
-    (
-        "ServerStarted",
         STARTED | {"unclean": False},
         f"the ledger's last event before was at T, {SEEN}",
         False,

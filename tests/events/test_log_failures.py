@@ -364,6 +364,7 @@ def test_changed_ledger_is_refused_untouched(
         ["CREATE TABLE notes (text)"],
         ["CREATE TABLE events (position INTEGER PRIMARY KEY, body TEXT)"],
         ["PRAGMA application_id = 7"],
+        ["CREATE TABLE events (position)", "PRAGMA application_id = 0x4C4C6467"],  # before format 1
         ["PRAGMA user_version = 1"],
         ["CREATE TABLE notes (text)", "PRAGMA user_version = 1", "PRAGMA application_id = 7"],
     ],

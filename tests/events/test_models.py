@@ -65,7 +65,6 @@ load request_unload -> loaded, v1, ends by U
 load request_unload start_unload -> unloading, v1, ends by U
 load request_unload start_unload finish_unload -> unloaded, v1
 load request_unload finish_unload -> unloaded, v1
-load request_unload start_unload fail_unload -> loaded, v1
 load request_unload cancel_U -> loaded, v1
 load request_unload start_unload cancel_U -> loaded, v1
 load request_unload start_unload request_force -> unloading, v1, ends by U F
@@ -84,7 +83,6 @@ load request_v2 start_v2 fail_v2 -> loaded, v1, broken
 load request_v2 start_v2 cancel_L2 -> loaded, v1
 load load_v2 request_drain start_drain -> loaded, v2
 load load_v2 drain -> loaded, v2
-load load_v2 request_drain start_drain fail_drain -> loaded, v2
 load request_v2 start_v2 request_unload_v2 -> loaded, v1, then v2, ends by U
 load request_v2 start_v2 request_unload_v2 finish_v2 start_unload -> unloading, v2, ends by U
 load request_v2 start_v2 request_unload_v2 finish_v2 start_unload finish_unload -> unloaded, v2
@@ -347,7 +345,7 @@ def test_loads_wait_in_request_order() -> None:
     assert history.model().loads == (PendingLoad("L", 1, started=True), PendingLoad("L2", 2))
 
 
-@pytest.mark.parametrize("end", ["start_drain", "finish_drain", "fail_drain", "cancel_S"])
+@pytest.mark.parametrize("end", ["start_drain", "finish_drain", "cancel_S"])
 def test_drain_of_old_version_leaves_new_one(end: str) -> None:
     history = given("load load_v2 request_drain")
     before = history.model()
@@ -418,7 +416,7 @@ def test_footprint_keeps_highest_peak_per_prepared_form() -> None:
 
 
 def test_footprint_is_kept_per_number_of_threads() -> None:
-    history = given("load")  # of an earlier release, which did not record it
+    history = given("load")
     for load, threads, peak in (("L4", 1, 3_000), ("L5", 2, 9_000), ("L6", 2, 500), ("L7", 1, 4_000)):
         history.ask_load(load)
         history.start_load(load)

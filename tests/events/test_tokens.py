@@ -196,15 +196,6 @@ async def test_changed_token_is_found(
     assert problem in finding.problem
 
 
-async def test_ledger_without_token_tables_verifies_and_opens(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    await write(path)
-    tables = ("tokens", "base_tokens", "nodes", "base_nodes")
-    change_ledger(path, *(f"DROP TABLE {table}" for table in tables), "PRAGMA user_version = 7")
-    assert verify(path).verified
-    assert list(await write(path, ISSUE)) == ["t1"]
-
-
 @pytest.mark.parametrize(
     ("kills", "unclean"), [(False, False), (True, True)], ids=["after-stop", "after-kill"]
 )

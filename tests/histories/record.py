@@ -24,27 +24,25 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from support import models
 from support.cluster import are_elsewhere, clustered, find_nodes, find_places, is_lost
+from support.folding import fold_steps
 from support.postgres import postgres_server
 from support.running import running
 
-from events.codec import decode_event, encode_event
+from events.codec import encode_event
 from events.commands import IssueToken, Record, RequestLoad, RequestUnload, RevokeToken
 from events.log import Log
 from events.models import ModelState
-from events.nodes import Node, NodePhase
+from events.nodes import NodePhase
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
-from events.sqlite.queries import as_text
 from events.sqlite.storage import FOLDS
-from events.state import State
-from events.tokens import SignInLinkIssued, Token, TokenIssued
+from events.tokens import SignInLinkIssued, TokenIssued
 from events.types import AccessDenied, Cause, Draft, Idempotency, LoadParameters
 
 HERE = Path(__file__).parent
@@ -52,32 +50,10 @@ HERE = Path(__file__).parent
 Scenario = Callable[[Path], Awaitable[None]]
 
 
-def changes(bodies: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the stored forms of the models and jobs that each event changed."""
-    state, found = State(), []
-    for body in bodies:
-        changed = state.apply(decode_event(body))
-        found.append(
-            {
-                "models": {key: json.loads(as_text(model)) for key, model in changed.models.items()},
-                "jobs": {key: json.loads(as_text(job)) for key, job in changed.jobs.items()},
-                **_stored("tokens", changed.tokens),
-                **_stored("nodes", changed.nodes),
-            }
-        )
-    return found
-
-
-def _stored(kind: str, entities: Mapping[str, Token | Node | None]) -> dict[str, Any]:
-    """Return the stored forms of the changed tokens or nodes; histories without any have no such member."""
-    stored = {key: None if each is None else json.loads(as_text(each)) for key, each in entities.items()}
-    return {kind: stored} if stored else {}
-
-
 def write_states(name: str) -> None:
     """Fold a recorded history, and write the states to its file."""
-    bodies = (HERE / f"{name}.jsonl").read_text().splitlines()
-    states = {"folds": FOLDS, "changes": changes(bodies)}
+    steps, last = fold_steps((HERE / f"{name}.jsonl").read_text().splitlines())
+    states = {"folds": FOLDS, "steps": steps, "last": last}
     (HERE / f"{name}.json").write_text(json.dumps(states, indent=1) + "\n")
 
 

@@ -51,7 +51,6 @@ from events.types import (
     ServerStarted,
     ServerStopped,
     Unknown,
-    UnloadFailed,
     UnloadJoined,
     UnloadRequested,
     UnloadStarted,
@@ -341,7 +340,6 @@ STEPS: dict[str, Callable[[History], object]] = {
     "request_drain": lambda h: h.ask_unload("S", "L", cause=Cause.SWAP),
     "start_drain": lambda h: h.start_unload("S"),
     "finish_drain": lambda h: h.end_unload("S"),
-    "fail_drain": lambda h: h.add(UnloadFailed("stuck", "x"), "S"),
     "drain": lambda h: h.unload("S", "L", cause=Cause.SWAP),
     "drain_again": lambda h: h.unload("S2", "L", cause=Cause.SWAP),
     # Unloads, gentle and forced.
@@ -352,7 +350,6 @@ STEPS: dict[str, Callable[[History], object]] = {
     "request_eviction": lambda h: h.ask_unload("U", "L", cause=Cause.EVICTION),
     "start_unload": lambda h: h.start_unload("U"),
     "finish_unload": lambda h: h.end_unload("U"),
-    "fail_unload": lambda h: h.add(UnloadFailed("stuck", "x"), "U"),
     "request_force": lambda h: h.ask_unload("F", "L", force=True),
     "request_force_v2": lambda h: h.ask_unload("F", "L2", force=True),
     "request_force_again": lambda h: h.ask_unload("F2", "L", force=True),

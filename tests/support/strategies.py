@@ -75,7 +75,7 @@ def instances(kind: type[T], *, without: str = "") -> st.SearchStrategy[T]:
     hints = typing.get_type_hints(kind, include_extras=True)
     timestamps = st.none() | st.integers(-1_000, 1_000).map(at)
     known: dict[str, st.SearchStrategy[Any]] = dict.fromkeys(
-        ("down_since", "last_event_at", "last_seen_at", "no_node_since"), timestamps
+        ("last_event_at", "last_seen_at", "no_node_since"), timestamps
     )
     is_optional = typing.get_origin(hints.get("node_id")) is types.UnionType
     known |= {"node_id": NODES | st.just(UNSET) if is_optional else NODES, "epoch": st.integers(1, 2)}

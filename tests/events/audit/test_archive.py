@@ -28,7 +28,7 @@ from events.audit.exportreader import ExportReader, audit_file, read_lines
 from events.audit.verify import FindingKind, verify
 from events.clock import format_timestamp
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
-from events.sqlite import history, snapshots, storage
+from events.sqlite import history, storage
 from events.sqlite.archiving import ArchivingLedger
 from events.sqlite.history import InvalidMoment
 from events.sqlite.queries import as_text, read_base
@@ -264,39 +264,6 @@ def test_archive_killed_at_any_moment_moves_all_or_nothing(run: Callable[..., in
 
 
 # What is stored in place of archived events.
-
-
-def without_new_members(value: object) -> object:
-    """Return JSON as a release wrote it that did not know what was added since."""
-    if isinstance(value, dict):
-        old = {name: each for name, each in value.items() if name not in {"form", "prepared"}}
-        return {name: without_new_members(each) for name, each in old.items()}
-    return value
-
-
-def test_base_state_of_an_earlier_release_is_understood() -> None:
-    with ledgers.archived_copy(LEDGER, 20) as (path, files):
-        with closing(connect(path)) as connection:
-            for table in ("model_snapshots", "models", "jobs"):
-                for number, body in connection.execute(f"SELECT rowid, body FROM {table}").fetchall():
-                    old = without_new_members(json.loads(body))
-                    text = json.dumps(old, separators=(",", ":"), sort_keys=True)
-                    connection.execute(f"UPDATE {table} SET body = ? WHERE rowid = ?", (text, number))
-            connection.execute("UPDATE archives SET state_sha256 = ?", (base_state_digest(connection, 19),))
-            connection.execute("UPDATE projected SET folds = 1")
-            snapshots.forget(connection, 19)
-            storage.rebuild(connection)
-            snapshots.write(connection, HEAD)
-            bodies = connection.execute("SELECT position, body FROM model_snapshots").fetchall()
-        assert {position for position, body in bodies if "prepared" in body} == {HEAD}
-        assert {position for position, _ in bodies} == {19, HEAD}
-        found = audit(path, archives=files)
-        assert found.finding is None
-        assert found.behind is not None
-        assert found.behind.is_folded
-        archived(path, 33)
-        assert audit(path).finding is None
-        assert states(path, range(32, HEAD + 1)) == STATES[32:]
 
 
 @pytest.mark.parametrize(("folds", "is_outdated"), [(0, True), (storage.FOLDS, False)])

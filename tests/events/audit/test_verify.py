@@ -151,7 +151,7 @@ def test_tampered_chain_is_found_at_the_first_position(rows: list[Row]) -> None:
         edited(5, type="ModelLoaded", data={"files": 7}),
         edited(5, job_id={}),
         edited(5, model_id=[]),
-        edited(5, type="ServerStarted", data={"unclean": True, "down_since": "yesterday"}),
+        edited(5, type="ServerStarted", data={"unclean": True, "last_seen_at": "yesterday"}),
         edited(5, type="WorkerExited", worker_id="w-L0", recorded_at=None),
     ],
     ids=lambda body: body[:60].decode(),

@@ -321,11 +321,11 @@ async def test_facts_of_an_ended_epoch_are_refused(ledger: Database, tmp_path: P
 async def test_later_schema_refuses_only_what_is_written(ledger: Database, tmp_path: Path) -> None:
     async with opened_replica(ledger.server_url, tmp_path / "a") as log:
         await write(log, 1)
-        await change(ledger, "INSERT INTO migrations VALUES (99, now())")
+        await change(ledger, "INSERT INTO applied_migrations VALUES (99, now())")
         await storage_of(log)._connected.close()
         with pytest.raises(LogUnavailable, match="use the release that wrote it"):
             await log.submit(load("1"))
-        await change(ledger, "DELETE FROM migrations WHERE number = 99")
+        await change(ledger, "DELETE FROM applied_migrations WHERE number = 99")
         assert (await log.submit(load("1"))).position == 2
 
 
@@ -428,7 +428,7 @@ async def test_server_role_can_read_and_append_only(ledger: Database, tmp_path: 
     async with opened_replica(ledger.server_url, tmp_path / "a") as log:
         await write(log, 1)
     connection = await asyncpg.connect(ledger.server_url, server_settings={"search_path": "loadledger"})
-    for table in ("events", "head", "base", "archives", "base_state", "nodes", "migrations"):
+    for table in ("events", "head", "base", "archives", "base_state", "nodes", "applied_migrations"):
         for statement in (f"DELETE FROM {table}", f"TRUNCATE {table}", f"INSERT INTO {table} DEFAULT VALUES"):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await connection.execute(statement)

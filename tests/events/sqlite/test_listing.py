@@ -291,8 +291,9 @@ async def test_reader_sees_each_commit_and_writes_nothing(tmp_path: Path) -> Non
     [
         (None, LogUnavailable, r"ledger\.db cannot be opened"),
         (b"this is no database, it is a sentence\n" * 100, LogUnavailable, "not a database"),
-        ("PRAGMA user_version = 99; PRAGMA application_id = 0x4C4C6467", FutureSchema, "schema 99"),
+        ("PRAGMA user_version = 99; PRAGMA application_id = 0x4C4C4631", FutureSchema, "schema 99"),
         ("PRAGMA application_id = 7", ForeignDatabase, "not a ledger"),
+        ("PRAGMA application_id = 0x4C4C6467", ForeignDatabase, "version of loadledger before 0.1.0"),
         ("CREATE TABLE notes (text)", ForeignDatabase, "not a ledger"),
     ],
 )

@@ -1,9 +1,7 @@
 """Projections that other folds made are rebuilt from the log before anything uses them."""
 
 import logging
-import sqlite3
 from contextlib import closing
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from events.audit.verify import verify
 from events.errors import LogUnavailable
 from events.sqlite import storage
 from events.sqlite.queries import PAGE
-from events.sqlite.schema import APPLICATION_ID, connect
+from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS, is_current
 from events.state import State
 from events.types import Event
@@ -27,16 +25,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.db"
 
 
-def write_schema_1(path: Path, facts: list[Event]) -> None:
-    """Write a ledger as the first release did; its stored jobs and models lack what was not known then."""
-    script = resources.files("migrations").joinpath("0001_ledger.sql").read_text(encoding="utf-8")
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.executescript(f"PRAGMA journal_mode = WAL; {script}")
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute("PRAGMA user_version = 1")
+def write_outdated(path: Path, facts: list[Event]) -> None:
+    """Write a ledger whose stored jobs and models are of folds that knew less."""
+    with closing(connect(path)) as connection:
         store_events(connection, facts)
         connection.execute("UPDATE jobs SET body = json_remove(body, '$.cancel_requested')")
         connection.execute("UPDATE models SET body = json_remove(body, '$.incidents')")
+        connection.execute("UPDATE projected SET folds = 0")
 
 
 def projections(path: Path) -> dict[str, list[tuple[object, ...]]]:
@@ -49,14 +44,14 @@ async def open_once(path: Path) -> None:
 
 
 @pytest.mark.parametrize("facts", [HISTORY, []], ids=["history", "empty"])
-async def test_first_schema_is_migrated_and_rebuilt_once(
+async def test_outdated_projections_are_rebuilt_once(
     path: Path, facts: list[Event], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    write_schema_1(path, facts)
+    write_outdated(path, facts)
     before, state = verify(path), State()
     assert before.verified
-    assert not before.compared  # nothing is reported before the upgrade, and nothing is claimed either
+    assert not before.compared  # nothing is reported before, and nothing is claimed either
     for event in facts:
         state.apply(event)
     async with opened(path) as log:
@@ -75,11 +70,11 @@ async def test_first_schema_is_migrated_and_rebuilt_once(
 
 async def test_projections_are_rebuilt_for_other_folds_only(path: Path) -> None:
     with closing(connect(path.with_name("new.db"))) as connection:
-        assert not is_current(connection)
-    write_schema_1(path, HISTORY)
+        assert is_current(connection)
+    write_outdated(path, HISTORY)
     await open_once(path)
     sound = projections(path)
-    for folds in (FOLDS - 1, FOLDS + 1):
+    for folds in (0, FOLDS + 1):
         change_ledger(
             path,
             f"UPDATE projected SET folds = {folds}",
@@ -111,7 +106,7 @@ async def test_log_longer_than_a_page_is_folded_to_its_end(path: Path) -> None:
         history.start_load(f"L{number}", of=f"m{number % 7}")
         if number % 3:
             history.fail_load(f"L{number}", of=f"m{number % 7}")
-    write_schema_1(path, history.facts)
+    write_outdated(path, history.facts)
     await open_once(path)
     verification = verify(path)
     assert verification.verified, verification.finding
@@ -119,7 +114,7 @@ async def test_log_longer_than_a_page_is_folded_to_its_end(path: Path) -> None:
 
 
 async def test_failed_rebuild_changes_nothing_and_names_the_event(path: Path) -> None:
-    write_schema_1(path, HISTORY)
+    write_outdated(path, HISTORY)
     before = stored(path, "jobs", "models")
     change_ledger(
         path,
@@ -132,7 +127,7 @@ async def test_failed_rebuild_changes_nothing_and_names_the_event(path: Path) ->
 
 @pytest.mark.parametrize(("table", "key"), [("models", "digits"), ("jobs", "L0")])
 async def test_rebuild_names_keys_that_became_bytes(path: Path, table: str, key: str) -> None:
-    write_schema_1(path, HISTORY)
+    write_outdated(path, HISTORY)
     await open_once(path)
     sound = projections(path)
     change_ledger(path, f"UPDATE {table} SET id = CAST(id AS BLOB)", keeps_triggers=True)

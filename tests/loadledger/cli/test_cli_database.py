@@ -375,7 +375,7 @@ async def unusable(database: Database, ledger: Database, kind: str) -> AsyncIter
                 await superuser.execute(f"{OTHER_PROGRAM}; ALTER SCHEMA loadledger OWNER TO ledger_owner")
             yield database.owner_url, "is no ledger; nothing in it was touched"
         case "a later release's":
-            await change(ledger, "INSERT INTO migrations VALUES (99, now())")
+            await change(ledger, "INSERT INTO applied_migrations VALUES (99, now())")
             yield ledger.owner_url, "the database has schema 99"
         case "another role's":
             yield ledger.server_url, "does not own the ledger"

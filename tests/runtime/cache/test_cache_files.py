@@ -1,6 +1,5 @@
 """Files of the optimised model cache: damaged, foreign, or refused by the file system."""
 
-import logging
 import os
 import resource
 import shutil
@@ -18,7 +17,6 @@ from support.cache import check_whole, drop, files_of, halves, keep, key, manife
 from support.history import PLAIN
 from support.ledgers import FAST_FOLDER
 
-from runtime.cache.formerfolder import remove_former_folder
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.store.problems import DiskFull
 
@@ -308,37 +306,3 @@ def test_draft_larger_than_the_disk_evicts_nothing(store: ModelCache, folder: Pa
 
 
 # The folder of the release before
-
-
-def former_folder(data: Path) -> Path:
-    """Make the folder that the release before has left."""
-    folder = data / "prepared"
-    for name in (A, f"draft-{'0' * 16}-{'1' * 8}"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "weights.bin").write_bytes(b"x")
-    return folder
-
-
-def test_former_folder_is_removed_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = former_folder(tmp_path)
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            remove_former_folder(tmp_path)
-    assert not folder.exists()
-    assert [record.levelname for record in caplog.records] == ["INFO"]
-
-
-def test_former_folder_keeps_what_is_not_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = former_folder(tmp_path)
-    (folder / "notes.txt").write_text("mine")
-    remove_former_folder(tmp_path)
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
-def test_link_in_place_of_the_former_folder_is_left_alone(tmp_path: Path) -> None:
-    elsewhere = former_folder(tmp_path / "other")
-    (tmp_path / "prepared").symlink_to(elsewhere)
-    remove_former_folder(tmp_path)
-    assert (elsewhere / A / "weights.bin").exists()
-    assert (tmp_path / "prepared").is_symlink()

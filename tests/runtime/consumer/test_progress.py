@@ -68,7 +68,6 @@ async def test_stage_is_progress_once_for_each_worker(tmp_path: Path, shared_poo
 
 @pytest.mark.parametrize(("recorded", "expected"), [(None, 300), (10, 300), (500, 500)])
 def test_reload_has_at_least_the_progress_timeout_of_the_server(recorded: int | None, expected: int) -> None:
-    """Loads of earlier releases recorded none."""
     history = History()
     history.load("L", progress_timeout_s=recorded)
     history.kill_worker("w-L")
