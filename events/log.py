@@ -241,10 +241,10 @@ class Log:
         await note.done
 
     async def server_started(self, confinement: Confinement | None = None) -> Receipt:
-        """Append `ServerStarted`; unclean unless the last event of a server is `ServerStopped`."""
-        last = await self._storage.read_last_of_server()
+        """Append `ServerStarted`; unclean unless the last event is `ServerStopped`."""
+        last = self.head
         unclean = last.position > 0 and last.type != ServerStopped.TYPE
-        last_event_at = self.head.recorded_at or None
+        last_event_at = last.recorded_at or None
         last_seen_at = max(last.recorded_at, self.last_seen if unclean else "") or None
         data = ServerStarted(
             unclean, last_event_at=last_event_at, last_seen_at=last_seen_at, confinement=confinement

@@ -217,9 +217,6 @@ class Storage(Protocol):
             LogUnavailable: `log_unavailable`, they cannot be read; the storage is given up.
         """
 
-    async def read_last_of_server(self) -> LogHead:
-        """Return the last event that a running server wrote; position 0 if there is none."""
-
     async def note(self, used: Mapping[str, str], seen_at: str) -> None:
         """Store when models were last used, and that the server is there.
 

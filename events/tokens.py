@@ -27,9 +27,9 @@ SWEEP_EVERY = 128
 class TokenIssued(Struct, frozen=True, gc=False):
     """The actor issued a token for `subject`; the ledger never has the token itself, but its id, `jti`.
 
-    `via` says how: over the `api`, over the `socket` in the data directory, by a sign-in `link`, by a
-    `command` while no server ran, or by the server for its own user (`serve`). `issued_with` is the id of the
-    actor's token; None on the server's machine, which needs none.
+    `via` says how: over the `api`, over the `socket` in the data directory, by a sign-in `link`, or by
+    the server for its own user (`serve`). `issued_with` is the id of the actor's token; None on the server's
+    machine, which needs none.
     """
 
     TYPE: ClassVar[str] = "TokenIssued"

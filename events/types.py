@@ -333,7 +333,7 @@ class ServerStarted(Struct, frozen=True, gc=False):
     """The server started on this log. Jobs are not charged for the time since the server was last seen.
 
     Attributes:
-        unclean: whether the event before was not `ServerStopped`; events about tokens do not count.
+        unclean: whether the event before was not `ServerStopped`.
         last_event_at: when the event before was recorded; None in a new log.
         last_seen_at: until when the server before is known to have run: until that event, or after an unclean
             end until its last note; None in a new log.

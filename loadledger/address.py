@@ -14,6 +14,8 @@ _VISIBLE = re.compile(r"[!-~]+")
 _NEXT_URL = re.compile(r",\s*(?=https?://)")
 """Before a further URL; a comma elsewhere is part of a URL."""
 USER_AGENT = "loadledger-client"
+CONTROL_SOCKET = "control.sock"
+"""The file in a data directory over which its server can be managed on its machine, without a token."""
 CONNECT_S = 10.0
 SILENCE_S = 45.0
 """A stream without a byte for so long is dead: the server sends a heartbeat every 15 s."""
@@ -124,6 +126,7 @@ class ConnectionOptions:
         ca_file: certificates to trust, in PEM, instead of the system's.
         max_answer_bytes: longest answer that is accepted.
         max_connect_s: limit of the time to connect.
+        data: the server's data directory, whose control socket is connected to instead of the address.
     """
 
     address: Address
@@ -131,6 +134,7 @@ class ConnectionOptions:
     ca_file: Path | str | None = None
     max_answer_bytes: int = MAX_ANSWER_BYTES
     max_connect_s: float = CONNECT_S
+    data: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:

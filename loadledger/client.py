@@ -79,9 +79,14 @@ class Client:
         ca_file: certificates to trust, in PEM, instead of the system's.
         max_answer_bytes: longest answer that is accepted.
 
+    Attributes:
+        data: the server's data directory, if it is reached over the control socket there.
+
     Raises:
         ValueError: an argument is invalid.
     """
+
+    data: Path | None = None
 
     def __init__(
         self,
@@ -92,12 +97,12 @@ class Client:
         ca_file: Path | str | None = None,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        options = [
-            ConnectionOptions(address, timeout_s, ca_file, max_answer_bytes)
-            for address in Address.each_of(url, token)
-        ]
-        self._transport = FailoverTransport(options, BlockingTransport)
-        self._calls = Operations(CallContext(options[0].address, timeout_s, self._transport))
+        self._connect(
+            [
+                ConnectionOptions(address, timeout_s, ca_file, max_answer_bytes)
+                for address in Address.each_of(url, token)
+            ]
+        )
 
     @classmethod
     def from_profile(
@@ -128,6 +133,23 @@ class Client:
             ca_file=target.ca,
             max_answer_bytes=max_answer_bytes,
         )
+
+    @classmethod
+    def of_data(cls, data: Path, *, timeout_s: float = 30.0) -> Self:
+        """Return a client of the server that runs on a data directory, over the control socket there.
+
+        It needs no token: the socket is for the server's own user and root. It has the routes of tokens,
+        sign-in links and nodes.
+        """
+        client = cls("http://localhost", timeout_s=timeout_s)
+        address = Address.of("http://localhost")
+        client._connect([ConnectionOptions(address, timeout_s, data=data)])
+        client.data = data
+        return client
+
+    def _connect(self, options: list[ConnectionOptions]) -> None:
+        self._transport = FailoverTransport(options, BlockingTransport)
+        self._calls = Operations(CallContext(options[0].address, options[0].timeout_s, self._transport))
 
     def __enter__(self) -> Self:
         return self

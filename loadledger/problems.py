@@ -27,6 +27,9 @@ class ClientProblem(Exception):
         return _restore, (type(self), self.args, self.__dict__)
 
 
+CHECK_URL = "is the server running, and is this its URL?"
+
+
 class ServerUnreachable(ClientProblem):
     """The server does not answer: it is absent, the connection was lost, or the time limit passed.
 
@@ -36,9 +39,9 @@ class ServerUnreachable(ClientProblem):
         sent: the request may have arrived.
     """
 
-    def __init__(self, url: str, reason: str, *, sent: bool = False) -> None:
+    def __init__(self, url: str, reason: str, advice: str = CHECK_URL, *, sent: bool = False) -> None:
         what = "does not answer" if sent else "cannot be reached"
-        super().__init__(f"{url} {what}: {reason}; is the server running, and is this its URL?")
+        super().__init__(f"{url} {what}: {reason}; {advice}")
         self.url = url
         self.reason = reason
         self.sent = sent

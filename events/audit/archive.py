@@ -117,15 +117,9 @@ def _find_last(ledger: ArchivingLedger, before: str, now: datetime) -> int:
 
 
 def _refuse_what_must_stay(ledger: ArchivingLedger, last: int, head: LogHead, now: datetime) -> None:
-    """Refuse to move the last events, which the next start needs, and valid idempotency keys."""
+    """Refuse to move the last event, which the next start needs, and valid idempotency keys."""
     if last >= head.position:
         raise MustStay(f"the log's last event must stay: archive --before {head.position} at most")
-    run_end = ledger.last_of_server()
-    if last >= run_end > 0:
-        raise MustStay(
-            "the last event of the server must stay, since the next start needs it: archive --before "
-            f"{run_end} at most"
-        )
     since = add_seconds(max(format_timestamp(now), head.recorded_at), -KEY_LIFETIME_S)
     kept = ledger.first_key(last, since)
     if kept is not None:

@@ -271,10 +271,6 @@ class ReplicatedStorage:
         """Return what the replica has of these keys and joins; the writer has caught up before it decides."""
         return await self._replica.read_requests(hashes, joinable)
 
-    async def read_last_of_server(self) -> LogHead:
-        """Return the last event that a running server wrote."""
-        return await self._replica.read_last_of_server()
-
     async def note(self, used: Mapping[str, str], seen_at: str) -> None:
         """Store in the replica when models were last used, and that this server is there."""
         await self._replica.note(used, seen_at)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from events.clock import Timestamp
 from events.errors import LogUnavailable
-from events.sqlite import history, queries, storage
+from events.sqlite import history, storage
 from events.sqlite.bases import suspended_triggers
 from events.sqlite.proof import LogReader, ProofReader, prove
 from events.sqlite.schema import connect, transaction
@@ -31,10 +31,6 @@ class ArchivingLedger(LogReader):
             "SELECT coalesce(max(position), 0) FROM events WHERE recorded_at < ?", (time,)
         ).fetchone()
         return int(last)
-
-    def last_of_server(self) -> int:
-        """Return the position of the last event that a running server wrote; 0 if there is none."""
-        return queries.read_last_of_server(self._connection).position
 
     def first_key(self, until: int, since: Timestamp) -> int | None:
         """Return the first position up to `until` with an idempotency key recorded after `since`, or None."""

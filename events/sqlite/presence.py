@@ -144,7 +144,7 @@ def presence_at(
     found = add_nodes(server, read_base_nodes(connection), events, position, time)
     is_last = after is None and (not events or events[-1].position <= position)
     if found.state is ServerState.RUNNING and is_last and not is_live and time is not None:
-        seen_at = max(queries.read_last_seen(connection), queries.read_last_of_server(connection).recorded_at)
+        seen_at = max(queries.read_last_seen(connection), queries.read_head(connection).recorded_at)
         if time > add_seconds(seen_at, _OVERDUE_S):
             nodes = tuple(_unknown_since(node, seen_at) for node in found.nodes)
             return Presence(ServerState.UNKNOWN, seen_at, nodes)

@@ -18,7 +18,7 @@ from events.nodes import Node
 from events.sqlite.schema import transaction
 from events.state import Changes, State
 from events.storage import ArchivedRange, LogHead, Row
-from events.tokens import OF_TOKENS, Token
+from events.tokens import Token
 from events.types import LogBase
 
 PAGE = 500
@@ -46,19 +46,6 @@ def contains(connection: sqlite3.Connection, head: LogHead) -> bool:
         {"at": head.position},
     ).fetchone()
     return found is not None and bool(found[0] == head.hash)
-
-
-def read_last_of_server(connection: sqlite3.Connection) -> LogHead:
-    """Return the last event that a running server wrote; position 0 if the log has none.
-
-    Events about tokens do not count, since they may be appended while no server runs.
-    """
-    skipped = ", ".join(f"'{kind.TYPE}'" for kind in OF_TOKENS)
-    row = connection.execute(
-        "SELECT position, hash, recorded_at, type FROM events"  # noqa: S608 - literals
-        f" WHERE type NOT IN ({skipped}) ORDER BY position DESC LIMIT 1"
-    ).fetchone()
-    return LogHead() if row is None else LogHead(*row)
 
 
 def read_base(connection: sqlite3.Connection) -> LogBase:

@@ -19,7 +19,6 @@ from typing import TypeVar
 from events.errors import IncompleteCopy, LogUnavailable
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, refuse_foreign, release_cursors
 from events.storage import StorageError
-from events.tokens import OF_TOKENS
 from events.types import ServerStopped
 
 _CACHE = "PRAGMA cache_size = -512"
@@ -34,7 +33,6 @@ _WAL = 2
 _JOURNAL = "-journal"
 """Ends the name of SQLite's rollback journal: only a file without a write-ahead log is written with one."""
 
-_WHILE_STOPPED = {kind.TYPE for kind in OF_TOKENS}
 
 T = TypeVar("T")
 
@@ -192,15 +190,10 @@ def lacks_wal(path: Path) -> bool:
 
 
 def may_lack_events(connection: sqlite3.Connection) -> bool:
-    """Whether a ledger without its write-ahead log may lack events: its last one is no `ServerStopped`.
-
-    After that only tokens are issued and revoked, which leaves a complete file.
-    """
-    for (kind,) in connection.execute("SELECT type FROM events ORDER BY position DESC"):
-        name = kind.decode() if isinstance(kind, bytes) else kind
-        if name not in _WHILE_STOPPED:
-            return bool(name != ServerStopped.TYPE)
-    return False
+    """Whether a ledger without its write-ahead log may lack events: its last one is no `ServerStopped`."""
+    newest = "SELECT CAST(type AS BLOB) FROM events ORDER BY position DESC LIMIT 1"
+    last = connection.execute(newest).fetchone()
+    return last is not None and bytes(last[0]) != ServerStopped.TYPE.encode()
 
 
 def refuse_incomplete(connection: sqlite3.Connection, path: Path) -> None:

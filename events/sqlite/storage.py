@@ -258,10 +258,6 @@ class Database:
             await self.give_up()
             raise LogUnavailable from error
 
-    async def read_last_of_server(self) -> LogHead:
-        """Return the last event that a running server wrote; position 0 if there is none."""
-        return await self.run(lambda: queries.read_last_of_server(self._connection))
-
     async def note(self, used: Mapping[str, str], seen_at: str) -> None:
         """Store when models were last used, and that the server is there.
 

@@ -26,9 +26,9 @@ from loadledger.cli.server import (
     ServerChoice,
     data_option,
     find_chosen_target,
-    find_local_data,
     json_option,
-    open_chosen_client,
+    open_managing_client,
+    optional_data_option,
     require_data,
     server_options,
 )
@@ -38,14 +38,6 @@ _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
 PAGE = 1000
 """Tokens of one request."""
 TOKEN_HEAD = ("ID", "SUBJECT", "ROLES", "EXPIRES", "ISSUED BY", "VIA", "STATE")
-
-optional_data_option = click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    envvar="LOADLEDGER_DATA",
-    help="Data directory: no token is needed, and the server need not run. Default: ask the server.",
-)
-"""Adds `--data` to commands that otherwise ask a server; `--url` and `--profile` go first."""
 
 
 class TokenGroup(click.Group):
@@ -83,29 +75,16 @@ def token() -> None:
     help="Name of the user or program; the ledger records it.",
 )
 @click.option("--expires", envvar="LOADLEDGER_EXPIRES", default="12h", help="Lifetime: 90s, 30m, 12h, 7d.")
-@click.option("--jwt-audience", help="As given to `serve`. [LOADLEDGER_JWT_AUDIENCE]", show_default=False)
-@click.option("--jwt-issuer", help="As given to `serve`. [LOADLEDGER_JWT_ISSUER]", show_default=False)
 @json_option
-def issue_token(
-    data: Path, roles: tuple[str, ...], subject: str, expires: str, *, as_json: bool, **claims: str | None
-) -> None:
+def issue_token(data: Path, roles: tuple[str, ...], subject: str, expires: str, *, as_json: bool) -> None:
     """Issue a token, record it in the ledger, and print it.
 
-    The server of the data directory issues it, or the command itself if none runs. A running server uses its
-    own audience and issuer. --json prints `token`, `jti` (its id), `subject`, `roles`, `expires_at` and
-    `kid`, the id of the signing key.
+    The server that runs on the data directory issues it; its user and root need no token for that. --json
+    prints `token`, `jti` (its id), `subject`, `roles`, `expires_at` and `kid`, the id of the signing key.
     """
-    from server.auth.issuing import TokenRequest  # noqa: PLC0415 - keeps `--help` quick
-    from server.auth.localtokens import issue_local  # noqa: PLC0415
-    from server.configsources import raise_mistakes, read_settings  # noqa: PLC0415
-
-    expires_s = _seconds(expires)
-    with report_problems():
-        chosen, mistakes = read_settings(claims, os.environ, only=claims)
-        raise_mistakes(mistakes)
-        require_data(data)
-        audience, issuer = chosen["jwt_audience"], chosen["jwt_issuer"]
-        made = issue_local(data, TokenRequest(subject, roles, expires_s, audience, issuer))
+    body = {"subject": subject, "roles": sorted(set(roles)), "expires_s": _seconds(expires)}
+    with open_managing_client(data, ServerChoice()) as client:
+        made = client.post("/api/v1/tokens", body)["token"]
     print_result(_token_members(made), [made], as_json=as_json)
 
 
@@ -125,16 +104,8 @@ def show_token(where: ServerChoice) -> None:
 @json_option
 def list_tokens(data: Path | None, where: ServerChoice, *, as_json: bool) -> None:
     """List the tokens that have not expired, newest first."""
-    local = find_local_data(data, where)
-    if local is not None:
-        from server.auth.localtokens import list_local  # noqa: PLC0415 - as above
-
-        with report_problems():
-            require_data(local)
-            found = list_local(local)
-    else:
-        with open_chosen_client(where) as client:
-            found = list(_pages(client))
+    with open_managing_client(data, where) as client:
+        found = list(_pages(client))
     rows = [_token_row(each) for each in found]
     print_result({"tokens": found}, format_table(TOKEN_HEAD, rows), as_json=as_json)
 
@@ -158,20 +129,11 @@ def revoke_token(
     It prints only how many tokens that it issued are not revoked; --json prints the token as `list` shows it,
     and their ids as `issued`.
     """
-    expires_s = None if expires is None else _seconds(expires)
-    local = find_local_data(data, where)
-    if local is not None:
-        from server.auth.localtokens import revoke_local  # noqa: PLC0415 - as above
+    from loadledger.address import path  # noqa: PLC0415 - keeps `--help` quick
 
-        with report_problems():
-            require_data(local)
-            revoked = revoke_local(local, token_id, expires_s, issued=issued)
-    else:
-        from loadledger.address import path  # noqa: PLC0415 - as above
-
-        body = {"issued": issued} if expires_s is None else {"issued": issued, "expires_s": expires_s}
-        with open_chosen_client(where) as client:
-            revoked = client.post(f"/api/v1{path('tokens', token_id, 'revoke')}", body)
+    body = {"issued": issued} if expires is None else {"issued": issued, "expires_s": _seconds(expires)}
+    with open_managing_client(data, where) as client:
+        revoked = client.post(f"/api/v1{path('tokens', token_id, 'revoke')}", body)
     if as_json:
         print_json(revoked)
     elif left := len(revoked["issued"]):
@@ -191,16 +153,12 @@ def console(data: Path | None, where: ServerChoice, *, prints: bool, as_json: bo
     The link works once, within a minute, and signs in for 12 hours. On a terminal with a display it is opened
     in your browser, elsewhere it is printed. --json prints it as `link`.
     """
-    local = find_local_data(data, where)
-    if local is not None:
-        from server.auth.localtokens import sign_in_link_local  # noqa: PLC0415 - as above
-
-        with report_problems():
-            require_data(local)
-            link = sign_in_link_local(local)
-    else:
-        with open_chosen_client(where) as client:
-            link = f"{client.url}{client.post('/api/v1/sign-in-links', {})['path']}"
+    with open_managing_client(data, where) as client:
+        made = client.post("/api/v1/sign-in-links", {})
+    base = client.url if client.data is None else made["server_url"]
+    if not base:
+        exit_with_error("the server does not listen yet: try again")
+    link = f"{base}{made['path']}"
     if not (prints or as_json) and _opens_browser(os.environ):
         import webbrowser  # noqa: PLC0415 - only here
 

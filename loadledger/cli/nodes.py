@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import click
 
@@ -23,16 +22,14 @@ from loadledger.cli.output import (
     format_table,
     print_note,
     print_result,
-    report_problems,
     to_printable,
 )
 from loadledger.cli.server import (
     ServerChoice,
-    find_local_data,
     int_option,
     json_option,
-    open_chosen_client,
-    require_data,
+    open_managing_client,
+    optional_data_option,
     server_options,
 )
 
@@ -40,76 +37,9 @@ HEAD = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "LABELS", "ADDRE
 PAUSE_S = 0.5
 """Between two looks at a node that drains; a load takes as long."""
 
-_data_option = click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    envvar="LOADLEDGER_DATA",
-    help="Data directory of a running node: no token is needed. Default: ask the server.",
-)
-
-
-class NodeSource(Protocol):
-    """Where nodes are listed and drained: the client of a server, or a server's socket."""
-
-    def nodes(self) -> list[Any]:
-        """Return all nodes."""
-
-    def drain(self, node_id: str) -> Any:
-        """Drain a node and return it."""
-
-
-class LocalNodes:
-    """The nodes, through the socket of the server that runs on a data directory.
-
-    Args:
-        data: the directory.
-
-    Raises:
-        KeyProblem: no server runs there, or it refused.
-        OSError: the directory cannot be opened.
-    """
-
-    def __init__(self, data: Path) -> None:
-        self._data = data
-
-    def nodes(self) -> list[Any]:
-        """Return all nodes."""
-        from loadledger.records import NodeList  # noqa: PLC0415 - keeps `--help` quick
-
-        return list(self._ask("GET", "/api/v1/nodes", NodeList).nodes)
-
-    def drain(self, node_id: str) -> Any:
-        """Drain a node and return it."""
-        from loadledger.address import path  # noqa: PLC0415 - as above
-        from loadledger.records import Node  # noqa: PLC0415
-
-        return self._ask("POST", f"/api/v1{path('nodes', node_id, 'drain')}", Node)
-
-    def _ask(self, method: str, path: str, kind: Any) -> Any:
-        import msgspec  # noqa: PLC0415 - as above
-
-        from server.auth.localtokens import LocalRefusal, ask_server  # noqa: PLC0415
-
-        answer = ask_server(self._data, method, path)
-        if answer is None:
-            raise LocalRefusal(f"no server runs on {self._data}")
-        return msgspec.convert(answer, kind)
-
-
-@contextmanager
-def _open_source(data: Path | None, where: ServerChoice) -> Iterator[NodeSource]:
-    local = find_local_data(data, where)
-    if local is None:
-        with open_chosen_client(where) as client:
-            yield client
-        return
-    with report_problems():
-        require_data(local)
-        yield LocalNodes(local)
-
 
 @click.command()
-@_data_option
+@optional_data_option
 @json_option
 @server_options
 def nodes(*, data: Path | None, as_json: bool, where: ServerChoice) -> None:
@@ -118,8 +48,8 @@ def nodes(*, data: Path | None, as_json: bool, where: ServerChoice) -> None:
     A star marks the node that answers. A node is late when it has not renewed its lease in time; the others
     then declare it lost and load its models.
     """
-    with _open_source(data, where) as source:
-        found = source.nodes()
+    with open_managing_client(data, where) as client:
+        found = client.nodes()
     table = format_table(HEAD, [_row(node) for node in found], right={"JOBS", "BUDGET", "RENEWED"})
     none = "this server is alone: servers with --ledger are nodes"
     print_result({"nodes": found}, table if found else [none], as_json=as_json)
@@ -150,7 +80,7 @@ def _row(node: Any) -> tuple[str, ...]:
     help="Wait until no model and no job is left there; Ctrl-C leaves it draining.",
 )
 @int_option("--timeout-s", metavar="SECONDS", text="With --wait: give up after so many seconds.")
-@_data_option
+@optional_data_option
 @json_option
 @server_options
 def drain(
@@ -173,12 +103,12 @@ def drain(
     if timeout_s is not None and not wait:
         raise click.UsageError("--timeout-s goes with --wait")
     began_s = time.monotonic()
-    with _open_source(data, where) as source:
+    with open_managing_client(data, where) as client:
         if wait:
-            _refuse_vain_drain(node_id, source.nodes())
-        node = source.drain(node_id)
+            _refuse_vain_drain(node_id, client.nodes())
+        node = client.drain(node_id)
         if wait:
-            node = _wait_until_drained(source, node, timeout_s)
+            node = _wait_until_drained(client, node, timeout_s)
     print_result(node, _outcome_lines(node, time.monotonic() - began_s, waited=wait), as_json=as_json)
 
 
@@ -221,11 +151,11 @@ def _refuse_vain_drain(node_id: str, nodes: Sequence[Any]) -> None:
         _fail(node, "no other node takes loads: start one, or stop this one without a drain")
 
 
-def _wait_until_drained(source: NodeSource, node: Any, timeout_s: int | None) -> Any:
+def _wait_until_drained(client: Any, node: Any, timeout_s: int | None) -> Any:
     """Wait until nothing is left at a node, or it has left, and return it; all else ends the command."""
     began_s, epoch, said = time.monotonic(), node.epoch, ""
     while True:
-        found = source.nodes()
+        found = client.nodes()
         node = next(each for each in found if each.id == node.id)
         waited_s = time.monotonic() - began_s
         if node.epoch != epoch:

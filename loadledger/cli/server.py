@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.output import INTERRUPTED, exit_with_error, to_printable
+from loadledger.cli.output import INTERRUPTED, exit_with_error, report_problems, to_printable
 from loadledger.profiles import (
     DEFAULT_URL,
     ProfileProblem,
@@ -102,6 +102,31 @@ def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any
         sys.exit(INTERRUPTED)
 
 
+@contextmanager
+def open_managing_client(data: Path | None, where: ServerChoice) -> Iterator[Any]:
+    """Give a client that may manage tokens and nodes: of a data directory, over its socket, or of a server.
+
+    Problems end the command, as in `open_client`.
+    """
+    is_server_named = where.url is not None or where.profile is not None
+    is_data_given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
+    if is_server_named and is_data_given:
+        exit_with_error("give --data, or a server by --url or --profile, not both")
+    if is_server_named or data is None:
+        with open_chosen_client(where) as client:
+            yield client
+        return
+    from loadledger import Client, ClientProblem  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    with report_problems():
+        require_data(data)
+    try:
+        with Client.of_data(data) as client:
+            yield client
+    except ClientProblem as problem:
+        exit_with_error(str(problem))
+
+
 def explain_problem(problem: Exception, place: ServerTarget) -> str:
     """Return a problem's message with advice."""
     status = getattr(problem, "status", None)
@@ -160,13 +185,13 @@ def data_option(command: Command) -> Command:
     )(command)
 
 
-def find_local_data(data: Path | None, where: ServerChoice) -> Path | None:
-    """Return the data directory of the option `--data` unless a server is named."""
-    is_server_named = where.url is not None or where.profile is not None
-    is_data_given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
-    if is_server_named and is_data_given:
-        exit_with_error("give --data, or a server by --url or --profile, not both")
-    return None if is_server_named else data
+optional_data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="LOADLEDGER_DATA",
+    help="Data directory of a running server on this machine: no token is needed. Default: ask the server.",
+)
+"""Adds `--data` to commands that otherwise ask a server; `--url` and `--profile` go first."""
 
 
 def require_data(data: Path) -> None:

@@ -6,6 +6,7 @@ event loop.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import ssl
@@ -16,10 +17,16 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from http import HTTPStatus
 from math import inf
+from pathlib import Path
 from urllib.parse import urlsplit
 
-from loadledger.address import CHUNK_BYTES, MAX_IDLE, SILENCE_S, ConnectionOptions
-from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, failure_reason
+from loadledger.address import CHUNK_BYTES, CONTROL_SOCKET, MAX_IDLE, SILENCE_S, ConnectionOptions
+from loadledger.problems import (
+    BadAnswer,
+    ClientProblem,
+    ServerUnreachable,
+    failure_reason,
+)
 from loadledger.requests import MAX_JOINED_BYTES, Answer, Buffer, Request, T, body_buffer
 from loadledger.transports.http1 import (
     HEAD_END,
@@ -331,6 +338,8 @@ class BlockingTransport:
             connection.close()
 
     def _connected(self) -> Connection:
+        if self.options.data is not None:
+            return Connection(_connect_control(self.options.data, self.options.connect_s))
         try:
             sock = socket.create_connection(self._place, self.options.connect_s)
         except OSError as error:
@@ -346,6 +355,33 @@ class BlockingTransport:
         except BaseException:
             sock.close()
             raise
+
+
+def _connect_control(data: Path, limit_s: float) -> socket.socket:
+    """Connect to the control socket of the server that runs on a data directory.
+
+    The path leads through the directory's descriptor, since an address has 108 bytes at most.
+
+    Raises:
+        ServerUnreachable: no server runs there, or it is another user's.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.settimeout(limit_s)
+    try:
+        folder = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sock.connect(f"/proc/self/fd/{folder}/{CONTROL_SOCKET}")
+        finally:
+            os.close(folder)
+    except OSError as error:
+        sock.close()
+        reason, advice = failure_reason(error), "manage tokens over the server's URL"
+        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+            reason, advice = "no server runs there", f"start it with `loadledger serve --data {data}`"
+        elif isinstance(error, PermissionError):
+            reason, advice = "it is for the server's user", "run this as that user"
+        raise ServerUnreachable(str(data / CONTROL_SOCKET), reason, advice) from error
+    return sock
 
 
 def _safe_cause(error: Exception) -> Exception | None:

@@ -11,10 +11,9 @@ from marshmallow import Schema, ValidationError, fields, validate
 from server.api.schemas import AnswerSchema, PageQuerySchema, about
 from server.appkeys import CONFIG, GATE
 from server.auth.gate import PRINCIPAL
-from server.auth.issuing import revoked_view, token_view
 from server.auth.keys import MAX_EXPIRES_S, ROLES
 from server.auth.subjects import subject_refusal
-from server.auth.tokens import TOKENS, is_local
+from server.auth.tokens import TOKENS, is_local, revoked_view, token_view
 from server.http.validation import (
     InvalidBody,
     NothingSchema,
@@ -108,7 +107,7 @@ class TokenSchema(AnswerSchema):
     issued_at = fields.String(required=True, allow_none=True)
     issued_by = fields.String(required=True, allow_none=True)
     via = fields.String(
-        required=True, allow_none=True, **about("How it was issued: api, socket, link, command or serve.")
+        required=True, allow_none=True, **about("How it was issued: api, socket, link or serve.")
     )
     issued_with = fields.String(
         required=True, allow_none=True, **about("The token that issued it; null on the server's machine.")

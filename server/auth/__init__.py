@@ -7,10 +7,10 @@ every request except those to public routes, and the fast path for inferences.
 - `gate`: tokens, roles, the middleware; denials, counted for the ledger
 - `keyring`: the public keys that verify tokens, ours or an identity provider's; reread when their files
   change
-- `keys`: the private keys in the data directory; issues tokens, rotates and revokes keys; the ledger's key
+- `keys`: the private keys in the data directory; signs tokens, rotates and revokes keys; the ledger's key
 - `peers`: the signed joins of nodes, and the tokens of what they forward
-- `issuing`, `tokens`: a token is signed and recorded; revocations, sign-in links
-- `control`, `localtokens`: the socket in the data directory, and the commands that use it
+- `tokens`: a token is signed and recorded; revocations, sign-in links
+- `control`: the socket in the data directory, over which commands on this machine manage tokens and nodes
 - `subjects`: which subjects a token may have
 - `ratelimit`: the windows that count requests, and the header fields that show them
 - `proxies`: the client's address behind trusted proxies

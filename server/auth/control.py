@@ -24,7 +24,7 @@ from aiohttp.typedefs import Handler
 from server.api import nodes, tokens
 from server.appkeys import CONFIG, LOG, MEMBERSHIP, PEERS
 from server.auth.gate import PRINCIPAL, InvalidToken, Principal
-from server.auth.localtokens import SOCKET, local_actor
+from server.auth.subjects import local_actor
 from server.auth.tokens import TOKENS
 from server.errors import errors_middleware
 from server.http.connection import ConnectionLimits, listening_on
@@ -33,6 +33,9 @@ from server.http.validation import validation_middleware
 from server.routing import Access, add_routes
 
 _log = logging.getLogger(__name__)
+
+SOCKET = "control.sock"
+"""The socket's file in the data directory."""
 
 MAX_CONNECTIONS = 16
 """Commands at once; each asks one thing."""

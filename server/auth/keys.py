@@ -157,7 +157,7 @@ def is_kid_file(name: str) -> bool:
     return name.endswith(".pem") and is_kid(name.removesuffix(".pem"))
 
 
-def issue_token(
+def sign_token(
     data: Path,
     subject: str,
     roles: Collection[str],

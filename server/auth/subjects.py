@@ -5,6 +5,7 @@
 Events have the subject as their actor, and people read it there: what it looks like is what counts.
 """
 
+import pwd
 import re
 import unicodedata
 
@@ -71,6 +72,15 @@ def subject_refusal(subject: str, *, is_own: bool = False) -> str | None:
     if subject.strip(_BLANKS) != subject:
         return "the subject must not begin or end with a blank: it would read as another, or as nothing"
     return None
+
+
+def local_actor(user: int) -> str:
+    """Return the actor of a user of this machine: by name, or by number if no actor can have the name."""
+    try:
+        named = f"{LOCAL}{pwd.getpwuid(user).pw_name}"
+    except KeyError:
+        return f"{LOCAL}{user}"
+    return named if subject_refusal(named, is_own=True) is None else f"{LOCAL}{user}"
 
 
 def _reads_as(subject: str) -> str:

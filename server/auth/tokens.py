@@ -1,4 +1,4 @@
-"""How are tokens issued and revoked, and how does a link sign a browser in?
+"""Issuing and revoking tokens, and the links that sign a browser in.
 
 A token is signed, then recorded (`TokenIssued`), and only then handed out. The ledger says who is revoked, so
 that a restart forgets nothing. The code of a sign-in link is in memory only, as its hash, and works once.
@@ -6,23 +6,25 @@ that a restart forgets nothing. The code of a sign-in link is in memory only, as
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 
 from aiohttp import web
 
-from events.clock import Timestamp, uuid7
-from events.commands import Receipt, Record, RevokeToken
+from events.clock import Timestamp, format_timestamp, uuid7
+from events.commands import IssueToken, Receipt, Record, RevokeToken
 from events.log import Log
-from events.tokens import SignInLinkIssued, Token, is_refused
+from events.tokens import SignInLinkIssued, Token, TokenIssued, find_issued, is_refused
 from events.types import Draft
 from server.appkeys import CONFIG, LOG, VERIFIER
 from server.auth.gate import InvalidToken, Principal, Verifier
-from server.auth.issuing import IssuedToken, TokenRequest, issue_and_record, timestamp_in
+from server.auth.keys import sign_token
 from server.auth.subjects import LOCAL
 from server.config import Config
 from server.errors import ServerProblem
@@ -44,6 +46,21 @@ class IssuingRefused(ServerProblem):
     """This server issues no tokens: they come from the identity provider, whose keys it has (--jwt-keys)."""
 
     code = "not_supported"
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedToken:
+    """A new token; only its first caller gets `token`."""
+
+    token: str = field(repr=False)
+    jti: str
+    subject: str
+    roles: tuple[str, ...]
+    expires_at: Timestamp
+
+    def members(self) -> dict[str, object]:
+        """Return the token as plain values."""
+        return {**asdict(self), "roles": list(self.roles)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +168,23 @@ class TokenIssuer:
             LogUnavailable: `log_unavailable`.
         """
         self._refuse_with_provider()
-        config = self._config
-        return await issue_and_record(
+        config, jti, now_s = self._config, uuid7(), int(time.time())
+        sorted_roles = tuple(sorted(set(roles)))
+        token = await asyncio.to_thread(
+            sign_token,
             config.data,
-            self._log.submit,
-            TokenRequest(subject, tuple(roles), expires_s, config.jwt_audience, config.jwt_issuer),
-            actor=actor,
-            via=via,
-            link_id=link_id,
-            issued_with=issued_with,
+            subject,
+            sorted_roles,
+            expires_s=expires_s,
+            audience=config.jwt_audience,
+            issuer=config.jwt_issuer,
+            jti=jti,
+            now_s=now_s,
         )
+        expires_at = format_timestamp(datetime.fromtimestamp(now_s + expires_s, UTC))
+        issued = TokenIssued(jti, subject, sorted_roles, expires_at, via, issued_with)
+        await self._log.submit(IssueToken(issued, actor, link_id))
+        return IssuedToken(token, jti, subject, sorted_roles, expires_at)
 
     async def revoke(
         self, jti: str, *, actor: str, expires_s: int | None = None, issued: bool = False
@@ -247,6 +271,32 @@ def open_tokens(app: web.Application) -> TokenIssuer:
 
     verifier.is_revoked = lambda jti: is_refused(log.state.tokens, jti)
     return TokenIssuer(app[CONFIG], log, verifier)
+
+
+def timestamp_in(seconds: float) -> Timestamp:
+    """Return the time so many seconds from now."""
+    return format_timestamp(datetime.fromtimestamp(time.time() + seconds, UTC))
+
+
+def token_view(token: Token) -> dict[str, object]:
+    """Return a token as the API and the command show it."""
+    return {
+        "jti": token.id,
+        "subject": token.subject,
+        "roles": list(token.roles),
+        "expires_at": token.expires_at,
+        "issued_at": token.issued_at,
+        "issued_by": token.issued_by,
+        "via": token.via,
+        "issued_with": token.issued_with,
+        "revoked_at": token.revoked_at,
+        "revoked_by": token.revoked_by,
+    }
+
+
+def revoked_view(tokens: Mapping[str, Token], jti: str) -> dict[str, object]:
+    """Return a revoked token as the API and the command show it, and the unrevoked ids that it issued."""
+    return {**token_view(tokens[jti]), "issued": find_issued(tokens, jti)}
 
 
 def is_local(principal: Principal) -> bool:

@@ -14,10 +14,7 @@ from events.audit.audit import audit
 from events.audit.verify import FindingKind, verify
 from events.clock import add_seconds
 from events.commands import Command, IssueToken, RevokeToken
-from events.errors import MustStay
 from events.sqlite import storage
-from events.sqlite.listing import open_reader
-from events.sqlite.readonly import open_read_only, refuse_incomplete
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import read_base_state
 from events.state import Attempt, State
@@ -35,7 +32,7 @@ from events.tokens import (
     find_issued,
     is_refused,
 )
-from events.types import Event, ServerStarted
+from events.types import Event
 
 BOB = TokenIssued("t1", "bob", ("admin",), at(600), "api")
 REVOKED, FOREIGN = TokenRevoked("t1"), TokenRevoked("t1", at(600))
@@ -194,49 +191,6 @@ async def test_changed_token_is_found(
     assert finding is not None
     assert finding.kind is kind
     assert problem in finding.problem
-
-
-@pytest.mark.parametrize(
-    ("kills", "unclean"), [(False, False), (True, True)], ids=["after-stop", "after-kill"]
-)
-async def test_token_between_runs_hides_no_unclean_end(
-    tmp_path: Path,
-    kills: bool,  # noqa: FBT001
-    unclean: bool,  # noqa: FBT001
-) -> None:
-    path = tmp_path / "ledger.db"
-    async with opened(path) as log:
-        await log.server_started()
-        if not kills:
-            await log.server_stopped()
-    await write(path, ISSUE, runs=False)
-    with open_read_only(path) as connection:
-        if not kills:
-            refuse_incomplete(connection, path)
-    async with opened(path) as log:
-        await log.server_started()
-    async with open_reader(path) as reader:
-        data = (await reader.events(0))[-1].data
-    assert isinstance(data, ServerStarted)
-    assert data.unclean is unclean
-
-
-async def test_first_start_after_token_is_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    await write(path, ISSUE, runs=False)
-    await write(path)
-    async with open_reader(path) as reader:
-        started = (await reader.events(0))[1].data
-    assert isinstance(started, ServerStarted)
-    assert (started.unclean, started.last_seen_at) == (False, None)
-
-
-async def test_stop_before_tokens_is_not_archived(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    await write(path)
-    await write(path, ISSUE, runs=False)
-    with pytest.raises(MustStay, match="--before 2 at most"):
-        archive(path, "3", tmp_path / "old.gz", SIGN, START + timedelta(days=30))
 
 
 def test_group_that_fails_changes_no_token() -> None:

@@ -36,7 +36,6 @@ from support.running import running
 
 from events.codec import encode_event
 from events.commands import IssueToken, Record, RequestLoad, RequestUnload, RevokeToken
-from events.log import Log
 from events.models import ModelState
 from events.nodes import NodePhase
 from events.sqlite.datalock import LEDGER
@@ -108,17 +107,14 @@ async def loads_and_swaps(folder: Path) -> None:
 
 
 async def tokens(folder: Path) -> None:
-    """Tokens are issued before, during and after a run of the server, revoked, and got by a sign-in link."""
+    """Tokens are issued over all ways, revoked, and got by a sign-in link."""
 
     def issued(jti: str, via: str) -> TokenIssued:
         return TokenIssued(jti, "bob", ("admin", "audit"), "2030-01-31T14:02:00.000000Z", via)
 
-    log = Log(folder / "ledger.db")
-    await log.open()
-    await log.submit(IssueToken(issued("first", "command"), "local:root"))
-    await log.close()
     async with running(folder, stops_cleanly=True) as engine:
         submit = engine.log.submit
+        await submit(IssueToken(issued("first", "serve"), "root"))
         await submit(IssueToken(issued("second", "api"), "alice"))
         await submit(IssueToken(issued("third", "socket"), "local:loadledger"))
         await submit(RevokeToken("second", "alice"))

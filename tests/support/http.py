@@ -25,7 +25,7 @@ from runtime.process.worker import Worker
 from server.app import all_routes, create_app
 from server.appkeys import CONSUMER, LOG, READER
 from server.auth.gate import PRINCIPAL, Gate, auth_middleware, create_verifier
-from server.auth.keys import ensure_data_dir, issue_token
+from server.auth.keys import ensure_data_dir, sign_token
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.config import Config
 from server.errors import errors_middleware
@@ -119,7 +119,7 @@ class Api:
         who = (subject, roles)
         if who not in self._tokens:
             data, audience = self.config.data, self.config.jwt_audience
-            self._tokens[who] = issue_token(data, subject, roles, expires_s=3600, audience=audience)
+            self._tokens[who] = sign_token(data, subject, roles, expires_s=3600, audience=audience)
         return self._tokens[who]
 
     async def send(
@@ -393,7 +393,7 @@ def small_app(
 
 def bearer(config: Config, *roles: str, subject: str = "alice", expires_s: float = 3600) -> dict[str, str]:
     """Return the header of a valid token."""
-    token = issue_token(config.data, subject, roles or ["admin"], expires_s=expires_s, audience="loadledger")
+    token = sign_token(config.data, subject, roles or ["admin"], expires_s=expires_s, audience="loadledger")
     return {"Authorization": f"Bearer {token}"}
 
 

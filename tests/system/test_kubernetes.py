@@ -259,7 +259,7 @@ def test_mounted_keys_sign_and_verify_at_every_node(tmp_path: Path) -> None:
         mount_secret(tmp_path / "new" / "keys", data / "keys")
         keys.ensure_data_dir(data)
     first, second = nodes
-    token = keys.issue_token(first, "alice", ["admin"], expires_s=60, audience="loadledger")
+    token = keys.sign_token(first, "alice", ["admin"], expires_s=60, audience="loadledger")
     kid = jwt.get_unverified_header(token)["kid"]
     verifying = KeyRing(second).find(kid, now=0.0)
     assert verifying is not None

@@ -155,13 +155,14 @@ def _prepare_repository(repository: Path) -> None:
 def _serve(folder: Path, database: DemoDatabase) -> Iterator[list[_Node]]:
     """Start the nodes; stop those that still run in order, unless something failed."""
     _share_keys(folder)
-    token = issue_demo_token(folder / NAMES[0], "alice", "admin", "predict")
     with ExitStack() as stack:
         ports = zip(NAMES, _find_free_ports(), strict=True)
         processes = [stack.enter_context(_start(folder, database, name, port)) for name, port in ports]
+        urls = [_await_url(folder, name, process) for name, process in zip(NAMES, processes, strict=True)]
+        token = issue_demo_token(folder / NAMES[0], "alice", "admin", "predict")  # valid at all nodes
         nodes = []
-        for name, process in zip(NAMES, processes, strict=True):
-            client = Client(_await_url(folder, name, process), token=token)
+        for name, process, url in zip(NAMES, processes, urls, strict=True):
+            client = Client(url, token=token)
             nodes.append(_Node(name, folder / name, process, stack.enter_context(client)))
             click.echo(f"{name} serves {client.url}, with a replica of the ledger")
         yield nodes

@@ -50,7 +50,7 @@ from events.sqlite.proof import open_log_reader
 from events.state import State
 from events.storage import LogHead, Row, StorageError, StoredBase
 from events.types import EventsDiscarded, LogBase
-from server.auth.localtokens import local_actor
+from server.auth.subjects import local_actor
 
 
 async def migrate_database(address: str, server_role: str | None, data: Path | None) -> dict[str, Any]:

@@ -23,10 +23,9 @@ from loadledger.profiles import (
     write_profile,
 )
 from server.appkeys import CONFIG
-from server.auth.issuing import timestamp_in
 from server.auth.keys import KeyProblem
 from server.auth.subjects import subject_refusal
-from server.auth.tokens import TOKENS, issue_recorded_token
+from server.auth.tokens import TOKENS, issue_recorded_token, timestamp_in
 from server.serve import RunningServer
 
 _log = logging.getLogger(__name__)

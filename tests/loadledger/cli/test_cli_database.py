@@ -223,7 +223,6 @@ def test_restore_to_an_earlier_point_is_noticed(ledger: Database, database: Data
 def test_replica_is_written_by_its_servers_only(migrated: Database, data: Path) -> None:
     rows = rows_of(data / LEDGER)
     for arguments in (
-        ("token", "--subject", "alice", "--role", "admin", "--data", data),
         ("serve", "--data", data, "--repository", data.parent / "repository"),
         ("archive", "--data", data, "--before", 5, data.parent / "archive.gz"),
         ("migrate", "--ledger", migrated.owner_url, "--data", data),

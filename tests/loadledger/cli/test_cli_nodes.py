@@ -80,7 +80,7 @@ async def test_drain_through_the_data_directory_needs_no_token(ledger: Database,
         unknown = await run(a, f"drain never --data {data}", **local)
         assert (unknown.exit_code, "(unknown_node)" in unknown.stderr) == (2, True)
     stopped = await run(a, f"drain a --data {data}", **local)
-    assert (stopped.exit_code, "no server runs on" in stopped.stderr) == (2, True)
+    assert (stopped.exit_code, "no server runs there" in stopped.stderr) == (2, True)
 
 
 async def test_server_alone_has_no_node_to_drain(api: LocalApi) -> None:

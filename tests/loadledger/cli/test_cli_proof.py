@@ -221,8 +221,8 @@ def test_lost_ledger_key_is_refused_until_made_anew(
         reason = refused(*command(data, tmp_path / "file"))
         assert "ledger.key: restore it from your backup" in reason
     assert not (data / "ledger.key").exists()
-    token = ("token", "--data", data, "--role", "admin", "--subject", "alice")
     warned = "ledger.key was missing: from now on heads are signed with another key"
-    assert [run_command(*token).exit_code for _ in range(2)] == [0, 0]
+    for _ in range(2):
+        ensure_data_dir(data)
     assert caplog.messages.count(warned) == 1
     printed("key", "ledger", "--data", data)

@@ -20,12 +20,12 @@ from support.workers import until
 
 from events.errors import LogUnavailable
 from events.nodes import Lease, NodeDraining, NodeJoined
+from loadledger import Client
 from runtime.membership import NameInUse
 from server.api.nodes import node_views
 from server.app import create_app
 from server.appkeys import PEERS
 from server.auth.keys import keys_folder, rotate
-from server.auth.localtokens import ask_server
 from server.config import Config, ConfigError
 
 
@@ -188,11 +188,10 @@ async def test_node_starts_over_slow_connection_to_its_database(ledger: Database
 
 async def test_socket_lists_and_drains_nodes(ledger: Database, tmp_path: Path) -> None:
     async with local_node(ledger, tmp_path, "a") as a:
-        asked = await asyncio.to_thread(ask_server, a.config.data, "POST", "/api/v1/nodes/a/drain", {})
-        shown = await asyncio.to_thread(ask_server, a.config.data, "GET", "/api/v1/nodes")
-        assert asked is not None
-        assert shown is not None
-        assert [asked["phase"], *(each["phase"] for each in shown["nodes"])] == ["draining", "draining"]
+        with Client.of_data(a.config.data) as client:
+            asked = await asyncio.to_thread(client.drain, "a")
+            [shown] = await asyncio.to_thread(client.nodes)
+        assert (asked.phase, shown.phase) == ("draining", "draining")
 
 
 # What is shown of a node's lease

@@ -24,7 +24,7 @@ from events.types import Draft, WorkerExited
 from server.api import stream
 from server.app import create_app
 from server.appkeys import LOG, STREAMS
-from server.auth.keys import ensure_data_dir, issue_token, list_keys, revoke
+from server.auth.keys import ensure_data_dir, list_keys, revoke, sign_token
 from server.config import Config
 
 Start = Callable[..., Awaitable[LocalApi]]
@@ -251,7 +251,7 @@ async def test_streams_of_a_subject_are_limited(start: Start) -> None:
 
 async def test_stream_ends_when_its_token_expires(shared: LocalApi) -> None:
     config = shared.config
-    token = issue_token(config.data, "alice", ["audit"], expires_s=3, audience=config.jwt_audience)
+    token = sign_token(config.data, "alice", ["audit"], expires_s=3, audience=config.jwt_audience)
     async with following(shared, token=token) as client:
         assert "token" in (await client.rest())[-1].comment
 

@@ -16,9 +16,11 @@ from support.http import ONE, Answer, LocalApi, local_server
 from support.models import add
 
 from events.tokens import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
+from loadledger import Client
+from loadledger.address import CONTROL_SOCKET
+from server.auth.control import SOCKET
 from server.auth.gate import InvalidToken, Principal
-from server.auth.issuing import TokenRequest
-from server.auth.localtokens import SOCKET, ask_server, issue_local, list_local, local_actor, revoke_local
+from server.auth.subjects import local_actor
 from server.auth.tokens import LINK_S, MAX_LINKS, TOKENS, SignInLinks, issue_recorded_token
 from server.config import MAX_TOKEN_S
 from server.serve import local_url
@@ -199,25 +201,26 @@ async def deep(tmp_path: Path) -> AsyncIterator[LocalApi]:
 
 async def test_socket_manages_tokens_within_limits(deep: LocalApi) -> None:
     data = deep.config.data
-    assert stat.S_IMODE((data / SOCKET).stat().st_mode) == 0o600
-    wanted = TokenRequest("bob", ("audit", "admin"), 60, "ignored")
-    token = await asyncio.to_thread(issue_local, data, wanted)
+    assert (SOCKET, stat.S_IMODE((data / SOCKET).stat().st_mode)) == (CONTROL_SOCKET, 0o600)
+    local = Client.of_data(data)
+    new = await asyncio.to_thread(local.post, "/api/v1/tokens", BOB | {"roles": ["audit", "admin"]})
+    token = new["token"]
     assert (await send(deep, token)).status == 200
-    [listed] = await asyncio.to_thread(list_local, data)
+    [listed] = (await asyncio.to_thread(local.get, "/api/v1/tokens"))["tokens"]
     shown = (listed["subject"], listed["roles"], listed["issued_by"], listed["via"])
     assert shown == ("bob", ["admin", "audit"], ME, "socket")
-    revoked = await asyncio.to_thread(revoke_local, data, listed["jti"])
+    revoked = await asyncio.to_thread(local.post, f"/api/v1/tokens/{listed['jti']}/revoke", {})
     assert revoked["revoked_by"] == ME
     assert (await send(deep, token)).status == 401
-    link = await asyncio.to_thread(ask_server, data, "POST", "/api/v1/sign-in-links", {})
-    assert link is not None
+    link = await asyncio.to_thread(local.post, "/api/v1/sign-in-links", {})
     code = link["path"].removeprefix("/#sign-in=")
     used = await deep.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
     assert (used.json["subject"], (await send(deep, used.json["token"])).status) == (ME, 200)
     made = await issue_recorded_token(deep.app, "eve", ["admin"], 60)
     assert deep.app[TOKENS].tokens[made.jti].via == "serve"
     with pytest.raises(Exception, match="no route"):
-        await asyncio.to_thread(ask_server, deep.config.data, "GET", "/api/v1/models")
+        await asyncio.to_thread(local.get, "/api/v1/models")
+    local.close()
     there = os.open(deep.config.data, os.O_RDONLY)
     reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{there}/{SOCKET}")
     os.close(there)
@@ -231,19 +234,6 @@ async def test_server_runs_where_no_socket_can_be(tmp_path: Path, caplog: pytest
     async with local_server(tmp_path) as api:
         assert (await api.get("/api/v1/tokens")).status == 200
     assert "tokens and nodes are managed over HTTP only" in caplog.text
-
-
-async def test_server_knows_tokens_that_a_command_recorded(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    async with local_server(tmp_path):
-        pass
-    wanted = TokenRequest("bob", ("admin",), 60, "loadledger")
-    kept, ended = [await asyncio.to_thread(issue_local, data, wanted) for _ in range(2)]
-    [newest, first] = await asyncio.to_thread(list_local, data)
-    assert [first["issued_by"], first["via"], newest["subject"]] == [ME, "command", "bob"]
-    await asyncio.to_thread(revoke_local, data, newest["jti"])
-    async with local_server(tmp_path) as api:
-        assert [(await send(api, token)).status for token in (kept, ended)] == [200, 401]
 
 
 @pytest.mark.parametrize(

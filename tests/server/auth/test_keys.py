@@ -44,7 +44,7 @@ def test_newest_key_signs_and_others_stay(data: Path) -> None:
     (first,) = kids(data)
     kid = keys.rotate(data)
     assert [(key.kid, key.signs) for key in keys.list_keys(data)] == [(first, False), (kid, True)]
-    token = keys.issue_token(data, "alice", ["admin", "audit"], expires_s=60, audience="here", issuer="us")
+    token = keys.sign_token(data, "alice", ["admin", "audit"], expires_s=60, audience="here", issuer="us")
     assert jwt.get_unverified_header(token) == {"alg": "EdDSA", "kid": kid, "typ": "JWT"}
     key = keys.load_private_key(data / "keys" / f"{kid}.pem").public_key()
     claims = jwt.decode(token, key, ["EdDSA"], audience="here", issuer="us")
@@ -69,7 +69,7 @@ def test_revoked_key_is_gone_until_another_is_made(data: Path) -> None:
         keys.revoke(data, first)
     keys.revoke(data, kid)
     with pytest.raises(keys.KeyProblem, match="key rotate"):
-        keys.issue_token(data, "alice", ["admin"], expires_s=60, audience="loadledger")
+        keys.sign_token(data, "alice", ["admin"], expires_s=60, audience="loadledger")
     keys.ensure_data_dir(data)
     assert len(kids(data)) == 1
 
@@ -90,7 +90,7 @@ def test_hostile_kid_revokes_nothing(data: Path, kid: str) -> None:
 )
 def test_unusable_token_is_not_signed(data: Path, subject: str, roles: list[str], expires_s: float) -> None:
     with pytest.raises(keys.KeyProblem):
-        keys.issue_token(data, subject, roles, expires_s=expires_s, audience="loadledger")
+        keys.sign_token(data, subject, roles, expires_s=expires_s, audience="loadledger")
 
 
 def test_files_that_root_creates_belong_to_the_directory_s_owner(tmp_path: Path) -> None:

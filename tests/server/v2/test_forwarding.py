@@ -33,7 +33,7 @@ from support.workers import computing, until
 
 from events.commands import DrainNode, RevokeToken
 from server.appkeys import BODIES, LOG, MEMBERSHIP
-from server.auth.issuing import timestamp_in
+from server.auth.tokens import timestamp_in
 from server.v2 import forwarding
 from server.v2.forwarding import FORWARDER
 
