@@ -55,7 +55,7 @@ PARTS = (
     "cluster",
 )
 AT_LEAST_ONE = click.IntRange(min=1)
-BARE = "--prepare=off"
+BARE = "--prepared-size=off"
 """Nothing may be prepared in the background of what is measured."""
 PEERS = ".venv/peers"
 """The environment that `make bench-peers` creates."""

@@ -23,7 +23,16 @@ UNMEASURED = 2
 """Cold inferences before the median: the first of each model has an estimate of its memory, and no hash."""
 BUDGET_FILES = 3.5
 """A worker takes 3 times the network's file while it loads, then 1.3 times: room for one, not for both."""
-EVICTION_OPTIONS = ("--prepare", "off", "--evict", "idle", "--on-demand", "on", "--min-residency-s", "0")
+EVICTION_OPTIONS = (
+    "--prepared-size",
+    "off",
+    "--evict",
+    "idle",
+    "--on-demand",
+    "on",
+    "--min-residency-s",
+    "0",
+)
 IMAGE = (1, 3, 224, 224)
 IMAGE_BYTES = 4 * math.prod(IMAGE)
 

@@ -78,7 +78,7 @@ class Fleet:
         port = self._ports[name]
         node = ("--ledger", self._address, "--node-name", name, "--lease-s", f"{LEASE_S:g}")
         where = ("--port", str(port), "--node-address", f"http://127.0.0.1:{port}")
-        options = (*driver.UNLIMITED, "--prepare=off", *node, *where)
+        options = (*driver.UNLIMITED, "--prepared-size=off", *node, *where)
         process = driver.serve(self.repository, data, output, options)
         try:
             client = http.client.HTTPConnection(

@@ -65,6 +65,8 @@ def prepare_network(network: Network, server: Server, plain: Server, store: Mode
     content = network.build()
     path = models.write(server.repository, network.name, content)
     models.write(plain.repository, network.name, content)
+    for repository in (server.repository, plain.repository):
+        (repository / network.name / "loadledger.toml").write_text("[warm_up]\nenabled = false\n")
     server.load(network.name)
     entry = wait_until_prepared(store, network.name)
     server.unload(network.name)
@@ -88,7 +90,7 @@ def wait_until_prepared(store: ModelCache, model_id: str) -> Entry:
     )
 
 
-OPTIONS = (*driver.UNLIMITED, "--warm-up=off")
+OPTIONS = driver.UNLIMITED
 LATER_GOAL, MEAN_GOAL = 1.0, 0.5
 
 
@@ -115,8 +117,8 @@ def measure(
     rows: list[Row] = []
     ratios: list[float] = []
     with ExitStack() as stack:
-        plain = stack.enter_context(driver.running(folder / "plain", *OPTIONS, "--prepare=off"))
-        server = stack.enter_context(driver.running(folder / "preparing", *OPTIONS, "--prepare=on"))
+        plain = stack.enter_context(driver.running(folder / "plain", *OPTIONS, "--prepared-size=off"))
+        server = stack.enter_context(driver.running(folder / "preparing", *OPTIONS, "--prepared-size=20GB"))
         store = ModelCache(folder / "preparing" / "data" / STORE, limit_bytes=0)
         wait_until_prepared(store, driver.TINY)
         for network in networks:

@@ -17,7 +17,7 @@ from bench.table import Row, median_ratio, rate_row
 from runtime.cache.store import ModelCache
 from runtime.store.folder import STORE
 
-OPTIONS = (*driver.UNLIMITED, "--prepare=on")
+OPTIONS = (*driver.UNLIMITED, "--prepared-size=20GB")
 SERVED, PREPARED = NETWORKS[:2]
 """A network that serves or is loaded, and one that is prepared meanwhile, which takes longer."""
 LOADED = f"{SERVED.name}-loaded"

@@ -195,7 +195,6 @@ class Load(Message, frozen=True):
         warm_up_required: whether a warm-up that fails fails the load.
         prepared: a prepared form to create the session from, instead of from the version's files.
         background: whether all work of the worker yields to other processes.
-        huge_pages: whether the worker may use huge pages, where they were measured to be better.
         layers: what confines the worker; one that cannot be applied ends it.
         ceiling_bytes: limit of its memory for good, whatever it does itself; None is no limit.
         tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
@@ -214,7 +213,6 @@ class Load(Message, frozen=True):
     warm_up_required: bool = True
     prepared: CachedCopy | None = None
     background: bool = False
-    huge_pages: bool = True
     layers: tuple[Layer, ...] = ()
     ceiling_bytes: int | None = None
     tensors: tuple[TensorHead, ...] = ()

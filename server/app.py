@@ -112,7 +112,7 @@ from server.observability.requestlog import (
 from server.observability.scrape import SCRAPES, Scrapes
 from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
-from server.settingvalues import MAX_BODY_BYTES, OFF, ON, parse_budget
+from server.settingvalues import MAX_BODY_BYTES, ON, parse_budget, parse_prepared_size
 from server.v2 import inference, metadata, repository
 from server.v2.forwarding import open_forwarder
 from server.v2.ondemand import OnDemand
@@ -168,7 +168,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
     app[GATE] = gate
     app[PROXIES] = proxies
     app[VERIFIER] = verifier
-    app[BODIES] = Bodies(MAX_BODIES_BYTES, config.json_bytes())
+    app[BODIES] = Bodies(MAX_BODIES_BYTES, config.max_json_bytes)
     app[OPENAPI] = partial(_openapi, config.metrics)
     app[STOPPING] = asyncio.Event()
     app[RESOURCES_CACHE] = ResourcesCache()
@@ -246,8 +246,6 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
     app[POOL] = pool = WorkerPool(
         threads=app[CONFIG].model_threads(cpus),
         patience_s=app[CONFIG].inference_grace_s,
-        warm_up=app[CONFIG].warm_up == "on",
-        huge_pages=app[CONFIG].huge_pages == "auto",
         records_stderr=app[CONFIG].ledger_stderr == "on",
     )
     await pool.open()
@@ -389,7 +387,7 @@ def _policy(config: Config, cpus: int, limit_bytes: int) -> Policy:
 
 def _open_store(config: Config) -> Store | None:
     """Open the store of model versions; without one, workers load from the repository."""
-    if config.store == OFF:
+    if not config.has_store:
         return None
     store = Store(config.data / STORE, config.store_bytes())
     store.open()
@@ -411,9 +409,10 @@ def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
 
 def _open_cache(config: Config) -> ModelCache | None:
     """Open the cache of optimised models; without one, models load from their files."""
-    if config.prepare != ON:
+    most_bytes = parse_prepared_size(config.prepared_size)
+    if not most_bytes:
         return None
-    store = ModelCache(config.data / STORE, config.prepared_bytes())
+    store = ModelCache(config.data / STORE, most_bytes)
     try:
         store.open()
     except CACHE_PROBLEMS as error:

@@ -49,7 +49,7 @@ from server.configsources import (
     unknown_variables,
 )
 from server.http.tls import load_context
-from server.settingvalues import AUTO, OFF, ON, parse_budget
+from server.settingvalues import OFF, ON, parse_budget
 
 OnVersion = Callable[[str], None]
 """Called with each version before its trial load."""
@@ -144,12 +144,9 @@ def find_unusable_paths(values: Mapping[str, Any]) -> Iterator[Mistake]:
     elif cert is not None or key is not None:
         given, other = ("--tls-key", "--tls-cert") if cert is None else ("--tls-cert", "--tls-key")
         yield Mistake(given, f"is given alone: HTTPS takes {other}, too")
-    if values["repository_writable"] == ON and values["repository_immutable"] == ON:
-        text = "on is refused with --repository-immutable=on: what nobody ever changes takes no versions"
+    if values["repository_writable"] == ON and values["store_size"] == OFF:
+        text = "on is refused with --store-size=off: workers load files that nobody may ever change"
         yield Mistake("--repository-writable", text)
-    if values["store"] == OFF and values["repository_immutable"] == OFF:
-        text = "is refused: workers would load files that others may change; add --repository-immutable=on if"
-        yield Mistake("--store", f"off {text} nobody does")
 
 
 def _find_mistake(place: str, check: Callable[..., object], *paths: Path) -> Iterator[Mistake]:
@@ -337,9 +334,7 @@ def check_workers(
     """
 
     async def check() -> None:
-        is_huge = config.huge_pages == AUTO
-        threads = config.model_threads(count_usable_cpus())
-        pool = WorkerPool(threads=threads, warm_up=config.warm_up == ON, huge_pages=is_huge)
+        pool = WorkerPool(threads=config.model_threads(count_usable_cpus()))
         try:
             await pool.open()
             await _check_confinement(pool, config, result)

@@ -19,18 +19,17 @@ from server.auth.keys import MAX_EXPIRES_S
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 from server.settingvalues import (
     AUTO,
+    MAX_BODY_BYTES,
     OFF,
     ON,
     SIZES,
     parse_budget,
-    parse_json_size,
     parse_labels,
     parse_ledger,
     parse_limit,
     parse_node_address,
     parse_prepared_size,
     parse_store_size,
-    parse_upload_size,
 )
 
 PREFIX = "LOADLEDGER_"
@@ -63,23 +62,16 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Memory and what is loaded": (
         *("memory_budget", "max_loaded", "evict", "min_residency_s", "keep_alive_s", "on_demand", "restore"),
     ),
-    "Loads": (
-        *("loads_at_once", "threads", "strategy", "timeout_s", "progress_timeout_s", "drain_timeout_s"),
-        *("warm_up", "prepare", "prepared_size", "huge_pages"),
-    ),
-    "Inference": ("inference_timeout_s", "inference_grace_s", "inference_queue", "max_json_bytes"),
-    "Copies of models, and confinement": (
-        *("store", "store_size", "repository_immutable", "confine", "ledger_stderr"),
-    ),
-    "Adding versions": ("repository_writable", "max_upload"),
+    "Loads and inferences": ("threads", "drain_timeout_s", "prepared_size", "inference_timeout_s"),
+    "Files of models, and confinement": ("store_size", "repository_writable", "confine", "ledger_stderr"),
     "Tokens": ("jwt_audience", "jwt_issuer", "jwt_keys", "jwt_roles_claim", "max_token_s"),
     "Connections, TLS and proxies": (
-        *("tls_cert", "tls_key", "trusted_proxies", "forwarded_header", "max_connections", "head_timeout_s"),
+        *("tls_cert", "tls_key", "trusted_proxies", "forwarded_header"),
         *("idle_timeout_s", "streams_per_subject"),
     ),
-    "Rate limits": ("limit_management", "limit_inference", "limit_reads", "limit_auth_failures"),
+    "Rate limits": ("limit_management", "limit_inference", "limit_reads"),
     "Logs, traces and metrics": (
-        *("log_format", "log_level", "log_inferences", "otel", "trace_inferences", "metrics"),
+        *("log_format", "log_level", "log_inferences", "trace_inferences", "metrics"),
     ),
 }
 """The settings by what they are about, as the help and the documentation list them."""
@@ -121,6 +113,11 @@ _PATH = validate.Regexp("[^~]", error="Must name a path in full: ~ is not expand
 def setting(default: Any, help_text: str, validator: Validator | None = None) -> Any:
     """Return an optional field of the configuration."""
     return field(default=default, metadata={"help": help_text, "validator": validator})
+
+
+def fixed(value: Any) -> Any:
+    """Return a field that is no setting: no option, variable or key in a file names it."""
+    return field(default=value)
 
 
 def own_folder(name: str, help_text: str) -> Any:
@@ -187,12 +184,6 @@ class Config:
         "Header field of trusted proxies that names the client: x-forwarded-for, or forwarded (RFC 7239).",
         validate.OneOf((X_FORWARDED_FOR, FORWARDED)),
     )
-    loads_at_once: int = setting(
-        0,
-        "Models that may load at the same time; 0 means one for each CPU that the server may use (--threads)."
-        " One more may, if it loaded before, while only models that never did are loading.",
-        validate.Range(0, 1024),
-    )
     threads: int = setting(
         0,
         "Threads of each model, unless its load says otherwise; 0 means as many as the server may use: its"
@@ -203,30 +194,6 @@ class Config:
         DRAIN_TIMEOUT_S, "Seconds that an unload waits for running inferences.", _SECONDS
     )
     inference_timeout_s: float = setting(60.0, "Seconds that one inference may take.", _POSITIVE_SECONDS)
-    inference_grace_s: float = setting(
-        INFERENCE_GRACE_S,
-        "Seconds that a stopped inference may continue before its worker is killed.",
-        _POSITIVE_SECONDS,
-    )
-    inference_queue: int = setting(
-        1024, "Inferences of one model that may be queued or running.", validate.Range(1, MANY)
-    )
-    max_json_bytes: str = setting(
-        "64MiB",
-        f"Longest JSON of an inference, after decompression, at most 64MiB: {SIZES}.",
-        _validator_of(parse_json_size),
-    )
-    timeout_s: int = setting(
-        300,
-        "Seconds that a load may take, waiting included, unless its request says otherwise.",
-        validate.Range(1, MAX_TIMEOUT_S),
-    )
-    progress_timeout_s: int = setting(
-        PROGRESS_TIMEOUT_S,
-        "Seconds that a load may make no progress: it reaches no further stage, and nothing is copied or"
-        " hashed. Unless its request says otherwise.",
-        validate.Range(1, MAX_TIMEOUT_S),
-    )
     memory_budget: str = setting(
         "80%",
         f"Memory for all workers together: a percentage of the container's or machine's memory, {SIZES}.",
@@ -247,64 +214,29 @@ class Config:
         " directly after its last request.",
         validate.Range(-1, MAX_KEEP_ALIVE_S),
     )
-    strategy: str = setting(
-        "beside",
-        "How a new version replaces the old one, unless its load says otherwise: beside, in_place, or auto.",
-        validate.OneOf(("beside", "in_place", "auto")),
-    )
     on_demand: str = setting(
         OFF,
         "Load a model when an inference needs it; the inference waits: on, or off.",
         _SWITCH,
     )
-    warm_up: str = setting(
-        ON,
-        "Run a model once before it gets requests, unless its loadledger.toml says otherwise: on, or off.",
-        _SWITCH,
-    )
-    prepare: str = setting(
-        ON,
-        "Prepare loaded models in the background, so that later loads are faster: on, or off. With off,"
-        " prepared models are not used either.",
-        _SWITCH,
-    )
     prepared_size: str = setting(
         "20GB",
-        f"Disk space for prepared models; the least recently used are deleted first: {SIZES}.",
+        "Disk space for prepared models, which load faster; the least recently used are deleted first: off,"
+        f" which prepares and uses none, or {SIZES}.",
         _validator_of(parse_prepared_size),
-    )
-    store: str = setting(
-        ON,
-        "Load models from private copies in the data directory: on, or off, which takes"
-        " --repository-immutable=on.",
-        _SWITCH,
     )
     store_size: str = setting(
         AUTO,
-        "Disk space for these copies; the least recently used are deleted first: auto, which leaves a tenth"
-        f" of the file system free, {SIZES}.",
+        "Disk space for the private copies that models are loaded from; the least recently used are deleted"
+        f" first: auto, which leaves a tenth of the file system free, {SIZES}; or off, which loads from the"
+        " repository: then nobody may ever change a file there.",
         _validator_of(parse_store_size),
-    )
-    repository_immutable: str = setting(
-        OFF,
-        "Whether nobody ever changes a file in the repository: on, or off.",
-        _SWITCH,
     )
     repository_writable: str = setting(
         AUTO,
         "Whether callers with the role admin may add and remove versions: auto (if the repository's folder"
         " belongs to the server's user, and there is no --ledger), on, or off.",
         validate.OneOf((AUTO, ON, OFF)),
-    )
-    max_upload: str = setting(
-        "20GB",
-        f"Longest version that a caller may add: {SIZES}.",
-        _validator_of(parse_upload_size),
-    )
-    huge_pages: str = setting(
-        AUTO,
-        "Huge pages for the memory of workers: auto, where they make loading faster, or off.",
-        validate.OneOf((AUTO, OFF)),
     )
     confine: str = setting(
         AUTO,
@@ -326,17 +258,6 @@ class Config:
     streams_per_subject: int = setting(
         20, "Streams of events that one subject may have open.", validate.Range(1, MANY)
     )
-    max_connections: int = setting(
-        10_000,
-        "Connections that may be open at the same time; at most three quarters of the process's file"
-        " descriptors.",
-        validate.Range(1, MANY),
-    )
-    head_timeout_s: float = setting(
-        10.0,
-        "Seconds in which the head of a request must arrive; on a new connection, counted from its start.",
-        _POSITIVE_SECONDS,
-    )
     idle_timeout_s: float = setting(
         75.0,
         "Seconds that an idle connection is kept open; must be more than a proxy in front keeps it.",
@@ -350,11 +271,6 @@ class Config:
     )
     log_inferences: float = setting(
         0.0, "Share of inferences that are logged, from 0 (none) to 1 (all).", _SHARE
-    )
-    otel: str = setting(
-        AUTO,
-        "Export traces with OpenTelemetry: auto (if OTEL_EXPORTER_OTLP_ENDPOINT is set), on, or off.",
-        validate.OneOf((AUTO, ON, OFF)),
     )
     trace_inferences: float = setting(
         0.01,
@@ -388,7 +304,26 @@ class Config:
         _LIMIT,
     )
     limit_reads: str = setting("6000/minute", "Other requests per subject, or off.", _LIMIT)
-    limit_auth_failures: str = setting("30/minute", "Refused credentials per peer address, or off.", _LIMIT)
+
+    # Limits whose best value is known: constants for users, which tests make shorter.
+    loads_at_once: int = fixed(0)
+    """Models that load at the same time; 0 is one for each CPU that the server may use."""
+    timeout_s: int = fixed(300)
+    """Of a load, waiting included, unless its request or its loadledger.toml says otherwise."""
+    progress_timeout_s: int = fixed(PROGRESS_TIMEOUT_S)
+    max_json_bytes: int = fixed(MAX_BODY_BYTES)
+    """Of the JSON of an inference, after decompression."""
+    inference_grace_s: float = fixed(INFERENCE_GRACE_S)
+    inference_queue: int = fixed(1024)
+    """Inferences of one model that may be queued or running: more wait longer than clients do."""
+    max_connections: int = fixed(10_000)
+    """Open at the same time; at most three quarters of the process's file descriptors."""
+    head_timeout_s: float = fixed(10.0)
+    """In which the head of a request must arrive; on a new connection, counted from its start."""
+    max_upload_bytes: int = fixed(20 * 10**9)
+    """Of a version that a caller adds; larger ones are put into the repository's folder."""
+    limit_auth_failures: str = fixed("30/minute")
+    """Refused credentials per peer address."""
 
     def node_id(self) -> str:
         """Return the name of this node."""
@@ -422,9 +357,10 @@ class Config:
         """Return how many threads a model computes with unless its load says otherwise, given those CPUs."""
         return self.threads or cpus
 
-    def prepared_bytes(self) -> int:
-        """Return how many bytes prepared models may take."""
-        return parse_prepared_size(self.prepared_size)
+    @property
+    def has_store(self) -> bool:
+        """Whether models are loaded from private copies."""
+        return self.store_size != OFF
 
     def store_bytes(self) -> int | None:
         """Return how many bytes the store may take; None leaves a tenth of the file system free."""
@@ -434,14 +370,10 @@ class Config:
         """Return what callers may add to the repository."""
         return UploadPolicy(
             cast("Writable", self.repository_writable),
-            is_immutable=self.repository_immutable == ON,
+            is_immutable=not self.has_store,
             is_of_node=self.ledger is not None,
-            max_bytes=parse_upload_size(self.max_upload),
+            max_bytes=self.max_upload_bytes,
         )
-
-    def json_bytes(self) -> int:
-        """Return how many bytes the JSON of an inference may have."""
-        return parse_json_size(self.max_json_bytes)
 
     def proxies(self) -> Proxies:
         """Return the trusted proxies and their header field."""
@@ -466,11 +398,6 @@ class Setting:
     validator: Validator | None
 
     @property
-    def is_promise(self) -> bool:
-        """Whether the option may be given without a value, which means on."""
-        return self.name == "repository_immutable"
-
-    @property
     def flag(self) -> str:
         """The option, such as `--port`."""
         return "--" + self.name.replace("_", "-")
@@ -483,7 +410,7 @@ class Setting:
 
 def settings() -> tuple[Setting, ...]:
     """Return all settings, in the order of `Config`."""
-    return tuple(map(_describe_setting, dataclasses.fields(Config)))
+    return tuple(_describe_setting(each) for each in dataclasses.fields(Config) if "help" in each.metadata)
 
 
 def _describe_setting(entry: "dataclasses.Field[Any]") -> Setting:

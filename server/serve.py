@@ -27,13 +27,12 @@ from runtime.membership import NameInUse
 from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
 from server.auth.tokens import TOKENS
-from server.config import Config, ConfigError
+from server.config import Config
 from server.http.connection import ConnectionLimits, listening
 from server.http.tls import Certificate
 from server.observability.eventlog import log_events
 from server.observability.output import STDERR, log_to_stderr
 from server.observability.requestlog import log_inferences
-from server.settingvalues import AUTO, OFF
 from server.v2.fastpath import add_fast_path
 
 _log = logging.getLogger(__name__)
@@ -186,7 +185,7 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     app = create_app(config, accepts_rollback=accepts_rollback)
     tracing = None
-    if _exports_traces(config):
+    if _exports_traces():
         from server.observability.tracing import Tracing  # noqa: PLC0415 - of an extra, and slow to import
 
         tracing = Tracing()
@@ -232,23 +231,17 @@ def _log_failed_announcement(announcing: asyncio.Task[object]) -> None:
         _log.error("the server could not say what it found", exc_info=defect)
 
 
-def _exports_traces(config: Config) -> bool:
-    """Whether traces are exported, as the settings and the variables of OpenTelemetry say.
-
-    Raises:
-        ConfigError: `--otel=on` asks for it, and the extra is not installed.
-    """
+def _exports_traces() -> bool:
+    """Whether traces are exported, as the variables of OpenTelemetry say."""
     named = any(os.environ.get(name) for name in OTEL_ENDPOINTS)
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    if config.otel == OFF or (config.otel == AUTO and (disabled or not named)):
+    if disabled or not named:
         return False
     try:
         importlib.import_module("server.observability.tracing")
     except ImportError as error:
         reason = f"traces cannot be exported, {error.name} is not installed: {INSTALL_OTEL}"
-        if config.otel != AUTO:
-            raise ConfigError(f"--otel: {reason}") from None
-        _log.warning("%s, or give --otel=off", reason)
+        _log.warning("%s, or set OTEL_SDK_DISABLED=true", reason)
         return False
     return True
 

@@ -51,30 +51,15 @@ def parse_size(text: str, instead: str = "") -> int:
 
 
 def parse_prepared_size(text: str) -> int:
-    """Return the bytes that prepared models may take. Raises as `parse_size`."""
-    return parse_size(text, "; to prepare no models, use --prepare=off")
+    """Return the bytes that prepared models may take; 0 for off. Raises as `parse_size`."""
+    return 0 if text == OFF else parse_size(text, f", or {OFF}")
 
 
 def parse_store_size(text: str) -> int | None:
-    """Return the bytes of the store's size; None for auto. Raises as `parse_size`."""
-    return None if text == AUTO else parse_size(text, f", or {AUTO}")
-
-
-def parse_upload_size(text: str) -> int:
-    """Return the bytes that an added version may have. Raises as `parse_size`."""
-    return parse_size(text, "; to take none, use --repository-writable=off")
-
-
-def parse_json_size(text: str) -> int:
-    """Return the bytes that the JSON of an inference may have, as many as a body at most.
-
-    Raises:
-        ValueError: the text is no such size; the message says what it must be.
-    """
-    size = parse_size(text)
-    if size > MAX_BODY_BYTES:
-        raise ValueError(f"Must be at most {MAX_BODY_BYTES // 2**20}MiB.")
-    return size
+    """Return the bytes of the store's size; None for auto, 0 for off. Raises as `parse_size`."""
+    if text in (AUTO, OFF):
+        return None if text == AUTO else 0
+    return parse_size(text, f", {AUTO}, or {OFF}")
 
 
 def parse_budget(text: str, limit_bytes: int) -> int:

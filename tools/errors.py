@@ -48,7 +48,7 @@ ADVICE: Mapping[str, str] = {
     "unknown_node": "Check the name of the node.",
     "method_not_allowed": "Use a method that `Allow` names.",
     "body_timeout": "Send the body without a pause; check the network.",
-    "head_timeout": "Send the head without a pause; `--head-timeout-s` sets the limit.",
+    "head_timeout": "Send the head without a pause, within 10 s.",
     "nothing_loaded": "There is nothing to unload.",
     "already_finished": "The job has ended; see its `status`.",
     "already_started": "It is too late to cancel. To end a load anyway, unload with `?force=true`.",
@@ -62,8 +62,8 @@ ADVICE: Mapping[str, str] = {
     " the repository yourself.",
     "precondition_failed": "As `version_exists`: the request had `If-None-Match: *`.",
     "archived": "Start at `oldest`, or read the archives: `loadledger replay --archive`.",
-    "body_too_large": "Send less at once. JSON of an inference is limited by `--max-json-bytes`: send"
-    " tensors in binary. A version is limited by `--max-upload`.",
+    "body_too_large": "Send less at once. Send tensors in binary instead of JSON. A version may"
+    " have 20 GB: put a larger one into the repository's folder.",
     "target_too_long": "Use a shorter path and query, for example fewer filters at once.",
     "unsupported_media_type": "Send `Content-Type: application/json` in UTF-8, or a coding that `detail`"
     " names.",
@@ -80,10 +80,9 @@ ADVICE: Mapping[str, str] = {
     "internal": "This is a bug. The server's log has the reason under the reference in `instance`.",
     "unknown_transfer_coding": "Send `Transfer-Encoding: chunked` or `Content-Length`; compress the content"
     " with `Content-Encoding`.",
-    "inference_queue_full": "Send fewer requests at once, give the model more `instances`, or raise"
-    " `--inference-queue`.",
+    "inference_queue_full": "Send fewer requests at once, or give the model more `instances`.",
     "bodies_full": "Too many large bodies are in memory: retry after `Retry-After`.",
-    "too_many_connections": "Close unused connections, or raise `--max-connections`.",
+    "too_many_connections": "Close unused connections, or raise the limit of open files.",
     "model_not_loaded": "Load it, or let the server load it: `--on-demand on`.",
     "load_failed": "`detail` has the reason; the server tries again after `Retry-After`.",
     "node_unreachable": "Send the request again after `Retry-After`. If the node does not come back, its"

@@ -63,7 +63,7 @@ async def _load_in_time(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[
         raise NoProgress(
             f"the load made no progress for {load.progress_timeout_s:g} s: all that time its stage was"
             f" {load.stage!r}. If the model needs longer, as a very large one may, load it with a greater"
-            " progress_timeout_s, or start the server with a greater --progress-timeout-s"
+            " progress_timeout_s"
         ) from None
 
 

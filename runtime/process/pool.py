@@ -82,8 +82,6 @@ class WorkerPool:
     Args:
         threads: how many threads each worker computes with, unless its load says otherwise.
         patience_s: how long a cancelled inference may go on before its worker is killed.
-        warm_up: whether models are warmed up, unless their loadledger.toml decides.
-        huge_pages: whether workers use huge pages where these were measured to be better.
 
     Attributes:
         applied: what confines the workers; nothing before `confine`.
@@ -94,13 +92,9 @@ class WorkerPool:
         *,
         threads: int = 1,
         patience_s: float = INFERENCE_GRACE_S,
-        warm_up: bool = True,
-        huge_pages: bool = True,
         records_stderr: bool = True,
     ) -> None:
         self.threads = threads
-        self.warm_up = warm_up
-        self.huge_pages = huge_pages
         self.records_stderr = records_stderr
         self.applied = UNCONFINED
         self._patience_s = patience_s
@@ -168,9 +162,8 @@ class WorkerPool:
             memory_limit_bytes=parameters.memory_limit_bytes,
             max_batch_size=parameters.max_batch_size,
             max_queue_delay_us=parameters.max_queue_delay_us,
-            warm_up=self.warm_up if warm_up.enabled is None else warm_up.enabled,
+            warm_up=warm_up.enabled is not False,
             warm_up_required=warm_up.required,
-            huge_pages=self.huge_pages,
             layers=self.applied.layers,
             name=f"{files.model_id}/{files.version}",
         )

@@ -16,7 +16,7 @@ class UploadPolicy:
 
     Attributes:
         writable: whether it changes the repository; `auto` does if the folder belongs to the server's user.
-        is_immutable: whether nobody may ever change a file there (`--repository-immutable`).
+        is_immutable: whether nobody may ever change a file there (`--store-size=off`).
         is_of_node: whether other nodes load from it, too: then only `on` says that it is one for all.
         max_bytes: of one version.
     """
@@ -41,8 +41,7 @@ def check_writable(root: Path, policy: UploadPolicy) -> None:
         )
     if policy.is_immutable:
         raise RepositoryReadOnly(
-            f"nobody may change a file of this repository (--repository-immutable=on): {advice}, under a new"
-            " number"
+            f"nobody may change a file of this repository (--store-size=off): {advice}, under a new number"
         )
     if policy.is_of_node and policy.writable == "auto":
         raise RepositoryNotShared(

@@ -28,7 +28,7 @@ class UploadTooLarge(RuntimeProblem):
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(
-            f"a version may have {max_bytes} bytes, and this one has more: raise the server's --max-upload"
+            f"a version may have {max_bytes} bytes, and this one has more: put it there yourself"
         )
 
 

@@ -103,7 +103,7 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
 
 def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
     on_stage("loading")
-    if not order.huge_pages or not huge_pages_help(order.bytes, order.prepared):
+    if not huge_pages_help(order.bytes, order.prepared):
         disable_huge_pages()
     sessions.limit_memory(
         order.hard_limit_bytes(thread_bytes()),

@@ -131,7 +131,7 @@ def _merge_parameters(
     wanted: Mapping[str, Any], defaults: Mapping[str, Any], file: str, config: Config
 ) -> LoadParameters:
     """Merge the sources; a request that switches batching off also drops its delay."""
-    own = {name: getattr(config, name) for name in ("timeout_s", "progress_timeout_s", "strategy")}
+    own = {name: getattr(config, name) for name in ("timeout_s", "progress_timeout_s")}
     merged = {**own, **defaults, **wanted}
     if merged.get("keep_alive_s") is None:  # null means the server's setting in each source
         merged["keep_alive_s"] = None if config.keep_alive_s == NEVER else config.keep_alive_s

@@ -13,7 +13,7 @@ from server.api.schemas import AnswerSchema, about
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL
 from server.http.validation import NothingSchema
 from server.routing import Access, Routes
-from server.settingvalues import OFF, ON
+from server.settingvalues import OFF
 
 routes = Routes(tag="resources")
 
@@ -163,6 +163,6 @@ def _resources(app: web.Application) -> dict[str, object]:
         "preparing": preparing,
         "pressure": read_pressure(),
         "confinement": app[POOL].applied.confinement,
-        "repository_writable": config.repository_writable != OFF and config.repository_immutable != ON,
+        "repository_writable": config.repository_writable != OFF and config.has_store,
         "as_of": app[LOG].state.position,
     }

@@ -74,17 +74,14 @@ class LoadBodySchema(Schema):
     )
     timeout_s = StrictInteger(
         validate=validate.Range(1, MAX_TIMEOUT_S),
-        **about(
-            "Seconds from acceptance, waiting included, after which the load fails. "
-            "Default: the server's --timeout-s."
-        ),
+        **about("Seconds from acceptance, waiting included, after which the load fails. Default: 300."),
     )
     progress_timeout_s = StrictInteger(
         validate=validate.Range(1, MAX_TIMEOUT_S),
         **about(
             "Seconds that the load, once it has started, may make no progress; then it fails with "
             "`no_progress`. Progress is a further stage, or a piece of a file that is copied or hashed. "
-            "Default: the server's --progress-timeout-s."
+            "Default: 300."
         ),
     )
     memory_limit_bytes = StrictInteger(
@@ -116,7 +113,7 @@ class LoadBodySchema(Schema):
             "How a loaded model is replaced. `beside`: the old version serves until the new "
             "one is loaded; both use memory. `in_place`: the old version is unloaded first; requests get 503 "
             "until the new one is loaded. `auto`: beside if both fit into the memory budget, else in place. "
-            "Default: the server's --strategy."
+            "Default: `beside`."
         ),
     )
     pinned = StrictBoolean(

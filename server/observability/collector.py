@@ -173,7 +173,7 @@ class ServerCollector(Collector):
         )
         yield _gauge(
             "inference_queue_limit",
-            "Inferences of one model that may be in flight (--inference-queue).",
+            "Inferences of one model that may be in flight.",
             self._app[CONFIG].inference_queue,
         )
 

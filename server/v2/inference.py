@@ -63,7 +63,7 @@ class JsonTooLarge(ServerProblem):
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(
-            f"the JSON of an inference must not be larger than {max_bytes} bytes (--max-json-bytes); send"
+            f"the JSON of an inference must not be larger than {max_bytes} bytes; send"
             f" tensors in binary: with the binary tensor data extension ({HEADER_LENGTH}), a body may have"
             f" {MAX_BODY_BYTES} bytes"
         )

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from support import models
 from support.fleet import SOAK, UNLIMITED, as_text, check_ledger, new_dice, tell
-from support.servers import Server, serving
+from support.servers import Server, limited, serving
 
 from server.config import Config
 
@@ -46,7 +46,8 @@ async def test_answers_are_as_documented_for_each_role(config: Config) -> None:
     for version in (1, 2):
         models.save(models.add(version), config.repository, "digits", version)
     models.save_bytes(models.TEXT, config.repository, "invalid")
-    async with serving(config, *UNLIMITED, "--limit-auth-failures=off", "--timeout-s=30") as server:
+    command = limited(limit_auth_failures="off", timeout_s=30)
+    async with serving(config, *UNLIMITED, command=command) as server:
         await server.api.load("digits")
         document = yaml.safe_load((await server.api.get("/openapi.yaml", roles=())).body)
         del document["paths"][STREAM]

@@ -20,7 +20,7 @@ import pytest
 import pytest_asyncio
 from support.campaign import Attack, attacked
 from support.fleet import Fleet, new_dice, of_both
-from support.servers import address
+from support.servers import address, limited
 from support.shims import Shim, build_shim, environment_of
 from support.traffic import traffic
 from support.workers import LIMIT_S
@@ -62,10 +62,10 @@ async def faulty(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Faul
         under = {"FAULTS_UNDER": str(config.data)}
         shims["disk"] = build_shim(here / "ioerrors.c", folder, "4I", "FAULTS", under)
         shims["clock"] = build_shim(here / "clock.c", folder, "l", "WRONG_BY")
-    settings = f"--limit-auth-failures={FAILURES}/second"
+    command = limited(limit_auth_failures=f"{FAILURES}/second")
     environment = environment_of(shims.values())
     fleet = Fleet(config.repository, 3)
-    async with attacked(config, settings, environment=environment, expected_errors=ERRORS) as attack:
+    async with attacked(config, command=command, environment=environment, expected_errors=ERRORS) as attack:
         yield Faulty(attack, fleet, shims)
 
 

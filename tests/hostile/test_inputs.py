@@ -22,7 +22,7 @@ from support.campaign import Attack, attacked
 from support.fleet import SOAK, as_text, new_dice, tell
 from support.http import Json
 from support.models import save_bytes
-from support.servers import ROOT, address, events
+from support.servers import ROOT, address, events, limited
 
 from events.types import LoadFailed, WorkerExited
 from runtime.errors import Exit
@@ -32,12 +32,8 @@ ROUNDS = {"model": 30, "body": 200, "token": 80, "conversation": 80}
 """Of each kind, in the short form."""
 LONG_S = {"model": 180.0, "body": 60.0, "token": 30.0, "conversation": 60.0}
 """For each kind, in the long form."""
-SETTINGS = (
-    "--limit-auth-failures=20000/minute",
-    "--head-timeout-s=2",
-    "--memory-budget=1500000000",
-    "--timeout-s=20",
-)
+SETTINGS = ("--memory-budget=1500000000",)
+COMMAND = limited(limit_auth_failures="20000/minute", head_timeout_s=2.0, timeout_s=20)
 LIMIT_BYTES = 200_000_000
 """Of each mutated model."""
 CODES = {
@@ -207,7 +203,7 @@ async def test_hostile_inputs_leave_good_models_alone(config: Config) -> None:
     dice = new_dice()
     for model_id, (model, _) in ASKED.items():
         models.save(model, config.repository, model_id)
-    async with attacked(config, *SETTINGS) as attack:
+    async with attacked(config, *SETTINGS, command=COMMAND) as attack:
         for model_id in ASKED:
             await attack.server.api.load(model_id, memory_limit_bytes=LIMIT_BYTES)
         inputs = Inputs(attack)

@@ -36,7 +36,7 @@ from support import models, probe
 from support.fleet import UNLIMITED, Source, agreed, as_text, check_ledger, own_bytes, settled, tell
 from support.http import LIMIT_S, ONE, Json, when
 from support.models import save
-from support.servers import MODULE, Server, address, serving
+from support.servers import Server, address, limited, serving
 from support.store import check_store
 from support.workers import wait_gone
 
@@ -47,7 +47,8 @@ GOOD_MB = 24
 QUESTION: Json = {"name": "x", "shape": [1], "datatype": "INT64", "data": [7]}
 NEXT = "next"
 """The model whose load shows that loads still work."""
-SETTINGS = (*UNLIMITED, "--inference-timeout-s=2", "--inference-grace-s=1", "--drain-timeout-s=5")
+SETTINGS = (*UNLIMITED, "--inference-timeout-s=2", "--drain-timeout-s=5")
+COMMAND = limited(inference_grace_s=1.0)
 BACK_S = 5.0
 """The goal for serving again, from when nothing stands in the way."""
 REST_S = 10.0
@@ -216,7 +217,7 @@ class Attack:
 async def attacked(
     config: Config,
     *arguments: str,
-    command: Sequence[str] = MODULE,
+    command: Sequence[str] = COMMAND,
     environment: Mapping[str, str] | None = None,
     expected_errors: Sequence[str] = (),
     see_data: Callable[[Config], Config] = lambda config: config,

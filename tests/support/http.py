@@ -276,7 +276,9 @@ async def local_server(folder: Path, **settings: Any) -> AsyncIterator[LocalApi]
 
     Nothing is prepared in the background, unless the settings say so.
     """
-    config = Config(repository=folder / "repository", data=folder / "data", **{"prepare": "off", **settings})
+    config = Config(
+        repository=folder / "repository", data=folder / "data", **{"prepared_size": "off", **settings}
+    )
     config.repository.mkdir(exist_ok=True)
     async with application(config) as api:
         yield api

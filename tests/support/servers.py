@@ -40,6 +40,20 @@ main()
 UNHURRIED = (sys.executable, "-P", "-c", NO_PRESSURE)
 """The command on a machine that reports no pressure: it prepares models however busy the machine is."""
 
+
+def limited(**limits: float | str) -> tuple[str, ...]:
+    """Return the command with other limits than users have: fields of `Config` that are no settings."""
+    script = (
+        "from server.config import Config\n"
+        "from loadledger.cli.main import main\n"
+        f"limits = {limits!r}\n"
+        "assert limits.keys() <= Config.__init__.__kwdefaults__.keys()\n"
+        "Config.__init__.__kwdefaults__.update(limits)\n"
+        "main()\n"
+    )
+    return (sys.executable, "-P", "-c", script)
+
+
 APART = "--host=127.7.7.7"
 """For a server that starts again on its port: another process could take one of 127.0.0.1 meanwhile."""
 
@@ -130,9 +144,9 @@ class Server:
                 self._pidfds.append(os.pidfd_open(child))
 
 
-QUIET = {"LOADLEDGER_PREPARE": "off", "LOADLEDGER_LOG_LEVEL": "warning"}
+QUIET = {"LOADLEDGER_PREPARED_SIZE": "off", "LOADLEDGER_LOG_LEVEL": "warning"}
 """No preparation and no log lines unless a test asks for them."""
-PREPARING = {"LOADLEDGER_PREPARE": "on"}
+PREPARING = {"LOADLEDGER_PREPARED_SIZE": "20GB"}
 """The default."""
 
 

@@ -12,7 +12,7 @@ from support import models
 from support.fleet import settled
 from support.http import ENDLESS, ONE
 from support.models import save
-from support.servers import Server, events, serving, verified
+from support.servers import Server, events, limited, serving, verified
 from support.streams import following
 from support.workers import computing, until
 
@@ -37,7 +37,7 @@ async def test_kill_9_ends_all_processes_and_next_start_finishes_jobs(config: Co
         save(models.add(constant), config.repository, model_id)
     save(models.slow_model(depth=2000), config.repository, "slow")  # loads for minutes
     save(models.counting_loop(), config.repository, "draining")
-    async with serving(config, "--loads-at-once=1") as server:
+    async with serving(config, command=limited(loads_at_once=1)) as server:
         first = await server.api.load("loaded")
         await server.api.load("draining")
         is_computing = computing(server.worker())
@@ -57,7 +57,7 @@ async def test_kill_9_ends_all_processes_and_next_start_finishes_jobs(config: Co
     assert not [pid for pid in before if is_running(pid)]
 
     save(models.add(3), config.repository, "slow")
-    async with serving(config, "--loads-at-once=1") as server:
+    async with serving(config, command=limited(loads_at_once=1)) as server:
         assert before.isdisjoint(server.children())
         jobs = await settled(server)
         assert {job["status"] for job in jobs.values()} == {"completed"}

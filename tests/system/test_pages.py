@@ -26,7 +26,7 @@ STANDING = {
     "docs/events.md": ("", 5),
     "docs/memory.md": ("--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on", 5),
     "docs/time-travel.md": ("", 6),
-    "docs/prepared.md": ("--prepare on", 2),
+    "docs/prepared.md": ("--prepared-size 20GB", 2),
     "docs/client.md": ("", 9),
     "docs/verify-it-yourself.md": ("", 8),
 }

@@ -133,7 +133,7 @@ def _serve(repository: Path, data: Path) -> Iterator[_Server]:
     # -P: what lies in the current directory must not be taken for our packages.
     command = [sys.executable, "-P", "-m", "loadledger", "serve", "--port", "0"]
     command += ["--repository", str(repository), "--data", str(data)]
-    command += ["--prepare", "off"]  # it would add processes and memory to the figures
+    command += ["--prepared-size", "off"]  # it would add processes and memory to the figures
     command += ["--log-level", "warning"]  # the demo prints its own progress
     with subprocess.Popen(  # noqa: S603 - our own interpreter and package
         command,

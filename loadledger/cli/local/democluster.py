@@ -191,7 +191,7 @@ def _start(folder: Path, database: DemoDatabase, name: str, port: int) -> Iterat
     command = [sys.executable, "-P", "-m", "loadledger", "serve", "--ledger", database.url(SERVER)]
     command += ["--node-name", name, "--node-address", f"http://127.0.0.1:{port}", "--port", str(port)]
     command += ["--data", str(folder / name), "--repository", str(folder / "models")]
-    command += ["--lease-s", str(LEASE_S), "--prepare", "off", "--log-level", "warning"]
+    command += ["--lease-s", str(LEASE_S), "--prepared-size", "off", "--log-level", "warning"]
     with (
         _log_of(folder, name).open("wb") as log,
         subprocess.Popen(  # noqa: S603 - our own interpreter and package

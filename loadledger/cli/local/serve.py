@@ -44,8 +44,7 @@ def _settings_options() -> list[click.Option]:
         default = "no default" if setting.default is None else f"default: {setting.default}"
         text = f"{setting.help} [{setting.variable}; {default}]"
         names = [setting.flag, setting.name]
-        given_alone: dict[str, Any] = {"is_flag": False, "flag_value": "on"} if setting.is_promise else {}
-        options.append(click.Option(names, metavar=setting.kind.__name__.upper(), help=text, **given_alone))
+        options.append(click.Option(names, metavar=setting.kind.__name__.upper(), help=text))
     return options
 
 

@@ -282,7 +282,7 @@ def test_digests_of_rfc_9530_are_read(fields: list[str], found: set[str] | None)
         (UploadPolicy(), 0o700, None),
         (UploadPolicy("on"), 0o700, None),
         (UploadPolicy("off"), 0o700, "--repository-writable"),
-        (UploadPolicy(is_immutable=True), 0o700, "--repository-immutable=on"),
+        (UploadPolicy(is_immutable=True), 0o700, "--store-size=off"),
         (UploadPolicy(), None, "cannot be used"),
     ],
 )

@@ -160,7 +160,6 @@ async def test_huge_pages_are_used_for_copied_or_packed_weights(pool: WorkerPool
     assert not has_huge_pages((await load(pool, order_of(root, "small")))[0])
     order = order_of(root)
     assert has_huge_pages((await load(pool, order))[0])
-    assert not has_huge_pages((await load(pool, replace(order, huge_pages=False)))[0])
     optimised, prepacked = [await prepared(pool, root, form) for form in ("optimised", "prepacked")]
     assert has_huge_pages((await load(pool, replace(order, prepared=optimised)))[0])
     assert not has_huge_pages((await load(pool, replace(order, prepared=prepacked)))[0])

@@ -187,11 +187,10 @@ async def test_warm_up_is_recorded_and_not_counted_as_a_request(engine: Engine) 
     assert engine.live("m").statistics == Statistics()
 
 
-async def test_file_overrules_the_server_setting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.pool, "warm_up", False)
+async def test_file_gives_inputs_or_turns_the_warm_up_off(engine: Engine) -> None:
     inputs = [("x", "FP32", "[6]", "[1, 2, 3, 4, 5, 6]"), ("sides", "INT64", "[2]", "[2, 3]")]
-    given = "warm_up.enabled = true" + "".join(GIVEN.format(*each) for each in inputs)
-    for defaults, is_run in (("", False), (given, True), ("warm_up.enabled = false", False)):
+    given = "".join(GIVEN.format(*each) for each in inputs)
+    for defaults, is_run in ((given, True), ("warm_up.enabled = false", False)):
         assert (await warmed_up(engine, models.reshape(), defaults) is not None) is is_run
         await engine.unload("m")
 

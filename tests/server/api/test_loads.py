@@ -385,14 +385,6 @@ async def test_load_beyond_a_full_queue_is_429(start: Start) -> None:
 # Warm-up
 
 
-async def test_load_runs_no_inference_when_warm_up_is_off(start: Start) -> None:
-    api = await start(warm_up="off")
-    api.save(models.add(), "m")
-    await api.load("m")
-    [loaded] = await api.data_of(ModelLoaded)
-    assert loaded.durations.warming_up_us is None
-
-
 async def test_failed_warm_up_can_be_switched_off_per_model(shared: LocalApi) -> None:
     defaults = shared.save(models.divide(), "cold").parent / "loadledger.toml"
     answer = await shared.post("/v2/repository/models/cold/load")
@@ -434,12 +426,13 @@ async def test_load_of_equal_bytes_completes_and_restarts_nothing(api: LocalApi)
     assert (await api.load("m"))["id"] == first["id"]
 
 
-async def test_load_without_a_store_needs_an_immutable_repository(start: Start) -> None:
-    api = await start(store="off", repository_immutable="on")
+async def test_load_without_a_store_takes_the_repositorys_files(start: Start) -> None:
+    api = await start(store_size="off")
     api.save(models.add(1), "m")
     await api.load("m")
     (event,) = await api.data_of(ModelLoaded)
     assert not event.verified
     assert not (api.config.data / "store").exists()
-    mistakes = list(find_unusable_paths(asdict(Config(repository=Path(), data=Path(), store="off"))))
-    assert [place for place, _ in mistakes if place == "--store"] == ["--store"]
+    writable = Config(repository=Path(), data=Path(), store_size="off", repository_writable="on")
+    mistakes = [place for place, _ in find_unusable_paths(asdict(writable))]
+    assert "--repository-writable" in mistakes

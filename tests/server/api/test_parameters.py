@@ -91,9 +91,9 @@ async def test_file_applies_where_request_says_nothing(tmp_path: Path) -> None:
 
 
 async def test_setting_applies_where_nobody_says(tmp_path: Path) -> None:
-    app = application(tmp_path, timeout_s=12, strategy="auto", progress_timeout_s=14)
-    assert await changes(app) == {"timeout_s": 12, "strategy": "auto", "progress_timeout_s": 14}
-    assert await changes(app, strategy="beside", progress_timeout_s=120) == {"timeout_s": 12}
+    app = application(tmp_path, timeout_s=12, progress_timeout_s=14)
+    assert await changes(app) == {"timeout_s": 12, "progress_timeout_s": 14}
+    assert await changes(app, progress_timeout_s=120) == {"timeout_s": 12}
     write(tmp_path, 'timeout_s = 13\nstrategy = "in_place"\nprogress_timeout_s = 15')
     assert await changes(app) == {"timeout_s": 13, "strategy": "in_place", "progress_timeout_s": 15}
     assert await changes(application(tmp_path, threads=5)) == {}  # the setting when the load starts

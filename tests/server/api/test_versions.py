@@ -152,7 +152,7 @@ async def test_load_and_removal_at_once_have_one_winner(shared: LocalApi) -> Non
 
 
 async def test_settings_limit_uploads(start: Start) -> None:
-    api = await start(max_upload="100")
+    api = await start(max_upload_bytes=100)
     assert (await put(api, "m")).refusal == (413, "body_too_large")
     api.save(MODEL, "there")
     api.config.repository.chmod(0o500)

@@ -262,7 +262,7 @@ def test_format_is_negotiated() -> None:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
     """One application whose metrics need no token."""
-    settings = {"metrics": "open", "limit_reads": "1/hour", "prepare": "on"}
+    settings = {"metrics": "open", "limit_reads": "1/hour", "prepared_size": "20GB"}
     async with local_server(tmp_path_factory.mktemp("shared"), **settings) as api:
         yield api
 

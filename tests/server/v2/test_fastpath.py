@@ -29,7 +29,7 @@ LENGTH = "Inference-Header-Content-Length"
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
     """One application with `y = x + 1` loaded as `m`."""
-    async with local_server(tmp_path_factory.mktemp("shared"), max_json_bytes=str(MAX_JSON)) as api:
+    async with local_server(tmp_path_factory.mktemp("shared"), max_json_bytes=MAX_JSON) as api:
         save(models.add(1), api.config.repository, "m")
         await api.load("m")
         yield api

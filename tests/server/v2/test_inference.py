@@ -271,7 +271,7 @@ async def test_too_large_body_is_refused(identities: LocalApi) -> None:
     for body, headers in ((chunks(), {}), (bomb, packed), (chunks(), binary), (bomb, packed | binary)):
         answer = await identities.post("/v2/models/FP32/infer", data=body, headers=headers)
         assert answer.refusal == (413, "body_too_large")
-        assert ("--max-json-bytes" in answer.json["detail"]) is (LENGTH not in headers)
+        assert ("the JSON of an inference" in answer.json["detail"]) is (LENGTH not in headers)
     head = "POST /v2/models/FP32/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 1073741824\r\n"
     url = URL(identities.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
@@ -283,7 +283,7 @@ async def test_too_large_body_is_refused(identities: LocalApi) -> None:
 
 async def test_json_is_limited_and_binary_tensors_are_not(start: Start, repository: Path) -> None:
     save(models.identity(), repository, "m")
-    api = await start(max_json_bytes="1000")
+    api = await start(max_json_bytes=1000)
     await api.load("m")
     tensor = Binary("FP32", (1000,), bytes(4000))
     assert (await infer_binary(api, "m", tensor)).status == 200
@@ -291,7 +291,7 @@ async def test_json_is_limited_and_binary_tensors_are_not(start: Start, reposito
     text = {"name": "x", "datatype": "FP32", "shape": [1000], "data": [0] * 1000}
     refused = await api.infer("m", text)
     assert refused.refusal == (413, "body_too_large")
-    assert "1000 bytes (--max-json-bytes); send tensors in binary" in refused.json["detail"]
+    assert "1000 bytes; send tensors in binary" in refused.json["detail"]
 
 
 NOT_LOADED, UNKNOWN = (503, "model_not_loaded"), (404, "unknown_model")
