@@ -22,8 +22,7 @@ from events.audit.verify import verify
 from events.clock import add_seconds
 from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
-from events.groups import encode_drafts
-from events.log import Log
+from events.log import Log, encode_drafts
 from events.sqlite import queries, snapshots
 from events.sqlite.history import open_time_travel_reader
 from events.sqlite.listing import EVERYTHING, EventFilter, EventQuery, Reader, open_reader

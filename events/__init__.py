@@ -4,9 +4,9 @@ The way of a command: `log` queues it, `accept` decides it on `state`, `codec` w
 JSON and chains their hashes, `sqlite.storage` commits them in one transaction, and `tail` wakes the readers.
 
 - A new event or field: `types`, then the folds in `jobs`, `models`, `tokens` and `nodes`, then `counters`.
-- What the state allows, duplicates, idempotency keys: `accept`; the commands and their queue: `commands`.
-- The live state, its transactions, and the part of it that a node works on: `state`; groups of events:
-  `groups`; group commit and failures of writing: `log`.
+- What the state allows, duplicates, idempotency keys: `accept`; the commands: `commands`.
+- The live state, its transactions, and the part of it that a node works on: `state`; the queue of commands,
+  groups of events, group commit and failures of writing: `log`.
 - Times and ids: `clock`; refusals and failures with a code: `errors`; what the writer needs of a storage:
   `storage`.
 

@@ -8,16 +8,13 @@ its commands carry conditions, each a part of the state that the decision rests 
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 from msgspec import Struct
 
 from events.clock import Timestamp, add_seconds
-from events.errors import LedgerProblem
 from events.models import Model
 from events.nodes import Confinement, Node
 from events.tokens import TokenIssued
@@ -314,76 +311,3 @@ class Receipt(Struct, frozen=True, gc=False):
     job_id: str | None
     existing: bool
     position: int
-
-
-@dataclass(slots=True)
-class PendingCommand:
-    """A command, its caller's future, and the outcome, which is answered once the group is durable."""
-
-    command: Command
-    done: asyncio.Future[Receipt]
-    outcome: Receipt | LedgerProblem | None = None
-
-    @property
-    def key_hash(self) -> str | None:
-        """The hash of the command's idempotency key, if it has one."""
-        given = self.command.idempotency if isinstance(self.command, JobCommand) else None
-        return given.key_hash if given is not None else None
-
-
-@dataclass(slots=True)
-class PendingNote:
-    """Times of last use by model id, and the future of the caller; it also says that the server is there."""
-
-    used: Mapping[str, str]
-    done: asyncio.Future[None]
-
-
-def answer(done: asyncio.Future[T], outcome: T | Exception) -> None:
-    """Hand an outcome to a caller, unless the caller was cancelled."""
-    if done.done():
-        return
-    if isinstance(outcome, Exception):
-        done.set_exception(outcome)
-    else:
-        done.set_result(outcome)
-
-
-def fail_callers(group: Iterable[PendingCommand | PendingNote], error: Exception) -> None:
-    """Raise an error in all callers that still wait."""
-    for pending in group:
-        done: asyncio.Future[Any] = pending.done
-        answer(done, error)
-
-
-class Inbox(Generic[T]):
-    """A queue whose reader is woken once for all items, which costs less than a wakeup for each."""
-
-    def __init__(self) -> None:
-        self._items: deque[T] = deque()
-        self._wakeup = asyncio.Event()
-
-    def __len__(self) -> int:
-        """Return the number of items."""
-        return len(self._items)
-
-    def put(self, item: T) -> None:
-        """Add an item at the end."""
-        self._items.append(item)
-        self._wakeup.set()
-
-    def wake(self) -> None:
-        """Wake the reader, even without an item."""
-        self._wakeup.set()
-
-    async def wait(self) -> None:
-        """Wait for an item or a wakeup."""
-        await self._wakeup.wait()
-
-    def take(self, limit: int | None = None) -> list[T]:
-        """Return the items in order, at most `limit`."""
-        number = len(self._items) if limit is None else min(limit, len(self._items))
-        taken = [self._items.popleft() for _ in range(number)]
-        if not self._items:
-            self._wakeup.clear()
-        return taken

@@ -1,4 +1,4 @@
-"""How the log is written: one writer, group commit, the decision right before the insert, the live state.
+"""The log's writer: its inbox, group commit, the decision right before the insert, the live state.
 
 `Log.submit` queues a command. The writer takes all pending commands as one group, decides them one after the
 other on the state, encodes the accepted events, and commits them in one transaction, because a durable commit
@@ -10,32 +10,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
-from events.accept import find_joinable
+from msgspec.structs import replace
+
+from events.accept import OUTDATED, Accepted, Existing, Refused, accept, find_joinable
 from events.clock import (
     ClockStep,
     FoldTimes,
     LedgerClock,
+    Timestamp,
     boottime,
     format_timestamp,
     utc_now,
     uuid7,
 )
-from events.commands import (
-    Command,
-    Inbox,
-    PendingCommand,
-    PendingNote,
-    Receipt,
-    Record,
-    answer,
-    fail_callers,
-)
+from events.codec import decode_event, encode_event, hash_body
+from events.commands import Command, JobCommand, JoinNode, KnownRequests, Receipt, Record
 from events.counters import Tally
 from events.errors import (
     ForeignHead,
@@ -45,19 +42,22 @@ from events.errors import (
     NodeAlive,
     NotEncodable,
     OutcomeUnknown,
+    RequestRefused,
+    UnreadableEvent,
 )
-from events.groups import DecidedGroup, decide_group, fold_rows, rests_on_state
-from events.nodes import Confinement
+from events.nodes import Confinement, NodeJoined
 from events.sqlite.storage import Database
-from events.state import State
-from events.storage import HeadMoved, LogHead, Storage, StorageError
+from events.state import Attempt, State
+from events.storage import HeadMoved, LogHead, Row, Storage, StorageError
 from events.types import (
     SYSTEM,
     ClockStepped,
     Draft,
+    Event,
     RollbackAccepted,
     ServerStarted,
     ServerStopped,
+    record_draft,
 )
 
 _log = logging.getLogger(__name__)
@@ -69,6 +69,79 @@ PROBE_S = 1.0
 
 MAX_GROUP = 512
 """Commands in one transaction: the cost of the commit vanishes, and answers still take milliseconds."""
+
+
+@dataclass(slots=True)
+class PendingCommand:
+    """A command, its caller's future, and the outcome, which is answered once the group is durable."""
+
+    command: Command
+    done: asyncio.Future[Receipt]
+    outcome: Receipt | LedgerProblem | None = None
+
+    @property
+    def key_hash(self) -> str | None:
+        """The hash of the command's idempotency key, if it has one."""
+        given = self.command.idempotency if isinstance(self.command, JobCommand) else None
+        return given.key_hash if given is not None else None
+
+
+@dataclass(slots=True)
+class PendingNote:
+    """Times of last use by model id, and the future of the caller; it also says that the server is there."""
+
+    used: Mapping[str, str]
+    done: asyncio.Future[None]
+
+
+def answer(done: asyncio.Future[T], outcome: T | Exception) -> None:
+    """Hand an outcome to a caller, unless the caller was cancelled."""
+    if done.done():
+        return
+    if isinstance(outcome, Exception):
+        done.set_exception(outcome)
+    else:
+        done.set_result(outcome)
+
+
+def fail_callers(group: Iterable[PendingCommand | PendingNote], error: Exception) -> None:
+    """Raise an error in all callers that still wait."""
+    for pending in group:
+        done: asyncio.Future[Any] = pending.done
+        answer(done, error)
+
+
+class Inbox(Generic[T]):
+    """A queue whose reader is woken once for all items, which costs less than a wakeup for each."""
+
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._wakeup = asyncio.Event()
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self._items)
+
+    def put(self, item: T) -> None:
+        """Add an item at the end."""
+        self._items.append(item)
+        self._wakeup.set()
+
+    def wake(self) -> None:
+        """Wake the reader, even without an item."""
+        self._wakeup.set()
+
+    async def wait(self) -> None:
+        """Wait for an item or a wakeup."""
+        await self._wakeup.wait()
+
+    def take(self, limit: int | None = None) -> list[T]:
+        """Return the items in order, at most `limit`."""
+        number = len(self._items) if limit is None else min(limit, len(self._items))
+        taken = [self._items.popleft() for _ in range(number)]
+        if not self._items:
+            self._wakeup.clear()
+        return taken
 
 
 class Log:
@@ -560,3 +633,134 @@ class Log:
                 await self._storage.give_up(error)
         await self._probe()
         fail_callers([note], NotEncodable() if isinstance(error, UnicodeEncodeError) else LogUnavailable())
+
+
+# A group: decided from commands, or read from another server. Pure.
+
+
+@dataclass(frozen=True, slots=True)
+class DecidedGroup:
+    """The outcome of a group: its events, their rows, the state after them and the head."""
+
+    attempt: Attempt
+    events: Sequence[Event]
+    rows: Sequence[Row]
+    head: LogHead
+
+
+def decide_group(
+    group: Iterable[PendingCommand],
+    state: State,
+    head: LogHead,
+    *,
+    known: KnownRequests,
+    now: Timestamp,
+    new_id: Callable[[], str],
+) -> DecidedGroup:
+    """Decide the commands of a group one after the other, each on the state after those before it.
+
+    Only the outcomes in `group` change. Commands of cancelled callers are skipped.
+
+    Args:
+        group: the pending commands.
+        state: the durable state.
+        head: the durable head.
+        known: what the log has of the group's idempotency keys, actors and the jobs that may answer them.
+        now: the ledger's time, one for the group, because it becomes durable at one moment.
+        new_id: returns the id of a new event.
+    """
+    attempt, events, rows = Attempt(state, known), list[Event](), list[Row]()
+    for pending in group:
+        if pending.done.cancelled():
+            continue
+        try:
+            decision = accept(attempt.state, pending.command, new_id, now)
+            if isinstance(decision, Accepted):
+                drafts = _sign_join(pending.command, decision.drafts, head)
+                new_events, new_rows, head = encode_drafts(drafts, head, now)
+                for event in new_events:
+                    attempt.apply(event)
+                events += new_events
+                rows += new_rows
+            pending.outcome = make_receipt(decision, head)
+        except LedgerProblem as error:
+            pending.outcome = error
+    return DecidedGroup(attempt, events, rows, head)
+
+
+def _sign_join(command: Command, drafts: Sequence[Draft], head: LogHead) -> Sequence[Draft]:
+    """Return the drafts of a command, that of a join signed: only here the event before it is known."""
+    if not isinstance(command, JoinNode) or command.sign is None:
+        return drafts
+    joins = [
+        replace(each.data, after=head.hash.hex()) for each in drafts if isinstance(each.data, NodeJoined)
+    ]
+    signed = [replace(join, signature=command.sign(join.statement)) for join in joins]
+    return [replace(draft, data=join) for draft, join in zip(drafts, signed, strict=True)]
+
+
+def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:
+    """Fold events that others appended on top of a state, which does not change.
+
+    Raises:
+        UnreadableEvent: `log_unavailable`, an event cannot be folded.
+    """
+    attempt, events = Attempt(state), list[Event]()
+    for row in rows:
+        try:
+            event = decode_event(row.body)
+            attempt.apply(event)
+        except Exception as error:  # a forged body may raise anything
+            raise UnreadableEvent(row.position, error) from error
+        events.append(event)
+    last, head = events[-1], rows[-1]
+    return DecidedGroup(attempt, events, rows, LogHead(head.position, head.hash, last.recorded_at, last.type))
+
+
+def encode_drafts(
+    drafts: Sequence[Draft], head: LogHead, now: Timestamp
+) -> tuple[list[Event], list[Row], LogHead]:
+    """Return the drafts as events and rows after `head`.
+
+    Raises:
+        NotEncodable: `not_encodable`; no draft is encoded then, so one caller fails alone.
+    """
+    events, rows = [], []
+    position, digest = head.position, head.hash
+    recorded_at = max(now, head.recorded_at)
+    for draft in drafts:
+        position += 1
+        event = record_draft(draft, position, recorded_at)
+        body = encode_event(event)
+        digest = hash_body(digest, body)
+        events.append(event)
+        rows.append(Row(position, body, digest))
+    return events, rows, LogHead(position, digest, recorded_at, events[-1].type) if events else head
+
+
+def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Receipt:
+    """Return the receipt of a decision; `head` is the one after it.
+
+    Raises:
+        RequestRefused: the command was refused.
+    """
+    if isinstance(decision, Refused):
+        raise RequestRefused(decision.code, decision.message)
+    return Receipt(
+        decision.job_id,
+        existing=not isinstance(decision, Accepted) or decision.is_join,
+        position=head.position,
+    )
+
+
+def rests_on_state(pending: PendingCommand) -> bool:
+    """Whether a command was refused, or answered with what was there.
+
+    Not if it is outdated: the system then decides anew by itself.
+    """
+    match pending.outcome:
+        case RequestRefused(code=code):
+            return code != OUTDATED
+        case Receipt(existing=existing):
+            return existing
+    return False

@@ -1,4 +1,4 @@
-"""How is a server reached? Its URL, the token for it, time limits and TLS."""
+"""A server's address: its URL, the token for it, time limits and TLS."""
 
 from __future__ import annotations
 

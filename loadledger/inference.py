@@ -1,4 +1,4 @@
-"""How is an inference sent and its answer read? Tensors in binary, outputs as numpy arrays.
+"""Inference requests and answers: tensors in binary, outputs as numpy arrays.
 
 The datatype of an array is its dtype's. Those of lists, and of arrays that the model refuses, come from the
 model's metadata, which a client remembers. A model may change; so the server checks each datatype, refuses a

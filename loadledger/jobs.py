@@ -1,4 +1,4 @@
-"""How is a job awaited? It is polled, with intervals that grow with the time waited.
+"""Waiting for a job: polling, with intervals that grow with the time waited.
 
 Polling needs no role, takes none of the subject's streams, and survives a restart of the server. An interval
 of a fixed part of the time waited bounds the delay to that part.

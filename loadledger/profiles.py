@@ -1,4 +1,4 @@
-"""Which server does a program talk to? Variables, profiles and the default URL.
+"""Profiles: the server's URL and token, from variables, files and the default.
 
 A profile is a TOML file with `url`, `token` and `ca`, by default `~/.config/loadledger/profile.toml`, which
 `loadledger login` writes. As it holds a token, a profile that others may read is refused, and the token goes

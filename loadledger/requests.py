@@ -1,4 +1,4 @@
-"""How is a request written and its answer read?
+"""Requests, answers, and what a transport has to do.
 
 Nothing in an answer is trusted: it becomes a value of records.py or an exception with a printable message.
 """

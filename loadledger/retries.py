@@ -1,4 +1,4 @@
-"""How is a request repeated? Sending with retries, back-off with jitter, and Retry-After."""
+"""Retries of requests: back-off with jitter, and Retry-After."""
 
 from __future__ import annotations
 

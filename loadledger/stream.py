@@ -1,4 +1,4 @@
-"""How are events listed and followed? Pages of lists, and JSON lines over one connection after another.
+"""Lists page by page, and the event stream: JSON lines over one connection after another.
 
 A followed stream has each event once and none missing, whatever connections are lost.
 """

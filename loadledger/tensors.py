@@ -1,4 +1,4 @@
-"""How do values become tensors, and tensors numpy arrays? Datatypes of the Open Inference Protocol.
+"""Conversion of values to tensors and of tensors to numpy arrays, by the Open Inference Protocol.
 
 Bytes are little-endian and row-major (Triton's binary tensor data extension). This module imports numpy, so
 it is imported on use.

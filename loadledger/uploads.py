@@ -1,4 +1,4 @@
-"""Which files make up a version, given a file or a folder, and how are they sent?
+"""The files of a version, given a file or a folder, and the body that uploads them.
 
 `find_version_files` looks; `open_body` hashes, and makes the body of a request, which is read while it is
 sent. A single file is sent as it is, several as a tar.

@@ -1,4 +1,4 @@
-"""How is the JSON of an inference request read? Strictly, and so that a hostile text blocks nothing for long.
+"""The JSON of inference requests, read strictly, and so that a hostile text blocks nothing for long.
 
 Short texts are decoded at once. A long one is read once into raw members, since each value of a hostile text
 would become an object; then what is left of it without the tensors' data is decoded. A key that appears twice

@@ -9,7 +9,7 @@ from pathlib import Path
 from events.clock import format_timestamp, uuid7
 from events.codec import decode_event
 from events.errors import LedgerDamaged, LedgerProblem
-from events.groups import encode_drafts, fold_rows
+from events.log import encode_drafts, fold_rows
 from events.nodes import Node
 from events.postgres.bases import read_stored_base, write_stored_base
 from events.postgres.connection import Connection, connect, translated_errors

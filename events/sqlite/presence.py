@@ -1,4 +1,4 @@
-"""Was the server there at a moment of the past, or which nodes? Starts and ends tell, and the last note."""
+"""Liveness of the server and the nodes at a moment of the past, from starts, ends and the last note."""
 
 from __future__ import annotations
 

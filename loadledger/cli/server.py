@@ -1,4 +1,4 @@
-"""Which server does a command talk to? Options, `loadledger login`, and the client."""
+"""The server of a command: its options, `loadledger login`, and the client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which commands send a model its first request? A line of `loadledger infer` and one of `curl`, of zeros.
+"""Commands for a model's first request: a line of `loadledger infer` and one of `curl`, of zeros.
 
 Both are made from the inputs of a model's record; a length that the model leaves open is 1.
 """

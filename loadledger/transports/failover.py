@@ -1,4 +1,4 @@
-"""Which server gets a request? The next URL when one is not there, and the node that has a model.
+"""Failover to the next URL when a server is not there, and affinity to the node that has a model.
 
 A node that forwards an inference names the address of the node that answered. The next inference of that
 model goes there. The token goes to no other address than the configured ones and those that they name.

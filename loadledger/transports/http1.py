@@ -1,4 +1,4 @@
-"""How is HTTP/1.1 written and read? Requests to bytes, bytes to heads and bodies, without any I/O (RFC 9112).
+"""HTTP/1.1 without I/O: requests to bytes, bytes to heads and bodies (RFC 9112).
 
 The standard library's `http.client` reads the fields of an answer as those of a mail, which takes longer than
 a small inference.

@@ -1,4 +1,4 @@
-"""Are the bytes of a pending load those that its model serves? Then only settings change.
+"""Comparison of a pending load's bytes with those that its model serves: if equal, only settings change.
 
 The version is copied and hashed before the load starts. If the bytes differ, the load goes on with that copy.
 """

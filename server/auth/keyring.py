@@ -1,4 +1,4 @@
-"""Which keys verify tokens? Those of the data directory, or those of an identity provider's file.
+"""The public keys that verify tokens: the data directory's, or those of an identity provider's file.
 
 Each key is bound to exactly one algorithm when it is read (RFC 8725 section 3.1). The header of a token only
 chooses one of these keys, never an algorithm.

@@ -1,4 +1,4 @@
-"""Which keys sign tokens and the ledger, and how are tokens issued?
+"""The private keys that sign tokens and the ledger's heads, as files in the data directory.
 
 `<data>/keys/<kid>.pem` are our Ed25519 keys: the newest signs tokens, all verify them; nodes sign their
 joins with them, too. `<data>/ledger.key` signs the ledger's head, and what this node forwards

@@ -1,4 +1,4 @@
-"""How do the nodes of a ledger know each other, and how does one say for whom it forwards a request?
+"""Trust among the nodes of a ledger: signed joins, and tokens that say for whom a request is forwarded.
 
 The database's role may append a join, but whose join no key of `<data>/keys` has signed is untrusted: nothing
 is placed at it, done by it or sent to it. The nodes share these keys, with an identity provider, too.

@@ -1,4 +1,4 @@
-"""Which client sent a request through proxies? Forwarded header fields, read from trusted proxies only.
+"""The client's address behind proxies: forwarded header fields, read from trusted proxies only.
 
 Anybody can send `X-Forwarded-For`, and a proxy adds to its right. So the field is read from the right: the
 first address that is no trusted proxy's is the client's, and everything left of it is the client's own claim

@@ -1,4 +1,4 @@
-"""How are clients rate limited? By subject and class of route; by address for refused credentials.
+"""Rate limits: by subject and class of route; by address for refused credentials.
 
 Fixed windows, counted in bounded memory. The header fields `RateLimit` and `RateLimit-Policy` of a response
 say what is left (draft-ietf-httpapi-ratelimit-headers).

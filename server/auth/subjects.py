@@ -1,4 +1,4 @@
-"""Which subjects may a token have? Printable ones without invisible characters that read as nobody else's.
+"""The subjects of tokens: printable, without invisible characters, and not to be mistaken for others.
 
 `system` is the server's own, and `local:NAME` is a user of the server's machine (`server.auth.control`).
 

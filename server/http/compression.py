@@ -1,4 +1,4 @@
-"""How are bodies compressed and decompressed? gzip and deflate (RFC 9110 section 8.4.1).
+"""Compression of bodies: gzip and deflate (RFC 9110 section 8.4.1).
 
 `deflate` is the zlib format, as in the RFC and in Triton's clients, and no raw deflate stream.
 """

@@ -1,4 +1,4 @@
-"""How much memory and time may bodies take? A budget for all requests and responses, and turns to decode.
+"""The body budget: memory for the bodies of all requests and responses, and turns to decode them.
 
 One subject gets half of the budget, and one turn at a time.
 """

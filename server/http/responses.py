@@ -1,4 +1,4 @@
-"""How are responses written past the framework? Fast ones in one piece; refusals of malformed HTTP.
+"""Responses that are written past the framework: fast ones in one piece, refusals of malformed HTTP.
 
 Every response has `STANDARD_FIELDS`, whichever way it is written.
 

@@ -1,4 +1,4 @@
-"""How does the server speak HTTPS, and how are certificates renewed while it runs?
+"""TLS: the server's certificate, reloaded when its file changes.
 
 The files are checked at a handshake, at most once a second. An unusable renewal, such as a certificate whose
 key is not there yet, is not loaded.

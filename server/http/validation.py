@@ -1,4 +1,4 @@
-"""How is a request validated? Its body is read within limits, parsed strictly, and checked with schemas.
+"""Validation of requests: bodies are read within limits, parsed strictly, and checked with schemas.
 
 The schemas are those that the route declares (`handler.__schemas__` of aiohttp-apispec). Each refusal is a
 400 that names the field and what is allowed there. Handlers get the result from `json_body` and its like.

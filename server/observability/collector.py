@@ -1,4 +1,4 @@
-"""Which metrics does `/metrics` show? Name, help text, values and labels of each, read for one scrape.
+"""The metrics: name, help text, values and labels of each, read for one scrape.
 
 Names and units follow Prometheus' conventions. docs/metrics.md lists the metrics; the dashboard and the alert
 rules in deploy/metrics name nothing else.

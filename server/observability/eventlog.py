@@ -1,4 +1,4 @@
-"""How do events get into the log? An observer reads each recorded event and writes its line.
+"""Log lines of recorded events.
 
 The ledger is the record and these lines are a copy, so nothing waits for them. A line has the event's own
 time and follows it within `PACE_S`. The observer also passes ended jobs on, for their traces.

@@ -1,4 +1,4 @@
-"""How were memory, requests and latencies in the last 24 hours? Samples that the server keeps in memory.
+"""In-memory time series of memory, requests and latencies, for the last 24 hours.
 
 Two rings: the last hour in steps of 10 s, the last 24 hours in steps of 5 min. A model's sample takes 8 bytes
 while nothing changes, and some 90 bytes when the model was asked (measured in

@@ -1,4 +1,4 @@
-"""How is a log record written? Its request, its format (text or JSON), and the queue to stderr.
+"""Log output: the request of a record, its format (text or JSON), and the queue to stderr.
 
 A record is one line in both formats, without tokens and of limited length; no library guarantees that, so
 the formatters are ours. Records wait in a queue for one thread that writes them, so a slow reader of stderr

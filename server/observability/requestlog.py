@@ -1,4 +1,4 @@
-"""What became of each request? One log line per request, and the counts behind `/metrics`.
+"""The access log: a line per request, and the counts of requests behind `/metrics`.
 
 Counts are by our own routes and by classes of status, never by anything that clients choose. Inferences are
 logged only as far as `--log-inferences` says, by a wrapper that else does not exist.

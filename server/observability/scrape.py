@@ -1,4 +1,4 @@
-"""How is `/metrics` answered? In Prometheus' text format or in OpenMetrics, kept for a moment."""
+"""The route `/metrics`: Prometheus' text format or OpenMetrics, kept for a moment."""
 
 from __future__ import annotations
 

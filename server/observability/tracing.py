@@ -1,4 +1,4 @@
-"""How are requests and jobs traced? Spans by OpenTelemetry; imported only if traces are exported.
+"""Traces of requests and jobs by OpenTelemetry; imported only if traces are exported.
 
 The library's own variables configure it (`OTEL_EXPORTER_OTLP_…`, `OTEL_SERVICE_NAME`,
 `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER`, `OTEL_BSP_…`). Its global provider stays unused.

@@ -1,4 +1,4 @@
-"""How are inference requests decoded and responses encoded? Open Inference Protocol v2, JSON and binary.
+"""Decoding of inference requests, encoding of responses: Open Inference Protocol v2, JSON and binary.
 
 Decoding runs on the event loop for each request, so it reads only where the tensors are: JSON elements stay
 text, binary ones are views of the body. The worker checks the elements. Sources of the rules: the protocol,

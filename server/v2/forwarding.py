@@ -1,4 +1,4 @@
-"""Forwarding: which node answers a request about a loaded model, and how is it sent there?
+"""Forwarding of requests about a loaded model to the node that has it.
 
 Any node answers for any model. A request about a model that the state says is loaded at another node goes
 to that node's address over HTTP: the same body, unparsed, and a token of this node in place of the client's

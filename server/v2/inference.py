@@ -1,4 +1,4 @@
-"""How is an inference answered? Infer, and the metadata and readiness of a model."""
+"""The routes of inference, metadata and readiness of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does the protocol say of server and loaded models? Metadata, statistics, configuration, schemas."""
+"""Metadata of the server and of loaded models: statistics, configuration, schemas."""
 
 from __future__ import annotations
 

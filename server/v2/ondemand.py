@@ -1,4 +1,4 @@
-"""How does an inference load its model? On-demand loads, and exponential back-off after their failures.
+"""On-demand loads for inferences, with exponential back-off after their failures.
 
 One task per model and version requests the load and watches it. All inferences that wait for it share its
 outcome.

@@ -1,4 +1,4 @@
-"""How do Triton's clients load and unload? The repository extension: index, load, unload.
+"""The repository extension, with which Triton's clients load and unload: index, load, unload.
 
 These clients take any status but 200 for a failure and cannot follow a job, so the answer comes when the job
 has ended. A job goes on if its client leaves; the client's next request joins it.

@@ -1,4 +1,4 @@
-"""How do given inputs become those of a model? Names, files of numpy, a batch dimension, datatypes."""
+"""Given inputs as a model's: names, files of numpy, a batch dimension, datatypes."""
 
 from __future__ import annotations
 

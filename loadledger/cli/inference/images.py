@@ -1,4 +1,4 @@
-"""How does a picture become an array? Layout, size and values follow the declared input unless options say.
+"""Pictures as arrays: layout, size and values follow the declared input unless options say otherwise.
 
 Pillow is the extra `images`.
 """

@@ -1,4 +1,4 @@
-"""How are the outputs of `loadledger infer` shown? A summary for people, JSON, or a file of numpy."""
+"""The outputs of `loadledger infer`: a summary for people, JSON, or a file of numpy."""
 
 from __future__ import annotations
 

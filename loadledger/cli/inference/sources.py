@@ -1,4 +1,4 @@
-"""Where do the inputs of `loadledger infer` come from? Arguments and files, read within limits.
+"""The inputs of `loadledger infer`: arguments and files, read within limits.
 
 The content decides what a file is, not its name, so that standard input can be any of them.
 """

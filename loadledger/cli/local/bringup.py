@@ -1,4 +1,4 @@
-"""How does a model get from its file to its first answer? It is added if it is new, loaded, and shown."""
+"""`loadledger run`: a model from its file to its first answer; added if it is new, loaded, and shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How do commands on a terminal get a token? `serve` writes a profile for its own user, if that has none."""
+"""The profile with a token that `serve` writes for its own user, if that has none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does `serve` say once it is ready? The models, what is wrong with others, and the next step."""
+"""What `serve` prints once it is ready: the models, what is wrong with others, and the next step."""
 
 from __future__ import annotations
 
