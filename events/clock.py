@@ -18,12 +18,10 @@ _LAST = "9999-12-31T23:59:59.999999Z"
 
 
 def format_timestamp(moment: datetime) -> Timestamp:
-    """Return the timestamp of a moment."""
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
 def parse_timestamp(timestamp: Timestamp) -> datetime:
-    """Return the moment of a timestamp."""
     return datetime.fromisoformat(timestamp)
 
 

@@ -76,7 +76,6 @@ class Histogram:
         self._total_s += seconds
 
     def snapshot(self) -> HistogramSnapshot:
-        """Return the histogram as it is now."""
         return HistogramSnapshot(self._bounds, tuple(self._counts), self._total_s)
 
 
@@ -88,7 +87,6 @@ class ModelLabels:
     _own: set[str] = field(default_factory=set)
 
     def of(self, model_id: str) -> str:
-        """Return the label of a model: its id, or `OTHERS`."""
         if model_id not in self._own:
             if len(self._own) >= self.most:
                 return OTHERS

@@ -153,7 +153,6 @@ class Retries(Struct, frozen=True, gc=False):
 
 
 def count_retry(retries: Retries | None, failed_at: Timestamp) -> Retries:
-    """Return the retries with one more."""
     return Retries(min(MAX_RETRIES, 1 + (retries.count if retries is not None else 0)), failed_at)
 
 

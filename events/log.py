@@ -336,7 +336,6 @@ class Log:
         return receipt
 
     async def rollback_accepted(self, accepted: RollbackAccepted) -> None:
-        """Append `RollbackAccepted`."""
         await self.submit(Record((Draft(self._new_id(), accepted, SYSTEM),)))
 
     async def server_stopped(self) -> Receipt:

@@ -200,7 +200,6 @@ class LoadedModel(Struct, frozen=True, gc=False):
 
     @property
     def id(self) -> str:
-        """The id of the model."""
         return self.model.id
 
 

@@ -52,7 +52,6 @@ class ArchivedRange:
     folds: int
 
     def __str__(self) -> str:
-        """Return the range for messages."""
         return f"positions {self.first_position} to {self.last_position}, {self.file!r}"
 
     def members(self) -> dict[str, object]:

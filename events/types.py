@@ -126,7 +126,6 @@ class LoadParameters(Struct, frozen=True, gc=False):
     node_labels: tuple[str, ...] | UnsetType = UNSET
 
     def has_same_workers(self, other: LoadParameters) -> bool:
-        """Whether workers of a load with `other` parameters do for one with these."""
         return all(getattr(self, name) == getattr(other, name) for name in WORKER_PARAMETERS)
 
     def has_same_settings(self, other: LoadParameters) -> bool:

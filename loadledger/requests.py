@@ -188,7 +188,6 @@ def problem_code(answer: Answer) -> str | None:
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return Retry-After, if it is in seconds."""
     text = headers.get("retry-after", "").strip()
     if not re.fullmatch(r"[0-9]{1,20}", text):
         return None
@@ -246,7 +245,6 @@ class CallContext:
 
 
 def get_request(path: str, pairs: list[tuple[str, str]] | None = None) -> Request:
-    """Return a GET request for a path."""
     return Request("GET", path + query(pairs or []))
 
 

@@ -129,7 +129,6 @@ class EventPage(msgspec.Struct):
 
     @property
     def values(self) -> list[Event]:
-        """The items of the page."""
         return [parse_event(bytes(text)) for text in self.events]
 
 
@@ -152,7 +151,6 @@ class Listing:
 
 
 async def iterate_list(context: CallContext, listing: Listing) -> AsyncGenerator[Any, None]:
-    """Yield the items of a list."""
     async for values, _ in fetch_pages(context, listing):
         for value in values:
             yield value
@@ -217,7 +215,6 @@ class EventSelection:
 
 
 def event_listing(selection: EventSelection) -> Listing:
-    """Return the list of stored events."""
     after = [] if selection.after is None else [("after", str(selection.after))]
     return Listing(EVENTS, EventPage, [*selection.filters, *selection.moments, *after], cursor="after")
 
@@ -294,7 +291,6 @@ class StreamProgress:
 async def _stream(
     context: CallContext, selection: EventSelection, progress: StreamProgress
 ) -> AsyncGenerator[Event, None]:
-    """Yield the events of one connection."""
     after = [] if progress.position is None else [("after", str(progress.position))]
     request = Request("GET", f"{EVENTS}/stream{query([*selection.filters, *after])}", {"Accept": LINES})
     stream = await context.transport.open(request)

@@ -289,7 +289,6 @@ def _machine_limits(proc: Path) -> Iterator[MemoryLimit]:
 
 
 def _cgroup_limits(folders: Iterable[Path], file: str, source: Source) -> Iterator[MemoryLimit]:
-    """Yield the limits of a cgroup and its parents."""
     for folder in folders:
         if (limit := parse_limit(read_text(folder / file))) is not None:
             yield MemoryLimit(limit, source)

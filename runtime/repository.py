@@ -128,8 +128,8 @@ class Repository:
             raise UnknownModel(model_id)
         return versions
 
-    def resolve(self, model_id: str, version: int | None = None) -> ModelVersion:
-        """Return a version of a model, by default the highest.
+    def find_version(self, model_id: str, version: int | None = None) -> int:
+        """Return the number of a model's version, by default the highest.
 
         Raises:
             InvalidModelId: `invalid_model_id`.
@@ -141,6 +141,11 @@ class Repository:
         chosen = versions[-1] if version is None else version
         if chosen not in versions:
             raise UnknownVersion(model_id, chosen)
+        return chosen
+
+    def resolve(self, model_id: str, version: int | None = None) -> ModelVersion:
+        """Return a version of a model with its files, by default the highest. Raises as `find_version`."""
+        chosen = self.find_version(model_id, version)
         folder = self.folder_of(model_id, chosen)
         return ModelVersion(model_id, chosen, folder, tuple(_listing(folder, self.root)))
 

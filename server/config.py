@@ -326,7 +326,6 @@ class Config:
     """Refused credentials per peer address."""
 
     def node_id(self) -> str:
-        """Return the name of this node."""
         return self.node_name or socket.gethostname()
 
     def own_address(self) -> str:

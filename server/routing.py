@@ -113,15 +113,12 @@ class Routes(list[Route]):
         return self._declare(hdrs.METH_GET, paths, operation)
 
     def post(self, *paths: str, **operation: Unpack[Operation]) -> Callable[[AnyHandler], AnyHandler]:
-        """Declare a handler of POST."""
         return self._declare(hdrs.METH_POST, paths, operation)
 
     def put(self, *paths: str, **operation: Unpack[Operation]) -> Callable[[AnyHandler], AnyHandler]:
-        """Declare a handler of PUT."""
         return self._declare(hdrs.METH_PUT, paths, operation)
 
     def delete(self, *paths: str, **operation: Unpack[Operation]) -> Callable[[AnyHandler], AnyHandler]:
-        """Declare a handler of DELETE."""
         return self._declare(hdrs.METH_DELETE, paths, operation)
 
     def _declare(

@@ -125,7 +125,6 @@ class ExportReader:
         self._recorded_at = ""
 
     def __iter__(self) -> Iterator[Row]:
-        """Yield the events."""
         for line in self._lines:
             found = self._read(line)
             if isinstance(found, SignedHead):

@@ -43,7 +43,6 @@ class Statement:
     base: LogBase
 
     def message(self) -> bytes:
-        """Return the bytes that are signed."""
         lines = (
             PREFIX,
             str(self.position),

@@ -262,7 +262,6 @@ def verify(path: Path) -> Verification:
 
 
 def verify_ledger(ledger: ProofReader) -> Verification:
-    """Verify an open ledger as `verify` does."""
     base = ledger.base()
     if base is None:
         return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", FindingKind.BASE))

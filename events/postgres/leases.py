@@ -50,7 +50,6 @@ class LeaseStore:
         )
 
     async def close(self) -> None:
-        """Close the connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await close(connection)

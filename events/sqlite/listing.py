@@ -79,7 +79,6 @@ class EventFilter:
         return {column: tuple(dict.fromkeys(values)) for column, values in values_of.items() if values}
 
     def matches(self, event: StoredEvent) -> bool:
-        """Whether the filter matches an event."""
         return (
             (not self.types or event.type in self.types)
             and (not self.models or event.model_id in self.models)
@@ -351,7 +350,6 @@ class Reader:
         return await self._thread.run(lambda connection: read_job(connection, job_id))
 
     async def jobs(self, query: JobQuery) -> Page[Job]:
-        """Return a page of jobs."""
         return await self._thread.run(lambda connection: read_jobs(connection, query))
 
 

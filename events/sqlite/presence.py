@@ -42,7 +42,6 @@ class NodeState(StrEnum):
 
     @property
     def is_present(self) -> bool:
-        """Whether the node is there."""
         return self in (NodeState.JOINED, NodeState.DRAINING)
 
 
@@ -196,7 +195,6 @@ def _unknown_since(node: NodePresence, seen_at: Timestamp) -> NodePresence:
 
 
 def read_base_nodes(connection: sqlite3.Connection) -> list[Node]:
-    """Return the nodes at the base of the log."""
     return [queries.as_node(body) for (body,) in connection.execute("SELECT body FROM base_nodes")]
 
 

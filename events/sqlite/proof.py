@@ -69,7 +69,6 @@ class LogReader:
         return queries.read_base(self._connection)
 
     def head(self) -> LogHead:
-        """Return the head."""
         return queries.read_head(self._connection)
 
     def bounds(self) -> tuple[int, int]:

@@ -29,7 +29,6 @@ LAST = 2**63 - 1
 
 
 def read_head(connection: sqlite3.Connection) -> LogHead:
-    """Return the head of the log."""
     row = connection.execute(
         "SELECT position, hash, recorded_at, type FROM events ORDER BY position DESC LIMIT 1",
     ).fetchone()
@@ -382,7 +381,6 @@ def _store(
 
 
 def as_text(entity: Job | Model | Token | Node) -> str:
-    """Return an entity as it is stored."""
     return as_bytes(entity).decode()
 
 

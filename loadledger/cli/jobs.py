@@ -117,7 +117,6 @@ def report_job(job: Any, *, as_json: bool) -> None:
 
 
 def model_of(job: Any) -> str:
-    """Return the model and version of a job."""
     model_id = to_printable(job.model_id)
     return model_id if job.version is None else f"{model_id} version {job.version}"
 

@@ -132,7 +132,6 @@ class CommandGroup(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
         with quiet_exits():
             return super().invoke(ctx)
 

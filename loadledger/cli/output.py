@@ -101,7 +101,6 @@ def _colour_state(line: str, columns: Sequence[str], cells: Sequence[str]) -> st
 
 
 def format_state(word: str) -> str:
-    """Return a state in its colour."""
     return click.style(to_printable(word), fg=COLOURS.get(word))
 
 
@@ -226,7 +225,6 @@ def _escape_character(letter: str) -> str:
 
 
 def print_result(value: Any, lines: Iterable[str], *, as_json: bool) -> None:
-    """Print a value as JSON, or for people as lines."""
     if as_json:
         print_json(value)
     else:

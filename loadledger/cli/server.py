@@ -154,7 +154,6 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes."""
         from server.settingvalues import parse_size  # noqa: PLC0415 - keeps `loadledger --help` quick
 
         try:
@@ -174,7 +173,6 @@ def own_data() -> Path:
 
 
 def data_option(command: Command) -> Command:
-    """Add the option `--data`."""
     return click.option(
         "--data",
         type=click.Path(path_type=Path, file_okay=False),

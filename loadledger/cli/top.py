@@ -108,7 +108,6 @@ def _render(look: ServerSnapshot) -> Any:
 
 
 def lines(look: ServerSnapshot) -> Iterator[str]:
-    """Yield the lines of the view."""
     found, now = look.resources, datetime.now(UTC)
     yield f"{click.style('loadledger', bold=True)}  {look.url}  {look.at:%H:%M:%S}Z  position {found.as_of}"
     if look.problem is not None:

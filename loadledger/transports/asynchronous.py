@@ -58,7 +58,6 @@ class AioStream:
         self._response.release()
 
     def close(self) -> None:
-        """Close the connection."""
         self._response.close()
 
 
@@ -83,7 +82,6 @@ class AioTransport:
             await session.close()
 
     async def send(self, request: Request) -> Answer:
-        """Return the whole answer."""
         limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
         async with self.limit_wait(limit_s if request.upload is None else None):  # sending takes its time
             stream = await self._respond(request, limit_s)
@@ -102,7 +100,6 @@ class AioTransport:
         return stream
 
     async def pause(self, seconds: float) -> None:
-        """Sleep."""
         await asyncio.sleep(seconds)
 
     async def call(self, work: Callable[[], T]) -> T:

@@ -133,7 +133,6 @@ class Connection:
             found += data
 
     def close(self) -> None:
-        """Close the connection."""
         self.sock.close()
 
     def _wait_until(self, until: float) -> None:
@@ -265,7 +264,6 @@ class BlockingTransport:
         connection.close()
 
     async def send(self, request: Request) -> Answer:
-        """Return the whole answer."""
         limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
         until = time.monotonic() + limit_s
         with closing(self._respond(request, limit_s)) as response:
@@ -285,7 +283,6 @@ class BlockingTransport:
         return response
 
     async def pause(self, seconds: float) -> None:
-        """Sleep."""
         time.sleep(seconds)  # noqa: ASYNC251 - it is to block
 
     async def call(self, work: Callable[[], T]) -> T:
@@ -317,7 +314,6 @@ class BlockingTransport:
         return f"{line}{fields}\r\n".encode("latin-1")
 
     def problem(self, error: Exception, *, sent: bool = True) -> ClientProblem:
-        """Return the `ClientProblem` for an error of a connection."""
         url = self.options.address.url
         if isinstance(error, TimeoutError):
             return ServerUnreachable(url, "it took too long", sent=sent)

@@ -80,7 +80,6 @@ class FailoverTransport(Generic[TransportT]):
             return [*self.servers, *self._nodes.values()]
 
     async def send(self, request: Request) -> Answer:
-        """Return the whole answer."""
         if request.model is None:
             return await self._try_servers(request, lambda server: server.send(request))
         known = self._known.get(request.model)
@@ -92,11 +91,9 @@ class FailoverTransport(Generic[TransportT]):
         return answer
 
     async def open(self, request: Request) -> ResponseStream:
-        """Return the answer as a stream."""
         return await self._try_servers(request, lambda server: server.open(request))
 
     async def pause(self, seconds: float) -> None:
-        """Sleep."""
         await self.servers[0].pause(seconds)
 
     async def call(self, work: Callable[[], T]) -> T:

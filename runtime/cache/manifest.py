@@ -38,7 +38,6 @@ class CachedForm:
 
     @property
     def form(self) -> Form:
-        """Which form it is."""
         return self.copy.form
 
 
@@ -100,7 +99,6 @@ class Cleared:
 
 
 def make_entry(manifest: Manifest, used_ns: int) -> Entry:
-    """Return the entry of a manifest and its last use."""
     return Entry(**msgspec.structs.asdict(manifest), used_at=timestamp_of(used_ns))
 
 

@@ -157,7 +157,6 @@ class Consumer:
         return list_usage(self.loads.values(), self._log.state, self._log.now())
 
     def preparation(self) -> PreparationUsage | None:
-        """Return the running preparation."""
         candidate, preparation = self.preparer.candidate, self.preparer.preparation
         if candidate is None or preparation is None:
             return None

@@ -111,7 +111,6 @@ def draft_moved_unload(old: LoadedModel, job: Job, cause_event_id: str, new_id: 
 
 
 def draft_placement(action: actions.PlaceLoad) -> Draft:
-    """Return `LoadPlaced` of a load."""
     data = LoadPlaced(action.node.id, action.node.epoch, action.reason, action.files)
     return draft_fact(action.job, data)
 

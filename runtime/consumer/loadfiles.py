@@ -198,7 +198,6 @@ class PendingFiles:
         self._files: dict[str, LoadFiles] = {}
 
     def open(self, job: Job) -> LoadFiles:
-        """Return the files of a pending load."""
         if job.id not in self._files:
             version, _ = job.load_order
             self._files[job.id] = LoadFiles(self._contents, job.model_id, version)
@@ -216,6 +215,5 @@ class PendingFiles:
             self._files.pop(job_id).close()
 
     def close(self) -> None:
-        """Give all files back."""
         for files in self._files.values():
             files.close()

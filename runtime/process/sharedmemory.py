@@ -57,7 +57,6 @@ class Region:
         self.buffer = buffer
 
     def holds(self, data: object) -> bool:
-        """Return whether this is a view of the region."""
         return isinstance(data, memoryview) and data.obj is self.buffer.obj
 
 

@@ -144,7 +144,6 @@ def _explain(request: PlacementRequest, room: NodeRoom) -> PlacementReason:
 
 
 def _hash(model_id: str, node_id: str) -> bytes:
-    """Return the rendezvous hash of a model and a node."""
     return hashlib.sha256(f"{model_id}\0{node_id}".encode(errors="surrogatepass")).digest()
 
 

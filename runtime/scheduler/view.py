@@ -282,7 +282,6 @@ class SchedulerView:
         return not has_turn(job) or self.queues[job.model_id][0].id == job.id
 
     def alive(self, load_job_id: str) -> bool:
-        """Whether a load has a process."""
         run = self.running.get(load_job_id)
         return run is not None and run.alive
 
@@ -381,7 +380,6 @@ class SchedulerView:
         return model.loaded if model is not None and model.phase is ModelState.LOADED else None
 
     def find_serving(self, model_id: str) -> LoadView | None:
-        """Return the load from which a model serves; None if it does not serve."""
         loaded = self.find_loaded(model_id)
         run = self.running.get(loaded.serving.load_job_id) if loaded is not None else None
         return run if run is not None and run.phase is Phase.SERVING else None

@@ -42,15 +42,12 @@ class StoreFolder:
         self._parts = (_BLOBS, _VERSIONS, _INCOMING, _SOURCES, _FORMS)
 
     def blob(self, sha256: str) -> Path:
-        """Return the path of a blob."""
         return self.path / _BLOBS / sha256[:2] / sha256
 
     def version(self, digest: str) -> Path:
-        """Return the path of a version's folder."""
         return self.path / _VERSIONS / digest
 
     def source(self, model_id: str, version: int) -> Path:
-        """Return the path of a source record."""
         return self.path / _SOURCES / model_id / f"{version}.json"
 
     def form(self, key: str) -> Path:
@@ -58,15 +55,12 @@ class StoreFolder:
         return self.path / _FORMS / key
 
     def forms(self) -> list[Path]:
-        """List the folders of optimised forms."""
         return [path for path in self._list(_FORMS) if _HASH.fullmatch(path.name)]
 
     def versions(self) -> list[Path]:
-        """List the folders of versions."""
         return [path for path in self._list(_VERSIONS) if _HASH.fullmatch(path.name)]
 
     def blobs(self) -> Iterator[Path]:
-        """Yield the blobs."""
         for folder in self._list(_BLOBS):
             if _PREFIX.fullmatch(folder.name):
                 yield from (path for path in _names(folder) if _HASH.fullmatch(path.name))
@@ -76,7 +70,6 @@ class StoreFolder:
         return [path for path in self._list(_INCOMING) if _RANDOM.fullmatch(path.name)]
 
     def sources(self) -> Iterator[Path]:
-        """Yield the source records."""
         for folder in self._list(_SOURCES):
             yield from (path for path in _names(folder) if path.suffix == ".json")
 

@@ -232,7 +232,6 @@ def _content_identity(file: FoundFile) -> tuple[str, int, int, int, int]:
 
 
 def identity_of(path: str, seen: os.stat_result) -> FoundFile:
-    """Return the identity of a file."""
     return FoundFile(path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
 
 

@@ -110,7 +110,6 @@ class Queue:
         return self._count
 
     def add(self, request: BatchRequest) -> None:
-        """Add a request to its group."""
         kind = request.batch_key()
         group = self._groups.get(kind)
         if group is None:
@@ -165,7 +164,6 @@ class OutputsNotBatched(Exception):
 
 
 def join_inputs(batch: Sequence[BatchRequest]) -> dict[str, Any]:
-    """Concatenate the inputs of a batch."""
     return {name: np.concatenate([request.feed[name] for request in batch]) for name in batch[0].feed}
 
 

@@ -159,7 +159,6 @@ def session_options(threads: int) -> ort.SessionOptions:
 
 
 def saved_graph_options(threads: int) -> ort.SessionOptions:
-    """Return the options of a session of a saved, optimised graph."""
     chosen = session_options(threads)
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return chosen

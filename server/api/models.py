@@ -27,7 +27,7 @@ from runtime.errors import LoadRefused, RuntimeProblem, UnknownModel
 from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.onnxfile import ModelSignature
-from runtime.repository import ModelVersion, Repository
+from runtime.repository import Repository
 from runtime.store.problems import RepositoryUnreadable
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.schemas import (
@@ -92,12 +92,12 @@ async def make_load_command(
     version = asked.get("version")
     contents = app[CONTENTS]
     look = partial(_look_up, contents, model_id, version)
-    found, known, written = await contents.repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
-    defaults = load_with(_AS_DEFAULTS, written, defaults_name(found.model_id), InvalidDefaults)
-    parameters = _merge_parameters(wanted, defaults, defaults_name(found.model_id), app[CONFIG])
+    chosen, known, written = await contents.repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
+    defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
+    parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     return RequestLoad(
-        found.model_id,
-        found.version,
+        model_id,
+        chosen,
         known,
         subject,
         parameters,
@@ -119,12 +119,12 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
 
 def _look_up(
     contents: ModelContents, model_id: str, version: int | None
-) -> tuple[ModelVersion, Contents | None, dict[str, Any]]:
-    found = contents.repository.resolve(model_id, version)
+) -> tuple[int, Contents | None, dict[str, Any]]:
+    chosen = contents.repository.find_version(model_id, version)
     known = None
     with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
-        known = contents.known_contents(model_id, found.version)
-    return found, known, read_defaults(contents.repository, model_id)
+        known = contents.known_contents(model_id, chosen)
+    return chosen, known, read_defaults(contents.repository, model_id)
 
 
 def _merge_parameters(

@@ -140,7 +140,6 @@ def list_keys(data: Path) -> list[KeyInfo]:
 
 
 def keys_folder(data: Path) -> Path:
-    """Return the folder of the token keys."""
     return data / "keys"
 
 
@@ -153,7 +152,6 @@ def is_kid(kid: str) -> bool:
 
 
 def is_kid_file(name: str) -> bool:
-    """Return whether a file of this name in the key folder is a key."""
     return name.endswith(".pem") and is_kid(name.removesuffix(".pem"))
 
 

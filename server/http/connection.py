@@ -174,7 +174,6 @@ class GuardedConnection(asyncio.BufferedProtocol):
             self.refuse(responses.TooManyConnections())
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
         self._limits.open.discard(self)
         if self._timer is not None:
             self._timer.cancel()
@@ -353,7 +352,6 @@ class _EndOfResponse(AbstractAccessLogger):
     """Notifies a connection that a response is written, which is when aiohttp logs it."""
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:  # noqa: ARG002
-        """Notify the connection."""
         connection = _connection(request)
         if connection is not None:
             connection.response_ended()

@@ -224,7 +224,6 @@ class ServerSample:
     counts: Counts
 
     def followed_by(self, next_: ServerSample) -> ServerSample:
-        """Return one sample for this interval and the next."""
         return ServerSample(next_.at, self.memory.most(next_.memory), merge_counts(self.counts, next_.counts))
 
 

@@ -182,7 +182,6 @@ class HttpCounts:
         self.requests[method, path, ABORTED] += 1
 
     def observe_duration(self, method: str, path: str, duration_s: float) -> None:
-        """Count a request's duration."""
         durations = self.durations.get((method, path))
         if durations is None:
             durations = self.durations[method, path] = Histogram(DURATIONS_S)

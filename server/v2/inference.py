@@ -203,11 +203,9 @@ class _Body(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def json(self) -> memoryview:
-        """Its JSON, a view."""
         return memoryview(self.content)[: self.json_bytes]
 
     def join(self) -> bytes:
-        """Return all of it."""
         return bytes(self.content) if self.region is None else b"".join((self.content, self.region.buffer))
 
 

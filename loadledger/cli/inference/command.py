@@ -158,7 +158,6 @@ def _find_inputs(
     given: list[GivenInput],
     picture: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the inputs for a model."""
     from loadledger import ServerError  # noqa: PLC0415 - keeps `loadledger --help` quick
 
     try:

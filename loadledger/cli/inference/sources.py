@@ -107,7 +107,6 @@ def read_value(file: Path) -> Any:
 
 
 def whole_request(given: Sequence[GivenInput]) -> dict[str, Any] | None:
-    """Return a request of the protocol, if the input is one."""
     for each in given:
         members = each.value if each.names_inputs else None
         if isinstance(members, Mapping) and isinstance(members.get("inputs"), list):

@@ -66,7 +66,6 @@ class DemoDatabase:
     folder: Path
 
     def url(self, role: str) -> str:
-        """Return the URL of the database for a role."""
         return f"postgresql://{role}@/{DATABASE}?host={quote(str(self.folder))}"
 
 

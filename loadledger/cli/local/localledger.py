@@ -101,7 +101,6 @@ def _signer_id(file: FileAudit) -> str:
 
 
 def audit_members(found: Audit) -> dict[str, Any]:
-    """Return an audit as JSON members."""
     verification, finding = found.verification, found.finding
     behind = found.behind
     return {
@@ -167,7 +166,6 @@ class VerifyResult:
         return all(finding is None for finding in (*found, self.ledger and self.ledger.finding))
 
     def lines(self) -> list[str]:
-        """Return the result as text."""
         lines = [] if self.ledger is None else format_audit(self.ledger, key=self.key)
         return lines + [line for file in self.files for line in _format_file_audit(file, key=self.key)]
 
@@ -272,7 +270,6 @@ class CheckedStore:
         return {"verified": self.verified, **asdict(self)}
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines to print."""
         for finding in self.findings:
             yield f"NOT verified: version {finding.digest}: {to_printable(finding.reason)}"
         if self.verified:

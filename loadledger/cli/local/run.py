@@ -61,7 +61,6 @@ def choose_subject(given: str, name: str | None) -> Subject:
 
 
 def name_model(path: Path) -> str:
-    """Return a name for the model at an absolute path."""
     for part in (path.stem if path.is_file() else path.name, *(parent.name for parent in path.parents)):
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("._-")[:MAX_NAME]
         if name and not name.isdecimal() and name.lower() not in GENERIC_NAMES:

@@ -64,7 +64,6 @@ def describe_models(root: Path, result: CheckResult) -> Iterator[str]:
 
 
 def format_finding(finding: CheckFinding) -> str:
-    """Return one finding of a check as a line."""
     colour = "red" if finding.severity is Severity.PROBLEM else "yellow"
     word = click.style(finding.severity.value, fg=colour)
     return f"{word}: {to_printable(f'{finding.place}: {finding.text}')} ({finding.code})"
