@@ -56,15 +56,15 @@ class LoadSamples:
             self.peak_anonymous_bytes = seen.anonymous_bytes
 
     @property
-    def anonymous_bytes(self) -> int:  # noqa: D102 - see the class
+    def anonymous_bytes(self) -> int:
         return self._seen.anonymous_bytes
 
     @property
-    def empty_bytes(self) -> int:  # noqa: D102 - see the class
+    def empty_bytes(self) -> int:
         return self._first.taken_bytes
 
     @property
-    def added_bytes(self) -> int:  # noqa: D102 - see the class
+    def added_bytes(self) -> int:
         return max(0, self._seen.taken_bytes - self._first.taken_bytes)
 
     def sample(self) -> None:
