@@ -6,8 +6,8 @@ and executes it; `process` starts and supervises workers; `worker` is what runs 
 
 To change: which load starts, evictions, reloads: `scheduler`. How an action is carried out and recorded:
 `consumer`. Private copies of versions: `store`. Optimised copies of models: `cache`. Memory limits and
-measurements: `memory`; CPUs that may be used: `cgroups`; memory that a load will need: `estimates`. A
-repository that hangs: `lookups`. A model's `loadledger.toml`: `modeldefaults`. External data: `onnxfile`, and
+measurements: `memory`; CPUs that may be used: `cgroups`; memory that a load will need: `estimates`. File
+systems that hang: `filesystem`. A model's `loadledger.toml`: `modeldefaults`. External data: `onnxfile`, and
 what it reads of a model: `onnxfields`. Unsafe files: `repository`. The JSON of a request: `requestjson`, and
 any other: `strictjson`. When something counts as stuck: `limits`.
 Error codes: `errors`.

@@ -15,7 +15,7 @@ from events.models import RELOADS, Model
 from events.state import State
 from events.types import LoadedFile, LoadParameters
 from runtime.errors import RuntimeProblem
-from runtime.lookups import LOAD_LIMIT_S, Lookups
+from runtime.filesystem import LOAD_LIMIT_S, FileSystemPool
 from runtime.onnxfile import find_model_file
 from runtime.repository import FileStat
 from runtime.store.problems import RepositoryUnreadable
@@ -111,7 +111,7 @@ class MemoryEstimates:
     """Estimates of pending loads, each made once from the load's files, for the form that it will use.
 
     Args:
-        lookups: runs the looks at files.
+        file_system: runs the calls that read files.
         look_of: returns what looks at the files of a job, in a thread; one that cannot be looked at is an
             error, and not left out.
         wake: called when an estimate has ended.
@@ -132,14 +132,14 @@ class MemoryEstimates:
 
     def __init__(
         self,
-        lookups: Lookups,
+        file_system: FileSystemPool,
         look_of: Callable[[Job], Callable[[], Sequence[FileStat]]],
         wake: Callable[[], None],
         form_of: FormOf = lambda _files, _footprints: None,
         *,
         threads: int = 1,
     ) -> None:
-        self._lookups = lookups
+        self._file_system = file_system
         self._look_of = look_of
         self._form_of = form_of
         self._wake = wake
@@ -213,7 +213,7 @@ class MemoryEstimates:
         recorded = [FileStat(file.path, file.bytes, file.mtime_ns) for file in expected]
         try:
             look = (lambda: recorded) if recorded else self._look_of(job)
-            files, form = await self._lookups.run(
+            files, form = await self._file_system.run(
                 job.model_id, partial(self._look, job, look, footprints), LOAD_LIMIT_S
             )
             threads = parameters.threads or self._threads

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from runtime.errors import InvalidModelId, LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
-from runtime.lookups import Lookups, busy
+from runtime.filesystem import FileSystemPool, busy
 from runtime.onnxfile import MODEL_FILE, SUFFIX, find_model_file, list_model_files
 
 UNKNOWN = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO})
@@ -91,19 +91,19 @@ def check_model_id(model_id: str) -> str:
 class Repository:
     """The models beneath one folder.
 
-    Its methods block, for ever if a file system hangs: a coroutine calls them through `lookups`.
+    Its methods block, for ever if a file system hangs: a coroutine calls them through `file_system`.
 
     Args:
         root: the folder; it may be empty, or be created later.
 
     Attributes:
-        lookups: runs looks at one model in a thread.
+        file_system: runs calls about one model in a thread.
         is_removed: whether the ledger has a version as removed: to every look it is not there any more.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.realpath(root))
-        self.lookups = Lookups()
+        self.file_system = FileSystemPool()
         self.is_removed: Callable[[str, int], bool] = lambda _, __: False
         str(self.root).encode()  # ONNX Runtime opens paths as UTF-8: fail now, not at the first load
 

@@ -15,7 +15,7 @@ from events.models import Model, ModelState
 from events.nodes import Node
 from runtime.consumer.loads import RunningLoad
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
-from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
+from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.process.requests import Answer
 from runtime.process.sharedmemory import Region
 from runtime.process.worker import Worker
@@ -263,7 +263,7 @@ class Router:
             if model is None or model.state in (ModelState.UNLOADED, ModelState.FAILED):
                 look = partial(self._repository.versions, model_id)
                 with suppress(RepositoryBusy):
-                    await self._repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
+                    await self._repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
             raise
 
     def is_ready(self, model_id: str, version: int | None = None) -> bool:

@@ -40,7 +40,7 @@ from runtime.cache.trial import (
 from runtime.contents import ModelContents, VersionFiles
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.estimates import WORKER_BYTES, is_same_files
-from runtime.lookups import LOAD_LIMIT_S
+from runtime.filesystem import LOAD_LIMIT_S
 from runtime.modeldefaults import read_warm_up
 from runtime.process.pool import WorkerPool, complete
 from runtime.repository import FileStat
@@ -221,7 +221,7 @@ class PreparationRun:
         """Return the order to load the version bare, and the inputs of its `loadledger.toml`."""
         candidate, repository = self._candidate, self._contents.repository
         try:
-            warm_up = await repository.lookups.run(
+            warm_up = await repository.file_system.run(
                 candidate.model_id, partial(read_warm_up, repository, candidate.model_id), LOAD_LIMIT_S
             )
         except RuntimeProblem as problem:

@@ -113,7 +113,7 @@ class Executor:
         )
         self.files = PendingFiles(contents)
         self.estimates = MemoryEstimates(
-            contents.repository.lookups,
+            contents.repository.file_system,
             lambda job: self.files.open(job).make_look(),
             wake,
             self.preparer.form_of,

@@ -17,7 +17,7 @@ from events.jobs import Job
 from events.state import State
 from events.types import LoadedFile
 from runtime.contents import Contents, ModelContents, VersionFiles
-from runtime.lookups import LOAD_LIMIT_S, busy, make_call, wait_with_progress
+from runtime.filesystem import LOAD_LIMIT_S, busy, make_call, wait_with_progress
 from runtime.repository import FileStat
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ class LoadFiles:
         """
         repository = self._contents.repository
         find = partial(repository.find_file, self._model_id, self._version)
-        await repository.lookups.run(self._model_id, find, LOAD_LIMIT_S)
+        await repository.file_system.run(self._model_id, find, LOAD_LIMIT_S)
 
     def _note_look(self) -> None:
         self._is_fresh = True

@@ -18,8 +18,8 @@ from runtime.cache.manifest import CachedForm
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.loads import OUT_OF_MEMORY, FormUnusable, RunningLoad
 from runtime.errors import ForkServerUnavailable, LoadRefused, NoProgress, RuntimeProblem, WorkerDied
+from runtime.filesystem import LOAD_LIMIT_S, RepositoryBusy
 from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, LimitPassed, time_limit
-from runtime.lookups import LOAD_LIMIT_S, RepositoryBusy
 from runtime.modeldefaults import NO_WARM_UP, WarmUp, read_reload_warm_up, read_warm_up
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import Worker
@@ -104,7 +104,7 @@ async def build_order(
         return read(repository, load.model_id), form
 
     try:
-        warm_up, load.prepared = await repository.lookups.run(load.model_id, look_up, LOAD_LIMIT_S)
+        warm_up, load.prepared = await repository.file_system.run(load.model_id, look_up, LOAD_LIMIT_S)
     except RepositoryBusy:
         if not load.is_reload:
             raise

@@ -23,8 +23,8 @@ from events.errors import EpochOver, LedgerProblem, LogClosed, OutcomeUnknown, R
 from events.log import Log
 from events.types import SYSTEM, AddedFile, Draft, Event, VersionAdded, VersionRemoved
 from runtime.errors import RuntimeProblem
+from runtime.filesystem import FileSystemPool, make_call
 from runtime.limits import time_limit
-from runtime.lookups import Lookups, make_call
 from runtime.repository import Repository
 from runtime.uploads.policy import UploadPolicy, check_writable
 from runtime.uploads.problems import RepositoryReadOnly, VersionExists, VersionInUse, VersionNotNew
@@ -101,7 +101,7 @@ class Uploads:
         self._policy = policy
         self._owner, self._node_id = owner, node_id
         self._log, self._submit, self._find_event = log, submit, find_event
-        self._lookups = Lookups(MAX_THREADS)
+        self._file_system = FileSystemPool(MAX_THREADS)
         self._changing = dict[tuple[str, int], str]()
         self._recovering = asyncio.Lock()
         self._finishing = set[asyncio.Task[None]]()
@@ -205,7 +205,7 @@ class Uploads:
         return change
 
     def _change(self, event_id: str, model_id: str, version: int) -> _Change:
-        return _Change(self._lookups, self._part(), event_id, model_id, version)
+        return _Change(self._file_system, self._part(), event_id, model_id, version)
 
     def _part(self) -> tuple[Staging, tuple[NodeCurrent, ...]]:
         """Return this server's part of the staging folder, and what has to hold for a change there.
@@ -361,7 +361,7 @@ class Uploads:
         await self._submit(Record((draft,)))
 
     async def _run(self, work: Callable[[], T]) -> T:
-        return await self._lookups.run(_ALL, work, START_LIMIT_S)
+        return await self._file_system.run(_ALL, work, START_LIMIT_S)
 
 
 class _Change:
@@ -376,7 +376,7 @@ class _Change:
 
     def __init__(
         self,
-        lookups: Lookups,
+        file_system: FileSystemPool,
         part: tuple[Staging, tuple[NodeCurrent, ...]],
         event_id: str,
         model_id: str,
@@ -384,7 +384,7 @@ class _Change:
     ) -> None:
         self.staging, self.conditions = part
         self.event_id, self.model_id, self.version = event_id, model_id, version
-        self._lookups = lookups
+        self._file_system = file_system
         self._key = f"{model_id}/{version}"
         self._lock = threading.Lock()
         self._is_abandoned = False
@@ -412,7 +412,7 @@ class _Change:
                 except OSError as error:
                     raise unwritable(error) from None
 
-        return await self._lookups.run(self._key, step, PIECE_LIMIT_S)
+        return await self._file_system.run(self._key, step, PIECE_LIMIT_S)
 
     async def abandon(self, clean_up: Callable[[], None]) -> None:
         """Clean up when no step runs any more, and wait for that unless it hangs."""

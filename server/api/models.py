@@ -24,7 +24,7 @@ from events.models import Model, ModelState
 from events.types import Idempotency, LoadParameters
 from runtime.contents import Contents, ModelContents
 from runtime.errors import LoadRefused, RuntimeProblem, UnknownModel
-from runtime.lookups import REQUEST_LIMIT_S, RepositoryBusy
+from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.onnxfile import ModelSignature
 from runtime.repository import Repository
@@ -92,7 +92,7 @@ async def make_load_command(
     version = asked.get("version")
     contents = app[CONTENTS]
     look = partial(_look_up, contents, model_id, version)
-    chosen, known, written = await contents.repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
+    chosen, known, written = await contents.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     return RequestLoad(
@@ -232,7 +232,7 @@ async def find_signature(
         route = router.route(model_id, version)
         return route.version, ModelSignature(route.inputs, route.outputs)
     look = partial(contents.read_signature, model_id, version)
-    return await contents.repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
+    return await contents.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
 
 
 async def _describe_signature(app: web.Application, model_id: str) -> dict[str, Any]:
@@ -312,7 +312,7 @@ async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
     contents = request.app[CONTENTS]
     look = partial(_look_at, contents, request.app[LOG].state.models.get(model_id), model_id)
     try:
-        seen: ListedModel = await contents.repository.lookups.run(model_id, look, REQUEST_LIMIT_S)
+        seen: ListedModel = await contents.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
     except RepositoryBusy:
         if not _is_listed(request, model_id):
             raise
@@ -373,13 +373,13 @@ async def list_versions(
         return _first_models(_ids_after(cursor, repository.folders(), known), known, look, limit)
 
     repository = contents.repository
-    lookups = repository.lookups
+    file_system = repository.file_system
     try:
-        return await lookups.run(_ALL_MODELS, list_all, LIST_LIMIT_S)
+        return await file_system.run(_ALL_MODELS, list_all, LIST_LIMIT_S)
     except RepositoryBusy:
-        folders = await lookups.run(_ALL_FOLDERS, repository.folders, REQUEST_LIMIT_S)
+        folders = await file_system.run(_ALL_FOLDERS, repository.folders, REQUEST_LIMIT_S)
     ids = _ids_after(cursor, folders, known)
-    runs = (lookups.run(model_id, partial(look, model_id), LIST_LIMIT_S) for model_id in ids)
+    runs = (file_system.run(model_id, partial(look, model_id), LIST_LIMIT_S) for model_id in ids)
     answers = await asyncio.gather(*runs, return_exceptions=True)
     listed = {answer.id: answer for answer in answers if isinstance(answer, ListedModel)}
     return _first_models(ids, known, lambda model_id: listed.get(model_id, ListedModel(model_id)), limit)

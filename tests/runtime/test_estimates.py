@@ -148,7 +148,7 @@ class Estimating:
         self.repository = Repository(root)
         files = PendingFiles(ModelContents(self.repository, None))
         self.estimates = MemoryEstimates(
-            self.repository.lookups, lambda job: files.open(job).make_look(), self.woken.set
+            self.repository.file_system, lambda job: files.open(job).make_look(), self.woken.set
         )
         self.history = History()
 
@@ -236,7 +236,7 @@ async def test_hanging_look_delays_others_for_a_while_only(
 ) -> None:
     monkeypatch.setattr(estimates, "ESTIMATE_WAIT_S", 0.05)
     hangs = threading.Event()
-    hanging = asyncio.create_task(estimating.repository.lookups.run("m", hangs.wait, LIMIT_S))
+    hanging = asyncio.create_task(estimating.repository.file_system.run("m", hangs.wait, LIMIT_S))
     await asyncio.sleep(0)
     estimating.ask()
     await estimating.found()

@@ -15,7 +15,7 @@ from runtime.errors import (
     WorkerDied,
     hide_folders,
 )
-from runtime.lookups import RepositoryBusy
+from runtime.filesystem import RepositoryBusy
 from runtime.modeldefaults import InvalidDefaults
 from runtime.repository import UnsafeFile
 from runtime.store.problems import DiskFull, RepositoryUnreadable, StoreFull, StoreUnavailable

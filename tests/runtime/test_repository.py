@@ -19,7 +19,7 @@ from events.audit.exportreader import audit_file
 from events.commands import Record
 from events.types import SYSTEM, Draft, LoadedFile
 from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
-from runtime.lookups import RepositoryBusy
+from runtime.filesystem import RepositoryBusy
 from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, open_identified
 from runtime.store.sources import open_version
 

@@ -12,7 +12,7 @@ import click
 
 from loadledger.cli.local.signin import SignedIn, sign_in_user
 from loadledger.cli.output import count_of, to_printable
-from runtime.lookups import RepositoryBusy
+from runtime.filesystem import RepositoryBusy
 from server.appkeys import CONFIG, REPOSITORY
 from server.check import CheckFinding, CheckResult, Severity, check_repository
 from server.configsources import warn_of_unknown_variables
@@ -43,7 +43,7 @@ async def check_models(server: RunningServer) -> list[str]:
     config, result = server.app[CONFIG], CheckResult()
     look = partial(check_repository, config, result)
     try:
-        await server.app[REPOSITORY].lookups.run("", look, CHECK_LIMIT_S)
+        await server.app[REPOSITORY].file_system.run("", look, CHECK_LIMIT_S)
     except RepositoryBusy as problem:
         return [str(problem)]
     return list(describe_models(server.app[REPOSITORY].root, result))

@@ -12,7 +12,7 @@ from support.workers import until
 from runtime.consumer import loadfiles
 from runtime.consumer.loadfiles import LoadFiles
 from runtime.contents import ModelContents
-from runtime.lookups import RepositoryBusy
+from runtime.filesystem import RepositoryBusy
 from runtime.repository import Repository
 
 

@@ -1,0 +1,138 @@
+"""Blocking calls of the file system, in a bounded pool of threads: one that hangs delays its model only."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from runtime.errors import RuntimeProblem
+from runtime.limits import LimitPassed, time_limit
+
+T = TypeVar("T")
+
+MAX_THREADS = 32
+"""Calls at once. One takes a millisecond, so only calls that hang fill this."""
+REQUEST_LIMIT_S = 3.0
+"""How long a request waits for a call: many files on a slow network mount take a second."""
+LOAD_LIMIT_S = 30.0
+"""How long a load waits for a call; then it fails, since it may hold a load slot meanwhile."""
+
+
+class RepositoryBusy(RuntimeProblem):
+    """The repository does not answer at the moment."""
+
+    code = "repository_busy"
+
+
+def make_call(
+    work: Callable[[], T], on_end: Callable[[], None]
+) -> tuple[asyncio.Future[T], Callable[[], None]]:
+    """Return the future of a call, and the function that makes the call in a thread.
+
+    Args:
+        work: what to call.
+        on_end: called in the event loop when the call has ended, also if the future was cancelled.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+    answer.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may await it
+
+    def end(set_answer: Callable[[Any], None], value: Any) -> None:
+        on_end()
+        if not answer.done():
+            set_answer(value)
+
+    def call() -> None:
+        try:
+            result: tuple[Callable[[Any], None], Any] = (answer.set_result, work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+            result = (answer.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            loop.call_soon_threadsafe(end, *result)
+
+    return answer, call
+
+
+class FileSystemPool:
+    """Calls blocking functions in threads: one at a time for each model, and at most `max_threads`.
+
+    A call on a dead network mount never returns, and its thread cannot be stopped. So it keeps one thread
+    and the turn of its model; callers get `repository_busy` after their limit. The threads are daemons, so
+    that no stop of the process waits for them.
+
+    Args:
+        max_threads: calls at once; those that hang count until they return.
+    """
+
+    def __init__(self, max_threads: int = MAX_THREADS) -> None:
+        self._free = asyncio.Semaphore(max_threads)
+        self._turns = WeakValueDictionary[str, asyncio.Lock]()
+
+    async def run(self, key: str, work: Callable[[], T], limit_s: float) -> T:
+        """Return what a function returns; if this is cancelled or late, its thread goes on without effect.
+
+        Args:
+            key: the model; calls of the same key run one after the other.
+            work: called in a thread.
+            limit_s: how long to wait for the turn and the end of the call.
+
+        Raises:
+            RepositoryBusy: `repository_busy`, it did not begin or end in time.
+        """
+        turn = self._turns.setdefault(key, asyncio.Lock())
+        try:
+            async with time_limit(limit_s):
+                await turn.acquire()
+                try:
+                    await self._free.acquire()
+                except BaseException:
+                    turn.release()
+                    raise
+                return await asyncio.shield(self._start(key, turn, work))
+        except LimitPassed:
+            raise busy(key, f"did not answer within {limit_s:g} s") from None
+
+    def _start(self, key: str, turn: asyncio.Lock, work: Callable[[], T]) -> asyncio.Future[T]:
+        def release() -> None:
+            turn.release()
+            self._free.release()
+
+        answer, call = make_call(work, release)
+        try:
+            threading.Thread(target=call, name="file system", daemon=True).start()
+        except RuntimeError as error:  # no new thread
+            release()
+            raise busy(key, f"cannot be read: {error}") from None
+        return answer
+
+
+async def wait_with_progress(
+    key: str, answer: asyncio.Future[T], progress: Callable[[], int], limit_s: float
+) -> T:
+    """Return what a thread returns, however long it takes, as long as it goes on.
+
+    Args:
+        key: the model.
+        answer: of the thread, which goes on without effect if this is cancelled or raises.
+        progress: returns a number that changes with each piece of the work.
+        limit_s: how long it may stay the same.
+
+    Raises:
+        RepositoryBusy: `repository_busy`, it stayed the same for longer.
+    """
+    try:
+        async with time_limit(limit_s, progress):
+            return await asyncio.shield(answer)
+    except LimitPassed:
+        if answer.done():  # in time after all
+            return answer.result()
+        raise busy(key, f"has given nothing to copy for {limit_s:g} s") from None
+
+
+def busy(key: str, reason: str) -> RepositoryBusy:
+    """Return the error of a model's folder, for a reason that goes on after its name."""
+    return RepositoryBusy(f"the repository's folder of {key!r} {reason}; is its file system reachable?")
