@@ -100,8 +100,13 @@ def write_file(target: Path, *, replace: bool) -> Iterator[BinaryIO]:
         OSError: the file cannot be written, or exists and must not be replaced.
     """
     with open_draft(target) as draft:
-        with draft.open("r+b") as file:
-            yield file
+        try:
+            with draft.open("r+b") as file:
+                yield file
+        except OSError as error:
+            if error.filename is None and error.errno is not None:  # a failed write names no file
+                raise type(error)(error.errno, error.strerror, str(target)) from None
+            raise
         publish(draft, target, replace=replace)
 
 
@@ -112,20 +117,20 @@ def publish(draft: Path, target: Path, *, replace: bool) -> None:
         FileExistsError: the target exists, and must not be replaced.
         WrongTarget: `wrong_target`, the target is not a file that can be replaced.
     """
-    _sync(draft, os.O_RDONLY)
+    sync(draft)
     refuse_irregular(target)
     if replace:
         draft.replace(target)
     else:
         os.link(draft, target)  # unlike a rename, it refuses to replace
         draft.unlink()
-    _sync(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    sync(target.parent)
 
 
 def make_durable(target: Path) -> None:
     """Sync a file, and its name, to the disk, whoever wrote it."""
-    _sync(target, os.O_RDONLY)
-    _sync(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    sync(target)
+    sync(target.parent)
 
 
 def refuse_irregular(target: Path) -> None:
@@ -163,8 +168,9 @@ def refuse_own(target: Path, data: Path) -> None:
         raise WrongTarget(f"{target} is in the data directory {data}: choose a file that is not")
 
 
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+def sync(path: Path) -> None:
+    """Write a file's content, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

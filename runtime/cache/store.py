@@ -20,6 +20,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from events.audit.files import sync
 from events.clock import add_seconds
 from runtime.cache.manifest import (
     CachedForm,
@@ -33,7 +34,7 @@ from runtime.cache.manifest import (
     timestamp_of,
 )
 from runtime.memory import free_disk_bytes
-from runtime.store.folder import FILES, StoreFolder, explain_os_errors, remove, sync, walk_files
+from runtime.store.folder import FILES, StoreFolder, explain_os_errors, remove, walk_files
 from runtime.store.identities import hash_files, have_identities, rehash_files
 from runtime.store.manifest import MANIFEST, encode_record
 from runtime.store.problems import DiskFull, StoreUnavailable

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from events.audit.files import sync
 from runtime.store.problems import DiskFull, StoreUnavailable
 
 STORE = "store"
@@ -188,15 +189,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
         _log.warning("%s could not be removed", path)
-
-
-def sync(path: Path) -> None:
-    """Write a file's content, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def walk_files(folder: Path) -> tuple[list[str], list[Path]]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from events.audit.files import sync
 from runtime.repository import FoundFile
 from runtime.store.bounds import KeptVersion, KeptVersions, StoreBounds
 from runtime.store.copying import (
@@ -29,7 +30,7 @@ from runtime.store.copying import (
     IsCancelled,
     refuse_truncated,
 )
-from runtime.store.folder import FILES, NO_ROOM, StoreFolder, explain_os_errors, remove, sync, walk_files
+from runtime.store.folder import FILES, NO_ROOM, StoreFolder, explain_os_errors, remove, walk_files
 from runtime.store.identities import has_identity, hash_file, have_identities, is_never, rehash_files
 from runtime.store.manifest import (
     MANIFEST,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from events.audit.files import sync
 from events.types import AddedFile
 from runtime.errors import LoadRefused, RuntimeProblem
 from runtime.onnxfile import (
@@ -317,13 +318,4 @@ def _remove_empty(folder: Path) -> None:
 
 def _sync_folders(folder: Path) -> None:
     for within, _, _ in os.walk(folder):
-        sync_folder(Path(within))
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(Path(within))

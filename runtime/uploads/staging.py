@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from events.audit.files import sync
 from events.nodes import Node
 from runtime.errors import UnknownVersion
 from runtime.repository import Repository
 from runtime.uploads.problems import RepositoryReadOnly, VersionExists
-from runtime.uploads.receiving import sync_folder
 
 STAGING = ".uploads"
 VERSION, NOTE = "version", "inode"
@@ -115,7 +115,7 @@ class Staging:
     def sync(self, event_id: str) -> None:
         """Sync the names that lead to an entry, and those in it."""
         for folder in (self._folder / event_id, self._folder, self._folder.parent, self._root):
-            sync_folder(folder)
+            sync(folder)
 
     def place(self, event_id: str, model_id: str, version: int) -> None:
         """Make an upload visible, and forget its entry; nothing happens if that was done before.
@@ -127,8 +127,8 @@ class Staging:
         source, target = self._folder / event_id / VERSION, self._target(model_id, version)
         if source.is_dir():
             self._rename(source, target, model_id, version)
-        sync_folder(target.parent)
-        sync_folder(self._root)
+        sync(target.parent)
+        sync(self._root)
         self.discard(event_id)
 
     def begin_removal(self, event_id: str, model_id: str, version: int) -> None:
@@ -163,8 +163,8 @@ class Staging:
         with suppress(FileNotFoundError):
             if str(target.lstat().st_ino) == (entry / NOTE).read_text(encoding="ascii"):
                 target.rename(entry / VERSION)
-                sync_folder(target.parent)
-                sync_folder(entry)
+                sync(target.parent)
+                sync(entry)
         with suppress(OSError):  # other versions, or a loadledger.toml
             target.parent.rmdir()
 

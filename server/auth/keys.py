@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from events.audit.files import sync, write_file
 from events.audit.kepthead import keep_first, sign_anew
 from events.audit.signing import KEY_ID_DIGITS, HeadSigner, key_id
 from events.clock import uuid7
@@ -126,7 +127,7 @@ def revoke(data: Path, kid: str) -> None:
         path.unlink()
     except FileNotFoundError:
         raise unknown from None
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def list_keys(data: Path) -> list[KeyInfo]:
@@ -231,21 +232,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Create a file atomically and durably: it is never half-written, not even after a crash."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            _leave_to_owner(descriptor, path.parent)
-            os.fsync(descriptor)
-        os.link(draft, path)  # unlike a rename, it refuses to replace
-    except OSError as error:  # a failed write names no file
-        raise type(error)(error.errno, error.strerror, str(path)) from None
-    finally:
-        draft.unlink()
-    _sync_folder(path.parent)
+    """Create a file atomically and durably, and leave it to the owner of its folder."""
+    with write_file(path, replace=False) as file:
+        file.write(content)
+        _leave_to_owner(file.fileno(), path.parent)
 
 
 def _leave_to_owner(descriptor: int, folder: Path) -> None:
@@ -257,14 +247,6 @@ def _leave_to_owner(descriptor: int, folder: Path) -> None:
         owner = folder.stat()
         with suppress(PermissionError):  # root in a container that may not change owners
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def open_signer(data: Path) -> HeadSigner:
