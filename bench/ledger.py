@@ -29,7 +29,7 @@ from events.sqlite.listing import EVERYTHING, EventFilter, EventQuery, Reader, o
 from events.sqlite.readonly import open_read_only, open_reader_thread
 from events.sqlite.schema import connect
 from events.sqlite.timeline import TimelineQuery, TimelineReader
-from events.state import Attempt, State
+from events.state import State, Transaction
 from events.storage import LogHead
 from events.types import (
     SYSTEM,
@@ -81,7 +81,7 @@ def write_ledger(path: Path, facts: int) -> None:
     with closing(connect(path)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
         while state.position < facts:
-            attempt, rows = Attempt(state), list[storage.Row]()
+            attempt, rows = Transaction(state), list[storage.Row]()
             for _ in range(min(EVENTS_IN_A_GROUP, facts - state.position)):
                 position = attempt.state.position + 1
                 event = record_draft(next(told), position, add_seconds(START, APART_S * position))

@@ -47,7 +47,7 @@ from events.errors import (
 )
 from events.nodes import Confinement, NodeJoined
 from events.sqlite.storage import Database
-from events.state import Attempt, State
+from events.state import State, Transaction
 from events.storage import HeadMoved, LogHead, Row, Storage, StorageError
 from events.types import (
     SYSTEM,
@@ -271,13 +271,13 @@ class Log:
         self.tally.append_s.observe(time.monotonic() - began)
         return receipt
 
-    async def look(self) -> bool:
+    async def catch_up(self) -> bool:
         """Return when the state has what other servers had appended before this call; at once without others.
 
         Returns:
             False if the database does not answer: what is known has to do.
         """
-        if self._storage.look_every_s is None:
+        if self._storage.poll_interval_s is None:
             return True
         if self._closing or self.writer.done():
             return False
@@ -292,7 +292,7 @@ class Log:
         Raises:
             LogUnavailable: `log_unavailable`, the database does not answer, so the position may be there.
         """
-        if position > self.head.position and not await self.look() and position > self.head.position:
+        if position > self.head.position and not await self.catch_up() and position > self.head.position:
             raise LogUnavailable(
                 f"this server has the ledger up to position {self.head.position}, and its database does not "
                 "answer: try again shortly, or ask another node"
@@ -331,7 +331,7 @@ class Log:
         """
         self._is_complete = False
         receipt = await self.submit(command)
-        self._is_complete = await self._storage.make_whole()
+        self._is_complete = await self._storage.checkpoint()
         self._is_started = True
         return receipt
 
@@ -405,7 +405,7 @@ class Log:
                 self.notify()
         except StorageError as error:
             self._note_failure(error)
-            await self._storage.give_up(error)
+            await self._storage.close_after_error(error)
             raise LogUnavailable(f"{error}; nothing was accepted") from error
 
     async def _write_groups(self) -> None:
@@ -422,7 +422,7 @@ class Log:
                     if isinstance(each, PendingNote) and not each.done.done():
                         await self._note(each)
                 if not self._is_complete:
-                    self._is_complete = await self._storage.make_whole()
+                    self._is_complete = await self._storage.checkpoint()
         finally:  # if the writer dies, no caller waits for ever
             fail_callers([*group, *self._inbox.take()], LogClosed())
             for looked in self._looks:
@@ -434,7 +434,7 @@ class Log:
         has_looked = False
         if looks and not self._storage.is_open:
             await self._probe()
-        if (looks or self._storage.is_behind) and self._storage.is_open:
+        if (looks or self._storage.has_news) and self._storage.is_open:
             with suppress(LogUnavailable):  # the next probe, or command, opens the storage anew
                 await self._catch_up()
                 has_looked = True
@@ -450,9 +450,9 @@ class Log:
             if not self.healthy:
                 await self._probe()
             else:
-                self._is_complete = await self._storage.make_whole()
+                self._is_complete = await self._storage.checkpoint()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._storage.look_every_s):
+            async with asyncio.timeout(self._storage.poll_interval_s):
                 await self._inbox.wait()
         return None
 
@@ -463,7 +463,7 @@ class Log:
                 await self._open()
             await self._storage.probe()
         except (StorageError, LedgerProblem):
-            await self._storage.give_up()
+            await self._storage.close_after_error()
             return
         self._note_success()
 
@@ -473,7 +473,7 @@ class Log:
         What is refused, or answered with what was there, rests on a state that another server may have
         changed: unless `is_sure`, it is decided once more on the state with all that others have appended.
         """
-        is_sure, before = is_sure or self._storage.look_every_s is None, self.head
+        is_sure, before = is_sure or self._storage.poll_interval_s is None, self.head
         try:
             if not self._storage.is_open:
                 await self._open()
@@ -524,7 +524,7 @@ class Log:
                     await self._try_append(group)
             except StorageError as error:
                 self._note_failure(error)
-                await self._storage.give_up(error)
+                await self._storage.close_after_error(error)
                 raise LogUnavailable(f"{error}; nothing was accepted") from error
 
     async def _try_append(self, group: Sequence[PendingCommand]) -> None:
@@ -565,12 +565,12 @@ class Log:
             self.tally.commit_s.observe(time.monotonic() - began)
         except StorageError as error:
             self._note_failure(error)
-            await self._storage.give_up(error)
+            await self._storage.close_after_error(error)
             if error.is_refusal:
                 raise LogUnavailable(f"{error}; nothing was accepted") from error
             self._uncertain_head = decided.head
             await self._check_written(decided.head)
-            if self._storage.look_every_s is None:  # else it was counted when it was read
+            if self._storage.poll_interval_s is None:  # else it was counted when it was read
                 self._count(decided)
         else:
             self._advance(decided)
@@ -600,12 +600,12 @@ class Log:
             await self._catch_up()  # an event that waited for a standby when the log was opened is there now
         except (LedgerProblem, StorageError) as error:
             if self._storage.is_open:
-                await self._storage.give_up()
+                await self._storage.close_after_error()
             raise OutcomeUnknown(
                 f"it is unknown whether the last requests were recorded: {error.__cause__ or error}"
             ) from error
         if not is_written:
-            is_final = self._storage.look_every_s is None or self.head != before
+            is_final = self._storage.poll_interval_s is None or self.head != before
             raise LogUnavailable if is_final else OutcomeUnknown
 
     async def _note(self, note: PendingNote) -> None:
@@ -629,7 +629,7 @@ class Log:
         if isinstance(error, StorageError):
             self._note_failure(error)
             if error.is_disk_error:
-                await self._storage.give_up(error)
+                await self._storage.close_after_error(error)
         await self._probe()
         fail_callers([note], NotEncodable() if isinstance(error, UnicodeEncodeError) else LogUnavailable())
 
@@ -641,7 +641,7 @@ class Log:
 class DecidedGroup:
     """The outcome of a group: its events, their rows, the state after them and the head."""
 
-    attempt: Attempt
+    attempt: Transaction
     events: Sequence[Event]
     rows: Sequence[Row]
     head: LogHead
@@ -668,7 +668,7 @@ def decide_group(
         now: the ledger's time, one for the group, because it becomes durable at one moment.
         new_id: returns the id of a new event.
     """
-    attempt, events, rows = Attempt(state, known), list[Event](), list[Row]()
+    attempt, events, rows = Transaction(state, known), list[Event](), list[Row]()
     for pending in group:
         if pending.done.cancelled():
             continue
@@ -704,7 +704,7 @@ def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:
     Raises:
         UnreadableEvent: `log_unavailable`, an event cannot be folded.
     """
-    attempt, events = Attempt(state), list[Event]()
+    attempt, events = Transaction(state), list[Event]()
     for row in rows:
         try:
             event = decode_event(row.body)

@@ -1,6 +1,6 @@
 """The live state: all models, the unended jobs, tokens and nodes, folded one event at a time.
 
-`State` is the writer's, and `State.of` the part of it that a node works on; an `Attempt` folds a
+`State` is the writer's, and `State.of` the part of it that a node works on; an `Transaction` folds a
 transaction on top of it; `Entities` folds the same, faster, for replay and verification.
 """
 
@@ -283,7 +283,7 @@ class _Layers(ChainMap[str, T]):
         return changed[key] if key in changed else before.get(key, default)
 
 
-class Attempt:
+class Transaction:
     """A transaction folded on top of a state, which changes only once the transaction is durable.
 
     Args:

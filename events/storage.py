@@ -158,12 +158,12 @@ class Storage(Protocol):
         """Whether the storage is open; only then it can be used."""
 
     @property
-    def is_behind(self) -> bool:
+    def has_news(self) -> bool:
         """Whether another server may have appended; False where there is none."""
 
     @property
-    def look_every_s(self) -> float | None:
-        """How often the writer asks `is_behind`, beside when it is woken; None without other servers."""
+    def poll_interval_s(self) -> float | None:
+        """How often the writer asks `has_news`, beside when it is woken; None without other servers."""
 
     def on_change(self, wake: Callable[[], None]) -> None:
         """Call `wake` when another server has appended."""
@@ -226,10 +226,10 @@ class Storage(Protocol):
     async def probe(self) -> None:
         """Commit a durable transaction that changes nothing, to see whether the ledger can be written."""
 
-    async def make_whole(self) -> bool:
+    async def checkpoint(self) -> bool:
         """Bring the ledger's file up to date; return False if that is not possible yet."""
 
-    async def give_up(self, error: StorageError | None = None) -> None:
+    async def close_after_error(self, error: StorageError | None = None) -> None:
         """Close the connection after an error; the next `open` makes sure of what is on the disk."""
 
     async def close(self) -> None:

@@ -386,7 +386,7 @@ class ModelContents:
 
     def _look(self, model_id: str, version: int) -> tuple[FoundFile, ...]:
         with open_sources(self.repository.root, self.repository.folder_of(model_id, version)) as sources:
-            return sources.look()
+            return sources.stat_files()
 
     def _check_readable(self, model_id: str, version: int) -> None:
         """Refuse to judge by a repository that cannot be read, or is not mounted.
@@ -450,7 +450,7 @@ def _hash_sources(files: VersionFiles, is_cancelled: IsCancelled) -> tuple[str, 
                     sha256s.append(hash_descriptor(descriptor, is_cancelled))
                 except OSError as error:
                     raise RepositoryUnreadable(f"{file.path!r} cannot be read: {error.strerror}") from None
-        if sources.look() != files.sources:
+        if sources.stat_files() != files.sources:
             raise LoadRefused("model_changed", "the model's files changed while they were loaded")
     return tuple(sha256s)
 

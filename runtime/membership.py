@@ -284,7 +284,7 @@ class Membership:
         """
         try:
             async with asyncio.timeout(limit_s):
-                if not await self._log.look():
+                if not await self._log.catch_up():
                     raise LogUnavailable("the ledger's database cannot be read")
                 await self._log.note({})
         except TimeoutError:

@@ -59,7 +59,7 @@ class ModelElsewhere(ModelNotLoaded):
         super().__init__(f"model '{model_id}' is loaded at node '{node_id}', not here")
 
 
-class Question(Protocol):
+class InferenceInput(Protocol):
     """Inputs of an inference."""
 
     @property
@@ -153,7 +153,12 @@ class Router:
         self._routes: dict[str, tuple[Model, ModelRoute]] = {}
 
     async def infer(
-        self, model_id: str, version: int | None, question: Question, timeout_s: float, times: InferenceTimes
+        self,
+        model_id: str,
+        version: int | None,
+        question: InferenceInput,
+        timeout_s: float,
+        times: InferenceTimes,
     ) -> tuple[ModelRoute, Answer]:
         """Run one inference, at most `timeout_s` seconds; cancelling this stops the run.
 
@@ -192,7 +197,7 @@ class Router:
         route.load.last_used_ns = times.answered_ns = time.monotonic_ns()
         return route, answer
 
-    def _ask(self, route: ModelRoute, question: Question, timeout_s: float) -> Awaitable[Answer]:
+    def _ask(self, route: ModelRoute, question: InferenceInput, timeout_s: float) -> Awaitable[Answer]:
         region = question.region
         worker = route.worker(self._max_queue, region)
         return worker.infer(

@@ -93,7 +93,7 @@ from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signer, public_pem
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.auth.tokens import TOKENS, open_tokens
-from server.cluster import SharedLedger, take_part
+from server.cluster import SharedLedger, attach_node
 from server.config import Config, ConfigError
 from server.errors import errors_middleware
 from server.http.limits import MAX_BODIES_BYTES, Bodies
@@ -442,7 +442,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         untrusted=partial(_untrusted, app),
     )
     if MEMBERSHIP in app:
-        take_part(app, cache)
+        attach_node(app, cache)
     app[ROUTER] = Router(
         app[LOG],
         consumer.loads,

@@ -110,12 +110,12 @@ class SharedLedger:
         await self._leases.close()
 
 
-def take_part(app: web.Application, cache: ModelCache | None) -> None:
+def attach_node(app: web.Application, cache: ModelCache | None) -> None:
     """Let the consumer work as this node, and the node say of itself what helps to place loads."""
     membership, consumer = app[MEMBERSHIP], app[CONSUMER]
 
     def change() -> None:
-        consumer.be_node(membership.node_id, membership.epoch)
+        consumer.set_node(membership.node_id, membership.epoch)
 
     membership.hints = partial(_describe_node, app, cache)
     membership.on_change = change

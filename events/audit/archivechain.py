@@ -20,7 +20,7 @@ from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailabl
 from events.jobs import Job
 from events.nodes import OF_NODES
 from events.sqlite.history import Moment, parse_time
-from events.sqlite.presence import Presence, add_nodes, presence_between
+from events.sqlite.presence import Liveness, add_nodes, presence_between
 from events.sqlite.proof import LogReader
 from events.sqlite.queries import as_bytes
 from events.sqlite.snapshots import jobs_behind
@@ -322,7 +322,7 @@ def _replay_archives(log: LogReader, proof: ArchiveProof, until: str) -> tuple[M
 
 def _archived_presence(
     log: LogReader, files: Sequence[FileAudit], position: int, time: str | None
-) -> Presence:
+) -> Liveness:
     """Return the presence of the server, or of nodes, at a moment before the base."""
     before, after, of_nodes = None, log.first_server_event(), list[Event]()
     for _, row in _rows(files):

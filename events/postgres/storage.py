@@ -66,7 +66,7 @@ class ReplicatedStorage:
         clock: is set to the database's time at each connection.
 
     Attributes:
-        look_every_s: how often to look for events of other servers.
+        poll_interval_s: how often to look for events of other servers.
         authority: with which it appends.
     """
 
@@ -82,7 +82,7 @@ class ReplicatedStorage:
         self._was_open = False
         self._is_marked = False
         self._looked_s = 0.0
-        self.look_every_s: float | None = LOOK_EVERY_S
+        self.poll_interval_s: float | None = LOOK_EVERY_S
         self.authority = Authority()
 
     @property
@@ -91,7 +91,7 @@ class ReplicatedStorage:
         return self._replica.is_open and self._connection is not None and not self._connection.is_closed()
 
     @property
-    def is_behind(self) -> bool:
+    def has_news(self) -> bool:
         """Whether another server has said that it appended, or it is time to look."""
         return self._is_notified or time.monotonic() - self._looked_s >= LOOK_EVERY_S
 
@@ -112,7 +112,7 @@ class ReplicatedStorage:
             LogUnavailable: `log_unavailable`, the replica or the database cannot be opened.
         """
         if self._replica.is_open:
-            await self._replica.give_up()
+            await self._replica.close_after_error()
         stored = await self._replica.open()
         try:
             self._connection = await connect(self._address)
@@ -280,15 +280,15 @@ class ReplicatedStorage:
         await self._probe_database()
         await self._replica.probe()
 
-    async def make_whole(self) -> bool:
+    async def checkpoint(self) -> bool:
         """Bring the replica's file up to date; return False if that is not possible yet."""
-        return await self._replica.make_whole()
+        return await self._replica.checkpoint()
 
-    async def give_up(self, error: StorageError | None = None) -> None:
+    async def close_after_error(self, error: StorageError | None = None) -> None:
         """Close both after an error; the connection is cut, since to close it would cancel what it runs."""
         self._cut()
         if self._replica.is_open:
-            await self._replica.give_up(error)
+            await self._replica.close_after_error(error)
 
     async def close(self) -> None:
         """Leave the replica as one complete file, and end."""

@@ -22,7 +22,7 @@ from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Model
 from events.sqlite import queries, snapshots
-from events.sqlite.presence import Presence, presence_at
+from events.sqlite.presence import Liveness, presence_at
 from events.sqlite.queries import (
     LAST,
     JobQuery,
@@ -223,7 +223,7 @@ class Moment:
     position: int
     recorded_at: str | None
     time: str | None = field(default=None, compare=False)
-    server: Presence | None = field(default=None, compare=False)
+    server: Liveness | None = field(default=None, compare=False)
 
 
 def moment_at(connection: sqlite3.Connection, at: str) -> Moment:

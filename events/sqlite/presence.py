@@ -55,7 +55,7 @@ class NodePresence:
 
 
 @dataclass(frozen=True, slots=True)
-class Presence:
+class Liveness:
     """The state of the server at a moment, and since when; None if the log does not say.
 
     `nodes` are those that had joined by then, by name.
@@ -66,7 +66,7 @@ class Presence:
     nodes: tuple[NodePresence, ...] = ()
 
 
-_NOTHING_KNOWN = Presence(ServerState.UNKNOWN, None)
+_NOTHING_KNOWN = Liveness(ServerState.UNKNOWN, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def _is_any_present(nodes: Iterable[Node]) -> bool:
 
 def presence_at(
     connection: sqlite3.Connection, position: int, time: Timestamp | None = None, *, is_live: bool = False
-) -> Presence:
+) -> Liveness:
     """Return the state of the server right after the event at `position`, or at a later time.
 
     Args:
@@ -146,13 +146,13 @@ def presence_at(
         seen_at = max(queries.read_last_seen(connection), queries.read_head(connection).recorded_at)
         if time > add_seconds(seen_at, _OVERDUE_S):
             nodes = tuple(_unknown_since(node, seen_at) for node in found.nodes)
-            return Presence(ServerState.UNKNOWN, seen_at, nodes)
+            return Liveness(ServerState.UNKNOWN, seen_at, nodes)
     return found
 
 
 def add_nodes(
-    server: Presence, base: Sequence[Node], events: Iterable[Event], position: int, time: Timestamp | None
-) -> Presence:
+    server: Liveness, base: Sequence[Node], events: Iterable[Event], position: int, time: Timestamp | None
+) -> Liveness:
     """Return the presence of nodes at a moment; that of the server if none had joined by then.
 
     Args:
@@ -166,13 +166,13 @@ def add_nodes(
     transitions = list(list_transitions(base, events))
     if base:
         is_there = _is_any_present(base)
-        server = Presence(ServerState.RUNNING if is_there else ServerState.STOPPED, None)
+        server = Liveness(ServerState.RUNNING if is_there else ServerState.STOPPED, None)
     elif transitions and server == _NOTHING_KNOWN:
-        server = Presence(ServerState.STOPPED, None)
+        server = Liveness(ServerState.STOPPED, None)
     for each in transitions:
         if each.position <= position:
             if isinstance(each.state, ServerState):
-                server = Presence(each.state, each.at)
+                server = Liveness(each.state, each.at)
             else:
                 if each.state is NodeState.JOINED:
                     nodes = {key: node for key, node in nodes.items() if not _is_forgotten(node, each.at)}
@@ -210,21 +210,21 @@ def read_node_events(connection: sqlite3.Connection) -> list[Event]:
 
 def presence_between(
     before: Event | None, after: Event | None, time: Timestamp | None, *, is_first: bool
-) -> Presence:
+) -> Liveness:
     """Return the state of the server between two of its starts and stops; None where there is none.
 
     `time` is as for `presence_at`; `is_first` says that no event at all is before.
     """
     if before is not None and isinstance(before.data, ServerStopped):
-        return Presence(ServerState.STOPPED, before.recorded_at)
+        return Liveness(ServerState.STOPPED, before.recorded_at)
     starts = after.data if after is not None and isinstance(after.data, ServerStarted) else None
     if is_first or (starts is not None and not starts.unclean):
-        return Presence(ServerState.STOPPED, None)
+        return Liveness(ServerState.STOPPED, None)
     if before is None and after is None:
         return _NOTHING_KNOWN
     if starts is not None and time is not None and time > (starts.last_seen_at or ""):
-        return Presence(ServerState.UNKNOWN, starts.last_seen_at)
-    return Presence(ServerState.RUNNING, before.recorded_at if before is not None else None)
+        return Liveness(ServerState.UNKNOWN, starts.last_seen_at)
+    return Liveness(ServerState.RUNNING, before.recorded_at if before is not None else None)
 
 
 def find_server_event(connection: sqlite3.Connection, position: int, *, after: bool = False) -> Event | None:

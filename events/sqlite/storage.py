@@ -168,8 +168,8 @@ class Database:
         self._lacked_wal = False
         self._unsynced = False
         self._failed_at = 0
-        self.is_behind = False
-        self.look_every_s: float | None = None
+        self.has_news = False
+        self.poll_interval_s: float | None = None
 
     def on_change(self, wake: Callable[[], None]) -> None:
         """Do nothing: no other server appends."""
@@ -255,7 +255,7 @@ class Database:
             return await self.run(read)
         except StorageError as error:
             _log.exception("the idempotency keys and joins of a group could not be read")
-            await self.give_up()
+            await self.close_after_error()
             raise LogUnavailable from error
 
     async def note(self, used: Mapping[str, str], seen_at: str) -> None:
@@ -270,7 +270,7 @@ class Database:
         """Commit a durable transaction that changes nothing, to see whether the ledger can be written."""
         await self.run(lambda: queries.probe(self._connection))
 
-    async def make_whole(self) -> bool:
+    async def checkpoint(self) -> bool:
         """Checkpoint the write-ahead log into the file; return False if that is not possible yet."""
         if not self.is_open:
             return False
@@ -280,7 +280,7 @@ class Database:
             _log.warning("the ledger's file could not be brought up to date yet: %s", error)
             return False
 
-    async def give_up(self, error: StorageError | None = None) -> None:
+    async def close_after_error(self, error: StorageError | None = None) -> None:
         """Close the connection after an error; after a disk error, the next `open` syncs the database."""
         if error is not None and error.is_disk_error:
             self._unsynced = True

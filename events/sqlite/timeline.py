@@ -44,7 +44,7 @@ from events.sqlite.lanes import (
     server_segments,
 )
 from events.sqlite.presence import (
-    Presence,
+    Liveness,
     Transition,
     find_server_event,
     list_transitions,
@@ -147,7 +147,7 @@ class _Frame:
     anchors: list[tuple[int, Timestamp]]
     server: list[Event]
     transitions: list[Transition]
-    presence: Presence
+    presence: Liveness
     ids: list[str]
     has_more: bool
     models: int

@@ -125,7 +125,7 @@ class Consumer:
             await self.preparer.close()
             await self._monitor.note_uses()
 
-    def be_node(self, node_id: str, epoch: int | None) -> None:
+    def set_node(self, node_id: str, epoch: int | None) -> None:
         """Work as this epoch of a node from now on, None between two; the hints may have changed, too."""
         self.policy = replace(self.policy, node_id=node_id, node_epoch=NO_EPOCH if epoch is None else epoch)
         self._wakeup.set()
@@ -178,7 +178,7 @@ class Consumer:
         state, now = self._log.state, self._log.fold_times.now()
         own = state.of(self.policy.node_id, self.policy.node_epoch, self._untrusted())
         self._executor.note_recorded_exits(own)
-        self._executor.end_unneeded_loads(own)
+        self._executor.reap_loads(own)
         self._executor.estimates.forget_ended(own)
         self._executor.comparisons.forget_ended(own)
         self._executor.files.forget_ended(own)

@@ -133,7 +133,7 @@ class Executor:
                 exited = {worker.worker_id for worker in load.unexpected_exits}
                 load.recorded_exits.update(exited.difference(serving.worker_ids))
 
-    def end_unneeded_loads(self, state: State) -> None:
+    def reap_loads(self, state: State) -> None:
         """Kill loads that the ledger has no use for; forget ended ones."""
         for key, load in list(self.loads.items()):
             if not is_load_current(state, key, load.model_id):

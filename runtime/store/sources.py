@@ -33,7 +33,7 @@ class SourceFolder:
         self._anchor = anchor
         self._root = root
 
-    def look(self) -> tuple[FoundFile, ...]:
+    def stat_files(self) -> tuple[FoundFile, ...]:
         """Return the identity of each file, in order of their paths, without reading any.
 
         Raises:
@@ -204,11 +204,11 @@ def open_version(
 
 def _look_after_tick(sources: SourceFolder) -> tuple[FoundFile, ...]:
     """Look at the files when whatever is written to them from now on has a later time."""
-    files = sources.look()
+    files = sources.stat_files()
     latest_ns = max(file.ctime_ns for file in files)
     if 0 <= time.time_ns() - latest_ns < TICK_S * 1e9:
         time.sleep(TICK_S)
-        files = sources.look()
+        files = sources.stat_files()
     return files
 
 

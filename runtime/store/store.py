@@ -165,7 +165,7 @@ class Store:
                 (path / FILES).mkdir(mode=0o700)
                 for file in files:
                     _copy_file(copier, sources, file, path / FILES / file.path)
-            refuse_changed(files, sources.look())
+            refuse_changed(files, sources.stat_files())
         except BaseException:
             self._drop_incoming(path)
             raise

@@ -264,7 +264,7 @@ async def _find_job(app: web.Application, job_id: str) -> Job:
     log, reader = app[LOG], app[READER]
     job = log.state.jobs.get(job_id) or await reader.job(job_id)
     if job is None:
-        await log.look()
+        await log.catch_up()
         job = log.state.jobs.get(job_id) or await reader.job(job_id)
     if job is None:
         raise UnknownJob(f"there is no job {job_id!r}; GET /api/v1/jobs lists them")

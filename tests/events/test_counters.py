@@ -22,7 +22,7 @@ from events.counters import (
     Tally,
 )
 from events.errors import LogUnavailable
-from events.state import Attempt, State
+from events.state import State, Transaction
 from events.types import (
     AccessDenied,
     Cause,
@@ -140,7 +140,7 @@ def count_in_groups(recorded: list[Draft], size: int) -> dict[str, Any]:
     state, tally = State(), Tally()
     events = fold(recorded).facts
     for first in range(0, len(events), size):
-        attempt = Attempt(state)
+        attempt = Transaction(state)
         for event in events[first : first + size]:
             attempt.apply(event)
         attempt.commit()

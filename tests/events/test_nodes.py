@@ -37,7 +37,7 @@ from events.nodes import (
 )
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
-from events.state import Attempt, Entities, State
+from events.state import Entities, State, Transaction
 from events.types import SYSTEM, Cause, Draft, LoadStarted, ServerStarted, UnloadRequested
 
 
@@ -114,7 +114,7 @@ def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:
     history.join("e", after_s=KEPT_S - 10)
     assert set(history.state.nodes) == {*"abcde"}
     history.drain("a")
-    changes = Attempt(history.state)
+    changes = Transaction(history.state)
     history.join("e", after_s=20)
     changes.apply(history.facts[-1])
     assert set(history.state.nodes) == {*"ade"}

@@ -24,7 +24,7 @@ from events.sqlite import queries, snapshots, storage
 from events.sqlite.history import state_at
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
-from events.state import Attempt, Entities, State, has_turn
+from events.state import Entities, State, Transaction, has_turn
 from events.storage import Row
 from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown
 
@@ -54,7 +54,7 @@ def test_queues_hold_unended_jobs_in_any_transaction(groups: Sequence[tuple[list
     state = State()
     for group, durable in groups:
         before = (state.unended(), state.backlog)
-        attempt = Attempt(state)
+        attempt = Transaction(state)
         for draft in group:
             position = attempt.state.position + 1
             attempt.apply(as_event(draft, position, position))

@@ -17,7 +17,7 @@ from events.commands import Command, IssueToken, RevokeToken
 from events.sqlite import storage
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import read_base_state
-from events.state import Attempt, State
+from events.state import State, Transaction
 from events.tokens import (
     KEPT_S,
     MAX_TOKENS,
@@ -195,7 +195,7 @@ async def test_changed_token_is_found(
 
 def test_group_that_fails_changes_no_token() -> None:
     state = state_of(BOB)
-    attempt = Attempt(state)
+    attempt = Transaction(state)
     attempt.apply(Event(2, "e", REVOKED, "carol", at(2)))
     assert not state.tokens["t1"].is_revoked
     assert attempt.state.tokens["t1"].is_revoked

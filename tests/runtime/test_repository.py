@@ -219,7 +219,7 @@ from runtime.store.sources import open_sources
 
 def look(folder):
     with open_sources(folder, folder) as sources:
-        return sources.look()
+        return sources.stat_files()
 
 folder = Path(sys.argv[1])
 look(folder)

@@ -61,7 +61,7 @@ def store_version(store: Store, root: Path, folder: Path) -> StoredVersion:
 def look(root: Path, folder: Path) -> tuple[FoundFile, ...]:
     """Return the present identities of a version's files in the repository."""
     with open_sources(root, folder) as sources:
-        return sources.look()
+        return sources.stat_files()
 
 
 def blobs(data: Path) -> list[str]:

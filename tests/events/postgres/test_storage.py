@@ -103,14 +103,14 @@ async def test_server_hears_of_events_while_it_catches_up(
         opened_replica(ledger.server_url, tmp_path / "b") as other,
     ):
         storage, late = storage_of(other), facts(1, first=2)
-        storage.look_every_s = None
+        storage.poll_interval_s = None
         read_after = storage.read_after
 
         async def read_then_hear(head: LogHead) -> Sequence[Row]:
             rows = await read_after(head)
             if not rows and (fact := next(late, None)) is not None:
                 await one.submit(fact)
-                await until(lambda: storage.is_behind)
+                await until(lambda: storage.has_news)
             return rows
 
         monkeypatch.setattr(storage, "read_after", read_then_hear)
@@ -332,7 +332,9 @@ async def test_later_schema_refuses_only_what_is_written(ledger: Database, tmp_p
 async def be_deaf(log: Log) -> None:
     """Let a server hear nothing of what others append, and not look by itself."""
     storage = storage_of(log)
-    await log.look()  # then the writer has nothing to do for a while: a connection does one thing at a time
+    await (
+        log.catch_up()
+    )  # then the writer has nothing to do for a while: a connection does one thing at a time
     await storage._connected.remove_listener(CHANNEL, storage._heard)
     storage._is_notified, storage._looked_s = False, float("inf")
 
@@ -346,7 +348,7 @@ async def test_look_brings_what_others_have_appended(ledger: Database, tmp_path:
         await heads_agree(one, other)
         await be_deaf(other)
         await write(one, 3, first=2)
-        await asyncio.gather(other.look(), other.look())
+        await asyncio.gather(other.catch_up(), other.catch_up())
         assert other.head == one.head
 
 

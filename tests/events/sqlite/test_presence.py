@@ -15,9 +15,9 @@ from events.sqlite import queries
 from events.sqlite.history import open_time_travel_reader
 from events.sqlite.presence import (
     NOTE_EVERY_S,
+    Liveness,
     NodePresence,
     NodeState,
-    Presence,
     ServerState,
     presence_at,
 )
@@ -76,7 +76,7 @@ def test_presence_at_moment(connection: sqlite3.Connection, row: str) -> None:
     position, time = moment.split()
     state, since = expected.split()
     found = presence_at(connection, int(position), None if time == "-" else at(int(time)))
-    assert found == Presence(ServerState(state), None if since == "-" else at(int(since)))
+    assert found == Liveness(ServerState(state), None if since == "-" else at(int(since)))
 
 
 def store_nodes(path: Path) -> None:
@@ -122,7 +122,7 @@ def test_presence_of_nodes_at_moment(tmp_path: Path, row: str) -> None:
     state, since, *nodes = expected.replace(",", " ").split()
     with closing(connect(tmp_path / "ledger.db")) as connection:
         found = presence_at(connection, int(position), None if time == "-" else at(int(time)))
-    assert found == Presence(
+    assert found == Liveness(
         ServerState(state),
         None if since == "-" else at(int(since)),
         tuple(
@@ -148,18 +148,18 @@ def test_node_that_ended_long_before_another_joined_is_not_shown(tmp_path: Path)
 
 
 def test_presence_of_live_server_is_never_unknown(connection: sqlite3.Connection) -> None:
-    assert presence_at(connection, 8, at(10**9), is_live=True) == Presence(RUNNING, at(2_001))
+    assert presence_at(connection, 8, at(10**9), is_live=True) == Liveness(RUNNING, at(2_001))
 
 
 def test_replay_without_a_moment_says_whether_server_was_seen_lately(connection: sqlite3.Connection) -> None:
     log = LogReader(connection)
     moment, _ = replay(log, None)
-    assert moment.server == Presence(UNKNOWN, at(2_100))
+    assert moment.server == Liveness(UNKNOWN, at(2_100))
     assert NOTE_EVERY_S <= 60
     connection.rollback()
-    assert replay(log, at(500))[0].server == Presence(UNKNOWN, at(60))
+    assert replay(log, at(500))[0].server == Liveness(UNKNOWN, at(60))
     connection.rollback()
-    assert replay(log, "4")[0].server == Presence(RUNNING, at(2))
+    assert replay(log, "4")[0].server == Liveness(RUNNING, at(2))
 
 
 async def test_time_travel_says_whether_server_ran(tmp_path: Path) -> None:
@@ -167,8 +167,8 @@ async def test_time_travel_says_whether_server_ran(tmp_path: Path) -> None:
     store(path)
     async with open_time_travel_reader(path) as past:
         moment, state = await past.state(at(500))
-        assert (moment.position, moment.server) == (4, Presence(UNKNOWN, at(60)))
+        assert (moment.position, moment.server) == (4, Liveness(UNKNOWN, at(60)))
         assert state.models["digits"].state == "loaded"
         moment, state = await past.state(at(1_500))
-        assert (moment.position, moment.server) == (6, Presence(STOPPED, at(1_001)))
+        assert (moment.position, moment.server) == (6, Liveness(STOPPED, at(1_001)))
         assert state.models["digits"].state == "lost"

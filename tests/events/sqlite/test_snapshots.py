@@ -107,7 +107,7 @@ async def test_failed_snapshot_holds_up_no_event_and_is_logged_once(
         assert len([record for record in caplog.records if "no snapshot" in record.message]) == 1
         await asyncio.gather(*map(log.submit, facts(EVERY, first=EVERY + 11)))
         assert len([record for record in caplog.records if "no snapshot" in record.message]) == 2
-        await database_of(log).give_up()
+        await database_of(log).close_after_error()
         await asyncio.gather(*map(log.submit, facts(1, first=2 * EVERY + 11)))  # a new connection tries again
         assert len([record for record in caplog.records if "no snapshot" in record.message]) == 3
     assert rows(path, "SELECT max(position) FROM events") == [(2 * EVERY + 15,)]

@@ -114,7 +114,7 @@ async def test_kept_error_of_a_read_holds_up_no_checkpoint(tmp_path: Path) -> No
             await reader.run(fail_amid)
         with pytest.raises(StorageError) as kept_too:
             await database_of(log).run(lambda: fail_amid(database_of(log)._connection))
-        assert await database_of(log).make_whole(), (kept, kept_too)
+        assert await database_of(log).checkpoint(), (kept, kept_too)
 
 
 async def test_reader_holds_up_neither_start_nor_checkpoint_for_ever(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ async def test_open_after_disk_error_waits_for_a_reader_and_syncs_the_wal(tmp_pa
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM events").fetchall()
         await database.probe()
-        await database.give_up(error)
+        await database.close_after_error(error)
         assert not database.is_open
         opening = asyncio.create_task(database.open())
         done, _ = await asyncio.wait([opening], timeout=0.3)
