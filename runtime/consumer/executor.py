@@ -139,7 +139,7 @@ class Executor:
             if not is_load_current(state, key, load.model_id):
                 if not load.killed:
                     load.kill()
-                if load.is_finished:
+                if load.run.is_finished:
                     self.totals.end(load)
                     load.files.close()
                     del self.loads[key]
@@ -238,7 +238,7 @@ class Executor:
         if budget_bytes is None:
             return None
         preparation = self.preparer.preparation
-        others = sum(each.memory_bytes for each in self.loads.values() if each is not load)
+        others = sum(each.run.memory_bytes for each in self.loads.values() if each is not load)
         others += preparation.memory_bytes if preparation is not None else 0
         return load_allowance(budget_bytes, others, load.reserved_bytes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -40,6 +40,86 @@ class FormUnusable(RuntimeProblem):
 
 
 OUT_OF_MEMORY: Final = "out_of_memory"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRun:
+    """What is known of a load's workers and tasks, and what follows: its phase and its memory.
+
+    Attributes:
+        started: ids of the workers that were started, exited or not.
+        exited: those of them that have exited.
+        expected_exits: ids of workers that the server stopped, or that refused to load.
+        loaded: ids of the workers that have loaded.
+        is_loaded: whether all have.
+        has_tasks: whether a task loads or unloads it.
+        is_form_failed: whether this attempt ends because of its prepared form.
+        is_outdated: whether it ends because the files have changed.
+        measured_bytes: private bytes of the workers that have not exited.
+    """
+
+    started: Sequence[str]
+    exited: Collection[str]
+    expected_exits: Collection[str] = ()
+    loaded: Collection[str] = ()
+    is_loaded: bool = False
+    has_tasks: bool = False
+    has_failed: bool = False
+    is_form_failed: bool = False
+    is_outdated: bool = False
+    unloading: bool = False
+    killed: bool = False
+    reserved_bytes: int = 0
+    measured_bytes: int = 0
+
+    @property
+    def alive(self) -> list[str]:
+        """The workers that have not exited."""
+        return [worker_id for worker_id in self.started if worker_id not in self.exited]
+
+    @property
+    def has_exited(self) -> bool:
+        """Whether there were workers and all have exited."""
+        return bool(self.started) and not self.alive
+
+    @property
+    def unexpected_exits(self) -> tuple[str, ...]:
+        """The workers that have exited unexpectedly."""
+        exited = (worker_id for worker_id in self.started if worker_id in self.exited)
+        return tuple(worker_id for worker_id in exited if worker_id not in self.expected_exits)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether neither a worker nor a task is left."""
+        return not self.has_tasks and not self.alive
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that count against the budget, until the workers have exited."""
+        if self.is_loaded:
+            return self.measured_bytes
+        is_over = self.has_exited or (self.has_failed and not self.alive)
+        return 0 if is_over else max(self.reserved_bytes, self.measured_bytes)
+
+    def find_phase(self, *, is_job_unended: bool) -> Phase:
+        """Return how far the load is, whose job has ended or not."""
+        if is_job_unended:
+            if self.is_form_failed and not self.has_failed:
+                return Phase.FORM_FAILED if self.is_finished else Phase.LOADING
+            if self.is_outdated and self.is_finished:
+                return Phase.OUTDATED
+            if self.has_failed or self._lost_a_worker:
+                return Phase.FAILED
+            return Phase.LOADED if self.is_loaded else Phase.LOADING
+        if self.has_exited:
+            return Phase.GONE
+        return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
+
+    @property
+    def _lost_a_worker(self) -> bool:
+        """Whether a worker has exited that had loaded, or whose task has ended; until then it stores why."""
+        exited = (worker_id for worker_id in self.started if worker_id in self.exited)
+        return any(worker_id in self.loaded or not self.has_tasks for worker_id in exited)
 
 
 @dataclass(slots=True)
@@ -123,9 +203,23 @@ class RunningLoad:
         return [worker for worker in self.workers if not worker.ended.done()]
 
     @property
-    def has_exited(self) -> bool:
-        """Whether there were workers and all have exited."""
-        return bool(self.workers) and not self.alive_workers
+    def run(self) -> LoadRun:
+        """Its workers and tasks now."""
+        return LoadRun(
+            started=[worker.worker_id for worker in self.workers],
+            exited={worker.worker_id for worker in self.workers if worker.ended.done()},
+            expected_exits=self.expected_exits,
+            loaded=self.reports.keys(),
+            is_loaded=self.report is not None,
+            has_tasks=bool(self.tasks),
+            has_failed=self.failure is not None,
+            is_form_failed=self.form_failure is not None,
+            is_outdated=self.is_outdated,
+            unloading=self.unloading,
+            killed=self.killed,
+            reserved_bytes=self.reserved_bytes,
+            measured_bytes=self.measured_bytes,
+        )
 
     @property
     def serving(self) -> tuple[Worker, ...]:
@@ -137,13 +231,8 @@ class RunningLoad:
     @property
     def unexpected_exits(self) -> list[Worker]:
         """The workers that have exited unexpectedly."""
-        ended = (worker for worker in self.workers if worker.ended.done())
-        return [worker for worker in ended if worker.worker_id not in self.expected_exits]
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether neither a worker nor a task is left."""
-        return not self.tasks and not self.alive_workers
+        exited = self.run.unexpected_exits
+        return [worker for worker in self.workers if worker.worker_id in exited]
 
     @property
     def drained_requests(self) -> int:
@@ -180,14 +269,6 @@ class RunningLoad:
         return sum(worker.memory_bytes for worker in self.alive_workers)
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes that count against the budget, until the workers have exited."""
-        if self.report is None:
-            is_over = self.has_exited or (self.failure is not None and not self.alive_workers)
-            return 0 if is_over else max(self.reserved_bytes, self.measured_bytes)
-        return self.measured_bytes
-
-    @property
     def loaded_memory(self) -> list[WorkerMemory]:
         """The memory of its workers right after each had loaded."""
         return [worker.loaded_memory for worker in self.workers if worker.loaded_memory is not None]
@@ -210,35 +291,17 @@ class RunningLoad:
 
     def to_view(self, job: Job | None, now: str = "", *, is_demanded: bool = False) -> LoadView:
         """Return what the scheduler sees; `job` is the load's job until it has ended."""
+        run = self.run
         return LoadView(
             self.job_id,
             self.model_id,
-            self._phase(job),
+            run.find_phase(is_job_unended=job is not None),
             self.killed,
-            tuple(worker.worker_id for worker in self.unexpected_exits),
-            self.memory_bytes,
+            run.unexpected_exits,
+            run.memory_bytes,
             busy=is_demanded or self.in_flight > 0,
             last_used_at=self.last_used_at(now),
         )
-
-    def _phase(self, job: Job | None) -> Phase:
-        if job is not None:
-            if self.form_failure is not None and self.failure is None:
-                return Phase.FORM_FAILED if self.is_finished else Phase.LOADING
-            if self.is_outdated and self.is_finished:
-                return Phase.OUTDATED
-            if self.failure is not None or self._lost_a_worker:
-                return Phase.FAILED
-            return Phase.LOADING if self.report is None else Phase.LOADED
-        if self.has_exited:
-            return Phase.GONE
-        return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
-
-    @property
-    def _lost_a_worker(self) -> bool:
-        """Whether a worker has exited that had loaded, or whose task has ended; until then it stores why."""
-        ended = (worker.worker_id for worker in self.workers if worker.ended.done())
-        return any(worker_id in self.reports or not self.tasks for worker_id in ended)
 
     def reach_stage(self, stage: str, worker_id: str = "") -> None:
         """Note a stage of the load, or of one of its workers; it is progress once for each."""

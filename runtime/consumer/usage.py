@@ -61,7 +61,7 @@ class PreparationUsage:
 
 def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[MemoryUse]:
     """Return the use of each load with a process, by model, then oldest first."""
-    there = [load for load in live if not load.has_exited]
+    there = [load for load in live if not load.run.has_exited]
     found = (_describe_use(load, state, now) for load in there)
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
 

@@ -304,20 +304,20 @@ def _memory_of(loads: Iterable[RunningLoad]) -> dict[str, int]:
     """Return the memory of each model with a process."""
     found: dict[str, int] = {}
     for load in loads:
-        if not load.has_exited:
+        if not load.run.has_exited:
             found[load.model_id] = found.get(load.model_id, 0) + load.measured_bytes
     return found
 
 
 def measure(consumer: Consumer, limit: MemoryLimit) -> Memory:
     """Return the memory of the server now."""
-    loads = [load for load in consumer.loads.values() if not load.has_exited]
+    runs = [run for load in consumer.loads.values() if not (run := load.run).has_exited]
     preparation = consumer.preparation()
     preparing_bytes = preparation.reserved_bytes if preparation is not None else 0
     return Memory(
         memory.resident_bytes(),
-        memory.total_bytes(load.memory_bytes for load in loads if load.report is not None),
-        memory.total_bytes([preparing_bytes, *(load.memory_bytes for load in loads if load.report is None)]),
+        memory.total_bytes(run.memory_bytes for run in runs if run.is_loaded),
+        memory.total_bytes([preparing_bytes, *(run.memory_bytes for run in runs if not run.is_loaded)]),
         consumer.policy.budget_bytes or limit.bytes,
     )
 

@@ -38,6 +38,7 @@ from runtime.consumer.drafts import (
     draft_placement,
     draft_settings_change,
 )
+from runtime.consumer.loads import LoadRun
 from runtime.limits import PROGRESS_TIMEOUT_S
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
@@ -110,40 +111,43 @@ class Process:
     busy: bool = False
     last_used_at: str | None = None
 
-    def view(self, job: Job | None, load: str, *, demanded: bool = False) -> LoadView:
-        phase, dead, busy = self._phase(job), tuple(self.dead), self.busy or demanded
-        bytes_ = self.memory_bytes
-        return LoadView(load, self.model_id, phase, self.killed, dead, bytes_, busy, self.last_used_at)
-
-    def _phase(self, job: Job | None) -> Phase:
-        if job is not None:
-            if self.form_failed:
-                return Phase.FORM_FAILED if self.over else Phase.LOADING
-            if self.failure is not None or self.dead or self.ended:
-                return Phase.FAILED
-            return Phase.LOADED if self.loaded else Phase.LOADING
-        if self.gone:
-            return Phase.GONE
-        return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
-
     @property
-    def memory_bytes(self) -> int:
-        if self.gone or (self.failure is not None and not self.left):
-            return 0
-        return self.measured_bytes if self.loaded else self.reserved_bytes
+    def run(self) -> LoadRun:
+        """Its workers now, to the product's own rules."""
+        workers = self.workers if self.started else ()
+        left = [] if self.ended else [worker for worker in workers if worker not in self.dead]
+        is_over = bool(self.failure or self.dead or self.ended or self.killed)
+        return LoadRun(
+            started=workers,
+            exited=set(workers).difference(left),
+            expected_exits=set(workers).difference(self.dead),
+            loaded=workers if self.loaded else (),
+            is_loaded=self.loaded,
+            has_tasks=not self.loaded and not is_over,
+            has_failed=self.failure is not None,
+            is_form_failed=self.form_failed,
+            unloading=self.unloading,
+            killed=self.killed,
+            reserved_bytes=self.reserved_bytes,
+            measured_bytes=self.measured_bytes if left else 0,
+        )
+
+    def view(self, job: Job | None, load: str, *, demanded: bool = False) -> LoadView:
+        run = self.run
+        return LoadView(
+            load,
+            self.model_id,
+            run.find_phase(is_job_unended=job is not None),
+            self.killed,
+            run.unexpected_exits,
+            run.memory_bytes,
+            self.busy or demanded,
+            self.last_used_at,
+        )
 
     @property
     def left(self) -> list[str]:
-        workers = self.workers if self.started and not self.ended else ()
-        return [worker for worker in workers if worker not in self.dead]
-
-    @property
-    def gone(self) -> bool:
-        return self.started and not self.left
-
-    @property
-    def over(self) -> bool:
-        return self.gone or (not self.started and (self.killed or self.failure is not None))
+        return self.run.alive
 
     def die(self, end: WorkerExited, *workers: str) -> None:
         self.dead.update({worker: end for worker in workers if worker in self.left})
@@ -322,7 +326,7 @@ class World:
                 process.recorded |= process.dead.keys() - set(model.serving.worker_ids)
             if not is_load_current(own, load, process.model_id):
                 process.killed = True
-                if process.over:
+                if process.run.is_finished:
                     del self.live[load]
         for process in self.loading():
             if process.hangs_until is not None and process.hangs_until <= self.now:
@@ -540,7 +544,7 @@ class World:
 
     def used_bytes(self) -> int:
         preparing = self.preparation.memory_bytes if self.preparation is not None else 0
-        return preparing + sum(process.memory_bytes for process in self.live.values())
+        return preparing + sum(process.run.memory_bytes for process in self.live.values())
 
     def finish_estimates(self) -> None:
         """What is being found out of pending loads is known."""

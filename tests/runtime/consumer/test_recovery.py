@@ -137,7 +137,7 @@ async def test_cancelled_load_of_dead_worker_records_both(engine: Engine) -> Non
     assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
     story = ["LoadRequested", "LoadStarted", "CancelRequested", "WorkerExited", "JobCancelled"]
     assert await engine.story(of="slow") == story
-    assert load.is_finished
+    assert load.run.is_finished
 
 
 async def test_refused_starts_change_nothing(engine: Engine) -> None:

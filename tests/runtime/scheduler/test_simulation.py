@@ -120,7 +120,7 @@ class WatchedWorld(World):
             case actions.CompleteLoad(job):
                 assert not job.cancelling
             case actions.FinishUnload(_, load) if load in self.live:
-                assert self.live[load].gone
+                assert self.live[load].run.has_exited
             case _:
                 pass
         super().act(action)
@@ -185,7 +185,7 @@ class WatchedWorld(World):
         assert model.serving is not None
         assert model.serving.load_job_id == load
         assert not self._swap_outs(model)
-        others_bytes = self.used_bytes() - self.live[load].memory_bytes
+        others_bytes = self.used_bytes() - self.live[load].run.memory_bytes
         assert others_bytes + self.estimate(job) <= self.budget_bytes
         self._check_turn(job)
 
@@ -205,7 +205,7 @@ class WatchedWorld(World):
         What is prepared is no reason why not: it is stopped for who lacks memory.
         """
         leaving = [process for process in self.alive() if process.killed or process.unloading]
-        used = sum(process.memory_bytes for process in self.live.values() if process not in leaving)
+        used = sum(process.run.memory_bytes for process in self.live.values() if process not in leaving)
         staying = {process.model_id for process in self.alive() if process not in leaving}
         fits = used + self.estimate(job) + self.estimate(other) <= self.budget_bytes
         models = staying | {job.model_id, other.model_id}
