@@ -96,7 +96,7 @@ from server.auth.tokens import TOKENS, open_tokens
 from server.cluster import SharedLedger, attach_node
 from server.config import Config, ConfigError
 from server.errors import errors_middleware
-from server.http.limits import MAX_BODIES_BYTES, Bodies
+from server.http.bodies import MAX_BODIES_BYTES, Bodies
 from server.http.responses import prepare_standard_fields
 from server.http.validation import validation_middleware
 from server.observability import scrape

@@ -21,7 +21,7 @@ from server.auth.gate import Gate, Verifier
 from server.auth.peers import Peers
 from server.auth.proxies import Proxies
 from server.config import Config
-from server.http.limits import Bodies
+from server.http.bodies import Bodies
 from server.observability.history import History
 from server.observability.output import RequestLog
 from server.v2.ondemand import OnDemand

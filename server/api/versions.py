@@ -17,12 +17,12 @@ from server.api.jobs import ShuttingDown
 from server.api.schemas import ModelVersionPathSchema, about
 from server.appkeys import STOPPING, UPLOADS
 from server.auth.gate import PRINCIPAL
+from server.http.bodies import iterate_body
 from server.http.validation import (
     InvalidParameter,
     NothingSchema,
     UnsupportedMediaType,
     header_fields,
-    iterate_body,
     path_parameters,
 )
 from server.routing import Access, Routes

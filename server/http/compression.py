@@ -13,7 +13,8 @@ from functools import lru_cache
 
 from runtime.wire import Buffer
 from server.errors import ServerProblem
-from server.http.validation import BodyTooLarge, UnsupportedMediaType
+from server.http.bodies import BodyTooLarge
+from server.http.validation import UnsupportedMediaType
 
 CODINGS = ("gzip", "deflate")
 """Supported in both directions, the preferred one first."""

@@ -29,7 +29,7 @@ from server.api.health import is_probe
 from server.config import Config
 from server.errors import ServerProblem
 from server.http import responses
-from server.http.validation import BODY_IDLE_S, MIN_PROGRESS_BYTES, READ_BYTES, BodyReader, BodyTimeout
+from server.http.bodies import IDLE_S, MIN_PROGRESS_BYTES, READ_BYTES, BodyTimeout, iterate_body
 from server.routing import RequestHandler, wrap_handler
 
 _log = logging.getLogger(__name__)
@@ -442,7 +442,7 @@ async def listening_on(
 
 
 async def read_body_into(
-    request: web.BaseRequest, text_bytes: int, buffer: memoryview, idle_s: float = BODY_IDLE_S
+    request: web.BaseRequest, text_bytes: int, buffer: memoryview, idle_s: float = IDLE_S
 ) -> bytes:
     """Read a body: return its first `text_bytes`, and put the rest into a buffer that is as long.
 
@@ -458,20 +458,15 @@ async def read_body_into(
     beginning = content.read_nowait()
     least_bytes = text_bytes if in_place else text_bytes + len(buffer)
     if len(beginning) < least_bytes:
-        beginning += await _read_on(content, least_bytes - len(beginning), idle_s)
+        async for piece in iterate_body(content, idle_s):
+            beginning += piece
+            if len(beginning) >= least_bytes:
+                break
     came = len(beginning) - text_bytes
     buffer[:came] = memoryview(beginning)[text_bytes:]
     if connection is not None and came < len(buffer):
         await connection.receive_rest(content, buffer[came:], idle_s)
     return beginning[:text_bytes]
-
-
-async def _read_on(content: StreamReader, least_bytes: int, idle_s: float) -> bytes:
-    """Read so many bytes of a body, and all that came with them."""
-    reader, pieces = BodyReader(content, idle_s), list[bytes]()
-    while reader.total_bytes < least_bytes and not content.at_eof():
-        pieces.append(await reader.read())
-    return b"".join([*pieces, content.read_nowait()])
 
 
 @lru_cache(maxsize=4)

@@ -22,7 +22,7 @@ from aiohttp.abc import AbstractStreamWriter
 from runtime.frames import join_short
 from runtime.wire import Buffer
 from server.errors import ServerProblem, problem_of, problem_response
-from server.http.limits import Share
+from server.http.bodies import Share
 from server.observability.output import REQUEST_ID, valid_request_id
 
 STANDARD_FIELDS: Mapping[str, str] = {

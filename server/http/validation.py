@@ -1,35 +1,23 @@
-"""Validation of requests: bodies are read within limits, parsed strictly, and checked with schemas.
+"""Validation of requests: bodies are parsed strictly, and all parts are checked with schemas.
 
 The schemas are those that the route declares (`handler.__schemas__` of aiohttp-apispec). Each refusal is a
 400 that names the field and what is allowed there. Handlers get the result from `json_body` and its like.
 """
 
-import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aiohttp import StreamReader, hdrs, web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields
 
 from runtime.strictjson import InvalidJson, loads, quote
 from server.errors import ServerProblem
+from server.http.bodies import IDLE_S, read_body
 
 MAX_JSON_BYTES = 256 * 2**10
 """Management bodies have some hundred bytes. The worst of this length takes 70 ms to parse (measured)."""
-
-BODY_IDLE_S = 30.0
-"""Also the only timeout after a malformed chunk: aiohttp lets a reader wait forever there."""
-
-MIN_PROGRESS_BYTES = 256 * 2**10
-"""In BODY_IDLE_S, of a longer body: 70 kbit/s. Single bytes would hold memory for days."""
-
-READ_BYTES = 2**20
-"""Buffered bytes of a body that is being read; more means fewer iterations for long bodies."""
-
-JOINED_BYTES = 4 * 2**20
-"""Of a body: to join 64 MiB takes 30 ms (measured)."""
 
 MAX_REPORTED = 10
 """Mistakes that a refusal names; the others are counted."""
@@ -60,21 +48,6 @@ class UnsupportedMediaType(ServerProblem):
     """A body must be declared as Content-Type: application/json, in UTF-8."""
 
     code = "unsupported_media_type"
-
-
-class BodyTooLarge(ServerProblem):
-    """The body is larger than this route allows."""
-
-    code = "body_too_large"
-
-    def __init__(self, max_bytes: int) -> None:
-        super().__init__(f"the body must not be larger than {max_bytes} bytes")
-
-
-class BodyTimeout(ServerProblem):
-    """The rest of the body did not arrive in time."""
-
-    code = "body_timeout"
 
 
 class StrictInteger(fields.Integer):
@@ -150,7 +123,7 @@ def load_with(schema: Schema, value: Any, where: str, refusal: type[Exception]) 
         raise refusal(_describe_mistakes(schema, error, where)) from None
 
 
-async def read_body(request: web.Request, max_bytes: int, idle_s: float = BODY_IDLE_S) -> bytes:
+async def read_plain_body(request: web.Request, max_bytes: int, idle_s: float = IDLE_S) -> bytes:
     """Read a whole body that must not be compressed.
 
     Raises:
@@ -160,99 +133,7 @@ async def read_body(request: web.Request, max_bytes: int, idle_s: float = BODY_I
     """
     if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
         raise UnsupportedMediaType("the body must not be compressed: leave Content-Encoding out")
-    return await read_encoded_body(request, max_bytes, idle_s=idle_s)
-
-
-async def read_encoded_body(
-    request: web.BaseRequest,
-    max_bytes: int,
-    take: Callable[[int], None] | None = None,
-    idle_s: float = BODY_IDLE_S,
-) -> bytes:
-    """Read a whole body as it is, within a limit of its own: the application's is the largest of all routes.
-
-    `take` is called with the number of bytes of each part that arrives, and may refuse them.
-
-    Raises:
-        BodyTooLarge: the declared length or the body is too long (`body_too_large`).
-        BodyTimeout: `body_timeout`.
-    """
-    if (request.content_length or 0) > max_bytes:
-        raise BodyTooLarge(max_bytes)
-    content = request.content
-    if content.is_eof():  # most bodies arrive with their head
-        body = content.read_nowait()
-        if take is not None:
-            take(len(body))
-        return body
-    reader, pieces = BodyReader(content, idle_s), list[bytes]()
-    while not content.at_eof():
-        piece = await reader.read()
-        if reader.total_bytes > max_bytes:
-            raise BodyTooLarge(max_bytes)
-        if take is not None:
-            take(len(piece))
-        pieces.append(piece)
-    if reader.total_bytes < JOINED_BYTES:
-        return b"".join(pieces)
-    return await asyncio.to_thread(b"".join, pieces)  # which lets the loop go on meanwhile
-
-
-class BodyReader:
-    """Reads the parts of a body as they arrive; in `idle_s`, MIN_PROGRESS_BYTES or the end must.
-
-    Attributes:
-        total_bytes: what was read so far.
-    """
-
-    def __init__(self, content: StreamReader, idle_s: float) -> None:
-        content.set_read_chunk_size(READ_BYTES)
-        self._content = content
-        self._idle_s = idle_s
-        self._loop = asyncio.get_running_loop()
-        self._until_s = self._loop.time() + idle_s
-        self._enough_bytes = MIN_PROGRESS_BYTES
-        self.total_bytes = 0
-
-    async def read(self) -> bytes:
-        """Return the next part.
-
-        Raises:
-            BodyTimeout: `body_timeout`.
-        """
-        try:
-            async with asyncio.timeout_at(self._until_s):
-                piece, _ = await self._content.readchunk()  # other ways to read would join the parts twice
-        except TimeoutError:
-            raise BodyTimeout from None
-        self.total_bytes += len(piece)
-        if self.total_bytes >= self._enough_bytes:
-            self._until_s = self._loop.time() + self._idle_s
-            self._enough_bytes = self.total_bytes + MIN_PROGRESS_BYTES
-        return piece
-
-
-async def iterate_body(content: StreamReader, idle_s: float = BODY_IDLE_S) -> AsyncIterator[bytes]:
-    """Yield a body of any length as it arrives; what the caller does meanwhile does not count as idle.
-
-    Raises:
-        BodyTimeout: `body_timeout`, less than MIN_PROGRESS_BYTES arrived in `idle_s` of waiting.
-    """
-    content.set_read_chunk_size(READ_BYTES)
-    clock, left_s, got_bytes = asyncio.get_running_loop().time, idle_s, 0
-    while not content.at_eof():
-        began_s = clock()
-        try:
-            async with asyncio.timeout(left_s):
-                piece = await content.readany()
-        except TimeoutError:
-            raise BodyTimeout from None
-        left_s -= clock() - began_s
-        got_bytes += len(piece)
-        if got_bytes >= MIN_PROGRESS_BYTES:
-            left_s, got_bytes = idle_s, 0
-        if piece:
-            yield piece
+    return await read_body(request, max_bytes, idle_s=idle_s)
 
 
 @web.middleware
@@ -275,7 +156,7 @@ async def validation_middleware(request: web.Request, handler: Handler) -> web.S
 
 
 async def _body(request: web.Request) -> Any:
-    body = await read_body(request, MAX_JSON_BYTES)
+    body = await read_plain_body(request, MAX_JSON_BYTES)
     if not body:
         return {}
     if not _is_json(request.headers.get(hdrs.CONTENT_TYPE, "")):

@@ -33,10 +33,10 @@ from server.auth.gate import FORWARDED, POSITION, PRINCIPAL, Principal
 from server.auth.peers import CATCH_UP_S, Peers, read_position
 from server.auth.ratelimit import QUOTA
 from server.errors import ANSWERING_NODE, NODE, AnsweredRefusal, ServerProblem
+from server.http.bodies import Bodies, Share, read_body
 from server.http.connection import read_body_into
-from server.http.limits import Bodies, Share
 from server.http.responses import DirectResponse
-from server.http.validation import BodyTooLarge, path_parameters, read_encoded_body
+from server.http.validation import path_parameters
 from server.observability.output import REQUEST_ID, begin_context
 from server.settingvalues import MAX_BODY_BYTES
 from server.v2.codec import HEADER_LENGTH
@@ -251,11 +251,17 @@ class Forwarder:
         if request.method != hdrs.METH_POST:
             return headers, None
         received = request.get(RECEIVED_BODY)
-        if received is None:
-            return headers, await _read_body(request, share)
-        body = received.join()
-        headers.popall(hdrs.CONTENT_ENCODING, None)
-        share.take(len(body))
+        if received is not None:
+            body: Buffer = received.join()
+            headers.popall(hdrs.CONTENT_ENCODING, None)
+            share.take(len(body))
+            return headers, body
+        length = request.content_length or 0
+        if not IN_PLACE_BYTES < length <= MAX_BODY_BYTES or request.content.is_eof():
+            return headers, await read_body(request, MAX_BODY_BYTES, share)
+        share.take(length)
+        body = bytearray(length)
+        await read_body_into(request, 0, memoryview(body))
         return headers, body
 
     async def _ask(self, forwarded: _Forwarded, node: Node) -> _Reply:
@@ -371,25 +377,6 @@ def forwardable(handler: Handler, suffix: str) -> Handler:
 def model_target(model_id: str, version: int | None, suffix: str) -> str:
     """Return a path below a model or a version; ids of models need no escapes."""
     return f"/v2/models/{model_id}{'' if version is None else f'/versions/{version}'}{suffix}"
-
-
-async def _read_body(request: web.BaseRequest, share: Share) -> Buffer:
-    """Read a body as it is.
-
-    Raises:
-        BodyTooLarge: `body_too_large`.
-        BodyTimeout: `body_timeout`.
-        BodiesFull: `bodies_full`.
-    """
-    length = request.content_length or 0
-    if length > MAX_BODY_BYTES:
-        raise BodyTooLarge(MAX_BODY_BYTES)
-    if length <= IN_PLACE_BYTES or request.content.is_eof():
-        return await read_encoded_body(request, MAX_BODY_BYTES, share.take)
-    share.take(length)
-    body = bytearray(length)
-    await read_body_into(request, 0, memoryview(body))
-    return body
 
 
 def _payload(body: Buffer | None) -> Any:

@@ -21,11 +21,11 @@ from server.appkeys import BODIES, CONFIG, DEMAND, POOL, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA, Quota
 from server.errors import ServerProblem
+from server.http.bodies import BodyTooLarge, Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
-from server.http.limits import Share
 from server.http.responses import DirectResponse
-from server.http.validation import BodyTooLarge, path_parameters, read_encoded_body
+from server.http.validation import path_parameters
 from server.routing import Access, Routes
 from server.settingvalues import MAX_BODY_BYTES
 from server.v2.codec import (
@@ -223,7 +223,7 @@ async def _receive(
     region = None
     if header_bytes is None:
         try:
-            content: Buffer = await _read_body(request, share, most)
+            content: Buffer = await _read_decompressed(request, share, most)
         except BodyTooLarge:
             raise JsonTooLarge(most) from None
     elif header_bytes > most:
@@ -233,7 +233,7 @@ async def _receive(
         if tensor_bytes:
             region = app[ROUTER].reserve(model_id, version, tensor_bytes)
         if region is None:
-            content = await _read_body(request, share, MAX_BODY_BYTES)
+            content = await _read_decompressed(request, share, MAX_BODY_BYTES)
         else:
             share.take(header_bytes + len(region.buffer))
             content = await read_body_into(request, header_bytes, region.buffer)
@@ -249,18 +249,11 @@ def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int) -> int:
     return tensor_bytes if SHARED_FROM_BYTES <= tensor_bytes <= MAX_BODY_BYTES else 0
 
 
-async def _read_body(request: web.BaseRequest, share: Share, max_bytes: int) -> bytes:
-    content, encoding = request.content, request.headers.get(hdrs.CONTENT_ENCODING)
-    if encoding is None and content.is_eof():  # aiohttp limits a body that arrived with its head
-        body = content.read_nowait()
-        if len(body) > max_bytes:
-            raise BodyTooLarge(max_bytes)
-        return body
-    body = await read_encoded_body(request, max_bytes, share.take)
-    if encoding is None:
-        return body
-    body = await decompress(body, encoding, max_bytes)
-    share.take(len(body))
+async def _read_decompressed(request: web.BaseRequest, share: Share, max_bytes: int) -> bytes:
+    body, encoding = await read_body(request, max_bytes, share), request.headers.get(hdrs.CONTENT_ENCODING)
+    if encoding is not None:
+        body = await decompress(body, encoding, max_bytes)
+        share.take(len(body))
     return body
 
 

@@ -20,7 +20,7 @@ from runtime.onnxfile import MODEL_FILE
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema, LoadBodySchema
 from server.errors import ServerProblem
-from server.http.validation import MAX_JSON_BYTES, InvalidBody, load_with, read_body
+from server.http.validation import MAX_JSON_BYTES, InvalidBody, load_with, read_plain_body
 
 PLATFORM = "onnxruntime_onnx"
 """What Triton calls ONNX models."""
@@ -187,7 +187,7 @@ async def read_object(request: web.Request, max_bytes: int = MAX_JSON_BYTES) -> 
     Raises:
         InvalidBody: `invalid_body`; also `body_too_large`, `body_timeout`, `unsupported_media_type`.
     """
-    body = await read_body(request, max_bytes)
+    body = await read_plain_body(request, max_bytes)
     return _parse_object(body, "body") if body else {}
 
 

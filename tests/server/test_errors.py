@@ -17,7 +17,7 @@ from support.http import bearer, route, small_app, small_config
 from server.appkeys import CONFIG
 from server.config import Config
 from server.errors import DETAIL_CHARACTERS, ERRORS, ServerProblem
-from server.http.validation import read_body
+from server.http.validation import read_plain_body
 
 Client = TestClient[web.Request, web.Application]
 AnswerOf = Callable[..., Awaitable[tuple[aiohttp.ClientResponse, dict[str, Any]]]]
@@ -56,7 +56,7 @@ async def breaking_off(request: web.Request) -> web.StreamResponse:
 
 
 async def reading(request: web.Request) -> web.Response:
-    return web.Response(body=await read_body(request, 100, idle_s=0.1))
+    return web.Response(body=await read_plain_body(request, 100, idle_s=0.1))
 
 
 @pytest.fixture

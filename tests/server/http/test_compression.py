@@ -12,7 +12,8 @@ from support.history import PLAIN
 
 from runtime.wire import Buffer
 from server.http import compression
-from server.http.validation import BodyTooLarge, UnsupportedMediaType
+from server.http.bodies import BodyTooLarge
+from server.http.validation import UnsupportedMediaType
 
 MIB = 2**20
 PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}

@@ -24,8 +24,8 @@ from support.connections import (
 from support.workers import until
 
 from server.config import Config
+from server.http.bodies import Bodies
 from server.http.connection import ARRIVED_NS, RESERVE, ConnectionLimits, listening
-from server.http.limits import Bodies
 from server.http.responses import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES, DirectResponse
 from server.http.tls import load_context
 

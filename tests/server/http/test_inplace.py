@@ -7,8 +7,8 @@ import pytest
 from aiohttp import web
 from support.connections import GET, LIMIT_S, LONG_S, small_server
 
+from server.http.bodies import BodyTimeout
 from server.http.connection import read_body_into
-from server.http.validation import BodyTimeout
 
 TEXT, TENSORS = b"{text}", random.Random(0).randbytes(3 * 10**6)
 HEAD = b"GET /in-place HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(TEXT + TENSORS)

@@ -17,7 +17,7 @@ from support.workers import computing, until
 
 from events.types import WorkerExited
 from server.appkeys import BODIES
-from server.http.limits import Bodies
+from server.http.bodies import Bodies
 
 Start = Callable[..., Awaitable[LocalApi]]
 

@@ -1,6 +1,8 @@
-"""The body budget: memory for the bodies of all requests and responses, and turns to decode them.
+"""Bodies of requests: the body budget, and the one reader, which ends slow and long bodies.
 
-One subject gets half of the budget, and one turn at a time.
+The budget is memory for the bodies of all requests and responses, and turns to decode them: one subject gets
+half of it, and one turn at a time. Tensors for a worker's shared memory have a reader of their own,
+`server.http.connection.read_body_into`.
 """
 
 from __future__ import annotations
@@ -11,10 +13,39 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from weakref import WeakValueDictionary
 
+from aiohttp import StreamReader, web
+
 from server.errors import ServerProblem
 
 MAX_BODIES_BYTES = 2**30
 """Sixteen of the largest bodies; their workers take as much again while they read."""
+
+IDLE_S = 30.0
+"""Also the only timeout after a malformed chunk: aiohttp lets a reader wait forever there."""
+
+MIN_PROGRESS_BYTES = 256 * 2**10
+"""In IDLE_S, of a longer body: 70 kbit/s. Single bytes would hold memory for days."""
+
+READ_BYTES = 2**20
+"""Buffered bytes of a body that is being read; more means fewer iterations for long bodies."""
+
+JOINED_BYTES = 4 * 2**20
+"""Of a body: to join 64 MiB takes 30 ms (measured)."""
+
+
+class BodyTooLarge(ServerProblem):
+    """The body is larger than this route allows."""
+
+    code = "body_too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"the body must not be larger than {max_bytes} bytes")
+
+
+class BodyTimeout(ServerProblem):
+    """The rest of the body did not arrive in time."""
+
+    code = "body_timeout"
 
 
 class BodiesFull(ServerProblem):
@@ -112,3 +143,58 @@ class Share:
     def _add(self, count: int) -> None:
         self._bodies.add(self._subject, count)
         self._count += count
+
+
+async def iterate_body(content: StreamReader, idle_s: float = IDLE_S) -> AsyncIterator[bytes]:
+    """Yield a body of any length as it arrives; what the caller does meanwhile does not count as idle.
+
+    Raises:
+        BodyTimeout: `body_timeout`, less than MIN_PROGRESS_BYTES arrived in `idle_s` of waiting.
+    """
+    content.set_read_chunk_size(READ_BYTES)
+    clock, left_s, got_bytes = asyncio.get_running_loop().time, idle_s, 0
+    while not content.at_eof():
+        began_s = clock()
+        try:
+            async with asyncio.timeout(left_s):
+                piece = await content.readany()
+        except TimeoutError:
+            raise BodyTimeout from None
+        left_s -= clock() - began_s
+        got_bytes += len(piece)
+        if got_bytes >= MIN_PROGRESS_BYTES:
+            left_s, got_bytes = idle_s, 0
+        if piece:
+            yield piece
+
+
+async def read_body(
+    request: web.BaseRequest, max_bytes: int, share: Share | None = None, idle_s: float = IDLE_S
+) -> bytes:
+    """Read a whole body as it is, within a limit of its own: the application's is the largest of all routes.
+
+    The share counts what arrives; not a body that came with its head, which aiohttp limits.
+
+    Raises:
+        BodyTooLarge: the declared length or the body is too long (`body_too_large`).
+        BodyTimeout: `body_timeout`.
+        BodiesFull: `bodies_full`.
+    """
+    content, pieces, total_bytes = request.content, list[bytes](), 0
+    if content.is_eof():  # most bodies arrive with their head
+        body = content.read_nowait()
+        if len(body) > max_bytes:
+            raise BodyTooLarge(max_bytes)
+        return body
+    if (request.content_length or 0) > max_bytes:
+        raise BodyTooLarge(max_bytes)
+    async for piece in iterate_body(content, idle_s):
+        total_bytes += len(piece)
+        if total_bytes > max_bytes:
+            raise BodyTooLarge(max_bytes)
+        if share is not None:
+            share.take(len(piece))
+        pieces.append(piece)
+    if total_bytes < JOINED_BYTES:
+        return b"".join(pieces)
+    return await asyncio.to_thread(b"".join, pieces)  # which lets the loop go on meanwhile
