@@ -189,6 +189,11 @@ class ClusterNode:
         with closing(sqlite3.connect(f"file:{self.replica}?mode=ro", uri=True)) as connection:
             return read_head(connection)
 
+    async def catch_up(self) -> None:
+        """Wait until its server answers from all that its replica has: it stores events, then folds them."""
+        position = self.read_head().position
+        await when(lambda: self.api.get("/api/v1/events/head"), lambda head: head.json["position"] >= position)
+
     async def list_live(self) -> set[Place]:
         """Return the loads that have workers at it."""
         uses = (await self.api.get("/api/v1/resources")).json["models"]

@@ -228,6 +228,7 @@ async def test_stopping_node_hands_models_over_while_one_computes(
         await cluster.until(are_elsewhere(own, node.name), at=other)
         assert not computing.done()
         assert other.read_state().nodes[node.name].phase is NodePhase.LEFT
+        await other.catch_up()
         for model_id in own:
             await cluster.infer(other, model_id, random.Random(1))
         computing.cancel()
