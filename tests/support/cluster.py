@@ -191,8 +191,8 @@ class ClusterNode:
 
     async def catch_up(self) -> None:
         """Wait until its server answers from all that its replica has: it stores events, then folds them."""
-        position = self.read_head().position
-        await when(lambda: self.api.get("/api/v1/events/head"), lambda head: head.json["position"] >= position)
+        stored = self.read_head().position
+        await when(lambda: self.api.get("/api/v1/events/head"), lambda head: head.json["position"] >= stored)
 
     async def list_live(self) -> set[Place]:
         """Return the loads that have workers at it."""
