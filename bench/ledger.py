@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -24,11 +25,11 @@ from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
 from events.log import Log, encode_drafts
 from events.sqlite import queries, snapshots
-from events.sqlite.history import open_time_travel_reader
 from events.sqlite.listing import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.readonly import open_read_only, open_reader_thread
 from events.sqlite.schema import connect
 from events.sqlite.timeline import TimelineQuery, TimelineReader
+from events.sqlite.timetravel import jobs_at, open_time_travel_reader, state_at
 from events.state import State, Transaction
 from events.storage import LogHead
 from events.types import (
@@ -291,9 +292,9 @@ async def _as_of(path: Path, facts: int) -> list[Row]:
         for _ in range(MOMENTS):
             at = str(dice.randint(1, facts))
             start = time.perf_counter()
-            await past.state(at)
+            await past.read(at, state_at)
             between = time.perf_counter()
-            await past.jobs(at, queries.JobQuery())
+            await past.read(at, partial(jobs_at, query=queries.JobQuery()))
             models.append(between - start)
             jobs.append(time.perf_counter() - between)
     return [

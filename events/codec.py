@@ -169,7 +169,6 @@ def _encode_fast(event: Event) -> str | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether msgspec writes a value as the rule does, as far as its type tells."""
     kind = type(value)
     if kind in _PLAIN:
         return True

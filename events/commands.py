@@ -255,7 +255,6 @@ class KnownKey:
     recorded_at: Timestamp
 
     def holds(self, now: Timestamp) -> bool:
-        """Whether the key still stands for its request at `now`."""
         return now < add_seconds(self.recorded_at, KEY_LIFETIME_S)
 
 
@@ -285,7 +284,6 @@ class Join:
 
 
 def read_join(event: Event) -> Join | None:
-    """Return the join that the event records, if it is one."""
     if not isinstance(event.data, JOINS) or event.job_id is None:
         return None
     return Join(event.job_id, event.actor, event.type)

@@ -158,7 +158,6 @@ class Tally:
             (self.load_s if is_load else self.unload_s)[job.status.value].observe(took_s)
 
     def _count_event(self, event: Event) -> None:
-        """Count what the data of an event say, beside its type."""
         match event.data:
             case ModelLoaded(durations=durations, prepared=prepared):
                 self.forms[prepared.form if prepared is not None else NO_FORM] += 1

@@ -164,12 +164,10 @@ def describe_event(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def log_fields(kind: str, data: Mapping[str, Any]) -> dict[str, object]:
-    """Return the fields of an event's log line; those that are None are not logged."""
     return {name: _find(data, path) for name, path in EVENT_TEXTS.get(kind, EventText()).fields.items()}
 
 
 def is_bad(kind: str, data: Mapping[str, Any]) -> bool:
-    """Return whether an event is logged as a warning."""
     text = EVENT_TEXTS.get(kind, EventText())
     return text.tone == "bad" or (text.bad_if is not None and bool(data[text.bad_if]))
 

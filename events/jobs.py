@@ -130,7 +130,6 @@ CONSEQUENCES: Mapping[str, Consequence] = {
 
 
 def consequence_of(code: str) -> Consequence:
-    """Return what follows from a failed reload with this code."""
     return CONSEQUENCES.get(code, Consequence.INCIDENT)
 
 
@@ -162,12 +161,10 @@ crashes at each reload has five well within it, and one that crashes now and the
 
 
 def recent_incidents(incidents: tuple[Timestamp, ...], now: Timestamp) -> tuple[Timestamp, ...]:
-    """Return the incidents that have not expired."""
     return tuple(past for past in incidents if seconds_between(past, now) <= INCIDENT_WINDOW_S)
 
 
 def describe_exit(data: WorkerExited) -> str:
-    """Return how the worker of a model ended."""
     if data.signal is not None:
         return f"its worker was killed by signal {data.signal}"
     if data.exit_code is not None:
@@ -226,7 +223,6 @@ class Job(Struct, frozen=True, gc=False):
 
     @property
     def node_id(self) -> str | None:
-        """The node of the job; None while it is not placed."""
         return None if self.placement is UNSET else self.placement.node_id
 
     @property
@@ -242,7 +238,6 @@ class Job(Struct, frozen=True, gc=False):
 
     @property
     def ended(self) -> bool:
-        """Whether the job is completed, failed or cancelled."""
         return self.status not in _UNENDED
 
     @property

@@ -81,7 +81,6 @@ class PendingCommand:
 
     @property
     def key_hash(self) -> str | None:
-        """The hash of the command's idempotency key, if it has one."""
         given = self.command.idempotency if isinstance(self.command, JobCommand) else None
         return given.key_hash if given is not None else None
 
@@ -95,7 +94,6 @@ class PendingNote:
 
 
 def answer(done: asyncio.Future[T], outcome: T | Exception) -> None:
-    """Hand an outcome to a caller, unless the caller was cancelled."""
     if done.done():
         return
     if isinstance(outcome, Exception):
@@ -105,7 +103,6 @@ def answer(done: asyncio.Future[T], outcome: T | Exception) -> None:
 
 
 def fail_callers(group: Iterable[PendingCommand | PendingNote], error: Exception) -> None:
-    """Raise an error in all callers that still wait."""
     for pending in group:
         done: asyncio.Future[Any] = pending.done
         answer(done, error)
@@ -119,11 +116,9 @@ class Inbox(Generic[T]):
         self._wakeup = asyncio.Event()
 
     def __len__(self) -> int:
-        """Return the number of items."""
         return len(self._items)
 
     def put(self, item: T) -> None:
-        """Add an item at the end."""
         self._items.append(item)
         self._wakeup.set()
 
@@ -132,7 +127,6 @@ class Inbox(Generic[T]):
         self._wakeup.set()
 
     async def wait(self) -> None:
-        """Wait for an item or a wakeup."""
         await self._wakeup.wait()
 
     def take(self, limit: int | None = None) -> list[T]:
@@ -350,7 +344,6 @@ class Log:
         return wakeup
 
     def unsubscribe(self, wakeup: asyncio.Event) -> None:
-        """End a subscription."""
         self._wakeups.discard(wakeup)
 
     async def wait_for(self, position: int, limit_s: float) -> None:

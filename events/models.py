@@ -173,7 +173,6 @@ class Model(Struct, frozen=True, gc=False):
 
     @property
     def degraded(self) -> bool:
-        """Whether the model serves with fewer workers than it was loaded with."""
         serving = self.serving
         return self.phase is ModelState.LOADED and serving is not None and serving.degraded_at is not None
 
@@ -486,7 +485,6 @@ def _version_removed(model: Model, event: Event, data: VersionRemoved, _: Job | 
 
 
 def _waits_for(model: Model, event: Event) -> bool:
-    """Whether the event belongs to a pending load of the model."""
     return event.job_id in [load.job_id for load in model.loads]
 
 

@@ -72,7 +72,6 @@ class NodeJoined(Struct, frozen=True, gc=False):
 
     @property
     def statement(self) -> bytes:
-        """What its signature is of."""
         return join_statement(self.node_id, self.epoch, self.address, self.public_key, self.after)
 
 
@@ -200,7 +199,6 @@ class Node(Struct, frozen=True, gc=False):
 
     @property
     def takes_loads(self) -> bool:
-        """Whether loads may be placed at it."""
         return self.phase is NodePhase.JOINED
 
 
@@ -268,7 +266,6 @@ def evolve_nodes(
 
 
 def is_forgotten(ended_at: Timestamp | None, now: Timestamp) -> bool:
-    """Whether a node ended so long before another one joined that it is forgotten with that."""
     return ended_at is not None and ended_at < add_seconds(now, -KEPT_S)
 
 

@@ -122,7 +122,6 @@ class State:
         return job.node_id if job.node_id in present else None
 
     def apply(self, event: Event) -> Changes:
-        """Fold one event into this state and return what it changed."""
         if type(event.data) in _OF_NO_MODEL:
             changes = self._apply_to_no_model(event)
         else:
@@ -135,7 +134,6 @@ class State:
         return changes
 
     def _apply_to_no_model(self, event: Event) -> Changes:
-        """Fold an event that concerns a token or a node, or all models and jobs."""
         if isinstance(event.data, OF_TOKENS):
             if self.shares_tokens:
                 self.tokens, self.shares_tokens = dict(self.tokens), False
@@ -198,7 +196,6 @@ class State:
 
 
 def _node_of_model(model: Model, present: AbstractSet[str]) -> str | None:
-    """Return the node of a model's load, if it is present."""
     node_id = model.serving.node_id if model.serving is not None else None
     return node_id if node_id in present else None
 
@@ -228,7 +225,6 @@ class Changes(Struct, frozen=True):
 
 
 def _apply_to_tokens(tokens: dict[str, Token], event: Event) -> Mapping[str, Token | None]:
-    """Fold an event about a token into `tokens`, and return what it changed."""
     if not isinstance(event.data, OF_TOKENS):
         return _NOTHING
     return evolve_tokens(
@@ -242,7 +238,6 @@ def _apply_to_nodes(
     models: Mapping[str, Model],
     unended: Callable[[], Iterable[Job]],
 ) -> Mapping[str, Node | None]:
-    """Return the nodes that an event changed, if it is about one."""
     if not isinstance(event.data, OF_NODES):
         return _NOTHING
 
@@ -278,7 +273,6 @@ class _Layers(ChainMap[str, T]):
     """Changes of a transaction over the state before; `get` is overridden because it is the hot path."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the changed value, else the one before."""
         changed, before = self.maps
         return changed[key] if key in changed else before.get(key, default)
 
@@ -314,17 +308,14 @@ class Transaction:
 
     @property
     def changes(self) -> Changes:
-        """All changes of the transaction so far."""
         return Changes(self._models, self._jobs, self._tokens, self._nodes)
 
     def apply(self, event: Event) -> None:
-        """Fold one event of the transaction."""
         changes = self.state.apply(event)
         self._tokens.update(changes.tokens)
         self._nodes.update(changes.nodes)
 
     def commit(self) -> None:
-        """Apply the changes to the base."""
         self._base.models.update(self._models)
         self._base.jobs.update(self._jobs)
         self._base.forget_ended(self._jobs.values())
@@ -384,7 +375,6 @@ class Entities:
         return job
 
     def _apply_to_no_model(self, event: Event) -> None:
-        """Fold an event about a token, or a start or end of a server or node, which ends no job."""
         if isinstance(event.data, OF_TOKENS):
             _apply_to_tokens(self.tokens, event)
             return

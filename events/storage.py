@@ -55,7 +55,6 @@ class ArchivedRange:
         return f"positions {self.first_position} to {self.last_position}, {self.file!r}"
 
     def members(self) -> dict[str, object]:
-        """Return the members of the JSON form."""
         return {
             "first_position": self.first_position,
             "last_position": self.last_position,
@@ -111,7 +110,6 @@ class StoredBase:
         return bool(self.archives) and self.archives[-1].state_sha256 == digest
 
     def bodies(self, kind: str) -> Sequence[tuple[str]]:
-        """Return the stored bodies of a kind, as rows of one column."""
         return [(each.body,) for each in self.entities if each.kind == kind]
 
 

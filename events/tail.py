@@ -57,7 +57,6 @@ class Ring:
 
     @property
     def base(self) -> int:
-        """The position before the first event in the ring."""
         return self.head - len(self._events)
 
     def restart(self, head: int) -> None:
@@ -191,17 +190,14 @@ class Tails:
         self.wake()
 
     def wake(self) -> None:
-        """Wake all tails, for new events or something else to check."""
         for tail in self._tails:
             tail.wakeup.set()
 
     def __iter__(self) -> Iterator[Tail]:
-        """Iterate over the open tails."""
         return iter(tuple(self._tails))
 
     @property
     def head(self) -> int:
-        """The position up to which there are events."""
         return self._log.head.position
 
     async def reaches(self, after: int) -> None:

@@ -101,7 +101,6 @@ class Token(Struct, frozen=True, gc=False):
 
     @property
     def is_revoked(self) -> bool:
-        """Whether the token is refused though it has not expired."""
         return self.revoked_at is not None
 
 
@@ -181,6 +180,5 @@ def is_refused(tokens: Mapping[str, Token], jti: str) -> bool:
 
 
 def _find_forgotten(tokens: Mapping[str, Token], now: Timestamp) -> list[str]:
-    """Return the ids of the tokens that expired long ago."""
     until = add_seconds(now, -KEPT_S)
     return [key for key, token in tokens.items() if token.expires_at <= until]

@@ -165,7 +165,6 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
 
     @classmethod
     def of(cls, parameters: LoadParameters, cause: Cause, **rest: Any) -> LoadRequested:
-        """Return the request of a load with these parameters; `rest` are the other fields."""
         return cls(**asdict(parameters), cause=cause, **rest)
 
     @property
@@ -236,7 +235,6 @@ class ModelSettingsChanged(Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, load_job_id: str, parameters: LoadParameters) -> ModelSettingsChanged:
-        """Return the change of a load's settings to those among `parameters`."""
         return cls(load_job_id, parameters.keep_alive_s, parameters.pinned)
 
 
@@ -481,12 +479,10 @@ class Event(Struct, frozen=True, gc=False):
 
     @property
     def type(self) -> str:
-        """The stable name of the event's type."""
         return self.data.type if isinstance(self.data, Unknown) else self.data.TYPE
 
 
 def record_draft(draft: Draft, position: int, recorded_at: Timestamp) -> Event:
-    """Return the event that `draft` becomes at `position`."""
     return Event(position=position, recorded_at=recorded_at, **asdict(draft))
 
 

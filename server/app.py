@@ -23,7 +23,7 @@ from events.errors import LedgerProblem, RolledBack
 from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
-from events.sqlite.presence import NOTE_EVERY_S
+from events.sqlite.liveness import NOTE_EVERY_S
 from events.types import Cause, RollbackAccepted
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.cgroups import count_usable_cpus

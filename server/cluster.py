@@ -103,7 +103,6 @@ class SharedLedger:
         return membership, renewing, receipt
 
     async def close(self) -> None:
-        """Stop renewing."""
         for task in self._tasks:
             task.cancel()
             await asyncio.wait([task])
@@ -111,7 +110,6 @@ class SharedLedger:
 
 
 def attach_node(app: web.Application, cache: ModelCache | None) -> None:
-    """Let the consumer work as this node, and the node say of itself what helps to place loads."""
     membership, consumer = app[MEMBERSHIP], app[CONSUMER]
 
     def change() -> None:

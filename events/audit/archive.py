@@ -24,8 +24,8 @@ from events.clock import add_seconds, format_timestamp
 from events.commands import KEY_LIFETIME_S
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.sqlite.archiving import ArchivingLedger, open_to_archive
-from events.sqlite.history import parse_time
 from events.sqlite.readonly import wants_wal
+from events.sqlite.timetravel import parse_time
 from events.storage import LogHead
 from events.types import LogBase
 

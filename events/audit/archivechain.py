@@ -19,12 +19,12 @@ from events.codec import decode_event
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
 from events.jobs import Job
 from events.nodes import OF_NODES
-from events.sqlite.history import Moment, parse_time
-from events.sqlite.presence import Liveness, add_nodes, presence_between
+from events.sqlite.liveness import Liveness, add_nodes, liveness_between
 from events.sqlite.proof import LogReader
 from events.sqlite.queries import as_bytes
 from events.sqlite.snapshots import jobs_behind
 from events.sqlite.storage import FOLDS
+from events.sqlite.timetravel import Moment, parse_time
 from events.state import Entities, State
 from events.storage import ArchivedRange, Row
 from events.types import OF_SERVER, Event, LogBase
@@ -61,7 +61,6 @@ class ArchiveProof:
 
     @property
     def after(self) -> LogBase:
-        """The position and hash after which events are proved."""
         return self.files[0].after
 
 
@@ -149,7 +148,6 @@ def compare_with_base(behind: ArchiveProof, stored: State, folds: int) -> Archiv
 
 
 def _find_difference(files: Sequence[FileAudit], stored: State) -> str | None:
-    """Return the first difference of the stored state from the archives, in words."""
     ended_there = {job.id for job in stored.jobs.values() if job.ended}
     state, ended = fold_archives(files, wanted=ended_there)
     behind = jobs_behind(state)
@@ -316,14 +314,14 @@ def _replay_archives(log: LogReader, proof: ArchiveProof, until: str) -> tuple[M
     else:
         time = parse_time(until)
         state, _ = fold_archives(proof.files, ends=lambda event: event.recorded_at > time)
-    server = _archived_presence(log, proof.files, state.position, time)
+    server = _archived_liveness(log, proof.files, state.position, time)
     return Moment(state.position, state.recorded_at or None, time, server), state
 
 
-def _archived_presence(
+def _archived_liveness(
     log: LogReader, files: Sequence[FileAudit], position: int, time: str | None
 ) -> Liveness:
-    """Return the presence of the server, or of nodes, at a moment before the base."""
+    """Return the liveness of the server, or of nodes, at a moment before the base."""
     before, after, of_nodes = None, log.first_server_event(), list[Event]()
     for _, row in _rows(files):
         if '"type":"Server' in row.body and isinstance((event := decode_event(row.body)).data, OF_SERVER):
@@ -333,5 +331,5 @@ def _archived_presence(
                 after = event
         elif '"type":"Node' in row.body and isinstance((event := decode_event(row.body)).data, OF_NODES):
             of_nodes.append(event)
-    server = presence_between(before, after, time, is_first=position == 0)
+    server = liveness_between(before, after, time, is_first=position == 0)
     return add_nodes(server, (), [*of_nodes, *log.node_events()], position, time)

@@ -230,7 +230,6 @@ def _compare_with_archives(found: Audit, file: FileAudit) -> Finding | None:
 
 
 def _compare_with_log(ledger: ProofReader, found: Audit, expected: Expected) -> Finding | None:
-    """Compare with a stored hash, which the chain has proved."""
     head = found.verification.position
     if expected.position > head:
         problem = f"the log ends at position {head}, {expected.position} was expected"

@@ -220,7 +220,6 @@ def _parse_first_line(first: bytes) -> LogBase:
 
 
 def _parse_line(line: bytes) -> Row | SignedHead:
-    """Parse a line: an event, or the signed head."""
     members = _decode(line, _Line)
     if members.head:
         return as_signed_head(msgspec.json.decode(members.head))
@@ -284,7 +283,6 @@ _STATED = msgspec.json.Decoder(_Stated)
 
 
 def _read_recorded_at(body: bytes, position: int) -> str:
-    """Return the `recorded_at` of a body whose position is the line's."""
     try:
         stated = _STATED.decode(body)
     except (RecursionError, ValueError) as error:
@@ -318,7 +316,6 @@ class FileAudit:
 
     @property
     def events(self) -> int:
-        """The number of proved events."""
         return self.proved.position - self.after.position
 
 

@@ -66,7 +66,6 @@ def _draft_prefix(target: Path) -> str:
 
 
 def remove_stale_drafts(target: Path) -> None:
-    """Remove the drafts of `target` that no process has locked."""
     prefix = _draft_prefix(target)
     names = list[Path]()
     with suppress(OSError):  # a folder that cannot be listed may still be written to

@@ -80,7 +80,6 @@ class Verification:
 
     @property
     def verified(self) -> bool:
-        """Whether there is no finding."""
         return self.finding is None
 
 
@@ -92,7 +91,6 @@ class Expected:
     hash: bytes
 
     def compare(self, found: bytes) -> Finding | None:
-        """Return a finding if the hash at the position is another."""
         if found == self.hash:
             return None
         problem = f"the hash is {found.hex()}, {self.hash.hex()} was expected"
@@ -189,7 +187,6 @@ class CheckedFold:
             yield event
 
     def _fold_events(self, found: Iterable[tuple[RawRow, Event]]) -> Iterator[Job]:
-        """Apply events, and yield the jobs that ended with them."""
         apply, touch = self.entities.apply, self._touched.add
         for (position, _, digest), event in found:
             if event.recorded_at < self._recorded_at:
@@ -210,7 +207,6 @@ class CheckedFold:
                 yield ended
 
     def result(self, finding: Finding | None, *, compared: bool) -> Verification:
-        """Return the result so far, with a finding and whether stored projections were compared."""
         events = self.position - self._base.position
         return Verification(events, self.position, self.hash, finding, compared)
 

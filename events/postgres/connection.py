@@ -158,7 +158,6 @@ async def commit(connection: Connection, statement: Coroutine[Any, Any, T]) -> T
 
 
 async def close(connection: Connection) -> None:
-    """Close a connection, whatever state it is in."""
     with suppress(Exception):
         await connection.close(timeout=CLOSE_S)
     connection.terminate()
@@ -187,5 +186,4 @@ class DatabaseClock:
         self.offset = timedelta()
 
     def __call__(self) -> datetime:
-        """Return the present moment."""
         return self._wall() + self.offset

@@ -96,7 +96,6 @@ class ReplicatedStorage:
         return self._is_notified or time.monotonic() - self._looked_s >= LOOK_EVERY_S
 
     def on_change(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when another server has appended."""
         self._wake = wake
 
     async def open(self) -> StoredLedger:
@@ -216,7 +215,6 @@ class ReplicatedStorage:
         return rows
 
     async def _check_end(self, head: LogHead) -> None:
-        """Check that the database's log ends at `head`."""
         found = await self._connected.fetchrow(
             "SELECT head.position, head.hash, base.position FROM head, base"
         )
@@ -231,12 +229,10 @@ class ReplicatedStorage:
             raise forked(self._address, head)
 
     async def store(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
-        """Store in the replica what other servers appended."""
         await self._replica.write(rows, changes, entities, after)
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
-        """Keep other servers from appending until `write` has committed, or the block ends."""
         with translated_errors("could not be locked"):
             await self._connected.execute("BEGIN")
             self._is_locked = True
@@ -272,16 +268,13 @@ class ReplicatedStorage:
         return await self._replica.read_requests(hashes, joinable)
 
     async def note(self, used: Mapping[str, str], seen_at: str) -> None:
-        """Store in the replica when models were last used, and that this server is there."""
         await self._replica.note(used, seen_at)
 
     async def probe(self) -> None:
-        """Commit transactions that change nothing, in the database and in the replica."""
         await self._probe_database()
         await self._replica.probe()
 
     async def checkpoint(self) -> bool:
-        """Bring the replica's file up to date; return False if that is not possible yet."""
         return await self._replica.checkpoint()
 
     async def close_after_error(self, error: StorageError | None = None) -> None:
@@ -291,7 +284,6 @@ class ReplicatedStorage:
             await self._replica.close_after_error(error)
 
     async def close(self) -> None:
-        """Leave the replica as one complete file, and end."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await close(connection)
@@ -315,7 +307,6 @@ class ReplicatedStorage:
 
 
 def forked(address: str, head: LogHead) -> LedgerForked:
-    """Return the error of a database that lacks an event which this server has read from it."""
     return LedgerForked(
         f"{describe_address(address)} does not have the event at position {head.position} with the hash "
         f"{head.hash.hex()}, which this server has in its ledger.db: the database lost or changed events, or "

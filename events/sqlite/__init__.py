@@ -2,13 +2,14 @@
 
 One connection writes (`storage`), in a thread of its own: a group of events, the models and jobs that they
 change, and a due snapshot. All others read through `readonly`: pages of events and jobs (`listing`), and past
-states (`history`), in short transactions, so that the write-ahead log can be begun anew.
+states (`timetravel`), in short transactions, so that the write-ahead log can be begun anew.
 
 - `schema`: opening for writing, migrations, comparison of the schema
 - `storage`: the writer's connection, checkpoints, rebuilding stored projections (`FOLDS`)
 - `queries`: the SQL of events, models, jobs and idempotency keys
 - `readonly`: the one way to open a ledger for reading; copies that lack their write-ahead log
-- `listing`, `history`: what the server reads, now and at a past moment
+- `listing`, `timetravel`: what the server reads, now and at a past moment
+- `timeline`, `lanes`, `liveness`: models, the server and nodes over a range of time
 - `datalock`: one process per data directory and file
 - `snapshots`: snapshots for time travel, and the state at the base
 - `proof`, `projections`: what `events.audit` reads; comparison of the stored projections with a fold

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from events.clock import Timestamp
 from events.errors import LogUnavailable
-from events.sqlite import history, storage
+from events.sqlite import storage, timetravel
 from events.sqlite.bases import suspended_triggers
 from events.sqlite.proof import LogReader, ProofReader, prove
 from events.sqlite.schema import connect, transaction
@@ -26,14 +26,12 @@ class ArchivingLedger(LogReader):
         self._path = path
 
     def last_before(self, time: Timestamp) -> int:
-        """Return the position of the last event that was recorded before a time, or 0."""
         (last,) = self._connection.execute(
             "SELECT coalesce(max(position), 0) FROM events WHERE recorded_at < ?", (time,)
         ).fetchone()
         return int(last)
 
     def first_key(self, until: int, since: Timestamp) -> int | None:
-        """Return the first position up to `until` with an idempotency key recorded after `since`, or None."""
         (position,) = self._connection.execute(
             "SELECT min(position) FROM events WHERE idempotency_key IS NOT NULL AND position <= ?"
             " AND recorded_at > ?",
@@ -42,11 +40,9 @@ class ArchivingLedger(LogReader):
         return None if position is None else int(position)
 
     def transaction(self) -> AbstractContextManager[None]:
-        """Run the block in one transaction, which is rolled back if it raises."""
         return transaction(self._connection)
 
     def prove(self) -> AbstractContextManager[ProofReader]:
-        """Read what proves the ledger, in the present transaction."""
         return prove(self._connection, self._path)
 
     def remove(self, end: LogBase, file: str, sha256: bytes, now: Timestamp) -> int:
@@ -64,7 +60,7 @@ class ArchivingLedger(LogReader):
         connection, base = self._connection, self.base()
         before = self.archives()
         folds = storage.FOLDS if not before or before[-1].folds == storage.FOLDS else before[-1].folds
-        state = history.state_at(connection, end.position, from_base=True)
+        state = timetravel.state_at(connection, end.position, from_base=True)
         with suspended_triggers(connection):
             jobs = write_base_state(connection, state)
             connection.execute("DELETE FROM events WHERE position <= ?", (end.position,))

@@ -36,7 +36,6 @@ def suspended_triggers(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def read_stored_base(connection: sqlite3.Connection) -> StoredBase:
-    """Return the base of a log, with its archives and the state there."""
     base = read_base(connection)
     if base.position == 0:
         return StoredBase(base)

@@ -35,14 +35,12 @@ def mark_replica(data: Path, address: str) -> None:
 
 
 def is_replica_of(data: Path, address: str) -> bool:
-    """Whether the ledger of a data directory is marked as a replica of this database."""
     with suppress(FileNotFoundError):
         return (data / REPLICA).read_text(encoding="utf-8", errors="replace").strip() == address
     return False
 
 
 def is_replica(data: Path) -> bool:
-    """Whether the ledger of a data directory is marked as a replica."""
     return (data / REPLICA).exists()
 
 

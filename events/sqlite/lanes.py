@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from events.clock import Timestamp, seconds_between
 from events.jobs import Job
 from events.models import Model, ModelState, Serving
-from events.sqlite.presence import NodeState, ServerState, Transition
+from events.sqlite.liveness import NodeState, ServerState, Transition
 from events.state import Entities
 from events.types import (
     ENDS_OF_PROCESSES,
@@ -184,7 +184,6 @@ class LaneFold:
         self._note_load(model)
 
     def apply(self, event: Event) -> None:
-        """Fold an event of the model, or of a server or node."""
         if is_of_server(event) and self._is_after_server:
             return  # nothing was loaded in between: a server that restarts in a loop costs one fold
         self._is_after_server = is_of_server(event)
@@ -309,7 +308,6 @@ def _lane_load(load: Serving) -> LaneLoad:
 
 
 def is_of_server(event: Event) -> bool:
-    """Return whether the event is the start or the stop of a server without nodes."""
     return type(event.data) in OF_SERVER
 
 

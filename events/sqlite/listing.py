@@ -22,9 +22,9 @@ import msgspec
 from events.codec import decode_event
 from events.errors import Archived, LogUnavailable
 from events.jobs import Job
-from events.sqlite.history import BeyondHead
 from events.sqlite.queries import PAGE, JobQuery, read_job, select_jobs
 from events.sqlite.readonly import ReaderThread, open_reader_thread
+from events.sqlite.timetravel import BeyondHead
 from events.types import Event, VersionAdded, VersionRemoved
 
 SCAN = 10_000
@@ -236,12 +236,10 @@ def _further_condition(column: str, number: int) -> str:
 
 
 def archived_error(base: int, head: int) -> Archived:
-    """Return the error that names the `oldest` position that the log still has."""
     return Archived(f"events up to {base} are archived: begin again with after={base}", base + 1, head)
 
 
 def beyond_head(after: int, head: int) -> BeyondHead:
-    """Return the error that names the head of the log."""
     return BeyondHead(
         f"the log's head is at position {head}: there is no {after} yet; if there was, this is another log"
     )
@@ -323,8 +321,6 @@ class Reader:
         self._thread = thread
 
     async def events(self, after: int, limit: int = PAGE) -> list[Event]:
-        """Return at most `limit` events with positions above `after`, in order."""
-
         def read(connection: sqlite3.Connection) -> list[Event]:
             sql = "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?"
             return [decode_event(body) for (body,) in connection.execute(sql, (after, limit)).fetchall()]
@@ -332,8 +328,6 @@ class Reader:
         return await self._thread.run(read)
 
     async def version_event(self, event_id: str) -> Event | None:
-        """Return the event with this id if it added or removed a version; None if the log has none."""
-
         def read(connection: sqlite3.Connection) -> Event | None:
             sql = "SELECT body FROM events WHERE type IN (?, ?) AND json_extract(body, '$.id') = ?"
             row = connection.execute(sql, (VersionAdded.TYPE, VersionRemoved.TYPE, event_id)).fetchone()
@@ -342,11 +336,9 @@ class Reader:
         return await self._thread.run(read)
 
     async def event_page(self, query: EventQuery) -> StoredEventPage:
-        """Return a page of events as they are stored, as `read_event_page` does."""
         return await self._thread.run(lambda connection: read_event_page(connection, query))
 
     async def job(self, job_id: str) -> Job | None:
-        """Return the job, ended or not, or None if there is none."""
         return await self._thread.run(lambda connection: read_job(connection, job_id))
 
     async def jobs(self, query: JobQuery) -> Page[Job]:
@@ -363,6 +355,5 @@ def read_jobs(connection: sqlite3.Connection, query: JobQuery) -> Page[Job]:
 
 @asynccontextmanager
 async def open_reader(path: Path) -> AsyncIterator[Reader]:
-    """Open the ledger for reading, as `open_reader_thread` does; closed on exit."""
     async with open_reader_thread(path, "ledger-reader") as thread:
         yield Reader(thread)

@@ -39,7 +39,6 @@ class StoredProjections:
         self.snapshots = StoredSnapshots(connection, base)
 
     def find_difference(self, position: int, folded: Entities) -> tuple[int, str] | None:
-        """Return the first difference from the fold at its end, as a position and words."""
         row = self._connection.execute("SELECT position FROM projected").fetchone()
         if row != (position,):
             return position, f"the stored projections are at position {row and row[0]}"
@@ -107,7 +106,6 @@ class StoredJobs:
             self._missed[job.id] = job
 
     def difference(self, unended: Iterable[Job]) -> str | None:
-        """Return the first difference of the stored jobs at the end of the fold, in words."""
         for job in unended:
             self.compare(job)
         for _, key, *_ in self._take_unmatched():
@@ -162,7 +160,6 @@ class StoredSnapshots:
         self.next = self._soonest()
 
     def compare(self, position: int, folded: Entities) -> None:
-        """Compare what is stored at `next`, which the fold has reached, with the fold."""
         while self._copy is not None and self._copy[0] == position:
             self._compare_copy(folded, *self._copy)
             self._copy = self._next_copy()
@@ -225,7 +222,6 @@ class StoredSnapshots:
         return None if row is None else self._near(row[0])
 
     def _near(self, position: object) -> int:
-        """Return the position, or the base if the value is not a position."""
         return position if isinstance(position, int) else self._base
 
     def _next_copy(self) -> _Copy | None:
@@ -244,7 +240,6 @@ class StoredSnapshots:
         return None
 
     def _next_position(self) -> int:
-        """Return the position of the next snapshot after the base."""
         for (position,) in self._positions:
             if type(position) is int and position > self._base:
                 return position

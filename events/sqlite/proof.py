@@ -16,14 +16,14 @@ from pathlib import Path
 from events.clock import Timestamp
 from events.codec import GENESIS
 from events.nodes import Node
-from events.sqlite import history, queries, storage
+from events.sqlite import queries, storage, timetravel
 from events.sqlite.bases import read_stored_base
-from events.sqlite.history import Moment
-from events.sqlite.presence import find_server_event, presence_at, read_node_events
+from events.sqlite.liveness import find_server_event, liveness_at, read_node_events
 from events.sqlite.projections import StoredProjections
 from events.sqlite.readonly import open_read_only, refuse_incomplete
 from events.sqlite.schema import schema_difference
 from events.sqlite.snapshots import is_base_state_whole, read_base_state
+from events.sqlite.timetravel import Moment
 from events.state import State
 from events.storage import ArchivedRange, LogHead, RawRow, Row, StorageDamaged, StorageError, StoredBase
 from events.types import Event, LogBase
@@ -72,20 +72,16 @@ class LogReader:
         return queries.read_head(self._connection)
 
     def bounds(self) -> tuple[int, int]:
-        """Return the positions of the base and of the last event."""
-        return history.bounds(self._connection)
+        return timetravel.bounds(self._connection)
 
     def rows(self, after: int, until: int) -> Iterator[Row]:
-        """Yield the events after one position up to and with another."""
         pages = queries.read_pages(self._connection, after, until)
         return starmap(Row, chain.from_iterable(pages))
 
     def hash_at(self, position: int) -> bytes:
-        """Return the hash at a position between the base and the head."""
         return queries.hash_at(self._connection, self.base(), position)
 
     def find_hash(self, position: int) -> bytes | None:
-        """Return the hash at a position of the log, or at the end of an archive; None if none is known."""
         return queries.find_hash(self._connection, position)
 
     def recorded_at(self, position: int) -> str:
@@ -96,15 +92,12 @@ class LogReader:
         return "" if row is None else str(row[0])
 
     def archives(self) -> tuple[ArchivedRange, ...]:
-        """Return the archives that a ledger with a base after 0 lists, in the order of their positions."""
         return queries.list_archives(self._connection)
 
     def stored_base(self) -> StoredBase:
-        """Return the base with its archives and the state there, to be stored elsewhere."""
         return read_stored_base(self._connection)
 
     def nodes(self) -> list[Node]:
-        """Return the nodes of the ledger, as they are stored."""
         stored = self._connection.execute("SELECT body FROM nodes")
         return [queries.as_node(body) for (body,) in stored]
 
@@ -114,15 +107,15 @@ class LogReader:
         Without `until` it is now. Raises as `moment_at` does.
         """
         if until is None:
-            moment = replace(history.head_moment(self._connection), time=now)
+            moment = replace(timetravel.head_moment(self._connection), time=now)
         else:
-            moment = history.moment_at(self._connection, until)
+            moment = timetravel.moment_at(self._connection, until)
         time = min(moment.time, now) if moment.time is not None else None
-        return replace(moment, server=presence_at(self._connection, moment.position, time))
+        return replace(moment, server=liveness_at(self._connection, moment.position, time))
 
     def state_at(self, moment: Moment) -> State:
         """Fold the log from its base, and return the live state at a moment. Raises as `state_at` does."""
-        return history.state_at_moment(self._connection, moment, from_base=True)
+        return timetravel.state_at(self._connection, moment.position, from_base=True)
 
     def fold_onto(self, state: State, until: int) -> None:
         """Fold into `state` the events after it, up to and with a position.
@@ -131,20 +124,17 @@ class LogReader:
             LogUnavailable: an event cannot be folded.
         """
         for page in queries.read_pages(self._connection, state.position, until):
-            history.fold_page(state, page)
+            timetravel.fold_page(state, page)
 
     def node_events(self) -> list[Event]:
-        """Return the log's events about nodes."""
         return read_node_events(self._connection)
 
     def first_server_event(self) -> Event | None:
-        """Return the log's first start or stop of the server, if any."""
         return find_server_event(self._connection, 0, after=True)
 
 
 @contextmanager
 def open_log_reader(path: Path, *, refuses_incomplete: bool = False) -> Iterator[LogReader]:
-    """Open a ledger to read its log, as `open_read_only` does."""
     with open_read_only(path, refuses_incomplete=refuses_incomplete) as connection:
         yield LogReader(connection)
 
@@ -164,19 +154,15 @@ class ProofReader:
         return LogBase(*row)
 
     def rows(self) -> Iterator[RawRow]:
-        """Yield all events in the order of their positions."""
         return self._connection.execute("SELECT position, body, hash FROM events ORDER BY position")
 
     def hash_at(self, position: int) -> bytes:
-        """Return the hash at a position of the log, its base included."""
         return queries.hash_at(self._connection, self.base() or LogBase(0, GENESIS), position)
 
     def is_current(self) -> bool:
-        """Whether this release's folds made the stored projections; damaged ones are not outdated."""
         return storage.is_current(self._connection)
 
     def projections(self, base: LogBase) -> StoredProjections:
-        """Return the stored projections, to be compared with a fold from the base."""
         return StoredProjections(self._connection, base.position)
 
     def base_state(self, base: LogBase) -> State:
@@ -184,11 +170,9 @@ class ProofReader:
         return read_base_state(self._connection, base.position)
 
     def is_base_state_whole(self, base: LogBase) -> bool:
-        """Whether the stored state at the base is what archiving wrote."""
         return is_base_state_whole(self._connection, base.position)
 
     def archives(self) -> tuple[ArchivedRange, ...]:
-        """Return the archives that the ledger lists, in the order of their positions."""
         return queries.list_archives(self._connection)
 
     def is_cut_off(self) -> bool:
@@ -208,7 +192,6 @@ class ProofReader:
         return None if text == "ok" else text
 
     def find_schema_difference(self) -> str | None:
-        """Return the first difference of the schema from that of the migrations, in words, or None."""
         return schema_difference(self._connection)
 
     def refuse_incomplete(self) -> None:

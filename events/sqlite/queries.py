@@ -39,7 +39,6 @@ def read_head(connection: sqlite3.Connection) -> LogHead:
 
 
 def contains(connection: sqlite3.Connection, head: LogHead) -> bool:
-    """Whether the log has this event, or its base is that one."""
     found = connection.execute(
         "SELECT hash FROM events WHERE position = :at UNION ALL SELECT hash FROM base WHERE position = :at",
         {"at": head.position},
@@ -65,7 +64,6 @@ def find_hash(connection: sqlite3.Connection, position: int) -> bytes | None:
 
 
 def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
-    """Return the archives that a ledger lists, in the order of their positions."""
     found = connection.execute(
         "SELECT first_position, last_position, hash, CAST(file AS BLOB), folds FROM archives"
         " ORDER BY last_position"
@@ -77,7 +75,6 @@ def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
 
 
 def hash_at(connection: sqlite3.Connection, base: LogBase, position: int) -> bytes:
-    """Return the hash at a position of the log, its base included."""
     if position == base.position:
         return base.hash
     (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (position,)).fetchone()
@@ -144,7 +141,6 @@ def make_state(
 
 
 def read_job(connection: sqlite3.Connection, job_id: str) -> Job | None:
-    """Return the job as it is stored, or None if there is none."""
     row = connection.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
     return None if row is None else as_job(row[0])
 
@@ -201,7 +197,6 @@ def read_keys(connection: sqlite3.Connection, hashes: Iterable[str]) -> dict[str
 
 
 def read_joins(connection: sqlite3.Connection, joinable: Iterable[tuple[str, str]]) -> set[Join]:
-    """Return the joins that the log has of these jobs and actors."""
     statement = (
         "SELECT DISTINCT type FROM events WHERE job_id = ? AND actor = ?"
         " AND type IN ('LoadJoined', 'UnloadJoined', 'CancelRequested')"  # as in `events_by_join`
@@ -214,7 +209,6 @@ def read_joins(connection: sqlite3.Connection, joinable: Iterable[tuple[str, str
 
 
 def read_last_used(connection: sqlite3.Connection) -> dict[str, str]:
-    """Return when each model was last used, as far as it was stored."""
     return dict(connection.execute("SELECT model_id, used_at FROM last_used"))
 
 
@@ -355,12 +349,10 @@ def _store_jobs(connection: sqlite3.Connection, new: Sequence[_JobRow], changed:
 
 
 def store_tokens(connection: sqlite3.Connection, tokens: Mapping[str, Token | None]) -> None:
-    """Store tokens by their ids, and delete those that are None; the caller holds the transaction."""
     _store(connection, "tokens", tokens)
 
 
 def store_nodes(connection: sqlite3.Connection, nodes: Mapping[str, Node | None]) -> None:
-    """Store nodes by their ids, and delete those that are None; the caller holds the transaction."""
     _store(connection, "nodes", nodes)
 
 
@@ -385,7 +377,6 @@ def as_text(entity: Job | Model | Token | Node) -> str:
 
 
 def as_bytes(entity: Job | Model | Token | Node) -> bytes:
-    """Return an entity as it is stored, in UTF-8."""
     return _ENCODER.encode(entity)
 
 

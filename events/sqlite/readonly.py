@@ -2,7 +2,7 @@
 
 Read in short pages: as long as a read transaction is open, the writer cannot begin its write-ahead log (WAL)
 anew. So fetch all rows before you decode them: an exception would keep an unfinished cursor, and with it the
-transaction. Only folds of the past (`events.sqlite.history`) and the proof of a whole ledger (`events.audit`)
+transaction. Only time travel (`events.sqlite.timetravel`) and the proof of a whole ledger (`events.audit`)
 hold one snapshot for longer.
 """
 

@@ -123,7 +123,6 @@ def schema_of(connection: sqlite3.Connection) -> frozenset[SchemaRow]:
 
 @cache
 def schema_after(migrations: int) -> frozenset[SchemaRow]:
-    """Return the schema of a ledger after so many migrations."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         for number, script in read_migrations()[:migrations]:
             _apply(connection, number, script)

@@ -80,7 +80,6 @@ def forget(connection: sqlite3.Connection, base: int) -> None:
 
 
 def latest(connection: sqlite3.Connection, position: int) -> int | None:
-    """Return the position of the last snapshot up to `position`, or None if there is none."""
     (found,) = connection.execute(
         "SELECT max(position) FROM snapshots WHERE position <= ?", (position,)
     ).fetchone()

@@ -25,9 +25,9 @@ from events.commands import KnownRequests
 from events.errors import LogUnavailable
 from events.sqlite import queries, snapshots
 from events.sqlite.bases import store_base
-from events.sqlite.history import fold_page, load_base_state
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors, transaction
+from events.sqlite.timetravel import fold_page, load_base_state
 from events.state import Changes
 from events.storage import LogHead, Row, StorageError, StoredBase, StoredLedger
 
@@ -231,7 +231,6 @@ class Database:
         return nullcontext()
 
     async def contains(self, head: LogHead) -> bool:
-        """Whether the log has this event, or its base is that one."""
         return await self.run(lambda: queries.contains(self._connection, head))
 
     async def read_requests(
@@ -259,15 +258,9 @@ class Database:
             raise LogUnavailable from error
 
     async def note(self, used: Mapping[str, str], seen_at: str) -> None:
-        """Store when models were last used, and that the server is there.
-
-        Raises:
-            UnicodeEncodeError: an id is not valid text.
-        """
         await self.run(lambda: queries.write_note(self._connection, used, seen_at))
 
     async def probe(self) -> None:
-        """Commit a durable transaction that changes nothing, to see whether the ledger can be written."""
         await self.run(lambda: queries.probe(self._connection))
 
     async def checkpoint(self) -> bool:
@@ -287,7 +280,6 @@ class Database:
         await self.run(self._drop)
 
     async def close(self) -> None:
-        """Leave one complete file, and end the thread."""
         await self.run(self._leave)
         self._thread.shutdown()
 

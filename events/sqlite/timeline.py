@@ -30,7 +30,6 @@ from events.errors import LogUnavailable
 from events.jobs import Job
 from events.models import Model
 from events.sqlite import snapshots
-from events.sqlite.history import InvalidMoment, state_at
 from events.sqlite.lanes import (
     Lane,
     LaneFold,
@@ -43,17 +42,18 @@ from events.sqlite.lanes import (
     node_lanes,
     server_segments,
 )
-from events.sqlite.presence import (
+from events.sqlite.liveness import (
     Liveness,
     Transition,
     find_server_event,
     list_transitions,
-    presence_at,
+    liveness_at,
     read_base_nodes,
     read_node_events,
 )
 from events.sqlite.queries import as_job, as_model, read_base, read_head
 from events.sqlite.readonly import ReaderThread
+from events.sqlite.timetravel import InvalidMoment, state_at
 from events.types import ENDS_OF_PROCESSES, Event, LoadFailed, WorkerExited
 
 FOLDED = 4_000
@@ -134,7 +134,7 @@ class _Frame:
         first: the last position at or before the beginning.
         server: the starts and ends of servers and nodes from the first anchor on.
         transitions: that concern the range, of the server and of nodes.
-        presence: at the beginning.
+        liveness: at the beginning.
     """
 
     begin: Timestamp
@@ -147,7 +147,7 @@ class _Frame:
     anchors: list[tuple[int, Timestamp]]
     server: list[Event]
     transitions: list[Transition]
-    presence: Liveness
+    liveness: Liveness
     ids: list[str]
     has_more: bool
     models: int
@@ -191,13 +191,13 @@ class TimelineReader:
             known_from=frame.known_from,
             lanes=lanes,
             server=server_segments(
-                [each for each in frame.transitions if not each.node_id], frame.presence.state, *known
+                [each for each in frame.transitions if not each.node_id], frame.liveness.state, *known
             ),
             marks_from=marks_from,
             next_cursor=frame.ids[-1] if frame.has_more else None,
             models=frame.models,
             nodes=node_lanes(
-                frame.transitions, {node.id: node.state for node in frame.presence.nodes}, *known
+                frame.transitions, {node.id: node.state for node in frame.liveness.nodes}, *known
             ),
         )
 
@@ -244,7 +244,7 @@ def _read_frame(connection: sqlite3.Connection, query: TimelineQuery) -> _Frame:
         anchors=[(each, _recorded_at(connection, each) or known_from or begin) for each in positions],
         server=server,
         transitions=[each for each in transitions if first < each.position and _concerns(each, last, end)],
-        presence=presence_at(connection, first, begin, is_live=True),
+        liveness=liveness_at(connection, first, begin, is_live=True),
         ids=ids,
         has_more=has_more,
         models=models,

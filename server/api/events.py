@@ -20,9 +20,9 @@ from marshmallow import Schema, fields, validate
 from events.audit.kepthead import HeadKeeper
 from events.audit.signing import HeadSigner, SignedHead, Statement, key_id
 from events.log import Log
-from events.sqlite.history import parse_moment
 from events.sqlite.listing import EventFilter, EventQuery, open_reader
 from events.sqlite.proof import open_log_reader
+from events.sqlite.timetravel import parse_moment
 from events.tail import Tails
 from events.types import TYPES, LogBase
 from server.api.schemas import AnswerSchema, PageQuerySchema, about

@@ -9,7 +9,7 @@ from marshmallow import INCLUDE, Schema, fields, validate
 
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.models import RELOADS, Model, ModelState
-from events.sqlite.presence import NodeState, ServerState
+from events.sqlite.liveness import NodeState, ServerState
 from events.state import State
 from events.types import Cause
 from runtime.consumer.consumer import Consumer

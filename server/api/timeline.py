@@ -10,11 +10,11 @@ from marshmallow import Schema, fields, validate
 
 from events.clock import format_timestamp, utc_now
 from events.models import ModelState
-from events.sqlite.history import parse_moment
 from events.sqlite.lanes import FILES_SHOWN, MarkKind
-from events.sqlite.presence import NodeState, ServerState
+from events.sqlite.liveness import NodeState, ServerState
 from events.sqlite.readonly import open_reader_thread
 from events.sqlite.timeline import TimelineQuery, TimelineReader
+from events.sqlite.timetravel import parse_moment
 from server.api.schemas import AnswerSchema, about
 from server.appkeys import LOG
 from server.http.validation import ParameterBoolean, ParameterInteger, query_parameters

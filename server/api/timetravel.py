@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from events.sqlite.history import Moment, TimeTravelReader, open_time_travel_reader
 from events.sqlite.queries import JobQuery
+from events.sqlite.timetravel import (
+    Moment,
+    TimeTravelReader,
+    job_at,
+    jobs_at,
+    open_time_travel_reader,
+    state_at,
+)
 from runtime.errors import UnknownModel
 from server.api.schemas import job_view, model_view
 from server.appkeys import LOG
@@ -22,7 +30,6 @@ TIME_TRAVEL = web.AppKey("time_travel", TimeTravelReader)
 
 
 async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
-    """Open the time travel reader; a resource of the application."""
     async with open_time_travel_reader(app[LOG].path) as reader:
         app[TIME_TRAVEL] = reader
         yield
@@ -40,15 +47,8 @@ async def time_travel_middleware(request: web.Request, handler: Handler) -> web.
 
 
 async def past_models(request: web.Request, at: str, cursor: str, limit: int) -> dict[str, Any]:
-    """Return a page of the models that the ledger knew at a moment, by id.
-
-    Raises:
-        InvalidMoment: `invalid_parameter`.
-        BeyondHead: `beyond_head`.
-        Archived: `archived`.
-        LogUnavailable: `log_unavailable`.
-    """
-    moment, state = await request.app[TIME_TRAVEL].state(at)
+    """Return a page of the models that the ledger knew at a moment, by id; raises as the reader does."""
+    moment, state = await request.app[TIME_TRAVEL].read(at, state_at)
     ids = sorted(model_id for model_id in state.models if model_id > cursor)
     active = state.active()
     models = [model_view(model_id, state, None, active) for model_id in ids[:limit]]
@@ -63,18 +63,18 @@ async def past_model(request: web.Request, at: str, model_id: str) -> dict[str, 
     """Return a model as it was at a moment.
 
     Raises:
-        UnknownModel: `unknown_model`, there was no load of it by then; and what `past_models` raises.
+        UnknownModel: `unknown_model`, there was no load of it by then; and what the reader raises.
     """
-    moment, state = await request.app[TIME_TRAVEL].state(at)
+    moment, state = await request.app[TIME_TRAVEL].read(at, state_at)
     if model_id not in state.models:
         raise UnknownModel(model_id)
     return {**model_view(model_id, state, None, state.active()), **as_of(moment)}
 
 
 async def past_jobs(request: web.Request, at: str, query: JobQuery) -> dict[str, Any]:
-    """Return a page of the jobs as they were at a moment, newest first; raises what `past_models` does."""
-    limit = query.limit
-    moment, found = await request.app[TIME_TRAVEL].jobs(at, replace(query, limit=limit + 1))
+    """Return a page of the jobs as they were at a moment, newest first; raises as the reader does."""
+    limit, more = query.limit, replace(query, limit=query.limit + 1)
+    moment, found = await request.app[TIME_TRAVEL].read(at, partial(jobs_at, query=more))
     return {
         "jobs": [job_view(job, None) for job in found[:limit]],
         "next_cursor": found[limit - 1].created_position if len(found) > limit else None,
@@ -83,8 +83,8 @@ async def past_jobs(request: web.Request, at: str, query: JobQuery) -> dict[str,
 
 
 async def past_job(request: web.Request, at: str, job_id: str) -> dict[str, Any] | None:
-    """Return a job as it was at a moment, None if there was none; raises what `past_models` does."""
-    moment, job = await request.app[TIME_TRAVEL].job(at, job_id)
+    """Return a job as it was at a moment, None if there was none; raises as the reader does."""
+    moment, job = await request.app[TIME_TRAVEL].read(at, partial(job_at, job_id=job_id))
     return {**job_view(job, None), **as_of(moment)} if job is not None else None
 
 
@@ -101,6 +101,5 @@ def as_of(moment: Moment) -> dict[str, Any]:
 
 
 def _takes_at(handler: Handler) -> bool:
-    """Whether a handler was decorated with a query that has `at`."""
     declared = getattr(handler, "__schemas__", ())
     return any(each["location"] == "querystring" and "at" in each["schema"].fields for each in declared)

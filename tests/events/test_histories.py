@@ -11,9 +11,9 @@ from support.history import opened
 from events.audit.verify import verify
 from events.codec import GENESIS, decode_event, encode_event, hash_body
 from events.sqlite import queries, storage
-from events.sqlite.history import state_at
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
+from events.sqlite.timetravel import state_at
 from events.state import State
 from events.storage import Row
 from events.types import TYPES, ClockStepped, EventsDiscarded, RollbackAccepted

@@ -21,9 +21,9 @@ from events.codec import GENESIS, decode_event, encode_event, hash_body
 from events.jobs import Job
 from events.models import Serving
 from events.sqlite import queries, snapshots, storage
-from events.sqlite.history import state_at
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
+from events.sqlite.timetravel import state_at
 from events.state import Entities, State, Transaction, has_turn
 from events.storage import Row
 from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown

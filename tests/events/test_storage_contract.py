@@ -17,7 +17,7 @@ from events.codec import GENESIS, decode_event, hash_body
 from events.commands import JobUnchanged, Receipt, Record, RequestLoad, RequestUnload
 from events.errors import NotEncodable, RequestRefused
 from events.log import Log
-from events.sqlite.history import open_time_travel_reader
+from events.sqlite.timetravel import open_time_travel_reader, state_at
 from events.types import SYSTEM, AccessDenied, Draft, Idempotency, LoadFailed
 
 Open = Callable[..., AbstractAsyncContextManager[Log]]
@@ -133,6 +133,6 @@ async def test_past_states_are_those_of_a_fold(open_log: Open, path: Path) -> No
         async with open_time_travel_reader(path) as past:
             for position in (1, 5, log.head.position // 2, log.head.position):
                 history: Any = sample_history(2)[:position]
-                _, state = await past.state(str(position))
+                _, state = await past.read(str(position), state_at)
                 assert state.position == len(history)
                 assert set(state.models) == {fact.model_id for fact in history if fact.model_id}

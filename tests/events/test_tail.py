@@ -13,8 +13,8 @@ from support.history import PLAIN, facts, opened, write
 
 from events import tail as module
 from events.log import Log
-from events.sqlite.history import BeyondHead
 from events.sqlite.listing import EventFilter, StoredEvent, open_reader
+from events.sqlite.timetravel import BeyondHead
 from events.tail import Batch, Ring, Tail, Tails
 
 LIMIT_S = 60

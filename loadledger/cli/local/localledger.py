@@ -17,8 +17,8 @@ from events.audit.exportreader import FileAudit, audit_file
 from events.audit.signing import key_id
 from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
-from events.sqlite.history import parse_moment
 from events.sqlite.listing import EventFilter, EventQuery, open_reader
+from events.sqlite.timetravel import parse_moment
 from events.types import LogBase
 from loadledger.cli.output import count_of, to_printable
 from runtime.store.folder import STORE

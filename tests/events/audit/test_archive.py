@@ -28,12 +28,12 @@ from events.audit.exportreader import ExportReader, audit_file, read_lines
 from events.audit.verify import FindingKind, verify
 from events.clock import format_timestamp
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
-from events.sqlite import history, storage
+from events.sqlite import storage, timetravel
 from events.sqlite.archiving import ArchivingLedger
-from events.sqlite.history import InvalidMoment
 from events.sqlite.queries import as_text, read_base
 from events.sqlite.schema import connect, schema_of
 from events.sqlite.snapshots import base_state_digest, read_base_state
+from events.sqlite.timetravel import InvalidMoment
 from events.state import State
 from events.storage import ArchivedRange, Row
 from events.types import LogBase
@@ -57,7 +57,7 @@ def texts(state: State) -> tuple[list[str], list[str]]:
 
 def states(path: Path, positions: Iterable[int]) -> list[tuple[list[str], list[str]]]:
     with closing(connect(path)) as connection:
-        return [texts(history.state_at(connection, position)) for position in positions]
+        return [texts(timetravel.state_at(connection, position)) for position in positions]
 
 
 def job_ids(path: Path) -> set[str]:
@@ -98,7 +98,7 @@ def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
         assert job_ids(path) >= {job_id for row in left if (job_id := json.loads(row.body)["job_id"])}
         with closing(connect(path)) as connection:
             assert texts(read_base_state(connection, len(gone))) == STATES[len(gone)]
-            for model in history.state_at(connection, HEAD).models.values():
+            for model in timetravel.state_at(connection, HEAD).models.values():
                 assert model.serving is None or model.serving.load_job_id in job_ids(path)
             kept = ledgers.stored(path, "jobs", "models")
             storage.rebuild(connection)

@@ -23,12 +23,12 @@ from events.audit.signing import key_id
 from events.audit.verify import Expected, FindingKind
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
 from events.sqlite import storage
-from events.sqlite.history import BeyondHead, Moment
 from events.sqlite.proof import LogReader, open_log_reader
 from events.sqlite.queries import as_text
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import base_state_digest
+from events.sqlite.timetravel import BeyondHead, Moment
 
 LEDGER = ledgers.sound_ledger(3, seconds=0.5)
 """At most two of its events have the same time."""

@@ -38,8 +38,8 @@ from events.errors import (
 from events.log import Log
 from events.postgres.storage import CHANNEL, Authority
 from events.sqlite.datalock import REPLICA, refuse_replica
-from events.sqlite.history import BeyondHead
 from events.sqlite.listing import open_reader
+from events.sqlite.timetravel import BeyondHead
 from events.storage import LogHead, Row, StorageError
 from events.tail import Tails
 from events.types import Event, Idempotency

@@ -20,7 +20,6 @@ from events.errors import Archived, ForeignDatabase, FutureSchema, LogUnavailabl
 from events.jobs import JobStatus
 from events.log import Log
 from events.sqlite import listing
-from events.sqlite.history import BeyondHead
 from events.sqlite.listing import (
     EventFilter,
     EventQuery,
@@ -31,6 +30,7 @@ from events.sqlite.listing import (
     open_reader,
 )
 from events.sqlite.queries import JobQuery
+from events.sqlite.timetravel import BeyondHead
 from events.types import AccessDenied, Data, Draft, LoadFailed, LoadRequested, LoadStarted, ServerStopped
 
 ACTORS, MODELS, JOBS = ("alice", "bob", "é\U0001f600"), ("m", "n", None), ("i", "j", "k", None)

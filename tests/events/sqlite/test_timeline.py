@@ -15,7 +15,6 @@ from events.clock import seconds_between
 from events.models import ModelState
 from events.nodes import NodeLost
 from events.sqlite import timeline
-from events.sqlite.history import InvalidMoment
 from events.sqlite.lanes import (
     Mark,
     MarkKind,
@@ -25,10 +24,11 @@ from events.sqlite.lanes import (
     merge_segments,
     server_segments,
 )
-from events.sqlite.presence import ServerState, list_transitions
+from events.sqlite.liveness import ServerState, list_transitions
 from events.sqlite.readonly import open_reader_thread
 from events.sqlite.schema import connect
 from events.sqlite.timeline import Timeline, TimelineQuery, TimelineReader
+from events.sqlite.timetravel import InvalidMoment
 from events.state import State
 from events.types import Event
 

@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from support.strategies import drafts
 from events.errors import Archived, LogUnavailable
 from events.jobs import Job, JobStatus
 from events.sqlite import storage
-from events.sqlite.history import (
+from events.sqlite.queries import JobQuery
+from events.sqlite.schema import connect
+from events.sqlite.snapshots import write_base_state
+from events.sqlite.timetravel import (
     BeyondHead,
     InvalidMoment,
     Moment,
@@ -28,9 +32,6 @@ from events.sqlite.history import (
     parse_time,
     state_at,
 )
-from events.sqlite.queries import JobQuery
-from events.sqlite.schema import connect
-from events.sqlite.snapshots import write_base_state
 from events.state import State
 from events.types import Event, LoadRequested, UnloadRequested
 
@@ -79,7 +80,7 @@ def test_past_jobs_are_what_a_fold_gives(events: list[Event], snapshots_at: froz
                 found = jobs_at(connection, state.position, JobQuery(status=status, model_id="m"))
                 assert found == [job for job in then if job.status is status and job.model_id == "m"]
             for job_id in (each.id for each in events if each.id == each.job_id):
-                assert job_at(connection, job_id, state.position) == jobs.get(job_id)
+                assert job_at(connection, state.position, job_id) == jobs.get(job_id)
 
 
 @pytest.mark.parametrize("status", [None, *JobStatus])
@@ -223,12 +224,12 @@ async def test_past_is_read_beside_the_writer(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     async with opened(path, now=lambda: START, boottime=float) as log, open_time_travel_reader(path) as past:
         await write(log, 3)
-        asked = [past.state(str(position)) for position in (1, 2, 3)]
+        asked = [past.read(str(position), state_at) for position in (1, 2, 3)]
         assert [state.position for _, state in await asyncio.gather(*asked)] == [1, 2, 3]
         await write(log, 1, first=4)
-        assert (await past.state("4"))[0] == Moment(4, log.head.recorded_at)
-        assert (await past.jobs("0", ALL))[1] == []
-        assert await past.job("4", "none") == (Moment(4, log.head.recorded_at), None)
+        assert (await past.read("4", state_at))[0] == Moment(4, log.head.recorded_at)
+        assert (await past.read("0", partial(jobs_at, query=ALL)))[1] == []
+        assert await past.read("4", partial(job_at, job_id="none")) == (Moment(4, log.head.recorded_at), None)
 
 
 DAMAGE = (
@@ -253,7 +254,7 @@ def path(tmp_path: Path) -> Path:
 
 async def states(path: Path) -> dict[str, tuple[object, ...]]:
     async with open_time_travel_reader(path) as past:
-        return {at: facts_of((await past.state(at))[1]) for at in ("7", "8", "10")}
+        return {at: facts_of((await past.read(at, state_at))[1]) for at in ("7", "8", "10")}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -291,4 +292,4 @@ async def test_locked_ledger_is_unavailable_not_damaged(path: Path) -> None:
             other.execute("BEGIN EXCLUSIVE")
             past._thread._connection.execute("PRAGMA busy_timeout = 0")
             with pytest.raises(LogUnavailable, match="locked"):
-                await past.state("10")
+                await past.read("10", state_at)

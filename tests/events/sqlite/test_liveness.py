@@ -12,17 +12,17 @@ from support.history import History, at
 from events.audit.archivechain import replay
 from events.nodes import KEPT_S, NodeLost
 from events.sqlite import queries
-from events.sqlite.history import open_time_travel_reader
-from events.sqlite.presence import (
+from events.sqlite.liveness import (
     NOTE_EVERY_S,
     Liveness,
-    NodePresence,
+    NodeLiveness,
     NodeState,
     ServerState,
-    presence_at,
+    liveness_at,
 )
 from events.sqlite.proof import LogReader
 from events.sqlite.schema import connect
+from events.sqlite.timetravel import open_time_travel_reader, state_at
 from events.tokens import TokenRevoked
 from events.types import ServerStarted
 
@@ -75,7 +75,7 @@ def test_presence_at_moment(connection: sqlite3.Connection, row: str) -> None:
     moment, _, expected = (each.strip() for each in row.partition("->"))
     position, time = moment.split()
     state, since = expected.split()
-    found = presence_at(connection, int(position), None if time == "-" else at(int(time)))
+    found = liveness_at(connection, int(position), None if time == "-" else at(int(time)))
     assert found == Liveness(ServerState(state), None if since == "-" else at(int(since)))
 
 
@@ -121,12 +121,12 @@ def test_presence_of_nodes_at_moment(tmp_path: Path, row: str) -> None:
     position, time = moment.split()
     state, since, *nodes = expected.replace(",", " ").split()
     with closing(connect(tmp_path / "ledger.db")) as connection:
-        found = presence_at(connection, int(position), None if time == "-" else at(int(time)))
+        found = liveness_at(connection, int(position), None if time == "-" else at(int(time)))
     assert found == Liveness(
         ServerState(state),
         None if since == "-" else at(int(since)),
         tuple(
-            NodePresence(node, NodeState(phase), at(int(then)))
+            NodeLiveness(node, NodeState(phase), at(int(then)))
             for node, phase, then in zip(nodes[::3], nodes[1::3], nodes[2::3], strict=True)
         ),
     )
@@ -142,13 +142,13 @@ def test_node_that_ended_long_before_another_joined_is_not_shown(tmp_path: Path)
     with closing(connect(tmp_path / "ledger.db")) as connection:
         ledgers.store_events(connection, history.facts)
         shown = [
-            [node.id for node in presence_at(connection, position, is_live=True).nodes] for position in (5, 6)
+            [node.id for node in liveness_at(connection, position, is_live=True).nodes] for position in (5, 6)
         ]
     assert shown == [["n1", "n2", "n3"], ["n2", "n3"]]
 
 
 def test_presence_of_live_server_is_never_unknown(connection: sqlite3.Connection) -> None:
-    assert presence_at(connection, 8, at(10**9), is_live=True) == Liveness(RUNNING, at(2_001))
+    assert liveness_at(connection, 8, at(10**9), is_live=True) == Liveness(RUNNING, at(2_001))
 
 
 def test_replay_without_a_moment_says_whether_server_was_seen_lately(connection: sqlite3.Connection) -> None:
@@ -166,9 +166,9 @@ async def test_time_travel_says_whether_server_ran(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     store(path)
     async with open_time_travel_reader(path) as past:
-        moment, state = await past.state(at(500))
+        moment, state = await past.read(at(500), state_at)
         assert (moment.position, moment.server) == (4, Liveness(UNKNOWN, at(60)))
         assert state.models["digits"].state == "loaded"
-        moment, state = await past.state(at(1_500))
+        moment, state = await past.read(at(1_500), state_at)
         assert (moment.position, moment.server) == (6, Liveness(STOPPED, at(1_001)))
         assert state.models["digits"].state == "lost"

@@ -22,7 +22,7 @@ from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Model
 from events.sqlite import queries, snapshots
-from events.sqlite.presence import Liveness, presence_at
+from events.sqlite.liveness import Liveness, liveness_at
 from events.sqlite.queries import (
     LAST,
     JobQuery,
@@ -56,16 +56,18 @@ _skipped_snapshots = set[tuple[str, int]]()
 
 
 def state_at(connection: sqlite3.Connection, position: int, *, from_base: bool = False) -> State:
-    """Return the live state after the event at `position`, which is in the log or its base.
+    """Return the live state after the event at `position`.
 
     Args:
         connection: where a read transaction keeps several of these calls at one head.
-        position: between the base and the head.
+        position: between the base and the head; 0 is the empty state, whatever is archived.
         from_base: whether to fold from the base of the log, and use no snapshot.
 
     Raises:
         LogUnavailable: an event, or the state at the base, is damaged.
     """
+    if position == 0:
+        return State()
     state = load_base_state(connection) if from_base else _load_nearest(connection, position)
     for page in read_pages(connection, state.position, position):
         fold_page(state, page)
@@ -112,7 +114,7 @@ def fold_page(state: State, page: list[tuple[int, str, bytes]]) -> tuple[dict[st
     return models, jobs
 
 
-def job_at(connection: sqlite3.Connection, job_id: str, position: int) -> Job | None:
+def job_at(connection: sqlite3.Connection, position: int, job_id: str) -> Job | None:
     """Return the job as it was after the event at `position`, or None if there was none."""
     job = read_job(connection, job_id)
     if job is None:
@@ -251,7 +253,6 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
 
 
 def head_moment(connection: sqlite3.Connection) -> Moment:
-    """Return the moment of the last event."""
     base, head = bounds(connection)
     return _at_position(connection, head, base, head)
 
@@ -307,41 +308,33 @@ def bounds(connection: sqlite3.Connection) -> tuple[int, int]:
     return base, int(head)
 
 
-def state_at_moment(connection: sqlite3.Connection, moment: Moment, *, from_base: bool = False) -> State:
-    """Return the live state at a moment; position 0 is the empty state, whatever is archived."""
-    return state_at(connection, moment.position, from_base=from_base) if moment.position else State()
-
-
 class TimeTravelReader:
     """Reads past states in a thread of its own, so that readers of the present do not wait.
 
-    One query at a time: whatever the number of callers, it uses one core and the memory of one state. Every
-    method raises what `moment_at` does, and LogUnavailable (`log_unavailable`) where the file cannot be read.
+    One query at a time: whatever the number of callers, it uses one core and the memory of one state.
     """
 
     def __init__(self, thread: ReaderThread) -> None:
         self._thread = thread
 
-    async def state(self, at: str) -> tuple[Moment, State]:
-        """Return the moment that `at` means, and the live state then."""
-        return await self._read(at, state_at_moment)
+    async def read(self, at: str, query: Callable[[sqlite3.Connection, int], T]) -> tuple[Moment, T]:
+        """Return the moment that `at` means, with the state of the server, and a query's result there.
 
-    async def job(self, at: str, job_id: str) -> tuple[Moment, Job | None]:
-        """Return the moment that `at` means, and the job as it was then; None if there was none."""
-        return await self._read(at, lambda connection, then: job_at(connection, job_id, then.position))
+        Args:
+            at: a position in digits, or a time.
+            query: `state_at`, `job_at` or `jobs_at`.
 
-    async def jobs(self, at: str, query: JobQuery) -> tuple[Moment, list[Job]]:
-        """Return the moment that `at` means, and a page of jobs as they were then."""
-        return await self._read(
-            at,
-            lambda connection, then: jobs_at(connection, then.position, query) if then.position else [],
-        )
+        Raises:
+            InvalidMoment: `invalid_parameter`, it is neither.
+            BeyondHead: `beyond_head`.
+            Archived: `archived`.
+            LogUnavailable: `log_unavailable`, the file cannot be read.
+        """
 
-    async def _read(self, at: str, query: Callable[[sqlite3.Connection, Moment], T]) -> tuple[Moment, T]:
         def read(connection: sqlite3.Connection) -> tuple[Moment, T]:
             moment = moment_at(connection, at)
-            server = presence_at(connection, moment.position, moment.time, is_live=True)
-            return replace(moment, server=server), query(connection, moment)
+            server = liveness_at(connection, moment.position, moment.time, is_live=True)
+            return replace(moment, server=server), query(connection, moment.position)
 
         try:
             return await self._thread.run(read)
@@ -351,6 +344,5 @@ class TimeTravelReader:
 
 @asynccontextmanager
 async def open_time_travel_reader(path: Path) -> AsyncIterator[TimeTravelReader]:
-    """Open the ledger for queries about the past, as `open_reader_thread` does; closed on exit."""
     async with open_reader_thread(path, "ledger-past") as thread:
         yield TimeTravelReader(thread)

@@ -46,7 +46,7 @@ class NodeState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class NodePresence:
+class NodeLiveness:
     """The state of a node at a moment, and since when; None if the log does not say."""
 
     id: str
@@ -63,7 +63,7 @@ class Liveness:
 
     state: ServerState
     since: Timestamp | None
-    nodes: tuple[NodePresence, ...] = ()
+    nodes: tuple[NodeLiveness, ...] = ()
 
 
 _NOTHING_KNOWN = Liveness(ServerState.UNKNOWN, None)
@@ -123,7 +123,7 @@ def _is_any_present(nodes: Iterable[Node]) -> bool:
     return any(node.is_present for node in nodes)
 
 
-def presence_at(
+def liveness_at(
     connection: sqlite3.Connection, position: int, time: Timestamp | None = None, *, is_live: bool = False
 ) -> Liveness:
     """Return the state of the server right after the event at `position`, or at a later time.
@@ -139,7 +139,7 @@ def presence_at(
         find_server_event(connection, position, after=True),
     )
     events = read_node_events(connection)
-    server = presence_between(before, after, time, is_first=position == 0)
+    server = liveness_between(before, after, time, is_first=position == 0)
     found = add_nodes(server, read_base_nodes(connection), events, position, time)
     is_last = after is None and (not events or events[-1].position <= position)
     if found.state is ServerState.RUNNING and is_last and not is_live and time is not None:
@@ -153,16 +153,16 @@ def presence_at(
 def add_nodes(
     server: Liveness, base: Sequence[Node], events: Iterable[Event], position: int, time: Timestamp | None
 ) -> Liveness:
-    """Return the presence of nodes at a moment; that of the server if none had joined by then.
+    """Return the liveness of nodes at a moment; that of the server if none had joined by then.
 
     Args:
-        server: its presence, without nodes.
+        server: its liveness, without nodes.
         base: the nodes at the base.
         events: all of nodes since then.
-        position: as for `presence_at`.
-        time: as for `presence_at`.
+        position: as for `liveness_at`.
+        time: as for `liveness_at`.
     """
-    nodes = {node.id: NodePresence(node.id, NodeState(node.phase), node.ended_at) for node in base}
+    nodes = {node.id: NodeLiveness(node.id, NodeState(node.phase), node.ended_at) for node in base}
     transitions = list(list_transitions(base, events))
     if base:
         is_there = _is_any_present(base)
@@ -176,7 +176,7 @@ def add_nodes(
             else:
                 if each.state is NodeState.JOINED:
                     nodes = {key: node for key, node in nodes.items() if not _is_forgotten(node, each.at)}
-                nodes[each.node_id] = NodePresence(each.node_id, each.state, each.at)
+                nodes[each.node_id] = NodeLiveness(each.node_id, each.state, each.at)
         elif each.seen_at is not None and time is not None and each.seen_at < time:
             if each.node_id in nodes:
                 nodes[each.node_id] = _unknown_since(nodes[each.node_id], each.seen_at)
@@ -185,11 +185,11 @@ def add_nodes(
     return replace(server, nodes=tuple(nodes[node_id] for node_id in sorted(nodes)))
 
 
-def _is_forgotten(node: NodePresence, joined_at: Timestamp) -> bool:
+def _is_forgotten(node: NodeLiveness, joined_at: Timestamp) -> bool:
     return not node.state.is_present and is_forgotten(node.since, joined_at)
 
 
-def _unknown_since(node: NodePresence, seen_at: Timestamp) -> NodePresence:
+def _unknown_since(node: NodeLiveness, seen_at: Timestamp) -> NodeLiveness:
     """Return a node that may have ended after it was last seen; what had ended before stays."""
     return replace(node, state=NodeState.UNKNOWN, since=seen_at) if node.state.is_present else node
 
@@ -199,7 +199,6 @@ def read_base_nodes(connection: sqlite3.Connection) -> list[Node]:
 
 
 def read_node_events(connection: sqlite3.Connection) -> list[Event]:
-    """Return the events about nodes, in order; a server alone has none."""
     found = [
         row
         for kind in OF_NODES
@@ -208,12 +207,12 @@ def read_node_events(connection: sqlite3.Connection) -> list[Event]:
     return [decode_event(body) for _, body in sorted(found)]
 
 
-def presence_between(
+def liveness_between(
     before: Event | None, after: Event | None, time: Timestamp | None, *, is_first: bool
 ) -> Liveness:
     """Return the state of the server between two of its starts and stops; None where there is none.
 
-    `time` is as for `presence_at`; `is_first` says that no event at all is before.
+    `time` is as for `liveness_at`; `is_first` says that no event at all is before.
     """
     if before is not None and isinstance(before.data, ServerStopped):
         return Liveness(ServerState.STOPPED, before.recorded_at)
