@@ -98,12 +98,12 @@ async def reachable_nodes(
 
 
 async def loaded_beside(nodes: Sequence[ReachableNode], model_id: str) -> tuple[ReachableNode, ReachableNode]:
-    """Load a model; return the node that has it, and another one that knows that."""
+    """Load a model; return the node that has it, and another one. All nodes know where it is."""
     await nodes[0].api.load(model_id)
     [owner] = [node for node in nodes if node.name == nodes[0].node_of(model_id)]
-    other = next(node for node in nodes if node is not owner)
-    await other.knows(model_id, owner.name)
-    return owner, other
+    for node in nodes:
+        await node.knows(model_id, owner.name)
+    return owner, next(node for node in nodes if node is not owner)
 
 
 def forwarded(
