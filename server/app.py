@@ -56,10 +56,10 @@ from server.api import (
 )
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
 from server.api.health import failed_tasks
-from server.api.models import make_load_command
+from server.api.loads import make_load_command
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
 from server.api.timeline import open_timeline
-from server.api.timetravel import open_time_travel, time_travel_middleware
+from server.api.timetravel import open_time_travel
 from server.appkeys import (
     BODIES,
     CONFIG,
@@ -157,7 +157,6 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             log_middleware(),
             errors_middleware,
             auth_middleware(gate),
-            time_travel_middleware,
             validation_middleware,
         ],
         client_max_size=MAX_BODY_BYTES,

@@ -36,7 +36,7 @@ from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, ModelVersion, Repository
 from runtime.scheduler.admission import format_megabytes
 from runtime.wire import Load, Tensor
-from server.api.models import default_parameters
+from server.api.loads import default_parameters
 from server.auth.keyring import read_public_keys
 from server.auth.keys import KeyProblem
 from server.cluster import INSTALL

@@ -7,12 +7,19 @@ import asyncio
 from aiohttp import hdrs, web
 from marshmallow import fields
 
-from server.api.schemas import AnswerSchema, HealthSchema
+from server.api.schemas import AnswerSchema
 from server.appkeys import CONSUMER_TASK, LOG, MEMBERSHIP, OPENAPI, POOL, RENEWING, STOPPING, STREAMS
 from server.errors import ServerProblem
 from server.routing import Access, Routes
 
 routes = Routes(tag="health")
+
+
+class HealthSchema(AnswerSchema):
+    """The checks, all passed."""
+
+    status = fields.String(required=True)
+    checks = fields.Dict(required=True, keys=fields.String(), values=fields.Boolean())
 
 
 class LiveSchema(AnswerSchema):

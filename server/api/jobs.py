@@ -11,31 +11,53 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import msgspec
 from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
 
 from events.commands import Command, RequestCancel
 from events.errors import LedgerProblem
-from events.jobs import Job, JobStatus
+from events.jobs import Job, JobKind, JobStatus
 from events.sqlite.queries import JobQuery
-from events.types import Idempotency
+from events.sqlite.timetravel import job_at, jobs_at
+from events.types import Cause, Idempotency
+from runtime.consumer.consumer import Consumer
 from server.api.schemas import (
-    AtQuerySchema,
-    CancelBodySchema,
-    JobListSchema,
-    JobPathSchema,
-    JobSchema,
-    JobsQuerySchema,
+    NO_NODE,
+    AnswerSchema,
+    FailureSchema,
+    PageQuerySchema,
     about,
-    job_view,
+    failure_view,
+    node_member,
+    one_of,
 )
-from server.api.timetravel import past_job, past_jobs
+from server.api.timetravel import (
+    AS_OF_IN_THE_PAST,
+    AS_OF_TIME,
+    NODES_THEN,
+    SERVER_THEN,
+    AtQuerySchema,
+    NodePresenceSchema,
+    ServerSchema,
+    as_of,
+    read_past,
+)
 from server.appkeys import CONSUMER, LOG, READER, REQUEST_LOG, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
-from server.http.validation import NothingSchema, header_fields, json_body, path_parameters, query_parameters
+from server.http.validation import (
+    NothingSchema,
+    ParameterInteger,
+    header_fields,
+    json_body,
+    path_parameters,
+    query_parameters,
+)
 from server.routing import ROUTES, Access, Routes
 
 routes = Routes(tag="jobs")
@@ -68,6 +90,75 @@ _RULE = (
     f"Must be given once: 1 to {MAX_KEY_CHARACTERS} printable ASCII characters in double quotes, where "
     '" and \\ are preceded by \\.'
 )
+
+
+class JobPathSchema(Schema):
+    """The job named by the path."""
+
+    job_id = fields.String(required=True, validate=validate.Length(1, 64))
+
+
+class CancelBodySchema(Schema):
+    """A cancel takes no body or an empty object."""
+
+
+class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
+    """Page of the jobs, and filters."""
+
+    cursor = ParameterInteger(
+        load_default=None, validate=validate.Range(min=1), **about("The `next_cursor` of the last page.")
+    )
+    model = fields.String(load_default=None, **about("Only jobs of this model."))
+    status = fields.String(load_default=None, validate=one_of(JobStatus))
+
+
+class JobSchema(AnswerSchema):
+    """A job: one accepted load or unload."""
+
+    id = fields.String(required=True)
+    kind = fields.String(required=True, validate=one_of(JobKind))
+    model_id = fields.String(required=True)
+    version = fields.Integer(required=True, allow_none=True)
+    status = fields.String(required=True, validate=one_of(JobStatus))
+    stage = fields.String(
+        required=True,
+        allow_none=True,
+        **about("Live: copying, starting, loading, warming_up, measuring; draining, stopping."),
+    )
+    waiting_for = fields.String(required=True, allow_none=True)
+    created_at = fields.String(required=True)
+    started_at = fields.String(required=True, allow_none=True)
+    finished_at = fields.String(required=True, allow_none=True)
+    requested_by = fields.String(required=True)
+    cause = fields.String(required=True, validate=one_of(Cause))
+    cancel_requested = fields.Boolean(
+        required=True, **about("Whether a cancel was requested; see `status` for its outcome.")
+    )
+    superseded_by = fields.String(
+        required=True,
+        allow_none=True,
+        **about("The job of a person's load that took the place of this one by the system."),
+    )
+    attempt = fields.Integer(required=True)
+    node = fields.String(**about(f"Name of the node where it is placed; {NO_NODE}"))
+    position = fields.Integer(required=True, **about("Position of its latest event."))
+    parameters = fields.Dict(required=True, **about("Parameters of its request."))
+    error = fields.Nested(FailureSchema, required=True, allow_none=True)
+    as_of = fields.Integer(**about(AS_OF_IN_THE_PAST))
+    as_of_time = fields.String(allow_none=True, **about(AS_OF_TIME))
+    server = fields.Nested(ServerSchema, **about(SERVER_THEN))
+    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(NODES_THEN))
+
+
+class JobListSchema(AnswerSchema):
+    """One page of the jobs, newest first."""
+
+    jobs = fields.List(fields.Nested(JobSchema), required=True)
+    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
+    as_of_time = fields.String(allow_none=True, **about(AS_OF_TIME))
+    server = fields.Nested(ServerSchema, **about(SERVER_THEN))
+    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(NODES_THEN))
+    next_cursor = fields.Integer(required=True, allow_none=True)
 
 
 class IdempotencySchema(Schema):
@@ -161,10 +252,20 @@ async def list_jobs(request: web.Request) -> web.Response:
     status = JobStatus(query["status"]) if query["status"] is not None else None
     wanted = JobQuery(before=query["cursor"], model_id=query["model"], status=status, limit=query["limit"])
     if query["at"] is not None:
-        return web.json_response(await past_jobs(request, query["at"], wanted))
+        return web.json_response(await _list_past_jobs(request, query["at"], wanted))
     page = await request.app[READER].jobs(wanted)
     jobs = [job_view(job, request.app[CONSUMER]) for job in page.items]
     return web.json_response({"jobs": jobs, "as_of": page.as_of, "next_cursor": page.next_cursor})
+
+
+async def _list_past_jobs(request: web.Request, at: str, wanted: JobQuery) -> dict[str, Any]:
+    limit, more = wanted.limit, replace(wanted, limit=wanted.limit + 1)
+    moment, found = await read_past(request, at, partial(jobs_at, query=more))
+    return {
+        "jobs": [job_view(job, None) for job in found[:limit]],
+        "next_cursor": found[limit - 1].created_position if len(found) > limit else None,
+        **as_of(moment),
+    }
 
 
 @routes.get(
@@ -180,10 +281,10 @@ async def show_job(request: web.Request) -> web.Response:
     """Answer with one job; a failed job is not an error of this request."""
     job_id, at = path_parameters(request)["job_id"], query_parameters(request)["at"]
     if at is not None:
-        past = await past_job(request, at, job_id)
+        moment, past = await read_past(request, at, partial(job_at, job_id=job_id))
         if past is None:
             raise UnknownJob(f"there was no job {job_id!r} at that time")
-        return web.json_response(past)
+        return web.json_response({**job_view(past, None), **as_of(moment)})
     return web.json_response(job_view(await _find_job(request.app, job_id), request.app[CONSUMER]))
 
 
@@ -205,6 +306,33 @@ async def cancel_job(request: web.Request) -> web.Response:
     return await answer_with_job(
         request, RequestCancel(job.id, request[PRINCIPAL].subject, hash_idempotency_key(request))
     )
+
+
+def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
+    """Return a job; `stage` and `waiting_for` come from the consumer and are null without one."""
+    runs, waits = job.status is JobStatus.IN_PROGRESS, job.status is JobStatus.PENDING
+    parameters = msgspec.to_builtins(job.load if job.load is not None else job.unload)
+    return {
+        "id": job.id,
+        "kind": job.kind.value,
+        "model_id": job.model_id,
+        "version": job.version,
+        "status": job.status.value,
+        "stage": consumer.stage(job) if consumer and runs else None,
+        "waiting_for": consumer.waiting_for(job) if consumer and waits else None,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "requested_by": job.requested_by,
+        "cause": job.cause.value,
+        "cancel_requested": job.cancel_requested,
+        "superseded_by": job.superseded_by,
+        "attempt": job.attempt,
+        **node_member(job.node_id),
+        "position": job.position,
+        "parameters": parameters,
+        "error": failure_view(job.error),
+    }
 
 
 async def answer_with_job(request: web.Request, command: Command) -> web.Response:

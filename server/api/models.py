@@ -1,8 +1,4 @@
-"""Models: list, show, load and unload them.
-
-The parameters of a load come from the request, then, for the loaded version, from its load (`events.accept`),
-else from the model's loadledger.toml, then from the server's settings.
-"""
+"""Models: list, show, load and unload them."""
 
 from __future__ import annotations
 
@@ -16,39 +12,47 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
-from msgspec import UNSET
+from marshmallow import Schema, fields, validate
 
-from events.accept import NO_BATCHING
-from events.commands import RequestLoad, RequestUnload
-from events.models import Model, ModelState
-from events.types import Idempotency, LoadParameters
-from runtime.contents import Contents, ModelContents
-from runtime.errors import LoadRefused, RuntimeProblem, UnknownModel
+from events.commands import RequestUnload
+from events.models import RELOADS, Model, ModelState
+from events.sqlite.timetravel import state_at
+from events.state import State
+from runtime.contents import ModelContents
+from runtime.errors import RuntimeProblem, UnknownModel
 from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
-from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.onnxfile import ModelSignature
-from runtime.repository import Repository
-from runtime.store.problems import RepositoryUnreadable
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
+from server.api.loads import LoadBodySchema, make_load_command
 from server.api.schemas import (
-    AtQuerySchema,
-    LoadBodySchema,
-    ModelListSchema,
+    NO_NODE,
+    AnswerSchema,
+    FailureSchema,
     ModelPathSchema,
-    ModelSchema,
-    ModelsQuerySchema,
-    UnloadBodySchema,
-    UnloadQuerySchema,
-    model_view,
+    PageQuerySchema,
+    TensorSchema,
+    about,
+    failure_view,
+    node_member,
+    one_of,
 )
-from server.api.timetravel import past_model, past_models
-from server.appkeys import CONFIG, CONSUMER, CONTENTS, LOG, ROUTER
+from server.api.timetravel import (
+    AS_OF_IN_THE_PAST,
+    AS_OF_TIME,
+    NODES_THEN,
+    SERVER_THEN,
+    AtQuerySchema,
+    NodePresenceSchema,
+    ServerSchema,
+    as_of,
+    read_past,
+)
+from server.appkeys import CONSUMER, CONTENTS, LOG, ROUTER
 from server.auth.gate import PRINCIPAL
-from server.config import Config
 from server.http.validation import (
     NothingSchema,
+    ParameterBoolean,
     json_body,
-    load_with,
     path_parameters,
     query_parameters,
 )
@@ -56,14 +60,149 @@ from server.routing import Access, Routes
 
 routes = Routes(tag="models")
 
-_PARAMETERS = LoadParameters.__struct_fields__
-_AS_DEFAULTS = LoadBodySchema(only=_PARAMETERS)
 LIST_LIMIT_S = 2.0
 """How long a list of models waits for one look at all of them, and then for a look at each."""
 _ALL_MODELS, _ALL_FOLDERS = "*", "/"
 """What looks at several models are known by; no model has such an id."""
-NEVER = -1
-"""The `keep_alive_s` of a model without an idle timeout."""
+
+
+class UnloadBodySchema(Schema):
+    """An unload takes no body or an empty object."""
+
+
+class UnloadQuerySchema(Schema):
+    """Query of an unload."""
+
+    force = ParameterBoolean(
+        load_default=False, **about("Do not wait for running requests; end a load and a stuck worker, too.")
+    )
+
+
+class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
+    """Page of the models."""
+
+    cursor = fields.String(load_default="", **about("The `next_cursor` of the last page."))
+
+
+class FileSchema(AnswerSchema):
+    """A file of a loaded version, as it was read."""
+
+    path = fields.String(required=True)
+    bytes = fields.Integer(required=True)
+    mtime_ns = fields.Integer(required=True)
+    sha256 = fields.String(required=True)
+
+
+class PreparedSchema(AnswerSchema):
+    """A prepared form of a version's files."""
+
+    form = fields.String(required=True, **about("`prepacked` or `optimised`."))
+    sha256 = fields.String(required=True)
+
+
+class ModelTensorSchema(TensorSchema):
+    """An input or output of a model; -1 in its shape is any length."""
+
+    optional = fields.Boolean(required=True, **about("Whether an input may be left out."))
+
+
+_SIGNATURE = (
+    "In the answer of one model: those of the version that serves, else of the highest one, as its file"
+)
+_SIGNATURE += " declares them; null if the file cannot be read as ONNX."
+
+
+class ModelSchema(AnswerSchema):
+    """A model of the repository, or one that is loaded."""
+
+    id = fields.String(required=True)
+    versions = fields.List(
+        fields.Integer(),
+        required=True,
+        allow_none=True,
+        **about("In the repository; null with `at`: its past is not recorded."),
+    )
+    state = fields.String(required=True, validate=one_of(ModelState))
+    version = fields.Integer(required=True, allow_none=True)
+    next_version = fields.Integer(required=True, allow_none=True)
+    active = fields.Boolean(required=True)
+    loaded_at = fields.String(required=True, allow_none=True)
+    loaded_by = fields.String(
+        required=True,
+        allow_none=True,
+        **about("Who asked for it, also of a model that the system brought back since."),
+    )
+    brought_back = fields.String(
+        required=True,
+        allow_none=True,
+        validate=validate.OneOf([cause.value for cause in RELOADS]),
+        **about(
+            "Why the system loaded it again, if it did: `restart` of the server, `recovery`, `swap`, `drain`."
+        ),
+    )
+    job_id = fields.String(required=True, allow_none=True)
+    node = fields.String(**about(f"Name of the node where it is loaded; {NO_NODE}"))
+    position = fields.Integer(required=True, allow_none=True, **about("Position of its `ModelLoaded`."))
+    files = fields.List(fields.Nested(FileSchema), required=True)
+    repository_changed = fields.Boolean(
+        required=True,
+        allow_none=True,
+        **about(
+            "Whether the repository has newer files than those that are loaded; null if nothing is loaded,"
+            " and with `at`."
+        ),
+    )
+    prepared = fields.Nested(
+        PreparedSchema,
+        required=True,
+        allow_none=True,
+        **about("The prepared form that its workers loaded; null if they loaded the files."),
+    )
+    memory_bytes = fields.Integer(
+        required=True,
+        allow_none=True,
+        **about(
+            "Memory of its workers now, measured every few seconds, as in the resources; null with `at`."
+        ),
+    )
+    memory_at_load_bytes = fields.Integer(
+        required=True, allow_none=True, **about("What they took when the model was loaded.")
+    )
+    error = fields.Nested(FailureSchema, required=True, allow_none=True)
+    instances = fields.Integer(
+        required=True, allow_none=True, **about("Running workers; may be fewer than were loaded.")
+    )
+    threads = fields.Integer(
+        required=True,
+        allow_none=True,
+        **about("Threads that each of its workers computes with."),
+    )
+    inputs = fields.List(fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE))
+    outputs = fields.List(fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE))
+    parameters = fields.Dict(
+        allow_none=True, **about("In the answer of one model: of the load that serves; null without one.")
+    )
+    signature_version = fields.Integer(
+        allow_none=True, **about("The version that `inputs` and `outputs` are of.")
+    )
+    as_of = fields.Integer(**about(AS_OF_IN_THE_PAST))
+    as_of_time = fields.String(allow_none=True, **about(AS_OF_TIME))
+    server = fields.Nested(ServerSchema, **about(SERVER_THEN))
+    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(NODES_THEN))
+
+
+class ModelListSchema(AnswerSchema):
+    """One page of the models, by id."""
+
+    models = fields.List(fields.Nested(ModelSchema), required=True)
+    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
+    as_of_time = fields.String(allow_none=True, **about(AS_OF_TIME))
+    server = fields.Nested(ServerSchema, **about(SERVER_THEN))
+    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(NODES_THEN))
+    next_cursor = fields.String(required=True, allow_none=True)
+
+
+_HAS_WORKERS = (ModelState.LOADED, ModelState.UNLOADING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,75 +212,6 @@ class ListedModel:
     id: str
     versions: list[int] = field(default_factory=list)
     has_changed: bool | None = None
-
-
-async def make_load_command(
-    app: web.Application,
-    model_id: str,
-    asked: Mapping[str, Any],
-    subject: str,
-    idempotency: Idempotency | None = None,
-) -> RequestLoad:
-    """Return the command of a request whose body, as `LoadBodySchema` loads it, is `asked`.
-
-    Raises:
-        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
-        RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`.
-    """
-    wanted = {name: value for name, value in asked.items() if name != "version"}
-    version = asked.get("version")
-    contents = app[CONTENTS]
-    look = partial(_look_up, contents, model_id, version)
-    chosen, known, written = await contents.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
-    defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
-    parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
-    return RequestLoad(
-        model_id,
-        chosen,
-        known,
-        subject,
-        parameters,
-        asked=frozenset(wanted),
-        idempotency=idempotency,
-    )
-
-
-def default_parameters(repository: Repository, model_id: str, config: Config) -> LoadParameters:
-    """Return the parameters of a load whose request names none.
-
-    Raises:
-        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
-    """
-    file = defaults_name(model_id)
-    defaults = load_with(_AS_DEFAULTS, read_defaults(repository, model_id), file, InvalidDefaults)
-    return _merge_parameters({}, defaults, file, config)
-
-
-def _look_up(
-    contents: ModelContents, model_id: str, version: int | None
-) -> tuple[int, Contents | None, dict[str, Any]]:
-    chosen = contents.repository.find_version(model_id, version)
-    known = None
-    with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
-        known = contents.known_contents(model_id, chosen)
-    return chosen, known, read_defaults(contents.repository, model_id)
-
-
-def _merge_parameters(
-    wanted: Mapping[str, Any], defaults: Mapping[str, Any], file: str, config: Config
-) -> LoadParameters:
-    """Merge the sources; a request that switches batching off also drops its delay."""
-    own = {name: getattr(config, name) for name in ("timeout_s", "progress_timeout_s")}
-    merged = {**own, **defaults, **wanted}
-    if merged.get("keep_alive_s") is None:  # null means the server's setting in each source
-        merged["keep_alive_s"] = None if config.keep_alive_s == NEVER else config.keep_alive_s
-    asks_delay = bool(wanted.get("max_queue_delay_us"))  # the loaded model may have batches: `events.accept`
-    if merged.get("max_queue_delay_us") and not merged.get("max_batch_size") and not asks_delay:
-        if not defaults.get("max_batch_size"):
-            raise InvalidDefaults(f"{file}: {NO_BATCHING}")
-        merged["max_queue_delay_us"] = 0
-    merged["node_labels"] = tuple(sorted(set(merged.get("node_labels") or ()))) or UNSET
-    return LoadParameters(**merged)
 
 
 @routes.get(
@@ -156,7 +226,7 @@ async def list_models(request: web.Request) -> web.Response:
     """Answer with a page of models, from the recorded state and the repository."""
     query, state = query_parameters(request), request.app[LOG].state
     if query["at"] is not None:
-        return web.json_response(await past_models(request, query["at"], query["cursor"], query["limit"]))
+        return web.json_response(await _list_past_models(request, **query))
     known = {model.id for model in state.models.values() if _is_live(model)}
     limit, active = query["limit"], state.active()
     page = await list_versions(request.app[CONTENTS], dict(state.models), known, query["cursor"], limit)
@@ -175,6 +245,17 @@ async def list_models(request: web.Request) -> web.Response:
     return web.json_response({"models": models, "as_of": state.position, "next_cursor": next_cursor})
 
 
+async def _list_past_models(request: web.Request, at: str, cursor: str, limit: int) -> dict[str, Any]:
+    moment, state = await read_past(request, at, state_at)
+    ids = sorted(model_id for model_id in state.models if model_id > cursor)
+    active = state.active()
+    return {
+        "models": [model_view(model_id, state, None, active) for model_id in ids[:limit]],
+        "next_cursor": ids[limit - 1] if len(ids) > limit else None,
+        **as_of(moment),
+    }
+
+
 @routes.get(
     "/api/v1/models/{id}",
     access=Access.ANY,
@@ -188,7 +269,10 @@ async def show_model(request: web.Request) -> web.Response:
     """Answer with one model."""
     model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
     if at is not None:
-        return web.json_response(await past_model(request, at, model_id))
+        moment, past = await read_past(request, at, state_at)
+        if model_id not in past.models:
+            raise UnknownModel(model_id)
+        return web.json_response({**model_view(model_id, past, None, past.active()), **as_of(moment)})
     seen = await look_at_model(request, model_id)
     state = request.app[LOG].state
     view = model_view(
@@ -203,6 +287,42 @@ async def show_model(request: web.Request) -> web.Response:
     parameters = msgspec.to_builtins(serving.parameters) if serving is not None else None
     signature = await _describe_signature(request.app, model_id)
     return web.json_response({**view, "parameters": parameters, **signature})
+
+
+def model_view(
+    model_id: str,
+    state: State,
+    versions: list[int] | None,
+    active: Model | None,
+    *,
+    repository_changed: bool | None = None,
+    memory_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Return a model of the state, or one of the repository only; None for what is unknown of the past."""
+    model = state.models.get(model_id) or Model(model_id)
+    serving = model.serving
+    return {
+        "id": model.id,
+        "versions": versions,
+        "state": model.state.value,
+        "version": model.version,
+        "next_version": model.next_version,
+        "active": active is not None and active.id == model.id,
+        "loaded_at": serving.loaded_at if serving else None,
+        "loaded_by": (serving.asked_by or serving.loaded_by) if serving else None,
+        "brought_back": serving.brought_back if serving else None,
+        "job_id": serving.load_job_id if serving else None,
+        **node_member(serving.node_id if serving else None),
+        "position": serving.position if serving else None,
+        "files": msgspec.to_builtins(serving.files) if serving else [],
+        "repository_changed": repository_changed if serving else None,
+        "prepared": msgspec.to_builtins(serving.prepared) if serving else None,
+        "memory_bytes": memory_bytes,
+        "memory_at_load_bytes": serving.memory_bytes if serving else None,
+        "error": failure_view(model.error),
+        "instances": len(serving.worker_ids) if serving and model.phase in _HAS_WORKERS else None,
+        "threads": serving.threads if serving else None,
+    }
 
 
 def _memory_now(app: web.Application, model_id: str) -> int | None:

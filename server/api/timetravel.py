@@ -2,31 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import asdict, replace
-from functools import partial
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from marshmallow import Schema, fields
 
-from events.sqlite.queries import JobQuery
-from events.sqlite.timetravel import (
-    Moment,
-    TimeTravelReader,
-    job_at,
-    jobs_at,
-    open_time_travel_reader,
-    state_at,
-)
-from runtime.errors import UnknownModel
-from server.api.schemas import job_view, model_view
+from events.sqlite.liveness import NodeState, ServerState
+from events.sqlite.timetravel import Moment, TimeTravelReader, open_time_travel_reader
+from server.api.schemas import AnswerSchema, about, one_of
 from server.appkeys import LOG
 from server.auth.gate import PRINCIPAL, check_role
 from server.routing import Access
 
+T = TypeVar("T")
+
 TIME_TRAVEL = web.AppKey("time_travel", TimeTravelReader)
 """The time travel reader."""
+
+AS_OF_IN_THE_PAST = "With `at`: the position that the answer reflects."
+AS_OF_TIME = "With `at`: when the event at `as_of` was recorded; null if the log does not have it."
+SERVER_THEN = (
+    "With `at`: the state of the server then. While it is not `running`, nothing is loaded. With nodes, "
+    "it runs while any is there."
+)
+NODES_THEN = "With `at`: the nodes that had joined by then, by name; missing if there were none."
+
+
+class AtQuerySchema(Schema):
+    """Time travel."""
+
+    at = fields.String(
+        load_default=None,
+        **about(
+            "Answer as of this moment; for the roles `audit` and `admin`. A position of the "
+            "log (digits), or a time with its offset (RFC 3339), which means the last position recorded by "
+            "then. 0 is before the first event.",
+            example="2026-01-31T14:02:00Z",
+        ),
+    )
+
+
+class ServerSchema(AnswerSchema):
+    """The state of the server at a moment of the past."""
+
+    state = fields.String(
+        required=True,
+        validate=one_of(ServerState),
+        **about("`unknown`: after it was last seen, and before its unclean end was discovered."),
+    )
+    since = fields.String(required=True, allow_none=True, **about("Null if the log does not say."))
+
+
+class NodePresenceSchema(AnswerSchema):
+    """The state of a node at a moment of the past."""
+
+    id = fields.String(required=True)
+    state = fields.String(
+        required=True,
+        validate=one_of(NodeState),
+        **about("`unknown`: after it renewed its lease last, and before it was declared lost."),
+    )
+    since = fields.String(required=True, allow_none=True, **about("Null if the log does not say."))
 
 
 async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
@@ -35,57 +73,17 @@ async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-@web.middleware
-async def time_travel_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Check the role for `?at=` before the rest of the request, and catch up; between auth and validation."""
-    if "at" in request.query and _takes_at(request.match_info.handler):
-        check_role(request[PRINCIPAL], Access.AUDIT)
-        at = request.query["at"]
-        if at.isdecimal() and len(at) < 20:  # noqa: PLR2004 - a position is a 64-bit integer
-            await request.app[LOG].reach(int(at))
-    return await handler(request)
-
-
-async def past_models(request: web.Request, at: str, cursor: str, limit: int) -> dict[str, Any]:
-    """Return a page of the models that the ledger knew at a moment, by id; raises as the reader does."""
-    moment, state = await request.app[TIME_TRAVEL].read(at, state_at)
-    ids = sorted(model_id for model_id in state.models if model_id > cursor)
-    active = state.active()
-    models = [model_view(model_id, state, None, active) for model_id in ids[:limit]]
-    return {
-        "models": models,
-        "next_cursor": ids[limit - 1] if len(ids) > limit else None,
-        **as_of(moment),
-    }
-
-
-async def past_model(request: web.Request, at: str, model_id: str) -> dict[str, Any]:
-    """Return a model as it was at a moment.
+async def read_past(request: web.Request, at: str, query: Callable[[Any, int], T]) -> tuple[Moment, T]:
+    """Answer a query of the past for a subject that may read it, when this server knows the log up to `at`.
 
     Raises:
-        UnknownModel: `unknown_model`, there was no load of it by then; and what the reader raises.
+        Forbidden: `forbidden`.
+        BeyondHead: `beyond_head`; and what the reader raises.
     """
-    moment, state = await request.app[TIME_TRAVEL].read(at, state_at)
-    if model_id not in state.models:
-        raise UnknownModel(model_id)
-    return {**model_view(model_id, state, None, state.active()), **as_of(moment)}
-
-
-async def past_jobs(request: web.Request, at: str, query: JobQuery) -> dict[str, Any]:
-    """Return a page of the jobs as they were at a moment, newest first; raises as the reader does."""
-    limit, more = query.limit, replace(query, limit=query.limit + 1)
-    moment, found = await request.app[TIME_TRAVEL].read(at, partial(jobs_at, query=more))
-    return {
-        "jobs": [job_view(job, None) for job in found[:limit]],
-        "next_cursor": found[limit - 1].created_position if len(found) > limit else None,
-        **as_of(moment),
-    }
-
-
-async def past_job(request: web.Request, at: str, job_id: str) -> dict[str, Any] | None:
-    """Return a job as it was at a moment, None if there was none; raises as the reader does."""
-    moment, job = await request.app[TIME_TRAVEL].read(at, partial(job_at, job_id=job_id))
-    return {**job_view(job, None), **as_of(moment)} if job is not None else None
+    check_role(request[PRINCIPAL], Access.AUDIT)
+    if at.isdecimal() and len(at) < 20:  # noqa: PLR2004 - a position is a 64-bit integer
+        await request.app[LOG].reach(int(at))
+    return await request.app[TIME_TRAVEL].read(at, query)
 
 
 def as_of(moment: Moment) -> dict[str, Any]:
@@ -98,8 +96,3 @@ def as_of(moment: Moment) -> dict[str, Any]:
         "server": {"state": server.state.value, "since": server.since} if server is not None else None,
         **({"nodes": nodes} if nodes else {}),
     }
-
-
-def _takes_at(handler: Handler) -> bool:
-    declared = getattr(handler, "__schemas__", ())
-    return any(each["location"] == "querystring" and "at" in each["schema"].fields for each in declared)

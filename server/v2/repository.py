@@ -19,7 +19,8 @@ from events.errors import RequestRefused
 from events.jobs import Job, JobStatus
 from events.models import Model, ModelState
 from server.api.jobs import job_path, run_job
-from server.api.models import ListedModel, list_versions, make_load_command
+from server.api.loads import make_load_command
+from server.api.models import ListedModel, list_versions
 from server.api.schemas import AnswerSchema, ModelPathSchema
 from server.appkeys import CONTENTS, LOG
 from server.auth.gate import PRINCIPAL

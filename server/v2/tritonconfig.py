@@ -18,7 +18,8 @@ from events.types import LoadParameters
 from runtime import strictjson
 from runtime.onnxfile import MODEL_FILE
 from runtime.wire import DATATYPES, TensorSpec
-from server.api.schemas import AnswerSchema, LoadBodySchema
+from server.api.loads import LoadBodySchema
+from server.api.schemas import AnswerSchema
 from server.errors import ServerProblem
 from server.http.validation import MAX_JSON_BYTES, InvalidBody, load_with, read_plain_body
 

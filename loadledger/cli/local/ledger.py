@@ -178,7 +178,8 @@ def _replay_state(
     """Return the state at a moment, in the form of the management API."""
     from events.audit.archivechain import replay  # noqa: PLC0415 - as above
     from events.sqlite.proof import open_log_reader  # noqa: PLC0415
-    from server.api.schemas import job_view, model_view  # noqa: PLC0415
+    from server.api.jobs import job_view  # noqa: PLC0415
+    from server.api.models import model_view  # noqa: PLC0415
     from server.api.timetravel import as_of  # noqa: PLC0415
 
     with open_log_reader(path) as log:

@@ -13,7 +13,7 @@ from support.models import save
 from events.types import LoadRequested
 from runtime.contents import ModelContents
 from runtime.repository import Repository
-from server.api.models import make_load_command
+from server.api.loads import make_load_command
 from server.app import create_app
 from server.appkeys import CONTENTS
 from server.config import Config

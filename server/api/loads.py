@@ -1,0 +1,194 @@
+"""The parameters of a load: their schema, their sources, and the command.
+
+They come from the request, then, for the loaded version, from its load (`events.accept`), else from the
+model's loadledger.toml, then from the server's settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from aiohttp import web
+from marshmallow import Schema, fields, validate
+from msgspec import UNSET
+
+from events.accept import NO_BATCHING
+from events.commands import RequestLoad
+from events.types import Idempotency, LoadParameters
+from runtime.contents import Contents, ModelContents
+from runtime.errors import LoadRefused
+from runtime.filesystem import REQUEST_LIMIT_S
+from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
+from runtime.repository import MAX_VERSION, Repository
+from runtime.store.problems import RepositoryUnreadable
+from server.api.schemas import about
+from server.appkeys import CONFIG, CONTENTS
+from server.config import MAX_KEEP_ALIVE_S, MAX_THREADS, MAX_TIMEOUT_S, Config
+from server.http.validation import StrictBoolean, StrictInteger, load_with
+from server.settingvalues import LABEL, LABEL_RULE, MAX_LABELS
+
+MAX_INSTANCES = 64
+"""Each instance is a process with a copy of the model; more is a mistake on one machine."""
+MAX_BATCH_SIZE = 65_536
+MAX_QUEUE_DELAY_US = 1_000_000
+"""A second: a longer wait for a batch costs more than it saves."""
+NEVER = -1
+"""The `keep_alive_s` of a model without an idle timeout."""
+
+
+class LoadBodySchema(Schema):
+    """Parameters of a load. Defaults: the model's loadledger.toml, then the server's settings."""
+
+    version = StrictInteger(
+        validate=validate.Range(1, MAX_VERSION), **about("Default: the highest version at acceptance.")
+    )
+    timeout_s = StrictInteger(
+        validate=validate.Range(1, MAX_TIMEOUT_S),
+        **about("Seconds from acceptance, waiting included, after which the load fails. Default: 300."),
+    )
+    progress_timeout_s = StrictInteger(
+        validate=validate.Range(1, MAX_TIMEOUT_S),
+        **about(
+            "Seconds that the load, once it has started, may make no progress; then it fails with "
+            "`no_progress`. Progress is a further stage, or a piece of a file that is copied or hashed. "
+            "Default: 300."
+        ),
+    )
+    memory_limit_bytes = StrictInteger(
+        validate=validate.Range(min=2**20),
+        allow_none=True,
+        **about(
+            "Memory of each instance; a load that needs more fails with `out_of_memory`. Null is no limit."
+        ),
+    )
+    priority = fields.String(
+        validate=validate.OneOf(["high", "normal", "low"]),
+        **about(
+            "Waiting loads start by priority, then by age. Default: `normal`. A `low` one "
+            "waits, up to a limit, while the machine is under pressure."
+        ),
+    )
+    keep_alive_s = StrictInteger(
+        validate=validate.Range(-1, MAX_KEEP_ALIVE_S),
+        allow_none=True,
+        **about(
+            "Idle timeout: seconds after the end of the last request until the model is "
+            "unloaded. -1 is never, 0 is at once. Default, also for null: the server's --keep-alive-s. A job "
+            "shows null for never if neither request nor server set it."
+        ),
+    )
+    strategy = fields.String(
+        validate=validate.OneOf(["beside", "in_place", "auto"]),
+        **about(
+            "How a loaded model is replaced. `beside`: the old version serves until the new "
+            "one is loaded; both use memory. `in_place`: the old version is unloaded first; requests get 503 "
+            "until the new one is loaded. `auto`: beside if both fit into the memory budget, else in place. "
+            "Default: `beside`."
+        ),
+    )
+    pinned = StrictBoolean(
+        **about("A pinned model is never evicted and has no idle timeout. Default: `false`.")
+    )
+    instances = StrictInteger(
+        validate=validate.Range(1, MAX_INSTANCES),
+        **about("Workers that serve the model in parallel. Default: 1."),
+    )
+    threads = StrictInteger(
+        validate=validate.Range(1, MAX_THREADS),
+        allow_none=True,
+        **about("Threads that each worker computes with. Default, also for null: the server's --threads."),
+    )
+    max_batch_size = StrictInteger(
+        validate=validate.Range(0, MAX_BATCH_SIZE),
+        **about(
+            "Queued requests are run together up to this size of the first dimension. "
+            "Default: 0, no batching."
+        ),
+    )
+    max_queue_delay_us = StrictInteger(
+        validate=validate.Range(0, MAX_QUEUE_DELAY_US),
+        **about("Microseconds that a request may wait for its batch to fill; needs a `max_batch_size`."),
+    )
+    node_labels = fields.List(
+        fields.String(validate=validate.Regexp(rf"(?:{LABEL.pattern})\Z", error=LABEL_RULE)),
+        validate=validate.Length(max=MAX_LABELS),
+        allow_none=True,
+        **about(
+            "Labels that its node must have, `name=value` each; a server alone ignores them. Default: none."
+        ),
+    )
+
+
+_AS_DEFAULTS = LoadBodySchema(only=LoadParameters.__struct_fields__)
+
+
+async def make_load_command(
+    app: web.Application,
+    model_id: str,
+    asked: Mapping[str, Any],
+    subject: str,
+    idempotency: Idempotency | None = None,
+) -> RequestLoad:
+    """Return the command of a request whose body, as `LoadBodySchema` loads it, is `asked`.
+
+    Raises:
+        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
+        RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`.
+    """
+    wanted = {name: value for name, value in asked.items() if name != "version"}
+    version = asked.get("version")
+    contents = app[CONTENTS]
+    look = partial(_look_up, contents, model_id, version)
+    chosen, known, written = await contents.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+    defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
+    parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
+    return RequestLoad(
+        model_id,
+        chosen,
+        known,
+        subject,
+        parameters,
+        asked=frozenset(wanted),
+        idempotency=idempotency,
+    )
+
+
+def default_parameters(repository: Repository, model_id: str, config: Config) -> LoadParameters:
+    """Return the parameters of a load whose request names none.
+
+    Raises:
+        InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
+    """
+    file = defaults_name(model_id)
+    defaults = load_with(_AS_DEFAULTS, read_defaults(repository, model_id), file, InvalidDefaults)
+    return _merge_parameters({}, defaults, file, config)
+
+
+def _look_up(
+    contents: ModelContents, model_id: str, version: int | None
+) -> tuple[int, Contents | None, dict[str, Any]]:
+    chosen = contents.repository.find_version(model_id, version)
+    known = None
+    with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
+        known = contents.known_contents(model_id, chosen)
+    return chosen, known, read_defaults(contents.repository, model_id)
+
+
+def _merge_parameters(
+    wanted: Mapping[str, Any], defaults: Mapping[str, Any], file: str, config: Config
+) -> LoadParameters:
+    """Merge the sources; a request that switches batching off also drops its delay."""
+    own = {name: getattr(config, name) for name in ("timeout_s", "progress_timeout_s")}
+    merged = {**own, **defaults, **wanted}
+    if merged.get("keep_alive_s") is None:  # null means the server's setting in each source
+        merged["keep_alive_s"] = None if config.keep_alive_s == NEVER else config.keep_alive_s
+    asks_delay = bool(wanted.get("max_queue_delay_us"))  # the loaded model may have batches: `events.accept`
+    if merged.get("max_queue_delay_us") and not merged.get("max_batch_size") and not asks_delay:
+        if not defaults.get("max_batch_size"):
+            raise InvalidDefaults(f"{file}: {NO_BATCHING}")
+        merged["max_queue_delay_us"] = 0
+    merged["node_labels"] = tuple(sorted(set(merged.get("node_labels") or ()))) or UNSET
+    return LoadParameters(**merged)
