@@ -12,7 +12,6 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,24 +120,17 @@ def write_profile(path: Path, profile: ServerTarget) -> None:
 
     Raises:
         OSError: it cannot be written.
+        WrongTarget: there is a folder or a device at the path.
     """
+    from events.audit.files import write_file  # noqa: PLC0415 - keeps commands quick that write none
+
     values = {"url": profile.url, "token": profile.token, "ca": profile.ca and str(profile.ca)}
     text = "".join(
         f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items() if value
     )
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        new.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            new.unlink()
-        raise
+    with write_file(path.resolve(), replace=True) as file:
+        file.write(text.encode())
 
 
 def _choose_target(profile: str | None, environment: Mapping[str, str]) -> ServerTarget:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import click
 
-from loadledger.cli.local.serve import SettingsCommand
 from loadledger.cli.main import ALIASES, SECTIONS, find_command, main
+from loadledger.cli.serve import SettingsCommand
 from tools.markdown import cell, table
 
 HEAD = """\

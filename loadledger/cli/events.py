@@ -27,6 +27,9 @@ MAX_CHARACTERS = 200
 """Longest description of an event in a line: messages may have 4 KiB."""
 
 DATA = "LOADLEDGER_DATA"
+PAGE = 500
+POLL_S = 0.2
+"""Polling interval of a followed file."""
 FILTERS = ("types", "models", "jobs", "actors")
 Show = Callable[[Sequence[bytes]], None]
 
@@ -153,7 +156,6 @@ def _print_file_events(data: Path, show: Show, **options: Any) -> None:
     from events.sqlite.datalock import LEDGER  # noqa: PLC0415
     from events.sqlite.listing import EventFilter  # noqa: PLC0415
     from events.types import TYPES  # noqa: PLC0415
-    from loadledger.cli.local.localledger import show_events  # noqa: PLC0415
 
     if not (data / LEDGER).is_file():
         exit_with_error(f"there is no ledger in {data}: give the --data directory of a server, or --url")
@@ -167,3 +169,44 @@ def _print_file_events(data: Path, show: Show, **options: Any) -> None:
         sys.exit(INTERRUPTED)
     except LedgerProblem as error:
         exit_with_error(str(error))
+
+
+async def show_events(
+    path: Path,
+    show: Show,
+    wanted: Any,
+    *,
+    follow: bool,
+    after: int | None,
+    since: str | None,
+    until: str | None,
+    tail: int | None,
+) -> None:
+    """Show a ledger's events page by page, as stored lines; with `follow` also new ones, without end.
+
+    Following begins at the head, unless `after`, `since` or `tail` (the last so many positions) sets the
+    beginning. `since` and `until` are positions or times, as typed, and `wanted` is an `EventFilter`.
+    """
+    import asyncio  # noqa: PLC0415 - as above
+    from dataclasses import replace  # noqa: PLC0415
+
+    from events.sqlite.listing import EventQuery, open_reader  # noqa: PLC0415
+    from events.sqlite.timetravel import parse_moment  # noqa: PLC0415
+
+    query = EventQuery(wanted, after=after, since=parse_moment(since), until=parse_moment(until), limit=PAGE)
+    if follow and after is None and since is None and tail is None:
+        tail = 0
+    async with open_reader(path) as reader:
+        if tail is not None:
+            newest = await reader.event_page(EventQuery(limit=1))
+            query = replace(query, after=max(newest.as_of - tail, newest.base))
+        while True:
+            page = await reader.event_page(query)
+            show([event.line for event in page.items])
+            if page.next_cursor is not None:
+                query = replace(query, after=page.next_cursor)
+            elif follow:
+                query = replace(query, after=page.as_of, since=None)
+                await asyncio.sleep(0 if page.items else POLL_S)
+            else:
+                return

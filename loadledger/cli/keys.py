@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.local.ledger import ledger_key
+from loadledger.cli.ledger import ledger_key
 from loadledger.cli.output import (
     NOTHING,
     exit_with_error,

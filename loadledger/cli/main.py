@@ -14,10 +14,10 @@ from loadledger.cli.output import is_dumb, quiet_exits
 
 SECTIONS = {
     "Serve": {
-        "run": "loadledger.cli.local.run:run",
-        "serve": "loadledger.cli.local.serve:serve",
-        "check": "loadledger.cli.local.serve:check",
-        "demo": "loadledger.cli.local.serve:demo",
+        "run": "loadledger.cli.serve:run",
+        "serve": "loadledger.cli.serve:serve",
+        "check": "loadledger.cli.serve:check",
+        "demo": "loadledger.cli.serve:demo",
     },
     "Models of a server": {
         "add": "loadledger.cli.models:add",
@@ -26,7 +26,7 @@ SECTIONS = {
         "unload": "loadledger.cli.jobs:unload",
         "models": "loadledger.cli.models:models",
         "show": "loadledger.cli.models:show",
-        "infer": "loadledger.cli.inference.command:infer",
+        "infer": "loadledger.cli.infer:infer",
         "resources": "loadledger.cli.models:resources",
         "top": "loadledger.cli.top:top",
     },
@@ -39,16 +39,16 @@ SECTIONS = {
     "Nodes that share a ledger": {
         "nodes": "loadledger.cli.nodes:nodes",
         "drain": "loadledger.cli.nodes:drain",
-        "ray": "loadledger.cli.local.raycluster:ray_group",
+        "ray": "loadledger.cli.ray:ray_group",
     },
     "Files of a ledger": {
-        "verify": "loadledger.cli.local.ledger:verify",
-        "replay": "loadledger.cli.local.ledger:replay",
-        "export": "loadledger.cli.local.ledger:export_events",
-        "archive": "loadledger.cli.local.ledger:archive",
-        "backup": "loadledger.cli.local.ledger:backup",
-        "migrate": "loadledger.cli.local.database:migrate",
-        "discard": "loadledger.cli.local.database:discard",
+        "verify": "loadledger.cli.ledger:verify",
+        "replay": "loadledger.cli.ledger:replay",
+        "export": "loadledger.cli.ledger:export_events",
+        "archive": "loadledger.cli.ledger:archive",
+        "backup": "loadledger.cli.ledger:backup",
+        "migrate": "loadledger.cli.ledger:migrate",
+        "discard": "loadledger.cli.ledger:discard",
         "prepared": "loadledger.cli.cache:prepared",
     },
     "Keys, tokens and this shell": {

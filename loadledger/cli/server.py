@@ -229,10 +229,12 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
     with open_client(ServerTarget(url, token, ca)) as client:
         client.resources()
         url = client.url
+    from events.errors import WrongTarget  # noqa: PLC0415 - keeps `loadledger --help` quick
+
     try:
         write_profile(path, ServerTarget(url, token, ca))
-    except OSError as error:
-        exit_with_error(f"{path} cannot be written: {error.strerror}")
+    except (OSError, WrongTarget) as error:
+        exit_with_error(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
     members = {"url": url, "profile": str(path)}  # dumped with escapes, as a path may be no UTF-8
     text = f"{to_printable(url)} accepts the token; saved in {path}"
     click.echo(json.dumps(members, indent=2) if as_json else text)

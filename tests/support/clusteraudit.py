@@ -18,7 +18,7 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
-from loadledger.cli.local.localdatabase import verify_address
+from loadledger.cli.database import verify_address
 from server.observability.eventlog import ENDS
 from support.cluster import Cluster
 from support.fleet import Source

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 from urllib.parse import quote
 
 import asyncpg
 import pytest
 
 from bench.postgres import find_programs
+from loadledger.cli.postgres import SUPERUSER, DatabaseFailed, initialise, own, run_program
 from support import keeper
 from support.workers import LIMIT_S
 
@@ -37,7 +38,6 @@ ROLES = ("ledger_owner", "ledger_server")
 """Who migrates and owns the database, and as whom the product runs."""
 PASSWORD = "ledger: secret"
 """Of both roles, where the server asks for one. It has to be quoted in a URL."""
-SUPERUSER = "postgres"
 
 MEMORY, DISK = Path("/dev/shm"), Path("/tmp")
 """Where a server's folder is. Not in the run's own, which the user `postgres` may not enter; and a socket's
@@ -81,27 +81,11 @@ def require_programs() -> Path:
 
 
 @cache
-def _server_user() -> pwd.struct_passwd:
-    """Return whose processes the servers are: PostgreSQL refuses to run as root."""
-    if os.geteuid():
-        return pwd.getpwuid(os.geteuid())
-    with suppress(KeyError):
-        return pwd.getpwnam("postgres")
-    return pwd.getpwnam("nobody")
-
-
-@cache
 def _parent(*, on_disk: bool = False) -> Path:
     """Return where folders of servers are."""
     if on_disk or not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).total < MIN_MEMORY_BYTES:
         return DISK
     return MEMORY
-
-
-def _own(path: Path) -> None:
-    """Give a path to the servers' user."""
-    if os.geteuid() == 0:
-        os.chown(path, _server_user().pw_uid, _server_user().pw_gid)
 
 
 @dataclass(slots=True)
@@ -265,14 +249,7 @@ class PostgresServer:
         if pristine.exists():
             await self._run("cp", "-a", str(pristine), str(self.data))
         else:
-            options = (
-                "--no-sync",
-                "--encoding=UTF8",
-                "--locale=C",
-                "--auth=trust",
-                f"--username={SUPERUSER}",
-            )
-            await self._run("initdb", "-D", str(self.data), *options)
+            await asyncio.to_thread(initialise, require_programs(), self.home, self.name, "--no-sync")
 
     async def _create_database(self, name: str, template: str) -> None:
         async with self.connection() as superuser:
@@ -325,24 +302,12 @@ class PostgresServer:
 
     async def _run(self, program: str, *arguments: str) -> None:
         """Run a program, one of PostgreSQL's if it has it, to its end as the servers' user."""
-        user = _server_user()
-        identity: dict[str, Any] = (
-            {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
-        )
-        process = await asyncio.create_subprocess_exec(
-            shutil.which(program, path=f"{require_programs()}:{os.environ['PATH']}") or program,
-            *arguments,
-            cwd=self.home,  # where the keeper finds it
-            env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            **identity,
-        )
-        output, _ = await process.communicate()
-        if process.returncode:
+        found = shutil.which(program, path=f"{require_programs()}:{os.defpath}") or program
+        try:
+            await asyncio.to_thread(run_program, self.home, found, *arguments)
+        except DatabaseFailed as failure:
             log = self.log.read_text(encoding="utf-8")[-2000:] if self.log.exists() else ""
-            raise RuntimeError(f"{program} ended with {process.returncode}: {output.decode()}{log}")
+            raise RuntimeError(f"{failure}{log}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +344,7 @@ async def postgres_server(
     """
     require_programs()
     home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_parent(on_disk=settings.get("fsync") == "on")))
-    _own(home)
+    own(home)
     _start_keeper(home, os.getpid())
     try:
         server = PostgresServer.placed(home, "main", settings, auth)
@@ -397,7 +362,7 @@ async def join_shared_server() -> PostgresServer:
     require_programs()
     home = _shared_home()
     with _locked(home):
-        _own(home)
+        own(home)
         if not (home / "keeper.pid").exists():
             _start_keeper(home, _controller())
         record = home / "server.json"
@@ -431,7 +396,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Make a folder if it is not there, and hold its lock."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    assert folder.stat().st_uid in {os.geteuid(), _server_user().pw_uid}, f"{folder} is another user's"
+    assert folder.owner() in {pwd.getpwuid(os.geteuid()).pw_name, SUPERUSER}, f"{folder} is another user's"
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

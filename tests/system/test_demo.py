@@ -13,7 +13,7 @@ import pytest
 from support.servers import LIMIT_S, MODULE, clean_environment
 from support.workers import freeze, has_run_smallest_model, until
 
-from loadledger.cli.local import demo
+from loadledger.cli import demo
 from runtime.memory import PROC, list_descendants, parse_field
 
 MB = 2**20
@@ -59,7 +59,7 @@ async def test_server_that_does_not_stop_is_killed(repository: Path, tmp_path: P
     server = context.__enter__()
     await freeze(server.process.pid)
     with pytest.raises(demo.DemoFailed, match=r"stops within 0\.1 s"):
-        demo.stop_servers([server.process], limit_s=0.1)
+        demo._stop_servers([server.process], limit_s=0.1)
     with pytest.raises(demo.DemoFailed, match="ended with -9"):
         context.__exit__(None, None, None)
 

@@ -14,7 +14,7 @@ from support.postgres import require_programs
 from support.servers import CTRL_C, LIMIT_S, MODULE, at_terminal, clean_environment
 from support.workers import until
 
-from loadledger.cli.local import demodatabase
+from loadledger.cli import postgres
 from loadledger.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def test_cluster_demo_without_postgresql_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(demodatabase, "DEBIAN", tmp_path)
+    monkeypatch.setattr(postgres, "DEBIAN", tmp_path)
     done = CliRunner().invoke(main, COMMAND.split()[1:])
     assert done.exit_code == 2
     assert not done.stdout
@@ -113,5 +113,5 @@ def test_programs_of_newest_postgresql_are_found(monkeypatch: pytest.MonkeyPatch
         (tmp_path / version / "bin").mkdir(parents=True)
         (tmp_path / version / "bin" / "initdb").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(demodatabase, "DEBIAN", tmp_path)
-    assert demodatabase.find_programs() == tmp_path / "16" / "bin"
+    monkeypatch.setattr(postgres, "DEBIAN", tmp_path)
+    assert postgres.find_programs() == tmp_path / "16" / "bin"

@@ -20,7 +20,7 @@ from support.namespaces import Namespaces, isolated
 from support.postgres import Database
 from support.servers import clean_environment
 
-from loadledger.cli.local.demo import issue_demo_token
+from loadledger.cli.demo import issue_demo_token
 from server.auth.keys import ensure_data_dir, keys_folder
 
 ADDRESSES = {"a": "127.0.0.1", "b": "127.0.0.2", "c": "127.0.0.3"}

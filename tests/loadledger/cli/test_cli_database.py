@@ -21,7 +21,7 @@ from events.audit.signing import key_id
 from events.errors import IsReplica, LedgerForked
 from events.sqlite.datalock import LEDGER, REPLICA, mark_replica, refuse_replica
 from events.sqlite.schema import connect
-from loadledger.cli.local import localdatabase
+from loadledger.cli import database as databases
 from server.app import create_app
 from server.auth.keys import ensure_data_dir, open_signer
 from server.config import Config
@@ -129,9 +129,9 @@ def test_migrate_that_was_killed_is_completed(
 ) -> None:
     printed("migrate", "--ledger", database.owner_url, "--server-role", "ledger_server")
     with monkeypatch.context() as patch:
-        patch.setattr(localdatabase, step, mark_and_end)
+        patch.setattr(databases, step, mark_and_end)
         with pytest.raises(SystemExit):
-            asyncio.run(localdatabase.migrate_database(database.owner_url, "ledger_server", data))
+            asyncio.run(databases.migrate_database(database.owner_url, "ledger_server", data))
     assert count_rows(database) == (0 if step == "mark_replica" else HEAD)
     with pytest.raises(IsReplica, match="is a replica of the ledger in postgresql://ledger_server"):
         refuse_replica(data)

@@ -20,7 +20,7 @@ from events.audit.archive import archive
 from events.clock import utc_now
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import EventFilter
-from loadledger.cli.local.localledger import show_events
+from loadledger.cli.events import show_events
 from server.auth.keys import ensure_data_dir
 
 
@@ -56,7 +56,7 @@ def test_file_is_listed_for_people_and_exactly(tmp_path: Path) -> None:
 
 
 def test_filters_apply_across_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadledger.cli.local.localledger.PAGE", 3)
+    monkeypatch.setattr("loadledger.cli.events.PAGE", 3)
     fill(tmp_path, 10)
     every = list(range(1, 11))
     for arguments, positions in (

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loadledger.cli.inference.arrays import build_inputs
-from loadledger.cli.inference.images import ImageOptions
-from loadledger.cli.inference.results import describe_data, result_json, write_arrays
-from loadledger.cli.inference.sources import GivenInput, InputFile, parse_input, read_value
+from loadledger.cli.arrays import build_inputs, describe_data, result_json, write_arrays
+from loadledger.cli.images import ImageOptions
+from loadledger.cli.infer import GivenInput, InputFile, parse_input, read_value
 from loadledger.inference import InferenceHead, InferenceResult
 from loadledger.records import ModelMetadata, ModelTensor
 
@@ -147,7 +146,7 @@ def test_unsafe_or_lossy_file_is_refused(value: Any, words: str) -> None:
 
 
 def test_archive_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadledger.cli.inference.arrays.MAX_FILE_BYTES", 2**20)
+    monkeypatch.setattr("loadledger.cli.arrays.MAX_FILE_BYTES", 2**20)
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", bytes(2**20 + 1))

@@ -19,8 +19,8 @@ from support.clients import printed, refused
 from support.servers import clean_environment
 
 from loadledger.cli.completion import _items
-from loadledger.cli.local.startup import MAX_FINDINGS, describe_models
 from loadledger.cli.main import ALIASES, SECTIONS, CommandGroup, find_command, main
+from loadledger.cli.startup import MAX_FINDINGS, describe_models
 from server.check import CheckFinding, CheckResult
 from server.config import SECTIONS as SETTINGS
 from server.config import settings

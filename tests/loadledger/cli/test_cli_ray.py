@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support.clients import refused
 
-from loadledger.cli.local import raynode
-from loadledger.cli.local.raynode import KeeperStatus, NodeKeeper
+from loadledger.cli import ray
+from loadledger.cli.ray import KeeperStatus, NodeKeeper
 
 LIMIT_S = 60
 
@@ -19,7 +19,7 @@ LIMIT_S = 60
 @pytest.fixture
 def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NodeKeeper]:
     """A keeper of a server alone; the machine's own variable for the data directory goes first."""
-    monkeypatch.setattr(raynode, "FIRST_BACK_OFF_S", 0.1)
+    monkeypatch.setattr(ray, "FIRST_BACK_OFF_S", 0.1)
     monkeypatch.setenv("LOADLEDGER_DATA", str(tmp_path / "own"))
     (tmp_path / "models").mkdir()
     settings = {"LOADLEDGER_DATA": str(tmp_path / "given"), "LOADLEDGER_REPOSITORY": str(tmp_path / "models")}

@@ -7,8 +7,8 @@ from support.http import LocalApi
 
 from events.tokens import TokenIssued
 from loadledger import AsyncClient
-from loadledger.cli.local.run import GENERIC_NAMES, name_model
-from loadledger.cli.local.signin import SignedIn, sign_in_user
+from loadledger.cli.serve import GENERIC_NAMES, name_model
+from loadledger.cli.startup import SignedIn, sign_in_user
 from loadledger.profiles import ServerTarget, read_profile, write_profile
 from server.auth.tokens import TOKENS
 from server.serve import RunningServer

@@ -1,14 +1,21 @@
-"""`loadledger infer`: the command and its options."""
+"""`loadledger infer`: inputs from arguments and files, outputs as a summary, JSON or a file.
+
+The content decides what a file is, not its name, so that standard input can be any of them. What needs
+numpy is in arrays.py, with pictures in images.py.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
 from loadledger.cli.completion import loaded_models
-from loadledger.cli.inference.sources import GivenInput, parse_input, read_value, whole_request
 from loadledger.cli.output import exit_with_error, print_json, print_note
 from loadledger.cli.server import (
     ServerChoice,
@@ -18,10 +25,129 @@ from loadledger.cli.server import (
     server_options,
 )
 
+MAX_FILE_BYTES = 256 * 2**20
+"""Longest file: a server takes tensors of 64 MiB, which are longer as JSON and shorter in an archive."""
+EXAMPLES = "NAME=JSON, like x='[[1, 2]]', or NAME=@FILE"
+_NAMELESS = '@[{"'
+_ARRAY, _ARCHIVES = b"\x93NUMPY", (b"PK\x03\x04", b"PK\x05\x06")
+_IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_WEBP = slice(0, 4), slice(8, 12), b"RIFF", b"WEBP"
 NOT_LOADED = frozenset({"model_not_loaded", "model_unloading"})
 MAX_SIDE = 16_384
 """Longest side of a picture, in pixels; Pillow's JPEG and WebP have no longer ones."""
 SUFFIXES = (".npy", ".npz")
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """The content of a file that is no JSON: an array, an archive of arrays or a picture."""
+
+    label: str
+    content: bytes
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether it is an archive of numpy (.npz)."""
+        return self.content.startswith(_ARCHIVES)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is a PNG, JPEG or WebP image."""
+        first, second, riff, webp = _WEBP
+        is_webp = self.content[first] == riff and self.content[second] == webp
+        return is_webp or self.content.startswith(_IMAGES)
+
+    @property
+    def is_array(self) -> bool:
+        """Whether it is an array of numpy (.npy)."""
+        return self.content.startswith(_ARRAY)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenInput:
+    """An input as it was given.
+
+    Attributes:
+        name: None if it was omitted.
+        value: of JSON, or a file.
+    """
+
+    name: str | None
+    value: Any
+
+    @property
+    def names_inputs(self) -> bool:
+        """Whether it has inputs by name: a JSON object or an archive without a name of its own."""
+        if self.name is not None:
+            return False
+        return isinstance(self.value, Mapping) or (
+            isinstance(self.value, InputFile) and self.value.is_archive
+        )
+
+
+def parse_input(text: str) -> GivenInput:
+    """Parse an argument and read its file."""
+    name, equals, value = (None, "=", text) if text[:1] in _NAMELESS else text.partition("=")
+    if not equals:
+        name, value = None, text
+    if name == "" or (name is None and not text):
+        raise _misfit(f"{text[:64]!r} is not {EXAMPLES}")
+    if value.startswith("@"):
+        return GivenInput(name, read_value(Path(value[1:])))
+    return GivenInput(name, _parse_json(value, text if name is None else name))
+
+
+def read_value(file: Path) -> Any:
+    """Return the content of a file, - is standard input: a value of JSON, or an `InputFile`."""
+    label = "standard input" if str(file) == "-" else file.name
+    try:
+        if str(file) == "-":
+            content = _read(sys.stdin.buffer, label)
+        else:
+            with file.open("rb") as opened:
+                content = _read(opened, label)
+    except OSError as error:
+        exit_with_error(f"{file} cannot be read: {error.strerror}")
+    found = InputFile(label, content)
+    if found.is_array or found.is_archive or found.is_image:
+        return found
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise _misfit(
+            f"{label} is no array of numpy (.npy, .npz), no PNG, JPEG or WebP image, and no JSON"
+        ) from None
+
+
+def whole_request(given: Sequence[GivenInput]) -> dict[str, Any] | None:
+    for each in given:
+        members = each.value if each.names_inputs else None
+        if isinstance(members, Mapping) and isinstance(members.get("inputs"), list):
+            if len(given) > 1:
+                raise _misfit("a whole request has all inputs: give it alone")
+            outputs = members.get("outputs")
+            named = outputs if isinstance(outputs, list) else []
+            wanted = [one["name"] if isinstance(one, dict) and "name" in one else one for one in named]
+            return {**members, "outputs": wanted or None}
+    return None
+
+
+def _read(file: BinaryIO, label: str) -> bytes:
+    content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        exit_with_error(f"{label} has more than {MAX_FILE_BYTES // 2**20} MiB")
+    return content
+
+
+def _parse_json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _misfit(f"{name[:64]!r} is not JSON: {error}; give {EXAMPLES}") from None
+
+
+def _misfit(text: str) -> click.BadParameter:
+    return click.BadParameter(text, param_hint="INPUT")
 
 
 def _parse_size(
@@ -125,18 +251,19 @@ def infer(
             outputs=outputs or request.get("outputs"),
             parameters=request.get("parameters"),
         )
-    from loadledger.cli.inference import results  # noqa: PLC0415 - it imports numpy
+    from events.errors import WrongTarget  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from loadledger.cli import arrays  # noqa: PLC0415 - it imports numpy
 
     if out is not None:
         try:
-            results.write_arrays(out, result)
-        except (OSError, ValueError) as error:
+            arrays.write_arrays(out, result)
+        except (OSError, ValueError, WrongTarget) as error:
             exit_with_error(f"{out} cannot be written: {error}")
         print_note(f"the outputs are in {out}")
     if as_json:
-        print_json(results.result_json(result))
+        print_json(arrays.result_json(result))
     else:
-        click.echo("\n".join(results.result_lines(result)))
+        click.echo("\n".join(arrays.result_lines(result)))
 
 
 def _given_inputs(texts: tuple[str, ...], file: Path | None) -> list[GivenInput]:
@@ -166,6 +293,6 @@ def _find_inputs(
         if problem.code not in NOT_LOADED:
             raise
         metadata = None
-    from loadledger.cli.inference import arrays, images  # noqa: PLC0415 - they import numpy
+    from loadledger.cli import arrays, images  # noqa: PLC0415 - they import numpy
 
     return arrays.build_inputs(given, metadata, images.ImageOptions(**picture), print_note)

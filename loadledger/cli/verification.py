@@ -1,11 +1,10 @@
-"""A data directory's files for the commands: results of `verify` as text and JSON, events of a file."""
+"""Verification of ledgers, files and stores for `verify` and `backup`: results as text and JSON."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,11 @@ from events.audit.exportreader import FileAudit, audit_file
 from events.audit.signing import key_id
 from events.audit.verify import Expected, Finding
 from events.errors import NothingThere
-from events.sqlite.listing import EventFilter, EventQuery, open_reader
-from events.sqlite.timetravel import parse_moment
 from events.types import LogBase
 from loadledger.cli.output import count_of, to_printable
 from runtime.store.folder import STORE
 from runtime.store.verification import verify_store
 from server.auth.keys import KeyProblem, expected_key, open_signer
-
-PAGE = 500
-POLL_S = 0.2
-"""Polling interval of a followed file."""
 
 
 def format_audit(found: Audit, *, key: str | None = None) -> list[str]:
@@ -207,41 +200,6 @@ def verify_ledger_and_files(
     if expected is not None and not any(each.has_expected or each.finding for each in checked):
         raise NothingThere(f"none of these files has position {expected.position}: name one that has it")
     return VerifyResult(None, checked, wanted)
-
-
-async def show_events(
-    path: Path,
-    show: Callable[[Sequence[bytes]], None],
-    wanted: EventFilter,
-    *,
-    follow: bool,
-    after: int | None,
-    since: str | None,
-    until: str | None,
-    tail: int | None,
-) -> None:
-    """Show a ledger's events page by page, as stored lines; with `follow` also new ones, without end.
-
-    Following begins at the head, unless `after`, `since` or `tail` (the last so many positions) sets the
-    beginning. `since` and `until` are positions or times, as typed.
-    """
-    query = EventQuery(wanted, after=after, since=parse_moment(since), until=parse_moment(until), limit=PAGE)
-    if follow and after is None and since is None and tail is None:
-        tail = 0
-    async with open_reader(path) as reader:
-        if tail is not None:
-            newest = await reader.event_page(EventQuery(limit=1))
-            query = replace(query, after=max(newest.as_of - tail, newest.base))
-        while True:
-            page = await reader.event_page(query)
-            show([event.line for event in page.items])
-            if page.next_cursor is not None:
-                query = replace(query, after=page.next_cursor)
-            elif follow:
-                query = replace(query, after=page.as_of, since=None)
-                await asyncio.sleep(0 if page.items else POLL_S)
-            else:
-                return
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,29 @@
-"""`loadledger serve | check | demo`: run a server, check its configuration, demonstrate it."""
+"""`loadledger run | serve | check | demo`: run a model or a server, check a configuration, demonstrate it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import click
 
-from loadledger.cli.local.database import require_driver
-from loadledger.cli.output import NEGATIVE_RESULT, count_of, report_problems
-from loadledger.cli.server import json_option
+from loadledger.cli.ledger import require_driver
+from loadledger.cli.output import NEGATIVE_RESULT, count_of, exit_with_error, report_problems, to_printable
+from loadledger.cli.server import ServerChoice, find_chosen_target, json_option, server_options
+from loadledger.profiles import PROFILE, URL
+
+GENERIC_NAMES = frozenset({"model", "onnx"})
+"""Names of files and folders in common layouts, which name no model: the folder around them does."""
+
+MAX_NAME = 128
+"""Characters of a model's name."""
 
 
 class SettingsCommand(click.Command):
@@ -48,6 +58,54 @@ def _settings_options() -> list[click.Option]:
     return options
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is to run: a model by name, and where its files are if it may have to be added first."""
+
+    name: str
+    path: Path | None = None
+
+
+@click.command()
+@click.argument("model", metavar="FILE|FOLDER|MODEL")
+@click.option("--name", metavar="NAME", help="Name of the model. [default: the file's, or its folder's]")
+@server_options
+def run(model: str, *, name: str | None, where: ServerChoice) -> None:
+    """Load a model, and print how to send it a request.
+
+    A file or folder is first added to the server's models, unless the model's highest version has the same
+    files. If no server runs, the command serves until Ctrl-C, with the settings of `serve` from variables
+    and the --config file that LOADLEDGER_CONFIG names.
+    """
+    from loadledger.cli.startup import run_on_server, serve_and_run  # noqa: PLC0415 - for a quick --help
+
+    subject = choose_subject(model, name)
+    target = find_chosen_target(where)
+    if run_on_server(target, subject):
+        return
+    if where.url or where.profile or any(os.environ.get(each) for each in (URL, PROFILE)):
+        exit_with_error(f"{to_printable(target.url)} cannot be reached; is the server running there?")
+    serve_and_run(subject)
+
+
+def choose_subject(given: str, name: str | None) -> Subject:
+    """Return what an argument names: a file or folder if it exists, else a model."""
+    path = Path(given)
+    if path.exists():
+        return Subject(name or name_model(path.resolve()), path)
+    if name is not None or "/" in given or path.suffix:
+        exit_with_error(f"there is no file or folder {to_printable(given)}")
+    return Subject(given)
+
+
+def name_model(path: Path) -> str:
+    for part in (path.stem if path.is_file() else path.name, *(parent.name for parent in path.parents)):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("._-")[:MAX_NAME]
+        if name and not name.isdecimal() and name.lower() not in GENERIC_NAMES:
+            return name
+    raise click.UsageError(f"{to_printable(str(path))} has no name for a model: give one with --name")
+
+
 @click.command(cls=SettingsCommand)
 @click.option(
     "--accept-rollback",
@@ -60,7 +118,7 @@ def serve(*, accept_rollback: bool, **flags: str | None) -> None:
 
     A setting's option overrides its variable, which overrides the --config file, which overrides the default.
     """
-    from loadledger.cli.local.startup import announce  # noqa: PLC0415 - as above
+    from loadledger.cli.startup import announce  # noqa: PLC0415 - as above
     from server import serve as server  # noqa: PLC0415
     from server.check import load_config  # noqa: PLC0415
 
@@ -114,7 +172,7 @@ def _progress() -> Callable[[str], None]:
 
 
 def _lines(result: Any) -> list[str]:
-    from loadledger.cli.local.startup import format_finding  # noqa: PLC0415 - as above
+    from loadledger.cli.startup import format_finding  # noqa: PLC0415 - as above
 
     lines = [format_finding(finding) for finding in result.findings]
     problems = sum(finding.severity == "problem" for finding in result.findings)
@@ -140,9 +198,6 @@ def demo(*, cluster: bool) -> None:
     """
     if cluster:
         require_driver()
-        from loadledger.cli.local.democluster import run_cluster  # noqa: PLC0415 - as above
+    from loadledger.cli.demo import run_cluster, run_server  # noqa: PLC0415 - as above
 
-        sys.exit(run_cluster())
-    from loadledger.cli.local.demo import run  # noqa: PLC0415 - as above
-
-    sys.exit(run())
+    sys.exit(run_cluster() if cluster else run_server())

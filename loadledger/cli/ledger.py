@@ -1,4 +1,7 @@
-"""`loadledger verify | replay | export | archive | backup` and `key ledger`: the files of a ledger."""
+"""`loadledger verify | replay | export | archive | backup | migrate | discard` and `key ledger`.
+
+They work on the files of a data directory, or on a ledger in PostgreSQL; no server is asked.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.output import NEGATIVE_RESULT, print_note, print_result, report_problems
+from loadledger.cli.output import NEGATIVE_RESULT, exit_with_error, print_note, print_result, report_problems
 from loadledger.cli.server import Command, data_option, json_option, own_data
 
+INSTALL = "pip install 'loadledger[postgres]'"
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -75,7 +79,7 @@ def verify(
     Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
     from events.audit.verify import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
-    from loadledger.cli.local.localledger import VerifyResult, verify_ledger_and_files  # noqa: PLC0415
+    from loadledger.cli.verification import VerifyResult, verify_ledger_and_files  # noqa: PLC0415
 
     if (files or address) and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
@@ -92,27 +96,34 @@ def verify(
         raise click.BadParameter(str(error), param_hint="--expect") from None
     with report_problems():
         if address is not None:
-            from loadledger.cli.local.database import verify_database  # noqa: PLC0415
+            require_driver()
+            import asyncio  # noqa: PLC0415 - as above
+
+            from loadledger.cli.database import verify_address  # noqa: PLC0415 - needs the driver
             from server.auth.keys import expected_key  # noqa: PLC0415
 
             wanted = None if key is None else expected_key(key)
-            checked = VerifyResult(verify_database(address, expected, archives, wanted), (), wanted)
+            found = asyncio.run(verify_address(address, expected, archives, wanted))
+            checked = VerifyResult(found, (), wanted)
         else:
             ledger = None if data is None else _ledger_in(data)
             checked = verify_ledger_and_files(ledger, archives, files, key, expected)
+    _exit_verified(checked, as_json=as_json)
+
+
+def _exit_verified(checked: Any, *, as_json: bool) -> NoReturn:
     click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(checked.lines()))
     sys.exit(0 if checked.verified else NEGATIVE_RESULT)
 
 
 def _verify_store(data: Path | None, *, as_json: bool, others: bool) -> NoReturn:
-    from loadledger.cli.local.localledger import verify_local_store  # noqa: PLC0415 - as above
+    from loadledger.cli.verification import verify_local_store  # noqa: PLC0415 - as above
 
     if data is None or others:
         raise click.UsageError("--store takes --data DIR, and nothing else to verify beside it")
     with report_problems():
         checked = verify_local_store(data)
-    click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(checked.lines()))
-    sys.exit(0 if checked.verified else NEGATIVE_RESULT)
+    _exit_verified(checked, as_json=as_json)
 
 
 def _refuse(
@@ -309,9 +320,10 @@ def archive(data: Path, before: str, address: str | None, file: Path, *, as_json
             if address is None:
                 done = _archive_file(data, before, file, sign)
             else:
-                from loadledger.cli.local.database import archive_in_database  # noqa: PLC0415 - as above
+                require_driver()
+                from loadledger.cli.database import archive_database  # noqa: PLC0415 - needs the driver
 
-                done = archive_in_database(address, data, before, file, sign)
+                done = archive_database(address, data, before, file, sign)
     first, last, sha256 = done.first_position, done.last_position, done.sha256.hex()
     print_result(
         {"first_position": first, "last_position": last, "jobs": done.jobs, "sha256": sha256},
@@ -351,7 +363,7 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     """
     from events.audit.backup import back_up  # noqa: PLC0415
     from events.audit.files import refuse_own  # noqa: PLC0415
-    from loadledger.cli.local.localledger import audit_members, format_audit  # noqa: PLC0415
+    from loadledger.cli.verification import audit_members, format_audit  # noqa: PLC0415
 
     with report_problems():
         ledger = _ledger_in(data)
@@ -373,6 +385,81 @@ def ledger_key(data: Path, *, as_json: bool) -> None:
         signer = open_signer(data)
     pem, name = public_pem(signer), key_id(signer.public_key)
     print_result({"public_key": pem, "key_id": name}, [f"{pem}key id: {name}"], as_json=as_json)
+
+
+_ledger_option = click.option(
+    "--ledger",
+    "address",
+    metavar="URL",
+    envvar="LOADLEDGER_LEDGER",
+    required=True,
+    help="Database, as the role that owns the ledger: postgresql://OWNER@HOST/DATABASE. [LOADLEDGER_LEDGER]",
+)
+
+
+@click.command()
+@_ledger_option
+@click.option(
+    "--server-role",
+    metavar="ROLE",
+    help="Role of the servers: may read, and append through a function, nothing else.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Data directory whose ledger is copied into the database; it is the server's replica from then on.",
+)
+@json_option
+def migrate(address: str, server_role: str | None, data: Path | None, *, as_json: bool) -> None:
+    """Create or update the schema of a ledger in PostgreSQL.
+
+    Run it as the role that owns the ledger, never with a server's credentials: with its first run, with each
+    release that changes the schema, and to let a role in. With --data, the ledger of a stopped server is
+    verified, copied into the empty database with its positions and hashes, and verified there.
+    """
+    require_driver()
+    import asyncio  # noqa: PLC0415 - as above
+
+    from loadledger.cli.database import migrate_database  # noqa: PLC0415 - needs the driver
+
+    with report_problems():
+        done = asyncio.run(migrate_database(address, server_role, data))
+    lines = [f"schema: {done['migrations']} migrations applied"]
+    if server_role is not None:
+        lines.append(f"role {server_role}: may read and append")
+    if data is not None:
+        lines.append(f"copied and verified: {done['events']} events, head {done['position']}:{done['hash']}")
+    print_result(done, lines, as_json=as_json)
+
+
+@click.command()
+@_ledger_option
+@json_option
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def discard(address: str, file: Path, *, as_json: bool) -> None:
+    """Remove the end of a ledger in PostgreSQL that no node can read.
+
+    For nodes that say that an event cannot be folded, because somebody with their role appended it. Run it as
+    the role that owns the ledger, with the latest release that any node has, when that role has another
+    password. All events from that one on, which no node has, go to FILE, and `EventsDiscarded` takes their
+    place.
+    """
+    require_driver()
+    from loadledger.cli.database import discard_unreadable  # noqa: PLC0415 - as above
+
+    with report_problems():
+        done = discard_unreadable(address, file)
+    members = {"first_position": done.first_position, "last_position": done.last_position, "hash": done.hash}
+    line = f"discarded: positions {done.first_position} to {done.last_position}, kept in {file}"
+    print_result(members, [line], as_json=as_json)
+
+
+def require_driver() -> None:
+    """Exit with an error unless the driver is installed."""
+    from importlib.util import find_spec  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    if find_spec("asyncpg") is None:
+        exit_with_error(f"asyncpg is not installed: {INSTALL}")
 
 
 @contextmanager

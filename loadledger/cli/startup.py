@@ -1,0 +1,319 @@
+"""What `serve` and `run` do once a server is ready: sign its user in, report on the models, bring one up.
+
+On a terminal the user gets a profile with a token. `run` adds its model if it is new, loads it, and prints
+how to send it a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import pwd
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import jwt
+
+from events.errors import LedgerProblem
+from events.tokens import Token
+from loadledger import AsyncClient, ClientProblem, NotFound, ServerUnreachable
+from loadledger.cli.models import signature_lines
+from loadledger.cli.output import (
+    INTERRUPTED,
+    NEGATIVE_RESULT,
+    count_of,
+    exit_with_error,
+    print_note,
+    report_problems,
+    to_printable,
+)
+from loadledger.cli.serve import Subject
+from loadledger.cli.server import explain_problem
+from loadledger.cli.snippets import format_curl
+from loadledger.profiles import (
+    DEFAULT_PROFILE,
+    TOKEN,
+    ProfileProblem,
+    ServerTarget,
+    profile_path,
+    read_profile,
+    write_profile,
+)
+from loadledger.uploads import VersionSource, find_version_files
+from runtime.filesystem import RepositoryBusy
+from server.appkeys import CONFIG, REPOSITORY
+from server.auth.keys import KeyProblem
+from server.auth.subjects import subject_refusal
+from server.auth.tokens import TOKENS, issue_recorded_token, timestamp_in
+from server.check import CheckFinding, CheckResult, Severity, check_repository, load_config
+from server.configsources import warn_of_unknown_variables
+from server.errors import ServerProblem
+from server.serve import RunningServer, serve
+
+_log = logging.getLogger(__name__)
+
+OWN_PROFILE = "local"
+"""The profile for the server of this machine, if the default one is of another server."""
+
+PROFILE_LIFE_S = 30 * 86400
+"""Of the token in it: a month, and each start of the server issues a new one."""
+
+KEPT_S = 86400
+"""A token in the profile that is valid for longer is kept."""
+
+CHECK_LIMIT_S = 60.0
+"""Of the look at the repository: thousands of models on a network mount take a while."""
+
+MAX_FINDINGS = 20
+"""Findings that are printed; `loadledger check` prints all."""
+
+LEVEL = "LOADLEDGER_LOG_LEVEL"
+"""Without it the command's own server logs warnings only, since a person reads what it prints."""
+
+TOKEN_LIFE_S = 12 * 3600
+"""Of the token with which the command asks its own server; as `loadledger token` has it by default."""
+
+
+async def announce(server: RunningServer) -> SignedIn | None:
+    """Print that the server is ready, and what it found; on a terminal, sign its user in, and return that."""
+    warn_of_unknown_variables(os.environ)  # now that logging is set up
+    _print(f"loadledger is ready at {server.url}")
+    _print(f"console: {server.url}/ (`loadledger console` signs you in)")
+    profile = await sign_in_user(server) if sys.stdout.isatty() else None
+    if profile is not None:
+        _print(f"profile: {to_printable(str(profile.path))} has an admin's token{profile.hint}")
+    for line in await check_models(server):
+        _print(line)
+    return profile
+
+
+async def check_models(server: RunningServer) -> list[str]:
+    """Return what a quick check of the repository finds, as lines."""
+    config, result = server.app[CONFIG], CheckResult()
+    look = partial(check_repository, config, result)
+    try:
+        await server.app[REPOSITORY].file_system.run("", look, CHECK_LIMIT_S)
+    except RepositoryBusy as problem:
+        return [str(problem)]
+    return list(describe_models(server.app[REPOSITORY].root, result))
+
+
+def describe_models(root: Path, result: CheckResult) -> Iterator[str]:
+    """Yield how many models there are, what is wrong with others, and the next command."""
+    shown = result.findings[:MAX_FINDINGS]
+    counted = f"{count_of(result.models, 'model')} with {count_of(result.versions, 'version')}"
+    yield f"models: {counted if result.models else 'none'} in {to_printable(str(root))}"
+    yield from (format_finding(each) for each in shown if each.code != "empty")
+    if len(result.findings) > len(shown):
+        yield f"{len(result.findings) - len(shown)} more: `loadledger check --quick` prints them"
+    if result.models:
+        yield "next: `loadledger models` lists them, `loadledger load MODEL --wait` loads one"
+    else:
+        yield "next: `loadledger add NAME FILE.onnx` adds a model, `loadledger run FILE.onnx` also loads it"
+
+
+def format_finding(finding: CheckFinding) -> str:
+    colour = "red" if finding.severity is Severity.PROBLEM else "yellow"
+    word = click.style(finding.severity.value, fg=colour)
+    return f"{word}: {to_printable(f'{finding.place}: {finding.text}')} ({finding.code})"
+
+
+def _print(line: str) -> None:
+    click.echo(line)
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class SignedIn:
+    """A profile that has a token for the server."""
+
+    name: str
+    path: Path
+    token: str = field(repr=False)
+
+    @property
+    def option(self) -> str:
+        """What a command needs to use it, with a space before it."""
+        return "" if self.name == DEFAULT_PROFILE else f" --profile {self.name}"
+
+    @property
+    def hint(self) -> str:
+        """What a user has to know, as the end of a sentence."""
+        return f"; commands use it with{self.option}" if self.option else ""
+
+
+async def sign_in_user(server: RunningServer) -> SignedIn | None:
+    """Write a profile with an admin's token for the user of the terminal; None if that cannot be.
+
+    A default profile of another server is left as it is, and so is a token that still works.
+    """
+    if server.app[CONFIG].jwt_keys is not None:
+        return None  # an identity provider issues the tokens
+    try:
+        name = DEFAULT_PROFILE if _is_ours(server, _read_if_there(DEFAULT_PROFILE)) else OWN_PROFILE
+        path, kept = profile_path(name, os.environ), _read_if_there(name)
+        if kept is not None and kept.token and kept.url == server.url and _works(server, kept.token):
+            return SignedIn(name, path, kept.token)
+        issued = await issue_recorded_token(server.app, local_subject(), ["admin"], PROFILE_LIFE_S)
+        await asyncio.to_thread(write_profile, path, ServerTarget(server.url, issued.token))
+    except (ProfileProblem, OSError, LedgerProblem, KeyProblem) as problem:
+        _log.warning("no profile with a token was written for commands: %s", problem)
+        return None
+    return SignedIn(name, path, issued.token)
+
+
+def local_subject() -> str:
+    """Return the subject of this process's user."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        name = ""
+    return name if subject_refusal(name) is None else f"user-{os.getuid()}"
+
+
+def _read_if_there(name: str) -> ServerTarget | None:
+    with suppress(FileNotFoundError):
+        return read_profile(profile_path(name, os.environ))
+    return None
+
+
+def _is_ours(server: RunningServer, kept: ServerTarget | None) -> bool:
+    """Whether a profile is for this server, or has a token that an earlier start of it wrote."""
+    if kept is None or kept.url.rstrip("/") == server.url:
+        return True
+    known = _find_known(server, kept.token)
+    return known is not None and known.via == "serve"
+
+
+def _works(server: RunningServer, token: str) -> bool:
+    """Whether a token is one of this ledger, for at least a day."""
+    known = _find_known(server, token)
+    return known is not None and not known.is_revoked and known.expires_at > timestamp_in(KEPT_S)
+
+
+def _find_known(server: RunningServer, token: str | None) -> Token | None:
+    """Return what the ledger knows of a token; its signature is not verified here."""
+    try:
+        claims = jwt.decode(token or "", options={"verify_signature": False})
+    except jwt.InvalidTokenError:
+        return None
+    return server.app[TOKENS].tokens.get(str(claims.get("jti")))
+
+
+def run_on_server(target: ServerTarget, subject: Subject) -> bool:
+    """Run a model on a server, and return True; False if there is none. A problem ends the command."""
+    try:
+        return asyncio.run(_run_on_server(target, subject))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+async def _run_on_server(target: ServerTarget, subject: Subject) -> bool:
+    word = f"${TOKEN}" if os.environ.get(TOKEN) else "$(loadledger token show)"
+    async with AsyncClient(target.url, token=target.token, ca_file=target.ca) as client:
+        try:
+            await client.health()
+        except ServerUnreachable:
+            return False
+        try:
+            await bring_up(client, subject, word)
+        except (ClientProblem, ValueError, OSError) as problem:
+            exit_with_error(explain_problem(problem, target))
+    return True
+
+
+def serve_and_run(subject: Subject) -> NoReturn:
+    """Serve until Ctrl-C, and run a model meanwhile; if it cannot run, the server stops."""
+    problems: list[str] = []
+
+    async def announce_and_run(running: RunningServer) -> None:
+        profile = await announce(running)
+        word = _token_word(None if profile is None else profile.option, config.data)
+        try:
+            token = profile.token if profile is not None else await _issue_token(running)
+            async with AsyncClient(running.url, token=token) as client:
+                await bring_up(client, subject, word)
+            click.echo("\nCtrl-C stops the server; the model stays in its repository.")
+        except (ClientProblem, ServerProblem, KeyProblem, LedgerProblem, ValueError, OSError) as problem:
+            problems.append(str(problem))
+            running.stop()
+
+    with report_problems():
+        config = load_config({} if LEVEL in os.environ else {"log_level": "warning"}, os.environ)
+        status = serve(config, announce_and_run)
+    for problem in problems:
+        print_note(problem)
+    sys.exit(status or (NEGATIVE_RESULT if problems else 0))
+
+
+async def _issue_token(running: RunningServer) -> str:
+    """Issue a token for the command's own requests, without a profile."""
+    return (await issue_recorded_token(running.app, local_subject(), ["admin"], TOKEN_LIFE_S)).token
+
+
+def _token_word(profile_option: str | None, data: Path) -> str:
+    """Return a shell word that prints a token: that of a profile, or without one a new one."""
+    if profile_option is None:
+        return f"$(loadledger token --data {shlex.quote(str(data))} --role predict --subject curl)"
+    return f"$(loadledger token show{profile_option})"
+
+
+async def bring_up(client: AsyncClient, subject: Subject, token: str) -> None:
+    """Add a model if it is new, load it, and print what it takes and a command that asks it.
+
+    Args:
+        client: of the server, with the token of an admin.
+        subject: the model.
+        token: a word of the shell that expands to a token.
+
+    Raises:
+        ClientProblem: the server refused, or the load failed.
+        ValueError: there is no model at the subject's path.
+        OSError: a file cannot be read.
+    """
+    version = await _add_if_new(client, subject)
+    await client.load(subject.name, version, wait=True)
+    model = await client.model(subject.name)
+    click.echo(f"{model.id} version {model.version}: loaded")
+    for line in signature_lines(model):
+        click.echo(line)
+    command = format_curl(client.url, model, token)
+    if command is not None:
+        click.echo(f"\n{command}")
+
+
+async def _add_if_new(client: AsyncClient, subject: Subject) -> int | None:
+    """Return the version to load: the highest, after the subject's files were added if they differ."""
+    if subject.path is None:
+        return None
+    source = await asyncio.to_thread(find_version_files, subject.path)
+    try:
+        versions = (await client.model(subject.name)).versions or [0]
+    except NotFound:
+        versions = [0]
+    added_files = {}
+    async for event in client.events(types=["VersionAdded"], models=[subject.name]):
+        added_files[event.version] = {file["path"]: file["sha256"] for file in event.data["files"]}
+    if added_files.get(versions[-1]) == await asyncio.to_thread(_hash_files, source):
+        return versions[-1]
+    added = await client.add(subject.name, subject.path)
+    click.echo(f"{subject.name} version {added.version}: added")
+    return added.version
+
+
+def _hash_files(source: VersionSource) -> dict[str, str]:
+    """Return the SHA-256 of each file by its path in the version's folder."""
+    found = {}
+    for file in source.files:
+        with file.source.open("rb") as opened:
+            found[file.path] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
