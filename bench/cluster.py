@@ -15,7 +15,7 @@ from bench.postgres import Postgres
 from bench.table import Row, format_ms, median_ratio
 from events.log import Log
 from events.postgres.connection import DatabaseClock
-from events.postgres.storage import ReplicatedStorage
+from events.postgres.log import SharedLog
 from events.sqlite.datalock import LEDGER
 
 LOAD_GOAL, APPEND_GOAL, VERIFY_GOAL = 1.15, 0.5, 2.0
@@ -121,8 +121,7 @@ def _append_round(database: Postgres, folder: Path, writers: int, number: int) -
 
 def _replicated_log(address: str, data: Path) -> Log:
     """Return the log of a server over a database, with its replica in `data`; it is not open yet."""
-    clock = DatabaseClock()
-    return Log(data / LEDGER, storage=ReplicatedStorage(address, data, clock), now=clock)
+    return SharedLog(address, data, DatabaseClock())
 
 
 def _measure_long_log(database: Postgres, folder: Path, facts: int) -> list[Row]:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from msgspec.structs import replace
 
-from events.accept import OUTDATED, Accepted, Existing, Refused, accept, find_joinable
+from events.accept import Accepted, Existing, Refused, accept, find_joinable
 from events.clock import (
     ClockStep,
     FoldTimes,
@@ -31,7 +31,7 @@ from events.clock import (
     utc_now,
     uuid7,
 )
-from events.codec import decode_event, encode_event, hash_body
+from events.codec import encode_event, hash_body
 from events.commands import Command, JobCommand, JoinNode, KnownRequests, Receipt, Record
 from events.counters import Tally
 from events.errors import (
@@ -39,16 +39,14 @@ from events.errors import (
     LedgerProblem,
     LogClosed,
     LogUnavailable,
-    NodeAlive,
     NotEncodable,
     OutcomeUnknown,
     RequestRefused,
-    UnreadableEvent,
 )
 from events.nodes import Confinement, NodeJoined
 from events.sqlite.storage import Database
-from events.state import State, Transaction
-from events.storage import HeadMoved, LogHead, Row, Storage, StorageError
+from events.state import Changes, State, Transaction
+from events.storage import LogHead, Row, Storage, StorageError
 from events.types import (
     SYSTEM,
     ClockStepped,
@@ -141,6 +139,8 @@ class Inbox(Generic[T]):
 class Log:
     """The event log, written by this process alone (take the locks of `events.sqlite.datalock` before).
 
+    `events.postgres.log` is the one of several servers.
+
     Args:
         path: of the ledger, which readers open.
         storage: where the ledger is written; None is the file itself.
@@ -171,7 +171,6 @@ class Log:
         self._new_id = new_id
         self._inbox: Inbox[PendingCommand | PendingNote] = Inbox()
         self._storage: Storage = Database(path) if storage is None else storage
-        self._storage.on_change(self._inbox.wake)
         self._writer: asyncio.Task[None] | None = None
         self._wakeups: set[asyncio.Event] = set()
         self._closing = False
@@ -184,7 +183,7 @@ class Log:
         self.tally = Tally()
         self.fold_times = FoldTimes(boottime)
         self._is_started = False
-        self._looks = list[asyncio.Future[bool]]()
+        self._poll_s: float | None = None
         self._uncertain_head: LogHead | None = None
 
     @property
@@ -271,14 +270,7 @@ class Log:
         Returns:
             False if the database does not answer: what is known has to do.
         """
-        if self._storage.poll_interval_s is None:
-            return True
-        if self._closing or self.writer.done():
-            return False
-        looked: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._looks.append(looked)
-        self._inbox.wake()
-        return await looked
+        return True
 
     async def reach(self, position: int) -> None:
         """Catch up if this position, which a client read at another server, is beyond the head.
@@ -286,14 +278,9 @@ class Log:
         Raises:
             LogUnavailable: `log_unavailable`, the database does not answer, so the position may be there.
         """
-        if position > self.head.position and not await self.catch_up() and position > self.head.position:
-            raise LogUnavailable(
-                f"this server has the ledger up to position {self.head.position}, and its database does not "
-                "answer: try again shortly, or ask another node"
-            )
 
-    async def note(self, used: Mapping[str, str]) -> None:
-        """Store times of last use by model id, and that the server is there; a stored time never goes back.
+    async def note_last_use(self, used: Mapping[str, str]) -> None:
+        """Store times of last use by model id, and that the server is alive; a stored time never goes back.
 
         A note is no event and has a transaction of its own, so it fails alone.
 
@@ -366,48 +353,15 @@ class Log:
         for wakeup in self._wakeups:
             wakeup.set()
 
-    async def _open(self) -> None:
-        """Open the database, at the start or after an error, and continue from what it holds.
-
-        Raises:
-            ForeignHead: after an error, another process has written.
-        """
-        stored = await self._storage.open()
-        if self._writer is not None and stored.head not in (self.head, self._uncertain_head):
-            raise ForeignHead(f"the ledger's head at {stored.head.position} was not written by this server")
-        self._uncertain_head = None
-        self.head, self.state = stored.head, stored.state
-        self.last_used, self.last_seen = stored.last_used, stored.last_seen
-        self.notify()  # after an error in COMMIT the file may have new events
-        await self._catch_up()
-
-    async def _catch_up(self) -> None:
-        """Fold and store what other servers have appended.
-
-        Raises:
-            LogUnavailable: `log_unavailable`, it cannot be read, stored or folded.
-            LedgerForked: the storage has another history.
-        """
-        try:
-            while rows := await self._storage.read_after(self.head):
-                followed = fold_rows(rows, self.state)
-                entities = len(self.state.models) + followed.attempt.state.backlog
-                self._uncertain_head = followed.head
-                await self._storage.store(rows, followed.attempt.changes, entities, self.head)
-                self._advance(followed)
-                self.notify()
-        except StorageError as error:
-            self._note_failure(error)
-            await self._storage.close_after_error(error)
-            raise LogUnavailable(f"{error}; nothing was accepted") from error
+    # The writer's way: take a group, decide it, commit it, answer its callers and wake the subscribers.
 
     async def _write_groups(self) -> None:
         group: list[PendingCommand | PendingNote] = []
         try:
             while self._inbox or not self._closing:
                 await self._wait()
-                group = self._inbox.take(MAX_GROUP)  # before it catches up: a later wake-up stays
-                await self._look_for_others()
+                group = self._inbox.take(MAX_GROUP)
+                await self._prepare()
                 commands = [each for each in group if isinstance(each, PendingCommand)]
                 if commands:
                     await self._write(commands)
@@ -418,21 +372,6 @@ class Log:
                     self._is_complete = await self._storage.checkpoint()
         finally:  # if the writer dies, no caller waits for ever
             fail_callers([*group, *self._inbox.take()], LogClosed())
-            for looked in self._looks:
-                answer(looked, False)
-
-    async def _look_for_others(self) -> None:
-        """Catch up if another server may have appended, or a caller asks; then answer those who do."""
-        looks, self._looks = self._looks, []
-        has_looked = False
-        if looks and not self._storage.is_open:
-            await self._probe()
-        if (looks or self._storage.has_news) and self._storage.is_open:
-            with suppress(LogUnavailable):  # the next probe, or command, opens the storage anew
-                await self._catch_up()
-                has_looked = True
-        for looked in looks:
-            answer(looked, has_looked)
 
     async def _wait(self) -> None:
         """Wait for work; while writing fails, or the file needs its WAL, try again now and then."""
@@ -445,9 +384,115 @@ class Log:
             else:
                 self._is_complete = await self._storage.checkpoint()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._storage.poll_interval_s):
+            async with asyncio.timeout(self._poll_s):
                 await self._inbox.wait()
         return None
+
+    async def _prepare(self) -> None:
+        """Do nothing before a group: no other server appends."""
+
+    async def _write(self, group: Sequence[PendingCommand]) -> None:
+        before = self.head
+        if await self._append_or_fail(group):
+            for pending in group:
+                if pending.outcome is not None:  # it is None if the caller was cancelled before
+                    answer(pending.done, pending.outcome)
+            if self.head != before:
+                self.notify()
+
+    async def _append_or_fail(self, group: Sequence[PendingCommand]) -> bool:
+        """Append a group; return False if it failed, and its callers have the error."""
+        try:
+            if not self._storage.is_open:
+                await self._open()
+            await self._append(group)
+        except ForeignHead:
+            raise
+        except LedgerProblem as error:
+            fail_callers(group, error)
+            return False
+        except Exception as error:  # noqa: BLE001 - a defect fails its group, not the server
+            _log.exception("a group of commands could not be decided; none was applied")
+            fail_callers(group, error)
+            return False
+        return True
+
+    async def _append(self, group: Sequence[PendingCommand]) -> None:
+        """Decide a group on the present state, and make it durable. COMMIT may fail after it took effect.
+
+        Raises:
+            LedgerProblem: the group fails with it.
+        """
+        hashes = {key_hash for pending in group if (key_hash := pending.key_hash) is not None}
+        joinable = {each for pending in group for each in find_joinable(self.state, pending.command)}
+        known = await self._storage.read_requests(hashes, joinable)
+        decided = decide_group(group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id)
+        if not decided.rows:
+            self._advance(decided)
+            return
+        entities, began = self._entities_after(decided), time.monotonic()
+        try:
+            await self._storage.append(decided.rows, decided.changes, entities, self.head)
+        except StorageError as error:
+            await self._close_after(error)
+            if error.is_refusal:
+                raise LogUnavailable(f"{error}; nothing was accepted") from error
+            self._uncertain_head = decided.head
+            await self._check_written(decided)
+        else:
+            self.tally.commit_s.observe(time.monotonic() - began)
+            self._advance(decided)
+        self._note_success()
+
+    def _entities_after(self, decided: DecidedGroup) -> int:
+        """Return the number of models and unended jobs, by which snapshots are due."""
+        return len(self.state.models) + decided.transaction.state.backlog
+
+    def _advance(self, decided: DecidedGroup) -> None:
+        """Move the state on to durable events, and count what came since the start."""
+        decided.transaction.commit()
+        self.head = decided.head
+        self._count(decided)
+
+    def _count(self, decided: DecidedGroup) -> None:
+        if self._writer is None:
+            return
+        self.tally.count(decided.events, decided.changes.jobs.values())
+        if decided.rows:
+            self.fold_times.note(decided.rows[0].position, decided.head.recorded_at)
+
+    # Opening, at the start and after an error.
+
+    async def _open(self) -> None:
+        """Open the database, and continue from what it holds.
+
+        Raises:
+            ForeignHead: after an error, another process has written.
+        """
+        stored = await self._storage.open()
+        if self._writer is not None and stored.head not in (self.head, self._uncertain_head):
+            raise ForeignHead(f"the ledger's head at {stored.head.position} was not written by this server")
+        self._uncertain_head = None
+        self.head, self.state = stored.head, stored.state
+        self.last_used, self.last_seen = stored.last_used, stored.last_seen
+        self.notify()  # after an error in COMMIT the file may have new events
+
+    async def _check_written(self, decided: DecidedGroup) -> None:
+        """Read the log again; without the group's head in it, the group was not written."""
+        if not await self._is_written(decided.head):
+            raise LogUnavailable
+        self._count(decided)
+
+    async def _is_written(self, head: LogHead) -> bool:
+        try:
+            await self._open()
+            return await self._storage.contains(head)
+        except (LedgerProblem, StorageError) as error:
+            if self._storage.is_open:
+                await self._storage.close_after_error()
+            raise OutcomeUnknown(
+                f"it is unknown whether the last requests were recorded: {error.__cause__ or error}"
+            ) from error
 
     async def _probe(self) -> None:
         """Try an empty write, so that the log becomes healthy again without a request."""
@@ -460,114 +505,10 @@ class Log:
             return
         self._note_success()
 
-    async def _write(self, group: Sequence[PendingCommand], *, is_sure: bool = False) -> None:
-        """Append a group and answer its callers.
-
-        What is refused, or answered with what was there, rests on a state that another server may have
-        changed: unless `is_sure`, it is decided once more on the state with all that others have appended.
-        """
-        is_sure, before = is_sure or self._storage.poll_interval_s is None, self.head
-        try:
-            if not self._storage.is_open:
-                await self._open()
-            await self._append(group)
-        except NodeAlive as error:  # it is about one command of the group
-            if len(group) == 1:
-                fail_callers(group, error)
-            for pending in group if len(group) > 1 else ():
-                await self._write([pending])
-            return
-        except LedgerProblem as error:
-            fail_callers(group, error)
-            return
-        except ForeignHead:
-            raise
-        except Exception as error:  # noqa: BLE001 - a defect fails its group, not the server
-            _log.exception("a group of commands could not be decided; none was applied")
-            fail_callers(group, error)
-            return
-        is_sure = is_sure or self.head != before  # only on the last event of all a group is appended
-        unsure = [] if is_sure else [pending for pending in group if rests_on_state(pending)]
-        for pending in group:
-            if pending.outcome is not None and (is_sure or not rests_on_state(pending)):
-                answer(pending.done, pending.outcome)  # it is None if the caller was cancelled before
-        if self.head != before:
-            self.notify()
-        if unsure:
-            try:
-                await self._catch_up()
-            except LogUnavailable as error:
-                fail_callers(unsure, error)
-                return
-            await self._write(unsure, is_sure=True)
-
-    async def _append(self, group: Sequence[PendingCommand]) -> None:
-        """Decide and commit a group; if another server was first, once more while it cannot append.
-
-        Trying without the lock first is as fast as a ledger with one writer; only then to lock keeps a server
-        from being too late again and again.
-        """
-        try:
-            await self._try_append(group)
-        except HeadMoved:
-            await self._catch_up()  # what takes long, before the others have to wait
-            try:
-                async with self._storage.locked():
-                    await self._catch_up()
-                    await self._try_append(group)
-            except StorageError as error:
-                self._note_failure(error)
-                await self._storage.close_after_error(error)
-                raise LogUnavailable(f"{error}; nothing was accepted") from error
-
-    async def _try_append(self, group: Sequence[PendingCommand]) -> None:
-        """Decide a group on the present state, and commit it.
-
-        Raises:
-            HeadMoved: another server has appended; nothing was committed.
-            LedgerProblem: the group fails with it.
-        """
-        hashes = {key_hash for pending in group if (key_hash := pending.key_hash) is not None}
-        joinable = {each for pending in group for each in find_joinable(self.state, pending.command)}
-        known = await self._storage.read_requests(hashes, joinable)
-        decided = decide_group(group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id)
-        if decided.rows:
-            await self._commit(decided)
-        else:
-            self._advance(decided)
-
-    def _advance(self, decided: DecidedGroup) -> None:
-        """Move the state on to durable events, and count what came since the start."""
-        decided.attempt.commit()
-        self.head = decided.head
-        self._count(decided)
-
-    def _count(self, decided: DecidedGroup) -> None:
-        if self._writer is None:
-            return
-        self.tally.count(decided.events, decided.attempt.changes.jobs.values())
-        if decided.rows:
-            self.fold_times.note(decided.rows[0].position, decided.head.recorded_at)
-
-    async def _commit(self, decided: DecidedGroup) -> None:
-        """Make a group durable, and move the state on. COMMIT may fail after it took effect."""
-        entities = len(self.state.models) + decided.attempt.state.backlog
-        began = time.monotonic()
-        try:
-            await self._storage.write(decided.rows, decided.attempt.changes, entities, self.head)
-            self.tally.commit_s.observe(time.monotonic() - began)
-        except StorageError as error:
-            self._note_failure(error)
-            await self._storage.close_after_error(error)
-            if error.is_refusal:
-                raise LogUnavailable(f"{error}; nothing was accepted") from error
-            self._uncertain_head = decided.head
-            await self._check_written(decided.head)
-            if self._storage.poll_interval_s is None:  # else it was counted when it was read
-                self._count(decided)
-        else:
-            self._advance(decided)
-        self._note_success()
+    async def _close_after(self, error: StorageError) -> None:
+        """Count a failed write and close the storage; the next command or probe opens it anew."""
+        self._note_failure(error)
+        await self._storage.close_after_error(error)
 
     def _note_failure(self, error: StorageError) -> None:
         """Count a failed write; the first is logged, since each request on a full disk would bring one."""
@@ -581,31 +522,11 @@ class Log:
             _log.warning("the ledger can be written again")
         self._can_write = True
 
-    async def _check_written(self, head: LogHead) -> None:
-        """Read the log again; without this head in it, the group was not written.
-
-        An append on its way to a database may still arrive there, as long as nothing else was appended.
-        """
-        before = self.head
-        try:
-            await self._open()
-            is_written = await self._storage.contains(head)
-            await self._catch_up()  # an event that waited for a standby when the log was opened is there now
-        except (LedgerProblem, StorageError) as error:
-            if self._storage.is_open:
-                await self._storage.close_after_error()
-            raise OutcomeUnknown(
-                f"it is unknown whether the last requests were recorded: {error.__cause__ or error}"
-            ) from error
-        if not is_written:
-            is_final = self._storage.poll_interval_s is None or self.head != before
-            raise LogUnavailable if is_final else OutcomeUnknown
-
     async def _note(self, note: PendingNote) -> None:
         try:
             if not self._storage.is_open:
                 await self._open()
-            await self._storage.note(note.used, self.now())
+            await self._storage.note_last_use(note.used, self.now())
         except ForeignHead:
             raise
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a note, it fails alone
@@ -627,17 +548,21 @@ class Log:
         fail_callers([note], NotEncodable() if isinstance(error, UnicodeEncodeError) else LogUnavailable())
 
 
-# A group: decided from commands, or read from another server. Pure.
+# A group of commands, decided. Pure.
 
 
 @dataclass(frozen=True, slots=True)
 class DecidedGroup:
     """The outcome of a group: its events, their rows, the state after them and the head."""
 
-    attempt: Transaction
+    transaction: Transaction
     events: Sequence[Event]
     rows: Sequence[Row]
     head: LogHead
+
+    @property
+    def changes(self) -> Changes:
+        return self.transaction.changes
 
 
 def decide_group(
@@ -661,23 +586,23 @@ def decide_group(
         now: the ledger's time, one for the group, because it becomes durable at one moment.
         new_id: returns the id of a new event.
     """
-    attempt, events, rows = Transaction(state, known), list[Event](), list[Row]()
+    transaction, events, rows = Transaction(state, known), list[Event](), list[Row]()
     for pending in group:
         if pending.done.cancelled():
             continue
         try:
-            decision = accept(attempt.state, pending.command, new_id, now)
+            decision = accept(transaction.state, pending.command, new_id, now)
             if isinstance(decision, Accepted):
                 drafts = _sign_join(pending.command, decision.drafts, head)
                 new_events, new_rows, head = encode_drafts(drafts, head, now)
                 for event in new_events:
-                    attempt.apply(event)
+                    transaction.apply(event)
                 events += new_events
                 rows += new_rows
             pending.outcome = make_receipt(decision, head)
         except LedgerProblem as error:
             pending.outcome = error
-    return DecidedGroup(attempt, events, rows, head)
+    return DecidedGroup(transaction, events, rows, head)
 
 
 def _sign_join(command: Command, drafts: Sequence[Draft], head: LogHead) -> Sequence[Draft]:
@@ -689,24 +614,6 @@ def _sign_join(command: Command, drafts: Sequence[Draft], head: LogHead) -> Sequ
     ]
     signed = [replace(join, signature=command.sign(join.statement)) for join in joins]
     return [replace(draft, data=join) for draft, join in zip(drafts, signed, strict=True)]
-
-
-def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:
-    """Fold events that others appended on top of a state, which does not change.
-
-    Raises:
-        UnreadableEvent: `log_unavailable`, an event cannot be folded.
-    """
-    attempt, events = Transaction(state), list[Event]()
-    for row in rows:
-        try:
-            event = decode_event(row.body)
-            attempt.apply(event)
-        except Exception as error:  # a forged body may raise anything
-            raise UnreadableEvent(row.position, error) from error
-        events.append(event)
-    last, head = events[-1], rows[-1]
-    return DecidedGroup(attempt, events, rows, LogHead(head.position, head.hash, last.recorded_at, last.type))
 
 
 def encode_drafts(
@@ -743,16 +650,3 @@ def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Rece
         existing=not isinstance(decision, Accepted) or decision.is_join,
         position=head.position,
     )
-
-
-def rests_on_state(pending: PendingCommand) -> bool:
-    """Whether a command was refused, or answered with what was there.
-
-    Not if it is outdated: the system then decides anew by itself.
-    """
-    match pending.outcome:
-        case RequestRefused(code=code):
-            return code != OUTDATED
-        case Receipt(existing=existing):
-            return existing
-    return False

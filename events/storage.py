@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -124,7 +123,7 @@ class StoredLedger:
 
 
 class StorageError(Exception):
-    """A storage failed, and its state is unknown: give it up, and open it anew.
+    """A storage failed, and its state is unknown: close it, and open it anew.
 
     Attributes:
         is_disk_error: whether the disk failed: what can be read then need not be on it.
@@ -137,10 +136,6 @@ class StorageError(Exception):
         self.is_refusal = is_refusal
 
 
-class HeadMoved(Exception):
-    """Another server has appended since: the writer catches up, and decides anew."""
-
-
 class StorageDamaged(StorageError):
     """What is stored cannot be read, because it is damaged."""
 
@@ -148,23 +143,12 @@ class StorageDamaged(StorageError):
 class Storage(Protocol):
     """Where the writer keeps a ledger. Its methods raise StorageError unless they say otherwise.
 
-    The writer calls one at a time. Of a ledger with other writers it reads what they appended, and stores it.
+    The writer calls one at a time.
     """
 
     @property
     def is_open(self) -> bool:
         """Whether the storage is open; only then it can be used."""
-
-    @property
-    def has_news(self) -> bool:
-        """Whether another server may have appended; False where there is none."""
-
-    @property
-    def poll_interval_s(self) -> float | None:
-        """How often the writer asks `has_news`, beside when it is woken; None without other servers."""
-
-    def on_change(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when another server has appended."""
 
     async def open(self) -> StoredLedger:
         """Connect, rebuild projections of other folds, and read the stored state.
@@ -175,7 +159,7 @@ class Storage(Protocol):
             LogUnavailable: `log_unavailable`, it cannot be opened, or what is stored is damaged.
         """
 
-    async def write(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+    async def append(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
         """Append a group of events and store what they changed, durably.
 
         Args:
@@ -186,24 +170,10 @@ class Storage(Protocol):
 
         Raises:
             ForeignHead: the log's head is not `after`, and there is no other writer.
-            HeadMoved: the log's head is not `after`; never while it is `locked`.
         """
-
-    async def read_after(self, head: LogHead) -> Sequence[Row]:
-        """Return the next events that other servers appended after `head`, in order; none at the end.
-
-        Raises:
-            LedgerForked: the log does not contain `head`, or what follows it does not link to it.
-        """
-
-    async def store(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
-        """Store what other servers appended; the arguments are those of `write`."""
-
-    def locked(self) -> AbstractAsyncContextManager[None]:
-        """Keep all other servers from appending until the next `write`, or the end of the block."""
 
     async def contains(self, head: LogHead) -> bool:
-        """Whether the log has this event, as durably as one whose `write` has returned."""
+        """Whether the log has this event, as durably as one whose `append` has returned."""
 
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
@@ -211,11 +181,11 @@ class Storage(Protocol):
         """Return what the log has of these idempotency keys, and of these jobs and actors: their joins.
 
         Raises:
-            LogUnavailable: `log_unavailable`, they cannot be read; the storage is given up.
+            LogUnavailable: `log_unavailable`, they cannot be read; the storage is closed.
         """
 
-    async def note(self, used: Mapping[str, str], seen_at: str) -> None:
-        """Store when models were last used, and that the server is there.
+    async def note_last_use(self, used: Mapping[str, str], seen_at: str) -> None:
+        """Store when models were last used, and that the server is alive.
 
         Raises:
             UnicodeEncodeError: an id is not valid text.

@@ -286,7 +286,7 @@ class Membership:
             async with asyncio.timeout(limit_s):
                 if not await self._log.catch_up():
                     raise LogUnavailable("the ledger's database cannot be read")
-                await self._log.note({})
+                await self._log.note_last_use({})
         except TimeoutError:
             reason = f"the replica's disk, or the database, did not answer within {limit_s:g} s"
             raise LogUnavailable(reason) from None

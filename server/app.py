@@ -339,7 +339,7 @@ async def _note_presence(log: Log, prover: Prover, keeper: HeadKeeper) -> None:
     while True:
         await asyncio.sleep(NOTE_EVERY_S)
         with suppress(LedgerProblem):  # next time, then; the writer has said what is wrong
-            await log.note({})
+            await log.note_last_use({})
             await keeper.keep(prover.head(log))
 
 

@@ -11,9 +11,7 @@ from itertools import chain
 from aiohttp import web
 
 from events.commands import JoinNode, Receipt
-from events.log import Log
 from events.nodes import Confinement
-from events.sqlite.datalock import LEDGER
 from runtime.cache.key import make_key
 from runtime.cache.store import ModelCache
 from runtime.membership import Membership, OpenSigner
@@ -43,22 +41,16 @@ class SharedLedger:
         try:
             from events.postgres.connection import DatabaseClock  # noqa: PLC0415 - of an extra
             from events.postgres.leases import LeaseStore  # noqa: PLC0415
-            from events.postgres.storage import Authority, ReplicatedStorage  # noqa: PLC0415
+            from events.postgres.log import SharedLog  # noqa: PLC0415
         except ImportError as error:
             raise ConfigError(f"--ledger: {error.name} is not installed: {INSTALL}") from None
         clock = DatabaseClock()
-        storage = ReplicatedStorage(address, config.data, clock)
-
-        def authorise(node_id: str, epoch: int | None, lease_s: float) -> None:
-            storage.authority = Authority(node_id, epoch, lease_s)
-
         self._config = config
         self._node_address = config.own_address()
-        self._authorise = authorise
         self._clock = clock
         self._leases = LeaseStore(address)
         self._tasks = list[asyncio.Task[None]]()
-        self.log = Log(config.data / LEDGER, storage=storage, now=clock)
+        self.log = SharedLog(address, config.data, clock)
 
     def open_peers(self, verifier: Verifier) -> Peers:
         """Return what this node knows of the others by their keys.
@@ -94,7 +86,7 @@ class SharedLedger:
             lease_s=self._config.lease_s,
             away_limit_s=self._config.away_limit_s(),
             serves_sick=self._config.when_away == "serve",
-            authorise=self._authorise,
+            authorise=self.log.authorise,
             open_signer=open_signer,
         )
         receipt = await membership.start()

@@ -6,6 +6,7 @@ role, by command, may change the schema. See `docs/decisions/0054`.
 
 - `connection`: an address, a connection with its limits, the database's clock, translated errors
 - `schema`: migrations by the owner, and what a server checks before it uses a database
+- `log`: the writer's log: catching up with other servers, deciding anew what they changed
 - `storage`: `Storage` for the writer: append in the database, then store in the replica
 - `bases`: where the log begins: read it, and move it after archiving
 - `transfer`: a ledger into an empty database, and out of one

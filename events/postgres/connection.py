@@ -18,7 +18,7 @@ import asyncpg
 
 from events.clock import utc_now
 from events.errors import EpochOver, ForeignHead, LedgerProblem, NodeAlive
-from events.storage import HeadMoved, StorageError
+from events.storage import StorageError
 
 CONNECT_S = 5.0
 """Time limit of making a connection."""
@@ -70,6 +70,10 @@ def describe_address(address: str, role: str | None = None) -> str:
     parts = urlsplit(address)
     user = f"{role or parts.username}@" if role or parts.username else ""
     return f"postgresql://{user}{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+class HeadMoved(Exception):
+    """Another server has appended since: the writer catches up, and decides anew."""
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from events.postgres.connection import (
     NO_LIMIT_S,
     Connection,
     DatabaseClock,
+    HeadMoved,
     close,
     commit,
     connect,
@@ -34,15 +35,15 @@ from events.postgres.schema import check_role, check_schema, describe_durability
 from events.sqlite.datalock import LEDGER, mark_replica
 from events.sqlite.storage import Database
 from events.state import Changes
-from events.storage import HeadMoved, LogHead, Row, StorageError, StoredLedger
+from events.storage import LogHead, Row, StorageError, StoredLedger
 
 _log = logging.getLogger(__name__)
 
 CHANNEL = "loadledger"
 """Where `append` notifies; a notification carries nothing, and a lost one loses nothing."""
 
-LOOK_EVERY_S = 2.0
-"""How often the writer looks for new events without a notification, as over a connection that was cut."""
+POLL_S = 2.0
+"""How often the writer reads new events without a notification, as over a connection that was cut."""
 
 PAGE = 2_000
 """Events that the writer reads at once while it catches up: a fifth less work than with half of it, since a
@@ -64,25 +65,26 @@ class ReplicatedStorage:
         address: of the database.
         data: this server's data directory, whose ledger no other process writes.
         clock: is set to the database's time at each connection.
+        on_change: called when another server has appended.
 
     Attributes:
-        poll_interval_s: how often to look for events of other servers.
         authority: with which it appends.
     """
 
-    def __init__(self, address: str, data: Path, clock: DatabaseClock) -> None:
+    def __init__(
+        self, address: str, data: Path, clock: DatabaseClock, *, on_change: Callable[[], None]
+    ) -> None:
         self._address = address
         self._data = data
         self._replica = Database(data / LEDGER, is_replica=True)
         self._clock = clock
         self._connection: Connection | None = None
         self._is_locked = False
-        self._wake: Callable[[], None] = lambda: None
+        self._on_change = on_change
         self._is_notified = False
         self._was_open = False
         self._is_marked = False
-        self._looked_s = 0.0
-        self.poll_interval_s: float | None = LOOK_EVERY_S
+        self._read_s = 0.0
         self.authority = Authority()
 
     @property
@@ -92,11 +94,8 @@ class ReplicatedStorage:
 
     @property
     def has_news(self) -> bool:
-        """Whether another server has said that it appended, or it is time to look."""
-        return self._is_notified or time.monotonic() - self._looked_s >= LOOK_EVERY_S
-
-    def on_change(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
+        """Whether a NOTIFY arrived, or the poll interval has passed."""
+        return self._is_notified or time.monotonic() - self._read_s >= POLL_S
 
     async def open(self) -> StoredLedger:
         """Open the replica, connect, and read what the replica has; the caller then catches up.
@@ -117,7 +116,7 @@ class ReplicatedStorage:
             self._connection = await connect(self._address)
             await self._prepare(self._connection)
             if stored.head.position == 0:
-                stored = await self._seed(self._connection, stored)
+                stored = await self._start_at_base(self._connection, stored)
         except StorageError as error:
             self._cut()
             raise LogUnavailable(f"the ledger cannot be opened: {error}") from error
@@ -141,7 +140,7 @@ class ReplicatedStorage:
         shown = describe_address(self._address)
         _log.info("the ledger is in %s; %s", shown, await describe_durability(connection))
 
-    async def _seed(self, connection: Connection, stored: StoredLedger) -> StoredLedger:
+    async def _start_at_base(self, connection: Connection, stored: StoredLedger) -> StoredLedger:
         """Begin an empty replica at the database's base, whose state replaces archived events.
 
         Raises:
@@ -150,16 +149,16 @@ class ReplicatedStorage:
         with translated_errors("could not be read"):
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 base = await read_stored_base(connection)
-        return await self._replica.seed(base) if base.base.position else stored
+        return await self._replica.start_at_base(base) if base.base.position else stored
 
     def _heard(self, connection: object, pid: int, _channel: str, _payload: object) -> None:
         """Note that another server has appended; this one knows what it appended itself."""
         own = self._connection
         if own is not None and connection is own and pid != own.get_server_pid():
             self._is_notified = True
-            self._wake()
+            self._on_change()
 
-    async def write(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+    async def append(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
         """Append in the database, durably, then store the same in the replica.
 
         Raises:
@@ -183,7 +182,7 @@ class ReplicatedStorage:
             if self._is_locked:
                 self._is_locked = False
                 await commit(connection, connection.execute("COMMIT", timeout=NO_LIMIT_S))
-        await self._replica.write(rows, changes, entities, after)
+        await self._replica.append(rows, changes, entities, after)
 
     async def read_after(self, head: LogHead) -> Sequence[Row]:
         """Return the next events after `head`; none if `head` is the database's head.
@@ -192,7 +191,7 @@ class ReplicatedStorage:
             LedgerForked: `ledger_forked`, the database has another event there, or none.
             LogUnavailable: `log_unavailable`, the next events were archived.
         """
-        self._is_notified, self._looked_s = False, time.monotonic()
+        self._is_notified, self._read_s = False, time.monotonic()
         with translated_errors("could not be read"):
             found = await self._connected.fetch(
                 "SELECT position, body, hash FROM events WHERE position > $1 ORDER BY position LIMIT $2",
@@ -229,10 +228,12 @@ class ReplicatedStorage:
             raise forked(self._address, head)
 
     async def store(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
-        await self._replica.write(rows, changes, entities, after)
+        """Store in the replica what other servers appended; the arguments are those of `append`."""
+        await self._replica.append(rows, changes, entities, after)
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
+        """Keep other servers from appending until `append` has committed, or the block ends."""
         with translated_errors("could not be locked"):
             await self._connected.execute("BEGIN")
             self._is_locked = True
@@ -264,11 +265,10 @@ class ReplicatedStorage:
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
     ) -> KnownRequests:
-        """Return what the replica has of these keys and joins; the writer has caught up before it decides."""
         return await self._replica.read_requests(hashes, joinable)
 
-    async def note(self, used: Mapping[str, str], seen_at: str) -> None:
-        await self._replica.note(used, seen_at)
+    async def note_last_use(self, used: Mapping[str, str], seen_at: str) -> None:
+        await self._replica.note_last_use(used, seen_at)
 
     async def probe(self) -> None:
         await self._probe_database()

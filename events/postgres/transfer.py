@@ -9,10 +9,11 @@ from pathlib import Path
 from events.clock import format_timestamp, uuid7
 from events.codec import decode_event
 from events.errors import LedgerDamaged, LedgerProblem
-from events.log import encode_drafts, fold_rows
+from events.log import encode_drafts
 from events.nodes import Node
 from events.postgres.bases import read_stored_base, write_stored_base
 from events.postgres.connection import Connection, connect, translated_errors
+from events.postgres.log import fold_rows
 from events.postgres.schema import check_schema
 from events.sqlite.storage import Database
 from events.storage import LogHead, Row, StoredBase, StoredLedger
@@ -195,7 +196,7 @@ async def make_replica(address: str, path: Path) -> StoredBase:
         async with open_database_reader(address) as reader:
             stored = await replica.open()
             if reader.stored.base.position:
-                stored = await replica.seed(reader.stored)
+                stored = await replica.start_at_base(reader.stored)
             head = await _fill(replica, reader, stored)
             if (head.position, head.hash) != (reader.head.position, reader.head.hash):
                 raise LedgerDamaged(
@@ -213,8 +214,8 @@ async def _fill(replica: Database, reader: DatabaseReader, stored: StoredLedger)
     async for page in reader.pages():
         rows = [Row(position, body.decode(), digest) for position, body, digest in page]
         followed = fold_rows(rows, state)
-        entities = len(state.models) + followed.attempt.state.backlog
-        await replica.write(rows, followed.attempt.changes, entities, head)
-        followed.attempt.commit()
+        entities = len(state.models) + followed.transaction.state.backlog
+        await replica.append(rows, followed.changes, entities, head)
+        followed.transaction.commit()
         head = followed.head
     return head

@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, closing, nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -168,20 +168,8 @@ class Database:
         self._lacked_wal = False
         self._unsynced = False
         self._failed_at = 0
-        self.has_news = False
-        self.poll_interval_s: float | None = None
-
-    def on_change(self, wake: Callable[[], None]) -> None:
-        """Do nothing: no other server appends."""
 
     async def open(self) -> StoredLedger:
-        """Connect, rebuild projections of other folds, and read the stored state.
-
-        Raises:
-            FutureSchema: `future_schema`.
-            ForeignDatabase: `foreign_database`.
-            LogUnavailable: `log_unavailable`, it cannot be opened, or what is stored is damaged.
-        """
         try:
             self._connection, stored = await self.run(self._open_connection)
         except (StorageError, OSError, ValueError) as error:  # stored content may be damaged
@@ -190,45 +178,29 @@ class Database:
         self._failed_at = 0
         return stored
 
-    async def seed(self, stored: StoredBase) -> StoredLedger:
+    async def start_at_base(self, stored: StoredBase) -> StoredLedger:
         """Begin the empty ledger at the base of another, in one transaction.
 
         Raises:
             LedgerDamaged: `ledger_damaged`, the state there is not what archiving wrote.
         """
 
-        def seed() -> StoredLedger:
+        def start() -> StoredLedger:
             with transaction(self._connection):
                 store_base(self._connection, stored)
                 _fold_anew(self._connection)
             return _read_stored(self._connection)
 
-        return await self.run(seed)
+        return await self.run(start)
 
-    async def write(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
-        """Append a group of events and store what they changed, durably; then write a due snapshot.
-
-        Raises:
-            ForeignHead: the log's head is not `after`.
-        """
-
-        def write() -> None:
+    async def append(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+        def append() -> None:
             queries.write_group(self._connection, rows, changes, after)
             self._failed_at = snapshots.try_if_due(
                 self._connection, rows[-1].position, entities, self._failed_at
             )
 
-        await self.run(write)
-
-    store = write
-
-    async def read_after(self, head: LogHead) -> Sequence[Row]:  # noqa: ARG002 - others have some
-        """Return no events: no other server appends."""
-        return ()
-
-    def locked(self) -> AbstractAsyncContextManager[None]:
-        """Do nothing: no other server appends."""
-        return nullcontext()
+        await self.run(append)
 
     async def contains(self, head: LogHead) -> bool:
         return await self.run(lambda: queries.contains(self._connection, head))
@@ -236,19 +208,11 @@ class Database:
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
     ) -> KnownRequests:
-        """Return what the log has of these idempotency keys, and of these jobs and actors: their joins.
-
-        Most groups ask for none.
-
-        Raises:
-            LogUnavailable: `log_unavailable`, they cannot be read; the connection is given up.
-        """
-
         def read() -> KnownRequests:
             keys = queries.read_keys(self._connection, hashes)
             return KnownRequests(keys, queries.read_joins(self._connection, joinable))
 
-        if not hashes and not joinable:
+        if not hashes and not joinable:  # as for most groups
             return KnownRequests()
         try:
             return await self.run(read)
@@ -257,14 +221,13 @@ class Database:
             await self.close_after_error()
             raise LogUnavailable from error
 
-    async def note(self, used: Mapping[str, str], seen_at: str) -> None:
+    async def note_last_use(self, used: Mapping[str, str], seen_at: str) -> None:
         await self.run(lambda: queries.write_note(self._connection, used, seen_at))
 
     async def probe(self) -> None:
         await self.run(lambda: queries.probe(self._connection))
 
     async def checkpoint(self) -> bool:
-        """Checkpoint the write-ahead log into the file; return False if that is not possible yet."""
         if not self.is_open:
             return False
         try:

@@ -309,7 +309,7 @@ class WorkerMonitor:
                 used[load.model_id] = max(used_at, used.get(load.model_id, ""))
         if used:
             try:
-                await self._log.note(used)
+                await self._log.note_last_use(used)
             except LedgerProblem:  # next time, then; the writer has said what is wrong
                 return
         self._noted_uses = seen

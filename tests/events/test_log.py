@@ -263,7 +263,7 @@ async def test_server_start_names_last_note_of_unclean_end(path: Path) -> None:
                 await log.server_stopped()
             else:
                 moments["now"] = seen
-                await log.note({})
+                await log.note_last_use({})
     first, second, _, third = (event.data for event in events_of(path))
     assert first == ServerStarted(unclean=False)
     assert second == ServerStarted(True, last_event_at=at(0), last_seen_at=format_timestamp(seen))
@@ -293,7 +293,7 @@ async def test_close_writes_pending_commands_and_leaves_one_file(path: Path) -> 
     log = Log(path)
     await log.open()
     pending = [asyncio.create_task(log.submit(command)) for command in facts(700)]
-    note = asyncio.create_task(log.note({"a": at(1)}))
+    note = asyncio.create_task(log.note_last_use({"a": at(1)}))
     await asyncio.sleep(0)  # each has been handed over
     threads = set(database_of(log)._thread._threads)
     closing_log = asyncio.create_task(log.close())
@@ -304,7 +304,7 @@ async def test_close_writes_pending_commands_and_leaves_one_file(path: Path) -> 
     await closing_log
     assert sorted([(await task).position for task in pending]) == list(range(1, 701))
     await note
-    for late in (log.submit(fact("later")), log.note({"a": at(2)})):
+    for late in (log.submit(fact("later")), log.note_last_use({"a": at(2)})):
         with pytest.raises(LogClosed):
             await late
     assert (log.healthy, log.closed) == (False, True)
@@ -318,7 +318,7 @@ async def test_cancelled_caller_does_not_disturb_others(path: Path) -> None:
     async with opened(path) as log:
         for turns in range(12):
             tasks = [asyncio.create_task(log.submit(each)) for each in facts(3, first=10 * turns)]
-            note = asyncio.create_task(log.note({"a": at(1)}))
+            note = asyncio.create_task(log.note_last_use({"a": at(1)}))
             for _ in range(turns):
                 await asyncio.sleep(0)
             tasks[1].cancel()
@@ -337,7 +337,7 @@ async def test_death_of_writer_fails_all_callers(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 1)
         tasks = [asyncio.create_task(log.submit(command)) for command in facts(5, first=2)]
-        note = asyncio.create_task(log.note({"a": at(1)}))
+        note = asyncio.create_task(log.note_last_use({"a": at(1)}))
         await asyncio.sleep(0)
         log.writer.cancel()
         async with asyncio.timeout(LIMIT_S):
@@ -383,7 +383,7 @@ NOTES = st.lists(st.dictionaries(st.text(max_size=3), st.integers(0, 10**6).map(
 def test_latest_use_of_each_model_is_kept(notes: list[dict[str, str]]) -> None:
     async def note_all(path: Path) -> dict[str, str]:
         async with opened(path) as log:
-            await asyncio.gather(*map(log.note, notes))
+            await asyncio.gather(*map(log.note_last_use, notes))
         return await last_used(path)
 
     latest: dict[str, str] = {}
@@ -397,10 +397,10 @@ async def test_note_is_no_event_and_wakes_nobody(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 2)
         head, wakeup = log.head, log.subscribe()
-        await log.note({"a": at(1)})
+        await log.note_last_use({"a": at(1)})
         assert log.head == head
         assert not wakeup.is_set()
-        await asyncio.gather(log.note({"a": at(2)}), write(log, 3, first=3))
+        await asyncio.gather(log.note_last_use({"a": at(2)}), write(log, 3, first=3))
         assert log.head.position == 5
     assert await last_used(path) == {"a": at(2)}
     change_ledger(path, "UPDATE last_used SET used_at = 'forged'")

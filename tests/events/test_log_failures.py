@@ -228,7 +228,7 @@ async def test_failed_note_fails_alone(path: Path) -> None:
     invalid: list[dict[str, Any]] = [{"\ud800": at(1)}, {"a": 2**64}]
     async with opened(path) as log:
         results = await asyncio.gather(
-            *map(log.note, [*invalid, {"a": at(1)}]),
+            *map(log.note_last_use, [*invalid, {"a": at(1)}]),
             *map(log.submit, facts(1)),
             return_exceptions=True,
         )
@@ -236,13 +236,13 @@ async def test_failed_note_fails_alone(path: Path) -> None:
         assert log.healthy
         connection_of(log).close()
         with pytest.raises(LogUnavailable):
-            await log.note({"a": at(1)})
+            await log.note_last_use({"a": at(1)})
         assert (await write(log, 1, first=2))[0].position == 2
         change_ledger(
             path, "ALTER TABLE last_used RENAME COLUMN used_at TO something_else", keeps_triggers=True
         )
         note, *receipts = await asyncio.gather(
-            log.note({"a": at(1)}), *map(log.submit, facts(5, first=3)), return_exceptions=True
+            log.note_last_use({"a": at(1)}), *map(log.submit, facts(5, first=3)), return_exceptions=True
         )
         assert type(note) is LogUnavailable
         assert [each.position for each in receipts if isinstance(each, Receipt)] == [3, 4, 5, 6, 7]

@@ -121,7 +121,7 @@ def _facts() -> list[Record]:
 
 async def test_notes_last_and_are_no_events(open_log: Open) -> None:
     async with open_log() as log:
-        await log.note({MODEL: "2026-01-01T00:00:09.000000Z"})
+        await log.note_last_use({MODEL: "2026-01-01T00:00:09.000000Z"})
         assert log.head.position == 0
     async with open_log() as log:
         assert log.last_used == {MODEL: "2026-01-01T00:00:09.000000Z"}

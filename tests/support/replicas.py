@@ -11,10 +11,10 @@ import asyncpg
 from events.log import Log
 from events.postgres.bases import read_stored_base
 from events.postgres.connection import Connection, DatabaseClock, close, connect
+from events.postgres.log import SharedLog
 from events.postgres.schema import migrate
 from events.postgres.storage import ReplicatedStorage
 from events.postgres.transfer import copy_ledger_in
-from events.sqlite.datalock import LEDGER
 from events.sqlite.proof import open_log_reader
 from events.storage import KINDS, StoredBase
 from support.postgres import Database
@@ -32,9 +32,7 @@ async def make_ledger(database: Database) -> None:
 def replica_log(address: str, folder: Path, **options: Any) -> Log:
     """Return the log of a server that is not open yet."""
     folder.mkdir(exist_ok=True)
-    clock = DatabaseClock()
-    storage = ReplicatedStorage(address, folder, clock)
-    return Log(folder / LEDGER, storage=storage, **{"now": clock, **options})
+    return SharedLog(address, folder, DatabaseClock(), **options)
 
 
 @asynccontextmanager

@@ -103,7 +103,7 @@ async def test_server_hears_of_events_while_it_catches_up(
         opened_replica(ledger.server_url, tmp_path / "b") as other,
     ):
         storage, late = storage_of(other), facts(1, first=2)
-        storage.poll_interval_s = None
+        other._poll_s = None
         read_after = storage.read_after
 
         async def read_then_hear(head: LogHead) -> Sequence[Row]:
@@ -336,7 +336,7 @@ async def be_deaf(log: Log) -> None:
         log.catch_up()
     )  # then the writer has nothing to do for a while: a connection does one thing at a time
     await storage._connected.remove_listener(CHANNEL, storage._heard)
-    storage._is_notified, storage._looked_s = False, float("inf")
+    storage._is_notified, storage._read_s = False, float("inf")
 
 
 async def test_look_brings_what_others_have_appended(ledger: Database, tmp_path: Path) -> None:

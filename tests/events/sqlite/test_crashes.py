@@ -35,7 +35,7 @@ def use_replica(path: Path) -> None:
     async def write_note() -> None:
         database = Database(path, is_replica=True)
         await database.open()
-        await database.note({}, "2026-11-23T12:00:00.000000Z")
+        await database.note_last_use({}, "2026-11-23T12:00:00.000000Z")
         await database.close()
 
     asyncio.run(write_note())

@@ -162,7 +162,7 @@ async def test_only_new_uses_are_noted(engine: Engine, folder: Path) -> None:
     with closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as connection:
         connection.execute("ALTER TABLE last_used RENAME TO elsewhere")
         with pytest.raises(LogUnavailable):
-            await engine.log.note({"old": "x"})
+            await engine.log.note_last_use({"old": "x"})
         await note_uses()
         connection.execute("ALTER TABLE elsewhere RENAME TO last_used")
     await note_uses()  # now it can
