@@ -1,4 +1,4 @@
-"""Timestamps, ids, the ledger's clock, and the time by which deadlines run.
+"""Timestamps, ids, and the ledger's clock.
 
 A timestamp is a string, `YYYY-MM-DDTHH:MM:SS.ffffffZ`: always six digits, always UTC, so text sorts as time.
 """
@@ -43,11 +43,23 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def utc_now() -> datetime:
+    """Return the present moment."""
+    return datetime.now(UTC)
+
+
 STEP_S = 60.0
 """A wall clock that moved by more than this against CLOCK_BOOTTIME was set; NTP slews by less."""
 
 SETTLED_S = 60.0
 """Seconds for which the time after a step forward must stand before the ledger follows it."""
+
+
+_MIN_OFFSET_S = 0.05
+"""Smaller differences are the time that a group takes to be written."""
+
+_MAX_OFFSETS = 200_000
+"""Kept differences: while times stand, one each 0.05 s at most, for longer than any deadline of a load."""
 
 
 class ClockStep(NamedTuple):
@@ -59,12 +71,16 @@ class ClockStep(NamedTuple):
 
 
 class LedgerClock:
-    """The wall clock, except that a step forward is followed when the new time has stood for a minute.
+    """The wall clock, where it can be trusted, and a monotonic time by which deadlines and back-offs run.
 
-    Until then times go on from the old clock by CLOCK_BOOTTIME, which counts suspends too. So a clock that is
-    wrong for a moment leaves no time in the ledger that all later ones would have to wait for. A step back is
-    followed at once: the writer never records an earlier time than the last, and so stands until the clock
-    catches up.
+    A step of the wall clock forward is followed when the new time has stood for a minute. Until then times go
+    on from the old clock by CLOCK_BOOTTIME, which counts suspends too. So a clock that is wrong for a moment
+    leaves no time in the ledger that all later ones would have to wait for. A step back is followed at once:
+    the writer never records an earlier time than the last, and so stands until the clock catches up.
+
+    The monotonic time begins with the ledger's and advances with CLOCK_BOOTTIME alone: it does not stand, and
+    takes no steps. Each group of events is noted with the difference to its recorded time. So a deadline that
+    was computed from recorded times passes when its seconds have passed since its event was folded.
 
     Args:
         wall: the wall clock.
@@ -74,16 +90,20 @@ class LedgerClock:
         steps: the steps that were taken or withdrawn, to be recorded; of withdrawn ones at most one a minute.
     """
 
-    def __init__(self, wall: Callable[[], datetime], boottime: Callable[[], float]) -> None:
+    def __init__(
+        self, wall: Callable[[], datetime] = utc_now, boottime: Callable[[], float] = boottime
+    ) -> None:
         self._wall = wall
         self._boottime = boottime
-        self._trusted = wall(), boottime()
+        self._trusted = self._start = wall(), boottime()
         self._doubted: tuple[datetime, float] | None = None
         self._withdrawn_s = float("-inf")
+        self._positions: list[int] = []
+        self._offsets_s: list[float] = []
         self.steps: list[ClockStep] = []
 
-    def __call__(self) -> datetime:
-        """Return the present moment."""
+    def now(self) -> datetime:
+        """Return the present moment, as the ledger records it."""
         wall, now_s = self._wall(), self._boottime()
         expected = _advance(self._trusted, now_s)
         ahead_s = (wall - expected).total_seconds()
@@ -95,6 +115,33 @@ class LedgerClock:
             self.steps.append(ClockStep(format_timestamp(expected), format_timestamp(wall), is_taken=True))
         self._trusted, self._doubted = (wall, now_s), None
         return wall
+
+    def start_monotonic(self, now: Timestamp) -> None:
+        """Begin the monotonic time with the ledger's; what was folded before differs by nothing."""
+        self._start = parse_timestamp(now), self._boottime()
+
+    def monotonic_now(self) -> Timestamp:
+        """Return the present moment in monotonic time."""
+        return format_timestamp(_advance(self._start, self._boottime()))
+
+    def note(self, position: int, recorded_at: Timestamp) -> None:
+        """Note that the events from `position` on were folded just now, recorded at this time."""
+        offset_s = seconds_between(recorded_at, self.monotonic_now())
+        if abs(offset_s - self._offset_s(position)) > _MIN_OFFSET_S:
+            self._positions.append(position)
+            self._offsets_s.append(offset_s)
+        if len(self._positions) > _MAX_OFFSETS:
+            del self._positions[: _MAX_OFFSETS // 2], self._offsets_s[: _MAX_OFFSETS // 2]
+
+    def to_monotonic(self, recorded_at: Timestamp, position: int | None) -> Timestamp:
+        """Return a time that was recorded at `position`, or computed from such a time, as a monotonic one."""
+        offset_s = self._offset_s(position or 0)
+        return add_seconds(recorded_at, offset_s) if offset_s else recorded_at
+
+    def _offset_s(self, position: int) -> float:
+        """Return by how much monotonic time was ahead when the event at `position` was folded."""
+        found = bisect_right(self._positions, position)
+        return self._offsets_s[found - 1] if found else 0.0
 
     def _is_settled(self, wall: datetime, now_s: float) -> bool:
         """Whether a time ahead has stood for long enough."""
@@ -120,56 +167,6 @@ def _advance(reading: tuple[datetime, float], now_s: float) -> datetime:
         return moment + timedelta(seconds=now_s - at_s)
     except OverflowError:
         return datetime.max.replace(tzinfo=UTC)
-
-
-class FoldTimes:
-    """The time by which deadlines and back-offs run, and when events were folded by it.
-
-    It begins with the ledger's time and advances with CLOCK_BOOTTIME alone: it does not stand, and takes no
-    steps. Each group of events is noted with the difference to its recorded time. So a deadline
-    that was computed from recorded times passes when its seconds have passed since its event was folded.
-    """
-
-    def __init__(self, boottime: Callable[[], float] = boottime) -> None:
-        self._boottime = boottime
-        self._anchor = "", 0.0
-        self._positions: list[int] = []
-        self._offsets_s: list[float] = []
-
-    def start(self, now: Timestamp) -> None:
-        """Begin with the ledger's time; what was folded before differs by nothing."""
-        self._anchor = now, self._boottime()
-
-    def now(self) -> Timestamp:
-        """Return the present time."""
-        began, since_s = self._anchor
-        return add_seconds(began, self._boottime() - since_s)
-
-    def note(self, position: int, recorded_at: Timestamp) -> None:
-        """Note that the events from `position` on were folded just now, recorded at this time."""
-        offset_s = seconds_between(recorded_at, self.now())
-        if abs(offset_s - self.offset_s(position)) > _MIN_OFFSET_S:
-            self._positions.append(position)
-            self._offsets_s.append(offset_s)
-        if len(self._positions) > _MAX_OFFSETS:
-            del self._positions[: _MAX_OFFSETS // 2], self._offsets_s[: _MAX_OFFSETS // 2]
-
-    def offset_s(self, position: int) -> float:
-        """Return by how many seconds this time was ahead when the event at `position` was folded."""
-        found = bisect_right(self._positions, position)
-        return self._offsets_s[found - 1] if found else 0.0
-
-
-_MIN_OFFSET_S = 0.05
-"""Smaller differences are the time that a group takes to be written."""
-
-_MAX_OFFSETS = 200_000
-"""Kept differences: while times stand, one each 0.05 s at most, for longer than any deadline of a load."""
-
-
-def utc_now() -> datetime:
-    """Return the present moment."""
-    return datetime.now(UTC)
 
 
 def uuid7() -> str:

@@ -23,7 +23,6 @@ from msgspec.structs import replace
 from events.accept import Accepted, Existing, Refused, accept, find_joinable
 from events.clock import (
     ClockStep,
-    FoldTimes,
     LedgerClock,
     Timestamp,
     boottime,
@@ -154,7 +153,7 @@ class Log:
         last_used: times of last use by model id, as read at the start.
         last_seen: when the server before last noted that it was there; empty if it never did.
         tally: counters of the events since the start.
-        fold_times: the time by which deadlines run.
+        clock: the ledger's times, and the monotonic time by which deadlines run.
     """
 
     def __init__(
@@ -167,7 +166,6 @@ class Log:
         new_id: Callable[[], str] = uuid7,
     ) -> None:
         self.path = path
-        self._clock = LedgerClock(now, boottime)
         self._new_id = new_id
         self._inbox: Inbox[PendingCommand | PendingNote] = Inbox()
         self._storage: Storage = Database(path) if storage is None else storage
@@ -181,7 +179,7 @@ class Log:
         self.last_used: Mapping[str, str] = {}
         self.last_seen = ""
         self.tally = Tally()
-        self.fold_times = FoldTimes(boottime)
+        self.clock = LedgerClock(now, boottime)
         self._is_started = False
         self._poll_s: float | None = None
         self._uncertain_head: LogHead | None = None
@@ -214,9 +212,9 @@ class Log:
 
     def now(self) -> str:
         """Return the ledger's time: never before the last event. It stands while the wall clock is behind."""
-        now = max(self.head.recorded_at, format_timestamp(self._clock()))
-        while self._is_started and self._clock.steps:
-            self._record_step(self._clock.steps.pop(0))
+        now = max(self.head.recorded_at, format_timestamp(self.clock.now()))
+        while self._is_started and self.clock.steps:
+            self._record_step(self.clock.steps.pop(0))
         return now
 
     def _record_step(self, step: ClockStep) -> None:
@@ -234,7 +232,7 @@ class Log:
             LogUnavailable: `log_unavailable`, the database cannot be opened.
         """
         await self._open()
-        self.fold_times.start(self.now())
+        self.clock.start_monotonic(self.now())
         self._writer = asyncio.create_task(self._write_groups(), name="ledger-writer")
 
     async def close(self) -> None:
@@ -459,7 +457,7 @@ class Log:
             return
         self.tally.count(decided.events, decided.changes.jobs.values())
         if decided.rows:
-            self.fold_times.note(decided.rows[0].position, decided.head.recorded_at)
+            self.clock.note(decided.rows[0].position, decided.head.recorded_at)
 
     # Opening, at the start and after an error.
 

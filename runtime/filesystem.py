@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from runtime.errors import RuntimeProblem
-from runtime.limits import LimitPassed, time_limit
+from runtime.timeouts import TimeoutExpired, timeout
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class FileSystemPool:
         """
         turn = self._turns.setdefault(key, asyncio.Lock())
         try:
-            async with time_limit(limit_s):
+            async with timeout(limit_s):
                 await turn.acquire()
                 try:
                     await self._free.acquire()
@@ -93,7 +93,7 @@ class FileSystemPool:
                     turn.release()
                     raise
                 return await asyncio.shield(self._start(key, turn, work))
-        except LimitPassed:
+        except TimeoutExpired:
             raise busy(key, f"did not answer within {limit_s:g} s") from None
 
     def _start(self, key: str, turn: asyncio.Lock, work: Callable[[], T]) -> asyncio.Future[T]:
@@ -108,29 +108,6 @@ class FileSystemPool:
             release()
             raise busy(key, f"cannot be read: {error}") from None
         return answer
-
-
-async def wait_with_progress(
-    key: str, answer: asyncio.Future[T], progress: Callable[[], int], limit_s: float
-) -> T:
-    """Return what a thread returns, however long it takes, as long as it goes on.
-
-    Args:
-        key: the model.
-        answer: of the thread, which goes on without effect if this is cancelled or raises.
-        progress: returns a number that changes with each piece of the work.
-        limit_s: how long it may stay the same.
-
-    Raises:
-        RepositoryBusy: `repository_busy`, it stayed the same for longer.
-    """
-    try:
-        async with time_limit(limit_s, progress):
-            return await asyncio.shield(answer)
-    except LimitPassed:
-        if answer.done():  # in time after all
-            return answer.result()
-        raise busy(key, f"has given nothing to copy for {limit_s:g} s") from None
 
 
 def busy(key: str, reason: str) -> RepositoryBusy:

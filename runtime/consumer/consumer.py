@@ -17,7 +17,7 @@ from events.accept import OUTDATED
 from events.clock import seconds_between
 from events.commands import NodeCurrent
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
-from events.jobs import TIMEOUT, Job, JobStatus
+from events.jobs import TIMEOUT, Job
 from events.log import Log
 from events.state import State
 from runtime.cache.store import ModelCache
@@ -26,20 +26,17 @@ from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import JobWait, MemoryUse, PendingDemand, PreparationUsage, list_usage
 from runtime.contents import ModelContents
 from runtime.errors import WorkerDied
-from runtime.limits import MEASURE_LIMIT_S, PROGRESS_TIMEOUT_S
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
-from runtime.scheduler.actions import Action, Decision, FailLoad
+from runtime.scheduler.actions import Decision, FailLoad
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import NodeHints, Observations, Policy, find_started_job, find_unload_target
+from runtime.timeouts import LAST_READ_S, MEASURE_LIMIT_S, PROGRESS_TIMEOUT_S, stall_detector
 
 _log = logging.getLogger(__name__)
 
 LOG_RETRY_S = 0.5
 """Pause before an action is tried again after the ledger could not be written."""
-LAST_READ_S = 0.1
-"""Between the decision that a running load is late and its failure: its workers may have reported, in a
-socket that a server without a turn has not read."""
 NO_EPOCH = 0
 """Of a node between two epochs, which begin at 1: nothing is its own, also before the ledger says so."""
 MAX_SLEEP_S = 30.0
@@ -94,7 +91,6 @@ class Consumer:
         self._demand.on_end = self._wakeup.set
         self._stopping = False
         self._decision = Decision()
-        self._late: Action | None = None
         self._executor = Executor(
             log,
             pool,
@@ -175,7 +171,7 @@ class Consumer:
 
     async def _step(self) -> None:
         self._wakeup.clear()
-        state, now = self._log.state, self._log.fold_times.now()
+        state, now = self._log.state, self._log.clock.monotonic_now()
         own = state.of(self.policy.node_id, self.policy.node_epoch, self._untrusted())
         self._executor.note_recorded_exits(own)
         self._executor.reap_loads(own)
@@ -191,9 +187,11 @@ class Consumer:
         if action is None:
             await self._sleep(self._decision.wake_at, now)
             return
-        if _ends_late_load(action) and action != self._late:
-            self._late = action
-            await asyncio.sleep(LAST_READ_S)
+        is_late = isinstance(action, FailLoad) and action.code == TIMEOUT
+        if is_late and stall_detector().has_just_resumed():
+            await asyncio.sleep(
+                LAST_READ_S
+            )  # its workers may have reported, in a socket that is not read yet
             return
         try:
             await self._executor.execute(action)
@@ -226,7 +224,7 @@ class Consumer:
             last_used=self._log.last_used,
             preparable=preparable,
             preparation=self.preparer.preparation,
-            fold_times=self._log.fold_times,
+            clock=self._log.clock,
             nodes=self._hints(),
             untrusted=self._untrusted(),
         )
@@ -247,14 +245,6 @@ class Consumer:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wakeup.wait()
-
-
-def _ends_late_load(action: Action) -> bool:
-    """Whether the action fails a load in progress because its time is up."""
-    match action:
-        case FailLoad(job, code):
-            return code == TIMEOUT and job.status is JobStatus.IN_PROGRESS
-    return False
 
 
 class WorkerMonitor:

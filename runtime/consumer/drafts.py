@@ -29,11 +29,11 @@ from events.types import (
 )
 from runtime.consumer.loads import RunningLoad
 from runtime.errors import Exit, hide_folders
-from runtime.limits import PROGRESS_TIMEOUT_S
 from runtime.memory import total_bytes
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.scheduler import actions
+from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
 
 RELOAD_TIMEOUT_S = 300

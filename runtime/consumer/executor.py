@@ -51,7 +51,6 @@ from runtime.consumer.usage import InferenceTotals
 from runtime.contents import ModelContents
 from runtime.errors import CODE_FOLDERS, RuntimeProblem
 from runtime.estimates import MemoryEstimates, find_expected
-from runtime.limits import PROGRESS_TIMEOUT_S
 from runtime.memory import MAX_BYTES
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import Worker
@@ -59,6 +58,7 @@ from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import load_allowance
+from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
 
 _log = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from events.jobs import Job
 from events.state import State
 from events.types import LoadedFile
 from runtime.contents import Contents, ModelContents, VersionFiles
-from runtime.filesystem import LOAD_LIMIT_S, busy, make_call, wait_with_progress
+from runtime.filesystem import LOAD_LIMIT_S, busy, make_call
 from runtime.repository import FileStat
+from runtime.timeouts import TimeoutExpired, timeout
 
 T = TypeVar("T")
 
@@ -91,7 +92,12 @@ class LoadFiles:
             if not self._is_fresh:
                 await self._check_answers()
             obtaining = self._start(partial(self._obtain, expected))
-            await wait_with_progress(self._model_id, obtaining, lambda: self.pieces, LOAD_LIMIT_S)
+            try:
+                async with timeout(LOAD_LIMIT_S, lambda: self.pieces):
+                    await asyncio.shield(obtaining)
+            except TimeoutExpired:
+                reason = f"has given nothing to copy for {LOAD_LIMIT_S:g} s"
+                raise busy(self._model_id, reason) from None
         return self.version_files
 
     async def hash(self) -> Contents:

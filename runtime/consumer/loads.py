@@ -20,7 +20,6 @@ from runtime.cache.trial import CHANGED, has_outside_cause
 from runtime.consumer.loadfiles import LoadFiles
 from runtime.errors import LoadRefused, NoProgress, RuntimeProblem, WorkerDied
 from runtime.estimates import FileSizes, file_sizes
-from runtime.limits import PROGRESS_TIMEOUT_S
 from runtime.memory import thread_bytes
 from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
@@ -28,6 +27,7 @@ from runtime.repository import FileStat
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.view import LoadView, Phase
 from runtime.statistics import Statistics
+from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import Load, Loaded, Tensor
 
 _log = logging.getLogger(__name__)

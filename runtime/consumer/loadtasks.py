@@ -19,11 +19,11 @@ from runtime.cgroups import count_usable_cpus
 from runtime.consumer.loads import OUT_OF_MEMORY, FormUnusable, RunningLoad
 from runtime.errors import ForkServerUnavailable, LoadRefused, NoProgress, RuntimeProblem, WorkerDied
 from runtime.filesystem import LOAD_LIMIT_S, RepositoryBusy
-from runtime.limits import MEASURE_LIMIT_S, STOP_GRACE_S, LimitPassed, time_limit
 from runtime.modeldefaults import NO_WARM_UP, WarmUp, read_reload_warm_up, read_warm_up
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import Worker
 from runtime.repository import Repository
+from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
 from runtime.wire import Load, Loaded
 
 FindForm = Callable[[Sequence[LoadedFile]], CachedForm | None]
@@ -57,9 +57,9 @@ async def _load_in_time(load: RunningLoad, pool: WorkerPool, ordered: Awaitable[
         RuntimeProblem: one of them failed; the code says why.
     """
     try:
-        async with time_limit(load.progress_timeout_s, lambda: load.progress):
+        async with timeout(load.progress_timeout_s, lambda: load.progress):
             return await _load_instances(load, pool, await ordered)
-    except LimitPassed:
+    except TimeoutExpired:
         raise NoProgress(
             f"the load made no progress for {load.progress_timeout_s:g} s: all that time its stage was"
             f" {load.stage!r}. If the model needs longer, as a very large one may, load it with a greater"
@@ -176,7 +176,7 @@ async def run_unload(load: RunningLoad, drain_timeout_s: float) -> None:
     workers = load.alive_workers
     load.requests_at_drain = sum(worker.in_flight for worker in workers)
     with suppress(TimeoutError):
-        async with time_limit(drain_timeout_s):
+        async with timeout(drain_timeout_s):
             await asyncio.gather(*(worker.wait_until_drained() for worker in workers))
     if load.alive_workers:
         load.stage = "stopping"
@@ -186,7 +186,7 @@ async def run_unload(load: RunningLoad, drain_timeout_s: float) -> None:
 async def _stop(load: RunningLoad, worker: Worker) -> None:
     """Measure how many bytes a worker releases, and stop it."""
     try:
-        async with time_limit(MEASURE_LIMIT_S):
+        async with timeout(MEASURE_LIMIT_S):
             await worker.measure()
     except WorkerDied:
         return

@@ -11,8 +11,8 @@ from typing import get_args
 
 from events.nodes import Confinement
 from runtime.errors import RuntimeProblem, WorkerDied
-from runtime.limits import FORK_LIMIT_S, time_limit
 from runtime.process.worker import Worker
+from runtime.timeouts import FORK_LIMIT_S, timeout
 from runtime.wire import ForbiddenAct, Layer, Probe, Probed
 
 REQUIRE, OFF = "require", "off"
@@ -83,7 +83,7 @@ async def probe(worker: Worker, mode: str, outside: Path) -> AppliedLayers:
     """
     order = Probe(str(outside), () if mode == OFF else ALL_LAYERS)
     try:
-        async with time_limit(FORK_LIMIT_S):
+        async with timeout(FORK_LIMIT_S):
             found = await worker.probe(order)
     except (WorkerDied, TimeoutError) as error:
         said = "; ".join([str(error) or "the worker did not answer", *worker.stderr_tail()])

@@ -11,14 +11,6 @@ from typing import Any, TypeVar
 from events.types import LoadParameters
 from runtime.contents import VersionFiles
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
-from runtime.limits import (
-    FORK_LIMIT_S,
-    FORK_SERVER_LIMIT_S,
-    FORK_WAITS,
-    INFERENCE_GRACE_S,
-    PING_LIMIT_S,
-    time_limit,
-)
 from runtime.modeldefaults import WarmUp
 from runtime.process.confinement import UNCONFINED, probe
 from runtime.process.forkclient import Child, ForkServer, close_watched
@@ -26,6 +18,14 @@ from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import Worker
 from runtime.requestjson import JsonRequest, assemble
+from runtime.timeouts import (
+    FORK_LIMIT_S,
+    FORK_SERVER_LIMIT_S,
+    FORK_WAITS,
+    INFERENCE_GRACE_S,
+    PING_LIMIT_S,
+    timeout,
+)
 from runtime.wire import Buffer, Load, MalformedFrame, ReadJson, Tensor
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ class WorkerPool:
         worker = await self.fork("JSON")
         order = ReadJson(reading_bytes(len(text)), self.applied.layers)
         try:
-            async with time_limit(limit_s):
+            async with timeout(limit_s):
                 read = await worker.read_json(order, Tensor("json", "UINT8", (len(text),), text))
             return assemble(text, read)
         except TimeoutError:
@@ -259,7 +259,7 @@ class WorkerPool:
         fork_server = self._fork_server = ForkServer.launch(os.environ)
         fork_server.ended.add_done_callback(lambda _: self._up.clear())
         try:
-            async with time_limit(FORK_SERVER_LIMIT_S):
+            async with timeout(FORK_SERVER_LIMIT_S):
                 await asyncio.shield(fork_server.ready)
         except BaseException as error:
             fork_server.kill()
@@ -286,7 +286,7 @@ class WorkerPool:
         if self._fork_server is None or self._closed:
             raise ForkServerUnavailable("the pool is closed")
         try:
-            async with time_limit(FORK_SERVER_LIMIT_S):
+            async with timeout(FORK_SERVER_LIMIT_S):
                 await self._up.wait()
         except TimeoutError:
             raise ForkServerUnavailable from None
@@ -313,7 +313,7 @@ class WorkerPool:
 async def _within(limit_s: float, forked: asyncio.Future[Child]) -> Child | None:
     """Return the forked child; None if it does not come within the limit."""
     with contextlib.suppress(TimeoutError):
-        async with time_limit(limit_s):
+        async with timeout(limit_s):
             return await asyncio.shield(forked)
     return None
 
@@ -369,7 +369,7 @@ class PreforkedWorker:
         except (ForkServerUnavailable, OSError):
             return None
         try:
-            async with time_limit(PING_LIMIT_S):
+            async with timeout(PING_LIMIT_S):
                 await worker.ping()
         except (TimeoutError, WorkerDied):
             worker.kill()

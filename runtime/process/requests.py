@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from runtime.errors import Exit, InferenceTimeout, RuntimeProblem, WorkerDied
-from runtime.limits import Limit
+from runtime.timeouts import Timeout, stall_detector
 from runtime.wire import Infer, Outcome, Tensor
 
 Answer = tuple[Outcome, tuple[Tensor, ...]]
@@ -34,7 +34,8 @@ class InFlight:
         self._pending: dict[int, tuple[Infer, asyncio.Future[Answer]]] = {}
         self._cancelled: dict[int, float] = {}
         self._answered_at = 0.0
-        self._watching: Limit | None = None
+        self._watching: Timeout | None = None
+        self._stalls = stall_detector()
         self._idle = asyncio.Event()
 
     def __len__(self) -> int:
@@ -62,7 +63,7 @@ class InFlight:
         answer: asyncio.Future[Answer] = self._loop.create_future()
         number = request.id
         self._pending[number] = request, answer
-        deadline = Limit(timeout_s, self._expire, number, timeout_s)
+        deadline = Timeout(timeout_s, self._expire, number, timeout_s)
         try:
             return await answer
         except asyncio.CancelledError:
@@ -75,7 +76,7 @@ class InFlight:
     def settle(self, number: int, result: Answer | RuntimeProblem) -> None:
         """Hand the worker's answer to the caller, who may have gone."""
         _, answer = self._pending.pop(number)
-        self._answered_at = self._loop.time()
+        self._answered_at = self._stalls.active_s()
         if self._cancelled:
             self._cancelled.pop(number, None)
         if not self._pending:
@@ -108,13 +109,13 @@ class InFlight:
 
     def _cancel(self, number: int) -> None:
         if number in self._pending:
-            self._cancelled[number] = self._loop.time()
+            self._cancelled[number] = self._stalls.active_s()
             self._send_cancel(number)
             self._watch(self.patience_s)
 
     def _watch(self, delay_s: float) -> None:
         if self._watching is None:
-            self._watching = Limit(delay_s, self._check_stuck)
+            self._watching = Timeout(delay_s, self._check_stuck)
 
     def _check_stuck(self) -> None:
         """Check the first inference: they run in order, so it is the running one.
@@ -127,7 +128,7 @@ class InFlight:
         first = next(iter(self._pending))
         left_s = self.patience_s
         if first in self._cancelled:
-            left_s += max(self._cancelled[first], self._answered_at) - self._loop.time()
+            left_s += max(self._cancelled[first], self._answered_at) - self._stalls.active_s()
         if left_s > 0:
             self._watch(left_s)
         else:

@@ -22,7 +22,6 @@ from runtime.errors import (
     RuntimeProblem,
     WorkerDied,
 )
-from runtime.limits import EXIT_WAIT_S, MEASURE_LIMIT_S, Limit, time_limit
 from runtime.process.channel import Channel
 from runtime.process.forkclient import Child, StderrTail
 from runtime.process.pidfd import Process
@@ -30,6 +29,7 @@ from runtime.process.replies import REPORTS, SILENCE, AnswerRules, PendingOrder
 from runtime.process.requests import Answer, InFlight
 from runtime.process.sampling import LoadSamples, MemorySampler, WorkerMemory
 from runtime.process.sharedmemory import Region, TensorMemory, find_offsets
+from runtime.timeouts import EXIT_WAIT_S, MEASURE_LIMIT_S, Timeout, timeout
 from runtime.wire import (
     Cancel,
     Frame,
@@ -110,7 +110,7 @@ class Worker:
         self._answer_rules: AnswerRules | None = None
         self._most_names = SURPLUS_NAMES
         self._stopping = False
-        self._exit_timer: Limit | None = None
+        self._exit_timer: Timeout | None = None
         self._empty_bytes = 0
         self._most_bytes: int | None = None
 
@@ -305,7 +305,7 @@ class Worker:
         self._data.abort()
         self._control.abort()
         with suppress(TimeoutError):
-            async with time_limit(grace_s):
+            async with timeout(grace_s):
                 return await asyncio.shield(self.ended)
         self.kill()
         return await asyncio.shield(self.ended)
@@ -337,7 +337,7 @@ class Worker:
         began_ns = time.perf_counter_ns()
         private_bytes = None
         with suppress(OSError):  # no time left, or no descriptor to read with
-            async with time_limit(MEASURE_LIMIT_S):
+            async with timeout(MEASURE_LIMIT_S):
                 private_bytes = await self.measure()
         samples.sample()
         loaded_memory = samples.loaded_memory(private_bytes, (time.perf_counter_ns() - began_ns) // 1000)
@@ -415,7 +415,7 @@ class Worker:
 
     def _on_gone(self) -> None:
         """The process is gone; its exit report and its last output may still arrive."""
-        self._exit_timer = Limit(EXIT_WAIT_S, self._finish)
+        self._exit_timer = Timeout(EXIT_WAIT_S, self._finish)
         self._process.on_exit_reported(self._finish_when_complete)
         self._finish_when_complete()
 

@@ -294,7 +294,7 @@ def _reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
     last_retry_at = retries.last_at if retries is not None else ""
     since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents, last_retry_at])
     doublings = max(0, len(model.incidents) - 1) + (retries.count if retries is not None else 0)
-    since = view.folded_at(since, model.back_off_position)
+    since = view.to_monotonic(since, model.back_off_position)
     return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
 
 
@@ -320,7 +320,7 @@ def _move_at(view: SchedulerView, model: Model) -> str:
     """Return when the back-off of a model that could not move ends."""
     if model.retries is None:
         return view.now
-    since = view.folded_at(model.retries.last_at, model.back_off_position)
+    since = view.to_monotonic(model.retries.last_at, model.back_off_position)
     return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**model.retries.count))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
-from events.clock import FoldTimes, add_seconds
+from events.clock import LedgerClock, add_seconds
 from events.jobs import NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.nodes import Node
@@ -145,7 +145,7 @@ class Observations:
         preparable: bytes that preparing the files of a load would take, by load job id, in their order.
         preparation: the running preparation; it takes memory until its processes have exited.
         estimate_failures: why the files of a pending load cannot be looked at, by job id.
-        fold_times: when events were folded, by the time that deadlines run by.
+        clock: which converts recorded times to monotonic ones.
         nodes: hints of the nodes, by their ids.
         untrusted: nodes whose joins are not signed with a key that the nodes share: they do nothing.
     """
@@ -162,7 +162,7 @@ class Observations:
     preparable: Mapping[str, int] = field(default_factory=dict)
     preparation: PreparationView | None = None
     estimate_failures: Mapping[str, Failure] = field(default_factory=dict)
-    fold_times: FoldTimes = field(default_factory=FoldTimes)
+    clock: LedgerClock = field(default_factory=LedgerClock)
     nodes: Mapping[str, NodeHints] = field(default_factory=dict)
     untrusted: frozenset[str] = frozenset()
 
@@ -206,8 +206,8 @@ def load_allowance(budget_bytes: int, others_bytes: int, reserved_bytes: int) ->
 class SchedulerView:
     """Input of one scheduling decision; derived values are cached.
 
-    All its times are of `FoldTimes`. Recorded times are converted, which changes them only after the wall
-    clock was set.
+    All its times are monotonic: recorded times are converted (`LedgerClock`), which changes them only after
+    the wall clock was set.
 
     Attributes:
         own: the part of the state that this node works on; the whole without nodes.
@@ -225,6 +225,7 @@ class SchedulerView:
     ) -> None:
         self.state, self.running, self.policy, self.now = state, running, policy, now
         self.observations = observations
+        self.to_monotonic = observations.clock.to_monotonic
         self.own = state.of(policy.node_id, policy.node_epoch, observations.untrusted)
         self.unended = self.own.unended()
         self._earlier: dict[float, str] = {}
@@ -254,22 +255,19 @@ class SchedulerView:
         """Whether a load of this node is to run here; else its node is to be chosen."""
         return load.node_id == self.policy.node_id
 
-    def folded_at(self, recorded_at: str, position: int | None) -> str:
-        """Return a time that was recorded at `position`, or computed from such a time, as one of the view."""
-        offset_s = self.observations.fold_times.offset_s(position or 0)
-        return add_seconds(recorded_at, offset_s) if offset_s else recorded_at
-
     def created_at(self, job: Job) -> str:
         """Return when a job was requested."""
-        return self.folded_at(job.created_at, job.created_position)
+        return self.to_monotonic(job.created_at, job.created_position)
 
     def deadline_at(self, job: Job) -> str | None:
         """Return when a load fails for being late; None for an unload."""
-        return self.folded_at(job.deadline_at, job.created_position) if job.deadline_at is not None else None
+        return (
+            self.to_monotonic(job.deadline_at, job.created_position) if job.deadline_at is not None else None
+        )
 
     def loaded_at(self, model: LoadedModel) -> str:
         """Return since when a model serves."""
-        return self.folded_at(model.serving.loaded_at, model.serving.position)
+        return self.to_monotonic(model.serving.loaded_at, model.serving.position)
 
     def earlier_by(self, seconds: float) -> str:
         """Return the timestamp so many seconds ago."""

@@ -24,8 +24,8 @@ from events.log import Log
 from events.types import SYSTEM, AddedFile, Draft, Event, VersionAdded, VersionRemoved
 from runtime.errors import RuntimeProblem
 from runtime.filesystem import FileSystemPool, make_call
-from runtime.limits import time_limit
 from runtime.repository import Repository
+from runtime.timeouts import timeout
 from runtime.uploads.policy import UploadPolicy, check_writable
 from runtime.uploads.problems import RepositoryReadOnly, VersionExists, VersionInUse, VersionNotNew
 from runtime.uploads.receiving import (
@@ -427,5 +427,5 @@ class _Change:
         answer, call = make_call(work, lambda: None)
         threading.Thread(target=call, name="upload", daemon=True).start()
         with suppress(TimeoutError):
-            async with time_limit(START_LIMIT_S):
+            async with timeout(START_LIMIT_S):
                 await asyncio.shield(answer)

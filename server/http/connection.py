@@ -24,7 +24,7 @@ from typing import cast
 from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractAccessLogger
 
-from runtime.limits import ProgressLimit
+from runtime.timeouts import Timeout, stall_detector
 from server.api.health import is_probe
 from server.config import Config
 from server.errors import ServerProblem
@@ -131,8 +131,8 @@ class _Rest:
 class GuardedConnection(asyncio.BufferedProtocol):
     """The protocol of one connection: aiohttp's, within limits.
 
-    Timeouts count checks, which a timer makes while the connection is active. A check is an iteration of the
-    event loop, so time in which the loop did not read does not count against the client.
+    A timer checks the timeouts while the connection is active. Time in which the event loop was stalled, and
+    so did not read, does not count against the client.
     """
 
     def __init__(self, server: web.Server, limits: ConnectionLimits) -> None:
@@ -156,10 +156,13 @@ class GuardedConnection(asyncio.BufferedProtocol):
         self._body: StreamReader | None = None
         self._rest: _Rest | None = None
         self._is_head_expected = True
-        self._head_bytes = self._checked_head_bytes = self._head_checks = 0
+        self._head_bytes = self._checked_head_bytes = 0
+        self._stalls = stall_detector()
+        self._head_since_s: float | None = self._stalls.active_s()
         self._arrived_ns = 0
         self.is_writing_paused = False
-        self._unread_bytes = self._unread_checks = 0
+        self._unread_bytes = 0
+        self._unread_since_s: float | None = None
         self.is_reserve = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -204,11 +207,11 @@ class GuardedConnection(asyncio.BufferedProtocol):
             ConnectionResetError: the client has left.
         """
         rest = self._rest = _Rest(content, buffer, self._loop.create_future())
-        limit = ProgressLimit(idle_s, rest.progress, rest.fail)
+        timeout = Timeout(idle_s, rest.fail, progress=rest.progress)
         try:
             await rest.ended
         finally:
-            limit.cancel()
+            timeout.cancel()
             if self._rest is not None:
                 self._end_rest(rest)
         if rest.filled < len(buffer):
@@ -257,7 +260,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """End that check: most of the data is sent."""
         self.is_writing_paused = False
-        self._unread_bytes = self._unread_checks = 0
+        self._unread_bytes, self._unread_since_s = 0, None
         self._http.resume_writing()
 
     def request_began(self, request: web.BaseRequest) -> None:
@@ -270,7 +273,8 @@ class GuardedConnection(asyncio.BufferedProtocol):
         self._is_handling = True
         self._body = request.content
         self._is_head_expected = False
-        self._head_bytes = self._checked_head_bytes = self._head_checks = 0
+        self._head_bytes = self._checked_head_bytes = 0
+        self._head_since_s = None
 
     def response_ended(self) -> None:
         """Note that the response is written."""
@@ -291,21 +295,22 @@ class GuardedConnection(asyncio.BufferedProtocol):
         self._schedule_check()
 
     def _check_reading(self, unread_bytes: int) -> None:
-        enough = self._unread_bytes - MIN_PROGRESS_BYTES
-        if unread_bytes > self._unread_bytes or unread_bytes <= enough:  # more written, or enough read
-            self._unread_bytes, self._unread_checks = unread_bytes, 0
-            return
-        self._unread_checks += 1
-        if self._unread_checks * self._limits.interval_s() >= self._limits.unread_s:
+        enough, now_s = self._unread_bytes - MIN_PROGRESS_BYTES, self._stalls.active_s()
+        has_written_or_read = unread_bytes > self._unread_bytes or unread_bytes <= enough
+        if has_written_or_read or self._unread_since_s is None:
+            self._unread_bytes, self._unread_since_s = unread_bytes, now_s
+        elif now_s - self._unread_since_s >= self._limits.unread_s:
             self._transport.abort()
 
     def _check_head(self) -> None:
         """Refuse a head that is late, or was too long at the previous check already, so not just unparsed."""
-        self._head_checks += 1
+        now_s = self._stalls.active_s()
+        if self._head_since_s is None:
+            self._head_since_s = now_s
         limit_s = self._limits.head_s
         if self.is_reserve:
             limit_s = min(limit_s, self._limits.reserve_head_s)
-        if self._head_checks * self._limits.interval_s() > limit_s:
+        if now_s - self._head_since_s > limit_s:
             if self.is_reserve:
                 self.refuse(responses.TooManyConnections())
             elif self._head_bytes:

@@ -14,7 +14,6 @@ from events import clock
 from events.clock import (
     SETTLED_S,
     STEP_S,
-    FoldTimes,
     LedgerClock,
     add_seconds,
     format_timestamp,
@@ -90,7 +89,7 @@ def read(*readings: Reading) -> tuple[list[float], list[tuple[float, float, bool
     clock = LedgerClock(lambda: START + timedelta(seconds=present[0][1]), lambda: present[0][0])
     shown = []
     for present[0] in readings:
-        shown.append((clock() - START).total_seconds())
+        shown.append((clock.now() - START).total_seconds())
     return shown, [(since(step.begin), since(step.end), step.is_taken) for step in clock.steps]
 
 
@@ -163,27 +162,27 @@ def test_ledger_clock_jumps_ahead_only_to_time_that_stood(readings: list[tuple[f
 def test_deadline_passes_when_its_seconds_have_passed(groups: list[tuple[int, int]]) -> None:
     """Whatever the recorded times are: those of a clock that was set, or that stand."""
     passed = [0.0]
-    times = FoldTimes(lambda: passed[0])
-    times.start(at(0))
+    ledger_clock = LedgerClock(lambda: START, lambda: passed[0])
+    ledger_clock.start_monotonic(at(0))
     folded = []
     for position, (pause_s, recorded_s) in enumerate(groups, 1):
         passed[0] += pause_s
-        times.note(position, at(recorded_s))
+        ledger_clock.note(position, at(recorded_s))
         folded.append((position, passed[0], at(recorded_s)))
     for position, folded_s, recorded_at in folded:
-        deadline_at = add_seconds(add_seconds(recorded_at, 300), times.offset_s(position))
-        left_s = seconds_between(times.now(), deadline_at)
+        deadline_at = ledger_clock.to_monotonic(add_seconds(recorded_at, 300), position)
+        left_s = seconds_between(ledger_clock.monotonic_now(), deadline_at)
         assert left_s == pytest.approx(folded_s + 300 - passed[0], abs=0.06)
 
 
-def test_fold_times_keep_latest_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ledger_clock_keeps_latest_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_MAX_OFFSETS", 2_000)
     passed = [0.0]
-    times = FoldTimes(lambda: passed[0])
-    times.start(at(0))
+    ledger_clock = LedgerClock(lambda: START, lambda: passed[0])
+    ledger_clock.start_monotonic(at(0))
     for position in range(1, 2_010):
         passed[0] += 1
-        times.note(position, at(0))
-    assert times.offset_s(2_009) == 2_009
-    assert times.offset_s(1_500) == 1_500
-    assert times.offset_s(1) == 0
+        ledger_clock.note(position, at(0))
+    assert [ledger_clock.to_monotonic(at(0), position) for position in (2_009, 1_500, 1)] == [
+        at(2_009), at(1_500), at(0),
+    ]  # fmt: skip

@@ -225,7 +225,7 @@ async def test_step_of_clock_is_recorded_and_followed_when_it_stands(path: Path)
             log.now()
             await write(log, 1, first=int(passed[0]))
         await log.server_stopped()
-        assert log.fold_times.now() == at(90)
+        assert log.clock.monotonic_now() == at(90)
     steps = [
         (event.recorded_at, event.data) for event in events_of(path) if isinstance(event.data, ClockStepped)
     ]

@@ -1,7 +1,6 @@
 """Calls of the file system: in their order by model, bounded in all, and nobody waits for one that hangs."""
 
 import asyncio
-import errno
 import subprocess
 import sys
 import threading
@@ -18,8 +17,7 @@ from support.workers import LIMIT_S, until
 from events.commands import RequestLoad
 from events.jobs import JobStatus
 from events.types import LoadParameters
-from runtime.filesystem import FileSystemPool, RepositoryBusy, make_call, wait_with_progress
-from runtime.limits import PROGRESS_TICKS
+from runtime.filesystem import FileSystemPool, RepositoryBusy
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
 
@@ -84,46 +82,6 @@ async def test_calls_wait_for_as_many_as_come_before_them() -> None:
     assert await asyncio.gather(*calls) == [None] * 100
     assert waiting.cancelled()
     assert await pool.run("m0", lambda: 3, LIMIT_S) == 3
-
-
-async def test_work_may_take_long_as_long_as_it_goes_on() -> None:
-    hanging, pieces = Hanging(), 0
-
-    def progress() -> int:
-        nonlocal pieces
-        pieces += 1
-        if pieces == 3 * PROGRESS_TICKS:  # three limits
-            hanging.may_end.set()
-        return pieces
-
-    work, call = make_call(hanging, lambda: None)
-    threading.Thread(target=call).start()
-    assert await wait_with_progress("m", work, progress, SHORT_S) == "late"
-    assert pieces >= 3 * PROGRESS_TICKS
-
-
-async def test_work_without_progress_is_left_alone() -> None:
-    hanging = Hanging()
-    ended = asyncio.Event()
-    work, call = make_call(hanging, ended.set)
-    thread = threading.Thread(target=call)
-    thread.start()
-    with pytest.raises(RepositoryBusy, match="has given nothing to copy"):
-        await wait_with_progress("m", work, lambda: 0, SHORT_S)
-    assert not work.done()
-    hanging.may_end.set()
-    await ended.wait()
-    assert await work == "late"
-
-
-async def test_time_out_of_the_work_itself_is_raised() -> None:
-    def work() -> None:
-        raise TimeoutError(errno.ETIMEDOUT, "of the file system")
-
-    answer, call = make_call(work, lambda: None)
-    threading.Thread(target=call).start()
-    with pytest.raises(TimeoutError, match="of the file system"):
-        await wait_with_progress("m", answer, lambda: 0, LIMIT_S)
 
 
 def test_process_ends_though_a_call_hangs() -> None:

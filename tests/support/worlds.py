@@ -39,7 +39,6 @@ from runtime.consumer.drafts import (
     draft_settings_change,
 )
 from runtime.consumer.loads import LoadRun
-from runtime.limits import PROGRESS_TIMEOUT_S
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.actions import Decision as Next
@@ -53,6 +52,7 @@ from runtime.scheduler.view import (
     PreparationView,
     find_started_job,
 )
+from runtime.timeouts import PROGRESS_TIMEOUT_S
 from support.history import at, model_loaded
 
 MODEL_BYTES = {

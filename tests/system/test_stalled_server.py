@@ -11,7 +11,7 @@ from support.servers import Server, events, serving
 from support.workers import freeze, resume
 
 from events.types import LoadFailed, WorkerExited
-from runtime.limits import FORK_LIMIT_S, INFERENCE_GRACE_S
+from runtime.timeouts import FORK_LIMIT_S, INFERENCE_GRACE_S
 from server.config import Config
 
 STALL_S = max(FORK_LIMIT_S, INFERENCE_GRACE_S) + 1

@@ -1,4 +1,4 @@
-"""A server that had no turn for longer than its limits judges no process by what it has not read yet."""
+"""A server that was stalled for longer than its timeouts judges no process by what it has not read yet."""
 
 import asyncio
 import time
@@ -12,9 +12,9 @@ from support.models import ENDLESS
 from support.workers import answer, fork_server_of, freeze, load, order_of, resume, trips
 
 from runtime.errors import InferenceTimeout
-from runtime.limits import time_limit
 from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
+from runtime.timeouts import timeout
 
 SHORT_S = 0.4
 """The limits of these tests. What must end within them takes some milliseconds once it may run."""
@@ -71,7 +71,7 @@ async def load_model(pool: WorkerPool, folder: Path) -> None:
     worker, stages = await pool.start("w"), list[str]()
     await freeze(worker.pid)
     loading = asyncio.ensure_future(worker.load(order_of(folder), stages.append))
-    async with time_limit(SHORT_S, lambda: len(stages)):
+    async with timeout(SHORT_S, lambda: len(stages)):
         await asyncio.sleep(0)
         resume(worker.pid)
         stall()

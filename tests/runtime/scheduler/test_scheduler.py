@@ -4,7 +4,7 @@ import pytest
 from support.decisions import Scene, decide_on, describe, read_table
 from support.history import MODEL, History, at, given
 
-from events.clock import FoldTimes
+from events.clock import LedgerClock, parse_timestamp
 from events.jobs import CRASH_LOOP, FORK_SERVER_DIED, Failure
 from events.models import ModelState
 from events.types import Cause
@@ -230,13 +230,12 @@ def test_server_downtime_does_not_count_against_timeout() -> None:
 def test_deadline_counts_from_when_its_event_was_folded() -> None:
     """The wall clock was set back by 100 s before the load was requested, so its times are recorded as 0."""
     passed = [0.0]
-    times = FoldTimes(lambda: passed[0])
-    times.start(at(0))
+    clock = LedgerClock(lambda: parse_timestamp(at(0)), lambda: passed[0])
     passed[0] = 100
-    times.note(1, at(0))
+    clock.note(1, at(0))
     history = given("request_10s start")  # at 1, due at 11
     found = [
-        decide(history.state, {}, Policy(1), at(seconds), Observations(fold_times=times)).action
+        decide(history.state, {}, Policy(1), at(seconds), Observations(clock=clock)).action
         for seconds in (12, 110.9, 111)
     ]
     assert [isinstance(action, FailLoad) and action.code == "timeout" for action in found] == [

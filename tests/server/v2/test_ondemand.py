@@ -303,7 +303,8 @@ async def test_lost_model_that_is_given_up_fails_its_waiters(
     await until(lambda: api.app[DEMAND].count_waiting("m") == 1)
     while not waiting.done():  # the reload is tried again after growing pauses
         ahead += timedelta(seconds=30)
-        monkeypatch.setattr(log.fold_times, "now", lambda ahead=ahead: format_timestamp(utc_now() + ahead))
+        now = format_timestamp(utc_now() + ahead)
+        monkeypatch.setattr(log.clock, "monotonic_now", lambda now=now: now)
         incidents = len(log.state.models["m"].incidents)
         log.notify()
         await until(lambda count=incidents: waiting.done() or len(log.state.models["m"].incidents) != count)  # type: ignore[misc]
