@@ -43,16 +43,16 @@ from runtime.uploads.uploads import Uploads
 from server.api import (
     events,
     health,
-    history,
     jobs,
+    model_stderr,
     models,
     nodes,
     pages,
     resources,
+    samples,
     timeline,
     tokens,
     versions,
-    workers,
 )
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
 from server.api.health import failed_tasks
@@ -69,7 +69,7 @@ from server.appkeys import (
     CPUS,
     DEMAND,
     GATE,
-    HISTORY,
+    JOB_REQUESTS,
     LIMIT,
     LOG,
     MEMBERSHIP,
@@ -81,10 +81,10 @@ from server.appkeys import (
     READER,
     RENEWING,
     REPOSITORY,
-    REQUEST_LOG,
     ROUTER,
     STOPPING,
     STREAMS,
+    TIME_SERIES,
     UPLOADS,
     VERIFIER,
 )
@@ -99,9 +99,9 @@ from server.errors import errors_middleware
 from server.http.bodies import MAX_BODIES_BYTES, Bodies
 from server.http.responses import prepare_standard_fields
 from server.http.validation import validation_middleware
-from server.observability import scrape
-from server.observability.history import History, record
-from server.observability.output import RequestLog
+from server.observability import metrics
+from server.observability.metrics import SCRAPES, Scrapes
+from server.observability.output import JobRequests
 from server.observability.requestlog import (
     HTTP_COUNTS,
     HttpCounts,
@@ -109,7 +109,7 @@ from server.observability.requestlog import (
     counting_middleware,
     log_middleware,
 )
-from server.observability.scrape import SCRAPES, Scrapes
+from server.observability.timeseries import TimeSeries, record
 from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
 from server.settingvalues import MAX_BODY_BYTES, ON, parse_budget, parse_prepared_size
@@ -120,16 +120,16 @@ from server.v2.ondemand import OnDemand
 _log = logging.getLogger(__name__)
 
 
-def all_routes(metrics: str = "token") -> list[Route]:
-    """Return every route of the server; `metrics` is the setting of who may read /metrics."""
+def all_routes(metrics_access: str = "token") -> list[Route]:
+    """Return every route of the server; `metrics_access` is the setting of who may read /metrics."""
     return [
         *models.routes,
         *versions.routes,
         *jobs.routes,
-        *workers.routes,
+        *model_stderr.routes,
         *resources.routes,
         *nodes.routes,
-        *history.routes,
+        *samples.routes,
         *tokens.routes,
         *events.routes,
         *timeline.routes,
@@ -137,7 +137,7 @@ def all_routes(metrics: str = "token") -> list[Route]:
         *metadata.routes,
         *repository.routes,
         *health.routes,
-        *scrape.metrics_routes(metrics),
+        *metrics.metrics_routes(metrics_access),
         *pages.routes,
     ]
 
@@ -189,7 +189,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             open_timeline,
             _consumer,
             open_forwarder,
-            _history,
+            _time_series,
             open_streams,
             open_control,
         ]
@@ -282,7 +282,7 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
         if rollback is not None:
             await log.rollback_accepted(rollback[0])
         await keeper.keep(prover.head(log))
-        app[REQUEST_LOG] = RequestLog(log, started.position)
+        app[JOB_REQUESTS] = JobRequests(log, started.position)
         app[TOKENS] = open_tokens(app)
         noting = asyncio.create_task(_note_presence(log, prover, keeper), name="presence")
         denials = app[GATE].denials
@@ -363,7 +363,7 @@ async def _uploads(app: web.Application) -> AsyncIterator[None]:
         app[CONFIG].upload_policy(),
         app[PROVER].node,
         log=log,
-        submit=app[REQUEST_LOG].submit,
+        submit=log.submit,
         find_event=app[READER].version_event,
         node_id=app[MEMBERSHIP].node_id if MEMBERSHIP in app else None,
     )
@@ -463,10 +463,9 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         await app[POOL].close()  # ServerStopped, which follows, says that no worker is left
 
 
-async def _history(app: web.Application) -> AsyncIterator[None]:
-    app[HISTORY] = history = History()
-    recording = record(history, app[LOG], app[CONSUMER], app[LIMIT])
-    sampling = asyncio.create_task(recording, name="history")
+async def _time_series(app: web.Application) -> AsyncIterator[None]:
+    app[TIME_SERIES] = series = TimeSeries()
+    sampling = asyncio.create_task(record(series, app[LOG], app[CONSUMER], app[LIMIT]), name="time series")
     yield
     sampling.cancel()
     await asyncio.wait([sampling])
@@ -483,7 +482,7 @@ def _on_demand(app: web.Application) -> OnDemand:
 
     return OnDemand(
         log=app[LOG],
-        submit=app[REQUEST_LOG].submit,
+        requests=app[JOB_REQUESTS],
         reader=app[READER],
         router=app[ROUTER],
         demand=app[PENDING_DEMAND],

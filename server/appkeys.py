@@ -22,8 +22,8 @@ from server.auth.peers import Peers
 from server.auth.proxies import Proxies
 from server.config import Config
 from server.http.bodies import Bodies
-from server.observability.history import History
-from server.observability.output import RequestLog
+from server.observability.output import JobRequests
+from server.observability.timeseries import TimeSeries
 from server.v2.ondemand import OnDemand
 
 BODIES = web.AppKey("bodies", Bodies)
@@ -31,7 +31,7 @@ GATE = web.AppKey("gate", Gate)
 VERIFIER = web.AppKey("verifier", Verifier)
 CONFIG = web.AppKey("config", Config)
 LOG = web.AppKey("log", Log)
-REQUEST_LOG = web.AppKey("request_log", RequestLog)
+JOB_REQUESTS = web.AppKey("job_requests", JobRequests)
 READER = web.AppKey("reader", Reader)
 REPOSITORY = web.AppKey("repository", Repository)
 UPLOADS = web.AppKey("uploads", Uploads)
@@ -52,7 +52,7 @@ CPUS = web.AppKey("cpus", int)
 """How many CPUs this process may use."""
 PENDING_DEMAND = web.AppKey("pending_demand", PendingDemand)
 DEMAND = web.AppKey("demand", OnDemand)
-HISTORY = web.AppKey("history", History)
+TIME_SERIES = web.AppKey("time_series", TimeSeries)
 """Samples for charts."""
 STREAMS = web.AppKey("streams", Streams)
 STOPPING = web.AppKey("stopping", asyncio.Event)

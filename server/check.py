@@ -37,8 +37,7 @@ from runtime.repository import MODEL_ID, ModelVersion, Repository
 from runtime.scheduler.admission import format_megabytes
 from runtime.wire import Load, Tensor
 from server.api.loads import default_parameters
-from server.auth.keyring import read_public_keys
-from server.auth.keys import KeyProblem
+from server.auth.keys import KeyProblem, read_public_keys
 from server.cluster import INSTALL
 from server.config import Config, ConfigError
 from server.configsources import (

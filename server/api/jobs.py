@@ -47,7 +47,7 @@ from server.api.timetravel import (
     as_of,
     read_past,
 )
-from server.appkeys import CONSUMER, LOG, READER, REQUEST_LOG, STOPPING
+from server.appkeys import CONSUMER, JOB_REQUESTS, LOG, READER, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import (
@@ -369,7 +369,9 @@ def job_path(job_id: str) -> str:
 
 async def _submit(app: web.Application, command: Command, seconds: float | None) -> Job:
     """Submit a command and return its job when it has ended, the time is up, or the server stops."""
-    job_id = (await app[REQUEST_LOG].submit(command)).job_id
+    receipt = await app[LOG].submit(command)
+    app[JOB_REQUESTS].note(receipt)
+    job_id = receipt.job_id
     assert job_id is not None, "only facts have no job"
     if seconds == 0:
         return await _find_job(app, job_id)

@@ -27,8 +27,7 @@ from multidict import CIMultiDictProxy, istr
 from events.clock import uuid7
 from events.commands import Command, Record
 from events.types import SYSTEM, AccessDenied, Draft
-from server.auth.keyring import KeyRing, VerificationKey
-from server.auth.keys import ROLES
+from server.auth.keys import ROLES, KeyRing, VerificationKey
 from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA, RateLimits
 from server.auth.subjects import subject_refusal

@@ -28,12 +28,13 @@ from events.errors import LogUnavailable
 from events.log import Log
 from events.nodes import Node
 from server.auth.gate import POSITION, Challenge, InvalidToken, Principal, Verifier, bearer_token
-from server.auth.keyring import KeyRing, VerificationKey
 from server.auth.keys import (
     ALGORITHM,
     LEDGER_KEY,
     ROLES,
     KeyProblem,
+    KeyRing,
+    VerificationKey,
     keys_folder,
     list_keys,
     load_private_key,

@@ -5,8 +5,8 @@ A connection is a `connection.GuardedConnection` around aiohttp's protocol. Its 
 
 - `connection`: slow-client protection, the connection limit and its reserve; listens
 - `tls`: certificates, reloaded when they change
-- `limits`: the budget of memory for bodies
-- `validation`: reads bodies and checks requests against the schemas of their route
+- `bodies`: reads bodies, within the budget of memory for them
+- `validation`: checks requests against the schemas of their route
 - `compression`: content codings of bodies, both ways
 - `responses`: fast responses in one piece; responses to malformed HTTP
 """

@@ -33,8 +33,8 @@ from events.types import (
     Unknown,
     UnloadJoined,
 )
-from server.appkeys import LOG, READER, REQUEST_LOG
-from server.observability.output import CONTEXT, RequestLog, make_extra
+from server.appkeys import JOB_REQUESTS, LOG, READER
+from server.observability.output import CONTEXT, JobRequests, make_extra
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ ENDS = (ModelLoaded, ModelSettingsChanged, LoadFailed, ModelUnloaded, JobCancell
 class EventLogger:
     """Logs each event since the start of the server, and calls `on_job_end` for each job that has ended."""
 
-    def __init__(self, log: Log, requests: RequestLog, reader: Reader, on_job_end: OnJobEnd | None) -> None:
+    def __init__(self, log: Log, requests: JobRequests, reader: Reader, on_job_end: OnJobEnd | None) -> None:
         self._log = log
         self._requests = requests
         self._reader = reader
@@ -154,7 +154,7 @@ def _message(event: Event) -> str:
 
 async def log_events(app: web.Application, on_job_end: OnJobEnd | None = None) -> AsyncIterator[None]:
     """Log events while the application runs; for `cleanup_ctx`, as its last resource."""
-    lines = EventLogger(app[LOG], app[REQUEST_LOG], app[READER], on_job_end)
+    lines = EventLogger(app[LOG], app[JOB_REQUESTS], app[READER], on_job_end)
     task = asyncio.create_task(lines.run(), name="event log lines")
     yield
     lines.close()

@@ -28,7 +28,7 @@ from aiohttp import web
 from multidict import istr
 
 from events.clock import format_timestamp
-from events.commands import Command, Receipt
+from events.commands import Receipt
 from events.log import Log
 from server.config import Config
 
@@ -93,8 +93,8 @@ CONTEXT: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 """The request that the running task serves; None outside of requests."""
 
 
-class RequestLog:
-    """Submits the commands of requests to the event log, and remembers the request behind each unended job.
+class JobRequests:
+    """Remembers the request behind each unended job.
 
     `started_at` is the position of this server's `ServerStarted`. `EventLogger` removes ended jobs from
     `behind`.
@@ -105,13 +105,8 @@ class RequestLog:
         self.started_at = started_at
         self.behind: OrderedDict[str, RequestContext] = OrderedDict()
 
-    async def submit(self, command: Command) -> Receipt:
-        """Submit a command, and note its job and position in the context of the request.
-
-        Raises:
-            LedgerProblem: as `Log.submit`.
-        """
-        receipt = await self._log.submit(command)
+    def note(self, receipt: Receipt) -> None:
+        """Note the job and position of a recorded command in the context of the request."""
         context = CONTEXT.get()
         if context is not None and receipt.job_id is not None:
             context.job_id, context.position = receipt.job_id, receipt.position
@@ -119,7 +114,6 @@ class RequestLog:
                 self.behind.setdefault(receipt.job_id, context)
             if len(self.behind) > MAX_JOBS:
                 self.behind.popitem(last=False)
-        return receipt
 
 
 def begin_context(request: web.BaseRequest) -> RequestContext:

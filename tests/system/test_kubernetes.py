@@ -23,7 +23,7 @@ from support.deployment import (
 
 from server.app import all_routes
 from server.auth import keys
-from server.auth.keyring import KeyRing
+from server.auth.keys import KeyRing
 from server.routing import Access
 
 FOLDER = DEPLOY / "kubernetes"

@@ -20,8 +20,16 @@ from pytest_aiohttp import AiohttpClient
 from support.http import route, small_app, small_config
 
 from server.auth.gate import InvalidToken, Principal, Verifier, create_verifier
-from server.auth.keyring import KeyRing, read_public_keys
-from server.auth.keys import KeyProblem, keys_folder, list_keys, load_private_key, revoke, rotate
+from server.auth.keys import (
+    KeyProblem,
+    KeyRing,
+    keys_folder,
+    list_keys,
+    load_private_key,
+    read_public_keys,
+    revoke,
+    rotate,
+)
 from server.config import Config
 from server.routing import Access
 

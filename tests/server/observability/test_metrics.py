@@ -24,9 +24,8 @@ from events.types import Cause
 from server.app import all_routes
 from server.appkeys import LOG
 from server.errors import ERRORS
-from server.observability.collector import STAGES, ServerCollector
+from server.observability.metrics import SCRAPES, STAGES, ServerCollector, negotiate
 from server.observability.requestlog import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
-from server.observability.scrape import SCRAPES, negotiate
 
 OF_EACH_MODEL = ("worker_exits", "worker_restarts", "inference_failures")
 Start = Callable[..., Awaitable[LocalApi]]

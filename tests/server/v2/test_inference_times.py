@@ -15,7 +15,7 @@ from support.workers import computing, until
 
 from events.types import ModelLoaded
 from server.appkeys import BODIES
-from server.observability.scrape import SCRAPES
+from server.observability.metrics import SCRAPES
 
 PARTS = ("queue", "compute_input", "compute_infer", "compute_output", "transport")
 STAGES = ("queue", "input", "infer", "output", "transport")

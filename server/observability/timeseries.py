@@ -227,7 +227,7 @@ class ServerSample:
         return ServerSample(next_.at, self.memory.most(next_.memory), merge_counts(self.counts, next_.counts))
 
 
-class History:
+class TimeSeries:
     """The samples of the server and of its models."""
 
     def __init__(self) -> None:
@@ -322,11 +322,11 @@ def measure(consumer: Consumer, limit: MemoryLimit) -> Memory:
     )
 
 
-async def record(history: History, log: Log, consumer: Consumer, limit: MemoryLimit) -> None:
+async def record(series: TimeSeries, log: Log, consumer: Consumer, limit: MemoryLimit) -> None:
     """Sample until cancelled; a failure is logged, since nothing else depends on the samples."""
     while True:
         try:
-            history.sample(log.now(), measure(consumer, limit), consumer.loads)
+            series.sample(log.now(), measure(consumer, limit), consumer.loads)
         except Exception:  # noqa: BLE001 - see above
             _log.exception("memory and requests could not be sampled")
         await asyncio.sleep(SAMPLE_EVERY_S)

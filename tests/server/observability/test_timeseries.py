@@ -7,8 +7,8 @@ import pytest
 from events.types import LoadParameters
 from runtime.consumer.loads import RunningLoad
 from runtime.statistics import Statistics
-from server.observability import history
-from server.observability.history import MERGED, RANGES, History, Latencies, Memory, quantile
+from server.observability import timeseries
+from server.observability.timeseries import MERGED, RANGES, Latencies, Memory, TimeSeries, quantile
 
 BOUNDS = (0.1, 0.2, 0.4)
 NOW = Memory(10, 20, 0, 100)
@@ -47,7 +47,7 @@ def answer(load: RunningLoad, *buckets: int, failures: int = 0) -> None:
 
 
 def test_samples_count_what_lies_between() -> None:
-    seen, load = History(), running("j")
+    seen, load = TimeSeries(), running("j")
     answer(load, 4, 4, 5)
     for asked in ((), (4,), ()):
         answer(load, *asked)
@@ -59,7 +59,7 @@ def test_samples_count_what_lies_between() -> None:
 
 
 def test_requests_of_a_load_that_ended_are_counted() -> None:
-    seen, old, new = History(), running("old"), running("new")
+    seen, old, new = TimeSeries(), running("old"), running("new")
     seen.sample("1", NOW, {"old": old})
     answer(old, 3, failures=2)
     before, old.statistics = old.statistics, Statistics(requests=900, took=[60] * 15)  # the model's sum
@@ -72,7 +72,7 @@ def test_requests_of_a_load_that_ended_are_counted() -> None:
 
 
 def test_long_range_merges_samples_and_shows_the_begun_one() -> None:
-    seen, load = History(), running("j")
+    seen, load = TimeSeries(), running("j")
     for number in range(MERGED + 2):
         answer(load, 1)
         seen.sample(str(number), replaced(used_bytes=number), {"j": load})
@@ -90,8 +90,8 @@ def replaced(**changes: int) -> Memory:
 
 
 def test_model_without_process_has_gaps_and_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "_LONG", replace(LONG, samples=2))
-    seen = History()
+    monkeypatch.setattr(timeseries, "_LONG", replace(LONG, samples=2))
+    seen = TimeSeries()
     seen.sample("0", NOW, {})
     seen.sample("1", NOW, {"j": running("j")})
     seen.sample("2", NOW, {})
@@ -102,8 +102,8 @@ def test_model_without_process_has_gaps_and_is_forgotten(monkeypatch: pytest.Mon
 
 
 def test_models_beyond_the_limit_count_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "MAX_MODELS", 1)
-    seen, loads = History(), {name: running(name, name) for name in ("a", "b")}
+    monkeypatch.setattr(timeseries, "MAX_MODELS", 1)
+    seen, loads = TimeSeries(), {name: running(name, name) for name in ("a", "b")}
     for load in loads.values():
         answer(load, 2)
     seen.sample("1", NOW, loads)

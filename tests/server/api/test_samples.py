@@ -4,8 +4,8 @@ import pytest
 from support import models
 from support.http import ONE, Json, LocalApi, when
 
-from server.appkeys import CONSUMER, HISTORY, LIMIT, LOG
-from server.observability.history import measure
+from server.appkeys import CONSUMER, LIMIT, LOG, TIME_SERIES
+from server.observability.timeseries import measure
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -17,7 +17,7 @@ async def test_history_has_latencies_and_memory(shared: LocalApi) -> None:
     for _ in range(3):
         assert (await shared.infer("m", ONE)).status == 200
     app = shared.app
-    app[HISTORY].sample(app[LOG].now(), measure(app[CONSUMER], app[LIMIT]), app[CONSUMER].loads)
+    app[TIME_SERIES].sample(app[LOG].now(), measure(app[CONSUMER], app[LIMIT]), app[CONSUMER].loads)
     server = (await shared.get("/api/v1/resources/history", roles=("predict",))).json
     assert (server["range"], server["interval_s"], server["whole"]["requests"]) == ("1h", 10, 3)
     last = server["points"][-1]

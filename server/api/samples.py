@@ -1,6 +1,6 @@
 """Charts: memory, requests and latencies of the last hour or day, of the server and of a model.
 
-`server.observability.history` has the samples and their bounds.
+`server.observability.timeseries` has the samples and their bounds.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from msgspec.structs import asdict
 
 from server.api.models import look_at_model
 from server.api.schemas import AnswerSchema, ModelPathSchema, about
-from server.appkeys import HISTORY
+from server.appkeys import TIME_SERIES
 from server.http.validation import path_parameters, query_parameters
-from server.observability.history import (
+from server.observability.timeseries import (
     NO_REQUESTS,
     RANGES,
     Counts,
@@ -109,7 +109,7 @@ class ModelHistorySchema(HistorySchema):
 async def show_server_history(request: web.Request) -> web.Response:
     """Answer with the samples of the server."""
     name = query_parameters(request)["range"]
-    samples = request.app[HISTORY].of_server(RANGES[name])
+    samples = request.app[TIME_SERIES].of_server(RANGES[name])
     return _answer(name, map(_server_point, samples), (sample.counts for sample in samples))
 
 
@@ -125,7 +125,7 @@ async def show_server_history(request: web.Request) -> web.Response:
 async def show_model_history(request: web.Request) -> web.Response:
     """Answer with the samples of a model that is in the repository, or was loaded within the range."""
     model_id, name = path_parameters(request)["id"], query_parameters(request)["range"]
-    samples = request.app[HISTORY].of_model(model_id, RANGES[name])
+    samples = request.app[TIME_SERIES].of_model(model_id, RANGES[name])
     if not samples:
         await look_at_model(request, model_id)
     counts = (sample.counts for _, sample in samples if sample is not None)
