@@ -29,7 +29,6 @@ from support.disks import FreezableDisk, freezable_disk
 from support.fleet import as_text, new_dice, of_both, tell
 from support.postgres import PostgresServer, postgres_server
 
-from events.nodes import NodePhase
 from events.state import State
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -152,14 +151,6 @@ async def test_killed_database_loses_no_node_and_no_inference(cluster: Cluster, 
         assert answer.json["status"] == "completed", answer
     cluster.accepted.add(answer.json["id"])  # not earlier: the traffic cancels some of these jobs
     assert no_epoch_ended(before, await cluster.settled())
-
-
-async def test_models_of_stopped_node_load_elsewhere(cluster: Cluster, dice: random.Random) -> None:
-    node, models, epoch = pick(cluster)
-    async with cluster.traffic(dice, changing(cluster)):
-        await node.stop()
-        state = await cluster.until(are_elsewhere(models, node.name))
-    assert (state.nodes[node.name].phase, state.nodes[node.name].epoch) == (NodePhase.LEFT, epoch)
 
 
 ROUNDS = of_both(short=3, long=200)

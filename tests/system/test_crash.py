@@ -13,7 +13,6 @@ from support.fleet import settled
 from support.http import ENDLESS, ONE
 from support.models import save
 from support.servers import Server, events, limited, serving, verified
-from support.streams import following
 from support.workers import computing, until
 
 from events.sqlite.datalock import LEDGER
@@ -99,13 +98,6 @@ EVENT_WITHOUT_TIME = {
 }  # fmt: skip
 INSERT_JOB = "INSERT INTO jobs (created_position, id, body) VALUES (1000, 'x', ?)"
 INSERT_EVENT = "INSERT INTO events (position, body, hash) VALUES (2, ?, zeroblob(32))"
-LEAVE_GAP = """
-DROP TRIGGER events_never_go;
-CREATE TRIGGER leave_gap AFTER INSERT ON events WHEN NEW.type = 'ModelSettingsChanged'
-BEGIN
-  DELETE FROM events WHERE position = NEW.position - 1;
-END
-"""
 DAMAGE = {"consumer": (INSERT_JOB, JOB_WITHOUT_EVENT), "writer": (INSERT_EVENT, EVENT_WITHOUT_TIME)}
 
 
@@ -138,18 +130,3 @@ async def test_death_of_a_part_ends_the_server_uncleanly(config: Config, part: s
         assert await server.ended() == 1
         assert f"{part} ended; the server stops" in server.output.read_text()
     assert recorded(ledger) == ["ServerStarted"]  # no ServerStopped: the next start is unclean
-
-
-async def test_death_of_the_tails_ends_the_server_uncleanly(config: Config) -> None:
-    save(models.add(1), config.repository, "m")
-    ledger = config.data / LEDGER
-    async with serving(config) as server, following(server.api) as stream:
-        await server.api.load("m")
-        await stream.until("live")
-        with closing(sqlite3.connect(ledger, isolation_level=None, timeout=60)) as connection:
-            connection.executescript(LEAVE_GAP)
-        with suppress(aiohttp.ClientError):  # the server may end before it answers
-            await server.api.post("/api/v1/models/m/load", json={"pinned": True})
-        assert await server.ended() == 1
-        assert "tails ended; the server stops" in server.output.read_text()
-    assert "ServerStopped" not in recorded(ledger)

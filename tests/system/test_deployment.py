@@ -21,7 +21,6 @@ import pytest
 import yaml
 from support.deployment import (
     DEPLOY,
-    DOCKERFILE,
     DRAIN_S,
     ROOT,
     drain_options,
@@ -40,7 +39,6 @@ from server.http.responses import TooManyConnections
 UNIT = DEPLOY / "loadledger.service"
 NODE = DEPLOY / "systemd" / "node.conf"
 """A drop-in of the unit."""
-NODE_ENVIRONMENT = DEPLOY / "systemd" / "node.env"
 VARIABLES = {setting.variable for setting in settings()} | {"LOADLEDGER_CONFIG"}
 NODE_VARIABLES = {f"LOADLEDGER_{name}" for name in ("LEDGER", "NODE_NAME", "NODE_ADDRESS", "NODE_LABELS")}
 """Settings of a node."""
@@ -82,42 +80,6 @@ def test_named_variables_and_options_exist(path: Path) -> None:
 
 
 # The image
-
-
-def test_image_copies_every_package() -> None:
-    copied = [line.split() for line in instructions("COPY") if not line.startswith("--from")]
-    sources = {source for *names, _ in copied for source in names}
-    assert all((ROOT / source).exists() for source in sources)
-    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    packages = set(re.findall(r'"(\w+)"', re.search(r"packages=\[(.*?)\]", setup, re.DOTALL)[1]))  # type: ignore[index]
-    assert packages | {"examples", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= sources
-    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    assert "*" in ignored
-    assert {line[1:] for line in ignored if line.startswith("!")} == sources
-
-
-def test_image_settings_are_valid_and_match_its_volumes() -> None:
-    config = read_valid({}, image_environment())
-    assert [str(config.data), str(config.repository)] == json.loads(instructions("VOLUME")[0])
-    assert [str(config.port)] == instructions("EXPOSE")
-    assert config.host == "0.0.0.0"
-
-
-def test_image_runs_without_root_and_stops_by_sigterm() -> None:
-    user, group = instructions("USER")[-1].split(":")
-    assert int(user) == int(group) >= 10_000
-    assert instructions("ENTRYPOINT") == ['["loadledger"]']
-    assert instructions("CMD")[-1] == '["serve"]'
-    assert instructions("STOPSIGNAL") == ["SIGTERM"]
-    [check] = instructions("HEALTHCHECK")
-    python, script = json.loads(check.partition("CMD ")[2])
-    assert python == "python"
-    assert f"COPY deploy/{Path(script).name} {script}" in DOCKERFILE
-    docker_s = re.search(r"--timeout=(\d+)s", check)
-    limit_s = re.search(r"^LIMIT_S = ([\d.]+)$", (DEPLOY / "healthcheck.py").read_text(), re.MULTILINE)
-    assert docker_s
-    assert limit_s
-    assert 2 * float(limit_s[1]) < int(docker_s[1])
 
 
 def test_compose_service_has_least_privilege() -> None:
@@ -203,16 +165,6 @@ def test_node_unit_drains_before_it_stops() -> None:
     assert asked["data"] == read_valid({"config": DEPLOY / "server.toml"}, {}).data
     assert stop_command()[0] == unit()["ExecStart"].split()[0]
     assert f"sudo install -m 0600 deploy/systemd/node.env {said['EnvironmentFile']}" in PAGES[-1].read_text()
-
-
-def test_node_environment_is_valid() -> None:
-    text = NODE_ENVIRONMENT.read_text(encoding="utf-8")
-    complete = re.sub(r"^# (?=\w+=)", "", text, flags=re.MULTILINE)
-    pairs = [line.split("=", 1) for line in complete.splitlines() if line and not line.startswith("#")]
-    given = dict(pairs)
-    assert len(given) == len(pairs)
-    assert NODE_VARIABLES - given.keys() == {"LOADLEDGER_NODE_NAME"}  # node.conf has it
-    read_valid({"config": DEPLOY / "server.toml"}, given | {"LOADLEDGER_NODE_NAME": "node-1"})
 
 
 # As in a container
@@ -321,14 +273,6 @@ def test_health_check_accepts_only_too_many_connections(code: str, exit_code: in
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = health_of(server, "503 Service Unavailable", json.dumps({"code": code}), "127.0.0.1")
     assert done.returncode == exit_code
-
-
-def test_health_check_without_a_server_fails_with_the_reason() -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # and does not listen
-        done = health(str(unused.getsockname()[1]))
-    assert done.returncode == 1
-    assert "refused" in done.stderr
 
 
 def health_of(server: socket.socket, status: str, body: str, host: str) -> subprocess.CompletedProcess[str]:

@@ -62,8 +62,6 @@ REFUSALS = {
 }
 FAILURES = {"worker_died", "crash_loop", "timeout"}
 """Codes that loads of good models may fail with while workers are killed and memory is short."""
-SWAPS = of_both(short=6, long=1000)
-SWAP_CLIENTS = 8
 
 
 @dataclass
@@ -209,49 +207,3 @@ def summary(storm: Storm, memory: Memory, ends: Counter[str]) -> str:
         f"{as_text(storm.counts | ends)}; workers took at most {memory.most_bytes / 1e6:.1f} MB, {share:.0f}"
         f" % of the budget, in {memory.samples} samples, {memory.workers} at once"
     )
-
-
-@dataclass
-class SwapClients:
-    """Clients of one model that is swapped."""
-
-    server: Server
-    model_id: str
-    on: bool = True
-    answers: int = 0
-    sources: set[Source] = field(default_factory=set)
-
-    async def ask(self, dice: random.Random) -> None:
-        """Ask once, and check that the answer is that of the version which it names."""
-        asked = question(dice)
-        answer = await self.server.api.infer(self.model_id, asked)
-        assert answer.status == 200, answer
-        self.sources.add(check_inference(self.model_id, asked, answer))
-        self.answers += 1
-
-
-async def test_swaps_under_load_fail_no_request(config: Config) -> None:
-    fleet = Fleet(config.repository, 1)
-    [model_id] = fleet.ids
-    dice = new_dice()
-    async with serving(config, *UNLIMITED, environment=PREPARING) as server:
-        await server.api.load(model_id, version=2)
-        clients = SwapClients(server, model_id)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(SWAP_CLIENTS):
-                own = random.Random(dice.random())
-                group.create_task(repeated(lambda own=own: clients.ask(own), lambda: clients.on))  # type: ignore[misc]
-            for number in range(SWAPS):
-                job = await server.api.load(model_id, version=1 + number % 2)
-                assert job["parameters"]["strategy"] == "beside"
-            clients.on = False
-        await settled(server)
-        loaded = await agreed(server)
-        assert [model["version"] for model in loaded.values()] == [2 - SWAPS % 2]
-        assert await server.stop() == 0
-        assert server.output.read_text() == ""
-    _, ends = await check_ledger(config, clients.sources)
-    assert ends["ModelUnloaded"] == SWAPS
-    versions = len({source.position for source in clients.sources})
-    tell(f"{SWAPS} swaps, {clients.answers} answers of {versions} loads, none failed")
-    assert {source.version for source in clients.sources} == {1, 2}

@@ -1,10 +1,7 @@
 """Who requests what is there already, or under way, is answered with its job and is in the ledger once."""
 
-import asyncio
-
 from support import models
-from support.http import ENDLESS, LocalApi
-from support.workers import computing, until
+from support.http import LocalApi
 
 
 async def joined(api: LocalApi, model_id: str) -> list[tuple[str, str, str | None]]:
@@ -37,20 +34,3 @@ async def test_key_holds_the_answer_of_a_load_that_changed_nothing(shared: Local
     assert (answer.status, answer.json["id"], shared.position) == (200, job, head)
     other = await shared.post(path, headers={"Idempotency-Key": "two"}, json={"pinned": True})
     assert other.refusal == (422, "idempotency_mismatch")
-
-
-async def test_unload_under_way_records_each_actor_once(shared: LocalApi) -> None:
-    shared.save(models.counting_loop(), "draining")
-    await shared.load("draining")
-    is_computing = computing(shared.worker("draining").pid)
-    running = asyncio.create_task(shared.infer("draining", ENDLESS))
-    await until(is_computing)
-    jobs = set()
-    for subject in ("alice", "Bob", "Bob", "alice"):
-        answer = await shared.post("/api/v1/models/draining/unload", subject=subject)
-        assert answer.status == 202
-        jobs.add(answer.json["id"])
-    [job] = jobs
-    assert await joined(shared, "draining") == [("UnloadJoined", "Bob", job)]
-    await shared.unload("draining", force=True)
-    await running

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onnx import ModelProto
 from support import models
 from support.http import LIMIT_S, ONE, LocalApi, when
 from support.ledgers import unwritable
-from support.models import TEXT
-from support.workers import threads, until
+from support.workers import threads
 
 from events.accept import MAX_QUEUE
 from events.commands import RequestLoad
@@ -34,7 +32,6 @@ JOB = {
     "parameters", "error",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
-MIB = 2**20
 
 
 async def result_of(api: LocalApi, model_id: str) -> float:
@@ -117,33 +114,6 @@ async def test_wait_answers_202_when_time_is_up_or_server_stops(api: LocalApi) -
     assert (answer.status, answer.json["finished_at"]) == (202, None)
 
 
-async def test_simultaneous_loads_join_one_job(shared: LocalApi) -> None:
-    shared.save(models.identity(), "joined")
-    path = "/api/v1/models/joined/load"
-    answers = await asyncio.gather(*(shared.post(path, json={"timeout_s": 100}, wait=60) for _ in range(8)))
-    [job] = {answer.json["id"]: answer.json for answer in answers}.values()
-    [requested] = [event.data for event in await shared.events("joined") if event.type == "LoadRequested"]
-    assert isinstance(requested, LoadRequested)
-    assert job["parameters"]["timeout_s"] == requested.timeout_s
-    for answer in answers:
-        assert (answer.status, answer.headers["Location"]) == (200, f"/api/v1/jobs/{job['id']}")
-        assert "Retry-After" not in answer.headers
-
-
-async def test_load_that_names_other_parameters_is_a_job_behind(shared: LocalApi) -> None:
-    shared.save(models.slow_identity(side=400), "behind")
-    first = await shared.accepted_load("behind", priority="high")
-    assert (await shared.accepted_load("behind", priority="high"))["id"] == first["id"]
-    behind = await shared.accepted_load("behind", pinned=True)
-    assert behind["id"] != first["id"]
-    first, behind = [await shared.ended(job["id"]) for job in (first, behind)]
-    assert (first["status"], behind["status"], behind["started_at"]) == ("completed", "completed", None)
-    assert (await shared.model("behind"))["job_id"] == first["id"]
-    assert [use["pinned"] for use in await uses(shared, "behind")] == [True]
-    outcomes = [event.type for event in await shared.events("behind")][-2:]
-    assert outcomes == ["ModelLoaded", "ModelSettingsChanged"]
-
-
 # Settings of a loaded model
 
 
@@ -199,18 +169,6 @@ async def test_load_computes_with_the_threads_that_it_names(shared: LocalApi) ->
     assert [each.threads for each in requested if isinstance(each, LoadRequested)] == [1, 2, None]
 
 
-async def test_changed_settings_of_dead_worker_start_another(shared: LocalApi) -> None:
-    shared.save(models.add(1), "dead")
-    await shared.load("dead")
-    worker = shared.worker("dead")
-    worker.kill()
-    await asyncio.shield(worker.ended)
-    job = await shared.accepted_load("dead", pinned=True)
-    assert (await shared.ended(job["id"]))["status"] == "completed"
-    assert shared.worker("dead").pid != worker.pid
-    assert (await shared.infer("dead", ONE)).status == 200
-
-
 async def uses(api: LocalApi, model_id: str) -> list[dict[str, Any]]:
     answer = await api.get("/api/v1/resources")
     found: list[dict[str, Any]] = answer.json["models"]
@@ -246,37 +204,6 @@ async def test_printed_input_of_a_client_is_recorded_if_on(
 # Swaps and recovery
 
 
-async def test_swap_serves_old_version_until_new_one_is_loaded(shared: LocalApi) -> None:
-    """TensorFlow Serving #2017."""
-    shared.save(models.add(1), "swapped", 1)
-    shared.save(models.endless_load(), "swapped", 2)
-    shared.save(models.add(3), "swapped", 3)
-    await shared.load("swapped", version=1)
-    old = shared.worker("swapped").pid
-    swap = await shared.accepted_load("swapped", version=2)
-    await shared.job_when(swap["id"], stage="loading")
-    model = await shared.model("swapped")
-    assert (model["state"], model["version"], model["next_version"]) == ("loaded", 1, 2)
-    assert await result_of(shared, "swapped") == 2
-    os.kill(shared.worker("swapped").pid, signal.SIGKILL)
-    assert (await shared.ended(swap["id"]))["status"] == "failed"
-    model = await shared.model("swapped")
-    assert (model["state"], model["version"], model["next_version"]) == ("loaded", 1, None)
-    assert model["error"]["code"] == "worker_died"
-    assert await result_of(shared, "swapped") == 2
-    load = await shared.load("swapped", version=3)
-    assert await result_of(shared, "swapped") == 4
-    await until(lambda: not Path(f"/proc/{old}").exists())
-    [unload, *_] = await when(
-        lambda: shared.jobs("?model=swapped"), lambda jobs: all(job["finished_at"] for job in jobs)
-    )
-    shown = {name: unload[name] for name in ("kind", "cause", "status", "version", "requested_by")}
-    assert shown == {
-        "kind": "unload", "cause": "swap", "status": "completed", "version": 1, "requested_by": "system",
-    }  # fmt: skip
-    assert (await shared.model("swapped"))["job_id"] == load["id"]
-
-
 async def test_lost_instance_is_shown_until_it_is_replaced(shared: LocalApi) -> None:
     shared.save(models.add(1), "lost")
     await shared.load("lost", instances=2)
@@ -296,38 +223,6 @@ async def test_lost_instance_is_shown_until_it_is_replaced(shared: LocalApi) -> 
 
 
 # Failures
-
-
-@pytest.mark.parametrize(
-    ("content", "code", "message"),
-    [
-        pytest.param(TEXT, "invalid_model", "is a text and no model", id="text"),
-        pytest.param(models.crash_on_load(), "worker_died", "killed by signal", id="crash"),
-        pytest.param(models.divide(), "warm_up_failed", "Integer division by zero", id="warm-up"),
-        pytest.param(models.memory_bomb_on_load(), "out_of_memory", str(200 * MIB), id="memory"),
-        pytest.param(models.endless_load(), "timeout", "within 1 s", id="timeout"),
-    ],
-)
-async def test_failed_load_says_why_and_disturbs_nothing(
-    shared: LocalApi, request: pytest.FixtureRequest, content: ModelProto | bytes, code: str, message: str
-) -> None:
-    """Triton #6711; llama-swap #92."""
-    bad = request.node.callspec.id
-    shared.save(models.add(1), "good")
-    shared.save(content, bad)
-    await shared.load("good")
-    limits = {"timeout": {"timeout_s": 1}, "out_of_memory": {"memory_limit_bytes": 200 * MIB}}
-    job = await shared.failed_load(bad, **limits.get(code, {}))
-    assert job["error"]["code"] == code
-    assert message in job["error"]["message"]
-    model = await shared.model(bad)
-    assert (model["state"], model["version"], model["error"]) == ("failed", 1, job["error"])
-    assert await result_of(shared, "good") == 2
-    assert (await shared.get("/health/ready")).status == 200
-    assert (await shared.types(bad)).count("WorkerExited") == (1 if code == "worker_died" else 0)
-    shared.save(models.add(2), bad)
-    await shared.load(bad)
-    assert await result_of(shared, bad) == 3
 
 
 async def test_no_answer_names_a_folder_of_the_server(shared: LocalApi) -> None:
@@ -385,19 +280,6 @@ async def test_load_beyond_a_full_queue_is_429(start: Start) -> None:
 # Warm-up
 
 
-async def test_failed_warm_up_can_be_switched_off_per_model(shared: LocalApi) -> None:
-    defaults = shared.save(models.divide(), "cold").parent / "loadledger.toml"
-    answer = await shared.post("/v2/repository/models/cold/load")
-    assert answer.refusal == (400, "warm_up_failed")
-    assert "[[warm_up.inputs]]" in answer.json["error"]
-    defaults.write_text("warm_up.enabled = 1")
-    answer = await shared.post("/api/v1/models/cold/load")
-    assert answer.refusal == (400, "invalid_defaults")
-    assert "cold/loadledger.toml: warm_up.enabled: Expected `bool`" in answer.json["detail"]
-    defaults.write_text("warm_up.enabled = false")
-    await shared.load("cold")
-
-
 async def test_newer_files_of_the_repository_are_shown(api: LocalApi) -> None:
     api.save(models.add(1), "m")
     assert (await api.model("m"))["repository_changed"] is None
@@ -412,18 +294,6 @@ async def test_newer_files_of_the_repository_are_shown(api: LocalApi) -> None:
     job = await api.load("m")
     assert job["started_at"] is not None
     assert (await api.model("m"))["repository_changed"] is False
-
-
-async def test_load_of_equal_bytes_completes_and_restarts_nothing(api: LocalApi) -> None:
-    folder = api.save(models.add(1), "m")
-    first = await api.load("m")
-    os.utime(folder / "model.onnx")
-    assert (await api.model("m"))["repository_changed"] is True
-    job = await api.load("m")
-    assert (job["id"] != first["id"], job["started_at"]) == (True, None)
-    assert (await api.model("m"))["job_id"] == first["id"]
-    assert (await api.model("m"))["repository_changed"] is False
-    assert (await api.load("m"))["id"] == first["id"]
 
 
 async def test_load_without_a_store_takes_the_repositorys_files(start: Start) -> None:

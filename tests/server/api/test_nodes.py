@@ -4,24 +4,20 @@ import asyncio
 import time
 from pathlib import Path
 
-import asyncpg
 import pytest
 from aiohttp import web
-from msgspec.structs import replace
 from support.cutting import cutting_proxy
 from support.history import History, at
-from support.http import ONE, Json, LocalApi, when
+from support.http import Json, LocalApi, when
 from support.models import add
 from support.nodes import list_nodes, local_node
 from support.postgres import Database
 from support.reachable import reachable_node
-from support.rogues import append_as_role, joins, rogue_join
 from support.workers import until
 
 from events.errors import LogUnavailable
-from events.nodes import Lease, NodeDraining, NodeJoined
+from events.nodes import Lease, NodeDraining
 from loadledger import Client
-from runtime.membership import NameInUse
 from server.api.nodes import node_views
 from server.app import create_app
 from server.appkeys import PEERS
@@ -96,29 +92,6 @@ async def test_load_runs_at_node_with_its_labels(ledger: Database, tmp_path: Pat
         assert seen[0]["waiting_for"] == "a node that takes loads and has the labels gpu=a"
 
 
-async def test_node_whose_join_is_not_signed_gets_nothing(
-    ledger: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with reachable_node(ledger.server_url, tmp_path, "a") as a:
-        await append_as_role(ledger, joins(rogue_join("0", "http://127.0.0.1:1")))
-        nodes = await when(lambda: list_nodes(a.api), lambda nodes: "0" in nodes)
-        assert [(each["trusted"], each["placer"]) for each in nodes.values()] == [
-            (False, False),
-            (True, True),
-        ]
-        for model_id in "mnop":
-            a.api.save(add(), model_id)
-            assert (await a.api.load(model_id))["node"] == "a"
-        [signed] = [data for data in await a.api.data_of(NodeJoined) if data.node_id == "a"]
-        with pytest.raises(asyncpg.RaiseError, match="does not follow"):  # a signature is good at one place
-            await append_as_role(ledger, joins(replace(signed, epoch=2)))
-        await append_as_role(ledger, joins(replace(signed, node_id="1", after=None)))
-        nodes = await when(lambda: list_nodes(a.api), lambda nodes: "1" in nodes)
-        assert [each["trusted"] for each in nodes.values()] == [False, False, True]
-        assert (await a.api.infer("m", ONE)).status == 200
-    assert "node '0' at 'http://127.0.0.1:1' is not trusted" in caplog.text
-
-
 async def test_node_without_keys_does_not_start(ledger: Database, tmp_path: Path) -> None:
     config = Config(
         repository=tmp_path, data=tmp_path / "data", ledger=ledger.server_url, node_address="http://a"
@@ -155,25 +128,6 @@ async def test_nodes_without_common_keys_do_nothing_together(ledger: Database, t
             assert [each["trusted"] for each in (await list_nodes(a.api)).values()] == [True, False]
         b.api.save(add(), "m")
         assert (await b.api.load("m"))["node"] == "b"
-
-
-async def test_node_that_left_or_never_joined_is_not_drained(ledger: Database, tmp_path: Path) -> None:
-    async with local_node(ledger, tmp_path, "a") as a:
-        async with local_node(ledger, tmp_path, "b"):
-            pass
-        left = await when(lambda: list_nodes(a), lambda nodes: nodes["b"]["phase"] == "left")
-        assert left["b"]["ended_at"]
-        assert left["b"]["late"] is None
-        assert (await a.post("/api/v1/nodes/b/drain")).refusal == (409, "node_ended")
-        assert (await a.post("/api/v1/nodes/c/drain")).refusal == (404, "unknown_node")
-
-
-async def test_second_server_of_a_name_is_refused(ledger: Database, tmp_path: Path) -> None:
-    async with local_node(ledger, tmp_path, "a") as a:
-        with pytest.raises(NameInUse, match="at http://a, and renews its lease: give this server another"):
-            async with reachable_node(ledger.server_url, tmp_path, "a"):
-                pytest.fail("it started")
-        assert (await list_nodes(a))["a"]["epoch"] == 1
 
 
 async def test_node_starts_over_slow_connection_to_its_database(ledger: Database, tmp_path: Path) -> None:

@@ -24,9 +24,8 @@ from support.connections import (
 from support.workers import until
 
 from server.config import Config
-from server.http.bodies import Bodies
 from server.http.connection import ARRIVED_NS, RESERVE, ConnectionLimits, listening
-from server.http.responses import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES, DirectResponse
+from server.http.responses import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES
 from server.http.tls import load_context
 
 GET_LONG = GET.replace(b"/short", b"/long")
@@ -164,13 +163,6 @@ async def test_body_that_is_not_just_chunked_is_refused(
     assert problem(refused + await client.rest()) == expected
 
 
-async def test_request_behind_a_refused_coding_is_not_answered(server: SmallServer) -> None:
-    client = await server.connect()
-    client.send(get(b"Transfer-Encoding: gzip, chunked") + b"5\r\nhello\r\n0\r\n\r\n" + GET)
-    answer = await client.rest()
-    assert (problem(answer), answer.count(b"HTTP/1.1")) == (UNKNOWN_CODING, 1)
-
-
 async def test_chunked_body_is_for_http_1_1_only(server: SmallServer) -> None:
     client = await server.connect()
     await client.get(get(b"Transfer-Encoding:  CHUNKED  ") + b"0\r\n\r\n")
@@ -287,19 +279,6 @@ async def test_client_that_does_not_read_is_disconnected(server: SmallServer, en
     await disconnected(client, server)
 
 
-async def test_client_that_does_not_read_the_end_is_disconnected() -> None:
-    async def last(request: web.Request) -> web.Response:
-        assert request.transport is not None
-        request.transport.set_write_buffer_limits(2 * len(LONG_ANSWER))  # so that writing never pauses
-        return web.Response(body=LONG_ANSWER)
-
-    async with small_server(others={"/last": last}) as server:
-        server.limits.unread_s = 0.1
-        client = await server.connect()
-        client.send(b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-        await disconnected(client, server)
-
-
 async def test_slow_reader_gets_all_of_a_long_response(server: SmallServer) -> None:
     server.limits.unread_s = 5
     client, received = await server.connect(), 0
@@ -332,21 +311,6 @@ async def test_request_arrives_with_its_first_byte() -> None:
             await client.answer()
     marks = [mark for span in spans for mark in span]
     assert marks == sorted(marks)
-
-
-async def test_unread_fast_response_gives_back_its_memory() -> None:
-    bodies = Bodies(2**30, 2**20)
-
-    async def direct(_: web.Request) -> web.StreamResponse:
-        return DirectResponse({}, [LONG_ANSWER], bodies.share("alice"))
-
-    async with small_server(others={"/direct": direct}) as server:
-        client = await server.connect()
-        client.send(GET.replace(b"/short", b"/direct"))
-        await until(lambda: bodies.taken_bytes == len(LONG_ANSWER))
-        server.limits.unread_s = 0.1
-        await until(lambda: bodies.taken_bytes == 0)
-        assert len(await client.rest()) < len(LONG_ANSWER)
 
 
 @pytest.mark.parametrize(

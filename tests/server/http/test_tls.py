@@ -8,7 +8,6 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -101,11 +100,6 @@ def test_missing_or_special_file_is_refused(files: tuple[Path, Path], tmp_path: 
             assert str(path) in refused(broken)
 
 
-def test_short_key_is_refused_with_openssl_s_reason(files: tuple[Path, Path]) -> None:
-    make_pair(key=rsa.generate_private_key(65537, 1024)).write(*files)
-    assert "key too small" in refused(files)
-
-
 def test_unusable_key_is_a_mistake_in_the_configuration(files: tuple[Path, Path], tmp_path: Path) -> None:
     paths = {"repository": tmp_path, "data": tmp_path, "tls_cert": files[0], "tls_key": files[1]}
     flags = {name: str(path) for name, path in paths.items()}
@@ -193,18 +187,6 @@ async def test_unusable_renewal_keeps_the_old_certificate(
         assert caplog.text.count("cannot be renewed yet, the one in use stays") == 1
         OTHER.write(*files)
         assert await server.serial() == OTHER.serial
-
-
-async def test_expired_certificate_is_served_with_a_warning(
-    files: tuple[Path, Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    expired = make_pair(ends_in=timedelta(days=-1))
-    async with listening(*files) as server:
-        expired.write(*files)
-        assert await server.serial() == expired.serial
-    assert caplog.text.count("has expired") == 1
-    Certificate(*files)
-    assert caplog.text.count("has expired") == 2
 
 
 async def test_files_behind_renewed_symlinks_are_reread(tmp_path: Path) -> None:

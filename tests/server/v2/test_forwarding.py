@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import json
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import pytest_asyncio
 from support import models
 from support.connections import odd_server, said
 from support.cutting import cutting_proxy
-from support.http import ENDLESS, ONE, Answer, LocalApi, local_server, when
+from support.http import ENDLESS, ONE, Answer, LocalApi, when
 from support.models import save
 from support.postgres import Database, join_shared_server
 from support.reachable import (
@@ -35,7 +34,6 @@ from events.commands import DrainNode, RevokeToken
 from server.appkeys import BODIES, LOG, MEMBERSHIP
 from server.auth.tokens import timestamp_in
 from server.v2 import forwarding
-from server.v2.forwarding import FORWARDER
 
 BODY = json.dumps({"inputs": [ONE]}).encode()
 LENGTH, ADDRESS = "Inference-Header-Content-Length", "Loadledger-Node-Address"
@@ -151,19 +149,6 @@ async def test_both_nodes_answer_alike(pair: Pair, path: str, body: bytes, heade
         assert there.headers["X-Request-Id"] == "mine"
 
 
-@pytest.mark.parametrize("suffix", ["", "/ready", "/config", "/stats"])
-async def test_reads_of_a_model_are_forwarded(pair: Pair, suffix: str) -> None:
-    owner, other = pair
-    for path in (f"/v2/models/m{suffix}", f"/v2/models/m/versions/1{suffix}"):
-        here, there = await owner.api.get(path), await other.api.get(path)
-        assert (there.status, there.json) == (here.status, here.json) == (200, there.json)
-        assert (await other.api.send("HEAD", path)).status == 200
-        assert there.headers["Loadledger-Node"] == owner.name
-    assert (await other.api.get(f"/v2/models/m/versions/2{suffix}")).status == (
-        await owner.api.get(f"/v2/models/m/versions/2{suffix}")
-    ).status
-
-
 @pytest.mark.parametrize(
     ("model_id", "refusal"),
     [("nope", (404, "unknown_model")), ("subtract", (400, "inference_failed"))],
@@ -197,14 +182,6 @@ async def test_forwarding_needs_a_token_of_the_role(pair: Pair) -> None:
         assert (await other.api.post(path, data=BODY, roles=("audit",))).status == 403
         assert (await send(owner, path, forwarded(other, owner, "audit"))).status == 403
         assert (await send(owner, path, {"Loadledger-Forwarded": "b"})).refusal == (401, "no_credentials")
-
-
-async def test_token_of_a_client_is_no_nodes(pair: Pair) -> None:
-    owner, _ = pair
-    for path in PATHS:
-        from_b: dict[str, Any] = {"Loadledger-Forwarded": "b"}
-        refused = await ask(owner, path, **from_b)
-        assert refused.refusal == (401, "invalid_token")
 
 
 async def test_forwarded_token_ends_with_the_clients(pair: Pair) -> None:
@@ -330,27 +307,6 @@ async def test_slow_client_holds_up_one_node_only(pair: Pair) -> None:
     await until(lambda: not other.app[BODIES].taken_bytes)
 
 
-async def test_body_budget_counts_forwarded_bodies(pair: Pair) -> None:
-    _, other = pair
-    bodies = other.app[BODIES]
-    bodies.add("pia", 2**29)
-    body, fields = binary(150_000)
-    refused = await ask(other, body=body, **fields)
-    bodies.add("pia", -(2**29))
-    assert refused.refusal == (503, "bodies_full")
-    assert (await ask(other, body=body, **fields)).status == 200
-    assert bodies.taken_bytes == 0
-
-
-async def test_server_alone_has_no_forwarder(tmp_path: Path) -> None:
-    async with local_server(tmp_path) as api:
-        save(models.add(1), api.config.repository, "m")
-        await api.load("m")
-        answer = await api.infer("m", ONE)
-        assert FORWARDER not in api.app
-        assert not [name for name in answer.headers if name.startswith("Loadledger-Node")]
-
-
 async def drain(node: ReachableNode) -> None:
     await node.app[LOG].submit(DrainNode(node.name, "alice"))
 
@@ -464,12 +420,3 @@ async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_pat
             proxy.heal()
             await until(lambda: all(not node.app[MEMBERSHIP].is_late for node in nodes))
             assert (await ask(other)).status == 200
-
-
-async def test_unused_port_is_a_refused_connection(pair: Pair) -> None:
-    owner, other = pair
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        await owner.proxy.reset()
-        with target(owner, unused.getsockname()):
-            assert (await ask(other)).refusal == (503, "node_unreachable")

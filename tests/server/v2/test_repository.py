@@ -3,8 +3,6 @@
 import asyncio
 import io
 import json
-import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +10,9 @@ import pytest
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.http import ENDLESS, LIMIT_S, Answer, Json, LocalApi, when
+from support.http import LIMIT_S, Answer, Json, LocalApi, when
 from support.models import FLOAT, TEXT, save, save_bytes
 from support.running import gone, slow_model
-from support.workers import computing, until
 
 from events.jobs import Failure, PendingLoad
 from events.models import Model, ModelState, Serving
@@ -105,21 +102,6 @@ async def test_content_type_and_preferences_are_ignored(shared: LocalApi) -> Non
             job_of(await send(shared, f"models/typed/{verb}", body, headers=headers))
 
 
-async def test_load_of_changed_files_or_a_new_version_swaps(shared: LocalApi) -> None:
-    repository = shared.config.repository
-    save(models.add(1.0), repository, "changed")
-    jobs = [job_of(await load(shared, "changed"))]
-    save(models.add(22.0), repository, "changed")
-    os.utime(repository / "changed" / "1" / "model.onnx", ns=(1, 1))
-    jobs.append(job_of(await load(shared, "changed")))
-    save(models.add(3.0), repository, "changed", 2)
-    jobs.append(job_of(await load(shared, "changed")))
-    assert len(set(jobs)) == 3
-    assert (await shared.model("changed"))["version"] == 2
-    both = await asyncio.gather(*(load(shared, "changed", version_policy=version(n)) for n in (1, 2)))
-    assert {(await shared.job(job_of(answer)))["version"] for answer in both} == {1, 2}
-
-
 async def test_load_goes_on_when_its_client_leaves(shared: LocalApi) -> None:
     save(models.slow_model(side=500), shared.config.repository, "left")
     waiting = asyncio.create_task(load(shared, "left"))
@@ -171,18 +153,6 @@ async def test_failed_load_has_its_reason(
     assert reason in job["error"]["message"]
     text = f"load failed for model '{model_id}': version 1: {job['error']['message']}"
     assert answer.json["error"] == text
-
-
-async def test_failed_swap_leaves_the_serving_version(shared: LocalApi) -> None:
-    save(models.add(), shared.config.repository, "swap", 1)
-    job_of(await load(shared, "swap"))
-    save_bytes(TEXT, shared.config.repository, "swap", 2)
-    answer = await load(shared, "swap")
-    assert answer.refusal == (400, "invalid_model")
-    first, second = await index(shared, "swap")
-    assert first == entry("swap", 1, "READY")
-    assert (second["version"], second["state"]) == ("2", "UNAVAILABLE")
-    assert second["reason"] in answer.json["error"]
 
 
 async def test_refused_requests_append_nothing(shared: LocalApi) -> None:
@@ -258,23 +228,6 @@ async def test_unload_is_answered_when_the_process_is_gone(shared: LocalApi) -> 
         answer = await unload(shared, name)
         assert (answer.status, answer.body, "Location" in answer.headers) == (200, b"", False)
     assert await shared.types("over") == types
-
-
-async def test_unload_waits_for_running_requests(shared: LocalApi) -> None:
-    save(models.counting_loop(), shared.config.repository, "loop")
-    job_of(await load(shared, "loop"))
-    pid = shared.worker("loop").pid
-    is_computing = computing(pid)
-    running = asyncio.create_task(shared.infer("loop", ENDLESS))
-    await until(is_computing)
-    unloads = [asyncio.create_task(unload(shared, "loop")) for _ in range(2)]
-    await shared.model_when("loop", state="unloading")
-    assert await index(shared, "loop") == [entry("loop", 1, "UNLOADING")]
-    assert not gone(pid)
-    os.kill(pid, signal.SIGKILL)
-    assert len({job_of(answer) for answer in await asyncio.gather(*unloads)}) == 1
-    assert (await shared.types("loop")).count("UnloadRequested") == 1
-    await running
 
 
 async def test_unload_cancels_a_first_load(shared: LocalApi) -> None:
