@@ -1,14 +1,13 @@
 """The Python client of a loadledger server; `loadledger.cli` is the command.
 
-`Client` (client.py) blocks, `AsyncClient` (aio.py) is for event loops. Both have the operations of
-operations.py, written once as coroutines over one of the transports in transports/. An operation goes this
-way:
+`Client` blocks, `AsyncClient` is for event loops. Both (client.py) have the operations of operations.py,
+written once as coroutines over one of the transports in transports/. An operation goes this way:
 
     operations.py    arguments -> request (paging, polling in jobs.py, events in stream.py)
     inference.py     arrays -> request and answer -> arrays, in binary; datatypes in tensors.py
     requests.py      requests; answer -> value of records.py or exception
     retries.py       request -> answer, with retries and back-off
-    problems.py      the exceptions
+    errors.py        the exceptions
     profiles.py      which server: variables and profiles
 
 To add an operation, add a method to `Operations` and name it in `Client`. Public names are imported on first
@@ -18,9 +17,8 @@ use, since every run of the command imports this package; type checkers find the
 from typing import Any
 
 _MODULES = {
-    "aio": ("AsyncClient",),
-    "client": ("Client",),
-    "problems": (
+    "client": ("AsyncClient", "Client"),
+    "errors": (
         "Archived",
         "BadAnswer",
         "Busy",

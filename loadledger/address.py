@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
-from loadledger.problems import BadAnswer
+from loadledger.errors import BadAnswer
 
 _VISIBLE = re.compile(r"[!-~]+")
 _NEXT_URL = re.compile(r",\s*(?=https?://)")
@@ -62,7 +62,6 @@ class Address:
 
     @property
     def is_secure(self) -> bool:
-        """Whether the connection uses TLS."""
         return self.url.startswith("https:")
 
     def headers(self) -> dict[str, str]:
@@ -142,7 +141,6 @@ class ConnectionOptions:
 
     @property
     def connect_s(self) -> float:
-        """Limit of the time to connect."""
         return min(self.max_connect_s, self.timeout_s)
 
     def tls(self) -> ssl.SSLContext:

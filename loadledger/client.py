@@ -1,9 +1,9 @@
-"""`Client`: the operations as blocking methods."""
+"""`Client` and `AsyncClient`: the operations as blocking methods, and for event loops."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from functools import wraps
 from pathlib import Path
@@ -66,27 +66,8 @@ def _managing(
     return call
 
 
-class Client:
-    """A blocking client of a server; close it after use, or use `with`.
-
-    Threads may share it. An iterator belongs to one thread and holds a connection until it ends or is closed.
-
-    Args:
-        url: such as http://127.0.0.1:8080, or https://example.org/loadledger behind a proxy. Several URLs of
-            nodes are separated by commas: the next one is asked when one is not there.
-        token: as `loadledger token` prints it.
-        timeout_s: limit of each answer; `wait_s` limits the wait for a job.
-        ca_file: certificates to trust, in PEM, instead of the system's.
-        max_answer_bytes: longest answer that is accepted.
-
-    Attributes:
-        data: the server's data directory, if it is reached over the control socket there.
-
-    Raises:
-        ValueError: an argument is invalid.
-    """
-
-    data: Path | None = None
+class ServerClient:
+    """What both clients are made of: the arguments that name a server, and its URL."""
 
     def __init__(
         self,
@@ -97,7 +78,7 @@ class Client:
         ca_file: Path | str | None = None,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        self._connect(
+        self._open(
             [
                 ConnectionOptions(address, timeout_s, ca_file, max_answer_bytes)
                 for address in Address.each_of(url, token)
@@ -134,6 +115,47 @@ class Client:
             max_answer_bytes=max_answer_bytes,
         )
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    @property
+    def url(self) -> str:
+        """The server's URL, without a trailing slash; of several, the first."""
+        return self._address.url
+
+    def _open(self, options: Sequence[ConnectionOptions]) -> None:
+        raise NotImplementedError
+
+    def _make_context(
+        self, options: Sequence[ConnectionOptions], connect: Callable[[ConnectionOptions], Any]
+    ) -> CallContext:
+        self._address = options[0].address
+        self._transport = FailoverTransport(options, connect)
+        return CallContext(self._address, options[0].timeout_s, self._transport)
+
+
+class Client(ServerClient):
+    """A blocking client of a server; close it after use, or use `with`.
+
+    Threads may share it. An iterator belongs to one thread and holds a connection until it ends or is closed.
+
+    Args:
+        url: such as http://127.0.0.1:8080, or https://example.org/loadledger behind a proxy. Several URLs of
+            nodes are separated by commas: the next one is asked when one is not there.
+        token: as `loadledger token` prints it.
+        timeout_s: limit of each answer; `wait_s` limits the wait for a job.
+        ca_file: certificates to trust, in PEM, instead of the system's.
+        max_answer_bytes: longest answer that is accepted.
+
+    Attributes:
+        data: the server's data directory, if it is reached over the control socket there.
+
+    Raises:
+        ValueError: an argument is invalid.
+    """
+
+    data: Path | None = None
+
     @classmethod
     def of_data(cls, data: Path, *, timeout_s: float = 30.0) -> Self:
         """Return a client of the server that runs on a data directory, over the control socket there.
@@ -142,28 +164,18 @@ class Client:
         sign-in links and nodes.
         """
         client = cls("http://localhost", timeout_s=timeout_s)
-        address = Address.of("http://localhost")
-        client._connect([ConnectionOptions(address, timeout_s, data=data)])
+        client._open([ConnectionOptions(Address.of("http://localhost"), timeout_s, data=data)])
         client.data = data
         return client
 
-    def _connect(self, options: list[ConnectionOptions]) -> None:
-        self._transport = FailoverTransport(options, BlockingTransport)
-        self._calls = Operations(CallContext(options[0].address, options[0].timeout_s, self._transport))
+    def _open(self, options: Sequence[ConnectionOptions]) -> None:
+        self._calls = Operations(self._make_context(options, BlockingTransport))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        return f"Client({self.url!r})"
-
-    @property
-    def url(self) -> str:
-        """The server's URL, without a trailing slash; of several, the first."""
-        return self._calls.url
 
     def close(self) -> None:
         """Close the connections; an iterator closes its own."""
@@ -191,3 +203,28 @@ class Client:
     events = _iterating(Operations.events)
     get = _blocking(Operations.get)
     post = _blocking(Operations.post)
+
+
+class AsyncClient(ServerClient, Operations):
+    """An asynchronous client of a server, with the methods and the arguments of `Client`.
+
+    Use `async with`, or await `close`. It belongs to the event loop of its first use, whose tasks may share
+    it. Cancelling a task closes its connection and leaves its job running. An iterator that is left early
+    holds its connection until it is closed: use `contextlib.aclosing`.
+    """
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections; pending and later calls raise RuntimeError."""
+        for transport in self._transport.close_all():
+            await transport.close()
+
+    def _open(self, options: Sequence[ConnectionOptions]) -> None:
+        from loadledger.transports.asynchronous import AioTransport  # noqa: PLC0415 - it imports aiohttp
+
+        Operations.__init__(self, self._make_context(options, AioTransport))

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from loadledger.address import Address
-from loadledger.problems import BadAnswer, ServerError
+from loadledger.errors import BadAnswer, ServerError
 from loadledger.records import ModelMetadata
 from loadledger.requests import (
     HEADER_LENGTH,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from loadledger.address import path
-from loadledger.problems import ClientProblem, JobFailed, JobUnfinished
+from loadledger.errors import ClientProblem, JobFailed, JobUnfinished
 from loadledger.records import Job
 from loadledger.requests import CallContext, Request, get_request
 from loadledger.retries import back_off_s, fetch, is_transient
@@ -76,7 +76,6 @@ async def wait_for_job(context: CallContext, job_id: str, options: WaitOptions) 
 
 
 def poll_interval_s(waited_s: float) -> float:
-    """Return the polling interval after so long a wait."""
     return min(max(SHORTEST_POLL_S, POLL_FRACTION * waited_s), LONGEST_POLL_S)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from loadledger.address import path
+from loadledger.errors import NotFound, ServerError
 from loadledger.inference import InferenceCall, InferenceResult, Inferences, Inputs
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
-from loadledger.problems import NotFound, ServerError
 from loadledger.records import (
     AddedVersion,
     Event,
@@ -87,11 +87,6 @@ class Operations:
     def __init__(self, context: CallContext) -> None:
         self._context = context
         self._inferences = Inferences(context)
-
-    @property
-    def url(self) -> str:
-        """The server's URL, without a trailing slash; of several, the first."""
-        return self._context.address.url
 
     async def load(
         self,

@@ -65,20 +65,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return self.status in ENDED
 
 
-class File(msgspec.Struct, frozen=True):
-    """A file of a loaded version."""
+class File(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A file of a version; `mtime_ns` is that of a loaded one."""
 
     path: str
     bytes: int
-    mtime_ns: int
-    sha256: str
-
-
-class AddedFile(msgspec.Struct, frozen=True):
-    """A file of a version that was added."""
-
-    path: str
-    bytes: int
+    mtime_ns: int | None = None
     sha256: str
 
 
@@ -88,7 +80,7 @@ class AddedVersion(msgspec.Struct, frozen=True):
     model_id: str
     version: int
     bytes: int
-    files: list[AddedFile]
+    files: list[File]
 
 
 class CachedCopy(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from loadledger.address import Address, query
-from loadledger.problems import (
+from loadledger.errors import (
     Archived,
     BadAnswer,
     Busy,
@@ -119,7 +119,7 @@ class ResponseStream(Protocol):
     answer: Answer
 
     async def read(self) -> bytes:
-        """Return the next bytes; b"" is the end."""
+        """Return the next bytes of the body; b"" is its end."""
 
     def close(self) -> None:
         """Close the connection."""
@@ -132,7 +132,7 @@ class Transport(Protocol):
         """Return the whole answer."""
 
     async def open(self, request: Request) -> ResponseStream:
-        """Return the answer as a stream."""
+        """Return the answer as a stream; one without success is read whole."""
 
     async def pause(self, seconds: float) -> None:
         """Sleep."""
@@ -157,7 +157,6 @@ def decode_value(answer: Answer, kind: type[T], address: Address) -> T:
 
 
 def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
-    """Return the exception for an answer without success."""
     if answer.status in _REDIRECT:
         return _redirect_problem(answer, address)
     members = _members(answer.body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loadledger.problems import Busy, ClientProblem, ServerUnreachable
+from loadledger.errors import Busy, ClientProblem, ServerUnreachable
 from loadledger.requests import Answer, CallContext, Request, T, decode_value
 
 RETRY_FOR_S = 10.0
@@ -35,7 +35,6 @@ async def send_request(context: CallContext, request: Request) -> Answer:
 
 
 async def fetch(context: CallContext, request: Request, kind: type[T]) -> T:
-    """Send a request and return the decoded value of its answer."""
     return decode_value(await send_request(context, request), kind, context.address)
 
 

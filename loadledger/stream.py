@@ -15,8 +15,8 @@ import msgspec
 
 from loadledger import requests
 from loadledger.address import query
+from loadledger.errors import BadAnswer, ClientProblem
 from loadledger.jobs import AwayCallback
-from loadledger.problems import BadAnswer, ClientProblem
 from loadledger.records import Event, Job, Model
 from loadledger.requests import CallContext, Request, get_request
 from loadledger.retries import back_off_s, fetch_with_retries, is_transient
@@ -193,7 +193,6 @@ def repeated_parameter(name: str, values: Iterable[str]) -> Pairs:
 
 
 def present_parameters(**values: object) -> Pairs:
-    """Return the query parameters that are not None."""
     return [(name, str(value)) for name, value in values.items() if value is not None]
 
 

@@ -204,7 +204,6 @@ def _bfloat16_bits(array: Array) -> Array:
 
 
 def _texts(name: str, array: Array) -> Array:
-    """Return texts as an array of bytes objects."""
     if array.dtype.kind not in _TEXTS and array.size:
         raise _misfit(name, array.flat[0], "BYTES")
     texts = list[bytes]()

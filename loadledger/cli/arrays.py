@@ -69,7 +69,6 @@ def _named_values(
 
 
 def _only_name(declared: Mapping[str, ModelTensor] | None) -> str:
-    """Return the name of a model's only input."""
     if declared is None:
         raise ValueError("the model is not loaded, so its inputs are not known: give NAME=VALUE")
     if len(declared) != 1:
@@ -173,7 +172,6 @@ def result_json(result: InferenceResult) -> dict[str, Any]:
 
 
 def result_lines(result: InferenceResult) -> Iterator[str]:
-    """Yield the summary for people."""
     yield f"{format_cell(result.model_name)} version {format_cell(result.model_version)}"
     rows = [
         (

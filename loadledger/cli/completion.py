@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -41,55 +41,45 @@ def completion(context: click.Context, shell: str) -> None:
     click.echo(SHELLS[shell](context.find_root().command, {}, "loadledger", VARIABLE).source())
 
 
-def models_of_server(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Complete models of the repository."""
-    return _complete(context, begun, lambda client: ((model.id, model.state) for model in client.models()))
+Find = Callable[[Any], Iterable[tuple[str, str]]]
+"""Returns values and their descriptions, given a client."""
 
 
-def loaded_models(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Complete models that are not unloaded."""
+def _completer(find: Find) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Return a callback that completes the values that a server has."""
 
-    def find(client: Any) -> Iterator[tuple[str, str]]:
-        return ((model.id, model.state) for model in client.models() if model.state != "unloaded")
+    def complete(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+        offered: list[CompletionItem] = []
 
-    return _complete(context, begun, find)
+        def ask() -> None:
+            from loadledger import Client  # noqa: PLC0415 - keeps `loadledger --help` quick
 
+            # A shell's command line is no place for errors.
+            with suppress(Exception):
+                place = find_target(context.params.get("url"), context.params.get("profile"), os.environ)
+                with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=PATIENCE_S) as client:
+                    offered.extend(list(_items(find(client), begun)))
 
-def latest_jobs(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Complete the newest jobs."""
+        asking = threading.Thread(target=ask, daemon=True)  # it must not delay the exit
+        asking.start()
+        asking.join(PATIENCE_S)
+        return list(offered)
 
-    def find(client: Any) -> Iterator[tuple[str, str]]:
-        jobs = client.jobs(limit=MOST)
-        return ((job.id, f"{job.kind} of {job.model_id}, {job.status}") for job in jobs)
-
-    return _complete(context, begun, find)
-
-
-def nodes_of_server(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Complete nodes that are there."""
-
-    def find(client: Any) -> Iterator[tuple[str, str]]:
-        return ((node.id, node.phase) for node in client.nodes() if not node.ended)
-
-    return _complete(context, begun, find)
+    return complete
 
 
-def _complete(context: click.Context, begun: str, find: Any) -> list[CompletionItem]:
-    offered: list[CompletionItem] = []
-
-    def ask() -> None:
-        from loadledger import Client  # noqa: PLC0415 - keeps `loadledger --help` quick
-
-        # A shell's command line is no place for errors.
-        with suppress(Exception):
-            place = find_target(context.params.get("url"), context.params.get("profile"), os.environ)
-            with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=PATIENCE_S) as client:
-                offered.extend(list(_items(find(client), begun)))
-
-    asking = threading.Thread(target=ask, daemon=True)  # it must not delay the exit
-    asking.start()
-    asking.join(PATIENCE_S)
-    return list(offered)
+models_of_server = _completer(lambda client: ((model.id, model.state) for model in client.models()))
+loaded_models = _completer(
+    lambda client: ((model.id, model.state) for model in client.models() if model.state != "unloaded")
+)
+latest_jobs = _completer(
+    lambda client: (
+        (job.id, f"{job.kind} of {job.model_id}, {job.status}") for job in client.jobs(limit=MOST)
+    )
+)
+nodes_of_server = _completer(
+    lambda client: ((node.id, node.phase) for node in client.nodes() if not node.ended)
+)
 
 
 def _items(found: Iterable[tuple[str, str]], begun: str) -> Iterator[CompletionItem]:

@@ -37,7 +37,7 @@ from loadledger.cli.events import event_line
 from loadledger.cli.output import exit_with_error
 from loadledger.cli.postgres import DatabaseFailed, DatabaseMissing, PostgresServer, find_programs
 from loadledger.client import Client
-from loadledger.problems import ClientProblem
+from loadledger.errors import ClientProblem
 from runtime.memory import has_order, list_descendants, list_workers, tree_bytes
 from runtime.process.forkserver import die_with
 from server.auth.keys import ensure_data_dir, keys_folder

@@ -47,19 +47,16 @@ class InputFile:
 
     @property
     def is_archive(self) -> bool:
-        """Whether it is an archive of numpy (.npz)."""
         return self.content.startswith(_ARCHIVES)
 
     @property
     def is_image(self) -> bool:
-        """Whether it is a PNG, JPEG or WebP image."""
         first, second, riff, webp = _WEBP
         is_webp = self.content[first] == riff and self.content[second] == webp
         return is_webp or self.content.startswith(_IMAGES)
 
     @property
     def is_array(self) -> bool:
-        """Whether it is an array of numpy (.npy)."""
         return self.content.startswith(_ARRAY)
 
 

@@ -130,7 +130,6 @@ def count_steps(job: Any) -> tuple[int, int]:
 
 
 def describe_progress(job: Any) -> str:
-    """Return a job's progress in words."""
     if job.status == "in_progress":
         return to_printable((job.stage or "in progress").replace("_", " "))
     if job.status == "pending" and job.waiting_for:

@@ -175,7 +175,6 @@ def _opens_browser(environment: Mapping[str, str]) -> bool:
 
 
 def _pages(client: Any) -> Iterable[dict[str, Any]]:
-    """Yield all tokens of a server."""
     query = {"limit": str(PAGE)}
     while True:
         page = client.get("/api/v1/tokens", query)
@@ -256,7 +255,6 @@ key.add_command(ledger_key)
 
 
 def _token_members(made: str) -> dict[str, object]:
-    """Return a new token with its claims."""
     import jwt  # noqa: PLC0415 - as above
 
     whole = jwt.decode_complete(made, options={"verify_signature": False})

@@ -455,7 +455,6 @@ def discard(address: str, file: Path, *, as_json: bool) -> None:
 
 
 def require_driver() -> None:
-    """Exit with an error unless the driver is installed."""
     from importlib.util import find_spec  # noqa: PLC0415 - keeps `loadledger --help` quick
 
     if find_spec("asyncpg") is None:

@@ -113,11 +113,9 @@ class CommandGroup(click.Group):
     """The top-level group: commands in sections, and aliases."""
 
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
-        """Return a command; None if it does not exist."""
         return find_command(name) if name in COMMANDS else None
 
     def list_commands(self, _context: click.Context) -> list[str]:
-        """Return the names in the order of the sections."""
         return list(COMMANDS)
 
     def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:

@@ -180,7 +180,6 @@ def _tensor_row(tensor: Any) -> tuple[str, ...]:
 
 
 def format_presence(server: Any) -> str:
-    """Return the state of the server at a moment of the past."""
     return f"{server.state} since {format_timestamp(server.since)}" if server.since else str(server.state)
 
 
@@ -284,14 +283,12 @@ def use_row(use: Any, now: datetime) -> tuple[str, ...]:
 
 
 def format_keep_alive(use: Any) -> str:
-    """Return when a model is unloaded automatically."""
     if use.pinned:
         return "pinned"
     return "-" if use.keep_alive_s is None or use.keep_alive_s < 0 else f"{use.keep_alive_s}s idle"
 
 
 def budget_line(found: Any) -> str:
-    """Return the memory budget and its use."""
     free = f"free {format_size(found.free_bytes)}"
     parts = [f"used {format_size(found.used_bytes)}", f"reserved {format_size(found.reserved_bytes)}", free]
     most = f"; at most {found.max_loaded} loaded" if found.max_loaded is not None else ""

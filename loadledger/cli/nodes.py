@@ -123,7 +123,6 @@ def _outcome_lines(node: Any, took_s: float, *, waited: bool) -> Iterator[str]:
 
 
 def describe_rest(node: Any) -> str:
-    """Return in words what is left at a node."""
     if not has_rest(node):
         return "nothing is left there"
     parts = [(len(node.models), "model"), (len(node.jobs), "job")]
@@ -131,7 +130,6 @@ def describe_rest(node: Any) -> str:
 
 
 def has_rest(node: Any) -> bool:
-    """Whether a model or a job is left at a node."""
     return bool(node.models or node.jobs)
 
 

@@ -86,7 +86,6 @@ def display_width(text: str) -> int:
 
 
 def pad(text: str, columns: int, *, right: bool = False) -> str:
-    """Pad a text to a width in terminal columns."""
     spaces = " " * (columns - display_width(text))
     return spaces + text if right else text + spaces
 
@@ -240,7 +239,6 @@ def format_facts(facts: Mapping[str, object]) -> Iterator[str]:
 
 
 def format_parameters(parameters: Mapping[str, object]) -> str:
-    """Return the parameters of a job in one line."""
     values = {name: " ".join(each) if isinstance(each, list) else each for name, each in parameters.items()}
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
@@ -252,10 +250,8 @@ def count_of(count: int, noun: str) -> str:
 
 
 def retry_message(problem: Exception) -> str:
-    """Return the note on an unreachable server."""
     return f"{problem}; retrying until it is back"
 
 
 def note_retry(problem: Exception) -> None:
-    """Print the note on an unreachable server."""
     print_note(retry_message(problem))

@@ -140,7 +140,6 @@ class PostgresServer:
         return f"postgresql://{role}@/{database}?host={quote(str(self.folder))}"
 
     def version(self) -> str:
-        """Return the version of PostgreSQL."""
         found = re.search(r"\d+(\.\d+)*", self._run("postgres", "--version"))
         return found[0] if found else "?"
 
@@ -182,7 +181,6 @@ class PostgresServer:
         return run_program(self.folder, self._programs / program, *arguments)
 
     def _connection(self) -> tuple[str, ...]:
-        """Return how the programs reach the server."""
         return (f"--host={self.folder}", f"--port={self._settings.get('port', 5432)}")
 
     def _is_ready(self) -> bool:

@@ -106,7 +106,6 @@ class NodeKeeper:
         self._thread.start()
 
     def status(self) -> KeeperStatus:
-        """Return what is known of the server."""
         pid = self._child.pid if self._child is not None else None
         return KeeperStatus(
             machine=self._machine, pid=pid, url=self._url, exits=self._exits, exit_code=self._exit_code

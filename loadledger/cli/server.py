@@ -128,7 +128,6 @@ def open_managing_client(data: Path | None, where: ServerChoice) -> Iterator[Any
 
 
 def explain_problem(problem: Exception, place: ServerTarget) -> str:
-    """Return a problem's message with advice."""
     status = getattr(problem, "status", None)
     if status == UNAUTHENTICATED and not place.token:
         return (
@@ -144,7 +143,6 @@ def explain_problem(problem: Exception, place: ServerTarget) -> str:
 def int_option(
     *flags: str, metavar: str, text: str, least: int = 1, **options: Any
 ) -> Callable[[Command], Command]:
-    """Add an option with an integer of at least `least`."""
     return click.option(*flags, metavar=metavar, type=click.IntRange(min=least), help=text, **options)
 
 
@@ -193,7 +191,6 @@ optional_data_option = click.option(
 
 
 def require_data(data: Path) -> None:
-    """Refuse a data directory that does not exist."""
     if not data.is_dir():
         raise click.BadParameter(
             f"there is no directory {data}; start the server first, which creates it, or name the one that "

@@ -256,7 +256,6 @@ def serve_and_run(subject: Subject) -> NoReturn:
 
 
 async def _issue_token(running: RunningServer) -> str:
-    """Issue a token for the command's own requests, without a profile."""
     return (await issue_recorded_token(running.app, local_subject(), ["admin"], TOKEN_LIFE_S)).token
 
 

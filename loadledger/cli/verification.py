@@ -71,7 +71,6 @@ def _archive_lines(behind: ArchiveProof, key: str | None) -> Iterator[str]:
 
 
 def _format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
-    """Return a file's audit as lines of text."""
     name, end = format_filename(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
     if file.finding is not None:
         return [f"{name}: {_describe_finding('', file.finding)}", f"{name}: proved up to: {end}"]
@@ -154,7 +153,6 @@ class VerifyResult:
 
     @property
     def verified(self) -> bool:
-        """Whether there is no finding."""
         found = [each.finding for each in self.files]
         return all(finding is None for finding in (*found, self.ledger and self.ledger.finding))
 
@@ -220,11 +218,9 @@ class CheckedStore:
 
     @property
     def verified(self) -> bool:
-        """Whether all files are those that were stored."""
         return not self.findings
 
     def members(self) -> dict[str, Any]:
-        """Return the result as plain values."""
         return {"verified": self.verified, **asdict(self)}
 
     def lines(self) -> Iterator[str]:

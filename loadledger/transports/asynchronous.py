@@ -12,7 +12,7 @@ import aiohttp
 from yarl import URL
 
 from loadledger.address import CHUNK_BYTES, SILENCE_S, ConnectionOptions
-from loadledger.problems import BadAnswer, ClientProblem, ServerUnreachable, failure_reason
+from loadledger.errors import BadAnswer, ClientProblem, ServerUnreachable, failure_reason
 from loadledger.requests import MAX_JOINED_BYTES, Answer, Buffer, Request, StreamedBody, T, body_buffer
 
 CLOSED = "this client is closed"
@@ -28,12 +28,10 @@ class AioStream:
         self.answer = Answer(response.status, headers, b"")
 
     async def read(self) -> bytes:
-        """Return the next bytes of the body; b"" is its end."""
         async with self._transport.limit_wait(None):
             return await self._response.content.read(CHUNK_BYTES)
 
     async def read_all(self) -> Answer:
-        """Return the answer with its whole body."""
         length = self._response.content_length
         if length is not None:
             return replace(self.answer, body=await self._read_length(length))
@@ -91,7 +89,6 @@ class AioTransport:
                 stream.release()
 
     async def open(self, request: Request) -> AioStream:
-        """Return the answer as a stream; one without success is read whole."""
         stream = await self._respond(request, SILENCE_S)
         if stream.answer.status != HTTPStatus.OK:
             with closing(stream):

@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from loadledger.address import CHUNK_BYTES, CONTROL_SOCKET, MAX_IDLE, SILENCE_S, ConnectionOptions
-from loadledger.problems import (
+from loadledger.errors import (
     BadAnswer,
     ClientProblem,
     ServerUnreachable,
@@ -98,7 +98,6 @@ class Connection:
             self.sock.sendall(part, self._flags if number < len(body) else 0)
 
     def receive(self, most: int, until: float) -> bytes:
-        """Return the next bytes; b"" is the end of the connection."""
         self._wait_until(until)
         return self.sock.recv(most)
 
@@ -163,7 +162,6 @@ class BlockingStream:
         self._is_read = False
 
     async def read(self) -> bytes:
-        """Return the next bytes of the body; b"" is its end."""
         try:
             return self._read_chunk() if self._chunks else self._read_plain()
         except (MalformedResponse, OSError) as error:
@@ -272,7 +270,6 @@ class BlockingTransport:
             return await response.read_all(until)
 
     async def open(self, request: Request) -> BlockingStream:
-        """Return the answer as a stream; one without success is read whole."""
         response = self._respond(request, SILENCE_S)
         try:
             if response.answer.status != HTTPStatus.OK:
@@ -286,7 +283,6 @@ class BlockingTransport:
         time.sleep(seconds)  # noqa: ASYNC251 - it is to block
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Return what a function returns."""
         return work()
 
     def _respond(self, request: Request, silence_s: float) -> BlockingStream:

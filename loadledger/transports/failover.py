@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 from loadledger.address import Address, ConnectionOptions
-from loadledger.problems import BadAnswer, ServerUnreachable
+from loadledger.errors import BadAnswer, ServerUnreachable
 from loadledger.requests import Answer, Request, ResponseStream, T, Transport, problem_code
 
 TransportT = TypeVar("TransportT", bound=Transport)
@@ -97,7 +97,6 @@ class FailoverTransport(Generic[TransportT]):
         await self.servers[0].pause(seconds)
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Return what a function returns that reads files, for a long time perhaps."""
         return await self.servers[0].call(work)
 
     async def _try_servers(self, request: Request, ask: Callable[[TransportT], Awaitable[T]]) -> T:

@@ -101,7 +101,7 @@ def test_block_loads_model_and_unloads_it_again(client: Client) -> None:
 
 
 def token_of(client: Client | AsyncClient) -> str | None:
-    return client._transport.servers[0].options.address.token
+    return client._address.token
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])

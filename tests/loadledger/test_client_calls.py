@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from support.clients import NDJSON, OutOfAnswers, Played, answer, bookmark, event_lines, job, problem
 from support.history import FEWER
 
-from loadledger import Client, problems
-from loadledger.jobs import PREFERRED_S
-from loadledger.problems import (
+from loadledger import Client, errors
+from loadledger.errors import (
     Archived,
     BadAnswer,
     Busy,
@@ -25,6 +24,7 @@ from loadledger.problems import (
     ServerError,
     ServerUnreachable,
 )
+from loadledger.jobs import PREFERRED_S
 from loadledger.requests import Answer
 from loadledger.retries import RETRY_FOR_S
 
@@ -308,7 +308,7 @@ def test_follow_begins_at_bookmark_or_after_list() -> None:
     [
         (problem(410, "archived", oldest=9), Archived),
         (problem(400, "beyond_head"), ServerError),
-        (problem(403, "forbidden"), problems.NotAllowed),
+        (problem(403, "forbidden"), errors.NotAllowed),
         (answer({}, 302, location="http://elsewhere"), ServerError),
         (answer({}), BadAnswer),
     ],

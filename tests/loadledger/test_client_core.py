@@ -32,7 +32,7 @@ from loadledger import (
     NotFound,
     ServerError,
     ServerUnreachable,
-    problems,
+    errors,
     records,
     requests,
 )
@@ -588,5 +588,5 @@ def test_package_exports_its_names_and_no_others() -> None:
     assert all(getattr(loadledger, name).__name__ == name for name in named)
     with pytest.raises(AttributeError, match="Nothing"):
         _ = loadledger.Nothing  # type: ignore[attr-defined]
-    kinds = {name: kind for name, kind in vars(problems).items() if isinstance(kind, type)}
+    kinds = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
     assert {name for name, kind in kinds.items() if issubclass(kind, ClientProblem)} <= NAMES

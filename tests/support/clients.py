@@ -18,8 +18,8 @@ from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 from loadledger import AsyncClient, Client
 from loadledger.address import Address
 from loadledger.cli.main import main
+from loadledger.errors import ClientProblem
 from loadledger.operations import Operations
-from loadledger.problems import ClientProblem
 from loadledger.requests import Answer, CallContext, Request, T
 from server.config import settings
 

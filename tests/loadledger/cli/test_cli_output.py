@@ -118,7 +118,11 @@ def evil(kind: type[Any]) -> Any:
         if (kinds := [each for each in values if each in (field.type, *get_args(field.type))])
     }
     more = {"error": ErrorInfo(EVIL, EVIL)} if "error" in kind.__struct_fields__ else {}
-    lists = {"versions": [HUGE], "files": [File(EVIL, HUGE, 1, EVIL)], "parameters": {EVIL: EVIL}}
+    lists = {
+        "versions": [HUGE],
+        "files": [File(path=EVIL, bytes=HUGE, mtime_ns=1, sha256=EVIL)],
+        "parameters": {EVIL: EVIL},
+    }
     return kind(**{**members, **more, **{k: v for k, v in lists.items() if k in kind.__struct_fields__}})
 
 
