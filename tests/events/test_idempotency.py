@@ -34,8 +34,6 @@ from events.commands import (
     Command,
     Join,
     KnownKey,
-    Receipt,
-    Record,
     RequestCancel,
     RequestLoad,
     RequestUnload,
@@ -46,12 +44,9 @@ from events.log import Log
 from events.sqlite import queries
 from events.state import State
 from events.types import (
-    SYSTEM,
     CancelRequested,
     Cause,
-    Draft,
     Idempotency,
-    LoadFailed,
     LoadRequested,
     UnloadRequested,
     record_draft,
@@ -246,20 +241,6 @@ def test_log_answers_as_if_keys_were_in_memory(groups: list[Group]) -> None:
             path = Path(folder) / "ledger.db"
             assert asyncio.run(outcomes_of(path, groups, reopens=reopens)) == expected
             assert verify(path).verified
-
-
-async def test_log_answers_repeated_keys(path: Path) -> None:
-    async with opened(path, new_id=ids("j")) as log:
-        same = [log.submit(load()) for _ in range(5)]
-        others = [log.submit(load(OTHER_REQUEST, "other")) for _ in range(5)]
-        results = await asyncio.gather(*same, *others, return_exceptions=True)
-        assert results[:5] == [Receipt("j1", existing=number > 0, position=1) for number in range(5)]
-        assert {type(result) for result in results[5:]} == {RequestRefused}
-        await log.submit(Record((Draft("e", LoadFailed("x", "y"), SYSTEM, "j1", MODEL, 1),)))
-        assert await log.submit(load()) == Receipt("j1", existing=True, position=2)  # though it has ended
-        assert (await log.submit(load(None))).job_id == "j2"
-    async with opened(path) as log:
-        assert await log.submit(load()) == Receipt("j1", existing=True, position=3)
 
 
 async def test_failed_write_leaves_key_unused(path: Path) -> None:

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.history import FEWER, MODEL, START, at, facts, ids, opened, steady, write
-from support.ledgers import FAST_FOLDER, change_ledger, database_of, rows_of, run_forked, stored
+from support.ledgers import FAST_FOLDER, database_of, rows_of, run_forked, stored
 
 from events.audit.verify import verify
 from events.clock import format_timestamp
 from events.codec import decode_event
-from events.commands import Receipt, Record, RequestCancel, RequestLoad, RequestUnload
-from events.errors import ForeignHead, LogClosed, NotEncodable, RequestRefused
+from events.commands import Receipt, Record, RequestCancel, RequestLoad
+from events.errors import ForeignHead, LogClosed
 from events.log import MAX_GROUP, Log
 from events.types import (
     SYSTEM,
@@ -130,17 +130,6 @@ async def test_record_is_one_ordered_transaction(path: Path) -> None:
     assert [event.id for event in events_of(path)[1:]] == [draft.id for draft in drafts]
 
 
-async def test_event_without_encoding_fails_its_caller_alone(path: Path) -> None:
-    bad = Record((Draft("ok", LoadStarted(1), SYSTEM), Draft("bad", LoadFailed("x", "\ud800"), SYSTEM)))
-    async with opened(path) as log:
-        results = await asyncio.gather(
-            log.submit(fact("a")), log.submit(bad), log.submit(fact("b")), return_exceptions=True
-        )
-        assert isinstance(results[1], NotEncodable)
-        assert [event.id for event in events_of(path)] == ["a", "b"]
-    assert verify(path).verified
-
-
 async def test_recorded_at_never_goes_back(path: Path) -> None:
     moments = [START + timedelta(seconds=seconds) for seconds in (5, 5, 5, 3, 9, 1, 9)]
     async with opened(path, now=iter(moments).__next__, boottime=float) as log:
@@ -170,13 +159,6 @@ async def test_concurrent_requests_make_one_job(path: Path) -> None:
         assert await log.submit(RequestCancel("j1", "eve")) == Receipt("j1", existing=True, position=3)
         assert (await log.submit(load("other"))).position == 4
     assert verify(path).verified
-
-
-async def test_refusal_has_code_and_appends_nothing(path: Path) -> None:
-    async with opened(path) as log:
-        with pytest.raises(RequestRefused) as raised:
-            await log.submit(RequestUnload(None, "alice"))
-        assert (raised.value.code, log.head.position) == ("nothing_loaded", 0)
 
 
 async def test_command_sees_job_ended_in_same_transaction(path: Path) -> None:
@@ -391,17 +373,3 @@ def test_latest_use_of_each_model_is_kept(notes: list[dict[str, str]]) -> None:
         latest |= {model: max(used_at, latest.get(model, "")) for model, used_at in each.items()}
     with TemporaryDirectory(dir=FAST_FOLDER) as folder:
         assert asyncio.run(note_all(Path(folder) / "ledger.db")) == latest
-
-
-async def test_note_is_no_event_and_wakes_nobody(path: Path) -> None:
-    async with opened(path) as log:
-        await write(log, 2)
-        head, wakeup = log.head, log.subscribe()
-        await log.note_last_use({"a": at(1)})
-        assert log.head == head
-        assert not wakeup.is_set()
-        await asyncio.gather(log.note_last_use({"a": at(2)}), write(log, 3, first=3))
-        assert log.head.position == 5
-    assert await last_used(path) == {"a": at(2)}
-    change_ledger(path, "UPDATE last_used SET used_at = 'forged'")
-    assert verify(path).verified  # it proves nothing and is no part of the proof

@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.history import MODEL, START, facts, ids, opened, steady, write
-from support.ledgers import append_events, rows_of, sample_history, stored
+from support.history import MODEL, START, at, facts, ids, opened, steady, write
+from support.ledgers import append_events, change_ledger, rows_of, sample_history, stored
 from support.postgres import join_shared_server
 from support.replicas import make_ledger, opened_replica, rows_in
 
@@ -17,7 +16,6 @@ from events.codec import GENESIS, decode_event, hash_body
 from events.commands import JobUnchanged, Receipt, Record, RequestLoad, RequestUnload
 from events.errors import NotEncodable, RequestRefused
 from events.log import Log
-from events.sqlite.timetravel import open_time_travel_reader, state_at
 from events.types import SYSTEM, AccessDenied, Draft, Idempotency, LoadFailed
 
 Open = Callable[..., AbstractAsyncContextManager[Log]]
@@ -119,20 +117,14 @@ def _facts() -> list[Record]:
     return [fact for fact in facts(2) if isinstance(fact, Record)]
 
 
-async def test_notes_last_and_are_no_events(open_log: Open) -> None:
+async def test_notes_last_and_are_no_events(open_log: Open, path: Path) -> None:
     async with open_log() as log:
-        await log.note_last_use({MODEL: "2026-01-01T00:00:09.000000Z"})
-        assert log.head.position == 0
+        wakeup = log.subscribe()
+        await log.note_last_use({MODEL: at(8)})
+        assert (log.head.position, wakeup.is_set()) == (0, False)
+        await asyncio.gather(log.note_last_use({MODEL: at(9)}), write(log, 3))
+        assert log.head.position == 3
     async with open_log() as log:
-        assert log.last_used == {MODEL: "2026-01-01T00:00:09.000000Z"}
-
-
-async def test_past_states_are_those_of_a_fold(open_log: Open, path: Path) -> None:
-    async with open_log(**steady(lambda: START)) as log:
-        await append_events(log, sample_history(2))
-        async with open_time_travel_reader(path) as past:
-            for position in (1, 5, log.head.position // 2, log.head.position):
-                history: Any = sample_history(2)[:position]
-                _, state = await past.read(str(position), state_at)
-                assert state.position == len(history)
-                assert set(state.models) == {fact.model_id for fact in history if fact.model_id}
+        assert log.last_used == {MODEL: at(9)}
+    change_ledger(path, "UPDATE last_used SET used_at = 'forged'")
+    assert verify(path).verified  # it proves nothing and is no part of the proof

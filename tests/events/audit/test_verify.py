@@ -18,10 +18,10 @@ from support.ledgers import change_ledger, copy_of, flip_byte, place_of, rows_of
 
 from events.audit.verify import CheckedFold, Finding, FindingKind, Verification, verify
 from events.codec import GENESIS, decode_event, encode_canonical
-from events.errors import LedgerProblem, LogUnavailable
+from events.errors import LedgerProblem
 from events.state import State
 from events.storage import StorageError
-from events.types import LogBase, Unknown
+from events.types import LogBase
 
 
 class Row(NamedTuple):
@@ -178,14 +178,6 @@ def test_unreadable_body_in_a_good_chain_is_named(body: bytes, problem: str) -> 
     assert verify_stored(with_body(5, body)).finding == Finding(5, problem)
 
 
-def test_event_type_of_a_later_release_is_skipped() -> None:
-    body = edited(HEAD, type="ModelMoved", data={"to": "gpu"})
-    assert isinstance(decode_event(body.decode()).data, Unknown)
-    assert verify_stored(with_body(HEAD, body)).verified
-    skipped = verify_stored(with_body(HEAD - 1, edited(HEAD - 1, type="ModelMoved", data={})))
-    assert place_of(skipped.finding) == (HEAD, FindingKind.PROJECTIONS)  # they knew the event
-
-
 def test_event_recorded_before_its_predecessor_is_found() -> None:
     body = ROWS[4].body.replace(b"2026-01-01T", b"2025-01-01T")
     assert place_of(verify_stored(with_body(5, body)).finding) == (5, FindingKind.ORDER)
@@ -247,16 +239,6 @@ def test_truncated_file_never_verifies(length: int) -> None:
         except LedgerProblem:
             return
         assert not verification.verified
-
-
-def test_missing_or_other_file_is_unavailable(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    with pytest.raises(LogUnavailable):
-        verify(path)
-    assert list(tmp_path.iterdir()) == []
-    path.write_text("this is no database, it is a sentence\n" * 100)
-    with pytest.raises(LogUnavailable, match="not a database"):
-        verify(path)
 
 
 async def test_verify_works_beside_a_running_log() -> None:
