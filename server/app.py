@@ -94,7 +94,7 @@ from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signe
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.auth.tokens import TOKENS, open_tokens
 from server.cluster import SharedLedger, attach_node
-from server.config import Config, ConfigError
+from server.config import MAX_BODY_BYTES, ON, Config, ConfigError, parse_budget, parse_prepared_size
 from server.errors import errors_middleware
 from server.http.bodies import MAX_BODIES_BYTES, Bodies
 from server.http.responses import prepare_standard_fields
@@ -112,7 +112,6 @@ from server.observability.requestlog import (
 from server.observability.timeseries import TimeSeries, record
 from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
-from server.settingvalues import MAX_BODY_BYTES, ON, parse_budget, parse_prepared_size
 from server.v2 import inference, metadata, repository
 from server.v2.forwarding import open_forwarder
 from server.v2.ondemand import OnDemand

@@ -39,7 +39,7 @@ from runtime.wire import Load, Tensor
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys
 from server.cluster import INSTALL
-from server.config import Config, ConfigError
+from server.config import OFF, ON, Config, ConfigError, parse_budget
 from server.configsources import (
     Mistake,
     default_folder,
@@ -48,7 +48,6 @@ from server.configsources import (
     unknown_variables,
 )
 from server.http.tls import load_context
-from server.settingvalues import OFF, ON, parse_budget
 
 OnVersion = Callable[[str], None]
 """Called with each version before its trial load."""

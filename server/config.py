@@ -1,15 +1,18 @@
-"""The settings of a server: purpose, default and valid values of each.
+"""The settings of a server: purpose, default and valid values of each, and what their texts mean.
 
 The options of `serve` and `check` and the table in the documentation are generated from `Config`;
 `server.configsources` reads the values.
 """
 
 import dataclasses
+import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
+from urllib.parse import urlsplit
 
 from marshmallow import ValidationError, validate
 
@@ -17,20 +20,6 @@ from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOU
 from runtime.uploads.policy import UploadPolicy, Writable
 from server.auth.keys import MAX_EXPIRES_S
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
-from server.settingvalues import (
-    AUTO,
-    MAX_BODY_BYTES,
-    OFF,
-    ON,
-    SIZES,
-    parse_budget,
-    parse_labels,
-    parse_ledger,
-    parse_limit,
-    parse_node_address,
-    parse_prepared_size,
-    parse_store_size,
-)
 
 PREFIX = "LOADLEDGER_"
 """Of the settings' environment variables."""
@@ -54,27 +43,138 @@ MANY = 1_000_000
 
 Validator = Callable[[Any], object]
 
-SECTIONS: Mapping[str, tuple[str, ...]] = {
-    "Files and address": ("repository", "data", "host", "port"),
-    "Several machines": (
-        *("ledger", "node_name", "node_address", "node_labels", "placement", "lease_s", "when_away"),
-    ),
-    "Memory and what is loaded": (
-        *("memory_budget", "max_loaded", "evict", "min_residency_s", "keep_alive_s", "on_demand", "restore"),
-    ),
-    "Loads and inferences": ("threads", "drain_timeout_s", "prepared_size", "inference_timeout_s"),
-    "Files of models, and confinement": ("store_size", "repository_writable", "confine", "ledger_stderr"),
-    "Tokens": ("jwt_audience", "jwt_issuer", "jwt_keys", "jwt_roles_claim", "max_token_s"),
-    "Connections, TLS and proxies": (
-        *("tls_cert", "tls_key", "trusted_proxies", "forwarded_header"),
-        *("idle_timeout_s", "streams_per_subject"),
-    ),
-    "Rate limits": ("limit_management", "limit_inference", "limit_reads"),
-    "Logs, traces and metrics": (
-        *("log_format", "log_level", "log_inferences", "trace_inferences", "metrics"),
-    ),
-}
-"""The settings by what they are about, as the help and the documentation list them."""
+AUTO = "auto"
+ON = "on"
+OFF = "off"
+MAX_BODY_BYTES = 64 * 2**20
+"""Of an inference. Triton's default (`--http-max-input-size`)."""
+
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_SIZE = re.compile(r"(\d{1,18})(MB|GB|TB|MiB|GiB|TiB|)", re.ASCII)
+SIZES = "bytes, or a number of MB, GB, TB, MiB, GiB or TiB"
+"""The notations of a size, for messages and help."""
+_PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%", re.ASCII)
+_PERIODS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+_RATE = re.compile(
+    r"([1-9]\d{0,11}) *(?:/|per) *([1-9]\d{0,5})? *(second|minute|hour|day)s?", re.ASCII | re.IGNORECASE
+)
+
+LABEL = re.compile(r"[A-Za-z0-9._-]{1,63}=[A-Za-z0-9._-]{1,63}", re.ASCII)
+"""A label of a node, which loads may require."""
+LABEL_RULE = "Must be like zone=a: letters, digits, '.', '_' and '-', at most 63 before and after '='."
+MAX_LABELS = 16
+"""That a load may require: its event has them."""
+
+DATABASE_SCHEMES = ("postgresql", "postgres")
+"""The schemes of a database's address."""
+
+
+def parse_size(text: str, instead: str = "") -> int:
+    """Return the bytes of a size: bytes, or a whole number of MB, GB, TB, MiB, GiB or TiB.
+
+    Args:
+        text: the size.
+        instead: what to do for none at all, for the message.
+
+    Raises:
+        ValueError: the text is no size or 0; the message says what it must be.
+    """
+    found = _SIZE.fullmatch(text)
+    size = 0 if found is None else int(found[1]) * _UNITS[found[2]]
+    if not size:
+        raise ValueError(f"Must be {SIZES}, whole and more than 0, like 20GB{instead}.")
+    return size
+
+
+def parse_prepared_size(text: str) -> int:
+    """Return the bytes that prepared models may take; 0 for off. Raises as `parse_size`."""
+    return 0 if text == OFF else parse_size(text, f", or {OFF}")
+
+
+def parse_store_size(text: str) -> int | None:
+    """Return the bytes of the store's size; None for auto, 0 for off. Raises as `parse_size`."""
+    if text in (AUTO, OFF):
+        return None if text == AUTO else 0
+    return parse_size(text, f", {AUTO}, or {OFF}")
+
+
+def parse_budget(text: str, limit_bytes: int) -> int:
+    """Return the memory budget of all workers in bytes, at least 1.
+
+    Args:
+        text: a size, even above the limit (there may be swap), or a percentage of the limit, more than 0 and
+            at most 100.
+        limit_bytes: the memory that this container or machine may use.
+
+    Raises:
+        ValueError: the text is neither; the message says what it must be.
+    """
+    if not text.endswith("%"):
+        return parse_size(text, ", or a percentage, like 80%")
+    found = _PERCENTAGE.fullmatch(text)
+    if found is None or not 0 < (percent := Decimal(found[1])) <= 100:  # noqa: PLR2004 - it is per cent
+        raise ValueError("Must be a percentage of more than 0 and at most 100, like 80%.")
+    return max(1, int(limit_bytes * percent / 100))
+
+
+class RateLimit(NamedTuple):
+    """Requests per window, and the window's length in seconds."""
+
+    amount: int
+    window_s: int
+
+
+def parse_limit(text: str) -> RateLimit | None:
+    """Return a rate limit, like 600/minute or 20 per 5 minutes; None for off.
+
+    Raises:
+        ValueError: the text is neither; the message says what it must be.
+    """
+    if text == OFF:
+        return None
+    found = _RATE.fullmatch(text)
+    if found is None:
+        raise ValueError(f"Must be one limit like 600/minute, or {OFF}.")
+    return RateLimit(int(found[1]), int(found[2] or 1) * _PERIODS_S[found[3].lower()])
+
+
+def parse_ledger(text: str) -> str:
+    """Return the address of a ledger's database.
+
+    Raises:
+        ValueError: the text is no such address; the message says what it must be.
+    """
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in DATABASE_SCHEMES or len(parts.path) < len("/x"):
+        raise ValueError("Must be like postgresql://USER@HOST/DATABASE; the password may be in PGPASSWORD.")
+    return text
+
+
+def parse_node_address(text: str) -> str:
+    """Return the URL of a node.
+
+    Raises:
+        ValueError: the text is none; the message says what it must be.
+    """
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
+        raise ValueError("Must be like http://HOST:PORT, without a path.")
+    return text
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    """Return labels in order, each once.
+
+    Raises:
+        ValueError: one is not of the form; the message says what it must be.
+    """
+    labels = [label.strip() for label in text.split(",") if label.strip()]
+    if not labels or not all(LABEL.fullmatch(label) for label in labels):
+        raise ValueError(f"{LABEL_RULE} Several are separated by commas.")
+    return tuple(sorted(set(labels)))
 
 
 class ConfigError(Exception):
@@ -110,9 +210,11 @@ _PATH = validate.Regexp("[^~]", error="Must name a path in full: ~ is not expand
 """A shell does not expand the ~ of --data=~/ledger; a folder named ~ would be created."""
 
 
-def setting(default: Any, help_text: str, validator: Validator | None = None) -> Any:
-    """Return an optional field of the configuration."""
-    return field(default=default, metadata={"help": help_text, "validator": validator})
+def setting(
+    default: Any, help_text: str, validator: Validator | None = None, *, section: str | None = None
+) -> Any:
+    """Return an optional field of the configuration; `section` begins one of `SECTIONS`."""
+    return field(default=default, metadata={"help": help_text, "validator": validator, "section": section})
 
 
 def fixed(value: Any) -> Any:
@@ -120,22 +222,28 @@ def fixed(value: Any) -> Any:
     return field(default=value)
 
 
-def own_folder(name: str, help_text: str) -> Any:
+def own_folder(name: str, help_text: str, *, section: str | None = None) -> Any:
     """Return a field for a directory; a user's own is `name` in `default_folder`."""
-    return field(metadata={"help": help_text, "folder": name})
+    return field(metadata={"help": help_text, "folder": name, "section": section})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The settings of one server. Nothing here reads the environment or files."""
 
-    repository: Path = own_folder("models", "Directory of models, as MODEL/VERSION/model.onnx.")
+    repository: Path = own_folder(
+        "models", "Directory of models, as MODEL/VERSION/model.onnx.", section="Files and address"
+    )
     data: Path = own_folder("data", "Directory of the ledger and the keys; created when it is missing.")
+    host: str = setting("127.0.0.1", "Address to listen on.", _check_printable)
+    port: int = setting(8080, "Port to listen on; 0 picks a free one.", validate.Range(0, 65535))
+
     ledger: str | None = setting(
         None,
         "PostgreSQL database of the ledger, like postgresql://USER@HOST/DATABASE; the data directory then"
         " has a replica. If unset, the ledger is a file there.",
         _validator_of(parse_ledger),
+        section="Several machines",
     )
     node_name: str | None = setting(
         None, "Name of this node among those of the --ledger; if unset, the host's name.", _NODE_NAME
@@ -166,38 +274,12 @@ class Config:
         " min), or stop.",
         validate.OneOf(("serve", "stop")),
     )
-    host: str = setting("127.0.0.1", "Address to listen on.", _check_printable)
-    port: int = setting(8080, "Port to listen on; 0 picks a free one.", validate.Range(0, 65535))
-    tls_cert: Path | None = setting(
-        None, "Certificate (PEM, with its chain) for HTTPS; reloaded when the file changes."
-    )
-    tls_key: Path | None = setting(
-        None, "The certificate's private key (PEM, not encrypted, mode 0600 or 0640)."
-    )
-    trusted_proxies: str | None = setting(
-        None,
-        "Trusted proxies: addresses or networks, separated by commas. Their header field names the client.",
-        _validator_of(parse_networks),
-    )
-    forwarded_header: str = setting(
-        X_FORWARDED_FOR,
-        "Header field of trusted proxies that names the client: x-forwarded-for, or forwarded (RFC 7239).",
-        validate.OneOf((X_FORWARDED_FOR, FORWARDED)),
-    )
-    threads: int = setting(
-        0,
-        "Threads of each model, unless its load says otherwise; 0 means as many as the server may use: its"
-        " CPU affinity and the container's CPU quota.",
-        validate.Range(0, MAX_THREADS),
-    )
-    drain_timeout_s: float = setting(
-        DRAIN_TIMEOUT_S, "Seconds that an unload waits for running inferences.", _SECONDS
-    )
-    inference_timeout_s: float = setting(60.0, "Seconds that one inference may take.", _POSITIVE_SECONDS)
+
     memory_budget: str = setting(
         "80%",
         f"Memory for all workers together: a percentage of the container's or machine's memory, {SIZES}.",
         _validator_of(lambda text: parse_budget(text, limit_bytes=1)),
+        section="Memory and what is loaded",
     )
     max_loaded: int = setting(
         0, "Models that may be loaded at the same time; 0 means no limit.", validate.Range(0, MANY)
@@ -219,18 +301,37 @@ class Config:
         "Load a model when an inference needs it; the inference waits: on, or off.",
         _SWITCH,
     )
+    restore: str = setting(
+        "all",
+        "Models to reload at start, of those that were loaded when the server ended: all, or none.",
+        validate.OneOf(("all", "none")),
+    )
+
+    threads: int = setting(
+        0,
+        "Threads of each model, unless its load says otherwise; 0 means as many as the server may use: its"
+        " CPU affinity and the container's CPU quota.",
+        validate.Range(0, MAX_THREADS),
+        section="Loads and inferences",
+    )
+    drain_timeout_s: float = setting(
+        DRAIN_TIMEOUT_S, "Seconds that an unload waits for running inferences.", _SECONDS
+    )
     prepared_size: str = setting(
         "20GB",
         "Disk space for prepared models, which load faster; the least recently used are deleted first: off,"
         f" which prepares and uses none, or {SIZES}.",
         _validator_of(parse_prepared_size),
     )
+    inference_timeout_s: float = setting(60.0, "Seconds that one inference may take.", _POSITIVE_SECONDS)
+
     store_size: str = setting(
         AUTO,
         "Disk space for the private copies that models are loaded from; the least recently used are deleted"
         f" first: auto, which leaves a tenth of the file system free, {SIZES}; or off, which loads from the"
         " repository: then nobody may ever change a file there.",
         _validator_of(parse_store_size),
+        section="Files of models, and confinement",
     )
     repository_writable: str = setting(
         AUTO,
@@ -250,20 +351,68 @@ class Config:
         " writes it to the server's log only.",
         _SWITCH,
     )
-    restore: str = setting(
-        "all",
-        "Models to reload at start, of those that were loaded when the server ended: all, or none.",
-        validate.OneOf(("all", "none")),
+
+    jwt_audience: str = setting(
+        "loadledger", "Value of aud that tokens must have.", _check_printable, section="Tokens"
     )
-    streams_per_subject: int = setting(
-        20, "Streams of events that one subject may have open.", validate.Range(1, MANY)
+    jwt_issuer: str | None = setting(
+        None, "Value of iss that tokens must have; if unset, iss is not checked.", _check_printable
+    )
+    jwt_keys: Path | None = setting(
+        None, "Public key (PEM) or JWKS file of an identity provider, used instead of our own keys."
+    )
+    jwt_roles_claim: str = setting(
+        "roles", "Claim that lists the roles; may be a path like realm_access.roles.", _check_printable
+    )
+    max_token_s: int = setting(
+        MAX_TOKEN_S,
+        "Longest life in seconds of a token that is issued over the API; on the server's machine, none.",
+        validate.Range(60, MAX_EXPIRES_S),
+    )
+
+    tls_cert: Path | None = setting(
+        None,
+        "Certificate (PEM, with its chain) for HTTPS; reloaded when the file changes.",
+        section="Connections, TLS and proxies",
+    )
+    tls_key: Path | None = setting(
+        None, "The certificate's private key (PEM, not encrypted, mode 0600 or 0640)."
+    )
+    trusted_proxies: str | None = setting(
+        None,
+        "Trusted proxies: addresses or networks, separated by commas. Their header field names the client.",
+        _validator_of(parse_networks),
+    )
+    forwarded_header: str = setting(
+        X_FORWARDED_FOR,
+        "Header field of trusted proxies that names the client: x-forwarded-for, or forwarded (RFC 7239).",
+        validate.OneOf((X_FORWARDED_FOR, FORWARDED)),
     )
     idle_timeout_s: float = setting(
         75.0,
         "Seconds that an idle connection is kept open; must be more than a proxy in front keeps it.",
         _POSITIVE_SECONDS,
     )
-    log_format: str = setting("text", "Form of log lines: text, or json.", validate.OneOf(("text", "json")))
+    streams_per_subject: int = setting(
+        20, "Streams of events that one subject may have open.", validate.Range(1, MANY)
+    )
+
+    limit_management: str = setting(
+        "600/minute", "Loads and unloads per subject, or off.", _LIMIT, section="Rate limits"
+    )
+    limit_inference: str = setting(
+        "600000/minute",
+        "Inferences per subject, or off.",
+        _LIMIT,
+    )
+    limit_reads: str = setting("6000/minute", "Other requests per subject, or off.", _LIMIT)
+
+    log_format: str = setting(
+        "text",
+        "Form of log lines: text, or json.",
+        validate.OneOf(("text", "json")),
+        section="Logs, traces and metrics",
+    )
     log_level: str = setting(
         "info",
         "Lowest level of log lines: debug, info, warning, or error.",
@@ -282,28 +431,6 @@ class Config:
         "Access to /metrics: token (of any role), or open (no token).",
         validate.OneOf(("token", "open")),
     )
-    jwt_audience: str = setting("loadledger", "Value of aud that tokens must have.", _check_printable)
-    jwt_issuer: str | None = setting(
-        None, "Value of iss that tokens must have; if unset, iss is not checked.", _check_printable
-    )
-    jwt_keys: Path | None = setting(
-        None, "Public key (PEM) or JWKS file of an identity provider, used instead of our own keys."
-    )
-    jwt_roles_claim: str = setting(
-        "roles", "Claim that lists the roles; may be a path like realm_access.roles.", _check_printable
-    )
-    max_token_s: int = setting(
-        MAX_TOKEN_S,
-        "Longest life in seconds of a token that is issued over the API; on the server's machine, none.",
-        validate.Range(60, MAX_EXPIRES_S),
-    )
-    limit_management: str = setting("600/minute", "Loads and unloads per subject, or off.", _LIMIT)
-    limit_inference: str = setting(
-        "600000/minute",
-        "Inferences per subject, or off.",
-        _LIMIT,
-    )
-    limit_reads: str = setting("6000/minute", "Other requests per subject, or off.", _LIMIT)
 
     # Limits whose best value is known: constants for users, which tests make shorter.
     loads_at_once: int = fixed(0)
@@ -423,3 +550,17 @@ def _describe_setting(entry: "dataclasses.Field[Any]") -> Setting:
         default=f"{FOLDERS}/{folder}" if folder is not None else entry.default,
         validator=_PATH if kind is Path else entry.metadata["validator"],
     )
+
+
+def _find_sections() -> dict[str, list[str]]:
+    sections: dict[str, list[str]] = {}
+    title = ""
+    for entry in dataclasses.fields(Config):
+        if "help" in entry.metadata:
+            title = entry.metadata["section"] or title
+            sections.setdefault(title, []).append(entry.name)
+    return sections
+
+
+SECTIONS: Mapping[str, Sequence[str]] = _find_sections()
+"""The settings by what they are about, as the help and the documentation list them."""

@@ -152,7 +152,7 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from server.settingvalues import parse_size  # noqa: PLC0415 - keeps `loadledger --help` quick
+        from server.config import parse_size  # noqa: PLC0415 - keeps `loadledger --help` quick
 
         try:
             return parse_size(str(value))

@@ -26,9 +26,8 @@ from runtime.repository import MAX_VERSION, Repository
 from runtime.store.problems import RepositoryUnreadable
 from server.api.schemas import about
 from server.appkeys import CONFIG, CONTENTS
-from server.config import MAX_KEEP_ALIVE_S, MAX_THREADS, MAX_TIMEOUT_S, Config
+from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
 from server.http.validation import StrictBoolean, StrictInteger, load_with
-from server.settingvalues import LABEL, LABEL_RULE, MAX_LABELS
 
 MAX_INSTANCES = 64
 """Each instance is a process with a copy of the model; more is a mistake on one machine."""

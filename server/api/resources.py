@@ -11,9 +11,9 @@ from marshmallow import fields, validate
 from runtime.memory import read_pressure, total_bytes
 from server.api.schemas import AnswerSchema, about
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL
+from server.config import OFF
 from server.http.validation import NothingSchema
 from server.routing import Access, Routes
-from server.settingvalues import OFF
 
 routes = Routes(tag="resources")
 

@@ -15,10 +15,9 @@ import msgspec
 from aiohttp import web
 
 from server.auth.proxies import parse_address
-from server.config import Config
+from server.config import Config, RateLimit, parse_limit
 from server.errors import ServerProblem
 from server.routing import LimitClass
-from server.settingvalues import RateLimit, parse_limit
 
 MAX_COUNTERS = 10_000
 """Some 2 MB; beyond it the least recently used counters are forgotten."""

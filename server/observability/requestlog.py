@@ -19,10 +19,10 @@ from events.counters import Histogram
 from server.appkeys import CONFIG, PROXIES
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import Windows
+from server.config import RateLimit
 from server.errors import CODE
 from server.observability.output import CONTEXT, REQUEST_ID, RequestContext, begin_context, make_extra
 from server.routing import LimitClass, RequestHandler, Route, matched_route, wrap_handler
-from server.settingvalues import RateLimit
 
 _log = logging.getLogger(__name__)
 

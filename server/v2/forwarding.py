@@ -32,13 +32,13 @@ from server.appkeys import BODIES, CONFIG, LOG, MEMBERSHIP, PEERS, ROUTER
 from server.auth.gate import FORWARDED, POSITION, PRINCIPAL, Principal
 from server.auth.peers import CATCH_UP_S, Peers, read_position
 from server.auth.ratelimit import QUOTA
+from server.config import MAX_BODY_BYTES
 from server.errors import ANSWERING_NODE, NODE, AnsweredRefusal, ServerProblem
 from server.http.bodies import Bodies, Share, read_body
 from server.http.connection import read_body_into
 from server.http.responses import DirectResponse
 from server.http.validation import path_parameters
 from server.observability.output import REQUEST_ID, begin_context
-from server.settingvalues import MAX_BODY_BYTES
 from server.v2.codec import HEADER_LENGTH
 
 NODE_ADDRESS = "Loadledger-Node-Address"

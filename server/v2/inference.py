@@ -20,6 +20,7 @@ from server.api.models import find_signature
 from server.appkeys import BODIES, CONFIG, DEMAND, POOL, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA, Quota
+from server.config import MAX_BODY_BYTES
 from server.errors import ServerProblem
 from server.http.bodies import BodyTooLarge, Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
@@ -27,7 +28,6 @@ from server.http.connection import ARRIVED_NS, read_body_into
 from server.http.responses import DirectResponse
 from server.http.validation import path_parameters
 from server.routing import Access, Routes
-from server.settingvalues import MAX_BODY_BYTES
 from server.v2.codec import (
     HEADER_LENGTH,
     InferenceRequest,

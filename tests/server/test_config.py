@@ -7,13 +7,23 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from support.history import PLAIN
 
 from loadledger import profiles
 from loadledger.cli.main import SECTIONS, find_command, main
 from server.check import find_unusable_paths, load_config
-from server.config import Config, ConfigError, settings
+from server.config import (
+    Config,
+    ConfigError,
+    parse_budget,
+    parse_limit,
+    parse_size,
+    parse_store_size,
+    settings,
+)
 from server.configsources import CONFIG_VARIABLE, OF_OTHERS, read_settings, unknown_variables
-from server.settingvalues import parse_limit, parse_size, parse_store_size
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = ("repository", "data")
@@ -242,7 +252,7 @@ def test_mistakes_of_all_sources_are_reported_at_once(file: Path, tmp_path: Path
     result = CliRunner().invoke(main, [*command, "--tls-cert=x"], env=environment)
     assert (result.exit_code, result.stdout) == (2, "")
     assert re.findall(r"^(?:loadledger: )?(.+?): ", result.stderr, re.MULTILINE) == [
-        f"{file}:1", "--threads", f"{file}:2", "LOADLEDGER_EVICT", "--repository", "--tls-cert",
+        f"{file}:1", f"{file}:2", "LOADLEDGER_EVICT", "--threads", "--repository", "--tls-cert",
     ]  # fmt: skip
     assert not (tmp_path / "data").exists()
 
@@ -361,3 +371,36 @@ def test_documented_example_and_its_mistakes_are_true(file: Path) -> None:
     file.write_text(example.replace("port =", "prot =").replace("= 20\n", '= "20"\n'))
     shown = shown.removeprefix("loadledger: ").replace("/etc/loadledger/server.toml", str(file))
     assert mistakes({"config": str(file)}) == shown.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("80%", 800), ("100%", 1000), ("100.000%", 1000), ("12.5%", 125), ("0.1%", 1), ("33.3%", 333),
+        ("0.000000001%", 1), ("080%", 800), ("1", 1), ("1000", 1000), ("8589934592", 8589934592),
+        ("9" * 18, 10**18 - 1), ("8GB", 8 * 10**9), ("2GiB", 2**31),
+    ],
+)  # fmt: skip
+def test_budget_is_a_size_or_a_percentage(setting: str, expected: int) -> None:
+    assert parse_budget(setting, limit_bytes=1000) == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "", "0", "-1", "+1", "1.5", "1e9", "8gb", "9" * 19, " 1", "1\n", "0%", "0.0%", "100.1%", "101%",
+        "1000%", "-5%", "nan%", "inf%", "%", ".5%", "5.%", "80 %", "80%\n", "80%%", "\u0661%", "\u0661",
+        "1_000", "0x10",
+    ],
+)  # fmt: skip
+def test_other_budget_is_refused(setting: str) -> None:
+    with pytest.raises(ValueError, match=r"Must be (bytes, or a number of MB.* like 80%|a percentage)"):
+        parse_budget(setting, limit_bytes=1000)
+
+
+@PLAIN
+@given(limit=st.integers(1, 2**62), thousandths=st.integers(1, 100_000))
+def test_percentage_is_exact_and_within_the_limit(limit: int, thousandths: int) -> None:
+    budget = parse_budget(f"{thousandths // 1000}.{thousandths % 1000:03}%", limit)
+    assert budget == max(1, limit * thousandths // 100_000)
+    assert budget <= limit

@@ -28,10 +28,9 @@ from server.appkeys import GATE
 from server.auth.gate import MAX_EVENTS, NO_ROUTE, OTHER, Denials
 from server.auth.keys import list_keys, revoke, rotate
 from server.auth.ratelimit import Windows, peer_of
-from server.config import Config
+from server.config import Config, RateLimit
 from server.errors import QUOTA_EXCEEDED
 from server.routing import Access, LimitClass, Route
-from server.settingvalues import RateLimit
 
 Client = TestClient[web.Request, web.Application]
 Counts = dict[tuple[str, str], int]
