@@ -27,7 +27,7 @@ from msgspec import UnsetType
 from msgspec.structs import astuple
 
 from events.errors import NotEncodable
-from events.nodes import PlacedFile
+from events.nodes import FileHash
 from events.types import (
     SCHEMA,
     TYPES,
@@ -180,7 +180,7 @@ def _is_plain(value: Any) -> bool:
 
 
 _PLAIN = frozenset({str, bool, type(None), UnsetType, Cause})
-_STRUCTS = frozenset({Event, *TYPES.values(), Idempotency, LoadedFile, PlacedFile, Prepared, Durations})
+_STRUCTS = frozenset({Event, *TYPES.values(), Idempotency, LoadedFile, FileHash, Prepared, Durations})
 
 
 def decode_event(body: str | bytes) -> Event:

@@ -114,8 +114,8 @@ class NodeLost(Struct, frozen=True, gc=False):
     last_renewed_at: Timestamp
 
 
-class PlacedFile(Struct, frozen=True, gc=False):
-    """One file that a placed load has to find; `path` is relative to the version's folder."""
+class FileHash(Struct, frozen=True, gc=False):
+    """A file of a version and its SHA-256 in hexadecimal; `path` is relative to the version's folder."""
 
     path: str
     sha256: str
@@ -136,7 +136,7 @@ class LoadPlaced(Struct, frozen=True, gc=False):
     node_id: str
     node_epoch: int
     reason: str
-    files: tuple[PlacedFile, ...] = ()
+    files: tuple[FileHash, ...] = ()
 
 
 NodeData = NodeJoined | NodeDraining | NodeLeft | NodeLost

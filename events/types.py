@@ -58,6 +58,8 @@ class Idempotency(Struct, frozen=True, gc=False):
 class LoadedFile(Struct, frozen=True, gc=False):
     """One file of a loaded version as it was read; `path` is relative to the version's folder."""
 
+    # A struct beside `FileHash` and `AddedFile`, since the fields of each are hashed for ever.
+
     path: str
     bytes: int
     mtime_ns: int

@@ -14,11 +14,10 @@ from events.jobs import Failure, Footprint, Job
 from events.models import RELOADS, Model
 from events.state import State
 from events.types import LoadedFile, LoadParameters
-from runtime.errors import RuntimeProblem
+from runtime.errors import RepositoryUnreadable, RuntimeProblem
 from runtime.filesystem import LOAD_LIMIT_S, FileSystemPool
 from runtime.onnxfile import find_model_file
-from runtime.repository import FileStat
-from runtime.store.problems import RepositoryUnreadable
+from runtime.repository import SizedFile
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ CHANGING = f"the model's files changed before its load {MAX_OUTDATED + 1} times;
 ESTIMATE_WAIT_S = 0.5
 """How long later loads wait for an estimate. It takes a millisecond, unless a disk hangs."""
 
-FormOf = Callable[[Sequence[FileStat], Iterable[Footprint]], str | None]
+FormOf = Callable[[Sequence[SizedFile], Iterable[Footprint]], str | None]
 """Finds the prepared form of these files, if there is one; may read files."""
 
 
@@ -51,7 +50,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    files: Sequence[FileStat],
+    files: Sequence[SizedFile],
     version: int,
     parameters: LoadParameters,
     footprints: Iterable[Footprint],
@@ -85,13 +84,13 @@ def estimate_memory(
     return MemoryEstimate(one * parameters.instances, is_estimate, is_proven=bool(same))
 
 
-def _estimate_from_sizes(files: Iterable[FileStat]) -> int:
+def _estimate_from_sizes(files: Iterable[SizedFile]) -> int:
     sizes = {file.path: file.bytes for file in files}
     model, weights = find_model_file(sizes), {True: BYTES_PER_MODEL_BYTE, False: BYTES_PER_DATA_BYTE}
     return WORKER_BYTES + math.ceil(sum(size * weights[path == model] for path, size in sizes.items()))
 
 
-def is_same_files(seen: Iterable[LoadedFile], files: Iterable[FileStat]) -> bool:
+def is_same_files(seen: Iterable[LoadedFile], files: Iterable[SizedFile]) -> bool:
     """Whether files are still those of an earlier load, by path, size and time."""
     return sorted((file.path, file.bytes, file.mtime_ns) for file in seen) == sorted(
         (file.path, file.bytes, file.mtime_ns) for file in files
@@ -102,7 +101,7 @@ FileSizes = frozenset[tuple[str, int]]
 """Path and bytes of each file of a version: what an estimate is for."""
 
 
-def file_sizes(files: Iterable[FileStat]) -> FileSizes:
+def file_sizes(files: Iterable[SizedFile]) -> FileSizes:
     """Return the sizes of files, to compare with those of an estimate."""
     return frozenset((file.path, file.bytes) for file in files)
 
@@ -112,8 +111,8 @@ class MemoryEstimates:
 
     Args:
         file_system: runs the calls that read files.
-        look_of: returns what looks at the files of a job, in a thread; one that cannot be looked at is an
-            error, and not left out.
+        stat_of: returns the function that finds the files of a job, in a thread; one that cannot be read is
+            an error, and not left out.
         wake: called when an estimate has ended.
         form_of: finds the prepared form that a load will use.
         threads: how many threads a worker computes with, unless its load says otherwise.
@@ -133,14 +132,14 @@ class MemoryEstimates:
     def __init__(
         self,
         file_system: FileSystemPool,
-        look_of: Callable[[Job], Callable[[], Sequence[FileStat]]],
+        stat_of: Callable[[Job], Callable[[], Sequence[SizedFile]]],
         wake: Callable[[], None],
         form_of: FormOf = lambda _files, _footprints: None,
         *,
         threads: int = 1,
     ) -> None:
         self._file_system = file_system
-        self._look_of = look_of
+        self._stat_of = stat_of
         self._form_of = form_of
         self._wake = wake
         self._threads = threads
@@ -209,18 +208,17 @@ class MemoryEstimates:
     async def _estimate_job(self, job: Job, model: Model | None) -> None:
         version, parameters = job.load_order
         footprints = model.footprints if model is not None else ()
-        expected = find_expected(job, model) or ()
-        recorded = [FileStat(file.path, file.bytes, file.mtime_ns) for file in expected]
+        expected = find_expected(job, model)
         try:
-            look = (lambda: recorded) if recorded else self._look_of(job)
+            stat_files = (lambda: expected) if expected else self._stat_of(job)
             files, form = await self._file_system.run(
-                job.model_id, partial(self._look, job, look, footprints), LOAD_LIMIT_S
+                job.model_id, partial(self._find_files, job, stat_files, footprints), LOAD_LIMIT_S
             )
             threads = parameters.threads or self._threads
             need = estimate_memory(files, version, parameters, footprints, form, threads=threads)
         except Exception as error:  # noqa: BLE001 - whatever it is, this load alone has no estimate
             if job.id in self.known:
-                self.failures[job.id] = describe_failed_look(error)
+                self.failures[job.id] = describe_failure(error)
         else:
             if job.id in self.known:
                 self.known[job.id], self._sizes[job.id] = need.bytes, file_sizes(files)
@@ -233,10 +231,10 @@ class MemoryEstimates:
         finally:
             self._stop_waiting(job.id)
 
-    def _look(
-        self, job: Job, look: Callable[[], Sequence[FileStat]], footprints: Iterable[Footprint]
-    ) -> tuple[Sequence[FileStat], str | None]:
-        files = look()
+    def _find_files(
+        self, job: Job, stat_files: Callable[[], Sequence[SizedFile]], footprints: Iterable[Footprint]
+    ) -> tuple[Sequence[SizedFile], str | None]:
+        files = stat_files()
         return files, None if job.id in self.bare else self._form_of(files, footprints)
 
     def _stop_waiting(self, job_id: str) -> None:
@@ -252,7 +250,7 @@ def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | Non
     return serving.files
 
 
-def describe_failed_look(error: Exception) -> Failure:
+def describe_failure(error: Exception) -> Failure:
     """Return the failure of a load whose files cannot be looked at."""
     if isinstance(error, RuntimeProblem):
         return Failure(error.code, str(error))

@@ -1,27 +1,45 @@
-"""The model repository: Triton's layout, `<root>/<model>/<version>/model.onnx`.
+"""Models, versions and files of the repository: Triton's layout, `<root>/<model>/<version>/model.onnx`.
 
 The only `.onnx` file of a version is its model, whatever its name; with several, one is `model.onnx`.
 
 Each call reads the file system and nothing is cached, so a version exists as soon as it is complete. Symbolic
 links are followed within the root. A model, version or model file behind a link that leaves the root does not
-exist; `resolve` omits any other such file, and the load fails with `unsafe_file`.
+exist; a version with any other such file is refused with `unsafe_file`.
+
+The files of a version are read through one descriptor of its folder (`VersionFolder`). A path may lead
+elsewhere by the time it is opened, so a file is opened first (`O_PATH`, which reads nothing and waits for
+no FIFO), and then the open descriptor is asked what and where it is. A folder that is exchanged meanwhile
+does no harm: the descriptor stays with the one that was opened.
 """
 
 import errno
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
-from runtime.errors import InvalidModelId, LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
+import msgspec
+
+from events.types import LoadedFile
+from runtime.errors import (
+    InvalidModelId,
+    LoadRefused,
+    RepositoryUnreadable,
+    RuntimeProblem,
+    UnknownModel,
+    UnknownVersion,
+)
 from runtime.filesystem import FileSystemPool, busy
 from runtime.onnxfile import MODEL_FILE, SUFFIX, find_model_file, list_model_files
+from runtime.wire import Count, FileNumber, Name, Time
 
 UNKNOWN = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO})
 """Numbers of errors that leave open what a folder has: a model that cannot be looked at may be there."""
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,9}")
 MAX_VERSION = 2**31 - 1
@@ -32,43 +50,30 @@ HUB_FOLDER = "onnx"
 """Where repositories of Hugging Face have their ONNX files."""
 MAX_NAMED = 4
 """Of several files, in a message."""
+TICK_S = 0.012
+"""At least the clock of a file system's times: a file that is written to within it after its status was read
+can have the same times."""
 MAX_PATHS_BYTES = 2**20
 """Bytes of the paths of all files of one version: 100 for each of `MAX_FILES`. Escaped twice, a path takes up
 to seven times as much in a line of an export, which its reader takes up to 16 MiB of."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileStat:
-    """A file of a version, as a directory listing shows it.
+class FoundFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The identity of a repository's file, which changes if its content changes or the file is replaced.
 
-    `path` is relative to the folder, with slashes.
+    `path` is relative to the version's folder, with slashes. The store records it as JSON.
     """
 
-    path: str
-    bytes: int
-    mtime_ns: int
+    path: Name
+    dev: FileNumber
+    inode: FileNumber
+    bytes: Count
+    mtime_ns: Time
+    ctime_ns: Time
 
 
-@dataclass(frozen=True, slots=True)
-class FoundFile:
-    """The identity of a file, which changes if its content changes or the file is replaced."""
-
-    path: str
-    dev: int
-    inode: int
-    bytes: int
-    mtime_ns: int
-    ctime_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelVersion:
-    """One complete version of a model, and its files in order of their paths."""
-
-    model_id: str
-    version: int
-    folder: Path
-    files: tuple[FileStat, ...]
+SizedFile = FoundFile | LoadedFile
+"""A file of a version as it is now, or as it was loaded: path, size and time are known of both."""
 
 
 class UnsafeFile(RuntimeProblem):
@@ -98,7 +103,7 @@ class Repository:
 
     Attributes:
         file_system: runs calls about one model in a thread.
-        is_removed: whether the ledger has a version as removed: to every look it is not there any more.
+        is_removed: whether the ledger has a version as removed: then it is not there any more.
     """
 
     def __init__(self, root: Path) -> None:
@@ -143,12 +148,6 @@ class Repository:
             raise UnknownVersion(model_id, chosen)
         return chosen
 
-    def resolve(self, model_id: str, version: int | None = None) -> ModelVersion:
-        """Return a version of a model with its files, by default the highest. Raises as `find_version`."""
-        chosen = self.find_version(model_id, version)
-        folder = self.folder_of(model_id, chosen)
-        return ModelVersion(model_id, chosen, folder, tuple(_listing(folder, self.root)))
-
     def folder_of(self, model_id: str, version: int) -> Path:
         """Return the folder of a version, whether or not it is there.
 
@@ -175,19 +174,16 @@ class Repository:
             InvalidModelId: `invalid_model_id`.
             UnsafeFile: `unsafe_file`, too long, not a regular file within the repository, or unreadable.
         """
-        folder = self.root / check_model_id(model_id)
-        if not os.path.lexists(folder / name):
+        path = self.root / check_model_id(model_id)
+        if not os.path.lexists(path / name):
             return b""
-        seen = _stat(folder / name, self.root)
-        if isinstance(seen, str):
-            raise UnsafeFile(seen)
-        if not stat.S_ISREG(seen.st_mode):
-            raise UnsafeFile("is not a regular file")
         try:
-            with os.fdopen(open_identified(folder, _identity(name, seen)), "rb") as file:
-                content = file.read(max_bytes + 1)
-        except LoadRefused as refused:
-            raise UnsafeFile(f"could not be opened as it was found: {refused}") from None
+            with open_folder(self.root, path) as folder, folder.open_file(name) as descriptor:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise UnsafeFile("is not a regular file")
+                content = os.read(descriptor, max_bytes + 1)
+        except (LoadRefused, RepositoryUnreadable) as refused:
+            raise UnsafeFile(str(refused).removeprefix(f"{name!r} ")) from None
         except OSError as error:
             raise UnsafeFile(f"cannot be read: {error.strerror}") from None
         if len(content) > max_bytes:
@@ -210,10 +206,35 @@ class Repository:
             elif model_id.endswith(SUFFIX):
                 yield model_id, f"is in no model's folder: move it to {Path(model_id).stem}/1/{MODEL_FILE}"
 
-    def find_hard_links(self, model_id: str, version: int) -> list[str]:
-        """Return the paths of a version's files that have other names, anywhere on their file system."""
-        files = islice(_walk(self.folder_of(model_id, version), self.root), MAX_FILES)
-        return sorted(path for path, seen in files if not isinstance(seen, str) and seen.st_nlink > 1)
+    @contextmanager
+    def open_version(
+        self, model_id: str, version: int
+    ) -> Iterator[tuple["VersionFolder", tuple[FoundFile, ...]]]:
+        """Open the folder of a version, and return it with the identities of its files.
+
+        Whatever is written to a file from then on gives it another identity.
+
+        Raises:
+            UnknownModel: `unknown_model`.
+            UnknownVersion: `unknown_version`.
+            LoadRefused: `unsafe_file`; `model_changed`.
+            RepositoryUnreadable: `repository_unreadable`.
+        """
+        if self.is_removed(model_id, version):
+            raise UnknownVersion(model_id, version)
+        with ExitStack() as stack:
+            try:
+                folder = stack.enter_context(open_folder(self.root, self.folder_of(model_id, version)))
+                files = _stat_after_tick(folder)
+            except LoadRefused:  # what is not there is unknown, and neither changed nor unsafe
+                self.find_version(model_id, version)
+                raise
+            yield folder, files
+
+    def stat_version(self, model_id: str, version: int) -> tuple[FoundFile, ...]:
+        """Return the identities of a version's files now; for errors see `VersionFolder.stat_files`."""
+        with open_folder(self.root, self.folder_of(model_id, version)) as folder:
+            return folder.stat_files()
 
     def _versions(self, model_id: str) -> list[int]:
         names = _names(self.root / model_id)
@@ -238,52 +259,190 @@ class Repository:
         return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {model} is a folder"
 
 
-def open_identified(folder: Path, identity: FoundFile) -> int:
-    """Open a file for reading if it still has this identity.
+class VersionFolder:
+    """An open folder of the repository; `open_folder` opens and closes it."""
 
-    Returns:
-        A file descriptor, the caller's to close.
+    def __init__(self, anchor: int, root: str) -> None:
+        self._anchor = anchor
+        self._root = root
+
+    def stat_files(self) -> tuple[FoundFile, ...]:
+        """Return the identity of each file, in order of their paths, without reading any.
+
+        Raises:
+            LoadRefused: `unsafe_file`, something that is no regular file or leads out of the repository, or
+                too many files; `model_changed`, when the model file or another file is gone.
+            RepositoryUnreadable: `repository_unreadable`.
+        """
+        found = list[FoundFile]()
+        for path, seen in self._walk():
+            found.append(identity_of(path, seen))
+            if len(found) > MAX_FILES:
+                raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} files")
+        paths_bytes = sum(len(file.path.encode()) for file in found)
+        if paths_bytes > MAX_PATHS_BYTES:
+            figures = f"have {paths_bytes} bytes, and may have {MAX_PATHS_BYTES} together"
+            reason = f"the paths of its files {figures}; shorten the names, or use fewer files"
+            raise LoadRefused("unsafe_file", reason)
+        if find_model_file(file.path for file in found) is None:
+            raise LoadRefused("model_changed", "its model file is no longer there, or there are several now")
+        return tuple(sorted(found, key=lambda file: file.path))
+
+    def find_hard_links(self) -> list[str]:
+        """Return the paths of files that have other names, anywhere on their file system."""
+        return sorted(path for path, seen in self._walk() if seen.st_nlink > 1)
+
+    @contextmanager
+    def open_file(self, path: str, expected: FoundFile | None = None) -> Iterator[int]:
+        """Open a file for reading, if it still has this identity.
+
+        Raises:
+            LoadRefused: `model_changed`, `unsafe_file`.
+            RepositoryUnreadable: `repository_unreadable`.
+        """
+        place = self._open_path(path)
+        try:
+            if expected is not None and identity_of(path, os.fstat(place)) != expected:
+                raise LoadRefused("model_changed", f"{path!r} changed before it was copied")
+            # Of the descriptor and not of the path again, so that it is the same file.
+            opened = os.open(
+                f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            )
+        except OSError as error:
+            _refuse(path, error)
+        finally:
+            os.close(place)
+        try:
+            yield opened
+        finally:
+            os.close(opened)
+
+    def _walk(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield each file's path and status; a folder that several links lead to is visited once."""
+        pending, visited = [""], set[tuple[int, int]]()
+        while pending:
+            within = pending.pop()
+            for name in self._list(within, visited):
+                path = f"{within}{name}"
+                descriptor = self._open_path(path)
+                try:
+                    seen = os.fstat(descriptor)
+                finally:
+                    os.close(descriptor)
+                if stat.S_ISDIR(seen.st_mode):
+                    pending.append(f"{path}/")
+                else:
+                    yield path, seen
+            if len(visited) > MAX_FILES:
+                raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} folders")
+
+    def _list(self, within: str, visited: set[tuple[int, int]]) -> list[str]:
+        """Return the names in a folder, sorted; none if it was visited before."""
+        try:
+            listed = os.open(within or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._anchor)
+        except OSError as error:
+            _refuse(within or "the version's folder", error)
+        try:
+            self._check_place(within or ".", listed)
+            seen = os.fstat(listed)
+            if (seen.st_dev, seen.st_ino) in visited:  # links can make a circle
+                return []
+            visited.add((seen.st_dev, seen.st_ino))
+            return sorted(os.listdir(listed))  # noqa: PTH208 - a descriptor
+        except OSError as error:
+            _refuse(within or "the version's folder", error)
+        finally:
+            os.close(listed)
+
+    def _open_path(self, path: str) -> int:
+        """Open a file or folder without reading it, and check what it is and where it lies."""
+        try:
+            path.encode()
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=self._anchor)
+        except UnicodeEncodeError:
+            raise LoadRefused("unsafe_file", f"{path!r} has a name that is not UTF-8") from None
+        except OSError as error:
+            if error.errno == errno.ENOENT and self._is_link(path):
+                raise LoadRefused("unsafe_file", f"{path!r} is a link that leads nowhere") from None
+            _refuse(path, error)
+        try:
+            self._check_place(path, descriptor)
+            _check_kind(path, os.fstat(descriptor).st_mode)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _is_link(self, path: str) -> bool:
+        try:
+            return stat.S_ISLNK(os.stat(path, dir_fd=self._anchor, follow_symlinks=False).st_mode)
+        except OSError:
+            return False
+
+    def _check_place(self, path: str, descriptor: int) -> None:
+        place = _place_of(descriptor)
+        if place != self._root and not place.startswith(self._root.rstrip("/") + "/"):
+            raise LoadRefused("unsafe_file", f"{path!r} leads out of the repository")
+
+
+@contextmanager
+def open_folder(root: Path, folder: Path) -> Iterator[VersionFolder]:
+    """Open the folder of a version once; all of it is then read through this descriptor.
+
+    Args:
+        root: the repository's root, which nothing may leave.
+        folder: the version's folder beneath it.
 
     Raises:
-        LoadRefused: `model_changed`.
+        LoadRefused: `model_changed`, the folder is gone; `unsafe_file`, it leads out of the repository.
+        RepositoryUnreadable: `repository_unreadable`.
     """
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
     try:
-        # Without O_NONBLOCK the open of a FIFO that has taken the file's place would wait for ever.
-        descriptor = os.open(folder / identity.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        top = os.open(root, flags)
+        try:
+            place = _place_of(top)
+        finally:
+            os.close(top)
+        anchor = os.open(folder, flags)
     except OSError as error:
-        raise LoadRefused("model_changed", f"{identity.path!r}: {error.strerror}") from None
-    if _identity(identity.path, os.fstat(descriptor)) != identity:
-        os.close(descriptor)
-        raise LoadRefused("model_changed", f"{identity.path!r} changed while it was loaded")
-    return descriptor
+        _refuse("the version's folder", error)
+    try:
+        yield VersionFolder(anchor, place)
+    finally:
+        os.close(anchor)
 
 
-def _identity(path: str, seen: os.stat_result) -> FoundFile:
+def _stat_after_tick(folder: VersionFolder) -> tuple[FoundFile, ...]:
+    """Return the identities at a time after which whatever is written has a later one."""
+    files = folder.stat_files()
+    latest_ns = max(file.ctime_ns for file in files)
+    if 0 <= time.time_ns() - latest_ns < TICK_S * 1e9:
+        time.sleep(TICK_S)
+        files = folder.stat_files()
+    return files
+
+
+def identity_of(path: str, seen: os.stat_result) -> FoundFile:
     return FoundFile(path, seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
 
 
-def _listing(folder: Path, root: Path) -> list[FileStat]:
-    found = ((path, seen) for path, seen in _walk(folder, root) if not isinstance(seen, str))
-    files = (FileStat(path, seen.st_size, seen.st_mtime_ns) for path, seen in islice(found, MAX_FILES))
-    return sorted(files, key=lambda file: file.path)
+def _check_kind(path: str, mode: int) -> None:
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise LoadRefused("unsafe_file", f"{path!r} is not a regular file")
 
 
-def _walk(folder: Path, root: Path) -> Iterator[tuple[str, os.stat_result | str]]:
-    """Yield each file beneath a folder, with its status or the reason not to open it."""
-    pending, visited = [""], set[tuple[int, int]]()
-    while pending:
-        within = pending.pop()
-        for name in _names(folder / within):
-            path = f"{within}{name}"
-            seen = _stat(folder / path, root)
-            if isinstance(seen, str) or stat.S_ISREG(seen.st_mode):
-                yield path, seen
-            elif (seen.st_dev, seen.st_ino) not in visited:  # links can make a circle
-                visited.add((seen.st_dev, seen.st_ino))
-                pending.append(f"{path}/")
-            if len(visited) > MAX_FILES:
-                yield path, "is one folder too many"
-                return
+def _place_of(descriptor: int) -> str:
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+
+def _refuse(what: str, error: OSError) -> NoReturn:
+    """Raise the refusal of a file that cannot be opened: gone, a circle of links, or not readable now."""
+    if error.errno in _GONE:
+        raise LoadRefused("model_changed", f"{what!r} is no longer there") from None
+    if error.errno in {errno.ELOOP, errno.ENAMETOOLONG}:
+        raise LoadRefused("unsafe_file", f"{what!r} cannot be looked at: {error.strerror}") from None
+    raise RepositoryUnreadable(f"{what!r} cannot be read: {error.strerror}") from None
 
 
 def _stat(path: Path, root: Path) -> os.stat_result | str:

@@ -29,13 +29,13 @@ from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
-from runtime.contents import ModelContents
 from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler.view import PlacementStrategy, Policy
+from runtime.store.contents import ModelContents
 from runtime.store.folder import STORE
 from runtime.store.manifest import digest_of
 from runtime.store.store import Store

@@ -9,12 +9,12 @@ from events.log import Log
 from events.sqlite.listing import Reader
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.usage import PendingDemand
-from runtime.contents import ModelContents
 from runtime.membership import Membership
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
+from runtime.store.contents import ModelContents
 from runtime.uploads.uploads import Uploads
 from server.api.stream import Streams
 from server.auth.gate import Gate, Verifier

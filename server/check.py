@@ -25,16 +25,16 @@ from events.errors import LedgerProblem, LogUnavailable
 from events.storage import StorageError
 from events.types import LoadParameters
 from runtime.cgroups import count_usable_cpus
-from runtime.contents import ModelContents
-from runtime.errors import ForkServerUnavailable, RuntimeProblem
+from runtime.errors import ForkServerUnavailable, RuntimeProblem, UnknownModel, UnknownVersion
 from runtime.estimates import estimate_memory
 from runtime.memory import MemoryUnknown, find_memory_limit
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
-from runtime.onnxfile import describe_foreign_content, find_model_file, read_head
+from runtime.onnxfile import describe_foreign_content, read_head
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
-from runtime.repository import MODEL_ID, ModelVersion, Repository
+from runtime.repository import MODEL_ID, Repository, SizedFile
 from runtime.scheduler.admission import format_megabytes
+from runtime.store.contents import ModelContents
 from runtime.wire import Load, Tensor
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys
@@ -51,8 +51,19 @@ from server.http.tls import load_context
 
 OnVersion = Callable[[str], None]
 """Called with each version before its trial load."""
-Candidate = tuple[ModelVersion, LoadParameters]
-"""A version to try, and its load parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialLoad:
+    """A version to load, and the parameters of its load."""
+
+    model_id: str
+    version: int
+    parameters: LoadParameters
+
+    @property
+    def place(self) -> str:
+        return f"{self.model_id}/{self.version}"
 
 
 class Severity(StrEnum):
@@ -240,7 +251,7 @@ async def _examine_database(address: str) -> list[CheckFinding]:
     ]
 
 
-def check_repository(config: Config, result: CheckResult) -> list[Candidate]:
+def check_repository(config: Config, result: CheckResult) -> list[TrialLoad]:
     """Check the models of a repository and add findings to the result; returns the versions to try."""
     try:
         repository = Repository(config.repository)
@@ -267,7 +278,7 @@ def check_repository(config: Config, result: CheckResult) -> list[Candidate]:
 
 def _check_versions(
     repository: Repository, model_id: str, config: Config, budget: int, result: CheckResult
-) -> Iterator[Candidate]:
+) -> Iterator[TrialLoad]:
     """Yield the versions of a model that fit the budget."""
     parameters: LoadParameters | None = None
     try:
@@ -276,52 +287,54 @@ def _check_versions(
         file = defaults_name(model_id)
         result.findings.append(CheckFinding(file, error.code, str(error).removeprefix(file).lstrip(": ")))
     for version in repository.versions(model_id):
+        place = f"{model_id}/{version}"
+        files: tuple[SizedFile, ...] = ()
         try:
-            found = repository.resolve(model_id, version)
-        except RuntimeProblem:  # it was just deleted
+            with repository.open_version(model_id, version) as (folder, files):
+                result.findings += _check_hard_links(place, folder.find_hard_links())
+        except (UnknownModel, UnknownVersion):  # it was just deleted
             continue
+        except RuntimeProblem:  # a trial load says why
+            pass
         result.versions += 1
-        result.findings += _check_hard_links(repository, found)
-        foreign = list(_check_content(found))
+        foreign = list(_check_content(place, repository.find_file(model_id, version)))
         result.findings += foreign
         if parameters is None or foreign:
             continue
-        need = estimate_memory(found.files, version, parameters, ())
+        need = estimate_memory(files, version, parameters, ())
         if need.bytes <= budget:
-            yield found, parameters
+            yield TrialLoad(model_id, version, parameters)
             continue
         text = (  # the scheduler refuses such a load without trying it
             f"needs about {format_megabytes(need.bytes)} of memory, estimated from its files, and the budget"
             f" is {format_megabytes(budget)}: give a larger --memory-budget, or a memory_limit_bytes in"
             f" {defaults_name(model_id)} if it takes less"
         )
-        result.findings.append(CheckFinding(_place_of(found), "insufficient_memory", text))
+        result.findings.append(CheckFinding(place, "insufficient_memory", text))
 
 
-def _check_content(found: ModelVersion) -> Iterator[CheckFinding]:
+def _check_content(place: str, path: Path | None) -> Iterator[CheckFinding]:
     """Yield what the file of a version is, if it is no ONNX file, or not all of one."""
     with suppress(OSError):  # a trial load says so
-        name = find_model_file(file.path for file in found.files)
-        foreign = None if name is None else describe_foreign_content(*read_head(found.folder / name))
-        if foreign is not None:
-            yield CheckFinding(_place_of(found), "invalid_model", f"{name} {foreign}")
+        foreign = None if path is None else describe_foreign_content(*read_head(path))
+        if path is not None and foreign is not None:
+            yield CheckFinding(place, "invalid_model", f"{path.name} {foreign}")
 
 
-def _check_hard_links(repository: Repository, found: ModelVersion) -> Iterator[CheckFinding]:
-    linked = repository.find_hard_links(found.model_id, found.version)
+def _check_hard_links(place: str, linked: Sequence[str]) -> Iterator[CheckFinding]:
     if linked:
         more = f" and {len(linked) - 1} more have" if len(linked) > 1 else " has"
         text = (
             f"{linked[0]}{more} other names (hard links), perhaps outside the repository: who may write to"
             " one of those can change the version without access to this folder; copy files, do not link them"
         )
-        yield CheckFinding(_place_of(found), "hard_link", text, Severity.NOTE)
+        yield CheckFinding(place, "hard_link", text, Severity.NOTE)
 
 
 def check_workers(
     config: Config,
     result: CheckResult,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[TrialLoad],
     *,
     limit_s: float,
     on_version: OnVersion,
@@ -359,7 +372,7 @@ async def _check_confinement(pool: WorkerPool, config: Config, result: CheckResu
 
 async def _load_all(
     pool: WorkerPool,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[TrialLoad],
     config: Config,
     result: CheckResult,
     *,
@@ -371,22 +384,22 @@ async def _load_all(
     repository = Repository(config.repository)
     budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
     contents = ModelContents(repository, None)  # a check takes nothing into a store
-    for found, parameters in candidates:
-        on_version(_place_of(found))
-        timeout_s = min(limit_s, parameters.timeout_s)
+    for trial in candidates:
+        on_version(trial.place)
+        timeout_s = min(limit_s, trial.parameters.timeout_s)
         try:
-            limit = min(budget, parameters.memory_limit_bytes or sys.maxsize)
-            warm_up = read_warm_up(repository, found.model_id)
-            files = contents.obtain(found.model_id, found.version)
-            message = pool.build_load(files, parameters, warm_up)
+            limit = min(budget, trial.parameters.memory_limit_bytes or sys.maxsize)
+            warm_up = read_warm_up(repository, trial.model_id)
+            files = contents.obtain(trial.model_id, trial.version)
+            message = pool.build_load(files, trial.parameters, warm_up)
             message = structs.replace(message, memory_limit_bytes=limit)
             await _load_once(pool, message, warm_up.inputs, timeout_s)
             result.loaded += 1
         except TimeoutError:
             text = f"was not loaded within {timeout_s:g} s"
-            result.findings.append(CheckFinding(_place_of(found), "timeout", text))
+            result.findings.append(CheckFinding(trial.place, "timeout", text))
         except RuntimeProblem as problem:
-            result.findings.append(CheckFinding(_place_of(found), problem.code, str(problem)))
+            result.findings.append(CheckFinding(trial.place, problem.code, str(problem)))
 
 
 async def _load_once(pool: WorkerPool, message: Load, inputs: tuple[Tensor, ...], timeout_s: float) -> None:
@@ -396,7 +409,3 @@ async def _load_once(pool: WorkerPool, message: Load, inputs: tuple[Tensor, ...]
             await worker.load(message, lambda _: None, inputs)
     finally:
         await kill_and_wait(worker)
-
-
-def _place_of(found: ModelVersion) -> str:
-    return f"{found.model_id}/{found.version}"

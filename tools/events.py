@@ -9,7 +9,7 @@ from msgspec import NODEFAULT, UNSET, Struct, UnsetType
 from msgspec.structs import FieldInfo, fields
 
 from events.eventtext import EVENT_TEXTS
-from events.nodes import Confinement, PlacedFile
+from events.nodes import Confinement, FileHash
 from events.types import (
     SCHEMA,
     SYSTEM,
@@ -89,7 +89,7 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 }
 """The members of every event."""
 
-_PARTS = (LoadedFile, AddedFile, Prepared, Durations, Confinement, PlacedFile, Idempotency)
+_PARTS = (LoadedFile, AddedFile, Prepared, Durations, Confinement, FileHash, Idempotency)
 _HEAD = f"""\
 # Events
 

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from events.clock import Timestamp, seconds_between
 from events.jobs import Job
 from events.models import Model, ModelState, Serving
+from events.nodes import FileHash
 from events.sqlite.liveness import NodeState, ServerState, Transition
 from events.state import Entities
 from events.types import (
@@ -120,13 +121,6 @@ class NodeLane(Struct, frozen=True, gc=False):
 
     node_id: str
     segments: tuple[ServerSegment, ...]
-
-
-class FileHash(Struct, frozen=True, gc=False):
-    """A file of a loaded version, and its SHA-256 in hexadecimal."""
-
-    path: str
-    sha256: str
 
 
 class LaneLoad(Struct, frozen=True, gc=False):

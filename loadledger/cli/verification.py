@@ -19,7 +19,7 @@ from events.errors import NothingThere
 from events.types import LogBase
 from loadledger.cli.output import count_of, to_printable
 from runtime.store.folder import STORE
-from runtime.store.verification import verify_store
+from runtime.store.store import verify_store
 from server.auth.keys import KeyProblem, expected_key, open_signer
 
 

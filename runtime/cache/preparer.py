@@ -37,16 +37,15 @@ from runtime.cache.trial import (
     TrialInterrupted,
     has_outside_cause,
 )
-from runtime.contents import ModelContents, VersionFiles
-from runtime.errors import RuntimeProblem, WorkerDied
+from runtime.errors import RuntimeProblem, StoreUnavailable, WorkerDied
 from runtime.estimates import WORKER_BYTES, is_same_files
 from runtime.filesystem import LOAD_LIMIT_S
 from runtime.modeldefaults import read_warm_up
 from runtime.process.pool import WorkerPool, complete
-from runtime.repository import FileStat
+from runtime.repository import SizedFile
 from runtime.scheduler.view import PreparationView
+from runtime.store.contents import ModelContents, VersionFiles
 from runtime.store.manifest import digest_of
-from runtime.store.problems import StoreUnavailable
 from runtime.wire import CachedCopy, Form, Load, Prepare, Tensor
 
 KEPT = "kept"
@@ -374,13 +373,13 @@ class Preparer:
             _log.warning("a prepared form cannot be used, and the load goes on without it: %s", error)
             return None
 
-    def form_of(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
+    def form_of(self, files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
         """Return which form a load of files of these sizes and times gets, most likely; reads files, too."""
         key = self._key(files, footprints)
         entry = self.store.find(key) if self.store is not None and key is not None else None
         return None if entry is None else entry.form
 
-    def _key(self, files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
+    def _key(self, files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
         known = next((seen.files for seen in footprints if is_same_files(seen.files, files)), None)
         if self.store is None or known is None:
             return None

@@ -33,11 +33,10 @@ from runtime.cache.manifest import (
     read_manifest,
     timestamp_of,
 )
+from runtime.errors import DiskFull, StoreUnavailable
 from runtime.memory import free_disk_bytes
 from runtime.store.folder import FILES, StoreFolder, explain_os_errors, remove, walk_files
-from runtime.store.identities import hash_files, have_identities, rehash_files
-from runtime.store.manifest import MANIFEST, encode_record
-from runtime.store.problems import DiskFull, StoreUnavailable
+from runtime.store.manifest import MANIFEST, encode_record, hash_files, have_identities, rehash_files
 from runtime.wire import Form, plain_text
 
 MAX_WITHOUT_FORM = 1_000

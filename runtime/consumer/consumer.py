@@ -24,13 +24,13 @@ from runtime.cache.store import ModelCache
 from runtime.consumer.executor import Executor
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import JobWait, MemoryUse, PendingDemand, PreparationUsage, list_usage
-from runtime.contents import ModelContents
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.scheduler.actions import Decision, FailLoad
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import NodeHints, Observations, Policy, find_started_job, find_unload_target
+from runtime.store.contents import ModelContents
 from runtime.timeouts import LAST_READ_S, MEASURE_LIMIT_S, PROGRESS_TIMEOUT_S, stall_detector
 
 _log = logging.getLogger(__name__)
@@ -176,7 +176,6 @@ class Consumer:
         self._executor.note_recorded_exits(own)
         self._executor.reap_loads(own)
         self._executor.estimates.forget_ended(own)
-        self._executor.comparisons.forget_ended(own)
         self._executor.files.forget_ended(own)
         running = {
             key: load.to_view(find_started_job(own, key), now, is_demanded=self._demand.has(load.model_id))
@@ -219,7 +218,7 @@ class Consumer:
             estimating=estimates.in_progress,
             from_file_sizes=estimates.from_file_sizes,
             proven=estimates.proven,
-            unchanged=self._executor.comparisons.known,
+            unchanged=self._executor.files.unchanged,
             pending_demand=self._demand.models,
             last_used=self._log.last_used,
             preparable=preparable,
@@ -231,8 +230,8 @@ class Consumer:
 
     async def _cancel_effects(self) -> None:
         effects = (load.tasks for load in self.loads.values())
-        looks = [*self._executor.estimates.tasks, *self._executor.comparisons.tasks.values()]
-        tasks = [*looks, *itertools.chain.from_iterable(effects)]
+        pending = [*self._executor.estimates.tasks, *self._executor.files.comparisons.values()]
+        tasks = [*pending, *itertools.chain.from_iterable(effects)]
         for task in tasks:
             task.cancel()
         self._executor.files.close()

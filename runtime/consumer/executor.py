@@ -29,7 +29,6 @@ from events.types import (
 )
 from runtime.cache.preparer import Candidate, FormFailure, Preparer
 from runtime.cache.store import ModelCache
-from runtime.consumer.comparisons import ContentComparisons
 from runtime.consumer.drafts import (
     build_request,
     describe_loaded,
@@ -48,7 +47,6 @@ from runtime.consumer.loadfiles import PendingFiles
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.loadtasks import build_order, run_load, run_unload
 from runtime.consumer.usage import InferenceTotals
-from runtime.contents import ModelContents
 from runtime.errors import CODE_FOLDERS, RuntimeProblem
 from runtime.estimates import MemoryEstimates, find_expected
 from runtime.memory import MAX_BYTES
@@ -58,6 +56,7 @@ from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import load_allowance
+from runtime.store.contents import ModelContents
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
 
@@ -81,7 +80,6 @@ class Executor:
         loads: the running loads, by job id.
         files: the files of pending loads.
         estimates: the memory that pending loads need.
-        comparisons: whether the bytes of pending loads are those that their models serve.
         preparer: prepares models.
         totals: the inferences of the loads that have ended.
         syncs: loaded versions that are being synced to the disk.
@@ -111,15 +109,14 @@ class Executor:
         self.preparer = Preparer(
             store, pool, contents, wake, lambda: any(load.is_computing for load in self.loads.values())
         )
-        self.files = PendingFiles(contents)
+        self.files = PendingFiles(contents, wake)
         self.estimates = MemoryEstimates(
             contents.repository.file_system,
-            lambda job: self.files.open(job).make_look(),
+            lambda job: partial(self.files.open(job).stat, asyncio.get_running_loop()),
             wake,
             self.preparer.form_of,
             threads=pool.threads,
         )
-        self.comparisons = ContentComparisons(self.files, wake)
         self._drain_timeout_s = drain_timeout_s
         self._progress_timeout_s = progress_timeout_s
         self.syncs: set[asyncio.Task[None]] = set()
@@ -171,7 +168,7 @@ class Executor:
             case actions.CompareFiles(job):
                 model = self._log.state.models.get(job.model_id)
                 if model is not None and model.serving is not None:
-                    self.comparisons.start(job, model.serving)
+                    self.files.compare(job, model.serving)
             case actions.PrepareModel(load_job_id):
                 self.preparer.begin(load_job_id)
             case actions.StopPreparation():
@@ -218,7 +215,7 @@ class Executor:
         load.needs_form = job.id in self.estimates.with_form
         repository = self._contents.repository
         ordered = start_task(
-            build_order(load, self._pool, repository, find_form, expected), "looking at a model"
+            build_order(load, self._pool, repository, find_form, expected), "obtaining a model"
         )
         try:  # its files are read while the log writes
             started = draft_load_start(job, is_restarted=self.estimates.is_restarted(job.id))

@@ -14,11 +14,13 @@ from functools import partial
 from typing import TypeVar
 
 from events.jobs import Job
+from events.models import Serving
 from events.state import State
 from events.types import LoadedFile
-from runtime.contents import Contents, ModelContents, VersionFiles
+from runtime.errors import RuntimeProblem
 from runtime.filesystem import LOAD_LIMIT_S, busy, make_call
-from runtime.repository import FileStat
+from runtime.repository import SizedFile
+from runtime.store.contents import Contents, ModelContents, VersionFiles, contents_of
 from runtime.timeouts import TimeoutExpired, timeout
 
 T = TypeVar("T")
@@ -27,8 +29,8 @@ THREAD = "files of a load"
 RETRY_S = 1.0
 """Pause before files are given back in a thread, after there was none."""
 FRESH_S = 1.0
-"""A load that starts later than this after the look at its files, as one that waits for memory, looks again,
-and holds no stored files until then."""
+"""A load that starts later than this after its files were found, as one that waits for memory, finds them
+again, and holds no stored files until then."""
 
 
 class LoadFiles:
@@ -60,22 +62,18 @@ class LoadFiles:
             raise RuntimeError(f"the files of {self._model_id!r} have not been obtained")
         return self.found
 
-    def make_look(self) -> Callable[[], Sequence[FileStat]]:
-        """Return what looks at the files in the repository, in a thread; stored ones are obtained thereby.
+    def stat(self, loop: asyncio.AbstractEventLoop) -> Sequence[SizedFile]:
+        """Return the files in the repository; stored ones are obtained thereby. To be called in a thread.
 
-        It raises what `ModelContents.look` does.
+        Raises:
+            RuntimeProblem: as `ModelContents.stat_version`.
         """
-        loop = asyncio.get_running_loop()
-
-        def look() -> Sequence[FileStat]:
-            seen, stored = self._contents.look(self._model_id, self._version)
-            if stored is not None:
-                self._set_found(stored)
-            with suppress(RuntimeError):  # the loop is closed: the server has stopped
-                loop.call_soon_threadsafe(self._note_look)
-            return seen
-
-        return look
+        seen, stored = self._contents.stat_version(self._model_id, self._version)
+        if stored is not None:
+            self._set_found(stored)
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            loop.call_soon_threadsafe(self._note_stat)
+        return seen
 
     async def obtain(self, expected: Sequence[LoadedFile] | None) -> VersionFiles:
         """Obtain the files, once; for arguments and further errors see `ModelContents.obtain`.
@@ -138,12 +136,12 @@ class LoadFiles:
         find = partial(repository.find_file, self._model_id, self._version)
         await repository.file_system.run(self._model_id, find, LOAD_LIMIT_S)
 
-    def _note_look(self) -> None:
+    def _note_stat(self) -> None:
         self._is_fresh = True
-        asyncio.get_running_loop().call_later(FRESH_S, self._forget_look)
+        asyncio.get_running_loop().call_later(FRESH_S, self._forget_stat)
         self._release_if_idle()
 
-    def _forget_look(self) -> None:
+    def _forget_stat(self) -> None:
         self._is_fresh = False
         if not self._is_needed:
             self._release_found()
@@ -197,11 +195,25 @@ class LoadFiles:
 
 
 class PendingFiles:
-    """The files of loads that have not started, where they were looked at or compared, by job."""
+    """The files of loads that have not started, by job; whether they have the bytes that their models serve.
 
-    def __init__(self, contents: ModelContents) -> None:
+    If so, a load only changes settings. To compare, the version is copied and hashed before the load
+    starts; if the bytes differ, the load goes on with that copy.
+
+    Args:
+        wake: called when a comparison has ended.
+
+    Attributes:
+        unchanged: whether the bytes are the same, by job id; None while they are being copied and hashed.
+        comparisons: the tasks that compare, by job id.
+    """
+
+    def __init__(self, contents: ModelContents, wake: Callable[[], None] = lambda: None) -> None:
         self._contents = contents
+        self._wake = wake
         self._files: dict[str, LoadFiles] = {}
+        self.unchanged: dict[str, bool | None] = {}
+        self.comparisons: dict[str, asyncio.Task[None]] = {}
 
     def open(self, job: Job) -> LoadFiles:
         if job.id not in self._files:
@@ -215,11 +227,35 @@ class PendingFiles:
         del self._files[job.id]
         return files
 
+    def compare(self, job: Job, serving: Serving) -> None:
+        """Begin to compare a load's bytes with those that its model serves."""
+        self.unchanged[job.id] = None
+        self.comparisons[job.id] = asyncio.create_task(
+            self._compare(job.id, self.open(job), serving), name="comparing a model"
+        )
+
     def forget_ended(self, state: State) -> None:
-        """Give the files of jobs back that have ended."""
+        """Give the files of jobs back that have ended, and cancel their comparisons."""
+        for job_id in [job_id for job_id in self.unchanged if state.unended_job(job_id) is None]:
+            del self.unchanged[job_id]
+            self.comparisons.pop(job_id).cancel()
         for job_id in [job_id for job_id in self._files if state.unended_job(job_id) is None]:
             self._files.pop(job_id).close()
 
     def close(self) -> None:
         for files in self._files.values():
             files.close()
+
+    async def _compare(self, job_id: str, files: LoadFiles, serving: Serving) -> None:
+        is_same = False
+        try:
+            await files.obtain(None)
+            is_same = await files.hash() == contents_of(serving.files)
+            if is_same:
+                await files.settle()
+        except RuntimeProblem:
+            pass  # the load itself says what is wrong with the files
+        finally:
+            if self.comparisons.get(job_id) is asyncio.current_task():  # else the job has ended
+                self.unchanged[job_id] = is_same
+                self._wake()

@@ -23,7 +23,7 @@ from runtime.estimates import FileSizes, file_sizes
 from runtime.memory import thread_bytes
 from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
-from runtime.repository import FileStat
+from runtime.repository import SizedFile
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.view import LoadView, Phase
 from runtime.statistics import Statistics
@@ -357,7 +357,7 @@ class RunningLoad:
             self.expect_exit(worker)
             worker.kill()
 
-    def check_estimate(self, files: Sequence[FileStat]) -> None:
+    def check_estimate(self, files: Sequence[SizedFile]) -> None:
         """Note the files to load, and check, before a worker is started, that the reservation is for them.
 
         Raises:

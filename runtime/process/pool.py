@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from events.types import LoadParameters
-from runtime.contents import VersionFiles
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
 from runtime.modeldefaults import WarmUp
 from runtime.process.confinement import UNCONFINED, probe
@@ -18,6 +17,7 @@ from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import Worker
 from runtime.requestjson import JsonRequest, assemble
+from runtime.store.contents import VersionFiles
 from runtime.timeouts import (
     FORK_LIMIT_S,
     FORK_SERVER_LIMIT_S,

@@ -15,7 +15,7 @@ from events.commands import (
 )
 from events.jobs import Job
 from events.models import LoadedModel
-from events.nodes import Node, PlacedFile
+from events.nodes import FileHash, Node
 from events.state import State
 from events.types import Cause
 
@@ -33,7 +33,7 @@ class PlaceLoad(JobAction):
 
     node: Node
     reason: str
-    files: tuple[PlacedFile, ...] = ()
+    files: tuple[FileHash, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

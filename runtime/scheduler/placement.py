@@ -17,7 +17,7 @@ from math import inf
 
 from events.jobs import Job, JobKind, JobStatus
 from events.models import RELOADS, Model, Serving
-from events.nodes import Node, PlacedFile
+from events.nodes import FileHash, Node
 from runtime.scheduler.actions import PlaceLoad
 from runtime.scheduler.view import NodeHints, PlacementStrategy, SchedulerView
 
@@ -257,13 +257,13 @@ def explain_unplaced(view: SchedulerView, job: Job) -> str:
     return "a node that takes loads" + (f" and has the labels {labels}" if labels else "")
 
 
-def _list_files(view: SchedulerView, job: Job) -> tuple[PlacedFile, ...]:
+def _list_files(view: SchedulerView, job: Job) -> tuple[FileHash, ...]:
     """Return the files that a reload needs again; any other load takes what the repository has."""
     model = view.state.models.get(job.model_id)
     serving = model.serving if model is not None else None
     if serving is None or job.cause not in RELOADS or serving.version != job.version:
         return ()
-    return tuple(PlacedFile(file.path, file.sha256) for file in serving.files)
+    return tuple(FileHash(file.path, file.sha256) for file in serving.files)
 
 
 def find_node_for_model(view: SchedulerView, model: Model, serving: Serving) -> Placement | None:

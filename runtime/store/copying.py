@@ -7,13 +7,12 @@ import mmap
 import os
 from collections.abc import Callable
 
-from runtime.errors import LoadRefused
-from runtime.store.problems import CopyCancelled
+from runtime.errors import CopyCancelled
 
 FICLONE = 0x40049409
 """linux/fs.h: the new file shares the old one's blocks until one of them is written to (btrfs, XFS)."""
 PIECE_BYTES = 2**23
-"""Between two looks at a cancellation: some milliseconds, and on a slow disk a tenth of a second."""
+"""Between two checks for a cancellation: some milliseconds, and on a slow disk a tenth of a second."""
 HASH_BLOCK_BYTES = 2**19
 """Fits into a core's own cache: the session beside it needs the shared one. hashlib releases the interpreter
 for each."""
@@ -25,6 +24,11 @@ _CANNOT_COPY_RANGE = _CANNOT_CLONE | {errno.EBADF, errno.EIO}
 
 IsCancelled = Callable[[], bool]
 """Asked between two pieces; may be called in any thread."""
+
+
+def is_never() -> bool:
+    """Return False: this work is not cancelled."""
+    return False
 
 
 class FileCopier:
@@ -121,15 +125,3 @@ def check_cancelled(is_cancelled: IsCancelled) -> None:
     """
     if is_cancelled():
         raise CopyCancelled
-
-
-def refuse_truncated(path: str, size: int, copied: int) -> None:
-    """Refuse a file that ended before its size.
-
-    Raises:
-        LoadRefused: `model_changed`.
-    """
-    if copied != size:
-        raise LoadRefused(
-            "model_changed", f"{path!r} had {size} bytes and ended after {copied} when it was copied"
-        )

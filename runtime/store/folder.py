@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from events.audit.files import sync
-from runtime.store.problems import DiskFull, StoreUnavailable
+from runtime.errors import DiskFull, StoreUnavailable
+from runtime.memory import free_disk_bytes
 
 STORE = "store"
 """The folder's name in the data directory."""
@@ -171,13 +172,8 @@ def explain_os_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise DiskFull(needed_bytes, _free_bytes(folder)) from error
+            raise DiskFull(needed_bytes, free_disk_bytes(folder)) from error
         raise StoreUnavailable(f"the store in {folder} cannot be used: {error}") from error
-
-
-def _free_bytes(folder: Path) -> int:
-    seen = os.statvfs(folder)
-    return seen.f_bavail * seen.f_frsize
 
 
 def remove(path: Path) -> None:
@@ -192,23 +188,20 @@ def remove(path: Path) -> None:
 
 
 def walk_files(folder: Path) -> tuple[list[str], list[Path]]:
-    """Return the paths of all that lies beneath a folder and is no folder, sorted, and all folders."""
-    files, folders = list[str](), list[Path]()
-    for at, names in _walk(folder):
-        folders.append(at)
-        files.extend((at / name).relative_to(folder).as_posix() for name in names)
+    """Return the paths of all that lies beneath a folder and is no folder, sorted, and all folders.
+
+    For folders that only the server writes to: a link is no folder and is not followed. `VersionFolder`
+    walks those of others.
+    """
+    files, folders = list[str](), [folder]
+    for within in folders:
+        with os.scandir(within) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+                else:
+                    files.append(Path(entry.path).relative_to(folder).as_posix())
     return sorted(files), folders
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield each folder and the names in it that are no folders; a link counts as no folder."""
-    folders, names = list[str](), list[str]()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            (folders if entry.is_dir(follow_symlinks=False) else names).append(entry.name)
-    yield folder, names
-    for name in folders:
-        yield from _walk(folder / name)
 
 
 def _names(folder: Path) -> list[Path]:

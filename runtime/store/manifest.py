@@ -1,19 +1,25 @@
 """What the store records: a version's manifest, and from which files of the repository it was taken.
 
 Both are JSON files. One that cannot be read, or does not agree with its own name, counts as none.
+
+Stored files are still the ones that were hashed if they have their recorded identities. Only the server
+writes to the store, and never to a file that is there; so a file with its recorded device, inode, size and
+time has its recorded content. A data directory that was copied, restored or mounted anew is hashed once.
 """
 
+import errno
 import hashlib
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
 import msgspec
 
 from runtime.repository import FoundFile
+from runtime.store.copying import IsCancelled, hash_descriptor, is_never
+from runtime.store.folder import walk_files
 from runtime.wire import Count, FileNumber, Name, Sha256, Time
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -37,53 +43,27 @@ class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mtime_ns: Time
 
 
-class StoredManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A complete version in the store; it is written when everything else is on the disk."""
+class StoredVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A version in the store, with its files in order of their paths.
+
+    It is written as the version's manifest when everything else is on the disk.
+    """
 
     digest: Sha256
     files: tuple[StoredFile, ...]
     layout: Literal[1] = 1
 
-
-class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The identity of a repository's file when it was copied."""
-
-    path: Name
-    dev: FileNumber
-    inode: FileNumber
-    bytes: Count
-    mtime_ns: Time
-    ctime_ns: Time
+    @property
+    def contents(self) -> tuple[tuple[str, str], ...]:
+        """Path and SHA-256 of each file, in order of their paths."""
+        return tuple((file.path, file.sha256) for file in self.files)
 
 
 class SourceRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The digest that a version of the repository had, and the files that it was taken from."""
 
     digest: Sha256
-    files: tuple[SourceFile, ...]
-
-    def is_of(self, files: Sequence[FoundFile]) -> bool:
-        """Whether these are the files, unchanged."""
-        return self.files == describe_sources(files)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredVersion:
-    """A version in the store: the folder to load from, and its files in order of their paths."""
-
-    digest: str
-    folder: Path
-    files: tuple[StoredFile, ...]
-
-    @property
-    def bytes(self) -> int:
-        """The size of all files together."""
-        return sum(file.bytes for file in self.files)
-
-    @property
-    def contents(self) -> tuple[tuple[str, str], ...]:
-        """Path and SHA-256 of each file, in order of their paths."""
-        return tuple((file.path, file.sha256) for file in self.files)
+    files: tuple[FoundFile, ...]
 
 
 def digest_of(contents: Iterable[tuple[str, str]]) -> str:
@@ -101,23 +81,10 @@ def _escape(path: str) -> str:
     return path.replace("\\", "\\\\").replace("\n", "\\n")
 
 
-def describe_sources(files: Iterable[FoundFile]) -> tuple[SourceFile, ...]:
-    """Return files of the repository as they are recorded."""
-    return tuple(
-        SourceFile(file.path, file.dev, file.inode, file.bytes, file.mtime_ns, file.ctime_ns)
-        for file in files
-    )
-
-
-def read_version_manifest(folder: Path) -> StoredManifest | None:
+def read_version(folder: Path) -> StoredVersion | None:
     """Read the manifest of a version's folder, but none of its files; None if there is no valid one."""
-    manifest = read_record(folder / MANIFEST, StoredManifest)
-    return manifest if manifest is not None and _is_sound(manifest, folder.name) else None
-
-
-def read_source_record(path: Path) -> SourceRecord | None:
-    """Read a source record; None if there is no valid one."""
-    return read_record(path, SourceRecord)
+    version = read_record(folder / MANIFEST, StoredVersion)
+    return version if version is not None and _is_sound(version, folder.name) else None
 
 
 def encode_record(record: msgspec.Struct) -> bytes:
@@ -138,18 +105,77 @@ def read_record(path: Path, kind: type[R]) -> R | None:
         return None
 
 
-def _is_sound(manifest: StoredManifest, name: str) -> bool:
+def _is_sound(version: StoredVersion, name: str) -> bool:
     """Whether a manifest is of the folder of this name, and all its paths lie within."""
-    paths = [file.path for file in manifest.files]
-    contents = [(file.path, file.sha256) for file in manifest.files]
+    paths = [file.path for file in version.files]
     return (
         bool(paths)
         and paths == sorted(set(paths))
         and all(_is_within(path) for path in paths)
-        and manifest.digest == name == digest_of(contents)
+        and version.digest == name == digest_of(version.contents)
     )
 
 
 def _is_within(path: str) -> bool:
     pure = PurePosixPath(path)
     return not pure.is_absolute() and ".." not in pure.parts and "\0" not in path and str(pure) == path
+
+
+def hash_file(folder: Path, path: str, is_cancelled: IsCancelled = is_never) -> StoredFile:
+    """Return a file of the store with the hash of its content.
+
+    Raises:
+        CopyCancelled: `copy_cancelled`.
+        OSError: it cannot be read, or is no regular file.
+    """
+    descriptor = os.open(folder / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        seen = os.fstat(descriptor)
+        if not stat.S_ISREG(seen.st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(folder / path))
+        sha256 = hash_descriptor(descriptor, is_cancelled)
+    finally:
+        os.close(descriptor)
+    return StoredFile(path, seen.st_size, sha256, seen.st_dev, seen.st_ino, seen.st_mtime_ns)
+
+
+def hash_files(folder: Path, is_cancelled: IsCancelled = is_never) -> tuple[StoredFile, ...]:
+    """Return all files beneath a folder with their hashes, in order of their paths.
+
+    Raises:
+        CopyCancelled: `copy_cancelled`.
+        OSError: a file cannot be read, or is no regular file.
+    """
+    return tuple(hash_file(folder, path, is_cancelled) for path in walk_files(folder)[0])
+
+
+def rehash_files(
+    folder: Path, files: Sequence[StoredFile], is_cancelled: IsCancelled = is_never
+) -> tuple[StoredFile, ...] | None:
+    """Return the files with their present identities; None if the folder has others, or other contents.
+
+    Raises:
+        CopyCancelled: `copy_cancelled`.
+        OSError: a file cannot be read.
+    """
+    if walk_files(folder)[0] != [file.path for file in files]:
+        return None
+    found = hash_files(folder, is_cancelled)
+    same = [file.sha256 for file in found] == [file.sha256 for file in files]
+    return found if same else None
+
+
+def have_identities(folder: Path, files: Sequence[StoredFile]) -> bool:
+    """Return whether a folder has exactly these files, each with its recorded identity."""
+    try:
+        if walk_files(folder)[0] != [file.path for file in files]:
+            return False
+        return all(has_identity((folder / file.path).lstat(), file) for file in files)
+    except OSError:
+        return False
+
+
+def has_identity(seen: os.stat_result, file: StoredFile) -> bool:
+    """Return whether this is a regular file with the recorded identity."""
+    identity = (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
+    return stat.S_ISREG(seen.st_mode) and identity == (file.dev, file.inode, file.bytes, file.mtime_ns)

@@ -14,39 +14,36 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from events.audit.files import sync
-from runtime.repository import FoundFile
-from runtime.store.bounds import KeptVersion, KeptVersions, StoreBounds
-from runtime.store.copying import (
-    FileCopier,
-    IsCancelled,
-    refuse_truncated,
-)
+from runtime.errors import DiskFull, LoadRefused, RepositoryUnreadable, StoreFull
+from runtime.memory import free_disk_bytes
+from runtime.repository import FoundFile, VersionFolder
+from runtime.store.copying import FileCopier, IsCancelled, is_never
 from runtime.store.folder import FILES, NO_ROOM, StoreFolder, explain_os_errors, remove, walk_files
-from runtime.store.identities import has_identity, hash_file, have_identities, is_never, rehash_files
 from runtime.store.manifest import (
     MANIFEST,
     SourceRecord,
     StoredFile,
-    StoredManifest,
     StoredVersion,
-    describe_sources,
     digest_of,
     encode_record,
-    read_source_record,
-    read_version_manifest,
+    has_identity,
+    hash_file,
+    have_identities,
+    read_record,
+    read_version,
+    rehash_files,
 )
-from runtime.store.problems import DiskFull, RepositoryUnreadable
-from runtime.store.sources import SourceFolder, refuse_changed
 
+FREE_SHARE = 10
+"""Without a limit, the store sweeps what nothing needs to leave a tenth of the file system free."""
 _NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 
 FindNeeded = Callable[[], Collection[str]]
@@ -66,11 +63,6 @@ class TakenCopy:
         """The folder of the files, to load from."""
         return self.path / FILES
 
-    @property
-    def bytes(self) -> int:
-        """The size of all files together."""
-        return sum(file.bytes for file in self.sources)
-
 
 class Store:
     """The store in one folder.
@@ -87,10 +79,10 @@ class Store:
         self, folder: Path, limit_bytes: int | None = None, now_ns: Callable[[], int] = time.time_ns
     ) -> None:
         self._folder = StoreFolder(folder)
-        self._bounds = StoreBounds(self._folder.path, limit_bytes)
+        self._limit_bytes = limit_bytes
         self._now_ns = now_ns
         self._lock = threading.Lock()
-        self._versions = dict[str, StoredManifest]()
+        self._versions = dict[str, StoredVersion]()
         self._used_ns = dict[str, int]()
         self._held = Counter[str]()
         self._incoming_bytes = dict[Path, int]()
@@ -103,8 +95,11 @@ class Store:
     @property
     def bytes(self) -> int:
         """The size of all blobs together."""
-        manifests = list(self._versions.values())
-        return sum({file.sha256: file.bytes for manifest in manifests for file in manifest.files}.values())
+        return _blob_bytes(list(self._versions.values()))
+
+    def folder_of(self, digest: str) -> Path:
+        """Return the folder of a version's files, whether or not it is there."""
+        return self._folder.version(digest) / FILES
 
     def open(self) -> None:
         """Create the folder, read the manifests, and remove what a process that died has left.
@@ -121,7 +116,7 @@ class Store:
             for path in list(self._folder.blobs()):
                 _remove_unreferenced(path)
             for path in list(self._folder.sources()):
-                record = read_source_record(path) if only_ours else None
+                record = read_record(path, SourceRecord) if only_ours else None
                 if record is None or record.digest not in self._versions:
                     path.unlink(missing_ok=True)
             for path in self._folder.foreign_names():
@@ -129,7 +124,7 @@ class Store:
 
     def take(
         self,
-        sources: SourceFolder,
+        sources: VersionFolder,
         files: tuple[FoundFile, ...],
         find_needed: FindNeeded = frozenset,
         is_cancelled: IsCancelled = is_never,
@@ -138,7 +133,7 @@ class Store:
 
         Args:
             sources: the version's open folder.
-            files: what a look at it found; see `open_version`.
+            files: of `Repository.open_version`.
             find_needed: returns digests that are not swept for it, beside those held; asked if one must be.
             is_cancelled: asked between pieces.
 
@@ -165,7 +160,7 @@ class Store:
                 (path / FILES).mkdir(mode=0o700)
                 for file in files:
                     _copy_file(copier, sources, file, path / FILES / file.path)
-            refuse_changed(files, sources.stat_files())
+            _refuse_changed(files, sources.stat_files())
         except BaseException:
             self._drop_incoming(path)
             raise
@@ -189,14 +184,14 @@ class Store:
         Raises:
             StoreUnavailable: `store_unavailable`; the copy is then discarded.
         """
-        manifest = StoredManifest(digest_of((file.path, file.sha256) for file in files), files)
+        version = StoredVersion(digest_of((file.path, file.sha256) for file in files), files)
         try:
             with explain_os_errors(self.path), self._lock:
-                known = self._versions.get(manifest.digest)
+                known = self._versions.get(version.digest)
                 if known is None or not self._is_unchanged(known):
-                    known = self._settle(taken, manifest)
+                    known = self._settle(taken, version)
                 self._use(known.digest)
-                return self._describe(known)
+                return known
         finally:
             self._drop_incoming(taken.path)
 
@@ -206,18 +201,18 @@ class Store:
         Raises:
             StoreUnavailable: `store_unavailable`; the next start does not find the version.
         """
-        manifest = self._versions.get(digest)
+        version = self._versions.get(digest)
         folder = self._folder.version(digest)
-        if manifest is None or (folder / MANIFEST).exists():
+        if version is None or (folder / MANIFEST).exists():
             return
         with explain_os_errors(self.path):
             _, folders = walk_files(folder / FILES)
-            for file in manifest.files:
+            for file in version.files:
                 sync(folder / FILES / file.path)
-            blobs = {self._folder.blob(file.sha256).parent for file in manifest.files}
+            blobs = {self._folder.blob(file.sha256).parent for file in version.files}
             for path in (*folders, folder, folder.parent, *(blob for blob in blobs if blob.exists())):
                 sync(path)
-            self._folder.write(folder / MANIFEST, encode_record(manifest), durably=True)
+            self._folder.write(folder / MANIFEST, encode_record(version), durably=True)
 
     def discard(self, taken: TakenCopy) -> None:
         """Remove a copy that is not settled."""
@@ -235,19 +230,17 @@ class Store:
             CopyCancelled: `copy_cancelled`.
         """
         with self._lock:
-            manifest = self._versions.get(digest)
-            if manifest is None:
+            version = self._versions.get(digest)
+            if version is None:
                 return None
             self._use(digest)
+        usable = None
         try:
-            usable = self._verify_for_use(manifest, is_cancelled, rehashes=rehashes)
-        except BaseException:
-            self.release(digest)
-            raise
-        if usable is None:
-            self.release(digest)
-            return None
-        return self._describe(usable)
+            usable = self._verify_for_use(version, is_cancelled, rehashes=rehashes)
+        finally:
+            if usable is None:
+                self.release(digest)
+        return usable
 
     def release(self, digest: str) -> None:
         """End the hold of one `find` or `settle`."""
@@ -261,84 +254,112 @@ class Store:
         path = self._folder.source(model_id, version)
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            record = SourceRecord(digest, describe_sources(sources))
+            record = SourceRecord(digest, tuple(sources))
             self._folder.write(path, encode_record(record), durably=False)
         except OSError as error:
             _log.warning("%s could not be written: %s", path, error)
 
     def read_source(self, model_id: str, version: int) -> SourceRecord | None:
         """Return what was taken last from a version of the repository, if it is still stored."""
-        record = read_source_record(self._folder.source(model_id, version))
+        record = read_record(self._folder.source(model_id, version), SourceRecord)
         return record if record is not None and record.digest in self._versions else None
 
-    def find_source(self, model_id: str, version: int, files: Sequence[FoundFile]) -> str | None:
+    def find_source(self, model_id: str, version: int, files: tuple[FoundFile, ...]) -> str | None:
         """Return the digest that was taken from these very files; None if they changed, or it is gone."""
         record = self.read_source(model_id, version)
-        return record.digest if record is not None and record.is_of(files) else None
+        return record.digest if record is not None and record.files == files else None
 
     def contents(self, digest: str) -> tuple[tuple[str, str], ...] | None:
         """Return path and SHA-256 of each file of a stored version; None if it is not there."""
-        manifest = self._versions.get(digest)
-        return None if manifest is None else tuple((file.path, file.sha256) for file in manifest.files)
+        version = self._versions.get(digest)
+        return None if version is None else version.contents
 
     def _open_version(self, path: Path, *, only_ours: bool) -> None:
-        manifest = read_version_manifest(path)
-        if manifest is None:
+        version = read_version(path)
+        if version is None:
             remove(path)
             return
         if not only_ours:  # identities prove nothing then: all is hashed before its next use
-            manifest = replace(manifest, files=tuple(replace(file, inode=0) for file in manifest.files))
-        self._versions[manifest.digest] = manifest
+            version = replace(version, files=tuple(replace(file, inode=0) for file in version.files))
+        self._versions[version.digest] = version
         with suppress(OSError):
-            self._used_ns[manifest.digest] = (path / MANIFEST).stat().st_mtime_ns
+            self._used_ns[version.digest] = (path / MANIFEST).stat().st_mtime_ns
 
     def _make_room(self, find_needed: FindNeeded) -> None:
+        """Sweep versions for all that is being taken, within the limit.
+
+        Raises:
+            StoreFull: `store_full`; nothing was swept.
+        """
+        if self._limit_bytes is None:
+            return
         with self._lock:
-            self._bounds.make_room(sum(self._incoming_bytes.values()), self._kept(find_needed))
+            taken_bytes = sum(self._incoming_bytes.values())
+            if self.bytes + taken_bytes <= self._limit_bytes:
+                return
+            unneeded = self._list_unneeded(find_needed)
+            kept_bytes = _blob_bytes(self._versions[each] for each in self._versions.keys() - set(unneeded))
+            if kept_bytes + taken_bytes > self._limit_bytes:
+                raise StoreFull(taken_bytes, kept_bytes, self._limit_bytes)
+            for digest in unneeded:
+                if self.bytes + taken_bytes > self._limit_bytes:
+                    self._remove_version(digest)
 
     def _make_disk_room(self, size: int, find_needed: FindNeeded) -> None:
-        """Sweep versions, then evict optimised forms, which are only a cache, until the disk has room."""
+        """Sweep versions, then evict optimised forms, which are only a cache, until the disk has room.
+
+        Without a limit, versions are swept until a tenth of the disk stays free.
+
+        Raises:
+            DiskFull: `disk_full`, with what is missing.
+        """
         with self._lock, explain_os_errors(self.path):
+            if self._has_disk_room(size):
+                return
+            for digest in self._list_unneeded(find_needed):
+                self._remove_version(digest)
+                if self._has_disk_room(size):
+                    return
             forms = sorted(self._folder.forms(), key=_last_use)
-            while True:
-                try:
-                    return self._bounds.make_disk_room(size, self._kept(find_needed))
-                except DiskFull:
-                    if not forms:
-                        raise
-                    self._remove(forms.pop(0))
+            while (free_bytes := free_disk_bytes(self.path)) < size:
+                if not forms:
+                    raise DiskFull(size, free_bytes)
+                self._remove(forms.pop(0))
 
-    def _kept(self, find_needed: FindNeeded) -> KeptVersions:
-        needed = cache(find_needed)  # found once, if at all
-        versions = [
-            KeptVersion(digest, self._used_ns.get(digest, 0), manifest.files)
-            for digest, manifest in self._versions.items()
-        ]
-        return KeptVersions(
-            versions, lambda digest: digest in self._held or digest in needed(), self._remove_version
-        )
+    def _has_disk_room(self, size: int) -> bool:
+        if free_disk_bytes(self.path) < size:
+            return False
+        if self._limit_bytes is not None:
+            return True
+        seen = os.statvfs(self.path)
+        return (seen.f_bavail - seen.f_blocks // FREE_SHARE) * seen.f_frsize >= size
 
-    def _settle(self, taken: TakenCopy, manifest: StoredManifest) -> StoredManifest:
-        """Share blobs, and rename the incoming folder; returns the manifest with the files' identities."""
+    def _list_unneeded(self, find_needed: FindNeeded) -> list[str]:
+        """Return the digests of versions that may be swept, least recently used first."""
+        needed = {*find_needed(), *self._held}
+        return sorted(self._versions.keys() - needed, key=lambda each: (self._used_ns.get(each, 0), each))
+
+    def _settle(self, taken: TakenCopy, version: StoredVersion) -> StoredVersion:
+        """Share blobs, and rename the incoming folder; returns the version with the files' identities."""
         blobs = self._known_blobs()
-        files = tuple(self._share(taken.folder / file.path, file, blobs) for file in manifest.files)
-        path = self._folder.version(manifest.digest)
+        files = tuple(self._share(taken.folder / file.path, file, blobs) for file in version.files)
+        path = self._folder.version(version.digest)
         if os.path.lexists(path):
-            self._remove_version(manifest.digest)
+            self._remove_version(version.digest)
         taken.path.rename(path)
-        settled = replace(manifest, files=files)
-        self._versions[manifest.digest] = settled
+        settled = replace(version, files=files)
+        self._versions[version.digest] = settled
         return settled
 
     def stored_versions(self) -> dict[str, tuple[str, ...]]:
         """Return the SHA-256 of the files of each version, by the version's digest."""
         return {
-            manifest.digest: tuple(file.sha256 for file in manifest.files)
-            for manifest in list(self._versions.values())
+            version.digest: tuple(file.sha256 for file in version.files)
+            for version in list(self._versions.values())
         }
 
     def _known_blobs(self) -> dict[str, StoredFile]:
-        return {file.sha256: file for manifest in self._versions.values() for file in manifest.files}
+        return {file.sha256: file for version in self._versions.values() for file in version.files}
 
     def _share(self, path: Path, file: StoredFile, known: dict[str, StoredFile]) -> StoredFile:
         """Make a file and its blob one; a blob that is not as it was recorded is replaced."""
@@ -360,40 +381,40 @@ class Store:
         return file
 
     def _verify_for_use(
-        self, manifest: StoredManifest, is_cancelled: IsCancelled, *, rehashes: bool
-    ) -> StoredManifest | None:
-        if self._is_unchanged(manifest):
-            return manifest
+        self, version: StoredVersion, is_cancelled: IsCancelled, *, rehashes: bool
+    ) -> StoredVersion | None:
+        if self._is_unchanged(version):
+            return version
         if not rehashes:
             return None
-        folder = self._folder.version(manifest.digest) / FILES
+        folder = self.folder_of(version.digest)
         try:
-            files = rehash_files(folder, manifest.files, is_cancelled)
+            files = rehash_files(folder, version.files, is_cancelled)
         except OSError as error:
             _log.warning("%s cannot be read: %s", folder, error)
             files = None
         with self._lock:
             if files is None:
-                if self._versions.get(manifest.digest) is manifest:
+                if self._versions.get(version.digest) is version:
                     _log.warning("%s is not what was stored there: removed", folder)
-                    self._remove_version(manifest.digest)
+                    self._remove_version(version.digest)
                 return None
-            renewed = replace(manifest, files=files)
-            self._versions[manifest.digest] = renewed
+            renewed = replace(version, files=files)
+            self._versions[version.digest] = renewed
             if (folder.parent / MANIFEST).exists():
                 with suppress(OSError):  # then the next start hashes it again
                     self._folder.write(folder.parent / MANIFEST, encode_record(renewed), durably=True)
         return renewed
 
-    def _is_unchanged(self, manifest: StoredManifest) -> bool:
-        return have_identities(self._folder.version(manifest.digest) / FILES, manifest.files)
+    def _is_unchanged(self, version: StoredVersion) -> bool:
+        return have_identities(self.folder_of(version.digest), version.files)
 
     def _remove_version(self, digest: str) -> None:
         """Remove a version and the blobs that no other has; the caller holds the lock."""
-        manifest = self._versions.pop(digest, None)
+        version = self._versions.pop(digest, None)
         self._used_ns.pop(digest, None)
         self._remove(self._folder.version(digest))
-        for file in manifest.files if manifest is not None else ():
+        for file in version.files if version is not None else ():
             _remove_unreferenced(self._folder.blob(file.sha256))
 
     def _remove(self, path: Path) -> None:
@@ -414,12 +435,66 @@ class Store:
         with suppress(OSError):  # no manifest yet: then the time that it is written counts
             os.utime(self._folder.version(digest) / MANIFEST, ns=(used_ns, used_ns), follow_symlinks=False)
 
-    def _describe(self, manifest: StoredManifest) -> StoredVersion:
-        return StoredVersion(manifest.digest, self._folder.version(manifest.digest) / FILES, manifest.files)
+
+@dataclass(frozen=True, slots=True)
+class VerifiedVersion:
+    """A version whose files were hashed; `findings` say what is wrong with it, one line each."""
+
+    digest: str
+    bytes: int
+    findings: tuple[str, ...]
 
 
-def _copy_file(copier: FileCopier, sources: SourceFolder, file: FoundFile, target: Path) -> None:
-    with sources.open_file(file) as source:
+def verify_store(folder: Path) -> Iterator[VerifiedVersion]:
+    """Hash all versions of a store, whatever their recorded identities say, and yield each.
+
+    It only reads, so it may run beside the server. A version that is swept meanwhile, or whose manifest is
+    still to be written, is left out.
+
+    Raises:
+        StoreUnavailable: `store_unavailable`, the folder cannot be listed.
+    """
+    store = StoreFolder(folder)
+    with explain_os_errors(folder):
+        paths = store.versions()
+    for path in paths:
+        if not os.path.lexists(path / MANIFEST):
+            continue
+        version = read_version(path)
+        findings = ("its manifest is damaged",) if version is None else tuple(_verify(path / FILES, version))
+        if os.path.lexists(path):
+            size = 0 if version is None else sum(file.bytes for file in version.files)
+            yield VerifiedVersion(path.name, size, findings)
+
+
+def _verify(folder: Path, version: StoredVersion) -> Iterator[str]:
+    try:
+        found = set(walk_files(folder)[0])
+    except OSError as error:
+        yield f"its files cannot be listed: {error.strerror}"
+        return
+    for file in version.files:
+        if file.path not in found:
+            yield f"{file.path!r} is missing"
+            continue
+        try:
+            seen = hash_file(folder, file.path)
+        except OSError as error:
+            yield f"{file.path!r} cannot be read: {error.strerror}"
+            continue
+        if seen.sha256 != file.sha256:
+            yield f"{file.path!r} has SHA-256 {seen.sha256} instead of {file.sha256}"
+    for path in sorted(found - {file.path for file in version.files}):
+        yield f"{path!r} is not of this version"
+
+
+def _blob_bytes(versions: Iterable[StoredVersion]) -> int:
+    """Return the size of the versions' blobs, each counted once."""
+    return sum({file.sha256: file.bytes for version in versions for file in version.files}.values())
+
+
+def _copy_file(copier: FileCopier, sources: VersionFolder, file: FoundFile, target: Path) -> None:
+    with sources.open_file(file.path, file) as source:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         written = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
         try:
@@ -430,7 +505,26 @@ def _copy_file(copier: FileCopier, sources: SourceFolder, file: FoundFile, targe
             raise RepositoryUnreadable(f"{file.path!r} cannot be copied: {error.strerror}") from None
         finally:
             os.close(written)
-        refuse_truncated(file.path, file.bytes, copied)
+    if copied != file.bytes:
+        raise LoadRefused(
+            "model_changed",
+            f"{file.path!r} had {file.bytes} bytes and ended after {copied} when it was copied",
+        )
+
+
+def _refuse_changed(before: Iterable[FoundFile], now: Iterable[FoundFile]) -> None:
+    """Refuse what may be of two versions: a file was replaced or written to while others were copied.
+
+    Links and access rights may change meanwhile, and so the ctime.
+
+    Raises:
+        LoadRefused: `model_changed`.
+    """
+    if [replace(file, ctime_ns=0) for file in before] != [replace(file, ctime_ns=0) for file in now]:
+        raise LoadRefused(
+            "model_changed",
+            "the model's files changed while they were copied: load it again when they are complete",
+        )
 
 
 def _last_use(folder: Path) -> int:

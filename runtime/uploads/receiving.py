@@ -17,14 +17,14 @@ from pathlib import Path
 
 from events.audit.files import sync
 from events.types import AddedFile
-from runtime.errors import LoadRefused, RuntimeProblem
+from runtime.errors import LoadRefused, RepositoryUnreadable, RuntimeProblem
 from runtime.onnxfile import (
     MODEL_FILE,
     check_external_data,
     find_model_file,
     list_model_files,
 )
-from runtime.store.problems import RepositoryUnreadable
+from runtime.store.folder import walk_files
 from runtime.uploads.outline import describe_foreign_file
 from runtime.uploads.paths import quote
 from runtime.uploads.problems import (
@@ -147,7 +147,8 @@ class Receiver:
                 self._files.end_file()
             files = self._unwrap(self._files.files)
             self._check_model(files)
-            _sync_folders(self._folder)
+            for folder in walk_files(self._folder)[1]:
+                sync(folder)
         except OSError as error:
             raise unwritable(error) from None
         return tuple(sorted(files, key=lambda file: file.path))
@@ -314,8 +315,3 @@ def _remove_empty(folder: Path) -> None:
     for inner in folder.iterdir():
         _remove_empty(inner)
     folder.rmdir()
-
-
-def _sync_folders(folder: Path) -> None:
-    for within, _, _ in os.walk(folder):
-        sync(Path(within))

@@ -18,12 +18,11 @@ from msgspec import UNSET
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad
 from events.types import Idempotency, LoadParameters
-from runtime.contents import Contents, ModelContents
-from runtime.errors import LoadRefused
+from runtime.errors import LoadRefused, RepositoryUnreadable
 from runtime.filesystem import REQUEST_LIMIT_S
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import MAX_VERSION, Repository
-from runtime.store.problems import RepositoryUnreadable
+from runtime.store.contents import Contents, ModelContents
 from server.api.schemas import about
 from server.appkeys import CONFIG, CONTENTS
 from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config

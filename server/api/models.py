@@ -18,10 +18,10 @@ from events.commands import RequestUnload
 from events.models import RELOADS, Model, ModelState
 from events.sqlite.timetravel import state_at
 from events.state import State
-from runtime.contents import ModelContents
 from runtime.errors import RuntimeProblem, UnknownModel
 from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.onnxfile import ModelSignature
+from runtime.store.contents import ModelContents
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.loads import LoadBodySchema, make_load_command
 from server.api.schemas import (

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,36 +23,41 @@ from events.jobs import Footprint, JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime import estimates
 from runtime.consumer.loadfiles import PendingFiles
-from runtime.contents import ModelContents
 from runtime.estimates import (
     BYTES_PER_MODEL_BYTE,
     WORKER_BYTES,
     MemoryEstimate,
     MemoryEstimates,
-    describe_failed_look,
+    describe_failure,
     estimate_memory,
 )
 from runtime.process.pool import WorkerPool
-from runtime.repository import FileStat, Repository
+from runtime.repository import Repository, SizedFile
 from runtime.scheduler.view import Policy
+from runtime.store.contents import ModelContents
 
-MODEL = FileStat("model.onnx", 1000, 1)
-WEIGHTS = FileStat("weights.bin", 5000, 2)
+
+def seen(path: str, size: int, mtime_ns: int) -> LoadedFile:
+    """Return a file of a version."""
+    return LoadedFile(path, size, mtime_ns, "ab" * 32)
+
+
+MODEL = seen("model.onnx", 1000, 1)
+WEIGHTS = seen("weights.bin", 5000, 2)
 BOTH = (MODEL, WEIGHTS)
 PEAK = 123_456_789
 
 
 def footprint(
-    *files: FileStat, version: int = 1, peak: int = PEAK, form: str | None = None, threads: int | None = 1
+    *files: LoadedFile, version: int = 1, peak: int = PEAK, form: str | None = None, threads: int | None = 1
 ) -> Footprint:
     """Return what these files took the last time."""
-    loaded = (LoadedFile(file.path, file.bytes, file.mtime_ns, "ab" * 32) for file in files)
-    return Footprint(version, tuple(loaded), peak, form, threads)
+    return Footprint(version, files, peak, form, threads)
 
 
 def need(
     *footprints: Footprint,
-    files: Sequence[FileStat] = BOTH,
+    files: Sequence[LoadedFile] = BOTH,
     limit: int | None = None,
     instances: int = 1,
     form: str | None = None,
@@ -74,8 +80,8 @@ def known(peak: int, *, proven: bool = True) -> MemoryEstimate:
 KNOWN, OTHER_VERSION = footprint(*BOTH), footprint(*BOTH, version=2, peak=5)
 PREPACKED = footprint(*BOTH, peak=20_000, form="prepacked")
 OF_TWO, UNKNOWN_THREADS = footprint(*BOTH, peak=7_000, threads=2), footprint(*BOTH, peak=8_000, threads=None)
-TOUCHED, LARGER = FileStat("model.onnx", 1000, 7), FileStat("model.onnx", 1001, 1)
-RENAMED, MORE = FileStat("model2.onnx", 1000, 1), FileStat("more.bin", 0, 3)
+TOUCHED, LARGER = seen("model.onnx", 1000, 7), seen("model.onnx", 1001, 1)
+RENAMED, MORE = seen("model2.onnx", 1000, 1), seen("more.bin", 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -124,12 +130,12 @@ def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -
 
 @PLAIN
 @given(
-    st.lists(st.builds(FileStat, st.text(max_size=3), st.integers(0, 2**40), st.integers(0, 9)), max_size=4),
+    st.lists(st.builds(seen, st.text(max_size=3), st.integers(0, 2**40), st.integers(0, 9)), max_size=4),
     st.integers(2**20, 2**50) | st.none(),
     st.integers(1, 64),
 )
 def test_need_is_between_a_worker_and_the_limit(
-    files: list[FileStat], limit: int | None, instances: int
+    files: list[LoadedFile], limit: int | None, instances: int
 ) -> None:
     needed = need(files=files, limit=limit, instances=instances).bytes
     assert needed >= WORKER_BYTES * instances
@@ -148,7 +154,9 @@ class Estimating:
         self.repository = Repository(root)
         files = PendingFiles(ModelContents(self.repository, None))
         self.estimates = MemoryEstimates(
-            self.repository.file_system, lambda job: files.open(job).make_look(), self.woken.set
+            self.repository.file_system,
+            lambda job: partial(files.open(job).stat, asyncio.get_running_loop()),
+            self.woken.set,
         )
         self.history = History()
 
@@ -213,7 +221,7 @@ async def test_need_of_files_that_cannot_be_looked_at_is_unknown(
     ],
 )
 def test_failed_look_says_why(error: Exception, code: str, words: str) -> None:
-    failure = describe_failed_look(error)
+    failure = describe_failure(error)
     assert failure.code == code
     assert words in failure.message
 
@@ -302,7 +310,7 @@ async def test_files_that_change_with_each_attempt_fail_the_load(
         estimates = engine.consumer._executor.estimates
         look = estimates._form_of
 
-        def grow(files: Sequence[FileStat], footprints: Iterable[Footprint]) -> str | None:
+        def grow(files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
             with (folder / "weights.bin").open("ab") as file:
                 file.write(b"more")
             return look(files, footprints)

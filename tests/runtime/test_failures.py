@@ -7,9 +7,13 @@ import pytest
 from events.errors import NotEncodable
 from events.jobs import CONSEQUENCES
 from runtime.errors import (
+    DiskFull,
     ForkServerUnavailable,
     LoadCode,
     PrepareCode,
+    RepositoryUnreadable,
+    StoreFull,
+    StoreUnavailable,
     UnknownModel,
     UnknownVersion,
     WorkerDied,
@@ -18,7 +22,6 @@ from runtime.errors import (
 from runtime.filesystem import RepositoryBusy
 from runtime.modeldefaults import InvalidDefaults
 from runtime.repository import UnsafeFile
-from runtime.store.problems import DiskFull, RepositoryUnreadable, StoreFull, StoreUnavailable
 
 
 def test_every_code_of_a_failed_load_has_a_consequence() -> None:

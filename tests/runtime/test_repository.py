@@ -20,8 +20,7 @@ from events.commands import Record
 from events.types import SYSTEM, Draft, LoadedFile
 from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
 from runtime.filesystem import RepositoryBusy
-from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, open_identified
-from runtime.store.sources import open_version
+from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, open_folder
 
 
 def test_models_appear_once_they_are_complete(tmp_path: Path) -> None:
@@ -38,16 +37,16 @@ def test_models_appear_once_they_are_complete(tmp_path: Path) -> None:
     assert repository.versions("a") == [2, 10, 11]
 
 
-def test_highest_version_is_resolved_with_its_files(tmp_path: Path) -> None:
+def test_highest_version_is_found_and_its_files(tmp_path: Path) -> None:
     save_bytes(b"1", tmp_path, "m", 1)
     folder = save_bytes(b"model", tmp_path, "m", 2)
     (folder / "data").mkdir()
     (folder / "data" / "w.bin").write_bytes(b"123")
-    found = Repository(tmp_path).resolve("m")
-    assert (found.model_id, found.version, found.folder) == ("m", 2, folder)
-    assert [(f.path, f.bytes) for f in found.files] == [("data/w.bin", 3), ("model.onnx", 5)]
-    assert found.files[1].mtime_ns == (folder / "model.onnx").stat().st_mtime_ns
-    assert Repository(tmp_path).resolve("m", 1).version == 1
+    repository = Repository(tmp_path)
+    assert (repository.find_version("m"), repository.find_version("m", 1)) == (2, 1)
+    files = repository.stat_version("m", 2)
+    assert [(file.path, file.bytes) for file in files] == [("data/w.bin", 3), ("model.onnx", 5)]
+    assert files[1].mtime_ns == (folder / "model.onnx").stat().st_mtime_ns
 
 
 def test_only_numbers_are_versions_and_only_plain_names_models(tmp_path: Path) -> None:
@@ -69,7 +68,7 @@ def test_only_numbers_are_versions_and_only_plain_names_models(tmp_path: Path) -
 )  # fmt: skip
 def test_invalid_model_id_is_refused_without_io(tmp_path: Path, model_id: str) -> None:
     repository = Repository(tmp_path / "not there")
-    for ask in (repository.versions, repository.resolve):
+    for ask in (repository.versions, repository.find_version):
         with pytest.raises(InvalidModelId) as refusal:
             ask(model_id)
         assert refusal.value.code == "invalid_model_id"
@@ -81,10 +80,10 @@ def test_unknown_model_and_version(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for model_id in ("none", "file", "empty"):
         with pytest.raises(UnknownModel, match=model_id):
-            Repository(tmp_path).resolve(model_id)
+            Repository(tmp_path).find_version(model_id)
     for version in (2, 0, -1):
         with pytest.raises(UnknownVersion):
-            Repository(tmp_path).resolve("m", version)
+            Repository(tmp_path).find_version("m", version)
 
 
 def test_links_within_the_repository_are_followed(tmp_path: Path) -> None:
@@ -113,13 +112,13 @@ def test_links_out_of_the_repository_are_ignored(tmp_path: Path) -> None:
     assert Repository(root).models() == []
     for model_id in ("model", "version", "file"):
         with pytest.raises(UnknownModel):
-            Repository(root).resolve(model_id)
+            Repository(root).find_version(model_id)
 
 
 def test_root_itself_may_be_a_link(tmp_path: Path) -> None:
     save(add(), tmp_path / "real", "m")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert Repository(tmp_path / "link").resolve("m").folder == tmp_path / "real" / "m" / "1"
+    assert Repository(tmp_path / "link").folder_of("m", 1) == tmp_path / "real" / "m" / "1"
     assert len(look(tmp_path / "link", tmp_path / "link" / "m" / "1")) == 1
     with pytest.raises(ValueError, match="surrogates"):  # which ONNX Runtime could not open
         Repository(tmp_path / os.fsdecode(b"\xff"))
@@ -140,7 +139,6 @@ def test_unsafe_file_is_refused_at_the_load(
 ) -> None:
     folder = save(add(), tmp_path, "m")
     make(folder / name)
-    assert [file.path for file in Repository(tmp_path).resolve("m").files] == ["model.onnx"]
     with pytest.raises(LoadRefused) as refusal:
         look(tmp_path, folder)
     assert refusal.value.code == "unsafe_file"
@@ -148,11 +146,9 @@ def test_unsafe_file_is_refused_at_the_load(
 
 def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.repository.MAX_FILES", 20)
-    monkeypatch.setattr("runtime.store.sources.MAX_FILES", 20)
     folder = save(add(), tmp_path, "m")
     for number in range(20):
         (folder / str(number)).touch()
-    assert len(Repository(tmp_path).resolve("m").files) == 20
     with pytest.raises(LoadRefused, match="more than 20 files"):
         look(tmp_path, folder)
 
@@ -160,7 +156,7 @@ def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_too_long_paths_are_refused_with_both_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.store.sources.MAX_PATHS_BYTES", 30)
+    monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 30)
     folder = save(add(), tmp_path, "m")
     (folder / ("x" * 20)).touch()
     assert len(look(tmp_path, folder)) == 2
@@ -186,7 +182,7 @@ def test_unusable_version_folders_are_refused(tmp_path: Path) -> None:
     os.mkfifo(fifo / "model.onnx")
     (dangling / "x").symlink_to(dangling / "nothing")
     with pytest.raises(UnknownModel):
-        Repository(tmp_path).resolve("fifo")
+        Repository(tmp_path).find_version("fifo")
     for folder, code, words in (
         (fifo, "unsafe_file", "not a regular file"),
         (dangling, "unsafe_file", "leads nowhere"),
@@ -200,26 +196,25 @@ def test_unusable_version_folders_are_refused(tmp_path: Path) -> None:
 def test_replaced_file_is_not_opened(tmp_path: Path) -> None:
     folder = save_bytes(b"before", tmp_path, "m")
     (identity,) = look(tmp_path, folder)
-    os.close(open_identified(folder, identity))
     (folder / "new").write_bytes(b"after!")
     (folder / "new").rename(folder / "model.onnx")
-    with pytest.raises(LoadRefused, match="changed"):
-        open_identified(folder, identity)
-    (folder / "model.onnx").unlink()
-    os.mkfifo(folder / "model.onnx")
-    with pytest.raises(LoadRefused, match="changed"):
-        open_identified(folder, identity)
+    with (
+        open_folder(tmp_path, folder) as opened,
+        pytest.raises(LoadRefused, match="changed"),
+        opened.open_file("model.onnx", identity),
+    ):
+        pass
 
 
 WITHOUT_MEMORY = f"""
 import os, sys
 from pathlib import Path
-from runtime.store.problems import RepositoryUnreadable
-from runtime.store.sources import open_sources
+from runtime.errors import RepositoryUnreadable
+from runtime.repository import open_folder
 
 def look(folder):
-    with open_sources(folder, folder) as sources:
-        return sources.stat_files()
+    with open_folder(folder, folder) as opened:
+        return opened.stat_files()
 
 folder = Path(sys.argv[1])
 look(folder)
@@ -244,7 +239,7 @@ def test_folder_listed_without_descriptors_is_not_missing(tmp_path: Path) -> Non
     repository = Repository(tmp_path)
     with descriptors_left(0):
         with pytest.raises(RepositoryBusy, match="'m' cannot be listed: Too many open files"):
-            repository.resolve("m")
+            repository.find_version("m")
         with pytest.raises(RepositoryBusy, match="open files"):
             repository.models()
     assert repository.models() == ["m"]
@@ -306,7 +301,7 @@ def test_version_that_is_being_removed_is_not_there(tmp_path: Path) -> None:
     repository = Repository(tmp_path)
     repository.is_removed = lambda model_id, version: (model_id, version) == ("m", 1)
     assert repository.versions("m") == [2]
-    with pytest.raises(UnknownVersion), open_version(repository, "m", 1):
+    with pytest.raises(UnknownVersion), repository.open_version("m", 1):
         pass
 
 
@@ -316,5 +311,5 @@ def test_only_onnx_file_is_the_model_whatever_its_name(tmp_path: Path) -> None:
     repository = Repository(tmp_path)
     assert repository.versions("m") == [1]
     assert repository.find_file("m", 1) == tmp_path / "m/1/silero_vad.onnx"
-    with open_version(repository, "m", 1) as (_, files):
+    with repository.open_version("m", 1) as (_, files):
         assert "silero_vad.onnx" in [file.path for file in files]

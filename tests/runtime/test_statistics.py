@@ -13,9 +13,9 @@ from events.types import LoadParameters
 from runtime.consumer.loadfiles import LoadFiles
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import InferenceTotals, PendingDemand
-from runtime.contents import ModelContents
 from runtime.repository import Repository
 from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, InferenceTimes, Statistics
+from runtime.store.contents import ModelContents
 from runtime.wire import Outcome
 
 COUNT = st.integers(0, 2**63 - 1)

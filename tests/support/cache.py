@@ -23,8 +23,7 @@ from runtime.cache.store import ModelCache
 from runtime.errors import Exit
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.store.identities import hash_file
-from runtime.store.manifest import StoredFile, digest_of
+from runtime.store.manifest import StoredFile, digest_of, hash_file
 from runtime.wire import CachedCopy, Form, Prepare, PrepareDone
 from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from support.workers import LAYERS, order_of
@@ -158,7 +157,8 @@ def opened(folder: Path, limit_bytes: int = 10**9) -> ModelCache:
 
 def key_in(root: Path, model_id: str) -> str:
     """Return the key of a model's highest version, for one thread."""
-    folder = Repository(root).resolve(model_id, None).folder
+    repository = Repository(root)
+    folder = repository.folder_of(model_id, repository.find_version(model_id))
     return make_key(digest_of((file.path, file.sha256) for file in found(folder)))
 
 

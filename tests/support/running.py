@@ -27,7 +27,6 @@ from runtime.cache.store import ModelCache
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import PendingDemand
-from runtime.contents import ModelContents
 from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
 from runtime.process.sharedmemory import Region
@@ -36,6 +35,7 @@ from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler.view import Policy
 from runtime.statistics import InferenceTimes
+from runtime.store.contents import ModelContents
 from runtime.wire import Tensor, WantedOutput
 from support import models
 from support.store import opened_store
@@ -108,10 +108,10 @@ class Engine:
         actor: str = "alice",
     ) -> Receipt:
         """Ask for a load, as the HTTP handler does; `asked` are the parameters that the request names."""
-        found = self.repository.resolve(model_id, version)
-        contents = self.contents.known_contents(model_id, found.version)
+        chosen = self.repository.find_version(model_id, version)
+        contents = self.contents.known_contents(model_id, chosen)
         given = parameters or LoadParameters()
-        command = RequestLoad(model_id, found.version, contents, actor, given, asked=frozenset(asked))
+        command = RequestLoad(model_id, chosen, contents, actor, given, asked=frozenset(asked))
         return await self.log.submit(command)
 
     async def ask_load(

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import runtime.store
-from runtime.repository import FoundFile, Repository
-from runtime.store.copying import IsCancelled
-from runtime.store.identities import is_never
+from runtime.repository import FoundFile, Repository, open_folder
+from runtime.store.copying import IsCancelled, is_never
 from runtime.store.manifest import StoredVersion
-from runtime.store.sources import open_sources, open_version
-from runtime.store.store import FindNeeded, Store, TakenCopy
-from runtime.store.verification import verify_store
+from runtime.store.store import FindNeeded, Store, TakenCopy, verify_store
 from support.workers import until
 
 CODE = str(Path(runtime.store.__file__).parent)
@@ -45,8 +42,8 @@ def take(
     is_cancelled: IsCancelled = is_never,
 ) -> TakenCopy:
     """Take a version of a repository, as a load does."""
-    with open_version(Repository(root), folder.parent.name, int(folder.name)) as (sources, files):
-        return store.take(sources, files, find_needed, is_cancelled)
+    with Repository(root).open_version(folder.parent.name, int(folder.name)) as (opened, files):
+        return store.take(opened, files, find_needed, is_cancelled)
 
 
 def store_version(store: Store, root: Path, folder: Path) -> StoredVersion:
@@ -60,8 +57,13 @@ def store_version(store: Store, root: Path, folder: Path) -> StoredVersion:
 
 def look(root: Path, folder: Path) -> tuple[FoundFile, ...]:
     """Return the present identities of a version's files in the repository."""
-    with open_sources(root, folder) as sources:
-        return sources.stat_files()
+    with open_folder(root, folder) as opened:
+        return opened.stat_files()
+
+
+def files_of(data: Path, version: StoredVersion) -> Path:
+    """Return the folder of a stored version's files in a data directory."""
+    return data / "store" / "versions" / version.digest / "files"
 
 
 def blobs(data: Path) -> list[str]:

@@ -87,11 +87,11 @@ def unhurried() -> Iterator[None]:
 
 def order_of(root: Path, model_id: str = "m", version: int | None = None, **changes: Any) -> Load:
     """Make the order to load a version of a model, the highest when none is named, with these changes."""
-    found = Repository(root).resolve(model_id, version)
-    size = sum(file.bytes for file in found.files)
-    order = Load(
-        str(root), str(found.folder), size, threads=1, layers=LAYERS, name=f"{model_id}/{found.version}"
-    )
+    repository = Repository(root)
+    chosen = repository.find_version(model_id, version)
+    folder = repository.folder_of(model_id, chosen)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    order = Load(str(root), str(folder), size, threads=1, layers=LAYERS, name=f"{model_id}/{chosen}")
     return replace(order, **changes)
 
 

@@ -15,7 +15,7 @@ from support.clients import printed, printed_json, refused
 from support.history import History, opened
 from support.http import LocalApi
 from support.ledgers import append_events, change_ledger, rows_of, sample_history, sound_ledger
-from support.store import opened_store, store_version, write_version
+from support.store import files_of, opened_store, store_version, write_version
 
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
@@ -368,7 +368,7 @@ def test_verify_store_hashes_everything(data: Path, stored: StoredVersion) -> No
         "bytes": 5,
         "findings": [],
     }
-    file = stored.folder / "model.onnx"
+    file = files_of(data, stored) / "model.onnx"
     seen = file.stat()
     file.chmod(0o600)
     file.write_bytes(b"MODEL")

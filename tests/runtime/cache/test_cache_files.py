@@ -18,7 +18,7 @@ from support.history import PLAIN
 from support.ledgers import FAST_FOLDER
 
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
-from runtime.store.problems import DiskFull
+from runtime.errors import DiskFull
 
 A, B, C = map(key, "abc")
 LIMIT = 1_000

@@ -31,7 +31,6 @@ from runtime.cache.preparer import (
 )
 from runtime.cache.store import ModelCache
 from runtime.cache.trial import has_outside_cause
-from runtime.contents import ModelContents
 from runtime.errors import (
     Exit,
     ForkServerUnavailable,
@@ -43,6 +42,7 @@ from runtime.errors import (
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.scheduler.view import Policy
+from runtime.store.contents import ModelContents
 from runtime.wire import Form
 
 SLOW = models.slow_to_fold(side=300, depth=60)

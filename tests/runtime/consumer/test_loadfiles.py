@@ -1,19 +1,28 @@
-"""The files of one load: a folder that hangs while they are copied ends the load, and nothing is left."""
+"""The files of one load: obtained, given back whatever happens, and compared with those that are served."""
 
 import asyncio
+import os
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
+from support import models
+from support.history import History, given
 from support.mounts import hanging_mounts
 from support.store import nothing_incoming, opened_store, write_version
 from support.workers import until
 
+from events.models import Serving
+from events.types import LoadedFile
 from runtime.consumer import loadfiles
-from runtime.consumer.loadfiles import LoadFiles
-from runtime.contents import ModelContents
+from runtime.consumer.loadfiles import LoadFiles, PendingFiles
 from runtime.filesystem import RepositoryBusy
 from runtime.repository import Repository
+from runtime.store.contents import ModelContents
+from runtime.store.manifest import hash_file
 
 
 async def test_folder_that_hangs_beneath_a_model_that_answers(
@@ -54,15 +63,15 @@ def held(contents: ModelContents) -> int:
 
 
 @pytest.mark.parametrize("is_heard", [True, False], ids=["heard before", "heard after"])
-async def test_look_obtains_stored_files(
+async def test_stat_obtains_stored_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_heard: bool
 ) -> None:
     monkeypatch.setattr(loadfiles, "FRESH_S", 0.01)
     contents = await stored(tmp_path)
     files = LoadFiles(contents, "m", 1)
-    look = files.make_look()
-    # The event loop hears of a look in its own thread only after the files were obtained.
-    (seen,) = await asyncio.to_thread(look) if is_heard else look()
+    loop = asyncio.get_running_loop()
+    # The event loop hears of a call in its own thread only after the files were obtained.
+    (seen,) = await asyncio.to_thread(files.stat, loop) if is_heard else files.stat(loop)
     assert seen.bytes == len(b"model")
     found = files.found
     assert found is not None
@@ -74,13 +83,13 @@ async def test_look_obtains_stored_files(
     await until(lambda: held(contents) == 0)
 
 
-async def test_load_that_waits_holds_nothing_and_looks_again(
+async def test_load_that_waits_holds_nothing_and_finds_its_files_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loadfiles, "FRESH_S", 0.0)
     contents = await stored(tmp_path)
     files = LoadFiles(contents, "m", 1)
-    await asyncio.to_thread(files.make_look())
+    await asyncio.to_thread(files.stat, asyncio.get_running_loop())
     await until(lambda: files.found is None and held(contents) == 0)
     (tmp_path / "models" / "m" / "1" / "model.onnx").write_bytes(b"another model")
     assert [file.bytes for file in (await files.obtain(None)).files] == [len(b"another model")]
@@ -88,21 +97,20 @@ async def test_load_that_waits_holds_nothing_and_looks_again(
     await nothing_incoming(tmp_path)
 
 
-async def test_look_that_ends_after_its_load_leaves_nothing_held(tmp_path: Path) -> None:
+async def test_stat_that_ends_after_its_load_leaves_nothing_held(tmp_path: Path) -> None:
     contents = await stored(tmp_path)
     files = LoadFiles(contents, "m", 1)
-    look = files.make_look()
     files.close()
-    await asyncio.to_thread(look)
+    await asyncio.to_thread(files.stat, asyncio.get_running_loop())
     await until(lambda: files.found is None)
     await until(lambda: held(contents) == 0)
 
 
-async def test_look_beside_a_comparison_leaves_one_hold(tmp_path: Path) -> None:
+async def test_stat_beside_a_comparison_leaves_one_hold(tmp_path: Path) -> None:
     contents = await stored(tmp_path)
     files = LoadFiles(contents, "m", 1)
     await files.obtain(None)
-    await asyncio.to_thread(files.make_look())
+    await asyncio.to_thread(files.stat, asyncio.get_running_loop())
     assert held(contents) == 1
     files.close()
     await until(lambda: held(contents) == 0)
@@ -125,4 +133,66 @@ async def test_lack_of_threads_fails_the_load_and_releases_its_files(
             await files.hash()
         files.close()
         assert list((tmp_path / "store" / "incoming").iterdir())
+    await nothing_incoming(tmp_path)
+
+
+# Comparisons with the bytes that the model serves
+
+
+def touch(folder: Path) -> None:
+    os.utime(folder / "model.onnx", ns=(1, 1))
+
+
+def keep_times(folder: Path) -> None:
+    seen = (folder / "model.onnx").stat()
+    content = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(folder / "model.onnx", ns=(seen.st_atime_ns, seen.st_mtime_ns))
+
+
+def served_from(folder: Path, history: History) -> Serving:
+    serving = history.model().serving
+    assert serving is not None
+    file = hash_file(folder, "model.onnx")
+    return replace(serving, files=(LoadedFile(file.path, file.bytes, file.mtime_ns, file.sha256),))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        pytest.param(lambda _: None, True, id="unchanged"),
+        pytest.param(touch, True, id="other time"),
+        pytest.param(keep_times, False, id="same size and time"),
+        pytest.param(shutil.rmtree, False, id="removed"),
+    ],
+)
+async def test_comparison_with_loaded_bytes(
+    change: Callable[[Path], None], *, is_same: bool, tmp_path: Path
+) -> None:
+    folder, wakeup = models.save(models.identity(), tmp_path, "digits"), asyncio.Event()
+    history = given("load request_again")
+    serving = served_from(folder, history)
+    change(folder)
+    files = PendingFiles(ModelContents(Repository(tmp_path), opened_store(tmp_path)), wakeup.set)
+    files.compare(history.job("L3"), serving)
+    assert files.unchanged == {"L3": None}
+    await asyncio.wait_for(wakeup.wait(), 60)
+    assert files.unchanged == {"L3": is_same}
+    history.change_settings("L3", "L")
+    files.forget_ended(history.state)
+    assert files.unchanged == {}
+
+
+async def test_end_of_a_job_ends_its_comparison(tmp_path: Path) -> None:
+    folder, wakeup = models.save(models.identity(), tmp_path, "digits"), asyncio.Event()
+    history = given("load request_again")
+    files = PendingFiles(ModelContents(Repository(tmp_path), opened_store(tmp_path)), wakeup.set)
+    files.compare(history.job("L3"), served_from(folder, history))
+    (task,) = files.comparisons.values()
+    await asyncio.sleep(0)  # it has begun
+    history.change_settings("L3", "L")
+    files.forget_ended(history.state)
+    await asyncio.wait([task], timeout=60)
+    assert task.cancelled()
+    assert (files.unchanged, files.comparisons, wakeup.is_set()) == ({}, {}, False)
     await nothing_incoming(tmp_path)

@@ -34,11 +34,11 @@ from runtime.consumer.loadfiles import LoadFiles
 from runtime.consumer.loads import RunningLoad
 from runtime.consumer.loadtasks import build_order as order_of_load
 from runtime.consumer.loadtasks import run_load, run_unload
-from runtime.contents import ModelContents
 from runtime.errors import Exit, WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.repository import Repository
+from runtime.store.contents import ModelContents
 from runtime.wire import TensorSpec, encode
 
 SHA256 = "ab" * 32

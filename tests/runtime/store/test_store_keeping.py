@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from support.fleet import new_dice, of_both, tell
 from support.history import child
-from support.store import blobs, check_store, look, opened_store, store_version, take, write_version
+from support.store import blobs, check_store, files_of, look, opened_store, store_version, take, write_version
 
 from runtime.store.manifest import StoredVersion
-from runtime.store.store import Store
-from runtime.store.verification import verify_store
+from runtime.store.store import Store, verify_store
 
 FILES = {"model.onnx": b"model", "data/w.bin": b"weights"}
 
@@ -88,7 +87,7 @@ def test_copied_data_directory_is_hashed_and_used(stored: StoredVersion, tmp_pat
         found = opened_store(tmp_path / "restored").find(stored.digest)
         assert found is not None
         assert (found.digest, found.contents) == (stored.digest, stored.contents)
-        inodes = [(found.folder / file.path).stat().st_ino for file in found.files]
+        inodes = [(files_of(tmp_path / "restored", found) / file.path).stat().st_ino for file in found.files]
         assert [file.inode for file in found.files] == inodes
 
 
@@ -96,7 +95,7 @@ def test_copied_data_directory_is_hashed_and_used(stored: StoredVersion, tmp_pat
 def test_version_that_was_changed_is_removed_and_absent(
     stored: StoredVersion, tmp_path: Path, how: str
 ) -> None:
-    store, path = opened_store(tmp_path), stored.folder / "data" / "w.bin"
+    store, path = opened_store(tmp_path), files_of(tmp_path, stored) / "data" / "w.bin"
     match how:
         case "overwritten":
             overwrite(path, b"WEIGHTS")
@@ -105,15 +104,15 @@ def test_version_that_was_changed_is_removed_and_absent(
         case "missing":
             path.unlink()
         case "more":
-            (stored.folder / "more.bin").write_bytes(b"not hashed")
+            (files_of(tmp_path, stored) / "more.bin").write_bytes(b"not hashed")
         case "link":
             path.unlink()
             path.symlink_to("/etc/hostname")
         case _:
-            shutil.rmtree(stored.folder)
+            shutil.rmtree(files_of(tmp_path, stored))
     assert store.find(stored.digest) is None
     assert store.contents(stored.digest) is None
-    assert not stored.folder.parent.exists()
+    assert not files_of(tmp_path, stored).parent.exists()
     assert check_store(tmp_path) == 0
 
 
@@ -121,10 +120,10 @@ def test_changed_blob_is_not_shared_with_another_version(
     root: Path, stored: StoredVersion, tmp_path: Path
 ) -> None:
     store = opened_store(tmp_path)
-    overwrite(stored.folder / "data" / "w.bin", b"WEIGHTS")
+    overwrite(files_of(tmp_path, stored) / "data" / "w.bin", b"WEIGHTS")
     folder = write_version(root, {"model.onnx": b"other", "data/w.bin": b"weights"}, "m", 2)
     version = store_version(store, root, folder)
-    assert (version.folder / "data" / "w.bin").read_bytes() == b"weights"
+    assert (files_of(tmp_path, version) / "data" / "w.bin").read_bytes() == b"weights"
     assert store.find(stored.digest) is None
     assert store.find(version.digest) == version
 
@@ -133,7 +132,8 @@ def test_same_files_of_two_versions_are_one_blob(root: Path, stored: StoredVersi
     store = opened_store(tmp_path)
     folder = write_version(root, {"model.onnx": b"other", "data/w.bin": b"weights"}, "m", 2)
     version = store_version(store, root, folder)
-    assert (version.folder / "data" / "w.bin").samefile(stored.folder / "data" / "w.bin")
+    shared = files_of(tmp_path, version) / "data" / "w.bin"
+    assert shared.samefile(files_of(tmp_path, stored) / "data" / "w.bin")
     assert len(blobs(tmp_path)) == 3
     assert check_store(tmp_path) == 2
 
@@ -195,7 +195,7 @@ def test_open_sweeps_what_a_dead_process_left(
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"digest":"' + b"0" * 64 + b'","files":[]}'])
 def test_damaged_manifest_counts_as_none(stored: StoredVersion, tmp_path: Path, content: bytes) -> None:
-    (stored.folder.parent / "manifest.json").write_bytes(content)
+    (files_of(tmp_path, stored).parent / "manifest.json").write_bytes(content)
     assert opened_store(tmp_path).find(stored.digest) is None
     assert blobs(tmp_path) == []
 
@@ -203,7 +203,7 @@ def test_damaged_manifest_counts_as_none(stored: StoredVersion, tmp_path: Path, 
 def test_version_that_a_group_could_write_to_is_hashed_before_use(
     stored: StoredVersion, tmp_path: Path
 ) -> None:
-    overwrite(stored.folder / "model.onnx", b"MODEL", same_times=True)
+    overwrite(files_of(tmp_path, stored) / "model.onnx", b"MODEL", same_times=True)
     assert opened_store(tmp_path).find(stored.digest) == stored  # its own user can deceive it
     (tmp_path / "store").chmod(0o770)
     store = opened_store(tmp_path)
@@ -215,7 +215,7 @@ def test_version_that_a_group_could_write_to_is_hashed_before_use(
 def test_death_at_any_line_leaves_nothing_half_made(root: Path, tmp_path: Path) -> None:
     write_version(root, {"model.onnx": b"other", "data/w.bin": b"weights"}, "m", 2)
     opened_store(tmp_path)
-    step = of_both(short=43, long=1)
+    step = of_both(short=31, long=1)
     script = (
         "from pathlib import Path; from support.store import die_at_lines; "
         "die_at_lines(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))"
@@ -236,9 +236,9 @@ def test_verification_hashes_everything(stored: StoredVersion, tmp_path: Path) -
     assert [(each.digest, each.bytes, each.findings) for each in verify_store(tmp_path / "store")] == [
         (stored.digest, 12, ())
     ]
-    overwrite(stored.folder / "model.onnx", b"MODEL", same_times=True)
-    (stored.folder / "data" / "w.bin").unlink()
-    (stored.folder / "more").touch()
+    overwrite(files_of(tmp_path, stored) / "model.onnx", b"MODEL", same_times=True)
+    (files_of(tmp_path, stored) / "data" / "w.bin").unlink()
+    (files_of(tmp_path, stored) / "more").touch()
     (found,) = verify_store(tmp_path / "store")
     assert [finding.partition(" has SHA-256")[0] for finding in found.findings] == [
         "'data/w.bin' is missing",

@@ -13,11 +13,11 @@ from support.history import child
 from support.models import bind_socket
 from support.store import blobs, look, opened_store, store_version, take, write_version
 
-from runtime.errors import LoadRefused, UnknownModel
+from runtime import repository
+from runtime.errors import CopyCancelled, DiskFull, LoadRefused, StoreFull, StoreUnavailable, UnknownModel
 from runtime.repository import MAX_PATHS_BYTES
-from runtime.store import copying, sources
+from runtime.store import copying
 from runtime.store.manifest import digest_of
-from runtime.store.problems import CopyCancelled, DiskFull, StoreFull, StoreUnavailable
 from runtime.store.store import Store
 
 FILES = {"model.onnx": b"model", "data/w.bin": b"weights"}
@@ -47,11 +47,11 @@ def test_taken_version_is_private_read_only_and_named_by_its_contents(
     version = store_version(store, root, folder)
     lines = f"{hash_of(b'weights')} data/w.bin\n{hash_of(b'model')} model.onnx\n"
     assert version.digest == hash_of(lines.encode())
-    assert version.folder == store.path / "versions" / version.digest / "files"
+    assert store.folder_of(version.digest) == store.path / "versions" / version.digest / "files"
     (folder / "model.onnx").write_bytes(b"MODEL")
     (folder / "data" / "w.bin").unlink()
-    assert {path: (version.folder / path).read_bytes() for path in FILES} == FILES
-    assert {(version.folder / path).stat().st_mode & 0o777 for path in FILES} == {0o400}
+    assert {path: (store.folder_of(version.digest) / path).read_bytes() for path in FILES} == FILES
+    assert {(store.folder_of(version.digest) / path).stat().st_mode & 0o777 for path in FILES} == {0o400}
     assert {path.stat().st_mode & 0o777 for path in (store.path, store.path / "blobs")} == {0o700}
     assert blobs(tmp_path) == sorted(map(hash_of, FILES.values()))
     assert store.find(version.digest) == version
@@ -75,8 +75,8 @@ def test_links_within_the_repository_are_followed(store: Store, root: Path) -> N
     (root / "linked" / "1").symlink_to("../m/1")
     version = store_version(store, root, root / "linked" / "1")
     assert [file.path for file in version.files] == ["model.onnx", "more/x.bin", "w.bin"]
-    assert (version.folder / "w.bin").read_bytes() == b"shared"
-    assert not (version.folder / "w.bin").is_symlink()
+    assert (store.folder_of(version.digest) / "w.bin").read_bytes() == b"shared"
+    assert not (store.folder_of(version.digest) / "w.bin").is_symlink()
 
 
 def link_out(folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_unsafe_file_is_refused_and_leaves_nothing(
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_FILES", 2_000)
+    monkeypatch.setattr(repository, "MAX_FILES", 2_000)
     folder = write_version(root, FILES)
     damage(folder)
     with pytest.raises(LoadRefused, match=reason) as refusal:
@@ -218,7 +218,7 @@ def test_folder_exchanged_while_it_is_copied_does_no_harm(store: Store, root: Pa
 
     taken = take(store, root, folder, is_cancelled=change_between_files(exchange))
     version = store.settle(taken, store.hash_copy(taken))
-    assert {path: (version.folder / path).read_bytes() for path in FILES} == FILES
+    assert {path: (store.folder_of(version.digest) / path).read_bytes() for path in FILES} == FILES
     store.record_source("m", 1, taken.sources, version.digest)
     assert store.find_source("m", 1, look(root, folder)) is None
 
@@ -234,7 +234,7 @@ def test_page_dirty_through_a_shared_mapping_changes_nothing_taken(store: Store,
     ctypes.memset(address, 255, 1)
     version = store.settle(taken, store.hash_copy(taken))
     ctypes.memset(address, 7, 10_000)
-    assert (version.folder / "model.onnx").read_bytes() == b"\1" + bytes(9_999)
+    assert (store.folder_of(version.digest) / "model.onnx").read_bytes() == b"\1" + bytes(9_999)
     assert version.files[0].sha256 == hash_of(b"\1" + bytes(9_999))
     os.close(file)
     libc.munmap(ctypes.c_void_p(address), 10_000)
@@ -293,7 +293,7 @@ def test_disk_that_becomes_full_fails_with_what_is_missing(tmp_path: Path) -> No
 import os, subprocess
 from pathlib import Path
 from support.store import opened_store, take, write_version
-from runtime.store.problems import DiskFull
+from runtime.errors import DiskFull
 at = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", at / "data"], check=True)
 store = opened_store(at / "data")
@@ -308,7 +308,7 @@ def fill():
             pass
     return False
 try:
-    store._bounds.make_disk_room = lambda *_: None
+    store._make_disk_room = lambda *_: None
     take(store, at, folder, is_cancelled=fill)
 except DiskFull as full:
     print(full, os.listdir(at / "data" / "store" / "incoming"))
@@ -380,7 +380,7 @@ def test_shared_file_counts_once_and_outlives_a_sweep(root: Path, tmp_path: Path
     two = store_version(store, root, write_version(root, {"model.onnx": b"2", "w.bin": b"w" * 20}, "m", 2))
     assert store.bytes == 21
     assert store.contents(one.digest) is None  # it had to go while the second copy was not shared yet
-    assert (two.folder / "w.bin").read_bytes() == b"w" * 20
+    assert (store.folder_of(two.digest) / "w.bin").read_bytes() == b"w" * 20
 
 
 @pytest.mark.parametrize("what", ["file", "link", "writable"])

@@ -11,8 +11,8 @@ from support.http import LocalApi
 from support.models import save
 
 from events.types import LoadRequested
-from runtime.contents import ModelContents
 from runtime.repository import Repository
+from runtime.store.contents import ModelContents
 from server.api.loads import make_load_command
 from server.app import create_app
 from server.appkeys import CONTENTS

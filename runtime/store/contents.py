@@ -1,4 +1,4 @@
-"""Which bytes a version has, and from where a load takes them: the store, or else the repository.
+"""The contents of model versions: a load takes them from the store, or else from the repository.
 
 A load asks `obtain` for the files. Their hashes are known if the repository still has the files that were
 stored, or if the load must have certain bytes; else `hash` finds them beside the creation of the session, and
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from events.jobs import BYTES_GONE
 from events.types import LoadedFile
-from runtime.errors import LoadRefused, RuntimeProblem, UnknownModel, UnknownVersion
+from runtime.errors import LoadRefused, RepositoryUnreadable, RuntimeProblem, UnknownModel, UnknownVersion
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import (
     FOREIGN_HEAD_BYTES,
@@ -27,12 +27,9 @@ from runtime.onnxfile import (
     find_model_file,
     read_signature,
 )
-from runtime.repository import FileStat, FoundFile, Repository
-from runtime.store.copying import IsCancelled, hash_descriptor
-from runtime.store.identities import is_never
-from runtime.store.manifest import StoredFile, StoredVersion, digest_of
-from runtime.store.problems import RepositoryUnreadable
-from runtime.store.sources import open_sources, open_version
+from runtime.repository import FoundFile, Repository, SizedFile, open_folder
+from runtime.store.copying import IsCancelled, hash_descriptor, is_never
+from runtime.store.manifest import StoredFile, digest_of
 from runtime.store.store import FindNeeded, Store, TakenCopy
 
 Contents = tuple[tuple[str, str], ...]
@@ -54,12 +51,12 @@ class VersionFiles:
     Attributes:
         root: what no file may leave.
         folder: where workers find the files; another one once the copy is settled.
-        files: as the repository has them, in order of their paths.
+        files: as the repository has them, or had them when they were loaded, in order of their paths.
         sha256s: their hashes, in the same order; None until they are known.
         copy: the private copy that is not settled.
         hashed: its files, once they are hashed.
         digest: of the stored version that is held; None without one.
-        sources: the repository's files, if they were looked at.
+        sources: the repository's files, if workers load those.
         copying_us: how long taking them into the store took; None if they were there.
         hashing_us: how long hashing took; 0 if the hashes were known.
     """
@@ -68,7 +65,7 @@ class VersionFiles:
     version: int
     root: Path
     folder: Path
-    files: tuple[FileStat, ...]
+    files: tuple[SizedFile, ...]
     sha256s: tuple[str, ...] | None = None
     copy: TakenCopy | None = None
     hashed: tuple[StoredFile, ...] = ()
@@ -112,14 +109,6 @@ def contents_of(files: Iterable[LoadedFile]) -> Contents:
     return tuple(sorted((file.path, file.sha256) for file in files))
 
 
-@dataclass(slots=True)
-class _Remembered:
-    """What was loaded from the repository itself: its files as they were, and their hashes."""
-
-    sources: tuple[FoundFile, ...]
-    sha256s: tuple[str, ...]
-
-
 MAX_SIGNATURES = 256
 """Kept inputs and outputs of files, the latest read; each has at most 64 KiB."""
 
@@ -137,7 +126,7 @@ class ModelContents:
     repository: Repository
     store: Store | None
     find_needed: FindNeeded = frozenset
-    _remembered: dict[tuple[str, int], _Remembered] = field(default_factory=dict)
+    _hashed: dict[tuple[str, int], dict[FoundFile, str]] = field(default_factory=dict)
     _signatures: dict[FoundFile, ModelSignature | str] = field(default_factory=dict)
 
     @property
@@ -169,15 +158,18 @@ class ModelContents:
             return self._obtain_same(model_id, version, tuple(expected), is_cancelled)
         return self._obtain_present(model_id, version, is_cancelled)
 
-    def look(self, model_id: str, version: int) -> tuple[tuple[FileStat, ...], VersionFiles | None]:
+    def stat_version(self, model_id: str, version: int) -> tuple[tuple[FoundFile, ...], VersionFiles | None]:
         """Return a version's files in the repository, and the same files in the store, held; hashes nothing.
 
         Raises:
             RuntimeProblem: `unknown_model`, `unknown_version`, `unsafe_file`, `model_changed`,
                 `repository_unreadable`.
         """
-        with open_version(self.repository, model_id, version) as (_, found):
-            return _stats_of(found), self._find_stored(model_id, version, found, rehashes=False)
+        with self.repository.open_version(model_id, version) as (_, found):
+            digest = self.store.find_source(model_id, version, found) if self.store is not None else None
+            if self.store is None or digest is None:
+                return found, None
+            return found, _find_stored(self.store, model_id, version, digest, found, rehashes=False)
 
     def read_signature(self, model_id: str, version: int | None) -> tuple[int, ModelSignature]:
         """Return a version, by default the highest, and the inputs and outputs that its file declares.
@@ -187,12 +179,12 @@ class ModelContents:
             RuntimeProblem: `unknown_model`, `unknown_version`, `repository_unreadable`.
         """
         chosen = self.repository.versions(model_id)[-1] if version is None else version
-        with open_version(self.repository, model_id, chosen) as (sources, found):
+        with self.repository.open_version(model_id, chosen) as (folder, found):
             name = find_model_file(each.path for each in found)
-            file = next(each for each in found if each.path == name)  # a look fails without it
+            file = next(each for each in found if each.path == name)  # without it, it would not open
             known = self._signatures.get(file)
             if known is None:
-                with sources.open_file(file) as descriptor:
+                with folder.open_file(file.path, file) as descriptor:
                     known = _read_signature(descriptor, file)
                 self._signatures[file] = known
                 with suppress(StopIteration, KeyError, RuntimeError):  # another thread did so meanwhile
@@ -228,12 +220,12 @@ class ModelContents:
         key = files.model_id, files.version
         if self.store is None:
             if files.sha256s is not None:
-                self._remembered[key] = _Remembered(files.sources, files.sha256s)
+                self._hashed[key] = dict(zip(files.sources, files.sha256s, strict=True))
         elif files.copy is not None:
             copy, files.copy = files.copy, None
             stored = self.store.settle(copy, files.hashed)
-            files.folder, files.digest = stored.folder, stored.digest
-            files.root = files.folder
+            files.root = files.folder = self.store.folder_of(stored.digest)
+            files.digest = stored.digest
             self.store.record_source(*key, copy.sources, stored.digest)
 
     def make_durable(self, files: VersionFiles) -> None:
@@ -264,13 +256,12 @@ class ModelContents:
             RepositoryUnreadable: `repository_unreadable`.
         """
         if self.store is None:
-            known = self._remembered.get((model_id, version))
-            if known is None or known.sources != self._look(model_id, version):
+            hashed = self._hashed.get((model_id, version))
+            if hashed is None or tuple(hashed) != self.repository.stat_version(model_id, version):
                 return None
-            paths = (file.path for file in known.sources)
-            return tuple(zip(paths, known.sha256s, strict=True))
+            return tuple((file.path, sha256) for file, sha256 in hashed.items())
         record = self.store.read_source(model_id, version)
-        if record is None or not record.is_of(self._look(model_id, version)):
+        if record is None or record.files != self.repository.stat_version(model_id, version):
             return None
         return self.store.contents(record.digest)
 
@@ -281,8 +272,7 @@ class ModelContents:
         recorded.
         """
         if self.store is None:
-            remembered = self._remembered.get((model_id, version))
-            is_recorded = remembered is not None
+            is_recorded = (model_id, version) in self._hashed
         else:
             is_recorded = self.store.read_source(model_id, version) is not None
         try:
@@ -304,52 +294,34 @@ class ModelContents:
         """
         if self.store is not None:
             digest = digest_of((file.path, file.sha256) for file in loaded)
-            stored = self.store.find(digest, is_cancelled)
-            mtimes_ns = {file.path: file.mtime_ns for file in loaded}
-            return None if stored is None else _of_stored(model_id, version, stored, mtimes_ns)
+            return _find_stored(self.store, model_id, version, digest, loaded, is_cancelled=is_cancelled)
         try:
-            files = self._in_repository(model_id, version, self._look(model_id, version))
+            files = self._in_repository(model_id, version, self.repository.stat_version(model_id, version))
             self.hash(files, is_cancelled)
         except (LoadRefused, RepositoryUnreadable):
             return None
         return files if files.contents == contents_of(loaded) else None
 
     def _obtain_present(self, model_id: str, version: int, is_cancelled: IsCancelled) -> VersionFiles:
-        with open_version(self.repository, model_id, version) as (sources, found):
+        with self.repository.open_version(model_id, version) as (folder, found):
             if self.store is None:
                 return self._in_repository(model_id, version, found)
-            stored = self._find_stored(model_id, version, found, is_cancelled)
-            if stored is not None:
-                return stored
+            digest = self.store.find_source(model_id, version, found)
+            if digest is not None:
+                stored = _find_stored(self.store, model_id, version, digest, found, is_cancelled=is_cancelled)
+                if stored is not None:
+                    return stored
             began_ns = time.monotonic_ns()
-            copy = self.store.take(sources, found, self.find_needed, is_cancelled)
+            copy = self.store.take(folder, found, self.find_needed, is_cancelled)
         return VersionFiles(
             model_id,
             version,
             root=copy.folder,
             folder=copy.folder,
-            files=_stats_of(copy.sources),
+            files=copy.sources,
             copy=copy,
-            sources=copy.sources,
             copying_us=(time.monotonic_ns() - began_ns) // 1000,
         )
-
-    def _find_stored(
-        self,
-        model_id: str,
-        version: int,
-        found: tuple[FoundFile, ...],
-        is_cancelled: IsCancelled = is_never,
-        *,
-        rehashes: bool = True,
-    ) -> VersionFiles | None:
-        """Return what was taken from these very files into the store, held; None if it is not there."""
-        digest = self.store.find_source(model_id, version, found) if self.store is not None else None
-        if self.store is None or digest is None:
-            return None
-        stored = self.store.find(digest, is_cancelled, rehashes=rehashes)
-        mtimes_ns = {file.path: file.mtime_ns for file in found}
-        return None if stored is None else _of_stored(model_id, version, stored, mtimes_ns)
 
     def _obtain_same(
         self, model_id: str, version: int, expected: Sequence[LoadedFile], is_cancelled: IsCancelled
@@ -373,20 +345,16 @@ class ModelContents:
         return files
 
     def _in_repository(self, model_id: str, version: int, sources: tuple[FoundFile, ...]) -> VersionFiles:
-        known = self._remembered.get((model_id, version))
+        hashed = self._hashed.get((model_id, version), {})
         return VersionFiles(
             model_id,
             version,
             root=self.repository.root,
             folder=self.repository.folder_of(model_id, version),
-            files=_stats_of(sources),
-            sha256s=known.sha256s if known is not None and known.sources == sources else None,
+            files=sources,
+            sha256s=tuple(hashed.values()) if tuple(hashed) == sources else None,
             sources=sources,
         )
-
-    def _look(self, model_id: str, version: int) -> tuple[FoundFile, ...]:
-        with open_sources(self.repository.root, self.repository.folder_of(model_id, version)) as sources:
-            return sources.stat_files()
 
     def _check_readable(self, model_id: str, version: int) -> None:
         """Refuse to judge by a repository that cannot be read, or is not mounted.
@@ -425,32 +393,41 @@ def _read_signature(descriptor: int, file: FoundFile) -> ModelSignature | str:
         raise RepositoryUnreadable(f"{file.path!r} cannot be read: {error.strerror}") from None
 
 
-def _of_stored(model_id: str, version: int, stored: StoredVersion, mtimes_ns: dict[str, int]) -> VersionFiles:
+def _find_stored(
+    store: Store,
+    model_id: str,
+    version: int,
+    digest: str,
+    files: Sequence[SizedFile],
+    *,
+    is_cancelled: IsCancelled = is_never,
+    rehashes: bool = True,
+) -> VersionFiles | None:
+    """Return stored files, held, with their times in the repository; None if the store has them no more."""
+    stored = store.find(digest, is_cancelled, rehashes=rehashes)
+    if stored is None:
+        return None
     return VersionFiles(
         model_id,
         version,
-        root=stored.folder,
-        folder=stored.folder,
-        files=tuple(FileStat(file.path, file.bytes, mtimes_ns[file.path]) for file in stored.files),
+        root=store.folder_of(digest),
+        folder=store.folder_of(digest),
+        files=tuple(sorted(files, key=lambda file: file.path)),
         sha256s=tuple(file.sha256 for file in stored.files),
-        digest=stored.digest,
+        digest=digest,
     )
 
 
-def _stats_of(files: Iterable[FoundFile]) -> tuple[FileStat, ...]:
-    return tuple(FileStat(file.path, file.bytes, file.mtime_ns) for file in files)
-
-
 def _hash_sources(files: VersionFiles, is_cancelled: IsCancelled) -> tuple[str, ...]:
-    with open_sources(files.root, files.folder) as sources:
+    with open_folder(files.root, files.folder) as folder:
         sha256s = []
         for file in files.sources:
-            with sources.open_file(file) as descriptor:
+            with folder.open_file(file.path, file) as descriptor:
                 try:
                     sha256s.append(hash_descriptor(descriptor, is_cancelled))
                 except OSError as error:
                     raise RepositoryUnreadable(f"{file.path!r} cannot be read: {error.strerror}") from None
-        if sources.stat_files() != files.sources:
+        if folder.stat_files() != files.sources:
             raise LoadRefused("model_changed", "the model's files changed while they were loaded")
     return tuple(sha256s)
 
