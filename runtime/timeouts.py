@@ -30,8 +30,8 @@ measurement is then given up, so that an unload does not wait for it."""
 FORK_SERVER_LIMIT_S = 10.0
 """For a new fork server to import everything, which takes 0.2 s; then it is killed and launched again."""
 FORK_LIMIT_S = 5.0
-"""For a fork, which takes 4 ms. After it, the answer is awaited once more: as long, or `FORK_WAITS` times as
-long if there are workers, since they end with the fork server, which is then replaced."""
+"""For a fork, which takes 4 ms; then the fork server is replaced. `FORK_WAITS` times as long if there are
+workers, since they end with it."""
 FORK_WAITS = 12
 PING_LIMIT_S = 2.0
 """For the answer of the pre-forked worker, which takes 0.1 ms; then it is killed, and another is forked."""

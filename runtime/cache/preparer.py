@@ -280,7 +280,7 @@ class PreparationRun:
         async with self._pacer.worker() as worker:
             if await asyncio.to_thread(runtime_was_replaced, worker.pid):
                 raise StoreUnavailable("ONNX Runtime was replaced while this server uses it: restart it")
-            await worker.prepare(order)
+            await worker.execute(order)
 
     @property
     def _took_ms(self) -> int:

@@ -8,7 +8,7 @@ To change: how processes are forked, their environment and descriptors: `forkser
 replaced, pre-forking: `pool`. What the workers' confinement does not prevent: `confinement`. Messages to a
 worker: `worker`. What a worker may say, and when: `replies`. Its memory while it loads: `sampling`.
 Deadlines, cancellation and stuck workers: `requests`. Bytes on the socket, their budget, and busy-polling:
-`channel`. Exit codes and stderr: `pidfd`, `forkclient`.
+`channel`. Signals, exit codes and stderr: `forkclient`.
 
 Nothing here imports ONNX Runtime; what runs inside a worker is `runtime.worker`.
 """

@@ -84,7 +84,7 @@ async def probe(worker: Worker, mode: str, outside: Path) -> AppliedLayers:
     order = Probe(str(outside), () if mode == OFF else ALL_LAYERS)
     try:
         async with timeout(FORK_LIMIT_S):
-            found = await worker.probe(order)
+            found: Probed = await worker.execute(order)
     except (WorkerDied, TimeoutError) as error:
         said = "; ".join([str(error) or "the worker did not answer", *worker.stderr_tail()])
         found = Probed(0, (), ALL_ACTS, (f"the test failed: {said}",))

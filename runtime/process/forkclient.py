@@ -6,12 +6,12 @@ A fork server is launched once and never restarted; `runtime.process.pool` launc
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self, assert_never
 
 import msgspec
@@ -116,17 +116,58 @@ class StderrTail:
             self._descriptor = None
 
 
-@dataclass(frozen=True, slots=True)
-class Child:
-    """A forked process: its id, a pidfd (the owner closes it) and its future exit.
+class Process:
+    """A forked process, held by its pidfd, so that no signal can reach another process with its pid.
 
-    `end` is set when the fork server has reaped the process, or to nulls when the fork server itself has
-    ended. It must not be cancelled.
+    The process is no child of this one. Whoever gets it calls `close`.
+
+    Attributes:
+        end: set when the fork server has reaped the process, or to None twice when the fork server itself has
+            ended. It must not be cancelled.
+        orphaned: whether it ended with the fork server; known when closed. A missing exit report alone does
+            not prove that: a process could stop the fork server and then end.
     """
 
-    pid: int
-    pidfd: int
-    end: asyncio.Future[Exit]
+    def __init__(self, pid: int, pidfd: int, end: asyncio.Future[Exit]) -> None:
+        self.pid = pid
+        self.end = end
+        self.orphaned = False
+        self._pidfd = pidfd
+        self._closed = False
+
+    def watch(self, on_gone: Callable[[], None]) -> None:
+        """Call back once, on the loop, when the process has ended, whatever the fork server does."""
+        loop = asyncio.get_running_loop()
+
+        def note_gone() -> None:
+            loop.remove_reader(self._pidfd)
+            on_gone()
+
+        loop.add_reader(self._pidfd, note_gone)
+
+    def has_ended(self) -> bool:
+        """Ask the kernel whether the process has ended."""
+        if self._closed:
+            return True
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal; SIGKILL ends even a stopped process. Nothing happens if it has ended."""
+        if not self._closed:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> Exit:
+        """Close the pidfd; returns how the process ended, as far as known."""
+        end = self.end.result() if self.end.done() else Exit(None, None)
+        self.orphaned = self.end.done() and end == Exit(None, None)
+        if end == Exit(None, None):
+            end = _reap(self._pidfd)
+        close_watched(self._pidfd)
+        self._closed = True
+        return end
 
 
 class ForkServer:
@@ -146,7 +187,7 @@ class ForkServer:
         self._stderr = StderrTail(stderr)
         self._at_end = False
         self._pidfd = pidfd
-        self._requests: deque[asyncio.Future[Child]] = deque()
+        self._requests: deque[asyncio.Future[Process]] = deque()
         self._children: dict[int, asyncio.Future[Exit]] = {}
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -180,7 +221,7 @@ class ForkServer:
         """The fork server's process id."""
         return self._process.pid
 
-    def fork(self, descriptors: Sequence[int]) -> asyncio.Future[Child]:
+    def fork(self, descriptors: Sequence[int]) -> asyncio.Future[Process]:
         """Request a worker with these descriptors, which the caller may close at once.
 
         The returned future must not be cancelled: somebody must own the child that it brings.
@@ -188,7 +229,7 @@ class ForkServer:
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`, by the future.
         """
-        answer: asyncio.Future[Child] = self._loop.create_future()
+        answer: asyncio.Future[Process] = self._loop.create_future()
         try:
             socket.send_fds(self._connection, [FORK], descriptors)
         except OSError as error:
@@ -246,10 +287,10 @@ class ForkServer:
                 os.close(descriptor)
         return True
 
-    def _on_forked(self, pid: int, answer: asyncio.Future[Child], descriptors: list[int]) -> None:
+    def _on_forked(self, pid: int, answer: asyncio.Future[Process], descriptors: list[int]) -> None:
         end = self._children[pid] = self._loop.create_future()
         if descriptors:
-            answer.set_result(Child(pid, descriptors.pop(), end))
+            answer.set_result(Process(pid, descriptors.pop(), end))
         else:  # the kernel drops what there is no number for; the child ends when its channels are closed
             answer.set_exception(ForkServerUnavailable("no pidfd arrived: too many open files"))
 
@@ -274,6 +315,22 @@ class ForkServer:
         self._children.clear()
         self._requests.clear()
         self.ended.set_result(None)
+
+
+def _reap(pidfd: int) -> Exit:
+    """Reap an orphaned worker and return how it ended.
+
+    When the fork server dies first, the next reaper above it adopts its children. In a container that may be
+    this very process, and then nobody else reaps them.
+    """
+    try:
+        info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except OSError:
+        return Exit(None, None)
+    if info is None:
+        return Exit(None, None)
+    exited = info.si_code == os.CLD_EXITED
+    return Exit(info.si_status, None) if exited else Exit(None, info.si_status)
 
 
 def close_watched(descriptor: int) -> None:

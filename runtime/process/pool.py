@@ -12,7 +12,7 @@ from events.types import LoadParameters
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
 from runtime.modeldefaults import WarmUp
 from runtime.process.confinement import UNCONFINED, probe
-from runtime.process.forkclient import Child, ForkServer, close_watched
+from runtime.process.forkclient import ForkServer, Process, close_watched
 from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import Worker
@@ -26,7 +26,7 @@ from runtime.timeouts import (
     PING_LIMIT_S,
     timeout,
 )
-from runtime.wire import Buffer, Load, MalformedFrame, ReadJson, Tensor
+from runtime.wire import Buffer, JsonRead, Load, MalformedFrame, Ping, ReadJson, Tensor
 
 T = TypeVar("T")
 
@@ -204,7 +204,7 @@ class WorkerPool:
         order = ReadJson(reading_bytes(len(text)), self.applied.layers)
         try:
             async with timeout(limit_s):
-                read = await worker.read_json(order, Tensor("json", "UINT8", (len(text),), text))
+                read: JsonRead = await worker.execute(order, (Tensor("json", "UINT8", (len(text),), text),))
             return assemble(text, read)
         except TimeoutError:
             raise InferenceTimeout("the JSON of the request could not be read in time") from None
@@ -248,9 +248,9 @@ class WorkerPool:
                 for descriptor in shared:
                     theirs.callback(os.close, descriptor)
                 forked = fork_server.fork((data_end.fileno(), control_end.fileno(), write, *shared))
-            child = await self._answer(fork_server, forked)
-            ours.callback(close_watched, child.pidfd)
-            worker = Worker(worker_id, child, read, self._patience_s, self._sampler, tensor_memory=tensors)
+            process = await self._answer(fork_server, forked)
+            ours.callback(process.close)
+            worker = Worker(worker_id, process, read, self._patience_s, self._sampler, tensor_memory=tensors)
             worker.records_stderr = self.records_stderr
             ours.pop_all()
         return worker, data, control
@@ -292,35 +292,26 @@ class WorkerPool:
             raise ForkServerUnavailable from None
         return self._fork_server
 
-    async def _answer(self, fork_server: ForkServer, forked: asyncio.Future[Child]) -> Child:
-        """Wait for the fork server's answer; a child that nobody takes ends with its channels."""
-        last_s = FORK_LIMIT_S * (FORK_WAITS if self._workers else 1)
+    async def _answer(self, fork_server: ForkServer, forked: asyncio.Future[Process]) -> Process:
+        """Wait for the fork server's answer; a process that nobody takes ends with its channels."""
         try:
-            child = await _within(FORK_LIMIT_S, forked) or await _within(last_s, forked)
-        except asyncio.CancelledError:
+            async with timeout(FORK_LIMIT_S * (FORK_WAITS if self._workers else 1)):
+                process = await asyncio.shield(forked)
+        except BaseException as error:
             forked.add_done_callback(_discard)
-            raise
-        if child is None:
+            if not isinstance(error, TimeoutError):
+                raise
             fork_server.kill()
-            forked.add_done_callback(_discard)
-            raise ForkServerUnavailable("the fork server did not answer twice and is replaced")
+            raise ForkServerUnavailable("the fork server did not answer and is replaced") from None
         if self._closed:
             _discard(forked)
             raise ForkServerUnavailable("the pool is closed")
-        return child
+        return process
 
 
-async def _within(limit_s: float, forked: asyncio.Future[Child]) -> Child | None:
-    """Return the forked child; None if it does not come within the limit."""
-    with contextlib.suppress(TimeoutError):
-        async with timeout(limit_s):
-            return await asyncio.shield(forked)
-    return None
-
-
-def _discard(forked: asyncio.Future[Child]) -> None:
-    if forked.exception() is None:  # this side's channels are closed, so the child ends by itself
-        os.close(forked.result().pidfd)
+def _discard(forked: asyncio.Future[Process]) -> None:
+    if forked.exception() is None:  # this side's channels are closed, so the process ends by itself
+        forked.result().close()
 
 
 def _socketpair(
@@ -370,7 +361,7 @@ class PreforkedWorker:
             return None
         try:
             async with timeout(PING_LIMIT_S):
-                await worker.ping()
+                await worker.execute(Ping())
         except (TimeoutError, WorkerDied):
             worker.kill()
             return None

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from runtime.errors import Exit, InferenceTimeout, RuntimeProblem, WorkerDied
-from runtime.timeouts import Timeout, stall_detector
+from runtime.timeouts import Timeout
 from runtime.wire import Infer, Outcome, Tensor
 
 Answer = tuple[Outcome, tuple[Tensor, ...]]
@@ -32,10 +32,8 @@ class InFlight:
         self._on_stuck = on_stuck
         self._loop = asyncio.get_running_loop()
         self._pending: dict[int, tuple[Infer, asyncio.Future[Answer]]] = {}
-        self._cancelled: dict[int, float] = {}
-        self._answered_at = 0.0
+        self._cancelled: set[int] = set()
         self._watching: Timeout | None = None
-        self._stalls = stall_detector()
         self._idle = asyncio.Event()
 
     def __len__(self) -> int:
@@ -76,9 +74,10 @@ class InFlight:
     def settle(self, number: int, result: Answer | RuntimeProblem) -> None:
         """Hand the worker's answer to the caller, who may have gone."""
         _, answer = self._pending.pop(number)
-        self._answered_at = self._stalls.active_s()
         if self._cancelled:
-            self._cancelled.pop(number, None)
+            self._cancelled.discard(number)
+            if not self._cancelled:
+                self._stop_watching()
         if not self._pending:
             self._idle.set()
         if answer.done():
@@ -96,8 +95,7 @@ class InFlight:
                 answer.set_exception(WorkerDied(end, begun=number == first))
         self._pending.clear()
         self._cancelled.clear()
-        if self._watching is not None:
-            self._watching.cancel()
+        self._stop_watching()
         self._idle.set()
 
     def _expire(self, number: int, timeout_s: float) -> None:
@@ -109,27 +107,21 @@ class InFlight:
 
     def _cancel(self, number: int) -> None:
         if number in self._pending:
-            self._cancelled[number] = self._stalls.active_s()
+            self._cancelled.add(number)
             self._send_cancel(number)
-            self._watch(self.patience_s)
+            if self._watching is None:
+                progress = self._find_cancelled_run
+                self._watching = Timeout(self.patience_s, self._on_stuck, progress=progress)
 
-    def _watch(self, delay_s: float) -> None:
-        if self._watching is None:
-            self._watching = Timeout(delay_s, self._check_stuck)
-
-    def _check_stuck(self) -> None:
-        """Check the first inference: they run in order, so it is the running one.
+    def _find_cancelled_run(self) -> object:
+        """Return the running inference if it is cancelled: they run in order, so it is the first.
 
         A cancelled inference behind it only waits, and proves nothing.
         """
-        self._watching = None
-        if not self._cancelled:
-            return
         first = next(iter(self._pending))
-        left_s = self.patience_s
-        if first in self._cancelled:
-            left_s += max(self._cancelled[first], self._answered_at) - self._stalls.active_s()
-        if left_s > 0:
-            self._watch(left_s)
-        else:
-            self._on_stuck()
+        return first if first in self._cancelled else object()
+
+    def _stop_watching(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None

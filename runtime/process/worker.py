@@ -23,8 +23,7 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.process.channel import Channel
-from runtime.process.forkclient import Child, StderrTail
-from runtime.process.pidfd import Process
+from runtime.process.forkclient import Process, StderrTail
 from runtime.process.replies import REPORTS, SILENCE, AnswerRules, PendingOrder
 from runtime.process.requests import Answer, InFlight
 from runtime.process.sampling import LoadSamples, MemorySampler, WorkerMemory
@@ -36,16 +35,13 @@ from runtime.wire import (
     FromWorker,
     Infer,
     InferenceFailure,
-    JsonRead,
     Load,
     Loaded,
     MalformedFrame,
     Outcome,
     Ping,
     Prepare,
-    PrepareDone,
     Probe,
-    Probed,
     ReadJson,
     Tensor,
     ToWorker,
@@ -84,7 +80,7 @@ class Worker:
     def __init__(
         self,
         worker_id: str,
-        child: Child,
+        process: Process,
         stderr: int,
         patience_s: float,
         sampler: MemorySampler,
@@ -92,7 +88,7 @@ class Worker:
         tensor_memory: TensorMemory,
     ) -> None:
         self.worker_id = worker_id
-        self.pid = child.pid
+        self.pid = process.pid
         self.memory_bytes = 0
         self.loaded_memory: WorkerMemory | None = None
         self.records_stderr = True
@@ -100,7 +96,8 @@ class Worker:
         self._sampler = sampler
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[Exit] = self._loop.create_future()
-        self._process = Process(child, self._on_gone)
+        self._process = process
+        process.watch(self._on_gone)
         self._stderr = StderrTail(stderr)
         self._in_flight = InFlight(patience_s, self._cancel, self._kill_stuck)
         self._data = Channel(SILENCE, self._on_frame, self._on_malformed, self._on_lost, tensor_memory.locate)
@@ -167,7 +164,6 @@ class Worker:
         """
         # A cancelled request may wait this long for others of its batch.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
-        order = replace(order, tensors=heads(warm_up_inputs))
         self._most_bytes = order.most_bytes(memory.thread_bytes())
 
         def note_sample(bytes_: int) -> None:
@@ -176,50 +172,38 @@ class Worker:
 
         with self._sampler.watch(self.pid, note_sample) as samples:
             self._empty_bytes = samples.empty_bytes
-            report: Loaded = await self._answer_to(order, warm_up_inputs, on_stage)
+            report: Loaded = await self.execute(order, warm_up_inputs, on_stage)
             self._most_names = len(report.inputs) + len(report.outputs) + SURPLUS_NAMES
             on_stage("measuring")
             self.loaded_memory = await self._measure_load(samples)
         return report
 
-    async def prepare(self, order: Prepare) -> PrepareDone:
-        """Make a cached model, once per worker and instead of a load; the worker then ends by itself.
+    async def execute(
+        self,
+        order: Load | Prepare | Probe | Ping | ReadJson,
+        tensors: Sequence[Tensor] = (),
+        on_stage: Callable[[str], None] = lambda _: None,
+    ) -> Any:
+        """Have the worker carry out an order, and return its report; `load` does so, and more, for a load.
+
+        Beside `Ping`, each is a worker's only order. It ends after all but `Load`, and if one fails.
 
         Args:
-            order: what to prepare, and the target folder, which the caller clears after a failure.
+            order: what to do.
+            tensors: those of a load's warm-up or the text of `ReadJson`, whose heads are added to the order.
+            on_stage: called with the stages of a load.
 
         Raises:
-            LoadRefused: with the code of the reason: `prepare_failed`, `disk_full`, or one of a load's.
+            LoadRefused: of `Load` and `Prepare`, with the code of the reason.
             WorkerDied: `worker_died`.
         """
-        report: PrepareDone = await self._answer_to(order)
-        return report
-
-    async def probe(self, order: Probe) -> Probed:
-        """Have this worker confine itself and try forbidden things, instead of a load; it then ends.
-
-        Raises:
-            WorkerDied: `worker_died`.
-        """
-        report: Probed = await self._answer_to(order)
-        return report
-
-    async def ping(self) -> None:
-        """Wait until the worker answers, before any order.
-
-        Raises:
-            WorkerDied: `worker_died`.
-        """
-        await self._answer_to(Ping())
-
-    async def read_json(self, order: ReadJson, text: Tensor) -> JsonRead:
-        """Have this worker read the JSON of a request, instead of a load; it then ends.
-
-        Raises:
-            WorkerDied: `worker_died`, also if the order's memory is not enough.
-        """
-        report: JsonRead = await self._answer_to(replace(order, tensors=heads((text,))), (text,))
-        return report
+        if tensors:
+            order = replace(order, tensors=heads(tensors))
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        self._pending = PendingOrder(order, answer, on_stage)
+        self._data.expect(REPORTS)
+        self._send(order, tensors)
+        return await answer
 
     async def infer(
         self,
@@ -359,18 +343,6 @@ class Worker:
         self._stderr.note(f"killed by the server: {reason}")
         self.kill()
 
-    async def _answer_to(
-        self,
-        order: Load | Prepare | Probe | Ping | ReadJson,
-        tensors: Sequence[Tensor] = (),
-        on_stage: Callable[[str], None] = lambda _: None,
-    ) -> Any:
-        answer: asyncio.Future[Any] = self._loop.create_future()
-        self._pending = PendingOrder(order, answer, on_stage)
-        self._data.expect(REPORTS)
-        self._send(order, tensors)
-        return await answer
-
     def _send(self, message: ToWorker, tensors: Sequence[Tensor] = ()) -> None:
         if self.ended.done():
             raise WorkerDied(self.ended.result())
@@ -416,13 +388,13 @@ class Worker:
     def _on_gone(self) -> None:
         """The process is gone; its exit report and its last output may still arrive."""
         self._exit_timer = Timeout(EXIT_WAIT_S, self._finish)
-        self._process.on_exit_reported(self._finish_when_complete)
+        self._process.end.add_done_callback(lambda _: self._finish_when_complete())
         self._finish_when_complete()
 
     def _finish_when_complete(self) -> None:
         if (
             self._exit_timer is not None
-            and self._process.exit_reported
+            and self._process.end.done()
             and self._data.lost
             and self._control.lost
         ):

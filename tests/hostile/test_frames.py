@@ -22,7 +22,7 @@ from support.workers import LIMIT_S, ask, floats, fork_server_of, load, order_of
 
 from runtime.errors import Exit, RuntimeProblem
 from runtime.frames import FrameReader, FrameRules
-from runtime.process.forkclient import Child
+from runtime.process.forkclient import Process
 from runtime.process.forkserver import EX_SOFTWARE
 from runtime.process.pool import WorkerPool
 from runtime.process.sharedmemory import TensorMemory
@@ -56,7 +56,7 @@ async def send(ends: Ends, frames: list[tuple[str, bytes]], rng: Random) -> None
                 await asyncio.sleep(0)
 
 
-async def fork(pool: WorkerPool, stack: ExitStack) -> tuple[Child, Ends]:
+async def fork(pool: WorkerPool, stack: ExitStack) -> tuple[Process, Ends]:
     """Fork a worker that nobody watches; returns it, and this side's ends of its channels."""
     pairs = {name: socket.socketpair() for name in ("data", "control")}
     ours = {name: stack.enter_context(pair[0]) for name, pair in pairs.items()}
@@ -65,7 +65,7 @@ async def fork(pool: WorkerPool, stack: ExitStack) -> tuple[Child, Ends]:
     tensor_memory, shared = TensorMemory.create()
     child = await fork_server_of(pool).fork((*theirs, output, *shared))
     tensor_memory.close()
-    stack.callback(os.close, child.pidfd)
+    stack.callback(child.close)
     for descriptor in (output, *shared):
         os.close(descriptor)
     for our_end, their_end in pairs.values():

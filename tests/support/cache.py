@@ -42,7 +42,7 @@ def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> 
 async def prepare_form(pool: WorkerPool, order: Prepare) -> PrepareDone:
     """Prepare a model; the worker then ends by itself."""
     worker = await pool.start("w")
-    report = await worker.prepare(order)
+    report: PrepareDone = await worker.execute(order)
     assert await asyncio.shield(worker.ended) == Exit(0, None)
     return report
 

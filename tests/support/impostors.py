@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime import wire
 from runtime.errors import Exit
-from runtime.process.forkclient import Child
+from runtime.process.forkclient import Process
 from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import Worker
@@ -111,7 +111,7 @@ async def _adopted(process: subprocess.Popen[bytes], ends: _Ends) -> AsyncIterat
 
     loop.add_reader(watched, reap)
     os.close(ends.stderr_end)
-    child = Child(process.pid, os.pidfd_open(process.pid), end)
+    child = Process(process.pid, os.pidfd_open(process.pid), end)
     tensor_memory, shared = TensorMemory.create()
     for descriptor in shared:
         os.close(descriptor)

@@ -118,7 +118,7 @@ async def refusal(
     """Give an order that a worker refuses; the worker then ends by itself."""
     worker = await pool.start("w")
     with pytest.raises(LoadRefused) as refused:
-        await (worker.load(order, on_stage, given) if isinstance(order, Load) else worker.prepare(order))
+        await (worker.load(order, on_stage, given) if isinstance(order, Load) else worker.execute(order))
     assert await asyncio.shield(worker.ended) == Exit(0, None)
     return refused.value
 

@@ -249,7 +249,7 @@ UNTRUE_OF_PREPARING: list[wire.Message] = [
 async def reported(worker: Worker, order: wire.Load | wire.Prepare, message: wire.Message) -> Any:
     """Order a load or a preparation, and let the server read this as its report."""
     await freeze(worker.pid)
-    ordered = worker.prepare(order) if isinstance(order, wire.Prepare) else worker.load(order, lambda _: None)
+    ordered = worker.execute(order) if isinstance(order, wire.Prepare) else worker.load(order, lambda _: None)
     awaited: asyncio.Future[Any] = asyncio.ensure_future(ordered)
     await asyncio.sleep(0)
     receive(worker, encoded(message))

@@ -80,7 +80,7 @@ async def succeeded(pool: WorkerPool, order: Load | Prepare) -> set[str]:
     """Return which attempts of a taken over worker succeeded."""
     worker = await pool.start("w")
     with pytest.raises((LoadRefused, WorkerDied)) as refused:
-        await (worker.prepare(order) if isinstance(order, Prepare) else worker.load(order, lambda _: None))
+        await (worker.execute(order) if isinstance(order, Prepare) else worker.load(order, lambda _: None))
     assert "SUCCEEDED" in str(refused.value), "\n".join(worker.stderr_tail())
     return set(json.loads(str(refused.value).partition("SUCCEEDED ")[2]))
 
@@ -133,7 +133,7 @@ async def test_probe_reports_what_layers_do_not_prevent(
     if "landlock" in layers and not landlock.find_abi():
         pytest.skip("this kernel has no Landlock")
     worker = await pool.start("w")
-    found = await worker.probe(Probe(str(tmp_path), layers))
+    found = await worker.execute(Probe(str(tmp_path), layers))
     assert (set(found.succeeded), found.layers, found.problems) == (expected, layers, ())
     assert found.landlock_abi == (landlock.find_abi() if "landlock" in layers else 0)
     assert sum(1 for _ in os.scandir(tmp_path)) == 0

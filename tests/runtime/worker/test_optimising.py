@@ -126,7 +126,7 @@ async def test_kill_while_optimising_is_a_death(pool: WorkerPool, tmp_path: Path
     root = tmp_path / "models"
     save(models.slow_model(), root, "m")
     worker = await pool.start("w")
-    preparing = asyncio.ensure_future(worker.prepare(prepare_order(root)))
+    preparing = asyncio.ensure_future(worker.execute(prepare_order(root)))
     await until(computing(worker.pid))
     await until(lambda: in_background(worker.pid))
     worker.kill()
