@@ -203,7 +203,6 @@ def _openapi(metrics: str) -> str:
 
 
 async def _relocate_for_proxy(request: web.Request, response: web.StreamResponse) -> None:
-    """Adapt `Location` to the prefix of a proxy."""
     request.app[PROXIES].relocate(request, response)
 
 
@@ -256,7 +255,6 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _confine(pool: WorkerPool, config: Config) -> None:
-    """Confine the workers, and log what that does not prevent, and what it took."""
     started_s = time.perf_counter()
     await pool.confine(config.confine, config.data)
     said = describe(pool.applied.confinement)
@@ -302,7 +300,6 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
 
 
 async def _begin(app: web.Application, shared: SharedLedger | None) -> Receipt:
-    """Record that this server is there: alone, or as a node."""
     config, confinement = app[CONFIG], app[POOL].applied.confinement
     if shared is None:
         return await app[LOG].server_started(confinement)
@@ -406,7 +403,6 @@ def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
 
 
 def _open_cache(config: Config) -> ModelCache | None:
-    """Open the cache of optimised models; without one, models load from their files."""
     most_bytes = parse_prepared_size(config.prepared_size)
     if not most_bytes:
         return None

@@ -114,7 +114,6 @@ def attach_node(app: web.Application, cache: ModelCache | None) -> None:
 
 
 async def _describe_node(app: web.Application, cache: ModelCache | None) -> NodeHints:
-    """Return what is free at this node, and which files it has."""
     consumer, store = app[CONSUMER], app[CONTENTS].store
     position, policy, uses = app[LOG].head.position, consumer.policy, consumer.uses()
     taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
@@ -131,7 +130,6 @@ async def _describe_node(app: web.Application, cache: ModelCache | None) -> Node
 
 
 def _find_prepared(cache: ModelCache | None, versions: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the SHA-256 of the files of versions that have a prepared form."""
     if cache is None:
         return []
     found = (files for digest, files in versions.items() if cache.find(make_key(digest)) is not None)

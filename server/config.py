@@ -182,8 +182,6 @@ class ConfigError(Exception):
 
 
 def _validator_of(parse: Callable[[str], object]) -> Validator:
-    """Return a validator that refuses what cannot be parsed."""
-
     def validator(text: str) -> None:
         try:
             parse(text)
@@ -472,7 +470,6 @@ class Config:
         return MAX_AWAY_S if self.when_away == "serve" else self.lease_s * AWAY_SHARE
 
     def labels(self) -> tuple[str, ...]:
-        """Return the labels of this node, in order."""
         return () if self.node_labels is None else parse_labels(self.node_labels)
 
     def max_loads(self, cpus: int) -> int:
@@ -485,7 +482,6 @@ class Config:
 
     @property
     def has_store(self) -> bool:
-        """Whether models are loaded from private copies."""
         return self.store_size != OFF
 
     def store_bytes(self) -> int | None:
@@ -493,7 +489,6 @@ class Config:
         return parse_store_size(self.store_size)
 
     def upload_policy(self) -> UploadPolicy:
-        """Return what callers may add to the repository."""
         return UploadPolicy(
             cast("Writable", self.repository_writable),
             is_immutable=not self.has_store,
@@ -502,7 +497,6 @@ class Config:
         )
 
     def proxies(self) -> Proxies:
-        """Return the trusted proxies and their header field."""
         trusted = () if self.trusted_proxies is None else parse_networks(self.trusted_proxies)
         return Proxies(trusted, self.forwarded_header)
 
@@ -525,17 +519,14 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The option, such as `--port`."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def variable(self) -> str:
-        """The environment variable, such as `LOADLEDGER_PORT`."""
         return PREFIX + self.name.upper()
 
 
 def settings() -> tuple[Setting, ...]:
-    """Return all settings, in the order of `Config`."""
     return tuple(_describe_setting(each) for each in dataclasses.fields(Config) if "help" in each.metadata)
 
 

@@ -142,7 +142,6 @@ def _mistake_of(given: _Given, error: ValidationError) -> Mistake:
 
 
 def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[str, _Given], list[Mistake]]:
-    """Return the values of the file, if there is one, and mistakes for unknown keys."""
     source, name = (
         ("--config", flag) if flag is not None else (CONFIG_VARIABLE, environment.get(CONFIG_VARIABLE))
     )

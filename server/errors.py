@@ -210,7 +210,6 @@ def problem_response(problem: Problem, path: str) -> web.Response:
 
 
 def media_type_of(path: str) -> str:
-    """Return the content type of errors under `path`."""
     is_inference = path == "/v2" or path.startswith("/v2/")
     return "application/json" if is_inference else "application/problem+json"
 

@@ -81,7 +81,6 @@ def openapi_yaml(routes: Iterable[Route]) -> str:
 
 
 def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
-    """Return the document as plain values."""
     spec = _empty_spec()
     taken: set[str] = set()
     for route in routes:

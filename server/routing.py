@@ -186,7 +186,6 @@ def add_routes(app: web.Application, routes: Iterable[Route]) -> None:
 
 
 def matched_route(request: web.Request) -> Route | None:
-    """Return the route a request was matched to; None for unknown paths and wrong methods."""
     return request.app[ROUTES].get(request.match_info.route)
 
 

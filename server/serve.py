@@ -48,11 +48,9 @@ class Notifier:
         self._failed = False
 
     def ready(self, url: str) -> None:
-        """Notify that the server answers at this address."""
         self._send(f"READY=1\nSTATUS=ready at {url}")
 
     def stopping(self) -> None:
-        """Notify that the server stops."""
         self._send("STOPPING=1\nSTATUS=stopping: running requests may end")
 
     async def notify_watchdog(self) -> None:
@@ -76,7 +74,6 @@ class Notifier:
 
 
 def _watchdog_s(environment: Mapping[str, str]) -> float | None:
-    """Return the watchdog period of this process; None without a watchdog."""
     period, process = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID")
     is_ours = process is None or process == str(os.getpid())
     return int(period) / 1e6 if is_ours and period.isdecimal() and int(period) > 0 else None

@@ -134,7 +134,6 @@ class EventListSchema(AnswerSchema):
     errors=("beyond_head", "archived", "log_unavailable"),
 )
 async def list_events(request: web.Request) -> web.Response:
-    """Answer with a page of events in their stored texts."""
     query = query_parameters(request)
     await request.app[LOG].reach(query["after"] or 0)
     page = await request.app[READER].event_page(_event_query(query))
@@ -145,7 +144,6 @@ async def list_events(request: web.Request) -> web.Response:
 
 
 def event_filter(query: Mapping[str, Any]) -> EventFilter:
-    """Return the filter that the parameters of `filter_fields` describe."""
     return EventFilter(
         types=tuple(query["type"]),
         models=tuple(query["model"]),
@@ -259,7 +257,6 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
 
 
 async def open_streams(app: web.Application) -> AsyncIterator[None]:
-    """Open readers, tails and stages of streams; a resource of the application."""
     log = app[LOG]
     async with AsyncExitStack() as stack:
         readers = [await stack.enter_async_context(open_reader(log.path)) for _ in range(1 + READERS)]

@@ -99,7 +99,6 @@ async def v2_ready(request: web.Request) -> web.Response:
     answers={200: {"description": "OpenAPI 3.0.3."}},
 )
 async def show_openapi(request: web.Request) -> web.Response:
-    """Answer with the OpenAPI document."""
     text = await asyncio.to_thread(request.app[OPENAPI])
     return web.Response(text=text, content_type="application/yaml")
 
@@ -124,18 +123,15 @@ def vital_tasks(app: web.Application) -> dict[str, asyncio.Task[None]]:
 
 
 def failed_tasks(app: web.Application) -> dict[str, BaseException]:
-    """Return the vital tasks that failed, with their exceptions."""
     ended = {name: task for name, task in vital_tasks(app).items() if task.done() and not task.cancelled()}
     return {name: error for name, task in ended.items() if (error := task.exception()) is not None}
 
 
 def live_checks(app: web.Application) -> dict[str, bool]:
-    """Return the checks of liveness."""
     return {name: not task.done() for name, task in vital_tasks(app).items()}
 
 
 def ready_checks(app: web.Application) -> dict[str, bool]:
-    """Return the checks of readiness."""
     return {
         **live_checks(app),
         "log": app[LOG].healthy or (MEMBERSHIP in app and app[MEMBERSHIP].may_serve),

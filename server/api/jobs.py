@@ -247,7 +247,6 @@ class ShuttingDown(ServerProblem):
     errors=("beyond_head", "archived", "log_unavailable"),
 )
 async def list_jobs(request: web.Request) -> web.Response:
-    """Answer with a page of jobs."""
     query = query_parameters(request)
     status = JobStatus(query["status"]) if query["status"] is not None else None
     wanted = JobQuery(before=query["cursor"], model_id=query["model"], status=status, limit=query["limit"])
@@ -363,7 +362,6 @@ async def run_job(app: web.Application, command: Command) -> Job:
 
 
 def job_path(job_id: str) -> str:
-    """Return the path of a job."""
     return f"/api/v1/jobs/{job_id}"
 
 

@@ -68,7 +68,6 @@ class StderrSchema(AnswerSchema):
     errors=("unknown_model", "repository_busy", "log_unavailable"),
 )
 async def show_stderr(request: web.Request) -> web.Response:
-    """Answer with the last lines of a model's workers."""
     model_id = path_parameters(request)["id"]
     running = [
         _printed(load, worker)
@@ -93,7 +92,6 @@ def _printed(load: RunningLoad, worker: Worker) -> dict[str, Any]:
 
 
 async def _last_exited(app: web.Application, model_id: str) -> dict[str, Any] | None:
-    """Return the last unexpected exit of a model's worker that the log still has."""
     wanted = EventFilter(types=(WorkerExited.TYPE,), models=(model_id,))
     page = await app[READER].event_page(EventQuery(wanted, newest_first=True, limit=1))
     for stored in page.items:

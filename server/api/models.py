@@ -223,7 +223,6 @@ class ListedModel:
     errors=("beyond_head", "archived", "log_unavailable", "repository_busy"),
 )
 async def list_models(request: web.Request) -> web.Response:
-    """Answer with a page of models, from the recorded state and the repository."""
     query, state = query_parameters(request), request.app[LOG].state
     if query["at"] is not None:
         return web.json_response(await _list_past_models(request, **query))
@@ -266,7 +265,6 @@ async def _list_past_models(request: web.Request, at: str, cursor: str, limit: i
     errors=("unknown_model", "beyond_head", "archived", "log_unavailable", "repository_busy"),
 )
 async def show_model(request: web.Request) -> web.Response:
-    """Answer with one model."""
     model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
     if at is not None:
         moment, past = await read_past(request, at, state_at)
@@ -372,7 +370,6 @@ async def _describe_signature(app: web.Application, model_id: str) -> dict[str, 
     errors=("nothing_loaded", *JOB_ERRORS),
 )
 async def unload_active(request: web.Request) -> web.Response:
-    """Append `UnloadRequested` for the active model."""
     return await _unload(request, None)
 
 

@@ -126,7 +126,6 @@ class NodeListSchema(AnswerSchema):
     answers={200: (NodeListSchema(), "All nodes.")},
 )
 async def list_nodes(request: web.Request) -> web.Response:
-    """Answer with all nodes."""
     return web.json_response({"nodes": describe_nodes(request.app), "as_of": request.app[LOG].state.position})
 
 
@@ -205,7 +204,6 @@ def node_views(
 
 
 def _models_by_node(state: State) -> defaultdict[str | None, list[Model]]:
-    """Return the models with a load, by its node, in the order of their ids."""
     found = defaultdict[str | None, list[Model]](list)
     for model in sorted(state.models.values(), key=lambda model: model.id):
         if model.serving is not None:

@@ -90,7 +90,6 @@ _UNCHANGED = {304: {"description": "Not changed: it still has the tag of `If-Non
     answers={200: {"description": "The page."}},
 )
 async def show_docs(request: web.Request) -> web.Response:  # noqa: ARG001 -- a handler's signature
-    """Answer with the page."""
     return await _docs_file(DOCS_PAGE)
 
 
@@ -114,7 +113,6 @@ async def show_file(request: web.Request) -> web.Response:
     answers={200: {"description": "The page."}, **_UNCHANGED},
 )
 async def show_console(request: web.Request) -> web.StreamResponse:
-    """Answer with the page."""
     return await _console_file(request, CONSOLE_PAGE)
 
 
@@ -128,7 +126,6 @@ async def show_console(request: web.Request) -> web.StreamResponse:
     errors=("not_found",),
 )
 async def show_console_file(request: web.Request) -> web.StreamResponse:
-    """Answer with a file of the page."""
     return await _console_file(request, path_parameters(request)["file"])
 
 

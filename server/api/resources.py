@@ -117,7 +117,6 @@ class ResourcesCache:
         self._body = b""
 
     def body(self, app: web.Application) -> bytes:
-        """Return the answer, at most CACHED_S old."""
         position, now_s = app[LOG].state.position, asyncio.get_running_loop().time()
         if self._seen is None or self._seen[0] != position or now_s - self._seen[1] > CACHED_S:
             self._body = msgspec.json.encode(_resources(app))
@@ -133,7 +132,6 @@ class ResourcesCache:
     answers={200: (ResourcesSchema(), "The current use, at most a tenth of a second old.")},
 )
 async def show_resources(request: web.Request) -> web.Response:
-    """Answer with the budget and every load that has a process."""
     body = request.app[RESOURCES_CACHE].body(request.app)
     return web.Response(body=body, content_type="application/json")
 

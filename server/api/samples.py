@@ -107,7 +107,6 @@ class ModelHistorySchema(HistorySchema):
     answers={200: (ServerHistorySchema(), "The samples of the server.")},
 )
 async def show_server_history(request: web.Request) -> web.Response:
-    """Answer with the samples of the server."""
     name = query_parameters(request)["range"]
     samples = request.app[TIME_SERIES].of_server(RANGES[name])
     return _answer(name, map(_server_point, samples), (sample.counts for sample in samples))

@@ -40,11 +40,9 @@ class ServerSentEvents:
     media_type = "text/event-stream"
 
     def opening(self, position: int) -> bytes:
-        """Return the delay of a reconnect and the first bookmark."""
         return b"retry: %d\nid: %d\n\n" % (RETRY_MS, position)
 
     def events(self, events: Sequence[StoredEvent]) -> bytes:
-        """Return the events, named by their types."""
         return b"".join(
             b"id: %d\n%bdata: %b\n\n" % (event.position, _event_line(event.type), event.line)
             for event in events
@@ -59,11 +57,9 @@ class ServerSentEvents:
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), _json(members))
 
     def heartbeat(self, position: int) -> bytes:  # noqa: ARG002 -- other forms send it
-        """Return a comment."""
         return b": heartbeat\n\n"
 
     def end(self, reason: str) -> bytes:
-        """Return a comment."""
         return b": %b\n\n" % reason.encode()
 
 
@@ -73,15 +69,12 @@ class JsonLines:
     media_type = "application/x-ndjson"
 
     def opening(self, position: int) -> bytes:
-        """Return a bookmark."""
         return self.bookmark(position)
 
     def events(self, events: Sequence[StoredEvent]) -> bytes:
-        """Return a line for each event."""
         return b"".join(b"%b\n" % event.line for event in events)
 
     def bookmark(self, position: int) -> bytes:
-        """Return a line with the position."""
         return self.notice("bookmark", {"position": position})
 
     def notice(self, kind: str, members: Mapping[str, object]) -> bytes:
@@ -89,11 +82,9 @@ class JsonLines:
         return _json({"stream": kind, **members}) + b"\n"
 
     def heartbeat(self, position: int) -> bytes:
-        """Return a bookmark, which may repeat the last one."""
         return self.bookmark(position)
 
     def end(self, reason: str) -> bytes:
-        """Return a line with the reason."""
         return self.notice("end", {"reason": reason})
 
 
@@ -112,7 +103,6 @@ def chosen_form(accept: str | None) -> Form:
 
 
 def _event_line(kind: str) -> bytes:
-    """Return the line with an event's type; nothing for a type with other than printable characters."""
     return b"event: %b\n" % kind.encode() if _FIELD.fullmatch(kind) else b""
 
 
@@ -136,7 +126,6 @@ class JobStage:
 
     @property
     def members(self) -> dict[str, object]:
-        """Return the members of the signal."""
         return {
             "job_id": self.job_id,
             "model_id": self.model_id,
@@ -172,7 +161,6 @@ class Stages:
         return self.changes > before
 
     def changed_since(self, change: int, wanted: EventFilter) -> Iterator[JobStage]:
-        """Yield the stages after a change that match a filter; stages have no actor."""
         if change >= self.changes or wanted.actors or (wanted.types and STAGE not in wanted.types):
             return
         for stage in self._seen.values():
@@ -300,12 +288,10 @@ class StreamToken:
 
     @classmethod
     def of(cls, request: web.Request, verifier: Verifier) -> StreamToken:
-        """Return the token of an authenticated request."""
         token = bearer_token(request.headers.getall(hdrs.AUTHORIZATION, []))
         return cls(verifier, token, request[PRINCIPAL].expires_at)
 
     def is_valid(self) -> bool:
-        """Whether the token is still valid."""
         try:
             self.verifier.verify(self.token, time.time())
         except InvalidToken:
@@ -337,7 +323,6 @@ class EventStream:
         self._schedule_heartbeat()
 
     def wake(self) -> None:
-        """Wake the stream to check its state."""
         self.tail.wakeup.set()
 
     def shorten_timeout(self) -> None:
@@ -409,7 +394,6 @@ class EventStream:
         return self._bookmark(position) or self.form.heartbeat(position)
 
     def _end_reason(self) -> str | None:
-        """Return why the stream ends; None while it continues."""
         if self.streams.tails.closed:
             return "the server stops"
         if self.ticket.is_valid():

@@ -33,7 +33,6 @@ MIN_RESOLUTION, MAX_RESOLUTION = 100, 2000
 
 
 async def open_timeline(app: web.Application) -> AsyncIterator[None]:
-    """Open the reader of the timeline; a resource of the application."""
     async with open_reader_thread(app[LOG].path, "ledger-timeline") as thread:
         app[TIMELINE] = TimelineReader(thread)
         yield
@@ -227,7 +226,6 @@ class TimelineSchema(AnswerSchema):
     errors=("invalid_parameter", "log_unavailable"),
 )
 async def show_timeline(request: web.Request) -> web.Response:
-    """Answer with a page of lanes."""
     query = query_parameters(request)
     page = await request.app[TIMELINE].page(
         TimelineQuery(

@@ -187,7 +187,6 @@ async def list_tokens(request: web.Request) -> web.Response:
     errors=("not_supported", "too_many_tokens", "log_unavailable"),
 )
 async def issue(request: web.Request) -> web.Response:
-    """Issue a token for anybody."""
     body, principal, app = json_body(request), request[PRINCIPAL], request.app
     via, longest_s = "socket" if is_local(principal) else "api", app[CONFIG].max_token_s
     if via == "api" and body["expires_s"] > longest_s:
@@ -223,7 +222,6 @@ async def revoke_token(request: web.Request) -> web.Response:
     errors=("not_supported", "log_unavailable"),
 )
 async def issue_sign_in_link(request: web.Request) -> web.Response:
-    """Make a link for who asks."""
     issuer = request.app[TOKENS]
     link = await issuer.issue_link(request[PRINCIPAL])
     return web.json_response({**link.members(), "server_url": issuer.server_url}, status=201)
@@ -239,7 +237,6 @@ async def issue_sign_in_link(request: web.Request) -> web.Response:
     errors=("invalid_token", "too_many_failures", "not_supported", "too_many_tokens", "log_unavailable"),
 )
 async def use_sign_in_link(request: web.Request) -> web.Response:
-    """Answer with a token if the code is that of an open link."""
     app, code = request.app, json_body(request)["code"]
     link = app[GATE].try_credentials(request, lambda: app[TOKENS].take_link(code))
     issued = await app[TOKENS].use_link(link)

@@ -67,7 +67,6 @@ async def open_control(app: web.Application) -> AsyncIterator[None]:
 
 
 def _create_control(app: web.Application) -> web.Application:
-    """Return the application behind the socket: the routes of tokens and nodes that take a role."""
     control = web.Application(
         middlewares=[errors_middleware, _local_middleware, validation_middleware],
         client_max_size=MAX_BODY_BYTES,

@@ -164,7 +164,6 @@ class Denials:
         self._closing = asyncio.Event()
 
     def count(self, subject: str, action: str, count: int = 1) -> None:
-        """Count denied requests of a verified subject."""
         key = (subject, action)
         if key not in self._counts and len(self._counts) >= MAX_EVENTS - 1:
             key = (SYSTEM, OTHER)
@@ -187,7 +186,6 @@ class Denials:
         self._some.set()
 
     async def _flush(self, submit: Callable[[Command], Awaitable[object]]) -> None:
-        """Append the counts; if that fails, keep them for the next minute."""
         counts, self._counts = self._counts, {}
         self._some.clear()
         if not counts:
@@ -311,7 +309,6 @@ class Verifier:
 
 
 def create_verifier(config: Config) -> Verifier:
-    """Return the verifier for a configuration. It reads no keys yet."""
     keys = KeyRing(config.data, config.jwt_keys)
     return Verifier(keys, config.jwt_audience, config.jwt_issuer, config.jwt_roles_claim)
 

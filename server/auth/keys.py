@@ -112,7 +112,6 @@ def ensure_data_dir(data: Path) -> None:
 
 
 def create_key(data: Path, now: datetime | None = None) -> str:
-    """Create a key that signs new tokens, and return its kid."""
     folder = keys_folder(data)
     with suppress(FileExistsError):
         _make_folder(folder)

@@ -186,13 +186,11 @@ class Peers:
             raise InvalidToken(f"the token of the node that sent this is not valid: {error}") from None
 
     def _find_sender(self, claims: Mapping[str, Any]) -> Node | None:
-        """Return the present, trusted node that names itself in a token, with the epoch that it names."""
         node = self._log.state.nodes.get(str(claims.get("iss")))
         is_there = node is not None and node.is_present and node.id not in self.untrusted()
         return node if is_there and node is not None and node.epoch == claims.get("epoch") else None
 
     def _refusal(self, claims: Mapping[str, Any], model_id: str | None) -> str | None:
-        """Return why a token is not good for a request about a model now; None if it is."""
         own = self._log.state.nodes.get(self._node_id)
         if self._find_sender(claims) is None:
             return "no present node has forwarded this request"

@@ -147,7 +147,6 @@ class RateLimits:
             raise TooManyFailures(_quota(AUTH_FAILURES, self._failures, counted, left_s))
 
     def count_failure(self, peer: str | None) -> None:
-        """Count refused credentials of an address."""
         if self._failures is not None:
             self._failures.count(peer_of(peer))
 

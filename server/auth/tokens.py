@@ -59,7 +59,6 @@ class IssuedToken:
     expires_at: Timestamp
 
     def members(self) -> dict[str, object]:
-        """Return the token as plain values."""
         return {**asdict(self), "roles": list(self.roles)}
 
 
@@ -72,7 +71,6 @@ class SignInLink:
     expires_at: Timestamp
 
     def members(self) -> dict[str, object]:
-        """Return the link as plain values."""
         return asdict(self)
 
 
@@ -91,7 +89,6 @@ class SignInLinks:
         self._open: dict[bytes, _OpenLink] = {}
 
     def add(self, link_id: str, principal: Principal) -> str:
-        """Return the code of a new link for a person."""
         code = secrets.token_urlsafe(CODE_BYTES)
         now_s = self._clock()
         kept = {key: link for key, link in self._open.items() if link.until_s > now_s}
@@ -131,12 +128,10 @@ class TokenIssuer:
 
     @property
     def tokens(self) -> Mapping[str, Token]:
-        """The tokens that the ledger knows, by their ids."""
         return self._log.state.tokens
 
     @property
     def position(self) -> int:
-        """The position that `tokens` reflect."""
         return self._log.state.position
 
     async def issue(
@@ -274,12 +269,10 @@ def open_tokens(app: web.Application) -> TokenIssuer:
 
 
 def timestamp_in(seconds: float) -> Timestamp:
-    """Return the time so many seconds from now."""
     return format_timestamp(datetime.fromtimestamp(time.time() + seconds, UTC))
 
 
 def token_view(token: Token) -> dict[str, object]:
-    """Return a token as the API and the command show it."""
     return {
         "jti": token.id,
         "subject": token.subject,

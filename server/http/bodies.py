@@ -69,16 +69,13 @@ class Bodies:
         self.taken_bytes = 0
 
     def share(self, subject: str) -> Share:
-        """Return the share of a new request, still empty."""
         return Share(self, subject)
 
     def has_room(self, subject: str, count: int) -> bool:
-        """Return whether the subject may take so many more bytes."""
         of_subject = self._by_subject[subject] + count
         return self.taken_bytes + count <= self._max_bytes and of_subject <= self._max_bytes // 2
 
     def add(self, subject: str, count: int) -> None:
-        """Count bytes of a subject; a negative count gives them back."""
         self.taken_bytes += count
         self._by_subject[subject] += count
         if not self._by_subject[subject]:
@@ -136,7 +133,6 @@ class Share:
         self._add(count)
 
     def give_back(self) -> None:
-        """Give the bytes back to the budget."""
         if self._count:
             self._add(-self._count)
 

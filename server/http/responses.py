@@ -77,7 +77,6 @@ class DirectResponse(web.StreamResponse):
 
     @property
     def keep_alive(self) -> bool | None:
-        """Whether the connection stays open after this response."""
         return self._is_kept
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
@@ -232,7 +231,6 @@ def check_framing(request: web.BaseRequest) -> None:
 
 
 def refusal(request: web.BaseRequest, problem: ServerProblem) -> web.Response:
-    """Return the response that refuses a request and closes its connection."""
     response = problem_response(problem_of(problem), request.path)
     add_standard_fields(response)
     response.force_close()

@@ -81,7 +81,6 @@ class EventLogger:
             self._log.unsubscribe(wakeup)
 
     def close(self) -> None:
-        """Let `run` return soon."""
         self._closing = True
         self._log.notify()
 
@@ -138,7 +137,6 @@ def _write(event: Event, job: Job | None) -> None:
 
 
 def _level_and_fields(event: Event) -> tuple[int, dict[str, object]]:
-    """Return how an event is logged; one of a later schema has no fields."""
     if isinstance(event.data, Unknown):
         return logging.INFO, {}
     data = msgspec.to_builtins(event.data)

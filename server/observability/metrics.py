@@ -99,7 +99,6 @@ class ServerCollector(Collector):
         self._reserved_bytes = self._memory.total() - self._used_bytes + preparing_bytes
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all families, also those without samples."""
         return chain(
             self._http_families(),
             self._inference_families(),
@@ -237,7 +236,6 @@ class ServerCollector(Collector):
                 yield model.id, str(serving.version), form
 
     def _longest_idle_s(self) -> float:
-        """Return the idle time of the least recently used model."""
         models, now_ns = self._app[LOG].state.models, time.monotonic_ns()
         longest_s = 0.0
         for model_id, last_used_ns in self._last_used_ns.items():
@@ -492,7 +490,6 @@ def _is_elsewhere(model: Model, own: str | None) -> bool:
 
 
 def _size(*paths: Path) -> int:
-    """Return the size of files; each may be missing."""
     size_bytes = 0
     for path in paths:
         with suppress(OSError):
@@ -527,7 +524,6 @@ class Scrapes:
         self._kept_until_s: dict[str, float] = {}
 
     async def body(self, app: web.Application, media_type: str) -> bytes:
-        """Return the metrics in a format."""
         answer = self._answers.get(media_type)
         if answer is None or (answer.done() and time.monotonic() >= self._kept_until_s.get(media_type, 0)):
             answer = self._answers[media_type] = asyncio.create_task(self._generate(app, media_type))
@@ -561,7 +557,6 @@ SCRAPES = web.AppKey("scrapes", Scrapes)
     },
 )
 async def show_metrics(request: web.Request) -> web.Response:
-    """Return all metrics."""
     media_type = negotiate(",".join(request.headers.getall(hdrs.ACCEPT, ())))
     body = await request.app[SCRAPES].body(request.app, media_type)
     headers = {

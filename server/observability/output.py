@@ -106,7 +106,6 @@ class JobRequests:
         self.behind: OrderedDict[str, RequestContext] = OrderedDict()
 
     def note(self, receipt: Receipt) -> None:
-        """Note the job and position of a recorded command in the context of the request."""
         context = CONTEXT.get()
         if context is not None and receipt.job_id is not None:
             context.job_id, context.position = receipt.job_id, receipt.position
@@ -126,7 +125,6 @@ def begin_context(request: web.BaseRequest) -> RequestContext:
 
 
 def valid_request_id(values: Sequence[str]) -> str | None:
-    """Return the id that a client gave its request; None if it is missing, long or not printable."""
     return values[0] if len(values) == 1 and _VALID_ID.fullmatch(values[0]) else None
 
 
@@ -192,7 +190,6 @@ class DroppingHandler(QueueHandler):
         self._lines.put(record)
 
     def report_dropped(self) -> None:
-        """Queue a line with the number of dropped lines, if there are any."""
         if self.dropped:
             text = f"{self.dropped} log lines were dropped: stderr is read too slowly"
             self.dropped = 0
@@ -238,7 +235,6 @@ def log_to_descriptor(
 
 @contextmanager
 def log_to_stderr(config: Config) -> Iterator[None]:
-    """Write log lines to stderr as configured."""
     for name in OURS:
         logging.getLogger(name).setLevel(config.log_level.upper())
     for name in SILENT:

@@ -105,7 +105,6 @@ def log_inferences(server: web.Server, app: web.Application) -> None:
 
 
 def match_inference(request: web.BaseRequest) -> re.Match[str] | None:
-    """Return the model and version of an inference; None for other requests."""
     return _INFER.fullmatch(request.raw_path) if request.method == hdrs.METH_POST else None
 
 
@@ -178,7 +177,6 @@ class HttpCounts:
             self.errors[code] += 1
 
     def count_aborted(self, method: str, path: str) -> None:
-        """Count a request without a response."""
         self.requests[method, path, ABORTED] += 1
 
     def observe_duration(self, method: str, path: str, duration_s: float) -> None:

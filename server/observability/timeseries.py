@@ -90,7 +90,6 @@ class Latencies(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, counts: Counts) -> Latencies:
-        """Return what counts say."""
         failures, *took = counts
         found = (quantile(TOOK_S, took, share) for share in (0.5, 0.95, 0.99))
         p50, p95, p99 = (None if value is None else round(value, 6) for value in found)
@@ -113,7 +112,6 @@ class Memory(msgspec.Struct, frozen=True, gc=False):
     budget_bytes: int
 
     def most(self, other: Memory) -> Memory:
-        """Return the larger of each."""
         return Memory(
             max(self.server_bytes, other.server_bytes),
             max(self.used_bytes, other.used_bytes),
@@ -135,7 +133,6 @@ _NO_SAMPLE = ModelSample(0, NO_REQUESTS)
 
 
 def merge_counts(one: Counts, other: Counts) -> Counts:
-    """Return the counts of two intervals together."""
     if one is NO_REQUESTS or other is NO_REQUESTS:  # most are
         return other if one is NO_REQUESTS else one
     return tuple([a + b for a, b in zip(one, other, strict=True)])
@@ -166,7 +163,6 @@ class _ModelSeries:
             self._merged = ModelSample(most, merge_counts(before.counts, counts))
 
     def merge(self) -> None:
-        """End a sample of the long range."""
         merged, self._merged = self._merged, None
         self.long.append(None if merged is None else self._pack(merged.memory_bytes, merged.counts))
 
@@ -240,7 +236,6 @@ class TimeSeries:
 
     @property
     def models(self) -> int:
-        """How many models have samples of their own."""
         return len(self._models)
 
     def sample(self, at: str, now: Memory, loads: Mapping[str, RunningLoad]) -> None:
@@ -301,7 +296,6 @@ class TimeSeries:
 
 
 def _memory_of(loads: Iterable[RunningLoad]) -> dict[str, int]:
-    """Return the memory of each model with a process."""
     found: dict[str, int] = {}
     for load in loads:
         if not load.run.has_exited:
@@ -310,7 +304,6 @@ def _memory_of(loads: Iterable[RunningLoad]) -> dict[str, int]:
 
 
 def measure(consumer: Consumer, limit: MemoryLimit) -> Memory:
-    """Return the memory of the server now."""
     runs = [run for load in consumer.loads.values() if not (run := load.run).has_exited]
     preparation = consumer.preparation()
     preparing_bytes = preparation.reserved_bytes if preparation is not None else 0

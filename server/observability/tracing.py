@@ -84,7 +84,6 @@ class Tracing:
         wrap_handler(server, wrap)
 
     def record_job(self, job: Job, end: Event, carrier: Mapping[str, str]) -> None:
-        """Record the spans of an ended job and its stages, inside of its request's span."""
         parent, ended_ns = PROPAGATOR.extract(carrier), _nanoseconds(job.finished_at or end.recorded_at)
         named = {
             "loadledger.job": job.id,
@@ -139,7 +138,6 @@ def _set_response(
 
 
 def _route(request: web.BaseRequest) -> str | None:
-    """Return the path of a request's route; on the fast path, no route was matched."""
     if found := match_inference(request):
         return f"/v2/models/{{id}}{'/versions/{version}' if found['version'] else ''}/infer"
     route = matched_route(request) if isinstance(request, web.Request) else None

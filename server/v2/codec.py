@@ -282,7 +282,6 @@ def _required_input(inputs: Sequence[TensorSpec]) -> TensorSpec:
 
 
 def _fill_dimension(name: str, shape: tuple[int, ...], size: int, element: int) -> tuple[int, ...]:
-    """Return the shape, with its variable dimension from the data's size."""
     variable = shape.count(-1)
     if variable > 1:
         text = f"{list(shape)} has {variable} variable dimensions; send a request with its shape"

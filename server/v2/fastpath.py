@@ -32,7 +32,6 @@ _ANSWERED, _ANSWERED_OF_VERSION = (("POST", path, "2xx") for path in (_PATH, _PA
 
 
 def add_fast_path(server: web.Server, app: web.Application) -> None:
-    """Let a server of the application handle inferences on the fast path."""
     gate, proxies, counts = app[GATE], app[PROXIES], app[HTTP_COUNTS]
     forwarder = app.get(FORWARDER)
     answer_inference = infer if forwarder is None else partial(_infer_anywhere, forwarder)
@@ -71,6 +70,5 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
 async def _infer_anywhere(
     forwarder: Forwarder, request: web.BaseRequest, app: web.Application, model_id: str, version: int | None
 ) -> web.StreamResponse:
-    """Answer an inference at the node at which the model is loaded."""
     target = model_target(model_id, version, "/infer")
     return await forwarder.answer(request, model_id, target, lambda: infer(request, app, model_id, version))

@@ -218,7 +218,6 @@ class Forwarder:
         return await self._forward(request, node, model_id, target, ends_at_s)
 
     def _sign(self, response: web.StreamResponse) -> web.StreamResponse:
-        """Name this node in its answer."""
         if isinstance(response, DirectResponse):
             response.add_fields(self._own_fields)
         else:
@@ -242,7 +241,6 @@ class Forwarder:
     async def _receive(
         self, request: web.BaseRequest, share: Share
     ) -> tuple[CIMultiDict[str], Buffer | None]:
-        """Return the header fields and the body to send."""
         headers = CIMultiDict(
             [(name, value) for name, value in request.headers.items() if name.lower() in _SENT]
         )

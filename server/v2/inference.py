@@ -96,7 +96,6 @@ _METADATA_ERRORS = (
     errors=_INFER_ERRORS,
 )
 async def infer_model(request: web.Request) -> web.StreamResponse:
-    """Run an inference on the serving version, or on the version in the path if it serves."""
     path = path_parameters(request)
     return await infer(request, request.app, path["id"], path.get("version"))
 
@@ -111,7 +110,6 @@ async def infer_model(request: web.Request) -> web.StreamResponse:
     errors=_METADATA_ERRORS,
 )
 async def show_metadata(request: web.Request) -> web.Response:
-    """Return inputs and outputs of the serving version, else of the highest; or of that in the path."""
     path = path_parameters(request)
     found = await find_signature(request.app, path["id"], path.get("version"))
     return web.json_response(metadata(path["id"], *found))
@@ -275,7 +273,6 @@ def _timeout_s(decoded: InferenceRequest, longest_s: float) -> float:
 def _encode(
     route: ModelRoute, decoded: InferenceRequest, outputs: Sequence[Tensor], quota: Quota | None
 ) -> tuple[dict[str, object], list[Buffer]]:
-    """Return the body of a response, and its header fields without those of compression."""
     body, header_bytes = encode_response(route.model_id, route.version, decoded.id, outputs)
     fields: dict[str, object] = {"Content-Type": "application/json"}
     if header_bytes is not None:
@@ -287,7 +284,6 @@ def _encode(
 
 
 def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
-    """Return the coding of a response; None for none."""
     accepted = request.headers.get(hdrs.ACCEPT_ENCODING)
     if accepted is None or sum(map(len, body)) < COMPRESSED_FROM_BYTES:
         return None

@@ -292,7 +292,6 @@ class StatisticsSchema(AnswerSchema):
     answers={200: (ServerMetadataSchema(), "The metadata.")},
 )
 async def server_metadata(request: web.Request) -> web.Response:  # noqa: ARG001 -- a handler
-    """Return name, version and extensions."""
     return web.json_response({"name": NAME, "version": _version(), "extensions": EXTENSIONS})
 
 
@@ -324,7 +323,6 @@ async def all_statistics(request: web.Request) -> web.Response:
     errors=MODEL_ERRORS,
 )
 async def model_statistics(request: web.Request) -> web.Response:
-    """Return the statistics of the serving version, or of the version in the path if it serves."""
     route = await current_route(request)
     entry = _statistics(request.app, route.load)
     return _json({"model_stats": [] if entry is None else [entry]})
@@ -340,7 +338,6 @@ async def model_statistics(request: web.Request) -> web.Response:
     errors=MODEL_ERRORS,
 )
 async def show_config(request: web.Request) -> web.Response:
-    """Return the configuration of the serving version, or of the version in the path if it serves."""
     route = await current_route(request)
     inputs, outputs, parameters = route.inputs, route.outputs, route.load.parameters
     return _json(model_config(route.model_id, route.version, inputs, outputs, parameters))
@@ -353,7 +350,6 @@ async def current_route(request: web.Request) -> ModelRoute:
 
 
 def _statistics(app: web.Application, load: RunningLoad) -> dict[str, Any] | None:
-    """Return a load's statistics if it serves its model."""
     model = app[LOG].state.models.get(load.model_id)
     serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
     if serving is None or serving.load_job_id != load.job_id or not app[ROUTER].is_ready(load.model_id):

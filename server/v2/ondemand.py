@@ -166,7 +166,6 @@ class OnDemand:
         await asyncio.gather(*self._attempts.values())
 
     def count_waiting(self, model_id: str) -> int:
-        """Return the number of inferences that wait for a model."""
         return sum(count for (waited_for, _), count in self._waiting.items() if waited_for == model_id)
 
     @asynccontextmanager

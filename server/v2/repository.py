@@ -55,7 +55,6 @@ def index(models: Mapping[str, Model], found: Iterable[str], *, only_ready: bool
 
 
 def _versions(model: Model) -> dict[int, Entry]:
-    """Return the entries of the versions in the recorded state."""
     entries: dict[int, Entry] = {}
 
     def add(number: int, state: ReadyState, reason: str = "") -> None:
@@ -144,7 +143,6 @@ _ENDED = {
     errors=("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type", "repository_busy"),
 )
 async def show_index(request: web.Request) -> web.Response:
-    """Return the recorded versions, and the other models of the repository."""
     only_ready = tritonconfig.read_only_ready(await tritonconfig.read_object(request, MAX_INDEX_BYTES))
     recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
     found = [] if only_ready else await list_versions(request.app[CONTENTS], {}, ())

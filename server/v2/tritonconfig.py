@@ -66,7 +66,6 @@ def model_config(
     outputs: Iterable[TensorSpec],
     parameters: LoadParameters,
 ) -> dict[str, Any]:
-    """Return the configuration of a loaded version, from the parameters of its load."""
     batched = parameters.max_batch_size > 0
     config = {
         "name": model_id,
@@ -317,7 +316,6 @@ def _load_parameters(config: LoadConfig) -> dict[str, Any]:
 
 
 def _version(policy: VersionPolicy | None) -> int | None:
-    """Return the only version of a policy; None means the highest."""
     if policy is None or (policy.specific is None and policy.latest == Latest(1)):
         return None
     if policy.specific is not None and policy.latest is None and len(policy.specific.versions) == 1:
