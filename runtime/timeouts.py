@@ -104,6 +104,7 @@ class Timeout:
         "_args",
         "_check_s",
         "_due_s",
+        "_is_due",
         "_on_passed",
         "_progress",
         "_seen",
@@ -124,6 +125,7 @@ class Timeout:
         self._seen = None if progress is None else progress()
         self._stalls = stall_detector()
         self._due_s = self._stalls.active_s() + timeout_s
+        self._is_due = False
         self._wait(self._check_s)
 
     def cancel(self) -> None:
@@ -136,10 +138,13 @@ class Timeout:
     def _check(self) -> None:
         active_s = self._stalls.active_s()
         if self._progress is not None and (seen := self._progress()) != self._seen:
-            self._seen, self._due_s = seen, active_s + self._timeout_s
+            self._seen, self._due_s, self._is_due = seen, active_s + self._timeout_s, False
         left_s = self._due_s - active_s
         if left_s > 0:
             self._wait(max(min(left_s, self._check_s), LAST_READ_S))
+        elif not self._is_due:  # the loop reads once more, since the timer may be late by less than a stall
+            self._is_due = True
+            self._wait(0)
         else:
             self._on_passed(*self._args)
 

@@ -18,16 +18,19 @@ from runtime.timeouts import timeout
 
 SHORT_S = 0.4
 """The limits of these tests. What must end within them takes some milliseconds once it may run."""
-STALL_S = 1.2
-"""Longer than all of them."""
+STALLS_S = (0.8, 1.2)
+"""Longer than all of them: one is too short to be counted as a stall."""
 
 
-def stall() -> None:
+Step = Callable[[WorkerPool, Path, float], Awaitable[None]]
+
+
+def stall(seconds: float) -> None:
     """Keep the loop from turning."""
-    time.sleep(STALL_S)
+    time.sleep(seconds)
 
 
-async def cancel_inference(pool: WorkerPool, folder: Path) -> None:
+async def cancel_inference(pool: WorkerPool, folder: Path, stall_s: float) -> None:
     """A cancelled inference stops during the stall; its worker serves on."""
     models.save(models.counting_loop(), folder, "m")
     worker, _ = await load(pool, order_of(folder))
@@ -35,12 +38,12 @@ async def cancel_inference(pool: WorkerPool, folder: Path) -> None:
     with pytest.raises(InferenceTimeout):
         await worker.infer([trips(ENDLESS)], timeout_s=0.0)
     resume(worker.pid)
-    stall()
+    stall(stall_s)
     await worker.wait_until_drained()
     assert await answer(worker, trips(5)) == 5
 
 
-async def expire_inference(pool: WorkerPool, folder: Path) -> None:
+async def expire_inference(pool: WorkerPool, folder: Path, stall_s: float) -> None:
     """An inference ends during the stall, after its deadline; it is answered."""
     models.save(models.add(), folder, "m")
     worker, _ = await load(pool, order_of(folder))
@@ -48,24 +51,24 @@ async def expire_inference(pool: WorkerPool, folder: Path) -> None:
     asked = asyncio.ensure_future(worker.infer([], timeout_s=SHORT_S))
     await asyncio.sleep(0)
     resume(worker.pid)
-    stall()
+    stall(stall_s)
     with pytest.raises(Exception, match="input"):  # the worker's answer
         await asked
 
 
-async def fork_worker(pool: WorkerPool, _: Path) -> None:
+async def fork_worker(pool: WorkerPool, _: Path, stall_s: float) -> None:
     """A fork is answered during the stall; the fork server stays."""
     fork_server = fork_server_of(pool)
     await freeze(fork_server.pid)
     starting = asyncio.ensure_future(pool.start("w"))
     await asyncio.sleep(0)
     resume(fork_server.pid)
-    stall()
+    stall(stall_s)
     await starting
     assert fork_server_of(pool) is fork_server
 
 
-async def load_model(pool: WorkerPool, folder: Path) -> None:
+async def load_model(pool: WorkerPool, folder: Path, stall_s: float) -> None:
     """A load reaches its next stage during the stall; it goes on."""
     models.save(models.add(), folder, "m")
     worker, stages = await pool.start("w"), list[str]()
@@ -74,16 +77,15 @@ async def load_model(pool: WorkerPool, folder: Path) -> None:
     async with timeout(SHORT_S, lambda: len(stages)):
         await asyncio.sleep(0)
         resume(worker.pid)
-        stall()
+        stall(stall_s)
         await loading
     assert stages[-1] == "measuring"
 
 
+@pytest.mark.parametrize("stall_s", STALLS_S)
 @pytest.mark.parametrize("step", [cancel_inference, expire_inference, fork_worker, load_model])
 def test_stalled_server_judges_no_process(
-    step: Callable[[WorkerPool, Path], Awaitable[None]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    step: Step, stall_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "FORK_LIMIT_S", SHORT_S)
 
@@ -91,7 +93,7 @@ def test_stalled_server_judges_no_process(
         pool = WorkerPool(patience_s=SHORT_S)
         await pool.open()
         try:
-            await step(pool, tmp_path)
+            await step(pool, tmp_path, stall_s)
         finally:
             await pool.close()
 
