@@ -23,8 +23,12 @@ from events.audit.verify import Finding, verify_ledger
 from events.clock import add_seconds, format_timestamp
 from events.commands import KEY_LIFETIME_S
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
-from events.sqlite.archiving import ArchivingLedger, open_to_archive
+from events.sqlite import archiving
+from events.sqlite.archiving import open_to_archive
+from events.sqlite.proof import prove
+from events.sqlite.queries import hash_at, read_base, read_head
 from events.sqlite.readonly import wants_wal
+from events.sqlite.schema import Connection, transaction
 from events.sqlite.timetravel import parse_time
 from events.storage import LogHead
 from events.types import LogBase
@@ -68,12 +72,14 @@ def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) ->
     remove_stale_drafts(target)
     _refuse_damaged(path)
     with open_to_archive(path) as ledger:
-        base, last = ledger.base(), _find_last(ledger, before, now)
+        base, last = read_base(ledger), _find_last(ledger, before, now)
         check = _write(ledger, base, last, target, sign)
-        with ledger.transaction():
-            jobs = ledger.remove(check.proved, target.name, check.sha256, format_timestamp(now))
-            _refuse_invalid_rest(ledger)
-        ledger.shrink()
+        with transaction(ledger):
+            jobs = archiving.remove_events(
+                ledger, check.proved, target.name, check.sha256, format_timestamp(now)
+            )
+            _refuse_invalid_rest(ledger, path)
+        archiving.shrink(ledger)
     _refuse_damaged(
         path, f"events up to position {last} were moved to {printable_name(target)}, and the remaining ledger"
     )
@@ -97,31 +103,31 @@ def _refuse(found: Finding | None, what: str) -> None:
         raise LedgerDamaged(f"{what} does not verify: position {found.position}, {found.problem}")
 
 
-def _refuse_invalid_rest(ledger: ArchivingLedger) -> None:
+def _refuse_invalid_rest(ledger: Connection, path: Path) -> None:
     """Verify the remaining ledger before the commit, because archives cannot be put back."""
-    with ledger.prove() as rest:
+    with prove(ledger, path) as rest:
         found, difference = verify_ledger(rest).finding, rest.find_schema_difference()
     _refuse(found, "nothing was moved: the remaining ledger")
     if difference:
         raise LedgerDamaged(f"nothing was moved: the remaining schema would differ: {difference}")
 
 
-def _find_last(ledger: ArchivingLedger, before: str, now: datetime) -> int:
-    base, head = ledger.base(), ledger.head()
+def _find_last(ledger: Connection, before: str, now: datetime) -> int:
+    base, head = read_base(ledger), read_head(ledger)
     is_position = re.fullmatch(r"\d{1,18}", before, re.ASCII)
-    last = int(before) - 1 if is_position else ledger.last_before(parse_time(before))
+    last = int(before) - 1 if is_position else archiving.last_before(ledger, parse_time(before))
     if last <= base.position:
         raise NothingThere(f"there are no events before that: the log begins after position {base.position}")
     _refuse_what_must_stay(ledger, last, head, now)
     return last
 
 
-def _refuse_what_must_stay(ledger: ArchivingLedger, last: int, head: LogHead, now: datetime) -> None:
+def _refuse_what_must_stay(ledger: Connection, last: int, head: LogHead, now: datetime) -> None:
     """Refuse to move the last event, which the next start needs, and valid idempotency keys."""
     if last >= head.position:
         raise MustStay(f"the log's last event must stay: archive --before {head.position} at most")
     since = add_seconds(max(format_timestamp(now), head.recorded_at), -KEY_LIFETIME_S)
-    kept = ledger.first_key(last, since)
+    kept = archiving.first_key(ledger, last, since)
     if kept is not None:
         raise MustStay(
             f"idempotency keys are valid for 24 hours, and that of position {kept} still is: archive "
@@ -129,7 +135,7 @@ def _refuse_what_must_stay(ledger: ArchivingLedger, last: int, head: LogHead, no
         )
 
 
-def _write(ledger: ArchivingLedger, base: LogBase, last: int, target: Path, sign: Sign) -> FileAudit:
+def _write(ledger: Connection, base: LogBase, last: int, target: Path, sign: Sign) -> FileAudit:
     """Write the file, unless an interrupted run has written it, and verify it."""
     was_there = target.exists()
     if not was_there:
@@ -141,7 +147,7 @@ def _write(ledger: ArchivingLedger, base: LogBase, last: int, target: Path, sign
     check = audit_file(target)
     if check.finding is not None and not was_there:
         raise LedgerDamaged(check.finding.problem)
-    end = LogBase(last, ledger.hash_at(last))
+    end = LogBase(last, hash_at(ledger, base, last))
     if check.finding is not None or (check.after, check.proved) != (base, end):
         raise WrongTarget(f"{target} exists with other content: choose another file")
     return check

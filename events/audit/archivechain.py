@@ -19,12 +19,18 @@ from events.codec import decode_event
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
 from events.jobs import Job
 from events.nodes import OF_NODES
-from events.sqlite.liveness import Liveness, add_nodes, liveness_between
-from events.sqlite.proof import LogReader
-from events.sqlite.queries import as_bytes
+from events.sqlite.liveness import (
+    Liveness,
+    add_nodes,
+    find_server_event,
+    liveness_between,
+    read_node_events,
+)
+from events.sqlite.queries import as_bytes, list_archives, read_base
+from events.sqlite.schema import Connection, begin_reading
 from events.sqlite.snapshots import jobs_behind
 from events.sqlite.storage import FOLDS
-from events.sqlite.timetravel import Moment, parse_time
+from events.sqlite.timetravel import Moment, find_moment, fold_onto, parse_time, state_at
 from events.state import Entities, State
 from events.storage import ArchivedRange, Row
 from events.types import OF_SERVER, Event, LogBase
@@ -246,13 +252,13 @@ def _rows(files: Sequence[FileAudit]) -> Iterator[tuple[Path, Row]]:
             raise changed
 
 
-def replay(log: LogReader, until: str | None, archives: Sequence[Path] = ()) -> tuple[Moment, State]:
+def replay(ledger: Connection, until: str | None, archives: Sequence[Path] = ()) -> tuple[Moment, State]:
     """Fold the log anew, and return the live state at a moment, with the moment.
 
     Without archives the fold begins at the base, and a moment before that is refused.
 
     Args:
-        log: a transaction begins in it.
+        ledger: a transaction begins in it.
         until: a position in digits, a time, or None for the head.
         archives: of the ledger, all of them, in any order.
 
@@ -267,31 +273,31 @@ def replay(log: LogReader, until: str | None, archives: Sequence[Path] = ()) -> 
         OSError: an archive cannot be read.
     """
     if not archives:
-        log.begin()
-        moment = _find_moment(log, until)
-        return moment, log.state_at(moment)
-    proof = _prove_archives(log, archives)
-    log.begin()  # not earlier: it keeps the writer from beginning its write-ahead log anew
-    if log.base() != proof.files[-1].proved:
+        begin_reading(ledger)
+        moment = find_moment(ledger, until, format_timestamp(utc_now()))
+        return moment, state_at(ledger, moment.position, from_base=True)
+    proof = _prove_archives(ledger, archives)
+    begin_reading(ledger)  # not earlier: it keeps the writer from beginning its write-ahead log anew
+    if read_base(ledger) != proof.files[-1].proved:
         raise LogUnavailable("events were archived meanwhile: give that archive, too")
     try:
-        moment = _find_moment(log, until)
+        moment = find_moment(ledger, until, format_timestamp(utc_now()))
     except Archived:
-        return _replay_archives(log, proof, until or "")
+        return _replay_archives(ledger, proof, until or "")
     if moment.position == 0:
         return moment, State()
     state, _ = fold_archives(proof.files)
     if moment.recorded_at is None:
         moment = replace(moment, recorded_at=state.recorded_at)
-    log.fold_onto(state, moment.position)
+    fold_onto(ledger, state, moment.position)
     return moment, state
 
 
-def _prove_archives(log: LogReader, archives: Sequence[Path]) -> ArchiveProof:
-    base = log.base()
+def _prove_archives(ledger: Connection, archives: Sequence[Path]) -> ArchiveProof:
+    base = read_base(ledger)
     if base.position == 0:
         raise NothingThere("this ledger has no archived events: leave --archive out")
-    proof = check_archives(archives, base, log.archives())
+    proof = check_archives(archives, base, list_archives(ledger))
     if proof.finding is not None:
         raise InvalidArchive(proof.finding, proof.at or proof.files[-1].path)
     if proof.after.position:
@@ -301,11 +307,7 @@ def _prove_archives(log: LogReader, archives: Sequence[Path]) -> ArchiveProof:
     return proof
 
 
-def _find_moment(log: LogReader, until: str | None) -> Moment:
-    return log.find_moment(until, format_timestamp(utc_now()))
-
-
-def _replay_archives(log: LogReader, proof: ArchiveProof, until: str) -> tuple[Moment, State]:
+def _replay_archives(ledger: Connection, proof: ArchiveProof, until: str) -> tuple[Moment, State]:
     """Return the state at a moment before the base, or at the base itself."""
     time = None
     if until.isdigit():
@@ -314,15 +316,15 @@ def _replay_archives(log: LogReader, proof: ArchiveProof, until: str) -> tuple[M
     else:
         time = parse_time(until)
         state, _ = fold_archives(proof.files, ends=lambda event: event.recorded_at > time)
-    server = _archived_liveness(log, proof.files, state.position, time)
+    server = _archived_liveness(ledger, proof.files, state.position, time)
     return Moment(state.position, state.recorded_at or None, time, server), state
 
 
 def _archived_liveness(
-    log: LogReader, files: Sequence[FileAudit], position: int, time: str | None
+    ledger: Connection, files: Sequence[FileAudit], position: int, time: str | None
 ) -> Liveness:
     """Return the liveness of the server, or of nodes, at a moment before the base."""
-    before, after, of_nodes = None, log.first_server_event(), list[Event]()
+    before, after, of_nodes = None, find_server_event(ledger, 0, after=True), list[Event]()
     for _, row in _rows(files):
         if '"type":"Server' in row.body and isinstance((event := decode_event(row.body)).data, OF_SERVER):
             if row.position <= position:
@@ -332,4 +334,4 @@ def _archived_liveness(
         elif '"type":"Node' in row.body and isinstance((event := decode_event(row.body)).data, OF_NODES):
             of_nodes.append(event)
     server = liveness_between(before, after, time, is_first=position == 0)
-    return add_nodes(server, (), [*of_nodes, *log.node_events()], position, time)
+    return add_nodes(server, (), [*of_nodes, *read_node_events(ledger)], position, time)

@@ -21,7 +21,9 @@ from pathlib import Path
 from events.audit.signing import Sign, SignedHead, Statement, key_id
 from events.codec import hash_body
 from events.errors import Archived, LedgerDamaged, NothingThere
-from events.sqlite.proof import LogReader, open_log_reader
+from events.sqlite import queries, timetravel
+from events.sqlite.readonly import open_read_only
+from events.sqlite.schema import Connection
 from events.storage import Row
 from events.types import SYSTEM, LogBase
 
@@ -64,18 +66,18 @@ def export(
         LedgerDamaged: `ledger_damaged`, naming the position.
         LogUnavailable: `log_unavailable`, the file cannot be read.
     """
-    with open_log_reader(path, refuses_incomplete=True) as log:
-        yield from export_of(log, form, sign, after=after, until=until)
+    with open_read_only(path, refuses_incomplete=True) as ledger:
+        yield from export_of(ledger, form, sign, after=after, until=until)
 
 
 def export_of(
-    log: LogReader, form: ExportFormat, sign: Sign, *, after: int | None, until: int | None
+    ledger: Connection, form: ExportFormat, sign: Sign, *, after: int | None, until: int | None
 ) -> Iterator[bytes]:
     """Yield what `export` does, from an open log."""
-    base = log.base()
-    first, last = _bounds(log, after, until)
-    start = LogBase(first, log.hash_at(first))
-    rows, recorded_at = log.rows(first, last), log.recorded_at(last)
+    base = queries.read_base(ledger)
+    first, last = _bounds(ledger, after, until)
+    start = LogBase(first, queries.hash_at(ledger, base, first))
+    rows, recorded_at = queries.read_rows(ledger, first, last), queries.recorded_at(ledger, last)
     return export_rows(rows, form, sign, base=base, after=start, until=last, recorded_at=recorded_at)
 
 
@@ -118,8 +120,8 @@ def export_rows(
     yield form.last(sign(Statement(until, digest, recorded_at, base)))
 
 
-def _bounds(log: LogReader, after: int | None, until: int | None) -> tuple[int, int]:
-    base, head = log.bounds()
+def _bounds(ledger: Connection, after: int | None, until: int | None) -> tuple[int, int]:
+    base, head = timetravel.bounds(ledger)
     first, last = base if after is None else after, head if until is None else until
     if first < base:
         problem = f"events up to position {base} were archived: export what is after them"

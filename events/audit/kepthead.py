@@ -18,7 +18,8 @@ from events.audit.signing import Sign, SignedHead, Statement, as_signed_head, ke
 from events.codec import GENESIS
 from events.errors import LedgerProblem
 from events.sqlite.datalock import LEDGER, is_replica
-from events.sqlite.proof import open_log_reader
+from events.sqlite.queries import find_hash, read_base, read_head
+from events.sqlite.readonly import open_read_only
 from events.storage import LogHead
 from events.types import LogBase, RollbackAccepted
 
@@ -117,12 +118,12 @@ def _compare(ledger: Path, kept: SignedHead) -> tuple[LogHead, str | None]:
         return _read_head(ledger), None
     if not ledger.exists() or ledger.stat().st_size == 0:
         return LogHead(), f"the ledger is empty, and its last signed head was at position {position}"
-    with open_log_reader(ledger) as log:
-        base, head = log.base(), log.head()
+    with open_read_only(ledger) as connection:
+        base, head = read_base(connection), read_head(connection)
         if position > head.position:
             shorter = f"the ledger ends at position {head.position}"
             return head, f"{shorter}, and its last signed head was at position {position}"
-        found = log.find_hash(position)
+        found = find_hash(connection, position)
     if found is None and position < base.position:  # it is within an archive
         return head, None
     if found != digest:
@@ -133,5 +134,5 @@ def _compare(ledger: Path, kept: SignedHead) -> tuple[LogHead, str | None]:
 def _read_head(ledger: Path) -> LogHead:
     if not ledger.exists() or ledger.stat().st_size == 0:
         return LogHead()
-    with open_log_reader(ledger) as log:
-        return log.head()
+    with open_read_only(ledger) as connection:
+        return read_head(connection)

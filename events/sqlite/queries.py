@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, starmap
 from typing import Literal
 
 import msgspec
@@ -79,6 +80,21 @@ def hash_at(connection: sqlite3.Connection, base: LogBase, position: int) -> byt
         return base.hash
     (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (position,)).fetchone()
     return bytes(digest)
+
+
+def recorded_at(connection: sqlite3.Connection, position: int) -> str:
+    """Return when the event at a position was recorded; empty if the log has none there."""
+    row = connection.execute("SELECT recorded_at FROM events WHERE position = ?", (position,)).fetchone()
+    return "" if row is None else str(row[0])
+
+
+def read_rows(connection: sqlite3.Connection, after: int, until: int) -> Iterator[Row]:
+    """Yield the events after one position up to and with another."""
+    return starmap(Row, chain.from_iterable(read_pages(connection, after, until)))
+
+
+def read_nodes(connection: sqlite3.Connection) -> list[Node]:
+    return [as_node(body) for (body,) in connection.execute("SELECT body FROM nodes")]
 
 
 def read_pages(

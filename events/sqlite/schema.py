@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from events.errors import DEVELOPMENT, ForeignDatabase, FutureSchema
 from migrations import read_migrations
@@ -30,6 +30,10 @@ the same pages of stored projections: SQLite's default of 1,000 would copy them 
 WAL_LIMIT_BYTES = 32 * 2**20
 """A write-ahead log that grew while a long read kept SQLite from beginning it anew is then cut to this: twice
 `CHECKPOINT`."""
+
+
+Connection: TypeAlias = sqlite3.Connection
+"""A connection to a ledger's file, which other packages only pass on to the functions of this one."""
 
 
 class SchemaRow(NamedTuple):
@@ -87,6 +91,11 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.rollback()
         raise
+
+
+def begin_reading(connection: sqlite3.Connection) -> None:
+    """Begin a read transaction: all that is read from now on has one head."""
+    connection.execute("BEGIN")
 
 
 def migrate(connection: sqlite3.Connection) -> None:

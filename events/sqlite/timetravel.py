@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from events.clock import format_timestamp
+from events.clock import Timestamp, format_timestamp
 from events.codec import decode_event
 from events.errors import Archived, LedgerProblem, LogUnavailable
 from events.jobs import Job, JobStatus, evolve_job
@@ -69,9 +69,18 @@ def state_at(connection: sqlite3.Connection, position: int, *, from_base: bool =
     if position == 0:
         return State()
     state = load_base_state(connection) if from_base else _load_nearest(connection, position)
-    for page in read_pages(connection, state.position, position):
-        fold_page(state, page)
+    fold_onto(connection, state, position)
     return state
+
+
+def fold_onto(connection: sqlite3.Connection, state: State, until: int) -> None:
+    """Fold into `state` the events after it, up to and with a position.
+
+    Raises:
+        LogUnavailable: an event cannot be folded.
+    """
+    for page in read_pages(connection, state.position, until):
+        fold_page(state, page)
 
 
 def load_base_state(connection: sqlite3.Connection) -> State:
@@ -252,9 +261,18 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
     return Moment(0, None, time)
 
 
-def head_moment(connection: sqlite3.Connection) -> Moment:
-    base, head = bounds(connection)
-    return _at_position(connection, head, base, head)
+def find_moment(connection: sqlite3.Connection, until: str | None, now: Timestamp) -> Moment:
+    """Return the moment of a position in digits or a time, with the state of the server, which does not run.
+
+    Without `until` it is now. Raises as `moment_at` does.
+    """
+    if until is None:
+        base, head = bounds(connection)
+        moment = replace(_at_position(connection, head, base, head), time=now)
+    else:
+        moment = moment_at(connection, until)
+    time = min(moment.time, now) if moment.time is not None else None
+    return replace(moment, server=liveness_at(connection, moment.position, time))
 
 
 def parse_time(at: str) -> str:

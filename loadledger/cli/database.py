@@ -37,7 +37,7 @@ from events.postgres.transfer import (
     make_replica,
     open_database_reader,
 )
-from events.sqlite.bases import state_at_base
+from events.sqlite.bases import read_stored_base, state_at_base
 from events.sqlite.datalock import (
     LEDGER,
     is_replica_of,
@@ -46,7 +46,9 @@ from events.sqlite.datalock import (
     mark_replica,
     refuse_replica,
 )
-from events.sqlite.proof import open_log_reader
+from events.sqlite.queries import find_hash, read_head, read_nodes, read_rows
+from events.sqlite.readonly import open_read_only
+from events.sqlite.schema import begin_reading
 from events.state import State
 from events.storage import LogHead, Row, StorageError, StoredBase
 from events.types import EventsDiscarded, LogBase
@@ -103,13 +105,13 @@ async def _copy(connection: Connection, data: Path, shown: str) -> LogHead:
     if not is_marked:
         refuse_replica(data)
     _refuse_finding(audit(path).finding, f"the ledger {path.name}")
-    with open_log_reader(path) as source:
-        source.begin()
-        stored, head = source.stored_base(), source.head()
-        rows = source.rows(stored.base.position, head.position)
+    with open_read_only(path) as source:
+        begin_reading(source)
+        stored, head = read_stored_base(source), read_head(source)
+        rows = read_rows(source, stored.base.position, head.position)
         mark = partial(mark_replica, data, shown)
         try:
-            await copy_ledger_in(connection, stored, rows, head, source.nodes(), before_commit=mark)
+            await copy_ledger_in(connection, stored, rows, head, read_nodes(source), before_commit=mark)
         except LedgerNotEmpty:
             if not is_marked:
                 raise
@@ -144,8 +146,8 @@ def archive_database(address: str, data: Path, before: str, target: Path, sign: 
         base = asyncio.run(_make_replica(address, replica))
         _refuse_other_history(data / LEDGER, replica)
         done = archive(replica, before, target, sign, datetime.now(UTC))
-        with open_log_reader(replica) as copied:
-            stored = copied.stored_base()
+        with open_read_only(replica) as copied:
+            stored = read_stored_base(copied)
     asyncio.run(_move_base(address, base, stored))
     return done
 
@@ -209,9 +211,9 @@ def _refuse_other_history(ledger: Path, replica: Path) -> None:
     """
     if not ledger.is_file():
         return
-    with open_log_reader(ledger) as own, open_log_reader(replica) as other:
-        position = min(own.head().position, other.head().position)
-        one, another = own.find_hash(position), other.find_hash(position)
+    with open_read_only(ledger) as own, open_read_only(replica) as other:
+        position = min(read_head(own).position, read_head(other).position)
+        one, another = find_hash(own, position), find_hash(other, position)
     if one is not None and another is not None and one != another:
         raise LedgerDamaged(
             f"nothing was moved: at position {position} the database has the hash {another.hex()}, and "

@@ -188,13 +188,13 @@ def _replay_state(
 ) -> dict[str, Any]:
     """Return the state at a moment, in the form of the management API."""
     from events.audit.archivechain import replay  # noqa: PLC0415 - as above
-    from events.sqlite.proof import open_log_reader  # noqa: PLC0415
+    from events.sqlite.readonly import open_read_only  # noqa: PLC0415
     from server.api.jobs import job_view  # noqa: PLC0415
     from server.api.models import model_view  # noqa: PLC0415
     from server.api.timetravel import as_of  # noqa: PLC0415
 
-    with open_log_reader(path) as log:
-        moment, state = replay(log, until, archives)
+    with open_read_only(path) as ledger:
+        moment, state = replay(ledger, until, archives)
     active = state.active()
     ids = [each for each in sorted(state.models) if model_id in (None, each)]
     return {

@@ -21,7 +21,8 @@ from events.audit.kepthead import HeadKeeper
 from events.audit.signing import HeadSigner, SignedHead, Statement, key_id
 from events.log import Log
 from events.sqlite.listing import EventFilter, EventQuery, open_reader
-from events.sqlite.proof import open_log_reader
+from events.sqlite.queries import read_base
+from events.sqlite.readonly import open_read_only
 from events.sqlite.timetravel import parse_moment
 from events.tail import Tails
 from events.types import TYPES, LogBase
@@ -323,8 +324,8 @@ async def open_prover(data: Path, ledger: Path) -> Prover:
     """
 
     def read() -> Prover:
-        with open_log_reader(ledger) as log:
-            return Prover(open_signer(data), log.base())
+        with open_read_only(ledger) as connection:
+            return Prover(open_signer(data), read_base(connection))
 
     return await asyncio.to_thread(read)
 

@@ -15,7 +15,9 @@ from events.postgres.log import SharedLog
 from events.postgres.schema import migrate
 from events.postgres.storage import ReplicatedStorage
 from events.postgres.transfer import copy_ledger_in
-from events.sqlite.proof import open_log_reader
+from events.sqlite.bases import read_stored_base as read_base_of_file
+from events.sqlite.queries import read_head, read_nodes, read_rows
+from events.sqlite.readonly import open_read_only
 from events.storage import KINDS, StoredBase
 from support.postgres import Database
 
@@ -72,11 +74,11 @@ async def owned(database: Database) -> AsyncIterator[Connection]:
 
 async def copy_ledger(database: Database, path: Path) -> None:
     """Copy a ledger from a file into an empty one."""
-    with open_log_reader(path) as source:
-        stored, head = source.stored_base(), source.head()
-        rows = source.rows(stored.base.position, head.position)
+    with open_read_only(path) as source:
+        stored, head = read_base_of_file(source), read_head(source)
+        rows = read_rows(source, stored.base.position, head.position)
         async with owned(database) as connection:
-            await copy_ledger_in(connection, stored, rows, head, source.nodes())
+            await copy_ledger_in(connection, stored, rows, head, read_nodes(source))
 
 
 async def read_base(database: Database) -> StoredBase:

@@ -29,9 +29,9 @@ from events.audit.verify import FindingKind, verify
 from events.clock import format_timestamp
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.sqlite import storage, timetravel
-from events.sqlite.archiving import ArchivingLedger
+from events.sqlite.archiving import remove_events
 from events.sqlite.queries import as_text, read_base
-from events.sqlite.schema import connect, schema_of
+from events.sqlite.schema import connect, schema_of, transaction
 from events.sqlite.snapshots import base_state_digest, read_base_state
 from events.sqlite.timetravel import InvalidMoment
 from events.state import State
@@ -193,13 +193,12 @@ def test_remaining_ledger_is_verified_before_the_commit() -> None:
             " BEGIN UPDATE jobs SET body = replace(body, 'alice', 'mallory'); END"
         )
         base, now = read_base(connection), format_timestamp(LATER)
-        ledger = ArchivingLedger(connection, path)
-        check = module._write(ledger, base, 19, path.with_name("archive.gz"), ledgers.SIGN)
+        check = module._write(connection, base, 19, path.with_name("archive.gz"), ledgers.SIGN)
 
         def move() -> None:
-            with ledger.transaction():
-                ledger.remove(check.proved, "archive.gz", check.sha256, now)
-                module._refuse_invalid_rest(ledger)
+            with transaction(connection):
+                remove_events(connection, check.proved, "archive.gz", check.sha256, now)
+                module._refuse_invalid_rest(connection, path)
 
         with pytest.raises(LedgerDamaged, match="nothing was moved"):
             move()

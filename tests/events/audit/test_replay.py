@@ -23,7 +23,6 @@ from events.audit.signing import key_id
 from events.audit.verify import Expected, FindingKind
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
 from events.sqlite import storage
-from events.sqlite.proof import LogReader, open_log_reader
 from events.sqlite.queries import as_text
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
@@ -43,8 +42,8 @@ def exported(path: Path, name: str, until: int | None = None) -> Path:
 
 def replayed(path: Path, until: object, archives: list[Path]) -> tuple[Moment, list[str], list[str]]:
     """Return the moment, the models, and the jobs that have not ended."""
-    with open_log_reader(path) as log:
-        moment, state = replay(log, None if until is None else str(until), archives)
+    with open_read_only(path) as ledger:
+        moment, state = replay(ledger, None if until is None else str(until), archives)
         return moment, sorted(map(as_text, state.models.values())), list(map(as_text, state.unended()))
 
 
@@ -270,7 +269,7 @@ def test_archive_that_changes_after_its_proof_fails_the_replay(until: str | None
 
             connection.set_trace_callback(swap)
             with pytest.raises(LogUnavailable, match=r"8\.gz was changed while it was read"):
-                replay(LogReader(connection), until, files)
+                replay(connection, until, files)
             assert "BEGIN" in statements
 
 

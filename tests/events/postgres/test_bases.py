@@ -29,7 +29,7 @@ from events.postgres.leases import LeaseStore
 from events.postgres.transfer import make_replica
 from events.sqlite.bases import read_stored_base, state_at_base
 from events.sqlite.datalock import LEDGER
-from events.sqlite.proof import open_log_reader
+from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import read_base_state
 from events.storage import StoredBase
@@ -43,8 +43,8 @@ PROJECTIONS = ("models", "jobs", "tokens", "nodes")
 
 
 def base_in(path: Path) -> StoredBase:
-    with open_log_reader(path) as log:
-        return log.stored_base()
+    with open_read_only(path) as connection:
+        return read_stored_base(connection)
 
 
 @pytest.fixture

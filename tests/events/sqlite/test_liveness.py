@@ -20,7 +20,6 @@ from events.sqlite.liveness import (
     ServerState,
     liveness_at,
 )
-from events.sqlite.proof import LogReader
 from events.sqlite.schema import connect
 from events.sqlite.timetravel import open_time_travel_reader, state_at
 from events.tokens import TokenRevoked
@@ -152,14 +151,13 @@ def test_presence_of_live_server_is_never_unknown(connection: sqlite3.Connection
 
 
 def test_replay_without_a_moment_says_whether_server_was_seen_lately(connection: sqlite3.Connection) -> None:
-    log = LogReader(connection)
-    moment, _ = replay(log, None)
+    moment, _ = replay(connection, None)
     assert moment.server == Liveness(UNKNOWN, at(2_100))
     assert NOTE_EVERY_S <= 60
     connection.rollback()
-    assert replay(log, at(500))[0].server == Liveness(UNKNOWN, at(60))
+    assert replay(connection, at(500))[0].server == Liveness(UNKNOWN, at(60))
     connection.rollback()
-    assert replay(log, "4")[0].server == Liveness(RUNNING, at(2))
+    assert replay(connection, "4")[0].server == Liveness(RUNNING, at(2))
 
 
 async def test_time_travel_says_whether_server_ran(tmp_path: Path) -> None:
