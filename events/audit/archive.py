@@ -23,12 +23,12 @@ from events.audit.verify import Finding, verify_ledger
 from events.clock import add_seconds, format_timestamp
 from events.commands import KEY_LIFETIME_S
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
-from events.sqlite import archiving
-from events.sqlite.archiving import open_to_archive
+from events.sqlite import bases
 from events.sqlite.proof import prove
 from events.sqlite.queries import hash_at, read_base, read_head
 from events.sqlite.readonly import wants_wal
 from events.sqlite.schema import Connection, transaction
+from events.sqlite.storage import FOLDS, open_to_archive
 from events.sqlite.timetravel import parse_time
 from events.storage import LogHead
 from events.types import LogBase
@@ -75,11 +75,11 @@ def archive(path: Path, before: str, target: Path, sign: Sign, now: datetime) ->
         base, last = read_base(ledger), _find_last(ledger, before, now)
         check = _write(ledger, base, last, target, sign)
         with transaction(ledger):
-            jobs = archiving.remove_events(
-                ledger, check.proved, target.name, check.sha256, format_timestamp(now)
+            jobs = bases.remove_events(
+                ledger, check.proved, target.name, check.sha256, format_timestamp(now), folds=FOLDS
             )
             _refuse_invalid_rest(ledger, path)
-        archiving.shrink(ledger)
+        bases.shrink(ledger)
     _refuse_damaged(
         path, f"events up to position {last} were moved to {printable_name(target)}, and the remaining ledger"
     )
@@ -115,7 +115,7 @@ def _refuse_invalid_rest(ledger: Connection, path: Path) -> None:
 def _find_last(ledger: Connection, before: str, now: datetime) -> int:
     base, head = read_base(ledger), read_head(ledger)
     is_position = re.fullmatch(r"\d{1,18}", before, re.ASCII)
-    last = int(before) - 1 if is_position else archiving.last_before(ledger, parse_time(before))
+    last = int(before) - 1 if is_position else bases.last_before(ledger, parse_time(before))
     if last <= base.position:
         raise NothingThere(f"there are no events before that: the log begins after position {base.position}")
     _refuse_what_must_stay(ledger, last, head, now)
@@ -127,7 +127,7 @@ def _refuse_what_must_stay(ledger: Connection, last: int, head: LogHead, now: da
     if last >= head.position:
         raise MustStay(f"the log's last event must stay: archive --before {head.position} at most")
     since = add_seconds(max(format_timestamp(now), head.recorded_at), -KEY_LIFETIME_S)
-    kept = archiving.first_key(ledger, last, since)
+    kept = bases.first_key(ledger, last, since)
     if kept is not None:
         raise MustStay(
             f"idempotency keys are valid for 24 hours, and that of position {kept} still is: archive "

@@ -186,8 +186,8 @@ class ExportReader:
             raise FileDamaged(problem, position, FindingKind.SIGNATURE)
         is_of_then = statement.recorded_at == self._recorded_at or position == self.after.position
         is_before = statement.base.position < self.after.position and _may_begin(statement.base)
-        is_whole = is_before or statement.base == self.after
-        if not (is_of_then and is_whole and _is_written(head, line)):
+        is_complete = is_before or statement.base == self.after
+        if not (is_of_then and is_complete and _is_written(head, line)):
             raise FileDamaged(f"the signed head does not fit the events up to position {position}", position)
         if next(self._lines, None) is not None:
             raise FileDamaged("the file goes on after the signed head", position)

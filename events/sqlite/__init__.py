@@ -13,6 +13,5 @@ states (`timetravel`), in short transactions, so that the write-ahead log can be
 - `datalock`: one process per data directory and file
 - `snapshots`: snapshots for time travel, and the state at the base
 - `proof`, `projections`: what `events.audit` reads; comparison of the stored projections with a fold
-- `archiving`: removing archived events
-- `bases`: the base of a log as values, to begin a replica with
+- `bases`: the base of a log: removing archived events, and its values, to begin a replica with
 """

@@ -1,19 +1,23 @@
-"""The base of a log as plain values: read out of one ledger, and stored in another that is empty.
+"""The base of a log: moved by archiving, and as plain values.
 
-A replica whose database has archived events begins in this way.
+Archiving removes the events before it (`events.audit.archive` decides and proves). A replica whose database
+has archived events begins with the values of a base.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from events.clock import Timestamp
 from events.errors import LedgerDamaged
-from events.sqlite.queries import make_state, read_base
-from events.sqlite.snapshots import base_state_digest
+from events.sqlite.queries import list_archives, make_state, read_base
+from events.sqlite.snapshots import base_state_digest, write_base_state
+from events.sqlite.timetravel import state_at
 from events.state import State
 from events.storage import ArchiveRecord, BaseEntity, StoredBase
+from events.types import LogBase
 
 _LIFTED = ("events_never_go", "base_never_changes")
 """The triggers that have to be dropped to move the base, and created again."""
@@ -33,6 +37,64 @@ def suspended_triggers(connection: sqlite3.Connection) -> Iterator[None]:
     yield
     for _, sql in found:
         connection.execute(sql)
+
+
+def last_before(connection: sqlite3.Connection, time: Timestamp) -> int:
+    """Return the position of the last event that was recorded before a time, or 0."""
+    (last,) = connection.execute(
+        "SELECT coalesce(max(position), 0) FROM events WHERE recorded_at < ?", (time,)
+    ).fetchone()
+    return int(last)
+
+
+def first_key(connection: sqlite3.Connection, until: int, since: Timestamp) -> int | None:
+    """Return the first position up to `until` with an idempotency key recorded after `since`, or None."""
+    (position,) = connection.execute(
+        "SELECT min(position) FROM events WHERE idempotency_key IS NOT NULL AND position <= ?"
+        " AND recorded_at > ?",
+        (until, since),
+    ).fetchone()
+    return None if position is None else int(position)
+
+
+def remove_events(
+    connection: sqlite3.Connection, end: LogBase, file: str, sha256: bytes, now: Timestamp, *, folds: int
+) -> int:
+    """Remove the events up to and with `end`, and list their archive; the caller holds the transaction.
+
+    Args:
+        connection: of `events.sqlite.storage.open_to_archive`.
+        end: the new base.
+        file: the archive's name.
+        sha256: of the archive.
+        now: when it is archived.
+        folds: the version of the folds that made the state; that of archives before it stays.
+
+    Returns:
+        The number of removed ended jobs.
+    """
+    base, before = read_base(connection), list_archives(connection)
+    folds = before[-1].folds if before else folds
+    state = state_at(connection, end.position, from_base=True)
+    with suspended_triggers(connection):
+        jobs = write_base_state(connection, state)
+        connection.execute("DELETE FROM events WHERE position <= ?", (end.position,))
+        connection.execute("UPDATE base SET position = ?, hash = ?", (end.position, end.hash))
+    state_sha256 = base_state_digest(connection, end.position)
+    connection.execute(
+        "INSERT INTO archives"
+        " (last_position, first_position, hash, archived_at, file, sha256, state_sha256, folds)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (end.position, base.position + 1, end.hash, now, file, sha256, state_sha256, folds),
+    )
+    return jobs
+
+
+def shrink(connection: sqlite3.Connection) -> None:
+    """Return the free space to the disk if there is room for that, and leave one complete file."""
+    with suppress(sqlite3.Error):
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("VACUUM")
 
 
 def read_stored_base(connection: sqlite3.Connection) -> StoredBase:

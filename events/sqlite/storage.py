@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -144,6 +144,25 @@ def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Itera
 def _sort_key(key: _Key) -> tuple[bool, _Key]:
     """Return a key that sorts as SQLite does: texts, then bytes, which only tampering stores."""
     return isinstance(key, bytes), key
+
+
+@contextmanager
+def open_to_archive(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a ledger whose projections are current, for writing; leave one complete file at the end.
+
+    Raises:
+        LogUnavailable: `log_unavailable`, here or in the block, it cannot be read or written.
+    """
+    try:
+        with closing(connect(path)) as connection:
+            try:
+                if not is_current(connection):
+                    rebuild(connection)
+                yield connection
+            finally:
+                leave_complete_file(connection)
+    except (sqlite3.Error, StorageError) as error:
+        raise LogUnavailable(f"the ledger {path.name} cannot be archived: {error}") from error
 
 
 class Database:

@@ -279,7 +279,7 @@ def _checked_state(stored: StoredBase) -> State:
     """
     position = stored.base.position
     check_listed((each.range() for each in stored.archives), stored.base)
-    if not stored.is_whole:
+    if not stored.is_complete:
         problem = "the stored state at the base was changed"
         raise VerificationError(position, problem, FindingKind.BASE)
     try:

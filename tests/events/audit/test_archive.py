@@ -29,7 +29,7 @@ from events.audit.verify import FindingKind, verify
 from events.clock import format_timestamp
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.sqlite import storage, timetravel
-from events.sqlite.archiving import remove_events
+from events.sqlite.bases import remove_events
 from events.sqlite.queries import as_text, read_base
 from events.sqlite.schema import connect, schema_of, transaction
 from events.sqlite.snapshots import base_state_digest, read_base_state
@@ -197,7 +197,7 @@ def test_remaining_ledger_is_verified_before_the_commit() -> None:
 
         def move() -> None:
             with transaction(connection):
-                remove_events(connection, check.proved, "archive.gz", check.sha256, now)
+                remove_events(connection, check.proved, "archive.gz", check.sha256, now, folds=storage.FOLDS)
                 module._refuse_invalid_rest(connection, path)
 
         with pytest.raises(LedgerDamaged, match="nothing was moved"):
@@ -208,7 +208,7 @@ def test_remaining_ledger_is_verified_before_the_commit() -> None:
         assert len(ledgers.rows_of(path)) == HEAD
 
 
-TRACED = ("/archive.py", "/archiving.py", "/files.py", "/snapshots.py")
+TRACED = ("/archive.py", "/bases.py", "/files.py", "/snapshots.py")
 
 
 def archive_traced(path: Path, killed_at: int | None = None) -> int:
