@@ -15,9 +15,9 @@ from events.models import RELOADS, Model
 from events.state import State
 from events.types import LoadedFile, LoadParameters
 from runtime.errors import RepositoryUnreadable, RuntimeProblem
-from runtime.filesystem import LOAD_LIMIT_S, FileSystemPool
+from runtime.filesystem import LOAD_LIMIT_S
 from runtime.onnxfile import find_model_file
-from runtime.repository import SizedFile
+from runtime.repository import Repository, SizedFile
 
 _log = logging.getLogger(__name__)
 
@@ -110,9 +110,7 @@ class MemoryEstimates:
     """Estimates of pending loads, each made once from the load's files, for the form that it will use.
 
     Args:
-        file_system: runs the calls that read files.
-        stat_of: returns the function that finds the files of a job, in a thread; one that cannot be read is
-            an error, and not left out.
+        repository: has the files.
         wake: called when an estimate has ended.
         form_of: finds the prepared form that a load will use.
         threads: how many threads a worker computes with, unless its load says otherwise.
@@ -131,15 +129,13 @@ class MemoryEstimates:
 
     def __init__(
         self,
-        file_system: FileSystemPool,
-        stat_of: Callable[[Job], Callable[[], Sequence[SizedFile]]],
+        repository: Repository,
         wake: Callable[[], None],
         form_of: FormOf = lambda _files, _footprints: None,
         *,
         threads: int = 1,
     ) -> None:
-        self._file_system = file_system
-        self._stat_of = stat_of
+        self._repository = repository
         self._form_of = form_of
         self._wake = wake
         self._threads = threads
@@ -210,10 +206,8 @@ class MemoryEstimates:
         footprints = model.footprints if model is not None else ()
         expected = find_expected(job, model)
         try:
-            stat_files = (lambda: expected) if expected else self._stat_of(job)
-            files, form = await self._file_system.run(
-                job.model_id, partial(self._find_files, job, stat_files, footprints), LOAD_LIMIT_S
-            )
+            find_files = partial(self._find_files, job, expected, footprints)
+            files, form = await self._repository.file_system.run(job.model_id, find_files, LOAD_LIMIT_S)
             threads = parameters.threads or self._threads
             need = estimate_memory(files, version, parameters, footprints, form, threads=threads)
         except Exception as error:  # noqa: BLE001 - whatever it is, this load alone has no estimate
@@ -232,9 +226,13 @@ class MemoryEstimates:
             self._stop_waiting(job.id)
 
     def _find_files(
-        self, job: Job, stat_files: Callable[[], Sequence[SizedFile]], footprints: Iterable[Footprint]
+        self, job: Job, expected: Sequence[LoadedFile] | None, footprints: Iterable[Footprint]
     ) -> tuple[Sequence[SizedFile], str | None]:
-        files = stat_files()
+        files: Sequence[SizedFile] = expected or ()
+        if not files:
+            version, _ = job.load_order
+            with self._repository.open_version(job.model_id, version) as (_, files):
+                pass
         return files, None if job.id in self.bare else self._form_of(files, footprints)
 
     def _stop_waiting(self, job_id: str) -> None:

@@ -111,11 +111,7 @@ class Executor:
         )
         self.files = PendingFiles(contents, wake)
         self.estimates = MemoryEstimates(
-            contents.repository.file_system,
-            lambda job: partial(self.files.open(job).stat, asyncio.get_running_loop()),
-            wake,
-            self.preparer.form_of,
-            threads=pool.threads,
+            contents.repository, wake, self.preparer.form_of, threads=pool.threads
         )
         self._drain_timeout_s = drain_timeout_s
         self._progress_timeout_s = progress_timeout_s

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -19,7 +18,6 @@ from events.state import State
 from events.types import LoadedFile
 from runtime.errors import RuntimeProblem
 from runtime.filesystem import LOAD_LIMIT_S, busy, make_call
-from runtime.repository import SizedFile
 from runtime.store.contents import Contents, ModelContents, VersionFiles, contents_of
 from runtime.timeouts import TimeoutExpired, timeout
 
@@ -28,9 +26,6 @@ T = TypeVar("T")
 THREAD = "files of a load"
 RETRY_S = 1.0
 """Pause before files are given back in a thread, after there was none."""
-FRESH_S = 1.0
-"""A load that starts later than this after its files were found, as one that waits for memory, finds them
-again, and holds no stored files until then."""
 
 
 class LoadFiles:
@@ -45,8 +40,6 @@ class LoadFiles:
         self.found: VersionFiles | None = None
         self._contents = contents
         self._model_id, self._version = model_id, version
-        self._lock = threading.Lock()
-        self._is_fresh = self._is_needed = False
         self._running = 0
         self.pieces = 0
         self._cancelled = self._closed = False
@@ -62,33 +55,17 @@ class LoadFiles:
             raise RuntimeError(f"the files of {self._model_id!r} have not been obtained")
         return self.found
 
-    def stat(self, loop: asyncio.AbstractEventLoop) -> Sequence[SizedFile]:
-        """Return the files in the repository; stored ones are obtained thereby. To be called in a thread.
-
-        Raises:
-            RuntimeProblem: as `ModelContents.stat_version`.
-        """
-        seen, stored = self._contents.stat_version(self._model_id, self._version)
-        if stored is not None:
-            self._set_found(stored)
-        with suppress(RuntimeError):  # the loop is closed: the server has stopped
-            loop.call_soon_threadsafe(self._note_stat)
-        return seen
-
     async def obtain(self, expected: Sequence[LoadedFile] | None) -> VersionFiles:
         """Obtain the files, once; for arguments and further errors see `ModelContents.obtain`.
 
         Raises:
             RepositoryBusy: `repository_busy`, nothing of them could be read for `LOAD_LIMIT_S`.
         """
-        self._is_needed = True
         if expected is not None and self.found is None and self._contents.store is not None:
-            await asyncio.shield(
-                self._start(partial(self._find, expected))
-            )  # whatever the repository is like
+            # Whatever the repository is like: it may not be there any more.
+            await asyncio.shield(self._start(partial(self._find, expected)))
         if self.found is None:
-            if not self._is_fresh:
-                await self._check_answers()
+            await self._check_answers()
             obtaining = self._start(partial(self._obtain, expected))
             try:
                 async with timeout(LOAD_LIMIT_S, lambda: self.pieces):
@@ -127,7 +104,7 @@ class LoadFiles:
         self._release_if_idle()
 
     async def _check_answers(self) -> None:
-        """Look at the version's folder in the repository, since that has a limit where a file system hangs.
+        """List the version's folder in the pool, of which a file system that hangs takes one thread only.
 
         Raises:
             RepositoryBusy: `repository_busy`.
@@ -136,31 +113,11 @@ class LoadFiles:
         find = partial(repository.find_file, self._model_id, self._version)
         await repository.file_system.run(self._model_id, find, LOAD_LIMIT_S)
 
-    def _note_stat(self) -> None:
-        self._is_fresh = True
-        asyncio.get_running_loop().call_later(FRESH_S, self._forget_stat)
-        self._release_if_idle()
-
-    def _forget_stat(self) -> None:
-        self._is_fresh = False
-        if not self._is_needed:
-            self._release_found()
-
     def _find(self, expected: Sequence[LoadedFile]) -> None:
-        found = self._contents.find(self._model_id, self._version, expected, self._is_cancelled)
-        if found is not None:
-            self._set_found(found)
+        self.found = self._contents.find(self._model_id, self._version, expected, self._is_cancelled)
 
     def _obtain(self, expected: Sequence[LoadedFile] | None) -> None:
-        self._set_found(self._contents.obtain(self._model_id, self._version, expected, self._is_cancelled))
-
-    def _set_found(self, files: VersionFiles) -> None:
-        """Keep the files unless others were found meanwhile."""
-        with self._lock:
-            if self.found is None:
-                self.found = files
-                return
-        self._contents.release(files)
+        self.found = self._contents.obtain(self._model_id, self._version, expected, self._is_cancelled)
 
     def _is_cancelled(self) -> bool:
         self.pieces += 1

@@ -158,19 +158,6 @@ class ModelContents:
             return self._obtain_same(model_id, version, tuple(expected), is_cancelled)
         return self._obtain_present(model_id, version, is_cancelled)
 
-    def stat_version(self, model_id: str, version: int) -> tuple[tuple[FoundFile, ...], VersionFiles | None]:
-        """Return a version's files in the repository, and the same files in the store, held; hashes nothing.
-
-        Raises:
-            RuntimeProblem: `unknown_model`, `unknown_version`, `unsafe_file`, `model_changed`,
-                `repository_unreadable`.
-        """
-        with self.repository.open_version(model_id, version) as (_, found):
-            digest = self.store.find_source(model_id, version, found) if self.store is not None else None
-            if self.store is None or digest is None:
-                return found, None
-            return found, _find_stored(self.store, model_id, version, digest, found, rehashes=False)
-
     def read_signature(self, model_id: str, version: int | None) -> tuple[int, ModelSignature]:
         """Return a version, by default the highest, and the inputs and outputs that its file declares.
 
@@ -400,11 +387,10 @@ def _find_stored(
     digest: str,
     files: Sequence[SizedFile],
     *,
-    is_cancelled: IsCancelled = is_never,
-    rehashes: bool = True,
+    is_cancelled: IsCancelled,
 ) -> VersionFiles | None:
     """Return stored files, held, with their times in the repository; None if the store has them no more."""
-    stored = store.find(digest, is_cancelled, rehashes=rehashes)
+    stored = store.find(digest, is_cancelled)
     if stored is None:
         return None
     return VersionFiles(

@@ -218,13 +218,11 @@ class Store:
         """Remove a copy that is not settled."""
         self._drop_incoming(taken.path)
 
-    def find(
-        self, digest: str, is_cancelled: IsCancelled = is_never, *, rehashes: bool = True
-    ) -> StoredVersion | None:
+    def find(self, digest: str, is_cancelled: IsCancelled = is_never) -> StoredVersion | None:
         """Return a stored version, and hold it; None if it is not there.
 
-        Files whose identity has changed, as after a restored backup, are hashed before, or count as not there
-        if nothing is to be hashed. With another content the version is removed.
+        Files whose identity has changed, as after a restored backup, are hashed before. With another content
+        the version is removed.
 
         Raises:
             CopyCancelled: `copy_cancelled`.
@@ -236,7 +234,7 @@ class Store:
             self._use(digest)
         usable = None
         try:
-            usable = self._verify_for_use(version, is_cancelled, rehashes=rehashes)
+            usable = self._verify_for_use(version, is_cancelled)
         finally:
             if usable is None:
                 self.release(digest)
@@ -380,13 +378,9 @@ class Store:
                 raise  # where there are no more links, or none at all, the version keeps a file of its own
         return file
 
-    def _verify_for_use(
-        self, version: StoredVersion, is_cancelled: IsCancelled, *, rehashes: bool
-    ) -> StoredVersion | None:
+    def _verify_for_use(self, version: StoredVersion, is_cancelled: IsCancelled) -> StoredVersion | None:
         if self._is_unchanged(version):
             return version
-        if not rehashes:
-            return None
         folder = self.folder_of(version.digest)
         try:
             files = rehash_files(folder, version.files, is_cancelled)

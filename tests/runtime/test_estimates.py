@@ -8,7 +8,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from support.workers import LIMIT_S, until
 from events.jobs import Footprint, JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime import estimates
-from runtime.consumer.loadfiles import PendingFiles
 from runtime.estimates import (
     BYTES_PER_MODEL_BYTE,
     WORKER_BYTES,
@@ -34,7 +32,6 @@ from runtime.estimates import (
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository, SizedFile
 from runtime.scheduler.view import Policy
-from runtime.store.contents import ModelContents
 
 
 def seen(path: str, size: int, mtime_ns: int) -> LoadedFile:
@@ -152,12 +149,7 @@ class Estimating:
         models.save(models.add(1), root, "m")
         self.woken = asyncio.Event()
         self.repository = Repository(root)
-        files = PendingFiles(ModelContents(self.repository, None))
-        self.estimates = MemoryEstimates(
-            self.repository.file_system,
-            lambda job: partial(files.open(job).stat, asyncio.get_running_loop()),
-            self.woken.set,
-        )
+        self.estimates = MemoryEstimates(self.repository, self.woken.set)
         self.history = History()
 
     def ask(self, job: str = "j", of: str = "m") -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from onnx import ModelProto
 from support import models
 from support.running import Engine, error_of, gone, running
@@ -112,7 +113,7 @@ async def test_load_that_cannot_be_recorded_fails_alone(engine: Engine) -> None:
     def spoil_report() -> None:
         if load.report is not None:
             found = load.files.version_files
-            found.files = (replace(found.files[0], path="\ud800"),)
+            found.files = (structs.replace(found.files[0], path="\ud800"),)
         wake()
 
     load.wake = spoil_report
