@@ -96,12 +96,12 @@ async function refusal(response) {
 }
 
 // What to say where something was asked for, and it is not known whether that arrived.
-export function toldOfRequest(error) {
-  return error instanceof Unreachable ? `${told(error)} What you asked for may have arrived all the same: look at the jobs when it is back.` : told(error);
+export function requestErrorText(error) {
+  return error instanceof Unreachable ? `${errorText(error)} What you asked for may have arrived all the same: look at the jobs when it is back.` : errorText(error);
 }
 
 // What to say of an error, for people: what the server said, and what to do about it.
-export function told(error) {
+export function errorText(error) {
   if (error instanceof Unreachable) return `The server cannot be reached: ${error.message}.`;
   if (!(error instanceof Refusal)) return String(error.message ?? error);
   if (error.status === 403) return `Not allowed: ${error.message}. Ask whoever gives out tokens for one with that role; the ledger counts this refusal.`;

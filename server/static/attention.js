@@ -1,25 +1,27 @@
 // What needs somebody, at the top of the page: what is wrong, why, what to do, and a button for it.
 
-import { Acknowledged } from "./acknowledged.js";
-import { button, byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
+import { button, byId, h, reconcile, setAttribute, setText, show, showText } from "./dom.js";
 import { count } from "./format.js";
 import { problems } from "./problems.js";
 import { href } from "./router.js";
+import { keep, recall } from "./session.js";
 
+const KEPT = "loadledger.acknowledged";
+const MOST_KEPT = 1000; // acknowledgements; the oldest are forgotten
 const MOST = 12;
 const MOST_MEMBERS = 100; // of one entry: more are found in the list of models
 const LABELS = { critical: "Failed", warning: "Warning", waiting: "Waiting" };
 
-export function attentionView(store, offers) {
+export function attentionView(store, actions) {
   const acknowledged = new Acknowledged();
   let said = null;
   const draw = () => {
-    tell(byId("confinement"), openConfinement(store.resources?.confinement));
+    showText(byId("confinement"), openConfinement(store.resources?.confinement));
     const all = problems(store), open = all.filter((problem) => !acknowledged.has(problem)), shown = open.slice(0, MOST);
-    const put = { offers, acknowledge: (problem) => (acknowledged.add(problem), draw()) };
-    keyed(byId("attention-list"), shown, identity, (problem) => item(problem, put), (node, problem) => node.update(problem));
+    const put = { actions, acknowledge: (problem) => (acknowledged.add(problem), draw()) };
+    reconcile(byId("attention-list"), shown, (problem) => problemItem(problem, put), identity);
     const more = open.length - shown.length, away = all.length - open.length;
-    tell(byId("attention-none"), open.length ? (more > 0 ? `And ${more} more.` : "") : well(store, away));
+    showText(byId("attention-none"), open.length ? (more > 0 ? `And ${more} more.` : "") : well(store, away));
     show(byId("attention-away"), away > 0);
     setText(byId("attention-away"), `${away} acknowledged: show ${away === 1 ? "it" : "them"} again`);
     const titles = open.filter((problem) => problem.level !== "waiting").map((problem) => problem.title).sort();
@@ -62,30 +64,29 @@ function well(store, away) {
 
 const NAMES = { load: "Load…", swap: "Swap…", unload: "Unload…", cancel: "Cancel" };
 
-function buttonsOf(problem, offers) {
+function buttonsOf(problem, actions) {
   const made = [];
-  for (const offer of problem.offers) {
-    const act = offers[offer.do === "swap" ? "load" : offer.do];
-    const subject = offer.model ?? offer.job;
-    if (act && subject) made.push(button(NAMES[offer.do], offer.model?.id ?? offer.job.model_id, () => act(subject)));
+  for (const action of problem.actions) {
+    const act = actions[action.do === "swap" ? "load" : action.do];
+    const subject = action.model ?? action.job;
+    if (act && subject) made.push(button(NAMES[action.do], action.model?.id ?? action.job.model_id, () => act(subject)));
   }
   return made;
 }
 
-function item(first, { offers, acknowledge }) {
+function problemItem(first, { actions, acknowledge }) {
   let now = first;
-  const label = el("span", { class: "level" }), title = el("strong"), why = el("p", { class: "why" }), todo = el("p", { class: "todo" });
-  const members = first.members.length ? el("details", {}, el("summary"), el("ul", { class: "members" }), el("p", { class: "hint" })) : null;
+  const label = h("span", { class: "level" }), title = h("strong"), why = h("p", { class: "why" }), todo = h("p", { class: "todo" });
+  const members = first.members.length ? h("details", {}, h("summary"), h("ul", { class: "members" }), h("p", { class: "hint" })) : null;
   const put = button("Acknowledge", first.title, () => acknowledge(now));
-  const buttons = el("div", { class: "do" }, ...buttonsOf(first, offers), put);
-  const node = el("li", {}, el("div", { class: "words" }, el("p", {}, label, " ", title), why, todo, members), buttons);
+  const buttons = h("div", { class: "do" }, ...buttonsOf(first, actions), put);
+  const node = h("li", {}, h("div", { class: "words" }, h("p", {}, label, " ", title), why, todo, members), buttons);
   const drawMembers = () => {
     const [line, list, more] = members.children;
     setText(line, members.open ? "Hide them" : "Show them");
     if (!members.open) return;
-    const make = (each) => memberOf(each, offers);
-    keyed(list, now.members.slice(0, MOST_MEMBERS), (each) => each.key, make, (part, each) => setText(part.querySelector(".why"), each.why));
-    tell(more, now.members.length > MOST_MEMBERS ? `And ${now.members.length - MOST_MEMBERS} more: choose their state in the list of models.` : "");
+    reconcile(list, now.members.slice(0, MOST_MEMBERS), (each) => memberItem(each, actions), (each) => each.key);
+    showText(more, now.members.length > MOST_MEMBERS ? `And ${now.members.length - MOST_MEMBERS} more: choose their state in the list of models.` : "");
   };
   members?.addEventListener("toggle", drawMembers);
   node.update = (problem) => {
@@ -93,7 +94,7 @@ function item(first, { offers, acknowledge }) {
     setAttribute(node, "class", `problem ${problem.level}`);
     setText(label, LABELS[problem.level]);
     setText(title, problem.title);
-    tell(why, problem.why);
+    showText(why, problem.why);
     setText(todo, problem.todo);
     show(put, problem.occurrence !== null);
     if (members) drawMembers();
@@ -101,7 +102,46 @@ function item(first, { offers, acknowledge }) {
   return node;
 }
 
-function memberOf(problem, offers) {
-  const name = el("a", { href: href("models", problem.model) }, problem.model);
-  return el("li", {}, el("div", { class: "words" }, name, el("p", { class: "why" }, problem.why)), el("div", { class: "do" }, ...buttonsOf(problem, offers)));
+function memberItem(first, actions) {
+  const name = h("a", { href: href("models", first.model) }, first.model), why = h("p", { class: "why" });
+  const item = h("li", {}, h("div", { class: "words" }, name, why), h("div", { class: "do" }, ...buttonsOf(first, actions)));
+  item.update = (problem) => setText(why, problem.why);
+  return item;
+}
+
+// What somebody has acknowledged in this browser: each problem by its occurrence, so that a new one is shown again.
+class Acknowledged {
+  #known = new Map(readKept());
+
+  // A problem without an occurrence cannot be acknowledged: it goes by itself.
+  has(problem) {
+    return problem.occurrence !== null && this.#known.get(problem.key) === problem.occurrence;
+  }
+
+  add(problem) {
+    for (const each of [problem, ...problem.members]) {
+      this.#known.delete(each.key);
+      this.#known.set(each.key, each.occurrence);
+    }
+    this.#keep();
+  }
+
+  clear(problems) {
+    for (const problem of problems) for (const each of [problem, ...problem.members]) this.#known.delete(each.key);
+    this.#keep();
+  }
+
+  #keep() {
+    const kept = [...this.#known].slice(-MOST_KEPT);
+    keep("localStorage", KEPT, kept.length ? JSON.stringify(kept) : null);
+  }
+}
+
+function readKept() {
+  try {
+    const kept = JSON.parse(recall("localStorage", KEPT) ?? "[]");
+    return Array.isArray(kept) ? kept.filter((pair) => Array.isArray(pair) && pair.length === 2) : [];
+  } catch {
+    return []; // nothing of this page
+  }
 }

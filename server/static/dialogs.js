@@ -1,9 +1,8 @@
 // The dialogs in which a load, a swap or an unload is asked for.
 
-import { told, toldOfRequest } from "./api.js";
-import { byId, el, setText, show, tell } from "./dom.js";
+import { errorText, requestErrorText } from "./api.js";
+import { byId, h, notice, setText, show, showText } from "./dom.js";
 import { count, oneLine } from "./format.js";
-import { notice } from "./notices.js";
 
 // Has a dialog close by its buttons, and `ask` called by its form; what is refused is said in it, and it stays.
 // Where it was closed meanwhile, or is about something else by now, what is refused is said outside.
@@ -15,11 +14,11 @@ export function dialog(id, ask) {
     const mine = opened, here = () => mine === opened && node.open;
     enable(false);
     try {
-      tell(refusal, "");
+      showText(refusal, "");
       if ((await ask(...about)) !== false && here()) node.close();
     } catch (error) {
-      if (here()) tell(refusal, toldOfRequest(error));
-      else notice(toldOfRequest(error), "bad");
+      if (here()) showText(refusal, requestErrorText(error));
+      else notice(requestErrorText(error), "bad");
     } finally {
       if (mine === opened) enable(true);
     }
@@ -32,13 +31,13 @@ export function dialog(id, ask) {
   const open = () => {
     opened += 1;
     enable(true);
-    tell(refusal, "");
+    showText(refusal, "");
     node.showModal();
   };
-  return { node, open, send, refuse: (text) => tell(refusal, text) };
+  return { node, open, send, refuse: (text) => showText(refusal, text) };
 }
 
-export function loadDialog(api, store, actions) {
+export function loadDialog(api, store, operations) {
   let model = null;
   const about = dialog("load", () => {
     if (!byId("load-version").value) return about.refuse(`The repository has no version of it. Add one on the model's page, or as ${model.id}/VERSION/model.onnx in the repository's folder.`), false;
@@ -48,7 +47,7 @@ export function loadDialog(api, store, actions) {
       if (chosen.value && !chosen.hidden) body[name] = chosen.value;
     }
     if (byId("load-pinned").value) body.pinned = byId("load-pinned").value === "true";
-    return actions.load(model.id, body);
+    return operations.load(model.id, body);
   });
   return async (asked, version = null) => {
     model = asked;
@@ -62,7 +61,7 @@ export function loadDialog(api, store, actions) {
       model = fresh;
       fill(model, store);
     } catch (error) {
-      if (model === asked) about.refuse(told(error));
+      if (model === asked) about.refuse(errorText(error));
     }
   };
 }
@@ -73,20 +72,20 @@ function fill(model, store) {
   const next = serves ? "Another version takes its place; the same one changes what is asked for, or loads it again where its files have changed." : "";
   setText(byId("load-text"), serves ? `Version ${model.version} is loaded. ${next}` : model.error ? `Last time: ${oneLine(model.error.message, 300)}` : `It is ${model.state}.`);
   setText(byId("load-go"), serves ? "Swap" : "Load");
-  const options = [...versions].sort((a, b) => b - a).map((version) => el("option", { value: version }, `${version}${serves && version === model.version ? " (is loaded)" : ""}`));
+  const options = [...versions].sort((a, b) => b - a).map((version) => h("option", { value: version }, `${version}${serves && version === model.version ? " (is loaded)" : ""}`));
   byId("load-version").replaceChildren(...options);
   if (byId("load-dialog").open && versions.includes(Number(chosen))) byId("load-version").value = chosen;
-  else byId("load-pinned").value = store.usesOf(model.id).some((use) => use.pinned) ? "true" : "";
+  else byId("load-pinned").value = store.useOf(model).serving?.pinned ? "true" : "";
   for (const node of byId("load-dialog").querySelectorAll(".of-swap")) show(node, serves);
 }
 
-export function unloadDialog(store, actions) {
+export function unloadDialog(store, operations) {
   let model = null;
-  const about = dialog("unload", (force = false) => actions.unload(model.id, force));
+  const about = dialog("unload", (force = false) => operations.unload(model.id, force));
   byId("unload-force").addEventListener("click", () => about.send(true));
   return (asked) => {
     model = store.models.get(asked.id) ?? asked;
-    const flying = store.usesOf(model.id).reduce((sum, use) => sum + use.in_flight, 0);
+    const flying = store.useOf(model).in_flight;
     const under = { loading: "Only force ends a load that is under way.", unloading: "It is being unloaded: force has it not wait." }[model.state];
     setText(byId("unload-title"), `${under ? "Force unload" : "Unload"} ${model.id}`);
     show(byId("unload-go"), !under);

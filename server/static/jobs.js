@@ -1,42 +1,41 @@
-// The jobs: those under way first, with their stages as they happen, then what came of the last ones.
+// Jobs: the list, with those under way and their stages first, and the page of one job, #/jobs/ID.
 
-import { button, byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
-import { age, ago, count, duration, oneLine, secondsSince } from "./format.js";
+import { errorText } from "./api.js";
+import { button, byId, h, reconcile, setAttribute, setText, show, showText, statePill } from "./dom.js";
+import { age, ago, count, duration, moment, oneLine, secondsSince } from "./format.js";
 import { ended } from "./store.js";
 
+const MOST = 100; // that are shown
 const STAGES = { load: ["copying", "starting", "loading", "warming_up", "measuring"], unload: ["draining", "stopping"] };
 
-const MOST = 100; // that are shown
-
-export function jobsView(store, offers) {
+export function jobsView(store, actions) {
   const draw = () => {
     const jobs = store.jobsNow().sort((a, b) => ended(a) - ended(b) || (a.created_at < b.created_at ? 1 : -1));
     const open = jobs.filter((job) => !ended(job)).length;
-    keyed(byId("jobs-list"), jobs.slice(0, MOST), (job) => job.id, (job) => jobItem(job, offers), (node, job) => node.update(job));
+    reconcile(byId("jobs-list"), jobs.slice(0, MOST), (job) => jobItem(job, actions));
     setText(byId("jobs-count"), open ? `${open} under way` : "");
-    tell(byId("jobs-none"), jobs.length > MOST ? `And ${jobs.length - MOST} more.` : jobs.length ? "" : "No load or unload yet.");
+    showText(byId("jobs-none"), jobs.length > MOST ? `And ${jobs.length - MOST} more.` : jobs.length ? "" : "No load or unload yet.");
   };
   store.watch(draw);
   setInterval(draw, 1000);
 }
 
-export function jobItem(first, offers) {
-  const what = el("strong", {}, `${first.kind === "load" ? "Load" : "Unload"} ${first.model_id}${first.version == null ? "" : ` ${first.version}`}`);
-  const pill = el("span", { class: "pill" }), about = el("p", { class: "dim" }), why = el("p", { class: "why" });
-  const steps = el("ol", { class: "steps" }, ...STAGES[first.kind].map((stage) => el("li", { "data-stage": stage }, stage.replace("_", " "))));
-  const cancel = offers.cancel && button("Cancel", `${first.kind} of ${first.model_id}`, () => offers.cancel(first));
-  const trace = offers.trace && button("Events", `of the ${first.kind} of ${first.model_id}`, () => offers.trace(first));
-  const node = el("li", { class: "job", "data-job": first.id }, el("div", { class: "head" }, el("p", {}, what, " ", pill), el("div", { class: "do" }, trace, cancel)), steps, why, about);
+export function jobItem(first, actions) {
+  const what = h("strong", {}, `${first.kind === "load" ? "Load" : "Unload"} ${first.model_id}${first.version == null ? "" : ` ${first.version}`}`);
+  const pill = statePill(), about = h("p", { class: "dim" }), why = h("p", { class: "why" });
+  const steps = h("ol", { class: "steps" }, ...STAGES[first.kind].map((stage) => h("li", { "data-stage": stage }, stage.replace("_", " "))));
+  const cancel = actions.cancel && button("Cancel", `${first.kind} of ${first.model_id}`, () => actions.cancel(first));
+  const trace = actions.trace && button("Events", `of the ${first.kind} of ${first.model_id}`, () => actions.trace(first));
+  const node = h("li", { class: "job", "data-job": first.id }, h("div", { class: "head" }, h("p", {}, what, " ", pill), h("div", { class: "do" }, trace, cancel)), steps, why, about);
   node.update = (job) => {
-    setText(pill, job.status.replace("_", " "));
-    setAttribute(pill, "class", `pill ${job.status}`);
+    pill.update(job.status);
     const at = STAGES[job.kind].indexOf(job.stage);
     show(steps, at >= 0 && !ended(job));
     [...steps.children].forEach((step, number) => {
       setAttribute(step, "class", number < at ? "done" : null);
       setAttribute(step, "aria-current", number === at ? "step" : null);
     });
-    tell(why, whyText(job));
+    showText(why, whyText(job));
     setText(about, aboutText(job));
     setAttribute(about, "title", `job ${job.id}, asked for at ${job.created_at}`);
     if (cancel) show(cancel, !ended(job) && !job.cancel_requested && !(job.kind === "unload" && job.status === "in_progress"));
@@ -57,4 +56,40 @@ function aboutText(job) {
     ended(job) ? `${ago(job.finished_at)}, took ${took}` : `for ${age(secondsSince(job.created_at))}`,
     job.attempt > 1 ? count(job.attempt, "attempt") : null, job.parameters?.force ? "forced" : null];
   return parts.filter(Boolean).join(" · ");
+}
+
+// Shows what became of a job, and its events in the ledger.
+export function jobPage(api, router, ledger) {
+  let shown = null;
+  router.watch(({ view, id }) => {
+    const wanted = view === "jobs" ? id : null;
+    if (wanted === shown) return;
+    shown = wanted;
+    show(byId("job"), wanted !== null);
+    if (wanted === null) return ledger.only("");
+    ledger.only(wanted);
+    byId("job-close").href = router.href();
+    drawJob(api, router, wanted, () => shown === wanted);
+  });
+}
+
+async function drawJob(api, router, id, isShown) {
+  const text = byId("job-text");
+  text.replaceChildren(h("p", {}, "Loading…"));
+  try {
+    const job = await api.get(`/api/v1/jobs/${encodeURIComponent(id)}`);
+    if (isShown()) text.replaceChildren(...jobLines(job, router));
+  } catch (error) {
+    if (isShown()) text.replaceChildren(h("p", { class: "refusal" }, errorText(error)));
+  }
+  byId("job").scrollIntoView({ block: "nearest" });
+}
+
+function jobLines(job, router) {
+  const version = job.version == null ? "" : ` ${job.version}`, cause = job.cause === "request" ? "" : `, cause ${job.cause}`;
+  const what = h("p", {}, h("strong", {}, `${job.kind === "load" ? "Load" : "Unload"} of `), h("a", { href: router.href("models", job.model_id) }, oneLine(job.model_id, 130)), version, " ",
+    h("span", { class: `pill ${job.status}` }, job.status.replace("_", " ")));
+  const asked = `Requested by ${oneLine(job.requested_by, 130)}${cause} at ${moment(job.created_at)}${ended(job) ? `; ended at ${moment(job.finished_at)}` : ""}.`;
+  const error = job.error ? h("p", { class: "why" }, `${job.error.code}: ${oneLine(job.error.message, 600)}`) : null;
+  return [what, h("p", {}, asked), error, h("p", {}, h("a", { href: router.href("at", String(job.position)) }, "As of its last event")), h("p", { class: "dim" }, h("code", {}, job.id))].filter(Boolean);
 }

@@ -1,21 +1,27 @@
-// Lanes of the timeline, drawn as SVG: a row for each model, and one for the server or for each node. States differ in shape and
-// pattern as well as in colour.
+// Lanes of the timeline: a row for each model, and one for the server or for each node, drawn as SVG and in words.
+// States differ in shape and pattern as well as in colour.
 
-import { el, keyed, setAttribute, svg } from "./dom.js";
-import { oneLine } from "./format.js";
+import { cell, h, reconcile, setAttribute, svg, tableRow } from "./dom.js";
+import { count, duration, moment, oneLine } from "./format.js";
 import { Scale } from "./timescale.js";
 
-export const HIGH = 26; // of a row, in pixels
+const HIGH = 26; // of a row, in pixels
 const THIN = 3; // a segment is drawn at least so wide: what is there can be seen
 const EDGE = 8; // a mark is drawn no nearer to it, so that it is seen whole
 const CHARACTER = 7; // about how wide one is, of a label
 const COLOURS = 7;
+const DIGITS = 12; // of a hash: as the events have them
+const MOST = 400; // rows of the table
+const SERVER = {
+  running: "ran", stopped: "was stopped", unknown: "ended unexpectedly",
+  joined: "was there", draining: "was being drained", left: "had left", lost: "was lost",
+};
 const BARS = { // top and height of a state's bar
   loaded: [4, 18], unloading: [9, 13], loading: [9, 13], failed: [16, 6], lost: [4, 18], unloaded: [20, 2],
   waiting: [12, 10], running: [11, 4], stopped: [11, 4], unknown: [5, 16],
   joined: [11, 4], draining: [9, 13], left: [11, 4],
 };
-export const MARKS = { // glyph, and what it stands for
+const MARKS = { // glyph, and what it stands for
   swapped: ["◆", "swapped"], failed: ["✕", "load failed"], lost: ["!", "lost"], exited: ["▾", "a worker ended"],
 };
 
@@ -34,8 +40,8 @@ export function serverLanes(page) {
 }
 
 // Whether a lane is not of a model, and its name then.
-export const ofServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
-export const serverName = (lane) => lane.node_id ?? "Server";
+export const isOfServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
+const serverName = (lane) => lane.node_id ?? "Server";
 
 // The rows of a plot; `hrefOf` has the address of a model. Rows are kept when they are drawn again.
 export class Rows {
@@ -46,15 +52,15 @@ export class Rows {
 
   // Draws lanes on a scale: `until` is where the present ends a segment that goes on, `down` when no server ran.
   draw(lanes, scale, about) {
-    keyed(this.parent, lanes, (lane) => lane.model_id, (lane) => this.#row(lane), (row, lane) => row.update(lane, scale, about));
+    reconcile(this.parent, lanes.map((lane) => ({ lane, scale, about })), ({ lane }) => this.#row(lane), ({ lane }) => lane.model_id);
   }
 
   #row(first) {
     const drawing = svg("svg", { class: "lane-plot", "aria-hidden": "true", height: HIGH });
-    const name = ofServer(first) ? el("span", { class: "lane-name server", title: serverName(first) }, oneLine(serverName(first), 130))
-      : el("a", { class: "lane-name", href: this.hrefOf(first.model_id), title: first.model_id, tabindex: "-1" }, oneLine(first.model_id, 130));
-    const row = el("div", { class: "lane", "data-model": first.model_id }, name, drawing);
-    row.update = (lane, scale, about) => {
+    const name = isOfServer(first) ? h("span", { class: "lane-name server", title: serverName(first) }, oneLine(serverName(first), 130))
+      : h("a", { class: "lane-name", href: this.hrefOf(first.model_id), title: first.model_id, tabindex: "-1" }, oneLine(first.model_id, 130));
+    const row = h("div", { class: "lane", "data-model": first.model_id }, name, drawing);
+    row.update = ({ lane, scale, about }) => {
       if (name.href) setAttribute(name, "href", this.hrefOf(lane.model_id));
       setAttribute(drawing, "viewBox", `0 0 ${scale.width} ${HIGH}`);
       setAttribute(drawing, "width", scale.width);
@@ -65,7 +71,7 @@ export class Rows {
 }
 
 function parts(lane, scale, { down, until, end, selected }) {
-  const drawn = ofServer(lane) ? [] : down.map(([from, to]) => box("down", scale, from, to, 0, HIGH));
+  const drawn = isOfServer(lane) ? [] : down.map(([from, to]) => box("down", scale, from, to, 0, HIGH));
   const marks = [];
   for (const item of lane.items) {
     const to = item.kind === "segment" && item.to >= end ? until : item.to;
@@ -128,13 +134,83 @@ export function drawAxis(drawing, scale, marks, { at, now }) {
 }
 
 // Fills the legend: a sample of each shape, and what it says.
-export function sayShapes(legend, shapes) {
+export function fillLegend(legend, shapes) {
   legend.replaceChildren(...shapes.map(([state, text]) => {
     const sample = svg("svg", { width: 28, height: HIGH, viewBox: `0 0 28 ${HIGH}`, "aria-hidden": "true" }), scale = new Scale(0, 28, 28);
     const segment = { state: state === "several" ? "loaded" : state, summary: state === "several", version: 1 };
     if (state === "down") sample.append(box("down", scale, 0, 28, 0, HIGH));
     else if (BARS[segment.state]) sample.append(...segmentParts(segment, scale, 1, 27, false));
     if (MARKS[state]) sample.append(markPart({ kind: state }, 14, false));
-    return el("li", {}, sample, el("span", {}, text));
+    return h("li", {}, sample, h("span", {}, text));
   }));
+}
+
+// What an item is, as lines: the first is its title.
+export function describe(lane, item) {
+  return item.kind === "mark" ? describeMark(lane, item.mark) : isOfServer(lane) ? describeServer(lane, item.segment) : describeSegment(lane, item.segment);
+}
+
+function times(segment) {
+  return `${moment(segment.from)} to ${moment(segment.to)}, ${duration((Date.parse(segment.to) - Date.parse(segment.from)) / 1000)}`;
+}
+
+function describeServer(lane, segment) {
+  const name = lane.node_id === undefined ? "The server" : oneLine(`Node ${lane.node_id}`, 130);
+  const starts = segment.restarts > 1 ? `; ${count(segment.restarts, "start")}` : "";
+  const state = segment.state === "unknown" && lane.node_id !== undefined ? "did not renew its lease" : SERVER[segment.state];
+  const found = lane.node_id === undefined ? ", and was found ended at the next start" : "";
+  const until = segment.state === "unknown" ? `It may have run for some of this time${found}.` : "";
+  return [`${name} ${state}${starts}`, times(segment), until].filter(Boolean);
+}
+
+function describeSegment(lane, segment) {
+  const version = segment.version == null ? "" : ` ${segment.version}`, load = loadOf(lane, segment);
+  if (segment.waiting && !segment.summary) return describeWaiting(lane, segment);
+  const title = segment.summary ? `${lane.model_id}: ${count(segment.events, "event")}, ${segment.state}${segment.state === "unloaded" ? "" : version} at the end` : `${lane.model_id}${version} ${segment.state}`;
+  const cause = segment.cause && segment.cause !== "request" ? `, cause ${segment.cause}` : "";
+  return [
+    oneLine(title, 200),
+    times(segment),
+    segment.summary ? "Too short, or too many, to draw apart: zoom in." : segment.by ? `by ${oneLine(segment.by, 130)}${cause}` : "",
+    segment.next_version == null ? "" : `version ${segment.next_version} loads beside it`,
+    segment.degraded ? "degraded: some of its workers are gone" : "",
+    segment.error ? `error ${segment.error}` : "",
+    load && !segment.summary ? `bytes: ${bytesOf(load)}` : "",
+    !segment.summary && segment.load_job_id ? `job ${segment.load_job_id}` : "",
+  ].filter(Boolean);
+}
+
+function describeWaiting(lane, segment) {
+  return [oneLine(`${lane.model_id} ${segment.next_version} waits to be loaded`, 200), times(segment),
+    segment.by ? `requested by ${oneLine(segment.by, 130)}` : "", `job ${segment.load_job_id}`].filter(Boolean);
+}
+
+function describeMark(lane, mark) {
+  const version = mark.version == null ? "" : ` ${mark.version}`;
+  return [
+    oneLine(`${lane.model_id}${version} ${MARKS[mark.kind][1]}${mark.code ? `: ${mark.code}` : ""}`, 200),
+    `${moment(mark.at)}${mark.count > 1 ? `, the last of ${mark.count.toLocaleString("en")} nearby` : ""}`,
+    mark.by ? `by ${oneLine(mark.by, 130)}` : "",
+    `event ${mark.position}`,
+  ].filter(Boolean);
+}
+
+function loadOf(lane, segment) {
+  return lane.loads.find((load) => load.job_id === segment.load_job_id);
+}
+
+function bytesOf(load) {
+  const more = load.file_count - load.files.length;
+  return load.files.map((file) => `${oneLine(file.path, 80)} ${file.sha256.slice(0, DIGITS)}`).join(", ") + (more > 0 ? ` and ${more} more` : "");
+}
+
+// Fills the table, for who does not see the drawing.
+export function fillTable(table, lanes) {
+  const items = lanes.flatMap((lane) => lane.items.map((item) => ({ lane, item })));
+  const rows = items.slice(0, MOST).map(({ lane, item }) => {
+    const [title, when, ...rest] = describe(lane, item);
+    return tableRow([isOfServer(lane) ? serverName(lane) : lane.model_id], cell("State", null, title), cell("When", null, when), cell("By, bytes, job", null, rest.join("; ")));
+  });
+  if (items.length > MOST) rows.push(h("tr", { role: "row" }, h("td", { colspan: 4, role: "cell" }, `And ${(items.length - MOST).toLocaleString("en")} more: zoom in.`)));
+  table.replaceChildren(...rows);
 }

@@ -1,7 +1,7 @@
 // The ledger: its newest events, those that are asked for, and each as it was hashed; live while it follows.
 
-import { told } from "./api.js";
-import { byId, el, keyed, setText, show, tell } from "./dom.js";
+import { errorText } from "./api.js";
+import { byId, h, reconcile, setText, show, showText } from "./dom.js";
 import { summary, toneOf, TYPES } from "./eventtext.js";
 import { clock, oneLine, plain } from "./format.js";
 
@@ -23,7 +23,7 @@ export class Ledger {
     this.api = api;
     this.store = store;
     this.visit = visit;
-    byId("ledger-type").append(...TYPES.map((type) => el("option", {}, type)));
+    byId("ledger-type").append(...TYPES.map((type) => h("option", {}, type)));
     byId("ledger-filters").addEventListener("submit", (event) => (event.preventDefault(), this.#refilter()));
     byId("ledger-type").addEventListener("change", () => this.#refilter());
     byId("ledger-clear").addEventListener("click", () => (byId("ledger-filters").reset(), this.#refilter()));
@@ -78,10 +78,10 @@ export class Ledger {
       for (const event of page.events) this.#events.set(event.position, event);
       this.#cursor = page.next_cursor;
       this.store.oldest = page.oldest;
-      this.store.saw(page.as_of);
-      tell(byId("ledger-refusal"), "");
+      this.store.advance(page.as_of);
+      showText(byId("ledger-refusal"), "");
     } catch (error) {
-      if (asked === this.#asked) tell(byId("ledger-refusal"), told(error));
+      if (asked === this.#asked) showText(byId("ledger-refusal"), errorText(error));
     }
     this.#draw();
   }
@@ -98,7 +98,7 @@ export class Ledger {
       this.#events.delete(event.position);
       this.#cursor = Math.max(this.#cursor ?? 0, event.position + 1);
     }
-    keyed(byId("ledger-list"), events, (event) => event.position, (event) => this.#item(event), () => {});
+    reconcile(byId("ledger-list"), events, (event) => this.#item(event), (event) => event.position);
     setText(byId("ledger-count"), this.store.head ? `${this.store.head.toLocaleString("en")} events` : "");
     show(byId("ledger-none"), events.length === 0 && this.#cursor === null);
     show(byId("ledger-older"), this.#cursor !== null && events.length < MOST_ASKED);
@@ -106,17 +106,17 @@ export class Ledger {
 
   #item(event) {
     const subject = event.model_id ? `${event.model_id}${event.version == null ? "" : ` ${event.version}`}` : "";
-    const line = el("summary", {},
-      el("span", { class: "position" }, String(event.position)), " ",
-      el("time", { datetime: event.recorded_at, title: event.recorded_at }, clock(event.recorded_at)), " ",
-      el("strong", { class: toneOf(event) }, oneLine(event.type, 60)), " ",
-      el("span", {}, oneLine(subject, 160)), " ", el("span", { class: "dim" }, `by ${oneLine(event.actor, 130)}`), " ",
-      el("span", { class: "says" }, summary(event)));
-    const text = el("pre", { tabindex: "0", role: "group", "aria-label": `Event ${event.position}, as it was hashed` });
-    const then = el("button", { type: "button", onclick: () => this.visit(event.position) }, "Look at this moment");
-    const node = el("details", {}, line, text, then);
+    const line = h("summary", {},
+      h("span", { class: "position" }, String(event.position)), " ",
+      h("time", { datetime: event.recorded_at, title: event.recorded_at }, clock(event.recorded_at)), " ",
+      h("strong", { class: toneOf(event) }, oneLine(event.type, 60)), " ",
+      h("span", {}, oneLine(subject, 160)), " ", h("span", { class: "dim" }, `by ${oneLine(event.actor, 130)}`), " ",
+      h("span", { class: "says" }, summary(event)));
+    const text = h("pre", { tabindex: "0", role: "group", "aria-label": `Event ${event.position}, as it was hashed` });
+    const then = h("button", { type: "button", onclick: () => this.visit(event.position) }, "Look at this moment");
+    const node = h("details", {}, line, text, then);
     node.addEventListener("toggle", () => node.open && text.textContent === "" && this.#open(event.position, text), { once: false });
-    return el("li", { class: "event", "data-position": event.position }, node);
+    return h("li", { class: "event", "data-position": event.position }, node);
   }
 
   // Shows an event's very text: read into numbers and written again, some would be rounded.
@@ -125,7 +125,7 @@ export class Ledger {
       const page = await this.api.text(`/api/v1/events?after=${position - 1}&limit=1`);
       setText(node, plain(page.slice('{"events":['.length, page.lastIndexOf('],"as_of"')), 100_000));
     } catch (error) {
-      setText(node, told(error));
+      setText(node, errorText(error));
     }
   }
 }

@@ -1,13 +1,13 @@
 // Keeps what is shown alive: through the stream for who may follow the ledger, else by asking again and again.
 // Connects again by itself, for as long as the page is open.
 
-import { Refusal, Unreachable, told } from "./api.js";
-import { linesAfter } from "./stream.js";
-import { EVERY_MS } from "./stuck.js";
+import { Refusal, Unreachable, errorText } from "./api.js";
+import { STATUS_EVERY_MS } from "./refresher.js";
 
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 5000;
 const LONGEST_ASKED_MS = 60_000; // what `Retry-After` may ask for: somebody looks at this page, and what is far too long would pass for none
+const SILENCE_MS = 40_000; // the server says something every 15 s: who says nothing for so long is not there
 const POLL_MS = 3000;
 const WITHOUT_STREAM_MS = 30_000; // how long it does without, where too many streams are open
 const MOST_MISSED = 2000; // events that are caught up with; after more, the ledger is looked at anew
@@ -56,7 +56,7 @@ export class Live {
         if (this.end.signal.aborted || this.#isOver(why)) return;
         if (Date.now() - began > LONGEST_PAUSE_MS) pause = FIRST_PAUSE_MS; // it had worked meanwhile
         const wait = Math.max(pause, Math.min(LONGEST_ASKED_MS, (why.retryAfterS ?? 0) * 1000));
-        this.store.connect("lost", told(why), Date.now() + wait);
+        this.store.connect("lost", errorText(why), Date.now() + wait);
         await this.#sleep(wait).catch(() => {});
         pause = Math.min(LONGEST_PAUSE_MS, pause * 1.7);
       }
@@ -96,7 +96,7 @@ export class Live {
       if (ANEW.includes(error.code)) this.#heard = null;
       if (!(error instanceof Refusal) || !["forbidden", "too_many_streams"].includes(error.code)) throw error;
       if (error.code === "forbidden") this.follows = false; // the token said more than the server grants
-      return this.store.connect("polled", told(error));
+      return this.store.connect("polled", errorText(error));
     }
     throw new Unreachable(this.farewell ?? "the server ended the stream");
   }
@@ -105,11 +105,11 @@ export class Live {
     const said = JSON.parse(line);
     if (said.position !== undefined) this.#heard = said.position;
     if (said.stream === undefined) {
-      this.store.heard(said, line);
+      this.store.onEvent(said);
       this.refresher.soon(said.model_id);
     } else if (said.stream === "live") {
       this.farewell = null;
-      this.store.saw(said.position);
+      this.store.advance(said.position);
       this.store.connect("live");
     } else if (said.stream === "stage") {
       this.store.stages.set(said.job_id, { stage: said.stage, waiting_for: said.waiting_for });
@@ -131,8 +131,8 @@ export class Live {
 
   async #lookAgainAndAgain(signal) {
     for (;;) {
-      await this.#sleep(EVERY_MS, signal);
-      await this.refresher.look(signal);
+      await this.#sleep(STATUS_EVERY_MS, signal);
+      await this.refresher.status(signal);
       if (++this.#looks % RELIST_EVERY === 0) await this.refresher.models(signal);
     }
   }
@@ -163,5 +163,36 @@ export class Live {
       if (signal) signal.addEventListener("abort", aborted);
       else this.#wake = () => over(resolve); // nobody hurries what is going well
     });
+  }
+}
+
+// Yields each line of the stream of events, from after a position on; ends when the server ends it. The stream is
+// fetched, so that the token travels in a header.
+// Throws Refusal or Unreachable.
+async function* linesAfter(api, position, signal) {
+  const quiet = new AbortController();
+  const both = AbortSignal.any([signal, quiet.signal]);
+  let timer = setTimeout(() => quiet.abort(), SILENCE_MS);
+  try {
+    const headers = { Accept: "application/x-ndjson" };
+    const response = await api.send(`/api/v1/events/stream?after=${position}`, { headers, signal: both, limitMs: null });
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return; // an unfinished line says nothing
+      clearTimeout(timer);
+      timer = setTimeout(() => quiet.abort(), SILENCE_MS);
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      yield* lines.filter((line) => line !== "");
+    }
+  } catch (error) {
+    if (signal.aborted) throw error;
+    if (quiet.signal.aborted) throw new Unreachable(`nothing was heard for ${SILENCE_MS / 1000} s`);
+    throw error.status || error instanceof Unreachable ? error : new Unreachable("the connection broke");
+  } finally {
+    clearTimeout(timer);
+    quiet.abort(); // whoever stops listening hangs up
   }
 }

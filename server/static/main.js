@@ -1,68 +1,66 @@
 // The page's beginning: who signs in, and what is shown to whom.
 
-import { Actions } from "./actions.js";
-import { Api, told } from "./api.js";
+import { Operations } from "./operations.js";
+import { Api, errorText } from "./api.js";
 import { attentionView } from "./attention.js";
+import { TimeSeries } from "./charts.js";
 import { connectionView } from "./connection.js";
 import { loadDialog, unloadDialog } from "./dialogs.js";
-import { byId, show, tell } from "./dom.js";
-import { jobPage } from "./jobpage.js";
-import { Histories } from "./history.js";
-import { jobsView } from "./jobs.js";
+import { byId, notice, show, showText } from "./dom.js";
+import { jobPage, jobsView } from "./jobs.js";
 import { Ledger } from "./ledger.js";
 import { Live } from "./live.js";
 import { memoryView } from "./memory.js";
 import { ModelPage } from "./modelpage.js";
 import { modelsView } from "./models.js";
 import { drainDialog, nodesView } from "./nodes.js";
-import { notice } from "./notices.js";
-import { Past } from "./past.js";
 import { predictDialog } from "./predict.js";
 import { Refresher } from "./refresher.js";
 import { Router } from "./router.js";
-import { cleaned, isSignInLink, keepToken, keptToken, Session, takeCode } from "./session.js";
+import { cleaned, isSignInLink, keep, keepToken, keptToken, recall, Session, takeCode } from "./session.js";
 import { Store } from "./store.js";
 import { Timeline } from "./timeline.js";
+import { TimeTravel } from "./timetravel.js";
 import { uploads } from "./upload.js";
 
 const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
 
 function begin(token) {
   const api = new Api(token), session = new Session(token), store = new Store(), router = new Router();
-  const refresher = new Refresher(api, store, session), actions = new Actions(api, store, refresher);
+  const refresher = new Refresher(api, store, session), operations = new Operations(api, store, refresher);
   const live = new Live(api, store, refresher, { follows: session.audits, onSignedOut: signOut });
   show(byId("sign-in"), false);
   show(byId("console"), true);
   show(byId("sign-out"), true);
-  const offers = offered(session, api, store, actions);
+  const actions = allowedActions(session, api, store, operations);
   connectionView(store, live, session);
-  attentionView(store, offers);
-  const histories = new Histories(api, store);
-  memoryView(store, histories);
-  nodesView(store, offers);
-  modelsView(store, offers);
+  attentionView(store, actions);
+  const series = new TimeSeries(api, store);
+  memoryView(store, series);
+  nodesView(store, actions);
+  modelsView(store, actions);
   if (session.audits) {
-    const past = new Past(api, store, router, (time) => timeline.mark(time));
-    const timeline = new Timeline(api, store, router, (at) => past.visit(at));
-    const ledger = new Ledger(api, store, (position) => past.visit(String(position), { scrolls: true }));
-    offers.trace = (job) => ledger.only(job.id, { scrolls: true });
+    const timeTravel = new TimeTravel(api, store, router, (time) => timeline.mark(time));
+    const timeline = new Timeline(api, store, router, (at) => timeTravel.visit(at));
+    const ledger = new Ledger(api, store, (position) => timeTravel.visit(String(position), { scrolls: true }));
+    actions.trace = (job) => ledger.only(job.id, { scrolls: true });
     jobPage(api, router, ledger);
   }
-  jobsView(store, offers);
-  if (session.manages) offerUploads(api, store, offers, refresher);
+  jobsView(store, actions);
+  if (session.manages) offerUploads(api, store, actions, refresher);
   router.watch(({ view }) => showView(view)); // before the page of a model, which takes the focus
-  new ModelPage({ api, store, router, histories, offers, session });
+  new ModelPage({ api, store, router, series, actions, session });
   live.run();
 }
 
 // Adding versions, to the list of models and to the page of each.
-function offerUploads(api, store, offers, refresher) {
-  offers.noticed = notice;
-  offers.refresh = (id) => refresher.soon(id);
-  Object.assign(offers, uploads(api, store, offers));
-  byId("models-add").addEventListener("click", () => offers.add());
+function offerUploads(api, store, actions, refresher) {
+  actions.noticed = notice;
+  actions.refresh = (id) => refresher.soon(id);
+  Object.assign(actions, uploads(api, store, actions));
+  byId("models-add").addEventListener("click", () => actions.add());
   show(byId("models-add"), true);
-  offers.takeDrops(document.querySelector("section.models"), {});
+  actions.takeDrops(document.querySelector("section.models"), {});
 }
 
 // Which part of the page an address shows. A model has a page of its own; all else stands in the overview.
@@ -72,14 +70,14 @@ function showView(view) {
 }
 
 // What a role may not do is not offered; what is offered may still be refused, by the server, which decides.
-function offered(session, api, store, actions) {
+function allowedActions(session, api, store, operations) {
   return {
     ...(session.manages && {
-      load: loadDialog(api, store, actions),
-      unload: unloadDialog(store, actions),
-      pin: (model, pinned) => actions.pin(model, pinned),
-      cancel: (job) => actions.cancel(job),
-      drain: drainDialog(store, actions),
+      load: loadDialog(api, store, operations),
+      unload: unloadDialog(store, operations),
+      pin: (model, pinned) => operations.pin(model, pinned),
+      cancel: (job) => operations.cancel(job),
+      drain: drainDialog(store, operations),
     }),
     ...(session.predicts && { predict: predictDialog(api) }),
   };
@@ -87,11 +85,7 @@ function offered(session, api, store, actions) {
 
 function signOut(why = "") {
   keepToken(null);
-  try {
-    sessionStorage.setItem(WHY, why);
-  } catch {
-    // then it is not said
-  }
+  keep("sessionStorage", WHY, why);
   location.reload(); // nothing of what was seen stays in memory
 }
 
@@ -101,7 +95,7 @@ async function signInByLink(code) {
   try {
     token = (await new Api(null).post("/api/v1/sign-in-links/use", { code })).answer.token;
   } catch (error) {
-    return askForToken(error.status === 401 ? `The sign-in link does not work: ${error.message}.` : told(error));
+    return askForToken(error.status === 401 ? `The sign-in link does not work: ${error.message}.` : errorText(error));
   }
   keepToken(token);
   begin(token);
@@ -110,7 +104,7 @@ async function signInByLink(code) {
 function askForToken(why = givenUpBecause()) {
   const form = byId("sign-in-form"), field = byId("token");
   show(byId("sign-in"), true);
-  tell(byId("sign-in-why"), why);
+  showText(byId("sign-in-why"), why);
   field.focus();
   let asking = false;
   form.addEventListener("submit", async (event) => {
@@ -127,11 +121,11 @@ function askForToken(why = givenUpBecause()) {
 
 async function signIn(field) {
   const token = cleaned(field.value);
-  if (token === null) return tell(byId("sign-in-why"), "This is not a token. A token has three parts of letters and digits, separated by dots.");
+  if (token === null) return showText(byId("sign-in-why"), "This is not a token. A token has three parts of letters and digits, separated by dots.");
   try {
     await new Api(token).get("/api/v1/resources"); // any role may ask for these
   } catch (error) {
-    return tell(byId("sign-in-why"), error.status === 401 ? `The server does not accept this token: ${error.message}.` : told(error));
+    return showText(byId("sign-in-why"), error.status === 401 ? `The server does not accept this token: ${error.message}.` : errorText(error));
   }
   field.value = "";
   if (byId("keep").checked) keepToken(token);
@@ -140,13 +134,9 @@ async function signIn(field) {
 }
 
 function givenUpBecause() {
-  try {
-    const why = sessionStorage.getItem(WHY) ?? "";
-    sessionStorage.removeItem(WHY);
-    return why;
-  } catch {
-    return "";
-  }
+  const why = recall("sessionStorage", WHY) ?? "";
+  keep("sessionStorage", WHY, null);
+  return why;
 }
 
 byId("sign-out").addEventListener("click", () => signOut());

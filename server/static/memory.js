@@ -1,8 +1,8 @@
 // The memory budget as a bar: who uses how much of it, what is reserved, what is free. And the charts of the server.
 
-import { byId, el, keyed, setAttribute, setText, svg } from "./dom.js";
+import { byId, h, reconcile, setAttribute, setText, svg } from "./dom.js";
 import { bytes, count, oneLine } from "./format.js";
-import { rangeSwitch, trafficCharts } from "./traffic.js";
+import { rangeSwitch, trafficCharts } from "./charts.js";
 
 const COLOURS = 7; // models that are told apart; the smaller ones are one part
 const THIN = 6; // of 1,000: an edge would hide it
@@ -11,15 +11,15 @@ const MEMORY = [
   { kind: "second", name: "server", of: (point) => point.server_bytes },
 ];
 
-export function memoryView(store, histories) {
+export function memoryView(store, series) {
   const bar = svg("svg", { viewBox: "0 0 1000 28", preserveAspectRatio: "none", role: "img" });
   byId("memory-bar").append(bar);
-  const charts = trafficCharts(MEMORY, () => store.resources?.used_bytes), range = rangeSwitch(histories, "server");
-  byId("charts").before(el("div", { class: "head over-time" }, el("h3", {}, "Over time"), range.node));
+  const charts = trafficCharts(MEMORY, () => store.resources?.used_bytes), range = rangeSwitch(series, "server");
+  byId("charts").before(h("div", { class: "head over-time" }, h("h3", {}, "Over time"), range.node));
   byId("charts").append(...charts.nodes);
   store.watch(() => {
     if (store.resources) draw(bar, store.resources, store.nodes.find((node) => node.this));
-    charts.draw(histories.server);
+    charts.draw(series.server);
     range.draw();
   });
 }
@@ -36,17 +36,13 @@ function draw(bar, resources, here) {
     x += width;
     return { ...part, x: x - width, width };
   });
-  keyed(bar, placed, (part) => part.key, () => svg("rect", { y: 0, height: 28 }), (rect, part) => {
-    setAttribute(rect, "class", `part ${part.kind}${part.width < THIN ? " thin" : ""}`);
-    setAttribute(rect, "x", part.x.toFixed(2));
-    setAttribute(rect, "width", Math.max(part.width, part.bytes ? 2 : 0).toFixed(2));
-  });
+  reconcile(bar, placed, barPart, (part) => part.key);
   const limit = resources.max_loaded ? `; ${count(resources.max_loaded, "model")} may be loaded at once` : "";
   const rest = free < 0 ? `${bytes(-free)} over budget` : `${bytes(free)} free`;
   const text = `${here ? `Of ${oneLine(here.id, 130)}: ` : ""}${bytes(used)} used${reserved ? `, ${bytes(reserved)} reserved` : ""}, ${rest}, of a budget of ${bytes(budget)}${limit}.`;
   setText(byId("memory-text"), text);
   setAttribute(bar, "aria-label", `Memory: ${text}`);
-  legend(parts);
+  reconcile(byId("memory-legend"), parts, legendItem, (part) => part.key);
 }
 
 function partsOf(resources) {
@@ -64,10 +60,21 @@ function partsOf(resources) {
   return parts;
 }
 
-function legend(parts) {
-  const make = () => el("li", {}, el("span", { class: "swatch", "aria-hidden": "true" }), el("span"));
-  keyed(byId("memory-legend"), parts, (part) => part.key, make, (item, part) => {
-    item.firstChild.setAttribute("class", `swatch ${part.kind}`);
-    setText(item.lastChild, `${part.name}: ${bytes(part.bytes)}${part.note ? `, ${part.note}` : ""}`);
-  });
+function barPart() {
+  const rect = svg("rect", { y: 0, height: 28 });
+  rect.update = (part) => {
+    setAttribute(rect, "class", `part ${part.kind}${part.width < THIN ? " thin" : ""}`);
+    setAttribute(rect, "x", part.x.toFixed(2));
+    setAttribute(rect, "width", Math.max(part.width, part.bytes ? 2 : 0).toFixed(2));
+  };
+  return rect;
+}
+
+function legendItem() {
+  const swatch = h("span", { "aria-hidden": "true" }), text = h("span"), item = h("li", {}, swatch, text);
+  item.update = (part) => {
+    setAttribute(swatch, "class", `swatch ${part.kind}`);
+    setText(text, `${part.name}: ${bytes(part.bytes)}${part.note ? `, ${part.note}` : ""}`);
+  };
+  return item;
 }

@@ -1,31 +1,31 @@
-// The table of models: what each is, uses and does, and what may be done with it.
+// The table of models, and what their pages show, too: facts, badges, files and buttons of a model.
 
-import { button, byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
+import { actionsCell, badge, button, byId, cell, h, markEmpty, reconcile, setAttribute, setText, show, showText, statePill, tableRow } from "./dom.js";
 import { ago, broughtBack, bytes, clock, count, oneLine, plain, zone } from "./format.js";
 import { href } from "./router.js";
 
 const AT_FIRST = 100;
 const ORDER = ["failed", "lost", "unloading", "loading", "loaded", "unloaded"];
 
-// `offers` has what may be done, by name; what this token may not do is not in it.
-export function modelsView(store, offers) {
+// `actions` has what may be done, by name; what this token may not do is not in it.
+export function modelsView(store, actions) {
   let most = AT_FIRST;
   const find = byId("models-find"), state = byId("models-state");
   const draw = () => {
     const all = [...store.models.values()];
     const wanted = all.filter((model) => (!state.value || model.state === state.value) && model.id.toLowerCase().includes(find.value.trim().toLowerCase()));
     wanted.sort((a, b) => ORDER.indexOf(a.state) - ORDER.indexOf(b.state) || (a.id < b.id ? -1 : 1));
-    keyed(byId("models-rows"), wanted.slice(0, most), (model) => model.id, (model) => row(model, offers, store), (node, model) => node.update(model));
+    reconcile(byId("models-rows"), wanted.slice(0, most), (model) => modelRow(model, actions, store));
     const loaded = all.filter((model) => model.state === "loaded").length;
     setText(byId("models-count"), `${loaded} loaded of ${all.length}`);
-    tell(byId("models-none"), wanted.length || !all.length ? "" : "No model matches.");
+    showText(byId("models-none"), wanted.length || !all.length ? "" : "No model matches.");
     show(byId("models-empty"), store.resources !== null && !all.length);
     show(byId("models-table"), wanted.length > 0);
     show(byId("models-node"), store.nodes.length > 0);
     show(byId("models-more"), wanted.length > most);
   };
   setText(byId("models-loaded"), `Loaded (${zone()})`);
-  show(byId("models-do"), Boolean(offers.load || offers.predict));
+  show(byId("models-do"), Boolean(actions.load || actions.predict));
   byId("models-more").addEventListener("click", () => ((most += AT_FIRST), draw()));
   find.addEventListener("input", draw);
   state.addEventListener("change", draw);
@@ -33,74 +33,101 @@ export function modelsView(store, offers) {
   setInterval(draw, 1000); // "3 s ago" goes on where nothing happens
 }
 
-function row(first, offers, store) {
-  const cell = (label, kind = "") => el("td", { "data-label": label, class: kind || null, role: "cell" });
-  const badges = { active: el("span", { class: "badge" }, "active"), pinned: el("span", { class: "badge" }, "pinned"), newer: el("span", { class: "badge", title: "The repository has newer files than those that are loaded: load the model again to use them." }, "newer files") };
-  const pill = el("span", { class: "pill" }), error = el("span", { class: "error" });
-  const cells = { version: cell("Version"), node: cell("Node"), memory: cell("Memory", "number"), used: cell("Last use"), flying: cell("In flight", "number"), loaded: cell("Loaded") };
-  const state = cell("State");
-  state.append(pill, error);
-  const can = actionsOf(first, offers, store);
-  const node = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, el("a", { class: "name", href: href("models", first.id) }, first.id), badges.active, badges.pinned, badges.newer), state, ...Object.values(cells));
-  if (can.nodes.length) node.append(el("td", { role: "cell" }, el("div", { class: "do" }, ...can.nodes)));
-  node.update = (model) => {
-    const uses = store.usesOf(model.id), serving = uses.find((use) => use.job_id === model.job_id);
-    show(badges.active, model.active);
-    show(badges.pinned, serving?.pinned ?? false);
-    show(badges.newer, model.repository_changed ?? false);
-    setText(pill, model.state);
-    setAttribute(pill, "class", `pill ${model.state}`);
+function modelRow(first, actions, store) {
+  const badges = modelBadges(), pill = statePill(), error = h("span", { class: "error" }), buttons = modelButtons(first, actions, store);
+  const cells = { version: cell("Version"), node: cell("Node"), memory: cell("Memory", "number"), lastUse: cell("Last use"), inFlight: cell("In flight", "number"), loaded: cell("Loaded") };
+  const row = tableRow([h("a", { class: "name", href: href("models", first.id) }, first.id), ...badges.nodes], cell("State", null, pill, error), ...Object.values(cells));
+  if (buttons.nodes.length) row.append(actionsCell(...buttons.nodes));
+  row.update = (model) => {
+    const { memoryAtLoad, lastUsedAt, ...facts } = factsOf(model, store);
+    badges.update(model, store);
+    pill.update(model.state);
     setText(error, model.error ? oneLine(model.error.code, 60) : "");
     setAttribute(error, "title", model.error ? plain(model.error.message) : null);
-    setText(cells.version, versionText(model));
-    setAttribute(cells.version, "title", model.threads ? `${count(model.threads, "thread")} in each worker` : null);
-    show(cells.node, store.nodes.length > 0);
-    setText(cells.node, oneLine(model.node ?? "–", 130));
-    setText(cells.memory, memoryText(model, uses));
-    setAttribute(cells.memory, "title", model.memory_at_load_bytes ? `${bytes(model.memory_at_load_bytes)} when it was loaded` : null);
-    const last = uses.map((use) => use.last_used_at).filter(Boolean).sort().at(-1);
-    setText(cells.used, serving ? ago(last) : "–");
-    setAttribute(cells.used, "title", last ?? null);
-    setText(cells.flying, uses.length ? String(uses.reduce((sum, use) => sum + use.in_flight, 0)) : "–");
+    for (const [name, text] of Object.entries(facts)) setText(cells[name], text);
     setText(cells.loaded, model.loaded_at ? `${clock(model.loaded_at)} by ${oneLine(model.loaded_by, 60)}${broughtBack(model)}` : "–");
+    setAttribute(cells.version, "title", model.threads ? `${count(model.threads, "thread")} in each worker` : null);
+    setAttribute(cells.memory, "title", memoryAtLoad);
+    setAttribute(cells.lastUse, "title", lastUsedAt);
     setAttribute(cells.loaded, "title", model.loaded_at);
-    for (const each of Object.values(cells)) each.classList.toggle("none", each.textContent === "–");
-    can.update(model, serving);
+    show(cells.node, store.nodes.length > 0);
+    markEmpty(Object.values(cells));
+    buttons.update(model);
   };
-  return node;
+  return row;
 }
 
-export function versionText(model) {
+// The facts of the moment about a model, as text.
+export function factsOf(model, store) {
+  const use = store.useOf(model);
+  return {
+    version: versionText(model),
+    node: oneLine(model.node ?? "–", 130),
+    memory: memoryText(model, use),
+    memoryAtLoad: model.memory_at_load_bytes ? `${bytes(model.memory_at_load_bytes)} when it was loaded` : null,
+    lastUse: use.serving ? ago(use.last_used_at) : "–",
+    lastUsedAt: use.last_used_at,
+    inFlight: use.processes ? String(use.in_flight) : "–",
+  };
+}
+
+function versionText(model) {
   const newest = Math.max(0, ...(model.versions ?? []));
   if (model.version == null) return "–";
   if (model.next_version != null) return `${model.version} → ${model.next_version}`;
   return newest > model.version ? `${model.version}, newest ${newest}` : String(model.version);
 }
 
-export function memoryText(model, uses) {
-  const used = uses.reduce((sum, use) => sum + use.memory_bytes, 0), reserved = uses.reduce((sum, use) => sum + use.reserved_bytes, 0);
-  if (!uses.length) return model.memory_bytes && model.state === "loaded" ? bytes(model.memory_bytes) : "–";
+function memoryText(model, { processes, memory_bytes: used, reserved_bytes: reserved }) {
+  if (!processes) return model.memory_bytes && model.state === "loaded" ? bytes(model.memory_bytes) : "–";
   return reserved ? `${used ? `${bytes(used)} + ` : ""}${bytes(reserved)} reserved` : bytes(used);
 }
 
+export function modelBadges() {
+  const active = badge("active"), pinned = badge("pinned");
+  const newer = badge("newer files", "The repository has newer files than those that are loaded: load the model again to use them.");
+  const update = (model, store) => {
+    show(active, model.active);
+    show(pinned, store.useOf(model).serving?.pinned ?? false);
+    show(newer, model.repository_changed ?? false);
+  };
+  return { nodes: [active, pinned, newer], update };
+}
+
+// A version's files with their SHA-256.
+export function fileList() {
+  const list = h("ul", { class: "files" });
+  const make = () => {
+    const name = h("span", {}), hash = h("code", {}), item = h("li", {}, name, hash);
+    item.update = (file) => {
+      setText(name, `${oneLine(file.path, 200)}, ${bytes(file.bytes)} `);
+      setText(hash, oneLine(file.sha256, 64));
+    };
+    return item;
+  };
+  list.update = (files) => reconcile(list, files, make, (file) => file.path);
+  return list;
+}
+
 // The buttons of a model are made once, and shown where they make sense.
-export function actionsOf(first, offers, store) {
+export function modelButtons(first, actions, store) {
   const now = () => store.models.get(first.id) ?? first;
   const cancel = () => {
     const job = store.loadOf(first.id);
-    if (job) offers.cancel(job);
+    if (job) actions.cancel(job);
   };
   const made = {
-    cancel: offers.cancel && button("Cancel", `the load of ${first.id}`, cancel),
-    predict: offers.predict && button("Predict…", first.id, () => offers.predict(now())),
-    load: offers.load && button("Load…", first.id, () => offers.load(now())),
-    swap: offers.load && button("Swap…", first.id, () => offers.load(now())),
-    pin: offers.pin && button("Pin", first.id, () => offers.pin(now(), true)),
-    unpin: offers.pin && button("Unpin", first.id, () => offers.pin(now(), false)),
-    unload: offers.unload && button("Unload…", first.id, () => offers.unload(now())),
-    force: offers.unload && button("Force unload…", first.id, () => offers.unload(now()), "danger"),
+    cancel: actions.cancel && button("Cancel", `the load of ${first.id}`, cancel),
+    predict: actions.predict && button("Predict…", first.id, () => actions.predict(now())),
+    load: actions.load && button("Load…", first.id, () => actions.load(now())),
+    swap: actions.load && button("Swap…", first.id, () => actions.load(now())),
+    pin: actions.pin && button("Pin", first.id, () => actions.pin(now(), true)),
+    unpin: actions.pin && button("Unpin", first.id, () => actions.pin(now(), false)),
+    unload: actions.unload && button("Unload…", first.id, () => actions.unload(now())),
+    force: actions.unload && button("Force unload…", first.id, () => actions.unload(now()), "danger"),
   };
-  const update = (model, serving) => {
+  const update = (model) => {
+    const { serving } = store.useOf(model);
     const serves = model.state === "loaded", idle = model.state === "unloaded" || model.state === "failed";
     const job = model.next_version != null || model.state === "loading" ? store.loadOf(model.id) : null;
     const sense = {

@@ -1,7 +1,7 @@
 // The nodes that share the ledger: which are there, what runs where, and draining one. A server alone has none.
 
 import { dialog } from "./dialogs.js";
-import { button, byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
+import { actionsCell, badge, button, byId, cell, h, markEmpty, reconcile, setAttribute, setText, show, showText, statePill, tableRow } from "./dom.js";
 import { ago, bytes, clock, count, oneLine } from "./format.js";
 import { href } from "./router.js";
 
@@ -12,62 +12,60 @@ const MOST_MODELS = 20; // of a node; the list of models has all
 const takesLoads = (node) => node.phase === "joined";
 const hasEnded = (node) => node.phase === "left" || node.phase === "lost";
 
-export function nodesView(store, offers) {
+export function nodesView(store, actions) {
   const draw = () => {
     const nodes = [...store.nodes].sort((a, b) => ORDER.indexOf(a.phase) - ORDER.indexOf(b.phase) || (a.id < b.id ? -1 : 1));
     show(byId("nodes"), nodes.length > 0);
-    keyed(byId("nodes-rows"), nodes.slice(0, MOST), (node) => node.id, (node) => row(node, offers, store), (made, node) => made.update(node));
+    reconcile(byId("nodes-rows"), nodes.slice(0, MOST), (node) => nodeRow(node, actions, store));
     const joined = nodes.filter(takesLoads).length;
     setText(byId("nodes-count"), `${joined} joined${joined === nodes.length ? "" : ` of ${nodes.length}`}`);
-    tell(byId("nodes-more"), nodes.length > MOST ? `And ${nodes.length - MOST} more: loadledger nodes lists them.` : "");
+    showText(byId("nodes-more"), nodes.length > MOST ? `And ${nodes.length - MOST} more: loadledger nodes lists them.` : "");
   };
-  show(byId("nodes-do"), Boolean(offers.drain));
+  show(byId("nodes-do"), Boolean(actions.drain));
   store.watch(draw);
   setInterval(draw, 1000);
 }
 
-function row(first, offers, store) {
-  const cell = (label, kind = null) => el("td", { "data-label": label, class: kind, role: "cell" });
-  const badges = { this: el("span", { class: "badge", title: "The server of this page." }, "this node"), placer: el("span", { class: "badge", title: "It chooses the nodes of loads." }, "places loads") };
-  const pill = el("span", { class: "pill" }), late = el("span", { class: "error" }), models = el("ul", { class: "at-node" }), more = el("span", { class: "dim" });
-  const phase = cell("Phase"), what = cell("Models"), cells = { jobs: cell("Jobs"), lease: cell("Lease"), budget: cell("Budget", "number") };
-  const about = cell("Address"), address = addressOf(first.address), labels = el("div", { class: "dim" });
-  phase.append(pill, late);
-  what.append(models, more);
-  about.append(address, labels);
-  const drain = offers.drain && button("Drain…", first.id, () => offers.drain(store.nodes.find((node) => node.id === first.id) ?? first));
-  const made = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, el("span", { class: "name" }, oneLine(first.id, 130)), badges.this, badges.placer), phase, what, ...Object.values(cells), about);
-  if (drain) made.append(el("td", { role: "cell" }, el("div", { class: "do" }, drain)));
-  made.update = (node) => {
-    show(badges.this, node.this);
-    show(badges.placer, node.placer);
-    setText(pill, node.phase);
-    setAttribute(pill, "class", `pill ${node.phase}`);
+function nodeRow(first, actions, store) {
+  const isThis = badge("this node", "The server of this page."), placer = badge("places loads", "It chooses the nodes of loads.");
+  const pill = statePill(), late = h("span", { class: "error" }), list = h("ul", { class: "at-node" }), more = h("span", { class: "dim" });
+  const cells = { models: cell("Models", null, list, more), jobs: cell("Jobs"), lease: cell("Lease"), budget: cell("Budget", "number") };
+  let shown = null;
+  const address = h("span"), labels = h("div", { class: "dim" });
+  const row = tableRow([h("span", { class: "name" }, oneLine(first.id, 130)), isThis, placer], cell("Phase", null, pill, late), ...Object.values(cells), cell("Address", null, address, labels));
+  const drain = actions.drain && button("Drain…", first.id, () => actions.drain(store.nodes.find((node) => node.id === first.id) ?? first));
+  if (drain) row.append(actionsCell(drain));
+  row.update = (node) => {
+    const { models, jobs } = node;
+    show(isThis, node.this);
+    show(placer, node.placer);
+    pill.update(node.phase);
     setText(late, [node.trusted === false ? "not trusted" : "", node.late ? "late" : ""].filter(Boolean).join(", "));
-    keyed(models, node.models.slice(0, MOST_MODELS), (model) => model.id, modelItem, (item, model) => setText(item.lastChild, ` ${model.version}${model.state === "loaded" ? "" : `, ${model.state}`}`));
-    setText(more, node.models.length > MOST_MODELS ? `and ${node.models.length - MOST_MODELS} more` : node.models.length ? "" : "–");
-    setText(cells.jobs, node.jobs.length ? node.jobs.slice(0, 3).map((job) => `${job.kind} of ${job.model_id}`).join(", ") + (node.jobs.length > 3 ? ` and ${node.jobs.length - 3} more` : "") : "–");
+    reconcile(list, models.slice(0, MOST_MODELS), modelItem);
+    setText(more, models.length > MOST_MODELS ? `and ${models.length - MOST_MODELS} more` : models.length ? "" : "–");
+    setText(cells.jobs, jobs.length ? jobs.slice(0, 3).map((job) => `${job.kind} of ${job.model_id}`).join(", ") + (jobs.length > 3 ? ` and ${jobs.length - 3} more` : "") : "–");
     setText(cells.lease, leaseText(node));
     setAttribute(cells.lease, "title", node.renewed_at);
     setText(cells.budget, bytes(node.budget_bytes));
-    if (address.textContent !== node.address) address.replaceWith(addressOf(node.address));
+    if (shown !== node.address) address.replaceChildren(addressOf((shown = node.address)));
     setText(labels, [...node.labels, node.release].filter(Boolean).map((text) => oneLine(text, 130)).join(", "));
-    for (const each of Object.values(cells)) each.classList.toggle("none", each.textContent === "–");
-    what.classList.toggle("none", !node.models.length);
+    markEmpty(Object.values(cells));
     if (drain) show(drain, takesLoads(node));
   };
-  return made;
+  return row;
 }
 
-function modelItem(model) {
-  return el("li", {}, el("a", { href: href("models", model.id) }, model.id), el("span", { class: "dim" }));
+function modelItem(first) {
+  const about = h("span", { class: "dim" }), item = h("li", {}, h("a", { href: href("models", first.id) }, first.id), about);
+  item.update = (model) => setText(about, ` ${model.version}${model.state === "loaded" ? "" : `, ${model.state}`}`);
+  return item;
 }
 
 // A node's own page, in a tab of its own; what is no address of one is text.
 function addressOf(text) {
   const shown = oneLine(text, 300);
-  if (!/^https?:\/\//.test(text) || !URL.canParse(text)) return el("span", {}, shown);
-  return el("a", { href: new URL(text).href, target: "_blank", rel: "noopener noreferrer" }, shown, el("span", { class: "unseen" }, " (opens in a new tab)"));
+  if (!/^https?:\/\//.test(text) || !URL.canParse(text)) return h("span", {}, shown);
+  return h("a", { href: new URL(text).href, target: "_blank", rel: "noopener noreferrer" }, shown, h("span", { class: "unseen" }, " (opens in a new tab)"));
 }
 
 function leaseText(node) {
@@ -75,9 +73,9 @@ function leaseText(node) {
   return node.renewed_at ? `renewed ${ago(node.renewed_at)}` : "–";
 }
 
-export function drainDialog(store, actions) {
+export function drainDialog(store, operations) {
   let node = null;
-  const about = dialog("drain", () => actions.drain(node));
+  const about = dialog("drain", () => operations.drain(node));
   return (asked) => {
     node = asked;
     const others = store.nodes.filter((each) => each.id !== node.id && takesLoads(each)).map((each) => oneLine(each.id, 130));

@@ -1,9 +1,8 @@
 // What is chosen on the timeline or pointed at, by mouse, touch and keys.
 
-import { byId, el, show } from "./dom.js";
+import { byId, h, show } from "./dom.js";
 import { serverNow } from "./format.js";
-import { ofServer } from "./lanes.js";
-import { describe } from "./lanetext.js";
+import { describe, isOfServer } from "./lanes.js";
 
 const REACH = 7; // pixels around a mark that mean it
 
@@ -39,10 +38,10 @@ export class Pointer {
     if (!item) return show(detail, false);
     const [title, ...lines] = describe(lane, item), subject = item.segment ?? item.mark;
     const job = subject.job_id ?? subject.load_job_id;
-    const links = [!ofServer(lane) && ["Model", this.view.router.href("models", lane.model_id)], job && ["Job", this.view.router.href("jobs", job)],
+    const links = [!isOfServer(lane) && ["Model", this.view.router.href("models", lane.model_id)], job && ["Job", this.view.router.href("jobs", job)],
       ["As of this moment", this.view.router.href("at", momentOf(item))]].filter(Boolean);
-    detail.replaceChildren(el("p", {}, el("strong", {}, title)), ...lines.map((line) => el("p", {}, line)),
-      el("p", { class: "links" }, ...links.map(([text, href]) => el("a", { href }, text))));
+    detail.replaceChildren(h("p", {}, h("strong", {}, title)), ...lines.map((line) => h("p", {}, line)),
+      h("p", { class: "links" }, ...links.map(([text, href]) => h("a", { href }, text))));
     show(detail, true);
   }
 
@@ -63,7 +62,7 @@ export class Pointer {
     const tip = byId("timeline-tip"), { lane, item } = this.#pick(event);
     if (!item || event.pointerType === "touch" || event.buttons) return show(tip, false);
     const [title, ...lines] = describe(lane, item);
-    tip.replaceChildren(el("strong", {}, title), ...lines.map((line) => el("span", {}, line)));
+    tip.replaceChildren(h("strong", {}, title), ...lines.map((line) => h("span", {}, line)));
     show(tip, true);
     const frame = byId("timeline").getBoundingClientRect(), size = tip.getBoundingClientRect();
     const left = Math.min(event.clientX - frame.left + 14, frame.width - size.width - 8);

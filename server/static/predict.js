@@ -1,12 +1,11 @@
 // Asks a model from the page: a request is written in JSON, begun with zeros of the shapes that the model takes, or
 // with the data of a dropped or chosen file.
 
-import { told } from "./api.js";
+import { errorText } from "./api.js";
 import { dialog } from "./dialogs.js";
-import { byId, el, setText, show } from "./dom.js";
+import { byId, h, setText, show } from "./dom.js";
 import { duration, oneLine, plain } from "./format.js";
-import { layoutOf, readTensor, SCALES } from "./files.js";
-import { overview, request, sent, written } from "./tensors.js";
+import { encodeRequest, layoutOf, overview, readTensor, requestText, SCALES, zeroTensors } from "./tensors.js";
 
 const SHOWN = 20_000; // characters of an answer
 const LIMIT_MS = 120_000; // the server has its own limit
@@ -17,7 +16,7 @@ export function predictDialog(api) {
   const about = dialog("predict", async () => {
     let form;
     try {
-      form = sent(byId("predict-body").value, files);
+      form = encodeRequest(byId("predict-body").value, files);
     } catch (error) {
       about.refuse(`This is not a valid request: ${error.message}`);
       return false;
@@ -37,14 +36,14 @@ export function predictDialog(api) {
   // Has an input take its data from a file: the request names it.
   const put = (input, name, tensor) => {
     files.set(name, tensor.data);
-    let asked;
+    let tensors;
     try {
-      asked = JSON.parse(byId("predict-body").value).inputs;
+      tensors = JSON.parse(byId("predict-body").value).inputs;
     } catch {
-      asked = JSON.parse(request(inputs)).inputs;
+      tensors = zeroTensors(inputs);
     }
     const data = { name: input.name, datatype: tensor.datatype, shape: tensor.shape, data: name };
-    byId("predict-body").value = written(asked.map((each) => (each.name === input.name ? data : each)));
+    byId("predict-body").value = requestText(tensors.map((each) => (each.name === input.name ? data : each)));
     about.refuse("");
   };
 
@@ -63,19 +62,19 @@ export function predictDialog(api) {
       inputs = described.inputs;
       setText(byId("predict-inputs"), inputs.map((input) => plain(`${input.name}: ${input.datatype} [${input.shape.join(", ")}]`, 200)).join(" · "));
       byId("predict-files").replaceChildren(...inputs.map((input, number) => fileField(input, number, put, about.refuse)));
-      if (byId("predict-body").value === "") byId("predict-body").value = request(inputs);
+      if (byId("predict-body").value === "") byId("predict-body").value = requestText(zeroTensors(inputs));
     } catch (error) {
-      if (model === asked) about.refuse(told(error));
+      if (model === asked) about.refuse(errorText(error));
     }
   };
 }
 
 // A field for the file of an input, and what was made of it.
 function fileField(input, number, put, refuse) {
-  const id = `predict-file-${number}`, said = el("span", { class: "hint", role: "status" });
-  const picked = el("input", { id, type: "file", accept: layoutOf(input.shape) ? ".npy,image/*" : ".npy" });
-  const scale = el("select", { "aria-label": `Values of the image for ${oneLine(input.name, 60)}`, hidden: true }, ...Object.entries(SCALES).map(([value, text]) => el("option", { value }, text)));
-  const node = el("div", { class: "predict-file" }, el("label", { for: id }, `${oneLine(input.name, 60)} from a file`), picked, scale, said);
+  const id = `predict-file-${number}`, said = h("span", { class: "hint", role: "status" });
+  const picked = h("input", { id, type: "file", accept: layoutOf(input.shape) ? ".npy,image/*" : ".npy" });
+  const scale = h("select", { "aria-label": `Values of the image for ${oneLine(input.name, 60)}`, hidden: true }, ...Object.entries(SCALES).map(([value, text]) => h("option", { value }, text)));
+  const node = h("div", { class: "predict-file" }, h("label", { for: id }, `${oneLine(input.name, 60)} from a file`), picked, scale, said);
   let file = null;
   const read = async () => {
     if (file === null) return;
@@ -123,5 +122,5 @@ async function ask(api, model, { body, headers }, signal) {
 
 function drawOutputs(answer) {
   const outputs = overview(JSON.parse(answer).outputs ?? []);
-  byId("predict-outputs").replaceChildren(...outputs.map(({ what, values }) => el("p", {}, el("span", { class: "dim" }, `${oneLine(what, 200)} `), el("strong", {}, oneLine(values, 400)))));
+  byId("predict-outputs").replaceChildren(...outputs.map(({ what, values }) => h("p", {}, h("span", { class: "dim" }, `${oneLine(what, 200)} `), h("strong", {}, oneLine(values, 400)))));
 }

@@ -10,10 +10,10 @@ const SLOW_LOAD_S = 60;
 const TIGHT = 0.1; // of the budget
 const PRESSED_PERCENT = 10;
 
-export const LEVELS = ["critical", "warning", "waiting"];
+const LEVELS = ["critical", "warning", "waiting"];
 
 // Each has key, level, title (which stays the same, so that it is read aloud once), why, todo, and what can be done
-// from here: offers of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
+// from here: actions of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
 // Those of one `cause` are one entry, which has them as `members`.
 export function problems(store, now = Date.now(), there = serverNow()) {
   const found = [...ofServer(store), ...ofNodes(store), ...ofMemory(store), ...ofStuck(store, now)];
@@ -35,11 +35,11 @@ function group(cause, members) {
   const why = [first.sameWhy, by].filter(Boolean).join(" ");
   const occurrence = members.every((each) => each.occurrence !== null) ? members.map((each) => each.occurrence).join() : null;
   members.sort((a, b) => (a.key < b.key ? -1 : 1));
-  return { ...first, key: `group ${cause}`, title: `${count(members.length, first.noun)} ${first.ofMany}`, why, offers: [], members, occurrence };
+  return { ...first, key: `group ${cause}`, title: `${count(members.length, first.noun)} ${first.ofMany}`, why, actions: [], members, occurrence };
 }
 
-function problem(level, key, title, why, todo, ...offers) {
-  return { level, key, title, why: oneLine(why), todo: oneLine(todo), offers, occurrence: null, members: [] };
+function problem(level, key, title, why, todo, ...actions) {
+  return { level, key, title, why: oneLine(why), todo: oneLine(todo), actions, occurrence: null, members: [] };
 }
 
 const reason = (error) => (error ? `${error.code}: ${error.message}` : "");
@@ -58,7 +58,7 @@ function* ofServer({ started }) {
     ...problem("warning", "unclean", "The server ended unexpectedly",
       `${known.filter(Boolean).join("; ")}. It started again ${stamp(started.recorded_at)}, and reloads what was loaded.`,
       "Look for the cause in the machine's log: it may have run out of memory, lost power, or been killed."),
-    occurrence: String(started.position), position: started.position,
+    occurrence: String(started.position),
   };
 }
 
@@ -97,7 +97,7 @@ function* ofModel(model, store) {
 }
 
 function* ofStuck(store, now) {
-  for (const [jobId, since] of store.looked?.since ?? []) {
+  for (const [jobId, since] of store.stalls?.since ?? []) {
     const use = store.resources?.models.find((each) => each.job_id === jobId);
     const seconds = (now - since) / 1000;
     if (!use || seconds < STUCK_S) continue;

@@ -1,7 +1,6 @@
 // Asks the server for what is shown: all of it, or what an event says has changed, and never in a hurry.
 
-import { isWorthwhile, look } from "./stuck.js";
-
+export const STATUS_EVERY_MS = 2000;
 const PAUSE_MS = 300; // between an event and the look at what it changed: many come together
 const SHARE = 3; // a look that takes long is followed by so much longer a pause: the server has other things to do
 const FEW = 200; // models of which all are asked for: that is one request, and no harder than some
@@ -29,7 +28,7 @@ export class Refresher {
     const position = await this.models(signal);
     await this.jobs(signal);
     await this.nodes(signal);
-    await this.look(signal);
+    await this.status(signal);
     if (this.audits) await this.#start(signal);
     return position;
   }
@@ -49,7 +48,7 @@ export class Refresher {
       cursor = page.next_cursor;
     } while (cursor);
     this.store.models = models;
-    this.store.saw(position);
+    this.store.advance(position);
     this.store.changed();
     return position;
   }
@@ -97,7 +96,7 @@ export class Refresher {
 
   async resources(signal) {
     this.store.resources = await this.api.get("/api/v1/resources", { signal });
-    this.store.saw(this.store.resources.as_of);
+    this.store.advance(this.store.resources.as_of);
     this.store.changed();
   }
 
@@ -106,13 +105,13 @@ export class Refresher {
     this.store.changed();
   }
 
-  // Looks at memory, and at whether what is in flight is answered.
-  async look(signal) {
+  // Asks for memory, and for whether what is in flight is answered.
+  async status(signal) {
     await this.resources(signal);
     if (this.store.nodes.length) await this.nodes(signal); // their leases are no events
-    const asks = isWorthwhile(this.store.resources);
-    const statistics = asks ? (await this.api.get("/v2/models/stats", { signal })).model_stats : [];
-    this.store.looked = look(this.store.looked, this.store.resources, statistics);
+    const isBusy = this.store.resources.models.some((use) => use.in_flight > 0); // else nothing can be stuck
+    const statistics = isBusy ? (await this.api.get("/v2/models/stats", { signal })).model_stats : [];
+    this.store.stalls = findStalls(this.store.stalls, this.store.resources, statistics);
     this.store.changed();
   }
 
@@ -149,3 +148,18 @@ export class Refresher {
     this.store.changed();
   }
 }
+
+// Finds loads that have requests in flight and have answered none since the last time. Returns how much each has
+// answered, and since when those have not, by job.
+export function findStalls(before, resources, statistics, now = Date.now()) {
+  const counts = new Map(statistics.map((entry) => [`${entry.name}/${entry.version}`, countOf(entry)]));
+  const since = new Map();
+  for (const use of resources.models) {
+    const key = `${use.model_id}/${use.version}`;
+    const answered = counts.has(key) && before?.counts.has(key) && counts.get(key) !== before.counts.get(key);
+    if (use.in_flight > 0 && use.phase === "serving" && !answered) since.set(use.job_id, before?.since.get(use.job_id) ?? now);
+  }
+  return { counts, since };
+}
+
+const countOf = ({ inference_stats: { success, fail } }) => success.count + fail.count;

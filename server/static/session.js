@@ -3,22 +3,26 @@
 
 const KEPT = "loadledger.token";
 
-export function keptToken() {
+// What the browser keeps, by the name of its storage; null where that is forbidden: then memory has to do.
+export function recall(storage, key) {
   try {
-    return sessionStorage.getItem(KEPT);
+    return globalThis[storage].getItem(key);
   } catch {
-    return null; // storage is forbidden here: memory has to do
+    return null;
   }
 }
 
-export function keepToken(token) {
+export function keep(storage, key, value) {
   try {
-    if (token === null) sessionStorage.removeItem(KEPT);
-    else sessionStorage.setItem(KEPT, token);
+    if (value === null) globalThis[storage].removeItem(key);
+    else globalThis[storage].setItem(key, value);
   } catch {
-    // as above
+    // it is forbidden
   }
 }
+
+export const keptToken = () => recall("sessionStorage", KEPT);
+export const keepToken = (token) => keep("sessionStorage", KEPT, token);
 
 const LINK = "#sign-in=";
 
@@ -41,7 +45,6 @@ export function cleaned(text) {
 // What a token says of itself. Nothing here is believed but by the eye: the server decides.
 export class Session {
   constructor(token) {
-    this.token = token;
     const claims = payload(token);
     this.subject = typeof claims.sub === "string" ? claims.sub : "?";
     this.expiresAt = typeof claims.exp === "number" ? claims.exp * 1000 : null;

@@ -1,15 +1,15 @@
 // How a model is asked from elsewhere: with curl, with the project's own client, and with Triton's.
 
-const FEW = 256; // values that are written out
+import { byteSize, zeroTensors } from "./tensors.js";
+
 const NUMPY = {
   BOOL: "bool_", INT8: "int8", UINT8: "uint8", INT16: "int16", UINT16: "uint16", INT32: "int32", UINT32: "uint32", INT64: "int64",
   UINT64: "uint64", FP16: "float16", FP32: "float32", FP64: "float64", BYTES: "object_",
 };
-const EMPTY = { BOOL: false, BYTES: "" };
 
 // `inputs` are those of the metadata; -1 in a shape becomes 1. Returns [{name, text}], each complete.
 export function snippets(origin, modelId, inputs) {
-  const tensors = inputs.map((input) => ({ ...input, shape: input.shape.map((size) => (size < 0 ? 1 : size)) }));
+  const tensors = zeroTensors(inputs);
   return [
     { name: "curl", text: curl(origin, modelId, tensors) },
     { name: "Python", text: python(origin, modelId, tensors) },
@@ -17,22 +17,18 @@ export function snippets(origin, modelId, inputs) {
   ];
 }
 
-const volume = (shape) => shape.reduce((product, size) => product * size, 1);
 const quoted = (text) => JSON.stringify(text);
+const inShellQuotes = (json) => `'${JSON.stringify(json).replaceAll("'", "\\u0027")}'`;
 
+// The command that `loadledger run` prints: a long request is zeros in binary.
 function curl(origin, modelId, tensors) {
-  const url = `${origin}/v2/models/${encodeURIComponent(modelId)}/infer`;
-  const isSmall = tensors.every(({ datatype, shape }) => volume(shape) <= FEW && datatype in NUMPY && datatype !== "FP16");
-  if (isSmall) {
-    const written = tensors.map(({ name, datatype, shape }) => ({ name, datatype, shape, data: new Array(volume(shape)).fill(EMPTY[datatype] ?? 0) }));
-    const body = JSON.stringify({ inputs: written }).replaceAll("'", "\\u0027"); // within the shell's quotes
-    return `curl -sS -H "Authorization: Bearer $TOKEN" ${url} -d '${body}'\n`;
-  }
-  if (tensors.length > 1) return "# Its inputs are too large to write out. Send them in binary, as the Python client does.\n";
-  const [{ name, datatype, shape }] = tensors;
-  return `# input.bin has the data of ${name} alone: ${datatype}, shape [${shape.join(", ")}], little-endian.
-curl -sS -H "Authorization: Bearer $TOKEN" -H "Inference-Header-Content-Length: 0" \\
-  -H "Content-Type: application/octet-stream" ${url} --data-binary @input.bin\n`;
+  const command = `curl -sS -H "Authorization: Bearer $TOKEN" ${origin}/v2/models/${encodeURIComponent(modelId)}/infer`;
+  if (tensors.every(({ data }) => Array.isArray(data))) return `${command} -d ${inShellQuotes({ inputs: tensors })}\n`;
+  const inputs = tensors.map(({ data: _, ...tensor }) => ({ ...tensor, parameters: { binary_data_size: byteSize(tensor) } }));
+  const head = inShellQuotes({ inputs }), length = new TextEncoder().encode(head).length - 2;
+  return `(printf %s ${head}; head -c ${tensors.reduce((sum, tensor) => sum + byteSize(tensor), 0)} /dev/zero) |
+${command} \\
+  -H "Content-Type: application/octet-stream" -H "Inference-Header-Content-Length: ${length}" --data-binary @-\n`;
 }
 
 const zeros = ({ datatype, shape }) => {

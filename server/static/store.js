@@ -18,7 +18,7 @@ export class Store {
     this.subject = null; // the model whose page is open
     this.readOnly = false; // whether the server has refused to add a version
     this.resources = null;
-    this.looked = null; // see stuck.js
+    this.stalls = null; // see stuck.js
     this.head = 0; // the highest position that is known of
     this.oldest = 1; // the lowest position that is not archived
     this.epoch = 0; // changes where the ledger that was shown has to be looked at anew
@@ -52,14 +52,14 @@ export class Store {
     this.changed();
   }
 
-  saw(position) {
+  advance(position) {
     this.heardAt = Date.now();
     if (position > this.head) this.head = position;
   }
 
-  heard(event, text) {
-    this.saw(event.position);
-    for (const listener of this.listeners) listener(event, text);
+  onEvent(event) {
+    this.advance(event.position);
+    for (const listener of this.listeners) listener(event);
     this.changed();
   }
 
@@ -68,13 +68,22 @@ export class Store {
     return this.jobs.map((job) => (ended(job) ? job : { ...job, ...this.stages.get(job.id) }));
   }
 
-  // The processes of a model: two loads while one takes the other's place.
-  usesOf(modelId) {
+  // What the processes of a model use together: two loads while one takes the other's place. `serving` is the one of
+  // the load that answers.
+  useOf(model) {
     if (this.#usesFrom !== this.resources) {
       this.#usesFrom = this.resources;
       this.#uses = Map.groupBy(this.resources?.models ?? [], (use) => use.model_id);
     }
-    return this.#uses.get(modelId) ?? [];
+    const uses = this.#uses.get(model.id) ?? [], sum = (name) => uses.reduce((total, use) => total + use[name], 0);
+    return {
+      processes: uses.length,
+      serving: uses.find((use) => use.job_id === model.job_id),
+      memory_bytes: sum("memory_bytes"),
+      reserved_bytes: sum("reserved_bytes"),
+      in_flight: sum("in_flight"),
+      last_used_at: uses.map((use) => use.last_used_at).filter(Boolean).sort().at(-1) ?? null,
+    };
   }
 
   // The load of a model that is under way, if there is one.

@@ -1,52 +1,57 @@
-// Requests of the page: begun with zeros of each input's shape, 1 where it leaves a size open, or with the data of a
-// file, and sent in binary.
+// Tensors of the page's requests: zeros of each input's shape, 1 where it leaves a size open, or the data of a file: a
+// NumPy array (.npy), or an image, scaled and laid out as the model's input wants it. Answers at a glance.
 
 const WRITTEN = 256; // values that are written out; more are the word "zeros"
 const WORD = "zeros";
-const SHORT = 64 * 1024; // characters of a request that is sent as it was written
 const MOST = 64 * 2 ** 20; // bytes of a request that the server takes
 
 const EMPTY = { BOOL: false, BYTES: "" };
 const SIZES = { BOOL: 1, INT8: 1, UINT8: 1, INT16: 2, UINT16: 2, FP16: 2, BF16: 2, INT64: 8, UINT64: 8, FP64: 8 };
 const SIZE = 4; // of the others, and of the length before a text
-const ARRAYS = {
-  INT8: Int8Array, UINT8: Uint8Array, INT16: Int16Array, UINT16: Uint16Array, INT32: Int32Array, UINT32: Uint32Array,
-  FP32: Float32Array, FP64: Float64Array,
-}; // little-endian, as the protocol is, wherever browsers run
-const LONG = { INT64: BigInt64Array, UINT64: BigUint64Array };
 const WITHOUT_JSON = ["FP16", "BF16"];
 
-export function request(inputs) {
-  const tensors = inputs.map(({ name, datatype, shape }) => {
+const volume = (shape) => shape.reduce((product, size) => product * size, 1);
+
+// The bytes of zeros, or of texts of length 0.
+export const byteSize = ({ datatype, shape }) => volume(shape) * (SIZES[datatype] ?? SIZE);
+
+// Inputs as tensors of zeros: {name, datatype, shape, data}.
+export function zeroTensors(inputs) {
+  return inputs.map(({ name, datatype, shape }) => {
     const sizes = shape.map((size) => (size < 0 ? 1 : size));
-    const short = volume(sizes) <= WRITTEN && !WITHOUT_JSON.includes(datatype);
-    return { name, datatype, shape: sizes, data: short ? new Array(volume(sizes)).fill(EMPTY[datatype] ?? 0) : WORD };
+    const isShort = volume(sizes) <= WRITTEN && !WITHOUT_JSON.includes(datatype);
+    return { name, datatype, shape: sizes, data: isShort ? new Array(volume(sizes)).fill(EMPTY[datatype] ?? 0) : WORD };
   });
-  return written(tensors);
 }
 
 // A request as text, an input in each line.
-export function written(tensors) {
+export function requestText(tensors) {
   const text = tensors.map((tensor) => `  {${Object.entries(tensor).map(([name, value]) => `${JSON.stringify(name)}: ${JSON.stringify(value)}`).join(", ")}}`);
   return `{"inputs": [\n${text.join(",\n")}\n]}`;
 }
 
-// The body and header fields for what was written: a short text as it is, whose long integers must not be rounded,
-// else its tensors in binary. The data of an input may be the name of a file, whose bytes are in `files`. Throws SyntaxError for what is no JSON, RangeError for what cannot be sent.
-export function sent(text, files = new Map()) {
-  const written = JSON.parse(text);
-  const inputs = Array.isArray(written?.inputs) ? written.inputs : [];
-  const hasZeros = inputs.some((input) => input?.data === WORD || files.has(input?.data));
-  if (!hasZeros && text.length <= SHORT) return { body: text };
-  const data = inputs.map((input) => files.get(input?.data) ?? binary(input));
-  if (!hasZeros && data.includes(null)) return { body: text }; // the server says what is wrong with it
-  const head = new TextEncoder().encode(JSON.stringify({ ...written, inputs: inputs.map((input, at) => without(input, data[at])) }));
+// The body and header fields for a request's text. It is sent as it is, so that long integers are not rounded; zeros, and
+// inputs whose data is the name of a file in `files`, in binary. Throws SyntaxError for what is no JSON, RangeError for
+// what cannot be sent.
+export function encodeRequest(text, files = new Map()) {
+  const request = JSON.parse(text);
+  const inputs = Array.isArray(request?.inputs) ? request.inputs : [];
+  const data = inputs.map((input) => files.get(input?.data) ?? (input?.data === WORD ? zeros(input) : null));
+  if (data.every((each) => each === null)) return { body: text };
+  const head = new TextEncoder().encode(JSON.stringify({ ...request, inputs: inputs.map((input, at) => withoutData(input, data[at])) }));
   const headers = { "Content-Type": "application/octet-stream", "Inference-Header-Content-Length": String(head.length) };
   return { body: new Blob([head, ...data.filter(Boolean)]), headers };
 }
 
+function zeros(input) {
+  if (!Array.isArray(input.shape)) return null; // the server says what is wrong with it
+  const bytes = byteSize(input);
+  if (!(bytes <= MOST)) throw new RangeError(`the shape of ${input.name} is too large to send`);
+  return new Uint8Array(bytes);
+}
+
 // An input as it is beside its binary data.
-function without(input, data) {
+function withoutData(input, data) {
   if (data === null) {
     if (JSON.stringify(input).search(/(?<![.0-9])[0-9]{16}/) >= 0) throw new RangeError(`a number of ${input?.name} may be too long for this page; write out the zeros`);
     return input;
@@ -55,47 +60,88 @@ function without(input, data) {
   return { ...rest, parameters: { ...rest.parameters, binary_data_size: data.byteLength } };
 }
 
-// An input's data in binary; null for what has to stay JSON.
-function binary(input) {
-  if (!Array.isArray(input?.shape)) return null;
-  const { name, datatype, shape, data } = input;
-  if (data === WORD) {
-    const bytes = volume(shape) * (SIZES[datatype] ?? SIZE);
-    if (!(bytes <= MOST)) throw new RangeError(`the shape of ${name} is too large to send`);
-    return new Uint8Array(bytes); // zeros of any datatype, and texts of length 0
+const MAGIC = "\u0093NUMPY";
+const TYPES = {
+  "|b1": "BOOL", "|i1": "INT8", "|u1": "UINT8", "<i2": "INT16", "<u2": "UINT16", "<i4": "INT32", "<u4": "UINT32",
+  "<i8": "INT64", "<u8": "UINT64", "<f2": "FP16", "<f4": "FP32", "<f8": "FP64",
+};
+const MEANS = [0.485, 0.456, 0.406], DEVIATIONS = [0.229, 0.224, 0.225]; // of ImageNet, as most vision models were trained
+const MOST_PIXELS = 16e6; // 64 MB of FP32 of one channel: more does not fit into a request
+
+export const SCALES = { unit: "0 to 1", byte: "0 to 255", imagenet: "ImageNet's mean and deviation" };
+
+// Reads a file for an input. Returns {datatype, shape, data, said}; throws RangeError with what is wrong, for people.
+export async function readTensor(file, input, scale) {
+  if (/\.npy$/i.test(file.name)) return fitted(npy(await file.arrayBuffer()), input);
+  if (file.type.startsWith("image/")) return image(file, input, scale);
+  throw new RangeError("choose a .npy array or an image");
+}
+
+// A .npy file, of the format's versions 1 to 3.
+export function npy(buffer) {
+  const view = new DataView(buffer), text = (from, to) => new TextDecoder("latin1").decode(buffer.slice(from, to));
+  if (buffer.byteLength < 12 || ![...MAGIC].every((letter, at) => letter.charCodeAt(0) === view.getUint8(at))) throw new RangeError("this is no .npy file");
+  const isLong = view.getUint8(6) > 1, start = isLong ? 12 : 10;
+  const end = start + (isLong ? view.getUint32(8, true) : view.getUint16(8, true));
+  const head = text(start, end);
+  const descr = /'descr':\s*'([^']+)'/.exec(head)?.[1], shape = /'shape':\s*\(([^)]*)\)/.exec(head)?.[1];
+  if (descr === undefined || shape === undefined) throw new RangeError("its header cannot be read: save one array, without fields");
+  if (!(descr in TYPES)) throw new RangeError(`its type ${descr} cannot be sent: save numbers or booleans, little-endian`);
+  if (/'fortran_order':\s*True/.test(head)) throw new RangeError("it is in Fortran order: save numpy.ascontiguousarray(array)");
+  const sizes = shape.split(",").map((size) => size.trim()).filter(Boolean).map(Number);
+  return { datatype: TYPES[descr], shape: sizes, data: new Uint8Array(buffer, end), said: `${TYPES[descr]} [${sizes.join(", ")}]` };
+}
+
+// An array of another precision becomes what the input takes; anything else the server refuses by name.
+function fitted(array, { datatype }) {
+  if (array.datatype !== "FP64" || datatype !== "FP32") return array;
+  const values = Float32Array.from(new Float64Array(array.data.slice().buffer));
+  return { ...array, datatype, data: new Uint8Array(values.buffer), said: `${array.said}, sent as FP32` };
+}
+
+// Where an input has its channels, height and width; null for what is no image.
+export function layoutOf(shape) {
+  const sizes = shape.slice(-3), isChannels = (size) => size === 1 || size === 3;
+  if (shape.length < 3 || shape.length > 4) return null;
+  if (isChannels(sizes[0])) return { channels: sizes[0], height: sizes[1], width: sizes[2], first: true };
+  if (isChannels(sizes[2])) return { channels: sizes[2], height: sizes[0], width: sizes[1], first: false };
+  return null;
+}
+
+async function image(file, { name, datatype, shape }, scale) {
+  const layout = layoutOf(shape);
+  if (layout === null) throw new RangeError(`${name} has the shape [${shape.join(", ")}], which is no image of 1 or 3 channels`);
+  if (!["FP32", "UINT8"].includes(datatype)) throw new RangeError(`${name} takes ${datatype}: an image can be sent as FP32 or UINT8; save a .npy array`);
+  const bitmap = await createImageBitmap(file).catch(() => {
+    throw new RangeError("the browser cannot read this image");
+  });
+  const height = layout.height > 0 ? layout.height : bitmap.height, width = layout.width > 0 ? layout.width : bitmap.width;
+  if (height * width > MOST_PIXELS) throw new RangeError(`${width} × ${height} pixels are too many for one request`);
+  const canvas = Object.assign(document.createElement("canvas"), { width, height }).getContext("2d", { willReadFrequently: true });
+  canvas.drawImage(bitmap, 0, 0, width, height);
+  const pixels = canvas.getImageData(0, 0, width, height).data;
+  const values = laidOut(pixels, layout, datatype === "UINT8" ? "byte" : scale, datatype === "UINT8" ? Uint8Array : Float32Array);
+  const sizes = layout.first ? [layout.channels, height, width] : [height, width, layout.channels];
+  const colours = layout.channels === 3 ? "RGB" : "grey", scaled = datatype === "UINT8" ? SCALES.byte : SCALES[scale];
+  return {
+    datatype, shape: shape.length === 4 ? [1, ...sizes] : sizes, data: new Uint8Array(values.buffer),
+    said: `${bitmap.width} × ${bitmap.height} pixels, scaled to ${width} × ${height}, ${colours}, ${scaled}`,
+  };
+}
+
+// Pixels of four bytes as channels; grey by the weights of BT.601, as most programs have it.
+export function laidOut(pixels, { channels, first }, scale, Kind) {
+  const count = pixels.length / 4, values = new Kind(count * channels);
+  for (let at = 0; at < count; at++) {
+    const colour = pixels.subarray(at * 4, at * 4 + 3);
+    const parts = channels === 3 ? colour : [0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]];
+    for (let channel = 0; channel < channels; channel++) {
+      const value = scale === "byte" ? parts[channel] : parts[channel] / 255;
+      values[first ? channel * count + at : at * channels + channel] = scale === "imagenet" ? (value - MEANS[channel]) / DEVIATIONS[channel] : value;
+    }
   }
-  return fits(data, [volume(shape)]) || fits(data, shape) ? packed(datatype, data.flat(Infinity)) : null;
+  return values;
 }
-
-function fits(data, [size, ...rest]) {
-  if (!Array.isArray(data) || data.length !== size) return false;
-  return rest.length ? data.every((part) => fits(part, rest)) : !data.some(Array.isArray);
-}
-
-function packed(datatype, values) {
-  const all = (kind) => values.every((value) => typeof value === kind);
-  if (datatype === "BOOL") return all("boolean") ? Uint8Array.from(values, Number) : null;
-  if (datatype === "BYTES") return all("string") ? texts(values) : null;
-  if (!all("number")) return null;
-  if (datatype in LONG) return values.every((value) => Number.isSafeInteger(value) && (value >= 0 || datatype === "INT64")) ? LONG[datatype].from(values, BigInt) : null;
-  const array = ARRAYS[datatype]?.from(values);
-  const same = datatype === "FP32" ? array.every(Number.isFinite) : array?.every((value, at) => value === values[at]);
-  return same ? array : null;
-}
-
-function texts(values) {
-  const encoded = values.map((value) => new TextEncoder().encode(value));
-  const found = new Uint8Array(encoded.reduce((sum, each) => sum + SIZE + each.length, 0));
-  let start = 0;
-  for (const each of encoded) {
-    new DataView(found.buffer).setUint32(start, each.length, true);
-    found.set(each, start + SIZE);
-    start += SIZE + each.length;
-  }
-  return found;
-}
-
-const volume = (shape) => shape.reduce((product, size) => product * size, 1);
 
 // What an answer says at a glance: of each output its values if they are few, else the largest, or their range.
 export function overview(outputs) {

@@ -1,11 +1,10 @@
 // The timeline: a lane for each model over a range of time, from the server's summary of it. The range is in the
 // page's address; a click or Enter shows the models as of that moment.
 
-import { told } from "./api.js";
-import { byId, setAttribute, setText, show, tell } from "./dom.js";
+import { errorText } from "./api.js";
+import { byId, setAttribute, setText, show, showText } from "./dom.js";
 import { count, moment, serverNow, zone } from "./format.js";
-import { drawAxis, itemsOf, Rows, sayShapes, serverLanes } from "./lanes.js";
-import { fillTable } from "./lanetext.js";
+import { drawAxis, fillLegend, fillTable, itemsOf, Rows, serverLanes } from "./lanes.js";
 import { Pointer } from "./pointer.js";
 import { bounded, DAY, HOUR, LEAST, MINUTE, rangeText, Scale, SECOND, ticks, YEAR } from "./timescale.js";
 
@@ -36,7 +35,7 @@ export class Timeline {
   constructor(api, store, router, visit) {
     Object.assign(this, { api, store, router });
     this.rows = new Rows(byId("timeline-rows"), (id) => router.href("models", id));
-    sayShapes(byId("timeline-legend"), SHAPES);
+    fillLegend(byId("timeline-legend"), SHAPES);
     this.#listen();
     this.pointer = new Pointer({
       lanes: () => this.#lanes, scale: () => this.#scale(), draw: () => this.#draw(), visit, router,
@@ -183,10 +182,10 @@ export class Timeline {
     try {
       const isFirst = this.#page === null;
       this.#take(await this.api.get(`/api/v1/timeline?${query}`, { signal }));
-      tell(byId("timeline-refusal"), "");
+      showText(byId("timeline-refusal"), "");
       if (isFirst && this.#shown().from > begin + SECOND) this.#soon(0); // the ledger is shorter: what was merged can be drawn apart
     } catch (error) {
-      if (!signal.aborted) tell(byId("timeline-refusal"), told(error));
+      if (!signal.aborted) showText(byId("timeline-refusal"), errorText(error));
     } finally {
       if (!signal.aborted) this.#tookMs = Math.min(2000, performance.now() - began);
     }
@@ -234,9 +233,9 @@ export class Timeline {
     const page = this.#page, shown = page.lanes.length, before = (this.#cursors.length - 1) * PAGE;
     const find = byId("timeline-find").value.trim();
     setText(byId("timeline-count"), page.models ? count(page.models, "model") : "");
-    tell(byId("timeline-none"), shown ? "" : find ? "No model of this range matches." : "No model was asked for in this range. Its lane begins with its first load.");
+    showText(byId("timeline-none"), shown ? "" : find ? "No model of this range matches." : "No model was asked for in this range. Its lane begins with its first load.");
     const archived = page.oldest > 1 && page.known_from !== null && Date.parse(page.known_from) > this.#shown().from;
-    tell(byId("timeline-archived"), [archived ? `Earlier events are archived: the timeline knows from ${moment(page.known_from)} on.` : "",
+    showText(byId("timeline-archived"), [archived ? `Earlier events are archived: the timeline knows from ${moment(page.known_from)} on.` : "",
       page.marks_from !== null ? `There are too many failures to mark all: marks begin at ${moment(page.marks_from)}.` : ""].filter(Boolean).join(" "));
     show(byId("timeline-pages"), this.#cursors.length > 1 || page.next_cursor !== null);
     setText(byId("timeline-page"), `${before + 1} to ${before + shown} of ${page.models}`);

@@ -35,7 +35,7 @@ export function ticks(scale, apart = 90) {
   const least = ((scale.to - scale.from) * apart) / scale.width;
   const step = STEPS.find((each) => each >= least);
   const found = [];
-  for (let time = firstTick(scale.from, step, least); time <= scale.to && found.length < 100; time = nextTick(time, step, least)) {
+  for (let time = firstTick(scale.from, step); time <= scale.to && found.length < 100; time = nextTick(time, step, least)) {
     if (time >= scale.from) found.push({ time, ...label(time, step) });
   }
   return found;
@@ -45,7 +45,7 @@ function monthsOf(least) {
   return MONTHS.find((each) => each * 30 * DAY >= least) ?? 12 * Math.ceil(least / YEAR);
 }
 
-function firstTick(from, step, least) {
+function firstTick(from, step) {
   const date = new Date(from);
   if (!step) return new Date(date.getFullYear(), 0, 1).getTime();
   if (step >= DAY) return new Date(date.getFullYear(), date.getMonth(), step > DAY ? 1 : date.getDate()).getTime();
@@ -80,7 +80,7 @@ export function rangeText(from, to) {
   return a === b ? `${a}, ${x} to ${y}` : `${a}, ${x} to ${b}, ${y}`;
 }
 
-export function dateText(time) {
+function dateText(time) {
   const date = new Date(time);
   return `${date.getDate()} ${NAMES[date.getMonth()]} ${date.getFullYear()}`;
 }

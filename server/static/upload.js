@@ -1,7 +1,7 @@
 // A new version from a dropped or chosen file: sent with its progress shown, then offered to be loaded.
 
 import { dialog } from "./dialogs.js";
-import { byId, setText, show, tell } from "./dom.js";
+import { byId, setText, show, showText } from "./dom.js";
 import { bytes, oneLine } from "./format.js";
 
 const FORMS = [
@@ -10,7 +10,7 @@ const FORMS = [
 ];
 
 // Returns `add`, which opens the dialog, and `takeDrops`, which has a part of the page take a dropped file.
-export function uploads(api, store, offers) {
+export function uploads(api, store, actions) {
   let file = null, sending = null;
   const name = byId("upload-model"), version = byId("upload-version"), picked = byId("upload-file");
   const isReadOnly = () => store.readOnly || store.resources?.repository_writable === false;
@@ -31,7 +31,7 @@ export function uploads(api, store, offers) {
 
   function take(chosen) {
     file = chosen;
-    tell(byId("upload-chosen"), file ? `${oneLine(file.name, 200)}, ${bytes(file.size)}` : "");
+    showText(byId("upload-chosen"), file ? `${oneLine(file.name, 200)}, ${bytes(file.size)}` : "");
     if (file && !name.value) name.value = idOf(file.name);
     suggest();
   }
@@ -61,9 +61,9 @@ export function uploads(api, store, offers) {
       setText(byId("upload-told"), "");
     }
     about.node.close();
-    offers.noticed(`Version ${number} of ${id} is added.`);
-    offers.refresh(id);
-    if (offers.load) offers.load(store.models.get(id) ?? { id, versions: [number], state: "unloaded", version: null, error: null }, number);
+    actions.noticed(`Version ${number} of ${id} is added.`);
+    actions.refresh(id);
+    if (actions.load) actions.load(store.models.get(id) ?? { id, versions: [number], state: "unloaded", version: null, error: null }, number);
     return true;
   }
 

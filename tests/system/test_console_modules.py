@@ -32,7 +32,7 @@ CASES: dict[str, tuple[object, str]] = {
             body.enqueue(new TextEncoder().encode('{"stream": "live", "position": 9}\\n')) })),
         ];
         const api = { send: async (path) => answers[asked.push(path.split("=")[1]) - 1]() };
-        const refresher = { everything: async () => asked.length ? 9 : 6, look: async () => {}, soon() {} };
+        const refresher = { everything: async () => asked.length ? 9 : 6, status: async () => {}, soon() {} };
         const live = new Live(api, store, refresher, { follows: true, onSignedOut() {} });
         live.run();
         await new Promise((live) => store.watch(() => store.connection.mode === "live" && live()));
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[object, str]] = {
         nodesView(store, {});
         const cells = [...document.querySelectorAll("#nodes-rows [data-label=Address]")];
         const links = cells.map((cell) => cell.querySelector("a")?.href ?? null);
-        return [links, cells.map((cell) => cell.firstChild.firstChild.data)];
+        return [links, cells.map((cell) => cell.firstChild.firstChild.firstChild.data)];
         """,
     ),
     "ages follow the server's clock": (
@@ -157,7 +157,7 @@ CASES: dict[str, tuple[object, str]] = {
     "time travel lists loaded models first": (
         [True, "And 101 more.", "", True],
         """
-        const { Past } = await import("/console/past.js");
+        const { TimeTravel } = await import("/console/timetravel.js");
         const store = new Store(), asked = [];
         const model = (id, state) => ({ id, state, files: [] });
         const many = Array.from({ length: 600 }, (_, number) => model(`m${number}`, "unloaded"));
@@ -168,7 +168,7 @@ CASES: dict[str, tuple[object, str]] = {
             : { models: [model("z", "loaded")], next_cursor: null, as_of: 5 };
         } };
         store.head = 5;
-        new Past(api, store, new Router(), () => {});
+        new TimeTravel(api, store, new Router(), () => {});
         const rows = document.getElementById("past-rows");
         while (!rows.firstChild) await soon(20);
         const said = ["past-none", "past-refusal"].map((id) => document.getElementById(id).textContent);
@@ -179,7 +179,7 @@ CASES: dict[str, tuple[object, str]] = {
     "time travel shows a time while the ledger grows": (
         True,
         """
-        const { Past } = await import("/console/past.js");
+        const { TimeTravel } = await import("/console/timetravel.js");
         const store = new Store();
         const events = { events: [{ type: "ServerStarted", actor: "system", data: {} }] };
         const api = { get: async (path, { signal }) => {
@@ -190,13 +190,13 @@ CASES: dict[str, tuple[object, str]] = {
             : { models: [], next_cursor: null, as_of: at.includes("T") ? 3 : Number(at) };
         } };
         store.head = 10;
-        new Past(api, store, new Router(), () => {});
+        new TimeTravel(api, store, new Router(), () => {});
         await soon(1000);
         const time = document.getElementById("past-time"), when = document.getElementById("past-when");
         time.value = "2020-02-02T02:02:02";
         time.dispatchEvent(new Event("change"));
         for (let look = 0; look < 8; look++) {
-          store.saw(store.head + 1);
+          store.advance(store.head + 1);
           store.changed();
           await soon(250);
         }
@@ -212,7 +212,7 @@ CASES: dict[str, tuple[object, str]] = {
         const page = () => ({ events: [], as_of: store.head, oldest: 1, next_cursor: null });
         const api = { get: async () => (asked++, page()) };
         const grow = async (mode) => {
-          store.saw(store.head + 1);
+          store.advance(store.head + 1);
           store.connect(mode);
           await soon(400);
           return asked;
@@ -233,7 +233,7 @@ CASES: dict[str, tuple[object, str]] = {
         const api = { get: async (path) => ({ as_of: 500, oldest: 1, next_cursor: before(path) - 50,
           events: Array.from({ length: 50 }, (_, back) => event(before(path) - 1 - back)) }) };
         new Ledger(api, store, () => {});
-        for (let position = 1; position <= 500; position++) store.heard(event(position), "");
+        for (let position = 1; position <= 500; position++) store.onEvent(event(position));
         const [list, older] = ["list", "older"].map((id) => document.getElementById(`ledger-${id}`));
         const look = async () => (await soon(300), [list.children.length, older.hidden]);
         const seen = [await look()];
@@ -244,10 +244,10 @@ CASES: dict[str, tuple[object, str]] = {
     "focus stays when rows move": (
         ["b", "bd"],
         """
-        const { el, keyed } = await import("/console/dom.js");
-        const list = document.body.appendChild(el("ul"));
-        const make = (key) => el("li", {}, el("button", {}, key));
-        const show = (...keys) => keyed(list, keys, (key) => key, make, () => {});
+        const { h, reconcile } = await import("/console/dom.js");
+        const list = document.body.appendChild(h("ul"));
+        const make = (key) => h("li", {}, h("button", {}, key));
+        const show = (...keys) => reconcile(list, keys, make, (key) => key);
         show("a", "b", "c");
         list.children[1].firstChild.focus();
         show("c", "b", "d", "a");
@@ -258,7 +258,7 @@ CASES: dict[str, tuple[object, str]] = {
     "requests without an answer are stuck": (
         [[], [4000], [4000], [], [10_000]],
         """
-        const { look } = await import("/console/stuck.js");
+        const { findStalls } = await import("/console/refresher.js");
         const stats = (requests, failures) => [{ name: "m", version: "1", inference_stats: {
           success: { count: requests }, fail: { count: failures } } }];
         const use = (in_flight) => ({ models: [
@@ -267,7 +267,7 @@ CASES: dict[str, tuple[object, str]] = {
         let last = null;
         for (const [at, flying, ...counts] of [[2000, 0], [4000, 1, 7, 0], [6000, 1, 7, 0], [8000, 1, 7, 1],
           [10_000, 1, 7, 1]]) {
-          last = look(last, use(flying), counts.length ? stats(...counts) : [], at);
+          last = findStalls(last, use(flying), counts.length ? stats(...counts) : [], at);
           told.push([...last.since.values()]);
         }
         return told;
@@ -286,10 +286,10 @@ CASES: dict[str, tuple[object, str]] = {
         const use = { job_id: "j", model_id: "m", in_flight: 2 };
         const resources = { models: [use], waiting: [], budget_bytes: 100, free_bytes: 50 };
         const models = new Map([["m", { id: "m", state: "loaded", error: null }]]);
-        const looked = { since: new Map([["j", 1000]]) };
+        const stalls = { since: new Map([["j", 1000]]) };
         const failures = new Map(), nodes = [];
-        const store = { models, nodes, looked, resources, started: null, failures, jobsNow: () => [] };
-        const told = (each) => [each.level, each.title, each.why, each.offers[0]?.do];
+        const store = { models, nodes, stalls, resources, started: null, failures, jobsNow: () => [] };
+        const told = (each) => [each.level, each.title, each.why, each.actions[0]?.do];
         const at = (now) => problems(store, now).map(told);
         const found = [at(10_000), at(14_000)];
         resources.free_bytes = -7;
@@ -339,7 +339,7 @@ CASES: dict[str, tuple[object, str]] = {
             [True, [1, 3, 1, 2], [0.5, 0.5, 0, 0, 0, 0]],
         ],
         """
-        const { laidOut, npy, readTensor } = await import("/console/files.js");
+        const { laidOut, npy, readTensor } = await import("/console/tensors.js");
         const saved = (descr) => {
           const head = `{'descr': '${descr}', 'fortran_order': False, 'shape': (2,), }`.padEnd(118);
           const bytes = new Uint8Array(10 + head.length + 8);
@@ -386,10 +386,11 @@ CASES: dict[str, tuple[object, str]] = {
             True,  # more than a JavaScript number holds
         ],
         """
-        const { request, sent } = await import("/console/tensors.js");
-        const ask = (...inputs) => JSON.parse(sent(request(inputs)).body);
+        const { encodeRequest, requestText, zeroTensors } = await import("/console/tensors.js");
+        const text = (...inputs) => requestText(zeroTensors(inputs));
+        const ask = (...inputs) => JSON.parse(encodeRequest(text(...inputs)).body);
         const askBinary = async (...inputs) => {
-          const { body, headers } = sent(request(inputs));
+          const { body, headers } = encodeRequest(text(...inputs));
           const length = Number(headers["Inference-Header-Content-Length"]);
           const data = new Uint8Array(await body.slice(length).arrayBuffer());
           return [JSON.parse(await body.slice(0, length).text()).inputs[0], data];
@@ -398,49 +399,13 @@ CASES: dict[str, tuple[object, str]] = {
         const flags = { name: "a", datatype: "BOOL", shape: [2] };
         const small = ask(flags, { name: "b", datatype: "BYTES", shape: [-1] });
         let refused = "";
-        try { sent('{"inputs": [{"name": "i", "shape": [1e9], "data": "zeros"}]}'); }
+        try { encodeRequest('{"inputs": [{"name": "i", "shape": [1e9], "data": "zeros"}]}'); }
         catch (error) { refused = error.message; }
-        const exact = sent('{"inputs": [{"data": [9007199254740993]}]}').body;
+        const exact = encodeRequest('{"inputs": [{"data": [9007199254740993]}]}').body;
         const [, zeros] = await askBinary(image);
-        const large = [request([image]).length < 200, zeros.length, Math.max(...zeros.slice(-1000))];
+        const large = [text(image).length < 200, zeros.length, Math.max(...zeros.slice(-1000))];
         const [half] = await askBinary({ name: "h", datatype: "FP16", shape: [1] });
         return [small.inputs, large, half, refused.includes("too large"), exact.includes("9007199254740993")];
-        """,
-    ),
-    "a long request is sent in binary where that changes no value": (
-        [
-            [20_000, 1.5],
-            [20_000, 200],
-            [20_000, 1],
-            [20_000, 7],
-            [100_000, 97],
-            "text",
-            "text",
-            "text",
-            "text",
-            "text",
-            "text",
-            "text",
-        ],
-        """
-        const { sent } = await import("/console/tensors.js");
-        const written = (datatype, value, shape = [20_000]) => JSON.stringify({ inputs: [
-          { name: "x", datatype, shape, data: new Array(20_000).fill(value), more: "m".repeat(65536) }] });
-        const told = [];
-        for (const [datatype, ...rest] of [["FP32", 1.5], ["UINT8", 200], ["BOOL", true], ["INT64", 7],
-          ["BYTES", "a"], ["INT8", 200], ["FP32", 1e39], ["INT32", 0.5], ["INT64", 2 ** 53], ["FP16", 1],
-          ["FP32", "a"], ["FP32", 1, [10]]]) {
-          const { body, headers } = sent(written(datatype, ...rest));
-          if (typeof body === "string") {
-            told.push(body === written(datatype, ...rest) ? "text" : "other text");
-            continue;
-          }
-          const data = await body.slice(Number(headers["Inference-Header-Content-Length"])).arrayBuffer();
-          const Kind = { FP32: Float32Array, INT64: BigInt64Array }[datatype] ?? Uint8Array;
-          const values = new Kind(data);
-          told.push([values.length, Number(values[datatype === "BYTES" ? values.length - 1 : 0])]);
-        }
-        return told;
         """,
     ),
 }

@@ -107,15 +107,14 @@ async def test_no_other_file_is_served(client: Client, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_script_is_short_and_writes_text_only(path: Path) -> None:
+def test_script_writes_text_only(path: Path) -> None:
     script = path.read_text(encoding="utf-8")
-    assert len(script.splitlines()) <= 250
     for forbidden in (
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment",
         r"\beval\(|document\.cookie|new (Function|EventSource|WebSocket)",
     ):
         assert not re.search(forbidden, script)
-    keeps = {"acknowledged.js"}  # which problems were acknowledged: nothing secret, and for this browser only
+    keeps = {"attention.js"}  # which problems were acknowledged: nothing secret, and for this browser only
     assert ("localStorage" in script) == (path.name in keeps)
     assert set(re.findall(r'https?://[^"`\s]+', script)) <= {"http://www.w3.org/2000/svg"}
 

@@ -1,11 +1,11 @@
 // What can be asked for from here. Each is one request; what becomes of it is a job, and is said when it has ended.
 
-import { toldOfRequest } from "./api.js";
+import { requestErrorText } from "./api.js";
+import { notice } from "./dom.js";
 import { duration, oneLine, secondsSince } from "./format.js";
-import { notice } from "./notices.js";
 import { ended } from "./store.js";
 
-export class Actions {
+export class Operations {
   #asked = new Map(); // by job: what to say when it has ended, in place of what was said when it was accepted
 
   constructor(api, store, refresher) {
@@ -55,7 +55,7 @@ export class Actions {
     try {
       await asked;
     } catch (error) {
-      notice(toldOfRequest(error), "bad");
+      notice(requestErrorText(error), "bad");
     }
   }
 

@@ -1,16 +1,17 @@
-// What was so then: the models as of a position or a time, with who had loaded which bytes.
+// Time travel: the models as of a position or a time, with who had loaded which bytes.
 
-import { told } from "./api.js";
-import { byId, el, keyed, setAttribute, setText, show, tell } from "./dom.js";
+import { errorText } from "./api.js";
+import { byId, cell, h, reconcile, setAttribute, setText, show, showText, statePill, tableRow } from "./dom.js";
 import { summary } from "./eventtext.js";
-import { broughtBack, bytes, clock, local, moment, oneLine, zone } from "./format.js";
+import { broughtBack, clock, local, moment, oneLine, zone } from "./format.js";
+import { fileList } from "./models.js";
 
 const MOST = 500; // models that are shown
 const PAGE = 1000;
 const PAUSE_MS = 120; // a slider that is pulled asks for where it rests
 const CALM_MS = 1000; // what is now moves with each event: nobody can read that, and the server has other things to do
 
-export class Past {
+export class TimeTravel {
   #moment = null; // a position; null is now
   #asking = new AbortController();
   #due = null;
@@ -106,9 +107,9 @@ export class Past {
       this.#write(this.#moment === null ? null : stays ? at : String(page.as_of));
       const time = Date.parse(at) > 0 && !/^\d+$/.test(at) ? at : page.as_of_time; // a time may be long after the event
       this.shown(this.#moment === null || !time ? null : Date.parse(time));
-      tell(byId("past-refusal"), "");
+      showText(byId("past-refusal"), "");
     } catch (error) {
-      if (!signal.aborted) tell(byId("past-refusal"), told(error));
+      if (!signal.aborted) showText(byId("past-refusal"), errorText(error));
     } finally {
       if (this.#asking.signal === signal) this.#busy = false;
     }
@@ -146,9 +147,9 @@ export class Past {
     if (page.as_of_time && document.activeElement !== byId("past-time")) byId("past-time").value = local(new Date(page.as_of_time));
     setText(byId("past-event"), event ? `Here: ${oneLine([event.type, event.model_id, event.version, `by ${event.actor}`].filter((part) => part != null).join(" "), 300)}${summary(event) ? `, ${summary(event)}` : ""}` : "");
     setText(byId("past-nodes"), nodesText(page.nodes ?? []));
-    keyed(byId("past-rows"), page.models.slice(0, MOST), (model) => model.id, (model) => row(model), (node, model) => node.update(model));
+    reconcile(byId("past-rows"), page.models.slice(0, MOST), pastRow);
     const more = page.models.length - MOST;
-    tell(byId("past-none"), more > 0 ? `And ${more} more.` : page.models.length ? "" : "The ledger had no model at that time.");
+    showText(byId("past-none"), more > 0 ? `And ${more} more.` : page.models.length ? "" : "The ledger had no model at that time.");
   }
 }
 
@@ -168,22 +169,14 @@ function nodesText(nodes) {
   return there.length ? `Nodes: ${there.join(", ")}` : "";
 }
 
-function row(first) {
-  const cell = (label, kind = "") => el("td", { "data-label": label, class: kind || null, role: "cell" });
-  const pill = el("span", { class: "pill" }), files = el("ul", { class: "files" });
-  const state = cell("State"), version = cell("Version"), by = cell("Loaded by"), which = cell("Which bytes", "hashes");
-  state.append(pill);
-  which.append(files);
-  const node = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, el("span", { class: "name" }, first.id)), state, version, by, which);
-  node.update = (model) => {
-    setText(pill, model.state);
-    setAttribute(pill, "class", `pill ${model.state}`);
+function pastRow(first) {
+  const pill = statePill(), version = cell("Version"), by = cell("Loaded by"), files = fileList();
+  const row = tableRow([h("span", { class: "name" }, first.id)], cell("State", null, pill), version, by, cell("Which bytes", "hashes", files));
+  row.update = (model) => {
+    pill.update(model.state);
     setText(version, model.version == null ? "–" : String(model.version));
     setText(by, model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}${broughtBack(model)}${model.node ? ` at ${oneLine(model.node, 130)}` : ""}` : "–");
-    keyed(files, model.files, (file) => file.path, (file) => el("li", {}, el("span", {}), el("code", {})), (item, file) => {
-      setText(item.firstChild, `${oneLine(file.path, 200)}, ${bytes(file.bytes)} `);
-      setText(item.lastChild, oneLine(file.sha256, 64));
-    });
+    files.update(model.files);
   };
-  return node;
+  return row;
 }
