@@ -153,42 +153,60 @@ def _show(repository: Path, data: Path, digits: dict[str, Any]) -> None:
 
 @contextmanager
 def _serve(repository: Path, data: Path) -> Iterator[_Server]:
-    ensure_data_dir(data)
-    # -P: what lies in the current directory must not be taken for our packages.
-    command = [sys.executable, "-P", "-m", "loadledger", "serve", "--port", "0"]
-    command += ["--repository", str(repository), "--data", str(data)]
-    command += ["--prepared-size", "off"]  # it would add processes and memory to the figures
-    command += ["--log-level", "warning"]  # the demo prints its own progress
-    with subprocess.Popen(  # noqa: S603 - our own interpreter and package
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=_server_environment(),
-    ) as process:
-        try:
-            url = _read_url(process)
-            with (
-                Client(url, token=issue_demo_token(data, "alice", "admin")) as admin,
-                Client(url, token=issue_demo_token(data, "bob", "predict")) as predict,
-            ):
-                yield _Server(process, admin, predict)
-        except BaseException:  # this is the failure to report
-            process.kill()
-            raise
+    with _start(data, "--port", "0", "--repository", str(repository)) as process:
+        url = _await_url(data, process)
+        with (
+            Client(url, token=issue_demo_token(data, "alice", "admin")) as admin,
+            Client(url, token=issue_demo_token(data, "bob", "predict")) as predict,
+        ):
+            yield _Server(process, admin, predict)
         _stop_servers([process], STOP_LIMIT_S)
 
 
-def _server_environment() -> dict[str, str]:
-    """Return this process's environment without settings of other servers."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("LOADLEDGER_")}
+@contextmanager
+def _start(data: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a server, whose log is beside its data directory; kill it in the end if it still runs."""
+    ensure_data_dir(data)
+    # -P: what lies in the current directory must not be taken for our packages.
+    command = [sys.executable, "-P", "-m", "loadledger", "serve", "--data", str(data), *options]
+    command += ["--prepared-size", "off"]  # it would add processes and memory to the figures
+    command += ["--log-level", "warning"]  # the demo prints its own progress
+    with (
+        data.with_suffix(".log").open("wb") as log,
+        subprocess.Popen(  # noqa: S603 - our own interpreter and package
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            # without settings of other servers
+            env={key: value for key, value in os.environ.items() if not key.startswith("LOADLEDGER_")},
+            start_new_session=True,  # Ctrl-C reaches the demo alone, which ends the servers
+            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - no other threads
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            _kill(process)
 
 
-def _read_url(process: subprocess.Popen[str]) -> str:
-    """Return the URL that the server prints when it is ready."""
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill a server unless it has ended; its workers end with it."""
+    if process.poll() is None:
+        children = list_descendants(process.pid)
+        process.kill()
+        process.wait()
+        _require(all(map(_is_gone, children)), f"the workers of process {process.pid} end with it")
+
+
+def _await_url(data: Path, process: subprocess.Popen[str]) -> str:
+    """Return the URL that a server prints when it is ready."""
     url = ""
     if process.stdout is not None and select.select([process.stdout], [], [], START_LIMIT_S)[0]:
         url = process.stdout.readline().rpartition(" ")[2].strip()
-    _require(url.startswith("http"), "the server starts; see above")
+    if not url.startswith("http"):
+        said = data.with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip()
+        raise DemoFailed(f"the server on {data.name} starts: {said or 'it said nothing'}")
     return url
 
 
@@ -376,10 +394,13 @@ def _prepare_repository(repository: Path) -> None:
 def _serve_nodes(folder: Path, address: str) -> Iterator[list[_Node]]:
     """Start the nodes; stop those that still run in order, unless something failed."""
     _share_keys(folder)
+    options = ["--ledger", address, "--lease-s", str(LEASE_S), "--repository", str(folder / "models")]
     with ExitStack() as stack:
-        ports = zip(NAMES, _find_free_ports(), strict=True)
-        processes = [stack.enter_context(_start(folder, address, name, port)) for name, port in ports]
-        urls = [_await_url(folder, name, process) for name, process in zip(NAMES, processes, strict=True)]
+        processes = []
+        for name, port in zip(NAMES, _find_free_ports(), strict=True):
+            place = ["--node-name", name, "--node-address", f"http://127.0.0.1:{port}", "--port", str(port)]
+            processes.append(stack.enter_context(_start(folder / name, *options, *place)))
+        urls = [_await_url(folder / name, process) for name, process in zip(NAMES, processes, strict=True)]
         token = issue_demo_token(folder / NAMES[0], "alice", "admin", "predict")  # valid at all nodes
         nodes = []
         for name, process, url in zip(NAMES, processes, urls, strict=True):
@@ -395,7 +416,6 @@ def _share_keys(folder: Path) -> None:
     ensure_data_dir(folder / NAMES[0])
     for name in NAMES[1:]:
         shutil.copytree(keys_folder(folder / NAMES[0]), keys_folder(folder / name))
-        ensure_data_dir(folder / name)
 
 
 def _find_free_ports() -> list[int]:
@@ -403,53 +423,6 @@ def _find_free_ports() -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in NAMES]
         return [each.getsockname()[1] for each in sockets]
-
-
-@contextmanager
-def _start(folder: Path, address: str, name: str, port: int) -> Iterator[subprocess.Popen[str]]:
-    """Start a node; kill it in the end if it still runs."""
-    # -P: what lies in the current directory must not be taken for our packages.
-    command = [sys.executable, "-P", "-m", "loadledger", "serve", "--ledger", address]
-    command += ["--node-name", name, "--node-address", f"http://127.0.0.1:{port}", "--port", str(port)]
-    command += ["--data", str(folder / name), "--repository", str(folder / "models")]
-    command += ["--lease-s", str(LEASE_S), "--prepared-size", "off", "--log-level", "warning"]
-    with (
-        _log_of(folder, name).open("wb") as log,
-        subprocess.Popen(  # noqa: S603 - our own interpreter and package
-            command,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=_server_environment(),
-            start_new_session=True,  # Ctrl-C reaches the demo alone, which ends the nodes
-            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - no other threads
-        ) as process,
-    ):
-        try:
-            yield process
-        finally:
-            _kill(process)
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """Kill a server unless it has ended; its workers end with it."""
-    if process.poll() is None:
-        children = list_descendants(process.pid)
-        process.kill()
-        process.wait()
-        _require(all(map(_is_gone, children)), f"the workers of process {process.pid} end with it")
-
-
-def _await_url(folder: Path, name: str, process: subprocess.Popen[str]) -> str:
-    try:
-        return _read_url(process)
-    except DemoFailed:
-        said = _log_of(folder, name).read_text(encoding="utf-8", errors="replace").strip()
-        raise DemoFailed(f"{name} starts: {said or 'it said nothing'}") from None
-
-
-def _log_of(folder: Path, name: str) -> Path:
-    return folder / f"{name}.log"
 
 
 def _load_models(nodes: Sequence[_Node]) -> None:

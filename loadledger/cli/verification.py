@@ -200,21 +200,13 @@ def verify_ledger_and_files(
     return VerifyResult(None, checked, wanted)
 
 
-@dataclass(frozen=True, slots=True)
-class StoreFinding:
-    """A finding in one version of the store."""
-
-    digest: str
-    reason: str
-
-
 @dataclass(slots=True)
 class CheckedStore:
     """The result of verifying a store: what was hashed, and all findings."""
 
     versions: int = 0
     bytes: int = 0
-    findings: list[StoreFinding] = field(default_factory=list)
+    findings: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def verified(self) -> bool:
@@ -225,7 +217,7 @@ class CheckedStore:
 
     def lines(self) -> Iterator[str]:
         for finding in self.findings:
-            yield f"NOT verified: version {finding.digest}: {to_printable(finding.reason)}"
+            yield f"NOT verified: version {finding['digest']}: {to_printable(finding['reason'])}"
         if self.verified:
             yield f"verified: {count_of(self.versions, 'version')}, {self.bytes} bytes"
 
@@ -243,5 +235,5 @@ def verify_local_store(data: Path) -> CheckedStore:
     for version in verify_store(data / STORE):
         checked.versions += 1
         checked.bytes += version.bytes
-        checked.findings += [StoreFinding(version.digest, finding) for finding in version.findings]
+        checked.findings += [{"digest": version.digest, "reason": reason} for reason in version.findings]
     return checked
