@@ -69,7 +69,7 @@ def _decode_hints(text: str) -> NodeHints:
         return NodeHints(0)
 
 
-Authorise = Callable[[str, int | None, float], None]
+SetEpoch = Callable[[str, int | None, float], None]
 """Called with the node, its epoch (None before it joins) and its lease, with which it appends from now on."""
 
 
@@ -93,7 +93,7 @@ class Membership:
         lease_s: seconds without a renewal after which it may be declared lost.
         away_limit_s: seconds for which it serves without a renewal.
         serves_sick: whether a node that cannot renew, but reads in its lease that its epoch goes on, serves.
-        authorise: tells the log's storage as whom it appends.
+        set_epoch: tells the log's storage as whom it appends.
         open_signer: returns what signs a join; without one they are not signed.
 
     Attributes:
@@ -115,7 +115,7 @@ class Membership:
         lease_s: float,
         away_limit_s: float,
         serves_sick: bool = False,
-        authorise: Authorise,
+        set_epoch: SetEpoch,
         open_signer: OpenSigner | None = None,
     ) -> None:
         self._log = log
@@ -125,7 +125,7 @@ class Membership:
         self._lease_s = lease_s
         self._away_limit_s = away_limit_s
         self._serves_sick = serves_sick
-        self._authorise = authorise
+        self._set_epoch = set_epoch
         self._open_signer = open_signer
         self._limit_s = lease_s / RENEWALS_PER_LEASE
         self._renewed_s = self._confirmed_s = boottime()
@@ -235,13 +235,13 @@ class Membership:
             no_node_since=None if there or not leases else max(lease.renewed_at for lease in leases),
             sign=None if self._open_signer is None else self._open_signer(),
         )
-        self._authorise(self.node_id, None, self._lease_s)
+        self._set_epoch(self.node_id, None, self._lease_s)
         began_s = boottime()
         receipt = await submit(command)
         node = self._log.state.nodes[self.node_id]
         if node.position != receipt.position:
             raise self._name_in_use()
-        self._authorise(self.node_id, node.epoch, self._lease_s)
+        self._set_epoch(self.node_id, node.epoch, self._lease_s)
         self._renewed_s, self._confirmed_s, self.epoch = began_s, began_s, node.epoch
         self.on_change()
         return receipt

@@ -156,7 +156,7 @@ class Router:
         self,
         model_id: str,
         version: int | None,
-        question: InferenceInput,
+        request: InferenceInput,
         timeout_s: float,
         times: InferenceTimes,
     ) -> tuple[ModelRoute, Answer]:
@@ -168,7 +168,7 @@ class Router:
         Args:
             model_id: the model.
             version: the version that must serve; None is any.
-            question: the inputs.
+            request: the inputs.
             timeout_s: its limit.
             times: of this request; what happens here is added.
 
@@ -180,7 +180,7 @@ class Router:
         route = self.route(model_id, version)
         try:
             try:
-                answer = await self._ask(route, question, timeout_s)
+                answer = await self._ask(route, request, timeout_s)
             except WorkerDied as death:
                 left_s = timeout_s - (time.monotonic_ns() - began_ns) / 1e9
                 if death.begun or left_s <= 0:
@@ -188,7 +188,7 @@ class Router:
                 route, left_s = await self._wait_for_recovery(model_id, version, left_s, death)
                 times.asked_ns = time.monotonic_ns()
                 times.waited_ns += times.asked_ns - began_ns
-                answer = await self._ask(route, question, left_s)
+                answer = await self._ask(route, request, left_s)
         except BaseException as error:  # a cancelled request is a use, too
             route.load.last_used_ns = ended_ns = time.monotonic_ns()
             if isinstance(error, RuntimeProblem):
@@ -197,11 +197,11 @@ class Router:
         route.load.last_used_ns = times.answered_ns = time.monotonic_ns()
         return route, answer
 
-    def _ask(self, route: ModelRoute, question: InferenceInput, timeout_s: float) -> Awaitable[Answer]:
-        region = question.region
+    def _ask(self, route: ModelRoute, request: InferenceInput, timeout_s: float) -> Awaitable[Answer]:
+        region = request.region
         worker = route.worker(self._max_queue, region)
         return worker.infer(
-            question.tensors, question.outputs, text=question.text, timeout_s=timeout_s, region=region
+            request.tensors, request.outputs, text=request.text, timeout_s=timeout_s, region=region
         )
 
     def reserve(self, model_id: str, version: int | None, count: int) -> Region | None:

@@ -86,7 +86,7 @@ class SharedLedger:
             lease_s=self._config.lease_s,
             away_limit_s=self._config.away_limit_s(),
             serves_sick=self._config.when_away == "serve",
-            authorise=self.log.authorise,
+            set_epoch=self.log.set_epoch,
             open_signer=open_signer,
         )
         receipt = await membership.start()

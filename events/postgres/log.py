@@ -53,7 +53,7 @@ class SharedLog(Log):
         self._poll_s = POLL_S
         self._pending_catch_ups = list[asyncio.Future[bool]]()
 
-    def authorise(self, node_id: str, epoch: int | None, lease_s: float) -> None:
+    def set_epoch(self, node_id: str, epoch: int | None, lease_s: float) -> None:
         """Set as which node this server appends."""
         self._database.authority = Authority(node_id, epoch, lease_s)
 

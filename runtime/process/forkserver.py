@@ -148,8 +148,8 @@ def name_process(name: str) -> None:
     fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     start, size = int(fields[45]), int(fields[46]) - int(fields[45])
     if start and size > 0:  # else the kernel does not tell
-        told = "\0".join((sys.executable, "loadledger", name, "of", "server", *sys.argv[2:3])).encode()
-        ctypes.memmove(start, told[: size - 1].ljust(size, b"\0"), size)
+        shown = "\0".join((sys.executable, "loadledger", name, "of", "server", *sys.argv[2:3])).encode()
+        ctypes.memmove(start, shown[: size - 1].ljust(size, b"\0"), size)
 
 
 class _Server:

@@ -45,9 +45,9 @@ against the model (`events.jobs`).
 A model that still has an instance serves on with it, until a person loads it."""
 
 FIRST_BACK_OFF_S = 0.5
-"""Back-off before the first recovery; it doubles with each incident and each failed reload."""
 LONGEST_BACK_OFF_S = 30.0
-"""At most: a model that can recover is back half a minute after its cause has gone."""
+"""A model that can recover is back half a minute after its cause has gone; one that cannot costs two loads a
+minute."""
 
 _UNDER_WAY = (Phase.LOADING, Phase.SERVING, Phase.DRAINING)
 
@@ -288,6 +288,11 @@ def _is_crash_loop(model: Model) -> bool:
     return len(model.incidents) >= MAX_INCIDENTS
 
 
+def back_off_s(failures: int) -> float:
+    """Return the exponential back-off of a load after so many failures in a row beyond the first."""
+    return min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2.0 ** min(failures, 10))
+
+
 def _reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
     """Return when the back-off of a lost or degraded model ends."""
     model, retries = loaded.model, loaded.model.retries
@@ -295,7 +300,7 @@ def _reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
     since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents, last_retry_at])
     doublings = max(0, len(model.incidents) - 1) + (retries.count if retries is not None else 0)
     since = view.to_monotonic(since, model.back_off_position)
-    return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**doublings))
+    return add_seconds(since, back_off_s(doublings))
 
 
 def _find_moves(view: SchedulerView) -> dict[str, str]:
@@ -321,7 +326,7 @@ def _move_at(view: SchedulerView, model: Model) -> str:
     if model.retries is None:
         return view.now
     since = view.to_monotonic(model.retries.last_at, model.back_off_position)
-    return add_seconds(since, min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**model.retries.count))
+    return add_seconds(since, back_off_s(model.retries.count))
 
 
 def _find_preparation(view: SchedulerView) -> str | None:

@@ -23,14 +23,12 @@ from events.types import Cause
 from runtime import errors
 from runtime.consumer.usage import PendingDemand
 from runtime.router import ModelElsewhere, ModelNotLoaded, ModelUnloading, OtherVersionLoaded, Router
+from runtime.scheduler.scheduler import back_off_s
 from server.errors import ServerProblem
 from server.observability.output import JobRequests
 
 _log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
-"""As between the reloads of a lost model: a failure that lasts costs two loads a minute."""
 MAX_FAILURES = 1000
 """Beyond them the oldest is forgotten, and its model may be tried again sooner."""
 
@@ -66,7 +64,7 @@ class _Failed:
 
     reason: str
     model: Model | None
-    pause_s: float
+    failures: int
     until_s: float
 
 
@@ -100,11 +98,12 @@ class BackOff:
         pauses of other versions go on.
         """
         last = self._failures.pop(demand, None)
-        pause_s = FIRST_PAUSE_S if last is None else min(LONGEST_PAUSE_S, last.pause_s * 2)
+        failures = 0 if last is None else last.failures + 1
+        pause_s = back_off_s(failures)
         for other, failed in self._failures.items():
             if other[0] == demand[0] and failed.model is before:
                 self._failures[other] = replace(failed, model=after)
-        self._failures[demand] = _Failed(reason, after, pause_s, now_s + pause_s)
+        self._failures[demand] = _Failed(reason, after, failures, now_s + pause_s)
         while len(self._failures) > MAX_FAILURES:
             del self._failures[next(iter(self._failures))]
         return pause_s

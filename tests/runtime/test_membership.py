@@ -31,11 +31,11 @@ class SlowLeases(LeaseStore):
 def membership_of(log: Log, leases: LeaseStore) -> Membership:
     """Return the membership of a node `a` that has not joined yet."""
 
-    def authorise(node_id: str, epoch: int | None, lease_s: float) -> None:
+    def set_epoch(node_id: str, epoch: int | None, lease_s: float) -> None:
         storage_of(log).authority = Authority(node_id, epoch, lease_s)
 
     command = JoinNode("a", "http://a")
-    return Membership(log, leases, command, lease_s=3, away_limit_s=3, authorise=authorise)
+    return Membership(log, leases, command, lease_s=3, away_limit_s=3, set_epoch=set_epoch)
 
 
 async def test_epoch_goes_on_where_the_lease_ended_though_the_log_forgot_it(

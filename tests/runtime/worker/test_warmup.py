@@ -27,7 +27,7 @@ from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
 from runtime.statistics import Statistics
 from runtime.wire import Tensor
-from runtime.worker.warmup import MAX_ZEROS_BYTES
+from runtime.worker.loading import MAX_ZEROS_BYTES
 
 GIVEN = """
 [[warm_up.inputs]]

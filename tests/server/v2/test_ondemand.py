@@ -18,8 +18,9 @@ from events.commands import RequestLoad
 from events.models import Model
 from events.types import Cause, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
+from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
 from server.appkeys import DEMAND, PENDING_DEMAND, ROUTER
-from server.v2.ondemand import LONGEST_PAUSE_S, MAX_FAILURES, BackOff, DemandFailed
+from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -49,7 +50,7 @@ def test_pause_doubles_to_a_limit() -> None:
             back_off.check(M, model, now_s + pauses[-1] - 0.25)
         assert refused.value.retry_after_s == 0.25
         now_s += pauses[-1]
-    assert pauses == [0.5, 1, 2, 4, 8, 16, LONGEST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
+    assert pauses == [0.5, 1, 2, 4, 8, 16, LONGEST_BACK_OFF_S, LONGEST_BACK_OFF_S, LONGEST_BACK_OFF_S]
 
 
 def test_change_of_the_model_ends_the_pause() -> None:
