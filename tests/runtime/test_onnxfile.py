@@ -238,39 +238,11 @@ def test_fields_that_are_read_are_bounded(
     assert refusal.value.code == "invalid_model"
 
 
-def test_known_graphs_have_far_fewer_fields_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The networks of the onnx package, and a tree ensemble: its attributes have 13 fields for each node."""
-    files = [*(Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx")]
-    ensemble = helper.make_node(
-        "TreeEnsembleRegressor",
-        ["x"],
-        ["y"],
-        nodes_modes=["BRANCH_LEQ", "LEAF"] * 50_000,
-        nodes_values=[0.5] * 100_000,
-        nodes_nodeids=list(range(100_000)),
-        nodes_truenodeids=list(range(100_000)),
-    )
-    files.append(save(models.model([ensemble], [], [], []), tmp_path, "m") / "model.onnx")
-    assert len(files) > 5
-    monkeypatch.setattr(onnxfields, "MAX_FIELDS", onnxfields.MAX_FIELDS // 1_000)
-    for file in files:
-        assert list(external_locations(file)) == []
-
-
 def test_location_before_garbage_is_refused(tmp_path: Path) -> None:
     for location in ("../x", "*/_ORT_MEM_ADDR_/*"):
         folder = save_bytes(models.external(location).SerializeToString() + b"\xff", tmp_path, "m")
         with pytest.raises(LoadRefused):
             check_external_data(folder / "model.onnx", folder, tmp_path)
-
-
-@PLAIN
-@given(data=st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    path = tmp_path_factory.getbasetemp() / "any.onnx"
-    path.write_bytes(data)
-    with contextlib.suppress(Unparsable):
-        list(external_locations(path))
 
 
 @PLAIN
@@ -404,14 +376,6 @@ def test_signature_is_what_onnx_runtime_reports(made: Callable[[], onnx.ModelPro
     session = InferenceSession(model.SerializeToString(), session_options(1))
     reported = describe_model(session, 0)
     assert signature(model) == ModelSignature(reported.inputs, reported.outputs)
-
-
-def test_signature_of_files_of_the_onnx_package_is_reported_too() -> None:
-    for file in sorted((Path(onnx.__file__).parent / "backend/test/data/simple").rglob("*.onnx"))[:20]:
-        data = file.read_bytes()
-        with contextlib.suppress(Exception):  # not all can be loaded on each machine
-            reported = describe_model(InferenceSession(data, session_options(1)), 0)
-            assert read_signature(data, len(data)).inputs == reported.inputs
 
 
 NAMES = st.text(max_size=20)

@@ -1,8 +1,6 @@
 """The model repository, on a real folder."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from support.history import model_loaded, opened
 from support.ledgers import SIGN
 from support.models import add, bind_socket, save, save_bytes
 from support.store import look
-from support.workers import TAKE_ALL_MEMORY, descriptors_left
+from support.workers import descriptors_left
 
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
@@ -204,34 +202,6 @@ def test_replaced_file_is_not_opened(tmp_path: Path) -> None:
         opened.open_file("model.onnx", identity),
     ):
         pass
-
-
-WITHOUT_MEMORY = f"""
-import os, sys
-from pathlib import Path
-from runtime.errors import RepositoryUnreadable
-from runtime.repository import open_folder
-
-def look(folder):
-    with open_folder(folder, folder) as opened:
-        return opened.stat_files()
-
-folder = Path(sys.argv[1])
-look(folder)
-{TAKE_ALL_MEMORY}
-try:
-    look(folder)
-except (MemoryError, RepositoryUnreadable):
-    os._exit(7)
-"""
-
-
-def test_folder_listed_without_memory_is_not_empty(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "model.onnx").touch()
-    ended = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY, str(tmp_path)], check=False, timeout=120)
-    assert ended.returncode == 7
 
 
 def test_folder_listed_without_descriptors_is_not_missing(tmp_path: Path) -> None:

@@ -14,10 +14,8 @@ from support import models
 from support.http import LIMIT_S, ONE, Json, when
 from support.models import save
 from support.servers import (
-    MODULE,
     SCRIPT,
     Server,
-    clean_environment,
     events,
     limited,
     refused_start,
@@ -28,7 +26,7 @@ from support.workers import computing, freeze, until
 from yarl import URL
 
 from events.types import ServerStarted, ServerStopped
-from server.config import Config, settings
+from server.config import Config
 
 
 def trips(count: int) -> Json:
@@ -142,48 +140,6 @@ async def test_drain_timeout_ends_stuck_inference(config: Config) -> None:
             await inference
         await server.nothing_left()
     assert (await events(config))[-1].data == ServerStopped()
-
-
-async def test_every_setting_is_read_from_the_environment(config: Config) -> None:
-    given = {
-        "host": "localhost", "trusted_proxies": "192.0.2.1", "forwarded_header": "forwarded",
-        "threads": 2, "drain_timeout_s": 5,
-        "inference_timeout_s": 0.2,
-
-        "memory_budget": "50%", "max_loaded": 3, "evict": "idle", "min_residency_s": 1,
-        "keep_alive_s": 60, "on_demand": "on",
-        "prepared_size": "5MB", "restore": "none",
-        "ledger_stderr": "off", "confine": "off",
-        "store_size": "1GB",
-        "repository_writable": "off",
-        "streams_per_subject": 3,
-        "idle_timeout_s": 4,
-        "log_format": "json", "log_level": "error", "log_inferences": 0.5,
-        "trace_inferences": 0.5, "metrics": "open",
-        "node_labels": "zone=a", "placement": "pack", "lease_s": 3, "when_away": "stop",
-        "jwt_audience": "there", "jwt_issuer": "me", "jwt_roles_claim": "groups",
-        "limit_management": "11/minute", "limit_inference": "12/minute",
-        "limit_reads": "13/minute", "max_token_s": 4000,
-    }  # fmt: skip
-    # Those are options here, or have tests of their own.
-    not_given = {"repository", "data", "port", "jwt_keys", "tls_cert", "tls_key"}
-    not_given |= {"ledger", "node_name", "node_address"}
-    assert given.keys() | not_given == {setting.name for setting in settings()}
-    environment = {f"LOADLEDGER_{name.upper()}": str(value) for name, value in given.items()}
-    async with serving(config, environment=environment) as server:
-        assert server.url.startswith("http://localhost:")
-        process = await asyncio.create_subprocess_exec(
-            *(*MODULE, "token", f"--data={config.data}", "--role=admin", "--subject=alice"),
-            env=clean_environment() | environment,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        token = (await process.communicate())[0].decode().strip()
-        # The command writes the claim `roles`, and this server reads `groups`: the token has no role.
-        headers = {"Authorization": f"Bearer {token}"}
-        answer = await server.api.get("/api/v1/models", roles=(), headers=headers)
-        assert answer.refusal == (403, "forbidden")
-        assert answer.headers["RateLimit-Policy"] == '"reads";q=13;w=60'
-        assert (await server.api.get("/api/v1/models")).refusal == (401, "invalid_token")
 
 
 HEALTH = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"

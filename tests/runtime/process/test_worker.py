@@ -24,7 +24,6 @@ from support.workers import (
     tensor,
     trips,
     until,
-    waits_for_its_order,
 )
 
 from events.types import LoadParameters
@@ -41,7 +40,6 @@ from runtime.repository import Repository
 from runtime.store.contents import ModelContents
 from runtime.wire import TensorSpec, encode
 
-SHA256 = "ab" * 32
 KILLED = Exit(None, signal.SIGKILL)
 
 
@@ -56,27 +54,6 @@ def receive(worker: Worker, data: bytes) -> None:
 
 
 # Death, stop and cancellation
-
-
-async def test_kill_during_load_is_reported_with_its_signal(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.slow_model(), tmp_path, "m")
-    worker = await pool.start("w")
-    loading = asyncio.ensure_future(worker.load(order_of(tmp_path), lambda _: None))
-    await until(computing(worker.pid))
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(WorkerDied) as death:
-        await loading
-    assert death.value.end == worker.ended.result() == KILLED
-
-
-async def test_crash_during_load_is_reported_with_stderr(serve: Serve, pool: WorkerPool) -> None:
-    loading = asyncio.ensure_future(serve(models.crash_on_load()))
-    await until(lambda: bool(pool._workers))
-    [worker] = pool._workers
-    with pytest.raises(WorkerDied) as death:
-        await loading
-    assert death.value.end == Exit(None, signal.SIGFPE)
-    assert any("Fatal Python error: Floating" in line for line in worker.stderr_tail())
 
 
 async def test_crash_at_inference_fails_all_in_flight(serve: Serve) -> None:
@@ -170,20 +147,6 @@ async def test_unload_ends_without_a_measurement(
     os.close(await asyncio.to_thread(os.open, fifo, os.O_WRONLY))  # lets the thread go that reads
 
 
-async def test_stderr_flood_is_bounded(pool: WorkerPool) -> None:
-    worker = await pool.start("w")
-    await waits_for_its_order(worker.pid)
-    pipe = os.open(f"/proc/{worker.pid}/fd/2", os.O_WRONLY)
-    for number in range(50):
-        await asyncio.to_thread(os.write, pipe, b"\xff line %d\n" % number * 2000)
-    os.close(pipe)
-    await worker.stop(LIMIT_S)
-    tail = worker.stderr_tail()
-    assert len(tail) == 64
-    assert tail[-1] == "\ufffd line 49"
-    assert len("\n".join(tail)) < 16 * 2**10
-
-
 # Malformed and untrue messages
 
 
@@ -197,27 +160,6 @@ async def test_malformed_frame_ends_this_worker_only(serve: Serve, channel: str,
     assert await asyncio.shield(worker.ended) == Exit(76, None)
     assert any("malformed frame" in line for line in worker.stderr_tail())
     assert await answer(other, floats("x", 1)) == [2]
-
-
-@pytest.mark.parametrize(
-    "junk",
-    [
-        b"HTTP/1.1 200 OK\r\n\r\n",
-        encoded(wire.Outcome(77)),
-        encoded(wire.LoadFailure("invalid_model", "y")),
-        encoded(wire.Cancel(1)),
-        wire.PREFIX.pack(2, wire.MAX_PAYLOAD_BYTES + 1),
-    ],
-    ids=["HTTP", "no such inference", "no load", "not a worker's message", "too long"],
-)
-async def test_unexpected_message_kills_the_worker(serve: Serve, junk: bytes) -> None:
-    worker = await serve(models.counting_loop())
-    running = asyncio.ensure_future(ask(worker, [trips(ENDLESS)]))
-    await asyncio.sleep(0)
-    receive(worker, junk)
-    with pytest.raises(WorkerDied):
-        await running
-    assert worker.ended.result() == KILLED
 
 
 LOADED = wire.Loaded((), (), 1, 2)

@@ -145,16 +145,6 @@ def test_scheduler_decides(facts: str, running: str, action: str) -> None:
 # Loads at once.
 
 
-@pytest.mark.parametrize("limit", [1, 2, 7])
-def test_loads_at_once_start_oldest_first(limit: int) -> None:
-    scene = Scene(loads_at_once=limit, budget_bytes=None)
-    for number in range(9, 0, -1):
-        scene.request(f"q{number}_")
-    for number in range(9, 9 - limit, -1):
-        scene.play(f"-> start q{number}_1; begin q{number}_")
-    scene.play("-> nothing")
-
-
 @pytest.mark.parametrize("running", ["L:serving O:serving", "L:serving O:draining", "L:serving"])
 def test_only_loading_counts_as_load_at_once(running: str) -> None:
     history = given("load load_other")

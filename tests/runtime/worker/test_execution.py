@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto
 from support import models
 from support.history import PLAIN
-from support.models import ENDLESS, INT64, STRING
+from support.models import ENDLESS, STRING
 from support.workers import (
     LIMIT_S,
     Serve,
@@ -333,18 +333,6 @@ async def test_waiting_requests_run_in_batches(serve: Serve, case: str) -> None:
     model, limit, requests, expected = BATCHES[case]
     _, unbatched = await run_at_once(serve, model, 0, requests)
     assert await run_at_once(serve, model, limit, requests) == (expected, unbatched)
-
-
-@pytest.mark.parametrize(
-    ("model", "datatype"),
-    [(models.rows(), "FP32"), (models.rows(INT64), "INT64"), (models.look_up(), "INT64")],
-)
-async def test_batched_answers_equal_unbatched_ones(serve: Serve, model: ModelProto, datatype: str) -> None:
-    random = np.random.default_rng(7)
-    shapes = [(int(random.integers(0, 4)), int(random.integers(0, 3))) for _ in range(60)]
-    requests = [[tensor("x", datatype, random.integers(0, 4, shape))] for shape in shapes]
-    (_, unbatched), (_, batched) = [await run_at_once(serve, model, limit, requests) for limit in (0, 4)]
-    assert batched == unbatched
 
 
 async def test_json_and_binary_requests_are_batched_apart(serve: Serve) -> None:

@@ -191,11 +191,3 @@ async def test_memory_limit_leaves_room_for_threads(serve: Serve) -> None:
     worker = await serve(models.add(), threads=40, memory_limit_bytes=20 * 2**20)
     assert threads(worker.pid) == 41
     assert await answer(worker, floats("x", 1)) == [2]
-
-
-async def test_threads_of_the_pool_compute(tmp_path: Path) -> None:
-    save(models.add(), tmp_path, "m")
-    async with running_pool(threads=3) as pool:
-        worker, _ = await load(pool, order_of(tmp_path, threads=pool.threads))
-        assert threads(worker.pid) == 4  # two more to compute with, and control
-        assert await answer(worker, floats("x", 1)) == [2]

@@ -9,23 +9,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 
-import aiohttp
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
 from support import models
 from support.history import write
-from support.http import LIMIT_S, LocalApi, when
+from support.http import LIMIT_S, LocalApi
 from support.streams import following
 from support.workers import until
 
 from events.commands import Record
 from events.types import Draft, WorkerExited
 from server.api import stream
-from server.app import create_app
 from server.appkeys import LOG, STREAMS
-from server.auth.keys import ensure_data_dir, list_keys, revoke, sign_token
-from server.config import Config
+from server.auth.keys import sign_token
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -256,23 +251,6 @@ async def test_stream_ends_when_its_token_expires(shared: LocalApi) -> None:
         assert "token" in (await client.rest())[-1].comment
 
 
-@pytest.mark.parametrize("heartbeat_s", [0.0, 1000.0])
-async def test_stream_ends_when_its_key_is_revoked(
-    api: LocalApi, monkeypatch: pytest.MonkeyPatch, heartbeat_s: float
-) -> None:
-    monkeypatch.setattr(stream, "HEARTBEAT_S", heartbeat_s)
-    async with following(api) as client:
-        await client.until("live")
-        [key] = list_keys(api.config.data)
-        revoke(api.config.data, key.kid)
-        await when(lambda: api.get("/api/v1/models", roles=("audit",)), lambda answer: answer.status == 401)
-        if heartbeat_s:
-            await add(api, 1)
-        messages = await client.rest()
-        assert "token" in messages[-1].comment
-        assert not any(message.event for message in messages)
-
-
 async def test_stop_of_server_ends_streams_in_order(api: LocalApi) -> None:
     async with following(api, headers=SSE) as events, following(api, headers=NDJSON) as lines:
         await asyncio.gather(events.until("live"), lines.line())
@@ -336,22 +314,3 @@ async def test_stalled_reader_is_disconnected_and_delays_no_shutdown(
         async with asyncio.timeout(LIMIT_S):
             api.app[STREAMS].tails.close()
             await none_open(api)
-
-
-async def test_client_that_leaves_as_a_stream_begins_is_no_error(
-    config: Config, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def leave(request: web.Request, _: web.StreamResponse) -> None:
-        if request.path == PATH and request.transport is not None:
-            request.transport.close()
-
-    ensure_data_dir(config.data)
-    app = create_app(config)
-    app.on_response_prepare.append(leave)
-    async with TestClient(TestServer(app)) as client:
-        api = LocalApi(client, config)
-        with pytest.raises(aiohttp.ServerDisconnectedError):
-            await api.get(PATH)
-        await none_open(api)
-        assert (await api.get("/api/v1/events/head")).status == 200
-    assert "request failed" not in caplog.text
