@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from msgspec import Struct
 
@@ -31,8 +30,6 @@ from events.types import (
     UnloadJoined,
     UnloadRequested,
 )
-
-T = TypeVar("T")
 
 KEY_LIFETIME_S = 24 * 3_600
 """How long an idempotency key stands for its first request: clients retry within a day."""

@@ -36,7 +36,6 @@ from events.types import (
 
 
 def counted(history: History) -> Tally:
-    """Count a history as if each fact had become durable alone."""
     state, tally = State(), Tally()
     for event in history.facts:
         tally.count([event], state.apply(event).jobs.values())

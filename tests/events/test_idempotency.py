@@ -184,7 +184,6 @@ def outcomes_in_memory(groups: list[Group]) -> list[list[str]]:
 
 
 def code_of(decision: Decision) -> str:
-    """Return the job that answers, or the code of the refusal."""
     match decision:
         case Accepted(_, job_id, is_join):
             return f"{'' if is_join else 'new '}{job_id}"
@@ -204,7 +203,6 @@ def test_key_returns_first_job_for_any_requests(groups: list[Group]) -> None:
 
 
 async def outcome(log: Log, command: Command) -> str:
-    """Return the job that answers, or the code of the refusal."""
     try:
         receipt = await log.submit(command)
     except RequestRefused as refused:

@@ -42,7 +42,6 @@ from events.types import SYSTEM, Cause, Draft, LoadStarted, ServerStarted, Unloa
 
 
 def cluster(*nodes: str) -> History:
-    """Return a history in which these nodes have joined."""
     history = History()
     for node in nodes:
         history.join(node)
@@ -54,7 +53,6 @@ def phase_of(history: History, node: str) -> NodePhase:
 
 
 def works_on(history: History, node: str) -> tuple[set[str], set[str]]:
-    """Return the unended jobs and the models that a node works on."""
     own = history.state.of(node)
     return {job.id for job in own.unended()}, set(own.models)
 

@@ -39,7 +39,6 @@ def load(key: str | None = None, *, actor: str = "alice") -> RequestLoad:
 
 
 def chain(rows: list[tuple[int, str, bytes]]) -> bool:
-    """Whether positions and hashes follow one another from the first event on."""
     before, digest = 0, GENESIS
     for position, body, found in rows:
         digest = hash_body(digest, body)

@@ -23,7 +23,6 @@ LIMIT_S = 60
 
 @asynccontextmanager
 async def tailing(log: Log, *, ring: Ring | None = None, readers: int = 2) -> AsyncIterator[Tails]:
-    """Run the tails of a log."""
     async with AsyncExitStack() as stack:
         opened_readers = [await stack.enter_async_context(open_reader(log.path)) for _ in range(1 + readers)]
         tails = Tails(log, opened_readers[0], opened_readers[1:], ring=ring, pace_s=0)
@@ -40,7 +39,6 @@ def positions(batch: Batch) -> list[int]:
 
 
 async def read_until(tail: Tail, last: int) -> list[int]:
-    """Return all positions that a tail gives, up to one that it has to come to."""
     found: list[int] = []
     async with asyncio.timeout(LIMIT_S):
         while tail.position < last:

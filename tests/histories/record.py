@@ -50,7 +50,6 @@ Scenario = Callable[[Path], Awaitable[None]]
 
 
 def write_states(name: str) -> None:
-    """Fold a recorded history, and write the states to its file."""
     steps, last = fold_steps((HERE / f"{name}.jsonl").read_text().splitlines())
     states = {"folds": FOLDS, "steps": steps, "last": last}
     (HERE / f"{name}.json").write_text(json.dumps(states, indent=1) + "\n")
@@ -161,7 +160,6 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 async def record(name: str) -> None:
-    """Run a scenario, and write its events to its file."""
     with TemporaryDirectory() as place:
         folder = Path(place)
         root = folder / "models"

@@ -36,7 +36,6 @@ class CuttingProxy:
         await self._abort_connections()
 
     async def reset(self) -> None:
-        """Close all connections; new ones pass."""
         await self._abort_connections()
 
     def swallow(self, *directions: Direction) -> None:
@@ -60,7 +59,6 @@ class CuttingProxy:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Forward a connection until one side ends it."""
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)

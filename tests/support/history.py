@@ -81,7 +81,6 @@ FEWER = settings(PLAIN, max_examples=of_both(short=25, long=500))
 
 
 def at(seconds: float) -> str:
-    """Return the timestamp so many seconds after START."""
     return format_timestamp(START + timedelta(seconds=seconds))
 
 
@@ -90,19 +89,16 @@ CONTENTS = (("model.onnx", "ab" * 32),)
 
 
 def file(mtime_ns: int = 1) -> LoadedFile:
-    """Return the one file of a version, as it was loaded."""
     return LoadedFile("model.onnx", 4_096, mtime_ns, "ab" * 32)
 
 
 def load_requested(
     cause: Cause = Cause.REQUEST, *, timeout_s: int = 300, instances: int = 1
 ) -> LoadRequested:
-    """Return what a plain load asks for."""
     return LoadRequested.of(LoadParameters(timeout_s=timeout_s, instances=instances), cause)
 
 
 def model_loaded(*worker_ids: str, mtime_ns: int = 1) -> ModelLoaded:
-    """Return the outcome of a load in these workers."""
     durations = Durations(1, 2, 3, 4, None, 5, 15)
     return ModelLoaded((file(mtime_ns),), worker_ids or ("w",), None, 1_000, 2_000, durations)
 
@@ -158,7 +154,6 @@ class History:
         self.add(LoadStarted(attempt), job, **about)
 
     def end_load(self, job: str, *, mtime_ns: int = 1, **about: Any) -> None:
-        """A load ends well, in the worker `w-<job>`."""
         self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns), job, **about)
 
     def load_pair(self, job: str, *, cause: Cause = Cause.REQUEST) -> None:
@@ -170,7 +165,6 @@ class History:
     def change_settings(
         self, job: str, load: str, *, keep_alive_s: int | None = 60, pinned: bool = True, **about: Any
     ) -> None:
-        """A load ends with other settings of what is loaded already."""
         self.add(ModelSettingsChanged(load, keep_alive_s, pinned), job, **about)
 
     def fail_load(self, job: str, code: str = "broken", **about: Any) -> None:
@@ -231,15 +225,12 @@ class History:
         self.add(JobCancelled("superseded", by), job)
 
     def kill_worker(self, worker: str, *, signal: int | None = 9, **about: Any) -> None:
-        """A worker's process ends unexpectedly."""
         self.add(WorkerExited(None, signal, ()), None, worker=worker, **about)
 
     def stop(self) -> None:
-        """The server stops in order."""
         self.add(ServerStopped(), of=None, version=None)
 
     def restart(self, *, unclean: bool = True, down_s: float = 1) -> None:
-        """The server is started again after it was down."""
         if not unclean:
             self.stop()
         last_at = self.facts[-1].recorded_at if self.facts else None
@@ -258,7 +249,6 @@ class History:
         after_s: float = 1,
         **given: Any,
     ) -> None:
-        """A node joins: its next epoch begins."""
         before = self.state.nodes.get(node)
         epoch = epoch or (before.epoch + 1 if before is not None else 1)
         about = {
@@ -285,13 +275,11 @@ class History:
     def load_at(
         self, node: str, job: str, *, of: str = MODEL, cause: Cause = Cause.REQUEST, **given: Any
     ) -> None:
-        """A load is requested, placed at a node, and ends well there."""
         self.ask_load(job, of=of, cause=cause, **given)
         self.start_at(node, job, of=of)
         self.add(replace(model_loaded(f"w-{job}"), node_id=node), job, of=of)
 
     def start_at(self, node: str, job: str, *, of: str = MODEL) -> None:
-        """A load is placed at a node and starts there."""
         self.place(job, node, of=of)
         self.add(LoadStarted(self.job(job).attempt + 1, node), job, of=of)
 
@@ -416,7 +404,6 @@ inference caused; `U` is an unload, `F` a forced one, `S` that of the replaced v
 
 
 def given(words: str) -> History:
-    """Return the history that these words of STEPS tell."""
     history = History()
     for word in words.split():
         STEPS[word](history)
@@ -424,12 +411,10 @@ def given(words: str) -> History:
 
 
 def as_event(draft: Draft, position: int, after_s: float) -> Event:
-    """Return the event that a draft becomes in a history of its own."""
     return record_draft(draft, position, at(after_s))
 
 
 def fold(drafts: Iterable[Draft]) -> History:
-    """Return the history of these drafts, one second apart."""
     history = History()
     for number, draft in enumerate(drafts, 1):
         history.facts.append(as_event(draft, number, number))
@@ -438,14 +423,12 @@ def fold(drafts: Iterable[Draft]) -> History:
 
 
 def ids(prefix: str = "id") -> Callable[[], str]:
-    """Return a source of ids that can be read."""
     numbers = count(1)
     return lambda: f"{prefix}{next(numbers)}"
 
 
 @asynccontextmanager
 async def opened(path: Path, **options: Any) -> AsyncIterator[Log]:
-    """Open a log, and close it on exit."""
     log = Log(path, **options)
     await log.open()
     try:
@@ -469,7 +452,6 @@ def steady(now: Callable[[], datetime]) -> dict[str, Any]:
 
 
 def facts(number: int, *, first: int = 1) -> Iterator[Command]:
-    """Return so many commands that record one fact each, with the ids `f<n>`."""
     return (
         Record((Draft(f"f{n}", LoadStarted(n), SYSTEM, "job", MODEL, 1),))
         for n in range(first, first + number)
@@ -477,7 +459,6 @@ def facts(number: int, *, first: int = 1) -> Iterator[Command]:
 
 
 async def write(log: Log, number: int, *, first: int = 1) -> list[Receipt]:
-    """Append so many facts, one after the other."""
     return [await log.submit(command) for command in facts(number, first=first)]
 
 

@@ -26,7 +26,6 @@ IPC_RMID = 0
 
 
 def main() -> None:
-    """Do what the arguments say."""
     task, folder = sys.argv[1], Path(sys.argv[2])
     if task == "watch":
         _wait_for_owner(int(sys.argv[3]))

@@ -55,7 +55,6 @@ FAST_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def database_of(log: Log) -> Database:
-    """Return the file in which a log is written."""
     assert isinstance(log._storage, Database)
     return log._storage
 
@@ -76,7 +75,6 @@ def unwritable(path: Path, event_type: str) -> Iterator[None]:
 
 
 def sample_history(rounds: int = 1) -> list[Event]:
-    """Return a history that has something of most things, so many times over."""
     history = History()
     history.restart()
     for number in range(rounds):
@@ -96,7 +94,6 @@ def sample_history(rounds: int = 1) -> list[Event]:
 
 
 async def append_events(log: Log, events: Iterable[Event], *, key_at: int | None = None) -> None:
-    """Append events to a log as facts; the one at `key_at` gets an idempotency key."""
     for event in events:
         data = event.data
         assert not isinstance(data, Unknown)
@@ -169,7 +166,6 @@ def store_events(
 
 @contextmanager
 def copy_of(ledger: bytes) -> Iterator[Path]:
-    """Give a copy of a ledger's file, in a folder of its own."""
     with TemporaryDirectory(dir=FAST_FOLDER) as folder:
         path = Path(folder) / "ledger.db"
         path.write_bytes(ledger)
@@ -219,7 +215,6 @@ def overwrite_pages(path: Path, table: str) -> None:
 
 
 def flip_byte(data: bytes, index: int, bits: int) -> bytes:
-    """Return the data with some bits of one byte changed."""
     index %= len(data)
     return data[:index] + bytes([data[index] ^ bits]) + data[index + 1 :]
 
@@ -242,7 +237,6 @@ def obey_modes() -> None:
 
 
 def run_forked(work: Callable[[], object]) -> int:
-    """Run some work in a forked process; return its exit code, or the negative number of its signal."""
     pid = os.fork()
     if pid == 0:
         signal.alarm(LIMIT_S)
@@ -256,8 +250,6 @@ def run_forked(work: Callable[[], object]) -> int:
 
 
 def write_and_be_killed(path: Path, events: int) -> None:
-    """Have a process append so many events and be killed before it closes its log."""
-
     async def write_events() -> None:
         async with opened(path) as log:
             await log.server_started()
@@ -283,7 +275,6 @@ def _archived(ledger: bytes, *positions: int) -> dict[str, bytes]:
 
 @contextmanager
 def archived_copy(ledger: bytes, *positions: int) -> Iterator[tuple[Path, list[Path]]]:
-    """Give a copy of a ledger that was archived before each of these positions, and the files."""
     with copy_of(b"") as path:
         files = [path.with_name(name) for name in _archived(ledger, *positions)]
         for file in files:
@@ -298,13 +289,11 @@ def place_of(finding: Finding | None) -> tuple[int, FindingKind]:
 
 
 def rows_of(path: Path) -> list[tuple[int, str, bytes]]:
-    """Return positions, bodies and hashes of a ledger."""
     with closing(sqlite3.connect(path)) as connection:
         return connection.execute("SELECT position, body, hash FROM events ORDER BY position").fetchall()
 
 
 def stored(path: Path, *tables: str) -> dict[str, list[tuple[object, ...]]]:
-    """Return all rows of some tables, in an order of their own."""
     with closing(sqlite3.connect(path)) as connection:
         return {
             table: sorted(connection.execute(f"SELECT * FROM {table}").fetchall(), key=repr)

@@ -82,7 +82,6 @@ def require_programs() -> Path:
 
 @cache
 def _parent(*, on_disk: bool = False) -> Path:
-    """Return where folders of servers are."""
     if on_disk or not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).total < MIN_MEMORY_BYTES:
         return DISK
     return MEMORY
@@ -118,17 +117,14 @@ class PostgresServer:
 
     @property
     def data(self) -> Path:
-        """The data directory."""
         return self.home / self.name
 
     @property
     def log(self) -> Path:
-        """What the server printed."""
         return self.home / f"{self.name}.log"
 
     @property
     def address(self) -> Address:
-        """Where it listens for the product's roles."""
         return self.host, self.port
 
     @property
@@ -138,11 +134,9 @@ class PostgresServer:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started, and neither stopped nor killed."""
         return (self.data / keeper.PID_FILE).exists()
 
     async def create(self) -> None:
-        """Make the data directory, start the server, and make the two roles."""
         await self._initialise()
         await self.start()
         async with self.connection() as superuser:
@@ -150,7 +144,6 @@ class PostgresServer:
                 await superuser.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'")
 
     async def start(self) -> None:
-        """Start the server, after a stop or a kill too; return when it takes connections."""
         self._write_settings()
         wait = ("-w", "-t", str(int(LIMIT_S)))
         await self._run("pg_ctl", "start", "-D", str(self.data), "-l", str(self.log), "-s", *wait)
@@ -204,7 +197,6 @@ class PostgresServer:
 
     @asynccontextmanager
     async def connection(self, database: str = "postgres") -> AsyncIterator[Connection]:
-        """Connect as the superuser through the socket."""
         connection = await asyncpg.connect(
             host=str(self.home), port=self.port, user=SUPERUSER, database=database, timeout=LIMIT_S
         )
@@ -319,12 +311,10 @@ class Database:
 
     @property
     def owner_url(self) -> str:
-        """The URL for migrations."""
         return self.url("ledger_owner")
 
     @property
     def server_url(self) -> str:
-        """The URL for the product."""
         return self.url("ledger_server")
 
     def url(self, role: Role, *addresses: Address) -> str:

@@ -25,21 +25,18 @@ Row = tuple[int, str, bytes]
 
 
 async def make_ledger(database: Database) -> None:
-    """Make the schema of a ledger, as its owner does."""
     connection = await connect(database.owner_url)
     await migrate(connection, "ledger_server")
     await close(connection)
 
 
 def replica_log(address: str, folder: Path, **options: Any) -> Log:
-    """Return the log of a server that is not open yet."""
     folder.mkdir(exist_ok=True)
     return SharedLog(address, folder, DatabaseClock(), **options)
 
 
 @asynccontextmanager
 async def opened_replica(address: str, folder: Path, **options: Any) -> AsyncIterator[Log]:
-    """Open a server's log, and close it after the block."""
     log = replica_log(address, folder, **options)
     await log.open()
     try:
@@ -49,13 +46,11 @@ async def opened_replica(address: str, folder: Path, **options: Any) -> AsyncIte
 
 
 def storage_of(log: Log) -> ReplicatedStorage:
-    """Return the storage of a log in PostgreSQL."""
     assert isinstance(log._storage, ReplicatedStorage)
     return log._storage
 
 
 async def rows_in(database: Database) -> list[Row]:
-    """Return the events of the database."""
     connection = await asyncpg.connect(database.owner_url)
     found = await connection.fetch("SELECT position, body, hash FROM loadledger.events ORDER BY position")
     await connection.close()
@@ -64,7 +59,6 @@ async def rows_in(database: Database) -> list[Row]:
 
 @asynccontextmanager
 async def owned(database: Database) -> AsyncIterator[Connection]:
-    """Connect as the owner's commands do."""
     connection = await connect(database.owner_url)
     try:
         yield connection
@@ -73,7 +67,6 @@ async def owned(database: Database) -> AsyncIterator[Connection]:
 
 
 async def copy_ledger(database: Database, path: Path) -> None:
-    """Copy a ledger from a file into an empty one."""
     with open_read_only(path) as source:
         stored, head = read_base_of_file(source), read_head(source)
         rows = read_rows(source, stored.base.position, head.position)

@@ -32,7 +32,6 @@ HASHES = st.binary(min_size=32, max_size=32).map(bytes.hex)
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
-    """Return a strategy for what a field with this annotation may hold."""
     simple = {
         int: INTEGERS,
         str: TEXTS,
@@ -60,7 +59,6 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def bounded(kind: type, bounds: Any) -> st.SearchStrategy[Any]:
-    """Return a strategy for numbers, texts, bytes and short tuples within msgspec's bounds."""
     if typing.get_origin(kind) is tuple:
         return values(kind)
     if kind is int:

@@ -51,7 +51,6 @@ def rows_in(path: Path) -> list[Row]:
 
 
 def texts(state: State) -> tuple[list[str], list[str]]:
-    """Return the stored forms of all models, and of the jobs that have not ended."""
     return sorted(map(as_text, state.models.values())), sorted(map(as_text, state.unended()))
 
 
@@ -235,7 +234,6 @@ def archive_traced(path: Path, killed_at: int | None = None) -> int:
 
 
 def archive_counted(path: Path, killed_at: int | None = None) -> int:
-    """Archive, and return how many calls of SQLite that took; this process is killed before the given one."""
     return run_counted(lambda: archived(path, 20), killed_at)
 
 

@@ -26,7 +26,6 @@ def exported(path: Path, **bounds: int) -> list[bytes]:
 
 
 def read(lines: list[bytes]) -> tuple[list[Row], Any]:
-    """Return the events of an export, and its head."""
     reader = ExportReader(lines)
     return list(reader), reader.head
 

@@ -46,7 +46,6 @@ def audited(content: bytes, *, key: str | None = None, expected: Expected | None
 
 
 def found(content: bytes) -> Finding:
-    """Return the finding of a file; there has to be one."""
     finding = audited(content).finding
     assert finding is not None
     return finding
@@ -120,7 +119,6 @@ def test_missing_repeated_or_swapped_line_is_found(one: int, other: int) -> None
 
 
 def signed(statement: Statement, by: HeadSigner = ledgers.SIGN) -> bytes:
-    """Return a sound export whose head is another."""
     return b"".join(LINES[:-1]) + JSONL.last(by(statement))
 
 

@@ -23,7 +23,6 @@ LEDGER, LONG_LEDGER = ledgers.sound_ledger(), ledgers.sound_ledger(2)
 
 
 def signed(path: Path, position: int | None = None) -> SignedHead:
-    """Return the signed head of a ledger, or of a position of it."""
     with closing(sqlite3.connect(path)) as connection:
         head, base = read_head(connection), read_base(connection)
         if position is not None:

@@ -34,21 +34,18 @@ LEDGER = ledgers.sound_ledger(3, seconds=0.5)
 
 
 def exported(path: Path, name: str, until: int | None = None) -> Path:
-    """Write an export of the ledger beside it, and return its file."""
     file = path.with_name(name)
     file.write_bytes(b"".join(export(path, JSONL, ledgers.SIGN, until=until)))
     return file
 
 
 def replayed(path: Path, until: object, archives: list[Path]) -> tuple[Moment, list[str], list[str]]:
-    """Return the moment, the models, and the jobs that have not ended."""
     with open_read_only(path) as ledger:
         moment, state = replay(ledger, None if until is None else str(until), archives)
         return moment, sorted(map(as_text, state.models.values())), list(map(as_text, state.unended()))
 
 
 def proof_of(found: Audit) -> ArchiveProof:
-    """Return what the archives of a sound ledger prove."""
     assert found.finding is None
     assert found.behind is not None
     return found.behind

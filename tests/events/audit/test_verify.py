@@ -46,7 +46,6 @@ with copy_of(LEDGER) as _path:
 
 
 def verify_stored(rows: list[Row]) -> Verification:
-    """Verify a ledger with these events."""
     with copy_of(OPEN_LEDGER) as path:
         with closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA synchronous = OFF")
@@ -56,7 +55,6 @@ def verify_stored(rows: list[Row]) -> Verification:
 
 
 def rehashed(rows: list[Row]) -> list[Row]:
-    """Make the hashes of all rows anew, from the start."""
     previous, found = bytes(32), []
     for row in rows:
         previous = hashlib.sha256(previous + row.body).digest()
@@ -65,12 +63,10 @@ def rehashed(rows: list[Row]) -> list[Row]:
 
 
 def with_body(position: int, body: bytes) -> list[Row]:
-    """Return all rows in a good chain, one with another body."""
     return rehashed([*ROWS[: position - 1], ROWS[position - 1]._replace(body=body), *ROWS[position:]])
 
 
 def edited(position: int, /, **members: object) -> bytes:
-    """Return the body at a position with some other members."""
     return encode_canonical(json.loads(ROWS[position - 1].body) | members).encode()
 
 

@@ -125,7 +125,6 @@ def new_file(folder: Path) -> Path:
 
 
 async def archive_in(database: Database, folder: Path, before: int) -> StoredBase:
-    """Archive a database as the command does, on a copy first."""
     replica = await asyncio.to_thread(new_file, folder)
     base = await make_replica(database.owner_url, replica)
     await asyncio.to_thread(archive_before, replica, before)

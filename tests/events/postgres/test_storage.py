@@ -353,7 +353,6 @@ async def test_look_brings_what_others_have_appended(ledger: Database, tmp_path:
 
 
 def loaded() -> list[Event]:
-    """Return the facts of a load."""
     history = History()
     history.load("L")
     return history.facts

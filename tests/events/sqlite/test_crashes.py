@@ -57,7 +57,6 @@ def kill_at_each_call(work: Callable[[Path], None], ledger: bytes) -> Iterator[P
 
 
 def names_beside(path: Path) -> tuple[str, ...]:
-    """Return how the names of SQLite's files beside a ledger end."""
     return tuple(sorted(each.name.removeprefix(path.name) for each in path.parent.glob(f"{path.name}-*")))
 
 

@@ -24,7 +24,6 @@ with lock_data(Path(sys.argv[1])):
 
 
 def holder(data: Path) -> subprocess.Popen[str]:
-    """Start a process that holds the lock until its input ends; returns when it does."""
     process = subprocess.Popen(child(HOLD, data), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"

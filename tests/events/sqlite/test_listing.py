@@ -82,7 +82,6 @@ async def everything(reader: Reader) -> list[StoredEvent]:
 
 
 def fits(event: StoredEvent, asked: EventQuery) -> bool:
-    """Whether an event is asked for, said in another way."""
     low = max(asked.after or 0, (int(asked.since or 0) or 1) - 1)
     high = min(
         NUMBER if asked.before is None else asked.before - 1,
@@ -92,7 +91,6 @@ def fits(event: StoredEvent, asked: EventQuery) -> bool:
 
 
 async def walked(reader: Reader, asked: EventQuery) -> tuple[list[StoredEvent], list[StoredEventPage]]:
-    """Follow the cursor to the end."""
     items, pages = list[StoredEvent](), list[StoredEventPage]()
     while True:
         page = await reader.event_page(asked)

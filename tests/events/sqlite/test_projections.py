@@ -99,7 +99,6 @@ def test_surplus_jobs_are_read_one_by_one() -> None:
 
 
 def difference(path: Path) -> int | None:
-    """Return the position of the snapshot that differs from the log, as `verify` finds it."""
     finding = verify(path).finding
     if finding is None:
         return None

@@ -41,7 +41,6 @@ async def read(path: Path, query: TimelineQuery) -> Timeline:
 def read_of(
     events: list[Event], query: TimelineQuery, snapshots_at: frozenset[int] = frozenset()
 ) -> Timeline:
-    """Return the timeline of a ledger of these events."""
     with copy_of(b"") as path:
         with closing(connect(path)) as connection:
             store_events(connection, events, snapshots_at)

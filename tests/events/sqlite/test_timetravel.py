@@ -40,7 +40,6 @@ ALL = JobQuery()
 
 @contextmanager
 def ledger(events: list[Event], snapshots_at: frozenset[int] = frozenset()) -> Iterator[sqlite3.Connection]:
-    """A ledger of these events, with snapshots at these positions."""
     with copy_of(b"") as path, closing(connect(path)) as connection:
         store_events(connection, events, snapshots_at)
         yield connection
@@ -245,7 +244,6 @@ DAMAGE = (
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A ledger with snapshots at 5 and 8."""
     path = tmp_path / "ledger.db"
     with ledger(long_history().facts, frozenset({5, 8})) as connection:
         connection.execute("VACUUM INTO ?", (str(path),))
