@@ -130,7 +130,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "insufficient_storage": ErrorKind(507, "The repository's disk has no room"),
     "unknown_http_version": ErrorKind(505, "The HTTP version is not supported"),
 }
-"""Every error code of the API; an entry here is all that a new code needs."""
+"""Every error code of the API; the advice for each is in `tools.errors`."""
 
 # aiohttp's own exceptions, by status; any other 4xx is reported under its status as `invalid_request`.
 _FRAMEWORK_CODES = {

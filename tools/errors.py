@@ -12,19 +12,20 @@ ADVICE: Mapping[str, str] = {
     "invalid_parameter": "Correct the parameter that `detail` names.",
     "not_supported": "Remove what `detail` names from the request; the server does not support it.",
     "beyond_head": "The log has not reached this position. If it had, an older ledger was restored.",
-    "invalid_defaults": "Correct the model's `loadledger.toml`; `detail` says where.",
+    "invalid_defaults": "Correct the model's `loadledger.toml`; the message says where.",
     "inference_failed": "The message is ONNX Runtime's, or says that the inputs or outputs do not fit into"
     " the worker's memory. Check the inputs: the same request fails again.",
     "inference_cancelled": "The client disconnected, or the model was unloaded by force. Send the"
     " request again if needed.",
     "invalid_input": "Send the inputs that the model takes: `GET /v2/models/{id}` has names, types and"
     " shapes.",
-    "invalid_model": "ONNX Runtime refuses the file; the message is its own. Export the model again.",
+    "invalid_model": "ONNX Runtime refuses the file; the message is its own. Export the model again,"
+    " and add it as a new version.",
     "warm_up_failed": "Set inputs that the model can run as `[[warm_up.inputs]]`, or turn its warm-up off.",
     "model_changed": "The files changed while they were copied. Load again when they are complete.",
     "unsafe_file": "Replace links out of the repository, external data outside the folder, pipes and"
-    " devices; use fewer files or shorter names if `detail` says so.",
-    "not_encodable": "`detail` names the value. Rename files whose names are no text, or report a bug.",
+    " devices; use fewer files or shorter names if the message says so.",
+    "not_encodable": "The message names the value. Rename files whose names are no text, or report a bug.",
     "bytes_gone": "A reload takes the bytes that served before, and neither the store nor the repository has"
     " them. Load the model again to use what the repository has now.",
     "crash_loop": "The server died with this load three times, or the model's workers too often. See the"
@@ -68,8 +69,7 @@ ADVICE: Mapping[str, str] = {
     "unsupported_media_type": "Send `Content-Type: application/json` in UTF-8, or a coding that `detail`"
     " names.",
     "idempotency_mismatch": "Use a new key for a new request.",
-    "rate_limited": "Retry after `Retry-After`; the limits are `--limit-…`. The JSON of an inference"
-    " counts, too, each 4 KiB as a request; binary tensors do not.",
+    "rate_limited": "Retry after `Retry-After`; the limits are `--limit-…`.",
     "too_many_failures": "Correct the token and wait for `Retry-After`. A token that the server has accepted"
     " before passes; a new one waits, too. Behind a proxy, set `--trusted-proxies`: else all clients share"
     " its address.",
@@ -91,23 +91,23 @@ ADVICE: Mapping[str, str] = {
     "model_unloading": "Retry after `Retry-After`: another version may replace it.",
     "worker_died": "Retry: the worker is replaced. After a failed load, `WorkerExited` or the log has its"
     " last lines.",
-    "out_of_memory": "`detail` has the figures. Raise the load's `memory_limit_bytes` or `--memory-budget`,"
-    " or unload other models; without a limit, the machine has no more memory.",
+    "out_of_memory": "The message has the figures. Raise the load's `memory_limit_bytes` or `--memory-budget`"
+    ", or unload other models; without a limit, the machine has no more memory.",
     "insufficient_memory": "Unload a model, let the server evict idle models (`--evict idle`), or raise"
     " `--memory-budget`.",
     "too_many_loaded": "Unload a model, let the server evict idle models (`--evict idle`), or raise"
     " `--max-loaded`.",
-    "disk_full": "Free as many bytes as `detail` names on the disk of the data directory.",
-    "store_full": "Unload a model, or raise `--store-size`; `detail` has both figures.",
-    "store_unavailable": "`detail` has the system's reason: check the disk of the data directory.",
-    "timeout": "`detail` says what the load waited for. Provide that, or raise `timeout_s`.",
+    "disk_full": "Free as many bytes as the message names on the disk of the data directory.",
+    "store_full": "Unload a model, or raise `--store-size`; the message has both figures.",
+    "store_unavailable": "The message has the system's reason: check the disk of the data directory.",
+    "timeout": "The message says what the load waited for. Provide that, or raise `timeout_s`.",
     "no_progress": "The model does not finish to load. If it only needs longer, raise `progress_timeout_s`.",
     "fork_server_died": "The server restarts it and reloads the models that were loaded. Load again.",
-    "fork_server_unavailable": "The server restarts it: retry after `Retry-After`.",
-    "repository_unreadable": "`detail` has the system's reason. Check the mount and the access rights.",
+    "fork_server_unavailable": "The server restarts it: try again a second later.",
+    "repository_unreadable": "The message has the system's reason. Check the mount and the access rights.",
     "repository_busy": "The file system of the model's folder hangs, or too many do, or the server has no"
-    " descriptor or thread left. Check the mount and the limits, then retry after `Retry-After`; other"
-    " models are served.",
+    " descriptor or thread left. Check the mount and the limits, then try again; other models are"
+    " served.",
     "log_unavailable": "Check the disk of the data directory: it may be full or read-only.",
     "unhealthy": "`detail` names the failed checks. If a part cannot recover, the process ends: see its log.",
     "shutting_down": "Retry when the server is up again; accepted jobs continue then.",
@@ -115,7 +115,7 @@ ADVICE: Mapping[str, str] = {
     "insufficient_storage": "Free some space on the repository's disk.",
     "unknown_http_version": "Send HTTP/1.1. A proxy in front of the server can take HTTP/2.",
 }
-"""Advice for each code."""
+"""Advice for each code; the console has that of failed loads, whose message is what `detail` is elsewhere."""
 
 _HEAD = """\
 # Errors

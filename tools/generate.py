@@ -6,9 +6,9 @@ from pathlib import Path
 from server.app import all_routes
 from server.openapi import openapi_yaml
 from tools.commands import command_page
+from tools.consoletables import console_tables
 from tools.errors import error_page
 from tools.events import event_page
-from tools.eventtable import event_table
 from tools.pictures import pictures
 from tools.settings import with_settings
 
@@ -24,7 +24,7 @@ def pages() -> Mapping[str, str]:
         "docs/reference/errors.md": error_page(),
         "docs/reference/events.md": event_page(),
         "openapi.yaml": openapi_yaml(all_routes()),
-        "server/static/eventtable.js": event_table(),
+        "server/static/tables.js": console_tables(),
         **pictures(),
     }
 

@@ -1,6 +1,6 @@
 // Events as text, by the table that logs and the command line use too.
 
-import { EVENT_TEXTS, HASH_DIGITS } from "./eventtable.js";
+import { EVENT_TEXTS, HASH_DIGITS } from "./tables.js";
 import { oneLine } from "./format.js";
 
 export const TYPES = Object.keys(EVENT_TEXTS);

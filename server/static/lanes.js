@@ -3,6 +3,7 @@
 
 import { cell, h, reconcile, setAttribute, svg, tableRow } from "./dom.js";
 import { count, duration, moment, oneLine } from "./format.js";
+import { HASH_DIGITS } from "./tables.js";
 import { Scale } from "./timescale.js";
 
 const HIGH = 26; // of a row, in pixels
@@ -10,7 +11,6 @@ const THIN = 3; // a segment is drawn at least so wide: what is there can be see
 const EDGE = 8; // a mark is drawn no nearer to it, so that it is seen whole
 const CHARACTER = 7; // about how wide one is, of a label
 const COLOURS = 7;
-const DIGITS = 12; // of a hash: as the events have them
 const MOST = 400; // rows of the table
 const SERVER = {
   running: "ran", stopped: "was stopped", unknown: "ended unexpectedly",
@@ -201,7 +201,7 @@ function loadOf(lane, segment) {
 
 function bytesOf(load) {
   const more = load.file_count - load.files.length;
-  return load.files.map((file) => `${oneLine(file.path, 80)} ${file.sha256.slice(0, DIGITS)}`).join(", ") + (more > 0 ? ` and ${more} more` : "");
+  return load.files.map((file) => `${oneLine(file.path, 80)} ${file.sha256.slice(0, HASH_DIGITS)}`).join(", ") + (more > 0 ? ` and ${more} more` : "");
 }
 
 // Fills the table, for who does not see the drawing.

@@ -1,8 +1,8 @@
 // What is wrong, worst first, and what to do about each: from what the page knows, and nothing else.
 
-import { advice, ofMany } from "./advice.js";
 import { age, ago, bytes, count, oneLine, secondsSince, serverNow, stamp } from "./format.js";
 import { ended } from "./store.js";
+import { ADVICE } from "./tables.js";
 
 const STUCK_S = 10; // requests in flight, and none answered
 const SLOW_UNLOAD_S = 5;
@@ -41,6 +41,8 @@ function group(cause, members) {
 function problem(level, key, title, why, todo, ...actions) {
   return { level, key, title, why: oneLine(why), todo: oneLine(todo), actions, occurrence: null, members: [] };
 }
+
+const advice = (code) => ADVICE[code] ?? "Read the reason, then load it again, or load another version.";
 
 const reason = (error) => (error ? `${error.code}: ${error.message}` : "");
 
@@ -84,7 +86,7 @@ function* ofModel(model, store) {
   const { when, by, occurrence } = lastFailure(id, store);
   if (state === "failed") {
     yield { ...problem("critical", `failed ${id}`, `${id} failed`, `${when}${reason(error)}`, advice(error?.code), load),
-      cause: `failed ${error?.code}`, noun: "model", ofMany: ofMany(error?.code), by, occurrence: occurrence ?? reason(error), model: id };
+      cause: `failed ${error?.code}`, noun: "model", ofMany: `failed: ${error?.code}`, by, occurrence: occurrence ?? reason(error), model: id };
   } else if (state === "lost") {
     const why = reason(error) || "Its worker or the server died.";
     yield { ...problem("critical", `lost ${id}`, `${id} is lost: it served, and does not now`, why,

@@ -279,7 +279,7 @@ CASES: dict[str, tuple[object, str]] = {
             [["critical", "m does not answer", "2 requests in flight, none answered for 13 s.", "unload"]],
             [["critical", "Memory is over budget", "By 7 B of 100 B: models have grown.", None]],
             [["warning", "The server ended unexpectedly", "The last event was recorded", None]],
-            ["critical", "3 models are not valid ONNX", "Asked for by alice, bob.", "j1,j2,j3", 3],
+            ["critical", "3 models failed: invalid_model", "Asked for by alice, bob.", "j1,j2,j3", 3],
         ],
         """
         const { problems } = await import("/console/problems.js");

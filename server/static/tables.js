@@ -1,4 +1,4 @@
-// Generated from events/eventtext.py, which says what a part is; a test holds this file to it.
+// Generated from events/eventtext.py, which says what a part is, and tools/errors.py.
 
 export const HASH_DIGITS = 12;
 
@@ -33,4 +33,32 @@ export const EVENT_TEXTS = {
   NodeLeft: {"parts": ["{node_id} epoch {epoch}"], "tone": "plain", "badIf": null},
   NodeLost: {"parts": ["{node_id} epoch {epoch}", "last seen at {last_renewed_at}"], "tone": "bad", "badIf": null},
   LoadPlaced: {"parts": ["at node {node_id}", "{reason}", "{files:files}"], "tone": "plain", "badIf": null},
+};
+
+// By the code of a failed load.
+export const ADVICE = {
+  worker_died: "Retry: the worker is replaced. After a failed load, WorkerExited or the log has its last lines.",
+  invalid_model: "ONNX Runtime refuses the file; the message is its own. Export the model again, and add it as a new version.",
+  warm_up_failed: "Set inputs that the model can run as [[warm_up.inputs]], or turn its warm-up off.",
+  no_progress: "The model does not finish to load. If it only needs longer, raise progress_timeout_s.",
+  not_encodable: "The message names the value. Rename files whose names are no text, or report a bug.",
+  fork_server_died: "The server restarts it and reloads the models that were loaded. Load again.",
+  fork_server_unavailable: "The server restarts it: try again a second later.",
+  out_of_memory: "The message has the figures. Raise the load's memory_limit_bytes or --memory-budget, or unload other models; without a limit, the machine has no more memory.",
+  disk_full: "Free as many bytes as the message names on the disk of the data directory.",
+  store_full: "Unload a model, or raise --store-size; the message has both figures.",
+  store_unavailable: "The message has the system's reason: check the disk of the data directory.",
+  timeout: "The message says what the load waited for. Provide that, or raise timeout_s.",
+  unknown_model: "Check the name, and the folder of that name in the repository.",
+  unknown_version: "Check the version, and that its folder has a model file.",
+  unsafe_file: "Replace links out of the repository, external data outside the folder, pipes and devices; use fewer files or shorter names if the message says so.",
+  model_changed: "The files changed while they were copied. Load again when they are complete.",
+  invalid_defaults: "Correct the model's loadledger.toml; the message says where.",
+  repository_unreadable: "The message has the system's reason. Check the mount and the access rights.",
+  repository_busy: "The file system of the model's folder hangs, or too many do, or the server has no descriptor or thread left. Check the mount and the limits, then try again; other models are served.",
+  internal: "This is a bug. The server's log has the reason under the reference in instance.",
+  crash_loop: "The server died with this load three times, or the model's workers too often. See the WorkerExited events, then load again.",
+  insufficient_memory: "Unload a model, let the server evict idle models (--evict idle), or raise --memory-budget.",
+  too_many_loaded: "Unload a model, let the server evict idle models (--evict idle), or raise --max-loaded.",
+  bytes_gone: "A reload takes the bytes that served before, and neither the store nor the repository has them. Load the model again to use what the repository has now.",
 };
