@@ -1,6 +1,7 @@
 """The tables of event texts and of advice for failed loads, as a module of the console."""
 
 import json
+from collections.abc import Mapping
 
 from events.eventtext import EVENT_TEXTS, HASH_DIGITS
 from events.jobs import CONSEQUENCES
@@ -22,5 +23,5 @@ def console_tables() -> str:
     )
 
 
-def _rows(table: dict[str, object]) -> str:
+def _rows(table: Mapping[str, object]) -> str:
     return "".join(f"  {name}: {json.dumps(value, ensure_ascii=False)},\n" for name, value in table.items())
