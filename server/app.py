@@ -66,7 +66,6 @@ from server.appkeys import (
     CONSUMER,
     CONSUMER_TASK,
     CONTENTS,
-    CPUS,
     DEMAND,
     GATE,
     JOB_REQUESTS,
@@ -75,18 +74,14 @@ from server.appkeys import (
     MEMBERSHIP,
     OPENAPI,
     PEERS,
-    PENDING_DEMAND,
     POOL,
-    PROXIES,
     READER,
     RENEWING,
-    REPOSITORY,
     ROUTER,
     STOPPING,
     STREAMS,
     TIME_SERIES,
     UPLOADS,
-    VERIFIER,
 )
 from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
@@ -112,7 +107,8 @@ from server.observability.requestlog import (
 from server.observability.timeseries import TimeSeries, record
 from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
-from server.v2 import inference, metadata, repository
+from server.v2 import inference, metadata
+from server.v2 import repository as v2_repository
 from server.v2.forwarding import open_forwarder
 from server.v2.ondemand import OnDemand
 
@@ -134,7 +130,7 @@ def all_routes(metrics_access: str = "token") -> list[Route]:
         *timeline.routes,
         *inference.routes,
         *metadata.routes,
-        *repository.routes,
+        *v2_repository.routes,
         *health.routes,
         *metrics.metrics_routes(metrics_access),
         *pages.routes,
@@ -146,9 +142,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
 
     With `accepts_rollback` it serves a ledger that does not contain the last signed head, and records that.
     """
-    verifier = create_verifier(config)
-    proxies = config.proxies()
-    gate = Gate(verifier, RateLimits(config), proxies=proxies)
+    gate = Gate(create_verifier(config), RateLimits(config), proxies=config.proxies())
     counts = HttpCounts()
     app = web.Application(
         middlewares=[
@@ -164,8 +158,6 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
     add_routes(app, routes)
     app[CONFIG] = config
     app[GATE] = gate
-    app[PROXIES] = proxies
-    app[VERIFIER] = verifier
     app[BODIES] = Bodies(MAX_BODIES_BYTES, config.max_json_bytes)
     app[OPENAPI] = partial(_openapi, config.metrics)
     app[STOPPING] = asyncio.Event()
@@ -203,7 +195,7 @@ def _openapi(metrics: str) -> str:
 
 
 async def _relocate_for_proxy(request: web.Request, response: web.StreamResponse) -> None:
-    request.app[PROXIES].relocate(request, response)
+    request.app[GATE].proxies.relocate(request, response)
 
 
 async def _begin_stop(app: web.Application) -> None:
@@ -236,12 +228,11 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:
-    app[REPOSITORY] = repository = Repository(app[CONFIG].repository)
-    app[CONTENTS] = ModelContents(repository, await asyncio.to_thread(_open_store, app[CONFIG]))
+    store = await asyncio.to_thread(_open_store, app[CONFIG])
+    app[CONTENTS] = ModelContents(Repository(app[CONFIG].repository), store)
     app[LIMIT] = find_memory_limit()
-    app[CPUS] = cpus = count_usable_cpus()
     app[POOL] = pool = WorkerPool(
-        threads=app[CONFIG].model_threads(cpus),
+        threads=app[CONFIG].model_threads(count_usable_cpus()),
         patience_s=app[CONFIG].inference_grace_s,
         records_stderr=app[CONFIG].ledger_stderr == "on",
     )
@@ -303,7 +294,7 @@ async def _begin(app: web.Application, shared: SharedLedger | None) -> Receipt:
     config, confinement = app[CONFIG], app[POOL].applied.confinement
     if shared is None:
         return await app[LOG].server_started(confinement)
-    app[PEERS] = peers = shared.open_peers(app[VERIFIER])
+    app[PEERS] = peers = shared.open_peers(app[GATE].verifier)
     app[GATE].nodes = peers
     app[MEMBERSHIP], app[RENEWING], receipt = await shared.join(
         open_signer=peers.open_signer,
@@ -347,15 +338,15 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
 
 async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
-    log = app[LOG]
+    log, repository = app[LOG], app[CONTENTS].repository
 
     def is_removed(model_id: str, version: int) -> bool:
         model = log.state.models.get(model_id)
         return model is not None and version in model.removed
 
-    app[REPOSITORY].is_removed = is_removed
+    repository.is_removed = is_removed
     app[UPLOADS] = uploads = Uploads(
-        app[REPOSITORY],
+        repository,
         app[CONFIG].upload_policy(),
         app[PROVER].node,
         log=log,
@@ -420,13 +411,13 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
     contents = app[CONTENTS]
     if contents.store is not None:
         contents.find_needed = partial(_needed_digests, app, contents.store)
-    app[PENDING_DEMAND] = pending = PendingDemand()
+    pending = PendingDemand()
     cache = await asyncio.to_thread(_open_cache, config)
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
         app[POOL],
-        app[CONTENTS],
-        policy=_policy(config, app[CPUS], app[LIMIT].bytes),
+        contents,
+        policy=_policy(config, count_usable_cpus(), app[LIMIT].bytes),
         drain_timeout_s=config.drain_timeout_s,
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),
@@ -440,13 +431,13 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
     app[ROUTER] = Router(
         app[LOG],
         consumer.loads,
-        app[REPOSITORY],
+        contents.repository,
         max_queue=config.inference_queue,
         node_id=app[MEMBERSHIP].node_id if MEMBERSHIP in app else None,
         may_serve=lambda: MEMBERSHIP not in app or app[MEMBERSHIP].may_serve,
         untrusted=partial(_untrusted, app),
     )
-    app[DEMAND] = demand = _on_demand(app)
+    app[DEMAND] = demand = _on_demand(app, pending)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
     app[POOL].prefork()
     try:
@@ -470,7 +461,7 @@ def _untrusted(app: web.Application) -> frozenset[str]:
     return app[PEERS].untrusted() if PEERS in app else frozenset()
 
 
-def _on_demand(app: web.Application) -> OnDemand:
+def _on_demand(app: web.Application, pending: PendingDemand) -> OnDemand:
     async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
         asked = {} if version is None else {"version": version}
         return replace(await make_load_command(app, model_id, asked, subject), cause=Cause.DEMAND)
@@ -480,7 +471,7 @@ def _on_demand(app: web.Application) -> OnDemand:
         requests=app[JOB_REQUESTS],
         reader=app[READER],
         router=app[ROUTER],
-        demand=app[PENDING_DEMAND],
+        demand=pending,
         look_up=look_up,
         waiting_for=app[CONSUMER].waiting_for,
         stopping=app[STOPPING],

@@ -8,18 +8,15 @@ from aiohttp import web
 from events.log import Log
 from events.sqlite.listing import Reader
 from runtime.consumer.consumer import Consumer
-from runtime.consumer.usage import PendingDemand
 from runtime.membership import Membership
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
-from runtime.repository import Repository
 from runtime.router import Router
 from runtime.store.contents import ModelContents
 from runtime.uploads.uploads import Uploads
 from server.api.stream import Streams
-from server.auth.gate import Gate, Verifier
+from server.auth.gate import Gate
 from server.auth.peers import Peers
-from server.auth.proxies import Proxies
 from server.config import Config
 from server.http.bodies import Bodies
 from server.observability.output import JobRequests
@@ -28,12 +25,10 @@ from server.v2.ondemand import OnDemand
 
 BODIES = web.AppKey("bodies", Bodies)
 GATE = web.AppKey("gate", Gate)
-VERIFIER = web.AppKey("verifier", Verifier)
 CONFIG = web.AppKey("config", Config)
 LOG = web.AppKey("log", Log)
 JOB_REQUESTS = web.AppKey("job_requests", JobRequests)
 READER = web.AppKey("reader", Reader)
-REPOSITORY = web.AppKey("repository", Repository)
 UPLOADS = web.AppKey("uploads", Uploads)
 CONTENTS = web.AppKey("contents", ModelContents)
 POOL = web.AppKey("pool", WorkerPool)
@@ -48,9 +43,6 @@ RENEWING: web.AppKey[asyncio.Task[None]] = web.AppKey("renewing", asyncio.Task)
 """Renews this node's lease; a server alone has none."""
 LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
-CPUS = web.AppKey("cpus", int)
-"""How many CPUs this process may use."""
-PENDING_DEMAND = web.AppKey("pending_demand", PendingDemand)
 DEMAND = web.AppKey("demand", OnDemand)
 TIME_SERIES = web.AppKey("time_series", TimeSeries)
 """Samples for charts."""
@@ -59,4 +51,3 @@ STOPPING = web.AppKey("stopping", asyncio.Event)
 """Set when the server begins to stop; ends long waits."""
 OPENAPI: web.AppKey[partial[str]] = web.AppKey("openapi", partial)
 """Returns the OpenAPI document."""
-PROXIES = web.AppKey("proxies", Proxies)

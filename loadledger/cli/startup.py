@@ -50,10 +50,10 @@ from loadledger.profiles import (
 )
 from loadledger.uploads import VersionSource, find_version_files
 from runtime.filesystem import RepositoryBusy
-from server.appkeys import CONFIG, REPOSITORY
+from server.appkeys import CONFIG, CONTENTS, LOG
 from server.auth.keys import KeyProblem
 from server.auth.subjects import subject_refusal
-from server.auth.tokens import TOKENS, issue_recorded_token, timestamp_in
+from server.auth.tokens import issue_recorded_token, timestamp_in
 from server.check import CheckFinding, CheckResult, Severity, check_repository, load_config
 from server.configsources import warn_of_unknown_variables
 from server.errors import ServerProblem
@@ -101,10 +101,10 @@ async def check_models(server: RunningServer) -> list[str]:
     config, result = server.app[CONFIG], CheckResult()
     look = partial(check_repository, config, result)
     try:
-        await server.app[REPOSITORY].file_system.run("", look, CHECK_LIMIT_S)
+        await server.app[CONTENTS].repository.file_system.run("", look, CHECK_LIMIT_S)
     except RepositoryBusy as problem:
         return [str(problem)]
-    return list(describe_models(server.app[REPOSITORY].root, result))
+    return list(describe_models(server.app[CONTENTS].repository.root, result))
 
 
 def describe_models(root: Path, result: CheckResult) -> Iterator[str]:
@@ -206,7 +206,7 @@ def _find_known(server: RunningServer, token: str | None) -> Token | None:
         claims = jwt.decode(token or "", options={"verify_signature": False})
     except jwt.InvalidTokenError:
         return None
-    return server.app[TOKENS].tokens.get(str(claims.get("jti")))
+    return server.app[LOG].state.tokens.get(str(claims.get("jti")))
 
 
 def run_on_server(target: ServerTarget, subject: Subject) -> bool:

@@ -27,8 +27,8 @@ from events.sqlite.timetravel import parse_moment
 from events.tail import Tails
 from events.types import TYPES, LogBase
 from server.api.schemas import AnswerSchema, PageQuerySchema, about
-from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, StreamToken, chosen_form
-from server.appkeys import CONFIG, CONSUMER, LOG, READER, STREAMS, VERIFIER
+from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, chosen_form
+from server.appkeys import CONFIG, CONSUMER, GATE, LOG, READER, STREAMS
 from server.auth.gate import PRINCIPAL
 from server.auth.keys import open_signer
 from server.http.validation import NothingSchema, ParameterInteger, header_fields, query_parameters
@@ -249,9 +249,13 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
         with suppress(ConnectionError):  # the client has left meanwhile; aiohttp notices it, too
             await response.prepare(request)
         if response.prepared and request.method == hdrs.METH_GET:
-            ticket = StreamToken.of(request, request.app[VERIFIER])
             stream = EventStream(
-                request=request, response=response, streams=streams, form=form, tail=tail, ticket=ticket
+                request=request,
+                response=response,
+                streams=streams,
+                form=form,
+                tail=tail,
+                verifier=request.app[GATE].verifier,
             )
             await stream.run(batch)
     return response

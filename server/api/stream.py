@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from aiohttp import hdrs, web
 
@@ -126,12 +126,7 @@ class JobStage:
 
     @property
     def members(self) -> dict[str, object]:
-        return {
-            "job_id": self.job_id,
-            "model_id": self.model_id,
-            "stage": self.stage,
-            "waiting_for": self.waiting_for,
-        }
+        return {name: value for name, value in asdict(self).items() if name != "number"}
 
 
 class Stages:
@@ -278,30 +273,9 @@ STALLED_S = 30.0
 """Seconds in which a client must read some tens of kilobytes; it can reconnect and resume."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamToken:
-    """The token of a stream's request; the stream ends when it is no longer valid."""
-
-    verifier: Verifier
-    token: str
-    expires_at: float
-
-    @classmethod
-    def of(cls, request: web.Request, verifier: Verifier) -> StreamToken:
-        token = bearer_token(request.headers.getall(hdrs.AUTHORIZATION, []))
-        return cls(verifier, token, request[PRINCIPAL].expires_at)
-
-    def is_valid(self) -> bool:
-        try:
-            self.verifier.verify(self.token, time.time())
-        except InvalidToken:
-            return False
-        return True
-
-
 @dataclass(eq=False, slots=True, kw_only=True)
 class EventStream:
-    """The stream of one client.
+    """The stream of one client, which ends when its token is no longer valid.
 
     Attributes:
         heartbeat_due: time of the next heartbeat or of the token's end, on the loop's clock.
@@ -312,7 +286,7 @@ class EventStream:
     streams: Streams
     form: Form
     tail: Tail
-    ticket: StreamToken
+    verifier: Verifier
     heartbeat_due: float = field(default=0.0, init=False)
     _sent: int = field(default=0, init=False)
     _live: bool = field(default=False, init=False)
@@ -396,12 +370,15 @@ class EventStream:
     def _end_reason(self) -> str | None:
         if self.streams.tails.closed:
             return "the server stops"
-        if self.ticket.is_valid():
-            return None
-        return "the token is no longer valid: reconnect with a new one"
+        token = bearer_token(self.request.headers.getall(hdrs.AUTHORIZATION, []))
+        try:
+            self.verifier.verify(token, time.time())
+        except InvalidToken:
+            return "the token is no longer valid: reconnect with a new one"
+        return None
 
     def _schedule_heartbeat(self) -> None:
-        left_s = self.ticket.expires_at - time.time()
+        left_s = self.request[PRINCIPAL].expires_at - time.time()
         self.heartbeat_due = self._now() + max(0.0, min(HEARTBEAT_S, left_s))
 
     async def _write(self, chunk: bytes) -> None:

@@ -5,15 +5,18 @@ The socket in the data directory (`server.auth.control`) has the same routes, bu
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from aiohttp import web
 from marshmallow import Schema, ValidationError, fields, validate
 
+from events.tokens import Token, find_issued
 from server.api.schemas import AnswerSchema, PageQuerySchema, about
-from server.appkeys import CONFIG, GATE
+from server.appkeys import CONFIG, GATE, LOG
 from server.auth.gate import PRINCIPAL
 from server.auth.keys import MAX_EXPIRES_S, ROLES
 from server.auth.subjects import subject_refusal
-from server.auth.tokens import TOKENS, is_local, revoked_view, token_view
+from server.auth.tokens import TOKENS, is_local
 from server.http.validation import (
     InvalidBody,
     NothingSchema,
@@ -168,14 +171,29 @@ class SignInLinkSchema(AnswerSchema):
 )
 async def list_tokens(request: web.Request) -> web.Response:
     """Answer with a page of tokens; revoked ones stay until a day after they would have expired."""
-    query, issuer = query_parameters(request), request.app[TOKENS]
+    query, state = query_parameters(request), request.app[LOG].state
     before, limit = query["cursor"], query["limit"]
-    found = [token for token in issuer.tokens.values() if before is None or token.position < before]
+    found = [token for token in state.tokens.values() if before is None or token.position < before]
     found.sort(key=lambda token: token.position, reverse=True)
     page = found[:limit]
     next_cursor = page[-1].position if len(found) > limit else None
-    listed = [token_view(token) for token in page]
-    return web.json_response({"tokens": listed, "as_of": issuer.position, "next_cursor": next_cursor})
+    listed = [_token_view(token) for token in page]
+    return web.json_response({"tokens": listed, "as_of": state.position, "next_cursor": next_cursor})
+
+
+def _token_view(token: Token) -> dict[str, object]:
+    return {
+        "jti": token.id,
+        "subject": token.subject,
+        "roles": list(token.roles),
+        "expires_at": token.expires_at,
+        "issued_at": token.issued_at,
+        "issued_by": token.issued_by,
+        "via": token.via,
+        "issued_with": token.issued_with,
+        "revoked_at": token.revoked_at,
+        "revoked_by": token.revoked_by,
+    }
 
 
 @routes.post(
@@ -192,7 +210,7 @@ async def issue(request: web.Request) -> web.Response:
     if via == "api" and body["expires_s"] > longest_s:
         raise InvalidBody(f"body: expires_s: a token is issued for at most {longest_s} s (--max-token-s)")
     issued = await app[TOKENS].issue(**body, actor=principal.subject, via=via, issued_with=principal.jti)
-    return web.json_response(issued.members(), status=201)
+    return web.json_response(asdict(issued), status=201)
 
 
 @routes.post(
@@ -207,9 +225,10 @@ async def issue(request: web.Request) -> web.Response:
 )
 async def revoke_token(request: web.Request) -> web.Response:
     """Revoke a token, also one that is revoked already."""
-    jti, issuer = path_parameters(request)["jti"], request.app[TOKENS]
-    await issuer.revoke(jti, actor=request[PRINCIPAL].subject, **json_body(request))
-    return web.json_response(revoked_view(issuer.tokens, jti))
+    jti, app = path_parameters(request)["jti"], request.app
+    await app[TOKENS].revoke(jti, actor=request[PRINCIPAL].subject, **json_body(request))
+    known = app[LOG].state.tokens
+    return web.json_response({**_token_view(known[jti]), "issued": find_issued(known, jti)})
 
 
 @routes.post(
@@ -224,7 +243,7 @@ async def revoke_token(request: web.Request) -> web.Response:
 async def issue_sign_in_link(request: web.Request) -> web.Response:
     issuer = request.app[TOKENS]
     link = await issuer.issue_link(request[PRINCIPAL])
-    return web.json_response({**link.members(), "server_url": issuer.server_url}, status=201)
+    return web.json_response({**asdict(link), "server_url": issuer.server_url}, status=201)
 
 
 @routes.post(
@@ -240,4 +259,4 @@ async def use_sign_in_link(request: web.Request) -> web.Response:
     app, code = request.app, json_body(request)["code"]
     link = app[GATE].try_credentials(request, lambda: app[TOKENS].take_link(code))
     issued = await app[TOKENS].use_link(link)
-    return web.json_response(issued.members(), status=201)
+    return web.json_response(asdict(issued), status=201)

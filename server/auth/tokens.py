@@ -11,8 +11,8 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from aiohttp import web
@@ -20,9 +20,9 @@ from aiohttp import web
 from events.clock import Timestamp, format_timestamp, uuid7
 from events.commands import IssueToken, Receipt, Record, RevokeToken
 from events.log import Log
-from events.tokens import SignInLinkIssued, Token, TokenIssued, find_issued, is_refused
+from events.tokens import SignInLinkIssued, TokenIssued, is_refused
 from events.types import Draft
-from server.appkeys import CONFIG, LOG, VERIFIER
+from server.appkeys import CONFIG, GATE, LOG
 from server.auth.gate import InvalidToken, Principal, Verifier
 from server.auth.keys import sign_token
 from server.auth.subjects import LOCAL
@@ -58,9 +58,6 @@ class IssuedToken:
     roles: tuple[str, ...]
     expires_at: Timestamp
 
-    def members(self) -> dict[str, object]:
-        return {**asdict(self), "roles": list(self.roles)}
-
 
 @dataclass(frozen=True, slots=True)
 class SignInLink:
@@ -69,9 +66,6 @@ class SignInLink:
     link_id: str
     path: str = field(repr=False)
     expires_at: Timestamp
-
-    def members(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +119,6 @@ class TokenIssuer:
         self._verifier = verifier
         self.links = SignInLinks()
         self.server_url = ""
-
-    @property
-    def tokens(self) -> Mapping[str, Token]:
-        return self._log.state.tokens
-
-    @property
-    def position(self) -> int:
-        return self._log.state.position
 
     async def issue(
         self,
@@ -262,7 +248,7 @@ async def issue_recorded_token(
 
 def open_tokens(app: web.Application) -> TokenIssuer:
     """Return the issuer over the application's log, whose revocations the verifier asks for from here on."""
-    log, verifier = app[LOG], app[VERIFIER]
+    log, verifier = app[LOG], app[GATE].verifier
 
     verifier.is_revoked = lambda jti: is_refused(log.state.tokens, jti)
     return TokenIssuer(app[CONFIG], log, verifier)
@@ -270,26 +256,6 @@ def open_tokens(app: web.Application) -> TokenIssuer:
 
 def timestamp_in(seconds: float) -> Timestamp:
     return format_timestamp(datetime.fromtimestamp(time.time() + seconds, UTC))
-
-
-def token_view(token: Token) -> dict[str, object]:
-    return {
-        "jti": token.id,
-        "subject": token.subject,
-        "roles": list(token.roles),
-        "expires_at": token.expires_at,
-        "issued_at": token.issued_at,
-        "issued_by": token.issued_by,
-        "via": token.via,
-        "issued_with": token.issued_with,
-        "revoked_at": token.revoked_at,
-        "revoked_by": token.revoked_by,
-    }
-
-
-def revoked_view(tokens: Mapping[str, Token], jti: str) -> dict[str, object]:
-    """Return a revoked token as the API and the command show it, and the unrevoked ids that it issued."""
-    return {**token_view(tokens[jti]), "issued": find_issued(tokens, jti)}
 
 
 def is_local(principal: Principal) -> bool:

@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from events.counters import Histogram
-from server.appkeys import CONFIG, PROXIES
+from server.appkeys import CONFIG, GATE
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import Windows
 from server.config import RateLimit
@@ -81,7 +81,7 @@ def log_middleware() -> Middleware:
 
 def log_inferences(server: web.Server, app: web.Application) -> None:
     """Log the configured share of a server's inferences."""
-    share, proxies = app[CONFIG].log_inferences, app[PROXIES]
+    share, proxies = app[CONFIG].log_inferences, app[GATE].proxies
 
     def wrap(inner: RequestHandler) -> RequestHandler:
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -154,7 +154,7 @@ def _request_fields(request: web.Request, route: Route | None) -> dict[str, obje
         "path": path_without_query(request),
         "route": route.path if route is not None else None,
         "subject": principal.subject if principal is not None else None,
-        "peer": request.app[PROXIES].peer(request),
+        "peer": request.app[GATE].proxies.peer(request),
     }
 
 

@@ -21,7 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from events.clock import parse_timestamp
 from events.jobs import Job, JobStatus
 from events.types import Event, ModelLoaded
-from server.appkeys import CONFIG, PROXIES
+from server.appkeys import CONFIG, GATE
 from server.auth.gate import PRINCIPAL
 from server.errors import CODE
 from server.observability.output import RequestContext, begin_context
@@ -50,7 +50,7 @@ class Tracing:
 
     def trace_requests(self, server: web.Server, app: web.Application) -> None:
         """Trace the requests of a server; of inferences without a trace, the configured share."""
-        proxies, share = app[PROXIES], app[CONFIG].trace_inferences
+        proxies, share = app[GATE].proxies, app[CONFIG].trace_inferences
 
         def wrap(inner: RequestHandler) -> RequestHandler:
             async def handle(request: web.BaseRequest) -> web.StreamResponse:

@@ -11,7 +11,7 @@ from functools import partial
 
 from aiohttp import hdrs, web
 
-from server.appkeys import GATE, PROXIES
+from server.appkeys import GATE
 from server.auth.ratelimit import QUOTA
 from server.errors import error_response
 from server.http.responses import add_standard_fields
@@ -32,7 +32,7 @@ _ANSWERED, _ANSWERED_OF_VERSION = (("POST", path, "2xx") for path in (_PATH, _PA
 
 
 def add_fast_path(server: web.Server, app: web.Application) -> None:
-    gate, proxies, counts = app[GATE], app[PROXIES], app[HTTP_COUNTS]
+    gate, counts = app[GATE], app[HTTP_COUNTS]
     forwarder = app.get(FORWARDER)
     answer_inference = infer if forwarder is None else partial(_infer_anywhere, forwarder)
 
@@ -56,7 +56,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
                 quota = request.get(QUOTA)
                 response.headers.update(quota.headers() if quota is not None else {})
                 add_standard_fields(response)
-                proxies.relocate(request, response)
+                gate.proxies.relocate(request, response)
                 counts.count_response("POST", _PATH_OF_VERSION if version else _PATH, response)
                 return response
             counts.requests[_ANSWERED_OF_VERSION if version else _ANSWERED] += 1

@@ -18,10 +18,11 @@ from support.models import add
 from events.tokens import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
 from loadledger import Client
 from loadledger.address import CONTROL_SOCKET
+from server.appkeys import LOG
 from server.auth.control import SOCKET
 from server.auth.gate import InvalidToken, Principal
 from server.auth.subjects import local_actor
-from server.auth.tokens import LINK_S, MAX_LINKS, TOKENS, SignInLinks, issue_recorded_token
+from server.auth.tokens import LINK_S, MAX_LINKS, SignInLinks, issue_recorded_token
 from server.config import MAX_TOKEN_S
 from server.serve import local_url
 
@@ -196,7 +197,7 @@ async def test_socket_manages_tokens_within_limits(deep: LocalApi) -> None:
     used = await deep.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
     assert (used.json["subject"], (await send(deep, used.json["token"])).status) == (ME, 200)
     made = await issue_recorded_token(deep.app, "eve", ["admin"], 60)
-    assert deep.app[TOKENS].tokens[made.jti].via == "serve"
+    assert deep.app[LOG].state.tokens[made.jti].via == "serve"
     with pytest.raises(Exception, match="no route"):
         await asyncio.to_thread(local.get, "/api/v1/models")
     local.close()

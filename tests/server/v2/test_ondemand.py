@@ -19,7 +19,7 @@ from events.models import Model
 from events.types import Cause, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
-from server.appkeys import DEMAND, PENDING_DEMAND, ROUTER
+from server.appkeys import DEMAND, ROUTER
 from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed
 
 Start = Callable[..., Awaitable[LocalApi]]
@@ -130,7 +130,7 @@ async def wait(api: LocalApi, model_id: str, *, within_s: float = 1000) -> bool:
     """Wait as an inference does, and return whether the model is ready then, and held."""
     ends_at_s = asyncio.get_running_loop().time() + within_s
     async with api.app[DEMAND].keep_loaded(model_id, None, "ann", ends_at_s):
-        return api.app[ROUTER].is_ready(model_id) and api.app[PENDING_DEMAND].has(model_id)
+        return api.app[ROUTER].is_ready(model_id) and api.app[DEMAND].demand.has(model_id)
 
 
 async def waiting(api: LocalApi, model_id: str, count: int) -> list[asyncio.Task[bool]]:
@@ -151,7 +151,7 @@ async def test_thousand_waiters_are_one_look_up_and_one_load(shared: LocalApi, l
     assert look_ups == ["popular"]
     assert await shared.types("popular") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
     assert shared.app[DEMAND].count_waiting("popular") == 0
-    assert not shared.app[PENDING_DEMAND].has("popular")
+    assert not shared.app[DEMAND].demand.has("popular")
 
 
 async def test_waiter_beyond_the_queue_is_refused(
@@ -200,7 +200,7 @@ async def test_inference_loads_its_model(shared: LocalApi) -> None:
     assert answer.headers["Loadledger-Model"] == f"m/1;position={loaded.position}"
     assert (await shared.infer("m", ONE)).status == 200
     assert await shared.types("m") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-    assert not shared.app[PENDING_DEMAND].has("m")
+    assert not shared.app[DEMAND].demand.has("m")
     add(shared, "raw")
     headers = {"Inference-Header-Content-Length": "0"}
     assert (await shared.post("/v2/models/raw/infer", data=b"\0\0\x80\x3f", headers=headers)).status == 200
@@ -311,7 +311,7 @@ async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
         assert answer.refusal == (503, "load_failed")
         assert "cancelled" in answer.json["error"]
     assert await causes(shared, "slow") == ["demand"]
-    assert not shared.app[PENDING_DEMAND].has("slow")
+    assert not shared.app[DEMAND].demand.has("slow")
 
 
 async def test_full_job_queue_is_429(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
