@@ -161,11 +161,9 @@ class MemoryEstimates:
         task.add_done_callback(lambda _: patience.cancel())
 
     def sizes(self, job_id: str) -> FileSizes | None:
-        """Return the sizes of the files that an estimate is for; None without an estimate."""
         return self._sizes.get(job_id)
 
     def forget_ended(self, state: State) -> None:
-        """Drop the estimates of jobs that have ended."""
         kept = self.known.keys() | self.bare | self.outdated.keys()
         for job_id in [job_id for job_id in kept if state.unended_job(job_id) is None]:
             self._forget(job_id)

@@ -95,7 +95,6 @@ class FrameReader(Generic[M]):
         return memoryview(self._body)[self._filled : self._filled + READ_BYTES]
 
     def feed(self, count: int) -> None:
-        """Accept `count` more bytes in the buffer."""
         if self._drop_bytes and self._body is not None and self._filled == len(self._body):
             self._drop_bytes -= count
         else:
@@ -136,7 +135,6 @@ class FrameReader(Generic[M]):
         self._start = self._filled = 0
 
     def _move_rest(self, start: int) -> None:
-        """Move the beginning of a prefix to the beginning of the chunk."""
         if start < self._filled:
             self._chunk[: self._filled - start] = self._chunk[start : self._filled]
         self._filled -= start

@@ -205,7 +205,6 @@ class Membership:
             await asyncio.sleep(min(max(left_s, 0.0) + 0.01, WATCH_S))
 
     async def _renew_or_note(self) -> float:
-        """Renew once; return the seconds to the next time."""
         try:
             await self._renew()
         except NameInUse:

@@ -70,7 +70,6 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def defaults_name(model_id: str) -> str:
-    """Return the file's path in the repository, for messages."""
     return f"{model_id}/{DEFAULTS_FILE}"
 
 

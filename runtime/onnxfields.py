@@ -80,7 +80,6 @@ KEY, VALUE = 1, 2
 
 
 def _tags(wire: int) -> bytes:
-    """Return the pattern of a tag of one byte, of a field with this wire type."""
     return b"[" + re.escape(bytes(number << 3 | wire for number in range(1, 16))) + b"]"
 
 

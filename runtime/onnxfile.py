@@ -279,7 +279,6 @@ class _SignatureReader:
         return describe_tensor(name, kind, shape)
 
     def _read_type(self, kind: Field | None, depth: int) -> tuple[str, tuple[int, ...]]:
-        """Return ONNX Runtime's name of a type, and the shape of a tensor."""
         if depth == 0:
             raise Unparsable("nested too deeply")
         for field in self._fields.read_all(kind.start, kind.next) if kind is not None else ():
@@ -303,7 +302,6 @@ class _SignatureReader:
         return ELEMENTS.get(numbers[-1], UNKNOWN) if numbers else UNKNOWN
 
     def _read_shape(self, shape: Field | None) -> tuple[int, ...]:
-        """Return the lengths of all dimensions; -1 is any."""
         lengths = list[int]()
         for dimension in self._fields.read_all(shape.start, shape.next) if shape is not None else ():
             if dimension.number == _DIMENSION and dimension.start >= 0:

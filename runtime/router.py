@@ -272,7 +272,6 @@ class Router:
             raise
 
     def is_ready(self, model_id: str, version: int | None = None) -> bool:
-        """Whether a model can answer inferences now."""
         try:
             self.route(model_id, version)
         except (ModelNotLoaded, ModelUnloading):

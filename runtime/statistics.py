@@ -107,7 +107,6 @@ class Statistics:
             self._count_execution(outcome.execution_size, input_ns, infer_ns, output_ns)
 
     def count_failure(self, total_ns: int) -> None:
-        """Count a failed request that took `total_ns` until its failure was known."""
         self.failures += 1
         self.failed_ns += total_ns
 

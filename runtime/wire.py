@@ -241,12 +241,10 @@ class Load(Message, frozen=True):
 
     @property
     def mapped_bytes(self) -> int:
-        """The size of all files that the worker may map."""
         return self.bytes + (self.prepared.bytes if self.prepared is not None else 0)
 
     @property
     def least_limit_bytes(self) -> int | None:
-        """The limit while the model is loaded."""
         given = [each for each in (self.memory_limit_bytes, self.load_limit_bytes) if each is not None]
         return min(given, default=None)
 
@@ -469,7 +467,6 @@ def plain_text(text: str, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def pack_texts(texts: Iterable[str]) -> bytes:
-    """Make the data of a BYTES tensor."""
     encoded = [text.encode() for text in texts]
     return b"".join(part for data in encoded for part in (LENGTH.pack(len(data)), data))
 

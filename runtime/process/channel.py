@@ -100,7 +100,6 @@ class Channel(asyncio.BufferedProtocol):
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def expect(self, rules: FrameRules[FromWorker]) -> None:
-        """Set which frames may come next."""
         self._reader.rules = rules
 
     def abort(self) -> None:
@@ -112,7 +111,6 @@ class Channel(asyncio.BufferedProtocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the frames know better
-        """Return the buffer for the next bytes."""
         buffer = self._reader.buffer()
         self._offered_bytes = len(buffer)
         return buffer

@@ -65,7 +65,6 @@ class StderrTail:
         return [*printed[-MAX_LINES + len(note) :], *note]
 
     def note_lines(self) -> list[str]:
-        """Return the note alone, if there is one."""
         return [self._note] if self._note else []
 
     def note(self, line: str) -> None:
@@ -146,7 +145,6 @@ class Process:
         loop.add_reader(self._pidfd, note_gone)
 
     def has_ended(self) -> bool:
-        """Ask the kernel whether the process has ended."""
         if self._closed:
             return True
         poll = select.poll()
@@ -218,7 +216,6 @@ class ForkServer:
 
     @property
     def pid(self) -> int:
-        """The fork server's process id."""
         return self._process.pid
 
     def fork(self, descriptors: Sequence[int]) -> asyncio.Future[Process]:

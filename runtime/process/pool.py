@@ -108,7 +108,6 @@ class WorkerPool:
 
     @property
     def healthy(self) -> bool:
-        """Whether the fork server is up."""
         return self._up.is_set()
 
     @property
@@ -317,7 +316,6 @@ def _discard(forked: asyncio.Future[Process]) -> None:
 def _socketpair(
     ours: contextlib.ExitStack, theirs: contextlib.ExitStack
 ) -> tuple[socket.socket, socket.socket]:
-    """Create a channel whose ends the two stacks close."""
     our_end, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.callback(our_end.close)
     theirs.callback(their_end.close)

@@ -40,12 +40,10 @@ class InFlight:
         return len(self._pending)
 
     def find(self, number: int) -> Infer | None:
-        """Return the request with this id; None if it is not in flight."""
         pending = self._pending.get(number)
         return None if pending is None else pending[0]
 
     async def wait_until_drained(self) -> None:
-        """Wait until nothing is in flight."""
         while self._pending:
             self._idle.clear()
             await self._idle.wait()

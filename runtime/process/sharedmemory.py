@@ -97,7 +97,6 @@ class SharedMemory:
 
     @property
     def regions(self) -> int:
-        """How many regions are reserved."""
         self._collect_released()
         return len(self._taken)
 

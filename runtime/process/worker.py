@@ -126,7 +126,6 @@ class Worker:
 
     @property
     def orphaned(self) -> bool:
-        """Whether the worker ended with the fork server, and not by itself."""
         return self._process.orphaned
 
     @property
@@ -303,7 +302,6 @@ class Worker:
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a suspended process go on."""
         self._process.send_signal(signal.SIGCONT)
 
     def stderr_tail(self) -> list[str]:

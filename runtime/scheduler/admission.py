@@ -171,7 +171,6 @@ class _PendingLoad:
 
     @cached_property
     def _serving(self) -> LoadView | None:
-        """The load from which the model serves, which this one replaces."""
         return self._view.find_serving(self.job.model_id)
 
     @property
@@ -195,7 +194,6 @@ class _PendingLoad:
         return job.cause in _URGENT or (view.is_proven(job) and not view.proven_load_runs)
 
     def reserve(self) -> Reservations:
-        """Return the reservations before it and its own."""
         view, before = self._view, self.reservations
         is_another = self.job.model_id not in view.models_with_process - view.exiting_models
         return Reservations(
@@ -269,7 +267,6 @@ class _PendingLoad:
         return elsewhere or actions.FailLoad(job, INSUFFICIENT_MEMORY, misfit)
 
     def _explain_misfit(self) -> str | None:
-        """Return why a load will never fit, whatever else is unloaded; None if it may."""
         budget, replaced = self._view.policy.budget_bytes, self._serving
         beside_bytes = replaced.memory_bytes if replaced is not None and self._strategy == "beside" else 0
         if budget is None or self._estimate + beside_bytes <= budget:
@@ -362,7 +359,6 @@ class _PendingLoad:
         )
 
     def _describe_shortage(self) -> str:
-        """Return what the load waits for, with the numbers."""
         first, policy, free = self.reservations.first, self._view.policy, self._view.free_bytes
         kept = f", some reserved for job {first.id}, before it" if first is not None else ""
         if policy.budget_bytes is None or free is None or self._shortage_now().bytes <= 0:

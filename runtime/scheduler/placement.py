@@ -81,7 +81,6 @@ class NodeRoom:
         return round(100 * self.free_bytes / budget) if budget and self.free_bytes is not None else inf
 
     def fits(self, need_bytes: int | None) -> bool:
-        """Whether a load of another model fits without an eviction."""
         has_slot = self.free_models is None or self.free_models > 0
         return has_slot and (self.free_bytes is None or (need_bytes or 0) <= self.free_bytes)
 
@@ -199,7 +198,6 @@ def _estimate_from_footprints(model: Model | None, version: int, instances: int)
 
 
 def build_request(view: SchedulerView, job: Job) -> PlacementRequest:
-    """Return what a load asks of its node."""
     version, parameters = job.load_order
     model = view.state.models.get(job.model_id)
     held = (model.serving or model.previous) if model is not None else None
@@ -249,7 +247,6 @@ def _leaves_draining_node(view: SchedulerView, job: Job) -> bool:
 
 
 def explain_unplaced(view: SchedulerView, job: Job) -> str:
-    """Return what a load without a node waits for."""
     if job.id in view.observations.estimating:
         return "the estimate of its memory"
     _, parameters = job.load_order

@@ -217,7 +217,6 @@ def _advance_unloads(view: SchedulerView) -> Iterator[Action]:
 
 
 def _stop_preparation_over_budget(view: SchedulerView) -> Iterator[Action]:
-    """Stop the preparation when serving workers outgrew the budget."""
     if view.can_stop_preparation and view.free_bytes is not None and view.free_bytes < 0:
         yield actions.StopPreparation()
 
@@ -294,7 +293,6 @@ def back_off_s(failures: int) -> float:
 
 
 def _reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
-    """Return when the back-off of a lost or degraded model ends."""
     model, retries = loaded.model, loaded.model.retries
     last_retry_at = retries.last_at if retries is not None else ""
     since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents, last_retry_at])
@@ -322,7 +320,6 @@ def _move_models(view: SchedulerView, moves: Mapping[str, str]) -> Iterator[Acti
 
 
 def _move_at(view: SchedulerView, model: Model) -> str:
-    """Return when the back-off of a model that could not move ends."""
     if model.retries is None:
         return view.now
     since = view.to_monotonic(model.retries.last_at, model.back_off_position)

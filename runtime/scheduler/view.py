@@ -256,7 +256,6 @@ class SchedulerView:
         return load.node_id == self.policy.node_id
 
     def created_at(self, job: Job) -> str:
-        """Return when a job was requested."""
         return self.to_monotonic(job.created_at, job.created_position)
 
     def deadline_at(self, job: Job) -> str | None:
@@ -266,11 +265,9 @@ class SchedulerView:
         )
 
     def loaded_at(self, model: LoadedModel) -> str:
-        """Return since when a model serves."""
         return self.to_monotonic(model.serving.loaded_at, model.serving.position)
 
     def earlier_by(self, seconds: float) -> str:
-        """Return the timestamp so many seconds ago."""
         if seconds not in self._earlier:
             self._earlier[seconds] = add_seconds(self.now, -seconds)
         return self._earlier[seconds]
@@ -285,7 +282,6 @@ class SchedulerView:
 
     @cached_property
     def free_load_slots(self) -> int:
-        """How many more loads may start."""
         loading = sum(run.phase is Phase.LOADING for run in self.running.values())
         return self.policy.loads_at_once - loading if self.observations.fork_server_up else 0
 
@@ -338,18 +334,15 @@ class SchedulerView:
 
     @property
     def can_stop_preparation(self) -> bool:
-        """Whether a preparation runs that was not stopped yet."""
         preparation = self.observations.preparation
         return preparation is not None and not preparation.stopping
 
     @cached_property
     def models_with_process(self) -> frozenset[str]:
-        """Models with a process."""
         return frozenset(run.model_id for run in self.running.values() if run.alive)
 
     @cached_property
     def exiting_models(self) -> frozenset[str]:
-        """Models all of whose processes are exiting."""
         staying = {run.model_id for key, run in self.running.items() if key not in self.exiting}
         return self.models_with_process - staying
 
@@ -373,7 +366,6 @@ class SchedulerView:
         ]
 
     def find_loaded(self, model_id: str) -> LoadedModel | None:
-        """Return a model that is recorded as loaded; None if it is not."""
         model = self.state.models.get(model_id)
         return model.loaded if model is not None and model.phase is ModelState.LOADED else None
 
@@ -383,7 +375,6 @@ class SchedulerView:
         return run if run is not None and run.phase is Phase.SERVING else None
 
     def is_being_replaced(self, model: Model) -> bool:
-        """Whether the serving version is being unloaded for its replacement."""
         if not model.unloads:
             return False
         unended = self.state.unended(model.id)

@@ -51,7 +51,6 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     room: Room | None = None
 
     def batch_key(self) -> Hashable:
-        """Return the key that requests of one batch share."""
         if self.alone:
             return self.number
         return self.outputs, tuple([(name, array.shape[1:]) for name, array in self.feed.items()])
@@ -61,7 +60,6 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         return min(self.sent_ns, self.came_ns) or self.came_ns
 
     def bytes(self) -> int:
-        """Return the approximate size of its inputs."""
         return sum(array.nbytes for array in self.feed.values())
 
 

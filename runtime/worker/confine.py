@@ -82,7 +82,6 @@ def confine(order: Load | Prepare | Probe | ReadJson) -> None:
 
 
 def _find_accesses(order: Load | Prepare | Probe | ReadJson) -> dict[str, int]:
-    """Return how a worker with this order may access which paths."""
     match order:
         case Load(prepared=CachedCopy(folder=folder)):
             own = {folder: landlock.READS}
@@ -131,7 +130,6 @@ class _Target(NamedTuple):
 
 
 def _try_all(target: _Target) -> Iterable[ForbiddenAct]:
-    """Yield the forbidden things that this process can do."""
     for name, act in FORBIDDEN_ACTS.items():
         with suppress(OSError):
             act(target)

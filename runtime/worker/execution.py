@@ -95,7 +95,6 @@ class Outbox:
             self._send([held, *parts])
 
     def flush(self) -> None:
-        """Send the delayed answers."""
         with self._lock:
             if self._held:
                 held, self._held = self._held, bytearray()
@@ -200,7 +199,6 @@ class Cancellation:
             return True
 
     def skip(self, number: int) -> None:
-        """Note that an inference is over without a run."""
         with self._lock:
             self._cancelled.discard(number)
             self._latest = max(self._latest, number)

@@ -41,7 +41,6 @@ def map_library() -> None:
 
 
 def are_named(path: Path) -> bool:
-    """Whether a model names an operator set of the library."""
     return not DOMAINS.isdisjoint(read_domains(path))
 
 

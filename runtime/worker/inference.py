@@ -357,7 +357,6 @@ class Runner:
         return value._get_c_value()  # noqa: SLF001 - what the session within the session takes
 
     def _refuse(self, tensor: Tensor, *, given: bool) -> None:
-        """Raise the reason why this is no valid input."""
         name, expected = tensor.name, self._inputs.get(tensor.name)
         if given:
             raise InvalidInput(f"input {name!r} is given twice")

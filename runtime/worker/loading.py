@@ -162,7 +162,6 @@ def _names_extensions(order: Load) -> bool:
 
 
 def _create_session(order: Load) -> ort.InferenceSession:
-    """Create the session from the cached model, if there is one, else from the version's files."""
     if order.prepared is None:
         folder, root = Path(order.folder), Path(os.path.realpath(order.root))
         chosen = sessions.session_options(order.threads)

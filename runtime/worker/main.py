@@ -107,7 +107,6 @@ class _Worker:
             self._outbox.flush()
 
     def _serve_batches(self, queue: Queue, executor: InferenceExecutor) -> None:
-        """Run all waiting requests, and those that arrive meanwhile."""
         while queue:
             wait_ns = queue.wait_ns(time.monotonic_ns())
             if wait_ns is not None and self._wait_for_more(wait_ns) and not self._read():
@@ -116,7 +115,6 @@ class _Worker:
                 executor.run(queue.take())
 
     def _wait_for_more(self, wait_ns: int) -> bool:
-        """Wait this long for the channel to become readable."""
         if wait_ns:
             self._outbox.flush()
         return bool(select.select([self._channel], [], [], min(wait_ns / 1e9, MAX_WAIT_S))[0])
@@ -236,7 +234,6 @@ def _listen(channel: socket.socket, cancellation: Cancellation) -> None:
 
 
 def find_address(buffer: Buffer | msgspec.Raw) -> int:
-    """Return where in memory a buffer begins."""
     address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
     return address
 

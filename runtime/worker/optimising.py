@@ -103,7 +103,6 @@ class _Moves:
         self._end = 0
 
     def place(self, offset: int, length: int) -> int:
-        """Return the new offset of the bytes at this offset."""
         if (offset, length) not in self._places:
             step = PAGE_BYTES if length >= PAGED_FROM_BYTES else ALIGNMENT
             place = self._end + -self._end % step
@@ -139,7 +138,6 @@ class _Rewriting:
         self._reader = ReferenceReader(data, has_groups=False)
 
     def rewrite(self) -> bytes:
-        """Return the file with updated references."""
         return self._rewrite(MessageKind.MODEL, 0, len(self._data), 0)
 
     def _rewrite(self, kind: MessageKind, position: int, end: int, depth: int) -> bytes:
@@ -170,7 +168,6 @@ class _Rewriting:
 
 
 def _move_entries(entries: dict[str, str], moves: _Moves) -> Iterator[tuple[str, str]]:
-    """Yield the updated entries of a tensor's external data."""
     if not entries:
         return
     offset, length = entries.get("offset", "0"), entries.get("length", "")

@@ -118,7 +118,6 @@ def _check_size(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> 
 
 
 def _check_batch_dimension(specs: Iterable[TensorSpec]) -> None:
-    """Refuse a model whose inputs and outputs have no batch dimension."""
     for spec in specs:
         if not spec.shape or spec.shape[0] != -1:
             reason = (
@@ -129,7 +128,6 @@ def _check_batch_dimension(specs: Iterable[TensorSpec]) -> None:
 
 
 def is_out_of_memory(text: str) -> bool:
-    """Return whether this is an error text of ONNX Runtime for lack of memory."""
     return any(words in text for words in OUT_OF_MEMORY)
 
 
@@ -145,7 +143,6 @@ def run_smallest_model() -> None:
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """Return the options of a session that computes with this many threads."""
     chosen = ort.SessionOptions()
     chosen.intra_op_num_threads = threads
     chosen.inter_op_num_threads = 1
