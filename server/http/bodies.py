@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from aiohttp import StreamReader, web
 
+from runtime.timeouts import timeout
 from server.errors import ServerProblem
 
 MAX_BODIES_BYTES = 2**30
@@ -152,7 +153,7 @@ async def iterate_body(content: StreamReader, idle_s: float = IDLE_S) -> AsyncIt
     while not content.at_eof():
         began_s = clock()
         try:
-            async with asyncio.timeout(left_s):
+            async with timeout(left_s):
                 piece = await content.readany()
         except TimeoutError:
             raise BodyTimeout from None

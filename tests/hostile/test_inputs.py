@@ -48,8 +48,6 @@ CODES = {
 """With which a mutated model may fail to load."""
 MUTATED = "mutated"
 """How the names of mutated models begin."""
-GUARDED = (b"GET /api/v1/models", b"GET /api/v1/events", b"GET /x", b"POST /v2/models/x/infer")
-"""Requests that need a token of different roles, the fast path's and one without a route among them."""
 QUIET_S = 0.3
 """A server that has not answered a whole request by then waits for more of it."""
 SERVER_STATUSES = {501, 503, 505}

@@ -158,6 +158,24 @@ def test_malformed_frames_are_refused(stream: bytes) -> None:
         read(wire.TO_WORKER, stream)
 
 
+UNTRUE: list[wire.Message] = [
+    *(wire.LoadFailure(code, "so it says") for code in ("fork_server_died", "crash_loop", "x" * 10_000)),  # type: ignore[arg-type]
+    wire.LoadFailure("invalid_model", "x" * (wire.MAX_TEXT_BYTES + 1)),
+    *(wire.Loaded((), (), took_us, 2) for took_us in (2**63, -1, 1.5)),  # type: ignore[arg-type]
+    wire.Loaded((), (), 1, -1),
+    wire.Loaded((wire.TensorSpec("x" * 5000, "FP32", ()),), (), 1),
+    wire.Loaded((), (wire.TensorSpec("x", "FP32", (-2,)),), 1),
+    wire.StageReached("warmed up"),  # type: ignore[arg-type]
+    wire.PrepareDone(-1),
+]
+
+
+@pytest.mark.parametrize("message", UNTRUE, ids=lambda message: repr(message)[:60])
+def test_report_that_cannot_be_true_is_malformed(message: wire.Message) -> None:
+    with pytest.raises(MalformedFrame):
+        read(wire.FROM_LOADING, frame(message))
+
+
 def test_announced_bytes_take_no_memory() -> None:
     stream = wire.PREFIX.pack(10, wire.MAX_PAYLOAD_BYTES) + b"x"
     assert read(wire.FROM_SERVING, stream) == []

@@ -43,7 +43,18 @@ from runtime.process.channel import BYTES_PER_TURN, FRAMES_PER_TURN, Channel
 from runtime.process.forkclient import ForkServer
 from runtime.process.forkserver import Exited, Forked, ForkFailed, Ready
 from runtime.process.worker import Worker
-from runtime.wire import PREFIX, Load, Loaded, Outcome, StageReached, Tensor, TensorSpec, heads
+from runtime.wire import (
+    PREFIX,
+    Load,
+    Loaded,
+    LoadFailure,
+    Outcome,
+    PrepareDone,
+    StageReached,
+    Tensor,
+    TensorSpec,
+    heads,
+)
 
 ORDER = Load("/", "/", 0, 1)
 KILLED = Exit(None, signal.SIGKILL)
@@ -80,6 +91,8 @@ WHILE_LOADING = {
     "a payload": (announced(LOADED, 2**28), bytes(2**16), "+ 268435456 bytes (header + payload), of at most"),
     "a long header": (PREFIX.pack(2**20 + 1, 0), bytes(2**16), "a frame of 1048577 + 0 bytes"),
     "answers": (encoded(Outcome(0)), answered(Y), "Invalid value 'Outcome'"),
+    "failed preparation": (encoded(LoadFailure("disk_full", "full")), LOADING, "'disk_full' of a load"),
+    "prepared": (encoded(PrepareDone(1)), LOADING, "PrepareDone in answer to Load"),
     "no messages": (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", "a frame of 1347703880 + "),
     "no msgpack": (PREFIX.pack(1, 0) + b"\xc1", b"\xc1", "MessagePack data is malformed"),
 }

@@ -1,15 +1,12 @@
-"""The server's side of a worker: its death, cancelled inferences, stop, and reports that cannot be true."""
+"""The server's side of a worker: its death, cancelled inferences and stop."""
 
 import asyncio
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-from msgspec.structs import replace
 from support import models
-from support.cache import prepare_order
 from support.models import ENDLESS, LOWEST, save
 from support.workers import (
     LIMIT_S,
@@ -20,14 +17,13 @@ from support.workers import (
     floats,
     freeze,
     loaded_memory,
-    order_of,
     tensor,
     trips,
     until,
 )
 
 from events.types import LoadParameters
-from runtime import memory, wire
+from runtime import memory
 from runtime.consumer import loadtasks
 from runtime.consumer.loadfiles import LoadFiles
 from runtime.consumer.loads import RunningLoad
@@ -35,22 +31,10 @@ from runtime.consumer.loadtasks import build_order as order_of_load
 from runtime.consumer.loadtasks import run_load, run_unload
 from runtime.errors import Exit, WorkerDied
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.store.contents import ModelContents
-from runtime.wire import TensorSpec, encode
 
 KILLED = Exit(None, signal.SIGKILL)
-
-
-def encoded(message: wire.Message) -> bytes:
-    return b"".join(bytes(part) for part in encode(message))
-
-
-def receive(worker: Worker, data: bytes) -> None:
-    """Let the server read this as if the worker, taken over by its model, had written it."""
-    worker._data.get_buffer(-1)[: len(data)] = data
-    worker._data.buffer_updated(len(data))
 
 
 # Death, stop and cancellation
@@ -147,7 +131,7 @@ async def test_unload_ends_without_a_measurement(
     os.close(await asyncio.to_thread(os.open, fifo, os.O_WRONLY))  # lets the thread go that reads
 
 
-# Malformed and untrue messages
+# Malformed frames
 
 
 @pytest.mark.parametrize("channel", ["data", "control"])
@@ -160,61 +144,3 @@ async def test_malformed_frame_ends_this_worker_only(serve: Serve, channel: str,
     assert await asyncio.shield(worker.ended) == Exit(76, None)
     assert any("malformed frame" in line for line in worker.stderr_tail())
     assert await answer(other, floats("x", 1)) == [2]
-
-
-LOADED = wire.Loaded((), (), 1, 2)
-PREPARED = wire.PrepareDone(1)
-UNTRUE_OF_A_LOAD: list[wire.Message] = [
-    *(
-        wire.LoadFailure(code, "so it says")  # type: ignore[arg-type]
-        for code in ("fork_server_died", "crash_loop", "x" * 10_000, "prepare_failed", "disk_full")
-    ),
-    wire.LoadFailure("invalid_model", "x" * (wire.MAX_TEXT_BYTES + 1)),
-    *(
-        replace(LOADED, **change)
-        for change in (
-            {"loading_us": 2**63}, {"loading_us": -1}, {"loading_us": 1.5}, {"warming_up_us": -1},
-            {"inputs": (TensorSpec("x" * 5000, "FP32", ()),)}, {"outputs": (TensorSpec("x", "FP32", (-2,)),)},
-        )
-    ),
-    wire.StageReached("warmed up"),  # type: ignore[arg-type]
-    PREPARED,
-]  # fmt: skip
-UNTRUE_OF_PREPARING: list[wire.Message] = [
-    LOADED,
-    replace(PREPARED, took_us=-1),
-    wire.StageReached("loading"),
-    wire.Outcome(1),
-]
-
-
-async def reported(worker: Worker, order: wire.Load | wire.Prepare, message: wire.Message) -> Any:
-    """Order a load or a preparation, and let the server read this as its report."""
-    await freeze(worker.pid)
-    ordered = worker.execute(order) if isinstance(order, wire.Prepare) else worker.load(order, lambda _: None)
-    awaited: asyncio.Future[Any] = asyncio.ensure_future(ordered)
-    await asyncio.sleep(0)
-    receive(worker, encoded(message))
-    return await awaited
-
-
-@pytest.mark.parametrize("kind", ["load", "prepare"])
-async def test_untrue_report_kills_the_worker(
-    pool: WorkerPool, tmp_path: Path, subtests: pytest.Subtests, kind: str
-) -> None:
-    save(models.add(), tmp_path, "m")
-    load = order_of(tmp_path)
-    prepare = wire.Prepare(load.root, load.folder, load.bytes, 1, None, "optimised", str(tmp_path))
-    for message in UNTRUE_OF_A_LOAD if kind == "load" else UNTRUE_OF_PREPARING:
-        with subtests.test(repr(message)[:60]):
-            worker = await pool.start("w")
-            with pytest.raises(WorkerDied):
-                await reported(worker, load if kind == "load" else prepare, message)
-            assert worker.ended.result() == KILLED
-            assert not worker.orphaned
-
-
-async def test_plausible_report_is_accepted(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.add(), tmp_path, "m")
-    assert await reported(await pool.start("w"), order_of(tmp_path), LOADED) == LOADED
-    assert await reported(await pool.start("w"), prepare_order(tmp_path), PREPARED) == PREPARED

@@ -27,8 +27,6 @@ from runtime.process.pool import WorkerPool
 from runtime.worker import optimising
 from runtime.worker.optimising import FORM_FILES, align_weights
 
-KNOWN_SHA256 = "ab" * 32
-
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
