@@ -15,7 +15,7 @@ from bench.driver import Server
 from bench.models import Network
 from bench.requests import LENGTH, Body, encode
 from bench.table import Row, format_mb, format_ms
-from runtime.cache.manifest import Entry
+from runtime.cache.manifest import Manifest
 from runtime.cache.store import ModelCache
 from runtime.memory import PROC, list_workers, parse_field, parse_private
 from runtime.store.folder import STORE
@@ -42,7 +42,7 @@ class Subject:
     path: Path
     server: Server
     plain: Server
-    entry: Entry
+    entry: Manifest
 
     @property
     def bytes(self) -> int:
@@ -73,7 +73,7 @@ def prepare_network(network: Network, server: Server, plain: Server, store: Mode
     return Subject(network, path, server, plain, entry)
 
 
-def wait_until_prepared(store: ModelCache, model_id: str) -> Entry:
+def wait_until_prepared(store: ModelCache, model_id: str) -> Manifest:
     """Wait until `loadledger prepared list` shows a loaded model.
 
     Not before is the server done with it: its workers that prepare would be measured with the others.

@@ -56,9 +56,9 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
     Models are cached again after their next load. --json prints the removed `entries` and `bytes`.
     """
     with report_problems():
-        cleared = _store(data).clear(model_id)
-    text = f"cleared: {count_of(cleared.entries, 'entry')}, {cleared.bytes} bytes"
-    print_result({"entries": cleared.entries, "bytes": cleared.bytes}, [text], as_json=as_json)
+        entries, size = _store(data).clear(model_id)
+    text = f"cleared: {count_of(entries, 'entry')}, {size} bytes"
+    print_result({"entries": entries, "bytes": size}, [text], as_json=as_json)
 
 
 def _store(data: Path) -> Any:

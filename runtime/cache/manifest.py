@@ -1,4 +1,4 @@
-"""What the cache records of a cached model: its manifest, and the entry that others read.
+"""What the cache records of a cached model: its manifest.
 
 An invalid manifest counts as none, so that a damaged or foreign folder is never used.
 """
@@ -17,7 +17,7 @@ import msgspec
 from events.clock import format_timestamp
 from runtime.onnxfile import MODEL_FILE
 from runtime.store.manifest import MANIFEST, StoredFile, read_record
-from runtime.wire import CachedCopy, Count, Form, Name, Sha256, Text
+from runtime.wire import CachedCopy, Count, Form, Name, Sha256, Text, Time
 
 LAYOUT: Literal[4] = 4
 """Version of these folders and of how forms are made; a new number invalidates the whole cache."""
@@ -57,6 +57,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         figures: measurements of the trial.
         tried: why each other form was left out.
         known_until: timestamp after which reasons against all forms are ignored; None of a form.
+        used_ns: last use in nanoseconds since 1970; when it is read, the time of the file.
     """
 
     layout: Literal[4] = LAYOUT
@@ -71,35 +72,23 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     figures: Annotated[Figures, msgspec.Meta(max_length=64)] = {}
     tried: dict[Form, Text] = {}
     known_until: Name | None = None
+    used_ns: Time = 0
 
     @property
     def bytes(self) -> int:
         """Size of the form's files."""
         return sum(file.bytes for file in self.files)
 
+    @property
+    def used_at(self) -> str:
+        """Timestamp of the last use."""
+        return timestamp_of(self.used_ns)
+
     def cached_form(self, folder: Path) -> CachedForm | None:
         """Return the form with files in this folder; None without a form."""
         if self.form is None or self.sha256 is None:
             return None
         return CachedForm(self.key, self.sha256, CachedCopy(str(folder), self.form, self.bytes))
-
-
-class Entry(Manifest, frozen=True, kw_only=True):
-    """A manifest and the timestamp of its last use."""
-
-    used_at: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cleared:
-    """The number of removed entries, and the size of their forms."""
-
-    entries: int
-    bytes: int
-
-
-def make_entry(manifest: Manifest, used_ns: int) -> Entry:
-    return Entry(**msgspec.structs.asdict(manifest), used_at=timestamp_of(used_ns))
 
 
 def form_sha256(files: Iterable[StoredFile]) -> str:
@@ -114,17 +103,13 @@ def timestamp_of(time_ns: int) -> str:
     return format_timestamp(datetime.fromtimestamp(seconds, UTC))
 
 
-def read_manifest(folder: Path) -> tuple[Manifest, int] | None:
-    """Read the manifest of an entry's folder, but not its files.
-
-    Returns:
-        The manifest and its last use in nanoseconds since 1970; None if there is no valid one.
-    """
+def read_manifest(folder: Path) -> Manifest | None:
+    """Read the manifest of an entry's folder, but not its files; None if there is no valid one."""
     manifest = read_record(folder / MANIFEST, Manifest)
     if manifest is None or manifest.key != folder.name or not _is_sound(manifest):
         return None
     try:
-        return manifest, (folder / MANIFEST).lstat().st_mtime_ns
+        return msgspec.structs.replace(manifest, used_ns=(folder / MANIFEST).lstat().st_mtime_ns)
     except OSError:
         return None
 

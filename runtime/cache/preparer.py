@@ -27,11 +27,11 @@ from events.jobs import Footprint
 from events.types import LoadedFile, LoadParameters
 from runtime.cache.key import make_key, runtime_was_replaced
 from runtime.cache.manifest import CachedForm, Manifest
-from runtime.cache.pacing import Pacer
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.cache.trial import (
     CHANGED,
     MAX_SAMPLE_BYTES,
+    Pacer,
     Trial,
     TrialImpossible,
     TrialInterrupted,

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -24,12 +23,9 @@ from events.audit.files import sync
 from events.clock import add_seconds
 from runtime.cache.manifest import (
     CachedForm,
-    Cleared,
-    Entry,
     Manifest,
     are_of_form,
     form_sha256,
-    make_entry,
     read_manifest,
     timestamp_of,
 )
@@ -47,15 +43,6 @@ USELESS_KNOWN_S = 86_400
 CACHE_PROBLEMS = (StoreUnavailable, DiskFull, OSError)
 """Errors of a full, broken or foreign disk; models load without the cache then."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """An entry as eviction sees it."""
-
-    path: Path
-    manifest: Manifest
-    used_ns: int
 
 
 class ModelCache:
@@ -103,13 +90,11 @@ class ModelCache:
                 if read_manifest(path) is None:
                     self._remove(path)
 
-    def find(self, key: str) -> Entry | None:
+    def find(self, key: str) -> Manifest | None:
         """Return the entry of a key; None if there is none or it has expired."""
         found = read_manifest(self._folder.form(key))
-        if found is None:
-            return None
-        until = found[0].known_until
-        return make_entry(*found) if until is None or timestamp_of(self._now_ns()) <= until else None
+        until = None if found is None else found.known_until
+        return found if until is None or timestamp_of(self._now_ns()) <= until else None
 
     def use(self, key: str) -> CachedForm | None:
         """Return the form to load for a key, and record its use; None if no form is of use.
@@ -118,15 +103,11 @@ class ModelCache:
         removed.
         """
         path = self._folder.form(key)
-        found = read_manifest(path)
-        if found is None:
+        manifest = read_manifest(path)
+        if manifest is not None and manifest.files and not have_identities(path / FILES, manifest.files):
+            manifest = self._rehash(path, manifest)
+        if manifest is None:
             return None
-        manifest = found[0]
-        if manifest.files and not have_identities(path / FILES, manifest.files):
-            renewed = self._rehash(path, manifest)
-            if renewed is None:
-                return None
-            manifest = renewed
         with self._lock:
             self._touch(path)
         return manifest.cached_form(path / FILES)
@@ -210,27 +191,30 @@ class ModelCache:
             DiskFull: `disk_full`.
         """
         found = read_manifest(self._folder.form(used.key))
-        if found is None or found[0].sha256 != used.sha256:
+        if found is None or found.sha256 != used.sha256:
             return False
-        self.record_useless(found[0], {**found[0].tried, used.form: reason})
+        self.record_useless(found, {**found.tried, used.form: reason})
         return True
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[Manifest]:
         """List all entries, the last used first."""
-        found = sorted(self._read_all(), key=lambda kept: -kept.used_ns)
-        return [make_entry(kept.manifest, kept.used_ns) for kept in found]
+        return sorted(self._read_all(), key=lambda entry: -entry.used_ns)
 
-    def clear(self, model_id: str | None = None) -> Cleared:
-        """Remove all entries, or those of one model; any process may, and a preparation goes on."""
+    def clear(self, model_id: str | None = None) -> tuple[int, int]:
+        """Remove all entries, or those of one model; any process may, and a preparation goes on.
+
+        Returns:
+            The number of removed entries, and the size of their forms.
+        """
         entries = size = 0
         with explain_os_errors(self._folder.path), self._lock:
             self._folder.check()
             for path in self._folder.forms():
                 found = read_manifest(path)
-                if model_id is None or (found is not None and found[0].model_id == model_id):
-                    entries, size = entries + 1, size + (found[0].bytes if found is not None else 0)
+                if model_id is None or (found is not None and found.model_id == model_id):
+                    entries, size = entries + 1, size + (found.bytes if found is not None else 0)
                     self._remove(path)
-        return Cleared(entries, size)
+        return entries, size
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -267,7 +251,7 @@ class ModelCache:
         except OSError:
             files = None
         with suppress(StoreUnavailable, DiskFull), self._changing():
-            is_current = (found := read_manifest(path)) is not None and found[0] == manifest
+            is_current = (found := read_manifest(path)) is not None and found.files == manifest.files
             if files is None and is_current:
                 _log.warning("the files in %s have changed since they were prepared: removed", path)
                 self._remove(path)
@@ -275,24 +259,24 @@ class ModelCache:
                 self._write(path, replace(manifest, files=files))
         return None if files is None else replace(manifest, files=files)
 
-    def _read_all(self) -> list[_Kept]:
+    def _read_all(self) -> list[Manifest]:
         with explain_os_errors(self._folder.path):
             self._folder.check()
-            found = [(path, read_manifest(path)) for path in self._folder.forms()]
-        return [_Kept(path, *read) for path, read in found if read is not None]
+            found = [read_manifest(path) for path in self._folder.forms()]
+        return [entry for entry in found if entry is not None]
 
     def _evict(self) -> None:
         """Remove the least recently used entries that exceed a limit."""
-        kept = sorted(self._read_all(), key=lambda each: (each.used_ns, each.path.name))
+        kept = sorted(self._read_all(), key=lambda each: (each.used_ns, each.key))
         self._latest_ns = max([self._latest_ns, *(each.used_ns for each in kept)])
-        forms = [each for each in kept if each.manifest.form is not None]
-        without = [each for each in kept if each.manifest.form is None]
-        size = sum(each.manifest.bytes for each in forms)
+        forms = [each for each in kept if each.form is not None]
+        without = [each for each in kept if each.form is None]
+        size = sum(each.bytes for each in forms)
         while size > self.limit_bytes:
-            size -= forms[0].manifest.bytes
-            self._remove(forms.pop(0).path)
+            size -= forms[0].bytes
+            self._remove(self._folder.form(forms.pop(0).key))
         for each in without[: max(0, len(without) - self._max_without_form)]:
-            self._remove(each.path)
+            self._remove(self._folder.form(each.key))
         self.kept = len(forms), size
 
     def _make_room(self, needed_bytes: int) -> None:
@@ -301,14 +285,14 @@ class ModelCache:
             self._folder.make()
             free_bytes, path = self._free_disk_bytes(self._folder.path), self._folder.path
             forms = sorted(self._read_all(), key=lambda each: each.used_ns)
-            if free_bytes + sum(each.manifest.bytes for each in forms) < needed_bytes:
+            if free_bytes + sum(each.bytes for each in forms) < needed_bytes:
                 forms.clear()
             for each in forms:
                 if free_bytes >= needed_bytes:
                     break
-                self._remove(each.path)
+                self._remove(self._folder.form(each.key))
                 before, free_bytes = free_bytes, self._free_disk_bytes(path)
-                if free_bytes - before < each.manifest.bytes // 2:  # workers have it mapped
+                if free_bytes - before < each.bytes // 2:  # workers have it mapped
                     break
         if free_bytes < needed_bytes:
             raise DiskFull(needed_bytes, free_bytes)

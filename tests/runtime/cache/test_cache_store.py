@@ -34,7 +34,7 @@ from support.history import PLAIN, child
 from support.ledgers import FAST_FOLDER
 
 from runtime.cache.key import make_key
-from runtime.cache.manifest import Cleared, Entry
+from runtime.cache.manifest import Manifest
 from runtime.cache.store import CACHE_PROBLEMS, USELESS_KNOWN_S, ModelCache
 from runtime.store.manifest import digest_of
 
@@ -52,7 +52,7 @@ class Clock:
         return self.now_ns
 
 
-def found(store: ModelCache, key: str) -> Entry:
+def found(store: ModelCache, key: str) -> Manifest:
     entry = store.find(key)
     assert entry is not None
     return entry
@@ -280,25 +280,25 @@ def test_clear_takes_all_or_one_model(store: ModelCache, folder: Path) -> None:
     keep(store, "b", 20, model_id="two")
     record(store, "c", model_id="two")
     (folder / "forms" / key("d")).mkdir()
-    assert store.clear("three") == Cleared(0, 0)
-    assert store.clear("two") == Cleared(2, 20)
+    assert store.clear("three") == (0, 0)
+    assert store.clear("two") == (2, 20)
     assert keys(store) == [A]
-    assert store.clear() == Cleared(2, 10)
+    assert store.clear() == (2, 10)
     assert list(folder.glob("*/*")) == []
-    assert store.clear() == Cleared(0, 0)
+    assert store.clear() == (0, 0)
 
 
 def test_clear_beside_a_server_spares_its_drafts(store: ModelCache, folder: Path) -> None:
     draft = write(store.draft(), halves(10, "a"))
     keep(store, "b")
-    assert ModelCache(folder, 0).clear() == Cleared(1, 10)
+    assert ModelCache(folder, 0).clear() == (1, 10)
     assert store.keep(manifest_of("a"), draft) is None
 
 
 def test_folder_removed_while_open_comes_back(store: ModelCache, folder: Path) -> None:
     keep(store, "a")
     shutil.rmtree(folder)
-    assert (store.entries(), store.use(A), store.clear()) == ([], None, Cleared(0, 0))
+    assert (store.entries(), store.use(A), store.clear()) == ([], None, (0, 0))
     assert keep(store, "b") is not None
     draft = store.draft()
     shutil.rmtree(folder)

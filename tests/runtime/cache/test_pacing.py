@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import models
 from support.workers import FOR_EVER_S, computing, is_stopped, order_of, trips, until
 
-from runtime.cache.pacing import QUIET_S, STOPPED_S, TICK_S, TURN_S, Pace, Pacer, next_pace
+from runtime.cache.trial import QUIET_S, STOPPED_S, TICK_S, TURN_S, Pace, Pacer, next_pace
 from runtime.process.pool import WorkerPool
 
 LOOKS = st.lists(st.tuples(st.floats(TICK_S, 0.3), st.booleans()), max_size=200)

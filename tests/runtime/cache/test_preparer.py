@@ -18,8 +18,7 @@ from support.workers import FOR_EVER_S, is_stopped, threads, trips, until
 
 from events.jobs import JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
-from runtime.cache.manifest import Entry, Manifest
-from runtime.cache.pacing import Pacer
+from runtime.cache.manifest import Manifest
 from runtime.cache.preparer import (
     KEPT,
     LEFT_OUT,
@@ -30,7 +29,7 @@ from runtime.cache.preparer import (
     Preparer,
 )
 from runtime.cache.store import ModelCache
-from runtime.cache.trial import has_outside_cause
+from runtime.cache.trial import Pacer, has_outside_cause
 from runtime.errors import (
     Exit,
     ForkServerUnavailable,
@@ -205,7 +204,7 @@ async def reload(engine: Engine, model_id: str = "m") -> ModelLoaded:
     return await load(engine, model_id)
 
 
-async def settled(store: ModelCache, root: Path) -> Entry:
+async def settled(store: ModelCache, root: Path) -> Manifest:
     """Wait until the store has an entry for model `m`."""
     key = key_in(root, "m")
     async with asyncio.timeout(IN_SPARE_TIME_S):
@@ -249,7 +248,7 @@ async def test_preparation_stops_for_an_inference_and_still_ends(
         worker = engine.worker("endless")
         inference = asyncio.ensure_future(worker.infer([trips(models.ENDLESS)], timeout_s=FOR_EVER_S))
         await until(lambda: any(is_stopped(pid) for pid in preparing_pids(engine)))
-        monkeypatch.setattr("runtime.cache.pacing.STOPPED_S", 0.01)
+        monkeypatch.setattr("runtime.cache.trial.STOPPED_S", 0.01)
         assert (await settled(store, engine.root)).form == "prepacked"
         inference.cancel()
         await asyncio.wait([inference])

@@ -13,10 +13,10 @@ from support.history import PLAIN
 from support.models import save
 from support.workers import Serve, array, ask, order_of
 
-from runtime.cache.pacing import Pacer
 from runtime.cache.trial import (
     LENGTHS,
     MAX_SAMPLE_BYTES,
+    Pacer,
     Pair,
     Trial,
     TrialImpossible,
