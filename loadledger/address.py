@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
-from loadledger.errors import BadAnswer
+from loadledger.errors import BadAnswer, ServerUnreachable, failure_reason
 
 _VISIBLE = re.compile(r"[!-~]+")
 _NEXT_URL = re.compile(r",\s*(?=https?://)")
@@ -153,6 +153,17 @@ class ConnectionOptions:
             return ssl.create_default_context(cafile=self.ca_file)
         except OSError as error:
             raise ValueError(f"ca_file {self.ca_file} has no certificates in PEM: {error}") from error
+
+    def unreachable(self, error: Exception, *, sent: bool = True) -> ServerUnreachable:
+        """Return the exception for a connection that failed; if `sent`, the request may have arrived."""
+        if isinstance(error, TimeoutError):
+            return ServerUnreachable(self.address.url, "it took too long", sent=sent)
+        lost = "the connection was lost: " if sent else ""
+        return ServerUnreachable(self.address.url, f"{lost}{failure_reason(error)}", sent=sent)
+
+    def no_http(self) -> BadAnswer:
+        """Return the exception for bytes that are no HTTP/1.1."""
+        return BadAnswer(f"{self.address.url} does not speak HTTP as this client does: is this its URL?")
 
     def check(self, length: int) -> None:
         """Check the length of an answer.

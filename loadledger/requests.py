@@ -91,6 +91,20 @@ class Request:
     attachments: tuple[Buffer, ...] = ()
     model: str | None = None
 
+    @property
+    def parts(self) -> tuple[Buffer, ...]:
+        """The body and its attachments."""
+        return (self.body or b"", *self.attachments)
+
+    @property
+    def length(self) -> int:
+        """Bytes of all parts together."""
+        return sum(map(len, self.parts))
+
+    def limit_s(self, timeout_s: float) -> float:
+        """Return the limit of its answer, given the client's timeout."""
+        return self.patience_s + (self.timeout_s or timeout_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:

@@ -12,7 +12,7 @@ import aiohttp
 from yarl import URL
 
 from loadledger.address import CHUNK_BYTES, SILENCE_S, ConnectionOptions
-from loadledger.errors import BadAnswer, ClientProblem, ServerUnreachable, failure_reason
+from loadledger.errors import ClientProblem
 from loadledger.requests import MAX_JOINED_BYTES, Answer, Buffer, Request, StreamedBody, T, body_buffer
 
 CLOSED = "this client is closed"
@@ -80,7 +80,7 @@ class AioTransport:
             await session.close()
 
     async def send(self, request: Request) -> Answer:
-        limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
+        limit_s = request.limit_s(self.options.timeout_s)
         async with self.limit_wait(limit_s if request.upload is None else None):  # sending takes its time
             stream = await self._respond(request, limit_s)
             try:
@@ -148,17 +148,13 @@ class AioTransport:
         return self._session
 
     def _problem(self, error: Exception) -> ClientProblem:
-        url = self.options.address.url
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
-            return ServerUnreachable(url, failure_reason(error.certificate_error))
+            return self.options.unreachable(error.certificate_error, sent=False)
         if isinstance(error, aiohttp.ClientConnectorError):
-            return ServerUnreachable(url, failure_reason(error.os_error))
-        if isinstance(error, TimeoutError):
-            sent = not isinstance(error, aiohttp.ConnectionTimeoutError)
-            return ServerUnreachable(url, "it took too long", sent=sent)
+            return self.options.unreachable(error.os_error, sent=False)
         if isinstance(error, aiohttp.ClientResponseError):
-            return BadAnswer(f"{url} does not speak HTTP as this client does: is this its URL?")
-        return ServerUnreachable(url, f"the connection was lost: {failure_reason(error)}", sent=True)
+            return self.options.no_http()
+        return self.options.unreachable(error, sent=not isinstance(error, aiohttp.ConnectionTimeoutError))
 
 
 async def _read_in_thread(body: StreamedBody) -> AsyncGenerator[bytes, None]:
@@ -183,8 +179,7 @@ def _payload(request: Request) -> bytes | AsyncIterator[Buffer] | None:
         return _read_in_thread(request.upload)
     if request.body is None:
         return None
-    parts = (request.body, *request.attachments)
-    return b"".join(parts) if sum(map(len, parts)) <= MAX_JOINED_BYTES else _parts(parts)
+    return b"".join(request.parts) if request.length <= MAX_JOINED_BYTES else _parts(request.parts)
 
 
 async def _parts(parts: Iterable[Buffer]) -> AsyncGenerator[Buffer, None]:
@@ -194,6 +189,4 @@ async def _parts(parts: Iterable[Buffer]) -> AsyncGenerator[Buffer, None]:
 
 def _length_field(request: Request) -> dict[str, str]:
     """Return the length of a body, which would be sent in chunks without it."""
-    if request.body is None:
-        return {}
-    return {"Content-Length": str(len(request.body) + sum(map(len, request.attachments)))}
+    return {} if request.body is None else {"Content-Length": str(request.length)}

@@ -21,12 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from loadledger.address import CHUNK_BYTES, CONTROL_SOCKET, MAX_IDLE, SILENCE_S, ConnectionOptions
-from loadledger.errors import (
-    BadAnswer,
-    ClientProblem,
-    ServerUnreachable,
-    failure_reason,
-)
+from loadledger.errors import ClientProblem, ServerUnreachable, failure_reason
 from loadledger.requests import MAX_JOINED_BYTES, Answer, Buffer, Request, T, body_buffer
 from loadledger.transports.http1 import (
     HEAD_END,
@@ -89,13 +84,12 @@ class Connection:
             for chunk in request.upload.chunks():
                 self.sock.sendall(chunk)
             return
-        body: tuple[Buffer, ...] = (request.body or b"", *request.attachments)
-        if len(head) + sum(map(len, body)) <= MAX_JOINED_BYTES:
-            self.sock.sendall(b"".join((head, *body)))
+        if len(head) + request.length <= MAX_JOINED_BYTES:
+            self.sock.sendall(b"".join((head, *request.parts)))
             return
         self.sock.sendall(head, self._flags)
-        for number, part in enumerate(body, 1):
-            self.sock.sendall(part, self._flags if number < len(body) else 0)
+        for number, part in enumerate(request.parts, 1):
+            self.sock.sendall(part, self._flags if number < len(request.parts) else 0)
 
     def receive(self, most: int, until: float) -> bytes:
         self._wait_until(until)
@@ -262,7 +256,7 @@ class BlockingTransport:
         connection.close()
 
     async def send(self, request: Request) -> Answer:
-        limit_s = request.patience_s + (request.timeout_s or self.options.timeout_s)
+        limit_s = request.limit_s(self.options.timeout_s)
         until = time.monotonic() + limit_s
         with closing(self._respond(request, limit_s)) as response:
             if request.upload is not None:  # to send it takes as long as it takes
@@ -304,19 +298,12 @@ class BlockingTransport:
     def _request_head(self, request: Request) -> bytes:
         fields = format_fields({**self._headers, **request.headers}.items())
         if request.upload is None and (request.body is not None or request.method != "GET"):
-            length = len(request.body or b"") + sum(map(len, request.attachments))
-            fields += f"Content-Length: {length}\r\n"
+            fields += f"Content-Length: {request.length}\r\n"
         line = f"{request.method} {self._path}{request.target} HTTP/1.1\r\n"
         return f"{line}{fields}\r\n".encode("latin-1")
 
-    def problem(self, error: Exception, *, sent: bool = True) -> ClientProblem:
-        url = self.options.address.url
-        if isinstance(error, TimeoutError):
-            return ServerUnreachable(url, "it took too long", sent=sent)
-        if isinstance(error, OSError):
-            lost = "the connection was lost: " if sent else ""
-            return ServerUnreachable(url, f"{lost}{failure_reason(error)}", sent=sent)
-        return BadAnswer(f"{url} does not speak HTTP as this client does: is this its URL?")
+    def problem(self, error: Exception) -> ClientProblem:
+        return self.options.unreachable(error) if isinstance(error, OSError) else self.options.no_http()
 
     def _connection(self) -> Connection:
         """Return an idle connection that the server has not closed, or a new one."""
@@ -335,7 +322,7 @@ class BlockingTransport:
         try:
             sock = socket.create_connection(self._place, self.options.connect_s)
         except OSError as error:
-            raise self.problem(error, sent=False) from error
+            raise self.options.unreachable(error, sent=False) from error
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return Connection(
@@ -343,7 +330,7 @@ class BlockingTransport:
             )
         except OSError as error:
             sock.close()
-            raise self.problem(error, sent=False) from error
+            raise self.options.unreachable(error, sent=False) from error
         except BaseException:
             sock.close()
             raise
