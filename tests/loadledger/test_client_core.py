@@ -144,15 +144,6 @@ def test_archived_refusal_has_position_to_begin_at() -> None:
         assert type(requests.decode_refusal(problem(410, "archived", oldest=oldest), ADDRESS)) is ServerError
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_redirect_is_refused_with_its_target(status: int) -> None:
-    error = requests.decode_refusal(answer({}, status, location="https://evil.example/\x1b[2J"), ADDRESS)
-    assert isinstance(error, ServerError)
-    assert error.code == "redirected"
-    assert "https://evil.example/" in str(error)
-    assert str(error).isprintable()
-
-
 def test_retry_after_is_bounded_seconds() -> None:
     texts = ("7", " 0 ", "99999999999", "-1", "1.5", "soon", "")
     seconds = [requests.parse_retry_after({"retry-after": text}) for text in texts]

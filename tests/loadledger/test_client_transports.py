@@ -76,16 +76,6 @@ def test_load_is_resent_with_its_key_after_lost_connection(kind: str) -> None:
 
 
 @each_kind
-def test_inference_is_not_resent(kind: str) -> None:
-    for answer in (NOTHING, said(b'{"id": "j1"}')[:-3]):
-        with odd_server(answer, JOB) as server, connected(kind, server.url, TOKEN) as client:
-            with pytest.raises(ServerUnreachable, match="does not answer: the connection was lost") as caught:
-                client.infer("m", {"x": {"shape": [1], "datatype": "FP32", "data": [1.5]}})
-            assert caught.value.sent
-            assert len(server.requests) == 1
-
-
-@each_kind
 def test_redirect_is_not_followed(kind: str) -> None:
     with odd_server(JOB) as elsewhere:
         script = said(b"{}", "307 Temporary Redirect", f"Location: {elsewhere.url}/{TOKEN}")
@@ -197,15 +187,6 @@ def test_stream_resumes_where_it_broke_off(kind: str) -> None:
         assert server.closed.wait(LIMIT_S)
         asked = [re.search(rb"after=(\d+)", each)[1] for each in server.requests]  # type: ignore[index]
         assert asked == [b"4", b"6", b"6", b"7", b"7"]
-
-
-@each_kind
-def test_endless_line_closes_stream(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadledger.stream.LineSplitter.__init__.__defaults__", (1000,))
-    with odd_server(staying(streamed(b"x" * 2000))) as server, connected(kind, server.url) as client:
-        with pytest.raises(BadAnswer, match="2000 bytes"):
-            next(client.events(follow=True))
-        assert server.closed.wait(LIMIT_S)
 
 
 @each_kind

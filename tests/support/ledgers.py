@@ -74,6 +74,10 @@ def unwritable(path: Path, event_type: str) -> Iterator[None]:
             connection.execute("DROP TRIGGER full")
 
 
+DATA_ROUNDS = 2
+"""Rounds of the history in the data directory of the commands' tests."""
+
+
 def sample_history(rounds: int = 1) -> list[Event]:
     history = History()
     history.restart()

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-from support.cache import halves, keep, key, manifest_of, record, write
+from support.cache import keep, key, record
 from support.clients import printed, printed_json, refused
 
-from events.sqlite.datalock import lock_data
 from runtime.cache.store import ModelCache
 from runtime.store.folder import STORE
 
@@ -80,16 +79,6 @@ def test_clear_removes_one_model_or_all(store: ModelCache, tmp_path: Path) -> No
     assert [entry.model_id for entry in store.entries()] == ["small", "detector"]
     assert printed("prepared", "clear", "--data", tmp_path) == "cleared: 2 entries, 3000000 bytes\n"
     assert list((tmp_path / STORE).glob("*/*")) == []
-
-
-def test_clear_beside_server_leaves_its_drafts(store: ModelCache, tmp_path: Path) -> None:
-    with lock_data(tmp_path):
-        draft = write(store.draft(), halves(10, "d"))
-        assert printed("prepared", "list", "--data", tmp_path).endswith("3 entries, 3.2 MB\n")
-        assert printed("prepared", "clear", "--data", tmp_path) == "cleared: 3 entries, 3250000 bytes\n"
-        assert store.use(key("a")) is None
-        assert store.keep(manifest_of("d"), draft) is None
-    assert printed("prepared", "list", "--data", tmp_path).endswith("1 entry, 0.0 MB\n")
 
 
 @pytest.mark.parametrize("command", ["list", "clear"])

@@ -12,7 +12,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from support.clients import printed, printed_json, refused, run_command
 from support.http import local_server
-from support.ledgers import archive_before, rows_of, sample_history, sound_ledger
+from support.ledgers import DATA_ROUNDS, archive_before, rows_of, sample_history, sound_ledger
 from support.postgres import PASSWORD, Database, postgres_server, require_programs
 from support.replicas import change, make_ledger, replica_log, rows_in
 
@@ -23,21 +23,11 @@ from events.sqlite.datalock import LEDGER, REPLICA, mark_replica, refuse_replica
 from events.sqlite.schema import connect
 from loadledger.cli import database as databases
 from server.app import create_app
-from server.auth.keys import ensure_data_dir, open_signer
+from server.auth.keys import open_signer
 from server.config import Config
 
-ROUNDS = 2
-HEAD = len(sample_history(ROUNDS)) + 1
+HEAD = len(sample_history(DATA_ROUNDS)) + 1
 OTHER_PROGRAM = "CREATE SCHEMA loadledger; CREATE TABLE loadledger.notes (id int)"
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A data directory with keys and a ledger that ended in order."""
-    folder = tmp_path / "data"
-    ensure_data_dir(folder)
-    (folder / LEDGER).write_bytes(sound_ledger(ROUNDS))
-    return folder
 
 
 @pytest.fixture
@@ -156,28 +146,6 @@ def test_migrated_ledger_is_served_and_verified(migrated: Database, data: Path) 
     for where in (("--ledger", migrated.server_url), ("--data", data)):
         assert f"head: {rows[-1][0]}:{rows[-1][2].hex()}" in printed("verify", *where)
         assert printed("verify", *where, "--expect", before)
-
-
-def test_archive_beside_its_server_and_a_start_at_the_base(
-    migrated: Database, data: Path, tmp_path: Path
-) -> None:
-    async def serve() -> int:
-        async with local_server(tmp_path, ledger=migrated.server_url) as api:
-            await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
-            return int((await api.get("/api/v1/events/head")).json["position"])
-
-    file = tmp_path / "archive.gz"
-    command = [sys.executable, "-m", "loadledger", "archive", "--ledger", migrated.owner_url]
-    command += ["--data", str(data), "--before", str(HEAD), str(file)]
-    first = asyncio.run(serve())
-    assert rows_of(data / LEDGER)[0][0] == 1  # its replica keeps what was archived
-    (data / LEDGER).unlink()
-    assert asyncio.run(rows_in(migrated))[0][0] == HEAD
-    command[-2:] = [str(first), str(tmp_path / "next.gz")]
-    asyncio.run(serve())
-    assert rows_of(data / LEDGER)[0][0] == HEAD
-    for where in (("--ledger", migrated.server_url, "--archive", tmp_path / "next.gz"), ("--data", data)):
-        assert "proved from the first event" in printed("verify", *where, "--archive", file), where
 
 
 def dump_into(source: Database, target: Database) -> None:
@@ -325,29 +293,11 @@ def test_archive_after_an_interrupted_run_uses_its_file(
     assert (file.read_bytes(), stale.exists(), count_rows(migrated)) == (before, False, HEAD - 7)
 
 
-@pytest.mark.parametrize(
-    ("before", "words"),
-    [
-        ("1", "no events before that"),
-        (str(HEAD + 1), f"--before {HEAD} at most"),
-        ("yesterday", "yesterday"),
-    ],
-)
-def test_archive_refuses_moments_as_for_files(
-    migrated: Database, data: Path, tmp_path: Path, before: str, words: str
-) -> None:
-    archive = ("archive", "--ledger", migrated.owner_url, "--data", data, "--before", before)
-    assert words in refused(*archive, tmp_path / "archive.gz")
-    assert "is in the data directory" in refused(*archive, data / "archive.gz")
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
-    assert count_rows(migrated) == HEAD
-
-
 def test_archive_refuses_database_that_contradicts_the_replica(
     migrated: Database, data: Path, tmp_path: Path
 ) -> None:
     archive = ("archive", "--ledger", migrated.owner_url, "--data", data, "--before", 8)
-    (data / LEDGER).write_bytes(sound_ledger(ROUNDS, seconds=2))
+    (data / LEDGER).write_bytes(sound_ledger(DATA_ROUNDS, seconds=2))
     assert f"at position {HEAD} the database has the hash" in refused(*archive, tmp_path / "archive.gz")
     (data / LEDGER).unlink()  # any data directory with a key can sign
     asyncio.run(change(migrated, "UPDATE events SET hash = sha256(hash) WHERE position = 30"))
