@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+
+import msgspec
 
 from events.log import Log
 from events.models import Model, ModelState
@@ -59,24 +60,20 @@ class ModelElsewhere(ModelNotLoaded):
         super().__init__(f"model '{model_id}' is loaded at node '{node_id}', not here")
 
 
-class InferenceInput(Protocol):
-    """Inputs of an inference."""
+class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
+    """A decoded request.
 
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """The input tensors."""
+    Without `outputs`, all outputs are requested. `text` is the form of those that are not listed: JSON, or
+    else binary. `timeout_us` is the client's timeout in microseconds, or None. `region` is
+    where binary tensors lie, if that is the memory that a worker shares.
+    """
 
-    @property
-    def outputs(self) -> tuple[WantedOutput, ...]:
-        """The requested outputs; none means all that are tensors."""
-
-    @property
-    def text(self) -> bool:
-        """Whether outputs come as JSON if none are requested by name."""
-
-    @property
-    def region(self) -> Region | None:
-        """Where input tensors lie, if they do in a worker's shared memory."""
+    id: str | None
+    timeout_us: int | None
+    tensors: tuple[Tensor, ...]
+    outputs: tuple[WantedOutput, ...] = ()
+    text: bool = False
+    region: Region | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +153,7 @@ class Router:
         self,
         model_id: str,
         version: int | None,
-        request: InferenceInput,
+        request: InferenceRequest,
         timeout_s: float,
         times: InferenceTimes,
     ) -> tuple[ModelRoute, Answer]:
@@ -197,7 +194,7 @@ class Router:
         route.load.last_used_ns = times.answered_ns = time.monotonic_ns()
         return route, answer
 
-    def _ask(self, route: ModelRoute, request: InferenceInput, timeout_s: float) -> Awaitable[Answer]:
+    def _ask(self, route: ModelRoute, request: InferenceRequest, timeout_s: float) -> Awaitable[Answer]:
         region = request.region
         worker = route.worker(self._max_queue, region)
         return worker.infer(

@@ -23,6 +23,7 @@ from runtime.requestjson import (
     Parameters,
     decode_json,
 )
+from runtime.router import InferenceRequest
 from runtime.wire import (
     DATATYPES,
     LENGTH,
@@ -108,22 +109,6 @@ def binary_output(where: str, parameters: Parameters, name: str, *, default: boo
 def shorten(name: str) -> str:
     """Return a client's name, shortened for a message."""
     return plain_text(name, _SHOWN_BYTES)
-
-
-class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
-    """A decoded request.
-
-    Without `outputs`, all outputs are requested. `text` is the form of those that are not listed: JSON, or
-    else binary. `timeout_us` is the client's timeout in microseconds, or None. `region` is
-    where binary tensors lie, if that is the memory that a worker shares.
-    """
-
-    id: str | None
-    timeout_us: int | None
-    tensors: tuple[Tensor, ...]
-    outputs: tuple[WantedOutput, ...]
-    text: bool
-    region: Region | None = None
 
 
 def header_length(fields: Sequence[str] | str | None) -> int | None:

@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from runtime.process.pool import reading_bytes
 from runtime.process.sharedmemory import SHARED_FROM_BYTES, Region
 from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES
-from runtime.router import ModelNotLoaded, ModelRoute, ModelUnloading, Router
+from runtime.router import InferenceRequest, ModelNotLoaded, ModelRoute, ModelUnloading, Router
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer, Tensor
 from server.api.models import find_signature
@@ -30,7 +30,6 @@ from server.http.validation import path_parameters
 from server.routing import Access, Routes
 from server.v2.codec import (
     HEADER_LENGTH,
-    InferenceRequest,
     decode_raw,
     decode_request,
     encode_response,

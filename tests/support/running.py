@@ -29,10 +29,9 @@ from runtime.consumer.loads import RunningLoad
 from runtime.consumer.usage import PendingDemand
 from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
-from runtime.process.sharedmemory import Region
 from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.router import Router
+from runtime.router import InferenceRequest, Router
 from runtime.scheduler.view import Policy
 from runtime.statistics import InferenceTimes
 from runtime.store.contents import ModelContents
@@ -67,16 +66,6 @@ class Clock:
 def stopped_clock() -> Clock:
     """Make a clock by which nothing is due until a test lets time pass, however slow the machine is."""
     return Clock(stands_at=utc_now())
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a model is asked, as the HTTP handler's requests are."""
-
-    tensors: Sequence[Tensor]
-    outputs: tuple[WantedOutput, ...] = ()
-    text: bool = False
-    region: Region | None = None
 
 
 @dataclass
@@ -211,7 +200,7 @@ class Engine:
         self, model_id: str, *tensors: Tensor, outputs: Sequence[str] = (), timeout_s: float = LIMIT_S
     ) -> Sequence[Tensor]:
         """Run an inference; returns the outputs, as raw bytes."""
-        question = Asked(tensors, tuple(map(WantedOutput, outputs)))
+        question = InferenceRequest(None, None, tuple(tensors), tuple(map(WantedOutput, outputs)))
         times = InferenceTimes(time.monotonic_ns())
         route, (outcome, answer) = await self.router.infer(model_id, None, question, timeout_s, times)
         route.count_answer(outcome, times)

@@ -14,6 +14,7 @@ from support.history import PLAIN
 
 from runtime import requestjson
 from runtime.errors import InvalidInput
+from runtime.router import InferenceRequest
 from runtime.wire import (
     DATATYPES,
     MAX_NAME_CHARACTERS,
@@ -37,7 +38,7 @@ def request_of(*inputs: Any, data: bytes = b"", **members: Any) -> tuple[bytes, 
     return text + data, len(text) if data else None
 
 
-def decode(*inputs: Any, **members: Any) -> codec.InferenceRequest:
+def decode(*inputs: Any, **members: Any) -> InferenceRequest:
     return codec.decode_request(*request_of(*inputs, **members))
 
 
@@ -86,7 +87,7 @@ def test_request_is_decoded_as_written(drawn: list[Tensor]) -> None:
     text = f'{{"id": "7", "inputs": [{", ".join(map(written, drawn))}]}}'.encode()
     payload = b"".join(item.data for item in drawn if not item.text)
     request = codec.decode_request(text + payload, len(text))
-    assert request == codec.InferenceRequest("7", None, tuple(drawn), (), text=True)
+    assert request == InferenceRequest("7", None, tuple(drawn), (), text=True)
     assert encode(Infer(1, heads(request.tensors)), request.tensors)
     if not payload:
         assert codec.decode_request(text) == request
@@ -430,7 +431,7 @@ def test_raw_body_determines_the_variable_dimension() -> None:
         body = bytes(range(size))
         request = codec.decode_raw(body, [spec(*shape)])
         tensors = (Tensor("x", "FP32", expected, body),)
-        assert request == codec.InferenceRequest(None, None, tensors, (), text=False)
+        assert request == InferenceRequest(None, None, tensors, (), text=False)
         assert heads(request.tensors)
 
 
