@@ -151,16 +151,6 @@ class ServerProblem(Exception):
         self.http_headers: Mapping[str, str] = http_headers or {}
 
 
-class AnsweredRefusal(Exception):
-    """Another node has refused the request; its answer is passed on as it is."""
-
-    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        super().__init__(status)
-        self.status = status
-        self.headers = headers
-        self.body = body
-
-
 @dataclass(frozen=True, slots=True)
 class Problem:
     """An error answer before it is serialised."""
@@ -229,8 +219,6 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
 
 def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
     """Return the answer to an error; raises it again if the answer has already begun."""
-    if isinstance(error, AnsweredRefusal):
-        return web.Response(status=error.status, headers=error.headers, body=error.body)
     problem = problem_of(error)
     if request.writer.output_size > 0:
         # A second status line in the middle of a stream would be read as data: break the connection instead.

@@ -230,7 +230,7 @@ def rotate(data: Path, *, as_json: bool) -> None:
     from server.auth import keys  # noqa: PLC0415 - as above
 
     with report_problems():
-        kid = keys.rotate(data)
+        kid = keys.create_key(data)
     print_result({"kid": kid}, [kid], as_json=as_json)
 
 

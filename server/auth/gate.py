@@ -379,17 +379,20 @@ class Gate:
         return principal
 
     def try_credentials(self, request: web.BaseRequest, check: Callable[[], T]) -> T:
-        """Check credentials that are no token, such as the code of a sign-in link, as a token is checked.
+        """Check credentials: a token, or the code of a sign-in link.
+
+        Requests without credentials are not counted as failures: they guess nothing, and counting them would
+        lock out everybody behind the same address.
 
         Raises:
             TooManyFailures: `too_many_failures`.
-            InvalidToken: `invalid_token`, as `check` raises it; the failure is counted.
+            InvalidToken: `invalid_token`, or MalformedAuthorization, as `check` raises it; it is counted.
         """
         peer = self.proxies.peer(request)
         self.limits.check_peer(peer)
         try:
             return check()
-        except InvalidToken:
+        except (InvalidToken, MalformedAuthorization):
             self.limits.count_failure(peer)
             raise
 
@@ -399,15 +402,7 @@ class Gate:
             known = self.verifier.recall(fields[0][len(_SCHEME) :].strip(" "), now)
             if known is not None:
                 return known
-        peer = self.proxies.peer(request)
-        self.limits.check_peer(peer)
-        try:
-            return self.verifier.verify(bearer_token(fields), now)
-        except (InvalidToken, MalformedAuthorization):
-            # Requests without credentials are not counted: they guess nothing, and counting them would lock
-            # out everybody behind the same address.
-            self.limits.count_failure(peer)
-            raise
+        return self.try_credentials(request, lambda: self.verifier.verify(bearer_token(fields), now))
 
     def _authenticate_forwarded(
         self, request: web.BaseRequest, nodes: NodeTokens, model_id: str | None

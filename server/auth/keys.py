@@ -112,6 +112,8 @@ def ensure_data_dir(data: Path) -> None:
 
 
 def create_key(data: Path, now: datetime | None = None) -> str:
+    """Create a key that signs new tokens, and return its kid; earlier ones verify until they are revoked."""
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = keys_folder(data)
     with suppress(FileExistsError):
         _make_folder(folder)
@@ -122,12 +124,6 @@ def create_key(data: Path, now: datetime | None = None) -> str:
     kid = f"{stamp.strftime(_STAMP)}-{secrets.token_hex(4)}"
     _write_new(folder / f"{kid}.pem", _new_pem())
     return kid
-
-
-def rotate(data: Path) -> str:
-    """Create a key that signs new tokens; earlier ones verify until they are revoked."""
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return create_key(data)
 
 
 def revoke(data: Path, kid: str) -> None:

@@ -14,7 +14,7 @@ from aiohttp import hdrs, web
 from server.appkeys import GATE
 from server.auth.ratelimit import QUOTA
 from server.errors import error_response
-from server.http.responses import add_standard_fields
+from server.http.responses import DirectResponse, add_standard_fields
 from server.observability.output import REQUEST_ID, begin_context
 from server.observability.requestlog import HTTP_COUNTS
 from server.routing import Access, LimitClass, RequestHandler, wrap_handler
@@ -24,11 +24,8 @@ from server.v2.inference import infer
 _INFER = re.compile(r"/v2/models/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/versions/([1-9][0-9]{0,8}))?/infer")
 """The version has as many digits as fit into any integer; the router's path refuses others with a reason."""
 
-_ACTION, _ACTION_OF_VERSION = "POST /v2/models/{id}/infer", "POST /v2/models/{id}/versions/{version}/infer"
-"""The names of the routes, for denials in the ledger."""
-_PATH, _PATH_OF_VERSION = (action.removeprefix("POST ") for action in (_ACTION, _ACTION_OF_VERSION))
-_ANSWERED, _ANSWERED_OF_VERSION = (("POST", path, "2xx") for path in (_PATH, _PATH_OF_VERSION))
-"""The keys that count an answer: method, path and class of status."""
+_PATH, _PATH_OF_VERSION = "/v2/models/{id}/infer", "/v2/models/{id}/versions/{version}/infer"
+"""The paths of the routes, for counts and for denials in the ledger."""
 
 
 def add_fast_path(server: web.Server, app: web.Application) -> None:
@@ -42,25 +39,26 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
             if found is None or hdrs.EXPECT in request.headers:
                 return await router_path(request)
             model_id, version = found.groups()
+            path = _PATH_OF_VERSION if version else _PATH
+            response: web.StreamResponse
             try:
-                action = _ACTION_OF_VERSION if version else _ACTION
-                await gate.admit(request, Access.PREDICT, LimitClass.INFERENCE, action, model_id)
-                answer = await answer_inference(request, app, model_id, int(version) if version else None)
+                await gate.admit(request, Access.PREDICT, LimitClass.INFERENCE, f"POST {path}", model_id)
+                response = await answer_inference(request, app, model_id, int(version) if version else None)
             except asyncio.CancelledError:
-                counts.count_aborted("POST", _PATH_OF_VERSION if version else _PATH)
+                counts.count_aborted("POST", path)
                 raise
             except Exception as error:  # noqa: BLE001 - every error becomes a response, as in the middlewares
-                context = begin_context(request)
                 response = error_response(request, error)
-                response.headers[REQUEST_ID] = context.request_id
-                quota = request.get(QUOTA)
-                response.headers.update(quota.headers() if quota is not None else {})
-                add_standard_fields(response)
-                gate.proxies.relocate(request, response)
-                counts.count_response("POST", _PATH_OF_VERSION if version else _PATH, response)
+            if isinstance(response, DirectResponse):
+                counts.requests["POST", path, "2xx"] += 1
                 return response
-            counts.requests[_ANSWERED_OF_VERSION if version else _ANSWERED] += 1
-            return answer
+            response.headers[REQUEST_ID] = begin_context(request).request_id
+            quota = request.get(QUOTA)
+            response.headers.update(quota.headers() if quota is not None else {})
+            add_standard_fields(response)
+            gate.proxies.relocate(request, response)
+            counts.count_response("POST", path, response)
+            return response
 
         return handle
 

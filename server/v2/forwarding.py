@@ -33,7 +33,7 @@ from server.auth.gate import FORWARDED, POSITION, PRINCIPAL, Principal
 from server.auth.peers import CATCH_UP_S, Peers, read_position
 from server.auth.ratelimit import QUOTA
 from server.config import MAX_BODY_BYTES
-from server.errors import ANSWERING_NODE, NODE, AnsweredRefusal, ServerProblem
+from server.errors import ANSWERING_NODE, NODE, ServerProblem
 from server.http.bodies import Bodies, Share, read_body
 from server.http.connection import read_body_into
 from server.http.responses import DirectResponse
@@ -190,7 +190,6 @@ class Forwarder:
             answer_here: answers it at this node.
 
         Raises:
-            AnsweredRefusal: the other node has refused.
             ModelMoved: `model_not_loaded`, the request was forwarded here, and the model is elsewhere.
             NodeUnreachable: `node_unreachable`.
             InferenceTimeout: `inference_timeout`.
@@ -387,19 +386,12 @@ async def _whole(body: Buffer) -> AsyncGenerator[Buffer, None]:
 
 
 def _respond(request: web.BaseRequest, reply: _Reply, share: Share) -> web.StreamResponse:
-    """Return the answer of another node for the client.
-
-    Raises:
-        AnsweredRefusal: it has no success.
-    """
+    """Return the answer of another node for the client, with its own error body if it has refused."""
     fields = _returned_fields(request, reply)
     if reply.status == HTTPStatus.OK and request.method == hdrs.METH_POST:
         return DirectResponse(fields, reply.parts, share)
-    body = b"".join(reply.parts)
-    if reply.status != HTTPStatus.OK:
-        raise AnsweredRefusal(reply.status, fields, body)
     share.give_back()
-    return web.Response(body=body, headers=fields)
+    return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
 
 
 def _returned_fields(request: web.BaseRequest, reply: _Reply) -> dict[str, str]:

@@ -190,7 +190,7 @@ def test_pod_drains_its_node_within_the_grace_period(monkeypatch: pytest.MonkeyP
 
 
 def test_mounted_keys_sign_and_verify_at_every_node(tmp_path: Path) -> None:
-    keys.rotate(tmp_path / "new")
+    keys.create_key(tmp_path / "new")
     nodes = [tmp_path / "loadledger-0", tmp_path / "loadledger-1"]
     for data in nodes:
         mount_secret(tmp_path / "new" / "keys", data / "keys")

@@ -21,7 +21,7 @@ from loadledger import Client
 from server.api.nodes import node_views
 from server.app import create_app
 from server.appkeys import PEERS
-from server.auth.keys import keys_folder, rotate
+from server.auth.keys import create_key, keys_folder
 from server.config import Config, ConfigError
 
 
@@ -111,7 +111,7 @@ async def test_node_goes_on_while_its_keys_are_replaced(ledger: Database, tmp_pa
         assert peers.untrusted() == set()
         with pytest.raises(LogUnavailable, match=r"cannot join: .* has no key"):
             peers.open_signer()
-        rotate(a.api.config.data)
+        create_key(a.api.config.data)
         await until(lambda: len(peers._ring.list_keys(time.time())) == 1)
         assert peers.untrusted() == set()
 

@@ -26,7 +26,7 @@ from events.types import SYSTEM, AccessDenied
 from server.app import all_routes
 from server.appkeys import GATE
 from server.auth.gate import MAX_EVENTS, NO_ROUTE, OTHER, Denials
-from server.auth.keys import list_keys, revoke, rotate
+from server.auth.keys import create_key, list_keys, revoke
 from server.auth.ratelimit import Windows, peer_of
 from server.config import Config, RateLimit
 from server.errors import QUOTA_EXCEEDED
@@ -257,7 +257,7 @@ async def test_known_token_passes_the_limit_of_its_address(limited: Limited) -> 
         return (await client.get("/x", headers=headers)).status
 
     revoked, revoked_kid = bearer(config), list_keys(config.data)[0].kid
-    rotate(config.data)
+    create_key(config.data)
     known, expired, new = bearer(config), bearer(config, expires_s=60), bearer(config, subject="carol")
     other_spelling = {"Authorization": known["Authorization"].replace("Bearer ", "bEARER  ")}
     for expected in (401, 429):

@@ -42,7 +42,7 @@ def test_data_directory_is_private_and_kept(data: Path) -> None:
 
 def test_newest_key_signs_and_others_stay(data: Path) -> None:
     (first,) = kids(data)
-    kid = keys.rotate(data)
+    kid = keys.create_key(data)
     assert [(key.kid, key.signs) for key in keys.list_keys(data)] == [(first, False), (kid, True)]
     token = keys.sign_token(data, "alice", ["admin", "audit"], expires_s=60, audience="here", issuer="us")
     assert jwt.get_unverified_header(token) == {"alg": "EdDSA", "kid": kid, "typ": "JWT"}
@@ -62,7 +62,7 @@ def test_new_key_is_the_newest_when_the_clock_is_set_back(data: Path) -> None:
 
 def test_revoked_key_is_gone_until_another_is_made(data: Path) -> None:
     (first,) = kids(data)
-    kid = keys.rotate(data)
+    kid = keys.create_key(data)
     keys.revoke(data, first)
     assert kids(data) == [kid]
     with pytest.raises(keys.KeyProblem, match="no key"):
@@ -99,8 +99,8 @@ def test_files_that_root_creates_belong_to_the_directory_s_owner(tmp_path: Path)
     data = tmp_path / "owned"
     data.mkdir(mode=0o700)
     os.chown(data, 12345, 12346)
-    keys.rotate(data)
-    keys.rotate(data)
+    keys.create_key(data)
+    keys.create_key(data)
     created = sorted(data.rglob("*"))
     assert [path.name for path in created if path.suffix != ".pem"] == ["keys"]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in created} == {(12345, 12346)}

@@ -23,12 +23,12 @@ from server.auth.gate import InvalidToken, Principal, Verifier, create_verifier
 from server.auth.keys import (
     KeyProblem,
     KeyRing,
+    create_key,
     keys_folder,
     list_keys,
     load_private_key,
     read_public_keys,
     revoke,
-    rotate,
 )
 from server.config import Config
 from server.routing import Access
@@ -227,7 +227,7 @@ def test_kid_cannot_name_another_file(config: Config, kid: object) -> None:
 
 def test_key_change_takes_effect_within_a_second(config: Config, known: Known) -> None:
     assert known.verifier.verify(known.token, known.now) == Principal("alice", frozenset({"admin"}))
-    rotate(config.data)
+    create_key(config.data)
     new = signed(config)
     assert [known.is_valid(0, new), known.is_valid(1, new), known.is_valid(1)] == [False, True, True]
     revoke(config.data, list_keys(config.data)[0].kid)
