@@ -188,9 +188,8 @@ class Consumer:
             return
         is_late = isinstance(action, FailLoad) and action.code == TIMEOUT
         if is_late and stall_detector().has_just_resumed():
-            await asyncio.sleep(
-                LAST_READ_S
-            )  # its workers may have reported, in a socket that is not read yet
+            # Its workers may have reported, in a socket that is not read yet.
+            await asyncio.sleep(LAST_READ_S)
             return
         try:
             await self._executor.execute(action)
