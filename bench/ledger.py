@@ -208,13 +208,13 @@ async def append_all(
     """
     ends = [0]
     await log.open()
-    committed = log.subscribe()
 
     async def watch() -> None:
-        while True:
-            committed.clear()
-            await committed.wait()
-            ends.append(log.head.position)
+        with log.subscribed() as committed:
+            while True:
+                committed.clear()
+                await committed.wait()
+                ends.append(log.head.position)
 
     async def tell(facts: list[Record]) -> None:
         for fact in facts:

@@ -11,8 +11,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -322,29 +322,29 @@ class Log:
         self._is_started = False
         return await self.submit(Record((Draft(self._new_id(), ServerStopped(), SYSTEM),)))
 
-    def subscribe(self) -> asyncio.Event:
-        """Return an event that each commit sets; the subscriber clears it before it reads."""
-        wakeup = asyncio.Event()
+    @contextmanager
+    def subscribed(self, wakeup: asyncio.Event | None = None) -> Iterator[asyncio.Event]:
+        """Give an event, the caller's or a new one, that each commit sets; clear it before you read."""
+        wakeup = wakeup or asyncio.Event()
         self._wakeups.add(wakeup)
-        return wakeup
+        try:
+            yield wakeup
+        finally:
+            self._wakeups.discard(wakeup)
 
-    def unsubscribe(self, wakeup: asyncio.Event) -> None:
-        self._wakeups.discard(wakeup)
+    async def wait_until(self, holds: Callable[[], bool], limit_s: float | None) -> bool:
+        """Wait until a condition holds after a commit; return False if the time is up before."""
+        with self.subscribed() as wakeup, suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while not holds():
+                    wakeup.clear()
+                    await wakeup.wait()
+                return True
+        return False
 
     async def wait_for(self, position: int, limit_s: float) -> None:
         """Wait until the state has an event, for a limited time."""
-        if self.state.position >= position:
-            return
-        wakeup = self.subscribe()
-        try:
-            async with asyncio.timeout(limit_s):
-                while self.state.position < position:
-                    wakeup.clear()
-                    await wakeup.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self.unsubscribe(wakeup)
+        await self.wait_until(lambda: self.state.position >= position, limit_s)
 
     def notify(self) -> None:
         """Wake all subscribers; a wakeup carries no data, so a lost one loses nothing."""

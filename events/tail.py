@@ -173,15 +173,14 @@ class Tails:
 
     async def run(self) -> None:
         """Follow the log until cancelled; a defect closes all tails, so that none waits for ever."""
-        wakeup = self._log.subscribe()
         try:
-            while True:
-                await self._follow()
-                await asyncio.sleep(self._pace_s)
-                await wakeup.wait()
-                wakeup.clear()
+            with self._log.subscribed() as wakeup:
+                while True:
+                    await self._follow()
+                    await asyncio.sleep(self._pace_s)
+                    await wakeup.wait()
+                    wakeup.clear()
         finally:
-            self._log.unsubscribe(wakeup)
             self.close()
 
     def close(self) -> None:
@@ -212,17 +211,10 @@ class Tails:
         await self._log.reach(after)
         if after <= self.head:
             return
-        wakeup = self._log.subscribe()
-        try:
-            page = await self._follower.event_page(EventQuery(after=after, limit=1))
-            async with asyncio.timeout(REACHED_S if page.as_of >= after else 0):
-                while after > self.head:
-                    wakeup.clear()
-                    await wakeup.wait()
-        except TimeoutError:
-            raise beyond_head(after, self.head) from None
-        finally:
-            self._log.unsubscribe(wakeup)
+        page = await self._follower.event_page(EventQuery(after=after, limit=1))
+        limit_s = REACHED_S if page.as_of >= after else 0
+        if not await self._log.wait_until(lambda: after <= self.head, limit_s):
+            raise beyond_head(after, self.head)
 
     @contextmanager
     def open(self, after: int | None = None, event_filter: EventFilter = EVERYTHING) -> Iterator[Tail]:

@@ -221,20 +221,18 @@ class Router:
             WorkerDied: `worker_died`, the given one, if that takes too long.
             ModelNotLoaded: the model is not reloaded.
         """
-        wakeup = self._log.subscribe()
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + timeout_s
         try:
-            async with asyncio.timeout_at(ends_at):
-                while True:
-                    wakeup.clear()
-                    with suppress(ModelRecovering):
-                        return self.route(model_id, version), ends_at - loop.time()
-                    await wakeup.wait()
+            with self._log.subscribed() as wakeup:
+                async with asyncio.timeout_at(ends_at):
+                    while True:
+                        wakeup.clear()
+                        with suppress(ModelRecovering):
+                            return self.route(model_id, version), ends_at - loop.time()
+                        await wakeup.wait()
         except TimeoutError:
             raise death from None
-        finally:
-            self._log.unsubscribe(wakeup)
 
     def find_node(self, model_id: str) -> Node | None:
         """Return the present, trusted node at which a model is loaded; None if there is none, or no nodes."""

@@ -87,7 +87,7 @@ class Consumer:
         self.policy = policy
         self._demand = demand
         self._under_pressure = under_pressure
-        self._wakeup = log.subscribe()
+        self._wakeup = asyncio.Event()
         self._demand.on_end = self._wakeup.set
         self._stopping = False
         self._decision = Decision()
@@ -111,10 +111,10 @@ class Consumer:
         """Work until `stop`; the server must exit if this ends before."""
         monitoring = asyncio.create_task(self._monitor.run(), name="upkeep")
         try:
-            while not self._stopping:
-                await self._step()
+            with self._log.subscribed(self._wakeup):
+                while not self._stopping:
+                    await self._step()
         finally:
-            self._log.unsubscribe(self._wakeup)
             monitoring.cancel()
             await self._cancel_effects()
             await asyncio.wait([monitoring])

@@ -116,15 +116,13 @@ class Uploads:
 
     async def _follow(self) -> None:
         """Finish changes whose outcome was unknown, and those of nodes that ended, once the log tells."""
-        wakeup, nodes = self._log.subscribe(), self._log.state.nodes
-        try:
+        nodes = self._log.state.nodes
+        with self._log.subscribed() as wakeup:
             while await wakeup.wait():
                 wakeup.clear()
                 if self._unknown or self._log.state.nodes is not nodes:
                     nodes, self._is_recovered = self._log.state.nodes, False
                     await self._try_to_recover()
-        finally:
-            self._log.unsubscribe(wakeup)
 
     async def _try_to_recover(self) -> None:
         try:

@@ -6,7 +6,6 @@ fields are ignored: that protocol does not have them.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
@@ -374,16 +373,7 @@ async def _submit(app: web.Application, command: Command, seconds: float | None)
     if seconds == 0:
         return await _find_job(app, job_id)
     log, stopping = app[LOG], app[STOPPING]
-    wakeup = log.subscribe()
-    try:
-        async with asyncio.timeout(seconds):
-            while job_id in log.state.jobs and not stopping.is_set():
-                wakeup.clear()
-                await wakeup.wait()
-    except TimeoutError:
-        pass
-    finally:
-        log.unsubscribe(wakeup)
+    await log.wait_until(lambda: job_id not in log.state.jobs or stopping.is_set(), seconds)
     return await _find_job(app, job_id)
 
 

@@ -200,20 +200,19 @@ class Streams:
 
     async def run(self) -> None:
         """Wake streams for stages and heartbeats; if this task fails, all streams end."""
-        self._wakeup = self._log.subscribe()
         try:
-            while True:
-                await self._pause()
-                if self.tails.closed:
-                    self._shorten_timeouts()
-                if self._open and self.stages.refresh():
-                    self.tails.wake()
-                now = asyncio.get_running_loop().time()
-                for stream in self._open:
-                    if stream.heartbeat_due <= now:
-                        stream.wake()
+            with self._log.subscribed(self._wakeup):
+                while True:
+                    await self._pause()
+                    if self.tails.closed:
+                        self._shorten_timeouts()
+                    if self._open and self.stages.refresh():
+                        self.tails.wake()
+                    now = asyncio.get_running_loop().time()
+                    for stream in self._open:
+                        if stream.heartbeat_due <= now:
+                            stream.wake()
         finally:
-            self._log.unsubscribe(self._wakeup)
             self.tails.close()
             self._shorten_timeouts()
 

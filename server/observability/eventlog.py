@@ -67,18 +67,16 @@ class EventLogger:
 
     async def run(self) -> None:
         """Log events until `close`, and then those that were recorded by then; log a defect and end."""
-        wakeup = self._log.subscribe()
         try:
-            while not self._closing:
+            with self._log.subscribed() as wakeup:
+                while not self._closing:
+                    await self._catch_up()
+                    await asyncio.sleep(PACE_S)
+                    await wakeup.wait()
+                    wakeup.clear()
                 await self._catch_up()
-                await asyncio.sleep(PACE_S)
-                await wakeup.wait()
-                wakeup.clear()
-            await self._catch_up()
         except Exception:  # noqa: BLE001 - a defect here costs log lines, nothing else
             _log.exception("events are not logged any more; the server goes on")
-        finally:
-            self._log.unsubscribe(wakeup)
 
     def close(self) -> None:
         self._closing = True

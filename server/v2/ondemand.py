@@ -242,20 +242,21 @@ class OnDemand:
 
     async def _attempt(self, demand: Demand, subject: str) -> Exception | None:
         """Load a model for all its waiters; return their error, None if it is ready or none is left."""
-        attempt, wakeup = _Attempt(demand, subject), self.log.subscribe()
+        attempt = _Attempt(demand, subject)
         try:
-            while True:
-                wakeup.clear()
-                if self.stopping.is_set():
-                    return ServerStops()
-                if self._is_loaded(demand[0]) or (not self._waiting[demand] and attempt.own_job is None):
-                    return None
-                if self._is_in_progress(attempt):
-                    await wakeup.wait()
-                elif attempt.watched_job is not None:
-                    await self._conclude(attempt, attempt.watched_job)
-                else:
-                    await self._request_load(attempt)
+            with self.log.subscribed() as wakeup:
+                while True:
+                    wakeup.clear()
+                    if self.stopping.is_set():
+                        return ServerStops()
+                    if self._is_loaded(demand[0]) or (not self._waiting[demand] and attempt.own_job is None):
+                        return None
+                    if self._is_in_progress(attempt):
+                        await wakeup.wait()
+                    elif attempt.watched_job is not None:
+                        await self._conclude(attempt, attempt.watched_job)
+                    else:
+                        await self._request_load(attempt)
         except (*_PASSED_ON, DemandFailed) as problem:
             return problem
         except Exception as error:  # noqa: BLE001 - or its waiters would wait forever
@@ -263,7 +264,6 @@ class OnDemand:
             return error
         finally:
             del self._attempts[demand]
-            self.log.unsubscribe(wakeup)
 
     def _is_in_progress(self, attempt: _Attempt) -> bool:
         """Return whether a load, an unload or a reload of the model is in progress.

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sqlite3
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -331,22 +331,23 @@ async def test_death_of_writer_fails_all_callers(path: Path) -> None:
 
 
 async def test_commit_and_close_wake_subscribers(path: Path) -> None:
-    async with opened(path) as log:
-        one, other = log.subscribe(), log.subscribe()
-        await write(log, 1)
+    with ExitStack() as stack:
+        async with opened(path) as log:
+            one = stack.enter_context(log.subscribed())
+            with log.subscribed() as other:
+                await write(log, 1)
+                assert one.is_set()
+                assert other.is_set()
+            one.clear()
+            other.clear()
+            await log.submit(load())
+            await log.submit(load())
+            assert one.is_set()
+            assert not other.is_set()
+            one.clear()
+            await log.submit(load())  # which appends nothing
+            assert not one.is_set()
         assert one.is_set()
-        assert other.is_set()
-        one.clear()
-        log.unsubscribe(other)
-        other.clear()
-        await log.submit(load())
-        await log.submit(load())
-        assert one.is_set()
-        assert not other.is_set()
-        one.clear()
-        await log.submit(load())  # which appends nothing
-        assert not one.is_set()
-    assert one.is_set()
 
 
 # When models were last used: notes beside the log.

@@ -118,9 +118,9 @@ def _facts() -> list[Record]:
 
 async def test_notes_last_and_are_no_events(open_log: Open, path: Path) -> None:
     async with open_log() as log:
-        wakeup = log.subscribe()
-        await log.note_last_use({MODEL: at(8)})
-        assert (log.head.position, wakeup.is_set()) == (0, False)
+        with log.subscribed() as wakeup:
+            await log.note_last_use({MODEL: at(8)})
+            assert (log.head.position, wakeup.is_set()) == (0, False)
         await asyncio.gather(log.note_last_use({MODEL: at(9)}), write(log, 3))
         assert log.head.position == 3
     async with open_log() as log:

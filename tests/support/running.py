@@ -139,17 +139,14 @@ class Engine:
 
     async def recorded(self, condition: Callable[[], bool]) -> None:
         """Wait until the recorded state is so; a consumer that died meanwhile is the failure."""
-        wakeup = self.log.subscribe()
-        self.applying.add_done_callback(lambda _: wakeup.set())
-        try:
+        with self.log.subscribed() as wakeup:
+            self.applying.add_done_callback(lambda _: wakeup.set())
             async with asyncio.timeout(LIMIT_S):
                 while not condition():
                     if self.applying.done():
                         self.applying.result()
                     wakeup.clear()
                     await wakeup.wait()
-        finally:
-            self.log.unsubscribe(wakeup)
 
     async def becomes(self, model_id: str, state: ModelState) -> Model:
         """Wait until a model is in this state."""

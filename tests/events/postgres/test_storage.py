@@ -88,10 +88,8 @@ async def test_idle_server_hears_what_another_appends(ledger: Database, tmp_path
         opened_replica(ledger.server_url, tmp_path / "a") as one,
         opened_replica(ledger.server_url, tmp_path / "b") as other,
     ):
-        wakeup = other.subscribe()
         await one.submit(load("1"))
-        async with asyncio.timeout(LIMIT_S):
-            await wakeup.wait()
+        assert await other.wait_until(lambda: MODEL in other.state.queues, LIMIT_S)
         assert other.state.queues.keys() == {MODEL}
 
 
