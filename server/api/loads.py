@@ -23,6 +23,7 @@ from runtime.filesystem import REQUEST_LIMIT_S
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import MAX_VERSION, Repository
 from runtime.store.contents import Contents, ModelContents
+from runtime.timeouts import PROGRESS_TIMEOUT_S
 from server.api.schemas import about
 from server.appkeys import CONFIG, CONTENTS
 from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
@@ -52,7 +53,7 @@ class LoadBodySchema(Schema):
         **about(
             "Seconds that the load, once it has started, may make no progress; then it fails with "
             "`no_progress`. Progress is a further stage, or a piece of a file that is copied or hashed. "
-            "Default: 300."
+            f"Default: {PROGRESS_TIMEOUT_S}."
         ),
     )
     memory_limit_bytes = StrictInteger(
