@@ -158,7 +158,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
     add_routes(app, routes)
     app[CONFIG] = config
     app[GATE] = gate
-    app[BODIES] = Bodies(MAX_BODIES_BYTES, config.max_json_bytes)
+    app[BODIES] = Bodies(MAX_BODIES_BYTES)
     app[OPENAPI] = partial(_openapi, config.metrics)
     app[STOPPING] = asyncio.Event()
     app[RESOURCES_CACHE] = ResourcesCache()

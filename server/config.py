@@ -436,8 +436,6 @@ class Config:
     timeout_s: int = fixed(300)
     """Of a load, waiting included, unless its request or its loadledger.toml says otherwise."""
     progress_timeout_s: int = fixed(PROGRESS_TIMEOUT_S)
-    max_json_bytes: int = fixed(MAX_BODY_BYTES)
-    """Of the JSON of an inference, after decompression."""
     inference_grace_s: float = fixed(INFERENCE_GRACE_S)
     inference_queue: int = fixed(1024)
     """Inferences of one model that may be queued or running: more wait longer than clients do."""

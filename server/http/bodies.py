@@ -56,14 +56,9 @@ class BodiesFull(ServerProblem):
 
 
 class Bodies:
-    """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it.
+    """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it."""
 
-    Attributes:
-        max_json_bytes: of the JSON of an inference, after decompression.
-    """
-
-    def __init__(self, max_bytes: int, max_json_bytes: int) -> None:
-        self.max_json_bytes = max_json_bytes
+    def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._by_subject = Counter[str]()
         self._turns = WeakValueDictionary[str, asyncio.Lock]()

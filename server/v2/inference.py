@@ -22,7 +22,7 @@ from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA, Quota
 from server.config import MAX_BODY_BYTES
 from server.errors import ServerProblem
-from server.http.bodies import BodyTooLarge, Share, read_body
+from server.http.bodies import Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
 from server.http.responses import DirectResponse
@@ -53,19 +53,6 @@ class NotReady(ServerProblem):
     """The model is not ready."""
 
     code = "not_ready"
-
-
-class JsonTooLarge(ServerProblem):
-    """The JSON of the request is longer than the server takes."""
-
-    code = "body_too_large"
-
-    def __init__(self, max_bytes: int) -> None:
-        super().__init__(
-            f"the JSON of an inference must not be larger than {max_bytes} bytes; send"
-            f" tensors in binary: with the binary tensor data extension ({HEADER_LENGTH}), a body may have"
-            f" {MAX_BODY_BYTES} bytes"
-        )
 
 
 _INFER_ERRORS = (
@@ -212,28 +199,17 @@ async def _receive(
     """Return the body.
 
     Raises:
-        BodyTooLarge: `body_too_large`.
-        JsonTooLarge: `body_too_large`; of a compressed body, no more than the limit was decompressed.
+        BodyTooLarge: `body_too_large`; of a compressed body, no more than the limit was decompressed.
+        BodiesFull: `bodies_full`.
     """
-    most = app[BODIES].max_json_bytes
     header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
-    region = None
-    if header_bytes is None:
-        try:
-            content: Buffer = await _read_decompressed(request, share, most)
-        except BodyTooLarge:
-            raise JsonTooLarge(most) from None
-    elif header_bytes > most:
-        raise JsonTooLarge(most)
+    tensor_bytes = 0 if header_bytes is None else _expected_tensor_bytes(request, header_bytes)
+    region = app[ROUTER].reserve(model_id, version, tensor_bytes) if tensor_bytes else None
+    if header_bytes is not None and region is not None:
+        share.take(header_bytes + len(region.buffer))
+        content: Buffer = await read_body_into(request, header_bytes, region.buffer)
     else:
-        tensor_bytes = _expected_tensor_bytes(request, header_bytes)
-        if tensor_bytes:
-            region = app[ROUTER].reserve(model_id, version, tensor_bytes)
-        if region is None:
-            content = await _read_decompressed(request, share, MAX_BODY_BYTES)
-        else:
-            share.take(header_bytes + len(region.buffer))
-            content = await read_body_into(request, header_bytes, region.buffer)
+        content = await _read_decompressed(request, share)
     json_bytes = len(content) if header_bytes is None else min(header_bytes, len(content))
     return _Body(content, header_bytes, json_bytes, region)
 
@@ -246,10 +222,11 @@ def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int) -> int:
     return tensor_bytes if SHARED_FROM_BYTES <= tensor_bytes <= MAX_BODY_BYTES else 0
 
 
-async def _read_decompressed(request: web.BaseRequest, share: Share, max_bytes: int) -> bytes:
-    body, encoding = await read_body(request, max_bytes, share), request.headers.get(hdrs.CONTENT_ENCODING)
+async def _read_decompressed(request: web.BaseRequest, share: Share) -> bytes:
+    body = await read_body(request, MAX_BODY_BYTES, share)
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is not None:
-        body = await decompress(body, encoding, max_bytes)
+        body = await decompress(body, encoding, MAX_BODY_BYTES)
         share.take(len(body))
     return body
 

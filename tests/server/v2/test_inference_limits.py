@@ -127,7 +127,7 @@ async def test_bodies_beyond_the_budget_are_refused(
 
 
 async def test_turns_of_a_subject_leave_time_to_others() -> None:
-    bodies, seen = Bodies(2**20, 2**20), list[str]()
+    bodies, seen = Bodies(2**20), list[str]()
 
     async def decode(subject: str) -> None:
         async with bodies.turn(subject):
