@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from loadledger.address import path
-from loadledger.errors import NotFound, ServerError
+from loadledger.errors import Busy, ClientProblem, NotFound, ServerError
 from loadledger.inference import InferenceCall, InferenceResult, Inferences, Inputs
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.records import (
     AddedVersion,
     Event,
+    File,
     Head,
     Health,
     Job,
@@ -25,6 +26,7 @@ from loadledger.records import (
     Node,
     NodeList,
     Resources,
+    Stage,
 )
 from loadledger.requests import (
     CallContext,
@@ -34,7 +36,7 @@ from loadledger.requests import (
     get_request,
     post_request,
 )
-from loadledger.retries import fetch, send_request
+from loadledger.retries import fetch, fetch_with_retries, send_request
 from loadledger.stream import (
     EventSelection,
     JobPage,
@@ -46,9 +48,8 @@ from loadledger.stream import (
     present_parameters,
     repeated_parameter,
 )
-from loadledger.uploads import Progress, UploadBody, find_version_files, open_body
+from loadledger.uploads import FileBody, Progress, VersionSource, find_version_files, hash_files, make_key
 
-TAKEN = frozenset({"precondition_failed", "version_exists"})
 MAX_TAKEN = 3
 """Numbers that are tried if the next version's is taken by something that is no version yet."""
 UPLOAD_ANSWER_S = 300.0
@@ -158,38 +159,67 @@ class Operations:
     ) -> AddedVersion:
         """Put a version into the server's repository, and return it.
 
+        The files are sent one by one. After a failure, the same call sends those that the server lacks.
+
         Args:
             model_id: the model; it may be new.
             source: an ONNX file, with the files that it names; or a folder of a version, or of Hugging Face
                 with `onnx/model.onnx` (`loadledger.uploads.find_version_files`).
             version: its number; default: the highest plus 1.
-            on_progress: called with the bytes that were sent and their total.
+            on_progress: called with the bytes that were sent, and those of all files.
 
         Raises:
             ValueError: there is no model at the source, or several.
             OSError: a file cannot be read.
-            ServerError: the server refused: `precondition_failed` (the version exists), `not_onnx`,
+            ServerError: the server refused: `version_exists`, `not_onnx`,
                 `body_too_large`, `repository_read_only`, …
         """
-        found = await self._context.transport.call(lambda: find_version_files(Path(source)))
-        body = await self._context.transport.call(lambda: open_body(found, on_progress))
+        call = self._context.transport.call
+        found = await call(lambda: find_version_files(Path(source)))
+        digests = await call(lambda: hash_files(found))
         if version is not None:
-            return await self._put(model_id, version, body)
+            return await self._add_version(model_id, version, found, digests, on_progress)
         wanted = await self._next_version(model_id)
         for number in range(wanted, wanted + MAX_TAKEN):
             try:
-                return await self._put(model_id, number, body)
+                return await self._add_version(model_id, number, found, digests, on_progress)
             except ServerError as problem:  # a folder that is no version, or another upload
-                if problem.code not in TAKEN:
+                if problem.code != "version_exists":
                     raise
-        return await self._put(model_id, wanted + MAX_TAKEN, body)
+        return await self._add_version(model_id, wanted + MAX_TAKEN, found, digests, on_progress)
 
-    async def _put(self, model_id: str, version: int, body: UploadBody) -> AddedVersion:
-        target = f"/api/v1{path('models', model_id, 'versions', str(version))}"
-        request = Request(
-            "PUT", target, body.headers, upload=body, repeatable=False, timeout_s=UPLOAD_ANSWER_S
-        )
-        return await fetch(self._context, request, AddedVersion)
+    async def _add_version(
+        self,
+        model_id: str,
+        version: int,
+        source: VersionSource,
+        digests: Mapping[str, str],
+        on_progress: Progress | None,
+    ) -> AddedVersion:
+        """Send the files into a stage, without those that an earlier attempt has sent, and commit it."""
+        stages = f"/api/v1{path('models', model_id, 'versions', str(version), 'stages')}"
+        stage = await fetch(self._context, post_request(stages, key=make_key(digests)), Stage)
+        there, target, sent = {file.path: file.sha256 for file in stage.files}, stages + path(stage.id), 0
+        try:
+            for file in source.files:
+
+                def on_chunk(of_file: int, before: int = sent) -> None:
+                    if on_progress is not None:
+                        on_progress(before + of_file, source.bytes)
+
+                if there.get(file.path) != digests[file.path]:
+                    body = FileBody(file, digests[file.path], on_chunk)
+                    where = f"{target}/files{path(*file.path.split('/'))}"
+                    request = Request("PUT", where, body.headers, upload=body, timeout_s=UPLOAD_ANSWER_S)
+                    await fetch_with_retries(self._context, request, File, reached=True)
+                sent += file.bytes
+            commit = Request("POST", f"{target}/commit", repeatable=False, timeout_s=UPLOAD_ANSWER_S)
+            return await fetch(self._context, commit, AddedVersion)
+        except ServerError as problem:
+            if problem.status < HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(problem, Busy):
+                with suppress(ClientProblem):  # these files would be refused again
+                    await send_request(self._context, Request("DELETE", target))
+            raise
 
     async def _next_version(self, model_id: str) -> int:
         try:

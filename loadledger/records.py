@@ -83,6 +83,12 @@ class AddedVersion(msgspec.Struct, frozen=True):
     files: list[File]
 
 
+class Stage(AddedVersion, frozen=True):
+    """A version whose files are being sent, and those that the server has."""
+
+    id: str
+
+
 class CachedCopy(msgspec.Struct, frozen=True):
     """The optimised copy that the workers loaded."""
 

@@ -1,7 +1,6 @@
-"""The files of a version, given a file or a folder, and the body that uploads them.
+"""The files of a version, given a file or a folder, and the bytes that are sent of them.
 
-`find_version_files` looks; `open_body` hashes, and makes the body of a request, which is read while it is
-sent. A single file is sent as it is, several as a tar.
+`find_version_files` looks, `hash_files` hashes; a `FileBody` is read while it is sent.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import base64
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +18,9 @@ SHOWN = 4
 """Of several names, in a message."""
 CHUNK_BYTES = 2**20
 """Of a file that is read at once: few system calls, and progress is seen."""
-FILE_TYPE, TAR_TYPE = "application/octet-stream", "application/x-tar"
-BLOCK_BYTES = 512
-"""Of a tar, which ends with two empty blocks."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that were sent, and the bytes of the whole body."""
+"""Called with the bytes that were sent, and the bytes of all files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +105,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _with_external(source: Path, model: VersionFile, beside: Iterable[VersionFile]) -> VersionSource:
     """Add the files that a model names, which must lie beside or beneath it."""
     from runtime.onnxfields import TooManyFields, Unparsable  # noqa: PLC0415
-    from runtime.onnxfile import external_locations  # noqa: PLC0415
-    from runtime.uploads.outline import describe_foreign_file  # noqa: PLC0415
+    from runtime.onnxfile import describe_foreign_file, external_locations  # noqa: PLC0415
 
     foreign = describe_foreign_file(source)
     if foreign is not None:
@@ -142,81 +137,66 @@ def _size_of(path: Path) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class UploadBody:
-    """The body of an upload; `chunks` reads the files anew each time.
+class FileBody:
+    """A file as the body of a request; `chunks` reads it anew each time.
 
     Attributes:
-        media_type: of the body.
-        length: in bytes.
-        digest: SHA-256, for `Repr-Digest`.
-        on_progress: called after each part.
+        sha256: of the file, in hexadecimal digits.
+        on_chunk: called with the bytes of the file that were sent, after each part.
     """
 
-    files: VersionSource
-    media_type: str
-    length: int
-    digest: bytes
-    on_progress: Progress | None = None
+    file: VersionFile
+    sha256: str
+    on_chunk: Callable[[int], None]
 
     @property
     def headers(self) -> dict[str, str]:
         """The header fields of its request."""
         return {
-            "Content-Type": self.media_type,
-            "Content-Length": str(self.length),
-            "Repr-Digest": f"sha-256=:{base64.b64encode(self.digest).decode()}:",
-            "If-None-Match": "*",
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(self.file.bytes),
+            "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(self.sha256)).decode()}:",
         }
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the parts of the body.
 
         Raises:
-            ValueError: a file has changed since it was hashed.
-            OSError: a file cannot be read.
+            ValueError: the file has changed since it was found.
+            OSError: it cannot be read.
         """
         sent = 0
-        for chunk in _read_chunks(self.files, is_tar=self.media_type == TAR_TYPE):
+        for chunk in _read_chunks(self.file):
             yield chunk
             sent += len(chunk)
-            if self.on_progress is not None:
-                self.on_progress(sent, self.length)
+            self.on_chunk(sent)
 
 
-def open_body(files: VersionSource, on_progress: Progress | None = None) -> UploadBody:
-    """Hash the files, and return the body with them.
+def hash_files(source: VersionSource) -> dict[str, str]:
+    """Return the SHA-256 of each file by its path, in hexadecimal digits.
 
     Raises:
-        ValueError: a file changes meanwhile, or its name cannot be sent.
+        ValueError: a file has changed since it was found.
         OSError: a file cannot be read.
     """
+    return {file.path: _hash(_read_chunks(file)) for file in source.files}
+
+
+def make_key(digests: Mapping[str, str]) -> str:
+    """Return the idempotency key of an upload: the same files, by path and SHA-256, have the same."""
+    return _hash(f"{sha256} {path}\n".encode() for path, sha256 in sorted(digests.items()))
+
+
+def _hash(chunks: Iterable[bytes]) -> str:
     import hashlib  # noqa: PLC0415 - commands that send no files start faster without it
 
-    is_tar = len(files.files) > 1
-    digest, length = hashlib.sha256(), 0
-    for chunk in _read_chunks(files, is_tar=is_tar):
+    digest = hashlib.sha256()
+    for chunk in chunks:
         digest.update(chunk)
-        length += len(chunk)
-    media_type = TAR_TYPE if is_tar else FILE_TYPE
-    return UploadBody(files, media_type, length, digest.digest(), on_progress)
+    return digest.hexdigest()
 
 
-def _read_chunks(files: VersionSource, *, is_tar: bool) -> Iterator[bytes]:
-    import tarfile  # noqa: PLC0415 - as below
-
-    for file in files.files:
-        if is_tar:
-            entry = tarfile.TarInfo(file.path)
-            entry.size = file.bytes
-            yield entry.tobuf(tarfile.PAX_FORMAT)
-        yield from _read_file(file)
-        if is_tar:
-            yield bytes(-file.bytes % BLOCK_BYTES)
-    if is_tar:
-        yield bytes(2 * BLOCK_BYTES)
-
-
-def _read_file(file: VersionFile) -> Iterator[bytes]:
+def _read_chunks(file: VersionFile) -> Iterator[bytes]:
     left = file.bytes
     with file.source.open("rb") as opened:
         while chunk := opened.read(min(CHUNK_BYTES, left)) if left else b"":

@@ -435,6 +435,25 @@ def read_head(path: Path) -> tuple[bytes, int]:
         return file.read(FOREIGN_HEAD_BYTES), os.fstat(file.fileno()).st_size
 
 
+def describe_foreign_file(path: Path) -> str | None:
+    """Return what a file is instead of an ONNX file, as `describe_foreign_content`; None if it has a graph.
+
+    The outline of the whole file is read; weights are not.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    foreign = describe_foreign_content(*read_head(path))
+    if foreign is not None:
+        return foreign
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            has_graph = any(each.number == _GRAPH for each in ReferenceReader(data).read_all(0, len(data)))
+        except (Unparsable, TooManyFields):
+            has_graph = False
+    return None if has_graph else "is no ONNX file, or not all of one"
+
+
 def _place_of(location: str) -> PurePosixPath:
     """Return the path of a location, which many spellings name."""
     beginning = location[:MAX_SHOWN]

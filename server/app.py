@@ -39,7 +39,7 @@ from runtime.store.contents import ModelContents
 from runtime.store.folder import STORE
 from runtime.store.manifest import digest_of
 from runtime.store.store import Store
-from runtime.uploads.uploads import Uploads
+from runtime.uploads.commit import Uploads
 from server.api import (
     events,
     health,

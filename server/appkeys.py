@@ -13,7 +13,7 @@ from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
 from runtime.router import Router
 from runtime.store.contents import ModelContents
-from runtime.uploads.uploads import Uploads
+from runtime.uploads.commit import Uploads
 from server.api.stream import Streams
 from server.auth.gate import Gate
 from server.auth.peers import Peers

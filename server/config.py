@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from marshmallow import ValidationError, validate
 
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
-from runtime.uploads.policy import UploadPolicy, Writable
+from runtime.uploads.stage import UploadPolicy, Writable
 from server.auth.keys import MAX_EXPIRES_S
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 

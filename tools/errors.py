@@ -34,7 +34,6 @@ ADVICE: Mapping[str, str] = {
     "cancelled": "The job was cancelled; `CancelRequested` in the ledger has the subject.",
     "not_ready": "Load the model, or wait for its load.",
     "not_representable": "Request this output as bytes: `binary_data`.",
-    "bad_archive": "Make the tar anew, with `tar -C FOLDER -cf - .`: files and folders only, no links.",
     "not_onnx": "`detail` says what the file is. Download or export the model again.",
     "digest_mismatch": "Send the file again; the network, or something on the way, changed it.",
     "no_credentials": "Send `Authorization: Bearer TOKEN`.",
@@ -44,6 +43,8 @@ ADVICE: Mapping[str, str] = {
     "unknown_model": "Check the name, and the folder of that name in the repository.",
     "unknown_version": "Check the version, and that its folder has a model file.",
     "unknown_job": "Check the id. For archived jobs use `loadledger replay --archive`.",
+    "unknown_stage": "Begin another stage: this one was committed or discarded, not used for a day, its node"
+    " has ended, or it is another subject's.",
     "unknown_token": "`loadledger token list` lists the known ones. For a token of an identity provider, say"
     " how long it is valid at most (`expires_s`).",
     "unknown_node": "Check the name of the node.",

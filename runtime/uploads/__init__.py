@@ -1,12 +1,10 @@
 """Model versions that callers put into the repository, or remove from it.
 
-An upload arrives in a staging folder inside the repository, becomes durable as an event, and is then visible
-by one rename. A start of the server finishes what has its event, and discards the rest.
+The files of a version arrive in a staging folder inside the repository, one after the other; then the version
+becomes durable as an event, and is visible by one rename. A start of the server finishes what has its event,
+keeps the stages that their callers may go on with, and discards the rest.
 
-- `paths`: which paths a version's files may have
-- `tarstream`: reads a tar as it arrives, and trusts nothing in it
-- `outline`: whether a file is an ONNX file
-- `receiving`: one upload on its way to the disk: limits, hashes, and what is no model
-- `staging`: the staging folder, the rename, and what is left of uploads that ended early
-- `uploads`: the way of one upload or removal, in threads with time limits, and its event
+- `receive`: one file on its way to the disk: its path, its limits, its digests; and what is no model
+- `stage`: the staging folder, the files that a stage has so far, the rename, and what may be changed at all
+- `commit`: the way of one addition or removal, in threads with time limits, and its event
 """

@@ -1,19 +1,26 @@
 """Versions: add them to the repository, and remove them.
 
-The body of an addition is a file or an archive of any length: it goes to the disk as it arrives.
+A version of one file is the body of one request. The files of others come one by one into a stage, which a
+last request commits. A file may have any length: it goes to the disk as it arrives.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime
+from functools import wraps
 from typing import Any
 
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
 from marshmallow import Schema, fields, validate
 
-from runtime.uploads.receiving import ExpectedDigests, UploadForm, parse_digests
-from runtime.uploads.uploads import UploadOrder
-from server.api.jobs import ShuttingDown
+from events.clock import format_timestamp
+from events.types import AddedFile
+from runtime.uploads.commit import STAGE_S, StageName, UploadBody
+from runtime.uploads.receive import Digests, parse_digests
+from runtime.uploads.stage import Stage
+from server.api.jobs import IdempotencySchema, ShuttingDown, hash_idempotency_key
 from server.api.schemas import ModelVersionPathSchema, about
 from server.appkeys import STOPPING, UPLOADS
 from server.auth.gate import PRINCIPAL
@@ -26,20 +33,24 @@ from server.http.validation import (
     path_parameters,
 )
 from server.routing import Access, Routes
+from server.v2.forwarding import FORWARDER
 
 routes = Routes(tag="models")
 
-FORMS = {
-    "": UploadForm.FILE,  # as `curl -T` sends it
-    "application/octet-stream": UploadForm.FILE,
-    "application/x-onnx": UploadForm.FILE,
-    "application/x-tar": UploadForm.TAR,
-    "application/gzip": UploadForm.TAR,
-}
-"""What the body is, by its media type; a tar may be compressed under either name."""
+MEDIA_TYPES = ("application/octet-stream", "application/x-onnx")
+"""Of one file; without one, as `curl -T` sends it, it is one, too."""
 DIGESTS = ("Repr-Digest", "Content-Digest")
 """RFC 9530. Without a content coding or a range, both are of the same bytes."""
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
+MAX_STAGE_CHARACTERS = 320
+"""A UUID, and the name of a node."""
+_FILE_BODY = {
+    "required": True,
+    "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES},
+}
+_FILE_ERRORS = (
+    *("digest_mismatch", "body_timeout", "body_too_large", "unsupported_media_type", "insufficient_storage"),
+)
+_MODEL_ERRORS = ("not_onnx", "unsafe_file", "invalid_model")
 _CHANGE_ERRORS = (
     "repository_read_only",
     "repository_not_shared",
@@ -50,16 +61,12 @@ _CHANGE_ERRORS = (
     "log_unavailable",
     "shutting_down",
 )
+_STAGE_ERRORS = ("unknown_stage", "node_unreachable", *_CHANGE_ERRORS)
 
 
-class UploadHeadersSchema(Schema):
-    """Header fields of an upload."""
+class DigestHeadersSchema(Schema):
+    """Header fields of a file."""
 
-    if_none_match = fields.String(
-        data_key="If-None-Match",
-        validate=validate.Equal("*", error="Must be *."),
-        **about("`*` answers 412 instead of 409 if the version exists. Neither overwrites it.", example="*"),
-    )
     repr_digest = fields.String(
         data_key="Repr-Digest",
         **about(
@@ -68,6 +75,44 @@ class UploadHeadersSchema(Schema):
         ),
     )
     content_digest = fields.String(data_key="Content-Digest", **about("As `Repr-Digest`."))
+
+
+class UploadHeadersSchema(DigestHeadersSchema):
+    """Header fields of an upload."""
+
+    if_none_match = fields.String(
+        data_key="If-None-Match",
+        validate=validate.Equal("*", error="Must be *."),
+        **about("`*` answers 412 instead of 409 if the version exists. Neither overwrites it.", example="*"),
+    )
+
+
+class StageHeadersSchema(Schema):
+    """Header fields of a new stage."""
+
+    idempotency_key = fields.String(
+        data_key="Idempotency-Key",
+        validate=IdempotencySchema().fields["idempotency_key"].validators[0],
+        **about(
+            "Any string in double quotes. The same subject's stage of this version that began with the same "
+            "key is answered with 200, with the files that it has.",
+            example='"8e03978e-40d5-43dd-bc93-6894a57f9324"',
+        ),
+    )
+
+
+class StagePathSchema(ModelVersionPathSchema):
+    """A stage of the version that the path names."""
+
+    stage = fields.String(required=True, validate=validate.Length(1, MAX_STAGE_CHARACTERS))
+
+
+class StagedFilePathSchema(StagePathSchema):
+    """A file of a stage."""
+
+    path = fields.String(
+        required=True, **about("Relative to the version's folder; it may have slashes.", example="model.onnx")
+    )
 
 
 class AddedFileSchema(Schema):
@@ -87,46 +132,53 @@ class AddedVersionSchema(Schema):
     files = fields.List(fields.Nested(AddedFileSchema), required=True)
 
 
+class StageSchema(AddedVersionSchema):
+    """A stage, with the files that are complete."""
+
+    id = fields.String(required=True, **about("Names the node that has the stage, too, if there are nodes."))
+    expires_at = fields.String(
+        required=True, metadata={"format": "date-time", "description": "Later, if a file is added before."}
+    )
+
+
+def at_its_node(handler: Handler) -> Handler:
+    """Return a handler about a stage that lets the node answer which the stage's id names."""
+
+    @wraps(handler)
+    async def answer(request: web.Request) -> web.StreamResponse:
+        _, _, node_id = path_parameters(request)["stage"].partition(".")
+        forwarder = request.app.get(FORWARDER)
+        node = None if forwarder is None else forwarder.find_other(request, node_id)
+        if forwarder is None or node is None:
+            return await handler(request)
+        return await forwarder.pass_on(request, node, path_parameters(request)["id"])
+
+    return answer
+
+
 @routes.put(
     "/api/v1/models/{id}/versions/{version}",
     access=Access.ADMIN,
-    summary="Add a version",
+    summary="Add a version of one file",
     description="Puts a version into the repository, and records `VersionAdded`. The body is one ONNX file, "
-    "which becomes the version's `model.onnx`, or a tar of the version's folder, compressed with gzip or "
-    "not. The version is visible once all of it is on disk and its event is recorded; until then, and if the "
-    "upload ends early, there is nothing. A version is never overwritten.",
+    "which becomes the version's `model.onnx`; versions of several files need a stage. The version is "
+    "visible once all of it is on disk and its event is recorded; until then, and if the upload ends early, "
+    "there is nothing. A version is never overwritten.",
     path=ModelVersionPathSchema(),
     query=NothingSchema(),
     headers=UploadHeadersSchema(),
-    request_body={
-        "required": True,
-        "content": {media_type: _BINARY for media_type in FORMS if media_type},
-    },
+    request_body=_FILE_BODY,
     answers={201: (AddedVersionSchema(), "Added; the model is at `Location`.")},
-    errors=(
-        "bad_archive",
-        "not_onnx",
-        "digest_mismatch",
-        "unsafe_file",
-        "invalid_model",
-        "body_timeout",
-        "precondition_failed",
-        "body_too_large",
-        "unsupported_media_type",
-        *_CHANGE_ERRORS,
-    ),
+    errors=("precondition_failed", *_FILE_ERRORS, *_MODEL_ERRORS, *_CHANGE_ERRORS),
 )
 async def add_version(request: web.Request) -> web.Response:
     """Write the body into the repository, then record `VersionAdded`, then make the version visible."""
-    order = _read_order(request)
-    files = await request.app[UPLOADS].add(order, _read_until_stop(request))
-    body = {
-        "model_id": order.model_id,
-        "version": order.version,
-        "bytes": sum(file.bytes for file in files),
-        "files": [{"path": file.path, "bytes": file.bytes, "sha256": file.sha256} for file in files],
-    }
-    return web.json_response(body, status=201, headers={hdrs.LOCATION: f"/api/v1/models/{order.model_id}"})
+    given, body = path_parameters(request), _read_file(request)
+    files = await request.app[UPLOADS].add(
+        *(given["id"], given["version"], request[PRINCIPAL].subject, body),
+        only_new="if_none_match" in header_fields(request),
+    )
+    return _answer_with_version(given, files)
 
 
 @routes.delete(
@@ -147,44 +199,165 @@ async def remove_version(request: web.Request) -> web.Response:
     return web.Response(status=204)
 
 
-def _read_order(request: web.Request) -> UploadOrder:
-    """Return what a request orders.
+@routes.post(
+    "/api/v1/models/{id}/versions/{version}/stages",
+    access=Access.ADMIN,
+    summary="Begin a stage of a version",
+    description="A stage takes the files of a version one by one, until it is committed. Only its creator "
+    "may use it. It ends 24 hours after its last file, or with the node that has it; a restart of a server "
+    "alone leaves it. Its files may have as many bytes as a version.",
+    path=ModelVersionPathSchema(),
+    query=NothingSchema(),
+    headers=StageHeadersSchema(),
+    body=NothingSchema(),
+    answers={
+        201: (StageSchema(), "It is at `Location`."),
+        200: (StageSchema(), "It began before, with the same `Idempotency-Key`."),
+    },
+    errors=_CHANGE_ERRORS,
+)
+async def begin_stage(request: web.Request) -> web.Response:
+    """Make a folder for the files of a version, or find the one that the same request has made."""
+    given, key = path_parameters(request), hash_idempotency_key(request)
+    stage, is_new = await request.app[UPLOADS].begin_stage(
+        given["id"], given["version"], request[PRINCIPAL].subject, None if key is None else key.key_hash
+    )
+    location = f"/api/v1/models/{stage.model_id}/versions/{stage.version}/stages/{stage.id}"
+    return web.json_response(
+        _stage_view(stage), status=201 if is_new else 200, headers={hdrs.LOCATION: location}
+    )
+
+
+@routes.get(
+    "/api/v1/models/{id}/versions/{version}/stages/{stage}",
+    access=Access.ADMIN,
+    is_forwarded=True,
+    summary="Show a stage",
+    description="Its files that are complete: they need not be sent again.",
+    path=StagePathSchema(),
+    query=NothingSchema(),
+    answers={200: (StageSchema(), "The stage.")},
+    errors=_STAGE_ERRORS,
+)
+@at_its_node
+async def get_stage(request: web.Request) -> web.Response:
+    """Return a stage of the subject."""
+    return web.json_response(_stage_view(await request.app[UPLOADS].find_stage(_stage_of(request))))
+
+
+@routes.delete(
+    "/api/v1/models/{id}/versions/{version}/stages/{stage}",
+    access=Access.ADMIN,
+    is_forwarded=True,
+    summary="Discard a stage",
+    description="Its files are deleted.",
+    path=StagePathSchema(),
+    query=NothingSchema(),
+    answers={204: {"description": "Discarded."}},
+    errors=_STAGE_ERRORS,
+)
+@at_its_node
+async def discard_stage(request: web.Request) -> web.Response:
+    """Delete a stage of the subject, and its files."""
+    await request.app[UPLOADS].discard_stage(_stage_of(request))
+    return web.Response(status=204)
+
+
+@routes.put(
+    "/api/v1/models/{id}/versions/{version}/stages/{stage}/files/{path}",
+    access=Access.ADMIN,
+    is_forwarded=True,
+    summary="Add a file to a stage",
+    description="The body is the file. One with the same path is replaced. A path that is absolute, leads "
+    "upwards, or is no printable UTF-8 is refused.",
+    path=StagedFilePathSchema(),
+    query=NothingSchema(),
+    headers=DigestHeadersSchema(),
+    request_body=_FILE_BODY,
+    answers={
+        201: (AddedFileSchema(), "Added."),
+        200: (AddedFileSchema(), "Added in place of another one."),
+    },
+    errors=(*_FILE_ERRORS, *_STAGE_ERRORS),
+)
+@at_its_node
+async def add_staged_file(request: web.Request) -> web.Response:
+    """Write the body into a stage of the subject."""
+    path = path_parameters(request)["path"]
+    file, is_new = await request.app[UPLOADS].add_file(_stage_of(request), path, _read_file(request))
+    return web.json_response(_file_view(file), status=201 if is_new else 200)
+
+
+@routes.post(
+    "/api/v1/models/{id}/versions/{version}/stages/{stage}/commit",
+    access=Access.ADMIN,
+    is_forwarded=True,
+    summary="Add the version of a stage",
+    description="Records `VersionAdded`, and makes the version visible, as a `PUT` of the version does. If "
+    "it is refused, the stage stays.",
+    path=StagePathSchema(),
+    query=NothingSchema(),
+    body=NothingSchema(),
+    answers={201: (AddedVersionSchema(), "Added; the model is at `Location`.")},
+    errors=(*_MODEL_ERRORS, *_STAGE_ERRORS),
+)
+@at_its_node
+async def commit_stage(request: web.Request) -> web.Response:
+    """Check the files of a stage, then record `VersionAdded`, then make the version visible."""
+    files = await request.app[UPLOADS].commit(_stage_of(request))
+    return _answer_with_version(path_parameters(request), files)
+
+
+def _stage_of(request: web.Request) -> StageName:
+    given = path_parameters(request)
+    return StageName(given["stage"], given["id"], given["version"], request[PRINCIPAL].subject)
+
+
+def _answer_with_version(given: Any, files: Iterable[AddedFile]) -> web.Response:
+    body = _version_view(given["id"], given["version"], files)
+    return web.json_response(body, status=201, headers={hdrs.LOCATION: f"/api/v1/models/{given['id']}"})
+
+
+def _version_view(model_id: str, version: int, files: Iterable[AddedFile]) -> dict[str, Any]:
+    shown = [_file_view(file) for file in files]
+    total = sum(file["bytes"] for file in shown)
+    return {"model_id": model_id, "version": version, "bytes": total, "files": shown}
+
+
+def _file_view(file: AddedFile) -> dict[str, Any]:
+    return {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
+
+
+def _stage_view(stage: Stage) -> dict[str, Any]:
+    ends = datetime.fromtimestamp(stage.used_at + STAGE_S, UTC)
+    version = _version_view(stage.model_id, stage.version, stage.files.values())
+    return {"id": stage.id, "expires_at": format_timestamp(ends), **version}
+
+
+def _read_file(request: web.Request) -> UploadBody:
+    """Return the body of a request, which is one file.
 
     Raises:
         UnsupportedMediaType: `unsupported_media_type`.
         InvalidParameter: `invalid_parameter`.
     """
-    given, named = path_parameters(request), header_fields(request)
     if hdrs.CONTENT_RANGE in request.headers:  # RFC 9110, section 14.5
-        raise InvalidParameter("headers: Content-Range: a version is sent as a whole")
-    return UploadOrder(
-        given["id"],
-        given["version"],
-        request[PRINCIPAL].subject,
-        form=_read_form(request),
-        expected=_read_digests(named),
-        length=request.content_length,
-        only_new="if_none_match" in named,
-    )
-
-
-def _read_form(request: web.Request) -> UploadForm:
+        raise InvalidParameter("headers: Content-Range: a file is sent as a whole")
     if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
-        raise UnsupportedMediaType("the body must not be compressed as a whole: leave Content-Encoding out")
+        raise UnsupportedMediaType("the body must not be compressed: leave Content-Encoding out")
     media_type = request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip(" \t").lower()
-    if media_type not in FORMS:
-        known = ", ".join(filter(None, FORMS))
+    if media_type not in ("", *MEDIA_TYPES):
         raise UnsupportedMediaType(
-            "the body must be one ONNX file (Content-Type: application/octet-stream) or a tar of the"
-            f" version's folder (Content-Type: application/x-tar); known are {known}"
+            f"the body must be one file, as {' or '.join(MEDIA_TYPES)}: the files of a version of several are"
+            " sent one by one into a stage"
         )
-    return FORMS[media_type]
+    return UploadBody(_read_until_stop(request), request.content_length, _read_digests(request))
 
 
-def _read_digests(named: dict[str, Any]) -> ExpectedDigests:
-    given = [named[name] for name in ("repr_digest", "content_digest") if name in named]
+def _read_digests(request: web.Request) -> Digests:
+    named = header_fields(request)
     try:
-        return parse_digests(given)
+        return parse_digests([named[name] for name in ("repr_digest", "content_digest") if name in named])
     except ValueError as error:
         raise InvalidParameter(f"headers: {' or '.join(DIGESTS)}: {error}") from None
 
@@ -199,5 +372,5 @@ async def _read_until_stop(request: web.Request) -> AsyncIterator[bytes]:
     stopping = request.app[STOPPING]
     async for piece in iterate_body(request.content):
         if stopping.is_set():
-            raise ShuttingDown("the server stops; nothing of the upload is kept: send it again then")
+            raise ShuttingDown("the server stops; nothing of this file is kept: send it again then")
         yield piece

@@ -1,27 +1,23 @@
-// A new version from a dropped or chosen file: sent with its progress shown, then offered to be loaded.
+// A new version from dropped or chosen files: sent one by one with their progress shown, then offered to be loaded.
 
 import { dialog } from "./dialogs.js";
 import { byId, setText, show, showText } from "./dom.js";
 import { bytes, oneLine } from "./format.js";
 
-const FORMS = [
-  [/\.onnx$/i, "application/octet-stream"],
-  [/\.(tar|tar\.gz|tgz)$/i, "application/x-tar"],
-];
+const MODEL = /\.onnx$/i;
 
-// Returns `add`, which opens the dialog, and `takeDrops`, which has a part of the page take a dropped file.
+// Returns `add`, which opens the dialog, and `takeDrops`, which has a part of the page take dropped files.
 export function uploads(api, store, actions) {
-  let file = null, sending = null;
+  let files = [], sending = null;
   const name = byId("upload-model"), version = byId("upload-version"), picked = byId("upload-file");
   const isReadOnly = () => store.readOnly || store.resources?.repository_writable === false;
   const about = dialog("upload", async () => {
-    const form = FORMS.find(([pattern]) => pattern.test(file?.name ?? ""));
-    if (!form) return about.refuse(file ? "Choose an ONNX file (.onnx), or a tar of a version's folder (.tar, .tar.gz)." : "Choose a file."), false;
-    return send(form[1]);
+    if (!files.some((file) => MODEL.test(file.name))) return about.refuse("Choose an ONNX file (.onnx), with the files that it names."), false;
+    return send();
   });
   about.node.addEventListener("close", () => sending?.abort());
   byId("upload-progress").max = 1;
-  picked.addEventListener("change", () => take(picked.files[0] ?? null));
+  picked.addEventListener("change", () => take([...picked.files]));
   name.addEventListener("input", suggest);
   takeDrops(about.node, null);
   document.body.classList.add("may-add");
@@ -30,9 +26,10 @@ export function uploads(api, store, actions) {
   store.watch(() => document.body.classList.toggle("read-only", isReadOnly()));
 
   function take(chosen) {
-    file = chosen;
-    showText(byId("upload-chosen"), file ? `${oneLine(file.name, 200)}, ${bytes(file.size)}` : "");
-    if (file && !name.value) name.value = idOf(file.name);
+    files = chosen;
+    const names = oneLine(files.map((file) => file.name).join(", "), 200), model = files.find((file) => MODEL.test(file.name));
+    showText(byId("upload-chosen"), files.length ? `${names}, ${bytes(size(files))}` : "");
+    if (model && !name.value) name.value = idOf(model.name);
     suggest();
   }
 
@@ -42,14 +39,21 @@ export function uploads(api, store, actions) {
     version.value = Math.max(0, ...(known?.versions ?? [])) + 1;
   }
 
-  async function send(type) {
-    const id = name.value.trim(), number = Number(version.value), total = file.size;
-    sending = new AbortController();
+  async function send() {
+    const id = name.value.trim(), number = Number(version.value), total = size(files), { signal } = (sending = new AbortController());
+    const stages = `/api/v1/models/${encodeURIComponent(id)}/versions/${number}/stages`, headers = { "Content-Type": "application/octet-stream" };
+    let stage = null, sent = 0;
     draw(0, total);
     try {
-      const path = `/api/v1/models/${encodeURIComponent(id)}/versions/${number}`;
-      await api.upload(path, file, { headers: { "Content-Type": type, "If-None-Match": "*" }, onProgress: (sent) => draw(sent, total), signal: sending.signal });
+      stage = `${stages}/${(await api.post(stages, undefined, { signal })).answer.id}`;
+      for (const file of files) {
+        await api.upload(`${stage}/files/${encodeURIComponent(pathOf(file, files))}`, file, { headers, onProgress: (ofFile) => draw(sent + ofFile, total), signal });
+        sent += file.size;
+      }
+      draw(total, total);
+      await api.post(`${stage}/commit`, undefined, { signal, limitMs: 0 });
     } catch (error) {
+      if (stage) api.send(stage, { method: "DELETE" }).catch(() => {}); // which ends by itself otherwise
       if (sending.signal.aborted) return false;
       if (error.code === "repository_read_only") {
         store.readOnly = true;
@@ -73,7 +77,7 @@ export function uploads(api, store, actions) {
     setText(byId("upload-told"), sent < total ? `${bytes(sent)} of ${bytes(total)} sent` : "Sent. The server checks it.");
   }
 
-  function add({ modelId = "", dropped = null } = {}) {
+  function add({ modelId = "", dropped = [] } = {}) {
     byId("upload-form").reset();
     name.value = modelId;
     name.readOnly = modelId !== "";
@@ -83,7 +87,7 @@ export function uploads(api, store, actions) {
     about.open();
   }
 
-  // `where` names the model that a file is for; null is the open dialog.
+  // `where` names the model that the files are for; null is the open dialog.
   function takeDrops(node, where) {
     const may = (event) => !isReadOnly() && event.dataTransfer?.types.includes("Files");
     node.classList.add("drops");
@@ -99,7 +103,7 @@ export function uploads(api, store, actions) {
       event.preventDefault();
       event.stopPropagation();
       node.classList.remove("over");
-      const dropped = event.dataTransfer.files[0] ?? null;
+      const dropped = [...event.dataTransfer.files];
       if (where === null) take(dropped);
       else add({ ...where, dropped });
     });
@@ -108,8 +112,13 @@ export function uploads(api, store, actions) {
   return { add, takeDrops };
 }
 
+const size = (files) => files.reduce((sum, file) => sum + file.size, 0);
+
+// The only model has the usual name; other files keep theirs, by which the model names them.
+const pathOf = (file, files) => (MODEL.test(file.name) && files.filter((each) => MODEL.test(each.name)).length === 1 ? "model.onnx" : file.name);
+
 // A model's id from a file's name: what it may consist of.
 export function idOf(fileName) {
-  const stem = fileName.replace(/\.(onnx|tar|tar\.gz|tgz)$/i, "");
+  const stem = fileName.replace(MODEL, "");
   return stem.replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 128);
 }

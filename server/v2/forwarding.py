@@ -4,7 +4,8 @@ Any node answers for any model. A request about a model that the state says is l
 to that node's address over HTTP: the same body, unparsed, and a token of this node in place of the client's
 (`server.auth.peers`). The answer comes back as it is. A forwarded request names the node that sent it, and
 how far that one knows the ledger: its receiver answers by a state that is no older, and never forwards it
-again. A server alone has no forwarder.
+again. A request about a stage of a version goes to the node that its id names, with its body as it arrives. A
+server alone has no forwarder.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from server.auth.peers import CATCH_UP_S, Peers, read_position
 from server.auth.ratelimit import QUOTA
 from server.config import MAX_BODY_BYTES
 from server.errors import ANSWERING_NODE, NODE, ServerProblem
-from server.http.bodies import Bodies, Share, read_body
+from server.http.bodies import Bodies, Share, iterate_body, read_body
 from server.http.connection import read_body_into
 from server.http.responses import DirectResponse
 from server.http.validation import path_parameters
@@ -63,7 +64,7 @@ _SENT = frozenset(
     name.lower()
     for name in (
         *(hdrs.CONTENT_TYPE, hdrs.CONTENT_ENCODING, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING),
-        *(HEADER_LENGTH, "traceparent", "tracestate"),
+        *(HEADER_LENGTH, "traceparent", "tracestate", "Repr-Digest", "Content-Digest"),
     )
 )
 """Header fields of a request that go to the other node."""
@@ -92,13 +93,13 @@ RECEIVED_BODY: web.RequestKey[ReceivedBody] = web.RequestKey("received_body", Re
 
 
 class NodeUnreachable(ServerProblem):
-    """The node at which the model is loaded cannot be reached."""
+    """The node that has the model, or the stage, cannot be reached."""
 
     code = "node_unreachable"
 
     def __init__(self, node: Node, reason: str, *, is_answered: bool = False) -> None:
         super().__init__(
-            f"node '{node.id}', at which the model is loaded, cannot be reached at {node.address}: {reason};"
+            f"node '{node.id}', which has to answer, cannot be reached at {node.address}: {reason};"
             " if it does not come back, its models are loaded at other nodes"
         )
         self.is_answered = is_answered
@@ -240,11 +241,7 @@ class Forwarder:
     async def _receive(
         self, request: web.BaseRequest, share: Share
     ) -> tuple[CIMultiDict[str], Buffer | None]:
-        headers = CIMultiDict(
-            [(name, value) for name, value in request.headers.items() if name.lower() in _SENT]
-        )
-        context = begin_context(request)
-        headers.update({FORWARDED: self._node_id, REQUEST_ID: context.request_id, **context.carrier})
+        headers = self._headers_of(request)
         if request.method != hdrs.METH_POST:
             return headers, None
         received = request.get(RECEIVED_BODY)
@@ -260,6 +257,14 @@ class Forwarder:
         body = bytearray(length)
         await read_body_into(request, 0, memoryview(body))
         return headers, body
+
+    def _headers_of(self, request: web.BaseRequest) -> CIMultiDict[str]:
+        headers = CIMultiDict(
+            [(name, value) for name, value in request.headers.items() if name.lower() in _SENT]
+        )
+        context = begin_context(request)
+        headers.update({FORWARDED: self._node_id, REQUEST_ID: context.request_id, **context.carrier})
+        return headers
 
     async def _ask(self, forwarded: _Forwarded, node: Node) -> _Reply:
         """Send a request to a node; once more if the node refuses or is gone, and the model is elsewhere."""
@@ -288,43 +293,81 @@ class Forwarder:
             NodeUnreachable: `node_unreachable`.
             InferenceTimeout: `inference_timeout`.
         """
+        headers = self._sign_for(node, forwarded.model_id, forwarded.client, forwarded.headers)
+        if forwarded.body is not None:
+            headers.add(hdrs.CONTENT_LENGTH, str(len(forwarded.body)))
+        method = hdrs.METH_GET if forwarded.body is None else hdrs.METH_POST
         left_s = forwarded.ends_at_s - asyncio.get_running_loop().time()
-        reply = None
         try:
             async with asyncio.timeout(left_s):
-                async with self._session.request(
-                    hdrs.METH_GET if forwarded.body is None else hdrs.METH_POST,
-                    URL(f"{node.address}{forwarded.target}", encoded=True),
-                    headers=self._fields_of(forwarded, node),
-                    data=_payload(forwarded.body),
-                    skip_auto_headers=_NOT_ADDED,
-                    allow_redirects=False,
-                ) as response:
-                    if response.status in _REDIRECTS:
-                        raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
-                    if response.status == HTTPStatus.UNAUTHORIZED:
-                        raise NodeUnreachable(node, "it does not take this node's token", is_answered=True)
-                    fields = CIMultiDict(response.headers)
-                    reply = _Reply(node, response.status, fields, [], read_position(fields))
-                    while part := await response.content.readany():
-                        reply.parts.append(part)
-                    return reply
-        except aiohttp.ConnectionTimeoutError:
-            raise NodeUnreachable(node, f"no connection within {CONNECT_S:g} s") from None
+                return await self._exchange(node, method, forwarded.target, headers, _payload(forwarded.body))
         except TimeoutError:
             raise InferenceTimeout(
                 f"node '{node.id}', at which the model is loaded, has not answered in time"
             ) from None
+
+    async def _exchange(
+        self, node: Node, method: str, target: str, headers: CIMultiDict[str], body: Any
+    ) -> _Reply:
+        """Send a request to a node and read its answer, however long that takes.
+
+        Raises:
+            NodeUnreachable: `node_unreachable`.
+        """
+        reply = None
+        try:
+            async with self._session.request(
+                method,
+                URL(f"{node.address}{target}", encoded=True),
+                headers=headers,
+                data=body,
+                skip_auto_headers=_NOT_ADDED,
+                allow_redirects=False,
+            ) as response:
+                if response.status in _REDIRECTS:
+                    raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
+                if response.status == HTTPStatus.UNAUTHORIZED:
+                    raise NodeUnreachable(node, "it does not take this node's token", is_answered=True)
+                fields = CIMultiDict(response.headers)
+                reply = _Reply(node, response.status, fields, [], read_position(fields))
+                while part := await response.content.readany():
+                    reply.parts.append(part)
+                return reply
+        except aiohttp.ConnectionTimeoutError:
+            raise NodeUnreachable(node, f"no connection within {CONNECT_S:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise NodeUnreachable(node, _reason(error), is_answered=reply is not None) from None
 
-    def _fields_of(self, forwarded: _Forwarded, node: Node) -> CIMultiDict[str]:
-        token = self._peers.make_token(node, forwarded.model_id, forwarded.client)
+    def _sign_for(
+        self, node: Node, model_id: str, client: Principal, headers: CIMultiDict[str]
+    ) -> CIMultiDict[str]:
+        """Return header fields with this node's token in place of the client's."""
+        token = self._peers.make_token(node, model_id, client)
         own = ((hdrs.AUTHORIZATION, f"Bearer {token}"), (POSITION, str(self._log.state.position)))
-        fields = CIMultiDict([*forwarded.headers.items(), *own])
-        if forwarded.body is not None:
-            fields.add(hdrs.CONTENT_LENGTH, str(len(forwarded.body)))
-        return fields
+        return CIMultiDict([*headers.items(), *own])
+
+    def find_other(self, request: web.BaseRequest, node_id: str) -> Node | None:
+        """Return a present node that a request names; None if it is this one, or another one forwarded it."""
+        node = self._log.state.nodes.get(node_id)
+        if FORWARDED in request.headers or node is None or node_id == self._node_id:
+            return None
+        return node if node.is_present and node_id not in self._peers.untrusted() else None
+
+    async def pass_on(self, request: web.BaseRequest, node: Node, model_id: str) -> web.Response:
+        """Answer a request about a model through a node, to which its body goes as it arrives.
+
+        Raises:
+            NodeUnreachable: `node_unreachable`.
+        """
+        headers = self._sign_for(node, model_id, request[PRINCIPAL], self._headers_of(request))
+        body = None
+        if request.method == hdrs.METH_PUT:
+            body = iterate_body(request.content)
+            if request.content_length is not None:
+                headers[hdrs.CONTENT_LENGTH] = str(request.content_length)
+        reply = await self._exchange(node, request.method, request.raw_path, headers, body)
+        fields = _returned_fields(request, reply)
+        return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
 
 
 FORWARDER = web.AppKey("forwarder", Forwarder)

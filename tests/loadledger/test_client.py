@@ -55,9 +55,9 @@ def test_version_is_added_and_removed(client: Client, tmp_path: Path) -> None:
     added = client.add(model_id, file, on_progress=lambda sent, total: seen.append((sent, total)))
     assert (added.model_id, added.version) == (model_id, 1)
     assert {each.path for each in added.files} == {"model.onnx", "w.bin"}
-    assert seen[-1][0] == seen[-1][1] > added.bytes
+    assert seen[-1] == (added.bytes, added.bytes)
     assert client.add(model_id, tmp_path).version == 2
-    for version, code in ((2, "precondition_failed"), (7, None)):
+    for version, code in ((2, "version_exists"), (7, None)):
         if code is None:
             assert client.add(model_id, str(file), version).version == version
             continue
@@ -68,6 +68,23 @@ def test_version_is_added_and_removed(client: Client, tmp_path: Path) -> None:
     assert client.model(model_id).versions == [1, 7]
     with pytest.raises(NotFound):
         client.remove(model_id, 2)
+
+
+def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(models.external("w.bin").SerializeToString())
+    (tmp_path / "w.bin").write_bytes(models.external_bytes())
+    first, seen = (tmp_path / "net.onnx").stat().st_size, list[int]()
+
+    def interrupt(sent: int, _: int) -> None:
+        if sent > first:
+            raise KeyboardInterrupt
+
+    with connected("Client", server.url, server.api.token("admin")) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client.add("interrupted", tmp_path, on_progress=interrupt)
+        added = client.add("interrupted", tmp_path, on_progress=lambda sent, _: seen.append(sent))
+    assert added.version == 1
+    assert min(seen) > first
 
 
 def test_model_is_loaded_inferred_swapped_and_unloaded(client: Client) -> None:

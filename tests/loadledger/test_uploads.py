@@ -2,15 +2,13 @@
 
 import base64
 import hashlib
-import io
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
 from support import models
 
-from loadledger.uploads import FILE_TYPE, TAR_TYPE, find_version_files, open_body
+from loadledger.uploads import FileBody, find_version_files, hash_files, make_key
 
 MODEL = models.add(1).SerializeToString()
 EXTERNAL = models.external("data/w.bin").SerializeToString()
@@ -88,27 +86,29 @@ def test_what_is_no_version_is_refused_with_advice(folder: Path, given: str, rea
         find_version_files(folder / given)
 
 
-def test_body_is_the_file_or_a_tar_and_has_its_digest(folder: Path) -> None:
-    seen = list[tuple[int, int]]()
-    sent = b""
-    for given, media_type in (("one/net.onnx", FILE_TYPE), ("external", TAR_TYPE)):
-        body = open_body(find_version_files(folder / given), lambda sent, total: seen.append((sent, total)))
+def test_body_is_the_file_with_its_digest(folder: Path) -> None:
+    source = find_version_files(folder / "external")
+    digests = hash_files(source)
+    assert digests == {
+        file.path: hashlib.sha256(file.source.read_bytes()).hexdigest() for file in source.files
+    }
+    for file in source.files:
+        seen = list[int]()
+        body = FileBody(file, digests[file.path], seen.append)
         sent = b"".join(body.chunks())
         digest = base64.b64encode(hashlib.sha256(sent).digest()).decode()
         assert body.headers == {
-            "Content-Type": media_type,
+            "Content-Type": "application/octet-stream",
             "Content-Length": str(len(sent)),
             "Repr-Digest": f"sha-256=:{digest}:",
-            "If-None-Match": "*",
         }
-        assert seen[-1] == (len(sent), len(sent))
-    with tarfile.open(fileobj=io.BytesIO(sent)) as archive:
-        assert archive.getnames() == ["net.onnx", "data/w.bin", "more.txt"]
+        assert seen == [len(sent)]
+    assert make_key(digests) != make_key({**digests, "net.onnx": "0" * 64})
 
 
 def test_file_that_changes_while_it_is_sent_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(MODEL)
-    body = open_body(find_version_files(tmp_path))
+    source = find_version_files(tmp_path)
     (tmp_path / "net.onnx").write_bytes(MODEL + b"\0")
     with pytest.raises(ValueError, match="changed while it was read"):
-        list(body.chunks())
+        hash_files(source)

@@ -360,7 +360,10 @@ def _document() -> dict[str, Any]:
 
 @cache
 def _paths() -> list[tuple[str, Json]]:
-    patterns = {re.sub(r"\{\w+\}", "[^/]+", path): item for path, item in _document()["paths"].items()}
+    patterns = {
+        re.sub(r"\{\w+\}", "[^/]+", path.replace("{path}", ".+")): item
+        for path, item in _document()["paths"].items()
+    }
     return sorted(patterns.items(), key=lambda entry: "[^/]+" in entry[0])
 
 

@@ -1,23 +1,27 @@
-"""Uploads as the server runs them, without HTTP, and the tars that are sent."""
+"""Uploads as the server runs them, without HTTP."""
 
-import io
-import tarfile
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from events.log import Log
 from events.sqlite.listing import open_reader
 from runtime.repository import Repository
-from runtime.uploads.policy import UploadPolicy
-from runtime.uploads.staging import STAGING
-from runtime.uploads.uploads import Uploads
+from runtime.uploads.commit import StageName, UploadBody, Uploads
+from runtime.uploads.stage import STAGING, UploadPolicy
+from support import models
 
 NODE = "node"
+MODEL = models.add(1).SerializeToString()
+FILES = {"net.onnx": models.external("data/w.bin").SerializeToString(), "data/w.bin": models.external_bytes()}
+"""Of a version of several files."""
 
 
 @asynccontextmanager
-async def opened_uploads(folder: Path) -> AsyncIterator[tuple[Uploads, Log]]:
+async def opened_uploads(
+    folder: Path, now: Callable[[], float] = time.time
+) -> AsyncIterator[tuple[Uploads, Log]]:
     """Open the uploads of `repository` over the ledger beside it, as a start of the server does."""
     log = Log(folder / "ledger.db")
     await log.open()
@@ -30,6 +34,7 @@ async def opened_uploads(folder: Path) -> AsyncIterator[tuple[Uploads, Log]]:
                 log=log,
                 submit=log.submit,
                 find_event=reader.version_event,
+                now=now,
             )
             await uploads.open()
             yield uploads, log
@@ -38,28 +43,31 @@ async def opened_uploads(folder: Path) -> AsyncIterator[tuple[Uploads, Log]]:
         await log.close()
 
 
-async def pieces(data: bytes, size: int = 2**20) -> AsyncIterator[bytes]:
-    """Yield bytes as a connection does."""
-    for start in range(0, len(data), size):
-        yield data[start : start + size]
+def body_of(data: bytes, size: int = 2**20) -> UploadBody:
+    """Return a body that arrives in pieces."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(data), size):
+            yield data[start : start + size]
+
+    return UploadBody(pieces())
 
 
-def entry(name: str, data: bytes = b"", **changes: object) -> tuple[tarfile.TarInfo, bytes]:
-    """Return an entry of a tar, and its content."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for attribute, value in changes.items():
-        setattr(info, attribute, value)
-    return info, data
+async def begin_stage(uploads: Uploads, key: str | None = None, subject: str = "alice") -> StageName:
+    """Begin a stage of version 1 of "m", and return it as its requests name it."""
+    stage, _ = await uploads.begin_stage("m", 1, subject, key)
+    return StageName(stage.id, "m", 1, subject)
 
 
-def tar(*entries: tuple[tarfile.TarInfo, bytes], form: int = tarfile.PAX_FORMAT) -> bytes:
-    """Return a tar of these entries, whatever they are."""
-    written = io.BytesIO()
-    with tarfile.open(fileobj=written, mode="w", format=form) as archive:
-        for info, data in entries:
-            archive.addfile(info, io.BytesIO(data))
-    return written.getvalue()
+async def send_stage(uploads: Uploads) -> list[str]:
+    """Begin a stage with `FILES`, or go on with it, and commit it; return what it had already."""
+    name = await begin_stage(uploads, "key")
+    there = list((await uploads.find_stage(name)).files)
+    for path, data in FILES.items():
+        if path not in there:
+            await uploads.add_file(name, path, body_of(data, 40))
+    await uploads.commit(name)
+    return there
 
 
 def files_in(folder: Path, names: Iterable[str] = ()) -> dict[str, bytes]:

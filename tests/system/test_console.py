@@ -179,19 +179,23 @@ async def test_model_page_shows_bytes_charts_and_programs(server: Server, admin:
     await admin.see("paged", "loaded")
 
 
-DROP = """(section, [name, bytes]) => {
+DROP = """(section, files) => {
   const dropped = new DataTransfer();
-  dropped.items.add(new File([new Uint8Array(bytes)], name));
+  for (const [name, bytes] of files) dropped.items.add(new File([new Uint8Array(bytes)], name));
   const event = (type) => new DragEvent(type, { dataTransfer: dropped, bubbles: true, cancelable: true });
   for (const type of ["dragover", "drop"]) section.dispatchEvent(event(type));
 }"""
 
 
-async def test_dropped_file_becomes_a_version_and_is_loaded(server: Server, admin: Console) -> None:
+async def test_dropped_files_become_a_version_and_are_loaded(server: Server, admin: Console) -> None:
     page = admin.page
-    for version in (1, 2):
-        bytes_ = list(models.add(float(version)).SerializeToString())
-        await page.locator("section.models").evaluate(DROP, ["My model.onnx", bytes_])
+    single = [["My model.onnx", list(models.add(1).SerializeToString())]]
+    several = [
+        ["My model.onnx", list(models.external("w.bin").SerializeToString())],
+        ["w.bin", list(models.external_bytes())],
+    ]
+    for version, files in ((1, single), (2, several)):
+        await page.locator("section.models").evaluate(DROP, files)
         await expect(page.locator("#upload-model")).to_have_value("My-model")
         await expect(page.locator("#upload-version")).to_have_value(str(version))
         if version == 1:
@@ -201,7 +205,9 @@ async def test_dropped_file_becomes_a_version_and_is_loaded(server: Server, admi
         await admin.choose("Keep as it is")
         await expect(admin.row("My-model")).to_be_visible()
     assert (await server.api.model("My-model"))["versions"] == [1, 2]
-    await page.locator("section.models").evaluate(DROP, ["My model.onnx", [1, 2, 3]])
+    folder = server.api.config.repository / "My-model" / "2"
+    assert {each.name for each in folder.iterdir()} == {"model.onnx", "w.bin"}
+    await page.locator("section.models").evaluate(DROP, [["My model.onnx", [1, 2, 3]]])
     await page.locator("#upload-version").fill("2")
     await admin.choose("Add")
     await expect(page.locator("dialog[open] .refusal")).to_contain_text("exists")

@@ -22,7 +22,7 @@ GUIDES = {
 }
 """Pages that start their own servers, and how many answers are compared."""
 STANDING = {
-    "docs/models.md": ("", 8),
+    "docs/models.md": ("", 9),
     "docs/events.md": ("", 5),
     "docs/memory.md": ("--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on", 5),
     "docs/time-travel.md": ("", 6),

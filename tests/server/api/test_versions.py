@@ -1,8 +1,7 @@
-"""`PUT` and `DELETE …/versions/{version}`: statuses and codes, and what loads make of them."""
+"""`PUT` and `DELETE …/versions/{version}`, and stages: statuses and codes, and what loads make of them."""
 
 import asyncio
 import base64
-import gzip
 import hashlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,14 +10,12 @@ from typing import Any
 import pytest
 from support import models
 from support.http import ONE, LocalApi
-from support.uploads import entry, staged, tar
+from support.uploads import FILES, MODEL, staged
 from support.workers import until
 
 from events.types import VersionAdded, VersionRemoved
 from server.appkeys import LOG, UPLOADS
 
-MODEL = models.add(1).SerializeToString()
-TAR = {"Content-Type": "application/x-tar"}
 FILE = {"Content-Type": "application/octet-stream"}
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -43,8 +40,7 @@ async def test_added_version_loads_and_a_removed_one_does_not(shared: LocalApi) 
     assert answer.headers["Location"] == "/api/v1/models/a"
     file = {"path": "model.onnx", "bytes": len(MODEL), "sha256": hashlib.sha256(MODEL).hexdigest()}
     assert answer.json == {"model_id": "a", "version": 1, "bytes": len(MODEL), "files": [file]}
-    archive = tar(entry("./silero.onnx", models.add(2).SerializeToString()), entry("config.json", b"{}"))
-    assert (await put(shared, "a", gzip.compress(archive), 2, headers=TAR)).status == 201
+    assert (await put(shared, "a", models.add(2).SerializeToString(), 2)).status == 201
     job = await shared.load("a")
     assert job["version"] == 2
     assert (await shared.infer("a", ONE)).json["outputs"][0]["data"] == [3]
@@ -65,14 +61,6 @@ async def test_added_version_loads_and_a_removed_one_does_not(shared: LocalApi) 
 
 REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
     ("a web page", {"data": b"<html>"}, (400, "not_onnx")),
-    ("no model in a tar", {"data": tar(entry("a.txt", b"1")), "headers": TAR}, (400, "not_onnx")),
-    (
-        "two models in a tar",
-        {"data": tar(entry("a.onnx", MODEL), entry("b.onnx", MODEL)), "headers": TAR},
-        (400, "not_onnx"),
-    ),
-    ("no tar", {"data": MODEL, "headers": TAR}, (400, "bad_archive")),
-    ("nothing", {"data": b"", "headers": TAR}, (400, "not_onnx")),
     ("wrong digest", {"headers": {"Repr-Digest": digest(b"other")}}, (400, "digest_mismatch")),
     (
         "wrong digest of two",
@@ -83,11 +71,7 @@ REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
     ("entity tag", {"headers": {"If-None-Match": '"x"'}}, (400, "invalid_parameter")),
     ("a part", {"headers": {"Content-Range": "bytes 0-9/20"}}, (400, "invalid_parameter")),
     ("version 0", {"version": 0}, (400, "invalid_parameter")),
-    (
-        "form",
-        {"headers": {"Content-Type": "application/x-www-form-urlencoded"}},
-        (415, "unsupported_media_type"),
-    ),
+    ("tar", {"headers": {"Content-Type": "application/x-tar"}}, (415, "unsupported_media_type")),
     ("coding", {"headers": {"Content-Encoding": "gzip"}}, (415, "unsupported_media_type")),
     ("role", {"roles": ("predict",)}, (403, "forbidden")),
 ]
@@ -102,6 +86,67 @@ async def test_refused_upload_leaves_nothing(
     answer = await put(shared, "refused", **options)
     assert answer.refusal == expected
     assert not (shared.config.repository / "refused").exists()
+    assert staged(shared.config.repository) == []
+
+
+async def begin(api: LocalApi, model_id: str, **options: Any) -> str:
+    """Begin a stage of version 1, and return its path."""
+    answer = await api.post(f"{path(model_id)}/stages", **options)
+    assert answer.status in {200, 201}
+    assert answer.headers["Location"] == f"{path(model_id)}/stages/{answer.json['id']}"
+    return answer.headers["Location"]
+
+
+async def send(api: LocalApi, stage: str, name: str, data: bytes = MODEL, **options: Any) -> Any:
+    return await api.send("PUT", f"{stage}/files/{name}", data=data, **options)
+
+
+async def test_files_of_a_stage_become_a_version(shared: LocalApi) -> None:
+    once = {"Idempotency-Key": '"once"'}
+    stage = await begin(shared, "staged", headers=once)
+    shown = list[dict[str, Any]]()
+    for name, data in FILES.items():
+        answer = await send(shared, stage, name, data, headers={"Content-Digest": digest(data)})
+        assert answer.status == 201
+        shown.append({"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+        assert answer.json == shown[-1]
+    assert (await send(shared, stage, name, data)).status == 200
+    assert await begin(shared, "staged", headers=once) == stage
+    answer = await shared.get(stage, roles=("admin",))
+    assert answer.json["files"] == shown
+    version = {"model_id": "staged", "version": 1, "bytes": sum(each["bytes"] for each in shown)}
+    assert answer.json.items() >= version.items()
+    assert (await shared.get("/api/v1/models/staged")).status == 404
+    answer = await shared.post(f"{stage}/commit", subject="bob")
+    assert answer.refusal == (404, "unknown_stage")
+    answer = await shared.post(f"{stage}/commit")
+    assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/staged")
+    assert answer.json == {**version, "files": sorted(shown, key=lambda each: str(each["path"]))}
+    assert (await shared.load("staged"))["version"] == 1
+    assert (await shared.post(f"{stage}/commit")).refusal == (404, "unknown_stage")
+    assert (await shared.post(f"{path('staged')}/stages")).refusal == (409, "version_exists")
+
+
+STAGE_REFUSALS: dict[str, tuple[dict[str, Any], tuple[int, str]]] = {
+    "wrong digest": ({"headers": {"Repr-Digest": digest(b"other")}}, (400, "digest_mismatch")),
+    "a part": ({"headers": {"Content-Range": "bytes 0-9/20"}}, (400, "invalid_parameter")),
+    "an archive": ({"headers": {"Content-Type": "application/x-tar"}}, (415, "unsupported_media_type")),
+    "path upwards": ({"name": "%2E%2E/a"}, (400, "invalid_parameter")),
+    "path upwards, encoded": ({"name": "a%2F..%2F..%2Fa"}, (400, "invalid_parameter")),
+    "absolute path": ({"name": "/etc/passwd"}, (400, "invalid_parameter")),
+    "control character": ({"name": "a%00"}, (400, "invalid_parameter")),
+    "another subject": ({"subject": "bob"}, (404, "unknown_stage")),
+}
+
+
+@pytest.mark.parametrize("name", STAGE_REFUSALS)
+async def test_refused_file_is_not_in_the_stage(shared: LocalApi, name: str) -> None:
+    stage = await begin(shared, "refused")
+    options, expected = STAGE_REFUSALS[name]
+    assert (await send(shared, stage, **{"name": "model.onnx", **options})).refusal == expected
+    assert (await shared.get(stage, roles=("admin",))).json["files"] == []
+    assert (await shared.post(f"{stage}/commit")).refusal == (400, "not_onnx")
+    assert (await shared.send("DELETE", stage)).status == 204
     assert staged(shared.config.repository) == []
 
 
@@ -154,6 +199,10 @@ async def test_load_and_removal_at_once_have_one_winner(shared: LocalApi) -> Non
 async def test_settings_limit_uploads(start: Start) -> None:
     api = await start(max_upload_bytes=100)
     assert (await put(api, "m")).refusal == (413, "body_too_large")
+    stage = await begin(api, "m")
+    assert (await send(api, stage, "a", bytes(60))).status == 201
+    assert (await send(api, stage, "b", bytes(41))).refusal == (413, "body_too_large")
+    assert (await send(api, stage, "b", bytes(40))).status == 201
     api.save(MODEL, "there")
     api.config.repository.chmod(0o500)
     try:

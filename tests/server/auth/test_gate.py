@@ -43,7 +43,7 @@ ANY_ROLE: set[Roles] = EVERYONE - {()}
 PREDICT: set[Roles] = ANY_ROLE - {("audit",)}
 AUDIT: set[Roles] = ANY_ROLE - {("predict",)}
 ADMIN: set[Roles] = {("admin",)}
-NAMES = {"id": "m", "version": 1, "job_id": "j", "file": "console.css", "jti": "t"}
+NAMES = {"id": "m", "version": 1, "job_id": "j", "file": "console.css", "jti": "t", "stage": "s", "path": "p"}
 """Values of path parameters."""
 QUERIES = {"/api/v1/events/stream": "?after=x"}
 """Ends the requests that would stream."""
@@ -82,6 +82,11 @@ TABLE: dict[str, set[Roles]] = {
     "POST /api/v1/models/{id}/load": ADMIN,
     "PUT /api/v1/models/{id}/versions/{version}": ADMIN,
     "DELETE /api/v1/models/{id}/versions/{version}": ADMIN,
+    "POST /api/v1/models/{id}/versions/{version}/stages": ADMIN,
+    "GET /api/v1/models/{id}/versions/{version}/stages/{stage}": ADMIN,
+    "DELETE /api/v1/models/{id}/versions/{version}/stages/{stage}": ADMIN,
+    "PUT /api/v1/models/{id}/versions/{version}/stages/{stage}/files/{path}": ADMIN,
+    "POST /api/v1/models/{id}/versions/{version}/stages/{stage}/commit": ADMIN,
     "POST /api/v1/models/{id}/unload": ADMIN,
     "GET /v2/models/{id}": ANY_ROLE,
     "GET /v2/models/{id}/versions/{version}": ANY_ROLE,

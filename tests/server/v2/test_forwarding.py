@@ -1,7 +1,9 @@
 """Forwarding: any node answers for any model, through the node that has it."""
 
 import asyncio
+import base64
 import gzip
+import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -28,6 +30,7 @@ from support.reachable import (
     send,
 )
 from support.replicas import make_ledger
+from support.uploads import FILES, files_in
 from support.workers import computing, until
 
 from events.commands import DrainNode, RevokeToken
@@ -265,8 +268,7 @@ async def test_refused_connection_names_the_node(pair: Pair) -> None:
     owner.proxy.heal()
     assert {answer.refusal for answer in answers} == {(503, "node_unreachable")}
     assert (
-        f"node 'a', at which the model is loaded, cannot be reached at {owner.address}"
-        in (answers[0].json["detail"])
+        f"node 'a', which has to answer, cannot be reached at {owner.address}" in (answers[0].json["detail"])
     )
     assert (await ask(other)).status == 200
 
@@ -305,6 +307,35 @@ async def test_slow_client_holds_up_one_node_only(pair: Pair) -> None:
     writer.close()
     await writer.wait_closed()
     await until(lambda: not other.app[BODIES].taken_bytes)
+
+
+async def test_requests_about_a_stage_go_to_its_node(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", repository_writable="on") as nodes:
+        owner, other = nodes
+        stages = "/api/v1/models/staged/versions/1/stages"
+        begun = await owner.api.post(stages)
+        stage = begun.headers["Location"]
+        assert stage.endswith(".a")
+        for path, data in FILES.items():
+            digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+            for of, status in ((b"", 400), (data, 201)):
+                fields = {"Repr-Digest": f"sha-256=:{digest}:"}
+                answer = await other.api.send("PUT", f"{stage}/files/{path}", data=of, headers=fields)
+                assert answer.status == status
+        shown = await other.api.get(stage, roles=("admin",))
+        assert {each["path"] for each in shown.json["files"]} == FILES.keys()
+        assert (await other.api.get(stage, roles=("admin",), subject="bob")).refusal == (404, "unknown_stage")
+        own = forwarded(owner, other, "admin", model_id="staged")
+        assert (await other.api.get(stage, roles=(), headers=own)).refusal == (404, "unknown_stage")
+        await owner.proxy.cut()
+        assert (await other.api.post(f"{stage}/commit")).refusal == (503, "node_unreachable")
+        owner.proxy.heal()
+        answer = await other.api.post(f"{stage}/commit")
+        assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/staged")
+        assert files_in(tmp_path / "repository") == {f"staged/1/{path}": data for path, data in FILES.items()}
+        second = (await other.api.post(stages.replace("/1/", "/2/"))).headers["Location"]
+        assert (await owner.api.send("DELETE", second)).status == 204
+        assert (await owner.api.send("DELETE", f"{second}x")).refusal == (404, "unknown_stage")
 
 
 async def drain(node: ReachableNode) -> None:

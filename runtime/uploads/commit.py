@@ -1,0 +1,560 @@
+"""The way of one addition or removal: staged, then durable as an event, then visible.
+
+Each step may be the last one: a server that ends, a client that leaves, a disk that is full or never answers.
+Before its event is durable, a change leaves nothing but a stage that its caller may go on with; from then on,
+it is finished: by this server, or by the next start. All work on files is done in threads, a piece at a time,
+with a limit on each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from events.accept import OUTDATED, find_use
+from events.clock import uuid7
+from events.commands import AddVersion, Command, NodeCurrent, Receipt, Record, RemoveVersion
+from events.errors import EpochOver, LedgerProblem, LogClosed, OutcomeUnknown, RequestRefused
+from events.log import Log
+from events.types import SYSTEM, AddedFile, Draft, Event, VersionAdded, VersionRemoved
+from runtime.errors import RuntimeProblem
+from runtime.filesystem import FileSystemPool
+from runtime.onnxfile import MODEL_FILE
+from runtime.repository import Repository
+from runtime.uploads.receive import Digests, FileReceiver, check_path, check_room, unwritable
+from runtime.uploads.stage import (
+    Stage,
+    StageOwner,
+    Staging,
+    StagingEntry,
+    UploadPolicy,
+    VersionExists,
+    check_writable,
+    epoch_folder,
+    read_stage,
+)
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+MAX_THREADS = 8
+"""Pieces that are written at once. A disk is no faster with more, and one that hangs stops no other work."""
+PIECE_LIMIT_S = 120.0
+"""For one piece, the most of it syncing 64 MiB or two thousand small files, or for one step of a removal."""
+START_LIMIT_S = 10.0
+"""For each step of what a start has to finish: a repository that hangs must not keep it from starting."""
+STAGE_S = 24 * 3600.0
+"""After its last file, a stage ends: an upload that somebody goes on with the next morning still finds it."""
+END_STAGES_EVERY_S = 600.0
+"""Often enough for a disk that unused stages have filled."""
+NOT_PLACED = "not_placed"
+"""Reason of a removal that nobody asked for: something else took the place of an added version."""
+_ALL = "*"
+"""What work on the whole staging folder is known by; no version has such a name."""
+
+
+class UnknownStage(RuntimeProblem):
+    """The caller has no such stage of this version: begin another one."""
+
+    code = "unknown_stage"
+
+
+class VersionNotNew(RuntimeProblem):
+    """The request is for a version that is not there yet, and it is there."""
+
+    code = "precondition_failed"
+
+
+class VersionInUse(RuntimeProblem):
+    """A load uses the version."""
+
+    code = "version_in_use"
+
+
+@dataclass(frozen=True, slots=True)
+class UploadBody:
+    """The body of a request that has one file.
+
+    Attributes:
+        pieces: its bytes as they arrive.
+        length: in bytes, if it is known.
+        expected: digests that it must have.
+    """
+
+    pieces: AsyncIterator[bytes]
+    length: int | None = None
+    expected: Digests = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StageName:
+    """A stage as a request names it, and who does."""
+
+    id: str
+    model_id: str
+    version: int
+    subject: str
+
+
+class Uploads:
+    """Puts versions into the repository, and removes them.
+
+    Args:
+        repository: the models.
+        policy: what is taken.
+        owner: names the part of the staging folder of a server without nodes.
+        log: the ledger.
+        submit: records a command.
+        find_event: returns the event with an id, if the ledger as it was last read has it.
+        node_id: of this node; None without nodes.
+        now: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        policy: UploadPolicy,
+        owner: str,
+        *,
+        log: Log,
+        submit: Callable[[Command], Awaitable[Receipt]],
+        find_event: Callable[[str], Awaitable[Event | None]],
+        node_id: str | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._repository = repository
+        self._policy = policy
+        self._owner, self._node_id = owner, node_id
+        self._log, self._submit, self._find_event = log, submit, find_event
+        self._now = now
+        self._file_system = FileSystemPool(MAX_THREADS)
+        self._changing = dict[tuple[str, int], str]()
+        self._stages = dict[str, Stage]()
+        self._recovering = asyncio.Lock()
+        self._finishing = set[asyncio.Task[None]]()
+        self._is_recovered = False
+        self._unknown = dict[str, int]()
+        self._following: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Finish what has its event, and discard the rest; a repository that hangs is left for later."""
+        await self._try_to_recover()
+        self._following = asyncio.create_task(self._follow(), name="uploads")
+
+    async def _follow(self) -> None:
+        """Finish changes whose outcome was unknown, and those of nodes that ended; end unused stages."""
+        nodes = self._log.state.nodes
+        with self._log.subscribed() as wakeup:
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(END_STAGES_EVERY_S):
+                        await wakeup.wait()
+                wakeup.clear()
+                await self._end_unused_stages()
+                if self._unknown or self._log.state.nodes is not nodes:
+                    nodes, self._is_recovered = self._log.state.nodes, False
+                    await self._try_to_recover()
+
+    async def _try_to_recover(self) -> None:
+        try:
+            await self._recover()
+        except (RuntimeProblem, LedgerProblem, OSError) as problem:
+            self._is_recovered = False
+            _log.warning("changes of the repository that had not ended cannot be finished yet: %s", problem)
+
+    async def close(self) -> None:
+        """Wait for changes whose event is on its way."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
+        if self._finishing:
+            _, hanging = await asyncio.wait(self._finishing, timeout=START_LIMIT_S)
+            for task in hanging:  # the next start finishes them
+                task.cancel()
+
+    async def add(
+        self, model_id: str, version: int, actor: str, body: UploadBody, *, only_new: bool = False
+    ) -> tuple[AddedFile, ...]:
+        """Add a version of one file, and return its files.
+
+        Args:
+            model_id: of the version.
+            version: its number.
+            actor: of the event.
+            body: the model.
+            only_new: whether the request is for a version that is not there (`If-None-Match: *`).
+
+        Raises:
+            RuntimeProblem: `repository_read_only`, `version_exists`, `precondition_failed`, `body_too_large`,
+                `not_onnx`, `unsafe_file`, `invalid_model`, `digest_mismatch`, `insufficient_storage`,
+                `repository_unreadable`, `repository_busy`.
+            LogUnavailable: `log_unavailable`; if that is unknown, it may become visible later.
+        """
+        try:
+            stage = self._new_stage(model_id, version)
+            self._begin(stage)
+            try:
+                await self._prepare()
+                await self._run(stage, stage.begin)
+                await self._receive(stage, MODEL_FILE, body)
+                files = await self._run(stage, stage.complete)
+            except BaseException:
+                await self._discard(stage)
+                self._end(stage)
+                raise
+            await self._finish(stage, self._make_visible(stage, files, actor))
+        except VersionExists as exists:
+            if not only_new:
+                raise
+            raise VersionNotNew(str(exists)) from None
+        return files
+
+    async def begin_stage(
+        self, model_id: str, version: int, subject: str, key: str | None
+    ) -> tuple[Stage, bool]:
+        """Return a new stage of a version, or the subject's own with the same key; and whether it is new.
+
+        Raises:
+            RuntimeProblem: `repository_read_only`, `version_exists`, `insufficient_storage`,
+                `repository_unreadable`, `repository_busy`.
+            EpochOver: `log_unavailable`.
+        """
+        await self._prepare()
+        await self._end_unused_stages()
+        owner = StageOwner(model_id, version, subject, key, self._node_id)
+        if key is not None:
+            for known in self._stages.values():
+                if known.owner == owner:
+                    return known, False
+        stage = self._new_stage(model_id, version, owner)
+        stage.used_at = self._now()
+        self._stages[stage.id] = stage
+        try:
+            await self._run(stage, stage.begin)
+        except BaseException:
+            del self._stages[stage.id]
+            await self._discard(stage)
+            raise
+        return stage, True
+
+    async def find_stage(self, name: StageName) -> Stage:
+        """Return a stage of its subject.
+
+        Raises:
+            UnknownStage: `unknown_stage`.
+            RuntimeProblem: `repository_read_only`, `repository_unreadable`, `repository_busy`.
+        """
+        await self._prepare()
+        await self._end_unused_stages()
+        stage = self._stages.get(name.id)
+        if stage is None or stage.owner is None:
+            raise UnknownStage
+        owner = stage.owner
+        if (owner.model_id, owner.version, owner.subject) != (name.model_id, name.version, name.subject):
+            raise UnknownStage
+        return stage
+
+    async def add_file(self, name: StageName, path: str, body: UploadBody) -> tuple[AddedFile, bool]:
+        """Add a file to a stage, and return it; and whether the stage had none with its path.
+
+        Raises:
+            RuntimeProblem: `unknown_stage`, `invalid_parameter`, `version_exists` (it is being committed),
+                `body_too_large`, `digest_mismatch`, `insufficient_storage`, `repository_read_only`,
+                `repository_unreadable`, `repository_busy`.
+        """
+        check_path(path)
+        stage = await self.find_stage(name)
+        is_new = path not in stage.files
+        file = await self._receive(stage, path, body)
+        stage.used_at = self._now()
+        return file, is_new
+
+    async def commit(self, name: StageName) -> tuple[AddedFile, ...]:
+        """Make a version of a stage, and return its files.
+
+        Raises:
+            RuntimeProblem: `unknown_stage`, and as `add`. The stage stays.
+            LogUnavailable: `log_unavailable`; if that is unknown, it may become visible later.
+        """
+        stage = await self.find_stage(name)
+        self._begin(stage)
+        try:
+            files = await self._run(stage, stage.complete)
+        except BaseException:
+            self._end(stage)
+            raise
+        await self._finish(stage, self._make_visible(stage, files, name.subject))
+        return files
+
+    async def discard_stage(self, name: StageName) -> None:
+        """End a stage, and delete its files.
+
+        Raises:
+            RuntimeProblem: `unknown_stage`, `version_exists` (it is being committed),
+                `repository_read_only`, `repository_unreadable`, `repository_busy`.
+        """
+        stage = await self.find_stage(name)
+        self._check_open(stage)
+        del self._stages[stage.id]
+        await self._discard(stage)
+
+    async def remove(self, model_id: str, version: int, actor: str) -> None:
+        """Remove a version that no load uses.
+
+        Raises:
+            RuntimeProblem: `repository_read_only`, `unknown_version`, `version_in_use`, `version_exists` (it
+                is just being changed), `repository_unreadable`, `repository_busy`.
+            RequestRefused: `version_in_use`, a load came first.
+            LogUnavailable: `log_unavailable`; if that is unknown, it may be removed later.
+        """
+        entry = StagingEntry(self._staging(), uuid7(), model_id, version)
+        self._begin(entry)
+        try:
+            await self._prepare()
+            self._check_unused(model_id, version)
+            await self._run(entry, entry.begin_removal)
+        except BaseException:
+            await self._discard(entry)
+            self._end(entry)
+            raise
+        await self._finish(entry, self._make_invisible(entry, actor))
+
+    def _check_unused(self, model_id: str, version: int) -> None:
+        use = find_use(self._log.state, model_id, version)
+        if use is not None:
+            raise VersionInUse(f"version {version} of model {model_id!r} {use}")
+
+    def _begin(self, entry: StagingEntry) -> None:
+        """Begin a change of a version, one at a time.
+
+        Raises:
+            VersionExists: `version_exists`.
+        """
+        if (entry.model_id, entry.version) in self._changing:
+            raise VersionExists(entry.model_id, entry.version, is_changing=True)
+        self._changing[entry.model_id, entry.version] = entry.event_id
+
+    def _end(self, entry: StagingEntry) -> None:
+        del self._changing[entry.model_id, entry.version]
+
+    def _staging(self) -> Staging:
+        """Return this server's part of the staging folder.
+
+        Raises:
+            EpochOver: `log_unavailable`.
+        """
+        if self._node_id is None:
+            return Staging(self._repository, self._owner)
+        node = self._log.state.nodes.get(self._node_id)
+        if node is None or not node.is_present:
+            raise EpochOver
+        return Staging(self._repository, epoch_folder(node), (NodeCurrent(node.id, node.epoch),))
+
+    def _new_stage(self, model_id: str, version: int, owner: StageOwner | None = None) -> Stage:
+        max_bytes = self._policy.max_bytes
+        return Stage(self._staging(), uuid7(), model_id, version, max_bytes=max_bytes, owner=owner)
+
+    async def _prepare(self) -> None:
+        """Check that the repository may be changed, and finish what a start could not.
+
+        Raises:
+            RepositoryReadOnly: `repository_read_only`.
+        """
+        await self._run(None, partial(check_writable, self._repository.root, self._policy), START_LIMIT_S)
+        if not self._is_recovered:
+            await self._recover()
+
+    async def _receive(self, stage: Stage, path: str, body: UploadBody) -> AddedFile:
+        """Write a body into a stage."""
+        room_bytes, max_bytes = stage.room_for(path), self._policy.max_bytes
+        await self._run(
+            stage, partial(check_room, self._repository.root, body.length or 0, room_bytes, max_bytes)
+        )
+        receiver = await self._run(
+            stage, partial(FileReceiver, stage.new_part(), room_bytes, max_bytes, body.expected)
+        )
+        try:
+            async for piece in body.pieces:
+                await self._run(stage, partial(receiver.write, piece))
+            file = await self._run(stage, partial(receiver.finish, path))
+            if stage.stays:
+                self._check_open(stage)
+            await self._run(stage, partial(stage.keep, receiver.target, file))
+        except BaseException:
+            with suppress(RuntimeProblem):  # the next start deletes it
+                await self._run(stage, receiver.discard, START_LIMIT_S)
+            raise
+        return file
+
+    def _check_open(self, stage: Stage) -> None:
+        """Refuse what would change a stage that has ended, or is being committed.
+
+        Raises:
+            UnknownStage: `unknown_stage`.
+            VersionExists: `version_exists`.
+        """
+        if stage.event_id in self._changing.values():
+            raise VersionExists(stage.model_id, stage.version, is_changing=True)
+        if stage.id not in self._stages:
+            raise UnknownStage
+
+    async def _end_unused_stages(self) -> None:
+        """Discard stages to which no file was added for `STAGE_S`."""
+        for stage in list(self._stages.values()):
+            is_unused = stage.used_at + STAGE_S <= self._now()
+            if is_unused and stage.event_id not in self._changing.values():
+                self._stages.pop(stage.id, None)
+                await self._discard(stage)
+
+    async def _make_visible(self, stage: Stage, files: tuple[AddedFile, ...], actor: str) -> None:
+        await self._record(
+            stage,
+            AddVersion(stage.model_id, stage.version, actor, files, stage.event_id, stage.staging.conditions),
+        )
+        try:
+            await self._run(stage, stage.place)
+        except VersionExists:
+            await self._give_up(stage)
+            raise
+        except BaseException:
+            self._is_recovered = False  # the next change, or the next start, finishes this one
+            raise
+
+    async def _make_invisible(self, entry: StagingEntry, actor: str) -> None:
+        conditions = entry.staging.conditions
+        command = RemoveVersion(entry.model_id, entry.version, actor, entry.event_id, conditions)
+        await self._record(entry, command)  # from here on, no load finds the files
+        try:
+            await self._run(entry, entry.take)
+        except BaseException:
+            self._is_recovered = False
+            raise
+        await self._run(entry, entry.discard)
+
+    async def _record(self, entry: StagingEntry, command: AddVersion | RemoveVersion) -> None:
+        """Submit a command; one that was not recorded leaves nothing but a stage.
+
+        If that is unknown, its entry stays until the log has another event, and so this one or never.
+        """
+        try:
+            await self._submit(command)
+        except (OutcomeUnknown, LogClosed):
+            self._unknown[entry.event_id] = self._log.state.position
+            self._forget_stage(entry)
+            raise
+        except BaseException as error:
+            if not entry.stays:
+                await self._discard(entry)
+            if isinstance(error, RequestRefused) and error.code == OUTDATED:
+                raise EpochOver from None
+            raise
+        self._forget_stage(entry)
+
+    def _forget_stage(self, entry: StagingEntry) -> None:
+        if isinstance(entry, Stage):
+            self._stages.pop(entry.id, None)
+
+    async def _finish(self, entry: StagingEntry, work: Coroutine[Any, Any, None]) -> None:
+        """Await what must not stop half-way, whatever becomes of the request."""
+        task = asyncio.create_task(work)
+        self._finishing.add(task)
+
+        def note_end(task: asyncio.Task[None]) -> None:
+            self._finishing.discard(task)
+            self._end(entry)
+            if not task.cancelled() and task.exception() is not None:
+                _log.info("a change of the repository was not made: %s", task.exception())
+
+        task.add_done_callback(note_end)
+        await asyncio.shield(task)
+
+    async def _recover(self) -> None:
+        """Finish changes whose event is durable, and keep stages; discard the rest of servers that ended."""
+        async with self._recovering:
+            if self._is_recovered:
+                return
+            staging = self._staging()
+            self._is_recovered = True
+            self._stages = {  # those of an epoch that is over are not here any more
+                stage.id: stage for stage in self._stages.values() if stage.folder.parent == staging.folder
+            }
+            await self._run(None, partial(staging.adopt, self._log.state.nodes), START_LIMIT_S)
+            for event_id in await self._run(None, staging.entries, START_LIMIT_S):
+                known = {*self._changing.values(), *(stage.event_id for stage in self._stages.values())}
+                if event_id in known:
+                    continue
+                try:
+                    await self._recover_one(event_id, staging)
+                except (RuntimeProblem, LedgerProblem, OSError) as problem:
+                    self._is_recovered = False  # tried again by the next change, which it does not prevent
+                    _log.warning("change %s of the repository cannot be finished yet: %s", event_id, problem)
+
+    async def _recover_one(self, event_id: str, staging: Staging) -> None:
+        is_final = self._log.state.position > self._unknown.get(event_id, -1)
+        event = await self._find_event(event_id)
+        if event is None and not is_final:
+            return
+        self._unknown.pop(event_id, None)
+        if event is None or event.model_id is None or event.version is None:
+            await self._recover_stage(event_id, staging)
+            return
+        entry = StagingEntry(staging, event_id, event.model_id, event.version)
+        if isinstance(event.data, VersionAdded):
+            try:
+                await self._run(entry, entry.place, START_LIMIT_S)
+            except VersionExists:
+                await self._give_up(entry)
+        elif isinstance(event.data, VersionRemoved):
+            await self._run(entry, entry.take, START_LIMIT_S)
+            await self._run(entry, entry.discard, START_LIMIT_S)
+        _log.info("%s was finished: version %d of %s", event.type, entry.version, entry.model_id)
+
+    async def _recover_stage(self, event_id: str, staging: Staging) -> None:
+        """Keep a stage for its subject; discard what is none, or was another node's."""
+        read = partial(read_stage, staging, event_id, self._policy.max_bytes)
+        stage = await self._run(None, read, START_LIMIT_S)
+        if stage is not None and stage.owner is not None and stage.owner.node_id == self._node_id:
+            self._stages[stage.id] = stage
+            await self._end_unused_stages()
+        else:
+            await self._run(None, partial(staging.discard, event_id), START_LIMIT_S)
+
+    async def _give_up(self, entry: StagingEntry) -> None:
+        """Record that an added version never became visible; its files go first, so that it never will."""
+        await self._run(entry, entry.discard)
+        draft = Draft(
+            uuid7(), VersionRemoved(NOT_PLACED), SYSTEM, model_id=entry.model_id, version=entry.version
+        )
+        await self._submit(Record((draft,)))
+
+    async def _discard(self, entry: StagingEntry) -> None:
+        """Delete an entry once no step of it runs; if a step hangs, the next change or start does."""
+        try:
+            await self._run(entry, entry.discard, START_LIMIT_S)
+        except RuntimeProblem:
+            self._is_recovered = False
+
+    async def _run(
+        self, entry: StagingEntry | None, step: Callable[[], T], limit_s: float = PIECE_LIMIT_S
+    ) -> T:
+        """Return what a step returns that blocks; steps of a version, or of the whole folder, never overlap.
+
+        Raises:
+            RepositoryBusy: `repository_busy`, it did not end in time; it goes on without effect.
+            RuntimeProblem: of the step; errors of the file system are made into one.
+        """
+
+        def work() -> T:
+            try:
+                return step()
+            except OSError as error:
+                raise unwritable(error) from None
+
+        key = _ALL if entry is None else f"{entry.model_id}/{entry.version}"
+        return await self._file_system.run(key, work, limit_s)

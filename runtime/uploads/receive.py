@@ -1,0 +1,270 @@
+"""One file on its way to the disk: its bytes are counted, hashed and synced as they arrive.
+
+Everything here blocks, and is called piece by piece in a thread. What arrived stands in a folder that nobody
+else sees.
+"""
+
+import base64
+import binascii
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from events.types import AddedFile
+from runtime.errors import LoadRefused, RepositoryUnreadable, RuntimeProblem
+from runtime.onnxfile import (
+    MODEL_FILE,
+    check_external_data,
+    describe_foreign_file,
+    find_model_file,
+    list_model_files,
+)
+
+MAX_PATH_BYTES = 1024
+"""Of one path: file systems take 4096 with the folders above the repository."""
+MAX_NAME_BYTES = 255
+"""Of one name in it: what ext4 and XFS take."""
+MAX_SHOWN_CHARACTERS = 100
+"""Of a path in a message."""
+SYNC_BYTES = 64 * 2**20
+"""Written bytes after which a file is synced: neither memory nor the last sync grows with the file."""
+ALGORITHMS = {"sha-256": "sha256", "sha-512": "sha512"}
+"""Of RFC 9530, section 5; others that a client sends are ignored, as the RFC demands."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FORBIDDEN = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+
+Digests = Mapping[str, bytes]
+"""Digests that a file must have, by algorithm of `ALGORITHMS`."""
+
+_MEMBER = re.compile(r"\s*([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/]*={0,2}):\s*")
+
+
+class BadPath(RuntimeProblem):
+    """A version must not have a file with this path."""
+
+    code = "invalid_parameter"
+
+
+class NotOnnx(RuntimeProblem):
+    """The file is no ONNX model."""
+
+    code = "not_onnx"
+
+
+class DigestMismatch(RuntimeProblem):
+    """The body is not the one that its digest is of."""
+
+    code = "digest_mismatch"
+
+
+class UploadTooLarge(RuntimeProblem):
+    """The files have more bytes than a version may have."""
+
+    code = "body_too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(
+            f"a version may have {max_bytes} bytes, and this one has more: put it there yourself"
+        )
+
+
+class InsufficientStorage(RuntimeProblem):
+    """The repository's disk has no room for the version."""
+
+    code = "insufficient_storage"
+
+
+class RepositoryReadOnly(RuntimeProblem):
+    """The server does not change this repository."""
+
+    code = "repository_read_only"
+
+
+def check_path(path: str) -> str:
+    """Return the path of a file in a version's folder, if it is one in its only spelling.
+
+    Raises:
+        BadPath: `invalid_parameter`, the path is absolute, leads upwards, is too long, or has a name that is
+            empty, too long, or no printable UTF-8.
+    """
+    names = path.split("/")
+    if path.startswith("/"):
+        raise BadPath(f"{quote(path)} is an absolute path")
+    if ".." in names:
+        raise BadPath(f"{quote(path)} leads out of the folder")
+    if "" in names or "." in names:
+        raise BadPath(f"{quote(path)} is no name of a file: leave out empty names and '.'")
+    try:
+        is_long = len(path.encode()) > MAX_PATH_BYTES or any(
+            len(name.encode()) > MAX_NAME_BYTES for name in names
+        )
+    except UnicodeEncodeError:
+        raise BadPath(f"{quote(path)} is not UTF-8") from None
+    if is_long:
+        raise BadPath(f"{quote(path)} is too long: {MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} in each name")
+    if not path.isprintable():
+        raise BadPath(f"{quote(path)} has characters that cannot be printed")
+    return path
+
+
+def quote(path: str) -> str:
+    """Return a path for a message: one printable line of bounded length."""
+    shown = path if len(path) <= MAX_SHOWN_CHARACTERS else f"{path[:MAX_SHOWN_CHARACTERS]}…"
+    return ascii(shown)
+
+
+def parse_digests(fields: Iterable[str]) -> Digests:
+    """Return the digests of `Repr-Digest` and `Content-Digest` fields (RFC 9530); unknown ones are ignored.
+
+    Raises:
+        ValueError: a field is no dictionary of byte sequences, or a digest has the wrong length.
+    """
+    found = dict[str, bytes]()
+    for member in ",".join(fields).split(","):
+        if not member.strip():
+            continue
+        match = _MEMBER.fullmatch(member)
+        if match is None:
+            raise ValueError("must be like sha-256=:<base64>:, separated by commas")
+        name = match[1]
+        if name not in ALGORITHMS:
+            continue
+        try:
+            value = base64.b64decode(match[2], validate=True)
+        except binascii.Error:
+            raise ValueError(f"the value of {name} is no base64") from None
+        if len(value) != hashlib.new(ALGORITHMS[name]).digest_size:
+            raise ValueError(f"the value of {name} has {len(value)} bytes")
+        if found.setdefault(name, value) != value:
+            raise ValueError(f"{name} is given twice, with two values")
+    return found
+
+
+class FileReceiver:
+    """Receives one file.
+
+    Args:
+        target: where it is written; nothing is there yet.
+        room_bytes: what it may have at most.
+        max_bytes: of its version, for the message.
+        expected: the digests that it must have.
+    """
+
+    def __init__(self, target: Path, room_bytes: int, max_bytes: int, expected: Digests) -> None:
+        self.target = target
+        self._room_bytes, self._max_bytes = room_bytes, max_bytes
+        self._expected = expected
+        self._hashes = {name: hashlib.new(ALGORITHMS[name]) for name in {"sha-256", *expected}}
+        self._bytes = self._unsynced_bytes = 0
+        self._file = target.open("xb", buffering=0)
+
+    def write(self, piece: bytes) -> None:
+        """Write the next bytes.
+
+        Raises:
+            UploadTooLarge: `body_too_large`.
+            OSError: they cannot be written.
+        """
+        if self._bytes + len(piece) > self._room_bytes:
+            raise UploadTooLarge(self._max_bytes)
+        for digest in self._hashes.values():
+            digest.update(piece)
+        data = memoryview(piece)
+        while data:
+            data = data[self._file.write(data) :]
+        self._bytes += len(piece)
+        self._unsynced_bytes += len(piece)
+        if self._unsynced_bytes >= SYNC_BYTES:
+            os.fdatasync(self._file.fileno())
+            self._unsynced_bytes = 0
+
+    def finish(self, path: str) -> AddedFile:
+        """Check the digests, sync the file, and return it with its path in the version.
+
+        Raises:
+            DigestMismatch: `digest_mismatch`.
+            OSError: it cannot be synced.
+        """
+        for name, value in self._expected.items():
+            if self._hashes[name].digest() != value:
+                found = base64.b64encode(self._hashes[name].digest()).decode()
+                raise DigestMismatch(
+                    f"the {self._bytes} bytes that arrived have {name}=:{found}:, which is not the digest"
+                    " that was sent with them: send the file again"
+                )
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return AddedFile(path, self._bytes, self._hashes["sha-256"].hexdigest())
+
+    def discard(self) -> None:
+        """Close the file, and delete it unless it was moved; to be called at the end, whatever it is."""
+        self._file.close()
+        with suppress(FileNotFoundError):
+            self.target.unlink()
+
+
+def check_room(folder: Path, length: int, room_bytes: int, max_bytes: int) -> None:
+    """Refuse a body that is too long, or has no room on the disk, before any of it is read.
+
+    Raises:
+        UploadTooLarge: `body_too_large`.
+        InsufficientStorage: `insufficient_storage`.
+    """
+    if length > room_bytes:
+        raise UploadTooLarge(max_bytes)
+    seen = os.statvfs(folder)
+    free_bytes = seen.f_bavail * seen.f_frsize
+    if length > free_bytes:
+        raise InsufficientStorage(
+            f"the body has {length} bytes, and the repository's disk {free_bytes} free: free some space there"
+        )
+
+
+def check_model(folder: Path, paths: Iterable[str]) -> None:
+    """Refuse a version without a model, or whose model names files that it does not have.
+
+    Args:
+        folder: of the version.
+        paths: of its files.
+
+    Raises:
+        NotOnnx: `not_onnx`.
+        LoadRefused: `unsafe_file`, `invalid_model`.
+        OSError: a file cannot be read.
+    """
+    names = list(paths)
+    model = find_model_file(names)
+    if model is None:
+        several = list_model_files(names)
+        raise NotOnnx(
+            f"several files could be the model, {', '.join(map(quote, several[:4]))}: name one {MODEL_FILE}"
+            if several
+            else f"there is no model: put its ONNX file at the top of the folder, as {MODEL_FILE}"
+        )
+    foreign = describe_foreign_file(folder / model)
+    if foreign is not None:
+        raise NotOnnx(f"{model} {foreign}")
+    try:
+        check_external_data(folder / model, folder, folder)
+    except LoadRefused as refused:
+        if refused.code != "unsafe_file":
+            raise
+        advice = "; send all files that the model names, in a stage"
+        raise LoadRefused(refused.code, f"{refused}{advice}") from None
+
+
+def unwritable(error: OSError) -> RuntimeProblem:
+    """Return the problem for an error of the repository's file system."""
+    if error.errno in FULL:
+        return InsufficientStorage(
+            f"the repository's disk has no room for the version: {error.strerror}; free some space there"
+        )
+    if error.errno in FORBIDDEN:
+        return RepositoryReadOnly(
+            f"the repository cannot be written: {error.strerror}; give its folder to the server's user"
+        )
+    return RepositoryUnreadable(f"the repository cannot be written: {error.strerror}")

@@ -1,0 +1,473 @@
+"""The staging folder inside the repository: what is not visible yet, and what is not visible any more.
+
+`.uploads/<owner>/<event id>/version` holds the files of one version. No model has a name with a dot first, so
+nothing lists or serves it, and a rename from here to a version's folder stays on one file system. `<owner>`
+is the ledger's own key: servers that share a repository leave each other's uploads alone. A node has a part
+for each epoch: once that is over, no event of what is there can come any more, and another node takes it. The
+event of a change has its id before it happens, so a start finds the change that an event is of.
+
+A stage that its caller may go on with has a record beside its files: whose it is, and the digest of each file
+that is complete. It is read after a restart only. A line counts if the file with its inode is there, so
+neither a kill between the two nor a lost line makes a record of what did not arrive.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+import msgspec
+
+from events.audit.files import sync
+from events.commands import NodeCurrent
+from events.nodes import Node
+from events.types import AddedFile
+from runtime.errors import RuntimeProblem, UnknownVersion
+from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository
+from runtime.store.folder import walk_files
+from runtime.uploads.receive import BadPath, RepositoryReadOnly, UploadTooLarge, check_model, quote
+
+Writable = Literal["auto", "on", "off"]
+STAGING = ".uploads"
+VERSION, NOTE, RECORD = "version", "inode", "stage"
+"""Of an entry: the version's files; before a removal, which folder it is that goes; and a stage's record."""
+PART = "part-"
+"""How the name of a file of an entry begins that has not arrived completely."""
+ATTEMPTS = 3
+"""To place a version beside a removal of the model's last one, which may take the model's folder away."""
+KEY_DIGITS = 32
+"""Of the hash of a node's key in a folder's name: no two nodes that share a repository have the same."""
+
+_ENTRY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+
+
+class RepositoryNotShared(RuntimeProblem):
+    """This node does not know whether the other nodes have the same repository."""
+
+    code = "repository_not_shared"
+
+
+class VersionExists(RuntimeProblem):
+    """The repository has this version, or it is just being added or removed."""
+
+    code = "version_exists"
+
+    def __init__(self, model_id: str, version: int, *, is_changing: bool = False) -> None:
+        how = "is just being added or removed" if is_changing else "exists"
+        super().__init__(
+            f"version {version} of {model_id!r} {how}, and a version is never overwritten: choose another"
+            " number"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UploadPolicy:
+    """Whether this server changes its repository, and how large a version it takes.
+
+    Attributes:
+        writable: whether it changes the repository; `auto` does if the folder belongs to the server's user.
+        is_immutable: whether nobody may ever change a file there (`--store-size=off`).
+        is_of_node: whether other nodes load from it, too: then only `on` says that it is one for all.
+        max_bytes: of one version.
+    """
+
+    writable: Writable = "auto"
+    is_immutable: bool = False
+    is_of_node: bool = False
+    max_bytes: int = 2**63
+
+
+def check_writable(root: Path, policy: UploadPolicy) -> None:
+    """Refuse changes of a repository that this server only reads.
+
+    Raises:
+        RepositoryReadOnly: `repository_read_only`, with what to do.
+        RepositoryNotShared: `repository_not_shared`, likewise.
+    """
+    advice = "put versions into its folder yourself"
+    if policy.writable == "off":
+        raise RepositoryReadOnly(
+            f"this server does not change its repository (--repository-writable): {advice}"
+        )
+    if policy.is_immutable:
+        raise RepositoryReadOnly(
+            f"nobody may change a file of this repository (--store-size=off): {advice}, under a new number"
+        )
+    if policy.is_of_node and policy.writable == "auto":
+        raise RepositoryNotShared(
+            "a version has to be there for all nodes: if the repository is one folder that all of them share,"
+            " start them with --repository-writable=on; else put the version into the folder of each"
+        )
+    try:
+        seen = root.stat()
+    except OSError as error:
+        raise RepositoryReadOnly(f"the repository's folder cannot be used: {error.strerror}") from None
+    is_writable = os.access(root, os.W_OK | os.X_OK)
+    if not is_writable or (policy.writable == "auto" and seen.st_uid != os.geteuid()):
+        whose = "belongs to another user" if is_writable else "cannot be written by the server's user"
+        raise RepositoryReadOnly(
+            f"the repository's folder {whose}: {advice}, or give it to the server's user"
+            + (", or start the server with --repository-writable=on" if is_writable else "")
+        )
+
+
+def epoch_folder(node: Node) -> str:
+    """Return the name of a node's part of the staging folder in its present epoch, or its last one."""
+    return f"{_key_of(node)}-{node.epoch}"
+
+
+def is_left(name: str, nodes: Mapping[str, Node]) -> bool:
+    """Whether a part of the staging folder is of an epoch that is over."""
+    key, _, epoch = name.rpartition("-")
+    node = next((each for each in nodes.values() if _key_of(each) == key), None)
+    if node is None or not epoch.isdecimal():
+        return False
+    return int(epoch) < node.epoch or (int(epoch) == node.epoch and not node.is_present)
+
+
+def _key_of(node: Node) -> str:
+    return hashlib.sha256((node.public_key or "").encode()).hexdigest()[:KEY_DIGITS]
+
+
+class Staging:
+    """The staging folder of one server. Its methods block, for ever if a file system hangs.
+
+    Args:
+        repository: the models.
+        owner: names this server's part of the folder.
+        conditions: of the event of each change there: the epoch in which it began goes on.
+    """
+
+    def __init__(self, repository: Repository, owner: str, conditions: tuple[NodeCurrent, ...] = ()) -> None:
+        self.repository = repository
+        self.folder = repository.root / STAGING / owner
+        self.conditions = conditions
+
+    def adopt(self, nodes: Mapping[str, Node]) -> None:
+        """Take the entries of epochs that are over: who was slower finds nothing to act on any more."""
+        if not nodes or not self.folder.parent.is_dir():
+            return
+        for folder in sorted(self.folder.parent.iterdir()):
+            if folder != self.folder and is_left(folder.name, nodes):
+                self.make_folder()
+                for entry in filter(_ENTRY.fullmatch, os.listdir(folder)):  # noqa: PTH208
+                    with suppress(FileNotFoundError):
+                        (folder / entry).rename(self.folder / entry)
+                with suppress(OSError):
+                    folder.rmdir()
+
+    def entries(self) -> list[str]:
+        """Return the event ids of changes that have not ended."""
+        try:
+            return sorted(name for name in os.listdir(self.folder) if _ENTRY.fullmatch(name))  # noqa: PTH208
+        except FileNotFoundError:
+            return []
+
+    def make_folder(self) -> None:
+        """Make this server's part of the folder.
+
+        Raises:
+            RepositoryReadOnly: `repository_read_only`, there is a link.
+            OSError: it cannot be made.
+        """
+        for folder in (self.folder.parent, self.folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if not stat.S_ISDIR(folder.lstat().st_mode):
+                raise RepositoryReadOnly(f"{folder} is a link: uploads go nowhere but into the repository")
+
+    def discard(self, event_id: str) -> None:
+        """Delete an entry, and what is in it."""
+        version = self.folder / event_id / VERSION
+        if version.is_symlink():  # a version that was a link: what it leads to is not ours
+            version.unlink()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.folder / event_id)
+
+
+class StagingEntry:
+    """What one change has in the staging folder. Its methods block.
+
+    Args:
+        staging: where it is.
+        event_id: of the event that the change will have, and the entry's name.
+        model_id: of the version.
+        version: its number.
+    """
+
+    def __init__(self, staging: Staging, event_id: str, model_id: str, version: int) -> None:
+        self.staging = staging
+        self.event_id, self.model_id, self.version = event_id, model_id, version
+        self.folder = staging.folder / event_id
+        self._root = staging.repository.root
+        self._target = staging.repository.folder_of(model_id, version)
+
+    @property
+    def stays(self) -> bool:
+        """Whether the entry stays when its change does not become an event."""
+        return False
+
+    def check_free(self) -> None:
+        """Refuse a version that is there, complete or not.
+
+        Raises:
+            VersionExists: `version_exists`.
+        """
+        if os.path.lexists(self._target):
+            raise VersionExists(self.model_id, self.version)
+
+    def sync(self) -> None:
+        """Sync the names that lead to the entry, and those in it."""
+        for folder in (self.folder, self.staging.folder, self.staging.folder.parent, self._root):
+            sync(folder)
+
+    def place(self) -> None:
+        """Make a version visible, and forget its entry; nothing happens if that was done before.
+
+        Raises:
+            VersionExists: `version_exists`, something else has the version's name now.
+            OSError: the rename failed.
+        """
+        if (self.folder / VERSION).is_dir():
+            self._rename(self.folder / VERSION)
+        sync(self._target.parent)
+        sync(self._root)
+        self.discard()
+
+    def begin_removal(self) -> None:
+        """Make the entry of a removal, which notes the folder that goes.
+
+        Raises:
+            UnknownVersion: `unknown_version`.
+            RepositoryReadOnly: as `Stage.begin`.
+            OSError: the entry cannot be made.
+        """
+        try:
+            inode = self._target.lstat().st_ino
+        except FileNotFoundError:
+            raise UnknownVersion(self.model_id, self.version) from None
+        self._make()
+        self._check_movable(self._target.parent)
+        if not self._target.is_symlink():
+            self._check_movable(self._target)
+        (self.folder / NOTE).write_text(str(inode), encoding="ascii")
+        self.sync()
+
+    def take(self) -> None:
+        """Move a version that is being removed out of sight, unless that was done before.
+
+        A folder that has taken its place since is another version's, and stays.
+
+        Raises:
+            OSError: the rename failed.
+        """
+        with suppress(FileNotFoundError):
+            if str(self._target.lstat().st_ino) == (self.folder / NOTE).read_text(encoding="ascii"):
+                self._target.rename(self.folder / VERSION)
+                sync(self._target.parent)
+                sync(self.folder)
+        with suppress(OSError):  # other versions, or a loadledger.toml
+            self._target.parent.rmdir()
+
+    def discard(self) -> None:
+        self.staging.discard(self.event_id)
+
+    def _check_movable(self, folder: Path) -> None:
+        """Refuse a folder whose contents cannot be moved from or to the entry: found out before the event.
+
+        Raises:
+            RepositoryReadOnly: `repository_read_only`.
+        """
+        shown = folder.relative_to(self._root)
+        is_inside = Path(os.path.realpath(folder)).is_relative_to(self._root)
+        if not is_inside or folder.stat().st_dev != self.folder.stat().st_dev:
+            raise RepositoryReadOnly(
+                f"the folder {str(shown)!r} is not on the repository's file system: change it there yourself"
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise RepositoryReadOnly(
+                f"the folder {str(shown)!r} cannot be written by the server's user: correct its owner or mode"
+            )
+
+    def _make(self) -> None:
+        self.staging.make_folder()
+        self.folder.mkdir(mode=0o700)
+
+    def _rename(self, source: Path) -> None:
+        for attempt in range(ATTEMPTS):
+            self._target.parent.mkdir(exist_ok=True)
+            try:
+                source.rename(self._target)
+            except FileNotFoundError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                raise VersionExists(self.model_id, self.version) from None
+            else:
+                return
+
+
+class StageOwner(msgspec.Struct, frozen=True):
+    """Whose a stage is: the first line of its record.
+
+    Attributes:
+        subject: who alone may use it.
+        key: hash of the Idempotency-Key with which it began; None without one.
+        node_id: of the node that it is at; None without nodes.
+    """
+
+    model_id: str
+    version: int
+    subject: str
+    key: str | None = None
+    node_id: str | None = None
+
+
+class _RecordedFile(msgspec.Struct):
+    file: AddedFile
+    inode: int
+
+
+class Stage(StagingEntry):
+    """A version on its way: an entry to which files are added one by one.
+
+    Args:
+        max_bytes: of all files together.
+        owner: None of a stage that nobody can go on with: it has no record, and ends with its request.
+
+    Attributes:
+        files: what is complete, by path.
+        used_at: when the last file was added, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        staging: Staging,
+        event_id: str,
+        model_id: str,
+        version: int,
+        *,
+        max_bytes: int,
+        owner: StageOwner | None = None,
+    ) -> None:
+        super().__init__(staging, event_id, model_id, version)
+        self.owner = owner
+        self.files = dict[str, AddedFile]()
+        self.used_at = 0.0
+        self.max_bytes = max_bytes
+
+    @property
+    def id(self) -> str:
+        """The id of the stage, which names its node, if it has one."""
+        node_id = self.owner.node_id if self.owner is not None else None
+        return self.event_id if node_id is None else f"{self.event_id}.{node_id}"
+
+    @property
+    def stays(self) -> bool:
+        return self.owner is not None
+
+    def begin(self) -> None:
+        """Make the entry.
+
+        Raises:
+            VersionExists: `version_exists`.
+            RepositoryReadOnly: `repository_read_only`, the model's folder is on another file system, leads
+                out of the repository, or is another user's.
+            OSError: the folder cannot be made.
+        """
+        self.check_free()
+        self._make()
+        (self.folder / VERSION).mkdir()
+        if self._target.parent.exists():
+            self._check_movable(self._target.parent)
+        if self.owner is not None:
+            (self.folder / RECORD).write_bytes(msgspec.json.encode(self.owner))
+
+    def new_part(self) -> Path:
+        """Return where a file goes while it arrives."""
+        return self.folder / f"{PART}{uuid4()}"
+
+    def room_for(self, path: str) -> int:
+        """Return how many bytes a file may have beside the others."""
+        return self.max_bytes - sum(file.bytes for file in self.files.values() if file.path != path)
+
+    def keep(self, part: Path, file: AddedFile) -> None:
+        """Add a file that has arrived; another one with its path is replaced.
+
+        Raises:
+            BadPath: `invalid_parameter`, a folder has its path, or a file that of a folder above it; or
+                there are too many.
+            UploadTooLarge: `body_too_large`, with what has arrived meanwhile.
+            OSError: it cannot be moved.
+        """
+        if len(self.files) >= MAX_FILES and file.path not in self.files:
+            raise BadPath(f"a version may have {MAX_FILES} files, and this one has more")
+        if file.bytes > self.room_for(file.path):
+            raise UploadTooLarge(self.max_bytes)
+        target, inode = self.folder / VERSION / file.path, part.stat().st_ino
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.rename(target)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
+            raise BadPath(f"{quote(file.path)} is a file and a folder") from None
+        if self.owner is not None:
+            with (self.folder / RECORD).open("ab") as record:  # a line may follow half of one
+                record.write(b"\n" + msgspec.json.encode(_RecordedFile(file, inode)))
+        self.files[file.path] = file
+
+    def complete(self) -> tuple[AddedFile, ...]:
+        """Check the version, sync it, and return its files in order of their paths.
+
+        Raises:
+            RuntimeProblem: `not_onnx`, `unsafe_file`, `invalid_model`, `invalid_parameter`, `version_exists`.
+            OSError: something cannot be read or synced.
+        """
+        check_model(self.folder / VERSION, self.files)
+        folders = walk_files(self.folder / VERSION)[1]
+        for count, most, what in (
+            (len(folders) - 1, MAX_FILES, "folders"),
+            (sum(map(len, map(str.encode, self.files))), MAX_PATHS_BYTES, "bytes in the paths of its files"),
+        ):
+            if count > most:
+                raise BadPath(f"a version may have {most} {what}, and this one has more")
+        for folder in folders:
+            sync(folder)
+        self.sync()
+        self.check_free()
+        return tuple(sorted(self.files.values(), key=lambda file: file.path))
+
+
+def read_stage(staging: Staging, event_id: str, max_bytes: int) -> Stage | None:
+    """Return a stage as its record and its files tell; None if it has none. What is incomplete is deleted.
+
+    Raises:
+        OSError: something cannot be read.
+    """
+    record = staging.folder / event_id / RECORD
+    try:
+        first, *lines = record.read_bytes().split(b"\n")
+        owner = msgspec.json.decode(first, type=StageOwner)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+    stage = Stage(staging, event_id, owner.model_id, owner.version, max_bytes=max_bytes, owner=owner)
+    stage.used_at = record.stat().st_mtime
+    version = stage.folder / VERSION
+    for line in lines:
+        with suppress(msgspec.MsgspecError, FileNotFoundError, NotADirectoryError):
+            recorded = msgspec.json.decode(line, type=_RecordedFile)
+            seen = (version / recorded.file.path).lstat()
+            if (seen.st_ino, seen.st_size) == (recorded.inode, recorded.file.bytes):
+                stage.files[recorded.file.path] = recorded.file
+    for path in {*walk_files(stage.folder)[0]} - {RECORD, *(f"{VERSION}/{path}" for path in stage.files)}:
+        (stage.folder / path).unlink()
+    return stage
