@@ -5,8 +5,8 @@ has `executor.Executor` execute one action: facts in the log, and tasks on a `lo
 stores its outcome there and wakes the consumer, which decides again.
 
 To change: periodic measuring and wake-ups: `consumer`. What an action does: `executor`; what it records:
-`drafts`. How workers load, drain and stop: `loadtasks`. The live side of a load, and why it failed: `loads`.
-What resources and metrics show, pending demand of inferences: `usage`.
+`drafts`. The live side of a load, how its workers load, drain and stop, and why it failed: `loads`.
+The files of a load: `loadfiles`. What resources and metrics show, pending demand of inferences: `usage`.
 
 Only this package appends outcomes, so each job ends once.
 """

@@ -44,8 +44,7 @@ from runtime.consumer.drafts import (
     name_node,
 )
 from runtime.consumer.loadfiles import PendingFiles
-from runtime.consumer.loads import RunningLoad
-from runtime.consumer.loadtasks import build_order, run_load, run_unload
+from runtime.consumer.loads import RunningLoad, build_order, run_load, run_unload
 from runtime.consumer.usage import InferenceTotals
 from runtime.errors import CODE_FOLDERS, RuntimeProblem
 from runtime.estimates import MemoryEstimates, find_expected

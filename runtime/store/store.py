@@ -72,15 +72,11 @@ class Store:
     Args:
         folder: the folder, which `open` creates; it must not be a link.
         limit_bytes: of all blobs together; None is what leaves a tenth of the file system free.
-        now_ns: the time in nanoseconds since 1970.
     """
 
-    def __init__(
-        self, folder: Path, limit_bytes: int | None = None, now_ns: Callable[[], int] = time.time_ns
-    ) -> None:
+    def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
         self._folder = StoreFolder(folder)
         self._limit_bytes = limit_bytes
-        self._now_ns = now_ns
         self._lock = threading.Lock()
         self._versions = dict[str, StoredVersion]()
         self._used_ns = dict[str, int]()
@@ -425,7 +421,7 @@ class Store:
     def _use(self, digest: str) -> None:
         """Count a use and a hold; the caller has the lock."""
         self._held[digest] += 1
-        self._used_ns[digest] = used_ns = max(self._now_ns(), self._used_ns.get(digest, 0))
+        self._used_ns[digest] = used_ns = max(time.time_ns(), self._used_ns.get(digest, 0))
         with suppress(OSError):  # no manifest yet: then the time that it is written counts
             os.utime(self._folder.version(digest) / MANIFEST, ns=(used_ns, used_ns), follow_symlinks=False)
 

@@ -24,11 +24,10 @@ from support.workers import (
 
 from events.types import LoadParameters
 from runtime import memory
-from runtime.consumer import loadtasks
+from runtime.consumer import loads
 from runtime.consumer.loadfiles import LoadFiles
-from runtime.consumer.loads import RunningLoad
-from runtime.consumer.loadtasks import build_order as order_of_load
-from runtime.consumer.loadtasks import run_load, run_unload
+from runtime.consumer.loads import RunningLoad, run_load, run_unload
+from runtime.consumer.loads import build_order as order_of_load
 from runtime.errors import Exit, WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
@@ -123,8 +122,8 @@ async def test_unload_ends_without_a_measurement(
     fifo.parent.mkdir()
     os.mkfifo(fifo)
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    monkeypatch.setattr(loadtasks, "MEASURE_LIMIT_S", 0.05)
-    monkeypatch.setattr(loadtasks, "STOP_GRACE_S", LIMIT_S)
+    monkeypatch.setattr(loads, "MEASURE_LIMIT_S", 0.05)
+    monkeypatch.setattr(loads, "STOP_GRACE_S", LIMIT_S)
     await run_unload(live, drain_timeout_s=1)
     assert live.freed_bytes == loaded_memory(live.workers[0]).memory_bytes
     assert worker.ended.result() == Exit(0, None)
