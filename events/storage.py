@@ -40,30 +40,8 @@ RawRow = tuple[int, bytes, bytes]
 """The position, body and hash of an event as a verifier reads them; a forged ledger may have other types."""
 
 
-@dataclass(frozen=True, slots=True)
-class ArchivedRange:
-    """An archive as the ledger lists it: its positions and last hash, its file's name, and the folds then."""
-
-    first_position: int
-    last_position: int
-    hash: bytes
-    file: str
-    folds: int
-
-    def __str__(self) -> str:
-        return f"positions {self.first_position} to {self.last_position}, {self.file!r}"
-
-    def members(self) -> dict[str, object]:
-        return {
-            "first_position": self.first_position,
-            "last_position": self.last_position,
-            "file": self.file,
-            "folds": self.folds,
-        }
-
-
 class ArchiveRecord(NamedTuple):
-    """An archive as a ledger stores it: hashes are of its last event, its file and the state at its end."""
+    """An archive as the ledger lists it: hashes are of its last event, its file and the state at its end."""
 
     first_position: int
     last_position: int
@@ -74,9 +52,17 @@ class ArchiveRecord(NamedTuple):
     state_sha256: bytes
     folds: int
 
-    def range(self) -> ArchivedRange:
-        """Return what verification and messages need of it."""
-        return ArchivedRange(self.first_position, self.last_position, self.hash, self.file, self.folds)
+    def __str__(self) -> str:
+        return f"positions {self.first_position} to {self.last_position}, {self.file!r}"
+
+    def members(self) -> dict[str, object]:
+        """Return the members of the JSON form: what verification and messages need."""
+        return {
+            "first_position": self.first_position,
+            "last_position": self.last_position,
+            "file": self.file,
+            "folds": self.folds,
+        }
 
 
 KINDS = ("model", "job", "token", "node")

@@ -32,7 +32,7 @@ from events.sqlite.snapshots import jobs_behind
 from events.sqlite.storage import FOLDS
 from events.sqlite.timetravel import Moment, find_moment, fold_onto, parse_time, state_at
 from events.state import Entities, State
-from events.storage import ArchivedRange, Row
+from events.storage import ArchiveRecord, Row
 from events.types import OF_SERVER, Event, LogBase
 
 
@@ -73,7 +73,7 @@ class ArchiveProof:
 def check_archives(
     paths: Sequence[Path],
     base: LogBase,
-    listed: Sequence[ArchivedRange] = (),
+    listed: Sequence[ArchiveRecord] = (),
     *,
     key: str | None = None,
     expected: Expected | None = None,
@@ -99,7 +99,7 @@ def check_archives(
     return _check_seams(files, base)
 
 
-def _refuse_gap(file: FileAudit, goes_on_after: int, what: str, listed: Sequence[ArchivedRange]) -> None:
+def _refuse_gap(file: FileAudit, goes_on_after: int, what: str, listed: Sequence[ArchiveRecord]) -> None:
     end, name = file.proved.position, printable_name(file.path)
     if end < goes_on_after:
         known = next((f", listed as: {each}" for each in listed if each.last_position > end), "")

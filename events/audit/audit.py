@@ -20,7 +20,7 @@ from events.errors import Archived, ArchiveMissing, NothingThere
 from events.sqlite.proof import ProofReader, open_proof_reader
 from events.sqlite.readonly import lacks_wal
 from events.state import State
-from events.storage import ArchivedRange
+from events.storage import ArchiveRecord
 from events.types import LogBase
 
 
@@ -43,7 +43,7 @@ class Audit:
     verification: Verification
     damage: str | None
     unexpected: Finding | None
-    archives: tuple[ArchivedRange, ...] = ()
+    archives: tuple[ArchiveRecord, ...] = ()
     behind: ArchiveProof | None = None
     compared: tuple[tuple[Path, Finding | None], ...] = ()
     schema: str | None = None

@@ -18,7 +18,7 @@ from events.jobs import Job
 from events.sqlite.projections import NEVER, StoredProjections
 from events.sqlite.proof import ProofReader, open_proof_reader, storage_errors
 from events.state import Entities, State
-from events.storage import ArchivedRange, RawRow, StorageDamaged, StorageError
+from events.storage import ArchiveRecord, RawRow, StorageDamaged, StorageError
 from events.types import Event, LogBase
 
 PAGE = 200
@@ -300,7 +300,7 @@ def _check_base(ledger: ProofReader, base: LogBase) -> None:
         raise VerificationError(base.position, problem, FindingKind.BASE)
 
 
-def check_listed(archives: Iterable[ArchivedRange], base: LogBase) -> None:
+def check_listed(archives: Iterable[ArchiveRecord], base: LogBase) -> None:
     """Check that archives, in order, lead from the first event to the base.
 
     Raises:

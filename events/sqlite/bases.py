@@ -101,15 +101,7 @@ def read_stored_base(connection: sqlite3.Connection) -> StoredBase:
     base = read_base(connection)
     if base.position == 0:
         return StoredBase(base)
-    return StoredBase(base, _read_archives(connection), tuple(_read_entities(connection, base.position)))
-
-
-def _read_archives(connection: sqlite3.Connection) -> tuple[ArchiveRecord, ...]:
-    found = connection.execute(
-        "SELECT first_position, last_position, hash, archived_at, file, sha256, state_sha256, folds"
-        " FROM archives ORDER BY last_position"
-    )
-    return tuple(ArchiveRecord(*row) for row in found)
+    return StoredBase(base, list_archives(connection), tuple(_read_entities(connection, base.position)))
 
 
 def _read_entities(connection: sqlite3.Connection, base: int) -> Iterator[BaseEntity]:

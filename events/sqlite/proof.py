@@ -18,7 +18,7 @@ from events.sqlite.readonly import open_read_only, refuse_incomplete
 from events.sqlite.schema import schema_difference
 from events.sqlite.snapshots import is_base_state_whole, read_base_state
 from events.state import State
-from events.storage import ArchivedRange, RawRow, StorageDamaged, StorageError
+from events.storage import ArchiveRecord, RawRow, StorageDamaged, StorageError
 from events.types import LogBase
 
 _NOT_ABOUT_CONTENT = {
@@ -80,7 +80,7 @@ class ProofReader:
     def is_base_state_whole(self, base: LogBase) -> bool:
         return is_base_state_whole(self._connection, base.position)
 
-    def archives(self) -> tuple[ArchivedRange, ...]:
+    def archives(self) -> tuple[ArchiveRecord, ...]:
         return queries.list_archives(self._connection)
 
     def is_cut_off(self) -> bool:

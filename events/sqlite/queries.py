@@ -18,7 +18,7 @@ from events.models import Model
 from events.nodes import Node
 from events.sqlite.schema import transaction
 from events.state import Changes, State
-from events.storage import ArchivedRange, LogHead, Row
+from events.storage import ArchiveRecord, LogHead, Row
 from events.tokens import Token
 from events.types import LogBase
 
@@ -64,15 +64,20 @@ def find_hash(connection: sqlite3.Connection, position: int) -> bytes | None:
     return None if row is None else row[0]
 
 
-def list_archives(connection: sqlite3.Connection) -> tuple[ArchivedRange, ...]:
+def list_archives(connection: sqlite3.Connection) -> tuple[ArchiveRecord, ...]:
+    """Return the archives that a ledger lists, in the order of their positions; texts may be damaged."""
     found = connection.execute(
-        "SELECT first_position, last_position, hash, CAST(file AS BLOB), folds FROM archives"
-        " ORDER BY last_position"
+        "SELECT first_position, last_position, hash, CAST(archived_at AS BLOB), CAST(file AS BLOB),"
+        " sha256, state_sha256, folds FROM archives ORDER BY last_position"
     )
     return tuple(
-        ArchivedRange(first, last, digest, (file or b"").decode(errors="replace"), folds)
-        for first, last, digest, file, folds in found
+        ArchiveRecord(first, last, digest, _decode_text(archived_at), _decode_text(file), *rest)
+        for first, last, digest, archived_at, file, *rest in found
     )
+
+
+def _decode_text(stored: bytes | None) -> str:
+    return (stored or b"").decode(errors="replace")
 
 
 def hash_at(connection: sqlite3.Connection, base: LogBase, position: int) -> bytes:

@@ -252,7 +252,7 @@ async def verify_address(
 
 async def _verify(reader: DatabaseReader, expected: Expected | None) -> Audit:
     base = reader.stored.base
-    listed = tuple(each.range() for each in reader.stored.archives)
+    listed = reader.stored.archives
     try:
         fold, finding = CheckedFold(base, _checked_state(reader.stored)), None
     except VerificationError as error:
@@ -278,7 +278,7 @@ def _checked_state(stored: StoredBase) -> State:
         VerificationError: they do not, or the state was changed.
     """
     position = stored.base.position
-    check_listed((each.range() for each in stored.archives), stored.base)
+    check_listed(stored.archives, stored.base)
     if not stored.is_complete:
         problem = "the stored state at the base was changed"
         raise VerificationError(position, problem, FindingKind.BASE)
