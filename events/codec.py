@@ -237,8 +237,8 @@ class CanonicalCheck:
     def holds(self, event: Event, body: bytes) -> bool:
         """Whether `body`, which was decoded as `event`, is canonical.
 
-        It is, if encoding the event gives the same bytes. Else it may still be: bodies of later releases have
-        more members, those of earlier releases fewer.
+        It is, if encoding the event gives the same bytes. Else it may still be: a body of another release may
+        have other members.
         """
         data = event.data
         if not isinstance(data, Unknown):

@@ -43,21 +43,12 @@ class StoredProjections:
         if row != (position,):
             return position, f"the stored projections are at position {row and row[0]}"
         problem = (
-            self._compare_models(folded)
+            self._compare_table("models", folded.models)
             or self.jobs.difference(folded.jobs.values())
-            or self._compare_tokens(folded)
-            or self._compare_nodes(folded)
+            or self._compare_table("tokens", folded.tokens)
+            or self._compare_table("nodes", folded.nodes)
         )
         return (position, problem) if problem else self.snapshots.end(position)
-
-    def _compare_models(self, folded: Entities) -> str | None:
-        return self._compare_table("models", folded.models)
-
-    def _compare_tokens(self, folded: Entities) -> str | None:
-        return self._compare_table("tokens", folded.tokens)
-
-    def _compare_nodes(self, folded: Entities) -> str | None:
-        return self._compare_table("nodes", folded.nodes)
 
     def _compare_table(
         self, table: str, folded: Mapping[str, Model] | Mapping[str, Token] | Mapping[str, Node]

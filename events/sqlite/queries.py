@@ -269,9 +269,9 @@ def write_group(
         _insert(connection, rows)
         write_projections(connection, changes.models.values(), changes.jobs.values(), rows[-1].position)
         if changes.tokens:
-            store_tokens(connection, changes.tokens)
+            store_entities(connection, "tokens", changes.tokens)
         if changes.nodes:
-            store_nodes(connection, changes.nodes)
+            store_entities(connection, "nodes", changes.nodes)
 
 
 def _refuse_other_head(connection: sqlite3.Connection, expected: LogHead) -> None:
@@ -369,19 +369,12 @@ def _store_jobs(connection: sqlite3.Connection, new: Sequence[_JobRow], changed:
     )
 
 
-def store_tokens(connection: sqlite3.Connection, tokens: Mapping[str, Token | None]) -> None:
-    _store(connection, "tokens", tokens)
-
-
-def store_nodes(connection: sqlite3.Connection, nodes: Mapping[str, Node | None]) -> None:
-    _store(connection, "nodes", nodes)
-
-
-def _store(
+def store_entities(
     connection: sqlite3.Connection,
     table: Literal["tokens", "nodes"],
     entities: Mapping[str, Token | None] | Mapping[str, Node | None],
 ) -> None:
+    """Store tokens or nodes by their ids, and delete the None ones; the caller holds the transaction."""
     connection.executemany(
         f"DELETE FROM {table} WHERE id = ?",  # noqa: S608 - a literal
         [(key,) for key, entity in entities.items() if entity is None],
@@ -401,28 +394,10 @@ def as_bytes(entity: Job | Model | Token | Node) -> bytes:
     return _ENCODER.encode(entity)
 
 
-def as_job(body: str | bytes) -> Job:
-    """Return the job that `as_text` wrote; raise ValueError if it is damaged."""
-    return _JOB.decode(body)
-
-
-def as_model(body: str | bytes) -> Model:
-    """Return the model that `as_text` wrote; raise ValueError if it is damaged."""
-    return _MODEL.decode(body)
-
-
-def as_token(body: str | bytes) -> Token:
-    """Return the token that `as_text` wrote; raise ValueError if it is damaged."""
-    return _TOKEN.decode(body)
-
-
-def as_node(body: str | bytes) -> Node:
-    """Return the node that `as_text` wrote; raise ValueError if it is damaged."""
-    return _NODE.decode(body)
-
+# These read what `as_text` wrote; they raise ValueError if it is damaged.
+as_job = msgspec.json.Decoder(Job).decode
+as_model = msgspec.json.Decoder(Model).decode
+as_token = msgspec.json.Decoder(Token).decode
+as_node = msgspec.json.Decoder(Node).decode
 
 _ENCODER = msgspec.json.Encoder(order="sorted")
-_JOB = msgspec.json.Decoder(Job)
-_MODEL = msgspec.json.Decoder(Model)
-_TOKEN = msgspec.json.Decoder(Token)
-_NODE = msgspec.json.Decoder(Node)

@@ -82,8 +82,8 @@ def _fold_anew(connection: sqlite3.Connection) -> None:
         models, jobs = fold_page(state, page)
         queries.write_projections(connection, models.values(), jobs.values(), state.position)
         snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)
-    queries.store_tokens(connection, state.tokens)
-    queries.store_nodes(connection, state.nodes)
+    queries.store_entities(connection, "tokens", state.tokens)
+    queries.store_entities(connection, "nodes", state.nodes)
 
 
 @dataclass(frozen=True, slots=True)
