@@ -101,7 +101,7 @@ class Membership:
         leases: of all nodes, as last read.
         peers: the hints of all nodes, as last read.
         problem: why the last renewal failed; None if it did not.
-        hints: returns what this node says of itself.
+        hints: returns the hints of this node.
         on_change: called when the epoch or the leases have changed.
         end_workers: called when this node may not serve any longer.
     """
@@ -337,7 +337,7 @@ class Membership:
         self.on_change()
 
     async def _describe(self) -> str:
-        """Return what this node says of itself; a disk that hangs does not delay a renewal."""
+        """Return this node's hints, encoded; a disk that hangs does not delay a renewal."""
         if self._describing is None:
             self._describing = asyncio.ensure_future(self.hints())
         done, _ = await asyncio.wait({self._describing}, timeout=self._limit_s * HINTS_SHARE)

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself, read without ONNX Runtime: other files, inputs and outputs, its kind.
+"""Metadata of an ONNX file, read without ONNX Runtime: other files, inputs and outputs, its kind.
 
 A model can keep tensors in other files, and a hostile one names `../../etc/shadow`. `check_external_data`
 walks through the fields that lead to tensors (onnx.proto3 of ONNX 1.23; `runtime.onnxfields`). It does not

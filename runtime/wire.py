@@ -92,7 +92,7 @@ BY_ONNX = {datatype.onnx: datatype for datatype in DATATYPES.values()}
 
 
 class MalformedFrame(ValueError):
-    """This is no frame of the contract; if it arrived, who sent it is not to be trusted any further."""
+    """The bytes are no frame of the contract; their sender is not trusted any further."""
 
 
 class MalformedTexts(ValueError):

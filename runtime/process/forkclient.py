@@ -260,7 +260,7 @@ class ForkServer:
         return not self._at_end
 
     def _on_message(self, message: bytes, descriptors: list[int]) -> bool:
-        """Take a message; returns False for one that nothing asked for: whoever sent it is no fork server.
+        """Take a message; returns False for an unexpected one, which is a violation of the protocol.
 
         Each message settles something that is pending, so there are no more of them than that.
         """

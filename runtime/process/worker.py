@@ -166,7 +166,7 @@ class Worker:
         self._most_bytes = order.most_bytes(memory.thread_bytes())
 
         def note_sample(bytes_: int) -> None:
-            self._set_memory(bytes_)
+            self.memory_bytes = bytes_
             on_sample()
 
         with self._sampler.watch(self.pid, note_sample) as samples:
@@ -275,7 +275,7 @@ class Worker:
             measured = taken = 0
         if self._process.has_ended():  # else another process may have had its pid
             raise WorkerDied(await asyncio.shield(self.ended))
-        self._set_memory(measured)
+        self.memory_bytes = measured
         added, most = taken - self._empty_bytes, self._most_bytes
         if most is not None and added > most:
             took = f"it took {added // MB} MB of memory, with swapped pages and page tables"
@@ -312,9 +312,6 @@ class Worker:
         """Return the part of the tail that the ledger may have: at least why the server killed the worker."""
         return self._stderr.lines() if self.records_stderr else self._stderr.note_lines()
 
-    def _set_memory(self, bytes_: int) -> None:
-        self.memory_bytes = bytes_
-
     async def _measure_load(self, samples: LoadSamples) -> WorkerMemory:
         began_ns = time.perf_counter_ns()
         private_bytes = None
@@ -323,7 +320,7 @@ class Worker:
                 private_bytes = await self.measure()
         samples.sample()
         loaded_memory = samples.loaded_memory(private_bytes, (time.perf_counter_ns() - began_ns) // 1000)
-        self._set_memory(loaded_memory.memory_bytes)
+        self.memory_bytes = loaded_memory.memory_bytes
         return loaded_memory
 
     def _cancel(self, number: int) -> None:

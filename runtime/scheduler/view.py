@@ -110,7 +110,7 @@ class PreparationView:
 
 @dataclass(frozen=True, slots=True)
 class NodeHints:
-    """What a node said of itself lately; it may be wrong by now, which costs time only.
+    """Capacity and files of a node, as it reported them; outdated hints cost time only.
 
     Attributes:
         position: of the log when it was measured: later placements are not in it.
