@@ -45,7 +45,10 @@ STALL_S = 1.0
 PROGRESS_CHECKS = 16
 """How often progress is looked at within a timeout, which so passes late by a sixteenth, or `LAST_READ_S`."""
 LAST_READ_S = 0.1
-"""After a stall, for reading what has arrived: uvloop runs due timers before it reads sockets."""
+"""After a stall, for sending what is queued and reading what has arrived: uvloop runs due timers before it
+reads sockets."""
+LATE_S = 0.05
+"""A timer that is later than this was held up by a stall, if one too short to be counted."""
 RESOLUTION_S = 0.002
 """uvloop's timers count whole milliseconds, and so may end one too early."""
 
@@ -144,7 +147,7 @@ class Timeout:
             self._wait(max(min(left_s, self._check_s), LAST_READ_S))
         elif not self._is_due:  # the loop reads once more, since the timer may be late by less than a stall
             self._is_due = True
-            self._wait(0)
+            self._wait(LAST_READ_S if left_s < -LATE_S else 0)
         else:
             self._on_passed(*self._args)
 
