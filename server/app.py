@@ -101,8 +101,7 @@ from server.observability.requestlog import (
     HTTP_COUNTS,
     HttpCounts,
     add_request_id,
-    counting_middleware,
-    log_middleware,
+    request_middleware,
 )
 from server.observability.timeseries import TimeSeries, record
 from server.openapi import openapi_yaml
@@ -146,8 +145,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
     counts = HttpCounts()
     app = web.Application(
         middlewares=[
-            counting_middleware(counts),
-            log_middleware(),
+            request_middleware(counts),
             errors_middleware,
             auth_middleware(gate),
             validation_middleware,

@@ -51,23 +51,29 @@ _STREAM = "/api/v1/events/stream"
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>[0-9]{1,9}))?/infer")
 
 
-def log_middleware() -> Middleware:
-    """Return the middleware that logs requests; it must be outside of all others but the counting one."""
+def request_middleware(counts: HttpCounts) -> Middleware:
+    """Return the middleware that counts and logs requests; it must be the outermost."""
     unauthenticated = Windows(RateLimit(MAX_UNAUTHENTICATED, window_s=60), time.monotonic, capacity=1)
     left_out = 0
 
     @web.middleware
-    async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         nonlocal left_out
         context, route, began_s = begin_context(request), matched_route(request), time.perf_counter()
-        if route is not None and route.limit is LimitClass.INFERENCE and request.method == hdrs.METH_POST:
-            return await handler(request)
+        is_inference = route is not None and route.limit is LimitClass.INFERENCE
         response: web.StreamResponse | None = None
         try:
             response = await handler(request)
         finally:
+            method = request.method if request.method in METHODS else OTHER_METHOD
+            path = route.path if route is not None else NO_ROUTE
+            counts.count(method, path, response)
+            if response is not None and route is not None and not is_inference and path != _STREAM:
+                counts.observe_duration(method, path, time.perf_counter() - began_s)
             fields, level = _request_fields(request, route), _level(request, route, response)
-            if PRINCIPAL in request or response is None or response.status < REFUSED:
+            if is_inference and request.method == hdrs.METH_POST:
+                pass  # `log_inferences` logs those
+            elif PRINCIPAL in request or response is None or response.status < REFUSED:
                 _write(level, context, began_s, response, **fields)
             elif unauthenticated.count("")[0] <= MAX_UNAUTHENTICATED:
                 _write(level, context, began_s, response, **fields, left_out=left_out or None)
@@ -76,7 +82,7 @@ def log_middleware() -> Middleware:
                 left_out += 1
         return response
 
-    return log_request
+    return observe
 
 
 def log_inferences(server: web.Server, app: web.Application) -> None:
@@ -169,15 +175,13 @@ class HttpCounts:
         self.durations: dict[tuple[str, str], Histogram] = {}
         self.errors = Counter[str]()
 
-    def count_response(self, method: str, path: str, response: web.StreamResponse) -> None:
-        """Count a request by its response, and the error in that."""
-        self.requests[method, path, f"{response.status // 100}xx"] += 1
-        code = response.get(CODE)
+    def count(self, method: str, path: str, response: web.StreamResponse | None) -> None:
+        """Count a request by its response, and the error in that; without one it was aborted."""
+        status = ABORTED if response is None else f"{response.status // 100}xx"
+        self.requests[method, path, status] += 1
+        code = None if response is None else response.get(CODE)
         if code is not None:
             self.errors[code] += 1
-
-    def count_aborted(self, method: str, path: str) -> None:
-        self.requests[method, path, ABORTED] += 1
 
     def observe_duration(self, method: str, path: str, duration_s: float) -> None:
         durations = self.durations.get((method, path))
@@ -187,28 +191,3 @@ class HttpCounts:
 
 
 HTTP_COUNTS = web.AppKey("http_counts", HttpCounts)
-
-
-def counting_middleware(counts: HttpCounts) -> Middleware:
-    """Return the middleware that counts; it must be the outermost."""
-
-    @web.middleware
-    async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
-        began_s = time.monotonic()
-        route = matched_route(request)
-        method = request.method if request.method in METHODS else OTHER_METHOD
-        path = route.path if route is not None else NO_ROUTE
-        try:
-            response = await handler(request)
-        except web.HTTPException as redirect:
-            counts.count_response(method, path, redirect)
-            raise
-        except BaseException:
-            counts.count_aborted(method, path)
-            raise
-        counts.count_response(method, path, response)
-        if route is not None and route.limit is not LimitClass.INFERENCE and path != _STREAM:
-            counts.observe_duration(method, path, time.monotonic() - began_s)
-        return response
-
-    return count

@@ -45,7 +45,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
                 await gate.admit(request, Access.PREDICT, LimitClass.INFERENCE, f"POST {path}", model_id)
                 response = await answer_inference(request, app, model_id, int(version) if version else None)
             except asyncio.CancelledError:
-                counts.count_aborted("POST", path)
+                counts.count("POST", path, None)
                 raise
             except Exception as error:  # noqa: BLE001 - every error becomes a response, as in the middlewares
                 response = error_response(request, error)
@@ -57,7 +57,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
             response.headers.update(quota.headers() if quota is not None else {})
             add_standard_fields(response)
             gate.proxies.relocate(request, response)
-            counts.count_response("POST", path, response)
+            counts.count("POST", path, response)
             return response
 
         return handle
