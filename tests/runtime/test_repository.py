@@ -9,7 +9,6 @@ from msgspec.structs import replace
 from support.history import model_loaded, opened
 from support.ledgers import SIGN
 from support.models import add, bind_socket, save, save_bytes
-from support.store import look
 from support.workers import descriptors_left
 
 from events.audit.export import JSONL, export
@@ -94,8 +93,8 @@ def test_links_within_the_repository_are_followed(tmp_path: Path) -> None:
     repository = Repository(tmp_path)
     assert repository.models() == ["alias", "m", "n"]
     assert repository.versions("alias") == [1, 2]
-    assert look(tmp_path, tmp_path / "n" / "1")[0].inode == (folder / "model.onnx").stat().st_ino
-    assert {file.path for file in look(tmp_path, folder)} >= {"model.onnx"}
+    assert repository.stat_version("n", 1)[0].inode == (folder / "model.onnx").stat().st_ino
+    assert {file.path for file in repository.stat_version("m", 1)} >= {"model.onnx"}
 
 
 def test_links_out_of_the_repository_are_ignored(tmp_path: Path) -> None:
@@ -109,58 +108,88 @@ def test_links_out_of_the_repository_are_ignored(tmp_path: Path) -> None:
     (root / "file" / "1" / "model.onnx").symlink_to(outside / "m" / "1" / "model.onnx")
     assert Repository(root).models() == []
     for model_id in ("model", "version", "file"):
-        with pytest.raises(UnknownModel):
-            Repository(root).find_version(model_id)
+        with pytest.raises(UnknownModel), Repository(root).open_version(model_id, 1):
+            pass
+        with pytest.raises(LoadRefused, match="leads out of the repository"):
+            Repository(root).stat_version(model_id, 1)
 
 
 def test_root_itself_may_be_a_link(tmp_path: Path) -> None:
     save(add(), tmp_path / "real", "m")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert Repository(tmp_path / "link").folder_of("m", 1) == tmp_path / "real" / "m" / "1"
-    assert len(look(tmp_path / "link", tmp_path / "link" / "m" / "1")) == 1
+    assert len(Repository(tmp_path / "link").stat_version("m", 1)) == 1
     with pytest.raises(ValueError, match="surrogates"):  # which ONNX Runtime could not open
         Repository(tmp_path / os.fsdecode(b"\xff"))
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (os.mkfifo, "fifo"),
-        (bind_socket, "socket"),
-        (lambda path: path.symlink_to("/dev/zero"), "device"),
-        (lambda path: path.symlink_to("/etc/passwd"), "link"),
-        (Path.touch, os.fsdecode(b"\xff")),
-    ],
-)
-def test_unsafe_file_is_refused_at_the_load(
-    tmp_path: Path, make: Callable[[Path], object], name: str
-) -> None:
-    folder = save(add(), tmp_path, "m")
-    make(folder / name)
-    with pytest.raises(LoadRefused) as refusal:
-        look(tmp_path, folder)
-    assert refusal.value.code == "unsafe_file"
+def link_out(folder: Path) -> None:
+    (folder / "w.bin").symlink_to("/etc/hostname")
 
 
-def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.repository.MAX_FILES", 20)
-    folder = save(add(), tmp_path, "m")
+def link_folder_out(folder: Path) -> None:
+    (folder / "more").symlink_to("/etc")
+
+
+def link_nowhere(folder: Path) -> None:
+    (folder / "w.bin").symlink_to("nowhere")
+
+
+def link_to_itself(folder: Path) -> None:
+    (folder / "w.bin").symlink_to("w.bin")
+
+
+def link_to_descriptor(folder: Path) -> None:
+    (folder / "w.bin").symlink_to("/proc/self/fd/0")
+
+
+def add_fifo(folder: Path) -> None:
+    os.mkfifo(folder / "w.bin")
+
+
+def add_socket(folder: Path) -> None:
+    bind_socket(folder / "w.bin")
+
+
+def add_bytes_name(folder: Path) -> None:
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff")).write_bytes(b"")
+
+
+def add_many(folder: Path) -> None:
     for number in range(20):
         (folder / str(number)).touch()
-    with pytest.raises(LoadRefused, match="more than 20 files"):
-        look(tmp_path, folder)
 
 
-def test_too_long_paths_are_refused_with_both_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def add_long_paths(folder: Path) -> None:
+    for name in "ab":
+        (folder / (name * 20)).touch()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (link_out, "leads out of the repository"),
+        (link_folder_out, "leads out of the repository"),
+        (link_nowhere, "leads nowhere"),
+        (link_to_itself, "symbolic links"),
+        (link_to_descriptor, "leads out of|not a regular file"),
+        (add_fifo, "not a regular file"),
+        (add_socket, "not a regular file"),
+        (add_bytes_name, "not UTF-8"),
+        (add_many, "more than 20 files"),
+        (add_long_paths, "have 50 bytes, and may have 40 together"),
+    ],
+)
+def test_unsafe_file_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 30)
+    monkeypatch.setattr("runtime.repository.MAX_FILES", 20)
     folder = save(add(), tmp_path, "m")
-    (folder / ("x" * 20)).touch()
-    assert len(look(tmp_path, folder)) == 2
-    (folder / "y").touch()
-    with pytest.raises(LoadRefused, match="have 31 bytes, and may have 30 together") as refusal:
-        look(tmp_path, folder)
+    if damage is add_long_paths:
+        monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 40)
+    damage(folder)
+    with pytest.raises(LoadRefused, match=reason) as refusal:
+        Repository(tmp_path).stat_version("m", 1)
     assert refusal.value.code == "unsafe_file"
 
 
@@ -174,26 +203,23 @@ async def test_export_with_the_longest_paths_is_read(tmp_path: Path) -> None:
     assert audit_file(exported).finding is None
 
 
-def test_unusable_version_folders_are_refused(tmp_path: Path) -> None:
-    fifo, dangling = tmp_path / "fifo" / "1", save(add(), tmp_path, "m")
-    fifo.mkdir(parents=True)
-    os.mkfifo(fifo / "model.onnx")
-    (dangling / "x").symlink_to(dangling / "nothing")
-    with pytest.raises(UnknownModel):
-        Repository(tmp_path).find_version("fifo")
-    for folder, code, words in (
-        (fifo, "unsafe_file", "not a regular file"),
-        (dangling, "unsafe_file", "leads nowhere"),
-        (tmp_path / "none" / "1", "model_changed", "no longer there"),
+def test_version_folder_that_is_gone_or_has_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "fifo" / "1").mkdir(parents=True)
+    os.mkfifo(tmp_path / "fifo" / "1" / "model.onnx")
+    for model_id, code, words in (
+        ("fifo", "unsafe_file", "not a regular file"),
+        ("none", "model_changed", "no longer there"),
     ):
         with pytest.raises(LoadRefused, match=words) as refusal:
-            look(tmp_path, folder)
+            Repository(tmp_path).stat_version(model_id, 1)
         assert refusal.value.code == code
+        with pytest.raises(UnknownModel), Repository(tmp_path).open_version(model_id, 1):
+            pass
 
 
 def test_replaced_file_is_not_opened(tmp_path: Path) -> None:
     folder = save_bytes(b"before", tmp_path, "m")
-    (identity,) = look(tmp_path, folder)
+    (identity,) = Repository(tmp_path).stat_version("m", 1)
     (folder / "new").write_bytes(b"after!")
     (folder / "new").rename(folder / "model.onnx")
     with (

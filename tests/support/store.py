@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import runtime.store
-from runtime.repository import FoundFile, Repository, open_folder
+from runtime.repository import Repository
 from runtime.store.copying import IsCancelled, is_never
 from runtime.store.manifest import StoredVersion
 from runtime.store.store import FindNeeded, Store, TakenCopy, verify_store
@@ -53,12 +53,6 @@ def store_version(store: Store, root: Path, folder: Path) -> StoredVersion:
     store.make_durable(version.digest)
     store.release(version.digest)
     return version
-
-
-def look(root: Path, folder: Path) -> tuple[FoundFile, ...]:
-    """Return the present identities of a version's files in the repository."""
-    with open_folder(root, folder) as opened:
-        return opened.stat_files()
 
 
 def files_of(data: Path, version: StoredVersion) -> Path:

@@ -303,6 +303,3 @@ def test_draft_larger_than_the_disk_evicts_nothing(store: ModelCache, folder: Pa
         store.draft(10**18)
     assert keys_in(folder) == [A]
     assert store.draft(10).is_dir()
-
-
-# The folder of the release before

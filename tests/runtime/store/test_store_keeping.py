@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from support.fleet import new_dice, of_both, tell
 from support.history import child
-from support.store import blobs, check_store, files_of, look, opened_store, store_version, take, write_version
+from support.store import blobs, check_store, files_of, opened_store, store_version, take, write_version
 
+from runtime.repository import Repository
 from runtime.store.manifest import StoredVersion
 from runtime.store.store import Store, verify_store
 
@@ -31,7 +32,7 @@ def stored(root: Path, tmp_path: Path) -> StoredVersion:
     """The version in the store of `tmp_path`."""
     store = opened_store(tmp_path)
     version = store_version(store, root, root / "m" / "1")
-    store.record_source("m", 1, look(root, root / "m" / "1"), version.digest)
+    store.record_source("m", 1, Repository(root).stat_version("m", 1), version.digest)
     return version
 
 
@@ -50,9 +51,8 @@ def test_version_is_found_by_digest_and_source_after_a_restart(
     store = opened_store(tmp_path)
     assert store.find(stored.digest) == stored
     assert store.contents(stored.digest) == stored.contents
-    folder = root / "m" / "1"
-    assert store.find_source("m", 1, look(root, folder)) == stored.digest
-    assert store.find_source("m", 2, look(root, folder)) is None
+    assert store.find_source("m", 1, Repository(root).stat_version("m", 1)) == stored.digest
+    assert store.find_source("m", 2, Repository(root).stat_version("m", 1)) is None
     assert store.find("0" * 64) is None
 
 
@@ -76,7 +76,7 @@ def test_source_with_any_other_identity_is_not_the_same(
             (folder / "more").touch()
         case _:
             (folder / "data" / "w.bin").rename(folder / "data" / "v.bin")
-    assert store.find_source("m", 1, look(root, folder)) is None
+    assert store.find_source("m", 1, Repository(root).stat_version("m", 1)) is None
     assert store.find(stored.digest) == stored
 
 
