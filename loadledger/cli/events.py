@@ -13,14 +13,14 @@ import click
 
 from events.eventtext import describe_event
 from loadledger.cli.completion import latest_jobs, models_of_server
-from loadledger.cli.output import INTERRUPTED, exit_with_error, note_retry
-from loadledger.cli.server import (
+from loadledger.cli.options import (
     Command,
     ServerChoice,
     int_option,
     open_chosen_client,
     server_options,
 )
+from loadledger.cli.output import INTERRUPTED, exit_with_error, note_retry
 from loadledger.profiles import PROFILE, URL
 
 MAX_CHARACTERS = 200

@@ -16,14 +16,14 @@ from typing import Any, BinaryIO
 import click
 
 from loadledger.cli.completion import loaded_models
-from loadledger.cli.output import exit_with_error, print_json, print_note
-from loadledger.cli.server import (
+from loadledger.cli.options import (
     ServerChoice,
     int_option,
     json_option,
     open_chosen_client,
     server_options,
 )
+from loadledger.cli.output import exit_with_error, print_json, print_note
 
 MAX_FILE_BYTES = 256 * 2**20
 """Longest file: a server takes tensors of 64 MiB, which are longer as JSON and shorter in an archive."""

@@ -12,6 +12,14 @@ from typing import Any, NoReturn
 import click
 
 from loadledger.cli.completion import latest_jobs, loaded_models, models_of_server
+from loadledger.cli.options import (
+    ServerChoice,
+    Size,
+    int_option,
+    json_option,
+    open_chosen_client,
+    server_options,
+)
 from loadledger.cli.output import (
     INTERRUPTED,
     NEGATIVE_RESULT,
@@ -31,14 +39,6 @@ from loadledger.cli.output import (
     retry_message,
     to_printable,
     with_nodes,
-)
-from loadledger.cli.server import (
-    ServerChoice,
-    Size,
-    int_option,
-    json_option,
-    open_chosen_client,
-    server_options,
 )
 
 STEPS = {

@@ -1,7 +1,8 @@
-"""`loadledger token`, `console` and `key`: tokens and sign-in links; the keys behind them."""
+"""`loadledger token`, `login`, `console` and `key`: tokens, profiles, sign-in links; the keys behind them."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -13,6 +14,17 @@ from typing import Any
 import click
 
 from loadledger.cli.ledger import ledger_key
+from loadledger.cli.options import (
+    ServerChoice,
+    data_option,
+    find_chosen_target,
+    json_option,
+    open_client,
+    open_managing_client,
+    optional_data_option,
+    require_data,
+    server_options,
+)
 from loadledger.cli.output import (
     NOTHING,
     exit_with_error,
@@ -22,16 +34,7 @@ from loadledger.cli.output import (
     report_problems,
     to_printable,
 )
-from loadledger.cli.server import (
-    ServerChoice,
-    data_option,
-    find_chosen_target,
-    json_option,
-    open_managing_client,
-    optional_data_option,
-    require_data,
-    server_options,
-)
+from loadledger.profiles import DEFAULT_URL, ProfileProblem, ServerTarget, profile_path, write_profile
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
@@ -140,6 +143,54 @@ def revoke_token(
         click.echo(
             f"tokens that it issued and that are not revoked: {left}; to revoke them: --issued {token_id}"
         )
+
+
+@click.command()
+@click.option("--url", metavar="URL", envvar="LOADLEDGER_URL", default=DEFAULT_URL, help="Server.")
+@click.option("--profile", metavar="NAME|FILE", help="Profile to write. [LOADLEDGER_PROFILE]")
+@click.option(
+    "--ca",
+    metavar="FILE",
+    envvar="LOADLEDGER_CA",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True),
+    help="Certificates to trust, in PEM, instead of the system's. [LOADLEDGER_CA]",
+)
+@json_option
+def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> None:
+    """Save a server's URL and a token in a profile.
+
+    Type the token at the prompt, or pipe it in: `loadledger token … | loadledger login`. The command first
+    checks that the server accepts it. Only you can read the file.
+
+    --json prints the server's `url` and the file's path as `profile`.
+    """
+    try:
+        path = profile_path(profile, os.environ)
+    except ProfileProblem as problem:
+        exit_with_error(str(problem))
+    token = _read_token()
+    with open_client(ServerTarget(url, token, ca)) as client:
+        client.resources()
+        url = client.url
+    from events.errors import WrongTarget  # noqa: PLC0415 - keeps `loadledger --help` quick
+
+    try:
+        write_profile(path, ServerTarget(url, token, ca))
+    except (OSError, WrongTarget) as error:
+        exit_with_error(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+    members = {"url": url, "profile": str(path)}  # dumped with escapes, as a path may be no UTF-8
+    text = f"{to_printable(url)} accepts the token; saved in {path}"
+    click.echo(json.dumps(members, indent=2) if as_json else text)
+
+
+def _read_token() -> str:
+    if sys.stdin.isatty():
+        text: str = click.prompt("Token", hide_input=True, err=True)
+    else:
+        text = sys.stdin.readline(64 * 1024)
+    if not text.strip():
+        exit_with_error("there is no token on standard input: `loadledger token … | loadledger login`")
+    return text.strip()
 
 
 @click.command()

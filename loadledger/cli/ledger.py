@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from loadledger.cli.options import Command, data_option, json_option, own_data
 from loadledger.cli.output import NEGATIVE_RESULT, exit_with_error, print_note, print_result, report_problems
-from loadledger.cli.server import Command, data_option, json_option, own_data
 
 INSTALL = "pip install 'loadledger[postgres]'"
 _FILE = click.Path(path_type=Path, dir_okay=False)

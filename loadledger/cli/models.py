@@ -13,6 +13,7 @@ import click
 
 from loadledger.cli.completion import models_of_server
 from loadledger.cli.jobs import report_request
+from loadledger.cli.options import ServerChoice, int_option, json_option, open_chosen_client, server_options
 from loadledger.cli.output import (
     NOTHING,
     count_of,
@@ -30,7 +31,6 @@ from loadledger.cli.output import (
     to_printable,
     with_nodes,
 )
-from loadledger.cli.server import ServerChoice, int_option, json_option, open_chosen_client, server_options
 from loadledger.cli.snippets import format_infer
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")

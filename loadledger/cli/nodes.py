@@ -11,6 +11,14 @@ from typing import Any, NoReturn
 import click
 
 from loadledger.cli.completion import nodes_of_server
+from loadledger.cli.options import (
+    ServerChoice,
+    int_option,
+    json_option,
+    open_managing_client,
+    optional_data_option,
+    server_options,
+)
 from loadledger.cli.output import (
     NEGATIVE_RESULT,
     NOTHING,
@@ -23,14 +31,6 @@ from loadledger.cli.output import (
     print_note,
     print_result,
     to_printable,
-)
-from loadledger.cli.server import (
-    ServerChoice,
-    int_option,
-    json_option,
-    open_managing_client,
-    optional_data_option,
-    server_options,
 )
 
 HEAD = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "LABELS", "ADDRESS", "RELEASE")

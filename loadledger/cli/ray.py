@@ -24,6 +24,7 @@ from typing import Any, TypedDict
 
 import click
 
+from loadledger.cli.options import json_option
 from loadledger.cli.output import (
     NEGATIVE_RESULT,
     count_of,
@@ -33,7 +34,6 @@ from loadledger.cli.output import (
     print_note,
     print_result,
 )
-from loadledger.cli.server import json_option
 
 INSTALL = "pip install 'loadledger[ray]'"
 NAMESPACE = "loadledger"

@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from loadledger.cli.ledger import require_driver
+from loadledger.cli.options import ServerChoice, find_chosen_target, json_option, server_options
 from loadledger.cli.output import NEGATIVE_RESULT, count_of, exit_with_error, report_problems, to_printable
-from loadledger.cli.server import ServerChoice, find_chosen_target, json_option, server_options
 from loadledger.profiles import PROFILE, URL
 
 GENERIC_NAMES = frozenset({"model", "onnx"})

@@ -27,6 +27,7 @@ from events.errors import LedgerProblem
 from events.tokens import Token
 from loadledger import AsyncClient, ClientProblem, NotFound, ServerUnreachable
 from loadledger.cli.models import signature_lines
+from loadledger.cli.options import explain_problem
 from loadledger.cli.output import (
     INTERRUPTED,
     NEGATIVE_RESULT,
@@ -37,7 +38,6 @@ from loadledger.cli.output import (
     to_printable,
 )
 from loadledger.cli.serve import Subject
-from loadledger.cli.server import explain_problem
 from loadledger.cli.snippets import format_curl
 from loadledger.profiles import (
     DEFAULT_PROFILE,

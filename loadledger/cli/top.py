@@ -15,8 +15,8 @@ import click
 
 from loadledger.cli.jobs import describe_progress, model_of
 from loadledger.cli.models import RIGHT, USE_HEAD, budget_line, pressure_line, use_row
+from loadledger.cli.options import ServerChoice, json_option, open_chosen_client, server_options
 from loadledger.cli.output import format_age, format_cell, format_table, is_dumb, print_result, to_printable
-from loadledger.cli.server import ServerChoice, json_option, open_chosen_client, server_options
 
 JOBS_HEAD = ("JOB", "KIND", "MODEL", "STATUS", "BY", "AGE", "WHERE")
 WRONG_HEAD = ("MODEL", "STATE", "REASON")

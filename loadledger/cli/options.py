@@ -1,8 +1,7 @@
-"""The server of a command: its options, `loadledger login`, and the client."""
+"""Options that commands share, and the client of the server that they name."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,14 +14,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.output import INTERRUPTED, exit_with_error, report_problems, to_printable
+from loadledger.cli.output import INTERRUPTED, exit_with_error, report_problems
 from loadledger.profiles import (
-    DEFAULT_URL,
     ProfileProblem,
     ServerTarget,
     find_target,
-    profile_path,
-    write_profile,
 )
 
 UNAUTHENTICATED, FORBIDDEN = 401, 403
@@ -197,51 +193,3 @@ def require_data(data: Path) -> None:
             "the server has (`loadledger serve --data`)",
             param_hint="--data",
         )
-
-
-@click.command()
-@click.option("--url", metavar="URL", envvar="LOADLEDGER_URL", default=DEFAULT_URL, help="Server.")
-@click.option("--profile", metavar="NAME|FILE", help="Profile to write. [LOADLEDGER_PROFILE]")
-@click.option(
-    "--ca",
-    metavar="FILE",
-    envvar="LOADLEDGER_CA",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True),
-    help="Certificates to trust, in PEM, instead of the system's. [LOADLEDGER_CA]",
-)
-@json_option
-def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> None:
-    """Save a server's URL and a token in a profile.
-
-    Type the token at the prompt, or pipe it in: `loadledger token … | loadledger login`. The command first
-    checks that the server accepts it. Only you can read the file.
-
-    --json prints the server's `url` and the file's path as `profile`.
-    """
-    try:
-        path = profile_path(profile, os.environ)
-    except ProfileProblem as problem:
-        exit_with_error(str(problem))
-    token = _token()
-    with open_client(ServerTarget(url, token, ca)) as client:
-        client.resources()
-        url = client.url
-    from events.errors import WrongTarget  # noqa: PLC0415 - keeps `loadledger --help` quick
-
-    try:
-        write_profile(path, ServerTarget(url, token, ca))
-    except (OSError, WrongTarget) as error:
-        exit_with_error(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
-    members = {"url": url, "profile": str(path)}  # dumped with escapes, as a path may be no UTF-8
-    text = f"{to_printable(url)} accepts the token; saved in {path}"
-    click.echo(json.dumps(members, indent=2) if as_json else text)
-
-
-def _token() -> str:
-    if sys.stdin.isatty():
-        text: str = click.prompt("Token", hide_input=True, err=True)
-    else:
-        text = sys.stdin.readline(64 * 1024)
-    if not text.strip():
-        exit_with_error("there is no token on standard input: `loadledger token … | loadledger login`")
-    return text.strip()

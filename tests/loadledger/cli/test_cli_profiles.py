@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.history import PLAIN
 
 from loadledger import Busy
-from loadledger.cli.server import explain_problem
+from loadledger.cli.options import explain_problem
 from loadledger.profiles import (
     DEFAULT_URL,
     MAX_PROFILE_BYTES,

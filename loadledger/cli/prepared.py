@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from loadledger.cli.options import data_option, json_option, require_data
 from loadledger.cli.output import (
     count_of,
     format_size,
@@ -17,7 +18,6 @@ from loadledger.cli.output import (
     report_problems,
     to_printable,
 )
-from loadledger.cli.server import data_option, json_option, require_data
 
 SHOWN_DIGITS = 12
 """Shown digits of a hash: enough to tell files apart; --json has all."""
