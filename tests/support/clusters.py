@@ -6,12 +6,11 @@ lost, come late or twice. The checks of `ClusterLog` hold at each event.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
 
 import pytest
 from msgspec.structs import replace as change
 
-from events.accept import Accepted, Decision, Refused, accept
+from events.accept import Decision, Refused
 from events.clock import add_seconds, seconds_between
 from events.commands import Command, Condition, JoinNode, LeaveNode, LoseNode, NodeCurrent, Record
 from events.jobs import Job, JobKind, JobStatus
@@ -20,13 +19,11 @@ from events.nodes import LoadPlaced, Node, find_placer
 from events.state import State
 from events.types import (
     Draft,
-    Event,
     LoadParameters,
     LoadStarted,
     ModelLoaded,
     UnloadRequested,
     WorkerExited,
-    record_draft,
 )
 from runtime.consumer.drafts import draft_moved_unload, name_node
 from runtime.scheduler import actions
@@ -34,7 +31,7 @@ from runtime.scheduler.actions import Action
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.view import NodeHints, Policy
 from support.history import at
-from support.worlds import Process, World, check_fact
+from support.worlds import Ledger, Process, World
 
 LEASE_S = 10.0
 """A node that did not renew for so long may be declared lost."""
@@ -49,48 +46,26 @@ def has_labels(node: Node, parameters: LoadParameters | None) -> bool:
     return set(parameters.node_labels or ()) <= set(node.labels)
 
 
-class ClusterLog:
-    """The one log: decides commands, records events, and checks that each may be recorded.
+class ClusterLog(Ledger):
+    """The log of several nodes: what concerns a node is recorded by that node alone, while it is there.
 
     Attributes:
         is_fenced: whether it refuses what nodes append whose epoch is over; else their conditions have to.
     """
 
     def __init__(self, *, is_fenced: bool = True) -> None:
-        self.state = State()
-        self.events: list[Event] = []
+        super().__init__()
         self.is_fenced = is_fenced
-        self.nodes: dict[str, ClusterNode] = {}
-        self._exited: set[str | None] = set()
-        self._ids = count(1)
 
-    def new_id(self) -> str:
-        return f"j{next(self._ids)}"
-
-    def submit(self, command: Command, now: str, by: "ClusterNode | None" = None) -> Decision:
-        """Decide a command of a client or of the consumer of a node."""
-        if self.is_fenced and by is not None and not by.is_current_in(self.state):
+    def submit(self, command: Command, now: str, by: World | None = None) -> Decision:
+        if self.is_fenced and isinstance(by, ClusterNode) and not by.is_current_in(self.state):
             return EPOCH_OVER
-        decision = accept(self.state, command, self.new_id, max(now, self.state.recorded_at))
-        drafts = decision.drafts if isinstance(decision, Accepted) else ()
-        if drafts and by is not None:
+        return super().submit(command, now, by)
+
+    def check(self, draft: Draft, following: Sequence[Draft], by: World | None) -> None:
+        if by is not None:
+            assert isinstance(by, ClusterNode)
             assert by.is_current_in(self.state), "a fact of an epoch that is over"
-        for number, draft in enumerate(drafts):
-            self._check(draft, drafts[number + 1 :], by)
-            self._record(draft, max(now, self.state.recorded_at))
-        return decision
-
-    def _record(self, draft: Draft, now: str) -> None:
-        event = record_draft(draft, self.state.position + 1, now)
-        bare = {job_id for node in self.nodes.values() for job_id in node.bare}
-        check_fact(event, self.state, self.events, self._exited, bare)
-        self.events.append(event)
-        changes = self.state.apply(event)
-        self.state.forget_ended(changes.jobs.values())
-        assert event.position == len(self.events)
-
-    def _check(self, draft: Draft, following: Sequence[Draft], by: "ClusterNode | None") -> None:
-        """What concerns a node is recorded by that node, while it is there."""
         job = self.state.unended_job(draft.job_id)
         match draft.data:
             case LoadPlaced(node_id, epoch):
@@ -135,19 +110,12 @@ class ClusterNode(World):
     def __init__(
         self, name: str, log: ClusterLog, policy: Policy, skew_s: float, labels: tuple[str, ...] = ()
     ) -> None:
-        super().__init__(replace(policy, node_id=name))
-        self.name, self.log, self.labels = name, log, labels
-        self.replica = State()
+        super().__init__(replace(policy, node_id=name), log)
+        self.name, self.labels = name, labels
         self.epoch: int | None = None
-        self.is_cut = self.is_paused = False
+        self.is_paused = False
         self.renewed_at = self.clock = at(0)
         self.now = add_seconds(self.clock, skew_s)
-        log.nodes[name] = self
-
-    @property
-    def state(self) -> State:
-        """The state as this node has folded it."""
-        return self.replica
 
     @property
     def is_up(self) -> bool:
@@ -173,17 +141,15 @@ class ClusterNode(World):
         if self.is_cut or self.epoch is None:
             return
         self._fold()
-        if not self.is_current_in(self.replica):
+        if not self.is_current_in(self.state):
             self.join()
 
     def _fold(self) -> None:
-        for event in self.log.events[self.replica.position :]:
-            changes = self.replica.apply(event)
-            self.replica.forget_ended(changes.jobs.values())
-        assert self.replica.models == self.log.state.models
-        assert self.replica.jobs == self.log.state.jobs
-        assert self.replica.nodes == self.log.state.nodes
-        self.now = max(self.now, self.replica.recorded_at)
+        super().catch_up()
+        assert self.state.models == self.log.state.models
+        assert self.state.jobs == self.log.state.jobs
+        assert self.state.nodes == self.log.state.nodes
+        self.now = max(self.now, self.state.recorded_at)
 
     def join(self, no_node_since: str | None = None) -> None:
         """Begin the next epoch."""
@@ -209,7 +175,7 @@ class ClusterNode(World):
         self.unchanged.clear()
         self.bare.clear()
         self.meanwhile.clear()
-        self.fault, self.epoch, self.replica = None, None, State()
+        self.fault, self.epoch, self.state = None, None, State()
         self.is_cut = self.is_paused = False
 
     def submit(self, command: Command) -> Decision:
@@ -222,7 +188,7 @@ class ClusterNode(World):
         budget, most = self.policy.budget_bytes, self.policy.max_loaded
         present = {process.model_id for process in self.live.values() if process.left or not process.started}
         return NodeHints(
-            self.replica.position,
+            self.state.position,
             None if budget is None else budget - self.used_bytes(),
             None if most is None else most - len(present),
         )
@@ -276,30 +242,7 @@ class ClusterNode(World):
         loaded = model.loaded if model is not None else None
         if load in self.live or loaded is None or loaded.serving.load_job_id != load:
             return super()._swapped_out(job, load)
-        return (draft_moved_unload(loaded, job, "cause", self.new_id),)
-
-    def new_id(self) -> str:
-        return self.log.new_id()
-
-    def _append(self, action: Action, fault: str | None) -> None:
-        """Append what was decided, on a state that may have changed meanwhile."""
-        self.fault = None
-        command, decided_at = self._command(action), self.state.position
-        while self.meanwhile:
-            self.log.submit(self.meanwhile.pop()(action), self.now)
-        if fault == "lost" or self.is_cut:
-            return
-        decision = self.log.submit(command, self.now, by=self)
-        if fault == "twice":
-            assert not isinstance(self.log.submit(command, self.now, by=self), Accepted)
-        if fault == "unsure":
-            return
-        if isinstance(decision, Accepted):
-            self._fold()
-            self._follow_up(action)
-        else:
-            assert self.log.state.position > decided_at, (action, decision)
-            self.catch_up()
+        return (draft_moved_unload(loaded, job, "cause", self.log.new_id),)
 
 
 class Cluster:

@@ -71,12 +71,6 @@ _ALONE = (Cause.IDLE, Cause.EVICTION, Cause.RESTART)
 """Causes of unloads by the system of models that nobody asked anything of."""
 
 
-def copy_state(state: State) -> State:
-    """Return a copy that later facts do not change."""
-    models, jobs, queues = dict(state.models), dict(state.jobs), dict(state.queues)
-    return State(state.position, state.recorded_at, models, jobs, queues=queues)
-
-
 def estimate_of(job: Job, *, bare: bool = False) -> int:
     """Return the memory estimate of a load."""
     version, parameters = job.load_order
@@ -232,18 +226,65 @@ def check_superseded(job: Job, by: str, request: Event) -> None:
     assert (request.id, request.model_id, request.data.cause) == (by, job.model_id, Cause.REQUEST)
 
 
-class World:
-    """A log, a clock and processes, around the real `accept`, folds and `decide`.
+class Ledger:
+    """The one log: decides commands, records events, and checks that each may be recorded.
 
-    The consumer decides and appends in two steps; what `meanwhile` has is recorded between, given the action.
-
-    `fault` happens to the next fact: `lost`, not recorded; `unsure`, recorded though its commit raised, and
-    not seen by the consumer until the log is read again.
+    Attributes:
+        worlds: the consumers that append to it.
     """
 
-    def __init__(self, policy: Policy | None = None) -> None:
-        self._recorded = State()
-        self._seen: State | None = None
+    def __init__(self) -> None:
+        self.state = State()
+        self.events: list[Event] = []
+        self.worlds: list[World] = []
+        self._exited: set[str | None] = set()
+        self._ids = count(1)
+
+    def new_id(self) -> str:
+        return f"j{next(self._ids)}"
+
+    def submit(self, command: Command, now: str, by: "World | None" = None) -> Decision:
+        """Decide a command of a client, or of a consumer."""
+        now = max(now, self.state.recorded_at)
+        decision = accept(self.state, command, self.new_id, now)
+        drafts = decision.drafts if isinstance(decision, Accepted) else ()
+        for number, draft in enumerate(drafts):
+            self.check(draft, drafts[number + 1 :], by)
+            self._record(draft, now)
+        return decision
+
+    def check(self, draft: Draft, following: Sequence[Draft], by: "World | None") -> None:
+        """Check a fact before it is recorded, with those that are recorded with it."""
+
+    def _record(self, draft: Draft, now: str) -> None:
+        event = record_draft(draft, self.state.position + 1, now)
+        bare = {job_id for world in self.worlds for job_id in world.bare}
+        check_fact(event, self.state, self.events, self._exited, bare)
+        self.events.append(event)
+        fold_event(event, self.state)
+
+
+def fold_event(event: Event, state: State) -> None:
+    """Apply an event to a state, as the log and its readers do."""
+    changes = state.apply(event)
+    state.forget_ended(changes.jobs.values())
+
+
+class World:
+    """A consumer on a log, with a clock and processes, around the real `accept`, folds and `decide`.
+
+    It decides on the state that it has folded, and appends in a second step; what `meanwhile` has is recorded
+    between, given the action.
+
+    `fault` happens to the next fact: `lost`, not recorded; `unsure`, recorded though its commit raised, and
+    not folded by the consumer until the log is read again; `twice`, appended again, which must be refused.
+    """
+
+    def __init__(self, policy: Policy | None = None, log: Ledger | None = None) -> None:
+        self.log = log or Ledger()
+        self.log.worlds.append(self)
+        self.state = State()
+        self.is_cut = False
         self.meanwhile: list[Callable[[Action], Command]] = []
         self.policy = policy or Policy(loads_at_once=2)
         self.live: dict[str, Process] = {}
@@ -259,34 +300,28 @@ class World:
         self.preparation: PreparationView | None = None
         self.hints: Mapping[str, NodeHints] = {}
         self.fault: str | None = None
-        self.events: list[Event] = []
         self.cancelled: set[str] = set()
-        self.exited: set[str | None] = set()
-        self._ids = count(1)
 
     @property
-    def state(self) -> State:
-        """The state that the consumer sees: not the last facts, if their commit raised just now."""
-        return self._seen or self._recorded
+    def events(self) -> list[Event]:
+        """All that is recorded."""
+        return self.log.events
 
     @property
     def own(self) -> State:
         """The part of the state that this server works on: all of it, without nodes."""
         return self.state.of(self.policy.node_id, self.policy.node_epoch)
 
-    def new_id(self) -> str:
-        return f"j{next(self._ids)}"
-
     def submit(self, command: Command) -> Decision:
-        self._seen = None
-        decision = accept(self.state, command, self.new_id, self.now)
-        for draft in decision.drafts if isinstance(decision, Accepted) else ():
-            event = record_draft(draft, self.state.position + 1, self.now)
-            check_fact(event, self.state, self.events, self.exited, self.bare)
-            self.events.append(event)
-            changes = self.state.apply(event)
-            self.state.forget_ended(changes.jobs.values())
+        """Decide a command of a client."""
+        decision = self.log.submit(command, self.now)
+        self.catch_up()
         return decision
+
+    def catch_up(self) -> None:
+        """Fold what was recorded since."""
+        for event in self.log.events[self.state.position :]:
+            fold_event(event, self.state)
 
     def running(self) -> dict[str, LoadView]:
         own = self.own
@@ -395,21 +430,24 @@ class World:
         self.fault = None
         command, decided_at = self._command(action), self.state.position
         while self.meanwhile:
-            self.submit(self.meanwhile.pop()(action))
-        if fault == "lost":
+            self.log.submit(self.meanwhile.pop()(action), self.now)
+        if fault == "lost" or self.is_cut:
+            self.catch_up()
             return
-        before = copy_state(self._recorded)
-        decision = self.submit(command)
-        if isinstance(decision, Accepted):
-            if isinstance(action, actions.CancelJob) and action.job.cancelling:
-                self.cancelled.add(action.job.id)
-            if fault is None:
-                self._follow_up(action)
+        decision = self.log.submit(command, self.now, by=self)
+        is_recorded = isinstance(decision, Accepted)
+        if is_recorded and isinstance(action, actions.CancelJob) and action.job.cancelling:
+            self.cancelled.add(action.job.id)
+        if fault == "twice":
+            assert not isinstance(self.log.submit(command, self.now, by=self), Accepted)
+        if fault == "unsure":
+            return
+        self.catch_up()
+        if is_recorded:
+            self._follow_up(action)
         else:
             # What was decided on this very state must change it, or it would be decided again for ever.
-            assert before.position > decided_at
-        if fault == "unsure":
-            self._seen = before
+            assert self.log.state.position > decided_at, (action, decision)
 
     def _follow_up(self, action: Action) -> None:
         """Begin the effect of what is recorded, and remember whose death is."""
@@ -517,7 +555,7 @@ class World:
     def _swapped_out(self, job: Job, load: str | None) -> tuple[Draft, ...]:
         if load not in self.live:
             return ()
-        swap, old = self.new_id(), self.live[load]
+        swap, old = self.log.new_id(), self.live[load]
         data = UnloadRequested(force=False, load_job_id=load, cause=Cause.SWAP, cause_event_id=job.id)
         return (Draft(swap, data, SYSTEM, swap, job.model_id, old.version),)
 
@@ -527,7 +565,7 @@ class World:
             return ()
         new = [worker for worker in workers or process.dead if worker not in process.recorded]
         about = (SYSTEM, load, process.model_id, process.version)
-        return tuple(Draft(self.new_id(), process.dead[worker], *about, worker) for worker in new)
+        return tuple(Draft(self.log.new_id(), process.dead[worker], *about, worker) for worker in new)
 
     def loading(self) -> list[Process]:
         return self._in_phase(Phase.LOADING)
@@ -586,9 +624,9 @@ class World:
 
     def restart(self, *, unclean: bool) -> None:
         if not unclean:
-            self.submit(Record((Draft(self.new_id(), ServerStopped(), SYSTEM),)))
+            self.submit(Record((Draft(self.log.new_id(), ServerStopped(), SYSTEM),)))
+        self.catch_up()
         last_at = self.state.recorded_at or None
-        self._seen = None
         self.meanwhile.clear()
         self.live.clear()
         self.estimates.clear()
@@ -598,7 +636,7 @@ class World:
         self.preparable.clear()
         self._end_troubles()
         started = ServerStarted(unclean, last_event_at=last_at, last_seen_at=last_at)
-        self.submit(Record((Draft(self.new_id(), started, SYSTEM),)))
+        self.submit(Record((Draft(self.log.new_id(), started, SYSTEM),)))
 
     def _end_troubles(self) -> None:
         self.fault, self.fork_server_up, self.under_pressure = None, True, False
@@ -607,7 +645,7 @@ class World:
     def calm_down(self, outcome: str) -> None:
         """Be fair for long enough: every job ends; and with memory for all, nothing is left to do."""
         self._end_troubles()
-        self._seen = None
+        self.catch_up()
         self.meanwhile.clear()
         self.estimates_take_time = False
         for process in self.live.values():
