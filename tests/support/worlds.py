@@ -110,7 +110,7 @@ class Process:
         """Its workers now, to the product's own rules."""
         workers = self.workers if self.started else ()
         left = [] if self.ended else [worker for worker in workers if worker not in self.dead]
-        is_over = bool(self.failure or self.dead or self.ended or self.killed)
+        is_over = bool(self.failure or self.form_failed or self.dead or self.ended or self.killed)
         return LoadRun(
             started=workers,
             exited=set(workers).difference(left),
@@ -163,9 +163,9 @@ class Process:
     def finish(self, outcome: str, keeps_percent: int = 80) -> None:
         """End its load: it is loaded, and keeps so much of what was reserved; refused; or a worker dies.
 
-        One that hangs ends by its limit only.
+        One that hangs ends by its limit only, and one whose form failed begins again.
         """
-        if self.hangs_until is not None:
+        if self.hangs_until is not None or self.form_failed:
             return
         self.started = True
         match outcome:
@@ -175,7 +175,7 @@ class Process:
             case "refused":
                 self.failure, self.killed = "invalid_model", True
             case "form fails" if self.has_form:
-                self.form_failed = self.ended = True
+                self.form_failed = True  # its workers end with `World.end_all`
             case "form fails" | "dies":
                 self.failure = "worker_died"
                 self.die(WorkerExited(None, 9, ()), self.workers[-1])
@@ -521,6 +521,7 @@ class World:
                 placed = [draft_placement(placement)] if placement is not None else []
                 return [*placed, draft_load_start(job, is_restarted=job.id in self.bare)]
             case actions.CompleteLoad(job, replaces):
+                assert not self.live[job.id].dead
                 return [
                     draft_fact(job, self.describe_loaded(self.live[job.id])),
                     *self._swapped_out(job, replaces),
@@ -600,7 +601,7 @@ class World:
         if self.preparation is not None and self.preparation.stopping:
             self.preparation = None
         for process in self.alive():
-            if process.killed or process.unloading:
+            if process.killed or process.unloading or process.form_failed:
                 process.ended, process.busy = True, False
 
     def lose_fork_server(self) -> None:

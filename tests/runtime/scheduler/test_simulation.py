@@ -272,6 +272,17 @@ class WatchedWorld(World):
         running = self.running()
         return {process.model_id for load, process in self.live.items() if running[load].alive}
 
+    def check_memory(self) -> None:
+        """What a load has reserved counts until it has loaded, what it takes until its workers are gone."""
+        running = self.running()
+        for load, process in self.live.items():
+            is_coming = not (process.started or process.killed or process.failure)
+            if process.left or is_coming:
+                taken = process.measured_bytes if process.loaded else process.reserved_bytes
+                assert running[load].memory_bytes >= taken
+            elif process.started:
+                assert running[load].memory_bytes == 0
+
     def check_operations(self) -> None:
         """Never are there two operations on one model, and never too many at once."""
         running = self.running()
@@ -541,6 +552,10 @@ class Simulation(RuleBasedStateMachine):
     @invariant()
     def no_more_than_one_operation_on_a_model_at_a_time(self) -> None:
         self.world.check_operations()
+
+    @invariant()
+    def memory_counts_until_processes_are_gone(self) -> None:
+        self.world.check_memory()
 
     def teardown(self) -> None:
         self.world.calm_down("loaded")
