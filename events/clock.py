@@ -5,6 +5,7 @@ A timestamp is a string, `YYYY-MM-DDTHH:MM:SS.ffffffZ`: always six digits, alway
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from bisect import bisect_right
@@ -98,8 +99,7 @@ class LedgerClock:
         self._trusted = self._start = wall(), boottime()
         self._doubted: tuple[datetime, float] | None = None
         self._withdrawn_s = float("-inf")
-        self._positions: list[int] = []
-        self._offsets_s: list[float] = []
+        self._offsets_s: list[tuple[int, float]] = []
         self.steps: list[ClockStep] = []
 
     def now(self) -> datetime:
@@ -107,10 +107,14 @@ class LedgerClock:
         wall, now_s = self._wall(), self._boottime()
         expected = _advance(self._trusted, now_s)
         ahead_s = (wall - expected).total_seconds()
-        if ahead_s > STEP_S and not self._is_settled(wall, now_s):
-            return expected
-        if ahead_s <= STEP_S and self._doubted is not None:
-            self._withdraw(now_s)
+        if self._doubted is not None:
+            apart_s = abs((wall - _advance(self._doubted, now_s)).total_seconds())
+            if ahead_s <= STEP_S or apart_s > STEP_S:
+                self._withdraw(*self._doubted, now_s)
+        if ahead_s > STEP_S:
+            self._doubted = self._doubted or (wall, now_s)
+            if now_s - self._doubted[1] < SETTLED_S:
+                return expected
         if abs(ahead_s) > STEP_S:
             self.steps.append(ClockStep(format_timestamp(expected), format_timestamp(wall), is_taken=True))
         self._trusted, self._doubted = (wall, now_s), None
@@ -128,10 +132,9 @@ class LedgerClock:
         """Note that the events from `position` on were folded just now, recorded at this time."""
         offset_s = seconds_between(recorded_at, self.monotonic_now())
         if abs(offset_s - self._offset_s(position)) > _MIN_OFFSET_S:
-            self._positions.append(position)
-            self._offsets_s.append(offset_s)
-        if len(self._positions) > _MAX_OFFSETS:
-            del self._positions[: _MAX_OFFSETS // 2], self._offsets_s[: _MAX_OFFSETS // 2]
+            self._offsets_s.append((position, offset_s))
+        if len(self._offsets_s) > _MAX_OFFSETS:
+            del self._offsets_s[: _MAX_OFFSETS // 2]
 
     def to_monotonic(self, recorded_at: Timestamp, position: int | None) -> Timestamp:
         """Return a time that was recorded at `position`, or computed from such a time, as a monotonic one."""
@@ -140,21 +143,13 @@ class LedgerClock:
 
     def _offset_s(self, position: int) -> float:
         """Return by how much monotonic time was ahead when the event at `position` was folded."""
-        found = bisect_right(self._positions, position)
-        return self._offsets_s[found - 1] if found else 0.0
+        found = bisect_right(self._offsets_s, (position, math.inf))
+        return self._offsets_s[found - 1][1] if found else 0.0
 
-    def _is_settled(self, wall: datetime, now_s: float) -> bool:
-        """Whether a time ahead has stood for long enough."""
-        if self._doubted is not None:
-            if abs((wall - _advance(self._doubted, now_s)).total_seconds()) <= STEP_S:
-                return now_s - self._doubted[1] >= SETTLED_S
-            self._withdraw(now_s)
-        self._doubted = wall, now_s
-        return False
-
-    def _withdraw(self, now_s: float) -> None:
-        if self._doubted is not None and now_s - self._withdrawn_s >= SETTLED_S:
-            wall, since_s = self._doubted
+    def _withdraw(self, wall: datetime, since_s: float, now_s: float) -> None:
+        """Forget a time that did not stand for long enough, and report it."""
+        self._doubted = None
+        if now_s - self._withdrawn_s >= SETTLED_S:
             begin = format_timestamp(_advance(self._trusted, since_s))
             self.steps.append(ClockStep(begin, format_timestamp(wall), is_taken=False))
             self._withdrawn_s = now_s

@@ -77,25 +77,21 @@ class PendingOrder:
                 | (Ping(), Pong())
                 | (ReadJson(), JsonRead())
             ):
-                self._settle(report)
+                self.settle(report)
             case Load(), LoadFailure(code) if code in get_args(PrepareCode):
                 raise MalformedFrame(f"'{code}' of a load")
             case Load() | Prepare(), LoadFailure(code, message):
-                self._settle(LoadRefused(code, plain_text(message)))
+                self.settle(LoadRefused(code, plain_text(message)))
             case _:
                 kinds = type(report).__name__, type(self._order).__name__
                 raise MalformedFrame("{} in answer to {}".format(*kinds))
         return True
 
-    def fail(self, problem: Exception) -> None:
-        """Set the caller's exception; the caller may have gone, or have its result."""
-        if not self._answer.done():
-            self._answer.set_exception(problem)
-
-    def _settle(self, result: object) -> None:
+    def settle(self, result: object) -> None:
+        """Set the caller's result or exception; the caller may have gone, or have its result."""
         if self._answer.done():
             return
-        if isinstance(result, LoadRefused):
+        if isinstance(result, Exception):
             self._answer.set_exception(result)
         else:
             self._answer.set_result(result)

@@ -407,4 +407,4 @@ class Worker:
         self.ended.set_result(end)
         self._in_flight.abandon(end)
         if self._pending is not None:
-            self._pending.fail(WorkerDied(end))
+            self._pending.settle(WorkerDied(end))
