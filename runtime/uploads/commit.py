@@ -30,7 +30,7 @@ from runtime.repository import Repository
 from runtime.uploads.receive import Digests, FileReceiver, check_path, check_room, unwritable
 from runtime.uploads.stage import (
     Stage,
-    StageOwner,
+    StageOrigin,
     Staging,
     StagingEntry,
     UploadPolicy,
@@ -90,16 +90,6 @@ class UploadBody:
     pieces: AsyncIterator[bytes]
     length: int | None = None
     expected: Digests = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class StageName:
-    """A stage as a request names it, and who does."""
-
-    id: str
-    model_id: str
-    version: int
-    subject: str
 
 
 class Uploads:
@@ -197,7 +187,7 @@ class Uploads:
             LogUnavailable: `log_unavailable`; if that is unknown, it may become visible later.
         """
         try:
-            stage = self._new_stage(model_id, version)
+            stage = self._new_stage(StageOrigin(model_id, version, actor), stays=False)
             self._begin(stage)
             try:
                 await self._prepare()
@@ -208,7 +198,7 @@ class Uploads:
                 await self._discard(stage)
                 self._end(stage)
                 raise
-            await self._finish(stage, self._make_visible(stage, files, actor))
+            await self._finish(stage, self._make_visible(stage, files))
         except VersionExists as exists:
             if not only_new:
                 raise
@@ -227,23 +217,22 @@ class Uploads:
         """
         await self._prepare()
         await self._end_unused_stages()
-        owner = StageOwner(model_id, version, subject, key, self._node_id)
-        if key is not None:
-            for known in self._stages.values():
-                if known.owner == owner:
-                    return known, False
-        stage = self._new_stage(model_id, version, owner)
+        origin = StageOrigin(model_id, version, subject, key, self._node_id)
+        for known in self._stages.values():
+            if key is not None and known.origin == origin:
+                return known, False
+        stage = self._new_stage(origin)
         stage.used_at = self._now()
         self._stages[stage.id] = stage
         try:
             await self._run(stage, stage.begin)
         except BaseException:
-            del self._stages[stage.id]
+            self._forget_stage(stage)
             await self._discard(stage)
             raise
         return stage, True
 
-    async def find_stage(self, name: StageName) -> Stage:
+    async def find_stage(self, stage_id: str, model_id: str, version: int, subject: str) -> Stage:
         """Return a stage of its subject.
 
         Raises:
@@ -252,15 +241,13 @@ class Uploads:
         """
         await self._prepare()
         await self._end_unused_stages()
-        stage = self._stages.get(name.id)
-        if stage is None or stage.owner is None:
-            raise UnknownStage
-        owner = stage.owner
-        if (owner.model_id, owner.version, owner.subject) != (name.model_id, name.version, name.subject):
+        stage = self._stages.get(stage_id)
+        named = (model_id, version, subject)
+        if stage is None or (stage.model_id, stage.version, stage.origin.subject) != named:
             raise UnknownStage
         return stage
 
-    async def add_file(self, name: StageName, path: str, body: UploadBody) -> tuple[AddedFile, bool]:
+    async def add_file(self, stage: Stage, path: str, body: UploadBody) -> tuple[AddedFile, bool]:
         """Add a file to a stage, and return it; and whether the stage had none with its path.
 
         Raises:
@@ -269,37 +256,33 @@ class Uploads:
                 `repository_unreadable`, `repository_busy`.
         """
         check_path(path)
-        stage = await self.find_stage(name)
         is_new = path not in stage.files
         file = await self._receive(stage, path, body)
         stage.used_at = self._now()
         return file, is_new
 
-    async def commit(self, name: StageName) -> tuple[AddedFile, ...]:
+    async def commit(self, stage: Stage) -> tuple[AddedFile, ...]:
         """Make a version of a stage, and return its files.
 
         Raises:
-            RuntimeProblem: `unknown_stage`, and as `add`. The stage stays.
+            RuntimeProblem: as `add`; the stage stays.
             LogUnavailable: `log_unavailable`; if that is unknown, it may become visible later.
         """
-        stage = await self.find_stage(name)
         self._begin(stage)
         try:
             files = await self._run(stage, stage.complete)
         except BaseException:
             self._end(stage)
             raise
-        await self._finish(stage, self._make_visible(stage, files, name.subject))
+        await self._finish(stage, self._make_visible(stage, files))
         return files
 
-    async def discard_stage(self, name: StageName) -> None:
+    async def discard_stage(self, stage: Stage) -> None:
         """End a stage, and delete its files.
 
         Raises:
-            RuntimeProblem: `unknown_stage`, `version_exists` (it is being committed),
-                `repository_read_only`, `repository_unreadable`, `repository_busy`.
+            RuntimeProblem: `unknown_stage`, `version_exists` (it is being committed).
         """
-        stage = await self.find_stage(name)
         self._check_open(stage)
         del self._stages[stage.id]
         await self._discard(stage)
@@ -356,9 +339,8 @@ class Uploads:
             raise EpochOver
         return Staging(self._repository, epoch_folder(node), (NodeCurrent(node.id, node.epoch),))
 
-    def _new_stage(self, model_id: str, version: int, owner: StageOwner | None = None) -> Stage:
-        max_bytes = self._policy.max_bytes
-        return Stage(self._staging(), uuid7(), model_id, version, max_bytes=max_bytes, owner=owner)
+    def _new_stage(self, origin: StageOrigin, *, stays: bool = True) -> Stage:
+        return Stage(self._staging(), uuid7(), origin, self._policy.max_bytes, stays=stays)
 
     async def _prepare(self) -> None:
         """Check that the repository may be changed, and finish what a start could not.
@@ -412,11 +394,9 @@ class Uploads:
                 self._stages.pop(stage.id, None)
                 await self._discard(stage)
 
-    async def _make_visible(self, stage: Stage, files: tuple[AddedFile, ...], actor: str) -> None:
-        await self._record(
-            stage,
-            AddVersion(stage.model_id, stage.version, actor, files, stage.event_id, stage.staging.conditions),
-        )
+    async def _make_visible(self, stage: Stage, files: tuple[AddedFile, ...]) -> None:
+        version = (stage.model_id, stage.version, stage.origin.subject, files)
+        await self._record(stage, AddVersion(*version, stage.event_id, stage.staging.conditions))
         try:
             await self._run(stage, stage.place)
         except VersionExists:
@@ -519,7 +499,7 @@ class Uploads:
         """Keep a stage for its subject; discard what is none, or was another node's."""
         read = partial(read_stage, staging, event_id, self._policy.max_bytes)
         stage = await self._run(None, read, START_LIMIT_S)
-        if stage is not None and stage.owner is not None and stage.owner.node_id == self._node_id:
+        if stage is not None and stage.origin.node_id == self._node_id:
             self._stages[stage.id] = stage
             await self._end_unused_stages()
         else:

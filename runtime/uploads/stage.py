@@ -201,7 +201,12 @@ class StagingEntry:
         event_id: of the event that the change will have, and the entry's name.
         model_id: of the version.
         version: its number.
+
+    Attributes:
+        stays: whether the entry stays when its change does not become an event.
     """
+
+    stays = False
 
     def __init__(self, staging: Staging, event_id: str, model_id: str, version: int) -> None:
         self.staging = staging
@@ -209,11 +214,6 @@ class StagingEntry:
         self.folder = staging.folder / event_id
         self._root = staging.repository.root
         self._target = staging.repository.folder_of(model_id, version)
-
-    @property
-    def stays(self) -> bool:
-        """Whether the entry stays when its change does not become an event."""
-        return False
 
     def check_free(self) -> None:
         """Refuse a version that is there, complete or not.
@@ -317,11 +317,11 @@ class StagingEntry:
                 return
 
 
-class StageOwner(msgspec.Struct, frozen=True):
-    """Whose a stage is: the first line of its record.
+class StageOrigin(msgspec.Struct, frozen=True):
+    """What a stage is for, and whose: the first line of its record.
 
     Attributes:
-        subject: who alone may use it.
+        subject: who alone may use it, and the actor of its event.
         key: hash of the Idempotency-Key with which it began; None without one.
         node_id: of the node that it is at; None without nodes.
     """
@@ -342,39 +342,24 @@ class Stage(StagingEntry):
     """A version on its way: an entry to which files are added one by one.
 
     Args:
+        origin: what it is for.
         max_bytes: of all files together.
-        owner: None of a stage that nobody can go on with: it has no record, and ends with its request.
+        stays: whether its subject can go on with it; else it has no record, and ends with its request.
 
     Attributes:
+        id: the event's, with the name of the node, if there is one.
         files: what is complete, by path.
         used_at: when the last file was added, in seconds since 1970.
     """
 
     def __init__(
-        self,
-        staging: Staging,
-        event_id: str,
-        model_id: str,
-        version: int,
-        *,
-        max_bytes: int,
-        owner: StageOwner | None = None,
+        self, staging: Staging, event_id: str, origin: StageOrigin, max_bytes: int, *, stays: bool = True
     ) -> None:
-        super().__init__(staging, event_id, model_id, version)
-        self.owner = owner
+        super().__init__(staging, event_id, origin.model_id, origin.version)
+        self.id = event_id if origin.node_id is None else f"{event_id}.{origin.node_id}"
+        self.origin, self.max_bytes, self.stays = origin, max_bytes, stays
         self.files = dict[str, AddedFile]()
         self.used_at = 0.0
-        self.max_bytes = max_bytes
-
-    @property
-    def id(self) -> str:
-        """The id of the stage, which names its node, if it has one."""
-        node_id = self.owner.node_id if self.owner is not None else None
-        return self.event_id if node_id is None else f"{self.event_id}.{node_id}"
-
-    @property
-    def stays(self) -> bool:
-        return self.owner is not None
 
     def begin(self) -> None:
         """Make the entry.
@@ -390,8 +375,8 @@ class Stage(StagingEntry):
         (self.folder / VERSION).mkdir()
         if self._target.parent.exists():
             self._check_movable(self._target.parent)
-        if self.owner is not None:
-            (self.folder / RECORD).write_bytes(msgspec.json.encode(self.owner))
+        if self.stays:
+            (self.folder / RECORD).write_bytes(msgspec.json.encode(self.origin))
 
     def new_part(self) -> Path:
         """Return where a file goes while it arrives."""
@@ -420,10 +405,10 @@ class Stage(StagingEntry):
             part.rename(target)
         except (FileExistsError, NotADirectoryError, IsADirectoryError):
             raise BadPath(f"{quote(file.path)} is a file and a folder") from None
-        if self.owner is not None:
+        if self.stays:
             with (self.folder / RECORD).open("ab") as record:  # a line may follow half of one
                 record.write(b"\n" + msgspec.json.encode(_RecordedFile(file, inode)))
-        self.files[file.path] = file
+        self.files = {**self.files, file.path: file}  # others read it meanwhile
 
     def complete(self) -> tuple[AddedFile, ...]:
         """Check the version, sync it, and return its files in order of their paths.
@@ -456,10 +441,10 @@ def read_stage(staging: Staging, event_id: str, max_bytes: int) -> Stage | None:
     record = staging.folder / event_id / RECORD
     try:
         first, *lines = record.read_bytes().split(b"\n")
-        owner = msgspec.json.decode(first, type=StageOwner)
+        origin = msgspec.json.decode(first, type=StageOrigin)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None
-    stage = Stage(staging, event_id, owner.model_id, owner.version, max_bytes=max_bytes, owner=owner)
+    stage = Stage(staging, event_id, origin, max_bytes)
     stage.used_at = record.stat().st_mtime
     version = stage.folder / VERSION
     for line in lines:

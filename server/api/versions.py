@@ -17,7 +17,7 @@ from marshmallow import Schema, fields, validate
 
 from events.clock import format_timestamp
 from events.types import AddedFile
-from runtime.uploads.commit import STAGE_S, StageName, UploadBody
+from runtime.uploads.commit import STAGE_S, UploadBody
 from runtime.uploads.receive import Digests, parse_digests
 from runtime.uploads.stage import Stage
 from server.api.jobs import IdempotencySchema, ShuttingDown, hash_idempotency_key
@@ -242,7 +242,7 @@ async def begin_stage(request: web.Request) -> web.Response:
 @at_its_node
 async def get_stage(request: web.Request) -> web.Response:
     """Return a stage of the subject."""
-    return web.json_response(_stage_view(await request.app[UPLOADS].find_stage(_stage_of(request))))
+    return web.json_response(_stage_view(await _find_stage(request)))
 
 
 @routes.delete(
@@ -259,7 +259,7 @@ async def get_stage(request: web.Request) -> web.Response:
 @at_its_node
 async def discard_stage(request: web.Request) -> web.Response:
     """Delete a stage of the subject, and its files."""
-    await request.app[UPLOADS].discard_stage(_stage_of(request))
+    await request.app[UPLOADS].discard_stage(await _find_stage(request))
     return web.Response(status=204)
 
 
@@ -283,8 +283,8 @@ async def discard_stage(request: web.Request) -> web.Response:
 @at_its_node
 async def add_staged_file(request: web.Request) -> web.Response:
     """Write the body into a stage of the subject."""
-    path = path_parameters(request)["path"]
-    file, is_new = await request.app[UPLOADS].add_file(_stage_of(request), path, _read_file(request))
+    path, body = path_parameters(request)["path"], _read_file(request)
+    file, is_new = await request.app[UPLOADS].add_file(await _find_stage(request), path, body)
     return web.json_response(_file_view(file), status=201 if is_new else 200)
 
 
@@ -304,13 +304,13 @@ async def add_staged_file(request: web.Request) -> web.Response:
 @at_its_node
 async def commit_stage(request: web.Request) -> web.Response:
     """Check the files of a stage, then record `VersionAdded`, then make the version visible."""
-    files = await request.app[UPLOADS].commit(_stage_of(request))
+    files = await request.app[UPLOADS].commit(await _find_stage(request))
     return _answer_with_version(path_parameters(request), files)
 
 
-def _stage_of(request: web.Request) -> StageName:
-    given = path_parameters(request)
-    return StageName(given["stage"], given["id"], given["version"], request[PRINCIPAL].subject)
+async def _find_stage(request: web.Request) -> Stage:
+    given, subject = path_parameters(request), request[PRINCIPAL].subject
+    return await request.app[UPLOADS].find_stage(given["stage"], given["id"], given["version"], subject)
 
 
 def _answer_with_version(given: Any, files: Iterable[AddedFile]) -> web.Response:

@@ -124,16 +124,17 @@ class _Forwarded:
     Attributes:
         client: for whom it is.
         target: its path.
-        body: None of a GET.
-        ends_at_s: when the answer must be there, on the loop's clock.
+        body: in memory, or as it arrives; None without one.
+        ends_at_s: when the answer must be there, on the loop's clock; None without a limit.
     """
 
+    method: str
     client: Principal
     model_id: str
     target: str
     headers: CIMultiDict[str]
-    body: Buffer | None
-    ends_at_s: float
+    body: Buffer | AsyncIterator[bytes] | None
+    ends_at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,11 @@ class Forwarder:
         try:
             headers, body = await self._receive(request, share)
             ends_at_s = ends_at_s or asyncio.get_running_loop().time() + self._timeout_s
-            reply = await self._ask(_Forwarded(client, model_id, target, headers, body, ends_at_s), node)
+            method = hdrs.METH_GET if body is None else hdrs.METH_POST
+            if body is not None:
+                headers[hdrs.CONTENT_LENGTH] = str(len(body))
+            forwarded = _Forwarded(method, client, model_id, target, headers, body, ends_at_s)
+            reply = await self._ask(forwarded, node)
             return _respond(request, reply, share)
         except BaseException:
             share.give_back()
@@ -293,58 +298,36 @@ class Forwarder:
             NodeUnreachable: `node_unreachable`.
             InferenceTimeout: `inference_timeout`.
         """
-        headers = self._sign_for(node, forwarded.model_id, forwarded.client, forwarded.headers)
-        if forwarded.body is not None:
-            headers.add(hdrs.CONTENT_LENGTH, str(len(forwarded.body)))
-        method = hdrs.METH_GET if forwarded.body is None else hdrs.METH_POST
-        left_s = forwarded.ends_at_s - asyncio.get_running_loop().time()
+        token = self._peers.make_token(node, forwarded.model_id, forwarded.client)
+        own = ((hdrs.AUTHORIZATION, f"Bearer {token}"), (POSITION, str(self._log.state.position)))
+        reply = None
         try:
-            async with asyncio.timeout(left_s):
-                return await self._exchange(node, method, forwarded.target, headers, _payload(forwarded.body))
+            async with asyncio.timeout_at(forwarded.ends_at_s):
+                async with self._session.request(
+                    forwarded.method,
+                    URL(f"{node.address}{forwarded.target}", encoded=True),
+                    headers=CIMultiDict([*forwarded.headers.items(), *own]),
+                    data=_payload(forwarded.body),
+                    skip_auto_headers=_NOT_ADDED,
+                    allow_redirects=False,
+                ) as response:
+                    if response.status in _REDIRECTS:
+                        raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
+                    if response.status == HTTPStatus.UNAUTHORIZED:
+                        raise NodeUnreachable(node, "it does not take this node's token", is_answered=True)
+                    fields = CIMultiDict(response.headers)
+                    reply = _Reply(node, response.status, fields, [], read_position(fields))
+                    while part := await response.content.readany():
+                        reply.parts.append(part)
+                    return reply
+        except aiohttp.ConnectionTimeoutError:
+            raise NodeUnreachable(node, f"no connection within {CONNECT_S:g} s") from None
         except TimeoutError:
             raise InferenceTimeout(
                 f"node '{node.id}', at which the model is loaded, has not answered in time"
             ) from None
-
-    async def _exchange(
-        self, node: Node, method: str, target: str, headers: CIMultiDict[str], body: Any
-    ) -> _Reply:
-        """Send a request to a node and read its answer, however long that takes.
-
-        Raises:
-            NodeUnreachable: `node_unreachable`.
-        """
-        reply = None
-        try:
-            async with self._session.request(
-                method,
-                URL(f"{node.address}{target}", encoded=True),
-                headers=headers,
-                data=body,
-                skip_auto_headers=_NOT_ADDED,
-                allow_redirects=False,
-            ) as response:
-                if response.status in _REDIRECTS:
-                    raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
-                if response.status == HTTPStatus.UNAUTHORIZED:
-                    raise NodeUnreachable(node, "it does not take this node's token", is_answered=True)
-                fields = CIMultiDict(response.headers)
-                reply = _Reply(node, response.status, fields, [], read_position(fields))
-                while part := await response.content.readany():
-                    reply.parts.append(part)
-                return reply
-        except aiohttp.ConnectionTimeoutError:
-            raise NodeUnreachable(node, f"no connection within {CONNECT_S:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise NodeUnreachable(node, _reason(error), is_answered=reply is not None) from None
-
-    def _sign_for(
-        self, node: Node, model_id: str, client: Principal, headers: CIMultiDict[str]
-    ) -> CIMultiDict[str]:
-        """Return header fields with this node's token in place of the client's."""
-        token = self._peers.make_token(node, model_id, client)
-        own = ((hdrs.AUTHORIZATION, f"Bearer {token}"), (POSITION, str(self._log.state.position)))
-        return CIMultiDict([*headers.items(), *own])
 
     def find_other(self, request: web.BaseRequest, node_id: str) -> Node | None:
         """Return a present node that a request names; None if it is this one, or another one forwarded it."""
@@ -359,13 +342,14 @@ class Forwarder:
         Raises:
             NodeUnreachable: `node_unreachable`.
         """
-        headers = self._sign_for(node, model_id, request[PRINCIPAL], self._headers_of(request))
-        body = None
+        headers = self._headers_of(request)
+        body: AsyncIterator[bytes] | None = None
         if request.method == hdrs.METH_PUT:
             body = iterate_body(request.content)
             if request.content_length is not None:
                 headers[hdrs.CONTENT_LENGTH] = str(request.content_length)
-        reply = await self._exchange(node, request.method, request.raw_path, headers, body)
+        client, target = request[PRINCIPAL], request.raw_path
+        reply = await self._send(_Forwarded(request.method, client, model_id, target, headers, body), node)
         fields = _returned_fields(request, reply)
         return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
 
@@ -419,9 +403,11 @@ def model_target(model_id: str, version: int | None, suffix: str) -> str:
     return f"/v2/models/{model_id}{'' if version is None else f'/versions/{version}'}{suffix}"
 
 
-def _payload(body: Buffer | None) -> Any:
+def _payload(body: Buffer | AsyncIterator[bytes] | None) -> Any:
     """Return a body as aiohttp sends it; a long one in one part, which is not copied."""
-    return body if body is None or len(body) <= JOINED_BYTES else _whole(body)
+    if body is None or isinstance(body, AsyncIterator) or len(body) <= JOINED_BYTES:
+        return body
+    return _whole(body)
 
 
 async def _whole(body: Buffer) -> AsyncGenerator[Buffer, None]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from events.log import Log
 from events.sqlite.listing import open_reader
 from runtime.repository import Repository
-from runtime.uploads.commit import StageName, UploadBody, Uploads
-from runtime.uploads.stage import STAGING, UploadPolicy
+from runtime.uploads.commit import UploadBody, Uploads
+from runtime.uploads.stage import STAGING, Stage, UploadPolicy
 from support import models
 
 NODE = "node"
@@ -53,20 +53,20 @@ def body_of(data: bytes, size: int = 2**20) -> UploadBody:
     return UploadBody(pieces())
 
 
-async def begin_stage(uploads: Uploads, key: str | None = None, subject: str = "alice") -> StageName:
-    """Begin a stage of version 1 of "m", and return it as its requests name it."""
+async def begin_stage(uploads: Uploads, key: str | None = None, subject: str = "alice") -> Stage:
+    """Begin a stage of version 1 of "m", or find that of the key."""
     stage, _ = await uploads.begin_stage("m", 1, subject, key)
-    return StageName(stage.id, "m", 1, subject)
+    return stage
 
 
 async def send_stage(uploads: Uploads) -> list[str]:
     """Begin a stage with `FILES`, or go on with it, and commit it; return what it had already."""
-    name = await begin_stage(uploads, "key")
-    there = list((await uploads.find_stage(name)).files)
+    stage = await begin_stage(uploads, "key")
+    there = list(stage.files)
     for path, data in FILES.items():
         if path not in there:
-            await uploads.add_file(name, path, body_of(data, 40))
-    await uploads.commit(name)
+            await uploads.add_file(stage, path, body_of(data, 40))
+    await uploads.commit(stage)
     return there
 
 

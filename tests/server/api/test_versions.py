@@ -129,12 +129,8 @@ async def test_files_of_a_stage_become_a_version(shared: LocalApi) -> None:
 
 STAGE_REFUSALS: dict[str, tuple[dict[str, Any], tuple[int, str]]] = {
     "wrong digest": ({"headers": {"Repr-Digest": digest(b"other")}}, (400, "digest_mismatch")),
-    "a part": ({"headers": {"Content-Range": "bytes 0-9/20"}}, (400, "invalid_parameter")),
     "an archive": ({"headers": {"Content-Type": "application/x-tar"}}, (415, "unsupported_media_type")),
-    "path upwards": ({"name": "%2E%2E/a"}, (400, "invalid_parameter")),
-    "path upwards, encoded": ({"name": "a%2F..%2F..%2Fa"}, (400, "invalid_parameter")),
-    "absolute path": ({"name": "/etc/passwd"}, (400, "invalid_parameter")),
-    "control character": ({"name": "a%00"}, (400, "invalid_parameter")),
+    "path upwards": ({"name": "a%2F%2E%2E/..%2Fa"}, (400, "invalid_parameter")),
     "another subject": ({"subject": "bob"}, (404, "unknown_stage")),
 }
 
