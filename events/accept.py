@@ -41,9 +41,9 @@ from events.commands import (
 )
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
-from events.nodes import NodeDraining, NodeJoined, NodeLeft, NodeLost, NodePhase
+from events.nodes import NodePhase
 from events.state import State
-from events.tokens import MAX_TOKENS, SignInLinkUsed, TokenRevoked, count_valid, find_issued
+from events.tokens import MAX_TOKENS, count_valid, find_issued
 from events.types import (
     NEVER,
     REPLACEMENTS,
@@ -59,6 +59,12 @@ from events.types import (
     LoadParameters,
     LoadRequested,
     ModelSettingsChanged,
+    NodeDraining,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+    SignInLinkUsed,
+    TokenRevoked,
     UnloadJoined,
     UnloadRequested,
     VersionAdded,

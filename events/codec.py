@@ -27,7 +27,6 @@ from msgspec import UnsetType
 from msgspec.structs import astuple
 
 from events.errors import NotEncodable
-from events.nodes import FileHash
 from events.types import (
     SCHEMA,
     TYPES,
@@ -35,6 +34,7 @@ from events.types import (
     Data,
     Durations,
     Event,
+    FileHash,
     Idempotency,
     LoadedFile,
     Prepared,

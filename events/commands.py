@@ -15,18 +15,19 @@ from msgspec import Struct
 
 from events.clock import Timestamp, add_seconds
 from events.models import Model
-from events.nodes import Confinement, Node
-from events.tokens import TokenIssued
+from events.nodes import Node
 from events.types import (
     AddedFile,
     CancelRequested,
     Cause,
+    Confinement,
     Draft,
     Event,
     Idempotency,
     LoadJoined,
     LoadParameters,
     LoadRequested,
+    TokenIssued,
     UnloadJoined,
     UnloadRequested,
 )

@@ -15,7 +15,7 @@ from msgspec import UNSET, Struct, UnsetType, field
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds, seconds_between
-from events.nodes import LoadPlaced, NodeJoined, NodeLeft, NodeLost, ends_processes
+from events.nodes import ends_processes
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
@@ -27,11 +27,15 @@ from events.types import (
     LoadedFile,
     LoadFailed,
     LoadParameters,
+    LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
     ModelUnloaded,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
     ServerStarted,
     ServerStopped,
     Unknown,

@@ -42,15 +42,16 @@ from events.errors import (
     OutcomeUnknown,
     RequestRefused,
 )
-from events.nodes import Confinement, NodeJoined
 from events.sqlite.storage import Database
 from events.state import Changes, State, Transaction
 from events.storage import LogHead, Row, Storage, StorageError
 from events.types import (
     SYSTEM,
     ClockStepped,
+    Confinement,
     Draft,
     Event,
+    NodeJoined,
     RollbackAccepted,
     ServerStarted,
     ServerStopped,

@@ -1,4 +1,4 @@
-"""Nodes, the servers that share one ledger: their events, and their fold. An embedded ledger has none.
+"""The fold of nodes, the servers that share one ledger. An embedded ledger has none.
 
 A node's epoch is one membership of it: from `NodeJoined` to `NodeLeft` or `NodeLost`. Facts of an epoch that
 is over are refused. `find_placer` names the node that does the work that belongs to no other.
@@ -8,145 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
-from typing import ClassVar
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds
-
-
-class Confinement(Struct, frozen=True, gc=False):
-    """Confinement of the workers, as a throw-away worker found it at the start of the server.
-
-    Attributes:
-        mode: `auto`, `require` or `off`, as set.
-        landlock_abi: the version of Landlock that restricts files; 0 if nothing does.
-        seccomp: whether a filter restricts system calls.
-        not_prevented: the forbidden things that a worker could do: `read_files`, `write_files`,
-            `use_network`, `start_processes`, `read_memory` (of the fork server).
-    """
-
-    mode: str
-    landlock_abi: int
-    seccomp: bool
-    not_prevented: tuple[str, ...]
-
-
-class NodeJoined(Struct, frozen=True, gc=False):
-    """A node joined: it takes loads from here on. This ends its epoch before, if nothing else did.
-
-    Attributes:
-        epoch: the number of this membership of the node, from 1.
-        address: the URL at which the other nodes reach it.
-        labels: `name=value` each, in the order of their names; loads may require some.
-        budget_bytes: memory budget of its workers; None is no limit.
-        release: of its software.
-        public_key: with which it signs; None without a key.
-        unclean: whether its epoch before did not end with `NodeLeft`.
-        last_seen_at: when it renewed its lease last in the epoch before; None in its first.
-        no_node_since: since when no node was there; None if another one was. Jobs are not charged for the
-            time since.
-        confinement: of its workers.
-        instance: id of the process that joined, random, so that two servers with one name are told apart.
-        after: hash of the event before this one, in hexadecimal; None without a signature.
-        signature: of `join_statement`, in base64, by a key that the nodes share.
-    """
-
-    TYPE: ClassVar[str] = "NodeJoined"
-    node_id: str
-    epoch: int
-    address: str
-    labels: tuple[str, ...]
-    budget_bytes: int | None
-    release: str
-    public_key: str | None
-    unclean: bool
-    last_seen_at: Timestamp | None = None
-    no_node_since: Timestamp | None = None
-    confinement: Confinement | None = None
-    instance: str = ""
-    after: str | None = None
-    signature: str | None = None
-
-    @property
-    def statement(self) -> bytes:
-        return join_statement(self.node_id, self.epoch, self.address, self.public_key, self.after)
-
-
-def join_statement(
-    node_id: str, epoch: int, address: str, public_key: str | None, after: str | None
-) -> bytes:
-    """Return the bytes that a node signs when it joins: a JSON array of text and one number, in UTF-8.
-
-    The hash before stands for the ledger with all its events, and the database appends a join after no other
-    event: who reads a signature in the log cannot use it again.
-    """
-    return msgspec.json.encode(("loadledger-join-v1", node_id, epoch, address, public_key, after))
-
-
-class NodeDraining(Struct, frozen=True, gc=False):
-    """The actor drains a node: it takes no more loads, and its models are loaded at other nodes."""
-
-    TYPE: ClassVar[str] = "NodeDraining"
-    node_id: str
-    epoch: int
-
-
-class NodeLeft(Struct, frozen=True, gc=False):
-    """A node stopped in order. No event per model follows: this ends its loads and workers."""
-
-    TYPE: ClassVar[str] = "NodeLeft"
-    node_id: str
-    epoch: int
-
-
-class NodeLost(Struct, frozen=True, gc=False):
-    """A node did not renew its lease: its epoch is over, and its models are loaded at other nodes.
-
-    `last_renewed_at` is when it renewed the lease last.
-    """
-
-    TYPE: ClassVar[str] = "NodeLost"
-    node_id: str
-    epoch: int
-    last_renewed_at: Timestamp
-
-
-class FileHash(Struct, frozen=True, gc=False):
-    """A file of a version and its SHA-256 in hexadecimal; `path` is relative to the version's folder."""
-
-    path: str
-    sha256: str
-
-
-class LoadPlaced(Struct, frozen=True, gc=False):
-    """The load runs at this node, unless it is placed anew before it has started.
-
-    Attributes:
-        node_epoch: of the node.
-        reason: `serves` if the model is or was loaded there, `prepared` if the node has a prepared form of
-            the files, `files` if it has the files, `room` if it has the memory, `queue` if the load has to
-            wait there, as at any other node.
-        files: that a reload needs; empty for a load of what the repository has.
-    """
-
-    TYPE: ClassVar[str] = "LoadPlaced"
-    node_id: str
-    node_epoch: int
-    reason: str
-    files: tuple[FileHash, ...] = ()
-
-
-NodeData = NodeJoined | NodeDraining | NodeLeft | NodeLost
-"""Data of the events that change a node."""
-
-OF_NODES = (NodeJoined, NodeDraining, NodeLeft, NodeLost)
-
-ENDS_OF_NODES = (NodeJoined, NodeLeft, NodeLost)
-"""The events that end the processes of a node, and so concern all of its models and jobs."""
-
+from events.types import NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost, join_statement
 
 KEPT_S = 30 * 86_400
 """A node is remembered for a month after its end, so that an operator who misses it finds it."""

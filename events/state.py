@@ -20,9 +20,9 @@ from events.clock import Timestamp
 from events.commands import Join, KnownKey, KnownRequests, read_join, read_key
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
-from events.nodes import OF_NODES, Node, evolve_nodes, find_placer
-from events.tokens import OF_TOKENS, Token, evolve_tokens
-from events.types import ENDS_OF_PROCESSES, REPLACEMENTS, Event
+from events.nodes import Node, evolve_nodes, find_placer
+from events.tokens import Token, evolve_tokens
+from events.types import ENDS_OF_PROCESSES, OF_NODES, OF_TOKENS, REPLACEMENTS, Event
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Tokens: the events that issue and revoke them, and their fold, which says whose token is refused.
+"""The fold of issued and revoked tokens, which says whose token is refused.
 
 Tokens of an identity provider are not recorded: their signature counts. A token goes from the fold some time
 after its expiry, so memory grows with the valid ones.
@@ -7,12 +7,12 @@ after its expiry, so memory grows with the valid ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds
+from events.types import TokenData, TokenIssued, TokenRevoked
 
 MAX_TOKENS = 10_000
 """Valid tokens from which on none is issued: some 5 MB, and they are looked through in 2 ms."""
@@ -22,54 +22,6 @@ KEPT_S = 24 * 3_600
 
 SWEEP_EVERY = 128
 """Expired tokens go when this many divides the number of tokens: so few of the events look at all of them."""
-
-
-class TokenIssued(Struct, frozen=True, gc=False):
-    """The actor issued a token for `subject`; the ledger never has the token itself, but its id, `jti`.
-
-    `via` says how: over the `api`, over the `socket` in the data directory, by a sign-in `link`, or by
-    the server for its own user (`serve`). `issued_with` is the id of the actor's token; None on the server's
-    machine, which needs none.
-    """
-
-    TYPE: ClassVar[str] = "TokenIssued"
-    jti: str
-    subject: str
-    roles: tuple[str, ...]
-    expires_at: Timestamp
-    via: str | None = None
-    issued_with: str | None = None
-
-
-class TokenRevoked(Struct, frozen=True, gc=False):
-    """The actor revoked the token with the id `jti`: it is refused from here on.
-
-    `expires_at` is when the token expires at the latest, if the ledger did not issue it.
-    """
-
-    TYPE: ClassVar[str] = "TokenRevoked"
-    jti: str
-    expires_at: Timestamp | None = None
-
-
-class SignInLinkIssued(Struct, frozen=True, gc=False):
-    """The actor asked for a link that signs a browser in once, within a minute. Its code is not kept."""
-
-    TYPE: ClassVar[str] = "SignInLinkIssued"
-    link_id: str
-
-
-class SignInLinkUsed(Struct, frozen=True, gc=False):
-    """The link was used. `TokenIssued` follows, with the actor and the roles of who asked for the link."""
-
-    TYPE: ClassVar[str] = "SignInLinkUsed"
-    link_id: str
-
-
-TokenData = TokenIssued | TokenRevoked
-"""Data of the events that change a token. Both may be appended while no server runs."""
-
-OF_TOKENS = (TokenIssued, TokenRevoked)
 
 
 class Token(Struct, frozen=True, gc=False):

@@ -11,20 +11,11 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import Any, ClassVar
 
+import msgspec
 from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict
 
 from events.clock import Timestamp
-from events.nodes import (
-    ENDS_OF_NODES,
-    Confinement,
-    LoadPlaced,
-    NodeDraining,
-    NodeJoined,
-    NodeLeft,
-    NodeLost,
-)
-from events.tokens import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
 
 
 class Cause(StrEnum):
@@ -46,6 +37,30 @@ REPLACEMENTS = (Cause.SWAP, Cause.DRAIN)
 
 SYSTEM = "system"
 """The actor of what the server does by itself; no token may have it as its subject."""
+
+
+class FileHash(Struct, frozen=True, gc=False):
+    """A file of a version and its SHA-256 in hexadecimal; `path` is relative to the version's folder."""
+
+    path: str
+    sha256: str
+
+
+class Confinement(Struct, frozen=True, gc=False):
+    """Confinement of the workers, as a throw-away worker found it at the start of the server.
+
+    Attributes:
+        mode: `auto`, `require` or `off`, as set.
+        landlock_abi: the version of Landlock that restricts files; 0 if nothing does.
+        seccomp: whether a filter restricts system calls.
+        not_prevented: the forbidden things that a worker could do: `read_files`, `write_files`,
+            `use_network`, `start_processes`, `read_memory` (of the fork server).
+    """
+
+    mode: str
+    landlock_abi: int
+    seccomp: bool
+    not_prevented: tuple[str, ...]
 
 
 class Idempotency(Struct, frozen=True, gc=False):
@@ -145,6 +160,9 @@ SETTINGS = ("pinned", "keep_alive_s")
 """Parameters of a loaded model that change without new workers. The others only concern the load itself."""
 
 
+# Loads, unloads, and the models that they concern.
+
+
 class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     """A person or the system requested the load of a version. The event's id is the job's.
 
@@ -201,6 +219,24 @@ class LoadStarted(Struct, frozen=True, gc=False):
     TYPE: ClassVar[str] = "LoadStarted"
     attempt: int
     node_id: str | UnsetType = UNSET
+
+
+class LoadPlaced(Struct, frozen=True, gc=False):
+    """The load runs at this node, unless it is placed anew before it has started.
+
+    Attributes:
+        node_epoch: of the node.
+        reason: `serves` if the model is or was loaded there, `prepared` if the node has a prepared form of
+            the files, `files` if it has the files, `room` if it has the memory, `queue` if the load has to
+            wait there, as at any other node.
+        files: that a reload needs; empty for a load of what the repository has.
+    """
+
+    TYPE: ClassVar[str] = "LoadPlaced"
+    node_id: str
+    node_epoch: int
+    reason: str
+    files: tuple[FileHash, ...] = ()
 
 
 class ModelLoaded(Struct, frozen=True, gc=False):
@@ -305,6 +341,9 @@ class JobCancelled(Struct, frozen=True, gc=False):
     superseded_by: str | None = None
 
 
+# The server.
+
+
 class AccessDenied(Struct, frozen=True, gc=False):
     """`actor` was denied `action` for lack of a role, `count` times."""
 
@@ -400,6 +439,9 @@ class EventsDiscarded(Struct, frozen=True, gc=False):
     hash: str
 
 
+# Versions of the repository.
+
+
 class AddedFile(Struct, frozen=True, gc=False):
     """One file of an added version as it arrived; `path` is relative to the version's folder."""
 
@@ -425,6 +467,137 @@ class VersionRemoved(Struct, frozen=True, gc=False):
     reason: str | None = None
 
 
+# Tokens. Their events may be appended while no server runs.
+
+
+class TokenIssued(Struct, frozen=True, gc=False):
+    """The actor issued a token for `subject`; the ledger never has the token itself, but its id, `jti`.
+
+    `via` says how: over the `api`, over the `socket` in the data directory, by a sign-in `link`, or by
+    the server for its own user (`serve`). `issued_with` is the id of the actor's token; None on the server's
+    machine, which needs none.
+    """
+
+    TYPE: ClassVar[str] = "TokenIssued"
+    jti: str
+    subject: str
+    roles: tuple[str, ...]
+    expires_at: Timestamp
+    via: str | None = None
+    issued_with: str | None = None
+
+
+class TokenRevoked(Struct, frozen=True, gc=False):
+    """The actor revoked the token with the id `jti`: it is refused from here on.
+
+    `expires_at` is when the token expires at the latest, if the ledger did not issue it.
+    """
+
+    TYPE: ClassVar[str] = "TokenRevoked"
+    jti: str
+    expires_at: Timestamp | None = None
+
+
+class SignInLinkIssued(Struct, frozen=True, gc=False):
+    """The actor asked for a link that signs a browser in once, within a minute. Its code is not kept."""
+
+    TYPE: ClassVar[str] = "SignInLinkIssued"
+    link_id: str
+
+
+class SignInLinkUsed(Struct, frozen=True, gc=False):
+    """The link was used. `TokenIssued` follows, with the actor and the roles of who asked for the link."""
+
+    TYPE: ClassVar[str] = "SignInLinkUsed"
+    link_id: str
+
+
+# Nodes.
+
+
+class NodeJoined(Struct, frozen=True, gc=False):
+    """A node joined: it takes loads from here on. This ends its epoch before, if nothing else did.
+
+    Attributes:
+        epoch: the number of this membership of the node, from 1.
+        address: the URL at which the other nodes reach it.
+        labels: `name=value` each, in the order of their names; loads may require some.
+        budget_bytes: memory budget of its workers; None is no limit.
+        release: of its software.
+        public_key: with which it signs; None without a key.
+        unclean: whether its epoch before did not end with `NodeLeft`.
+        last_seen_at: when it renewed its lease last in the epoch before; None in its first.
+        no_node_since: since when no node was there; None if another one was. Jobs are not charged for the
+            time since.
+        confinement: of its workers.
+        instance: id of the process that joined, random, so that two servers with one name are told apart.
+        after: hash of the event before this one, in hexadecimal; None without a signature.
+        signature: of `join_statement`, in base64, by a key that the nodes share.
+    """
+
+    TYPE: ClassVar[str] = "NodeJoined"
+    node_id: str
+    epoch: int
+    address: str
+    labels: tuple[str, ...]
+    budget_bytes: int | None
+    release: str
+    public_key: str | None
+    unclean: bool
+    last_seen_at: Timestamp | None = None
+    no_node_since: Timestamp | None = None
+    confinement: Confinement | None = None
+    instance: str = ""
+    after: str | None = None
+    signature: str | None = None
+
+    @property
+    def statement(self) -> bytes:
+        return join_statement(self.node_id, self.epoch, self.address, self.public_key, self.after)
+
+
+def join_statement(
+    node_id: str, epoch: int, address: str, public_key: str | None, after: str | None
+) -> bytes:
+    """Return the bytes that a node signs when it joins: a JSON array of text and one number, in UTF-8.
+
+    The hash before stands for the ledger with all its events, and the database appends a join after no other
+    event: who reads a signature in the log cannot use it again.
+    """
+    return msgspec.json.encode(("loadledger-join-v1", node_id, epoch, address, public_key, after))
+
+
+class NodeDraining(Struct, frozen=True, gc=False):
+    """The actor drains a node: it takes no more loads, and its models are loaded at other nodes."""
+
+    TYPE: ClassVar[str] = "NodeDraining"
+    node_id: str
+    epoch: int
+
+
+class NodeLeft(Struct, frozen=True, gc=False):
+    """A node stopped in order. No event per model follows: this ends its loads and workers."""
+
+    TYPE: ClassVar[str] = "NodeLeft"
+    node_id: str
+    epoch: int
+
+
+class NodeLost(Struct, frozen=True, gc=False):
+    """A node did not renew its lease: its epoch is over, and its models are loaded at other nodes.
+
+    `last_renewed_at` is when it renewed the lease last.
+    """
+
+    TYPE: ClassVar[str] = "NodeLost"
+    node_id: str
+    epoch: int
+    last_renewed_at: Timestamp
+
+
+# All types, and events as they are recorded.
+
+
 @dataclass(frozen=True, slots=True)
 class Unknown:
     """Data of a type or schema version that this release does not know: kept, and skipped by folds."""
@@ -442,6 +615,19 @@ Data = (
     | SignInLinkIssued | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
 )  # fmt: skip
 """The types that this release writes."""
+
+TokenData = TokenIssued | TokenRevoked
+"""Data of the events that change a token. Both may be appended while no server runs."""
+
+OF_TOKENS = (TokenIssued, TokenRevoked)
+
+NodeData = NodeJoined | NodeDraining | NodeLeft | NodeLost
+"""Data of the events that change a node."""
+
+OF_NODES = (NodeJoined, NodeDraining, NodeLeft, NodeLost)
+
+ENDS_OF_NODES = (NodeJoined, NodeLeft, NodeLost)
+"""The events that end the processes of a node, and so concern all of its models and jobs."""
 
 OF_SERVER = (ServerStarted, ServerStopped)
 """The starts and stops of a server."""

@@ -11,7 +11,7 @@ from itertools import chain
 from aiohttp import web
 
 from events.commands import JoinNode, Receipt
-from events.nodes import Confinement
+from events.types import Confinement
 from runtime.cache.key import make_key
 from runtime.cache.store import ModelCache
 from runtime.membership import Membership, OpenSigner

@@ -9,14 +9,15 @@ from msgspec import NODEFAULT, UNSET, Struct, UnsetType
 from msgspec.structs import FieldInfo, fields
 
 from events.eventtext import EVENT_TEXTS
-from events.nodes import Confinement, FileHash
 from events.types import (
     SCHEMA,
     SYSTEM,
     TYPES,
     AddedFile,
     Cause,
+    Confinement,
     Durations,
+    FileHash,
     Idempotency,
     LoadedFile,
     Prepared,

@@ -18,7 +18,6 @@ from events.clock import format_timestamp, utc_now
 from events.codec import decode_event
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
 from events.jobs import Job
-from events.nodes import OF_NODES
 from events.sqlite.liveness import (
     Liveness,
     add_nodes,
@@ -33,7 +32,7 @@ from events.sqlite.storage import FOLDS
 from events.sqlite.timetravel import Moment, find_moment, fold_onto, parse_time, state_at
 from events.state import Entities, State
 from events.storage import ArchiveRecord, Row
-from events.types import OF_SERVER, Event, LogBase
+from events.types import OF_NODES, OF_SERVER, Event, LogBase
 
 
 class InvalidArchive(LedgerDamaged):

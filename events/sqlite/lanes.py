@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from events.clock import Timestamp, seconds_between
 from events.jobs import Job
 from events.models import Model, ModelState, Serving
-from events.nodes import FileHash
 from events.sqlite.liveness import NodeState, ServerState, Transition
 from events.state import Entities
 from events.types import (
@@ -23,6 +22,7 @@ from events.types import (
     OF_SERVER,
     Cause,
     Event,
+    FileHash,
     LoadFailed,
     ModelLoaded,
     WorkerExited,

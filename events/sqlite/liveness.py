@@ -9,9 +9,9 @@ from enum import StrEnum
 
 from events.clock import Timestamp, add_seconds
 from events.codec import decode_event
-from events.nodes import OF_NODES, Node, NodeJoined, NodeLost, evolve_node, is_forgotten
+from events.nodes import Node, evolve_node, is_forgotten
 from events.sqlite import queries
-from events.types import OF_SERVER, Event, ServerStarted, ServerStopped
+from events.types import OF_NODES, OF_SERVER, Event, NodeJoined, NodeLost, ServerStarted, ServerStopped
 
 NOTE_EVERY_S = 60.0
 """How often a server notes that it is there: one commit, and an unclean end is known to the minute."""

@@ -11,7 +11,6 @@ from events.clock import seconds_between, uuid7
 from events.commands import Condition, RequestLoad, RequestUnload
 from events.jobs import CRASH_LOOP, Job, JobStatus
 from events.models import LoadedModel
-from events.nodes import LoadPlaced
 from events.types import (
     SYSTEM,
     Cause,
@@ -19,6 +18,7 @@ from events.types import (
     Draft,
     Durations,
     LoadFailed,
+    LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelLoaded,

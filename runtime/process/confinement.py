@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from events.nodes import Confinement
+from events.types import Confinement
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.process.worker import Worker
 from runtime.timeouts import FORK_LIMIT_S, timeout

@@ -15,9 +15,9 @@ from events.commands import (
 )
 from events.jobs import Job
 from events.models import LoadedModel
-from events.nodes import FileHash, Node
+from events.nodes import Node
 from events.state import State
-from events.types import Cause
+from events.types import Cause, FileHash
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from math import inf
 
 from events.jobs import Job, JobKind, JobStatus
 from events.models import RELOADS, Model, Serving
-from events.nodes import FileHash, Node
+from events.nodes import Node
+from events.types import FileHash
 from runtime.scheduler.actions import PlaceLoad
 from runtime.scheduler.view import NodeHints, PlacementStrategy, SchedulerView
 

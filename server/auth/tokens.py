@@ -20,8 +20,8 @@ from aiohttp import web
 from events.clock import Timestamp, format_timestamp, uuid7
 from events.commands import IssueToken, Receipt, Record, RevokeToken
 from events.log import Log
-from events.tokens import SignInLinkIssued, TokenIssued, is_refused
-from events.types import Draft
+from events.tokens import is_refused
+from events.types import Draft, SignInLinkIssued, TokenIssued
 from server.appkeys import CONFIG, GATE, LOG
 from server.auth.gate import InvalidToken, Principal, Verifier
 from server.auth.keys import sign_token

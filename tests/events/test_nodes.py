@@ -24,21 +24,22 @@ from events.commands import (
 )
 from events.jobs import JobStatus
 from events.models import ModelState
-from events.nodes import (
-    KEPT_S,
-    Node,
+from events.nodes import KEPT_S, Node, NodePhase, evolve_nodes, find_placer
+from events.sqlite import queries, storage
+from events.sqlite.schema import connect
+from events.state import Entities, State, Transaction
+from events.types import (
+    SYSTEM,
+    Cause,
+    Draft,
+    LoadStarted,
     NodeDraining,
     NodeJoined,
     NodeLeft,
     NodeLost,
-    NodePhase,
-    evolve_nodes,
-    find_placer,
+    ServerStarted,
+    UnloadRequested,
 )
-from events.sqlite import queries, storage
-from events.sqlite.schema import connect
-from events.state import Entities, State, Transaction
-from events.types import SYSTEM, Cause, Draft, LoadStarted, ServerStarted, UnloadRequested
 
 
 def cluster(*nodes: str) -> History:

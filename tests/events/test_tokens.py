@@ -22,17 +22,13 @@ from events.tokens import (
     KEPT_S,
     MAX_TOKENS,
     SWEEP_EVERY,
-    SignInLinkUsed,
     Token,
-    TokenData,
-    TokenIssued,
-    TokenRevoked,
     evolve_token,
     evolve_tokens,
     find_issued,
     is_refused,
 )
-from events.types import Event
+from events.types import Event, SignInLinkUsed, TokenData, TokenIssued, TokenRevoked
 
 BOB = TokenIssued("t1", "bob", ("admin",), at(600), "api")
 REVOKED, FOREIGN = TokenRevoked("t1"), TokenRevoked("t1", at(600))

@@ -41,8 +41,15 @@ from events.nodes import NodePhase
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.sqlite.storage import FOLDS
-from events.tokens import SignInLinkIssued, TokenIssued
-from events.types import AccessDenied, Cause, Draft, Idempotency, LoadParameters
+from events.types import (
+    AccessDenied,
+    Cause,
+    Draft,
+    Idempotency,
+    LoadParameters,
+    SignInLinkIssued,
+    TokenIssued,
+)
 
 HERE = Path(__file__).parent
 

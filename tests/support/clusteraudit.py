@@ -6,15 +6,19 @@ from dataclasses import dataclass, field
 
 from events.codec import decode_event
 from events.models import ModelState
-from events.nodes import LoadPlaced, NodeDraining, NodeJoined, NodeLeft, NodeLost
 from events.state import State
 from events.types import (
     REPLACEMENTS,
     Event,
     LoadFailed,
+    LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
+    NodeDraining,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
     UnloadRequested,
     WorkerExited,
 )

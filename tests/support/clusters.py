@@ -15,11 +15,12 @@ from events.clock import add_seconds, seconds_between
 from events.commands import Command, Condition, JoinNode, LeaveNode, LoseNode, NodeCurrent, Record
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
-from events.nodes import LoadPlaced, Node, find_placer
+from events.nodes import Node, find_placer
 from events.state import State
 from events.types import (
     Draft,
     LoadParameters,
+    LoadPlaced,
     LoadStarted,
     ModelLoaded,
     UnloadRequested,

@@ -28,7 +28,6 @@ from events.jobs import (
 )
 from events.log import Log
 from events.models import Model
-from events.nodes import LoadPlaced, NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -43,11 +42,17 @@ from events.types import (
     LoadFailed,
     LoadJoined,
     LoadParameters,
+    LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
     ModelUnloaded,
+    NodeData,
+    NodeDraining,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
     ServerStarted,
     ServerStopped,
     Unknown,

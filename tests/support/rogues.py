@@ -6,8 +6,7 @@ import asyncpg
 
 from events.clock import format_timestamp, utc_now, uuid7
 from events.codec import encode_event, hash_body
-from events.nodes import NodeJoined
-from events.types import SYSTEM, Draft, record_draft
+from events.types import SYSTEM, Draft, NodeJoined, record_draft
 from support.postgres import Database
 
 MakeBody = Callable[[int, str], str]

@@ -11,9 +11,8 @@ from support.clients import run_command
 from support.models import save
 from support.servers import MODULE, events, refused_start, serving
 
-from events.nodes import Confinement
 from events.sqlite.datalock import LEDGER
-from events.types import ModelLoaded, ServerStarted
+from events.types import Confinement, ModelLoaded, ServerStarted
 from runtime.worker.landlock import find_abi
 from server.config import Config
 

@@ -20,7 +20,7 @@ from support.postgres import Database, join_shared_server
 from support.replicas import make_ledger
 from support.workers import until
 
-from events.nodes import NodeJoined
+from events.types import NodeJoined
 from server.appkeys import MEMBERSHIP
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]

@@ -33,8 +33,7 @@ from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import read_base_state
 from events.storage import StoredBase
-from events.tokens import TokenIssued
-from events.types import LogBase
+from events.types import LogBase, TokenIssued
 
 ROUNDS = 3
 LEDGER_FILE = sound_ledger(ROUNDS)

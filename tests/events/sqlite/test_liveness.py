@@ -10,7 +10,7 @@ from support import ledgers
 from support.history import History, at
 
 from events.audit.archivechain import replay
-from events.nodes import KEPT_S, NodeLost
+from events.nodes import KEPT_S
 from events.sqlite import queries
 from events.sqlite.liveness import (
     NOTE_EVERY_S,
@@ -22,8 +22,7 @@ from events.sqlite.liveness import (
 )
 from events.sqlite.schema import connect
 from events.sqlite.timetravel import open_time_travel_reader, state_at
-from events.tokens import TokenRevoked
-from events.types import ServerStarted
+from events.types import NodeLost, ServerStarted, TokenRevoked
 
 RUNNING, STOPPED, UNKNOWN = ServerState.RUNNING, ServerState.STOPPED, ServerState.UNKNOWN
 

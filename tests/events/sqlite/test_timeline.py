@@ -13,7 +13,6 @@ from support.ledgers import copy_of, store_events
 
 from events.clock import seconds_between
 from events.models import ModelState
-from events.nodes import NodeLost
 from events.sqlite import timeline
 from events.sqlite.lanes import (
     Mark,
@@ -30,7 +29,7 @@ from events.sqlite.schema import connect
 from events.sqlite.timeline import Timeline, TimelineQuery, TimelineReader
 from events.sqlite.timetravel import InvalidMoment
 from events.state import State
-from events.types import Event
+from events.types import Event, NodeLost
 
 
 async def read(path: Path, query: TimelineQuery) -> Timeline:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.http import LocalApi
 
-from events.tokens import TokenIssued
+from events.types import TokenIssued
 from loadledger import AsyncClient
 from loadledger.cli.serve import GENERIC_NAMES, name_model
 from loadledger.cli.startup import SignedIn, sign_in_user

@@ -16,7 +16,8 @@ from support.reachable import reachable_node
 from support.workers import until
 
 from events.errors import LogUnavailable
-from events.nodes import Lease, NodeDraining
+from events.nodes import Lease
+from events.types import NodeDraining
 from loadledger import Client
 from server.api.nodes import node_views
 from server.app import create_app

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support.http import ONE, Answer, LocalApi, local_server
 from support.models import add
 
-from events.tokens import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
+from events.types import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
 from loadledger import Client
 from loadledger.address import CONTROL_SOCKET
 from server.appkeys import LOG
