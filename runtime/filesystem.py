@@ -28,14 +28,15 @@ class RepositoryBusy(RuntimeProblem):
     code = "repository_busy"
 
 
-def make_call(
-    work: Callable[[], T], on_end: Callable[[], None]
-) -> tuple[asyncio.Future[T], Callable[[], None]]:
-    """Return the future of a call, and the function that makes the call in a thread.
+def start_call(
+    key: str, work: Callable[[], T], on_end: Callable[[], None] = lambda: None, *, name: str = "file system"
+) -> asyncio.Future[T]:
+    """Call a function in a daemon thread, so that no stop of the process waits for it.
 
-    Args:
-        work: what to call.
-        on_end: called in the event loop when the call has ended, also if the future was cancelled.
+    `on_end` is called in the event loop when the call has ended, also if the future was cancelled.
+
+    Raises:
+        RepositoryBusy: `repository_busy` of the model `key`, there is no new thread.
     """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
@@ -54,7 +55,11 @@ def make_call(
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
             loop.call_soon_threadsafe(end, *result)
 
-    return answer, call
+    try:
+        threading.Thread(target=call, name=name, daemon=True).start()
+    except RuntimeError as error:
+        raise busy(key, f"cannot be read: {error}") from None
+    return answer
 
 
 class FileSystemPool:
@@ -101,13 +106,11 @@ class FileSystemPool:
             turn.release()
             self._free.release()
 
-        answer, call = make_call(work, release)
         try:
-            threading.Thread(target=call, name="file system", daemon=True).start()
-        except RuntimeError as error:  # no new thread
+            return start_call(key, work, release)
+        except RepositoryBusy:
             release()
-            raise busy(key, f"cannot be read: {error}") from None
-        return answer
+            raise
 
 
 def busy(key: str, reason: str) -> RepositoryBusy:

@@ -12,6 +12,8 @@ no FIFO), and then the open descriptor is asked what and where it is. A folder t
 does no harm: the descriptor stays with the one that was opened.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import re
@@ -181,7 +183,8 @@ class Repository:
             with open_folder(self.root, path) as folder, folder.open_file(name) as descriptor:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise UnsafeFile("is not a regular file")
-                content = os.read(descriptor, max_bytes + 1)
+                with os.fdopen(descriptor, "rb", closefd=False) as file:
+                    content = file.read(max_bytes + 1)
         except (LoadRefused, RepositoryUnreadable) as refused:
             raise UnsafeFile(str(refused).removeprefix(f"{name!r} ")) from None
         except OSError as error:
@@ -209,7 +212,7 @@ class Repository:
     @contextmanager
     def open_version(
         self, model_id: str, version: int
-    ) -> Iterator[tuple["VersionFolder", tuple[FoundFile, ...]]]:
+    ) -> Iterator[tuple[VersionFolder, tuple[FoundFile, ...]]]:
         """Open the folder of a version, and return it with the identities of its files.
 
         Whatever is written to a file from then on gives it another identity.

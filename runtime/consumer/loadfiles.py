@@ -17,7 +17,7 @@ from events.models import Serving
 from events.state import State
 from events.types import LoadedFile
 from runtime.errors import RuntimeProblem
-from runtime.filesystem import LOAD_LIMIT_S, busy, make_call
+from runtime.filesystem import LOAD_LIMIT_S, busy, start_call
 from runtime.store.contents import Contents, ModelContents, VersionFiles, contents_of
 from runtime.timeouts import TimeoutExpired, timeout
 
@@ -124,12 +124,7 @@ class LoadFiles:
         return self._cancelled
 
     def _start(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        """Call a function in a daemon thread: no stop of the process waits for a file system that hangs."""
-        answer, call = make_call(work, self._end)
-        try:
-            threading.Thread(target=call, name=THREAD, daemon=True).start()
-        except RuntimeError as error:  # no new thread
-            raise busy(self._model_id, f"cannot be read: {error}") from None
+        answer = start_call(self._model_id, work, self._end, name=THREAD)
         self._running += 1
         return answer
 
