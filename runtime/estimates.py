@@ -102,7 +102,6 @@ FileSizes = frozenset[tuple[str, int]]
 
 
 def file_sizes(files: Iterable[SizedFile]) -> FileSizes:
-    """Return the sizes of files, to compare with those of an estimate."""
     return frozenset((file.path, file.bytes) for file in files)
 
 
@@ -171,7 +170,6 @@ class MemoryEstimates:
             self.outdated.pop(job_id, None)
 
     def restart_bare(self, job_id: str) -> None:
-        """Have a load estimated anew, without its form."""
         self._forget(job_id)
         self.bare.add(job_id)
 
@@ -247,7 +245,6 @@ def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | Non
 
 
 def describe_failure(error: Exception) -> Failure:
-    """Return the failure of a load whose files cannot be looked at."""
     if isinstance(error, RuntimeProblem):
         return Failure(error.code, str(error))
     if isinstance(error, OSError | MemoryError):

@@ -76,12 +76,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def bytes(self) -> int:
-        """Size of the form's files."""
         return sum(file.bytes for file in self.files)
 
     @property
     def used_at(self) -> str:
-        """Timestamp of the last use."""
         return timestamp_of(self.used_ns)
 
     def cached_form(self, folder: Path) -> CachedForm | None:
@@ -115,7 +113,6 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def are_of_form(paths: Iterable[str]) -> bool:
-    """Return whether these are the files of a form."""
     found = set(paths)
     return MODEL_FILE in found and found <= {MODEL_FILE, WEIGHTS_FILE}
 

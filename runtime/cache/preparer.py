@@ -137,7 +137,6 @@ class Candidate:
 
     @property
     def digest(self) -> str:
-        """The digest of the files' contents."""
         return digest_of((file.path, file.sha256) for file in self.sources)
 
 

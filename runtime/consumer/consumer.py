@@ -149,7 +149,6 @@ class Consumer:
         return self._decision.waiting_for.get(job.id)
 
     def uses(self) -> list[MemoryUse]:
-        """Return how each load uses the memory budget."""
         return list_usage(self.loads.values(), self._log.state, self._log.now())
 
     def preparation(self) -> PreparationUsage | None:

@@ -47,7 +47,6 @@ def draft_fact(job: Job, data: Data, load: RunningLoad | None = None) -> Draft:
 
 
 def describe_loaded(job: Job, load: RunningLoad, now: str, pool: WorkerPool) -> ModelLoaded:
-    """Return `ModelLoaded` of a load of this pool that has its report."""
     if job.started_at is None:
         raise RuntimeError(f"job {job.id} has not started")
     reports = [load.reports[worker.worker_id] for worker in load.workers]
@@ -154,7 +153,6 @@ def build_reload(
 
 
 def build_unload(action: actions.UnloadAutomatically, conditions: tuple[Condition, ...]) -> RequestUnload:
-    """Return the request with which the system unloads a model."""
     return RequestUnload(
         action.model.id,
         SYSTEM,
@@ -169,7 +167,6 @@ def build_request(
     conditions: tuple[Condition, ...],
     progress_timeout_s: int = PROGRESS_TIMEOUT_S,
 ) -> RequestLoad | RequestUnload:
-    """Return the request of the system that an action appends."""
     match action:
         case actions.RequestReload(model, cause):
             return build_reload(model, cause, conditions, progress_timeout_s)
@@ -180,7 +177,6 @@ def build_request(
 
 
 def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
-    """Return `WorkerExited` of a worker that exited unexpectedly."""
     # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
     end = Exit(None, None) if worker.orphaned else worker.ended.result()
     data = WorkerExited(end.exit_code, end.signal, tuple(worker.recorded_tail()))

@@ -290,7 +290,6 @@ class Executor:
         task.add_done_callback(self.syncs.discard)
 
     def _offer_for_preparation(self, load: RunningLoad) -> None:
-        """Offer the files of a bare load for preparation."""
         if load.prepared is not None:
             return
         files = load.files.version_files.loaded_files

@@ -94,7 +94,6 @@ class LoadFiles:
         await asyncio.shield(self._start(partial(self._contents.make_durable, self.version_files)))
 
     def cancel(self) -> None:
-        """Let the threads end."""
         self._cancelled = True
 
     def close(self) -> None:
@@ -180,7 +179,6 @@ class PendingFiles:
         return files
 
     def compare(self, job: Job, serving: Serving) -> None:
-        """Begin to compare a load's bytes with those that its model serves."""
         self.unchanged[job.id] = None
         self.comparisons[job.id] = asyncio.create_task(
             self._compare(job.id, self.open(job), serving), name="comparing a model"

@@ -89,17 +89,14 @@ class LoadRun:
 
     @property
     def alive(self) -> list[str]:
-        """The workers that have not exited."""
         return [worker_id for worker_id in self.started if worker_id not in self.exited]
 
     @property
     def has_exited(self) -> bool:
-        """Whether there were workers and all have exited."""
         return bool(self.started) and not self.alive
 
     @property
     def unexpected_exits(self) -> tuple[str, ...]:
-        """The workers that have exited unexpectedly."""
         exited = (worker_id for worker_id in self.started if worker_id in self.exited)
         return tuple(worker_id for worker_id in exited if worker_id not in self.expected_exits)
 
@@ -214,12 +211,10 @@ class RunningLoad:
 
     @property
     def alive_workers(self) -> list[Worker]:
-        """The workers that have not exited."""
         return [worker for worker in self.workers if not worker.ended.done()]
 
     @property
     def run(self) -> LoadRun:
-        """Its workers and tasks now."""
         return LoadRun(
             started=[worker.worker_id for worker in self.workers],
             exited={worker.worker_id for worker in self.workers if worker.ended.done()},
@@ -245,7 +240,6 @@ class RunningLoad:
 
     @property
     def unexpected_exits(self) -> list[Worker]:
-        """The workers that have exited unexpectedly."""
         exited = self.run.unexpected_exits
         return [worker for worker in self.workers if worker.worker_id in exited]
 
@@ -261,7 +255,6 @@ class RunningLoad:
 
     @property
     def failure_reason(self) -> Failure:
-        """Why the load failed."""
         if self.failure is not None:
             return self.failure
         code = FORK_SERVER_DIED if any(worker.orphaned for worker in self.unexpected_exits) else "worker_died"
@@ -279,7 +272,6 @@ class RunningLoad:
 
     @property
     def in_flight(self) -> int:
-        """How many inferences are queued or running."""
         return sum(worker.in_flight for worker in self.alive_workers)
 
     @property
@@ -356,7 +348,6 @@ class RunningLoad:
         self.kill_workers()
 
     def kill_workers(self) -> None:
-        """Kill the workers that have not exited."""
         for worker in self.alive_workers:
             self.expect_exit(worker)
             worker.kill()
@@ -538,7 +529,6 @@ async def _load_rest(load: RunningLoad, pool: WorkerPool, order: Load) -> None:
 async def _load_instance(
     load: RunningLoad, pool: WorkerPool, order: Load, worker_id: str, began_ns: int
 ) -> Loaded:
-    """Start a worker and load the model in it."""
     worker = await _start_worker(pool, worker_id)
     load.workers.append(worker)
     load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)

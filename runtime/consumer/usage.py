@@ -60,7 +60,6 @@ class PreparationUsage:
 
 
 def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[MemoryUse]:
-    """Return the use of each load with a process, by model, then oldest first."""
     there = [load for load in live if not load.run.has_exited]
     found = (_describe_use(load, state, now) for load in there)
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
@@ -110,12 +109,10 @@ class PendingDemand:
                 self.on_end()
 
     def has(self, model_id: str) -> bool:
-        """Whether an inference waits for the model."""
         return model_id in self._counts
 
     @property
     def models(self) -> Collection[str]:
-        """The models that inferences wait for."""
         return self._counts.keys()
 
 

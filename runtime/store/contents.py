@@ -76,12 +76,10 @@ class VersionFiles:
 
     @property
     def bytes(self) -> int:
-        """The size of all files together."""
         return sum(file.bytes for file in self.files)
 
     @property
     def is_stored(self) -> bool:
-        """Whether workers load from the store."""
         return self.copy is not None or self.digest is not None
 
     @property

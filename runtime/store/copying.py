@@ -27,7 +27,6 @@ IsCancelled = Callable[[], bool]
 
 
 def is_never() -> bool:
-    """Return False: this work is not cancelled."""
     return False
 
 

@@ -53,7 +53,6 @@ class StoreFolder:
         return self.path / _SOURCES / model_id / f"{version}.json"
 
     def form(self, key: str) -> Path:
-        """Return the path of an optimised form's folder."""
         return self.path / _FORMS / key
 
     def forms(self) -> list[Path]:
@@ -68,7 +67,6 @@ class StoreFolder:
                 yield from (path for path in _names(folder) if _HASH.fullmatch(path.name))
 
     def incoming(self) -> list[Path]:
-        """List what is being taken or removed."""
         return [path for path in self._list(_INCOMING) if _RANDOM.fullmatch(path.name)]
 
     def sources(self) -> Iterator[Path]:
@@ -114,7 +112,6 @@ class StoreFolder:
                 _refuse_irregular(path, path.lstat())
 
     def new_incoming(self) -> Path:
-        """Create an empty folder for what is being taken."""
         path = self._new_name()
         try:
             path.mkdir(mode=0o700)

@@ -88,7 +88,6 @@ def read_version(folder: Path) -> StoredVersion | None:
 
 
 def encode_record(record: msgspec.Struct) -> bytes:
-    """Return the content of a record's file."""
     return msgspec.json.format(msgspec.json.encode(record), indent=1)
 
 

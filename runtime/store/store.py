@@ -60,7 +60,6 @@ class TakenCopy:
 
     @property
     def folder(self) -> Path:
-        """The folder of the files, to load from."""
         return self.path / FILES
 
 
@@ -85,12 +84,10 @@ class Store:
 
     @property
     def path(self) -> Path:
-        """The store's folder."""
         return self._folder.path
 
     @property
     def bytes(self) -> int:
-        """The size of all blobs together."""
         return _blob_bytes(list(self._versions.values()))
 
     def folder_of(self, digest: str) -> Path:
@@ -211,7 +208,6 @@ class Store:
             self._folder.write(folder / MANIFEST, encode_record(version), durably=True)
 
     def discard(self, taken: TakenCopy) -> None:
-        """Remove a copy that is not settled."""
         self._drop_incoming(taken.path)
 
     def find(self, digest: str, is_cancelled: IsCancelled = is_never) -> StoredVersion | None:
