@@ -71,15 +71,13 @@ from server.appkeys import (
     JOB_REQUESTS,
     LIMIT,
     LOG,
-    MEMBERSHIP,
     OPENAPI,
-    PEERS,
     POOL,
     READER,
-    RENEWING,
     ROUTER,
     STOPPING,
     STREAMS,
+    THIS_NODE,
     TIME_SERIES,
     UPLOADS,
 )
@@ -88,7 +86,7 @@ from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signer, public_pem
 from server.auth.ratelimit import RateLimits, add_quota_headers
 from server.auth.tokens import TOKENS, open_tokens
-from server.cluster import SharedLedger, attach_node
+from server.cluster import ThisNode
 from server.config import MAX_BODY_BYTES, ON, Config, ConfigError, parse_budget, parse_prepared_size
 from server.errors import errors_middleware
 from server.http.bodies import MAX_BODIES_BYTES, Bodies
@@ -204,11 +202,11 @@ async def _begin_stop(app: web.Application) -> None:
     app[STOPPING].set()
     app[STREAMS].tails.close()
     app[LOG].notify()
-    if MEMBERSHIP in app and not failed_tasks(app):
+    if THIS_NODE in app and not failed_tasks(app):
         await app[CONSUMER].stop()
         await asyncio.wait([app[CONSUMER_TASK]])
         with suppress(LedgerProblem):  # the other nodes find this one late
-            await app[MEMBERSHIP].leave()
+            await app[THIS_NODE].membership.leave()
 
 
 async def _data_directory(app: web.Application) -> AsyncIterator[None]:
@@ -255,16 +253,16 @@ async def _confine(pool: WorkerPool, config: Config) -> None:
 
 async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncIterator[None]:
     config, data = app[CONFIG], app[CONFIG].data
-    shared = None if config.ledger is None else SharedLedger(config, config.ledger)
-    rollback = None if shared else await _check_rollback(data, accepts_rollback=accepts_rollback)
-    app[LOG] = log = shared.log if shared else Log(data / LEDGER)
+    node = None if config.ledger is None else ThisNode(config, config.ledger, app[GATE].verifier)
+    rollback = None if node else await _check_rollback(data, accepts_rollback=accepts_rollback)
+    app[LOG] = log = node.log if node else Log(data / LEDGER)
     try:
         await log.open()
-        if shared:  # only now the replica has what the database has
+        if node:  # only now the replica has what the database has
             rollback = await _check_rollback(data, accepts_rollback=accepts_rollback)
         app[PROVER] = prover = await open_prover(data, log.path)
         app[HEAD_KEEPER] = keeper = HeadKeeper(data)
-        started = await _begin(app, shared)
+        started = await _begin(app, node)
         if rollback is not None:
             await log.rollback_accepted(rollback[0])
         await keeper.keep(prover.head(log))
@@ -278,28 +276,27 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
         denials.close()
         await counting
         await asyncio.wait([noting])
-        if not shared and not failed_tasks(app):  # after a failure the next start must see an unclean stop
+        if not node and not failed_tasks(app):  # after a failure the next start must see an unclean stop
             with suppress(LedgerProblem):  # the stop counts as unclean then
                 await log.server_stopped()
         await keeper.keep(prover.head(log))
     finally:
-        if shared:
-            await shared.close()
+        if node:
+            await node.close()
         await log.close()
 
 
-async def _begin(app: web.Application, shared: SharedLedger | None) -> Receipt:
+async def _begin(app: web.Application, node: ThisNode | None) -> Receipt:
     config, confinement = app[CONFIG], app[POOL].applied.confinement
-    if shared is None:
+    if node is None:
         return await app[LOG].server_started(confinement)
-    app[PEERS] = peers = shared.open_peers(app[GATE].verifier)
-    app[GATE].nodes = peers
-    app[MEMBERSHIP], app[RENEWING], receipt = await shared.join(
-        open_signer=peers.open_signer,
+    app[GATE].nodes = node.peers
+    receipt = await node.join(
         budget_bytes=parse_budget(config.memory_budget, app[LIMIT].bytes),
         public_key=public_pem(app[PROVER].signer),
         confinement=confinement,
     )
+    app[THIS_NODE] = node
     return receipt
 
 
@@ -350,7 +347,7 @@ async def _uploads(app: web.Application) -> AsyncIterator[None]:
         log=log,
         submit=log.submit,
         find_event=app[READER].version_event,
-        node_id=app[MEMBERSHIP].node_id if MEMBERSHIP in app else None,
+        node_id=_node_id(app),
     )
     await uploads.open()
     yield
@@ -380,7 +377,7 @@ def _open_store(config: Config) -> Store | None:
 
 def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
     """Return the versions that must not be swept: of loads here that serve, were lost, or are pending."""
-    state, here = app[LOG].state, {None, app[MEMBERSHIP].node_id if MEMBERSHIP in app else None}
+    state, here = app[LOG].state, {None, _node_id(app)}
     servings = [each for model in list(state.models.values()) for each in (model.serving, model.previous)]
     own = (each for each in servings if each is not None and each.node_id in here)
     needed = {digest_of((file.path, file.sha256) for file in each.files) for each in own}
@@ -421,18 +418,18 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         under_pressure=lambda: is_under_pressure(read_pressure()),
         demand=pending,
         store=cache,
-        hints=lambda: app[MEMBERSHIP].peers if MEMBERSHIP in app else {},
+        hints=lambda: app[THIS_NODE].membership.peers if THIS_NODE in app else {},
         untrusted=partial(_untrusted, app),
     )
-    if MEMBERSHIP in app:
-        attach_node(app, cache)
+    if THIS_NODE in app:
+        app[THIS_NODE].attach(consumer, contents.store, cache)
     app[ROUTER] = Router(
         app[LOG],
         consumer.loads,
         contents.repository,
         max_queue=config.inference_queue,
-        node_id=app[MEMBERSHIP].node_id if MEMBERSHIP in app else None,
-        may_serve=lambda: MEMBERSHIP not in app or app[MEMBERSHIP].may_serve,
+        node_id=_node_id(app),
+        may_serve=lambda: THIS_NODE not in app or app[THIS_NODE].membership.may_serve,
         untrusted=partial(_untrusted, app),
     )
     app[DEMAND] = demand = _on_demand(app, pending)
@@ -455,8 +452,12 @@ async def _time_series(app: web.Application) -> AsyncIterator[None]:
     await asyncio.wait([sampling])
 
 
+def _node_id(app: web.Application) -> str | None:
+    return app[THIS_NODE].id if THIS_NODE in app else None
+
+
 def _untrusted(app: web.Application) -> frozenset[str]:
-    return app[PEERS].untrusted() if PEERS in app else frozenset()
+    return app[THIS_NODE].peers.untrusted() if THIS_NODE in app else frozenset()
 
 
 def _on_demand(app: web.Application, pending: PendingDemand) -> OnDemand:

@@ -8,7 +8,6 @@ from aiohttp import web
 from events.log import Log
 from events.sqlite.listing import Reader
 from runtime.consumer.consumer import Consumer
-from runtime.membership import Membership
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
 from runtime.router import Router
@@ -16,7 +15,7 @@ from runtime.store.contents import ModelContents
 from runtime.uploads.commit import Uploads
 from server.api.stream import Streams
 from server.auth.gate import Gate
-from server.auth.peers import Peers
+from server.cluster import ThisNode
 from server.config import Config
 from server.http.bodies import Bodies
 from server.observability.output import JobRequests
@@ -35,12 +34,8 @@ POOL = web.AppKey("pool", WorkerPool)
 CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)
 ROUTER = web.AppKey("router", Router)
-MEMBERSHIP = web.AppKey("membership", Membership)
-"""Of this node; a server alone has none."""
-PEERS = web.AppKey("peers", Peers)
-"""Of this node; a server alone has none."""
-RENEWING: web.AppKey[asyncio.Task[None]] = web.AppKey("renewing", asyncio.Task)
-"""Renews this node's lease; a server alone has none."""
+THIS_NODE = web.AppKey("node", ThisNode)
+"""This server as a node of several, once it has joined; a server alone is none."""
 LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
 DEMAND = web.AppKey("demand", OnDemand)

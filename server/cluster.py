@@ -8,15 +8,14 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 
-from aiohttp import web
-
 from events.commands import JoinNode, Receipt
 from events.types import Confinement
 from runtime.cache.key import make_key
 from runtime.cache.store import ModelCache
-from runtime.membership import Membership, OpenSigner
+from runtime.consumer.consumer import Consumer
+from runtime.membership import Membership
 from runtime.scheduler.view import NodeHints
-from server.appkeys import CONSUMER, CONTENTS, LOG, MEMBERSHIP
+from runtime.store.store import Store
 from server.auth.gate import Verifier
 from server.auth.peers import Peers
 from server.config import Config, ConfigError
@@ -27,17 +26,24 @@ MAX_DIGESTS = 2_000
 INSTALL = "pip install 'loadledger[postgres]'"
 
 
-class SharedLedger:
-    """A ledger in a database, of which the data directory has a replica.
+class ThisNode:
+    """This server among the nodes of a ledger in a database, of which the data directory has a replica.
 
     Raises:
         ConfigError: the driver is not installed, or the node's address is not known.
+        KeyProblem: `ledger.key` cannot be read.
 
     Attributes:
         log: not open yet.
+        peers: what this node knows of the others by their keys.
+        membership: as which it joined.
+        renewing: renews its lease.
     """
 
-    def __init__(self, config: Config, address: str) -> None:
+    membership: Membership
+    renewing: asyncio.Task[None] | None = None
+
+    def __init__(self, config: Config, address: str, verifier: Verifier) -> None:
         try:
             from events.postgres.connection import DatabaseClock  # noqa: PLC0415 - of an extra
             from events.postgres.leases import LeaseStore  # noqa: PLC0415
@@ -46,40 +52,29 @@ class SharedLedger:
             raise ConfigError(f"--ledger: {error.name} is not installed: {INSTALL}") from None
         clock = DatabaseClock()
         self._config = config
-        self._node_address = config.own_address()
-        self._clock = clock
+        self._address = config.own_address()
         self._leases = LeaseStore(address)
-        self._tasks = list[asyncio.Task[None]]()
+        self.id = config.node_id()
         self.log = SharedLog(address, config.data, clock)
+        self.peers = Peers(config.data, self.id, self.log, verifier, lambda: clock().timestamp())
 
-    def open_peers(self, verifier: Verifier) -> Peers:
-        """Return what this node knows of the others by their keys.
-
-        Raises:
-            KeyProblem: `ledger.key` cannot be read.
-        """
-        config, now_s = self._config, lambda: self._clock().timestamp()
-        return Peers(config.data, config.node_id(), self.log, verifier, now_s)
-
-    async def join(
-        self, *, open_signer: OpenSigner, budget_bytes: int | None, public_key: str, confinement: Confinement
-    ) -> tuple[Membership, asyncio.Task[None], Receipt]:
-        """Join as a node; the task renews the lease from now on.
+    async def join(self, *, budget_bytes: int | None, public_key: str, confinement: Confinement) -> Receipt:
+        """Join, and renew the lease from now on.
 
         Raises:
             NameInUse: `node_name_in_use`.
             LogUnavailable: `log_unavailable`.
         """
         command = JoinNode(
-            self._config.node_id(),
-            self._node_address,
+            self.id,
+            self._address,
             self._config.labels(),
             budget_bytes,
             version("loadledger"),
             public_key,
             confinement=confinement,
         )
-        membership = Membership(
+        self.membership = Membership(
             self.log,
             self._leases,
             command,
@@ -87,46 +82,44 @@ class SharedLedger:
             away_limit_s=self._config.away_limit_s(),
             serves_sick=self._config.when_away == "serve",
             set_epoch=self.log.set_epoch,
-            open_signer=open_signer,
+            open_signer=self.peers.open_signer,
         )
-        receipt = await membership.start()
-        renewing = asyncio.create_task(membership.run(), name="membership")
-        self._tasks.append(renewing)
-        return membership, renewing, receipt
+        receipt = await self.membership.start()
+        self.renewing = asyncio.create_task(self.membership.run(), name="membership")
+        return receipt
+
+    def attach(self, consumer: Consumer, store: Store | None, cache: ModelCache | None) -> None:
+        """Let the consumer work as this node, and the node say of itself what helps to place loads."""
+
+        def change() -> None:
+            consumer.set_node(self.id, self.membership.epoch)
+
+        self.membership.hints = partial(self._describe, consumer, store, cache)
+        self.membership.on_change = change
+        self.membership.end_workers = consumer.end_workers
+        change()
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-            await asyncio.wait([task])
+        """Stop renewing."""
+        if self.renewing is not None:
+            self.renewing.cancel()
+            await asyncio.wait([self.renewing])
         await self._leases.close()
 
-
-def attach_node(app: web.Application, cache: ModelCache | None) -> None:
-    membership, consumer = app[MEMBERSHIP], app[CONSUMER]
-
-    def change() -> None:
-        consumer.set_node(membership.node_id, membership.epoch)
-
-    membership.hints = partial(_describe_node, app, cache)
-    membership.on_change = change
-    membership.end_workers = consumer.end_workers
-    change()
-
-
-async def _describe_node(app: web.Application, cache: ModelCache | None) -> NodeHints:
-    consumer, store = app[CONSUMER], app[CONTENTS].store
-    position, policy, uses = app[LOG].head.position, consumer.policy, consumer.uses()
-    taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
-    models = len({use.model_id for use in uses})
-    versions = {} if store is None else store.stored_versions()
-    prepared = await asyncio.to_thread(_find_prepared, cache, versions)
-    return NodeHints(
-        position,
-        None if policy.budget_bytes is None else policy.budget_bytes - taken,
-        None if policy.max_loaded is None else policy.max_loaded - models,
-        frozenset(list(chain.from_iterable(versions.values()))[:MAX_DIGESTS]),
-        frozenset(prepared[:MAX_DIGESTS]),
-    )
+    async def _describe(self, consumer: Consumer, store: Store | None, cache: ModelCache | None) -> NodeHints:
+        """Return what is free at this node, and which files it has."""
+        position, policy, uses = self.log.head.position, consumer.policy, consumer.uses()
+        taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
+        models = len({use.model_id for use in uses})
+        versions = {} if store is None else store.stored_versions()
+        prepared = await asyncio.to_thread(_find_prepared, cache, versions)
+        return NodeHints(
+            position,
+            None if policy.budget_bytes is None else policy.budget_bytes - taken,
+            None if policy.max_loaded is None else policy.max_loaded - models,
+            frozenset(list(chain.from_iterable(versions.values()))[:MAX_DIGESTS]),
+            frozenset(prepared[:MAX_DIGESTS]),
+        )
 
 
 def _find_prepared(cache: ModelCache | None, versions: Mapping[str, Sequence[str]]) -> list[str]:

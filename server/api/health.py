@@ -8,7 +8,7 @@ from aiohttp import hdrs, web
 from marshmallow import fields
 
 from server.api.schemas import AnswerSchema
-from server.appkeys import CONSUMER_TASK, LOG, MEMBERSHIP, OPENAPI, POOL, RENEWING, STOPPING, STREAMS
+from server.appkeys import CONSUMER_TASK, LOG, OPENAPI, POOL, STOPPING, STREAMS, THIS_NODE
 from server.errors import ServerProblem
 from server.routing import Access, Routes
 
@@ -113,12 +113,13 @@ def is_probe(request: web.BaseRequest) -> bool:
 
 def vital_tasks(app: web.Application) -> dict[str, asyncio.Task[None]]:
     """Return the vital tasks: without one of them the server would accept requests and do nothing."""
+    renewing = app[THIS_NODE].renewing if THIS_NODE in app else None
     return {
         "consumer": app[CONSUMER_TASK],
         "writer": app[LOG].writer,
         "keeper": app[POOL].keeper,
         **app[STREAMS].tasks,
-        **({"membership": app[RENEWING]} if RENEWING in app else {}),
+        **({"membership": renewing} if renewing is not None else {}),
     }
 
 
@@ -132,18 +133,19 @@ def live_checks(app: web.Application) -> dict[str, bool]:
 
 
 def ready_checks(app: web.Application) -> dict[str, bool]:
+    membership = app[THIS_NODE].membership if THIS_NODE in app else None
     return {
         **live_checks(app),
-        "log": app[LOG].healthy or (MEMBERSHIP in app and app[MEMBERSHIP].may_serve),
+        "log": app[LOG].healthy or (membership is not None and membership.may_serve),
         "fork_server": app[POOL].healthy,
         "serving": not app[STOPPING].is_set(),
-        **({"lease": not app[MEMBERSHIP].is_sick} if MEMBERSHIP in app else {}),
+        **({"lease": not membership.is_sick} if membership is not None else {}),
     }
 
 
 def _reason(app: web.Application) -> str:
     """Return why this node has no lease; nothing of a server alone."""
-    problem = app[MEMBERSHIP].problem if MEMBERSHIP in app else None
+    problem = app[THIS_NODE].membership.problem if THIS_NODE in app else None
     return f"; the lease is not renewed: {problem}" if problem else ""
 
 

@@ -19,7 +19,7 @@ from events.models import Model, ModelState
 from events.nodes import Lease, Node, NodePhase, find_placer
 from events.state import State
 from server.api.schemas import AnswerSchema, about
-from server.appkeys import LOG, MEMBERSHIP, PEERS
+from server.appkeys import LOG, THIS_NODE
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import NothingSchema, path_parameters
@@ -147,7 +147,7 @@ async def list_nodes(request: web.Request) -> web.Response:
 async def drain_node(request: web.Request) -> web.Response:
     """Append `NodeDraining`, unless the node drains already."""
     app, node_id = request.app, path_parameters(request)["id"]
-    if MEMBERSHIP not in app:
+    if THIS_NODE not in app:
         raise NoNodes
     receipt = await app[LOG].submit(DrainNode(node_id, request[PRINCIPAL].subject))
     [view] = [view for view in describe_nodes(app) if view["id"] == node_id]
@@ -156,13 +156,11 @@ async def drain_node(request: web.Request) -> web.Response:
 
 def describe_nodes(app: web.Application) -> list[dict[str, Any]]:
     """Return all nodes as this server knows them; without the database it knows that it is late itself."""
-    membership, state = app.get(MEMBERSHIP), app[LOG].state
-    if membership is None:
+    node, state = app.get(THIS_NODE), app[LOG].state
+    if node is None:
         return node_views(state)
-    untrusted = app[PEERS].untrusted()
-    is_away = membership.is_late
-    late = {membership.node_id} if is_away else frozenset[str]()
-    return node_views(state, membership.leases, membership.node_id, late, untrusted)
+    late = {node.id} if node.membership.is_late else frozenset[str]()
+    return node_views(state, node.membership.leases, node.id, late, node.peers.untrusted())
 
 
 def node_views(

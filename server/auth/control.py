@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from server.api import nodes, tokens
-from server.appkeys import CONFIG, LOG, MEMBERSHIP, PEERS
+from server.appkeys import CONFIG, LOG, THIS_NODE
 from server.auth.gate import PRINCIPAL, InvalidToken, Principal
 from server.auth.subjects import local_actor
 from server.auth.tokens import TOKENS
@@ -75,8 +75,8 @@ def _create_control(app: web.Application) -> web.Application:
     offered = [*tokens.routes, *nodes.routes]
     add_routes(control, [route for route in offered if route.access is not Access.PUBLIC])
     control[CONFIG], control[LOG], control[TOKENS] = app[CONFIG], app[LOG], app[TOKENS]
-    if MEMBERSHIP in app:
-        control[MEMBERSHIP], control[PEERS] = app[MEMBERSHIP], app[PEERS]
+    if THIS_NODE in app:
+        control[THIS_NODE] = app[THIS_NODE]
     return control
 
 

@@ -29,7 +29,7 @@ from events.nodes import Node
 from runtime.errors import InferenceTimeout
 from runtime.router import ModelElsewhere, Router
 from runtime.wire import Buffer
-from server.appkeys import BODIES, CONFIG, LOG, MEMBERSHIP, PEERS, ROUTER
+from server.appkeys import BODIES, CONFIG, LOG, ROUTER, THIS_NODE
 from server.auth.gate import FORWARDED, POSITION, PRINCIPAL, Principal
 from server.auth.peers import CATCH_UP_S, Peers, read_position
 from server.auth.ratelimit import QUOTA
@@ -360,7 +360,8 @@ FORWARDER = web.AppKey("forwarder", Forwarder)
 
 async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
     """Let a node forward requests to the others; for `app.cleanup_ctx`."""
-    if MEMBERSHIP not in app:
+    node = app.get(THIS_NODE)
+    if node is None:
         yield
         return
     connector = aiohttp.TCPConnector(limit=0, limit_per_host=MAX_CONNECTIONS, keepalive_timeout=KEPT_S)
@@ -376,8 +377,8 @@ async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
             app[ROUTER],
             app[LOG],
             app[BODIES],
-            app[PEERS],
-            node_id=app[MEMBERSHIP].node_id,
+            node.peers,
+            node_id=node.id,
             timeout_s=app[CONFIG].inference_timeout_s,
         )
         yield

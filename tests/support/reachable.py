@@ -12,7 +12,7 @@ import jwt
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from server.appkeys import LOG, PEERS
+from server.appkeys import LOG, THIS_NODE
 from server.auth.gate import Principal
 from server.auth.keys import ensure_data_dir, keys_folder
 from server.config import Config
@@ -114,7 +114,9 @@ def forwarded(
         sender.app[LOG].state.nodes[receiver.name],
         Principal("pia", frozenset(roles or ("predict",)), "j"),
     )
-    token = sender.app[PEERS].make_token(to, model_id, replace(client, expires_at=time.time() + expires_s))
+    token = sender.app[THIS_NODE].peers.make_token(
+        to, model_id, replace(client, expires_at=time.time() + expires_s)
+    )
     return {"Loadledger-Forwarded": sender.name, "Authorization": f"Bearer {token}"}
 
 

@@ -34,7 +34,7 @@ from support.uploads import FILES, files_in
 from support.workers import computing, until
 
 from events.commands import DrainNode, RevokeToken
-from server.appkeys import BODIES, LOG, MEMBERSHIP
+from server.appkeys import BODIES, LOG, THIS_NODE
 from server.auth.tokens import timestamp_in
 from server.v2 import forwarding
 
@@ -446,8 +446,8 @@ async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_pat
             save(models.add(1), tmp_path / "repository", "m")
             owner, other = await loaded_beside(nodes, "m")
             await proxy.cut()
-            await until(lambda: all(node.app[MEMBERSHIP].is_late for node in nodes))
+            await until(lambda: all(node.app[THIS_NODE].membership.is_late for node in nodes))
             assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == [owner.name] * 2
             proxy.heal()
-            await until(lambda: all(not node.app[MEMBERSHIP].is_late for node in nodes))
+            await until(lambda: all(not node.app[THIS_NODE].membership.is_late for node in nodes))
             assert (await ask(other)).status == 200
