@@ -302,35 +302,10 @@ class InferenceExecutor:
         """Run a batch at once or, if a request makes it fail, one request after the other."""
         if len(batch) > 1:
             batch = [request for request in batch if not self._drop_cancelled(request.number)]
-        if not (len(batch) > 1 and self._run_at_once(batch)):
+        if batch and not self._run_at_once(batch):
             for request in batch:
-                self._run_alone(request)
+                self._run_at_once((request,))
         self._free_ns = time.monotonic_ns()
-
-    def _run_alone(self, request: BatchRequest) -> None:
-        try:
-            self._outbox.before_run(self._last_run_ns)
-            begun_ns = time.monotonic_ns()
-            options = self._begin((request.number,))
-            if options is None:
-                self._cancellation.drop(request.number)
-                raise InferenceCancelled
-            started_ns = self._clock()
-            arrays = self._runner.run(request.outputs, request.feed, options)
-            self._last_run_ns = self._clock() - started_ns
-            ran_ns = time.monotonic_ns()
-        except MemoryError:
-            self._fail(request.number, _NO_MEMORY)
-        except RuntimeProblem as problem:
-            self._fail(request.number, problem)
-        else:
-            times = _queue_ns(request, begun_ns), request.input_ns, self._last_run_ns
-            refused = self._answer(request, arrays, times, ran_ns, request.size)
-            if refused is not None:
-                del arrays
-                self._fail(request.number, refused)
-        finally:
-            self._cancellation.end()
 
     def _begin(self, numbers: Sequence[int]) -> ort.RunOptions | None:
         """Start these inferences as `Cancellation.begin` does; after a lack of memory, shrink the arena."""
@@ -341,31 +316,41 @@ class InferenceExecutor:
         return options
 
     def _run_at_once(self, batch: Sequence[BatchRequest]) -> bool:
-        """Run a batch and answer all or none of it: no request may fail because of another."""
+        """Run and answer these requests; of several none is answered, and False returned, if the run fails.
+
+        So no request fails because of another.
+        """
+        is_one = len(batch) == 1
         self._outbox.before_run(self._last_run_ns)
         begun_ns = time.monotonic_ns()
         options = self._begin([request.number for request in batch])
         if options is None:
-            return False
+            return is_one and self._drop_cancelled(batch[0].number)
         try:
-            feed = join_inputs(batch)
-            joined_ns = time.monotonic_ns()
+            feed = batch[0].feed if is_one else join_inputs(batch)
+            joined_ns, started_ns = time.monotonic_ns(), self._clock()
             arrays = self._runner.run(batch[0].outputs, feed, options)
+            self._last_run_ns = self._clock() - started_ns
             ran_ns = time.monotonic_ns()
-            self._last_run_ns = ran_ns - begun_ns
-            parts = split_outputs(batch, arrays)
-        except (MemoryError, RuntimeProblem, OutputsNotBatched):
-            self._cancellation.end_for_rerun()
-            return False
+            parts = [arrays] if is_one else split_outputs(batch, arrays)
+        except (MemoryError, RuntimeProblem, OutputsNotBatched) as error:
+            if is_one:
+                self._cancellation.end()
+                self._fail(batch[0].number, error if isinstance(error, RuntimeProblem) else _NO_MEMORY)
+            else:
+                self._cancellation.end_for_rerun()
+            return is_one
         self._cancellation.end()
+        del arrays
         execution_size = sum(request.size for request in batch)
         for request, part in zip(batch, parts, strict=True):
             queue_ns = _queue_ns(request, begun_ns)
-            times = queue_ns, request.input_ns + joined_ns - begun_ns, ran_ns - joined_ns
+            times = queue_ns, request.input_ns + joined_ns - begun_ns, self._last_run_ns
             problem = self._answer(request, part, times, ran_ns, execution_size)
             if problem is None:
                 execution_size = 0
             else:
+                part.clear()  # else there may be no memory for the message
                 self._fail(request.number, problem)
         return True
 
