@@ -35,7 +35,6 @@ export function attentionView(store, actions) {
     draw();
   });
   store.watch(draw);
-  setInterval(draw, 1000);
 }
 
 // An entry of several is another one when it has other members' buttons.

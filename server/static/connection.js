@@ -35,7 +35,6 @@ export function connectionView(store, live, session) {
   show(byId("who"), true);
   show(byId("connection"), true);
   store.watch(draw);
-  setInterval(draw, 500);
 }
 
 // To the ear, once: the banner counts seconds.

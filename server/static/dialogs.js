@@ -5,7 +5,8 @@ import { byId, h, notice, setText, show, showText } from "./dom.js";
 import { count, oneLine } from "./format.js";
 
 // Has a dialog close by its buttons, and `ask` called by its form; what is refused is said in it, and it stays.
-// Where it was closed meanwhile, or is about something else by now, what is refused is said outside.
+// Where it was closed meanwhile, or is about something else by now, what is refused is said outside. `complete` awaits
+// what the open dialog lacks; what comes too late is dropped.
 export function dialog(id, ask) {
   const node = byId(`${id}-dialog`), form = byId(`${id}-form`), refusal = node.querySelector(".refusal");
   const enable = (can) => node.querySelectorAll("button:not(.close)").forEach((each) => (each.disabled = !can));
@@ -34,7 +35,16 @@ export function dialog(id, ask) {
     showText(refusal, "");
     node.showModal();
   };
-  return { node, open, send, refuse: (text) => showText(refusal, text) };
+  const complete = async (answer, use) => {
+    const mine = opened, here = () => mine === opened && node.open;
+    try {
+      const found = await answer;
+      if (here()) use(found);
+    } catch (error) {
+      if (here()) showText(refusal, errorText(error));
+    }
+  };
+  return { node, open, send, complete, refuse: (text) => showText(refusal, text) };
 }
 
 export function loadDialog(api, store, operations) {
@@ -49,20 +59,16 @@ export function loadDialog(api, store, operations) {
     if (byId("load-pinned").value) body.pinned = byId("load-pinned").value === "true";
     return operations.load(model.id, body);
   });
-  return async (asked, version = null) => {
+  return (asked, version = null) => {
     model = asked;
     byId("load-form").reset(); // what was chosen for another model is not meant for this one
     fill(model, store);
     if (version !== null) byId("load-version").value = version;
     about.open();
-    try {
-      const fresh = await api.get(`/api/v1/models/${encodeURIComponent(asked.id)}`); // the repository may have more by now
-      if (model !== asked || !about.node.open) return; // it is about another one
+    about.complete(api.get(`/api/v1/models/${encodeURIComponent(asked.id)}`), (fresh) => { // the repository may have more by now
       model = fresh;
       fill(model, store);
-    } catch (error) {
-      if (model === asked) about.refuse(errorText(error));
-    }
+    });
   };
 }
 

@@ -17,7 +17,6 @@ export function jobsView(store, actions) {
     showText(byId("jobs-none"), jobs.length > MOST ? `And ${jobs.length - MOST} more.` : jobs.length ? "" : "No load or unload yet.");
   };
   store.watch(draw);
-  setInterval(draw, 1000);
 }
 
 export function jobItem(first, actions) {

@@ -43,31 +43,24 @@ export function serverLanes(page) {
 export const isOfServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
 const serverName = (lane) => lane.node_id ?? "Server";
 
-// The rows of a plot; `hrefOf` has the address of a model. Rows are kept when they are drawn again.
-export class Rows {
-  constructor(parent, hrefOf) {
-    this.parent = parent;
-    this.hrefOf = hrefOf;
-  }
+// Draws lanes as the rows of a plot: `until` is where the present ends a segment that goes on, `down` when no server
+// ran, and `hrefOf` has the address of a model.
+export function drawRows(plot, lanes, scale, about) {
+  reconcile(plot, lanes.map((lane) => ({ lane, scale, about })), laneRow, ({ lane }) => lane.model_id);
+}
 
-  // Draws lanes on a scale: `until` is where the present ends a segment that goes on, `down` when no server ran.
-  draw(lanes, scale, about) {
-    reconcile(this.parent, lanes.map((lane) => ({ lane, scale, about })), ({ lane }) => this.#row(lane), ({ lane }) => lane.model_id);
-  }
-
-  #row(first) {
-    const drawing = svg("svg", { class: "lane-plot", "aria-hidden": "true", height: HIGH });
-    const name = isOfServer(first) ? h("span", { class: "lane-name server", title: serverName(first) }, oneLine(serverName(first), 130))
-      : h("a", { class: "lane-name", href: this.hrefOf(first.model_id), title: first.model_id, tabindex: "-1" }, oneLine(first.model_id, 130));
-    const row = h("div", { class: "lane", "data-model": first.model_id }, name, drawing);
-    row.update = ({ lane, scale, about }) => {
-      if (name.href) setAttribute(name, "href", this.hrefOf(lane.model_id));
-      setAttribute(drawing, "viewBox", `0 0 ${scale.width} ${HIGH}`);
-      setAttribute(drawing, "width", scale.width);
-      drawing.replaceChildren(...parts(lane, scale, about));
-    };
-    return row;
-  }
+function laneRow({ lane: first, about: { hrefOf } }) {
+  const drawing = svg("svg", { class: "lane-plot", "aria-hidden": "true", height: HIGH });
+  const name = isOfServer(first) ? h("span", { class: "lane-name server", title: serverName(first) }, oneLine(serverName(first), 130))
+    : h("a", { class: "lane-name", title: first.model_id, tabindex: "-1" }, oneLine(first.model_id, 130));
+  const row = h("div", { class: "lane", "data-model": first.model_id }, name, drawing);
+  row.update = ({ lane, scale, about }) => {
+    if (!isOfServer(first)) setAttribute(name, "href", hrefOf(lane.model_id));
+    setAttribute(drawing, "viewBox", `0 0 ${scale.width} ${HIGH}`);
+    setAttribute(drawing, "width", scale.width);
+    drawing.replaceChildren(...parts(lane, scale, about));
+  };
+  return row;
 }
 
 function parts(lane, scale, { down, until, end, selected }) {

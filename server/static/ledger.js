@@ -115,7 +115,7 @@ export class Ledger {
     const text = h("pre", { tabindex: "0", role: "group", "aria-label": `Event ${event.position}, as it was hashed` });
     const then = h("button", { type: "button", onclick: () => this.visit(event.position) }, "Look at this moment");
     const node = h("details", {}, line, text, then);
-    node.addEventListener("toggle", () => node.open && text.textContent === "" && this.#open(event.position, text), { once: false });
+    node.addEventListener("toggle", () => node.open && text.textContent === "" && this.#open(event.position, text));
     return h("li", { class: "event", "data-position": event.position }, node);
   }
 

@@ -50,6 +50,7 @@ function begin(token) {
   if (session.manages) offerUploads(api, store, actions, refresher);
   router.watch(({ view }) => showView(view)); // before the page of a model, which takes the focus
   new ModelPage({ api, store, router, series, actions, session });
+  setInterval(() => store.changed(), 1000); // "3 s ago" goes on where nothing happens
   live.run();
 }
 

@@ -29,7 +29,6 @@ export class ModelPage {
     router.watch(({ view, id }) => this.#visit(view === "models" ? id : null));
     store.listeners.push((event) => this.#id !== null && event.model_id === this.#id && this.#soon());
     store.watch(() => this.#draw());
-    setInterval(() => this.#draw(), 1000);
   }
 
   #visit(id) {

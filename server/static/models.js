@@ -30,7 +30,6 @@ export function modelsView(store, actions) {
   find.addEventListener("input", draw);
   state.addEventListener("change", draw);
   store.watch(draw);
-  setInterval(draw, 1000); // "3 s ago" goes on where nothing happens
 }
 
 function modelRow(first, actions, store) {

@@ -23,7 +23,6 @@ export function nodesView(store, actions) {
   };
   show(byId("nodes-do"), Boolean(actions.drain));
   store.watch(draw);
-  setInterval(draw, 1000);
 }
 
 function nodeRow(first, actions, store) {

@@ -1,7 +1,6 @@
 // Asks a model from the page: a request is written in JSON, begun with zeros of the shapes that the model takes, or
 // with the data of a dropped or chosen file.
 
-import { errorText } from "./api.js";
 import { dialog } from "./dialogs.js";
 import { byId, h, setText, show } from "./dom.js";
 import { duration, oneLine, plain } from "./format.js";
@@ -47,7 +46,7 @@ export function predictDialog(api) {
     about.refuse("");
   };
 
-  return async (asked) => {
+  return (asked) => {
     model = asked;
     files.clear();
     setText(byId("predict-title"), `Predict with ${model.id}`);
@@ -56,16 +55,12 @@ export function predictDialog(api) {
     byId("predict-files").replaceChildren();
     clear();
     about.open();
-    try {
-      const described = await api.get(`/v2/models/${encodeURIComponent(model.id)}`);
-      if (model !== asked || !about.node.open) return; // it is about another one
+    about.complete(api.get(`/v2/models/${encodeURIComponent(model.id)}`), (described) => {
       inputs = described.inputs;
       setText(byId("predict-inputs"), inputs.map((input) => plain(`${input.name}: ${input.datatype} [${input.shape.join(", ")}]`, 200)).join(" · "));
       byId("predict-files").replaceChildren(...inputs.map((input, number) => fileField(input, number, put, about.refuse)));
       if (byId("predict-body").value === "") byId("predict-body").value = requestText(zeroTensors(inputs));
-    } catch (error) {
-      if (model === asked) about.refuse(errorText(error));
-    }
+    });
   };
 }
 

@@ -10,6 +10,8 @@
 // Any address may carry the query of the timeline (`from`, `to`, `last`, `find`), which stays as it is when
 // the view changes.
 
+import { callEach } from "./store.js";
+
 const VIEWS = ["models", "jobs", "at", "ledger"];
 const WITH_ID = ["models", "jobs", "at"];
 
@@ -38,7 +40,7 @@ export function href(view = "", id = null, query = {}) {
   return `#/${view}${id == null ? "" : `/${encodeURIComponent(id)}`}${search}`;
 }
 
-// The address of a page. A view that watches is called now and after each change, with the address before.
+// The address of a page. A view that watches is called now and after each change.
 export class Router {
   #watchers = [];
   #now = parse(location.hash);
@@ -53,12 +55,7 @@ export class Router {
 
   watch(view) {
     this.#watchers.push(view);
-    view(this.#now, null);
-  }
-
-  // Goes to an address, which the browser's Back leaves again. The query of before stays, with these changes.
-  go(view = "", id = null, query = {}) {
-    location.hash = this.href(view, id, query);
+    view(this.#now);
   }
 
   // Changes the address in place, without a step for Back: for what moves all the time, such as a range.
@@ -73,14 +70,7 @@ export class Router {
   }
 
   #changed() {
-    const before = this.#now;
     this.#now = parse(location.hash);
-    for (const view of this.#watchers) {
-      try {
-        view(this.#now, before);
-      } catch (error) {
-        console.error(error); // one view that fails must not blind the others
-      }
-    }
+    callEach(this.#watchers, this.#now);
   }
 }

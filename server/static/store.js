@@ -36,13 +36,7 @@ export class Store {
   changed() {
     this.#due ??= setTimeout(() => {
       this.#due = null;
-      for (const view of this.#views) {
-        try {
-          view();
-        } catch (error) {
-          console.error(error); // one view that fails must not blind the others
-        }
-      }
+      callEach(this.#views);
     }, PAUSE_MS);
   }
 
@@ -93,3 +87,13 @@ export class Store {
 }
 
 export const ended = (job) => job.finished_at !== null;
+
+export function callEach(views, ...about) {
+  for (const view of views) {
+    try {
+      view(...about);
+    } catch (error) {
+      console.error(error); // one view that fails must not blind the others
+    }
+  }
+}

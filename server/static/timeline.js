@@ -4,7 +4,7 @@
 import { errorText } from "./api.js";
 import { byId, setAttribute, setText, show, showText } from "./dom.js";
 import { count, moment, serverNow, zone } from "./format.js";
-import { drawAxis, fillLegend, fillTable, itemsOf, Rows, serverLanes } from "./lanes.js";
+import { drawAxis, drawRows, fillLegend, fillTable, itemsOf, serverLanes } from "./lanes.js";
 import { Pointer } from "./pointer.js";
 import { bounded, DAY, HOUR, LEAST, MINUTE, rangeText, Scale, SECOND, ticks, YEAR } from "./timescale.js";
 
@@ -34,7 +34,6 @@ export class Timeline {
   // `visit` shows the models as of a time; null is now.
   constructor(api, store, router, visit) {
     Object.assign(this, { api, store, router });
-    this.rows = new Rows(byId("timeline-rows"), (id) => router.href("models", id));
     fillLegend(byId("timeline-legend"), SHAPES);
     this.#listen();
     this.pointer = new Pointer({
@@ -212,7 +211,8 @@ export class Timeline {
     drawAxis(byId("timeline-axis"), scale, ticks(scale), { at: this.#inside(this.#at, scale), now: this.#range.live ? null : now });
     if (this.#page === null) return;
     const until = this.#range.live ? now : Math.min(scale.to, now), end = Date.parse(this.#page.to) - 1;
-    this.rows.draw(this.#lanes, scale, { down: this.#down.map(([from, to]) => [from, to >= end ? until : to]), until, end, selected: this.pointer.selected });
+    const hrefOf = (id) => this.router.href("models", id);
+    drawRows(byId("timeline-rows"), this.#lanes, scale, { hrefOf, down: this.#down.map(([from, to]) => [from, to >= end ? until : to]), until, end, selected: this.pointer.selected });
     this.#drawCursor(scale);
     this.#say();
   }
