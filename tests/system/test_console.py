@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import BrowserContext, Route, ViewportSize, expect
+from playwright.async_api import BrowserContext, Page, Route, ViewportSize, expect
 from support import models
 from support.browser import DESKTOP, PHONE, Console, chromium, needs_browser, tokens_in
 from support.http import ONE, when
@@ -418,19 +418,6 @@ async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admi
     await expect(page.locator("#timeline-table")).to_contain_text("drawn 2 loaded")
 
 
-async def test_page_ends_with_its_last_part(server: Server, admin: Console) -> None:
-    for _ in range(3):
-        await server.api.load("past")
-        await server.api.unload("past")
-    await expect(admin.page.locator("#ledger-list > li").nth(15)).to_be_attached()
-    await admin.page.locator("#timeline-text summary").click()
-    below = """document.documentElement.scrollHeight
-        - Math.max(...[...document.querySelectorAll("main section")].map(
-            (part) => part.getBoundingClientRect().bottom + scrollY))
-        - parseFloat(getComputedStyle(document.querySelector("main")).paddingBottom)"""
-    assert await admin.page.evaluate(below) <= 1
-
-
 async def test_subject_with_markup_is_shown_as_text(server: Server, admin: Console) -> None:
     name = "<img src=/x onerror=alert(1)>"
     await server.api.unload("hostile") if (await server.api.model("hostile"))["state"] == "loaded" else None
@@ -502,9 +489,13 @@ async def test_dialogs_and_search_work_by_keyboard(busy_admin: Console) -> None:
     await swap.focus()
     await page.keyboard.press("Enter")
     await expect(page.locator("#load-version")).to_be_focused()
+    await page.get_by_label("Strategy").select_option("in_place")
     await page.keyboard.press("Escape")
     await expect(page.locator("dialog[open]")).to_have_count(0)
     await expect(swap).to_be_focused()
+    await busy_admin.press("ranker", "Swap")  # another model's choices begin anew
+    await expect(page.get_by_label("Strategy")).to_have_value("")
+    await page.keyboard.press("Escape")
     await page.get_by_label("Find").focus()
     await page.keyboard.type("RANK")
     await expect(page.locator("#models-rows > tr")).to_have_count(1)
@@ -517,23 +508,23 @@ async def check_accessibility(console: Console, part: str | None = None) -> None
     assert await console.serious(part, "color-contrast") == []  # the rest is the same in each scheme
 
 
-async def test_late_response_does_not_change_another_dialog(busy_admin: Console) -> None:
-    late = asyncio.Event()
+async def hold_back(
+    page: Page, path: str, late: asyncio.Event, refusal: dict[str, str] | None = None
+) -> None:
+    """Answer a request only once `late` is set, with a refusal if there is one."""
 
-    async def answered_late(route: Route) -> None:
+    async def answer(route: Route) -> None:
         await late.wait()
-        await route.continue_()
+        await (route.fulfill(status=503, json=refusal) if refusal else route.continue_())
 
-    page = busy_admin.page
-    for path in ("api/v1/models/ranker", "v2/models/ranker", "v2/models/fraud-check/infer"):
-        await page.route(f"**/{path}", answered_late)
-    await busy_admin.press("ranker", "Swap")
-    await page.get_by_label("Strategy").select_option("in_place")
-    await page.get_by_label("Priority").select_option("high")
-    await page.keyboard.press("Escape")
-    await busy_admin.press("fraud-check", "Swap")
-    for choice in ("Strategy", "Priority"):
-        await expect(page.get_by_label(choice)).to_have_value("")
+    await page.route(f"**/{path}", answer)
+
+
+async def test_late_response_does_not_change_another_dialog(busy_admin: Console) -> None:
+    page, late = busy_admin.page, asyncio.Event()
+    for path in ("v2/models/ranker", "v2/models/fraud-check/infer"):
+        await hold_back(page, path, late)
+    await busy_admin.press("ranker", "Predict")
     await page.keyboard.press("Escape")
     await busy_admin.press("fraud-check", "Predict")
     await expect(page.locator("#predict-body")).not_to_have_value("")
@@ -541,33 +532,25 @@ async def test_late_response_does_not_change_another_dialog(busy_admin: Console)
     await page.keyboard.press("Escape")
     await busy_admin.press("embedder", "Predict")
     await expect(page.locator("#predict-body")).not_to_have_value("")
-    async with page.expect_response("**/api/v1/models/ranker"):
+    async with page.expect_response("**/v2/models/ranker"):
         late.set()
     await expect(page.locator("#predict-title")).to_have_text("Predict with embedder")
     await expect(page.locator("#predict-told")).to_have_text("")
-    await expect(page.locator("#load-title")).to_have_text("Swap fraud-check")
 
 
 async def test_refusal_after_closing_the_dialog_is_a_notice(busy_admin: Console) -> None:
-    late = asyncio.Event()
-
-    async def refused_late(route: Route) -> None:
-        await late.wait()
-        problem = {"title": "Not now", "detail": "later \u202eperhaps", "code": "x"}
-        await route.fulfill(status=503, json=problem)
-
-    await busy_admin.page.route("**/ranker/unload", refused_late)
+    page, late = busy_admin.page, asyncio.Event()
+    refusal = {"title": "Not now", "detail": "later \u202eperhaps", "code": "x"}
+    await hold_back(page, "ranker/unload", late, refusal)
     await busy_admin.press("ranker", "Unload")
-    await expect(busy_admin.page.get_by_role("button", name="Keep it")).to_be_focused()
+    await expect(page.get_by_role("button", name="Keep it")).to_be_focused()
     await busy_admin.choose("Unload")
     await busy_admin.choose("Keep it")
     await busy_admin.press("embedder", "Unload")
     late.set()
-    notices = busy_admin.page.locator("#notices")
-    await expect(notices).to_contain_text("Not now: later \ufffdperhaps")
-    await expect(busy_admin.page.locator("#unload-dialog .refusal")).to_be_hidden()
-    await expect(busy_admin.page.locator("#unload-title")).to_have_text("Unload embedder")
-    await expect(busy_admin.page.locator("#unload-dialog")).to_be_visible()
+    await expect(page.locator("#notices")).to_contain_text("Not now: later \ufffdperhaps")
+    await expect(page.locator("#unload-dialog .refusal")).to_be_hidden()
+    await expect(page.locator("#unload-title")).to_have_text("Unload embedder")
 
 
 async def test_pictures_of_the_readme(busy_server: Server, browser: BrowserContext, tmp_path: Path) -> None:
