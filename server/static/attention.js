@@ -1,4 +1,4 @@
-// What needs somebody, at the top of the page: what is wrong, why, what to do, and a button for it.
+// Problems at the top of the page, with cause, advice and a button for each, and those that were acknowledged.
 
 import { button, byId, h, reconcile, setAttribute, setText, show, showText } from "./dom.js";
 import { count } from "./format.js";
@@ -16,12 +16,12 @@ export function attentionView(store, actions) {
   const acknowledged = new Acknowledged();
   let said = null;
   const draw = () => {
-    showText(byId("confinement"), openConfinement(store.resources?.confinement));
+    showText(byId("confinement"), confinementWarning(store.resources?.confinement));
     const all = problems(store), open = all.filter((problem) => !acknowledged.has(problem)), shown = open.slice(0, MOST);
     const put = { actions, acknowledge: (problem) => (acknowledged.add(problem), draw()) };
     reconcile(byId("attention-list"), shown, (problem) => problemItem(problem, put), identity);
     const more = open.length - shown.length, away = all.length - open.length;
-    showText(byId("attention-none"), open.length ? (more > 0 ? `And ${more} more.` : "") : well(store, away));
+    showText(byId("attention-none"), open.length ? (more > 0 ? `And ${more} more.` : "") : allWellText(store, away));
     show(byId("attention-away"), away > 0);
     setText(byId("attention-away"), `${away} acknowledged: show ${away === 1 ? "it" : "them"} again`);
     const titles = open.filter((problem) => problem.level !== "waiting").map((problem) => problem.title).sort();
@@ -46,14 +46,14 @@ const ACTS = {
 };
 
 // Nobody can put this line away: it is so until the server starts anew.
-function openConfinement(confinement) {
+function confinementWarning(confinement) {
   if (!confinement?.not_prevented.length) return "";
   const acts = confinement.not_prevented.map((act) => ACTS[act] ?? act).join(", ");
   const todo = confinement.mode === "off" ? "start the server with --confine=auto" : "allow Landlock and seccomp on this machine and in its containers";
   return `Workers are not fully confined: a model that takes over its worker could ${acts}. To change that, ${todo}.`;
 }
 
-function well(store, away) {
+function allWellText(store, away) {
   if (!store.resources) return "Loading…";
   if (away) return "Nothing new.";
   if (!store.models.size) return "Nothing yet: add a first model below.";

@@ -205,7 +205,7 @@ export class TimeSeries {
         const found = await this.api.get(`${path}?range=${range}`);
         if (asked !== this.#asked) return;
         this[modelId === null ? "server" : "model"] = found;
-        this.store.changed();
+        this.store.notify();
       } catch (error) {
         if (asked !== this.#asked) return;
         if (!(error instanceof Unreachable) && error.status === undefined) throw error;

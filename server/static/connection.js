@@ -1,12 +1,12 @@
-// Whether what is seen is so: live, asked for again and again, or old. Old is said loudly.
+// The state of the connection in the header, and a banner while it is lost.
 
 import { byId, setAttribute, setText, show } from "./dom.js";
 import { age, clock, oneLine } from "./format.js";
 
 const LOUD_AFTER_MS = 1500; // a server that starts again is back by then, and nobody needs to know
 
-export function connectionView(store, live, session) {
-  byId("retry").addEventListener("click", () => live.now());
+export function connectionView(store, updates, session) {
+  byId("retry").addEventListener("click", () => updates.retryNow());
   let said = null;
   const draw = () => {
     const { mode, why, since, retryAt } = store.connection;

@@ -3,15 +3,15 @@
 import { errorText } from "./api.js";
 import { button, byId, h, reconcile, setAttribute, setText, show, showText, statePill } from "./dom.js";
 import { age, ago, count, duration, moment, oneLine, secondsSince } from "./format.js";
-import { ended } from "./store.js";
+import { hasEnded } from "./store.js";
 
 const MOST = 100; // that are shown
 const STAGES = { load: ["copying", "starting", "loading", "warming_up", "measuring"], unload: ["draining", "stopping"] };
 
 export function jobsView(store, actions) {
   const draw = () => {
-    const jobs = store.jobsNow().sort((a, b) => ended(a) - ended(b) || (a.created_at < b.created_at ? 1 : -1));
-    const open = jobs.filter((job) => !ended(job)).length;
+    const jobs = store.jobsNow().sort((a, b) => hasEnded(a) - hasEnded(b) || (a.created_at < b.created_at ? 1 : -1));
+    const open = jobs.filter((job) => !hasEnded(job)).length;
     reconcile(byId("jobs-list"), jobs.slice(0, MOST), (job) => jobItem(job, actions));
     setText(byId("jobs-count"), open ? `${open} under way` : "");
     showText(byId("jobs-none"), jobs.length > MOST ? `And ${jobs.length - MOST} more.` : jobs.length ? "" : "No load or unload yet.");
@@ -29,7 +29,7 @@ export function jobItem(first, actions) {
   node.update = (job) => {
     pill.update(job.status);
     const at = STAGES[job.kind].indexOf(job.stage);
-    show(steps, at >= 0 && !ended(job));
+    show(steps, at >= 0 && !hasEnded(job));
     [...steps.children].forEach((step, number) => {
       setAttribute(step, "class", number < at ? "done" : null);
       setAttribute(step, "aria-current", number === at ? "step" : null);
@@ -37,7 +37,7 @@ export function jobItem(first, actions) {
     showText(why, whyText(job));
     setText(about, aboutText(job));
     setAttribute(about, "title", `job ${job.id}, asked for at ${job.created_at}`);
-    if (cancel) show(cancel, !ended(job) && !job.cancel_requested && !(job.kind === "unload" && job.status === "in_progress"));
+    if (cancel) show(cancel, !hasEnded(job) && !job.cancel_requested && !(job.kind === "unload" && job.status === "in_progress"));
   };
   return node;
 }
@@ -46,13 +46,13 @@ function whyText(job) {
   if (job.error) return `${job.error.code}: ${oneLine(job.error.message, 400)}`;
   if (job.superseded_by) return `Superseded by job ${job.superseded_by}.`;
   if (job.waiting_for) return `Waits for ${oneLine(job.waiting_for, 400)}`;
-  return job.cancel_requested && !ended(job) ? "Being cancelled." : "";
+  return job.cancel_requested && !hasEnded(job) ? "Being cancelled." : "";
 }
 
 function aboutText(job) {
   const took = duration(secondsSince(job.created_at, Date.parse(job.finished_at)));
   const parts = [`by ${oneLine(job.requested_by, 60)}`, job.cause === "request" ? null : `cause ${job.cause}`, job.node ? `at ${oneLine(job.node, 60)}` : null,
-    ended(job) ? `${ago(job.finished_at)}, took ${took}` : `for ${age(secondsSince(job.created_at))}`,
+    hasEnded(job) ? `${ago(job.finished_at)}, took ${took}` : `for ${age(secondsSince(job.created_at))}`,
     job.attempt > 1 ? count(job.attempt, "attempt") : null, job.parameters?.force ? "forced" : null];
   return parts.filter(Boolean).join(" · ");
 }
@@ -65,8 +65,8 @@ export function jobPage(api, router, ledger) {
     if (wanted === shown) return;
     shown = wanted;
     show(byId("job"), wanted !== null);
-    if (wanted === null) return ledger.only("");
-    ledger.only(wanted);
+    if (wanted === null) return ledger.showJob("");
+    ledger.showJob(wanted);
     byId("job-close").href = router.href();
     drawJob(api, router, wanted, () => shown === wanted);
   });
@@ -88,7 +88,7 @@ function jobLines(job, router) {
   const version = job.version == null ? "" : ` ${job.version}`, cause = job.cause === "request" ? "" : `, cause ${job.cause}`;
   const what = h("p", {}, h("strong", {}, `${job.kind === "load" ? "Load" : "Unload"} of `), h("a", { href: router.href("models", job.model_id) }, oneLine(job.model_id, 130)), version, " ",
     h("span", { class: `pill ${job.status}` }, job.status.replace("_", " ")));
-  const asked = `Requested by ${oneLine(job.requested_by, 130)}${cause} at ${moment(job.created_at)}${ended(job) ? `; ended at ${moment(job.finished_at)}` : ""}.`;
+  const asked = `Requested by ${oneLine(job.requested_by, 130)}${cause} at ${moment(job.created_at)}${hasEnded(job) ? `; ended at ${moment(job.finished_at)}` : ""}.`;
   const error = job.error ? h("p", { class: "why" }, `${job.error.code}: ${oneLine(job.error.message, 600)}`) : null;
   return [what, h("p", {}, asked), error, h("p", {}, h("a", { href: router.href("at", String(job.position)) }, "As of its last event")), h("p", { class: "dim" }, h("code", {}, job.id))].filter(Boolean);
 }

@@ -24,40 +24,40 @@ export class Ledger {
     this.store = store;
     this.visit = visit;
     byId("ledger-type").append(...TYPES.map((type) => h("option", {}, type)));
-    byId("ledger-filters").addEventListener("submit", (event) => (event.preventDefault(), this.#refilter()));
-    byId("ledger-type").addEventListener("change", () => this.#refilter());
-    byId("ledger-clear").addEventListener("click", () => (byId("ledger-filters").reset(), this.#refilter()));
-    byId("ledger-older").addEventListener("click", () => this.#older());
+    byId("ledger-filters").addEventListener("submit", (event) => (event.preventDefault(), this.#readFilters()));
+    byId("ledger-type").addEventListener("change", () => this.#readFilters());
+    byId("ledger-clear").addEventListener("click", () => (byId("ledger-filters").reset(), this.#readFilters()));
+    byId("ledger-older").addEventListener("click", () => this.#loadOlder());
     byId("ledger-follow").addEventListener("change", (event) => event.target.checked && this.#load());
-    store.listeners.push((event) => this.#hear(event));
+    store.listeners.push((event) => this.#onEvent(event));
     show(byId("ledger"), true);
     store.watch(() => this.#draw());
   }
 
-  #hear(event) {
-    if (byId("ledger-follow").checked && this.#fits(event)) this.#events.set(event.position, event);
+  #onEvent(event) {
+    if (byId("ledger-follow").checked && this.#matches(event)) this.#events.set(event.position, event);
   }
 
-  #fits(event) {
+  #matches(event) {
     const { type, model, actor, job } = this.#filters;
     return (!type || event.type === type) && (!model || event.model_id === model) && (!actor || event.actor === actor) && (!job || event.job_id === job);
   }
 
   // Shows the events of the job with this id; of all jobs, if it is empty.
-  only(jobId, { scrolls = false } = {}) {
+  showJob(jobId, { scrolls = false } = {}) {
     byId("ledger-filters").reset();
     byId("ledger-job").value = jobId;
-    this.#refilter();
+    this.#readFilters();
     if (scrolls) byId("ledger").scrollIntoView({ block: "nearest" });
   }
 
-  #refilter() {
+  #readFilters() {
     const names = ["type", "model", "actor", "job"];
     this.#filters = Object.fromEntries(names.map((name) => [name, byId(`ledger-${name}`).value.trim()]).filter(([, value]) => value));
     this.#load();
   }
 
-  #older() {
+  #loadOlder() {
     this.#most = Math.max(MOST, Math.min(MOST_ASKED, this.#events.size + PAGE));
     this.#load(this.#cursor);
   }
@@ -72,7 +72,7 @@ export class Ledger {
       const page = await this.api.get(`/api/v1/events?${query}`);
       if (asked !== this.#asked) return;
       if (before === null) {
-        const since = [...this.#events.values()].filter((event) => event.position > page.as_of && this.#fits(event));
+        const since = [...this.#events.values()].filter((event) => event.position > page.as_of && this.#matches(event));
         this.#events = new Map(since.map((event) => [event.position, event]));
       }
       for (const event of page.events) this.#events.set(event.position, event);
@@ -115,12 +115,12 @@ export class Ledger {
     const text = h("pre", { tabindex: "0", role: "group", "aria-label": `Event ${event.position}, as it was hashed` });
     const then = h("button", { type: "button", onclick: () => this.visit(event.position) }, "Look at this moment");
     const node = h("details", {}, line, text, then);
-    node.addEventListener("toggle", () => node.open && text.textContent === "" && this.#open(event.position, text));
+    node.addEventListener("toggle", () => node.open && text.textContent === "" && this.#showText(event.position, text));
     return h("li", { class: "event", "data-position": event.position }, node);
   }
 
   // Shows an event's very text: read into numbers and written again, some would be rounded.
-  async #open(position, node) {
+  async #showText(position, node) {
     try {
       const page = await this.api.text(`/api/v1/events?after=${position - 1}&limit=1`);
       setText(node, plain(page.slice('{"events":['.length, page.lastIndexOf('],"as_of"')), 100_000));

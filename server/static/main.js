@@ -1,4 +1,4 @@
-// The page's beginning: who signs in, and what is shown to whom.
+// Entry point: signing in, and the views and actions that the roles allow.
 
 import { Operations } from "./operations.js";
 import { Api, errorText } from "./api.js";
@@ -9,7 +9,7 @@ import { loadDialog, unloadDialog } from "./dialogs.js";
 import { byId, notice, show, showText } from "./dom.js";
 import { jobPage, jobsView } from "./jobs.js";
 import { Ledger } from "./ledger.js";
-import { Live } from "./live.js";
+import { LiveUpdates } from "./liveupdates.js";
 import { memoryView } from "./memory.js";
 import { ModelPage } from "./modelpage.js";
 import { modelsView } from "./models.js";
@@ -17,7 +17,7 @@ import { drainDialog, nodesView } from "./nodes.js";
 import { predictDialog } from "./predict.js";
 import { Refresher } from "./refresher.js";
 import { Router } from "./router.js";
-import { cleaned, isSignInLink, keep, keepToken, keptToken, recall, Session, takeCode } from "./session.js";
+import { cleanToken, isSignInLink, keep, keepToken, keptToken, recall, Session, takeSignInCode } from "./session.js";
 import { Store } from "./store.js";
 import { Timeline } from "./timeline.js";
 import { TimeTravel } from "./timetravel.js";
@@ -25,15 +25,15 @@ import { uploads } from "./upload.js";
 
 const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
 
-function begin(token) {
+function startConsole(token) {
   const api = new Api(token), session = new Session(token), store = new Store(), router = new Router();
   const refresher = new Refresher(api, store, session), operations = new Operations(api, store, refresher);
-  const live = new Live(api, store, refresher, { follows: session.audits, onSignedOut: signOut });
+  const updates = new LiveUpdates(api, store, refresher, { follows: session.audits, onSignedOut: signOut });
   show(byId("sign-in"), false);
   show(byId("console"), true);
   show(byId("sign-out"), true);
   const actions = allowedActions(session, api, store, operations);
-  connectionView(store, live, session);
+  connectionView(store, updates, session);
   attentionView(store, actions);
   const series = new TimeSeries(api, store);
   memoryView(store, series);
@@ -43,21 +43,21 @@ function begin(token) {
     const timeTravel = new TimeTravel(api, store, router, (time) => timeline.mark(time));
     const timeline = new Timeline(api, store, router, (at) => timeTravel.visit(at));
     const ledger = new Ledger(api, store, (position) => timeTravel.visit(String(position), { scrolls: true }));
-    actions.trace = (job) => ledger.only(job.id, { scrolls: true });
+    actions.trace = (job) => ledger.showJob(job.id, { scrolls: true });
     jobPage(api, router, ledger);
   }
   jobsView(store, actions);
   if (session.manages) offerUploads(api, store, actions, refresher);
   router.watch(({ view }) => showView(view)); // before the page of a model, which takes the focus
   new ModelPage({ api, store, router, series, actions, session });
-  setInterval(() => store.changed(), 1000); // "3 s ago" goes on where nothing happens
-  live.run();
+  setInterval(() => store.notify(), 1000); // "3 s ago" goes on where nothing happens
+  updates.run();
 }
 
 // Adding versions, to the list of models and to the page of each.
 function offerUploads(api, store, actions, refresher) {
   actions.noticed = notice;
-  actions.refresh = (id) => refresher.soon(id);
+  actions.refresh = (id) => refresher.schedule(id);
   Object.assign(actions, uploads(api, store, actions));
   byId("models-add").addEventListener("click", () => actions.add());
   show(byId("models-add"), true);
@@ -99,10 +99,10 @@ async function signInByLink(code) {
     return askForToken(error.status === 401 ? `The sign-in link does not work: ${error.message}.` : errorText(error));
   }
   keepToken(token);
-  begin(token);
+  startConsole(token);
 }
 
-function askForToken(why = givenUpBecause()) {
+function askForToken(why = signOutReason()) {
   const form = byId("sign-in-form"), field = byId("token");
   show(byId("sign-in"), true);
   showText(byId("sign-in-why"), why);
@@ -121,7 +121,7 @@ function askForToken(why = givenUpBecause()) {
 }
 
 async function signIn(field) {
-  const token = cleaned(field.value);
+  const token = cleanToken(field.value);
   if (token === null) return showText(byId("sign-in-why"), "This is not a token. A token has three parts of letters and digits, separated by dots.");
   try {
     await new Api(token).get("/api/v1/resources"); // any role may ask for these
@@ -130,11 +130,11 @@ async function signIn(field) {
   }
   field.value = "";
   if (byId("keep").checked) keepToken(token);
-  begin(token);
+  startConsole(token);
   byId("main").focus({ preventScroll: true });
 }
 
-function givenUpBecause() {
+function signOutReason() {
   const why = recall("sessionStorage", WHY) ?? "";
   keep("sessionStorage", WHY, null);
   return why;
@@ -142,7 +142,7 @@ function givenUpBecause() {
 
 byId("sign-out").addEventListener("click", () => signOut());
 addEventListener("hashchange", () => isSignInLink() && location.reload()); // pasted where the console is open
-const code = takeCode(), kept = keptToken();
+const code = takeSignInCode(), kept = keptToken();
 if (code !== null) signInByLink(code);
-else if (kept !== null && cleaned(kept) !== null) begin(kept);
+else if (kept !== null && cleanToken(kept) !== null) startConsole(kept);
 else askForToken();

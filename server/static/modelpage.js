@@ -1,4 +1,4 @@
-// The page of one model: what it takes, what it uses, where its bytes come from, what happened to it, and how to ask it.
+// The page of one model: facts, charts, inputs and outputs, programs that call it, versions, jobs and events.
 
 import { errorText, requestErrorText } from "./api.js";
 import { actionsCell, button, byId, cell, h, reconcile, setAttribute, setText, show, showText, statePill, tableRow } from "./dom.js";
@@ -26,18 +26,18 @@ export class ModelPage {
   // `actions` has what may be done, `session` who asks, and `series` the charts.
   constructor({ api, store, router, series, actions, session }) {
     Object.assign(this, { api, store, router, series, actions, session });
-    router.watch(({ view, id }) => this.#visit(view === "models" ? id : null));
-    store.listeners.push((event) => this.#id !== null && event.model_id === this.#id && this.#soon());
+    router.watch(({ view, id }) => this.#open(view === "models" ? id : null));
+    store.listeners.push((event) => this.#id !== null && event.model_id === this.#id && this.#schedule());
     store.watch(() => this.#draw());
   }
 
-  #visit(id) {
+  #open(id) {
     if (id === this.#id) return;
     this.#id = id;
     this.#opened += 1;
     clearTimeout(this.#due);
     this.store.subject = id;
-    this.store.changed();
+    this.store.notify();
     this.series.choose({ modelId: id });
     this.#parts = id === null ? null : this.#build(id);
     byId("model-page").replaceChildren(...(this.#parts ? this.#parts.nodes : []));
@@ -65,7 +65,7 @@ export class ModelPage {
     return parts;
   }
 
-  #soon() {
+  #schedule() {
     clearTimeout(this.#due);
     this.#due = setTimeout(() => this.#fetch(), PAUSE_MS);
   }
@@ -77,7 +77,7 @@ export class ModelPage {
     const isCurrent = () => opened === this.#opened;
     const jobs = this.api.get(`/api/v1/jobs?model=${encodeURIComponent(this.#id)}&limit=${JOBS}`);
     const found = await Promise.allSettled([
-      this.#model(path), jobs, parts.events?.fetch(isCurrent), this.#loads(), parts.printed?.fetch(isCurrent),
+      this.#fetchModel(path), jobs, parts.events?.fetch(isCurrent), this.#fetchLoads(), parts.printed?.fetch(isCurrent),
     ]);
     if (!isCurrent()) return;
     const [model, its, , loads] = found.map(({ value, reason }) => value ?? { refusal: reason ? errorText(reason) : "" });
@@ -96,7 +96,7 @@ export class ModelPage {
   }
 
   // The model with its inputs and outputs, which the protocol's metadata has for a loaded one.
-  async #model(path) {
+  async #fetchModel(path) {
     const model = await this.api.get(path);
     if (model.inputs || model.state !== "loaded") return model;
     try {
@@ -108,7 +108,7 @@ export class ModelPage {
   }
 
   // The events that name the bytes of its versions, newest first.
-  async #loads() {
+  async #fetchLoads() {
     if (!this.session.audits) return { events: [] };
     const query = new URLSearchParams({ model: this.#id, before: Number.MAX_SAFE_INTEGER, limit: LOADS });
     for (const type of NAMING) query.append("type", type);

@@ -1,4 +1,4 @@
-// What is chosen on the timeline or pointed at, by mouse, touch and keys.
+// Selection on the timeline, by mouse, touch and keys.
 
 import { byId, h, show } from "./dom.js";
 import { serverNow } from "./format.js";
@@ -12,10 +12,10 @@ export class Pointer {
     this.view = view;
     this.selected = null; // {model, key}
     const plot = byId("timeline-plot");
-    plot.addEventListener("keydown", (event) => this.#key(event));
-    plot.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
-    plot.addEventListener("pointerdown", (event) => this.#grab(event));
-    plot.addEventListener("pointermove", (event) => this.#point(event));
+    plot.addEventListener("keydown", (event) => this.#onKey(event));
+    plot.addEventListener("wheel", (event) => this.#onWheel(event), { passive: false });
+    plot.addEventListener("pointerdown", (event) => this.#drag(event));
+    plot.addEventListener("pointermove", (event) => this.#hover(event));
     plot.addEventListener("pointerleave", () => show(byId("timeline-tip"), false));
   }
 
@@ -30,10 +30,10 @@ export class Pointer {
     this.view.draw();
     const row = byId("timeline-rows").shown?.get(lane.model_id);
     row?.scrollIntoView({ block: "nearest" });
-    this.#detail(lane, item);
+    this.#showDetail(lane, item);
   }
 
-  #detail(lane, item) {
+  #showDetail(lane, item) {
     const detail = byId("timeline-detail");
     if (!item) return show(detail, false);
     const [title, ...lines] = describe(lane, item), subject = item.segment ?? item.mark;
@@ -58,7 +58,7 @@ export class Pointer {
     return { lane, item, x, time };
   }
 
-  #point(event) {
+  #hover(event) {
     const tip = byId("timeline-tip"), { lane, item } = this.#pick(event);
     if (!item || event.pointerType === "touch" || event.buttons) return show(tip, false);
     const [title, ...lines] = describe(lane, item);
@@ -72,7 +72,7 @@ export class Pointer {
   }
 
   // A press without a move chooses; with a move it pulls the range along.
-  #grab(event) {
+  #drag(event) {
     if (event.button !== 0 || event.target.closest("a")) return;
     const { lane, item, time } = this.#pick(event), plot = byId("timeline-plot");
     const begin = event.clientX, { from, to, width } = this.view.scale(), each = (to - from) / width;
@@ -94,7 +94,7 @@ export class Pointer {
     addEventListener("pointercancel", end);
   }
 
-  #wheel(event) {
+  #onWheel(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) {
       event.preventDefault();
       const { time } = this.#pick(event);
@@ -105,14 +105,14 @@ export class Pointer {
     }
   }
 
-  #key(event) {
+  #onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("a")) return;
     const lanes = this.view.lanes().filter((lane) => lane.items.length), chosen = this.chosen();
     const acts = {
       ArrowLeft: () => (event.shiftKey ? this.view.pan(-0.25) : this.#step(lanes, chosen, -1)),
       ArrowRight: () => (event.shiftKey ? this.view.pan(0.25) : this.#step(lanes, chosen, 1)),
-      ArrowUp: () => this.#across(lanes, chosen, -1),
-      ArrowDown: () => this.#across(lanes, chosen, 1),
+      ArrowUp: () => this.#stepLane(lanes, chosen, -1),
+      ArrowDown: () => this.#stepLane(lanes, chosen, 1),
       Home: () => chosen && this.#choose(chosen.lane, chosen.lane.items[0]),
       End: () => chosen && this.#choose(chosen.lane, chosen.lane.items.at(-1)),
       Enter: () => chosen && this.view.visit(momentOf(chosen.item)),
@@ -134,7 +134,7 @@ export class Pointer {
   }
 
   // To the next lane with something in it, at about the same time.
-  #across(lanes, chosen, by) {
+  #stepLane(lanes, chosen, by) {
     if (!chosen) return this.#step(lanes, chosen, 0);
     const lane = lanes[lanes.indexOf(chosen.lane) + by];
     if (!lane) return;

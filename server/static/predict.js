@@ -1,5 +1,5 @@
-// Asks a model from the page: a request is written in JSON, begun with zeros of the shapes that the model takes, or
-// with the data of a dropped or chosen file.
+// The dialog of an inference: its request is written in JSON, and begins with zeros of the shapes that the model takes;
+// a dropped or chosen file can take the place of an input's data.
 
 import { dialog } from "./dialogs.js";
 import { byId, h, setText, show } from "./dom.js";
@@ -90,7 +90,7 @@ function fileField(input, number, put, refuse) {
 }
 
 function clear() {
-  setText(byId("predict-told"), "");
+  setText(byId("predict-status"), "");
   byId("predict-outputs").replaceChildren();
   show(byId("predict-answer"), false);
 }
@@ -98,19 +98,19 @@ function clear() {
 async function ask(api, model, { body, headers }, signal) {
   const began = performance.now();
   clear();
-  setText(byId("predict-told"), "Asked…");
+  setText(byId("predict-status"), "Asked…");
   try {
     const path = `/v2/models/${encodeURIComponent(model.id)}/infer`;
     const response = await api.send(path, { method: "POST", body, headers, signal, limitMs: LIMIT_MS });
     const answer = await response.text(); // as it came: read into numbers, long integers would be rounded
     const source = response.headers.get("Loadledger-Model");
-    setText(byId("predict-told"), `Answered in ${duration((performance.now() - began) / 1000)}${source ? ` by ${source.replace(";position=", ", the ModelLoaded at position ")}` : ""}.`);
+    setText(byId("predict-status"), `Answered in ${duration((performance.now() - began) / 1000)}${source ? ` by ${source.replace(";position=", ", the ModelLoaded at position ")}` : ""}.`);
     drawOutputs(answer);
     setText(byId("predict-answer"), plain(answer, SHOWN));
     show(byId("predict-answer"), true);
   } catch (error) {
     if (signal.aborted) return;
-    setText(byId("predict-told"), "");
+    setText(byId("predict-status"), "");
     throw error;
   }
 }

@@ -1,7 +1,7 @@
-// What is wrong, worst first, and what to do about each: from what the page knows, and nothing else.
+// Problems, worst first, derived from the page's state: cause, advice and actions of each.
 
 import { age, ago, bytes, count, oneLine, secondsSince, serverNow, stamp } from "./format.js";
-import { ended } from "./store.js";
+import { hasEnded } from "./store.js";
 import { ADVICE } from "./tables.js";
 
 const STUCK_S = 10; // requests in flight, and none answered
@@ -16,9 +16,9 @@ const LEVELS = ["critical", "warning", "waiting"];
 // from here: actions of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
 // Those of one `cause` are one entry, which has them as `members`.
 export function problems(store, now = Date.now(), there = serverNow()) {
-  const found = [...ofServer(store), ...ofNodes(store), ...ofMemory(store), ...ofStuck(store, now)];
-  for (const model of store.models.values()) found.push(...ofModel(model, store));
-  for (const job of store.jobsNow()) found.push(...ofJob(job, there));
+  const found = [...serverProblems(store), ...nodeProblems(store), ...memoryProblems(store), ...stalledProblems(store, now)];
+  for (const model of store.models.values()) found.push(...modelProblems(model, store));
+  for (const job of store.jobsNow()) found.push(...jobProblems(job, there));
   return grouped(found).sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level) || (a.key < b.key ? -1 : 1));
 }
 
@@ -52,7 +52,7 @@ function lastFailure(id, store) {
   return job ? { when: `Asked for by ${oneLine(job.requested_by, 60)}, failed ${ago(job.finished_at)}. `, by: oneLine(job.requested_by, 60), occurrence: job.id } : { when: "", by: null, occurrence: null };
 }
 
-function* ofServer({ started }) {
+function* serverProblems({ started }) {
   if (!started?.data.unclean) return;
   const { last_event_at: event, last_seen_at: seen } = started.data;
   const known = [`The last event was recorded ${stamp(event)}`, seen && seen !== event ? `the server was last seen ${stamp(seen)}` : null];
@@ -64,7 +64,7 @@ function* ofServer({ started }) {
   };
 }
 
-function* ofNodes({ nodes }) {
+function* nodeProblems({ nodes }) {
   for (const node of nodes) {
     const { id, epoch } = node, rest = node.models.length + node.jobs.length, renewed = node.renewed_at ? `It renewed its lease last ${stamp(node.renewed_at)}.` : "";
     if (node.phase === "lost") {
@@ -80,7 +80,7 @@ function* ofNodes({ nodes }) {
   }
 }
 
-function* ofModel(model, store) {
+function* modelProblems(model, store) {
   const { id, state, error } = model;
   const load = { do: "load", model }, unload = { do: "unload", model };
   const { when, by, occurrence } = lastFailure(id, store);
@@ -98,7 +98,7 @@ function* ofModel(model, store) {
   }
 }
 
-function* ofStuck(store, now) {
+function* stalledProblems(store, now) {
   for (const [jobId, since] of store.stalls?.since ?? []) {
     const use = store.resources?.models.find((each) => each.job_id === jobId);
     const seconds = (now - since) / 1000;
@@ -110,8 +110,8 @@ function* ofStuck(store, now) {
   }
 }
 
-function* ofJob(job, now) {
-  if (ended(job)) return;
+function* jobProblems(job, now) {
+  if (hasEnded(job)) return;
   const model = { id: job.model_id }, what = `${job.kind === "load" ? "Load" : "Unload"} of ${job.model_id}`;
   const seconds = secondsSince(job.started_at ?? job.created_at, now);
   const cancel = { do: "cancel", job };
@@ -129,7 +129,7 @@ function* ofJob(job, now) {
   }
 }
 
-function* ofMemory({ resources }) {
+function* memoryProblems({ resources }) {
   if (!resources) return;
   const { budget_bytes: budget, free_bytes: free, pressure, waiting, limit_bytes: limit } = resources;
   const todo = "Unload models that are not used. Or start the server with --evict idle: it then does so by itself.";

@@ -1,4 +1,4 @@
-// Asks the server for what is shown: all of it, or what an event says has changed, and never in a hurry.
+// Fetches what is shown: all of it, or, debounced, what an event says has changed.
 
 export const STATUS_EVERY_MS = 2000;
 const PAUSE_MS = 300; // between an event and the look at what it changed: many come together
@@ -9,7 +9,7 @@ const PAGE = 1000;
 const NEWEST = 40; // jobs, beside those that have not ended
 
 export class Refresher {
-  #dirty = new Set();
+  #changedModels = new Set();
   #due = null;
   #tookMs = 0;
   #running = Promise.resolve();
@@ -19,26 +19,26 @@ export class Refresher {
     this.api = api;
     this.store = store;
     this.audits = audits;
-    store.listeners.push((event) => this.#hear(event));
+    store.listeners.push((event) => this.#onEvent(event));
     this.failed = () => {}; // called with what a look in the background met
   }
 
   // Asks for everything, one thing after the other: what comes later is at least as new.
-  async everything(signal) {
-    const position = await this.models(signal);
-    await this.jobs(signal);
-    await this.nodes(signal);
-    await this.status(signal);
-    if (this.audits) await this.#start(signal);
+  async fetchAll(signal) {
+    const position = await this.fetchModels(signal);
+    await this.fetchJobs(signal);
+    await this.fetchNodes(signal);
+    await this.fetchStatus(signal);
+    if (this.audits) await this.#fetchStart(signal);
     return position;
   }
 
-  #hear(event) {
+  #onEvent(event) {
     if (event.type === "ServerStarted") this.store.started = event;
     if (event.type === "LoadFailed") this.store.failures.delete(event.model_id); // by another job than the one that is known
   }
 
-  async models(signal) {
+  async fetchModels(signal) {
     const models = new Map();
     let cursor = "", position = null;
     do {
@@ -49,11 +49,11 @@ export class Refresher {
     } while (cursor);
     this.store.models = models;
     this.store.advance(position);
-    this.store.changed();
+    this.store.notify();
     return position;
   }
 
-  async jobs(signal) {
+  async fetchJobs(signal) {
     const found = new Map();
     for (const status of ["pending", "in_progress", null]) {
       const query = status ? `status=${status}&limit=${PAGE}` : `limit=${NEWEST}`;
@@ -63,12 +63,12 @@ export class Refresher {
     this.store.jobs = [...found.values()];
     const unfinished = new Set(this.store.jobs.filter((job) => job.finished_at === null).map((job) => job.id));
     for (const id of this.store.stages.keys()) if (!unfinished.has(id)) this.store.stages.delete(id);
-    await this.#failures(signal);
-    this.store.changed();
+    await this.#fetchFailures(signal);
+    this.store.notify();
   }
 
   // Finds, for each model that failed, the job that did: who asked for it is said for as long as it is so.
-  async #failures(signal) {
+  async #fetchFailures(signal) {
     const { failures, jobs, models } = this.store;
     for (const id of failures.keys()) if (!models.get(id)?.error) failures.delete(id);
     for (const job of jobs.toReversed()) if (job.status === "failed" && models.get(job.model_id)?.error) failures.set(job.model_id, job);
@@ -84,40 +84,40 @@ export class Refresher {
   }
 
   // Asks how the server started last: whether it had ended in order.
-  async #start(signal) {
+  async #fetchStart(signal) {
     try {
       const page = await this.api.get(`/api/v1/events?type=ServerStarted&before=${Number.MAX_SAFE_INTEGER}&limit=1`, { signal });
       this.store.started = page.events[0] ?? null;
-      this.store.changed();
+      this.store.notify();
     } catch (error) {
       if (error.code !== "forbidden") throw error; // the token said more than the server grants
     }
   }
 
-  async resources(signal) {
+  async fetchResources(signal) {
     this.store.resources = await this.api.get("/api/v1/resources", { signal });
     this.store.advance(this.store.resources.as_of);
-    this.store.changed();
+    this.store.notify();
   }
 
-  async nodes(signal) {
+  async fetchNodes(signal) {
     this.store.nodes = (await this.api.get("/api/v1/nodes", { signal })).nodes;
-    this.store.changed();
+    this.store.notify();
   }
 
   // Asks for memory, and for whether what is in flight is answered.
-  async status(signal) {
-    await this.resources(signal);
-    if (this.store.nodes.length) await this.nodes(signal); // their leases are no events
+  async fetchStatus(signal) {
+    await this.fetchResources(signal);
+    if (this.store.nodes.length) await this.fetchNodes(signal); // their leases are no events
     const isBusy = this.store.resources.models.some((use) => use.in_flight > 0); // else nothing can be stuck
     const statistics = isBusy ? (await this.api.get("/v2/models/stats", { signal })).model_stats : [];
     this.store.stalls = findStalls(this.store.stalls, this.store.resources, statistics);
-    this.store.changed();
+    this.store.notify();
   }
 
-  // Looks, soon, at what an event is about.
-  soon(modelId) {
-    if (modelId) this.#dirty.add(modelId);
+  // Fetches, a little later, what an event is about.
+  schedule(modelId) {
+    if (modelId) this.#changedModels.add(modelId);
     this.#due ??= setTimeout(() => {
       this.#due = null;
       this.#running = this.#running.then(() => this.#catchUp()).catch((error) => this.failed(error));
@@ -126,17 +126,17 @@ export class Refresher {
 
   async #catchUp() {
     const began = performance.now();
-    const dirty = [...this.#dirty];
-    this.#dirty.clear();
-    if (dirty.length && (this.store.models.size <= FEW || dirty.length > MOST_ALONE)) await this.models();
-    else for (const id of dirty) await this.#model(id);
-    await this.jobs();
-    if (this.store.nodes.length) await this.nodes();
-    await this.resources();
+    const changed = [...this.#changedModels];
+    this.#changedModels.clear();
+    if (changed.length && (this.store.models.size <= FEW || changed.length > MOST_ALONE)) await this.fetchModels();
+    else for (const id of changed) await this.#fetchModel(id);
+    await this.fetchJobs();
+    if (this.store.nodes.length) await this.fetchNodes();
+    await this.fetchResources();
     this.#tookMs = Math.min(1000, performance.now() - began);
   }
 
-  async #model(id) {
+  async #fetchModel(id) {
     try {
       const model = await this.api.get(`/api/v1/models/${encodeURIComponent(id)}`);
       this.store.models.set(id, model);
@@ -145,7 +145,7 @@ export class Refresher {
       if (error.code !== "unknown_model") throw error;
       this.store.models.delete(id);
     }
-    this.store.changed();
+    this.store.notify();
   }
 }
 

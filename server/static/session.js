@@ -29,7 +29,7 @@ const LINK = "#sign-in=";
 export const isSignInLink = () => location.hash.startsWith(LINK);
 
 // Returns the code of a sign-in link, or null, and takes it out of the address: history has no secrets.
-export function takeCode() {
+export function takeSignInCode() {
   if (!isSignInLink()) return null;
   const code = location.hash.slice(LINK.length);
   history.replaceState(null, "", location.pathname + location.search);
@@ -37,7 +37,7 @@ export function takeCode() {
 }
 
 // What was pasted, without what often comes with it. Returns null for what cannot be a token.
-export function cleaned(text) {
+export function cleanToken(text) {
   const token = text.trim().replace(/^(authorization:\s*)?bearer\s+/i, "");
   return /^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+$/.test(token) ? token : null;
 }

@@ -1,4 +1,4 @@
-// How a model is asked from elsewhere: with curl, with the project's own client, and with Triton's.
+// Programs that call a model: with curl, with the project's own client, and with Triton's.
 
 import { byteSize, zeroTensors } from "./tensors.js";
 

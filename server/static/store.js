@@ -1,4 +1,4 @@
-// What the page knows, in one place. Views look at it when told that it has changed, a few times a second at most.
+// The page's state, in one place. Views are notified of changes, ten times a second at most.
 
 const PAUSE_MS = 100; // between two looks: a thousand events a second are still ten
 
@@ -33,7 +33,7 @@ export class Store {
     view();
   }
 
-  changed() {
+  notify() {
     this.#due ??= setTimeout(() => {
       this.#due = null;
       callEach(this.#views);
@@ -43,7 +43,7 @@ export class Store {
   connect(mode, why = "", retryAt = null) {
     const same = this.connection.mode === mode;
     this.connection = { mode, why, retryAt, since: same ? this.connection.since : Date.now() };
-    this.changed();
+    this.notify();
   }
 
   advance(position) {
@@ -54,12 +54,12 @@ export class Store {
   onEvent(event) {
     this.advance(event.position);
     for (const listener of this.listeners) listener(event);
-    this.changed();
+    this.notify();
   }
 
   // A job with its latest stage laid over it.
   jobsNow() {
-    return this.jobs.map((job) => (ended(job) ? job : { ...job, ...this.stages.get(job.id) }));
+    return this.jobs.map((job) => (hasEnded(job) ? job : { ...job, ...this.stages.get(job.id) }));
   }
 
   // What the processes of a model use together: two loads while one takes the other's place. `serving` is the one of
@@ -82,11 +82,11 @@ export class Store {
 
   // The load of a model that is under way, if there is one.
   loadOf(modelId) {
-    return this.jobs.find((job) => job.model_id === modelId && job.kind === "load" && !ended(job)) ?? null;
+    return this.jobs.find((job) => job.model_id === modelId && job.kind === "load" && !hasEnded(job)) ?? null;
   }
 }
 
-export const ended = (job) => job.finished_at !== null;
+export const hasEnded = (job) => job.finished_at !== null;
 
 export function callEach(views, ...about) {
   for (const view of views) {

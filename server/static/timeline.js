@@ -6,7 +6,7 @@ import { byId, setAttribute, setText, show, showText } from "./dom.js";
 import { count, moment, serverNow, zone } from "./format.js";
 import { drawAxis, drawRows, fillLegend, fillTable, itemsOf, serverLanes } from "./lanes.js";
 import { Pointer } from "./pointer.js";
-import { bounded, DAY, HOUR, LEAST, MINUTE, rangeText, Scale, SECOND, ticks, YEAR } from "./timescale.js";
+import { clampSpan, DAY, HOUR, LEAST, MINUTE, rangeText, Scale, SECOND, ticks, YEAR } from "./timescale.js";
 
 const PAGE = 25; // lanes: what can be read at once, and what the server sums up in a third of a second
 const PAUSE_MS = 150; // a range that is still being moved is asked for where it rests
@@ -39,18 +39,18 @@ export class Timeline {
     this.pointer = new Pointer({
       lanes: () => this.#lanes, scale: () => this.#scale(), draw: () => this.#draw(), visit, router,
       zoom: (factor, about) => this.#zoom(factor, about), pan: (share) => this.#pan(share),
-      window: (from, to) => this.#window(from, to), all: () => this.#set({ live: true, span: null }),
+      window: (from, to) => this.#showRange(from, to), all: () => this.#set({ live: true, span: null }),
     });
     show(byId("timeline"), true);
     new ResizeObserver(() => this.#measure()).observe(byId("timeline-axis").parentElement);
-    router.watch(({ query }) => this.#read(query));
-    store.watch(() => this.#follow());
+    router.watch(({ query }) => this.#readAddress(query));
+    store.watch(() => this.#onStoreChange());
     setInterval(() => this.#tick(), SECOND);
   }
 
   // Moves the right edge along, once that is a pixel.
   #tick() {
-    const { from, to } = this.#shown();
+    const { from, to } = this.#bounds();
     if (this.#range.live && !document.hidden && serverNow() - this.#drawnAt >= (to - from) / this.#width) this.#draw();
   }
 
@@ -61,21 +61,21 @@ export class Timeline {
   }
 
   #listen() {
-    for (const [name, span] of Object.entries(SPANS)) byId(`timeline-${name}`).addEventListener("click", () => this.#span(span));
+    for (const [name, span] of Object.entries(SPANS)) byId(`timeline-${name}`).addEventListener("click", () => this.#showLast(span));
     byId("timeline-all").addEventListener("click", () => this.#set({ live: true, span: null }));
     byId("timeline-in").addEventListener("click", () => this.#zoom(0.5));
     byId("timeline-out").addEventListener("click", () => this.#zoom(2));
     byId("timeline-earlier").addEventListener("click", () => this.#pan(-0.5));
     byId("timeline-later").addEventListener("click", () => this.#pan(0.5));
-    byId("timeline-now").addEventListener("click", () => this.#span(this.#shown().to - this.#shown().from));
-    byId("timeline-find").addEventListener("input", () => this.#turn([""]));
-    byId("timeline-next").addEventListener("click", () => this.#turn([...this.#cursors, this.#page.next_cursor]));
-    byId("timeline-previous").addEventListener("click", () => this.#turn(this.#cursors.slice(0, -1)));
+    byId("timeline-now").addEventListener("click", () => this.#showLast(this.#bounds().to - this.#bounds().from));
+    byId("timeline-find").addEventListener("input", () => this.#turnPage([""]));
+    byId("timeline-next").addEventListener("click", () => this.#turnPage([...this.#cursors, this.#page.next_cursor]));
+    byId("timeline-previous").addEventListener("click", () => this.#turnPage(this.#cursors.slice(0, -1)));
     byId("timeline-text").addEventListener("toggle", () => this.#draw());
   }
 
   // The range that is shown, in milliseconds.
-  #shown() {
+  #bounds() {
     const { live, span, auto, from, to } = this.#range;
     if (!live) return { from, to };
     const now = serverNow(), first = this.#page?.known_from ? Date.parse(this.#page.known_from) : now - MINUTE;
@@ -84,7 +84,7 @@ export class Timeline {
   }
 
   #scale() {
-    const { from, to } = this.#shown();
+    const { from, to } = this.#bounds();
     return new Scale(from, to, this.#width);
   }
 
@@ -93,22 +93,22 @@ export class Timeline {
     if (width === 0 || width === this.#width) return;
     this.#width = width;
     this.#draw();
-    this.#soon(PAUSE_MS);
+    this.#schedule(PAUSE_MS);
   }
 
   // Ranges.
 
-  #read(query) {
+  #readAddress(query) {
     const address = JSON.stringify([query.from, query.to, query.last]);
     if (address === this.#address) return;
     this.#address = address;
     const [from, to] = [Date.parse(query.from), Date.parse(query.to)];
     if (to - from >= 1) this.#range = { live: false, from, to };
     else if (query.last === "all") this.#range = { live: true, span: null };
-    else if (Number(query.last) > 0) this.#range = { live: true, span: bounded(Number(query.last) * SECOND) };
+    else if (Number(query.last) > 0) this.#range = { live: true, span: clampSpan(Number(query.last) * SECOND) };
     else this.#range = { live: true, span: DAY, auto: true };
     this.#draw();
-    this.#soon(0);
+    this.#schedule(0);
   }
 
   #set(range) {
@@ -119,49 +119,49 @@ export class Timeline {
     const { view, id } = this.router.now;
     this.router.replace(view || "ledger", id, query);
     this.#draw();
-    this.#soon(PAUSE_MS);
+    this.#schedule(PAUSE_MS);
   }
 
-  #span(span) {
-    this.#set({ live: true, span: bounded(span) });
+  #showLast(span) {
+    this.#set({ live: true, span: clampSpan(span) });
   }
 
   // Zooms about a moment, by default the one that is shown as of or chosen, else the end of a live range.
   #zoom(factor, about = null) {
-    const { from, to } = this.#shown(), span = bounded((to - from) * factor);
+    const { from, to } = this.#bounds(), span = clampSpan((to - from) * factor);
     const chosen = about ?? this.pointer.chosen()?.item.from ?? this.#at;
-    if (this.#range.live && (chosen === null || chosen < from || chosen > to)) return this.#span(span);
+    if (this.#range.live && (chosen === null || chosen < from || chosen > to)) return this.#showLast(span);
     const center = chosen !== null && chosen >= from && chosen <= to ? chosen : (from + to) / 2;
     const begin = center - ((center - from) / (to - from)) * span;
-    this.#window(begin, begin + span);
+    this.#showRange(begin, begin + span);
   }
 
   #pan(share) {
-    const { from, to } = this.#shown(), by = (to - from) * share;
-    this.#window(from + by, to + by);
+    const { from, to } = this.#bounds(), by = (to - from) * share;
+    this.#showRange(from + by, to + by);
   }
 
   // Shows a range; one that reaches the present is live again.
-  #window(from, to) {
+  #showRange(from, to) {
     const now = serverNow();
-    if (to >= now) this.#span(to - from);
+    if (to >= now) this.#showLast(to - from);
     else this.#set({ live: false, from: Math.round(from), to: Math.round(to) });
   }
 
-  #turn(cursors) {
+  #turnPage(cursors) {
     this.#cursors = cursors;
     byId("timeline-plot").scrollTop = 0;
-    this.#soon(PAUSE_MS);
+    this.#schedule(PAUSE_MS);
   }
 
   // Answers.
 
-  #follow() {
+  #onStoreChange() {
     if (!this.#range.live || this.store.head <= this.#upto || this.#due !== null || this.#tookMs < 0) return;
-    this.#soon(Math.max(CALM_MS, SHARE * this.#tookMs));
+    this.#schedule(Math.max(CALM_MS, SHARE * this.#tookMs));
   }
 
-  #soon(pauseMs) {
+  #schedule(pauseMs) {
     clearTimeout(this.#due);
     this.#due = setTimeout(() => this.#load(), pauseMs);
   }
@@ -174,15 +174,15 @@ export class Timeline {
     const query = new URLSearchParams({ limit: PAGE, resolution: Math.min(2000, Math.max(100, this.#width)), active: "true",
       cursor: this.#cursors.at(-1), find: byId("timeline-find").value.trim() });
     if (!live) query.set("to", iso(to));
-    const begin = live && this.#page === null ? serverNow() - span : this.#shown().from;
+    const begin = live && this.#page === null ? serverNow() - span : this.#bounds().from;
     if (span !== null) query.set("from", iso(begin));
     this.#upto = this.store.head;
     this.#tookMs = -1;
     try {
       const isFirst = this.#page === null;
-      this.#take(await this.api.get(`/api/v1/timeline?${query}`, { signal }));
+      this.#setPage(await this.api.get(`/api/v1/timeline?${query}`, { signal }));
       showText(byId("timeline-refusal"), "");
-      if (isFirst && this.#shown().from > begin + SECOND) this.#soon(0); // the ledger is shorter: what was merged can be drawn apart
+      if (isFirst && this.#bounds().from > begin + SECOND) this.#schedule(0); // the ledger is shorter: what was merged can be drawn apart
     } catch (error) {
       if (!signal.aborted) showText(byId("timeline-refusal"), errorText(error));
     } finally {
@@ -191,7 +191,7 @@ export class Timeline {
     this.#draw();
   }
 
-  #take(page) {
+  #setPage(page) {
     this.#page = page;
     this.#upto = Math.max(this.#upto, page.as_of);
     this.#lanes = [...serverLanes(page), ...page.lanes].map((lane) => ({ ...lane, items: itemsOf(lane) }));
@@ -208,33 +208,33 @@ export class Timeline {
     setAttribute(byId("timeline-all"), "aria-pressed", String(this.#range.live && this.#range.span === null));
     byId("timeline-in").disabled = scale.to - scale.from <= LEAST;
     byId("timeline-later").disabled = byId("timeline-now").disabled = this.#range.live;
-    drawAxis(byId("timeline-axis"), scale, ticks(scale), { at: this.#inside(this.#at, scale), now: this.#range.live ? null : now });
+    drawAxis(byId("timeline-axis"), scale, ticks(scale), { at: this.#ifShown(this.#at, scale), now: this.#range.live ? null : now });
     if (this.#page === null) return;
     const until = this.#range.live ? now : Math.min(scale.to, now), end = Date.parse(this.#page.to) - 1;
     const hrefOf = (id) => this.router.href("models", id);
     drawRows(byId("timeline-rows"), this.#lanes, scale, { hrefOf, down: this.#down.map(([from, to]) => [from, to >= end ? until : to]), until, end, selected: this.pointer.selected });
     this.#drawCursor(scale);
-    this.#say();
+    this.#drawTexts();
   }
 
-  #inside(time, scale) {
+  #ifShown(time, scale) {
     return time !== null && time >= scale.from && time <= scale.to ? time : null;
   }
 
   #drawCursor(scale) {
-    const line = byId("timeline-cursor"), at = this.#inside(this.#at, scale);
+    const line = byId("timeline-cursor"), at = this.#ifShown(this.#at, scale);
     show(line, at !== null);
     if (at === null) return;
     line.style.left = `${byId("timeline-axis").parentElement.offsetLeft + scale.x(at)}px`;
     line.style.height = `${byId("timeline-rows").offsetHeight}px`;
   }
 
-  #say() {
+  #drawTexts() {
     const page = this.#page, shown = page.lanes.length, before = (this.#cursors.length - 1) * PAGE;
     const find = byId("timeline-find").value.trim();
     setText(byId("timeline-count"), page.models ? count(page.models, "model") : "");
     showText(byId("timeline-none"), shown ? "" : find ? "No model of this range matches." : "No model was asked for in this range. Its lane begins with its first load.");
-    const archived = page.oldest > 1 && page.known_from !== null && Date.parse(page.known_from) > this.#shown().from;
+    const archived = page.oldest > 1 && page.known_from !== null && Date.parse(page.known_from) > this.#bounds().from;
     showText(byId("timeline-archived"), [archived ? `Earlier events are archived: the timeline knows from ${moment(page.known_from)} on.` : "",
       page.marks_from !== null ? `There are too many failures to mark all: marks begin at ${moment(page.marks_from)}.` : ""].filter(Boolean).join(" "));
     show(byId("timeline-pages"), this.#cursors.length > 1 || page.next_cursor !== null);

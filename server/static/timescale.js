@@ -5,7 +5,7 @@ import { local } from "./format.js";
 export const SECOND = 1000, MINUTE = 60 * SECOND, HOUR = 60 * MINUTE, DAY = 24 * HOUR, YEAR = 365 * DAY;
 export const LEAST = MINUTE, MOST = YEAR; // lengths of a range
 
-export const bounded = (span) => Math.min(MOST, Math.max(LEAST, span));
+export const clampSpan = (span) => Math.min(MOST, Math.max(LEAST, span));
 
 // Maps milliseconds to pixels and back.
 export class Scale {

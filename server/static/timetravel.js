@@ -23,24 +23,24 @@ export class TimeTravel {
   constructor(api, store, router, shown) {
     Object.assign(this, { api, store, router, shown });
     const slider = byId("past-slider"), position = byId("past-position"), time = byId("past-time");
-    slider.addEventListener("input", () => this.#soon(Number(slider.value)));
-    position.addEventListener("change", () => position.value !== "" && this.#soon(Number(position.value)));
+    slider.addEventListener("input", () => this.#schedule(Number(slider.value)));
+    position.addEventListener("change", () => position.value !== "" && this.#schedule(Number(position.value)));
     time.addEventListener("change", () => time.value && this.visit(new Date(time.value).toISOString()));
-    byId("past-back").addEventListener("click", () => this.#soon(this.#here - 1));
-    byId("past-on").addEventListener("click", () => this.#soon(this.#here + 1));
-    byId("past-now").addEventListener("click", () => this.#soon(null));
+    byId("past-back").addEventListener("click", () => this.#schedule(this.#position - 1));
+    byId("past-on").addEventListener("click", () => this.#schedule(this.#position + 1));
+    byId("past-now").addEventListener("click", () => this.#schedule(null));
     show(byId("past"), true);
-    router.watch((address) => this.#read(address));
-    store.watch(() => this.#follow());
+    router.watch((address) => this.#readAddress(address));
+    store.watch(() => this.#onStoreChange());
   }
 
-  get #here() {
+  get #position() {
     return this.#moment ?? this.store.head;
   }
 
   // Shows a moment, a position or a time as text, and stays there; null is now.
   visit(at, { scrolls = false } = {}) {
-    if (at === null) this.#soon(null);
+    if (at === null) this.#schedule(null);
     else this.#show(at, { stays: true });
     if (!scrolls) return;
     byId("past").scrollIntoView({ block: "start" });
@@ -48,7 +48,7 @@ export class TimeTravel {
   }
 
   // Shows what the address says; what this view has written there itself, it shows already.
-  #read({ view, id }) {
+  #readAddress({ view, id }) {
     const at = view === "at" ? id : null;
     if (at === this.#address) return;
     this.#address = at;
@@ -56,33 +56,33 @@ export class TimeTravel {
   }
 
   // Writes what is shown into the address: the moment, or that it is now.
-  #write(at) {
+  #writeAddress(at) {
     if (at === this.#address) return;
     this.#address = at;
     if (at !== null) this.router.replace("at", at);
     else if (this.router.now.view === "at") this.router.replace();
   }
 
-  #follow() {
+  #onStoreChange() {
     const slider = byId("past-slider"), head = this.store.head;
     const first = Math.max(0, this.store.oldest - 1);
     setAttribute(slider, "min", first);
     setAttribute(slider, "max", head);
     setAttribute(byId("past-position"), "max", head);
     if (this.#moment !== null || this.#busy || this.#due !== null || head === 0 || this.#shown === head) return;
-    this.#soon(null, this.#shown === null ? PAUSE_MS : CALM_MS);
+    this.#schedule(null, this.#shown === null ? PAUSE_MS : CALM_MS);
   }
 
-  #soon(position, pauseMs = PAUSE_MS) {
+  #schedule(position, pauseMs = PAUSE_MS) {
     const head = this.store.head;
     this.#moment = position === null || position >= head ? null : Math.max(0, Math.floor(position));
-    this.#mark(this.#here);
-    this.#shown = this.#here;
+    this.#drawPosition(this.#position);
+    this.#shown = this.#position;
     clearTimeout(this.#due);
-    this.#due = setTimeout(() => this.#show(String(this.#here)), pauseMs);
+    this.#due = setTimeout(() => this.#show(String(this.#position)), pauseMs);
   }
 
-  #mark(position) {
+  #drawPosition(position) {
     byId("past-slider").value = position;
     setAttribute(byId("past-slider"), "aria-valuetext", `position ${position} of ${this.store.head}`);
     if (document.activeElement !== byId("past-position")) byId("past-position").value = position;
@@ -102,9 +102,9 @@ export class TimeTravel {
       const event = await this.#eventAt(page.as_of, signal);
       if (stays) this.#moment = page.as_of;
       this.#shown = page.as_of;
-      this.#mark(page.as_of);
+      this.#drawPosition(page.as_of);
       this.#draw(page, event);
-      this.#write(this.#moment === null ? null : stays ? at : String(page.as_of));
+      this.#writeAddress(this.#moment === null ? null : stays ? at : String(page.as_of));
       const time = Date.parse(at) > 0 && !/^\d+$/.test(at) ? at : page.as_of_time; // a time may be long after the event
       this.shown(this.#moment === null || !time ? null : Date.parse(time));
       showText(byId("past-refusal"), "");

@@ -57,12 +57,12 @@ export function uploads(api, store, actions) {
       if (sending.signal.aborted) return false;
       if (error.code === "repository_read_only") {
         store.readOnly = true;
-        store.changed();
+        store.notify();
       }
       throw error;
     } finally {
       show(byId("upload-progress"), false);
-      setText(byId("upload-told"), "");
+      setText(byId("upload-status"), "");
     }
     about.node.close();
     actions.noticed(`Version ${number} of ${id} is added.`);
@@ -74,7 +74,7 @@ export function uploads(api, store, actions) {
   function draw(sent, total) {
     show(byId("upload-progress"), true);
     byId("upload-progress").value = total ? sent / total : 0;
-    setText(byId("upload-told"), sent < total ? `${bytes(sent)} of ${bytes(total)} sent` : "Sent. The server checks it.");
+    setText(byId("upload-status"), sent < total ? `${bytes(sent)} of ${bytes(total)} sent` : "Sent. The server checks it.");
   }
 
   function add({ modelId = "", dropped = [] } = {}) {
@@ -82,7 +82,7 @@ export function uploads(api, store, actions) {
     name.value = modelId;
     name.readOnly = modelId !== "";
     show(byId("upload-progress"), false);
-    setText(byId("upload-told"), "");
+    setText(byId("upload-status"), "");
     take(dropped);
     about.open();
   }

@@ -121,7 +121,7 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     await admin.choose("Predict")
     await expect(page.locator("#predict-answer")).to_contain_text('"data":[1.0]')
     await expect(page.locator("#predict-answer")).to_contain_text('"id":"binary"')
-    await expect(page.locator("#predict-told")).to_contain_text("by digits/1, the ModelLoaded at position")
+    await expect(page.locator("#predict-status")).to_contain_text("by digits/1, the ModelLoaded at position")
     await admin.choose("Close")
 
     await admin.press("digits", "Swap")
@@ -535,7 +535,7 @@ async def test_late_response_does_not_change_another_dialog(busy_admin: Console)
     async with page.expect_response("**/v2/models/ranker"):
         late.set()
     await expect(page.locator("#predict-title")).to_have_text("Predict with embedder")
-    await expect(page.locator("#predict-told")).to_have_text("")
+    await expect(page.locator("#predict-status")).to_have_text("")
 
 
 async def test_refusal_after_closing_the_dialog_is_a_notice(busy_admin: Console) -> None:

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[object, str]] = {
     "stream continues anew where its position was archived": (
         [["6", "7", "9"], "live", 2],
         """
-        const { Live } = await import("/console/live.js");
+        const { LiveUpdates } = await import("/console/liveupdates.js");
         const { Refusal } = await import("/console/api.js");
         const asked = [], store = new Store();
         const answers = [
@@ -32,8 +32,9 @@ CASES: dict[str, tuple[object, str]] = {
             body.enqueue(new TextEncoder().encode('{"stream": "live", "position": 9}\\n')) })),
         ];
         const api = { send: async (path) => answers[asked.push(path.split("=")[1]) - 1]() };
-        const refresher = { everything: async () => asked.length ? 9 : 6, status: async () => {}, soon() {} };
-        const live = new Live(api, store, refresher, { follows: true, onSignedOut() {} });
+        const fetchAll = async () => (asked.length ? 9 : 6);
+        const refresher = { fetchAll, fetchStatus: async () => {}, schedule() {} };
+        const live = new LiveUpdates(api, store, refresher, { follows: true, onSignedOut() {} });
         live.run();
         await new Promise((live) => store.watch(() => store.connection.mode === "live" && live()));
         live.stop();
@@ -43,13 +44,13 @@ CASES: dict[str, tuple[object, str]] = {
     "a long Retry-After waits at most a minute": (
         [1, 6],
         """
-        const { Live } = await import("/console/live.js");
+        const { LiveUpdates } = await import("/console/liveupdates.js");
         const { Refusal } = await import("/console/api.js");
         const refused = async () => { throw new Refusal(429, {}, 1e10); }; // no timer goes as far
         const store = new Store();
         let times = 0;
-        const refresher = { everything: () => (times += 1, refused()) };
-        const live = new Live({}, store, refresher, { follows: true, onSignedOut() {} });
+        const refresher = { fetchAll: () => (times += 1, refused()) };
+        const live = new LiveUpdates({}, store, refresher, { follows: true, onSignedOut() {} });
         live.run();
         await soon(200);
         live.stop();
@@ -197,7 +198,7 @@ CASES: dict[str, tuple[object, str]] = {
         time.dispatchEvent(new Event("change"));
         for (let look = 0; look < 8; look++) {
           store.advance(store.head + 1);
-          store.changed();
+          store.notify();
           await soon(250);
         }
         return when.textContent.startsWith("position 3");

@@ -1,5 +1,5 @@
-// Keeps what is shown alive: through the stream for who may follow the ledger, else by asking again and again.
-// Connects again by itself, for as long as the page is open.
+// Keeps the page current: follows the stream of events, or polls where the role or the server allows no stream, and
+// reconnects for as long as the page is open.
 
 import { Refusal, Unreachable, errorText } from "./api.js";
 import { STATUS_EVERY_MS } from "./refresher.js";
@@ -14,12 +14,12 @@ const MOST_MISSED = 2000; // events that are caught up with; after more, the led
 const ANEW = ["archived", "beyond_head"]; // what was heard last is no place to go on from any more
 const RELIST_EVERY = 15; // looks: new versions in the repository are no events
 
-export class Live {
+export class LiveUpdates {
   #attempt = new AbortController();
   #wake = () => {};
-  #looks = 0;
-  #cause = null; // why the present attempt was ended from outside
-  #heard = null; // the last position of the stream
+  #polls = 0;
+  #endReason = null; // why the present attempt was ended from outside
+  #lastPosition = null; // the last position of the stream
 
   constructor(api, store, refresher, { follows, onSignedOut }) {
     this.api = api;
@@ -29,12 +29,12 @@ export class Live {
     this.onSignedOut = onSignedOut;
     this.end = new AbortController();
     refresher.failed = (error) => this.#failed(error);
-    addEventListener("online", () => this.now());
-    document.addEventListener("visibilitychange", () => document.hidden || this.now());
+    addEventListener("online", () => this.retryNow());
+    document.addEventListener("visibilitychange", () => document.hidden || this.retryNow());
   }
 
   // Waits no longer for the next attempt.
-  now() {
+  retryNow() {
     this.#wake();
   }
 
@@ -48,12 +48,12 @@ export class Live {
     while (!this.end.signal.aborted) {
       const began = Date.now();
       this.#attempt = new AbortController();
-      this.#cause = null;
+      this.#endReason = null;
       try {
-        await this.#once(this.#attempt.signal);
+        await this.#connectOnce(this.#attempt.signal);
       } catch (error) {
-        const why = this.#cause ?? error;
-        if (this.end.signal.aborted || this.#isOver(why)) return;
+        const why = this.#endReason ?? error;
+        if (this.end.signal.aborted || this.#isSignedOut(why)) return;
         if (Date.now() - began > LONGEST_PAUSE_MS) pause = FIRST_PAUSE_MS; // it had worked meanwhile
         const wait = Math.max(pause, Math.min(LONGEST_ASKED_MS, (why.retryAfterS ?? 0) * 1000));
         this.store.connect("lost", errorText(why), Date.now() + wait);
@@ -64,26 +64,26 @@ export class Live {
   }
 
   // Shows everything, then what changes, until something goes wrong.
-  async #once(signal) {
-    const position = await this.refresher.everything(signal);
-    const looking = this.#lookAgainAndAgain(signal);
+  async #connectOnce(signal) {
+    const position = await this.refresher.fetchAll(signal);
+    const looking = this.#pollStatus(signal);
     try {
-      await Promise.race([this.#stay(position, signal), looking]);
+      await Promise.race([this.#followOrPoll(position, signal), looking]);
     } finally {
       this.#attempt.abort();
       await looking.catch(() => {});
     }
   }
 
-  async #stay(position, signal) {
-    if (this.follows) await this.#follow(this.#from(position), signal);
+  async #followOrPoll(position, signal) {
+    if (this.follows) await this.#follow(this.#resumePosition(position), signal);
     await this.#poll(signal);
   }
 
   // Where the stream goes on: after what was heard last, unless that is too long ago, or of another ledger.
-  #from(position) {
-    const missed = position - (this.#heard ?? -Infinity);
-    if (missed >= 0 && missed <= MOST_MISSED) return this.#heard;
+  #resumePosition(position) {
+    const missed = position - (this.#lastPosition ?? -Infinity);
+    if (missed >= 0 && missed <= MOST_MISSED) return this.#lastPosition;
     this.store.head = position;
     this.store.epoch += 1;
     return position;
@@ -91,9 +91,9 @@ export class Live {
 
   async #follow(position, signal) {
     try {
-      for await (const line of linesAfter(this.api, position, signal)) this.#hear(line);
+      for await (const line of linesAfter(this.api, position, signal)) this.#onLine(line);
     } catch (error) {
-      if (ANEW.includes(error.code)) this.#heard = null;
+      if (ANEW.includes(error.code)) this.#lastPosition = null;
       if (!(error instanceof Refusal) || !["forbidden", "too_many_streams"].includes(error.code)) throw error;
       if (error.code === "forbidden") this.follows = false; // the token said more than the server grants
       return this.store.connect("polled", errorText(error));
@@ -101,19 +101,19 @@ export class Live {
     throw new Unreachable(this.farewell ?? "the server ended the stream");
   }
 
-  #hear(line) {
+  #onLine(line) {
     const said = JSON.parse(line);
-    if (said.position !== undefined) this.#heard = said.position;
+    if (said.position !== undefined) this.#lastPosition = said.position;
     if (said.stream === undefined) {
       this.store.onEvent(said);
-      this.refresher.soon(said.model_id);
+      this.refresher.schedule(said.model_id);
     } else if (said.stream === "live") {
       this.farewell = null;
       this.store.advance(said.position);
       this.store.connect("live");
     } else if (said.stream === "stage") {
       this.store.stages.set(said.job_id, { stage: said.stage, waiting_for: said.waiting_for });
-      this.refresher.soon(null);
+      this.refresher.schedule(null);
     } else if (said.stream === "end") {
       this.farewell = said.reason;
     }
@@ -124,27 +124,27 @@ export class Live {
     while (Date.now() < until) {
       this.store.connect("polled", this.store.connection.mode === "polled" ? this.store.connection.why : "");
       await this.#sleep(POLL_MS, signal);
-      await this.refresher.models(signal);
-      await this.refresher.jobs(signal);
+      await this.refresher.fetchModels(signal);
+      await this.refresher.fetchJobs(signal);
     }
   }
 
-  async #lookAgainAndAgain(signal) {
+  async #pollStatus(signal) {
     for (;;) {
       await this.#sleep(STATUS_EVERY_MS, signal);
-      await this.refresher.status(signal);
-      if (++this.#looks % RELIST_EVERY === 0) await this.refresher.models(signal);
+      await this.refresher.fetchStatus(signal);
+      if (++this.#polls % RELIST_EVERY === 0) await this.refresher.fetchModels(signal);
     }
   }
 
   // What a look in the background met counts as much as what the stream does.
   #failed(error) {
     if (!(error instanceof Unreachable) && error.status !== 401) return;
-    this.#cause ??= error;
+    this.#endReason ??= error;
     this.#attempt.abort();
   }
 
-  #isOver(error) {
+  #isSignedOut(error) {
     if (!(error instanceof Refusal) || error.status !== 401) return false;
     this.stop();
     this.onSignedOut(`The server no longer accepts this token: ${error.message}.`);
