@@ -111,6 +111,30 @@ def shorten(name: str) -> str:
     return plain_text(name, _SHOWN_BYTES)
 
 
+class ReceivedBody(msgspec.Struct, frozen=True, gc=False):
+    """The body of an inference request, decompressed.
+
+    Attributes:
+        content: all of it, or with a region the JSON alone.
+        header_bytes: the length of its JSON, as the request's header gives it.
+        json_bytes: the length of its JSON.
+        region: the memory of a worker in which its tensors lie; the JSON, which decides, does not.
+    """
+
+    content: Buffer
+    header_bytes: int | None
+    json_bytes: int
+    region: Region | None = None
+
+    @property
+    def json(self) -> memoryview:
+        return memoryview(self.content)[: self.json_bytes]
+
+    def join(self) -> bytes:
+        """Return all of it, as another node gets it."""
+        return bytes(self.content) if self.region is None else b"".join((self.content, self.region.buffer))
+
+
 def header_length(fields: Sequence[str] | str | None) -> int | None:
     """Return the length of the body's JSON; None if all of the body is JSON, 0 if all of it is a raw tensor.
 

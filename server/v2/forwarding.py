@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import wraps
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -40,7 +40,7 @@ from server.http.connection import read_body_into
 from server.http.responses import DirectResponse
 from server.http.validation import path_parameters
 from server.observability.output import REQUEST_ID, begin_context
-from server.v2.codec import HEADER_LENGTH
+from server.v2.codec import HEADER_LENGTH, ReceivedBody
 
 NODE_ADDRESS = "Loadledger-Node-Address"
 """The address of the node that has answered a forwarded request: clients may go there themselves."""
@@ -81,15 +81,8 @@ _NOT_ADDED = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AG
 """Header fields that aiohttp would add."""
 
 
-class ReceivedBody(Protocol):
-    """A body that this node has received before it found that another one answers."""
-
-    def join(self) -> bytes:
-        """Return all of it, without its Content-Encoding."""
-
-
 RECEIVED_BODY: web.RequestKey[ReceivedBody] = web.RequestKey("received_body", ReceivedBody)
-"""Set when an inference did not find its model."""
+"""Set when an inference did not find its model: what this node received before another one has to answer."""
 
 
 class NodeUnreachable(ServerProblem):

@@ -7,11 +7,10 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-import msgspec
 from aiohttp import hdrs, web
 
 from runtime.process.pool import reading_bytes
-from runtime.process.sharedmemory import SHARED_FROM_BYTES, Region
+from runtime.process.sharedmemory import SHARED_FROM_BYTES
 from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES
 from runtime.router import InferenceRequest, ModelNotLoaded, ModelRoute, ModelUnloading, Router
 from runtime.statistics import InferenceTimes
@@ -30,6 +29,7 @@ from server.http.validation import path_parameters
 from server.routing import Access, Routes
 from server.v2.codec import (
     HEADER_LENGTH,
+    ReceivedBody,
     decode_raw,
     decode_request,
     encode_response,
@@ -134,7 +134,7 @@ async def infer(
         body = await _receive(request, app, share, model_id, version)
         began_s = loop.time()
         decoded = None
-        if body.json_bytes > SHORT_JSON_BYTES:
+        if body.json_bytes > SHORT_JSON_BYTES:  # it would block the event loop, so its subjects take turns
             async with app[BODIES].turn(subject):
                 read = None
                 if body.json_bytes > LONG_JSON_BYTES:
@@ -145,7 +145,7 @@ async def infer(
             decoded = decoded or _decode(router, model_id, version, body)
             timeout_s = _timeout_s(decoded, longest_s)
             route, (outcome, outputs) = await router.infer(model_id, version, decoded, timeout_s, times)
-        except (ModelNotLoaded, ModelUnloading):
+        except (ModelNotLoaded, ModelUnloading):  # load it within the inference's time, and try once more
             request[RECEIVED_BODY] = body  # for another node, if the model is there
             ends_at_s = began_s + (longest_s if decoded is None else _timeout_s(decoded, longest_s))
             missed_ns = time.monotonic_ns()
@@ -170,32 +170,9 @@ async def infer(
         raise
 
 
-class _Body(msgspec.Struct, frozen=True, gc=False):
-    """A received body, decompressed.
-
-    Attributes:
-        content: all of it, or with a region the JSON alone.
-        header_bytes: the length of its JSON, as the request's header gives it.
-        json_bytes: the length of its JSON.
-        region: the memory of a worker in which its tensors lie; the JSON, which decides, does not.
-    """
-
-    content: Buffer
-    header_bytes: int | None
-    json_bytes: int
-    region: Region | None = None
-
-    @property
-    def json(self) -> memoryview:
-        return memoryview(self.content)[: self.json_bytes]
-
-    def join(self) -> bytes:
-        return bytes(self.content) if self.region is None else b"".join((self.content, self.region.buffer))
-
-
 async def _receive(
     request: web.BaseRequest, app: web.Application, share: Share, model_id: str, version: int | None
-) -> _Body:
+) -> ReceivedBody:
     """Return the body.
 
     Raises:
@@ -211,7 +188,7 @@ async def _receive(
     else:
         content = await _read_decompressed(request, share)
     json_bytes = len(content) if header_bytes is None else min(header_bytes, len(content))
-    return _Body(content, header_bytes, json_bytes, region)
+    return ReceivedBody(content, header_bytes, json_bytes, region)
 
 
 def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int) -> int:
@@ -231,7 +208,7 @@ async def _read_decompressed(request: web.BaseRequest, share: Share) -> bytes:
     return body
 
 
-def _decode(router: Router, model_id: str, version: int | None, body: _Body) -> InferenceRequest:
+def _decode(router: Router, model_id: str, version: int | None, body: ReceivedBody) -> InferenceRequest:
     """Decode a body; the model's input says what a raw one is."""
     if body.header_bytes != 0:
         return decode_request(body.content, body.header_bytes, body.region)
