@@ -196,7 +196,8 @@ def add(
     """Put a version of a model into the server's repository.
 
     FILE is an ONNX file; files that it names for its weights go along. DIR is a folder with one model, or a
-    snapshot of Hugging Face with onnx/model.onnx. A version is never overwritten.
+    snapshot of Hugging Face with onnx/model.onnx. A version is never overwritten. The files are sent one by
+    one: after a failure, the same command sends those that are missing.
 
     --json prints the version with its files, or with --load the job.
     """

@@ -56,7 +56,7 @@ END_STAGES_EVERY_S = 600.0
 NOT_PLACED = "not_placed"
 """Reason of a removal that nobody asked for: something else took the place of an added version."""
 _ALL = "*"
-"""What work on the whole staging folder is known by; no version has such a name."""
+"""What work on the whole staging folder is known by; no model has such a name."""
 
 
 class UnknownStage(RuntimeProblem):
@@ -523,7 +523,7 @@ class Uploads:
     async def _run(
         self, entry: StagingEntry | None, step: Callable[[], T], limit_s: float = PIECE_LIMIT_S
     ) -> T:
-        """Return what a step returns that blocks; steps of a version, or of the whole folder, never overlap.
+        """Return what a step returns that blocks; steps of a model, or of the whole folder, never overlap.
 
         Raises:
             RepositoryBusy: `repository_busy`, it did not end in time; it goes on without effect.
@@ -536,5 +536,4 @@ class Uploads:
             except OSError as error:
                 raise unwritable(error) from None
 
-        key = _ALL if entry is None else f"{entry.model_id}/{entry.version}"
-        return await self._file_system.run(key, work, limit_s)
+        return await self._file_system.run(_ALL if entry is None else entry.model_id, work, limit_s)

@@ -41,8 +41,6 @@ VERSION, NOTE, RECORD = "version", "inode", "stage"
 """Of an entry: the version's files; before a removal, which folder it is that goes; and a stage's record."""
 PART = "part-"
 """How the name of a file of an entry begins that has not arrived completely."""
-ATTEMPTS = 3
-"""To place a version beside a removal of the model's last one, which may take the model's folder away."""
 KEY_DIGITS = 32
 """Of the hash of a node's key in a folder's name: no two nodes that share a repository have the same."""
 
@@ -237,7 +235,13 @@ class StagingEntry:
             OSError: the rename failed.
         """
         if (self.folder / VERSION).is_dir():
-            self._rename(self.folder / VERSION)
+            self._target.parent.mkdir(exist_ok=True)
+            try:
+                (self.folder / VERSION).rename(self._target)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                raise VersionExists(self.model_id, self.version) from None
         sync(self._target.parent)
         sync(self._root)
         self.discard()
@@ -300,21 +304,6 @@ class StagingEntry:
     def _make(self) -> None:
         self.staging.make_folder()
         self.folder.mkdir(mode=0o700)
-
-    def _rename(self, source: Path) -> None:
-        for attempt in range(ATTEMPTS):
-            self._target.parent.mkdir(exist_ok=True)
-            try:
-                source.rename(self._target)
-            except FileNotFoundError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-            except OSError as error:
-                if error.errno not in _TAKEN:
-                    raise
-                raise VersionExists(self.model_id, self.version) from None
-            else:
-                return
 
 
 class StageOrigin(msgspec.Struct, frozen=True):
