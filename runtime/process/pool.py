@@ -360,11 +360,10 @@ class PreforkedWorker:
         try:
             async with timeout(PING_LIMIT_S):
                 await worker.execute(Ping())
-        except (TimeoutError, WorkerDied):
+        except BaseException as error:
             worker.kill()
-            return None
-        except BaseException:
-            worker.kill()
+            if isinstance(error, TimeoutError | WorkerDied):
+                return None
             raise
         worker.worker_id = worker_id
         return worker
