@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -82,17 +81,24 @@ async def migrate_database(address: str, server_role: str | None, data: Path | N
     }
 
 
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    """Raise what a database refuses, or does not answer, as a problem of the ledger."""
+    try:
+        yield
+    except StorageError as error:
+        raise LogUnavailable(str(error)) from error
+
+
 @asynccontextmanager
 async def _owned(address: str) -> AsyncIterator[Connection]:
     """Connect for statements that copy or delete a whole ledger."""
-    try:
+    with _unavailable():
         connection = await connect(address, command_s=None, statement_timeout="0", lock_timeout="10s")
         try:
             yield connection
         finally:
             await close(connection)
-    except StorageError as error:
-        raise LogUnavailable(str(error)) from error
 
 
 async def _copy(connection: Connection, data: Path, shown: str) -> LogHead:
@@ -123,7 +129,7 @@ def _refuse_finding(finding: Finding | None, what: str) -> None:
         raise LedgerDamaged(f"{what} does not verify: position {finding.position}, {finding.problem}")
 
 
-def archive_database(address: str, data: Path, before: str, target: Path, sign: Sign) -> ArchiveResult:
+async def archive_database(address: str, data: Path, before: str, target: Path, sign: Sign) -> ArchiveResult:
     """Move the events before a position or time out of a database to `target`; servers may be running.
 
     A copy of the whole ledger, beside `target` while this runs, is archived as a file is; then one
@@ -141,14 +147,15 @@ def archive_database(address: str, data: Path, before: str, target: Path, sign: 
         LedgerProblem: as `archive` does, or the database cannot be used, or contradicts the replica.
         OSError: the file cannot be written.
     """
-    asyncio.run(_check_owner(address))
-    with open_draft(target) as replica:
-        base = asyncio.run(_make_replica(address, replica))
+    await _check_owner(address)
+    with open_draft(target) as replica, _unavailable():
+        base = (await make_replica(address, replica)).base
         _refuse_other_history(data / LEDGER, replica)
         done = archive(replica, before, target, sign, datetime.now(UTC))
         with open_read_only(replica) as copied:
             stored = read_stored_base(copied)
-    asyncio.run(_move_base(address, base, stored))
+    async with _owned(address) as connection:
+        await move_base(connection, base, stored)
     return done
 
 
@@ -158,19 +165,7 @@ async def _check_owner(address: str) -> None:
         await check_owner(connection)
 
 
-async def _make_replica(address: str, path: Path) -> LogBase:
-    try:
-        return (await make_replica(address, path)).base
-    except StorageError as error:
-        raise LogUnavailable(str(error)) from error
-
-
-async def _move_base(address: str, before: LogBase, stored: StoredBase) -> None:
-    async with _owned(address) as connection:
-        await move_base(connection, before, stored)
-
-
-def discard_unreadable(address: str, file: Path) -> EventsDiscarded:
+async def discard_unreadable(address: str, file: Path) -> EventsDiscarded:
     """Remove the end of a ledger in a database, from the first event on that this release cannot read.
 
     Args:
@@ -190,16 +185,13 @@ def discard_unreadable(address: str, file: Path) -> EventsDiscarded:
             target.flush()
             os.fsync(target.fileno())
 
-    async def discard(first: int) -> EventsDiscarded:
-        async with _owned(address) as connection:
-            return await discard_end(connection, first, local_actor(os.geteuid()), keep)
-
-    asyncio.run(_check_owner(address))
-    with open_draft(file) as replica:
+    await _check_owner(address)
+    with open_draft(file) as replica, _unavailable():
         try:
-            asyncio.run(_make_replica(address, replica))
+            await make_replica(address, replica)
         except UnreadableEvent as unreadable:
-            return asyncio.run(discard(unreadable.position))
+            async with _owned(address) as connection:
+                return await discard_end(connection, unreadable.position, local_actor(os.geteuid()), keep)
     raise LogUnavailable("this release can read all events of the ledger: there is nothing to discard")
 
 
@@ -236,11 +228,9 @@ async def verify_address(
         LedgerProblem: it cannot be read, or is no ledger.
         OSError: an archive cannot be read.
     """
-    try:
+    with _unavailable():
         async with open_database_reader(address) as reader:
             found = await _verify(reader, expected)
-    except StorageError as error:
-        raise LogUnavailable(str(error)) from error
     if found.finding is not None:
         return found
     if archives:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,14 +96,10 @@ def verify(
         raise click.BadParameter(str(error), param_hint="--expect") from None
     with report_problems():
         if address is not None:
-            require_driver()
-            import asyncio  # noqa: PLC0415 - as above
-
-            from loadledger.cli.database import verify_address  # noqa: PLC0415 - needs the driver
             from server.auth.keys import expected_key  # noqa: PLC0415
 
             wanted = None if key is None else expected_key(key)
-            found = asyncio.run(verify_address(address, expected, archives, wanted))
+            found = _in_database(lambda it: it.verify_address(address, expected, archives, wanted))
             checked = VerifyResult(found, (), wanted)
         else:
             ledger = None if data is None else _ledger_in(data)
@@ -320,10 +316,7 @@ def archive(data: Path, before: str, address: str | None, file: Path, *, as_json
             if address is None:
                 done = _archive_file(data, before, file, sign)
             else:
-                require_driver()
-                from loadledger.cli.database import archive_database  # noqa: PLC0415 - needs the driver
-
-                done = archive_database(address, data, before, file, sign)
+                done = _in_database(lambda it: it.archive_database(address, data, before, file, sign))
     first, last, sha256 = done.first_position, done.last_position, done.sha256.hex()
     print_result(
         {"first_position": first, "last_position": last, "jobs": done.jobs, "sha256": sha256},
@@ -417,13 +410,8 @@ def migrate(address: str, server_role: str | None, data: Path | None, *, as_json
     release that changes the schema, and to let a role in. With --data, the ledger of a stopped server is
     verified, copied into the empty database with its positions and hashes, and verified there.
     """
-    require_driver()
-    import asyncio  # noqa: PLC0415 - as above
-
-    from loadledger.cli.database import migrate_database  # noqa: PLC0415 - needs the driver
-
     with report_problems():
-        done = asyncio.run(migrate_database(address, server_role, data))
+        done = _in_database(lambda it: it.migrate_database(address, server_role, data))
     lines = [f"schema: {done['migrations']} migrations applied"]
     if server_role is not None:
         lines.append(f"role {server_role}: may read and append")
@@ -444,14 +432,21 @@ def discard(address: str, file: Path, *, as_json: bool) -> None:
     password. All events from that one on, which no node has, go to FILE, and `EventsDiscarded` takes their
     place.
     """
-    require_driver()
-    from loadledger.cli.database import discard_unreadable  # noqa: PLC0415 - as above
-
     with report_problems():
-        done = discard_unreadable(address, file)
+        done = _in_database(lambda it: it.discard_unreadable(address, file))
     members = {"first_position": done.first_position, "last_position": done.last_position, "hash": done.hash}
     line = f"discarded: positions {done.first_position} to {done.last_position}, kept in {file}"
     print_result(members, [line], as_json=as_json)
+
+
+def _in_database(call: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+    """Run what a function returns, given the module for ledgers in PostgreSQL, which needs the driver."""
+    require_driver()
+    import asyncio  # noqa: PLC0415 - as above
+
+    from loadledger.cli import database  # noqa: PLC0415
+
+    return asyncio.run(call(database))
 
 
 def require_driver() -> None:
