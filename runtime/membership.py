@@ -226,6 +226,7 @@ class Membership:
         except StorageError as error:
             raise LogUnavailable(str(error)) from error
         await self._check_work(limit_s)
+        # Jobs are not charged for the time in which no node was present.
         there = any(not lease.ended and not lease.is_late for lease in leases)
         command = replace(
             self._command,
@@ -235,10 +236,12 @@ class Membership:
             sign=None if self._open_signer is None else self._open_signer(),
         )
         self._set_epoch(self.node_id, None, self._lease_s)
-        began_s = boottime()
+        began_s = (
+            boottime()
+        )  # before the append, so this node counts as late here before it does in the database
         receipt = await submit(command)
         node = self._log.state.nodes[self.node_id]
-        if node.position != receipt.position:
+        if node.position != receipt.position:  # another server of this name joined after this one
             raise self._name_in_use()
         self._set_epoch(self.node_id, node.epoch, self._lease_s)
         self._renewed_s, self._confirmed_s, self.epoch = began_s, began_s, node.epoch

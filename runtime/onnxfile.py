@@ -224,10 +224,6 @@ def describe_tensor(name: str, kind: str, shape: Iterable[object]) -> TensorSpec
 def read_signature(data: FileBytes, size: int) -> ModelSignature:
     """Read the inputs and outputs that an ONNX file declares; nothing of it is run or validated.
 
-    Args:
-        data: the bytes of the file.
-        size: how many there are.
-
     Raises:
         Unparsable: it is no ONNX file, or has no graph.
         TooManyFields: it has more to read than any model.

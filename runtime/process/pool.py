@@ -358,7 +358,7 @@ class PreforkedWorker:
         except (ForkServerUnavailable, OSError):
             return None
         try:
-            async with timeout(PING_LIMIT_S):
+            async with timeout(PING_LIMIT_S):  # it may have been stopped, or be about to die
                 await worker.execute(Ping())
         except BaseException as error:
             worker.kill()

@@ -240,7 +240,7 @@ class Worker:
         if len(inputs) + len(outputs) > self._most_names:
             raise InvalidInput("the request names more inputs and outputs than the model has")
         if region is not None and region.memory is not self.tensor_memory.requests:
-            region = None
+            region = None  # another worker was chosen since the body arrived: its inputs take the socket
         number = next(self._ids)
         room = self.tensor_memory.hold(number, region)
         try:

@@ -336,11 +336,12 @@ class _PendingLoad:
         missing, shortage_text = self._shortage_after_exits(replaced_bytes), self._describe_shortage()
         if missing.is_none:
             return Waiting(f"{shortage_text}; it is being released", reserves_room=True)
-        elsewhere = place_elsewhere(view, job)
+        elsewhere = place_elsewhere(view, job)  # which costs no model its place
         if elsewhere is not None:
             return elsewhere
         if self._may_evict and (chosen := self._eviction.choose(missing.bytes, missing.models)):
             return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
+        # A reload after the server's start evicts nothing, so it would wait for ever.
         if job.cause is Cause.RESTART and not view.will_free_more and view.policy.node_id is None:
             code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
             reason = f"not reloaded after the server's start: it needs {shortage_text}"

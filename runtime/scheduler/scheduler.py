@@ -69,6 +69,7 @@ def decide(
     view = SchedulerView(state, running, policy, now, observations or Observations())
     if view.is_over:
         return Decision()
+    # First outcomes, and what ends processes: nothing of it needs memory.
     for concern in (
         _force_unloads,
         _cancel_jobs,
@@ -82,6 +83,7 @@ def decide(
     eviction = Eviction(view)
     admission = admit(view, eviction)
     waiting_for = _waiting_for(view, admission)
+    # Late loads fail first, so that nothing is evicted for them; reloads come before new loads.
     late = next(_fail_late_loads(view, waiting_for), None)
     reloads, moves = _find_reloads(view), _find_moves(view)
     action = (
@@ -93,6 +95,7 @@ def decide(
     )
     if action is not None:
         return Decision(action)
+    # No pending job can proceed now: automatic unloads, then a preparation.
     automatic = find_automatic_unload(view, eviction)
     if automatic.action is not None:
         return automatic

@@ -47,10 +47,6 @@ def are_named(path: Path) -> bool:
 def register(path: Path, chosen: ort.SessionOptions) -> bool:
     """Register the operators for the session of a model that names them.
 
-    Args:
-        path: the ONNX file.
-        chosen: the session's options.
-
     Returns:
         Whether the model names them and the library is not installed.
     """

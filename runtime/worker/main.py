@@ -151,19 +151,23 @@ class _Worker:
             else:
                 self._cancellation.wait(request.number)
                 self._queue.add(request)
-        elif isinstance(message, Load) and self._executor is None:
-            self._load(message, tensors)
-        elif isinstance(message, Prepare) and self._executor is None:
-            self._prepare(message)
-        elif isinstance(message, ReadJson) and self._executor is None:
-            self._read_json(message, tensors[0])
-        elif isinstance(message, Ping) and self._executor is None:
-            self._send(Pong())
-        elif isinstance(message, Probe) and self._executor is None:
-            self._send(probe(message))
-            os._exit(0)
-        else:
+            return
+        if self._executor is not None:  # an order is given once
             os._exit(EX_PROTOCOL)
+        match message:
+            case Load():
+                self._load(message, tensors)
+            case Prepare():
+                self._prepare(message)
+            case ReadJson():
+                self._read_json(message, tensors[0])
+            case Ping():
+                self._send(Pong())
+            case Probe():
+                self._send(probe(message))
+                os._exit(0)
+            case Infer():  # without a model
+                os._exit(EX_PROTOCOL)
 
     def _refuse(self, message: Message) -> None:
         """Refuse a request whose tensors there is no memory for."""
