@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from support.running import Engine, error_of, running
 from support.workers import LIMIT_S, until
 
 from events.jobs import Footprint, JobStatus
-from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
+from events.types import LoadedFile, LoadParameters, ModelLoaded
 from runtime import estimates
 from runtime.estimates import (
     BYTES_PER_MODEL_BYTE,
@@ -30,7 +30,7 @@ from runtime.estimates import (
     estimate_memory,
 )
 from runtime.process.pool import WorkerPool
-from runtime.repository import Repository, SizedFile
+from runtime.repository import Repository
 from runtime.scheduler.view import Policy
 
 
@@ -290,28 +290,6 @@ async def test_files_that_grew_after_their_estimate_are_estimated_anew(
         assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
         assert story == ["LoadRequested", "LoadStarted", "LoadStarted", "ModelLoaded"]
         assert engine.live("m").reserved_bytes > 100_000_000
-
-
-async def test_files_that_change_with_each_attempt_fail_the_load(
-    tmp_path: Path, shared_pool: WorkerPool
-) -> None:
-    folder = models.save(models.table(1), tmp_path / "models", "m")
-    policy = Policy(loads_at_once=0, budget_bytes=10**9)
-    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
-        job_id = await estimated(engine)
-        estimates = engine.consumer._executor.estimates
-        look = estimates._form_of
-
-        def grow(files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
-            with (folder / "weights.bin").open("ab") as file:
-                file.write(b"more")
-            return look(files, footprints)
-
-        estimates._form_of = grow
-        (folder / "weights.bin").touch()
-        open_slots(engine)
-        assert error_of(await engine.ended(job_id)).code == "model_changed"
-        assert [fact.attempt for fact in await engine.facts(LoadStarted)] == 4 * [1]
 
 
 async def test_reservation_is_the_last_peak_after_a_restart_too(

@@ -78,15 +78,6 @@ def test_requests_of_one_batch_are_one_execution() -> None:
     assert seen["batch_stats"] == [{"batch_size": 5, **compute}]
 
 
-def test_failure_counts_as_failure_only() -> None:
-    statistics = Statistics()
-    statistics.count_failure(7)
-    seen = protocol(statistics)
-    assert seen["inference_stats"].pop("fail") == {"count": 1, "ns": 7}
-    assert {counts["count"] for counts in seen["inference_stats"].values()} == {0}
-    assert (seen["inference_count"], seen["last_inference"]) == (0, 0)
-
-
 def test_time_of_request_is_divided_by_who_had_it() -> None:
     statistics = Statistics()
     times = InferenceTimes(arrived_ns=1_000, waited_ns=500, asked_ns=1_700, answered_ns=1_900)

@@ -16,7 +16,7 @@ from support.http import bearer, route, small_app, small_config
 
 from server.appkeys import CONFIG
 from server.config import Config
-from server.errors import DETAIL_CHARACTERS, ERRORS, ServerProblem
+from server.errors import DETAIL_CHARACTERS, ERRORS
 from server.http.validation import read_plain_body
 
 Client = TestClient[web.Request, web.Application]
@@ -140,11 +140,6 @@ async def test_errors_under_v2_are_plain_json(client: Client, answer_of: AnswerO
     assert "GET,HEAD" in (await answer.json())["detail"]
 
 
-async def test_redirect_is_not_an_error(client: Client) -> None:
-    answer = await client.get("/moved", allow_redirects=False)
-    assert (answer.status, answer.headers["Location"]) == (303, "/elsewhere")
-
-
 async def test_error_amid_a_stream_closes_the_connection(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,7 +189,3 @@ async def test_expect_100_continue_is_answered_others_ignored(client: Client) ->
     for expectation in ("100-continue", "tea"):
         answer, _ = await _raw(client, "GET /me", f"Expect: {expectation}")
         assert answer.startswith(b"HTTP/1.1 200 OK")
-
-
-def test_problem_without_detail_uses_its_docstring() -> None:
-    assert str(ServerProblem()) == "The request could not be served."

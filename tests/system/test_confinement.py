@@ -7,7 +7,6 @@ import pytest
 from playwright.async_api import expect
 from support import models
 from support.browser import Console, chromium, needs_browser
-from support.clients import run_command
 from support.models import save
 from support.servers import MODULE, events, refused_start, serving
 
@@ -73,12 +72,3 @@ async def test_open_confinement_is_recorded_and_shown(config: Config) -> None:
             await expect(line).to_contain_text("could read this user's files, write this user's files")
     loaded = [event.data for event in await events(config) if isinstance(event.data, ModelLoaded)]
     assert [each.confinement for each in loaded] == [OPEN]
-
-
-def test_check_says_what_confines_workers(config: Config) -> None:
-    arguments = ("check", "--port=0", "--quick", f"--repository={config.repository}")
-    assert "workers are confined by Landlock" in run_command(*arguments).stdout
-    result = run_command(*arguments, "--confine=off")
-    assert "note: --confine: workers are not confined: a model that takes over its worker" in result.stdout
-    assert "(not_confined)" in result.stdout
-    assert result.exit_code == 0

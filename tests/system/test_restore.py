@@ -6,12 +6,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support import models
 from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question, settled
 from support.http import when
+from support.models import save, save_bytes
 from support.servers import Server, events, serving, verified
 
 from events.sqlite.datalock import LEDGER
-from events.types import ModelLoaded
+from events.types import Cause, ModelLoaded, UnloadRequested
 from server.config import Config
 
 KILLED = "killed"
@@ -94,3 +96,26 @@ async def test_restart_with_smaller_budget_reloads_most_recently_used(
         assert set(await agreed(server)) == {"m03", "m02"}
         assert await server.stop() == 0
     verified(config)
+
+
+@pytest.mark.parametrize("how", of_both(short=[KILLED], long=[STOPPED, KILLED]))
+async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fleet: Fleet, how: str) -> None:
+    save_bytes(models.slow_model(depth=2000).SerializeToString(), config.repository, "slow")  # takes minutes
+    async with serving(config) as server:
+        for model_id in fleet.ids[:2]:
+            await server.api.load(model_id)
+        job = await server.api.accepted_load("slow")
+        await server.api.job_when(job["id"], stage="loading")
+        await end(server, how)
+    save(models.add(1), config.repository, "slow")
+    async with serving(config, "--restore=none") as server:
+        ended = await settled(server)
+        assert (ended[job["id"]]["status"], ended[job["id"]]["attempt"]) == ("completed", 2)
+        assert set(await agreed(server)) == {"slow"}
+        for model_id in fleet.ids[:2]:
+            assert (await server.api.model(model_id))["state"] == "unloaded"
+        assert await server.stop() == 0
+    verified(config)
+    asked = [event for event in await events(config) if isinstance(event.data, UnloadRequested)]
+    assert [event.model_id for event in asked] == fleet.ids[:2]
+    assert {(event.data.cause, event.actor) for event in asked} == {(Cause.RESTART, "system")}  # type: ignore[union-attr]

@@ -6,7 +6,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
@@ -25,8 +25,6 @@ from support.models import FLOAT, save, save_bytes
 from yarl import URL
 
 from events.types import ModelLoaded
-
-Start = Callable[..., Awaitable[LocalApi]]
 
 LENGTH = "Inference-Header-Content-Length"
 MIB = 2**20
@@ -376,18 +374,3 @@ async def test_statistics_count_each_phase_of_a_load_s_inferences(shared: LocalA
     assert (fresh["version"], fresh["inference_count"]) == ("4", 0)
     shared.worker("counted").kill()
     await when(lambda: stats(shared), lambda seen: "counted" in [each["name"] for each in seen])
-
-
-async def test_statistics_list_loaded_models_by_name(shared: LocalApi) -> None:
-    for name in ("stats", "a"):
-        await load(shared, name, models.add())
-    names = [each["name"] for each in await stats(shared)]
-    assert names == sorted(names)
-    assert {"a", "stats"} <= set(names)
-    await shared.unload("a")
-    assert "a" not in [each["name"] for each in await stats(shared)]
-    # The one model whose metadata without a version cannot be read: its name is the route's.
-    assert (await shared.get("/v2/models/stats/versions/1")).json["name"] == "stats"
-    assert (await shared.infer("stats", ONE)).status == 200
-    [own] = await stats(shared, "/v2/models/stats/stats")
-    assert own["inference_count"] == 1
