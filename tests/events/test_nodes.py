@@ -1,5 +1,6 @@
 """Nodes: their fold, what their ends do to models and jobs, and which node works on what."""
 
+import dataclasses
 import json
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,7 @@ from events.commands import (
     JoinNode,
     LeaveNode,
     LoseNode,
+    NodeCommand,
     NodeCurrent,
     NodeUnchanged,
     Record,
@@ -368,70 +370,56 @@ def facts(decision: Decision) -> list[object]:
     return [draft.data for draft in decision.drafts]
 
 
+def node_joined(epoch: int, *, unclean: bool = True, since: str | None = None) -> NodeJoined:
+    return NodeJoined("a", epoch, "http://a", ("zone=eu",), 5, "1.2", "key", unclean, at(3), since)
+
+
+JOIN = JoinNode("a", "http://a", ("zone=eu",), 5, "1.2", "key", last_seen_at=at(3))
+
+
 @pytest.mark.parametrize(
-    ("steps", "epoch", "unclean"),
+    ("steps", "command", "expected"),
     [
-        ((), 1, False),
-        (("join",), 2, True),
-        (("join", "leave"), 2, False),
-        (("join", "lose"), 2, True),
-        (("join", "drain", "leave", "join"), 3, True),
+        # A join begins the next epoch, after that of the state and of the lease.
+        ("", JOIN, [node_joined(1, unclean=False)]),
+        ("join", JOIN, [node_joined(2)]),
+        ("join leave", JOIN, [node_joined(2, unclean=False)]),
+        ("join lose", JOIN, [node_joined(2)]),
+        ("join drain leave join", JOIN, [node_joined(3)]),
+        ("join join", dataclasses.replace(JOIN, last_epoch=2), [node_joined(3)]),
+        ("join join", dataclasses.replace(JOIN, last_epoch=7), [node_joined(8)]),
+        (
+            "join join",
+            dataclasses.replace(JOIN, no_node_since=at(0)),
+            [node_joined(3, since=at(2))],
+        ),  # that of the last event
+        # The present epoch ends once.
+        ("join join", LeaveNode("a", 2), [NodeLeft("a", 2)]),
+        ("join join", LoseNode("a", 2, at(1)), [NodeLost("a", 2, at(1))]),
+        ("join join", LeaveNode("a", 1), "outdated"),
+        ("join join", LoseNode("a", 1, at(1)), "outdated"),
+        ("join", LoseNode("b", 1, at(1)), "outdated"),
+        ("join leave", LoseNode("a", 1, at(1)), "outdated"),
+        # A present node is drained once.
+        ("join", DrainNode("a", "alice"), [NodeDraining("a", 1)]),
+        ("join drain", DrainNode("a", "alice"), Existing(None)),
+        ("", DrainNode("a", "alice"), "unknown_node"),
+        ("join leave", DrainNode("a", "alice"), "node_ended"),
+        ("join lose", DrainNode("a", "alice"), "node_ended"),
     ],
 )
-def test_join_begins_the_next_epoch(steps: tuple[str, ...], epoch: int, *, unclean: bool) -> None:
+def test_command_about_node_is_decided(steps: str, command: NodeCommand, expected: object) -> None:
     history = History()
-    for step in steps:
+    for step in steps.split():
         getattr(history, step)("a")
-    command = JoinNode("a", "http://a", ("zone=eu",), 5, "1.2", "key", last_seen_at=at(3))
-    joined = NodeJoined("a", epoch, "http://a", ("zone=eu",), 5, "1.2", "key", unclean, at(3))
-    assert facts(decide(history.state, command)) == [joined]
-
-
-@pytest.mark.parametrize(("last_epoch", "epoch"), [(0, 3), (2, 3), (7, 8)])
-def test_epoch_follows_that_of_the_state_and_of_the_lease(last_epoch: int, epoch: int) -> None:
-    (joined,) = facts(decide(cluster("a", "a").state, JoinNode("a", "http://a", last_epoch=last_epoch)))
-    assert isinstance(joined, NodeJoined)
-    assert joined.epoch == epoch
-
-
-def test_no_node_since_is_not_before_the_last_event() -> None:
-    state = cluster("a", "b").state
-    (joined,) = facts(decide(state, JoinNode("a", "http://a", no_node_since=at(0))))
-    assert isinstance(joined, NodeJoined)
-    assert joined.no_node_since == at(2)
-
-
-def test_end_of_present_epoch_is_recorded_once() -> None:
-    history = cluster("a", "a")
-    assert facts(decide(history.state, LeaveNode("a", 2))) == [NodeLeft("a", 2)]
-    assert facts(decide(history.state, LoseNode("a", 2, at(1)))) == [NodeLost("a", 2, at(1))]
-    for command in (LeaveNode("a", 1), LoseNode("a", 1, at(1)), LoseNode("b", 1, at(1))):
-        refused = decide(history.state, command)
-        assert isinstance(refused, Refused)
-        assert refused.code == "outdated"
-    history.leave("a")
-    assert isinstance(decide(history.state, LoseNode("a", 2, at(1))), Refused)
-
-
-@pytest.mark.parametrize(
-    ("steps", "code"),
-    [((), "unknown_node"), (("join", "leave"), "node_ended"), (("join", "lose"), "node_ended")],
-)
-def test_drain_of_absent_node_is_refused(steps: tuple[str, ...], code: str) -> None:
-    history = History()
-    for step in steps:
-        getattr(history, step)("a")
-    refused = decide(history.state, DrainNode("a", "alice"))
-    assert isinstance(refused, Refused)
-    assert refused.code == code
-
-
-def test_drain_is_recorded_once_with_its_actor() -> None:
-    history = cluster("a")
-    decision = decide(history.state, DrainNode("a", "alice"))
-    assert decision == Accepted((Draft("n1", NodeDraining("a", 1), "alice"),))
-    history.drain("a")
-    assert decide(history.state, DrainNode("a", "alice")) == Existing(None)
+    match decide(history.state, command):
+        case Accepted(drafts, None):
+            assert [draft.data for draft in drafts] == expected
+            assert {draft.actor for draft in drafts} == {getattr(command, "actor", SYSTEM)}
+        case Refused(code):
+            assert code == expected
+        case other:
+            assert other == expected
 
 
 def test_facts_of_ended_epoch_are_refused() -> None:
