@@ -26,7 +26,6 @@ from events.clock import format_timestamp
 from events.codec import decode_event
 from events.commands import JobUnchanged, Receipt, Record, RequestLoad
 from events.errors import (
-    ForeignDatabase,
     FutureSchema,
     LedgerProblem,
     LogUnavailable,
@@ -345,7 +344,6 @@ def refused(path: Path, problem: type[LedgerProblem]) -> str:
     ("statement", "problem", "words"),
     [
         ("PRAGMA user_version = 99", FutureSchema, "schema 99"),
-        ("PRAGMA user_version = 99", FutureSchema, "use the release that wrote it"),
         ("UPDATE models SET body = '{}'", LogUnavailable, "missing required field"),
         ("UPDATE models SET body = 'no JSON'", LogUnavailable, "malformed"),
     ],
@@ -356,29 +354,6 @@ def test_changed_ledger_is_refused_untouched(
     path.write_bytes(three_events.read_bytes())
     change_ledger(path, statement, keeps_triggers=True)
     assert words in refused(path, problem)
-
-
-@pytest.mark.parametrize(
-    "statements",
-    [
-        ["CREATE TABLE notes (text)"],
-        ["CREATE TABLE events (position INTEGER PRIMARY KEY, body TEXT)"],
-        ["PRAGMA application_id = 7"],
-        ["CREATE TABLE events (position)", "PRAGMA application_id = 0x4C4C6467"],  # before format 1
-        ["PRAGMA user_version = 1"],
-        ["CREATE TABLE notes (text)", "PRAGMA user_version = 1", "PRAGMA application_id = 7"],
-    ],
-)
-def test_foreign_database_is_refused_untouched(path: Path, statements: list[str]) -> None:
-    change_ledger(path, *statements, "VACUUM", keeps_triggers=True)  # so that there is a file
-    refused(path, ForeignDatabase)
-
-
-def test_file_that_is_no_database_is_refused(path: Path) -> None:
-    path.write_bytes(b"this is no database, it is a sentence\n" * 100)
-    assert "not a database" in refused(path, LogUnavailable)
-    with pytest.raises(LogUnavailable, match=r"ledger\.db cannot be opened"):
-        asyncio.run(Log(path.parent / "nowhere" / "ledger.db").open())
 
 
 def test_empty_file_becomes_ledger(path: Path) -> None:

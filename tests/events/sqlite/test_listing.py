@@ -16,7 +16,7 @@ from support.history import MODEL, PLAIN, facts, load_requested, opened, write
 from support.ledgers import body_of, change_ledger
 
 from events.commands import Record
-from events.errors import Archived, ForeignDatabase, FutureSchema, LogUnavailable
+from events.errors import Archived, LogUnavailable
 from events.jobs import JobStatus
 from events.log import Log
 from events.sqlite import listing
@@ -282,28 +282,3 @@ async def test_reader_sees_each_commit_and_writes_nothing(tmp_path: Path) -> Non
             await reader.event_page(EventQuery(after=11))
         with pytest.raises(LogUnavailable, match="readonly"):
             await reader._thread.run(lambda connection: connection.execute("DELETE FROM jobs"))
-
-
-@pytest.mark.parametrize(
-    ("content", "error", "words"),
-    [
-        (None, LogUnavailable, r"ledger\.db cannot be opened"),
-        (b"this is no database, it is a sentence\n" * 100, LogUnavailable, "not a database"),
-        ("PRAGMA user_version = 99; PRAGMA application_id = 0x4C4C4631", FutureSchema, "schema 99"),
-        ("PRAGMA application_id = 7", ForeignDatabase, "not a ledger"),
-        ("PRAGMA application_id = 0x4C4C6467", ForeignDatabase, "version of loadledger before 0.1.0"),
-        ("CREATE TABLE notes (text)", ForeignDatabase, "not a ledger"),
-    ],
-)
-async def test_file_that_is_no_ledger_is_refused(
-    path: Path, content: bytes | str | None, error: type[Exception], words: str
-) -> None:
-    if isinstance(content, bytes):
-        path.write_bytes(content)  # noqa: ASYNC240
-    elif content is not None:
-        with closing(sqlite3.connect(path)) as connection:
-            connection.executescript(content)
-    with pytest.raises(error, match=words):
-        async with open_reader(path):
-            pass
-    assert path.exists() == (content is not None)  # noqa: ASYNC240

@@ -1,14 +1,19 @@
-"""The schema: every one that a release made is known and migrated, and any other change is named."""
+"""The schema: every one that a release made is known and migrated, any other change is named or refused."""
 
+import asyncio
 import sqlite3
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.history import opened
 from support.ledgers import change_ledger, copy_of, sound_ledger
 
 from events.audit.audit import audit
-from events.audit.verify import FindingKind
+from events.audit.verify import FindingKind, verify
+from events.errors import ForeignDatabase, FutureSchema, LogUnavailable
+from events.sqlite.listing import open_reader
 from events.sqlite.schema import APPLICATION_ID, connect, schema_difference
 from migrations import read_migrations
 
@@ -92,3 +97,56 @@ def test_changed_schema_is_named(statement: str, problem: str | None) -> None:
     with copy_of(LEDGER) as path:
         change_ledger(path, statement, keeps_triggers=True)
         assert difference(path) == problem
+
+
+# Files that are no ledger, to the writer, to readers and to `verify`.
+
+
+async def read(path: Path) -> None:
+    async with open_reader(path):
+        pass
+
+
+async def verify_file(path: Path) -> None:
+    await asyncio.to_thread(verify, path)
+
+
+async def write(path: Path) -> None:
+    async with opened(path):
+        pass
+
+
+@pytest.mark.parametrize("use", [write, read, verify_file])
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        ("this is no database, it is a sentence\n" * 100, LogUnavailable, "not a database"),
+        ("PRAGMA user_version = 99; PRAGMA application_id = 0x4C4C4631", FutureSchema, "use the release"),
+        ("CREATE TABLE events (position INTEGER PRIMARY KEY, body TEXT)", ForeignDatabase, "not a ledger"),
+        ("PRAGMA application_id = 7", ForeignDatabase, "not a ledger"),
+        ("PRAGMA user_version = 1", ForeignDatabase, "not a ledger"),
+        ("CREATE TABLE events (x); PRAGMA application_id = 0x4C4C6467", ForeignDatabase, "before 0.1.0"),
+    ],
+)
+async def test_file_that_is_no_ledger_is_refused_untouched(
+    tmp_path: Path, use: Callable[[Path], Awaitable[None]], content: str, error: type[Exception], words: str
+) -> None:
+    path = tmp_path / "ledger.db"
+    if content.startswith("this"):
+        path.write_text(content)
+    else:
+        change_ledger(path, *content.split(";"), "VACUUM", keeps_triggers=True)  # so that there is a file
+    before = path.read_bytes()
+    with pytest.raises(error, match=words):
+        await use(path)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["ledger.db"]  # noqa: ASYNC240
+
+
+@pytest.mark.parametrize("use", [write, read, verify_file])
+async def test_missing_file_or_folder_is_unavailable(
+    tmp_path: Path, use: Callable[[Path], Awaitable[None]]
+) -> None:
+    with pytest.raises(LogUnavailable, match=r"ledger\.db cannot be (opened|read)"):
+        await use(tmp_path / ("nowhere/ledger.db" if use is write else "ledger.db"))
+    assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
