@@ -7,7 +7,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from events.jobs import Failure, Footprint, Job
@@ -18,6 +17,7 @@ from runtime.errors import RepositoryUnreadable, RuntimeProblem
 from runtime.filesystem import LOAD_LIMIT_S
 from runtime.onnxfile import find_model_file
 from runtime.repository import Repository, SizedFile
+from runtime.scheduler.view import FileSizes, MemoryEstimate
 
 _log = logging.getLogger(__name__)
 
@@ -35,18 +35,6 @@ ESTIMATE_WAIT_S = 0.5
 
 FormOf = Callable[[Sequence[SizedFile], Iterable[Footprint]], str | None]
 """Finds the prepared form of these files, if there is one; may read files."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryEstimate:
-    """Bytes that all workers of a load take at most; whether they rest on file sizes only.
-
-    `is_proven` says whether these files loaded before.
-    """
-
-    bytes: int
-    is_estimate: bool
-    is_proven: bool
 
 
 def estimate_memory(
@@ -80,8 +68,8 @@ def estimate_memory(
     is_limited = limit is not None and limit + WORKER_BYTES <= one
     if limit is not None and is_limited:
         one = limit + WORKER_BYTES
-    is_estimate = not known and not is_limited
-    return MemoryEstimate(one * parameters.instances, is_estimate, is_proven=bool(same))
+    is_guess = not known and not is_limited
+    return MemoryEstimate(one * parameters.instances, is_guess, bool(same), form, file_sizes(files))
 
 
 def _estimate_from_sizes(files: Iterable[SizedFile]) -> int:
@@ -95,10 +83,6 @@ def is_same_files(seen: Iterable[LoadedFile], files: Iterable[SizedFile]) -> boo
     return sorted((file.path, file.bytes, file.mtime_ns) for file in seen) == sorted(
         (file.path, file.bytes, file.mtime_ns) for file in files
     )
-
-
-FileSizes = frozenset[tuple[str, int]]
-"""Path and bytes of each file of a version: what an estimate is for."""
 
 
 def file_sizes(files: Iterable[SizedFile]) -> FileSizes:
@@ -115,14 +99,10 @@ class MemoryEstimates:
         threads: how many threads a worker computes with, unless its load says otherwise.
 
     Attributes:
-        known: bytes by job id; None while the files are being read.
+        known: by job id; None while the files are being read, and why they cannot be.
         in_progress: jobs whose files have been read for less than `ESTIMATE_WAIT_S`.
-        from_file_sizes: jobs of whose files only the sizes are known.
-        proven: jobs whose files loaded before.
-        with_form: jobs whose estimate is for a prepared form.
         bare: jobs whose form failed, so that they load without one.
         outdated: how often jobs were estimated for other files than they then found.
-        failures: why the files of a job cannot be looked at, so that what it needs stays unknown.
         tasks: the estimates under way.
     """
 
@@ -138,19 +118,14 @@ class MemoryEstimates:
         self._form_of = form_of
         self._wake = wake
         self._threads = threads
-        self._sizes: dict[str, FileSizes] = {}
-        self.known: dict[str, int | None] = {}
+        self.known: dict[str, MemoryEstimate | Failure | None] = {}
         self.in_progress: set[str] = set()
-        self.from_file_sizes: set[str] = set()
-        self.proven: set[str] = set()
-        self.with_form: set[str] = set()
         self.bare: set[str] = set()
         self.outdated = Counter[str]()
-        self.failures: dict[str, Failure] = {}
         self.tasks: set[asyncio.Task[None]] = set()
 
     def start_estimate(self, job: Job, model: Model | None) -> None:
-        """Begin to estimate a load; `known` or `failures` has the result when this wakes the consumer."""
+        """Begin to estimate a load; `known` has the result when this wakes the consumer."""
         self.known[job.id] = None
         self.in_progress.add(job.id)
         patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, job.id)
@@ -159,43 +134,37 @@ class MemoryEstimates:
         task.add_done_callback(self.tasks.discard)
         task.add_done_callback(lambda _: patience.cancel())
 
-    def sizes(self, job_id: str) -> FileSizes | None:
-        return self._sizes.get(job_id)
+    def find(self, job_id: str) -> MemoryEstimate | None:
+        """Return the estimate of a job; None while it is not known."""
+        estimate = self.known.get(job_id)
+        return estimate if isinstance(estimate, MemoryEstimate) else None
 
     def forget_ended(self, state: State) -> None:
         kept = self.known.keys() | self.bare | self.outdated.keys()
         for job_id in [job_id for job_id in kept if state.unended_job(job_id) is None]:
-            self._forget(job_id)
+            self.known.pop(job_id, None)
             self.bare.discard(job_id)
             self.outdated.pop(job_id, None)
 
     def restart_bare(self, job_id: str) -> None:
-        self._forget(job_id)
+        self.known.pop(job_id, None)
         self.bare.add(job_id)
 
     def restart_outdated(self, job_id: str) -> None:
         """Have a load estimated anew that found other files; the last time it fails."""
-        self._forget(job_id)
+        self.known.pop(job_id, None)
         self.outdated[job_id] += 1
         if self.outdated[job_id] > MAX_OUTDATED:
-            self.known[job_id] = None
-            self.failures[job_id] = Failure("model_changed", CHANGING)
+            self.known[job_id] = Failure("model_changed", CHANGING)
 
     def may_use_form(self, job_id: str) -> bool:
         """Whether a load may use a form: its reservation is for one, or without a budget there is none."""
-        return job_id not in self.bare and (job_id in self.with_form or job_id not in self.known)
+        estimate = self.find(job_id)
+        return job_id not in self.bare and (estimate is None or estimate.form is not None)
 
     def is_restarted(self, job_id: str) -> bool:
         """Whether a load was estimated anew, so that its next start is in the same attempt."""
         return job_id in self.bare or job_id in self.outdated
-
-    def _forget(self, job_id: str) -> None:
-        self.known.pop(job_id, None)
-        self.from_file_sizes.discard(job_id)
-        self.proven.discard(job_id)
-        self.with_form.discard(job_id)
-        self.failures.pop(job_id, None)
-        self._sizes.pop(job_id, None)
 
     async def _estimate_job(self, job: Job, model: Model | None) -> None:
         version, parameters = job.load_order
@@ -205,21 +174,14 @@ class MemoryEstimates:
             find_files = partial(self._find_files, job, expected, footprints)
             files, form = await self._repository.file_system.run(job.model_id, find_files, LOAD_LIMIT_S)
             threads = parameters.threads or self._threads
-            need = estimate_memory(files, version, parameters, footprints, form, threads=threads)
+            found: MemoryEstimate | Failure = estimate_memory(
+                files, version, parameters, footprints, form, threads=threads
+            )
         except Exception as error:  # noqa: BLE001 - whatever it is, this load alone has no estimate
-            if job.id in self.known:
-                self.failures[job.id] = describe_failure(error)
-        else:
-            if job.id in self.known:
-                self.known[job.id], self._sizes[job.id] = need.bytes, file_sizes(files)
-                if form is not None:
-                    self.with_form.add(job.id)
-                if need.is_estimate:
-                    self.from_file_sizes.add(job.id)
-                if need.is_proven:
-                    self.proven.add(job.id)
-        finally:
-            self._stop_waiting(job.id)
+            found = describe_failure(error)
+        if job.id in self.known:
+            self.known[job.id] = found
+        self._stop_waiting(job.id)
 
     def _find_files(
         self, job: Job, expected: Sequence[LoadedFile] | None, footprints: Iterable[Footprint]

@@ -161,12 +161,13 @@ class Consumer:
 
     def waits(self) -> list[JobWait]:
         """Return the waiting jobs, oldest first, as of the last decision."""
-        waiting, estimates = self._decision.waiting_for, self._executor.estimates.known
-        return [
-            JobWait(job.id, job.model_id, estimates.get(job.id), waiting[job.id])
-            for job in self._log.state.unended()
-            if job.id in waiting
-        ]
+        found = list[JobWait]()
+        for job in self._log.state.unended():
+            if (waiting_for := self.waiting_for(job)) is not None:
+                estimate = self._executor.estimates.find(job.id)
+                needs_bytes = None if estimate is None else estimate.bytes
+                found.append(JobWait(job.id, job.model_id, needs_bytes, waiting_for))
+        return found
 
     async def _step(self) -> None:
         self._wakeup.clear()
@@ -212,10 +213,7 @@ class Consumer:
             fork_server_up=self._pool.healthy,
             under_pressure=bool(may_yield) and self._under_pressure(),
             estimates=estimates.known,
-            estimate_failures=estimates.failures,
             estimating=estimates.in_progress,
-            from_file_sizes=estimates.from_file_sizes,
-            proven=estimates.proven,
             unchanged=self._executor.files.unchanged,
             pending_demand=self._demand.models,
             last_used=self._log.last_used,

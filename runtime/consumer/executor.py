@@ -200,14 +200,15 @@ class Executor:
         )
         load.is_reload = job.cause in RELOADS
         load.progress_timeout_s = parameters.progress_timeout_s or self._progress_timeout_s
-        load.reserved_bytes = self.estimates.known.get(job.id) or 0
-        load.estimated_sizes = self.estimates.sizes(job.id)
+        estimate = self.estimates.find(job.id)
+        if estimate is not None:
+            load.reserved_bytes, load.estimated_sizes = estimate.bytes, estimate.files
         load.allowance = partial(self._allowance, load)
         load.budget_bytes = self._budget_bytes()
         model = self._log.state.models.get(job.model_id)
         expected = find_expected(job, model)
         find_form = self.preparer.find_form if self.estimates.may_use_form(job.id) else None
-        load.needs_form = job.id in self.estimates.with_form
+        load.needs_form = estimate is not None and estimate.form is not None
         repository = self._contents.repository
         ordered = start_task(
             build_order(load, self._pool, repository, find_form, expected), "obtaining a model"

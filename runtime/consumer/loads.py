@@ -24,7 +24,7 @@ from runtime.cache.trial import CHANGED, has_outside_cause
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.loadfiles import LoadFiles
 from runtime.errors import ForkServerUnavailable, LoadRefused, NoProgress, RuntimeProblem, WorkerDied
-from runtime.estimates import FileSizes, file_sizes
+from runtime.estimates import file_sizes
 from runtime.filesystem import LOAD_LIMIT_S, RepositoryBusy
 from runtime.memory import thread_bytes
 from runtime.modeldefaults import NO_WARM_UP, WarmUp, read_reload_warm_up, read_warm_up
@@ -33,7 +33,7 @@ from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
 from runtime.repository import Repository, SizedFile
 from runtime.scheduler.admission import format_megabytes
-from runtime.scheduler.view import LoadView, Phase
+from runtime.scheduler.view import FileSizes, LoadView, Phase
 from runtime.statistics import Statistics
 from runtime.timeouts import MEASURE_LIMIT_S, PROGRESS_TIMEOUT_S, STOP_GRACE_S, TimeoutExpired, timeout
 from runtime.wire import Load, Loaded, Tensor

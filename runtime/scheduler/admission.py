@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from events.clock import add_seconds
-from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Job, JobKind
+from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Failure, Job, JobKind
 from events.models import RELOADS
 from events.types import Cause
 from runtime.scheduler import actions
@@ -180,7 +180,13 @@ class _PendingLoad:
 
     @property
     def _estimate(self) -> int:
-        return self._view.observations.estimates.get(self.job.id) or 0
+        estimate = self._view.find_estimate(self.job)
+        return 0 if estimate is None else estimate.bytes
+
+    @property
+    def _is_guess(self) -> bool:
+        estimate = self._view.find_estimate(self.job)
+        return estimate is not None and estimate.is_guess
 
     @property
     def _may_evict(self) -> bool:
@@ -249,15 +255,14 @@ class _PendingLoad:
 
     def _refuse_or_estimate(self) -> Action | Waiting | None:
         """Refuse a load that can never run; estimate its memory if it is unknown."""
-        job, observations = self.job, self._view.observations
-        estimates = observations.estimates
+        job, estimates = self.job, self._view.observations.estimates
         if job.server_deaths >= MAX_SERVER_DEATHS:
             reason = f"the server died {job.server_deaths} times while this load was in progress"
             return actions.FailLoad(job, CRASH_LOOP, reason)
-        failure = observations.estimate_failures.get(job.id)
-        if failure is not None:
-            return actions.FailLoad(job, failure.code, failure.message)
-        if self._view.policy.budget_bytes is not None and estimates.get(job.id) is None:
+        estimate = estimates.get(job.id)
+        if isinstance(estimate, Failure):
+            return actions.FailLoad(job, estimate.code, estimate.message)
+        if self._view.policy.budget_bytes is not None and estimate is None:
             is_begun = job.id in estimates
             return Waiting("the estimate of its memory") if is_begun else actions.EstimateMemory(job)
         misfit = self._explain_misfit()
@@ -271,8 +276,7 @@ class _PendingLoad:
         beside_bytes = replaced.memory_bytes if replaced is not None and self._strategy == "beside" else 0
         if budget is None or self._estimate + beside_bytes <= budget:
             return None
-        is_guess = self.job.id in self._view.observations.from_file_sizes
-        limit = "; set memory_limit_bytes if it takes less" if is_guess else ""
+        limit = "; set memory_limit_bytes if it takes less" if self._is_guess else ""
         needs, in_all = f"it needs {self._estimate_text} of memory", f"{format_megabytes(budget)} in all"
         if self._estimate > budget:
             return f"{needs}, and the budget is {in_all}{limit}"
@@ -372,8 +376,7 @@ class _PendingLoad:
     @property
     def _estimate_text(self) -> str:
         """The estimate, and whether it rests on file sizes only."""
-        is_guess = self.job.id in self._view.observations.from_file_sizes
-        return f"{format_megabytes(self._estimate)}{' (estimated from its files)' if is_guess else ''}"
+        return f"{format_megabytes(self._estimate)}{' (estimated from its files)' if self._is_guess else ''}"
 
     def _advise(self) -> str:
         if not self._view.policy.evicts:

@@ -185,9 +185,9 @@ def _measure(view: SchedulerView, node: Node, loads: list[Job], servings: dict[s
 
 def estimate_need(view: SchedulerView, job: Job) -> int | None:
     """Return the memory that a load needs, as far as it is known: from its files, or from earlier loads."""
-    estimate = view.observations.estimates.get(job.id)
+    estimate = view.find_estimate(job)
     if estimate is not None:
-        return estimate
+        return estimate.bytes
     version, parameters = job.load_order
     model = view.state.models.get(job.model_id)
     return _estimate_from_footprints(model, version, parameters.instances)

@@ -127,6 +127,29 @@ class NodeHints:
     prepared: frozenset[str] = frozenset()
 
 
+FileSizes = frozenset[tuple[str, int]]
+"""Path and bytes of each file of a version."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """The memory that a load will need.
+
+    Attributes:
+        bytes: that all its workers take at most.
+        is_guess: whether that rests on file sizes, not on an earlier load.
+        is_proven: whether these files loaded before.
+        form: the prepared form that it is for, if any.
+        files: the files that it is for.
+    """
+
+    bytes: int
+    is_guess: bool = False
+    is_proven: bool = False
+    form: str | None = None
+    files: FileSizes = frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class Observations:
     """What was measured outside the log.
@@ -134,17 +157,15 @@ class Observations:
     Attributes:
         fork_server_up: whether workers can be started.
         under_pressure: whether the machine is under memory or CPU pressure.
-        estimates: bytes that a pending load will need, by job id; None while it is being estimated.
+        estimates: of pending loads, by job id; None while their files are being read, and why they cannot be.
+            Without a budget there are none.
         estimating: jobs whose estimate began just now, so that later loads still wait for it.
-        from_file_sizes: jobs whose estimate rests on file sizes, not on an earlier load.
-        proven: jobs whose files loaded before; known with the estimate, so that without a budget none is.
         unchanged: whether the files of a pending load are those that its model was loaded from, by job id;
             None while they are being read.
         pending_demand: models that inferences wait for.
         last_used: when models were last used before the server's start, as far as known.
         preparable: bytes that preparing the files of a load would take, by load job id, in their order.
         preparation: the running preparation; it takes memory until its processes have exited.
-        estimate_failures: why the files of a pending load cannot be looked at, by job id.
         clock: which converts recorded times to monotonic ones.
         nodes: hints of the nodes, by their ids.
         untrusted: nodes whose joins are not signed with a key that the nodes share: they do nothing.
@@ -152,16 +173,13 @@ class Observations:
 
     fork_server_up: bool = True
     under_pressure: bool = False
-    estimates: Mapping[str, int | None] = field(default_factory=dict)
+    estimates: Mapping[str, MemoryEstimate | Failure | None] = field(default_factory=dict)
     estimating: Collection[str] = ()
-    from_file_sizes: Collection[str] = ()
-    proven: Collection[str] = ()
     unchanged: Mapping[str, bool | None] = field(default_factory=dict)
     pending_demand: Collection[str] = ()
     last_used: Mapping[str, str] = field(default_factory=dict)
     preparable: Mapping[str, int] = field(default_factory=dict)
     preparation: PreparationView | None = None
-    estimate_failures: Mapping[str, Failure] = field(default_factory=dict)
     clock: LedgerClock = field(default_factory=LedgerClock)
     nodes: Mapping[str, NodeHints] = field(default_factory=dict)
     untrusted: frozenset[str] = frozenset()
@@ -293,7 +311,13 @@ class SchedulerView:
         model = self.state.models.get(job.model_id)
         if model is not None and model.error is not None and model.error.code == NO_PROGRESS:
             return False
-        return job.cause in RELOADS or job.id in self.observations.proven
+        estimate = self.find_estimate(job)
+        return job.cause in RELOADS or (estimate is not None and estimate.is_proven)
+
+    def find_estimate(self, job: Job) -> MemoryEstimate | None:
+        """Return the estimate of a pending load; None while it is not known."""
+        estimate = self.observations.estimates.get(job.id)
+        return estimate if isinstance(estimate, MemoryEstimate) else None
 
     @cached_property
     def proven_load_runs(self) -> bool:

@@ -18,20 +18,20 @@ from support.history import PLAIN, History
 from support.running import Engine, error_of, running
 from support.workers import LIMIT_S, until
 
-from events.jobs import Footprint, JobStatus
+from events.jobs import Failure, Footprint, JobStatus
 from events.types import LoadedFile, LoadParameters, ModelLoaded
 from runtime import estimates
 from runtime.estimates import (
     BYTES_PER_MODEL_BYTE,
     WORKER_BYTES,
-    MemoryEstimate,
     MemoryEstimates,
     describe_failure,
     estimate_memory,
+    file_sizes,
 )
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.scheduler.view import Policy
+from runtime.scheduler.view import MemoryEstimate, Policy
 
 
 def seen(path: str, size: int, mtime_ns: int) -> LoadedFile:
@@ -61,17 +61,19 @@ def need(
     threads: int = 1,
 ) -> MemoryEstimate:
     parameters = LoadParameters(memory_limit_bytes=limit, instances=instances)
-    return estimate_memory(files, 1, parameters, footprints, form, threads=threads)
+    found = estimate_memory(files, 1, parameters, footprints, form, threads=threads)
+    assert (found.form, found.files) == (form, file_sizes(files))
+    return replace(found, form=None, files=frozenset())
 
 
 def sizes(model_bytes: int, other_bytes: int, *, proven: bool = False) -> MemoryEstimate:
     """Return the estimate from sizes alone."""
     bytes_ = WORKER_BYTES + math.ceil(2.5 * model_bytes) + other_bytes
-    return MemoryEstimate(bytes_, is_estimate=True, is_proven=proven)
+    return MemoryEstimate(bytes_, is_guess=True, is_proven=proven)
 
 
 def known(peak: int, *, proven: bool = True) -> MemoryEstimate:
-    return MemoryEstimate(peak, is_estimate=False, is_proven=proven)
+    return MemoryEstimate(peak, is_guess=False, is_proven=proven)
 
 
 KNOWN, OTHER_VERSION = footprint(*BOTH), footprint(*BOTH, version=2, peak=5)
@@ -173,7 +175,9 @@ async def test_need_is_found_in_the_background(estimating: Estimating, tmp_path:
     assert (estimating.estimates.known, estimating.estimates.in_progress) == ({"j": None}, {"j"})
     await estimating.found()
     size = (tmp_path / "m" / "1" / "model.onnx").stat().st_size
-    assert estimating.estimates.known == {"j": WORKER_BYTES + math.ceil(BYTES_PER_MODEL_BYTE * size)}
+    found = estimating.estimates.find("j")
+    assert found is not None
+    assert found.bytes == WORKER_BYTES + math.ceil(BYTES_PER_MODEL_BYTE * size)
     assert estimating.estimates.in_progress == set()
 
 
@@ -200,8 +204,9 @@ async def test_need_of_files_that_cannot_be_looked_at_is_unknown(
     change(tmp_path / "m/1")
     estimating.ask()
     await estimating.found()
-    assert estimating.estimates.known == {"j": None}
-    assert estimating.estimates.failures["j"].code == code
+    failure = estimating.estimates.known["j"]
+    assert isinstance(failure, Failure)
+    assert failure.code == code
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,7 @@ async def test_hanging_look_delays_others_for_a_while_only(
     hangs.set()
     await hanging
     await estimating.found()
-    assert estimating.estimates.known["j"] is not None
+    assert estimating.estimates.find("j") is not None
 
 
 # From the ledger
@@ -262,7 +267,7 @@ async def reserved(engine: Engine, parameters: LoadParameters | None = None) -> 
 async def estimated(engine: Engine) -> str:
     """Request a load of `m` that is estimated and waits for a slot; returns the job."""
     job_id = await engine.ask_load("m")
-    await until(lambda: engine.consumer._executor.estimates.known.get(job_id) is not None)
+    await until(lambda: engine.consumer._executor.estimates.find(job_id) is not None)
     return job_id
 
 

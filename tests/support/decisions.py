@@ -17,7 +17,14 @@ from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import decide
-from runtime.scheduler.view import LoadView, Observations, Phase, Policy, PreparationView
+from runtime.scheduler.view import (
+    LoadView,
+    MemoryEstimate,
+    Observations,
+    Phase,
+    Policy,
+    PreparationView,
+)
 from support.history import MODEL, History, at, given
 
 OTHER = "other"
@@ -156,19 +163,30 @@ class Scene:
         used_at = None if used_s_ago is None else at(self.history.seconds - used_s_ago)
         self.run(load, model, memory_bytes=memory_bytes, busy=busy, last_used_at=used_at)
 
-    def request(self, model: str, needs: int | str | None = 0, *, version: int = 1, **given: Any) -> None:
+    def request(
+        self,
+        model: str,
+        needs: int | str | None = 0,
+        *,
+        version: int = 1,
+        proven: bool = False,
+        **given: Any,
+    ) -> None:
         """A load is requested that needs these bytes; None is being estimated, `unknown` is not yet."""
         self.history.ask_load(f"{model}{version}", of=model, version=version, **given)
         if not isinstance(needs, str):
-            self.estimate(f"{model}{version}", needs)
+            self.estimate(f"{model}{version}", needs, proven=proven)
 
-    def estimate(self, load: str, needs: int | None) -> None:
+    def estimate(self, load: str, needs: int | None, *, guess: bool = False, proven: bool = False) -> None:
         """The memory that a load will need becomes known, or is being found out."""
-        self.observations = replace(self.observations, estimates={**self.observations.estimates, load: needs})
+        self._estimate(load, None if needs is None else MemoryEstimate(needs, guess, proven))
 
     def fail_estimate(self, load: str, code: str) -> None:
         """The files of a load cannot be looked at."""
-        self.observe(estimate_failures={load: Failure(code, "it says why")})
+        self._estimate(load, Failure(code, "it says why"))
+
+    def _estimate(self, load: str, found: MemoryEstimate | Failure | None) -> None:
+        self.observe(estimates={**self.observations.estimates, load: found})
 
     def observe(self, **given: Any) -> None:
         self.observations = replace(self.observations, **given)
@@ -184,7 +202,9 @@ class Scene:
     def begin(self, model: str, *, version: int = 1) -> None:
         load = f"{model}{version}"
         self.history.start_load(load, of=model, version=version)
-        self.run(load, model, Phase.LOADING, memory_bytes=self.observations.estimates.get(load) or 0)
+        estimate = self.observations.estimates.get(load)
+        memory_bytes = estimate.bytes if isinstance(estimate, MemoryEstimate) else 0
+        self.run(load, model, Phase.LOADING, memory_bytes=memory_bytes)
 
     def start(self, model: str, needs: int = 0, *, version: int = 1, **given: Any) -> None:
         self.request(model, needs, version=version, **given)

@@ -45,6 +45,7 @@ from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.scheduler import decide, is_load_current
 from runtime.scheduler.view import (
     LoadView,
+    MemoryEstimate,
     NodeHints,
     Observations,
     Phase,
@@ -331,11 +332,14 @@ class World:
         }
 
     def decision(self, now: str | None = None) -> Next:
+        proven = self.proven()
         observations = Observations(
             self.fork_server_up,
             self.under_pressure,
-            self.estimates,
-            proven=self.proven(),
+            {
+                load: None if needs is None else MemoryEstimate(needs, is_proven=load in proven)
+                for load, needs in self.estimates.items()
+            },
             unchanged=self.unchanged,
             pending_demand=self.demanded,
             preparable=self.preparable,

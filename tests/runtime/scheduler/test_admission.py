@@ -88,13 +88,13 @@ start a 10; start b 10; request c 10 -> c1 waits for a free load slot; request d
   begin d; request e 10 cause=recovery -> e1 waits for a free load slot
 
 # A load slot is kept for files that loaded before; one that then made no progress is as good as unknown.
-start a 10; start b 10; request c 10; request d 10; observe proven=d1+ -> start d1;
-  begin d; request e 10; observe proven=d1+e1+ -> e1 waits for a free load slot; complete d 10 -> start e1
-set loads_at_once=1; start a 10; request d 10; observe proven=d1+ -> start d1
-start a 10; start b 10; request d 10; observe proven=a1+d1+ -> d1 waits for a free load slot
+start a 10; start b 10; request c 10; request d 10 proven=true -> start d1;
+  begin d; request e 10 proven=true -> e1 waits for a free load slot; complete d 10 -> start e1
+set loads_at_once=1; start a 10; request d 10 proven=true -> start d1
+start a 10 proven=true; start b 10; request d 10 proven=true -> d1 waits for a free load slot
 start a 10; start b 10; request d 10 cause=restart -> start d1;
   begin d; request e 10 cause=restart -> e1 waits for a free load slot
-start d 10; fail d no_progress; start a 10; start b 10; request d 10 version=2; observe proven=d2+
+start d 10; fail d no_progress; start a 10; start b 10; request d 10 version=2 proven=true
   -> d2 waits for a free load slot
 
 # An on-demand load without pending demand is cancelled unless it has begun.
@@ -168,7 +168,7 @@ def message(scene: Scene) -> str:
 def test_load_that_never_fits_reports_need_and_budget() -> None:
     scene = Scene("request a 2000000000", budget_bytes=1_500_000_000)
     assert message(scene) == "it needs 2,000 MB of memory, and the budget is 1,500 MB in all"
-    scene.observe(from_file_sizes={"a1"})
+    scene.estimate("a1", 2_000_000_000, guess=True)
     assert "(estimated from its files)" in message(scene)
     assert "memory_limit_bytes" in message(scene)
 

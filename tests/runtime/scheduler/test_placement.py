@@ -21,7 +21,7 @@ from runtime.scheduler.placement import (
     place,
 )
 from runtime.scheduler.scheduler import decide
-from runtime.scheduler.view import NodeHints, Observations, PlacementStrategy, Policy
+from runtime.scheduler.view import MemoryEstimate, NodeHints, Observations, PlacementStrategy, Policy
 
 F, P = frozenset({"f1", "f2"}), frozenset({"f1"})
 """Two files, and a prepared form of one."""
@@ -215,8 +215,9 @@ class Cluster:
     def decide(self, name: str, running: str = "", *, epoch: int | None = None, **policy: Any) -> Decision:
         given: dict[str, Any] = {"loads_at_once": 2, "budget_bytes": 100, **policy}
         own = Policy(**given, node_id=name, node_epoch=epoch)
+        estimates = self.estimates.items()
         seen = Observations(
-            estimates=self.estimates,
+            estimates={load: None if needs is None else MemoryEstimate(needs) for load, needs in estimates},
             estimating=self.estimating,
             nodes=self.hints,
         )
