@@ -84,13 +84,13 @@ from server.appkeys import (
 from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signer, public_pem
-from server.auth.ratelimit import RateLimits, add_quota_headers
+from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, open_tokens
 from server.cluster import ThisNode
 from server.config import MAX_BODY_BYTES, ON, Config, ConfigError, parse_budget, parse_prepared_size
 from server.errors import errors_middleware
 from server.http.bodies import MAX_BODIES_BYTES, Bodies
-from server.http.responses import prepare_standard_fields
+from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.observability import metrics
 from server.observability.metrics import SCRAPES, Scrapes
@@ -98,7 +98,6 @@ from server.observability.output import JobRequests
 from server.observability.requestlog import (
     HTTP_COUNTS,
     HttpCounts,
-    add_request_id,
     request_middleware,
 )
 from server.observability.timeseries import TimeSeries, record
@@ -160,9 +159,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
     app[RESOURCES_CACHE] = ResourcesCache()
     app[HTTP_COUNTS] = counts
     app[SCRAPES] = Scrapes()
-    app.on_response_prepare.extend(
-        [add_quota_headers, add_request_id, prepare_standard_fields, _relocate_for_proxy]
-    )
+    app.on_response_prepare.append(response_completer(gate.proxies))
     app.on_shutdown.append(_begin_stop)
     ledger = partial(_ledger, accepts_rollback=accepts_rollback)
     app.cleanup_ctx.extend(
@@ -188,10 +185,6 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
 def _openapi(metrics: str) -> str:
     """Return the OpenAPI document; the first call takes a quarter of a second."""
     return openapi_yaml(all_routes(metrics))
-
-
-async def _relocate_for_proxy(request: web.Request, response: web.StreamResponse) -> None:
-    request.app[GATE].proxies.relocate(request, response)
 
 
 async def _begin_stop(app: web.Application) -> None:

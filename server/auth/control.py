@@ -24,11 +24,12 @@ from aiohttp.typedefs import Handler
 from server.api import nodes, tokens
 from server.appkeys import CONFIG, LOG, THIS_NODE
 from server.auth.gate import PRINCIPAL, InvalidToken, Principal
+from server.auth.proxies import Proxies
 from server.auth.subjects import local_actor
 from server.auth.tokens import TOKENS
 from server.errors import errors_middleware
 from server.http.connection import ConnectionLimits, listening_on
-from server.http.responses import prepare_standard_fields
+from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.routing import Access, add_routes
 
@@ -71,7 +72,7 @@ def _create_control(app: web.Application) -> web.Application:
         middlewares=[errors_middleware, _local_middleware, validation_middleware],
         client_max_size=MAX_BODY_BYTES,
     )
-    control.on_response_prepare.append(prepare_standard_fields)
+    control.on_response_prepare.append(response_completer(Proxies()))
     offered = [*tokens.routes, *nodes.routes]
     add_routes(control, [route for route in offered if route.access is not Access.PUBLIC])
     control[CONFIG], control[LOG], control[TOKENS] = app[CONFIG], app[LOG], app[TOKENS]

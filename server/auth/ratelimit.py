@@ -156,13 +156,6 @@ def _quota(policy: str, windows: Windows, counted: int, left_s: float) -> Quota:
     return Quota(policy, windows.amount, windows.window_s, remaining, max(1, math.ceil(left_s)))
 
 
-async def add_quota_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Add the rest of the limit to a response; for `app.on_response_prepare`."""
-    quota = request.get(QUOTA)
-    if quota is not None:
-        response.headers.update(quota.headers())
-
-
 @lru_cache(maxsize=1024)
 def peer_of(address: str | None) -> str:
     """Return the key of an address; for IPv6 its /64 network, in which a host can choose its addresses."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 
@@ -21,9 +21,11 @@ from aiohttp.abc import AbstractStreamWriter
 
 from runtime.frames import join_short
 from runtime.wire import Buffer
+from server.auth.proxies import Proxies
+from server.auth.ratelimit import QUOTA
 from server.errors import ServerProblem, problem_of, problem_response
 from server.http.bodies import Share
-from server.observability.output import REQUEST_ID, valid_request_id
+from server.observability.output import CONTEXT, REQUEST_ID, valid_request_id
 
 STANDARD_FIELDS: Mapping[str, str] = {
     hdrs.SERVER: "loadledger",
@@ -45,9 +47,25 @@ def add_standard_fields(response: web.StreamResponse) -> None:
         response.headers[hdrs.CACHE_CONTROL] = caching
 
 
-async def prepare_standard_fields(_request: web.Request, response: web.StreamResponse) -> None:
-    """Add `STANDARD_FIELDS` to a response; for `app.on_response_prepare`."""
-    add_standard_fields(response)
+def response_completer(
+    proxies: Proxies,
+) -> Callable[[web.BaseRequest, web.StreamResponse], Awaitable[None]]:
+    """Return what completes the header fields of a response, for `app.on_response_prepare`.
+
+    It adds the rest of the subject's limit, the request's id and `STANDARD_FIELDS`, and adapts `Location` to
+    the prefix of a proxy.
+    """
+
+    async def complete(request: web.BaseRequest, response: web.StreamResponse) -> None:
+        quota, context = request.get(QUOTA), CONTEXT.get()
+        if quota is not None:
+            response.headers.update(quota.headers())
+        if context is not None:
+            response.headers[REQUEST_ID] = context.request_id
+        add_standard_fields(response)
+        proxies.relocate(request, response)
+
+    return complete
 
 
 class DirectResponse(web.StreamResponse):

@@ -21,7 +21,7 @@ from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import Windows
 from server.config import RateLimit
 from server.errors import CODE
-from server.observability.output import CONTEXT, REQUEST_ID, RequestContext, begin_context, make_extra
+from server.observability.output import RequestContext, begin_context, make_extra
 from server.routing import LimitClass, RequestHandler, Route, matched_route, wrap_handler
 
 _log = logging.getLogger(__name__)
@@ -112,13 +112,6 @@ def log_inferences(server: web.Server, app: web.Application) -> None:
 
 def match_inference(request: web.BaseRequest) -> re.Match[str] | None:
     return _INFER.fullmatch(request.raw_path) if request.method == hdrs.METH_POST else None
-
-
-async def add_request_id(_request: web.Request, response: web.StreamResponse) -> None:
-    """Add the request's id to its response; for `app.on_response_prepare`."""
-    context = CONTEXT.get()
-    if context is not None:
-        response.headers[REQUEST_ID] = context.request_id
 
 
 def path_without_query(request: web.BaseRequest) -> str:

@@ -12,10 +12,9 @@ from functools import partial
 from aiohttp import hdrs, web
 
 from server.appkeys import GATE
-from server.auth.ratelimit import QUOTA
 from server.errors import error_response
-from server.http.responses import DirectResponse, add_standard_fields
-from server.observability.output import REQUEST_ID, begin_context
+from server.http.responses import DirectResponse, response_completer
+from server.observability.output import begin_context
 from server.observability.requestlog import HTTP_COUNTS
 from server.routing import Access, LimitClass, RequestHandler, wrap_handler
 from server.v2.forwarding import FORWARDER, Forwarder, model_target
@@ -30,7 +29,7 @@ _PATH, _PATH_OF_VERSION = "/v2/models/{id}/infer", "/v2/models/{id}/versions/{ve
 
 def add_fast_path(server: web.Server, app: web.Application) -> None:
     gate, counts = app[GATE], app[HTTP_COUNTS]
-    forwarder = app.get(FORWARDER)
+    forwarder, complete = app.get(FORWARDER), response_completer(gate.proxies)
     answer_inference = infer if forwarder is None else partial(_infer_anywhere, forwarder)
 
     def wrap(router_path: RequestHandler) -> RequestHandler:
@@ -52,11 +51,8 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
             if isinstance(response, DirectResponse):
                 counts.requests["POST", path, "2xx"] += 1
                 return response
-            response.headers[REQUEST_ID] = begin_context(request).request_id
-            quota = request.get(QUOTA)
-            response.headers.update(quota.headers() if quota is not None else {})
-            add_standard_fields(response)
-            gate.proxies.relocate(request, response)
+            begin_context(request)
+            await complete(request, response)
             counts.count("POST", path, response)
             return response
 

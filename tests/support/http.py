@@ -26,10 +26,11 @@ from server.app import all_routes, create_app
 from server.appkeys import CONSUMER, LOG, READER
 from server.auth.gate import PRINCIPAL, Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, sign_token
-from server.auth.ratelimit import RateLimits, add_quota_headers
+from server.auth.proxies import Proxies
+from server.auth.ratelimit import RateLimits
 from server.config import Config
 from server.errors import errors_middleware
-from server.http.responses import prepare_standard_fields
+from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.openapi import openapi_document
 from server.routing import Access, LimitClass, Route, add_routes
@@ -391,7 +392,7 @@ def small_app(
             validation_middleware,
         ]
     )
-    app.on_response_prepare.extend([add_quota_headers, prepare_standard_fields])
+    app.on_response_prepare.append(response_completer(Proxies()))
     add_routes(app, routes)
     return app
 
