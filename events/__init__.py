@@ -7,8 +7,8 @@ JSON and chains their hashes, `sqlite.storage` commits them in one transaction, 
 - What the state allows, duplicates, idempotency keys: `accept`; the commands: `commands`.
 - The live state, its transactions, and the part of it that a node works on: `state`; the queue of commands,
   groups of events, group commit and failures of writing: `log`.
-- Times and ids: `clock`; refusals and failures with a code: `errors`; what the writer needs of a storage:
-  `storage`.
+- Times and ids: `clock`; files that appear complete or not at all: `files`; refusals and failures:
+  `errors`; what the writer needs of a storage: `storage`.
 
 This package knows no HTTP and no ONNX, and imports neither `runtime` nor `server`.
 """

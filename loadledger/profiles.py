@@ -122,7 +122,7 @@ def write_profile(path: Path, profile: ServerTarget) -> None:
         OSError: it cannot be written.
         WrongTarget: there is a folder or a device at the path.
     """
-    from events.audit.files import write_file  # noqa: PLC0415 - keeps commands quick that write none
+    from events.files import write_file  # noqa: PLC0415 - keeps commands quick that write none
 
     values = {"url": profile.url, "token": profile.token, "ca": profile.ca and str(profile.ca)}
     text = "".join(

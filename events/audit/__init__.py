@@ -11,5 +11,5 @@ take the rows of any log.
 - `audit`: one result for the command `verify`; add a new check of the whole file here
 - `export`, `exportreader`, `signing`: formats, their verification, the signed head
 - `archive`, `archivechain`: moving events away; proving a chain of archives, and replay
-- `backup`, `files`: a copy beside a running server; files that appear complete or not at all
+- `backup`: a copy beside a running server
 """

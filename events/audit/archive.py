@@ -17,12 +17,12 @@ from pathlib import Path
 from events.audit.audit import audit
 from events.audit.export import JSONL, export_of
 from events.audit.exportreader import FileAudit, audit_file, compress
-from events.audit.files import make_durable, printable_name, refuse_irregular, remove_stale_drafts, write_file
 from events.audit.signing import Sign
 from events.audit.verify import Finding, verify_ledger
 from events.clock import add_seconds, format_timestamp
 from events.commands import KEY_LIFETIME_S
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
+from events.files import make_durable, printable_name, refuse_irregular, remove_stale_drafts, write_file
 from events.sqlite import bases
 from events.sqlite.proof import prove
 from events.sqlite.queries import hash_at, read_base, read_head

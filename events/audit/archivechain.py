@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from events.audit.exportreader import ExportReader, FileAudit, audit_file, read_lines
-from events.audit.files import printable_name
 from events.audit.verify import Expected, Finding, FindingKind
 from events.clock import format_timestamp, utc_now
 from events.codec import decode_event
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
+from events.files import printable_name
 from events.jobs import Job
 from events.sqlite.liveness import (
     Liveness,

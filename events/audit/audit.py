@@ -12,11 +12,11 @@ from pathlib import Path
 
 from events.audit.archivechain import ArchiveProof, check_archives, compare_with_base, find_archived_hash
 from events.audit.exportreader import FileAudit
-from events.audit.files import printable_name
 from events.audit.kepthead import find_rollback
 from events.audit.verify import Expected, Finding, FindingKind, Verification, verify_ledger
 from events.codec import GENESIS
 from events.errors import Archived, ArchiveMissing, NothingThere
+from events.files import printable_name
 from events.sqlite.proof import ProofReader, open_proof_reader
 from events.sqlite.readonly import lacks_wal
 from events.state import State

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from events.audit.audit import Audit, audit
-from events.audit.files import open_draft, publish
 from events.errors import DataInUse, LedgerDamaged, WrongTarget
+from events.files import open_draft, publish
 from events.sqlite.readonly import copy_ledger
 
 

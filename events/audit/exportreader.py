@@ -20,11 +20,11 @@ from typing import Annotated, BinaryIO, TypeVar, cast
 import msgspec
 
 from events.audit.export import FORMAT, JSONL
-from events.audit.files import printable_name
 from events.audit.signing import SignedHead, as_signed_head, key_id
 from events.audit.verify import Expected, Finding, FindingKind
 from events.codec import GENESIS, hash_body, is_canonical
 from events.errors import LedgerDamaged, LogUnavailable
+from events.files import printable_name
 from events.storage import Row
 from events.types import LogBase
 

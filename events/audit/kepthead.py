@@ -13,10 +13,10 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
-from events.audit.files import write_file
 from events.audit.signing import Sign, SignedHead, Statement, as_signed_head, key_id
 from events.codec import GENESIS
 from events.errors import LedgerProblem
+from events.files import write_file
 from events.sqlite.datalock import LEDGER, is_replica
 from events.sqlite.queries import find_hash, read_base, read_head
 from events.sqlite.readonly import open_read_only

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from events.audit.files import write_file
 from events.errors import DataInUse, IsReplica
+from events.files import write_file
 
 LEDGER = "ledger.db"
 """The log's file in the data directory."""

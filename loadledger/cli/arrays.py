@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from events.audit.files import write_file
+from events.files import write_file
 from loadledger.cli.images import ImageOptions, image_array
 from loadledger.cli.infer import MAX_FILE_BYTES, GivenInput, InputFile
 from loadledger.cli.output import format_cell, format_table

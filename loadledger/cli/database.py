@@ -13,7 +13,6 @@ from typing import Any
 
 from events.audit.archive import ArchiveResult, archive
 from events.audit.audit import Audit, archived_error, audit, prove_base
-from events.audit.files import open_draft
 from events.audit.signing import Sign
 from events.audit.verify import (
     CheckedFold,
@@ -25,6 +24,7 @@ from events.audit.verify import (
     check_listed,
 )
 from events.errors import LedgerDamaged, LogUnavailable, UnreadableEvent
+from events.files import open_draft
 from events.postgres.bases import move_base
 from events.postgres.connection import Connection, close, connect, describe_address
 from events.postgres.schema import check_owner, check_schema, migrate

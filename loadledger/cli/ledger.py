@@ -258,7 +258,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     for other programs; `verify` does not read it.
     """
     from events.audit.export import JSONL, cloudevents, export  # noqa: PLC0415
-    from events.audit.files import is_stream, refuse_own, write_file  # noqa: PLC0415
+    from events.files import is_stream, refuse_own, write_file  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
@@ -304,7 +304,7 @@ def archive(data: Path, before: str, address: str | None, file: Path, *, as_json
     With --ledger, servers may be running, also that of --data. FILE's folder needs room for a copy of the
     ledger while the command runs.
     """
-    from events.audit.files import refuse_own  # noqa: PLC0415
+    from events.files import refuse_own  # noqa: PLC0415
     from server.auth.keys import open_signer  # noqa: PLC0415
 
     with report_problems():
@@ -355,7 +355,7 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     can sign.
     """
     from events.audit.backup import back_up  # noqa: PLC0415
-    from events.audit.files import refuse_own  # noqa: PLC0415
+    from events.files import refuse_own  # noqa: PLC0415
     from loadledger.cli.verification import audit_members, format_audit  # noqa: PLC0415
 
     with report_problems():

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from events.audit.files import sync
 from events.clock import add_seconds
+from events.files import sync
 from runtime.cache.manifest import (
     CachedForm,
     Manifest,

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from events.audit.files import sync
+from events.files import sync
 from runtime.errors import DiskFull, StoreUnavailable
 from runtime.memory import free_disk_bytes
 

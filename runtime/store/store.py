@@ -21,7 +21,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from events.audit.files import sync
+from events.files import sync
 from runtime.errors import DiskFull, LoadRefused, RepositoryUnreadable, StoreFull
 from runtime.memory import free_disk_bytes
 from runtime.repository import FoundFile, VersionFolder

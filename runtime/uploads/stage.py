@@ -26,8 +26,8 @@ from uuid import uuid4
 
 import msgspec
 
-from events.audit.files import sync
 from events.commands import NodeCurrent
+from events.files import sync
 from events.nodes import Node
 from events.types import AddedFile
 from runtime.errors import RuntimeProblem, UnknownVersion

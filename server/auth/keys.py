@@ -39,10 +39,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from events.audit.files import sync, write_file
 from events.audit.kepthead import keep_first, sign_anew
 from events.audit.signing import KEY_ID_DIGITS, HeadSigner, key_id
 from events.clock import uuid7
+from events.files import sync, write_file
 from events.sqlite.datalock import LEDGER
 from server.auth.subjects import subject_refusal
 

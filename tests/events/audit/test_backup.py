@@ -13,8 +13,8 @@ from support.ledgers import change_ledger, rows_of, write_ledger
 
 from events.audit.audit import audit
 from events.audit.backup import back_up
-from events.audit.files import open_draft
 from events.errors import ForeignDatabase, LedgerDamaged, LogUnavailable
+from events.files import open_draft
 
 
 def names_in(folder: Path) -> list[str]:
