@@ -236,9 +236,7 @@ class Membership:
             sign=None if self._open_signer is None else self._open_signer(),
         )
         self._set_epoch(self.node_id, None, self._lease_s)
-        began_s = (
-            boottime()
-        )  # before the append, so this node counts as late here before it does in the database
+        began_s = boottime()  # before the append: this node counts as late here first
         receipt = await submit(command)
         node = self._log.state.nodes[self.node_id]
         if node.position != receipt.position:  # another server of this name joined after this one
