@@ -177,7 +177,7 @@ def add_routes(app: web.Application, routes: Iterable[Route]) -> None:
     """Register routes and remember them under `ROUTES`; HEAD comes with each GET. Call it once per app."""
     table: dict[web.AbstractRoute, Route] = {}
     for route in routes:
-        resource = app.router.add_resource(route.path.replace("{path}", "{path:.+}"))  # it has slashes
+        resource = app.router.add_resource(route.path.replace("{path}", "{path:(?s:.+)}"))  # with slashes
         methods = (hdrs.METH_GET, hdrs.METH_HEAD) if route.method == hdrs.METH_GET else (route.method,)
         for method in methods:
             added = resource.add_route(method, route.handler, expect_handler=_ask_for_body)

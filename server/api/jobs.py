@@ -160,12 +160,16 @@ class JobListSchema(AnswerSchema):
     next_cursor = fields.Integer(required=True, allow_none=True)
 
 
+IS_KEY = validate.Regexp(rf"(?:{_QUOTED}|{_BARE})\Z", error=_RULE)
+"""Validates an idempotency key as a header field has it."""
+
+
 class IdempotencySchema(Schema):
     """The header field that makes a request repeatable."""
 
     idempotency_key = fields.String(
         data_key="Idempotency-Key",
-        validate=validate.Regexp(rf"(?:{_QUOTED}|{_BARE})\Z", error=_RULE),
+        validate=IS_KEY,
         **about(
             "Any string in double quotes, for example a UUID: new for each request, the same "
             "when you repeat it. For 24 hours, the same request of the same subject with the same key is "

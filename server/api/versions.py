@@ -20,7 +20,7 @@ from events.types import AddedFile
 from runtime.uploads.commit import STAGE_S, UploadBody
 from runtime.uploads.receive import Digests, parse_digests
 from runtime.uploads.stage import Stage
-from server.api.jobs import IdempotencySchema, ShuttingDown, hash_idempotency_key
+from server.api.jobs import IS_KEY, ShuttingDown, hash_idempotency_key
 from server.api.schemas import ModelVersionPathSchema, about
 from server.appkeys import STOPPING, UPLOADS
 from server.auth.gate import PRINCIPAL
@@ -47,9 +47,7 @@ _FILE_BODY = {
     "required": True,
     "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES},
 }
-_FILE_ERRORS = (
-    *("digest_mismatch", "body_timeout", "body_too_large", "unsupported_media_type", "insufficient_storage"),
-)
+_FILE_ERRORS = ("digest_mismatch", "body_timeout", "body_too_large", "unsupported_media_type")
 _MODEL_ERRORS = ("not_onnx", "unsafe_file", "invalid_model")
 _CHANGE_ERRORS = (
     "repository_read_only",
@@ -92,7 +90,7 @@ class StageHeadersSchema(Schema):
 
     idempotency_key = fields.String(
         data_key="Idempotency-Key",
-        validate=IdempotencySchema().fields["idempotency_key"].validators[0],
+        validate=IS_KEY,
         **about(
             "Any string in double quotes. The same subject's stage of this version that began with the same "
             "key is answered with 200, with the files that it has.",

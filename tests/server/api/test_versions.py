@@ -131,6 +131,7 @@ STAGE_REFUSALS: dict[str, tuple[dict[str, Any], tuple[int, str]]] = {
     "wrong digest": ({"headers": {"Repr-Digest": digest(b"other")}}, (400, "digest_mismatch")),
     "an archive": ({"headers": {"Content-Type": "application/x-tar"}}, (415, "unsupported_media_type")),
     "path upwards": ({"name": "a%2F%2E%2E/..%2Fa"}, (400, "invalid_parameter")),
+    "line break": ({"name": "a%0A"}, (400, "invalid_parameter")),
     "another subject": ({"subject": "bob"}, (404, "unknown_stage")),
 }
 
