@@ -196,19 +196,22 @@ class Executor:
         job, placement = action.job, action.placement
         version, parameters = job.load_order
         load = RunningLoad(
-            job.id, job.model_id, version, parameters, uuid7(), self.files.take(job), self._wake
+            job.id,
+            job.model_id,
+            version,
+            parameters,
+            worker_id=uuid7(),
+            files=self.files.take(job),
+            wake=self._wake,
+            progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
+            is_reload=job.cause in RELOADS,
+            estimate=self.estimates.find(job.id),
+            budget_bytes=self._budget_bytes(),
         )
-        load.is_reload = job.cause in RELOADS
-        load.progress_timeout_s = parameters.progress_timeout_s or self._progress_timeout_s
-        estimate = self.estimates.find(job.id)
-        if estimate is not None:
-            load.reserved_bytes, load.estimated_sizes = estimate.bytes, estimate.files
         load.allowance = partial(self._allowance, load)
-        load.budget_bytes = self._budget_bytes()
         model = self._log.state.models.get(job.model_id)
         expected = find_expected(job, model)
         find_form = self.preparer.find_form if self.estimates.may_use_form(job.id) else None
-        load.needs_form = estimate is not None and estimate.form is not None
         repository = self._contents.repository
         ordered = start_task(
             build_order(load, self._pool, repository, find_form, expected), "obtaining a model"

@@ -33,7 +33,7 @@ from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
 from runtime.repository import Repository, SizedFile
 from runtime.scheduler.admission import format_megabytes
-from runtime.scheduler.view import FileSizes, LoadView, Phase
+from runtime.scheduler.view import LoadView, MemoryEstimate, Phase
 from runtime.statistics import Statistics
 from runtime.timeouts import MEASURE_LIMIT_S, PROGRESS_TIMEOUT_S, STOP_GRACE_S, TimeoutExpired, timeout
 from runtime.wire import Load, Loaded, Tensor
@@ -148,7 +148,6 @@ class RunningLoad:
         stage: the latest stage that it has reached.
         steps: the stages that it and each of its workers have reached.
         is_reload: whether the system brings back what was loaded.
-        needs_form: whether its reservation is for a prepared form.
         prepared: the prepared form that its workers load.
         form_failure: why this attempt ends, and the job starts again without a form.
         warm_up_inputs: inputs of the warm-up run; none are zeros.
@@ -157,8 +156,7 @@ class RunningLoad:
         expected_exits: ids of workers that the server stopped, or that refused to load.
         killed: whether its workers were killed.
         recorded_exits: ids of workers whose unexpected exit was recorded.
-        reserved_bytes: reservation until `report` is set.
-        estimated_sizes: the files that the reservation is for; None if nothing was estimated.
+        estimate: what it reserves until `report` is set; None without a budget.
         file_bytes: the size of the files that it loads, with those of its form.
         allowance: tells how many bytes its workers may take until they have loaded; None is no limit.
         budget_bytes: the memory budget; None is no limit.
@@ -181,7 +179,6 @@ class RunningLoad:
     failure: Failure | None = None
     stage: str | None = None
     steps: set[tuple[str, str]] = field(default_factory=set)
-    needs_form: bool = False
     prepared: CachedForm | None = None
     form_failure: FormFailure | None = None
     warm_up_inputs: tuple[Tensor, ...] = ()
@@ -194,8 +191,7 @@ class RunningLoad:
     requests_at_drain: int = 0
     aborted_requests: int = 0
     freed_bytes: int = 0
-    reserved_bytes: int = 0
-    estimated_sizes: FileSizes | None = None
+    estimate: MemoryEstimate | None = None
     file_bytes: int = 0
     allowance: Callable[[], int | None] = lambda: None
     budget_bytes: int | None = None
@@ -208,6 +204,15 @@ class RunningLoad:
     def only_worker_id(self) -> str | None:
         """The worker id for facts about the whole load, if it has one instance."""
         return self.worker_id if self.parameters.instances == 1 else None
+
+    @property
+    def reserved_bytes(self) -> int:
+        return 0 if self.estimate is None else self.estimate.bytes
+
+    @property
+    def needs_form(self) -> bool:
+        """Whether its reservation is for a prepared form."""
+        return self.estimate is not None and self.estimate.form is not None
 
     @property
     def alive_workers(self) -> list[Worker]:
@@ -359,7 +364,7 @@ class RunningLoad:
             LoadRefused: `model_changed`, they are others, and this attempt is outdated.
         """
         self.file_bytes = sum(file.bytes for file in files)
-        if self.estimated_sizes not in (None, file_sizes(files)):
+        if self.estimate is not None and self.estimate.files != file_sizes(files):
             self.is_outdated = True
             reason = "the model's files are no longer those that its memory was estimated for; load it again"
             raise LoadRefused("model_changed", reason)
