@@ -374,15 +374,11 @@ class Preparer:
 
     def form_of(self, files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
         """Return which form a load of files of these sizes and times gets, most likely; reads files, too."""
-        key = self._key(files, footprints)
-        entry = self.store.find(key) if self.store is not None and key is not None else None
-        return None if entry is None else entry.form
-
-    def _key(self, files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
         known = next((seen.files for seen in footprints if is_same_files(seen.files, files)), None)
         if self.store is None or known is None:
             return None
-        return make_key(digest_of((file.path, file.sha256) for file in known))
+        entry = self.store.find(make_key(digest_of((file.path, file.sha256) for file in known)))
+        return None if entry is None else entry.form
 
     def fail_form(self, prepared: CachedForm, failure: FormFailure) -> None:
         """Drop a form that failed in a load or in service; one with an outside cause may fail repeatedly."""
