@@ -54,11 +54,7 @@ class _Given(NamedTuple):
 
 
 def read_settings(
-    flags: Mapping[str, Any],
-    environment: Mapping[str, str],
-    *,
-    needed: Collection[str] = (),
-    only: Collection[str] = (),
+    flags: Mapping[str, Any], environment: Mapping[str, str], *, needed: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[Mistake]]:
     """Read the settings.
 
@@ -66,7 +62,6 @@ def read_settings(
         flags: options by the settings' names; None means not given. `config` names the file.
         environment: LOADLEDGER_CONFIG names the file, unless the option does.
         needed: directories that must be known, given or as the user's own.
-        only: the settings to read; empty means all.
 
     Returns:
         The values that are given or have a default, and all mistakes.
@@ -74,8 +69,6 @@ def read_settings(
     file, mistakes = _read_file(flags.get("config"), environment)
     values: dict[str, Any] = {}
     for setting in settings():
-        if only and setting.name not in only:
-            continue
         given = _find(setting, flags, environment, file)
         if setting.folder is None:
             values[setting.name] = setting.default

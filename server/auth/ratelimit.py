@@ -105,12 +105,10 @@ class Windows:
 class RateLimits:
     """All limits of one server."""
 
-    def __init__(
-        self, config: Config, clock: Callable[[], float] = time.monotonic, capacity: int = MAX_COUNTERS
-    ) -> None:
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
         def windows(notation: str) -> Windows | None:
             limit = parse_limit(notation)
-            return None if limit is None else Windows(limit, clock, capacity)
+            return None if limit is None else Windows(limit, clock, MAX_COUNTERS)
 
         self._failures = windows(config.limit_auth_failures)
         self._limits = {

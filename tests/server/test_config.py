@@ -113,12 +113,6 @@ def test_file_is_utf_8_with_any_bom_and_line_ends(file: Path) -> None:
     assert f"'{file}' is not TOML: 'utf-8' codec can't decode" in said
 
 
-def test_command_reads_only_named_settings() -> None:
-    environment = {"LOADLEDGER_JWT_ISSUER": "me", "LOADLEDGER_PORT": "no number"}
-    values = {"jwt_audience": "loadledger", "jwt_issuer": "me"}
-    assert read_settings({}, environment, only=tuple(values)) == (values, [])
-
-
 # Values
 
 
