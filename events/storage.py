@@ -16,7 +16,7 @@ import msgspec
 from events.codec import GENESIS
 from events.commands import KnownRequests
 from events.state import Changes, State
-from events.types import LogBase
+from events.types import Anchor
 
 
 class LogHead(msgspec.Struct, frozen=True, gc=False):
@@ -81,7 +81,7 @@ class BaseEntity(NamedTuple):
 class StoredBase:
     """Where a log begins: its base, the archives that lead to it in order, and the state there."""
 
-    base: LogBase
+    base: Anchor
     archives: tuple[ArchiveRecord, ...] = ()
     entities: tuple[BaseEntity, ...] = ()
 

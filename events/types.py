@@ -674,8 +674,11 @@ def record_draft(draft: Draft, position: int, recorded_at: Timestamp) -> Event:
     return Event(position=position, recorded_at=recorded_at, **asdict(draft))
 
 
-class LogBase(Struct, frozen=True):
-    """The base: position and hash of the last archived event; 0 and 32 zero bytes without archives."""
+class Anchor(Struct, frozen=True):
+    """A position of the log and the hash there: of its base, its head, or an event that a verifier was given.
 
-    position: int
-    hash: bytes
+    The base is that of the last archived event; 0 and 32 zero bytes before the first event.
+    """
+
+    position: int = 0
+    hash: bytes = bytes(32)

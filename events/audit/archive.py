@@ -31,7 +31,7 @@ from events.sqlite.schema import Connection, transaction
 from events.sqlite.storage import FOLDS, open_to_archive
 from events.sqlite.timetravel import parse_time
 from events.storage import LogHead
-from events.types import LogBase
+from events.types import Anchor
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def _refuse_what_must_stay(ledger: Connection, last: int, head: LogHead, now: da
         )
 
 
-def _write(ledger: Connection, base: LogBase, last: int, target: Path, sign: Sign) -> FileAudit:
+def _write(ledger: Connection, base: Anchor, last: int, target: Path, sign: Sign) -> FileAudit:
     """Write the file, unless an interrupted run has written it, and verify it."""
     was_there = target.exists()
     if not was_there:
@@ -147,7 +147,7 @@ def _write(ledger: Connection, base: LogBase, last: int, target: Path, sign: Sig
     check = audit_file(target)
     if check.finding is not None and not was_there:
         raise LedgerDamaged(check.finding.problem)
-    end = LogBase(last, hash_at(ledger, base, last))
+    end = Anchor(last, hash_at(ledger, base, last))
     if check.finding is not None or (check.after, check.proved) != (base, end):
         raise WrongTarget(f"{target} exists with other content: choose another file")
     return check

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from events.audit.exportreader import ExportReader, FileAudit, audit_file, read_lines
-from events.audit.verify import Expected, Finding, FindingKind
+from events.audit.verify import Finding, FindingKind
 from events.clock import format_timestamp, utc_now
 from events.codec import decode_event
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
@@ -32,7 +32,7 @@ from events.sqlite.storage import FOLDS
 from events.sqlite.timetravel import Moment, find_moment, fold_onto, parse_time, state_at
 from events.state import Entities, State
 from events.storage import ArchiveRecord, Row
-from events.types import OF_NODES, OF_SERVER, Event, LogBase
+from events.types import OF_NODES, OF_SERVER, Anchor, Event
 
 
 class InvalidArchive(LedgerDamaged):
@@ -65,17 +65,17 @@ class ArchiveProof:
     at: Path | None = None
 
     @property
-    def after(self) -> LogBase:
+    def after(self) -> Anchor:
         return self.files[0].after
 
 
 def check_archives(
     paths: Sequence[Path],
-    base: LogBase,
+    base: Anchor,
     listed: Sequence[ArchiveRecord] = (),
     *,
     key: str | None = None,
-    expected: Expected | None = None,
+    expected: Anchor | None = None,
 ) -> ArchiveProof:
     """Verify archives, and check that together they lead to the base of a log.
 
@@ -113,7 +113,7 @@ def _refuse_gap(file: FileAudit, goes_on_after: int, what: str, listed: Sequence
         )
 
 
-def _check_seams(files: list[FileAudit], base: LogBase) -> ArchiveProof:
+def _check_seams(files: list[FileAudit], base: Anchor) -> ArchiveProof:
     found = ArchiveProof(tuple(files))
     for earlier, later in pairwise(files):
         if earlier.proved != later.after:
@@ -247,7 +247,7 @@ def _rows(files: Sequence[FileAudit]) -> Iterator[tuple[Path, Row]]:
             yield from ((file.path, row) for row in reader)
         except LedgerDamaged:
             raise changed from None
-        if (reader.after, LogBase(reader.position, reader.hash)) != (file.after, file.proved):
+        if (reader.after, Anchor(reader.position, reader.hash)) != (file.after, file.proved):
             raise changed
 
 

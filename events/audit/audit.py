@@ -13,15 +13,14 @@ from pathlib import Path
 from events.audit.archivechain import ArchiveProof, check_archives, compare_with_base, find_archived_hash
 from events.audit.exportreader import FileAudit
 from events.audit.kepthead import find_rollback
-from events.audit.verify import Expected, Finding, FindingKind, Verification, verify_ledger
-from events.codec import GENESIS
+from events.audit.verify import Finding, FindingKind, Verification, compare_hash, verify_ledger
 from events.errors import Archived, ArchiveMissing, NothingThere
 from events.files import printable_name
 from events.sqlite.proof import ProofReader, open_proof_reader
 from events.sqlite.readonly import lacks_wal
 from events.state import State
 from events.storage import ArchiveRecord
-from events.types import LogBase
+from events.types import Anchor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Audit:
         schema: how the schema differs from that of the migrations; None if it does not.
     """
 
-    base: LogBase
+    base: Anchor
     verification: Verification
     damage: str | None
     unexpected: Finding | None
@@ -76,7 +75,7 @@ class Audit:
 
 def audit(
     path: Path,
-    expected: Expected | None = None,
+    expected: Anchor | None = None,
     *,
     archives: Sequence[Path] = (),
     key: str | None = None,
@@ -122,7 +121,7 @@ def audit(
 
 
 def prove_base(
-    found: Audit, stored: State, archives: Sequence[Path], *, key: str | None, expected: Expected | None
+    found: Audit, stored: State, archives: Sequence[Path], *, key: str | None, expected: Anchor | None
 ) -> Audit:
     """Add what archives prove of the events up to the base, where the ledger has stored a state.
 
@@ -145,7 +144,7 @@ def prove_base(
 
 
 def _audit_own_file(
-    path: Path, expected: Expected | None, files: Sequence[FileAudit], *, with_archives: bool
+    path: Path, expected: Anchor | None, files: Sequence[FileAudit], *, with_archives: bool
 ) -> tuple[Audit, State | None]:
     """Audit the ledger's own file; return also the state at its base, unless there is a finding.
 
@@ -156,7 +155,7 @@ def _audit_own_file(
     with open_proof_reader(path) as ledger:
         damage = ledger.find_damage()
         verification = verify_ledger(ledger)
-        base, schema = ledger.base() or LogBase(0, GENESIS), ledger.find_schema_difference()
+        base, schema = ledger.base() or Anchor(), ledger.find_schema_difference()
         found = Audit(base, verification, damage, None, schema=schema)
         if verification.verified and found.schema is None and without_wal and expected is None:
             ledger.refuse_incomplete()
@@ -169,7 +168,7 @@ def _audit_own_file(
             compared=tuple(  # if the last hash of a file is the chain's, so are all events before it
                 (
                     each.path,
-                    _compare_with_log(ledger, found, Expected(each.proved.position, each.proved.hash)),
+                    _compare_with_log(ledger, found, each.proved),
                 )
                 for each in files
                 if not _is_behind(each, found)
@@ -187,7 +186,7 @@ def _compare_with_kept_head(data: Path, public_key: bytes, path: Path, found: Au
 
 
 def _compare_with_head(
-    ledger: ProofReader, found: Audit, expected: Expected | None, *, with_archives: bool
+    ledger: ProofReader, found: Audit, expected: Anchor | None, *, with_archives: bool
 ) -> Finding | None:
     """Compare with the expected head; positions before the base are left to the archives."""
     if expected is None:
@@ -199,7 +198,7 @@ def _compare_with_head(
     raise archived_error(found.base, found)
 
 
-def archived_error(after: LogBase, found: Audit) -> Archived:
+def archived_error(after: Anchor, found: Audit) -> Archived:
     """Return the error of an expected event that is in an archive which was not given."""
     problem = (
         f"events up to position {after.position} are archived: expect a later position, or give the archives "
@@ -226,12 +225,12 @@ def _compare_with_archives(found: Audit, file: FileAudit) -> Finding | None:
             f"{found.base.position}: only the archive with that position can show whether its events were "
             f"this ledger's; give it with --archive{known}"
         )
-    return Expected(end.position, end.hash).compare(digest)
+    return compare_hash(end, digest)
 
 
-def _compare_with_log(ledger: ProofReader, found: Audit, expected: Expected) -> Finding | None:
+def _compare_with_log(ledger: ProofReader, found: Audit, expected: Anchor) -> Finding | None:
     head = found.verification.position
     if expected.position > head:
         problem = f"the log ends at position {head}, {expected.position} was expected"
         return Finding(head + 1, problem, FindingKind.EXPECTATION)
-    return expected.compare(ledger.hash_at(expected.position))
+    return compare_hash(expected, ledger.hash_at(expected.position))

@@ -25,7 +25,7 @@ from events.sqlite import queries, timetravel
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import Connection
 from events.storage import Row
-from events.types import SYSTEM, LogBase
+from events.types import SYSTEM, Anchor
 
 FORMAT = "loadledger-export-v1"
 """The mark in the first line; another format will have another."""
@@ -46,7 +46,7 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"))
 class ExportFormat:
     """An export format: the lines before the events, for one event (with the previous hash), and after."""
 
-    first: Callable[[LogBase], bytes]
+    first: Callable[[Anchor], bytes]
     event: Callable[[Row, bytes], bytes]
     last: Callable[[SignedHead], bytes]
 
@@ -76,7 +76,7 @@ def export_of(
     """Yield what `export` does, from an open log."""
     base = queries.read_base(ledger)
     first, last = _bounds(ledger, after, until)
-    start = LogBase(first, queries.hash_at(ledger, base, first))
+    start = Anchor(first, queries.hash_at(ledger, base, first))
     rows, recorded_at = queries.read_rows(ledger, first, last), queries.recorded_at(ledger, last)
     return export_rows(rows, form, sign, base=base, after=start, until=last, recorded_at=recorded_at)
 
@@ -86,8 +86,8 @@ def export_rows(
     form: ExportFormat,
     sign: Sign,
     *,
-    base: LogBase,
-    after: LogBase,
+    base: Anchor,
+    after: Anchor,
     until: int,
     recorded_at: str,
 ) -> Iterator[bytes]:
@@ -137,7 +137,7 @@ def _line(members: dict[str, object]) -> bytes:
     return _ENCODER.encode(members).encode("ascii") + b"\n"
 
 
-def _first_line(after: LogBase) -> bytes:
+def _first_line(after: Anchor) -> bytes:
     return _line({"export": FORMAT, "after": {"position": after.position, "hash": after.hash.hex()}})
 
 

@@ -21,12 +21,12 @@ import msgspec
 
 from events.audit.export import FORMAT, JSONL
 from events.audit.signing import SignedHead, as_signed_head, key_id
-from events.audit.verify import Expected, Finding, FindingKind
+from events.audit.verify import Finding, FindingKind, compare_hash
 from events.codec import GENESIS, hash_body, is_canonical
 from events.errors import LedgerDamaged, LogUnavailable
 from events.files import printable_name
 from events.storage import Row
-from events.types import LogBase
+from events.types import Anchor
 
 MAX_LINE = 16 * 2**20
 """Bytes: more than any event has; a hostile file with a longer line is never read into memory whole."""
@@ -193,7 +193,7 @@ class ExportReader:
             raise FileDamaged("the file goes on after the signed head", position)
 
 
-def _parse_first_line(first: bytes) -> LogBase:
+def _parse_first_line(first: bytes) -> Anchor:
     """Parse the first line of an export, and return the position and hash after which it begins."""
     if first.startswith(b"SQLite format 3"):
         raise ValueError("this is a database, not an export: name the data directory of a ledger with --data")
@@ -211,7 +211,7 @@ def _parse_first_line(first: bytes) -> LogBase:
         raise ValueError(unknown)
     try:
         after = _decode(first, _Opening).after
-        base = LogBase(after.position, bytes.fromhex(after.hash))
+        base = Anchor(after.position, bytes.fromhex(after.hash))
     except ValueError as error:
         raise ValueError(f"the first line does not say where the export begins: {error}") from None
     if JSONL.first(base) != first:
@@ -268,7 +268,7 @@ class _Line(msgspec.Struct, gc=False):
     head: msgspec.Raw = msgspec.Raw()
 
 
-def _may_begin(base: LogBase) -> bool:
+def _may_begin(base: Anchor) -> bool:
     """Whether a log can begin after this: zeros at position 0, else the hash of an event."""
     is_first = base.hash == GENESIS
     return base.position >= 0 and len(base.hash) == len(GENESIS) and is_first == (base.position == 0)
@@ -307,8 +307,8 @@ class FileAudit:
     """
 
     path: Path
-    after: LogBase
-    proved: LogBase
+    after: Anchor
+    proved: Anchor
     head: SignedHead | None
     sha256: bytes
     finding: Finding | None
@@ -319,7 +319,7 @@ class FileAudit:
         return self.proved.position - self.after.position
 
 
-def audit_file(path: Path, *, key: str | None = None, expected: Expected | None = None) -> FileAudit:
+def audit_file(path: Path, *, key: str | None = None, expected: Anchor | None = None) -> FileAudit:
     """Verify an export or an archive to its end; memory does not grow with the file.
 
     Args:
@@ -339,15 +339,14 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
         unexpected = _compare_with_anchor(expected, reader.after)
         for row in reader:
             if expected is not None and row.position == expected.position:
-                unexpected = _compare_with_anchor(expected, LogBase(row.position, row.hash))
+                unexpected = _compare_with_anchor(expected, Anchor(row.position, row.hash))
     except FileDamaged as error:
         finding = Finding(error.position, str(error), error.kind)
     except LedgerDamaged as error:
         finding = Finding(0 if reader is None else reader.position + 1, str(error), FindingKind.DAMAGED)
     if reader is None:
-        nothing = LogBase(0, bytes(32))
-        return FileAudit(path, nothing, nothing, None, b"", finding)
-    proved = LogBase(reader.position, reader.hash)
+        return FileAudit(path, Anchor(), Anchor(), None, b"", finding)
+    proved = Anchor(reader.position, reader.hash)
     return FileAudit(
         path,
         reader.after,
@@ -359,10 +358,10 @@ def audit_file(path: Path, *, key: str | None = None, expected: Expected | None 
     )
 
 
-def _compare_with_anchor(expected: Expected | None, found: LogBase) -> Finding | None:
+def _compare_with_anchor(expected: Anchor | None, found: Anchor) -> Finding | None:
     if expected is None or expected.position != found.position:
         return None
-    return expected.compare(found.hash)
+    return compare_hash(expected, found.hash)
 
 
 def _compare_signer(head: SignedHead | None, key: str | None) -> Finding | None:

@@ -21,7 +21,7 @@ from events.sqlite.datalock import LEDGER, is_replica
 from events.sqlite.queries import find_hash, read_base, read_head
 from events.sqlite.readonly import open_read_only
 from events.storage import LogHead
-from events.types import LogBase, RollbackAccepted
+from events.types import Anchor, RollbackAccepted
 
 KEPT_HEAD = "ledger.head"
 """The file in the data directory, as `GET /api/v1/events/head` answers."""
@@ -61,7 +61,7 @@ def _write(data: Path, head: SignedHead) -> None:
 def keep_first(data: Path, sign: Sign) -> None:
     """Keep a head of no events durably, where there is no ledger yet: each ledger has a kept head then."""
     if not (data / KEPT_HEAD).exists() and not (data / LEDGER).exists():
-        _write(data, sign(Statement(0, GENESIS, "", LogBase(0, GENESIS))))
+        _write(data, sign(Statement(0, GENESIS, "", Anchor())))
 
 
 def sign_anew(data: Path, sign: Sign) -> None:

@@ -24,7 +24,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
-from events.types import LogBase
+from events.types import Anchor
 
 PREFIX = "loadledger-head-v1"
 """The first line of the message; another layout will have another."""
@@ -40,7 +40,7 @@ class Statement:
     position: int
     hash: bytes
     recorded_at: str
-    base: LogBase
+    base: Anchor
 
     def message(self) -> bytes:
         lines = (
@@ -123,7 +123,7 @@ def as_signed_head(members: object) -> SignedHead:
             int(members["position"]),
             bytes.fromhex(members["hash"]),
             members["recorded_at"] or "",
-            LogBase(int(base["position"]), bytes.fromhex(base["hash"])),
+            Anchor(int(base["position"]), bytes.fromhex(base["hash"])),
         )
         statement.message()
         signature = base64.b64decode(members["signature"], validate=True)

@@ -19,7 +19,7 @@ from events.sqlite.projections import NEVER, StoredProjections
 from events.sqlite.proof import ProofReader, open_proof_reader, storage_errors
 from events.state import Entities, State
 from events.storage import ArchiveRecord, RawRow, StorageDamaged, StorageError
-from events.types import Event, LogBase
+from events.types import Anchor, Event
 
 PAGE = 200
 """Events that take each step together: the processor's caches then hold the code of one step, not of all. It
@@ -83,21 +83,15 @@ class Verification:
         return self.finding is None
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """An expected head: the event at `position` must have this hash."""
-
-    position: int
-    hash: bytes
-
-    def compare(self, found: bytes) -> Finding | None:
-        if found == self.hash:
-            return None
-        problem = f"the hash is {found.hex()}, {self.hash.hex()} was expected"
-        return Finding(self.position, problem, FindingKind.EXPECTATION)
+def compare_hash(expected: Anchor, found: bytes) -> Finding | None:
+    """Return a finding if the hash at the expected position is another."""
+    if found == expected.hash:
+        return None
+    problem = f"the hash is {found.hex()}, {expected.hash.hex()} was expected"
+    return Finding(expected.position, problem, FindingKind.EXPECTATION)
 
 
-def parse_expected(text: str) -> Expected:
+def parse_expected(text: str) -> Anchor:
     """Parse `POSITION:HASH`.
 
     Raises:
@@ -106,7 +100,7 @@ def parse_expected(text: str) -> Expected:
     match = _EXPECTED.fullmatch(text)
     if match is None:
         raise ValueError(f"{text[:100]!r} is not POSITION:HASH, the hash in 64 hexadecimal digits")
-    return Expected(int(match[1]), bytes.fromhex(match[2]))
+    return Anchor(int(match[1]), bytes.fromhex(match[2]))
 
 
 class CheckedFold:
@@ -118,7 +112,7 @@ class CheckedFold:
         stored: the stored projections to compare with as the fold reaches them, or None.
     """
 
-    def __init__(self, base: LogBase, state: State, stored: StoredProjections | None = None) -> None:
+    def __init__(self, base: Anchor, state: State, stored: StoredProjections | None = None) -> None:
         self._base = base
         self.position, self.hash, self._recorded_at = base.position, base.hash, ""
         self.stored = stored
@@ -279,7 +273,7 @@ def verify_ledger(ledger: ProofReader) -> Verification:
     return fold.result(finding, compared=compared)
 
 
-def _fold_at_base(ledger: ProofReader, base: LogBase, *, compared: bool) -> CheckedFold:
+def _fold_at_base(ledger: ProofReader, base: Anchor, *, compared: bool) -> CheckedFold:
     """Return the fold at the base; `compared` says whether it compares the stored projections."""
     try:
         with storage_errors():
@@ -292,7 +286,7 @@ def _fold_at_base(ledger: ProofReader, base: LogBase, *, compared: bool) -> Chec
         raise VerificationError(base.position, problem, FindingKind.BASE) from None
 
 
-def _check_base(ledger: ProofReader, base: LogBase) -> None:
+def _check_base(ledger: ProofReader, base: Anchor) -> None:
     """Check that the listed archives lead from the first event to the base, and the stored state there."""
     check_listed(ledger.archives(), base)
     if not ledger.is_base_state_whole(base):
@@ -300,13 +294,13 @@ def _check_base(ledger: ProofReader, base: LogBase) -> None:
         raise VerificationError(base.position, problem, FindingKind.BASE)
 
 
-def check_listed(archives: Iterable[ArchiveRecord], base: LogBase) -> None:
+def check_listed(archives: Iterable[ArchiveRecord], base: Anchor) -> None:
     """Check that archives, in order, lead from the first event to the base.
 
     Raises:
         VerificationError: they do not.
     """
-    end = LogBase(0, GENESIS)
+    end = Anchor()
     for each in archives:
         if each.first_position != end.position + 1:
             problem = f"the listed archives do not have position {end.position + 1}"
@@ -314,7 +308,7 @@ def check_listed(archives: Iterable[ArchiveRecord], base: LogBase) -> None:
         if type(each.last_position) is not int:  # a forged ledger may have any type
             problem = "the listed archives do not end with a position"
             raise VerificationError(base.position, problem, FindingKind.BASE)
-        end = LogBase(each.last_position, each.hash)
+        end = Anchor(each.last_position, each.hash)
     if end != base:
         problem = f"the listed archives end at position {end.position}, the log begins after {base.position}"
         raise VerificationError(base.position, f"{problem}, or with another hash", FindingKind.BASE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from events.errors import LedgerDamaged, LogUnavailable
 from events.postgres.connection import Connection, translated_errors
 from events.storage import ArchiveRecord, BaseEntity, StoredBase
-from events.types import LogBase
+from events.types import Anchor
 
 _LIFT_TRIGGERS = "SELECT set_config('loadledger.archiving', 'on', true)"
 """Until the transaction ends, in this session alone (migrations/postgres)."""
@@ -29,7 +29,7 @@ async def read_stored_base(connection: Connection) -> StoredBase:
         )
         entities = await connection.fetch("SELECT kind, key, body FROM base_state")
     return StoredBase(
-        LogBase(*(row or (0, b""))),
+        Anchor(*(row or (0, b""))),
         tuple(ArchiveRecord(*archive) for archive in archives),
         tuple(BaseEntity(*entity) for entity in entities),
     )
@@ -52,7 +52,7 @@ async def write_stored_base(connection: Connection, stored: StoredBase) -> None:
     )
 
 
-async def move_base(connection: Connection, before: LogBase, stored: StoredBase) -> None:
+async def move_base(connection: Connection, before: Anchor, stored: StoredBase) -> None:
     """Delete the archived events, and begin the log after them, in one transaction.
 
     Args:
@@ -69,7 +69,7 @@ async def move_base(connection: Connection, before: LogBase, stored: StoredBase)
     with translated_errors("could not be archived"):
         async with connection.transaction():
             found = await connection.fetchrow("SELECT position, hash FROM base FOR UPDATE")
-            if found is None or LogBase(*found) != before:
+            if found is None or Anchor(*found) != before:
                 raise LogUnavailable("nothing was moved: events of this ledger were archived meanwhile")
             digest = await connection.fetchval("SELECT hash FROM events WHERE position = $1", end.position)
             if digest != end.hash:

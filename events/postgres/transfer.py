@@ -17,7 +17,7 @@ from events.postgres.log import fold_rows
 from events.postgres.schema import check_schema
 from events.sqlite.storage import Database
 from events.storage import LogHead, Row, StoredBase, StoredLedger
-from events.types import Draft, EventsDiscarded, LogBase
+from events.types import Anchor, Draft, EventsDiscarded
 
 PAGE = 5_000
 """Events read at once by a verification: some megabytes."""
@@ -137,7 +137,7 @@ class DatabaseReader:
         head: position and hash that the database says its last event has.
     """
 
-    def __init__(self, connection: Connection, stored: StoredBase, head: LogBase) -> None:
+    def __init__(self, connection: Connection, stored: StoredBase, head: Anchor) -> None:
         self._connection = connection
         self.stored = stored
         self.head = head
@@ -177,7 +177,7 @@ async def open_database_reader(address: str) -> AsyncIterator[DatabaseReader]:
         with translated_errors("could not be read"):
             await connection.transaction(isolation="repeatable_read", readonly=True).start()
             stored = await read_stored_base(connection)
-            head = LogBase(*(await connection.fetchrow("SELECT position, hash FROM head") or (0, b"")))
+            head = Anchor(*(await connection.fetchrow("SELECT position, hash FROM head") or (0, b"")))
         yield DatabaseReader(connection, stored, head)
     finally:
         connection.terminate()

@@ -17,7 +17,7 @@ from events.sqlite.snapshots import base_state_digest, write_base_state
 from events.sqlite.timetravel import state_at
 from events.state import State
 from events.storage import ArchiveRecord, BaseEntity, StoredBase
-from events.types import LogBase
+from events.types import Anchor
 
 _LIFTED = ("events_never_go", "base_never_changes")
 """The triggers that have to be dropped to move the base, and created again."""
@@ -58,7 +58,7 @@ def first_key(connection: sqlite3.Connection, until: int, since: Timestamp) -> i
 
 
 def remove_events(
-    connection: sqlite3.Connection, end: LogBase, file: str, sha256: bytes, now: Timestamp, *, folds: int
+    connection: sqlite3.Connection, end: Anchor, file: str, sha256: bytes, now: Timestamp, *, folds: int
 ) -> int:
     """Remove the events up to and with `end`, and list their archive; the caller holds the transaction.
 

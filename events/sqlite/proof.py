@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from events.codec import GENESIS
 from events.sqlite import queries, storage
 from events.sqlite.projections import StoredProjections
 from events.sqlite.readonly import open_read_only, refuse_incomplete
@@ -19,7 +18,7 @@ from events.sqlite.schema import schema_difference
 from events.sqlite.snapshots import is_base_state_whole, read_base_state
 from events.state import State
 from events.storage import ArchiveRecord, RawRow, StorageDamaged, StorageError
-from events.types import LogBase
+from events.types import Anchor
 
 _NOT_ABOUT_CONTENT = {
     sqlite3.SQLITE_BUSY,
@@ -54,30 +53,30 @@ class ProofReader:
         self._connection = connection
         self._path = path
 
-    def base(self) -> LogBase | None:
+    def base(self) -> Anchor | None:
         """Return the base; None if it is missing, or has other types."""
         row = self._connection.execute("SELECT position, hash FROM base").fetchone()
         if row is None or not (isinstance(row[0], int) and isinstance(row[1], bytes)):
             return None
-        return LogBase(*row)
+        return Anchor(*row)
 
     def rows(self) -> Iterator[RawRow]:
         return self._connection.execute("SELECT position, body, hash FROM events ORDER BY position")
 
     def hash_at(self, position: int) -> bytes:
-        return queries.hash_at(self._connection, self.base() or LogBase(0, GENESIS), position)
+        return queries.hash_at(self._connection, self.base() or Anchor(), position)
 
     def is_current(self) -> bool:
         return storage.is_current(self._connection)
 
-    def projections(self, base: LogBase) -> StoredProjections:
+    def projections(self, base: Anchor) -> StoredProjections:
         return StoredProjections(self._connection, base.position)
 
-    def base_state(self, base: LogBase) -> State:
+    def base_state(self, base: Anchor) -> State:
         """Return the live state that is stored at the base; a damaged one may raise any exception."""
         return read_base_state(self._connection, base.position)
 
-    def is_base_state_whole(self, base: LogBase) -> bool:
+    def is_base_state_whole(self, base: Anchor) -> bool:
         return is_base_state_whole(self._connection, base.position)
 
     def archives(self) -> tuple[ArchiveRecord, ...]:

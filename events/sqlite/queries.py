@@ -20,7 +20,7 @@ from events.sqlite.schema import transaction
 from events.state import Changes, State
 from events.storage import ArchiveRecord, LogHead, Row
 from events.tokens import Token
-from events.types import LogBase
+from events.types import Anchor
 
 PAGE = 500
 """Events read at once: what is held in memory beside a fold."""
@@ -47,10 +47,10 @@ def contains(connection: sqlite3.Connection, head: LogHead) -> bool:
     return found is not None and bool(found[0] == head.hash)
 
 
-def read_base(connection: sqlite3.Connection) -> LogBase:
+def read_base(connection: sqlite3.Connection) -> Anchor:
     """Return the base of the log; a missing one, which `verify` reports, reads as 0."""
     row = connection.execute("SELECT position, hash FROM base").fetchone()
-    return LogBase(0, bytes(32)) if row is None else LogBase(*row)
+    return Anchor() if row is None else Anchor(*row)
 
 
 def find_hash(connection: sqlite3.Connection, position: int) -> bytes | None:
@@ -80,7 +80,7 @@ def _decode_text(stored: bytes | None) -> str:
     return (stored or b"").decode(errors="replace")
 
 
-def hash_at(connection: sqlite3.Connection, base: LogBase, position: int) -> bytes:
+def hash_at(connection: sqlite3.Connection, base: Anchor, position: int) -> bytes:
     if position == base.position:
         return base.hash
     (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (position,)).fetchone()

@@ -16,12 +16,12 @@ from events.audit.audit import Audit, archived_error, audit, prove_base
 from events.audit.signing import Sign
 from events.audit.verify import (
     CheckedFold,
-    Expected,
     Finding,
     FindingKind,
     Verification,
     VerificationError,
     check_listed,
+    compare_hash,
 )
 from events.errors import LedgerDamaged, LogUnavailable, UnreadableEvent
 from events.files import open_draft
@@ -50,7 +50,7 @@ from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import begin_reading
 from events.state import State
 from events.storage import LogHead, Row, StorageError, StoredBase
-from events.types import EventsDiscarded, LogBase
+from events.types import Anchor, EventsDiscarded
 from server.auth.subjects import local_actor
 
 
@@ -69,7 +69,7 @@ async def migrate_database(address: str, server_role: str | None, data: Path | N
             return {"migrations": applied, "server_role": server_role}
         with lock_data(data), lock_ledger(data / LEDGER):
             head = await _copy(connection, data, describe_address(address, server_role))
-            found = await verify_address(address, Expected(head.position, head.hash))
+            found = await verify_address(address, Anchor(head.position, head.hash))
             _refuse_finding(found.finding, "the copy in the database")
     proved = found.verification
     return {
@@ -214,7 +214,7 @@ def _refuse_other_history(ledger: Path, replica: Path) -> None:
 
 
 async def verify_address(
-    address: str, expected: Expected | None, archives: Sequence[Path] = (), key: str | None = None
+    address: str, expected: Anchor | None, archives: Sequence[Path] = (), key: str | None = None
 ) -> Audit:
     """Verify all events of a ledger in a database, in one snapshot; it has no stored projections.
 
@@ -240,7 +240,7 @@ async def verify_address(
     return found
 
 
-async def _verify(reader: DatabaseReader, expected: Expected | None) -> Audit:
+async def _verify(reader: DatabaseReader, expected: Anchor | None) -> Audit:
     base = reader.stored.base
     listed = reader.stored.archives
     try:
@@ -280,11 +280,11 @@ def _checked_state(stored: StoredBase) -> State:
 
 
 def _compare(
-    expected: Expected | None, found: bytes | None, base: LogBase, verification: Verification
+    expected: Anchor | None, found: bytes | None, base: Anchor, verification: Verification
 ) -> Finding | None:
     """Compare an expected event with the hash that was found; those before the base are in archives."""
     if expected is None or verification.finding is not None or expected.position < base.position:
         return None
     if found is None:
         return Finding(expected.position, "the ledger has no such event", FindingKind.EXPECTATION)
-    return expected.compare(found)
+    return compare_hash(expected, found)

@@ -30,9 +30,10 @@ from typing import Any, NoReturn
 
 import click
 
-from events.audit.verify import Expected, verify
+from events.audit.verify import verify
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import EventQuery, open_reader
+from events.types import Anchor
 from loadledger.cli.events import event_line
 from loadledger.cli.output import exit_with_error
 from loadledger.cli.postgres import DatabaseFailed, DatabaseMissing, PostgresServer, find_programs
@@ -491,6 +492,6 @@ def _verify(address: str, nodes: Sequence[_Node]) -> None:
     for node in nodes:
         replica = verify(node.data / LEDGER)
         _require(replica.verified, f"the replica of {node.name} verifies: {replica.finding}")
-        compared = asyncio.run(verify_address(address, Expected(replica.position, replica.hash)))
+        compared = asyncio.run(verify_address(address, Anchor(replica.position, replica.hash)))
         _require(compared.finding is None, f"the database has the events of {node.name}: {compared.finding}")
         click.echo(f"replica of {node.name} verified: {replica.events} events, all in the database")

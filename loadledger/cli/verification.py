@@ -14,9 +14,9 @@ from events.audit.archivechain import ArchiveProof
 from events.audit.audit import Audit, audit
 from events.audit.exportreader import FileAudit, audit_file
 from events.audit.signing import key_id
-from events.audit.verify import Expected, Finding
+from events.audit.verify import Finding
 from events.errors import NothingThere
-from events.types import LogBase
+from events.types import Anchor
 from loadledger.cli.output import count_of, to_printable
 from runtime.store.folder import STORE
 from runtime.store.store import verify_store
@@ -128,7 +128,7 @@ def _file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
     }
 
 
-def _base(base: LogBase) -> dict[str, Any]:
+def _base(base: Anchor) -> dict[str, Any]:
     return {"position": base.position, "hash": base.hash.hex()}
 
 
@@ -173,7 +173,7 @@ def verify_ledger_and_files(
     archives: Sequence[Path],
     files: Sequence[Path],
     key: str | None,
-    expected: Expected | None,
+    expected: Anchor | None,
 ) -> VerifyResult:
     """Verify a ledger with its archives, files by themselves, or both against each other.
 

@@ -25,7 +25,7 @@ from events.sqlite.queries import read_base
 from events.sqlite.readonly import open_read_only
 from events.sqlite.timetravel import parse_moment
 from events.tail import Tails
-from events.types import TYPES, LogBase
+from events.types import TYPES, Anchor
 from server.api.schemas import AnswerSchema, PageQuerySchema, about
 from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, chosen_form
 from server.appkeys import CONFIG, CONSUMER, GATE, LOG, READER, STREAMS
@@ -303,7 +303,7 @@ class Prover:
     """Signs heads of this ledger; its base does not move while a server runs."""
 
     signer: HeadSigner
-    base: LogBase
+    base: Anchor
 
     @property
     def node(self) -> str:

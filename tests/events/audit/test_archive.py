@@ -36,7 +36,7 @@ from events.sqlite.snapshots import base_state_digest, read_base_state
 from events.sqlite.timetravel import InvalidMoment
 from events.state import State
 from events.storage import Row
-from events.types import LogBase
+from events.types import Anchor
 
 LATER = START + timedelta(days=30)
 LEDGER = ledgers.sound_ledger(3, snapshots_every=13)
@@ -83,14 +83,14 @@ def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
             done = archived(path, cut, file.name)
             assert (done.first_position, done.last_position) == (first, cut - 1)
             assert done.jobs == len(jobs - job_ids(path))
-            assert audit_file(file).after == LogBase(len(gone), gone[-1].hash if gone else bytes(32))
+            assert audit_file(file).after == Anchor(len(gone), gone[-1].hash if gone else bytes(32))
             gone += rows_in(file)
             listed.append((first, cut - 1, gone[-1].hash, file.name, storage.FOLDS))
         left = [Row(*row) for row in ledgers.rows_of(path)]
         assert gone + left == ROWS
         found = audit(path)
         assert found.finding is None
-        assert found.base == LogBase(len(gone), gone[-1].hash)
+        assert found.base == Anchor(len(gone), gone[-1].hash)
         assert (found.verification.position, found.verification.hash) == (HEAD, ROWS[-1].hash)
         assert [(*each[:3], each.file, each.folds) for each in found.archives] == listed
         assert states(path, range(len(gone), HEAD + 1)) == STATES[len(gone) :]

@@ -12,10 +12,11 @@ from support.history import FEWER, PLAIN
 from support.ledgers import archived_copy, change_ledger, copy_of, flip_byte, place_of, rows_of, sound_ledger
 
 from events.audit.audit import audit
-from events.audit.verify import Expected, Finding, FindingKind, parse_expected
+from events.audit.verify import Finding, FindingKind, parse_expected
 from events.errors import Archived, LedgerProblem
 from events.sqlite import storage
 from events.sqlite.schema import connect
+from events.types import Anchor
 
 MANY = settings(PLAIN, max_examples=of_both(short=60, long=1_000))
 ANSWERS = (
@@ -40,7 +41,7 @@ def answers(path: Path) -> list[list[tuple[object, ...]]]:
 
 
 def audited(path: Path, position: int, digest: bytes) -> Finding | None:
-    return audit(path, Expected(position, digest)).finding
+    return audit(path, Anchor(position, digest)).finding
 
 
 with copy_of(LEDGER) as _path:
@@ -121,7 +122,7 @@ def test_expected_position_before_the_base_is_refused() -> None:
 
 
 def test_expected_head_is_parsed() -> None:
-    assert parse_expected("5:" + "aB" * 32) == Expected(5, b"\xab" * 32)
+    assert parse_expected("5:" + "aB" * 32) == Anchor(5, b"\xab" * 32)
     for text in ("", "5", "5:", ":", "5:" + "0" * 63, "-1:" + "0" * 64, "5:" + "g" * 64):
         with pytest.raises(ValueError, match="POSITION:HASH"):
             parse_expected(text)

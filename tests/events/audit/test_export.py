@@ -16,7 +16,7 @@ from events.audit.signing import as_signed_head
 from events.errors import LedgerDamaged, NothingThere
 from events.sqlite.queries import PAGE
 from events.storage import Row
-from events.types import LogBase
+from events.types import Anchor
 
 LEDGER = sound_ledger()
 
@@ -82,7 +82,7 @@ def test_damaged_ledger_is_not_signed(statement: str, words: str) -> None:
 def test_rows_of_any_log_are_exported_as_those_of_a_file() -> None:
     with copy_of(LEDGER) as path:
         lines, rows = exported(path, after=3, until=7), [Row(*row) for row in rows_of(path)]
-    base, after = LogBase(0, bytes(32)), LogBase(3, rows[2].hash)
+    base, after = Anchor(0, bytes(32)), Anchor(3, rows[2].hash)
     recorded_at = json.loads(rows[6].body)["recorded_at"]
 
     def export_some(first: int, last: int) -> list[bytes]:

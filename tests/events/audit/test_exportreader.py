@@ -18,10 +18,10 @@ from support.history import PLAIN
 from events.audit.export import JSONL, ExportFormat, cloudevents, export
 from events.audit.exportreader import MAX_LINE, FileAudit, audit_file
 from events.audit.signing import HeadSigner, SignedHead, Statement, key_id
-from events.audit.verify import Expected, Finding, FindingKind
+from events.audit.verify import Finding, FindingKind
 from events.errors import LogUnavailable
 from events.storage import Row
-from events.types import LogBase
+from events.types import Anchor
 
 with ledgers.copy_of(ledgers.sound_ledger()) as _path:
     ROWS = [Row(*row) for row in ledgers.rows_of(_path)]
@@ -40,7 +40,7 @@ LINES = EXPORT.splitlines(keepends=True)
 OPENING = LINES[0]
 
 
-def audited(content: bytes, *, key: str | None = None, expected: Expected | None = None) -> FileAudit:
+def audited(content: bytes, *, key: str | None = None, expected: Anchor | None = None) -> FileAudit:
     with ledgers.copy_of(content) as path:
         return audit_file(path, key=key, expected=expected)
 
@@ -59,7 +59,7 @@ def hash_at(position: int) -> bytes:
 def test_sound_file_is_proved_up_to_its_signed_head(form: str) -> None:
     audit = audited(FILES[form])
     assert (audit.finding, audit.events) == (None, HEAD)
-    assert (audit.after, audit.proved) == (LogBase(0, bytes(32)), LogBase(HEAD, ROWS[-1].hash))
+    assert (audit.after, audit.proved) == (Anchor(0, bytes(32)), Anchor(HEAD, ROWS[-1].hash))
     assert audit.head is not None
     assert audit.head.public_key == ledgers.SIGN.public_key
     assert audit.sha256 == hashlib.sha256(FILES[form]).digest()
@@ -73,17 +73,17 @@ def test_sound_file_is_proved_up_to_its_signed_head(form: str) -> None:
 def test_part_of_a_log_is_proved_from_where_it_begins(after: int, until: int) -> None:
     audit = audited(exported(after=after, until=until))
     assert audit.finding is None
-    assert (audit.after, audit.proved) == (LogBase(after, hash_at(after)), LogBase(until, hash_at(until)))
+    assert (audit.after, audit.proved) == (Anchor(after, hash_at(after)), Anchor(until, hash_at(until)))
 
 
 @FORMS
 @pytest.mark.parametrize("position", [0, 1, 7, HEAD])
 def test_expected_head_is_found_in_a_file(form: str, position: int) -> None:
-    audit = audited(FILES[form], expected=Expected(position, hash_at(position)))
+    audit = audited(FILES[form], expected=Anchor(position, hash_at(position)))
     assert (audit.finding, audit.has_expected) == (None, True)
-    audit = audited(FILES[form], expected=Expected(position, b"\1" * 32))
+    audit = audited(FILES[form], expected=Anchor(position, b"\1" * 32))
     assert ledgers.place_of(audit.finding) == (position, FindingKind.EXPECTATION)
-    assert not audited(FILES[form], expected=Expected(HEAD + 1, bytes(32))).has_expected
+    assert not audited(FILES[form], expected=Anchor(HEAD + 1, bytes(32))).has_expected
 
 
 # What somebody makes of a file.
@@ -132,9 +132,9 @@ def test_head_that_does_not_fit_the_events_is_found() -> None:
         {"position": HEAD - 1},
         {"hash": bytes(32)},
         {"recorded_at": "2025-01-01T00:00:00.000000Z"},
-        {"base": LogBase(1, bytes(32))},
-        {"base": LogBase(0, b"\1" * 32)},
-        {"base": LogBase(-1, bytes(32))},
+        {"base": Anchor(1, bytes(32))},
+        {"base": Anchor(0, b"\1" * 32)},
+        {"base": Anchor(-1, bytes(32))},
     ):
         assert found(signed(replace(statement, **change))).position == HEAD
     forged = SignedHead(statement, ledgers.OTHER_SIGN(statement).signature, ledgers.SIGN.public_key)
@@ -144,33 +144,33 @@ def test_head_that_does_not_fit_the_events_is_found() -> None:
 @pytest.mark.parametrize(
     ("base", "is_sound"),
     [
-        (LogBase(0, bytes(32)), True),
-        (LogBase(2, b"\1" * 32), True),  # what is before this export nobody can say
-        (LogBase(-1, bytes(32)), False),
-        (LogBase(-1, b"\1" * 32), False),
-        (LogBase(0, b"\1" * 32), False),
-        (LogBase(2, bytes(32)), False),
-        (LogBase(2, b"\1"), False),
-        (LogBase(2, b""), False),
-        (LogBase(5, b"\1" * 32), False),
-        (LogBase(HEAD, bytes(32)), False),
+        (Anchor(0, bytes(32)), True),
+        (Anchor(2, b"\1" * 32), True),  # what is before this export nobody can say
+        (Anchor(-1, bytes(32)), False),
+        (Anchor(-1, b"\1" * 32), False),
+        (Anchor(0, b"\1" * 32), False),
+        (Anchor(2, bytes(32)), False),
+        (Anchor(2, b"\1"), False),
+        (Anchor(2, b""), False),
+        (Anchor(5, b"\1" * 32), False),
+        (Anchor(HEAD, bytes(32)), False),
     ],
     ids=str,
 )
-def test_signed_base_must_be_one_that_a_log_can_have(base: LogBase, is_sound: bool) -> None:  # noqa: FBT001 - of the table
+def test_signed_base_must_be_one_that_a_log_can_have(base: Anchor, is_sound: bool) -> None:  # noqa: FBT001 - of the table
     last = ROWS[5]
     recorded_at = json.loads(last.body)["recorded_at"]
     events = exported(after=4, until=6).splitlines(keepends=True)[:-1]
     head = JSONL.last(ledgers.SIGN(Statement(last.position, last.hash, recorded_at, base)))
     assert (audited(b"".join([*events, head])).finding is None) == is_sound
     head = JSONL.last(ledgers.SIGN(Statement(last.position, last.hash, "", base)))  # an export without events
-    alone = JSONL.first(LogBase(last.position, last.hash)) + head
+    alone = JSONL.first(Anchor(last.position, last.hash)) + head
     assert (audited(alone).finding is None) == (is_sound or base.position == 5)
 
 
 def test_first_event_follows_zeros() -> None:
     digest = hashlib.sha256(b"\1" * 32 + ROWS[0].body.encode()).digest()
-    row, after = Row(1, ROWS[0].body, digest), LogBase(0, b"\1" * 32)
+    row, after = Row(1, ROWS[0].body, digest), Anchor(0, b"\1" * 32)
     head = ledgers.SIGN(Statement(1, digest, json.loads(row.body)["recorded_at"], after))
     finding = found(JSONL.first(after) + JSONL.event(row, after.hash) + JSONL.last(head))
     assert ledgers.place_of(finding) == (0, FindingKind.BASE)

@@ -13,11 +13,11 @@ from events.audit import kepthead
 from events.audit.audit import audit
 from events.audit.kepthead import KEPT_HEAD, HeadKeeper, find_rollback
 from events.audit.signing import SignedHead, Statement
-from events.audit.verify import Expected, FindingKind
+from events.audit.verify import FindingKind
 from events.sqlite.datalock import mark_replica
 from events.sqlite.queries import read_base, read_head
 from events.storage import LogHead
-from events.types import LogBase
+from events.types import Anchor
 
 LEDGER, LONG_LEDGER = ledgers.sound_ledger(), ledgers.sound_ledger(2)
 
@@ -106,7 +106,7 @@ async def test_audit_finds_ledger_without_its_kept_head() -> None:
         assert (found.position, found.kind) == (head.position, FindingKind.EXPECTATION)
         words = f"the ledger ends at position {head.position}, and its last signed head was at position"
         assert found.problem == f"{words} {kept.statement.position}"
-        expected = Expected(head.position, head.hash)
+        expected = Anchor(head.position, head.hash)
         assert audit(path, expected, kept_in=(path.parent, ledgers.SIGN.public_key)).finding is None
         await keep(path.parent, signed(path))
         assert audit(path, kept_in=(path.parent, ledgers.SIGN.public_key)).finding is None
@@ -124,7 +124,7 @@ async def test_archived_head_is_compared_with_ends_of_archives() -> None:
         for head in (inside, end, after):
             await keep(path.parent, head)
             assert find_rollback(path.parent, path, ledgers.SIGN.public_key) is None
-        other = Statement(19, bytes(32), end.statement.recorded_at, LogBase(0, bytes(32)))
+        other = Statement(19, bytes(32), end.statement.recorded_at, Anchor(0, bytes(32)))
         await keep(path.parent, ledgers.SIGN(other))
         assert find_rollback(path.parent, path, ledgers.SIGN.public_key) is not None
 

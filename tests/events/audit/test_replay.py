@@ -20,7 +20,7 @@ from events.audit.audit import Audit, audit
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
 from events.audit.signing import key_id
-from events.audit.verify import Expected, FindingKind
+from events.audit.verify import FindingKind
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
 from events.sqlite import storage
 from events.sqlite.queries import as_text
@@ -28,6 +28,7 @@ from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import base_state_digest
 from events.sqlite.timetravel import BeyondHead, Moment
+from events.types import Anchor
 
 LEDGER = ledgers.sound_ledger(3, seconds=0.5)
 """At most two of its events have the same time."""
@@ -72,10 +73,10 @@ def test_archives_in_any_order_prove_and_replay_the_past(
     with ledgers.copy_of(LEDGER) as path:
         files = ledgers.archive_before(path, *cuts)
         dice.shuffle(files)
-        proof = proof_of(audit(path, Expected(position, ROWS[position - 1][2]), archives=files))
+        proof = proof_of(audit(path, Anchor(position, ROWS[position - 1][2]), archives=files))
         assert proof.is_folded
         assert [each.proved.position for each in proof.files] == [cut - 1 for cut in cuts]
-        wrong = audit(path, Expected(position, b"\1" * 32), archives=files).finding
+        wrong = audit(path, Anchor(position, b"\1" * 32), archives=files).finding
         assert ledgers.place_of(wrong) == (position, FindingKind.EXPECTATION)
         assert replayed(path, moment, files) == PAST[moment]
 
@@ -98,7 +99,7 @@ def test_later_archives_alone_prove_from_where_they_begin() -> None:
         assert not proof.is_folded
         assert proof.after.position == 7
         with pytest.raises(Archived, match="up to position 7"):
-            audit(path, Expected(3, bytes(32)), archives=files[1:])
+            audit(path, Anchor(3, bytes(32)), archives=files[1:])
         with pytest.raises(ArchiveMissing, match="positions 1 to 7"):
             replayed(path, None, files[1:])
 

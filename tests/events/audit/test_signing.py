@@ -14,7 +14,7 @@ from support.history import PLAIN, at
 from support.ledgers import OTHER_SIGN, SIGN
 
 from events.audit.signing import Statement, as_signed_head, key_id
-from events.types import LogBase
+from events.types import Anchor
 
 HASHES = st.binary(min_size=32, max_size=32)
 STATEMENTS = st.builds(
@@ -22,9 +22,9 @@ STATEMENTS = st.builds(
     st.integers(0, 2**63 - 1),
     HASHES,
     st.just("") | st.integers(0, 10**9).map(at),
-    st.builds(LogBase, st.integers(0, 2**63 - 1), HASHES),
+    st.builds(Anchor, st.integers(0, 2**63 - 1), HASHES),
 )
-VECTOR = Statement(7, bytes(range(32)), "2026-01-01T00:00:07.000000Z", LogBase(0, bytes(32)))
+VECTOR = Statement(7, bytes(range(32)), "2026-01-01T00:00:07.000000Z", Anchor(0, bytes(32)))
 MESSAGE = (
     b"loadledger-head-v1\n"
     b"7\n"
@@ -37,7 +37,7 @@ MESSAGE = (
 
 def test_message_and_signature_have_known_bytes() -> None:
     assert VECTOR.message() == MESSAGE
-    assert Statement(0, bytes(32), "", LogBase(0, bytes(32))).message().split(b"\n")[3] == b""
+    assert Statement(0, bytes(32), "", Anchor(0, bytes(32))).message().split(b"\n")[3] == b""
     assert SIGN(VECTOR).signature == Ed25519PrivateKey.from_private_bytes(bytes(range(32))).sign(MESSAGE)
     assert len(key_id(SIGN.public_key)) == 32
     assert SIGN(VECTOR).members()["key_id"] == key_id(SIGN.public_key)

@@ -21,7 +21,7 @@ from events.codec import GENESIS, decode_event, encode_canonical
 from events.errors import LedgerProblem
 from events.state import State
 from events.storage import StorageError
-from events.types import LogBase
+from events.types import Anchor
 
 
 class Row(NamedTuple):
@@ -254,7 +254,7 @@ async def test_verify_works_beside_a_running_log() -> None:
 # Rows of a log that is not in a file.
 
 
-def verify_rows(base: LogBase, state: State, rows: Iterable[Row]) -> Verification:
+def verify_rows(base: Anchor, state: State, rows: Iterable[Row]) -> Verification:
     fold = CheckedFold(base, state)
     return fold.result(fold.follow(rows), compared=False)
 
@@ -264,14 +264,14 @@ def test_rows_after_any_base_verify_from_the_state_there(after: int) -> None:
     state = State()
     for row in ROWS[:after]:
         state.forget_ended(state.apply(decode_event(row.body)).jobs.values())
-    base = LogBase(after, ROWS[after - 1].hash if after else GENESIS)
+    base = Anchor(after, ROWS[after - 1].hash if after else GENESIS)
     found = verify_rows(base, state, iter(ROWS[after:]))
     assert found == Verification(HEAD - after, HEAD, ROWS[-1].hash, None, compared=False)
 
 
 def test_changed_row_of_any_log_is_named() -> None:
     changed = [*ROWS[:2], ROWS[2]._replace(body=edited(3, actor="mallory")), *ROWS[3:]]
-    found = verify_rows(LogBase(0, GENESIS), State(), changed)
+    found = verify_rows(Anchor(0, GENESIS), State(), changed)
     assert (found.position, *place_of(found.finding)) == (2, 3, FindingKind.HASH)
 
 
@@ -281,4 +281,4 @@ def test_failure_to_read_rows_is_no_finding() -> None:
         raise StorageError("the connection was lost")
 
     with pytest.raises(StorageError, match="was lost"):
-        verify_rows(LogBase(0, GENESIS), State(), rows())
+        verify_rows(Anchor(0, GENESIS), State(), rows())

@@ -33,7 +33,7 @@ from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
 from events.sqlite.snapshots import read_base_state
 from events.storage import StoredBase
-from events.types import LogBase, TokenIssued
+from events.types import Anchor, TokenIssued
 
 ROUNDS = 3
 LEDGER_FILE = sound_ledger(ROUNDS)
@@ -139,7 +139,7 @@ async def test_servers_go_on_while_events_are_archived(ledger: Database, tmp_pat
     ):
         await write(log, 20)
         await log.server_started()
-        end = LogBase(10, rows_of(log.path)[9][2])
+        end = Anchor(10, rows_of(log.path)[9][2])
         async with connection.transaction():
             await write_stored_base(connection, StoredBase(end))
             await connection.execute("DELETE FROM events WHERE position <= 10")

@@ -14,7 +14,7 @@ from events.audit.archive import archive
 from events.audit.audit import audit
 from events.audit.backup import back_up
 from events.audit.export import JSONL, export
-from events.audit.verify import Expected, FindingKind, verify
+from events.audit.verify import FindingKind, verify
 from events.clock import utc_now
 from events.commands import Record
 from events.errors import IncompleteCopy, LogUnavailable
@@ -22,7 +22,7 @@ from events.sqlite.readonly import lacks_wal, open_reader_thread, wants_wal
 from events.sqlite.schema import WAL_LIMIT_BYTES
 from events.sqlite.storage import FOLDS, Database, rebuild_file
 from events.storage import StorageError
-from events.types import SYSTEM, Draft, LoadFailed
+from events.types import SYSTEM, Anchor, Draft, LoadFailed
 
 
 @pytest.fixture
@@ -185,8 +185,8 @@ async def test_copy_beside_server_is_refused_unless_a_head_is_expected(tmp_path:
         copied.write_bytes(path.read_bytes())
         for _ in range(3):  # looking at it must not make it look complete
             assert refused(copied)
-        assert audit(copied, Expected(early.position, early.hash)).finding is None
-        late = audit(copied, Expected(log.head.position, log.head.hash))
+        assert audit(copied, Anchor(early.position, early.hash)).finding is None
+        late = audit(copied, Anchor(log.head.position, log.head.hash))
         assert ledgers.place_of(late.finding) == (early.position + 1, FindingKind.EXPECTATION)
 
 
