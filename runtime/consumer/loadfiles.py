@@ -24,8 +24,6 @@ from runtime.timeouts import TimeoutExpired, timeout
 T = TypeVar("T")
 
 THREAD = "files of a load"
-RETRY_S = 1.0
-"""Pause before files are given back in a thread, after there was none."""
 
 
 class LoadFiles:
@@ -136,13 +134,12 @@ class LoadFiles:
             self._release_found()
 
     def _release_found(self) -> None:
-        if self.found is not None:
+        files, self.found = self.found, None
+        if files is not None:
             try:
-                threading.Thread(target=self._contents.release, args=(self.found,), name=THREAD).start()
-            except RuntimeError:  # no new thread
-                asyncio.get_running_loop().call_later(RETRY_S, self._release_if_idle)
-            else:
-                self.found = None
+                threading.Thread(target=self._contents.release, args=(files,), name=THREAD).start()
+            except RuntimeError:  # no new thread: it takes a moment of the loop, and nothing stays
+                self._contents.release(files)
 
 
 class PendingFiles:

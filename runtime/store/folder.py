@@ -73,14 +73,6 @@ class StoreFolder:
         for folder in self._list(_SOURCES):
             yield from (path for path in _names(folder) if path.suffix == ".json")
 
-    def foreign_names(self) -> Iterator[Path]:
-        """Yield the paths that are nothing of the store's."""
-        yield from (path for path in _names(self.path) if path.name not in self._parts)
-        yield from (path for path in self._list(_BLOBS) if not _PREFIX.fullmatch(path.name))
-        yield from (path for path in self._list(_VERSIONS) if not _HASH.fullmatch(path.name))
-        yield from (path for path in self._list(_FORMS) if not _HASH.fullmatch(path.name))
-        yield from (path for path in self._list(_INCOMING) if not _RANDOM.fullmatch(path.name))
-
     def make(self) -> bool:
         """Create the folders, or make sure that only this user can write to them (0700).
 

@@ -112,8 +112,6 @@ class Store:
                 record = read_record(path, SourceRecord) if only_ours else None
                 if record is None or record.digest not in self._versions:
                     path.unlink(missing_ok=True)
-            for path in self._folder.foreign_names():
-                _log.warning("%s is nothing of the store's: left alone", path)
 
     def take(
         self,
