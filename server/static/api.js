@@ -86,6 +86,34 @@ export class Api {
   }
 }
 
+// One request at a time, the latest: an earlier one is aborted, and its answer dropped.
+export class Latest {
+  #current = null;
+
+  get isBusy() {
+    return this.#current !== null;
+  }
+
+  drop() {
+    this.#current?.abort();
+    this.#current = null;
+  }
+
+  // Passes the answer of `ask(signal)` to `use`, or what it fails with to `refuse`.
+  async request(ask, use, refuse) {
+    this.#current?.abort();
+    const mine = (this.#current = new AbortController());
+    try {
+      const answer = await ask(mine.signal);
+      if (mine === this.#current) use(answer);
+    } catch (error) {
+      if (mine === this.#current) refuse(error);
+    } finally {
+      if (mine === this.#current) this.#current = null;
+    }
+  }
+}
+
 async function refusal(response) {
   const after = Number(response.headers.get("Retry-After")) || null;
   try {

@@ -1,7 +1,7 @@
 // Charts of the server's time series: latencies, requests and memory, of the server or of the model whose page is open.
 // Lines over time, drawn as SVG, with the values at the pointer or at the keyboard's cursor.
 
-import { Unreachable } from "./api.js";
+import { Latest, Unreachable } from "./api.js";
 import { h, setAttribute, setText, svg } from "./dom.js";
 import { bytes, clock, duration, local, number, serverNow, zone } from "./format.js";
 
@@ -172,7 +172,7 @@ export function rangeSwitch(series, of) {
 
 // Fetches the series, which the server keeps: they are there after a reload, too.
 export class TimeSeries {
-  #asked = 0;
+  #latest = new Latest();
   #due = null;
 
   constructor(api, store) {
@@ -195,23 +195,19 @@ export class TimeSeries {
     this.fetch();
   }
 
-  // Asks now, and then again and again. An answer that was overtaken by another choice is dropped.
-  async fetch() {
-    const asked = ++this.#asked, { range, modelId } = this;
+  // Asks now, and then again and again.
+  fetch() {
     clearTimeout(this.#due);
-    if (!document.hidden) {
-      const path = modelId === null ? "/api/v1/resources/history" : `/api/v1/models/${encodeURIComponent(modelId)}/history`;
-      try {
-        const found = await this.api.get(`${path}?range=${range}`);
-        if (asked !== this.#asked) return;
-        this[modelId === null ? "server" : "model"] = found;
-        this.store.notify();
-      } catch (error) {
-        if (asked !== this.#asked) return;
-        if (!(error instanceof Unreachable) && error.status === undefined) throw error;
-        // The page says itself when the server is away; the charts keep what they have.
-      }
-    }
     this.#due = setTimeout(() => this.fetch(), SAMPLE_MS);
+    if (document.hidden) return;
+    const { range, modelId } = this;
+    const path = modelId === null ? "/api/v1/resources/history" : `/api/v1/models/${encodeURIComponent(modelId)}/history`;
+    this.#latest.request((signal) => this.api.get(`${path}?range=${range}`, { signal }), (found) => {
+      this[modelId === null ? "server" : "model"] = found;
+      this.store.notify();
+    }, (error) => {
+      if (!(error instanceof Unreachable) && error.status === undefined) throw error;
+      // The page says itself when the server is away; the charts keep what they have.
+    });
   }
 }

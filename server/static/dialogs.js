@@ -1,15 +1,16 @@
 // The dialogs in which a load, a swap or an unload is asked for.
 
-import { errorText, requestErrorText } from "./api.js";
+import { errorText, Latest, requestErrorText } from "./api.js";
 import { byId, h, notice, setText, show, showText } from "./dom.js";
 import { count, oneLine } from "./format.js";
 
 // Has a dialog close by its buttons, and `ask` called by its form; what is refused is said in it, and it stays.
-// Where it was closed meanwhile, or is about something else by now, what is refused is said outside. `complete` awaits
-// what the open dialog lacks; what comes too late is dropped.
+// Where it was closed meanwhile, or is about something else by now, what is refused is said outside. `complete` asks
+// for what the open dialog lacks; what comes too late is dropped.
 export function dialog(id, ask) {
   const node = byId(`${id}-dialog`), form = byId(`${id}-form`), refusal = node.querySelector(".refusal");
   const enable = (can) => node.querySelectorAll("button:not(.close)").forEach((each) => (each.disabled = !can));
+  const latest = new Latest();
   let opened = 0; // how often: what was asked for at another time has no say
   const send = async (...about) => {
     const mine = opened, here = () => mine === opened && node.open;
@@ -31,19 +32,12 @@ export function dialog(id, ask) {
   for (const close of node.querySelectorAll(".close")) close.addEventListener("click", () => node.close());
   const open = () => {
     opened += 1;
+    latest.drop();
     enable(true);
     showText(refusal, "");
     node.showModal();
   };
-  const complete = async (answer, use) => {
-    const mine = opened, here = () => mine === opened && node.open;
-    try {
-      const found = await answer;
-      if (here()) use(found);
-    } catch (error) {
-      if (here()) showText(refusal, errorText(error));
-    }
-  };
+  const complete = (ask, use) => latest.request(ask, use, (error) => showText(refusal, errorText(error)));
   return { node, open, send, complete, refuse: (text) => showText(refusal, text) };
 }
 
@@ -65,7 +59,7 @@ export function loadDialog(api, store, operations) {
     fill(model, store);
     if (version !== null) byId("load-version").value = version;
     about.open();
-    about.complete(api.get(`/api/v1/models/${encodeURIComponent(asked.id)}`), (fresh) => { // the repository may have more by now
+    about.complete((signal) => api.get(`/api/v1/models/${encodeURIComponent(asked.id)}`, { signal }), (fresh) => { // the repository may have more by now
       model = fresh;
       fill(model, store);
     });

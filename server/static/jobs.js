@@ -1,6 +1,6 @@
 // Jobs: the list, with those under way and their stages first, and the page of one job, #/jobs/ID.
 
-import { errorText } from "./api.js";
+import { errorText, Latest } from "./api.js";
 import { button, byId, h, reconcile, setAttribute, setText, show, showText, statePill } from "./dom.js";
 import { age, ago, count, duration, moment, oneLine, secondsSince } from "./format.js";
 import { hasEnded } from "./store.js";
@@ -59,29 +59,25 @@ function aboutText(job) {
 
 // Shows what became of a job, and its events in the ledger.
 export function jobPage(api, router, ledger) {
+  const latest = new Latest();
   let shown = null;
+  const draw = (...lines) => {
+    byId("job-text").replaceChildren(...lines);
+    byId("job").scrollIntoView({ block: "nearest" });
+  };
   router.watch(({ view, id }) => {
     const wanted = view === "jobs" ? id : null;
     if (wanted === shown) return;
     shown = wanted;
     show(byId("job"), wanted !== null);
-    if (wanted === null) return ledger.showJob("");
-    ledger.showJob(wanted);
+    latest.drop();
+    ledger.showJob(wanted ?? "");
+    if (wanted === null) return;
     byId("job-close").href = router.href();
-    drawJob(api, router, wanted, () => shown === wanted);
+    draw(h("p", {}, "Loading…"));
+    latest.request((signal) => api.get(`/api/v1/jobs/${encodeURIComponent(wanted)}`, { signal }), (job) => draw(...jobLines(job, router)),
+      (error) => draw(h("p", { class: "refusal" }, errorText(error))));
   });
-}
-
-async function drawJob(api, router, id, isShown) {
-  const text = byId("job-text");
-  text.replaceChildren(h("p", {}, "Loading…"));
-  try {
-    const job = await api.get(`/api/v1/jobs/${encodeURIComponent(id)}`);
-    if (isShown()) text.replaceChildren(...jobLines(job, router));
-  } catch (error) {
-    if (isShown()) text.replaceChildren(h("p", { class: "refusal" }, errorText(error)));
-  }
-  byId("job").scrollIntoView({ block: "nearest" });
 }
 
 function jobLines(job, router) {

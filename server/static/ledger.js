@@ -1,6 +1,6 @@
 // The ledger: its newest events, those that are asked for, and each as it was hashed; live while it follows.
 
-import { errorText } from "./api.js";
+import { errorText, Latest } from "./api.js";
 import { byId, h, reconcile, setText, show, showText } from "./dom.js";
 import { summary, toneOf, TYPES } from "./eventtext.js";
 import { clock, oneLine, plain } from "./format.js";
@@ -14,7 +14,7 @@ export class Ledger {
   #cursor = null; // where the older ones begin
   #epoch = null;
   #filters = {};
-  #asked = 0;
+  #latest = new Latest();
   #most = MOST;
   #upto = 0; // as of which position it was asked for last
 
@@ -62,15 +62,11 @@ export class Ledger {
     this.#load(this.#cursor);
   }
 
-  // Asks for the newest events, or those before a position. An answer that was overtaken by another is dropped.
+  // Asks for the newest events, or those before a position.
   async #load(before = null) {
-    const asked = ++this.#asked;
     if (before === null) [this.#upto, this.#most] = [this.store.head, MOST];
-    const from = before ?? Number.MAX_SAFE_INTEGER;
-    const query = new URLSearchParams({ ...this.#filters, before: from, limit: PAGE });
-    try {
-      const page = await this.api.get(`/api/v1/events?${query}`);
-      if (asked !== this.#asked) return;
+    const query = new URLSearchParams({ ...this.#filters, before: before ?? Number.MAX_SAFE_INTEGER, limit: PAGE });
+    await this.#latest.request((signal) => this.api.get(`/api/v1/events?${query}`, { signal }), (page) => {
       if (before === null) {
         const since = [...this.#events.values()].filter((event) => event.position > page.as_of && this.#matches(event));
         this.#events = new Map(since.map((event) => [event.position, event]));
@@ -80,9 +76,7 @@ export class Ledger {
       this.store.oldest = page.oldest;
       this.store.advance(page.as_of);
       showText(byId("ledger-refusal"), "");
-    } catch (error) {
-      if (asked === this.#asked) showText(byId("ledger-refusal"), errorText(error));
-    }
+    }, (error) => showText(byId("ledger-refusal"), errorText(error)));
     this.#draw();
   }
 

@@ -19,7 +19,6 @@ const MEMORY = [{ kind: "plain", name: "memory", of: (point) => point.memory_byt
 
 export class ModelPage {
   #id = null;
-  #opened = 0; // what was asked for another model, or at another time, has no say
   #due = null;
   #parts = null;
 
@@ -34,7 +33,6 @@ export class ModelPage {
   #open(id) {
     if (id === this.#id) return;
     this.#id = id;
-    this.#opened += 1;
     clearTimeout(this.#due);
     this.store.subject = id;
     this.store.notify();
@@ -73,13 +71,11 @@ export class ModelPage {
   // Asks for what only this page shows. Each part says itself what went wrong with it.
   async #fetch() {
     if (!this.#parts) return; // the page was left meanwhile
-    const opened = this.#opened, parts = this.#parts, { path } = parts;
-    const isCurrent = () => opened === this.#opened;
+    const parts = this.#parts, { path } = parts; // of this model, even if the page shows another one by then
     const jobs = this.api.get(`/api/v1/jobs?model=${encodeURIComponent(this.#id)}&limit=${JOBS}`);
     const found = await Promise.allSettled([
-      this.#fetchModel(path), jobs, parts.events?.fetch(isCurrent), this.#fetchLoads(), parts.printed?.fetch(isCurrent),
+      this.#fetchModel(path), jobs, parts.events?.fetch(), this.#fetchLoads(), parts.printed?.fetch(),
     ]);
-    if (!isCurrent()) return;
     const [model, its, , loads] = found.map(({ value, reason }) => value ?? { refusal: reason ? errorText(reason) : "" });
     parts.model = model;
     parts.loads = loads;
@@ -257,20 +253,19 @@ function versionRow(version, actions, current) {
 function eventsPart(api, id) {
   const list = h("ol", { class: "events" }), none = h("p", { class: "hint" });
   let events = [], cursor = null;
-  const fetch = async (isCurrent, before = Number.MAX_SAFE_INTEGER) => {
+  const fetch = async (before = Number.MAX_SAFE_INTEGER) => {
     try {
       const page = await api.get(`/api/v1/events?${new URLSearchParams({ model: id, before, limit: EVENTS })}`);
-      if (!isCurrent()) return;
       const kept = before === Number.MAX_SAFE_INTEGER ? [] : events;
       [events, cursor] = [[...kept, ...page.events], page.next_cursor];
       showText(none, events.length ? "" : "The ledger has no event of it.");
     } catch (error) {
-      if (isCurrent()) showText(none, errorText(error));
+      showText(none, errorText(error));
     }
     reconcile(list, events, eventLine, (event) => event.position);
     show(more, cursor !== null);
   };
-  const more = h("button", { type: "button", onclick: () => fetch(() => true, cursor), hidden: true }, "Older");
+  const more = h("button", { type: "button", onclick: () => fetch(cursor), hidden: true }, "Older");
   const scroll = h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Events of the model, newest first" }, list);
   return { node: panel("its-events", "Events", [], scroll, none, more), fetch };
 }
@@ -285,17 +280,16 @@ function eventLine(event) {
 // What its workers printed last. It may hold what clients sent, so it is asked for only for admins.
 function printedPart(api, path) {
   const list = h("div"), note = h("p", { class: "hint" });
-  const node = panel("its-lines", "Last lines of its workers", [button("Refresh", "the lines", () => fetch(() => true))], list, note);
-  const fetch = async (isCurrent) => {
+  const node = panel("its-lines", "Last lines of its workers", [button("Refresh", "the lines", () => fetch())], list, note);
+  const fetch = async () => {
     try {
       const { workers, last_exited: exited, recorded } = await api.get(`${path}/stderr`);
-      if (!isCurrent()) return;
       const shown = workers.map((worker) => [`Worker of version ${worker.version}, running`, worker]);
       if (exited) shown.push([`Worker of version ${exited.version}, ended unexpectedly ${stamp(exited.exited_at)}${endOf(exited)}`, exited]);
       list.replaceChildren(...shown.map(([name, { lines }]) => printedOf(name, lines)));
       showText(note, [shown.length ? "" : "No worker of it runs, and none has ended unexpectedly.", recorded ? "" : "The server was started with --ledger-stderr off: of a worker that has ended, the ledger keeps only why the server killed it."].filter(Boolean).join(" "));
     } catch (error) {
-      if (isCurrent()) showText(note, requestErrorText(error));
+      showText(note, requestErrorText(error));
     }
   };
   return { node, fetch };

@@ -55,7 +55,7 @@ export function predictDialog(api) {
     byId("predict-files").replaceChildren();
     clear();
     about.open();
-    about.complete(api.get(`/v2/models/${encodeURIComponent(model.id)}`), (described) => {
+    about.complete((signal) => api.get(`/v2/models/${encodeURIComponent(model.id)}`, { signal }), (described) => {
       inputs = described.inputs;
       setText(byId("predict-inputs"), inputs.map((input) => plain(`${input.name}: ${input.datatype} [${input.shape.join(", ")}]`, 200)).join(" · "));
       byId("predict-files").replaceChildren(...inputs.map((input, number) => fileField(input, number, put, about.refuse)));

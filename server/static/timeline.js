@@ -1,7 +1,7 @@
 // The timeline: a lane for each model over a range of time, from the server's summary of it. The range is in the
 // page's address; a click or Enter shows the models as of that moment.
 
-import { errorText } from "./api.js";
+import { errorText, Latest } from "./api.js";
 import { byId, setAttribute, setText, show, showText } from "./dom.js";
 import { count, moment, serverNow, zone } from "./format.js";
 import { drawAxis, drawRows, fillLegend, fillTable, itemsOf, serverLanes } from "./lanes.js";
@@ -23,7 +23,7 @@ export class Timeline {
   #down = [];
   #cursors = [""]; // of the pages up to the present one
   #at = null; // the moment that is shown as of, in milliseconds
-  #asking = new AbortController();
+  #latest = new Latest();
   #due = null;
   #tookMs = 0;
   #upto = -1; // the position that the last answer reflects, or is asked for
@@ -157,7 +157,7 @@ export class Timeline {
   // Answers.
 
   #onStoreChange() {
-    if (!this.#range.live || this.store.head <= this.#upto || this.#due !== null || this.#tookMs < 0) return;
+    if (!this.#range.live || this.store.head <= this.#upto || this.#due !== null || this.#latest.isBusy) return;
     this.#schedule(Math.max(CALM_MS, SHARE * this.#tookMs));
   }
 
@@ -168,26 +168,19 @@ export class Timeline {
 
   async #load() {
     this.#due = null;
-    this.#asking.abort();
-    this.#asking = new AbortController();
-    const { signal } = this.#asking, began = performance.now(), { live, span, to } = this.#range;
+    const began = performance.now(), { live, span, to } = this.#range, isFirst = this.#page === null;
     const query = new URLSearchParams({ limit: PAGE, resolution: Math.min(2000, Math.max(100, this.#width)), active: "true",
       cursor: this.#cursors.at(-1), find: byId("timeline-find").value.trim() });
     if (!live) query.set("to", iso(to));
-    const begin = live && this.#page === null ? serverNow() - span : this.#bounds().from;
+    const begin = live && isFirst ? serverNow() - span : this.#bounds().from;
     if (span !== null) query.set("from", iso(begin));
     this.#upto = this.store.head;
-    this.#tookMs = -1;
-    try {
-      const isFirst = this.#page === null;
-      this.#setPage(await this.api.get(`/api/v1/timeline?${query}`, { signal }));
+    await this.#latest.request((signal) => this.api.get(`/api/v1/timeline?${query}`, { signal }), (page) => {
+      this.#setPage(page);
       showText(byId("timeline-refusal"), "");
       if (isFirst && this.#bounds().from > begin + SECOND) this.#schedule(0); // the ledger is shorter: what was merged can be drawn apart
-    } catch (error) {
-      if (!signal.aborted) showText(byId("timeline-refusal"), errorText(error));
-    } finally {
-      if (!signal.aborted) this.#tookMs = Math.min(2000, performance.now() - began);
-    }
+    }, (error) => showText(byId("timeline-refusal"), errorText(error)));
+    if (!this.#latest.isBusy) this.#tookMs = Math.min(2000, performance.now() - began);
     this.#draw();
   }
 

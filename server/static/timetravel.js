@@ -1,6 +1,6 @@
 // Time travel: the models as of a position or a time, with who had loaded which bytes.
 
-import { errorText } from "./api.js";
+import { errorText, Latest } from "./api.js";
 import { byId, cell, h, reconcile, setAttribute, setText, show, showText, statePill, tableRow } from "./dom.js";
 import { summary } from "./eventtext.js";
 import { broughtBack, clock, local, moment, oneLine, zone } from "./format.js";
@@ -13,9 +13,8 @@ const CALM_MS = 1000; // what is now moves with each event: nobody can read that
 
 export class TimeTravel {
   #moment = null; // a position; null is now
-  #asking = new AbortController();
+  #latest = new Latest(); // a ledger that moves does not overtake it
   #due = null;
-  #busy = false; // whether an answer is waited for: a ledger that moves does not overtake it
   #shown = null; // the position that is shown, or asked for
   #address = null; // the moment that the page's address has
 
@@ -69,7 +68,7 @@ export class TimeTravel {
     setAttribute(slider, "min", first);
     setAttribute(slider, "max", head);
     setAttribute(byId("past-position"), "max", head);
-    if (this.#moment !== null || this.#busy || this.#due !== null || head === 0 || this.#shown === head) return;
+    if (this.#moment !== null || this.#latest.isBusy || this.#due !== null || head === 0 || this.#shown === head) return;
     this.#schedule(null, this.#shown === null ? PAUSE_MS : CALM_MS);
   }
 
@@ -90,16 +89,14 @@ export class TimeTravel {
     byId("past-on").disabled = position >= this.store.head;
   }
 
-  async #show(at, { stays = false } = {}) {
+  #show(at, { stays = false } = {}) {
     clearTimeout(this.#due);
     this.#due = null;
-    this.#busy = true;
-    this.#asking.abort();
-    this.#asking = new AbortController();
-    const { signal } = this.#asking;
-    try {
+    const ask = async (signal) => {
       const page = await this.#modelsAt(at, signal);
-      const event = await this.#eventAt(page.as_of, signal);
+      return { page, event: await this.#eventAt(page.as_of, signal) };
+    };
+    this.#latest.request(ask, ({ page, event }) => {
       if (stays) this.#moment = page.as_of;
       this.#shown = page.as_of;
       this.#drawPosition(page.as_of);
@@ -108,11 +105,7 @@ export class TimeTravel {
       const time = Date.parse(at) > 0 && !/^\d+$/.test(at) ? at : page.as_of_time; // a time may be long after the event
       this.shown(this.#moment === null || !time ? null : Date.parse(time));
       showText(byId("past-refusal"), "");
-    } catch (error) {
-      if (!signal.aborted) showText(byId("past-refusal"), errorText(error));
-    } finally {
-      if (this.#asking.signal === signal) this.#busy = false;
-    }
+    }, (error) => showText(byId("past-refusal"), errorText(error)));
   }
 
   // The event at a position; null before all events, and where it is archived: what was so then is known all the same.
