@@ -102,7 +102,6 @@ class CheckResult:
         return all(finding.severity is Severity.NOTE for finding in self.findings)
 
     def members(self) -> dict[str, Any]:
-        """Return the result as plain values."""
         return {"fine": self.fine, **asdict(self)}
 
 
@@ -279,7 +278,6 @@ def check_repository(config: Config, result: CheckResult) -> list[TrialLoad]:
 def _check_versions(
     repository: Repository, model_id: str, config: Config, budget: int, result: CheckResult
 ) -> Iterator[TrialLoad]:
-    """Yield the versions of a model that fit the budget."""
     parameters: LoadParameters | None = None
     try:
         parameters = default_parameters(repository, model_id, config)

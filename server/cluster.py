@@ -100,14 +100,12 @@ class ThisNode:
         change()
 
     async def close(self) -> None:
-        """Stop renewing."""
         if self.renewing is not None:
             self.renewing.cancel()
             await asyncio.wait([self.renewing])
         await self._leases.close()
 
     async def _describe(self, consumer: Consumer, store: Store | None, cache: ModelCache | None) -> NodeHints:
-        """Return what is free at this node, and which files it has."""
         position, policy, uses = self.log.head.position, consumer.policy, consumer.uses()
         taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
         models = len({use.model_id for use in uses})

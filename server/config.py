@@ -471,11 +471,9 @@ class Config:
         return () if self.node_labels is None else parse_labels(self.node_labels)
 
     def max_loads(self, cpus: int) -> int:
-        """Return how many loads may run at the same time, given the CPUs that this process may use."""
         return self.loads_at_once or cpus
 
     def model_threads(self, cpus: int) -> int:
-        """Return how many threads a model computes with unless its load says otherwise, given those CPUs."""
         return self.threads or cpus
 
     @property

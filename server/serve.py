@@ -229,7 +229,6 @@ def _log_failed_announcement(announcing: asyncio.Task[object]) -> None:
 
 
 def _exports_traces() -> bool:
-    """Whether traces are exported, as the variables of OpenTelemetry say."""
     named = any(os.environ.get(name) for name in OTEL_ENDPOINTS)
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     if disabled or not named:
@@ -245,7 +244,6 @@ def _exports_traces() -> bool:
 
 @asynccontextmanager
 async def _listening(server: web.Server, config: Config) -> AsyncIterator[str]:
-    """Listen while the server serves, and give its URL."""
     limits = ConnectionLimits.of(config)
     tls = None
     if config.tls_cert is not None and config.tls_key is not None:

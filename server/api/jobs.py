@@ -303,7 +303,6 @@ async def show_job(request: web.Request) -> web.Response:
     errors=("unknown_job", "already_finished", "already_started", *JOB_ERRORS),
 )
 async def cancel_job(request: web.Request) -> web.Response:
-    """Append `CancelRequested`, unless it is too late."""
     job = await _find_job(request.app, path_parameters(request)["job_id"])
     return await answer_with_job(
         request, RequestCancel(job.id, request[PRINCIPAL].subject, hash_idempotency_key(request))

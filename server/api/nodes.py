@@ -145,7 +145,6 @@ async def list_nodes(request: web.Request) -> web.Response:
     errors=("unknown_node", "no_nodes", "node_ended", "log_unavailable"),
 )
 async def drain_node(request: web.Request) -> web.Response:
-    """Append `NodeDraining`, unless the node drains already."""
     app, node_id = request.app, path_parameters(request)["id"]
     if THIS_NODE not in app:
         raise NoNodes

@@ -23,7 +23,6 @@ def about(text: str, **more: str) -> dict[str, Any]:
 
 
 def one_of(kind: type[Enum]) -> Any:
-    """Return the validator of a member of an enumeration."""
     return validate.OneOf([member.value for member in kind])
 
 

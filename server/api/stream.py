@@ -140,11 +140,9 @@ class Stages:
 
     @property
     def has_unfinished_jobs(self) -> bool:
-        """Whether there is a job whose stage may change."""
         return bool(self._log.state.jobs)
 
     def refresh(self) -> bool:
-        """Read the stages of all unfinished jobs; return whether one has changed."""
         before, jobs = self.changes, self._log.state.jobs
         for job_id in self._seen.keys() - jobs.keys():
             del self._seen[job_id]
@@ -238,7 +236,6 @@ class Streams:
 
     @contextmanager
     def register(self, stream: EventStream) -> Iterator[None]:
-        """Send heartbeats to a stream as long as it is open."""
         self._open.add(stream)
         self._wakeup.set()
         try:
@@ -313,7 +310,6 @@ class EventStream:
                 self._abort()
 
     async def _send_events(self, batch: Batch) -> str:
-        """Send events until the stream ends, and return the reason."""
         self._sent = batch.after
         try:
             await self._write(self.form.opening(batch.after) + self._next_chunk(batch))

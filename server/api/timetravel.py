@@ -87,7 +87,6 @@ async def read_past(request: web.Request, at: str, query: Callable[[Any, int], T
 
 
 def as_of(moment: Moment) -> dict[str, Any]:
-    """Return the members that say which moment an answer is about."""
     server = moment.server
     nodes = [asdict(node) for node in server.nodes] if server is not None else []
     return {

@@ -120,7 +120,6 @@ async def _local_middleware(request: web.Request, handler: Handler) -> web.Strea
 
 
 def _peer_user(request: web.Request) -> int | None:
-    """Return the number of the user at the other end; None if the connection is closed."""
     connection = None if request.transport is None else request.transport.get_extra_info("socket")
     if connection is None:
         return None

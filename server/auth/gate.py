@@ -181,7 +181,6 @@ class Denials:
         await self._flush(submit)  # of what was counted before this task began, or since
 
     def close(self) -> None:
-        """Let `run` append the remaining counts and return."""
         self._closing.set()
         self._some.set()
 

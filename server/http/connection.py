@@ -119,11 +119,9 @@ class _Rest:
     filled: int = 0
 
     def progress(self) -> int:
-        """Return what changes while enough of it arrives."""
         return self.filled // MIN_PROGRESS_BYTES
 
     def fail(self) -> None:
-        """End it because too little arrives."""
         if not self.ended.done():
             self.ended.set_exception(BodyTimeout())
 
@@ -185,7 +183,6 @@ class GuardedConnection(asyncio.BufferedProtocol):
             self._end_rest(self._rest)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - a body knows better
-        """Return the buffer for the next bytes."""
         rest = self._rest
         return _chunk if rest is None else rest.buffer[rest.filled : rest.filled + READ_BYTES]
 
@@ -249,7 +246,6 @@ class GuardedConnection(asyncio.BufferedProtocol):
                 self.refuse(responses.problem_of_parser(error))
 
     def eof_received(self) -> None:
-        """Pass the end on."""
         self._http.eof_received()
 
     def pause_writing(self) -> None:
@@ -277,7 +273,6 @@ class GuardedConnection(asyncio.BufferedProtocol):
         self._head_since_s = None
 
     def response_ended(self) -> None:
-        """Note that the response is written."""
         self._is_handling = False
 
     def _schedule_check(self) -> None:
@@ -363,7 +358,6 @@ class _EndOfResponse(AbstractAccessLogger):
 
 
 def _connection(request: web.BaseRequest) -> GuardedConnection | None:
-    """Return the connection of a request; None if it is closed."""
     transport = request.transport
     return None if transport is None else cast("GuardedConnection", transport.get_protocol())
 

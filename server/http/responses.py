@@ -90,7 +90,6 @@ class DirectResponse(web.StreamResponse):
         self._is_kept = False
 
     def add_fields(self, fields: Mapping[str, object]) -> None:
-        """Add header fields, which are final and without line breaks."""
         self._fields = {**self._fields, **fields}
 
     @property
@@ -115,7 +114,6 @@ class DirectResponse(web.StreamResponse):
         return None
 
     def _write(self, request: web.BaseRequest) -> asyncio.WriteTransport:
-        """Hand the whole response to the connection's transport."""
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client has left")

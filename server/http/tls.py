@@ -116,7 +116,6 @@ def _version(path: Path) -> tuple[int, int, int] | None:
 
 
 def _read_certificate(path: Path) -> x509.Certificate:
-    """Return the first certificate of a file."""
     _stat_file(path)
     try:
         return x509.load_pem_x509_certificates(path.read_bytes())[0]

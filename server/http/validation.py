@@ -96,17 +96,14 @@ def json_body(request: web.Request) -> Any:
 
 
 def path_parameters(request: web.Request) -> Any:
-    """Return the variable parts of the path as their schema loaded them."""
     return request[_PATH]
 
 
 def query_parameters(request: web.Request) -> Any:
-    """Return the query parameters as their schema loaded them."""
     return request[_QUERY]
 
 
 def header_fields(request: web.Request) -> Any:
-    """Return the header fields as their schema loaded them."""
     return request[_HEADERS]
 
 

@@ -182,7 +182,6 @@ class DroppingHandler(QueueHandler):
         self._max_lines = max_lines
 
     def enqueue(self, record: LogRecord) -> None:
-        """Queue a line, or drop it if the queue is full."""
         if self._lines.qsize() >= self._max_lines:
             self.dropped += 1
             return
@@ -208,7 +207,6 @@ class DescriptorListener(QueueListener):
         self._descriptor = descriptor
 
     def handle(self, record: LogRecord) -> None:
-        """Write a line, and wait for its reader."""
         line = f"{record.msg}\n".encode("utf-8", "backslashreplace")
         with suppress(OSError):  # the reader has gone or the disk is full, and there is nowhere to report it
             while line:

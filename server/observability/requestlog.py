@@ -86,7 +86,6 @@ def request_middleware(counts: HttpCounts) -> Middleware:
 
 
 def log_inferences(server: web.Server, app: web.Application) -> None:
-    """Log the configured share of a server's inferences."""
     share, proxies = app[CONFIG].log_inferences, app[GATE].proxies
 
     def wrap(inner: RequestHandler) -> RequestHandler:

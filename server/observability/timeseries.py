@@ -196,7 +196,6 @@ class _Counter:
         self._counted = NO_REQUESTS
 
     def take(self) -> Counts:
-        """Return what has been counted since the last call."""
         now = self._statistics
         requests = (now.requests, now.failures)
         if requests == self._requests:
@@ -273,7 +272,6 @@ class TimeSeries:
         return list(zip(times[len(times) - len(found) :], found, strict=True))
 
     def _count(self, loads: Mapping[str, RunningLoad]) -> dict[str, Counts]:
-        """Return the requests of each model since the last sample, if there were any."""
         for job_id, load in loads.items():
             if job_id not in self._counters:
                 self._counters[job_id] = _Counter(load.model_id, load.statistics)

@@ -107,7 +107,6 @@ def binary_output(where: str, parameters: Parameters, name: str, *, default: boo
 
 
 def shorten(name: str) -> str:
-    """Return a client's name, shortened for a message."""
     return plain_text(name, _SHOWN_BYTES)
 
 

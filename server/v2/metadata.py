@@ -156,7 +156,6 @@ INFERENCE_RESPONSE: dict[str, Any] = {
 
 
 def metadata(model_id: str, version: int, signature: ModelSignature) -> dict[str, Any]:
-    """Return inputs and outputs of a version, in the protocol's form."""
     return {
         "name": model_id,
         "versions": [str(version)],
@@ -344,7 +343,6 @@ async def show_config(request: web.Request) -> web.Response:
 
 
 async def current_route(request: web.Request) -> ModelRoute:
-    """Return the route that an inference would take now."""
     path = path_parameters(request)
     return await request.app[ROUTER].find_route(path["id"], path.get("version"))
 
