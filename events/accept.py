@@ -117,7 +117,9 @@ Decision = Accepted | Existing | Refused
 _OUTDATED = Refused(OUTDATED, "what this was decided on has changed; decide it anew")
 
 
-def accept(state: State, command: Command, new_id: Callable[[], str], now: Timestamp) -> Decision:
+def accept(
+    state: State, command: Command, new_id: Callable[[], str], now: Timestamp, previous: bytes = b""
+) -> Decision:
     """Decide `command` on `state`.
 
     Args:
@@ -126,6 +128,7 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
         command: the command to decide.
         new_id: returns the id of a new event.
         now: the ledger's time.
+        previous: the hash of the event before, which a join is signed with.
     """
     if isinstance(command, VersionCommand):
         return _decide_version(state, command)
@@ -134,7 +137,7 @@ def accept(state: State, command: Command, new_id: Callable[[], str], now: Times
     if isinstance(command, RevokeToken):
         return _decide_revocation(state, command, new_id)
     if isinstance(command, NodeCommand):
-        return _decide_node(state, command, new_id, now)
+        return _decide_node(state, command, new_id, now, previous)
     if not all(holds(state, condition) for condition in command.conditions):
         return _OUTDATED
     if isinstance(command, Record):
@@ -470,11 +473,13 @@ def _decide_revocation(state: State, command: RevokeToken, new_id: Callable[[], 
     return Accepted(tuple([Draft(new_id(), data, command.actor) for data in revoked]))
 
 
-def _decide_node(state: State, command: NodeCommand, new_id: Callable[[], str], now: Timestamp) -> Decision:
+def _decide_node(
+    state: State, command: NodeCommand, new_id: Callable[[], str], now: Timestamp, previous: bytes
+) -> Decision:
     """Decide a command about a node. Only a present epoch ends, and it ends once."""
     node = state.nodes.get(command.node_id)
     if isinstance(command, JoinNode):
-        return Accepted((Draft(new_id(), _joined(state, command, now), SYSTEM),))
+        return Accepted((Draft(new_id(), _sign(_joined(state, command, now), command, previous), SYSTEM),))
     if isinstance(command, DrainNode):
         return _decide_drain(state, command, new_id)
     if node is None or not node.is_present or node.epoch != command.epoch:
@@ -503,6 +508,13 @@ def _joined(state: State, command: JoinNode, now: Timestamp) -> NodeJoined:
         confinement=command.confinement,
         instance=command.instance,
     )
+
+
+def _sign(joined: NodeJoined, command: JoinNode, previous: bytes) -> NodeJoined:
+    if command.sign is None:
+        return joined
+    joined = replace(joined, after=previous.hex())
+    return replace(joined, signature=command.sign(joined.statement))
 
 
 def _decide_drain(state: State, command: DrainNode, new_id: Callable[[], str]) -> Decision:

@@ -18,8 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from msgspec.structs import replace
-
 from events.accept import Accepted, Existing, Refused, accept, find_joinable
 from events.clock import (
     ClockStep,
@@ -31,7 +29,7 @@ from events.clock import (
     uuid7,
 )
 from events.codec import encode_event, hash_body
-from events.commands import Command, JobCommand, JoinNode, KnownRequests, Receipt, Record
+from events.commands import Command, JobCommand, KnownRequests, Receipt, Record
 from events.counters import Tally
 from events.errors import (
     ForeignHead,
@@ -51,7 +49,6 @@ from events.types import (
     Confinement,
     Draft,
     Event,
-    NodeJoined,
     RollbackAccepted,
     ServerStarted,
     ServerStopped,
@@ -590,10 +587,9 @@ def decide_group(
         if pending.done.cancelled():
             continue
         try:
-            decision = accept(transaction.state, pending.command, new_id, now)
+            decision = accept(transaction.state, pending.command, new_id, now, head.hash)
             if isinstance(decision, Accepted):
-                drafts = _sign_join(pending.command, decision.drafts, head)
-                new_events, new_rows, head = encode_drafts(drafts, head, now)
+                new_events, new_rows, head = encode_drafts(decision.drafts, head, now)
                 for event in new_events:
                     transaction.apply(event)
                 events += new_events
@@ -602,17 +598,6 @@ def decide_group(
         except LedgerProblem as error:
             pending.outcome = error
     return DecidedGroup(transaction, events, rows, head)
-
-
-def _sign_join(command: Command, drafts: Sequence[Draft], head: LogHead) -> Sequence[Draft]:
-    """Return the drafts of a command, that of a join signed: only here the event before it is known."""
-    if not isinstance(command, JoinNode) or command.sign is None:
-        return drafts
-    joins = [
-        replace(each.data, after=head.hash.hex()) for each in drafts if isinstance(each.data, NodeJoined)
-    ]
-    signed = [replace(join, signature=command.sign(join.statement)) for join in joins]
-    return [replace(draft, data=join) for draft, join in zip(drafts, signed, strict=True)]
 
 
 def encode_drafts(
