@@ -3,7 +3,7 @@
 
 import { Latest, Unreachable } from "./api.js";
 import { h, setAttribute, setText, svg } from "./dom.js";
-import { bytes, clock, duration, local, number, serverNow, zone } from "./format.js";
+import { bytes, clock, duration, local, serverNow, zone } from "./format.js";
 
 const SAMPLE_MS = 10_000; // as often as the server samples
 const RANGES = {
@@ -113,7 +113,7 @@ function niceCeiling(value) {
 }
 
 const milliseconds = (value) => (value == null ? "–" : value < 0.01 ? `${Number((value * 1000).toPrecision(2))} ms` : duration(value));
-const perSecond = (value) => `${value != null && value < 10 ? Number(value.toFixed(2)) : number(value)}/s`;
+const perSecond = (value) => `${value == null ? "–" : Number(value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0)).toLocaleString("en")}/s`;
 
 // `memory` are the lines of the memory chart: of the server and of a model they are others. `now` tells what the first
 // of them is at the moment, which is newer than the last sample.

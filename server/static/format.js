@@ -22,12 +22,6 @@ export function bytes(count) {
   return `${count < 0 ? "−" : ""}${size.toFixed(digits)} ${units[unit]}`;
 }
 
-export function number(value) {
-  if (value == null || Number.isNaN(value)) return "–";
-  if (value >= 1000) return Math.round(value).toLocaleString("en");
-  return value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(value >= 10 ? 1 : 2);
-}
-
 export function duration(seconds) {
   if (seconds == null) return "–";
   if (seconds < 1) return `${Math.max(0, Math.round(seconds * 1000))} ms`;

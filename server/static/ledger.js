@@ -20,9 +20,7 @@ export class Ledger {
 
   // `visit` shows the models as of a position.
   constructor(api, store, visit) {
-    this.api = api;
-    this.store = store;
-    this.visit = visit;
+    Object.assign(this, { api, store, visit });
     byId("ledger-type").append(...TYPES.map((type) => h("option", {}, type)));
     byId("ledger-filters").addEventListener("submit", (event) => (event.preventDefault(), this.#readFilters()));
     byId("ledger-type").addEventListener("change", () => this.#readFilters());

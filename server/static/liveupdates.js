@@ -22,13 +22,8 @@ export class LiveUpdates {
   #lastPosition = null; // the last position of the stream
 
   constructor(api, store, refresher, { follows, onSignedOut }) {
-    this.api = api;
-    this.store = store;
-    this.refresher = refresher;
-    this.follows = follows;
-    this.onSignedOut = onSignedOut;
+    Object.assign(this, { api, store, refresher, follows, onSignedOut });
     this.end = new AbortController();
-    refresher.failed = (error) => this.#failed(error);
     addEventListener("online", () => this.retryNow());
     document.addEventListener("visibilitychange", () => document.hidden || this.retryNow());
   }
@@ -138,7 +133,7 @@ export class LiveUpdates {
   }
 
   // What a look in the background met counts as much as what the stream does.
-  #failed(error) {
+  endAttempt(error) {
     if (!(error instanceof Unreachable) && error.status !== 401) return;
     this.#endReason ??= error;
     this.#attempt.abort();

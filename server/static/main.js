@@ -6,7 +6,7 @@ import { attentionView } from "./attention.js";
 import { TimeSeries } from "./charts.js";
 import { connectionView } from "./connection.js";
 import { loadDialog, unloadDialog } from "./dialogs.js";
-import { byId, notice, show, showText } from "./dom.js";
+import { byId, show, showText } from "./dom.js";
 import { jobPage, jobsView } from "./jobs.js";
 import { Ledger } from "./ledger.js";
 import { LiveUpdates } from "./liveupdates.js";
@@ -27,7 +27,7 @@ const WHY = "loadledger.why"; // why the token was given up, over the reload tha
 
 function startConsole(token) {
   const api = new Api(token), session = new Session(token), store = new Store(), router = new Router();
-  const refresher = new Refresher(api, store, session), operations = new Operations(api, store, refresher);
+  const refresher = new Refresher(api, store, session, (error) => updates.endAttempt(error)), operations = new Operations(api, store, refresher);
   const updates = new LiveUpdates(api, store, refresher, { follows: session.audits, onSignedOut: signOut });
   show(byId("sign-in"), false);
   show(byId("console"), true);
@@ -47,7 +47,7 @@ function startConsole(token) {
     jobPage(api, router, ledger);
   }
   jobsView(store, actions);
-  if (session.manages) offerUploads(api, store, actions, refresher);
+  if (session.manages) offerUploads(api, store, refresher, actions);
   router.watch(({ view }) => showView(view)); // before the page of a model, which takes the focus
   new ModelPage({ api, store, router, series, actions, session });
   setInterval(() => store.notify(), 1000); // "3 s ago" goes on where nothing happens
@@ -55,10 +55,8 @@ function startConsole(token) {
 }
 
 // Adding versions, to the list of models and to the page of each.
-function offerUploads(api, store, actions, refresher) {
-  actions.noticed = notice;
-  actions.refresh = (id) => refresher.schedule(id);
-  Object.assign(actions, uploads(api, store, actions));
+function offerUploads(api, store, refresher, actions) {
+  Object.assign(actions, uploads(api, store, refresher, actions.load));
   byId("models-add").addEventListener("click", () => actions.add());
   show(byId("models-add"), true);
   actions.takeDrops(document.querySelector("section.models"), {});

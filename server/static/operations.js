@@ -9,9 +9,7 @@ export class Operations {
   #pending = new Map(); // by job: what to say when it has ended, in place of what was said when it was accepted
 
   constructor(api, store, refresher) {
-    this.api = api;
-    this.store = store;
-    this.refresher = refresher;
+    Object.assign(this, { api, store, refresher });
     store.watch(() => this.#noticeEnded());
   }
 

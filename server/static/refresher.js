@@ -14,13 +14,10 @@ export class Refresher {
   #tookMs = 0;
   #running = Promise.resolve();
 
-  // `audits`: whether the ledger may be read.
-  constructor(api, store, { audits = false } = {}) {
-    this.api = api;
-    this.store = store;
-    this.audits = audits;
+  // `audits`: whether the ledger may be read. `onError` is called with what a fetch in the background failed with.
+  constructor(api, store, { audits }, onError) {
+    Object.assign(this, { api, store, audits, onError });
     store.listeners.push((event) => this.#onEvent(event));
-    this.failed = () => {}; // called with what a look in the background met
   }
 
   // Asks for everything, one thing after the other: what comes later is at least as new.
@@ -120,7 +117,7 @@ export class Refresher {
     if (modelId) this.#changedModels.add(modelId);
     this.#due ??= setTimeout(() => {
       this.#due = null;
-      this.#running = this.#running.then(() => this.#catchUp()).catch((error) => this.failed(error));
+      this.#running = this.#running.then(() => this.#catchUp()).catch((error) => this.onError(error));
     }, Math.max(PAUSE_MS, SHARE * this.#tookMs));
   }
 

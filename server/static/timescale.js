@@ -10,9 +10,7 @@ export const clampSpan = (span) => Math.min(MOST, Math.max(LEAST, span));
 // Maps milliseconds to pixels and back.
 export class Scale {
   constructor(from, to, width) {
-    this.from = from;
-    this.to = to;
-    this.width = width;
+    Object.assign(this, { from, to, width });
   }
 
   x(time) {

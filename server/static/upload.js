@@ -1,13 +1,13 @@
 // A new version from dropped or chosen files: sent one by one with their progress shown, then offered to be loaded.
 
 import { dialog } from "./dialogs.js";
-import { byId, setText, show, showText } from "./dom.js";
+import { byId, notice, setText, show, showText } from "./dom.js";
 import { bytes, oneLine } from "./format.js";
 
 const MODEL = /\.onnx$/i;
 
 // Returns `add`, which opens the dialog, and `takeDrops`, which has a part of the page take dropped files.
-export function uploads(api, store, actions) {
+export function uploads(api, store, refresher, load) {
   let files = [], sending = null;
   const name = byId("upload-model"), version = byId("upload-version"), picked = byId("upload-file");
   const isReadOnly = () => store.readOnly || store.resources?.repository_writable === false;
@@ -65,9 +65,9 @@ export function uploads(api, store, actions) {
       setText(byId("upload-status"), "");
     }
     about.node.close();
-    actions.noticed(`Version ${number} of ${id} is added.`);
-    actions.refresh(id);
-    if (actions.load) actions.load(store.models.get(id) ?? { id, versions: [number], state: "unloaded", version: null, error: null }, number);
+    notice(`Version ${number} of ${id} is added.`);
+    refresher.schedule(id);
+    load(store.models.get(id) ?? { id, versions: [number], state: "unloaded", version: null, error: null }, number);
     return true;
   }
 
