@@ -7,7 +7,6 @@ how to send it a request.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import pwd
@@ -48,7 +47,7 @@ from loadledger.profiles import (
     read_profile,
     write_profile,
 )
-from loadledger.uploads import VersionSource, find_version_files
+from loadledger.uploads import find_version_files, hash_files
 from runtime.filesystem import RepositoryBusy
 from server.appkeys import CONFIG, CONTENTS, LOG
 from server.auth.keys import KeyProblem
@@ -302,17 +301,8 @@ async def _add_if_new(client: AsyncClient, subject: Subject) -> int | None:
     added_files = {}
     async for event in client.events(types=["VersionAdded"], models=[subject.name]):
         added_files[event.version] = {file["path"]: file["sha256"] for file in event.data["files"]}
-    if added_files.get(versions[-1]) == await asyncio.to_thread(_hash_files, source):
+    if added_files.get(versions[-1]) == await asyncio.to_thread(hash_files, source):
         return versions[-1]
     added = await client.add(subject.name, subject.path)
     click.echo(f"{subject.name} version {added.version}: added")
     return added.version
-
-
-def _hash_files(source: VersionSource) -> dict[str, str]:
-    """Return the SHA-256 of each file by its path in the version's folder."""
-    found = {}
-    for file in source.files:
-        with file.source.open("rb") as opened:
-            found[file.path] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
