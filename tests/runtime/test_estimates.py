@@ -11,10 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support import models
-from support.history import PLAIN, History
+from support.history import History
 from support.running import Engine, error_of, running
 from support.workers import LIMIT_S, until
 
@@ -125,20 +123,6 @@ RENAMED, MORE = seen("model2.onnx", 1000, 1), seen("more.bin", 0, 3)
 )
 def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -> None:
     assert found == expected
-
-
-@PLAIN
-@given(
-    st.lists(st.builds(seen, st.text(max_size=3), st.integers(0, 2**40), st.integers(0, 9)), max_size=4),
-    st.integers(2**20, 2**50) | st.none(),
-    st.integers(1, 64),
-)
-def test_need_is_between_a_worker_and_the_limit(
-    files: list[LoadedFile], limit: int | None, instances: int
-) -> None:
-    needed = need(files=files, limit=limit, instances=instances).bytes
-    assert needed >= WORKER_BYTES * instances
-    assert limit is None or needed <= (WORKER_BYTES + limit) * instances
 
 
 # Found out beside everything else

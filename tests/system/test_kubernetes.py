@@ -18,10 +18,8 @@ from support.deployment import (
     read_valid,
 )
 
-from server.app import all_routes
 from server.auth import keys
 from server.auth.keys import KeyRing
-from server.routing import Access
 
 FOLDER = DEPLOY / "kubernetes"
 FILES = [path.name for path in sorted(FOLDER.iterdir())]
@@ -116,43 +114,6 @@ def test_pod_has_least_privilege(file: str) -> None:
 def templates_of_claims(entry: Json) -> list[Json]:
     found: list[Json] = entry.get("spec", {}).get("volumeClaimTemplates", [])
     return found
-
-
-@pytest.mark.parametrize("file", ["single.yaml", "cluster.yaml"])
-def test_probes_ask_public_routes_on_the_service_port(file: str) -> None:
-    ports = {port["name"]: port["containerPort"] for port in container(file)["ports"]}
-    assert ports == {"http": int(image_environment()["LOADLEDGER_PORT"])}
-    asked = {
-        name: container(file)[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")
-    }
-    assert {probe["port"] for probe in asked.values()} == {"http"}
-    public = {route.path for route in all_routes() if route.access is Access.PUBLIC and route.method == "GET"}
-    assert {probe["path"] for probe in asked.values()} <= public
-    # Nodes answer inferences while the log cannot be written.
-    ready = {"single.yaml": "/health/ready", "cluster.yaml": "/health/live"}[file]
-    assert asked["readiness"]["path"] == ready
-    assert asked["liveness"]["path"] == "/health/live"
-    for service in objects(file, "Service"):
-        [port] = service["spec"]["ports"]
-        assert (port["port"], port["targetPort"]) == (ports["http"], "http")
-
-
-@pytest.mark.parametrize("file", ["single.yaml", "cluster.yaml"])
-def test_labels_claims_and_configuration_match(file: str, tmp_path: Path) -> None:
-    labels = template(file)["metadata"]["labels"]
-    [owner] = [entry for entry in objects(file) if "template" in entry.get("spec", {})]
-    assert owner["spec"]["selector"]["matchLabels"] == labels
-    assert all(service["spec"]["selector"] == labels for service in objects(file, "Service"))
-    claims = {claim["metadata"]["name"] for claim in objects(file, "PersistentVolumeClaim")}
-    volumes = [volume for volume in pod(file)["volumes"] if "persistentVolumeClaim" in volume]
-    assert {volume["persistentVolumeClaim"]["claimName"] for volume in volumes} == claims
-    [(name, text)] = one(file, "ConfigMap")["data"].items()
-    (tmp_path / name).write_text(text)
-    given = {entry["name"]: entry["value"] for entry in container(file)["env"] if "value" in entry}
-    path = Path(given["LOADLEDGER_CONFIG"])
-    assert (path.name, str(path.parent) in mounts(file)) == (name, True)
-    config = read_valid({"config": tmp_path / name}, image_environment())
-    assert (config.data, config.log_format) == (Path("/data"), "json")
 
 
 # One server

@@ -1,20 +1,16 @@
 """A full disk, a lock, a damaged schema: loads are refused, nothing is lost, inference goes on."""
 
-import asyncio
 import resource
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
-import pytest
 from support import models
 from support.http import ONE, when
 from support.models import save
-from support.servers import MODULE, Server, clean_environment, events, serving, verified
+from support.servers import Server, events, serving, verified
 
-from events.audit.audit import audit
-from events.errors import IncompleteCopy
 from events.sqlite.datalock import LEDGER
 from server.config import Config
 
@@ -100,34 +96,3 @@ async def test_server_recovers_each_time_the_ledger_can_be_written_again(config:
     assert [event_id for event_id in ids if event_id in acknowledged] == acknowledged
     assert len(set(ids)) == len(ids)
     assert [event.model_id for event in log if event.type == "LoadRequested"] == ["m", "n", "n", "n"]
-
-
-async def test_backup_of_open_ledger_and_failed_start_are_verified(config: Config, tmp_path: Path) -> None:
-    copied = tmp_path / "copied.db"
-    async with loaded(config) as server:
-        copied.write_bytes((config.data / LEDGER).read_bytes())
-        with pytest.raises(IncompleteCopy):  # a plain copy lacks what is in the write-ahead log
-            audit(copied)
-        process = await asyncio.create_subprocess_exec(
-            *(*MODULE, "backup", f"--data={config.data}", tmp_path / "backup.db"),
-            env=clean_environment(),
-            cwd=config.repository,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        stdout, _ = await process.communicate()
-        assert process.returncode == 0
-        kept = (await server.api.get("/api/v1/events/head", roles=("audit",))).json
-        assert stdout.decode().splitlines()[-1] == f"head: {kept['position']}:{kept['hash']}"
-        assert audit(tmp_path / "backup.db").finding is None
-        await server.kill()
-    (config.data / "ledger.key").write_text("no key")
-    process = await asyncio.create_subprocess_exec(
-        *(*MODULE, "serve", "--port=0", f"--data={config.data}", f"--repository={config.repository}"),
-        env=clean_environment(),
-        cwd=config.repository,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, stderr = await process.communicate()
-    assert process.returncode == 2
-    assert "ledger.key is not a readable private key" in stderr.decode()
-    assert audit(config.data / LEDGER).finding is None

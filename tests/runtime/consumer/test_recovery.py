@@ -6,7 +6,7 @@ import shutil
 import signal
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,7 @@ from support.running import Engine, code_of, gone, running, stopped_clock
 from support.workers import freeze, until
 
 from events.accept import OUTDATED
-from events.commands import RequestCancel
-from events.errors import LogUnavailable, RequestRefused
+from events.errors import RequestRefused
 from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, LoadParameters, LoadRequested, WorkerExited
@@ -314,22 +313,6 @@ async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest
     assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
     assert len(engine.worker_pids()) == len(serving) + 1
     assert await engine.ask("adder", 1) == 3
-
-
-@pytest.mark.usefixtures("_retries_soon")
-async def test_unwritable_ledger_leaves_load_cancellable(
-    engine: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
-    with unwritable(engine.log.path, "LoadStarted"):
-        job_id = await engine.ask_load("adder")
-        await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
-        while not engine.log.state.jobs[job_id].cancelling:
-            with suppress(LogUnavailable):  # it was in one group with the start, which failed them both
-                await engine.log.submit(RequestCancel(job_id, "alice"))
-                break
-        assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
-    assert await engine.story(of="adder") == ["LoadRequested", "CancelRequested", "JobCancelled"]
-    assert (engine.consumer.loads, engine.worker_pids()) == ({}, [])
 
 
 # The end of the consumer itself.

@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import time
-import tracemalloc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from support.workers import (
 from runtime.errors import InvalidInput, LoadRefused
 from runtime.frames import FrameReader, FrameRules
 from runtime.process.sharedmemory import TensorMemory
-from runtime.wire import FROM_SERVING, Infer, InferenceFailure, Tensor, TensorSpec, WantedOutput, pack_texts
+from runtime.wire import FROM_SERVING, Infer, InferenceFailure, Tensor, TensorSpec, pack_texts
 from runtime.worker.batching import (
     MAX_WAITING,
     BatchDimension,
@@ -268,34 +267,6 @@ def test_only_a_busy_worker_makes_requests_queue(
     assert 0 < on_its_way.input_ns <= behind.queue_ns <= ran_ns - sent_ns
     assert 0 < behind.input_ns <= later.queue_ns <= later.came_ns - ran_ns
     assert unknown.queue_ns == 0
-
-
-@pytest.mark.parametrize("refused", [Infer(0), None], ids=["undecodable", "too large"])
-def test_requests_queue_behind_a_refused_one(
-    channel: tuple[socket.socket, socket.socket], runner: Runner, refused: Infer | None
-) -> None:
-    executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None, shared())
-    sent_ns = time.monotonic_ns()
-    if refused is None:
-        executor.refuse(0)
-    else:
-        assert executor.prepare(refused, [NO_NUMBERS]) is None
-    behind = executor.prepare(Infer(1, sent_ns=sent_ns), [floats("x", 1)])
-    assert behind is not None
-    assert 0 < behind.queue_ns <= behind.came_ns - sent_ns
-
-
-def test_long_lists_of_wanted_outputs_are_not_cached(runner: Runner) -> None:
-    once = (WantedOutput("y"),)
-    assert runner.select_outputs(once, False) is runner.select_outputs(once, False)
-    tracemalloc.start()
-    try:
-        for count in range(50, 100):
-            many = tuple(WantedOutput("y") for _ in range(count * 20))
-            assert runner.select_outputs(many, False).names == ["y"]
-        assert tracemalloc.get_traced_memory()[0] < 2**18
-    finally:
-        tracemalloc.stop()
 
 
 # Batches in a worker

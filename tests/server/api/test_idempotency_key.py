@@ -113,21 +113,6 @@ async def test_fingerprint_ignores_form_and_heeds_content(shared: LocalApi) -> N
     assert (await send(shared, "models/m/unload?force=true", '"u"')).refusal == MISMATCH
 
 
-async def test_key_of_another_request_is_422(shared: LocalApi) -> None:
-    for model_id in ("one", "other"):
-        shared.save(models.identity(), model_id)
-    job_id = job_of(await send(shared, "models/one/load", "k", subject="Ann"))
-    head = shared.position
-    for path in (
-        "models/other/load", "models/one/unload", "models/one/unload?force=true", "models/unload",
-        f"jobs/{job_id}/cancel",
-    ):  # fmt: skip
-        assert (await send(shared, path, "k", subject="Ann")).refusal == MISMATCH, path
-    assert shared.position == head
-    job = (await send(shared, "models/other/load", "k", subject="Bob")).json
-    assert (job["model_id"], job["requested_by"], job["status"]) == ("other", "Bob", "completed")
-
-
 async def test_ledger_keeps_hash_of_key_and_fingerprint(api: LocalApi) -> None:
     api.save(models.add(1), "m")
     for path in ("load", "unload"):

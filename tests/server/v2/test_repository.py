@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.http import LIMIT_S, Answer, Json, LocalApi, when
+from support.http import Answer, Json, LocalApi, when
 from support.models import FLOAT, TEXT, save, save_bytes
 from support.running import gone, slow_model
 
@@ -60,18 +60,6 @@ def version(number: int) -> Json:
     return {"specific": {"versions": [number]}}
 
 
-async def begin_load(api: LocalApi, model_id: str) -> asyncio.Task[Answer]:
-    """Send a load that takes half a minute, and wait until the worker has begun it."""
-    save_bytes(slow_model(), api.config.repository, model_id)
-    task = asyncio.create_task(load(api, model_id))
-
-    async def stages() -> list[str]:
-        return [job["stage"] for job in await api.jobs(f"?model={model_id}")]
-
-    await when(stages, lambda seen: seen == ["loading"])
-    return task
-
-
 def job_id_of(answer: Answer) -> str:
     return answer.headers["Location"].removeprefix("/api/v1/jobs/")
 
@@ -110,16 +98,6 @@ async def test_load_goes_on_when_its_client_leaves(shared: LocalApi) -> None:
     [job] = await shared.jobs("?model=left")
     assert (await shared.ended(job["id"]))["status"] == "completed"
     assert job_of(await load(shared, "left")) == job["id"]
-
-
-async def test_shutdown_answers_who_waits_for_a_load(api: LocalApi) -> None:
-    waiting = await begin_load(api, "m")
-    [job] = await api.jobs()
-    async with asyncio.timeout(LIMIT_S):
-        await api.client.server.close()
-    answer = await waiting
-    assert answer.refusal == (503, "shutting_down")
-    assert job_id_of(answer) == job["id"]
 
 
 @pytest.mark.parametrize(
@@ -228,18 +206,6 @@ async def test_unload_is_answered_when_the_process_is_gone(shared: LocalApi) -> 
         answer = await unload(shared, name)
         assert (answer.status, answer.body, "Location" in answer.headers) == (200, b"", False)
     assert await shared.types("over") == types
-
-
-async def test_unload_cancels_a_first_load(shared: LocalApi) -> None:
-    waiting = await begin_load(shared, "first")
-    pid = shared.worker("first").pid
-    assert await index(shared, "first") == [entry("first", 1, "LOADING")]
-    job_of(await unload(shared, "first"))
-    assert gone(pid)
-    answer = await waiting
-    assert answer.refusal == (400, "cancelled")
-    assert answer.json["error"].startswith("load failed for model 'first': version 1: ")
-    assert await index(shared, "first") == [entry("first", 1, "UNAVAILABLE", reason="unloaded")]
 
 
 SERVING = Serving("job", 2, 9, "", "alice", ("worker",), (), 1, 1, LoadParameters())
