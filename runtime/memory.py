@@ -137,20 +137,20 @@ def taken_bytes(pid: int) -> int:
     return 0 if resident is None else resident.taken_bytes
 
 
-def resident_bytes(pid: int | str = "self") -> int:
-    """Read the anonymous memory of a process, shared or not; 0 if it has ended. Takes 0.02 ms."""
-    resident = parse_resident(_read(f"{pid}/status").encode())
+def resident_bytes() -> int:
+    """Read the anonymous memory of this process, shared or not. Takes 0.02 ms."""
+    resident = parse_resident(_read("self/status").encode())
     return 0 if resident is None else resident.anonymous_bytes
 
 
-def data_bytes(pid: int | str = "self") -> int:
+def data_bytes() -> int:
     """Read the size that `RLIMIT_DATA` limits: private writable mappings, touched or not."""
-    return parse_field(_read(f"{pid}/status"), "VmData")
+    return parse_field(_read("self/status"), "VmData")
 
 
-def size_bytes(pid: int | str = "self") -> int:
+def size_bytes() -> int:
     """Read the size that `RLIMIT_AS` limits: all mappings."""
-    return parse_field(_read(f"{pid}/status"), "VmSize")
+    return parse_field(_read("self/status"), "VmSize")
 
 
 def thread_bytes() -> int:
