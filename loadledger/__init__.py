@@ -49,7 +49,7 @@ __all__ = [*_PLACES]  # noqa: PLE0604 - names are imported on first use
 
 
 def __getattr__(name: str) -> Any:
-    from pkgutil import resolve_name  # noqa: PLC0415
+    from pkgutil import resolve_name
 
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

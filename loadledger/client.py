@@ -225,6 +225,6 @@ class AsyncClient(ServerClient, Operations):
             await transport.close()
 
     def _open(self, options: Sequence[ConnectionOptions]) -> None:
-        from loadledger.transports.asynchronous import AioTransport  # noqa: PLC0415 - it imports aiohttp
+        from loadledger.transports.asynchronous import AioTransport  # it imports aiohttp
 
         Operations.__init__(self, self._make_context(options, AioTransport))

@@ -246,7 +246,7 @@ def decode_inference(answer: Answer, address: Address) -> InferenceResult:
         ServerError: the server refused.
         BadAnswer: the body has another shape.
     """
-    from loadledger import tensors  # noqa: PLC0415 - it imports numpy
+    from loadledger import tensors  # it imports numpy
 
     body = memoryview(answer.body)
     length = answer.headers.get(HEADER_LENGTH.lower(), str(len(body)))
@@ -283,7 +283,7 @@ def _needs_datatypes(inputs: Inputs) -> bool:
 
 
 def _tensor(name: str, value: Any, known: Datatypes | None) -> InputTensor:
-    from loadledger import tensors  # noqa: PLC0415 - it imports numpy
+    from loadledger import tensors  # it imports numpy
 
     if known is not None and name not in known:
         raise ValueError(f"the model has no input {name!r}; it has {', '.join(known) or 'none'}")
@@ -298,7 +298,7 @@ def _tensor(name: str, value: Any, known: Datatypes | None) -> InputTensor:
 
 def _whole_tensor(members: Json) -> InputTensor:
     """Return a tensor that the caller wrote; what is wrong with it, the server says."""
-    from loadledger import tensors  # noqa: PLC0415 - it imports numpy
+    from loadledger import tensors  # it imports numpy
 
     data, datatype = members.get("data"), members.get("datatype")
     if isinstance(data, bytes | bytearray | memoryview):
@@ -313,7 +313,7 @@ def _whole_tensor(members: Json) -> InputTensor:
 
 
 def _packed(members: Json, array: Any) -> InputTensor:
-    from loadledger import tensors  # noqa: PLC0415 - it imports numpy
+    from loadledger import tensors  # it imports numpy
 
     datatype = members["datatype"]
     data = tensors.pack(tensors.convert(str(members.get("name")), array, datatype), datatype)

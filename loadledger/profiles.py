@@ -94,7 +94,7 @@ def read_profile(path: Path) -> ServerTarget:
     """
     try:
         text = _private_text(path)
-        import tomllib  # noqa: PLC0415 - keeps commands quick that read none
+        import tomllib
 
         values = tomllib.loads(text)
     except (FileNotFoundError, ProfileProblem):
@@ -122,7 +122,7 @@ def write_profile(path: Path, profile: ServerTarget) -> None:
         OSError: it cannot be written.
         WrongTarget: there is a folder or a device at the path.
     """
-    from events.files import write_file  # noqa: PLC0415 - keeps commands quick that write none
+    from events.files import write_file
 
     values = {"url": profile.url, "token": profile.token, "ca": profile.ca and str(profile.ca)}
     text = "".join(

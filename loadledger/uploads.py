@@ -60,7 +60,7 @@ def find_version_files(path: Path) -> VersionSource:
         ValueError: there is no model, or several, or it is none; the message says what to do.
         OSError: something cannot be read.
     """
-    from runtime.onnxfile import find_model_file, list_model_files  # noqa: PLC0415 - for this command only
+    from runtime.onnxfile import find_model_file, list_model_files
 
     if not path.is_dir():
         return _with_external(path, VersionFile("model.onnx", path, _size_of(path)), ())
@@ -104,8 +104,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _with_external(source: Path, model: VersionFile, beside: Iterable[VersionFile]) -> VersionSource:
     """Add the files that a model names, which must lie beside or beneath it."""
-    from runtime.onnxfields import TooManyFields, Unparsable  # noqa: PLC0415
-    from runtime.onnxfile import describe_foreign_file, external_locations  # noqa: PLC0415
+    from runtime.onnxfields import TooManyFields, Unparsable
+    from runtime.onnxfile import describe_foreign_file, external_locations
 
     foreign = describe_foreign_file(source)
     if foreign is not None:
@@ -188,7 +188,7 @@ def make_key(digests: Mapping[str, str]) -> str:
 
 
 def _hash(chunks: Iterable[bytes]) -> str:
-    import hashlib  # noqa: PLC0415 - commands that send no files start faster without it
+    import hashlib
 
     digest = hashlib.sha256()
     for chunk in chunks:

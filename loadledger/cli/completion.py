@@ -52,7 +52,7 @@ def _completer(find: Find) -> Callable[[click.Context, click.Parameter, str], li
         offered: list[CompletionItem] = []
 
         def ask() -> None:
-            from loadledger import Client  # noqa: PLC0415 - keeps `loadledger --help` quick
+            from loadledger import Client
 
             # A shell's command line is no place for errors.
             with suppress(Exception):

@@ -363,7 +363,7 @@ def _cleaned_up_after_signals() -> Iterator[None]:
 
 
 def _show_cluster(programs: Path, folder: Path) -> None:
-    from loadledger.cli.database import migrate_database  # noqa: PLC0415 - needs the driver, which is an extra
+    from loadledger.cli.database import migrate_database  # needs the driver, which is an extra
 
     _prepare_repository(folder / "models")
     (folder / "database").mkdir()
@@ -483,7 +483,7 @@ def _await_reload(witness: _Node, killed: _Node) -> dict[str, str]:
 
 def _verify(address: str, nodes: Sequence[_Node]) -> None:
     """Verify the database, and each node's replica, whose last event the database must have."""
-    from loadledger.cli.database import verify_address  # noqa: PLC0415 - as above
+    from loadledger.cli.database import verify_address
 
     whole = asyncio.run(verify_address(address, None))
     _require(whole.finding is None, f"the database verifies: {whole.finding}")

@@ -150,12 +150,12 @@ def _print_server_events(
 
 
 def _print_file_events(data: Path, show: Show, **options: Any) -> None:
-    import asyncio  # noqa: PLC0415 - for files only, like what follows
+    import asyncio
 
-    from events.errors import LedgerProblem  # noqa: PLC0415
-    from events.sqlite.datalock import LEDGER  # noqa: PLC0415
-    from events.sqlite.listing import EventFilter  # noqa: PLC0415
-    from events.types import TYPES  # noqa: PLC0415
+    from events.errors import LedgerProblem
+    from events.sqlite.datalock import LEDGER
+    from events.sqlite.listing import EventFilter
+    from events.types import TYPES
 
     if not (data / LEDGER).is_file():
         exit_with_error(f"there is no ledger in {data}: give the --data directory of a server, or --url")
@@ -187,11 +187,11 @@ async def show_events(
     Following begins at the head, unless `after`, `since` or `tail` (the last so many positions) sets the
     beginning. `since` and `until` are positions or times, as typed, and `wanted` is an `EventFilter`.
     """
-    import asyncio  # noqa: PLC0415 - as above
-    from dataclasses import replace  # noqa: PLC0415
+    import asyncio
+    from dataclasses import replace
 
-    from events.sqlite.listing import EventQuery, open_reader  # noqa: PLC0415
-    from events.sqlite.timetravel import parse_moment  # noqa: PLC0415
+    from events.sqlite.listing import EventQuery, open_reader
+    from events.sqlite.timetravel import parse_moment
 
     query = EventQuery(wanted, after=after, since=parse_moment(since), until=parse_moment(until), limit=PAGE)
     if follow and after is None and since is None and tail is None:

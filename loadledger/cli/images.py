@@ -123,7 +123,7 @@ def _static(length: int) -> int | None:
 def _open(content: bytes) -> Any:
     """Return a picture, upright, of which all is decoded."""
     try:
-        from PIL import Image, ImageOps  # noqa: PLC0415 - it is an extra
+        from PIL import Image, ImageOps  # it is an extra
     except ImportError:
         raise ValueError("pictures need Pillow: pip install 'loadledger[images]'") from None
     bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
@@ -147,7 +147,7 @@ def _pixels(picture: Any, shape: ImageShape, options: ImageOptions) -> Array:
     size = options.size or (shape.width or picture.width, shape.height or picture.height)
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{size[0]}x{size[1]} is more than {MAX_PIXELS} pixels")
-    from PIL import Image  # noqa: PLC0415 - as above
+    from PIL import Image
 
     converted = picture.convert(CHANNELS[shape.channels])
     resized = converted if converted.size == size else converted.resize(size, Image.Resampling.BILINEAR)

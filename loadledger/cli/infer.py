@@ -248,8 +248,8 @@ def infer(
             outputs=outputs or request.get("outputs"),
             parameters=request.get("parameters"),
         )
-    from events.errors import WrongTarget  # noqa: PLC0415 - keeps `loadledger --help` quick
-    from loadledger.cli import arrays  # noqa: PLC0415 - it imports numpy
+    from events.errors import WrongTarget
+    from loadledger.cli import arrays  # it imports numpy
 
     if out is not None:
         try:
@@ -282,7 +282,7 @@ def _find_inputs(
     given: list[GivenInput],
     picture: dict[str, Any],
 ) -> dict[str, Any]:
-    from loadledger import ServerError  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from loadledger import ServerError
 
     try:
         metadata = client.metadata(model, version=version)
@@ -290,6 +290,6 @@ def _find_inputs(
         if problem.code not in NOT_LOADED:
             raise
         metadata = None
-    from loadledger.cli import arrays, images  # noqa: PLC0415 - they import numpy
+    from loadledger.cli import arrays, images  # they import numpy
 
     return arrays.build_inputs(given, metadata, images.ImageOptions(**picture), print_note)

@@ -157,9 +157,9 @@ def _display(job: Any) -> Iterator[JobDisplay]:
 
 @contextmanager
 def _progress_bar(job: Any) -> Iterator[JobDisplay]:
-    from rich.console import Console  # noqa: PLC0415 - 50 ms, for terminals only
-    from rich.markup import escape  # noqa: PLC0415
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.console import Console  # 50 ms, for terminals only
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (
         SpinnerColumn(),

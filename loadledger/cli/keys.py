@@ -132,7 +132,7 @@ def revoke_token(
     It prints only how many tokens that it issued are not revoked; --json prints the token as `list` shows it,
     and their ids as `issued`.
     """
-    from loadledger.address import path  # noqa: PLC0415 - keeps `--help` quick
+    from loadledger.address import path
 
     body = {"issued": issued} if expires is None else {"issued": issued, "expires_s": _seconds(expires)}
     with open_managing_client(data, where) as client:
@@ -172,7 +172,7 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
     with open_client(ServerTarget(url, token, ca)) as client:
         client.resources()
         url = client.url
-    from events.errors import WrongTarget  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from events.errors import WrongTarget
 
     try:
         write_profile(path, ServerTarget(url, token, ca))
@@ -211,7 +211,7 @@ def console(data: Path | None, where: ServerChoice, *, prints: bool, as_json: bo
         exit_with_error("the server does not listen yet: try again")
     link = f"{base}{made['path']}"
     if not (prints or as_json) and _opens_browser(os.environ):
-        import webbrowser  # noqa: PLC0415 - only here
+        import webbrowser
 
         if webbrowser.open(link):
             click.echo("the console was opened in your browser", err=True)
@@ -261,7 +261,7 @@ def key() -> None:
 @json_option
 def list_keys(data: Path, *, as_json: bool) -> None:
     """List the keys, newest last; the signing one is marked."""
-    from server.auth import keys  # noqa: PLC0415 - as above
+    from server.auth import keys
 
     with report_problems():
         require_data(data)
@@ -278,7 +278,7 @@ def list_keys(data: Path, *, as_json: bool) -> None:
 @json_option
 def rotate(data: Path, *, as_json: bool) -> None:
     """Create a new signing key; tokens of the old ones stay valid."""
-    from server.auth import keys  # noqa: PLC0415 - as above
+    from server.auth import keys
 
     with report_problems():
         kid = keys.create_key(data)
@@ -294,7 +294,7 @@ def revoke(data: Path, kid: str, *, as_json: bool) -> None:
 
     It prints nothing; --json prints the removed `kid`.
     """
-    from server.auth import keys  # noqa: PLC0415 - as above
+    from server.auth import keys
 
     with report_problems():
         keys.revoke(data, kid)
@@ -306,7 +306,7 @@ key.add_command(ledger_key)
 
 
 def _token_members(made: str) -> dict[str, object]:
-    import jwt  # noqa: PLC0415 - as above
+    import jwt
 
     whole = jwt.decode_complete(made, options={"verify_signature": False})
     claims = whole["payload"]

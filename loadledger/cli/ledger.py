@@ -78,8 +78,8 @@ def verify(
 
     Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
-    from events.audit.verify import parse_expected  # noqa: PLC0415 - keeps `loadledger --help` quick
-    from loadledger.cli.verification import VerifyResult, verify_ledger_and_files  # noqa: PLC0415
+    from events.audit.verify import parse_expected
+    from loadledger.cli.verification import VerifyResult, verify_ledger_and_files
 
     if (files or address) and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
@@ -96,7 +96,7 @@ def verify(
         raise click.BadParameter(str(error), param_hint="--expect") from None
     with report_problems():
         if address is not None:
-            from server.auth.keys import expected_key  # noqa: PLC0415
+            from server.auth.keys import expected_key
 
             wanted = None if key is None else expected_key(key)
             found = _in_database(lambda it: it.verify_address(address, expected, archives, wanted))
@@ -113,7 +113,7 @@ def _exit_verified(checked: Any, *, as_json: bool) -> NoReturn:
 
 
 def _verify_store(data: Path | None, *, as_json: bool, others: bool) -> NoReturn:
-    from loadledger.cli.verification import verify_local_store  # noqa: PLC0415 - as above
+    from loadledger.cli.verification import verify_local_store
 
     if data is None or others:
         raise click.UsageError("--store takes --data DIR, and nothing else to verify beside it")
@@ -183,11 +183,11 @@ def _replay_state(
     path: Path, until: str | None, model_id: str | None, archives: Sequence[Path]
 ) -> dict[str, Any]:
     """Return the state at a moment, in the form of the management API."""
-    from events.audit.archivechain import replay  # noqa: PLC0415 - as above
-    from events.sqlite.readonly import open_read_only  # noqa: PLC0415
-    from server.api.jobs import job_view  # noqa: PLC0415
-    from server.api.models import model_view  # noqa: PLC0415
-    from server.api.timetravel import as_of  # noqa: PLC0415
+    from events.audit.archivechain import replay
+    from events.sqlite.readonly import open_read_only
+    from server.api.jobs import job_view
+    from server.api.models import model_view
+    from server.api.timetravel import as_of
 
     with open_read_only(path) as ledger:
         moment, state = replay(ledger, until, archives)
@@ -227,8 +227,8 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
 
 
 def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
-    from events.sqlite.datalock import lock_data, lock_ledger  # noqa: PLC0415 - as above
-    from events.sqlite.storage import rebuild_file  # noqa: PLC0415
+    from events.sqlite.datalock import lock_data, lock_ledger
+    from events.sqlite.storage import rebuild_file
 
     with lock_data(data), lock_ledger(path):
         done = rebuild_file(path)
@@ -257,9 +257,9 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     exact bodies and hashes; `verify` reads it (docs/verify-it-yourself.md). `cloudevents` is CloudEvents 1.0
     for other programs; `verify` does not read it.
     """
-    from events.audit.export import JSONL, cloudevents, export  # noqa: PLC0415
-    from events.files import is_stream, refuse_own, write_file  # noqa: PLC0415
-    from server.auth.keys import open_signer  # noqa: PLC0415
+    from events.audit.export import JSONL, cloudevents, export
+    from events.files import is_stream, refuse_own, write_file
+    from server.auth.keys import open_signer
 
     with report_problems():
         ledger, sign = _ledger_in(data), open_signer(data)
@@ -304,8 +304,8 @@ def archive(data: Path, before: str, address: str | None, file: Path, *, as_json
     With --ledger, servers may be running, also that of --data. FILE's folder needs room for a copy of the
     ledger while the command runs.
     """
-    from events.files import refuse_own  # noqa: PLC0415
-    from server.auth.keys import open_signer  # noqa: PLC0415
+    from events.files import refuse_own
+    from server.auth.keys import open_signer
 
     with report_problems():
         if address is None:
@@ -335,8 +335,8 @@ def archive(data: Path, before: str, address: str | None, file: Path, *, as_json
 
 def _archive_file(data: Path, before: str, file: Path, sign: Any) -> Any:
     """Archive the ledger of a data directory whose server is stopped."""
-    from events.audit.archive import archive  # noqa: PLC0415 - as above
-    from events.sqlite.datalock import lock_data, lock_ledger, refuse_replica  # noqa: PLC0415
+    from events.audit.archive import archive
+    from events.sqlite.datalock import lock_data, lock_ledger, refuse_replica
 
     ledger = _ledger_in(data)
     with lock_data(data), lock_ledger(ledger):
@@ -354,9 +354,9 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     An existing FILE is replaced. The server may be running. The keys are not included, since anyone with them
     can sign.
     """
-    from events.audit.backup import back_up  # noqa: PLC0415
-    from events.files import refuse_own  # noqa: PLC0415
-    from loadledger.cli.verification import audit_members, format_audit  # noqa: PLC0415
+    from events.audit.backup import back_up
+    from events.files import refuse_own
+    from loadledger.cli.verification import audit_members, format_audit
 
     with report_problems():
         ledger = _ledger_in(data)
@@ -371,8 +371,8 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
 @json_option
 def ledger_key(data: Path, *, as_json: bool) -> None:
     """Show the public key of the ledger's signatures, and its id."""
-    from events.audit.signing import key_id  # noqa: PLC0415
-    from server.auth.keys import open_signer, public_pem  # noqa: PLC0415
+    from events.audit.signing import key_id
+    from server.auth.keys import open_signer, public_pem
 
     with report_problems():
         signer = open_signer(data)
@@ -442,15 +442,15 @@ def discard(address: str, file: Path, *, as_json: bool) -> None:
 def _in_database(call: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
     """Run what a function returns, given the module for ledgers in PostgreSQL, which needs the driver."""
     require_driver()
-    import asyncio  # noqa: PLC0415 - as above
+    import asyncio
 
-    from loadledger.cli import database  # noqa: PLC0415
+    from loadledger.cli import database
 
     return asyncio.run(call(database))
 
 
 def require_driver() -> None:
-    from importlib.util import find_spec  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from importlib.util import find_spec
 
     if find_spec("asyncpg") is None:
         exit_with_error(f"asyncpg is not installed: {INSTALL}")
@@ -472,7 +472,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 def _ledger_in(data: Path) -> Path:
     """Return the ledger's file in a data directory, which must exist."""
-    from events.sqlite.datalock import LEDGER  # noqa: PLC0415
+    from events.sqlite.datalock import LEDGER
 
     if not (data / LEDGER).is_file():
         raise FileNotFoundError(f"there is no {LEDGER} in {data}: name the data directory with --data")

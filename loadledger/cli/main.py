@@ -146,7 +146,7 @@ class CommandGroup(click.Group):
         if name in ALIASES:
             return super().resolve_command(context, [*ALIASES[name], *args[1:]])
         if name not in COMMANDS and not name.startswith("-"):
-            from difflib import get_close_matches  # noqa: PLC0415 - 5 ms, and only here
+            from difflib import get_close_matches  # 5 ms, and only here
 
             like = " or ".join(get_close_matches(name, [*COMMANDS, *ALIASES], n=3))
             meant = SUGGESTIONS.get(name, like)

@@ -201,7 +201,7 @@ def add(
 
     --json prints the version with its files, or with --load the job.
     """
-    from loadledger.uploads import find_version_files  # noqa: PLC0415 - keeps other commands quick
+    from loadledger.uploads import find_version_files
 
     with open_chosen_client(where) as client:
         try:
@@ -234,9 +234,9 @@ def _upload_display(about: str) -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console  # noqa: PLC0415 - 50 ms, for terminals only
-    from rich.markup import escape  # noqa: PLC0415
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
+    from rich.console import Console  # 50 ms, for terminals only
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

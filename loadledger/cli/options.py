@@ -85,7 +85,7 @@ def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any
 
     Ctrl-C ends the command silently.
     """
-    from loadledger import Client, ClientProblem  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from loadledger import Client, ClientProblem
 
     try:
         with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s) as client:
@@ -112,7 +112,7 @@ def open_managing_client(data: Path | None, where: ServerChoice) -> Iterator[Any
         with open_chosen_client(where) as client:
             yield client
         return
-    from loadledger import Client, ClientProblem  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from loadledger import Client, ClientProblem
 
     with report_problems():
         require_data(data)
@@ -148,7 +148,7 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from server.config import parse_size  # noqa: PLC0415 - keeps `loadledger --help` quick
+        from server.config import parse_size
 
         try:
             return parse_size(str(value))
@@ -158,7 +158,7 @@ class Size(click.ParamType[int]):
 
 def own_data() -> Path:
     """Return the user's own data directory, which `serve` takes by default."""
-    from server.configsources import default_folder  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from server.configsources import default_folder
 
     found = default_folder("data", os.environ)
     if found is None:

@@ -80,7 +80,7 @@ def display_width(text: str) -> int:
     """Return a text's width in terminal columns; a letter takes two, one or none."""
     if text.isascii():
         return len(text)
-    from rich.cells import cell_len  # noqa: PLC0415 - only for letters beyond ASCII
+    from rich.cells import cell_len  # only for letters beyond ASCII
 
     return cell_len(text)
 
@@ -194,10 +194,10 @@ def quiet_exits() -> Iterator[None]:
 @contextmanager
 def report_problems() -> Iterator[None]:
     """Print a problem of files, keys or settings, and exit."""
-    from events.errors import ForeignHead, LedgerProblem  # noqa: PLC0415 - only commands that work on files come here
-    from runtime.errors import RuntimeProblem  # noqa: PLC0415
-    from server.auth.keys import KeyProblem  # noqa: PLC0415
-    from server.config import ConfigError  # noqa: PLC0415
+    from events.errors import ForeignHead, LedgerProblem
+    from runtime.errors import RuntimeProblem
+    from server.auth.keys import KeyProblem
+    from server.config import ConfigError
 
     try:
         yield
@@ -209,7 +209,7 @@ def report_problems() -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON; control characters are escaped."""
-    import msgspec  # noqa: PLC0415 - keeps `loadledger --help` quick
+    import msgspec
 
     text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
     click.echo("".join(map(_escape_character, text)) if not text.isascii() else text)
@@ -218,7 +218,7 @@ def print_json(value: Any) -> None:
 def _escape_character(letter: str) -> str:
     if letter.isprintable() or letter == "\n":
         return letter
-    import json  # noqa: PLC0415 - main.py imports this module, and json takes four more
+    import json  # main.py imports this module, and json takes four more
 
     return json.dumps(letter)[1:-1]
 

@@ -62,8 +62,8 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
 
 
 def _store(data: Path) -> Any:
-    from runtime.cache.store import ModelCache  # noqa: PLC0415 - as above
-    from runtime.store.folder import STORE  # noqa: PLC0415
+    from runtime.cache.store import ModelCache
+    from runtime.store.folder import STORE
 
     require_data(data)
     return ModelCache(data / STORE, limit_bytes=0)  # the limit applies to what is added

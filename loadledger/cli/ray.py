@@ -337,8 +337,8 @@ def _describe(status: KeeperStatus | None) -> str:
 
 def serve_for_keeper() -> None:
     """Serve until SIGTERM, or until the keeper ends: `argv` has its process id and the options of `serve`."""
-    from loadledger.cli.main import main  # noqa: PLC0415 - it names this module
-    from runtime.process.forkserver import die_with  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from loadledger.cli.main import main  # it names this module
+    from runtime.process.forkserver import die_with
 
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # an actor's threads may block some
     die_with(int(sys.argv[1]), signal.SIGTERM)

@@ -35,7 +35,7 @@ class SettingsCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the command's own options, then those of the settings in sections."""
-        from server.config import SECTIONS  # noqa: PLC0415 - as below
+        from server.config import SECTIONS
 
         rows = {each.name: each.get_help_record(ctx) for each in self.get_params(ctx)}
         sections = {title: [rows.pop(name) for name in names] for title, names in SECTIONS.items()}
@@ -46,7 +46,7 @@ class SettingsCommand(click.Command):
 
 @cache
 def _settings_options() -> list[click.Option]:
-    from server.config import settings  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from server.config import settings
 
     text = "TOML file with settings by name; options and variables override it."
     options = [click.Option(["--config"], metavar="FILE", help=f"{text} [LOADLEDGER_CONFIG]")]
@@ -77,7 +77,7 @@ def run(model: str, *, name: str | None, where: ServerChoice) -> None:
     files. If no server runs, the command serves until Ctrl-C, with the settings of `serve` from variables
     and the --config file that LOADLEDGER_CONFIG names.
     """
-    from loadledger.cli.startup import run_on_server, serve_and_run  # noqa: PLC0415 - for a quick --help
+    from loadledger.cli.startup import run_on_server, serve_and_run
 
     subject = choose_subject(model, name)
     target = find_chosen_target(where)
@@ -118,9 +118,9 @@ def serve(*, accept_rollback: bool, **flags: str | None) -> None:
 
     A setting's option overrides its variable, which overrides the --config file, which overrides the default.
     """
-    from loadledger.cli.startup import announce  # noqa: PLC0415 - as above
-    from server import serve as server  # noqa: PLC0415
-    from server.check import load_config  # noqa: PLC0415
+    from loadledger.cli.startup import announce
+    from server import serve as server
+    from server.check import load_config
 
     with report_problems():
         config = load_config(flags, os.environ)
@@ -146,13 +146,7 @@ def check(*, quick: bool, limit_s: float, as_json: bool, **flags: str | None) ->
 
     Exit code: 0 without problems (notes do not count), 1 with problems, 2 if nothing could be checked.
     """
-    from server.check import (  # noqa: PLC0415 - as above
-        CheckResult,
-        check_configuration,
-        check_ledger,
-        check_repository,
-        check_workers,
-    )
+    from server.check import CheckResult, check_configuration, check_ledger, check_repository, check_workers
 
     result = CheckResult()
     with report_problems():
@@ -172,7 +166,7 @@ def _progress() -> Callable[[str], None]:
 
 
 def _lines(result: Any) -> list[str]:
-    from loadledger.cli.startup import format_finding  # noqa: PLC0415 - as above
+    from loadledger.cli.startup import format_finding
 
     lines = [format_finding(finding) for finding in result.findings]
     problems = sum(finding.severity == "problem" for finding in result.findings)
@@ -198,6 +192,6 @@ def demo(*, cluster: bool) -> None:
     """
     if cluster:
         require_driver()
-    from loadledger.cli.demo import run_cluster, run_server  # noqa: PLC0415 - as above
+    from loadledger.cli.demo import run_cluster, run_server
 
     sys.exit(run_cluster() if cluster else run_server())

@@ -73,9 +73,9 @@ def top(*, interval: float, once: bool, as_json: bool, where: ServerChoice) -> N
 
 def _watch(client: Any, look: ServerSnapshot, interval_s: float) -> None:
     """Update the view until an error that retrying does not mend."""
-    from rich.live import Live  # noqa: PLC0415 - keeps `loadledger --help` quick
+    from rich.live import Live
 
-    from loadledger import ServerError, ServerUnreachable  # noqa: PLC0415
+    from loadledger import ServerError, ServerUnreachable
 
     with Live(_render(look), screen=True, auto_refresh=False) as live:
         while True:
@@ -102,7 +102,7 @@ def _take_snapshot(client: Any) -> ServerSnapshot:
 
 def _render(look: ServerSnapshot) -> Any:
     """Return the view for a terminal; lines that are too long are cut."""
-    from rich.text import Text  # noqa: PLC0415 - as above
+    from rich.text import Text
 
     return Text.from_ansi("\n".join(lines(look)), no_wrap=True, overflow="ellipsis")
 
