@@ -301,7 +301,7 @@ class NodeList(msgspec.Struct, frozen=True):
     nodes: list[Node]
 
 
-class Anchor(msgspec.Struct, frozen=True):
+class LogBase(msgspec.Struct, frozen=True):
     """Last archived position, after which the log begins."""
 
     position: int
@@ -314,7 +314,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     hash: str
     recorded_at: str | None = None
-    base: Anchor | None = None
+    base: LogBase | None = None
     algorithm: str = ""
     key_id: str = ""
     public_key: str = ""
