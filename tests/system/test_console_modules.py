@@ -375,6 +375,16 @@ CASES: dict[str, tuple[object, str]] = {
           duration(0.0851), duration(7200)];
         """,
     ),
+    "curl sends a long request as zeros in binary": (
+        ["it's", 4000, 4000, True],
+        """
+        const { snippets } = await import("/console/snippets.js");
+        const [{ text }] = snippets("http://h", "m", [{ name: "it's", datatype: "FP32", shape: [-1, 1000] }]);
+        const [, head, zeros] = /printf %s '([^']*)'; head -c ([0-9]+) /.exec(text);
+        const { name, parameters } = JSON.parse(head).inputs[0];
+        return [name, parameters.binary_data_size, Number(zeros), text.includes(`Length: ${head.length}"`)];
+        """,
+    ),
     "a request is prefilled with zeros": (
         [
             [
