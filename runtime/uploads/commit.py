@@ -135,6 +135,7 @@ class Uploads:
     async def open(self) -> None:
         """Finish what has its event, and discard the rest; a repository that hangs is left for later."""
         await self._try_to_recover()
+        await self._end_unused_stages()
         self._following = asyncio.create_task(self._follow(), name="uploads")
 
     async def _follow(self) -> None:
@@ -216,7 +217,6 @@ class Uploads:
             EpochOver: `log_unavailable`.
         """
         await self._prepare()
-        await self._end_unused_stages()
         origin = StageOrigin(model_id, version, subject, key, self._node_id)
         for known in self._stages.values():
             if key is not None and known.origin == origin:
@@ -240,7 +240,6 @@ class Uploads:
             RuntimeProblem: `repository_read_only`, `repository_unreadable`, `repository_busy`.
         """
         await self._prepare()
-        await self._end_unused_stages()
         stage = self._stages.get(stage_id)
         named = (model_id, version, subject)
         if stage is None or (stage.model_id, stage.version, stage.origin.subject) != named:
@@ -343,7 +342,7 @@ class Uploads:
         return Stage(self._staging(), uuid7(), origin, self._policy.max_bytes, stays=stays)
 
     async def _prepare(self) -> None:
-        """Check that the repository may be changed, and finish what a start could not.
+        """Check that the repository may be changed, finish what a start could not, and end unused stages.
 
         Raises:
             RepositoryReadOnly: `repository_read_only`.
@@ -351,6 +350,7 @@ class Uploads:
         await self._run(None, partial(check_writable, self._repository.root, self._policy), START_LIMIT_S)
         if not self._is_recovered:
             await self._recover()
+        await self._end_unused_stages()
 
     async def _receive(self, stage: Stage, path: str, body: UploadBody) -> AddedFile:
         """Write a body into a stage."""
@@ -358,20 +358,18 @@ class Uploads:
         await self._run(
             stage, partial(check_room, self._repository.root, body.length or 0, room_bytes, max_bytes)
         )
-        receiver = await self._run(
-            stage, partial(FileReceiver, stage.new_part(), room_bytes, max_bytes, body.expected)
-        )
+        receiver = FileReceiver(stage.new_part(), room_bytes, max_bytes, body.expected)
         try:
+            await self._run(stage, receiver.open)
             async for piece in body.pieces:
                 await self._run(stage, partial(receiver.write, piece))
             file = await self._run(stage, partial(receiver.finish, path))
             if stage.stays:
                 self._check_open(stage)
             await self._run(stage, partial(stage.keep, receiver.target, file))
-        except BaseException:
+        finally:
             with suppress(RuntimeProblem):  # the next start deletes it
                 await self._run(stage, receiver.discard, START_LIMIT_S)
-            raise
         return file
 
     def _check_open(self, stage: Stage) -> None:
@@ -501,7 +499,6 @@ class Uploads:
         stage = await self._run(None, read, START_LIMIT_S)
         if stage is not None and stage.origin.node_id == self._node_id:
             self._stages[stage.id] = stage
-            await self._end_unused_stages()
         else:
             await self._run(None, partial(staging.discard, event_id), START_LIMIT_S)
 

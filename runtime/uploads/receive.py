@@ -160,7 +160,16 @@ class FileReceiver:
         self._expected = expected
         self._hashes = {name: hashlib.new(ALGORITHMS[name]) for name in {"sha-256", *expected}}
         self._bytes = self._unsynced_bytes = 0
-        self._file = target.open("xb", buffering=0)
+        self._descriptor = -1
+
+    def open(self) -> None:
+        """Create the file.
+
+        Raises:
+            OSError: it cannot be created.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(self.target, flags, 0o666)
 
     def write(self, piece: bytes) -> None:
         """Write the next bytes.
@@ -175,11 +184,11 @@ class FileReceiver:
             digest.update(piece)
         data = memoryview(piece)
         while data:
-            data = data[self._file.write(data) :]
+            data = data[os.write(self._descriptor, data) :]
         self._bytes += len(piece)
         self._unsynced_bytes += len(piece)
         if self._unsynced_bytes >= SYNC_BYTES:
-            os.fdatasync(self._file.fileno())
+            os.fdatasync(self._descriptor)
             self._unsynced_bytes = 0
 
     def finish(self, path: str) -> AddedFile:
@@ -196,13 +205,14 @@ class FileReceiver:
                     f"the {self._bytes} bytes that arrived have {name}=:{found}:, which is not the digest"
                     " that was sent with them: send the file again"
                 )
-        os.fsync(self._file.fileno())
-        self._file.close()
+        os.fsync(self._descriptor)
         return AddedFile(path, self._bytes, self._hashes["sha-256"].hexdigest())
 
     def discard(self) -> None:
-        """Close the file, and delete it unless it was moved; to be called at the end, whatever it is."""
-        self._file.close()
+        """Close the file, and delete it unless it was moved; to be called at the end, whatever that is."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
         with suppress(FileNotFoundError):
             self.target.unlink()
 

@@ -6,7 +6,7 @@ last request commits. A file may have any length: it goes to the disk as it arri
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import wraps
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from marshmallow import Schema, fields, validate
+from msgspec.structs import asdict
 
 from events.clock import format_timestamp
 from events.types import AddedFile
@@ -59,6 +60,7 @@ _CHANGE_ERRORS = (
     "log_unavailable",
     "shutting_down",
 )
+_OF_STAGE: Mapping[str, Any] = {"access": Access.ADMIN, "is_forwarded": True, "query": NothingSchema()}
 _STAGE_ERRORS = ("unknown_stage", "node_unreachable", *_CHANGE_ERRORS)
 
 
@@ -170,7 +172,6 @@ def at_its_node(handler: Handler) -> Handler:
     errors=("precondition_failed", *_FILE_ERRORS, *_MODEL_ERRORS, *_CHANGE_ERRORS),
 )
 async def add_version(request: web.Request) -> web.Response:
-    """Write the body into the repository, then record `VersionAdded`, then make the version visible."""
     given, body = path_parameters(request), _read_file(request)
     files = await request.app[UPLOADS].add(
         *(given["id"], given["version"], request[PRINCIPAL].subject, body),
@@ -191,7 +192,6 @@ async def add_version(request: web.Request) -> web.Response:
     errors=("unknown_version", "version_in_use", *_CHANGE_ERRORS),
 )
 async def remove_version(request: web.Request) -> web.Response:
-    """Record `VersionRemoved`, then delete the files."""
     given = path_parameters(request)
     await request.app[UPLOADS].remove(given["id"], given["version"], request[PRINCIPAL].subject)
     return web.Response(status=204)
@@ -215,7 +215,6 @@ async def remove_version(request: web.Request) -> web.Response:
     errors=_CHANGE_ERRORS,
 )
 async def begin_stage(request: web.Request) -> web.Response:
-    """Make a folder for the files of a version, or find the one that the same request has made."""
     given, key = path_parameters(request), hash_idempotency_key(request)
     stage, is_new = await request.app[UPLOADS].begin_stage(
         given["id"], given["version"], request[PRINCIPAL].subject, None if key is None else key.key_hash
@@ -228,48 +227,40 @@ async def begin_stage(request: web.Request) -> web.Response:
 
 @routes.get(
     "/api/v1/models/{id}/versions/{version}/stages/{stage}",
-    access=Access.ADMIN,
-    is_forwarded=True,
+    **_OF_STAGE,
     summary="Show a stage",
     description="Its files that are complete: they need not be sent again.",
     path=StagePathSchema(),
-    query=NothingSchema(),
     answers={200: (StageSchema(), "The stage.")},
     errors=_STAGE_ERRORS,
 )
 @at_its_node
 async def get_stage(request: web.Request) -> web.Response:
-    """Return a stage of the subject."""
     return web.json_response(_stage_view(await _find_stage(request)))
 
 
 @routes.delete(
     "/api/v1/models/{id}/versions/{version}/stages/{stage}",
-    access=Access.ADMIN,
-    is_forwarded=True,
+    **_OF_STAGE,
     summary="Discard a stage",
     description="Its files are deleted.",
     path=StagePathSchema(),
-    query=NothingSchema(),
     answers={204: {"description": "Discarded."}},
     errors=_STAGE_ERRORS,
 )
 @at_its_node
 async def discard_stage(request: web.Request) -> web.Response:
-    """Delete a stage of the subject, and its files."""
     await request.app[UPLOADS].discard_stage(await _find_stage(request))
     return web.Response(status=204)
 
 
 @routes.put(
     "/api/v1/models/{id}/versions/{version}/stages/{stage}/files/{path}",
-    access=Access.ADMIN,
-    is_forwarded=True,
+    **_OF_STAGE,
     summary="Add a file to a stage",
     description="The body is the file. One with the same path is replaced. A path that is absolute, leads "
     "upwards, or is no printable UTF-8 is refused.",
     path=StagedFilePathSchema(),
-    query=NothingSchema(),
     headers=DigestHeadersSchema(),
     request_body=_FILE_BODY,
     answers={
@@ -280,28 +271,24 @@ async def discard_stage(request: web.Request) -> web.Response:
 )
 @at_its_node
 async def add_staged_file(request: web.Request) -> web.Response:
-    """Write the body into a stage of the subject."""
     path, body = path_parameters(request)["path"], _read_file(request)
     file, is_new = await request.app[UPLOADS].add_file(await _find_stage(request), path, body)
-    return web.json_response(_file_view(file), status=201 if is_new else 200)
+    return web.json_response(asdict(file), status=201 if is_new else 200)
 
 
 @routes.post(
     "/api/v1/models/{id}/versions/{version}/stages/{stage}/commit",
-    access=Access.ADMIN,
-    is_forwarded=True,
+    **_OF_STAGE,
     summary="Add the version of a stage",
     description="Records `VersionAdded`, and makes the version visible, as a `PUT` of the version does. If "
     "it is refused, the stage stays.",
     path=StagePathSchema(),
-    query=NothingSchema(),
     body=NothingSchema(),
     answers={201: (AddedVersionSchema(), "Added; the model is at `Location`.")},
     errors=(*_MODEL_ERRORS, *_STAGE_ERRORS),
 )
 @at_its_node
 async def commit_stage(request: web.Request) -> web.Response:
-    """Check the files of a stage, then record `VersionAdded`, then make the version visible."""
     files = await request.app[UPLOADS].commit(await _find_stage(request))
     return _answer_with_version(path_parameters(request), files)
 
@@ -317,13 +304,9 @@ def _answer_with_version(given: Any, files: Iterable[AddedFile]) -> web.Response
 
 
 def _version_view(model_id: str, version: int, files: Iterable[AddedFile]) -> dict[str, Any]:
-    shown = [_file_view(file) for file in files]
+    shown = [asdict(file) for file in files]
     total = sum(file["bytes"] for file in shown)
     return {"model_id": model_id, "version": version, "bytes": total, "files": shown}
-
-
-def _file_view(file: AddedFile) -> dict[str, Any]:
-    return {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
 
 
 def _stage_view(stage: Stage) -> dict[str, Any]:

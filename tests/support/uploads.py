@@ -1,7 +1,7 @@
 """Uploads as the server runs them, without HTTP."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -70,10 +70,11 @@ async def send_stage(uploads: Uploads) -> list[str]:
     return there
 
 
-def files_in(folder: Path, names: Iterable[str] = ()) -> dict[str, bytes]:
+def files_in(folder: Path) -> dict[str, bytes]:
     """Return the contents of all files beneath a folder by path, those in the staging folder included."""
-    found = {each.relative_to(folder).as_posix(): each for each in folder.rglob("*") if each.is_file()}
-    return {path: file.read_bytes() for path, file in found.items() if not names or path in names}
+    return {
+        each.relative_to(folder).as_posix(): each.read_bytes() for each in folder.rglob("*") if each.is_file()
+    }
 
 
 def staged(repository: Path) -> list[str]:
