@@ -15,7 +15,7 @@ from apispec.ext.marshmallow import MarshmallowPlugin
 from marshmallow import INCLUDE, Schema, fields, validate
 
 from server.errors import ERRORS, media_type_of
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, Route
 
 OPENAPI_VERSION = "3.0.3"
 """The bundled Swagger UI 4.1 cannot show 3.1."""
@@ -196,8 +196,7 @@ def _implied_codes(route: Route) -> Iterator[str]:
     yield "internal"
     if route.access is not Access.PUBLIC:
         yield from ("invalid_request", "no_credentials", "invalid_token", "forbidden", "too_many_failures")
-        if route.limit is not LimitClass.NONE:
-            yield "rate_limited"
+        yield "rate_limited"
     locations = {declared["location"] for declared in getattr(route.handler, "__schemas__", ())}
     if "json" in locations:
         yield from ("invalid_body", "unsupported_media_type", "body_too_large", "body_timeout")

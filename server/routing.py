@@ -23,32 +23,13 @@ RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Access(Enum):
-    """Roles that may call a route: any of the value; PUBLIC needs no token."""
+    """Roles that may call a route: any of the value; PUBLIC needs no token. Its limit follows from them."""
 
     PUBLIC = frozenset[str]()
     ANY = frozenset({"admin", "predict", "audit"})
     ADMIN = frozenset({"admin"})
     PREDICT = frozenset({"predict", "admin"})
     AUDIT = frozenset({"audit", "admin"})
-
-
-class LimitClass(Enum):
-    """The per-subject limit that counts a route; NONE is for routes without a subject."""
-
-    NONE = "none"
-    READS = "reads"
-    MANAGEMENT = "management"
-    INFERENCE = "inference"
-
-
-LIMITS: Mapping[Access, LimitClass] = {
-    Access.PUBLIC: LimitClass.NONE,
-    Access.ANY: LimitClass.READS,
-    Access.AUDIT: LimitClass.READS,
-    Access.ADMIN: LimitClass.MANAGEMENT,
-    Access.PREDICT: LimitClass.INFERENCE,
-}
-"""The limit of a route follows from its access."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +40,6 @@ class Route:
     path: str
     handler: Handler
     access: Access
-    limit: LimitClass
     is_forwarded: bool = False
 
     @property
@@ -127,7 +107,7 @@ class Routes(list[Route]):
         def decorate(handler: AnyHandler) -> AnyHandler:
             _describe(handler, {"tag": self._tag, **operation})
             access, is_forwarded = operation["access"], operation.get("is_forwarded", False)
-            self.extend(Route(method, path, handler, access, LIMITS[access], is_forwarded) for path in paths)
+            self.extend(Route(method, path, handler, access, is_forwarded) for path in paths)
             return handler
 
         return decorate

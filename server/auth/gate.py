@@ -33,7 +33,7 @@ from server.auth.ratelimit import QUOTA, RateLimits
 from server.auth.subjects import subject_refusal
 from server.config import Config
 from server.errors import ServerProblem
-from server.routing import Access, LimitClass, matched_route
+from server.routing import Access, matched_route
 
 _log = logging.getLogger(__name__)
 
@@ -344,7 +344,6 @@ class Gate:
         self,
         request: web.BaseRequest,
         access: Access,
-        limit: LimitClass,
         action: str,
         model_id: str | None = None,
     ) -> Principal:
@@ -367,7 +366,7 @@ class Gate:
             request[PRINCIPAL] = principal = self._authenticate_forwarded(request, self.nodes, model_id)
         else:
             request[PRINCIPAL] = principal = self._authenticate(request)
-        quota = self.limits.count(limit, principal.subject)
+        quota = self.limits.count(access, principal.subject)
         if quota is not None:
             request[QUOTA] = quota
         try:
@@ -436,12 +435,12 @@ def auth_middleware(gate: Gate) -> Middleware:
     async def authorise(request: web.Request, handler: Handler) -> web.StreamResponse:
         route = matched_route(request)
         if route is None:
-            await gate.admit(request, Access.ANY, LimitClass.READS, NO_ROUTE)
+            await gate.admit(request, Access.ANY, NO_ROUTE)
             return await handler(request)
         if route.access is Access.PUBLIC:
             return await handler(request)
         model_id = request.match_info["id"] if route.is_forwarded else None
-        principal = await gate.admit(request, route.access, route.limit, route.name, model_id)
+        principal = await gate.admit(request, route.access, route.name, model_id)
         try:
             return await handler(request)
         except Forbidden:  # these roles may use the route, but not with such parameters

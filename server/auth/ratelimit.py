@@ -17,7 +17,7 @@ from aiohttp import web
 from server.auth.proxies import parse_address
 from server.config import Config, RateLimit, parse_limit
 from server.errors import ServerProblem
-from server.routing import LimitClass
+from server.routing import Access
 
 MAX_COUNTERS = 10_000
 """Some 2 MB; beyond it the least recently used counters are forgotten."""
@@ -111,23 +111,25 @@ class RateLimits:
             return None if limit is None else Windows(limit, clock, MAX_COUNTERS)
 
         self._failures = windows(config.limit_auth_failures)
+        reads = ("reads", windows(config.limit_reads))
         self._limits = {
-            LimitClass.READS: windows(config.limit_reads),
-            LimitClass.MANAGEMENT: windows(config.limit_management),
-            LimitClass.INFERENCE: windows(config.limit_inference),
+            Access.ANY: reads,
+            Access.AUDIT: reads,
+            Access.ADMIN: ("management", windows(config.limit_management)),
+            Access.PREDICT: ("inference", windows(config.limit_inference)),
         }
 
-    def count(self, limit: LimitClass, subject: str) -> Quota | None:
-        """Count a request; return the rest of its limit, None if it has no limit.
+    def count(self, access: Access, subject: str) -> Quota | None:
+        """Count a request to a route with this access; return the rest of its limit, None if it has no limit.
 
         Raises:
             RateLimited: the limit was used up (`rate_limited`).
         """
-        windows = self._limits.get(limit)
+        policy, windows = self._limits[access]
         if windows is None:
             return None
         counted, left_s = windows.count(subject)
-        quota = _quota(limit.value, windows, counted, left_s)
+        quota = _quota(policy, windows, counted, left_s)
         if counted > windows.amount:
             raise RateLimited(quota)
         return quota

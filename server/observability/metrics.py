@@ -41,7 +41,7 @@ from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL, STREAMS
 from server.errors import ERRORS
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress
 from server.observability.requestlog import HTTP_COUNTS
-from server.routing import Access, LimitClass, Route, Routes
+from server.routing import Access, Route, Routes
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -574,7 +574,7 @@ def metrics_routes(metrics: str) -> list[Route]:
     """Return the routes of this module; `metrics` is the setting of who may read them."""
     if metrics != OPEN:
         return routes
-    return [replace(route, access=Access.PUBLIC, limit=LimitClass.NONE) for route in routes]
+    return [replace(route, access=Access.PUBLIC) for route in routes]
 
 
 def negotiate(accept: str) -> str:

@@ -22,7 +22,7 @@ from server.auth.ratelimit import Windows
 from server.config import RateLimit
 from server.errors import CODE
 from server.observability.output import RequestContext, begin_context, make_extra
-from server.routing import LimitClass, RequestHandler, Route, matched_route, wrap_handler
+from server.routing import Access, RequestHandler, Route, matched_route, wrap_handler
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def request_middleware(counts: HttpCounts) -> Middleware:
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         nonlocal left_out
         context, route, began_s = begin_context(request), matched_route(request), time.perf_counter()
-        is_inference = route is not None and route.limit is LimitClass.INFERENCE
+        is_inference = route is not None and route.access is Access.PREDICT
         response: web.StreamResponse | None = None
         try:
             response = await handler(request)
@@ -141,7 +141,7 @@ def _level(request: web.Request, route: Route | None, response: web.StreamRespon
     status = response.status if response is not None else 0
     if status >= FAULT:
         return logging.WARNING
-    manages = route is not None and route.limit is LimitClass.MANAGEMENT and PRINCIPAL in request
+    manages = route is not None and route.access is Access.ADMIN and PRINCIPAL in request
     return logging.INFO if manages or status >= REFUSED else logging.DEBUG
 
 

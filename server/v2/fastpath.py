@@ -16,7 +16,7 @@ from server.errors import error_response
 from server.http.responses import DirectResponse, response_completer
 from server.observability.output import begin_context
 from server.observability.requestlog import HTTP_COUNTS
-from server.routing import Access, LimitClass, RequestHandler, wrap_handler
+from server.routing import Access, RequestHandler, wrap_handler
 from server.v2.forwarding import FORWARDER, Forwarder, model_target
 from server.v2.inference import infer
 
@@ -41,7 +41,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
             path = _PATH_OF_VERSION if version else _PATH
             response: web.StreamResponse
             try:
-                await gate.admit(request, Access.PREDICT, LimitClass.INFERENCE, f"POST {path}", model_id)
+                await gate.admit(request, Access.PREDICT, f"POST {path}", model_id)
                 response = await answer_inference(request, app, model_id, int(version) if version else None)
             except asyncio.CancelledError:
                 counts.count("POST", path, None)

@@ -33,7 +33,7 @@ from server.errors import errors_middleware
 from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.openapi import openapi_document
-from server.routing import Access, LimitClass, Route, add_routes
+from server.routing import Access, Route, add_routes
 from server.v2.fastpath import add_fast_path
 from support.models import save_bytes
 
@@ -415,7 +415,6 @@ def route(
     *,
     method: str = "GET",
     access: Access = Access.ANY,
-    limit: LimitClass = LimitClass.READS,
 ) -> Route:
     """Return a route with the usual answers to what a test does not care about."""
-    return Route(method, path, handler, access, limit)
+    return Route(method, path, handler, access)

@@ -30,7 +30,7 @@ from server.auth.keys import create_key, list_keys, revoke
 from server.auth.ratelimit import Windows, peer_of
 from server.config import Config, RateLimit
 from server.errors import QUOTA_EXCEEDED
-from server.routing import Access, LimitClass, Route
+from server.routing import Access, Route
 
 Client = TestClient[web.Request, web.Application]
 Counts = dict[tuple[str, str], int]
@@ -114,8 +114,6 @@ def name(route: Route) -> str:
 
 def test_role_table_has_every_route() -> None:
     assert {name(each) for each in all_routes()} == TABLE.keys()
-    for each in all_routes():
-        assert (each.limit is LimitClass.NONE) == (each.access is Access.PUBLIC), each.path
 
 
 async def test_each_role_is_admitted_or_refused_as_the_table_says(shared: LocalApi) -> None:
@@ -202,13 +200,13 @@ async def test_limit_is_shown_then_refuses_until_the_window_ends(limited: Limite
     assert (await client.get("/x", headers=alice)).status == 200
 
 
-async def test_limit_classes_are_counted_apart(limited: Limited) -> None:
+async def test_limits_are_counted_apart(limited: Limited) -> None:
     limits = {"limit_reads": "1/day", "limit_management": "1/day", "limit_inference": "off"}
-    client, config = await limited(*(route(f"/{limit.value}", limit=limit) for limit in LimitClass), **limits)
+    client, config = await limited(*(route(f"/{access.name}", access=access) for access in Access), **limits)
     headers = bearer(config)
-    for limit, statuses in [("reads", [200, 429]), ("management", [200, 429]), ("inference", [200] * 3)]:
-        assert [(await client.get(f"/{limit}", headers=headers)).status for _ in statuses] == statuses
-    answer = await client.get("/none", headers=headers)
+    for access, statuses in [("ANY", [200]), ("AUDIT", [429]), ("ADMIN", [200, 429]), ("PREDICT", [200] * 3)]:
+        assert [(await client.get(f"/{access}", headers=headers)).status for _ in statuses] == statuses
+    answer = await client.get("/PUBLIC", headers=headers)
     assert (answer.status, "RateLimit" in answer.headers) == (200, False)
 
 
@@ -218,9 +216,9 @@ async def test_errors_of_limited_routes_show_the_limit(limited: Limited) -> None
         raise web.HTTPNotFound
 
     client, config = await limited(
-        route(access=Access.ADMIN),
+        route(access=Access.PREDICT),
         route("/y", missing, method="POST"),
-        route("/z", access=Access.ADMIN, limit=LimitClass.MANAGEMENT),
+        route("/z", access=Access.ADMIN),
         limit_management="1/minute",
     )
     answers = [
@@ -239,7 +237,7 @@ BAD, MALFORMED = {"Authorization": "Bearer a.b.c"}, {"Authorization": "Bearer"}
 
 
 async def test_address_with_too_many_failures_is_refused(limited: Limited) -> None:
-    clock, public = Clock(), route("/health", access=Access.PUBLIC, limit=LimitClass.NONE)
+    clock, public = Clock(), route("/health", access=Access.PUBLIC)
     client, config = await limited(route(), public, clock=clock, limit_auth_failures="3/minute")
     good, bad = bearer(config), BAD
     for headers in (None, None, None, bad, MALFORMED, None, bad):
