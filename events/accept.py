@@ -69,6 +69,7 @@ from events.types import (
     UnloadRequested,
     VersionAdded,
     VersionRemoved,
+    contents_of,
 )
 
 MAX_QUEUE = 256
@@ -322,7 +323,7 @@ def _find_satisfying(model: Model | None, command: RequestLoad, parameters: Load
     serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
     if model is None or serving is None or serving.version != command.version or model.degraded:
         return None
-    same = command.contents == tuple(sorted((file.path, file.sha256) for file in serving.files))
+    same = command.contents == contents_of(serving.files)
     return serving if same and serving.parameters.has_same_workers(parameters) else None
 
 

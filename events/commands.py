@@ -21,6 +21,7 @@ from events.types import (
     CancelRequested,
     Cause,
     Confinement,
+    Contents,
     Draft,
     Event,
     Idempotency,
@@ -88,7 +89,7 @@ class RequestLoad:
 
     model_id: str
     version: int
-    contents: tuple[tuple[str, str], ...] | None
+    contents: Contents | None
     actor: str
     parameters: LoadParameters = field(default_factory=LoadParameters)
     cause: Cause = Cause.REQUEST

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from operator import attrgetter
@@ -79,6 +79,14 @@ class LoadedFile(Struct, frozen=True, gc=False):
     bytes: int
     mtime_ns: int
     sha256: str
+
+
+Contents = tuple[tuple[str, str], ...]
+"""Path and SHA-256 of each file of a version, in order of their paths."""
+
+
+def contents_of(files: Iterable[LoadedFile]) -> Contents:
+    return tuple(sorted((file.path, file.sha256) for file in files))
 
 
 class Prepared(Struct, frozen=True, gc=False):

@@ -24,7 +24,7 @@ from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
 from events.sqlite.liveness import NOTE_EVERY_S
-from events.types import Cause, RollbackAccepted
+from events.types import Cause, RollbackAccepted, contents_of
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
@@ -373,7 +373,7 @@ def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
     state, here = app[LOG].state, {None, _node_id(app)}
     servings = [each for model in list(state.models.values()) for each in (model.serving, model.previous)]
     own = (each for each in servings if each is not None and each.node_id in here)
-    needed = {digest_of((file.path, file.sha256) for file in each.files) for each in own}
+    needed = {digest_of(contents_of(each.files)) for each in own}
     for job in [job for queue in list(state.queues.values()) for job in queue]:
         source = None if job.version is None else store.read_source(job.model_id, job.version)
         if source is not None and job.node_id in here:

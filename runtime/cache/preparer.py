@@ -24,7 +24,7 @@ from msgspec import structs
 
 from events.counters import Histogram
 from events.jobs import Footprint
-from events.types import LoadedFile, LoadParameters
+from events.types import LoadedFile, LoadParameters, contents_of
 from runtime.cache.key import make_key, runtime_was_replaced
 from runtime.cache.manifest import CachedForm, Manifest
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
@@ -137,7 +137,7 @@ class Candidate:
 
     @property
     def digest(self) -> str:
-        return digest_of((file.path, file.sha256) for file in self.sources)
+        return digest_of(contents_of(self.sources))
 
 
 class PreparationRun:
@@ -365,7 +365,7 @@ class Preparer:
         """Return the cached model of these files, if there is one; reads files, so call it in a thread."""
         if self.store is None:
             return None
-        digest = digest_of((file.path, file.sha256) for file in files)
+        digest = digest_of(contents_of(files))
         try:
             return self.store.use(make_key(digest))
         except CACHE_PROBLEMS as error:
@@ -377,7 +377,7 @@ class Preparer:
         known = next((seen.files for seen in footprints if is_same_files(seen.files, files)), None)
         if self.store is None or known is None:
             return None
-        entry = self.store.find(make_key(digest_of((file.path, file.sha256) for file in known)))
+        entry = self.store.find(make_key(digest_of(contents_of(known))))
         return None if entry is None else entry.form
 
     def fail_form(self, prepared: CachedForm, failure: FormFailure) -> None:

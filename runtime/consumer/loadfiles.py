@@ -15,10 +15,10 @@ from typing import TypeVar
 from events.jobs import Job
 from events.models import Serving
 from events.state import State
-from events.types import LoadedFile
+from events.types import Contents, LoadedFile, contents_of
 from runtime.errors import RuntimeProblem
 from runtime.filesystem import LOAD_LIMIT_S, busy, start_call
-from runtime.store.contents import Contents, ModelContents, VersionFiles, contents_of
+from runtime.store.contents import ModelContents, VersionFiles
 from runtime.timeouts import TimeoutExpired, timeout
 
 T = TypeVar("T")

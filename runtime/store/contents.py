@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from events.jobs import BYTES_GONE
-from events.types import LoadedFile
+from events.types import Contents, LoadedFile, contents_of
 from runtime.errors import LoadRefused, RepositoryUnreadable, RuntimeProblem, UnknownModel, UnknownVersion
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import (
@@ -31,9 +31,6 @@ from runtime.repository import FoundFile, Repository, SizedFile, open_folder
 from runtime.store.copying import IsCancelled, hash_descriptor, is_never
 from runtime.store.manifest import StoredFile, digest_of
 from runtime.store.store import FindNeeded, Store, TakenCopy
-
-Contents = tuple[tuple[str, str], ...]
-"""Path and SHA-256 of each file of a version, in order of their paths."""
 
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
@@ -100,11 +97,6 @@ class VersionFiles:
     def contents(self) -> Contents | None:
         """Path and hash of each file; None until they are known."""
         return None if self.sha256s is None else contents_of(self.loaded_files)
-
-
-def contents_of(files: Iterable[LoadedFile]) -> Contents:
-    """Return path and SHA-256 of recorded files, in order of their paths."""
-    return tuple(sorted((file.path, file.sha256) for file in files))
 
 
 MAX_SIGNATURES = 256
@@ -278,7 +270,7 @@ class ModelContents:
             CopyCancelled: `copy_cancelled`.
         """
         if self.store is not None:
-            digest = digest_of((file.path, file.sha256) for file in loaded)
+            digest = digest_of(contents_of(loaded))
             return _find_stored(self.store, model_id, version, digest, loaded, is_cancelled=is_cancelled)
         try:
             files = self._in_repository(model_id, version, self.repository.stat_version(model_id, version))

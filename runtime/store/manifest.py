@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from events.types import Contents
 from runtime.repository import FoundFile
 from runtime.store.copying import IsCancelled, hash_descriptor, is_never
 from runtime.store.folder import walk_files
@@ -54,8 +55,7 @@ class StoredVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: Literal[1] = 1
 
     @property
-    def contents(self) -> tuple[tuple[str, str], ...]:
-        """Path and SHA-256 of each file, in order of their paths."""
+    def contents(self) -> Contents:
         return tuple((file.path, file.sha256) for file in self.files)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from events.files import sync
+from events.types import Contents
 from runtime.errors import DiskFull, LoadRefused, RepositoryUnreadable, StoreFull
 from runtime.memory import free_disk_bytes
 from runtime.repository import FoundFile, VersionFolder
@@ -257,8 +258,8 @@ class Store:
         record = self.read_source(model_id, version)
         return record.digest if record is not None and record.files == files else None
 
-    def contents(self, digest: str) -> tuple[tuple[str, str], ...] | None:
-        """Return path and SHA-256 of each file of a stored version; None if it is not there."""
+    def contents(self, digest: str) -> Contents | None:
+        """Return the contents of a stored version; None if it is not there."""
         version = self._versions.get(digest)
         return None if version is None else version.contents
 

@@ -17,12 +17,12 @@ from msgspec import UNSET
 
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad
-from events.types import Idempotency, LoadParameters
+from events.types import Contents, Idempotency, LoadParameters
 from runtime.errors import LoadRefused, RepositoryUnreadable
 from runtime.filesystem import REQUEST_LIMIT_S
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import MAX_VERSION, Repository
-from runtime.store.contents import Contents, ModelContents
+from runtime.store.contents import ModelContents
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from server.api.schemas import about
 from server.appkeys import CONFIG, CONTENTS
