@@ -99,7 +99,7 @@ load request_in_place drain start_v2 -> loading, v2, after v1
 load request_in_place drain start_v2 finish_v2 -> loaded, v2
 load request_in_place drain start_v2 fail_v2 -> lost, v1, by swap at 9, broken
 load request_in_place drain fail_v2 -> lost, v1, by swap at 8, broken
-load request_in_place drain forkserver_fails_v2 -> lost, v1, by swap at 8, fork_server_died
+load request_in_place drain fail_v2:fork_server_died -> lost, v1, by swap at 8, fork_server_died
 load request_in_place drain start_v2 cancel_L2 -> lost, v1, by swap at 9
 load request_in_place drain request_again fail_v2 -> loading, v2, after v1, broken
 load request_in_place drain fail_v2 load_again -> loaded, v1
@@ -118,7 +118,7 @@ load request_in_place drain fail_v2 request_return start_recovery -> loading, v1
 load request_in_place drain fail_v2 request_return start_recovery finish_recovery -> loaded, v1
 load request_in_place drain fail_v2 request_return fail_recovery \
     -> lost, v1, by recovery at 10, 1 incidents, broken
-load request_in_place drain fail_v2 request_return crash_loop_recovery -> failed, v1, crash_loop
+load request_in_place drain fail_v2 request_return fail_recovery:crash_loop -> failed, v1, crash_loop
 load request_in_place drain drain_again -> loading, v1, after v1
 load request_in_place request_drain start_drain cancel_L2 finish_drain -> lost, v1, by swap at 8
 load request_in_place request_drain start_drain fail_v2 -> unloading, v1, broken, ends by S
@@ -137,12 +137,12 @@ load forkserver_exit -> lost, v1, by recovery at 4, worker_died
 load crash request_recovery start_recovery -> loading, v1, by recovery at 4, 1 incidents, worker_died
 load crash request_recovery start_recovery finish_recovery -> loaded, v1, 1 incidents
 load crash request_recovery start_recovery fail_recovery -> lost, v1, by recovery at 7, 2 incidents, broken
-load crash request_recovery start_recovery forkserver_fails_recovery \
+load crash request_recovery start_recovery fail_recovery:fork_server_died \
     -> lost, v1, by recovery at 7, 1 incidents, 1 retries, fork_server_died
 load crash request_recovery start_recovery cancel_R -> lost, v1, by recovery at 4, 1 incidents, worker_died
-load crash request_recovery crash_loop_recovery -> failed, v1, 1 incidents, crash_loop
+load crash request_recovery fail_recovery:crash_loop -> failed, v1, 1 incidents, crash_loop
 load crash request_v2 start_v2 fail_v2 -> lost, v1, by recovery at 4, 1 incidents, broken
-load crash request_v2 start_v2 crash_loop_v2 -> lost, v1, by recovery at 4, 1 incidents, crash_loop
+load crash request_v2 start_v2 fail_v2:crash_loop -> lost, v1, by recovery at 4, 1 incidents, crash_loop
 load crash request_again fail_again -> failed, v1, 1 incidents, broken
 load crash load_v2 -> loaded, v2
 load request_v2 start_v2 crash -> loading, v1, by recovery at 6, 1 incidents, worker_died
@@ -153,24 +153,30 @@ load crash restart -> lost, v1, by restart at 4, 1 incidents, worker_died
 load crash request_recovery request_cancel_R cancel_R -> unloaded, v1
 load crash request_again request_cancel_L3 cancel_L3 -> lost, v1, by recovery at 4, 1 incidents, worker_died
 load crash request_unload request_cancel_U cancel_U -> lost, v1, by recovery at 4, 1 incidents, worker_died
-load crash request_recovery timeout_recovery -> lost, v1, by recovery at 6, 1 incidents, 1 retries, timeout
-load crash request_recovery start_recovery typo_recovery \
+load crash request_recovery fail_recovery:timeout \
+    -> lost, v1, by recovery at 6, 1 incidents, 1 retries, timeout
+load crash request_recovery start_recovery fail_recovery:invalid_defaults \
     -> lost, v1, by recovery at 7, 1 incidents, 1 retries, invalid_defaults
-load crash hinder_recovery hinder_recovery \
+load crash break_recovery:fork_server_unavailable break_recovery:fork_server_unavailable \
     -> lost, v1, by recovery at 8, 1 incidents, 2 retries, fork_server_unavailable
-load crash hinder_recovery break_recovery hinder_recovery \
+load crash break_recovery:fork_server_unavailable break_recovery break_recovery:fork_server_unavailable \
     -> lost, v1, by recovery at 10, 2 incidents, 2 retries, fork_server_unavailable
-load crash hinder_recovery request_recovery start_recovery finish_recovery -> loaded, v1, 1 incidents
-load crash hinder_recovery load_again -> loaded, v1
-load crash hinder_recovery request_unload finish_unload -> unloaded, v1
-load crash request_recovery bytes_gone_recovery -> failed, v1, 1 incidents, bytes_gone
-load restart request_restore typo_recovery -> lost, v1, by restart at 6, 1 retries, invalid_defaults
-load crash hinder_recovery restart -> lost, v1, by restart at 6, 1 incidents, fork_server_unavailable
-load crash request_recovery no_memory_recovery -> failed, v1, 1 incidents, insufficient_memory
-load crash request_again timeout_again -> lost, v1, by recovery at 4, 1 incidents, timeout
-load crash request_again no_memory_again -> lost, v1, by recovery at 4, 1 incidents, insufficient_memory
-load crash request_again start_again timeout_again -> lost, v1, by recovery at 4, 1 incidents, timeout
-load crash request_again start_again typo_again -> lost, v1, by recovery at 4, 1 incidents, invalid_defaults
+load crash break_recovery:fork_server_unavailable request_recovery start_recovery finish_recovery \
+    -> loaded, v1, 1 incidents
+load crash break_recovery:fork_server_unavailable load_again -> loaded, v1
+load crash break_recovery:fork_server_unavailable request_unload finish_unload -> unloaded, v1
+load crash request_recovery fail_recovery:bytes_gone -> failed, v1, 1 incidents, bytes_gone
+load restart request_restore fail_recovery:invalid_defaults \
+    -> lost, v1, by restart at 6, 1 retries, invalid_defaults
+load crash break_recovery:fork_server_unavailable restart \
+    -> lost, v1, by restart at 6, 1 incidents, fork_server_unavailable
+load crash request_recovery fail_recovery:insufficient_memory -> failed, v1, 1 incidents, insufficient_memory
+load crash request_again fail_again:timeout -> lost, v1, by recovery at 4, 1 incidents, timeout
+load crash request_again fail_again:insufficient_memory \
+    -> lost, v1, by recovery at 4, 1 incidents, insufficient_memory
+load crash request_again start_again fail_again:timeout -> lost, v1, by recovery at 4, 1 incidents, timeout
+load crash request_again start_again fail_again:invalid_defaults \
+    -> lost, v1, by recovery at 4, 1 incidents, invalid_defaults
 load crash request_recovery fail_recovery -> lost, v1, by recovery at 6, 2 incidents, broken
 load crash request_recovery start_recovery finish_recovery crash_again \
     -> lost, v1, by recovery at 8, 2 incidents, worker_died
@@ -186,11 +192,11 @@ load_pair forkserver_exit_1 forkserver_exit_2 -> lost, v1, by recovery at 5, wor
 load_pair crash_1 forkserver_exit_2 -> lost, v1, by recovery at 5, 1 incidents, worker_died
 load_pair forkserver_exit_1 crash_2 -> lost, v1, by recovery at 5, worker_died
 load_pair crash_1 request_recovery start_recovery fail_recovery -> loaded, v1, degraded, 2 incidents, broken
-load_pair crash_1 request_recovery start_recovery forkserver_fails_recovery \
+load_pair crash_1 request_recovery start_recovery fail_recovery:fork_server_died \
     -> loaded, v1, degraded, 1 incidents, 1 retries, fork_server_died
-load_pair crash_1 hinder_recovery hinder_recovery \
+load_pair crash_1 break_recovery:fork_server_unavailable break_recovery:fork_server_unavailable \
     -> loaded, v1, degraded, 1 incidents, 2 retries, fork_server_unavailable
-load_pair crash_1 request_recovery bytes_gone_recovery \
+load_pair crash_1 request_recovery fail_recovery:bytes_gone \
     -> loaded, v1, degraded, kept as is, 1 incidents, bytes_gone
 load_pair crash_1 request_recovery start_recovery fail_recovery crash_2 \
     -> lost, v1, by recovery at 8, 2 incidents, worker_died
@@ -209,7 +215,7 @@ load crash request_recovery supersede_recovery start_again cancel_L3 \
 load crash request_recovery supersede_recovery request_cancel_L3 cancel_L3 \
     -> lost, v1, by recovery at 4, 1 incidents, worker_died
 load crash request_recovery supersede_recovery start_again fail_again -> failed, v1, 1 incidents, broken
-load crash request_recovery supersede_recovery timeout_again \
+load crash request_recovery supersede_recovery fail_again:timeout \
     -> lost, v1, by recovery at 4, 1 incidents, timeout
 load crash request_recovery supersede_recovery_v2 start_v2 fail_v2 \
     -> lost, v1, by recovery at 4, 1 incidents, broken
@@ -221,7 +227,7 @@ load_pair crash_1 request_recovery supersede_recovery start_again fail_again \
 load_pair crash_1 request_recovery request_cancel_R cancel_R \
     -> loaded, v1, degraded, kept as is, 1 incidents, worker_died
 load_pair crash_1 request_recovery request_cancel_R cancel_R load_again -> loaded, v1
-load_pair crash_1 request_recovery no_memory_recovery \
+load_pair crash_1 request_recovery fail_recovery:insufficient_memory \
     -> loaded, v1, degraded, kept as is, 1 incidents, insufficient_memory
 # Starts of the server.
 load restart -> lost, v1, by restart at 4
@@ -242,7 +248,7 @@ load request_v2 start_v2 restart start_v2 finish_v2 -> loaded, v2
 load load_v2 request_drain start_drain restart finish_drain -> lost, v2, by restart at 9
 load request_unload finish_unload restart -> unloaded, v1
 load restart request_restore request_cancel_R cancel_R -> unloaded, v1
-load restart request_restore too_many_recovery -> failed, v1, too_many_loaded
+load restart request_restore fail_recovery:too_many_loaded -> failed, v1, too_many_loaded
 load restart restore -> loaded, v1
 load restart request_restore fail_recovery -> lost, v1, by recovery at 6, 1 incidents, broken
 load restart request_recovery fail_recovery -> lost, v1, by recovery at 6, 1 incidents, broken

@@ -17,13 +17,7 @@ import events.log
 from events.clock import format_timestamp
 from events.commands import Command, Receipt, Record
 from events.jobs import (
-    BYTES_GONE,
-    CRASH_LOOP,
-    FORK_SERVER_DIED,
     INCIDENT_WINDOW_S,
-    INSUFFICIENT_MEMORY,
-    TIMEOUT,
-    TOO_MANY_LOADED,
     Job,
 )
 from events.log import Log
@@ -305,20 +299,18 @@ TUNED: dict[str, Any] = {
     "node_labels": ("zone=a",),
 }
 JOBS = ("L", "L2", "L3", "R", "U", "F", "S")
-STEPS: dict[str, Callable[[History], object]] = {
+STEPS: dict[str, Callable[..., object]] = {
     "request": lambda h: h.ask_load("L"),
     "request_10s": lambda h: h.ask_load("L", timeout_s=10),
     "start": lambda h: h.start_load("L"),
     "finish": lambda h: h.end_load("L"),
-    "fail": lambda h: h.fail_load("L"),
+    "fail": lambda h, *code: h.fail_load("L", *code),
     "load": lambda h: h.load("L"),
     # The same version again, asked for by a person.
     "request_again": lambda h: h.ask_load("L3"),
     "request_again_pinned": lambda h: h.ask_load("L3", pinned=True),
     "start_again": lambda h: h.start_load("L3"),
-    "fail_again": lambda h: h.fail_load("L3"),
-    "timeout_again": lambda h: h.fail_load("L3", TIMEOUT),
-    "no_memory_again": lambda h: h.fail_load("L3", INSUFFICIENT_MEMORY),
+    "fail_again": lambda h, *code: h.fail_load("L3", *code),
     "load_again": lambda h: h.load("L3"),
     "change_settings": lambda h: h.change_settings("L3", "L"),
     # Another version, beside or in place; the old one drains.
@@ -326,9 +318,7 @@ STEPS: dict[str, Callable[[History], object]] = {
     "request_in_place": lambda h: h.ask_load("L2", version=2, strategy="in_place"),
     "start_v2": lambda h: h.start_load("L2", version=2),
     "finish_v2": lambda h: h.end_load("L2", version=2),
-    "fail_v2": lambda h: h.fail_load("L2", version=2),
-    "crash_loop_v2": lambda h: h.fail_load("L2", CRASH_LOOP, version=2),
-    "forkserver_fails_v2": lambda h: h.fail_load("L2", FORK_SERVER_DIED, version=2),
+    "fail_v2": lambda h, *code: h.fail_load("L2", *code, version=2),
     "load_v2": lambda h: h.load("L2", version=2),
     "request_drain": lambda h: h.ask_unload("S", "L", cause=Cause.SWAP),
     "start_drain": lambda h: h.start_unload("S"),
@@ -363,17 +353,8 @@ STEPS: dict[str, Callable[[History], object]] = {
     "request_return": lambda h: h.ask_load("R", cause=Cause.SWAP),
     "start_recovery": lambda h: h.start_load("R"),
     "finish_recovery": lambda h: h.end_load("R"),
-    "fail_recovery": lambda h: h.fail_load("R"),
-    "timeout_recovery": lambda h: h.fail_load("R", TIMEOUT),
-    "no_memory_recovery": lambda h: h.fail_load("R", INSUFFICIENT_MEMORY),
-    "too_many_recovery": lambda h: h.fail_load("R", TOO_MANY_LOADED),
-    "crash_loop_recovery": lambda h: h.fail_load("R", CRASH_LOOP),
-    "forkserver_fails_recovery": lambda h: h.fail_load("R", FORK_SERVER_DIED),
-    "break_recovery": lambda h: h.break_recovery(),
-    "hinder_recovery": lambda h: h.break_recovery("fork_server_unavailable"),
-    "typo_recovery": lambda h: h.fail_load("R", "invalid_defaults"),
-    "typo_again": lambda h: h.fail_load("L3", "invalid_defaults"),
-    "bytes_gone_recovery": lambda h: h.fail_load("R", BYTES_GONE),
+    "fail_recovery": lambda h, *code: h.fail_load("R", *code),
+    "break_recovery": lambda h, *code: h.break_recovery(*code),
     "restore": lambda h: h.load("R", cause=Cause.RESTART),
     "request_demand": lambda h: h.ask_load("D", cause=Cause.DEMAND),
     "start_demand": lambda h: h.start_load("D"),
@@ -404,14 +385,16 @@ STEPS: dict[str, Callable[[History], object]] = {
 
 Jobs: `L`, `L2` (version 2), `L3` and `P` (two instances) are loads, `R` a load by the system, `D` one that an
 inference caused; `U` is an unload, `F` a forced one, `S` that of the replaced version; `O` loads the model
-`other`. The worker of the load `L` is `w-L`, those of `P` are `P1` and `P2`.
+`other`. The worker of the load `L` is `w-L`, those of `P` are `P1` and `P2`. A failure may have a code, as in
+`fail_recovery:timeout`.
 """
 
 
 def given(words: str) -> History:
     history = History()
     for word in words.split():
-        STEPS[word](history)
+        step, *code = word.split(":")
+        STEPS[step](history, *code)
     return history
 
 

@@ -248,7 +248,7 @@ def dying(deaths: int, *, apart_s: float = 1) -> History:
 
 
 FAILS_4 = "break_recovery " * 4
-HINDRANCES_4 = "hinder_recovery " * 4
+HINDRANCES_4 = "break_recovery:fork_server_unavailable " * 4
 
 RELOADS = f"""
 # facts                                | processes    | after s | next action
@@ -256,8 +256,8 @@ load crash break_recovery              | -            | 0.999   | nothing
 load crash break_recovery              | -            | 1       | reload digits, recovery
 load crash {FAILS_4}                   | -            | 0       | give up digits
 # What does not speak against the model is repeated for ever, at last every half a minute.
-load crash hinder_recovery             | -            | 0.999   | nothing
-load crash hinder_recovery             | -            | 1       | reload digits, recovery
+load crash break_recovery:fork_server_unavailable | - | 0.999 | nothing
+load crash break_recovery:fork_server_unavailable | - | 1 | reload digits, recovery
 load crash {HINDRANCES_4}              | -            | 7.999   | nothing
 load crash {HINDRANCES_4}              | -            | 8       | reload digits, recovery
 load crash {HINDRANCES_4 * 9}          | -            | 29.999  | nothing
@@ -267,11 +267,11 @@ load crash {HINDRANCES_4} {FAILS_4}    | -            | 0       | give up digits
 load forkserver_exit {HINDRANCES_4}    | -            | 8       | reload digits, recovery
 load_pair crash_1 {HINDRANCES_4}       | P:serving/P1 | 7.999   | nothing
 load_pair crash_1 {HINDRANCES_4}       | P:serving/P1 | 8       | reload digits, recovery
-load restart request_restore typo_recovery | -            | 0.999   | nothing
-load restart request_restore typo_recovery | -            | 1       | reload digits, restart
-load crash hinder_recovery restart     | -            | 0       | reload digits, restart
-load crash request_recovery bytes_gone_recovery | -            | 1000    | nothing
-load forkserver_exit request_again timeout_again | -            | 0.5     | reload digits, recovery
+load restart request_restore fail_recovery:invalid_defaults | - | 0.999 | nothing
+load restart request_restore fail_recovery:invalid_defaults | - | 1 | reload digits, restart
+load crash break_recovery:fork_server_unavailable restart | - | 0 | reload digits, restart
+load crash request_recovery fail_recovery:bytes_gone | - | 1000 | nothing
+load forkserver_exit request_again fail_again:timeout | - | 0.5 | reload digits, recovery
 load_pair crash_1 {FAILS_4}            | P:serving/P1 | 0       | nothing
 load_pair crash_1 {FAILS_4}            | P:serving/P1 | 1000000 | nothing
 load_pair crash_1 {FAILS_4} crash_2    | -            | 0       | give up digits
