@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from runtime.errors import RuntimeProblem
-from runtime.repository import Repository, UnsafeFile
+from runtime.errors import LoadRefused, RepositoryUnreadable, RuntimeProblem
+from runtime.repository import Repository
 from runtime.wire import DATATYPES, MAX_DIMENSIONS, Count, Name, Tensor
 
 DEFAULTS_FILE = "loadledger.toml"
@@ -110,8 +110,9 @@ def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp
         content = repository.read_beside(model_id, DEFAULTS_FILE, MAX_DEFAULTS_BYTES)
         values = _parse(content.decode())
         return values, _warm_up(name, values.pop(WARM_UP, {}))
-    except UnsafeFile as error:
-        raise InvalidDefaults(f"{name} {error}; replace it, or take it away") from None
+    except (LoadRefused, RepositoryUnreadable) as error:
+        reason = str(error).removeprefix(f"{DEFAULTS_FILE!r} ")
+        raise InvalidDefaults(f"{name} {reason}; replace it, or take it away") from None
     except UnicodeDecodeError:
         raise InvalidDefaults(f"{name} is not UTF-8, which TOML has to be") from None
     except ValueError as error:  # of the parser, and of Python for a number of thousands of digits

@@ -31,7 +31,6 @@ from runtime.errors import (
     InvalidModelId,
     LoadRefused,
     RepositoryUnreadable,
-    RuntimeProblem,
     UnknownModel,
     UnknownVersion,
 )
@@ -76,12 +75,6 @@ class FoundFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 SizedFile = FoundFile | LoadedFile
 """A file of a version as it is now, or as it was loaded: path, size and time are known of both."""
-
-
-class UnsafeFile(RuntimeProblem):
-    """A file of the repository must not be read; the message continues its name."""
-
-    code = "unsafe_file"
 
 
 def check_model_id(model_id: str) -> str:
@@ -174,23 +167,22 @@ class Repository:
 
         Raises:
             InvalidModelId: `invalid_model_id`.
-            UnsafeFile: `unsafe_file`, too long, not a regular file within the repository, or unreadable.
+            LoadRefused: `unsafe_file`, too long, or not a regular file within the repository.
+            RepositoryUnreadable: `repository_unreadable`.
         """
         path = self.root / check_model_id(model_id)
         if not os.path.lexists(path / name):
             return b""
-        try:
-            with open_folder(self.root, path) as folder, folder.open_file(name) as descriptor:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise UnsafeFile("is not a regular file")
+        with open_folder(self.root, path) as folder, folder.open_file(name) as descriptor:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise LoadRefused("unsafe_file", f"{name!r} is not a regular file")
+            try:
                 with os.fdopen(descriptor, "rb", closefd=False) as file:
                     content = file.read(max_bytes + 1)
-        except (LoadRefused, RepositoryUnreadable) as refused:
-            raise UnsafeFile(str(refused).removeprefix(f"{name!r} ")) from None
-        except OSError as error:
-            raise UnsafeFile(f"cannot be read: {error.strerror}") from None
+            except OSError as error:
+                _refuse(name, error)
         if len(content) > max_bytes:
-            raise UnsafeFile(f"has more than {max_bytes} bytes")
+            raise LoadRefused("unsafe_file", f"{name!r} has more than {max_bytes} bytes")
         return content
 
     def find_unserved(self) -> Iterator[tuple[str, str]]:

@@ -21,12 +21,11 @@ from runtime.errors import (
 )
 from runtime.filesystem import RepositoryBusy
 from runtime.modeldefaults import InvalidDefaults
-from runtime.repository import UnsafeFile
 
 
 def test_every_code_of_a_failed_load_has_a_consequence() -> None:
     problems = (
-        *(ForkServerUnavailable, UnknownModel, UnknownVersion, WorkerDied, InvalidDefaults, UnsafeFile),
+        *(ForkServerUnavailable, UnknownModel, UnknownVersion, WorkerDied, InvalidDefaults),
         *(DiskFull, RepositoryBusy, RepositoryUnreadable, StoreFull, StoreUnavailable, NotEncodable),
     )
     refusals = set(get_args(LoadCode)) - set(get_args(PrepareCode))
