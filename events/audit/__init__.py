@@ -4,8 +4,8 @@
 and an expected head. `export` writes lines that prove themselves, `exportreader` verifies them again, and
 `archive` moves the oldest events to such a file. Reads here hold one snapshot for long, on purpose.
 
-Nothing here knows SQL: ledgers are read through functions of `events.sqlite`. `CheckedFold` and `export_rows`
-take the rows of any log.
+A file that cannot be read or written raises OSError. Nothing here knows SQL: ledgers are read through
+functions of `events.sqlite`. `CheckedFold` and `export_rows` take the rows of any log.
 
 - `verify`: the chain, the events, the base, and the stored projections against the fold
 - `audit`: one result for the command `verify`; add a new check of the whole file here

@@ -85,7 +85,6 @@ def check_archives(
     Raises:
         ArchiveMissing: `archive_missing`, the archives do not follow one another, or do not end at the base.
         LogUnavailable: `log_unavailable`, one is not a regular file.
-        OSError: one cannot be read.
     """
     files = [audit_file(path, key=key, expected=expected) for path in paths]
     for number, file in enumerate(files, 1):
@@ -136,7 +135,6 @@ def compare_with_base(behind: ArchiveProof, stored: State, folds: int) -> Archiv
 
     Raises:
         LogUnavailable: `log_unavailable`, a file was changed meanwhile.
-        OSError: a file cannot be read.
     """
     if behind.finding is not None or behind.after.position != 0:
         return behind
@@ -227,7 +225,6 @@ def find_archived_hash(files: Sequence[FileAudit], position: int) -> bytes | Non
 
     Raises:
         LogUnavailable: `log_unavailable`, a file was changed meanwhile.
-        OSError: a file cannot be read.
     """
     for file in files:
         if file.after.position == position:
@@ -269,7 +266,6 @@ def replay(ledger: Connection, until: str | None, archives: Sequence[Path] = ())
         LedgerDamaged: `ledger_damaged`, an archive does not verify.
         NothingThere: `nothing_there`, archives were given for a ledger without archived events.
         LogUnavailable: `log_unavailable`, a file cannot be read, or an event cannot be folded.
-        OSError: an archive cannot be read.
     """
     if not archives:
         begin_reading(ledger)

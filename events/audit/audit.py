@@ -103,7 +103,6 @@ def audit(
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
         LogUnavailable: `log_unavailable`, a file cannot be read, or is not a database.
-        OSError: an archive cannot be read.
     """
     found, stored = _audit_own_file(path, expected, files, with_archives=bool(archives))
     if stored is not None and expected is None and kept_in is not None:
@@ -130,7 +129,6 @@ def prove_base(
         ArchiveMissing: `archive_missing`, the archives do not follow one another up to the base.
         NothingThere: `nothing_there`, the ledger has no archived events.
         LogUnavailable: `log_unavailable`, an archive was changed meanwhile.
-        OSError: an archive cannot be read.
     """
     if found.base.position == 0:
         raise NothingThere(

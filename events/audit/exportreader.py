@@ -66,7 +66,6 @@ def read_lines(path: Path, seen: Callable[[memoryview], None] = lambda _: None) 
     Raises:
         LedgerDamaged: the file is truncated, or not valid gzip.
         LogUnavailable: it is not a regular file.
-        OSError: it cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block
         raise LogUnavailable(f"{printable_name(path)} is not a regular file")
@@ -329,7 +328,6 @@ def audit_file(path: Path, *, key: str | None = None, expected: Anchor | None = 
 
     Raises:
         LogUnavailable: `log_unavailable`, it is not a regular file.
-        OSError: it cannot be read.
     """
     digest = hashlib.sha256()
     reader: ExportReader | None = None

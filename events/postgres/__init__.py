@@ -4,6 +4,9 @@ The database has the events, their head and their base: it puts appends in order
 one way in is the function `append` (migrations/postgres), which the server's role may call; only the owner's
 role, by command, may change the schema. See `docs/decisions/0054`.
 
+Where the database fails or refuses, functions raise `events.storage.StorageError`; nothing was changed then,
+unless a docstring says otherwise.
+
 - `connection`: an address, a connection with its limits, the database's clock, translated errors
 - `schema`: migrations by the owner, and what a server checks before it uses a database
 - `log`: the writer's log: catching up with other servers, deciding anew what they changed

@@ -17,11 +17,7 @@ _ARCHIVE_COLUMNS = ", ".join(ArchiveRecord._fields)
 
 
 async def read_stored_base(connection: Connection) -> StoredBase:
-    """Return the base with its archives and the state there; the caller holds one snapshot of the database.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
+    """Return the base, its archives and the state there; the caller holds one snapshot of the database."""
     with translated_errors("could not be read"):
         row = await connection.fetchrow("SELECT position, hash FROM base")
         archives = await connection.fetch(
@@ -63,7 +59,6 @@ async def move_base(connection: Connection, before: Anchor, stored: StoredBase) 
     Raises:
         LogUnavailable: `log_unavailable`, the base was moved meanwhile; nothing was changed.
         LedgerDamaged: `ledger_damaged`, the database has other events; nothing was changed.
-        StorageError: the database refused it; nothing was changed.
     """
     end = stored.base
     with translated_errors("could not be archived"):

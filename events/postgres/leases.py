@@ -23,22 +23,14 @@ class LeaseStore:
         self._connection: Connection | None = None
 
     async def renew(self, node_id: str, epoch: int, lease_s: float, hints: str, limit_s: float) -> bool:
-        """Renew the lease of an epoch; return False if the epoch is over.
-
-        Raises:
-            StorageError: the database did not answer; whether the lease was renewed is unknown.
-        """
+        """Renew the lease of an epoch; return False if it is over. After an error either may be so."""
         async with self._connected(limit_s) as connection:
             return bool(
                 await connection.fetchval("SELECT renew($1, $2, $3, $4)", node_id, epoch, lease_s, hints)
             )
 
     async def read(self, limit_s: float) -> tuple[Lease, ...]:
-        """Return all leases, by the names of their nodes.
-
-        Raises:
-            StorageError: the database did not answer within `limit_s` seconds.
-        """
+        """Return all leases, by the names of their nodes."""
         async with self._connected(limit_s) as connection:
             rows = await connection.fetch(
                 "SELECT node_id, epoch, ended, renewed_at, hints, instance,"

@@ -57,7 +57,6 @@ async def migrate(connection: Connection, server_role: str | None = None) -> int
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`, another program has a schema of this name.
         ValueError: there can be no role of that name.
-        StorageError: the database refused it; nothing was changed.
     """
     if server_role is not None and _ROLE_NAME.fullmatch(server_role) is None:
         raise ValueError(f"{server_role!r} is no name of a role")
@@ -117,7 +116,6 @@ async def check_schema(connection: Connection) -> None:
         SchemaOutdated: `schema_outdated`.
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
-        StorageError: the role may not read it, or the database failed.
     """
     with translated_errors("cannot be read"):
         done = await _count_applied(connection)
@@ -132,7 +130,6 @@ async def check_role(connection: Connection) -> None:
 
     Raises:
         UnsafeRole: `unsafe_role`.
-        StorageError: the database failed.
     """
     with translated_errors("cannot be read"):
         found = await connection.fetchrow(
@@ -155,7 +152,6 @@ async def check_owner(connection: Connection) -> None:
 
     Raises:
         NotOwner: `not_owner`.
-        StorageError: the database failed.
     """
     with translated_errors("cannot be read"):
         role, is_owner = await connection.fetchrow(
@@ -170,11 +166,7 @@ async def check_owner(connection: Connection) -> None:
 
 
 async def describe_durability(connection: Connection) -> str:
-    """Return in words what a commit of this session waits for.
-
-    Raises:
-        StorageError: the database failed.
-    """
+    """Return in words what a commit of this session waits for."""
     with translated_errors("cannot be read"):
         names, fsync = await connection.fetchrow(
             "SELECT current_setting('synchronous_standby_names'), current_setting('fsync')"

@@ -53,7 +53,6 @@ async def copy_ledger_in(
 
     Raises:
         LedgerNotEmpty: `ledger_not_empty`.
-        StorageError: the database refused it; nothing was changed.
     """
     with translated_errors("could not be written"):
         async with connection.transaction():
@@ -94,9 +93,6 @@ async def discard_end(
         first: the position of an event that no node could read, nor one after it.
         actor: who removes them.
         keep: stores what is removed.
-
-    Raises:
-        StorageError: the database refused it; nothing was changed.
     """
     with translated_errors("could not be written"):
         async with connection.transaction():
@@ -143,11 +139,7 @@ class DatabaseReader:
         self.head = head
 
     async def pages(self) -> AsyncIterator[list[tuple[int, bytes, bytes]]]:
-        """Yield positions, bodies and hashes of all events, in order.
-
-        Raises:
-            StorageError: they cannot be read.
-        """
+        """Yield positions, bodies and hashes of all events, in order."""
         after = -1
         while True:
             with translated_errors("could not be read"):
@@ -169,7 +161,6 @@ async def open_database_reader(address: str) -> AsyncIterator[DatabaseReader]:
 
     Raises:
         LedgerProblem: `schema_missing`, `schema_outdated`, `future_schema`, `foreign_database`.
-        StorageError: it cannot be reached or read.
     """
     connection = await connect(address, idle_in_transaction_session_timeout="0")
     try:
