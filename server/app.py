@@ -85,7 +85,7 @@ from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signer, public_pem
 from server.auth.ratelimit import RateLimits
-from server.auth.tokens import TOKENS, open_tokens
+from server.auth.tokens import TOKENS, TokenIssuer
 from server.cluster import ThisNode
 from server.config import MAX_BODY_BYTES, ON, Config, ConfigError, parse_budget, parse_prepared_size
 from server.errors import errors_middleware
@@ -260,7 +260,8 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
             await log.rollback_accepted(rollback[0])
         await keeper.keep(prover.head(log))
         app[JOB_REQUESTS] = JobRequests(log, started.position)
-        app[TOKENS] = open_tokens(app)
+        app[TOKENS] = TokenIssuer(config, log)
+        app[GATE].verifier.is_revoked = app[TOKENS].is_revoked
         noting = asyncio.create_task(_note_presence(log, prover, keeper), name="presence")
         denials = app[GATE].denials
         counting = asyncio.create_task(denials.run(log.submit), name="denials")

@@ -52,7 +52,7 @@ from runtime.filesystem import RepositoryBusy
 from server.appkeys import CONFIG, CONTENTS, LOG
 from server.auth.keys import KeyProblem
 from server.auth.subjects import subject_refusal
-from server.auth.tokens import issue_recorded_token, timestamp_in
+from server.auth.tokens import TOKENS, timestamp_in
 from server.check import CheckFinding, CheckResult, Severity, check_repository, load_config
 from server.configsources import warn_of_unknown_variables
 from server.errors import ServerProblem
@@ -162,12 +162,12 @@ async def sign_in_user(server: RunningServer) -> SignedIn | None:
         path, kept = profile_path(name, os.environ), _read_if_there(name)
         if kept is not None and kept.token and kept.url == server.url and _works(server, kept.token):
             return SignedIn(name, path, kept.token)
-        issued = await issue_recorded_token(server.app, local_subject(), ["admin"], PROFILE_LIFE_S)
-        await asyncio.to_thread(write_profile, path, ServerTarget(server.url, issued.token))
+        token = await _issue_token(server, PROFILE_LIFE_S)
+        await asyncio.to_thread(write_profile, path, ServerTarget(server.url, token))
     except (ProfileProblem, OSError, LedgerProblem, KeyProblem) as problem:
         _log.warning("no profile with a token was written for commands: %s", problem)
         return None
-    return SignedIn(name, path, issued.token)
+    return SignedIn(name, path, token)
 
 
 def local_subject() -> str:
@@ -238,7 +238,7 @@ def serve_and_run(subject: Subject) -> NoReturn:
         profile = await announce(running)
         word = _token_word(None if profile is None else profile.option, config.data)
         try:
-            token = profile.token if profile is not None else await _issue_token(running)
+            token = profile.token if profile is not None else await _issue_token(running, TOKEN_LIFE_S)
             async with AsyncClient(running.url, token=token) as client:
                 await bring_up(client, subject, word)
             click.echo("\nCtrl-C stops the server; the model stays in its repository.")
@@ -254,8 +254,10 @@ def serve_and_run(subject: Subject) -> NoReturn:
     sys.exit(status or (NEGATIVE_RESULT if problems else 0))
 
 
-async def _issue_token(running: RunningServer) -> str:
-    return (await issue_recorded_token(running.app, local_subject(), ["admin"], TOKEN_LIFE_S)).token
+async def _issue_token(running: RunningServer, life_s: int) -> str:
+    """Issue a token for this process's user; the ledger has it as issued by the server."""
+    subject, tokens = local_subject(), running.app[TOKENS]
+    return (await tokens.issue(subject, ["admin"], expires_s=life_s, actor=subject, via="serve")).token
 
 
 def _token_word(profile_option: str | None, data: Path) -> str:

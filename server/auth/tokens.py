@@ -22,8 +22,7 @@ from events.commands import IssueToken, Receipt, Record, RevokeToken
 from events.log import Log
 from events.tokens import is_refused
 from events.types import Draft, SignInLinkIssued, TokenIssued
-from server.appkeys import CONFIG, GATE, LOG
-from server.auth.gate import InvalidToken, Principal, Verifier
+from server.auth.gate import InvalidToken, Principal
 from server.auth.keys import sign_token
 from server.auth.subjects import LOCAL
 from server.config import Config
@@ -113,12 +112,14 @@ class TokenIssuer:
         server_url: where the server listens, for people on its machine; empty until it does.
     """
 
-    def __init__(self, config: Config, log: Log, verifier: Verifier) -> None:
+    def __init__(self, config: Config, log: Log) -> None:
         self._config = config
         self._log = log
-        self._verifier = verifier
         self.links = SignInLinks()
         self.server_url = ""
+
+    def is_revoked(self, jti: str) -> bool:
+        return is_refused(self._log.state.tokens, jti)
 
     async def issue(
         self,
@@ -202,7 +203,7 @@ class TokenIssuer:
         """
         link = self.links.take(code)
         jti = link.principal.jti
-        if jti is not None and self._verifier.is_revoked(jti):
+        if jti is not None and self.is_revoked(jti):
             raise InvalidToken("the token of who asked for this sign-in link was revoked")
         return link
 
@@ -234,24 +235,6 @@ class TokenIssuer:
 
 
 TOKENS = web.AppKey("tokens", TokenIssuer)
-
-
-async def issue_recorded_token(
-    app: web.Application, subject: str, roles: Collection[str], expires_s: int
-) -> IssuedToken:
-    """Issue a token within the running server, for its own user; recorded as the server's.
-
-    Raises as `TokenIssuer.issue`.
-    """
-    return await app[TOKENS].issue(subject, roles, expires_s=expires_s, actor=subject, via="serve")
-
-
-def open_tokens(app: web.Application) -> TokenIssuer:
-    """Return the issuer over the application's log, whose revocations the verifier asks for from here on."""
-    log, verifier = app[LOG], app[GATE].verifier
-
-    verifier.is_revoked = lambda jti: is_refused(log.state.tokens, jti)
-    return TokenIssuer(app[CONFIG], log, verifier)
 
 
 def timestamp_in(seconds: float) -> Timestamp:

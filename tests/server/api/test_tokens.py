@@ -22,7 +22,7 @@ from server.appkeys import LOG
 from server.auth.control import SOCKET
 from server.auth.gate import InvalidToken, Principal
 from server.auth.subjects import local_actor
-from server.auth.tokens import LINK_S, MAX_LINKS, SignInLinks, issue_recorded_token
+from server.auth.tokens import LINK_S, MAX_LINKS, TOKENS, SignInLinks
 from server.config import MAX_TOKEN_S
 from server.serve import local_url
 
@@ -196,7 +196,7 @@ async def test_socket_manages_tokens_within_limits(deep: LocalApi) -> None:
     code = link["path"].removeprefix("/#sign-in=")
     used = await deep.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
     assert (used.json["subject"], (await send(deep, used.json["token"])).status) == (ME, 200)
-    made = await issue_recorded_token(deep.app, "eve", ["admin"], 60)
+    made = await deep.app[TOKENS].issue("eve", ["admin"], expires_s=60, actor="eve", via="serve")
     assert deep.app[LOG].state.tokens[made.jti].via == "serve"
     with pytest.raises(Exception, match="no route"):
         await asyncio.to_thread(local.get, "/api/v1/models")
