@@ -12,18 +12,13 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-ZEROS: dict[str, Any] = {"BOOL": False, "BYTES": "", **dict.fromkeys(("FP16", "BF16", "FP32", "FP64"), 0.0)}
-ZEROS |= {f"{sign}INT{bits}": 0 for sign in ("", "U") for bits in (8, 16, 32, 64)}
-"""A zero of each datatype."""
-
-ELEMENT_BYTES = {
-    **dict.fromkeys(("BOOL", "INT8", "UINT8"), 1),
-    **dict.fromkeys(("INT16", "UINT16", "FP16", "BF16"), 2),
-    **dict.fromkeys(("INT32", "UINT32", "FP32"), 4),
-    **dict.fromkeys(("INT64", "UINT64", "FP64"), 8),
-    "BYTES": 4,
+DATATYPES: dict[str, tuple[Any, int]] = {
+    "BOOL": (False, 1),
+    "BYTES": ("", 4),
+    **{name: (0.0, size) for name, size in (("FP16", 2), ("BF16", 2), ("FP32", 4), ("FP64", 8))},
+    **{f"{sign}INT{bits}": (0, bits // 8) for sign in ("", "U") for bits in (8, 16, 32, 64)},
 }
-"""Of a zero in binary; of an empty text, that is its length."""
+"""By datatype: a zero, and its bytes in binary; of an empty text, these are its length."""
 
 PICTURE_SIZES, CHANNELS, PICTURE_TYPES = 4, (1, 3), ("UINT8", "FP16", "FP32")
 """Of an input for pictures: a batch, a height, a width, and one channel or three, before or after these."""
@@ -41,7 +36,7 @@ def format_infer(model: Any) -> str | None:
         return None
     words = ["loadledger", "infer", model.id]
     for tensor in _required(model):
-        if tensor.datatype not in ZEROS or "=" in tensor.name or not _is_typed(tensor.name):
+        if tensor.datatype not in DATATYPES or "=" in tensor.name or not _is_typed(tensor.name):
             return None
         shape = _shape(tensor)
         given = (
@@ -60,7 +55,7 @@ def format_curl(url: str, model: Any, token: str) -> str | None:
         token: a word of the shell that expands to a token.
     """
     tensors = _required(model)
-    if any(tensor.datatype not in ZEROS for tensor in tensors):
+    if any(tensor.datatype not in DATATYPES for tensor in tensors):
         return None
     heads = [{"name": each.name, "datatype": each.datatype, "shape": _shape(each)} for each in tensors]
     target = shlex.quote(f"{url}/v2/models/{model.id}/infer")
@@ -69,7 +64,7 @@ def format_curl(url: str, model: Any, token: str) -> str | None:
         whole = [{**head, "data": _zeros(head["datatype"], head["shape"])} for head in heads]
         body = json.dumps({"inputs": whole})
         return f"{command} \\\n  -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-    sizes = [prod(head["shape"]) * ELEMENT_BYTES[head["datatype"]] for head in heads]
+    sizes = [prod(head["shape"]) * DATATYPES[head["datatype"]][1] for head in heads]
     binary = [
         {**head, "parameters": {"binary_data_size": size}} for head, size in zip(heads, sizes, strict=True)
     ]
@@ -105,7 +100,7 @@ def _shape(tensor: Any) -> list[int]:
 
 
 def _zeros(datatype: str, shape: Sequence[int]) -> Any:
-    value = ZEROS[datatype]
+    value, _ = DATATYPES[datatype]
     for length in reversed(shape):
         value = [value] * length
     return value

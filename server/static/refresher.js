@@ -68,16 +68,14 @@ export class Refresher {
   async #fetchFailures(signal) {
     const { failures, jobs, models } = this.store;
     for (const id of failures.keys()) if (!models.get(id)?.error) failures.delete(id);
-    for (const job of jobs.toReversed()) if (job.status === "failed" && models.get(job.model_id)?.error) failures.set(job.model_id, job);
-    const unknown = () => [...models.values()].filter((model) => model.error && !failures.has(model.id));
-    if (unknown().length > MOST_ALONE) {
-      const page = await this.api.get(`/api/v1/jobs?status=failed&limit=${PAGE}`, { signal });
-      for (const job of page.jobs.toReversed()) if (models.get(job.model_id)?.error) failures.set(job.model_id, job);
-    }
-    for (const { id } of unknown().slice(0, MOST_ALONE)) {
-      const page = await this.api.get(`/api/v1/jobs?model=${encodeURIComponent(id)}&status=failed&limit=1`, { signal });
-      failures.set(id, page.jobs[0] ?? null);
-    }
+    const keepFailed = (found) => {
+      for (const job of found.toReversed()) if (job.status === "failed" && models.get(job.model_id)?.error) failures.set(job.model_id, job);
+    };
+    keepFailed(jobs);
+    const unknown = [...models.values()].filter((model) => model.error && !failures.has(model.id));
+    if (!unknown.length) return;
+    keepFailed((await this.api.get(`/api/v1/jobs?status=failed&limit=${PAGE}`, { signal })).jobs);
+    for (const { id } of unknown) if (!failures.has(id)) failures.set(id, null); // too long ago
   }
 
   // Asks how the server started last: whether it had ended in order.
