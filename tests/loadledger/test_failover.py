@@ -190,34 +190,27 @@ class Silent:
 
 
 @pytest.mark.parametrize(
-    ("configured", "named"),
+    ("configured", "named", "goes"),
     [
-        ("http://a:1", "http://b:2"),
-        ("http://a:1", "http://b:2/"),
-        ("https://a:1", "https://b:2"),
-        ("http://127.0.0.1:1", "http://127.0.0.1:2"),
+        ("http://a:1", "http://b:2", True),
+        ("http://a:1", "http://b:2/", True),
+        ("https://a:1", "https://b:2", True),
+        ("http://127.0.0.1:1", "http://127.0.0.1:2", True),
+        ("https://a:1", "http://b:2", False),
+        ("http://a:1", "https://b:2", False),
+        ("http://a:1", "http://eve@b:2", False),
+        ("http://a:1", "http://b:2/?x", False),
+        ("http://a:1", "file:///etc", False),
+        ("http://a:1", "http://127.0.0.1:2", False),
+        ("http://a:1", "http://localhost:2", False),
     ],
 )
-async def test_token_goes_to_addresses_that_the_server_names(configured: str, named: str) -> None:
-    [made] = await connections_to_named(configured, named)
-    assert made.options.address == Address.of(named, TOKEN)
-    assert made.options.connect_s == failover.NODE_CONNECT_S
-
-
-@pytest.mark.parametrize(
-    ("configured", "named"),
-    [
-        ("https://a:1", "http://b:2"),
-        ("http://a:1", "https://b:2"),
-        ("http://a:1", "http://eve@b:2"),
-        ("http://a:1", "http://b:2/?x"),
-        ("http://a:1", "file:///etc"),
-        ("http://a:1", "http://127.0.0.1:2"),
-        ("http://a:1", "http://localhost:2"),
-    ],
-)
-async def test_token_does_not_go_to_odd_addresses(configured: str, named: str) -> None:
-    assert await connections_to_named(configured, named) == []
+async def test_token_goes_to_addresses_that_the_server_names_unless_odd(
+    configured: str, named: str, *, goes: bool
+) -> None:
+    made = await connections_to_named(configured, named)
+    assert [each.options.address for each in made] == ([Address.of(named, TOKEN)] if goes else [])
+    assert all(each.options.connect_s == failover.NODE_CONNECT_S for each in made)
 
 
 async def connections_to_named(configured: str, named: str) -> list[Silent]:
