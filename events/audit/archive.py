@@ -27,7 +27,7 @@ from events.sqlite import bases
 from events.sqlite.proof import prove
 from events.sqlite.queries import hash_at, read_base, read_head
 from events.sqlite.readonly import wants_wal
-from events.sqlite.schema import Connection, transaction
+from events.sqlite.schema import Connection, schema_difference, transaction
 from events.sqlite.storage import FOLDS, open_to_archive
 from events.sqlite.timetravel import parse_time
 from events.storage import LogHead
@@ -106,7 +106,7 @@ def _refuse(found: Finding | None, what: str) -> None:
 def _refuse_invalid_rest(ledger: Connection, path: Path) -> None:
     """Verify the remaining ledger before the commit, because archives cannot be put back."""
     with prove(ledger, path) as rest:
-        found, difference = verify_ledger(rest).finding, rest.find_schema_difference()
+        found, difference = verify_ledger(rest).finding, schema_difference(rest.connection)
     _refuse(found, "nothing was moved: the remaining ledger")
     if difference:
         raise LedgerDamaged(f"nothing was moved: the remaining schema would differ: {difference}")

@@ -17,7 +17,10 @@ from events.audit.verify import Finding, FindingKind, Verification, compare_hash
 from events.errors import Archived, ArchiveMissing, NothingThere
 from events.files import printable_name
 from events.sqlite.proof import ProofReader, open_proof_reader
+from events.sqlite.queries import list_archives
 from events.sqlite.readonly import lacks_wal
+from events.sqlite.schema import schema_difference
+from events.sqlite.snapshots import read_base_state
 from events.state import State
 from events.storage import ArchiveRecord
 from events.types import Anchor
@@ -153,13 +156,13 @@ def _audit_own_file(
     with open_proof_reader(path) as ledger:
         damage = ledger.find_damage()
         verification = verify_ledger(ledger)
-        base, schema = ledger.base() or Anchor(), ledger.find_schema_difference()
+        base, schema = ledger.base() or Anchor(), schema_difference(ledger.connection)
         found = Audit(base, verification, damage, None, schema=schema)
         if verification.verified and found.schema is None and without_wal and expected is None:
             ledger.refuse_incomplete()
         if not verification.verified:
             return found, None
-        found = replace(found, archives=ledger.archives() if base.position else ())
+        found = replace(found, archives=list_archives(ledger.connection) if base.position else ())
         found = replace(
             found,
             unexpected=_compare_with_head(ledger, found, expected, with_archives=with_archives),
@@ -172,7 +175,7 @@ def _audit_own_file(
                 if not _is_behind(each, found)
             ),
         )
-        return found, ledger.base_state(base) if found.finding is None else None
+        return found, read_base_state(ledger.connection, base.position) if found.finding is None else None
 
 
 def _compare_with_kept_head(data: Path, public_key: bytes, path: Path, found: Audit) -> Finding | None:

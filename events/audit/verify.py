@@ -17,6 +17,9 @@ from events.codec import GENESIS, CanonicalCheck, decode_event
 from events.jobs import Job
 from events.sqlite.projections import NEVER, StoredProjections
 from events.sqlite.proof import ProofReader, open_proof_reader, storage_errors
+from events.sqlite.queries import list_archives
+from events.sqlite.snapshots import is_base_state_whole, read_base_state
+from events.sqlite.storage import is_current
 from events.state import Entities, State
 from events.storage import ArchiveRecord, RawRow, StorageDamaged, StorageError
 from events.types import Anchor, Event
@@ -259,7 +262,7 @@ def verify_ledger(ledger: ProofReader) -> Verification:
     finding, compared = None, True
     try:
         with storage_errors():
-            compared = ledger.is_current()
+            compared = is_current(ledger.connection)
             fold = _fold_at_base(ledger, base, compared=compared)
             finding = fold.follow(ledger.rows())
             if finding is None:
@@ -277,8 +280,9 @@ def _fold_at_base(ledger: ProofReader, base: Anchor, *, compared: bool) -> Check
     """Return the fold at the base; `compared` says whether it compares the stored projections."""
     try:
         with storage_errors():
-            state = ledger.base_state(base)
-            return CheckedFold(base, state, ledger.projections(base) if compared else None)
+            state = read_base_state(ledger.connection, base.position)
+            stored = StoredProjections(ledger.connection, base.position) if compared else None
+            return CheckedFold(base, state, stored)
     except StorageError:
         raise
     except Exception as error:  # noqa: BLE001 - a forged state may raise anything
@@ -288,8 +292,8 @@ def _fold_at_base(ledger: ProofReader, base: Anchor, *, compared: bool) -> Check
 
 def _check_base(ledger: ProofReader, base: Anchor) -> None:
     """Check that the listed archives lead from the first event to the base, and the stored state there."""
-    check_listed(ledger.archives(), base)
-    if not ledger.is_base_state_whole(base):
+    check_listed(list_archives(ledger.connection), base)
+    if not is_base_state_whole(ledger.connection, base.position):
         problem = "the stored state at the base was changed"
         raise VerificationError(base.position, problem, FindingKind.BASE)
 

@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from events.sqlite import queries, storage
-from events.sqlite.projections import StoredProjections
+from events.sqlite import queries
 from events.sqlite.readonly import open_read_only, refuse_incomplete
-from events.sqlite.schema import schema_difference
-from events.sqlite.snapshots import is_base_state_whole, read_base_state
-from events.state import State
-from events.storage import ArchiveRecord, RawRow, StorageDamaged, StorageError
+from events.storage import RawRow, StorageDamaged, StorageError
 from events.types import Anchor
 
 _NOT_ABOUT_CONTENT = {
@@ -47,50 +43,38 @@ def storage_errors() -> Iterator[None]:
 
 
 class ProofReader:
-    """Reads what `verify` proves and compares. Text is read as bytes, so that damaged text can be read."""
+    """Reads what `verify` proves and compares.
+
+    Attributes:
+        connection: which returns text as bytes, so that damaged text can be read.
+    """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self._connection = connection
+        self.connection = connection
         self._path = path
 
     def base(self) -> Anchor | None:
         """Return the base; None if it is missing, or has other types."""
-        row = self._connection.execute("SELECT position, hash FROM base").fetchone()
+        row = self.connection.execute("SELECT position, hash FROM base").fetchone()
         if row is None or not (isinstance(row[0], int) and isinstance(row[1], bytes)):
             return None
         return Anchor(*row)
 
     def rows(self) -> Iterator[RawRow]:
-        return self._connection.execute("SELECT position, body, hash FROM events ORDER BY position")
+        return self.connection.execute("SELECT position, body, hash FROM events ORDER BY position")
 
     def hash_at(self, position: int) -> bytes:
-        return queries.hash_at(self._connection, self.base() or Anchor(), position)
-
-    def is_current(self) -> bool:
-        return storage.is_current(self._connection)
-
-    def projections(self, base: Anchor) -> StoredProjections:
-        return StoredProjections(self._connection, base.position)
-
-    def base_state(self, base: Anchor) -> State:
-        """Return the live state that is stored at the base; a damaged one may raise any exception."""
-        return read_base_state(self._connection, base.position)
-
-    def is_base_state_whole(self, base: Anchor) -> bool:
-        return is_base_state_whole(self._connection, base.position)
-
-    def archives(self) -> tuple[ArchiveRecord, ...]:
-        return queries.list_archives(self._connection)
+        return queries.hash_at(self.connection, self.base() or Anchor(), position)
 
     def is_cut_off(self) -> bool:
         """Whether the last page is not whole: SQLite reads it as zeros, and finds missing pages itself."""
-        (page_size,) = self._connection.execute("PRAGMA page_size").fetchone()
+        (page_size,) = self.connection.execute("PRAGMA page_size").fetchone()
         return self._path.stat().st_size % int(page_size) != 0
 
     def find_damage(self) -> str | None:
         """Return the first problem that SQLite's integrity check finds, or None."""
         try:
-            (said,) = self._connection.execute("PRAGMA integrity_check(1)").fetchone()
+            (said,) = self.connection.execute("PRAGMA integrity_check(1)").fetchone()
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if isinstance(error, sqlite3.Error) and queries.kind_of(error) in _NOT_ABOUT_CONTENT:
                 raise
@@ -98,16 +82,13 @@ class ProofReader:
         text = str(said, "utf-8", "replace")
         return None if text == "ok" else text
 
-    def find_schema_difference(self) -> str | None:
-        return schema_difference(self._connection)
-
     def refuse_incomplete(self) -> None:
         """Refuse the file, which lacks its write-ahead log, unless its last event says that it needs none.
 
         Raises:
             IncompleteCopy: `incomplete_copy`.
         """
-        refuse_incomplete(self._connection, self._path)
+        refuse_incomplete(self.connection, self._path)
 
 
 @contextmanager
