@@ -7,7 +7,6 @@ stored, or if the load must have certain bytes; else `hash` finds them beside th
 All methods block, so call them in threads.
 """
 
-import errno
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -31,8 +30,6 @@ from runtime.repository import FoundFile, Repository, SizedFile, open_folder
 from runtime.store.copying import IsCancelled, hash_descriptor, is_never
 from runtime.store.manifest import StoredFile, digest_of
 from runtime.store.store import FindNeeded, Store, TakenCopy
-
-_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
 class BytesGone(RuntimeProblem):
@@ -306,7 +303,7 @@ class ModelContents:
         try:
             files = self._obtain_present(model_id, version, is_cancelled)
         except (UnknownModel, UnknownVersion):
-            self._check_readable(model_id, version)
+            self._check_mounted()
             raise _gone(model_id, version, "the repository has no such version any more") from None
         except LoadRefused as refused:
             if refused.code != "unsafe_file":
@@ -333,28 +330,19 @@ class ModelContents:
             sources=sources,
         )
 
-    def _check_readable(self, model_id: str, version: int) -> None:
-        """Refuse to judge by a repository that cannot be read, or is not mounted.
+    def _check_mounted(self) -> None:
+        """Refuse to judge by a repository that is not mounted.
 
         Raises:
             RepositoryUnreadable: `repository_unreadable`.
         """
-        root, folder = self.repository.root, self.repository.folder_of(model_id, version)
         try:
-            with os.scandir(root) as entries:
+            with os.scandir(self.repository.root) as entries:
                 is_empty = next(entries, None) is None
         except OSError as error:
             raise RepositoryUnreadable(f"the repository cannot be read: {error.strerror}") from None
         if is_empty:
             raise RepositoryUnreadable("the repository is empty: is it mounted?")
-        for path in (folder.parent, folder):
-            try:
-                os.scandir(path).close()
-            except OSError as error:
-                if error.errno in _GONE:
-                    return
-                place = str(path.relative_to(root))
-                raise RepositoryUnreadable(f"{place!r} cannot be read: {error.strerror}") from None
 
 
 def _read_signature(descriptor: int, file: FoundFile) -> ModelSignature | str:
