@@ -26,7 +26,7 @@ from events.sqlite.readonly import open_read_only
 from events.sqlite.timetravel import parse_moment
 from events.tail import Tails
 from events.types import TYPES, Anchor
-from server.api.schemas import AnswerSchema, PageQuerySchema, about
+from server.api.schemas import A_MOMENT, AnswerSchema, PageQuerySchema, about
 from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, chosen_form
 from server.appkeys import CONFIG, CONSUMER, GATE, LOG, READER, STREAMS
 from server.auth.gate import PRINCIPAL
@@ -38,8 +38,6 @@ routes = Routes(tag="ledger")
 
 MAX_FILTER_VALUES = 16
 """Of one filter: each value is a scan of an index."""
-
-_WHERE = "A position, all digits, or a time with its offset (RFC 3339), such as 2026-01-31T14:02:00Z."
 
 
 def _repeatable(description: str, *checks: Any) -> fields.List[Any]:
@@ -77,8 +75,8 @@ class EventsQuerySchema(PageQuerySchema):
         validate=validate.Range(min=1),
         **about("Only events before this position, newest first."),
     )
-    since = fields.String(load_default=None, **about(f"Only events from there on. {_WHERE}"))
-    until = fields.String(load_default=None, **about(f"Only events up to there. {_WHERE}"))
+    since = fields.String(load_default=None, **about(f"Only events from there on. {A_MOMENT}"))
+    until = fields.String(load_default=None, **about(f"Only events up to there. {A_MOMENT}"))
 
     class Meta:
         """The filters; the stream has the same."""

@@ -18,7 +18,7 @@ from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState
 from events.nodes import Lease, Node, NodePhase, find_placer
 from events.state import State
-from server.api.schemas import AnswerSchema, about
+from server.api.schemas import AnswerSchema, about, one_of
 from server.appkeys import LOG, THIS_NODE
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
@@ -52,17 +52,17 @@ class NodeModelSchema(AnswerSchema):
 
     id = fields.String(required=True)
     version = fields.Integer(required=True)
-    state = fields.String(required=True, validate=validate.OneOf([state.value for state in ModelState]))
+    state = fields.String(required=True, validate=one_of(ModelState))
 
 
 class NodeJobSchema(AnswerSchema):
     """A job at a node that has not ended."""
 
     id = fields.String(required=True)
-    kind = fields.String(required=True, validate=validate.OneOf([kind.value for kind in JobKind]))
+    kind = fields.String(required=True, validate=one_of(JobKind))
     model_id = fields.String(required=True)
     version = fields.Integer(required=True, allow_none=True)
-    status = fields.String(required=True, validate=validate.OneOf([status.value for status in JobStatus]))
+    status = fields.String(required=True, validate=one_of(JobStatus))
 
 
 class NodeSchema(AnswerSchema):
@@ -73,7 +73,7 @@ class NodeSchema(AnswerSchema):
     labels = fields.List(fields.String(), required=True, **about("`name=value` each."))
     phase = fields.String(
         required=True,
-        validate=validate.OneOf([phase.value for phase in NodePhase]),
+        validate=one_of(NodePhase),
         **about("`draining`: it takes no more loads. `left`: it stopped in order. `lost`: it did not."),
     )
     epoch = fields.Integer(required=True, **about("How many times it has joined."))

@@ -14,6 +14,8 @@ from server.http.validation import ParameterInteger
 MAX_PAGE = 1000
 NO_NODE = "missing while there is none, and if the server is alone."
 """Of a member that names a node, for the document."""
+A_MOMENT = "A position, all digits, or a time with its offset (RFC 3339), such as 2026-01-31T14:02:00Z."
+"""Of a parameter that is a moment of the ledger."""
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
 

@@ -15,7 +15,7 @@ from events.sqlite.liveness import NodeState, ServerState
 from events.sqlite.readonly import open_reader_thread
 from events.sqlite.timeline import TimelineQuery, TimelineReader
 from events.sqlite.timetravel import parse_moment
-from server.api.schemas import AnswerSchema, about
+from server.api.schemas import A_MOMENT, AnswerSchema, about, one_of
 from server.appkeys import LOG
 from server.http.validation import ParameterBoolean, ParameterInteger, query_parameters
 from server.routing import Access, Routes
@@ -38,17 +38,16 @@ async def open_timeline(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-_WHERE = "A position, all digits, or a time with its offset (RFC 3339), such as 2026-01-31T14:02:00Z."
-
-
 class TimelineQuerySchema(Schema):
     """Range, page and resolution of the timeline."""
 
     begin = fields.String(
-        data_key="from", load_default=None, **about(f"Begin of the range. {_WHERE} Default: the first event.")
+        data_key="from",
+        load_default=None,
+        **about(f"Begin of the range. {A_MOMENT} Default: the first event."),
     )
     end = fields.String(
-        data_key="to", load_default=None, **about(f"End of the range. {_WHERE} Default: the present.")
+        data_key="to", load_default=None, **about(f"End of the range. {A_MOMENT} Default: the present.")
     )
     find = fields.String(
         load_default="",
@@ -74,13 +73,10 @@ class TimelineQuerySchema(Schema):
     )
 
 
-_STATES = [state.value for state in ModelState]
-
-
 class SegmentSchema(AnswerSchema):
     """A time in which a model's state stayed the same, or a summary of several."""
 
-    state = fields.String(required=True, validate=validate.OneOf(_STATES))
+    state = fields.String(required=True, validate=one_of(ModelState))
     begin = fields.String(data_key="from", required=True)
     end = fields.String(data_key="to", required=True)
     version = fields.Integer(required=True, allow_none=True)
@@ -114,7 +110,7 @@ class SegmentSchema(AnswerSchema):
 class MarkSchema(AnswerSchema):
     """A moment that stands out; those of a kind within one bucket are one, with the last one's members."""
 
-    kind = fields.String(required=True, validate=validate.OneOf([kind.value for kind in MarkKind]))
+    kind = fields.String(required=True, validate=one_of(MarkKind))
     at = fields.String(required=True)
     position = fields.Integer(required=True)
     version = fields.Integer(required=True, allow_none=True)
@@ -157,7 +153,7 @@ class LaneSchema(AnswerSchema):
 class ServerSegmentSchema(AnswerSchema):
     """A time in which the server ran, was stopped, or may have been either."""
 
-    state = fields.String(required=True, validate=validate.OneOf([state.value for state in ServerState]))
+    state = fields.String(required=True, validate=one_of(ServerState))
     begin = fields.String(data_key="from", required=True)
     end = fields.String(data_key="to", required=True)
     position = fields.Integer(required=True, allow_none=True)
@@ -167,7 +163,7 @@ class ServerSegmentSchema(AnswerSchema):
 class NodeSegmentSchema(ServerSegmentSchema):
     """A time in which a node was there, had left or was lost, or may have been there."""
 
-    state = fields.String(required=True, validate=validate.OneOf([state.value for state in NodeState]))
+    state = fields.String(required=True, validate=one_of(NodeState))
 
 
 class NodeLaneSchema(AnswerSchema):
