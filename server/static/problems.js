@@ -4,7 +4,7 @@ import { age, ago, bytes, count, oneLine, secondsSince, serverNow, stamp } from 
 import { hasEnded } from "./store.js";
 import { ADVICE } from "./tables.js";
 
-const STUCK_S = 10; // requests in flight, and none answered
+const UNANSWERED_S = 10; // requests in flight, and none answered
 const SLOW_UNLOAD_S = 5;
 const SLOW_LOAD_S = 60;
 const TIGHT = 0.1; // of the budget
@@ -16,7 +16,7 @@ const LEVELS = ["critical", "warning", "waiting"];
 // from here: actions of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
 // Those of one `cause` are one entry, which has them as `members`.
 export function problems(store, now = Date.now(), there = serverNow()) {
-  const found = [...serverProblems(store), ...nodeProblems(store), ...memoryProblems(store), ...stalledProblems(store, now)];
+  const found = [...serverProblems(store), ...nodeProblems(store), ...memoryProblems(store), ...unansweredProblems(store, now)];
   for (const model of store.models.values()) found.push(...modelProblems(model, store));
   for (const job of store.jobsNow()) found.push(...jobProblems(job, there));
   return grouped(found).sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level) || (a.key < b.key ? -1 : 1));
@@ -98,12 +98,12 @@ function* modelProblems(model, store) {
   }
 }
 
-function* stalledProblems(store, now) {
-  for (const [jobId, since] of store.stalls?.since ?? []) {
+function* unansweredProblems(store, now) {
+  for (const [jobId, since] of store.unanswered?.since ?? []) {
     const use = store.resources?.models.find((each) => each.job_id === jobId);
     const seconds = (now - since) / 1000;
-    if (!use || seconds < STUCK_S) continue;
-    yield problem("critical", `stuck ${jobId}`, `${use.model_id} does not answer`,
+    if (!use || seconds < UNANSWERED_S) continue;
+    yield problem("critical", `unanswered ${jobId}`, `${use.model_id} does not answer`,
       `${count(use.in_flight, "request")} in flight, none answered for ${age(seconds)}.`,
       "Its worker may be stopped or stuck. Force the unload, which ends it within a second; then load it again.",
       { do: "unload", model: store.models.get(use.model_id) });

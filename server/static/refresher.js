@@ -104,9 +104,9 @@ export class Refresher {
   async fetchStatus(signal) {
     await this.fetchResources(signal);
     if (this.store.nodes.length) await this.fetchNodes(signal); // their leases are no events
-    const isBusy = this.store.resources.models.some((use) => use.in_flight > 0); // else nothing can be stuck
+    const isBusy = this.store.resources.models.some((use) => use.in_flight > 0); // else nothing is unanswered
     const statistics = isBusy ? (await this.api.get("/v2/models/stats", { signal })).model_stats : [];
-    this.store.stalls = findStalls(this.store.stalls, this.store.resources, statistics);
+    this.store.unanswered = findUnanswered(this.store.unanswered, this.store.resources, statistics);
     this.store.notify();
   }
 
@@ -146,7 +146,7 @@ export class Refresher {
 
 // Finds loads that have requests in flight and have answered none since the last time. Returns how much each has
 // answered, and since when those have not, by job.
-export function findStalls(before, resources, statistics, now = Date.now()) {
+export function findUnanswered(before, resources, statistics, now = Date.now()) {
   const counts = new Map(statistics.map((entry) => [`${entry.name}/${entry.version}`, countOf(entry)]));
   const since = new Map();
   for (const use of resources.models) {

@@ -18,7 +18,7 @@ export class Store {
     this.subject = null; // the model whose page is open
     this.readOnly = false; // whether the server has refused to add a version
     this.resources = null;
-    this.stalls = null; // see stuck.js
+    this.unanswered = null; // loads whose requests get no answer: see findUnanswered
     this.head = 0; // the highest position that is known of
     this.oldest = 1; // the lowest position that is not archived
     this.epoch = 0; // changes where the ledger that was shown has to be looked at anew

@@ -45,13 +45,6 @@ export class Timeline {
     new ResizeObserver(() => this.#measure()).observe(byId("timeline-axis").parentElement);
     router.watch(({ query }) => this.#readAddress(query));
     store.watch(() => this.#onStoreChange());
-    setInterval(() => this.#tick(), SECOND);
-  }
-
-  // Moves the right edge along, once that is a pixel.
-  #tick() {
-    const { from, to } = this.#bounds();
-    if (this.#range.live && !document.hidden && serverNow() - this.#drawnAt >= (to - from) / this.#width) this.#draw();
   }
 
   // Marks the moment that is shown as of; null is now.
@@ -156,7 +149,10 @@ export class Timeline {
 
   // Answers.
 
+  // Moves the right edge of a live range along, once that is a pixel, and asks for what events have changed.
   #onStoreChange() {
+    const { from, to } = this.#bounds();
+    if (this.#range.live && !document.hidden && serverNow() - this.#drawnAt >= (to - from) / this.#width) this.#draw();
     if (!this.#range.live || this.store.head <= this.#upto || this.#due !== null || this.#latest.isBusy) return;
     this.#schedule(Math.max(CALM_MS, SHARE * this.#tookMs));
   }

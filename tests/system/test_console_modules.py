@@ -256,10 +256,10 @@ CASES: dict[str, tuple[object, str]] = {
         return [document.activeElement.textContent, list.textContent];
         """,
     ),
-    "requests without an answer are stuck": (
+    "requests without an answer are found": (
         [[], [4000], [4000], [], [10_000]],
         """
-        const { findStalls } = await import("/console/refresher.js");
+        const { findUnanswered } = await import("/console/refresher.js");
         const stats = (requests, failures) => [{ name: "m", version: "1", inference_stats: {
           success: { count: requests }, fail: { count: failures } } }];
         const use = (in_flight) => ({ models: [
@@ -268,13 +268,13 @@ CASES: dict[str, tuple[object, str]] = {
         let last = null;
         for (const [at, flying, ...counts] of [[2000, 0], [4000, 1, 7, 0], [6000, 1, 7, 0], [8000, 1, 7, 1],
           [10_000, 1, 7, 1]]) {
-          last = findStalls(last, use(flying), counts.length ? stats(...counts) : [], at);
+          last = findUnanswered(last, use(flying), counts.length ? stats(...counts) : [], at);
           told.push([...last.since.values()]);
         }
         return told;
         """,
     ),
-    "problems: stuck, over budget, unclean, grouped by cause": (
+    "problems: unanswered, over budget, unclean, grouped by cause": (
         [
             [],
             [["critical", "m does not answer", "2 requests in flight, none answered for 13 s.", "unload"]],
@@ -287,9 +287,9 @@ CASES: dict[str, tuple[object, str]] = {
         const use = { job_id: "j", model_id: "m", in_flight: 2 };
         const resources = { models: [use], waiting: [], budget_bytes: 100, free_bytes: 50 };
         const models = new Map([["m", { id: "m", state: "loaded", error: null }]]);
-        const stalls = { since: new Map([["j", 1000]]) };
+        const unanswered = { since: new Map([["j", 1000]]) };
         const failures = new Map(), nodes = [];
-        const store = { models, nodes, stalls, resources, started: null, failures, jobsNow: () => [] };
+        const store = { models, nodes, unanswered, resources, started: null, failures, jobsNow: () => [] };
         const told = (each) => [each.level, each.title, each.why, each.actions[0]?.do];
         const at = (now) => problems(store, now).map(told);
         const found = [at(10_000), at(14_000)];
