@@ -86,7 +86,7 @@ class StoredBase:
     entities: tuple[BaseEntity, ...] = ()
 
     @property
-    def is_complete(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether the state is what archiving wrote: its bodies, each followed by a line feed."""
         if self.base.position == 0 or not {each.kind for each in self.entities} <= set(KINDS):
             return not self.entities

@@ -18,7 +18,7 @@ from events.jobs import Job
 from events.sqlite.projections import NEVER, StoredProjections
 from events.sqlite.proof import ProofReader, open_proof_reader, storage_errors
 from events.sqlite.queries import list_archives
-from events.sqlite.snapshots import is_base_state_whole, read_base_state
+from events.sqlite.snapshots import is_base_state_unchanged, read_base_state
 from events.sqlite.storage import is_current
 from events.state import Entities, State
 from events.storage import ArchiveRecord, RawRow, StorageDamaged, StorageError
@@ -293,7 +293,7 @@ def _fold_at_base(ledger: ProofReader, base: Anchor, *, compared: bool) -> Check
 def _check_base(ledger: ProofReader, base: Anchor) -> None:
     """Check that the listed archives lead from the first event to the base, and the stored state there."""
     check_listed(list_archives(ledger.connection), base)
-    if not is_base_state_whole(ledger.connection, base.position):
+    if not is_base_state_unchanged(ledger.connection, base.position):
         problem = "the stored state at the base was changed"
         raise VerificationError(base.position, problem, FindingKind.BASE)
 

@@ -133,7 +133,7 @@ def base_state_digest(connection: sqlite3.Connection, base: int) -> bytes:
     return digest.digest()
 
 
-def is_base_state_whole(connection: sqlite3.Connection, base: int) -> bool:
+def is_base_state_unchanged(connection: sqlite3.Connection, base: int) -> bool:
     """Whether the stored state at the base is what archiving wrote."""
     if base == 0:
         return True

@@ -269,7 +269,7 @@ def _checked_state(stored: StoredBase) -> State:
     """
     position = stored.base.position
     check_listed(stored.archives, stored.base)
-    if not stored.is_complete:
+    if not stored.is_unchanged:
         problem = "the stored state at the base was changed"
         raise VerificationError(position, problem, FindingKind.BASE)
     try:

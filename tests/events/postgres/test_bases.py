@@ -60,11 +60,11 @@ def test_stored_base_is_what_archiving_wrote() -> None:
         assert (found.base.position, [each.last_position for each in found.archives]) == (BASE, [7, BASE])
         assert state_at_base(found).models == read_base_state(connection, BASE).models
         assert state_at_base(found).jobs == read_base_state(connection, BASE).jobs
-    assert found.is_complete
+    assert found.is_unchanged
     first, *others = found.entities
     for changed in ((), tuple(others), (first._replace(body="{}"), *others), (first._replace(kind="x"),)):
-        assert not replace(found, entities=changed).is_complete
-    assert replace(found, entities=tuple(reversed(found.entities))).is_complete  # whatever their order here
+        assert not replace(found, entities=changed).is_unchanged
+    assert replace(found, entities=tuple(reversed(found.entities))).is_unchanged  # whatever their order here
 
 
 async def test_empty_replica_begins_at_the_base(archived: tuple[Database, Path], tmp_path: Path) -> None:
