@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -71,7 +71,6 @@ from server.appkeys import (
     JOB_REQUESTS,
     LIMIT,
     LOG,
-    OPENAPI,
     POOL,
     READER,
     ROUTER,
@@ -101,7 +100,6 @@ from server.observability.requestlog import (
     request_middleware,
 )
 from server.observability.timeseries import TimeSeries, record
-from server.openapi import openapi_yaml
 from server.routing import Route, add_routes
 from server.v2 import inference, metadata
 from server.v2 import repository as v2_repository
@@ -149,12 +147,10 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
         ],
         client_max_size=MAX_BODY_BYTES,
     )
-    routes = all_routes(config.metrics)
-    add_routes(app, routes)
+    add_routes(app, all_routes(config.metrics))
     app[CONFIG] = config
     app[GATE] = gate
     app[BODIES] = Bodies(MAX_BODIES_BYTES)
-    app[OPENAPI] = partial(_openapi, config.metrics)
     app[STOPPING] = asyncio.Event()
     app[RESOURCES_CACHE] = ResourcesCache()
     app[HTTP_COUNTS] = counts
@@ -179,12 +175,6 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
         ]
     )
     return app
-
-
-@cache
-def _openapi(metrics: str) -> str:
-    """Return the OpenAPI document; the first call takes a quarter of a second."""
-    return openapi_yaml(all_routes(metrics))
 
 
 async def _begin_stop(app: web.Application) -> None:

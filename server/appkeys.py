@@ -1,7 +1,6 @@
 """The typed keys of the application's resources."""
 
 import asyncio
-from functools import partial
 
 from aiohttp import web
 
@@ -44,5 +43,3 @@ TIME_SERIES = web.AppKey("time_series", TimeSeries)
 STREAMS = web.AppKey("streams", Streams)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 """Set when the server begins to stop; ends long waits."""
-OPENAPI: web.AppKey[partial[str]] = web.AppKey("openapi", partial)
-"""Returns the OpenAPI document."""

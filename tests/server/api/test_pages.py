@@ -1,7 +1,6 @@
 """The console and `/docs` as served; `tests/system/test_console.py` uses the console in a browser."""
 
 import re
-from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from pytest_aiohttp import AiohttpClient, AiohttpServer
 from support.browser import chromium, needs_browser
 from support.http import small_app, small_config
 
-from server.api import health, pages
+from server.api import pages
 from server.app import all_routes
-from server.appkeys import OPENAPI
-from server.openapi import openapi_yaml
 
 Client = TestClient[web.Request, web.Application]
 
@@ -131,9 +128,7 @@ async def test_docs_script_shows_our_document_only(client: Client) -> None:
 
 @needs_browser
 async def test_docs_show_every_route_in_a_browser(aiohttp_server: AiohttpServer, tmp_path: Path) -> None:
-    app = small_app([*pages.routes, *health.routes], small_config(tmp_path / "data"))
-    app[OPENAPI] = partial(openapi_yaml, all_routes())
-    server = await aiohttp_server(app)
+    server = await aiohttp_server(small_app(all_routes(), small_config(tmp_path / "data")))
     async with chromium() as browser:
         page = await browser.new_page()
         await page.goto(str(server.make_url("/docs")))
