@@ -93,18 +93,6 @@ async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
     assert engine.router.route("adder").version == 1
 
 
-async def test_router_refuses_during_unload(engine: Engine) -> None:
-    await engine.load("loop")
-    [asked] = await engine.start_endless()
-    await engine.ask_unload("loop")
-    await engine.becomes("loop", ModelState.UNLOADING)
-    assert await refusal(engine, "loop") == (ModelUnloading, "model 'loop' is being unloaded")
-    await engine.unload("loop", force=True)
-    with pytest.raises(WorkerDied):
-        await asked
-    assert await refusal(engine, "loop") == not_loaded("loop")
-
-
 async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_pool: WorkerPool) -> None:
     async with running(folder, clock=stopped_clock(), pool=shared_pool) as engine:
         await engine.load("adder")

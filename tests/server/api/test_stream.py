@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import models
 from support.history import write
-from support.http import LIMIT_S, LocalApi
+from support.http import LIMIT_S, LocalApi, when
 from support.streams import following
 from support.workers import until
 
@@ -20,7 +20,7 @@ from events.commands import Record
 from events.types import Draft, WorkerExited
 from server.api import stream
 from server.appkeys import LOG, STREAMS
-from server.auth.keys import sign_token
+from server.auth.keys import list_keys, revoke, sign_token
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -120,16 +120,6 @@ async def test_heartbeat_of_filtered_stream_tells_its_position(
             assert message.comment == "heartbeat"
         while message.id != head:
             message = await client.message()
-
-
-async def test_live_follows_all_earlier_events(shared: LocalApi) -> None:
-    async with following(shared) as first:
-        await first.until("live")
-        for _ in range(5):
-            after = await add(shared, 2)  # the shared ring follows a little later
-            async with following(shared, f"?after={after}") as client:
-                messages = await client.until("live")
-                assert [each.id for each in messages] == [after, after + 1, after + 2, None]
 
 
 async def test_stages_are_sent_without_id(shared: LocalApi) -> None:
@@ -249,6 +239,23 @@ async def test_stream_ends_when_its_token_expires(shared: LocalApi) -> None:
     token = sign_token(config.data, "alice", ["audit"], expires_s=3, audience=config.jwt_audience)
     async with following(shared, token=token) as client:
         assert "token" in (await client.rest())[-1].comment
+
+
+@pytest.mark.parametrize("heartbeat_s", [0.0, 1000.0])
+async def test_stream_ends_when_its_key_is_revoked(
+    api: LocalApi, monkeypatch: pytest.MonkeyPatch, heartbeat_s: float
+) -> None:
+    monkeypatch.setattr(stream, "HEARTBEAT_S", heartbeat_s)
+    async with following(api) as client:
+        await client.until("live")
+        [key] = list_keys(api.config.data)
+        revoke(api.config.data, key.kid)
+        await when(lambda: api.get("/api/v1/models", roles=("audit",)), lambda answer: answer.status == 401)
+        if heartbeat_s:
+            await add(api, 1)
+        messages = await client.rest()
+        assert "token" in messages[-1].comment
+        assert not any(message.event for message in messages)
 
 
 async def test_stop_of_server_ends_streams_in_order(api: LocalApi) -> None:

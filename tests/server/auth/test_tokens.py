@@ -166,6 +166,13 @@ def test_invalid_claims_are_refused(config: Config, changes: dict[str, object]) 
     assert not is_valid(create_verifier(config), signed(config, **changes))
 
 
+def test_unusual_claims_are_accepted(config: Config) -> None:
+    verifier = create_verifier(config)
+    roles: list[Any] = ["admin", "unknown", 7]
+    for changes in ({"aud": ["x", "loadledger"]}, {"exp": 2**33 + 0.5}, {"sub": "x" * 128}, {"roles": roles}):
+        assert verifier.verify(signed(config, **changes), time.time()).roles == {"admin"}
+
+
 def test_configured_issuer_is_required(tmp_path: Path) -> None:
     config = small_config(tmp_path / "data", jwt_issuer="https://issuer")
     verifier = create_verifier(config)
@@ -237,6 +244,18 @@ def test_key_change_takes_effect_within_a_second(config: Config, known: Known) -
 def test_revoked_key_is_refused_when_the_clock_is_set_back(config: Config, known: Known) -> None:
     revoke(config.data, list_keys(config.data)[0].kid)
     assert not known.is_valid(-1000)
+
+
+def test_key_file_with_other_content_is_another_key(config: Config, known: Known) -> None:
+    path = keys_folder(config.data) / f"{list_keys(config.data)[0].kid}.pem"
+    path.write_bytes(ED_KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    assert not known.is_valid(1)
+    path.write_text("no key")
+    assert not known.is_valid(2, signed_by(ED_KEY, "EdDSA", path.stem))
+
+
+def test_remembered_token_expires(known: Known) -> None:
+    assert [known.is_valid(after_s) for after_s in (99.9, 100)] == [True, False]
 
 
 def test_memory_of_verified_tokens_is_bounded(config: Config) -> None:

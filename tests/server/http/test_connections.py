@@ -24,8 +24,9 @@ from support.connections import (
 from support.workers import until
 
 from server.config import Config
+from server.http.bodies import Bodies
 from server.http.connection import ARRIVED_NS, RESERVE, ConnectionLimits, listening
-from server.http.responses import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES
+from server.http.responses import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES, DirectResponse
 from server.http.tls import load_context
 
 GET_LONG = GET.replace(b"/short", b"/long")
@@ -311,6 +312,21 @@ async def test_request_arrives_with_its_first_byte() -> None:
             await client.answer()
     marks = [mark for span in spans for mark in span]
     assert marks == sorted(marks)
+
+
+async def test_unread_fast_response_gives_back_its_memory() -> None:
+    bodies = Bodies(2**30)
+
+    async def direct(_: web.Request) -> web.StreamResponse:
+        return DirectResponse({}, [LONG_ANSWER], bodies.share("alice"))
+
+    async with small_server(others={"/direct": direct}) as server:
+        client = await server.connect()
+        client.send(GET.replace(b"/short", b"/direct"))
+        await until(lambda: bodies.taken_bytes == len(LONG_ANSWER))
+        server.limits.unread_s = 0.1
+        await until(lambda: bodies.taken_bytes == 0)
+        assert len(await client.rest()) < len(LONG_ANSWER)
 
 
 @pytest.mark.parametrize(

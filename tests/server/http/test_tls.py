@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,18 @@ async def test_unusable_renewal_keeps_the_old_certificate(
         assert caplog.text.count("cannot be renewed yet, the one in use stays") == 1
         OTHER.write(*files)
         assert await server.serial() == OTHER.serial
+
+
+async def test_expired_certificate_is_served_with_a_warning(
+    files: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    expired = make_pair(ends_in=timedelta(days=-1))
+    async with listening(*files) as server:
+        expired.write(*files)
+        assert await server.serial() == expired.serial
+    assert caplog.text.count("has expired") == 1
+    Certificate(*files)
+    assert caplog.text.count("has expired") == 2
 
 
 async def test_files_behind_renewed_symlinks_are_reread(tmp_path: Path) -> None:

@@ -109,3 +109,18 @@ def test_end_does_not_wait_for_a_reader_that_does_not_read(monkeypatch: pytest.M
             began_s = time.monotonic()
         assert time.monotonic() - began_s < LIMIT_S
         log(handler, "too late")
+
+
+def test_closed_pipe_is_no_error() -> None:
+    with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM) as handler:
+        os.close(reading)
+        for _ in range(100):
+            log(handler, "nobody reads this")
+
+
+def test_record_that_cannot_be_formatted_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM) as handler:
+        handler.handle(logging.LogRecord("x", logging.INFO, __file__, 1, "%d", ("no number",), None))
+        log(handler, "next")
+        assert lines_of(reading, "next") == ["next"]
+    assert "no number" in capsys.readouterr().err

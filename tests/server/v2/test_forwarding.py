@@ -151,6 +151,19 @@ async def test_both_nodes_answer_alike(pair: Pair, path: str, body: bytes, heade
         assert there.headers["X-Request-Id"] == "mine"
 
 
+@pytest.mark.parametrize("suffix", ["", "/ready", "/config", "/stats"])
+async def test_reads_of_a_model_are_forwarded(pair: Pair, suffix: str) -> None:
+    owner, other = pair
+    for path in (f"/v2/models/m{suffix}", f"/v2/models/m/versions/1{suffix}"):
+        here, there = await owner.api.get(path), await other.api.get(path)
+        assert (there.status, there.json) == (here.status, here.json) == (200, there.json)
+        assert (await other.api.send("HEAD", path)).status == 200
+        assert there.headers["Loadledger-Node"] == owner.name
+    assert (await other.api.get(f"/v2/models/m/versions/2{suffix}")).status == (
+        await owner.api.get(f"/v2/models/m/versions/2{suffix}")
+    ).status
+
+
 @pytest.mark.parametrize(
     ("model_id", "refusal"),
     [("nope", (404, "unknown_model")), ("subtract", (400, "inference_failed"))],
@@ -184,6 +197,14 @@ async def test_forwarding_needs_a_token_of_the_role(pair: Pair) -> None:
         assert (await other.api.post(path, data=BODY, roles=("audit",))).status == 403
         assert (await send(owner, path, forwarded(other, owner, "audit"))).status == 403
         assert (await send(owner, path, {"Loadledger-Forwarded": "b"})).refusal == (401, "no_credentials")
+
+
+async def test_token_of_a_client_is_no_nodes(pair: Pair) -> None:
+    owner, _ = pair
+    for path in PATHS:
+        from_b: dict[str, Any] = {"Loadledger-Forwarded": "b"}
+        refused = await ask(owner, path, **from_b)
+        assert refused.refusal == (401, "invalid_token")
 
 
 async def test_forwarded_token_ends_with_the_clients(pair: Pair) -> None:
@@ -306,6 +327,18 @@ async def test_slow_client_holds_up_one_node_only(pair: Pair) -> None:
     writer.close()
     await writer.wait_closed()
     await until(lambda: not other.app[BODIES].taken_bytes)
+
+
+async def test_body_budget_counts_forwarded_bodies(pair: Pair) -> None:
+    _, other = pair
+    bodies = other.app[BODIES]
+    bodies.add("pia", 2**29)
+    body, fields = binary(150_000)
+    refused = await ask(other, body=body, **fields)
+    bodies.add("pia", -(2**29))
+    assert refused.refusal == (503, "bodies_full")
+    assert (await ask(other, body=body, **fields)).status == 200
+    assert bodies.taken_bytes == 0
 
 
 async def test_requests_about_a_stage_go_to_its_node(ledger: Database, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import pytest_asyncio
 from support import models
-from support.http import ONE, Answer, LocalApi, local_server, when
+from support.http import ENDLESS, ONE, Answer, LocalApi, local_server, when
 from support.models import save, save_bytes
 from support.workers import until
 
@@ -236,6 +236,23 @@ async def test_requested_load_is_joined(shared: LocalApi) -> None:
     await shared.accepted_load("joined")
     assert (await shared.infer("joined", ONE)).json["outputs"][0]["data"] == [1]
     assert await causes(shared, "joined") == ["request"]
+
+
+async def test_unload_ends_before_the_model_is_loaded_again(shared: LocalApi) -> None:
+    save(models.counting_loop(), shared.config.repository, "loop")
+    await shared.load("loop")
+    worker = shared.worker("loop")
+    running = asyncio.create_task(shared.infer("loop", ENDLESS))
+    await until(lambda: worker.in_flight == 1)
+    await shared.post("/api/v1/models/loop/unload")
+    await shared.model_when("loop", state="unloading")
+    waiting = asyncio.create_task(shared.infer("loop", {**ENDLESS, "data": [5]}))
+    await until(lambda: shared.app[DEMAND].count_waiting("loop") == 1)
+    assert await causes(shared, "loop") == ["request"]
+    await shared.unload("loop", force=True)
+    assert (await waiting).json["outputs"][0]["data"] == [5]
+    assert (await running).refusal == (503, "worker_died")
+    assert await causes(shared, "loop") == ["request", "demand"]
 
 
 async def test_lost_model_is_waited_for(shared: LocalApi) -> None:
