@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ from loadledger.errors import (
     ServerError,
     printable,
 )
+from loadledger.uploads import FileBody
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
@@ -59,13 +60,6 @@ _CODE = re.compile(r"[a-z0-9_]{1,64}")
 MAX_KEY_CHARACTERS = 255
 
 
-class StreamedBody(Protocol):
-    """A body that is read while it is sent; its length is in the request's header fields."""
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the parts, from the beginning."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """One HTTP request.
@@ -84,7 +78,7 @@ class Request:
     target: str
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
-    upload: StreamedBody | None = None
+    upload: FileBody | None = None
     repeatable: bool = True
     patience_s: float = 0.0
     timeout_s: float | None = None

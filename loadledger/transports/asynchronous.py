@@ -13,7 +13,8 @@ from yarl import URL
 
 from loadledger.address import CHUNK_BYTES, SILENCE_S, ConnectionOptions
 from loadledger.errors import ClientProblem
-from loadledger.requests import MAX_JOINED_BYTES, Answer, Buffer, Request, StreamedBody, T, body_buffer
+from loadledger.requests import MAX_JOINED_BYTES, Answer, Buffer, Request, T, body_buffer
+from loadledger.uploads import FileBody
 
 CLOSED = "this client is closed"
 
@@ -157,7 +158,7 @@ class AioTransport:
         return self.options.unreachable(error, sent=not isinstance(error, aiohttp.ConnectionTimeoutError))
 
 
-async def _read_in_thread(body: StreamedBody) -> AsyncGenerator[bytes, None]:
+async def _read_in_thread(body: FileBody) -> AsyncGenerator[bytes, None]:
     chunks = body.chunks()
     while chunk := await asyncio.to_thread(_next_chunk, chunks):
         yield chunk
