@@ -112,7 +112,7 @@ async def test_signals_at_random_moments_leave_good_model_serving(config: Config
                 async with attack.disturbing():
                     await attack.server.kill()
                 attack.counts["kill server"] += 1
-        accepted |= requests.accepted
+        accepted |= requests.accepted.keys()
         sources |= requests.sources
     ends, _ = await check_ledger(config, sources, failures=None)
     assert accepted <= ends.keys()

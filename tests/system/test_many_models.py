@@ -1,4 +1,4 @@
-"""Random requests: more models than memory, with workers killed; and swaps under load. No answer is wrong.
+"""Random requests: more models than memory, with workers killed. No answer is wrong.
 
 `make soak` runs them for minutes. They print what they did.
 """
@@ -9,14 +9,12 @@ import random
 import signal
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import pytest
 from support.fleet import (
     UNLIMITED,
     Fleet,
     Memory,
-    Source,
     agreed,
     as_text,
     check_inference,
@@ -28,8 +26,8 @@ from support.fleet import (
     settled,
     tell,
 )
-from support.http import Answer, Json
-from support.servers import PREPARING, Server, events, serving
+from support.servers import PREPARING, events, serving
+from support.traffic import Traffic
 
 from events.types import Event, ModelLoaded
 from server.config import Config
@@ -45,98 +43,21 @@ ROUND_S = of_both(short=1.5, long=12.0)
 """After each round, ledger, resources and processes have to agree."""
 KILLS_PER_S = of_both(short=1.0, long=0.7)
 SAMPLE_S = 0.02
-PRIORITIES = of_both(short=("high", "normal"), long=("high", "normal", "low"))
-"""A load with low priority waits up to a minute while the machine is under pressure."""
-
-REFUSALS = {
-    "infer": {
-        (503, "model_not_loaded"),
-        (503, "model_unloading"),
-        (503, "worker_died"),
-        (503, "load_failed"),
-        (504, "inference_timeout"),
-    },
-    "load": set[tuple[int, str]](),
-    "unload": {(409, "not_loaded")},
-    "cancel": {(409, "already_finished"), (409, "already_started")},
-}
 FAILURES = {"worker_died", "crash_loop", "timeout"}
 """Codes that loads of good models may fail with while workers are killed and memory is short."""
 
 
-@dataclass
-class Storm:
-    """Clients of one server, and what they were answered."""
-
-    server: Server
-    fleet: Fleet
-    on: bool = True
-    counts: Counter[str] = field(default_factory=Counter)
-    sources: set[Source] = field(default_factory=set)
-    jobs: list[str] = field(default_factory=list)
-
-    async def act(self, dice: random.Random) -> None:
-        """Send one random request, and check the answer."""
-        model_id = dice.choice(self.fleet.ids[: dice.choice((HOT, None))])
-        actions = (self._infer, self._load, self._unload, self._cancel)
-        await dice.choices(actions, (60, 25, 9, 6))[0](dice, model_id)
-
-    async def kill(self, dice: random.Random) -> None:
-        """Kill a random worker after a random time."""
-        await asyncio.sleep(dice.expovariate(KILLS_PER_S))
-        workers = self.server.children()[1:]
-        if workers and self.on:
-            with suppress(ProcessLookupError):
-                os.kill(dice.choice(workers), signal.SIGKILL)
-                self.counts["killed"] += 1
-
-    async def _infer(self, dice: random.Random, model_id: str) -> None:
-        asked = question(dice)
-        version = dice.choice((None, None, *self.fleet.versions))
-        answer = await self.server.api.infer(model_id, asked, version=version)
-        self._count("infer", answer)
-        if answer.status == 200:
-            source = check_inference(model_id, asked, answer)
-            assert version in (None, source.version)
-            self.sources.add(source)
-
-    async def _load(self, dice: random.Random, model_id: str) -> None:
-        body: Json = {
-            "version": dice.choice(self.fleet.versions),
-            "strategy": dice.choice(("beside", "in_place", "auto")),
-            "priority": dice.choice(PRIORITIES),
-            "timeout_s": 10,
-        }
-        path = f"/api/v1/models/{model_id}/load"
-        answer = await self.server.api.post(path, json=body, wait=dice.choice((0, 0, 3)))
-        self._take_job("load", answer)
-
-    async def _unload(self, dice: random.Random, model_id: str) -> None:
-        force = dice.choice(("?force=true", ""))
-        path = f"/api/v1/models/{model_id}/unload{force}"
-        answer = await self.server.api.post(path, wait=dice.choice((0, 3)))
-        self._take_job("unload", answer)
-
-    async def _cancel(self, dice: random.Random, _model_id: str) -> None:
-        if self.jobs:
-            job_id = dice.choice(self.jobs[-10:])
-            answer = await self.server.api.post(f"/api/v1/jobs/{job_id}/cancel")
-            self._take_job("cancel", answer)
-
-    def _take_job(self, kind: str, answer: Answer) -> None:
-        self._count(kind, answer)
-        if answer.status in (200, 202):
-            job = answer.json
-            self.jobs.append(job["id"])
-            assert job["error"] is None or job["error"]["code"] in FAILURES, job
-
-    def _count(self, kind: str, answer: Answer) -> None:
-        assert answer.status in (200, 202) or answer.refusal in REFUSALS[kind], (kind, answer)
-        told = "" if answer.status in (200, 202) else f" {answer.refusal[1]}"
-        self.counts[f"{kind} {answer.status}{told}"] += 1
+async def kill(storm: Traffic, dice: random.Random) -> None:
+    """Kill a random worker after a random time."""
+    await asyncio.sleep(dice.expovariate(KILLS_PER_S))
+    workers = storm.server.children()[1:]
+    if workers and storm.goes_on:
+        with suppress(ProcessLookupError):
+            os.kill(dice.choice(workers), signal.SIGKILL)
+            storm.counts["killed"] += 1
 
 
-async def run_round(storm: Storm, memory: Memory, dice: random.Random) -> None:
+async def run_round(storm: Traffic, memory: Memory, dice: random.Random) -> None:
     """Send random requests for a round; every sample of the workers' memory is within the budget."""
 
     async def sample() -> None:
@@ -144,19 +65,19 @@ async def run_round(storm: Storm, memory: Memory, dice: random.Random) -> None:
         assert memory.most_bytes <= BUDGET_BYTES * TOLERANCE
         await asyncio.sleep(SAMPLE_S)
 
-    storm.on = True
+    storm.goes_on = True
     async with asyncio.TaskGroup() as group:
         for _ in range(CLIENTS):
             own = random.Random(dice.random())
-            group.create_task(repeated(lambda own=own: storm.act(own), lambda: storm.on))  # type: ignore[misc]
+            group.create_task(repeated(lambda own=own: storm.act(own), lambda: storm.goes_on))  # type: ignore[misc]
         killer = random.Random(dice.random())
-        group.create_task(repeated(lambda: storm.kill(killer), lambda: storm.on))
-        group.create_task(repeated(sample, lambda: storm.on))
+        group.create_task(repeated(lambda: kill(storm, killer), lambda: storm.goes_on))
+        group.create_task(repeated(sample, lambda: storm.goes_on))
         await asyncio.sleep(ROUND_S)
-        storm.on = False
+        storm.goes_on = False
 
 
-async def check_quiet_server(storm: Storm, dice: random.Random) -> None:
+async def check_quiet_server(storm: Traffic, dice: random.Random) -> None:
     """Check that ledger and processes agree once all jobs have ended, and that loaded models answer."""
     await settled(storm.server)
     loaded = await agreed(storm.server)
@@ -184,7 +105,7 @@ async def test_twenty_models_in_memory_for_six_answer_right(config: Config, on_d
         f"--on-demand={on_demand}", "--inference-timeout-s=20", "--drain-timeout-s=5", *UNLIMITED,
     )  # fmt: skip
     async with serving(config, *settings, environment=PREPARING) as server:
-        storm = Storm(server, fleet)
+        storm = Traffic(server, fleet, hot=HOT)
         for _ in range(ROUNDS):
             await run_round(storm, memory, dice)
             await check_quiet_server(storm, dice)
@@ -201,7 +122,7 @@ def is_prepared(event: Event) -> bool:
     return isinstance(event.data, ModelLoaded) and event.data.prepared is not None
 
 
-def summary(storm: Storm, memory: Memory, ends: Counter[str]) -> str:
+def summary(storm: Traffic, memory: Memory, ends: Counter[str]) -> str:
     share = 100 * memory.most_bytes / BUDGET_BYTES
     return (
         f"{as_text(storm.counts | ends)}; workers took at most {memory.most_bytes / 1e6:.1f} MB, {share:.0f}"
