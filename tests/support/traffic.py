@@ -1,20 +1,25 @@
 """Random loads, unloads, cancellations, inferences and reads, whatever happens to the server meanwhile."""
 
 import asyncio
+import hashlib
+import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from uuid import uuid4
 
 import aiohttp
 
 from support.campaign import Attack
 from support.fleet import Fleet, Source, check_inference, of_both, question, repeated
-from support.http import Answer
+from support.http import Answer, Json
 from support.servers import Server
 
 CLIENTS = 3
+SUBJECT = "alice"
+"""Of the requests, by default."""
 LOAD_TIMEOUT_S = 10
 """Of loads here: one whose worker is stopped ends within it."""
 READS = ("/api/v1/events", "/api/v1/events/head", "/api/v1/jobs", "/api/v1/models?at=3", "/metrics")
@@ -22,6 +27,24 @@ PRIORITIES = of_both(short=("high", "normal"), long=("high", "normal", "low"))
 """A load with low priority waits up to a minute while the machine is under pressure."""
 FAIR = {200, 202, 409, 503, 504}
 """What may be answered while workers, disks or descriptors are short."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedRequest:
+    """A request with an idempotency key, answered or not."""
+
+    key: str
+    path: str
+    body: Json
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Idempotency-Key": f'"{self.key}"'}
+
+    @property
+    def key_hash(self) -> str:
+        """The key as the ledger has it."""
+        return hashlib.sha256(json.dumps([SUBJECT, self.key], separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(slots=True)
@@ -32,6 +55,7 @@ class Traffic:
         attack: what is done to the server meanwhile, if anything.
         hot: so many models get more requests than the others.
         accepted: jobs that were answered 202 or 200, in order.
+        sent: the requests with a key.
         sources: the loads that answers named.
         counts: answers by kind and status.
         may_close: whether the server may close connections and go on.
@@ -42,6 +66,7 @@ class Traffic:
     attack: Attack | None = None
     hot: int | None = None
     accepted: dict[str, None] = field(default_factory=dict)
+    sent: list[KeyedRequest] = field(default_factory=list)
     sources: set[Source] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
     may_close: bool = False
@@ -82,22 +107,26 @@ class Traffic:
             "timeout_s": LOAD_TIMEOUT_S,
         }
         path = f"/api/v1/models/{model_id}/load"
-        answer = await self.server.api.post(path, json=body, wait=dice.choice((0, 0, 2)))
-        self._take_job("load", answer)
+        await self._post(dice, "load", path, body)
 
     async def _unload(self, dice: random.Random, model_id: str) -> None:
         path = f"/api/v1/models/{model_id}/unload{dice.choice(('?force=true', ''))}"
-        self._take_job("unload", await self.server.api.post(path, wait=dice.choice((0, 2))))
+        await self._post(dice, "unload", path, {})
 
     async def _cancel(self, dice: random.Random, _: str) -> None:
         if self.accepted:
             path = f"/api/v1/jobs/{dice.choice([*self.accepted][-10:])}/cancel"
-            self._take_job("cancel", await self.server.api.post(path))
+            await self._post(dice, "cancel", path, {})
 
     async def _read(self, dice: random.Random, _: str) -> None:
         self._check("read", await self.server.api.get(dice.choice(READS)))
 
-    def _take_job(self, kind: str, answer: Answer) -> None:
+    async def _post(self, dice: random.Random, kind: str, path: str, body: Json) -> None:
+        headers = dict[str, str]()
+        if dice.random() < 0.6:
+            self.sent.append(KeyedRequest(uuid4().hex, path, body))
+            headers = self.sent[-1].headers
+        answer = await self.server.api.post(path, json=body, headers=headers, wait=dice.choice((0, 0, 2)))
         self._check(kind, answer)
         if answer.status in (200, 202):
             self.accepted[answer.json["id"]] = None

@@ -4,10 +4,9 @@ Each start checks what the one before accepted: every job ends, and an idempoten
 """
 
 import asyncio
-import hashlib
-import json
 import random
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -26,8 +25,8 @@ from support.fleet import (
     settled,
     tell,
 )
-from support.http import Json
 from support.servers import PREPARING, Server, events, serving, verified
+from support.traffic import KeyedRequest, Traffic
 
 from events.types import CancelRequested, Event, LoadRequested, UnloadRequested
 from server.config import Config
@@ -41,23 +40,8 @@ SETTINGS = (
     *UNLIMITED,
 )
 """Room for three or four of eight."""
-SUBJECT = "alice"
 FAILURES = {"insufficient_memory", "crash_loop", "timeout"}
 """Codes that loads of good models may fail with while the server is killed again and again."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request with an idempotency key, answered or not."""
-
-    key: str
-    path: str
-    body: Json
-
-    @property
-    def key_hash(self) -> str:
-        """The key as the ledger has it."""
-        return hashlib.sha256(json.dumps([SUBJECT, self.key], separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass
@@ -66,53 +50,18 @@ class Lives:
 
     fleet: Fleet
     dice: random.Random
-    accepted: list[str] = field(default_factory=list)
+    accepted: set[str] = field(default_factory=set)
     unchecked: set[str] = field(default_factory=set)
-    sent: list[Request] = field(default_factory=list)
+    sent: list[KeyedRequest] = field(default_factory=list)
     sources: set[Source] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
 
-    async def client(self, server: Server, dice: random.Random) -> None:
-        """Send random requests until the server is gone."""
-        try:
-            await repeated(lambda: self._act(server, dice), lambda: True)
-        except aiohttp.ClientError:
-            return
-
-    async def _act(self, server: Server, dice: random.Random) -> None:
-        model_id = dice.choice(self.fleet.ids)
-        if dice.random() < 0.3:
-            await self._infer(server, dice, model_id)
-            return
-        path, body = self._operation(dice, model_id)
-        headers = {}
-        if dice.random() < 0.6:
-            request = Request(f"key-{dice.getrandbits(64)}", path, body)
-            self.sent.append(request)
-            headers = {"Idempotency-Key": f'"{request.key}"'}
-        answer = await server.api.post(path, json=body, headers=headers, wait=dice.choice((0, 0, 2)))
-        assert answer.status in (200, 202, 409), answer
-        if answer.status != 409:
-            self.accepted.append(answer.json["id"])
-            self.unchecked.add(answer.json["id"])
-
-    def _operation(self, dice: random.Random, model_id: str) -> tuple[str, Json]:
-        if self.accepted and dice.random() < 0.1:
-            return f"/api/v1/jobs/{dice.choice(self.accepted[-8:])}/cancel", {}
-        if dice.random() < 0.25:
-            force = dice.choice(("?force=true", ""))
-            return f"/api/v1/models/{model_id}/unload{force}", {}
-        strategy = dice.choice(("beside", "in_place", "auto"))
-        body = {"version": dice.choice(self.fleet.versions), "strategy": strategy, "timeout_s": 60}
-        return f"/api/v1/models/{model_id}/load", body
-
-    async def _infer(self, server: Server, dice: random.Random, model_id: str) -> None:
-        asked = question(dice)
-        answer = await server.api.infer(model_id, asked)
-        if answer.status == 200:
-            self.sources.add(check_inference(model_id, asked, answer))
-        else:
-            assert answer.status == 503, answer
+    def add(self, traffic: Traffic) -> None:
+        """Add what the clients of one life were answered."""
+        self.accepted |= traffic.accepted.keys()
+        self.unchecked |= traffic.accepted.keys()
+        self.sent += traffic.sent
+        self.sources |= traffic.sources
 
     async def check(self, server: Server, config: Config) -> None:
         """Check that jobs and keys of the lives before are kept."""
@@ -124,8 +73,7 @@ class Lives:
         for request in self.sent:
             job_id_of_key = first.get(request.key_hash)
             if job_id_of_key is not None:  # else it was refused, changed nothing, or never arrived
-                headers = {"Idempotency-Key": f'"{request.key}"'}
-                again = await server.api.post(request.path, json=request.body, headers=headers)
+                again = await server.api.post(request.path, json=request.body, headers=request.headers)
                 assert again.status in (200, 202), again
                 assert again.json["id"] == job_id_of_key
                 self.counts["keys"] += 1
@@ -144,18 +92,25 @@ def _by_key(log: list[Event]) -> dict[str, str]:
     return found
 
 
+async def ask_until_gone(traffic: Traffic, dice: random.Random) -> None:
+    """Send random requests until the server is gone."""
+    with suppress(aiohttp.ClientError):
+        await repeated(lambda: traffic.act(dice), lambda: True)
+
+
 async def live(lives: Lives, config: Config) -> None:
     """Start a server, check what the last one left, send requests, and kill it."""
     dice = lives.dice
     async with serving(config, *SETTINGS, environment=PREPARING) as server:
-        clients: list[asyncio.Task[None]] = []
+        clients, traffic = list[asyncio.Task[None]](), Traffic(server, lives.fleet)
         if dice.random() < 0.75:  # else it is killed while it recovers
             await lives.check(server, config)
             own = [random.Random(dice.random()) for _ in range(CLIENTS)]
-            clients = [asyncio.create_task(lives.client(server, each)) for each in own]
+            clients = [asyncio.create_task(ask_until_gone(traffic, each)) for each in own]
         await asyncio.sleep(dice.uniform(0, LIFE_S if clients else RECOVERY_S))  # a random moment
         await server.kill()
         await asyncio.gather(*clients)
+    lives.add(traffic)
     lives.counts["killed"] += 1
     verified(config)
 
@@ -174,6 +129,6 @@ async def test_server_killed_at_random_keeps_jobs_and_keys(config: Config) -> No
         assert await server.stop() == 0
         output = server.output.read_text()
     ends, counts = await check_ledger(config, lives.sources, FAILURES)
-    assert set(lives.accepted) <= ends.keys()
+    assert lives.accepted <= ends.keys()
     tell(f"{len(lives.accepted)} accepted of {len(ends)} jobs; {as_text(counts | lives.counts)}")
     assert "Traceback" not in output
