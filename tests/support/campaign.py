@@ -254,7 +254,7 @@ async def attacked(
     if server.process.returncode == 0:
         assert list((config.data / "store" / "incoming").iterdir()) == []
         if not expected_errors:  # else a version may wait for its manifest until the next start
-            check_store(config.data)
+            check_store(config.data, loads_failed=any(name.startswith("kill") for name in attack.counts))
         ends, _ = await check_ledger(see_data(config), attack.sources, failures=None)
         assert attack.accepted <= ends.keys()
 
