@@ -194,6 +194,12 @@ class ClusterNode(World):
             None if most is None else most - len(present),
         )
 
+    def step(self, *, is_late: bool = False) -> Next:
+        """Take a turn, on the state that it had if it is late."""
+        if not is_late:
+            self.catch_up()
+        return super().step()
+
     def act(self, action: Action) -> None:
         self._check(action)
         super().act(action)
@@ -311,31 +317,20 @@ class Cluster:
         if not node.is_up:
             return
         for turn in range(turns):
-            if turn or not is_late:
-                node.catch_up()
-            if node.step().action is None:
+            if node.step(is_late=is_late and not turn).action is None:
                 return
 
     def settle(self) -> list[Next]:
         """Let all nodes take turns until none has anything to do, which has to be soon."""
         for _ in range(50):
             position = self.state.position
-            decisions = [self._settle_node(node) for node in self.nodes if node.renews]
+            decisions = [node.settle() for node in self.nodes if node.renews]
             if self.state.position == position:
                 hints = {node.name: node.hints for node in self.nodes}
                 self.share_hints()
                 if hints == {node.name: node.hints for node in self.nodes}:
                     return decisions
         pytest.fail(f"busy without end: {self.tell()}")
-
-    def _settle_node(self, node: ClusterNode) -> Next:
-        limit = 20 + 8 * (len(self.state.jobs) + len(node.live) + len(self.state.models))
-        for _ in range(limit):
-            node.catch_up()
-            decision = node.step()
-            if decision.action is None:
-                return decision
-        pytest.fail(f"node {node.name} is busy without end: {self.tell()}")
 
     def bring_back(self) -> None:
         """All nodes are there, reach the log and see it; for all labels that they have, one takes loads."""
