@@ -21,6 +21,7 @@ import pytest
 import yaml
 from support.deployment import (
     DEPLOY,
+    DOCKERFILE,
     DRAIN_S,
     ROOT,
     drain_options,
@@ -39,6 +40,7 @@ from server.http.responses import TooManyConnections
 UNIT = DEPLOY / "loadledger.service"
 NODE = DEPLOY / "systemd" / "node.conf"
 """A drop-in of the unit."""
+NODE_ENVIRONMENT = DEPLOY / "systemd" / "node.env"
 VARIABLES = {setting.variable for setting in settings()} | {"LOADLEDGER_CONFIG"}
 NODE_VARIABLES = {f"LOADLEDGER_{name}" for name in ("LEDGER", "NODE_NAME", "NODE_ADDRESS", "NODE_LABELS")}
 """Settings of a node."""
@@ -82,6 +84,42 @@ def test_named_variables_and_options_exist(path: Path) -> None:
 # The image
 
 
+def test_image_copies_every_package() -> None:
+    copied = [line.split() for line in instructions("COPY") if not line.startswith("--from")]
+    sources = {source for *names, _ in copied for source in names}
+    assert all((ROOT / source).exists() for source in sources)
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    packages = set(re.findall(r'"(\w+)"', re.search(r"packages=\[(.*?)\]", setup, re.DOTALL)[1]))  # type: ignore[index]
+    assert packages | {"examples", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= sources
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert "*" in ignored
+    assert {line[1:] for line in ignored if line.startswith("!")} == sources
+
+
+def test_image_settings_are_valid_and_match_its_volumes() -> None:
+    config = read_valid({}, image_environment())
+    assert [str(config.data), str(config.repository)] == json.loads(instructions("VOLUME")[0])
+    assert [str(config.port)] == instructions("EXPOSE")
+    assert config.host == "0.0.0.0"
+
+
+def test_image_runs_without_root_and_stops_by_sigterm() -> None:
+    user, group = instructions("USER")[-1].split(":")
+    assert int(user) == int(group) >= 10_000
+    assert instructions("ENTRYPOINT") == ['["loadledger"]']
+    assert instructions("CMD")[-1] == '["serve"]'
+    assert instructions("STOPSIGNAL") == ["SIGTERM"]
+    [check] = instructions("HEALTHCHECK")
+    python, script = json.loads(check.partition("CMD ")[2])
+    assert python == "python"
+    assert f"COPY deploy/{Path(script).name} {script}" in DOCKERFILE
+    docker_s = re.search(r"--timeout=(\d+)s", check)
+    limit_s = re.search(r"^LIMIT_S = ([\d.]+)$", (DEPLOY / "healthcheck.py").read_text(), re.MULTILINE)
+    assert docker_s
+    assert limit_s
+    assert 2 * float(limit_s[1]) < int(docker_s[1])
+
+
 def test_compose_service_has_least_privilege() -> None:
     asked = service()
     assert asked["read_only"] is True
@@ -103,6 +141,21 @@ def seconds(text: str) -> int:
 
 
 # systemd
+
+
+def test_unit_command_and_paths_match_the_server() -> None:
+    said = unit()
+    assert said["ExecStart"] == "/opt/loadledger/bin/loadledger serve --config /etc/loadledger/server.toml"
+    assert said["Type"] == "notify"
+    assert said["KillMode"] == "mixed"
+    assert int(said["TimeoutStopSec"]) > 2 * DRAIN_S
+    user = re.search(r"^u (\S+) ", (DEPLOY / "loadledger.sysusers").read_text(), re.MULTILINE)
+    assert user
+    assert said["User"] == said["Group"] == user[1]
+    calls = re.findall(r"^SystemCallFilter=(.*)$", UNIT.read_text(), re.MULTILINE)
+    assert "landlock_create_ruleset landlock_add_rule landlock_restrict_self" in calls
+    config = read_valid({"config": DEPLOY / "server.toml"}, {})
+    assert config.data == Path("/var/lib") / said["StateDirectory"]
 
 
 def test_example_configuration_is_valid(tmp_path: Path) -> None:
@@ -150,6 +203,16 @@ def test_node_unit_drains_before_it_stops() -> None:
     assert asked["data"] == read_valid({"config": DEPLOY / "server.toml"}, {}).data
     assert stop_command()[0] == unit()["ExecStart"].split()[0]
     assert f"sudo install -m 0600 deploy/systemd/node.env {said['EnvironmentFile']}" in PAGES[-1].read_text()
+
+
+def test_node_environment_is_valid() -> None:
+    text = NODE_ENVIRONMENT.read_text(encoding="utf-8")
+    complete = re.sub(r"^# (?=\w+=)", "", text, flags=re.MULTILINE)
+    pairs = [line.split("=", 1) for line in complete.splitlines() if line and not line.startswith("#")]
+    given = dict(pairs)
+    assert len(given) == len(pairs)
+    assert NODE_VARIABLES - given.keys() == {"LOADLEDGER_NODE_NAME"}  # node.conf has it
+    read_valid({"config": DEPLOY / "server.toml"}, given | {"LOADLEDGER_NODE_NAME": "node-1"})
 
 
 # As in a container
@@ -239,12 +302,33 @@ def health(port: str, host: str = "0.0.0.0") -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.parametrize(("host", "asked"), [("::", "::1"), ("::1", "::1"), ("127.0.0.2", "127.0.0.2")])
+def test_health_check_asks_where_the_server_listens(host: str, asked: str) -> None:
+    family = socket.AF_INET6 if ":" in asked else socket.AF_INET
+    with socket.socket(family) as server:
+        try:
+            server.bind((asked, 0))
+        except OSError:
+            pytest.skip(f"there is no {asked} here")
+        server.listen()
+        done = health_of(server, "200 OK", "{}", host)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(("code", "exit_code"), [("too_many_connections", 0), ("unhealthy", 1)])
 def test_health_check_accepts_only_too_many_connections(code: str, exit_code: int) -> None:
     assert TooManyConnections.code == "too_many_connections"
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = health_of(server, "503 Service Unavailable", json.dumps({"code": code}), "127.0.0.1")
     assert done.returncode == exit_code
+
+
+def test_health_check_without_a_server_fails_with_the_reason() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        done = health(str(unused.getsockname()[1]))
+    assert done.returncode == 1
+    assert "refused" in done.stderr
 
 
 def health_of(server: socket.socket, status: str, body: str, host: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,8 @@
 """`deploy/kubernetes/`: objects match the published schemas, each other, the image and the server."""
 
+import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,21 @@ from support.deployment import (
     DEPLOY,
     DRAIN_S,
     LEDGER_URL,
+    ROOT,
     drain_options,
     image_environment,
     instructions,
     read_valid,
 )
 
+from server.app import all_routes
 from server.auth import keys
 from server.auth.keys import KeyRing
+from server.routing import Access
 
 FOLDER = DEPLOY / "kubernetes"
 FILES = [path.name for path in sorted(FOLDER.iterdir())]
+PAGE = ROOT / "docs" / "cluster.md"
 OLDEST = "1.28"
 """The first release in which a probe's terminationGracePeriodSeconds is stable."""
 LATEST = kubernetes_validate.latest_version()
@@ -62,6 +68,12 @@ def mounts(file: str) -> dict[str, Json]:
     return {mount["mountPath"]: mount for mount in container(file)["volumeMounts"]}
 
 
+def secrets(file: str) -> set[str]:
+    """Return the names of the Secrets that a pod reads, as variables or files."""
+    read = {entry["secretRef"]["name"] for entry in container(file).get("envFrom", [])}
+    return read | {volume["secret"]["secretName"] for volume in pod(file)["volumes"] if "secret" in volume}
+
+
 def variables(name: str) -> dict[str, str]:
     """Return the variables of a node's container in the pod of this name, without those of Secrets."""
     found = dict[str, str]()
@@ -90,6 +102,14 @@ def test_objects_match_the_published_schemas(file: str, version: str) -> None:
         assert kubernetes_validate.validate(entry, version, strict=True) == ".".join(version.split(".")[:2])
 
 
+def test_schemas_refuse_unknown_and_mistyped_members() -> None:
+    for member in ({"maxUnavailables": 1}, {"selector": "loadledger"}):
+        entry = one("cluster.yaml", "PodDisruptionBudget")
+        entry["spec"] |= member
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(entry, LATEST, strict=True)
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_pod_has_least_privilege(file: str) -> None:
     spec, inner = pod(file), container(file)["securityContext"]
@@ -116,7 +136,57 @@ def templates_of_claims(entry: Json) -> list[Json]:
     return found
 
 
+@pytest.mark.parametrize("file", ["single.yaml", "cluster.yaml"])
+def test_servers_write_to_data_and_tmp_only(file: str) -> None:
+    assert {"/tmp", *json.loads(instructions("VOLUME")[0])} <= mounts(file).keys()
+    writable = {path for path, mount in mounts(file).items() if not mount.get("readOnly")}
+    assert writable == {"/tmp", image_environment()["LOADLEDGER_DATA"]}
+
+
+@pytest.mark.parametrize("file", ["single.yaml", "cluster.yaml"])
+def test_probes_ask_public_routes_on_the_service_port(file: str) -> None:
+    ports = {port["name"]: port["containerPort"] for port in container(file)["ports"]}
+    assert ports == {"http": int(image_environment()["LOADLEDGER_PORT"])}
+    asked = {
+        name: container(file)[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")
+    }
+    assert {probe["port"] for probe in asked.values()} == {"http"}
+    public = {route.path for route in all_routes() if route.access is Access.PUBLIC and route.method == "GET"}
+    assert {probe["path"] for probe in asked.values()} <= public
+    # Nodes answer inferences while the log cannot be written.
+    ready = {"single.yaml": "/health/ready", "cluster.yaml": "/health/live"}[file]
+    assert asked["readiness"]["path"] == ready
+    assert asked["liveness"]["path"] == "/health/live"
+    for service in objects(file, "Service"):
+        [port] = service["spec"]["ports"]
+        assert (port["port"], port["targetPort"]) == (ports["http"], "http")
+
+
+@pytest.mark.parametrize("file", ["single.yaml", "cluster.yaml"])
+def test_labels_claims_and_configuration_match(file: str, tmp_path: Path) -> None:
+    labels = template(file)["metadata"]["labels"]
+    [owner] = [entry for entry in objects(file) if "template" in entry.get("spec", {})]
+    assert owner["spec"]["selector"]["matchLabels"] == labels
+    assert all(service["spec"]["selector"] == labels for service in objects(file, "Service"))
+    claims = {claim["metadata"]["name"] for claim in objects(file, "PersistentVolumeClaim")}
+    volumes = [volume for volume in pod(file)["volumes"] if "persistentVolumeClaim" in volume]
+    assert {volume["persistentVolumeClaim"]["claimName"] for volume in volumes} == claims
+    [(name, text)] = one(file, "ConfigMap")["data"].items()
+    (tmp_path / name).write_text(text)
+    given = {entry["name"]: entry["value"] for entry in container(file)["env"] if "value" in entry}
+    path = Path(given["LOADLEDGER_CONFIG"])
+    assert (path.name, str(path.parent) in mounts(file)) == (name, True)
+    config = read_valid({"config": tmp_path / name}, image_environment())
+    assert (config.data, config.log_format) == (Path("/data"), "json")
+
+
 # One server
+
+
+def test_single_server_is_replaced_before_another_starts() -> None:
+    deployment = one("single.yaml", "Deployment")["spec"]
+    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
+    assert pod("single.yaml")["terminationGracePeriodSeconds"] > 2 * DRAIN_S
 
 
 # Nodes
@@ -136,6 +206,18 @@ def test_node_settings_are_valid_and_its_address_is_its_pod() -> None:
     assert given["LOADLEDGER_NODE_ADDRESS"] == f"http://{given['LOADLEDGER_NODE_NAME']}.{service}:8080"
 
 
+def test_cluster_keeps_a_volume_for_each_node_and_one_of_models() -> None:
+    cluster = one("cluster.yaml", "StatefulSet")["spec"]
+    [claim] = cluster["volumeClaimTemplates"]
+    assert claim["metadata"]["name"] == mounts("cluster.yaml")[image_environment()["LOADLEDGER_DATA"]]["name"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    models = one("cluster.yaml", "PersistentVolumeClaim")
+    assert models["spec"]["accessModes"] == ["ReadWriteMany"]
+    budget = one("cluster.yaml", "PodDisruptionBudget")["spec"]
+    assert (cluster["replicas"], budget["maxUnavailable"]) == (3, 1)
+    assert budget["selector"] == cluster["selector"]
+
+
 def test_pod_drains_its_node_within_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (image_environment() | variables("loadledger-2")).items():
         monkeypatch.setenv(name, value)
@@ -148,6 +230,26 @@ def test_pod_drains_its_node_within_the_grace_period(monkeypatch: pytest.MonkeyP
     assert asked["timeout_s"] + 2 * DRAIN_S < node
     # A server that does not answer gets no time for a drain.
     assert 2 * DRAIN_S < container("cluster.yaml")["livenessProbe"]["terminationGracePeriodSeconds"] < node
+
+
+def test_schema_is_migrated_by_its_owner_alone() -> None:
+    job = one("migrate.yaml", "Job")
+    assert "name" not in job["metadata"]  # each run is a Job of its own
+    assert container("migrate.yaml")["args"] == ["migrate", "--ledger", "$(LOADLEDGER_LEDGER)"]
+    assert container("migrate.yaml")["image"] == container("cluster.yaml")["image"]
+    assert secrets("migrate.yaml").isdisjoint(secrets("cluster.yaml"))
+    selector = one("cluster.yaml", "StatefulSet")["spec"]["selector"]["matchLabels"]
+    assert not selector.items() <= template("migrate.yaml")["metadata"]["labels"].items()
+
+
+def test_page_creates_each_secret_before_it_is_used() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    created = re.findall(r"create secret generic (?:-n \S+ )?([\w-]+)", text)
+    assert set(created) == secrets("cluster.yaml") | secrets("migrate.yaml")
+    steps = [f"secret generic -n models {created[-1]}", "migrate.yaml", "wait", "cluster.yaml", "token"]
+    _, _, commands = text.partition("kubectl create secret")
+    places = [commands.index(step) for step in steps]
+    assert all(earlier < later for earlier, later in pairwise(places))
 
 
 def test_mounted_keys_sign_and_verify_at_every_node(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from contextlib import suppress
+from email.parser import BytesParser
 from pathlib import Path
 
 import onnx
@@ -123,6 +125,24 @@ async def test_three_commands_lead_to_a_prediction(installed: Path, tmp_path: Pa
         assert again.startswith("light_squeezenet version 1: loaded\n")  # on this server, not added again
         terminal.press(CTRL_C)
         assert await terminal.end() == 0
+
+
+def test_metadata_names_license_and_what_the_readmes_second_line_needs(wheel: Path) -> None:
+    """The line cannot run in its own suite: the extra and pytest's settings are checked instead."""
+    _, line = re.findall(r"^```sh\n(.*?)^```$", TRY_IT, re.MULTILINE | re.DOTALL)
+    assert line == "python3 -m venv .venv && .venv/bin/pip install '.[test]' && .venv/bin/pytest\n"
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        about = BytesParser().parsebytes(archive.read(name))
+    required = about.get_all("Requires-Dist", [])
+    assert about["License-Expression"] == "Apache-2.0"
+    assert "aiohttp-apispec==3.0.0b2" in required
+    needed = {
+        re.split(r"[^\w-]", text)[0] for text in required if re.search(r"""; extra == ["']test["']$""", text)
+    }
+    assert {"pytest", "pytest-aiohttp", "hypothesis", "onnx", "openapi-spec-validator"} <= needed
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["pytest"]["ini_options"]["testpaths"] == ["tests"]
 
 
 def processes_of(home: Path) -> list[bytes]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,41 @@ async def test_alerts_select_existing_label_values(api: LocalApi) -> None:
     ):
         assert values, label
         assert set(values) <= existing, label
+
+
+def test_each_alert_has_a_description_a_severity_and_a_test() -> None:
+    rules = alert_rules()
+    for rule in rules:
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert rule["annotations"].keys() == {"summary", "description"}
+    tested = re.findall(r'alertname="(\w+)"', ALERTS_TEST.read_text(encoding="utf-8"))
+    assert {rule["alert"] for rule in rules} == set(tested)
+
+
+def test_dashboard_panels_do_not_overlap() -> None:
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken = [
+        (place["x"] + x, place["y"] + y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x, y in product(range(place["w"]), range(place["h"]))
+    ]
+    assert len(taken) == len(set(taken))
+    assert max(x for x, _ in taken) < 24
+
+
+def test_every_metric_is_on_the_dashboard_or_in_an_alert() -> None:
+    used = {SERIES[name].name for query in queries() for name in NAME.findall(query) if name in SERIES}
+    unused = {
+        "loadledger_inferences_total",  # requests are what people count; this is for batches
+        "loadledger_inference_executions_total",
+        "loadledger_model_info",
+        "loadledger_model_workers",
+        "loadledger_node_info",
+        "loadledger_prepared_forms",
+        "loadledger_preparing",
+    }
+    assert {family.name for family in FAMILIES} - used == unused
 
 
 async def test_promtool_accepts_rules_queries_and_metrics(
