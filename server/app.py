@@ -44,6 +44,7 @@ from server.api import (
     events,
     health,
     jobs,
+    loads,
     model_stderr,
     models,
     nodes,
@@ -113,6 +114,7 @@ def all_routes(metrics_access: str = "token") -> list[Route]:
     """Return every route of the server; `metrics_access` is the setting of who may read /metrics."""
     return [
         *models.routes,
+        *loads.routes,
         *versions.routes,
         *jobs.routes,
         *model_stderr.routes,

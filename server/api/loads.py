@@ -1,6 +1,6 @@
-"""The parameters of a load: their schema, their sources, and the command.
+"""Loads and unloads of models: their routes, and the parameters of a load.
 
-They come from the request, then, for the loaded version, from its load (`events.accept`), else from the
+Parameters come from the request, then, for the loaded version, from its load (`events.accept`), else from the
 model's loadledger.toml, then from the server's settings.
 """
 
@@ -16,7 +16,7 @@ from marshmallow import Schema, fields, validate
 from msgspec import UNSET
 
 from events.accept import NO_BATCHING
-from events.commands import RequestLoad
+from events.commands import RequestLoad, RequestUnload
 from events.types import Contents, Idempotency, LoadParameters
 from runtime.errors import LoadRefused, RepositoryUnreadable
 from runtime.filesystem import REQUEST_LIMIT_S
@@ -24,10 +24,25 @@ from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import MAX_VERSION, Repository
 from runtime.store.contents import ModelContents
 from runtime.timeouts import PROGRESS_TIMEOUT_S
-from server.api.schemas import about
+from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
+from server.api.models import is_listed, look_at_model
+from server.api.schemas import ModelPathSchema, about
 from server.appkeys import CONFIG, CONTENTS
+from server.auth.gate import PRINCIPAL
 from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
-from server.http.validation import StrictBoolean, StrictInteger, load_with
+from server.http.validation import (
+    NothingSchema,
+    ParameterBoolean,
+    StrictBoolean,
+    StrictInteger,
+    json_body,
+    load_with,
+    path_parameters,
+    query_parameters,
+)
+from server.routing import Routes
+
+routes = Routes(tag="models")
 
 MAX_INSTANCES = 64
 """Each instance is a process with a copy of the model; more is a mistake on one machine."""
@@ -119,6 +134,76 @@ class LoadBodySchema(Schema):
             "Labels that its node must have, `name=value` each; a server alone ignores them. Default: none."
         ),
     )
+
+
+class UnloadBodySchema(Schema):
+    """An unload takes no body or an empty object."""
+
+
+class UnloadQuerySchema(Schema):
+    """Query of an unload."""
+
+    force = ParameterBoolean(
+        load_default=False, **about("Do not wait for running requests; end a load and a stuck worker, too.")
+    )
+
+
+@routes.post(
+    "/api/v1/models/unload",
+    **AS_JOB,
+    summary="Unload the active model",
+    query=UnloadQuerySchema(),
+    body=UnloadBodySchema(),
+    errors=("nothing_loaded", *JOB_ERRORS),
+)
+async def unload_active(request: web.Request) -> web.Response:
+    return await _unload(request, None)
+
+
+@routes.post(
+    "/api/v1/models/{id}/load",
+    **AS_JOB,
+    summary="Load a model, or replace its version",
+    path=ModelPathSchema(),
+    query=NothingSchema(),
+    body=LoadBodySchema(),
+    errors=(
+        "unknown_model",
+        "unknown_version",
+        "invalid_defaults",
+        "queue_full",
+        "repository_busy",
+        *JOB_ERRORS,
+    ),
+)
+async def load_model(request: web.Request) -> web.Response:
+    """Append `LoadRequested`, unless the model is loaded as requested or an equal load is under way."""
+    model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
+    asked, key = json_body(request), hash_idempotency_key(request)
+    return await answer_with_job(request, await make_load_command(request.app, model_id, asked, subject, key))
+
+
+@routes.post(
+    "/api/v1/models/{id}/unload",
+    **AS_JOB,
+    summary="Unload a model",
+    path=ModelPathSchema(),
+    query=UnloadQuerySchema(),
+    body=UnloadBodySchema(),
+    errors=("unknown_model", "not_loaded", "repository_busy", *JOB_ERRORS),
+)
+async def unload_model(request: web.Request) -> web.Response:
+    """Append `UnloadRequested`, unless an unload is in progress."""
+    model_id = path_parameters(request)["id"]
+    if not is_listed(request, model_id):
+        await look_at_model(request, model_id)
+    return await _unload(request, model_id)
+
+
+async def _unload(request: web.Request, model_id: str | None) -> web.Response:
+    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
+    key = hash_idempotency_key(request)
+    return await answer_with_job(request, RequestUnload(model_id, subject, force, idempotency=key))
 
 
 _AS_DEFAULTS = LoadBodySchema(only=LoadParameters.__struct_fields__)

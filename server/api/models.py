@@ -12,9 +12,8 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
-from marshmallow import Schema, fields, validate
+from marshmallow import fields, validate
 
-from events.commands import RequestUnload
 from events.models import RELOADS, Model, ModelState
 from events.sqlite.timetravel import state_at
 from events.state import State
@@ -22,8 +21,6 @@ from runtime.errors import RuntimeProblem, UnknownModel
 from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.onnxfile import ModelSignature
 from runtime.store.contents import ModelContents
-from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
-from server.api.loads import LoadBodySchema, make_load_command
 from server.api.schemas import (
     NO_NODE,
     AnswerSchema,
@@ -48,11 +45,7 @@ from server.api.timetravel import (
     read_past,
 )
 from server.appkeys import CONSUMER, CONTENTS, LOG, ROUTER
-from server.auth.gate import PRINCIPAL
 from server.http.validation import (
-    NothingSchema,
-    ParameterBoolean,
-    json_body,
     path_parameters,
     query_parameters,
 )
@@ -64,18 +57,6 @@ LIST_LIMIT_S = 2.0
 """How long a list of models waits for one look at all of them, and then for a look at each."""
 _ALL_MODELS, _ALL_FOLDERS = "*", "/"
 """What looks at several models are known by; no model has such an id."""
-
-
-class UnloadBodySchema(Schema):
-    """An unload takes no body or an empty object."""
-
-
-class UnloadQuerySchema(Schema):
-    """Query of an unload."""
-
-    force = ParameterBoolean(
-        load_default=False, **about("Do not wait for running requests; end a load and a stuck worker, too.")
-    )
 
 
 class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
@@ -361,64 +342,6 @@ async def _describe_signature(app: web.Application, model_id: str) -> dict[str, 
     return {"inputs": None, "outputs": None, "signature_version": None}
 
 
-@routes.post(
-    "/api/v1/models/unload",
-    **AS_JOB,
-    summary="Unload the active model",
-    query=UnloadQuerySchema(),
-    body=UnloadBodySchema(),
-    errors=("nothing_loaded", *JOB_ERRORS),
-)
-async def unload_active(request: web.Request) -> web.Response:
-    return await _unload(request, None)
-
-
-@routes.post(
-    "/api/v1/models/{id}/load",
-    **AS_JOB,
-    summary="Load a model, or replace its version",
-    path=ModelPathSchema(),
-    query=NothingSchema(),
-    body=LoadBodySchema(),
-    errors=(
-        "unknown_model",
-        "unknown_version",
-        "invalid_defaults",
-        "queue_full",
-        "repository_busy",
-        *JOB_ERRORS,
-    ),
-)
-async def load_model(request: web.Request) -> web.Response:
-    """Append `LoadRequested`, unless the model is loaded as requested or an equal load is under way."""
-    model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
-    asked, key = json_body(request), hash_idempotency_key(request)
-    return await answer_with_job(request, await make_load_command(request.app, model_id, asked, subject, key))
-
-
-@routes.post(
-    "/api/v1/models/{id}/unload",
-    **AS_JOB,
-    summary="Unload a model",
-    path=ModelPathSchema(),
-    query=UnloadQuerySchema(),
-    body=UnloadBodySchema(),
-    errors=("unknown_model", "not_loaded", "repository_busy", *JOB_ERRORS),
-)
-async def unload_model(request: web.Request) -> web.Response:
-    """Append `UnloadRequested`, unless an unload is in progress."""
-    model_id = path_parameters(request)["id"]
-    if not _is_listed(request, model_id):
-        await look_at_model(request, model_id)
-    return await _unload(request, model_id)
-
-
-async def _unload(request: web.Request, model_id: str | None) -> web.Response:
-    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
-    key = hash_idempotency_key(request)
-    return await answer_with_job(request, RequestUnload(model_id, subject, force, idempotency=key))
-
-
 async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
     """Look at a model in the repository; a loaded one has no versions if they are not there or hang.
 
@@ -431,15 +354,15 @@ async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
     try:
         seen: ListedModel = await contents.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
     except RepositoryBusy:
-        if not _is_listed(request, model_id):
+        if not is_listed(request, model_id):
             raise
         return ListedModel(model_id)
-    if not seen.versions and not _is_listed(request, model_id):
+    if not seen.versions and not is_listed(request, model_id):
         raise UnknownModel(model_id)
     return seen
 
 
-def _is_listed(request: web.Request, model_id: str) -> bool:
+def is_listed(request: web.Request, model_id: str) -> bool:
     model = request.app[LOG].state.models.get(model_id)
     return model is not None and _is_live(model)
 
