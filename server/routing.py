@@ -18,6 +18,9 @@ from marshmallow import Schema
 
 from server.errors import ERRORS
 
+AT = "at"
+"""The query parameter of a moment of the past."""
+
 RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 """Handles each request of a server, before the application matches a route and runs its middlewares."""
 
@@ -41,6 +44,8 @@ class Route:
     handler: Handler
     access: Access
     is_forwarded: bool = False
+    shows_past: bool = False
+    """Whether its query has `at`, which is for `Access.AUDIT`."""
 
     @property
     def name(self) -> str:
@@ -107,7 +112,8 @@ class Routes(list[Route]):
         def decorate(handler: AnyHandler) -> AnyHandler:
             _describe(handler, {"tag": self._tag, **operation})
             access, is_forwarded = operation["access"], operation.get("is_forwarded", False)
-            self.extend(Route(method, path, handler, access, is_forwarded) for path in paths)
+            shows_past = "query" in operation and AT in operation["query"].fields
+            self.extend(Route(method, path, handler, access, is_forwarded, shows_past) for path in paths)
             return handler
 
         return decorate

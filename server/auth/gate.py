@@ -33,7 +33,7 @@ from server.auth.ratelimit import QUOTA, RateLimits
 from server.auth.subjects import subject_refusal
 from server.config import Config
 from server.errors import ServerProblem
-from server.routing import Access, matched_route
+from server.routing import AT, Access, matched_route
 
 _log = logging.getLogger(__name__)
 
@@ -369,12 +369,18 @@ class Gate:
         quota = self.limits.count(access, principal.subject)
         if quota is not None:
             request[QUOTA] = quota
-        try:
-            check_role(principal, access)
-        except Forbidden:
-            self.denials.count(principal.subject, action)
-            raise
+        self.check_role(principal, access, action)
         return principal
+
+    def check_role(self, principal: Principal, access: Access, action: str) -> None:
+        """Refuse a subject that has none of the roles that a route, or a parameter of it, needs.
+
+        Raises:
+            Forbidden: `forbidden`; the denial is counted.
+        """
+        if not principal.roles & access.value:
+            self.denials.count(principal.subject, action)
+            raise Forbidden(principal, access)
 
     def try_credentials(self, request: web.BaseRequest, check: Callable[[], T]) -> T:
         """Check credentials: a token, or the code of a sign-in link.
@@ -415,16 +421,6 @@ class Gate:
             raise
 
 
-def check_role(principal: Principal, access: Access) -> None:
-    """Refuse a subject that has none of the roles that a route, or a parameter of it, needs.
-
-    Raises:
-        Forbidden: `forbidden`.
-    """
-    if not principal.roles & access.value:
-        raise Forbidden(principal, access)
-
-
 def auth_middleware(gate: Gate) -> Middleware:
     """Return the middleware that admits requests.
 
@@ -441,11 +437,9 @@ def auth_middleware(gate: Gate) -> Middleware:
             return await handler(request)
         model_id = request.match_info["id"] if route.is_forwarded else None
         principal = await gate.admit(request, route.access, route.name, model_id)
-        try:
-            return await handler(request)
-        except Forbidden:  # these roles may use the route, but not with such parameters
-            gate.denials.count(principal.subject, f"{route.name}?")
-            raise
+        if route.shows_past and AT in request.query:
+            gate.check_role(principal, Access.AUDIT, f"{route.name}?")
+        return await handler(request)
 
     return authorise
 
