@@ -6,18 +6,20 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support import models
-from support.history import History
+from support.history import PLAIN, History
 from support.running import Engine, error_of, running
 from support.workers import LIMIT_S, until
 
 from events.jobs import Failure, Footprint, JobStatus
-from events.types import LoadedFile, LoadParameters, ModelLoaded
+from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime import estimates
 from runtime.estimates import (
     BYTES_PER_MODEL_BYTE,
@@ -28,7 +30,7 @@ from runtime.estimates import (
     file_sizes,
 )
 from runtime.process.pool import WorkerPool
-from runtime.repository import Repository
+from runtime.repository import Repository, SizedFile
 from runtime.scheduler.view import MemoryEstimate, Policy
 
 
@@ -123,6 +125,20 @@ RENAMED, MORE = seen("model2.onnx", 1000, 1), seen("more.bin", 0, 3)
 )
 def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -> None:
     assert found == expected
+
+
+@PLAIN
+@given(
+    st.lists(st.builds(seen, st.text(max_size=3), st.integers(0, 2**40), st.integers(0, 9)), max_size=4),
+    st.integers(2**20, 2**50) | st.none(),
+    st.integers(1, 64),
+)
+def test_need_is_between_a_worker_and_the_limit(
+    files: list[LoadedFile], limit: int | None, instances: int
+) -> None:
+    needed = need(files=files, limit=limit, instances=instances).bytes
+    assert needed >= WORKER_BYTES * instances
+    assert limit is None or needed <= (WORKER_BYTES + limit) * instances
 
 
 # Found out beside everything else
@@ -279,6 +295,28 @@ async def test_files_that_grew_after_their_estimate_are_estimated_anew(
         assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
         assert story == ["LoadRequested", "LoadStarted", "LoadStarted", "ModelLoaded"]
         assert engine.live("m").reserved_bytes > 100_000_000
+
+
+async def test_files_that_change_with_each_attempt_fail_the_load(
+    tmp_path: Path, shared_pool: WorkerPool
+) -> None:
+    folder = models.save(models.table(1), tmp_path / "models", "m")
+    policy = Policy(loads_at_once=0, budget_bytes=10**9)
+    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+        job_id = await estimated(engine)
+        estimates = engine.consumer._executor.estimates
+        look = estimates._form_of
+
+        def grow(files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
+            with (folder / "weights.bin").open("ab") as file:
+                file.write(b"more")
+            return look(files, footprints)
+
+        estimates._form_of = grow
+        grow((), ())
+        open_slots(engine)
+        assert error_of(await engine.ended(job_id)).code == "model_changed"
+        assert [fact.attempt for fact in await engine.facts(LoadStarted)] == 4 * [1]
 
 
 async def test_reservation_is_the_last_peak_after_a_restart_too(

@@ -6,11 +6,20 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
+from support import models
+from support.mounts import hanging_mounts
+from support.running import running
 from support.workers import LIMIT_S, until
 
+from events.commands import RequestLoad
+from events.jobs import JobStatus
+from events.types import LoadParameters
 from runtime.filesystem import FileSystemPool, RepositoryBusy
+from runtime.process.pool import WorkerPool
+from runtime.scheduler.view import Policy
 
 SHORT_S = 0.05
 
@@ -85,3 +94,20 @@ async def main():
 asyncio.run(main())
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=LIMIT_S)
+
+
+async def test_hanging_models_do_not_delay_the_load_of_another(
+    tmp_path: Path, shared_pool: WorkerPool
+) -> None:
+    root = tmp_path / "models"
+    hanging = [root / f"h{number}" for number in range(6)]
+    for folder in hanging:
+        folder.mkdir(parents=True)
+    models.save(models.add(1), root, "well")
+    policy = Policy(loads_at_once=1, budget_bytes=10**9)
+    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+        with hanging_mounts(*hanging):
+            for folder in hanging:
+                await engine.log.submit(RequestLoad(folder.name, 1, (), "alice", LoadParameters()))
+            assert (await engine.load("well")).status is JobStatus.COMPLETED
+            assert len(engine.log.state.unended()) == len(hanging)

@@ -1,6 +1,8 @@
 """The model repository, on a real folder."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from msgspec.structs import replace
 from support.history import model_loaded, opened
 from support.ledgers import SIGN
 from support.models import add, bind_socket, save, save_bytes
-from support.workers import descriptors_left
+from support.workers import TAKE_ALL_MEMORY, descriptors_left
 
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
@@ -228,6 +230,28 @@ def test_replaced_file_is_not_opened(tmp_path: Path) -> None:
         opened.open_file("model.onnx", identity),
     ):
         pass
+
+
+WITHOUT_MEMORY = f"""
+import os, sys
+from pathlib import Path
+from runtime.errors import RepositoryUnreadable
+from runtime.repository import Repository
+
+repository = Repository(Path(sys.argv[1]))
+repository.stat_version("m", 1)
+{TAKE_ALL_MEMORY}
+try:
+    repository.stat_version("m", 1)
+except (MemoryError, RepositoryUnreadable):
+    os._exit(7)
+"""
+
+
+def test_folder_listed_without_memory_is_not_empty(tmp_path: Path) -> None:
+    save(add(), tmp_path, "m")
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY, str(tmp_path)], check=False, timeout=120)
+    assert ended.returncode == 7
 
 
 def test_folder_listed_without_descriptors_is_not_missing(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.process.pool import WorkerPool
-from runtime.router import ModelNotLoaded, ModelReplaced, ModelUnloading
+from runtime.router import ModelNotLoaded, ModelReplaced, ModelUnloading, OtherVersionLoaded
 
 
 async def refusal(engine: Engine, model_id: str, version: int | None = None) -> tuple[type, str]:
@@ -79,6 +79,28 @@ async def test_router_refuses_what_is_not_loaded(engine: Engine) -> None:
     assert await refusal(engine, "slow") == (ModelNotLoaded, "model 'slow' is still loading")
 
 
+async def test_old_version_answers_until_the_swap(engine: Engine) -> None:
+    await engine.load("adder", 1)
+    problem, message = await refusal(engine, "adder", 2)
+    assert problem is OtherVersionLoaded
+    assert "version 1 is" in message
+    assert '{"version": 2}' in message
+    models.save_bytes(slow_model(), engine.root, "adder", 3)
+    swap = await engine.ask_load("adder", 3)
+    await engine.loading("adder")
+    assert engine.router.route("adder").version == 1
+    assert (await refusal(engine, "adder", 3))[0] is OtherVersionLoaded
+    os.kill(engine.worker("adder").pid, signal.SIGKILL)
+    await engine.ended(swap)
+    assert engine.router.route("adder").version == 1
+    await engine.load("adder", 2)
+    assert engine.router.route("adder").version == 2
+    assert (await refusal(engine, "adder", 1))[0] is OtherVersionLoaded
+    for version in (1, 2):
+        (engine.root / f"adder/{version}/model.onnx").unlink()
+    assert await engine.ask("adder", 1) == 3  # what is loaded answers, whatever became of its files
+
+
 async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
     await engine.load("adder", 1)
     models.save_bytes(slow_model(), engine.root, "adder", 3)
@@ -91,6 +113,18 @@ async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
     await engine.ended(swap)
     await engine.becomes("adder", ModelState.LOADED)
     assert engine.router.route("adder").version == 1
+
+
+async def test_router_refuses_during_unload(engine: Engine) -> None:
+    await engine.load("loop")
+    [asked] = await engine.start_endless()
+    await engine.ask_unload("loop")
+    await engine.becomes("loop", ModelState.UNLOADING)
+    assert await refusal(engine, "loop") == (ModelUnloading, "model 'loop' is being unloaded")
+    await engine.unload("loop", force=True)
+    with pytest.raises(WorkerDied):
+        await asked
+    assert await refusal(engine, "loop") == not_loaded("loop")
 
 
 async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_pool: WorkerPool) -> None:

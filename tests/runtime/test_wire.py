@@ -120,6 +120,17 @@ def test_any_bytes_are_read_or_malformed(data: bytes, decoder: Any) -> None:
             read(decoder, stream)
 
 
+@PLAIN
+@given(data=st.data())
+def test_damaged_frames_are_read_or_malformed(data: st.DataObject) -> None:
+    content = (Tensor("x", "INT16", (2, 1), b"1234"), Tensor("s", "BYTES", (1,), b"\1\0\0\0a"))
+    stream = bytearray(frame(Infer(3, heads(content), (wire.WantedOutput("y"),)), content))
+    for _ in range(data.draw(st.integers(1, 4))):
+        stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(MalformedFrame):
+        read(wire.TO_WORKER, bytes(stream))
+
+
 DEEP = b"\x82\xa4type\xa5Infer\xa2id" + b"\x91" * 100_000
 
 

@@ -453,6 +453,20 @@ def filled() -> ModelProto:
     return model([node], [value("count", INT64, [1])], [value("y", FLOAT, [None])])
 
 
+def filled_rows() -> ModelProto:
+    """For each row as many tenths as the largest of the batch says."""
+    tenth = helper.make_tensor("tenth", FLOAT, [1], [0.1])
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Reshape", ["largest", "one"], ["length"]),
+        helper.make_node("Shape", ["x"], ["rows"], start=0, end=1),
+        helper.make_node("Concat", ["rows", "length"], ["shape"], axis=0),
+        helper.make_node("ConstantOfShape", ["shape"], ["y"], value=tenth),
+    ]
+    one = numpy_helper.from_array(np.array([1], np.int64), "one")
+    return model(nodes, [value("x", INT64, ["batch", 1])], [value("y", FLOAT, ["batch", "length"])], [one])
+
+
 def second_column() -> ModelProto:
     """`y = x[:, 1]` of floats, where no shape is declared: fails for what is no matrix."""
     one = helper.make_tensor("one", INT64, [], [1])

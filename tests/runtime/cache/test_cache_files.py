@@ -4,13 +4,18 @@ import os
 import resource
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.cache import check_whole, drop, files_of, halves, keep, key, manifest_of, opened, record, write
+from support.history import PLAIN
+from support.ledgers import FAST_FOLDER
 
 from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.errors import DiskFull
@@ -160,6 +165,23 @@ def test_invalid_manifest_is_none(
     assert [entry.key for entry in store.entries()] == [B]
     store.open()
     assert keys_in(folder) == [B]
+
+
+@PLAIN
+@given(position=st.integers(0, 10_000), byte=st.integers(0, 255))
+def test_any_byte_of_a_manifest_may_be_wrong(position: int, byte: int) -> None:
+    with tempfile.TemporaryDirectory(dir=FAST_FOLDER) as scratch:
+        store = opened(Path(scratch) / "store", LIMIT)
+        before = keep(store, "a")
+        file = entry_of(Path(scratch) / "store") / "manifest.json"
+        text = bytearray(file.read_bytes())
+        text[position % len(text)] = byte
+        file.write_bytes(text)
+        store.find(A)
+        used = store.use(A)
+        assert used is None or (before is not None and used.sha256 == before.sha256)
+        store.entries()
+        store.open()
 
 
 def test_manifest_of_an_impossible_date_is_listed(store: ModelCache, folder: Path) -> None:

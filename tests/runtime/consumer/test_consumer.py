@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,17 @@ async def test_bad_model_fails_its_load_with_the_reason(
     assert await engine.story(of="bad") == ["LoadRequested", "LoadStarted", "LoadFailed"]
     await until(lambda: len(engine.consumer.loads) == 1)
     assert await engine.ask("adder", 1) == 3
+
+
+async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, loads_at_once=0, pool=shared_pool) as engine:
+        job_id = await engine.ask_load("other")
+        (folder / "models/other/1/model.onnx").unlink()
+        engine.consumer.policy = replace(engine.consumer.policy, loads_at_once=1)
+        engine.log.notify()
+        failure = Failure("unknown_model", "model 'other' is not in the repository")
+        assert (await engine.ended(job_id)).error == failure
+        await engine.nothing_left()
 
 
 async def test_load_that_cannot_be_recorded_fails_alone(engine: Engine) -> None:
@@ -235,3 +247,18 @@ async def test_unload_force_does_not_wait_for_stopped_fork_server(folder: Path) 
         os.kill(fork_server, signal.SIGCONT)
         await engine.nothing_left()
         assert (await engine.load("adder")).status is JobStatus.COMPLETED
+
+
+async def test_unload_force_ends_a_drain_and_both_jobs(engine: Engine) -> None:
+    await engine.load("loop")
+    [asked] = await engine.start_endless()
+    unforced = await engine.ask_unload("loop")
+    await engine.becomes("loop", ModelState.UNLOADING)
+    forced = await engine.unload("loop", force=True)
+    with pytest.raises(WorkerDied):
+        await asked
+    ends = [await engine.ended(unforced), forced]
+    assert [job.status for job in ends] == [JobStatus.COMPLETED] * 2
+    assert ends[0].position + 1 == ends[1].position
+    unloads = await engine.facts(ModelUnloaded, of="loop")
+    assert [unload.aborted_requests for unload in unloads] == [1, 1]

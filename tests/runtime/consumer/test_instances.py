@@ -3,10 +3,12 @@
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.running import Engine, error_of, gone, running, stopped_clock
+from support import models
+from support.running import Engine, code_of, error_of, gone, running, stopped_clock
 from support.workers import computing, freeze, is_stopped, loaded_memory, until
 
 from events.jobs import JobStatus
@@ -106,6 +108,45 @@ async def test_instance_dying_during_the_load_fails_it(engine: Engine, which: st
     assert [event.type for event in events] == story
     assert events[2].worker_id == dead.worker_id
     await engine.nothing_left()
+
+
+async def test_fork_server_dying_during_the_load_is_the_reason(folder: Path) -> None:
+    async with running(folder) as engine:
+        job_id, _, _ = await half_load(engine, TWO)
+        os.kill(engine.fork_server_pid, signal.SIGKILL)
+        assert code_of(await engine.ended(job_id)) == "fork_server_died"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda path: path.unlink(), lambda path: path.write_bytes(models.add(7).SerializeToString())],
+    ids=["removed", "replaced"],
+)
+async def test_files_changed_between_instances_change_nothing(
+    folder: Path, change: Callable[[Path], object]
+) -> None:
+    async with running(folder) as engine:
+        job_id, load = await start_load(engine, TWO)
+        os.kill(engine.fork_server_pid, signal.SIGSTOP)  # so that there is no second worker yet
+        os.kill(load.workers[0].pid, signal.SIGCONT)
+        await until(lambda: load.worker_id in load.reports)
+        change(folder / "models/adder/1/model.onnx")
+        os.kill(engine.fork_server_pid, signal.SIGCONT)
+        assert code_of(await engine.ended(job_id)) is None
+        assert [await engine.ask("adder", 1) for _ in range(4)] == [2] * 4
+
+
+@pytest.mark.parametrize("end", ["timeout", "force"])
+async def test_half_loaded_instances_end_with_their_load(engine: Engine, end: str) -> None:
+    job_id, load, _ = await half_load(engine, LoadParameters(instances=3, timeout_s=100))
+    if end == "timeout":
+        engine.pass_time(100)
+        assert code_of(await engine.ended(job_id)) == "timeout"
+    else:
+        await engine.unload("adder", force=True)
+        assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
+    await engine.nothing_left()
+    assert len(load.workers) <= 3
 
 
 async def test_degraded_model_serves_while_it_is_repaired(folder: Path, shared_pool: WorkerPool) -> None:

@@ -16,11 +16,13 @@ from support.running import Engine, running
 from support.workers import FOR_EVER_S, LIMIT_S, freeze, tensor, until
 
 from events.errors import LogUnavailable
-from events.types import LoadParameters
+from events.models import ModelState
+from events.types import Cause, LoadParameters, UnloadRequested
 from runtime import memory
 from runtime.consumer import consumer as consumer_module
 from runtime.consumer.consumer import WorkerMonitor
 from runtime.process.pool import WorkerPool
+from runtime.scheduler.view import Policy
 
 GROWTH_BYTES = 33_500_000
 """What the model `grows` takes when it is asked to, and keeps: ONNX Runtime's arena gives nothing back, and
@@ -92,6 +94,21 @@ async def test_measured_growth_counts_against_the_budget(engine: Engine) -> None
     assert pair.run.memory_bytes == sum(worker.memory_bytes for worker in pair.workers) > 0
     uses = {use.model_id: use.memory_bytes for use in engine.consumer.uses()}
     assert uses == {"grows": load.run.memory_bytes, "old": pair.run.memory_bytes}
+
+
+async def test_growth_beyond_the_budget_evicts(folder: Path, shared_pool: WorkerPool) -> None:
+    policy = Policy(2, budget_bytes=GROWTH_BYTES + 10_000_000, evicts=True, min_residency_s=0)
+    async with running(folder, policy=policy, pool=shared_pool) as engine:
+        await engine.load("old")
+        await engine.load("grows")
+        await use(engine, "old")
+        await use(engine, "grows")
+        await measure(engine)
+        await engine.becomes("old", ModelState.UNLOADED)  # the least recently used that is enough
+        await until(lambda: not engine.log.state.unended())
+        assert sum(use.memory_bytes for use in engine.consumer.uses()) <= GROWTH_BYTES + 10_000_000
+        assert [request.cause for request in await engine.facts(UnloadRequested)] == [Cause.EVICTION]
+        assert engine.model("grows").state is ModelState.LOADED
 
 
 async def test_dead_worker_is_not_measured(folder: Path) -> None:

@@ -53,6 +53,19 @@ async def test_model_that_loaded_before_loads_beside_loads_that_never_end(
         assert engine.consumer.waiting_for(new) == "a free load slot: at most 1 may run at once"
 
 
+async def test_stage_is_progress_once_for_each_worker(tmp_path: Path, shared_pool: WorkerPool) -> None:
+    models.save(models.add(), tmp_path / "models", "m")
+    async with running(tmp_path, pool=shared_pool) as engine:
+        await engine.load("m")
+        load = engine.live("m")
+        before = load.progress
+        assert load.files.pieces > 0
+        load.reach_stage("loading", load.worker_id)
+        assert load.progress == before
+        load.reach_stage("loading", "another")
+        assert load.progress > before
+
+
 @pytest.mark.parametrize(("recorded", "expected"), [(None, 300), (10, 300), (500, 500)])
 def test_reload_has_at_least_the_progress_timeout_of_the_server(recorded: int | None, expected: int) -> None:
     history = History()

@@ -14,7 +14,7 @@ import pytest
 from support import models
 from support.fleet import new_dice, of_both, tell
 from support.history import child
-from support.running import Engine, code_of, running, stopped_clock
+from support.running import Engine, code_of, error_of, running, stopped_clock
 from support.store import blobs, nothing_incoming
 from support.workers import array, floats
 
@@ -25,6 +25,7 @@ from runtime.process.pool import WorkerPool
 
 COUNT = 64
 """Weights of the model, each with the number that an answer tells."""
+MB = 10**6
 
 
 def weights(number: float) -> bytes:
@@ -136,6 +137,17 @@ async def test_load_of_touched_files_restarts_nothing(folder: Path, shared_pool:
         await nothing_incoming(folder)
 
 
+async def test_load_of_other_bytes_uses_the_compared_copy(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
+        await loaded(engine)
+        write_model(folder / "models", 2)
+        await loaded(engine)
+        assert await number(engine) == 2
+        _, event = await engine.facts(ModelLoaded)
+        assert event.durations.copying_us is not None
+        await nothing_incoming(folder)
+
+
 # Reloads by the system.
 
 
@@ -240,6 +252,29 @@ async def test_reload_waits_for_a_repository_that_cannot_be_read(
         engine.pass_time(60)
         await engine.becomes("m", ModelState.LOADED)
         assert await number(engine) == 1
+
+
+async def test_load_beyond_the_limit_fails_with_both_figures(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool, store_bytes=MB) as engine:
+        await loaded(engine)
+        path = write_model(folder / "models", 2, version=2)
+        path.with_name("padding").write_bytes(bytes(MB))
+        job = await engine.load("m", 2)
+        assert code_of(job) == "store_full"
+        assert f"the store may take {MB}" in error_of(job).message
+        assert await number(engine) == 1
+        await nothing_incoming(folder)
+
+
+async def test_load_onto_a_full_disk_says_what_is_missing(folder: Path, shared_pool: WorkerPool) -> None:
+    async with running(folder, pool=shared_pool) as engine:
+        seen = os.statvfs(folder)
+        with data_file(folder).with_name("padding").open("wb") as file:
+            file.truncate(min(2 * seen.f_blocks * seen.f_frsize, 2**43))
+        job = await engine.load("m")
+        assert code_of(job) == "disk_full"
+        assert "bytes are missing" in error_of(job).message
+        await nothing_incoming(folder)
 
 
 # Limits, and no store.

@@ -6,8 +6,9 @@ import shutil
 import signal
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +21,18 @@ from support.running import Engine, code_of, gone, running, stopped_clock
 from support.workers import freeze, until
 
 from events.accept import OUTDATED
-from events.errors import RequestRefused
+from events.commands import RequestCancel
+from events.errors import LogUnavailable, RequestRefused
 from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
-from events.types import Cause, LoadParameters, LoadRequested, WorkerExited
+from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer
 from runtime.consumer.drafts import RELOAD_TIMEOUT_S, build_reload
 from runtime.errors import WorkerDied
 from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.actions import CompleteLoad, StartLoad, StartUnload
+from runtime.scheduler.admission import MAX_SERVER_DEATHS
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 
 BACK_OFF_S = 60
@@ -73,6 +76,18 @@ async def test_fork_server_death_is_no_incident_of_a_model(folder: Path) -> None
         assert await engine.ask("adder", 1) == 3
 
 
+async def test_back_off_passes_while_clock_is_set_back(folder: Path) -> None:
+    async with running(folder, clock=stopped_clock()) as engine:
+        await engine.load("adder")
+        engine.clock.wrong = timedelta(days=-1)
+        os.kill(engine.fork_server_pid, signal.SIGKILL)
+        await engine.recorded(lambda: engine.model("adder").lost_at is not None)
+        engine.pass_time(0.5)
+        await engine.becomes("adder", ModelState.LOADED)
+        [stepped] = await engine.facts(ClockStepped)
+        assert stepped.taken
+
+
 async def test_load_without_worker_survives_the_fork_server(folder: Path) -> None:
     async with running(folder) as engine:
         os.kill(engine.fork_server_pid, signal.SIGSTOP)
@@ -107,6 +122,22 @@ async def test_unload_before_the_back_off_ends_prevents_reload(folder: Path, *, 
         assert engine.model("adder").state is ModelState.UNLOADED
         story = ["WorkerExited", "UnloadRequested", "UnloadStarted", "ModelUnloaded"]
         assert (await engine.story(of="adder"))[3:] == story
+
+
+async def test_cancelled_load_of_dead_worker_records_both(engine: Engine) -> None:
+    job_id = await engine.ask_load("slow")
+    load = await engine.loading("slow")
+    with slow_commit(engine):
+        cancel = asyncio.create_task(engine.log.submit(RequestCancel(job_id, "alice")))
+        await asyncio.sleep(0)
+        await until(lambda: engine.log.waiting == 0)
+        engine.kill("slow")
+        await until(lambda: engine.log.waiting == 1)  # the load's failure is decided
+    await cancel
+    assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
+    story = ["LoadRequested", "LoadStarted", "CancelRequested", "WorkerExited", "JobCancelled"]
+    assert await engine.story(of="slow") == story
+    assert load.run.is_finished
 
 
 async def test_refused_starts_change_nothing(engine: Engine) -> None:
@@ -171,6 +202,25 @@ async def test_restart_ends_every_job_and_reloads_models(folder: Path, shared_po
         active = engine.log.state.active()
         assert active is not None
         assert active.id == "adder"
+
+
+@pytest.mark.parametrize(
+    ("stops_cleanly", "attempts", "code"), [(False, [1, 2, 3], "crash_loop"), (True, [1, 2, 3, 4], None)]
+)
+async def test_load_fails_after_three_unclean_ends_only(
+    folder: Path, shared_pool: WorkerPool, *, stops_cleanly: bool, attempts: list[int], code: str | None
+) -> None:
+    async with running(folder, pool=shared_pool, stops_cleanly=stops_cleanly) as engine:
+        job_id = await engine.ask_load("slow")
+        await engine.loading("slow")
+    for _ in range(MAX_SERVER_DEATHS - 1):
+        async with running(folder, pool=shared_pool, stops_cleanly=stops_cleanly) as engine:
+            await engine.loading("slow")
+    models.save(models.add(3), folder / "models", "slow")
+    async with running(folder, pool=shared_pool) as engine:
+        assert code_of(await engine.ended(job_id)) == code
+        starts = await engine.facts(LoadStarted, of="slow")
+        assert [start.attempt for start in starts] == attempts
 
 
 @pytest.mark.parametrize("asked", [None, 3])
@@ -313,6 +363,22 @@ async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest
     assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
     assert len(engine.worker_pids()) == len(serving) + 1
     assert await engine.ask("adder", 1) == 3
+
+
+@pytest.mark.usefixtures("_retries_soon")
+async def test_unwritable_ledger_leaves_load_cancellable(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with unwritable(engine.log.path, "LoadStarted"):
+        job_id = await engine.ask_load("adder")
+        await until(lambda: "the ledger cannot be written; StartLoad waits" in caplog.text)
+        while not engine.log.state.jobs[job_id].cancelling:
+            with suppress(LogUnavailable):  # it was in one group with the start, which failed them both
+                await engine.log.submit(RequestCancel(job_id, "alice"))
+                break
+        assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
+    assert await engine.story(of="adder") == ["LoadRequested", "CancelRequested", "JobCancelled"]
+    assert (engine.consumer.loads, engine.worker_pids()) == ({}, [])
 
 
 # The end of the consumer itself.

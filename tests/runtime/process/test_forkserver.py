@@ -27,6 +27,7 @@ from support.workers import (
     load,
     loaded_memory,
     order_of,
+    resume,
     running_pool,
     threads,
     trips,
@@ -39,6 +40,7 @@ from runtime.errors import Exit, ForkServerUnavailable
 from runtime.memory import list_descendants
 from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
+from runtime.process.forkclient import ForkServer
 from runtime.process.forkserver import ADDED, launch_command, launch_environment
 from runtime.process.pool import WorkerPool
 
@@ -279,6 +281,15 @@ async def test_fork_server_that_cannot_start_says_why(
     assert descriptors(os.getpid()) == before
 
 
+async def test_launch_without_descriptors_leaves_nothing(subtests: pytest.Subtests) -> None:
+    for left in range(7):
+        with subtests.test(left=left):
+            before = descriptors(os.getpid()), list_descendants(os.getpid())
+            with descriptors_left(left), pytest.raises(ForkServerUnavailable, match="open files"):
+                ForkServer.launch(os.environ)
+            assert (descriptors(os.getpid()), list_descendants(os.getpid())) == before
+
+
 async def test_failed_fork_keeps_the_fork_server(pool: WorkerPool) -> None:
     fork_server = fork_server_of(pool)
     limits = resource.prlimit(fork_server.pid, resource.RLIMIT_NOFILE)
@@ -300,6 +311,23 @@ async def test_start_without_descriptors_leaves_nothing(pool: WorkerPool, subtes
             assert descriptors(os.getpid()) == before
             assert list_descendants(fork_server_of(pool).pid) == [worker.pid]
             assert await start_and_stop(pool) == ENDED
+
+
+async def test_pidfd_without_a_descriptor_fails_one_start_only(pool: WorkerPool) -> None:
+    bystander = await pool.start("bystander")
+    before = descriptors(os.getpid())
+    fork_server = fork_server_of(pool)
+    await freeze(fork_server.pid)
+    starting = asyncio.ensure_future(pool.start("w"))
+    await asyncio.sleep(0)  # the request is sent, and its descriptors are closed here
+    with descriptors_left(0):
+        resume(fork_server.pid)
+        with pytest.raises(ForkServerUnavailable, match="no pidfd arrived"):
+            await starting
+    assert descriptors(os.getpid()) == before
+    await until(lambda: list_descendants(fork_server.pid) == [bystander.pid])
+    assert await start_and_stop(pool) == await bystander.stop(LIMIT_S) == ENDED
+    assert fork_server_of(pool) is fork_server
 
 
 async def test_fork_server_is_replaced_once_descriptors_are_free(pool: WorkerPool) -> None:

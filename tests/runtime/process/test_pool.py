@@ -104,6 +104,12 @@ async def test_start_cancelled_while_connecting_ends_its_process(pool: WorkerPoo
     assert worker.ended.done()
 
 
+async def test_many_workers_start_at_once(pool: WorkerPool) -> None:
+    workers = await asyncio.gather(*(pool.start(str(number)) for number in range(20)))
+    assert len({worker.pid for worker in workers}) == 20
+    assert set(await asyncio.gather(*(worker.stop(LIMIT_S) for worker in workers))) == {Exit(0, None)}
+
+
 # Pre-forked worker
 
 
@@ -195,6 +201,19 @@ async def test_pre_forked_worker_that_died_is_replaced(
 
 
 @pytest.mark.usefixtures("_only_asked")
+async def test_start_cancelled_during_pre_fork_leaves_nothing(pool: WorkerPool) -> None:
+    await freeze(fork_server_of(pool).pid)
+    pool.prefork()
+    start = asyncio.create_task(pool.start("w"))
+    await asyncio.sleep(0)
+    start.cancel()
+    resume(fork_server_of(pool).pid)
+    await asyncio.wait({start})
+    assert start.cancelled()
+    await until(lambda: not pool._preforked._tasks and not pool._workers)
+
+
+@pytest.mark.usefixtures("_only_asked")
 @pytest.mark.parametrize("is_there", [False, True], ids=["coming", "there"])
 async def test_closed_pool_leaves_no_pre_forked_worker(*, is_there: bool) -> None:
     async with running_pool() as pool:
@@ -206,6 +225,17 @@ async def test_closed_pool_leaves_no_pre_forked_worker(*, is_there: bool) -> Non
     assert not pool._workers
     pool.prefork()
     assert not pool._preforked._tasks
+
+
+@pytest.mark.usefixtures("_only_asked")
+async def test_closed_pool_forks_nothing_later() -> None:
+    timers: list[asyncio.TimerHandle | None] = []
+    async with running_pool() as pool:
+        for name in ("first", "second"):  # asked for before the pool would have by itself
+            await forked_ahead(pool)
+            await pool.start(name)
+            timers.append(pool._preforked._timer)
+    assert [timer is not None and timer.cancelled() for timer in timers] == [True, True]
 
 
 # Work that a cancelled task completes

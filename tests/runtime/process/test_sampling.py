@@ -1,5 +1,7 @@
 """The memory of a loading worker, as the server samples and measures it."""
 
+import asyncio
+import mmap
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from support.workers import load, loaded_memory, order_of, until
 
 from runtime import memory
 from runtime.errors import ForkServerUnavailable
+from runtime.process import worker as worker_module
 from runtime.process.pool import WorkerPool
 from runtime.process.sampling import LoadSamples, MemorySampler
 
@@ -118,6 +121,14 @@ def test_exited_process_keeps_its_last_sample(weights: Path) -> None:
         assert samples.anonymous_bytes == before > 0
 
 
+async def test_process_that_is_gone_can_be_watched(weights: Path) -> None:
+    with child(weights, 1) as process:
+        pass
+    with MemorySampler().watch(process.pid, lambda _: None) as samples:
+        samples.sample()
+        assert samples.added_bytes == samples.peak_anonymous_bytes == 0
+
+
 async def test_worker_without_a_descriptor_to_watch_is_unavailable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,3 +148,20 @@ async def test_loaded_worker_is_recorded_with_what_it_takes(
     assert megabytes * 1e6 < taken.memory_bytes < megabytes * 1e6 + 12 * 2**20
     assert taken.peak_memory_bytes >= taken.memory_bytes == worker.memory_bytes
     assert not pool._sampler._watched
+
+
+async def test_stuck_measurement_counts_all_anonymous_memory(
+    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.save(models.table(16), tmp_path, "m")
+    worker, proc = await pool.start("w"), tmp_path / "proc"
+    stuck = proc / str(worker.pid) / "smaps_rollup"  # as if the kernel did not answer
+    stuck.parent.mkdir(parents=True)
+    os.mkfifo(stuck)
+    (stuck.parent / "status").symlink_to(f"/proc/{worker.pid}/status")
+    monkeypatch.setattr(memory, "PROC", proc)
+    monkeypatch.setattr(worker_module, "MEASURE_LIMIT_S", 0.1)
+    await worker.load(order_of(tmp_path), lambda _: None)
+    assert loaded_memory(worker).memory_bytes > mmap.PAGESIZE * 1000 + 16e6  # with the fork server's pages
+    with await asyncio.to_thread(stuck.open, "w") as file:
+        file.write("Private_Dirty: 5 kB\n")

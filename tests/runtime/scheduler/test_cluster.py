@@ -23,7 +23,7 @@ from events.commands import (
     RequestUnload,
 )
 from events.models import ModelState
-from events.types import LoadParameters, LoadStarted, WorkerExited
+from events.types import Cause, LoadParameters, LoadStarted, UnloadRequested, WorkerExited
 from runtime.scheduler.actions import Action, PlaceLoad, StartLoad
 from runtime.scheduler.view import NodeHints, PlacementStrategy, Policy
 
@@ -342,6 +342,32 @@ def test_simulation_sees_facts_appended_without_a_condition(
         happens(careless)
 
 
+def test_lost_node_ends_its_workers_and_joins_anew() -> None:
+    cluster = small_cluster()
+    for name in ("a", "b", "c"):
+        cluster.log.submit(RequestLoad(name, 1, CONTENTS, "alice"), cluster.now)
+    cluster.settle()
+    cluster.progress("loaded")
+    cluster.settle()
+    lost = next(node for node in cluster.nodes if node.live)
+    kept = set(lost.live)
+    lost.is_cut = True
+    cluster.pass_time(LEASE_S + 1)
+    cluster.work(lost, 100)
+    assert not [process for process in lost.live.values() if process.killed]
+    cluster.declare_lost(lost.name)
+    cluster.settle()
+    cluster.progress("loaded")
+    cluster.settle()
+    served = {model.serving.node_id for model in cluster.state.models.values() if model.serving is not None}
+    assert served == {node.name for node in cluster.nodes if node is not lost}
+    lost.is_cut = False
+    cluster.work(lost, 1)
+    assert {load for load, process in lost.live.items() if process.killed} == kept
+    assert cluster.state.nodes[lost.name].epoch == 2
+    cluster.calm_down()
+
+
 def test_stale_load_of_lost_node_is_not_recorded() -> None:
     cluster = small_cluster()
     first, second = cluster.nodes
@@ -366,3 +392,19 @@ def test_stale_load_of_lost_node_is_not_recorded() -> None:
     cluster.calm_down()
     started = [event.data for event in cluster.log.events if isinstance(event.data, LoadStarted)]
     assert [data.attempt for data in started] == [1, 2]
+
+
+def test_drained_node_has_nothing_left() -> None:
+    cluster = small_cluster()
+    for name in ("a", "b", "c"):
+        cluster.log.submit(RequestLoad(name, 1, CONTENTS, "alice"), cluster.now)
+    cluster.settle()
+    cluster.progress("loaded")
+    cluster.settle()
+    draining = next(node for node in cluster.nodes if node.live)
+    cluster.log.submit(DrainNode(draining.name, "alice"), cluster.now)
+    cluster.calm_down()
+    assert draining.live == {}
+    assert {model.phase for model in cluster.state.models.values()} == {ModelState.LOADED}
+    causes = {event.data.cause for event in cluster.log.events if isinstance(event.data, UnloadRequested)}
+    assert causes == {Cause.DRAIN}

@@ -198,6 +198,28 @@ def test_place_passes_no_better_node(
             assert each.node.id != request.home
 
 
+@PLAIN
+@given_any(REQUESTS, ROOMS, STRATEGIES, st.integers(0, 3))
+def test_end_of_another_node_moves_no_placement(
+    request: PlacementRequest, rooms: list[NodeRoom], strategy: PlacementStrategy, which: int
+) -> None:
+    found = place(request, rooms, strategy)
+    assume(found is not None and len(rooms) > 1)
+    assert found is not None
+    gone = [each for each in rooms if each.node != found.node][which % (len(rooms) - 1)]
+    left = place(request, [each for each in rooms if each is not gone], strategy)
+    assert left is not None
+    assert left.node == found.node
+
+
+def test_equal_nodes_share_models() -> None:
+    rooms = [room(name) for name in ("a", "b", "c")]
+    found = [chosen(PlacementRequest(f"m{number}"), rooms) for number in range(60)]
+    assert {each: found.count(each) > 10 for each in found} == dict.fromkeys(
+        ("a room", "b room", "c room"), True
+    )
+
+
 # Decisions of nodes
 
 

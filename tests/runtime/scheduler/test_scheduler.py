@@ -142,6 +142,16 @@ def test_scheduler_decides(facts: str, running: str, action: str) -> None:
     assert describe(decide_on(facts, running).action) == action
 
 
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_loads_at_once_start_oldest_first(limit: int) -> None:
+    scene = Scene(loads_at_once=limit, budget_bytes=None)
+    for number in range(9, 0, -1):
+        scene.request(f"q{number}_")
+    for number in range(9, 9 - limit, -1):
+        scene.play(f"-> start q{number}_1; begin q{number}_")
+    scene.play("-> nothing")
+
+
 # Loads at once.
 
 

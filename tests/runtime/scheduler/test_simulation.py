@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from math import inf
 
 import pytest
@@ -32,6 +33,7 @@ from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.types import (
     Cause,
+    LoadFailed,
     LoadParameters,
     LoadRequested,
     ModelLoaded,
@@ -42,7 +44,7 @@ from events.types import (
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import MAX_INCIDENTS
-from runtime.scheduler.view import Phase, Policy
+from runtime.scheduler.view import MIN_RESIDENCY_S, Phase, Policy
 
 UNFORCED = (
     actions.StartLoad,
@@ -639,3 +641,51 @@ def test_simulation_sees_facts_appended_without_a_condition(
     careless.without = condition
     with pytest.raises(AssertionError):
         happens(careless)
+
+
+@pytest.mark.parametrize("loads_at_once", [1, 2, 3])
+def test_proven_load_starts_at_once_beside_loads_that_never_end(loads_at_once: int) -> None:
+    """More models than there are slots hang whenever they load, and are always loaded again."""
+    world = World(Policy(loads_at_once, budget_bytes=10_000))
+    world.submit(RequestLoad("c", 1, CONTENTS, "alice"))
+    world.settle()
+    world.progress("loaded")
+    world.settle()
+    for _ in range(5):
+        world.submit(RequestUnload("c", "alice"))
+        world.settle()
+        world.end_all()
+        for name, version in (("a", 1), ("b", 1), ("d", 1), ("e", 1)):
+            world.submit(RequestLoad(name, version, CONTENTS, "mallory"))
+        world.settle()
+        for process in world.loading():
+            process.hang(world.now)
+        assert len(world.loading()) == loads_at_once
+        asked_at = world.now
+        world.submit(RequestLoad("c", 1, CONTENTS, "alice"))
+        world.settle()
+        (loading,) = (process for process in world.loading() if process.model_id == "c")
+        assert world.now == asked_at
+        loading.finish("loaded")
+        world.settle()
+        assert world.state.models["c"].state is ModelState.LOADED
+        world.progress("loaded")
+        world.settle()
+    failed = {event.data.code for event in world.events if isinstance(event.data, LoadFailed)}
+    assert NO_PROGRESS in failed
+
+
+def test_models_that_do_not_fit_together_take_turns() -> None:
+    world = World(Policy(loads_at_once=2, budget_bytes=100, evicts=True))
+    for _ in range(100):
+        for name, version in {"b": 2, "c": 1}.items():
+            world.submit(RequestLoad(name, version, CONTENTS, "alice", LoadParameters(timeout_s=3_600)))
+        world.settle()
+        world.progress("loaded")
+        world.settle()
+        world.now = add_seconds(world.now, 1)
+    loaded = [event for event in world.events if isinstance(event.data, ModelLoaded)]
+    assert len(loaded) >= 100 // (MIN_RESIDENCY_S + 3)
+    for first, second in pairwise(loaded):
+        assert first.model_id != second.model_id
+        assert seconds_between(first.recorded_at, second.recorded_at) >= MIN_RESIDENCY_S

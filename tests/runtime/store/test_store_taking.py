@@ -12,7 +12,7 @@ import pytest
 from support.history import child
 from support.store import blobs, opened_store, store_version, take, write_version
 
-from runtime.errors import CopyCancelled, DiskFull, LoadRefused, StoreFull
+from runtime.errors import CopyCancelled, DiskFull, LoadRefused, StoreFull, StoreUnavailable
 from runtime.repository import Repository
 from runtime.store import copying
 from runtime.store.manifest import digest_of
@@ -302,3 +302,17 @@ def test_shared_file_counts_once_and_outlives_a_sweep(root: Path, tmp_path: Path
     assert store.bytes == 21
     assert store.contents(one.digest) is None  # it had to go while the second copy was not shared yet
     assert (store.folder_of(two.digest) / "w.bin").read_bytes() == b"w" * 20
+
+
+@pytest.mark.parametrize("what", ["file", "link", "writable"])
+def test_store_that_others_can_write_to_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "store"
+    if what == "file":
+        path.write_bytes(b"")
+    elif what == "link":
+        path.symlink_to(tmp_path)
+    else:
+        path.mkdir()
+        path.chmod(0o777)
+    with pytest.raises(StoreUnavailable, match="remove it"):
+        opened_store(tmp_path)

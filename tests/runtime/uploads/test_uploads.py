@@ -297,6 +297,26 @@ async def test_concurrent_uploads_of_a_version_have_one_winner(folder: Path) -> 
         assert log.head.position == 3
 
 
+async def test_body_that_ends_early_leaves_nothing(folder: Path) -> None:
+    async def lost() -> AsyncIterator[bytes]:
+        yield MODEL[:50]
+        raise ConnectionResetError
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield MODEL[:50]
+        await asyncio.Event().wait()
+
+    async with opened_uploads(folder) as (uploads, log):
+        with pytest.raises(ConnectionResetError):
+            await uploads.add(*M1, UploadBody(lost()))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await uploads.add(*M1, UploadBody(endless()))
+        assert staged(folder / "repository") == []
+        assert log.head.position == 0
+        await uploads.add(*M1, body_of(MODEL))
+
+
 async def test_cancelled_request_does_not_stop_a_durable_upload(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from onnx import ModelProto
 from support import models
 from support.cache import FORMS, describe, in_background, prepared
 from support.models import save
-from support.workers import ask, floats, load, loaded_memory, order_of, refusal, tensor, trips
+from support.workers import array, ask, floats, load, loaded_memory, order_of, refusal, tensor, trips
 
 from runtime import wire
 from runtime.errors import WorkerDied
@@ -90,6 +90,13 @@ async def test_background_load_has_low_priority(pool: WorkerPool, root: Path) ->
     assert not in_background(worker.pid)
 
 
+async def test_form_is_loaded_in_place_of_the_model(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(1), tmp_path / "models", "m")
+    order = await crafted(tmp_path / "models", models.add(5))
+    worker, _ = await load(pool, replace(order, memory_limit_bytes=100_000_000))
+    assert array((await ask(worker, [floats("x", 1)]))[0]).tolist() == [6]
+
+
 async def crafted(root: Path, form: ModelProto | bytes) -> Load:
     """Make the order to load model `m` with this form, hashes included."""
     data = form if isinstance(form, bytes) else form.SerializeToString()
@@ -133,6 +140,12 @@ async def test_aligned_weights_prevent_the_runtimes_crash(pool: WorkerPool, tmp_
     ours, _ = await load(pool, order_of(root, prepared=await prepared(pool, root)))
     for count in (1, 2, 3, 64):
         assert await data_of(ours, rows_input(count)) == await data_of(bare, rows_input(count))
+
+
+@pytest.mark.parametrize("limit", [0, 100_000])
+async def test_memory_limit_holds_for_a_form(pool: WorkerPool, root: Path, limit: int) -> None:
+    order = order_of(root, prepared=await prepared(pool, root), memory_limit_bytes=limit)
+    assert (await refusal(pool, order)).code == "out_of_memory"
 
 
 def has_huge_pages(worker: Worker) -> bool:

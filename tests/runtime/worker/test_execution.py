@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto
 from support import models
 from support.history import PLAIN
-from support.models import ENDLESS, STRING
+from support.models import ENDLESS, INT64, STRING
 from support.workers import (
     LIMIT_S,
     Serve,
@@ -31,7 +32,7 @@ from support.workers import (
 from runtime.errors import InvalidInput, LoadRefused
 from runtime.frames import FrameReader, FrameRules
 from runtime.process.sharedmemory import TensorMemory
-from runtime.wire import FROM_SERVING, Infer, InferenceFailure, Tensor, TensorSpec, pack_texts
+from runtime.wire import FROM_SERVING, Infer, InferenceFailure, Tensor, TensorSpec, WantedOutput, pack_texts
 from runtime.worker.batching import (
     MAX_WAITING,
     BatchDimension,
@@ -269,6 +270,34 @@ def test_only_a_busy_worker_makes_requests_queue(
     assert unknown.queue_ns == 0
 
 
+@pytest.mark.parametrize("refused", [Infer(0), None], ids=["undecodable", "too large"])
+def test_requests_queue_behind_a_refused_one(
+    channel: tuple[socket.socket, socket.socket], runner: Runner, refused: Infer | None
+) -> None:
+    executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None, shared())
+    sent_ns = time.monotonic_ns()
+    if refused is None:
+        executor.refuse(0)
+    else:
+        assert executor.prepare(refused, [NO_NUMBERS]) is None
+    behind = executor.prepare(Infer(1, sent_ns=sent_ns), [floats("x", 1)])
+    assert behind is not None
+    assert 0 < behind.queue_ns <= behind.came_ns - sent_ns
+
+
+def test_long_lists_of_wanted_outputs_are_not_cached(runner: Runner) -> None:
+    once = (WantedOutput("y"),)
+    assert runner.select_outputs(once, False) is runner.select_outputs(once, False)
+    tracemalloc.start()
+    try:
+        for count in range(50, 100):
+            many = tuple(WantedOutput("y") for _ in range(count * 20))
+            assert runner.select_outputs(many, False).names == ["y"]
+        assert tracemalloc.get_traced_memory()[0] < 2**18
+    finally:
+        tracemalloc.stop()
+
+
 # Batches in a worker
 
 
@@ -304,6 +333,18 @@ async def test_waiting_requests_run_in_batches(serve: Serve, case: str) -> None:
     model, limit, requests, expected = BATCHES[case]
     _, unbatched = await run_at_once(serve, model, 0, requests)
     assert await run_at_once(serve, model, limit, requests) == (expected, unbatched)
+
+
+@pytest.mark.parametrize(
+    ("model", "datatype"),
+    [(models.rows(), "FP32"), (models.rows(INT64), "INT64"), (models.look_up(), "INT64")],
+)
+async def test_batched_answers_equal_unbatched_ones(serve: Serve, model: ModelProto, datatype: str) -> None:
+    random = np.random.default_rng(7)
+    shapes = [(int(random.integers(0, 4)), int(random.integers(0, 3))) for _ in range(60)]
+    requests = [[tensor("x", datatype, random.integers(0, 4, shape))] for shape in shapes]
+    (_, unbatched), (_, batched) = [await run_at_once(serve, model, limit, requests) for limit in (0, 4)]
+    assert batched == unbatched
 
 
 async def test_json_and_binary_requests_are_batched_apart(serve: Serve) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.history import PLAIN
 
 from runtime.errors import InvalidInput, NotRepresentable
-from runtime.wire import DATATYPES, Tensor
+from runtime.wire import DATATYPES, MAX_DIMENSIONS, Tensor
 from runtime.worker.inference import MAX_JSON_BYTES, check_json, decode_text, encode_text
 
 INTEGERS = {
@@ -85,6 +85,19 @@ def test_integer_range_is_accepted_and_no_more(datatype: str) -> None:
     assert decode(datatype, [2], [low, high]).tolist() == [low, high]
     for beyond in (low - 1, high + 1, 2**64, -(2**63) - 1, 10**400):
         refusal(datatype, [1], [beyond])
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "data", "value"),
+    [
+        ("INT64", [1] * MAX_DIMENSIONS, np.full([1] * MAX_DIMENSIONS, 7).tolist(), 7),
+        ("FP32", [1], [-2], -2.0),
+        ("FP64", [1], [2**60], float(2**60)),
+    ],
+    ids=["deep", "integer as FP32", "integer as FP64"],
+)
+def test_valid_data_is_decoded(datatype: str, shape: list[int], data: object, value: float) -> None:
+    assert decode(datatype, shape, data).item() == value
 
 
 LARGEST = float(np.finfo(np.float32).max)

@@ -1,9 +1,11 @@
 """Inferences whose inputs or outputs fit nowhere: each fails alone, and the worker goes on."""
 
+import asyncio
+
 import pytest
 from onnx import ModelProto
 from support import models
-from support.workers import Serve, answer, ask, floats, tensor
+from support.workers import Serve, answer, ask, asked_at_once, floats, tensor
 
 from runtime.errors import InferenceFailed, InvalidInput, NotRepresentable
 from runtime.process.worker import SURPLUS_NAMES, Worker
@@ -44,6 +46,15 @@ async def test_json_output_without_memory_for_it_fails_alone(serve: Serve) -> No
             failed += 1
     assert 0 < failed < 16
     assert await fill(worker, 3, text=True) == len("[1.5,1.5,1.5]")
+
+
+async def test_output_too_large_fails_alone_in_a_batch(serve: Serve) -> None:
+    worker = await serve(models.filled_rows(), max_batch_size=4, memory_limit_bytes=150_000_000)
+    rows = [[tensor("x", "INT64", [[length]])] for length in (1, 2, 10**12, 3)]
+    asked = await asked_at_once(worker, *(ask(worker, row) for row in rows))
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(answers.pop(2), InferenceFailed)
+    assert [answer[0].shape for answer in answers if isinstance(answer, tuple)] == [(1, 1), (1, 2), (1, 3)]
 
 
 async def test_memory_of_a_large_output_is_free_for_later_ones(serve: Serve) -> None:

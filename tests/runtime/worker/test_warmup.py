@@ -7,16 +7,18 @@ import pytest
 from onnx import ModelProto, TensorProto
 from support import models
 from support.models import save
-from support.running import Engine
+from support.running import Engine, code_of
 from support.workers import (
     Serve,
     answer,
+    computing,
     floats,
     load,
     loaded_memory,
     order_of,
     refusal,
     tensor,
+    until,
 )
 
 from events.jobs import JobStatus
@@ -183,6 +185,17 @@ async def warmed_up(engine: Engine, model: ModelProto, defaults: str = "", insta
 async def test_warm_up_is_recorded_and_not_counted_as_a_request(engine: Engine) -> None:
     assert await warmed_up(engine, models.add(), instances=2) in range(1, 10**8)
     assert engine.live("m").statistics == Statistics()
+
+
+async def test_endless_warm_up_ends_at_the_timeout(engine: Engine) -> None:
+    save(models.endless(), engine.root, "m")
+    job_id = await engine.ask_load("m", None, LoadParameters(timeout_s=60))
+    await until(lambda: any(load.stage == "warming_up" for load in engine.consumer.loads.values()))
+    worker = engine.worker("m")
+    await until(computing(worker.pid))
+    engine.pass_time(61)
+    assert code_of(await engine.ended(job_id)) == "timeout"
+    await asyncio.shield(worker.ended)
 
 
 async def test_file_gives_inputs_or_turns_the_warm_up_off(engine: Engine) -> None:

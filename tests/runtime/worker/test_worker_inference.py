@@ -123,6 +123,16 @@ async def test_input_beyond_the_payload_limit_is_refused(serve: Serve) -> None:
     assert await answer(worker, floats("x", 1)) == [2]
 
 
+async def test_refused_inputs_release_their_memory_at_once(serve: Serve) -> None:
+    worker = await serve(models.add())
+    empty = await worker.measure()
+    refused = tensor("other", "FP32", np.zeros(2**20))
+    for _ in range(20):
+        with pytest.raises(InvalidInput):
+            await ask(worker, [refused])
+    assert await worker.measure() - empty < 2**25
+
+
 async def test_failed_inference_has_the_runtimes_words(serve: Serve) -> None:
     worker = await serve(models.subtract())
     with pytest.raises(InferenceFailed, match="Sub"):
@@ -199,6 +209,16 @@ async def test_optional_output_without_value_is_omitted(pool: WorkerPool, tmp_pa
         inputs = [floats("x", 1), tensor("wanted", "BOOL", wanted)]
         assert [y.name for y in await ask(worker, inputs)] == ["maybe", "z"][not wanted :]
         assert len(await ask(worker, inputs, "maybe")) == wanted
+
+
+async def test_answers_of_all_lengths_may_be_mixed(serve: Serve) -> None:
+    """More than the socket holds while the worker is stopped."""
+    worker = await serve(models.identity())
+    lengths = (1, 10_000, 2, 70_000, 3, *[1_000_000] * 5, 4, *[1000] * 100, 9000)
+    blocks = [np.full(n, n, np.float32) for n in lengths]
+    tasks = await asked_at_once(worker, *(ask(worker, [tensor("x", "FP32", block)]) for block in blocks))
+    for block, (y,) in zip(blocks, await asyncio.gather(*tasks), strict=True):
+        assert np.array_equal(array(y), block)
 
 
 async def test_answer_is_sent_before_an_endless_run(serve: Serve) -> None:
