@@ -49,6 +49,7 @@ from runtime.wire import (
     Loaded,
     LoadFailure,
     Outcome,
+    Prepare,
     PrepareDone,
     StageReached,
     Tensor,
@@ -57,6 +58,7 @@ from runtime.wire import (
 )
 
 ORDER = Load("/", "/", 0, 1)
+PREPARE = Prepare("/", "/", 0, 1, None, "optimised", "/")
 KILLED = Exit(None, signal.SIGKILL)
 PAUSE_S = 2.0
 """No hold of the loop takes this long on a busy machine either; before there were limits, some had no end."""
@@ -98,6 +100,13 @@ WHILE_LOADING = {
 }
 """Bytes of a worker that has its order, those that it repeats, and the reason why the server kills it."""
 
+WHILE_PREPARING = {
+    "stage": (LOADING, "stage 'loading' twice, or out of order"),
+    "loaded": (encoded(LOADED), "Loaded in answer to Prepare"),
+    "answer": (encoded(Outcome(0)), "Invalid value 'Outcome'"),
+}
+"""Reports of a worker that has to prepare a form, and the reason why the server kills it."""
+
 WHEN_ASKED = {
     "no output of the model": (answered(OTHER), "output 'other', which was not asked for"),
     "output not asked for": (answered(floats("z", 1.0)), "output 'z', which was not asked for"),
@@ -121,6 +130,11 @@ WHEN_ASKED = {
 async def load_fails(worker: Worker) -> None:
     with pytest.raises(WorkerDied):
         await worker.load(ORDER, lambda _: None)
+
+
+async def preparation_fails(worker: Worker) -> None:
+    with pytest.raises(WorkerDied):
+        await worker.execute(PREPARE)
 
 
 async def request_fails(worker: Worker) -> None:
@@ -165,9 +179,13 @@ async def serving_meanwhile(folder: Path) -> AsyncIterator[None]:
 
 
 def test_hostile_words_end_their_worker_only(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """While it loads, when it is asked, and when nothing is asked."""
+    """While it loads or prepares, when it is asked, and when nothing is asked."""
     cases: dict[str, tuple[list[bytes], bytes, str, Callable[[Worker], Awaitable[None]], str]] = {
         **{f"loading: {k}": ([a], b, "data", load_fails, why) for k, (a, b, why) in WHILE_LOADING.items()},
+        **{
+            f"preparing: {k}": ([said], b"", "data", preparation_fails, why)
+            for k, (said, why) in WHILE_PREPARING.items()
+        },
         **{
             f"asked: {k}": ([SERVES, said], b"", "data", request_fails, why)
             for k, (said, why) in WHEN_ASKED.items()

@@ -29,6 +29,7 @@ from runtime.uploads.receive import (
     InsufficientStorage,
     NotOnnx,
     RepositoryReadOnly,
+    UploadTooLarge,
     check_path,
     parse_digests,
     unwritable,
@@ -262,6 +263,30 @@ async def test_files_of_a_stage_are_limited(folder: Path, monkeypatch: pytest.Mo
             monkeypatch.setattr(staging, "MAX_FILES", limit)
             with pytest.raises(BadPath, match=f"may have {what}"):
                 await (uploads.add_file(stage, "e", body_of(b"1")) if limit > 1 else uploads.commit(stage))
+
+
+async def test_bytes_are_limited_as_they_arrive(folder: Path) -> None:
+    """Of bodies without a length, and of files that arrive at once and fit only one by one."""
+    arrived = asyncio.Event()
+
+    async def late() -> AsyncIterator[bytes]:
+        yield bytes(60)
+        await arrived.wait()
+
+    async with opened_uploads(folder) as (uploads, _):
+        uploads._policy = UploadPolicy(max_bytes=100)
+        with pytest.raises(UploadTooLarge):
+            await uploads.add(*M1, body_of(bytes(101), 10))
+        stage = await begin_stage(uploads)
+        request = asyncio.create_task(uploads.add_file(stage, "late", UploadBody(late())))
+        await until(lambda: any("part-" in path for path in files_in(folder / "repository")))
+        await uploads.add_file(stage, "a", body_of(bytes(60)))
+        arrived.set()
+        with pytest.raises(UploadTooLarge):
+            await request
+        assert stage.files.keys() == {"a"}
+        await uploads.discard_stage(stage)
+    assert staged(folder / "repository") == []
 
 
 async def test_start_leaves_other_names_and_other_servers_alone(folder: Path) -> None:
