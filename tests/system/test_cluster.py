@@ -102,6 +102,18 @@ async def test_killed_node_leaves_models_and_accepted_load(cluster: Cluster, dic
     cluster.accepted.add(job["id"])  # not earlier: the traffic cancels some of these jobs
 
 
+async def test_thawed_node_ends_workers_and_joins_again(cluster: Cluster, dice: random.Random) -> None:
+    node, models, epoch = pick(cluster)
+    async with cluster.traffic(dice, changing(cluster)):
+        worker = node.server.worker()
+        node.freeze()
+        os.kill(worker, signal.SIGKILL)  # which it will want to record
+        await cluster.until(is_lost(node.name, epoch))
+        await cluster.until(are_elsewhere(models, node.name))
+        node.thaw()
+        await cluster.until(has_joined(node.name, epoch + 1))
+
+
 async def test_node_cut_off_serves_until_it_is_back(cluster: Cluster, dice: random.Random) -> None:
     node, models, epoch = pick(cluster)
     async with cluster.traffic(dice, changing(cluster)):
@@ -111,6 +123,20 @@ async def test_node_cut_off_serves_until_it_is_back(cluster: Cluster, dice: rand
             await cluster.until(are_elsewhere(models, node.name))
         node.proxy.heal()
         await cluster.until(has_joined(node.name, epoch + 1))
+
+
+async def test_node_cut_off_for_a_moment_stays(cluster: Cluster, dice: random.Random) -> None:
+    node, models, _ = pick(cluster)
+    before = node.read_state()
+    async with cluster.traffic(dice, changing(cluster)):
+        node.proxy.swallow()
+        at = node.read_head()
+        for _ in range(20):
+            await cluster.infer(node, dice.choice(models), dice)
+        assert node.read_head() == at
+        node.proxy.heal()
+        await cluster.until(lambda state: state.position > at.position, at=node)
+    assert no_epoch_ended(before, await cluster.settled())
 
 
 async def test_killed_database_loses_no_node_and_no_inference(cluster: Cluster, dice: random.Random) -> None:

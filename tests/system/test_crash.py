@@ -1,5 +1,6 @@
-"""The death of a part of the server ends it uncleanly."""
+"""Ends that nobody ordered: kill -9 of the server, and the death of one of its parts."""
 
+import asyncio
 import json
 import sqlite3
 from contextlib import closing, suppress
@@ -8,16 +9,74 @@ from pathlib import Path
 import aiohttp
 import pytest
 from support import models
+from support.fleet import settled
+from support.http import ENDLESS, ONE
 from support.models import save
-from support.servers import Server, serving
+from support.servers import Server, events, limited, serving, verified
+from support.streams import following
+from support.workers import computing, until
 
 from events.sqlite.datalock import LEDGER
-from events.types import Event
+from events.types import Event, ServerStarted
 from server.config import Config
 
 
 def types(log: list[Event], job_id: str) -> list[str]:
     return [event.type for event in log if event.job_id == job_id]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_kill_9_ends_all_processes_and_next_start_finishes_jobs(config: Config) -> None:
+    for model_id, constant in (("loaded", 1), ("pending", 2)):
+        save(models.add(constant), config.repository, model_id)
+    save(models.slow_model(depth=2000), config.repository, "slow")  # loads for minutes
+    save(models.counting_loop(), config.repository, "draining")
+    async with serving(config, command=limited(loads_at_once=1)) as server:
+        first = await server.api.load("loaded")
+        await server.api.load("draining")
+        is_computing = computing(server.worker())
+        inference = asyncio.create_task(server.api.infer("draining", ENDLESS))
+        await until(is_computing)
+        unload = (await server.api.post("/api/v1/models/draining/unload")).json
+        await server.api.job_when(unload["id"], stage="draining")
+        slow = await server.api.accepted_load("slow")
+        pending = await server.api.accepted_load("pending")
+        await server.api.job_when(slow["id"], stage="loading")
+        assert (await server.api.job(pending["id"]))["status"] == "pending"
+        before = set(server.children())
+        assert len(before) == 4
+        await server.kill()
+        with pytest.raises(aiohttp.ClientError):
+            await inference
+    assert not [pid for pid in before if is_running(pid)]
+
+    save(models.add(3), config.repository, "slow")
+    async with serving(config, command=limited(loads_at_once=1)) as server:
+        assert before.isdisjoint(server.children())
+        jobs = await settled(server)
+        assert {job["status"] for job in jobs.values()} == {"completed"}
+        assert (jobs[slow["id"]]["attempt"], jobs[pending["id"]]["attempt"]) == (2, 1)
+        assert (await server.api.model("draining"))["state"] == "unloaded"
+        model = await server.api.model_when("loaded", state="loaded")
+        assert model["job_id"] != first["id"]
+        reload = jobs[model["job_id"]]
+        assert (reload["cause"], reload["requested_by"]) == ("restart", "system")
+        for model_id, answer in (("loaded", 2), ("pending", 3), ("slow", 4)):
+            assert (await server.api.infer(model_id, ONE)).json["outputs"][0]["data"] == [answer]
+        assert await server.stop() == 0
+    verified(config)
+    log = await events(config)
+    started = [event.data for event in log if isinstance(event.data, ServerStarted)]
+    assert [data.unclean for data in started] == [False, True]
+    assert started[1].last_seen_at is not None
+    assert types(log, slow["id"]) == ["LoadRequested", "LoadStarted", "LoadStarted", "ModelLoaded"]
+    assert types(log, pending["id"]) == ["LoadRequested", "LoadStarted", "ModelLoaded"]
 
 
 # A part of the server dies of what only a damaged ledger has: another process wrote into it, and the server
@@ -72,3 +131,27 @@ async def test_death_of_a_part_ends_the_server_uncleanly(config: Config, part: s
         assert await server.ended() == 1
         assert f"{part} ended; the server stops" in server.output.read_text()
     assert recorded(ledger) == ["ServerStarted"]  # no ServerStopped: the next start is unclean
+
+
+LEAVE_GAP = """
+DROP TRIGGER events_never_go;
+CREATE TRIGGER leave_gap AFTER INSERT ON events WHEN NEW.type = 'ModelSettingsChanged'
+BEGIN
+  DELETE FROM events WHERE position = NEW.position - 1;
+END
+"""
+
+
+async def test_death_of_the_tails_ends_the_server_uncleanly(config: Config) -> None:
+    save(models.add(1), config.repository, "m")
+    ledger = config.data / LEDGER
+    async with serving(config) as server, following(server.api) as stream:
+        await server.api.load("m")
+        await stream.until("live")
+        with closing(sqlite3.connect(ledger, isolation_level=None, timeout=60)) as connection:
+            connection.executescript(LEAVE_GAP)
+        with suppress(aiohttp.ClientError):  # the server may end before it answers
+            await server.api.post("/api/v1/models/m/load", json={"pinned": True})
+        assert await server.ended() == 1
+        assert "tails ended; the server stops" in server.output.read_text()
+    assert "ServerStopped" not in recorded(ledger)

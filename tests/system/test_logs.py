@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import os
 import re
 
 from support import models
 from support.http import LIMIT_S, ONE, Json, when
 from support.models import save
-from support.servers import Server, serving
+from support.servers import MODULE, Server, serving
 from yarl import URL
 
 from server.config import Config
@@ -103,3 +104,21 @@ async def test_log_joins_requests_with_events_despite_hostile_input(config: Conf
     assert "workers are" in told[0]["message"]
     assert re.fullmatch(r"threads of each model: \d+, .+", told[1]["message"])
     assert told[2]["event"] == "ServerStarted"
+
+
+async def test_unread_log_blocks_neither_requests_nor_stop(config: Config) -> None:
+    save(models.add(1), config.repository, "m")
+    fifo = config.data.with_name("fifo")
+    os.mkfifo(fifo)
+    unread = os.open(fifo, os.O_RDWR)  # so that it can be opened for writing, and is never read
+    try:
+        command = ("sh", "-c", f'exec "$@" 2> "{fifo}"', "sh", *MODULE)
+        environment = LOUD | {"LOADLEDGER_LOG_LEVEL": "debug"}
+        async with serving(config, command=command, environment=environment) as server:
+            await server.api.load("m")
+            for _ in range(200):  # more than a pipe takes
+                await server.api.get("/api/v1/models")
+            await infer(server)
+            assert await server.stop() == 0
+    finally:
+        os.close(unread)

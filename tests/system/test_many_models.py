@@ -1,4 +1,4 @@
-"""Random requests: more models than memory, with workers killed. No answer is wrong.
+"""Random requests: more models than memory, with workers killed; and swaps under load. No answer is wrong.
 
 `make soak` runs them for minutes. They print what they did.
 """
@@ -15,6 +15,7 @@ from support.fleet import (
     UNLIMITED,
     Fleet,
     Memory,
+    Source,
     agreed,
     as_text,
     check_inference,
@@ -128,3 +129,41 @@ def summary(storm: Traffic, memory: Memory, ends: Counter[str]) -> str:
         f"{as_text(storm.counts | ends)}; workers took at most {memory.most_bytes / 1e6:.1f} MB, {share:.0f}"
         f" % of the budget, in {memory.samples} samples, {memory.workers} at once"
     )
+
+
+SWAPS = of_both(short=6, long=1000)
+SWAP_CLIENTS = 8
+
+
+async def test_swaps_under_load_fail_no_request(config: Config) -> None:
+    fleet, dice, sources = Fleet(config.repository, 1), new_dice(), list[Source]()
+    [model_id] = fleet.ids
+    swapping = True
+
+    async def ask(own: random.Random) -> None:
+        """Ask, and check that the answer is that of the version which it names."""
+        while swapping:
+            asked = question(own)
+            answer = await server.api.infer(model_id, asked)
+            assert answer.status == 200, answer
+            sources.append(check_inference(model_id, asked, answer))
+
+    async with serving(config, *UNLIMITED, environment=PREPARING) as server:
+        await server.api.load(model_id, version=2)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(SWAP_CLIENTS):
+                group.create_task(ask(random.Random(dice.random())))
+            for number in range(SWAPS):
+                job = await server.api.load(model_id, version=1 + number % 2)
+                assert job["parameters"]["strategy"] == "beside"
+            swapping = False
+        await settled(server)
+        assert [model["version"] for model in (await agreed(server)).values()] == [2 - SWAPS % 2]
+        assert await server.stop() == 0
+        told = server.output.read_text().splitlines()
+        assert [line for line in told if " event=" not in line] == []  # only events are logged
+    _, ends = await check_ledger(config, set(sources))
+    assert ends["ModelUnloaded"] == SWAPS
+    assert {source.version for source in sources} == {1, 2}
+    versions = len({source.position for source in sources})
+    tell(f"{SWAPS} swaps, {len(sources)} answers of {versions} loads, none failed")

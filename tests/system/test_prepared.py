@@ -7,8 +7,9 @@ import json
 import pytest
 from click.testing import CliRunner
 from support import models
+from support.fleet import new_dice, of_both, tell
 from support.http import Json
-from support.servers import PREPARING, UNHURRIED, Server, events, serving
+from support.servers import PREPARING, UNHURRIED, Server, events, serving, verified
 
 from events.types import ModelLoaded
 from loadledger.cli.main import main
@@ -102,3 +103,28 @@ async def test_later_load_uses_the_prepared_form_until_cleared(config: Config) -
         assert listed(config) == []
         assert await answered(server) == bare  # from the files that it has open
         assert await server.stop() == 0
+
+
+KILLS = of_both(short=1, long=100)
+MOMENTS_S = (0.0, 3.0)
+"""After a load: a preparation takes some 3 s."""
+
+
+async def test_kill_during_preparation_leaves_nothing_half_made(config: Config) -> None:
+    dice, answers, entries = new_dice(), [], 0
+    for _ in range(KILLS):
+        async with serving(config, "--restore=none", command=UNHURRIED, environment=PREPARING) as server:
+            printed(config, "clear")
+            await server.api.load("slow")
+            answers.append(await answered(server))
+            await asyncio.sleep(dice.uniform(*MOMENTS_S))
+            await server.kill()
+        async with serving(config, "--restore=none", command=UNHURRIED, environment=PREPARING) as server:
+            check_forms(config)
+            entries += len(listed(config))
+            await server.api.load("slow")
+            answers.append(await answered(server))
+            assert await server.stop() == 0
+    verified(config)
+    assert all(answer == answers[0] for answer in answers)
+    tell(f"{KILLS} kills, after {entries} of which a form was there")

@@ -98,6 +98,17 @@ async def test_restart_with_smaller_budget_reloads_most_recently_used(
     verified(config)
 
 
+async def test_kill_before_uses_are_stored_reloads_last_loaded(config: Config, fleet: Fleet) -> None:
+    async with serving(config) as server:
+        for model_id in fleet.ids:
+            await server.api.load(model_id)
+        await server.kill()
+    async with serving(config, f"--memory-budget={await budget_for_two(config)}") as server:
+        await settled(server)
+        assert set(await agreed(server)) == {"m04", "m03"}
+    verified(config)
+
+
 @pytest.mark.parametrize("how", of_both(short=[KILLED], long=[STOPPED, KILLED]))
 async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fleet: Fleet, how: str) -> None:
     save_bytes(models.slow_model(depth=2000).SerializeToString(), config.repository, "slow")  # takes minutes

@@ -153,6 +153,15 @@ async def test_twin_of_a_node_is_refused(server: PostgresServer, tmp_path: Path)
         assert state.nodes["n1"].epoch <= epoch + 1
 
 
+async def test_killed_node_joins_again_at_once(server: PostgresServer, tmp_path: Path) -> None:
+    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
+        node, _, epoch = await loaded(cluster, "n1")
+        await node.kill()
+        await node.start()
+        assert has_joined("n1", epoch + 1)(node.read_state())
+        assert node.read_state().nodes["n2"].epoch == 1
+
+
 async def test_short_outages_are_no_incidents(
     server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +233,23 @@ async def test_stopping_node_hands_models_over_while_one_computes(
             await cluster.infer(other, model_id, random.Random(1))
         computing.cancel()
         await asyncio.wait([computing])
+
+
+async def test_store_has_room_for_what_others_serve_no_more(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SETTINGS", (*nodes.SETTINGS, "--store-size=10MB"))  # two of the models
+    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
+        for index in range(4):
+            state = await cluster.load(cluster.fleet.ids[index])
+            first = find_places(state, "n1")
+            if index < 3:
+                await cluster.nodes["n1"].stop()  # its models load at n2
+                await cluster.until(are_elsewhere(first, "n1"), at=cluster.nodes["n2"])
+                await cluster.nodes["n1"].start()
+            if index == 1:  # of the first, n1 has no copy
+                await cluster.nodes["n2"].api.post(f"/api/v1/models/{cluster.fleet.ids[0]}/unload", wait=60)
+        assert len(find_places(await cluster.settled(), "n2")) == 2
 
 
 UPLOAD = {"Content-Type": "application/octet-stream"}
