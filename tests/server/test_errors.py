@@ -16,7 +16,7 @@ from support.http import bearer, route, small_app, small_config
 
 from server.appkeys import CONFIG
 from server.config import Config
-from server.errors import DETAIL_CHARACTERS, ERRORS
+from server.errors import DETAIL_CHARACTERS, ERRORS, ServerProblem
 from server.http.validation import read_plain_body
 
 Client = TestClient[web.Request, web.Application]
@@ -189,3 +189,7 @@ async def test_expect_100_continue_is_answered_others_ignored(client: Client) ->
     for expectation in ("100-continue", "tea"):
         answer, _ = await _raw(client, "GET /me", f"Expect: {expectation}")
         assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
+def test_problem_without_detail_uses_its_docstring() -> None:
+    assert str(ServerProblem()) == "The request could not be served."

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from support import models
 from support.http import ONE, Answer, Json, LocalApi, when
+from support.ledgers import unwritable
 from support.models import TEXT
 from support.workers import until
 
@@ -65,6 +66,19 @@ async def test_cancel_of_swap_keeps_serving_version(shared: LocalApi) -> None:
         "loaded", 1, None, first["id"],
     )  # fmt: skip
     assert (await shared.infer("swapped", ONE)).status == 200
+
+
+async def test_cancel_of_unrecorded_unload_keeps_the_model(
+    shared: LocalApi, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared.save(models.add(1), "kept")
+    await shared.load("kept")
+    with unwritable(shared.ledger, "UnloadStarted"):
+        unload = (await shared.post("/api/v1/models/kept/unload")).json
+        await until(lambda: "cannot be written" in caplog.text)
+        assert (await cancelled(shared, unload))["started_at"] is None
+    assert (await shared.infer("kept", ONE)).status == 200
+    assert (await shared.unload("kept"))["status"] == "completed"
 
 
 async def test_refused_cancel_appends_nothing(shared: LocalApi) -> None:

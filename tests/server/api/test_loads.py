@@ -14,7 +14,7 @@ import pytest
 from support import models
 from support.http import LIMIT_S, ONE, LocalApi, when
 from support.ledgers import unwritable
-from support.workers import threads
+from support.workers import threads, until
 
 from events.accept import MAX_QUEUE
 from events.commands import RequestLoad
@@ -169,6 +169,18 @@ async def test_load_computes_with_the_threads_that_it_names(shared: LocalApi) ->
     assert [each.threads for each in requested if isinstance(each, LoadRequested)] == [1, 2, None]
 
 
+async def test_changed_settings_of_dead_worker_start_another(shared: LocalApi) -> None:
+    shared.save(models.add(1), "dead")
+    await shared.load("dead")
+    worker = shared.worker("dead")
+    worker.kill()
+    await asyncio.shield(worker.ended)
+    job = await shared.accepted_load("dead", pinned=True)
+    assert (await shared.ended(job["id"]))["status"] == "completed"
+    assert shared.worker("dead").pid != worker.pid
+    assert (await shared.infer("dead", ONE)).status == 200
+
+
 async def uses(api: LocalApi, model_id: str) -> list[dict[str, Any]]:
     answer = await api.get("/api/v1/resources")
     found: list[dict[str, Any]] = answer.json["models"]
@@ -199,6 +211,37 @@ async def test_printed_input_of_a_client_is_recorded_if_on(
     assert [word in caplog.text for word in words] == 2 * [setting == "off"]
     if setting == "off":
         assert [each.stderr for each in exits] == 2 * [()]
+
+
+async def test_swap_serves_old_version_until_new_one_is_loaded(shared: LocalApi) -> None:
+    """TensorFlow Serving #2017."""
+    shared.save(models.add(1), "swapped", 1)
+    shared.save(models.endless_load(), "swapped", 2)
+    shared.save(models.add(3), "swapped", 3)
+    await shared.load("swapped", version=1)
+    old = shared.worker("swapped").pid
+    swap = await shared.accepted_load("swapped", version=2)
+    await shared.job_when(swap["id"], stage="loading")
+    model = await shared.model("swapped")
+    assert (model["state"], model["version"], model["next_version"]) == ("loaded", 1, 2)
+    assert await result_of(shared, "swapped") == 2
+    os.kill(shared.worker("swapped").pid, signal.SIGKILL)
+    assert (await shared.ended(swap["id"]))["status"] == "failed"
+    model = await shared.model("swapped")
+    assert (model["state"], model["version"], model["next_version"]) == ("loaded", 1, None)
+    assert model["error"]["code"] == "worker_died"
+    assert await result_of(shared, "swapped") == 2
+    load = await shared.load("swapped", version=3)
+    assert await result_of(shared, "swapped") == 4
+    await until(lambda: not Path(f"/proc/{old}").exists())
+    [unload, *_] = await when(
+        lambda: shared.jobs("?model=swapped"), lambda jobs: all(job["finished_at"] for job in jobs)
+    )
+    shown = {name: unload[name] for name in ("kind", "cause", "status", "version", "requested_by")}
+    assert shown == {
+        "kind": "unload", "cause": "swap", "status": "completed", "version": 1, "requested_by": "system",
+    }  # fmt: skip
+    assert (await shared.model("swapped"))["job_id"] == load["id"]
 
 
 # Swaps and recovery
@@ -294,6 +337,18 @@ async def test_newer_files_of_the_repository_are_shown(api: LocalApi) -> None:
     job = await api.load("m")
     assert job["started_at"] is not None
     assert (await api.model("m"))["repository_changed"] is False
+
+
+async def test_load_of_equal_bytes_completes_and_restarts_nothing(api: LocalApi) -> None:
+    folder = api.save(models.add(1), "m")
+    first = await api.load("m")
+    os.utime(folder / "model.onnx")
+    assert (await api.model("m"))["repository_changed"] is True
+    job = await api.load("m")
+    assert (job["id"] != first["id"], job["started_at"]) == (True, None)
+    assert (await api.model("m"))["job_id"] == first["id"]
+    assert (await api.model("m"))["repository_changed"] is False
+    assert (await api.load("m"))["id"] == first["id"]
 
 
 async def test_load_without_a_store_takes_the_repositorys_files(start: Start) -> None:

@@ -19,6 +19,7 @@ from events.errors import LogUnavailable
 from events.nodes import Lease
 from events.types import NodeDraining
 from loadledger import Client
+from runtime.membership import NameInUse
 from server.api.nodes import node_views
 from server.app import create_app
 from server.appkeys import THIS_NODE
@@ -129,6 +130,14 @@ async def test_nodes_without_common_keys_do_nothing_together(ledger: Database, t
             assert [each["trusted"] for each in (await list_nodes(a.api)).values()] == [True, False]
         b.api.save(add(), "m")
         assert (await b.api.load("m"))["node"] == "b"
+
+
+async def test_second_server_of_a_name_is_refused(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a:
+        with pytest.raises(NameInUse, match="at http://a, and renews its lease: give this server another"):
+            async with reachable_node(ledger.server_url, tmp_path, "a"):
+                pytest.fail("it started")
+        assert (await list_nodes(a))["a"]["epoch"] == 1
 
 
 async def test_node_starts_over_slow_connection_to_its_database(ledger: Database, tmp_path: Path) -> None:

@@ -91,6 +91,14 @@ async def test_malformed_name_is_refused_without_file_access(shared: LocalApi) -
     assert str(repository / "m") in seen  # the watch works
 
 
+async def test_model_may_have_the_name_of_a_route(shared: LocalApi) -> None:
+    for model_id in ("unload", "jobs"):
+        shared.save(models.identity(), model_id)
+        await shared.load(model_id)
+    assert (await shared.unload("unload"))["model_id"] == "unload"
+    assert (await shared.post("/api/v1/models/unload", wait=60)).json["model_id"] == "jobs"
+
+
 # Bodies and queries
 
 

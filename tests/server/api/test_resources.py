@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 from support import models
 from support.http import ENDLESS, Json, LocalApi, local_server, when
+from support.workers import computing, until
 
 from runtime.cgroups import count_usable_cpus
 from runtime.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
@@ -109,6 +110,25 @@ async def test_loading_model_reserves_its_estimate(small: LocalApi) -> None:
     for model_id in ("a", "b"):
         await small.unload(model_id)
     await resources_when(small, lambda seen: seen["models"] == [] and seen["free_bytes"] == BUDGET)
+
+
+async def test_draining_model_uses_memory_until_its_process_ends(small: LocalApi) -> None:
+    for version in (1, 2):
+        small.save(models.counting_loop(), "drained", version)
+    first = await small.load("drained", version=1)
+    is_computing = computing(small.worker("drained").pid)
+    running = asyncio.create_task(small.infer("drained", ENDLESS))
+    await until(is_computing)
+    second = await small.load("drained", version=2)
+    seen = await resources_when(
+        small, lambda seen: [use["phase"] for use in seen["models"]] == ["draining", "serving"]
+    )
+    found = [(use["job_id"], use["version"], use["in_flight"]) for use in seen["models"]]
+    assert found == [(first["id"], 1, 1), (second["id"], 2, 0)]
+    assert all(use["memory_bytes"] > 0 and use["reserved_bytes"] == 0 for use in seen["models"])
+    await small.unload("drained", force=True)
+    assert (await running).status == 503
+    assert (await resources_when(small, lambda seen: not seen["models"]))["used_bytes"] == 0
 
 
 async def test_load_without_room_waits_and_says_for_what(small: LocalApi) -> None:

@@ -9,7 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 
+import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from support import models
 from support.history import write
 from support.http import LIMIT_S, LocalApi, when
@@ -19,8 +22,10 @@ from support.workers import until
 from events.commands import Record
 from events.types import Draft, WorkerExited
 from server.api import stream
+from server.app import create_app
 from server.appkeys import LOG, STREAMS
-from server.auth.keys import list_keys, revoke, sign_token
+from server.auth.keys import ensure_data_dir, list_keys, revoke, sign_token
+from server.config import Config
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -120,6 +125,16 @@ async def test_heartbeat_of_filtered_stream_tells_its_position(
             assert message.comment == "heartbeat"
         while message.id != head:
             message = await client.message()
+
+
+async def test_live_follows_all_earlier_events(shared: LocalApi) -> None:
+    async with following(shared) as first:
+        await first.until("live")
+        for _ in range(5):
+            after = await add(shared, 2)  # the shared ring follows a little later
+            async with following(shared, f"?after={after}") as client:
+                messages = await client.until("live")
+                assert [each.id for each in messages] == [after, after + 1, after + 2, None]
 
 
 async def test_stages_are_sent_without_id(shared: LocalApi) -> None:
@@ -321,3 +336,22 @@ async def test_stalled_reader_is_disconnected_and_delays_no_shutdown(
         async with asyncio.timeout(LIMIT_S):
             api.app[STREAMS].tails.close()
             await none_open(api)
+
+
+async def test_client_that_leaves_as_a_stream_begins_is_no_error(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def leave(request: web.Request, _: web.StreamResponse) -> None:
+        if request.path == PATH and request.transport is not None:
+            request.transport.close()
+
+    ensure_data_dir(config.data)
+    app = create_app(config)
+    app.on_response_prepare.append(leave)
+    async with TestClient(TestServer(app)) as client:
+        api = LocalApi(client, config)
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await api.get(PATH)
+        await none_open(api)
+        assert (await api.get("/api/v1/events/head")).status == 200
+    assert "request failed" not in caplog.text

@@ -45,6 +45,21 @@ async def test_answer_of_inference_leads_to_its_load_and_files(past: LocalApi) -
     assert (then["as_of"], then["as_of_time"]) == (position, event.recorded_at)
 
 
+async def test_load_of_an_inference_and_key_are_found_after_restart(start: Start) -> None:
+    api = await start()
+    api.save(models.add(), "m")
+    request = {"headers": {"Idempotency-Key": "k"}, "wait": 60}
+    job_id = (await api.post("/api/v1/models/m/load", **request)).json["id"]
+    position = (await api.infer("m", ONE)).headers["Loadledger-Model"].rpartition("=")[2]
+    then = await found(api, f"models/m?at={position}")
+    assert then["job_id"] == job_id
+    await api.client.close()
+    again = await start()
+    assert await found(again, f"models/m?at={position}") == then
+    assert (await again.post("/api/v1/models/m/load", **request)).json["id"] == job_id
+    assert (await again.post("/api/v1/models/m/unload", **request)).refusal == (422, "idempotency_mismatch")
+
+
 async def test_before_the_first_event_there_is_nothing(past: LocalApi) -> None:
     for at in ("0", "2001-01-01T00:00:00Z"):
         listed = await found(past, f"models?at={at}")
@@ -102,6 +117,21 @@ async def test_past_job_shows_its_status_then(past: LocalApi) -> None:
     assert (listed["id"], listed["stage"], listed["waiting_for"]) == (requested.id, None, None)
     assert (await found(past, f"{query}&status=completed"))["jobs"] == []
     assert (await found(past, query))["jobs"] == [listed]
+
+
+async def test_lists_of_the_past_have_pages(past: LocalApi) -> None:
+    unloaded = (await past.events("digits"))[-1].position
+    for name in ("models", "jobs"):
+        whole = (await found(past, f"{name}?at={unloaded}"))[name]
+        assert len(whole) > 1
+        cursor: Any = ""
+        seen: list[str] = []
+        while cursor is not None:
+            after = f"&cursor={quote(str(cursor))}" if cursor else ""
+            page = await found(past, f"{name}?at={unloaded}&limit=1{after}")
+            seen += [each["id"] for each in page[name]]
+            cursor = page["next_cursor"]
+        assert seen == [each["id"] for each in whole]
 
 
 async def test_invalid_moment_is_400(shared: LocalApi) -> None:

@@ -69,6 +69,18 @@ async def test_issued_token_works_until_it_is_revoked(shared: LocalApi) -> None:
     assert [data.jti for data in await shared.data_of(TokenRevoked)] == [new["jti"]]
 
 
+async def test_what_a_token_issued_is_named_and_revoked_with_it(shared: LocalApi) -> None:
+    new = await issued(shared, roles=["admin"])
+    child = (await send(shared, new["token"], "POST", "/api/v1/tokens", json=BOB)).json
+    [listed, *_] = (await shared.get("/api/v1/tokens")).json["tokens"]
+    assert (listed["jti"], listed["issued_with"]) == (child["jti"], new["jti"])
+    path = f"/api/v1/tokens/{new['jti']}/revoke"
+    assert (await shared.post(path)).json["issued"] == [child["jti"]]
+    assert (await send(shared, child["token"])).status == 200
+    assert (await shared.post(path, json={"issued": True})).json["issued"] == []
+    assert (await send(shared, child["token"])).refusal == (401, "invalid_token")
+
+
 async def test_tokens_are_listed_in_pages_newest_first(shared: LocalApi) -> None:
     made = [(await issued(shared, subject=f"s{number}"))["jti"] for number in range(3)]
     first = (await shared.get("/api/v1/tokens?limit=2")).json
@@ -117,6 +129,15 @@ async def test_sign_in_link_works_once(shared: LocalApi) -> None:
     assert [type(event.data) for event in events] == [SignInLinkIssued, SignInLinkUsed, TokenIssued]
     assert {getattr(event.data, "link_id", link["link_id"]) for event in events} == {link["link_id"]}
     assert code not in str(events)
+
+
+async def test_link_of_revoked_token_is_refused(shared: LocalApi) -> None:
+    new = await issued(shared, roles=["admin"])
+    link = (await send(shared, new["token"], "POST", "/api/v1/sign-in-links")).json
+    await shared.post(f"/api/v1/tokens/{new['jti']}/revoke")
+    code = link["path"].removeprefix("/#sign-in=")
+    answer = await shared.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
+    assert answer.refusal == (401, "invalid_token")
 
 
 def test_links_end_in_time_and_are_bounded() -> None:

@@ -1,13 +1,19 @@
 """`POST …/unload` and `POST /api/v1/models/unload` with real models: what ends, in which order, and when."""
 
 import asyncio
+import os
 import shutil
+import signal
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from support import models
 from support.http import ENDLESS, ONE, LocalApi
+from support.ledgers import unwritable
 from support.models import TEXT
 from support.workers import computing, until
+
+Start = Callable[..., Awaitable[LocalApi]]
 
 
 def exists(pid: int) -> bool:
@@ -89,6 +95,17 @@ async def test_loaded_model_without_files_can_be_unloaded(shared: LocalApi) -> N
             assert answer.refusal == (404, "unknown_model")
 
 
+async def test_unload_of_lost_model_ends_its_reload(shared: LocalApi) -> None:
+    shared.save(models.add(1), "lost")
+    await shared.load("lost")
+    with unwritable(shared.ledger, "LoadRequested"):  # keeps the model lost
+        os.kill(shared.worker("lost").pid, signal.SIGKILL)
+        await shared.model_when("lost", state="lost")
+        await shared.unload("lost")
+    assert (await shared.model("lost"))["state"] == "unloaded"
+    assert [job["cause"] for job in await shared.jobs("?model=lost")] == ["request", "request"]
+
+
 # Drain and force
 
 
@@ -111,3 +128,34 @@ async def test_unload_drains_until_force_ends_it(shared: LocalApi) -> None:
     assert (await shared.job(draining["id"]))["status"] == "completed"
     assert getattr(await running, "refusal", None) == (503, "worker_died")
     await until(lambda: not exists(worker.pid))
+
+
+async def test_on_demand_request_to_draining_model_times_out(start: Start) -> None:
+    """llama-swap #946."""
+    api = await start(drain_timeout_s=60.0, on_demand="on")
+    running = await busy(api)
+    await api.post("/api/v1/models/busy/unload")
+    await api.model_when("busy", state="unloading")
+    refused = await api.infer("busy", ENDLESS, parameters={"timeout": 50_000})
+    assert refused.refusal == (504, "inference_timeout")
+    await api.unload("busy", force=True)
+    await running
+
+
+async def test_force_ends_stopped_load_and_serving_version(shared: LocalApi) -> None:
+    shared.save(models.add(1), "both")
+    shared.save(models.endless_load(), "both", 2)
+    await shared.load("both", version=1)
+    serving = shared.worker("both").pid
+    swap = (await shared.accepted_load("both", version=2))["id"]
+    await shared.job_when(swap, stage="loading")
+    loading = shared.worker("both").pid
+    os.kill(loading, signal.SIGSTOP)
+    unload = await shared.unload("both", force=True)
+    assert unload["parameters"]["force"]
+    assert (await shared.job(swap))["status"] == "cancelled"
+    await until(lambda: not exists(serving) and not exists(loading))
+    assert (await shared.model("both"))["state"] == "unloaded"
+    assert (await shared.types("both"))[5:] == [
+        "UnloadRequested", "JobCancelled", "UnloadStarted", "ModelUnloaded",
+    ]  # fmt: skip

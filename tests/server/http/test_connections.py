@@ -164,6 +164,13 @@ async def test_body_that_is_not_just_chunked_is_refused(
     assert problem(refused + await client.rest()) == expected
 
 
+async def test_request_behind_a_refused_coding_is_not_answered(server: SmallServer) -> None:
+    client = await server.connect()
+    client.send(get(b"Transfer-Encoding: gzip, chunked") + b"5\r\nhello\r\n0\r\n\r\n" + GET)
+    answer = await client.rest()
+    assert (problem(answer), answer.count(b"HTTP/1.1")) == (UNKNOWN_CODING, 1)
+
+
 async def test_chunked_body_is_for_http_1_1_only(server: SmallServer) -> None:
     client = await server.connect()
     await client.get(get(b"Transfer-Encoding:  CHUNKED  ") + b"0\r\n\r\n")
@@ -278,6 +285,19 @@ async def test_client_that_does_not_read_is_disconnected(server: SmallServer, en
     client = await server.connect()
     client.send(GET_LONG[:-2] + end + b"\r\n")
     await disconnected(client, server)
+
+
+async def test_client_that_does_not_read_the_end_is_disconnected() -> None:
+    async def last(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.set_write_buffer_limits(2 * len(LONG_ANSWER))  # so that writing never pauses
+        return web.Response(body=LONG_ANSWER)
+
+    async with small_server(others={"/last": last}) as server:
+        server.limits.unread_s = 0.1
+        client = await server.connect()
+        client.send(b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        await disconnected(client, server)
 
 
 async def test_slow_reader_gets_all_of_a_long_response(server: SmallServer) -> None:

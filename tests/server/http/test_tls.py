@@ -101,6 +101,11 @@ def test_missing_or_special_file_is_refused(files: tuple[Path, Path], tmp_path: 
             assert str(path) in refused(broken)
 
 
+def test_short_key_is_refused_with_openssl_s_reason(files: tuple[Path, Path]) -> None:
+    make_pair(key=rsa.generate_private_key(65537, 1024)).write(*files)
+    assert "key too small" in refused(files)
+
+
 def test_unusable_key_is_a_mistake_in_the_configuration(files: tuple[Path, Path], tmp_path: Path) -> None:
     paths = {"repository": tmp_path, "data": tmp_path, "tls_cert": files[0], "tls_key": files[1]}
     flags = {name: str(path) for name, path in paths.items()}

@@ -118,6 +118,13 @@ def test_closed_pipe_is_no_error() -> None:
             log(handler, "nobody reads this")
 
 
+def test_non_blocking_pipe_loses_nothing() -> None:
+    with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM) as handler:
+        os.set_blocking(writing, False)
+        log_numbers(handler, 200)
+        assert parse(lines_of(reading, f"0199 {'x' * 94}")) == (list(range(200)), 0)
+
+
 def test_record_that_cannot_be_formatted_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with small_pipe() as (reading, writing), log_to_descriptor(writing, FORM) as handler:
         handler.handle(logging.LogRecord("x", logging.INFO, __file__, 1, "%d", ("no number",), None))

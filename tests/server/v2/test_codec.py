@@ -271,6 +271,45 @@ def test_duplicate_key_is_refused(body: str, key: str, padding: int) -> None:
     assert told in refusal(text + b" " * padding)
 
 
+def written_object(members: list[tuple[str, str]]) -> str:
+    return f"{{{','.join(f'{key} : {value}' for key, value in members)}}}"
+
+
+KEYS = st.sampled_from(
+    ['"a"', '"b:"', '"\\u0061"', '"\\u003a"', '"\\\\u003a"', '":"', '"\\n"', '"data"', '""']
+)
+VALUES = st.recursive(
+    st.sampled_from(["1", "null", '":"', '"\\u003A"', '"\\\\"', "[]"]),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]")
+        | st.lists(st.tuples(KEYS, inner), max_size=3).map(written_object)
+    ),
+    max_leaves=6,
+)
+
+
+@PLAIN
+@given(st.lists(st.tuples(KEYS, VALUES), max_size=3), st.lists(st.tuples(KEYS, VALUES), max_size=2))
+def test_keys_that_appear_twice_and_no_others_are_refused(
+    top: list[tuple[str, str]], own: list[tuple[str, str]]
+) -> None:
+    item = [
+        (f'"{name}"', json.dumps(value)) for name, value in tensor(datatype="BYTES", data=[":", "\n"]).items()
+    ]
+    text = written_object([('"inputs"', f"[{written_object(item + own)}]"), *top])
+    twice = []
+
+    def note(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        twice.append(len(dict(pairs)) < len(pairs))
+        return dict(pairs)
+
+    json.loads(text, object_pairs_hook=note)
+    if any(twice):
+        assert "appears twice" in refusal(text.encode())
+    else:
+        codec.decode_request(text.encode())
+
+
 @pytest.mark.parametrize(
     "unit", [b'"data":[1],', b'"":0,', b'"name":"x",', b'"mine":[{}],'], ids=lambda unit: unit.decode()
 )
@@ -293,6 +332,17 @@ def test_long_text_is_decoded_as_a_short_one(drawn: list[Tensor], custom: dict[s
     long = text + b" " * requestjson.SHORT_JSON_BYTES
     expected = codec.decode_request(text + payload, len(text))
     assert codec.decode_request(long + payload, len(long)) == expected
+
+
+def test_refusal_shortens_a_long_name() -> None:
+    long = "n" * MAX_NAME_CHARACTERS
+    for text in (
+        refused(tensor(name=long, datatype=long)),
+        refused(tensor(), outputs=[{"name": long, "parameters": {"triton_" + long: 1}}]),
+        refused(tensor(), parameters={"triton_" + long: 1}),
+        refused(tensor(name=long, shape=[-1])),
+    ):
+        assert len(text) < 500
 
 
 def test_head_is_limited_and_data_is_not() -> None:
@@ -359,6 +409,16 @@ def test_invalid_header_length_is_refused(fields: Any) -> None:
     assert len(str(refused.value)) < 300
 
 
+@PLAIN
+@given(st.none() | st.text(max_size=20) | st.lists(st.text(max_size=20), max_size=3))
+def test_any_field_is_a_length_or_refused(fields: Any) -> None:
+    try:
+        length = codec.header_length(fields)
+    except InvalidInput:
+        return
+    assert length is None or length >= 0
+
+
 def spec(*shape: int, datatype: str = "FP32", optional: bool = False) -> TensorSpec:
     return TensorSpec("x", datatype, shape, optional)
 
@@ -404,6 +464,20 @@ def test_raw_body_needs_exactly_one_required_input() -> None:
     ):
         with pytest.raises(InvalidInput, match=reason):
             codec.decode_raw(bytes(4), inputs)
+
+
+@PLAIN
+@given(
+    st.sampled_from([*DATATYPES, "seq(x)"]),
+    st.lists(st.integers(-1, 3) | st.just(2**62), max_size=3),
+    st.binary(max_size=40),
+)
+def test_any_raw_body_is_decoded_or_refused(datatype: str, shape: list[int], body: bytes) -> None:
+    try:
+        request = codec.decode_raw(body, [spec(*shape, datatype=datatype)])
+    except InvalidInput:
+        return
+    assert heads(request.tensors)
 
 
 def read(body: bytes, header_bytes: int | None) -> tuple[dict[str, Any], list[Tensor]]:

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from support import models
 from support.connections import odd_server, said
+from support.cutting import cutting_proxy
 from support.http import ENDLESS, ONE, Answer, LocalApi, when
 from support.models import save
 from support.postgres import Database, join_shared_server
@@ -33,7 +34,7 @@ from support.uploads import FILES, files_in
 from support.workers import computing, until
 
 from events.commands import DrainNode, RevokeToken
-from server.appkeys import BODIES, LOG
+from server.appkeys import BODIES, LOG, THIS_NODE
 from server.auth.tokens import timestamp_in
 from server.v2 import forwarding
 
@@ -469,3 +470,17 @@ async def test_model_is_loaded_on_demand_where_it_fits(ledger: Database, tmp_pat
             assert answer.json["outputs"][0]["data"] == [1.0 + index]
             assert answer.headers["Loadledger-Node"] == roomy.name
             assert (ADDRESS in answer.headers) is (node is small)
+
+
+async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_path: Path) -> None:
+    async with cutting_proxy(ledger.server.address) as proxy:
+        url = ledger.url("ledger_server", (proxy.address[0], proxy.address[1]))
+        async with reachable_nodes(url, tmp_path, "a", "b", lease_s=3.0) as nodes:
+            save(models.add(1), tmp_path / "repository", "m")
+            owner, other = await loaded_beside(nodes, "m")
+            await proxy.cut()
+            await until(lambda: all(node.app[THIS_NODE].membership.is_late for node in nodes))
+            assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == [owner.name] * 2
+            proxy.heal()
+            await until(lambda: all(not node.app[THIS_NODE].membership.is_late for node in nodes))
+            assert (await ask(other)).status == 200

@@ -130,6 +130,16 @@ async def test_any_binary_tensor_comes_back_bit_for_bit(identities: LocalApi, te
     assert outputs_of(await infer_binary(identities, tensor.datatype, tensor)) == [tensor]
 
 
+async def test_long_tensors_of_several_instances_come_back(shared: LocalApi) -> None:
+    """Each through the memory of the worker that it was received into."""
+    await load(shared, "instances", models.identity(), instances=2)
+    rng = Random(0)
+    sent = [Binary("FP32", (2**16,), rng.randbytes(4 * 2**16)) for _ in range(12)]
+    for _ in range(2):
+        answers = await asyncio.gather(*(infer_binary(shared, "instances", each) for each in sent))
+        assert [outputs_of(answer) for answer in answers] == [[each] for each in sent]
+
+
 @settings(PLAIN, suppress_health_check=[HealthCheck.too_slow])
 @given(tensor=tensors())
 async def test_any_json_tensor_comes_back_bit_for_bit(identities: LocalApi, tensor: Binary) -> None:
@@ -183,6 +193,21 @@ async def test_request_id_and_output_names_are_kept(shared: LocalApi) -> None:
     assert (await shared.infer("zip", rows, outputs=[{"name": "named"}])).refusal == (400, "invalid_input")
 
 
+async def test_inputs_are_matched_by_name(shared: LocalApi) -> None:
+    await load(shared, "subtract", models.subtract())
+    a, b = floats(5, name="a"), floats(3, name="b")
+    for inputs in ((a, b), (b, a)):
+        assert (await shared.infer("subtract", *inputs)).json["outputs"][0]["data"] == [2]
+    largest = 3.4e38
+    refused = await shared.infer("subtract", floats(largest, name="a"), floats(-largest, name="b"))
+    assert refused.refusal == (400, "not_representable")
+    assert "'y'" in refused.json["error"]
+    refused = await shared.infer("subtract", floats(1, 2, name="a"), floats(1, 2, 3, name="b"))
+    assert refused.refusal == (400, "inference_failed")
+    assert "ONNXRuntimeError" in refused.json["error"]
+    assert await shared.types("subtract") == LOADED  # inference appends nothing
+
+
 async def test_answer_names_the_load_behind_it(shared: LocalApi) -> None:
     for number in (1, 2):
         await load(shared, "versions", models.add(number), number)
@@ -192,6 +217,12 @@ async def test_answer_names_the_load_behind_it(shared: LocalApi) -> None:
         assert answer.json["model_version"] == str(number)
         assert answer.json["outputs"][0]["data"] == [1 + number]
         assert (await shared.infer("versions", ONE, version=number)).status == 200
+
+
+async def test_concurrent_requests_get_their_own_answers(identities: LocalApi) -> None:
+    answers = await asyncio.gather(*(identities.infer("FP32", floats(n), id=str(n)) for n in range(100)))
+    found = [(answer.json["id"], answer.json["outputs"][0]["data"]) for answer in answers]
+    assert found == [(str(n), [float(n)]) for n in range(100)]
 
 
 # test_codec.py and the worker's tests have the other refusals
@@ -219,6 +250,12 @@ async def test_invalid_request_is_refused_with_the_reason(
     assert len(answer.body) < 5_000
     assert (await identities.infer("FP32", ONE)).status == 200
     assert identities.worker("FP32").pid == pid
+
+
+async def test_bytes_that_are_no_text_are_refused(identities: LocalApi) -> None:
+    for data in (b"\2\0\0\0\xff\xff", b"\xff\xff\xff\xff", b"\0"):
+        refused = await infer_binary(identities, "BYTES", Binary("BYTES", (1,), data))
+        assert refused.refusal == (400, "invalid_input")
 
 
 async def test_too_large_body_is_refused(identities: LocalApi) -> None:
@@ -374,3 +411,18 @@ async def test_statistics_count_each_phase_of_a_load_s_inferences(shared: LocalA
     assert (fresh["version"], fresh["inference_count"]) == ("4", 0)
     shared.worker("counted").kill()
     await when(lambda: stats(shared), lambda seen: "counted" in [each["name"] for each in seen])
+
+
+async def test_statistics_list_loaded_models_by_name(shared: LocalApi) -> None:
+    for name in ("stats", "a"):
+        await load(shared, name, models.add())
+    names = [each["name"] for each in await stats(shared)]
+    assert names == sorted(names)
+    assert {"a", "stats"} <= set(names)
+    await shared.unload("a")
+    assert "a" not in [each["name"] for each in await stats(shared)]
+    # The one model whose metadata without a version cannot be read: its name is the route's.
+    assert (await shared.get("/v2/models/stats/versions/1")).json["name"] == "stats"
+    assert (await shared.infer("stats", ONE)).status == 200
+    [own] = await stats(shared, "/v2/models/stats/stats")
+    assert own["inference_count"] == 1

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.http import ENDLESS, ONE, Answer, LocalApi, when
+from support.http import ENDLESS, ONE, Answer, Json, LocalApi, when
 from support.models import save
-from support.workers import until
+from support.workers import computing, until
 
+from events.types import WorkerExited
 from server.appkeys import BODIES
 from server.http.bodies import Bodies
 
@@ -23,6 +24,12 @@ Start = Callable[..., Awaitable[LocalApi]]
 SHORT = {**ENDLESS, "data": [5]}
 STOPPED = {"timeout": 50_000}
 TIMEOUT, QUEUE_FULL = (504, "inference_timeout"), (503, "inference_queue_full")
+
+
+def quotient(a: int, b: int) -> list[Json]:
+    """Return the inputs of `crash_on_run`."""
+    numbers = (("a", a), ("b", b))
+    return [{"name": name, "shape": [1], "datatype": "INT64", "data": [number]} for name, number in numbers]
 
 
 async def load_loop(api: LocalApi, model_id: str) -> None:
@@ -50,6 +57,34 @@ async def test_run_without_time_or_client_is_stopped(shared: LocalApi) -> None:
     await until(lambda: worker.in_flight == 0)
     assert (await shared.infer("stopped", SHORT)).status == 200
     assert shared.worker("stopped") is worker
+
+
+async def test_long_inference_holds_up_nothing_else(shared: LocalApi) -> None:
+    await load_loop(shared, "long")
+    await load_loop(shared, "quick")
+    is_computing = computing(shared.worker("long").pid)
+    [running] = await begin(shared, "long")
+    await until(is_computing)
+    assert (await shared.infer("quick", SHORT)).json["outputs"][0]["data"] == [5]
+    assert (await shared.get("/health/ready")).status == 200
+    assert not running.done()
+    await shared.unload("long", force=True)
+    assert (await running).refusal == (503, "worker_died")
+
+
+async def test_dead_worker_fails_its_requests_and_is_replaced(shared: LocalApi) -> None:
+    await load_loop(shared, "other")
+    save(models.crash_on_run(), shared.config.repository, "crashing")
+    await shared.load("crashing")
+    answer = await shared.infer("crashing", *quotient(models.LOWEST, -1))
+    assert answer.refusal == (503, "worker_died")
+    assert f"signal {signal.SIGFPE}" in answer.json["error"]
+    assert (await shared.infer("other", SHORT)).status == 200
+    answer = await when(lambda: shared.infer("crashing", *quotient(-5, -1)), lambda seen: seen.status == 200)
+    assert answer.json["outputs"][0]["data"] == [5]
+    [exited] = await shared.data_of(WorkerExited)
+    assert exited.signal == signal.SIGFPE
+    assert (await shared.jobs("?model=crashing"))[0]["cause"] == "recovery"
 
 
 async def load_adder(api: LocalApi, model_id: str, version: int) -> None:

@@ -9,10 +9,11 @@ import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families as read_metrics
 from support import models
-from support.http import ENDLESS, LocalApi, local_server
+from support.http import ENDLESS, ONE, LocalApi, local_server
 from support.models import save
 from support.workers import computing, until
 
+from events.types import ModelLoaded
 from server.appkeys import BODIES
 from server.observability.metrics import SCRAPES
 
@@ -104,3 +105,30 @@ async def test_reading_of_a_large_body_is_transport_time(shared: LocalApi) -> No
     seen = await spent(shared, "large")
     assert receiving_ns < seen.transport < seen.success
     assert seen.queue < seen.transport
+
+
+async def test_wait_for_a_load_on_demand_is_queue_time(shared: LocalApi) -> None:
+    save(models.add(), shared.config.repository, "cold")
+    assert (await shared.infer("cold", ONE)).status == 200
+    [loaded] = [event.data for event in await shared.events("cold") if isinstance(event.data, ModelLoaded)]
+    seen = await spent(shared, "cold")
+    assert loaded.durations.loading_us * 1000 <= seen.queue <= seen.success
+
+
+async def test_answer_counts_before_its_client_has_received_it(shared: LocalApi) -> None:
+    save(models.identity(), shared.config.repository, "unread")
+    await shared.load("unread")
+    host, port = shared.client.server.host, shared.client.server.port
+    reader, writer = await asyncio.open_connection(host, port, limit=1024)
+    body = bytes(4 * FLOATS)
+    head = (
+        "POST /v2/models/unread/infer HTTP/1.1", "Host: a", "Connection: close",
+        f"Content-Length: {len(body)}", "Inference-Header-Content-Length: 0",
+        f"Authorization: Bearer {shared.token('predict')}", "", "",
+    )  # fmt: skip
+    writer.write("\r\n".join(head).encode() + body)
+    await reader.readexactly(1)
+    assert (await spent(shared, "unread")).success > 0
+    assert len(await reader.read()) > len(body)
+    writer.close()
+    await writer.wait_closed()

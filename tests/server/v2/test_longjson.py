@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import models
 from support.history import PLAIN
-from support.http import Answer, LocalApi, local_server
+from support.http import ONE, Answer, LocalApi, local_server
 from support.workers import fork_server_of, until
 
 from runtime.errors import InvalidInput
@@ -25,6 +25,7 @@ from server.appkeys import BODIES, POOL
 from server.v2 import codec
 
 LONG = LONG_JSON_BYTES + 1
+SPACED = json.dumps({"inputs": [ONE]}).replace("[1]}", "[1" + " " * LONG + "]}").encode()
 HEAD = b'{"inputs": [{"name": "x", "shape": [1], "datatype": "BYTES", "data": ["'
 
 
@@ -79,6 +80,17 @@ async def test_hostile_text_is_refused_and_another_subject_is_answered(
                 assert (await refused).refusal == (400, "invalid_input")
                 assert reason in (await refused).json["detail"]
                 assert nothing_is_left(api)
+
+
+async def test_reading_counts_in_the_body_budget(tmp_path: Path) -> None:
+    async with local_server(tmp_path) as api:
+        api.save(models.identity(), "m")
+        await api.load("m")
+        bodies = api.app[BODIES]
+        bodies.add("alice", bodies._max_bytes // 2 - 3 * LONG)  # room for the body, and not for reading it
+        assert (await infer(api, SPACED)).refusal == (503, "bodies_full")
+        bodies.add("alice", 3 * LONG - bodies._max_bytes // 2)
+        assert (await infer(api, SPACED)).status == 200
 
 
 async def test_end_of_the_fork_server_is_no_mistake_of_the_client(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 import asyncio
 import os
 import signal
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
+from datetime import timedelta
 
 import pytest
 import pytest_asyncio
@@ -14,12 +17,14 @@ from support.models import save, save_bytes
 from support.workers import until
 
 from events import accept
-from events.commands import RequestLoad
-from events.models import Model
-from events.types import Cause, LoadRequested
+from events.clock import boottime, utc_now
+from events.commands import Record, RequestLoad
+from events.models import Model, ModelState
+from events.types import AccessDenied, Cause, Draft, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
+from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
-from server.appkeys import DEMAND, ROUTER
+from server.appkeys import DEMAND, LOG, ROUTER
 from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed
 
 Start = Callable[..., Awaitable[LocalApi]]
@@ -173,6 +178,26 @@ async def test_waiter_beyond_the_queue_is_refused(
     await shared.unload("queue", force=True)
 
 
+async def test_waiter_that_leaves_takes_nothing_from_others(shared: LocalApi) -> None:
+    add(shared, "common")
+    first, second = await waiting(shared, "common", 2)
+    first.cancel()
+    assert await second
+    assert first.cancelled()
+    assert not shared.app[DEMAND].demand.has("common")
+
+
+async def test_started_load_without_waiters_completes(shared: LocalApi) -> None:
+    save(models.slow_identity(side=400), shared.config.repository, "alone")
+    [alone] = await waiting(shared, "alone", 1)
+    await recorded(shared, "alone", "LoadStarted")
+    alone.cancel()
+    await asyncio.wait([alone])
+    assert not shared.app[DEMAND].demand.has("alone")
+    await shared.model_when("alone", state="loaded")
+    assert await causes(shared, "alone") == ["demand"]
+
+
 async def test_defect_of_a_look_up_fails_its_waiters_only(
     shared: LocalApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,6 +289,42 @@ async def test_lost_model_is_waited_for(shared: LocalApi) -> None:
     assert await causes(shared, "lost") == ["request", "recovery"]
 
 
+async def test_lost_model_that_is_given_up_fails_its_waiters(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = await start(on_demand="on")
+    log, ahead_s = api.app[LOG], 0
+    monkeypatch.setattr(log.clock, "_wall", lambda: utc_now() + timedelta(seconds=ahead_s))
+    monkeypatch.setattr(log.clock, "_boottime", lambda: boottime() + ahead_s)
+    defaults = save(models.crash_on_zeros(), api.config.repository, "m").parent / DEFAULTS_FILE
+    defaults.write_text("warm_up.enabled = false")
+    await api.load("m")
+    defaults.unlink()
+    os.kill(api.worker("m").pid, signal.SIGKILL)
+    await recorded(api, "m", "WorkerExited")
+    waiting = asyncio.create_task(api.infer("m", ONE))
+    await until(lambda: api.app[DEMAND].count_waiting("m") == 1)
+    while not waiting.done():  # the reload is tried again after growing pauses
+        ahead_s += 30
+        incidents = len(log.state.models["m"].incidents)
+        log.notify()
+        await until(lambda count=incidents: waiting.done() or len(log.state.models["m"].incidents) != count)  # type: ignore[misc]
+    assert (await waiting).refusal == (503, "load_failed")
+    assert log.state.models["m"].state is ModelState.FAILED
+    assert set(await causes(api, "m")) == {"request", "recovery"}
+
+
+async def test_swap_in_place_is_waited_for(shared: LocalApi) -> None:
+    add(shared, "swap")
+    save(models.slow_identity(side=400), shared.config.repository, "swap", 2)
+    await shared.load("swap", version=1)
+    await shared.accepted_load("swap", version=2, strategy="in_place")
+    await recorded(shared, "swap", "ModelUnloaded")
+    answer = await shared.infer("swap", ONE)
+    assert (answer.json["model_version"], answer.json["outputs"][0]["data"]) == ("2", [1])
+    assert await causes(shared, "swap") == ["request", "request"]
+
+
 async def test_one_place_is_waited_for_and_taken_in_turns(start: Start) -> None:
     api = await start(on_demand="on", max_loaded=1, evict="idle", min_residency_s=0, keep_alive_s=0)
     for number in range(3):
@@ -281,6 +342,55 @@ async def test_one_place_is_waited_for_and_taken_in_turns(start: Start) -> None:
     assert [answer.json["outputs"][0]["data"] for answer in answers] == [[1.0 + n % 3] for n in range(30)]
     assert set(await causes(api, "m1")) == {"demand"}
     await api.model_when("m0", state="unloaded")
+
+
+async def test_load_cancelled_for_lack_of_demand_is_asked_again(start: Start) -> None:
+    api = await start(on_demand="on", max_loaded=1)
+    add(api, "m0")
+    add(api, "m1")
+    await api.load("m0", pinned=True)
+    leaving = asyncio.create_task(api.infer("m1", ONE))
+    [job] = await when(lambda: api.jobs("?model=m1"), bool)
+    log = api.app[LOG]
+    with closing(sqlite3.connect(log.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        denied = asyncio.create_task(log.submit(Record((Draft("e", AccessDenied("x", 1), "bob"),))))
+        await asyncio.sleep(0)
+        await until(lambda: log.waiting == 0)  # the writer has it, and waits
+        leaving.cancel()
+        await until(lambda: log.waiting == 1)  # the cancellation is decided
+        staying = [asyncio.create_task(api.infer("m1", ONE)) for _ in range(3)]
+        await until(lambda: api.app[DEMAND].count_waiting("m1") == 3)
+        other.execute("ROLLBACK")
+    await denied
+    assert (await api.ended(job["id"]))["status"] == "cancelled"
+    await api.unload("m0")
+    for answer in await asyncio.gather(*staying):
+        assert answer.json["outputs"][0]["data"] == [2]
+    assert await causes(api, "m1") == ["demand", "demand"]
+
+
+async def test_requested_load_takes_the_place_of_a_pending_on_demand_load(start: Start) -> None:
+    api = await start(on_demand="on", max_loaded=1)
+    add(api, "m0")
+    add(api, "m1")
+    await api.load("m0", pinned=True)
+    leaving, staying = (asyncio.create_task(api.infer("m1", ONE)) for _ in range(2))
+    await until(lambda: api.app[DEMAND].count_waiting("m1") == 2)
+    [on_demand] = await when(lambda: api.jobs("?model=m1"), bool)
+    requested = await api.accepted_load("m1", keep_alive_s=60)
+    superseded = await api.ended(on_demand["id"])
+    assert (superseded["status"], superseded["superseded_by"]) == ("cancelled", requested["id"])
+    leaving.cancel()
+    await until(lambda: api.app[DEMAND].count_waiting("m1") == 1)
+    staying.cancel()  # with the last inference the on-demand load would have been cancelled
+    late = asyncio.create_task(api.infer("m1", ONE))
+    await until(lambda: api.app[DEMAND].count_waiting("m1") == 1)
+    await api.unload("m0")
+    assert (await late).json["outputs"][0]["data"] == [2]
+    ended = await api.ended(requested["id"])
+    assert (ended["status"], ended["parameters"]["keep_alive_s"]) == ("completed", 60)
+    assert await causes(api, "m1") == ["demand", "request"]
 
 
 async def test_failed_load_is_told_to_all_and_retried_later(shared: LocalApi) -> None:

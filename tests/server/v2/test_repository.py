@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.http import Answer, Json, LocalApi, when
+from support.http import LIMIT_S, Answer, Json, LocalApi, when
 from support.models import FLOAT, TEXT, save, save_bytes
 from support.running import gone, slow_model
 
@@ -60,6 +61,18 @@ def version(number: int) -> Json:
     return {"specific": {"versions": [number]}}
 
 
+async def begin_load(api: LocalApi, model_id: str) -> asyncio.Task[Answer]:
+    """Send a load that takes half a minute, and wait until the worker has begun it."""
+    save_bytes(slow_model(), api.config.repository, model_id)
+    task = asyncio.create_task(load(api, model_id))
+
+    async def stages() -> list[str]:
+        return [job["stage"] for job in await api.jobs(f"?model={model_id}")]
+
+    await when(stages, lambda seen: seen == ["loading"])
+    return task
+
+
 def job_id_of(answer: Answer) -> str:
     return answer.headers["Location"].removeprefix("/api/v1/jobs/")
 
@@ -90,6 +103,21 @@ async def test_content_type_and_preferences_are_ignored(shared: LocalApi) -> Non
             job_of(await send(shared, f"models/typed/{verb}", body, headers=headers))
 
 
+async def test_load_of_changed_files_or_a_new_version_swaps(shared: LocalApi) -> None:
+    repository = shared.config.repository
+    save(models.add(1.0), repository, "changed")
+    jobs = [job_of(await load(shared, "changed"))]
+    save(models.add(22.0), repository, "changed")
+    os.utime(repository / "changed" / "1" / "model.onnx", ns=(1, 1))
+    jobs.append(job_of(await load(shared, "changed")))
+    save(models.add(3.0), repository, "changed", 2)
+    jobs.append(job_of(await load(shared, "changed")))
+    assert len(set(jobs)) == 3
+    assert (await shared.model("changed"))["version"] == 2
+    both = await asyncio.gather(*(load(shared, "changed", version_policy=version(n)) for n in (1, 2)))
+    assert {(await shared.job(job_of(answer)))["version"] for answer in both} == {1, 2}
+
+
 async def test_load_goes_on_when_its_client_leaves(shared: LocalApi) -> None:
     save(models.slow_model(side=500), shared.config.repository, "left")
     waiting = asyncio.create_task(load(shared, "left"))
@@ -98,6 +126,16 @@ async def test_load_goes_on_when_its_client_leaves(shared: LocalApi) -> None:
     [job] = await shared.jobs("?model=left")
     assert (await shared.ended(job["id"]))["status"] == "completed"
     assert job_of(await load(shared, "left")) == job["id"]
+
+
+async def test_shutdown_answers_who_waits_for_a_load(api: LocalApi) -> None:
+    waiting = await begin_load(api, "m")
+    [job] = await api.jobs()
+    async with asyncio.timeout(LIMIT_S):
+        await api.client.server.close()
+    answer = await waiting
+    assert answer.refusal == (503, "shutting_down")
+    assert job_id_of(answer) == job["id"]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +244,18 @@ async def test_unload_is_answered_when_the_process_is_gone(shared: LocalApi) -> 
         answer = await unload(shared, name)
         assert (answer.status, answer.body, "Location" in answer.headers) == (200, b"", False)
     assert await shared.types("over") == types
+
+
+async def test_unload_cancels_a_first_load(shared: LocalApi) -> None:
+    waiting = await begin_load(shared, "first")
+    pid = shared.worker("first").pid
+    assert await index(shared, "first") == [entry("first", 1, "LOADING")]
+    job_of(await unload(shared, "first"))
+    assert gone(pid)
+    answer = await waiting
+    assert answer.refusal == (400, "cancelled")
+    assert answer.json["error"].startswith("load failed for model 'first': version 1: ")
+    assert await index(shared, "first") == [entry("first", 1, "UNAVAILABLE", reason="unloaded")]
 
 
 SERVING = Serving("job", 2, 9, "", "alice", ("worker",), (), 1, 1, LoadParameters())
