@@ -18,6 +18,7 @@ from support.ledgers import unwritable
 
 from events.audit.kepthead import KEPT_HEAD
 from events.audit.signing import as_signed_head, key_id
+from events.errors import RolledBack
 from events.sqlite.datalock import LEDGER
 from server.auth.keys import KeyProblem, keys_folder, list_keys, open_signer
 
@@ -100,6 +101,18 @@ async def test_answered_head_is_kept_beside_the_key(start: Start) -> None:
     await api.client.close()
     kept = as_signed_head(json.loads(path.read_text()))
     assert (kept.statement.position, kept.statement.hash.hex()) == last_row(api)[:2]
+
+
+async def test_older_ledger_in_the_same_directory_is_refused(start: Start) -> None:
+    api = await start()
+    await api.client.close()
+    ledger = api.config.data / LEDGER
+    older = ledger.read_bytes()
+    await (await start()).client.close()
+    ledger.write_bytes(older)
+    with pytest.raises(RolledBack, match="--accept-rollback"):
+        await start()
+    assert ledger.read_bytes() == older
 
 
 async def test_readers_leave_the_writers_locks(shared: LocalApi) -> None:

@@ -1,5 +1,6 @@
 """Jobs over HTTP: cancel, lists, what they wait for, and `Prefer: wait=N` as RFC 7240 has it."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -66,6 +67,18 @@ async def test_cancel_of_swap_keeps_serving_version(shared: LocalApi) -> None:
         "loaded", 1, None, first["id"],
     )  # fmt: skip
     assert (await shared.infer("swapped", ONE)).status == 200
+
+
+async def test_cancel_of_a_load_under_v2_is_400(shared: LocalApi) -> None:
+    shared.save(models.endless_load(), "v2")
+    waiting = asyncio.create_task(shared.post("/v2/repository/models/v2/load", data=b""))
+    [job] = await when(
+        lambda: shared.jobs("?model=v2"), lambda jobs: [job["stage"] for job in jobs] == ["loading"]
+    )
+    await cancelled(shared, job)
+    answer = await waiting
+    assert answer.refusal == (400, "cancelled")
+    assert answer.json["error"] == "load failed for model 'v2': version 1: it was cancelled"
 
 
 async def test_cancel_of_unrecorded_unload_keeps_the_model(

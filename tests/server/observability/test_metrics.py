@@ -19,8 +19,10 @@ from support.pages import FAMILIES
 from support.postgres import Database
 from support.workers import computing, until
 
+from events.counters import OTHERS
 from events.types import Cause
 from server.app import all_routes
+from server.appkeys import LOG
 from server.errors import ERRORS
 from server.observability.metrics import SCRAPES, STAGES, ServerCollector, negotiate
 from server.observability.requestlog import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
@@ -215,6 +217,26 @@ async def test_streams_are_measured_and_invented_names_make_no_series(
     )
     assert {sample.labels["route"] for sample in requests.samples} <= {NO_ROUTE, *PATHS}
     assert {sample.labels["method"] for sample in requests.samples} <= METHODS | {OTHER_METHOD}
+
+
+async def test_models_beyond_the_limit_are_counted_together(api: LocalApi, repository: Path) -> None:
+    api.app[LOG].tally.names.most = 1
+    for name in ("a", "b", "c"):
+        save(models.add(), repository, name)
+        await api.load(name)
+        assert (await api.infer(name, ONE)).status == 200
+    seen = await metrics(api)
+    assert seen[series("inferences_total", model="a")] == 1
+    assert seen[series("inferences_total", model=OTHERS)] == 2
+    assert seen[series("model_workers", model=OTHERS)] == 2
+    serving = {name: value for name, value in seen.items() if name.startswith("model_serving")}
+    assert serving == {series("model_serving", model=name): 1 for name in ("a", OTHERS)}
+    await api.unload("b")
+    save_broken(repository)
+    await api.failed_load("broken")
+    seen = await metrics(api)
+    assert seen[series("inferences_total", model=OTHERS)] == 2
+    assert seen[series("model_serving", model=OTHERS)] == 0
 
 
 OPENMETRICS = "application/openmetrics-text"

@@ -254,7 +254,7 @@ async def test_unload_cancels_a_first_load(shared: LocalApi) -> None:
     assert gone(pid)
     answer = await waiting
     assert answer.refusal == (400, "cancelled")
-    assert answer.json["error"].startswith("load failed for model 'first': version 1: ")
+    assert answer.json["error"] == "load failed for model 'first': version 1: an unload cancelled it"
     assert await index(shared, "first") == [entry("first", 1, "UNAVAILABLE", reason="unloaded")]
 
 
