@@ -267,7 +267,12 @@ async def test_files_of_a_stage_are_limited(folder: Path, monkeypatch: pytest.Mo
 
 async def test_bytes_are_limited_as_they_arrive(folder: Path) -> None:
     """Of bodies without a length, and of files that arrive at once and fit only one by one."""
-    arrived = asyncio.Event()
+    arrived, left = asyncio.Event(), list(range(20))
+
+    async def long() -> AsyncIterator[bytes]:
+        while left:
+            left.pop()
+            yield bytes(10)
 
     async def late() -> AsyncIterator[bytes]:
         yield bytes(60)
@@ -276,7 +281,8 @@ async def test_bytes_are_limited_as_they_arrive(folder: Path) -> None:
     async with opened_uploads(folder) as (uploads, _):
         uploads._policy = UploadPolicy(max_bytes=100)
         with pytest.raises(UploadTooLarge):
-            await uploads.add(*M1, body_of(bytes(101), 10))
+            await uploads.add(*M1, UploadBody(long()))
+        assert len(left) == 9  # ten pieces fit, and nothing was read after the eleventh
         stage = await begin_stage(uploads)
         request = asyncio.create_task(uploads.add_file(stage, "late", UploadBody(late())))
         await until(lambda: any("part-" in path for path in files_in(folder / "repository")))
