@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from hostile.mutations import EDGES, mutate_bytes
 from support.workers import floats, tensor
 
 from runtime import wire
+from runtime.errors import PrepareCode
 from runtime.wire import (
     Cancel,
     Infer,
+    InferenceFailure,
     Load,
+    Loaded,
+    LoadFailure,
     Message,
     Outcome,
+    PrepareDone,
+    StageReached,
     Tensor,
+    TensorSpec,
     WantedOutput,
     heads,
 )
@@ -32,6 +39,7 @@ BOMBS = (
     b"\xc1",  # no type
 )
 """Headers that make a careless msgpack decoder allocate or recurse."""
+CODES = (*get_args(PrepareCode), "invalid_model", "unsafe_file", "warm_up_failed")
 
 
 PLACES = (0, 1, 2**20, 2**25 - 8, 2**25, 2**62)
@@ -123,4 +131,57 @@ def to_worker(rng: Random, load: Load) -> list[tuple[str, bytes]]:
     return frames
 
 
+SPECS = (TensorSpec("y", "FP32", (-1,)),)
 Y = floats("y", 1, 2)
+
+
+def reports(rng: Random) -> list[tuple[str, bytes]]:
+    """Return frames of a worker that was asked to load, most often with one wrong."""
+    loaded = frame(Loaded((), SPECS, rng.choice((0, 5, 2**63 - 1))))
+    right = [frame(StageReached("loading")), frame(StageReached("warming_up")), loaded]
+    others = (
+        frame(PrepareDone(1)),
+        frame(LoadFailure(rng.choice(CODES), "x" * rng.choice((0, 4096)))),
+        frame(Outcome(0)),
+        frame(Cancel(0)),
+    )
+    return _one_wrong(rng, right, others)
+
+
+def replies(rng: Random, *, numbers: int) -> list[tuple[str, bytes]]:
+    """Return frames of a worker that was asked so many inferences, most often with one wrong."""
+    right = [
+        frame(Outcome(number, heads((Y,))), (Y,))
+        if rng.random() < 0.7
+        else frame(InferenceFailure(number, rng.choice(("invalid_input", "no such code")), "no"))
+        for number in range(numbers)
+    ]
+    rng.shuffle(right)
+    double, other = (Y, Y), (floats("z", 1),)
+    others = (
+        frame(Outcome(numbers)),
+        frame(Outcome(0, heads(double)), double),
+        frame(Outcome(0, heads(other)), other),
+        frame(Outcome(0, heads((Y,)), *(2**63 - 1,) * 6), (Y,)),
+        frame(Outcome(0, heads((Y,), [rng.choice(PLACES)]))),
+        frame(StageReached("loading")),
+        frame(Loaded((), SPECS, 1)),
+    )
+    return _one_wrong(rng, right, others)
+
+
+def _one_wrong(rng: Random, right: list[bytes], others: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    """Return frames of which one is repeated, missing, replaced, mutated, or sent on the other channel."""
+    frames = [("data", each) for each in right]
+    index = rng.randrange(len(frames))
+    _, good = frames[index]
+    changed: Sequence[list[tuple[str, bytes]]] = (
+        *([("data", good)],) * 5,
+        [("data", good)] * rng.choice((0, 2, 100)),
+        [("data", rng.choice(others))],
+        [("data", good), ("data", rng.choice(others))],
+        [("data", mutate_frame(rng, good))],
+        [("data", mutate_frame(rng, good)), ("data", good)],
+        [("control", good)],
+    )
+    return [*frames[:index], *rng.choice(changed), *frames[index + 1 :]]

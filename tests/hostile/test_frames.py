@@ -6,19 +6,21 @@ import asyncio
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
-from hostile.frames import to_worker
+from hostile.frames import replies, reports, to_worker
 from msgspec.structs import replace
 from support import models
 from support.fleet import as_text, new_dice, of_both, tell
-from support.workers import LIMIT_S, fork_server_of, order_of
+from support.impostors import silent_worker
+from support.workers import LIMIT_S, ask, floats, fork_server_of, load, order_of
 
-from runtime.errors import Exit
+from runtime.errors import Exit, RuntimeProblem
 from runtime.frames import FrameReader, FrameRules
 from runtime.process.forkclient import Process
 from runtime.process.forkserver import EX_SOFTWARE
@@ -31,6 +33,12 @@ ROUNDS = of_both(short=30, long=3000)
 ENDS = {0, EX_PROTOCOL, EX_SOFTWARE}
 """A worker ends with its channels, by a malformed frame, or by an order that no server gives, such as to load
 a path with NUL."""
+ASKED = 3
+"""Inferences that a worker is asked while it lies."""
+STAGES = ("loading", "warming_up", "measuring")
+"""In their order, each at most once."""
+REPORT_S = 0.05
+"""A load whose report has not come by then may never get one."""
 
 
 Ends = Mapping[str, socket.socket]
@@ -102,3 +110,51 @@ async def _lie_to_worker(pool: WorkerPool, order: Load, rng: Random) -> tuple[Ex
         for end in ends.values():
             end.shutdown(socket.SHUT_WR)
         return await child.end, await reading
+
+
+async def test_hostile_worker_ends_its_own_requests_only(pool: WorkerPool, tmp_path: Path) -> None:
+    dice, outcomes = new_dice(), Counter[str]()
+    models.save(models.add(), tmp_path, "m")
+    order = order_of(tmp_path)
+    good, _ = await load(pool, order)
+    for _ in range(ROUNDS):
+        rng = Random(dice.randrange(2**32))
+        async with asyncio.timeout(LIMIT_S):
+            outcomes.update(await _be_lied_to(order, rng))
+            await ask(good, [floats("x", 1)])
+    tell(f"requests to hostile workers: {as_text(outcomes)}")
+
+
+async def _be_lied_to(order: Load, rng: Random) -> list[str]:
+    """Load and ask a worker whose frames are made up, until it is through or killed.
+
+    Returns:
+        What came of the load and the inferences.
+    """
+    stages = list[str]()
+    async with silent_worker() as impostor:
+        worker, ends = impostor.worker, {"data": impostor.data, "control": impostor.control}
+        for end in ends.values():
+            end.setblocking(False)
+        loading = asyncio.create_task(worker.load(order, stages.append))
+        await send(ends, reports(rng), rng)
+        await asyncio.wait({loading}, timeout=REPORT_S)
+        asked: list[Coroutine[Any, Any, Any]] = [
+            worker.infer([floats("x", 1)], timeout_s=LIMIT_S) for _ in range(ASKED)
+        ]
+        answering = asyncio.gather(*asked, return_exceptions=True)
+        await asyncio.sleep(0)
+        await send(ends, replies(rng, numbers=ASKED), rng)
+        for end in ends.values():
+            end.close()
+        results = [*await asyncio.gather(loading, return_exceptions=True), *await answering]
+        await asyncio.shield(worker.ended)
+    assert stages == [stage for stage in STAGES if stage in stages]
+    return [_outcome(result) for result in results]
+
+
+def _outcome(result: object) -> str:
+    if isinstance(result, BaseException):
+        assert isinstance(result, RuntimeProblem), repr(result)
+        return result.code
+    return "answered"

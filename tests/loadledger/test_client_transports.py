@@ -202,6 +202,15 @@ def test_silent_stream_is_opened_again(kind: str, monkeypatch: pytest.MonkeyPatc
     assert [type(each) for each in away] == [ServerUnreachable]
 
 
+@each_kind
+def test_endless_line_closes_stream(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadledger.stream.LineSplitter.__init__.__defaults__", (1000,))
+    with odd_server(staying(streamed(b"x" * 2000))) as server, connected(kind, server.url) as client:
+        with pytest.raises(BadAnswer, match="2000 bytes"):
+            next(client.events(follow=True))
+        assert server.closed.wait(LIMIT_S)
+
+
 @pytest.mark.parametrize(
     ("answer", "ask"),
     [

@@ -7,6 +7,7 @@ import pytest
 from playwright.async_api import expect
 from support import models
 from support.browser import Console, chromium, needs_browser
+from support.clients import run_command
 from support.models import save
 from support.servers import MODULE, events, refused_start, serving
 
@@ -48,6 +49,15 @@ async def test_confined_server_records_it(config: Config) -> None:
         if isinstance(event.data, ServerStarted | ModelLoaded)
     ]
     assert recorded == [FULL, FULL]
+
+
+def test_check_says_what_confines_workers(config: Config) -> None:
+    arguments = ("check", "--port=0", "--quick", f"--repository={config.repository}")
+    assert "workers are confined by Landlock" in run_command(*arguments).stdout
+    result = run_command(*arguments, "--confine=off")
+    assert "note: --confine: workers are not confined: a model that takes over its worker" in result.stdout
+    assert "(not_confined)" in result.stdout
+    assert result.exit_code == 0
 
 
 async def test_required_confinement_that_is_not_to_be_had_refuses_the_start(config: Config) -> None:

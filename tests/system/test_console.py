@@ -418,6 +418,19 @@ async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admi
     await expect(page.locator("#timeline-table")).to_contain_text("drawn 2 loaded")
 
 
+async def test_page_ends_with_its_last_part(server: Server, admin: Console) -> None:
+    for _ in range(3):
+        await server.api.load("past")
+        await server.api.unload("past")
+    await expect(admin.page.locator("#ledger-list > li").nth(15)).to_be_attached()
+    await admin.page.locator("#timeline-text summary").click()
+    below = """document.documentElement.scrollHeight
+        - Math.max(...[...document.querySelectorAll("main section")].map(
+            (part) => part.getBoundingClientRect().bottom + scrollY))
+        - parseFloat(getComputedStyle(document.querySelector("main")).paddingBottom)"""
+    assert await admin.page.evaluate(below) <= 1
+
+
 async def test_subject_with_markup_is_shown_as_text(server: Server, admin: Console) -> None:
     name = "<img src=/x onerror=alert(1)>"
     await server.api.unload("hostile") if (await server.api.model("hostile"))["state"] == "loaded" else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from support import models
 from support.http import ONE, when
 from support.models import save
-from support.servers import Server, events, serving, verified
+from support.servers import Server, events, refused_start, serving, verified
 
 from events.sqlite.datalock import LEDGER
 from server.config import Config
@@ -96,3 +96,12 @@ async def test_server_recovers_each_time_the_ledger_can_be_written_again(config:
     assert [event_id for event_id in ids if event_id in acknowledged] == acknowledged
     assert len(set(ids)) == len(ids)
     assert [event.model_id for event in log if event.type == "LoadRequested"] == ["m", "n", "n", "n"]
+
+
+async def test_start_with_an_unreadable_key_changes_nothing(config: Config) -> None:
+    async with loaded(config) as server:
+        await server.kill()
+    before = (config.data / LEDGER).read_bytes()
+    (config.data / "ledger.key").write_text("no key")
+    assert "ledger.key is not a readable private key" in await refused_start(config)
+    assert (config.data / LEDGER).read_bytes() == before

@@ -22,6 +22,7 @@ from server.config import Config
 from server.serve import INSTALL_OTEL
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+UNSAMPLED = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-00"}
 SAMPLED = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-01", "tracestate": "a=1,b=2"}
 FORWARDED = {"X-Forwarded-For": "203.0.113.9, 192.0.2.1"}
 SERVER_KIND = 2
@@ -154,6 +155,34 @@ async def test_request_job_and_stages_join_the_callers_trace(config: Config) -> 
     assert [line["trace_id"] for line in told if line.get("job") == job["id"]] == [TRACE_ID] * 4
     assert unload_job.trace_id != TRACE_ID  # its request named none
     assert inside(collector, unload_job) == ["waiting", "draining"]
+
+
+async def test_unsampled_requests_are_not_exported(config: Config) -> None:
+    save(models.add(1), config.repository, "m")
+    async with collecting() as collector:
+        async with serving(
+            config, "--trace-inferences=0", environment=collector.environment | LOUD
+        ) as server:
+            await load(server, **UNSAMPLED)
+            assert [await infer(server), await infer(server, **UNSAMPLED)] == [200, 200]
+            malformed = SAMPLED | {"traceparent": "00-zz-00-01"}  # as if it had not come
+            assert await infer(server, **malformed) == 200
+            (config.repository / "m" / "2").mkdir()
+            (config.repository / "m" / "2" / "model.onnx").write_bytes(b"no model")
+            assert (await load(server, **malformed))["status"] == "failed"
+            assert await infer(server, **UNSAMPLED, tracestate="A=1,=") == 200
+            await server.stop()
+            told = [json.loads(line) for line in server.output.read_text().splitlines()]
+        assert not [
+            line for line in told if line["logger"].startswith("opentelemetry")
+        ]  # anybody could fill it
+        assert not collector.named(INFER)
+        (request,), (job,) = (collector.named(name) for name in (LOAD, "load"))
+        assert request.state == ""
+        assert request.trace_id != TRACE_ID
+        assert (job.failed, job.attributes["error.type"]) == (True, "invalid_model")
+        assert (request.failed, request.parent_id, job.parent_id) == (False, "", request.span_id)
+        assert request.resource["service.name"] == "loadledger"
 
 
 async def test_unreachable_collector_costs_only_spans(config: Config) -> None:

@@ -141,6 +141,14 @@ def test_moment_that_cannot_be_archived_to_is_refused(
         assert [each.name for each in path.parent.iterdir()] == ["ledger.db"]
 
 
+def test_name_that_is_not_utf_8_is_refused() -> None:
+    with ledgers.copy_of(LEDGER) as path:
+        odd = path.with_name(os.fsdecode(b"\xff.gz"))
+        with pytest.raises(WrongTarget, match="not UTF-8: choose another"):
+            archive(path, "8", odd, ledgers.SIGN, START + timedelta(days=30))
+        assert [each.name for each in path.parent.iterdir()] == ["ledger.db"]
+
+
 async def test_idempotency_keys_of_the_last_24_hours_stay(tmp_path: Path) -> None:
     path, target = tmp_path / "ledger.db", tmp_path / "archive.gz"
     await ledgers.write_ledger(path, key_at=5)

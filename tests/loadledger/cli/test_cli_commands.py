@@ -53,14 +53,15 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that loads on demand."""
     root = tmp_path_factory.mktemp("commands") / "repository"
-    for model_id in ("other", "ready", "whole"):
+    for model_id in ("guessed", "other", "ready", "shape", "whole", "wrong"):
         save(models.add(), root, model_id)
     for version in (1, 2):
         save(models.add(version), root, "m", version)
     save(models.unknown_operator(), root, "bad")
     save(models.endless(), root, "endless")
-    with standing(root) as server:
+    with standing(root, "--on-demand=on") as server:
         yield server
 
 
@@ -223,6 +224,27 @@ def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -
         ("events -f", {"LOADLEDGER_TOKEN": token["predict"]}, "403"),
     ):
         assert words in alice.refused(2, command, **variables), command
+
+
+def test_infer_loads_model_on_demand(server: Server, tmp_path: Path) -> None:
+    bob = Shell(server, "predict")
+    assert "[2.0]" in bob.prints("infer guessed -i x=[1.0]")
+    # The datatype comes from the model's file: of their own, whole numbers would be INT64.
+    assert "[2.0]" in bob.prints("infer whole -i x=[1]")
+    file = tmp_path / "request.json"
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
+    file.write_text(json.dumps({"inputs": [tensor], "parameters": {"sequence_id": 1}}))
+    for command, words in (
+        ("infer wrong -i z=[1]", "no input 'z'"),
+        ("infer shape -i x=[[1],[2,3]]", "same length"),
+        ("infer bad -i x=[1]", "Frobnicate"),
+        (f"infer shape -f {file}", "sequence_id"),
+    ):
+        assert words in bob.refused(2, command)
+    loaded = {each["id"] for each in bob.json("ps")["models"]}
+    assert {"guessed", "whole"} <= loaded
+    assert "wrong" not in loaded
+    assert "shape" not in loaded
 
 
 def test_infer_reads_and_writes_files_of_numpy(alice: Shell, tmp_path: Path) -> None:

@@ -411,6 +411,15 @@ def test_export_to_stdout_or_pipe_verifies(data: Path, tmp_path: Path) -> None:
         assert (head.statement.position, head.public_key) == (HEAD, open_signer(data).public_key)
 
 
+def test_failed_export_leaves_previous_file(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "export"
+    file.write_text("before")
+    change_ledger(data / LEDGER, "UPDATE events SET hash = zeroblob(32) WHERE position = 4")
+    assert "position 4" in refused("export", "--data", data, file)
+    assert file.read_text() == "before"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["data", "export"]
+
+
 # archive
 
 
