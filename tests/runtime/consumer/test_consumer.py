@@ -12,7 +12,7 @@ from msgspec import structs
 from onnx import ModelProto
 from support import models
 from support.running import Engine, error_of, gone, running
-from support.workers import freeze, is_stopped, until
+from support.workers import freeze, is_stopped, running_pool, threads, until
 
 from events.jobs import Failure, JobStatus
 from events.models import ModelState
@@ -101,6 +101,13 @@ async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool
         failure = Failure("unknown_model", "model 'other' is not in the repository")
         assert (await engine.ended(job_id)).error == failure
         await engine.nothing_left()
+
+
+async def test_workers_compute_with_the_threads_of_the_pool_or_of_their_load(folder: Path) -> None:
+    async with running_pool(threads=3) as pool, running(folder, pool=pool) as engine:
+        await engine.load("adder")
+        await engine.load("loop", parameters=LoadParameters(threads=2))
+        assert [threads(engine.worker(name).pid) for name in ("adder", "loop")] == [4, 3]  # and control
 
 
 async def test_load_that_cannot_be_recorded_fails_alone(engine: Engine) -> None:
