@@ -3,17 +3,21 @@
 `make soak` and CI run the parts that take long.
 """
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.connections import odd_server
 from support.fleet import soak_only
 from support.postgres import require_programs
 from support.servers import UNHURRIED, clean_environment
+from yarl import URL
 
-from bench import baselines
-from bench.generator import longest_gap
+from bench import baselines, generator
+from bench.driver import Answer, completed_job
+from bench.generator import WrongAnswer, generate, longest_gap
 from bench.requests import Target, add_one_request
 
 ROOT = Path(__file__).parents[2]
@@ -119,3 +123,42 @@ def test_wrong_answer_ends_the_bench(*, binary: bool) -> None:
         pytest.raises(SystemExit, match="a wrong answer: the constant one"),
     ):
         add_one_request(16, binary=binary).check(Target("the constant one", port))
+
+
+@pytest.mark.parametrize(("answered", "path"), [(True, "/v2/models/a/infer"), (False, "/nowhere")])
+def test_clients_record_answers_and_count_failures(tmp_path: Path, path: str, *, answered: bool) -> None:
+    request = tmp_path / "request"
+    request.write_bytes(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n".encode())
+    with baselines.constant_reply() as port, generator.recording(port, request, clients=2) as stop:
+        told = stop()
+    assert len(told.answered_s) == 2
+    assert told.total > 0
+    assert (told.failed == 0) is answered
+    assert ("404" in told.reason) is not answered
+    assert all(list(times) == sorted(times) for times in told.answered_s)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(200, None, b'{"status":"failed","error":"why"}'),
+        Answer(503, "1", b"why"),
+    ],
+)
+def test_unfinished_job_ends_the_bench_with_its_reason(answer: Answer) -> None:
+    with pytest.raises(SystemExit, match=r"POST /load: (200|503) .*why"):
+        completed_job(answer, "/load")
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"", "the server closed the connection"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nbody", "2 bytes more"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "chunked"),
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nwhy?", r"why\?"),
+    ],
+)
+def test_generator_stops_at_an_unexpected_answer(answer: bytes, told: str) -> None:
+    with odd_server(answer) as server, pytest.raises(WrongAnswer, match=told):
+        asyncio.run(generate(URL(server.url).port or 0, [b"GET / HTTP/1.1\r\n\r\n"], 1, 0.2, 0.0))

@@ -279,6 +279,37 @@ def test_archive_moves_events_out_of_the_database(migrated: Database, data: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "first.gz", "second.gz"]
 
 
+def test_archive_beside_its_server_and_a_start_at_the_base(
+    migrated: Database, data: Path, tmp_path: Path
+) -> None:
+    async def serve() -> int:
+        async with local_server(tmp_path, ledger=migrated.server_url) as api:
+            await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
+            return int((await api.get("/api/v1/events/head")).json["position"])
+
+    file = tmp_path / "archive.gz"
+    command = [sys.executable, "-m", "loadledger", "archive", "--ledger", migrated.owner_url]
+    command += ["--data", str(data), "--before", str(HEAD), str(file)]
+    first = asyncio.run(serve())
+    assert rows_of(data / LEDGER)[0][0] == 1  # its replica keeps what was archived
+    (data / LEDGER).unlink()
+    assert asyncio.run(rows_in(migrated))[0][0] == HEAD
+    command[-2:] = [str(first), str(tmp_path / "next.gz")]
+    asyncio.run(serve())
+    assert rows_of(data / LEDGER)[0][0] == HEAD
+    for where in (("--ledger", migrated.server_url, "--archive", tmp_path / "next.gz"), ("--data", data)):
+        assert "proved from the first event" in printed("verify", *where, "--archive", file), where
+
+
+def test_archive_refuses_moments_as_for_files(migrated: Database, data: Path, tmp_path: Path) -> None:
+    archive = ("archive", "--ledger", migrated.owner_url, "--data", data, "--before")
+    for before, words in (("1", "no events before that"), (str(HEAD + 1), f"--before {HEAD} at most")):
+        assert words in refused(*archive, before, tmp_path / "archive.gz")
+    assert "is in the data directory" in refused(*archive, 8, data / "archive.gz")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert count_rows(migrated) == HEAD
+
+
 def test_archive_after_an_interrupted_run_uses_its_file(
     migrated: Database, data: Path, tmp_path: Path
 ) -> None:
