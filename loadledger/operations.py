@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from loadledger.address import path
-from loadledger.errors import Busy, ClientProblem, NotFound, ServerError
+from loadledger.errors import ClientProblem, NotFound, ServerError
 from loadledger.inference import InferenceCall, InferenceResult, Inferences, Inputs
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.records import (
@@ -52,6 +52,8 @@ from loadledger.uploads import FileBody, Progress, VersionSource, find_version_f
 
 MAX_TAKEN = 3
 """Numbers that are tried if the next version's is taken by something that is no version yet."""
+_REFUSED_FILES = ("not_onnx", "unsafe_file", "invalid_model", "digest_mismatch", "body_too_large")
+"""Codes of files of a version that would be refused again."""
 UPLOAD_ANSWER_S = 300.0
 """For the answer to an upload once all of it is sent: the server syncs it to its disk first."""
 At = int | str
@@ -216,7 +218,7 @@ class Operations:
             commit = Request("POST", f"{target}/commit", repeatable=False, timeout_s=UPLOAD_ANSWER_S)
             return await fetch(self._context, commit, AddedVersion)
         except ServerError as problem:
-            if problem.status < HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(problem, Busy):
+            if problem.code in _REFUSED_FILES:
                 with suppress(ClientProblem):  # these files would be refused again
                     await send_request(self._context, Request("DELETE", target))
             raise

@@ -354,7 +354,9 @@ class Uploads:
 
     async def _receive(self, stage: Stage, path: str, body: UploadBody) -> AddedFile:
         """Write a body into a stage."""
-        room_bytes, max_bytes = stage.room_for(path), self._policy.max_bytes
+        own = [each for each in self._stages.values() if each.origin.subject == stage.origin.subject]
+        staged_bytes = sum(each.bytes for each in own if each is not stage)
+        room_bytes, max_bytes = stage.room_for(path) - staged_bytes, self._policy.max_bytes
         await self._run(
             stage, partial(check_room, self._repository.root, body.length or 0, room_bytes, max_bytes)
         )

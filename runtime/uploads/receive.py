@@ -62,13 +62,14 @@ class DigestMismatch(RuntimeProblem):
 
 
 class UploadTooLarge(RuntimeProblem):
-    """The files have more bytes than a version may have."""
+    """The files have more bytes than a version, and all stages of a subject, may have."""
 
     code = "body_too_large"
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(
-            f"a version may have {max_bytes} bytes, and this one has more: put it there yourself"
+            f"a version, and all stages of a subject together, may have {max_bytes} bytes, and this is more:"
+            " discard other stages, or put it there yourself"
         )
 
 

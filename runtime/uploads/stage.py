@@ -371,6 +371,11 @@ class Stage(StagingEntry):
         """Return where a file goes while it arrives."""
         return self.folder / f"{PART}{uuid4()}"
 
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.bytes for file in self.files.values())
+
     def room_for(self, path: str) -> int:
         """Return how many bytes a file may have beside the others."""
         return self.max_bytes - sum(file.bytes for file in self.files.values() if file.path != path)

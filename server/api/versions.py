@@ -151,7 +151,8 @@ def at_its_node(handler: Handler) -> Handler:
         node = None if forwarder is None else forwarder.find_other(request, node_id)
         if forwarder is None or node is None:
             return await handler(request)
-        return await forwarder.pass_on(request, node, path_parameters(request)["id"])
+        body = _read_file(request).pieces if request.method == hdrs.METH_PUT else None
+        return await forwarder.pass_on(request, node, path_parameters(request)["id"], body)
 
     return answer
 
@@ -203,7 +204,7 @@ async def remove_version(request: web.Request) -> web.Response:
     summary="Begin a stage of a version",
     description="A stage takes the files of a version one by one, until it is committed. Only its creator "
     "may use it. It ends 24 hours after its last file, or with the node that has it; a restart of a server "
-    "alone leaves it. Its files may have as many bytes as a version.",
+    "alone leaves it. The files of all stages of a subject may have as many bytes as a version.",
     path=ModelVersionPathSchema(),
     query=NothingSchema(),
     headers=StageHeadersSchema(),

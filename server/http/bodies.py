@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from weakref import WeakValueDictionary
 
 from aiohttp import StreamReader, web
 
-from runtime.timeouts import timeout
+from runtime.timeouts import stall_detector, timeout
 from server.errors import ServerProblem
 
 MAX_BODIES_BYTES = 2**30
@@ -144,7 +144,7 @@ async def iterate_body(content: StreamReader, idle_s: float = IDLE_S) -> AsyncIt
         BodyTimeout: `body_timeout`, less than MIN_PROGRESS_BYTES arrived in `idle_s` of waiting.
     """
     content.set_read_chunk_size(READ_BYTES)
-    clock, left_s, got_bytes = asyncio.get_running_loop().time, idle_s, 0
+    clock, left_s, got_bytes = stall_detector().active_s, idle_s, 0
     while not content.at_eof():
         began_s = clock()
         try:
@@ -187,6 +187,11 @@ async def read_body(
         if share is not None:
             share.take(len(piece))
         pieces.append(piece)
+    return await join_pieces(pieces, total_bytes)
+
+
+async def join_pieces(pieces: Sequence[bytes], total_bytes: int) -> bytes:
+    """Return the pieces of a body as one; of a long one in a thread, which lets the loop go on meanwhile."""
     if total_bytes < JOINED_BYTES:
         return b"".join(pieces)
-    return await asyncio.to_thread(b"".join, pieces)  # which lets the loop go on meanwhile
+    return await asyncio.to_thread(b"".join, pieces)

@@ -29,7 +29,14 @@ from server.api.health import is_probe
 from server.config import Config
 from server.errors import ServerProblem
 from server.http import responses
-from server.http.bodies import IDLE_S, MIN_PROGRESS_BYTES, READ_BYTES, BodyTimeout, iterate_body
+from server.http.bodies import (
+    IDLE_S,
+    MIN_PROGRESS_BYTES,
+    READ_BYTES,
+    BodyTimeout,
+    iterate_body,
+    join_pieces,
+)
 from server.routing import RequestHandler, wrap_handler
 
 _log = logging.getLogger(__name__)
@@ -457,10 +464,13 @@ async def read_body_into(
     beginning = content.read_nowait()
     least_bytes = text_bytes if in_place else text_bytes + len(buffer)
     if len(beginning) < least_bytes:
+        pieces, count = [beginning], len(beginning)
         async for piece in iterate_body(content, idle_s):
-            beginning += piece
-            if len(beginning) >= least_bytes:
+            pieces.append(piece)
+            count += len(piece)
+            if count >= least_bytes:
                 break
+        beginning = await join_pieces(pieces, count)
     came = len(beginning) - text_bytes
     buffer[:came] = memoryview(beginning)[text_bytes:]
     if connection is not None and came < len(buffer):

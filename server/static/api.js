@@ -62,7 +62,8 @@ export class Api {
   }
 
   // Puts a file, and tells how much of it has been sent, which only this older interface does.
-  upload(path, file, { headers = {}, onProgress, signal }) {
+  async upload(path, file, { headers = {}, onProgress, signal }) {
+    signal.throwIfAborted();
     const request = new XMLHttpRequest();
     return new Promise((resolve, reject) => {
       request.open("PUT", path);

@@ -54,7 +54,7 @@ export function uploads(api, store, refresher, load) {
       await api.post(`${stage}/commit`, undefined, { signal, limitMs: 0 });
     } catch (error) {
       if (stage) api.send(stage, { method: "DELETE" }).catch(() => {}); // which ends by itself otherwise
-      if (sending.signal.aborted) return false;
+      if (signal.aborted) return false;
       if (error.code === "repository_read_only") {
         store.readOnly = true;
         store.notify();

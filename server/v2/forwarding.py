@@ -28,6 +28,7 @@ from events.log import Log
 from events.nodes import Node
 from runtime.errors import InferenceTimeout
 from runtime.router import ModelElsewhere, Router
+from runtime.timeouts import TimeoutExpired, timeout
 from runtime.wire import Buffer
 from server.appkeys import BODIES, CONFIG, LOG, ROUTER, THIS_NODE
 from server.auth.gate import FORWARDED, POSITION, PRINCIPAL, Principal
@@ -35,7 +36,7 @@ from server.auth.peers import CATCH_UP_S, Peers, read_position
 from server.auth.ratelimit import QUOTA
 from server.config import MAX_BODY_BYTES
 from server.errors import ANSWERING_NODE, NODE, ServerProblem
-from server.http.bodies import Bodies, Share, iterate_body, read_body
+from server.http.bodies import Bodies, Share, read_body
 from server.http.connection import read_body_into
 from server.http.responses import DirectResponse
 from server.http.validation import path_parameters
@@ -53,6 +54,8 @@ CONNECT_S = 5.0
 """For a connection to another node: beyond it, its machine is gone."""
 CATCH_UP_OR_REFUSE_S = 5.0
 """As `CATCH_UP_S` where this node would refuse without them: a disk can hold up a replica for seconds."""
+PASS_ON_S = 300.0
+"""For the next piece of a body that is passed on, and for its answer: a commit reads and syncs its files."""
 READ_BYTES = 2**20
 """Of an answer before its reader has its turn; aiohttp's 64 KB take a pause each."""
 IN_PLACE_BYTES = 2**15
@@ -329,20 +332,46 @@ class Forwarder:
             return None
         return node if node.is_present and node_id not in self._peers.untrusted() else None
 
-    async def pass_on(self, request: web.BaseRequest, node: Node, model_id: str) -> web.Response:
+    async def pass_on(
+        self, request: web.BaseRequest, node: Node, model_id: str, body: AsyncIterator[bytes] | None
+    ) -> web.Response:
         """Answer a request about a model through a node, to which its body goes as it arrives.
 
         Raises:
             NodeUnreachable: `node_unreachable`.
+            ServerProblem: what reading the body raises.
         """
-        headers = self._headers_of(request)
-        body: AsyncIterator[bytes] | None = None
-        if request.method == hdrs.METH_PUT:
-            body = iterate_body(request.content)
-            if request.content_length is not None:
-                headers[hdrs.CONTENT_LENGTH] = str(request.content_length)
-        client, target = request[PRINCIPAL], request.raw_path
-        reply = await self._send(_Forwarded(request.method, client, model_id, target, headers, body), node)
+        headers, passed_bytes, broken = self._headers_of(request), 0, list[Exception]()
+
+        async def read(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+            nonlocal passed_bytes
+            try:
+                async for piece in body:
+                    passed_bytes += len(piece)
+                    yield piece
+            except Exception as error:
+                broken.append(error)  # aiohttp would call it a lost connection
+                raise
+
+        if body is not None and request.content_length is not None:
+            headers[hdrs.CONTENT_LENGTH] = str(request.content_length)
+        forwarded = _Forwarded(
+            request.method,
+            request[PRINCIPAL],
+            model_id,
+            request.rel_url.raw_path,  # without the host that a request to a proxy names
+            headers,
+            None if body is None else read(body),
+        )
+        try:
+            async with timeout(PASS_ON_S, lambda: passed_bytes):
+                reply = await self._send(forwarded, node)
+        except TimeoutExpired:
+            raise NodeUnreachable(node, f"no answer within {PASS_ON_S:g} s") from None
+        except NodeUnreachable:
+            if broken:
+                raise broken[0] from None
+            raise
         fields = _returned_fields(request, reply)
         return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
 

@@ -21,7 +21,7 @@ from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA, Quota
 from server.config import MAX_BODY_BYTES
 from server.errors import ServerProblem
-from server.http.bodies import Share, read_body
+from server.http.bodies import BodyTooLarge, Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
 from server.http.responses import DirectResponse
@@ -180,6 +180,8 @@ async def _receive(
         BodiesFull: `bodies_full`.
     """
     header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
+    if header_bytes is not None and header_bytes > MAX_BODY_BYTES:
+        raise BodyTooLarge(MAX_BODY_BYTES)
     tensor_bytes = 0 if header_bytes is None else _expected_tensor_bytes(request, header_bytes)
     region = app[ROUTER].reserve(model_id, version, tensor_bytes) if tensor_bytes else None
     if header_bytes is not None and region is not None:

@@ -20,7 +20,7 @@ FILES = {"net.onnx": models.external("data/w.bin").SerializeToString(), "data/w.
 
 @asynccontextmanager
 async def opened_uploads(
-    folder: Path, now: Callable[[], float] = time.time
+    folder: Path, now: Callable[[], float] = time.time, max_bytes: int = 2**63
 ) -> AsyncIterator[tuple[Uploads, Log]]:
     """Open the uploads of `repository` over the ledger beside it, as a start of the server does."""
     log = Log(folder / "ledger.db")
@@ -29,7 +29,7 @@ async def opened_uploads(
         async with open_reader(log.path) as reader:
             uploads = Uploads(
                 Repository(folder / "repository"),
-                UploadPolicy(),
+                UploadPolicy(max_bytes=max_bytes),
                 NODE,
                 log=log,
                 submit=log.submit,

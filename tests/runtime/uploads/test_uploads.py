@@ -177,6 +177,18 @@ async def test_stage_is_its_subjects_alone(folder: Path) -> None:
             await uploads.find_stage(stage.id, *M1)
 
 
+async def test_stages_of_a_subject_have_room_for_one_version(folder: Path) -> None:
+    async with opened_uploads(folder, max_bytes=len(MODEL)) as (uploads, _):
+        first, second = await begin_stage(uploads, "a"), await begin_stage(uploads, "b")
+        await uploads.add_file(first, "model.onnx", body_of(MODEL))
+        with pytest.raises(UploadTooLarge, match="discard other stages"):
+            await uploads.add_file(second, "model.onnx", body_of(MODEL))
+        of_bob = await begin_stage(uploads, "b", "bob")
+        await uploads.add_file(of_bob, "model.onnx", body_of(MODEL))
+        await uploads.discard_stage(first)
+        await uploads.add_file(second, "model.onnx", body_of(MODEL))
+
+
 async def test_unused_stage_ends_after_a_day(folder: Path) -> None:
     now = [time.time()]
     async with opened_uploads(folder, lambda: now[0]) as (uploads, _):

@@ -36,6 +36,7 @@ from support.workers import computing, until
 from events.commands import DrainNode, RevokeToken
 from server.appkeys import BODIES, LOG, THIS_NODE
 from server.auth.tokens import timestamp_in
+from server.http.bodies import iterate_body
 from server.v2 import forwarding
 
 BODY = json.dumps({"inputs": [ONE]}).encode()
@@ -342,7 +343,14 @@ async def test_body_budget_counts_forwarded_bodies(pair: Pair) -> None:
     assert bodies.taken_bytes == 0
 
 
-async def test_requests_about_a_stage_go_to_its_node(ledger: Database, tmp_path: Path) -> None:
+async def endless_body() -> AsyncIterator[bytes]:
+    yield b"1"
+    await asyncio.Event().wait()
+
+
+async def test_requests_about_a_stage_go_to_its_node(
+    ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", repository_writable="on") as nodes:
         owner, other = nodes
         stages = "/api/v1/models/staged/versions/1/stages"
@@ -355,6 +363,12 @@ async def test_requests_about_a_stage_go_to_its_node(ledger: Database, tmp_path:
                 fields = {"Repr-Digest": f"sha-256=:{digest}:"}
                 answer = await other.api.send("PUT", f"{stage}/files/{path}", data=of, headers=fields)
                 assert answer.status == status
+        part = {"Content-Range": "bytes 0-0/2"}
+        answer = await other.api.send("PUT", f"{stage}/files/part", data=b"1", headers=part)
+        assert answer.refusal == (400, "invalid_parameter")
+        monkeypatch.setattr(iterate_body, "__defaults__", (0.1,))
+        answer = await other.api.send("PUT", f"{stage}/files/part", data=endless_body())
+        assert answer.refusal == (408, "body_timeout")
         shown = await other.api.get(stage, roles=("admin",))
         assert {each["path"] for each in shown.json["files"]} == FILES.keys()
         assert (await other.api.get(stage, roles=("admin",), subject="bob")).refusal == (404, "unknown_stage")

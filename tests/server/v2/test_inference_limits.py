@@ -17,6 +17,7 @@ from support.workers import computing, until
 
 from events.types import WorkerExited
 from server.appkeys import BODIES
+from server.config import MAX_BODY_BYTES
 from server.http.bodies import Bodies
 
 Start = Callable[..., Awaitable[LocalApi]]
@@ -159,6 +160,21 @@ async def test_bodies_beyond_the_budget_are_refused(
     assert (await half).refusal == (503, "bodies_full")
     await until(lambda: api.app[BODIES].taken_bytes == 0)
     assert (await infer(body)).status == 200
+
+
+async def test_json_part_has_the_limit_of_a_body(shared: LocalApi) -> None:
+    await load_adder(shared, "headed", 1)
+    answered = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b" " * 2**16
+        await answered.wait()
+
+    length = MAX_BODY_BYTES + 1
+    fields = {"Inference-Header-Content-Length": str(length), "Content-Length": str(length + 2**20)}
+    answer = await shared.post("/v2/models/headed/infer", data=body(), headers=fields)
+    answered.set()
+    assert answer.refusal == (413, "body_too_large")
 
 
 async def test_turns_of_a_subject_leave_time_to_others() -> None:
