@@ -234,7 +234,7 @@ class Executor:
         if budget_bytes is None:
             return None
         preparation = self.preparer.preparation
-        others = sum(each.run.memory_bytes for each in self.loads.values() if each is not load)
+        others = sum(each.memory_bytes for each in self.loads.values() if each is not load)
         others += preparation.memory_bytes if preparation is not None else 0
         return load_allowance(budget_bytes, others, load.reserved_bytes)
 

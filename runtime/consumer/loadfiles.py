@@ -24,6 +24,8 @@ from runtime.timeouts import TimeoutExpired, timeout
 T = TypeVar("T")
 
 THREAD = "files of a load"
+RETRY_S = 1.0
+"""Pause before files are given back once more, where no thread could start."""
 
 
 class LoadFiles:
@@ -40,6 +42,7 @@ class LoadFiles:
         self._model_id, self._version = model_id, version
         self._running = 0
         self.pieces = 0
+        self._keeping = threading.Lock()
         self._cancelled = self._closed = False
 
     @property
@@ -69,6 +72,9 @@ class LoadFiles:
                 async with timeout(LOAD_LIMIT_S, lambda: self.pieces):
                     await asyncio.shield(obtaining)
             except TimeoutExpired:
+                if obtaining.done():  # in time after all
+                    obtaining.result()
+                    return self.version_files
                 reason = f"has given nothing to copy for {LOAD_LIMIT_S:g} s"
                 raise busy(self._model_id, reason) from None
         return self.version_files
@@ -111,10 +117,19 @@ class LoadFiles:
         await repository.file_system.run(self._model_id, find, LOAD_LIMIT_S)
 
     def _find(self, expected: Sequence[LoadedFile]) -> None:
-        self.found = self._contents.find(self._model_id, self._version, expected, self._is_cancelled)
+        self._keep(self._contents.find(self._model_id, self._version, expected, self._is_cancelled))
 
     def _obtain(self, expected: Sequence[LoadedFile] | None) -> None:
-        self.found = self._contents.obtain(self._model_id, self._version, expected, self._is_cancelled)
+        self._keep(self._contents.obtain(self._model_id, self._version, expected, self._is_cancelled))
+
+    def _keep(self, files: VersionFiles | None) -> None:
+        """Keep the files that a thread found first: one that hung may come back beside a later one."""
+        with self._keeping:
+            if self.found is None:
+                self.found = files
+                return
+        if files is not None:
+            self._contents.release(files)
 
     def _is_cancelled(self) -> bool:
         self.pieces += 1
@@ -136,10 +151,13 @@ class LoadFiles:
     def _release_found(self) -> None:
         files, self.found = self.found, None
         if files is not None:
-            try:
-                threading.Thread(target=self._contents.release, args=(files,), name=THREAD).start()
-            except RuntimeError:  # no new thread: it takes a moment of the loop, and nothing stays
-                self._contents.release(files)
+            self._release(files)
+
+    def _release(self, files: VersionFiles) -> None:
+        try:
+            threading.Thread(target=self._contents.release, args=(files,), name=THREAD).start()
+        except RuntimeError:  # no new thread; a long copy would take its time on the loop
+            asyncio.get_running_loop().call_later(RETRY_S, self._release, files)
 
 
 class PendingFiles:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
@@ -57,8 +57,7 @@ START_PAUSE_S = 0.1
 """Between attempts: by then the pool knows that the fork server has ended, and waits for the next one."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadRun:
+class LoadRun(NamedTuple):
     """What is known of a load's workers and tasks, and what follows: its phase and its memory.
 
     Attributes:
@@ -244,7 +243,14 @@ class RunningLoad:
         return tuple([worker for worker in self.workers if not worker.dying])
 
     @property
+    def memory_bytes(self) -> int:
+        """As `LoadRun.memory_bytes`; quickly once it is loaded, since samples of loading workers sum all."""
+        return self.run.memory_bytes if self.report is None else self.measured_bytes
+
+    @property
     def unexpected_exits(self) -> list[Worker]:
+        if len(self.alive_workers) == len(self.workers):
+            return []
         exited = self.run.unexpected_exits
         return [worker for worker in self.workers if worker.worker_id in exited]
 

@@ -27,7 +27,14 @@ from runtime.errors import RuntimeProblem
 from runtime.filesystem import FileSystemPool
 from runtime.onnxfile import MODEL_FILE
 from runtime.repository import Repository
-from runtime.uploads.receive import Digests, FileReceiver, check_path, check_room, unwritable
+from runtime.uploads.receive import (
+    Digests,
+    FileReceiver,
+    InsufficientStorage,
+    check_path,
+    check_room,
+    unwritable,
+)
 from runtime.uploads.stage import (
     Stage,
     StageOrigin,
@@ -51,6 +58,8 @@ START_LIMIT_S = 10.0
 """For each step of what a start has to finish: a repository that hangs must not keep it from starting."""
 STAGE_S = 24 * 3600.0
 """After its last file, a stage ends: an upload that somebody goes on with the next morning still finds it."""
+MAX_STAGES = 1000
+"""Open at once: each change looks at all of them, and a script cannot fill the disk with empty ones."""
 END_STAGES_EVERY_S = 600.0
 """Often enough for a disk that unused stages have filled."""
 NOT_PLACED = "not_placed"
@@ -221,6 +230,8 @@ class Uploads:
         for known in self._stages.values():
             if key is not None and known.origin == origin:
                 return known, False
+        if len(self._stages) >= MAX_STAGES:
+            raise InsufficientStorage(f"{MAX_STAGES} stages are open: commit or discard some of them")
         stage = self._new_stage(origin)
         stage.used_at = self._now()
         self._stages[stage.id] = stage
@@ -267,6 +278,7 @@ class Uploads:
             RuntimeProblem: as `add`; the stage stays.
             LogUnavailable: `log_unavailable`; if that is unknown, it may become visible later.
         """
+        self._check_open(stage)
         self._begin(stage)
         try:
             files = await self._run(stage, stage.complete)
@@ -354,6 +366,8 @@ class Uploads:
 
     async def _receive(self, stage: Stage, path: str, body: UploadBody) -> AddedFile:
         """Write a body into a stage."""
+        if stage.stays:
+            self._check_open(stage)
         own = [each for each in self._stages.values() if each.origin.subject == stage.origin.subject]
         staged_bytes = sum(each.bytes for each in own if each is not stage)
         room_bytes, max_bytes = stage.room_for(path) - staged_bytes, self._policy.max_bytes

@@ -321,12 +321,12 @@ class InferenceExecutor:
         So no request fails because of another.
         """
         is_one = len(batch) == 1
-        self._outbox.before_run(self._last_run_ns)
-        begun_ns = time.monotonic_ns()
-        options = self._begin([request.number for request in batch])
-        if options is None:
-            return is_one and self._drop_cancelled(batch[0].number)
         try:
+            self._outbox.before_run(self._last_run_ns)
+            begun_ns = time.monotonic_ns()
+            options = self._begin([request.number for request in batch])
+            if options is None:
+                return is_one and self._drop_cancelled(batch[0].number)
             feed = batch[0].feed if is_one else join_inputs(batch)
             joined_ns, started_ns = time.monotonic_ns(), self._clock()
             arrays = self._runner.run(batch[0].outputs, feed, options)
