@@ -198,6 +198,22 @@ class Operations:
         digests: Mapping[str, str],
         on_progress: Progress | None,
     ) -> AddedVersion:
+        """Send the files into a stage and commit it; once more if its node or another addition ended it."""
+        try:
+            return await self._fill_stage(model_id, version, source, digests, on_progress)
+        except ServerError as problem:
+            if problem.code != "unknown_stage":
+                raise
+        return await self._fill_stage(model_id, version, source, digests, on_progress)
+
+    async def _fill_stage(
+        self,
+        model_id: str,
+        version: int,
+        source: VersionSource,
+        digests: Mapping[str, str],
+        on_progress: Progress | None,
+    ) -> AddedVersion:
         """Send the files into a stage, without those that an earlier attempt has sent, and commit it."""
         stages = f"/api/v1{path('models', model_id, 'versions', str(version), 'stages')}"
         stage = await fetch(self._context, post_request(stages, key=make_key(digests)), Stage)

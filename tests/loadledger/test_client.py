@@ -87,6 +87,23 @@ def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_p
     assert min(seen) > first
 
 
+def test_addition_whose_stage_another_one_committed_is_the_next_version(
+    server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "net.onnx").write_bytes(models.external("w.bin").SerializeToString())
+    (tmp_path / "w.bin").write_bytes(models.external_bytes())
+    token, versions = server.api.token("admin"), list[int]()
+    with connected("Client", server.url, token) as client, connected("Client", server.url, token) as other:
+
+        def add_first(_: int, __: int) -> None:
+            if not versions:
+                versions.append(0)
+                versions.append(other.add("shared", tmp_path).version)
+
+        versions.append(client.add("shared", tmp_path, on_progress=add_first).version)
+    assert versions == [0, 1, 2]
+
+
 def test_model_is_loaded_inferred_swapped_and_unloaded(client: Client) -> None:
     assert client.load("add", 1, wait=True).status == "completed"
     declared = client.metadata("add")
