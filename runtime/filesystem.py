@@ -66,8 +66,8 @@ class FileSystemPool:
     """Calls blocking functions in threads: one at a time for each model, and at most `max_threads`.
 
     A call on a dead network mount never returns, and its thread cannot be stopped. So it keeps one thread
-    and the turn of its model; callers get `repository_busy` after their limit. The threads are daemons, so
-    that no stop of the process waits for them.
+    and the turn of its model; a caller gets `repository_busy` after its limit, and those after it at once,
+    until the call returns. The threads are daemons, so that no stop of the process waits for them.
 
     Args:
         max_threads: calls at once; those that hang count until they return.
@@ -76,6 +76,7 @@ class FileSystemPool:
     def __init__(self, max_threads: int = MAX_THREADS) -> None:
         self._free = asyncio.Semaphore(max_threads)
         self._turns = WeakValueDictionary[str, asyncio.Lock]()
+        self._late = set[str]()
 
     async def run(self, key: str, work: Callable[[], T], limit_s: float) -> T:
         """Return what a function returns; if this is cancelled or late, its thread goes on without effect.
@@ -88,6 +89,8 @@ class FileSystemPool:
         Raises:
             RepositoryBusy: `repository_busy`, it did not begin or end in time.
         """
+        if key in self._late:
+            raise busy(key, "has not answered an earlier call yet")
         turn = self._turns.setdefault(key, asyncio.Lock())
         try:
             async with timeout(limit_s):
@@ -96,15 +99,19 @@ class FileSystemPool:
                     await self._free.acquire()
                 except BaseException:
                     turn.release()
+                    self._late.discard(key)
                     raise
                 return await asyncio.shield(self._start(key, turn, work))
         except TimeoutExpired:
+            if turn.locked():
+                self._late.add(key)
             raise busy(key, f"did not answer within {limit_s:g} s") from None
 
     def _start(self, key: str, turn: asyncio.Lock, work: Callable[[], T]) -> asyncio.Future[T]:
         def release() -> None:
             turn.release()
             self._free.release()
+            self._late.discard(key)
 
         try:
             return start_call(key, work, release)
