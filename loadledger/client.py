@@ -67,7 +67,7 @@ def _managing(
 
 
 class ServerClient:
-    """What both clients are made of: the arguments that name a server, and its URL."""
+    """The base of both clients: the arguments that name a server, and its URL."""
 
     def __init__(
         self,

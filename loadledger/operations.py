@@ -179,34 +179,27 @@ class Operations:
         call = self._context.transport.call
         found = await call(lambda: find_version_files(Path(source)))
         digests = await call(lambda: hash_files(found))
+
+        async def add_as(number: int) -> AddedVersion:
+            try:
+                return await self._add_version(model_id, number, found, digests, on_progress)
+            except ServerError as problem:
+                if problem.code != "unknown_stage":  # its node or another addition ended it: begin again
+                    raise
+            return await self._add_version(model_id, number, found, digests, on_progress)
+
         if version is not None:
-            return await self._add_version(model_id, version, found, digests, on_progress)
+            return await add_as(version)
         wanted = await self._next_version(model_id)
         for number in range(wanted, wanted + MAX_TAKEN):
             try:
-                return await self._add_version(model_id, number, found, digests, on_progress)
+                return await add_as(number)
             except ServerError as problem:  # a folder that is no version, or another upload
                 if problem.code != "version_exists":
                     raise
-        return await self._add_version(model_id, wanted + MAX_TAKEN, found, digests, on_progress)
+        return await add_as(wanted + MAX_TAKEN)
 
     async def _add_version(
-        self,
-        model_id: str,
-        version: int,
-        source: VersionSource,
-        digests: Mapping[str, str],
-        on_progress: Progress | None,
-    ) -> AddedVersion:
-        """Send the files into a stage and commit it; once more if its node or another addition ended it."""
-        try:
-            return await self._fill_stage(model_id, version, source, digests, on_progress)
-        except ServerError as problem:
-            if problem.code != "unknown_stage":
-                raise
-        return await self._fill_stage(model_id, version, source, digests, on_progress)
-
-    async def _fill_stage(
         self,
         model_id: str,
         version: int,

@@ -65,7 +65,7 @@ MIN_ACCURACY = 0.95
 """Of the packaged example, whose two versions reach 97.2 and 99.3 %."""
 
 OWNER, SERVER, DATABASE = "loadledger_owner", "loadledger", "loadledger"
-"""Who migrates, as whom the nodes connect, and to which database."""
+"""Roles and database of the demo's PostgreSQL: the migrating owner, the nodes' role, the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class _Server:
 
 
 class DemoFailed(Exception):
-    """What the demo saw differs from what it says."""
+    """An observation contradicts what the demo tells its user."""
 
 
 def _fail(problem: ClientProblem) -> NoReturn:

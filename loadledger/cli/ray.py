@@ -66,7 +66,7 @@ address_option = click.option(
 
 
 class KeeperStatus(TypedDict):
-    """What a keeper says of its server.
+    """A server's status, as its keeper reports it.
 
     Attributes:
         machine: the address that Ray knows the machine by.

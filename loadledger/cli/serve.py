@@ -60,7 +60,7 @@ def _settings_options() -> list[click.Option]:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is to run: a model by name, and where its files are if it may have to be added first."""
+    """The model that `run` serves: its name, and the path of its files if they may have to be added first."""
 
     name: str
     path: Path | None = None

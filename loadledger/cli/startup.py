@@ -1,4 +1,4 @@
-"""What `serve` and `run` do once a server is ready: sign its user in, report on the models, bring one up.
+"""Steps of `serve` and `run` after a server is ready: sign its user in, report its models, load one.
 
 On a terminal the user gets a profile with a token. `run` adds its model if it is new, loads it, and prints
 how to send it a request.
@@ -141,12 +141,12 @@ class SignedIn:
 
     @property
     def option(self) -> str:
-        """What a command needs to use it, with a space before it."""
+        """The option that selects this profile, with a leading space; empty for the default one."""
         return "" if self.name == DEFAULT_PROFILE else f" --profile {self.name}"
 
     @property
     def hint(self) -> str:
-        """What a user has to know, as the end of a sentence."""
+        """A hint about that option, as the end of a sentence."""
         return f"; commands use it with{self.option}" if self.option else ""
 
 

@@ -1,4 +1,4 @@
-"""What the cache records of a cached model: its manifest.
+"""The manifest: the record of a cached model.
 
 An invalid manifest counts as none, so that a damaged or foreign folder is never used.
 """

@@ -58,7 +58,7 @@ START_PAUSE_S = 0.1
 
 
 class LoadRun(NamedTuple):
-    """What is known of a load's workers and tasks, and what follows: its phase and its memory.
+    """A snapshot of a load's workers and tasks, and its phase and memory, which follow from that.
 
     Attributes:
         started: ids of the workers that were started, exited or not.

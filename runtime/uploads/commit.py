@@ -65,7 +65,7 @@ END_STAGES_EVERY_S = 600.0
 NOT_PLACED = "not_placed"
 """Reason of a removal that nobody asked for: something else took the place of an added version."""
 _ALL = "*"
-"""What work on the whole staging folder is known by; no model has such a name."""
+"""Key of work on the whole staging folder; no model has such a name."""
 
 
 class UnknownStage(RuntimeProblem):

@@ -192,7 +192,7 @@ class Staging:
 
 
 class StagingEntry:
-    """What one change has in the staging folder. Its methods block.
+    """One change's folder in the staging folder. Its methods block.
 
     Args:
         staging: where it is.
@@ -307,7 +307,7 @@ class StagingEntry:
 
 
 class StageOrigin(msgspec.Struct, frozen=True):
-    """What a stage is for, and whose: the first line of its record.
+    """A stage's version and creator: the first line of its record.
 
     Attributes:
         subject: who alone may use it, and the actor of its event.

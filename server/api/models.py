@@ -309,7 +309,7 @@ def _memory_now(app: web.Application, model_id: str) -> int | None:
     model = app[LOG].state.models.get(model_id)
     serving = model.serving if model is not None else None
     load = app[CONSUMER].loads.get(serving.load_job_id) if serving is not None else None
-    return load.run.memory_bytes if load is not None and load.alive_workers else None
+    return load.memory_bytes if load is not None and load.alive_workers else None
 
 
 async def find_signature(

@@ -87,7 +87,7 @@ class ServerCollector(Collector):
         for load in loads:
             if load.run.has_exited:
                 continue
-            name, memory_bytes, in_flight = name_of(load.model_id), load.run.memory_bytes, load.in_flight
+            name, memory_bytes, in_flight = name_of(load.model_id), load.memory_bytes, load.in_flight
             self._workers[name] += len(load.alive_workers)
             self._memory[name] += memory_bytes
             self._in_flight[name] += in_flight

@@ -103,7 +103,7 @@ async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool
         await engine.nothing_left()
 
 
-async def test_workers_compute_with_the_threads_of_the_pool_or_of_their_load(folder: Path) -> None:
+async def test_workers_have_threads_of_pool_or_load(folder: Path) -> None:
     async with running_pool(threads=3) as pool, running(folder, pool=pool) as engine:
         await engine.load("adder")
         await engine.load("loop", parameters=LoadParameters(threads=2))
