@@ -15,13 +15,12 @@ from bench.driver import Server
 from bench.models import Network
 from bench.requests import LENGTH, Body, encode
 from bench.table import Row, format_mb, format_ms
-from runtime.cache.manifest import Manifest
-from runtime.cache.store import ModelCache
 from runtime.memory import PROC, list_workers, parse_field, parse_private
+from runtime.optimised.store import Manifest, OptimisedStore
 from runtime.store.folder import STORE
 from runtime.worker.loading import huge_pages_help
 
-# Three pairs of processes for each form, at low priority: half a minute, where nothing else runs.
+# Three processes at low priority: some seconds, where nothing else runs.
 PREPARING_LIMIT_S = 900.0
 LOOK_S = 0.1
 
@@ -51,8 +50,8 @@ class Subject:
 
     @property
     def form(self) -> str:
-        """Return the form that later loads use."""
-        return self.entry.form or "bare"
+        """Return what later loads use."""
+        return "bare" if self.entry.reason is not None else "prepared"
 
     @property
     def label(self) -> str:
@@ -60,7 +59,7 @@ class Subject:
         return f"{self.bytes / 1e6:.0f} MB {self.network.what}"
 
 
-def prepare_network(network: Network, server: Server, plain: Server, store: ModelCache) -> Subject:
+def prepare_network(network: Network, server: Server, plain: Server, store: OptimisedStore) -> Subject:
     """Put a network into both repositories, and wait until it is prepared; nothing is loaded then."""
     content = network.build()
     path = models.write(server.repository, network.name, content)
@@ -73,7 +72,7 @@ def prepare_network(network: Network, server: Server, plain: Server, store: Mode
     return Subject(network, path, server, plain, entry)
 
 
-def wait_until_prepared(store: ModelCache, model_id: str) -> Manifest:
+def wait_until_prepared(store: OptimisedStore, model_id: str) -> Manifest:
     """Wait until `loadledger prepared list` shows a loaded model.
 
     Not before is the server done with it: its workers that prepare would be measured with the others.
@@ -119,7 +118,7 @@ def measure(
     with ExitStack() as stack:
         plain = stack.enter_context(driver.running(folder / "plain", *OPTIONS, "--prepared-size=off"))
         server = stack.enter_context(driver.running(folder / "preparing", *OPTIONS, "--prepared-size=20GB"))
-        store = ModelCache(folder / "preparing" / "data" / STORE, limit_bytes=0)
+        store = OptimisedStore(folder / "preparing" / "data" / STORE, limit_bytes=0)
         wait_until_prepared(store, driver.TINY)
         for network in networks:
             subject = prepare_network(network, server, plain, store)
@@ -133,7 +132,7 @@ def measure(
 
 
 def _loads(subject: Subject, repeats: int) -> Loads:
-    """Load it again, and bare, in turn; check that the prepared form was used."""
+    """Load it again, and bare, in turn; check that the prepared model was used."""
     model = subject.network.name
     rounds = [_round(subject, ours_first=number % 2 == 0) for number in range(repeats + THROWN_AWAY)]
     for data in subject.server.newest_events(f"type=ModelLoaded&model={model}", repeats):
@@ -180,8 +179,8 @@ def _cost_rows(subject: Subject) -> Iterator[Row]:
         format_mb(subject.bytes),
         entry.bytes / subject.bytes,
     )
-    for form, reason in entry.tried.items():
-        yield Row(f"{subject.label}: not {form}: {reason}", "", "", None)
+    if entry.reason is not None:
+        yield Row(f"{subject.label}: not prepared: {entry.reason}", "", "", None)
 
 
 MIN_INFERENCES = 10

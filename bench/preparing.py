@@ -14,7 +14,7 @@ from bench.models import NETWORKS, Network
 from bench.prepared import LOOK_S, PREPARING_LIMIT_S, wait_until_prepared
 from bench.requests import Request, Target
 from bench.table import Row, median_ratio, rate_row
-from runtime.cache.store import ModelCache
+from runtime.optimised.store import OptimisedStore
 from runtime.store.folder import STORE
 
 OPTIONS = (*driver.UNLIMITED, "--prepared-size=20GB")
@@ -73,7 +73,7 @@ def measure(folder: Path, *, rounds: int, seconds: float) -> list[Row]:
         seconds: Of each measurement of inferences, after its warm-up.
     """
     with driver.running(folder, *OPTIONS) as server:
-        store = ModelCache(folder / "data" / STORE, limit_bytes=0)
+        store = OptimisedStore(folder / "data" / STORE, limit_bytes=0)
         for name in (LOADED, SERVED.name):
             models.write(server.repository, name, models.renamed(SERVED.build(), name))
             server.load(name)

@@ -51,7 +51,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
             "at node {node_id?}",
             "{files:files}",
         ),
-        {"memory_bytes": "memory_bytes", "prepared": "prepared.form"},
+        {"memory_bytes": "memory_bytes", "prepared": "prepared.sha256"},
         "good",
     ),
     "ModelSettingsChanged": EventText(

@@ -81,7 +81,7 @@ class Serving(Struct, frozen=True, gc=False):
         memory_bytes: the sum of all workers', like `peak_memory_bytes`.
         degraded_at: when the incident began in which workers died; None while all are left.
         kept_as_is: whether its repair was cancelled or has no room, so that it stays degraded.
-        prepared: the prepared form that the workers use, if any.
+        prepared: the prepared model that the workers use, if any.
         threads: of each worker.
         asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
         brought_back: the cause of that reload.

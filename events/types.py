@@ -90,9 +90,8 @@ def contents_of(files: Iterable[LoadedFile]) -> Contents:
 
 
 class Prepared(Struct, frozen=True, gc=False):
-    """The prepared form that a load used instead of the repository's model file, and its hash."""
+    """The hash of the prepared model that a load used instead of the repository's files."""
 
-    form: str
     sha256: str
 
 
@@ -218,7 +217,7 @@ class LoadStarted(Struct, frozen=True, gc=False):
     """The load started; `attempt` counts from 1 and grows when the server restarts during the load.
 
     It also grows if a start was recorded though its commit raised: no worker belongs to that start. It comes
-    twice with the same attempt if the load began with a prepared form that failed: then the job starts again
+    twice with the same attempt if the load began with a prepared model that failed: then the job starts again
     without it, with another worker.
 
     `node_id` is the node at which it started; it is missing in a ledger of one server, here as elsewhere.
@@ -234,7 +233,7 @@ class LoadPlaced(Struct, frozen=True, gc=False):
 
     Attributes:
         node_epoch: of the node.
-        reason: `serves` if the model is or was loaded there, `prepared` if the node has a prepared form of
+        reason: `serves` if the model is or was loaded there, `prepared` if the node has a prepared model of
             the files, `files` if it has the files, `room` if it has the memory, `queue` if the load has to
             wait there, as at any other node.
         files: that a reload needs; empty for a load of what the repository has.

@@ -89,10 +89,9 @@ class Stage(AddedVersion, frozen=True):
     id: str
 
 
-class CachedCopy(msgspec.Struct, frozen=True):
-    """The optimised copy that the workers loaded."""
+class Prepared(msgspec.Struct, frozen=True):
+    """The prepared model that the workers loaded."""
 
-    form: str
     sha256: str
 
 
@@ -139,7 +138,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     position: int | None = None
     files: list[File] = []
     repository_changed: bool | None = None
-    prepared: CachedCopy | None = None
+    prepared: Prepared | None = None
     memory_bytes: int | None = None
     memory_at_load_bytes: int | None = None
     error: ErrorInfo | None = None

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-PrepareCode = Literal["prepare_failed", "disk_full"]
-"""Codes with which a worker refuses to prepare a model, beside those of a load. They end no job."""
+OptimiseCode = Literal["optimise_failed", "disk_full"]
+"""Codes with which a worker refuses to optimise a model, beside those of a load. They end no job."""
 LoadCode = Literal[
-    "invalid_model", "model_changed", "unsafe_file", "out_of_memory", "warm_up_failed", PrepareCode
+    "invalid_model", "model_changed", "unsafe_file", "out_of_memory", "warm_up_failed", OptimiseCode
 ]
-"""Codes with which a worker refuses to load or prepare a model."""
+"""Codes with which a worker refuses to load or optimise a model."""
 
 
 CODE_FOLDERS = {str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix}

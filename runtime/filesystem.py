@@ -6,7 +6,8 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from runtime.errors import RuntimeProblem
@@ -28,12 +29,10 @@ class RepositoryBusy(RuntimeProblem):
     code = "repository_busy"
 
 
-def start_call(
-    key: str, work: Callable[[], T], on_end: Callable[[], None] = lambda: None, *, name: str = "file system"
-) -> asyncio.Future[T]:
+def start_call(key: str, work: Callable[[], T], *, name: str = "file system") -> asyncio.Future[T]:
     """Call a function in a daemon thread, so that no stop of the process waits for it.
 
-    `on_end` is called in the event loop when the call has ended, also if the future was cancelled.
+    Await the future through `asyncio.shield`: then its callbacks are called when the call has ended.
 
     Raises:
         RepositoryBusy: `repository_busy` of the model `key`, there is no new thread.
@@ -42,18 +41,13 @@ def start_call(
     answer: asyncio.Future[T] = loop.create_future()
     answer.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may await it
 
-    def end(set_answer: Callable[[Any], None], value: Any) -> None:
-        on_end()
-        if not answer.done():
-            set_answer(value)
-
     def call() -> None:
         try:
-            result: tuple[Callable[[Any], None], Any] = (answer.set_result, work())
+            end = partial(answer.set_result, work())
         except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-            result = (answer.set_exception, error)
+            end = partial(answer.set_exception, error)
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
-            loop.call_soon_threadsafe(end, *result)
+            loop.call_soon_threadsafe(end)
 
     try:
         threading.Thread(target=call, name=name, daemon=True).start()
@@ -114,10 +108,12 @@ class FileSystemPool:
             self._late.discard(key)
 
         try:
-            return start_call(key, work, release)
+            call = start_call(key, work)
         except RepositoryBusy:
             release()
             raise
+        call.add_done_callback(lambda _: release())
+        return call
 
 
 def busy(key: str, reason: str) -> RepositoryBusy:

@@ -14,7 +14,7 @@ import msgspec
 from events.log import Log
 from events.models import Model, ModelState
 from events.nodes import Node
-from runtime.consumer.loads import RunningLoad
+from runtime.consumer.running import RunningLoad
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
 from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.process.requests import Answer

@@ -3,7 +3,7 @@
 A frame is a fixed prefix (length of the header, length of the payload), a header (one of the messages here,
 in msgpack) and the payload: the raw bytes of the message's tensors, one after the other, little-endian and
 in row-major order. Requests carry ids that only go up; any number may be in flight. On the data channel
-`Load`, `Prepare`, `Probe` and `Infer` go to the worker; `StageReached`, `Loaded`, `PrepareDone`, `Probed`,
+`Load`, `Optimise`, `Probe` and `Infer` go to the worker; `StageReached`, `Loaded`, `Optimised`, `Probed`,
 `LoadFailure`, `Outcome` and `InferenceFailure` come back; on the control channel `Cancel` goes to the worker.
 Nothing is pickled, and what cannot be decoded is a `MalformedFrame`, whatever the bytes. A long tensor of an
 inference may lie in shared memory (`runtime.process.sharedmemory`) instead of in the payload.
@@ -101,8 +101,6 @@ class MalformedTexts(ValueError):
 
 Buffer = bytes | bytearray | memoryview
 LoadStage = Literal["loading", "warming_up"]
-Form = Literal["prepacked", "optimised"]
-"""Of prepared files: the optimised graph with its weights beside it, and those packed for this CPU or not."""
 Layer = Literal["landlock", "seccomp"]
 """By which the kernel confines a worker, in the order in which they are applied."""
 ForbiddenAct = Literal["read_files", "write_files", "use_network", "start_processes", "read_memory"]
@@ -170,14 +168,19 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optional: bool = False
 
 
-class CachedCopy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A prepared form on disk, in an absolute folder: what a load uses instead of the version's files.
+class OptimisedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An optimised model: what a load uses instead of the version's files.
 
-    `bytes` is the size of all its files.
+    Attributes:
+        key: what it depends on (`runtime.optimised.key`).
+        sha256: its hash (`runtime.optimised.store.hash_of`).
+        folder: where its files lie, absolute.
+        bytes: the size of all of them.
     """
 
+    key: str
+    sha256: str
     folder: str
-    form: Form
     bytes: Count
 
 
@@ -193,7 +196,7 @@ class Load(Message, frozen=True):
         max_queue_delay_us: how long a request may wait for its batch.
         warm_up: whether the model runs once before it is loaded.
         warm_up_required: whether a warm-up that fails fails the load.
-        prepared: a prepared form to create the session from, instead of from the version's files.
+        optimised: a model to create the session from, instead of from the version's files.
         background: whether all work of the worker yields to other processes.
         layers: what confines the worker; one that cannot be applied ends it.
         ceiling_bytes: limit of its memory for good, whatever it does itself; None is no limit.
@@ -211,7 +214,7 @@ class Load(Message, frozen=True):
     max_queue_delay_us: Count = 0
     warm_up: bool = True
     warm_up_required: bool = True
-    prepared: CachedCopy | None = None
+    optimised: OptimisedModel | None = None
     background: bool = False
     layers: tuple[Layer, ...] = ()
     ceiling_bytes: int | None = None
@@ -241,7 +244,7 @@ class Load(Message, frozen=True):
 
     @property
     def mapped_bytes(self) -> int:
-        return self.bytes + (self.prepared.bytes if self.prepared is not None else 0)
+        return self.bytes + (self.optimised.bytes if self.optimised is not None else 0)
 
     @property
     def least_limit_bytes(self) -> int | None:
@@ -249,12 +252,12 @@ class Load(Message, frozen=True):
         return min(given, default=None)
 
 
-class Prepare(Message, frozen=True):
-    """Make a prepared form of the model in `folder`; the first message to a worker, and its last.
+class Optimise(Message, frozen=True):
+    """Make an optimised model of the one in `folder`; the first message to a worker, and its last.
 
     `root`, `bytes`, `threads`, `memory_limit_bytes`, `layers` and `name` are as for `Load`. `target` is an
-    empty folder, where the form's files are written, and nothing anywhere else. It is always done in the
-    background. No file has more than `most_bytes`; None leaves it at what a form can be expected to have.
+    empty folder, where its files are written, and nothing anywhere else. It is always done in the background.
+    No file has more than `most_bytes`; None leaves it at what one can be expected to have.
     """
 
     root: str
@@ -262,7 +265,6 @@ class Prepare(Message, frozen=True):
     bytes: Count
     threads: int
     memory_limit_bytes: int | None
-    form: Form
     target: str
     most_bytes: Count | None = None
     layers: tuple[Layer, ...] = ()
@@ -330,10 +332,8 @@ class Loaded(Message, frozen=True):
     warming_up_us: Count | None = None
 
 
-class PrepareDone(Message, frozen=True):
-    """The form is there; the worker ends after this."""
-
-    took_us: Count
+class Optimised(Message, frozen=True):
+    """The optimised model is there; the worker ends after this."""
 
 
 class Probed(Message, frozen=True):
@@ -364,7 +364,7 @@ class JsonRead(Message, frozen=True):
 
 
 class LoadFailure(Message, frozen=True):
-    """The model cannot be loaded, or prepared; the worker ends after this."""
+    """The model cannot be loaded, or optimised; the worker ends after this."""
 
     code: LoadCode
     message: Text
@@ -406,8 +406,8 @@ class Cancel(Message, frozen=True):
     id: Count
 
 
-ToWorker = Load | Prepare | Probe | Ping | ReadJson | Infer
-FromLoading = StageReached | Loaded | PrepareDone | Probed | Pong | JsonRead | LoadFailure
+ToWorker = Load | Optimise | Probe | Ping | ReadJson | Infer
+FromLoading = StageReached | Loaded | Optimised | Probed | Pong | JsonRead | LoadFailure
 FromServing = Outcome | InferenceFailure
 FromWorker = FromLoading | FromServing
 TO_WORKER = msgspec.msgpack.Decoder(ToWorker)

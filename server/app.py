@@ -25,20 +25,19 @@ from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replic
 from events.sqlite.listing import open_reader
 from events.sqlite.liveness import NOTE_EVERY_S
 from events.types import Cause, RollbackAccepted, contents_of
-from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
-from runtime.consumer.usage import PendingDemand
 from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
+from runtime.optimised.store import STORE_PROBLEMS, OptimisedStore
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler.view import PlacementStrategy, Policy
-from runtime.store.contents import ModelContents
 from runtime.store.folder import STORE
 from runtime.store.manifest import digest_of
 from runtime.store.store import Store
+from runtime.store.versions import Versions
 from runtime.uploads.commit import Uploads
 from server.api import (
     events,
@@ -66,7 +65,6 @@ from server.appkeys import (
     CONFIG,
     CONSUMER,
     CONSUMER_TASK,
-    CONTENTS,
     DEMAND,
     GATE,
     JOB_REQUESTS,
@@ -80,6 +78,7 @@ from server.appkeys import (
     THIS_NODE,
     TIME_SERIES,
     UPLOADS,
+    VERSIONS,
 )
 from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
@@ -209,8 +208,8 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:
-    store = await asyncio.to_thread(_open_store, app[CONFIG])
-    app[CONTENTS] = ModelContents(Repository(app[CONFIG].repository), store)
+    store = await asyncio.to_thread(_open_store, app)
+    app[VERSIONS] = Versions(Repository(app[CONFIG].repository), store)
     app[LIMIT] = find_memory_limit()
     app[POOL] = pool = WorkerPool(
         threads=app[CONFIG].model_threads(count_usable_cpus()),
@@ -319,7 +318,7 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
 
 async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
-    log, repository = app[LOG], app[CONTENTS].repository
+    log, repository = app[LOG], app[VERSIONS].repository
 
     def is_removed(model_id: str, version: int) -> bool:
         model = log.state.models.get(model_id)
@@ -352,11 +351,12 @@ def _policy(config: Config, cpus: int, limit_bytes: int) -> Policy:
     )
 
 
-def _open_store(config: Config) -> Store | None:
+def _open_store(app: web.Application) -> Store | None:
     """Open the store of model versions; without one, workers load from the repository."""
+    config = app[CONFIG]
     if not config.has_store:
         return None
-    store = Store(config.data / STORE, config.store_bytes())
+    store = Store(config.data / STORE, config.store_bytes(), partial(_needed_digests, app))
     store.open()
     return store
 
@@ -370,18 +370,18 @@ def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
     for job in [job for queue in list(state.queues.values()) for job in queue]:
         source = None if job.version is None else store.read_source(job.model_id, job.version)
         if source is not None and job.node_id in here:
-            needed.add(source.digest)
+            needed.add(digest_of(source.contents))
     return frozenset(needed)
 
 
-def _open_cache(config: Config) -> ModelCache | None:
+def _open_optimised_store(config: Config) -> OptimisedStore | None:
     most_bytes = parse_prepared_size(config.prepared_size)
     if not most_bytes:
         return None
-    store = ModelCache(config.data / STORE, most_bytes)
+    store = OptimisedStore(config.data / STORE, most_bytes)
     try:
         store.open()
-    except CACHE_PROBLEMS as error:
+    except STORE_PROBLEMS as error:
         _log.warning("models are not prepared: %s", error)
         return None
     return store
@@ -389,36 +389,31 @@ def _open_cache(config: Config) -> ModelCache | None:
 
 async def _consumer(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
-    contents = app[CONTENTS]
-    if contents.store is not None:
-        contents.find_needed = partial(_needed_digests, app, contents.store)
-    pending = PendingDemand()
-    cache = await asyncio.to_thread(_open_cache, config)
+    optimised = await asyncio.to_thread(_open_optimised_store, config)
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
         app[POOL],
-        contents,
+        app[VERSIONS],
         policy=_policy(config, count_usable_cpus(), app[LIMIT].bytes),
         drain_timeout_s=config.drain_timeout_s,
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),
-        demand=pending,
-        store=cache,
+        store=optimised,
         hints=lambda: app[THIS_NODE].membership.peers if THIS_NODE in app else {},
         untrusted=partial(_untrusted, app),
     )
     if THIS_NODE in app:
-        app[THIS_NODE].attach(consumer, contents.store, cache)
+        app[THIS_NODE].attach(consumer, app[VERSIONS].store, optimised)
     app[ROUTER] = Router(
         app[LOG],
         consumer.loads,
-        contents.repository,
+        app[VERSIONS].repository,
         max_queue=config.inference_queue,
         node_id=_node_id(app),
         may_serve=lambda: THIS_NODE not in app or app[THIS_NODE].membership.may_serve,
         untrusted=partial(_untrusted, app),
     )
-    app[DEMAND] = demand = _on_demand(app, pending)
+    app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
     app[POOL].prefork()
     try:
@@ -446,7 +441,7 @@ def _untrusted(app: web.Application) -> frozenset[str]:
     return app[THIS_NODE].peers.untrusted() if THIS_NODE in app else frozenset()
 
 
-def _on_demand(app: web.Application, pending: PendingDemand) -> OnDemand:
+def _on_demand(app: web.Application) -> OnDemand:
     async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
         asked = {} if version is None else {"version": version}
         return replace(await make_load_command(app, model_id, asked, subject), cause=Cause.DEMAND)
@@ -456,7 +451,7 @@ def _on_demand(app: web.Application, pending: PendingDemand) -> OnDemand:
         requests=app[JOB_REQUESTS],
         reader=app[READER],
         router=app[ROUTER],
-        demand=pending,
+        demand=app[CONSUMER].demand,
         look_up=look_up,
         waiting_for=app[CONSUMER].waiting_for,
         stopping=app[STOPPING],

@@ -10,7 +10,7 @@ from runtime.consumer.consumer import Consumer
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
 from runtime.router import Router
-from runtime.store.contents import ModelContents
+from runtime.store.versions import Versions
 from runtime.uploads.commit import Uploads
 from server.api.stream import Streams
 from server.auth.gate import Gate
@@ -28,7 +28,7 @@ LOG = web.AppKey("log", Log)
 JOB_REQUESTS = web.AppKey("job_requests", JobRequests)
 READER = web.AppKey("reader", Reader)
 UPLOADS = web.AppKey("uploads", Uploads)
-CONTENTS = web.AppKey("contents", ModelContents)
+VERSIONS = web.AppKey("versions", Versions)
 POOL = web.AppKey("pool", WorkerPool)
 CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)

@@ -34,7 +34,7 @@ from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, Repository, SizedFile
 from runtime.scheduler.admission import format_megabytes
-from runtime.store.contents import ModelContents
+from runtime.store.versions import Versions
 from runtime.wire import Load, Tensor
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys
@@ -381,17 +381,17 @@ async def _load_all(
         return
     repository = Repository(config.repository)
     budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
-    contents = ModelContents(repository, None)  # a check takes nothing into a store
+    versions = Versions(repository, None)  # a check takes nothing into a store
     for trial in candidates:
         on_version(trial.place)
         timeout_s = min(limit_s, trial.parameters.timeout_s)
         try:
             limit = min(budget, trial.parameters.memory_limit_bytes or sys.maxsize)
             warm_up = read_warm_up(repository, trial.model_id)
-            files = contents.obtain(trial.model_id, trial.version)
-            message = pool.build_load(files, trial.parameters, warm_up)
-            message = structs.replace(message, memory_limit_bytes=limit)
-            await _load_once(pool, message, warm_up.inputs, timeout_s)
+            async with versions.version(trial.model_id, trial.version) as files:
+                message = pool.build_load(files, trial.parameters, warm_up)
+                message = structs.replace(message, memory_limit_bytes=limit)
+                await _load_once(pool, message, warm_up.inputs, timeout_s)
             result.loaded += 1
         except TimeoutError:
             text = f"was not loaded within {timeout_s:g} s"

@@ -10,10 +10,10 @@ from itertools import chain
 
 from events.commands import JoinNode, Receipt
 from events.types import Confinement
-from runtime.cache.key import make_key
-from runtime.cache.store import ModelCache
 from runtime.consumer.consumer import Consumer
 from runtime.membership import Membership
+from runtime.optimised.key import make_key
+from runtime.optimised.store import OptimisedStore
 from runtime.scheduler.view import NodeHints
 from runtime.store.store import Store
 from server.auth.gate import Verifier
@@ -88,13 +88,13 @@ class ThisNode:
         self.renewing = asyncio.create_task(self.membership.run(), name="membership")
         return receipt
 
-    def attach(self, consumer: Consumer, store: Store | None, cache: ModelCache | None) -> None:
+    def attach(self, consumer: Consumer, store: Store | None, optimised: OptimisedStore | None) -> None:
         """Let the consumer work as this node, and the node say of itself what helps to place loads."""
 
         def change() -> None:
             consumer.set_node(self.id, self.membership.epoch)
 
-        self.membership.hints = partial(self._describe, consumer, store, cache)
+        self.membership.hints = partial(self._describe, consumer, store, optimised)
         self.membership.on_change = change
         self.membership.end_workers = consumer.end_workers
         change()
@@ -105,12 +105,14 @@ class ThisNode:
             await asyncio.wait([self.renewing])
         await self._leases.close()
 
-    async def _describe(self, consumer: Consumer, store: Store | None, cache: ModelCache | None) -> NodeHints:
+    async def _describe(
+        self, consumer: Consumer, store: Store | None, optimised: OptimisedStore | None
+    ) -> NodeHints:
         position, policy, uses = self.log.head.position, consumer.policy, consumer.uses()
         taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
         models = len({use.model_id for use in uses})
         versions = {} if store is None else store.stored_versions()
-        prepared = await asyncio.to_thread(_find_prepared, cache, versions)
+        prepared = await asyncio.to_thread(_find_prepared, optimised, versions)
         return NodeHints(
             position,
             None if policy.budget_bytes is None else policy.budget_bytes - taken,
@@ -120,8 +122,9 @@ class ThisNode:
         )
 
 
-def _find_prepared(cache: ModelCache | None, versions: Mapping[str, Sequence[str]]) -> list[str]:
-    if cache is None:
+def _find_prepared(store: OptimisedStore | None, versions: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the files of the versions that have an optimised model."""
+    if store is None:
         return []
-    found = (files for digest, files in versions.items() if cache.find(make_key(digest)) is not None)
-    return list(chain.from_iterable(found))
+    entries = ((files, store.find(make_key(digest))) for digest, files in versions.items())
+    return [file for files, entry in entries if entry is not None and entry.files for file in files]

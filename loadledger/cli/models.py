@@ -141,7 +141,7 @@ def _details(model: Any) -> Iterator[str]:
         "node": model.node,
         "job": model.job_id,
         "position": model.position,
-        "prepared": model.prepared and f"{model.prepared.form}, sha256 {model.prepared.sha256}",
+        "prepared": model.prepared and f"sha256 {model.prepared.sha256}",
         "error": model.error and f"{model.error.code}: {model.error.message}",
         "server": model.server and format_presence(model.server),
     }

@@ -1,4 +1,4 @@
-"""`loadledger prepared list | clear`: the optimised model cache of a data directory."""
+"""`loadledger prepared list | clear`: the optimised models of a data directory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from loadledger.cli.output import (
 
 SHOWN_DIGITS = 12
 """Shown digits of a hash: enough to tell files apart; --json has all."""
-HEAD = ("model", "version", "form", "size", "took", "made", "last used", "sha256")
+HEAD = ("model", "version", "size", "took", "made", "last used", "sha256")
 
 
 @click.group()
 def prepared() -> None:
-    """List or clear the optimised model cache.
+    """List or clear the prepared models.
 
     The server may be running.
     """
@@ -36,9 +36,9 @@ def prepared() -> None:
 @data_option
 @json_option
 def list_prepared(data: Path, *, as_json: bool) -> None:
-    """List the cached models, last used first.
+    """List the prepared models, last used first.
 
-    `bare` marks a model that loads fastest from its own files; the reasons follow.
+    `bare` marks a model that loads from its own files; the reason follows.
     """
     with report_problems():
         entries = [_members(entry) for entry in _store(data).entries()]
@@ -51,9 +51,9 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
 @click.option("--model", "model_id", metavar="ID", help="Only entries of this model.")
 @json_option
 def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
-    """Clear the cache; loaded models are not affected.
+    """Remove prepared models; loaded ones are not affected.
 
-    Models are cached again after their next load. --json prints the removed `entries` and `bytes`.
+    Models are prepared again after their next load. --json prints the removed `entries` and `bytes`.
     """
     with report_problems():
         entries, size = _store(data).clear(model_id)
@@ -62,25 +62,24 @@ def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
 
 
 def _store(data: Path) -> Any:
-    from runtime.cache.store import ModelCache
+    from runtime.optimised.store import OptimisedStore
     from runtime.store.folder import STORE
 
     require_data(data)
-    return ModelCache(data / STORE, limit_bytes=0)  # the limit applies to what is added
+    return OptimisedStore(data / STORE, limit_bytes=0)  # the limit applies to what is added
 
 
 def _members(entry: Any) -> dict[str, Any]:
     return {
         "model_id": entry.model_id,
         "version": entry.version,
-        "form": entry.form,
         "sha256": entry.sha256,
         "bytes": entry.bytes,
         "made_at": entry.made_at,
         "last_used_at": entry.used_at,
         "took_ms": entry.took_ms,
         "figures": dict(entry.figures),
-        "tried": dict(entry.tried),
+        "reason": entry.reason,
         "key": entry.key,
     }
 
@@ -93,8 +92,8 @@ def _table(entries: list[dict[str, Any]]) -> Iterator[str]:
     yield head
     for entry, line in zip(entries, lines, strict=True):
         yield line
-        for form, reason in entry["tried"].items():
-            yield f"  not {form}: {to_printable(reason)}"
+        if entry["reason"] is not None:
+            yield f"  {to_printable(entry['reason'])}"
     yield f"{count_of(len(entries), 'entry')}, {format_size(sum(entry['bytes'] for entry in entries))}"
 
 
@@ -102,8 +101,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
         entry["model_id"],
         str(entry["version"]),
-        entry["form"] or "bare",
-        format_size(entry["bytes"]) if entry["form"] else "",
+        format_size(entry["bytes"]) if entry["reason"] is None else "bare",
         f"{entry['took_ms'] / 1000:.1f} s",
         format_timestamp(entry["made_at"]),
         format_timestamp(entry["last_used_at"]),

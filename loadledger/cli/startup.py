@@ -49,7 +49,7 @@ from loadledger.profiles import (
 )
 from loadledger.uploads import find_version_files, hash_files
 from runtime.filesystem import RepositoryBusy
-from server.appkeys import CONFIG, CONTENTS, LOG
+from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.keys import KeyProblem
 from server.auth.subjects import subject_refusal
 from server.auth.tokens import TOKENS, timestamp_in
@@ -100,10 +100,10 @@ async def check_models(server: RunningServer) -> list[str]:
     config, result = server.app[CONFIG], CheckResult()
     look = partial(check_repository, config, result)
     try:
-        await server.app[CONTENTS].repository.file_system.run("", look, CHECK_LIMIT_S)
+        await server.app[VERSIONS].repository.file_system.run("", look, CHECK_LIMIT_S)
     except RepositoryBusy as problem:
         return [str(problem)]
-    return list(describe_models(server.app[CONTENTS].repository.root, result))
+    return list(describe_models(server.app[VERSIONS].repository.root, result))
 
 
 def describe_models(root: Path, result: CheckResult) -> Iterator[str]:

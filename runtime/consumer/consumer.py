@@ -1,7 +1,7 @@
 """The consumer: the single coroutine that applies requested events to workers.
 
-It asks the scheduler, does the one thing it says, and asks again; effects are tasks that report back by
-waking it.
+It asks the scheduler, executes the one action that it returns, and asks again. It starts a task for each load
+and each unload, and is the only one that cancels them; they wake it.
 """
 
 from __future__ import annotations
@@ -9,34 +9,66 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+
+from msgspec import structs
 
 from events.accept import OUTDATED
-from events.clock import seconds_between
-from events.commands import NodeCurrent
+from events.clock import seconds_between, uuid7
+from events.commands import Condition, NodeCurrent
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
-from events.jobs import TIMEOUT, Job
+from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
+from events.models import RELOADS
 from events.state import State
-from runtime.cache.store import ModelCache
-from runtime.consumer.executor import Executor
-from runtime.consumer.loads import RunningLoad
-from runtime.consumer.usage import JobWait, MemoryUse, PendingDemand, PreparationUsage, list_usage
-from runtime.errors import WorkerDied
+from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
+from runtime.consumer.drafts import (
+    Recorder,
+    build_request,
+    draft_crash_loop,
+    draft_fact,
+    draft_load_start,
+    draft_placement,
+    draft_replacement_unload,
+    draft_settings_change,
+)
+from runtime.consumer.loads import LOG_RETRY_S, Loader, draft_exits, log_stderr, run_unload
+from runtime.consumer.running import RunningLoad
+from runtime.consumer.usage import (
+    InferenceTotals,
+    JobWait,
+    MemoryUse,
+    PendingDemand,
+    PreparationUsage,
+    list_usage,
+)
+from runtime.errors import CODE_FOLDERS, WorkerDied
+from runtime.memory import MAX_BYTES
+from runtime.optimised.optimiser import Optimiser
+from runtime.optimised.store import OptimisedStore
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
-from runtime.scheduler.actions import Decision, FailLoad
-from runtime.scheduler.scheduler import decide
-from runtime.scheduler.view import NodeHints, Observations, Policy, find_started_job, find_unload_target
-from runtime.store.contents import ModelContents
+from runtime.scheduler import actions
+from runtime.scheduler.actions import Action, Decision, FailLoad, list_conditions
+from runtime.scheduler.scheduler import decide, is_load_current
+from runtime.scheduler.view import (
+    NodeHints,
+    Observations,
+    Policy,
+    find_started_job,
+    find_unload_target,
+    load_allowance,
+)
+from runtime.store.versions import Versions
 from runtime.timeouts import LAST_READ_S, MEASURE_LIMIT_S, PROGRESS_TIMEOUT_S, stall_detector
+from runtime.wire import plain_text
 
 _log = logging.getLogger(__name__)
 
-LOG_RETRY_S = 0.5
-"""Pause before an action is tried again after the ledger could not be written."""
 NO_EPOCH = 0
 """Of a node between two epochs, which begin at 1: nothing is its own, also before the ledger says so."""
 MAX_SLEEP_S = 30.0
@@ -45,6 +77,9 @@ MEASURE_EVERY_S = 5.0
 """How often workers are measured. One measurement takes a thread for about a millisecond."""
 NOTE_EVERY = 2
 """Last uses are noted after so many measurements: every 10 s. A commit takes a fraction of a millisecond."""
+FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT})
+"""Signals that a process causes by itself; others were sent to it."""
+Conditions = tuple[Condition, ...]
 
 
 class Consumer:
@@ -53,59 +88,56 @@ class Consumer:
     Args:
         log: open, with `ServerStarted` appended.
         pool: open.
-        contents: finds the files of versions.
+        versions: has the files of versions.
         policy: the operator's settings.
         drain_timeout_s: how long an unload without force waits for running inferences.
         progress_timeout_s: how long a load may make no progress, unless its request says otherwise.
-        demand: the inferences that wait for models.
         under_pressure: whether the machine is under pressure; called while a load of low
-            priority waits, or a model can be prepared.
-        store: the optimised model cache; None turns preparation off.
+            priority waits, or a model can be optimised.
+        store: the optimised models; None makes and uses none.
         hints: the hints of the nodes, by their ids; whoever changes them wakes the consumer.
         untrusted: returns the nodes whose joins are not signed with a key that the nodes share.
+
+    Attributes:
+        demand: the inferences that wait for models.
+        loads: the running loads, by job id.
+        totals: the inferences of the loads that have ended.
+        optimiser: makes optimised models.
     """
 
     def __init__(
         self,
         log: Log,
         pool: WorkerPool,
-        contents: ModelContents,
+        versions: Versions,
         *,
         policy: Policy,
         drain_timeout_s: float,
         progress_timeout_s: int = PROGRESS_TIMEOUT_S,
-        demand: PendingDemand,
         under_pressure: Callable[[], bool] = lambda: False,
-        store: ModelCache | None = None,
+        store: OptimisedStore | None = None,
         hints: Callable[[], Mapping[str, NodeHints]] = dict,
         untrusted: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
-        self._untrusted = untrusted
+        self.policy = policy
         self._log = log
         self._pool = pool
-        self._hints = hints
-        self.policy = policy
-        self._demand = demand
+        self._drain_timeout_s = drain_timeout_s
+        self._progress_timeout_s = progress_timeout_s
         self._under_pressure = under_pressure
+        self._hints = hints
+        self._untrusted = untrusted
         self._wakeup = asyncio.Event()
-        self._demand.on_end = self._wakeup.set
         self._stopping = False
         self._decision = Decision()
-        self._executor = Executor(
-            log,
-            pool,
-            contents,
-            self._wakeup.set,
-            drain_timeout_s=drain_timeout_s,
-            progress_timeout_s=progress_timeout_s,
-            budget_bytes=lambda: self.policy.budget_bytes,
-            node=self._node,
-            store=store,
-        )
-        self.loads = self._executor.loads
-        self.totals = self._executor.totals
-        self.preparer = self._executor.preparer
-        self._monitor = WorkerMonitor(log, self.loads, self._wakeup.set)
+        wake = self._wakeup.set
+        self.demand = PendingDemand(wake)
+        self.totals = InferenceTotals(log.tally.names)
+        self._recorder = Recorder(log, versions.folders | CODE_FOLDERS, self._node)
+        self.optimiser = Optimiser(store, pool, versions, wake, self._is_computing)
+        self._loader = Loader(log, self._recorder, pool, versions, self.optimiser, wake=wake, own=self._own)
+        self.loads = self._loader.running
+        self._monitor = WorkerMonitor(log, self.loads, wake)
 
     async def run(self) -> None:
         """Work until `stop`; the server must exit if this ends before."""
@@ -118,7 +150,7 @@ class Consumer:
             monitoring.cancel()
             await self._cancel_effects()
             await asyncio.wait([monitoring])
-            await self.preparer.close()
+            await self.optimiser.close()
             await self._monitor.note_uses()
 
     def set_node(self, node_id: str, epoch: int | None) -> None:
@@ -152,36 +184,36 @@ class Consumer:
         return list_usage(self.loads.values(), self._log.state, self._log.now())
 
     def preparation(self) -> PreparationUsage | None:
-        candidate, preparation = self.preparer.candidate, self.preparer.preparation
-        if candidate is None or preparation is None:
+        """Return the version that is being optimised; None without one."""
+        candidate, memory_bytes = self.optimiser.running, self.optimiser.memory_bytes
+        if candidate is None:
             return None
-        return PreparationUsage(
-            candidate.model_id, candidate.version, preparation.memory_bytes, preparation.stopping
-        )
+        is_stopping = self.optimiser.is_stopping
+        return PreparationUsage(candidate.model_id, candidate.version, memory_bytes, is_stopping)
 
     def waits(self) -> list[JobWait]:
         """Return the waiting jobs, oldest first, as of the last decision."""
         found = list[JobWait]()
         for job in self._log.state.unended():
             if (waiting_for := self.waiting_for(job)) is not None:
-                estimate = self._executor.estimates.find(job.id)
-                needs_bytes = None if estimate is None else estimate.bytes
+                pending = self._loader.pending.get(job.id)
+                needs_bytes = None if pending is None else pending.known_bytes
                 found.append(JobWait(job.id, job.model_id, needs_bytes, waiting_for))
         return found
 
     async def _step(self) -> None:
         self._wakeup.clear()
-        state, now = self._log.state, self._log.clock.monotonic_now()
-        own = state.of(self.policy.node_id, self.policy.node_epoch, self._untrusted())
-        self._executor.note_recorded_exits(own)
-        self._executor.reap_loads(own)
-        self._executor.estimates.forget_ended(own)
-        self._executor.files.forget_ended(own)
+        state, own, now = self._log.state, self._own(), self._log.clock.monotonic_now()
+        self._note_recorded_exits(own)
+        self._reap_loads(own)
         running = {
-            key: load.to_view(find_started_job(own, key), now, is_demanded=self._demand.has(load.model_id))
+            key: load.to_view(find_started_job(own, key), now, is_demanded=self.demand.has(load.model_id))
             for key, load in self.loads.items()
         }
         self._decision = decide(state, running, self.policy, now, self._observe(state))
+        self.optimiser.allow(allowed=self._decision.may_optimise)
+        for job in self._decision.unestimated:
+            self._loader.begin(job)
         action = self._decision.action
         if action is None:
             await self._sleep(self._decision.wake_at, now)
@@ -192,7 +224,7 @@ class Consumer:
             await asyncio.sleep(LAST_READ_S)
             return
         try:
-            await self._executor.execute(action)
+            await self.execute(action)
         except RequestRefused as refusal:
             if refusal.code != OUTDATED:  # the next step decides anew, on the state after what came first
                 raise
@@ -201,24 +233,191 @@ class Consumer:
             self._wakeup.clear()
             await self._sleep(None, now, at_most_s=LOG_RETRY_S)
 
+    async def execute(self, action: Action) -> None:
+        """Execute an action that was decided on the present state.
+
+        Raises:
+            RequestRefused: `outdated`, the state changed before the action was recorded; nothing follows.
+            LogUnavailable: it could not be recorded, so nothing follows from it.
+        """
+        conditions, record = list_conditions(action, self._log.state), self._recorder.record
+        match action:
+            case actions.StartLoad(job, placement):
+                await self._start_load(job, placement, conditions)
+            case actions.PlaceLoad():
+                await record(draft_placement(action), conditions=conditions)
+            case actions.ChangeSettings(job, load_job_id):
+                await record(draft_settings_change(job, load_job_id), conditions=conditions)
+            case actions.FailLoad(job, code, message):
+                failed = draft_fact(job, LoadFailed(code, plain_text(message)), self._only_worker_of(job.id))
+                await self._record_end(job.id, [failed], conditions)
+            case actions.CancelJob(job):
+                await self._record_end(job.id, [draft_fact(job, JobCancelled())], conditions)
+            case actions.StartUnload(job, load_job_id):
+                await self._start_unload(job, load_job_id, conditions)
+            case actions.KillWorkers(load_job_id):
+                self.loads[load_job_id].kill()
+            case actions.FinishUnload(jobs, load_job_id):
+                await self._finish_unload(jobs, load_job_id, conditions)
+            case actions.RecordExits(load_job_id, _, worker_ids):
+                await self._record_end(load_job_id, [], conditions, worker_ids)
+            case actions.UnloadForReplacement(job, load_job_id):
+                await record(self._draft_replacement(load_job_id, job.id), conditions=conditions)
+            case actions.RequestReload() | actions.UnloadAutomatically():
+                await self._recorder.request(build_request(action, conditions, self._progress_timeout_s))
+            case actions.FailModel(model, message):
+                await record(*draft_crash_loop(model, message), conditions=conditions)
+
+    async def _start_load(
+        self, job: Job, placement: actions.PlaceLoad | None, conditions: Conditions
+    ) -> None:
+        """Record `LoadStarted`, and grant the load what it will need."""
+        pending = self._loader.pending[job.id]
+        version, parameters = job.load_order
+        load = RunningLoad(
+            job.id,
+            job.model_id,
+            version,
+            parameters,
+            worker_id=uuid7(),
+            wake=self._wakeup.set,
+            progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
+            is_reload=job.cause in RELOADS,
+            estimate=pending.known_estimate,
+            budget_bytes=self.policy.budget_bytes,
+        )
+        load.allowance = partial(self._allowance, load)
+        started = structs.replace(
+            draft_load_start(job, is_restarted=pending.is_restarted), worker_id=load.worker_id
+        )
+        placed = [draft_placement(placement)] if placement is not None else []
+        await self._recorder.record(*placed, started, conditions=conditions)
+        self.loads[job.id] = load
+        load.track(pending.task)
+        pending.grant.set_result(load)
+
+    def _allowance(self, load: RunningLoad) -> int | None:
+        """Return how many bytes the workers of a load may take now; None without a budget."""
+        if self.policy.budget_bytes is None:
+            return None
+        others = sum(each.memory_bytes for each in self.loads.values() if each is not load)
+        others += self.optimiser.memory_bytes
+        return load_allowance(self.policy.budget_bytes, others, load.estimate.bytes)
+
+    def _draft_replacement(self, load_job_id: str, cause_event_id: str) -> Draft:
+        old = self.loads[load_job_id]
+        return draft_replacement_unload(
+            old.job_id, old.model_id, old.version, old.only_worker_id, cause_event_id
+        )
+
+    async def _start_unload(self, job: Job, load_job_id: str, conditions: Conditions) -> None:
+        load = self.loads.get(load_job_id)
+        if load is not None:
+            load.draining = True  # routing stops before the fact is recorded
+            load.stage = "draining"
+        if job.status is JobStatus.PENDING:  # else an append recorded it, though that raised
+            started = draft_fact(job, UnloadStarted(), self._only_worker_of(load_job_id))
+            try:
+                await self._recorder.record(started, conditions=conditions)
+            except LedgerProblem:
+                if load is not None:  # the unload can be cancelled until it is recorded
+                    load.draining, load.stage = False, None
+                raise
+        if load is not None and not job.forced and not load.unloading:
+            load.unloading = True
+            load.track(asyncio.create_task(run_unload(load, self._drain_timeout_s)))
+
+    async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str, conditions: Conditions) -> None:
+        load = self.loads.get(load_job_id)
+        unloaded = ModelUnloaded(0, 0, 0)
+        if load is not None:
+            unloaded = ModelUnloaded(
+                min(load.freed_bytes, MAX_BYTES), load.drained_requests, load.aborted_requests
+            )
+        worker_id = self._only_worker_of(load_job_id)
+        ends = [draft_fact(job, unloaded, worker_id) for job in jobs]
+        await self._record_end(load_job_id, ends, conditions)
+
+    def _only_worker_of(self, load_job_id: str) -> str | None:
+        load = self.loads.get(load_job_id)
+        return None if load is None else load.only_worker_id
+
+    async def _record_end(
+        self,
+        load_job_id: str,
+        ends: Sequence[Draft],
+        conditions: Conditions,
+        worker_ids: Sequence[str] | None = None,
+    ) -> None:
+        """Record the unexpected exits of a load's workers, or of these, and the facts that follow."""
+        load = self.loads.get(load_job_id)
+        if load is None:
+            await self._recorder.record(*ends, conditions=conditions)
+            return
+        dead = load.unexpected_exits
+        if worker_ids is not None:
+            dead = [worker for worker in load.workers if worker.worker_id in worker_ids]
+        new = [worker for worker in dead if worker.worker_id not in load.recorded_exits]
+        self._reject_crashing(load, new)
+        await self._recorder.record(*draft_exits(load, new), *ends, conditions=conditions)
+        log_stderr(load, new)
+        load.recorded_exits.update(worker.worker_id for worker in new)
+
+    def _reject_crashing(self, load: RunningLoad, dead: Sequence[Worker]) -> None:
+        """Reject an optimised model with which a worker crashed: the model is reloaded without it."""
+        crashed = (worker.ended.result() for worker in dead if not worker.orphaned)
+        end = next((end for end in crashed if end.signal in FAULTS), None)
+        if load.optimised is not None and load.report is not None and end is not None:
+            self.optimiser.reject(load.optimised, f"a worker that served from it {end}")
+
+    def _note_recorded_exits(self, own: State) -> None:
+        """Note which exits are recorded, also by an append that raised after it was durable."""
+        for load in self.loads.values():
+            model = own.models.get(load.model_id)
+            serving = model.serving if model is not None else None
+            if serving is not None and serving.load_job_id == load.job_id:
+                exited = {worker.worker_id for worker in load.unexpected_exits}
+                load.recorded_exits.update(exited.difference(serving.worker_ids))
+
+    def _reap_loads(self, own: State) -> None:
+        """End loads that the ledger has no use for; forget those whose workers have exited."""
+        for job_id, pending in self._loader.pending.items():
+            if pending.is_waiting and own.unended_job(job_id) is None:
+                pending.task.cancel()
+        for key, load in list(self.loads.items()):
+            if not is_load_current(own, key, load.model_id):
+                if not load.killed or load.tasks:
+                    load.kill()
+                if load.run.is_finished:
+                    self.totals.end(load)
+                    del self.loads[key]
+
+    def _own(self) -> State:
+        """Return the part of the state that this server works on."""
+        return self._log.state.of(self.policy.node_id, self.policy.node_epoch, self._untrusted())
+
     def _node(self) -> NodeCurrent | None:
         """Return the epoch of this node, on which all that it appends rests; None without nodes."""
         node_id, epoch = self.policy.node_id, self.policy.node_epoch
         return None if node_id is None or epoch is None else NodeCurrent(node_id, epoch)
 
+    def _is_computing(self) -> bool:
+        return any(load.is_computing for load in self.loads.values())
+
     def _observe(self, state: State) -> Observations:
-        estimates, preparable = self._executor.estimates, self.preparer.preparable
-        may_yield = preparable or any(job.load and job.load.priority == "low" for job in state.unended())
+        pending, need_bytes = self._loader.pending, self.optimiser.need_bytes
+        may_yield = need_bytes is not None or any(
+            job.load and job.load.priority == "low" for job in state.unended()
+        )
         return Observations(
             fork_server_up=self._pool.healthy,
-            under_pressure=bool(may_yield) and self._under_pressure(),
-            estimates=estimates.known,
-            estimating=estimates.in_progress,
-            unchanged=self._executor.files.unchanged,
-            pending_demand=self._demand.models,
+            under_pressure=may_yield and self._under_pressure(),
+            estimates={job_id: each.estimate for job_id, each in pending.items()},
+            estimating=[job_id for job_id, each in pending.items() if each.is_new],
+            pending_demand=self.demand.models,
             last_used=self._log.last_used,
-            preparable=preparable,
-            preparation=self.preparer.preparation,
+            optimisable_bytes=need_bytes,
+            optimising_bytes=self.optimiser.memory_bytes,
             clock=self._log.clock,
             nodes=self._hints(),
             untrusted=self._untrusted(),
@@ -226,14 +425,10 @@ class Consumer:
 
     async def _cancel_effects(self) -> None:
         effects = (load.tasks for load in self.loads.values())
-        pending = [*self._executor.estimates.tasks, *self._executor.files.comparisons.values()]
-        tasks = [*pending, *itertools.chain.from_iterable(effects)]
+        tasks = {each.task for each in self._loader.pending.values()}.union(*effects)
         for task in tasks:
             task.cancel()
-        self._executor.files.close()
-        for load in self.loads.values():
-            load.files.cancel()
-        await asyncio.gather(*tasks, *self._executor.syncs, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _sleep(self, until: str | None, now: str, at_most_s: float | None = None) -> None:
         seconds = at_most_s if until is None else min(MAX_SLEEP_S, max(0.0, seconds_between(now, until)))

@@ -1,37 +1,33 @@
-"""What an action records: drafts of facts, and the requests of the system."""
+"""Facts and requests of the system, as the consumer and its loads append them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 
 from msgspec import UnsetType
 from msgspec.structs import replace
 
-from events.clock import seconds_between, uuid7
-from events.commands import Condition, RequestLoad, RequestUnload
+from events.clock import uuid7
+from events.commands import Condition, NodeCurrent, Record, RequestLoad, RequestUnload
 from events.jobs import CRASH_LOOP, Job, JobStatus
+from events.log import Log
 from events.models import LoadedModel
 from events.types import (
     SYSTEM,
     Cause,
     Data,
     Draft,
-    Durations,
     LoadFailed,
     LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
-    Prepared,
     UnloadRequested,
     WorkerExited,
 )
-from runtime.consumer.loads import RunningLoad
-from runtime.errors import Exit, hide_folders
-from runtime.memory import total_bytes
-from runtime.process.pool import WorkerPool
-from runtime.process.worker import Worker
+from runtime.errors import hide_folders
 from runtime.scheduler import actions
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
@@ -40,37 +36,9 @@ RELOAD_TIMEOUT_S = 300
 """Least timeout of a reload: the default of a person's load."""
 
 
-def draft_fact(job: Job, data: Data, load: RunningLoad | None = None) -> Draft:
+def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
     """Return a draft of a fact about a job, and the worker of its load if it has only one."""
-    worker_id = load.only_worker_id if load is not None else None
     return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
-
-
-def describe_loaded(job: Job, load: RunningLoad, now: str, pool: WorkerPool) -> ModelLoaded:
-    if job.started_at is None:
-        raise RuntimeError(f"job {job.id} has not started")
-    reports = [load.reports[worker.worker_id] for worker in load.workers]
-    form, files = load.prepared, load.files.version_files
-    return ModelLoaded(
-        files=files.loaded_files,
-        worker_ids=tuple(worker.worker_id for worker in load.workers),
-        prepared=None if form is None else Prepared(form.form, form.sha256),
-        memory_bytes=total_bytes(each.memory_bytes for each in load.loaded_memory),
-        peak_memory_bytes=total_bytes(each.peak_memory_bytes for each in load.loaded_memory),
-        durations=Durations(
-            waiting_us=_microseconds(seconds_between(job.created_at, job.started_at)),
-            starting_us=load.starting_us,
-            loading_us=max(report.loading_us for report in reports),
-            hashing_us=files.hashing_us,
-            warming_up_us=max((us for r in reports if (us := r.warming_up_us) is not None), default=None),
-            measuring_us=max(each.measuring_us for each in load.loaded_memory),
-            total_us=_microseconds(seconds_between(job.created_at, now)),
-            copying_us=files.copying_us,
-        ),
-        verified=files.is_stored,
-        confinement=pool.applied.confinement,
-        threads=pool.threads_of(load.parameters),
-    )
 
 
 def draft_settings_change(job: Job, load_job_id: str) -> Draft:
@@ -85,13 +53,15 @@ def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:
     return draft_fact(job, LoadStarted(job.attempt if is_same_attempt else job.attempt + 1))
 
 
-def draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
+def draft_replacement_unload(
+    load_job_id: str, model_id: str, version: int, worker_id: str | None, cause_event_id: str
+) -> Draft:
     """Return the unload request of a load of this server that another load of its model replaces."""
     request = UnloadRequested(
-        force=False, load_job_id=old.job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
+        force=False, load_job_id=load_job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
     )
     swap_id = uuid7()
-    return Draft(swap_id, request, SYSTEM, swap_id, old.model_id, old.version, old.only_worker_id)
+    return Draft(swap_id, request, SYSTEM, swap_id, model_id, version, worker_id)
 
 
 def draft_moved_unload(old: LoadedModel, job: Job, cause_event_id: str, new_id: Callable[[], str]) -> Draft:
@@ -163,24 +133,15 @@ def build_unload(action: actions.UnloadAutomatically, conditions: tuple[Conditio
 
 
 def build_request(
-    action: actions.RequestReload | actions.MoveModel | actions.UnloadAutomatically,
+    action: actions.RequestReload | actions.UnloadAutomatically,
     conditions: tuple[Condition, ...],
     progress_timeout_s: int = PROGRESS_TIMEOUT_S,
 ) -> RequestLoad | RequestUnload:
     match action:
         case actions.RequestReload(model, cause):
             return build_reload(model, cause, conditions, progress_timeout_s)
-        case actions.MoveModel(model):
-            return build_reload(model, Cause.DRAIN, conditions, progress_timeout_s)
         case actions.UnloadAutomatically():
             return build_unload(action, conditions)
-
-
-def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
-    # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
-    end = Exit(None, None) if worker.orphaned else worker.ended.result()
-    data = WorkerExited(end.exit_code, end.signal, tuple(worker.recorded_tail()))
-    return Draft(uuid7(), data, SYSTEM, load.job_id, load.model_id, load.version, worker.worker_id)
 
 
 def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
@@ -194,5 +155,38 @@ def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
     return draft
 
 
-def _microseconds(seconds: float) -> int:
-    return max(0, round(seconds * 1_000_000))
+class Recorder:
+    """Appends facts to the log, without folders of the server, and with the node whose epoch they rest on.
+
+    Args:
+        log: the log.
+        folders: of the server, which texts of others, such as ONNX Runtime, must not name.
+        node: returns the epoch of this node; None without nodes.
+    """
+
+    def __init__(self, log: Log, folders: Collection[str], node: Callable[[], NodeCurrent | None]) -> None:
+        self._log = log
+        self._folders = folders
+        self._node = node
+
+    async def record(self, *drafts: Draft, conditions: tuple[Condition, ...]) -> None:
+        """Append facts if the conditions hold.
+
+        Raises:
+            RequestRefused: `outdated`, they do not.
+            LogUnavailable: it is not known whether they were appended.
+            NotEncodable: a fact cannot be recorded.
+        """
+        node = self._node()
+        shown = [hide_paths(draft, self._folders) for draft in drafts]
+        if node is not None:
+            shown = [name_node(draft, node.node_id) for draft in shown]
+            conditions = (*conditions, node)
+        await self._log.submit(Record(tuple(shown), conditions))
+
+    async def request(self, command: RequestLoad | RequestUnload) -> None:
+        """Append a request of the system if its conditions hold; for errors see `record`."""
+        node = self._node()
+        if node is not None:
+            command = dataclasses.replace(command, conditions=(*command.conditions, node))
+        await self._log.submit(command)

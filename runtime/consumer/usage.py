@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from events.counters import ModelLabels
 from events.state import State
-from runtime.consumer.loads import RunningLoad
-from runtime.scheduler.view import Phase
+from runtime.consumer.running import RunningLoad
 from runtime.statistics import Statistics
 
 
@@ -51,7 +50,7 @@ class JobWait:
 
 @dataclass(frozen=True, slots=True)
 class PreparationUsage:
-    """A running preparation, which has `reserved_bytes` until its processes have exited."""
+    """A version that is being optimised, which has `reserved_bytes` until its processes have exited."""
 
     model_id: str
     version: int
@@ -76,7 +75,7 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> MemoryUse:
         model_id=load.model_id,
         version=load.version,
         job_id=load.job_id,
-        phase="loading" if run.phase in (Phase.LOADING, Phase.LOADED) else run.phase.value,
+        phase=run.phase.value,
         workers=len(load.alive_workers),
         reserved_bytes=run.memory_bytes if is_reserved else 0,
         memory_bytes=0 if is_reserved else run.memory_bytes,
@@ -89,12 +88,15 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> MemoryUse:
 
 
 class PendingDemand:
-    """Counts, by model, the inferences that wait for a load or are being answered after they waited."""
+    """Counts, by model, the inferences that wait for a load or are being answered after they waited.
 
-    def __init__(self) -> None:
+    Args:
+        on_end: called when the last waiting inference of a model has ended.
+    """
+
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
         self._counts = Counter[str]()
-        self.on_end: Callable[[], None] = lambda: None
-        """Called when the last waiting inference of a model has ended."""
+        self._on_end = on_end
 
     @contextmanager
     def hold(self, model_id: str) -> Iterator[None]:
@@ -106,7 +108,7 @@ class PendingDemand:
             self._counts[model_id] -= 1
             if not self._counts[model_id]:
                 del self._counts[model_id]
-                self.on_end()
+                self._on_end()
 
     def has(self, model_id: str) -> bool:
         return model_id in self._counts

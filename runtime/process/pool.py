@@ -17,7 +17,7 @@ from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import Worker
 from runtime.requestjson import JsonRequest, assemble
-from runtime.store.contents import VersionFiles
+from runtime.store.versions import HeldVersion
 from runtime.timeouts import (
     FORK_LIMIT_S,
     FORK_SERVER_LIMIT_S,
@@ -151,7 +151,7 @@ class WorkerPool:
         """Return how many threads each worker of a load computes with."""
         return parameters.threads or self.threads
 
-    def build_load(self, files: VersionFiles, parameters: LoadParameters, warm_up: WarmUp) -> Load:
+    def build_load(self, files: HeldVersion, parameters: LoadParameters, warm_up: WarmUp) -> Load:
         """Return the message by which a worker of this pool loads a version."""
         return Load(
             root=str(files.root),

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from runtime.errors import LoadRefused, PrepareCode
+from runtime.errors import LoadRefused, OptimiseCode
 from runtime.frames import FrameRules
 from runtime.wire import (
     FROM_LOADING,
@@ -25,10 +25,10 @@ from runtime.wire import (
     LoadFailure,
     LoadStage,
     MalformedFrame,
+    Optimise,
+    Optimised,
     Ping,
     Pong,
-    Prepare,
-    PrepareDone,
     Probe,
     Probed,
     ReadJson,
@@ -45,11 +45,11 @@ SHA256_BYTES = 32
 
 
 class PendingOrder:
-    """A load, preparation, probe, ping or reading whose report is pending, and the future of its caller."""
+    """A load, optimisation, probe, ping or reading whose report is pending, and the future of its caller."""
 
     def __init__(
         self,
-        order: Load | Prepare | Probe | Ping | ReadJson,
+        order: Load | Optimise | Probe | Ping | ReadJson,
         answer: asyncio.Future[Any],
         on_stage: Callable[[str], None],
     ) -> None:
@@ -72,15 +72,15 @@ class PendingOrder:
                 return False
             case (
                 (Load(), Loaded())
-                | (Prepare(), PrepareDone())
+                | (Optimise(), Optimised())
                 | (Probe(), Probed())
                 | (Ping(), Pong())
                 | (ReadJson(), JsonRead())
             ):
                 self.settle(report)
-            case Load(), LoadFailure(code) if code in get_args(PrepareCode):
+            case Load(), LoadFailure(code) if code in get_args(OptimiseCode):
                 raise MalformedFrame(f"'{code}' of a load")
-            case Load() | Prepare(), LoadFailure(code, message):
+            case Load() | Optimise(), LoadFailure(code, message):
                 self.settle(LoadRefused(code, plain_text(message)))
             case _:
                 kinds = type(report).__name__, type(self._order).__name__

@@ -1,4 +1,4 @@
-"""The server's side of a worker: load, prepare, infer, measure, stop and kill one process."""
+"""The server's side of a worker: load, optimise, infer, measure, stop and kill one process."""
 
 import asyncio
 import itertools
@@ -38,9 +38,9 @@ from runtime.wire import (
     Load,
     Loaded,
     MalformedFrame,
+    Optimise,
     Outcome,
     Ping,
-    Prepare,
     Probe,
     ReadJson,
     Tensor,
@@ -179,7 +179,7 @@ class Worker:
 
     async def execute(
         self,
-        order: Load | Prepare | Probe | Ping | ReadJson,
+        order: Load | Optimise | Probe | Ping | ReadJson,
         tensors: Sequence[Tensor] = (),
         on_stage: Callable[[str], None] = lambda _: None,
     ) -> Any:
@@ -193,7 +193,7 @@ class Worker:
             on_stage: called with the stages of a load.
 
         Raises:
-            LoadRefused: of `Load` and `Prepare`, with the code of the reason.
+            LoadRefused: of `Load` and `Optimise`, with the code of the reason.
             WorkerDied: `worker_died`.
         """
         if tensors:

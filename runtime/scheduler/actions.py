@@ -9,7 +9,6 @@ from events.commands import (
     Condition,
     JobUnchanged,
     ModelUnchanged,
-    NodeCurrent,
     NodeUnchanged,
     WorkerServes,
 )
@@ -43,31 +42,16 @@ class StartLoad(JobAction):
     placement: PlaceLoad | None = None
 
 
-class EstimateMemory(JobAction):
-    """Begin to estimate the memory that a load needs."""
-
-
-class CompareFiles(JobAction):
-    """Begin to compare the repository's files of this job with those of the model's present load."""
-
-
 class CancelJob(JobAction):
     """Record `JobCancelled` of a load, or of an unload that has not begun, after the exits of its workers."""
 
 
 @dataclass(frozen=True, slots=True)
-class CompleteLoad(JobAction):
-    """Record `ModelLoaded`, together with the unload request of the load that it replaces, if any."""
-
-    replaces: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class FailLoad(JobAction):
-    """Record `LoadFailed` and end the workers; without a `code`, the worker's reason is recorded."""
+    """Record `LoadFailed` of a load that cannot start, or has not ended in time, and end its workers."""
 
-    code: str | None = None
-    message: str = ""
+    code: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +95,6 @@ class KillWorkers(LoadAction):
     """Kill the workers of a load now."""
 
 
-class RestartBare(LoadAction):
-    """End this attempt of a load, whose cached model failed: its job starts again without one."""
-
-
-class EstimateAnew(LoadAction):
-    """End this attempt of a load, which found other files: its job is estimated and starts again for them."""
-
-
-class PrepareModel(LoadAction):
-    """Begin to prepare the files of this load."""
-
-
 @dataclass(frozen=True, slots=True)
 class RecordExits(LoadAction):
     """Record `WorkerExited` of each of these workers of the load from which the model serves."""
@@ -132,23 +104,11 @@ class RecordExits(LoadAction):
 
 
 @dataclass(frozen=True, slots=True)
-class StopPreparation:
-    """Stop the running preparation: its memory is needed."""
-
-
-@dataclass(frozen=True, slots=True)
 class RequestReload:
-    """Request, as the system, the reload of a lost model, or of one that lost an instance."""
+    """Request, as the system, that a lost, degraded or moving model is loaded again."""
 
     model: LoadedModel
     cause: Cause
-
-
-@dataclass(frozen=True, slots=True)
-class MoveModel:
-    """Request, as the system, the load of a model of this node, which is being drained, at another one."""
-
-    model: LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,78 +132,64 @@ Action = (
     StartLoad
     | PlaceLoad
     | ChangeSettings
-    | CompleteLoad
     | FailLoad
     | CancelJob
     | StartUnload
     | KillWorkers
-    | RestartBare
-    | EstimateAnew
     | FinishUnload
     | RecordExits
     | RequestReload
-    | MoveModel
-    | EstimateMemory
-    | CompareFiles
     | UnloadForReplacement
     | UnloadAutomatically
     | FailModel
-    | PrepareModel
-    | StopPreparation
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The next action; without one, when to decide again at the latest, and what pending jobs wait for."""
+    """The next action; without one, when to decide again at the latest, and what pending jobs wait for.
+
+    Attributes:
+        unestimated: loads whose memory is to be estimated before more is decided on them.
+        may_optimise: whether an optimised model may be made meanwhile.
+    """
 
     action: Action | None = None
     wake_at: str | None = None
     waiting_for: Mapping[str, str] = field(default_factory=dict)
+    unestimated: tuple[Job, ...] = ()
+    may_optimise: bool = False
 
 
-def list_conditions(action: Action, state: State, own: NodeCurrent | None = None) -> tuple[Condition, ...]:
+def list_conditions(action: Action, state: State) -> tuple[Condition, ...]:
     """Return what must still be so when the facts or the request of an action are appended.
 
     Requests and starts rest on the model: a client's command that was recorded first wins. Outcomes rest on
-    their job alone, so no request for the model delays them. What a node appends rests on its epoch, `own`.
+    their job alone, so no request for the model delays them.
     """
-    conditions = _conditions_of(action, state)
-    return conditions if own is None else (*conditions, own)
-
-
-def _conditions_of(action: Action, state: State) -> tuple[Condition, ...]:
     match action:
         case PlaceLoad(job, node):
-            return (_unchanged(job), *_unchanged_model(job.model_id, state), NodeUnchanged(node))
+            return (unchanged(job), *_unchanged_model(job.model_id, state), NodeUnchanged(node))
         case StartLoad(_, PlaceLoad() as placement):
-            return _conditions_of(placement, state)
+            return list_conditions(placement, state)
         case StartLoad(job) | ChangeSettings(job) | UnloadForReplacement(job) | StartUnload(job):
-            return (_unchanged(job), *_unchanged_model(job.model_id, state))
-        case CompleteLoad(job) | FailLoad(job) | CancelJob(job):
-            return (_unchanged(job),)
+            return (unchanged(job), *_unchanged_model(job.model_id, state))
+        case FailLoad(job) | CancelJob(job):
+            return (unchanged(job),)
         case FinishUnload(jobs):
-            return tuple(map(_unchanged, jobs))
+            return tuple(map(unchanged, jobs))
         case RecordExits(load_job_id, model_id, worker_ids):
             return tuple(WorkerServes(model_id, load_job_id, worker_id) for worker_id in worker_ids)
-        case RequestReload(loaded) | FailModel(loaded) | MoveModel(loaded):
+        case RequestReload(loaded) | FailModel(loaded):
             return (ModelUnchanged(loaded.model),)
         case UnloadAutomatically(loaded, _, cause_event_id):
             job_with_need = state.unended_job(cause_event_id)
-            return ModelUnchanged(loaded.model), *map(_unchanged, filter(None, [job_with_need]))
-        case (
-            KillWorkers()
-            | RestartBare()
-            | EstimateAnew()
-            | EstimateMemory()
-            | CompareFiles()
-            | PrepareModel()
-            | StopPreparation()
-        ):
+            return ModelUnchanged(loaded.model), *map(unchanged, filter(None, [job_with_need]))
+        case KillWorkers():
             return ()
 
 
-def _unchanged(job: Job) -> JobUnchanged:
+def unchanged(job: Job) -> JobUnchanged:
     return JobUnchanged(job.id, job.position)
 
 

@@ -16,7 +16,8 @@ from functools import cached_property
 
 from events.clock import add_seconds
 from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Failure, Job, JobKind
-from events.models import RELOADS
+from events.models import RELOADS, ModelState, Serving
+from events.state import State
 from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
@@ -81,11 +82,15 @@ class _Shortage:
 
 @dataclass(slots=True)
 class Admission:
-    """The next action of the pending loads; without one, what each waits for, and when to look again."""
+    """The next action of the pending loads; without one, what each waits for, and when to look again.
+
+    `unestimated` are those whose memory is to be estimated first.
+    """
 
     action: Action | None = None
     waiting_for: dict[str, str] = field(default_factory=dict)
     wake_at: list[str] = field(default_factory=list)
+    unestimated: list[Job] = field(default_factory=list)
 
 
 def admit(view: SchedulerView, eviction: Eviction, placed_here: Job | None = None) -> Admission:
@@ -121,7 +126,10 @@ def admit(view: SchedulerView, eviction: Eviction, placed_here: Job | None = Non
             overtaken_since.append(view.created_at(load.job))
         if decision.reserves_room:
             reservations = load.reserve()
-        if estimating is None and load.job.id in view.observations.estimating:
+        is_new = load.job.id not in view.observations.estimates
+        if is_new:
+            admission.unestimated.append(load.job)
+        if estimating is None and (is_new or load.job.id in view.observations.estimating):
             estimating = load.job
     if overtaken_since:
         admission.wake_at.append(add_seconds(min(overtaken_since), OVERTAKING_LIMIT_S))
@@ -209,12 +217,9 @@ class _PendingLoad:
     def decide(self, estimating: Job | None) -> Action | Waiting:
         """Decide this load; `estimating` is an earlier one whose estimate will be known in a moment."""
         view, job = self._view, self.job
-        settled = self._change_settings()
+        settled = self._change_settings() or self._refuse()
         if settled is not None:
             return settled
-        unfit = self._refuse_or_estimate()
-        if unfit is not None:
-            return unfit
         if self._is_being_replaced:
             reason = "the unload of the version that it replaces"
             return Waiting(reason, reserves_room=view.policy.budget_bytes is not None)
@@ -225,36 +230,23 @@ class _PendingLoad:
         if view.free_load_slots + self._may_exceed_slots <= 0:
             return Waiting(f"a free load slot: at most {view.policy.loads_at_once} may run at once")
         if view.observations.under_pressure and self.rank == _LOWEST_PRIORITY:
-            if view.can_stop_preparation:  # it may be the cause of the pressure
-                return actions.StopPreparation()
             aging_at = add_seconds(view.created_at(job), PRIORITY_AGING_S)
             wake_at = min(aging_at, add_seconds(view.now, PRESSURE_POLL_S))
             return Waiting("the machine, which is under pressure", wake_at)
         return self._start_or_make_room()
 
-    def _change_settings(self) -> Action | Waiting | None:
-        """Change only settings if the model is loaded from the same files into such workers meanwhile."""
-        version, parameters = self.job.load_order
-        loaded = self._view.find_loaded(self.job.model_id)
-        if (
-            self._serving is None
-            or loaded is None
-            or loaded.model.degraded
-            or self.job.cause is not Cause.REQUEST
-        ):
+    def _change_settings(self) -> Action | None:
+        """Change only settings if the model is loaded from the same bytes into such workers meanwhile."""
+        serving = find_same_workers(self._view.state, self.job)
+        estimate = self._view.find_estimate(self.job)
+        if serving is None or estimate is None or self._serving is None:
             return None
-        serving, unchanged = loaded.serving, self._view.observations.unchanged
-        if serving.version != version or not serving.parameters.has_same_workers(parameters):
+        if estimate.same_as != serving.load_job_id:
             return None
-        if self.job.id not in unchanged:
-            return actions.CompareFiles(self.job)
-        is_same = unchanged[self.job.id]
-        if is_same is None:
-            return Waiting("the comparison of its files with the loaded ones")
-        return actions.ChangeSettings(self.job, serving.load_job_id) if is_same else None
+        return actions.ChangeSettings(self.job, serving.load_job_id)
 
-    def _refuse_or_estimate(self) -> Action | Waiting | None:
-        """Refuse a load that can never run; estimate its memory if it is unknown."""
+    def _refuse(self) -> Action | Waiting | None:
+        """Refuse a load that can never run; one whose memory is not known yet waits."""
         job, estimates = self.job, self._view.observations.estimates
         if job.server_deaths >= MAX_SERVER_DEATHS:
             reason = f"the server died {job.server_deaths} times while this load was in progress"
@@ -262,9 +254,8 @@ class _PendingLoad:
         estimate = estimates.get(job.id)
         if isinstance(estimate, Failure):
             return actions.FailLoad(job, estimate.code, estimate.message)
-        if self._view.policy.budget_bytes is not None and estimate is None:
-            is_begun = job.id in estimates
-            return Waiting("the estimate of its memory") if is_begun else actions.EstimateMemory(job)
+        if estimate is None:
+            return Waiting("the estimate of its memory")
         misfit = self._explain_misfit()
         if misfit is None:
             return None
@@ -289,10 +280,8 @@ class _PendingLoad:
         """Start a load that only room can delay, make room for it, or wait."""
         view, replaced, missing = self._view, self._serving, self._shortage_now()
         if replaced is not None and self._strategy == "auto" and missing.bytes > 0:
-            if view.can_stop_preparation:  # better than a gap
-                return actions.StopPreparation()
-            is_stopping = view.observations.preparation is not None
-            if is_stopping and self._shortage_after_exits(0).is_none:
+            is_released = view.observations.optimising_bytes > 0 and self._shortage_after_exits(0).is_none
+            if is_released:  # to wait for that is better than a gap
                 return Waiting(f"{self._describe_shortage()}; it is being released", reserves_room=True)
         is_auto_in_place = self._strategy == "auto" and not missing.is_none
         if replaced is None or not (self._strategy == "in_place" or is_auto_in_place):
@@ -329,14 +318,12 @@ class _PendingLoad:
         )
 
     def _make_room(self, replaced_bytes: int) -> Action | Waiting:
-        """Wait for exiting processes; else stop the preparation, go to another node, or evict the fewest.
+        """Wait for exiting processes; else go to another node, or evict the fewest.
 
         Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
         exiting processes release is reserved in any case if it is enough.
         """
         view, job, first = self._view, self.job, self.reservations.first
-        if view.can_stop_preparation and self._shortage_now(replaced_bytes).bytes > 0:
-            return actions.StopPreparation()
         missing, shortage_text = self._shortage_after_exits(replaced_bytes), self._describe_shortage()
         if missing.is_none:
             return Waiting(f"{shortage_text}; it is being released", reserves_room=True)
@@ -384,6 +371,24 @@ class _PendingLoad:
         if not self._may_evict:
             return "a reload after a start of the server evicts no model"
         return "the idle models are not enough: the others are busy, pinned, or were loaded just now"
+
+
+def find_same_workers(state: State, job: Job) -> Serving | None:
+    """Return what a model serves from if a load asks for such workers of the same version.
+
+    If its files have the same bytes, too, the load only changes settings.
+    """
+    model = state.models.get(job.model_id)
+    loaded = model.loaded if model is not None and model.phase is ModelState.LOADED else None
+    if loaded is None or loaded.model.degraded or job.cause is not Cause.REQUEST:
+        return None
+    version, parameters = job.load_order
+    serving = loaded.serving
+    return (
+        serving
+        if (serving.version, True) == (version, serving.parameters.has_same_workers(parameters))
+        else None
+    )
 
 
 def format_megabytes(number: int) -> str:

@@ -49,13 +49,11 @@ LONGEST_BACK_OFF_S = 30.0
 """A model that can recover is back half a minute after its cause has gone; one that cannot costs two loads a
 minute."""
 
-_UNDER_WAY = (Phase.LOADING, Phase.SERVING, Phase.DRAINING)
-
 FORK_SERVER_POLL_S = 0.5
 """How often to check whether the fork server is back, while a load waits for it."""
 
-PREPARATION_POLL_S = 10.0
-"""How often to check whether the pressure on the machine has ended, while a preparation waits."""
+OPTIMISING_POLL_S = 10.0
+"""How often to check whether the pressure on the machine has ended, while a model waits to be optimised."""
 
 
 def decide(
@@ -70,16 +68,11 @@ def decide(
     if view.is_over:
         return Decision()
     # First outcomes, and what ends processes: nothing of it needs memory.
-    for concern in (
-        _force_unloads,
-        _cancel_jobs,
-        _record_outcomes,
-        _advance_unloads,
-        _stop_preparation_over_budget,
-    ):
+    may_optimise = _may_optimise(view)
+    for concern in (_force_unloads, _cancel_jobs, _record_exits, _advance_unloads):
         action = next(concern(view), None)
         if action is not None:
-            return Decision(action)
+            return Decision(action, may_optimise=may_optimise)
     eviction = Eviction(view)
     admission = admit(view, eviction)
     waiting_for = _waiting_for(view, admission)
@@ -90,24 +83,21 @@ def decide(
         late
         or next(_request_reloads(view, reloads), None)
         or next(_move_models(view, moves), None)
-        or _place_load(view, eviction)
+        or (_place_load(view, eviction, admission) if view.policy.node_id is not None else None)
         or admission.action
     )
+    unestimated = tuple(admission.unestimated)
     if action is not None:
-        return Decision(action)
-    # No pending job can proceed now: automatic unloads, then a preparation.
+        return Decision(action, unestimated=unestimated, may_optimise=may_optimise)
+    # No pending job can proceed now: automatic unloads.
     automatic = find_automatic_unload(view, eviction)
-    if automatic.action is not None:
-        return automatic
-    if (load_job_id := _find_preparation(view)) is not None:
-        return Decision(actions.PrepareModel(load_job_id))
     wake_at = _wake_at(
         view, admission, automatic, [*map(partial(_reload_at, view), reloads), *moves.values()]
     )
-    return Decision(None, wake_at, waiting_for)
+    return Decision(automatic.action, wake_at, waiting_for, unestimated, may_optimise)
 
 
-def _place_load(view: SchedulerView, eviction: Eviction) -> Action | None:
+def _place_load(view: SchedulerView, eviction: Eviction, admission: Admission) -> Action | None:
     """Place the next load. One whose place is here is estimated before, and starts with its placement.
 
     So what starts here without delay takes one append, and the estimate may still change its place.
@@ -119,9 +109,9 @@ def _place_load(view: SchedulerView, eviction: Eviction) -> Action | None:
         match admit(view, eviction, placed_here=job).action:
             case actions.StartLoad(Job(id=job.id)):
                 return actions.StartLoad(job, placement)
-            case actions.EstimateMemory(Job(id=job.id)) as action:
-                return action
-        if job.id not in view.observations.estimating:
+        if job.id not in view.observations.estimates:
+            admission.unestimated.append(job)
+        elif job.id not in view.observations.estimating:
             return placement
     return None
 
@@ -176,22 +166,9 @@ def _is_needed(view: SchedulerView, on_demand: Job) -> bool:
     return on_demand.model_id in view.observations.pending_demand and not is_loaded
 
 
-def _record_outcomes(view: SchedulerView) -> Iterator[Action]:
-    """Record what the workers of running loads came to."""
+def _record_exits(view: SchedulerView) -> Iterator[Action]:
     for run in view.running.values():
-        if run.phase in _UNDER_WAY and not run.exited:
-            continue
-        job = find_started_job(view.own, run.load_job_id)
-        if run.phase is Phase.LOADED and job is not None:
-            replaced = view.find_loaded(job.model_id)
-            yield actions.CompleteLoad(job, replaced.serving.load_job_id if replaced is not None else None)
-        elif run.phase is Phase.FAILED and job is not None:
-            yield actions.FailLoad(job)
-        elif run.phase is Phase.FORM_FAILED and job is not None:
-            yield actions.RestartBare(run.load_job_id)
-        elif run.phase is Phase.OUTDATED and job is not None:
-            yield actions.EstimateAnew(run.load_job_id)
-        elif exited := _find_unrecorded_exits(view, run):
+        if (run.exited or run.phase is Phase.GONE) and (exited := _find_unrecorded_exits(view, run)):
             yield actions.RecordExits(run.load_job_id, run.model_id, exited)
 
 
@@ -217,11 +194,6 @@ def _advance_unloads(view: SchedulerView) -> Iterator[Action]:
             yield actions.StartUnload(job, load_job_id)
         elif not view.alive(load_job_id):
             yield actions.FinishUnload((job,), load_job_id)
-
-
-def _stop_preparation_over_budget(view: SchedulerView) -> Iterator[Action]:
-    if view.can_stop_preparation and view.free_bytes is not None and view.free_bytes < 0:
-        yield actions.StopPreparation()
 
 
 def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]:
@@ -319,7 +291,7 @@ def _find_moves(view: SchedulerView) -> dict[str, str]:
 
 def _move_models(view: SchedulerView, moves: Mapping[str, str]) -> Iterator[Action]:
     due = (view.find_loaded(model_id) for model_id, move_at in moves.items() if move_at <= view.now)
-    return (actions.MoveModel(loaded) for loaded in due if loaded is not None)
+    return (actions.RequestReload(loaded, Cause.DRAIN) for loaded in due if loaded is not None)
 
 
 def _move_at(view: SchedulerView, model: Model) -> str:
@@ -329,13 +301,16 @@ def _move_at(view: SchedulerView, model: Model) -> str:
     return add_seconds(since, back_off_s(model.retries.count))
 
 
-def _find_preparation(view: SchedulerView) -> str | None:
-    """Return the load whose files are prepared next: one at a time, when nothing else needs the machine."""
-    observations, free = view.observations, view.free_bytes
-    is_spare = not (view.unended or observations.under_pressure or observations.preparation)
-    if not (is_spare and observations.fork_server_up):
-        return None
-    return next((key for key, need in observations.preparable.items() if free is None or need <= free), None)
+def _may_optimise(view: SchedulerView) -> bool:
+    """Whether a model may be optimised: this begins when nothing needs the machine, and a load ends it."""
+    seen, free = view.observations, view.free_bytes
+    if any(job.kind is JobKind.LOAD for job in view.unended) or (free is not None and free < 0):
+        return False
+    if seen.optimising_bytes:
+        return True
+    if view.unended or seen.under_pressure or not seen.fork_server_up or seen.optimisable_bytes is None:
+        return False
+    return free is None or seen.optimisable_bytes <= free
 
 
 def _wake_at(
@@ -345,8 +320,8 @@ def _wake_at(
     times += retries
     if times and not view.observations.fork_server_up:
         times.append(add_seconds(view.now, FORK_SERVER_POLL_S))
-    if view.observations.preparable and view.observations.under_pressure:
-        times.append(add_seconds(view.now, PREPARATION_POLL_S))
+    if view.observations.optimisable_bytes is not None and view.observations.under_pressure:
+        times.append(add_seconds(view.now, OPTIMISING_POLL_S))
     return min(filter(None, [*times, *admission.wake_at, automatic.wake_at]), default=None)
 
 
@@ -355,6 +330,6 @@ def _waiting_for(view: SchedulerView, admission: Admission) -> dict[str, str]:
     for job in view.unended:
         if job.status is JobStatus.PENDING and not view.is_first_in_queue(job):
             waiting[job.id] = f"job {view.queues[job.model_id][0].id} of the same model"
-        elif is_unplaced(view, job):
+        elif view.policy.node_id is not None and is_unplaced(view, job):
             waiting[job.id] = explain_unplaced(view, job)
     return waiting

@@ -54,16 +54,9 @@ class Policy:
 
 
 class Phase(StrEnum):
-    """What the workers of a load are doing.
-
-    `FORM_FAILED` and `OUTDATED` end an attempt: its form failed, or it found other files than were estimated.
-    """
+    """What the workers of a load are doing; it is loading until its outcome is recorded."""
 
     LOADING = "loading"
-    LOADED = "loaded"
-    FAILED = "failed"
-    FORM_FAILED = "form_failed"
-    OUTDATED = "outdated"
     SERVING = "serving"
     DRAINING = "draining"
     GONE = "gone"
@@ -71,7 +64,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadView:
-    """What the scheduler sees of a running load; `LOADED`, `FAILED` and `GONE` are still to be recorded.
+    """What the scheduler sees of a running load.
 
     Attributes:
         load_job_id: the job that loaded it.
@@ -97,15 +90,6 @@ class LoadView:
     def alive(self) -> bool:
         """Whether it has a process, or will have one."""
         return self.phase is not Phase.GONE
-
-
-@dataclass(frozen=True, slots=True)
-class PreparationView:
-    """A running preparation: the load whose files it optimises, its memory, whether it was stopped."""
-
-    load_job_id: str
-    memory_bytes: int
-    stopping: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +123,17 @@ class MemoryEstimate:
         bytes: that all its workers take at most.
         is_guess: whether that rests on file sizes, not on an earlier load.
         is_proven: whether these files loaded before.
-        form: the prepared form that it is for, if any.
+        optimised: the SHA-256 of the optimised model that it is for, if any.
         files: the files that it is for.
+        same_as: the load from which the model serves, if the files have the bytes that it loaded.
     """
 
     bytes: int
     is_guess: bool = False
     is_proven: bool = False
-    form: str | None = None
+    optimised: str | None = None
     files: FileSizes = frozenset()
+    same_as: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +144,12 @@ class Observations:
         fork_server_up: whether workers can be started.
         under_pressure: whether the machine is under memory or CPU pressure.
         estimates: of pending loads, by job id; None while their files are being read, and why they cannot be.
-            Without a budget there are none.
         estimating: jobs whose estimate began just now, so that later loads still wait for it.
-        unchanged: whether the files of a pending load are those that its model was loaded from, by job id;
-            None while they are being read.
         pending_demand: models that inferences wait for.
         last_used: when models were last used before the server's start, as far as known.
-        preparable: bytes that preparing the files of a load would take, by load job id, in their order.
-        preparation: the running preparation; it takes memory until its processes have exited.
+        optimisable_bytes: that the next model to be optimised would take; None without one.
+        optimising_bytes: of the model that is being optimised, until its processes have exited. They are
+            ended when a load is to start, or the budget is exceeded.
         clock: which converts recorded times to monotonic ones.
         nodes: hints of the nodes, by their ids.
         untrusted: nodes whose joins are not signed with a key that the nodes share: they do nothing.
@@ -175,11 +159,10 @@ class Observations:
     under_pressure: bool = False
     estimates: Mapping[str, MemoryEstimate | Failure | None] = field(default_factory=dict)
     estimating: Collection[str] = ()
-    unchanged: Mapping[str, bool | None] = field(default_factory=dict)
     pending_demand: Collection[str] = ()
     last_used: Mapping[str, str] = field(default_factory=dict)
-    preparable: Mapping[str, int] = field(default_factory=dict)
-    preparation: PreparationView | None = None
+    optimisable_bytes: int | None = None
+    optimising_bytes: int = 0
     clock: LedgerClock = field(default_factory=LedgerClock)
     nodes: Mapping[str, NodeHints] = field(default_factory=dict)
     untrusted: frozenset[str] = frozenset()
@@ -300,8 +283,7 @@ class SchedulerView:
 
     @cached_property
     def free_load_slots(self) -> int:
-        loading = sum(run.phase is Phase.LOADING for run in self.running.values())
-        return self.policy.loads_at_once - loading if self.observations.fork_server_up else 0
+        return self.policy.loads_at_once - len(self._loading) if self.observations.fork_server_up else 0
 
     def is_proven(self, job: Job) -> bool:
         """Whether the files of a load are known to load: those of reloads served until just now.
@@ -322,18 +304,21 @@ class SchedulerView:
     @cached_property
     def proven_load_runs(self) -> bool:
         """Whether a load of files that loaded before is running."""
-        loading = (load_id for load_id, run in self.running.items() if run.phase is Phase.LOADING)
-        jobs = (self.state.unended_job(load_id) for load_id in loading)
+        jobs = (self.state.unended_job(load_id) for load_id in self._loading)
         return any(job is not None and self.is_proven(job) for job in jobs)
+
+    @cached_property
+    def _loading(self) -> list[str]:
+        runs = self.running.items()
+        return [load_id for load_id, run in runs if run.phase is Phase.LOADING and not run.killed]
 
     @cached_property
     def free_bytes(self) -> int | None:
         """The free part of the budget, negative if workers outgrew it; None without a budget."""
-        budget, preparation = self.policy.budget_bytes, self.observations.preparation
-        if budget is None:
+        if self.policy.budget_bytes is None:
             return None
         used = sum(run.memory_bytes for run in self.running.values())
-        return budget - used - (preparation.memory_bytes if preparation is not None else 0)
+        return self.policy.budget_bytes - used - self.observations.optimising_bytes
 
     @cached_property
     def exiting(self) -> frozenset[str]:
@@ -346,20 +331,14 @@ class SchedulerView:
         return frozenset(
             load_job_id
             for load_job_id, run in self.running.items()
-            if run.killed or run.phase in (Phase.DRAINING, Phase.FAILED) or load_job_id in targets
+            if run.killed or run.phase is Phase.DRAINING or load_job_id in targets
         )
 
     @cached_property
     def exiting_bytes(self) -> int:
         """Bytes that exiting processes will release."""
-        preparation = self.observations.preparation
-        stopping = preparation.memory_bytes if preparation is not None and preparation.stopping else 0
-        return stopping + sum(self.running[load_job_id].memory_bytes for load_job_id in self.exiting)
-
-    @property
-    def can_stop_preparation(self) -> bool:
-        preparation = self.observations.preparation
-        return preparation is not None and not preparation.stopping
+        exiting = sum(self.running[load_job_id].memory_bytes for load_job_id in self.exiting)
+        return exiting + self.observations.optimising_bytes
 
     @cached_property
     def models_with_process(self) -> frozenset[str]:
@@ -373,10 +352,9 @@ class SchedulerView:
     @cached_property
     def will_free_more(self) -> bool:
         """Whether memory will become free without a decision: a load reserves more than it keeps."""
-        loading = (Phase.LOADING, Phase.LOADED)
-        if self.exiting or self.observations.preparation is not None:
+        if self.exiting or self.observations.optimising_bytes:
             return True
-        return any(run.phase in loading for run in self.running.values())
+        return any(run.phase is Phase.LOADING for run in self.running.values())
 
     @cached_property
     def settled_models(self) -> list[tuple[LoadedModel, LoadView]]:

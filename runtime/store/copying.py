@@ -7,8 +7,6 @@ import mmap
 import os
 from collections.abc import Callable
 
-from runtime.errors import CopyCancelled
-
 FICLONE = 0x40049409
 """linux/fs.h: the new file shares the old one's blocks until one of them is written to (btrfs, XFS)."""
 PIECE_BYTES = 2**23
@@ -22,83 +20,76 @@ _CANNOT_CLONE = frozenset(
 )
 _CANNOT_COPY_RANGE = _CANNOT_CLONE | {errno.EBADF, errno.EIO}
 
-IsCancelled = Callable[[], bool]
-"""Asked between two pieces; may be called in any thread."""
+OnPiece = Callable[[], None]
+"""Called between two pieces, in any thread; ends the work by raising `CopyCancelled`."""
 
 
-def is_never() -> bool:
-    return False
+def on_no_piece() -> None:
+    """Let the work go on."""
 
 
-class FileCopier:
-    """Copies files into one folder, in the fastest way that its file system and theirs allow.
+def copy_file(
+    source: int, target: int, size: int, before_copying: Callable[[], None], on_piece: OnPiece
+) -> int:
+    """Copy the first `size` bytes of an open file into an empty one, in the fastest way that works.
 
-    Args:
-        before_copying: called once, before the first file that takes disk space of its own.
-        is_cancelled: whether to stop.
+    Returns how many bytes there were. `before_copying` is called before they take disk space of their own.
+
+    Raises:
+        CopyCancelled: `copy_cancelled`.
+        OSError: a descriptor cannot be read or written.
     """
-
-    def __init__(self, before_copying: Callable[[], None], is_cancelled: IsCancelled) -> None:
-        self._before_copying = before_copying
-        self._is_cancelled = is_cancelled
-        self._clones = True
-        self._copies_ranges = True
-        self._began = False
-
-    def copy(self, source: int, target: int, size: int) -> int:
-        """Copy the first `size` bytes of an open file into an empty one; returns how many there were.
-
-        Raises:
-            CopyCancelled: `copy_cancelled`.
-            OSError: a descriptor cannot be read or written.
-        """
-        check_cancelled(self._is_cancelled)
-        if size and self._clone(source, target):
-            return os.fstat(target).st_size
-        if not self._began:
-            self._before_copying()
-            self._began = True
-        copied = self._copy_ranges(source, target, size) if self._copies_ranges else 0
-        return copied + self._read_and_write(source, target, size - copied)
-
-    def _clone(self, source: int, target: int) -> bool:
-        if self._clones:
-            try:
-                fcntl.ioctl(target, FICLONE, source)
-            except OSError as error:
-                if error.errno not in _CANNOT_CLONE:
-                    raise
-                self._clones = False
-        return self._clones
-
-    def _copy_ranges(self, source: int, target: int, size: int) -> int:
-        copied = 0
-        while copied < size:
-            try:
-                count = os.copy_file_range(source, target, min(PIECE_BYTES, size - copied))
-            except OSError as error:
-                if copied or error.errno not in _CANNOT_COPY_RANGE:
-                    raise
-                self._copies_ranges = False
-                return 0
-            if not count:  # the end; or a file system that cannot say so, which reading shows
-                break
-            copied += count
-            check_cancelled(self._is_cancelled)
-        return copied
-
-    def _read_and_write(self, source: int, target: int, size: int) -> int:
-        copied = 0
-        while copied < size and (block := os.read(source, min(HASH_BLOCK_BYTES, size - copied))):
-            written = 0
-            while written < len(block):
-                written += os.write(target, memoryview(block)[written:])
-            copied += len(block)
-            check_cancelled(self._is_cancelled)
-        return copied
+    on_piece()
+    if not size:
+        return 0
+    if clone(source, target):
+        return os.fstat(target).st_size
+    before_copying()
+    copied = copy_ranges(source, target, size, on_piece)
+    return copied + read_and_write(source, target, size - copied, on_piece)
 
 
-def hash_descriptor(descriptor: int, is_cancelled: IsCancelled) -> str:
+def clone(source: int, target: int) -> bool:
+    """Let a file share the blocks of another; returns False if their file system cannot."""
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError as error:
+        if error.errno not in _CANNOT_CLONE:
+            raise
+        return False
+    return True
+
+
+def copy_ranges(source: int, target: int, size: int, on_piece: OnPiece) -> int:
+    """Copy within the kernel, as far as the file systems allow; returns how many bytes."""
+    copied = 0
+    while copied < size:
+        try:
+            count = os.copy_file_range(source, target, min(PIECE_BYTES, size - copied))
+        except OSError as error:
+            if copied or error.errno not in _CANNOT_COPY_RANGE:
+                raise
+            return 0
+        if not count:  # the end; or a file system that cannot say so, which reading shows
+            break
+        copied += count
+        on_piece()
+    return copied
+
+
+def read_and_write(source: int, target: int, size: int, on_piece: OnPiece) -> int:
+    """Copy from where both descriptors are; returns how many bytes."""
+    copied = 0
+    while copied < size and (block := os.read(source, min(HASH_BLOCK_BYTES, size - copied))):
+        written = 0
+        while written < len(block):
+            written += os.write(target, memoryview(block)[written:])
+        copied += len(block)
+        on_piece()
+    return copied
+
+
+def hash_descriptor(descriptor: int, on_piece: OnPiece) -> str:
     """Return the SHA-256 of an open file, from its beginning, in 64 hex digits.
 
     Raises:
@@ -112,15 +103,5 @@ def hash_descriptor(descriptor: int, is_cancelled: IsCancelled) -> str:
             with block[:length] as read:
                 digest.update(read)
             position += length
-            check_cancelled(is_cancelled)
+            on_piece()
     return digest.hexdigest()
-
-
-def check_cancelled(is_cancelled: IsCancelled) -> None:
-    """Raise if the work was cancelled.
-
-    Raises:
-        CopyCancelled: `copy_cancelled`.
-    """
-    if is_cancelled():
-        raise CopyCancelled

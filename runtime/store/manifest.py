@@ -19,7 +19,7 @@ import msgspec
 
 from events.types import Contents
 from runtime.repository import FoundFile
-from runtime.store.copying import IsCancelled, hash_descriptor, is_never
+from runtime.store.copying import OnPiece, hash_descriptor, on_no_piece
 from runtime.store.folder import walk_files
 from runtime.wire import Count, FileNumber, Name, Sha256, Time
 
@@ -120,7 +120,7 @@ def _is_within(path: str) -> bool:
     return not pure.is_absolute() and ".." not in pure.parts and "\0" not in path and str(pure) == path
 
 
-def hash_file(folder: Path, path: str, is_cancelled: IsCancelled = is_never) -> StoredFile:
+def hash_file(folder: Path, path: str, on_piece: OnPiece = on_no_piece) -> StoredFile:
     """Return a file of the store with the hash of its content.
 
     Raises:
@@ -132,24 +132,24 @@ def hash_file(folder: Path, path: str, is_cancelled: IsCancelled = is_never) -> 
         seen = os.fstat(descriptor)
         if not stat.S_ISREG(seen.st_mode):
             raise OSError(errno.EINVAL, "no regular file", str(folder / path))
-        sha256 = hash_descriptor(descriptor, is_cancelled)
+        sha256 = hash_descriptor(descriptor, on_piece)
     finally:
         os.close(descriptor)
     return StoredFile(path, seen.st_size, sha256, seen.st_dev, seen.st_ino, seen.st_mtime_ns)
 
 
-def hash_files(folder: Path, is_cancelled: IsCancelled = is_never) -> tuple[StoredFile, ...]:
+def hash_files(folder: Path, on_piece: OnPiece = on_no_piece) -> tuple[StoredFile, ...]:
     """Return all files beneath a folder with their hashes, in order of their paths.
 
     Raises:
         CopyCancelled: `copy_cancelled`.
         OSError: a file cannot be read, or is no regular file.
     """
-    return tuple(hash_file(folder, path, is_cancelled) for path in walk_files(folder)[0])
+    return tuple(hash_file(folder, path, on_piece) for path in walk_files(folder)[0])
 
 
 def rehash_files(
-    folder: Path, files: Sequence[StoredFile], is_cancelled: IsCancelled = is_never
+    folder: Path, files: Sequence[StoredFile], on_piece: OnPiece = on_no_piece
 ) -> tuple[StoredFile, ...] | None:
     """Return the files with their present identities; None if the folder has others, or other contents.
 
@@ -157,10 +157,8 @@ def rehash_files(
         CopyCancelled: `copy_cancelled`.
         OSError: a file cannot be read.
     """
-    if walk_files(folder)[0] != [file.path for file in files]:
-        return None
-    found = hash_files(folder, is_cancelled)
-    same = [file.sha256 for file in found] == [file.sha256 for file in files]
+    found = hash_files(folder, on_piece)
+    same = [(file.path, file.sha256) for file in found] == [(file.path, file.sha256) for file in files]
     return found if same else None
 
 

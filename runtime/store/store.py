@@ -1,4 +1,4 @@
-"""The store of model versions: take, hash, settle, find, sweep.
+"""The store of model versions: take, settle, find, sweep.
 
 One process writes: the server that holds the data directory. A version gets its name only when its contents
 are known, and its manifest when all of it is on the disk; a process that dies leaves incoming folders and
@@ -14,10 +14,12 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -26,7 +28,7 @@ from events.types import Contents
 from runtime.errors import DiskFull, LoadRefused, RepositoryUnreadable, StoreFull
 from runtime.memory import free_disk_bytes
 from runtime.repository import FoundFile, VersionFolder
-from runtime.store.copying import FileCopier, IsCancelled, is_never
+from runtime.store.copying import OnPiece, copy_file, on_no_piece
 from runtime.store.folder import FILES, NO_ROOM, StoreFolder, explain_os_errors, remove, walk_files
 from runtime.store.manifest import (
     MANIFEST,
@@ -47,21 +49,16 @@ FREE_SHARE = 10
 """Without a limit, the store sweeps what nothing needs to leave a tenth of the file system free."""
 _NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 
-FindNeeded = Callable[[], Collection[str]]
+FindNeeded = Callable[["Store"], Collection[str]]
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class TakenCopy:
-    """A private copy that has no name yet: its folder, and the repository's files as they were copied."""
+class Source(NamedTuple):
+    """What a version of the repository has, and the identities of the files by which that is known."""
 
-    path: Path
-    sources: tuple[FoundFile, ...]
-
-    @property
-    def folder(self) -> Path:
-        return self.path / FILES
+    contents: Contents
+    files: tuple[FoundFile, ...]
 
 
 class Store:
@@ -72,11 +69,16 @@ class Store:
     Args:
         folder: the folder, which `open` creates; it must not be a link.
         limit_bytes: of all blobs together; None is what leaves a tenth of the file system free.
+        find_needed: returns digests of this store that are not swept, beside those held; called if one must
+            be.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, limit_bytes: int | None = None, find_needed: FindNeeded = lambda _: ()
+    ) -> None:
         self._folder = StoreFolder(folder)
         self._limit_bytes = limit_bytes
+        self._find_needed = find_needed
         self._lock = threading.Lock()
         self._versions = dict[str, StoredVersion]()
         self._used_ns = dict[str, int]()
@@ -115,22 +117,14 @@ class Store:
                     path.unlink(missing_ok=True)
 
     def take(
-        self,
-        sources: VersionFolder,
-        files: tuple[FoundFile, ...],
-        find_needed: FindNeeded = frozenset,
-        is_cancelled: IsCancelled = is_never,
-    ) -> TakenCopy:
-        """Copy a version of the repository into an incoming folder.
+        self, sources: VersionFolder, files: tuple[FoundFile, ...], on_piece: OnPiece = on_no_piece
+    ) -> Path:
+        """Copy a version of the repository, and return the folder of its copy, to `settle` or `discard`.
 
         Args:
             sources: the version's open folder.
             files: of `Repository.open_version`.
-            find_needed: returns digests that are not swept for it, beside those held; asked if one must be.
-            is_cancelled: asked between pieces.
-
-        Returns:
-            The copy, to `settle` or `discard`.
+            on_piece: called between pieces.
 
         Raises:
             LoadRefused: `unsafe_file`; `model_changed`, a file vanished or was written to while it was
@@ -143,32 +137,23 @@ class Store:
         """
         size = sum(file.bytes for file in files)
         with explain_os_errors(self.path), self._lock:
-            path = self._folder.new_incoming()
-            self._incoming_bytes[path] = size
+            copy = self._folder.new_incoming() / FILES
+            self._incoming_bytes[copy] = size
         try:
-            self._make_room(find_needed)
-            copier = FileCopier(lambda: self._make_disk_room(size, find_needed), is_cancelled)
+            self._make_room()
+            make_disk_room = cache(lambda: self._make_disk_room(size))  # once, and not for clones
+            copy_bytes = partial(copy_file, before_copying=make_disk_room, on_piece=on_piece)
             with explain_os_errors(self.path, size):
-                (path / FILES).mkdir(mode=0o700)
+                copy.mkdir(mode=0o700)
                 for file in files:
-                    _copy_file(copier, sources, file, path / FILES / file.path)
+                    _copy_file(sources, file, copy / file.path, copy_bytes)
             _refuse_changed(files, sources.stat_files())
         except BaseException:
-            self._drop_incoming(path)
+            self.discard(copy)
             raise
-        return TakenCopy(path, files)
+        return copy
 
-    def hash_copy(self, taken: TakenCopy, is_cancelled: IsCancelled = is_never) -> tuple[StoredFile, ...]:
-        """Hash the files of a private copy, in order of their paths.
-
-        Raises:
-            StoreUnavailable: `store_unavailable`, the copy cannot be read.
-            CopyCancelled: `copy_cancelled`.
-        """
-        with explain_os_errors(self.path):
-            return tuple(hash_file(taken.folder, file.path, is_cancelled) for file in taken.sources)
-
-    def settle(self, taken: TakenCopy, files: tuple[StoredFile, ...]) -> StoredVersion:
+    def settle(self, copy: Path, files: tuple[StoredFile, ...]) -> StoredVersion:
         """Give a hashed copy its name, the digest, and hold it; files that are stored already are shared.
 
         The copy's folder is gone afterwards. What has it open keeps it.
@@ -181,11 +166,18 @@ class Store:
             with explain_os_errors(self.path), self._lock:
                 known = self._versions.get(version.digest)
                 if known is None or not self._is_unchanged(known):
-                    known = self._settle(taken, version)
+                    known = self._settle(copy, version)
                 self._use(known.digest)
                 return known
         finally:
-            self._drop_incoming(taken.path)
+            self.discard(copy)
+
+    def discard(self, copy: Path) -> None:
+        """Remove a copy, if it is there."""
+        if os.path.lexists(copy.parent):
+            remove(copy.parent)
+        with self._lock:
+            self._incoming_bytes.pop(copy, None)
 
     def make_durable(self, digest: str) -> None:
         """Sync a settled version to the disk, and write its manifest; it may serve meanwhile.
@@ -206,10 +198,7 @@ class Store:
                 sync(path)
             self._folder.write(folder / MANIFEST, encode_record(version), durably=True)
 
-    def discard(self, taken: TakenCopy) -> None:
-        self._drop_incoming(taken.path)
-
-    def find(self, digest: str, is_cancelled: IsCancelled = is_never) -> StoredVersion | None:
+    def find(self, digest: str, on_piece: OnPiece = on_no_piece) -> StoredVersion | None:
         """Return a stored version, and hold it; None if it is not there.
 
         Files whose identity has changed, as after a restored backup, are hashed before. With another content
@@ -225,7 +214,7 @@ class Store:
             self._use(digest)
         usable = None
         try:
-            usable = self._verify_for_use(version, is_cancelled)
+            usable = self._verify_for_use(version, on_piece)
         finally:
             if usable is None:
                 self.release(digest)
@@ -238,30 +227,30 @@ class Store:
             if self._held[digest] <= 0:
                 del self._held[digest]
 
-    def record_source(self, model_id: str, version: int, sources: Sequence[FoundFile], digest: str) -> None:
-        """Record from which files of the repository a settled version was taken; a failure costs a copy."""
+    def record_source(self, model_id: str, version: int, source: Source) -> None:
+        """Record which bytes a version of the repository has, if they are stored; a failure costs a copy."""
+        record = SourceRecord(digest_of(source.contents), source.files)
         path = self._folder.source(model_id, version)
+        if record.digest not in self._versions:
+            return
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            record = SourceRecord(digest, tuple(sources))
             self._folder.write(path, encode_record(record), durably=False)
         except OSError as error:
             _log.warning("%s could not be written: %s", path, error)
 
-    def read_source(self, model_id: str, version: int) -> SourceRecord | None:
-        """Return what was taken last from a version of the repository, if it is still stored."""
+    def read_source(self, model_id: str, version: int) -> Source | None:
+        """Return what was recorded last of a version of the repository, if it is still stored."""
         record = read_record(self._folder.source(model_id, version), SourceRecord)
-        return record if record is not None and record.digest in self._versions else None
+        stored = None if record is None else self._versions.get(record.digest)
+        return None if record is None or stored is None else Source(stored.contents, record.files)
 
-    def find_source(self, model_id: str, version: int, files: tuple[FoundFile, ...]) -> str | None:
-        """Return the digest that was taken from these very files; None if they changed, or it is gone."""
-        record = self.read_source(model_id, version)
-        return record.digest if record is not None and record.files == files else None
-
-    def contents(self, digest: str) -> Contents | None:
-        """Return the contents of a stored version; None if it is not there."""
-        version = self._versions.get(digest)
-        return None if version is None else version.contents
+    def stored_versions(self) -> dict[str, tuple[str, ...]]:
+        """Return the SHA-256 of the files of each version, by the version's digest."""
+        return {
+            version.digest: tuple(file.sha256 for file in version.files)
+            for version in list(self._versions.values())
+        }
 
     def _open_version(self, path: Path, *, only_ours: bool) -> None:
         version = read_version(path)
@@ -271,10 +260,9 @@ class Store:
         if not only_ours:  # identities prove nothing then: all is hashed before its next use
             version = replace(version, files=tuple(replace(file, inode=0) for file in version.files))
         self._versions[version.digest] = version
-        with suppress(OSError):
-            self._used_ns[version.digest] = (path / MANIFEST).stat().st_mtime_ns
+        self._used_ns[version.digest] = _last_use(path)
 
-    def _make_room(self, find_needed: FindNeeded) -> None:
+    def _make_room(self) -> None:
         """Sweep versions for all that is being taken, within the limit.
 
         Raises:
@@ -286,7 +274,7 @@ class Store:
             taken_bytes = sum(self._incoming_bytes.values())
             if self.bytes + taken_bytes <= self._limit_bytes:
                 return
-            unneeded = self._list_unneeded(find_needed)
+            unneeded = self._list_unneeded()
             kept_bytes = _blob_bytes(self._versions[each] for each in self._versions.keys() - set(unneeded))
             if kept_bytes + taken_bytes > self._limit_bytes:
                 raise StoreFull(taken_bytes, kept_bytes, self._limit_bytes)
@@ -294,7 +282,7 @@ class Store:
                 if self.bytes + taken_bytes > self._limit_bytes:
                     self._remove_version(digest)
 
-    def _make_disk_room(self, size: int, find_needed: FindNeeded) -> None:
+    def _make_disk_room(self, size: int) -> None:
         """Sweep versions, then evict optimised forms, which are only a cache, until the disk has room.
 
         Without a limit, versions are swept until a tenth of the disk stays free.
@@ -305,7 +293,7 @@ class Store:
         with self._lock, explain_os_errors(self.path):
             if self._has_disk_room(size):
                 return
-            for digest in self._list_unneeded(find_needed):
+            for digest in self._list_unneeded():
                 self._remove_version(digest)
                 if self._has_disk_room(size):
                     return
@@ -323,32 +311,21 @@ class Store:
         seen = os.statvfs(self.path)
         return (seen.f_bavail - seen.f_blocks // FREE_SHARE) * seen.f_frsize >= size
 
-    def _list_unneeded(self, find_needed: FindNeeded) -> list[str]:
+    def _list_unneeded(self) -> list[str]:
         """Return the digests of versions that may be swept, least recently used first."""
-        needed = {*find_needed(), *self._held}
+        needed = {*self._find_needed(self), *self._held}
         return sorted(self._versions.keys() - needed, key=lambda each: (self._used_ns.get(each, 0), each))
 
-    def _settle(self, taken: TakenCopy, version: StoredVersion) -> StoredVersion:
+    def _settle(self, copy: Path, version: StoredVersion) -> StoredVersion:
         """Share blobs, and rename the incoming folder; returns the version with the files' identities."""
-        blobs = self._known_blobs()
-        files = tuple(self._share(taken.folder / file.path, file, blobs) for file in version.files)
+        blobs = {file.sha256: file for known in self._versions.values() for file in known.files}
+        files = tuple(self._share(copy / file.path, file, blobs) for file in version.files)
         path = self._folder.version(version.digest)
         if os.path.lexists(path):
             self._remove_version(version.digest)
-        taken.path.rename(path)
-        settled = replace(version, files=files)
-        self._versions[version.digest] = settled
+        copy.parent.rename(path)
+        self._versions[version.digest] = settled = replace(version, files=files)
         return settled
-
-    def stored_versions(self) -> dict[str, tuple[str, ...]]:
-        """Return the SHA-256 of the files of each version, by the version's digest."""
-        return {
-            version.digest: tuple(file.sha256 for file in version.files)
-            for version in list(self._versions.values())
-        }
-
-    def _known_blobs(self) -> dict[str, StoredFile]:
-        return {file.sha256: file for version in self._versions.values() for file in version.files}
 
     def _share(self, path: Path, file: StoredFile, known: dict[str, StoredFile]) -> StoredFile:
         """Make a file and its blob one; a blob that is not as it was recorded is replaced."""
@@ -369,12 +346,12 @@ class Store:
                 raise  # where there are no more links, or none at all, the version keeps a file of its own
         return file
 
-    def _verify_for_use(self, version: StoredVersion, is_cancelled: IsCancelled) -> StoredVersion | None:
+    def _verify_for_use(self, version: StoredVersion, on_piece: OnPiece) -> StoredVersion | None:
         if self._is_unchanged(version):
             return version
         folder = self.folder_of(version.digest)
         try:
-            files = rehash_files(folder, version.files, is_cancelled)
+            files = rehash_files(folder, version.files, on_piece)
         except OSError as error:
             _log.warning("%s cannot be read: %s", folder, error)
             files = None
@@ -406,12 +383,6 @@ class Store:
         away = self._folder.move_away(path)
         if away is not None:
             remove(away)
-
-    def _drop_incoming(self, path: Path) -> None:
-        if os.path.lexists(path):
-            remove(path)
-        with self._lock:
-            self._incoming_bytes.pop(path, None)
 
     def _use(self, digest: str) -> None:
         """Count a use and a hold; the caller has the lock."""
@@ -458,18 +429,15 @@ def _verify(folder: Path, version: StoredVersion) -> Iterator[str]:
     except OSError as error:
         yield f"its files cannot be listed: {error.strerror}"
         return
-    for file in version.files:
-        if file.path not in found:
-            yield f"{file.path!r} is missing"
-            continue
+    for path, sha256 in version.contents:
         try:
-            seen = hash_file(folder, file.path)
+            if path not in found:
+                yield f"{path!r} is missing"
+            elif (seen := hash_file(folder, path)).sha256 != sha256:
+                yield f"{path!r} has SHA-256 {seen.sha256} instead of {sha256}"
         except OSError as error:
-            yield f"{file.path!r} cannot be read: {error.strerror}"
-            continue
-        if seen.sha256 != file.sha256:
-            yield f"{file.path!r} has SHA-256 {seen.sha256} instead of {file.sha256}"
-    for path in sorted(found - {file.path for file in version.files}):
+            yield f"{path!r} cannot be read: {error.strerror}"
+    for path in sorted(found - dict(version.contents).keys()):
         yield f"{path!r} is not of this version"
 
 
@@ -478,12 +446,14 @@ def _blob_bytes(versions: Iterable[StoredVersion]) -> int:
     return sum({file.sha256: file.bytes for version in versions for file in version.files}.values())
 
 
-def _copy_file(copier: FileCopier, sources: VersionFolder, file: FoundFile, target: Path) -> None:
+def _copy_file(
+    sources: VersionFolder, file: FoundFile, target: Path, copy_bytes: Callable[[int, int, int], int]
+) -> None:
     with sources.open_file(file.path, file) as source:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         written = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
         try:
-            copied = copier.copy(source, written, file.bytes)
+            copied = copy_bytes(source, written, file.bytes)
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise
@@ -513,7 +483,7 @@ def _refuse_changed(before: Iterable[FoundFile], now: Iterable[FoundFile]) -> No
 
 
 def _last_use(folder: Path) -> int:
-    """Return when a form was last used, in nanoseconds since 1970; one without a manifest never was."""
+    """Return when a version or form was last used, in nanoseconds; one without a manifest never was."""
     try:
         return (folder / MANIFEST).lstat().st_mtime_ns
     except OSError:

@@ -22,9 +22,9 @@ import onnxruntime as ort
 
 import runtime
 from runtime.memory import UNLIMITED_STACK_BYTES
-from runtime.wire import CachedCopy, ForbiddenAct, Layer, Load, Prepare, Probe, Probed, ReadJson
+from runtime.wire import ForbiddenAct, Layer, Load, Optimise, OptimisedModel, Probe, Probed, ReadJson
 from runtime.worker import landlock, seccomp, sessions
-from runtime.worker.optimising import FORM_FILES
+from runtime.worker.optimising import FILES
 
 PR_SET_NO_NEW_PRIVS = 38
 """linux/prctl.h"""
@@ -54,7 +54,7 @@ def _find_code() -> tuple[str, ...]:
 CODE = _find_code()
 
 
-def confine(order: Load | Prepare | Probe | ReadJson) -> None:
+def confine(order: Load | Optimise | Probe | ReadJson) -> None:
     """Confine this thread, and those that it starts, to the files of an order, by the layers that it names.
 
     Raises:
@@ -62,14 +62,14 @@ def confine(order: Load | Prepare | Probe | ReadJson) -> None:
     """
     if not order.layers:
         return
-    writes = isinstance(order, Prepare | Probe)  # a probe gets what any worker gets
+    writes = isinstance(order, Optimise | Probe)  # a probe gets what any worker gets
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: MAX_DESCRIPTORS,
         resource.RLIMIT_STACK: UNLIMITED_STACK_BYTES if soft == resource.RLIM_INFINITY else soft,
     }
-    if not writes:  # making a form has a limit of its own
+    if not writes:  # optimising a model has a limit of its own
         limits[resource.RLIMIT_FSIZE] = 0
     for kind, limit in limits.items():
         sessions.limit_resource(kind, limit)
@@ -81,15 +81,15 @@ def confine(order: Load | Prepare | Probe | ReadJson) -> None:
             seccomp.restrict(writes=writes)
 
 
-def _find_accesses(order: Load | Prepare | Probe | ReadJson) -> dict[str, int]:
+def _find_accesses(order: Load | Optimise | Probe | ReadJson) -> dict[str, int]:
     match order:
-        case Load(prepared=CachedCopy(folder=folder)):
+        case Load(optimised=OptimisedModel(folder=folder)):
             own = {folder: landlock.READS}
         case Load(root=root):
             own = {root: landlock.READS}
-        case Prepare(root=root, target=target):
+        case Optimise(root=root, target=target):
             own = {root: landlock.READS, target: landlock.REMOVES}
-            own |= {f"{target}/{name}": landlock.WRITES for name in FORM_FILES}
+            own |= {f"{target}/{name}": landlock.WRITES for name in FILES}
         case Probe() | ReadJson():
             own = {}
         case _:

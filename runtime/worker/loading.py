@@ -1,4 +1,4 @@
-"""How a worker loads a model: the session, from the version's files or a cached model, and the warm-up.
+"""How a worker loads a model: the session, from the version's files or an optimised model, and the warm-up.
 
 It hashes nothing: the server has taken the files into its store, and hashes them there.
 """
@@ -21,10 +21,10 @@ from runtime.onnxfile import MODEL_FILE, find_model_file
 from runtime.wire import (
     DATATYPES,
     MAX_DIMENSIONS,
-    CachedCopy,
     Load,
     Loaded,
     LoadStage,
+    OptimisedModel,
     Tensor,
     TensorSpec,
 )
@@ -62,17 +62,16 @@ OR_NOT = "or switch that off there, by enabled = false under [warm_up]"
 OnStage = Callable[[LoadStage], None]
 
 
-def huge_pages_help(source_bytes: int, prepared: CachedCopy | None) -> bool:
+def huge_pages_help(source_bytes: int, optimised: OptimisedModel | None) -> bool:
     """Return whether a session is created faster with huge pages.
 
     Args:
         source_bytes: the size of the version's files.
-        prepared: the cached model, if one is used. ONNX Runtime (1.31) packs weights that the form has packed
+        optimised: the optimised model, if one is used. ONNX Runtime (1.31) packs weights that it has packed
             once more to find them there; the rest it only maps.
     """
-    if prepared is None or prepared.form == "optimised":
-        return source_bytes >= ENOUGH_BYTES
-    return prepared.bytes - source_bytes >= ENOUGH_BYTES
+    copied_bytes = source_bytes if optimised is None else optimised.bytes - source_bytes
+    return copied_bytes >= ENOUGH_BYTES
 
 
 def disable_huge_pages() -> None:
@@ -121,7 +120,7 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
 
 def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
     on_stage("loading")
-    if not huge_pages_help(order.bytes, order.prepared):
+    if not huge_pages_help(order.bytes, order.optimised):
         disable_huge_pages()
     sessions.limit_memory(
         order.hard_limit_bytes(thread_bytes()),
@@ -156,18 +155,18 @@ def _warm_up(
 
 def _names_extensions(order: Load) -> bool:
     """Whether the model of an order names operators of ONNX Runtime Extensions."""
-    folder = Path(order.folder if order.prepared is None else order.prepared.folder)
+    folder = Path(order.folder if order.optimised is None else order.optimised.folder)
     name = find_model_file(each.name for each in os.scandir(folder))
     return name is not None and extensions.are_named(folder / name)
 
 
 def _create_session(order: Load) -> ort.InferenceSession:
-    if order.prepared is None:
+    if order.optimised is None:
         folder, root = Path(order.folder), Path(os.path.realpath(order.root))
         chosen = sessions.session_options(order.threads)
         return sessions.create_checked(folder, root, chosen, order.least_limit_bytes)
     chosen = sessions.saved_graph_options(order.threads)
-    model_file = str(Path(order.prepared.folder) / MODEL_FILE)
+    model_file = str(Path(order.optimised.folder) / MODEL_FILE)
     return sessions.create_session(model_file, chosen, order.least_limit_bytes)
 
 

@@ -33,9 +33,9 @@ from runtime.wire import (
     M,
     MalformedFrame,
     Message,
+    Optimise,
     Ping,
     Pong,
-    Prepare,
     Probe,
     ReadJson,
     StageReached,
@@ -48,7 +48,7 @@ from runtime.worker.batching import Queue
 from runtime.worker.confine import confine, probe
 from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
 from runtime.worker.loading import clock_for, load, lower_priority
-from runtime.worker.optimising import create_files, make_cached_model
+from runtime.worker.optimising import create_files, optimise
 from runtime.worker.sessions import ServingSession, limit_memory, run_smallest_model
 from runtime.worker.sharedtensors import SharedTensors
 
@@ -157,8 +157,8 @@ class _Worker:
         match message:
             case Load():
                 self._load(message, tensors)
-            case Prepare():
-                self._prepare(message)
+            case Optimise():
+                self._optimise(message)
             case ReadJson():
                 self._read_json(message, tensors[0])
             case Ping():
@@ -175,10 +175,10 @@ class _Worker:
             raise MemoryError
         self._executor.refuse(message.id)
 
-    def _confine(self, order: Load | Prepare) -> None:
+    def _confine(self, order: Load | Optimise) -> None:
         """Confine this worker before it has another thread, and before it reads a byte of a model."""
         name_process(order.name)
-        if isinstance(order, Prepare) or order.background:
+        if isinstance(order, Optimise) or order.background:
             lower_priority()  # which it may not do later
         confine(order)
         # Not `threading`: that waits for the thread to start, and so would the load.
@@ -194,11 +194,11 @@ class _Worker:
         self._begin(order, model)
         self._send(report)
 
-    def _prepare(self, order: Prepare) -> NoReturn:
+    def _optimise(self, order: Optimise) -> NoReturn:
         try:
             create_files(order)
             self._confine(order)
-            self._send(make_cached_model(order))
+            self._send(optimise(order))
         except LoadRefused as refusal:
             self._send(LoadFailure(refusal.code, plain_text(str(refusal))))
         os._exit(0)

@@ -22,12 +22,12 @@ from runtime.errors import LoadRefused, RepositoryUnreadable
 from runtime.filesystem import REQUEST_LIMIT_S
 from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
 from runtime.repository import MAX_VERSION, Repository
-from runtime.store.contents import ModelContents
+from runtime.store.versions import Versions
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.models import is_listed, look_at_model
 from server.api.schemas import ModelPathSchema, about
-from server.appkeys import CONFIG, CONTENTS
+from server.appkeys import CONFIG, VERSIONS
 from server.auth.gate import PRINCIPAL
 from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
 from server.http.validation import (
@@ -224,9 +224,9 @@ async def make_load_command(
     """
     wanted = {name: value for name, value in asked.items() if name != "version"}
     version = asked.get("version")
-    contents = app[CONTENTS]
-    look = partial(_look_up, contents, model_id, version)
-    chosen, known, written = await contents.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+    versions = app[VERSIONS]
+    look = partial(_look_up, versions, model_id, version)
+    chosen, known, written = await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     return RequestLoad(
@@ -252,13 +252,13 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
 
 
 def _look_up(
-    contents: ModelContents, model_id: str, version: int | None
+    versions: Versions, model_id: str, version: int | None
 ) -> tuple[int, Contents | None, dict[str, Any]]:
-    chosen = contents.repository.find_version(model_id, version)
+    chosen = versions.repository.find_version(model_id, version)
     known = None
     with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
-        known = contents.known_contents(model_id, chosen)
-    return chosen, known, read_defaults(contents.repository, model_id)
+        known = versions.known_contents(model_id, chosen)
+    return chosen, known, read_defaults(versions.repository, model_id)
 
 
 def _merge_parameters(

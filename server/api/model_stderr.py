@@ -13,7 +13,7 @@ from marshmallow import fields
 
 from events.sqlite.listing import EventFilter, EventQuery
 from events.types import WorkerExited
-from runtime.consumer.loads import RunningLoad
+from runtime.consumer.running import RunningLoad
 from runtime.process.worker import Worker
 from server.api.models import look_at_model
 from server.api.schemas import AnswerSchema, ModelPathSchema, about

@@ -20,7 +20,7 @@ from events.state import State
 from runtime.errors import RuntimeProblem, UnknownModel
 from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.onnxfile import ModelSignature
-from runtime.store.contents import ModelContents
+from runtime.store.versions import Versions
 from server.api.schemas import (
     NO_NODE,
     AnswerSchema,
@@ -44,7 +44,7 @@ from server.api.timetravel import (
     as_of,
     read_past,
 )
-from server.appkeys import CONSUMER, CONTENTS, LOG, ROUTER
+from server.appkeys import CONSUMER, LOG, ROUTER, VERSIONS
 from server.http.validation import (
     path_parameters,
     query_parameters,
@@ -75,9 +75,8 @@ class FileSchema(AnswerSchema):
 
 
 class PreparedSchema(AnswerSchema):
-    """A prepared form of a version's files."""
+    """A prepared model made of a version's files."""
 
-    form = fields.String(required=True, **about("`prepacked` or `optimised`."))
     sha256 = fields.String(required=True)
 
 
@@ -137,7 +136,7 @@ class ModelSchema(AnswerSchema):
         PreparedSchema,
         required=True,
         allow_none=True,
-        **about("The prepared form that its workers loaded; null if they loaded the files."),
+        **about("The prepared model that its workers loaded; null if they loaded the files."),
     )
     memory_bytes = fields.Integer(
         required=True,
@@ -209,7 +208,7 @@ async def list_models(request: web.Request) -> web.Response:
         return web.json_response(await _list_past_models(request, **query))
     known = {model.id for model in state.models.values() if _is_live(model)}
     limit, active = query["limit"], state.active()
-    page = await list_versions(request.app[CONTENTS], dict(state.models), known, query["cursor"], limit)
+    page = await list_versions(request.app[VERSIONS], dict(state.models), known, query["cursor"], limit)
     models = [
         model_view(
             seen.id,
@@ -326,12 +325,12 @@ async def find_signature(
         RuntimeProblem: `unknown_model`, `unknown_version`, `invalid_model`, `unsafe_file`, `model_changed`,
             `repository_busy`, `repository_unreadable`.
     """
-    router, contents = app[ROUTER], app[CONTENTS]
+    router, versions = app[ROUTER], app[VERSIONS]
     if router.is_ready(model_id, version):
         route = router.route(model_id, version)
         return route.version, ModelSignature(route.inputs, route.outputs)
-    look = partial(contents.read_signature, model_id, version)
-    return await contents.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+    look = partial(versions.read_signature, model_id, version)
+    return await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
 
 
 async def _describe_signature(app: web.Application, model_id: str) -> dict[str, Any]:
@@ -349,10 +348,10 @@ async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
         UnknownModel: `unknown_model`, there is no version, and the model is not loaded.
         RepositoryBusy: `repository_busy`, the folder hangs, and the model is not loaded.
     """
-    contents = request.app[CONTENTS]
-    look = partial(_look_at, contents, request.app[LOG].state.models.get(model_id), model_id)
+    versions = request.app[VERSIONS]
+    look = partial(_look_at, versions, request.app[LOG].state.models.get(model_id), model_id)
     try:
-        seen: ListedModel = await contents.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+        seen: ListedModel = await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
     except RepositoryBusy:
         if not is_listed(request, model_id):
             raise
@@ -372,19 +371,19 @@ def _is_live(model: Model) -> bool:
     return bool(model.loads) or model.state not in (ModelState.UNLOADED, ModelState.FAILED)
 
 
-def _look_at(contents: ModelContents, model: Model | None, model_id: str) -> ListedModel:
+def _look_at(versions: Versions, model: Model | None, model_id: str) -> ListedModel:
     try:
-        versions = contents.repository.versions(model_id)
+        present = versions.repository.versions(model_id)
     except UnknownModel:
-        versions = []
+        present = []
     serving = model.serving if model is not None else None
     if serving is None:
-        return ListedModel(model_id, versions)
-    return ListedModel(model_id, versions, contents.has_changed(model_id, serving.version, serving.files))
+        return ListedModel(model_id, present)
+    return ListedModel(model_id, present, versions.has_changed(model_id, serving.version, serving.files))
 
 
 async def list_versions(
-    contents: ModelContents,
+    versions: Versions,
     models: Mapping[str, Model],
     known: Collection[str],
     cursor: str = "",
@@ -396,7 +395,7 @@ async def list_versions(
     model that hangs are missing, and another one that hangs is left out.
 
     Args:
-        contents: has the repository.
+        versions: has the repository.
         models: those of which newer files are looked for.
         known: models to list in any case.
         cursor: models after this one.
@@ -407,12 +406,12 @@ async def list_versions(
     """
 
     def look(model_id: str) -> ListedModel:
-        return _look_at(contents, models.get(model_id), model_id)
+        return _look_at(versions, models.get(model_id), model_id)
 
     def list_all() -> list[ListedModel]:
         return _first_models(_ids_after(cursor, repository.folders(), known), known, look, limit)
 
-    repository = contents.repository
+    repository = versions.repository
     file_system = repository.file_system
     try:
         return await file_system.run(_ALL_MODELS, list_all, LIST_LIMIT_S)

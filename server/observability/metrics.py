@@ -26,13 +26,13 @@ from prometheus_client.registry import Collector
 
 from events.accept import MAX_QUEUE
 from events.clock import seconds_between
-from events.counters import ENDS, EVICTIONS, NO_FORM, OTHERS, HistogramSnapshot
+from events.counters import ENDS, EVICTIONS, NO_FORM, OTHERS, PREPARED, HistogramSnapshot
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.nodes import NodePhase
 from events.types import TYPES, Cause
-from runtime.cache.preparer import FORMS, KEPT, LEFT_OUT, STOPPED
 from runtime.memory import read_pressure
+from runtime.optimised.optimiser import OUTCOMES
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
 from server.api.health import ready_checks
@@ -198,7 +198,7 @@ class ServerCollector(Collector):
         )
         yield _gauge(
             "model_info",
-            "1 for each serving model: its version and its prepared form.",
+            "1 for each serving model: its version, and whether its workers use a prepared model.",
             dict.fromkeys(self._infos(), 1),
             "model version form",
         )
@@ -232,7 +232,7 @@ class ServerCollector(Collector):
         for model in self._models:
             serving = model.serving if model.id in self._last_used_ns else None
             if serving is not None and self._names.get(model.id, OTHERS) != OTHERS:
-                form = NO_FORM if serving.prepared is None else serving.prepared.form
+                form = NO_FORM if serving.prepared is None else PREPARED
                 yield model.id, str(serving.version), form
 
     def _longest_idle_s(self) -> float:
@@ -284,8 +284,8 @@ class ServerCollector(Collector):
         )
         yield _counter(
             "loads_by_form_total",
-            "Completed loads, by the prepared form that they used.",
-            _with_zeros((NO_FORM, *FORMS), tally.forms),
+            "Completed loads, by whether they used a prepared model.",
+            _with_zeros((NO_FORM, PREPARED), tally.forms),
             "form",
         )
         yield _counter(
@@ -376,33 +376,32 @@ class ServerCollector(Collector):
         )
 
     def _preparing_families(self) -> Iterator[Metric]:
-        preparer = self._app[CONSUMER].preparer
-        counts, store = preparer.counts, preparer.store
+        optimiser = self._app[CONSUMER].optimiser
+        counts, store = optimiser.counts, optimiser.store
         if store is not None:
-            forms, size_bytes = store.kept
-            yield _gauge("prepared_forms", "Prepared forms that are kept.", forms)
-            yield _gauge("prepared_bytes", "Disk space of prepared forms.", size_bytes)
+            number, size_bytes = store.kept
+            yield _gauge("prepared_forms", "Prepared models that are kept.", number)
+            yield _gauge("prepared_bytes", "Disk space of prepared models.", size_bytes)
             yield _gauge(
                 "prepared_limit_bytes",
-                "Disk space that prepared forms may take (--prepared-size).",
+                "Disk space that prepared models may take (--prepared-size).",
                 store.limit_bytes,
             )
-        is_preparing = float(preparer.preparation is not None)
+        is_preparing = float(optimiser.running is not None)
         yield _gauge("preparing", "1 while a model is being prepared, else 0.", is_preparing)
-        outcomes = [(form, outcome) for form in FORMS for outcome in (KEPT, LEFT_OUT, STOPPED)]
         yield _counter(
             "preparing_forms_total",
-            "Forms tried: kept, left_out as useless, or stopped before that was known.",
-            _with_zeros(outcomes, counts.tried),
-            "form outcome",
+            "Attempts to prepare a model: kept, left_out as useless, or stopped before that was known.",
+            _with_zeros(OUTCOMES, counts.attempts),
+            "outcome",
         )
         yield _histogram(
-            "preparing_duration_seconds",
-            "Time to prepare a model, with all forms tried.",
-            counts.took_s.snapshot(),
+            "preparing_duration_seconds", "Time of attempts to prepare a model.", counts.took_s.snapshot()
         )
         yield _counter(
-            "prepared_dropped_total", "Forms dropped because a load could not use them.", counts.dropped
+            "prepared_dropped_total",
+            "Prepared models dropped because they failed in a load or in service.",
+            counts.rejected,
         )
 
     def _node_families(self) -> Iterator[Metric]:

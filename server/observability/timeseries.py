@@ -22,7 +22,7 @@ import msgspec
 from events.log import Log
 from runtime import memory
 from runtime.consumer.consumer import Consumer
-from runtime.consumer.loads import RunningLoad
+from runtime.consumer.running import RunningLoad
 from runtime.memory import MemoryLimit
 from runtime.statistics import TOOK_S, Statistics
 

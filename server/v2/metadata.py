@@ -14,7 +14,7 @@ from aiohttp.typedefs import Handler
 from marshmallow import fields
 
 from events.models import ModelState
-from runtime.consumer.loads import RunningLoad
+from runtime.consumer.running import RunningLoad
 from runtime.onnxfile import ModelSignature
 from runtime.router import ModelRoute
 from runtime.wire import DATATYPES, TensorSpec

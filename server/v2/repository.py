@@ -22,7 +22,7 @@ from server.api.jobs import job_path, run_job
 from server.api.loads import make_load_command
 from server.api.models import ListedModel, list_versions
 from server.api.schemas import AnswerSchema, ModelPathSchema
-from server.appkeys import CONTENTS, LOG
+from server.appkeys import LOG, VERSIONS
 from server.auth.gate import PRINCIPAL
 from server.errors import ERRORS, ServerProblem
 from server.http.validation import path_parameters
@@ -145,7 +145,7 @@ _ENDED = {
 async def show_index(request: web.Request) -> web.Response:
     only_ready = tritonconfig.read_only_ready(await tritonconfig.read_object(request, MAX_INDEX_BYTES))
     recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
-    found = [] if only_ready else await list_versions(request.app[CONTENTS], {}, ())
+    found = [] if only_ready else await list_versions(request.app[VERSIONS], {}, ())
     entries = await asyncio.to_thread(_encoded_index, recorded, found, only_ready=only_ready)
     return web.Response(body=entries, content_type="application/json")
 

@@ -15,6 +15,7 @@ from events.counters import (
     NO_FORM,
     OTHER_CODE,
     OTHERS,
+    PREPARED,
     STAGES,
     Histogram,
     HistogramSnapshot,
@@ -74,11 +75,11 @@ def test_load_is_counted_by_form_and_stage() -> None:
     history = History()
     history.load("a")
     durations = Durations(1_000_000, 2, 3, 4, 5, 6, 7, 8)
-    data = ModelLoaded((), ("w",), Prepared("prepacked", "ab"), 1, 1, durations)
+    data = ModelLoaded((), ("w",), Prepared("ab"), 1, 1, durations)
     history.ask_load("b", of="n")
     history.add(data, "b", of="n")
     tally = counted(history)
-    assert tally.forms == {NO_FORM: 1, "prepacked": 1}
+    assert tally.forms == {NO_FORM: 1, PREPARED: 1}
     assert {stage: round(tally.stage_s[stage] * 1e6) for stage in STAGES} == {
         "waiting": 1_000_001,
         "copying": 8,

@@ -396,7 +396,7 @@ def test_drained_version_is_remembered_until_new_one_loads(end: str) -> None:
 
 
 def footprints(history: History) -> list[tuple[int, int, str | None]]:
-    return [(each.version, each.peak_memory_bytes, each.form) for each in history.model().footprints]
+    return [(each.version, each.peak_memory_bytes, each.prepared) for each in history.model().footprints]
 
 
 def test_footprint_is_share_of_one_worker_rounded_up() -> None:
@@ -407,16 +407,16 @@ def test_footprint_is_share_of_one_worker_rounded_up() -> None:
     assert footprints(history) == [(1, 667, None)]
 
 
-def test_footprint_keeps_highest_peak_per_prepared_form() -> None:
+def test_footprint_keeps_highest_peak_per_prepared_model() -> None:
     history = given("load")
-    form = Prepared("optimised", "ab" * 32)
-    peaks = [("L4", None, 9_000), ("L5", None, 500), ("L6", form, 300), ("L7", None, 500), ("L8", form, 200)]
+    made = Prepared("ab" * 32)
+    peaks = [("L4", None, 9_000), ("L5", None, 500), ("L6", made, 300), ("L7", None, 500), ("L8", made, 200)]
     for load, prepared, peak in peaks:
         history.ask_load(load)
         history.start_load(load)
         history.add(replace(model_loaded(f"w-{load}"), prepared=prepared, peak_memory_bytes=peak), load)
-    assert footprints(history) == [(1, 9_000, None), (1, 300, "optimised")]
-    assert serving(history).prepared == form
+    assert footprints(history) == [(1, 9_000, None), (1, 300, made.sha256)]
+    assert serving(history).prepared == made
     history.load("L9", mtime_ns=2)  # other files: the footprints of those before are forgotten
     assert history.model().footprints == (Footprint(1, (file(2),), 2_000),)
 

@@ -80,7 +80,7 @@ async def joins(folder: Path) -> None:
         await engine.loading("slow")
         joiner = RequestLoad("slow", 1, (), "bob", idempotency=Idempotency("5f" * 32, "c0" * 32))
         await engine.log.submit(joiner)
-        with engine.demand.hold("adder"):
+        with engine.consumer.demand.hold("adder"):
             await engine.log.submit(RequestLoad("adder", 1, (), "pia", cause=Cause.DEMAND))
             requested = await engine.ask_load("adder", 1)
             for actor in ("bob", "bob"):

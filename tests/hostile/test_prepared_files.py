@@ -11,8 +11,8 @@ from random import Random
 from hostile.mutations import mutate_bytes, mutate_model
 from msgspec.structs import replace
 from support import models
-from support.cache import FORMS, describe, prepared
 from support.fleet import as_text, new_dice, of_both, tell
+from support.optimised import describe, optimised
 from support.workers import LIMIT_S, answer, ask, floats, load, order_of, tensor
 
 from runtime.errors import LoadRefused, RuntimeProblem, WorkerDied
@@ -30,15 +30,14 @@ async def test_mutated_prepared_files_end_their_own_worker_only(pool: WorkerPool
     models.save(models.add(), root, "good")
     models.save(models.misaligned(side=SIDE), root, "m")
     good, _ = await load(pool, order_of(root, "good"))
-    copies = [await prepared(pool, root, form) for form in FORMS]
+    made = await optimised(pool, root)
     for _ in range(ROUNDS):
         rng = Random(dice.randrange(2**32))
-        copy = rng.choice(copies)
-        folder = Path(shutil.copytree(copy.folder, tmp_path / "mutated"))
+        folder = Path(shutil.copytree(made.folder, tmp_path / "mutated"))
         _mutate_one(rng, folder)
-        order = replace(order_of(root), memory_limit_bytes=LIMIT_BYTES, prepared=describe(folder, copy.form))
+        order = replace(order_of(root), memory_limit_bytes=LIMIT_BYTES, optimised=describe(folder))
         async with asyncio.timeout(LIMIT_S):
-            outcomes[f"{copy.form} {await _load_and_ask(pool, order, ROW)}"] += 1
+            outcomes[await _load_and_ask(pool, order, ROW)] += 1
             assert await answer(good, floats("x", 1)) == [2]
         shutil.rmtree(folder)
     tell(f"mutated prepared files: {as_text(outcomes)}")

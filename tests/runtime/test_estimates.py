@@ -14,23 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import models
-from support.history import PLAIN, History
-from support.running import Engine, error_of, running
+from support.history import PLAIN
+from support.running import Engine, error_of, job_of, running
 from support.workers import LIMIT_S, until
 
-from events.jobs import Failure, Footprint, JobStatus
+from events.commands import RequestLoad
+from events.jobs import Footprint, JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
-from runtime import estimates
+from runtime.consumer import loads
 from runtime.estimates import (
     BYTES_PER_MODEL_BYTE,
     WORKER_BYTES,
-    MemoryEstimates,
     describe_failure,
     estimate_memory,
     file_sizes,
 )
 from runtime.process.pool import WorkerPool
-from runtime.repository import Repository, SizedFile
+from runtime.repository import SizedFile
 from runtime.scheduler.view import MemoryEstimate, Policy
 
 
@@ -46,10 +46,14 @@ PEAK = 123_456_789
 
 
 def footprint(
-    *files: LoadedFile, version: int = 1, peak: int = PEAK, form: str | None = None, threads: int | None = 1
+    *files: LoadedFile,
+    version: int = 1,
+    peak: int = PEAK,
+    optimised: str | None = None,
+    threads: int | None = 1,
 ) -> Footprint:
     """Return what these files took the last time."""
-    return Footprint(version, files, peak, form, threads)
+    return Footprint(version, files, peak, optimised, threads)
 
 
 def need(
@@ -57,13 +61,13 @@ def need(
     files: Sequence[LoadedFile] = BOTH,
     limit: int | None = None,
     instances: int = 1,
-    form: str | None = None,
+    optimised: str | None = None,
     threads: int = 1,
 ) -> MemoryEstimate:
     parameters = LoadParameters(memory_limit_bytes=limit, instances=instances)
-    found = estimate_memory(files, 1, parameters, footprints, form, threads=threads)
-    assert (found.form, found.files) == (form, file_sizes(files))
-    return replace(found, form=None, files=frozenset())
+    found = estimate_memory(files, 1, parameters, footprints, optimised, threads=threads)
+    assert (found.optimised, found.files) == (optimised, file_sizes(files))
+    return replace(found, optimised=None, files=frozenset())
 
 
 def sizes(model_bytes: int, other_bytes: int, *, proven: bool = False) -> MemoryEstimate:
@@ -77,7 +81,7 @@ def known(peak: int, *, proven: bool = True) -> MemoryEstimate:
 
 
 KNOWN, OTHER_VERSION = footprint(*BOTH), footprint(*BOTH, version=2, peak=5)
-PREPACKED = footprint(*BOTH, peak=20_000, form="prepacked")
+PREPACKED = footprint(*BOTH, peak=20_000, optimised="prepacked")
 OF_TWO, UNKNOWN_THREADS = footprint(*BOTH, peak=7_000, threads=2), footprint(*BOTH, peak=8_000, threads=None)
 TOUCHED, LARGER = seen("model.onnx", 1000, 7), seen("model.onnx", 1001, 1)
 RENAMED, MORE = seen("model2.onnx", 1000, 1), seen("more.bin", 0, 3)
@@ -108,19 +112,19 @@ RENAMED, MORE = seen("model2.onnx", 1000, 1), seen("more.bin", 0, 3)
         (need(KNOWN, instances=3), known(3 * PEAK)),
         (need(limit=2000, instances=3), known(3 * (WORKER_BYTES + 2000), proven=False)),
         # A prepared form takes what it took, and the first time as much as the files without it.
-        (need(KNOWN, PREPACKED, form="prepacked"), known(20_000)),
-        (need(PREPACKED, KNOWN, form="prepacked"), known(20_000)),
+        (need(KNOWN, PREPACKED, optimised="prepacked"), known(20_000)),
+        (need(PREPACKED, KNOWN, optimised="prepacked"), known(20_000)),
         (need(KNOWN, PREPACKED), known(PEAK)),
         (need(PREPACKED, KNOWN), known(PEAK)),
-        (need(KNOWN, form="prepacked"), known(PEAK)),
+        (need(KNOWN, optimised="prepacked"), known(PEAK)),
         (need(PREPACKED), sizes(1000, 5000, proven=True)),
         # The peak with as many threads counts, else the highest with others.
         (need(KNOWN, OF_TWO), known(PEAK)),
         (need(KNOWN, OF_TWO, threads=2), known(7_000)),
         (need(UNKNOWN_THREADS, OF_TWO, threads=3), known(8_000)),
         (need(UNKNOWN_THREADS), known(8_000)),
-        (need(PREPACKED, OF_TWO, form="prepacked", threads=2), known(20_000)),
-        (need(KNOWN, OF_TWO, form="prepacked", threads=2), known(7_000)),
+        (need(PREPACKED, OF_TWO, optimised="prepacked", threads=2), known(20_000)),
+        (need(KNOWN, OF_TWO, optimised="prepacked", threads=2), known(7_000)),
     ],
 )
 def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -> None:
@@ -144,43 +148,6 @@ def test_need_is_between_a_worker_and_the_limit(
 # Found out beside everything else
 
 
-class Estimating:
-    """Estimates over a repository with the model `m`, and what wakes the consumer."""
-
-    def __init__(self, root: Path) -> None:
-        models.save(models.add(1), root, "m")
-        self.woken = asyncio.Event()
-        self.repository = Repository(root)
-        self.estimates = MemoryEstimates(self.repository, self.woken.set)
-        self.history = History()
-
-    def ask(self, job: str = "j", of: str = "m") -> None:
-        """Have a load requested and estimated."""
-        self.history.ask_load(job, of=of)
-        self.estimates.start_estimate(self.history.job(job), self.history.state.models.get(of))
-
-    async def found(self) -> None:
-        async with asyncio.timeout(LIMIT_S):
-            await self.woken.wait()
-        self.woken.clear()
-
-
-@pytest.fixture
-def estimating(tmp_path: Path) -> Estimating:
-    return Estimating(tmp_path)
-
-
-async def test_need_is_found_in_the_background(estimating: Estimating, tmp_path: Path) -> None:
-    estimating.ask()
-    assert (estimating.estimates.known, estimating.estimates.in_progress) == ({"j": None}, {"j"})
-    await estimating.found()
-    size = (tmp_path / "m" / "1" / "model.onnx").stat().st_size
-    found = estimating.estimates.find("j")
-    assert found is not None
-    assert found.bytes == WORKER_BYTES + math.ceil(BYTES_PER_MODEL_BYTE * size)
-    assert estimating.estimates.in_progress == set()
-
-
 def remove_model(folder: Path) -> None:
     (folder / "model.onnx").unlink()
 
@@ -198,15 +165,15 @@ def replace_folder(folder: Path) -> None:
     ("change", "code"),
     [(remove_model, "unknown_model"), (replace_folder, "unknown_model"), (add_dangling_link, "unsafe_file")],
 )
-async def test_need_of_files_that_cannot_be_looked_at_is_unknown(
-    estimating: Estimating, tmp_path: Path, change: Callable[[Path], None], code: str
+async def test_load_of_files_that_cannot_be_looked_at_fails(
+    tmp_path: Path, shared_pool: WorkerPool, change: Callable[[Path], None], code: str
 ) -> None:
-    change(tmp_path / "m/1")
-    estimating.ask()
-    await estimating.found()
-    failure = estimating.estimates.known["j"]
-    assert isinstance(failure, Failure)
-    assert failure.code == code
+    folder = models.save(models.add(1), tmp_path / "models", "m")
+    async with running(tmp_path, pool=shared_pool) as engine:
+        change(folder)
+        receipt = await engine.log.submit(RequestLoad("m", 1, None, "alice"))
+        assert error_of(await engine.ended(job_of(receipt))).code == code
+        assert await engine.story(of="m") == ["LoadRequested", "LoadFailed"]
 
 
 @pytest.mark.parametrize(
@@ -223,33 +190,25 @@ def test_failed_look_says_why(error: Exception, code: str, words: str) -> None:
     assert words in failure.message
 
 
-@pytest.mark.parametrize("is_found", [True, False])
-async def test_need_is_forgotten_with_its_job(estimating: Estimating, *, is_found: bool) -> None:
-    estimating.ask("one")
-    estimating.ask("two", of="other")
-    if is_found:
-        await asyncio.gather(*estimating.estimates.tasks)
-    estimating.history.fail_load("one", of="m")
-    estimating.history.state.forget_ended([estimating.history.job("one")])
-    estimating.estimates.forget_ended(estimating.history.state)
-    await asyncio.gather(*estimating.estimates.tasks)
-    assert set(estimating.estimates.known) == {"two"}
-
-
 async def test_hanging_look_delays_others_for_a_while_only(
-    estimating: Estimating, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimates, "ESTIMATE_WAIT_S", 0.05)
-    hangs = threading.Event()
-    hanging = asyncio.create_task(estimating.repository.file_system.run("m", hangs.wait, LIMIT_S))
-    await asyncio.sleep(0)
-    estimating.ask()
-    await estimating.found()
-    assert (estimating.estimates.in_progress, estimating.estimates.known) == (set(), {"j": None})
-    hangs.set()
-    await hanging
-    await estimating.found()
-    assert estimating.estimates.find("j") is not None
+    monkeypatch.setattr(loads, "ESTIMATE_WAIT_S", 0.05)
+    for name in ("m", "other"):
+        models.save(models.add(1), tmp_path / "models", name)
+    async with running(tmp_path, pool=shared_pool) as engine:
+        hangs = threading.Event()
+        file_system = engine.repository.file_system
+        hanging = asyncio.create_task(file_system.run("m", hangs.wait, LIMIT_S))
+        await asyncio.sleep(0)
+        job_id = await engine.ask_load("m")
+        assert (await engine.load("other")).status is JobStatus.COMPLETED
+        job = engine.log.state.unended_job(job_id)
+        assert job is not None
+        assert engine.consumer.waiting_for(job) == "the estimate of its memory"
+        hangs.set()
+        await hanging
+        assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
 
 
 # From the ledger
@@ -259,7 +218,7 @@ async def reserved(engine: Engine, parameters: LoadParameters | None = None) -> 
     """Load `m`, and return what was reserved meanwhile."""
     job_id = await engine.ask_load("m", parameters=parameters)
     await engine.recorded(lambda: job_id in engine.consumer.loads)
-    found = engine.live("m").reserved_bytes
+    found = engine.live("m").estimate.bytes
     assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
     return found
 
@@ -267,7 +226,8 @@ async def reserved(engine: Engine, parameters: LoadParameters | None = None) -> 
 async def estimated(engine: Engine) -> str:
     """Request a load of `m` that is estimated and waits for a slot; returns the job."""
     job_id = await engine.ask_load("m")
-    await until(lambda: engine.consumer._executor.estimates.find(job_id) is not None)
+    pending = engine.consumer._loader.pending
+    await until(lambda: job_id in pending and pending[job_id].known_bytes is not None)
     return job_id
 
 
@@ -294,25 +254,25 @@ async def test_files_that_grew_after_their_estimate_are_estimated_anew(
             return
         assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
         assert story == ["LoadRequested", "LoadStarted", "LoadStarted", "ModelLoaded"]
-        assert engine.live("m").reserved_bytes > 100_000_000
+        assert engine.live("m").estimate.bytes > 100_000_000
 
 
 async def test_files_that_change_with_each_attempt_fail_the_load(
-    tmp_path: Path, shared_pool: WorkerPool
+    tmp_path: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = models.save(models.table(1), tmp_path / "models", "m")
     policy = Policy(loads_at_once=0, budget_bytes=10**9)
     async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
         job_id = await estimated(engine)
-        estimates = engine.consumer._executor.estimates
-        look = estimates._form_of
+        optimiser = engine.consumer.optimiser
+        look = optimiser.expected_for
 
         def grow(files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
             with (folder / "weights.bin").open("ab") as file:
                 file.write(b"more")
             return look(files, footprints)
 
-        estimates._form_of = grow
+        monkeypatch.setattr(optimiser, "expected_for", grow)
         grow((), ())
         open_slots(engine)
         assert error_of(await engine.ended(job_id)).code == "model_changed"

@@ -10,7 +10,7 @@ from runtime.errors import (
     DiskFull,
     ForkServerUnavailable,
     LoadCode,
-    PrepareCode,
+    OptimiseCode,
     RepositoryUnreadable,
     StoreFull,
     StoreUnavailable,
@@ -28,7 +28,7 @@ def test_every_code_of_a_failed_load_has_a_consequence() -> None:
         *(ForkServerUnavailable, UnknownModel, UnknownVersion, WorkerDied, InvalidDefaults),
         *(DiskFull, RepositoryBusy, RepositoryUnreadable, StoreFull, StoreUnavailable, NotEncodable),
     )
-    refusals = set(get_args(LoadCode)) - set(get_args(PrepareCode))
+    refusals = set(get_args(LoadCode)) - set(get_args(OptimiseCode))
     assert {problem.code for problem in problems} | refusals <= CONSEQUENCES.keys()
 
 

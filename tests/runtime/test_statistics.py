@@ -1,7 +1,6 @@
 """What is counted of inferences: one load's statistics, a model's totals, and the requests that wait."""
 
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from hypothesis import given
@@ -10,12 +9,9 @@ from support.history import PLAIN
 
 from events.counters import ModelLabels
 from events.types import LoadParameters
-from runtime.consumer.loadfiles import LoadFiles
-from runtime.consumer.loads import RunningLoad
+from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import InferenceTotals, PendingDemand
-from runtime.repository import Repository
 from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, InferenceTimes, Statistics
-from runtime.store.contents import ModelContents
 from runtime.wire import Outcome
 
 COUNT = st.integers(0, 2**63 - 1)
@@ -137,8 +133,7 @@ def test_durations_fall_into_the_first_bucket_that_holds_them() -> None:
 
 
 def load(model_id: str) -> RunningLoad:
-    files = LoadFiles(ModelContents(Repository(Path()), None), model_id, 1)
-    return RunningLoad("job", model_id, 1, LoadParameters(), "w", files, lambda: None)
+    return RunningLoad("job", model_id, 1, LoadParameters(), "w", lambda: None)
 
 
 def figures(counts: Statistics) -> tuple[int, ...]:
@@ -189,8 +184,8 @@ def test_totals_sum_up_models_beyond_the_limit() -> None:
 
 
 def test_model_is_held_until_its_last_request_ends() -> None:
-    demand, ended = PendingDemand(), list[str]()
-    demand.on_end = lambda: ended.append("end")
+    ended = list[str]()
+    demand = PendingDemand(lambda: ended.append("end"))
     with demand.hold("m"):
         with suppress(KeyboardInterrupt), demand.hold("m"), demand.hold("n"):
             assert set(demand.models) == {"m", "n"}

@@ -166,7 +166,6 @@ UNTRUE: list[wire.Message] = [
     wire.Loaded((wire.TensorSpec("x" * 5000, "FP32", ()),), (), 1),
     wire.Loaded((), (wire.TensorSpec("x", "FP32", (-2,)),), 1),
     wire.StageReached("warmed up"),  # type: ignore[arg-type]
-    wire.PrepareDone(-1),
 ]
 
 

@@ -4,7 +4,7 @@ Nodes crash, pause, are cut off from the log, leave and are drained; their clock
 lost, come late or twice. The checks of `ClusterLog` hold at each event.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,12 +12,13 @@ from msgspec.structs import replace as change
 
 from events.accept import Decision, Refused
 from events.clock import add_seconds, seconds_between
-from events.commands import Command, Condition, JoinNode, LeaveNode, LoseNode, NodeCurrent, Record
+from events.commands import Command, Condition, JoinNode, LeaveNode, LoseNode, NodeCurrent
 from events.jobs import Job, JobKind, JobStatus
-from events.models import Model, ModelState, Serving
+from events.models import LoadedModel, Model, ModelState, Serving
 from events.nodes import Node, find_placer
 from events.state import State
 from events.types import (
+    Cause,
     Draft,
     LoadParameters,
     LoadPlaced,
@@ -173,7 +174,6 @@ class ClusterNode(World):
         """Its process is gone, with its workers and all that it knew."""
         self.live.clear()
         self.estimates.clear()
-        self.unchanged.clear()
         self.bare.clear()
         self.meanwhile.clear()
         self.fault, self.epoch, self.state = None, None, State()
@@ -214,12 +214,13 @@ class ClusterNode(World):
                 assert self.state.queue(job.model_id)[0].id == job.id
                 assert len(self.loading()) <= self.policy.loads_at_once
                 budget = self.policy.budget_bytes
-                needed = self.used_bytes() + (self.estimates.get(job.id) or 0)
+                estimate = self.estimates[job.id]
+                needed = self.used_bytes() + (0 if estimate is None else estimate.bytes)
                 assert budget is None or needed <= budget
             case actions.PlaceLoad(job, node):
                 assert job.node_id != node.id
                 assert job.node_id == self.name or find_placer(self.state.nodes) == self.name
-            case actions.MoveModel(model):
+            case actions.RequestReload(model, Cause.DRAIN):
                 assert model.serving.node_id == self.name
             case _:
                 pass
@@ -234,21 +235,15 @@ class ClusterNode(World):
             peak_memory_bytes=process.reserved_bytes,
         )
 
-    def list_conditions(self, action: Action) -> tuple[Condition, ...]:
-        own = NodeCurrent(self.name, self.epoch or 0)
-        return actions.list_conditions(action, self.state, own)
+    def own_conditions(self) -> tuple[Condition, ...]:
+        return (NodeCurrent(self.name, self.epoch or 0),)
 
-    def _command(self, action: Action) -> Command:
-        command = super()._command(action)
-        if not isinstance(command, Record):
-            return command
-        return replace(command, drafts=tuple(name_node(draft, self.name) for draft in command.drafts))
+    def name_facts(self, facts: Iterable[Draft]) -> tuple[Draft, ...]:
+        return tuple(name_node(draft, self.name) for draft in facts)
 
-    def _swapped_out(self, job: Job, load: str | None) -> tuple[Draft, ...]:
-        model = self.state.models.get(job.model_id)
-        loaded = model.loaded if model is not None else None
-        if load in self.live or loaded is None or loaded.serving.load_job_id != load:
-            return super()._swapped_out(job, load)
+    def _unload_replaced(self, job: Job, loaded: LoadedModel) -> tuple[Draft, ...]:
+        if loaded.serving.load_job_id in self.live:
+            return super()._unload_replaced(job, loaded)
         return (draft_moved_unload(loaded, job, "cause", self.log.new_id),)
 
 
@@ -383,8 +378,7 @@ class Cluster:
         has_changed = False
         for node in self.nodes:
             ending = [each for each in node.live.values() if each.killed or each.unloading]
-            looking = [*node.estimates.values(), *node.unchanged.values()]
-            has_changed = has_changed or bool(node.loading() or ending or None in looking)
+            has_changed = has_changed or bool(node.loading() or ending or None in node.estimates.values())
             node.progress(outcome)
             node.finish_estimates()
         return has_changed

@@ -23,7 +23,6 @@ from runtime.scheduler.view import (
     Observations,
     Phase,
     Policy,
-    PreparationView,
 )
 from support.history import MODEL, History, at, given
 
@@ -64,32 +63,30 @@ def decide_on(
     after_s: float = 0,
     observations: Observations | None = None,
 ) -> Decision:
-    """Return what the scheduler decides on these facts so many seconds after the last."""
+    """Return what the scheduler decides on these facts so many seconds after the last.
+
+    Loads that the `observations` have no estimate of need no memory.
+    """
     history = given(facts) if isinstance(facts, str) else facts
     now = at(history.seconds + after_s)
-    return decide(history.state, processes(running), policy, now, observations)
+    seen = observations or Observations()
+    nothing = {job.id: MemoryEstimate(0) for job in history.state.unended()}
+    seen = replace(seen, estimates={**nothing, **seen.estimates})
+    return decide(history.state, processes(running), policy, now, seen)
 
 
 WORDS = {
     actions.StartLoad: "start {0.job.id}",
     actions.PlaceLoad: "place {0.job.id} at {0.node.id}: {0.reason}",
-    actions.MoveModel: "move {0.model.id}",
-    actions.CompleteLoad: "complete {0.job.id}, replacing {0.replaces}",
     actions.FailLoad: "fail {0.job.id}: {0.code}",
     actions.CancelJob: "cancel {0.job.id}",
     actions.StartUnload: "start {0.job.id} of {0.load_job_id}",
     actions.KillWorkers: "kill {0.load_job_id}",
-    actions.EstimateAnew: "estimate {0.load_job_id} anew",
-    actions.RestartBare: "restart {0.load_job_id} bare",
     actions.RequestReload: "reload {0.model.id}, {0.cause}",
-    actions.EstimateMemory: "estimate {0.job.id}",
-    actions.CompareFiles: "compare files of {0.job.id}",
     actions.ChangeSettings: "change settings of {0.load_job_id} for {0.job.id}",
     actions.UnloadForReplacement: "replace {0.load_job_id} by {0.job.id}",
     actions.UnloadAutomatically: "unload {0.model.id}, {0.cause} for {0.cause_event_id}",
     actions.FailModel: "give up {0.model.id}",
-    actions.PrepareModel: "prepare {0.load_job_id}",
-    actions.StopPreparation: "stop preparing",
 }
 """How tables write an action; a last field that is None is left out."""
 
@@ -98,13 +95,22 @@ def describe(action: Action | None) -> str:
     match action:
         case None:
             return "nothing"
+        case actions.RequestReload(model, Cause.DRAIN):
+            return f"move {model.id}"
         case actions.StartLoad(_, actions.PlaceLoad() as placement):
             return f"{describe(placement)}, and start it"
         case actions.FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
         case actions.RecordExits(load, _, workers):
             return " ".join(["record death of", *([load] if workers == (f"w-{load}",) else workers)])
-    return re.sub(r"(, replacing|:| for) None$", "", WORDS[type(action)].format(action))
+    return re.sub(r"(:| for) None$", "", WORDS[type(action)].format(action))
+
+
+def describe_next(decision: Decision) -> str:
+    """Return the next action, or else the loads that are to be estimated."""
+    if decision.action is None and decision.unestimated:
+        return "estimate " + " ".join(job.id for job in decision.unestimated)
+    return describe(decision.action)
 
 
 class Scene:
@@ -125,7 +131,8 @@ class Scene:
     def play(self, script: str) -> None:
         """Do steps separated by `;`, each a method with arguments and options: `load a 60 busy=true`.
 
-        After `->` stands the next action, `a1 waits for <words>`, or `wakes in <seconds>`.
+        After `->` stands the next action, `a1 waits for <words>`, `wakes in <seconds>`, or whether a
+        model may be optimised: `optimises` or `does not optimise`.
         """
         for part in script.split(";"):
             step, _, expected = part.partition("->")
@@ -141,8 +148,11 @@ class Scene:
         if expected.startswith("wakes "):
             assert f"wakes in {self.wake_in_s():g}" == expected, part
             return
+        if "optimise" in expected:
+            assert ("optimises" if decision.may_optimise else "does not optimise") == expected, part
+            return
         load, waits, words = expected.partition(" waits for ")
-        assert describe(decision.action) == ("nothing" if waits else expected), (part, decision.waiting_for)
+        assert describe_next(decision) == ("nothing" if waits else expected), (part, decision.waiting_for)
         assert words in decision.waiting_for.get(load, ""), part
 
     def set(self, **policy: Any) -> None:
@@ -179,7 +189,8 @@ class Scene:
 
     def estimate(self, load: str, needs: int | None, *, guess: bool = False, proven: bool = False) -> None:
         """The memory that a load will need becomes known, or is being found out."""
-        self._estimate(load, None if needs is None else MemoryEstimate(needs, guess, proven))
+        found = None if needs is None else MemoryEstimate(needs, guess, proven)
+        self._estimate(load, found)
 
     def fail_estimate(self, load: str, code: str) -> None:
         """The files of a load cannot be looked at."""
@@ -191,13 +202,9 @@ class Scene:
     def observe(self, **given: Any) -> None:
         self.observations = replace(self.observations, **given)
 
-    def offer(self, load: str, memory_bytes: int) -> None:
-        """A load has no cached model yet; to make it takes these bytes."""
-        self.observe(preparable={**self.observations.preparable, load: memory_bytes})
-
-    def prepare(self, load: str, memory_bytes: int, *, stopping: bool = False) -> None:
-        """The cached model of a load is being made."""
-        self.observe(preparation=PreparationView(load, memory_bytes, stopping))
+    def optimise(self, memory_bytes: int) -> None:
+        """A model is being optimised in so many bytes."""
+        self.observe(optimising_bytes=memory_bytes)
 
     def begin(self, model: str, *, version: int = 1) -> None:
         load = f"{model}{version}"
@@ -267,7 +274,7 @@ class Scene:
         return inf if wake_at is None else seconds_between(at(self.history.seconds), wake_at)
 
     def next_action(self) -> str:
-        return describe(self.decision().action)
+        return describe_next(self.decision())
 
 
 def _read_value(word: str) -> Any:

@@ -23,10 +23,9 @@ from events.models import Model, ModelState
 from events.sqlite.listing import Reader, open_reader
 from events.types import Data, Event, LoadParameters
 from runtime import memory
-from runtime.cache.store import ModelCache
 from runtime.consumer.consumer import Consumer
-from runtime.consumer.loads import RunningLoad
-from runtime.consumer.usage import PendingDemand
+from runtime.consumer.running import RunningLoad
+from runtime.optimised.store import OptimisedStore
 from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
@@ -34,7 +33,7 @@ from runtime.repository import Repository
 from runtime.router import InferenceRequest, Router
 from runtime.scheduler.view import Policy
 from runtime.statistics import InferenceTimes
-from runtime.store.contents import ModelContents
+from runtime.store.versions import Versions
 from runtime.wire import Tensor, WantedOutput
 from support import models
 from support.store import opened_store
@@ -76,9 +75,8 @@ class Engine:
     reader: Reader
     pool: WorkerPool
     repository: Repository
-    contents: ModelContents
+    versions: Versions
     consumer: Consumer
-    demand: PendingDemand
     router: Router
     clock: Clock
     applying: asyncio.Task[None] = field(repr=False)
@@ -98,7 +96,7 @@ class Engine:
     ) -> Receipt:
         """Ask for a load, as the HTTP handler does; `asked` are the parameters that the request names."""
         chosen = self.repository.find_version(model_id, version)
-        contents = self.contents.known_contents(model_id, chosen)
+        contents = self.versions.known_contents(model_id, chosen)
         given = parameters or LoadParameters()
         command = RequestLoad(model_id, chosen, contents, actor, given, asked=frozenset(asked))
         return await self.log.submit(command)
@@ -327,7 +325,7 @@ async def running(
     clock: Clock | None = None,
     max_queue: int = 1024,
     policy: Policy | None = None,
-    store: ModelCache | None = None,
+    store: OptimisedStore | None = None,
     pool: WorkerPool | None = None,
     has_store: bool = True,
     store_bytes: int | None = None,
@@ -342,7 +340,7 @@ async def running(
         clock: what it is now.
         max_queue: inferences of one model that may be in flight.
         policy: such as one with a budget.
-        store: where prepared forms are, open; without one, none are made or used.
+        store: of optimised models, open; without one, none are made or used.
         pool: one that tests share; its workers end with this, its fork server does not.
         has_store: whether versions are taken into a store, or loaded from the repository.
         store_bytes: the limit of that store.
@@ -353,30 +351,26 @@ async def running(
         pool = shared or WorkerPool(patience_s=LIMIT_S)
         repository = Repository(folder / "models")
         kept = opened_store(folder, store_bytes) if has_store else None
-        contents = ModelContents(repository, kept)
+        versions = Versions(repository, kept)
         if shared is None:
             await pool.open()
             await pool.confine("auto", folder)
         await log.open()
         await log.server_started()
         policy = policy or Policy(loads_at_once)
-        demand = PendingDemand()
         consumer = Consumer(
             log,
             pool,
-            contents,
+            versions,
             policy=policy,
             drain_timeout_s=drain_timeout_s,
-            demand=demand,
             store=store,
         )
         applying = asyncio.create_task(consumer.run())
         try:
             async with open_reader(log.path) as reader:
                 router = Router(log, consumer.loads, repository, max_queue=max_queue)
-                yield Engine(
-                    log, reader, pool, repository, contents, consumer, demand, router, clock, applying
-                )
+                yield Engine(log, reader, pool, repository, versions, consumer, router, clock, applying)
         finally:
             await consumer.stop()
             await asyncio.wait([applying])

@@ -10,17 +10,17 @@ from typing import Any
 
 import runtime.store
 from runtime.repository import Repository
-from runtime.store.copying import IsCancelled, is_never
-from runtime.store.manifest import StoredVersion
-from runtime.store.store import FindNeeded, Store, TakenCopy, verify_store
+from runtime.store.copying import OnPiece, on_no_piece
+from runtime.store.manifest import StoredVersion, hash_files
+from runtime.store.store import FindNeeded, Store, verify_store
 from support.workers import until
 
 CODE = str(Path(runtime.store.__file__).parent)
 
 
-def opened_store(data: Path, limit_bytes: int | None = None) -> Store:
+def opened_store(data: Path, limit_bytes: int | None = None, find_needed: FindNeeded = lambda _: ()) -> Store:
     """Open the store of a data directory."""
-    store = Store(data / "store", limit_bytes)
+    store = Store(data / "store", limit_bytes, find_needed)
     store.open()
     return store
 
@@ -34,22 +34,16 @@ def write_version(root: Path, files: dict[str, bytes], model_id: str = "m", vers
     return folder
 
 
-def take(
-    store: Store,
-    root: Path,
-    folder: Path,
-    find_needed: FindNeeded = frozenset,
-    is_cancelled: IsCancelled = is_never,
-) -> TakenCopy:
+def take(store: Store, root: Path, folder: Path, on_piece: OnPiece = on_no_piece) -> Path:
     """Take a version of a repository, as a load does."""
     with Repository(root).open_version(folder.parent.name, int(folder.name)) as (opened, files):
-        return store.take(opened, files, find_needed, is_cancelled)
+        return store.take(opened, files, on_piece)
 
 
 def store_version(store: Store, root: Path, folder: Path) -> StoredVersion:
     """Take a version into the store, durably; nothing holds it afterwards."""
-    taken = take(store, root, folder)
-    version = store.settle(taken, store.hash_copy(taken))
+    copy = take(store, root, folder)
+    version = store.settle(copy, hash_files(copy))
     store.make_durable(version.digest)
     store.release(version.digest)
     return version

@@ -24,7 +24,7 @@ from runtime.process.pool import WorkerPool
 from runtime.process.sampling import WorkerMemory
 from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.wire import DATATYPES, Layer, Load, Loaded, Outcome, Prepare, Tensor, WantedOutput
+from runtime.wire import DATATYPES, Layer, Load, Loaded, Optimise, Outcome, Tensor, WantedOutput
 from runtime.worker.landlock import find_abi
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ def loaded_memory(worker: Worker) -> WorkerMemory:
 
 async def refusal(
     pool: WorkerPool,
-    order: Load | Prepare,
+    order: Load | Optimise,
     *given: Tensor,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> LoadRefused:

@@ -10,6 +10,7 @@ from events.accept import Accepted, Decision, accept
 from events.clock import add_seconds
 from events.commands import Command, Condition, Record
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Job, JobStatus
+from events.models import LoadedModel, ModelState
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -38,10 +39,11 @@ from runtime.consumer.drafts import (
     draft_placement,
     draft_settings_change,
 )
-from runtime.consumer.loads import LoadRun
+from runtime.consumer.running import LoadRun
 from runtime.scheduler import actions
-from runtime.scheduler.actions import Action
+from runtime.scheduler.actions import Action, unchanged
 from runtime.scheduler.actions import Decision as Next
+from runtime.scheduler.admission import find_same_workers
 from runtime.scheduler.scheduler import decide, is_load_current
 from runtime.scheduler.view import (
     LoadView,
@@ -50,7 +52,6 @@ from runtime.scheduler.view import (
     Observations,
     Phase,
     Policy,
-    PreparationView,
     find_started_job,
 )
 from runtime.timeouts import PROGRESS_TIMEOUT_S
@@ -111,21 +112,22 @@ class Process:
         """Its workers now, to the product's own rules."""
         workers = self.workers if self.started else ()
         left = [] if self.ended else [worker for worker in workers if worker not in self.dead]
-        is_over = bool(self.failure or self.form_failed or self.dead or self.ended or self.killed)
         return LoadRun(
             started=workers,
             exited=set(workers).difference(left),
             expected_exits=set(workers).difference(self.dead),
-            loaded=workers if self.loaded else (),
             is_loaded=self.loaded,
-            has_tasks=not self.loaded and not is_over,
-            has_failed=self.failure is not None,
-            is_form_failed=self.form_failed,
+            has_tasks=not self.is_over,
             unloading=self.unloading,
             killed=self.killed,
             reserved_bytes=self.reserved_bytes,
             measured_bytes=self.measured_bytes if left else 0,
         )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its coroutine knows how the load ends, or was cancelled."""
+        return bool(self.loaded or self.failure or self.form_failed or self.dead or self.ended or self.killed)
 
     def view(self, job: Job | None, load: str, *, demanded: bool = False) -> LoadView:
         run = self.run
@@ -166,7 +168,7 @@ class Process:
 
         One that hangs ends by its limit only, and one whose form failed begins again.
         """
-        if self.hangs_until is not None or self.form_failed:
+        if self.hangs_until is not None or self.is_over:
             return
         self.started = True
         match outcome:
@@ -176,9 +178,9 @@ class Process:
             case "refused":
                 self.failure, self.killed = "invalid_model", True
             case "form fails" if self.has_form:
-                self.form_failed = True  # its workers end with `World.end_all`
+                self.form_failed = self.killed = True  # its workers end with `World.end_all`
             case "form fails" | "dies":
-                self.failure = "worker_died"
+                self.failure, self.killed = "worker_died", True
                 self.die(WorkerExited(None, 9, ()), self.workers[-1])
             case _:
                 pytest.fail(outcome)
@@ -275,7 +277,8 @@ class World:
     """A consumer on a log, with a clock and processes, around the real `accept`, folds and `decide`.
 
     It decides on the state that it has folded, and appends in a second step; what `meanwhile` has is recorded
-    between, given the action.
+    between, given the action. The coroutines of loads append how these end before it decides or, once, after
+    that (`concludes_late`).
 
     `fault` happens to the next fact: `lost`, not recorded; `unsure`, recorded though its commit raised, and
     not folded by the consumer until the log is read again; `twice`, appended again, which must be refused.
@@ -293,12 +296,13 @@ class World:
         self.fork_server_up = True
         self.under_pressure = False
         self.demanded: set[str] = set()
-        self.estimates: dict[str, int | None] = {}
+        self.estimates: dict[str, MemoryEstimate | None] = {}
         self.bare: set[str] = set()
         self.estimates_take_time = False
-        self.unchanged: dict[str, bool | None] = {}
-        self.preparable: dict[str, int] = {}
-        self.preparation: PreparationView | None = None
+        self.concludes_late = False
+        self.optimisable: dict[str, int] = {}
+        self.optimising_bytes = 0
+        self.may_optimise = False
         self.hints: Mapping[str, NodeHints] = {}
         self.fault: str | None = None
         self.cancelled: set[str] = set()
@@ -337,13 +341,12 @@ class World:
             self.fork_server_up,
             self.under_pressure,
             {
-                load: None if needs is None else MemoryEstimate(needs, is_proven=load in proven)
-                for load, needs in self.estimates.items()
+                load: None if estimate is None else replace(estimate, is_proven=load in proven)
+                for load, estimate in self.estimates.items()
             },
-            unchanged=self.unchanged,
             pending_demand=self.demanded,
-            preparable=self.preparable,
-            preparation=self.preparation,
+            optimisable_bytes=min(self.optimisable.values(), default=None),
+            optimising_bytes=self.optimising_bytes,
             nodes=self.hints,
         )
         return decide(self.state, self.running(), self.policy, now or self.now, observations)
@@ -370,16 +373,63 @@ class World:
         for process in self.loading():
             if process.hangs_until is not None and process.hangs_until <= self.now:
                 process.fail_without_progress()
-        for job_id in {*self.estimates, *self.unchanged} - {job.id for job in own.unended()}:
-            self.estimates.pop(job_id, None)
-            self.unchanged.pop(job_id, None)
+        for job_id in self.estimates.keys() - {job.id for job in own.unended()}:
+            del self.estimates[job_id]
+        if not self.concludes_late:
+            self.conclude_loads()
         decision = self.decision()
         assert decision == self.decision()
+        self.allow_optimising(decision)
+        for job in decision.unestimated:
+            self.estimates[job.id] = None if self.estimates_take_time else self.estimated(job)
         if decision.action is not None:
             self.act(decision.action)
+        elif decision.unestimated or (self.concludes_late and self.conclude_loads()):
+            return self.step()
         else:
             self.check_pause(decision)
         return decision
+
+    def allow_optimising(self, decision: Next) -> None:
+        """Begin to optimise a model, or end that, as the scheduler says."""
+        self.may_optimise = decision.may_optimise
+        if self.may_optimise and self.optimisable and not self.optimising_bytes:
+            self.begin_optimising(min(self.optimisable, key=lambda load: self.optimisable[load]))
+
+    def begin_optimising(self, load: str) -> None:
+        self.optimising_bytes = self.optimisable.pop(load)
+
+    def conclude_loads(self) -> bool:
+        """Let the coroutines of loads that are over record it, or give the grant back; whether any did."""
+        self.concludes_late, concluded = False, False
+        for load, process in list(self.live.items()):
+            job = find_started_job(self.own, load)
+            if job is None or job.cancelling or any(each.forced for each in self.state.queue(job.model_id)):
+                continue
+            if process.form_failed and process.failure is None:
+                if not process.left:
+                    del self.live[load], self.estimates[load]
+                    self.bare.add(load)
+                    concluded = True
+            elif process.loaded and not process.dead:
+                concluded = True
+                self._conclude(job, [draft_fact(job, self.describe_loaded(process)), *self._swapped_out(job)])
+            elif process.failure is not None or process.dead:
+                process.killed = concluded = True
+                failed = LoadFailed(process.failure or "worker_died", "because")
+                self._conclude(job, [*self._deaths(load), draft_fact(job, failed)])
+        return concluded
+
+    def _conclude(self, job: Job, facts: Sequence[Draft]) -> None:
+        command = Record(self.name_facts(facts), (unchanged(job), *self.own_conditions()))
+        self._send(command, actions.CancelJob(job))
+
+    def own_conditions(self) -> tuple[Condition, ...]:
+        """Return what all that this consumer appends rests on."""
+        return ()
+
+    def name_facts(self, facts: Iterable[Draft]) -> tuple[Draft, ...]:
+        return tuple(facts)
 
     def check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
@@ -406,38 +456,29 @@ class World:
         match action:
             case actions.KillWorkers(load):
                 self.live[load].killed = True
-            case actions.RestartBare(load):
-                del self.live[load]
-                self.estimates.pop(load, None)
-                self.bare.add(load)
-            case actions.EstimateMemory(job):
-                self.estimates[job.id] = None if self.estimates_take_time else self.estimated(job)
-            case actions.CompareFiles(job):
-                self.unchanged[job.id] = None if self.estimates_take_time else is_unchanged(job)
-            case actions.PrepareModel(load):
-                self.preparation = PreparationView(load, self.preparable.pop(load))
-            case actions.StopPreparation():
-                assert self.preparation is not None
-                assert not self.preparation.stopping
-                self.preparation = replace(self.preparation, stopping=True)
             case actions.StartUnload(job) if job.status is JobStatus.IN_PROGRESS:
                 self._follow_up(action)
             case _:
-                self._append(action, self.fault)
+                if self._send(self._command(action), action):
+                    self._follow_up(action)
 
-    def estimated(self, job: Job) -> int:
+    def estimated(self, job: Job) -> MemoryEstimate:
         """Return the estimate of a load; one whose form failed takes more."""
-        return estimate_of(job, bare=job.id in self.bare)
+        serving = find_same_workers(self.state, job) if is_unchanged(job) else None
+        same_as = serving.load_job_id if serving is not None else None
+        return MemoryEstimate(estimate_of(job, bare=job.id in self.bare), same_as=same_as)
 
-    def _append(self, action: Action, fault: str | None) -> None:
-        """Append what was decided, unless something else comes first that speaks against it."""
-        self.fault = None
-        command, decided_at = self._command(action), self.state.position
+    def _send(self, command: Command, action: Action) -> bool:
+        """Append what was decided; whether it is folded, which what comes first may prevent."""
+        fault, self.fault = self.fault, None
+        decided_at = self.state.position
         while self.meanwhile:
             self.log.submit(self.meanwhile.pop()(action), self.now)
+        if self.concludes_late:
+            self.conclude_loads()
         if fault == "lost" or self.is_cut:
             self.catch_up()
-            return
+            return False
         decision = self.log.submit(command, self.now, by=self)
         is_recorded = isinstance(decision, Accepted)
         if is_recorded and isinstance(action, actions.CancelJob) and action.job.cancelling:
@@ -445,13 +486,11 @@ class World:
         if fault == "twice":
             assert not isinstance(self.log.submit(command, self.now, by=self), Accepted)
         if fault == "unsure":
-            return
+            return False
         self.catch_up()
-        if is_recorded:
-            self._follow_up(action)
-        else:
-            # What was decided on this very state must change it, or it would be decided again for ever.
-            assert self.log.state.position > decided_at, (action, decision)
+        # What was decided on this very state must change it, or it would be decided again for ever.
+        assert is_recorded or self.log.state.position > decided_at, (action, decision)
+        return is_recorded
 
     def _follow_up(self, action: Action) -> None:
         """Begin the effect of what is recorded, and remember whose death is."""
@@ -459,9 +498,10 @@ class World:
             case actions.StartLoad(job):
                 version, parameters = job.load_order
                 workers = tuple(self.name_worker(job, number) for number in range(parameters.instances))
-                reserved = self.estimates.get(job.id) or self.estimated(job)
+                estimate = self.estimates[job.id]
+                assert estimate is not None
                 has_form = job.id not in self.bare
-                self.live[job.id] = Process(job.model_id, version, workers, reserved, has_form=has_form)
+                self.live[job.id] = Process(job.model_id, version, workers, estimate.bytes, has_form=has_form)
             case actions.StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
             case (
@@ -483,22 +523,11 @@ class World:
     def model_of(self, action: Action) -> str:
         """Return the model of an action."""
         match action:
-            case (
-                actions.KillWorkers(load)
-                | actions.RecordExits(load)
-                | actions.PrepareModel(load)
-                | actions.RestartBare(load)
-                | actions.EstimateAnew(load)
-            ):
+            case actions.KillWorkers(load) | actions.RecordExits(load):
                 return self.live[load].model_id
             case actions.FinishUnload(jobs):
                 return jobs[0].model_id
-            case (
-                actions.RequestReload(model)
-                | actions.FailModel(model)
-                | actions.UnloadAutomatically(model)
-                | actions.MoveModel(model)
-            ):
+            case actions.RequestReload(model) | actions.FailModel(model) | actions.UnloadAutomatically(model):
                 return model.id
             case actions.JobAction(job):
                 return job.model_id
@@ -507,15 +536,15 @@ class World:
 
     def list_conditions(self, action: Action) -> tuple[Condition, ...]:
         """Return the conditions of what an action appends."""
-        return actions.list_conditions(action, self.state)
+        return (*actions.list_conditions(action, self.state), *self.own_conditions())
 
     def _command(self, action: Action) -> Command:
         conditions = self.list_conditions(action)
         match action:
-            case actions.RequestReload() | actions.UnloadAutomatically() | actions.MoveModel():
+            case actions.RequestReload() | actions.UnloadAutomatically():
                 return build_request(action, conditions)
             case _:
-                return Record(tuple(self._facts(action)), conditions)
+                return Record(self.name_facts(self._facts(action)), conditions)
 
     def _facts(self, action: Action) -> Iterable[Draft]:
         match action:
@@ -524,19 +553,11 @@ class World:
             case actions.StartLoad(job, placement):
                 placed = [draft_placement(placement)] if placement is not None else []
                 return [*placed, draft_load_start(job, is_restarted=job.id in self.bare)]
-            case actions.CompleteLoad(job, replaces):
-                assert not self.live[job.id].dead
-                return [
-                    draft_fact(job, self.describe_loaded(self.live[job.id])),
-                    *self._swapped_out(job, replaces),
-                ]
             case actions.ChangeSettings(job, load):
                 return [draft_settings_change(job, load)]
-            case actions.UnloadForReplacement(job, load):
-                return self._swapped_out(job, load)
+            case actions.UnloadForReplacement(job):
+                return self._swapped_out(job)
             case actions.FailLoad(job, code):
-                process = self.live.get(job.id)
-                code = code or (process.failure if process else None) or "worker_died"
                 return [*self._deaths(job.id), draft_fact(job, LoadFailed(code, "because"))]
             case actions.CancelJob(job):
                 return [*self._deaths(job.id), draft_fact(job, JobCancelled())]
@@ -557,7 +578,14 @@ class World:
         """Return the outcome of a load."""
         return model_loaded(*process.workers)
 
-    def _swapped_out(self, job: Job, load: str | None) -> tuple[Draft, ...]:
+    def _swapped_out(self, job: Job) -> tuple[Draft, ...]:
+        """Return the unload request of the load from which the model serves, which a job replaces."""
+        model = self.state.models.get(job.model_id)
+        loaded = model.loaded if model is not None and model.phase is ModelState.LOADED else None
+        return () if loaded is None else self._unload_replaced(job, loaded)
+
+    def _unload_replaced(self, job: Job, loaded: LoadedModel) -> tuple[Draft, ...]:
+        load = loaded.serving.load_job_id
         if load not in self.live:
             return ()
         swap, old = self.log.new_id(), self.live[load]
@@ -573,7 +601,8 @@ class World:
         return tuple(Draft(self.log.new_id(), process.dead[worker], *about, worker) for worker in new)
 
     def loading(self) -> list[Process]:
-        return self._in_phase(Phase.LOADING)
+        """Return the loads whose end is open."""
+        return [process for process in self._in_phase(Phase.LOADING) if not process.is_over]
 
     def serving(self) -> list[Process]:
         return self._in_phase(Phase.SERVING)
@@ -586,8 +615,7 @@ class World:
         return [process for process in self.live.values() if process.left]
 
     def used_bytes(self) -> int:
-        preparing = self.preparation.memory_bytes if self.preparation is not None else 0
-        return preparing + sum(process.run.memory_bytes for process in self.live.values())
+        return self.optimising_bytes + sum(process.run.memory_bytes for process in self.live.values())
 
     def finish_estimates(self) -> None:
         """What is being found out of pending loads is known."""
@@ -595,15 +623,11 @@ class World:
             job = self.state.unended_job(job_id)
             if need is None and job is not None:
                 self.estimates[job_id] = self.estimated(job)
-        for job_id, known in self.unchanged.items():
-            job = self.state.unended_job(job_id)
-            if known is None and job is not None:
-                self.unchanged[job_id] = is_unchanged(job)
 
     def end_all(self) -> None:
         """What was killed, or has drained, is gone."""
-        if self.preparation is not None and self.preparation.stopping:
-            self.preparation = None
+        if not self.may_optimise:
+            self.optimising_bytes = 0
         for process in self.alive():
             if process.killed or process.unloading or process.form_failed:
                 process.ended, process.busy = True, False
@@ -612,11 +636,11 @@ class World:
         self.fork_server_up = False
         for process in self.alive():
             process.die(WorkerExited(None, None, ()), *process.left)
-            process.failure = process.failure or FORK_SERVER_DIED
+            process.failure, process.killed = process.failure or FORK_SERVER_DIED, True
 
     def fail_fork(self) -> None:
         for process in self.loading()[:1]:
-            process.failure = process.failure or "fork_server_unavailable"
+            process.failure, process.killed = "fork_server_unavailable", True
 
     def progress(self, outcome: str) -> None:
         """Let all that runs come to its end: what loads has this outcome, what is to end ends."""
@@ -635,16 +659,16 @@ class World:
         self.meanwhile.clear()
         self.live.clear()
         self.estimates.clear()
-        self.unchanged.clear()
         self.bare.clear()
-        self.preparation = None
-        self.preparable.clear()
+        self.optimising_bytes = 0
+        self.optimisable.clear()
         self._end_troubles()
         started = ServerStarted(unclean, last_event_at=last_at, last_seen_at=last_at)
         self.submit(Record((Draft(self.log.new_id(), started, SYSTEM),)))
 
     def _end_troubles(self) -> None:
         self.fault, self.fork_server_up, self.under_pressure = None, True, False
+        self.concludes_late = False
         self.demanded.clear()
 
     def calm_down(self, outcome: str) -> None:
@@ -668,7 +692,7 @@ class World:
                 return
             if self.loading() or any(process.killed or process.unloading for process in self.live.values()):
                 self.progress(outcome)
-            elif None in [*self.estimates.values(), *self.unchanged.values()]:
+            elif None in self.estimates.values():
                 self.finish_estimates()
             elif decision.wake_at is not None:
                 self.now = decision.wake_at

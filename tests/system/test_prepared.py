@@ -18,7 +18,7 @@ from server.config import Config
 SLOW = models.slow_to_fold(side=300, depth=60)
 IN_SPARE_TIME_S = 600.0
 TRIALS = 6
-"""On a busy machine one trial in fourteen finds inferences slow (measured), whatever the form."""
+"""On a busy machine one trial in fourteen finds inferences slow (measured), whatever the model."""
 X: Json = {"name": "x", "shape": [2], "datatype": "FP32", "data": [1.0, 2.0]}
 
 
@@ -49,14 +49,14 @@ async def prepared(config: Config) -> Json:
     return entries[0]
 
 
-async def prepacked(config: Config, server: Server) -> Json:
-    """Load until there is a form: on a busy machine one trial may not be enough."""
+async def kept(config: Config, server: Server) -> Json:
+    """Load until it is prepared: on a busy machine one trial may not be enough."""
     for _ in range(TRIALS):
         await server.api.load("slow")
         entry = await prepared(config)
-        if entry["form"] == "prepacked":
+        if entry["reason"] is None:
             return entry
-        assert "slower" in entry["tried"]["prepacked"], entry
+        assert "slower" in entry["reason"], entry
         await server.api.unload("slow")
         printed(config, "clear")
     raise AssertionError(f"inferences are slower, in each of {TRIALS} trials")
@@ -74,7 +74,7 @@ async def answered(server: Server) -> Json:
     return answer.json["outputs"]
 
 
-def check_forms(config: Config) -> None:
+def check_models(config: Config) -> None:
     """Check that all files are those that their manifests name, and nothing else is there."""
     for folder in (config.data / "store" / "forms").iterdir():
         manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -85,19 +85,19 @@ def check_forms(config: Config) -> None:
             assert hashlib.sha256(content).hexdigest() == file["sha256"]
 
 
-async def test_later_load_uses_the_prepared_form_until_cleared(config: Config) -> None:
+async def test_later_load_uses_the_prepared_model_until_cleared(config: Config) -> None:
     async with serving(config, command=UNHURRIED, environment=PREPARING) as server:
-        entry = await prepacked(config, server)
+        entry = await kept(config, server)
         assert entry["model_id"] == "slow"
         bare = await answered(server)
         await server.api.unload("slow")
         await server.api.load("slow")
         assert await answered(server) == bare
-        check_forms(config)
+        check_models(config)
         *before, last = await loads_of(config)
         assert [load.prepared for load in before] == [None] * len(before)
         assert last.prepared is not None
-        assert (last.prepared.form, last.prepared.sha256) == ("prepacked", entry["sha256"])
+        assert last.prepared.sha256 == entry["sha256"]
         assert last.files == before[0].files
         assert printed(config, "clear").startswith("cleared: 1 ")
         assert listed(config) == []
@@ -120,11 +120,11 @@ async def test_kill_during_preparation_leaves_nothing_half_made(config: Config) 
             await asyncio.sleep(dice.uniform(*MOMENTS_S))
             await server.kill()
         async with serving(config, "--restore=none", command=UNHURRIED, environment=PREPARING) as server:
-            check_forms(config)
+            check_models(config)
             entries += len(listed(config))
             await server.api.load("slow")
             answers.append(await answered(server))
             assert await server.stop() == 0
     verified(config)
     assert all(answer == answers[0] for answer in answers)
-    tell(f"{KILLS} kills, after {entries} of which a form was there")
+    tell(f"{KILLS} kills, after {entries} of which a model was prepared")

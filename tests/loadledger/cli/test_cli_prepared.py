@@ -3,63 +3,61 @@
 from pathlib import Path
 
 import pytest
-from support.cache import keep, key, record
 from support.clients import printed, printed_json, refused
+from support.optimised import keep, key, record
 
-from runtime.cache.store import ModelCache
+from runtime.optimised.store import OptimisedStore
 from runtime.store.folder import STORE
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ModelCache:
-    """Two cached models and one without, as a server has kept them."""
-    store = ModelCache(tmp_path / STORE, 10**9, now_ns=lambda: 1_800_000_000 * 10**9)
+def store(tmp_path: Path) -> OptimisedStore:
+    """Two optimised models and a useless one, as a server has kept them."""
+    store = OptimisedStore(tmp_path / STORE, 10**9, now_ns=lambda: 1_800_000_000 * 10**9)
     store.open()
     keep(store, "a", 3_000_000, model_id="detector")
-    keep(store, "b", 250_000, model_id="digits", form="optimised")
+    keep(store, "b", 250_000, model_id="digits")
     why = "slower:\n\x1b[31m1.2 times"
-    record(store, "c", {"prepacked": why}, model_id="small", version=7)
+    record(store, "c", why, model_id="small", version=7)
     return store
 
 
-def test_list_prints_latest_used_first(store: ModelCache, tmp_path: Path) -> None:
+def test_list_prints_latest_used_first(store: OptimisedStore, tmp_path: Path) -> None:
     prepared, other = store.use(key("a")), store.use(key("b"))
     assert prepared is not None
     assert other is not None
     at = "2027-01-15 08:00:00Z"
     assert printed("prepared", "list", "--data", tmp_path).splitlines() == [
-        "model     version  form       size    took   made                  last used             sha256",
-        f"digits    1        optimised  0.2 MB  2.5 s  {at}  {at}  {other.sha256[:12]}",
-        "  not prepacked: the worker ended: signal 11",
-        f"detector  1        prepacked  3.0 MB  2.5 s  {at}  {at}  {prepared.sha256[:12]}",
-        f"small     7        bare               2.5 s  {at}  {at}",
-        "  not prepacked: slower:\ufffd\ufffd[31m1.2 times",
+        "model     version  size    took   made                  last used             sha256",
+        f"digits    1        0.2 MB  2.5 s  {at}  {at}  {other.sha256[:12]}",
+        f"detector  1        3.0 MB  2.5 s  {at}  {at}  {prepared.sha256[:12]}",
+        f"small     7        bare    2.5 s  {at}  {at}",
+        "  slower:\ufffd\ufffd[31m1.2 times",
         "3 entries, 3.2 MB",
     ]
 
 
-def test_list_in_json(store: ModelCache, tmp_path: Path) -> None:
+def test_list_in_json(store: OptimisedStore, tmp_path: Path) -> None:
     found = printed_json("prepared", "list", "--data", tmp_path)
     assert found["bytes"] == 3_250_000
-    bare, optimised, prepacked = found["prepared"]
+    bare, _, detector = found["prepared"]
     assert [each["model_id"] for each in found["prepared"]] == ["small", "digits", "detector"]
     entry = store.find(key("a"))
     assert entry is not None
-    assert prepacked == {
+    assert detector == {
         "model_id": "detector",
         "version": 1,
-        "form": "prepacked",
         "sha256": entry.sha256,
         "bytes": 3_000_000,
         "made_at": "2027-01-15T08:00:00.000000Z",
         "last_used_at": "2027-01-15T08:00:00.000000Z",
         "took_ms": 2_500,
-        "figures": {"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"},
-        "tried": {},
+        "figures": {"load_us": 1_000, "bare_load_us": 2_000},
+        "reason": None,
         "key": key("a"),
     }
-    assert optimised["tried"] == {"prepacked": "the worker ended: signal 11"}
-    assert (bare["form"], bare["sha256"], bare["bytes"], bare["took_ms"]) == (None, None, 0, 2_500)
+    assert (bare["reason"] or "").startswith("slower")
+    assert (bare["sha256"], bare["bytes"], bare["took_ms"]) == (None, 0, 2_500)
 
 
 def test_empty_cache_is_listed_and_cleared_without_a_trace(tmp_path: Path) -> None:
@@ -69,7 +67,7 @@ def test_empty_cache_is_listed_and_cleared_without_a_trace(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_clear_removes_one_model_or_all(store: ModelCache, tmp_path: Path) -> None:
+def test_clear_removes_one_model_or_all(store: OptimisedStore, tmp_path: Path) -> None:
     assert (
         printed("prepared", "clear", "--data", tmp_path, "--model", "digits")
         == "cleared: 1 entry, 250000 bytes\n"

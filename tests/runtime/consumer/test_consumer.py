@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from msgspec import structs
 from onnx import ModelProto
 from support import models
 from support.running import Engine, error_of, gone, running
@@ -20,6 +19,7 @@ from events.types import Cause, LoadParameters, ModelLoaded, ModelUnloaded, Unlo
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Phase
+from runtime.wire import OptimisedModel
 
 # Loads.
 
@@ -59,8 +59,8 @@ async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_poo
         await engine.loading("slow")
         waiting = await engine.ask_load("adder")
         jobs = engine.log.state.jobs
-        await until(lambda: engine.consumer.waiting_for(jobs[waiting]) is not None)
-        assert engine.consumer.waiting_for(jobs[waiting]) == "a free load slot: at most 1 may run at once"
+        slots = "a free load slot: at most 1 may run at once"
+        await until(lambda: engine.consumer.waiting_for(jobs[waiting]) == slots)
         assert [engine.consumer.stage(jobs[job]) for job in (waiting, slow)] == [None, "loading"]
         await engine.unload("slow", force=True)
         assert (await engine.ended(waiting)).status is JobStatus.COMPLETED
@@ -115,15 +115,7 @@ async def test_load_that_cannot_be_recorded_fails_alone(engine: Engine) -> None:
     job_id = await engine.ask_load("adder", 1)
     await until(lambda: is_stopped(pid))
     load = engine.live("adder")
-    wake = load.wake
-
-    def spoil_report() -> None:
-        if load.report is not None:
-            found = load.files.version_files
-            found.files = (structs.replace(found.files[0], path="\ud800"),)
-        wake()
-
-    load.wake = spoil_report
+    load.optimised = OptimisedModel("key", "\ud800", "folder", 1)
     os.kill(pid, signal.SIGCONT)
     error = error_of(await engine.ended(job_id))
     assert error.code == "not_encodable"

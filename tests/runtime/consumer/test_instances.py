@@ -14,7 +14,7 @@ from support.workers import computing, freeze, is_stopped, loaded_memory, until
 from events.jobs import JobStatus
 from events.models import ModelState
 from events.types import Cause, LoadParameters, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
-from runtime.consumer.loads import RunningLoad
+from runtime.consumer.running import RunningLoad
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker

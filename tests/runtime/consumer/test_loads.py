@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from runtime.consumer.loads import LoadRun
+from runtime.consumer.running import LoadRun
 from runtime.scheduler.view import Phase
 
 BOTH = ("w0", "w1")
@@ -14,20 +14,6 @@ def run(started: tuple[str, ...] = BOTH, exited: tuple[str, ...] = (), **more: A
     return LoadRun(started, exited, **more)
 
 
-UNENDED = [
-    ("no worker yet", run((), has_tasks=True), Phase.LOADING),
-    ("loading", run(has_tasks=True), Phase.LOADING),
-    ("died while its task has to say why", run(exited=("w1",), has_tasks=True), Phase.LOADING),
-    ("died, and its task has ended", run(exited=("w1",)), Phase.FAILED),
-    ("died after it had loaded", run(exited=("w0",), loaded=("w0",), has_tasks=True), Phase.FAILED),
-    ("all loaded", run(loaded=BOTH, is_loaded=True), Phase.LOADED),
-    ("all loaded, one died", run(exited=("w1",), loaded=BOTH, is_loaded=True), Phase.FAILED),
-    ("refused", run(has_failed=True, has_tasks=True), Phase.FAILED),
-    ("its form failed, a worker is left", run(exited=("w0",), is_form_failed=True), Phase.LOADING),
-    ("its form failed", run(exited=BOTH, is_form_failed=True), Phase.FORM_FAILED),
-    ("its form failed, and it", run(exited=BOTH, is_form_failed=True, has_failed=True), Phase.FAILED),
-    ("its files changed", run((), is_outdated=True), Phase.OUTDATED),
-]
 ENDED = [
     ("serves", run(is_loaded=True), Phase.SERVING),
     ("unloads", run(is_loaded=True, unloading=True), Phase.DRAINING),
@@ -38,14 +24,11 @@ ENDED = [
 
 
 @pytest.mark.parametrize(
-    ("load", "is_job_unended", "phase"),
-    [
-        *(pytest.param(load, True, phase, id=f"job unended: {name}") for name, load, phase in UNENDED),
-        *(pytest.param(load, False, phase, id=f"job ended: {name}") for name, load, phase in ENDED),
-    ],
+    ("load", "phase"), [pytest.param(load, phase, id=name) for name, load, phase in ENDED]
 )
-def test_phase_of_load(load: LoadRun, phase: Phase, *, is_job_unended: bool) -> None:
-    assert load.find_phase(is_job_unended=is_job_unended) is phase
+def test_phase_of_load(load: LoadRun, phase: Phase) -> None:
+    assert load.find_phase(is_job_unended=False) is phase
+    assert load.find_phase(is_job_unended=True) is Phase.LOADING
 
 
 @pytest.mark.parametrize(
@@ -55,7 +38,8 @@ def test_phase_of_load(load: LoadRun, phase: Phase, *, is_job_unended: bool) -> 
         (run(reserved_bytes=9, measured_bytes=12), 12),
         (run(reserved_bytes=9, measured_bytes=3), 9),
         (run(is_loaded=True, reserved_bytes=9, measured_bytes=3), 3),
-        (run((), has_failed=True, reserved_bytes=9), 0),
+        (run((), killed=True, has_tasks=True, reserved_bytes=9), 9),
+        (run((), killed=True, reserved_bytes=9), 0),
         (run(exited=BOTH, reserved_bytes=9), 0),
     ],
 )

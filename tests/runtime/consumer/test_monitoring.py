@@ -13,14 +13,16 @@ import pytest
 import pytest_asyncio
 from support import models
 from support.running import Engine, running
-from support.workers import FOR_EVER_S, LIMIT_S, freeze, tensor, until
+from support.workers import FOR_EVER_S, LIMIT_S, freeze, loaded_memory, tensor, until
 
 from events.errors import LogUnavailable
 from events.models import ModelState
-from events.types import Cause, LoadParameters, UnloadRequested
+from events.types import Cause, LoadParameters, ModelUnloaded, UnloadRequested
 from runtime import memory
 from runtime.consumer import consumer as consumer_module
+from runtime.consumer import loads
 from runtime.consumer.consumer import WorkerMonitor
+from runtime.errors import Exit
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
 
@@ -196,3 +198,23 @@ async def test_upkeep_runs_periodically(
         await use(engine, "old")
         engine.worker("old").memory_bytes = 0
         await until(lambda: bool(noted(folder)) and engine.live("old").measured_bytes > 0)
+
+
+async def test_unload_ends_without_a_measurement(
+    tmp_path: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.save(models.add(), tmp_path / "models", "m")
+    async with running(tmp_path, pool=shared_pool) as engine:
+        await engine.load("m")
+        worker = engine.worker("m")
+        fifo = tmp_path / "proc" / str(worker.pid) / "smaps_rollup"  # as if the kernel did not answer
+        fifo.parent.mkdir(parents=True)
+        os.mkfifo(fifo)
+        monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+        monkeypatch.setattr(loads, "MEASURE_LIMIT_S", 0.05)
+        monkeypatch.setattr(loads, "STOP_GRACE_S", LIMIT_S)
+        await engine.unload("m")
+        (unloaded,) = await engine.facts(ModelUnloaded)
+        assert unloaded.freed_bytes == loaded_memory(worker).memory_bytes
+        assert worker.ended.result() == Exit(0, None)
+        os.close(await asyncio.to_thread(os.open, fifo, os.O_WRONLY))  # lets the thread go that reads

@@ -59,7 +59,7 @@ async def test_stage_is_progress_once_for_each_worker(tmp_path: Path, shared_poo
         await engine.load("m")
         load = engine.live("m")
         before = load.progress
-        assert load.files.pieces > 0
+        assert load.pieces > 0
         load.reach_stage("loading", load.worker_id)
         assert load.progress == before
         load.reach_stage("loading", "another")

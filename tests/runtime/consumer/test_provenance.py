@@ -85,7 +85,7 @@ async def test_external_data_overwritten_after_the_load_changes_no_answer(
         os.truncate(data_file(folder), 4)
         assert [await number(engine) for _ in range(4)] == [1] * 4
         assert recorded(engine) == sha256(weights(1)).hexdigest()
-        assert engine.contents.has_changed("m", 1, engine.model("m").serving.files)  # type: ignore[union-attr]
+        assert engine.versions.has_changed("m", 1, engine.model("m").serving.files)  # type: ignore[union-attr]
 
 
 async def test_load_takes_the_version_into_the_store(folder: Path, shared_pool: WorkerPool) -> None:
@@ -290,7 +290,7 @@ async def test_load_without_a_store_is_not_verified(folder: Path, shared_pool: W
         assert await engine.ask_load("m") == first.id
         await engine.unload("m")
         os.utime(data_file(folder))
-        assert engine.contents.known_contents("m", 1) is None
+        assert engine.versions.known_contents("m", 1) is None
         await loaded(engine)
         assert await number(engine) == 1
     assert not (folder / "store").exists()

@@ -31,7 +31,7 @@ from runtime.consumer.drafts import RELOAD_TIMEOUT_S, build_reload
 from runtime.errors import WorkerDied
 from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
-from runtime.scheduler.actions import CompleteLoad, StartLoad, StartUnload
+from runtime.scheduler.actions import FailLoad, StartLoad, StartUnload
 from runtime.scheduler.admission import MAX_SERVER_DEATHS
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 
@@ -151,9 +151,9 @@ async def test_refused_starts_change_nothing(engine: Engine) -> None:
         unload=UnloadParameters(force=False, load_job_id=ended.id),
     )
     loads, head = dict(engine.consumer.loads), engine.log.head
-    for action in (StartLoad(pending), StartUnload(unload, ended.id), CompleteLoad(pending, None)):
+    for action in (StartLoad(pending), StartUnload(unload, ended.id), FailLoad(pending, "timeout", "")):
         with pytest.raises(RequestRefused) as refused:
-            await engine.consumer._executor.execute(action)
+            await engine.consumer.execute(action)
         assert refused.value.code == OUTDATED
     assert (engine.consumer.loads, engine.log.head) == (loads, head)
     assert (engine.live("adder").draining, engine.live("adder").stage) == (False, None)

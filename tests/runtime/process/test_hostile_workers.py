@@ -48,9 +48,9 @@ from runtime.wire import (
     Load,
     Loaded,
     LoadFailure,
+    Optimise,
+    Optimised,
     Outcome,
-    Prepare,
-    PrepareDone,
     StageReached,
     Tensor,
     TensorSpec,
@@ -58,7 +58,7 @@ from runtime.wire import (
 )
 
 ORDER = Load("/", "/", 0, 1)
-PREPARE = Prepare("/", "/", 0, 1, None, "optimised", "/")
+PREPARE = Optimise("/", "/", 0, 1, None, "/")
 KILLED = Exit(None, signal.SIGKILL)
 PAUSE_S = 2.0
 """No hold of the loop takes this long on a busy machine either; before there were limits, some had no end."""
@@ -94,7 +94,7 @@ WHILE_LOADING = {
     "a long header": (PREFIX.pack(2**20 + 1, 0), bytes(2**16), "a frame of 1048577 + 0 bytes"),
     "answers": (encoded(Outcome(0)), answered(Y), "Invalid value 'Outcome'"),
     "failed preparation": (encoded(LoadFailure("disk_full", "full")), LOADING, "'disk_full' of a load"),
-    "prepared": (encoded(PrepareDone(1)), LOADING, "PrepareDone in answer to Load"),
+    "prepared": (encoded(Optimised()), LOADING, "Optimised in answer to Load"),
     "no messages": (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", "a frame of 1347703880 + "),
     "no msgpack": (PREFIX.pack(1, 0) + b"\xc1", b"\xc1", "MessagePack data is malformed"),
 }
@@ -102,7 +102,7 @@ WHILE_LOADING = {
 
 WHILE_PREPARING = {
     "stage": (LOADING, "stage 'loading' twice, or out of order"),
-    "loaded": (encoded(LOADED), "Loaded in answer to Prepare"),
+    "loaded": (encoded(LOADED), "Loaded in answer to Optimise"),
     "answer": (encoded(Outcome(0)), "Invalid value 'Outcome'"),
 }
 """Reports of a worker that has to prepare a form, and the reason why the server kills it."""
@@ -375,7 +375,7 @@ def receive(it: Impostor, data: bytes) -> None:
 
 ASK = None
 """In place of words: the server asks the worker for an answer."""
-REPORTS = st.one_of(*(instances(kind) for kind in (StageReached, wire.LoadFailure, wire.PrepareDone)))
+REPORTS = st.one_of(*(instances(kind) for kind in (StageReached, wire.LoadFailure, wire.Optimised)))
 ANSWERS = st.builds(
     lambda number, tensors: answered(*tensors, number=number),
     st.integers(0, 3),

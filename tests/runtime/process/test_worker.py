@@ -3,11 +3,10 @@
 import asyncio
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from support import models
-from support.models import ENDLESS, LOWEST, save
+from support.models import ENDLESS, LOWEST
 from support.workers import (
     LIMIT_S,
     Serve,
@@ -16,23 +15,14 @@ from support.workers import (
     computing,
     floats,
     freeze,
-    loaded_memory,
     tensor,
     trips,
     until,
     waits_for_its_order,
 )
 
-from events.types import LoadParameters
-from runtime import memory
-from runtime.consumer import loads
-from runtime.consumer.loadfiles import LoadFiles
-from runtime.consumer.loads import RunningLoad, run_load, run_unload
-from runtime.consumer.loads import build_order as order_of_load
 from runtime.errors import Exit, WorkerDied
 from runtime.process.pool import WorkerPool
-from runtime.repository import Repository
-from runtime.store.contents import ModelContents
 
 KILLED = Exit(None, signal.SIGKILL)
 
@@ -107,28 +97,6 @@ async def test_cancelled_inference_makes_way_for_the_next(serve: Serve) -> None:
     assert worker.in_flight == 0
     assert endless.cancelled()
     assert dropped.cancelled()
-
-
-async def test_unload_ends_without_a_measurement(
-    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(models.add(), tmp_path, "m")
-    repository = Repository(tmp_path)
-    files = LoadFiles(ModelContents(repository, None), "m", 1)
-    load = RunningLoad("job", "m", 1, LoadParameters(), "w", files, lambda: None)
-    await run_load(load, pool, order_of_load(load, pool, repository, None, None))
-    [worker] = load.workers
-    assert load.report is not None
-    fifo = tmp_path / str(worker.pid) / "smaps_rollup"  # as if the kernel did not answer
-    fifo.parent.mkdir()
-    os.mkfifo(fifo)
-    monkeypatch.setattr(memory, "PROC", tmp_path)
-    monkeypatch.setattr(loads, "MEASURE_LIMIT_S", 0.05)
-    monkeypatch.setattr(loads, "STOP_GRACE_S", LIMIT_S)
-    await run_unload(load, drain_timeout_s=1)
-    assert load.freed_bytes == loaded_memory(load.workers[0]).memory_bytes
-    assert worker.ended.result() == Exit(0, None)
-    os.close(await asyncio.to_thread(os.open, fifo, os.O_WRONLY))  # lets the thread go that reads
 
 
 async def test_stderr_flood_is_bounded(pool: WorkerPool) -> None:

@@ -17,7 +17,7 @@ from runtime.scheduler.admission import (
 SCENES = """
 # Memory is estimated before a load begins. `estimate a1 none`: it is being found out.
 request a unknown -> estimate a1
-set budget_bytes=none; request a unknown -> start a1
+set budget_bytes=none; request a unknown -> estimate a1
 start a 10; request a unknown version=2 -> nothing
 request a none; observe estimating=a1+; request b 60
   -> b1 waits for the memory estimate of 'a', which comes first;
@@ -29,7 +29,6 @@ request a none -> a1 waits for the estimate of its memory; request b 60 -> start
 request a none; fail_estimate a1 unsafe_file -> fail a1: unsafe_file
 
 # An attempt that found other files than were estimated ends, and its job is estimated and admitted anew.
-start a 10; run a1 a outdated -> estimate a1 anew; forget a1; estimate a1 101 -> fail a1: insufficient_memory
 
 # What never fits fails at once.
 request a 100 -> start a1

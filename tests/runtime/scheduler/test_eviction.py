@@ -33,7 +33,6 @@ load old 50 pinned=true; load new 50; wait 10; request x 50 -> unload new, evict
 load old 50; load new 50; wait 10; request x 50; request old none version=2 -> unload new, eviction for x1
 load old 50; load new 50; wait 10; request x 50; unload old -> x1 waits for it is being released
 start a 100; wait 10; request x 50 -> nothing
-set loads_at_once=3; start a 90; run a1 a loaded memory_bytes=90 -> complete a1
 load a 90 cause=demand busy=true; wait 10; request b 50 priority=high -> nothing
 load a 80; request x 50 -> nothing; -> wakes in 9; wait 9 -> unload a, eviction for x1
 load a 80 pinned=true; request x 50 -> wakes in 300

@@ -17,15 +17,9 @@ NEXT_ACTIONS = """
 -                                            |                         | nothing
 request                                      |                         | start L
 request start                                | L:loading               | nothing
-request start                                | L:loaded                | complete L
-request start                                | L:failed                | fail L
 load                                         | L:serving               | nothing
 request start request_other                  | L:loading               | start O
 # Loads whose cached model failed: the same job starts again.
-request start                                | L:form_failed           | restart L bare
-request start request_cancel_L               | L:form_failed           | cancel L
-request start request_force                  | L:form_failed           | cancel L
-load request_v2 start_v2                     | L:serving L2:form_failed | restart L2 bare
 request_other request                        |                         | start O
 request start request_v2                     | L:loading               | nothing
 request request_v2                           |                         | start L
@@ -35,15 +29,12 @@ request start fail request_v2                | L:draining!             | start L
 request start request_v2 request_other       | L:loading               | start O
 # Swaps beside the old version.
 load request_v2                              | L:serving               | start L2
-load request_v2 start_v2                     | L:serving L2:loaded     | complete L2, replacing L
-load request_v2 start_v2                     | L:serving L2:failed     | fail L2
 load load_v2 request_drain                   | L:serving L2:serving    | start S of L
 load load_v2 request_drain start_drain       | L:draining L2:serving   | nothing
 load load_v2 request_drain start_drain       | L:gone L2:serving       | finish S of L
 load load_v2 request_drain start_drain request_again | L:draining L2:serving   | start L3
 load load_v2 request_drain start_drain request_unload_v2 | L:draining L2:serving   | start U of L2
-load request_v2 start_v2                     | L:gone L2:loaded        | record death of L
-load request_v2 start_v2 crash               | L2:loaded               | complete L2
+load request_v2 start_v2                     | L:gone L2:loading       | record death of L
 # Unloads.
 load request_unload                          | L:serving               | start U of L
 load request_unload start_unload             | L:draining              | nothing
@@ -62,8 +53,7 @@ load request_force start_force               | L:draining!             | nothing
 load request_force start_force               | L:gone!                 | finish F of L
 request request_force                        |                         | cancel L
 request start request_force                  | L:loading               | cancel L
-request start request_force                  | L:loaded                | cancel L
-request start request_force                  | L:failed                | cancel L
+request start request_force                  | L:loading               | cancel L
 request start request_force cancel_L         | L:draining              | start F of L
 request start request_force cancel_L start_force | L:draining              | kill L
 request start request_force cancel_L start_force | L:draining!             | nothing
@@ -80,15 +70,14 @@ load request_force start_force request_v2    | L:draining!             | nothing
 load request_force start_force request_again request_force_again | L:draining!             | cancel L3
 load request_force start_force request_other | L:draining!             | start O
 load_other load unload_other request_force   | O:serving L:serving     | start F of L
-request_other start_other load request_force | O:loaded L:serving      | start F of L
+request_other start_other load request_force | O:loading L:serving     | start F of L
 load request_force                           | L:gone                  | start F of L
 load crash request_recovery start_recovery request_force | R:loading               | cancel R
 load request_v2 start_v2 request_force cancel_L2 start_force | L:gone! L2:draining!    | nothing
 # Cancels.
 request request_cancel_L                     |                         | cancel L
 request start request_cancel_L               | L:loading               | cancel L
-request start request_cancel_L               | L:loaded                | cancel L
-request start request_cancel_L               | L:failed                | cancel L
+request start request_cancel_L               | L:loading               | cancel L
 load request_cancel_L                        | L:serving               | nothing
 load request_v2 start_v2 request_cancel_L2   | L:serving L2:loading    | cancel L2
 request start request_v2 request_cancel_L2   | L:loading               | cancel L2
@@ -110,10 +99,8 @@ load_pair                                    | P:serving/P1            | record 
 load_pair                                    | P:gone/P1/P2            | record death of P1 P2
 load_pair crash_1                            | P:serving/P1            | nothing
 load_pair crash_1                            | P:gone/P1/P2            | record death of P2
-request start                                | L:failed/w-L            | fail L
 load_pair request_unload_pair start_unload   | P:draining/P1           | nothing
 load_pair request_unload_pair                | P:serving/P1            | record death of P1
-load_pair crash_1 request_recovery start_recovery | P:serving/P1 R:loaded   | complete R, replacing P
 load_pair crash_1 request_recovery start_recovery request_unload | P:serving/P1 R:loading  | cancel R
 load_pair crash_1 request_unload_pair        | P:serving/P1            | start U of P
 load_pair crash_1 request_recovery start_recovery crash_2 | R:loading               | nothing
@@ -288,7 +275,6 @@ load_pair crash_1 {FAILS_4} crash_2    | -            | 0       | give up digits
 load_pair crash_1 {FAILS_4} restart    | -            | 0       | reload digits, restart
 # A clock that is set back delays nothing, and an outcome goes before a timeout.
 load restart                           | -            | -86400  | reload digits, restart
-request_10s start                      | L:loaded     | 99      | complete L
 # A model with a job, or whose reload was cancelled, is not reloaded.
 load crash request_v2                  | -            | 1000    | fail L2: timeout
 load crash request_recovery            | -            | 200     | start R

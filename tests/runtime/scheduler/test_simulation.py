@@ -48,13 +48,10 @@ from runtime.scheduler.view import MIN_RESIDENCY_S, Phase, Policy
 
 UNFORCED = (
     actions.StartLoad,
-    actions.CompleteLoad,
     actions.FailLoad,
     actions.RequestReload,
     actions.FailModel,
     actions.RecordExits,
-    actions.EstimateMemory,
-    actions.CompareFiles,
     actions.UnloadForReplacement,
     actions.UnloadAutomatically,
     actions.ChangeSettings,
@@ -83,7 +80,8 @@ class WatchedWorld(World):
         return self.policy.max_loaded or inf
 
     def estimate(self, job: Job) -> int:
-        return self.estimates.get(job.id) or 0
+        estimate = self.estimates.get(job.id)
+        return 0 if estimate is None else estimate.bytes
 
     def is_proven(self, job: Job) -> bool:
         """Whether the files of a load loaded before, and made progress the last time."""
@@ -94,8 +92,9 @@ class WatchedWorld(World):
 
     def loads_proven(self) -> list[Job]:
         """Return the running loads of files that loaded before."""
-        running = self.running()
-        jobs = [self.state.unended_job(load) for load in running if running[load].phase is Phase.LOADING]
+        running = self.running().items()
+        loading = [load for load, run in running if run.phase is Phase.LOADING and not run.killed]
+        jobs = map(self.state.unended_job, loading)
         return [job for job in jobs if job is not None and self.is_proven(job)]
 
     def check_pause(self, decision: Decision) -> None:
@@ -115,12 +114,8 @@ class WatchedWorld(World):
                 self._check_way(job, load)
             case actions.ChangeSettings(job, load):
                 self._check_settled(job, load)
-            case actions.PrepareModel(load):
-                self._check_spare(self.preparable[load])
             case actions.UnloadAutomatically(model, cause, job_id):
                 self._check_end(model, cause, self.state.unended_job(job_id))
-            case actions.CompleteLoad(job):
-                assert not job.cancelling
             case actions.FinishUnload(_, load) if load in self.live:
                 assert self.live[load].run.has_exited
             case _:
@@ -136,17 +131,15 @@ class WatchedWorld(World):
         assert (serving.load_job_id, serving.version) == (load, job.version)
         assert serving.parameters.instances == len(serving.worker_ids) == job.load.instances
 
-    def _check_spare(self, need: int) -> None:
-        """What is prepared is prepared alone, when nothing is asked for, in memory that nobody has."""
+    def begin_optimising(self, load: str) -> None:
+        """Nothing is asked for then, and nobody has the memory."""
         assert not self.state.unended()
         assert not self.under_pressure
-        assert self.preparation is None
-        assert self.used_bytes() + need <= self.budget_bytes
+        assert self.used_bytes() + self.optimisable[load] <= self.budget_bytes
+        super().begin_optimising(load)
 
     def _check_force(self, action: Action) -> None:
         """Nothing else is done to a model before its forced unload has ended, with all its processes."""
-        if isinstance(action, actions.PrepareModel | actions.StopPreparation):
-            return
         model, position = self.model_of(action), self._position_of(action)
         forced = [job.created_position for job in self.state.queue(model) if job.forced]
         if forced and isinstance(action, UNFORCED):
@@ -204,7 +197,7 @@ class WatchedWorld(World):
     def _has_room_for(self, job: Job, other: Job) -> bool:
         """Whether both fit, when what is leaving has gone; a model that stays takes nobody's place.
 
-        What is prepared is no reason why not: it is stopped for who lacks memory.
+        A model that is being optimised is no reason why not: that ends for a load.
         """
         leaving = [process for process in self.alive() if process.killed or process.unloading]
         used = sum(process.run.memory_bytes for process in self.live.values() if process not in leaving)
@@ -216,7 +209,7 @@ class WatchedWorld(World):
     def _is_ready(self, job: Job) -> bool:
         """Whether only the others are in a load's way."""
         is_next = self.state.queue(job.model_id)[0].id == job.id
-        is_known = self.policy.budget_bytes is None or self.estimates.get(job.id) is not None
+        is_known = self.estimates.get(job.id) is not None
         model = self.state.models.get(job.model_id)
         makes_way = model is not None and bool(self._swap_outs(model))
         return is_next and is_known and not makes_way
@@ -259,8 +252,6 @@ class WatchedWorld(World):
             assert self.used_bytes() > self.budget_bytes
             return
         assert job.cause is not Cause.RESTART
-        is_stopped = self.preparation is None or self.preparation.stopping
-        assert is_stopped or self.budget_bytes == inf or self.max_loaded < inf
         # It lacks room for itself, or beside those for which room is reserved.
         waiting = [
             each for each in self.state.unended() if each.load is not None and each.id not in self.live
@@ -287,8 +278,9 @@ class WatchedWorld(World):
 
     def check_operations(self) -> None:
         """Never are there two operations on one model, and never too many at once."""
-        running = self.running()
-        loading = [self.state.unended_job(load) for load in running if running[load].phase is Phase.LOADING]
+        running = self.running().items()
+        loads = [load for load, run in running if run.phase is Phase.LOADING and not run.killed]
+        loading = [self.state.unended_job(load) for load in loads]
         most = self.policy.loads_at_once
         assert len(loading) <= most + 1
         if len(loading) > most:  # the proof of a reload's files is gone once one of them made no progress
@@ -461,8 +453,15 @@ class Simulation(RuleBasedStateMachine):
 
         self.world.meanwhile.append(build_command)
 
-    @rule(which=st.integers(0, 3), outcome=OUTCOMES, keeps=st.sampled_from([50, 100, 130]), turns=TURNS)
-    def a_load_ends(self, which: int, outcome: str, keeps: int, turns: int) -> None:
+    @rule(
+        which=st.integers(0, 3),
+        outcome=OUTCOMES,
+        keeps=st.sampled_from([50, 100, 130]),
+        late=st.booleans(),
+        turns=TURNS,
+    )
+    def a_load_ends(self, which: int, outcome: str, keeps: int, turns: int, *, late: bool) -> None:
+        self.world.concludes_late = late
         for process in pick(self.world.loading(), which) if self.world.fork_server_up else []:
             process.finish(outcome, keeps)
         self.world.work(turns)
@@ -511,13 +510,13 @@ class Simulation(RuleBasedStateMachine):
         self.world.work(turns)
 
     @rule(name=NAMES, need=st.sampled_from([20, 60]), turns=TURNS)
-    def a_model_can_be_prepared(self, name: str, need: int, turns: int) -> None:
-        self.world.preparable[name] = need
+    def a_model_can_be_optimised(self, name: str, need: int, turns: int) -> None:
+        self.world.optimisable[name] = need
         self.world.work(turns)
 
     @rule(turns=TURNS)
-    def the_preparation_ends(self, turns: int) -> None:
-        self.world.preparation = None
+    def a_model_is_optimised(self, turns: int) -> None:
+        self.world.optimising_bytes = 0
         self.world.work(turns)
 
     @rule(turns=TURNS)
@@ -576,7 +575,7 @@ def test_scheduler_wakes_when_an_earlier_load_begins_to_reserve_room() -> None:
     first = RequestLoad("a", 1, CONTENTS, "alice", parameters, asked=frozenset({"instances"}))
     policy = Policy(1, budget_bytes=100, max_loaded=1, restores=True)
     simulation.begin(policy=policy, loads=[first])
-    simulation.a_model_can_be_prepared(name="a", need=60, turns=0)
+    simulation.a_model_can_be_optimised(name="a", need=60, turns=0)
     simulation.workers_of_a_model_die(count=1, turns=2, which=0)
     simulation.an_inference_asks_for_a_model(name="b", turns=0, version=1)
     # It waits for the preparation to end; in 30 s the load of `b` reserves that room.

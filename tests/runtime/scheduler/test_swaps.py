@@ -6,7 +6,7 @@ from support.history import MODEL, at, given
 
 from events.types import Cause
 from runtime.scheduler.actions import Decision
-from runtime.scheduler.view import Observations
+from runtime.scheduler.view import MemoryEstimate, Observations
 
 IN_PLACE = """
 # facts                                     | processes    | next action
@@ -16,8 +16,6 @@ load request_in_place request_drain start_drain | L:draining   | nothing
 load request_in_place request_drain start_drain | L:gone       | finish S of L
 load request_in_place request_drain finish_drain |              | start L2
 load request_in_place request_drain finish_drain start_v2 | L2:loading   | nothing
-load request_in_place request_drain finish_drain start_v2 | L2:loaded    | complete L2
-load request_in_place request_drain finish_drain start_v2 | L2:failed    | fail L2
 load request_in_place request_drain finish_drain start_v2 fail_v2 | L2:draining! | reload digits, swap
 load request_in_place request_drain finish_drain fail_v2 request_return |              | start R
 load crash request_in_place                 |              | start L2
@@ -31,7 +29,7 @@ load request_in_place request_drain start_drain request_cancel_L2 | L:draining  
 load request_in_place request_drain start_drain request_cancel_L2 cancel_L2 | L:draining   | nothing
 load request_in_place request_drain start_drain request_cancel_L2 cancel_L2 finish_drain |
   | reload digits, swap
-load request_in_place request_drain finish_drain start_v2 request_cancel_L2 | L2:loaded    | cancel L2
+load request_in_place request_drain finish_drain start_v2 request_cancel_L2 | L2:loading   | cancel L2
 load request_in_place request_drain finish_drain start_v2 request_cancel_L2 cancel_L2 | | reload digits, swap
 load request_in_place request_drain finish_drain fail_v2 request_return request_cancel_R cancel_R | | nothing
 load request_in_place request_drain finish_drain start_v2 request_unload_v2 | L2:loading   | nothing
@@ -87,33 +85,26 @@ def test_repair_of_serving_model_never_replaces_it_first(strategy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "running", "unchanged", "action"),
+    ("facts", "running", "same_as", "action"),
     [
-        ("load request_again", "L:serving", {}, "compare files of L3"),
-        ("load request_again", "L:serving", {"L3": None}, "nothing"),
-        ("load request_again", "L:serving", {"L3": True}, "change settings of L for L3"),
-        ("load request_again", "L:serving", {"L3": False}, "start L3"),
-        (
-            "request start request_again_pinned finish",
-            "L:serving",
-            {"L3": True},
-            "change settings of L for L3",
-        ),
-        ("load request_unload request_again cancel_U", "L:serving", {}, "compare files of L3"),
-        ("load request_v2", "L:serving", {}, "start L2"),
-        ("load_pair request_again", "P:serving", {}, "start L3"),
-        ("load_pair crash_1 request_again", "P:serving/P1", {}, "start L3"),
-        ("load crash request_again", "", {}, "start L3"),
+        ("load request_again", "L:serving", "L", "change settings of L for L3"),
+        ("load request_again", "L:serving", None, "start L3"),
+        ("load request_again", "L:serving", "L0", "start L3"),
+        ("request start request_again_pinned finish", "L:serving", "L", "change settings of L for L3"),
+        ("load request_unload request_again cancel_U", "L:serving", "L", "change settings of L for L3"),
+        ("load request_v2", "L:serving", "L", "start L2"),
+        ("load_pair request_again", "P:serving", "P", "start L3"),
+        ("load_pair crash_1 request_again", "P:serving/P1", "P", "start L3"),
+        ("load crash request_again", "", "L", "start L3"),
     ],
 )
 def test_load_of_what_is_loaded_changes_settings_only(
-    facts: str, running: str, unchanged: dict[str, bool | None], action: str
+    facts: str, running: str, same_as: str | None, action: str
 ) -> None:
-    decision = decide_on(facts, running, observations=Observations(unchanged=unchanged))
+    history = given(facts)
+    estimates = {job.id: MemoryEstimate(0, same_as=same_as) for job in history.state.unended()}
+    decision = decide_on(history, running, observations=Observations(estimates=estimates))
     assert describe(decision.action) == action
-    assert decision.waiting_for == (
-        {"L3": "the comparison of its files with the loaded ones"} if action == "nothing" else {}
-    )
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from support.history import child
 from support.store import blobs, check_store, files_of, opened_store, store_version, take, write_version
 
 from runtime.repository import Repository
-from runtime.store.manifest import StoredVersion
-from runtime.store.store import Store, verify_store
+from runtime.store.manifest import StoredVersion, hash_files
+from runtime.store.store import Source, Store, verify_store
+from runtime.store.versions import Versions
 
 FILES = {"model.onnx": b"model", "data/w.bin": b"weights"}
 
@@ -31,7 +32,7 @@ def stored(root: Path, tmp_path: Path) -> StoredVersion:
     """The version in the store of `tmp_path`."""
     store = opened_store(tmp_path)
     version = store_version(store, root, root / "m" / "1")
-    store.record_source("m", 1, Repository(root).stat_version("m", 1), version.digest)
+    store.record_source("m", 1, Source(version.contents, Repository(root).stat_version("m", 1)))
     return version
 
 
@@ -49,9 +50,9 @@ def test_version_is_found_by_digest_and_source_after_a_restart(
 ) -> None:
     store = opened_store(tmp_path)
     assert store.find(stored.digest) == stored
-    assert store.contents(stored.digest) == stored.contents
-    assert store.find_source("m", 1, Repository(root).stat_version("m", 1)) == stored.digest
-    assert store.find_source("m", 2, Repository(root).stat_version("m", 1)) is None
+    source = Source(stored.contents, Repository(root).stat_version("m", 1))
+    assert store.read_source("m", 1) == source
+    assert store.read_source("m", 2) is None
     assert store.find("0" * 64) is None
 
 
@@ -75,7 +76,7 @@ def test_source_with_any_other_identity_is_not_the_same(
             (folder / "more").touch()
         case _:
             (folder / "data" / "w.bin").rename(folder / "data" / "v.bin")
-    assert store.find_source("m", 1, Repository(root).stat_version("m", 1)) is None
+    assert Versions(Repository(root), store).known_contents("m", 1) is None
     assert store.find(stored.digest) == stored
 
 
@@ -110,7 +111,7 @@ def test_version_that_was_changed_is_removed_and_absent(
         case _:
             shutil.rmtree(files_of(tmp_path, stored))
     assert store.find(stored.digest) is None
-    assert store.contents(stored.digest) is None
+    assert stored.digest not in store.stored_versions()
     assert not files_of(tmp_path, stored).parent.exists()
     assert check_store(tmp_path) == 0
 
@@ -141,9 +142,9 @@ def test_same_bytes_taken_at_once_are_stored_once(root: Path, tmp_path: Path) ->
     store = opened_store(tmp_path)
 
     def take_once(_: int) -> StoredVersion:
-        taken = take(store, root, root / "m" / "1")
-        open_file = (taken.folder / "model.onnx").open("rb")
-        version = store.settle(taken, store.hash_copy(taken))
+        copy = take(store, root, root / "m" / "1")
+        open_file = (copy / "model.onnx").open("rb")
+        version = store.settle(copy, hash_files(copy))
         with open_file:
             assert open_file.read() == b"model"  # what is loaded stays with its worker
         store.make_durable(version.digest)
@@ -174,9 +175,10 @@ def test_store_without_hard_links_keeps_files_in_versions(
 def test_open_sweeps_what_a_dead_process_left(root: Path, stored: StoredVersion, tmp_path: Path) -> None:
     store = opened_store(tmp_path)
     take(store, root, root / "m" / "1")
-    taken = take(store, root, write_version(root, {"model.onnx": b"2"}, "m", 2))
-    unsynced = store.settle(taken, store.hash_copy(taken))
-    store.record_source("m", 2, taken.sources, unsynced.digest)
+    copy = take(store, root, write_version(root, {"model.onnx": b"2"}, "m", 2))
+    unsynced = store.settle(copy, hash_files(copy))
+    store.record_source("m", 2, Source(unsynced.contents, Repository(root).stat_version("m", 2)))
+    assert store.read_source("m", 2) is not None
     (store.path / "blobs" / "ab").mkdir()
     (store.path / "blobs" / "ab" / ("ab" * 32)).write_bytes(b"nobody's")
     (store.path / "versions" / "notes.txt").write_bytes(b"somebody's")

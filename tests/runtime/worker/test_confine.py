@@ -21,7 +21,7 @@ from support.workers import LAYERS, answer, floats, fork_server_of, load, order_
 
 from runtime.errors import LoadRefused, WorkerDied
 from runtime.process.pool import WorkerPool
-from runtime.wire import ForbiddenAct, Layer, Load, Prepare, Probe
+from runtime.wire import ForbiddenAct, Layer, Load, Optimise, Probe
 from runtime.worker import landlock, seccomp
 
 MB = 10**6
@@ -76,11 +76,11 @@ async def prepared_world(pool: WorkerPool, folder: Path, port: int) -> Path:
     return root
 
 
-async def succeeded(pool: WorkerPool, order: Load | Prepare) -> set[str]:
+async def succeeded(pool: WorkerPool, order: Load | Optimise) -> set[str]:
     """Return which attempts of a taken over worker succeeded."""
     worker = await pool.start("w")
     with pytest.raises((LoadRefused, WorkerDied)) as refused:
-        await (worker.execute(order) if isinstance(order, Prepare) else worker.load(order, lambda _: None))
+        await (worker.execute(order) if isinstance(order, Optimise) else worker.load(order, lambda _: None))
     assert "SUCCEEDED" in str(refused.value), "\n".join(worker.stderr_tail())
     return set(json.loads(str(refused.value).partition("SUCCEEDED ")[2]))
 
@@ -106,12 +106,10 @@ async def test_taken_over_worker_succeeds_at_nothing(
         order = replace(order, root=order.folder)  # as in the store
         assert await succeeded(pool, replace(order, layers=(), ceiling_bytes=None)) >= ANYWHERE
         assert await succeeded(pool, order) == set()
-        target = tmp_path / "form"
+        target = tmp_path / "optimised"
         target.mkdir()
-        prepare = Prepare(
-            order.root, order.folder, order.bytes, 1, 500 * MB, "optimised", str(target), layers=LAYERS
-        )
-        assert await succeeded(pool, prepare) == set()
+        optimise = Optimise(order.root, order.folder, order.bytes, 1, 500 * MB, str(target), layers=LAYERS)
+        assert await succeeded(pool, optimise) == set()
 
 
 MEMORY = {"read_memory"} if os.geteuid() else set()

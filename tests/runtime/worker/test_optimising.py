@@ -1,4 +1,4 @@
-"""Making a cached model in a worker: its files, refusals, limits, and the alignment of its weights."""
+"""Making an optimised model in a worker: its files, refusals, limits, and the alignment of its weights."""
 
 import asyncio
 import contextlib
@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from onnx import ModelProto, TensorProto, helper
 from support import models
-from support.cache import in_background, prepare_form, prepare_order
 from support.history import PLAIN
 from support.models import save
+from support.optimised import execute, in_background, optimise_order
 from support.workers import computing, refusal, until
 
 from runtime import wire
 from runtime.errors import Exit, LoadRefused, WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.worker import optimising
-from runtime.worker.optimising import FORM_FILES, align_weights
+from runtime.worker.optimising import FILES, align_weights
 
 
 @pytest.fixture
@@ -35,28 +35,27 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def target_of(order: wire.Prepare) -> Path:
+def target_of(order: wire.Optimise) -> Path:
     return Path(order.target)
 
 
-async def test_written_files_are_a_form_and_private(pool: WorkerPool, root: Path) -> None:
-    order = prepare_order(root)
-    report = await prepare_form(pool, order)
+async def test_written_files_are_complete_and_private(pool: WorkerPool, root: Path) -> None:
+    order = optimise_order(root)
+    await execute(pool, order)
     assert {path.name for path in target_of(order).iterdir()} == {"model.onnx", "weights.bin"}
     assert {path.stat().st_mode & 0o777 for path in target_of(order).iterdir()} == {0o600}
-    assert report.took_us > 0
 
 
 async def test_target_folder_must_exist_and_be_empty(pool: WorkerPool, root: Path) -> None:
-    order = prepare_order(root)
+    order = optimise_order(root)
     ours = target_of(order) / "model.onnx"
     ours.write_text("ours")
-    assert (await refusal(pool, order)).code == "prepare_failed"
+    assert (await refusal(pool, order)).code == "optimise_failed"
     assert ours.read_text() == "ours"
     ours.rename(target_of(order).parent / "away")
     target_of(order).rmdir()
     refused = await refusal(pool, order)
-    assert (refused.code, str(order.target) in str(refused)) == ("prepare_failed", True)
+    assert (refused.code, str(order.target) in str(refused)) == ("optimise_failed", True)
 
 
 @contextlib.contextmanager
@@ -73,22 +72,22 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("megabytes", "spare", "fits"),
-    [(40, 3, False), (40, 4, True), (8, 8, True)],
+    [(40, 5, False), (40, 7, True), (8, 8, True)],
     ids=["full", "fits", "small"],
 )
 async def test_disk_reserve_is_kept_free(
     pool: WorkerPool, tmp_path: Path, megabytes: int, spare: int, *, fits: bool
 ) -> None:
-    """The form has 1 MB, a third of the room; a twentieth of the disk is reserved."""
+    """Its files have 2 MB, a third of the room; a twentieth of the disk is reserved."""
     save(models.weights(1, layers=4), tmp_path / "models", "m")
-    order = prepare_order(tmp_path / "models", "optimised")
+    order = optimise_order(tmp_path / "models")
     with small_disk(target_of(order).parent, megabytes):
         target_of(order).mkdir()
         others, reserve = target_of(order).parent / "others", megabytes * 2**20 // 20
         free = os.statvfs(order.target).f_bavail * os.statvfs(order.target).f_frsize
         others.write_bytes(bytes(max(0, free - reserve - spare * 10**6)))
         if fits:
-            assert (await prepare_form(pool, order)).took_us > 0
+            await execute(pool, order)
         else:
             refused = await refusal(pool, order)
             assert (refused.code, "has room for files of" in str(refused)) == ("disk_full", True)
@@ -97,23 +96,23 @@ async def test_disk_reserve_is_kept_free(
 
 
 REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], dict[str, Any], str, str]] = {
-    "file too long": (lambda: models.weights(2), {"most_bytes": 10**6}, "prepare_failed", "1000000 bytes"),
-    "folded weights too long": (models.grown, {}, "prepare_failed", "a file of it has more than"),
+    "file too long": (lambda: models.weights(2), {"most_bytes": 10**6}, "optimise_failed", "1000000 bytes"),
+    "folded weights too long": (models.grown, {}, "optimise_failed", "a file of it has more than"),
     "memory": (models.memory_bomb_on_load, {"memory_limit_bytes": 200_000_000}, "out_of_memory", "200000000"),
     "data outside": (lambda: models.external("../../secret"), {}, "unsafe_file", "secret"),
-    "no model": (lambda: models.CORRUPT, {}, "prepare_failed", "copy it again"),
+    "no model": (lambda: models.CORRUPT, {}, "optimise_failed", "copy it again"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-async def test_cached_model_is_refused_with_code(pool: WorkerPool, tmp_path: Path, case: str) -> None:
+async def test_optimising_is_refused_with_code(pool: WorkerPool, tmp_path: Path, case: str) -> None:
     build, changes, code, words = REFUSED[case]
     model = build()
     models.save_bytes(
         model if isinstance(model, bytes) else model.SerializeToString(), tmp_path / "models", "m"
     )
     (tmp_path / "models" / "secret").write_bytes(models.external_bytes())
-    order = replace(prepare_order(tmp_path / "models"), **changes)
+    order = replace(optimise_order(tmp_path / "models"), **changes)
     refused = await refusal(pool, order)
     assert (refused.code, words in str(refused)) == (code, True), refused
     written = [path.stat().st_size for path in target_of(order).iterdir()]
@@ -124,7 +123,7 @@ async def test_kill_while_optimising_is_a_death(pool: WorkerPool, tmp_path: Path
     root = tmp_path / "models"
     save(models.slow_model(), root, "m")
     worker = await pool.start("w")
-    preparing = asyncio.ensure_future(worker.execute(prepare_order(root)))
+    preparing = asyncio.ensure_future(worker.execute(optimise_order(root)))
     await until(computing(worker.pid))
     await until(lambda: in_background(worker.pid))
     worker.kill()
@@ -161,9 +160,9 @@ def with_weights(tensors: list[TensorProto], inner: list[TensorProto]) -> onnx.M
     return models.model([node], [models.value("go", models.BOOL, [])], outputs, tensors)
 
 
-def write_form(folder: Path, model: bytes, weights: bytes) -> None:
-    """Write a form as ONNX Runtime does, in files that are there."""
-    for name, content in zip(FORM_FILES, (model, b"", weights), strict=True):
+def write_files(folder: Path, model: bytes, weights: bytes) -> None:
+    """Write an optimised model as ONNX Runtime does, in files that are there."""
+    for name, content in zip(FILES, (model, b"", weights), strict=True):
         (folder / name).write_bytes(content)
 
 
@@ -172,7 +171,7 @@ def align(
 ) -> onnx.ModelProto:
     """Align the weights of a graph and of a branch of it, which `unaligned.bin` has; returns the model."""
     model = with_weights(tensors, inner or [])
-    write_form(folder, model.SerializeToString(), content)
+    write_files(folder, model.SerializeToString(), content)
     align_weights(folder)
     moved: onnx.ModelProto = onnx.load(folder / "model.onnx", load_external_data=False)
     assert without_places(moved) == without_places(model)
@@ -200,7 +199,7 @@ def external(tensor: TensorProto) -> dict[str, str]:
 def test_weights_are_aligned_and_keep_their_content(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], gap: int, inside: st.DataObject
 ) -> None:
-    folder, content, tensors = tmp_path_factory.mktemp("form"), b"", []
+    folder, content, tensors = tmp_path_factory.mktemp("optimised"), b"", []
     for number, length in enumerate(lengths):
         content += bytes(gap)
         data, packed = bytes([number + 1]) * length, bytes([number + 101]) * (length // 2)
@@ -239,7 +238,7 @@ def test_long_weights_start_at_a_page(tmp_path: Path) -> None:
 def test_overlapping_weights_are_moved_in_pieces(
     tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, int]], piece: int
 ) -> None:
-    folder, content = tmp_path_factory.mktemp("form"), bytes(range(120))
+    folder, content = tmp_path_factory.mktemp("optimised"), bytes(range(120))
     tensors = [weight(f"w{at}", offset, bytes(length)) for at, (offset, length) in enumerate(places)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimising, "PIECE_BYTES", piece)
@@ -251,7 +250,7 @@ def test_overlapping_weights_are_moved_in_pieces(
 
 
 def test_graph_without_weights_file_is_unchanged(tmp_path: Path) -> None:
-    write_form(tmp_path, models.CORRUPT, b"")
+    write_files(tmp_path, models.CORRUPT, b"")
     (tmp_path / "unaligned.bin").unlink()
     align_weights(tmp_path)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [models.CORRUPT]
@@ -272,20 +271,20 @@ def test_graph_without_weights_file_is_unchanged(tmp_path: Path) -> None:
 def test_weights_written_in_unknown_ways_are_refused(tmp_path: Path, tensor: TensorProto) -> None:
     with pytest.raises(LoadRefused) as refused:
         align(tmp_path, bytes(10), [tensor])
-    assert refused.value.code == "prepare_failed"
+    assert refused.value.code == "optimise_failed"
 
 
 def test_group_beside_weights_is_refused(tmp_path: Path) -> None:
-    write_form(tmp_path, models.add().SerializeToString() + b"\xa3\x06\x08\x01\xa4\x06", b"w")
+    write_files(tmp_path, models.add().SerializeToString() + b"\xa3\x06\x08\x01\xa4\x06", b"w")
     with pytest.raises(LoadRefused, match="a group") as refused:
         align_weights(tmp_path)
-    assert refused.value.code == "prepare_failed"
+    assert refused.value.code == "optimise_failed"
 
 
 @PLAIN
 @given(data=st.binary(max_size=60))
 def test_any_bytes_are_aligned_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    folder = tmp_path_factory.mktemp("form")
-    write_form(folder, b"\x3a" + bytes([len(data)]) + data, b"w")
+    folder = tmp_path_factory.mktemp("optimised")
+    write_files(folder, b"\x3a" + bytes([len(data)]) + data, b"w")
     with contextlib.suppress(LoadRefused):
         align_weights(folder)

@@ -127,14 +127,14 @@ async def test_load_is_refused_with_code_and_reason(pool: WorkerPool, tmp_path: 
 WITHOUT_MEMORY = f"""
 import sys
 from runtime.errors import LoadRefused
-from runtime.wire import Load, Prepare
+from runtime.wire import Load, Optimise
 from runtime.worker import loading, optimising
 
 folder, target = sys.argv[1:]
 load = Load(folder, folder, 1, threads=1)
-prepare = Prepare(folder, folder, 1, 1, None, "optimised", target)
+order = Optimise(folder, folder, 1, 1, None, target)
 {TAKE_ALL_MEMORY}
-for step in (lambda: loading.load(load, (), lambda _: None), lambda: optimising.make_cached_model(prepare)):
+for step in (lambda: loading.load(load, (), lambda _: None), lambda: optimising.optimise(order)):
     try:
         step()
     except LoadRefused as refused:

@@ -12,10 +12,10 @@ from support.models import save
 
 from events.types import LoadRequested
 from runtime.repository import Repository
-from runtime.store.contents import ModelContents
+from runtime.store.versions import Versions
 from server.api.loads import make_load_command
 from server.app import create_app
-from server.appkeys import CONTENTS
+from server.appkeys import VERSIONS
 from server.config import Config
 
 RECORDED: dict[str, Any] = {
@@ -37,7 +37,7 @@ def application(repository: Path, **settings: Any) -> web.Application:
     """Return an application that is not started, since a command needs no worker."""
     write(repository, "")
     app = create_app(Config(repository=repository, data=repository / "data", **settings))
-    app[CONTENTS] = ModelContents(Repository(repository), None)
+    app[VERSIONS] = Versions(Repository(repository), None)
     return app
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from events.types import LoadParameters
-from runtime.consumer.loads import RunningLoad
+from runtime.consumer.running import RunningLoad
 from runtime.statistics import Statistics
 from server.observability import timeseries
 from server.observability.timeseries import MERGED, RANGES, Latencies, Memory, TimeSeries, quantile

@@ -1,4 +1,4 @@
-"""The optimised model cache on a real folder: what it keeps, uses, evicts and clears."""
+"""Optimised models in a real folder: what it keeps, uses, evicts and clears."""
 
 import json
 import os
@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cache import (
+from support.fleet import new_dice, of_both, tell
+from support.history import PLAIN, child
+from support.ledgers import FAST_FOLDER
+from support.optimised import (
     KEPT_LIMIT_BYTES,
     MODEL,
     change_store,
@@ -29,13 +32,9 @@ from support.cache import (
     record,
     write,
 )
-from support.fleet import new_dice, of_both, tell
-from support.history import PLAIN, child
-from support.ledgers import FAST_FOLDER
 
-from runtime.cache.key import make_key
-from runtime.cache.manifest import Manifest
-from runtime.cache.store import CACHE_PROBLEMS, USELESS_KNOWN_S, ModelCache
+from runtime.optimised.key import make_key
+from runtime.optimised.store import STORE_PROBLEMS, USELESS_KNOWN_S, Manifest, OptimisedStore, Useless
 from runtime.store.manifest import digest_of
 
 A, B, C = map(key, "abc")
@@ -52,34 +51,34 @@ class Clock:
         return self.now_ns
 
 
-def found(store: ModelCache, key: str) -> Manifest:
+def found(store: OptimisedStore, key: str) -> Manifest:
     entry = store.find(key)
     assert entry is not None
     return entry
 
 
-def keys(store: ModelCache) -> list[str]:
+def keys(store: OptimisedStore) -> list[str]:
     return [entry.key for entry in store.entries()]
 
 
 # Keep and use
 
 
-def test_kept_model_is_found_and_used(store: ModelCache, folder: Path) -> None:
+def test_kept_model_is_found_and_used(store: OptimisedStore, folder: Path) -> None:
     assert store.find(A) is None
     assert store.use(A) is None
     prepared = keep(store, "a", 100)
     assert prepared is not None
     assert prepared == store.use(A)
-    assert (prepared.copy.folder, prepared.form) == (str(folder / "forms" / A / "files"), "prepacked")
-    assert prepared.copy.bytes == 100
+    assert (prepared.key, prepared.folder) == (A, str(folder / "forms" / A / "files"))
+    assert prepared.bytes == 100
     check_whole(store, prepared)
     entry = found(store, A)
     assert (entry.key, entry.model_id, entry.version, entry.bytes) == (A, MODEL, 1, 100)
-    assert (entry.form, entry.sha256, entry.took_ms) == ("prepacked", prepared.sha256, 2_500)
-    assert entry.figures == {"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"}
+    assert (entry.reason, entry.sha256, entry.took_ms) == (None, prepared.sha256, 2_500)
+    assert entry.figures == {"load_us": 1_000, "bare_load_us": 2_000}
     assert entry.made_at <= entry.used_at
-    record(store, "b", {"prepacked": "slower"}, model_id="b", version=2)
+    record(store, "b", model_id="b", version=2)
     again = opened(folder, LIMIT)
     assert again.use(A) == prepared
     assert again.entries() == [again.find(A), again.find(B)]
@@ -87,7 +86,7 @@ def test_kept_model_is_found_and_used(store: ModelCache, folder: Path) -> None:
     assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o700] * 3
 
 
-def test_hash_covers_files_in_order_of_their_paths(store: ModelCache) -> None:
+def test_hash_covers_files_in_order_of_their_paths(store: OptimisedStore) -> None:
     prepared = keep(store, "a")
     assert prepared is not None
     first, second = files_of(prepared)
@@ -97,7 +96,7 @@ def test_hash_covers_files_in_order_of_their_paths(store: ModelCache) -> None:
     assert prepared.sha256 == ran.stdout.split()[0].decode()
 
 
-def test_new_form_replaces_the_old_one(store: ModelCache, folder: Path) -> None:
+def test_new_optimised_model_replaces_the_old_one(store: OptimisedStore, folder: Path) -> None:
     old = keep(store, "a", seed="old")
     with (folder / "forms" / A / "files" / "weights.bin").open("rb") as mapped:
         new = keep(store, "a", seed="new")
@@ -110,29 +109,27 @@ def test_new_form_replaces_the_old_one(store: ModelCache, folder: Path) -> None:
     assert os.listdir(folder / "forms") == [A]  # noqa: PTH208
 
 
-# No form is of use
+# Useless
 
 
-def test_reasons_against_forms_are_remembered(store: ModelCache, folder: Path) -> None:
+def test_reason_against_a_key_is_remembered(store: OptimisedStore, folder: Path) -> None:
     why = "killed by signal 11 \ud800 " + "x" * 10_000
-    record(store, "a", {"prepacked": why, "optimised": "slower"}, model_id="m", version=3)
+    record(store, "a", why, model_id="m", version=3)
     for each in (store, opened(folder, LIMIT)):
         entry = found(each, A)
-        assert (entry.form, entry.sha256, entry.bytes) == (None, None, 0)
+        assert (entry.sha256, entry.bytes) == (None, 0)
         assert (entry.model_id, entry.version, entry.took_ms) == ("m", 3, 2_500)
-        assert entry.tried["prepacked"].startswith("killed by signal 11 ? xxx")
-        assert entry.tried["optimised"] == "slower"
+        assert (entry.reason or "").startswith("killed by signal 11 ? xxx")
         assert each.use(A) is None
 
 
-def test_dropped_form_is_gone_and_its_reason_stays(store: ModelCache, folder: Path) -> None:
-    used = keep(store, "a", form="optimised")
+def test_dropped_model_is_gone_and_its_reason_stays(store: OptimisedStore, folder: Path) -> None:
+    used = keep(store, "a")
     assert used is not None
     assert store.drop(used, "it killed its worker")
     assert store.use(A) is None
     entry = found(opened(folder, LIMIT), A)
-    assert entry.form is None
-    assert entry.tried == {"prepacked": "the worker ended: signal 11", "optimised": "it killed its worker"}
+    assert (entry.sha256, entry.reason) == (None, "it killed its worker")
     assert list((folder / "forms" / A / "files").iterdir()) == []
     assert not store.drop(used, "again")
     store.clear()
@@ -143,54 +140,55 @@ def test_dropped_form_is_gone_and_its_reason_stays(store: ModelCache, folder: Pa
     assert store.use(A) == new
 
 
-def test_form_larger_than_the_cache_is_left_out(store: ModelCache, folder: Path) -> None:
+def test_model_larger_than_the_limit_is_useless(store: OptimisedStore, folder: Path) -> None:
     keep(store, "b", LIMIT)
     draft = write(store.draft(), halves(LIMIT + 1, "a"))
-    reason = f"it takes {LIMIT + 1} bytes, and all forms together may take {LIMIT}"
-    assert store.keep(manifest_of("a"), draft) == reason
+    with pytest.raises(Useless, match=f"it takes {LIMIT + 1} bytes, and .* may take {LIMIT}"):
+        store.seal(manifest_of("a"), draft)
+    store.discard(draft)
     assert store.find(A) is None
     assert store.use(B) is not None  # nothing was evicted for it
     assert list((folder / "incoming").iterdir()) == []
 
 
-def test_reasons_against_forms_hold_for_a_day(folder: Path) -> None:
+def test_reason_holds_for_a_day(folder: Path) -> None:
     clock = Clock()
-    store = ModelCache(folder, LIMIT, now_ns=clock)
+    store = OptimisedStore(folder, LIMIT, now_ns=clock)
     store.open()
-    record(store, "a", {"prepacked": "slower"})
+    record(store, "a")
     keep(store, "b")
-    keep(store, "c", form="optimised")
+    keep(store, "c")
     assert drop(store, "c", "killed by signal 11")
     clock.now_ns += USELESS_KNOWN_S * SECOND_NS
-    assert found(store, A).tried == {"prepacked": "slower"}
-    assert found(store, C).tried["optimised"] == "killed by signal 11"
+    assert found(store, A).reason == "slower"
+    assert found(store, C).reason == "killed by signal 11"
     clock.now_ns += SECOND_NS
     assert (store.find(A), store.find(C)) == (None, None)
-    record(store, "a", {"prepacked": "slower again"})
-    assert found(store, A).tried == {"prepacked": "slower again"}
+    record(store, "a", "slower again")
+    assert found(store, A).reason == "slower again"
     clock.now_ns += 1000 * USELESS_KNOWN_S * SECOND_NS
-    assert found(store, B).form == "prepacked"
+    assert found(store, B).reason is None
 
 
 # Eviction
 
 
-def test_keys_without_a_form_are_bounded_by_number(folder: Path) -> None:
-    store = ModelCache(folder, LIMIT, max_without_form=2)
-    store.open()
+def test_useless_entries_are_bounded_by_number(
+    store: OptimisedStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.optimised.store.MAX_USELESS", 2)
     keep(store, "x", LIMIT)
     for name in "abc":
         record(store, name, model_id=name)
         store.use(A)
     assert set(keys(store)) == {key("x"), A, C}
-    again = ModelCache(folder, LIMIT, max_without_form=1)
-    again.open()
-    assert set(keys(again)) == {key("x"), A}
+    monkeypatch.setattr("runtime.optimised.store.MAX_USELESS", 1)
+    assert set(keys(opened(folder, LIMIT))) == {key("x"), A}
 
 
 def test_clock_set_back_keeps_the_order_of_use(folder: Path) -> None:
     times = iter([5 * 10**18, 5 * 10**18, *range(1000, 0, -1)])
-    store = ModelCache(folder, LIMIT, now_ns=lambda: next(times))
+    store = OptimisedStore(folder, LIMIT, now_ns=lambda: next(times))
     store.open()
     for name in "abcd":
         keep(store, name, 300)
@@ -206,7 +204,7 @@ STEPS = st.one_of(
 
 
 class Expected:
-    """The expected entries in order of use: the size of each form, None for no form."""
+    """The expected entries in order of use: the size of each, None for a useless one."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -263,7 +261,7 @@ def test_entries_follow_a_list_in_order_of_use(
                     if has_form:
                         expected.put(name, None)
                 case "clear" | "clear beside" as who, str(name), _:
-                    (store if who == "clear" else ModelCache(folder, 0)).clear(name)
+                    (store if who == "clear" else OptimisedStore(folder, 0)).clear(name)
                     expected.remove(name)
                 case "open", _, int(limit):
                     store = opened(folder, limit)
@@ -275,7 +273,7 @@ def test_entries_follow_a_list_in_order_of_use(
 # Clear
 
 
-def test_clear_takes_all_or_one_model(store: ModelCache, folder: Path) -> None:
+def test_clear_takes_all_or_one_model(store: OptimisedStore, folder: Path) -> None:
     keep(store, "a", 10, model_id="one")
     keep(store, "b", 20, model_id="two")
     record(store, "c", model_id="two")
@@ -288,22 +286,22 @@ def test_clear_takes_all_or_one_model(store: ModelCache, folder: Path) -> None:
     assert store.clear() == (0, 0)
 
 
-def test_clear_beside_a_server_spares_its_drafts(store: ModelCache, folder: Path) -> None:
+def test_clear_beside_a_server_spares_its_drafts(store: OptimisedStore, folder: Path) -> None:
     draft = write(store.draft(), halves(10, "a"))
     keep(store, "b")
-    assert ModelCache(folder, 0).clear() == (1, 10)
-    assert store.keep(manifest_of("a"), draft) is None
+    assert OptimisedStore(folder, 0).clear() == (1, 10)
+    store.keep(store.seal(manifest_of("a"), draft)[0], draft)
 
 
-def test_folder_removed_while_open_comes_back(store: ModelCache, folder: Path) -> None:
+def test_folder_removed_while_open_comes_back(store: OptimisedStore, folder: Path) -> None:
     keep(store, "a")
     shutil.rmtree(folder)
     assert (store.entries(), store.use(A), store.clear()) == ([], None, (0, 0))
     assert keep(store, "b") is not None
     draft = store.draft()
     shutil.rmtree(folder)
-    with pytest.raises(CACHE_PROBLEMS):
-        store.keep(manifest_of("a"), draft)
+    with pytest.raises(STORE_PROBLEMS):
+        store.seal(manifest_of("a"), draft)
     assert store.draft(1).is_dir()
 
 
@@ -311,7 +309,7 @@ def test_folder_removed_while_open_comes_back(store: ModelCache, folder: Path) -
 
 
 def test_threads_and_another_process_share_the_cache(folder: Path) -> None:
-    store, beside = opened(folder, KEPT_LIMIT_BYTES), ModelCache(folder, 0)
+    store, beside = opened(folder, KEPT_LIMIT_BYTES), OptimisedStore(folder, 0)
 
     def work(seed: int) -> None:
         dice = random.Random(seed)
@@ -327,7 +325,7 @@ def test_threads_and_another_process_share_the_cache(folder: Path) -> None:
 def test_kill_while_keeping_leaves_nothing_wrong(folder: Path) -> None:
     lives, seed = of_both(short=40, long=5_000), new_dice().randrange(2**32)
     script = (
-        "from pathlib import Path; from support.cache import keep_and_be_killed; "
+        "from pathlib import Path; from support.optimised import keep_and_be_killed; "
         "keep_and_be_killed(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
     )
     command = child(script, folder, lives, seed)
@@ -336,7 +334,7 @@ def test_kill_while_keeping_leaves_nothing_wrong(folder: Path) -> None:
     tell(done.stdout)
     counts = json.loads(done.stdout)
     assert counts["lives"] == lives
-    assert min(counts["drafts"], counts["forms"]) > 0  # some were killed in the middle of it
+    assert min(counts["drafts"], counts["models"]) > 0  # some were killed in the middle of it
 
 
 def test_key_covers_names_and_contents_of_files() -> None:

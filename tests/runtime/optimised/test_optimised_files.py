@@ -1,4 +1,4 @@
-"""Files of the optimised model cache: damaged, foreign, or refused by the file system."""
+"""Files of optimised models: damaged, foreign, or refused by the file system."""
 
 import os
 import resource
@@ -13,12 +13,23 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cache import check_whole, drop, files_of, halves, keep, key, manifest_of, opened, record, write
 from support.history import PLAIN
 from support.ledgers import FAST_FOLDER
+from support.optimised import (
+    check_whole,
+    drop,
+    files_of,
+    halves,
+    keep,
+    key,
+    manifest_of,
+    opened,
+    record,
+    write,
+)
 
-from runtime.cache.store import CACHE_PROBLEMS, ModelCache
 from runtime.errors import DiskFull
+from runtime.optimised.store import STORE_PROBLEMS, OptimisedStore, Useless
 
 A, B, C = map(key, "abc")
 LIMIT = 1_000
@@ -47,7 +58,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def spoil(draft: Path, how: str) -> None:
-    """Leave in a draft what is no form."""
+    """Leave in a draft what is no optimised model."""
     write(draft, halves(10, "a"))
     match how:
         case "nothing":
@@ -67,37 +78,41 @@ def spoil(draft: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["nothing", "no model", "another file"])
-def test_draft_with_other_files_is_left_out(store: ModelCache, folder: Path, how: str) -> None:
+def test_draft_with_other_files_is_useless(store: OptimisedStore, folder: Path, how: str) -> None:
     draft = store.draft()
     spoil(draft, how)
-    assert store.keep(manifest_of("a"), draft) == "its files are not those of a form"
+    with pytest.raises(Useless, match="its files are not those"):
+        store.seal(manifest_of("a"), draft)
+    store.discard(draft)
     assert list(folder.glob("*/*")) == []
 
 
 @pytest.mark.parametrize("how", ["a link", "a FIFO"])
-def test_draft_with_irregular_files_is_refused(store: ModelCache, folder: Path, how: str) -> None:
+def test_draft_with_irregular_files_is_refused(store: OptimisedStore, folder: Path, how: str) -> None:
     draft = store.draft()
     spoil(draft, how)
-    with pytest.raises(CACHE_PROBLEMS):
-        store.keep(manifest_of("a"), draft)
+    with pytest.raises(STORE_PROBLEMS):
+        store.seal(manifest_of("a"), draft)
     assert keys_in(folder) == []
 
 
 # Damage
 
 
-def test_restored_copy_with_the_same_content_is_used(store: ModelCache, folder: Path, tmp_path: Path) -> None:
+def test_restored_copy_with_the_same_content_is_used(
+    store: OptimisedStore, folder: Path, tmp_path: Path
+) -> None:
     before = keep(store, "a")
     assert before is not None
     moved = shutil.copytree(folder, tmp_path / "restored" / "store")
     after = opened(moved, LIMIT).use(A)
     assert after is not None
-    assert (after.sha256, after.copy.folder) == (before.sha256, str(entry_of(moved) / "files"))
+    assert (after.sha256, after.folder) == (before.sha256, str(entry_of(moved) / "files"))
     assert {file.inode for file in files_of(after)}.isdisjoint(file.inode for file in files_of(before))
     check_whole(opened(moved, LIMIT), after)
 
 
-def test_form_with_its_recorded_identity_is_not_hashed(store: ModelCache, folder: Path) -> None:
+def test_files_with_recorded_identities_are_not_hashed(store: OptimisedStore, folder: Path) -> None:
     keep(store, "a", 64)
     file = entry_of(folder) / "files" / "weights.bin"
     seen, content = file.stat(), bytearray(file.read_bytes())
@@ -110,8 +125,8 @@ def test_form_with_its_recorded_identity_is_not_hashed(store: ModelCache, folder
 
 
 @pytest.mark.parametrize("change", ["same size", "other size", "gone", "link", "folder", "FIFO", "another"])
-def test_form_with_changed_content_is_removed(
-    store: ModelCache, folder: Path, tmp_path: Path, change: str
+def test_model_with_changed_content_is_removed(
+    store: OptimisedStore, folder: Path, tmp_path: Path, change: str
 ) -> None:
     keep(store, "a", 64)
     file = entry_of(folder) / "files" / "weights.bin"
@@ -139,16 +154,16 @@ def test_form_with_changed_content_is_removed(
 
 UNREADABLE: list[bytes | tuple[str, object]] = [
     b"", b"{", b"null", b"[]", b"\xff\xfe", b"{}" * 9, b"[" * 100_000, b'{"layout": 1}',
-    b'{"layout": 4, "key": 1}',
-    ("layout", 3), ("key", B), ("form", "other"), ("form", None), ("sha256", "ab" * 32), ("sha256", None),
+    b'{"layout": 5, "key": 1}',
+    ("layout", 4), ("key", B), ("reason", "slower"), ("sha256", "ab" * 32), ("sha256", None),
     ("files", []), ("took_ms", -1), ("version", 2**70), ("model_id", 7), ("new", 1), ("figures", [1]),
-    ("tried", {"best": "?"}), ("path", "../model.onnx"), ("path", "manifest.json"), ("bytes", 2**63),
+    ("figures", {"rate": "fast"}), ("path", "../model.onnx"), ("path", "manifest.json"), ("bytes", 2**63),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", UNREADABLE, ids=lambda change: str(change)[:30])
 def test_invalid_manifest_is_none(
-    store: ModelCache, folder: Path, change: bytes | tuple[str, object]
+    store: OptimisedStore, folder: Path, change: bytes | tuple[str, object]
 ) -> None:
     """Not JSON, or a field with an impossible value."""
     keep(store, "a")
@@ -184,7 +199,7 @@ def test_any_byte_of_a_manifest_may_be_wrong(position: int, byte: int) -> None:
         store.open()
 
 
-def test_manifest_of_an_impossible_date_is_listed(store: ModelCache, folder: Path) -> None:
+def test_manifest_of_an_impossible_date_is_listed(store: OptimisedStore, folder: Path) -> None:
     keep(store, "a")
     for time_ns in (-(10**18), 2**62):
         os.utime(entry_of(folder) / "manifest.json", ns=(time_ns, time_ns))
@@ -195,7 +210,7 @@ def test_manifest_of_an_impossible_date_is_listed(store: ModelCache, folder: Pat
 # The folder
 
 
-def test_open_removes_leftovers_and_spares_foreign_files(store: ModelCache, folder: Path) -> None:
+def test_open_removes_leftovers_and_spares_foreign_files(store: OptimisedStore, folder: Path) -> None:
     keep(store, "a")
     write(store.draft(), halves(10, "a"))
     (entry_of(folder, B)).mkdir()
@@ -225,21 +240,23 @@ def test_folder_that_others_can_fill_is_refused(folder: Path, kind: str, part: s
         case "writable":
             path.mkdir()
             path.chmod(0o777)
-    with pytest.raises(CACHE_PROBLEMS, match=str(path)):
-        ModelCache(folder, LIMIT).open()
-    assert ModelCache(folder, LIMIT).use(A) is None
+    with pytest.raises(STORE_PROBLEMS, match=str(path)):
+        OptimisedStore(folder, LIMIT).open()
+    assert OptimisedStore(folder, LIMIT).use(A) is None
     assert (elsewhere / A).exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_folder_of_another_user_is_refused(store: ModelCache, folder: Path) -> None:
+def test_folder_of_another_user_is_refused(store: OptimisedStore, folder: Path) -> None:
     os.chown(folder, 12_345, -1)
-    with pytest.raises(CACHE_PROBLEMS, match="user 12345"):
+    with pytest.raises(STORE_PROBLEMS, match="user 12345"):
         store.open()
 
 
 @pytest.mark.parametrize("part", ["", "forms"])
-def test_forms_in_a_group_writable_folder_are_removed(store: ModelCache, folder: Path, part: str) -> None:
+def test_models_in_a_group_writable_folder_are_removed(
+    store: OptimisedStore, folder: Path, part: str
+) -> None:
     """Nothing but their manifest says what they were made of."""
     keep(store, "a")
     (folder / part).chmod(0o755)
@@ -254,7 +271,7 @@ def test_forms_in_a_group_writable_folder_are_removed(store: ModelCache, folder:
 # Disk space
 
 
-def test_full_disk_makes_the_cache_unavailable(store: ModelCache, folder: Path) -> None:
+def test_full_disk_is_reported_and_spares_the_rest(store: OptimisedStore, folder: Path) -> None:
     old = keep(store, "a", seed="old")
     calls: list[Callable[[], object]] = [
         lambda: keep(store, "a", seed="new"),
@@ -269,18 +286,20 @@ def test_full_disk_makes_the_cache_unavailable(store: ModelCache, folder: Path) 
     assert keep(store, "b") is not None
 
 
-def with_room(folder: Path, room: Callable[[Path], int]) -> ModelCache:
-    """Open a store on a disk with this room, with three forms of 300 bytes."""
-    store = ModelCache(folder, LIMIT, free_disk_bytes=room)
-    store.open()
+def with_room(folder: Path, monkeypatch: pytest.MonkeyPatch, room: Callable[[Path], int]) -> OptimisedStore:
+    """Open a store on a disk with this room, with three optimised models of 300 bytes."""
+    monkeypatch.setattr("runtime.optimised.store.free_disk_bytes", room)
+    store = opened(folder, LIMIT)
     for name in "abc":
         keep(store, name, 300)
     return store
 
 
-def test_draft_evicts_the_least_recently_used_for_room(folder: Path) -> None:
+def test_draft_evicts_the_least_recently_used_for_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = with_room(
-        folder, lambda of: 500 - sum(file.stat().st_size for file in of.glob("forms/*/files/weights.bin"))
+        folder,
+        monkeypatch,
+        lambda of: 500 - sum(file.stat().st_size for file in of.glob("forms/*/files/weights.bin")),
     )
     assert store.use(A) is not None
     assert store.draft(25).is_dir()
@@ -289,15 +308,15 @@ def test_draft_evicts_the_least_recently_used_for_room(folder: Path) -> None:
     assert {entry.key for entry in store.entries()} == {A, C}
 
 
-def test_eviction_without_effect_stops_after_the_first(folder: Path) -> None:
-    store = with_room(folder, lambda _: 100)  # the others are mapped as well
+def test_eviction_without_effect_stops_after_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = with_room(folder, monkeypatch, lambda _: 100)  # the others are mapped as well
     with pytest.raises(DiskFull, match="100 bytes are missing"):
         store.draft(100)
     assert {entry.key for entry in store.entries()} == {B, C}
     assert list((folder / "incoming").iterdir()) == []
 
 
-def test_draft_larger_than_the_disk_evicts_nothing(store: ModelCache, folder: Path) -> None:
+def test_draft_larger_than_the_disk_evicts_nothing(store: OptimisedStore, folder: Path) -> None:
     keep(store, "a")
     with pytest.raises(DiskFull, match=f"{2 * 10**18} bytes"):
         store.draft(10**18)

@@ -1,4 +1,4 @@
-"""Loading a cached model in a real worker: the same answers, or a refusal where it is of no use."""
+"""Loading an optimised model in a real worker: the same answers, or a refusal where it is of no use."""
 
 import os
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import pytest
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.cache import FORMS, describe, in_background, prepared
 from support.models import save
+from support.optimised import describe, in_background, optimised
 from support.workers import array, ask, floats, load, loaded_memory, order_of, refusal, tensor, trips
 
 from runtime import wire
@@ -50,19 +50,17 @@ BUILDERS: dict[str, tuple[Callable[[], ModelProto], wire.Tensor | None]] = {
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-async def test_cached_model_answers_as_the_bare_one(pool: WorkerPool, tmp_path: Path, name: str) -> None:
+async def test_optimised_model_answers_as_the_bare_one(pool: WorkerPool, tmp_path: Path, name: str) -> None:
     (build, given), root = BUILDERS[name], tmp_path / "models"
     folder = save(build(), root, "m")
     if name == "external":
         (folder / "data").mkdir()
         (folder / "data" / "w.bin").write_bytes(models.external_bytes(10_000))
     bare, bare_report = await load(pool, order_of(root))
-    for form in FORMS:
-        copy = await prepared(pool, root, form)
-        worker, report = await load(pool, order_of(root, prepared=copy))
-        assert (report.inputs, report.outputs) == (bare_report.inputs, bare_report.outputs)
-        if given is not None:
-            assert await data_of(worker, given) == await data_of(bare, given)
+    worker, report = await load(pool, order_of(root, optimised=await optimised(pool, root)))
+    assert (report.inputs, report.outputs) == (bare_report.inputs, bare_report.outputs)
+    if given is not None:
+        assert await data_of(worker, given) == await data_of(bare, given)
 
 
 async def data_of(worker: Worker, given: wire.Tensor) -> list[bytes]:
@@ -73,11 +71,11 @@ def status(pid: int) -> str:
     return Path(f"/proc/{pid}/status").read_text()
 
 
-async def test_peak_memory_of_a_form_is_measured(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.weights(16, layers=1), tmp_path / "models", "m")  # packed, and then found packed in the form
+async def test_peak_memory_of_an_optimised_load_is_measured(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.weights(16, layers=1), tmp_path / "models", "m")  # packed, and then found packed in its files
     order = order_of(tmp_path / "models")
-    given = await prepared(pool, tmp_path / "models")
-    worker, _ = await load(pool, replace(order, prepared=given))
+    given = await optimised(pool, tmp_path / "models")
+    worker, _ = await load(pool, replace(order, optimised=given))
     assert loaded_memory(worker).memory_bytes < 12_000_000
     # At its peak 20 MB with ONNX Runtime 1.31; with 1.32 now and then 34.
     assert 15_000_000 < loaded_memory(worker).peak_memory_bytes < 45_000_000
@@ -90,18 +88,18 @@ async def test_background_load_has_low_priority(pool: WorkerPool, root: Path) ->
     assert not in_background(worker.pid)
 
 
-async def test_form_is_loaded_in_place_of_the_model(pool: WorkerPool, tmp_path: Path) -> None:
+async def test_optimised_model_is_loaded_instead(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(1), tmp_path / "models", "m")
     order = await crafted(tmp_path / "models", models.add(5))
     worker, _ = await load(pool, replace(order, memory_limit_bytes=100_000_000))
     assert array((await ask(worker, [floats("x", 1)]))[0]).tolist() == [6]
 
 
-async def crafted(root: Path, form: ModelProto | bytes) -> Load:
-    """Make the order to load model `m` with this form, hashes included."""
-    data = form if isinstance(form, bytes) else form.SerializeToString()
-    order, folder = order_of(root), models.save_bytes(data, root.parent / "forms", "m")
-    return replace(order, prepared=describe(folder, "optimised"))
+async def crafted(root: Path, model: ModelProto | bytes) -> Load:
+    """Make the order to load model `m` by this optimised model."""
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    order, folder = order_of(root), models.save_bytes(data, root.parent / "optimised", "m")
+    return replace(order, optimised=describe(folder))
 
 
 UNUSABLE: dict[str, tuple[ModelProto | bytes, str]] = {
@@ -114,14 +112,14 @@ UNUSABLE: dict[str, tuple[ModelProto | bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-async def test_unusable_form_is_refused(pool: WorkerPool, tmp_path: Path, name: str) -> None:
+async def test_unusable_optimised_model_is_refused(pool: WorkerPool, tmp_path: Path, name: str) -> None:
     """Whether a load without it would end better is the server's to find out."""
     save(models.add(), tmp_path / "models", "m")
-    form, code = UNUSABLE[name]
-    assert (await refusal(pool, await crafted(tmp_path / "models", form))).code == code
+    model, code = UNUSABLE[name]
+    assert (await refusal(pool, await crafted(tmp_path / "models", model))).code == code
 
 
-async def test_form_that_crashes_the_worker_is_a_death(pool: WorkerPool, tmp_path: Path) -> None:
+async def test_optimised_model_that_crashes_its_worker_is_a_death(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(), tmp_path / "models", "m")
     with pytest.raises(WorkerDied):
         await load(pool, await crafted(tmp_path / "models", models.crash_on_zeros()))
@@ -133,18 +131,18 @@ def rows_input(count: int) -> wire.Tensor:
 
 
 async def test_aligned_weights_prevent_the_runtimes_crash(pool: WorkerPool, tmp_path: Path) -> None:
-    """That of ONNX Runtime before 1.32, whose own form kills the process on two rows."""
+    """That of ONNX Runtime before 1.32, whose own files kill the process on two rows."""
     root = tmp_path / "models"
     save(models.misaligned(), root, "m")
     bare, _ = await load(pool, order_of(root))
-    ours, _ = await load(pool, order_of(root, prepared=await prepared(pool, root)))
+    ours, _ = await load(pool, order_of(root, optimised=await optimised(pool, root)))
     for count in (1, 2, 3, 64):
         assert await data_of(ours, rows_input(count)) == await data_of(bare, rows_input(count))
 
 
 @pytest.mark.parametrize("limit", [0, 100_000])
-async def test_memory_limit_holds_for_a_form(pool: WorkerPool, root: Path, limit: int) -> None:
-    order = order_of(root, prepared=await prepared(pool, root), memory_limit_bytes=limit)
+async def test_memory_limit_holds_for_an_optimised_model(pool: WorkerPool, root: Path, limit: int) -> None:
+    order = order_of(root, optimised=await optimised(pool, root), memory_limit_bytes=limit)
     assert (await refusal(pool, order)).code == "out_of_memory"
 
 
@@ -160,9 +158,7 @@ async def test_huge_pages_are_used_for_copied_or_packed_weights(pool: WorkerPool
     assert not has_huge_pages((await load(pool, order_of(root, "small")))[0])
     order = order_of(root)
     assert has_huge_pages((await load(pool, order))[0])
-    optimised, prepacked = [await prepared(pool, root, form) for form in ("optimised", "prepacked")]
-    assert has_huge_pages((await load(pool, replace(order, prepared=optimised)))[0])
-    assert not has_huge_pages((await load(pool, replace(order, prepared=prepacked)))[0])
+    assert not has_huge_pages((await load(pool, replace(order, optimised=await optimised(pool, root))))[0])
     packed = tmp_path / "packed" / "models"
     save(models.weights(4), packed, "m")
-    assert huge_pages_help(4_000_000, await prepared(pool, packed))
+    assert huge_pages_help(4_000_000, await optimised(pool, packed))

@@ -13,50 +13,48 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from msgspec.structs import replace
 
-from runtime.cache.key import make_key
-from runtime.cache.manifest import CachedForm, Manifest
-from runtime.cache.store import ModelCache
 from runtime.errors import Exit
+from runtime.optimised.key import make_key
+from runtime.optimised.store import Manifest, OptimisedStore, Useless
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.store.manifest import StoredFile, digest_of, hash_file
-from runtime.wire import CachedCopy, Form, Prepare, PrepareDone
+from runtime.wire import Optimise, Optimised, OptimisedModel
 from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from support.workers import LAYERS, order_of
 
-FORMS: tuple[Form, ...] = get_args(Form)
 
-
-def prepare_order(root: Path, form: Form = "prepacked", model_id: str = "m") -> Prepare:
-    """Make the order to prepare a model into a new folder beside the repository."""
+def optimise_order(root: Path, model_id: str = "m") -> Optimise:
+    """Make the order to optimise a model into a new folder beside the repository."""
     load = order_of(root, model_id)
-    target = root.parent / "forms" / form
+    target = root.parent / "optimised" / model_id
     target.mkdir(parents=True, exist_ok=True)
-    return Prepare(str(root), load.folder, load.bytes, 1, None, form, str(target), layers=LAYERS)
+    return Optimise(str(root), load.folder, load.bytes, 1, None, str(target), layers=LAYERS)
 
 
-async def prepare_form(pool: WorkerPool, order: Prepare) -> PrepareDone:
-    """Prepare a model; the worker then ends by itself."""
+async def execute(pool: WorkerPool, order: Optimise) -> None:
+    """Optimise a model; the worker then ends by itself."""
     worker = await pool.start("w")
-    report: PrepareDone = await worker.execute(order)
+    report: Optimised = await worker.execute(order)
+    assert report == Optimised()
     assert await asyncio.shield(worker.ended) == Exit(0, None)
-    return report
 
 
-async def prepared(pool: WorkerPool, root: Path, form: Form = "prepacked") -> CachedCopy:
-    """Prepare model `m`, and describe the form as the cache does."""
-    order = prepare_order(root, form)
-    await prepare_form(pool, order)
-    return describe(order.target, form)
+async def optimised(pool: WorkerPool, root: Path) -> OptimisedModel:
+    """Optimise model `m`, and describe the result as the store does."""
+    order = optimise_order(root)
+    await execute(pool, order)
+    return describe(order.target)
 
 
-def describe(folder: Path | str, form: Form) -> CachedCopy:
-    """Describe the form in a folder to a worker."""
-    return CachedCopy(str(folder), form, sum(path.lstat().st_size for path in Path(folder).iterdir()))
+def describe(folder: Path | str) -> OptimisedModel:
+    """Describe the optimised model in a folder to a worker."""
+    size = sum(path.lstat().st_size for path in Path(folder).iterdir())
+    return OptimisedModel(key("m"), key("m"), str(folder), size)
 
 
 def found(folder: Path | str) -> tuple[StoredFile, ...]:
@@ -88,69 +86,60 @@ def write(folder: Path, contents: Mapping[str, bytes]) -> Path:
     return folder
 
 
-def manifest_of(
-    name: str, *, model_id: str = MODEL, form: Form | None = "prepacked", version: int = 1
-) -> Manifest:
-    """Describe a form that passed its trial, or a model without one."""
-    return Manifest(
-        key=key(name),
-        model_id=model_id,
-        version=version,
-        took_ms=2_500,
-        form=form,
-        figures={"loading_us": 1_000, "ratio": 0.5, "tolerance": "bit-equal"},
-        tried={"prepacked": "the worker ended: signal 11"} if form == "optimised" else {},
-    )
+def manifest_of(name: str, *, model_id: str = MODEL, version: int = 1) -> Manifest:
+    """Describe an optimised model that passed its trial, or a model without one."""
+    figures = {"load_us": 1_000, "bare_load_us": 2_000}
+    return Manifest(key=key(name), model_id=model_id, version=version, took_ms=2_500, figures=figures)
 
 
 def keep(
-    store: ModelCache,
-    name: str,
-    size: int = 10,
-    *,
-    model_id: str = MODEL,
-    form: Form = "prepacked",
-    seed: str = "",
-) -> CachedForm | None:
-    """Keep a form of this size: two files whose contents follow from name and seed."""
+    store: OptimisedStore, name: str, size: int = 10, *, model_id: str = MODEL, seed: str = ""
+) -> OptimisedModel | None:
+    """Keep an optimised model of this size: two files whose contents follow from name and seed."""
     draft = write(store.draft(), halves(size, name + seed))
-    why_not = store.keep(manifest_of(name, model_id=model_id, form=form), draft)
-    return store.use(key(name)) if why_not is None else None
+    try:
+        sealed, _ = store.seal(manifest_of(name, model_id=model_id), draft)
+        store.keep(sealed, draft)
+    except Useless:
+        return None
+    finally:
+        store.discard(draft)
+    return store.use(key(name))
 
 
-def record(store: ModelCache, name: str, tried: Mapping[Form, str] = {}, **given: Any) -> None:
-    """Record that no form of a model is of use."""
-    store.record_useless(manifest_of(name, **given), tried)
+def record(store: OptimisedStore, name: str, reason: str = "slower", **given: Any) -> None:
+    """Record that the optimised model of a name is useless."""
+    store.record_useless(manifest_of(name, **given), reason)
 
 
-def drop(store: ModelCache, name: str, reason: str = "bad") -> bool:
-    """Drop the form of this name, if there is one."""
+def drop(store: OptimisedStore, name: str, reason: str = "bad") -> bool:
+    """Drop the optimised model of this name, if there is one."""
     used = store.use(key(name))
     return used is not None and store.drop(used, reason)
 
 
 def halves(size: int, seed: str) -> dict[str, bytes]:
-    """Return the contents of two files of a form of this size."""
+    """Return the contents of the two files of an optimised model of this size."""
     content = (hashlib.sha256(seed.encode()).digest() * (size // 32 + 1))[:size]
     return {"model.onnx": content[: size // 2], "weights.bin": content[size // 2 :]}
 
 
-def files_of(form: CachedForm) -> tuple[StoredFile, ...]:
-    """Return the files of a form with their present identities and contents."""
-    return found(form.copy.folder)
+def files_of(model: OptimisedModel) -> tuple[StoredFile, ...]:
+    """Return the files of an optimised model with their present identities and contents."""
+    return found(model.folder)
 
 
-def check_whole(store: ModelCache, form: CachedForm) -> None:
-    """Check that a form has exactly the recorded files with the recorded content."""
-    entry = store.find(form.key)
+def check_whole(store: OptimisedStore, model: OptimisedModel) -> None:
+    """Check that an optimised model has exactly the recorded files with the recorded content."""
+    entry = store.find(model.key)
     assert entry is not None
-    assert files_of(form) == entry.files
-    assert {path.name for path in Path(form.copy.folder).parent.iterdir()} == {"files", "manifest.json"}
+    assert files_of(model) == entry.files
+    assert {path.name for path in Path(model.folder).parent.iterdir()} == {"files", "manifest.json"}
 
 
-def opened(folder: Path, limit_bytes: int = 10**9) -> ModelCache:
+def opened(folder: Path, limit_bytes: int = 10**9) -> OptimisedStore:
     """Open a store in this folder."""
-    store = ModelCache(folder, limit_bytes)
+    store = OptimisedStore(folder, limit_bytes)
     store.open()
     return store
 
@@ -162,25 +151,20 @@ def key_in(root: Path, model_id: str) -> str:
     return make_key(digest_of((file.path, file.sha256) for file in found(folder)))
 
 
-async def keep_form(
-    pool: WorkerPool,
-    store: ModelCache,
-    root: Path,
-    model_id: str,
-    form: Form = "optimised",
-    *,
-    instead: Path | None = None,
-) -> CachedForm:
-    """Have a worker make a form of a model's highest version, and keep it untried.
+async def keep_untried(
+    pool: WorkerPool, store: OptimisedStore, root: Path, model_id: str, *, instead: Path | None = None
+) -> OptimisedModel:
+    """Have a worker optimise a model's highest version, and keep the result untried.
 
-    With `instead`, that ONNX file takes the place of the one that was made: whoever loads the form loads it.
+    With `instead`, that ONNX file takes the place of the one that was made: whoever uses it loads that.
     """
     draft = store.draft()
-    await prepare_form(pool, replace(prepare_order(root, form, model_id), target=str(draft)))
+    await execute(pool, replace(optimise_order(root, model_id), target=str(draft)))
     if instead is not None:
         shutil.copy(instead, draft / "model.onnx")
     key = key_in(root, model_id)
-    assert store.keep(Manifest(key=key, model_id=model_id, version=1, form=form), draft) is None
+    sealed, _ = store.seal(Manifest(key=key, model_id=model_id, version=1), draft)
+    store.keep(sealed, draft)
     kept = store.use(key)
     assert kept is not None
     return kept
@@ -188,13 +172,13 @@ async def keep_form(
 
 KEPT_NAMES = "abcdef"
 KEPT_LIMIT_BYTES = 400_000
-"""Room for four of six forms, more or less."""
+"""Room for four of six, more or less."""
 LIFE_S = 0.03
-"""Longest life: long enough to keep some forms; most lives end while one is being kept."""
+"""Longest life: long enough to keep some; most lives end while one is being kept."""
 
 
 def keep_and_be_killed(folder: Path, lives: int, seed: int) -> None:
-    """Keep cached models in processes that are killed at random moments; check what each leaves.
+    """Keep optimised models in processes that are killed at random moments; check what each leaves.
 
     Prints what was seen. For a process with one thread, since it forks.
     """
@@ -205,7 +189,7 @@ def keep_and_be_killed(folder: Path, lives: int, seed: int) -> None:
         seen["drafts"] += len(list(folder.glob("incoming/*")))
         store = opened(folder, KEPT_LIMIT_BYTES)
         check_store(store, folder)
-        seen["forms"] += store.kept[0]
+        seen["models"] += store.kept[0]
     sys.stdout.write(json.dumps(seen))
 
 
@@ -234,12 +218,12 @@ def _keep_for_ever(folder: Path, dice: random.Random, told: int) -> None:
         change_store(store, dice)
 
 
-def change_store(store: ModelCache, dice: random.Random, beside: ModelCache | None = None) -> None:
+def change_store(store: OptimisedStore, dice: random.Random, beside: OptimisedStore | None = None) -> None:
     """Do what a server does to a store, or what somebody does beside it."""
     name = dice.choice(KEPT_NAMES)
     match dice.randrange(12):
         case 0:
-            record(store, name, {"prepacked": "slower"}, model_id=name)
+            record(store, name, model_id=name)
         case 1:
             drop(store, name, "it killed its worker")
         case 2:
@@ -247,13 +231,12 @@ def change_store(store: ModelCache, dice: random.Random, beside: ModelCache | No
         case 3:
             (beside or store).entries()
         case 4:
-            used = store.use(key(name))
-            assert used is None or used.form == "prepacked"
+            store.use(key(name))
         case _:
             keep(store, name, dice.randrange(1, 200_000), model_id=name, seed=str(dice.random()))
 
 
-def check_store(store: ModelCache, folder: Path) -> None:
+def check_store(store: OptimisedStore, folder: Path) -> None:
     """Check that all entries of an open store are whole, and that there is nothing else in its folder."""
     entries = store.entries()
     assert {path.name for path in (folder / "forms").iterdir()} == {entry.key for entry in entries}
@@ -262,7 +245,7 @@ def check_store(store: ModelCache, folder: Path) -> None:
     for entry in entries:
         assert entry.key == key(entry.model_id)
         prepared = store.use(entry.key)
-        assert (prepared is None) == (entry.form is None)
+        assert (prepared is None) == (entry.reason is not None)
         if prepared is not None:
             assert prepared.sha256 == entry.sha256
             check_whole(store, prepared)

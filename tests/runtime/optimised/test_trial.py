@@ -1,6 +1,9 @@
-"""The trial of a cached model: made-up inputs, equal answers, and a verdict on its durations."""
+"""The trial of an optimised model: made-up inputs, equal answers, and a verdict on its durations."""
 
+import asyncio
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,25 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto
 from support import models
-from support.cache import prepared
 from support.history import PLAIN
 from support.models import save
-from support.workers import Serve, array, ask, order_of
+from support.optimised import optimised
+from support.workers import Serve, array, ask, fork_server_of, order_of, trips, until
 
-from runtime.cache.trial import (
+from runtime.errors import ForkServerUnavailable
+from runtime.optimised.pacing import Pacer
+from runtime.optimised.store import Useless
+from runtime.optimised.trial import (
     LENGTHS,
     MAX_SAMPLE_BYTES,
-    Pacer,
-    Pair,
-    Trial,
-    TrialImpossible,
-    TrialInterrupted,
+    Figures,
     make_samples,
+    try_optimised,
     verdict,
 )
-from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
-from runtime.wire import DATATYPES, CachedCopy, Tensor, TensorSpec
+from runtime.wire import DATATYPES, OptimisedModel, Tensor, TensorSpec
 
 
 @pytest.fixture
@@ -34,21 +36,21 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def pair(load: int = 10, bare_load: int = 30, infer: int = 100, bare_infer: int = 100) -> Pair:
-    return Pair(bare_load, load, bare_infer, infer)
+def figures(load: int = 10, bare_load: int = 30, infer: int = 100, bare_infer: int = 100) -> Figures:
+    return Figures(bare_load, load, bare_infer, infer)
 
 
-VERDICTS: dict[str, tuple[Pair, str | None]] = {
-    "quick": (pair(), None),
+VERDICTS: dict[str, tuple[Figures, str | None]] = {
+    "quick": (figures(), None),
     "as quick": (
-        pair(load=30_000, bare_load=30_000), "it loads no faster: 30.0 ms, bare 30.0 ms",
+        figures(load=30_000, bare_load=30_000), "it loads no faster: 30.0 ms, bare 30.0 ms",
     ),
     "slower": (
-        pair(load=31_000, bare_load=30_000), "it loads no faster: 31.0 ms, bare 30.0 ms",
+        figures(load=31_000, bare_load=30_000), "it loads no faster: 31.0 ms, bare 30.0 ms",
     ),
-    "nearly as quick": (pair(infer=105), None),
-    "slower in inference": (pair(infer=106), "its inferences are slower: 0.94 of the bare rate"),
-    "too quick to be told": (pair(infer=0, bare_infer=0), None),
+    "nearly as quick": (figures(infer=105), None),
+    "slower in inference": (figures(infer=106), "its inferences are slower: 0.94 of the bare rate"),
+    "too quick to be told": (figures(infer=0, bare_infer=0), None),
 }  # fmt: skip
 
 
@@ -60,23 +62,38 @@ def test_verdict_needs_faster_load_and_inference_as_quick(case: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.cache.trial.RUN_S", 0.01)
+    monkeypatch.setattr("runtime.optimised.trial.RUN_S", 0.01)
 
 
 async def tried(
-    pool: WorkerPool, root: Path, form: CachedCopy, *given: Tensor, limit_bytes: int | None = None
-) -> tuple[str | None, Pair | None]:
-    """Try a form of the model `m`."""
+    pool: WorkerPool, root: Path, model: OptimisedModel, *given: Tensor, limit_bytes: int | None = None
+) -> Figures:
+    """Try an optimised model of the model `m`."""
     order = order_of(root, memory_limit_bytes=limit_bytes)
-    return await Trial(Pacer(pool, lambda: False), order, given).run(form)
+    return await try_optimised(Pacer(pool, lambda: False), order, model, given)
 
 
+@pytest.fixture
+def _all_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have any measurement pass: this machine may be busy."""
+    monkeypatch.setattr("runtime.optimised.trial.verdict", lambda _: None)
+
+
+@pytest.mark.usefixtures("_all_pass")
 async def test_trial_times_one_pair_with_equal_answers(pool: WorkerPool, root: Path) -> None:
     save(models.weights(1), root, "m")
-    why_not, measured = await tried(pool, root, await prepared(pool, root))
-    assert measured is not None
-    assert why_not == verdict(measured)
+    measured = await tried(pool, root, await optimised(pool, root))
     assert min(measured.bare_load_us, measured.load_us, measured.infer_ns, measured.bare_infer_ns) > 0
+    assert not pool._workers
+
+
+async def test_trial_raises_its_verdict(
+    pool: WorkerPool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(models.add(), root, "m")
+    monkeypatch.setattr("runtime.optimised.trial.MIN_RATE", 1000.0)
+    with pytest.raises(Useless, match=r"slower|no faster"):
+        await tried(pool, root, await optimised(pool, root))
 
 
 @pytest.mark.parametrize(
@@ -87,29 +104,32 @@ async def test_trial_times_one_pair_with_equal_answers(pool: WorkerPool, root: P
     ],
     ids=["answers", "declared"],
 )
-async def test_form_that_differs_is_of_no_use(
+async def test_optimised_model_that_differs_is_useless(
     pool: WorkerPool, root: Path, model: ModelProto, why_not: str
 ) -> None:
     save(model, root, "m")
+    with pytest.raises(Useless) as refused:
+        await tried(pool, root, await made_of(pool, root, models.add(1)))
+    assert str(refused.value) == why_not
+
+
+async def made_of(pool: WorkerPool, root: Path, model: ModelProto) -> OptimisedModel:
+    """Optimise another model, which is given out for one of the model."""
     other = root.parent / "other" / "models"
-    save(models.add(1), other, "m")
-    form = await prepared(pool, other)  # given out for one of the model
-    assert await tried(pool, root, form) == (why_not, None)
+    save(model, other, "m")
+    return await optimised(pool, other)
 
 
-async def test_form_of_a_random_model_is_of_no_use(pool: WorkerPool, root: Path) -> None:
+async def test_model_with_random_answers_is_not_optimised(pool: WorkerPool, root: Path) -> None:
     save(models.random_numbers(), root, "m")
-    with pytest.raises(TrialImpossible, match="otherwise each time"):
-        await tried(pool, root, await prepared(pool, root))
+    with pytest.raises(Useless, match="otherwise each time"):
+        await tried(pool, root, await optimised(pool, root))
 
 
 async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, root: Path) -> None:
     save(models.identity(models.INT64), root, "m")
-    other = root.parent / "other" / "models"
-    save(models.crash_on_rows(LENGTHS[1][0]), other, "m")
-    form = await prepared(pool, other)  # given out for one of the model
-    with pytest.raises(WorkerDied):
-        await tried(pool, root, form)
+    with pytest.raises(Useless, match="prepared: the worker was killed"):
+        await tried(pool, root, await made_of(pool, root, models.crash_on_rows(LENGTHS[1][0])))
     assert not pool._workers
 
 
@@ -118,11 +138,11 @@ async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, root: Pat
     [
         (models.weights(8), (), 5 * 10**6, "the limit is 5000000 bytes"),
         (models.crash_on_zeros(), (), None, "signal 8"),
-        (models.add(2), (Tensor("other", "FP32", (), b"1", text=True),), None, "bare as it is"),
+        (models.add(2), (Tensor("other", "FP32", (), b"1", text=True),), None, "other"),
     ],
     ids=["memory", "crash", "given inputs"],
 )
-async def test_bare_model_that_fails_ends_the_trial(
+async def test_original_that_fails_is_not_optimised(
     pool: WorkerPool,
     root: Path,
     model: ModelProto,
@@ -132,22 +152,33 @@ async def test_bare_model_that_fails_ends_the_trial(
     words: str,
 ) -> None:
     save(model, root, "m")
-    form = await prepared(pool, root)
-    with pytest.raises(TrialInterrupted if limit_bytes else TrialImpossible, match=words):
-        await tried(pool, root, form, *given, limit_bytes=limit_bytes)
+    made = await optimised(pool, root)
+    with pytest.raises(Useless, match=f"bare as it is: .*{words}"):
+        await tried(pool, root, made, *given, limit_bytes=limit_bytes)
 
 
+@pytest.mark.usefixtures("_all_pass")
 async def test_trial_uses_given_inputs(pool: WorkerPool, root: Path) -> None:
     save(models.reshape(6), root, "m")
-    form = await prepared(pool, root)
-    with pytest.raises(TrialImpossible):
-        await tried(pool, root, form)
+    made = await optimised(pool, root)
+    with pytest.raises(Useless, match="nothing is known"):
+        await tried(pool, root, made)
     given = (
         Tensor("x", "FP32", (6,), b"[1, 2, 3, 4, 5, 6]", text=True),
         Tensor("sides", "INT64", (2,), b"[2, 3]", text=True),
     )
-    _, measured = await tried(pool, root, form, *given)
-    assert measured is not None
+    await tried(pool, root, made, *given)
+
+
+async def test_workers_that_die_with_the_fork_server_prove_nothing(pool: WorkerPool, root: Path) -> None:
+    save(models.counting_loop(), root, "m")
+    made = await optimised(pool, root)
+    given = (trips(models.ENDLESS),)
+    trial = asyncio.ensure_future(tried(pool, root, made, *given))
+    await until(lambda: any(worker.in_flight for worker in pool._workers))
+    os.kill(fork_server_of(pool).pid, signal.SIGKILL)
+    with pytest.raises(ForkServerUnavailable):
+        await trial
 
 
 # Made-up inputs

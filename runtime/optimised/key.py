@@ -1,4 +1,4 @@
-"""The key of a cached model: its sources, the ONNX Runtime and the CPU.
+"""The key of an optimised model: its sources, the ONNX Runtime and the CPU.
 
 A difference in any of these is another key. Weights packed for one CPU may crash or slow down another one, so
 the key has the kinds of CPU in /proc/cpuinfo (proc(5)) and their features. Frequencies, core numbers and
@@ -16,9 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from events.codec import encode_canonical
-from runtime.cache.manifest import LAYOUT
 
 PROC = Path("/proc")
+LAYOUT = 5
+"""Version of how optimised models are made and stored; a new number is a new key for each."""
 KIND = frozenset(
     (
         *("vendor_id", "cpu family", "model", "model name", "stepping"),  # x86
@@ -29,13 +30,10 @@ FEATURES = frozenset(("flags", "Features"))
 """The names of the list of a CPU's features on x86 and ARM."""
 MAX_TEXT_BYTES = 16 * 2**20
 """Limit of what is read: enough for 8,000 cores of 2 kB each."""
-
-
-_PACKAGE = "onnxruntime"
-_LIBRARIES = "capi"
-"""The package's folder of libraries."""
-_SAYS = "build_and_package_info.py"
-"""The file beside them with the package's name and version."""
+_PACKAGE, _LIBRARIES = "onnxruntime", "capi"
+"""ONNX Runtime's package, and its folder of libraries."""
+_DESCRIPTION = "build_and_package_info.py"
+"""The file beside the libraries with the package's name and version."""
 
 
 @cache
@@ -50,13 +48,9 @@ def cpu_features(proc: Path = PROC) -> str:
             text = file.read(MAX_TEXT_BYTES).decode(errors="replace")
     except OSError:
         text = ""
-    return hashlib.sha256(encode_canonical(sorted(_kinds(text))).encode()).hexdigest()
-
-
-def _kinds(text: str) -> set[tuple[tuple[str, str], ...]]:
-    """Return each kind of processor once; large and small cores are two kinds."""
-    kinds = {tuple(sorted(_description(processor))) for processor in text.split("\n\n")}
-    return kinds - {()}
+    # Each kind once: large and small cores are two.
+    kinds = {tuple(sorted(_description(processor))) for processor in text.split("\n\n")} - {()}
+    return hashlib.sha256(encode_canonical(sorted(kinds)).encode()).hexdigest()
 
 
 def _description(processor: str) -> Iterator[tuple[str, str]]:
@@ -70,7 +64,7 @@ def _description(processor: str) -> Iterator[tuple[str, str]]:
 
 
 def make_key(digest: str) -> str:
-    """Return the key of a cached model: SHA-256, in 64 hex digits, of all that it depends on.
+    """Return the key of an optimised model: SHA-256, in 64 hex digits, of all that it depends on.
 
     The other session options are the same for all models; whoever changes them increments `LAYOUT`.
 
@@ -79,7 +73,7 @@ def make_key(digest: str) -> str:
     """
     parts = {
         "layout": LAYOUT,
-        "runtime": _runtime(),
+        "runtime": _describe_runtime(),
         "machine": platform.machine(),
         "cpu": cpu_features(),
         "sources": digest,
@@ -96,14 +90,14 @@ def runtime_was_replaced(pid: int, proc: Path = PROC) -> bool:
     return any(f"/{_PACKAGE}/{_LIBRARIES}/" in line and line.endswith(" (deleted)") for line in lines)
 
 
-def _runtime() -> str:
+def _describe_runtime() -> str:
     """Describe the installed ONNX Runtime, which this process must not import.
 
     It may come from any of several distributions, and be replaced while this process runs. To look its
     distribution up takes a second; the package's own description and the sizes of its libraries identify it,
     too, and stay the same after a reinstallation.
     """
-    folder = _libraries()
+    folder = _find_libraries()
     try:
         return "" if folder is None else _describe_folder(folder, folder.stat().st_mtime_ns)
     except OSError:
@@ -111,15 +105,15 @@ def _runtime() -> str:
 
 
 @cache
-def _libraries() -> Path | None:
+def _find_libraries() -> Path | None:
     found = find_spec(_PACKAGE)
-    places = (found.submodule_search_locations if found is not None else None) or []
-    return next((Path(place, _LIBRARIES) for place in places), None)
+    folders = (found.submodule_search_locations if found is not None else None) or []
+    return next((Path(folder, _LIBRARIES) for folder in folders), None)
 
 
 @lru_cache(maxsize=1)
 def _describe_folder(folder: Path, _changed_ns: int) -> str:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     sizes = [[path.name, path.stat().st_size] for path in files if ".so" in path.suffixes]
-    says = [path.read_text(errors="replace") for path in files if path.name == _SAYS]
-    return encode_canonical([says, sizes])
+    description = [path.read_text(errors="replace") for path in files if path.name == _DESCRIPTION]
+    return encode_canonical([description, sizes])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.history import child
 
-from runtime.cache.key import cpu_features, runtime_was_replaced
+from runtime.optimised.key import cpu_features, runtime_was_replaced
 
 X86 = """\
 processor	: {number}
@@ -74,7 +74,7 @@ def test_unknown_cpus_are_equal(tmp_path: Path) -> None:
 KEYS = """
 import os
 from pathlib import Path
-from runtime.cache.key import make_key
+from runtime.optimised.key import make_key
 folder = Path(sys.argv[1], "onnxruntime", "capi")
 def key(name, data, mtime):
     (folder / name).write_bytes(data)
@@ -100,7 +100,7 @@ def test_key_covers_the_onnxruntime_package(tmp_path: Path) -> None:
     without = tmp_path / "without"
     without.mkdir()
     (without / "onnxruntime.py").touch()
-    script = "from runtime.cache.key import make_key; assert len(make_key([])) == 64"
+    script = "from runtime.optimised.key import make_key; assert len(make_key([])) == 64"
     subprocess.run(child(script, first=without), check=True)
 
 

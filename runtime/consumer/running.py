@@ -1,0 +1,460 @@
+"""A load as it runs: its workers, progress and memory, and why its attempt ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from msgspec.structs import replace
+
+from events.clock import add_seconds
+from events.jobs import FORK_SERVER_DIED, Failure, Job
+from events.types import (
+    LoadParameters,
+)
+from runtime.errors import (
+    LoadRefused,
+    NoProgress,
+    RuntimeProblem,
+    WorkerDied,
+)
+from runtime.estimates import file_sizes
+from runtime.memory import thread_bytes
+from runtime.optimised.trial import CHANGED
+from runtime.process.sampling import WorkerMemory
+from runtime.process.worker import Worker
+from runtime.repository import SizedFile
+from runtime.scheduler.admission import format_megabytes
+from runtime.scheduler.view import LoadView, MemoryEstimate, Phase
+from runtime.statistics import Statistics
+from runtime.timeouts import PROGRESS_TIMEOUT_S
+from runtime.wire import Load, Loaded, OptimisedModel, Tensor
+
+_log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY: Final = "out_of_memory"
+
+
+class LoadRun(NamedTuple):
+    """A snapshot of a load's workers and tasks, and its phase and memory, which follow from that.
+
+    Attributes:
+        started: ids of the workers that were started, exited or not.
+        exited: those of them that have exited.
+        expected_exits: ids of workers that the server stopped, or that refused to load.
+        is_loaded: whether all of them have loaded.
+        has_tasks: whether a task loads or unloads it.
+        measured_bytes: private bytes of the workers that have not exited.
+    """
+
+    started: Sequence[str]
+    exited: Collection[str]
+    expected_exits: Collection[str] = ()
+    is_loaded: bool = False
+    has_tasks: bool = False
+    unloading: bool = False
+    killed: bool = False
+    reserved_bytes: int = 0
+    measured_bytes: int = 0
+
+    @property
+    def alive(self) -> list[str]:
+        return [worker_id for worker_id in self.started if worker_id not in self.exited]
+
+    @property
+    def has_exited(self) -> bool:
+        return bool(self.started) and not self.alive
+
+    @property
+    def unexpected_exits(self) -> tuple[str, ...]:
+        exited = (worker_id for worker_id in self.started if worker_id in self.exited)
+        return tuple(worker_id for worker_id in exited if worker_id not in self.expected_exits)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether neither a worker nor a task is left."""
+        return not self.has_tasks and not self.alive
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that count against the budget, until the workers have exited."""
+        if self.is_loaded:
+            return self.measured_bytes
+        is_over = self.has_exited or (self.killed and self.is_finished)
+        return 0 if is_over else max(self.reserved_bytes, self.measured_bytes)
+
+    def find_phase(self, *, is_job_unended: bool) -> Phase:
+        """Return how far the load is, whose job has ended or not."""
+        if is_job_unended:
+            return Phase.LOADING
+        if self.has_exited:
+            return Phase.GONE
+        return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
+
+
+@dataclass(slots=True, eq=False)
+class PendingLoad:
+    """A load until its coroutine ends: what it will need, and the grant that it waits for.
+
+    Attributes:
+        task: its coroutine.
+        estimate: None while its files are being read, and why they cannot be.
+        is_new: whether they have been read for less than `ESTIMATE_WAIT_S`.
+        is_bare: whether its optimised model failed, so that it loads without one.
+        outdated: how often it was estimated for other files than it then found.
+        grant: set by the consumer when `LoadStarted` is recorded.
+    """
+
+    task: asyncio.Task[None]
+    estimate: MemoryEstimate | Failure | None = None
+    is_new: bool = True
+    is_bare: bool = False
+    outdated: int = 0
+    grant: asyncio.Future[RunningLoad] = field(default_factory=asyncio.Future)
+
+    @property
+    def is_restarted(self) -> bool:
+        """Whether it was estimated anew, so that its next start is in the same attempt."""
+        return self.is_bare or self.outdated > 0
+
+    @property
+    def is_waiting(self) -> bool:
+        return not self.grant.done()
+
+    @property
+    def known_bytes(self) -> int | None:
+        return self.estimate.bytes if isinstance(self.estimate, MemoryEstimate) else None
+
+    @property
+    def known_estimate(self) -> MemoryEstimate:
+        """The estimate, which a load that is granted has.
+
+        Raises:
+            RuntimeError: it is not known.
+        """
+        if not isinstance(self.estimate, MemoryEstimate):
+            raise RuntimeError("the load has no estimate")  # noqa: TRY004 - not of an argument
+        return self.estimate
+
+    def restart(self, *, is_bare: bool) -> None:
+        """Begin again, with a new estimate: without the optimised model, or for other files."""
+        self.is_bare = self.is_bare or is_bare
+        self.outdated += not is_bare
+        self.estimate, self.is_new, self.grant = None, True, asyncio.Future()
+
+
+class LoadEnded(Exception):
+    """This attempt of a load has ended; its `failure` or `restart` says why."""
+
+
+@dataclass(slots=True, eq=False)
+class RunningLoad:
+    """The live side of a load that was granted. Only the consumer and its tasks change it, on the event loop.
+
+    Attributes:
+        worker_id: the first worker's id; that worker may not have started yet.
+        progress_timeout_s: how long its loading may make no progress.
+        workers: all workers that were started, exited or not.
+        report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
+        reports: those of the workers that have loaded, by worker id.
+        stage: the latest stage that it has reached.
+        steps: the stages that it and each of its workers have reached.
+        pieces: how many pieces of files were copied or hashed.
+        is_reload: whether the system brings back what was loaded.
+        optimised: the optimised model that its workers load.
+        failure: why the load fails.
+        restart: why this attempt ends, and the load is estimated and granted anew.
+        rejects_optimised: whether that speaks against the optimised model.
+        warm_up_inputs: inputs of the warm-up run; none are zeros.
+        draining: whether routing to it has stopped.
+        unloading: whether `run_unload` has begun.
+        expected_exits: ids of workers that the server stopped, or that refused to load.
+        killed: whether its workers were killed.
+        recorded_exits: ids of workers whose unexpected exit was recorded.
+        estimate: what it reserves until `report` is set.
+        file_bytes: the size of the files that it loads, with those of its optimised model.
+        allowance: tells how many bytes its workers may take until they have loaded; None is no limit.
+        budget_bytes: the memory budget; None is no limit.
+        last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
+    """
+
+    job_id: str
+    model_id: str
+    version: int
+    parameters: LoadParameters
+    worker_id: str
+    wake: Callable[[], None]
+    workers: list[Worker] = field(default_factory=list)
+    progress_timeout_s: float = PROGRESS_TIMEOUT_S
+    report: Loaded | None = None
+    reports: dict[str, Loaded] = field(default_factory=dict)
+    is_reload: bool = False
+    failure: Failure | None = None
+    restart: str | None = None
+    rejects_optimised: bool = False
+    stage: str | None = None
+    steps: set[tuple[str, str]] = field(default_factory=set)
+    pieces: int = 0
+    optimised: OptimisedModel | None = None
+    warm_up_inputs: tuple[Tensor, ...] = ()
+    starting_us: int = 0
+    draining: bool = False
+    unloading: bool = False
+    expected_exits: set[str] = field(default_factory=set)
+    killed: bool = False
+    recorded_exits: set[str] = field(default_factory=set)
+    requests_at_drain: int = 0
+    aborted_requests: int = 0
+    freed_bytes: int = 0
+    estimate: MemoryEstimate = field(default_factory=lambda: MemoryEstimate(0))
+    file_bytes: int = 0
+    allowance: Callable[[], int | None] = lambda: None
+    budget_bytes: int | None = None
+    last_used_ns: int = 0
+    statistics: Statistics = field(default_factory=Statistics)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def only_worker_id(self) -> str | None:
+        """The worker id for facts about the whole load, if it has one instance."""
+        return self.worker_id if self.parameters.instances == 1 else None
+
+    @property
+    def alive_workers(self) -> list[Worker]:
+        return [worker for worker in self.workers if not worker.ended.done()]
+
+    @property
+    def run(self) -> LoadRun:
+        return LoadRun(
+            started=[worker.worker_id for worker in self.workers],
+            exited={worker.worker_id for worker in self.workers if worker.ended.done()},
+            expected_exits=self.expected_exits,
+            is_loaded=self.report is not None,
+            has_tasks=bool(self.tasks),
+            unloading=self.unloading,
+            killed=self.killed,
+            reserved_bytes=self.estimate.bytes,
+            measured_bytes=self.measured_bytes,
+        )
+
+    @property
+    def serving(self) -> tuple[Worker, ...]:
+        """The workers that take inferences: loaded, alive, and not being ended."""
+        if self.report is None or self.draining:
+            return ()
+        return tuple([worker for worker in self.workers if not worker.dying])
+
+    @property
+    def memory_bytes(self) -> int:
+        """As `LoadRun.memory_bytes`; quickly once it is loaded, since samples of loading workers sum all."""
+        return self.run.memory_bytes if self.report is None else self.measured_bytes
+
+    @property
+    def unexpected_exits(self) -> list[Worker]:
+        if len(self.alive_workers) == len(self.workers):
+            return []
+        exited = self.run.unexpected_exits
+        return [worker for worker in self.workers if worker.worker_id in exited]
+
+    @property
+    def drained_requests(self) -> int:
+        """Requests that were running when the drain began, and were answered."""
+        return max(0, self.requests_at_drain - self.aborted_requests)
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """Counters that grow with progress; the time and memory that a worker takes are none."""
+        return len(self.workers), len(self.steps), self.pieces
+
+    @property
+    def measured_bytes(self) -> int:
+        """Private bytes of its workers at the last measurement, or sample of those that load."""
+        return sum(worker.memory_bytes for worker in self.alive_workers)
+
+    @property
+    def loaded_memory(self) -> list[WorkerMemory]:
+        """The memory of its workers right after each had loaded."""
+        return [worker.loaded_memory for worker in self.workers if worker.loaded_memory is not None]
+
+    @property
+    def in_flight(self) -> int:
+        return sum(worker.in_flight for worker in self.alive_workers)
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether it is being loaded or unloaded, or an inference is queued or running."""
+        return bool(self.tasks) or self.in_flight > 0
+
+    def last_used_at(self, now: str) -> str | None:
+        """Return the timestamp at which the last inference ended; None without one."""
+        if not self.last_used_ns:
+            return None
+        return add_seconds(now, (self.last_used_ns - time.monotonic_ns()) / 1e9)
+
+    def to_view(self, job: Job | None, now: str = "", *, is_demanded: bool = False) -> LoadView:
+        """Return what the scheduler sees; `job` is the load's job until it has ended."""
+        run = self.run
+        return LoadView(
+            self.job_id,
+            self.model_id,
+            run.find_phase(is_job_unended=job is not None),
+            self.killed,
+            run.unexpected_exits,
+            run.memory_bytes,
+            busy=is_demanded or self.in_flight > 0,
+            last_used_at=self.last_used_at(now),
+        )
+
+    def reach_stage(self, stage: str, worker_id: str = "") -> None:
+        """Note a stage of the load, or of one of its workers; it is progress once for each."""
+        self.stage = stage
+        self.steps.add((worker_id, stage))
+
+    def count_piece(self) -> None:
+        self.pieces += 1
+
+    def track(self, effect: asyncio.Task[None]) -> None:
+        """Keep a task until it ends, then wake the consumer."""
+        self.tasks.add(effect)
+        effect.add_done_callback(self._on_task_end)
+
+    def _on_task_end(self, effect: asyncio.Task[None]) -> None:
+        self.tasks.discard(effect)
+        if not effect.cancelled() and effect.exception() is not None:
+            _log.error("an effect on %s failed", self.model_id, exc_info=effect.exception())
+            self.kill()
+        self.wake()
+
+    def check(self) -> None:
+        """Check that this attempt goes on, and that no worker has died.
+
+        Raises:
+            LoadEnded: it does not, or one has.
+        """
+        if self.failure is None and self.restart is None and (dead := self.unexpected_exits):
+            code = FORK_SERVER_DIED if any(worker.orphaned for worker in dead) else WorkerDied.code
+            self.failure = Failure(code, "the worker died right after it had loaded the model")
+        if self.failure is not None or self.restart is not None:
+            raise LoadEnded
+
+    def store_failure(self, problem: RuntimeProblem, worker: Worker | None = None) -> None:
+        """Store why this attempt ends, and with which worker; the first reason counts."""
+        if self.failure is not None or self.restart is not None:
+            return
+        is_orphaned = worker is not None and worker.orphaned
+        if not (is_orphaned or self.killed):
+            self.restart = _find_restart(self.optimised, problem)
+            self.rejects_optimised = self.restart is not None and _speaks_against(problem)
+        if self.restart is not None:
+            return
+        if worker is not None and isinstance(problem, WorkerDied):
+            self.failure = _describe_death(worker, problem, self.stage)
+        else:
+            self.failure = Failure(problem.code, str(problem))
+
+    def kill(self) -> None:
+        """Kill all workers now, however stuck they are, and count what that aborts."""
+        if self.report is None:  # more would be started; and who waits for one may meet a stuck fork server
+            for effect in self.tasks:
+                effect.cancel()
+        self.kill_workers()
+
+    def kill_workers(self) -> None:
+        self.killed = True
+        for worker in self.alive_workers:
+            self.expect_exit(worker)
+            worker.kill()
+
+    def on_exit(self, worker: Worker) -> None:
+        """End this attempt if a worker that had loaded has died before all have."""
+        if self.report is None and worker.worker_id in self.reports and not self.killed:
+            with suppress(LoadEnded):
+                self.check()
+            self.kill_workers()
+        self.wake()
+
+    def check_estimate(self, files: Sequence[SizedFile]) -> None:
+        """Note the files to load, and check, before a worker is started, that the reservation is for them.
+
+        Raises:
+            LoadEnded: they are others.
+        """
+        self.file_bytes = sum(file.bytes for file in files)
+        if self.estimate.files != file_sizes(files):
+            self.restart = OTHER_FILES
+            raise LoadEnded
+
+    def limit_memory(self, order: Load) -> Load:
+        """Return an order with memory limits; RLIMIT_DATA also counts mappings of files, and stacks."""
+        allowance, instances = self.allowance(), self.parameters.instances
+        if allowance is None or self.budget_bytes is None:
+            return order
+        optimised_bytes = self.optimised.bytes if self.optimised is not None else 0
+        mapped = self.file_bytes + optimised_bytes + (order.threads + 1) * thread_bytes()
+        others = (instances - 1) * (self.estimate.bytes // instances)
+        limit = allowance - others + mapped
+        return replace(order, load_limit_bytes=limit, ceiling_bytes=self.budget_bytes + mapped)
+
+    def check_allowance(self, worker: Worker) -> None:
+        """End this attempt if its loading workers have taken more memory than they may."""
+        allowance, taken = self.allowance(), self.measured_bytes
+        if self.report is None and allowance is not None and taken > allowance:
+            took = f"the load took {format_megabytes(taken)} of memory"
+            self.store_failure(LoadRefused(OUT_OF_MEMORY, f"{took}; {self.describe_allowance()}"), worker)
+            self.kill_workers()
+
+    def describe_allowance(self) -> str:
+        """Return how much memory the load may take, for the message of one that took more."""
+        may_take = format_megabytes(self.allowance() or 0)
+        reserved = format_megabytes(self.estimate.bytes)
+        return f"it may take {may_take}: what it reserved, {reserved}, and what is free of the memory budget"
+
+    def expect_exit(self, worker: Worker) -> None:
+        """Note, right before a worker's end, what it aborts and how many bytes it releases."""
+        if worker.worker_id not in self.expected_exits:
+            self.expected_exits.add(worker.worker_id)
+            self.aborted_requests += worker.in_flight
+            self.freed_bytes += worker.memory_bytes if worker.loaded_memory is not None else 0
+
+
+OTHER_FILES = "the model's files are no longer those that its memory was estimated for"
+GONE = "its optimised model is gone"
+
+
+def _find_restart(optimised: OptimisedModel | None, problem: RuntimeProblem) -> str | None:
+    """Return what a problem says against the optimised model; None if a load without it would not help.
+
+    Whether it is a problem of the model, a load without it shows.
+    """
+    if optimised is None:
+        return None
+    match problem:
+        case NoProgress():
+            return str(problem)
+        case WorkerDied():
+            return f"{problem} while it loaded that"
+        case LoadRefused(code=code) if code not in CHANGED:  # it can take more memory than the model itself
+            return str(problem)
+    return None
+
+
+def _speaks_against(problem: RuntimeProblem) -> bool:
+    """Whether a problem speaks against an optimised model: a kill, or a limit of the load, does not."""
+    if isinstance(problem, WorkerDied):
+        return problem.end.signal != signal.SIGKILL
+    return isinstance(problem, LoadRefused) and problem.code != OUT_OF_MEMORY
+
+
+def _describe_death(worker: Worker, death: WorkerDied, stage: str | None) -> Failure:
+    """Return the failure of a load whose worker died, with the worker's last lines if they are recorded."""
+    lines = "\n".join(worker.recorded_tail())
+    said = f"; it said:\n{lines}" if lines else ""
+    code = FORK_SERVER_DIED if worker.orphaned else death.code
+    at = "warmed the model up" if stage == "warming_up" else "loaded the model"
+    return Failure(code, f"{death} while it {at}{said}")

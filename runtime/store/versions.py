@@ -1,0 +1,481 @@
+"""The versions of models: a load holds the files of one, from the store or else from the repository.
+
+`Versions.version` finds stored files, or takes a private copy; their hashes are known if the repository still
+has the files that were stored, or if the load must have certain bytes. Else `HeldVersion.hash` finds them
+beside the creation of the session, and `settle` keeps the copy under its name. Without a store, workers load
+from the repository itself.
+
+What blocks runs in daemon threads, so that a file system that hangs delays only its model. A thread cannot be
+stopped: between two pieces it sees that its caller has left, and what it still finds is given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from events.jobs import BYTES_GONE
+from events.types import Contents, LoadedFile, contents_of
+from runtime.errors import (
+    CopyCancelled,
+    LoadRefused,
+    RepositoryUnreadable,
+    RuntimeProblem,
+    UnknownModel,
+    UnknownVersion,
+)
+from runtime.filesystem import LOAD_LIMIT_S, busy, start_call
+from runtime.onnxfields import TooManyFields, Unparsable
+from runtime.onnxfile import (
+    FOREIGN_HEAD_BYTES,
+    FileWindows,
+    ModelSignature,
+    describe_foreign_content,
+    find_model_file,
+    read_signature,
+)
+from runtime.repository import FoundFile, Repository, SizedFile, VersionFolder, open_folder
+from runtime.store.copying import OnPiece, hash_descriptor, on_no_piece
+from runtime.store.folder import explain_os_errors
+from runtime.store.manifest import StoredFile, digest_of, hash_file
+from runtime.store.store import Source, Store
+from runtime.timeouts import TimeoutExpired, timeout
+
+T = TypeVar("T")
+
+THREAD = "files of a model"
+MAX_SIGNATURES = 256
+"""Kept inputs and outputs of files; each has at most 64 KiB."""
+RETRY_S = 1.0
+"""Pause before files are given back once more, where no thread could start."""
+
+
+class BytesGone(RuntimeProblem):
+    """Neither the store nor the repository has the bytes from which the model served."""
+
+    code = BYTES_GONE
+
+
+class Versions:
+    """The versions of a repository, and what the store has of them.
+
+    Methods that are no coroutines block.
+
+    Args:
+        repository: the source of versions.
+        store: what workers load from; None lets them load from the repository, which then must not change.
+    """
+
+    def __init__(self, repository: Repository, store: Store | None) -> None:
+        self.repository = repository
+        self.store = store
+        self._sources = dict[tuple[str, int], Source]()
+        self._signatures = dict[FoundFile, ModelSignature | str]()
+
+    @property
+    def folders(self) -> set[str]:
+        """The folders of the server that messages about a model may name."""
+        return {str(self.repository.root), *((str(self.store.path),) if self.store is not None else ())}
+
+    def read_signature(self, model_id: str, version: int | None) -> tuple[int, ModelSignature]:
+        """Return a version, by default the highest, and the inputs and outputs that its file declares.
+
+        Raises:
+            LoadRefused: `invalid_model`, it declares none that can be read; `unsafe_file`, `model_changed`.
+            RuntimeProblem: `unknown_model`, `unknown_version`, `repository_unreadable`.
+        """
+        chosen = self.repository.versions(model_id)[-1] if version is None else version
+        with self.repository.open_version(model_id, chosen) as (folder, found):
+            name = find_model_file(each.path for each in found)
+            file = next(each for each in found if each.path == name)  # without it, it would not open
+            known = self._signatures.get(file)
+            if known is None:
+                with folder.open_file(file.path, file) as descriptor:
+                    known = _read_signature(descriptor, file)
+                if len(self._signatures) >= MAX_SIGNATURES:
+                    self._signatures.clear()
+                self._signatures[file] = known
+        if isinstance(known, str):
+            raise LoadRefused("invalid_model", known)
+        return chosen, known
+
+    def known_contents(self, model_id: str, version: int) -> Contents | None:
+        """Return the contents of a version if the repository still has the files that were loaded from it.
+
+        Raises:
+            LoadRefused: `unsafe_file`, `model_changed`.
+            RepositoryUnreadable: `repository_unreadable`.
+        """
+        source = self.read_source(model_id, version)
+        if source is None or source.files != self.repository.stat_version(model_id, version):
+            return None
+        return source.contents
+
+    def has_changed(self, model_id: str, version: int, loaded: Iterable[LoadedFile]) -> bool:
+        """Whether the repository has other files than those that were loaded, as far as their identities say.
+
+        A version that is not there, or cannot be looked at, is no newer one; nor is one of which nothing was
+        recorded.
+        """
+        try:
+            source = self.read_source(model_id, version)
+            return source is not None and self.known_contents(model_id, version) != contents_of(loaded)
+        except (LoadRefused, RepositoryUnreadable):
+            return False
+
+    def read_source(self, model_id: str, version: int) -> Source | None:
+        """Return of which bytes a version was when it was loaded last, and its files then."""
+        if self.store is None:
+            return self._sources.get((model_id, version))
+        return self.store.read_source(model_id, version)
+
+    def record_source(self, model_id: str, version: int, source: Source) -> None:
+        """Record of which bytes a version is, so that later loads and requests know it by its files."""
+        if self.store is None:
+            self._sources[model_id, version] = source
+        else:
+            self.store.record_source(model_id, version, source)
+
+    async def stat(self, model_id: str, version: int) -> tuple[FoundFile, ...]:
+        """Return the identities of a version's files; for errors see `Repository.open_version`.
+
+        Raises:
+            RepositoryBusy: `repository_busy`, they are not known within `LOAD_LIMIT_S`.
+        """
+
+        def find_files() -> tuple[FoundFile, ...]:
+            with self.repository.open_version(model_id, version) as (_, found):
+                return found
+
+        return await self.repository.file_system.run(model_id, find_files, LOAD_LIMIT_S)
+
+    async def has_contents(self, model_id: str, version: int, contents: Contents) -> bool:
+        """Whether the repository's files of a version are these bytes; False if that cannot be known now.
+
+        Files that are not known are hashed where they lie, and nothing is copied. If they are the same, they
+        are known from then on.
+        """
+        held = HeldVersion(self, model_id, version)
+        try:
+            return await held.has_contents(contents)
+        except RuntimeProblem:
+            return False
+        finally:
+            held.leave()
+
+    @asynccontextmanager
+    async def version(
+        self,
+        model_id: str,
+        version: int,
+        expected: Sequence[LoadedFile] | None = None,
+        on_piece: OnPiece = on_no_piece,
+    ) -> AsyncIterator[HeldVersion]:
+        """Hold the files of a version: those of the repository, or those of a load before.
+
+        At the end of the context they are given back, without waiting for a thread.
+
+        Args:
+            model_id: the model.
+            version: its version.
+            expected: the files that the version must have, as the ledger has them: from the store, whatever
+                the repository is like, or else from the repository; None takes the present ones.
+            on_piece: called whenever a piece of a file was copied or hashed, in any thread.
+
+        Raises:
+            RepositoryBusy: `repository_busy`, nothing of the files could be read for `LOAD_LIMIT_S`.
+            BytesGone: `bytes_gone`, `expected` are nowhere.
+            RuntimeProblem: `unknown_model`, `unknown_version`, or of the copy: see `Store.take`.
+        """
+        held = HeldVersion(self, model_id, version, on_piece)
+        try:
+            await held.obtain(expected)
+            yield held
+        finally:
+            held.leave()
+
+
+class HeldVersion:
+    """The files of a version, which nobody else changes until the end of `Versions.version`.
+
+    They are found in the repository, taken into a private copy, and settled in the store, or found there.
+
+    Attributes:
+        root: what no file may leave.
+        folder: where workers find the files; another one once a private copy is settled.
+        files: as the repository has them, or had them when they were loaded, in order of their paths.
+        sha256s: their hashes, in the same order; None until they are known.
+        digest: of the stored version that is held; None until there is one.
+        copying_us: how long taking them into the store took; None if they were there.
+        hashing_us: how long hashing took; 0 if the hashes were known.
+    """
+
+    def __init__(
+        self, versions: Versions, model_id: str, version: int, on_piece: OnPiece = on_no_piece
+    ) -> None:
+        self.model_id, self.version = model_id, version
+        self._versions, self._repository, self._store = versions, versions.repository, versions.store
+        self._on_piece = on_piece
+        self.root, self.folder = self._repository.root, self._repository.folder_of(model_id, version)
+        self.files: tuple[SizedFile, ...] = ()
+        self.sha256s: tuple[str, ...] | None = None
+        self.digest: str | None = None
+        self.copying_us: int | None = None
+        self.hashing_us = 0
+        self._found: tuple[FoundFile, ...] = ()
+        self._hashed: tuple[StoredFile, ...] = ()
+        self._copy: Path | None = None
+        self._running: asyncio.Future[Any] | None = None
+        self._pieces = 0
+        self._has_left = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether workers load from the store."""
+        return self._store is not None
+
+    @property
+    def loaded_files(self) -> tuple[LoadedFile, ...]:
+        """The files as the ledger records them.
+
+        Raises:
+            RuntimeError: they have not been hashed.
+        """
+        if self.sha256s is None:
+            raise RuntimeError(f"the files in {self.folder} have not been hashed")
+        return tuple(
+            LoadedFile(file.path, file.bytes, file.mtime_ns, sha256)
+            for file, sha256 in zip(self.files, self.sha256s, strict=True)
+        )
+
+    @property
+    def contents(self) -> Contents | None:
+        """Path and hash of each file; None until they are known."""
+        return None if self.sha256s is None else contents_of(self.loaded_files)
+
+    async def obtain(self, expected: Sequence[LoadedFile] | None) -> None:
+        """Find or take the files, once; for `expected` and errors see `Versions.version`."""
+        if expected is not None:  # whatever the repository is like: it may not be there any more
+            await self._run(partial(self._find, contents_of(expected), expected))
+        if not self.files:
+            await self._read_repository(partial(self._take, is_reload=expected is not None))
+        if expected is not None and await self.hash() != contents_of(expected):
+            raise self._gone(_describe_difference(self.loaded_files, expected))
+
+    async def has_contents(self, contents: Contents) -> bool:
+        """Whether the repository's files are these bytes; for errors see `hash` and `Versions.version`."""
+        return await self._read_repository(partial(self._compare, contents))
+
+    async def hash(self) -> Contents:
+        """Hash the files, unless their hashes are known.
+
+        Raises:
+            LoadRefused: `model_changed`, files of the repository itself changed meanwhile.
+            RuntimeProblem: `store_unavailable`, `repository_unreadable`, `repository_busy`.
+        """
+        if self.sha256s is None:
+            await self._run(self._hash)
+        return contents_of(self.loaded_files)
+
+    async def settle(self) -> None:
+        """Keep hashed files for later loads: a private copy gets its name in the store.
+
+        Raises:
+            RuntimeProblem: `store_unavailable`, `repository_busy`.
+        """
+        if self.digest is None:
+            await self._run(self._settle)
+
+    async def make_durable(self) -> None:
+        """Sync settled files to the disk.
+
+        Raises:
+            RuntimeProblem: `store_unavailable`, `repository_busy`; the next start does not find them.
+        """
+        if self._store is not None and self.digest is not None:
+            await self._run(partial(self._store.make_durable, self.digest))
+
+    def leave(self) -> None:
+        """Give the files back, as soon as no thread works on them; a copy that is not settled is removed."""
+        self._has_left = True
+        if self._running is None or self._running.done():
+            self._release()
+        else:
+            self._running.add_done_callback(lambda _: self._release())
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        self._running = running = start_call(self.model_id, work, name=THREAD)
+        return await asyncio.shield(running)
+
+    async def _read_repository(self, work: Callable[[], T]) -> T:
+        """Return the result of what reads files of the repository in a thread.
+
+        The version's folder is listed first, in the pool, of which a file system that hangs takes one thread
+        only.
+
+        Raises:
+            RepositoryBusy: `repository_busy`, it did not go on for `LOAD_LIMIT_S`.
+        """
+        find_file = partial(self._repository.find_file, self.model_id, self.version)
+        await self._repository.file_system.run(self.model_id, find_file, LOAD_LIMIT_S)
+        try:
+            async with timeout(LOAD_LIMIT_S, lambda: self._pieces):
+                return await self._run(work)
+        except TimeoutExpired:
+            raise busy(self.model_id, f"has given nothing to copy for {LOAD_LIMIT_S:g} s") from None
+
+    def _end_piece(self) -> None:
+        """Count a piece of a file, and end the thread's work if nobody waits for the files any more."""
+        if self._has_left:
+            raise CopyCancelled
+        self._pieces += 1
+        self._on_piece()
+
+    def _find(self, contents: Contents, files: Sequence[SizedFile]) -> bool:
+        """Hold stored files, with their times in the repository; returns False if the store has none."""
+        digest = digest_of(contents)
+        if self._store is None or self._store.find(digest, self._end_piece) is None:
+            return False
+        self.digest, self.sha256s = digest, tuple(sha256 for _, sha256 in contents)
+        self.root = self.folder = self._store.folder_of(digest)
+        self.files = tuple(sorted(files, key=lambda file: file.path))
+        return True
+
+    def _take(self, *, is_reload: bool) -> None:
+        """Find or take the files that the repository has; a reload cannot go on without them."""
+        try:
+            with self._repository.open_version(self.model_id, self.version) as (folder, found):
+                self._take_from(folder, found)
+        except (UnknownModel, UnknownVersion):
+            if not is_reload:
+                raise
+            _check_mounted(self.root)
+            raise self._gone("the repository has no such version any more") from None
+        except LoadRefused as refused:
+            if not is_reload or refused.code != "unsafe_file":
+                raise
+            raise self._gone(f"of what the repository has, {refused}") from None
+
+    def _take_from(self, folder: VersionFolder, found: tuple[FoundFile, ...]) -> None:
+        source = self._versions.read_source(self.model_id, self.version)
+        known = source.contents if source is not None and source.files == found else None
+        if known is not None and self._find(known, found):
+            return
+        if self._store is not None:
+            began_ns = time.monotonic_ns()
+            self.root = self.folder = self._copy = self._store.take(folder, found, self._end_piece)
+            self.copying_us = (time.monotonic_ns() - began_ns) // 1000
+        elif known is not None:
+            self.sha256s = tuple(sha256 for _, sha256 in known)
+        self.files = self._found = found
+
+    def _compare(self, contents: Contents) -> bool:
+        with self._repository.open_version(self.model_id, self.version) as (folder, found):
+            source = self._versions.read_source(self.model_id, self.version)
+            if source is not None and source.files == found:
+                return source.contents == contents
+            if [file.path for file in found] != [path for path, _ in contents]:
+                return False
+            for file, (_, sha256) in zip(found, contents, strict=True):
+                if _hash_source(folder, file, self._end_piece) != sha256:
+                    return False
+            _refuse_changed(folder, found)
+        self._versions.record_source(self.model_id, self.version, Source(contents, found))
+        return True
+
+    def _hash(self) -> None:
+        began_ns = time.monotonic_ns()
+        if self._store is not None:
+            with explain_os_errors(self._store.path):
+                hashed = (hash_file(self.folder, file.path, self._end_piece) for file in self.files)
+                self._hashed = tuple(hashed)
+            self.sha256s = tuple(file.sha256 for file in self._hashed)
+        else:
+            with open_folder(self.root, self.folder) as folder:
+                sha256s = tuple(_hash_source(folder, file, self._end_piece) for file in self._found)
+                _refuse_changed(folder, self._found)
+            self.sha256s = sha256s
+        self.hashing_us = (time.monotonic_ns() - began_ns) // 1000
+
+    def _settle(self) -> None:
+        if self._store is not None and self._copy is not None:
+            self.digest = self._store.settle(self._copy, self._hashed).digest
+            self.root = self.folder = self._store.folder_of(self.digest)
+        source = Source(contents_of(self.loaded_files), self._found)
+        self._versions.record_source(self.model_id, self.version, source)
+
+    def _release(self) -> None:
+        if self._store is not None and self.digest is not None:
+            give_back = partial(self._store.release, self.digest)
+        elif self._store is not None and self._copy is not None:
+            give_back = partial(self._store.discard, self._copy)
+        else:
+            return
+        try:
+            threading.Thread(target=give_back, name=THREAD).start()
+        except RuntimeError:  # no new thread; a long copy would take its time on the loop
+            asyncio.get_running_loop().call_later(RETRY_S, self._release)
+
+    def _gone(self, reason: str) -> BytesGone:
+        return BytesGone(
+            f"version {self.version} of {self.model_id!r} served from bytes that the store does not have any"
+            f" more, and {reason}: load the model again to use what the repository has now"
+        )
+
+
+def _hash_source(folder: VersionFolder, file: FoundFile, on_piece: OnPiece) -> str:
+    """Return the SHA-256 of a file where it lies; another file in its place is refused."""
+    with folder.open_file(file.path, file) as descriptor:
+        try:
+            return hash_descriptor(descriptor, on_piece)
+        except OSError as error:
+            raise RepositoryUnreadable(f"{file.path!r} cannot be read: {error.strerror}") from None
+
+
+def _refuse_changed(folder: VersionFolder, files: tuple[FoundFile, ...]) -> None:
+    """Refuse files that may have been written to while they were read."""
+    if folder.stat_files() != files:
+        raise LoadRefused("model_changed", "the model's files changed while they were loaded")
+
+
+def _read_signature(descriptor: int, file: FoundFile) -> ModelSignature | str:
+    """Return a file's inputs and outputs, or why there are none to read."""
+    try:
+        return read_signature(FileWindows(descriptor), file.bytes)
+    except TooManyFields as problem:
+        return f"{file.path}: {problem}"
+    except Unparsable:
+        head = os.pread(descriptor, FOREIGN_HEAD_BYTES, 0)
+        return f"{file.path} {describe_foreign_content(head, file.bytes) or 'is not an ONNX file'}"
+    except OSError as error:
+        raise RepositoryUnreadable(f"{file.path!r} cannot be read: {error.strerror}") from None
+
+
+def _check_mounted(root: Path) -> None:
+    """Refuse to judge by a repository that is not mounted."""
+    try:
+        is_empty = not list(root.iterdir())
+    except OSError as error:
+        raise RepositoryUnreadable(f"the repository cannot be read: {error.strerror}") from None
+    if is_empty:
+        raise RepositoryUnreadable("the repository is empty: is it mounted?")
+
+
+def _describe_difference(present: Sequence[LoadedFile], expected: Sequence[LoadedFile]) -> str:
+    now = {file.path: file.sha256 for file in present}
+    for file in expected:
+        if now.get(file.path) != file.sha256:
+            is_now = now.get(file.path, "gone")
+            return f"in the repository {file.path!r} with SHA-256 {file.sha256} is now {is_now}"
+    return "the repository has more files now"
