@@ -22,7 +22,7 @@ from events.clock import seconds_between, uuid7
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
-from events.models import ModelState, Serving
+from events.models import ModelState
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -146,44 +146,40 @@ class Loader:
 
     async def _estimate(self, job: Job, pending: PendingLoad) -> None:
         """Estimate the memory of a load; if the model serves from the same bytes, that is found, too."""
-        if pending.outdated > MAX_OUTDATED:
-            pending.estimate = Failure("model_changed", CHANGING)
-            self._stop_waiting(pending)
-            return
         patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, pending)
-        state, (version, parameters) = self._log.state, job.load_order
-        model = state.models.get(job.model_id)
-        footprints = model.footprints if model is not None else ()
         try:
-            files: Sequence[SizedFile] = find_expected(job, model) or await self._versions.stat(
-                job.model_id, version
-            )
-            optimised = None
-            if not pending.is_bare:
-                optimised = await asyncio.to_thread(self._optimiser.expected_for, files, footprints)
-            threads = self._pool.threads_of(parameters)
-            found = estimate_memory(files, version, parameters, footprints, optimised, threads=threads)
-            serving = find_same_workers(state, job)
-            if serving is not None and await self._has_bytes_of(job.model_id, serving):
-                found = change(found, same_as=serving.load_job_id)
-            pending.estimate = found
+            pending.estimate = await self._look_at_files(job, is_bare=pending.is_bare)
         except Exception as error:  # noqa: BLE001 - whatever it is, this load alone has no estimate
             pending.estimate = describe_failure(error)
-        patience.cancel()
-        self._stop_waiting(pending)
+        finally:
+            patience.cancel()
+            self._stop_waiting(pending)
+        if pending.outdated > MAX_OUTDATED:
+            pending.estimate = Failure("model_changed", CHANGING)
+
+    async def _look_at_files(self, job: Job, *, is_bare: bool) -> MemoryEstimate:
+        state, (version, parameters) = self._log.state, job.load_order
+        model, serving = state.models.get(job.model_id), find_same_workers(state, job)
+        footprints = model.footprints if model is not None else ()
+        files: Sequence[SizedFile] | None = find_expected(job, model)
+        files = files or await self._versions.stat(job.model_id, version)
+        optimised = None
+        if footprints and not is_bare:
+            optimised = await asyncio.to_thread(self._optimiser.expected_for, files, footprints)
+        threads = self._pool.threads_of(parameters)
+        found = estimate_memory(files, version, parameters, footprints, optimised, threads=threads)
+        if serving is not None:
+            contents = contents_of(serving.files)
+            if await self._versions.has_contents(job.model_id, version, contents):
+                return change(found, same_as=serving.load_job_id)
+        return found
 
     def _stop_waiting(self, pending: PendingLoad) -> None:
         pending.is_new = False
         self._wake()
 
-    async def _has_bytes_of(self, model_id: str, serving: Serving) -> bool:
-        try:
-            return await self._versions.has_contents(model_id, serving.version, contents_of(serving.files))
-        except RuntimeProblem:  # the load itself says what is wrong with the files
-            return False
-
     async def _attempt(self, job: Job, load: RunningLoad) -> None:
-        """Load a model with one grant; its workers are killed unless the ledger has it as loaded then."""
+        """Load a model with one grant; its workers are killed unless `ModelLoaded` is recorded."""
         try:
             await self._load(job, load)
         except LoadEnded:
@@ -198,7 +194,7 @@ class Loader:
                 "internal", "the load failed within the server; see its log"
             )
         finally:
-            if not self._is_serving(load):
+            if not load.is_recorded:
                 load.kill_workers()
 
     async def _load(self, job: Job, load: RunningLoad) -> None:
@@ -218,7 +214,8 @@ class Loader:
                 await self._load_others(load, replace(order, root=str(files.root), folder=str(files.folder)))
             load.report = first
             await self._record_outcome(load, partial(self._draft_loaded, load, files))
-            if self._is_serving(load):
+            load.is_recorded = self._is_serving(load)
+            if load.is_recorded:
                 self._offer(load, files)
                 await _make_durable(files)
 

@@ -162,6 +162,7 @@ class RunningLoad:
         progress_timeout_s: how long its loading may make no progress.
         workers: all workers that were started, exited or not.
         report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
+        is_recorded: whether the ledger has it as loaded.
         reports: those of the workers that have loaded, by worker id.
         stage: the latest stage that it has reached.
         steps: the stages that it and each of its workers have reached.
@@ -193,6 +194,7 @@ class RunningLoad:
     workers: list[Worker] = field(default_factory=list)
     progress_timeout_s: float = PROGRESS_TIMEOUT_S
     report: Loaded | None = None
+    is_recorded: bool = False
     reports: dict[str, Loaded] = field(default_factory=dict)
     is_reload: bool = False
     failure: Failure | None = None
