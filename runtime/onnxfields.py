@@ -108,12 +108,11 @@ SHORT_FIELDS = _short_fields()
 
 
 class Field(NamedTuple):
-    """Where a field begins, its number, where its content does, and the next field.
+    """A field's number, where its content starts, and the next field.
 
     `start` is -1 without a length, and `value` without a number of its own.
     """
 
-    begin: int
     number: int
     start: int
     next: int
@@ -127,12 +126,10 @@ class FieldReader:
         data: the whole file.
         max_fields: the bound.
         purpose: for the error text: what the fields are read for.
-        has_groups: whether groups, which ONNX does not have, are skipped, too.
     """
 
-    def __init__(self, data: FileBytes, max_fields: int, purpose: str, *, has_groups: bool = True) -> None:
+    def __init__(self, data: FileBytes, max_fields: int, purpose: str) -> None:
         self._bytes = data
-        self._has_groups = has_groups
         self._max_fields = self._fields_left = max_fields
         self._purpose = purpose
 
@@ -166,7 +163,7 @@ class FieldReader:
             raise Unparsable("a wire type that nothing here uses")
         if number == 0 or tag > MAX_TAG or position > end:
             raise Unparsable("a field that cannot be, or ends outside of its message")
-        return Field(begin, number, start, position, value)
+        return Field(number, start, position, value)
 
     def _count_field(self) -> None:
         self._fields_left -= 1
@@ -178,8 +175,6 @@ class FieldReader:
 
         ONNX has none, so protobuf treats each as an unknown field.
         """
-        if not self._has_groups:
-            raise Unparsable("a group, which ONNX does not have")
         open_groups = [number]
         while open_groups:
             self._count_field()
@@ -202,11 +197,10 @@ class ReferenceReader(FieldReader):
 
     Args:
         data: the whole file.
-        has_groups: whether groups, which ONNX does not have, are skipped, too.
     """
 
-    def __init__(self, data: mmap.mmap | memoryview, *, has_groups: bool = True) -> None:
-        super().__init__(data, MAX_FIELDS, "references to other files", has_groups=has_groups)
+    def __init__(self, data: mmap.mmap | memoryview) -> None:
+        super().__init__(data, MAX_FIELDS, "references to other files")
         self._data = data
         self._short_bytes_left = MAX_SHORT_BYTES
         self._clean_from = self._clean_to = 0

@@ -199,15 +199,15 @@ class OptimisedStore:
         """Create a draft, whose files go to the returned folder; the caller keeps or discards it.
 
         Args:
-            expected_bytes: the likely size. It is written twice, so the least recently used optimised models
-                are evicted until the disk has room for twice that.
+            expected_bytes: the likely size. The least recently used optimised models are evicted until the
+                disk has room for it.
 
         Raises:
             DiskFull: `disk_full`, without that room.
             StoreUnavailable: `store_unavailable`.
         """
         if expected_bytes:
-            self._make_room(2 * expected_bytes)
+            self._make_room(expected_bytes)
         with explain_os_errors(self._folder.path):
             folder = self._folder.new_incoming() / FILES
             folder.mkdir(mode=0o700)

@@ -4,6 +4,8 @@ import asyncio
 import math
 import os
 import signal
+from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,15 @@ async def test_trial_finds_a_crash_with_several_rows(pool: WorkerPool, root: Pat
     with pytest.raises(Useless, match="prepared: the worker was killed"):
         await tried(pool, root, await made_of(pool, root, models.crash_on_rows(LENGTHS[1][0])))
     assert not pool._workers
+
+
+@pytest.mark.usefixtures("_all_pass")
+async def test_weights_of_odd_sizes_are_used_or_found_to_crash(pool: WorkerPool, root: Path) -> None:
+    """ONNX Runtime before 1.32 writes packed weights where it cannot use them: it dies on two rows."""
+    save(models.misaligned(), root, "m")
+    is_aligned = tuple(map(int, version("onnxruntime").split(".")[:2])) >= (1, 32)
+    with nullcontext() if is_aligned else pytest.raises(Useless, match="signal 11"):
+        await tried(pool, root, await optimised(pool, root))
 
 
 @pytest.mark.parametrize(

@@ -125,21 +125,6 @@ async def test_optimised_model_that_crashes_its_worker_is_a_death(pool: WorkerPo
         await load(pool, await crafted(tmp_path / "models", models.crash_on_zeros()))
 
 
-def rows_input(count: int) -> wire.Tensor:
-    """Make so many rows for `models.misaligned`."""
-    return tensor("x", "FP32", np.linspace(-1, 1, count * 250, dtype=np.float32).reshape(count, 250))
-
-
-async def test_aligned_weights_prevent_the_runtimes_crash(pool: WorkerPool, tmp_path: Path) -> None:
-    """That of ONNX Runtime before 1.32, whose own files kill the process on two rows."""
-    root = tmp_path / "models"
-    save(models.misaligned(), root, "m")
-    bare, _ = await load(pool, order_of(root))
-    ours, _ = await load(pool, order_of(root, optimised=await optimised(pool, root)))
-    for count in (1, 2, 3, 64):
-        assert await data_of(ours, rows_input(count)) == await data_of(bare, rows_input(count))
-
-
 @pytest.mark.parametrize("limit", [0, 100_000])
 async def test_memory_limit_holds_for_an_optimised_model(pool: WorkerPool, root: Path, limit: int) -> None:
     order = order_of(root, optimised=await optimised(pool, root), memory_limit_bytes=limit)

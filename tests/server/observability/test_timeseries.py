@@ -35,8 +35,7 @@ def test_quantile_interpolates_within_a_bucket(
 
 
 def running(job_id: str, model_id: str = "m") -> RunningLoad:
-    # Neither its files nor a worker is looked at.
-    return RunningLoad(job_id, model_id, 1, LoadParameters(300), "w", None, lambda: None)  # type: ignore[arg-type]
+    return RunningLoad(job_id, model_id, 1, LoadParameters(300), "w", lambda: None)
 
 
 def answer(load: RunningLoad, *buckets: int, failures: int = 0) -> None:
