@@ -91,7 +91,7 @@ def write_ledger(path: Path, facts: int) -> None:
                 rows.append(storage.Row(position, body, digest))
                 attempt.state.apply(event)
             queries.write_group(connection, rows, attempt.changes)
-            snapshots.try_if_due(connection, rows[-1].position, len(state.models) + attempt.state.backlog)
+            snapshots.try_if_due(connection, rows[-1].position)
             attempt.commit()
 
 

@@ -22,7 +22,6 @@ from events.commands import (
     DrainNode,
     IssueToken,
     JobUnchanged,
-    Join,
     JoinNode,
     LeaveNode,
     LoseNode,
@@ -42,7 +41,7 @@ from events.commands import (
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
 from events.nodes import NodePhase
-from events.state import State
+from events.state import Join, State
 from events.tokens import MAX_TOKENS, count_valid, find_issued
 from events.types import (
     NEVER,

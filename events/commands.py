@@ -1,4 +1,4 @@
-"""Commands to the writer of the log, their conditions and queue, and idempotency keys.
+"""Commands to the writer of the log, their conditions, and their receipts.
 
 `events.accept` decides them.
 
@@ -8,33 +8,24 @@ its commands carry conditions, each a part of the state that the decision rests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from events.clock import Timestamp, add_seconds
+from events.clock import Timestamp
 from events.models import Model
 from events.nodes import Node
 from events.types import (
     AddedFile,
-    CancelRequested,
     Cause,
     Confinement,
     Contents,
     Draft,
-    Event,
     Idempotency,
-    LoadJoined,
     LoadParameters,
-    LoadRequested,
     TokenIssued,
-    UnloadJoined,
-    UnloadRequested,
 )
-
-KEY_LIFETIME_S = 24 * 3_600
-"""How long an idempotency key stands for its first request: clients retry within a day."""
 
 
 class JobUnchanged(Struct, frozen=True, gc=False):
@@ -243,57 +234,6 @@ JobCommand = RequestLoad | RequestUnload | RequestCancel
 VersionCommand = AddVersion | RemoveVersion
 NodeCommand = JoinNode | DrainNode | LeaveNode | LoseNode
 Command = JobCommand | Record | VersionCommand | IssueToken | RevokeToken | NodeCommand
-
-
-@dataclass(frozen=True, slots=True)
-class KnownKey:
-    """A used idempotency key: the fingerprint of its request, the job that answers, and the time of use."""
-
-    fingerprint: str
-    job_id: str
-    recorded_at: Timestamp
-
-    def holds(self, now: Timestamp) -> bool:
-        return now < add_seconds(self.recorded_at, KEY_LIFETIME_S)
-
-
-def read_key(event: Event) -> tuple[str, KnownKey] | None:
-    """Return the hash of the event's idempotency key and what it stands for, if it has one."""
-    data = event.data
-    if not isinstance(data, _REQUESTS) or data.idempotency is None or event.job_id is None:
-        return None
-    given = data.idempotency
-    return given.key_hash, KnownKey(given.fingerprint, event.job_id, event.recorded_at)
-
-
-_REQUESTS = (LoadRequested, UnloadRequested, CancelRequested, LoadJoined, UnloadJoined)
-"""The events that can carry an idempotency key."""
-
-JOINS = (LoadJoined, UnloadJoined, CancelRequested)
-"""The events by which an actor joins a job."""
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """An actor's part in a job of another request; `type` is that of the event that recorded it."""
-
-    job_id: str
-    actor: str
-    type: str
-
-
-def read_join(event: Event) -> Join | None:
-    if not isinstance(event.data, JOINS) or event.job_id is None:
-        return None
-    return Join(event.job_id, event.actor, event.type)
-
-
-@dataclass(frozen=True, slots=True)
-class KnownRequests:
-    """Idempotency keys and joins of earlier requests, for the decisions of one group."""
-
-    keys: Mapping[str, KnownKey] = field(default_factory=dict)
-    joins: Collection[Join] = ()
 
 
 class Receipt(Struct, frozen=True, gc=False):

@@ -29,7 +29,7 @@ from events.clock import (
     uuid7,
 )
 from events.codec import encode_event, hash_body
-from events.commands import Command, JobCommand, KnownRequests, Receipt, Record
+from events.commands import Command, JobCommand, Receipt, Record
 from events.counters import Tally
 from events.errors import (
     ForeignHead,
@@ -41,7 +41,7 @@ from events.errors import (
     RequestRefused,
 )
 from events.sqlite.storage import Database
-from events.state import Changes, State, Transaction
+from events.state import Changes, KnownRequests, State, Transaction
 from events.storage import LogHead, Row, Storage, StorageError
 from events.types import (
     SYSTEM,
@@ -426,9 +426,9 @@ class Log:
         if not decided.rows:
             self._advance(decided)
             return
-        entities, began = self._entities_after(decided), time.monotonic()
+        began = time.monotonic()
         try:
-            await self._storage.append(decided.rows, decided.changes, entities, self.head)
+            await self._storage.append(decided.rows, decided.changes, self.head)
         except StorageError as error:
             await self._close_after(error)
             if error.is_refusal:
@@ -439,10 +439,6 @@ class Log:
             self.tally.commit_s.observe(time.monotonic() - began)
             self._advance(decided)
         self._note_success()
-
-    def _entities_after(self, decided: DecidedGroup) -> int:
-        """Return the number of models and unended jobs, by which snapshots are due."""
-        return len(self.state.models) + decided.transaction.state.backlog
 
     def _advance(self, decided: DecidedGroup) -> None:
         """Move the state on to durable events, and count what came since the start."""

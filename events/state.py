@@ -7,7 +7,7 @@ transaction on top of it; `Entities` folds the same, faster, for replay and veri
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,15 +16,79 @@ from typing import Any, Never, TypeVar
 
 from msgspec import Struct
 
-from events.clock import Timestamp
-from events.commands import Join, KnownKey, KnownRequests, read_join, read_key
+from events.clock import Timestamp, add_seconds
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
 from events.nodes import Node, evolve_nodes, find_placer
 from events.tokens import Token, evolve_tokens
-from events.types import ENDS_OF_PROCESSES, OF_NODES, OF_TOKENS, REPLACEMENTS, Event
+from events.types import (
+    ENDS_OF_PROCESSES,
+    OF_NODES,
+    OF_TOKENS,
+    REPLACEMENTS,
+    CancelRequested,
+    Event,
+    LoadJoined,
+    LoadRequested,
+    UnloadJoined,
+    UnloadRequested,
+)
 
 T = TypeVar("T")
+
+KEY_LIFETIME_S = 24 * 3_600
+"""How long an idempotency key stands for its first request: clients retry within a day."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKey:
+    """A used idempotency key: the fingerprint of its request, the job that answers, and the time of use."""
+
+    fingerprint: str
+    job_id: str
+    recorded_at: Timestamp
+
+    def holds(self, now: Timestamp) -> bool:
+        return now < add_seconds(self.recorded_at, KEY_LIFETIME_S)
+
+
+def read_key(event: Event) -> tuple[str, KnownKey] | None:
+    """Return the hash of the event's idempotency key and what it stands for, if it has one."""
+    data = event.data
+    if not isinstance(data, _REQUESTS) or data.idempotency is None or event.job_id is None:
+        return None
+    given = data.idempotency
+    return given.key_hash, KnownKey(given.fingerprint, event.job_id, event.recorded_at)
+
+
+_REQUESTS = (LoadRequested, UnloadRequested, CancelRequested, LoadJoined, UnloadJoined)
+"""The events that can carry an idempotency key."""
+
+JOINS = (LoadJoined, UnloadJoined, CancelRequested)
+"""The events by which an actor joins a job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """An actor's part in a job of another request; `type` is that of the event that recorded it."""
+
+    job_id: str
+    actor: str
+    type: str
+
+
+def read_join(event: Event) -> Join | None:
+    if not isinstance(event.data, JOINS) or event.job_id is None:
+        return None
+    return Join(event.job_id, event.actor, event.type)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRequests:
+    """Idempotency keys and joins of earlier requests, for the decisions of one group."""
+
+    keys: Mapping[str, KnownKey] = field(default_factory=dict)
+    joins: Collection[Join] = ()
 
 
 @dataclass(slots=True)

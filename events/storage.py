@@ -14,8 +14,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from events.codec import GENESIS
-from events.commands import KnownRequests
-from events.state import Changes, State
+from events.state import Changes, KnownRequests, State
 from events.types import Anchor
 
 
@@ -145,13 +144,12 @@ class Storage(Protocol):
             LogUnavailable: `log_unavailable`, it cannot be opened, or what is stored is damaged.
         """
 
-    async def append(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+    async def append(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
         """Append a group of events and store what they changed, durably.
 
         Args:
             rows: the events.
             changes: the models, jobs and tokens that they change.
-            entities: the number of models and unended jobs, by which snapshots are due.
             after: the head that the events were made to follow.
 
         Raises:

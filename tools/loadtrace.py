@@ -130,5 +130,5 @@ def _package(module: Path) -> Path:
 if __name__ == "__main__":
     for load, found in asyncio.run(trace_loads()).items():
         print(f"{load}: {len(found)} modules")  # noqa: T201 - its result
-        for package, paths in groupby(sorted(map(Path, found), key=_package), _package):
+        for package, paths in groupby(sorted(sorted(map(Path, found)), key=_package), _package):
             print(f"  {package}: {' '.join(path.stem for path in paths)}")  # noqa: T201

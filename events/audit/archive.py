@@ -20,16 +20,16 @@ from events.audit.exportreader import FileAudit, audit_file, compress
 from events.audit.signing import Sign
 from events.audit.verify import Finding, verify_ledger
 from events.clock import add_seconds, format_timestamp
-from events.commands import KEY_LIFETIME_S
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.files import make_durable, printable_name, refuse_irregular, remove_stale_drafts, write_file
 from events.sqlite import bases
 from events.sqlite.proof import prove
-from events.sqlite.queries import hash_at, read_base, read_head
+from events.sqlite.queries import hash_at, read_base, read_head, transaction
 from events.sqlite.readonly import wants_wal
-from events.sqlite.schema import Connection, schema_difference, transaction
+from events.sqlite.schema import Connection, schema_difference
 from events.sqlite.storage import FOLDS, open_to_archive
 from events.sqlite.timetravel import parse_time
+from events.state import KEY_LIFETIME_S
 from events.storage import LogHead
 from events.types import Anchor
 

@@ -110,7 +110,7 @@ class SharedLog(Log):
             while rows := await self._database.read_after(self.head):
                 followed = fold_rows(rows, self.state)
                 self._uncertain_head = followed.head
-                await self._database.store(rows, followed.changes, self._entities_after(followed), self.head)
+                await self._database.store(rows, followed.changes, self.head)
                 self._advance(followed)
                 self.notify()
         except StorageError as error:

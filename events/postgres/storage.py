@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from events.codec import hash_body
-from events.commands import KnownRequests
 from events.errors import LedgerForked, LedgerProblem, LogUnavailable
 from events.postgres.bases import read_stored_base
 from events.postgres.connection import (
@@ -34,7 +33,7 @@ from events.postgres.connection import (
 from events.postgres.schema import check_role, check_schema, describe_durability
 from events.sqlite.datalock import LEDGER, mark_replica
 from events.sqlite.storage import Database
-from events.state import Changes
+from events.state import Changes, KnownRequests
 from events.storage import LogHead, Row, StorageError, StoredLedger
 
 _log = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ class ReplicatedStorage:
             self._is_notified = True
             self._on_change()
 
-    async def append(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+    async def append(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
         """Append in the database, durably, then store the same in the replica.
 
         Raises:
@@ -182,7 +181,7 @@ class ReplicatedStorage:
             if self._is_locked:
                 self._is_locked = False
                 await commit(connection, connection.execute("COMMIT", timeout=NO_LIMIT_S))
-        await self._replica.append(rows, changes, entities, after)
+        await self._replica.append(rows, changes, after)
 
     async def read_after(self, head: LogHead) -> Sequence[Row]:
         """Return the next events after `head`; none if `head` is the database's head.
@@ -227,9 +226,9 @@ class ReplicatedStorage:
         if position < head.position or (position == head.position and digest != head.hash):
             raise forked(self._address, head)
 
-    async def store(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+    async def store(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
         """Store in the replica what other servers appended; the arguments are those of `append`."""
-        await self._replica.append(rows, changes, entities, after)
+        await self._replica.append(rows, changes, after)
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:

@@ -205,8 +205,7 @@ async def _fill(replica: Database, reader: DatabaseReader, stored: StoredLedger)
     async for page in reader.pages():
         rows = [Row(position, body.decode(), digest) for position, body, digest in page]
         followed = fold_rows(rows, state)
-        entities = len(state.models) + followed.transaction.state.backlog
-        await replica.append(rows, followed.changes, entities, head)
+        await replica.append(rows, followed.changes, head)
         followed.transaction.commit()
         head = followed.head
     return head

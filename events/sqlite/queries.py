@@ -1,9 +1,10 @@
-"""The SQL of the log: heads, pages, stored projections, idempotency keys, joins, and writing a group."""
+"""The SQL of the log: transactions, heads, pages, projections, idempotency keys, joins; writing a group."""
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, starmap
 from typing import Literal
@@ -11,13 +12,11 @@ from typing import Literal
 import msgspec
 
 from events.codec import decode_event
-from events.commands import Join, KnownKey, read_key
 from events.errors import ForeignHead
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.nodes import Node
-from events.sqlite.schema import transaction
-from events.state import Changes, State
+from events.state import Changes, Join, KnownKey, State, read_key
 from events.storage import ArchiveRecord, LogHead, Row
 from events.tokens import Token
 from events.types import Anchor
@@ -27,6 +26,19 @@ PAGE = 500
 
 LAST = 2**63 - 1
 """No position is above this."""
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Run the block in one transaction, which is rolled back if it raises."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.rollback()
+        raise
 
 
 def read_head(connection: sqlite3.Connection) -> LogHead:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sqlite3
 import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from events.errors import DEVELOPMENT, ForeignDatabase, FutureSchema
+from events.sqlite.queries import transaction
 from migrations import read_migrations
 
 APPLICATION_ID = 0x4C4C4631
@@ -78,19 +79,6 @@ def release_cursors(error: BaseException) -> None:
     is closed (measured); no checkpoint and no sync gets past a snapshot.
     """
     traceback.clear_frames(error.__traceback__)
-
-
-@contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Run the block in one transaction, which is rolled back if it raises."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.rollback()
-        raise
 
 
 def begin_reading(connection: sqlite3.Connection) -> None:

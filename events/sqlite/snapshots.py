@@ -15,8 +15,7 @@ import sqlite3
 from collections.abc import Iterator
 
 from events.jobs import JobStatus
-from events.sqlite.queries import LAST, as_text, make_state
-from events.sqlite.schema import transaction
+from events.sqlite.queries import LAST, as_text, make_state, transaction
 from events.state import State
 
 _log = logging.getLogger(__name__)
@@ -24,37 +23,41 @@ _log = logging.getLogger(__name__)
 EVERY = 4_000
 """Events between two snapshots at least: their fold takes 0.1 s, and the copies are a tenth of the log."""
 
-_ENDED = f"status NOT IN ('{JobStatus.PENDING}', '{JobStatus.IN_PROGRESS}')"
+_UNENDED = f"status IN ('{JobStatus.PENDING}', '{JobStatus.IN_PROGRESS}')"
+_ENDED = f"NOT ({_UNENDED})"
 
 
-def try_if_due(connection: sqlite3.Connection, position: int, entities: int, failed_at: int = 0) -> int:
-    """Write a snapshot as `write_if_due` does, in a transaction of its own; log a failure.
+def try_if_due(connection: sqlite3.Connection, position: int) -> int:
+    """Write a snapshot if it is due, in a transaction of its own; log a failure.
 
     A failed snapshot must not fail the events: after an error of damage, SQLite refuses the rest of the
-    transaction, with or without a savepoint (measured). The next attempt is when the next snapshot is due.
+    transaction, with or without a savepoint (measured).
 
     Returns:
-        The position of the last failure, which is the next call's `failed_at`; 0 for none.
+        The position from which on to try again.
     """
     try:
-        if position - failed_at >= max(EVERY, entities) and _is_due(connection, position, entities):
-            with transaction(connection):
-                write(connection, position)
+        with transaction(connection):
+            return write_if_due(connection, position)
     except sqlite3.Error as error:
         _log.warning("no snapshot at position %d, so time travel is slower: %s", position, error)
-        return position
-    return failed_at
+        return position + EVERY
 
 
-def write_if_due(connection: sqlite3.Connection, position: int, entities: int) -> None:
-    """Write a snapshot if it is due for so many models and unended jobs; the caller holds the transaction."""
-    if _is_due(connection, position, entities):
-        write(connection, position)
+def write_if_due(connection: sqlite3.Connection, position: int) -> int:
+    """Write a snapshot if it is due; the caller holds the transaction. Return where the next one is due.
 
-
-def _is_due(connection: sqlite3.Connection, position: int, entities: int) -> bool:
-    """A snapshot reads each entity once: as many events between two mean at most one read for each event."""
-    return position - (latest(connection, LAST) or 0) >= max(EVERY, entities)
+    A snapshot reads each entity once: as many events between two mean at most one read for each event.
+    """
+    (entities,) = connection.execute(
+        f"SELECT (SELECT count(*) FROM models) + (SELECT count(*) FROM jobs WHERE {_UNENDED})"  # noqa: S608 - literals
+    ).fetchone()
+    apart = max(EVERY, int(entities))
+    due = (latest(connection, LAST) or 0) + apart
+    if position < due:
+        return due
+    write(connection, position)
+    return position + apart
 
 
 def write(connection: sqlite3.Connection, position: int) -> None:

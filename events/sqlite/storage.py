@@ -21,14 +21,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from events.commands import KnownRequests
 from events.errors import LogUnavailable
 from events.sqlite import queries, snapshots
 from events.sqlite.bases import store_base
+from events.sqlite.queries import transaction
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
-from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors, transaction
+from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors
 from events.sqlite.timetravel import fold_page, load_base_state
-from events.state import Changes
+from events.state import Changes, KnownRequests
 from events.storage import LogHead, Row, StorageError, StoredBase, StoredLedger
 
 FOLDS = 2
@@ -78,10 +78,12 @@ def _fold_anew(connection: sqlite3.Connection) -> None:
         (state.position, FOLDS),
     )
     queries.write_projections(connection, state.models.values(), state.jobs.values(), state.position)
+    due = 0
     for page in queries.read_pages(connection, state.position):
         models, jobs = fold_page(state, page)
         queries.write_projections(connection, models.values(), jobs.values(), state.position)
-        snapshots.write_if_due(connection, state.position, len(state.models) + state.backlog)
+        if state.position >= due:
+            due = snapshots.write_if_due(connection, state.position)
     queries.store_entities(connection, "tokens", state.tokens)
     queries.store_entities(connection, "nodes", state.nodes)
 
@@ -186,7 +188,7 @@ class Database:
         self._was_open = False
         self._lacked_wal = False
         self._unsynced = False
-        self._failed_at = 0
+        self._snapshot_due = 0
 
     async def open(self) -> StoredLedger:
         try:
@@ -194,7 +196,7 @@ class Database:
         except (StorageError, OSError, ValueError) as error:  # stored content may be damaged
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
         self.is_open, self._was_open, self._unsynced = True, True, False
-        self._failed_at = 0
+        self._snapshot_due = 0
         return stored
 
     async def start_at_base(self, stored: StoredBase) -> StoredLedger:
@@ -212,12 +214,11 @@ class Database:
 
         return await self.run(start)
 
-    async def append(self, rows: Sequence[Row], changes: Changes, entities: int, after: LogHead) -> None:
+    async def append(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
         def append() -> None:
             queries.write_group(self._connection, rows, changes, after)
-            self._failed_at = snapshots.try_if_due(
-                self._connection, rows[-1].position, entities, self._failed_at
-            )
+            if rows[-1].position >= self._snapshot_due:
+                self._snapshot_due = snapshots.try_if_due(self._connection, rows[-1].position)
 
         await self.run(append)
 

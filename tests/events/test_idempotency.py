@@ -30,19 +30,15 @@ from support.ledgers import FAST_FOLDER, database_of
 from events.accept import Accepted, Decision, Existing, Refused, accept
 from events.audit.verify import verify
 from events.commands import (
-    KEY_LIFETIME_S,
     Command,
-    Join,
-    KnownKey,
     RequestCancel,
     RequestLoad,
     RequestUnload,
-    read_key,
 )
 from events.errors import LogUnavailable, RequestRefused
 from events.log import Log
 from events.sqlite import queries
-from events.state import State
+from events.state import KEY_LIFETIME_S, Join, KnownKey, State, read_key
 from events.types import (
     CancelRequested,
     Cause,

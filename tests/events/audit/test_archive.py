@@ -30,8 +30,8 @@ from events.clock import format_timestamp
 from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
 from events.sqlite import storage, timetravel
 from events.sqlite.bases import remove_events
-from events.sqlite.queries import as_text, read_base
-from events.sqlite.schema import connect, schema_of, transaction
+from events.sqlite.queries import as_text, read_base, transaction
+from events.sqlite.schema import connect, schema_of
 from events.sqlite.snapshots import base_state_digest, read_base_state
 from events.sqlite.timetravel import InvalidMoment
 from events.state import State
