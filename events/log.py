@@ -222,6 +222,11 @@ class Log:
         done.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._inbox.put(PendingCommand(Record((Draft(self._new_id(), data, SYSTEM),)), done))
 
+    def is_removed(self, model_id: str, version: int) -> bool:
+        """Whether the ledger has a version of a model as removed."""
+        model = self.state.models.get(model_id)
+        return model is not None and version in model.removed
+
     async def open(self) -> None:
         """Open the database and start the writer. Projections of other folds are rebuilt first.
 

@@ -137,11 +137,12 @@ class Repository:
             UnknownVersion: `unknown_version`.
             RepositoryBusy: `repository_busy`.
         """
-        versions = self.versions(model_id)
-        chosen = versions[-1] if version is None else version
-        if chosen not in versions:
-            raise UnknownVersion(model_id, chosen)
-        return chosen
+        if version is None:
+            return self.versions(model_id)[-1]
+        if self._refuse_version(check_model_id(model_id), str(version)) is not None:
+            self.versions(model_id)  # says if the model is unknown
+            raise UnknownVersion(model_id, version)
+        return version
 
     def folder_of(self, model_id: str, version: int) -> Path:
         """Return the folder of a version, whether or not it is there.

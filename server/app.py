@@ -56,6 +56,7 @@ from server.api import (
 )
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
 from server.api.health import failed_tasks
+from server.api.jobs import JOB_REQUESTS, JobRequests
 from server.api.loads import make_load_command
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
 from server.api.timeline import open_timeline
@@ -67,7 +68,6 @@ from server.appkeys import (
     CONSUMER_TASK,
     DEMAND,
     GATE,
-    JOB_REQUESTS,
     LIMIT,
     LOG,
     POOL,
@@ -93,7 +93,6 @@ from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.observability import metrics
 from server.observability.metrics import SCRAPES, Scrapes
-from server.observability.output import JobRequests
 from server.observability.requestlog import (
     HTTP_COUNTS,
     HttpCounts,
@@ -319,12 +318,7 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
 async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
     log, repository = app[LOG], app[VERSIONS].repository
-
-    def is_removed(model_id: str, version: int) -> bool:
-        model = log.state.models.get(model_id)
-        return model is not None and version in model.removed
-
-    repository.is_removed = is_removed
+    repository.is_removed = log.is_removed
     app[UPLOADS] = uploads = Uploads(
         repository,
         app[CONFIG].upload_policy(),
@@ -388,7 +382,7 @@ def _open_optimised_store(config: Config) -> OptimisedStore | None:
 
 
 async def _consumer(app: web.Application) -> AsyncIterator[None]:
-    config = app[CONFIG]
+    config, node = app[CONFIG], app.get(THIS_NODE)
     optimised = await asyncio.to_thread(_open_optimised_store, config)
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
@@ -399,19 +393,19 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),
         store=optimised,
-        hints=lambda: app[THIS_NODE].membership.peers if THIS_NODE in app else {},
-        untrusted=partial(_untrusted, app),
+        hints=dict if node is None else lambda: node.membership.peers,
+        untrusted=frozenset if node is None else node.peers.untrusted,
     )
-    if THIS_NODE in app:
-        app[THIS_NODE].attach(consumer, app[VERSIONS].store, optimised)
+    if node is not None:
+        node.attach(consumer, app[VERSIONS].store, optimised)
     app[ROUTER] = Router(
         app[LOG],
         consumer.loads,
         app[VERSIONS].repository,
         max_queue=config.inference_queue,
         node_id=_node_id(app),
-        may_serve=lambda: THIS_NODE not in app or app[THIS_NODE].membership.may_serve,
-        untrusted=partial(_untrusted, app),
+        may_serve=lambda: node is None or node.membership.may_serve,
+        untrusted=frozenset if node is None else node.peers.untrusted,
     )
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
@@ -437,10 +431,6 @@ def _node_id(app: web.Application) -> str | None:
     return app[THIS_NODE].id if THIS_NODE in app else None
 
 
-def _untrusted(app: web.Application) -> frozenset[str]:
-    return app[THIS_NODE].peers.untrusted() if THIS_NODE in app else frozenset()
-
-
 def _on_demand(app: web.Application) -> OnDemand:
     async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
         asked = {} if version is None else {"version": version}
@@ -448,7 +438,7 @@ def _on_demand(app: web.Application) -> OnDemand:
 
     return OnDemand(
         log=app[LOG],
-        requests=app[JOB_REQUESTS],
+        submit=app[JOB_REQUESTS].submit,
         reader=app[READER],
         router=app[ROUTER],
         demand=app[CONSUMER].demand,

@@ -17,7 +17,6 @@ from server.auth.gate import Gate
 from server.cluster import ThisNode
 from server.config import Config
 from server.http.bodies import Bodies
-from server.observability.output import JobRequests
 from server.observability.timeseries import TimeSeries
 from server.v2.ondemand import OnDemand
 
@@ -25,7 +24,6 @@ BODIES = web.AppKey("bodies", Bodies)
 GATE = web.AppKey("gate", Gate)
 CONFIG = web.AppKey("config", Config)
 LOG = web.AppKey("log", Log)
-JOB_REQUESTS = web.AppKey("job_requests", JobRequests)
 READER = web.AppKey("reader", Reader)
 UPLOADS = web.AppKey("uploads", Uploads)
 VERSIONS = web.AppKey("versions", Versions)

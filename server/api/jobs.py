@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,9 +19,10 @@ import msgspec
 from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
 
-from events.commands import Command, RequestCancel
+from events.commands import Command, Receipt, RequestCancel
 from events.errors import LedgerProblem
 from events.jobs import Job, JobKind, JobStatus
+from events.log import Log
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import job_at, jobs_at
 from events.types import Cause, Idempotency
@@ -46,7 +48,7 @@ from server.api.timetravel import (
     as_of,
     read_past,
 )
-from server.appkeys import CONSUMER, JOB_REQUESTS, LOG, READER, STOPPING
+from server.appkeys import CONSUMER, LOG, READER, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import (
@@ -57,6 +59,7 @@ from server.http.validation import (
     path_parameters,
     query_parameters,
 )
+from server.observability.output import CONTEXT, RequestContext
 from server.routing import ROUTES, Access, Routes
 
 routes = Routes(tag="jobs")
@@ -203,6 +206,36 @@ def _fingerprint(request: web.Request) -> str:
 def _hash(parts: list[object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
+
+MAX_JOBS = 10_000
+"""Unended jobs whose request is remembered; the earliest are forgotten first."""
+
+
+class JobRequests:
+    """Submits commands, and remembers the request behind each unended job, for log lines and traces.
+
+    `started_at` is the position of this server's `ServerStarted`. `EventLogger` removes ended jobs from
+    `behind`.
+    """
+
+    def __init__(self, log: Log, started_at: int) -> None:
+        self._log = log
+        self.started_at = started_at
+        self.behind: OrderedDict[str, RequestContext] = OrderedDict()
+
+    async def submit(self, command: Command) -> Receipt:
+        """Submit a command of the request that the running task serves; for errors see `Log.submit`."""
+        receipt, context = await self._log.submit(command), CONTEXT.get()
+        if context is not None and receipt.job_id is not None:
+            context.job_id, context.position = receipt.job_id, receipt.position
+            if receipt.job_id in self._log.state.jobs or not receipt.existing:
+                self.behind.setdefault(receipt.job_id, context)
+            if len(self.behind) > MAX_JOBS:
+                self.behind.popitem(last=False)
+        return receipt
+
+
+JOB_REQUESTS = web.AppKey("job_requests", JobRequests)
 
 POLL_AFTER_S = 1
 """Retry-After for clients that poll: most loads take less."""
@@ -369,9 +402,7 @@ def job_path(job_id: str) -> str:
 
 async def _submit(app: web.Application, command: Command, seconds: float | None) -> Job:
     """Submit a command and return its job when it has ended, the time is up, or the server stops."""
-    receipt = await app[LOG].submit(command)
-    app[JOB_REQUESTS].note(receipt)
-    job_id = receipt.job_id
+    job_id = (await app[JOB_REQUESTS].submit(command)).job_id
     assert job_id is not None, "only facts have no job"
     if seconds == 0:
         return await _find_job(app, job_id)

@@ -33,8 +33,9 @@ from events.types import (
     Unknown,
     UnloadJoined,
 )
-from server.appkeys import JOB_REQUESTS, LOG, READER
-from server.observability.output import CONTEXT, JobRequests, make_extra
+from server.api.jobs import JOB_REQUESTS, JobRequests
+from server.appkeys import LOG, READER
+from server.observability.output import CONTEXT, make_extra
 
 _log = logging.getLogger(__name__)
 

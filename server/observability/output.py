@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import select
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar
@@ -28,15 +27,10 @@ from aiohttp import web
 from multidict import istr
 
 from events.clock import format_timestamp
-from events.commands import Receipt
-from events.log import Log
 from server.config import Config
 
 REQUEST_ID = istr("X-Request-Id")
 """The header field in which a client may name its request, and in which every answer names it."""
-
-MAX_JOBS = 10_000
-"""Unended jobs whose request is remembered; the earliest are forgotten first."""
 
 MAX_TEXT_CHARACTERS = 8192
 """Characters of a message, a value or a traceback: log collectors split or reject longer lines."""
@@ -91,28 +85,6 @@ class RequestContext:
 
 CONTEXT: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 """The request that the running task serves; None outside of requests."""
-
-
-class JobRequests:
-    """Remembers the request behind each unended job.
-
-    `started_at` is the position of this server's `ServerStarted`. `EventLogger` removes ended jobs from
-    `behind`.
-    """
-
-    def __init__(self, log: Log, started_at: int) -> None:
-        self._log = log
-        self.started_at = started_at
-        self.behind: OrderedDict[str, RequestContext] = OrderedDict()
-
-    def note(self, receipt: Receipt) -> None:
-        context = CONTEXT.get()
-        if context is not None and receipt.job_id is not None:
-            context.job_id, context.position = receipt.job_id, receipt.position
-            if receipt.job_id in self._log.state.jobs or not receipt.existing:
-                self.behind.setdefault(receipt.job_id, context)
-            if len(self.behind) > MAX_JOBS:
-                self.behind.popitem(last=False)
 
 
 def begin_context(request: web.BaseRequest) -> RequestContext:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from events.commands import RequestLoad
+from events.commands import Receipt, RequestLoad
 from events.errors import LedgerProblem
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.log import Log
@@ -25,7 +25,6 @@ from runtime.consumer.usage import PendingDemand
 from runtime.router import ModelElsewhere, ModelNotLoaded, ModelUnloading, OtherVersionLoaded, Router
 from runtime.scheduler.scheduler import back_off_s
 from server.errors import ServerProblem
-from server.observability.output import JobRequests
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +133,7 @@ class OnDemand:
 
     Attributes:
         log: holds the live state and notifies of outcomes.
-        requests: remembers the request of the first waiter behind the load.
+        submit: submits the load for the first waiter's request.
         reader: finds jobs that have ended.
         demand: held as long as an inference waits, and until it is answered.
         look_up: returns the command that loads a model, for a version or None, and a subject.
@@ -145,7 +144,7 @@ class OnDemand:
     """
 
     log: Log
-    requests: JobRequests
+    submit: Callable[[RequestLoad], Awaitable[Receipt]]
     reader: Reader
     router: Router
     demand: PendingDemand
@@ -332,8 +331,7 @@ class OnDemand:
             raise DemandFailed(reason, self._note_failure(attempt, reason, attempt.before)) from None
         is_absent = state.models.get(model_id) is attempt.before and not state.queue(model_id)
         if self._waiting[attempt.demand] and is_absent and not self.stopping.is_set():
-            receipt = await self.log.submit(command)
-            self.requests.note(receipt)
+            receipt = await self.submit(command)
             attempt.watched_job = receipt.job_id
             attempt.own_job = None if receipt.existing else receipt.job_id
 
