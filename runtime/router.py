@@ -1,13 +1,13 @@
-"""Routing: finds the worker of an inference in the recorded state, so that routing moves with its event."""
+"""Routing: resolves where a model is, by the recorded state, so that routing moves with its event."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
@@ -53,13 +53,6 @@ class NodeAway(ModelNotLoaded):
     """This node has not renewed its lease: its models may be loaded at other nodes; ask one of them."""
 
 
-class ModelElsewhere(ModelNotLoaded):
-    """The model is loaded at another node."""
-
-    def __init__(self, model_id: str, node_id: str) -> None:
-        super().__init__(f"model '{model_id}' is loaded at node '{node_id}', not here")
-
-
 class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     """A decoded request.
 
@@ -77,7 +70,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRoute:
+class Here:
     """The running load that answers for a model; `position` is that of its `ModelLoaded`."""
 
     model_id: str
@@ -103,26 +96,38 @@ class ModelRoute:
         statistics, now_ms = self.load.statistics, time.time_ns() // 10**6
         statistics.count_success(outcome, times, time.monotonic_ns(), now_ms)
 
-    def worker(self, max_queue: int, region: Region | None = None) -> Worker:
-        """Return the worker in whose memory the inputs lie, or that with the fewest inferences.
+    def choose_worker(self) -> Worker:
+        """Return the least busy worker, in whose memory the body of a request will lie."""
+        return _least_busy(self.load.serving)
 
-        Raises:
-            QueueFull: `inference_queue_full`.
-        """
-        workers = self.load.serving
-        if len(workers) == 1:
-            worker = workers[0]
-            in_flight = worker.in_flight
-        else:
-            worker = _find_holder(workers, region) or min(workers, key=_in_flight)
-            in_flight = sum(map(_in_flight, workers))
-        if in_flight >= max_queue:
-            raise QueueFull(f"{max_queue} inferences of model '{self.model_id}' are queued or running")
-        return worker
+
+@dataclass(frozen=True, slots=True)
+class There:
+    """The other node at which a model is loaded: present, and trusted."""
+
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """No load answers for a model: why."""
+
+    problem: ModelNotLoaded | ModelUnloading
+
+
+Target = Here | There | Absent
+
+
+class Answered(NamedTuple):
+    """A load's answer to an inference."""
+
+    here: Here
+    outcome: Outcome
+    outputs: Sequence[Tensor]
 
 
 class Router:
-    """Finds the load of a model among the running ones; the repository only says why there is none.
+    """Resolves models to the running loads; the repository only says why there is none.
 
     At most `max_queue` inferences of one model may be queued or running. `node_id` is this node, and
     `may_serve` says whether it may answer; None for a server alone, which always may. `untrusted` returns the
@@ -147,92 +152,56 @@ class Router:
         self._repository = repository
         self._max_queue = max_queue
         self._node_id = node_id
-        self._routes: dict[str, tuple[Model, ModelRoute]] = {}
+        self._known: dict[str, tuple[Model, Here]] = {}
 
-    async def infer(
-        self,
-        model_id: str,
-        version: int | None,
-        request: InferenceRequest,
-        timeout_s: float,
-        times: InferenceTimes,
-    ) -> tuple[ModelRoute, Answer]:
-        """Run one inference, at most `timeout_s` seconds; cancelling this stops the run.
+    def resolve(self, model_id: str, version: int | None = None) -> Target:
+        """Return where a model, in this version if there is one, is now. This has no effect."""
+        model = self._log.state.models.get(model_id)
+        known = self._known.get(model_id)
+        if known is None or known[0] is not model:
+            found = self._find(model_id, model)
+            if not isinstance(found, Here):
+                return found
+            here = found
+        else:
+            here = known[1]
+        if not self._may_serve():
+            return Absent(NodeAway())
+        if version is not None and version != here.version:
+            return Absent(
+                OtherVersionLoaded(
+                    f"version {version} of model '{model_id}' is not loaded, version {here.version} is; "
+                    f'load it with POST /api/v1/models/{model_id}/load and body {{"version": {version}}}'
+                )
+            )
+        if not here.load.serving:
+            if here.load.draining:
+                return Absent(ModelUnloading(f"model '{model_id}' is being unloaded"))
+            return _just_died(model_id)
+        return here
 
-        Inferences that were queued when their worker died are repeated once, when the model is reloaded. A
-        failure is counted; the caller counts an answer with `ModelRoute.count_answer` when it is written.
+    def is_ready(self, model_id: str, version: int | None = None) -> bool:
+        return isinstance(self.resolve(model_id, version), Here)
 
-        Args:
-            model_id: the model.
-            version: the version that must serve; None is any.
-            request: the inputs.
-            timeout_s: its limit.
-            times: of this request; what happens here is added.
-
-        Raises:
-            QueueFull: `inference_queue_full`.
-            RuntimeProblem: what `route` raises, or the worker answered.
-        """
-        times.asked_ns = began_ns = time.monotonic_ns()
-        route = self.route(model_id, version)
-        try:
-            try:
-                answer = await self._ask(route, request, timeout_s)
-            except WorkerDied as death:
-                left_s = timeout_s - (time.monotonic_ns() - began_ns) / 1e9
-                if death.begun or left_s <= 0:
-                    raise
-                route, left_s = await self._wait_for_recovery(model_id, version, left_s, death)
-                times.asked_ns = time.monotonic_ns()
-                times.waited_ns += times.asked_ns - began_ns
-                answer = await self._ask(route, request, left_s)
-        except BaseException as error:  # a cancelled request is a use, too
-            route.load.last_used_ns = ended_ns = time.monotonic_ns()
-            if isinstance(error, RuntimeProblem):
-                route.load.statistics.count_failure(ended_ns - times.arrived_ns)
-            raise
-        route.load.last_used_ns = times.answered_ns = time.monotonic_ns()
-        return route, answer
-
-    def _ask(self, route: ModelRoute, request: InferenceRequest, timeout_s: float) -> Awaitable[Answer]:
-        region = request.region
-        worker = route.worker(self._max_queue, region)
-        return worker.infer(
-            request.tensors, request.outputs, text=request.text, timeout_s=timeout_s, region=region
-        )
-
-    def reserve(self, model_id: str, version: int | None, count: int) -> Region | None:
-        """Return shared memory for a request of so many bytes, of the worker that has the least to do.
-
-        Returns None if there is none: the request is sent without, or refused when it is routed.
-        """
-        try:
-            workers = self.route(model_id, version).load.serving
-        except RuntimeProblem:
-            return None
-        return min(workers, key=_expected).tensor_memory.requests.reserve(count)
-
-    async def _wait_for_recovery(
-        self, model_id: str, version: int | None, timeout_s: float, death: WorkerDied
-    ) -> tuple[ModelRoute, float]:
-        """Wait until the model serves again; return its route and the remaining seconds.
+    async def find(self, model_id: str, version: int | None = None) -> Here:
+        """Return the load of a model; a refusal also checks whether the repository has the model.
 
         Raises:
-            WorkerDied: `worker_died`, the given one, if that takes too long.
-            ModelNotLoaded: the model is not reloaded.
+            UnknownModel: `unknown_model`, neither loaded nor in the repository.
+            ModelNotLoaded: `model_not_loaded`.
+            ModelUnloading: `model_unloading`.
         """
-        loop = asyncio.get_running_loop()
-        ends_at = loop.time() + timeout_s
-        try:
-            with self._log.subscribed() as wakeup:
-                async with asyncio.timeout_at(ends_at):
-                    while True:
-                        wakeup.clear()
-                        with suppress(ModelRecovering):
-                            return self.route(model_id, version), ends_at - loop.time()
-                        await wakeup.wait()
-        except TimeoutError:
-            raise death from None
+        target = self.resolve(model_id, version)
+        if isinstance(target, Here):
+            return target
+        if isinstance(target, There):
+            raise ModelNotLoaded(f"model '{model_id}' is loaded at node '{target.node.id}', not here")
+        model = self._log.state.models.get(model_id)
+        if model is None or model.state in (ModelState.UNLOADED, ModelState.FAILED):
+            look = partial(self._repository.versions, model_id)
+            with suppress(RepositoryBusy):
+                await self._repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+        raise target.problem
 
     def find_node(self, model_id: str) -> Node | None:
         """Return the present, trusted node at which a model is loaded; None if there is none, or no nodes."""
@@ -244,82 +213,97 @@ class Router:
         node = state.nodes.get(serving.node_id)
         return None if node is None or not node.is_present or node.id in self._untrusted() else node
 
-    def find_other_node(self, model_id: str) -> Node | None:
-        """Return the other node at which a model is loaded; None if it is loaded here, or nowhere."""
-        node = self.find_node(model_id)
-        return None if node is None or node.id == self._node_id else node
+    async def infer(
+        self,
+        here: Here,
+        request: InferenceRequest,
+        timeout_s: float,
+        times: InferenceTimes,
+        *,
+        version: int | None = None,
+        worker: Worker | None = None,
+    ) -> Answered | There | Absent:
+        """Run one inference, at most `timeout_s` seconds; cancelling this stops the run.
 
-    async def find_route(self, model_id: str, version: int | None = None) -> ModelRoute:
-        """Return the route of a model; a refusal also checks whether the repository has the model.
+        An inference that was queued when its worker died is repeated once, when the model is reloaded; if
+        that is not here, its new target is returned. A failure is counted; the caller counts an answer with
+        `Here.count_answer` when it is written.
+
+        Args:
+            here: the load, as it was resolved just now.
+            request: the inputs.
+            timeout_s: its limit.
+            times: of this request; what happens here is added.
+            version: the requested one, for a repetition; None is any.
+            worker: in whose memory the inputs lie. Without one, or if it has died, it is the least busy.
 
         Raises:
-            UnknownModel: `unknown_model`, neither loaded nor in the repository.
-            RuntimeProblem: what `route` raises.
+            QueueFull: `inference_queue_full`.
+            RuntimeProblem: what the worker answered.
         """
+        times.asked_ns = began_ns = time.monotonic_ns()
         try:
-            return self.route(model_id, version)
-        except ModelNotLoaded:
-            model = self._log.state.models.get(model_id)
-            if model is None or model.state in (ModelState.UNLOADED, ModelState.FAILED):
-                look = partial(self._repository.versions, model_id)
-                with suppress(RepositoryBusy):
-                    await self._repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+            try:
+                outcome, outputs = await self._ask(here, request, timeout_s, worker)
+            except WorkerDied as death:
+                left_s = timeout_s - (time.monotonic_ns() - began_ns) / 1e9
+                if death.begun or not await self._is_reloaded(here.model_id, version, left_s):
+                    raise
+                times.asked_ns = time.monotonic_ns()
+                times.waited_ns += times.asked_ns - began_ns
+                target = self.resolve(here.model_id, version)
+                if not isinstance(target, Here):
+                    return target
+                here, left_s = target, timeout_s - (times.asked_ns - began_ns) / 1e9
+                outcome, outputs = await self._ask(here, request, left_s)
+        except BaseException as error:  # a cancelled request is a use, too
+            here.load.last_used_ns = ended_ns = time.monotonic_ns()
+            if isinstance(error, RuntimeProblem):
+                here.load.statistics.count_failure(ended_ns - times.arrived_ns)
             raise
+        here.load.last_used_ns = times.answered_ns = time.monotonic_ns()
+        return Answered(here, outcome, outputs)
 
-    def is_ready(self, model_id: str, version: int | None = None) -> bool:
-        try:
-            self.route(model_id, version)
-        except (ModelNotLoaded, ModelUnloading):
-            return False
-        return True
+    def _ask(
+        self, here: Here, request: InferenceRequest, timeout_s: float, worker: Worker | None = None
+    ) -> Awaitable[Answer]:
+        workers = here.load.serving
+        if sum([each.in_flight for each in workers]) >= self._max_queue:
+            raise QueueFull(f"{self._max_queue} inferences of model '{here.model_id}' are queued or running")
+        if worker not in workers:
+            worker = _least_busy(workers)
+        return worker.infer(
+            request.tensors, request.outputs, text=request.text, timeout_s=timeout_s, region=request.region
+        )
 
-    def route(self, model_id: str, version: int | None = None) -> ModelRoute:
-        """Return the route of a model.
+    async def _is_reloaded(self, model_id: str, version: int | None, timeout_s: float) -> bool:
+        """Wait until a model is not being reloaded any more; return False if that takes too long."""
 
-        Raises:
-            ModelNotLoaded: `model_not_loaded`; `ModelRecovering` while it is being reloaded.
-            ModelElsewhere: `model_not_loaded`, it is loaded at another node.
-            NodeAway: `model_not_loaded`, this node may not answer.
-            OtherVersionLoaded: `model_not_loaded`, another version is.
-            ModelUnloading: `model_unloading`.
-        """
-        model = self._log.state.models.get(model_id)
-        known = self._routes.get(model_id)
-        if known is None or known[0] is not model:
-            known = self._make_route(model_id, model)
-        route = known[1]
-        if not self._may_serve():
-            raise NodeAway
-        if version not in (None, route.version):
-            raise OtherVersionLoaded(
-                f"version {version} of model '{model_id}' is not loaded, version {route.version} is; "
-                f'load it with POST /api/v1/models/{model_id}/load and body {{"version": {version}}}',
-            )
-        if not route.load.serving:
-            if route.load.draining:
-                raise ModelUnloading(f"model '{model_id}' is being unloaded")
-            raise _recovering_error(model_id)
-        return route
+        def has_ended() -> bool:
+            target = self.resolve(model_id, version)
+            return not (isinstance(target, Absent) and isinstance(target.problem, ModelRecovering))
 
-    def _make_route(self, model_id: str, model: Model | None) -> tuple[Model, ModelRoute]:
-        """Make and cache the route of a loaded model, until its recorded state changes."""
-        self._routes.pop(model_id, None)
+        return await self._log.wait_until(has_ended, timeout_s)
+
+    def _find(self, model_id: str, model: Model | None) -> Target:
+        """Find a model; a load here is cached until the model's recorded state changes."""
+        self._known.pop(model_id, None)
         serving = model.serving if model is not None else None
         if model is None or serving is None or model.phase is not ModelState.LOADED:
-            raise _not_loaded_error(model_id, model)
-        node = self.find_other_node(model_id)
-        if node is not None:
-            raise ModelElsewhere(model_id, node.id)
+            return Absent(_not_loaded(model_id, model))
+        node = self.find_node(model_id)
+        if node is not None and node.id != self._node_id:
+            return There(node)
         load = self._loads.get(serving.load_job_id)
         if load is None or load.report is None:
-            raise _recovering_error(model_id)
+            return _just_died(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
-        route = ModelRoute(model_id, serving.version, serving.position, inputs, outputs, load)
-        self._routes[model_id] = known = (model, route)
-        return known
+        here = Here(model_id, serving.version, serving.position, inputs, outputs, load)
+        self._known[model_id] = model, here
+        return here
 
 
-def _not_loaded_error(model_id: str, model: Model | None) -> RuntimeProblem:
+def _not_loaded(model_id: str, model: Model | None) -> ModelNotLoaded | ModelUnloading:
     state = model.state if model is not None else ModelState.UNLOADED
     if model is not None and model.previous is not None:
         return ModelReplaced(f"model '{model_id}' is being replaced by another version")
@@ -334,20 +318,15 @@ def _not_loaded_error(model_id: str, model: Model | None) -> RuntimeProblem:
     )
 
 
-def _recovering_error(model_id: str) -> ModelRecovering:
-    return ModelRecovering(f"the worker of model '{model_id}' has just died; it is being started again")
+def _just_died(model_id: str) -> Absent:
+    problem = f"the worker of model '{model_id}' has just died; it is being started again"
+    return Absent(ModelRecovering(problem))
 
 
-def _in_flight(worker: Worker) -> int:
-    return worker.in_flight
+def _least_busy(workers: Sequence[Worker]) -> Worker:
+    return workers[0] if len(workers) == 1 else min(workers, key=_count_requests)
 
 
-def _expected(worker: Worker) -> int:
+def _count_requests(worker: Worker) -> int:
     """Return how many inferences a worker has, with those whose bodies are still arriving."""
     return worker.in_flight + worker.tensor_memory.requests.regions
-
-
-def _find_holder(workers: Sequence[Worker], region: Region | None) -> Worker | None:
-    if region is None:
-        return None
-    return next((each for each in workers if each.tensor_memory.requests is region.memory), None)

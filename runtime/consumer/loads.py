@@ -55,7 +55,7 @@ from runtime.process.worker import Worker
 from runtime.repository import SizedFile
 from runtime.scheduler.actions import unchanged
 from runtime.scheduler.admission import find_same_workers
-from runtime.scheduler.view import find_started_job
+from runtime.scheduler.view import MemoryEstimate, find_started_job
 from runtime.store.versions import HeldVersion, Versions
 from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
 from runtime.wire import Load, Loaded, OptimisedModel, plain_text

@@ -20,6 +20,7 @@ from events.state import State
 from runtime.errors import RuntimeProblem, UnknownModel
 from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.onnxfile import ModelSignature
+from runtime.router import Here
 from runtime.store.versions import Versions
 from server.api.schemas import (
     NO_NODE,
@@ -325,10 +326,9 @@ async def find_signature(
         RuntimeProblem: `unknown_model`, `unknown_version`, `invalid_model`, `unsafe_file`, `model_changed`,
             `repository_busy`, `repository_unreadable`.
     """
-    router, versions = app[ROUTER], app[VERSIONS]
-    if router.is_ready(model_id, version):
-        route = router.route(model_id, version)
-        return route.version, ModelSignature(route.inputs, route.outputs)
+    versions, target = app[VERSIONS], app[ROUTER].resolve(model_id, version)
+    if isinstance(target, Here):
+        return target.version, ModelSignature(target.inputs, target.outputs)
     look = partial(versions.read_signature, model_id, version)
     return await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
 

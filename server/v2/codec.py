@@ -14,6 +14,7 @@ import msgspec
 
 from runtime.errors import InvalidInput
 from runtime.process.sharedmemory import Region
+from runtime.process.worker import Worker
 from runtime.requestjson import (
     MAX_DIMENSION,
     NO_DATA,
@@ -117,13 +118,15 @@ class ReceivedBody(msgspec.Struct, frozen=True, gc=False):
         content: all of it, or with a region the JSON alone.
         header_bytes: the length of its JSON, as the request's header gives it.
         json_bytes: the length of its JSON.
-        region: the memory of a worker in which its tensors lie; the JSON, which decides, does not.
+        region: where its tensors lie in a worker's memory; the JSON, which decides, does not lie there.
+        worker: that worker, which was chosen when the body began to arrive.
     """
 
     content: Buffer
     header_bytes: int | None
     json_bytes: int
     region: Region | None = None
+    worker: Worker | None = None
 
     @property
     def json(self) -> memoryview:

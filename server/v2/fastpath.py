@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from functools import partial
 
 from aiohttp import hdrs, web
 
@@ -17,7 +16,6 @@ from server.http.responses import DirectResponse, response_completer
 from server.observability.output import begin_context
 from server.observability.requestlog import HTTP_COUNTS
 from server.routing import Access, RequestHandler, wrap_handler
-from server.v2.forwarding import FORWARDER, Forwarder, model_target
 from server.v2.inference import infer
 
 _INFER = re.compile(r"/v2/models/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/versions/([1-9][0-9]{0,8}))?/infer")
@@ -29,8 +27,7 @@ _PATH, _PATH_OF_VERSION = "/v2/models/{id}/infer", "/v2/models/{id}/versions/{ve
 
 def add_fast_path(server: web.Server, app: web.Application) -> None:
     gate, counts = app[GATE], app[HTTP_COUNTS]
-    forwarder, complete = app.get(FORWARDER), response_completer(gate.proxies)
-    answer_inference = infer if forwarder is None else partial(_infer_anywhere, forwarder)
+    complete = response_completer(gate.proxies)
 
     def wrap(router_path: RequestHandler) -> RequestHandler:
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -42,7 +39,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
             response: web.StreamResponse
             try:
                 await gate.admit(request, Access.PREDICT, f"POST {path}", model_id)
-                response = await answer_inference(request, app, model_id, int(version) if version else None)
+                response = await infer(request, app, model_id, int(version) if version else None)
             except asyncio.CancelledError:
                 counts.count("POST", path, None)
                 raise
@@ -59,10 +56,3 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
         return handle
 
     wrap_handler(server, wrap)
-
-
-async def _infer_anywhere(
-    forwarder: Forwarder, request: web.BaseRequest, app: web.Application, model_id: str, version: int | None
-) -> web.StreamResponse:
-    target = model_target(model_id, version, "/infer")
-    return await forwarder.answer(request, model_id, target, lambda: infer(request, app, model_id, version))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from functools import wraps
 from http import HTTPStatus
@@ -27,21 +27,21 @@ from yarl import URL
 from events.log import Log
 from events.nodes import Node
 from runtime.errors import InferenceTimeout
-from runtime.router import ModelElsewhere, Router
+from runtime.router import Router, There
 from runtime.timeouts import TimeoutExpired, timeout
 from runtime.wire import Buffer
 from server.appkeys import BODIES, CONFIG, LOG, ROUTER, THIS_NODE
-from server.auth.gate import FORWARDED, POSITION, PRINCIPAL, Principal
+from server.auth.gate import FORWARDED, POSITION, PRINCIPAL
 from server.auth.peers import CATCH_UP_S, Peers, read_position
 from server.auth.ratelimit import QUOTA
 from server.config import MAX_BODY_BYTES
 from server.errors import ANSWERING_NODE, NODE, ServerProblem
-from server.http.bodies import Bodies, Share, read_body
+from server.http.bodies import Share, read_body
 from server.http.connection import read_body_into
 from server.http.responses import DirectResponse
 from server.http.validation import path_parameters
 from server.observability.output import REQUEST_ID, begin_context
-from server.v2.codec import HEADER_LENGTH, ReceivedBody
+from server.v2.codec import HEADER_LENGTH
 
 NODE_ADDRESS = "Loadledger-Node-Address"
 """The address of the node that has answered a forwarded request: clients may go there themselves."""
@@ -84,10 +84,6 @@ _NOT_ADDED = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AG
 """Header fields that aiohttp would add."""
 
 
-RECEIVED_BODY: web.RequestKey[ReceivedBody] = web.RequestKey("received_body", ReceivedBody)
-"""Set when an inference did not find its model: what this node received before another one has to answer."""
-
-
 class NodeUnreachable(ServerProblem):
     """The node that has the model, or the stage, cannot be reached."""
 
@@ -106,9 +102,10 @@ class ModelMoved(ServerProblem):
 
     code = "model_not_loaded"
 
-    def __init__(self, sender: str, elsewhere: ModelElsewhere, position: int) -> None:
+    def __init__(self, model_id: str, node_id: str, sender: str, position: int) -> None:
         super().__init__(
-            f"{elsewhere}; node '{sender[:63]}' has forwarded the request here, which happens once only",
+            f"model '{model_id}' is loaded at node '{node_id}', not here; node '{sender[:63]}' has forwarded"
+            " the request here, which happens once only",
             http_headers={POSITION: str(position)},
         )
 
@@ -118,16 +115,14 @@ class _Forwarded:
     """A request as it is sent to another node.
 
     Attributes:
-        client: for whom it is.
-        target: its path.
+        received: the request as the client sent it.
         body: in memory, or as it arrives; None without one.
         ends_at_s: when the answer must be there, on the loop's clock; None without a limit.
     """
 
-    method: str
-    client: Principal
+    received: web.BaseRequest
     model_id: str
-    target: str
+    method: str
     headers: CIMultiDict[str]
     body: Buffer | AsyncIterator[bytes] | None
     ends_at_s: float | None = None
@@ -145,7 +140,7 @@ class _Reply:
 
 
 class Forwarder:
-    """Answers requests about models: at this node, or by sending them to the node that has the model.
+    """Sends requests about models to the node that has them.
 
     Args:
         session: with which it reaches the other nodes.
@@ -157,7 +152,6 @@ class Forwarder:
         session: aiohttp.ClientSession,
         router: Router,
         log: Log,
-        bodies: Bodies,
         peers: Peers,
         *,
         node_id: str,
@@ -166,98 +160,62 @@ class Forwarder:
         self._session = session
         self._router = router
         self._log = log
-        self._bodies = bodies
         self._peers = peers
         self._node_id = node_id
-        self._own_fields = {str(NODE): node_id}
         self._timeout_s = timeout_s
 
-    async def answer(
+    async def catch_up(self, request: web.BaseRequest, model_id: str) -> None:
+        """Begin to answer a request here, by a state no older than that of a node that forwarded it."""
+        request[ANSWERING_NODE] = self._node_id
+        if FORWARDED in request.headers:
+            limit_s = CATCH_UP_S if self._router.is_ready(model_id) else CATCH_UP_OR_REFUSE_S
+            await self._log.wait_for(read_position(request.headers), limit_s)
+
+    async def forward(
         self,
         request: web.BaseRequest,
+        node: Node,
         model_id: str,
-        target: str,
-        answer_here: Callable[[], Awaitable[web.StreamResponse]],
+        share: Share,
+        *,
+        body: Buffer | None = None,
+        ends_at_s: float | None = None,
     ) -> web.StreamResponse:
-        """Answer a request that the gate has admitted.
+        """Answer a request through the node at which its model is loaded.
 
         Args:
-            request: its body may be unread.
+            request: its body is unread, unless it is given.
+            node: the node.
             model_id: the model.
-            target: the path.
-            answer_here: answers it at this node.
+            share: counts the bodies.
+            body: the body as it was received here, decompressed.
+            ends_at_s: when the answer must be there, on the loop's clock; None is `timeout_s` after the body.
 
         Raises:
             ModelMoved: `model_not_loaded`, the request was forwarded here, and the model is elsewhere.
             NodeUnreachable: `node_unreachable`.
             InferenceTimeout: `inference_timeout`.
+            ServerProblem: what reading the body raises.
         """
-        ends_at_s = None
+        request.pop(ANSWERING_NODE, None)
         sender = request.headers.get(FORWARDED)
         if sender is not None:
-            limit_s = CATCH_UP_S if self._router.is_ready(model_id) else CATCH_UP_OR_REFUSE_S
-            await self._log.wait_for(read_position(request.headers), limit_s)
-        node = self._router.find_other_node(model_id)
-        if node is None:
-            ends_at_s = asyncio.get_running_loop().time() + self._timeout_s
-            request[ANSWERING_NODE] = self._node_id
-            try:
-                return self._sign(await answer_here())
-            except ModelElsewhere as moved:  # while its body arrived, or it was loaded on demand
-                del request[ANSWERING_NODE]
-                node, elsewhere = self._router.find_other_node(model_id), moved
-                if node is None:
-                    raise
-        else:
-            elsewhere = ModelElsewhere(model_id, node.id)
-        if sender is not None:
-            raise ModelMoved(sender, elsewhere, self._log.state.position)
-        return await self._forward(request, node, model_id, target, ends_at_s)
-
-    def _sign(self, response: web.StreamResponse) -> web.StreamResponse:
-        if isinstance(response, DirectResponse):
-            response.add_fields(self._own_fields)
-        else:
-            response.headers.update(self._own_fields)
-        return response
-
-    async def _forward(
-        self, request: web.BaseRequest, node: Node, model_id: str, target: str, ends_at_s: float | None
-    ) -> web.StreamResponse:
-        client = request[PRINCIPAL]
-        share = self._bodies.share(client.subject)
-        try:
-            headers, body = await self._receive(request, share)
-            ends_at_s = ends_at_s or asyncio.get_running_loop().time() + self._timeout_s
-            method = hdrs.METH_GET if body is None else hdrs.METH_POST
-            if body is not None:
-                headers[hdrs.CONTENT_LENGTH] = str(len(body))
-            forwarded = _Forwarded(method, client, model_id, target, headers, body, ends_at_s)
-            reply = await self._ask(forwarded, node)
-            return _respond(request, reply, share)
-        except BaseException:
-            share.give_back()
-            raise
-
-    async def _receive(
-        self, request: web.BaseRequest, share: Share
-    ) -> tuple[CIMultiDict[str], Buffer | None]:
+            raise ModelMoved(model_id, node.id, sender, self._log.state.position)
         headers = self._headers_of(request)
-        if request.method != hdrs.METH_POST:
-            return headers, None
-        received = request.get(RECEIVED_BODY)
-        if received is not None:
-            body: Buffer = received.join()
+        if body is not None:
             headers.popall(hdrs.CONTENT_ENCODING, None)
-            share.take(len(body))
-            return headers, body
-        length = request.content_length or 0
-        if not IN_PLACE_BYTES < length <= MAX_BODY_BYTES or request.content.is_eof():
-            return headers, await read_body(request, MAX_BODY_BYTES, share)
-        share.take(length)
-        body = bytearray(length)
-        await read_body_into(request, 0, memoryview(body))
-        return headers, body
+        elif request.method == hdrs.METH_POST:
+            body = await _receive(request, share)
+        if body is not None:
+            headers[hdrs.CONTENT_LENGTH] = str(len(body))
+        method = hdrs.METH_GET if body is None else hdrs.METH_POST
+        ends_at_s = ends_at_s or asyncio.get_running_loop().time() + self._timeout_s
+        reply = await self._ask(_Forwarded(request, model_id, method, headers, body, ends_at_s), node)
+        fields = _returned_fields(request, reply)
+        if body is not None and reply.status == HTTPStatus.OK:
+            return DirectResponse(fields, reply.parts, share)
+        share.give_back()
+        return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
 
     def _headers_of(self, request: web.BaseRequest) -> CIMultiDict[str]:
         headers = CIMultiDict(
@@ -294,14 +252,16 @@ class Forwarder:
             NodeUnreachable: `node_unreachable`.
             InferenceTimeout: `inference_timeout`.
         """
-        token = self._peers.make_token(node, forwarded.model_id, forwarded.client)
+        received = forwarded.received
+        token = self._peers.make_token(node, forwarded.model_id, received[PRINCIPAL])
+        path = received.rel_url.raw_path  # without the host that a request to a proxy names
         own = ((hdrs.AUTHORIZATION, f"Bearer {token}"), (POSITION, str(self._log.state.position)))
         reply = None
         try:
             async with asyncio.timeout_at(forwarded.ends_at_s):
                 async with self._session.request(
                     forwarded.method,
-                    URL(f"{node.address}{forwarded.target}", encoded=True),
+                    URL(f"{node.address}{path}", encoded=True),
                     headers=CIMultiDict([*forwarded.headers.items(), *own]),
                     data=_payload(forwarded.body),
                     skip_auto_headers=_NOT_ADDED,
@@ -355,14 +315,8 @@ class Forwarder:
 
         if body is not None and request.content_length is not None:
             headers[hdrs.CONTENT_LENGTH] = str(request.content_length)
-        forwarded = _Forwarded(
-            request.method,
-            request[PRINCIPAL],
-            model_id,
-            request.rel_url.raw_path,  # without the host that a request to a proxy names
-            headers,
-            None if body is None else read(body),
-        )
+        passed_on = None if body is None else read(body)
+        forwarded = _Forwarded(request, model_id, request.method, headers, passed_on)
         try:
             async with timeout(PASS_ON_S, lambda: passed_bytes):
                 reply = await self._send(forwarded, node)
@@ -398,7 +352,6 @@ async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
             session,
             app[ROUTER],
             app[LOG],
-            app[BODIES],
             node.peers,
             node_id=node.id,
             timeout_s=app[CONFIG].inference_timeout_s,
@@ -406,24 +359,35 @@ async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-def forwardable(handler: Handler, suffix: str) -> Handler:
-    """Return a handler of a path below a model that lets the node answer at which the model is loaded."""
+def forwardable(handler: Handler) -> Handler:
+    """Return a handler of reads about a model that lets the node answer at which the model is loaded."""
 
     @wraps(handler)
     async def answer(request: web.Request) -> web.StreamResponse:
-        forwarder = request.app.get(FORWARDER)
-        if forwarder is None:
+        app, model_id = request.app, path_parameters(request)["id"]
+        if FORWARDER not in app:
             return await handler(request)
-        path = path_parameters(request)
-        target = model_target(path["id"], path.get("version"), suffix)
-        return await forwarder.answer(request, path["id"], target, lambda: handler(request))
+        await app[FORWARDER].catch_up(request, model_id)
+        target = app[ROUTER].resolve(model_id)
+        if isinstance(target, There):
+            share = app[BODIES].share(request[PRINCIPAL].subject)
+            return await app[FORWARDER].forward(request, target.node, model_id, share)
+        response = await handler(request)
+        response.headers[NODE] = request[ANSWERING_NODE]
+        return response
 
     return answer
 
 
-def model_target(model_id: str, version: int | None, suffix: str) -> str:
-    """Return a path below a model or a version; ids of models need no escapes."""
-    return f"/v2/models/{model_id}{'' if version is None else f'/versions/{version}'}{suffix}"
+async def _receive(request: web.BaseRequest, share: Share) -> Buffer:
+    """Read a body as it is; a long one in place."""
+    length = request.content_length or 0
+    if not IN_PLACE_BYTES < length <= MAX_BODY_BYTES or request.content.is_eof():
+        return await read_body(request, MAX_BODY_BYTES, share)
+    share.take(length)
+    body = bytearray(length)
+    await read_body_into(request, 0, memoryview(body))
+    return body
 
 
 def _payload(body: Buffer | AsyncIterator[bytes] | None) -> Any:
@@ -435,15 +399,6 @@ def _payload(body: Buffer | AsyncIterator[bytes] | None) -> Any:
 
 async def _whole(body: Buffer) -> AsyncGenerator[Buffer, None]:
     yield body
-
-
-def _respond(request: web.BaseRequest, reply: _Reply, share: Share) -> web.StreamResponse:
-    """Return the answer of another node for the client, with its own error body if it has refused."""
-    fields = _returned_fields(request, reply)
-    if reply.status == HTTPStatus.OK and request.method == hdrs.METH_POST:
-        return DirectResponse(fields, reply.parts, share)
-    share.give_back()
-    return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
 
 
 def _returned_fields(request: web.BaseRequest, reply: _Reply) -> dict[str, str]:

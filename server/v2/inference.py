@@ -12,15 +12,15 @@ from aiohttp import hdrs, web
 from runtime.process.pool import reading_bytes
 from runtime.process.sharedmemory import SHARED_FROM_BYTES
 from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES
-from runtime.router import InferenceRequest, ModelNotLoaded, ModelRoute, ModelUnloading, Router
+from runtime.router import Absent, Answered, Here, InferenceRequest, Target, There
 from runtime.statistics import InferenceTimes
-from runtime.wire import Buffer, Tensor
+from runtime.wire import Buffer
 from server.api.models import find_signature
 from server.appkeys import BODIES, CONFIG, DEMAND, POOL, ROUTER
 from server.auth.gate import PRINCIPAL
-from server.auth.ratelimit import QUOTA, Quota
+from server.auth.ratelimit import QUOTA
 from server.config import MAX_BODY_BYTES
-from server.errors import ServerProblem
+from server.errors import ANSWERING_NODE, NODE, ServerProblem
 from server.http.bodies import BodyTooLarge, Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
@@ -35,7 +35,7 @@ from server.v2.codec import (
     encode_response,
     header_length,
 )
-from server.v2.forwarding import RECEIVED_BODY
+from server.v2.forwarding import FORWARDER, forwardable
 from server.v2.metadata import (
     INFERENCE_BODY,
     INFERENCE_PARAMETERS,
@@ -95,6 +95,7 @@ async def infer_model(request: web.Request) -> web.StreamResponse:
     answers={200: (MetadataSchema(), "The metadata, of a model that is not loaded as its file declares it.")},
     errors=_METADATA_ERRORS,
 )
+@forwardable
 async def show_metadata(request: web.Request) -> web.Response:
     path = path_parameters(request)
     found = await find_signature(request.app, path["id"], path.get("version"))
@@ -110,6 +111,7 @@ async def show_metadata(request: web.Request) -> web.Response:
     answers={200: (ReadySchema(), "It is ready.")},
     errors=("not_ready", "model_not_loaded", "node_unreachable", "inference_timeout"),
 )
+@forwardable
 async def show_ready(request: web.Request) -> web.Response:
     """Answer 200 if an inference would be tried, else 400, as Triton's clients expect."""
     path = path_parameters(request)
@@ -121,76 +123,80 @@ async def show_ready(request: web.Request) -> web.Response:
 async def infer(
     request: web.BaseRequest, app: web.Application, model_id: str, version: int | None
 ) -> web.StreamResponse:
-    """Decode, run, encode. The `Loadledger-Model` header names the load behind the answer.
+    """Resolve the target, read and decode the body for it, run, encode.
 
-    The gate has admitted the request. A model that is not loaded, in this version if there is one, is loaded
-    on demand, if that is configured, within the inference's own time.
+    The gate has admitted the request. A model at another node is left to that node. One that is not loaded,
+    in this version if there is one, is loaded on demand once the body is decoded, if that is configured, and
+    within the inference's own time. The `Loadledger-Model` header names the load behind the answer.
     """
     times = InferenceTimes(request.get(ARRIVED_NS) or time.monotonic_ns())
     subject = request[PRINCIPAL].subject
-    router, share = app[ROUTER], app[BODIES].share(subject)
-    loop, longest_s = asyncio.get_running_loop(), app[CONFIG].inference_timeout_s
+    router, share, loop = app[ROUTER], app[BODIES].share(subject), asyncio.get_running_loop()
     try:
-        body = await _receive(request, app, share, model_id, version)
+        if FORWARDER in app:
+            await app[FORWARDER].catch_up(request, model_id)
+        target = router.resolve(model_id, version)
+        if isinstance(target, There):
+            return await app[FORWARDER].forward(request, target.node, model_id, share)
+        body = await _receive(request, share, target)
         began_s = loop.time()
-        decoded = None
-        if body.json_bytes > SHORT_JSON_BYTES:  # it would block the event loop, so its subjects take turns
-            async with app[BODIES].turn(subject):
-                read = None
-                if body.json_bytes > LONG_JSON_BYTES:
-                    with share.holding(reading_bytes(body.json_bytes)):
-                        read = await app[POOL].read_json(body.json, longest_s)
-                decoded = decode_request(body.content, body.header_bytes, body.region, read)
-        try:
-            decoded = decoded or _decode(router, model_id, version, body)
-            timeout_s = _timeout_s(decoded, longest_s)
-            route, (outcome, outputs) = await router.infer(model_id, version, decoded, timeout_s, times)
-        except (ModelNotLoaded, ModelUnloading):  # load it within the inference's time, and try once more
-            request[RECEIVED_BODY] = body  # for another node, if the model is there
-            ends_at_s = began_s + (longest_s if decoded is None else _timeout_s(decoded, longest_s))
-            missed_ns = time.monotonic_ns()
-            async with app[DEMAND].keep_loaded(model_id, version, subject, ends_at_s):
-                times.waited_ns += time.monotonic_ns() - missed_ns
-                decoded = decoded or _decode(router, model_id, version, body)
-                left_s = ends_at_s - loop.time()
-                route, (outcome, outputs) = await router.infer(model_id, version, decoded, left_s, times)
-        count = partial(route.count_answer, outcome, times)
-        try:
-            fields, answer = _encode(route, decoded, outputs, request.get(QUOTA))
-            encoding = _encoding(request, answer)
-            if encoding is not None:
-                fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
-                answer = [await compress(answer, encoding)]
-        except BaseException:  # the model has answered, whoever does not get it
-            count()
-            raise
-        return DirectResponse(fields, answer, share, count)
+        decoded = await _decode(app, subject, share, body)
+        timeout_s = app[CONFIG].inference_timeout_s
+        if decoded is not None and decoded.timeout_us:
+            timeout_s = min(timeout_s, decoded.timeout_us / 1e6)
+        ends_at_s = began_s + timeout_s
+
+        async def ask(here: Here) -> Answered | There | Absent:
+            question = decoded or _decode_raw(body, here)
+            left_s = ends_at_s - loop.time() if times.waited_ns else timeout_s
+            return await router.infer(here, question, left_s, times, version=version, worker=body.worker)
+
+        result: Answered | Target = router.resolve(model_id, version)  # again: its body may have taken long
+        while not isinstance(result, Answered):
+            match result:
+                case Here():
+                    result = await ask(result)
+                case There(node):
+                    return await app[FORWARDER].forward(
+                        request, node, model_id, share, body=body.join(), ends_at_s=ends_at_s
+                    )
+                case Absent():
+                    missed_ns = time.monotonic_ns()
+                    async with app[DEMAND].keep_loaded(model_id, version, subject, ends_at_s) as found:
+                        times.waited_ns += time.monotonic_ns() - missed_ns
+                        result = await ask(found) if isinstance(found, Here) else found
+        return await _respond(request, result, decoded, times, share)
     except BaseException:
         share.give_back()
         raise
 
 
-async def _receive(
-    request: web.BaseRequest, app: web.Application, share: Share, model_id: str, version: int | None
-) -> ReceivedBody:
-    """Return the body.
+async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent) -> ReceivedBody:
+    """Read the body: long tensors in place, into the memory of the worker that is to have them.
 
     Raises:
         BodyTooLarge: `body_too_large`; of a compressed body, no more than the limit was decompressed.
         BodiesFull: `bodies_full`.
     """
     header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
-    if header_bytes is not None and header_bytes > MAX_BODY_BYTES:
-        raise BodyTooLarge(MAX_BODY_BYTES)
-    tensor_bytes = 0 if header_bytes is None else _expected_tensor_bytes(request, header_bytes)
-    region = app[ROUTER].reserve(model_id, version, tensor_bytes) if tensor_bytes else None
-    if header_bytes is not None and region is not None:
-        share.take(header_bytes + len(region.buffer))
-        content: Buffer = await read_body_into(request, header_bytes, region.buffer)
-    else:
-        content = await _read_decompressed(request, share)
+    if header_bytes is not None:
+        if header_bytes > MAX_BODY_BYTES:
+            raise BodyTooLarge(MAX_BODY_BYTES)
+        tensor_bytes = _expected_tensor_bytes(request, header_bytes)
+        if tensor_bytes and isinstance(target, Here):
+            worker = target.choose_worker()
+            region = worker.tensor_memory.requests.reserve(tensor_bytes)
+            if region is not None:
+                share.take(header_bytes + tensor_bytes)
+                text = await read_body_into(request, header_bytes, region.buffer)
+                return ReceivedBody(text, header_bytes, header_bytes, region, worker)
+    content = await read_body(request, MAX_BODY_BYTES, share)
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
+    if encoding is not None:
+        content = await decompress(content, encoding, MAX_BODY_BYTES)
+        share.take(len(content))
     json_bytes = len(content) if header_bytes is None else min(header_bytes, len(content))
-    return ReceivedBody(content, header_bytes, json_bytes, region)
+    return ReceivedBody(content, header_bytes, json_bytes)
 
 
 def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int) -> int:
@@ -201,38 +207,59 @@ def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int) -> int:
     return tensor_bytes if SHARED_FROM_BYTES <= tensor_bytes <= MAX_BODY_BYTES else 0
 
 
-async def _read_decompressed(request: web.BaseRequest, share: Share) -> bytes:
-    body = await read_body(request, MAX_BODY_BYTES, share)
-    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
-    if encoding is not None:
-        body = await decompress(body, encoding, MAX_BODY_BYTES)
-        share.take(len(body))
-    return body
-
-
-def _decode(router: Router, model_id: str, version: int | None, body: ReceivedBody) -> InferenceRequest:
-    """Decode a body; the model's input says what a raw one is."""
-    if body.header_bytes != 0:
+async def _decode(
+    app: web.Application, subject: str, share: Share, body: ReceivedBody
+) -> InferenceRequest | None:
+    """Decode a body; None of a raw one, of which only the model's input says what it is."""
+    if body.header_bytes == 0:
+        return None
+    if body.json_bytes <= SHORT_JSON_BYTES:
         return decode_request(body.content, body.header_bytes, body.region)
-    route = router.route(model_id, version)
+    async with app[BODIES].turn(subject):  # it would block the event loop, so its subjects take turns
+        read = None
+        if body.json_bytes > LONG_JSON_BYTES:
+            with share.holding(reading_bytes(body.json_bytes)):
+                read = await app[POOL].read_json(body.json, app[CONFIG].inference_timeout_s)
+        return decode_request(body.content, body.header_bytes, body.region, read)
+
+
+def _decode_raw(body: ReceivedBody, here: Here) -> InferenceRequest:
     raw = body.content if body.region is None else body.region.buffer
-    return decode_raw(raw, route.inputs, max_batch_size=route.max_batch_size, region=body.region)
+    return decode_raw(raw, here.inputs, max_batch_size=here.max_batch_size, region=body.region)
 
 
-def _timeout_s(decoded: InferenceRequest, longest_s: float) -> float:
-    if not decoded.timeout_us:
-        return longest_s
-    return min(longest_s, decoded.timeout_us / 1e6)
+async def _respond(
+    request: web.BaseRequest,
+    answered: Answered,
+    decoded: InferenceRequest | None,
+    times: InferenceTimes,
+    share: Share,
+) -> DirectResponse:
+    count = partial(answered.here.count_answer, answered.outcome, times)
+    try:
+        fields, body = _encode(request, answered, None if decoded is None else decoded.id)
+        encoding = _encoding(request, body)
+        if encoding is not None:
+            fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
+            body = [await compress(body, encoding)]
+    except BaseException:  # the model has answered, whoever does not get it
+        count()
+        raise
+    return DirectResponse(fields, body, share, count)
 
 
 def _encode(
-    route: ModelRoute, decoded: InferenceRequest, outputs: Sequence[Tensor], quota: Quota | None
+    request: web.BaseRequest, answered: Answered, request_id: str | None
 ) -> tuple[dict[str, object], list[Buffer]]:
-    body, header_bytes = encode_response(route.model_id, route.version, decoded.id, outputs)
+    here = answered.here
+    body, header_bytes = encode_response(here.model_id, here.version, request_id, answered.outputs)
     fields: dict[str, object] = {"Content-Type": "application/json"}
     if header_bytes is not None:
         fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
-    fields["Loadledger-Model"] = route.source
+    fields["Loadledger-Model"] = here.source
+    if ANSWERING_NODE in request:
+        fields[NODE] = request[ANSWERING_NODE]
+    quota = request.get(QUOTA)
     if quota is not None:
         fields |= quota.headers()
     return fields, body

@@ -16,7 +16,7 @@ from marshmallow import fields
 from events.models import ModelState
 from runtime.consumer.running import RunningLoad
 from runtime.onnxfile import ModelSignature
-from runtime.router import ModelRoute
+from runtime.router import Here
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema, TensorSchema
 from server.appkeys import CONSUMER, LOG, ROUTER
@@ -194,8 +194,6 @@ def model_routes(
 ) -> Callable[[ModelHandler], ModelHandler]:
     """Declare a handler's route for a model, and its twin for a version of the model.
 
-    At a node, both let the node answer at which the model is loaded.
-
     Args:
         declare: such as `routes.get`.
         suffix: the end of both paths.
@@ -205,14 +203,12 @@ def model_routes(
     """
 
     def decorate(handler: ModelHandler) -> ModelHandler:
-        anywhere = forwardable(handler, suffix)
-
         async def twin(request: web.Request) -> web.StreamResponse:
-            return await anywhere(request)
+            return await handler(request)
 
         twin.__name__ = of_version
         for path, schema, summary, each in (
-            ("/v2/models/{id}", ModelPathSchema(), summaries[0], anywhere),
+            ("/v2/models/{id}", ModelPathSchema(), summaries[0], handler),
             ("/v2/models/{id}/versions/{version}", ModelVersionPathSchema(), summaries[1], twin),
         ):
             declare(f"{path}{suffix}", path=schema, summary=summary, is_forwarded=True, **operation)(each)
@@ -321,9 +317,10 @@ async def all_statistics(request: web.Request) -> web.Response:
     answers={200: (StatisticsSchema(), "Of the version that serves.")},
     errors=MODEL_ERRORS,
 )
+@forwardable
 async def model_statistics(request: web.Request) -> web.Response:
-    route = await current_route(request)
-    entry = _statistics(request.app, route.load)
+    here = await find_here(request)
+    entry = _statistics(request.app, here.load)
     return _json({"model_stats": [] if entry is None else [entry]})
 
 
@@ -336,15 +333,16 @@ async def model_statistics(request: web.Request) -> web.Response:
     answers={200: (ModelConfigSchema(), "In Triton's form.")},
     errors=MODEL_ERRORS,
 )
+@forwardable
 async def show_config(request: web.Request) -> web.Response:
-    route = await current_route(request)
-    inputs, outputs, parameters = route.inputs, route.outputs, route.load.parameters
-    return _json(model_config(route.model_id, route.version, inputs, outputs, parameters))
+    here = await find_here(request)
+    parameters = here.load.parameters
+    return _json(model_config(here.model_id, here.version, here.inputs, here.outputs, parameters))
 
 
-async def current_route(request: web.Request) -> ModelRoute:
+async def find_here(request: web.Request) -> Here:
     path = path_parameters(request)
-    return await request.app[ROUTER].find_route(path["id"], path.get("version"))
+    return await request.app[ROUTER].find(path["id"], path.get("version"))
 
 
 def _statistics(app: web.Application, load: RunningLoad) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from events.sqlite.listing import Reader
 from events.types import Cause
 from runtime import errors
 from runtime.consumer.usage import PendingDemand
-from runtime.router import ModelElsewhere, ModelNotLoaded, ModelUnloading, OtherVersionLoaded, Router
+from runtime.router import Absent, Here, OtherVersionLoaded, Router, There
 from runtime.scheduler.scheduler import back_off_s
 from server.errors import ServerProblem
 
@@ -169,16 +169,16 @@ class OnDemand:
     @asynccontextmanager
     async def keep_loaded(
         self, model_id: str, version: int | None, subject: str, ends_at_s: float
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Here | There]:
         """Load a model, and protect it from eviction until the context ends.
 
-        On entry the model is ready, for a request that is sent at once. The first waiter's subject becomes
-        the actor of the load; `ends_at_s` is the inference's deadline, on the loop's clock.
+        On entry the model is ready, for a request that is sent at once: here, or at another node, which the
+        scheduler has chosen. The first waiter's subject becomes the actor of the load; `ends_at_s` is the
+        inference's deadline, on the loop's clock.
 
         Raises:
-            RuntimeProblem: as `Router.find_route`, if on-demand loads are not configured.
+            RuntimeProblem: as `Router.find`, if on-demand loads are not configured.
             ModelNotLoaded: `model_not_loaded`, another version is loaded and is not replaced on demand.
-            ModelElsewhere: `model_not_loaded`, the model is loaded at another node.
             InferenceTimeout: `inference_timeout`.
             QueueFull: `inference_queue_full`, too many inferences wait for the model.
             DemandFailed: `load_failed`.
@@ -187,25 +187,14 @@ class OnDemand:
             ServerStops: `shutting_down`.
         """
         if not self.on:
-            await self.router.find_route(model_id, version)
-            yield
+            yield await self.router.find(model_id, version)
             return
         with self.demand.hold(model_id):
-            while not self._is_ready(model_id, version):
+            while isinstance(target := self.router.resolve(model_id, version), Absent):
+                if isinstance(target.problem, OtherVersionLoaded):
+                    raise target.problem
                 await self._wait((model_id, version), subject, ends_at_s)
-            yield
-
-    def _is_ready(self, model_id: str, version: int | None) -> bool:
-        try:
-            self.router.route(model_id, version)
-        except (OtherVersionLoaded, ModelElsewhere):
-            raise
-        except (ModelNotLoaded, ModelUnloading):
-            return False
-        return True
-
-    def _is_loaded(self, model_id: str) -> bool:
-        return self.router.is_ready(model_id) or self.router.find_other_node(model_id) is not None
+            yield target
 
     async def _wait(self, demand: Demand, subject: str, ends_at_s: float) -> None:
         """Wait until any version of the model is ready; cancelling this does not affect other waiters."""
@@ -248,7 +237,8 @@ class OnDemand:
                     wakeup.clear()
                     if self.stopping.is_set():
                         return ServerStops()
-                    if self._is_loaded(demand[0]) or (not self._waiting[demand] and attempt.own_job is None):
+                    is_loaded = not isinstance(self.router.resolve(demand[0]), Absent)
+                    if is_loaded or (not self._waiting[demand] and attempt.own_job is None):
                         return None
                     if self._is_in_progress(attempt):
                         await wakeup.wait()

@@ -24,16 +24,15 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.process.pool import WorkerPool
-from runtime.router import ModelNotLoaded, ModelReplaced, ModelUnloading, OtherVersionLoaded
+from runtime.router import Absent, ModelNotLoaded, ModelReplaced, ModelUnloading, OtherVersionLoaded
 
 
 async def refusal(engine: Engine, model_id: str, version: int | None = None) -> tuple[type, str]:
-    """Return the class and message of a refusal, on which `is_ready` and `route` agree."""
+    """Return the class and message of a refusal, on which `is_ready` and `resolve` agree."""
     assert not engine.router.is_ready(model_id, version)
-    with pytest.raises((ModelNotLoaded, ModelUnloading)):
-        engine.router.route(model_id, version)
+    assert isinstance(engine.router.resolve(model_id, version), Absent)
     with pytest.raises(RuntimeProblem) as caught:
-        await engine.router.find_route(model_id, version)
+        await engine.router.find(model_id, version)
     return caught.type, str(caught.value)
 
 
@@ -50,16 +49,16 @@ async def seven(engine: Engine) -> bool:
 
 async def test_loaded_model_is_routed_to_its_worker(engine: Engine) -> None:
     await engine.load("adder")
-    route = await engine.router.find_route("adder")
-    assert route == engine.router.route("adder", 2)
+    here = await engine.router.find("adder")
+    assert here is engine.router.resolve("adder", 2)
     assert engine.router.is_ready("adder")
     assert engine.router.is_ready("adder", 2)
-    assert (route.model_id, route.version) == ("adder", 2)
-    assert route.load.serving == (engine.worker("adder"),)
+    assert (here.model_id, here.version) == ("adder", 2)
+    assert here.load.serving == (engine.worker("adder"),)
     events = await engine.events()
-    assert events[route.position - 1].type == "ModelLoaded"
-    assert [(spec.name, spec.datatype, spec.shape) for spec in route.inputs] == [("x", "FP32", (-1,))]
-    assert [spec.name for spec in route.outputs] == ["y"]
+    assert events[here.position - 1].type == "ModelLoaded"
+    assert [(spec.name, spec.datatype, spec.shape) for spec in here.inputs] == [("x", "FP32", (-1,))]
+    assert [spec.name for spec in here.outputs] == ["y"]
 
 
 async def test_router_refuses_what_is_not_loaded(engine: Engine) -> None:
@@ -88,13 +87,13 @@ async def test_old_version_answers_until_the_swap(engine: Engine) -> None:
     models.save_bytes(slow_model(), engine.root, "adder", 3)
     swap = await engine.ask_load("adder", 3)
     await engine.loading("adder")
-    assert engine.router.route("adder").version == 1
+    assert (await engine.router.find("adder")).version == 1
     assert (await refusal(engine, "adder", 3))[0] is OtherVersionLoaded
     os.kill(engine.worker("adder").pid, signal.SIGKILL)
     await engine.ended(swap)
-    assert engine.router.route("adder").version == 1
+    assert (await engine.router.find("adder")).version == 1
     await engine.load("adder", 2)
-    assert engine.router.route("adder").version == 2
+    assert (await engine.router.find("adder")).version == 2
     assert (await refusal(engine, "adder", 1))[0] is OtherVersionLoaded
     for version in (1, 2):
         (engine.root / f"adder/{version}/model.onnx").unlink()
@@ -112,7 +111,7 @@ async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
     engine.kill("adder")
     await engine.ended(swap)
     await engine.becomes("adder", ModelState.LOADED)
-    assert engine.router.route("adder").version == 1
+    assert (await engine.router.find("adder")).version == 1
 
 
 async def test_router_refuses_during_unload(engine: Engine) -> None:

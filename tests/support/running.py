@@ -30,7 +30,7 @@ from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.repository import Repository
-from runtime.router import InferenceRequest, Router
+from runtime.router import Absent, Answered, InferenceRequest, Router
 from runtime.scheduler.view import Policy
 from runtime.statistics import InferenceTimes
 from runtime.store.versions import Versions
@@ -197,9 +197,13 @@ class Engine:
         """Run an inference; returns the outputs, as raw bytes."""
         question = InferenceRequest(None, None, tuple(tensors), tuple(map(WantedOutput, outputs)))
         times = InferenceTimes(time.monotonic_ns())
-        route, (outcome, answer) = await self.router.infer(model_id, None, question, timeout_s, times)
-        route.count_answer(outcome, times)
-        return answer
+        here = await self.router.find(model_id)
+        result = await self.router.infer(here, question, timeout_s, times)
+        if isinstance(result, Absent):
+            raise result.problem
+        assert isinstance(result, Answered)
+        result.here.count_answer(result.outcome, times)
+        return result.outputs
 
     def kill(self, model_id: str) -> None:
         """Kill a model's worker, as the kernel does when memory runs out."""
