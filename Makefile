@@ -39,7 +39,7 @@ soak: install
 	SOAK=all $(BIN)/pytest -n 0 -s $(foreach soak,$(SOAKS),tests/$(soak).py)
 	SOAK=all $(BIN)/pytest tests/events
 
-SOAKS := runtime/scheduler/test_simulation runtime/cache/test_cache_store runtime/store/test_store_keeping \
+SOAKS := runtime/scheduler/test_simulation runtime/optimised/test_optimised_store runtime/store/test_store_keeping \
 	runtime/consumer/test_provenance \
 	$(addprefix system/test_,bench many_models cycles killed_servers cluster ray restore tails prepared)
 

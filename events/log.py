@@ -393,16 +393,8 @@ class Log:
         """Do nothing before a group: no other server appends."""
 
     async def _write(self, group: Sequence[PendingCommand]) -> None:
+        """Decide and append a group, and answer its callers."""
         before = self.head
-        if await self._append_or_fail(group):
-            for pending in group:
-                if pending.outcome is not None:  # it is None if the caller was cancelled before
-                    answer(pending.done, pending.outcome)
-            if self.head != before:
-                self.notify()
-
-    async def _append_or_fail(self, group: Sequence[PendingCommand]) -> bool:
-        """Append a group; return False if it failed, and its callers have the error."""
         try:
             if not self._storage.is_open:
                 await self._open()
@@ -411,12 +403,16 @@ class Log:
             raise
         except LedgerProblem as error:
             fail_callers(group, error)
-            return False
+            return
         except Exception as error:  # noqa: BLE001 - a defect fails its group, not the server
             _log.exception("a group of commands could not be decided; none was applied")
             fail_callers(group, error)
-            return False
-        return True
+            return
+        for pending in group:
+            if pending.outcome is not None:  # it is None if the caller was cancelled before
+                answer(pending.done, pending.outcome)
+        if self.head != before:
+            self.notify()
 
     async def _append(self, group: Sequence[PendingCommand]) -> None:
         """Decide a group on the present state, and make it durable. COMMIT may fail after it took effect.

@@ -14,15 +14,23 @@ does no harm: the descriptor stays with the one that was opened.
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import json
+import math
 import os
 import re
 import stat
+import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -31,12 +39,121 @@ from runtime.errors import (
     InvalidModelId,
     LoadRefused,
     RepositoryUnreadable,
+    RuntimeProblem,
     UnknownModel,
     UnknownVersion,
 )
-from runtime.filesystem import FileSystemPool, busy
 from runtime.onnxfile import MODEL_FILE, SUFFIX, find_model_file, list_model_files
-from runtime.wire import Count, FileNumber, Name, Time
+from runtime.timeouts import TimeoutExpired, timeout
+from runtime.wire import DATATYPES, MAX_DIMENSIONS, Count, FileNumber, Name, Tensor, Time
+
+T = TypeVar("T")
+
+MAX_THREADS = 32
+"""Calls at once. One takes a millisecond, so only calls that hang fill this."""
+REQUEST_LIMIT_S = 3.0
+"""How long a request waits for a call: many files on a slow network mount take a second."""
+LOAD_LIMIT_S = 30.0
+"""How long a load waits for a call; then it fails, since it may hold a load slot meanwhile."""
+
+
+class RepositoryBusy(RuntimeProblem):
+    """The repository does not answer at the moment."""
+
+    code = "repository_busy"
+
+
+def start_call(key: str, work: Callable[[], T], *, name: str = "file system") -> asyncio.Future[T]:
+    """Call a function in a daemon thread, so that no stop of the process waits for it.
+
+    Await the future through `asyncio.shield`: then its callbacks are called when the call has ended.
+
+    Raises:
+        RepositoryBusy: `repository_busy` of the model `key`, there is no new thread.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+    answer.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may await it
+
+    def call() -> None:
+        try:
+            end = partial(answer.set_result, work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+            end = partial(answer.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            loop.call_soon_threadsafe(end)
+
+    try:
+        threading.Thread(target=call, name=name, daemon=True).start()
+    except RuntimeError as error:
+        raise busy(key, f"cannot be read: {error}") from None
+    return answer
+
+
+class FileSystemPool:
+    """Calls blocking functions in threads: one at a time for each model, and at most `max_threads`.
+
+    A call on a dead network mount never returns, and its thread cannot be stopped. So it keeps one thread
+    and the turn of its model; a caller gets `repository_busy` after its limit, and those after it at once,
+    until the call returns. The threads are daemons, so that no stop of the process waits for them.
+
+    Args:
+        max_threads: calls at once; those that hang count until they return.
+    """
+
+    def __init__(self, max_threads: int = MAX_THREADS) -> None:
+        self._free = asyncio.Semaphore(max_threads)
+        self._turns = WeakValueDictionary[str, asyncio.Lock]()
+        self._late = set[str]()
+
+    async def run(self, key: str, work: Callable[[], T], limit_s: float) -> T:
+        """Return what a function returns; if this is cancelled or late, its thread goes on without effect.
+
+        Args:
+            key: the model; calls of the same key run one after the other.
+            work: called in a thread.
+            limit_s: how long to wait for the turn and the end of the call.
+
+        Raises:
+            RepositoryBusy: `repository_busy`, it did not begin or end in time.
+        """
+        if key in self._late:
+            raise busy(key, "has not answered an earlier call yet")
+        turn = self._turns.setdefault(key, asyncio.Lock())
+        try:
+            async with timeout(limit_s):
+                await turn.acquire()
+                try:
+                    await self._free.acquire()
+                except BaseException:
+                    turn.release()
+                    self._late.discard(key)
+                    raise
+                return await asyncio.shield(self._start(key, turn, work))
+        except TimeoutExpired:
+            if turn.locked():
+                self._late.add(key)
+            raise busy(key, f"did not answer within {limit_s:g} s") from None
+
+    def _start(self, key: str, turn: asyncio.Lock, work: Callable[[], T]) -> asyncio.Future[T]:
+        def release() -> None:
+            turn.release()
+            self._free.release()
+            self._late.discard(key)
+
+        try:
+            call = start_call(key, work)
+        except RepositoryBusy:
+            release()
+            raise
+        call.add_done_callback(lambda _: release())
+        return call
+
+
+def busy(key: str, reason: str) -> RepositoryBusy:
+    """Return the error of a model's folder, for a reason that goes on after its name."""
+    return RepositoryBusy(f"the repository's folder of {key!r} {reason}; is its file system reachable?")
+
 
 UNKNOWN = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO})
 """Numbers of errors that leave open what a folder has: a model that cannot be looked at may be there."""
@@ -481,3 +598,149 @@ def _names(folder: Path) -> list[str]:
         if error.errno in UNKNOWN:
             raise busy(folder.name, f"cannot be listed: {error.strerror}") from None
         return []
+
+
+DEFAULTS_FILE = "loadledger.toml"
+MAX_DEFAULTS_BYTES = 64 * 1024
+"""A file with every key has a few hundred bytes; this leaves room for comments and warm-up inputs."""
+MAX_DOTS = 1000
+"""Beside those of numbers. tomllib takes quadratic time for a key of many parts: a minute for 64 KiB, in
+which its thread competes with the event loop. For a key of so many parts it takes a tenth of a second."""
+_NUMBER = re.compile(r"[-+\s,\[=][0-9][0-9_]*\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?(?=\s*[,\]}#\n])")
+"""A number with a fraction, in a list or at the end of a line. No part of a key is followed by these."""
+WARM_UP = "warm_up"
+"""The only key that is no parameter of a load."""
+NO_TEXT = frozenset({"FP16", "BF16"})
+"""Datatypes that JSON cannot represent."""
+
+
+class InvalidDefaults(RuntimeProblem):
+    """The model's loadledger.toml is invalid."""
+
+    code = "invalid_defaults"
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """The warm-up of a model: the inference that runs before the model is loaded.
+
+    Attributes:
+        enabled: whether it runs; None uses the server's setting.
+        inputs: its inputs as JSON text; none are zeros.
+        required: whether the load fails if it does.
+    """
+
+    enabled: bool | None = None
+    inputs: tuple[Tensor, ...] = ()
+    required: bool = True
+
+
+NO_WARM_UP = WarmUp(enabled=False, required=False)
+"""Of a reload whose model has no valid file, or none that can be read now."""
+
+
+class _Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: Name
+    datatype: str
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+    data: list[Any]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    enabled: bool | msgspec.UnsetType = msgspec.UNSET
+    inputs: tuple[_Input, ...] = ()
+
+
+def defaults_name(model_id: str) -> str:
+    return f"{model_id}/{DEFAULTS_FILE}"
+
+
+def read_defaults(repository: Repository, model_id: str) -> dict[str, Any]:
+    """Return the default parameters of a model, unchecked; empty without a file.
+
+    The warm-up is checked and left out.
+
+    Raises:
+        InvalidDefaults: `invalid_defaults`, the file cannot be read, is too large, is no TOML, or its warm-up
+            is invalid.
+    """
+    values, _ = _read(repository, model_id)
+    return values
+
+
+def read_warm_up(repository: Repository, model_id: str) -> WarmUp:
+    """Return the warm-up of a model.
+
+    Raises:
+        InvalidDefaults: `invalid_defaults`, as `read_defaults`.
+    """
+    _, warm_up = _read(repository, model_id)
+    return warm_up
+
+
+def read_reload_warm_up(repository: Repository, model_id: str) -> WarmUp:
+    """Return the warm-up of a reload, which no mistake made in the file since the load can fail."""
+    try:
+        return replace(read_warm_up(repository, model_id), required=False)
+    except RuntimeProblem:
+        return NO_WARM_UP
+
+
+def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp]:
+    name = defaults_name(model_id)
+    try:
+        content = repository.read_beside(model_id, DEFAULTS_FILE, MAX_DEFAULTS_BYTES)
+        values = _parse(content.decode())
+        return values, _warm_up(name, values.pop(WARM_UP, {}))
+    except (LoadRefused, RepositoryUnreadable) as error:
+        reason = str(error).removeprefix(f"{DEFAULTS_FILE!r} ")
+        raise InvalidDefaults(f"{name} {reason}; replace it, or take it away") from None
+    except UnicodeDecodeError:
+        raise InvalidDefaults(f"{name} is not UTF-8, which TOML has to be") from None
+    except ValueError as error:  # of the parser, and of Python for a number of thousands of digits
+        raise InvalidDefaults(f"{name} is no TOML: {error}") from None
+    except RecursionError:
+        raise InvalidDefaults(f"{name} is nested too deeply; it takes keys with plain values") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    if text.count(".") - len(_NUMBER.findall(text)) > MAX_DOTS:
+        raise ValueError(f"it has more than {MAX_DOTS} dots, beside those of numbers")
+    return tomllib.loads(text)
+
+
+def _warm_up(file: str, table: object) -> WarmUp:
+    """Check the table `warm_up`, as far as this is possible without the model."""
+    try:
+        read = msgspec.convert(table, _Table)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        raise InvalidDefaults(f"{file}: {WARM_UP}{place.rstrip('`')}: {reason}") from None
+    enabled = None if read.enabled is msgspec.UNSET else read.enabled
+    inputs = [_tensor(f"{file}: {WARM_UP}.inputs[{n}]", given) for n, given in enumerate(read.inputs)]
+    return WarmUp(enabled, tuple(inputs))
+
+
+def _tensor(where: str, given: _Input) -> Tensor:
+    if given.datatype not in DATATYPES:
+        known = ", ".join(sorted(DATATYPES.keys() - NO_TEXT))
+        raise InvalidDefaults(f"{where}.datatype: {given.datatype[:64]!r} is no datatype; known: {known}")
+    if given.datatype in NO_TEXT:
+        reason = "has no form as text, so it cannot be given here"
+        raise InvalidDefaults(f"{where}.datatype: {given.datatype} {reason}")
+    _check_elements(f"{where}.data", given.data)
+    try:
+        text = json.dumps(given.data, ensure_ascii=False, separators=(",", ":")).encode()
+    except ValueError:  # of Python, for a number of thousands of digits
+        raise InvalidDefaults(f"{where}.data: has a number that no datatype can hold") from None
+    return Tensor(given.name, given.datatype, given.shape, text, text=True)
+
+
+def _check_elements(where: str, values: list[Any]) -> None:
+    for each in values:
+        if isinstance(each, list):
+            _check_elements(where, each)
+        elif not isinstance(each, bool | int | float | str):
+            raise InvalidDefaults(f"{where}: takes numbers, booleans, strings and lists of them")
+        elif isinstance(each, float) and not math.isfinite(each):
+            raise InvalidDefaults(f"{where}: takes no infinity and no NaN, as a request does not")

@@ -16,11 +16,10 @@ from events.models import Model, ModelState
 from events.nodes import Node
 from runtime.consumer.running import RunningLoad
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
-from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.process.requests import Answer
 from runtime.process.sharedmemory import Region
 from runtime.process.worker import Worker
-from runtime.repository import Repository
+from runtime.repository import REQUEST_LIMIT_S, Repository, RepositoryBusy
 from runtime.statistics import InferenceTimes
 from runtime.wire import Outcome, Tensor, TensorSpec, WantedOutput
 

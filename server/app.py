@@ -34,8 +34,7 @@ from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler.view import PlacementStrategy, Policy
-from runtime.store.folder import STORE
-from runtime.store.manifest import digest_of
+from runtime.store.folder import STORE, digest_of
 from runtime.store.store import Store
 from runtime.store.versions import Versions
 from runtime.uploads.commit import Uploads

@@ -26,14 +26,13 @@ from events.storage import StorageError
 from events.types import LoadParameters
 from runtime.cgroups import count_usable_cpus
 from runtime.errors import ForkServerUnavailable, RuntimeProblem, UnknownModel, UnknownVersion
-from runtime.estimates import estimate_memory
 from runtime.memory import MemoryUnknown, find_memory_limit
-from runtime.modeldefaults import InvalidDefaults, defaults_name, read_warm_up
 from runtime.onnxfile import describe_foreign_content, read_head
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
-from runtime.repository import MODEL_ID, Repository, SizedFile
+from runtime.repository import MODEL_ID, InvalidDefaults, Repository, SizedFile, defaults_name, read_warm_up
 from runtime.scheduler.admission import format_megabytes
+from runtime.scheduler.view import estimate_memory
 from runtime.store.versions import Versions
 from runtime.wire import Load, Tensor
 from server.api.loads import default_parameters

@@ -17,7 +17,7 @@ from events.clock import boottime, uuid7
 from events.codec import decode_event
 from events.commands import Receipt
 from events.errors import LogUnavailable, NodeAlive, OutcomeUnknown, RequestRefused, UnreadableEvent
-from events.log import DecidedGroup, Log, PendingCommand, answer, fail_callers
+from events.log import DecidedGroup, Log, PendingCommand, answer
 from events.postgres.connection import DatabaseClock, HeadMoved
 from events.postgres.storage import POLL_S, Authority, ReplicatedStorage
 from events.sqlite.datalock import LEDGER
@@ -117,40 +117,21 @@ class SharedLog(Log):
             await self._close_after(error)
             raise LogUnavailable(f"{error}; nothing was accepted") from error
 
-    async def _write(self, group: Sequence[PendingCommand], *, is_sure: bool = False) -> None:
-        """Append a group and answer its callers.
-
-        What is refused, or answered with what was there, rests on a state that another server may have
-        changed: unless `is_sure`, it is decided once more on the state with all that others have appended.
-        """
-        before = self.head
-        if not await self._append_or_fail(group):
-            return
-        is_sure = is_sure or self.head != before  # only on the last event of all a group is appended
-        unsure = list[PendingCommand]()
-        for pending in group:
-            if not is_sure and not pending.done.done() and rests_on_state(pending):
-                unsure.append(pending)
-            elif pending.outcome is not None:
-                answer(pending.done, pending.outcome)
-        if self.head != before:
-            self.notify()
-        if unsure:
-            try:
-                await self._catch_up()
-            except LogUnavailable as error:
-                fail_callers(unsure, error)
-                return
-            await self._write(unsure, is_sure=True)
-
     async def _append(self, group: Sequence[PendingCommand]) -> None:
         """Decide and commit a group; if another server was first, once more while it cannot append.
 
         Trying without the lock first is as fast as a ledger with one writer; only then to lock keeps a server
-        from being too late again and again.
+        from being too late again and again. What is refused, or answered with what was there, rests on a
+        state that another server may have changed: it is decided once more on what all have appended.
         """
+        before = self.head
         try:
             await self._append_at_head(group)
+            if self.head != before:  # only on the last event of all a group is appended
+                return
+            if unsure := [each for each in group if rests_on_state(each)]:
+                await self._catch_up()
+                await self._append_at_head(unsure)
         except NodeAlive:  # it is about one command of the group
             if len(group) == 1:
                 raise

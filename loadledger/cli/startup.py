@@ -48,7 +48,7 @@ from loadledger.profiles import (
     write_profile,
 )
 from loadledger.uploads import find_version_files, hash_files
-from runtime.filesystem import RepositoryBusy
+from runtime.repository import RepositoryBusy
 from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.keys import KeyProblem
 from server.auth.subjects import subject_refusal

@@ -1,12 +1,12 @@
 """The consumer: one coroutine that applies the log's requests to workers.
 
-The way of a request: `consumer.Consumer` wakes on an event, an outcome or a timer, asks the scheduler, and
-has `executor.Executor` execute one action: facts in the log, and tasks on a `loads.RunningLoad`. A task
-stores its outcome there and wakes the consumer, which decides again.
+The way of a request: `consumer.Consumer` wakes on an event, a coroutine's end or a timer, asks the scheduler,
+executes one action, and decides again. Each load has a coroutine of its own, `loads.Loader.run_load`, which
+waits for the consumer's grant and records how the load ends.
 
-To change: periodic measuring and wake-ups: `consumer`. What an action does: `executor`; what it records:
-`drafts`. The live side of a load, how its workers load, drain and stop, and why it failed: `loads`.
-The files of a load: `loadfiles`. What resources and metrics show, pending demand of inferences: `usage`.
+To change: what an action does, periodic measuring, and pending demand of inferences: `consumer`. The life of a
+load, of its workers and files, and of an unload: `loads`; its state meanwhile, phases and memory: `running`.
+What resources and metrics show: `usage`.
 
-Only this package appends outcomes, so each job ends once.
+Only this package appends outcomes. They rest on the job being unchanged, so each job ends once.
 """

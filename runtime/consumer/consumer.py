@@ -10,8 +10,9 @@ import asyncio
 import itertools
 import logging
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -26,23 +27,12 @@ from events.log import Log
 from events.models import RELOADS
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
-from runtime.consumer.drafts import (
-    Recorder,
-    build_request,
-    draft_crash_loop,
-    draft_fact,
-    draft_load_start,
-    draft_placement,
-    draft_replacement_unload,
-    draft_settings_change,
-)
-from runtime.consumer.loads import LOG_RETRY_S, Loader, draft_exits, log_stderr, run_unload
+from runtime.consumer.loads import LOG_RETRY_S, Loader, Recorder, draft_exits, log_stderr, run_unload
 from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import (
     InferenceTotals,
     JobWait,
     MemoryUse,
-    PendingDemand,
     PreparationUsage,
     list_usage,
 )
@@ -53,7 +43,19 @@ from runtime.optimised.store import OptimisedStore
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.scheduler import actions
-from runtime.scheduler.actions import Action, Decision, FailLoad, list_conditions
+from runtime.scheduler.actions import (
+    Action,
+    Decision,
+    FailLoad,
+    build_request,
+    draft_crash_loop,
+    draft_fact,
+    draft_load_start,
+    draft_placement,
+    draft_replacement_unload,
+    draft_settings_change,
+    list_conditions,
+)
 from runtime.scheduler.scheduler import decide, is_load_current
 from runtime.scheduler.view import (
     NodeHints,
@@ -435,6 +437,37 @@ class Consumer:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wakeup.wait()
+
+
+class PendingDemand:
+    """Counts, by model, the inferences that wait for a load or are being answered after they waited.
+
+    Args:
+        on_end: called when the last waiting inference of a model has ended.
+    """
+
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        self._counts = Counter[str]()
+        self._on_end = on_end
+
+    @contextmanager
+    def hold(self, model_id: str) -> Iterator[None]:
+        """Protect a model from eviction and idle unload meanwhile, whether or not it is loaded yet."""
+        self._counts[model_id] += 1
+        try:
+            yield
+        finally:
+            self._counts[model_id] -= 1
+            if not self._counts[model_id]:
+                del self._counts[model_id]
+                self._on_end()
+
+    def has(self, model_id: str) -> bool:
+        return model_id in self._counts
+
+    @property
+    def models(self) -> Collection[str]:
+        return self._counts.keys()
 
 
 class WorkerMonitor:

@@ -8,54 +8,66 @@ ends of their jobs.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace as change
 from functools import partial
 
+from msgspec import UnsetType
 from msgspec.structs import replace
 
 from events.accept import OUTDATED
 from events.clock import seconds_between, uuid7
+from events.commands import Condition, NodeCurrent, Record, RequestLoad, RequestUnload
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
-from events.models import ModelState
+from events.models import RELOADS, Model, ModelState
 from events.state import State
 from events.types import (
     SYSTEM,
     Draft,
     Durations,
+    LoadedFile,
     LoadFailed,
+    LoadStarted,
     ModelLoaded,
     Prepared,
+    UnloadRequested,
     WorkerExited,
     contents_of,
 )
 from runtime.cgroups import count_usable_cpus
-from runtime.consumer.drafts import Recorder, draft_fact, draft_moved_unload, draft_replacement_unload
-from runtime.consumer.running import GONE, OTHER_FILES, OUT_OF_MEMORY, LoadEnded, PendingLoad, RunningLoad
+from runtime.consumer.running import GONE, OTHER_FILES, OUT_OF_MEMORY, LoadEnded, LoadTask, RunningLoad
 from runtime.errors import (
     Exit,
     ForkServerUnavailable,
     LoadRefused,
     NoProgress,
+    RepositoryUnreadable,
     RuntimeProblem,
     WorkerDied,
+    hide_folders,
 )
-from runtime.estimates import describe_failure, estimate_memory, find_expected
-from runtime.filesystem import LOAD_LIMIT_S, RepositoryBusy
 from runtime.memory import total_bytes
-from runtime.modeldefaults import NO_WARM_UP, WarmUp, read_reload_warm_up, read_warm_up
 from runtime.optimised.optimiser import Candidate, Optimiser
 from runtime.process.pool import WorkerPool, start_task
 from runtime.process.worker import Worker
-from runtime.repository import SizedFile
-from runtime.scheduler.actions import unchanged
+from runtime.repository import (
+    LOAD_LIMIT_S,
+    NO_WARM_UP,
+    RepositoryBusy,
+    SizedFile,
+    WarmUp,
+    read_reload_warm_up,
+    read_warm_up,
+)
+from runtime.scheduler.actions import draft_fact, draft_moved_unload, draft_replacement_unload, unchanged
 from runtime.scheduler.admission import find_same_workers
-from runtime.scheduler.view import MemoryEstimate, find_started_job
+from runtime.scheduler.view import MemoryEstimate, estimate_memory, find_started_job
 from runtime.store.versions import HeldVersion, Versions
 from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
 from runtime.wire import Load, Loaded, OptimisedModel, plain_text
@@ -110,7 +122,7 @@ class Loader:
         self._optimiser = optimiser
         self._wake = wake
         self._own = own
-        self.pending: dict[str, PendingLoad] = {}
+        self.pending: dict[str, LoadTask] = {}
         self.running: dict[str, RunningLoad] = {}
 
     def begin(self, job: Job) -> None:
@@ -118,7 +130,7 @@ class Loader:
         if all(load.report is not None for load in self.running.values()):  # else it may have to wait
             self._pool.prefork()
         task = asyncio.create_task(self.run_load(job), name=f"loading {job.model_id}")
-        self.pending[job.id] = PendingLoad(task)
+        self.pending[job.id] = LoadTask(task)
         task.add_done_callback(lambda _: self._end(job.id))
 
     def _end(self, job_id: str) -> None:
@@ -144,7 +156,7 @@ class Loader:
                 await asyncio.wait([worker.ended for worker in load.workers])
             self._give_back(load, pending)
 
-    async def _estimate(self, job: Job, pending: PendingLoad) -> None:
+    async def _estimate(self, job: Job, pending: LoadTask) -> None:
         """Estimate the memory of a load; if the model serves from the same bytes, that is found, too."""
         patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, pending)
         try:
@@ -174,7 +186,7 @@ class Loader:
                 return change(found, same_as=serving.load_job_id)
         return found
 
-    def _stop_waiting(self, pending: PendingLoad) -> None:
+    def _stop_waiting(self, pending: LoadTask) -> None:
         pending.is_new = False
         self._wake()
 
@@ -254,6 +266,8 @@ class Loader:
 
         Each takes a CPU and its peak of memory while it loads.
         """
+        if load.parameters.instances == 1:
+            return
         places = asyncio.Semaphore(count_usable_cpus())
 
         async def load_one() -> None:
@@ -366,7 +380,7 @@ class Loader:
             peak_bytes = max(each.peak_memory_bytes for each in load.loaded_memory)
             self._optimiser.offer(Candidate(load.model_id, load.version, files.loaded_files, peak_bytes))
 
-    def _give_back(self, load: RunningLoad, pending: PendingLoad) -> None:
+    def _give_back(self, load: RunningLoad, pending: LoadTask) -> None:
         """Give the grant of an attempt back whose workers have exited."""
         del self.running[load.job_id]
         if load.optimised is not None and load.rejects_optimised and load.restart is not None:
@@ -474,3 +488,79 @@ async def _stop(load: RunningLoad, worker: Worker) -> None:
         pass
     load.expect_exit(worker)
     await worker.stop(STOP_GRACE_S)
+
+
+def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | None:
+    """Return the files that a reload by the system takes again; None for any other load."""
+    serving = model.serving if model is not None else None
+    if job.cause not in RELOADS or serving is None or serving.version != job.version:
+        return None
+    return serving.files
+
+
+def describe_failure(error: Exception) -> Failure:
+    if isinstance(error, RuntimeProblem):
+        return Failure(error.code, str(error))
+    if isinstance(error, OSError | MemoryError):
+        reason = getattr(error, "strerror", None) or "there is too little memory"
+        return Failure(
+            RepositoryUnreadable.code, f"the model's files cannot be looked at: {reason}; load it again"
+        )
+    _log.error("the files of a model cannot be looked at", exc_info=error)
+    return Failure("internal", "the model's files cannot be looked at; the server's log says why")
+
+
+def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
+    """Return a draft whose texts of others, such as ONNX Runtime, do not name these folders of the server."""
+    match draft.data:
+        case LoadFailed(message=message):
+            return replace(draft, data=replace(draft.data, message=hide_folders(message, folders)))
+        case WorkerExited(stderr=lines):
+            hidden = tuple(hide_folders(line, folders) for line in lines)
+            return replace(draft, data=replace(draft.data, stderr=hidden))
+    return draft
+
+
+def name_node(draft: Draft, node_id: str) -> Draft:
+    """Return a draft with this node, at which its workers are, unless it names another."""
+    match draft.data:
+        case LoadStarted() | ModelLoaded() | WorkerExited() | UnloadRequested(node_id=UnsetType()):
+            return replace(draft, data=replace(draft.data, node_id=node_id))
+    return draft
+
+
+class Recorder:
+    """Appends facts to the log, without folders of the server, and with the node whose epoch they rest on.
+
+    Args:
+        log: the log.
+        folders: of the server, which texts of others, such as ONNX Runtime, must not name.
+        node: returns the epoch of this node; None without nodes.
+    """
+
+    def __init__(self, log: Log, folders: Collection[str], node: Callable[[], NodeCurrent | None]) -> None:
+        self._log = log
+        self._folders = folders
+        self._node = node
+
+    async def record(self, *drafts: Draft, conditions: tuple[Condition, ...]) -> None:
+        """Append facts if the conditions hold.
+
+        Raises:
+            RequestRefused: `outdated`, they do not.
+            LogUnavailable: it is not known whether they were appended.
+            NotEncodable: a fact cannot be recorded.
+        """
+        node = self._node()
+        shown = [hide_paths(draft, self._folders) for draft in drafts]
+        if node is not None:
+            shown = [name_node(draft, node.node_id) for draft in shown]
+            conditions = (*conditions, node)
+        await self._log.submit(Record(tuple(shown), conditions))
+
+    async def request(self, command: RequestLoad | RequestUnload) -> None:
+        """Append a request of the system if its conditions hold; for errors see `record`."""
+        node = self._node()
+        if node is not None:
+            command = dataclasses.replace(command, conditions=(*command.conditions, node))
+        await self._log.submit(command)

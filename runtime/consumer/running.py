@@ -24,14 +24,12 @@ from runtime.errors import (
     RuntimeProblem,
     WorkerDied,
 )
-from runtime.estimates import file_sizes
 from runtime.memory import thread_bytes
 from runtime.optimised.trial import CHANGED
-from runtime.process.sampling import WorkerMemory
-from runtime.process.worker import Worker
+from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import SizedFile
 from runtime.scheduler.admission import format_megabytes
-from runtime.scheduler.view import LoadView, MemoryEstimate, Phase
+from runtime.scheduler.view import LoadView, MemoryEstimate, Phase, file_sizes
 from runtime.statistics import Statistics
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import Load, Loaded, OptimisedModel, Tensor
@@ -99,7 +97,7 @@ class LoadRun(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class PendingLoad:
+class LoadTask:
     """A load until its coroutine ends: what it will need, and the grant that it waits for.
 
     Attributes:

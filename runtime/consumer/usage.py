@@ -6,9 +6,7 @@ that no metric goes back when a model is unloaded or swapped.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from events.counters import ModelLabels
@@ -85,37 +83,6 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> MemoryUse:
         pinned=settings.pinned,
         keep_alive_s=settings.keep_alive_s,
     )
-
-
-class PendingDemand:
-    """Counts, by model, the inferences that wait for a load or are being answered after they waited.
-
-    Args:
-        on_end: called when the last waiting inference of a model has ended.
-    """
-
-    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
-        self._counts = Counter[str]()
-        self._on_end = on_end
-
-    @contextmanager
-    def hold(self, model_id: str) -> Iterator[None]:
-        """Protect a model from eviction and idle unload meanwhile, whether or not it is loaded yet."""
-        self._counts[model_id] += 1
-        try:
-            yield
-        finally:
-            self._counts[model_id] -= 1
-            if not self._counts[model_id]:
-                del self._counts[model_id]
-                self._on_end()
-
-    def has(self, model_id: str) -> bool:
-        return model_id in self._counts
-
-    @property
-    def models(self) -> Collection[str]:
-        return self._counts.keys()
 
 
 class InferenceTotals:

@@ -10,8 +10,9 @@ one thread do.
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache, lru_cache
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,14 +21,8 @@ from events.codec import encode_canonical
 PROC = Path("/proc")
 LAYOUT = 5
 """Version of how optimised models are made and stored; a new number is a new key for each."""
-KIND = frozenset(
-    (
-        *("vendor_id", "cpu family", "model", "model name", "stepping"),  # x86
-        *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision"),  # ARM
-    )
-)
-FEATURES = frozenset(("flags", "Features"))
-"""The names of the list of a CPU's features on x86 and ARM."""
+X86 = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
+ARM = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features")
 MAX_TEXT_BYTES = 16 * 2**20
 """Limit of what is read: enough for 8,000 cores of 2 kB each."""
 _PACKAGE, _LIBRARIES = "onnxruntime", "capi"
@@ -48,19 +43,10 @@ def cpu_features(proc: Path = PROC) -> str:
             text = file.read(MAX_TEXT_BYTES).decode(errors="replace")
     except OSError:
         text = ""
-    # Each kind once: large and small cores are two.
-    kinds = {tuple(sorted(_description(processor))) for processor in text.split("\n\n")} - {()}
-    return hashlib.sha256(encode_canonical(sorted(kinds)).encode()).hexdigest()
-
-
-def _description(processor: str) -> Iterator[tuple[str, str]]:
-    for line in processor.splitlines():
-        name, _, value = line.partition(":")
-        name = name.strip()
-        if name in KIND:
-            yield name, value.strip()
-        elif name in FEATURES:
-            yield "features", " ".join(sorted(set(value.split())))
+    lines = (line.partition(":") for line in text.splitlines())
+    named = ((name.strip(), sorted(set(value.split()))) for name, _, value in lines)
+    found = {(name, *words) for name, words in named if name in X86 + ARM}  # of all kinds of cores
+    return hashlib.sha256(encode_canonical(sorted(found)).encode()).hexdigest()
 
 
 def make_key(digest: str) -> str:
@@ -69,7 +55,7 @@ def make_key(digest: str) -> str:
     The other session options are the same for all models; whoever changes them increments `LAYOUT`.
 
     Args:
-        digest: of the version's files (`runtime.store.manifest.digest_of`).
+        digest: of the version's files (`runtime.store.folder.digest_of`).
     """
     parts = {
         "layout": LAYOUT,
@@ -97,18 +83,17 @@ def _describe_runtime() -> str:
     distribution up takes a second; the package's own description and the sizes of its libraries identify it,
     too, and stay the same after a reinstallation.
     """
-    folder = _find_libraries()
-    try:
-        return "" if folder is None else _describe_folder(folder, folder.stat().st_mtime_ns)
-    except OSError:
-        return ""
+    found = _find_package()
+    for package in (found.submodule_search_locations if found is not None else None) or ():
+        folder = Path(package, _LIBRARIES)
+        with suppress(OSError):
+            return _describe_folder(folder, folder.stat().st_mtime_ns)
+    return ""
 
 
 @cache
-def _find_libraries() -> Path | None:
-    found = find_spec(_PACKAGE)
-    folders = (found.submodule_search_locations if found is not None else None) or []
-    return next((Path(folder, _LIBRARIES) for folder in folders), None)
+def _find_package() -> ModuleSpec | None:
+    return find_spec(_PACKAGE)
 
 
 @lru_cache(maxsize=1)

@@ -26,16 +26,14 @@ from events.counters import Histogram
 from events.jobs import Footprint
 from events.types import LoadedFile, LoadParameters, contents_of
 from runtime.errors import ForkServerUnavailable, RuntimeProblem, StoreUnavailable
-from runtime.estimates import WORKER_BYTES, is_same_files
-from runtime.filesystem import LOAD_LIMIT_S
-from runtime.modeldefaults import read_warm_up
 from runtime.optimised.key import make_key, runtime_was_replaced
 from runtime.optimised.pacing import Pacer
 from runtime.optimised.store import STORE_PROBLEMS, Manifest, OptimisedStore, Useless
 from runtime.optimised.trial import MAX_SAMPLE_BYTES, problems_of, try_optimised
 from runtime.process.pool import WorkerPool, complete, start_task
-from runtime.repository import SizedFile
-from runtime.store.manifest import digest_of
+from runtime.repository import LOAD_LIMIT_S, SizedFile, read_warm_up
+from runtime.scheduler.view import WORKER_BYTES, is_same_files
+from runtime.store.folder import digest_of
 from runtime.store.versions import HeldVersion, Versions
 from runtime.wire import Load, Optimise, OptimisedModel, Tensor
 

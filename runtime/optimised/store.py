@@ -30,15 +30,19 @@ from events.files import sync
 from runtime.errors import DiskFull, StoreUnavailable
 from runtime.memory import free_disk_bytes
 from runtime.onnxfile import MODEL_FILE
-from runtime.store.folder import FILES, StoreFolder, explain_os_errors, remove, walk_files
-from runtime.store.manifest import (
+from runtime.store.folder import (
+    FILES,
     MANIFEST,
     StoredFile,
+    StoreFolder,
     encode_record,
+    explain_os_errors,
     hash_files,
     have_identities,
     read_record,
     rehash_files,
+    remove,
+    walk_files,
 )
 from runtime.wire import Count, Name, OptimisedModel, Sha256, Text, Time, plain_text
 
@@ -277,9 +281,12 @@ class OptimisedStore:
             StoreUnavailable: `store_unavailable`.
             DiskFull: `disk_full`.
         """
-        found = read_manifest(self._folder.form(used.key))
+        path = self._folder.form(used.key)
+        found = read_manifest(path)
         if found is None or found.sha256 != used.sha256:
             return False
+        with self._changing():
+            self._remove(path)  # also where the reason cannot be written
         self.record_useless(found, reason)
         return True
 

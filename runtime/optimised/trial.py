@@ -28,8 +28,8 @@ from runtime.wire import DATATYPES, Load, Loaded, OptimisedModel, Tensor, Tensor
 
 RUNS = 200
 """Inferences of each session; at least `MIN_RUNS`, and for `RUN_S` at most. While the optimised model seems
-slower they go on for that time: of 31 networks that others' work disturbed, two seemed slower in 200 runs of
-0.1 ms, and were not."""
+slower they go on for that time: of 29 networks on a busy machine, two seemed slower in 200 runs of a
+millisecond or less, and were not."""
 MIN_RUNS = 3
 RUN_S = 0.5
 INFERENCE_LIMIT_S = 60.0

@@ -7,8 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from runtime.frames import FrameReader, FrameRules, join_short
-from runtime.wire import Buffer, Frame, FromWorker, Locate, MalformedFrame, Message, Tensor, encode
+from runtime.wire import (
+    Buffer,
+    Frame,
+    FrameReader,
+    FrameRules,
+    FromWorker,
+    Locate,
+    MalformedFrame,
+    Message,
+    Tensor,
+    encode,
+    join_short,
+)
 
 BUSY_POLL_NS = 300_000
 """After an answer within this time the loop busy-polls for the next one: to sleep and wake takes as long as a

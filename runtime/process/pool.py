@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 
 from events.types import LoadParameters
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
-from runtime.modeldefaults import WarmUp
 from runtime.process.confinement import UNCONFINED, probe
 from runtime.process.forkclient import ForkServer, Process, close_watched
-from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
-from runtime.process.worker import Worker
+from runtime.process.worker import MemorySampler, Worker
+from runtime.repository import WarmUp
 from runtime.requestjson import JsonRequest, assemble
 from runtime.store.versions import HeldVersion
 from runtime.timeouts import (

@@ -1,22 +1,41 @@
-"""The actions that the scheduler decides and the executor carries out, as plain values; their conditions."""
+"""The actions that the scheduler decides, as plain values: their conditions, and the facts that follow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
+from events.clock import uuid7
 from events.commands import (
     Condition,
     JobUnchanged,
     ModelUnchanged,
     NodeUnchanged,
+    RequestLoad,
+    RequestUnload,
     WorkerServes,
 )
-from events.jobs import Job
+from events.jobs import CRASH_LOOP, Job, JobStatus
 from events.models import LoadedModel
 from events.nodes import Node
 from events.state import State
-from events.types import Cause, FileHash
+from events.types import (
+    SYSTEM,
+    Cause,
+    Data,
+    Draft,
+    FileHash,
+    LoadFailed,
+    LoadPlaced,
+    LoadRequested,
+    LoadStarted,
+    ModelSettingsChanged,
+    UnloadRequested,
+)
+from runtime.timeouts import PROGRESS_TIMEOUT_S
+from runtime.wire import plain_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,3 +215,107 @@ def unchanged(job: Job) -> JobUnchanged:
 def _unchanged_model(model_id: str, state: State) -> tuple[Condition, ...]:
     model = state.models.get(model_id)
     return () if model is None else (ModelUnchanged(model),)
+
+
+RELOAD_TIMEOUT_S = 300
+"""Least timeout of a reload: the default of a person's load."""
+
+
+def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
+    """Return a draft of a fact about a job, and the worker of its load if it has only one."""
+    return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
+
+
+def draft_settings_change(job: Job, load_job_id: str) -> Draft:
+    """Return the outcome of a load of what that load has loaded already."""
+    _, parameters = job.load_order
+    return draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
+
+
+def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:
+    """Return `LoadStarted` of a job; a start after a new estimate is in the same attempt."""
+    is_same_attempt = is_restarted and job.status is JobStatus.IN_PROGRESS
+    return draft_fact(job, LoadStarted(job.attempt if is_same_attempt else job.attempt + 1))
+
+
+def draft_replacement_unload(
+    load_job_id: str, model_id: str, version: int, worker_id: str | None, cause_event_id: str
+) -> Draft:
+    """Return the unload request of a load of this server that another load of its model replaces."""
+    request = UnloadRequested(
+        force=False, load_job_id=load_job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
+    )
+    swap_id = uuid7()
+    return Draft(swap_id, request, SYSTEM, swap_id, model_id, version, worker_id)
+
+
+def draft_moved_unload(old: LoadedModel, job: Job, cause_event_id: str, new_id: Callable[[], str]) -> Draft:
+    """Return the unload request of a load at another node that this job replaces: that node unloads it."""
+    cause = Cause.DRAIN if job.cause is Cause.DRAIN else Cause.SWAP
+    request = UnloadRequested(
+        force=False,
+        load_job_id=old.serving.load_job_id,
+        cause=cause,
+        cause_event_id=cause_event_id,
+        node_id=old.serving.node,
+    )
+    worker_ids, unload_id = old.serving.worker_ids, new_id()
+    worker_id = worker_ids[0] if len(worker_ids) == 1 else None
+    return Draft(unload_id, request, SYSTEM, unload_id, old.id, old.serving.version, worker_id)
+
+
+def draft_placement(action: PlaceLoad) -> Draft:
+    data = LoadPlaced(action.node.id, action.node.epoch, action.reason, action.files)
+    return draft_fact(action.job, data)
+
+
+def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
+    """Return the request and the failure of a reload that a crash loop prevents."""
+    serving = model.serving
+    job_id, version = uuid7(), serving.version
+    request = LoadRequested.of(serving.parameters, Cause.RECOVERY)
+    failed = LoadFailed(CRASH_LOOP, plain_text(message))
+    return (
+        Draft(job_id, request, SYSTEM, job_id, model.id, version),
+        Draft(uuid7(), failed, SYSTEM, job_id, model.id, version),
+    )
+
+
+def build_reload(
+    model: LoadedModel,
+    cause: Cause,
+    conditions: tuple[Condition, ...],
+    progress_timeout_s: int = PROGRESS_TIMEOUT_S,
+) -> RequestLoad:
+    """Return the request with which the system reloads a model; its limits are at least the server's."""
+    serving = model.serving
+    before = serving.parameters
+    # Many may be requested at once: a short timeout was not meant for the queue after a restart.
+    parameters = replace(
+        before,
+        timeout_s=max(before.timeout_s, RELOAD_TIMEOUT_S),
+        progress_timeout_s=max(before.progress_timeout_s or 0, progress_timeout_s),
+    )
+    return RequestLoad(model.id, serving.version, None, SYSTEM, parameters, cause, conditions=conditions)
+
+
+def build_unload(action: UnloadAutomatically, conditions: tuple[Condition, ...]) -> RequestUnload:
+    return RequestUnload(
+        action.model.id,
+        SYSTEM,
+        cause=action.cause,
+        cause_event_id=action.cause_event_id,
+        conditions=conditions,
+    )
+
+
+def build_request(
+    action: RequestReload | UnloadAutomatically,
+    conditions: tuple[Condition, ...],
+    progress_timeout_s: int = PROGRESS_TIMEOUT_S,
+) -> RequestLoad | RequestUnload:
+    match action:
+        case RequestReload(model, cause):
+            return build_reload(model, cause, conditions, progress_timeout_s)
+        case UnloadAutomatically():
+            return build_unload(action, conditions)

@@ -28,21 +28,28 @@ from events.types import Contents
 from runtime.errors import DiskFull, LoadRefused, RepositoryUnreadable, StoreFull
 from runtime.memory import free_disk_bytes
 from runtime.repository import FoundFile, VersionFolder
-from runtime.store.copying import OnPiece, copy_file, on_no_piece
-from runtime.store.folder import FILES, NO_ROOM, StoreFolder, explain_os_errors, remove, walk_files
-from runtime.store.manifest import (
+from runtime.store.folder import (
+    FILES,
     MANIFEST,
+    NO_ROOM,
+    OnPiece,
     SourceRecord,
     StoredFile,
     StoredVersion,
+    StoreFolder,
+    copy_file,
     digest_of,
     encode_record,
+    explain_os_errors,
     has_identity,
     hash_file,
     have_identities,
+    on_no_piece,
     read_record,
     read_version,
     rehash_files,
+    remove,
+    walk_files,
 )
 
 FREE_SHARE = 10

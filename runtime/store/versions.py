@@ -31,7 +31,6 @@ from runtime.errors import (
     UnknownModel,
     UnknownVersion,
 )
-from runtime.filesystem import LOAD_LIMIT_S, busy, start_call
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import (
     FOREIGN_HEAD_BYTES,
@@ -41,10 +40,25 @@ from runtime.onnxfile import (
     find_model_file,
     read_signature,
 )
-from runtime.repository import FoundFile, Repository, SizedFile, VersionFolder, open_folder
-from runtime.store.copying import OnPiece, hash_descriptor, on_no_piece
-from runtime.store.folder import explain_os_errors
-from runtime.store.manifest import StoredFile, digest_of, hash_file
+from runtime.repository import (
+    LOAD_LIMIT_S,
+    FoundFile,
+    Repository,
+    SizedFile,
+    VersionFolder,
+    busy,
+    open_folder,
+    start_call,
+)
+from runtime.store.folder import (
+    OnPiece,
+    StoredFile,
+    digest_of,
+    explain_os_errors,
+    hash_descriptor,
+    hash_file,
+    on_no_piece,
+)
 from runtime.store.store import Source, Store
 from runtime.timeouts import TimeoutExpired, timeout
 

@@ -24,9 +24,8 @@ from events.errors import EpochOver, LedgerProblem, LogClosed, OutcomeUnknown, R
 from events.log import Log
 from events.types import SYSTEM, AddedFile, Draft, Event, VersionAdded, VersionRemoved
 from runtime.errors import RuntimeProblem
-from runtime.filesystem import FileSystemPool
 from runtime.onnxfile import MODEL_FILE
-from runtime.repository import Repository
+from runtime.repository import FileSystemPool, Repository
 from runtime.uploads.receive import (
     Digests,
     FileReceiver,

@@ -10,8 +10,8 @@ import msgspec
 import onnxruntime as ort
 
 from runtime.errors import InferenceCancelled, InferenceFailed, RuntimeProblem
-from runtime.frames import JOINED_BYTES
 from runtime.wire import (
+    JOINED_BYTES,
     PREFIX,
     Buffer,
     Infer,

@@ -3,7 +3,7 @@
 Its main thread serves the data channel: reads, runs, answers, with no hand-over between. The first message
 says what to load; the worker confines itself to that, and then starts a second thread, which sleeps on the
 control channel, so that a cancellation reaches a running inference. The worker ends when either
-channel ends, on a malformed frame, after a failed load, and after it has made a cached model.
+channel ends, on a malformed frame, after a failed load, and after it has made an optimised model.
 """
 
 import _thread
@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 
 from runtime.errors import LoadRefused
-from runtime.frames import FrameReader, FrameRules, PayloadDropped
 from runtime.process.forkserver import name_process
 from runtime.requestjson import describe
 from runtime.wire import (
@@ -27,6 +26,8 @@ from runtime.wire import (
     TO_WORKER,
     Buffer,
     Frame,
+    FrameReader,
+    FrameRules,
     Infer,
     Load,
     LoadFailure,
@@ -34,6 +35,7 @@ from runtime.wire import (
     MalformedFrame,
     Message,
     Optimise,
+    PayloadDropped,
     Ping,
     Pong,
     Probe,

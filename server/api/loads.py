@@ -19,9 +19,14 @@ from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
 from events.types import Contents, Idempotency, LoadParameters
 from runtime.errors import LoadRefused, RepositoryUnreadable
-from runtime.filesystem import REQUEST_LIMIT_S
-from runtime.modeldefaults import InvalidDefaults, defaults_name, read_defaults
-from runtime.repository import MAX_VERSION, Repository
+from runtime.repository import (
+    MAX_VERSION,
+    REQUEST_LIMIT_S,
+    InvalidDefaults,
+    Repository,
+    defaults_name,
+    read_defaults,
+)
 from runtime.store.versions import Versions
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key

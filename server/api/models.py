@@ -18,8 +18,8 @@ from events.models import RELOADS, Model, ModelState
 from events.sqlite.timetravel import state_at
 from events.state import State
 from runtime.errors import RuntimeProblem, UnknownModel
-from runtime.filesystem import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.onnxfile import ModelSignature
+from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy
 from runtime.router import Here
 from runtime.store.versions import Versions
 from server.api.schemas import (

@@ -19,8 +19,7 @@ from functools import lru_cache
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, http_exceptions, web
 from aiohttp.abc import AbstractStreamWriter
 
-from runtime.frames import join_short
-from runtime.wire import Buffer
+from runtime.wire import Buffer, join_short
 from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA
 from server.errors import ServerProblem, problem_of, problem_response

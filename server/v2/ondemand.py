@@ -21,7 +21,7 @@ from events.models import Model, ModelState
 from events.sqlite.listing import Reader
 from events.types import Cause
 from runtime import errors
-from runtime.consumer.usage import PendingDemand
+from runtime.consumer.consumer import PendingDemand
 from runtime.router import Absent, Here, OtherVersionLoaded, Router, There
 from runtime.scheduler.scheduler import back_off_s
 from server.errors import ServerProblem

@@ -18,7 +18,7 @@ from support.clients import Value, binary_answer, binary_request
 from support.http import LIMIT_S
 from support.servers import bearer, serving
 
-from runtime.modeldefaults import DEFAULTS_FILE
+from runtime.repository import DEFAULTS_FILE
 from server.config import Config
 
 ALL = os.environ.get("CONFORMANCE") == "all"

@@ -21,12 +21,11 @@ from support.impostors import silent_worker
 from support.workers import LIMIT_S, ask, floats, fork_server_of, load, order_of
 
 from runtime.errors import Exit, RuntimeProblem
-from runtime.frames import FrameReader, FrameRules
 from runtime.process.forkclient import Process
 from runtime.process.forkserver import EX_SOFTWARE
 from runtime.process.pool import WorkerPool
 from runtime.process.sharedmemory import TensorMemory
-from runtime.wire import FromWorker, Load
+from runtime.wire import FrameReader, FrameRules, FromWorker, Load
 from runtime.worker.main import EX_PROTOCOL
 
 ROUNDS = of_both(short=30, long=3000)

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,16 +22,17 @@ from events.commands import RequestLoad
 from events.jobs import Footprint, JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from runtime.consumer import loads
-from runtime.estimates import (
+from runtime.consumer.loads import describe_failure
+from runtime.process.pool import WorkerPool
+from runtime.repository import FoundFile
+from runtime.scheduler.view import (
     BYTES_PER_MODEL_BYTE,
     WORKER_BYTES,
-    describe_failure,
+    MemoryEstimate,
+    Policy,
     estimate_memory,
     file_sizes,
 )
-from runtime.process.pool import WorkerPool
-from runtime.repository import SizedFile
-from runtime.scheduler.view import MemoryEstimate, Policy
 
 
 def seen(path: str, size: int, mtime_ns: int) -> LoadedFile:
@@ -264,16 +265,16 @@ async def test_files_that_change_with_each_attempt_fail_the_load(
     policy = Policy(loads_at_once=0, budget_bytes=10**9)
     async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
         job_id = await estimated(engine)
-        optimiser = engine.consumer.optimiser
-        look = optimiser.expected_for
+        stat = engine.versions.stat
 
-        def grow(files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
+        async def stat_and_grow(model_id: str, version: int) -> tuple[FoundFile, ...]:
+            found = await stat(model_id, version)
             with (folder / "weights.bin").open("ab") as file:
                 file.write(b"more")
-            return look(files, footprints)
+            return found
 
-        monkeypatch.setattr(optimiser, "expected_for", grow)
-        grow((), ())
+        monkeypatch.setattr(engine.versions, "stat", stat_and_grow)
+        await stat_and_grow("m", 1)
         open_slots(engine)
         assert error_of(await engine.ended(job_id)).code == "model_changed"
         assert [fact.attempt for fact in await engine.facts(LoadStarted)] == 4 * [1]

@@ -19,8 +19,7 @@ from runtime.errors import (
     WorkerDied,
     hide_folders,
 )
-from runtime.filesystem import RepositoryBusy
-from runtime.modeldefaults import InvalidDefaults
+from runtime.repository import InvalidDefaults, RepositoryBusy
 
 
 def test_every_code_of_a_failed_load_has_a_consequence() -> None:

@@ -17,8 +17,8 @@ from support.workers import LIMIT_S, until
 from events.commands import RequestLoad
 from events.jobs import JobStatus
 from events.types import LoadParameters
-from runtime.filesystem import FileSystemPool, RepositoryBusy
 from runtime.process.pool import WorkerPool
+from runtime.repository import FileSystemPool, RepositoryBusy
 from runtime.scheduler.view import Policy
 
 SHORT_S = 0.05
@@ -89,7 +89,7 @@ async def test_calls_wait_for_as_many_as_come_before_them() -> None:
 def test_process_ends_though_a_call_hangs() -> None:
     script = """
 import asyncio, threading
-from runtime.filesystem import FileSystemPool
+from runtime.repository import FileSystemPool
 async def main():
     asyncio.create_task(FileSystemPool().run("m", threading.Event().wait, 99))
     await asyncio.sleep(0.1)

@@ -9,15 +9,15 @@ import pytest
 from support import models
 
 from runtime.errors import InvalidModelId
-from runtime.modeldefaults import (
+from runtime.repository import (
     DEFAULTS_FILE,
     MAX_DEFAULTS_BYTES,
     InvalidDefaults,
+    Repository,
     WarmUp,
     read_defaults,
     read_warm_up,
 )
-from runtime.repository import Repository
 from runtime.wire import Tensor
 
 

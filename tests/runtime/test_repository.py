@@ -18,8 +18,7 @@ from events.audit.exportreader import audit_file
 from events.commands import Record
 from events.types import SYSTEM, Draft, LoadedFile
 from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
-from runtime.filesystem import RepositoryBusy
-from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, open_folder
+from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, RepositoryBusy, open_folder
 
 
 def test_models_appear_once_they_are_complete(tmp_path: Path) -> None:

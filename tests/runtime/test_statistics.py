@@ -9,8 +9,9 @@ from support.history import PLAIN
 
 from events.counters import ModelLabels
 from events.types import LoadParameters
+from runtime.consumer.consumer import PendingDemand
 from runtime.consumer.running import RunningLoad
-from runtime.consumer.usage import InferenceTotals, PendingDemand
+from runtime.consumer.usage import InferenceTotals
 from runtime.statistics import MAX_COUNT, MAX_SIZES, TOOK_S, InferenceTimes, Statistics
 from runtime.wire import Outcome
 

@@ -12,8 +12,18 @@ from support.history import PLAIN
 from support.strategies import TEXTS, instances
 
 from runtime import wire
-from runtime.frames import CHUNK_BYTES, FrameReader, FrameRules
-from runtime.wire import Infer, MalformedFrame, MalformedTexts, Outcome, Tensor, TensorHead, heads
+from runtime.wire import (
+    CHUNK_BYTES,
+    FrameReader,
+    FrameRules,
+    Infer,
+    MalformedFrame,
+    MalformedTexts,
+    Outcome,
+    Tensor,
+    TensorHead,
+    heads,
+)
 
 
 @st.composite

@@ -27,9 +27,9 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
-from runtime.consumer.drafts import draft_moved_unload, name_node
+from runtime.consumer.loads import name_node
 from runtime.scheduler import actions
-from runtime.scheduler.actions import Action
+from runtime.scheduler.actions import Action, draft_moved_unload
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.view import NodeHints, Policy
 from support.history import at

@@ -10,8 +10,7 @@ from typing import Any
 
 import runtime.store
 from runtime.repository import Repository
-from runtime.store.copying import OnPiece, on_no_piece
-from runtime.store.manifest import StoredVersion, hash_files
+from runtime.store.folder import OnPiece, StoredVersion, hash_files, on_no_piece
 from runtime.store.store import FindNeeded, Store, verify_store
 from support.workers import until
 

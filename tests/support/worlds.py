@@ -31,17 +31,18 @@ from events.types import (
     WorkerExited,
     record_draft,
 )
-from runtime.consumer.drafts import (
+from runtime.consumer.running import LoadRun
+from runtime.scheduler import actions
+from runtime.scheduler.actions import (
+    Action,
     build_request,
     draft_crash_loop,
     draft_fact,
     draft_load_start,
     draft_placement,
     draft_settings_change,
+    unchanged,
 )
-from runtime.consumer.running import LoadRun
-from runtime.scheduler import actions
-from runtime.scheduler.actions import Action, unchanged
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.admission import find_same_workers
 from runtime.scheduler.scheduler import decide, is_load_current

@@ -37,7 +37,7 @@ from events.audit.signing import as_signed_head, key_id
 from events.audit.verify import verify
 from events.sqlite.datalock import LEDGER, lock_data
 from events.sqlite.storage import FOLDS
-from runtime.store.manifest import StoredVersion
+from runtime.store.folder import StoredVersion
 from server.auth.keys import ensure_data_dir, open_signer
 
 HEAD = len(sample_history(DATA_ROUNDS)) + 1

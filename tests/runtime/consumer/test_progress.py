@@ -11,8 +11,8 @@ from support.workers import computing, until
 
 from events.jobs import JobStatus
 from events.types import Cause, LoadParameters
-from runtime.consumer.drafts import build_reload
 from runtime.process.pool import WorkerPool
+from runtime.scheduler.actions import build_reload
 from runtime.scheduler.view import Policy
 
 

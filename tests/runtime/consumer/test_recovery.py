@@ -27,11 +27,10 @@ from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer
-from runtime.consumer.drafts import RELOAD_TIMEOUT_S, build_reload
 from runtime.errors import WorkerDied
-from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
-from runtime.scheduler.actions import FailLoad, StartLoad, StartUnload
+from runtime.repository import DEFAULTS_FILE
+from runtime.scheduler.actions import RELOAD_TIMEOUT_S, FailLoad, StartLoad, StartUnload, build_reload
 from runtime.scheduler.admission import MAX_SERVER_DEATHS
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 

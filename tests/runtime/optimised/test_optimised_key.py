@@ -1,4 +1,4 @@
-"""The key of a cached model: the CPU and the ONNX Runtime that a worker has."""
+"""The key of an optimised model: the CPU and the ONNX Runtime that a worker has."""
 
 import mmap
 import os

@@ -35,7 +35,7 @@ from support.optimised import (
 
 from runtime.optimised.key import make_key
 from runtime.optimised.store import STORE_PROBLEMS, USELESS_KNOWN_S, Manifest, OptimisedStore, Useless
-from runtime.store.manifest import digest_of
+from runtime.store.folder import digest_of
 
 A, B, C = map(key, "abc")
 LIMIT = 1_000

@@ -37,7 +37,6 @@ from support.workers import (
 
 from runtime import memory, wire
 from runtime.errors import Exit, ForkServerUnavailable, RuntimeProblem, WorkerDied
-from runtime.frames import READ_BYTES, FrameRules
 from runtime.process import forkclient
 from runtime.process.channel import BYTES_PER_TURN, FRAMES_PER_TURN, Channel
 from runtime.process.forkclient import ForkServer
@@ -45,6 +44,8 @@ from runtime.process.forkserver import Exited, Forked, ForkFailed, Ready
 from runtime.process.worker import Worker
 from runtime.wire import (
     PREFIX,
+    READ_BYTES,
+    FrameRules,
     Load,
     Loaded,
     LoadFailure,

@@ -13,7 +13,7 @@ from support.history import child
 from support.store import blobs, check_store, files_of, opened_store, store_version, take, write_version
 
 from runtime.repository import Repository
-from runtime.store.manifest import StoredVersion, hash_files
+from runtime.store.folder import StoredVersion, hash_files
 from runtime.store.store import Source, Store, verify_store
 from runtime.store.versions import Versions
 

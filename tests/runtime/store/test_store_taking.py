@@ -12,9 +12,8 @@ from support.history import child
 from support.store import blobs, opened_store, store_version, take, write_version
 
 from runtime.errors import CopyCancelled, DiskFull, LoadRefused, StoreFull, StoreUnavailable
-from runtime.store import copying
-from runtime.store.copying import OnPiece, on_no_piece
-from runtime.store.manifest import digest_of, hash_files
+from runtime.store import folder as store_folder
+from runtime.store.folder import OnPiece, digest_of, hash_files, on_no_piece
 from runtime.store.store import Store
 
 FILES = {"model.onnx": b"model", "data/w.bin": b"weights"}
@@ -158,12 +157,12 @@ def test_page_dirty_through_a_shared_mapping_changes_nothing_taken(store: Store,
 
 
 def test_each_way_of_copying_gives_the_same_bytes(tmp_path: Path) -> None:
-    content = os.urandom(copying.PIECE_BYTES + 12_345)
+    content = os.urandom(store_folder.PIECE_BYTES + 12_345)
     (tmp_path / "source").write_bytes(content)
     ways: list[Callable[[int, int, int, OnPiece], int]] = [
-        lambda source, target, size, piece: copying.copy_file(source, target, size, lambda: None, piece),
-        copying.copy_ranges,
-        copying.read_and_write,
+        lambda source, target, size, piece: store_folder.copy_file(source, target, size, lambda: None, piece),
+        store_folder.copy_ranges,
+        store_folder.read_and_write,
     ]
     for number, copy in enumerate(ways):
         target = tmp_path / str(number)

@@ -20,10 +20,9 @@ from support.workers import until
 
 from events.types import Contents, LoadedFile
 from runtime.errors import LoadRefused
-from runtime.filesystem import RepositoryBusy
-from runtime.repository import Repository
+from runtime.repository import Repository, RepositoryBusy
 from runtime.store import versions as module
-from runtime.store.copying import HASH_BLOCK_BYTES
+from runtime.store.folder import HASH_BLOCK_BYTES
 from runtime.store.store import Store
 from runtime.store.versions import HeldVersion, Versions
 

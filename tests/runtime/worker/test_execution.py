@@ -30,9 +30,18 @@ from support.workers import (
 )
 
 from runtime.errors import InvalidInput, LoadRefused
-from runtime.frames import FrameReader, FrameRules
 from runtime.process.sharedmemory import TensorMemory
-from runtime.wire import FROM_SERVING, Infer, InferenceFailure, Tensor, TensorSpec, WantedOutput, pack_texts
+from runtime.wire import (
+    FROM_SERVING,
+    FrameReader,
+    FrameRules,
+    Infer,
+    InferenceFailure,
+    Tensor,
+    TensorSpec,
+    WantedOutput,
+    pack_texts,
+)
 from runtime.worker.batching import (
     MAX_WAITING,
     BatchDimension,

@@ -23,8 +23,8 @@ from support.workers import (
 
 from events.jobs import JobStatus
 from events.types import LoadParameters, ModelLoaded
-from runtime.modeldefaults import DEFAULTS_FILE
 from runtime.process.pool import WorkerPool
+from runtime.repository import DEFAULTS_FILE
 from runtime.statistics import Statistics
 from runtime.wire import Tensor
 from runtime.worker.loading import MAX_ZEROS_BYTES

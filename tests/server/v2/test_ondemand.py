@@ -22,7 +22,7 @@ from events.commands import Record, RequestLoad
 from events.models import Model, ModelState
 from events.types import AccessDenied, Cause, Draft, LoadRequested
 from runtime.errors import InferenceTimeout, QueueFull
-from runtime.modeldefaults import DEFAULTS_FILE
+from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
 from server.appkeys import DEMAND, LOG, ROUTER
 from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed
