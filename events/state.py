@@ -198,18 +198,16 @@ class State:
         return changes
 
     def _apply_to_no_model(self, event: Event) -> Changes:
-        if isinstance(event.data, OF_TOKENS):
-            if self.shares_tokens:
-                self.tokens, self.shares_tokens = dict(self.tokens), False
-            return Changes(_NOTHING, _NOTHING, _apply_to_tokens(self.tokens, event))
-        nodes = _apply_to_nodes(self.nodes, event, self.models, self.unended)
-        self.nodes = _merge_nodes(self.nodes, nodes)
-        if type(event.data) not in ENDS_OF_PROCESSES:
-            return Changes(_NOTHING, _NOTHING, nodes=nodes)
-        changes, unended = _apply_to_all(self, event, nodes), self.unended()
-        self.models.update(changes.models)
-        self.jobs.update(changes.jobs)
-        self._fill_queues(changes.jobs.get(job.id, job) for job in unended)
+        if self.shares_tokens and isinstance(event.data, OF_TOKENS):
+            self.tokens, self.shares_tokens = dict(self.tokens), False
+        changes = _fold_of_no_model(event, self.models, self.unended, self.tokens, self.nodes)
+        if changes.nodes:
+            self.nodes = _merge_nodes(self.nodes, changes.nodes)
+        if changes.models or changes.jobs:
+            unended = self.unended()
+            self.models.update(changes.models)
+            self.jobs.update(changes.jobs)
+            self._fill_queues(changes.jobs.get(job.id, job) for job in unended)
         return changes
 
     def _apply_to_one(self, event: Event) -> Changes:
@@ -288,49 +286,41 @@ class Changes(Struct, frozen=True):
     nodes: Mapping[str, Node | None] = _NOTHING
 
 
-def _apply_to_tokens(tokens: dict[str, Token], event: Event) -> Mapping[str, Token | None]:
-    if not isinstance(event.data, OF_TOKENS):
-        return _NOTHING
-    return evolve_tokens(
-        tokens, event.data, position=event.position, recorded_at=event.recorded_at, actor=event.actor
-    )
-
-
-def _apply_to_nodes(
-    nodes: Mapping[str, Node],
+def _fold_of_no_model(
     event: Event,
     models: Mapping[str, Model],
     unended: Callable[[], Iterable[Job]],
-) -> Mapping[str, Node | None]:
-    if not isinstance(event.data, OF_NODES):
-        return _NOTHING
+    tokens: dict[str, Token],
+    nodes: Mapping[str, Node],
+) -> Changes:
+    """Return what an event about a token, a server or a node changes; only `tokens` has it then."""
+    data, position, recorded_at = event.data, event.position, event.recorded_at
+    if isinstance(data, OF_TOKENS):
+        changed = evolve_tokens(tokens, data, position=position, recorded_at=recorded_at, actor=event.actor)
+        return Changes(_NOTHING, _NOTHING, changed)
 
     def read_owners() -> set[str]:
         owners = {model.serving.node_id for model in models.values() if model.serving is not None}
         return {each for each in (*owners, *(job.node_id for job in unended())) if each is not None}
 
-    return evolve_nodes(
-        nodes,
-        event.data,
-        position=event.position,
-        recorded_at=event.recorded_at,
-        read_owners=read_owners,
+    of_nodes: Mapping[str, Node | None] = _NOTHING
+    if isinstance(data, OF_NODES):
+        of_nodes = evolve_nodes(
+            nodes, data, position=position, recorded_at=recorded_at, read_owners=read_owners
+        )
+    if type(data) not in ENDS_OF_PROCESSES:
+        return Changes(_NOTHING, _NOTHING, nodes=of_nodes)
+    new_models = ((model, evolve_model(model, event, None)) for model in models.values())
+    new_jobs = ((job, evolve_job(job, event)) for job in unended())
+    return Changes(
+        {new.id: new for old, new in new_models if new is not None and new is not old},
+        {new.id: new for old, new in new_jobs if new is not None and new is not old},
+        nodes=of_nodes,
     )
 
 
 def _merge_nodes(nodes: Mapping[str, Node], changed: Mapping[str, Node | None]) -> Mapping[str, Node]:
     return {key: node for key, node in {**nodes, **changed}.items() if node is not None}
-
-
-def _apply_to_all(state: State, event: Event, nodes: Mapping[str, Node | None]) -> Changes:
-    """Return what a start or an end of a server or node changes in all models and unended jobs."""
-    models = ((model, evolve_model(model, event, None)) for model in state.models.values())
-    jobs = ((job, evolve_job(job, event)) for job in state.unended())
-    return Changes(
-        {new.id: new for old, new in models if new is not None and new is not old},
-        {new.id: new for old, new in jobs if new is not None and new is not old},
-        nodes=nodes,
-    )
 
 
 class _Layers(ChainMap[str, T]):
@@ -439,14 +429,8 @@ class Entities:
         return job
 
     def _apply_to_no_model(self, event: Event) -> None:
-        if isinstance(event.data, OF_TOKENS):
-            _apply_to_tokens(self.tokens, event)
-            return
-        nodes = _apply_to_nodes(self.nodes, event, self.models, self.jobs.values)
-        self.nodes = dict(_merge_nodes(self.nodes, nodes))
-        if type(event.data) not in ENDS_OF_PROCESSES:
-            return
-        models = [evolve_model(model, event, None) for model in self.models.values()]
-        jobs = [evolve_job(job, event) for job in self.jobs.values()]
-        self.models = {model.id: model for model in models if model is not None}
-        self.jobs = {job.id: job for job in jobs if job is not None}
+        changes = _fold_of_no_model(event, self.models, self.jobs.values, self.tokens, self.nodes)
+        self.models.update(changes.models)
+        self.jobs.update(changes.jobs)
+        if changes.nodes:
+            self.nodes = dict(_merge_nodes(self.nodes, changes.nodes))

@@ -51,14 +51,6 @@ def read_head(connection: sqlite3.Connection) -> LogHead:
     return LogHead(*row)
 
 
-def contains(connection: sqlite3.Connection, head: LogHead) -> bool:
-    found = connection.execute(
-        "SELECT hash FROM events WHERE position = :at UNION ALL SELECT hash FROM base WHERE position = :at",
-        {"at": head.position},
-    ).fetchone()
-    return found is not None and bool(found[0] == head.hash)
-
-
 def read_base(connection: sqlite3.Connection) -> Anchor:
     """Return the base of the log; a missing one, which `verify` reports, reads as 0."""
     row = connection.execute("SELECT position, hash FROM base").fetchone()

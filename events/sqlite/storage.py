@@ -223,7 +223,7 @@ class Database:
         await self.run(append)
 
     async def contains(self, head: LogHead) -> bool:
-        return await self.run(lambda: queries.contains(self._connection, head))
+        return head.hash == await self.run(lambda: queries.find_hash(self._connection, head.position))
 
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
