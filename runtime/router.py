@@ -70,7 +70,10 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """The running load that answers for a model; `position` is that of its `ModelLoaded`."""
+    """The running load that answers for a model; `position` is that of its `ModelLoaded`.
+
+    `node_id` is this node; None of a server alone.
+    """
 
     model_id: str
     version: int
@@ -78,6 +81,7 @@ class Here:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     load: RunningLoad
+    node_id: str | None
 
     @property
     def max_batch_size(self) -> int:
@@ -267,10 +271,11 @@ class Router:
         self, here: Here, request: InferenceRequest, timeout_s: float, worker: Worker | None = None
     ) -> Awaitable[Answer]:
         workers = here.load.serving
-        if sum([each.in_flight for each in workers]) >= self._max_queue:
-            raise QueueFull(f"{self._max_queue} inferences of model '{here.model_id}' are queued or running")
         if worker not in workers:
             worker = _least_busy(workers)
+        in_flight = worker.in_flight if len(workers) == 1 else sum([each.in_flight for each in workers])
+        if in_flight >= self._max_queue:
+            raise QueueFull(f"{self._max_queue} inferences of model '{here.model_id}' are queued or running")
         return worker.infer(
             request.tensors, request.outputs, text=request.text, timeout_s=timeout_s, region=request.region
         )
@@ -297,7 +302,7 @@ class Router:
         if load is None or load.report is None:
             return _just_died(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
-        here = Here(model_id, serving.version, serving.position, inputs, outputs, load)
+        here = Here(model_id, serving.version, serving.position, inputs, outputs, load, self._node_id)
         self._known[model_id] = model, here
         return here
 

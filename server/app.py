@@ -403,7 +403,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         app[VERSIONS].repository,
         max_queue=config.inference_queue,
         node_id=_node_id(app),
-        may_serve=lambda: node is None or node.membership.may_serve,
+        may_serve=(lambda: node.membership.may_serve) if node is not None else lambda: True,
         untrusted=frozenset if node is None else node.peers.untrusted,
     )
     app[DEMAND] = demand = _on_demand(app)

@@ -88,9 +88,6 @@ class DirectResponse(web.StreamResponse):
         self._on_written = on_written
         self._is_kept = False
 
-    def add_fields(self, fields: Mapping[str, object]) -> None:
-        self._fields = {**self._fields, **fields}
-
     @property
     def keep_alive(self) -> bool | None:
         return self._is_kept

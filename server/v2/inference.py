@@ -20,7 +20,7 @@ from server.appkeys import BODIES, CONFIG, DEMAND, POOL, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA
 from server.config import MAX_BODY_BYTES
-from server.errors import ANSWERING_NODE, NODE, ServerProblem
+from server.errors import NODE, ServerProblem
 from server.http.bodies import BodyTooLarge, Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
@@ -133,8 +133,9 @@ async def infer(
     subject = request[PRINCIPAL].subject
     router, share, loop = app[ROUTER], app[BODIES].share(subject), asyncio.get_running_loop()
     try:
-        if FORWARDER in app:
-            await app[FORWARDER].catch_up(request, model_id)
+        forwarder = app.get(FORWARDER)  # None in a server alone, whose models are never elsewhere
+        if forwarder is not None:
+            await forwarder.catch_up(request, model_id)
         target = router.resolve(model_id, version)
         if isinstance(target, There):
             return await app[FORWARDER].forward(request, target.node, model_id, share)
@@ -257,8 +258,8 @@ def _encode(
     if header_bytes is not None:
         fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
     fields["Loadledger-Model"] = here.source
-    if ANSWERING_NODE in request:
-        fields[NODE] = request[ANSWERING_NODE]
+    if here.node_id is not None:
+        fields[NODE] = here.node_id
     quota = request.get(QUOTA)
     if quota is not None:
         fields |= quota.headers()

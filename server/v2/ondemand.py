@@ -108,25 +108,6 @@ class BackOff:
         return pause_s
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """The state of one task that waits for a model.
-
-    Attributes:
-        before: the recorded model when this task requested its load.
-        own_job: the id of the load that this task requested, if it has not ended.
-        watched_job: the id of the load that the task waits for, whoever requested it.
-        was_lost: whether the model was lost, and is being reloaded.
-    """
-
-    demand: Demand
-    subject: str
-    before: Model | None = None
-    own_job: str | None = None
-    watched_job: str | None = None
-    was_lost: bool = False
-
-
 @dataclass(kw_only=True, eq=False)
 class OnDemand:
     """Loads models on demand, and lets inferences wait for them.
@@ -230,22 +211,8 @@ class OnDemand:
 
     async def _attempt(self, demand: Demand, subject: str) -> Exception | None:
         """Load a model for all its waiters; return their error, None if it is ready or none is left."""
-        attempt = _Attempt(demand, subject)
         try:
-            with self.log.subscribed() as wakeup:
-                while True:
-                    wakeup.clear()
-                    if self.stopping.is_set():
-                        return ServerStops()
-                    is_loaded = not isinstance(self.router.resolve(demand[0]), Absent)
-                    if is_loaded or (not self._waiting[demand] and attempt.own_job is None):
-                        return None
-                    if self._is_in_progress(attempt):
-                        await wakeup.wait()
-                    elif attempt.watched_job is not None:
-                        await self._conclude(attempt, attempt.watched_job)
-                    else:
-                        await self._request_load(attempt)
+            return await self._load(demand, subject)
         except (*_PASSED_ON, DemandFailed) as problem:
             return problem
         except Exception as error:  # noqa: BLE001 - or its waiters would wait forever
@@ -254,80 +221,83 @@ class OnDemand:
         finally:
             del self._attempts[demand]
 
-    def _is_in_progress(self, attempt: _Attempt) -> bool:
-        """Return whether a load, an unload or a reload of the model is in progress.
+    async def _load(self, demand: Demand, subject: str) -> Exception | None:
+        """Wait for what goes on with a model, request its load if nothing does, and return its failure."""
+        model_id = demand[0]
+        before: Model | None = None  # the recorded model when this task requested its load
+        own_job: str | None = None  # the load that this task requested, until it has ended
+        watched_job: str | None = None  # the load that it waits for, whoever requested it
+        was_lost = False
+        with self.log.subscribed() as wakeup:
+            while not self.stopping.is_set():
+                wakeup.clear()
+                is_loaded = not isinstance(self.router.resolve(model_id), Absent)
+                if is_loaded or (not self._waiting[demand] and own_job is None):
+                    return None
+                state = self.log.state
+                queue, model = state.queue(model_id), state.models.get(model_id)
+                loads = [job.id for job in queue if job.kind is JobKind.LOAD]
+                if loads:
+                    watched_job = loads[-1]
+                    if own_job != watched_job and state.unended_job(own_job) is None:  # it was superseded
+                        own_job = None
+                    await wakeup.wait()
+                elif watched_job is not None:
+                    is_own, job = own_job == watched_job, await self.reader.job(watched_job)
+                    own_job, watched_job = None, None if job is None else job.superseded_by
+                    if job is not None and watched_job is None:
+                        problem = self._find_failure(job, demand, before, is_own=is_own)
+                        if problem is not None:
+                            return problem
+                elif queue or (model is not None and model.phase not in _ABSENT):
+                    was_lost = model is not None and model.phase is ModelState.LOST
+                    await wakeup.wait()
+                elif was_lost and model is not None and model.error is not None:
+                    return _demand_failed(model_id, model.error, None)  # it is not reloaded any more
+                else:
+                    before, was_lost = model, False
+                    receipt = await self._request_load(demand, subject, model)
+                    if receipt is not None:
+                        watched_job, own_job = receipt.job_id, None if receipt.existing else receipt.job_id
+        return ServerStops()
 
-        Raises:
-            DemandFailed: `load_failed`, the model was lost and is not reloaded any more.
-        """
-        model_id = attempt.demand[0]
-        queue, model = self.log.state.queue(model_id), self.log.state.models.get(model_id)
-        loads = [job for job in queue if job.kind is JobKind.LOAD]
-        if loads:
-            self._watch(attempt, loads[-1].id)
-            return True
-        if attempt.watched_job is not None:
-            return False
-        if queue or (model is not None and model.phase not in _ABSENT):
-            attempt.was_lost = model is not None and model.phase is ModelState.LOST
-            return True
-        if attempt.was_lost and model is not None and model.error is not None:
-            raise _demand_failed(model_id, model.error, None)
-        return False
-
-    def _watch(self, attempt: _Attempt, job_id: str) -> None:
-        """Wait for a load from now on; a superseded one of this task is not its own any more."""
-        attempt.watched_job = job_id
-        if attempt.own_job != job_id and self.log.state.unended_job(attempt.own_job) is None:
-            attempt.own_job = None
-
-    async def _conclude(self, attempt: _Attempt, job_id: str) -> None:
-        """Raise the error of an ended load, unless the model is loaded, or will be."""
-        is_own = attempt.own_job == job_id
-        attempt.own_job = attempt.watched_job = None
-        job = await self.reader.job(job_id)
-        if job is not None and job.superseded_by is not None:
-            attempt.watched_job = job.superseded_by
-            return
-        if job is None or job.status is JobStatus.COMPLETED:  # loaded, and unloaded again
-            return
+    def _find_failure(
+        self, job: Job, demand: Demand, before: Model | None, *, is_own: bool
+    ) -> DemandFailed | None:
+        """Return what the waiters get of an ended load; None if they wait for another attempt."""
         model = self.log.state.models.get(job.model_id)
-        if model is not None and model.phase not in _ABSENT:  # a lost model is reloaded
-            return
-        if _is_withdrawn(job) or (job.error is None and not self._waiting[attempt.demand]):
-            return  # an inference that came since asks again
+        if job.status is JobStatus.COMPLETED or (model is not None and model.phase not in _ABSENT):
+            return None  # it was loaded, and unloaded again; or it was lost, and is reloaded
+        if _is_withdrawn(job) or (job.error is None and not self._waiting[demand]):
+            return None  # an inference that came since asks again
         concerned = (job.version,) if job.cause is Cause.DEMAND else (None, job.version)
-        if not is_own and attempt.demand[1] not in concerned:
-            return
+        if not is_own and demand[1] not in concerned:
+            return None
         failure = job.error or Failure("cancelled", "the load was cancelled")
         problem = _demand_failed(job.model_id, failure, job)
         if is_own:
-            problem.retry_after_s = self._note_failure(attempt, str(problem), model)
-        raise problem
+            problem.retry_after_s = self._note_failure(demand, str(problem), before, model)
+        return problem
 
-    async def _request_load(self, attempt: _Attempt) -> None:
+    async def _request_load(self, demand: Demand, subject: str, before: Model | None) -> Receipt | None:
         """Look the model up and request its load, unless the model has changed meanwhile."""
-        model_id, version = attempt.demand
-        state = self.log.state
-        attempt.was_lost = False
-        attempt.before = state.models.get(model_id)
-        self._back_off.check(attempt.demand, attempt.before, asyncio.get_running_loop().time())
+        model_id, version = demand
+        self._back_off.check(demand, before, asyncio.get_running_loop().time())
         try:
-            command = await self.look_up(model_id, version, attempt.subject)
+            command = await self.look_up(model_id, version, subject)
         except _PASSED_ON:
             raise
         except (errors.RuntimeProblem, ServerProblem) as problem:
             reason = f"model '{model_id}' could not be loaded: {problem}"
-            raise DemandFailed(reason, self._note_failure(attempt, reason, attempt.before)) from None
-        is_absent = state.models.get(model_id) is attempt.before and not state.queue(model_id)
-        if self._waiting[attempt.demand] and is_absent and not self.stopping.is_set():
-            receipt = await self.submit(command)
-            attempt.watched_job = receipt.job_id
-            attempt.own_job = None if receipt.existing else receipt.job_id
+            raise DemandFailed(reason, self._note_failure(demand, reason, before, before)) from None
+        state = self.log.state
+        is_absent = state.models.get(model_id) is before and not state.queue(model_id)
+        if not self._waiting[demand] or not is_absent or self.stopping.is_set():
+            return None
+        return await self.submit(command)
 
-    def _note_failure(self, attempt: _Attempt, reason: str, after: Model | None) -> float:
-        now_s = asyncio.get_running_loop().time()
-        return self._back_off.note(attempt.demand, reason, attempt.before, after, now_s)
+    def _note_failure(self, demand: Demand, reason: str, before: Model | None, after: Model | None) -> float:
+        return self._back_off.note(demand, reason, before, after, asyncio.get_running_loop().time())
 
 
 def _is_withdrawn(job: Job) -> bool:
