@@ -161,7 +161,7 @@ class Consumer:
         self._wakeup.set()
 
     def end_workers(self) -> None:
-        """Kill all workers; what follows is recorded once the log can be written."""
+        """Kill all workers; exits are recorded once the log can be written, and loads begin again."""
         for load in self.loads.values():
             load.kill()
 
@@ -382,17 +382,22 @@ class Consumer:
                 load.recorded_exits.update(exited.difference(serving.worker_ids))
 
     def _reap_loads(self, own: State) -> None:
-        """End loads that the ledger has no use for; forget those whose workers have exited."""
-        for job_id, pending in self._loader.pending.items():
-            if pending.is_waiting and own.unended_job(job_id) is None:
-                pending.task.cancel()
+        """End loads that the ledger has no use for; forget those whose workers have exited.
+
+        So is one whose coroutine was cancelled and whose job goes on (`end_workers`): it begins again.
+        """
+        pending = self._loader.pending
+        for job_id, each in pending.items():
+            if each.is_waiting and own.unended_job(job_id) is None:
+                each.task.cancel()
         for key, load in list(self.loads.items()):
-            if not is_load_current(own, key, load.model_id):
-                if not load.killed or load.tasks:
-                    load.kill()
-                if load.run.is_finished:
-                    self.totals.end(load)
-                    del self.loads[key]
+            is_current = is_load_current(own, key, load.model_id)
+            if not is_current and (not load.killed or load.tasks):
+                load.kill()
+            begins_again = key not in pending and find_started_job(own, key) is not None
+            if load.run.is_finished and (begins_again or not is_current):
+                self.totals.end(load)
+                del self.loads[key]
 
     def _own(self) -> State:
         """Return the part of the state that this server works on."""

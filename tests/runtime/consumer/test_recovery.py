@@ -139,6 +139,19 @@ async def test_cancelled_load_of_dead_worker_records_both(engine: Engine) -> Non
     assert load.run.is_finished
 
 
+async def test_load_whose_workers_were_ended_begins_again(engine: Engine) -> None:
+    job_id = await engine.ask_load("slow")
+    load = await engine.loading("slow")
+    engine.consumer.end_workers()
+    await until(lambda: engine.consumer.loads.get(job_id) not in (None, load))
+    assert load.run.is_finished
+    await engine.unload("slow", force=True)
+    assert await engine.story(of="slow") == [
+        *("LoadRequested", "LoadStarted", "LoadStarted"),
+        *("UnloadRequested", "JobCancelled", "UnloadStarted", "ModelUnloaded"),
+    ]
+
+
 async def test_refused_starts_change_nothing(engine: Engine) -> None:
     ended = await engine.load("adder")
     pending = structs.replace(ended, status=JobStatus.PENDING)
