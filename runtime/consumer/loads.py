@@ -67,7 +67,7 @@ from runtime.repository import (
 )
 from runtime.scheduler.actions import draft_fact, draft_moved_unload, draft_replacement_unload, unchanged
 from runtime.scheduler.admission import find_same_workers
-from runtime.scheduler.view import MemoryEstimate, estimate_memory, find_started_job
+from runtime.scheduler.view import MemoryEstimate, estimate_memory, find_started_job, may_end
 from runtime.store.versions import HeldVersion, Versions
 from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
 from runtime.wire import Load, Loaded, OptimisedModel, plain_text
@@ -202,9 +202,8 @@ class Loader:
             load.failure = Failure(error.code, f"what was loaded cannot be recorded: {error}")
         except Exception:  # noqa: BLE001 - whatever it is, this load alone fails
             _log.exception("the load of %s failed", load.model_id)
-            load.failure = load.failure or Failure(
-                "internal", "the load failed within the server; see its log"
-            )
+            reason = "the load failed within the server; see its log"
+            load.failure = load.failure or Failure("internal", reason)
         finally:
             if not load.is_recorded:
                 load.kill_workers()
@@ -319,7 +318,7 @@ class Loader:
         return model is not None and model.serving is not None and model.serving.load_job_id == load.job_id
 
     async def _record_outcome(self, load: RunningLoad, describe: Callable[[Job], Sequence[Draft]]) -> None:
-        """Record how a load ended, once its job can be recorded; not if that is cancelled or has ended.
+        """Record how a load ended, when the ledger can be written; the consumer may end its job otherwise.
 
         Raises:
             LoadEnded: a worker died before that.
@@ -327,7 +326,7 @@ class Loader:
         tried = None
         while True:
             job = find_started_job(self._own(), load.job_id)
-            if job is None or job.cancelling:
+            if job is None or not may_end(self._log.state, job):
                 return
             if job is tried:
                 await asyncio.sleep(LOG_RETRY_S)
@@ -364,16 +363,10 @@ class Loader:
             return [loaded]
         old = self.running.get(replaced.serving.load_job_id)
         if old is not None:
-            return [
-                loaded,
-                draft_replacement_unload(
-                    old.job_id, old.model_id, old.version, old.only_worker_id, loaded.id
-                ),
-            ]
-        return [
-            loaded,
-            *([draft_moved_unload(replaced, job, loaded.id, uuid7)] if replaced.serving.node_id else []),
-        ]
+            about = old.job_id, old.model_id, old.version, old.only_worker_id
+            return [loaded, draft_replacement_unload(*about, loaded.id)]
+        is_elsewhere = replaced.serving.node_id is not None
+        return [loaded, draft_moved_unload(replaced, job, loaded.id, uuid7)] if is_elsewhere else [loaded]
 
     def _offer(self, load: RunningLoad, files: HeldVersion) -> None:
         if load.optimised is None:

@@ -189,6 +189,11 @@ def find_started_job(own: State, load_job_id: str) -> Job | None:
     return job if job is not None and job.status is JobStatus.IN_PROGRESS else None
 
 
+def may_end(state: State, load: Job) -> bool:
+    """Whether a load's own outcome may be recorded: nobody cancels it, and no forced unload waits for it."""
+    return not load.cancelling and not any(job.forced for job in state.unended(load.model_id))
+
+
 PEAK_VARIATION = 8
 """A load may take an eighth more than it reserved, even if nothing is free: peaks vary from load to load."""
 

@@ -54,6 +54,7 @@ from runtime.scheduler.view import (
     Phase,
     Policy,
     find_started_job,
+    may_end,
 )
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from support.history import at, model_loaded
@@ -405,7 +406,7 @@ class World:
         self.concludes_late, concluded = False, False
         for load, process in list(self.live.items()):
             job = find_started_job(self.own, load)
-            if job is None or job.cancelling or any(each.forced for each in self.state.queue(job.model_id)):
+            if job is None or not may_end(self.state, job):
                 continue
             if process.form_failed and process.failure is None:
                 if not process.left:
