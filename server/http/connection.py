@@ -24,7 +24,7 @@ from typing import cast
 from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractAccessLogger
 
-from runtime.timeouts import Timeout, stall_detector
+from runtime.timeouts import stall_detector, timeout
 from server.api.health import is_probe
 from server.config import Config
 from server.errors import ServerProblem
@@ -125,13 +125,6 @@ class _Rest:
     ended: asyncio.Future[None]
     filled: int = 0
 
-    def progress(self) -> int:
-        return self.filled // MIN_PROGRESS_BYTES
-
-    def fail(self) -> None:
-        if not self.ended.done():
-            self.ended.set_exception(BodyTimeout())
-
 
 class GuardedConnection(asyncio.BufferedProtocol):
     """The protocol of one connection: aiohttp's, within limits.
@@ -211,11 +204,12 @@ class GuardedConnection(asyncio.BufferedProtocol):
             ConnectionResetError: the client has left.
         """
         rest = self._rest = _Rest(content, buffer, self._loop.create_future())
-        timeout = Timeout(idle_s, rest.fail, progress=rest.progress)
         try:
-            await rest.ended
+            async with timeout(idle_s, lambda: rest.filled // MIN_PROGRESS_BYTES):
+                await rest.ended
+        except TimeoutError:
+            raise BodyTimeout from None
         finally:
-            timeout.cancel()
             if self._rest is not None:
                 self._end_rest(rest)
         if rest.filled < len(buffer):

@@ -24,7 +24,16 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.process.pool import WorkerPool
-from runtime.router import Absent, ModelNotLoaded, ModelReplaced, ModelUnloading, OtherVersionLoaded
+from runtime.router import (
+    Absent,
+    Answered,
+    InferenceRequest,
+    ModelNotLoaded,
+    ModelReplaced,
+    ModelUnloading,
+    OtherVersionLoaded,
+)
+from runtime.statistics import InferenceTimes
 
 
 async def refusal(engine: Engine, model_id: str, version: int | None = None) -> tuple[type, str]:
@@ -141,6 +150,29 @@ async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_
         await asyncio.wait([worker.ended])
         assert engine.model("adder").state is ModelState.LOADED  # the death is not recorded yet
         assert "has just died" in (await refusal(engine, "adder"))[1]
+
+
+async def test_chosen_worker_has_the_inference_unless_it_died(engine: Engine) -> None:
+    await engine.load("loop", parameters=LoadParameters(instances=2))
+    here = await engine.router.find("loop")
+    first, second = here.load.serving
+    assert here.choose_worker() is first
+    request, times = InferenceRequest(None, None, (trips(models.ENDLESS),)), InferenceTimes(0)
+    running = asyncio.create_task(engine.router.infer(here, request, LIMIT_S, times, worker=second))
+    await until(lambda: second.in_flight == 1)
+    region = first.tensor_memory.requests.reserve(10**6)  # for a body that is arriving
+    assert [here.choose_worker(), first.in_flight] == [first, 0]
+    also_arriving = first.tensor_memory.requests.reserve(10**6)
+    assert here.choose_worker() is second
+    del region, also_arriving
+    running.cancel()
+    os.kill(second.pid, signal.SIGKILL)
+    await asyncio.wait([running])
+    await asyncio.wait([second.ended])
+    request = InferenceRequest(None, None, (trips(7),))
+    answered = await engine.router.infer(here, request, LIMIT_S, times, worker=second)
+    assert isinstance(answered, Answered)
+    assert int(array(answered.outputs[0])) == 7
 
 
 async def test_each_inference_is_a_use_however_it_ends(engine: Engine) -> None:

@@ -62,6 +62,19 @@ ONE: Json = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
 ENDLESS: Json = {"name": "trips", "shape": [], "datatype": "INT64", "data": [2**62]}
 """Input that keeps `models.counting_loop` running until its worker is killed."""
 
+_BINARY = {"name": "x", "shape": [2], "datatype": "FP32", "parameters": {"binary_data_size": 8}}
+_HEAD = json.dumps({"inputs": [_BINARY]}).encode()
+_LENGTH = "Inference-Header-Content-Length"
+MALFORMED: list[tuple[bytes, dict[str, str]]] = [
+    (b'{"inputs": [', {}),
+    (json.dumps({"inputs": [{**ONE, "datatype": "FP31"}]}).encode(), {}),
+    (_HEAD + bytes(4), {_LENGTH: str(len(_HEAD))}),
+    (_HEAD + bytes(600_000), {_LENGTH: str(len(_HEAD))}),
+    (_HEAD + bytes(8), {_LENGTH: str(len(_HEAD) + 100)}),
+    (bytes(4), {_LENGTH: "-0"}),
+]
+"""Bodies of inferences that no model takes, JSON and binary, and their header fields."""
+
 T = TypeVar("T")
 E = TypeVar("E", bound=Data)
 

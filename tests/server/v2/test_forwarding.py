@@ -17,7 +17,7 @@ import pytest_asyncio
 from support import models
 from support.connections import odd_server, said
 from support.cutting import cutting_proxy
-from support.http import ENDLESS, ONE, Answer, LocalApi, when
+from support.http import ENDLESS, MALFORMED, ONE, Answer, LocalApi, when
 from support.models import save
 from support.postgres import Database, join_shared_server
 from support.reachable import (
@@ -484,6 +484,24 @@ async def test_model_is_loaded_on_demand_where_it_fits(ledger: Database, tmp_pat
             assert answer.json["outputs"][0]["data"] == [1.0 + index]
             assert answer.headers["Loadledger-Node"] == roomy.name
             assert (ADDRESS in answer.headers) is (node is small)
+
+
+async def test_malformed_body_loads_nothing_at_any_node(ledger: Database, tmp_path: Path) -> None:
+    options = {"on_demand": "on", "max_loaded": 1, "evict": "idle", "min_residency_s": 0}
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", **options) as nodes:
+        for model_id in ("m", "other", "third"):
+            save(models.add(1), tmp_path / "repository", model_id)
+        for model_id in ("other", "third"):  # there is no room without an eviction
+            assert (await ask(nodes[0], f"/v2/models/{model_id}/infer")).status == 200
+        for sender, node in (nodes, nodes[::-1]):
+            for body, headers in MALFORMED:
+                answer = await ask(node, body=body, **headers)
+                assert answer.refusal == (400, "invalid_input")
+                fields = {**forwarded(sender, node), **headers}
+                answer = await node.api.post(PATHS[0], data=body, headers=fields, roles=())
+                assert answer.refusal == (400, "invalid_input")
+        assert await nodes[0].api.types("m") == []
+        assert {"ModelUnloaded"}.isdisjoint([event.type for event in await nodes[0].api.events()])
 
 
 async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_path: Path) -> None:

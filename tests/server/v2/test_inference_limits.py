@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import models
 from support.http import ENDLESS, ONE, Answer, Json, LocalApi, when
@@ -113,20 +114,31 @@ async def test_no_inference_fails_during_swaps(shared: LocalApi) -> None:
     assert seen == {1, 2}
 
 
-async def test_swap_while_a_body_arrives_is_not_noticed(shared: LocalApi) -> None:
-    await load_adder(shared, "slow", 1)
-    old, swapped = shared.worker("slow"), asyncio.Event()
+@pytest.mark.parametrize("count", [1, 150_000], ids=["short", "in a worker's memory"])
+async def test_swap_while_a_body_arrives_is_not_noticed(shared: LocalApi, count: int) -> None:
+    model_id = f"slow-{count}"
+    await load_adder(shared, model_id, 1)
+    old, swapped = shared.worker(model_id), asyncio.Event()
+    tensor = {
+        "name": "x",
+        "shape": [count],
+        "datatype": "FP32",
+        "parameters": {"binary_data_size": 4 * count},
+    }
+    head, data = json.dumps({"inputs": [tensor]}).encode(), np.ones(count, "<f4").tobytes()
 
     async def body() -> AsyncIterator[bytes]:
-        yield b'{"inputs": [{"name": "x", "shape": [1], '
+        yield head + data[:2]
         await swapped.wait()
-        yield b'"datatype": "FP32", "data": [1]}]}'
+        yield data[2:]
 
-    running = asyncio.create_task(shared.post("/v2/models/slow/infer", data=body()))
-    await load_adder(shared, "slow", 2)
+    fields = {"Inference-Header-Content-Length": str(len(head)), "Content-Length": str(len(head + data))}
+    running = asyncio.create_task(shared.post(f"/v2/models/{model_id}/infer", data=body(), headers=fields))
+    await until(lambda: count == 1 or old.tensor_memory.requests.regions == 1)
+    await load_adder(shared, model_id, 2)
     await asyncio.wait({old.ended})
     swapped.set()
-    assert (await running).json["outputs"][0]["data"] == [3]
+    assert (await running).json["outputs"][0]["data"] == [3] * count
 
 
 async def test_bodies_beyond_the_budget_are_refused(

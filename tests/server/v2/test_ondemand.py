@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 import pytest_asyncio
 from support import models
-from support.http import ENDLESS, ONE, Answer, LocalApi, local_server, when
+from support.http import ENDLESS, MALFORMED, ONE, Answer, LocalApi, local_server, when
 from support.models import save, save_bytes
 from support.workers import until
 
@@ -242,6 +242,21 @@ async def test_reads_and_invalid_requests_load_nothing(shared: LocalApi) -> None
     ):
         assert answer.refusal == expected
     assert await shared.types("untouched") == await shared.types("nope") == []
+
+
+@pytest.mark.parametrize("path", ["/v2/models/m1/infer", "/v2/models/%6D1/infer"])
+async def test_malformed_body_loads_and_evicts_nothing(start: Start, path: str) -> None:
+    api = await start(on_demand="on", max_loaded=1, evict="idle", min_residency_s=0)
+    for number in range(2):
+        save(models.add(number), api.config.repository, f"m{number}")
+    await api.load("m0")
+    for body, headers in MALFORMED:
+        answer = await api.post(path, data=body, headers=headers, roles=("predict",))
+        assert answer.refusal == (400, "invalid_input")
+    assert await api.types("m1") == []
+    assert await api.types("m0") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
+    assert (await api.infer("m1", ONE)).status == 200
+    await api.model_when("m0", state="unloaded")
 
 
 async def test_named_version_is_loaded_and_none_is_replaced(shared: LocalApi) -> None:
