@@ -1,7 +1,8 @@
 """The Open Inference Protocol v2, with Triton's extensions.
 
-An inference arrives on the fast path, or through the router, in `inference.infer`. It is decoded by `codec`,
-run by `runtime.router.Router`, and encoded again. If its model is not loaded, `ondemand` loads it and waits.
+An inference arrives on the fast path, or through the router, in `inference.infer`. `runtime.router.Router`
+resolves its target: a load here, a node, to which `forwarding` sends it, or none, and `ondemand` loads the
+model and waits. It is decoded by `codec`, run by a worker, and encoded again.
 
 - `inference`: infer, metadata and readiness of a model
 - `fastpath`: inferences past aiohttp's router and middlewares
