@@ -253,7 +253,7 @@ class Optimiser:
             except (Useless, TimeoutError) as problem:
                 useless = structs.replace(manifest, took_ms=_ms_since(began_s))
                 reason = str(problem) or f"it takes more than {LIMIT_S:g} s"
-                await asyncio.to_thread(store.record_useless, useless, reason)
+                await complete(asyncio.to_thread(store.record_useless, useless, reason))
                 outcome = LEFT_OUT
         except (asyncio.CancelledError, ForkServerUnavailable) as interruption:
             spent_s = candidate.spent_s + time.monotonic() - began_s
@@ -279,10 +279,7 @@ class Optimiser:
 
         Raises:
             Useless: it does not, or cannot be made.
-            ForkServerUnavailable: `fork_server_unavailable`.
-            StoreUnavailable: it cannot be kept.
-            DiskFull: the disk has no room for it.
-            RuntimeProblem: the version's files have changed.
+            RuntimeProblem: anything else that does not speak against it.
         """
         began_s = time.monotonic()
         version = self._versions.version(candidate.model_id, candidate.version, candidate.files)

@@ -205,10 +205,6 @@ class OptimisedStore:
         Args:
             expected_bytes: the likely size. The least recently used optimised models are evicted until the
                 disk has room for it.
-
-        Raises:
-            DiskFull: `disk_full`, without that room.
-            StoreUnavailable: `store_unavailable`.
         """
         if expected_bytes:
             self._make_room(expected_bytes)
@@ -226,7 +222,6 @@ class OptimisedStore:
 
         Raises:
             Useless: they are others than expected, or too large.
-            StoreUnavailable: `store_unavailable`.
         """
         with explain_os_errors(self._folder.path):
             if not _are_complete(walk_files(draft)[0]):
@@ -239,12 +234,7 @@ class OptimisedStore:
         return sealed, OptimisedModel(sealed.key, hash_of(files), str(draft), sealed.bytes)
 
     def keep(self, manifest: Manifest, draft: Path) -> None:
-        """Turn a sealed draft into the entry of its key, in place of an older one, and evict others for it.
-
-        Raises:
-            StoreUnavailable: `store_unavailable`.
-            DiskFull: `disk_full`.
-        """
+        """Turn a sealed draft into the entry of its key, replacing an older one; this may evict others."""
         path = self._folder.form(manifest.key)
         with explain_os_errors(self._folder.path):
             for file in manifest.files:
@@ -258,12 +248,7 @@ class OptimisedStore:
             self._touch(path)
 
     def record_useless(self, manifest: Manifest, reason: str) -> None:
-        """Record for a day why the optimised model of a key is useless, in place of its entry.
-
-        Raises:
-            StoreUnavailable: `store_unavailable`.
-            DiskFull: `disk_full`.
-        """
+        """Record for a day why the optimised model of a key is useless, in place of its entry."""
         useless = replace(manifest, files=(), sha256=None, figures={}, reason=plain_text(reason))
         draft = self.draft()
         try:
@@ -276,10 +261,6 @@ class OptimisedStore:
 
         Returns:
             Whether it was removed; not if the entry has another one by now.
-
-        Raises:
-            StoreUnavailable: `store_unavailable`.
-            DiskFull: `disk_full`.
         """
         path = self._folder.form(used.key)
         found = read_manifest(path)
