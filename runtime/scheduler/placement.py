@@ -1,7 +1,7 @@
 """Which node runs a load: the pure choice among the nodes that are there.
 
 `place` prefers, in this order: the node where the model is loaded, nodes where the load fits without an
-eviction, those with a prepared form of its files, those with its files; then it spreads or packs. Equal nodes
+eviction, those with a prepared model of its files, those with its files; then it spreads or packs. Equal nodes
 are ordered by a rendezvous hash, so that a model tends to the same node. What is known of memory and files is
 a hint: a load that finds no room at its node is placed anew by that node, a few times.
 """
@@ -65,7 +65,7 @@ class NodeRoom:
         free_models: how many more models it may have; None is no limit.
         models: that it has or will have.
         digests: SHA-256 of the files that it has.
-        prepared: SHA-256 of the model files of which it has a prepared form.
+        prepared: SHA-256 of the model files of which it has a prepared model.
     """
 
     node: Node
@@ -129,7 +129,7 @@ def _rank(
 
 
 def _count_at_hand(request: PlacementRequest, room: NodeRoom) -> int:
-    """Return 2 if a node has the files and a prepared form of one, 1 if it has the files, else 0."""
+    """Return 2 if a node has the files and a prepared model of one, 1 if it has the files, else 0."""
     if not request.files or not request.files <= room.digests:
         return 0
     return 2 if request.files & room.prepared else 1

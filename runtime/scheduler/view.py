@@ -105,7 +105,7 @@ class NodeHints:
         free_bytes: of its memory budget; None is no limit.
         free_models: how many more models may have a process there; None is no limit.
         digests: SHA-256 of the files that it has.
-        prepared: SHA-256 of the model files of which it has a prepared form.
+        prepared: SHA-256 of the model files of which it has a prepared model.
     """
 
     position: int

@@ -67,7 +67,7 @@ MODEL_BYTES = {
 
 
 BARE_BYTES = 15
-"""What an instance takes more without a cached model."""
+"""What an instance takes more without an optimised model."""
 
 OUTCOMES = (ModelLoaded, ModelSettingsChanged, LoadFailed, ModelUnloaded, JobCancelled)
 
@@ -98,8 +98,8 @@ class Process:
     started: bool = False
     loaded: bool = False
     failure: str | None = None
-    has_form: bool = False
-    form_failed: bool = False
+    is_optimised: bool = False
+    optimised_failed: bool = False
     hangs_until: str | None = None
     dead: dict[str, WorkerExited] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
@@ -129,7 +129,9 @@ class Process:
     @property
     def is_over(self) -> bool:
         """Whether its coroutine knows how the load ends, or was cancelled."""
-        return bool(self.loaded or self.failure or self.form_failed or self.dead or self.ended or self.killed)
+        return bool(
+            self.loaded or self.failure or self.optimised_failed or self.dead or self.ended or self.killed
+        )
 
     def view(self, job: Job | None, load: str, *, demanded: bool = False) -> LoadView:
         run = self.run
@@ -168,7 +170,7 @@ class Process:
     def finish(self, outcome: str, keeps_percent: int = 80) -> None:
         """End its load: it is loaded, and keeps so much of what was reserved; refused; or a worker dies.
 
-        One that hangs ends by its limit only, and one whose form failed begins again.
+        One that hangs ends by its limit only, and one whose optimised model failed begins again.
         """
         if self.hangs_until is not None or self.is_over:
             return
@@ -179,9 +181,9 @@ class Process:
                 self.measured_bytes = self.reserved_bytes * keeps_percent // 100
             case "refused":
                 self.failure, self.killed = "invalid_model", True
-            case "form fails" if self.has_form:
-                self.form_failed = self.killed = True  # its workers end with `World.end_all`
-            case "form fails" | "dies":
+            case "optimised fails" if self.is_optimised:
+                self.optimised_failed = self.killed = True  # its workers end with `World.end_all`
+            case "optimised fails" | "dies":
                 self.failure, self.killed = "worker_died", True
                 self.die(WorkerExited(None, 9, ()), self.workers[-1])
             case _:
@@ -198,7 +200,7 @@ def check_fact(
         state: before it.
         before: the events before it.
         exited: the workers whose exits are recorded, to which this one's is added.
-        bare: the loads whose cached model failed: they start again in the same attempt.
+        bare: the loads whose optimised model failed: they start again in the same attempt.
     """
     job, data = state.unended_job(event.job_id), event.data
     if isinstance(data, OUTCOMES):
@@ -408,7 +410,7 @@ class World:
             job = find_started_job(self.own, load)
             if job is None or not may_end(self.state, job):
                 continue
-            if process.form_failed and process.failure is None:
+            if process.optimised_failed and process.failure is None:
                 if not process.left:
                     del self.live[load], self.estimates[load]
                     self.bare.add(load)
@@ -465,7 +467,7 @@ class World:
                     self._follow_up(action)
 
     def estimated(self, job: Job) -> MemoryEstimate:
-        """Return the estimate of a load; one whose form failed takes more."""
+        """Return the estimate of a load; one whose optimised model failed takes more."""
         serving = find_same_workers(self.state, job) if is_unchanged(job) else None
         same_as = serving.load_job_id if serving is not None else None
         return MemoryEstimate(estimate_of(job, bare=job.id in self.bare), same_as=same_as)
@@ -502,8 +504,10 @@ class World:
                 workers = tuple(self.name_worker(job, number) for number in range(parameters.instances))
                 estimate = self.estimates[job.id]
                 assert estimate is not None
-                has_form = job.id not in self.bare
-                self.live[job.id] = Process(job.model_id, version, workers, estimate.bytes, has_form=has_form)
+                is_optimised = job.id not in self.bare
+                self.live[job.id] = Process(
+                    job.model_id, version, workers, estimate.bytes, is_optimised=is_optimised
+                )
             case actions.StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
             case (
@@ -631,7 +635,7 @@ class World:
         if not self.may_optimise:
             self.optimising_bytes = 0
         for process in self.alive():
-            if process.killed or process.unloading or process.form_failed:
+            if process.killed or process.unloading or process.optimised_failed:
                 process.ended, process.busy = True, False
 
     def lose_fork_server(self) -> None:

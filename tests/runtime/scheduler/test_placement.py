@@ -24,7 +24,7 @@ from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import MemoryEstimate, NodeHints, Observations, PlacementStrategy, Policy
 
 F, P = frozenset({"f1", "f2"}), frozenset({"f1"})
-"""Two files, and a prepared form of one."""
+"""Two files, and a prepared model of one."""
 
 
 def node(name: str, *, budget: int = 100, labels: str = "", phase: str = "joined") -> Node:
@@ -74,7 +74,7 @@ CASES = [
         "b prepared",
     ),
     (
-        "prepared form without files",
+        "prepared model without files",
         ONE,
         [room("a", 90, digests=F), room("b", 95, prepared=P)],
         "spread",

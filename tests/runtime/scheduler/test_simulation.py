@@ -333,7 +333,7 @@ class WatchedWorld(World):
 
 
 NAMES = st.sampled_from(["a", "b", "c"])
-OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies", "form fails"])
+OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies", "optimised fails"])
 
 POLICIES = st.builds(
     Policy,
