@@ -1,9 +1,9 @@
 """Which node runs a load: the pure choice among the nodes that are there.
 
 `place` prefers, in this order: the node where the model is loaded, nodes where the load fits without an
-eviction, those with a prepared model of its files, those with its files; then it spreads or packs. Equal nodes
-are ordered by a rendezvous hash, so that a model tends to the same node. What is known of memory and files is
-a hint: a load that finds no room at its node is placed anew by that node, a few times.
+eviction, those with a prepared model of its files, those with its files; then it spreads or packs. Equal
+nodes are ordered by a rendezvous hash, so that a model tends to the same node. What is known of memory and
+files is a hint: a load that finds no room at its node is placed anew by that node, a few times.
 """
 
 from __future__ import annotations

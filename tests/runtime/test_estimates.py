@@ -112,7 +112,7 @@ RENAMED, MORE = seen("model2.onnx", 1000, 1), seen("more.bin", 0, 3)
         (need(instances=3).bytes, 3 * sizes(1000, 5000).bytes),
         (need(KNOWN, instances=3), known(3 * PEAK)),
         (need(limit=2000, instances=3), known(3 * (WORKER_BYTES + 2000), proven=False)),
-        # A prepared form takes what it took, and the first time as much as the files without it.
+        # A prepared model takes what it took, and the first time as much as the files without it.
         (need(KNOWN, PREPACKED, optimised="prepacked"), known(20_000)),
         (need(PREPACKED, KNOWN, optimised="prepacked"), known(20_000)),
         (need(KNOWN, PREPACKED), known(PEAK)),

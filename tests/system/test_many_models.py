@@ -114,7 +114,7 @@ async def test_twenty_models_in_memory_for_six_answer_right(config: Config, on_d
         told = server.output.read_text().splitlines()
         assert [line for line in told if " event=" not in line] == []  # only events are logged
     _, ends = await check_ledger(config, storm.sources, FAILURES)
-    prepared = Counter("loads from a prepared form" for event in await events(config) if is_prepared(event))
+    prepared = Counter("loads from a prepared model" for event in await events(config) if is_prepared(event))
     tell(summary(storm, memory, ends | prepared))
     assert storm.counts["infer 200"] > 0
 

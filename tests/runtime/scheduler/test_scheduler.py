@@ -19,7 +19,6 @@ request                                      |                         | start L
 request start                                | L:loading               | nothing
 load                                         | L:serving               | nothing
 request start request_other                  | L:loading               | start O
-# Loads whose optimised model failed: the same job starts again.
 request_other request                        |                         | start O
 request start request_v2                     | L:loading               | nothing
 request request_v2                           |                         | start L
