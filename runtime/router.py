@@ -161,13 +161,9 @@ class Router:
         """Return where a model, in this version if there is one, is now. This has no effect."""
         model = self._log.state.models.get(model_id)
         known = self._known.get(model_id)
-        if known is None or known[0] is not model:
-            found = self._find(model_id, model)
-            if not isinstance(found, Here):
-                return found
-            here = found
-        else:
-            here = known[1]
+        here = known[1] if known is not None and known[0] is model else self._find(model_id, model)
+        if not isinstance(here, Here):
+            return here
         if not self._may_serve():
             return Absent(NodeAway())
         if version is not None and version != here.version:

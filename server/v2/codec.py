@@ -117,16 +117,18 @@ class ReceivedBody(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         content: all of it, or with a region the JSON alone.
         header_bytes: the length of its JSON, as the request's header gives it.
-        json_bytes: the length of its JSON.
         region: where its tensors lie in a worker's memory; the JSON, which decides, does not lie there.
         worker: that worker, which was chosen when the body began to arrive.
     """
 
     content: Buffer
     header_bytes: int | None
-    json_bytes: int
     region: Region | None = None
     worker: Worker | None = None
+
+    @property
+    def json_bytes(self) -> int:
+        return len(self.content) if self.header_bytes is None else min(self.header_bytes, len(self.content))
 
     @property
     def json(self) -> memoryview:

@@ -136,7 +136,6 @@ class _Reply:
     status: int
     headers: CIMultiDict[str]
     parts: list[bytes]
-    position: int
 
 
 class Forwarder:
@@ -229,9 +228,10 @@ class Forwarder:
         """Send a request to a node; once more if the node refuses or is gone, and the model is elsewhere."""
         try:
             reply = await self._send(forwarded, node)
-            if reply.status != HTTPStatus.SERVICE_UNAVAILABLE or not reply.position:
+            position = read_position(reply.headers)
+            if reply.status != HTTPStatus.SERVICE_UNAVAILABLE or not position:
                 return reply
-            await self._log.wait_for(reply.position, CATCH_UP_OR_REFUSE_S)
+            await self._log.wait_for(position, CATCH_UP_OR_REFUSE_S)
             other = self._find_another(forwarded.model_id, node)
             return reply if other is None else await self._send(forwarded, other)
         except NodeUnreachable as problem:
@@ -271,8 +271,7 @@ class Forwarder:
                         raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
                     if response.status == HTTPStatus.UNAUTHORIZED:
                         raise NodeUnreachable(node, "it does not take this node's token", is_answered=True)
-                    fields = CIMultiDict(response.headers)
-                    reply = _Reply(node, response.status, fields, [], read_position(fields))
+                    reply = _Reply(node, response.status, CIMultiDict(response.headers), [])
                     while part := await response.content.readany():
                         reply.parts.append(part)
                     return reply

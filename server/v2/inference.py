@@ -190,14 +190,13 @@ async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent
             if region is not None:
                 share.take(header_bytes + tensor_bytes)
                 text = await read_body_into(request, header_bytes, region.buffer)
-                return ReceivedBody(text, header_bytes, header_bytes, region, worker)
+                return ReceivedBody(text, header_bytes, region, worker)
     content = await read_body(request, MAX_BODY_BYTES, share)
     encoding = request.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is not None:
         content = await decompress(content, encoding, MAX_BODY_BYTES)
         share.take(len(content))
-    json_bytes = len(content) if header_bytes is None else min(header_bytes, len(content))
-    return ReceivedBody(content, header_bytes, json_bytes)
+    return ReceivedBody(content, header_bytes)
 
 
 def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int) -> int:
@@ -214,12 +213,13 @@ async def _decode(
     """Decode a body; None of a raw one, of which only the model's input says what it is."""
     if body.header_bytes == 0:
         return None
-    if body.json_bytes <= SHORT_JSON_BYTES:
+    json_bytes = body.json_bytes
+    if json_bytes <= SHORT_JSON_BYTES:
         return decode_request(body.content, body.header_bytes, body.region)
     async with app[BODIES].turn(subject):  # it would block the event loop, so its subjects take turns
         read = None
-        if body.json_bytes > LONG_JSON_BYTES:
-            with share.holding(reading_bytes(body.json_bytes)):
+        if json_bytes > LONG_JSON_BYTES:
+            with share.holding(reading_bytes(json_bytes)):
                 read = await app[POOL].read_json(body.json, app[CONFIG].inference_timeout_s)
         return decode_request(body.content, body.header_bytes, body.region, read)
 
@@ -236,9 +236,19 @@ async def _respond(
     times: InferenceTimes,
     share: Share,
 ) -> DirectResponse:
-    count = partial(answered.here.count_answer, answered.outcome, times)
+    """Encode an answer, which is counted when its response is written."""
+    here, request_id, quota = answered.here, None if decoded is None else decoded.id, request.get(QUOTA)
+    count = partial(here.count_answer, answered.outcome, times)
     try:
-        fields, body = _encode(request, answered, None if decoded is None else decoded.id)
+        body, header_bytes = encode_response(here.model_id, here.version, request_id, answered.outputs)
+        fields: dict[str, object] = {"Content-Type": "application/json"}
+        if header_bytes is not None:
+            fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
+        fields["Loadledger-Model"] = here.source
+        if here.node_id is not None:
+            fields[NODE] = here.node_id
+        if quota is not None:
+            fields |= quota.headers()
         encoding = _encoding(request, body)
         if encoding is not None:
             fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
@@ -247,23 +257,6 @@ async def _respond(
         count()
         raise
     return DirectResponse(fields, body, share, count)
-
-
-def _encode(
-    request: web.BaseRequest, answered: Answered, request_id: str | None
-) -> tuple[dict[str, object], list[Buffer]]:
-    here = answered.here
-    body, header_bytes = encode_response(here.model_id, here.version, request_id, answered.outputs)
-    fields: dict[str, object] = {"Content-Type": "application/json"}
-    if header_bytes is not None:
-        fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
-    fields["Loadledger-Model"] = here.source
-    if here.node_id is not None:
-        fields[NODE] = here.node_id
-    quota = request.get(QUOTA)
-    if quota is not None:
-        fields |= quota.headers()
-    return fields, body
 
 
 def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
