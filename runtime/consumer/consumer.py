@@ -387,9 +387,12 @@ class Consumer:
         So is one whose coroutine was cancelled and whose job goes on (`end_workers`): it begins again.
         """
         pending = self._loader.pending
-        for job_id, each in pending.items():
-            if each.is_waiting and own.unended_job(job_id) is None:
-                each.task.cancel()
+        for job_id, each in list(pending.items()):
+            if own.unended_job(job_id) is None:
+                if each.task.done():
+                    del pending[job_id]
+                elif each.is_waiting:
+                    each.task.cancel()
         for key, load in list(self.loads.items()):
             is_current = is_load_current(own, key, load.model_id)
             if not is_current and (not load.killed or load.tasks):

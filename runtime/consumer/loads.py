@@ -100,7 +100,7 @@ class Loader:
         own: the part of the state that this server works on.
 
     Attributes:
-        pending: the loads whose coroutine runs, by job id.
+        pending: the loads whose coroutine runs, or has raised by a defect, by job id.
         running: the loads that were granted, by job id, until their workers have exited.
     """
 
@@ -131,10 +131,12 @@ class Loader:
             self._pool.prefork()
         task = asyncio.create_task(self.run_load(job), name=f"loading {job.model_id}")
         self.pending[job.id] = LoadTask(task)
-        task.add_done_callback(lambda _: self._end(job.id))
+        task.add_done_callback(partial(self._end, job.id))
 
-    def _end(self, job_id: str) -> None:
-        del self.pending[job_id]
+    def _end(self, job_id: str, task: asyncio.Task[None]) -> None:
+        """Forget a coroutine that has ended; of a defect its load stays, and fails when its time is over."""
+        if task.cancelled() or task.exception() is None:
+            del self.pending[job_id]
         self._wake()
 
     async def run_load(self, job: Job) -> None:

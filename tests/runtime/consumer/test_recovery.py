@@ -26,7 +26,7 @@ from events.errors import LogUnavailable, RequestRefused
 from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
-from runtime.consumer import consumer
+from runtime.consumer import consumer, loads
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.repository import DEFAULTS_FILE
@@ -150,6 +150,17 @@ async def test_load_whose_workers_were_ended_begins_again(engine: Engine) -> Non
         *("LoadRequested", "LoadStarted", "LoadStarted"),
         *("UnloadRequested", "JobCancelled", "UnloadStarted", "ModelUnloaded"),
     ]
+
+
+async def test_load_with_a_defect_fails_when_its_time_is_over(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loads, "may_end", None)
+    job = await engine.load("adder", parameters=LoadParameters(timeout_s=1))
+    assert code_of(job) == "timeout"
+    assert await engine.story(of="adder") == ["LoadRequested", "LoadStarted", "LoadFailed"]
+    await until(lambda: not engine.consumer.loads)
+    assert "an effect on adder failed" in caplog.text
 
 
 async def test_refused_starts_change_nothing(engine: Engine) -> None:
