@@ -81,6 +81,7 @@ def write_ledger(path: Path, facts: int) -> None:
     state, digest, told = State(), GENESIS, server_facts()
     with closing(connect(path)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
+        due = 0
         while state.position < facts:
             attempt, rows = Transaction(state), list[storage.Row]()
             for _ in range(min(EVENTS_IN_A_GROUP, facts - state.position)):
@@ -91,7 +92,8 @@ def write_ledger(path: Path, facts: int) -> None:
                 rows.append(storage.Row(position, body, digest))
                 attempt.state.apply(event)
             queries.write_group(connection, rows, attempt.changes)
-            snapshots.try_if_due(connection, rows[-1].position)
+            if rows[-1].position >= due:
+                due = snapshots.try_if_due(connection, rows[-1].position)
             attempt.commit()
 
 

@@ -383,7 +383,7 @@ class Transaction:
 
 
 class Entities:
-    """What `State` has but for queues, keys and changes, folded in half the time.
+    """A `State` without queues, keys and changes, folded in half the time.
 
     Args:
         models: where the fold begins.

@@ -78,7 +78,7 @@ class BaseEntity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoredBase:
-    """Where a log begins: its base, the archives that lead to it in order, and the state there."""
+    """The beginning of a log: its base, the archives that lead to it in order, and the state there."""
 
     base: Anchor
     archives: tuple[ArchiveRecord, ...] = ()
@@ -122,11 +122,11 @@ class StorageError(Exception):
 
 
 class StorageDamaged(StorageError):
-    """What is stored cannot be read, because it is damaged."""
+    """Something stored cannot be read, because it is damaged."""
 
 
 class Storage(Protocol):
-    """Where the writer keeps a ledger. Its methods raise StorageError unless they say otherwise.
+    """The writer's place for a ledger. Its methods raise StorageError unless they say otherwise.
 
     The writer calls one at a time.
     """

@@ -252,6 +252,7 @@ class Router:
                 times.waited_ns += times.asked_ns - began_ns
                 target = self.resolve(here.model_id, version)
                 if not isinstance(target, Here):
+                    here.load.statistics.count_failure(times.asked_ns - times.arrived_ns)
                     return target
                 here, left_s = target, timeout_s - (times.asked_ns - began_ns) / 1e9
                 outcome, outputs = await self._ask(here, request, left_s)

@@ -1,4 +1,4 @@
-"""What the server and a worker say to each other: the whole contract.
+"""The messages between the server and a worker, and their frames: the whole contract.
 
 A frame is a fixed prefix (length of the header, length of the payload), a header (one of the messages here,
 in msgpack) and the payload: the raw bytes of the message's tensors, one after the other, little-endian and
@@ -133,7 +133,7 @@ class Tensor(msgspec.Struct, frozen=True, gc=False):
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
-    """What a frame's header holds: its fields in their order, without their names."""
+    """A frame's header: its fields in their order, without their names."""
 
 
 class TensorHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):

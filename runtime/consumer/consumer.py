@@ -64,6 +64,7 @@ from runtime.scheduler.view import (
     find_started_job,
     find_unload_target,
     load_allowance,
+    may_end,
 )
 from runtime.store.versions import Versions
 from runtime.timeouts import LAST_READ_S, MEASURE_LIMIT_S, PROGRESS_TIMEOUT_S, stall_detector
@@ -198,8 +199,8 @@ class Consumer:
         found = list[JobWait]()
         for job in self._log.state.unended():
             if (waiting_for := self.waiting_for(job)) is not None:
-                pending = self._loader.pending.get(job.id)
-                needs_bytes = None if pending is None else pending.known_bytes
+                task = self._loader.tasks.get(job.id)
+                needs_bytes = None if task is None else task.known_bytes
                 found.append(JobWait(job.id, job.model_id, needs_bytes, waiting_for))
         return found
 
@@ -274,7 +275,7 @@ class Consumer:
         self, job: Job, placement: actions.PlaceLoad | None, conditions: Conditions
     ) -> None:
         """Record `LoadStarted`, and grant the load what it will need."""
-        pending = self._loader.pending[job.id]
+        task = self._loader.tasks[job.id]
         version, parameters = job.load_order
         load = RunningLoad(
             job.id,
@@ -285,18 +286,18 @@ class Consumer:
             wake=self._wakeup.set,
             progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
             is_reload=job.cause in RELOADS,
-            estimate=pending.known_estimate,
+            estimate=task.known_estimate,
             budget_bytes=self.policy.budget_bytes,
         )
         load.allowance = partial(self._allowance, load)
         started = structs.replace(
-            draft_load_start(job, is_restarted=pending.is_restarted), worker_id=load.worker_id
+            draft_load_start(job, is_restarted=task.is_restarted), worker_id=load.worker_id
         )
         placed = [draft_placement(placement)] if placement is not None else []
         await self._recorder.record(*placed, started, conditions=conditions)
         self.loads[job.id] = load
-        load.track(pending.task)
-        pending.grant.set_result(load)
+        load.track(task.task)
+        task.grant.set_result(load)
 
     def _allowance(self, load: RunningLoad) -> int | None:
         """Return how many bytes the workers of a load may take now; None without a budget."""
@@ -384,21 +385,23 @@ class Consumer:
     def _reap_loads(self, own: State) -> None:
         """End loads that the ledger has no use for; forget those whose workers have exited.
 
-        So is one whose coroutine was cancelled and whose job goes on (`end_workers`): it begins again.
+        A load whose coroutine has ended without an outcome, as after `end_workers`, is forgotten, too: it
+        begins again, or fails if that was a defect.
         """
-        pending = self._loader.pending
-        for job_id, each in list(pending.items()):
+        tasks = self._loader.tasks
+        for job_id, each in list(tasks.items()):
             if own.unended_job(job_id) is None:
                 if each.task.done():
-                    del pending[job_id]
+                    del tasks[job_id]
                 elif each.is_waiting:
                     each.task.cancel()
         for key, load in list(self.loads.items()):
             is_current = is_load_current(own, key, load.model_id)
             if not is_current and (not load.killed or load.tasks):
                 load.kill()
-            begins_again = key not in pending and find_started_job(own, key) is not None
-            if load.run.is_finished and (begins_again or not is_current):
+            job, is_running = find_started_job(own, key), key in tasks and not tasks[key].task.done()
+            is_without_outcome = job is not None and not is_running and may_end(self._log.state, job)
+            if load.run.is_finished and (is_without_outcome or not is_current):
                 self.totals.end(load)
                 del self.loads[key]
 
@@ -415,15 +418,15 @@ class Consumer:
         return any(load.is_computing for load in self.loads.values())
 
     def _observe(self, state: State) -> Observations:
-        pending, need_bytes = self._loader.pending, self.optimiser.need_bytes
+        tasks, need_bytes = self._loader.tasks, self.optimiser.need_bytes
         may_yield = need_bytes is not None or any(
             job.load and job.load.priority == "low" for job in state.unended()
         )
         return Observations(
             fork_server_up=self._pool.healthy,
             under_pressure=may_yield and self._under_pressure(),
-            estimates={job_id: each.estimate for job_id, each in pending.items()},
-            estimating=[job_id for job_id, each in pending.items() if each.is_new],
+            estimates={job_id: each.estimate for job_id, each in tasks.items()},
+            estimating=[job_id for job_id, each in tasks.items() if each.is_new],
             pending_demand=self.demand.models,
             last_used=self._log.last_used,
             optimisable_bytes=need_bytes,
@@ -435,10 +438,10 @@ class Consumer:
 
     async def _cancel_effects(self) -> None:
         effects = (load.tasks for load in self.loads.values())
-        tasks = {each.task for each in self._loader.pending.values()}.union(*effects)
+        tasks = {each.task for each in self._loader.tasks.values()}.union(*effects)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._loader.syncs, return_exceptions=True)
 
     async def _sleep(self, until: str | None, now: str, at_most_s: float | None = None) -> None:
         seconds = at_most_s if until is None else min(MAX_SLEEP_S, max(0.0, seconds_between(now, until)))

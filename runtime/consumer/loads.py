@@ -38,7 +38,6 @@ from events.types import (
     Prepared,
     UnloadRequested,
     WorkerExited,
-    contents_of,
 )
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.running import GONE, OTHER_FILES, OUT_OF_MEMORY, LoadEnded, LoadTask, RunningLoad
@@ -83,6 +82,7 @@ START_PAUSE_S = 0.1
 MAX_OUTDATED = 3
 """A load that found other files than its estimate was for is estimated anew so many times; then it fails."""
 CHANGING = f"the model's files changed before its load {MAX_OUTDATED + 1} times; load it again"
+DEFECT = "the load failed within the server; see its log"
 ESTIMATE_WAIT_S = 0.5
 """How long later loads wait for an estimate. It takes a millisecond, unless a disk hangs."""
 
@@ -100,8 +100,9 @@ class Loader:
         own: the part of the state that this server works on.
 
     Attributes:
-        pending: the loads whose coroutine runs, or has raised by a defect, by job id.
+        tasks: the loads whose coroutine runs, or has raised by a defect, by job id.
         running: the loads that were granted, by job id, until their workers have exited.
+        syncs: versions that were loaded and are being synced to the disk.
     """
 
     def __init__(
@@ -122,21 +123,24 @@ class Loader:
         self._optimiser = optimiser
         self._wake = wake
         self._own = own
-        self.pending: dict[str, LoadTask] = {}
+        self.tasks: dict[str, LoadTask] = {}
         self.running: dict[str, RunningLoad] = {}
+        self.syncs: set[asyncio.Task[None]] = set()
 
     def begin(self, job: Job) -> None:
         """Start the coroutine of a load, which estimates its memory and then waits for the grant."""
         if all(load.report is not None for load in self.running.values()):  # else it may have to wait
             self._pool.prefork()
         task = asyncio.create_task(self.run_load(job), name=f"loading {job.model_id}")
-        self.pending[job.id] = LoadTask(task)
+        self.tasks[job.id] = LoadTask(task)
         task.add_done_callback(partial(self._end, job.id))
 
     def _end(self, job_id: str, task: asyncio.Task[None]) -> None:
-        """Forget a coroutine that has ended; of a defect its load stays, and fails when its time is over."""
+        """Forget a coroutine that has ended; of a defect the consumer then lets the load fail."""
         if task.cancelled() or task.exception() is None:
-            del self.pending[job_id]
+            del self.tasks[job_id]
+        else:
+            self.tasks[job_id].estimate = Failure("internal", DEFECT)
         self._wake()
 
     async def run_load(self, job: Job) -> None:
@@ -145,7 +149,7 @@ class Loader:
         If its optimised model fails, or its files are not those that were estimated, it gives its grant back
         and waits for another one.
         """
-        pending = self.pending[job.id]
+        pending = self.tasks[job.id]
         while True:
             await self._estimate(job, pending)
             load = await pending.grant
@@ -182,11 +186,10 @@ class Loader:
             optimised = await asyncio.to_thread(self._optimiser.expected_for, files, footprints)
         threads = self._pool.threads_of(parameters)
         found = estimate_memory(files, version, parameters, footprints, optimised, threads=threads)
-        if serving is not None:
-            contents = contents_of(serving.files)
-            if await self._versions.has_contents(job.model_id, version, contents):
-                return change(found, same_as=serving.load_job_id)
-        return found
+        has_bytes_of = self._versions.has_bytes_of
+        if serving is None or not await has_bytes_of(job.model_id, version, serving.files):
+            return found
+        return change(found, same_as=serving.load_job_id)
 
     def _stop_waiting(self, pending: LoadTask) -> None:
         pending.is_new = False
@@ -204,8 +207,7 @@ class Loader:
             load.failure = Failure(error.code, f"what was loaded cannot be recorded: {error}")
         except Exception:  # noqa: BLE001 - whatever it is, this load alone fails
             _log.exception("the load of %s failed", load.model_id)
-            reason = "the load failed within the server; see its log"
-            load.failure = load.failure or Failure("internal", reason)
+            load.failure = load.failure or Failure("internal", DEFECT)
         finally:
             if not load.is_recorded:
                 load.kill_workers()
@@ -230,7 +232,9 @@ class Loader:
             load.is_recorded = self._is_serving(load)
             if load.is_recorded:
                 self._offer(load, files)
-                await _make_durable(files)
+                sync = start_task(_make_durable(files, stack.pop_all()), "syncing a model")
+                self.syncs.add(sync)
+                sync.add_done_callback(self.syncs.discard)
 
     async def _build_order(self, load: RunningLoad, files: HeldVersion) -> Load:
         """Build the message that loads a version, with its optimised model.
@@ -335,10 +339,8 @@ class Loader:
             tried = job
             try:
                 await self._recorder.record(*describe(job), conditions=(unchanged(job),))
-            except LogUnavailable:
-                _log.warning(
-                    "the ledger cannot be written; the outcome of the load of %s waits", load.model_id
-                )
+            except LogUnavailable:  # the consumer says so
+                pass
             except RequestRefused as refusal:
                 if refusal.code != OUTDATED:  # else it is decided anew, on the state after what came first
                     raise
@@ -401,11 +403,13 @@ async def _in_time(load: RunningLoad) -> AsyncIterator[None]:
         ) from None
 
 
-async def _make_durable(files: HeldVersion) -> None:
-    try:
-        await files.make_durable()
-    except RuntimeProblem as problem:  # the next start copies it again
-        _log.warning("version %d of %s is not kept: %s", files.version, files.model_id, problem)
+async def _make_durable(files: HeldVersion, held: AsyncExitStack) -> None:
+    """Sync the files of a load beside all else, and give them back."""
+    async with held:
+        try:
+            await files.make_durable()
+        except RuntimeProblem as problem:  # the next start copies it again
+            _log.warning("version %d of %s is not kept: %s", files.version, files.model_id, problem)
 
 
 def describe_loaded(

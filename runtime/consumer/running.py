@@ -48,6 +48,7 @@ class LoadRun(NamedTuple):
         expected_exits: ids of workers that the server stopped, or that refused to load.
         is_loaded: whether all of them have loaded.
         has_tasks: whether a task loads or unloads it.
+        has_outcome: whether it is known how its loading ended.
         measured_bytes: private bytes of the workers that have not exited.
     """
 
@@ -56,6 +57,7 @@ class LoadRun(NamedTuple):
     expected_exits: Collection[str] = ()
     is_loaded: bool = False
     has_tasks: bool = False
+    has_outcome: bool = False
     unloading: bool = False
     killed: bool = False
     reserved_bytes: int = 0
@@ -237,6 +239,7 @@ class RunningLoad:
             expected_exits=self.expected_exits,
             is_loaded=self.report is not None,
             has_tasks=bool(self.tasks),
+            has_outcome=self.report is not None or self.failure is not None,
             unloading=self.unloading,
             killed=self.killed,
             reserved_bytes=self.estimate.bytes,
@@ -307,6 +310,7 @@ class RunningLoad:
             self.killed,
             run.unexpected_exits,
             run.memory_bytes,
+            has_outcome=run.has_outcome and run.has_tasks,
             busy=is_demanded or self.in_flight > 0,
             last_used_at=self.last_used_at(now),
         )
@@ -350,7 +354,7 @@ class RunningLoad:
         is_orphaned = worker is not None and worker.orphaned
         if not (is_orphaned or self.killed):
             self.restart = _find_restart(self.optimised, problem)
-            self.rejects_optimised = self.restart is not None and _speaks_against(problem)
+            self.rejects_optimised = self.restart is not None and not _was_killed(problem)
         if self.restart is not None:
             return
         if worker is not None and isinstance(problem, WorkerDied):
@@ -444,11 +448,8 @@ def _find_restart(optimised: OptimisedModel | None, problem: RuntimeProblem) -> 
     return None
 
 
-def _speaks_against(problem: RuntimeProblem) -> bool:
-    """Whether a problem speaks against an optimised model: a kill, or a limit of the load, does not."""
-    if isinstance(problem, WorkerDied):
-        return problem.end.signal != signal.SIGKILL
-    return isinstance(problem, LoadRefused) and problem.code != OUT_OF_MEMORY
+def _was_killed(problem: RuntimeProblem) -> bool:
+    return isinstance(problem, WorkerDied) and problem.end.signal == signal.SIGKILL
 
 
 def _describe_death(worker: Worker, death: WorkerDied, stage: str | None) -> Failure:

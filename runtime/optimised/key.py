@@ -15,11 +15,12 @@ from functools import cache, lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from events.codec import encode_canonical
 
 PROC = Path("/proc")
-LAYOUT = 5
+LAYOUT: Literal[5] = 5
 """Version of how optimised models are made and stored; a new number is a new key for each."""
 X86 = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 ARM = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features")

@@ -2,8 +2,8 @@
 
 A version that was loaded without one is a candidate. When the consumer allows it, the next candidate's
 optimised model is made by a worker, tried once beside the original, and kept, or found useless, which its key
-remembers for a day. An attempt may end at any moment: its draft is never used, and its candidate goes to the
-end of the queue. An optimised model does not depend on the number of threads (`runtime.optimised.key`), so
+remembers for a day. An attempt may end at any moment: its draft is never used, and its candidate is tried
+again. An optimised model does not depend on the number of threads (`runtime.optimised.key`), so
 these workers compute with one: in the background they take no more than a core each.
 """
 
@@ -42,6 +42,8 @@ LEFT_OUT = "left_out"
 STOPPED = "stopped"
 """Outcomes of an attempt; a stopped one is repeated, or the disk or the version's files were in the way."""
 OUTCOMES = (KEPT, LEFT_OUT, STOPPED)
+KNOWN = "known"
+"""Of an attempt that found its key known meanwhile, which is not counted."""
 TOOK_S = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 """Buckets in seconds: from a model of some kilobytes to `LIMIT_S`."""
 LIMIT_S = 900.0
@@ -55,7 +57,7 @@ alone. With 8 rows some map 2.3 times: these are tried on fewer."""
 TRIED_IN_BYTES = 2 * MAX_SAMPLE_BYTES
 """Added to that: a small model's inputs take most, once as received and once as run."""
 PAUSE_S = 600.0
-"""Pause of all attempts after a full or failing disk."""
+"""Pause of all attempts after a full or failing disk, or when no worker could be started."""
 MAX_CANDIDATES = 1000
 """Limit of the queue."""
 _log = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Candidate:
 
     Attributes:
         spent_s: duration of its interrupted attempts.
+        is_suspect: whether the fork server failed in one of them.
     """
 
     model_id: str
@@ -76,6 +79,7 @@ class Candidate:
     files: tuple[LoadedFile, ...]
     peak_bytes: int
     spent_s: float = 0.0
+    is_suspect: bool = False
 
     @property
     def need_bytes(self) -> int:
@@ -240,26 +244,20 @@ class Optimiser:
         self._paused_until = time.monotonic() + PAUSE_S
 
     async def _run(self, store: OptimisedStore, key: str, candidate: Candidate) -> None:
-        """Make one attempt, paced, and keep or record what comes of it."""
+        """Make one attempt, paced."""
         began_s, outcome = time.monotonic(), STOPPED
         manifest = Manifest(key=key, model_id=candidate.model_id, version=candidate.version)
         pacing = start_task(self._pacer.run(), "pacing")
         try:
-            try:
-                async with asyncio.timeout(LIMIT_S - candidate.spent_s):
-                    if await asyncio.to_thread(store.find, key) is None:
-                        await self._make_and_try(store, manifest, candidate)
-                outcome = KEPT
-            except (Useless, TimeoutError) as problem:
-                useless = structs.replace(manifest, took_ms=_ms_since(began_s))
-                reason = str(problem) or f"it takes more than {LIMIT_S:g} s"
-                await complete(asyncio.to_thread(store.record_useless, useless, reason))
-                outcome = LEFT_OUT
-        except (asyncio.CancelledError, ForkServerUnavailable) as interruption:
+            outcome = await self._attempt_once(store, manifest, candidate)
+        except asyncio.CancelledError:
             spent_s = candidate.spent_s + time.monotonic() - began_s
             self._queue[key] = replace(candidate, spent_s=spent_s)
-            if isinstance(interruption, asyncio.CancelledError):
-                raise
+            raise
+        except ForkServerUnavailable as problem:  # a second time it is left until a later load offers it
+            if not candidate.is_suspect:
+                self._queue[key] = replace(candidate, is_suspect=True)
+            self._pause(problem)
         except STORE_PROBLEMS as error:
             self._pause(error)
         except RuntimeProblem as problem:
@@ -271,8 +269,26 @@ class Optimiser:
             _log.exception("%s could not be prepared", candidate.model_id)
         finally:
             pacing.cancel()
-            self.counts.attempts[outcome] += 1
-            self.counts.took_s.observe(time.monotonic() - began_s)
+            if outcome != KNOWN:
+                self.counts.attempts[outcome] += 1
+                self.counts.took_s.observe(time.monotonic() - began_s)
+
+    async def _attempt_once(self, store: OptimisedStore, manifest: Manifest, candidate: Candidate) -> str:
+        """Keep what an attempt makes, or record why it is of no use; returns the outcome."""
+        began_s, limit = time.monotonic(), asyncio.timeout(LIMIT_S - candidate.spent_s)
+        try:
+            async with limit:
+                if await asyncio.to_thread(store.find, manifest.key) is not None:
+                    return KNOWN
+                await self._make_and_try(store, manifest, candidate)
+                return KEPT
+        except (Useless, TimeoutError) as problem:
+            if isinstance(problem, TimeoutError) and not limit.expired():  # a file system's
+                raise
+            useless = structs.replace(manifest, took_ms=_ms_since(began_s))
+            reason = str(problem) or f"it takes more than {LIMIT_S:g} s"
+            await complete(asyncio.to_thread(store.record_useless, useless, reason))
+            return LEFT_OUT
 
     async def _make_and_try(self, store: OptimisedStore, manifest: Manifest, candidate: Candidate) -> None:
         """Keep the optimised model of a candidate if it passes its trial.
@@ -282,7 +298,8 @@ class Optimiser:
             RuntimeProblem: anything else that does not speak against it.
         """
         began_s = time.monotonic()
-        version = self._versions.version(candidate.model_id, candidate.version, candidate.files)
+        model_id, number = candidate.model_id, candidate.version
+        version = self._versions.version(model_id, number, candidate.files, may_copy=False)
         async with version as files, _draft(store, SIZE_TIMES * files.bytes) as draft:
             bare, given = await self._build_load(candidate, files)
             await self._make(store, bare, candidate, draft)

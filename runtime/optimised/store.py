@@ -30,6 +30,7 @@ from events.files import sync
 from runtime.errors import DiskFull, StoreUnavailable
 from runtime.memory import free_disk_bytes
 from runtime.onnxfile import MODEL_FILE
+from runtime.optimised.key import LAYOUT
 from runtime.store.folder import (
     FILES,
     MANIFEST,
@@ -81,7 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         used_ns: last use; when it is read, the time of the file.
     """
 
-    layout: Literal[5] = 5
+    layout: Literal[5] = LAYOUT
     key: Sha256
     model_id: Name
     version: Count

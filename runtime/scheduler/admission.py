@@ -51,7 +51,7 @@ _SMALL_MB = 10
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Why a load does not start now, when to look again, and whether room is reserved for it, or later is."""
+    """The reason why a load does not start now, when to look again, and whether room is reserved for it."""
 
     reason: str
     wake_at: str | None = None
@@ -384,11 +384,8 @@ def find_same_workers(state: State, job: Job) -> Serving | None:
         return None
     version, parameters = job.load_order
     serving = loaded.serving
-    return (
-        serving
-        if (serving.version, True) == (version, serving.parameters.has_same_workers(parameters))
-        else None
-    )
+    is_same = serving.version == version and serving.parameters.has_same_workers(parameters)
+    return serving if is_same else None
 
 
 def format_megabytes(number: int) -> str:

@@ -27,7 +27,7 @@ MAX_PLACEMENTS = 4
 
 
 class PlacementReason(StrEnum):
-    """Why a load is placed at a node: see `LoadPlaced`."""
+    """The reason for a load's node: see `LoadPlaced`."""
 
     SERVES = "serves"
     PREPARED = "prepared"
@@ -38,7 +38,7 @@ class PlacementReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
-    """What a load asks of its node.
+    """The demands of a load on its node.
 
     Attributes:
         model_id: of the load.

@@ -106,12 +106,13 @@ def _place_load(view: SchedulerView, eviction: Eviction, admission: Admission) -
         job = placement.job
         if placement.node != view.node:
             return placement
+        if job.id not in view.observations.estimates:
+            admission.unestimated.append(job)
+            continue
         match admit(view, eviction, placed_here=job).action:
             case actions.StartLoad(Job(id=job.id)):
                 return actions.StartLoad(job, placement)
-        if job.id not in view.observations.estimates:
-            admission.unestimated.append(job)
-        elif job.id not in view.observations.estimating:
+        if job.id not in view.observations.estimating:
             return placement
     return None
 
@@ -211,7 +212,8 @@ def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]
 def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[Action]:
     for job in view.unended:
         deadline_at = view.deadline_at(job)
-        if deadline_at is None or deadline_at > view.now:
+        run = view.running.get(job.id)
+        if deadline_at is None or deadline_at > view.now or (run is not None and run.has_outcome):
             continue
         _, parameters = job.load_order
         is_pending = job.status is JobStatus.PENDING

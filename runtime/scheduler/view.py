@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +57,7 @@ class Policy:
 
 
 class Phase(StrEnum):
-    """What the workers of a load are doing; it is loading until its outcome is recorded."""
+    """How far a load is; it is loading until its outcome is recorded."""
 
     LOADING = "loading"
     SERVING = "serving"
@@ -68,7 +67,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadView:
-    """What the scheduler sees of a running load.
+    """A running load, as the scheduler sees it.
 
     Attributes:
         load_job_id: the job that loaded it.
@@ -76,6 +75,7 @@ class LoadView:
         phase: what its workers are doing; `GONE` follows `SERVING` and `DRAINING`.
         killed: whether its workers were killed.
         exited: ids of the workers that exited unexpectedly, recorded or not.
+        has_outcome: whether it is known how its loading ended, which is being recorded.
         memory_bytes: its reservation, once loaded what its workers take, until they have exited.
         busy: whether inferences run or wait for it.
         last_used_at: when its last inference ended; None without one.
@@ -87,6 +87,7 @@ class LoadView:
     killed: bool = False
     exited: tuple[str, ...] = ()
     memory_bytes: int = 0
+    has_outcome: bool = False
     busy: bool = False
     last_used_at: str | None = None
 
@@ -142,12 +143,13 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Observations:
-    """What was measured outside the log.
+    """Measurements, and all else that is not in the log.
 
     Attributes:
         fork_server_up: whether workers can be started.
         under_pressure: whether the machine is under memory or CPU pressure.
-        estimates: of pending loads, by job id; None while their files are being read, and why they cannot be.
+        estimates: of loads until they end, by job id; None while their files are being read, and why they
+            cannot be.
         estimating: jobs whose estimate began just now, so that later loads still wait for it.
         pending_demand: models that inferences wait for.
         last_used: when models were last used before the server's start, as far as known.
@@ -398,8 +400,6 @@ class SchedulerView:
             loaded_at = self.observations.last_used.get(model.id, loaded_at)
         return max(run.last_used_at or "", loaded_at)
 
-
-_log = logging.getLogger(__name__)
 
 WORKER_BYTES = 8 * 2**20
 """Memory of a worker beside its model, at most."""

@@ -7,7 +7,6 @@ gives the folder its name, the digest of its contents, and other instances load 
 syncs it and writes its `manifest`.
 
 To change: whether a version comes from the store or from the repository, threads, and what is given back:
-`versions`. How bytes are copied and hashed: `copying`. What is recorded of a version, and whether a file is
-still the one that was hashed: `manifest`. Folders, names and access rights: `folder`. Limits, sweeps and
-verification: `store`.
+`versions`. How bytes are copied and hashed, what is recorded of a version, whether a file is still the one
+that was hashed, names and access rights: `folder`. Limits, sweeps and verification: `store`.
 """

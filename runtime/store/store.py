@@ -62,7 +62,7 @@ _log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
-    """What a version of the repository has, and the identities of the files by which that is known."""
+    """The contents of a repository's version, and the identities of the files by which they are known."""
 
     contents: Contents
     files: tuple[FoundFile, ...]

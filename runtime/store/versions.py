@@ -170,15 +170,15 @@ class Versions:
 
         return await self.repository.file_system.run(model_id, find_files, LOAD_LIMIT_S)
 
-    async def has_contents(self, model_id: str, version: int, contents: Contents) -> bool:
-        """Whether the repository's files of a version are these bytes; False if that cannot be known now.
+    async def has_bytes_of(self, model_id: str, version: int, loaded: Sequence[LoadedFile]) -> bool:
+        """Whether the repository's files have the bytes that were loaded; False if that cannot be known now.
 
         Files that are not known are hashed where they lie, and nothing is copied. If they are the same, they
         are known from then on.
         """
         held = HeldVersion(self, model_id, version)
         try:
-            return await held.has_contents(contents)
+            return await held.has_bytes_of(loaded)
         except RuntimeProblem:
             return False
         finally:
@@ -191,6 +191,8 @@ class Versions:
         version: int,
         expected: Sequence[LoadedFile] | None = None,
         on_piece: OnPiece = on_no_piece,
+        *,
+        may_copy: bool = True,
     ) -> AsyncIterator[HeldVersion]:
         """Hold the files of a version: those of the repository, or those of a load before.
 
@@ -202,6 +204,7 @@ class Versions:
             expected: the files that the version must have, as the ledger has them: from the store, whatever
                 the repository is like, or else from the repository; None takes the present ones.
             on_piece: called whenever a piece of a file was copied or hashed, in any thread.
+            may_copy: whether `expected` files that the store has no more may be copied again.
 
         Raises:
             RepositoryBusy: `repository_busy`, nothing of the files could be read for `LOAD_LIMIT_S`.
@@ -210,7 +213,7 @@ class Versions:
         """
         held = HeldVersion(self, model_id, version, on_piece)
         try:
-            await held.obtain(expected)
+            await held.obtain(expected, may_copy=may_copy)
             yield held
         finally:
             held.leave()
@@ -278,18 +281,20 @@ class HeldVersion:
         """Path and hash of each file; None until they are known."""
         return None if self.sha256s is None else contents_of(self.loaded_files)
 
-    async def obtain(self, expected: Sequence[LoadedFile] | None) -> None:
-        """Find or take the files, once; for `expected` and errors see `Versions.version`."""
+    async def obtain(self, expected: Sequence[LoadedFile] | None, *, may_copy: bool = True) -> None:
+        """Find or take the files, once; for arguments and errors see `Versions.version`."""
         if expected is not None:  # whatever the repository is like: it may not be there any more
             await self._run(partial(self._find, contents_of(expected), expected))
         if not self.files:
+            if self._store is not None and not may_copy:
+                raise self._gone("they are not copied for this")
             await self._read_repository(partial(self._take, is_reload=expected is not None))
         if expected is not None and await self.hash() != contents_of(expected):
             raise self._gone(_describe_difference(self.loaded_files, expected))
 
-    async def has_contents(self, contents: Contents) -> bool:
-        """Whether the repository's files are these bytes; for errors see `hash` and `Versions.version`."""
-        return await self._read_repository(partial(self._compare, contents))
+    async def has_bytes_of(self, loaded: Sequence[LoadedFile]) -> bool:
+        """Whether the repository has the bytes that were loaded; for errors see `Versions.version`."""
+        return await self._read_repository(partial(self._compare, loaded))
 
     async def hash(self) -> Contents:
         """Hash the files, unless their hashes are known.
@@ -394,12 +399,13 @@ class HeldVersion:
             self.sha256s = tuple(sha256 for _, sha256 in known)
         self.files = self._found = found
 
-    def _compare(self, contents: Contents) -> bool:
+    def _compare(self, loaded: Sequence[LoadedFile]) -> bool:
+        contents = contents_of(loaded)
         with self._repository.open_version(self.model_id, self.version) as (folder, found):
             source = self._versions.read_source(self.model_id, self.version)
             if source is not None and source.files == found:
                 return source.contents == contents
-            if [file.path for file in found] != [path for path, _ in contents]:
+            if [(file.path, file.bytes) for file in found] != [(file.path, file.bytes) for file in loaded]:
                 return False
             for file, (_, sha256) in zip(found, contents, strict=True):
                 if _hash_source(folder, file, self._end_piece) != sha256:

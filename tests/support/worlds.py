@@ -120,6 +120,7 @@ class Process:
             expected_exits=set(workers).difference(self.dead),
             is_loaded=self.loaded,
             has_tasks=not self.is_over,
+            has_outcome=self.loaded or self.failure is not None or bool(self.dead),
             unloading=self.unloading,
             killed=self.killed,
             reserved_bytes=self.reserved_bytes,
@@ -142,8 +143,9 @@ class Process:
             self.killed,
             run.unexpected_exits,
             run.memory_bytes,
-            self.busy or demanded,
-            self.last_used_at,
+            has_outcome=run.has_outcome,
+            busy=self.busy or demanded,
+            last_used_at=self.last_used_at,
         )
 
     @property
@@ -282,7 +284,7 @@ class World:
 
     It decides on the state that it has folded, and appends in a second step; what `meanwhile` has is recorded
     between, given the action. The coroutines of loads append how these end before it decides or, once, after
-    that (`concludes_late`).
+    that (`concludes_late`); or not until they can (`outcomes_wait`).
 
     `fault` happens to the next fact: `lost`, not recorded; `unsure`, recorded though its commit raised, and
     not folded by the consumer until the log is read again; `twice`, appended again, which must be refused.
@@ -304,6 +306,7 @@ class World:
         self.bare: set[str] = set()
         self.estimates_take_time = False
         self.concludes_late = False
+        self.outcomes_wait = False
         self.optimisable: dict[str, int] = {}
         self.optimising_bytes = 0
         self.may_optimise = False
@@ -406,6 +409,8 @@ class World:
     def conclude_loads(self) -> bool:
         """Let the coroutines of loads that are over record it, or give the grant back; whether any did."""
         self.concludes_late, concluded = False, False
+        if self.outcomes_wait:
+            return False
         for load, process in list(self.live.items()):
             job = find_started_job(self.own, load)
             if job is None or not may_end(self.state, job):
@@ -437,7 +442,9 @@ class World:
 
     def check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
-        assert not [job for job in self.own.unended() if job.deadline_at and job.deadline_at <= self.now]
+        late = [job for job in self.own.unended() if job.deadline_at and job.deadline_at <= self.now]
+        running = self.running()
+        assert not [job for job in late if job.id not in running or not running[job.id].has_outcome]
         until = decision.wake_at or add_seconds(self.now, 1_000_000)  # as good as never
         assert until > self.now
         assert self.decision(add_seconds(until, -0.000_001)).action is None
@@ -674,7 +681,7 @@ class World:
 
     def _end_troubles(self) -> None:
         self.fault, self.fork_server_up, self.under_pressure = None, True, False
-        self.concludes_late = False
+        self.concludes_late = self.outcomes_wait = False
         self.demanded.clear()
 
     def calm_down(self, outcome: str) -> None:

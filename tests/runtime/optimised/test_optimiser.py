@@ -147,18 +147,24 @@ async def test_candidate_without_time_left_is_useless(
     assert optimiser.need_bytes is None
 
 
-async def test_attempt_that_loses_its_fork_server_is_repeated(
-    optimiser: Optimiser, pool: WorkerPool, store: OptimisedStore, tmp_path: Path
+async def test_attempt_that_loses_its_fork_server_is_repeated_once(
+    optimiser: Optimiser,
+    pool: WorkerPool,
+    store: OptimisedStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     models.save(SLOWER, tmp_path, "m")
     await offer(optimiser, candidate(tmp_path))
-    optimiser.allow(allowed=True)
-    await until(lambda: bool(pool._workers))
-    os.kill(fork_server_of(pool).pid, signal.SIGKILL)
-    await until(lambda: optimiser.running is None)
-    assert (optimiser.counts.attempts, store.entries()) == ({STOPPED: 1}, [])
-    await attempted(optimiser)
-    assert len(store.entries()) == 1
+    for attempts in (1, 2):
+        optimiser.allow(allowed=True)
+        await until(lambda: bool(pool._workers))
+        os.kill(fork_server_of(pool).pid, signal.SIGKILL)
+        await until(lambda: optimiser.running is None)
+        assert (optimiser.counts.attempts, store.entries()) == ({STOPPED: attempts}, [])
+        assert optimiser.need_bytes is None  # for now
+        monkeypatch.setattr(optimiser, "_paused_until", 0.0)
+    assert optimiser.need_bytes is None  # until a later load offers it
 
 
 async def test_attempt_computes_with_one_thread(
@@ -430,11 +436,14 @@ async def test_models_load_where_the_store_is_unavailable(
         assert caplog.text.count("nothing is prepared") == 1
 
 
-async def test_load_limit_below_its_need_keeps_the_model(start: Start, store: OptimisedStore) -> None:
+async def test_load_limit_below_its_need_fails_one_attempt(start: Start, store: OptimisedStore) -> None:
     """To make an optimised session of 16 MB takes 40 MB, a bare one 24: where it does, the load is bare."""
     async with start(m=models.weights(16, layers=2)) as engine:
         assert (await load(engine, memory_limit_bytes=32_000_000)).prepared is None
-        assert is_optimised(store, engine.root)
+        await until(lambda: not is_optimised(store, engine.root))
+        before = len(await engine.facts(LoadStarted))
+        assert (await reload(engine)).prepared is None
+        assert len(await engine.facts(LoadStarted)) == before + 1
 
 
 async def killed_while_loading(engine: Engine, parameters: LoadParameters | None = None) -> str:
@@ -467,7 +476,7 @@ async def test_optimised_load_without_progress_ends_the_attempt(start: Start, st
         job = await engine.load("m", parameters=LoadParameters(progress_timeout_s=1))
         assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
         assert not await is_load_optimised(engine, 2)
-        assert is_optimised(store, engine.root)
+        await until(lambda: not is_optimised(store, engine.root))
 
 
 async def test_bare_attempt_waits_for_its_own_memory(start: Start) -> None:

@@ -116,6 +116,8 @@ class WatchedWorld(World):
                 self._check_settled(job, load)
             case actions.UnloadAutomatically(model, cause, job_id):
                 self._check_end(model, cause, self.state.unended_job(job_id))
+            case actions.FailLoad(job) if job.id in self.live:
+                assert not self.running()[job.id].has_outcome
             case actions.FinishUnload(_, load) if load in self.live:
                 assert self.live[load].run.has_exited
             case _:
@@ -381,6 +383,8 @@ TROUBLES: dict[str, Callable[[World], object]] = {
     "fork server dies": World.lose_fork_server,
     "fork server is back": lambda world: setattr(world, "fork_server_up", True),
     "a fork fails": World.fail_fork,
+    "outcomes wait": lambda world: setattr(world, "outcomes_wait", True),
+    "outcomes can be recorded": lambda world: setattr(world, "outcomes_wait", False),
     "log loses": lambda world: setattr(world, "fault", "lost"),
     "server is killed": lambda world: world.restart(unclean=True),
     "server is stopped": lambda world: world.restart(unclean=False),

@@ -33,6 +33,10 @@ def contents(files: dict[str, bytes]) -> Contents:
     return tuple((path, sha256(content).hexdigest()) for path, content in sorted(files.items()))
 
 
+def loaded(files: dict[str, bytes]) -> list[LoadedFile]:
+    return [LoadedFile(path, len(files[path]), 0, digest) for path, digest in contents(files)]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder of version 1 of `m`, with `FILES`."""
@@ -124,7 +128,7 @@ async def test_folder_that_hangs_beneath_a_model_that_answers(
         with pytest.raises(RepositoryBusy, match=r"folder of 'm' has given nothing to copy for 0\.2 s"):
             async with versions.version("m", 1):
                 pass
-        assert not await versions.has_contents("m", 1, contents(FILES))
+        assert not await versions.has_bytes_of("m", 1, loaded(FILES))
     await until(lambda: all(each.name != module.THREAD for each in threading.enumerate()))
     await take(versions)
     await nothing_held(store)
@@ -259,8 +263,8 @@ async def test_comparison_copies_nothing_and_is_known_then(
         await take(versions)
     had = blobs(tmp_path)
     change(folder)
-    assert await versions.has_contents("m", 1, contents(FILES)) is is_same
-    assert await versions.has_contents("m", 1, contents({"model.onnx": b"other"})) is False
+    assert await versions.has_bytes_of("m", 1, loaded(FILES)) is is_same
+    assert await versions.has_bytes_of("m", 1, loaded({"model.onnx": b"other"})) is False
     assert blobs(tmp_path) == had
     assert list((tmp_path / "store" / "incoming").iterdir()) == []
     if is_same:
@@ -299,7 +303,7 @@ def test_comparison_refuses_files_that_change_meanwhile(
                 (other / name).resolve().rename((folder / name).resolve())
 
     with contextlib.suppress(LoadRefused):
-        is_same = HeldVersion(versions, "m", 1, change)._compare(contents(expected))
+        is_same = HeldVersion(versions, "m", 1, change)._compare(loaded(expected))
         # An exchanged folder is compared as it was when it was opened.
         assert is_same is (how == "exchanged" and expected == OLD)
 
@@ -349,13 +353,13 @@ async def test_comparison_is_never_true_for_bytes_never_there(
         versions.store = None
     old = {"data/w.bin": b"w" * 2**22, "model.onnx": b"model"}
     write_version(folder.parent.parent, old)
-    candidates = [contents({**old, "data/w.bin": b"W" + old["data/w.bin"][1:], "model.onnx": b"Model"})]
-    candidates += [contents(old), contents({**old, "model.onnx": b"Model"})]
+    candidates = [loaded({**old, "data/w.bin": b"W" + old["data/w.bin"][1:], "model.onnx": b"Model"})]
+    candidates += [loaded(old), loaded({**old, "model.onnx": b"Model"})]
     turns, seen = of_both(short=100, long=3_000), Counter[int]()
     with toggled(folder, new_dice().randrange(2**32)):
         for turn in range(turns):
             which = 2 if turn % 2 else turn // 2 % 2
-            seen[which] += await versions.has_contents("m", 1, candidates[which])
+            seen[which] += await versions.has_bytes_of("m", 1, candidates[which])
     tell(f"{turns} comparisons: {seen[0]} times all new, {seen[1]} times all old, {seen[2]} times mixed")
     assert not seen[2]
     assert seen[0] + seen[1] > 0
