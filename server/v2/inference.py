@@ -145,27 +145,28 @@ async def infer(
         timeout_s = app[CONFIG].inference_timeout_s
         if decoded is not None and decoded.timeout_us:
             timeout_s = min(timeout_s, decoded.timeout_us / 1e6)
-        ends_at_s = began_s + timeout_s
-
-        async def ask(here: Here) -> Answered | There | Absent:
-            question = decoded or _decode_raw(body, here)
-            left_s = ends_at_s - loop.time() if times.waited_ns else timeout_s
-            return await router.infer(here, question, left_s, times, version=version, worker=body.worker)
-
         result: Answered | Target = router.resolve(model_id, version)  # again: its body may have taken long
         while not isinstance(result, Answered):
             match result:
-                case Here():
-                    result = await ask(result)
+                case Here() as here:
+                    question = decoded or _decode_raw(body, here)
+                    result = await router.infer(
+                        here, question, timeout_s, times, version=version, worker=body.worker
+                    )
                 case There(node):
                     return await app[FORWARDER].forward(
-                        request, node, model_id, share, body=body.join(), ends_at_s=ends_at_s
+                        request, node, model_id, share, body=body.join(), ends_at_s=began_s + timeout_s
                     )
                 case Absent():
-                    missed_ns = time.monotonic_ns()
+                    missed_ns, ends_at_s = time.monotonic_ns(), began_s + timeout_s
                     async with app[DEMAND].keep_loaded(model_id, version, subject, ends_at_s) as found:
                         times.waited_ns += time.monotonic_ns() - missed_ns
-                        result = await ask(found) if isinstance(found, Here) else found
+                        result = found
+                        if isinstance(found, Here):
+                            question, left_s = decoded or _decode_raw(body, found), ends_at_s - loop.time()
+                            result = await router.infer(
+                                found, question, left_s, times, version=version, worker=body.worker
+                            )
         return await _respond(request, result, decoded, times, share)
     except BaseException:
         share.give_back()
