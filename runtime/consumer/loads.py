@@ -137,10 +137,10 @@ class Loader:
 
     def _end(self, job_id: str, task: asyncio.Task[None]) -> None:
         """Forget a coroutine that has ended; of a defect the consumer then lets the load fail."""
-        if task.cancelled() or task.exception() is None:
-            del self.tasks[job_id]
-        else:
-            self.tasks[job_id].estimate = Failure("internal", DEFECT)
+        ended = self.tasks.pop(job_id, None)  # the consumer may have been faster
+        if ended is not None and not task.cancelled() and task.exception() is not None:
+            ended.estimate = Failure("internal", DEFECT)
+            self.tasks[job_id] = ended
         self._wake()
 
     async def run_load(self, job: Job) -> None:
