@@ -31,8 +31,10 @@ from runtime.onnxfile import describe_foreign_content, read_head
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, InvalidDefaults, Repository, SizedFile, defaults_name, read_warm_up
-from runtime.scheduler.admission import format_megabytes
-from runtime.scheduler.view import estimate_memory
+from runtime.scheduler.admission import (
+    estimate_memory,
+    format_megabytes,
+)
 from runtime.store.versions import Versions
 from runtime.wire import Load, Tensor
 from server.api.loads import default_parameters

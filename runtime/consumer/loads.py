@@ -65,8 +65,15 @@ from runtime.repository import (
     read_warm_up,
 )
 from runtime.scheduler.actions import draft_fact, draft_moved_unload, draft_replacement_unload, unchanged
-from runtime.scheduler.admission import find_same_workers
-from runtime.scheduler.view import MemoryEstimate, estimate_memory, find_started_job, may_end
+from runtime.scheduler.admission import (
+    estimate_memory,
+    find_same_workers,
+)
+from runtime.scheduler.view import (
+    MemoryEstimate,
+    find_started_job,
+    may_end,
+)
 from runtime.store.versions import HeldVersion, Versions
 from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
 from runtime.wire import Load, Loaded, OptimisedModel, plain_text

@@ -28,8 +28,15 @@ from runtime.memory import thread_bytes
 from runtime.optimised.trial import CHANGED
 from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import SizedFile
-from runtime.scheduler.admission import format_megabytes
-from runtime.scheduler.view import LoadView, MemoryEstimate, Phase, file_sizes
+from runtime.scheduler.admission import (
+    file_sizes,
+    format_megabytes,
+)
+from runtime.scheduler.view import (
+    LoadView,
+    MemoryEstimate,
+    Phase,
+)
 from runtime.statistics import Statistics
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import Load, Loaded, OptimisedModel, Tensor

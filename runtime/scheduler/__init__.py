@@ -7,8 +7,8 @@ first action wins; `actions` lists all of them, and the facts that they record. 
 its coroutine's (`runtime.consumer.loads`).
 
 To change: the order of concerns, back-off, crash loops: `scheduler`. Priorities, reserved room, the memory
-budget, swap strategies: `admission`. Which node runs a load: `placement`. Victims, idle timeouts: `eviction`.
-What a decision can see: `view`.
+budget and what a load needs of it, swap strategies: `admission`. Which node runs a load: `placement`.
+Victims, idle timeouts: `eviction`. What a decision can see: `view`.
 
 Nothing here reads a clock, does I/O or logs. The consumer carries actions out and calls `decide` again.
 """

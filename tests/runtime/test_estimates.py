@@ -25,13 +25,15 @@ from runtime.consumer import loads
 from runtime.consumer.loads import describe_failure
 from runtime.process.pool import WorkerPool
 from runtime.repository import FoundFile
-from runtime.scheduler.view import (
+from runtime.scheduler.admission import (
     BYTES_PER_MODEL_BYTE,
     WORKER_BYTES,
-    MemoryEstimate,
-    Policy,
     estimate_memory,
     file_sizes,
+)
+from runtime.scheduler.view import (
+    MemoryEstimate,
+    Policy,
 )
 
 

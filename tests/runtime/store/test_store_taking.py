@@ -36,7 +36,7 @@ def hash_of(content: bytes) -> str:
     return sha256(content).hexdigest()
 
 
-def test_taken_version_is_private_read_only_and_named_by_its_contents(
+def test_taken_version_is_private_and_named_by_its_contents(
     store: Store, root: Path, tmp_path: Path
 ) -> None:
     folder = write_version(root, FILES)

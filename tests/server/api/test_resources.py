@@ -12,7 +12,10 @@ from support.workers import computing, until
 
 from runtime.cgroups import count_usable_cpus
 from runtime.memory import private_bytes
-from runtime.scheduler.view import BYTES_PER_MODEL_BYTE, WORKER_BYTES
+from runtime.scheduler.admission import (
+    BYTES_PER_MODEL_BYTE,
+    WORKER_BYTES,
+)
 from runtime.worker.landlock import find_abi
 from server.appkeys import CONSUMER
 
