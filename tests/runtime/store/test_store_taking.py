@@ -36,9 +36,7 @@ def hash_of(content: bytes) -> str:
     return sha256(content).hexdigest()
 
 
-def test_taken_version_is_private_and_named_by_its_contents(
-    store: Store, root: Path, tmp_path: Path
-) -> None:
+def test_taken_version_is_private_and_named_by_its_contents(store: Store, root: Path, tmp_path: Path) -> None:
     folder = write_version(root, FILES)
     version = store_version(store, root, folder)
     lines = f"{hash_of(b'weights')} data/w.bin\n{hash_of(b'model')} model.onnx\n"
