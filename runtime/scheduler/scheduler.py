@@ -304,12 +304,10 @@ def _move_at(view: SchedulerView, model: Model) -> str:
 
 
 def _may_optimise(view: SchedulerView) -> bool:
-    """Whether a model may be optimised: this begins when nothing needs the machine, and a load ends it."""
+    """Whether a model may be optimised: this begins when nothing else is to be done, in free memory."""
     seen, free = view.observations, view.free_bytes
-    if any(job.kind is JobKind.LOAD for job in view.unended) or (free is not None and free < 0):
-        return False
-    if seen.optimising_bytes:
-        return True
+    if view.ends_optimising or seen.optimising_bytes:
+        return not view.ends_optimising
     if view.unended or seen.under_pressure or not seen.fork_server_up or seen.optimisable_bytes is None:
         return False
     return free is None or seen.optimisable_bytes <= free

@@ -8,7 +8,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from events.clock import LedgerClock, add_seconds
-from events.jobs import NO_PROGRESS, Failure, Job, JobStatus
+from events.jobs import NO_PROGRESS, Failure, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.nodes import Node
 from events.state import State, has_turn
@@ -151,8 +151,7 @@ class Observations:
         pending_demand: models that inferences wait for.
         last_used: when models were last used before the server's start, as far as known.
         optimisable_bytes: that the next model to be optimised would take; None without one.
-        optimising_bytes: of the model that is being optimised, until its processes have exited. They are
-            ended when a load is to start, or the budget is exceeded.
+        optimising_bytes: of the model that is being optimised, until its processes have exited.
         clock: which converts recorded times to monotonic ones.
         nodes: hints of the nodes, by their ids.
         untrusted: nodes whose joins are not signed with a key that the nodes share: they do nothing.
@@ -346,7 +345,17 @@ class SchedulerView:
     def exiting_bytes(self) -> int:
         """Bytes that exiting processes will release."""
         exiting = sum(self.running[load_job_id].memory_bytes for load_job_id in self.exiting)
-        return exiting + self.observations.optimising_bytes
+        return exiting + (self.observations.optimising_bytes if self.ends_optimising else 0)
+
+    @cached_property
+    def ends_optimising(self) -> bool:
+        """Whether no model may be optimised now: its memory is needed, or the machine for waiting loads."""
+        waiting = [job for job in self.unended if job.kind is JobKind.LOAD and job.id not in self.running]
+        if self.observations.under_pressure and waiting:
+            return True
+        estimates = (self.find_estimate(job) for job in waiting)
+        needed_bytes = sum(estimate.bytes for estimate in estimates if estimate is not None)
+        return self.free_bytes is not None and needed_bytes > self.free_bytes
 
     @cached_property
     def models_with_process(self) -> frozenset[str]:

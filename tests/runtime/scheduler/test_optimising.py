@@ -1,4 +1,4 @@
-"""When models may be optimised: in spare time and memory; a load ends that before anything is evicted for it.
+"""When models may be optimised: in spare time and memory; that ends before anything is evicted for a load.
 
 A row is what happens and, after `->`, what the scheduler decides then: see `Scene.play`.
 """
@@ -17,11 +17,15 @@ load a 60; observe optimisable_bytes=40; load b 1; unload b begun=true -> does n
 load a 60; observe optimisable_bytes=40; observe under_pressure=true -> does not optimise; -> wakes in 10
 load a 60; observe optimisable_bytes=40; observe fork_server_up=false -> does not optimise
 
-# Once begun it goes on, until a load comes, or the budget is exceeded.
+# Once begun it goes on, also beside loads, until its memory is needed, or a load waits under pressure.
 load a 60; optimise 40; observe under_pressure=true -> optimises
 load a 60; load b 0; optimise 40; unload b begun=true -> optimises
 load a 61; optimise 40 -> does not optimise
-load a 20; optimise 40; request b unknown -> does not optimise
+load a 20; optimise 40; request b unknown -> optimises
+load a 20; optimise 40; request b 40 -> optimises; begin b -> optimises
+load a 20; optimise 40; request b 41 -> does not optimise
+load a 20; optimise 40; request b 20; request c 21 -> does not optimise
+load a 20; optimise 40; request b 1 priority=low; observe under_pressure=true -> does not optimise
 
 # A load waits for the room, unless it needs none of it; models are evicted for the rest.
 load a 20; optimise 40; request b 40 -> start b1
