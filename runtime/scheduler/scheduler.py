@@ -212,8 +212,7 @@ def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]
 def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Iterator[Action]:
     for job in view.unended:
         deadline_at = view.deadline_at(job)
-        run = view.running.get(job.id)
-        if deadline_at is None or deadline_at > view.now or (run is not None and run.has_outcome):
+        if deadline_at is None or deadline_at > view.now:
             continue
         _, parameters = job.load_order
         is_pending = job.status is JobStatus.PENDING

@@ -267,10 +267,11 @@ class SchedulerView:
         return self.to_monotonic(job.created_at, job.created_position)
 
     def deadline_at(self, job: Job) -> str | None:
-        """Return when a load fails for being late; None for an unload."""
-        return (
-            self.to_monotonic(job.deadline_at, job.created_position) if job.deadline_at is not None else None
-        )
+        """Return when a load fails for being late; None for an unload, and once the load has its outcome."""
+        run = self.running.get(job.id)
+        if job.deadline_at is None or (run is not None and run.has_outcome):
+            return None
+        return self.to_monotonic(job.deadline_at, job.created_position)
 
     def loaded_at(self, model: LoadedModel) -> str:
         return self.to_monotonic(model.serving.loaded_at, model.serving.position)

@@ -17,6 +17,7 @@ from runtime.scheduler.admission import (
 SCENES = """
 # Memory is estimated before a load begins. `estimate a1 none`: it is being found out.
 request a unknown -> estimate a1
+start a 10; run a1 a loading has_outcome=true; wait 400 -> nothing; -> wakes in inf
 set budget_bytes=none; request a unknown -> estimate a1
 start a 10; request a unknown version=2 -> nothing
 request a none; observe estimating=a1+; request b 60
