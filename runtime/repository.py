@@ -52,9 +52,9 @@ T = TypeVar("T")
 MAX_THREADS = 32
 """Calls at once. One takes a millisecond, so only calls that hang fill this."""
 REQUEST_LIMIT_S = 3.0
-"""How long a request waits for a call: many files on a slow network mount take a second."""
+"""Time that a request waits for a call: many files on a slow network mount take a second."""
 LOAD_LIMIT_S = 30.0
-"""How long a load waits for a call; then it fails, since it may hold a load slot meanwhile."""
+"""Time that a load waits for a call; then it fails, since it may hold a load slot meanwhile."""
 
 
 class RepositoryBusy(RuntimeProblem):

@@ -27,7 +27,15 @@ from events.log import Log
 from events.models import RELOADS
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
-from runtime.consumer.loads import LOG_RETRY_S, Loader, Recorder, draft_exits, log_stderr, run_unload
+from runtime.consumer.loads import (
+    LOG_RETRY_S,
+    Loader,
+    Recorder,
+    draft_exit,
+    draft_replacement_unload,
+    log_stderr,
+    run_unload,
+)
 from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import (
     InferenceTotals,
@@ -52,7 +60,6 @@ from runtime.scheduler.actions import (
     draft_fact,
     draft_load_start,
     draft_placement,
-    draft_replacement_unload,
     draft_settings_change,
     list_conditions,
 )
@@ -265,7 +272,8 @@ class Consumer:
             case actions.RecordExits(load_job_id, _, worker_ids):
                 await self._record_end(load_job_id, [], conditions, worker_ids)
             case actions.UnloadForReplacement(job, load_job_id):
-                await record(self._draft_replacement(load_job_id, job.id), conditions=conditions)
+                unload = draft_replacement_unload(self.loads[load_job_id], job.id)
+                await record(unload, conditions=conditions)
             case actions.RequestReload() | actions.UnloadAutomatically():
                 await self._recorder.request(build_request(action, conditions, self._progress_timeout_s))
             case actions.FailModel(model, message):
@@ -306,12 +314,6 @@ class Consumer:
         others = sum(each.memory_bytes for each in self.loads.values() if each is not load)
         others += self.optimiser.memory_bytes
         return load_allowance(self.policy.budget_bytes, others, load.estimate.bytes)
-
-    def _draft_replacement(self, load_job_id: str, cause_event_id: str) -> Draft:
-        old = self.loads[load_job_id]
-        return draft_replacement_unload(
-            old.job_id, old.model_id, old.version, old.only_worker_id, cause_event_id
-        )
 
     async def _start_unload(self, job: Job, load_job_id: str, conditions: Conditions) -> None:
         load = self.loads.get(load_job_id)
@@ -362,7 +364,8 @@ class Consumer:
             dead = [worker for worker in load.workers if worker.worker_id in worker_ids]
         new = [worker for worker in dead if worker.worker_id not in load.recorded_exits]
         self._reject_crashing(load, new)
-        await self._recorder.record(*draft_exits(load, new), *ends, conditions=conditions)
+        exits = [draft_exit(load, worker) for worker in new]
+        await self._recorder.record(*exits, *ends, conditions=conditions)
         log_stderr(load, new)
         load.recorded_exits.update(worker.worker_id for worker in new)
 

@@ -29,6 +29,7 @@ from events.models import RELOADS, Model, ModelState
 from events.state import State
 from events.types import (
     SYSTEM,
+    Cause,
     Draft,
     Durations,
     LoadedFile,
@@ -64,7 +65,7 @@ from runtime.repository import (
     read_reload_warm_up,
     read_warm_up,
 )
-from runtime.scheduler.actions import draft_fact, draft_moved_unload, draft_replacement_unload, unchanged
+from runtime.scheduler.actions import draft_fact, draft_moved_unload, unchanged
 from runtime.scheduler.admission import (
     estimate_memory,
     find_same_workers,
@@ -95,7 +96,7 @@ ESTIMATE_WAIT_S = 0.5
 
 
 class Loader:
-    """Runs the coroutines of loads and unloads.
+    """Runs the coroutines of loads.
 
     Args:
         log: holds the live state.
@@ -156,10 +157,10 @@ class Loader:
         If its optimised model fails, or its files are not those that were estimated, it gives its grant back
         and waits for another one.
         """
-        pending = self.tasks[job.id]
+        task = self.tasks[job.id]
         while True:
-            await self._estimate(job, pending)
-            load = await pending.grant
+            await self._estimate(job, task)
+            load = await task.grant
             await self._attempt(job, load)
             if load.failure is not None:
                 await self._record_failure(load, load.failure)
@@ -167,20 +168,20 @@ class Loader:
                 return
             if load.workers:
                 await asyncio.wait([worker.ended for worker in load.workers])
-            self._give_back(load, pending)
+            self._give_back(load, task)
 
-    async def _estimate(self, job: Job, pending: LoadTask) -> None:
+    async def _estimate(self, job: Job, task: LoadTask) -> None:
         """Estimate the memory of a load; if the model serves from the same bytes, that is found, too."""
-        patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, pending)
+        patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, task)
         try:
-            pending.estimate = await self._look_at_files(job, is_bare=pending.is_bare)
+            task.estimate = await self._look_at_files(job, is_bare=task.is_bare)
         except Exception as error:  # noqa: BLE001 - whatever it is, this load alone has no estimate
-            pending.estimate = describe_failure(error)
+            task.estimate = describe_failure(error)
         finally:
             patience.cancel()
-            self._stop_waiting(pending)
-        if pending.outdated > MAX_OUTDATED:
-            pending.estimate = Failure("model_changed", CHANGING)
+            self._stop_waiting(task)
+        if task.outdated > MAX_OUTDATED:
+            task.estimate = Failure("model_changed", CHANGING)
 
     async def _look_at_files(self, job: Job, *, is_bare: bool) -> MemoryEstimate:
         state, (version, parameters) = self._log.state, job.load_order
@@ -198,8 +199,8 @@ class Loader:
             return found
         return change(found, same_as=serving.load_job_id)
 
-    def _stop_waiting(self, pending: LoadTask) -> None:
-        pending.is_new = False
+    def _stop_waiting(self, task: LoadTask) -> None:
+        task.is_new = False
         self._wake()
 
     async def _attempt(self, job: Job, load: RunningLoad) -> None:
@@ -346,7 +347,7 @@ class Loader:
             tried = job
             try:
                 await self._recorder.record(*describe(job), conditions=(unchanged(job),))
-            except LogUnavailable:  # the consumer says so
+            except LogUnavailable:  # the log's writer says so
                 pass
             except RequestRefused as refusal:
                 if refusal.code != OUTDATED:  # else it is decided anew, on the state after what came first
@@ -359,7 +360,8 @@ class Loader:
         log_stderr(load, load.unexpected_exits)
 
         def describe(job: Job) -> list[Draft]:
-            return [*draft_exits(load, load.unexpected_exits), draft_fact(job, failed, load.only_worker_id)]
+            exits = [draft_exit(load, worker) for worker in load.unexpected_exits]
+            return [*exits, draft_fact(job, failed, load.only_worker_id)]
 
         await self._record_outcome(load, describe)
 
@@ -374,8 +376,7 @@ class Loader:
             return [loaded]
         old = self.running.get(replaced.serving.load_job_id)
         if old is not None:
-            about = old.job_id, old.model_id, old.version, old.only_worker_id
-            return [loaded, draft_replacement_unload(*about, loaded.id)]
+            return [loaded, draft_replacement_unload(old, loaded.id)]
         is_elsewhere = replaced.serving.node_id is not None
         return [loaded, draft_moved_unload(replaced, job, loaded.id, uuid7)] if is_elsewhere else [loaded]
 
@@ -384,12 +385,12 @@ class Loader:
             peak_bytes = max(each.peak_memory_bytes for each in load.loaded_memory)
             self._optimiser.offer(Candidate(load.model_id, load.version, files.loaded_files, peak_bytes))
 
-    def _give_back(self, load: RunningLoad, pending: LoadTask) -> None:
+    def _give_back(self, load: RunningLoad, task: LoadTask) -> None:
         """Give the grant of an attempt back whose workers have exited."""
         del self.running[load.job_id]
         if load.optimised is not None and load.rejects_optimised and load.restart is not None:
             self._optimiser.reject(load.optimised, load.restart)
-        pending.restart(is_bare=load.restart != OTHER_FILES)
+        task.restart(is_bare=load.restart != OTHER_FILES)
 
 
 @asynccontextmanager
@@ -452,12 +453,16 @@ def _microseconds(seconds: float) -> int:
     return max(0, round(seconds * 1_000_000))
 
 
-def draft_exits(load: RunningLoad, dead: Iterable[Worker]) -> list[Draft]:
-    """Return `WorkerExited` of these workers of a load, as far as it is not recorded."""
-    return [_draft_exit(load, worker) for worker in dead if worker.worker_id not in load.recorded_exits]
+def draft_replacement_unload(old: RunningLoad, cause_event_id: str) -> Draft:
+    """Return the unload request of a load of this server that another load of its model replaces."""
+    request = UnloadRequested(
+        force=False, load_job_id=old.job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
+    )
+    swap_id = uuid7()
+    return Draft(swap_id, request, SYSTEM, swap_id, old.model_id, old.version, old.only_worker_id)
 
 
-def _draft_exit(load: RunningLoad, worker: Worker) -> Draft:
+def draft_exit(load: RunningLoad, worker: Worker) -> Draft:
     # Ended with the fork server, by no doing of its own: the signal says nothing of the model.
     end = Exit(None, None) if worker.orphaned else worker.ended.result()
     data = WorkerExited(end.exit_code, end.signal, tuple(worker.recorded_tail()))

@@ -238,17 +238,6 @@ def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:
     return draft_fact(job, LoadStarted(job.attempt if is_same_attempt else job.attempt + 1))
 
 
-def draft_replacement_unload(
-    load_job_id: str, model_id: str, version: int, worker_id: str | None, cause_event_id: str
-) -> Draft:
-    """Return the unload request of a load of this server that another load of its model replaces."""
-    request = UnloadRequested(
-        force=False, load_job_id=load_job_id, cause=Cause.SWAP, cause_event_id=cause_event_id
-    )
-    swap_id = uuid7()
-    return Draft(swap_id, request, SYSTEM, swap_id, model_id, version, worker_id)
-
-
 def draft_moved_unload(old: LoadedModel, job: Job, cause_event_id: str, new_id: Callable[[], str]) -> Draft:
     """Return the unload request of a load at another node that this job replaces: that node unloads it."""
     cause = Cause.DRAIN if job.cause is Cause.DRAIN else Cause.SWAP

@@ -67,7 +67,7 @@ MODEL_BYTES = {
 
 
 BARE_BYTES = 15
-"""What an instance takes more without an optimised model."""
+"""Additional bytes of an instance without an optimised model."""
 
 OUTCOMES = (ModelLoaded, ModelSettingsChanged, LoadFailed, ModelUnloaded, JobCancelled)
 
