@@ -12,6 +12,7 @@ COPY events events
 COPY examples examples
 COPY loadledger loadledger
 COPY migrations migrations
+COPY nodes nodes
 COPY runtime runtime
 COPY server server
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
@@ -26,7 +27,7 @@ RUN python -m venv --without-pip /opt/loadledger \
 FROM ${PYTHON}
 LABEL org.opencontainers.image.title="loadledger" \
       org.opencontainers.image.description="Loads and unloads ONNX models over HTTP, a process for each, with a ledger of who did what" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.licenses="Apache-2.0 AND MIT"
 # A number, so that Kubernetes can see that it is not root. New volumes take over who owns /data, and its mode.
 RUN groupadd --gid 10001 loadledger \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin loadledger \

@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance soak hostile lint type fmt bench bench-peers generated docs
+.PHONY: help install demo test conformance soak hostile lint type fmt bench bench-peers generated vendored docs
 
 help:
-	@echo "make demo | test | conformance | soak | hostile | lint | type | fmt | bench | bench-peers | generated | docs"
+	@echo "make demo | test | conformance | soak | hostile | lint | type | fmt | bench | bench-peers | generated | vendored | docs"
 
 # Targets run the installed package, so they install the working tree first. A build/ of an earlier install would
 # add deleted modules.
@@ -39,7 +39,7 @@ soak: install
 	SOAK=all $(BIN)/pytest -n 0 -s $(foreach soak,$(SOAKS),tests/$(soak).py)
 	SOAK=all $(BIN)/pytest tests/events
 
-SOAKS := runtime/scheduler/test_simulation runtime/optimised/test_optimised_store runtime/store/test_store_keeping \
+SOAKS := runtime/scheduler/test_simulation nodes/test_cluster_simulation runtime/optimised/test_optimised_store runtime/store/test_store_keeping \
 	runtime/consumer/test_provenance \
 	$(addprefix system/test_,bench many_models cycles killed_servers cluster ray restore tails prepared)
 
@@ -54,7 +54,7 @@ lint: $(BIN)/.tools
 	$(BIN)/ruff format --check .
 
 type: $(BIN)/.tools
-	$(BIN)/mypy bench events examples loadledger migrations runtime server tests tools
+	$(BIN)/mypy bench events examples loadledger migrations nodes runtime server tests tools
 
 fmt: $(BIN)/.tools
 	$(BIN)/ruff format .
@@ -84,6 +84,10 @@ $(PEERS)/.installed: | $(BIN)/pip
 # tree.
 generated: $(BIN)/.tools
 	$(BIN)/python -m tools.generate
+
+# Fetches the console's libraries from the npm registry, at the versions in tools/vendored.py.
+vendored: $(BIN)/.tools
+	$(BIN)/python -m tools.vendored
 
 # Builds the site of the documentation to site/. A warning is an error: also a link or an anchor that leads nowhere.
 docs: | $(BIN)/pip

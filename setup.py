@@ -32,7 +32,7 @@ TEST = [
     "types-PyYAML",
 ]
 DOCS = ["furo>=2025.12.19", "myst-parser==5.*", "sphinx==9.*"]  # furo is named by dates
-PACKAGES = ["events", "loadledger", "migrations", "runtime", "server"]
+PACKAGES = ["events", "loadledger", "migrations", "nodes", "runtime", "server"]
 
 setup(
     name="loadledger",
@@ -40,8 +40,8 @@ setup(
     description="Loads and unloads ONNX models over HTTP, a process for each, with a ledger of who did what.",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license_expression="Apache-2.0",  # `license` has been out of use since setuptools 77
-    license_files=["LICENSE"],
+    license_expression="Apache-2.0 AND MIT",  # MIT: the console's libraries
+    license_files=["LICENSE", "server/static/vendor/LICENSE-*.txt"],
     python_requires=">=3.11",
     packages=[*find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]), "server.examples"],
     package_dir={"server.examples": "examples"},
@@ -49,8 +49,9 @@ setup(
         "events": ["py.typed"],
         "loadledger": ["py.typed", "*.pyi"],
         "migrations": ["*.sql", "postgres/*.sql"],
+        "nodes": ["py.typed"],
         "runtime": ["py.typed"],
-        "server": ["py.typed", "static/*"],
+        "server": ["py.typed", "static/*", "static/vendor/*"],
         "server.examples": ["digits/*/model.onnx", "digits.json"],
     },
     install_requires=[

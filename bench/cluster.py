@@ -14,9 +14,9 @@ from bench.models import NETWORKS
 from bench.postgres import Postgres
 from bench.table import Row, format_ms, median_ratio
 from events.log import Log
-from events.postgres.connection import DatabaseClock
-from events.postgres.log import SharedLog
 from events.sqlite.datalock import LEDGER
+from nodes.postgres.connection import DatabaseClock
+from nodes.postgres.log import SharedLog
 
 LOAD_GOAL, APPEND_GOAL, VERIFY_GOAL = 1.15, 0.5, 2.0
 APPENDED = {64: 20_000, 1: 2_000}

@@ -11,9 +11,9 @@ from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 
-from events.postgres import connection as databases
-from events.postgres.schema import migrate
 from loadledger.cli import postgres
+from nodes.postgres import connection as databases
+from nodes.postgres.schema import migrate
 
 OWNER, ROLE = "ledger_owner", "ledger_server"
 """The role that migrates, and the one that servers have."""

@@ -4,8 +4,9 @@ The way of a command: `log` queues it, `accept` decides it on `state`, `codec` w
 JSON and chains their hashes, `sqlite.storage` commits them in one transaction, and `tail` wakes the readers.
 
 - A new event or field: `types`, then the folds in `jobs`, `models`, `tokens` and `nodes`, then `counters`.
-- What the state allows, duplicates, idempotency keys: `accept`; the commands: `commands`.
-- The live state, its transactions, and the part of it that a node works on: `state`; the queue of commands,
+- What the state allows, duplicates, idempotency keys: `accept`; the commands: `commands`, and those about
+  tokens and nodes: `registercommands`.
+- The live state and its transactions: `state`; tokens and nodes: `registers`; the queue of commands,
   groups of events, group commit and failures of writing: `log`.
 - Times and ids: `clock`; files that appear complete or not at all: `files`; refusals and failures:
   `errors`; what the writer needs of a storage: `storage`.

@@ -11,38 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from msgspec import UNSET, Struct
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from events.clock import Timestamp
 from events.commands import (
+    OUT_OF_DATE,
+    Accepted,
     AddVersion,
     Command,
-    Condition,
-    DrainNode,
-    IssueToken,
-    JobUnchanged,
-    JoinNode,
-    LeaveNode,
-    LoseNode,
-    ModelUnchanged,
-    NodeCommand,
-    NodeCurrent,
-    NodeUnchanged,
+    Decision,
+    DecisionInput,
+    Existing,
     Record,
+    Refused,
+    RegisterCommand,
     RemoveVersion,
     RequestCancel,
     RequestLoad,
     RequestUnload,
-    RevokeToken,
     VersionCommand,
-    WorkerServes,
 )
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
-from events.nodes import NodePhase
 from events.state import Join, State
-from events.tokens import MAX_TOKENS, count_valid, find_issued
 from events.types import (
     NEVER,
     REPLACEMENTS,
@@ -58,12 +50,6 @@ from events.types import (
     LoadParameters,
     LoadRequested,
     ModelSettingsChanged,
-    NodeDraining,
-    NodeJoined,
-    NodeLeft,
-    NodeLost,
-    SignInLinkUsed,
-    TokenRevoked,
     UnloadJoined,
     UnloadRequested,
     VersionAdded,
@@ -81,40 +67,8 @@ _MOST_UNENDED = {Cause.REQUEST: MAX_QUEUE, Cause.DEMAND: MAX_QUEUE // 2}
 NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
 """Message of `invalid_body`, for a queue delay without batches."""
 
-OUTDATED = "outdated"
-"""Code of a refused command of the system: what it rests on has changed, so the caller decides anew."""
-
 SUPERSEDED = "superseded"
 """Reason of a cancelled load by the system whose place a person's load took."""
-
-
-class Accepted(Struct, frozen=True, gc=False):
-    """The command is accepted: append these events. `is_join`: the job was there before."""
-
-    drafts: tuple[Draft, ...]
-    job_id: str | None = None
-    is_join: bool = False
-
-
-class Existing(Struct, frozen=True, gc=False):
-    """Nothing to append: this job did, or will do, what the command asks, and its actor is recorded.
-
-    Without a job, what the command asks was recorded before.
-    """
-
-    job_id: str | None
-
-
-class Refused(Struct, frozen=True, gc=False):
-    """The present state does not allow the command."""
-
-    code: str
-    message: str
-
-
-Decision = Accepted | Existing | Refused
-
-_OUTDATED = Refused(OUTDATED, "what this was decided on has changed; decide it anew")
 
 
 def accept(
@@ -128,18 +82,14 @@ def accept(
         command: the command to decide.
         new_id: returns the id of a new event.
         now: the ledger's time.
-        previous: the hash of the event before, which a join is signed with.
+        previous: the hash of the event before.
     """
     if isinstance(command, VersionCommand):
         return _decide_version(state, command)
-    if isinstance(command, IssueToken):
-        return _decide_issue(state, command, new_id, now)
-    if isinstance(command, RevokeToken):
-        return _decide_revocation(state, command, new_id)
-    if isinstance(command, NodeCommand):
-        return _decide_node(state, command, new_id, now, previous)
-    if not all(holds(state, condition) for condition in command.conditions):
-        return _OUTDATED
+    if isinstance(command, RegisterCommand):
+        return command.decide(DecisionInput(state, new_id, now, previous))
+    if not all(condition.holds(state) for condition in command.conditions):
+        return OUT_OF_DATE
     if isinstance(command, Record):
         return Accepted(command.drafts)
     repeated = _find_repeated(state, command.idempotency, now)
@@ -156,8 +106,8 @@ def accept(
 
 def _decide_version(state: State, command: VersionCommand) -> Accepted | Refused:
     """Accept what changes the repository; a version that a load uses cannot be removed."""
-    if not all(holds(state, condition) for condition in command.conditions):
-        return _OUTDATED
+    if not all(condition.holds(state) for condition in command.conditions):
+        return OUT_OF_DATE
     if isinstance(command, RemoveVersion):
         use = find_use(state, command.model_id, command.version)
         if use is not None:
@@ -176,26 +126,6 @@ def find_use(state: State, model_id: str, version: int) -> str | None:
     if any(job.kind is JobKind.LOAD and job.version == version for job in state.unended(model_id)):
         return "has a load that has not ended: cancel it, and remove the version then"
     return None
-
-
-def holds(state: State, condition: Condition) -> bool:
-    """Whether `state` is still what a decision rests on."""
-    match condition:
-        case JobUnchanged(job_id=job_id, position=position):
-            job = state.unended_job(job_id)
-            return job is not None and job.position == position
-        case ModelUnchanged(model=model):
-            return state.models.get(model.id) == model
-        case WorkerServes(model_id=model_id, load_job_id=load_job_id, worker_id=worker_id):
-            now = state.models.get(model_id)
-            if now is None or now.serving is None or now.phase is not ModelState.LOADED:
-                return False
-            return now.serving.load_job_id == load_job_id and worker_id in now.serving.worker_ids
-        case NodeCurrent(node_id=node_id, epoch=epoch):
-            node = state.nodes.get(node_id)
-            return node is not None and node.is_present and node.epoch == epoch
-        case NodeUnchanged(node=node):
-            return state.nodes.get(node.id) == node
 
 
 def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existing | Refused | None:
@@ -441,89 +371,3 @@ def _why_not_cancelled(job: Job) -> str:
     if job.cause in REPLACEMENTS:
         return f"job {job.id} is part of a swap; to go back, load version {job.version}"
     return f"unload {job.id} has started and cannot be cancelled; load model '{job.model_id}' again"
-
-
-def _decide_issue(state: State, command: IssueToken, new_id: Callable[[], str], now: Timestamp) -> Decision:
-    if len(state.tokens) >= MAX_TOKENS and count_valid(state.tokens, now) >= MAX_TOKENS:
-        return Refused(
-            "too_many_tokens",
-            f"{MAX_TOKENS} tokens have not expired yet; let tokens expire sooner, or issue fewer",
-        )
-    drafts = [Draft(new_id(), command.issued, command.actor)]
-    if command.link_id is not None:
-        drafts.insert(0, Draft(new_id(), SignInLinkUsed(command.link_id), command.actor))
-    return Accepted(tuple(drafts))
-
-
-def _decide_revocation(state: State, command: RevokeToken, new_id: Callable[[], str]) -> Decision:
-    token = state.tokens.get(command.jti)
-    if token is None and command.expires_at is None:
-        return Refused(
-            "unknown_token",
-            f"the ledger knows no token {command.jti[:64]!r} that may still be valid; for a token of an "
-            "identity provider, say how long it is valid at most (`expires_s`, `--expires`)",
-        )
-    is_revoked = token is not None and token.is_revoked
-    expires_at = command.expires_at if token is None else None
-    revoked = [] if is_revoked else [TokenRevoked(command.jti, expires_at)]
-    if command.with_issued:
-        revoked += [TokenRevoked(jti) for jti in find_issued(state.tokens, command.jti)]
-    if not revoked:
-        return Existing(None)
-    return Accepted(tuple([Draft(new_id(), data, command.actor) for data in revoked]))
-
-
-def _decide_node(
-    state: State, command: NodeCommand, new_id: Callable[[], str], now: Timestamp, previous: bytes
-) -> Decision:
-    """Decide a command about a node. Only a present epoch ends, and it ends once."""
-    node = state.nodes.get(command.node_id)
-    if isinstance(command, JoinNode):
-        return Accepted((Draft(new_id(), _sign(_joined(state, command, now), command, previous), SYSTEM),))
-    if isinstance(command, DrainNode):
-        return _decide_drain(state, command, new_id)
-    if node is None or not node.is_present or node.epoch != command.epoch:
-        return _OUTDATED
-    match command:
-        case LeaveNode(node_id, epoch):
-            return Accepted((Draft(new_id(), NodeLeft(node_id, epoch), SYSTEM),))
-        case LoseNode(node_id, epoch, last_renewed_at):
-            return Accepted((Draft(new_id(), NodeLost(node_id, epoch, last_renewed_at), SYSTEM),))
-
-
-def _joined(state: State, command: JoinNode, now: Timestamp) -> NodeJoined:
-    """Return the next epoch of a node. An event is proof that a server was there when it was recorded."""
-    before, since = state.nodes.get(command.node_id), command.no_node_since
-    return NodeJoined(
-        command.node_id,
-        max(0 if before is None else before.epoch, command.last_epoch) + 1,
-        command.address,
-        command.labels,
-        command.budget_bytes,
-        command.release,
-        command.public_key,
-        unclean=before is not None and before.phase is not NodePhase.LEFT,
-        last_seen_at=command.last_seen_at,
-        no_node_since=None if since is None else min(now, max(since, state.recorded_at)),
-        confinement=command.confinement,
-        instance=command.instance,
-    )
-
-
-def _sign(joined: NodeJoined, command: JoinNode, previous: bytes) -> NodeJoined:
-    if command.sign is None:
-        return joined
-    joined = replace(joined, after=previous.hex())
-    return replace(joined, signature=command.sign(joined.statement))
-
-
-def _decide_drain(state: State, command: DrainNode, new_id: Callable[[], str]) -> Decision:
-    node = state.nodes.get(command.node_id)
-    if node is None:
-        return Refused("unknown_node", f"no node {command.node_id[:64]!r} ever joined this ledger")
-    if not node.is_present:
-        end = "left" if node.phase is NodePhase.LEFT else "was lost"
-        return Refused("node_ended", f"node {node.id!r} {end} at {node.ended_at}, so nothing is to drain")
-    if node.phase is NodePhase.DRAINING:
-        return Existing(None)
-    return Accepted((Draft(new_id(), NodeDraining(node.id, node.epoch), command.actor),))

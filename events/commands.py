@@ -1,6 +1,6 @@
-"""Commands to the writer of the log, their conditions, and their receipts.
+"""Commands to the writer of the log, their conditions, decisions and receipts.
 
-`events.accept` decides them.
+`events.accept` decides them, but for those that decide themselves (`events.registercommands`).
 
 Compare and append: the system decides on a state that may have changed by the time its command is decided. So
 its commands carry conditions, each a part of the state that the decision rests on.
@@ -14,56 +14,61 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 
 from events.clock import Timestamp
-from events.models import Model
-from events.nodes import Node
+from events.models import Model, ModelState
+from events.state import State
 from events.types import (
     AddedFile,
     Cause,
-    Confinement,
     Contents,
     Draft,
     Idempotency,
     LoadParameters,
-    TokenIssued,
 )
 
+OUTDATED = "outdated"
+"""Code of a refused command of the system: what it rests on has changed, so the caller decides anew."""
 
-class JobUnchanged(Struct, frozen=True, gc=False):
+
+class Condition(Struct, frozen=True, gc=False):
+    """A precondition of a command of the system; the command is `outdated` if it does not hold any more."""
+
+    def holds(self, state: State) -> bool:
+        """Whether `state` is still what the decision rests on."""
+        raise NotImplementedError
+
+
+class JobUnchanged(Condition, frozen=True, gc=False):
     """The job has not ended, and no event concerned it after `position`: no cancellation, no second start."""
 
     job_id: str
     position: int
 
+    def holds(self, state: State) -> bool:
+        job = state.unended_job(self.job_id)
+        return job is not None and job.position == self.position
 
-class ModelUnchanged(Struct, frozen=True, gc=False):
+
+class ModelUnchanged(Condition, frozen=True, gc=False):
     """No event changed this model: no request, no start and no outcome."""
 
     model: Model
 
+    def holds(self, state: State) -> bool:
+        return state.models.get(self.model.id) == self.model
 
-class WorkerServes(Struct, frozen=True, gc=False):
+
+class WorkerServes(Condition, frozen=True, gc=False):
     """The model is loaded by this load, and the worker is not recorded as gone."""
 
     model_id: str
     load_job_id: str
     worker_id: str
 
-
-class NodeCurrent(Struct, frozen=True, gc=False):
-    """This epoch of the node has not ended: nothing is appended by a node that was lost."""
-
-    node_id: str
-    epoch: int
-
-
-class NodeUnchanged(Struct, frozen=True, gc=False):
-    """No event changed this node: it has not left, and is not being drained since then."""
-
-    node: Node
-
-
-Condition = JobUnchanged | ModelUnchanged | WorkerServes | NodeCurrent | NodeUnchanged
-"""A precondition of a command of the system; the command is `outdated` if it does not hold any more."""
+    def holds(self, state: State) -> bool:
+        now = state.models.get(self.model_id)
+        if now is None or now.serving is None or now.phase is not ModelState.LOADED:
+            return False
+        return now.serving.load_job_id == self.load_job_id and self.worker_id in now.serving.worker_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,87 +158,58 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class IssueToken:
-    """Record a new token, which its caller has signed.
+class DecisionInput:
+    """The input of a decision: as the arguments of `events.accept.accept`."""
 
-    Attributes:
-        issued: what to record.
-        link_id: the sign-in link that it is for, whose use is recorded before.
-    """
-
-    issued: TokenIssued
-    actor: str
-    link_id: str | None = None
+    state: State
+    new_id: Callable[[], str]
+    now: Timestamp
+    previous: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RevokeToken:
-    """Refuse a token from now on.
+class RegisterCommand:
+    """A command about what concerns no model (`events.registercommands`), which decides itself."""
 
-    `expires_at` is when it expires at the latest: without it only tokens that the ledger issued are revoked.
-    `with_issued` revokes those that it issued, too, and that these issued in turn.
-    """
+    __slots__ = ()
 
-    jti: str
-    actor: str
-    expires_at: Timestamp | None = None
-    with_issued: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class JoinNode:
-    """Begin the next epoch of a node, and end the one before if that has not ended.
-
-    The epoch is in the state then: `state.nodes[node_id]` has the position of the receipt, unless another
-    process joined as the same node since. The attributes are those of `NodeJoined`, what signs its statement
-    with a key that the nodes share, and the epoch in the node's lease: the state may have forgotten it.
-    """
-
-    node_id: str
-    address: str
-    labels: tuple[str, ...] = ()
-    budget_bytes: int | None = None
-    release: str = ""
-    public_key: str | None = None
-    last_seen_at: Timestamp | None = None
-    no_node_since: Timestamp | None = None
-    confinement: Confinement | None = None
-    instance: str = ""
-    sign: Callable[[bytes], str] | None = None
-    last_epoch: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class DrainNode:
-    """Drain a node: its models move to other nodes, and it takes no more loads."""
-
-    node_id: str
-    actor: str
-
-
-@dataclass(frozen=True, slots=True)
-class LeaveNode:
-    """End an epoch of a node in order, when its workers have ended."""
-
-    node_id: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class LoseNode:
-    """End an epoch of a node that did not renew its lease, last at `last_renewed_at`."""
-
-    node_id: str
-    epoch: int
-    last_renewed_at: Timestamp
+    def decide(self, at: DecisionInput) -> Decision:
+        raise NotImplementedError
 
 
 JobCommand = RequestLoad | RequestUnload | RequestCancel
 """The commands that a job answers. They have conditions and may have an idempotency key."""
 
 VersionCommand = AddVersion | RemoveVersion
-NodeCommand = JoinNode | DrainNode | LeaveNode | LoseNode
-Command = JobCommand | Record | VersionCommand | IssueToken | RevokeToken | NodeCommand
+Command = JobCommand | Record | VersionCommand | RegisterCommand
+
+
+class Accepted(Struct, frozen=True, gc=False):
+    """The command is accepted: append these events. `is_join`: the job was there before."""
+
+    drafts: tuple[Draft, ...]
+    job_id: str | None = None
+    is_join: bool = False
+
+
+class Existing(Struct, frozen=True, gc=False):
+    """Nothing to append: this job did, or will do, what the command asks, and its actor is recorded.
+
+    Without a job, what the command asks was recorded before.
+    """
+
+    job_id: str | None
+
+
+class Refused(Struct, frozen=True, gc=False):
+    """The present state does not allow the command."""
+
+    code: str
+    message: str
+
+
+Decision = Accepted | Existing | Refused
+
+OUT_OF_DATE = Refused(OUTDATED, "what this was decided on has changed; decide it anew")
 
 
 class Receipt(Struct, frozen=True, gc=False):

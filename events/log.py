@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from events.accept import Accepted, Existing, Refused, accept, find_joinable
+from events.accept import accept, find_joinable
 from events.clock import (
     ClockStep,
     LedgerClock,
@@ -29,7 +29,7 @@ from events.clock import (
     uuid7,
 )
 from events.codec import encode_event, hash_body
-from events.commands import Command, JobCommand, Receipt, Record
+from events.commands import Accepted, Command, Existing, JobCommand, Receipt, Record, Refused
 from events.counters import Tally
 from events.errors import (
     ForeignHead,
@@ -135,8 +135,6 @@ class Inbox(Generic[T]):
 
 class Log:
     """The event log, written by this process alone (take the locks of `events.sqlite.datalock` before).
-
-    `events.postgres.log` is the one of several servers.
 
     Args:
         path: of the ledger, which readers open.
@@ -307,7 +305,7 @@ class Log:
         return await self.begin(Record((Draft(self._new_id(), data, SYSTEM),)))
 
     async def begin(self, command: Command) -> Receipt:
-        """Append the start of this server, or its joining as a node, before anything else.
+        """Append the start of this server before anything else.
 
         Then copy the WAL into the file, so that a copy of the file alone shows that the server runs.
         """

@@ -105,14 +105,14 @@ def evolve_node(node: Node | None, data: NodeData, *, position: int, recorded_at
 
 
 def evolve_nodes(
-    nodes: Mapping[str, Node],
+    nodes: dict[str, Node],
     data: NodeData,
     *,
     position: int,
     recorded_at: Timestamp,
     read_owners: Callable[[], Collection[str]],
 ) -> Mapping[str, Node | None]:
-    """Return the nodes that an event changed; None for those that are forgotten, when another one joins.
+    """Fold an event into `nodes`, and return those that changed; None for those that are forgotten at a join.
 
     Args:
         nodes: those before.
@@ -129,6 +129,11 @@ def evolve_nodes(
     if isinstance(data, NodeJoined):
         long_ended = {each.id for each in nodes.values() if is_forgotten(each.ended_at, recorded_at)}
         changed |= dict.fromkeys((long_ended - {after.id}).difference(read_owners() if long_ended else ()))
+    for key, node in changed.items():
+        if node is None:
+            del nodes[key]
+        else:
+            nodes[key] = node
     return changed
 
 
@@ -151,7 +156,7 @@ def ends_processes(data: object, node_id: str | None) -> bool:
 
 
 def find_placer(nodes: Mapping[str, Node], untrusted: Collection[str] = ()) -> str | None:
-    """Return the node that does what belongs to no node: the lowest one, of those that drain only at last.
+    """Return the placer: the trusted, present node with the lowest name; one that drains only if all do.
 
     `untrusted` are nodes whose joins the nodes' keys have not signed: they do nothing.
     """

@@ -1,30 +1,26 @@
-"""The live state: all models, the unended jobs, tokens and nodes, folded one event at a time.
+"""The live state: all models, the unended jobs and the registers, folded one event at a time.
 
-`State` is the writer's, and `State.of` the part of it that a node works on; an `Transaction` folds a
-transaction on top of it; `Entities` folds the same, faster, for replay and verification.
+`State` is the writer's; a `Transaction` folds a transaction on top of it; `Entities` folds the same, faster,
+for replay and verification.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from types import MappingProxyType
-from typing import Any, Never, TypeVar
+from typing import Any, TypeVar
 
 from msgspec import Struct
 
 from events.clock import Timestamp, add_seconds
 from events.jobs import Job, JobKind, evolve_job
 from events.models import Model, ModelState, evolve_model
-from events.nodes import Node, evolve_nodes, find_placer
-from events.tokens import Token, evolve_tokens
+from events.presence import Transition
+from events.registers import NOTHING, OF_REGISTERS, RegisterChanges, RegisterEntry, Registers
 from events.types import (
     ENDS_OF_PROCESSES,
-    OF_NODES,
-    OF_TOKENS,
     REPLACEMENTS,
     CancelRequested,
     Event,
@@ -93,7 +89,7 @@ class KnownRequests:
 
 @dataclass(slots=True)
 class State:
-    """Models, jobs, tokens and nodes after the event at `position`.
+    """Models, jobs and registers after the event at `position`.
 
     They are immutable values. Only the writer changes the maps; everything else reads them.
 
@@ -101,9 +97,7 @@ class State:
         keys: idempotency keys in memory; the writer reads those that its commands name from the log.
         joins: joins in memory; the writer reads those that matter to its commands from the log.
         queues: the unended jobs of each model, oldest first.
-        tokens: by their ids; those of a transaction are a copy, made by its first event about a token.
-        shares_tokens: whether `tokens` still is the map of the state before.
-        nodes: by their ids; a map is never changed, since events about nodes are rare.
+        registers: what concerns no model.
         backlog: the number of unended jobs.
     """
 
@@ -114,9 +108,7 @@ class State:
     keys: MutableMapping[str, KnownKey] = field(default_factory=dict)
     joins: set[Join] = field(default_factory=set)
     queues: MutableMapping[str, tuple[Job, ...]] = field(default_factory=dict)
-    tokens: dict[str, Token] = field(default_factory=dict)
-    shares_tokens: bool = False
-    nodes: Mapping[str, Node] = field(default_factory=dict)
+    registers: Registers = field(default_factory=Registers)
     backlog: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -148,45 +140,8 @@ class State:
         )
         return max(candidates, key=lambda model: model.rank or 0, default=None)
 
-    def of(
-        self, node_id: str | None, epoch: int | None = None, untrusted: AbstractSet[str] = frozenset()
-    ) -> State:
-        """Return the part of the state that a node works on; None is the whole, of a server without nodes.
-
-        Each unended job, and each model that has or lost a load, belongs to one node: what belongs to none
-        that is present, and not `untrusted`, is the placer's. Of a node whose epoch is over, or not `epoch`,
-        nothing is left.
-        """
-        if node_id is None:
-            return self
-        node = self.nodes.get(node_id)
-        if node is None or not node.is_present or epoch not in (None, node.epoch):
-            return State(self.position, self.recorded_at, nodes=self.nodes)
-        placer = find_placer(self.nodes, untrusted)
-        present = {node.id for node in self.nodes.values() if node.is_present} - untrusted
-        models = (model for model in self.models.values() if model.serving is not None)
-        jobs = chain.from_iterable(self.queues.values())
-        return State(
-            self.position,
-            self.recorded_at,
-            {model.id: model for model in models if (_node_of_model(model, present) or placer) == node_id},
-            {job.id: job for job in jobs if (self._node_of_job(job, present) or placer) == node_id},
-            nodes=self.nodes,
-        )
-
-    def _node_of_job(self, job: Job, present: AbstractSet[str]) -> str | None:
-        """Return the present node of a job: where it is placed, or where the load is that it ends."""
-        model = self.models.get(job.model_id)
-        if job.unload is not None and has_turn(job) and model is not None:
-            target = self.unended_job(job.unload.load_job_id) if model.serving is None else None
-            if target is not None and target.node_id in present:
-                return target.node_id
-            if (node_id := _node_of_model(model, present)) is not None:
-                return node_id
-        return job.node_id if job.node_id in present else None
-
     def apply(self, event: Event) -> Changes:
-        if type(event.data) in _OF_NO_MODEL:
+        if type(event.data) in OF_NO_MODEL:
             changes = self._apply_to_no_model(event)
         else:
             changes = self._apply_to_one(event)
@@ -198,11 +153,7 @@ class State:
         return changes
 
     def _apply_to_no_model(self, event: Event) -> Changes:
-        if self.shares_tokens and isinstance(event.data, OF_TOKENS):
-            self.tokens, self.shares_tokens = dict(self.tokens), False
-        changes = _fold_of_no_model(event, self.models, self.unended, self.tokens, self.nodes)
-        if changes.nodes:
-            self.nodes = _merge_nodes(self.nodes, changes.nodes)
+        changes = _fold_of_no_model(event, self.models, self.unended, self.registers)
         if changes.models or changes.jobs:
             unended = self.unended()
             self.models.update(changes.models)
@@ -211,11 +162,11 @@ class State:
         return changes
 
     def _apply_to_one(self, event: Event) -> Changes:
-        """Fold an event that concerns at most one job and one model: all but those of servers and nodes."""
+        """Fold an event that concerns at most one job and one model, as most do."""
         model_id, job_id = event.model_id, event.job_id
         before = self.unended_job(job_id)
-        models: Mapping[str, Model] = _NOTHING
-        jobs: Mapping[str, Job] = _NOTHING
+        models: Mapping[str, Model] = NOTHING
+        jobs: Mapping[str, Job] = NOTHING
         if model_id is not None:
             old_model = self.models.get(model_id)
             new_model = evolve_model(old_model, event, before)
@@ -257,11 +208,6 @@ class State:
         self.queues.update({model_id: tuple(queue) for model_id, queue in queues.items()})
 
 
-def _node_of_model(model: Model, present: AbstractSet[str]) -> str | None:
-    node_id = model.serving.node_id if model.serving is not None else None
-    return node_id if node_id in present else None
-
-
 def _age(job: Job) -> int:
     return job.created_position
 
@@ -271,56 +217,40 @@ def has_turn(job: Job) -> bool:
     return job.kind is JobKind.LOAD or job.cause not in REPLACEMENTS
 
 
-_NOTHING: Mapping[str, Never] = MappingProxyType({})
-
-_OF_NO_MODEL = frozenset({*ENDS_OF_PROCESSES, *OF_NODES, *OF_TOKENS})
+OF_NO_MODEL = ENDS_OF_PROCESSES | OF_REGISTERS
 """The events that concern no single model or job; one look-up finds that an event is none of them."""
 
 
-class Changes(Struct, frozen=True):
-    """The entities that an event, or a transaction, changed; None for tokens and nodes that went."""
+class Changes(Struct, frozen=True, gc=False):
+    """The entities that an event, or a transaction, changed.
+
+    Attributes:
+        transitions: of the servers, by an event.
+        steps: those events of a transaction that changed models or made transitions, and what each changed.
+    """
 
     models: Mapping[str, Model]
     jobs: Mapping[str, Job]
-    tokens: Mapping[str, Token | None] = _NOTHING
-    nodes: Mapping[str, Node | None] = _NOTHING
+    registers: RegisterChanges = NOTHING
+    transitions: Sequence[Transition] = ()
+    steps: Sequence[tuple[Event, Changes]] = ()
 
 
 def _fold_of_no_model(
-    event: Event,
-    models: Mapping[str, Model],
-    unended: Callable[[], Iterable[Job]],
-    tokens: dict[str, Token],
-    nodes: Mapping[str, Node],
+    event: Event, models: Mapping[str, Model], unended: Callable[[], Iterable[Job]], registers: Registers
 ) -> Changes:
-    """Return what an event about a token, a server or a node changes; only `tokens` has it then."""
-    data, position, recorded_at = event.data, event.position, event.recorded_at
-    if isinstance(data, OF_TOKENS):
-        changed = evolve_tokens(tokens, data, position=position, recorded_at=recorded_at, actor=event.actor)
-        return Changes(_NOTHING, _NOTHING, changed)
-
-    def read_owners() -> set[str]:
-        owners = {model.serving.node_id for model in models.values() if model.serving is not None}
-        return {each for each in (*owners, *(job.node_id for job in unended())) if each is not None}
-
-    of_nodes: Mapping[str, Node | None] = _NOTHING
-    if isinstance(data, OF_NODES):
-        of_nodes = evolve_nodes(
-            nodes, data, position=position, recorded_at=recorded_at, read_owners=read_owners
-        )
-    if type(data) not in ENDS_OF_PROCESSES:
-        return Changes(_NOTHING, _NOTHING, nodes=of_nodes)
+    """Return what an event changes that concerns no single model or job; only `registers` have it then."""
+    changed, transitions = registers.apply(event, models, unended)
+    if type(event.data) not in ENDS_OF_PROCESSES:
+        return Changes(NOTHING, NOTHING, changed, transitions)
     new_models = ((model, evolve_model(model, event, None)) for model in models.values())
     new_jobs = ((job, evolve_job(job, event)) for job in unended())
     return Changes(
         {new.id: new for old, new in new_models if new is not None and new is not old},
         {new.id: new for old, new in new_jobs if new is not None and new is not old},
-        nodes=of_nodes,
+        changed,
+        transitions,
     )
-
-
-def _merge_nodes(nodes: Mapping[str, Node], changed: Mapping[str, Node | None]) -> Mapping[str, Node]:
-    return {key: node for key, node in {**nodes, **changed}.items() if node is not None}
 
 
 class _Layers(ChainMap[str, T]):
@@ -353,21 +283,21 @@ class Transaction:
             _Layers({}, dict(known.keys if known is not None else {})),
             set(known.joins if known is not None else ()),
             _Layers(self._queues, base.queues),
-            base.tokens,
-            shares_tokens=True,
-            nodes=base.nodes,
+            base.registers.fork(),
         )
-        self._tokens: dict[str, Token | None] = {}
-        self._nodes: dict[str, Node | None] = {}
+        self._registers: dict[str, dict[str, RegisterEntry | None]] = {}
+        self._steps: list[tuple[Event, Changes]] = []
 
     @property
     def changes(self) -> Changes:
-        return Changes(self._models, self._jobs, self._tokens, self._nodes)
+        return Changes(self._models, self._jobs, self._registers, steps=self._steps)
 
     def apply(self, event: Event) -> None:
         changes = self.state.apply(event)
-        self._tokens.update(changes.tokens)
-        self._nodes.update(changes.nodes)
+        if changes.models or changes.transitions:
+            self._steps.append((event, changes))
+        for name, entries in changes.registers.items():
+            self._registers.setdefault(name, {}).update(entries)
 
     def commit(self) -> None:
         self._base.models.update(self._models)
@@ -377,7 +307,7 @@ class Transaction:
         for model_id in self._queues:
             if not self._base.queues[model_id]:
                 del self._base.queues[model_id]
-        self._base.tokens, self._base.nodes = self.state.tokens, self.state.nodes
+        self._base.registers = self.state.registers
         self._base.backlog = self.state.backlog
         self._base.position, self._base.recorded_at = self.state.position, self.state.recorded_at
 
@@ -388,27 +318,25 @@ class Entities:
     Args:
         models: where the fold begins.
         jobs: the unended ones there.
-        tokens: those there.
-        nodes: those there.
+        registers: those there.
+
+    Attributes:
+        common: what the last event changed that concerns no single model or job.
     """
 
-    __slots__ = ("jobs", "models", "nodes", "tokens")
+    __slots__ = ("common", "jobs", "models", "registers")
 
     def __init__(
-        self,
-        models: Iterable[Model] = (),
-        jobs: Iterable[Job] = (),
-        tokens: Iterable[Token] = (),
-        nodes: Iterable[Node] = (),
+        self, models: Iterable[Model] = (), jobs: Iterable[Job] = (), registers: Registers | None = None
     ) -> None:
         self.models = {model.id: model for model in models}
         self.jobs = {job.id: job for job in jobs}
-        self.tokens = {token.id: token for token in tokens}
-        self.nodes = {node.id: node for node in nodes}
+        self.registers = registers or Registers()
+        self.common = Changes(NOTHING, NOTHING)
 
     def apply(self, event: Event) -> Job | None:
         """Fold one event and return the job that ended with it, which is then dropped."""
-        if type(event.data) in _OF_NO_MODEL:
+        if type(event.data) in OF_NO_MODEL:
             self._apply_to_no_model(event)
             return None
         job_id, model_id = event.job_id, event.model_id
@@ -429,8 +357,6 @@ class Entities:
         return job
 
     def _apply_to_no_model(self, event: Event) -> None:
-        changes = _fold_of_no_model(event, self.models, self.jobs.values, self.tokens, self.nodes)
+        self.common = changes = _fold_of_no_model(event, self.models, self.jobs.values, self.registers)
         self.models.update(changes.models)
         self.jobs.update(changes.jobs)
-        if changes.nodes:
-            self.nodes = dict(_merge_nodes(self.nodes, changes.nodes))

@@ -1,12 +1,12 @@
 """The interface between the writer and a storage, and the values they exchange. `Log` knows no SQL.
 
-`events.sqlite` keeps a ledger in one file; `events.postgres` keeps one for several servers in a database.
+`events.sqlite` keeps a ledger in one file; a database can keep one for several servers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -40,58 +40,46 @@ RawRow = tuple[int, bytes, bytes]
 
 
 class ArchiveRecord(NamedTuple):
-    """An archive as the ledger lists it: hashes are of its last event, its file and the state at its end."""
+    """An archive as the ledger lists it: the position and time of its last event, and its file's name."""
 
-    first_position: int
     last_position: int
-    hash: bytes
-    archived_at: str
+    recorded_at: str
     file: str
-    sha256: bytes
-    state_sha256: bytes
-    folds: int
 
     def __str__(self) -> str:
-        return f"positions {self.first_position} to {self.last_position}, {self.file!r}"
-
-    def members(self) -> dict[str, object]:
-        """Return the members of the JSON form: what verification and messages need."""
-        return {
-            "first_position": self.first_position,
-            "last_position": self.last_position,
-            "file": self.file,
-            "folds": self.folds,
-        }
-
-
-KINDS = ("model", "job", "token", "node")
-"""The kinds of entities of the state at a base, in the order in which they are hashed."""
+        return f"{self.file!r}, up to position {self.last_position}"
 
 
 class BaseEntity(NamedTuple):
-    """A part of the state at a base as it is stored; keys sort by code point, as entities are hashed."""
+    """A part of the state at a base as it is stored: a model, job, token or node.
+
+    The key of a job is the position at which it was created, in 19 digits, so that keys sort as positions do.
+    """
 
     kind: str
     key: str
     body: str
 
 
+def digest_state(entities: Iterable[BaseEntity]) -> bytes:
+    """Return the SHA-256 of a state: of its lines, sorted by kind and key, by code point."""
+    lines = (f"{each.kind} {each.key} {each.body}\n" for each in sorted(entities))
+    return hashlib.sha256("".join(lines).encode()).digest()
+
+
 @dataclass(frozen=True, slots=True)
 class StoredBase:
-    """The beginning of a log: its base, the archives that lead to it in order, and the state there."""
+    """The beginning of a log: its base, the state there with its digest, and the archives that lead to it."""
 
     base: Anchor
-    archives: tuple[ArchiveRecord, ...] = ()
+    state_sha256: bytes
     entities: tuple[BaseEntity, ...] = ()
+    archives: tuple[ArchiveRecord, ...] = ()
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the state is what archiving wrote: its bodies, each followed by a line feed."""
-        if self.base.position == 0 or not {each.kind for each in self.entities} <= set(KINDS):
-            return not self.entities
-        ordered = sorted(self.entities, key=lambda each: (KINDS.index(each.kind), each.key))
-        digest = hashlib.sha256(b"".join(f"{each.body}\n".encode() for each in ordered)).digest()
-        return bool(self.archives) and self.archives[-1].state_sha256 == digest
+        """Whether the state is what archiving wrote."""
+        return digest_state(self.entities) == self.state_sha256
 
     def bodies(self, kind: str) -> Sequence[tuple[str]]:
         return [(each.body,) for each in self.entities if each.kind == kind]

@@ -5,8 +5,7 @@ written once as coroutines over one of the transports in transports/. An operati
 
     operations.py    arguments -> request (paging, polling in jobs.py, events in stream.py)
     inference.py     arrays -> request and answer -> arrays, in binary; datatypes in tensors.py
-    requests.py      requests; answer -> value of records.py or exception
-    retries.py       request -> answer, with retries and back-off
+    requests.py      request -> answer, with retries and back-off; answer -> value of records.py or exception
     errors.py        the exceptions
     profiles.py      which server: variables and profiles
 

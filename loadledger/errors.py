@@ -18,6 +18,21 @@ REASON_CHARACTERS = 4096
 ID_CHARACTERS = 100
 """Longest id and status of a job; a real server's are shorter."""
 _ENDS = {"failed": "failed", "cancelled": "was cancelled"}
+ADVICE = {
+    "no_credentials": "set LOADLEDGER_TOKEN, or save one with `loadledger login`"
+    " (`loadledger token` creates one)",
+    "invalid_token": "get a new one: `loadledger token` creates one",
+    "forbidden": "use a token with that role (`loadledger token --role …`)",
+    "unknown_model": "`loadledger models` lists them",
+    "unknown_version": "`loadledger show MODEL` lists its versions",
+    "unknown_job": "`loadledger jobs` lists them",
+    "unknown_node": "`loadledger nodes` lists them",
+    "unknown_token": "`loadledger token list` lists them",
+    "not_loaded": "`loadledger ps` lists loaded models",
+    "nothing_loaded": "`loadledger ps` lists loaded models",
+    "model_not_loaded": "`loadledger load MODEL --wait` loads it",
+}
+"""Advice, by the server's error codes."""
 
 
 class ClientProblem(Exception):
@@ -98,13 +113,10 @@ class Archived(ServerError):
     """
 
     oldest: int
-    after: int
 
-    def begin_at(self, oldest: int) -> Archived:
-        """Set the first position that the log holds; return self."""
-        self.oldest = oldest
-        self.after = max(0, oldest - 1)
-        return self
+    @property
+    def after(self) -> int:
+        return max(0, self.oldest - 1)
 
 
 class BadAnswer(ClientProblem):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from loadledger.address import Address
-from loadledger.errors import BadAnswer, ServerError
+from loadledger.errors import ServerError
 from loadledger.records import ModelMetadata
 from loadledger.requests import (
     HEADER_LENGTH,
@@ -25,9 +25,11 @@ from loadledger.requests import (
     Request,
     decode_value,
     encode_json,
+    fetch,
+    foreign_answer,
     get_request,
+    send_request,
 )
-from loadledger.retries import fetch, send_request
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """By name: an array, a nested list or a tensor of the protocol; or a list of named tensors.
@@ -252,7 +254,7 @@ def decode_inference(answer: Answer, address: Address) -> InferenceResult:
     length = answer.headers.get(HEADER_LENGTH.lower(), str(len(body)))
     is_length = length.isascii() and length.isdecimal() and len(length) <= MAX_LENGTH_DIGITS
     if not is_length or int(length) > len(body):
-        raise _foreign(address, "a length beyond the body")
+        raise foreign_answer(address, "a length beyond the body")
     head = decode_value(Answer(answer.status, answer.headers, body[: int(length)]), InferenceHead, address)
     arrays, start = dict[str, Any](), int(length)
     for output in head.outputs:
@@ -265,7 +267,7 @@ def decode_inference(answer: Answer, address: Address) -> InferenceResult:
             data = body[start : start + size]
             arrays[output.name] = tensors.unpack(output.datatype, data, output.shape)
         except (ValueError, OverflowError, MemoryError) as error:
-            raise _foreign(address, str(error)) from None
+            raise foreign_answer(address, str(error)) from None
         start += size
     return InferenceResult(arrays, {output.name: output.datatype for output in head.outputs}, head)
 
@@ -325,7 +327,3 @@ def _input_head(tensor: InputTensor) -> Json:
         return tensor.members
     parameters = {**(tensor.members.get("parameters") or {}), "binary_data_size": len(tensor.data)}
     return {**tensor.members, "parameters": parameters}
-
-
-def _foreign(address: Address, why: str) -> BadAnswer:
-    return BadAnswer(f"{address.url} does not answer as loadledger does ({why}): is this its URL?")

@@ -13,8 +13,7 @@ from math import inf
 from loadledger.address import path
 from loadledger.errors import ClientProblem, JobFailed, JobUnfinished
 from loadledger.records import Job
-from loadledger.requests import CallContext, Request, get_request
-from loadledger.retries import back_off_s, fetch, is_transient
+from loadledger.requests import CallContext, Request, back_off_s, fetch, get_request, is_transient
 
 PREFERRED_S = 20
 """Seconds for `Prefer: wait`: less than the usual timeout of a proxy."""

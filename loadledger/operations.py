@@ -33,10 +33,12 @@ from loadledger.requests import (
     Request,
     decode_refusal,
     encode_json,
+    fetch,
+    fetch_with_retries,
     get_request,
     post_request,
+    send_request,
 )
-from loadledger.retries import fetch, fetch_with_retries, send_request
 from loadledger.stream import (
     EventSelection,
     JobPage,
@@ -168,7 +170,7 @@ class Operations:
             source: an ONNX file, with the files that it names; or a folder of a version, or of Hugging Face
                 with `onnx/model.onnx` (`loadledger.uploads.find_version_files`).
             version: its number; default: the highest plus 1.
-            on_progress: called with the bytes that were sent, and those of all files.
+            on_progress: called before a part is sent, with the bytes up to its end, and those of all files.
 
         Raises:
             ValueError: there is no model at the source, or several.

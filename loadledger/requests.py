@@ -1,4 +1,4 @@
-"""Requests, answers, and what a transport has to do.
+"""Requests, answers, what a transport has to do, and retries: back-off with jitter, and Retry-After.
 
 Nothing in an answer is trusted: it becomes a value of records.py or an exception with a printable message.
 """
@@ -9,13 +9,14 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from loadledger.address import Address, query
 from loadledger.errors import (
+    ADVICE,
     Archived,
     BadAnswer,
     Busy,
@@ -23,6 +24,7 @@ from loadledger.errors import (
     NotAllowed,
     NotFound,
     ServerError,
+    ServerUnreachable,
     printable,
 )
 from loadledger.uploads import FileBody
@@ -41,6 +43,13 @@ PROBLEM_BYTES = 2**16
 """A longer problem body is not parsed; the server's own are far smaller."""
 LONGEST_RETRY_AFTER_S = 300.0
 """Upper limit of Retry-After: a wrong value must not stop a client for longer."""
+RETRY_FOR_S = 10.0
+"""Retries after a lost connection end after this; a restart of the server takes less."""
+MAX_ATTEMPTS = 10
+"""Attempts in a row to fetch a page that the server defers."""
+FIRST_BACK_OFF_S = 0.2
+LONGEST_BACK_OFF_S = 2.0
+"""Back-off between attempts: a return is noticed soon, and a refused connection costs nearly nothing."""
 _SUCCESS, _REDIRECT = range(200, 300), range(300, 400)
 _KINDS: Mapping[int, type[ServerError]] = {
     401: NotAllowed,
@@ -51,10 +60,6 @@ _KINDS: Mapping[int, type[ServerError]] = {
     502: Busy,
     503: Busy,
     504: Busy,
-}
-_ADVICE = {
-    "no_credentials": "give a token: `loadledger token` creates one",
-    "invalid_token": "get a new one: `loadledger token` creates one",
 }
 _CODE = re.compile(r"[a-z0-9_]{1,64}")
 MAX_KEY_CHARACTERS = 255
@@ -161,7 +166,8 @@ def decode_value(answer: Answer, kind: type[T], address: Address) -> T:
     try:
         return msgspec.json.decode(answer.body, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise BadAnswer(_describe_foreign(address, answer, printable(str(error), 200))) from None
+        media_type = printable(address.hide(answer.headers.get("content-type", "no media type")), 100)
+        raise foreign_answer(address, f"{media_type}: {printable(str(error), 200)}") from None
 
 
 def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
@@ -183,9 +189,11 @@ def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
         printable(address.hide(detail), DETAIL_CHARACTERS),
         retry_after_s=parse_retry_after(answer.headers),
         instance=printable(address.hide(instance), 200) if isinstance(instance, str) else None,
-        advice=_ADVICE.get(code, ""),
+        advice=ADVICE.get(code, ""),
     )
-    return error.begin_at(members["oldest"]) if isinstance(error, Archived) else error
+    if isinstance(error, Archived):
+        error.oldest = members["oldest"]
+    return error
 
 
 def problem_code(answer: Answer) -> str | None:
@@ -225,9 +233,8 @@ def _is_position(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
-def _describe_foreign(address: Address, answer: Answer, why: str) -> str:
-    media_type = printable(address.hide(answer.headers.get("content-type", "no media type")), 100)
-    return f"{address.url} does not answer as loadledger does ({media_type}: {why}): is this its URL?"
+def foreign_answer(address: Address, why: str) -> BadAnswer:
+    return BadAnswer(f"{address.url} does not answer as loadledger does ({why}): is this its URL?")
 
 
 def _chance() -> float:
@@ -297,3 +304,72 @@ def encode_json(body: Any) -> bytes:
         return msgspec.json.encode(body)
     except (TypeError, RecursionError, msgspec.MsgspecError) as error:
         raise ValueError(f"a value cannot be written as JSON: {error}") from error
+
+
+async def send_request(context: CallContext, request: Request) -> Answer:
+    """Send a request and return its answer; resend a repeatable one for a while after lost connections.
+
+    The time for which the server was asked to hold its answer does not count: it may be lost at its end.
+    """
+    limit_s = request.patience_s + min(RETRY_FOR_S, request.timeout_s or context.timeout_s)
+    until, failures, sent = context.now() + limit_s, 0, False
+    while True:
+        try:
+            return await context.transport.send(request)
+        except ServerUnreachable as problem:
+            sent, failures = sent or problem.sent, failures + 1
+            wait_s = back_off_s(problem, failures, context.chance())
+            if not (request.repeatable and sent) or context.now() + wait_s > until:
+                raise
+            await context.transport.pause(wait_s)
+
+
+async def fetch(context: CallContext, request: Request, kind: type[T]) -> T:
+    return decode_value(await send_request(context, request), kind, context.address)
+
+
+async def fetch_with_retries(context: CallContext, request: Request, kind: type[T], *, reached: bool) -> T:
+    """Fetch a value; retry when the server says so or is back.
+
+    A server that never answered before and lets the whole time limit pass is not asked again.
+
+    `reached` says whether the server has answered before.
+    """
+    once, failures, has_answered = replace(request, repeatable=False), 0, reached
+    until = context.now() + (request.timeout_s or context.timeout_s)
+    while True:
+        try:
+            return await fetch(context, once, kind)
+        except ClientProblem as problem:
+            failures += 1
+            reached = reached or getattr(problem, "sent", False)
+            is_silent = not has_answered and context.now() >= until
+            if is_silent or failures >= MAX_ATTEMPTS or not is_transient(problem, reached=reached):
+                raise
+            wait_s = back_off_s(problem, failures, context.chance())
+        await context.transport.pause(wait_s)
+
+
+def is_transient(problem: ClientProblem, *, reached: bool) -> bool:
+    """Whether a problem is transient, so that a retry may help.
+
+    A server that never answered is more often a wrong URL than one that starts, so that is no reason to
+    retry. A rate limit always is.
+    """
+    if isinstance(problem, Busy):
+        return reached or problem.code == "rate_limited"
+    return reached and isinstance(problem, ServerUnreachable)
+
+
+def back_off_s(problem: ClientProblem | None, failures: int, chance: float) -> float:
+    """Return the back-off: exponential, with jitter so that many clients do not return at once.
+
+    Args:
+        problem: its Retry-After is the least.
+        failures: in a row, counted from 1.
+        chance: the jitter, from 0 to 1.
+    """
+    wanted = min(FIRST_BACK_OFF_S * 2.0 ** min(failures - 1, 10), LONGEST_BACK_OFF_S) * (0.5 + chance / 2)
+    if isinstance(problem, Busy) and problem.retry_after_s is not None:
+        return max(wanted, problem.retry_after_s)
+    return wanted

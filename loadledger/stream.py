@@ -13,13 +13,19 @@ from typing import Any
 
 import msgspec
 
-from loadledger import requests
 from loadledger.address import query
 from loadledger.errors import BadAnswer, ClientProblem
 from loadledger.jobs import AwayCallback
 from loadledger.records import Event, Job, Model
-from loadledger.requests import CallContext, Request, get_request
-from loadledger.retries import back_off_s, fetch_with_retries, is_transient
+from loadledger.requests import (
+    CallContext,
+    Request,
+    back_off_s,
+    decode_refusal,
+    fetch_with_retries,
+    get_request,
+    is_transient,
+)
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line of an event; it bounds memory."""
@@ -296,7 +302,7 @@ async def _stream(
     with closing(stream):
         answer = stream.answer
         if answer.status != HTTPStatus.OK:
-            raise requests.decode_refusal(answer, context.address)
+            raise decode_refusal(answer, context.address)
         if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != LINES:
             raise BadAnswer(f"{context.address.url} does not answer with an event stream: is this its URL?")
         progress.reached, progress.reported = True, False

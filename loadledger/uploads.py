@@ -142,7 +142,8 @@ class FileBody:
 
     Attributes:
         sha256: of the file, in hexadecimal digits.
-        on_chunk: called with the bytes of the file that were sent, after each part.
+        on_chunk: called before a part is sent, with the bytes of the file up to the end of that part.
+            If it were called after the part, the last call could be missing: the answer may come first.
     """
 
     file: VersionFile
@@ -167,9 +168,9 @@ class FileBody:
         """
         sent = 0
         for chunk in _read_chunks(self.file):
-            yield chunk
             sent += len(chunk)
             self.on_chunk(sent)
+            yield chunk
 
 
 def hash_files(source: VersionSource) -> dict[str, str]:

@@ -24,14 +24,17 @@ WHERE idempotency_key IS NOT NULL;
 CREATE INDEX events_by_join ON events (job_id, actor)
 WHERE type IN ('LoadJoined', 'UnloadJoined', 'CancelRequested');
 
--- Where chain and rebuild begin: the last archived event, at first position 0 and 32 zero bytes.
+-- Where chain and rebuild begin: the last archived event, at first position 0 and 32 zero bytes. state_sha256 is of
+-- the lines "kind key body" of base_state, sorted by kind and key: at first of none.
 CREATE TABLE base (
   one INTEGER PRIMARY KEY CHECK (one = 1),
   position INTEGER NOT NULL CHECK (position >= 0),
-  hash BLOB NOT NULL CHECK (typeof(hash) = 'blob' AND length(hash) = 32)
+  hash BLOB NOT NULL CHECK (typeof(hash) = 'blob' AND length(hash) = 32),
+  state_sha256 BLOB NOT NULL CHECK (typeof(state_sha256) = 'blob' AND length(state_sha256) = 32)
 );
 
-INSERT INTO base (one, position, hash) VALUES (1, 0, zeroblob(32));
+INSERT INTO base (one, position, hash, state_sha256)
+VALUES (1, 0, zeroblob(32), x'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855');
 
 -- Without this one, INSERT OR REPLACE would overwrite an event silently.
 CREATE TRIGGER events_only_at_head BEFORE INSERT ON events
@@ -69,16 +72,19 @@ END;
 
 -- The projections, written in the transaction of their events; the position that they reflect, and the version
 -- of the folds that made them: other folds make them anew.
+-- An ended job has a landmark: the roundest of the positions after which it had not ended (`events.history`).
 CREATE TABLE jobs (
   created_position INTEGER PRIMARY KEY,
   id TEXT NOT NULL UNIQUE,
   body TEXT NOT NULL,
+  landmark INTEGER,
   model_id TEXT GENERATED ALWAYS AS (json_extract(body, '$.model_id')) VIRTUAL NOT NULL,
   status TEXT GENERATED ALWAYS AS (json_extract(body, '$.status')) VIRTUAL NOT NULL
 );
 
 CREATE INDEX jobs_by_model ON jobs (model_id, created_position);
 CREATE INDEX jobs_by_status ON jobs (status, created_position);
+CREATE INDEX jobs_by_landmark ON jobs (landmark) WHERE landmark IS NOT NULL;
 
 -- With rowids: without, what is longer than a kilobyte goes to a page of its own, written at each change.
 CREATE TABLE models (
@@ -117,49 +123,44 @@ CREATE TABLE last_seen (
   seen_at TEXT NOT NULL
 );
 
--- The live state at some positions, so that any moment of the past is folded from near by. What the log says of
--- it counts: these are forgotten and made anew with the projections.
-CREATE TABLE snapshots (
-  position INTEGER PRIMARY KEY
-);
-
--- Of each model only what differs from its row before: a snapshot has, of each, the latest row up to there.
-CREATE TABLE model_snapshots (
+-- Each change of a model: what the API shows of it after the event at the position. Files and memory of its load
+-- are in the event at body's `load`. is_common is 1 where the event is no event of the model: at starts and ends
+-- of servers and nodes, and at the base. The other rows are found through events_by_model.
+CREATE TABLE model_history (
+  position INTEGER NOT NULL,
   model_id TEXT NOT NULL,
-  position INTEGER NOT NULL,
+  is_common INTEGER NOT NULL,
   body TEXT NOT NULL,
-  UNIQUE (model_id, position)
-);
+  PRIMARY KEY (position, model_id)
+) STRICT, WITHOUT ROWID;
 
--- All jobs that had not ended.
-CREATE TABLE job_snapshots (
+CREATE INDEX model_history_by_model ON model_history (model_id, position) WHERE is_common;
+
+-- Each change of the server's state, which has no node_id, and of a node's. seen_at is until when the state before
+-- is known to have lasted; null is until the event. A node that is forgotten has no state.
+CREATE TABLE presence (
   position INTEGER NOT NULL,
-  created_position INTEGER NOT NULL,
+  node_id TEXT NOT NULL,
+  state TEXT,
+  at TEXT,
+  seen_at TEXT,
+  PRIMARY KEY (node_id, position)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX presence_by_position ON presence (position);
+
+-- The state at the base, which stands for archived events: models, jobs, tokens and nodes. The key of a job is the
+-- position at which it was created, in 19 digits.
+CREATE TABLE base_state (
+  kind TEXT NOT NULL,
+  key TEXT NOT NULL,
   body TEXT NOT NULL,
-  UNIQUE (position, created_position)
+  PRIMARY KEY (kind, key)
 );
 
--- The tokens and nodes at the base, which archived events name: a part of the state there.
-CREATE TABLE base_tokens (
-  id TEXT NOT NULL PRIMARY KEY,
-  body TEXT NOT NULL
-);
-
-CREATE TABLE base_nodes (
-  id TEXT NOT NULL PRIMARY KEY,
-  body TEXT NOT NULL
-);
-
--- Where events went that are no longer here: one row for each archive, in the transaction that moved the base.
--- sha256 is the file's, state_sha256 that of the state at the base, which stands for those events here and stays
--- as it was archived: folds is the version of the folds that made it.
+-- The files that have the archived events, each by its last position and the time of that event.
 CREATE TABLE archives (
   last_position INTEGER PRIMARY KEY,
-  first_position INTEGER NOT NULL,
-  hash BLOB NOT NULL CHECK (typeof(hash) = 'blob' AND length(hash) = 32),
-  archived_at TEXT NOT NULL,
-  file TEXT NOT NULL,
-  sha256 BLOB NOT NULL CHECK (typeof(sha256) = 'blob' AND length(sha256) = 32),
-  state_sha256 BLOB NOT NULL CHECK (typeof(state_sha256) = 'blob' AND length(state_sha256) = 32),
-  folds INTEGER NOT NULL
+  recorded_at TEXT NOT NULL,
+  file TEXT NOT NULL
 );

@@ -1,6 +1,6 @@
 """The log's SQL schemas: numbered files, each applied once, in one transaction, by `events`.
 
-The files here are for `events.sqlite.schema`, those in `postgres` for `events.postgres.schema`.
+The files here are for `events.sqlite.schema`, those in `postgres` for `nodes.postgres.schema`.
 """
 
 from __future__ import annotations

@@ -58,8 +58,9 @@ class RuntimeProblem(Exception):
 
     code: str = "runtime_problem"
 
-    def __init__(self, message: str | None = None) -> None:
+    def __init__(self, message: str | None = None, *, code: str | None = None) -> None:
         super().__init__(message or (type(self).__doc__ or "").strip())
+        self.code = code or type(self).code
 
 
 class InvalidModelId(RuntimeProblem):
@@ -99,21 +100,6 @@ class StoreUnavailable(RuntimeProblem):
     """The store cannot be used at the moment; the message has the system's reason."""
 
     code = "store_unavailable"
-
-
-class StoreFull(RuntimeProblem):
-    """The version does not fit into the store beside the versions that are needed."""
-
-    code = "store_full"
-
-    def __init__(self, needed_bytes: int, kept_bytes: int, limit_bytes: int) -> None:
-        super().__init__(
-            f"the version takes {needed_bytes} bytes, and the store may take {limit_bytes}, of which"
-            f" {kept_bytes} are needed by other models: raise --store-size, or unload some"
-        )
-        self.needed_bytes = needed_bytes
-        self.kept_bytes = kept_bytes
-        self.limit_bytes = limit_bytes
 
 
 class DiskFull(RuntimeProblem):

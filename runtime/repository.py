@@ -212,16 +212,16 @@ class Repository:
 
     Args:
         root: the folder; it may be empty, or be created later.
+        is_removed: whether the ledger has a version as removed: then it is not there any more.
 
     Attributes:
         file_system: runs calls about one model in a thread.
-        is_removed: whether the ledger has a version as removed: then it is not there any more.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, is_removed: Callable[[str, int], bool] = lambda _, __: False) -> None:
         self.root = Path(os.path.realpath(root))
         self.file_system = FileSystemPool()
-        self.is_removed: Callable[[str, int], bool] = lambda _, __: False
+        self._is_removed = is_removed
         str(self.root).encode()  # ONNX Runtime opens paths as UTF-8: fail now, not at the first load
 
     def folders(self) -> list[str]:
@@ -333,7 +333,7 @@ class Repository:
             LoadRefused: `unsafe_file`; `model_changed`.
             RepositoryUnreadable: `repository_unreadable`.
         """
-        if self.is_removed(model_id, version):
+        if self._is_removed(model_id, version):
             raise UnknownVersion(model_id, version)
         with ExitStack() as stack:
             try:
@@ -357,7 +357,7 @@ class Repository:
         """Return why a folder is no complete version; None if it is one."""
         if not VERSION.fullmatch(name) or int(name) > MAX_VERSION:
             return f"is no version, which is a number from 1 to {MAX_VERSION} without zeros before it"
-        if self.is_removed(model_id, int(name)):
+        if self._is_removed(model_id, int(name)):
             return "was removed: delete the folder if it stays, and add the version again"
         folder = self.root / model_id / name
         seen, model = _stat(folder / MODEL_FILE, self.root), MODEL_FILE

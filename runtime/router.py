@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +12,10 @@ import msgspec
 
 from events.log import Log
 from events.models import Model, ModelState
-from events.nodes import Node
+from events.state import State
 from runtime.consumer.running import RunningLoad
 from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
-from runtime.process.requests import Answer
+from runtime.process.inflight import Answer
 from runtime.process.sharedmemory import Region
 from runtime.process.worker import Worker
 from runtime.repository import REQUEST_LIMIT_S, Repository, RepositoryBusy
@@ -47,10 +47,6 @@ class OtherVersionLoaded(ModelNotLoaded):
     """Another version than the named one is loaded."""
 
 
-class NodeAway(ModelNotLoaded):
-    """This node has not renewed its lease: its models may be loaded at other nodes; ask one of them."""
-
-
 class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     """A decoded request.
 
@@ -69,10 +65,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """The running load that answers for a model; `position` is that of its `ModelLoaded`.
-
-    `node_id` is this node; None of a server alone.
-    """
+    """The running load that answers for a model; `position` is that of its `ModelLoaded`."""
 
     model_id: str
     version: int
@@ -80,7 +73,6 @@ class Here:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     load: RunningLoad
-    node_id: str | None
 
     @property
     def max_batch_size(self) -> int:
@@ -105,9 +97,9 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class There:
-    """The other node at which a model is loaded: present, and trusted."""
+    """The name of the other server at which a model is loaded."""
 
-    node: Node
+    server: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +120,25 @@ class Answered(msgspec.Struct, frozen=True, gc=False):
     outputs: Sequence[Tensor]
 
 
+class Elsewhere:
+    """Where models are that are not here: nowhere. Servers that divide the models override this."""
+
+    def locate(self, model: Model, state: State) -> str | None:  # noqa: ARG002 - for others
+        """Return the name of the other server at which a model is loaded."""
+        return None
+
+    def refusal(self) -> ModelNotLoaded | None:
+        """Return why this server may not answer inferences now; None if it may."""
+        return None
+
+
+NOWHERE = Elsewhere()
+
+
 class Router:
     """Resolves models to the running loads; the repository only says why there is none.
 
-    At most `max_queue` inferences of one model may be queued or running. `node_id` is this node, and
-    `may_serve` says whether it may answer; None for a server alone, which always may. `untrusted` returns the
-    nodes to which nothing may be sent.
+    At most `max_queue` inferences of one model may be queued or running. `elsewhere` knows other servers.
     """
 
     def __init__(
@@ -143,17 +148,13 @@ class Router:
         repository: Repository,
         *,
         max_queue: int,
-        node_id: str | None = None,
-        may_serve: Callable[[], bool] = lambda: True,
-        untrusted: Callable[[], frozenset[str]] = frozenset,
+        elsewhere: Elsewhere = NOWHERE,
     ) -> None:
-        self._may_serve = may_serve
-        self._untrusted = untrusted
+        self._elsewhere = elsewhere
         self._log = log
         self._loads = loads
         self._repository = repository
         self._max_queue = max_queue
-        self._node_id = node_id
         self._known: dict[str, tuple[Model, Here]] = {}
 
     def resolve(self, model_id: str, version: int | None = None) -> Target:
@@ -163,8 +164,8 @@ class Router:
         here = known[1] if known is not None and known[0] is model else self._find(model_id, model)
         if not isinstance(here, Here):
             return here
-        if not self._may_serve():
-            return Absent(NodeAway())
+        if (refusal := self._elsewhere.refusal()) is not None:
+            return Absent(refusal)
         if version is not None and version != here.version:
             return Absent(
                 OtherVersionLoaded(
@@ -193,23 +194,13 @@ class Router:
         if isinstance(target, Here):
             return target
         if isinstance(target, There):
-            raise ModelNotLoaded(f"model '{model_id}' is loaded at node '{target.node.id}', not here")
+            raise ModelNotLoaded(f"model '{model_id}' is loaded at '{target.server}', not here")
         model = self._log.state.models.get(model_id)
         if model is None or model.state in (ModelState.UNLOADED, ModelState.FAILED):
             look = partial(self._repository.versions, model_id)
             with suppress(RepositoryBusy):
                 await self._repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
         raise target.problem
-
-    def find_node(self, model_id: str) -> Node | None:
-        """Return the present, trusted node at which a model is loaded; None if there is none, or no nodes."""
-        state = self._log.state
-        model = state.models.get(model_id)
-        serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
-        if self._node_id is None or serving is None or serving.node_id is None:
-            return None
-        node = state.nodes.get(serving.node_id)
-        return None if node is None or not node.is_present or node.id in self._untrusted() else node
 
     async def infer(
         self,
@@ -291,14 +282,14 @@ class Router:
         serving = model.serving if model is not None else None
         if model is None or serving is None or model.phase is not ModelState.LOADED:
             return Absent(_not_loaded(model_id, model))
-        node = self.find_node(model_id)
-        if node is not None and node.id != self._node_id:
-            return There(node)
+        server = self._elsewhere.locate(model, self._log.state)
+        if server is not None:
+            return There(server)
         load = self._loads.get(serving.load_job_id)
         if load is None or load.report is None:
             return _just_died(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
-        here = Here(model_id, serving.version, serving.position, inputs, outputs, load, self._node_id)
+        here = Here(model_id, serving.version, serving.position, inputs, outputs, load)
         self._known[model_id] = model, here
         return here
 

@@ -103,19 +103,6 @@ class Timeout:
         progress: returns what changes while there is progress, with which the timeout begins anew.
     """
 
-    __slots__ = (
-        "_args",
-        "_check_s",
-        "_due_s",
-        "_is_due",
-        "_on_passed",
-        "_progress",
-        "_seen",
-        "_stalls",
-        "_timeout_s",
-        "_timer",
-    )
-
     def __init__(
         self,
         timeout_s: float,

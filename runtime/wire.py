@@ -10,7 +10,7 @@ inference may lie in shared memory (`runtime.process.sharedmemory`) instead of i
 
 A worker runs what its model made of it, so each field that comes from one has bounds here: what a hostile
 worker says is within what the ledger can hold, or ends it. Which messages may come when, and how long they
-may be then, is in `runtime.process.requests`.
+may be then, is in `runtime.process.inflight`.
 """
 
 import ctypes
@@ -174,7 +174,7 @@ class OptimisedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         key: what it depends on (`runtime.optimised.key`).
-        sha256: its hash (`runtime.optimised.store.hash_of`).
+        sha256: its hash (`runtime.store.folder.digest_of`).
         folder: where its files lie, absolute.
         bytes: the size of all of them.
     """

@@ -23,8 +23,11 @@ from events.errors import LedgerProblem, RolledBack
 from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
-from events.sqlite.liveness import NOTE_EVERY_S
+from events.sqlite.timetravel import NOTE_EVERY_S
 from events.types import Cause, RollbackAccepted, contents_of
+from nodes import routes as node_routes
+from nodes.forwarding import open_forwarder
+from nodes.thisnode import THIS_NODE, ThisNode
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
 from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
@@ -32,8 +35,9 @@ from runtime.optimised.store import STORE_PROBLEMS, OptimisedStore
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.router import Router
-from runtime.scheduler.view import PlacementStrategy, Policy
+from runtime.router import NOWHERE, Router
+from runtime.scheduler.placement import ALONE
+from runtime.scheduler.view import Policy
 from runtime.store.folder import STORE, digest_of
 from runtime.store.store import Store
 from runtime.store.versions import Versions
@@ -43,9 +47,7 @@ from server.api import (
     health,
     jobs,
     loads,
-    model_stderr,
     models,
-    nodes,
     pages,
     resources,
     samples,
@@ -57,6 +59,7 @@ from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_str
 from server.api.health import failed_tasks
 from server.api.jobs import JOB_REQUESTS, JobRequests
 from server.api.loads import make_load_command
+from server.api.overview import overview_routes
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
 from server.api.timeline import open_timeline
 from server.api.timetravel import open_time_travel
@@ -74,7 +77,6 @@ from server.appkeys import (
     ROUTER,
     STOPPING,
     STREAMS,
-    THIS_NODE,
     TIME_SERIES,
     UPLOADS,
     VERSIONS,
@@ -84,7 +86,7 @@ from server.auth.gate import Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signer, public_pem
 from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, TokenIssuer
-from server.cluster import ThisNode
+from server.cluster import CLUSTER
 from server.config import MAX_BODY_BYTES, ON, Config, ConfigError, parse_budget, parse_prepared_size
 from server.errors import errors_middleware
 from server.http.bodies import MAX_BODIES_BYTES, Bodies
@@ -101,10 +103,12 @@ from server.observability.timeseries import TimeSeries, record
 from server.routing import Route, add_routes
 from server.v2 import inference, metadata
 from server.v2 import repository as v2_repository
-from server.v2.forwarding import open_forwarder
 from server.v2.ondemand import OnDemand
 
 _log = logging.getLogger(__name__)
+
+OPTIMISED = web.AppKey("optimised", OptimisedStore)
+"""The optimised models; a server that makes none has none."""
 
 
 def all_routes(metrics_access: str = "token") -> list[Route]:
@@ -114,9 +118,9 @@ def all_routes(metrics_access: str = "token") -> list[Route]:
         *loads.routes,
         *versions.routes,
         *jobs.routes,
-        *model_stderr.routes,
         *resources.routes,
-        *nodes.routes,
+        *node_routes.routes,
+        *overview_routes(node_routes.describe_nodes, node_routes.NodeSchema()),
         *samples.routes,
         *tokens.routes,
         *events.routes,
@@ -170,7 +174,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             open_forwarder,
             _time_series,
             open_streams,
-            open_control,
+            partial(open_control, others=node_routes.routes),
         ]
     )
     return app
@@ -206,8 +210,6 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:
-    store = await asyncio.to_thread(_open_store, app)
-    app[VERSIONS] = Versions(Repository(app[CONFIG].repository), store)
     app[LIMIT] = find_memory_limit()
     app[POOL] = pool = WorkerPool(
         threads=app[CONFIG].model_threads(count_usable_cpus()),
@@ -238,6 +240,7 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
     node = None if config.ledger is None else ThisNode(config, config.ledger, app[GATE].verifier)
     rollback = None if node else await _check_rollback(data, accepts_rollback=accepts_rollback)
     app[LOG] = log = node.log if node else Log(data / LEDGER)
+    await asyncio.to_thread(_open_files, app)
     try:
         await log.open()
         if node:  # only now the replica has what the database has
@@ -275,11 +278,13 @@ async def _begin(app: web.Application, node: ThisNode | None) -> Receipt:
         return await app[LOG].server_started(confinement)
     app[GATE].nodes = node.peers
     receipt = await node.join(
-        budget_bytes=parse_budget(config.memory_budget, app[LIMIT].bytes),
+        _policy(config, app[LIMIT].bytes),
+        app[VERSIONS].store,
+        app.get(OPTIMISED),
         public_key=public_pem(app[PROVER].signer),
         confinement=confinement,
     )
-    app[THIS_NODE] = node
+    app[THIS_NODE] = app[CLUSTER] = node
     return receipt
 
 
@@ -317,7 +322,6 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
 async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
     log, repository = app[LOG], app[VERSIONS].repository
-    repository.is_removed = log.is_removed
     app[UPLOADS] = uploads = Uploads(
         repository,
         app[CONFIG].upload_policy(),
@@ -332,16 +336,24 @@ async def _uploads(app: web.Application) -> AsyncIterator[None]:
     await uploads.close()
 
 
-def _policy(config: Config, cpus: int, limit_bytes: int) -> Policy:
+def _policy(config: Config, limit_bytes: int) -> Policy:
     return Policy(
-        config.max_loads(cpus),
+        config.max_loads(count_usable_cpus()),
         budget_bytes=parse_budget(config.memory_budget, limit_bytes),
         max_loaded=config.max_loaded or None,
         evicts=config.evict == "idle",
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
-        placing=PlacementStrategy(config.placement),
     )
+
+
+def _open_files(app: web.Application) -> None:
+    """Open the stores of versions and of optimised models, beside the repository."""
+    repository = Repository(app[CONFIG].repository, app[LOG].is_removed)
+    app[VERSIONS] = Versions(repository, _open_store(app))
+    optimised = _open_optimised_store(app[CONFIG])
+    if optimised is not None:
+        app[OPTIMISED] = optimised
 
 
 def _open_store(app: web.Application) -> Store | None:
@@ -382,29 +394,24 @@ def _open_optimised_store(config: Config) -> OptimisedStore | None:
 
 async def _consumer(app: web.Application) -> AsyncIterator[None]:
     config, node = app[CONFIG], app.get(THIS_NODE)
-    optimised = await asyncio.to_thread(_open_optimised_store, config)
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
         app[POOL],
         app[VERSIONS],
-        policy=_policy(config, count_usable_cpus(), app[LIMIT].bytes),
+        policy=_policy(config, app[LIMIT].bytes),
         drain_timeout_s=config.drain_timeout_s,
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),
-        store=optimised,
-        hints=dict if node is None else lambda: node.membership.peers,
-        untrusted=frozenset if node is None else node.peers.untrusted,
+        store=app.get(OPTIMISED),
+        loads=None if node is None else node.loads,
+        placement=ALONE if node is None else node.placement,
     )
-    if node is not None:
-        node.attach(consumer, app[VERSIONS].store, optimised)
     app[ROUTER] = Router(
         app[LOG],
         consumer.loads,
         app[VERSIONS].repository,
         max_queue=config.inference_queue,
-        node_id=_node_id(app),
-        may_serve=(lambda: node.membership.may_serve) if node is not None else lambda: True,
-        untrusted=frozenset if node is None else node.peers.untrusted,
+        elsewhere=NOWHERE if node is None else node.placement,
     )
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")

@@ -14,7 +14,6 @@ from runtime.store.versions import Versions
 from runtime.uploads.commit import Uploads
 from server.api.stream import Streams
 from server.auth.gate import Gate
-from server.cluster import ThisNode
 from server.config import Config
 from server.http.bodies import Bodies
 from server.observability.timeseries import TimeSeries
@@ -31,8 +30,6 @@ POOL = web.AppKey("pool", WorkerPool)
 CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)
 ROUTER = web.AppKey("router", Router)
-THIS_NODE = web.AppKey("node", ThisNode)
-"""This server as a node of several, once it has joined; a server alone is none."""
 LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
 DEMAND = web.AppKey("demand", OnDemand)

@@ -21,8 +21,6 @@ from typing import Any
 from msgspec import structs
 
 from events.clock import uuid7
-from events.errors import LedgerProblem, LogUnavailable
-from events.storage import StorageError
 from events.types import LoadParameters
 from runtime.cgroups import count_usable_cpus
 from runtime.errors import ForkServerUnavailable, RuntimeProblem, UnknownModel, UnknownVersion
@@ -31,15 +29,12 @@ from runtime.onnxfile import describe_foreign_content, read_head
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, InvalidDefaults, Repository, SizedFile, defaults_name, read_warm_up
-from runtime.scheduler.admission import (
-    estimate_memory,
-    format_megabytes,
-)
+from runtime.scheduler.admission import format_megabytes
+from runtime.scheduler.estimates import estimate_memory
 from runtime.store.versions import Versions
 from runtime.wire import Load, Tensor
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys
-from server.cluster import INSTALL
 from server.config import OFF, ON, Config, ConfigError, parse_budget
 from server.configsources import (
     Mistake,
@@ -214,43 +209,6 @@ def _check_address(config: Config) -> Iterator[CheckFinding]:
             return
 
 
-def check_ledger(config: Config, result: CheckResult) -> None:
-    """Check the database of a ledger, and add findings to the result; nothing is written to it."""
-    if config.ledger is None:
-        return
-    try:
-        result.findings += asyncio.run(_examine_database(config.ledger))
-    except ImportError as error:
-        text = f"{error.name} is not installed: {INSTALL}"
-        result.findings.append(CheckFinding("--ledger", "invalid_setting", text))
-
-
-async def _examine_database(address: str) -> list[CheckFinding]:
-    from events.postgres.connection import close, connect, measure_clock, translated_errors  # noqa: PLC0415
-    from events.postgres.schema import check_role, check_schema, describe_durability  # noqa: PLC0415
-
-    try:
-        connection = await connect(address)
-        try:
-            await check_schema(connection)
-            await check_role(connection)
-            durability = await describe_durability(connection)
-            with translated_errors("cannot be read"):
-                offset_s = (await measure_clock(connection)).total_seconds()
-        finally:
-            await close(connection)
-    except StorageError as error:
-        return [CheckFinding("--ledger", LogUnavailable.code, str(error))]
-    except LedgerProblem as error:
-        return [CheckFinding("--ledger", error.code, str(error))]
-    side = "ahead of" if offset_s >= 0 else "behind"
-    clock = f"the database's clock is {abs(offset_s):.3f} s {side} this machine's; the ledger has its time"
-    return [
-        CheckFinding("--ledger", "durability", durability, Severity.NOTE),
-        CheckFinding("--ledger", "clock_offset", clock, Severity.NOTE),
-    ]
-
-
 def check_repository(config: Config, result: CheckResult) -> list[TrialLoad]:
     """Check the models of a repository and add findings to the result; returns the versions to try."""
     try:
@@ -335,12 +293,11 @@ def check_workers(
     result: CheckResult,
     candidates: Sequence[TrialLoad],
     *,
-    limit_s: float,
     on_version: OnVersion,
 ) -> None:
     """Check what confines the workers, and try to load versions; add findings to the result.
 
-    Trial loads run one after the other, each in a worker of its own, for at most `limit_s`.
+    Trial loads run one after the other, each in a worker of its own, for at most its `timeout_s`.
     """
 
     async def check() -> None:
@@ -348,7 +305,7 @@ def check_workers(
         try:
             await pool.open()
             await _check_confinement(pool, config, result)
-            await _load_all(pool, candidates, config, result, limit_s=limit_s, on_version=on_version)
+            await _load_all(pool, candidates, config, result, on_version=on_version)
         except ForkServerUnavailable as problem:
             result.findings.append(CheckFinding("--confine", problem.code, str(problem)))
         finally:
@@ -375,7 +332,6 @@ async def _load_all(
     config: Config,
     result: CheckResult,
     *,
-    limit_s: float,
     on_version: OnVersion,
 ) -> None:
     if not candidates:
@@ -385,17 +341,16 @@ async def _load_all(
     versions = Versions(repository, None)  # a check takes nothing into a store
     for trial in candidates:
         on_version(trial.place)
-        timeout_s = min(limit_s, trial.parameters.timeout_s)
         try:
             limit = min(budget, trial.parameters.memory_limit_bytes or sys.maxsize)
             warm_up = read_warm_up(repository, trial.model_id)
             async with versions.version(trial.model_id, trial.version) as files:
                 message = pool.build_load(files, trial.parameters, warm_up)
                 message = structs.replace(message, memory_limit_bytes=limit)
-                await _load_once(pool, message, warm_up.inputs, timeout_s)
+                await _load_once(pool, message, warm_up.inputs, trial.parameters.timeout_s)
             result.loaded += 1
         except TimeoutError:
-            text = f"was not loaded within {timeout_s:g} s"
+            text = f"was not loaded within its timeout_s of {trial.parameters.timeout_s} s"
             result.findings.append(CheckFinding(trial.place, "timeout", text))
         except RuntimeProblem as problem:
             result.findings.append(CheckFinding(trial.place, problem.code, str(problem)))

@@ -1,130 +1,110 @@
-"""This server as a node of several: its log in a database, its membership, and what it says of itself."""
+"""The seam to other servers that share the ledger, as handlers and checks use it. A server alone has none.
+
+The package `nodes` implements it. The keys of the application are set with it only.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from functools import partial
-from importlib.metadata import version
-from itertools import chain
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import wraps
+from typing import Any, Protocol
 
-from events.commands import JoinNode, Receipt
-from events.types import Confinement
-from runtime.consumer.consumer import Consumer
-from runtime.membership import Membership
-from runtime.optimised.key import make_key
-from runtime.optimised.store import OptimisedStore
-from runtime.scheduler.view import NodeHints
-from runtime.store.store import Store
-from server.auth.gate import Verifier
-from server.auth.peers import Peers
-from server.config import Config, ConfigError
+from aiohttp import web
+from aiohttp.typedefs import Handler
 
-MAX_DIGESTS = 2_000
-"""Files that a node says it has: 140 KB in its row of the database."""
+from runtime.router import There
+from runtime.wire import Buffer
+from server.appkeys import BODIES, ROUTER
+from server.auth.gate import PRINCIPAL
+from server.errors import ANSWERING_NODE, NODE
+from server.http.bodies import Share
+from server.http.validation import path_parameters
 
-INSTALL = "pip install 'loadledger[postgres]'"
+NODE_ADDRESS = "Loadledger-Node-Address"
+"""The address of the node that has answered a forwarded request: clients may go there themselves."""
 
 
-class ThisNode:
-    """This server among the nodes of a ledger in a database, of which the data directory has a replica.
+class Forwarding(Protocol):
+    """Requests that another server has to answer."""
 
-    Raises:
-        ConfigError: the driver is not installed, or the node's address is not known.
-        KeyProblem: `ledger.key` cannot be read.
+    async def catch_up(self, request: web.BaseRequest, model_id: str) -> None:
+        """Begin to answer a request here, by a state no older than that of a server that forwarded it."""
 
-    Attributes:
-        log: not open yet.
-        peers: what this node knows of the others by their keys.
-        membership: as which it joined.
-        renewing: renews its lease.
-    """
+    async def forward(
+        self,
+        request: web.BaseRequest,
+        there: There,
+        model_id: str,
+        share: Share,
+        *,
+        body: Buffer | None = None,
+        ends_at_s: float | None = None,
+    ) -> web.StreamResponse:
+        """Answer a request through the server at which its model is loaded.
 
-    membership: Membership
-    renewing: asyncio.Task[None] | None = None
-
-    def __init__(self, config: Config, address: str, verifier: Verifier) -> None:
-        try:
-            from events.postgres.connection import DatabaseClock  # noqa: PLC0415 - of an extra
-            from events.postgres.leases import LeaseStore  # noqa: PLC0415
-            from events.postgres.log import SharedLog  # noqa: PLC0415
-        except ImportError as error:
-            raise ConfigError(f"--ledger: {error.name} is not installed: {INSTALL}") from None
-        clock = DatabaseClock()
-        self._config = config
-        self._address = config.own_address()
-        self._leases = LeaseStore(address)
-        self.id = config.node_id()
-        self.log = SharedLog(address, config.data, clock)
-        self.peers = Peers(config.data, self.id, self.log, verifier, lambda: clock().timestamp())
-
-    async def join(self, *, budget_bytes: int | None, public_key: str, confinement: Confinement) -> Receipt:
-        """Join, and renew the lease from now on.
-
-        Raises:
-            NameInUse: `node_name_in_use`.
-            LogUnavailable: `log_unavailable`.
+        Args:
+            request: its body is unread, unless it is given.
+            there: that server.
+            model_id: the model.
+            share: counts the bodies.
+            body: the body as it was received here, decompressed.
+            ends_at_s: when the answer must be there, on the loop's clock; None is the usual limit.
         """
-        command = JoinNode(
-            self.id,
-            self._address,
-            self._config.labels(),
-            budget_bytes,
-            version("loadledger"),
-            public_key,
-            confinement=confinement,
-        )
-        self.membership = Membership(
-            self.log,
-            self._leases,
-            command,
-            lease_s=self._config.lease_s,
-            away_limit_s=self._config.away_limit_s(),
-            serves_sick=self._config.when_away == "serve",
-            set_epoch=self.log.set_epoch,
-            open_signer=self.peers.open_signer,
-        )
-        receipt = await self.membership.start()
-        self.renewing = asyncio.create_task(self.membership.run(), name="membership")
-        return receipt
 
-    def attach(self, consumer: Consumer, store: Store | None, optimised: OptimisedStore | None) -> None:
-        """Let the consumer work as this node, and the node say of itself what helps to place loads."""
+    def find_other(self, request: web.BaseRequest, name: str) -> There | None:
+        """Return another server that a request names; None if that is this one, or is not to be asked."""
 
-        def change() -> None:
-            consumer.set_node(self.id, self.membership.epoch)
-
-        self.membership.hints = partial(self._describe, consumer, store, optimised)
-        self.membership.on_change = change
-        self.membership.end_workers = consumer.end_workers
-        change()
-
-    async def close(self) -> None:
-        if self.renewing is not None:
-            self.renewing.cancel()
-            await asyncio.wait([self.renewing])
-        await self._leases.close()
-
-    async def _describe(
-        self, consumer: Consumer, store: Store | None, optimised: OptimisedStore | None
-    ) -> NodeHints:
-        position, policy, uses = self.log.head.position, consumer.policy, consumer.uses()
-        taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
-        models = len({use.model_id for use in uses})
-        versions = {} if store is None else store.stored_versions()
-        prepared = await asyncio.to_thread(_find_prepared, optimised, versions)
-        return NodeHints(
-            position,
-            None if policy.budget_bytes is None else policy.budget_bytes - taken,
-            None if policy.max_loaded is None else policy.max_loaded - models,
-            frozenset(list(chain.from_iterable(versions.values()))[:MAX_DIGESTS]),
-            frozenset(prepared[:MAX_DIGESTS]),
-        )
+    async def pass_on(
+        self, request: web.BaseRequest, there: There, model_id: str, body: AsyncIterator[bytes] | None
+    ) -> web.Response:
+        """Answer a request about a model through another server, to which its body goes as it arrives."""
 
 
-def _find_prepared(store: OptimisedStore | None, versions: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the files of the versions that have an optimised model."""
-    if store is None:
-        return []
-    entries = ((files, store.find(make_key(digest))) for digest, files in versions.items())
-    return [file for files, entry in entries if entry is not None and entry.files for file in files]
+class Cluster(Protocol):
+    """This server among others that share the ledger."""
+
+    @property
+    def may_serve(self) -> bool:
+        """Whether it answers inferences, with the database or without."""
+
+    @property
+    def is_sick(self) -> bool:
+        """Whether it runs and cannot do its work, so that the others may load its models."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why its lease was not renewed; None if it was."""
+
+    def tasks(self) -> Mapping[str, asyncio.Task[None]]:
+        """Return the tasks without which it would do nothing."""
+
+    def describe(self) -> Sequence[Mapping[str, Any]]:
+        """Return all servers as this one knows them."""
+
+
+CLUSTER: web.AppKey[Cluster] = web.AppKey("cluster")
+"""This server as one of several, once it has joined; a server alone is none."""
+FORWARDING: web.AppKey[Forwarding] = web.AppKey("forwarding")
+"""Of a server with others; one alone has none."""
+
+
+def forwardable(handler: Handler) -> Handler:
+    """Return a handler of reads about a model that lets the server answer at which the model is loaded."""
+
+    @wraps(handler)
+    async def answer(request: web.Request) -> web.StreamResponse:
+        app, model_id = request.app, path_parameters(request)["id"]
+        forwarding = app.get(FORWARDING)
+        if forwarding is None:
+            return await handler(request)
+        await forwarding.catch_up(request, model_id)
+        target = app[ROUTER].resolve(model_id)
+        if isinstance(target, There):
+            share = app[BODIES].share(request[PRINCIPAL].subject)
+            return await forwarding.forward(request, target, model_id, share)
+        response = await handler(request)
+        response.headers[NODE] = request[ANSWERING_NODE]
+        return response
+
+    return answer

@@ -215,11 +215,6 @@ def setting(
     return field(default=default, metadata={"help": help_text, "validator": validator, "section": section})
 
 
-def fixed(value: Any) -> Any:
-    """Return a field that is no setting: no option, variable or key in a file names it."""
-    return field(default=value)
-
-
 def own_folder(name: str, help_text: str, *, section: str | None = None) -> Any:
     """Return a field for a directory; a user's own is `name` in `default_folder`."""
     return field(metadata={"help": help_text, "folder": name, "section": section})
@@ -431,21 +426,21 @@ class Config:
     )
 
     # Limits whose best value is known: constants for users, which tests make shorter.
-    loads_at_once: int = fixed(0)
+    loads_at_once: int = 0
     """Models that load at the same time; 0 is one for each CPU that the server may use."""
-    timeout_s: int = fixed(300)
+    timeout_s: int = 300
     """Of a load, waiting included, unless its request or its loadledger.toml says otherwise."""
-    progress_timeout_s: int = fixed(PROGRESS_TIMEOUT_S)
-    inference_grace_s: float = fixed(INFERENCE_GRACE_S)
-    inference_queue: int = fixed(1024)
+    progress_timeout_s: int = PROGRESS_TIMEOUT_S
+    inference_grace_s: float = INFERENCE_GRACE_S
+    inference_queue: int = 1024
     """Inferences of one model that may be queued or running: more wait longer than clients do."""
-    max_connections: int = fixed(10_000)
+    max_connections: int = 10_000
     """Open at the same time; at most three quarters of the process's file descriptors."""
-    head_timeout_s: float = fixed(10.0)
+    head_timeout_s: float = 10.0
     """In which the head of a request must arrive; on a new connection, counted from its start."""
-    max_upload_bytes: int = fixed(20 * 10**9)
+    max_upload_bytes: int = 20 * 10**9
     """Of a version that a caller adds; larger ones are put into the repository's folder."""
-    limit_auth_failures: str = fixed("30/minute")
+    limit_auth_failures: str = "30/minute"
     """Refused credentials per peer address."""
 
     def node_id(self) -> str:

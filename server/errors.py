@@ -4,12 +4,12 @@ A domain error is any exception with an attribute `code` that is in the table; i
 may also have `retry_after_s` (a number), `http_headers` and `problem_members` (mappings).
 """
 
+import errno
 import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 from uuid import uuid4
 
 from aiohttp import web
@@ -106,6 +106,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "inference_queue_full": ErrorKind(503, "Too many inferences of the model are waiting"),
     "bodies_full": ErrorKind(503, "Too many large bodies are in memory"),
     "too_many_connections": ErrorKind(503, "Too many connections are open"),
+    "too_many_files": ErrorKind(503, "The server may open no more files"),
     "model_not_loaded": ErrorKind(503, "The model is not loaded"),
     "load_failed": ErrorKind(503, "The model could not be loaded on demand"),
     "model_unloading": ErrorKind(503, "The model is being unloaded"),
@@ -144,10 +145,13 @@ _FRAMEWORK_CODES = {
 class ServerProblem(Exception):
     """The request could not be served."""
 
-    code: ClassVar[str] = "internal"
+    code: str = "internal"
 
-    def __init__(self, detail: str = "", *, http_headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, detail: str = "", *, code: str | None = None, http_headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(detail or (type(self).__doc__ or "").strip())
+        self.code = code or type(self).code
         self.http_headers: Mapping[str, str] = http_headers or {}
 
 
@@ -164,17 +168,22 @@ class Problem:
 
 
 def problem_of(error: Exception) -> Problem:
-    """Return the problem for an exception; one that is not in the table is logged and answered 500."""
+    """Return the problem for an exception; one that is not in the table is logged and answered 500.
+
+    An `OSError` for lack of file descriptors is `too_many_files`.
+    """
     if isinstance(error, web.HTTPException):
         return _framework_problem(error)
     if isinstance(error, web.RequestPayloadError):
         return Problem("invalid_request", 400, f"the request body could not be read: {error}")
-    code = getattr(error, "code", None)
+    code, detail = getattr(error, "code", None), str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        code, detail = "too_many_files", "no file descriptor is left: the limit of open files is reached"
     if not isinstance(code, str) or code not in ERRORS or code == "internal":
         return _unexpected_problem(error)
     members = getattr(error, "problem_members", {})
     headers = dict(_headers_of(error, code))
-    return Problem(code, ERRORS[code].status, str(error), headers=headers, members=members)
+    return Problem(code, ERRORS[code].status, detail, headers=headers, members=members)
 
 
 def problem_response(problem: Problem, path: str) -> web.Response:

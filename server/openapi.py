@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
-from marshmallow import INCLUDE, Schema, fields, validate
+from marshmallow import fields, validate
 
+from server.api.schemas import AnswerSchema, about
 from server.errors import ERRORS, media_type_of
 from server.routing import Access, Route
 
@@ -37,23 +38,16 @@ _HEADERS_BY_STATUS = {
 _LOCATIONS = {"match_info": "path", "querystring": "query", "headers": "header"}
 
 
-class ProblemSchema(Schema):
-    """The one body of all errors (RFC 9457)."""
+class ProblemSchema(AnswerSchema):
+    """The one body of all errors (RFC 9457); clients ignore unknown members (section 3.2)."""
 
-    class Meta:
-        """Clients ignore unknown members (section 3.2)."""
-
-        unknown = INCLUDE
-
-    type = fields.String(required=True, metadata={"format": "uri", "description": "Identifies the problem."})
-    title = fields.String(required=True, metadata={"description": "Title of the code; always the same."})
-    status = fields.Integer(required=True, metadata={"description": "The HTTP status."})
-    detail = fields.String(required=True, metadata={"description": "What happened, for people."})
-    instance = fields.String(metadata={"format": "uri", "description": "Reference to the server's log."})
-    code = fields.String(required=True, metadata={"description": "Stable; for programs."})
-    error = fields.String(
-        required=True, metadata={"description": "Same as detail, for Open Inference clients."}
-    )
+    type = fields.String(**about("Identifies the problem.", format="uri"))
+    title = fields.String(**about("Title of the code; always the same."))
+    status = fields.Integer(**about("The HTTP status."))
+    detail = fields.String(**about("What happened, for people."))
+    instance = fields.String(**about("Reference to the server's log.", format="uri", is_optional=True))
+    code = fields.String(**about("Stable; for programs."))
+    error = fields.String(**about("Same as detail, for Open Inference clients."))
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
@@ -193,7 +187,7 @@ def _error_response(route: Route, codes: list[str]) -> dict[str, Any]:
 
 
 def _implied_codes(route: Route) -> Iterator[str]:
-    yield "internal"
+    yield from ("internal", "too_many_files")
     if route.access is not Access.PUBLIC:
         yield from ("invalid_request", "no_credentials", "invalid_token", "forbidden", "too_many_failures")
         yield "rate_limited"

@@ -23,7 +23,7 @@ import uvloop
 from aiohttp import web
 
 from events.errors import LedgerForked
-from runtime.membership import NameInUse
+from nodes.membership import NameInUse
 from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
 from server.auth.tokens import TOKENS
@@ -33,7 +33,7 @@ from server.http.tls import Certificate
 from server.observability.eventlog import log_events
 from server.observability.output import STDERR, log_to_stderr
 from server.observability.requestlog import log_inferences
-from server.v2.fastpath import add_fast_path
+from server.v2.inference import add_fast_path
 
 _log = logging.getLogger(__name__)
 

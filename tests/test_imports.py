@@ -9,10 +9,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
+PACKAGES = ("events", "loadledger", "migrations", "nodes", "runtime", "server")
 WORKER = "runtime.worker.main"
 # A text such as `loadledger.cli.main:main`, by which something is imported later.
 ENTRY_POINT = re.compile(r"(\w+\.)+\w+:\w+")
+# The assembly, and commands about a ledger in a database; nothing else knows of several servers.
+USERS_OF_NODES = {
+    "loadledger.cli.database",
+    "loadledger.cli.serve",
+    "server.app",
+    "server.serve",
+}
+# What a reader of a server alone reads, and words that are of several servers.
+SINGLE_MACHINE = (
+    *("events/commands.py", "events/log.py", "events/state.py", "runtime/router.py"),
+    *(f"runtime/consumer/{name}.py" for name in ("consumer", "loads", "running", "usage")),
+    *(f"runtime/scheduler/{name}.py" for name in ("actions", "admission", "eviction", "scheduler", "view")),
+)
+WORDS_OF_NODES = {
+    *("cluster", "epoch", "epochs", "lease", "leases", "membership", "node", "nodes", "peer", "peers"),
+    *("placed", "placer", "placers", "untrusted"),
+}
 # What runs in the fork server and in each worker, where the HTTP stack and the log must never be.
 CHILD_PROCESSES = ("runtime.process.forkserver", WORKER)
 
@@ -97,10 +114,11 @@ def only_the_worker_uses() -> set[str]:
 @pytest.mark.parametrize(
     ("package", "above"),
     [
-        ("migrations", {"events", "loadledger", "runtime", "server"}),
-        ("events", {"loadledger", "runtime", "server"}),
-        ("runtime", {"loadledger", "server"}),
+        ("migrations", {"events", "loadledger", "nodes", "runtime", "server"}),
+        ("events", {"loadledger", "nodes", "runtime", "server"}),
+        ("runtime", {"loadledger", "nodes", "server"}),
         ("server", {"loadledger"}),
+        ("nodes", {"loadledger"}),
     ],
 )
 def test_imports_point_from_the_command_to_server_to_runtime_to_events(package: str, above: set[str]) -> None:
@@ -117,18 +135,30 @@ def test_what_ships_imports_nothing_that_does_not() -> None:
     assert not importers_of("bench", "tests", "tools")
 
 
-def test_the_web_framework_appears_in_server_only() -> None:
+def test_web_framework_appears_in_server_and_nodes_only() -> None:
     assert packages_that_import("aiohttp_apispec") == {"server"}
-    beside = {module for module in importers_of("aiohttp") if top(module) != "server"}
+    beside = {module for module in importers_of("aiohttp") if top(module) not in {"nodes", "server"}}
     assert beside == {"loadledger.transports.asynchronous"}  # the client for event loops
 
 
 @pytest.mark.parametrize(
     ("drivers", "package"),
-    [(("sqlite3", "aiosqlite"), "events.sqlite."), (("asyncpg", "psycopg"), "events.postgres.")],
+    [(("sqlite3", "aiosqlite"), "events.sqlite."), (("asyncpg", "psycopg"), "nodes.postgres.")],
 )
 def test_database_driver_appears_in_its_storage_only(drivers: tuple[str, ...], package: str) -> None:
     assert not {module for module in importers_of(*drivers) if not module.startswith(package)}
+
+
+def test_only_the_assembly_and_commands_import_the_nodes() -> None:
+    users = {user for user, names in all_imports().items() if any(top(name) == "nodes" for name in names)}
+    assert {user for user in users if top(user) != "nodes"} <= USERS_OF_NODES
+
+
+@pytest.mark.parametrize("file", SINGLE_MACHINE)
+def test_modules_of_one_machine_name_nothing_of_several(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    words = {word.lower() for name in re.findall(r"\w+", text) for word in name.split("_")}
+    assert not words & WORDS_OF_NODES
 
 
 def test_onnx_runtime_appears_in_the_worker_only() -> None:

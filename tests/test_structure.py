@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("events", "runtime", "server", "loadledger")
+PACKAGES = ("events", "runtime", "nodes", "server", "loadledger")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MIRRORS = {ROOT / "loadledger" / name for name in ("records.py", "errors.py")}
 """The client's public types have the names of what they show."""

@@ -84,6 +84,7 @@ ADVICE: Mapping[str, str] = {
     "inference_queue_full": "Send fewer requests at once, or give the model more `instances`.",
     "bodies_full": "Too many large bodies are in memory: retry after `Retry-After`.",
     "too_many_connections": "Close unused connections, or raise the limit of open files.",
+    "too_many_files": "Raise the limit of open files: `LimitNOFILE=` of systemd, `ulimit -n`.",
     "model_not_loaded": "Load it, or let the server load it: `--on-demand on`.",
     "load_failed": "`detail` has the reason; the server tries again after `Retry-After`.",
     "node_unreachable": "Send the request again after `Retry-After`. If the node does not come back, its"

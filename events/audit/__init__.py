@@ -10,6 +10,6 @@ functions of `events.sqlite`. `CheckedFold` and `export_rows` take the rows of a
 - `verify`: the chain, the events, the base, and the stored projections against the fold
 - `audit`: one result for the command `verify`; add a new check of the whole file here
 - `export`, `exportreader`, `signing`: formats, their verification, the signed head
-- `archive`, `archivechain`: moving events away; proving a chain of archives, and replay
+- `archive`, `replay`: moving events away; the state at any moment, from archives, too
 - `backup`: a copy beside a running server
 """

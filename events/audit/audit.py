@@ -1,28 +1,36 @@
 """Audit of a ledger: the file, the chain, the stored projections, archives, other files, an expected head.
 
-`verify` proves the log; `audit` adds SQLite's integrity check, the schema, the state at the base as archives
-give it, and a comparison with exports and with a head that somebody kept.
+`verify` proves the log; `audit` adds SQLite's integrity check, the schema, the events that were archived, and
+a comparison with exports and with a head that somebody kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from events.audit.archivechain import ArchiveProof, check_archives, compare_with_base, find_archived_hash
-from events.audit.exportreader import FileAudit
+from events.audit.exportreader import FileAudit, InvalidArchive, prove_archives, read_proved
 from events.audit.kepthead import find_rollback
-from events.audit.verify import Finding, FindingKind, Verification, compare_hash, verify_ledger
-from events.errors import Archived, ArchiveMissing, NothingThere
+from events.audit.verify import (
+    CheckedFold,
+    Finding,
+    FindingKind,
+    Verification,
+    compare_hash,
+    raw_rows,
+    verify_ledger,
+)
+from events.codec import GENESIS
+from events.errors import Archived, LogUnavailable
 from events.files import printable_name
-from events.sqlite.proof import ProofReader, open_proof_reader
-from events.sqlite.queries import list_archives
-from events.sqlite.readonly import lacks_wal
+from events.sqlite.bases import entities_of, list_archives
+from events.sqlite.proof import open_proof_reader
+from events.sqlite.queries import find_base, read_base
+from events.sqlite.readonly import lacks_wal, open_read_only
 from events.sqlite.schema import schema_difference
-from events.sqlite.snapshots import read_base_state
 from events.state import State
-from events.storage import ArchiveRecord
+from events.storage import ArchiveRecord, digest_state
 from events.types import Anchor
 
 
@@ -33,47 +41,66 @@ class Audit:
     Attributes:
         base: of the log.
         verification: of the log and its stored projections.
+        finding: the first problem; one of the file itself is at the last proved position.
+        at: the file with that problem; None if it is the ledger.
         damage: what SQLite's integrity check says; None if it passes.
-        unexpected: how the ledger differs from the expected head; None if it does not.
         archives: the archives that the ledger lists.
-        behind: what the given archives prove of the events up to the base; None if none were given.
-        compared: the files that were compared with the ledger, each with its difference, if any.
-        schema: how the schema differs from that of the migrations; None if it does not.
+        behind: the given archives, which prove the events from the first one to the base.
     """
 
     base: Anchor
     verification: Verification
-    damage: str | None
-    unexpected: Finding | None
+    finding: Finding | None
+    at: Path | None = None
+    damage: str | None = None
     archives: tuple[ArchiveRecord, ...] = ()
-    behind: ArchiveProof | None = None
-    compared: tuple[tuple[Path, Finding | None], ...] = ()
-    schema: str | None = None
+    behind: tuple[FileAudit, ...] = ()
 
-    @property
-    def finding(self) -> Finding | None:
-        """The first problem; a problem of the file itself is at the last proved position."""
-        return next(self._findings(), (None, None))[0]
 
-    @property
-    def at(self) -> Path | None:
-        """The file with the first problem; None if that is the ledger."""
-        return next(self._findings(), (None, None))[1]
+ExpectedHead = tuple[Anchor, Path | None]
+"""A head that a ledger must have, with its archives, and the file that ends with it, if any."""
 
-    def _findings(self) -> Iterator[tuple[Finding, Path | None]]:
-        def at_end(what: str, problem: str | None, kind: FindingKind) -> Finding | None:
-            position = self.verification.position
-            return None if problem is None else Finding(position, f"{what}: {problem}", kind)
 
-        found = (
-            (self.verification.finding, None),
-            (at_end("SQLite's integrity check says", self.damage, FindingKind.DAMAGED), None),
-            (self.unexpected, None),
-            *(() if self.behind is None else [(self.behind.finding, self.behind.at)]),
-            *((finding, path) for path, finding in self.compared),
-            (at_end("the database's schema", self.schema, FindingKind.SCHEMA), None),
-        )
-        return ((finding, at) for finding, at in found if finding is not None)
+def list_expected(head: Anchor | None, files: Iterable[FileAudit] = ()) -> list[ExpectedHead]:
+    """Return the head that somebody kept, and those of exports, verified by themselves."""
+    kept: list[ExpectedHead] = [] if head is None else [(head, None)]
+    return kept + [(file.proved, file.path) for file in files]
+
+
+def compare_heads(
+    expected: Iterable[ExpectedHead], verification: Verification, archives: Iterable[ArchiveRecord]
+) -> tuple[Finding, Path | None] | None:
+    """Return the first difference and its file, if any.
+
+    Args:
+        expected: heads whose positions were watched.
+        verification: of the ledger.
+        archives: that the ledger lists, to name the one that has a position.
+
+    Raises:
+        Archived: `archived`, a position is in an archive that was not given.
+    """
+    end = verification.position
+    for anchor, path in expected:
+        digest = verification.hashes.get(anchor.position)
+        if digest is not None:
+            finding = compare_hash(anchor, digest)
+        elif anchor.position > end:
+            problem = f"the log ends at position {end}, {anchor.position} was expected"
+            finding = Finding(end + 1, problem, FindingKind.EXPECTATION)
+        else:
+            what = "the expected position" if path is None else f"the end of {printable_name(path)}, at"
+            known = next((f", in {each}" for each in archives if each.last_position >= anchor.position), "")
+            base = end - verification.events
+            raise Archived(
+                f"{what} {anchor.position} is archived{known}: events up to position {base} are; give all "
+                "archives with --archive",
+                base,
+                end,
+            )
+        if finding is not None:
+            return finding, path
+    return None
 
 
 def audit(
@@ -90,8 +117,8 @@ def audit(
     Args:
         path: of the ledger.
         expected: a head that the ledger, or one of `archives`, must have.
-        archives: of the ledger, in any order: they must verify, lead to its base, and fold to the state that
-            it has stored there. Memory does not grow with them.
+        archives: of the ledger, all of them, in any order: they have to lead to its base and to the state
+            that it has stored there. Memory does not grow with them.
         key: the id of the archives' expected signer's key; None accepts any.
         files: exports and archives, verified by themselves, to be compared with the ledger.
         kept_in: the data directory whose kept head the ledger must have, unless another one is expected, and
@@ -99,83 +126,82 @@ def audit(
 
     Raises:
         IncompleteCopy: `incomplete_copy`, the newest events may be missing, and no head was expected.
-        Archived: `archived`, the expected position is before the base, or before the first archive.
-        ArchiveMissing: `archive_missing`, the archives do not follow one another up to the base, or do not
-            have the last position of one of `files`.
+        Archived: `archived`, the expected position, or the end of one of `files`, is in an archive that was
+            not given.
+        ArchiveMissing: `archive_missing`, the archives do not follow one another from the first event to the
+            base.
         NothingThere: `nothing_there`, archives were given for a ledger without archived events.
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
         LogUnavailable: `log_unavailable`, a file cannot be read, or is not a database.
     """
-    found, stored = _audit_own_file(path, expected, files, with_archives=bool(archives))
-    if stored is not None and expected is None and kept_in is not None:
-        found = replace(found, unexpected=_compare_with_kept_head(*kept_in, path, found))
-    if stored is None or found.finding is not None:
-        return found
+    heads, fold, behind = list_expected(expected, files), None, list[FileAudit]()
     if archives:
-        found = prove_base(found, stored, archives, key=key, expected=expected)
-    if found.finding is not None:
-        return found
-    archived = tuple(
-        (each.path, _compare_with_archives(found, each)) for each in files if _is_behind(each, found)
-    )
-    return replace(found, compared=(*found.compared, *archived))
+        with open_read_only(path) as own:
+            base, listed = find_base(own), list_archives(own)
+        if base is None:
+            return _audit_own_file(path, (), None)  # which finds that
+        try:
+            behind = prove_archives(archives, base, listed, key=key)
+            fold = fold_archives(behind, [head.position for head, _ in heads])
+        except InvalidArchive as invalid:
+            return audit_of_invalid(invalid, base, listed)
+    found = _audit_own_file(path, heads, fold)
+    if found.finding is None and expected is None and kept_in is not None:
+        found = replace(found, finding=_compare_with_kept_head(*kept_in, path, found))
+    return replace(found, behind=tuple(behind))
 
 
-def prove_base(
-    found: Audit, stored: State, archives: Sequence[Path], *, key: str | None, expected: Anchor | None
-) -> Audit:
-    """Add what archives prove of the events up to the base, where the ledger has stored a state.
+def audit_of_invalid(invalid: InvalidArchive, base: Anchor, listed: tuple[ArchiveRecord, ...]) -> Audit:
+    """Return the audit that ends with an archive's finding; nothing is proved then."""
+    verification = Verification(0, 0, GENESIS, invalid.finding)
+    return Audit(base, verification, invalid.finding, invalid.at, archives=listed)
+
+
+def fold_archives(files: Sequence[FileAudit], watched: Iterable[int] = ()) -> CheckedFold:
+    """Return the fold of all events of archives that are proved to follow one another.
+
+    At the end of each file it has to give the state whose digest the signed head says.
 
     Raises:
-        Archived: `archived`, the expected position is before the first archive.
-        ArchiveMissing: `archive_missing`, the archives do not follow one another up to the base.
-        NothingThere: `nothing_there`, the ledger has no archived events.
-        LogUnavailable: `log_unavailable`, an archive was changed meanwhile.
+        InvalidArchive: `ledger_damaged`.
+        LogUnavailable: `log_unavailable`, a file was changed meanwhile.
     """
-    if found.base.position == 0:
-        raise NothingThere(
-            "this ledger has no archived events: its log begins with the first event. Verify files by "
-            "themselves, with `loadledger verify FILE`"
-        )
-    behind = check_archives(archives, found.base, found.archives, key=key, expected=expected)
-    if expected is not None and expected.position < behind.after.position and behind.finding is None:
-        raise archived_error(behind.after, found)
-    return replace(found, behind=compare_with_base(behind, stored, found.archives[-1].folds))
+    fold = CheckedFold(Anchor(), State(), watched)
+    for file in files:
+        finding = fold.follow(raw_rows(read_proved(file))) or _compare_state(file, fold)
+        if finding is not None:
+            raise InvalidArchive(finding, file.path)
+    return fold
 
 
-def _audit_own_file(
-    path: Path, expected: Anchor | None, files: Sequence[FileAudit], *, with_archives: bool
-) -> tuple[Audit, State | None]:
-    """Audit the ledger's own file; return also the state at its base, unless there is a finding.
+def _compare_state(file: FileAudit, fold: CheckedFold) -> Finding | None:
+    stated = b"" if file.head is None else file.head.statement.state_sha256
+    if stated in (b"", digest_state(entities_of(fold.state()))):
+        return None
+    return Finding(fold.position, "its signed head has the digest of another state", FindingKind.BASE)
 
-    Archives are read later: an open read transaction keeps the writer from beginning its write-ahead log
-    anew.
-    """
-    without_wal = lacks_wal(path)
+
+def _audit_own_file(path: Path, heads: Sequence[ExpectedHead], fold: CheckedFold | None) -> Audit:
+    may_lack_events = lacks_wal(path) and all(file is not None for _, file in heads)
     with open_proof_reader(path) as ledger:
+        base = read_base(ledger.connection)
+        if fold is not None and Anchor(fold.position, fold.hash) != base:
+            raise LogUnavailable("events were archived meanwhile: give that archive, too")
         damage = ledger.find_damage()
-        verification = verify_ledger(ledger)
-        base, schema = ledger.base() or Anchor(), schema_difference(ledger.connection)
-        found = Audit(base, verification, damage, None, schema=schema)
-        if verification.verified and found.schema is None and without_wal and expected is None:
+        verification = verify_ledger(ledger, fold, [head.position for head, _ in heads])
+        schema = schema_difference(ledger.connection)
+        listed = list_archives(ledger.connection) if verification.verified else ()
+        if may_lack_events and verification.verified and schema is None:
             ledger.refuse_incomplete()
-        if not verification.verified:
-            return found, None
-        found = replace(found, archives=list_archives(ledger.connection) if base.position else ())
-        found = replace(
-            found,
-            unexpected=_compare_with_head(ledger, found, expected, with_archives=with_archives),
-            compared=tuple(  # if the last hash of a file is the chain's, so are all events before it
-                (
-                    each.path,
-                    _compare_with_log(ledger, found, each.proved),
-                )
-                for each in files
-                if not _is_behind(each, found)
-            ),
-        )
-        return found, read_base_state(ledger.connection, base.position) if found.finding is None else None
+    at_end, finding, at = verification.position, verification.finding, None
+    if finding is None and damage is not None:
+        finding = Finding(at_end, f"SQLite's integrity check says: {damage}", FindingKind.DAMAGED)
+    if finding is None and (difference := compare_heads(heads, verification, listed)):
+        finding, at = difference
+    if finding is None and schema is not None:
+        finding = Finding(at_end, f"the database's schema: {schema}", FindingKind.SCHEMA)
+    return Audit(base, verification, finding, at, damage, listed)
 
 
 def _compare_with_kept_head(data: Path, public_key: bytes, path: Path, found: Audit) -> Finding | None:
@@ -184,54 +210,3 @@ def _compare_with_kept_head(data: Path, public_key: bytes, path: Path, found: Au
         return None
     _, reason = rollback
     return Finding(found.verification.position, reason, FindingKind.EXPECTATION)
-
-
-def _compare_with_head(
-    ledger: ProofReader, found: Audit, expected: Anchor | None, *, with_archives: bool
-) -> Finding | None:
-    """Compare with the expected head; positions before the base are left to the archives."""
-    if expected is None:
-        return None
-    if expected.position >= found.base.position:
-        return _compare_with_log(ledger, found, expected)
-    if with_archives:
-        return None
-    raise archived_error(found.base, found)
-
-
-def archived_error(after: Anchor, found: Audit) -> Archived:
-    """Return the error of an expected event that is in an archive which was not given."""
-    problem = (
-        f"events up to position {after.position} are archived: expect a later position, or give the archives "
-        "with --archive"
-    )
-    return Archived(problem, after.position, found.verification.position)
-
-
-def _is_behind(file: FileAudit, found: Audit) -> bool:
-    return file.proved.position < found.base.position
-
-
-def _compare_with_archives(found: Audit, file: FileAudit) -> Finding | None:
-    """Compare a file that ends before the base with the archives; one must have its last position."""
-    end = file.proved
-    digest = None if found.behind is None else find_archived_hash(found.behind.files, end.position)
-    if digest is None:
-        known = next(
-            (f", listed as: {each}" for each in found.archives if each.last_position >= end.position),
-            "",
-        )
-        raise ArchiveMissing(
-            f"{printable_name(file.path)} ends at position {end.position}, and the log begins after "
-            f"{found.base.position}: only the archive with that position can show whether its events were "
-            f"this ledger's; give it with --archive{known}"
-        )
-    return compare_hash(end, digest)
-
-
-def _compare_with_log(ledger: ProofReader, found: Audit, expected: Anchor) -> Finding | None:
-    head = found.verification.position
-    if expected.position > head:
-        problem = f"the log ends at position {head}, {expected.position} was expected"
-        return Finding(head + 1, problem, FindingKind.EXPECTATION)
-    return compare_hash(expected, ledger.hash_at(expected.position))

@@ -67,40 +67,25 @@ def export(
         LogUnavailable: `log_unavailable`, the file cannot be read.
     """
     with open_read_only(path, refuses_incomplete=True) as ledger:
-        yield from export_of(ledger, form, sign, after=after, until=until)
-
-
-def export_of(
-    ledger: Connection, form: ExportFormat, sign: Sign, *, after: int | None, until: int | None
-) -> Iterator[bytes]:
-    """Yield what `export` does, from an open log."""
-    base = queries.read_base(ledger)
-    first, last = _bounds(ledger, after, until)
-    start = Anchor(first, queries.hash_at(ledger, base, first))
-    rows, recorded_at = queries.read_rows(ledger, first, last), queries.recorded_at(ledger, last)
-    return export_rows(rows, form, sign, base=base, after=start, until=last, recorded_at=recorded_at)
+        base = queries.read_base(ledger)
+        first, last = _bounds(ledger, after, until)
+        start, end = (Anchor(each, queries.find_hash(ledger, each) or b"") for each in (first, last))
+        head = Statement(last, end.hash, queries.recorded_at(ledger, last), base)
+        rows = queries.read_rows(ledger, first, last)
+        yield from export_rows(rows, form, sign, after=start, head=head)
 
 
 def export_rows(
-    rows: Iterable[Row],
-    form: ExportFormat,
-    sign: Sign,
-    *,
-    base: Anchor,
-    after: Anchor,
-    until: int,
-    recorded_at: str,
+    rows: Iterable[Row], form: ExportFormat, sign: Sign, *, after: Anchor, head: Statement
 ) -> Iterator[bytes]:
     """Yield the lines of the events of any log, and the signed head at their end.
 
     Args:
-        rows: the events after `after` up to and with `until`; it is checked that they are these.
+        rows: the events after `after` up to and with the head's; it is checked that they are these.
         form: of the lines.
-        sign: signs the head at `until`.
-        base: of the log.
+        sign: signs the head.
         after: the position and hash before the first row.
-        until: the position of the last row.
-        recorded_at: when that was recorded; empty for position 0, and for the base.
+        head: the last event.
 
     Raises:
         LedgerDamaged: `ledger_damaged`, naming the position.
@@ -115,9 +100,9 @@ def export_rows(
         if digest != row.hash:
             raise LedgerDamaged(f"the event at position {position} was changed; `verify` says more")
         yield form.event(row, previous)
-    if position != until:
+    if (position, digest) != (head.position, head.hash):
         raise LedgerDamaged(f"the event at position {position + 1} is missing; `verify` says more")
-    yield form.last(sign(Statement(until, digest, recorded_at, base)))
+    yield form.last(sign(head))
 
 
 def _bounds(ledger: Connection, after: int | None, until: int | None) -> tuple[int, int]:

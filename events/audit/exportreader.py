@@ -1,4 +1,4 @@
-"""Verification of one export or archive: events one by one as they are proved, and the signed head.
+"""Verification of exports and archives: events one by one as they are proved, and the signed head.
 
 An archive is an export (`events.audit.export`, format `jsonl`) compressed with gzip. A line is valid only if
 it is, byte for byte, what the export writes for that event, so that it has one reading only.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,19 @@ import msgspec
 
 from events.audit.export import FORMAT, JSONL
 from events.audit.signing import SignedHead, as_signed_head, key_id
-from events.audit.verify import Finding, FindingKind, compare_hash
-from events.codec import GENESIS, hash_body, is_canonical
-from events.errors import LedgerDamaged, LogUnavailable
+from events.audit.verify import (
+    CheckedFold,
+    Finding,
+    FindingKind,
+    VerificationError,
+    compare_hash,
+    raw_rows,
+)
+from events.codec import GENESIS, hash_body
+from events.errors import ArchiveMissing, LedgerDamaged, LogUnavailable, NothingThere
 from events.files import printable_name
-from events.storage import Row
+from events.state import State
+from events.storage import ArchiveRecord, Row
 from events.types import Anchor
 
 MAX_LINE = 16 * 2**20
@@ -34,19 +41,7 @@ MAX_LINE = 16 * 2**20
 LEVEL = 6
 """gzip's own default: a tenth of the size, 30 MB/s."""
 
-BUFFER = 2**18
-"""Bytes read at once."""
-
 T = TypeVar("T")
-
-
-class FileDamaged(LedgerDamaged):
-    """An export or archive does not verify; `position` is the first that is wrong or missing."""
-
-    def __init__(self, problem: str, position: int, kind: FindingKind = FindingKind.EVENT) -> None:
-        super().__init__(problem)
-        self.position = position
-        self.kind = kind
 
 
 @contextmanager
@@ -56,12 +51,8 @@ def compress(file: BinaryIO) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", packed)
 
 
-def read_lines(path: Path, seen: Callable[[memoryview], None] = lambda _: None) -> Iterator[bytes]:
+def read_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of an archive or an uncompressed export; a line longer than `MAX_LINE` is cut.
-
-    Args:
-        path: of a regular file.
-        seen: is called with the file's own bytes as they are read.
 
     Raises:
         LedgerDamaged: the file is truncated, or not valid gzip.
@@ -69,8 +60,9 @@ def read_lines(path: Path, seen: Callable[[memoryview], None] = lambda _: None) 
     """
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block
         raise LogUnavailable(f"{printable_name(path)} is not a regular file")
-    with io.BufferedReader(_Seen(path, seen), BUFFER) as file:
-        is_packed = file.peek(2)[:2] == b"\x1f\x8b"  # RFC 1952 section 2.3.1
+    with path.open("rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"  # RFC 1952 section 2.3.1
+        file.seek(0)
         source = gzip.GzipFile(fileobj=file) if is_packed else file
         try:
             while line := source.readline(MAX_LINE):
@@ -79,143 +71,92 @@ def read_lines(path: Path, seen: Callable[[memoryview], None] = lambda _: None) 
             raise LedgerDamaged(f"{printable_name(path)} is damaged: {error}") from None
 
 
-class _Seen(io.FileIO):
-    """A file that passes on the bytes that are read."""
-
-    def __init__(self, path: Path, seen: Callable[[memoryview], None]) -> None:
-        super().__init__(path)
-        self._seen = seen
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # io passes nothing else
-        count = super().readinto(buffer)
-        self._seen(buffer[:count])
-        return count
-
-
 class ExportReader:
-    """Iterates over the events of an export; each event is proved when it is yielded.
-
-    Attributes:
-        after: the position and hash after which the export begins.
-        position: of the last proved event.
-        hash: of the last proved event.
-        head: the signed head, once all events have been yielded.
+    """Iterates over the events of an export as they are written there; the caller checks their chain.
 
     Args:
         lines: of the export.
-        known: whether the file was verified before: then only the chain is checked, since the same last hash
-            means the same content.
+        known: whether it was read before: the same last hash then means the same content, in whatever form.
+
+    Attributes:
+        after: the position and hash after which the export begins.
+        head: the signed head, once all events have been yielded.
 
     Raises:
-        FileDamaged: here or during the iteration, naming the first position that is wrong, or missing.
+        VerificationError: here or during the iteration, naming the first position whose line is wrong, or
+            missing.
     """
 
     def __init__(self, lines: Iterable[bytes], *, known: bool = False) -> None:
         self._known = known
         self._lines = iter(lines)
-        try:
-            self.after = _parse_first_line(next(self._lines, b""))
-        except ValueError as error:
-            raise FileDamaged(str(error), 0) from None
-        if not _may_begin(self.after):
-            raise FileDamaged("the file begins after a hash that no log begins with", 0, FindingKind.BASE)
-        self.position, self.hash = self.after.position, self.after.hash
+        self.after = _parse_first_line(next(self._lines, b""))
         self.head: SignedHead | None = None
-        self._recorded_at = ""
 
     def __iter__(self) -> Iterator[Row]:
-        for line in self._lines:
-            found = self._read(line)
+        position = self.after.position
+        for position, line in enumerate(self._lines, self.after.position + 1):
+            try:
+                found = _parse_line(line)
+            except (ValueError, RecursionError) as error:
+                problem = f"the line for position {position} is not an event: {error}"
+                raise VerificationError(position, problem, FindingKind.EVENT) from None
+            if not self._known and not _is_written(found, line):
+                problem = f"the line for position {position} is not as the export writes it"
+                raise VerificationError(position, problem, FindingKind.EVENT)
             if isinstance(found, SignedHead):
-                if not self._known:
-                    self._check_head(found, line)
+                if next(self._lines, None) is not None:
+                    problem = "the file goes on after the signed head"
+                    raise VerificationError(position - 1, problem, FindingKind.EVENT)
                 self.head = found
                 return
-            self._check(found, line)
             yield found
-        raise FileDamaged(
-            f"the end is missing: the file ends at position {self.position} without a signed head",
-            self.position + 1,
-            FindingKind.MISSING,
-        )
+        problem = f"the end is missing: the file ends at position {position} without a signed head"
+        raise VerificationError(position + 1, problem, FindingKind.MISSING)
 
-    def _read(self, line: bytes) -> Row | SignedHead:
-        try:
-            return _parse_line(line)
-        except (ValueError, RecursionError) as error:
-            position = self.position + 1
-            raise FileDamaged(
-                f"the line for position {position} is not an event: {error}", position
-            ) from None
 
-    def _check(self, row: Row, line: bytes) -> None:
-        position = self.position + 1
-        if row.position != position:
-            problem = f"position {position} is missing: the next event is at {row.position}"
-            raise FileDamaged(problem, position, FindingKind.MISSING)
-        digest = hash_body(self.hash, row.body)
-        if digest != row.hash:
-            raise FileDamaged(
-                f"the event at position {position} is not what was hashed", position, FindingKind.HASH
-            )
-        if not self._known:
-            self._check_text(row, line)
-        self.position, self.hash = position, digest
-
-    def _check_text(self, row: Row, line: bytes) -> None:
-        """Check that the hashed body has one reading only, and that the line has the same."""
-        position, body = row.position, row.body.encode()
-        if not is_canonical(body):
-            raise FileDamaged(f"the body at position {position} is not in the canonical form", position)
-        recorded_at = _read_recorded_at(body, position)
-        if recorded_at < self._recorded_at:
-            problem = f"the event at position {position} was recorded before the one before it"
-            raise FileDamaged(problem, position, FindingKind.ORDER)
-        if not _is_written(row, line):
-            raise FileDamaged(f"the line for position {position} is not as the export writes it", position)
-        self._recorded_at = recorded_at
-
-    def _check_head(self, head: SignedHead, line: bytes) -> None:
-        statement, position = head.statement, self.position
-        if (statement.position, statement.hash) != (position, self.hash):
-            problem = f"the signed head is not that of position {position}, the last one in the file"
-            raise FileDamaged(problem, position, FindingKind.HASH)
-        if not head.holds():
-            problem = f"the signature of the head at position {position} does not match its key"
-            raise FileDamaged(problem, position, FindingKind.SIGNATURE)
-        is_of_then = statement.recorded_at == self._recorded_at or position == self.after.position
-        is_before = statement.base.position < self.after.position and _may_begin(statement.base)
-        is_complete = is_before or statement.base == self.after
-        if not (is_of_then and is_complete and _is_written(head, line)):
-            raise FileDamaged(f"the signed head does not fit the events up to position {position}", position)
-        if next(self._lines, None) is not None:
-            raise FileDamaged("the file goes on after the signed head", position)
+def _find_other_head(head: SignedHead | None, after: Anchor, chain: CheckedFold) -> Finding | None:
+    """Return how the signed head of a file contradicts the events that it ends."""
+    position = chain.position
+    if head is None or (head.statement.position, head.statement.hash) != (position, chain.hash):
+        problem = f"the signed head is not that of position {position}, the last one in the file"
+        return Finding(position, problem, FindingKind.HASH)
+    if not head.holds():
+        problem = f"the signature of the head at position {position} does not match its key"
+        return Finding(position, problem, FindingKind.SIGNATURE)
+    statement = head.statement
+    is_of_then = statement.recorded_at == chain.recorded_at or position == after.position
+    is_before = statement.base.position < after.position and _may_begin(statement.base)
+    if is_of_then and (is_before or statement.base == after):
+        return None
+    problem = f"the signed head does not fit the events up to position {position}"
+    return Finding(position, problem, FindingKind.EVENT)
 
 
 def _parse_first_line(first: bytes) -> Anchor:
     """Parse the first line of an export, and return the position and hash after which it begins."""
-    if first.startswith(b"SQLite format 3"):
-        raise ValueError("this is a database, not an export: name the data directory of a ledger with --data")
-    unknown = f"the first line does not mark the file as {FORMAT}"
     try:
-        mark = _decode(first, _Mark)
+        found = _decode(first, _Opening).after
+        after = Anchor(found.position, bytes.fromhex(found.hash))
     except ValueError:
-        raise ValueError(unknown) from None
-    if mark.specversion is not None:
-        raise ValueError(
+        after = Anchor()
+    if JSONL.first(after) != first:
+        raise VerificationError(0, _describe_other_file(first), FindingKind.EVENT)
+    if not _may_begin(after):
+        problem = "the file begins after a hash that no log begins with"
+        raise VerificationError(0, problem, FindingKind.BASE)
+    return after
+
+
+def _describe_other_file(first: bytes) -> str:
+    if first.startswith(b"SQLite format 3"):
+        return "this is a database, not an export: name the data directory of a ledger with --data"
+    if first.startswith(b'{"specversion"'):
+        return (
             "these are CloudEvents, which loadledger does not read: export the ledger with `--format jsonl`, "
             "and verify that file"
         )
-    if mark.export != FORMAT:
-        raise ValueError(unknown)
-    try:
-        after = _decode(first, _Opening).after
-        base = Anchor(after.position, bytes.fromhex(after.hash))
-    except ValueError as error:
-        raise ValueError(f"the first line does not say where the export begins: {error}") from None
-    if JSONL.first(base) != first:
-        raise ValueError("the first line is not as the export writes it")
-    return base
+    return f"the first line does not mark the file as {FORMAT}, and say where it begins"
 
 
 def _parse_line(line: bytes) -> Row | SignedHead:
@@ -244,16 +185,12 @@ def _decode(text: bytes, kind: type[T]) -> T:
 
 
 _Position = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-
-
-class _Mark(msgspec.Struct):
-    export: str | None = None
-    specversion: str | None = None
+_Hash = Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
 
 
 class _After(msgspec.Struct):
     position: _Position
-    hash: str
+    hash: _Hash
 
 
 class _Opening(msgspec.Struct):
@@ -262,7 +199,7 @@ class _Opening(msgspec.Struct):
 
 class _Line(msgspec.Struct, gc=False):
     position: _Position | None = None
-    hash: str | None = None
+    hash: _Hash | None = None
     body: str | None = None
     head: msgspec.Raw = msgspec.Raw()
 
@@ -273,24 +210,6 @@ def _may_begin(base: Anchor) -> bool:
     return base.position >= 0 and len(base.hash) == len(GENESIS) and is_first == (base.position == 0)
 
 
-class _Stated(msgspec.Struct, gc=False):
-    position: int
-    recorded_at: str
-
-
-_STATED = msgspec.json.Decoder(_Stated)
-
-
-def _read_recorded_at(body: bytes, position: int) -> str:
-    try:
-        stated = _STATED.decode(body)
-    except (RecursionError, ValueError) as error:
-        raise FileDamaged(f"the body at position {position} is not an event: {error}", position) from None
-    if stated.position != position:
-        raise FileDamaged(f"the body at position {position} says position {stated.position}", position)
-    return stated.recorded_at
-
-
 @dataclass(frozen=True, slots=True)
 class FileAudit:
     """The result of verifying an export or archive by itself.
@@ -299,7 +218,7 @@ class FileAudit:
         path: of the file.
         after: the position and hash after which its events begin.
         proved: the position and hash of the last proved event.
-        head: the signed head, whose signature is valid; None after a finding.
+        head: the signed head, which fits the events; None after another finding than its signer.
         sha256: of the file's bytes; empty after a finding.
         finding: the first problem; None if there is none.
         has_expected: whether the file has the position of the expected head.
@@ -329,37 +248,35 @@ def audit_file(path: Path, *, key: str | None = None, expected: Anchor | None = 
     Raises:
         LogUnavailable: `log_unavailable`, it is not a regular file.
     """
-    digest = hashlib.sha256()
-    reader: ExportReader | None = None
-    finding, unexpected = None, None
+    reader, chain = None, CheckedFold(Anchor(), State())
     try:
-        reader = ExportReader(read_lines(path, digest.update))
-        unexpected = _compare_with_anchor(expected, reader.after)
-        for row in reader:
-            if expected is not None and row.position == expected.position:
-                unexpected = _compare_with_anchor(expected, Anchor(row.position, row.hash))
-    except FileDamaged as error:
-        finding = Finding(error.position, str(error), error.kind)
+        reader = ExportReader(read_lines(path))
+        watched = () if expected is None else (expected.position,)
+        chain = CheckedFold(reader.after, State(), watched, applies=False)
+        finding = chain.follow(raw_rows(reader)) or _find_other_head(reader.head, reader.after, chain)
+    except VerificationError as error:
+        finding = error.finding
     except LedgerDamaged as error:
-        finding = Finding(0 if reader is None else reader.position + 1, str(error), FindingKind.DAMAGED)
-    if reader is None:
-        return FileAudit(path, Anchor(), Anchor(), None, b"", finding)
-    proved = Anchor(reader.position, reader.hash)
+        finding = Finding(0 if reader is None else chain.position + 1, str(error), FindingKind.DAMAGED)
+    is_sound = finding is None
+    head = reader.head if reader is not None and is_sound else None
+    digest = None if reader is None or expected is None else chain.hashes.get(expected.position)
+    if is_sound and expected is not None and digest is not None:
+        finding = compare_hash(expected, digest)
     return FileAudit(
         path,
-        reader.after,
-        proved,
-        reader.head,
-        digest.digest() if finding is None else b"",
-        finding or unexpected or _compare_signer(reader.head, key),
-        expected is not None and reader.after.position <= expected.position <= proved.position,
+        Anchor() if reader is None else reader.after,
+        Anchor(chain.position, chain.hash),
+        head,
+        _hash_file(path) if is_sound else b"",
+        finding or _compare_signer(head, key),
+        digest is not None,
     )
 
 
-def _compare_with_anchor(expected: Anchor | None, found: Anchor) -> Finding | None:
-    if expected is None or expected.position != found.position:
-        return None
-    return compare_hash(expected, found.hash)
+def _hash_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _compare_signer(head: SignedHead | None, key: str | None) -> Finding | None:
@@ -367,3 +284,99 @@ def _compare_signer(head: SignedHead | None, key: str | None) -> Finding | None:
         return None
     problem = f"the head is signed by the key {key_id(head.public_key)}, {key} was expected"
     return Finding(head.statement.position, problem, FindingKind.EXPECTATION)
+
+
+# Several files that follow one another.
+
+
+class InvalidArchive(LedgerDamaged):
+    """An archive does not verify."""
+
+    def __init__(self, finding: Finding, at: Path) -> None:
+        super().__init__(
+            f"{printable_name(at)} does not verify: position {finding.position}: {finding.problem}"
+        )
+        self.finding = finding
+        self.at = at
+
+
+def prove_archives(
+    paths: Sequence[Path], base: Anchor, listed: Sequence[ArchiveRecord], *, key: str | None = None
+) -> list[FileAudit]:
+    """Verify archives, and check that together they lead from the first event to the base of a log.
+
+    Their events are not folded: the models and jobs of a forged file might take any memory.
+
+    Args:
+        paths: in any order; an export works like an archive if it has the same events.
+        base: of the log.
+        listed: the archives that the ledger lists, to name those that are missing.
+        key: as for `audit_file`.
+
+    Returns:
+        The files in the order of their positions.
+
+    Raises:
+        NothingThere: `nothing_there`, the log has no archived events.
+        InvalidArchive: `ledger_damaged`.
+        ArchiveMissing: `archive_missing`, they do not follow one another from the first event to the base.
+        LogUnavailable: `log_unavailable`, one is not a regular file.
+    """
+    if base.position == 0:
+        raise NothingThere(
+            "this ledger has no archived events: leave --archive out, and verify files by themselves, with "
+            "`loadledger verify FILE`"
+        )
+    files = list[FileAudit]()
+    for path in paths:
+        files.append(file := audit_file(path, key=key))
+        if file.finding is not None:
+            raise InvalidArchive(file.finding, path)
+    files.sort(key=lambda file: (file.after.position, file.proved.position))
+    end = Anchor()
+    for file in files:
+        _refuse_gap(end, file.after, printable_name(file.path), listed)
+        if end != file.after:
+            raise InvalidArchive(Finding(end.position, _OTHER_HASH, FindingKind.BASE), file.path)
+        end = file.proved
+    _refuse_gap(end, base, "the log", listed)
+    if end != base:
+        problem = "its last hash is not the one after which the log begins"
+        raise InvalidArchive(Finding(base.position, problem, FindingKind.BASE), files[-1].path)
+    return files
+
+
+_OTHER_HASH = "its hash there is not the last one of the archive before"
+
+
+def _refuse_gap(end: Anchor, after: Anchor, name: str, listed: Sequence[ArchiveRecord]) -> None:
+    if end.position < after.position:
+        known = next((f": {each}" for each in listed if each.last_position > end.position), "")
+        raise ArchiveMissing(
+            f"positions {end.position + 1} to {after.position} are missing: {name} begins after "
+            f"{after.position}; give the archive that has them, too{known}"
+        )
+    if end.position > after.position:
+        raise ArchiveMissing(
+            f"{name} begins after {after.position}, and the archive before goes on to position "
+            f"{end.position}: give only archives that follow one another, each once"
+        )
+
+
+def read_proved(file: FileAudit) -> Iterator[Row]:
+    """Yield the events of a file again that was proved.
+
+    Raises:
+        LogUnavailable: `log_unavailable`, it was changed since.
+    """
+    changed = LogUnavailable(f"{printable_name(file.path)} was changed while it was read: try again")
+    try:
+        reader = ExportReader(read_lines(file.path), known=True)
+        digest = reader.after.hash
+        for row in reader:
+            digest = hash_body(digest, row.body)
+            yield row
+    except (LedgerDamaged, VerificationError):
+        raise changed from None
+    if (reader.after, digest) != (file.after, file.proved.hash):
+        raise changed

@@ -6,27 +6,34 @@ The log is read once, in order. The result names the first position that is wron
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
+from sys import getsizeof
 from typing import TypeVar
 
 from events.codec import GENESIS, CanonicalCheck, decode_event
 from events.jobs import Job
-from events.sqlite.projections import NEVER, StoredProjections
+from events.models import Model
+from events.presence import Transition
+from events.sqlite.bases import entities_of, read_stored_base, state_at_base
+from events.sqlite.projections import StoredProjections
 from events.sqlite.proof import ProofReader, open_proof_reader, storage_errors
-from events.sqlite.queries import list_archives
-from events.sqlite.snapshots import is_base_state_unchanged, read_base_state
+from events.sqlite.queries import find_base
 from events.sqlite.storage import is_current
-from events.state import Entities, State
-from events.storage import ArchiveRecord, RawRow, StorageDamaged, StorageError
+from events.state import OF_NO_MODEL, Entities, State
+from events.storage import RawRow, Row, StorageDamaged, StoredBase
 from events.types import Anchor, Event
 
 PAGE = 200
 """Events that take each step together: the processor's caches then hold the code of one step, not of all. It
 takes a sixth less time than event by event (measured)."""
+
+PAGE_BYTES = 2**22
+"""Bytes of bodies and hashes after which a step takes fewer events: far more than 200 that a server
+wrote have."""
 
 _EXPECTED = re.compile(r"(\d{1,19}):([0-9a-fA-F]{64})", re.ASCII)
 
@@ -73,6 +80,7 @@ class Verification:
         finding: the first problem; None if there is none.
         compared: False if there are no stored projections to compare, or if another release's folds made
             them: then they are rebuilt before anything uses them.
+        hashes: of the watched positions.
     """
 
     events: int
@@ -80,6 +88,7 @@ class Verification:
     hash: bytes
     finding: Finding | None
     compared: bool = True
+    hashes: Mapping[int, bytes] = field(default_factory=dict, compare=False)
 
     @property
     def verified(self) -> bool:
@@ -107,30 +116,68 @@ def parse_expected(text: str) -> Anchor:
 
 
 class CheckedFold:
-    """A fold of the log that checks each event before it applies it.
+    """A fold of events that checks each one before it applies it.
 
     Args:
-        base: of the log.
-        state: at the base; its ended jobs are compared at once.
+        start: the position and hash after which the events begin.
+        state: there.
+        watched: positions whose hashes are wanted.
+        applies: whether events are applied, not only checked: those of a forged file might take any memory.
+
+    Attributes:
+        hashes: of the watched positions that the fold has passed.
         stored: the stored projections to compare with as the fold reaches them, or None.
     """
 
-    def __init__(self, base: Anchor, state: State, stored: StoredProjections | None = None) -> None:
-        self._base = base
-        self.position, self.hash, self._recorded_at = base.position, base.hash, ""
-        self.stored = stored
+    def __init__(
+        self, start: Anchor, state: State, watched: Iterable[int] = (), *, applies: bool = True
+    ) -> None:
+        self.position, self.hash, self.recorded_at = start.position, start.hash, ""
+        self.stored: StoredProjections | None = None
         known = sorted(state.jobs.values(), key=lambda job: job.created_position)
         unended = (job for job in known if not job.ended)
-        self.entities = Entities(state.models.values(), unended, state.tokens.values(), state.nodes.values())
+        self.entities = Entities(state.models.values(), unended, state.registers)
+        self._apply = self.entities.apply if applies else _ignore
+        self._behind = dict[str, list[Job]]()
+        for job in known:
+            if job.ended:
+                self._keep_if_behind(job)
         self._canonical = CanonicalCheck()
-        self._touched = set[str | None]() if stored is None else stored.snapshots.touched
-        self._compare_at = NEVER if stored is None else stored.snapshots.next
-        if stored is not None:
-            for job in known:
-                if job.ended:
-                    stored.jobs.compare(job)
-            if base.position == self._compare_at:
-                self._compare_snapshot(stored)
+        self._changes = list[tuple[Event, Collection[Model], Iterable[Transition]]]()
+        self.hashes = {start.position: start.hash}
+        self._watched = sorted({each for each in watched if each > start.position}, reverse=True)
+
+    def compare_with(self, stored: StoredProjections) -> None:
+        """Compare from here on with stored projections, which begin at this position."""
+        self.stored = stored
+        stored.history.compare_base(self.position, self.entities)
+        for job in self.state().jobs.values():
+            if job.ended:
+                stored.jobs.compare(job)
+
+    def state(self) -> State:
+        """Return the live state, with the ended loads that its models serve from or return to."""
+        models = dict(self.entities.models)
+        behind = {
+            job.id: job
+            for model in models.values()
+            for job in self._behind.get(model.id, ())
+            if job.id in model.loads_behind
+        }
+        jobs = sorted((behind | self.entities.jobs).values(), key=lambda job: job.created_position)
+        return State(
+            self.position,
+            self.recorded_at,
+            models,
+            {job.id: job for job in jobs},
+            registers=self.entities.registers,
+        )
+
+    def _keep_if_behind(self, job: Job) -> None:
+        model = self.entities.models.get(job.model_id)
+        if model is not None and job.id in model.loads_behind:
+            kept = self._behind.get(model.id, ())
+            self._behind[model.id] = [*(each for each in kept if each.id in model.loads_behind), job]
 
     def follow(self, rows: Iterable[RawRow]) -> Finding | None:
         """Read the rows of the log up to the first problem, and return it; raise what reading them raises."""
@@ -140,9 +187,17 @@ class CheckedFold:
             ended, finding = _take_until_problem(
                 self._fold_events(zip(hashed, events, strict=False)), finding
             )
-            if self.stored is not None:
-                for job in ended:
+            for job in ended:
+                self._keep_if_behind(job)
+                if self.stored is not None:
                     self.stored.jobs.compare(job)
+            if self.stored is not None:
+                for change in self._changes:
+                    self.stored.history.compare(*change)
+            self._changes.clear()
+            while self._watched and self._watched[-1] <= self.position:
+                row = hashed[self._watched[-1] - hashed[0][0]]
+                self.hashes[self._watched.pop()] = row[2]
             if finding is not None:
                 return finding
         return None
@@ -184,43 +239,52 @@ class CheckedFold:
             yield event
 
     def _fold_events(self, found: Iterable[tuple[RawRow, Event]]) -> Iterator[Job]:
-        apply, touch = self.entities.apply, self._touched.add
+        apply, models = self._apply, self.entities.models
         for (position, _, digest), event in found:
-            if event.recorded_at < self._recorded_at:
+            if event.recorded_at < self.recorded_at:
                 raise VerificationError(
                     position, "it was recorded before the one before it", FindingKind.ORDER
                 )
+            before = models.get(event.model_id or "")
             try:
                 ended = apply(event)
             except Exception as error:  # noqa: BLE001 - as above
                 raise VerificationError(
                     position, f"the body is not an event: {error!r}", FindingKind.EVENT
                 ) from None
-            self.position, self.hash, self._recorded_at = position, digest, event.recorded_at
-            touch(event.model_id)
-            if position == self._compare_at and self.stored is not None:
-                self._compare_snapshot(self.stored)
+            self.position, self.hash, self.recorded_at = position, digest, event.recorded_at
+            if type(event.data) in OF_NO_MODEL:
+                common = self.entities.common
+                self._changes.append((event, common.models.values(), common.transitions))
+            elif (after := models.get(event.model_id or "")) is not before and after is not None:
+                self._changes.append((event, (after,), ()))
             if ended is not None:
                 yield ended
 
-    def result(self, finding: Finding | None, *, compared: bool) -> Verification:
-        events = self.position - self._base.position
-        return Verification(events, self.position, self.hash, finding, compared)
+    def result(self, base: Anchor, finding: Finding | None, *, compared: bool) -> Verification:
+        """Return the result for a ledger with this base."""
+        events = max(0, self.position - base.position)
+        return Verification(events, self.position, self.hash, finding, compared, self.hashes)
 
-    def _compare_snapshot(self, stored: StoredProjections) -> None:
-        stored.snapshots.compare(self.position, self.entities)
-        self._compare_at = stored.snapshots.next
+
+def _ignore(_: Event) -> None:
+    """Apply no event."""
+
+
+def raw_rows(rows: Iterable[Row]) -> Iterator[RawRow]:
+    return ((row.position, row.body.encode(), row.hash) for row in rows)
 
 
 def _pages(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
     """Yield the rows in pages; if reading fails, first yield the rows before that."""
-    page = list[RawRow]()
+    page, size = list[RawRow](), 0
     try:
         for row in rows:
             page.append(row)
-            if len(page) == PAGE:
+            size += getsizeof(row[1]) + getsizeof(row[2])
+            if len(page) == PAGE or size > PAGE_BYTES:
                 yield page
-                page = []
+                page, size = [], 0
     except Exception:
         yield page
         raise
@@ -254,68 +318,59 @@ def verify(path: Path) -> Verification:
         return verify_ledger(ledger)
 
 
-def verify_ledger(ledger: ProofReader) -> Verification:
-    base = ledger.base()
+def verify_ledger(
+    ledger: ProofReader, fold: CheckedFold | None = None, watched: Iterable[int] = ()
+) -> Verification:
+    """Verify a ledger; `fold` and `watched` are those of `begin_at_base`."""
+    base = find_base(ledger.connection)
     if base is None:
         return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", FindingKind.BASE))
-    fold = CheckedFold(base, State(base.position))
     finding, compared = None, True
     try:
         with storage_errors():
             compared = is_current(ledger.connection)
-            fold = _fold_at_base(ledger, base, compared=compared)
+            fold = begin_at_base(read_stored_base(ledger.connection), fold, watched)
+            if compared:
+                fold.compare_with(StoredProjections(ledger.connection))
             finding = fold.follow(ledger.rows())
             if finding is None:
-                _check_base(ledger, base)
                 _check_projections(fold)
                 _check_length(ledger, fold.position)
     except VerificationError as bad:
         finding = bad.finding
     except StorageDamaged as error:
-        finding = Finding(fold.position + 1, f"the file is damaged: {error}", FindingKind.DAMAGED)
-    return fold.result(finding, compared=compared)
+        position = base.position if fold is None else fold.position
+        finding = Finding(position + 1, f"the file is damaged: {error}", FindingKind.DAMAGED)
+    fold = fold or CheckedFold(base, State(base.position))
+    return fold.result(base, finding, compared=compared)
 
 
-def _fold_at_base(ledger: ProofReader, base: Anchor, *, compared: bool) -> CheckedFold:
-    """Return the fold at the base; `compared` says whether it compares the stored projections."""
-    try:
-        with storage_errors():
-            state = read_base_state(ledger.connection, base.position)
-            stored = StoredProjections(ledger.connection, base.position) if compared else None
-            return CheckedFold(base, state, stored)
-    except StorageError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a forged state may raise anything
-        problem = f"the stored state at the base is damaged: {error!r}"
-        raise VerificationError(base.position, problem, FindingKind.BASE) from None
+def begin_at_base(
+    stored: StoredBase, fold: CheckedFold | None = None, watched: Iterable[int] = ()
+) -> CheckedFold:
+    """Return the fold at the base of a ledger, after a check of the state that is stored there.
 
-
-def _check_base(ledger: ProofReader, base: Anchor) -> None:
-    """Check that the listed archives lead from the first event to the base, and the stored state there."""
-    check_listed(list_archives(ledger.connection), base)
-    if not is_base_state_unchanged(ledger.connection, base.position):
-        problem = "the stored state at the base was changed"
-        raise VerificationError(base.position, problem, FindingKind.BASE)
-
-
-def check_listed(archives: Iterable[ArchiveRecord], base: Anchor) -> None:
-    """Check that archives, in order, lead from the first event to the base.
+    Args:
+        stored: the base of the ledger.
+        fold: of all events up to there, which has to give that state, or None: then the fold begins with it.
+        watched: for a fold that begins.
 
     Raises:
-        VerificationError: they do not.
+        VerificationError: the stored state was changed, or is not what the events give.
     """
-    end = Anchor()
-    for each in archives:
-        if each.first_position != end.position + 1:
-            problem = f"the listed archives do not have position {end.position + 1}"
-            raise VerificationError(base.position, problem, FindingKind.BASE)
-        if type(each.last_position) is not int:  # a forged ledger may have any type
-            problem = "the listed archives do not end with a position"
-            raise VerificationError(base.position, problem, FindingKind.BASE)
-        end = Anchor(each.last_position, each.hash)
-    if end != base:
-        problem = f"the listed archives end at position {end.position}, the log begins after {base.position}"
-        raise VerificationError(base.position, f"{problem}, or with another hash", FindingKind.BASE)
+    position = stored.base.position
+    if not stored.is_unchanged:
+        raise VerificationError(position, "the stored state at the base was changed", FindingKind.BASE)
+    if fold is None:
+        try:
+            return CheckedFold(stored.base, state_at_base(stored), watched)
+        except Exception as error:  # noqa: BLE001 - a forged state may raise anything
+            problem = f"the stored state at the base is damaged: {error!r}"
+            raise VerificationError(position, problem, FindingKind.BASE) from None
+    for each in sorted({*entities_of(fold.state())} ^ {*stored.entities}):
+        problem = f"the state stored there is not what the archives give, at the {each.kind} {each.key!r}"
+        raise VerificationError(position, problem, FindingKind.BASE)
+    return fold
 
 
 def _check_projections(fold: CheckedFold) -> None:

@@ -1,7 +1,8 @@
-"""The base of a log: moved by archiving, and as plain values.
+"""The base of a log, with the state there: moved by archiving, and as plain values.
 
-Archiving removes the events before it (`events.audit.archive` decides and proves). A replica whose database
-has archived events begins with the values of a base.
+Archiving removes the events before it (`events.audit.archive` decides and proves); the stored state stands
+for them: all models, unended jobs, tokens and nodes, and the ended loads that models serve from or return to.
+A replica whose database has archived events begins with the values of a base.
 """
 
 from __future__ import annotations
@@ -12,18 +13,26 @@ from contextlib import contextmanager, suppress
 
 from events.clock import Timestamp
 from events.errors import LedgerDamaged
-from events.sqlite.queries import list_archives, make_state, read_base
-from events.sqlite.snapshots import base_state_digest, write_base_state
-from events.sqlite.timetravel import state_at
+from events.jobs import Job, JobStatus
+from events.models import Model
+from events.sqlite import history
+from events.sqlite.queries import (
+    LAST,
+    as_job,
+    as_model,
+    as_text,
+    find_base,
+    make_state,
+    read_head,
+    read_rows,
+    transaction,
+)
 from events.state import State
-from events.storage import ArchiveRecord, BaseEntity, StoredBase
+from events.storage import ArchiveRecord, BaseEntity, LogHead, Row, StorageDamaged, StoredBase
 from events.types import Anchor
 
 _LIFTED = ("events_never_go", "base_never_changes")
 """The triggers that have to be dropped to move the base, and created again."""
-
-_JOB_KEY = "{:019d}"
-"""The position at which a job was created, so that keys sort as positions do."""
 
 
 @contextmanager
@@ -39,89 +48,114 @@ def suspended_triggers(connection: sqlite3.Connection) -> Iterator[None]:
         connection.execute(sql)
 
 
-def last_before(connection: sqlite3.Connection, time: Timestamp) -> int:
-    """Return the position of the last event that was recorded before a time, or 0."""
-    (last,) = connection.execute(
-        "SELECT coalesce(max(position), 0) FROM events WHERE recorded_at < ?", (time,)
-    ).fetchone()
-    return int(last)
+class LedgerFile:
+    """A ledger in a file whose oldest events can be removed (`events.audit.archive.CutLedger`)."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def stored_base(self) -> StoredBase:
+        return read_stored_base(self._connection)
+
+    def head(self) -> LogHead:
+        return read_head(self._connection)
+
+    def rows(self, after: int, until: int = LAST) -> Iterator[Row]:
+        return read_rows(self._connection, after, until)
+
+    def cut(self, before: Anchor, stored: StoredBase) -> None:
+        """Remove the events after `before` up to a new base, and give their space back if there is room.
+
+        The stored jobs that had ended by then go with their events, except those in the state there.
+
+        Raises:
+            LedgerDamaged: `ledger_damaged`, other events would go; nothing was changed.
+        """
+        with transaction(self._connection):
+            cut(self._connection, before, stored)
+        with suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA journal_mode = DELETE")
+            self._connection.execute("VACUUM")
 
 
-def first_key(connection: sqlite3.Connection, until: int, since: Timestamp) -> int | None:
-    """Return the first position up to `until` with an idempotency key recorded after `since`, or None."""
-    (position,) = connection.execute(
-        "SELECT min(position) FROM events WHERE idempotency_key IS NOT NULL AND position <= ?"
-        " AND recorded_at > ?",
-        (until, since),
-    ).fetchone()
-    return None if position is None else int(position)
-
-
-def remove_events(
-    connection: sqlite3.Connection, end: Anchor, file: str, sha256: bytes, now: Timestamp, *, folds: int
-) -> int:
-    """Remove the events up to and with `end`, and list their archive; the caller holds the transaction.
-
-    Args:
-        connection: of `events.sqlite.storage.open_to_archive`.
-        end: the new base.
-        file: the archive's name.
-        sha256: of the archive.
-        now: when it is archived.
-        folds: the version of the folds that made the state; that of archives before it stays.
-
-    Returns:
-        The number of removed ended jobs.
-    """
-    base, before = read_base(connection), list_archives(connection)
-    folds = before[-1].folds if before else folds
-    state = state_at(connection, end.position, from_base=True)
+def cut(connection: sqlite3.Connection, before: Anchor, stored: StoredBase) -> None:
+    """Do what `LedgerFile.cut` does; the caller holds the transaction."""
+    position = stored.base.position
     with suspended_triggers(connection):
-        jobs = write_base_state(connection, state)
-        connection.execute("DELETE FROM events WHERE position <= ?", (end.position,))
-        connection.execute("UPDATE base SET position = ?, hash = ?", (end.position, end.hash))
-    state_sha256 = base_state_digest(connection, end.position)
+        write_base(connection, stored)
+        removed = connection.execute("DELETE FROM events WHERE position <= ?", (position,)).rowcount
+    if removed != position - before.position:
+        raise LedgerDamaged(f"nothing was moved: of positions up to {position}, {removed} would have gone")
     connection.execute(
-        "INSERT INTO archives"
-        " (last_position, first_position, hash, archived_at, file, sha256, state_sha256, folds)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (end.position, base.position + 1, end.hash, now, file, sha256, state_sha256, folds),
+        f"DELETE FROM jobs WHERE status NOT IN ('{JobStatus.PENDING}', '{JobStatus.IN_PROGRESS}')"  # noqa: S608 - literals
+        " AND json_extract(body, '$.position') <= ?"
+        " AND created_position NOT IN (SELECT CAST(key AS INTEGER) FROM base_state WHERE kind = 'job')",
+        (position,),
     )
-    return jobs
+    state = state_at_base(stored)
+    history.write_base(connection, position, state.models.values(), state.registers.nodes.values())
 
 
-def shrink(connection: sqlite3.Connection) -> None:
-    """Return the free space to the disk if there is room for that, and leave one complete file."""
-    with suppress(sqlite3.Error):
-        connection.execute("PRAGMA journal_mode = DELETE")
-        connection.execute("VACUUM")
+def write_base(connection: sqlite3.Connection, stored: StoredBase) -> None:
+    """Replace the base, the state there and the listed archives, without triggers and in a transaction."""
+    connection.execute(
+        "UPDATE base SET position = ?, hash = ?, state_sha256 = ?",
+        (stored.base.position, stored.base.hash, stored.state_sha256),
+    )
+    connection.execute("DELETE FROM base_state")
+    connection.executemany("INSERT INTO base_state (kind, key, body) VALUES (?, ?, ?)", stored.entities)
+    connection.execute("DELETE FROM archives")
+    connection.executemany(
+        "INSERT INTO archives (last_position, recorded_at, file) VALUES (?, ?, ?)", stored.archives
+    )
 
 
 def read_stored_base(connection: sqlite3.Connection) -> StoredBase:
-    base = read_base(connection)
-    if base.position == 0:
-        return StoredBase(base)
-    return StoredBase(base, list_archives(connection), tuple(_read_entities(connection, base.position)))
+    """Return where the log begins; bytes that are not UTF-8 are replaced, and so differ from the digest.
+
+    Raises:
+        StorageDamaged: the base is missing, or has other types.
+    """
+    base = find_base(connection)
+    if base is None:
+        raise StorageDamaged("the base of the chain is missing")
+    (digest,) = connection.execute("SELECT state_sha256 FROM base").fetchone()
+    entities = connection.execute(
+        "SELECT CAST(kind AS BLOB), CAST(key AS BLOB), CAST(body AS BLOB) FROM base_state ORDER BY kind, key"
+    ).fetchall()
+    return StoredBase(
+        base,
+        digest,
+        tuple(BaseEntity(_decode(kind), _decode(key), _decode(body)) for kind, key, body in entities),
+        list_archives(connection),
+    )
 
 
-def _read_entities(connection: sqlite3.Connection, base: int) -> Iterator[BaseEntity]:
-    at = {"base": base}
-    yield from (
-        BaseEntity("model", key, body)
-        for key, body in connection.execute(
-            "SELECT model_id, body FROM model_snapshots WHERE position = :base ORDER BY 1", at
-        )
+def list_archives(connection: sqlite3.Connection) -> tuple[ArchiveRecord, ...]:
+    """Return the archives that a ledger lists, in the order of their positions; texts may be damaged."""
+    found = connection.execute(
+        "SELECT last_position, CAST(recorded_at AS BLOB), CAST(file AS BLOB) FROM archives ORDER BY 1"
     )
-    yield from (
-        BaseEntity("job", _JOB_KEY.format(position), body)
-        for position, body in connection.execute(
-            "SELECT created_position, body FROM job_snapshots WHERE position = :base ORDER BY 1", at
-        )
-    )
-    tokens = connection.execute("SELECT id, body FROM base_tokens ORDER BY 1")
-    yield from (BaseEntity("token", key, body) for key, body in tokens)
-    nodes = connection.execute("SELECT id, body FROM base_nodes ORDER BY 1")
-    yield from (BaseEntity("node", key, body) for key, body in nodes)
+    return tuple(ArchiveRecord(last, _decode(time), _decode(file)) for last, time, file in found)
+
+
+def name_archive(connection: sqlite3.Connection, moment: int | Timestamp) -> str:
+    """Return words for the archive with a position, or for those two that may have the last event by a time.
+
+    One of the two ends by then. Only their events tell whether the one after it had begun. Empty for none.
+    """
+    archives = list_archives(connection)
+    if isinstance(moment, int):
+        found = [each for each in archives if each.last_position >= moment][:1]
+    else:
+        found = [each for each in archives if each.recorded_at <= moment][-1:]
+        found += [each for each in archives if each.recorded_at > moment][:1]
+    return f" in {' or '.join(repr(each.file) for each in found)}" if found else ""
+
+
+def _decode(stored: bytes | None) -> str:
+    """Return stored text; a null, which only tampering stores, reads as empty."""
+    return (stored or b"").decode(errors="replace")
 
 
 def state_at_base(stored: StoredBase) -> State:
@@ -136,32 +170,43 @@ def state_at_base(stored: StoredBase) -> State:
     )
 
 
+def entities_of(state: State) -> tuple[BaseEntity, ...]:
+    """Return a state as it is stored at a base; its jobs are all that were given to it, ended ones, too."""
+    return (
+        *(BaseEntity("model", model.id, as_text(model)) for model in state.models.values()),
+        *(BaseEntity("job", f"{job.created_position:019d}", as_text(job)) for job in state.jobs.values()),
+        *(BaseEntity("token", token.id, as_text(token)) for token in state.registers.tokens.values()),
+        *(BaseEntity("node", node.id, as_text(node)) for node in state.registers.nodes.values()),
+    )
+
+
+def read_base_model(connection: sqlite3.Connection, model_id: str) -> Model | None:
+    """Return a model at the base; raise ValueError if it is damaged."""
+    body = _read_body(connection, "model", model_id)
+    return None if body is None else as_model(body)
+
+
+def read_base_job(connection: sqlite3.Connection, created_position: int) -> Job | None:
+    """Return a job at the base; raise ValueError if it is damaged."""
+    body = _read_body(connection, "job", f"{created_position:019d}")
+    return None if body is None else as_job(body)
+
+
+def _read_body(connection: sqlite3.Connection, kind: str, key: str) -> str | None:
+    row = connection.execute("SELECT body FROM base_state WHERE kind = ? AND key = ?", (kind, key)).fetchone()
+    return None if row is None else str(row[0])
+
+
 def store_base(connection: sqlite3.Connection, stored: StoredBase) -> None:
     """Give an empty ledger a base; the caller holds the transaction, and folds the log from there.
 
     Raises:
         LedgerDamaged: `ledger_damaged`, the state is not what archiving wrote.
     """
-    position = stored.base.position
-    with suspended_triggers(connection):
-        connection.execute("UPDATE base SET position = ?, hash = ?", (position, stored.base.hash))
-    connection.executemany(
-        f"INSERT INTO archives ({', '.join(ArchiveRecord._fields)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - literals
-        stored.archives,
-    )
-    connection.execute("INSERT INTO snapshots (position) VALUES (?)", (position,))
-    for kind, statement in (
-        ("model", "INSERT INTO model_snapshots (position, model_id, body) VALUES (:position, :key, :body)"),
-        ("job", "INSERT INTO job_snapshots VALUES (:position, CAST(:key AS INTEGER), :body)"),
-        ("token", "INSERT INTO base_tokens (id, body) VALUES (:key, :body)"),
-        ("node", "INSERT INTO base_nodes (id, body) VALUES (:key, :body)"),
-    ):
-        connection.executemany(
-            statement,
-            [{"position": position, **each._asdict()} for each in stored.entities if each.kind == kind],
-        )
-    if not stored.archives or base_state_digest(connection, position) != stored.archives[-1].state_sha256:
+    if not stored.is_unchanged:
         raise LedgerDamaged(
-            f"the state that the database has at its base, position {position}, is not the one that "
-            "`loadledger archive` stored there: `loadledger verify --ledger` compares it with the archives"
+            f"the state that the database has at its base, position {stored.base.position}, is not the one "
+            "that `loadledger archive` stored there: `loadledger verify --ledger` compares it with archives"
         )
+    with suspended_triggers(connection):
+        write_base(connection, stored)

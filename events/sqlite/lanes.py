@@ -1,7 +1,7 @@
 """Lanes of the timeline: one model over a range of time, as segments and marks. Pure: it reads no ledger.
 
-A lane is a fold of the model's events (`events.models`). What is shorter than a bucket of the timeline is
-merged into summaries: a lane has at most two segments for each bucket, however many events there were.
+A lane is made of the rows of the model's history (`events.history`). What is shorter than a bucket of the
+timeline is merged into summaries: a lane has at most two segments for each bucket.
 """
 
 from __future__ import annotations
@@ -13,22 +13,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, seconds_between
-from events.jobs import Job
-from events.models import Model, ModelState, Serving
-from events.sqlite.liveness import NodeState, ServerState, Transition
-from events.state import Entities
+from events.history import ModelRow
+from events.models import ModelState, Serving
+from events.presence import PRESENT, NodeState, ServerState, Transition
 from events.types import (
     ENDS_OF_PROCESSES,
-    OF_SERVER,
     Cause,
     Event,
     FileHash,
     LoadFailed,
-    ModelLoaded,
     WorkerExited,
 )
-
-_NOT_LOADED = (ModelState.UNLOADED, ModelState.FAILED)
 
 _RENAMED = {"begin": "from", "end": "to", "is_summary": "summary", "is_waiting": "waiting"}
 """As the API has them."""
@@ -49,7 +44,7 @@ class Segment(Struct, frozen=True, gc=False, rename=_RENAMED):
         position: of the event that began it; None if that was before the events that were read.
         next_version: the version that is loading beside the one that serves, or waits to be loaded.
         load_job_id: of the load that serves, served, or is under way.
-        by: who asked for what began it: the actor of its job, else of its event.
+        by: who asked for what began it: the actor of its job, else of its event; None if that was not read.
         cause: of its job.
         is_waiting: whether the model is not loaded, and a load of it waits to start.
         degraded: whether some of the load's workers are gone.
@@ -153,172 +148,53 @@ class Lane(Struct, frozen=True, gc=False):
     loads: tuple[LaneLoad, ...]
 
 
-class LaneFold:
-    """The fold of one model's events, and of those of the server, into a lane.
+def make_segment(
+    row: ModelRow,
+    begin: Timestamp,
+    *,
+    position: int | None = None,
+    load: Serving | None = None,
+    by: str | None = None,
+    cause: Cause | None = None,
+) -> Segment:
+    """Return the segment that begins with a row; its end is not known yet.
 
     Args:
-        model_id: of the model.
-        model: as it was where the fold begins; None if the ledger did not know it.
-        jobs: its unended jobs there.
-        begin: of the range of time.
+        row: of the model's history.
+        begin: of the segment.
+        position: of the event that begins it.
+        load: the one that serves.
+        by: who asked for what begins it.
+        cause: of the job that begins it.
     """
-
-    def __init__(self, model_id: str, model: Model | None, jobs: Iterable[Job], begin: Timestamp) -> None:
-        self._model_id = model_id
-        self._segments = list[Segment]()
-        self._marks = list[Mark]()
-        self._loads = dict[str, Serving]()
-        self._loaded_version: int | None = None
-        self._is_after_server = False
-        self._begin_at(model, jobs, begin)
-
-    def _begin_at(self, model: Model | None, jobs: Iterable[Job], begin: Timestamp) -> None:
-        self._entities = Entities([model] if model is not None else [], jobs)
-        self._segment = self._segment_of(model, begin)
-        self._note_load(model)
-
-    def apply(self, event: Event) -> None:
-        if is_of_server(event) and self._is_after_server:
-            return  # nothing was loaded in between: a server that restarts in a loop costs one fold
-        self._is_after_server = is_of_server(event)
-        job = self._entities.jobs.get(event.job_id) if event.job_id is not None else None
-        self._entities.apply(event)
-        model = self._entities.models.get(self._model_id)
-        job = job or (self._entities.jobs.get(event.job_id) if event.job_id is not None else None)
-        after = self._segment_of(model, event.recorded_at, event, job)
-        if not _is_same(self._segment, after):
-            self._mark(after, event)
-            self._close(event.recorded_at)
-            self._segment = after
-        if self._segment is not None and not _ends_processes(event):
-            self._segment = replace(self._segment, events=self._segment.events + 1)
-        self._note_load(model)
-
-    def skip(self, events: int, begin: Timestamp, end: Timestamp, model: Model, jobs: Iterable[Job]) -> None:
-        """Summarise events that were counted and not read, and go on from the model after them.
-
-        Args:
-            events: of the model in that time.
-            begin: when the last event that was folded, or skipped, was recorded.
-            end: when the last skipped event was recorded.
-            model: after them.
-            jobs: its unended jobs then.
-        """
-        self._close(begin)
-        self._is_after_server = False
-        self._begin_at(model, jobs, end)
-        if self._segment is not None:
-            summary = replace(self._segment, begin=begin, events=events, is_summary=True)
-            self._segments.append(summary)
-
-    def lane(self, begin: Timestamp, end: Timestamp, width_s: float) -> Lane:
-        """Return the lane from `begin` to `end`, where nothing else happened; buckets are `width_s` wide."""
-        self._close(end)
-        inside = [
-            replace(each, begin=max(each.begin, begin), end=min(each.end, end))
-            for each in self._segments
-            if each.end > begin and each.begin < end
-        ]
-        segments = [*merge_segments(inside[:-1], width_s), *inside[-1:]]  # the last is what is so at the end
-        named = {each.load_job_id for each in segments if not each.is_summary}
-        loads = [_lane_load(load) for job_id, load in self._loads.items() if job_id in named]
-        marks = merge_marks([mark for mark in self._marks if begin <= mark.at <= end], width_s)
-        return Lane(self._model_id, tuple(segments), tuple(marks), tuple(loads))
-
-    def _segment_of(
-        self, model: Model | None, at: Timestamp, event: Event | None = None, job: Job | None = None
-    ) -> Segment | None:
-        if model is None:
-            return None
-        serving, started = model.serving, model.started_load
-        state = model.state
-        waiting = model.loads[0] if model.loads and state in _NOT_LOADED else None
-        is_loading = state is ModelState.LOADING and started is not None
-        load_job_id = started.job_id if is_loading and started else serving.load_job_id if serving else None
-        load_job_id = waiting.job_id if waiting is not None else load_job_id
-        if job is None and event is None:
-            job = self._entities.jobs.get(load_job_id or "")
-        by = job.requested_by if job is not None else event.actor if event is not None else None
-        has_error = model.error is not None and state in (ModelState.FAILED, ModelState.LOST)
-        return Segment(
-            state,
-            at,
-            at,
-            version=started.version if is_loading and started else model.version,
-            next_version=waiting.version if waiting is not None else model.next_version,
-            load_job_id=load_job_id,
-            position=event.position if event is not None else None,
-            by=by if event is not None or serving is None else serving.loaded_by,
-            cause=job.cause if job is not None else None,
-            is_waiting=waiting is not None,
-            degraded=model.degraded,
-            error=model.error.code if has_error and model.error is not None else None,
-        )
-
-    def _close(self, end: Timestamp) -> None:
-        """End the present segment; one that lasted no time is dropped."""
-        if self._segment is not None and self._segment.begin < end:
-            self._segments.append(replace(self._segment, end=end))
-
-    def _mark(self, after: Segment | None, event: Event) -> None:
-        """Mark the change to a segment where another version serves, or where the model is lost."""
-        if after is None:
-            return
-        mark = Mark(
-            MarkKind.LOST,
-            event.recorded_at,
-            event.position,
-            after.version,
-            event.job_id,
-            after.by,
-            after.error,
-        )
-        was_lost = self._segment is not None and self._segment.state is ModelState.LOST
-        if after.state is ModelState.LOST and not was_lost:
-            self._marks.append(replace(mark, code=SERVER_ENDED) if _ends_processes(event) else mark)
-        if isinstance(event.data, ModelLoaded) and self._loaded_version not in (None, after.version):
-            self._marks.append(replace(mark, kind=MarkKind.SWAPPED))
-
-    def _note_load(self, model: Model | None) -> None:
-        if model is None:
-            return
-        serving = model.serving or model.previous
-        self._loaded_version = serving.version if serving is not None else None
-        if serving is not None:
-            self._loads[serving.load_job_id] = serving
-
-
-def _lane_load(load: Serving) -> LaneLoad:
-    files = tuple([FileHash(file.path, file.sha256) for file in load.files[:FILES_SHOWN]])
-    return LaneLoad(
-        load.load_job_id,
-        load.version,
-        load.loaded_at,
-        load.loaded_by,
-        load.position,
-        files,
-        len(load.files),
+    is_loading = row.state is ModelState.LOADING and row.job is not None
+    pending = row.job if is_loading or row.is_waiting else None
+    has_error = row.error is not None and row.state in (ModelState.FAILED, ModelState.LOST)
+    return Segment(
+        row.state,
+        begin,
+        begin,
+        version=row.next if is_loading else row.version,
+        next_version=row.next if row.is_waiting else row.next_version,
+        load_job_id=pending or (load.load_job_id if load is not None else None),
+        position=position,
+        by=by,
+        cause=cause,
+        is_waiting=row.is_waiting,
+        degraded=row.degraded,
+        error=row.error.code if has_error and row.error is not None else None,
     )
 
 
-def is_of_server(event: Event) -> bool:
-    return type(event.data) in OF_SERVER
-
-
-def _ends_processes(event: Event) -> bool:
-    return type(event.data) in ENDS_OF_PROCESSES
-
-
-def _is_same(one: Segment | None, other: Segment | None) -> bool:
-    if one is None or other is None:
-        return one is other
+def continues_segment(segment: Segment, later: Segment) -> bool:
+    """Whether a later segment would be drawn as the one before it: what else differs is not drawn."""
     return (
-        one.state is other.state
-        and one.version == other.version
-        and one.next_version == other.next_version
-        and one.load_job_id == other.load_job_id
-        and one.is_waiting == other.is_waiting
-        and one.degraded == other.degraded
+        segment.state is later.state
+        and segment.version == later.version
+        and segment.next_version == later.next_version
+        and segment.load_job_id == later.load_job_id
+        and segment.is_waiting == later.is_waiting
+        and segment.degraded == later.degraded
     )
 
 
@@ -344,6 +220,23 @@ def merge_segments(segments: Sequence[Segment], width_s: float) -> list[Segment]
     return merged
 
 
+def lost_mark(event: Event, segment: Segment) -> Mark:
+    """Return the mark of a model that was lost with an event, which began a segment."""
+    code = SERVER_ENDED if type(event.data) in ENDS_OF_PROCESSES else segment.error
+    return make_mark(MarkKind.LOST, event, segment, code)
+
+
+def make_mark(kind: MarkKind, event: Event, segment: Segment, code: str | None = None) -> Mark:
+    return Mark(kind, event.recorded_at, event.position, segment.version, event.job_id, segment.by, code)
+
+
+def lane_load(load: Serving) -> LaneLoad:
+    files = tuple([FileHash(file.path, file.sha256) for file in load.files[:FILES_SHOWN]])
+    return LaneLoad(
+        load.load_job_id, load.version, load.loaded_at, load.loaded_by, load.position, files, len(load.files)
+    )
+
+
 def merge_marks(marks: Iterable[Mark], width_s: float) -> list[Mark]:
     """Return marks with those of a kind that are nearer to one another than `width_s` merged, by position."""
     merged = list[Mark]()
@@ -355,7 +248,7 @@ def merge_marks(marks: Iterable[Mark], width_s: float) -> list[Mark]:
         else:
             latest[mark.kind] = len(merged), mark.at
             merged.append(mark)
-    return merged
+    return sorted(merged, key=lambda each: each.position)
 
 
 def failure_mark(event: Event) -> Mark | None:
@@ -384,7 +277,7 @@ def server_segments(
     """Return the states of the server, or of a node, from `begin` to `end`.
 
     Args:
-        transitions: its own in that time, in order.
+        transitions: its own after `begin`, in order, and the next one, which may say that nobody was seen.
         before: the state at `begin`; None of a node that had not joined yet.
         begin: of the range of time.
         end: of the range of time.
@@ -393,14 +286,15 @@ def server_segments(
     found = list[ServerSegment]()
     now = ServerSegment(before, begin, begin) if before is not None else None
     for each in transitions:
-        if now is not None and each.seen_at is not None:
-            seen_at = min(max(each.seen_at, now.begin), each.at)
+        at = each.at or begin
+        if now is not None and now.state in PRESENT and each.seen_at is not None:
+            seen_at = min(max(each.seen_at, now.begin), at)
             found.append(replace(now, end=seen_at))
-            now = ServerSegment(ServerState.UNKNOWN, seen_at, each.at, each.position)
+            now = ServerSegment(ServerState.UNKNOWN, seen_at, at, each.position)
         if now is not None:
-            found.append(replace(now, end=each.at))
+            found.append(replace(now, end=at))
         is_start = each.state in (ServerState.RUNNING, NodeState.JOINED)
-        now = ServerSegment(each.state, each.at, each.at, each.position, int(is_start))
+        now = ServerSegment(each.state, at, at, each.position, int(is_start)) if each.state else None
     if now is not None:
         found.append(replace(now, end=max(end, now.begin)))
     clipped = (replace(each, begin=max(each.begin, begin), end=min(each.end, end)) for each in found)
@@ -416,14 +310,9 @@ def node_lanes(
 ) -> tuple[NodeLane, ...]:
     """Return the lanes of the nodes that were there, or may have been, at any time from `begin` to `end`.
 
-    Args:
-        transitions: in that time, in order.
-        before: the nodes that had joined by `begin`, and their states.
-        begin: of the range of time.
-        end: of the range of time.
-        width_s: of a bucket; shorter segments are merged.
+    `before` has the nodes that had joined by `begin`; the other arguments are those of `server_segments`.
     """
-    ids = {each.node_id for each in transitions if each.node_id}
+    ids = {each.node_id for each in transitions if each.node_id and each.state is not None}
     ids |= {node_id for node_id, state in before.items() if state not in (NodeState.LEFT, NodeState.LOST)}
     lanes = []
     for node_id in sorted(ids):

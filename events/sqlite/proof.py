@@ -14,7 +14,6 @@ from pathlib import Path
 from events.sqlite import queries
 from events.sqlite.readonly import open_read_only, refuse_incomplete
 from events.storage import RawRow, StorageDamaged, StorageError
-from events.types import Anchor
 
 _NOT_ABOUT_CONTENT = {
     sqlite3.SQLITE_BUSY,
@@ -53,18 +52,8 @@ class ProofReader:
         self.connection = connection
         self._path = path
 
-    def base(self) -> Anchor | None:
-        """Return the base; None if it is missing, or has other types."""
-        row = self.connection.execute("SELECT position, hash FROM base").fetchone()
-        if row is None or not (isinstance(row[0], int) and isinstance(row[1], bytes)):
-            return None
-        return Anchor(*row)
-
     def rows(self) -> Iterator[RawRow]:
         return self.connection.execute("SELECT position, body, hash FROM events ORDER BY position")
-
-    def hash_at(self, position: int) -> bytes:
-        return queries.hash_at(self.connection, self.base() or Anchor(), position)
 
     def is_cut_off(self) -> bool:
         """Whether the last page is not whole: SQLite reads it as zeros, and finds missing pages itself."""
@@ -92,18 +81,9 @@ class ProofReader:
 
 
 @contextmanager
-def prove(connection: sqlite3.Connection, path: Path) -> Iterator[ProofReader]:
-    """Read through a connection, in its transaction, what proves the ledger."""
-    connection.text_factory = bytes
-    try:
-        yield ProofReader(connection, path)
-    finally:
-        connection.text_factory = str
-
-
-@contextmanager
 def open_proof_reader(path: Path) -> Iterator[ProofReader]:
     """Open a ledger in one snapshot to prove it, beside a running server; raises as `open_read_only` does."""
-    with open_read_only(path) as connection, prove(connection, path) as reader:
+    with open_read_only(path) as connection:
+        connection.text_factory = bytes
         connection.execute("BEGIN")
-        yield reader
+        yield ProofReader(connection, path)

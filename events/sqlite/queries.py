@@ -7,19 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, starmap
-from typing import Literal
 
 import msgspec
 
 from events.codec import decode_event
 from events.errors import ForeignHead
+from events.history import find_landmark
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.nodes import Node
+from events.registers import RegisterChanges, Registers
+from events.sqlite import history
 from events.state import Changes, Join, KnownKey, State, read_key
-from events.storage import ArchiveRecord, LogHead, Row
+from events.storage import LogHead, Row
 from events.tokens import Token
-from events.types import Anchor
+from events.types import OF_NODES, OF_SERVER, Anchor
 
 PAGE = 500
 """Events read at once: what is held in memory beside a fold."""
@@ -52,43 +54,26 @@ def read_head(connection: sqlite3.Connection) -> LogHead:
 
 
 def read_base(connection: sqlite3.Connection) -> Anchor:
-    """Return the base of the log; a missing one, which `verify` reports, reads as 0."""
+    """Return the base of the log; one that is missing or damaged, which `verify` reports, reads as 0."""
+    return find_base(connection) or Anchor()
+
+
+def find_base(connection: sqlite3.Connection) -> Anchor | None:
+    """Return the base of the log; None if it is missing, or has other types."""
     row = connection.execute("SELECT position, hash FROM base").fetchone()
-    return Anchor() if row is None else Anchor(*row)
+    if row is None or not (isinstance(row[0], int) and isinstance(row[1], bytes)):
+        return None
+    return Anchor(*row)
 
 
 def find_hash(connection: sqlite3.Connection, position: int) -> bytes | None:
-    """Return the hash at a position of the log, or at the end of an archive; None if none is known."""
+    """Return the hash at a position of the log, or at its base; None if none is known."""
     row: tuple[bytes] | None = connection.execute(
         "SELECT hash FROM events WHERE position = :at"
-        " UNION ALL SELECT hash FROM base WHERE position = :at"
-        " UNION ALL SELECT hash FROM archives WHERE last_position = :at LIMIT 1",
+        " UNION ALL SELECT hash FROM base WHERE position = :at LIMIT 1",
         {"at": position},
     ).fetchone()
     return None if row is None else row[0]
-
-
-def list_archives(connection: sqlite3.Connection) -> tuple[ArchiveRecord, ...]:
-    """Return the archives that a ledger lists, in the order of their positions; texts may be damaged."""
-    found = connection.execute(
-        "SELECT first_position, last_position, hash, CAST(archived_at AS BLOB), CAST(file AS BLOB),"
-        " sha256, state_sha256, folds FROM archives ORDER BY last_position"
-    )
-    return tuple(
-        ArchiveRecord(first, last, digest, _decode_text(archived_at), _decode_text(file), *rest)
-        for first, last, digest, archived_at, file, *rest in found
-    )
-
-
-def _decode_text(stored: bytes | None) -> str:
-    return (stored or b"").decode(errors="replace")
-
-
-def hash_at(connection: sqlite3.Connection, base: Anchor, position: int) -> bytes:
-    if position == base.position:
-        return base.hash
-    (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (position,)).fetchone()
-    return bytes(digest)
 
 
 def recorded_at(connection: sqlite3.Connection, position: int) -> str:
@@ -100,6 +85,16 @@ def recorded_at(connection: sqlite3.Connection, position: int) -> str:
 def read_rows(connection: sqlite3.Connection, after: int, until: int) -> Iterator[Row]:
     """Yield the events after one position up to and with another."""
     return starmap(Row, chain.from_iterable(read_pages(connection, after, until)))
+
+
+def read_starts_and_ends(connection: sqlite3.Connection, after: int) -> list[Row]:
+    """Return the events after a position that are about the server or a node."""
+    kinds = ", ".join(f"'{kind.TYPE}'" for kind in (*OF_SERVER, *OF_NODES))
+    found = connection.execute(
+        f"SELECT position, body, hash FROM events WHERE type IN ({kinds}) AND position > ? ORDER BY position",  # noqa: S608 - literals
+        (after,),
+    )
+    return list(starmap(Row, found))
 
 
 def read_nodes(connection: sqlite3.Connection) -> list[Node]:
@@ -160,8 +155,9 @@ def make_state(
         recorded_at,
         {model.id: model for model in stored_models},
         {job.id: job for job in stored_jobs},
-        tokens={token.id: token for token in stored_tokens},
-        nodes={node.id: node for node in stored_nodes},
+        registers=Registers(
+            {token.id: token for token in stored_tokens}, {node.id: node for node in stored_nodes}
+        ),
     )
 
 
@@ -272,10 +268,8 @@ def write_group(
             _refuse_other_head(connection, after)
         _insert(connection, rows)
         write_projections(connection, changes.models.values(), changes.jobs.values(), rows[-1].position)
-        if changes.tokens:
-            store_entities(connection, "tokens", changes.tokens)
-        if changes.nodes:
-            store_entities(connection, "nodes", changes.nodes)
+        history.write_steps(connection, changes.steps)
+        store_registers(connection, changes.registers)
 
 
 def _refuse_other_head(connection: sqlite3.Connection, expected: LogHead) -> None:
@@ -342,14 +336,14 @@ def write_projections(
     _store_models(connection, [(as_text(model), model.id) for model in models])
     new, changed = list[_JobRow](), list[_JobRow]()
     for job in jobs:
-        row = as_text(job), job.created_position, job.id
+        row = as_text(job), find_landmark(job), job.created_position, job.id
         (new if job.position == job.created_position else changed).append(row)
     _store_jobs(connection, new, changed)
     connection.execute("UPDATE projected SET position = ?", (position,))
 
 
-_JobRow = tuple[str, int, str]
-"""The body of a job, the position at which it was created, and its id."""
+_JobRow = tuple[str, int | None, int, str]
+"""The body of a job, its landmark, the position at which it was created, and its id."""
 
 
 def _store_models(connection: sqlite3.Connection, rows: Sequence[tuple[str, str]]) -> None:
@@ -364,30 +358,28 @@ def _store_models(connection: sqlite3.Connection, rows: Sequence[tuple[str, str]
 def _store_jobs(connection: sqlite3.Connection, new: Sequence[_JobRow], changed: Sequence[_JobRow]) -> None:
     """Store new jobs, and changed ones, which exist unless they began in the same group."""
     updated = connection.executemany(
-        "UPDATE jobs SET body = ? WHERE created_position = ? AND id = ?", changed
+        "UPDATE jobs SET body = ?, landmark = ? WHERE created_position = ? AND id = ?", changed
     ).rowcount
     connection.executemany(
-        "INSERT INTO jobs (body, created_position, id) VALUES (?, ?, ?) ON CONFLICT (id)"
-        " DO UPDATE SET body = excluded.body, created_position = excluded.created_position",
+        "INSERT INTO jobs (body, landmark, created_position, id) VALUES (?, ?, ?, ?)"
+        " ON CONFLICT (id) DO UPDATE SET body = excluded.body, landmark = excluded.landmark,"
+        " created_position = excluded.created_position",
         new if updated == len(changed) else [*new, *changed],
     )
 
 
-def store_entities(
-    connection: sqlite3.Connection,
-    table: Literal["tokens", "nodes"],
-    entities: Mapping[str, Token | None] | Mapping[str, Node | None],
-) -> None:
-    """Store tokens or nodes by their ids, and delete the None ones; the caller holds the transaction."""
-    connection.executemany(
-        f"DELETE FROM {table} WHERE id = ?",  # noqa: S608 - a literal
-        [(key,) for key, entity in entities.items() if entity is None],
-    )
-    connection.executemany(
-        f"INSERT INTO {table} (id, body) VALUES (?, ?)"  # noqa: S608 - a literal
-        " ON CONFLICT (id) DO UPDATE SET body = excluded.body",
-        [(key, as_text(entity)) for key, entity in entities.items() if entity is not None],
-    )
+def store_registers(connection: sqlite3.Connection, registers: RegisterChanges) -> None:
+    """Store entries of registers by their ids, and delete the None ones; the caller holds the transaction."""
+    for table, entries in registers.items():
+        connection.executemany(
+            f"DELETE FROM {table} WHERE id = ?",  # noqa: S608 - a register's name
+            [(key,) for key, entry in entries.items() if entry is None],
+        )
+        connection.executemany(
+            f"INSERT INTO {table} (id, body) VALUES (?, ?)"  # noqa: S608 - a register's name
+            " ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+            [(key, as_text(entry)) for key, entry in entries.items() if entry is not None],
+        )
 
 
 def as_text(entity: Job | Model | Token | Node) -> str:

@@ -17,13 +17,13 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TypeVar
 
 from events.errors import LogUnavailable
-from events.sqlite import queries, snapshots
-from events.sqlite.bases import store_base
+from events.sqlite import history, queries
+from events.sqlite.bases import LedgerFile, store_base
 from events.sqlite.queries import transaction
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors
@@ -54,7 +54,7 @@ def is_current(connection: sqlite3.Connection) -> bool:
 
 
 def rebuild(connection: sqlite3.Connection) -> None:
-    """Fold the log from its base, and store the result and its snapshots, in one transaction.
+    """Fold the log from its base, and store the result and its history, in one transaction.
 
     Memory grows with the models and the jobs that have not ended, not with the log.
 
@@ -68,24 +68,19 @@ def rebuild(connection: sqlite3.Connection) -> None:
 
 def _fold_anew(connection: sqlite3.Connection) -> None:
     state = load_base_state(connection)
-    connection.execute("DELETE FROM jobs")
-    connection.execute("DELETE FROM models")
-    connection.execute("DELETE FROM tokens")
-    connection.execute("DELETE FROM nodes")
-    snapshots.forget(connection, state.position)
+    for table in ("jobs", "models", "tokens", "nodes", "model_history", "presence"):
+        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - literals above
     connection.execute(
         "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, ?, ?)",
         (state.position, FOLDS),
     )
     queries.write_projections(connection, state.models.values(), state.jobs.values(), state.position)
-    due = 0
+    history.write_base(connection, state.position, state.models.values(), state.registers.nodes.values())
     for page in queries.read_pages(connection, state.position):
-        models, jobs = fold_page(state, page)
-        queries.write_projections(connection, models.values(), jobs.values(), state.position)
-        if state.position >= due:
-            due = snapshots.write_if_due(connection, state.position)
-    queries.store_entities(connection, "tokens", state.tokens)
-    queries.store_entities(connection, "nodes", state.nodes)
+        changes = fold_page(state, page)
+        queries.write_projections(connection, changes.models.values(), changes.jobs.values(), state.position)
+        history.write_steps(connection, changes.steps)
+    queries.store_registers(connection, dict(state.registers.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +120,23 @@ def rebuild_file(path: Path) -> RebuildResult:
 
 
 def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Iterator[str]:
-    """Walk both connections' tables in the order of their keys, and yield each difference in words."""
-    for table in ("models", "jobs", "tokens", "nodes"):
-        walk = f"SELECT id, body FROM {table} ORDER BY 1"  # noqa: S608 - literals above
+    """Walk both connections' tables in the order of their keys, and yield each difference in words.
+
+    Of the history, it yields the first difference alone.
+    """
+    for table in ("model_history", "presence"):
+        walk = f"SELECT * FROM {table} ORDER BY 1, 2"  # noqa: S608 - literals above
+        for rows in zip_longest(before.execute(walk), after.execute(walk)):
+            if rows[0] != rows[1]:
+                yield f"the stored {table} differed at position {min(row[0] for row in rows if row)}"
+                break
+    for table, columns in (
+        ("models", "id, body"),
+        ("jobs", "id, body, landmark"),
+        ("tokens", "id, body"),
+        ("nodes", "id, body"),
+    ):
+        walk = f"SELECT {columns} FROM {table} ORDER BY 1"  # noqa: S608 - literals above
         old, new = before.execute(walk), after.execute(walk)
         one, other = old.fetchone(), new.fetchone()
         while one is not None or other is not None:
@@ -138,7 +147,7 @@ def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Itera
                 yield f"the stored {table} lacked {other[0]!r}"
                 other = new.fetchone()
             else:
-                if one[1] != other[1]:
+                if one != other:
                     yield f"the stored {table} differed at {one[0]!r}"
                 one, other = old.fetchone(), new.fetchone()
 
@@ -149,8 +158,8 @@ def _sort_key(key: _Key) -> tuple[bool, _Key]:
 
 
 @contextmanager
-def open_to_archive(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a ledger whose projections are current, for writing; leave one complete file at the end.
+def open_to_archive(path: Path) -> Iterator[LedgerFile]:
+    """Open a ledger for writing, and leave one complete file at the end.
 
     Raises:
         LogUnavailable: `log_unavailable`, here or in the block, it cannot be read or written.
@@ -158,9 +167,7 @@ def open_to_archive(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         with closing(connect(path)) as connection:
             try:
-                if not is_current(connection):
-                    rebuild(connection)
-                yield connection
+                yield LedgerFile(connection)
             finally:
                 leave_complete_file(connection)
     except (sqlite3.Error, StorageError) as error:
@@ -188,7 +195,6 @@ class Database:
         self._was_open = False
         self._lacked_wal = False
         self._unsynced = False
-        self._snapshot_due = 0
 
     async def open(self) -> StoredLedger:
         try:
@@ -196,7 +202,6 @@ class Database:
         except (StorageError, OSError, ValueError) as error:  # stored content may be damaged
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
         self.is_open, self._was_open, self._unsynced = True, True, False
-        self._snapshot_due = 0
         return stored
 
     async def start_at_base(self, stored: StoredBase) -> StoredLedger:
@@ -217,8 +222,6 @@ class Database:
     async def append(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
         def append() -> None:
             queries.write_group(self._connection, rows, changes, after)
-            if rows[-1].position >= self._snapshot_due:
-                self._snapshot_due = snapshots.try_if_due(self._connection, rows[-1].position)
 
         await self.run(append)
 

@@ -1,25 +1,18 @@
-"""The timeline: lanes of models over a range of time, within half a second, however long the log is.
+"""The timeline: lanes of models over a range of time, from the rows of their history.
 
-Snapshots are the anchors. Between two of them a lane's events are counted in an index; they are read and
-folded if they are few, and summarised if they are many or if no bucket would show them apart. Only the ends
-of the range, where no snapshot is, are always folded: at most as many events as are between two snapshots.
-
-Each statement's rows are fetched at once, and lanes are read in several short transactions: events never
-change, and all that is read is up to one position.
+A lane with few rows in the range has all of them. Of a busy one, which no screen shows apart, the rows at the
+ends of some buckets are read; what changed within one of them is a summary. So an answer reads a limited
+number of rows, however long the log is.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from heapq import merge
 from itertools import pairwise
-from operator import attrgetter
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -27,46 +20,41 @@ from msgspec.structs import replace
 from events.clock import Timestamp, add_seconds, seconds_between
 from events.codec import decode_event
 from events.errors import LogUnavailable
-from events.jobs import Job
-from events.models import Model
-from events.sqlite import snapshots
+from events.history import ModelRow, decode_row
+from events.models import ModelState, Serving
+from events.presence import SERVER
+from events.sqlite import history
+from events.sqlite.history import HistoryRow, latest_row
 from events.sqlite.lanes import (
     Lane,
-    LaneFold,
     Mark,
+    MarkKind,
     NodeLane,
+    Segment,
     ServerSegment,
+    continues_segment,
     failure_mark,
-    is_of_server,
+    lane_load,
+    lost_mark,
+    make_mark,
+    make_segment,
     merge_marks,
+    merge_segments,
     node_lanes,
     server_segments,
 )
-from events.sqlite.liveness import (
-    Liveness,
-    Transition,
-    find_server_event,
-    list_transitions,
-    liveness_at,
-    read_base_nodes,
-    read_node_events,
-)
-from events.sqlite.queries import as_job, as_model, read_base, read_head
-from events.sqlite.readonly import ReaderThread
-from events.sqlite.timetravel import InvalidMoment, state_at
-from events.types import ENDS_OF_PROCESSES, Event, LoadFailed, WorkerExited
+from events.sqlite.queries import read_base, read_head, read_job, recorded_at
+from events.sqlite.timetravel import InvalidMoment, liveness_at, read_load
+from events.types import SYSTEM, Event, LoadFailed, ModelLoaded, WorkerExited
 
-FOLDED = 4_000
-"""Events that the lanes of one answer may fold beside those at the ends of the range: 0.15 s."""
+ROWS = 2_500
+"""Rows of history that the lanes of one answer have at most, in equal shares: 0.03 s.
 
-ANCHORED = 4_000
-"""Snapshots of models that one answer may read: 0.1 s; more snapshots in the range are skipped over."""
+Each of the 25 lanes that the console shows at once has 100.
+"""
 
-MARKED = 3_000
-"""Failures and ends of workers that one answer may read, the newest: 0.05 s."""
-
-LANES_AT_ONCE = 10
-"""Lanes of one transaction, so that others come between, and a client that leaves ends the work."""
+MARKS = 2_000
+"""Failures and ends of workers in one answer at most, the newest: 0.02 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +68,7 @@ class TimelineQuery:
         find: only models whose id contains this text, in capitals or not.
         cursor: only models after this id.
         limit: lanes at most.
-        is_active: only models that were loaded, or had events, in the range or shortly before it.
+        is_active: only models that had events in the range, or were loaded or to be loaded where it begins.
         resolution: buckets of the range; what is shorter than one is merged.
     """
 
@@ -125,88 +113,42 @@ class Timeline(Struct, frozen=True, omit_defaults=True, rename={"begin": "from",
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
-    """What all lanes have in common.
+class _Range:
+    """The range of an answer, as each lane needs it.
 
     Attributes:
-        anchors: positions and times of the snapshots that are used, the first at or before `first`, and at
-            last the last event of the range.
-        first: the last position at or before the beginning.
-        server: the starts and ends of servers and nodes from the first anchor on.
-        transitions: that concern the range, of the server and of nodes.
-        liveness: at the beginning.
+        first: the last position before the beginning.
+        last: the last position of the range.
+        begin: from when on something is shown: events before the base of the log are not.
+        end: of the range.
+        width_s: of a bucket; what is shorter is merged.
+        share: rows that each lane has at most.
+        buckets: of busy lanes: the last position and the time of the ends of each, from the beginning.
     """
 
+    first: int
+    last: int
     begin: Timestamp
     end: Timestamp
     width_s: float
-    as_of: int
-    base: int
-    known_from: Timestamp | None
-    first: int
-    anchors: list[tuple[int, Timestamp]]
-    server: list[Event]
-    transitions: list[Transition]
-    liveness: Liveness
-    ids: list[str]
-    has_more: bool
-    models: int
-
-    def server_between(self, low: int, high: int) -> list[Event]:
-        """Return the starts and ends of servers and nodes after a position, up to another."""
-        position = attrgetter("position")
-        begin, end = (bisect_right(self.server, each, key=position) for each in (low, high))
-        return self.server[begin:end]
+    share: int
+    buckets: list[tuple[int, Timestamp]]
 
 
-class TimelineReader:
-    """Reads pages of lanes in a reader's thread; raises LogUnavailable where the file cannot be read."""
+def read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Timeline:
+    """Return a page of lanes.
 
-    def __init__(self, thread: ReaderThread) -> None:
-        self._thread = thread
-
-    async def page(self, query: TimelineQuery) -> Timeline:
-        """Return a page of lanes.
-
-        Raises:
-            InvalidMoment: `invalid_parameter`, the range ends before it begins.
-            LogUnavailable: `log_unavailable`.
-        """
-        frame = await self._thread.run(lambda connection: _read_frame(connection, query))
-        marks, marks_from = await self._thread.run(lambda connection: _read_failures(connection, frame))
-        budget = FOLDED
-        lanes = list[Lane]()
-        known = max(frame.begin, frame.known_from or frame.begin), frame.end, frame.width_s
-        for start in range(0, len(frame.ids), LANES_AT_ONCE):
-            share = budget // (len(frame.ids) - start)
-            ids = frame.ids[start : start + LANES_AT_ONCE]
-            read, spent = await self._thread.run(partial(_read_lanes, frame=frame, ids=ids, share=share))
-            budget = max(0, budget - spent)
-            lanes.extend(_with_marks(lane, marks[lane.model_id], frame.width_s) for lane in read)
-        return Timeline(
-            begin=frame.begin,
-            end=frame.end,
-            as_of=frame.as_of,
-            oldest=frame.base + 1,
-            known_from=frame.known_from,
-            lanes=lanes,
-            server=server_segments(
-                [each for each in frame.transitions if not each.node_id], frame.liveness.state, *known
-            ),
-            marks_from=marks_from,
-            next_cursor=frame.ids[-1] if frame.has_more else None,
-            models=frame.models,
-            nodes=node_lanes(
-                frame.transitions, {node.id: node.state for node in frame.liveness.nodes}, *known
-            ),
-        )
+    Raises:
+        InvalidMoment: `invalid_parameter`, the range ends before it begins.
+        LogUnavailable: `log_unavailable`, what is stored is damaged.
+    """
+    try:
+        return _read_timeline(connection, query)
+    except ValueError as error:  # stored content may be damaged
+        raise LogUnavailable(f"the ledger cannot be read: {error}; run `loadledger verify`") from error
 
 
-def _with_marks(lane: Lane, marks: list[Mark], width_s: float) -> Lane:
-    return replace(lane, marks=tuple(merge_marks([*lane.marks, *marks], width_s))) if marks else lane
-
-
-def _read_frame(connection: sqlite3.Connection, query: TimelineQuery) -> _Frame:
+def _read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Timeline:
     base, head = read_base(connection).position, read_head(connection)
     row = connection.execute("SELECT recorded_at FROM events ORDER BY position LIMIT 1").fetchone()
     known_from = row[0] if row is not None else None
@@ -216,78 +158,76 @@ def _read_frame(connection: sqlite3.Connection, query: TimelineQuery) -> _Frame:
         end = max(end, add_seconds(begin, 1))  # a ledger of one moment
     if end <= begin:
         raise InvalidMoment(f"the range ends at {end}, before it begins, at {begin}")
-    first = _last_position_by(connection, begin, base)
-    last = _last_position_by(connection, end, base)
-    low = snapshots.latest(connection, first) or base
-    ids, has_more, models = _read_ids(connection, query, low, last)
-    between = [
-        position
-        for (position,) in connection.execute(
-            "SELECT position FROM snapshots WHERE position > ? AND position < ? ORDER BY position",
-            (low, last),
-        ).fetchall()
-    ]
-    positions = [low, *_thin(between, ANCHORED // max(1, len(ids))), last]
-    server = _read_server_events(connection, low, last)
-    events = [*read_node_events(connection), *(each for each in server if is_of_server(each))]
-    if found := find_server_event(connection, last, after=True):
-        events.append(found)
-    transitions = list_transitions(read_base_nodes(connection), sorted(events, key=attrgetter("position")))
-    return _Frame(
+    first, last = _last_position(connection, "<", begin, base), _last_position(connection, "<=", end, base)
+    ids, has_more, models = _read_ids(connection, query, first, last)
+    shown_from, share = min(end, max(begin, known_from or begin)), max(1, ROWS // max(1, len(ids)))
+    buckets = _divide(connection, first, shown_from, end, min(share, query.resolution))
+    width_s = seconds_between(begin, end) / query.resolution
+    shown = _Range(first, last, shown_from, end, width_s, share, buckets)
+    failures, marks_from = _read_failures(connection, shown)
+    server, nodes = _read_presence(connection, shown, begin, base)
+    return Timeline(
         begin=begin,
         end=end,
-        width_s=seconds_between(begin, end) / query.resolution,
         as_of=head.position,
-        base=base,
+        oldest=base + 1,
         known_from=known_from,
-        first=first,
-        anchors=[(each, _recorded_at(connection, each) or known_from or begin) for each in positions],
+        lanes=[_LaneReader(connection, shown, model_id).read(failures[model_id]) for model_id in ids],
         server=server,
-        transitions=[each for each in transitions if first < each.position and _concerns(each, last, end)],
-        liveness=liveness_at(connection, first, begin, is_live=True),
-        ids=ids,
-        has_more=has_more,
+        marks_from=marks_from,
+        next_cursor=ids[-1] if has_more else None,
         models=models,
+        nodes=nodes,
     )
 
 
-def _concerns(transition: Transition, last: int, end: Timestamp) -> bool:
-    """Whether a transition is by the last position, or says that before the end nobody was seen any more."""
-    return transition.position <= last or (transition.seen_at is not None and transition.seen_at < end)
+def _divide(
+    connection: sqlite3.Connection, first: int, begin: Timestamp, end: Timestamp, parts: int
+) -> list[tuple[int, Timestamp]]:
+    """Return the last position and the time of each end of equal parts of a range, from its beginning."""
+    part_s = seconds_between(begin, end) / parts
+    times = [*(add_seconds(begin, part_s * number) for number in range(1, parts)), end]
+    return [(first, begin), *((_last_position(connection, "<=", time, first), time) for time in times)]
+
+
+def _read_presence(
+    connection: sqlite3.Connection, shown: _Range, begin: Timestamp, base: int
+) -> tuple[list[ServerSegment], tuple[NodeLane, ...]]:
+    """Return the states of the server and of the nodes in the range; an end may be discovered after it."""
+    first = _last_position(connection, "<=", begin, base)
+    before = liveness_at(connection, first, begin)
+    _, following = history.presence_around(connection, shown.last)
+    transitions = [
+        *history.transitions_between(connection, first, shown.last),
+        *(each for each in following.values() if each.seen_at is not None and each.seen_at < shown.end),
+    ]
+    of_server = [each for each in transitions if each.node_id == SERVER]
+    known = {node.id: node.state for node in before.nodes}
+    width = shown.begin, shown.end, shown.width_s
+    return server_segments(of_server, before.state, *width), node_lanes(transitions, known, *width)
 
 
 def _time_of(connection: sqlite3.Connection, moment: int | str | None) -> Timestamp | None:
     """Return the timestamp of a moment; None for the first position of the log, or what is archived."""
-    return _recorded_at(connection, moment) if isinstance(moment, int) else moment
+    return recorded_at(connection, moment) or None if isinstance(moment, int) else moment
 
 
-def _recorded_at(connection: sqlite3.Connection, position: int) -> Timestamp | None:
-    row = connection.execute("SELECT recorded_at FROM events WHERE position = ?", (position,)).fetchone()
-    return None if row is None else str(row[0])
-
-
-def _last_position_by(connection: sqlite3.Connection, time: Timestamp, base: int) -> int:
+def _last_position(connection: sqlite3.Connection, sign: str, time: Timestamp, otherwise: int) -> int:
+    """Return the last position before a time (`<`), or until it (`<=`)."""
     row = connection.execute(
-        "SELECT position FROM events WHERE recorded_at <= ? ORDER BY recorded_at DESC, position DESC LIMIT 1",
+        f"SELECT position FROM events WHERE recorded_at {sign} ?"  # noqa: S608 - a literal
+        " ORDER BY recorded_at DESC, position DESC LIMIT 1",
         (time,),
     ).fetchone()
-    return base if row is None else int(row[0])
-
-
-def _thin(positions: list[int], limit: int) -> list[int]:
-    """Return at most so many of the positions, evenly, the first and the last of them included."""
-    if len(positions) <= limit:
-        return positions
-    step = (len(positions) - 1) / max(1, limit - 1)
-    return sorted({positions[round(number * step)] for number in range(limit)})
+    return otherwise if row is None else int(row[0])
 
 
 def _read_ids(
-    connection: sqlite3.Connection, query: TimelineQuery, low: int, last: int
+    connection: sqlite3.Connection, query: TimelineQuery, first: int, last: int
 ) -> tuple[list[str], bool, int]:
     """Return the ids of a page, whether there is another page, and the number of models on all of them."""
     where = "instr(lower(id), lower(:find)) > 0" + (f" AND ({_IS_ACTIVE})" if query.is_active else "")
-    given = {"find": query.find, "low": low, "last": last}
+    given = {"find": query.find, "first": first, "last": last}
     found = connection.execute(
         f"SELECT id FROM models WHERE {where} AND id > :cursor ORDER BY id LIMIT :limit",  # noqa: S608 - literals
         {**given, "cursor": query.cursor, "limit": query.limit + 1},
@@ -300,156 +240,168 @@ def _read_ids(
 
 
 _IS_ACTIVE = (
-    "EXISTS (SELECT 1 FROM events INDEXED BY events_by_model WHERE model_id = models.id"
-    "  AND position > :low AND position <= :last)"
-    " OR (SELECT json_extract(copy.body, '$.serving') FROM model_snapshots AS copy"
-    "  WHERE copy.model_id = models.id AND copy.position <= :low ORDER BY copy.position DESC LIMIT 1)"
-    "  IS NOT NULL"
+    "EXISTS (SELECT 1 FROM events INDEXED BY events_by_model WHERE model_id = models.id"  # noqa: S608 - literals
+    "  AND position > :first AND position <= :last)"
+    " OR (SELECT coalesce(json_extract(body, '$.workers'), json_extract(body, '$.job')) FROM model_history"
+    f"  WHERE position = {latest_row('models.id', ':first')} AND model_id = models.id) IS NOT NULL"
 )
-"""Whether a model had events since the snapshot before the range, or a load in that snapshot."""
+"""Whether a model had events in the range, or was loaded or to be loaded where it begins."""
 
 
-def _read_server_events(connection: sqlite3.Connection, low: int, last: int) -> list[Event]:
-    kinds = ", ".join(f"'{kind.TYPE}'" for kind in ENDS_OF_PROCESSES)
-    found = connection.execute(
-        "SELECT CAST(body AS BLOB) FROM events"  # noqa: S608 - literals
-        f" WHERE type IN ({kinds}) AND position > ? AND position <= ?",
-        (low, last),
-    ).fetchall()
-    return sorted(_decoded(found), key=attrgetter("position"))
-
-
-def _decoded(rows: Sequence[tuple[bytes]]) -> list[Event]:
+def _decode(body: bytes) -> Event:
     try:
-        return [decode_event(body) for (body,) in rows]
+        return decode_event(body)
     except Exception as error:  # a forged body may raise anything
         raise LogUnavailable(f"the ledger is damaged: {error!r}; run `loadledger verify`") from error
 
 
 def _read_failures(
-    connection: sqlite3.Connection, frame: _Frame
+    connection: sqlite3.Connection, shown: _Range
 ) -> tuple[defaultdict[str, list[Mark]], Timestamp | None]:
     """Return the newest failures in the range, by model, and since when they are all that there were."""
     rows = connection.execute(
         "SELECT position, CAST(body AS BLOB) FROM events WHERE type IN (?, ?)"
         " AND position > ? AND position <= ? ORDER BY position DESC LIMIT ?",
-        (LoadFailed.TYPE, WorkerExited.TYPE, frame.first, frame.anchors[-1][0], MARKED + 1),
+        (LoadFailed.TYPE, WorkerExited.TYPE, shown.first, shown.last, MARKS + 1),
     ).fetchall()
-    events = _decoded([(body,) for _, body in rows])
+    events = [_decode(body) for _, body in rows]
     marks = defaultdict[str, list[Mark]](list)
-    for event in events[:MARKED]:
+    for event in events[:MARKS]:
         if event.model_id is not None and (mark := failure_mark(event)) is not None:
             marks[event.model_id].append(mark)
-    return marks, events[MARKED - 1].recorded_at if len(events) > MARKED else None
+    return marks, events[MARKS - 1].recorded_at if len(events) > MARKS else None
 
 
-def _read_lanes(
-    connection: sqlite3.Connection, *, frame: _Frame, ids: Sequence[str], share: int
-) -> tuple[list[Lane], int]:
-    """Return the lanes of some models, and how many events they folded beyond the ends of the range."""
-    reader = _LaneReader(connection, frame)
-    return [reader.read(model_id, share) for model_id in ids], reader.spent
-
-
-@dataclass(frozen=True, slots=True)
-class _Gap:
-    """The events of a lane between two anchors."""
-
-    low: tuple[int, Timestamp]
-    high: tuple[int, Timestamp]
-    events: int
-    server: list[Event]
+_Start = tuple[int, Segment]
+"""A segment whose end is not known yet, and the position after which its events are counted."""
 
 
 @dataclass(slots=True)
 class _LaneReader:
-    """Reads lanes in one transaction.
-
-    Attributes:
-        spent: events that were folded within a share.
-    """
+    """Reads one lane in one transaction."""
 
     connection: sqlite3.Connection
-    frame: _Frame
-    spent: int = 0
-    _jobs: dict[int, dict[str, list[Job]]] = field(default_factory=dict)
+    shown: _Range
+    model_id: str
+    _loads: dict[int, Serving] = field(default_factory=dict)
 
-    def read(self, model_id: str, share: int) -> Lane:
-        """Return a lane that folds so many events at most, beside those at the ends of the range."""
-        frame = self.frame
-        gaps = self._gaps(model_id)
-        exact = self._choose(gaps, share)
-        low, since = frame.anchors[0]
-        fold = LaneFold(model_id, *self._at(model_id, low), since)
-        for number, gap in enumerate(gaps):
-            if number in exact:
-                for event in self._events(model_id, gap):
-                    fold.apply(event)
+    def read(self, failures: Sequence[Mark]) -> Lane:
+        shown = self.shown
+        rows = history.rows_between(
+            self.connection, self.model_id, shown.first, shown.last, limit=shown.share
+        )
+        starts, marks = self._list_starts(rows) if rows is not None else (self._sample_starts(), [])
+        found = self._close(starts)
+        segments = [
+            *merge_segments(found[:-1], shown.width_s),
+            *found[-1:],
+        ]  # the last is what is so at the end
+        named = {segment.load_job_id for segment in segments if not segment.is_summary}
+        return Lane(
+            self.model_id,
+            tuple(segments),
+            tuple(merge_marks([*marks, *failures], shown.width_s)),
+            tuple([lane_load(load) for load in self._loads.values() if load.load_job_id in named]),
+        )
+
+    def _list_starts(self, rows: Sequence[HistoryRow]) -> tuple[list[_Start], list[Mark]]:
+        """Return the beginnings of a lane's segments, and the marks of its changes."""
+        starts, marks, before = list[_Start](), list[Mark](), None
+        [found] = history.rows_at(self.connection, self.model_id, [self.shown.first])
+        if found is not None:
+            before = decode_row(found.body)
+            starts.append((self.shown.first, self._known_segment(before, self.shown.begin)))
+        for each in rows:
+            row, event = decode_row(each.body), _decode(each.event or b"")
+            segment = self._begun_segment(row, event)
+            if row.state is ModelState.LOST and (before is None or before.state is not ModelState.LOST):
+                marks.append(lost_mark(event, segment))
+            if isinstance(event.data, ModelLoaded) and self._serves_another(before, row):
+                marks.append(make_mark(MarkKind.SWAPPED, event, segment))
+            if not starts or not continues_segment(starts[-1][1], segment):
+                starts.append((each.position - 1, segment))
+            before = row
+        return starts, marks
+
+    def _sample_starts(self) -> list[_Start]:
+        """Return the beginnings of a busy lane's segments: a summary for each bucket in which it changed."""
+        shown, starts, was_summary = self.shown, list[_Start](), True
+        rows = history.rows_at(self.connection, self.model_id, [position for position, _ in shown.buckets])
+        for (bucket, before), (_, after) in pairwise(zip(shown.buckets, rows, strict=True)):
+            low, begin = bucket
+            if after is None:
                 continue
-            model, jobs = self._at(model_id, gap.high[0], with_jobs=number + 1 in exact)
-            if model is not None:
-                fold.skip(gap.events, gap.low[1], gap.high[1], model, jobs)
-        return fold.lane(frame.begin, frame.end, frame.width_s)
+            is_summary = before is None or before.position != after.position
+            if is_summary:
+                starts.append((low, replace(make_segment(decode_row(after.body), begin), is_summary=True)))
+            elif was_summary:
+                position = after.position if after.position > shown.first else None
+                starts.append((low, self._known_segment(decode_row(after.body), begin, position)))
+            was_summary = is_summary
+        if was_summary and (last := rows[-1]) is not None:
+            event = self._read_event(last.position)
+            starts.append((last.position - 1, self._begun_segment(decode_row(last.body), event)))
+        return starts
 
-    def _gaps(self, model_id: str) -> list[_Gap]:
-        """Return the gaps between anchors, with the number of the lane's events in each."""
-        frame = self.frame
-        spans = list(pairwise(frame.anchors))
-        counts = _count_events(self.connection, model_id, [(low[0], high[0]) for low, high in spans])
+    def _close(self, starts: Sequence[_Start]) -> list[Segment]:
+        """Return segments that follow one another to the end of the range, but those that last no time."""
+        if not starts:
+            return []  # the ledger did not know the model by the end of the range
+        lows = [*(low for low, _ in starts), self.shown.last]
+        ends = [*(segment.begin for _, segment in starts[1:]), self.shown.end]
+        counts = _count_events(self.connection, self.model_id, list(pairwise(lows)))
         return [
-            _Gap(low, high, count, frame.server_between(low[0], high[0]))
-            for (low, high), count in zip(spans, counts, strict=True)
+            replace(segment, end=end, events=count)
+            for (_, segment), end, count in zip(starts, ends, counts, strict=True)
+            if segment.begin < end
         ]
 
-    def _choose(self, gaps: Sequence[_Gap], share: int) -> set[int]:
-        """Return which gaps are folded: those at the ends, those without events, then the smallest."""
-        frame = self.frame
-        exact = {len(gaps) - 1, *(number for number, gap in enumerate(gaps) if gap.events == 0)}
-        if frame.first > frame.anchors[0][0]:
-            exact.add(0)
-        for number, gap in sorted(enumerate(gaps), key=lambda each: each[1].events):
-            is_seen = seconds_between(gap.low[1], gap.high[1]) >= frame.width_s
-            if number not in exact and is_seen:
-                if gap.events > share:
-                    break
-                share -= gap.events
-                self.spent += gap.events
-                exact.add(number)
-        return exact
+    def _begun_segment(self, row: ModelRow, event: Event) -> Segment:
+        """Return the segment that an event begins."""
+        job = read_job(self.connection, event.job_id) if event.job_id is not None else None
+        is_own = job is not None and not (job.ended and job.position < event.position)
+        return make_segment(
+            row,
+            event.recorded_at,
+            position=event.position,
+            load=self._read_load(row),
+            by=job.requested_by if job is not None and is_own else event.actor,
+            cause=job.cause if job is not None and is_own else None,
+        )
 
-    def _events(self, model_id: str, gap: _Gap) -> Iterator[Event]:
-        """Yield the events of a lane in a gap, with those of the server, in order."""
-        if gap.events == 0:
-            return iter(gap.server)
-        rows = self.connection.execute(
-            "SELECT CAST(body AS BLOB) FROM events WHERE model_id = ? AND position > ? AND position <= ?"
-            " ORDER BY position",
-            (model_id, gap.low[0], gap.high[0]),
-        ).fetchall()
-        return merge(_decoded(rows), gap.server, key=attrgetter("position"))
+    def _known_segment(self, row: ModelRow, begin: Timestamp, position: int | None = None) -> Segment:
+        """Return a segment of which the event that began it is not read: `by` as far as the row tells it."""
+        load = self._read_load(row)
+        job = read_job(self.connection, row.job) if row.job is not None else None
+        by, cause = None, None
+        if job is not None:
+            by, cause = job.requested_by, job.cause
+        elif row.state is ModelState.LOST or row.degraded:
+            by = SYSTEM
+        elif row.state is ModelState.LOADED and load is not None:
+            by = load.loaded_by
+        return make_segment(row, begin, position=position, load=load, by=by, cause=cause)
 
-    def _at(self, model_id: str, position: int, *, with_jobs: bool = True) -> tuple[Model | None, list[Job]]:
-        """Return the model at a snapshot, and its unended jobs there, which a fold from there needs."""
-        row = self.connection.execute(
-            "SELECT body FROM model_snapshots WHERE model_id = ? AND position <= ?"
-            " ORDER BY position DESC LIMIT 1",
-            (model_id, position),
+    def _serves_another(self, before: ModelRow | None, row: ModelRow) -> bool:
+        """Whether another version served before."""
+        if before is None or before.load is None:
+            return False
+        return self._find_load(before.load).version != row.version
+
+    def _read_load(self, row: ModelRow) -> Serving | None:
+        """Return the load that serves."""
+        return None if row.workers is None or row.load is None else self._find_load(row.load)
+
+    def _find_load(self, position: int) -> Serving:
+        if position not in self._loads:
+            self._loads[position] = read_load(self.connection, self.model_id, position)
+        return self._loads[position]
+
+    def _read_event(self, position: int) -> Event:
+        (body,) = self.connection.execute(
+            "SELECT CAST(body AS BLOB) FROM events WHERE position = ?", (position,)
         ).fetchone()
-        try:
-            jobs = self._jobs_at(model_id, position) if with_jobs else []
-            return (as_model(row[0]) if row is not None else None), jobs
-        except (TypeError, ValueError):  # damaged; the log has all that it has
-            state = state_at(self.connection, position)
-            return state.models.get(model_id), state.unended(model_id)
-
-    def _jobs_at(self, model_id: str, position: int) -> list[Job]:
-        """Return the unended jobs of a model at a snapshot, whose jobs are read once."""
-        if position not in self._jobs:
-            by_model = defaultdict[str, list[Job]](list)
-            for (body,) in list(snapshots.jobs_of(self.connection, position)):
-                by_model[(job := as_job(body)).model_id].append(job)
-            self._jobs[position] = by_model
-        return self._jobs[position].get(model_id, [])
+        return _decode(body)
 
 
 def _count_events(

@@ -1,46 +1,42 @@
-"""Time travel: the live state and jobs at any position or time of the log.
+"""Time travel: models, jobs, the server and nodes at any position or time of the log.
 
-A past state is a fold from the last snapshot before it, or from the base of the log (`docs/decisions/0019`).
+`?at=` reads rows that the writer keeps with the events (`docs/decisions/0062`); a job's past is a fold of its
+own few events. `events.audit.replay` folds the log itself.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cache
-from pathlib import Path
+from itertools import islice
 from typing import TypeVar
 
-from events.clock import Timestamp, format_timestamp
+from events.clock import Timestamp, add_seconds, format_timestamp
 from events.codec import decode_event
 from events.errors import Archived, LedgerProblem, LogUnavailable
+from events.history import ShownModel, decode_row, landmarks_around
 from events.jobs import Job, JobStatus, evolve_job
-from events.models import Model
-from events.sqlite import queries, snapshots
-from events.sqlite.liveness import Liveness, liveness_at
-from events.sqlite.queries import (
-    LAST,
-    JobQuery,
-    make_state,
-    read_base,
-    read_job,
-    read_pages,
-    select_jobs,
+from events.models import Serving, make_serving
+from events.presence import Liveness, ServerState, find_liveness, unknown_since
+from events.sqlite import history, queries
+from events.sqlite.bases import (
+    name_archive,
+    read_base_job,
+    read_base_model,
+    read_stored_base,
+    state_at_base,
 )
-from events.sqlite.readonly import ReaderThread, open_reader_thread
-from events.sqlite.snapshots import read_base_state
-from events.state import State
-from events.types import ENDS_OF_PROCESSES, Event
+from events.sqlite.history import latest_row
+from events.sqlite.queries import LAST, JobQuery, as_job, read_base, read_job, select_jobs
+from events.state import Changes, State, Transaction
+from events.storage import StorageDamaged
+from events.types import ENDS_OF_PROCESSES, Event, ModelLoaded
 
 T = TypeVar("T")
-
-_DAMAGE = {0, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-"""Kinds of errors that are about stored content; 0 is text that is not UTF-8."""
 
 _RFC_3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:([Zz])|([+ -])(\d\d:\d\d))", re.ASCII
@@ -49,113 +45,186 @@ _RFC_3339 = re.compile(
 
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
 
-_log = logging.getLogger(__name__)
+NOTE_EVERY_S = 60.0
+"""How often a server notes that it is there: one commit, and an unclean end is known to the minute."""
 
-_skipped_snapshots = set[tuple[str, int]]()
-"""The damaged snapshots that were logged: file and position, at most one entry for each snapshot."""
-
-
-def state_at(connection: sqlite3.Connection, position: int, *, from_base: bool = False) -> State:
-    """Return the live state after the event at `position`.
-
-    Args:
-        connection: where a read transaction keeps several of these calls at one head.
-        position: between the base and the head; 0 is the empty state, whatever is archived.
-        from_base: whether to fold from the base of the log, and use no snapshot.
-
-    Raises:
-        LogUnavailable: an event, or the state at the base, is damaged.
-    """
-    if position == 0:
-        return State()
-    state = load_base_state(connection) if from_base else _load_nearest(connection, position)
-    fold_onto(connection, state, position)
-    return state
-
-
-def fold_onto(connection: sqlite3.Connection, state: State, until: int) -> None:
-    """Fold into `state` the events after it, up to and with a position.
-
-    Raises:
-        LogUnavailable: an event cannot be folded.
-    """
-    for page in read_pages(connection, state.position, until):
-        fold_page(state, page)
+_OVERDUE_S = 2 * NOTE_EVERY_S
+"""A server that has noted nothing for so long may have ended."""
 
 
 def load_base_state(connection: sqlite3.Connection) -> State:
     """Return the live state at the base of the log: empty, or the result of archived events.
 
     Raises:
-        LogUnavailable: the snapshot at the base is missing or damaged.
+        LogUnavailable: the stored state there is damaged.
     """
     base = read_base(connection).position
-    if base and snapshots.latest(connection, base) != base:
-        raise LogUnavailable(f"the snapshot at {base}, which replaces the archived events, is missing")
     try:
-        return read_base_state(connection, base)
-    except ValueError as error:
+        return state_at_base(read_stored_base(connection))
+    except (ValueError, StorageDamaged) as error:
         raise LogUnavailable(
-            f"the snapshot at {base}, which replaces the archived events, is damaged: {error}; "
+            f"the state at {base}, which replaces the archived events, is damaged: {error}; "
             "`loadledger replay --archive` folds their archives instead"
         ) from error
 
 
-def fold_page(state: State, page: list[tuple[int, str, bytes]]) -> tuple[dict[str, Model], dict[str, Job]]:
-    """Fold a page into `state`, and return the models and jobs that it changed.
+def fold_page(state: State, page: list[tuple[int, str, bytes]]) -> Changes:
+    """Fold a page into `state`, and return what it changed.
 
     Raises:
         LogUnavailable: an event cannot be folded.
     """
-    models, jobs = dict[str, Model](), dict[str, Job]()
+    transaction = Transaction(state)
     for position, body, _ in page:
         try:
-            changes = state.apply(decode_event(body))
+            transaction.apply(decode_event(body))
         except Exception as error:  # a forged body may raise anything
             raise LogUnavailable(
                 f"the ledger cannot be folded, its event {position} is not valid: {error!r}; "
                 "restore a backup, or use the release that wrote it"
             ) from error
-        models.update(changes.models)
-        jobs.update(changes.jobs)
-        state.forget_ended(changes.jobs.values())
-        state.keys.clear()
-    return models, jobs
+    transaction.commit()
+    return transaction.changes
+
+
+# Models.
+
+_AT = latest_row("models.id", ":position")
+_PAST_MODELS = (
+    f"models CROSS JOIN model_history AS history ON history.position = {_AT} AND history.model_id = models.id"
+)
+
+
+def models_at(
+    connection: sqlite3.Connection, position: int, *, cursor: str = "", limit: int = -1
+) -> list[ShownModel]:
+    """Return models as they were after the event at `position`, by id, from the one after `cursor`.
+
+    Raises:
+        LogUnavailable: a stored row, or what it refers to, is damaged.
+    """
+    found = connection.execute(
+        f"SELECT models.id, history.body FROM {_PAST_MODELS}"  # noqa: S608 - literals
+        " WHERE models.id > :cursor ORDER BY models.id LIMIT :limit",
+        {"position": position, "cursor": cursor, "limit": limit},
+    ).fetchall()
+    return [_show(connection, model_id, body) for model_id, body in found]
+
+
+def model_at(connection: sqlite3.Connection, position: int, model_id: str) -> ShownModel | None:
+    """Return a model as it was after the event at `position`; None if the log did not know it by then."""
+    found = connection.execute(
+        f"SELECT history.body FROM {_PAST_MODELS} WHERE models.id = :model",  # noqa: S608 - literals
+        {"position": position, "model": model_id},
+    ).fetchone()
+    return None if found is None else _show(connection, model_id, found[0])
+
+
+def active_at(connection: sqlite3.Connection, position: int) -> str | None:
+    """Return the id of the active model after the event at `position`; None without one."""
+    found = connection.execute(
+        f"SELECT models.id, json_extract(history.body, '$.rank') AS rank FROM {_PAST_MODELS}"  # noqa: S608 - literals
+        " WHERE rank IS NOT NULL AND json_extract(history.body, '$.state') IN ('loaded', 'unloading')"
+        " ORDER BY rank DESC LIMIT 1",
+        {"position": position},
+    ).fetchone()
+    return None if found is None else str(found[0])
+
+
+def _show(connection: sqlite3.Connection, model_id: str, body: str) -> ShownModel:
+    try:
+        row = decode_row(body)
+    except ValueError as error:
+        raise LogUnavailable(
+            f"the stored history of {model_id!r} is damaged: {error}; "
+            "`loadledger replay --rebuild` rebuilds it"
+        ) from error
+    if row.workers is None or row.load is None:
+        return ShownModel(model_id, row, None)
+    return ShownModel(model_id, row, read_load(connection, model_id, row.load))
+
+
+def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> Serving:
+    """Return the load whose `ModelLoaded` is at a position: from there, or from the state at the base.
+
+    Raises:
+        LogUnavailable: neither has it.
+    """
+    found = connection.execute(
+        "SELECT events.body, jobs.body FROM events, jobs"
+        " WHERE events.position = ? AND jobs.id = events.job_id",
+        (position,),
+    ).fetchone()
+    loads = list[Serving | None]()
+    try:
+        if found is not None:
+            event = decode_event(found[0])
+            if isinstance(event.data, ModelLoaded):
+                loads = [make_serving(event, event.data, as_job(found[1]))]
+        elif model := read_base_model(connection, model_id):
+            loads = [model.serving, model.previous]
+    except Exception as error:  # a forged body may raise anything
+        raise LogUnavailable(f"the ledger is damaged: {error!r}; run `loadledger verify`") from error
+    for load in loads:
+        if load is not None and load.position == position:
+            return load
+    raise LogUnavailable(
+        f"the stored history of {model_id!r} is damaged: the event {position} is not its load; "
+        "`loadledger replay --rebuild` rebuilds it"
+    )
+
+
+# Jobs.
 
 
 def job_at(connection: sqlite3.Connection, position: int, job_id: str) -> Job | None:
     """Return the job as it was after the event at `position`, or None if there was none."""
     job = read_job(connection, job_id)
-    if job is None:
-        return None
-    return _job_then(connection, job, position, lambda: state_at(connection, position))
+    return None if job is None else _job_then(connection, job, position)
 
 
 def jobs_at(connection: sqlite3.Connection, position: int, query: JobQuery) -> list[Job]:
     """Return a page of jobs as they were after the event at `position`; the query has the status of then."""
-    if query.status in _UNENDED:
-        unended = reversed(state_at(connection, position).unended(query.model_id))
-        found = [job for job in unended if job.status is query.status]
-        return [job for job in found if query.before is None or job.created_position < query.before][
-            : query.limit
-        ]
-    then = cache(lambda: state_at(connection, position))  # one fold for all jobs that need it
-    stored = select_jobs(connection, query, until=position)
-    past = (_job_then(connection, job, position, then) for job in stored[: query.limit])
-    return [job for job in past if job is not None]
+    stored: Iterable[Job] = (
+        _select_unended(connection, query, position)
+        if query.status in _UNENDED
+        else select_jobs(connection, query, until=position)
+    )
+    past = (_job_then(connection, job, position) for job in stored)
+    found = (job for job in past if job is not None and query.status in (None, job.status))
+    return list(islice(found, query.limit))
 
 
-def _job_then(
-    connection: sqlite3.Connection, job: Job, position: int, then: Callable[[], State]
-) -> Job | None:
+def _select_unended(connection: sqlite3.Connection, query: JobQuery, position: int) -> Iterator[Job]:
+    """Return the jobs that had not ended after the event at `position`, as they are now, newest first."""
+    where = "created_position <= :position AND created_position < :before"
+    if query.model_id is not None:
+        where += " AND model_id = :model"
+    found = connection.execute(
+        "SELECT created_position, body FROM jobs INDEXED BY jobs_by_landmark"  # noqa: S608 - literals
+        "  WHERE landmark IN (SELECT value FROM json_each(:landmarks))"
+        f"  AND json_extract(body, '$.position') > :position AND {where}"
+        f" UNION ALL SELECT created_position, body FROM jobs WHERE landmark IS NULL AND {where}"
+        "  AND status IN ('pending', 'in_progress') ORDER BY created_position DESC",
+        {
+            "position": position,
+            "before": LAST if query.before is None else query.before,
+            "model": query.model_id,
+            "landmarks": json.dumps(landmarks_around(position)),
+        },
+    ).fetchall()
+    return (as_job(body) for _, body in found)
+
+
+def _job_then(connection: sqlite3.Connection, job: Job, position: int) -> Job | None:
     """Return a job of the present as it was after `position`; without later events it is the same."""
     if job.position <= position:
         return job
     if job.created_position > position:
         return None
+    past = None
     if job.created_position <= read_base(connection).position:  # some of its events are archived
-        return then().jobs.get(job.id)
-    past: Job | None = None
+        past = read_base_job(connection, job.created_position)
     for event in _events_of(connection, job, position):
         past = evolve_job(past, event)
     return past
@@ -173,41 +242,28 @@ def _events_of(connection: sqlite3.Connection, job: Job, position: int) -> Itera
     return (decode_event(body) for _, body in rows)
 
 
-def _load_nearest(connection: sqlite3.Connection, position: int) -> State:
-    base, nearest = read_base(connection).position, position + 1
-    try:
-        while (nearest := snapshots.latest(connection, nearest - 1) or 0) > base:
-            if (state := _load_snapshot(connection, nearest)) is not None:
-                return state
-    except sqlite3.Error as error:
-        _skip_snapshot(connection, nearest, error)
-    return load_base_state(connection)
+# Moments.
 
 
-def _load_snapshot(connection: sqlite3.Connection, position: int) -> State | None:
-    """Return the state of a snapshot, or None if it is damaged: the log has all that it has."""
-    row = connection.execute("SELECT recorded_at FROM events WHERE position = ?", (position,)).fetchone()
-    try:
-        models, jobs = snapshots.models_of(connection, position), snapshots.jobs_of(connection, position)
-        return make_state(position, row[0] if row is not None else "", models, jobs)
-    except (TypeError, ValueError, sqlite3.Error) as error:
-        _skip_snapshot(connection, position, error)
-        return None
+def liveness_at(connection: sqlite3.Connection, position: int, time: Timestamp | None = None) -> Liveness:
+    """Return the state of the running server right after the event at `position`, or at a later time.
+
+    Args:
+        connection: in one transaction with what else is asked of that moment.
+        position: of the last event by then; 0 is before the first.
+        time: before the next event was recorded; None for the moment of the event itself.
+    """
+    last, following = history.presence_around(connection, position)
+    return find_liveness(last, following, time, is_first=position == 0)
 
 
-def _skip_snapshot(connection: sqlite3.Connection, position: int, error: Exception) -> None:
-    """Log, once, that a snapshot is damaged; raise other errors of SQLite again."""
-    if isinstance(error, sqlite3.Error) and queries.kind_of(error) not in _DAMAGE:
-        raise error
-    (_, _, file) = connection.execute("PRAGMA database_list").fetchone()
-    if (file, position) not in _skipped_snapshots:
-        _skipped_snapshots.add((file, position))
-        _log.warning(
-            "the snapshot at position %d is damaged, so time travel is slower: %s; "
-            "`loadledger replay --rebuild` rebuilds it",
-            position,
-            error,
-        )
+def unknown_if_overdue(connection: sqlite3.Connection, found: Liveness, time: Timestamp | None) -> Liveness:
+    """Return the state of a server after the last event: unknown if it has noted nothing for long."""
+    if found.state is ServerState.RUNNING and time is not None:
+        seen_at = max(queries.read_last_seen(connection), queries.read_head(connection).recorded_at)
+        if time > add_seconds(seen_at, _OVERDUE_S):
+            return unknown_since(found, seen_at)
+    return found
 
 
 class InvalidMoment(LedgerProblem):
@@ -257,22 +313,14 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
     if row is not None:
         return Moment(row[0], row[1], time)
     if base:
-        raise Archived(f"events recorded until {time} are archived, up to position {base}", base, head)
+        ended = connection.execute(
+            "SELECT recorded_at FROM archives WHERE last_position = ?", (base,)
+        ).fetchone()
+        if ended is not None and ended[0] <= time:
+            return Moment(base, None, time)
+        where = name_archive(connection, time)
+        raise Archived(f"events recorded until {time} are archived{where}, up to position {base}", base, head)
     return Moment(0, None, time)
-
-
-def find_moment(connection: sqlite3.Connection, until: str | None, now: Timestamp) -> Moment:
-    """Return the moment of a position in digits or a time, with the state of the server, which does not run.
-
-    Without `until` it is now. Raises as `moment_at` does.
-    """
-    if until is None:
-        base, head = bounds(connection)
-        moment = replace(_at_position(connection, head, base, head), time=now)
-    else:
-        moment = moment_at(connection, until)
-    time = min(moment.time, now) if moment.time is not None else None
-    return replace(moment, server=liveness_at(connection, moment.position, time))
 
 
 def parse_time(at: str) -> str:
@@ -311,7 +359,8 @@ def _at_position(connection: sqlite3.Connection, position: int, base: int, head:
         raise BeyondHead(f"the log's head is at position {head}: there is no {position} yet")
     if 0 < position < base:
         raise Archived(
-            f"position {position} is archived; the oldest position that you can ask for is {base}",
+            f"position {position} is archived{name_archive(connection, position)}; "
+            f"the oldest position that you can ask for is {base}",
             base,
             head,
         )
@@ -326,41 +375,25 @@ def bounds(connection: sqlite3.Connection) -> tuple[int, int]:
     return base, int(head)
 
 
-class TimeTravelReader:
-    """Reads past states in a thread of its own, so that readers of the present do not wait.
+def read_moment(
+    connection: sqlite3.Connection, at: str, query: Callable[[sqlite3.Connection, int], T]
+) -> tuple[Moment, T]:
+    """Return the moment that `at` means, with the state of the server, and a query's result there.
 
-    One query at a time: whatever the number of callers, it uses one core and the memory of one state.
+    Args:
+        connection: of the running server, in one transaction.
+        at: a position in digits, or a time.
+        query: `models_at`, `job_at`, `jobs_at` or another one of a position.
+
+    Raises:
+        InvalidMoment: `invalid_parameter`, it is neither.
+        BeyondHead: `beyond_head`.
+        Archived: `archived`.
+        LogUnavailable: `log_unavailable`, what is stored is damaged.
     """
-
-    def __init__(self, thread: ReaderThread) -> None:
-        self._thread = thread
-
-    async def read(self, at: str, query: Callable[[sqlite3.Connection, int], T]) -> tuple[Moment, T]:
-        """Return the moment that `at` means, with the state of the server, and a query's result there.
-
-        Args:
-            at: a position in digits, or a time.
-            query: `state_at`, `job_at` or `jobs_at`.
-
-        Raises:
-            InvalidMoment: `invalid_parameter`, it is neither.
-            BeyondHead: `beyond_head`.
-            Archived: `archived`.
-            LogUnavailable: `log_unavailable`, the file cannot be read.
-        """
-
-        def read(connection: sqlite3.Connection) -> tuple[Moment, T]:
-            moment = moment_at(connection, at)
-            server = liveness_at(connection, moment.position, moment.time, is_live=True)
-            return replace(moment, server=server), query(connection, moment.position)
-
-        try:
-            return await self._thread.run(read)
-        except ValueError as error:  # stored content may be damaged
-            raise LogUnavailable(f"the ledger cannot be read: {error}") from error
-
-
-@asynccontextmanager
-async def open_time_travel_reader(path: Path) -> AsyncIterator[TimeTravelReader]:
-    async with open_reader_thread(path, "ledger-past") as thread:
-        yield TimeTravelReader(thread)
+    moment = moment_at(connection, at)
+    try:
+        server = liveness_at(connection, moment.position, moment.time)
+        return replace(moment, server=server), query(connection, moment.position)
+    except ValueError as error:  # stored content may be damaged
+        raise LogUnavailable(f"the ledger cannot be read: {error}") from error

@@ -2,7 +2,7 @@
 
 main.py finds a command by name, alias or section and imports only its module. Commands that talk to a
 server (models, jobs, nodes, events, infer, top) get a client from options.py, which reads options, variables
-and profiles. Commands on files (ledger, prepared, keys) and those that run a server (serve) import what they
+and profiles. Commands on files (ledger, keys) and those that run a server (serve) import what they
 need inside their functions, from the server's packages and from startup, demo, database, verification and
 arrays: `loadledger --help` and the thin commands must start fast, and a test lists what they may import.
 output.py has tables, values with units, notes on stderr and exit codes; snippets.py the first commands to

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -35,7 +34,7 @@ from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import EventQuery, open_reader
 from events.types import Anchor
 from loadledger.cli.events import event_line
-from loadledger.cli.output import exit_with_error
+from loadledger.cli.output import cleaned_up_after_signals, exit_with_error
 from loadledger.cli.postgres import DatabaseFailed, DatabaseMissing, PostgresServer, find_programs
 from loadledger.client import Client
 from loadledger.errors import ClientProblem
@@ -334,32 +333,12 @@ def run_cluster() -> int:
     except DatabaseMissing as problem:
         exit_with_error(str(problem))
     try:
-        with _cleaned_up_after_signals(), tempfile.TemporaryDirectory(prefix="loadledger-demo-") as folder:
+        with cleaned_up_after_signals(), tempfile.TemporaryDirectory(prefix="loadledger-demo-") as folder:
             Path(folder).chmod(0o711)  # PostgreSQL's user goes through it
             _show_cluster(programs, Path(folder))
     except (DemoFailed, DatabaseFailed, ClientProblem) as failure:
         return _report_failure(failure)
     return 0
-
-
-@contextmanager
-def _cleaned_up_after_signals() -> Iterator[None]:
-    """End as after an exception when a signal comes, and do not interrupt the clean-up."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def end(number: int, _frame: FrameType | None) -> NoReturn:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _show_cluster(programs: Path, folder: Path) -> None:
@@ -371,7 +350,7 @@ def _show_cluster(programs: Path, folder: Path) -> None:
     try:
         database.create(OWNER, SERVER, options=("--no-sync",))
         database.create_database(DATABASE, OWNER)
-        asyncio.run(migrate_database(database.url(OWNER, DATABASE), SERVER, None))
+        migrate_database(database.url(OWNER, DATABASE), SERVER, None)
         version, address = database.version(), database.url(SERVER, DATABASE)
         click.echo(f"PostgreSQL {version} has the ledger, in {folder}, which is removed in the end")
         with _serve_nodes(folder, address) as nodes:
@@ -485,13 +464,13 @@ def _verify(address: str, nodes: Sequence[_Node]) -> None:
     """Verify the database, and each node's replica, whose last event the database must have."""
     from loadledger.cli.database import verify_address
 
-    whole = asyncio.run(verify_address(address, None))
+    whole = verify_address(address, None)
     _require(whole.finding is None, f"the database verifies: {whole.finding}")
     proved = whole.verification
     click.echo(f"\ndatabase verified: {proved.events} events, head {proved.hash.hex()[:16]}…")
     for node in nodes:
         replica = verify(node.data / LEDGER)
         _require(replica.verified, f"the replica of {node.name} verifies: {replica.finding}")
-        compared = asyncio.run(verify_address(address, Anchor(replica.position, replica.hash)))
+        compared = verify_address(address, Anchor(replica.position, replica.hash))
         _require(compared.finding is None, f"the database has the events of {node.name}: {compared.finding}")
         click.echo(f"replica of {node.name} verified: {replica.events} events, all in the database")

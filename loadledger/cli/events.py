@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from loadledger.cli.options import (
     open_chosen_client,
     server_options,
 )
-from loadledger.cli.output import INTERRUPTED, exit_with_error, note_retry
+from loadledger.cli.output import exit_with_error, note_retry
 from loadledger.profiles import PROFILE, URL
 
 MAX_CHARACTERS = 200
@@ -152,7 +151,6 @@ def _print_server_events(
 def _print_file_events(data: Path, show: Show, **options: Any) -> None:
     import asyncio
 
-    from events.errors import LedgerProblem
     from events.sqlite.datalock import LEDGER
     from events.sqlite.listing import EventFilter
     from events.types import TYPES
@@ -163,12 +161,7 @@ def _print_file_events(data: Path, show: Show, **options: Any) -> None:
     if unknown:
         raise click.BadParameter(f"{min(unknown)!r} is none of {', '.join(TYPES)}", param_hint="--type")
     wanted = EventFilter(**{name: options.pop(name) for name in FILTERS})
-    try:
-        asyncio.run(show_events(data / LEDGER, show, wanted, **options))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except LedgerProblem as error:
-        exit_with_error(str(error))
+    asyncio.run(show_events(data / LEDGER, show, wanted, **options))
 
 
 async def show_events(

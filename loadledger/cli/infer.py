@@ -1,7 +1,7 @@
 """`loadledger infer`: inputs from arguments and files, outputs as a summary, JSON or a file.
 
 The content decides what a file is, not its name, so that standard input can be any of them. What needs
-numpy is in arrays.py, with pictures in images.py.
+numpy is in arrays.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ _NAMELESS = '@[{"'
 _ARRAY, _ARCHIVES = b"\x93NUMPY", (b"PK\x03\x04", b"PK\x05\x06")
 _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _WEBP = slice(0, 4), slice(8, 12), b"RIFF", b"WEBP"
-NOT_LOADED = frozenset({"model_not_loaded", "model_unloading"})
 MAX_SIDE = 16_384
 """Longest side of a picture, in pixels; Pillow's JPEG and WebP have no longer ones."""
 SUFFIXES = (".npy", ".npz")
@@ -175,13 +174,6 @@ def _parse_numbers(
 @click.command()
 @click.argument("model", shell_complete=loaded_models)
 @click.argument("inputs", nargs=-1, metavar="[INPUT]...")
-@click.option("--input", "-i", "typed", multiple=True, metavar="INPUT", help="An input, as the arguments.")
-@click.option(
-    "--file",
-    "-f",
-    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    help="A file with inputs, like the argument @FILE; - is standard input.",
-)
 @int_option("--version", "-v", metavar="N", text="Version; it has to be the loaded one.")
 @click.option(
     "--output", "-o", "outputs", multiple=True, metavar="NAME", help="Only this output. May be repeated."
@@ -214,8 +206,6 @@ def infer(
     model: str,
     *,
     inputs: tuple[str, ...],
-    typed: tuple[str, ...],
-    file: Path | None,
     version: int | None,
     outputs: tuple[str, ...],
     out: Path | None,
@@ -234,7 +224,9 @@ def infer(
 
     --json prints the whole tensors instead of a summary.
     """
-    given = _given_inputs((*inputs, *typed), file)
+    if not inputs:
+        raise click.UsageError("give the inputs: NAME=JSON or NAME=@FILE for each, or @FILE with all")
+    given = [parse_input(text) for text in inputs]
     if out is not None and (as_json or out.suffix not in SUFFIXES):
         raise click.BadParameter("give it a name with .npy or .npz, and no --json", param_hint="--out")
     with open_chosen_client(where, timeout_s=120.0) as client:
@@ -263,17 +255,6 @@ def infer(
         click.echo("\n".join(arrays.result_lines(result)))
 
 
-def _given_inputs(texts: tuple[str, ...], file: Path | None) -> list[GivenInput]:
-    if (file is None) == (not texts):
-        raise click.UsageError("give the inputs: NAME=JSON or NAME=@FILE for each, or --file FILE")
-    if file is None:
-        return list(map(parse_input, texts))
-    value = read_value(file)
-    if isinstance(value, list):
-        raise click.BadParameter('it has to be a JSON object, like {"x": [[1, 2]]}', param_hint="--file")
-    return [GivenInput(None, value)]
-
-
 def _find_inputs(
     client: Any,
     model: str,
@@ -283,6 +264,7 @@ def _find_inputs(
     picture: dict[str, Any],
 ) -> dict[str, Any]:
     from loadledger import ServerError
+    from loadledger.inference import NOT_LOADED
 
     try:
         metadata = client.metadata(model, version=version)
@@ -290,6 +272,6 @@ def _find_inputs(
         if problem.code not in NOT_LOADED:
             raise
         metadata = None
-    from loadledger.cli import arrays, images  # they import numpy
+    from loadledger.cli import arrays  # it imports numpy
 
-    return arrays.build_inputs(given, metadata, images.ImageOptions(**picture), print_note)
+    return arrays.build_inputs(given, metadata, arrays.ImageOptions(**picture), print_note)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -31,10 +30,9 @@ from loadledger.cli.output import (
     format_table,
     print_json,
     print_result,
-    report_problems,
     to_printable,
 )
-from loadledger.profiles import DEFAULT_URL, ProfileProblem, ServerTarget, profile_path, write_profile
+from loadledger.profiles import DEFAULT_URL, ServerTarget, profile_path, write_profile
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
@@ -168,10 +166,7 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
 
     --json prints the server's `url` and the file's path as `profile`.
     """
-    try:
-        path = profile_path(profile, os.environ)
-    except ProfileProblem as problem:
-        exit_with_error(str(problem))
+    path = profile_path(profile, os.environ)
     token = _read_token()
     with open_client(ServerTarget(url, token, ca)) as client:
         client.resources()
@@ -182,9 +177,8 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
         write_profile(path, ServerTarget(url, token, ca))
     except (OSError, WrongTarget) as error:
         exit_with_error(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
-    members = {"url": url, "profile": str(path)}  # dumped with escapes, as a path may be no UTF-8
     text = f"{to_printable(url)} accepts the token; saved in {path}"
-    click.echo(json.dumps(members, indent=2) if as_json else text)
+    print_result({"url": url, "profile": str(path)}, [text], as_json=as_json)
 
 
 def _read_token() -> str:
@@ -267,9 +261,8 @@ def list_keys(data: Path, *, as_json: bool) -> None:
     """List the keys, newest last; the signing one is marked."""
     from server.auth import keys
 
-    with report_problems():
-        require_data(data)
-        found = keys.list_keys(data)
+    require_data(data)
+    found = keys.list_keys(data)
     if as_json:
         print_json({"keys": found})
         return
@@ -284,8 +277,7 @@ def rotate(data: Path, *, as_json: bool) -> None:
     """Create a new signing key; tokens of the old ones stay valid."""
     from server.auth import keys
 
-    with report_problems():
-        kid = keys.create_key(data)
+    kid = keys.create_key(data)
     print_result({"kid": kid}, [kid], as_json=as_json)
 
 
@@ -300,8 +292,7 @@ def revoke(data: Path, kid: str, *, as_json: bool) -> None:
     """
     from server.auth import keys
 
-    with report_problems():
-        keys.revoke(data, kid)
+    keys.revoke(data, kid)
     if as_json:
         print_json({"kid": kid})
 

@@ -1,27 +1,38 @@
-"""`loadledger verify | replay | export | archive | backup | migrate | discard` and `key ledger`.
+"""`loadledger verify | replay | export | archive | backup | migrate | discard | prepared` and `key ledger`.
 
 They work on the files of a data directory, or on a ledger in PostgreSQL; no server is asked.
 """
 
 from __future__ import annotations
 
-import json
-import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.options import Command, data_option, json_option, own_data
-from loadledger.cli.output import NEGATIVE_RESULT, exit_with_error, print_note, print_result, report_problems
+from loadledger.cli.options import Command, data_option, json_option, own_data, require_data
+from loadledger.cli.output import (
+    NEGATIVE_RESULT,
+    cleaned_up_after_signals,
+    count_of,
+    exit_with_error,
+    format_size,
+    format_table,
+    format_timestamp,
+    print_note,
+    print_result,
+    to_printable,
+)
 
 INSTALL = "pip install 'loadledger[postgres]'"
 _FILE = click.Path(path_type=Path, dir_okay=False)
+SHOWN_DIGITS = 12
+"""Shown digits of a hash: enough to tell files apart; --json has all."""
+PREPARED_HEAD = ("model", "version", "size", "took", "made", "last used", "sha256")
 
 
 def _archive_option(text: str) -> Callable[[Command], Command]:
@@ -35,7 +46,7 @@ def _archive_option(text: str) -> Callable[[Command], Command]:
     envvar="LOADLEDGER_DATA",
     help="Directory of a ledger to check. [LOADLEDGER_DATA, without FILE]",
 )
-@_archive_option("An archive of the ledger. May be repeated, in any order.")
+@_archive_option("An archive of the ledger; give all of them, in any order. May be repeated.")
 @click.option("--key", metavar="FILE|KEY_ID", help="Expected signing key, as `key ledger` prints it.")
 @click.option("--expect", metavar="POSITION:HASH", help="Expected event: a head that you kept.")
 @click.option(
@@ -64,8 +75,8 @@ def verify(
 
     --data verifies a ledger: the database file, the hash chain and the stored projections. The server may be
     running; a copy made with `backup` works too. The ledger must contain the head that the server kept last,
-    or, with --expect, that one. If events were archived, give the files with --archive: they have to lead to
-    the first event of the log, and to the state that the ledger stored there.
+    or, with --expect, that one. If events were archived, give all archives with --archive: the proof then
+    begins with the first event, and has to come to the state that the ledger stored at its base.
 
     Each FILE, a jsonl export or an archive, is verified by itself: its chain and its signed head. With
     --data, its events are also compared with the ledger's. Use --key to check who signed.
@@ -79,7 +90,8 @@ def verify(
     Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
     from events.audit.verify import parse_expected
-    from loadledger.cli.verification import VerifyResult, verify_ledger_and_files
+    from loadledger.cli.verification import VerifyResult, verify_ledger_and_files, verify_local_store
+    from server.auth.keys import expected_key
 
     if (files or address) and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
@@ -87,52 +99,31 @@ def verify(
         data = own_data()
     if address is not None and (data is not None or files or store):
         raise click.UsageError("--ledger URL takes --archive, --key and --expect, and nothing else to verify")
-    if store:
-        _verify_store(data, as_json=as_json, others=bool(archives or key or expect or files))
-    _refuse(data or address, archives, key, files)
-    try:
-        expected = None if expect is None else parse_expected(expect)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--expect") from None
-    with report_problems():
-        if address is not None:
-            from server.auth.keys import expected_key
-
-            wanted = None if key is None else expected_key(key)
-            found = _in_database(lambda it: it.verify_address(address, expected, archives, wanted))
-            checked = VerifyResult(found, (), wanted)
-        else:
-            ledger = None if data is None else _ledger_in(data)
-            checked = verify_ledger_and_files(ledger, archives, files, key, expected)
-    _exit_verified(checked, as_json=as_json)
-
-
-def _exit_verified(checked: Any, *, as_json: bool) -> NoReturn:
-    click.echo(json.dumps(checked.members(), indent=2) if as_json else "\n".join(checked.lines()))
-    sys.exit(0 if checked.verified else NEGATIVE_RESULT)
-
-
-def _verify_store(data: Path | None, *, as_json: bool, others: bool) -> NoReturn:
-    from loadledger.cli.verification import verify_local_store
-
-    if data is None or others:
+    if store and (data is None or archives or key or expect or files):
         raise click.UsageError("--store takes --data DIR, and nothing else to verify beside it")
-    with report_problems():
-        checked = verify_local_store(data)
-    _exit_verified(checked, as_json=as_json)
-
-
-def _refuse(
-    ledger: Path | str | None, archives: tuple[Path, ...], key: str | None, files: tuple[Path, ...]
-) -> None:
-    """Refuse combinations of options without a meaning."""
-    if ledger is None and archives:
+    if archives and data is None and address is None:
         raise click.UsageError(
             "--archive belongs to a ledger, in --data or --ledger; to verify an archive by itself, name it "
             "as FILE"
         )
     if key is not None and not (files or archives):
         raise click.UsageError("--key is for signed files: name them as FILE, or with --archive")
+    try:
+        expected = None if expect is None else parse_expected(expect)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--expect") from None
+    checked: Any
+    if data is not None and store:
+        checked = verify_local_store(data)
+    elif address is not None:
+        wanted = None if key is None else expected_key(key)
+        found = _import_database().verify_address(address, expected, archives, wanted)
+        checked = VerifyResult(found, (), wanted)
+    else:
+        ledger = None if data is None else _ledger_in(data)
+        checked = verify_ledger_and_files(ledger, archives, files, key, expected)
+    print_result(checked.members(), checked.lines(), as_json=as_json)
+    sys.exit(0 if checked.verified else NEGATIVE_RESULT)
 
 
 @click.command()
@@ -170,20 +161,20 @@ def replay(
     """
     if rebuilds and (until is not None or model_id is not None or archives):
         raise click.UsageError("--rebuild takes the whole log: leave out --until, --model and --archive")
-    with report_problems():
-        ledger = _ledger_in(data)
-        if rebuilds:
-            _rebuild(data, ledger, as_json=as_json)
-        else:
-            state = _replay_state(ledger, until, model_id, archives)
-            click.echo(json.dumps(state, indent=2) if as_json else "\n".join(_state_lines(state)))
+    ledger = _ledger_in(data)
+    if rebuilds:
+        _rebuild(data, ledger, as_json=as_json)
+    else:
+        state = _replay_state(ledger, until, model_id, archives)
+        print_result(state, _state_lines(state), as_json=as_json)
 
 
 def _replay_state(
     path: Path, until: str | None, model_id: str | None, archives: Sequence[Path]
 ) -> dict[str, Any]:
     """Return the state at a moment, in the form of the management API."""
-    from events.audit.archivechain import replay
+    from events.audit.replay import replay
+    from events.history import describe_model
     from events.sqlite.readonly import open_read_only
     from server.api.jobs import job_view
     from server.api.models import model_view
@@ -195,7 +186,12 @@ def _replay_state(
     ids = [each for each in sorted(state.models) if model_id in (None, each)]
     return {
         **as_of(moment),
-        "models": [model_view(each, state, None, active) for each in ids],
+        "models": [
+            model_view(
+                describe_model(state.models[each]), None, is_active=active is not None and active.id == each
+            )
+            for each in ids
+        ],
         "jobs": [job_view(job, None) for job in state.unended(model_id)],
     }
 
@@ -237,7 +233,7 @@ def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
     if done.differences:
         rebuilt = "the stored projections differed from the log and were rebuilt:"
         lines = [rebuilt, *(f"  {difference}" for difference in done.differences)]
-    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+    print_result(result, lines, as_json=as_json)
     if done.differences:
         sys.exit(NEGATIVE_RESULT)
 
@@ -261,21 +257,20 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     from events.files import is_stream, refuse_own, write_file
     from server.auth.keys import open_signer
 
-    with report_problems():
-        ledger, sign = _ledger_in(data), open_signer(data)
-        lines = JSONL if form == "jsonl" else cloudevents(sign.public_key)
-        exported = export(ledger, lines, sign, after=after, until=until)
-        if str(file) == "-":
-            sys.stdout.buffer.writelines(exported)
-            sys.stdout.buffer.flush()  # so that an error is reported here
-            return
-        refuse_own(file, data)
-        if is_stream(file):
-            with file.open("wb") as target:
-                target.writelines(exported)
-            return
-        with _exit_on_sigterm(), write_file(file, replace=True) as target:
+    ledger, sign = _ledger_in(data), open_signer(data)
+    lines = JSONL if form == "jsonl" else cloudevents(sign.public_key)
+    exported = export(ledger, lines, sign, after=after, until=until)
+    if str(file) == "-":
+        sys.stdout.buffer.writelines(exported)
+        sys.stdout.buffer.flush()  # so that an error is reported here
+        return
+    refuse_own(file, data)
+    if is_stream(file):
+        with file.open("wb") as target:
             target.writelines(exported)
+        return
+    with cleaned_up_after_signals(), write_file(file, replace=True) as target:
+        target.writelines(exported)
 
 
 @click.command()
@@ -298,35 +293,32 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
 def archive(data: Path, before: str, address: str | None, file: Path, *, as_json: bool) -> None:
     """Move the oldest events to a compressed file that proves itself.
 
-    Stop the server first. The log then begins after the archived events, and the hash chain continues. Jobs
-    that had ended by then move too, except those behind loaded models.
+    FILE is a signed export, compressed. Stop the server first. The log then begins after the archived events,
+    and the hash chain continues. Jobs that had ended by then go too, except those behind loaded models.
 
-    With --ledger, servers may be running, also that of --data. FILE's folder needs room for a copy of the
-    ledger while the command runs.
+    With --ledger, servers may be running, also that of --data.
     """
     from events.files import refuse_own
+    from events.sqlite.datalock import LEDGER
+    from events.sqlite.readonly import wants_wal
     from server.auth.keys import open_signer
 
-    with report_problems():
+    if address is None:
+        _ledger_in(data)
+    sign = open_signer(data)
+    refuse_own(file, data)
+    with cleaned_up_after_signals():
         if address is None:
-            _ledger_in(data)
-        sign = open_signer(data)
-        refuse_own(file, data)
-        with _exit_on_sigterm():
-            if address is None:
-                done = _archive_file(data, before, file, sign)
-            else:
-                done = _in_database(lambda it: it.archive_database(address, data, before, file, sign))
-    first, last, sha256 = done.first_position, done.last_position, done.sha256.hex()
+            done = _archive_file(data, before, file, sign)
+        else:
+            done = _import_database().archive_database(address, data, before, file, sign)
+    first, last, sha256 = done.after.position + 1, done.proved.position, done.sha256.hex()
     print_result(
-        {"first_position": first, "last_position": last, "jobs": done.jobs, "sha256": sha256},
-        [
-            f"archived: positions {first} to {last}, {done.jobs} ended jobs",
-            f"sha256 of {file.name}: {sha256}",
-        ],
+        {"first_position": first, "last_position": last, "sha256": sha256},
+        [f"archived: positions {first} to {last}", f"sha256 of {file.name}: {sha256}"],
         as_json=as_json,
     )
-    if not done.alone:
+    if address is None and wants_wal(data / LEDGER):
         print_note(
             "ledger.db is being read, so it could not shrink; ledger.db-wal belongs to it: copy both with "
             "`loadledger backup`"
@@ -358,11 +350,10 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
     from events.files import refuse_own
     from loadledger.cli.verification import audit_members, format_audit
 
-    with report_problems():
-        ledger = _ledger_in(data)
-        refuse_own(file, data)
-        with _exit_on_sigterm():
-            found = back_up(ledger, file)
+    ledger = _ledger_in(data)
+    refuse_own(file, data)
+    with cleaned_up_after_signals():
+        found = back_up(ledger, file)
     print_result(audit_members(found), format_audit(found), as_json=as_json)
 
 
@@ -374,8 +365,7 @@ def ledger_key(data: Path, *, as_json: bool) -> None:
     from events.audit.signing import key_id
     from server.auth.keys import open_signer, public_pem
 
-    with report_problems():
-        signer = open_signer(data)
+    signer = open_signer(data)
     pem, name = public_pem(signer), key_id(signer.public_key)
     print_result({"public_key": pem, "key_id": name}, [f"{pem}key id: {name}"], as_json=as_json)
 
@@ -410,8 +400,7 @@ def migrate(address: str, server_role: str | None, data: Path | None, *, as_json
     release that changes the schema, and to let a role in. With --data, the ledger of a stopped server is
     verified, copied into the empty database with its positions and hashes, and verified there.
     """
-    with report_problems():
-        done = _in_database(lambda it: it.migrate_database(address, server_role, data))
+    done = _import_database().migrate_database(address, server_role, data)
     lines = [f"schema: {done['migrations']} migrations applied"]
     if server_role is not None:
         lines.append(f"role {server_role}: may read and append")
@@ -432,21 +421,101 @@ def discard(address: str, file: Path, *, as_json: bool) -> None:
     password. All events from that one on, which no node has, go to FILE, and `EventsDiscarded` takes their
     place.
     """
-    with report_problems():
-        done = _in_database(lambda it: it.discard_unreadable(address, file))
+    done = _import_database().discard_unreadable(address, file)
     members = {"first_position": done.first_position, "last_position": done.last_position, "hash": done.hash}
     line = f"discarded: positions {done.first_position} to {done.last_position}, kept in {file}"
     print_result(members, [line], as_json=as_json)
 
 
-def _in_database(call: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
-    """Run what a function returns, given the module for ledgers in PostgreSQL, which needs the driver."""
-    require_driver()
-    import asyncio
+@click.group()
+def prepared() -> None:
+    """List or clear the prepared models.
 
+    The server may be running.
+    """
+
+
+@prepared.command("list")
+@data_option
+@json_option
+def list_prepared(data: Path, *, as_json: bool) -> None:
+    """List the prepared models, last used first.
+
+    `bare` marks a model that loads from its own files; the reason follows.
+    """
+    entries = [_prepared_members(entry) for entry in _open_store(data).entries()]
+    members = {"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries}
+    print_result(members, _prepared_table(entries), as_json=as_json)
+
+
+@prepared.command()
+@data_option
+@click.option("--model", "model_id", metavar="ID", help="Only entries of this model.")
+@json_option
+def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
+    """Remove prepared models; loaded ones are not affected.
+
+    Models are prepared again after their next load. --json prints the removed `entries` and `bytes`.
+    """
+    entries, size = _open_store(data).clear(model_id)
+    text = f"cleared: {count_of(entries, 'entry')}, {size} bytes"
+    print_result({"entries": entries, "bytes": size}, [text], as_json=as_json)
+
+
+def _open_store(data: Path) -> Any:
+    from runtime.optimised.store import OptimisedStore
+    from runtime.store.folder import STORE
+
+    require_data(data)
+    return OptimisedStore(data / STORE, limit_bytes=0)  # the limit applies to what is added
+
+
+def _prepared_members(entry: Any) -> dict[str, Any]:
+    return {
+        "model_id": entry.model_id,
+        "version": entry.version,
+        "sha256": entry.sha256,
+        "bytes": entry.bytes,
+        "made_at": entry.made_at,
+        "last_used_at": entry.used_at,
+        "took_ms": entry.took_ms,
+        "figures": dict(entry.figures),
+        "reason": entry.reason,
+        "key": entry.key,
+    }
+
+
+def _prepared_table(entries: list[dict[str, Any]]) -> Iterator[str]:
+    if not entries:
+        yield "nothing is prepared"
+        return
+    head, *lines = format_table(PREPARED_HEAD, [_prepared_row(entry) for entry in entries])
+    yield head
+    for entry, line in zip(entries, lines, strict=True):
+        yield line
+        if entry["reason"] is not None:
+            yield f"  {to_printable(entry['reason'])}"
+    yield f"{count_of(len(entries), 'entry')}, {format_size(sum(entry['bytes'] for entry in entries))}"
+
+
+def _prepared_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        entry["model_id"],
+        str(entry["version"]),
+        format_size(entry["bytes"]) if entry["reason"] is None else "bare",
+        f"{entry['took_ms'] / 1000:.1f} s",
+        format_timestamp(entry["made_at"]),
+        format_timestamp(entry["last_used_at"]),
+        (entry["sha256"] or "")[:SHOWN_DIGITS],
+    )
+
+
+def _import_database() -> Any:
+    """Return the module for ledgers in PostgreSQL, which needs the driver."""
+    require_driver()
     from loadledger.cli import database
 
-    return asyncio.run(call(database))
+    return database
 
 
 def require_driver() -> None:
@@ -454,20 +523,6 @@ def require_driver() -> None:
 
     if find_spec("asyncpg") is None:
         exit_with_error(f"asyncpg is not installed: {INSTALL}")
-
-
-@contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that drafts are removed."""
-
-    def end(number: int, _frame: object) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _ledger_in(data: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from loadledger.cli.output import is_dumb, quiet_exits
+from loadledger.cli.output import is_dumb, report_problems
 
 SECTIONS = {
     "Serve": {
@@ -49,7 +49,7 @@ SECTIONS = {
         "backup": "loadledger.cli.ledger:backup",
         "migrate": "loadledger.cli.ledger:migrate",
         "discard": "loadledger.cli.ledger:discard",
-        "prepared": "loadledger.cli.prepared:prepared",
+        "prepared": "loadledger.cli.ledger:prepared",
     },
     "Keys, tokens and this shell": {
         "token": "loadledger.cli.keys:token",
@@ -72,24 +72,6 @@ ALIASES = {
     "stats": ("top",),
 }
 """Words of Docker and Ollama."""
-
-SUGGESTIONS = {
-    "open": "console",
-    "logout": "token revoke",
-    "status": "models, resources or jobs",
-    "start": "serve",
-    "pull": "add",
-    "push": "add",
-    "create": "add",
-    "delete": "rm",
-    "remove": "rm",
-    "predict": "infer",
-    "tail": "events --follow",
-    "audit": "verify",
-    "cluster": "nodes",
-    "cordon": "drain",
-}
-"""Words of other tools for commands that do not mean quite the same."""
 
 EPILOG = """\b
 Name the server by --url or LOADLEDGER_URL, and set the token in
@@ -130,7 +112,7 @@ class CommandGroup(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with quiet_exits():
+        with report_problems():
             return super().invoke(ctx)
 
     def resolve_command(
@@ -148,8 +130,7 @@ class CommandGroup(click.Group):
         if name not in COMMANDS and not name.startswith("-"):
             from difflib import get_close_matches  # 5 ms, and only here
 
-            like = " or ".join(get_close_matches(name, [*COMMANDS, *ALIASES], n=3))
-            meant = SUGGESTIONS.get(name, like)
+            meant = " or ".join(get_close_matches(name, [*COMMANDS, *ALIASES], n=3))
             advice = f"did you mean {meant}?" if meant else "`loadledger --help` lists them"
             context.fail(f"there is no command {name[:64]!r}; {advice}")
         return super().resolve_command(context, args)

@@ -56,20 +56,16 @@ at_option = click.option(
 
 
 @click.command()
-@click.argument("model", required=False, shell_complete=models_of_server)
 @click.option("--loaded", is_flag=True, show_default=False, help="Only models that are not unloaded.")
 @at_option
 @json_option
 @server_options
-def models(model: str | None, *, loaded: bool, at: str | None, as_json: bool, where: ServerChoice) -> None:
-    """List the models and their states, or show one.
+def models(*, loaded: bool, at: str | None, as_json: bool, where: ServerChoice) -> None:
+    """List the models and their states.
 
     A star marks the active model, the one loaded last, which `unload --active` unloads.
     """
     with open_chosen_client(where) as client:
-        if model is not None:
-            _show(client, model, at, as_json=as_json)
-            return
         rows = [each for each in client.models(at=at) if not loaded or each.state != "unloaded"]
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
@@ -90,11 +86,7 @@ def show(model: str, *, at: str | None, as_json: bool, where: ServerChoice) -> N
     At the end it prints a command line for a first inference.
     """
     with open_chosen_client(where) as client:
-        _show(client, model, at, as_json=as_json)
-
-
-def _show(client: Any, model_id: str, at: str | None, *, as_json: bool) -> None:
-    shown = client.model(model_id, at=at)
+        shown = client.model(model, at=at)
     print_result(shown, _details(shown), as_json=as_json)
 
 

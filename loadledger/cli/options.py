@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,25 +13,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.output import INTERRUPTED, exit_with_error, report_problems
-from loadledger.profiles import (
-    ProfileProblem,
-    ServerTarget,
-    find_target,
-)
+from loadledger.cli.output import exit_with_error
+from loadledger.profiles import ServerTarget, find_target
 
-UNAUTHENTICATED, FORBIDDEN = 401, 403
-HINTS = {
-    "unknown_model": "`loadledger models` lists them",
-    "unknown_version": "`loadledger models MODEL` lists its versions",
-    "unknown_job": "`loadledger jobs` lists them",
-    "unknown_node": "`loadledger nodes` lists them",
-    "unknown_token": "`loadledger token list` lists them",
-    "not_loaded": "`loadledger ps` lists loaded models",
-    "nothing_loaded": "`loadledger ps` lists loaded models",
-    "model_not_loaded": "`loadledger load MODEL --wait` loads it",
-}
-"""Advice by the server's error codes."""
 Command = Callable[..., None]
 json_option = click.option("--json", "as_json", is_flag=True, show_default=False, help="Print JSON.")
 """Adds `--json`, passed as `as_json`."""
@@ -67,43 +50,30 @@ def server_options(command: Command) -> Command:
 
 
 def find_chosen_target(where: ServerChoice) -> ServerTarget:
-    """Return the server that the options, variables and profiles name; a problem ends the command."""
-    try:
-        return find_target(where.url, where.profile, os.environ)
-    except ProfileProblem as problem:
-        exit_with_error(str(problem))
+    """Return the server that the options, variables and profiles name."""
+    return find_target(where.url, where.profile, os.environ)
 
 
 def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> AbstractContextManager[Any]:
-    """Open a client of the server that the options name; problems end the command, as in `open_client`."""
+    """Open a client of the server that the options name."""
     return open_client(find_chosen_target(where), timeout_s=timeout_s)
 
 
 @contextmanager
 def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any]:
-    """Give a client of a server; a problem is printed and ends the command.
-
-    Ctrl-C ends the command silently.
-    """
-    from loadledger import Client, ClientProblem
+    """Give a client of a server; an argument that cannot be sent ends the command."""
+    from loadledger import Client
 
     try:
         with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s) as client:
             yield client
-    except ClientProblem as problem:
-        exit_with_error(explain_problem(problem, place))
-    except ValueError as error:  # an argument cannot be sent
-        exit_with_error(str(error))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except ValueError as problem:
+        exit_with_error(str(problem))
 
 
 @contextmanager
 def open_managing_client(data: Path | None, where: ServerChoice) -> Iterator[Any]:
-    """Give a client that may manage tokens and nodes: of a data directory, over its socket, or of a server.
-
-    Problems end the command, as in `open_client`.
-    """
+    """Give a client that may manage tokens and nodes: over the socket in a data directory, or of a server."""
     is_server_named = where.url is not None or where.profile is not None
     is_data_given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
     if is_server_named and is_data_given:
@@ -112,28 +82,11 @@ def open_managing_client(data: Path | None, where: ServerChoice) -> Iterator[Any
         with open_chosen_client(where) as client:
             yield client
         return
-    from loadledger import Client, ClientProblem
+    from loadledger import Client
 
-    with report_problems():
-        require_data(data)
-    try:
-        with Client.of_data(data) as client:
-            yield client
-    except ClientProblem as problem:
-        exit_with_error(str(problem))
-
-
-def explain_problem(problem: Exception, place: ServerTarget) -> str:
-    status = getattr(problem, "status", None)
-    if status == UNAUTHENTICATED and not place.token:
-        return (
-            f"{place.url} asks for a token: set LOADLEDGER_TOKEN, or save one with `loadledger login`"
-            " (`loadledger token` creates one on the server's machine)"
-        )
-    if status == FORBIDDEN:
-        return f"{problem}; use a token with that role (`loadledger token --role …`)"
-    hint = HINTS.get(getattr(problem, "code", ""))
-    return f"{problem}; {hint}" if hint else str(problem)
+    require_data(data)
+    with Client.of_data(data) as client:
+        yield client
 
 
 def int_option(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import click
@@ -47,6 +49,16 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, by the shells' convention: 128 and the signal's number."""
 PIPE_CLOSED = 141
 """Exit code after SIGPIPE by the same convention, such as before `| head`."""
+PROBLEMS = (
+    "loadledger.errors:ClientProblem",
+    "loadledger.profiles:ProfileProblem",
+    "events.errors:LedgerProblem",
+    "events.errors:ForeignHead",
+    "runtime.errors:RuntimeProblem",
+    "server.auth.keys:KeyProblem",
+    "server.config:ConfigError",
+)
+"""Exceptions that, like OSError, say to a person why a command has no result."""
 
 
 def format_table(
@@ -180,8 +192,8 @@ def is_dumb(environment: Mapping[str, str]) -> bool:
 
 
 @contextmanager
-def quiet_exits() -> Iterator[None]:
-    """Exit quietly after Ctrl-C or a closed pipe, with a code of its own."""
+def report_problems() -> Iterator[None]:
+    """End a command after Ctrl-C or a closed pipe quietly, and after a problem with its text."""
     try:
         yield
     except (KeyboardInterrupt, click.Abort):
@@ -189,38 +201,52 @@ def quiet_exits() -> Iterator[None]:
     except BrokenPipeError:  # flushing stdout at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         sys.exit(PIPE_CLOSED)
+    except Exception as error:
+        # A module that is not imported has raised nothing, and takes long to import.
+        known = [resolve_name(place) for place in PROBLEMS if place.partition(":")[0] in sys.modules]
+        if not isinstance(error, (OSError, *known)):
+            raise
+        exit_with_error(str(error))
 
 
 @contextmanager
-def report_problems() -> Iterator[None]:
-    """Print a problem of files, keys or settings, and exit."""
-    from events.errors import ForeignHead, LedgerProblem
-    from runtime.errors import RuntimeProblem
-    from server.auth.keys import KeyProblem
-    from server.config import ConfigError
+def cleaned_up_after_signals() -> Iterator[None]:
+    """End as after an exception when a signal comes, and do not interrupt the clean-up."""
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [each for each in ending if signal.getsignal(each) is not signal.SIG_IGN]  # as under nohup
 
+    def end(number: int, _frame: object) -> NoReturn:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
-    except BrokenPipeError:  # whoever reads has read enough
-        raise
-    except (ConfigError, KeyProblem, LedgerProblem, ForeignHead, RuntimeProblem, OSError) as error:
-        exit_with_error(str(error))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON; control characters are escaped."""
+    import json  # main.py imports this module, and these take milliseconds
+
     import msgspec
 
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    click.echo("".join(map(_escape_character, text)) if not text.isascii() else text)
+    try:
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    except UnicodeEncodeError:  # the name of a file that is not UTF-8
+        text = json.dumps(msgspec.to_builtins(value), indent=2)
+    click.echo(text if text.isascii() else "".join(map(_escape_character, text)))
 
 
 def _escape_character(letter: str) -> str:
-    if letter.isprintable() or letter == "\n":
-        return letter
-    import json  # main.py imports this module, and json takes four more
+    import json
 
-    return json.dumps(letter)[1:-1]
+    return letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1]
 
 
 def print_result(value: Any, lines: Iterable[str], *, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -16,7 +15,13 @@ import click
 
 from loadledger.cli.ledger import require_driver
 from loadledger.cli.options import ServerChoice, find_chosen_target, json_option, server_options
-from loadledger.cli.output import NEGATIVE_RESULT, count_of, exit_with_error, report_problems, to_printable
+from loadledger.cli.output import (
+    NEGATIVE_RESULT,
+    count_of,
+    exit_with_error,
+    print_result,
+    to_printable,
+)
 from loadledger.profiles import PROFILE, URL
 
 GENERIC_NAMES = frozenset({"model", "onnx"})
@@ -77,11 +82,13 @@ def run(model: str, *, name: str | None, where: ServerChoice) -> None:
     files. If no server runs, the command serves until Ctrl-C, with the settings of `serve` from variables
     and the --config file that LOADLEDGER_CONFIG names.
     """
+    import asyncio
+
     from loadledger.cli.startup import run_on_server, serve_and_run
 
     subject = choose_subject(model, name)
     target = find_chosen_target(where)
-    if run_on_server(target, subject):
+    if asyncio.run(run_on_server(target, subject)):
         return
     if where.url or where.profile or any(os.environ.get(each) for each in (URL, PROFILE)):
         exit_with_error(f"{to_printable(target.url)} cannot be reached; is the server running there?")
@@ -122,39 +129,31 @@ def serve(*, accept_rollback: bool, **flags: str | None) -> None:
     from server import serve as server
     from server.check import load_config
 
-    with report_problems():
-        config = load_config(flags, os.environ)
-        sys.exit(server.serve(config, announce, accepts_rollback=accept_rollback))
+    config = load_config(flags, os.environ)
+    sys.exit(server.serve(config, announce, accepts_rollback=accept_rollback))
 
 
 @click.command(cls=SettingsCommand)
 @click.option("--quick", is_flag=True, show_default=False, help="Load no model.")
-@click.option(
-    "--limit-s",
-    metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    help="Time limit of each load; a smaller timeout_s of the model goes first.",
-)
 @json_option
-def check(*, quick: bool, limit_s: float, as_json: bool, **flags: str | None) -> None:
+def check(*, quick: bool, as_json: bool, **flags: str | None) -> None:
     """Check a configuration and a model repository.
 
     It takes the options and variables of `serve` and changes nothing; a server may be running. Each version
-    of each model is loaded in a process of its own, one after the other, within the memory budget, and warmed
-    up. Of a --ledger it checks the schema, the role and the clock. --data is optional.
+    of each model is loaded in a process of its own, one after the other, within the memory budget and its
+    timeout_s, and warmed up. Of a --ledger it checks the schema, the role and the clock. --data is optional.
 
     Exit code: 0 without problems (notes do not count), 1 with problems, 2 if nothing could be checked.
     """
-    from server.check import CheckResult, check_configuration, check_ledger, check_repository, check_workers
+    from nodes.check import check_ledger
+    from server.check import CheckResult, check_configuration, check_repository, check_workers
 
     result = CheckResult()
-    with report_problems():
-        config = check_configuration(flags, os.environ, result)
-        check_ledger(config, result)
-        candidates = check_repository(config, result)
-        check_workers(config, result, [] if quick else candidates, limit_s=limit_s, on_version=_progress())
-    click.echo(json.dumps(result.members(), indent=2) if as_json else "\n".join(_lines(result)))
+    config = check_configuration(flags, os.environ, result)
+    check_ledger(config, result)
+    candidates = check_repository(config, result)
+    check_workers(config, result, [] if quick else candidates, on_version=_progress())
+    print_result(result.members(), _lines(result), as_json=as_json)
     sys.exit(0 if result.fine else NEGATIVE_RESULT)
 
 

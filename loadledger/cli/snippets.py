@@ -42,7 +42,7 @@ def format_infer(model: Any) -> str | None:
         given = (
             _file(tensor, shape) if prod(shape) > MAX_ZEROS else json.dumps(_zeros(tensor.datatype, shape))
         )
-        words += ["-i", f"{tensor.name}={given}"]
+        words.append(f"{tensor.name}={given}")
     return shlex.join(words)
 
 
@@ -91,8 +91,8 @@ def _file(tensor: Any, shape: Sequence[int]) -> str:
 
 
 def _is_typed(name: str) -> bool:
-    """Whether a person can type this."""
-    return bool(name) and name.isprintable()
+    """Whether a person can type this, and it is no option."""
+    return bool(name) and name.isprintable() and not name.startswith("-")
 
 
 def _shape(tensor: Any) -> list[int]:

@@ -26,14 +26,11 @@ from events.errors import LedgerProblem
 from events.tokens import Token
 from loadledger import AsyncClient, ClientProblem, NotFound, ServerUnreachable
 from loadledger.cli.models import signature_lines
-from loadledger.cli.options import explain_problem
 from loadledger.cli.output import (
-    INTERRUPTED,
     NEGATIVE_RESULT,
     count_of,
     exit_with_error,
     print_note,
-    report_problems,
     to_printable,
 )
 from loadledger.cli.serve import Subject
@@ -89,7 +86,8 @@ async def announce(server: RunningServer) -> SignedIn | None:
     _print(f"console: {server.url}/ (`loadledger console` signs you in)")
     profile = await sign_in_user(server) if sys.stdout.isatty() else None
     if profile is not None:
-        _print(f"profile: {to_printable(str(profile.path))} has an admin's token{profile.hint}")
+        hint = f"; commands use it with{profile.option}" if profile.option else ""
+        _print(f"profile: {to_printable(str(profile.path))} has an admin's token{hint}")
     for line in await check_models(server):
         _print(line)
     return profile
@@ -143,11 +141,6 @@ class SignedIn:
     def option(self) -> str:
         """The option that selects this profile, with a leading space; empty for the default one."""
         return "" if self.name == DEFAULT_PROFILE else f" --profile {self.name}"
-
-    @property
-    def hint(self) -> str:
-        """A hint about that option, as the end of a sentence."""
-        return f"; commands use it with{self.option}" if self.option else ""
 
 
 async def sign_in_user(server: RunningServer) -> SignedIn | None:
@@ -205,18 +198,11 @@ def _find_known(server: RunningServer, token: str | None) -> Token | None:
         claims = jwt.decode(token or "", options={"verify_signature": False})
     except jwt.InvalidTokenError:
         return None
-    return server.app[LOG].state.tokens.get(str(claims.get("jti")))
+    return server.app[LOG].state.registers.tokens.get(str(claims.get("jti")))
 
 
-def run_on_server(target: ServerTarget, subject: Subject) -> bool:
-    """Run a model on a server, and return True; False if there is none. A problem ends the command."""
-    try:
-        return asyncio.run(_run_on_server(target, subject))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-
-
-async def _run_on_server(target: ServerTarget, subject: Subject) -> bool:
+async def run_on_server(target: ServerTarget, subject: Subject) -> bool:
+    """Run a model on a server, and return True; False if there is none."""
     word = f"${TOKEN}" if os.environ.get(TOKEN) else "$(loadledger token show)"
     async with AsyncClient(target.url, token=target.token, ca_file=target.ca) as client:
         try:
@@ -225,8 +211,8 @@ async def _run_on_server(target: ServerTarget, subject: Subject) -> bool:
             return False
         try:
             await bring_up(client, subject, word)
-        except (ClientProblem, ValueError, OSError) as problem:
-            exit_with_error(explain_problem(problem, target))
+        except ValueError as problem:
+            exit_with_error(str(problem))
     return True
 
 
@@ -236,9 +222,12 @@ def serve_and_run(subject: Subject) -> NoReturn:
 
     async def announce_and_run(running: RunningServer) -> None:
         profile = await announce(running)
-        word = _token_word(None if profile is None else profile.option, config.data)
         try:
-            token = profile.token if profile is not None else await _issue_token(running, TOKEN_LIFE_S)
+            if profile is not None:
+                token, word = profile.token, f"$(loadledger token show{profile.option})"
+            else:
+                token, data = await _issue_token(running, TOKEN_LIFE_S), shlex.quote(str(config.data))
+                word = f"$(loadledger token --data {data} --role predict --subject curl)"
             async with AsyncClient(running.url, token=token) as client:
                 await bring_up(client, subject, word)
             click.echo("\nCtrl-C stops the server; the model stays in its repository.")
@@ -246,9 +235,8 @@ def serve_and_run(subject: Subject) -> NoReturn:
             problems.append(str(problem))
             running.stop()
 
-    with report_problems():
-        config = load_config({} if LEVEL in os.environ else {"log_level": "warning"}, os.environ)
-        status = serve(config, announce_and_run)
+    config = load_config({} if LEVEL in os.environ else {"log_level": "warning"}, os.environ)
+    status = serve(config, announce_and_run)
     for problem in problems:
         print_note(problem)
     sys.exit(status or (NEGATIVE_RESULT if problems else 0))
@@ -258,13 +246,6 @@ async def _issue_token(running: RunningServer, life_s: int) -> str:
     """Issue a token for this process's user; the ledger has it as issued by the server."""
     subject, tokens = local_subject(), running.app[TOKENS]
     return (await tokens.issue(subject, ["admin"], expires_s=life_s, actor=subject, via="serve")).token
-
-
-def _token_word(profile_option: str | None, data: Path) -> str:
-    """Return a shell word that prints a token: that of a profile, or without one a new one."""
-    if profile_option is None:
-        return f"$(loadledger token --data {shlex.quote(str(data))} --role predict --subject curl)"
-    return f"$(loadledger token show{profile_option})"
 
 
 async def bring_up(client: AsyncClient, subject: Subject, token: str) -> None:

@@ -23,8 +23,10 @@ WRONG_HEAD = ("MODEL", "STATE", "REASON")
 MOST_ROWS = 100
 """Longest table: a terminal shows fewer rows, and a server may have ten thousand models."""
 BAR_CELLS = 40
+INTERVAL_S = 1.0
+"""Between two snapshots: nobody reads faster."""
 PAUSE = 4
-"""Pause between two snapshots, in durations of one: `top` must not keep a server of many models busy."""
+"""At least between two, in durations of one: `top` must not keep a server of many models busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,48 +48,43 @@ class ServerSnapshot:
 
 
 @click.command()
-@click.option(
-    "--interval",
-    metavar="SECONDS",
-    type=click.FloatRange(0.2, 3600.0),
-    default=1.0,
-    help="Seconds between updates.",
-)
 @json_option
-@click.option("--once", is_flag=True, show_default=False, help="Print once and exit, as without a terminal.")
 @server_options
-def top(*, interval: float, once: bool, as_json: bool, where: ServerChoice) -> None:
-    """Watch memory, models and running jobs until Ctrl-C."""
+def top(*, as_json: bool, where: ServerChoice) -> None:
+    """Watch memory, models and running jobs until Ctrl-C.
+
+    Without a terminal, they are printed once.
+    """
     with open_chosen_client(where) as client:
-        look = _take_snapshot(client)
+        snapshot = _take_snapshot(client)
         # On a dumb terminal, a live view would print nothing.
-        if as_json or once or not sys.stdout.isatty() or is_dumb(os.environ):
-            members = {"resources": look.resources, "jobs": look.jobs, "wrong": look.wrong}
-            print_result(members, lines(look), as_json=as_json)
+        if as_json or not sys.stdout.isatty() or is_dumb(os.environ):
+            members = {"resources": snapshot.resources, "jobs": snapshot.jobs, "wrong": snapshot.wrong}
+            print_result(members, lines(snapshot), as_json=as_json)
             return
         try:
-            _watch(client, look, interval)
+            _watch(client, snapshot)
         except KeyboardInterrupt:
             return
 
 
-def _watch(client: Any, look: ServerSnapshot, interval_s: float) -> None:
+def _watch(client: Any, snapshot: ServerSnapshot) -> None:
     """Update the view until an error that retrying does not mend."""
     from rich.live import Live
 
     from loadledger import ServerError, ServerUnreachable
 
-    with Live(_render(look), screen=True, auto_refresh=False) as live:
+    with Live(_render(snapshot), screen=True, auto_refresh=False) as live:
         while True:
-            time.sleep(max(interval_s, PAUSE * look.took_s))
+            time.sleep(max(INTERVAL_S, PAUSE * snapshot.took_s))
             try:
-                look = _take_snapshot(client)
+                snapshot = _take_snapshot(client)
             except (ServerUnreachable, ServerError) as problem:
                 status = problem.status if isinstance(problem, ServerError) else None
                 if status is not None and status < 500 and status != 429:  # noqa: PLR2004 - permanent
                     raise
-                look = replace(look, problem=str(problem))
-            live.update(_render(look), refresh=True)
+                snapshot = replace(snapshot, problem=str(problem))
+            live.update(_render(snapshot), refresh=True)
 
 
 def _take_snapshot(client: Any) -> ServerSnapshot:
@@ -100,30 +97,33 @@ def _take_snapshot(client: Any) -> ServerSnapshot:
     return ServerSnapshot(client.url, found, unended, failed, now, time.monotonic() - began)
 
 
-def _render(look: ServerSnapshot) -> Any:
+def _render(snapshot: ServerSnapshot) -> Any:
     """Return the view for a terminal; lines that are too long are cut."""
     from rich.text import Text
 
-    return Text.from_ansi("\n".join(lines(look)), no_wrap=True, overflow="ellipsis")
+    return Text.from_ansi("\n".join(lines(snapshot)), no_wrap=True, overflow="ellipsis")
 
 
-def lines(look: ServerSnapshot) -> Iterator[str]:
-    found, now = look.resources, datetime.now(UTC)
-    yield f"{click.style('loadledger', bold=True)}  {look.url}  {look.at:%H:%M:%S}Z  position {found.as_of}"
-    if look.problem is not None:
-        yield click.style(f"unreachable, retrying; previous state: {to_printable(look.problem)}", fg="red")
+def lines(snapshot: ServerSnapshot) -> Iterator[str]:
+    found, now = snapshot.resources, datetime.now(UTC)
+    title = click.style("loadledger", bold=True)
+    yield f"{title}  {snapshot.url}  {snapshot.at:%H:%M:%S}Z  position {found.as_of}"
+    if snapshot.problem is not None:
+        yield click.style(
+            f"unreachable, retrying; previous state: {to_printable(snapshot.problem)}", fg="red"
+        )
     yield f"memory {_bar(found)} {budget_line(found)}"
     yield from filter(None, [pressure_line(found)])
     yield ""
     uses = [use_row(use, now) for use in found.models[:MOST_ROWS]]
     yield from format_table(USE_HEAD, uses, right=RIGHT) if uses else ["nothing is loaded"]
-    if look.jobs:
+    if snapshot.jobs:
         yield ""
-        jobs = [_job_row(job, now) for job in look.jobs[:MOST_ROWS]]
+        jobs = [_job_row(job, now) for job in snapshot.jobs[:MOST_ROWS]]
         yield from format_table(JOBS_HEAD, jobs, right={"AGE"})
-    if look.wrong:
+    if snapshot.wrong:
         yield ""
-        yield from format_table(WRONG_HEAD, [_wrong_row(model) for model in look.wrong])
+        yield from format_table(WRONG_HEAD, [_wrong_row(model) for model in snapshot.wrong])
 
 
 def _bar(found: Any) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 from click import UsageError, format_filename
 
-from events.audit.archivechain import ArchiveProof
 from events.audit.audit import Audit, audit
 from events.audit.exportreader import FileAudit, audit_file
 from events.audit.signing import key_id
@@ -23,8 +22,14 @@ from runtime.store.store import verify_store
 from server.auth.keys import KeyProblem, expected_key, open_signer
 
 
-def format_audit(found: Audit, *, key: str | None = None) -> list[str]:
-    """Return a ledger's audit as lines of text; `key` is the id of its archives' expected key."""
+def format_audit(found: Audit, files: Sequence[FileAudit] = (), *, key: str | None = None) -> list[str]:
+    """Return a ledger's audit as lines of text.
+
+    Args:
+        found: the audit.
+        files: that were compared with the ledger.
+        key: the id of the archives' expected key.
+    """
     verification, finding = found.verification, found.finding
     head = f"{verification.position}:{verification.hash.hex()}"
     if finding is not None:
@@ -32,8 +37,8 @@ def format_audit(found: Audit, *, key: str | None = None) -> list[str]:
     lines = [f"verified: {verification.events} events after position {found.base.position}", f"head: {head}"]
     if not verification.compared:
         lines.append("not compared: the stored projections, made by another release; `serve` rebuilds them")
-    lines += [f"matches the ledger: {format_filename(path)}" for path, _ in found.compared]
-    if found.behind is None:
+    lines += [f"matches the ledger: {format_filename(each.path)}" for each in files if not each.finding]
+    if not found.behind:
         return lines + [f"for a whole proof, add: {each}" for each in found.archives]
     return [*lines, *_archive_lines(found.behind, key)]
 
@@ -50,24 +55,13 @@ def _describe_finding(at: str, finding: Finding) -> str:
     return f"NOT verified: {at}position {finding.position}: {finding.problem} ({finding.kind})"
 
 
-def _archive_lines(behind: ArchiveProof, key: str | None) -> Iterator[str]:
-    for file in behind.files:
+def _archive_lines(behind: Sequence[FileAudit], key: str | None) -> Iterator[str]:
+    for file in behind:
         positions = f"{file.after.position + 1} to {file.proved.position}"
         yield f"archive: positions {positions}, {format_filename(file.path)}"
-    for signer in dict.fromkeys(map(_signer_id, behind.files)):
+    for signer in dict.fromkeys(map(_signer_id, behind)):
         yield f"the archives are {_describe_signature(signer, key)}"
-    if behind.is_folded:
-        yield "proved from the first event: the archives lead to the state at the log's base"
-    elif behind.is_outdated:
-        yield (
-            "not compared: the state at the log's base, made by another release; `replay --archive` folds "
-            "the archives anew"
-        )
-    else:
-        yield (
-            f"not proved: the events up to position {behind.after.position} and their state; give the "
-            "archives that have them, too"
-        )
+    yield "proved from the first event: the archives lead to the state at the log's base"
 
 
 def _format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
@@ -94,7 +88,6 @@ def _signer_id(file: FileAudit) -> str:
 
 def audit_members(found: Audit) -> dict[str, Any]:
     verification, finding = found.verification, found.finding
-    behind = found.behind
     return {
         "verified": finding is None,
         "events": verification.events,
@@ -104,9 +97,8 @@ def audit_members(found: Audit) -> dict[str, Any]:
         "integrity": found.damage or "ok",
         "projections_compared": verification.compared,
         "finding": _finding(finding, found.at),
-        "archives": [each.members() for each in found.archives],
-        "proved_after": (found.base if behind is None else behind.after).position,
-        "base_state_proved": found.base.position == 0 if behind is None else behind.is_folded,
+        "archives": [each._asdict() for each in found.archives],
+        "proved_after": 0 if found.behind else found.base.position,
     }
 
 
@@ -157,12 +149,12 @@ class VerifyResult:
         return all(finding is None for finding in (*found, self.ledger and self.ledger.finding))
 
     def lines(self) -> list[str]:
-        lines = [] if self.ledger is None else format_audit(self.ledger, key=self.key)
+        lines = [] if self.ledger is None else format_audit(self.ledger, self.files, key=self.key)
         return lines + [line for file in self.files for line in _format_file_audit(file, key=self.key)]
 
     def members(self) -> dict[str, Any]:
         """Return the result as JSON members; those of the ledger only if there was one."""
-        behind = self.ledger.behind.files if self.ledger and self.ledger.behind else ()
+        behind = self.ledger.behind if self.ledger else ()
         files = [_file_members(each, key=self.key) for each in (*behind, *self.files)]
         of_ledger = {} if self.ledger is None else audit_members(self.ledger)
         return {**of_ledger, "verified": self.verified, "files": files}

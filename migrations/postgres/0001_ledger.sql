@@ -6,14 +6,16 @@ CREATE TABLE events (
   hash bytea NOT NULL CHECK (octet_length(hash) = 32)
 );
 
--- Where the chain begins: the last archived event, at first position 0 and 32 zero bytes.
+-- Where the chain begins: the last archived event, at first position 0 and 32 zero bytes. state_sha256 is of the lines
+-- "kind key body" of base_state, sorted by kind and key (COLLATE "C"): at first of none.
 CREATE TABLE base (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
   position bigint NOT NULL CHECK (position >= 0),
-  hash bytea NOT NULL CHECK (octet_length(hash) = 32)
+  hash bytea NOT NULL CHECK (octet_length(hash) = 32),
+  state_sha256 bytea NOT NULL CHECK (octet_length(state_sha256) = 32)
 );
 
-INSERT INTO base (position, hash) VALUES (0, decode(repeat('00', 32), 'hex'));
+INSERT INTO base (position, hash, state_sha256) VALUES (0, decode(repeat('00', 32), 'hex'), sha256(''));
 
 -- The last event. Its row is the lock that puts appends in order.
 CREATE TABLE head (
@@ -25,20 +27,15 @@ CREATE TABLE head (
 
 INSERT INTO head (position, hash, recorded_at) SELECT position, hash, '' FROM base;
 
--- Where events went that are no longer here, and the state after them: its models, jobs, tokens and nodes as replicas
--- store them. state_sha256 is of their bodies, each with a line feed, in the order model, job, token, node, then by key
--- (COLLATE "C"); the key of a job is the position at which it was created, in 19 digits.
+-- The files that have the archived events, each by its last position and the time of that event.
 CREATE TABLE archives (
   last_position bigint PRIMARY KEY,
-  first_position bigint NOT NULL,
-  hash bytea NOT NULL CHECK (octet_length(hash) = 32),
-  archived_at text NOT NULL,
-  file text NOT NULL,
-  sha256 bytea NOT NULL CHECK (octet_length(sha256) = 32),
-  state_sha256 bytea NOT NULL CHECK (octet_length(state_sha256) = 32),
-  folds integer NOT NULL
+  recorded_at text NOT NULL,
+  file text NOT NULL
 );
 
+-- The state at the base, which stands for archived events: models, jobs, tokens and nodes as replicas store them. The
+-- key of a job is the position at which it was created, in 19 digits.
 CREATE TABLE base_state (
   kind text NOT NULL,
   key text NOT NULL,

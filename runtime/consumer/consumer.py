@@ -13,14 +13,12 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 
 from msgspec import structs
 
-from events.accept import OUTDATED
 from events.clock import seconds_between, uuid7
-from events.commands import Condition, NodeCurrent
+from events.commands import OUTDATED, Condition
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
 from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
@@ -55,19 +53,20 @@ from runtime.scheduler.actions import (
     Action,
     Decision,
     FailLoad,
+    RecordFact,
     build_request,
     draft_crash_loop,
     draft_fact,
     draft_load_start,
-    draft_placement,
     draft_settings_change,
     list_conditions,
 )
-from runtime.scheduler.scheduler import decide, is_load_current
+from runtime.scheduler.placement import ALONE, Placement
+from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
-    NodeHints,
     Observations,
     Policy,
+    SchedulerView,
     find_started_job,
     find_unload_target,
     load_allowance,
@@ -79,8 +78,6 @@ from runtime.wire import plain_text
 
 _log = logging.getLogger(__name__)
 
-NO_EPOCH = 0
-"""Of a node between two epochs, which begin at 1: nothing is its own, also before the ledger says so."""
 MAX_SLEEP_S = 30.0
 """Timers do not count a suspend of the machine, deadlines do."""
 MEASURE_EVERY_S = 5.0
@@ -105,8 +102,8 @@ class Consumer:
         under_pressure: whether the machine is under pressure; called while a load of low
             priority waits, or a model can be optimised.
         store: the optimised models; None makes and uses none.
-        hints: the hints of the nodes, by their ids; whoever changes them wakes the consumer.
-        untrusted: returns the nodes whose joins are not signed with a key that the nodes share.
+        loads: where the running loads are kept, by job id; None is a dictionary of its own.
+        placement: says which of the work is this server's.
 
     Attributes:
         demand: the inferences that wait for models.
@@ -126,8 +123,8 @@ class Consumer:
         progress_timeout_s: int = PROGRESS_TIMEOUT_S,
         under_pressure: Callable[[], bool] = lambda: False,
         store: OptimisedStore | None = None,
-        hints: Callable[[], Mapping[str, NodeHints]] = dict,
-        untrusted: Callable[[], frozenset[str]] = frozenset,
+        loads: dict[str, RunningLoad] | None = None,
+        placement: Placement = ALONE,
     ) -> None:
         self.policy = policy
         self._log = log
@@ -135,18 +132,19 @@ class Consumer:
         self._drain_timeout_s = drain_timeout_s
         self._progress_timeout_s = progress_timeout_s
         self._under_pressure = under_pressure
-        self._hints = hints
-        self._untrusted = untrusted
+        self._placement = placement
         self._wakeup = asyncio.Event()
         self._stopping = False
         self._decision = Decision()
         wake = self._wakeup.set
         self.demand = PendingDemand(wake)
         self.totals = InferenceTotals(log.tally.names)
-        self._recorder = Recorder(log, versions.folders | CODE_FOLDERS, self._node)
+        self._recorder = Recorder(log, versions.folders | CODE_FOLDERS, placement)
         self.optimiser = Optimiser(store, pool, versions, wake, self._is_computing)
-        self._loader = Loader(log, self._recorder, pool, versions, self.optimiser, wake=wake, own=self._own)
-        self.loads = self._loader.running
+        self.loads = {} if loads is None else loads
+        self._loader = Loader(
+            log, self._recorder, pool, versions, self.optimiser, running=self.loads, wake=wake, own=self._own
+        )
         self._monitor = WorkerMonitor(log, self.loads, wake)
 
     async def run(self) -> None:
@@ -162,16 +160,6 @@ class Consumer:
             await asyncio.wait([monitoring])
             await self.optimiser.close()
             await self._monitor.note_uses()
-
-    def set_node(self, node_id: str, epoch: int | None) -> None:
-        """Work as this epoch of a node from now on, None between two; the hints may have changed, too."""
-        self.policy = replace(self.policy, node_id=node_id, node_epoch=NO_EPOCH if epoch is None else epoch)
-        self._wakeup.set()
-
-    def end_workers(self) -> None:
-        """Kill all workers; exits are recorded once the log can be written, and loads begin again."""
-        for load in self.loads.values():
-            load.kill()
 
     async def stop(self) -> None:
         """End `run` after its present action, and all tasks with it; nothing more is appended."""
@@ -220,7 +208,8 @@ class Consumer:
             key: load.to_view(find_started_job(own, key), now, is_demanded=self.demand.has(load.model_id))
             for key, load in self.loads.items()
         }
-        self._decision = decide(state, running, self.policy, now, self._observe(state))
+        view = SchedulerView(state, running, self.policy, now, self._observe(state))
+        self._decision = self._placement.decide(view)
         self.optimiser.allow(allowed=self._decision.may_optimise)
         for job in self._decision.unestimated:
             self._loader.begin(job)
@@ -252,10 +241,10 @@ class Consumer:
         """
         conditions, record = list_conditions(action, self._log.state), self._recorder.record
         match action:
-            case actions.StartLoad(job, placement):
-                await self._start_load(job, placement, conditions)
-            case actions.PlaceLoad():
-                await record(draft_placement(action), conditions=conditions)
+            case actions.StartLoad(job, before):
+                await self._start_load(job, before, conditions)
+            case actions.RecordFact(job, data):
+                await record(draft_fact(job, data), conditions=conditions)
             case actions.ChangeSettings(job, load_job_id):
                 await record(draft_settings_change(job, load_job_id), conditions=conditions)
             case actions.FailLoad(job, code, message):
@@ -279,9 +268,7 @@ class Consumer:
             case actions.FailModel(model, message):
                 await record(*draft_crash_loop(model, message), conditions=conditions)
 
-    async def _start_load(
-        self, job: Job, placement: actions.PlaceLoad | None, conditions: Conditions
-    ) -> None:
+    async def _start_load(self, job: Job, before: RecordFact | None, conditions: Conditions) -> None:
         """Record `LoadStarted`, and grant the load what it will need."""
         task = self._loader.tasks[job.id]
         version, parameters = job.load_order
@@ -301,8 +288,8 @@ class Consumer:
         started = structs.replace(
             draft_load_start(job, is_restarted=task.is_restarted), worker_id=load.worker_id
         )
-        placed = [draft_placement(placement)] if placement is not None else []
-        await self._recorder.record(*placed, started, conditions=conditions)
+        first = [draft_fact(job, before.data)] if before is not None else []
+        await self._recorder.record(*first, started, conditions=conditions)
         self.loads[job.id] = load
         load.track(task.task)
         task.grant.set_result(load)
@@ -388,7 +375,7 @@ class Consumer:
     def _reap_loads(self, own: State) -> None:
         """End loads that the ledger has no use for; forget those whose workers have exited.
 
-        A load whose coroutine has ended without an outcome, as after `end_workers`, is forgotten, too: it
+        A load whose coroutine has ended without an outcome, since it was killed, is forgotten, too: it
         begins again, or fails if that was a defect.
         """
         tasks = self._loader.tasks
@@ -410,12 +397,7 @@ class Consumer:
 
     def _own(self) -> State:
         """Return the part of the state that this server works on."""
-        return self._log.state.of(self.policy.node_id, self.policy.node_epoch, self._untrusted())
-
-    def _node(self) -> NodeCurrent | None:
-        """Return the epoch of this node, on which all that it appends rests; None without nodes."""
-        node_id, epoch = self.policy.node_id, self.policy.node_epoch
-        return None if node_id is None or epoch is None else NodeCurrent(node_id, epoch)
+        return self._placement.share(self._log.state)
 
     def _is_computing(self) -> bool:
         return any(load.is_computing for load in self.loads.values())
@@ -435,8 +417,6 @@ class Consumer:
             optimisable_bytes=need_bytes,
             optimising_bytes=self.optimiser.memory_bytes,
             clock=self._log.clock,
-            nodes=self._hints(),
-            untrusted=self._untrusted(),
         )
 
     async def _cancel_effects(self) -> None:

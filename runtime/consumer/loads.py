@@ -1,14 +1,13 @@
 """The life of one load, from its estimate to `ModelLoaded`, and of an unload: a coroutine each.
 
 `Loader.run_load` reads from top to bottom; whatever ends it, its workers are killed unless the model is
-loaded. The consumer starts, grants and cancels these coroutines, which wake it; it alone records the other
-ends of their jobs.
+loaded. The consumer starts, grants and cancels these coroutines, and they wake it. It records every other end
+of a job.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
@@ -16,12 +15,10 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace as change
 from functools import partial
 
-from msgspec import UnsetType
 from msgspec.structs import replace
 
-from events.accept import OUTDATED
 from events.clock import seconds_between, uuid7
-from events.commands import Condition, NodeCurrent, Record, RequestLoad, RequestUnload
+from events.commands import OUTDATED, Condition, Record, RequestLoad, RequestUnload
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
@@ -34,7 +31,6 @@ from events.types import (
     Durations,
     LoadedFile,
     LoadFailed,
-    LoadStarted,
     ModelLoaded,
     Prepared,
     UnloadRequested,
@@ -65,11 +61,10 @@ from runtime.repository import (
     read_reload_warm_up,
     read_warm_up,
 )
-from runtime.scheduler.actions import draft_fact, draft_moved_unload, unchanged
-from runtime.scheduler.admission import (
-    estimate_memory,
-    find_same_workers,
-)
+from runtime.scheduler.actions import draft_fact, unchanged
+from runtime.scheduler.admission import find_same_workers
+from runtime.scheduler.estimates import estimate_memory
+from runtime.scheduler.placement import Placement
 from runtime.scheduler.view import (
     MemoryEstimate,
     find_started_job,
@@ -104,12 +99,12 @@ class Loader:
         pool: starts workers.
         versions: has the files of versions.
         optimiser: has the optimised models of versions.
+        running: the loads that were granted, by job id, until their workers have exited.
         wake: called when the consumer has something new to decide.
         own: the part of the state that this server works on.
 
     Attributes:
         tasks: the loads whose coroutine runs, or has raised by a defect, by job id.
-        running: the loads that were granted, by job id, until their workers have exited.
         syncs: versions that were loaded and are being synced to the disk.
     """
 
@@ -121,6 +116,7 @@ class Loader:
         versions: Versions,
         optimiser: Optimiser,
         *,
+        running: dict[str, RunningLoad],
         wake: Callable[[], None],
         own: Callable[[], State],
     ) -> None:
@@ -132,7 +128,7 @@ class Loader:
         self._wake = wake
         self._own = own
         self.tasks: dict[str, LoadTask] = {}
-        self.running: dict[str, RunningLoad] = {}
+        self.running = running
         self.syncs: set[asyncio.Task[None]] = set()
 
     def begin(self, job: Job) -> None:
@@ -372,13 +368,8 @@ class Loader:
         loaded = draft_fact(job, data, load.only_worker_id)
         model = self._log.state.models.get(job.model_id)
         replaced = model.loaded if model is not None and model.phase is ModelState.LOADED else None
-        if replaced is None:
-            return [loaded]
-        old = self.running.get(replaced.serving.load_job_id)
-        if old is not None:
-            return [loaded, draft_replacement_unload(old, loaded.id)]
-        is_elsewhere = replaced.serving.node_id is not None
-        return [loaded, draft_moved_unload(replaced, job, loaded.id, uuid7)] if is_elsewhere else [loaded]
+        old = self.running.get(replaced.serving.load_job_id) if replaced is not None else None
+        return [loaded] if old is None else [loaded, draft_replacement_unload(old, loaded.id)]
 
     def _offer(self, load: RunningLoad, files: HeldVersion) -> None:
         if load.optimised is None:
@@ -532,27 +523,19 @@ def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
     return draft
 
 
-def name_node(draft: Draft, node_id: str) -> Draft:
-    """Return a draft with this node, at which its workers are, unless it names another."""
-    match draft.data:
-        case LoadStarted() | ModelLoaded() | WorkerExited() | UnloadRequested(node_id=UnsetType()):
-            return replace(draft, data=replace(draft.data, node_id=node_id))
-    return draft
-
-
 class Recorder:
-    """Appends facts to the log, without folders of the server, and with the node whose epoch they rest on.
+    """Appends facts to the log, without folders of the server, and completed by the placement.
 
     Args:
         log: the log.
         folders: of the server, which texts of others, such as ONNX Runtime, must not name.
-        node: returns the epoch of this node; None without nodes.
+        placement: of this server.
     """
 
-    def __init__(self, log: Log, folders: Collection[str], node: Callable[[], NodeCurrent | None]) -> None:
+    def __init__(self, log: Log, folders: Collection[str], placement: Placement) -> None:
         self._log = log
         self._folders = folders
-        self._node = node
+        self._placement = placement
 
     async def record(self, *drafts: Draft, conditions: tuple[Condition, ...]) -> None:
         """Append facts if the conditions hold.
@@ -562,16 +545,9 @@ class Recorder:
             LogUnavailable: it is not known whether they were appended.
             NotEncodable: a fact cannot be recorded.
         """
-        node = self._node()
-        shown = [hide_paths(draft, self._folders) for draft in drafts]
-        if node is not None:
-            shown = [name_node(draft, node.node_id) for draft in shown]
-            conditions = (*conditions, node)
-        await self._log.submit(Record(tuple(shown), conditions))
+        shown = tuple(hide_paths(draft, self._folders) for draft in drafts)
+        await self._log.submit(self._placement.complete(Record(shown, conditions), self._log.state))
 
     async def request(self, command: RequestLoad | RequestUnload) -> None:
         """Append a request of the system if its conditions hold; for errors see `record`."""
-        node = self._node()
-        if node is not None:
-            command = dataclasses.replace(command, conditions=(*command.conditions, node))
-        await self._log.submit(command)
+        await self._log.submit(self._placement.complete(command, self._log.state))

@@ -28,10 +28,8 @@ from runtime.memory import thread_bytes
 from runtime.optimised.trial import CHANGED
 from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import SizedFile
-from runtime.scheduler.admission import (
-    file_sizes,
-    format_megabytes,
-)
+from runtime.scheduler.admission import format_megabytes
+from runtime.scheduler.estimates import file_sizes
 from runtime.scheduler.view import (
     LoadView,
     MemoryEstimate,
@@ -111,7 +109,7 @@ class LoadTask:
 
     Attributes:
         task: its coroutine.
-        estimate: None while its files are being read, and why they cannot be.
+        estimate: None while its files are being read; a `Failure` if they cannot be.
         is_new: whether they have been read for less than `ESTIMATE_WAIT_S`.
         is_bare: whether its optimised model failed, so that it loads without one.
         outdated: how often it was estimated for other files than it then found.

@@ -32,10 +32,7 @@ from runtime.optimised.store import STORE_PROBLEMS, Manifest, OptimisedStore, Us
 from runtime.optimised.trial import MAX_SAMPLE_BYTES, problems_of, try_optimised
 from runtime.process.pool import WorkerPool, complete, start_task
 from runtime.repository import LOAD_LIMIT_S, SizedFile, read_warm_up
-from runtime.scheduler.admission import (
-    WORKER_BYTES,
-    is_same_files,
-)
+from runtime.scheduler.estimates import WORKER_BYTES, is_same_files
 from runtime.store.folder import digest_of
 from runtime.store.versions import HeldVersion, Versions
 from runtime.wire import Load, Optimise, OptimisedModel, Tensor

@@ -11,12 +11,11 @@ All methods of the store block, so call them in threads, as many as you like.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +35,7 @@ from runtime.store.folder import (
     MANIFEST,
     StoredFile,
     StoreFolder,
+    digest_of,
     encode_record,
     explain_os_errors,
     hash_files,
@@ -76,7 +76,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         made_ns: when it was kept or found useless, in nanoseconds since 1970.
         took_ms: duration of making and trying it.
         files: those of the optimised model; none if it is useless.
-        sha256: their hash, made by `hash_of`; None if it is useless.
+        sha256: their hash, made by `digest_of`; None if it is useless.
         figures: measurements of the trial.
         reason: why it is useless, else None.
         used_ns: last use; when it is read, the time of the file.
@@ -111,12 +111,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return None if self.sha256 is None else OptimisedModel(self.key, self.sha256, str(folder), self.bytes)
 
 
-def hash_of(files: Iterable[StoredFile]) -> str:
-    """Return the hash of an optimised model: SHA-256 over a line "<sha256> <path>" per file, by path."""
-    lines = (f"{file.sha256} {file.path}\n" for file in sorted(files, key=lambda file: file.path))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of an entry's folder, but not its files; None if there is no valid one."""
     manifest = read_record(folder / MANIFEST, Manifest)
@@ -131,8 +125,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 def _is_sound(manifest: Manifest) -> bool:
     if manifest.reason is not None:
         return manifest.sha256 is None and not manifest.files
-    paths = [file.path for file in manifest.files]
-    return _are_complete(paths) and hash_of(manifest.files) == manifest.sha256
+    contents = [(file.path, file.sha256) for file in manifest.files]
+    return _are_complete([path for path, _ in contents]) and digest_of(contents) == manifest.sha256
 
 
 def _are_complete(paths: list[str]) -> bool:
@@ -175,7 +169,7 @@ class OptimisedStore:
                 remove(path)
             for path in self._folder.forms():
                 if read_manifest(path) is None:
-                    self._remove(path)
+                    self._folder.take_out(path)
 
     def find(self, key: str) -> Manifest | None:
         """Return the entry of a key; None if there is none, or it is useless and a day old."""
@@ -228,11 +222,12 @@ class OptimisedStore:
             if not _are_complete(walk_files(draft)[0]):
                 raise Useless("its files are not those of an optimised model")
             files = hash_files(draft)
-        sealed = replace(manifest, files=files, sha256=hash_of(files))
+        sha256 = digest_of((file.path, file.sha256) for file in files)
+        sealed = replace(manifest, files=files, sha256=sha256)
         if sealed.bytes > self.limit_bytes:
             limit = f"all prepared models together may take {self.limit_bytes}"
             raise Useless(f"it takes {sealed.bytes} bytes, and {limit}")
-        return sealed, OptimisedModel(sealed.key, hash_of(files), str(draft), sealed.bytes)
+        return sealed, OptimisedModel(sealed.key, sha256, str(draft), sealed.bytes)
 
     def keep(self, manifest: Manifest, draft: Path) -> None:
         """Turn a sealed draft into the entry of its key, replacing an older one; this may evict others."""
@@ -243,7 +238,7 @@ class OptimisedStore:
             sync(draft)
             self._write(draft.parent, replace(manifest, made_ns=self._now_ns()))
         with self._changing():
-            self._remove(path)
+            self._folder.take_out(path)
             draft.parent.rename(path)
             sync(path.parent)
             self._touch(path)
@@ -268,7 +263,7 @@ class OptimisedStore:
         if found is None or found.sha256 != used.sha256:
             return False
         with self._changing():
-            self._remove(path)  # also where the reason cannot be written
+            self._folder.take_out(path)  # also where the reason cannot be written
         self.record_useless(found, reason)
         return True
 
@@ -292,7 +287,7 @@ class OptimisedStore:
                 found = read_manifest(path)
                 if model_id is None or (found is not None and found.model_id == model_id):
                     entries, size = entries + 1, size + (found.bytes if found is not None else 0)
-                    self._remove(path)
+                    self._folder.take_out(path)
         return entries, size
 
     @contextmanager
@@ -310,7 +305,7 @@ class OptimisedStore:
                 evicted.append(models.pop())
                 size -= evicted[-1].bytes
             for each in evicted:
-                self._remove(self._folder.form(each.key))
+                self._folder.take_out(self._folder.form(each.key))
             self.kept = len(models), size
 
     def _write(self, folder: Path, manifest: Manifest) -> None:
@@ -332,7 +327,7 @@ class OptimisedStore:
             is_current = (found := read_manifest(path)) is not None and found.files == manifest.files
             if files is None and is_current:
                 _log.warning("the files in %s have changed since they were prepared: removed", path)
-                self._remove(path)
+                self._folder.take_out(path)
             elif files is not None and is_current:  # if that fails, the next use hashes them again
                 self._write(path, replace(manifest, files=files))
         return None if files is None else replace(manifest, files=files)
@@ -347,15 +342,9 @@ class OptimisedStore:
                 models.clear()
             while models and free_bytes < needed_bytes:
                 evicted, before = models.pop(), free_bytes
-                self._remove(self._folder.form(evicted.key))
+                self._folder.take_out(self._folder.form(evicted.key))
                 free_bytes = free_disk_bytes(self._folder.path)
                 if free_bytes - before < evicted.bytes // 2:  # workers have it mapped, and may others
                     break
         if free_bytes < needed_bytes:
             raise DiskFull(needed_bytes, free_bytes)
-
-    def _remove(self, path: Path) -> None:
-        """Take an entry's name, and remove it; another process may have been faster."""
-        away = self._folder.move_away(path)
-        if away is not None:
-            remove(away)

@@ -7,7 +7,7 @@ until `ended` is set.
 To change: how processes are forked, their environment and descriptors: `forkserver`. When a fork server is
 replaced, pre-forking: `pool`. What the workers' confinement does not prevent: `confinement`. Messages to a
 worker, and its memory while it loads: `worker`. What a worker may say, and when, deadlines, cancellation and
-stuck workers: `requests`. Bytes on the socket, their budget, and busy-polling:
+stuck workers: `inflight`. Bytes on the socket, their budget, and busy-polling:
 `channel`. Signals, exit codes and stderr: `forkclient`.
 
 Nothing here imports ONNX Runtime; what runs inside a worker is `runtime.worker`.

@@ -82,7 +82,8 @@ class StderrTail:
             return
         with contextlib.suppress(BlockingIOError):
             data = os.read(self._descriptor, READ_BYTES)
-            self._keep(data)
+            self._kept += data[-MAX_BYTES:]
+            del self._kept[:-MAX_BYTES]
             if data:
                 self._count(len(data))
             else:
@@ -101,10 +102,6 @@ class StderrTail:
     def _resume(self, descriptor: int) -> None:
         self._pause = None
         self._loop.add_reader(descriptor, self._read)
-
-    def _keep(self, data: bytes) -> None:
-        self._kept += data[-MAX_BYTES:]
-        del self._kept[:-MAX_BYTES]
 
     def _close(self) -> None:
         if self._descriptor is not None:

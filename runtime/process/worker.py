@@ -27,7 +27,7 @@ from runtime.errors import (
 )
 from runtime.process.channel import Channel
 from runtime.process.forkclient import Process, StderrTail
-from runtime.process.requests import REPORTS, SILENCE, Answer, AnswerRules, InFlight, PendingOrder
+from runtime.process.inflight import REPORTS, SILENCE, Answer, AnswerRules, InFlight, PendingOrder
 from runtime.process.sharedmemory import Region, TensorMemory, find_offsets
 from runtime.timeouts import EXIT_WAIT_S, MEASURE_LIMIT_S, Timeout, timeout
 from runtime.wire import (

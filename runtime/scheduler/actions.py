@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -12,27 +12,22 @@ from events.commands import (
     Condition,
     JobUnchanged,
     ModelUnchanged,
-    NodeUnchanged,
     RequestLoad,
     RequestUnload,
     WorkerServes,
 )
 from events.jobs import CRASH_LOOP, Job, JobStatus
 from events.models import LoadedModel
-from events.nodes import Node
 from events.state import State
 from events.types import (
     SYSTEM,
     Cause,
     Data,
     Draft,
-    FileHash,
     LoadFailed,
-    LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelSettingsChanged,
-    UnloadRequested,
 )
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
@@ -46,19 +41,18 @@ class JobAction:
 
 
 @dataclass(frozen=True, slots=True)
-class PlaceLoad(JobAction):
-    """Record `LoadPlaced`: the load runs at this node."""
+class RecordFact(JobAction):
+    """Record a fact about a job, which rests on `conditions` too."""
 
-    node: Node
-    reason: str
-    files: tuple[FileHash, ...] = ()
+    data: Data
+    conditions: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StartLoad(JobAction):
-    """Record `LoadStarted`, after the placement at this node if it is chosen just now; start the workers."""
+    """Record `LoadStarted`, with a fact before it that allows it if there is one, and start the workers."""
 
-    placement: PlaceLoad | None = None
+    before: RecordFact | None = None
 
 
 class CancelJob(JobAction):
@@ -149,7 +143,7 @@ class FailModel:
 
 Action = (
     StartLoad
-    | PlaceLoad
+    | RecordFact
     | ChangeSettings
     | FailLoad
     | CancelJob
@@ -170,6 +164,7 @@ class Decision:
 
     Attributes:
         unestimated: loads whose memory is to be estimated before more is decided on them.
+        without_room: pending loads for which there is no room, and none is being released.
         may_optimise: whether an optimised model may be made meanwhile.
     """
 
@@ -177,6 +172,7 @@ class Decision:
     wake_at: str | None = None
     waiting_for: Mapping[str, str] = field(default_factory=dict)
     unestimated: tuple[Job, ...] = ()
+    without_room: tuple[Job, ...] = ()
     may_optimise: bool = False
 
 
@@ -187,10 +183,10 @@ def list_conditions(action: Action, state: State) -> tuple[Condition, ...]:
     their job alone, so no request for the model delays them.
     """
     match action:
-        case PlaceLoad(job, node):
-            return (unchanged(job), *_unchanged_model(job.model_id, state), NodeUnchanged(node))
-        case StartLoad(_, PlaceLoad() as placement):
-            return list_conditions(placement, state)
+        case RecordFact(job, _, conditions):
+            return (unchanged(job), *_unchanged_model(job.model_id, state), *conditions)
+        case StartLoad(_, RecordFact() as before):
+            return list_conditions(before, state)
         case StartLoad(job) | ChangeSettings(job) | UnloadForReplacement(job) | StartUnload(job):
             return (unchanged(job), *_unchanged_model(job.model_id, state))
         case FailLoad(job) | CancelJob(job):
@@ -236,26 +232,6 @@ def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:
     """Return `LoadStarted` of a job; a start after a new estimate is in the same attempt."""
     is_same_attempt = is_restarted and job.status is JobStatus.IN_PROGRESS
     return draft_fact(job, LoadStarted(job.attempt if is_same_attempt else job.attempt + 1))
-
-
-def draft_moved_unload(old: LoadedModel, job: Job, cause_event_id: str, new_id: Callable[[], str]) -> Draft:
-    """Return the unload request of a load at another node that this job replaces: that node unloads it."""
-    cause = Cause.DRAIN if job.cause is Cause.DRAIN else Cause.SWAP
-    request = UnloadRequested(
-        force=False,
-        load_job_id=old.serving.load_job_id,
-        cause=cause,
-        cause_event_id=cause_event_id,
-        node_id=old.serving.node,
-    )
-    worker_ids, unload_id = old.serving.worker_ids, new_id()
-    worker_id = worker_ids[0] if len(worker_ids) == 1 else None
-    return Draft(unload_id, request, SYSTEM, unload_id, old.id, old.serving.version, worker_id)
-
-
-def draft_placement(action: PlaceLoad) -> Draft:
-    data = LoadPlaced(action.node.id, action.node.epoch, action.reason, action.files)
-    return draft_fact(action.job, data)
 
 
 def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:

@@ -7,28 +7,24 @@ room is reserved for it. Before all others come reloads, and loads whose old ver
 A load slot is kept for files that loaded before: when all slots are taken, and by loads of other files only,
 one more may start. So loads that never end delay only models that never loaded.
 
-What a load will need is estimated before: the last peak of the same files, else from their sizes.
+What a load will need is estimated before (`runtime.scheduler.estimates`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from events.clock import add_seconds
-from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Failure, Footprint, Job, JobKind
+from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Failure, Job, JobKind
 from events.models import RELOADS, ModelState, Serving
 from events.state import State
-from events.types import Cause, LoadedFile, LoadParameters
-from runtime.onnxfile import find_model_file
-from runtime.repository import SizedFile
+from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.eviction import Eviction
-from runtime.scheduler.placement import place_elsewhere
-from runtime.scheduler.view import FileSizes, LoadView, MemoryEstimate, SchedulerView
+from runtime.scheduler.view import LoadView, SchedulerView
 
 MAX_SERVER_DEATHS = 3
 """Unclean ends of the server during the same load after which that load counts as their cause."""
@@ -56,12 +52,16 @@ _SMALL_MB = 10
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The reason why a load does not start now, when to look again, and whether room is reserved for it."""
+    """The reason why a load does not start now, when to look again, and whether room is reserved for it.
+
+    It `lacks_room` if none is being released that is enough.
+    """
 
     reason: str
     wake_at: str | None = None
     reserves_room: bool = False
     reserves_later: bool = False
+    lacks_room: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +89,22 @@ class _Shortage:
 class Admission:
     """The next action of the pending loads; without one, what each waits for, and when to look again.
 
-    `unestimated` are those whose memory is to be estimated first.
+    `unestimated` are those whose memory is to be estimated first, `without_room` those that lack room.
     """
 
     action: Action | None = None
     waiting_for: dict[str, str] = field(default_factory=dict)
     wake_at: list[str] = field(default_factory=list)
     unestimated: list[Job] = field(default_factory=list)
+    without_room: list[Job] = field(default_factory=list)
 
 
-def admit(view: SchedulerView, eviction: Eviction, placed_here: Job | None = None) -> Admission:
-    """Decide the pending loads of this node in their order, until one of them leads to an action.
+def admit(view: SchedulerView, eviction: Eviction) -> Admission:
+    """Decide the pending loads in their order, until one of them leads to an action.
 
     Args:
-        view: of this node.
+        view: of the decision.
         eviction: of the same view.
-        placed_here: a load that counts as placed here, though that is not recorded yet.
     """
     admission = Admission()
     pending = (
@@ -112,7 +112,7 @@ def admit(view: SchedulerView, eviction: Eviction, placed_here: Job | None = Non
         for job in view.unended
         if job.kind is JobKind.LOAD
         and job.id not in view.running
-        and (view.is_placed(job) or job is placed_here)
+        and job.id not in view.share.held
         and view.is_first_in_queue(job)
     )
     queue = sorted(pending, key=lambda load: (load.rank, load.job.created_position))
@@ -127,6 +127,8 @@ def admit(view: SchedulerView, eviction: Eviction, placed_here: Job | None = Non
             return admission
         admission.waiting_for[load.job.id] = decision.reason
         admission.wake_at += filter(None, [decision.wake_at])
+        if decision.lacks_room:
+            admission.without_room.append(load.job)
         if decision.reserves_later and load is not queue[-1]:  # a load behind it may have to act then
             overtaken_since.append(view.created_at(load.job))
         if decision.reserves_room:
@@ -262,10 +264,7 @@ class _PendingLoad:
         if estimate is None:
             return Waiting("the estimate of its memory")
         misfit = self._explain_misfit()
-        if misfit is None:
-            return None
-        elsewhere = place_elsewhere(self._view, job, needs_budget_only=True)
-        return elsewhere or actions.FailLoad(job, INSUFFICIENT_MEMORY, misfit)
+        return None if misfit is None else actions.FailLoad(job, INSUFFICIENT_MEMORY, misfit)
 
     def _explain_misfit(self) -> str | None:
         budget, replaced = self._view.policy.budget_bytes, self._serving
@@ -323,7 +322,7 @@ class _PendingLoad:
         )
 
     def _make_room(self, replaced_bytes: int) -> Action | Waiting:
-        """Wait for exiting processes; else go to another node, or evict the fewest.
+        """Wait for exiting processes; else evict the fewest.
 
         Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
         exiting processes release is reserved in any case if it is enough.
@@ -332,13 +331,10 @@ class _PendingLoad:
         missing, shortage_text = self._shortage_after_exits(replaced_bytes), self._describe_shortage()
         if missing.is_none:
             return Waiting(f"{shortage_text}; it is being released", reserves_room=True)
-        elsewhere = place_elsewhere(view, job)  # which costs no model its place
-        if elsewhere is not None:
-            return elsewhere
         if self._may_evict and (chosen := self._eviction.choose(missing.bytes, missing.models)):
             return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
-        # A reload after the server's start evicts nothing, so it would wait for ever.
-        if job.cause is Cause.RESTART and not view.will_free_more and view.policy.node_id is None:
+        # A reload after the server's start evicts nothing, so it would wait for ever, if only here is room.
+        if job.cause is Cause.RESTART and not view.will_free_more and view.share.is_whole:
             code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
             reason = f"not reloaded after the server's start: it needs {shortage_text}"
             return actions.FailLoad(job, code, reason)
@@ -353,6 +349,7 @@ class _PendingLoad:
             wake_at,
             reserves_room=may_reserve and has_priority,
             reserves_later=may_reserve and not has_priority,
+            lacks_room=True,
         )
 
     def _describe_shortage(self) -> str:
@@ -397,64 +394,3 @@ def format_megabytes(number: int) -> str:
     """Return a number of bytes in megabytes, for people."""
     digits = 0 if number >= _SMALL_MB * _MB else 1
     return f"{number / _MB:,.{digits}f} MB"
-
-
-WORKER_BYTES = 8 * 2**20
-"""Memory of a worker beside its model, at most."""
-BYTES_PER_MODEL_BYTE = 2.5
-"""ONNX Runtime parses, copies and packs weights while it loads them (measured: 2.1)."""
-BYTES_PER_DATA_BYTE = 1
-"""External data is mapped, which takes no memory, but copied where it is packed."""
-
-
-def estimate_memory(
-    files: Sequence[SizedFile],
-    version: int,
-    parameters: LoadParameters,
-    footprints: Iterable[Footprint],
-    optimised: str | None = None,
-    *,
-    threads: int = 1,
-) -> MemoryEstimate:
-    """Estimate the memory of a load before it starts.
-
-    The first load of an optimised model may take as much as one without. With 1 to 16 threads, peaks of four
-    networks were from a fifth lower to a twentieth higher than with one. So a peak with other threads proves
-    nothing, but it is nearer than file sizes: the highest one counts.
-
-    Args:
-        files: those to load.
-        version: of the model.
-        parameters: of the load.
-        footprints: of earlier loads of the model.
-        optimised: the SHA-256 of the optimised model that it will use, if any.
-        threads: how many each of its workers computes with.
-    """
-    same = [seen for seen in footprints if seen.version == version and is_same_files(seen.files, files)]
-    bare = [seen for seen in same if seen.prepared is None]
-    alike = [seen for seen in same if seen.prepared == optimised] or bare
-    known = [seen for seen in alike if seen.threads == threads] or alike
-    one = max((seen.peak_memory_bytes for seen in known), default=_estimate_from_sizes(files))
-    limit = parameters.memory_limit_bytes
-    is_limited = limit is not None and limit + WORKER_BYTES <= one
-    if limit is not None and is_limited:
-        one = limit + WORKER_BYTES
-    is_guess = not known and not is_limited
-    return MemoryEstimate(one * parameters.instances, is_guess, bool(same), optimised, file_sizes(files))
-
-
-def _estimate_from_sizes(files: Iterable[SizedFile]) -> int:
-    sizes = {file.path: file.bytes for file in files}
-    model, weights = find_model_file(sizes), {True: BYTES_PER_MODEL_BYTE, False: BYTES_PER_DATA_BYTE}
-    return WORKER_BYTES + math.ceil(sum(size * weights[path == model] for path, size in sizes.items()))
-
-
-def is_same_files(seen: Iterable[LoadedFile], files: Iterable[SizedFile]) -> bool:
-    """Whether files are still those of an earlier load, by path, size and time."""
-    return sorted((file.path, file.bytes, file.mtime_ns) for file in seen) == sorted(
-        (file.path, file.bytes, file.mtime_ns) for file in files
-    )
-
-
-def file_sizes(files: Iterable[SizedFile]) -> FileSizes:
-    return frozenset((file.path, file.bytes) for file in files)

@@ -4,8 +4,7 @@ The consumer calls `decide` again after each action, event, outcome, exit and ti
 memory of its own. Jobs of one model run in the order of their acceptance; a forced unload goes first. The
 unload of a replaced version delays no other job.
 
-A node decides on its own jobs and models (`State.of`), and sees those of the others. The node that is the
-placer also chooses the nodes of loads, and reloads what was lost with a node.
+What is decided is this server's share of the work (`view.WorkShare`): all of it, of a server alone.
 """
 
 from __future__ import annotations
@@ -22,17 +21,9 @@ from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.admission import Admission, admit
 from runtime.scheduler.eviction import Eviction, find_automatic_unload
-from runtime.scheduler.placement import (
-    explain_unplaced,
-    find_node_for_model,
-    is_unplaced,
-    place_loads,
-)
 from runtime.scheduler.view import (
     LoadView,
-    Observations,
     Phase,
-    Policy,
     SchedulerView,
     find_started_job,
     find_unload_target,
@@ -56,17 +47,8 @@ OPTIMISING_POLL_S = 10.0
 """How often to check whether the pressure on the machine has ended, while a model waits to be optimised."""
 
 
-def decide(
-    state: State,
-    running: Mapping[str, LoadView],
-    policy: Policy,
-    now: str,
-    observations: Observations | None = None,
-) -> Decision:
-    """Return the next action for the recorded `state` and the running loads, by load job id."""
-    view = SchedulerView(state, running, policy, now, observations or Observations())
-    if view.is_over:
-        return Decision()
+def decide(view: SchedulerView) -> Decision:
+    """Return the next action."""
     # First outcomes, and what ends processes: nothing of it needs memory.
     may_optimise = _may_optimise(view)
     for concern in (_force_unloads, _cancel_jobs, _record_exits, _advance_unloads):
@@ -78,50 +60,22 @@ def decide(
     waiting_for = _waiting_for(view, admission)
     # Late loads fail first, so that nothing is evicted for them; reloads come before new loads.
     late = next(_fail_late_loads(view, waiting_for), None)
-    reloads, moves = _find_reloads(view), _find_moves(view)
-    action = (
-        late
-        or next(_request_reloads(view, reloads), None)
-        or next(_move_models(view, moves), None)
-        or (_place_load(view, eviction, admission) if view.policy.node_id is not None else None)
-        or admission.action
-    )
-    unestimated = tuple(admission.unestimated)
+    reloads = _find_reloads(view)
+    action = late or next(_request_reloads(view, reloads), None) or admission.action
+    unestimated, without_room = tuple(admission.unestimated), tuple(admission.without_room)
     if action is not None:
         return Decision(action, unestimated=unestimated, may_optimise=may_optimise)
     # No pending job can proceed now: automatic unloads.
     automatic = find_automatic_unload(view, eviction)
-    wake_at = _wake_at(
-        view, admission, automatic, [*map(partial(_reload_at, view), reloads), *moves.values()]
-    )
-    return Decision(automatic.action, wake_at, waiting_for, unestimated, may_optimise)
-
-
-def _place_load(view: SchedulerView, eviction: Eviction, admission: Admission) -> Action | None:
-    """Place the next load. One whose place is here is estimated before, and starts with its placement.
-
-    So what starts here without delay takes one append, and the estimate may still change its place.
-    """
-    for placement in place_loads(view):
-        job = placement.job
-        if placement.node != view.node:
-            return placement
-        if job.id not in view.observations.estimates:
-            admission.unestimated.append(job)
-            continue
-        match admit(view, eviction, placed_here=job).action:
-            case actions.StartLoad(Job(id=job.id)):
-                return actions.StartLoad(job, placement)
-        if job.id not in view.observations.estimating:
-            return placement
-    return None
+    wake_at = _wake_at(view, admission, automatic, [*map(partial(_reload_at, view), reloads)])
+    return Decision(automatic.action, wake_at, waiting_for, unestimated, without_room, may_optimise)
 
 
 def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:
     """Whether the ledger still has use for the workers of a load; otherwise they are to end.
 
-    Only the state decides, so this holds even if it is unknown whether the last fact was recorded. A node
-    asks with its part of the state: what the others work on is not its own.
+    Only the state decides, so this holds even if it is unknown whether the last fact was recorded. `state` is
+    that of the server's share.
     """
     model = state.models.get(model_id)
     phases = (ModelState.LOADED, ModelState.UNLOADING)
@@ -152,11 +106,11 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
 def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
     """Cancel jobs on request, and on-demand loads that have not begun and that no inference needs.
 
-    A node does not know which inferences wait at the others.
+    Whether one needs it is only known where all inferences arrive.
     """
     for job in view.unended:
         has_begun = job.status is not JobStatus.PENDING or job.id in view.running
-        may_be_unneeded = job.cause is Cause.DEMAND and not has_begun and view.policy.node_id is None
+        may_be_unneeded = job.cause is Cause.DEMAND and not has_begun and view.share.is_whole
         if job.cancelling or (may_be_unneeded and not _is_needed(view, job)):
             yield actions.CancelJob(job)
 
@@ -277,31 +231,6 @@ def _reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
     return add_seconds(since, back_off_s(doublings))
 
 
-def _find_moves(view: SchedulerView) -> dict[str, str]:
-    """Return the models of this node that move to others, since it is being drained, and when."""
-    if view.node is None or view.node.takes_loads:
-        return {}
-    loaded = [each for model in view.own.models if (each := view.find_loaded(model)) is not None]
-    return {
-        each.id: _move_at(view, each.model)
-        for each in loaded
-        if not (each.model.loads or each.model.unloads)
-        and find_node_for_model(view, each.model, each.serving) is not None
-    }
-
-
-def _move_models(view: SchedulerView, moves: Mapping[str, str]) -> Iterator[Action]:
-    due = (view.find_loaded(model_id) for model_id, move_at in moves.items() if move_at <= view.now)
-    return (actions.RequestReload(loaded, Cause.DRAIN) for loaded in due if loaded is not None)
-
-
-def _move_at(view: SchedulerView, model: Model) -> str:
-    if model.retries is None:
-        return view.now
-    since = view.to_monotonic(model.retries.last_at, model.back_off_position)
-    return add_seconds(since, back_off_s(model.retries.count))
-
-
 def _may_optimise(view: SchedulerView) -> bool:
     """Whether a model may be optimised: this begins when nothing else is to be done, in free memory."""
     seen, free = view.observations, view.free_bytes
@@ -329,6 +258,6 @@ def _waiting_for(view: SchedulerView, admission: Admission) -> dict[str, str]:
     for job in view.unended:
         if job.status is JobStatus.PENDING and not view.is_first_in_queue(job):
             waiting[job.id] = f"job {view.queues[job.model_id][0].id} of the same model"
-        elif view.policy.node_id is not None and is_unplaced(view, job):
-            waiting[job.id] = explain_unplaced(view, job)
+        elif job.id in view.share.held:
+            waiting[job.id] = view.share.held[job.id]
     return waiting

@@ -10,7 +10,6 @@ from functools import cached_property
 from events.clock import LedgerClock, add_seconds
 from events.jobs import NO_PROGRESS, Failure, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
-from events.nodes import Node
 from events.state import State, has_turn
 from events.types import REPLACEMENTS, SYSTEM, Cause
 
@@ -19,16 +18,9 @@ MIN_RESIDENCY_S = 10.0
 turns of this length, instead of evicting each other for each request."""
 
 
-class PlacementStrategy(StrEnum):
-    """Among nodes that are as good otherwise: the one with the most free memory, or with the least."""
-
-    SPREAD = "spread"
-    PACK = "pack"
-
-
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The operator's settings, and which node this server is.
+    """The operator's settings.
 
     Attributes:
         loads_at_once: loads that may run at once.
@@ -37,9 +29,6 @@ class Policy:
         evicts: whether a load that needs room may evict idle models.
         min_residency_s: seconds that a loaded model stays at least before it is evicted.
         restores: whether models that were loaded when the server ended are reloaded.
-        node_id: this node; None for a server without nodes.
-        node_epoch: the epoch of this process; when it is over, there is nothing to do.
-        placing: how loads are distributed over the nodes.
     """
 
     loads_at_once: int
@@ -48,9 +37,21 @@ class Policy:
     evicts: bool = False
     min_residency_s: float = MIN_RESIDENCY_S
     restores: bool = True
-    node_id: str | None = None
-    node_epoch: int | None = None
-    placing: PlacementStrategy = PlacementStrategy.SPREAD
+
+
+@dataclass(frozen=True, slots=True)
+class WorkShare:
+    """The part of the recorded work that is this server's; of a server alone it is all.
+
+    Attributes:
+        state: the models and the unended jobs to work on.
+        held: pending loads that may not start here yet, by job id, and what each waits for.
+        is_whole: whether no other server has another part: no inference, and no room, is elsewhere.
+    """
+
+    state: State
+    held: Mapping[str, str] = field(default_factory=dict)
+    is_whole: bool = True
 
 
 class Phase(StrEnum):
@@ -94,25 +95,6 @@ class LoadView:
         return self.phase is not Phase.GONE
 
 
-@dataclass(frozen=True, slots=True)
-class NodeHints:
-    """Capacity and files of a node, as it reported them; outdated hints cost time only.
-
-    Attributes:
-        position: of the log when it was measured: later placements are not in it.
-        free_bytes: of its memory budget; None is no limit.
-        free_models: how many more models may have a process there; None is no limit.
-        digests: SHA-256 of the files that it has.
-        prepared: SHA-256 of the model files of which it has a prepared model.
-    """
-
-    position: int
-    free_bytes: int | None = None
-    free_models: int | None = None
-    digests: frozenset[str] = frozenset()
-    prepared: frozenset[str] = frozenset()
-
-
 FileSizes = frozenset[tuple[str, int]]
 """Path and bytes of each file of a version."""
 
@@ -145,16 +127,14 @@ class Observations:
     Attributes:
         fork_server_up: whether workers can be started.
         under_pressure: whether the machine is under memory or CPU pressure.
-        estimates: of loads until they end, by job id; None while their files are being read, and why they
-            cannot be.
+        estimates: of loads until they end, by job id; None while their files are being read, a `Failure` if
+            they cannot be.
         estimating: jobs whose estimate began just now, so that later loads still wait for it.
         pending_demand: models that inferences wait for.
         last_used: when models were last used before the server's start, as far as known.
         optimisable_bytes: that the next model to be optimised would take; None without one.
         optimising_bytes: of the model that is being optimised, until its processes have exited.
         clock: which converts recorded times to monotonic ones.
-        nodes: hints of the nodes, by their ids.
-        untrusted: nodes whose joins are not signed with a key that the nodes share: they do nothing.
     """
 
     fork_server_up: bool = True
@@ -166,8 +146,6 @@ class Observations:
     optimisable_bytes: int | None = None
     optimising_bytes: int = 0
     clock: LedgerClock = field(default_factory=LedgerClock)
-    nodes: Mapping[str, NodeHints] = field(default_factory=dict)
-    untrusted: frozenset[str] = frozenset()
 
 
 def find_unload_target(state: State, unload: Job) -> str:
@@ -182,7 +160,7 @@ def find_unload_target(state: State, unload: Job) -> str:
 
 
 def find_started_job(own: State, load_job_id: str) -> Job | None:
-    """Return the job of a running load; None if it has ended, or begins anew after the end of its node."""
+    """Return the job of a running load; None if it has ended, or begins anew after the server's end."""
     job = own.unended_job(load_job_id)
     return job if job is not None and job.status is JobStatus.IN_PROGRESS else None
 
@@ -218,9 +196,9 @@ class SchedulerView:
     the wall clock was set.
 
     Attributes:
-        own: the part of the state that this node works on; the whole without nodes.
-        unended: the unended jobs of that part, oldest first.
-        queues: all unended jobs of their models that wait for their turn, also those at other nodes.
+        own: the state of this server's share.
+        unended: the unended jobs of the share, oldest first.
+        queues: all unended jobs of their models that wait for their turn.
     """
 
     def __init__(
@@ -230,38 +208,18 @@ class SchedulerView:
         policy: Policy,
         now: str,
         observations: Observations,
+        *,
+        share: WorkShare | None = None,
     ) -> None:
         self.state, self.running, self.policy, self.now = state, running, policy, now
         self.observations = observations
         self.to_monotonic = observations.clock.to_monotonic
-        self.own = state.of(policy.node_id, policy.node_epoch, observations.untrusted)
+        self.share = share or WorkShare(state)
+        self.own = self.share.state
         self.unended = self.own.unended()
         self._earlier: dict[float, str] = {}
-        self.queues: dict[str, list[Job]] = {}
-        for job in self.unended if policy.node_id is None else self._list_jobs_of_own_models():
-            if has_turn(job):
-                self.queues.setdefault(job.model_id, []).append(job)
-
-    def _list_jobs_of_own_models(self) -> list[Job]:
-        models = {job.model_id: None for job in self.unended}
-        return [job for model_id in models for job in self.state.unended(model_id)]
-
-    @property
-    def node(self) -> Node | None:
-        """This node; None without nodes."""
-        return self.state.nodes.get(self.policy.node_id) if self.policy.node_id is not None else None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the epoch of this node has ended, so that it has nothing to do but to end its workers."""
-        node = self.node
-        if self.policy.node_id is None:
-            return False
-        return node is None or not node.is_present or self.policy.node_epoch not in (None, node.epoch)
-
-    def is_placed(self, load: Job) -> bool:
-        """Whether a load of this node is to run here; else its node is to be chosen."""
-        return load.node_id == self.policy.node_id
+        models = dict.fromkeys(job.model_id for job in self.unended)
+        self.queues = {model_id: queue for model_id in models if (queue := state.queue(model_id))}
 
     def created_at(self, job: Job) -> str:
         return self.to_monotonic(job.created_at, job.created_position)

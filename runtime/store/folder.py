@@ -152,14 +152,12 @@ class StoreFolder:
         finally:
             draft.unlink(missing_ok=True)  # it stays if both were the same file already
 
-    def move_away(self, path: Path) -> Path | None:
-        """Take its name from a folder, which is then to be removed; None if it is gone."""
+    def take_out(self, path: Path) -> None:
+        """Take its name from a folder in one step, and remove it; another process may have been faster."""
         away = self._new_name()
-        try:
+        with suppress(FileNotFoundError):
             path.rename(away)
-        except FileNotFoundError:
-            return None
-        return away
+            remove(away)
 
     def _new_name(self) -> Path:
         return self.path / _INCOMING / secrets.token_hex(8)

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from events.files import sync
 from events.types import Contents
-from runtime.errors import DiskFull, LoadRefused, RepositoryUnreadable, StoreFull
+from runtime.errors import DiskFull, LoadRefused, RepositoryUnreadable, RuntimeProblem
 from runtime.memory import free_disk_bytes
 from runtime.repository import FoundFile, VersionFolder
 from runtime.store.folder import (
@@ -137,7 +137,7 @@ class Store:
             LoadRefused: `unsafe_file`; `model_changed`, a file vanished or was written to while it was
                 copied.
             DiskFull: `disk_full`, with what is missing.
-            StoreFull: `store_full`, with both figures.
+            RuntimeProblem: `store_full`, with both figures.
             RepositoryUnreadable: `repository_unreadable`.
             StoreUnavailable: `store_unavailable`.
             CopyCancelled: `copy_cancelled`.
@@ -273,7 +273,7 @@ class Store:
         """Sweep versions for all that is being taken, within the limit.
 
         Raises:
-            StoreFull: `store_full`; nothing was swept.
+            RuntimeProblem: `store_full`; nothing was swept.
         """
         if self._limit_bytes is None:
             return
@@ -284,7 +284,11 @@ class Store:
             unneeded = self._list_unneeded()
             kept_bytes = _blob_bytes(self._versions[each] for each in self._versions.keys() - set(unneeded))
             if kept_bytes + taken_bytes > self._limit_bytes:
-                raise StoreFull(taken_bytes, kept_bytes, self._limit_bytes)
+                raise RuntimeProblem(
+                    f"the version takes {taken_bytes} bytes, and the store may take {self._limit_bytes}, of"
+                    f" which {kept_bytes} are needed by other models: raise --store-size, or unload some",
+                    code="store_full",
+                )
             for digest in unneeded:
                 if self.bytes + taken_bytes > self._limit_bytes:
                     self._remove_version(digest)
@@ -308,7 +312,7 @@ class Store:
             while (free_bytes := free_disk_bytes(self.path)) < size:
                 if not forms:
                     raise DiskFull(size, free_bytes)
-                self._remove(forms.pop(0))
+                self._folder.take_out(forms.pop(0))
 
     def _has_disk_room(self, size: int) -> bool:
         if free_disk_bytes(self.path) < size:
@@ -382,14 +386,9 @@ class Store:
         """Remove a version and the blobs that no other has; the caller holds the lock."""
         version = self._versions.pop(digest, None)
         self._used_ns.pop(digest, None)
-        self._remove(self._folder.version(digest))
+        self._folder.take_out(self._folder.version(digest))
         for file in version.files if version is not None else ():
             _remove_unreferenced(self._folder.blob(file.sha256))
-
-    def _remove(self, path: Path) -> None:
-        away = self._folder.move_away(path)
-        if away is not None:
-            remove(away)
 
     def _use(self, digest: str) -> None:
         """Count a use and a hold; the caller has the lock."""

@@ -71,12 +71,6 @@ RETRY_S = 1.0
 """Pause before files are given back once more, where no thread could start."""
 
 
-class BytesGone(RuntimeProblem):
-    """Neither the store nor the repository has the bytes from which the model served."""
-
-    code = BYTES_GONE
-
-
 class Versions:
     """The versions of a repository, and what the store has of them.
 
@@ -208,7 +202,7 @@ class Versions:
 
         Raises:
             RepositoryBusy: `repository_busy`, nothing of the files could be read for `LOAD_LIMIT_S`.
-            BytesGone: `bytes_gone`, `expected` are nowhere.
+            RuntimeProblem: `bytes_gone`, `expected` are nowhere.
             RuntimeProblem: `unknown_model`, `unknown_version`, or of the copy: see `Store.take`.
         """
         held = HeldVersion(self, model_id, version, on_piece)
@@ -447,10 +441,11 @@ class HeldVersion:
         except RuntimeError:  # no new thread; a long copy would take its time on the loop
             asyncio.get_running_loop().call_later(RETRY_S, self._release)
 
-    def _gone(self, reason: str) -> BytesGone:
-        return BytesGone(
+    def _gone(self, reason: str) -> RuntimeProblem:
+        return RuntimeProblem(
             f"version {self.version} of {self.model_id!r} served from bytes that the store does not have any"
-            f" more, and {reason}: load the model again to use what the repository has now"
+            f" more, and {reason}: load the model again to use what the repository has now",
+            code=BYTES_GONE,
         )
 
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from events.accept import OUTDATED, find_use
+from events.accept import find_use
 from events.clock import uuid7
-from events.commands import AddVersion, Command, NodeCurrent, Receipt, Record, RemoveVersion
+from events.commands import OUTDATED, AddVersion, Command, Receipt, Record, RemoveVersion
 from events.errors import EpochOver, LedgerProblem, LogClosed, OutcomeUnknown, RequestRefused
 from events.log import Log
+from events.registercommands import NodeCurrent
 from events.types import SYSTEM, AddedFile, Draft, Event, VersionAdded, VersionRemoved
 from runtime.errors import RuntimeProblem
 from runtime.onnxfile import MODEL_FILE
@@ -71,18 +72,6 @@ class UnknownStage(RuntimeProblem):
     """The caller has no such stage of this version: begin another one."""
 
     code = "unknown_stage"
-
-
-class VersionNotNew(RuntimeProblem):
-    """The request is for a version that is not there yet, and it is there."""
-
-    code = "precondition_failed"
-
-
-class VersionInUse(RuntimeProblem):
-    """A load uses the version."""
-
-    code = "version_in_use"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +137,7 @@ class Uploads:
 
     async def _follow(self) -> None:
         """Finish changes whose outcome was unknown, and those of nodes that ended; end unused stages."""
-        nodes = self._log.state.nodes
+        nodes = self._log.state.registers.nodes
         with self._log.subscribed() as wakeup:
             while True:
                 with suppress(TimeoutError):
@@ -156,8 +145,8 @@ class Uploads:
                         await wakeup.wait()
                 wakeup.clear()
                 await self._end_unused_stages()
-                if self._unknown or self._log.state.nodes is not nodes:
-                    nodes, self._is_recovered = self._log.state.nodes, False
+                if self._unknown or self._log.state.registers.nodes is not nodes:
+                    nodes, self._is_recovered = self._log.state.registers.nodes, False
                     await self._try_to_recover()
 
     async def _try_to_recover(self) -> None:
@@ -211,7 +200,7 @@ class Uploads:
         except VersionExists as exists:
             if not only_new:
                 raise
-            raise VersionNotNew(str(exists)) from None
+            raise RuntimeProblem(str(exists), code="precondition_failed") from None
         return files
 
     async def begin_stage(
@@ -321,7 +310,8 @@ class Uploads:
     def _check_unused(self, model_id: str, version: int) -> None:
         use = find_use(self._log.state, model_id, version)
         if use is not None:
-            raise VersionInUse(f"version {version} of model {model_id!r} {use}")
+            reason = f"version {version} of model {model_id!r} {use}"
+            raise RuntimeProblem(reason, code="version_in_use")
 
     def _begin(self, entry: StagingEntry) -> None:
         """Begin a change of a version, one at a time.
@@ -344,7 +334,7 @@ class Uploads:
         """
         if self._node_id is None:
             return Staging(self._repository, self._owner)
-        node = self._log.state.nodes.get(self._node_id)
+        node = self._log.state.registers.nodes.get(self._node_id)
         if node is None or not node.is_present:
             raise EpochOver
         return Staging(self._repository, epoch_folder(node), (NodeCurrent(node.id, node.epoch),))
@@ -477,7 +467,7 @@ class Uploads:
             self._stages = {  # those of an epoch that is over are not here any more
                 stage.id: stage for stage in self._stages.values() if stage.folder.parent == staging.folder
             }
-            await self._run(None, partial(staging.adopt, self._log.state.nodes), START_LIMIT_S)
+            await self._run(None, partial(staging.adopt, self._log.state.registers.nodes), START_LIMIT_S)
             for event_id in await self._run(None, staging.entries, START_LIMIT_S):
                 known = {*self._changing.values(), *(stage.event_id for stage in self._stages.values())}
                 if event_id in known:

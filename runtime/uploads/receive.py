@@ -49,18 +49,6 @@ class BadPath(RuntimeProblem):
     code = "invalid_parameter"
 
 
-class NotOnnx(RuntimeProblem):
-    """The file is no ONNX model."""
-
-    code = "not_onnx"
-
-
-class DigestMismatch(RuntimeProblem):
-    """The body is not the one that its digest is of."""
-
-    code = "digest_mismatch"
-
-
 class UploadTooLarge(RuntimeProblem):
     """The files have more bytes than a version, and all stages of a subject, may have."""
 
@@ -196,15 +184,16 @@ class FileReceiver:
         """Check the digests, sync the file, and return it with its path in the version.
 
         Raises:
-            DigestMismatch: `digest_mismatch`.
+            RuntimeProblem: `digest_mismatch`.
             OSError: it cannot be synced.
         """
         for name, value in self._expected.items():
             if self._hashes[name].digest() != value:
                 found = base64.b64encode(self._hashes[name].digest()).decode()
-                raise DigestMismatch(
+                raise RuntimeProblem(
                     f"the {self._bytes} bytes that arrived have {name}=:{found}:, which is not the digest"
-                    " that was sent with them: send the file again"
+                    " that was sent with them: send the file again",
+                    code="digest_mismatch",
                 )
         os.fsync(self._descriptor)
         return AddedFile(path, self._bytes, self._hashes["sha-256"].hexdigest())
@@ -243,7 +232,7 @@ def check_model(folder: Path, paths: Iterable[str]) -> None:
         paths: of its files.
 
     Raises:
-        NotOnnx: `not_onnx`.
+        RuntimeProblem: `not_onnx`.
         LoadRefused: `unsafe_file`, `invalid_model`.
         OSError: a file cannot be read.
     """
@@ -251,14 +240,15 @@ def check_model(folder: Path, paths: Iterable[str]) -> None:
     model = find_model_file(names)
     if model is None:
         several = list_model_files(names)
-        raise NotOnnx(
+        raise RuntimeProblem(
             f"several files could be the model, {', '.join(map(quote, several[:4]))}: name one {MODEL_FILE}"
             if several
-            else f"there is no model: put its ONNX file at the top of the folder, as {MODEL_FILE}"
+            else f"there is no model: put its ONNX file at the top of the folder, as {MODEL_FILE}",
+            code="not_onnx",
         )
     foreign = describe_foreign_file(folder / model)
     if foreign is not None:
-        raise NotOnnx(f"{model} {foreign}")
+        raise RuntimeProblem(f"{model} {foreign}", code="not_onnx")
     try:
         check_external_data(folder / model, folder, folder)
     except LoadRefused as refused:

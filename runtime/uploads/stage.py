@@ -26,9 +26,9 @@ from uuid import uuid4
 
 import msgspec
 
-from events.commands import NodeCurrent
 from events.files import sync
 from events.nodes import Node
+from events.registercommands import NodeCurrent
 from events.types import AddedFile
 from runtime.errors import RuntimeProblem, UnknownVersion
 from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository
@@ -46,12 +46,6 @@ KEY_DIGITS = 32
 
 _ENTRY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
-
-
-class RepositoryNotShared(RuntimeProblem):
-    """This node does not know whether the other nodes have the same repository."""
-
-    code = "repository_not_shared"
 
 
 class VersionExists(RuntimeProblem):
@@ -89,7 +83,7 @@ def check_writable(root: Path, policy: UploadPolicy) -> None:
 
     Raises:
         RepositoryReadOnly: `repository_read_only`, with what to do.
-        RepositoryNotShared: `repository_not_shared`, likewise.
+        RuntimeProblem: `repository_not_shared`, likewise.
     """
     advice = "put versions into its folder yourself"
     if policy.writable == "off":
@@ -101,9 +95,10 @@ def check_writable(root: Path, policy: UploadPolicy) -> None:
             f"nobody may change a file of this repository (--store-size=off): {advice}, under a new number"
         )
     if policy.is_of_node and policy.writable == "auto":
-        raise RepositoryNotShared(
+        raise RuntimeProblem(
             "a version has to be there for all nodes: if the repository is one folder that all of them share,"
-            " start them with --repository-writable=on; else put the version into the folder of each"
+            " start them with --repository-writable=on; else put the version into the folder of each",
+            code="repository_not_shared",
         )
     try:
         seen = root.stat()

@@ -87,38 +87,33 @@ class EventsQuerySchema(PageQuerySchema):
 class EventSchema(AnswerSchema):
     """An event exactly as it is stored and hashed, with its hash."""
 
-    position = fields.Integer(required=True)
-    id = fields.String(required=True)
-    type = fields.String(required=True)
-    schema = fields.Integer(required=True)
-    job_id = fields.String(required=True, allow_none=True)
-    model_id = fields.String(required=True, allow_none=True)
-    version = fields.Integer(required=True, allow_none=True)
-    worker_id = fields.String(required=True, allow_none=True)
-    actor = fields.String(required=True)
-    recorded_at = fields.String(required=True)
-    data = fields.Dict(required=True)
+    position = fields.Integer()
+    id = fields.String()
+    type = fields.String()
+    schema = fields.Integer()
+    job_id = fields.String(allow_none=True)
+    model_id = fields.String(allow_none=True)
+    version = fields.Integer(allow_none=True)
+    worker_id = fields.String(allow_none=True)
+    actor = fields.String()
+    recorded_at = fields.String()
+    data = fields.Dict()
     hash = fields.String(
-        required=True,
         **about(
             "Hexadecimal SHA-256 of the previous hash and the UTF-8 text of the event as it "
             "stands here, without this member, which is the last."
-        ),
+        )
     )
 
 
 class EventListSchema(AnswerSchema):
     """One page of the events."""
 
-    events = fields.List(fields.Nested(EventSchema), required=True)
-    as_of = fields.Integer(
-        required=True, **about("The position that the page reflects; a stream can start there.")
-    )
-    oldest = fields.Integer(required=True, **about("Position of the oldest event that is not archived."))
+    events = fields.List(fields.Nested(EventSchema))
+    as_of = fields.Integer(**about("The position that the page reflects; a stream can start there."))
+    oldest = fields.Integer(**about("Position of the oldest event that is not archived."))
     next_cursor = fields.Integer(
-        required=True,
-        allow_none=True,
-        **about("`after` or `before` of the next page; null on the last page."),
+        allow_none=True, **about("`after` or `before` of the next page; null on the last page.")
     )
 
 
@@ -279,21 +274,21 @@ async def open_streams(app: web.Application) -> AsyncIterator[None]:
 class BaseSchema(AnswerSchema):
     """The last archived event; the log begins after it."""
 
-    position = fields.Integer(required=True, **about("0 if nothing is archived."))
-    hash = fields.String(required=True, **about("Hexadecimal."))
+    position = fields.Integer(**about("0 if nothing is archived."))
+    hash = fields.String(**about("Hexadecimal."))
 
 
 class HeadSchema(AnswerSchema):
     """The signed head; docs/verify-it-yourself.md describes the signed text."""
 
-    position = fields.Integer(required=True)
-    hash = fields.String(required=True, **about("Hexadecimal."))
-    recorded_at = fields.String(required=True, allow_none=True)
-    base = fields.Nested(BaseSchema, required=True)
-    algorithm = fields.String(required=True, **about("Ed25519."))
-    key_id = fields.String(required=True, **about("32 hexadecimal digits of the public key's SHA-256."))
-    public_key = fields.String(required=True, **about("DER (RFC 8410) in base64."))
-    signature = fields.String(required=True, **about("64 bytes in base64."))
+    position = fields.Integer()
+    hash = fields.String(**about("Hexadecimal."))
+    recorded_at = fields.String(allow_none=True)
+    base = fields.Nested(BaseSchema)
+    algorithm = fields.String(**about("Ed25519."))
+    key_id = fields.String(**about("32 hexadecimal digits of the public key's SHA-256."))
+    public_key = fields.String(**about("DER (RFC 8410) in base64."))
+    signature = fields.String(**about("64 bytes in base64."))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from aiohttp import hdrs, web
 from marshmallow import fields
 
 from server.api.schemas import AnswerSchema
-from server.appkeys import CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS, THIS_NODE
+from server.appkeys import CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
+from server.cluster import CLUSTER
 from server.errors import ServerProblem
 from server.openapi import openapi_yaml
 from server.routing import ROUTES, Access, Route, Routes
@@ -20,26 +21,20 @@ routes = Routes(tag="health")
 class HealthSchema(AnswerSchema):
     """The checks, all passed."""
 
-    status = fields.String(required=True)
-    checks = fields.Dict(required=True, keys=fields.String(), values=fields.Boolean())
+    status = fields.String()
+    checks = fields.Dict(keys=fields.String(), values=fields.Boolean())
 
 
 class LiveSchema(AnswerSchema):
     """The server is alive."""
 
-    live = fields.Boolean(required=True)
+    live = fields.Boolean()
 
 
 class ServerReadySchema(AnswerSchema):
     """The server is ready."""
 
-    ready = fields.Boolean(required=True)
-
-
-class Unhealthy(ServerProblem):
-    """The server cannot work at the moment."""
-
-    code = "unhealthy"
+    ready = fields.Boolean()
 
 
 @routes.get(
@@ -122,13 +117,12 @@ def is_probe(request: web.BaseRequest) -> bool:
 
 def vital_tasks(app: web.Application) -> dict[str, asyncio.Task[None]]:
     """Return the vital tasks: without one of them the server would accept requests and do nothing."""
-    renewing = app[THIS_NODE].renewing if THIS_NODE in app else None
     return {
         "consumer": app[CONSUMER_TASK],
         "writer": app[LOG].writer,
         "keeper": app[POOL].keeper,
         **app[STREAMS].tasks,
-        **({"membership": renewing} if renewing is not None else {}),
+        **(app[CLUSTER].tasks() if CLUSTER in app else {}),
     }
 
 
@@ -142,19 +136,19 @@ def live_checks(app: web.Application) -> dict[str, bool]:
 
 
 def ready_checks(app: web.Application) -> dict[str, bool]:
-    membership = app[THIS_NODE].membership if THIS_NODE in app else None
+    cluster = app.get(CLUSTER)
     return {
         **live_checks(app),
-        "log": app[LOG].healthy or (membership is not None and membership.may_serve),
+        "log": app[LOG].healthy or (cluster is not None and cluster.may_serve),
         "fork_server": app[POOL].healthy,
         "serving": not app[STOPPING].is_set(),
-        **({"lease": not membership.is_sick} if membership is not None else {}),
+        **({"lease": not cluster.is_sick} if cluster is not None else {}),
     }
 
 
 def _reason(app: web.Application) -> str:
-    """Return why this node has no lease; nothing of a server alone."""
-    problem = app[THIS_NODE].membership.problem if THIS_NODE in app else None
+    """Return why this server has no lease; nothing of a server alone."""
+    problem = app[CLUSTER].problem if CLUSTER in app else None
     return f"; the lease is not renewed: {problem}" if problem else ""
 
 
@@ -166,4 +160,4 @@ def _answer(checks: dict[str, bool], reason: str = "") -> web.Response:
 def _refuse_failed(checks: dict[str, bool], reason: str = "") -> None:
     failed = [name for name, well in checks.items() if not well]
     if failed:
-        raise Unhealthy(f"not well: {', '.join(failed)}{reason}")
+        raise ServerProblem(f"not well: {', '.join(failed)}{reason}", code="unhealthy")

@@ -20,7 +20,6 @@ from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
 
 from events.commands import Command, Receipt, RequestCancel
-from events.errors import LedgerProblem
 from events.jobs import Job, JobKind, JobStatus
 from events.log import Log
 from events.sqlite.queries import JobQuery
@@ -29,25 +28,13 @@ from events.types import Cause, Idempotency
 from runtime.consumer.consumer import Consumer
 from server.api.schemas import (
     NO_NODE,
-    AnswerSchema,
     FailureSchema,
     PageQuerySchema,
     about,
-    failure_view,
     node_member,
     one_of,
 )
-from server.api.timetravel import (
-    AS_OF_IN_THE_PAST,
-    AS_OF_TIME,
-    NODES_THEN,
-    SERVER_THEN,
-    AtQuerySchema,
-    NodePresenceSchema,
-    ServerSchema,
-    as_of,
-    read_past,
-)
+from server.api.timetravel import AtQuerySchema, PastSchema, as_of, read_past
 from server.appkeys import CONSUMER, LOG, READER, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
@@ -114,53 +101,43 @@ class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
     status = fields.String(load_default=None, validate=one_of(JobStatus))
 
 
-class JobSchema(AnswerSchema):
+class JobSchema(PastSchema):
     """A job: one accepted load or unload."""
 
-    id = fields.String(required=True)
-    kind = fields.String(required=True, validate=one_of(JobKind))
-    model_id = fields.String(required=True)
-    version = fields.Integer(required=True, allow_none=True)
-    status = fields.String(required=True, validate=one_of(JobStatus))
+    id = fields.String()
+    kind = fields.String(validate=one_of(JobKind))
+    model_id = fields.String()
+    version = fields.Integer(allow_none=True)
+    status = fields.String(validate=one_of(JobStatus))
     stage = fields.String(
-        required=True,
         allow_none=True,
         **about("Live: copying, starting, loading, warming_up, measuring; draining, stopping."),
     )
-    waiting_for = fields.String(required=True, allow_none=True)
-    created_at = fields.String(required=True)
-    started_at = fields.String(required=True, allow_none=True)
-    finished_at = fields.String(required=True, allow_none=True)
-    requested_by = fields.String(required=True)
-    cause = fields.String(required=True, validate=one_of(Cause))
+    waiting_for = fields.String(allow_none=True)
+    created_at = fields.String()
+    started_at = fields.String(allow_none=True)
+    finished_at = fields.String(allow_none=True)
+    requested_by = fields.String()
+    cause = fields.String(validate=one_of(Cause))
     cancel_requested = fields.Boolean(
-        required=True, **about("Whether a cancel was requested; see `status` for its outcome.")
+        **about("Whether a cancel was requested; see `status` for its outcome.")
     )
     superseded_by = fields.String(
-        required=True,
-        allow_none=True,
-        **about("The job of a person's load that took the place of this one by the system."),
+        allow_none=True, **about("The job of a person's load that took the place of this one by the system.")
     )
-    attempt = fields.Integer(required=True)
-    node = fields.String(**about(f"Name of the node where it is placed; {NO_NODE}"))
-    position = fields.Integer(required=True, **about("Position of its latest event."))
-    parameters = fields.Dict(required=True, **about("Parameters of its request."))
-    error = fields.Nested(FailureSchema, required=True, allow_none=True)
-    as_of = fields.Integer(**about(AS_OF_IN_THE_PAST))
-    as_of_time = fields.String(allow_none=True, **about(AS_OF_TIME))
-    server = fields.Nested(ServerSchema, **about(SERVER_THEN))
-    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(NODES_THEN))
+    attempt = fields.Integer()
+    node = fields.String(**about(f"Name of the node where it is placed; {NO_NODE}", is_optional=True))
+    position = fields.Integer(**about("Position of its latest event."))
+    parameters = fields.Dict(**about("Parameters of its request."))
+    error = fields.Nested(FailureSchema, allow_none=True)
 
 
-class JobListSchema(AnswerSchema):
+class JobListSchema(PastSchema):
     """One page of the jobs, newest first."""
 
-    jobs = fields.List(fields.Nested(JobSchema), required=True)
-    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
-    as_of_time = fields.String(allow_none=True, **about(AS_OF_TIME))
-    server = fields.Nested(ServerSchema, **about(SERVER_THEN))
-    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(NODES_THEN))
-    next_cursor = fields.Integer(required=True, allow_none=True)
+    jobs = fields.List(fields.Nested(JobSchema))
+    as_of = fields.Integer(**about("The position that the answer reflects."))
+    next_cursor = fields.Integer(allow_none=True)
 
 
 IS_KEY = validate.Regexp(rf"(?:{_QUOTED}|{_BARE})\Z", error=_RULE)
@@ -262,18 +239,6 @@ AS_JOB: Mapping[str, Any] = {
 JOB_ERRORS = ("idempotency_mismatch", "log_unavailable", "shutting_down")
 
 
-class UnknownJob(LedgerProblem):
-    """There is no such job."""
-
-    code = "unknown_job"
-
-
-class ShuttingDown(ServerProblem):
-    """The server stops; the job continues at its next start."""
-
-    code = "shutting_down"
-
-
 @routes.get(
     "/api/v1/jobs",
     access=Access.ANY,
@@ -318,7 +283,7 @@ async def show_job(request: web.Request) -> web.Response:
     if at is not None:
         moment, past = await read_past(request, at, partial(job_at, job_id=job_id))
         if past is None:
-            raise UnknownJob(f"there was no job {job_id!r} at that time")
+            raise ServerProblem(f"there was no job {job_id!r} at that time", code="unknown_job")
         return web.json_response({**job_view(past, None), **as_of(moment)})
     return web.json_response(job_view(await _find_job(request.app, job_id), request.app[CONSUMER]))
 
@@ -365,7 +330,7 @@ def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
         **node_member(job.node_id),
         "position": job.position,
         "parameters": parameters,
-        "error": failure_view(job.error),
+        "error": msgspec.to_builtins(job.error),
     }
 
 
@@ -383,14 +348,15 @@ async def run_job(app: web.Application, command: Command) -> Job:
     """Submit a command and return its job when it has ended; the job's own timeout applies.
 
     Raises:
-        ShuttingDown: `shutting_down`, the server stops before the job has ended.
+        ServerProblem: `shutting_down`, the server stops before the job has ended.
         LedgerProblem: `log_unavailable`, or the refusal of the command.
     """
     job = await _submit(app, command, None)
     if not job.ended:
         where = job_path(job.id)
-        raise ShuttingDown(
+        raise ServerProblem(
             f"the server stops; the {job.kind} continues at its next start, see {where}",
+            code="shutting_down",
             http_headers={hdrs.LOCATION: where},
         )
     return job
@@ -419,5 +385,6 @@ async def _find_job(app: web.Application, job_id: str) -> Job:
         await log.catch_up()
         job = log.state.jobs.get(job_id) or await reader.job(job_id)
     if job is None:
-        raise UnknownJob(f"there is no job {job_id!r}; GET /api/v1/jobs lists them")
+        reason = f"there is no job {job_id!r}; GET /api/v1/jobs lists them"
+        raise ServerProblem(reason, code="unknown_job")
     return job

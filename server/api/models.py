@@ -1,4 +1,7 @@
-"""Models: list, show, load and unload them."""
+"""Models: list and show them, and what their workers printed last: those that run, and the last that died.
+
+ONNX Runtime quotes inputs of clients in its messages, so only admins may read those.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,11 @@ import msgspec
 from aiohttp import web
 from marshmallow import fields, validate
 
+from events.history import ShownModel, describe_model
 from events.models import RELOADS, Model, ModelState
-from events.sqlite.timetravel import state_at
-from events.state import State
+from events.sqlite.listing import EventFilter, EventQuery
+from events.sqlite.timetravel import active_at, model_at, models_at
+from events.types import WorkerExited
 from runtime.errors import RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelSignature
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy
@@ -30,26 +35,12 @@ from server.api.schemas import (
     PageQuerySchema,
     TensorSchema,
     about,
-    failure_view,
     node_member,
     one_of,
 )
-from server.api.timetravel import (
-    AS_OF_IN_THE_PAST,
-    AS_OF_TIME,
-    NODES_THEN,
-    SERVER_THEN,
-    AtQuerySchema,
-    NodePresenceSchema,
-    ServerSchema,
-    as_of,
-    read_past,
-)
-from server.appkeys import CONSUMER, LOG, ROUTER, VERSIONS
-from server.http.validation import (
-    path_parameters,
-    query_parameters,
-)
+from server.api.timetravel import AtQuerySchema, PastSchema, as_of, read_past
+from server.appkeys import CONSUMER, LOG, POOL, READER, ROUTER, VERSIONS
+from server.http.validation import NothingSchema, path_parameters, query_parameters
 from server.routing import Access, Routes
 
 routes = Routes(tag="models")
@@ -69,22 +60,22 @@ class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
 class FileSchema(AnswerSchema):
     """A file of a loaded version, as it was read."""
 
-    path = fields.String(required=True)
-    bytes = fields.Integer(required=True)
-    mtime_ns = fields.Integer(required=True)
-    sha256 = fields.String(required=True)
+    path = fields.String()
+    bytes = fields.Integer()
+    mtime_ns = fields.Integer()
+    sha256 = fields.String()
 
 
 class PreparedSchema(AnswerSchema):
     """A prepared model made of a version's files."""
 
-    sha256 = fields.String(required=True)
+    sha256 = fields.String()
 
 
 class ModelTensorSchema(TensorSchema):
     """An input or output of a model; -1 in its shape is any length."""
 
-    optional = fields.Boolean(required=True, **about("Whether an input may be left out."))
+    optional = fields.Boolean(**about("Whether an input may be left out."))
 
 
 _SIGNATURE = (
@@ -93,40 +84,35 @@ _SIGNATURE = (
 _SIGNATURE += " declares them; null if the file cannot be read as ONNX."
 
 
-class ModelSchema(AnswerSchema):
+class ModelSchema(PastSchema):
     """A model of the repository, or one that is loaded."""
 
-    id = fields.String(required=True)
+    id = fields.String()
     versions = fields.List(
         fields.Integer(),
-        required=True,
         allow_none=True,
         **about("In the repository; null with `at`: its past is not recorded."),
     )
-    state = fields.String(required=True, validate=one_of(ModelState))
-    version = fields.Integer(required=True, allow_none=True)
-    next_version = fields.Integer(required=True, allow_none=True)
-    active = fields.Boolean(required=True)
-    loaded_at = fields.String(required=True, allow_none=True)
+    state = fields.String(validate=one_of(ModelState))
+    version = fields.Integer(allow_none=True)
+    next_version = fields.Integer(allow_none=True)
+    active = fields.Boolean()
+    loaded_at = fields.String(allow_none=True)
     loaded_by = fields.String(
-        required=True,
-        allow_none=True,
-        **about("Who asked for it, also of a model that the system brought back since."),
+        allow_none=True, **about("Who asked for it, also of a model that the system brought back since.")
     )
     brought_back = fields.String(
-        required=True,
         allow_none=True,
         validate=validate.OneOf([cause.value for cause in RELOADS]),
         **about(
             "Why the system loaded it again, if it did: `restart` of the server, `recovery`, `swap`, `drain`."
         ),
     )
-    job_id = fields.String(required=True, allow_none=True)
-    node = fields.String(**about(f"Name of the node where it is loaded; {NO_NODE}"))
-    position = fields.Integer(required=True, allow_none=True, **about("Position of its `ModelLoaded`."))
-    files = fields.List(fields.Nested(FileSchema), required=True)
+    job_id = fields.String(allow_none=True)
+    node = fields.String(**about(f"Name of the node where it is loaded; {NO_NODE}", is_optional=True))
+    position = fields.Integer(allow_none=True, **about("Position of its `ModelLoaded`."))
+    files = fields.List(fields.Nested(FileSchema))
     repository_changed = fields.Boolean(
-        required=True,
         allow_none=True,
         **about(
             "Whether the repository has newer files than those that are loaded; null if nothing is loaded,"
@@ -135,52 +121,42 @@ class ModelSchema(AnswerSchema):
     )
     prepared = fields.Nested(
         PreparedSchema,
-        required=True,
         allow_none=True,
         **about("The prepared model that its workers loaded; null if they loaded the files."),
     )
     memory_bytes = fields.Integer(
-        required=True,
         allow_none=True,
         **about(
             "Memory of its workers now, measured every few seconds, as in the resources; null with `at`."
         ),
     )
     memory_at_load_bytes = fields.Integer(
-        required=True, allow_none=True, **about("What they took when the model was loaded.")
+        allow_none=True, **about("What they took when the model was loaded.")
     )
-    error = fields.Nested(FailureSchema, required=True, allow_none=True)
-    instances = fields.Integer(
-        required=True, allow_none=True, **about("Running workers; may be fewer than were loaded.")
+    error = fields.Nested(FailureSchema, allow_none=True)
+    instances = fields.Integer(allow_none=True, **about("Running workers; may be fewer than were loaded."))
+    threads = fields.Integer(allow_none=True, **about("Threads that each of its workers computes with."))
+    inputs = fields.List(
+        fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE, is_optional=True)
     )
-    threads = fields.Integer(
-        required=True,
-        allow_none=True,
-        **about("Threads that each of its workers computes with."),
+    outputs = fields.List(
+        fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE, is_optional=True)
     )
-    inputs = fields.List(fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE))
-    outputs = fields.List(fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE))
     parameters = fields.Dict(
-        allow_none=True, **about("In the answer of one model: of the load that serves; null without one.")
+        allow_none=True,
+        **about("In the answer of one model: of the load that serves; null without one.", is_optional=True),
     )
     signature_version = fields.Integer(
-        allow_none=True, **about("The version that `inputs` and `outputs` are of.")
+        allow_none=True, **about("The version that `inputs` and `outputs` are of.", is_optional=True)
     )
-    as_of = fields.Integer(**about(AS_OF_IN_THE_PAST))
-    as_of_time = fields.String(allow_none=True, **about(AS_OF_TIME))
-    server = fields.Nested(ServerSchema, **about(SERVER_THEN))
-    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(NODES_THEN))
 
 
-class ModelListSchema(AnswerSchema):
+class ModelListSchema(PastSchema):
     """One page of the models, by id."""
 
-    models = fields.List(fields.Nested(ModelSchema), required=True)
-    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
-    as_of_time = fields.String(allow_none=True, **about(AS_OF_TIME))
-    server = fields.Nested(ServerSchema, **about(SERVER_THEN))
-    nodes = fields.List(fields.Nested(NodePresenceSchema), **about(NODES_THEN))
-    next_cursor = fields.String(required=True, allow_none=True)
+    models = fields.List(fields.Nested(ModelSchema))
+    as_of = fields.Integer(**about("The position that the answer reflects."))
+    next_cursor = fields.String(allow_none=True)
 
 
 _HAS_WORKERS = (ModelState.LOADED, ModelState.UNLOADING)
@@ -204,34 +180,50 @@ class ListedModel:
     errors=("beyond_head", "archived", "log_unavailable", "repository_busy"),
 )
 async def list_models(request: web.Request) -> web.Response:
-    query, state = query_parameters(request), request.app[LOG].state
+    query = query_parameters(request)
     if query["at"] is not None:
         return web.json_response(await _list_past_models(request, **query))
+    return web.json_response(await list_view(request.app, query["cursor"], query["limit"]))
+
+
+async def list_view(app: web.Application, cursor: str, limit: int) -> dict[str, Any]:
+    """Return a page of the models as they are now, by id.
+
+    Args:
+        app: the application.
+        cursor: the id after which the page begins.
+        limit: of the models.
+
+    Raises:
+        RuntimeProblem: `repository_busy`.
+    """
+    state = app[LOG].state
     known = {model.id for model in state.models.values() if _is_live(model)}
-    limit, active = query["limit"], state.active()
-    page = await list_versions(request.app[VERSIONS], dict(state.models), known, query["cursor"], limit)
+    page = await list_versions(app[VERSIONS], dict(state.models), known, cursor, limit)
+    active = state.active()
     models = [
         model_view(
-            seen.id,
-            state,
+            describe_model(state.models.get(seen.id) or Model(seen.id)),
             seen.versions,
-            active,
+            is_active=active is not None and active.id == seen.id,
             repository_changed=seen.has_changed,
-            memory_bytes=_memory_now(request.app, seen.id),
+            memory_bytes=_memory_now(app, seen.id),
         )
         for seen in page[:limit]
     ]
     next_cursor = models[-1]["id"] if len(page) > limit else None
-    return web.json_response({"models": models, "as_of": state.position, "next_cursor": next_cursor})
+    return {"models": models, "as_of": state.position, "next_cursor": next_cursor}
 
 
 async def _list_past_models(request: web.Request, at: str, cursor: str, limit: int) -> dict[str, Any]:
-    moment, state = await read_past(request, at, state_at)
-    ids = sorted(model_id for model_id in state.models if model_id > cursor)
-    active = state.active()
+    def read(connection: Any, position: int) -> tuple[list[ShownModel], str | None]:
+        models = models_at(connection, position, cursor=cursor, limit=limit + 1)
+        return models, active_at(connection, position)
+
+    moment, (found, active) = await read_past(request, at, read)
     return {
-        "models": [model_view(model_id, state, None, active) for model_id in ids[:limit]],
-        "next_cursor": ids[limit - 1] if len(ids) > limit else None,
+        "models": [model_view(model, None, is_active=model.id == active) for model in found[:limit]],
+        "next_cursor": found[limit - 1].id if len(found) > limit else None,
         **as_of(moment),
     }
 
@@ -248,17 +240,14 @@ async def _list_past_models(request: web.Request, at: str, cursor: str, limit: i
 async def show_model(request: web.Request) -> web.Response:
     model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
     if at is not None:
-        moment, past = await read_past(request, at, state_at)
-        if model_id not in past.models:
-            raise UnknownModel(model_id)
-        return web.json_response({**model_view(model_id, past, None, past.active()), **as_of(moment)})
+        return web.json_response(await _show_past_model(request, at, model_id))
     seen = await look_at_model(request, model_id)
     state = request.app[LOG].state
+    active = state.active()
     view = model_view(
-        model_id,
-        state,
+        describe_model(state.models.get(model_id) or Model(model_id)),
         seen.versions,
-        state.active(),
+        is_active=active is not None and active.id == model_id,
         repository_changed=seen.has_changed,
         memory_bytes=_memory_now(request.app, model_id),
     )
@@ -268,39 +257,47 @@ async def show_model(request: web.Request) -> web.Response:
     return web.json_response({**view, "parameters": parameters, **signature})
 
 
+async def _show_past_model(request: web.Request, at: str, model_id: str) -> dict[str, Any]:
+    def read(connection: Any, position: int) -> tuple[ShownModel | None, str | None]:
+        return model_at(connection, position, model_id), active_at(connection, position)
+
+    moment, (model, active) = await read_past(request, at, read)
+    if model is None:
+        raise UnknownModel(model_id)
+    return {**model_view(model, None, is_active=model_id == active), **as_of(moment)}
+
+
 def model_view(
-    model_id: str,
-    state: State,
+    model: ShownModel,
     versions: list[int] | None,
-    active: Model | None,
     *,
+    is_active: bool,
     repository_changed: bool | None = None,
     memory_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Return a model of the state, or one of the repository only; None for what is unknown of the past."""
-    model = state.models.get(model_id) or Model(model_id)
-    serving = model.serving
+    """Return a model as the API has it; None for what is unknown of the past."""
+    row, load = model.row, model.load
     return {
         "id": model.id,
         "versions": versions,
-        "state": model.state.value,
-        "version": model.version,
-        "next_version": model.next_version,
-        "active": active is not None and active.id == model.id,
-        "loaded_at": serving.loaded_at if serving else None,
-        "loaded_by": (serving.asked_by or serving.loaded_by) if serving else None,
-        "brought_back": serving.brought_back if serving else None,
-        "job_id": serving.load_job_id if serving else None,
-        **node_member(serving.node_id if serving else None),
-        "position": serving.position if serving else None,
-        "files": msgspec.to_builtins(serving.files) if serving else [],
-        "repository_changed": repository_changed if serving else None,
-        "prepared": msgspec.to_builtins(serving.prepared) if serving else None,
+        "state": row.state.value,
+        "version": row.version,
+        "next_version": row.next_version,
+        "active": is_active,
+        "loaded_at": load.loaded_at if load else None,
+        "loaded_by": (row.asked_by or load.loaded_by) if load else None,
+        "brought_back": row.brought_back,
+        "job_id": load.load_job_id if load else None,
+        **node_member(row.node),
+        "position": load.position if load else None,
+        "files": msgspec.to_builtins(load.files) if load else [],
+        "repository_changed": repository_changed if load else None,
+        "prepared": msgspec.to_builtins(load.prepared) if load else None,
         "memory_bytes": memory_bytes,
-        "memory_at_load_bytes": serving.memory_bytes if serving else None,
-        "error": failure_view(model.error),
-        "instances": len(serving.worker_ids) if serving and model.phase in _HAS_WORKERS else None,
-        "threads": serving.threads if serving else None,
+        "memory_at_load_bytes": load.memory_bytes if load else None,
+        "error": msgspec.to_builtins(row.error),
+        "instances": row.workers if row.state in _HAS_WORKERS else None,
+        "threads": load.threads if load else None,
     }
 
 
@@ -440,3 +437,80 @@ def _first_models(
         if len(page) > limit:
             break
     return page
+
+
+class PrintedSchema(AnswerSchema):
+    """The last lines of one worker on its stderr."""
+
+    worker_id = fields.String(allow_none=True)
+    version = fields.Integer(allow_none=True)
+    job_id = fields.String(allow_none=True, **about("The job of its load."))
+    lines = fields.List(
+        fields.String(),
+        **about("Oldest first, at most 64 lines and 16 KiB; last, why the server killed the worker."),
+    )
+
+
+class ExitedSchema(PrintedSchema):
+    """The last lines of a worker that ended unexpectedly, as the ledger has them."""
+
+    exited_at = fields.String()
+    position = fields.Integer(**about("Of its `WorkerExited`."))
+    exit_code = fields.Integer(allow_none=True)
+    signal = fields.Integer(allow_none=True)
+
+
+class StderrSchema(AnswerSchema):
+    """The last lines that a model's workers printed."""
+
+    recorded = fields.Boolean(
+        **about("False with `--ledger-stderr off`: the ledger keeps only why the server killed a worker.")
+    )
+    workers = fields.List(fields.Nested(PrintedSchema), **about("Those that run."))
+    last_exited = fields.Nested(ExitedSchema, allow_none=True)
+
+
+@routes.get(
+    "/api/v1/models/{id}/stderr",
+    access=Access.ADMIN,
+    summary="Show the last lines that a model's workers printed",
+    description="They may hold inputs of clients: ONNX Runtime quotes them in messages.",
+    path=ModelPathSchema(),
+    query=NothingSchema(),
+    answers={200: (StderrSchema(), "Of the running workers, and of the last one that ended unexpectedly.")},
+    errors=("unknown_model", "repository_busy", "log_unavailable"),
+)
+async def show_stderr(request: web.Request) -> web.Response:
+    model_id = path_parameters(request)["id"]
+    running = [
+        {
+            "worker_id": worker.worker_id,
+            "version": load.version,
+            "job_id": load.job_id,
+            "lines": worker.stderr_tail(),
+        }
+        for load in request.app[CONSUMER].loads.values()
+        if load.model_id == model_id
+        for worker in load.alive_workers
+    ]
+    exited = await _last_exited(request.app, model_id)
+    if not running and exited is None:
+        await look_at_model(request, model_id)
+    answer = {"recorded": request.app[POOL].records_stderr, "workers": running, "last_exited": exited}
+    return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+
+async def _last_exited(app: web.Application, model_id: str) -> dict[str, Any] | None:
+    wanted = EventFilter(types=(WorkerExited.TYPE,), models=(model_id,))
+    page = await app[READER].event_page(EventQuery(wanted, newest_first=True, limit=1))
+    for stored in page.items:
+        event = msgspec.json.decode(stored.line)
+        data = event["data"]
+        return {
+            **{name: event[name] for name in ("worker_id", "version", "job_id", "position")},
+            "lines": data["stderr"],
+            "exited_at": event["recorded_at"],
+            "exit_code": data["exit_code"],
+            "signal": data["signal"],
+        }
+    return None

@@ -1,7 +1,7 @@
 """The console at `/` and the OpenAPI document at `/docs`, served from files of this package.
 
 The pages are public and hold no data: the console requests everything as any client does, with the token of
-its user. Its files are plain ES modules.
+its user. Its files are plain ES modules; its libraries are in `vendor`, as `tools.vendored` has written them.
 """
 
 import asyncio
@@ -63,12 +63,6 @@ _DOCS_FILES = {
 }
 
 
-class NoSuchFile(ServerProblem):
-    """The console has no such file."""
-
-    code = "not_found"
-
-
 class FilePathSchema(Schema):
     """The file named by the path."""
 
@@ -118,6 +112,7 @@ async def show_console(request: web.Request) -> web.StreamResponse:
 
 @routes.get(
     "/console/{file}",
+    "/console/vendor/{file}",
     access=Access.PUBLIC,
     tag="console",
     summary="A file of the console",
@@ -126,13 +121,14 @@ async def show_console(request: web.Request) -> web.StreamResponse:
     errors=("not_found",),
 )
 async def show_console_file(request: web.Request) -> web.StreamResponse:
-    return await _console_file(request, path_parameters(request)["file"])
+    folder = "vendor/" if request.path.startswith("/console/vendor/") else ""
+    return await _console_file(request, folder + path_parameters(request)["file"])
 
 
 async def _console_file(request: web.Request, name: str) -> web.Response:
     files = await asyncio.to_thread(_files)
     if name not in files or name in _DOCS_FILES:
-        raise NoSuchFile(f"the console has no file {name!r}")
+        raise ServerProblem(f"the console has no file {name!r}", code="not_found")
     body, tag = files[name]
     if any(known.value in {tag, "*"} for known in request.if_none_match or ()):
         response = web.Response(status=304, headers=_CONSOLE_HEADERS)
@@ -156,6 +152,8 @@ def _response(name: str, body: bytes, headers: dict[str, str]) -> web.Response:
 @cache
 def _files() -> dict[str, tuple[bytes, str]]:
     """Read all files once: they belong together, and no path is built from a request."""
-    ours = {file.name: _OURS for file in _OURS.iterdir() if file.name.rpartition(".")[2] in _TYPES}
+    vendored = {f"vendor/{file.name}": _OURS for file in (_OURS / "vendor").iterdir()}
+    ours = {**{file.name: _OURS for file in _OURS.iterdir()}, **vendored}
+    ours = {name: folder for name, folder in ours.items() if name.rpartition(".")[2] in _TYPES}
     found = {name: (folder / name).read_bytes() for name, folder in {**ours, **_DOCS_FILES}.items()}
     return {name: (body, sha256(body).hexdigest()[:32]) for name, body in found.items()}

@@ -8,11 +8,12 @@ import msgspec
 from aiohttp import web
 from marshmallow import fields, validate
 
-from runtime.memory import read_pressure, total_bytes
+from runtime.memory import read_pressure
 from server.api.schemas import AnswerSchema, about
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL
 from server.config import OFF
 from server.http.validation import NothingSchema
+from server.observability.timeseries import measure
 from server.routing import Access, Routes
 
 routes = Routes(tag="resources")
@@ -24,89 +25,76 @@ CACHED_S = 0.1
 class LoadUseSchema(AnswerSchema):
     """Resources of one load until its processes have exited."""
 
-    model_id = fields.String(required=True)
-    version = fields.Integer(required=True)
-    job_id = fields.String(required=True, **about("Job of the load."))
-    phase = fields.String(
-        required=True, validate=validate.OneOf(["loading", "failed", "serving", "draining"])
-    )
-    workers = fields.Integer(required=True)
-    reserved_bytes = fields.Integer(required=True, **about("Memory reserved while it loads; 0 afterwards."))
-    memory_bytes = fields.Integer(
-        required=True, **about("Private bytes of its workers, measured every few seconds.")
-    )
+    model_id = fields.String()
+    version = fields.Integer()
+    job_id = fields.String(**about("Job of the load."))
+    phase = fields.String(validate=validate.OneOf(["loading", "failed", "serving", "draining"]))
+    workers = fields.Integer()
+    reserved_bytes = fields.Integer(**about("Memory reserved while it loads; 0 afterwards."))
+    memory_bytes = fields.Integer(**about("Private bytes of its workers, measured every few seconds."))
     memory_at_load_bytes = fields.Integer(
-        required=True, allow_none=True, **about("What they took when the model was loaded.")
+        allow_none=True, **about("What they took when the model was loaded.")
     )
-    in_flight = fields.Integer(required=True, **about("Inferences queued or running."))
-    last_used_at = fields.String(required=True, allow_none=True, **about("The end of its last inference."))
-    pinned = fields.Boolean(required=True)
-    keep_alive_s = fields.Integer(required=True, allow_none=True)
+    in_flight = fields.Integer(**about("Inferences queued or running."))
+    last_used_at = fields.String(allow_none=True, **about("The end of its last inference."))
+    pinned = fields.Boolean()
+    keep_alive_s = fields.Integer(allow_none=True)
 
 
 class WaitSchema(AnswerSchema):
     """A job that waits."""
 
-    job_id = fields.String(required=True)
-    model_id = fields.String(required=True)
-    needs_bytes = fields.Integer(required=True, allow_none=True)
-    waiting_for = fields.String(required=True)
+    job_id = fields.String()
+    model_id = fields.String()
+    needs_bytes = fields.Integer(allow_none=True)
+    waiting_for = fields.String()
 
 
 class PreparationSchema(AnswerSchema):
     """The model that is being prepared in the background."""
 
-    model_id = fields.String(required=True)
-    version = fields.Integer(required=True)
-    reserved_bytes = fields.Integer(
-        required=True, **about("Memory reserved until its processes have exited.")
-    )
-    stopping = fields.Boolean(required=True, **about("A load needs the memory."))
+    model_id = fields.String()
+    version = fields.Integer()
+    reserved_bytes = fields.Integer(**about("Memory reserved until its processes have exited."))
+    stopping = fields.Boolean(**about("A load needs the memory."))
 
 
 class PressureSchema(AnswerSchema):
     """Percent of the last ten seconds in which a task waited for the resource (PSI)."""
 
-    memory_some_percent = fields.Float(required=True, allow_none=True)
-    cpu_some_percent = fields.Float(required=True, allow_none=True)
+    memory_some_percent = fields.Float(allow_none=True)
+    cpu_some_percent = fields.Float(allow_none=True)
 
 
 class ConfinementSchema(AnswerSchema):
     """Confinement of the workers, as tested when the server started."""
 
-    mode = fields.String(required=True, validate=validate.OneOf(["auto", "require", "off"]))
-    landlock_abi = fields.Integer(
-        required=True, **about("Version of Landlock that restricts files; 0 if nothing does.")
-    )
-    seccomp = fields.Boolean(required=True, **about("Whether system calls are filtered."))
-    not_prevented = fields.List(
-        fields.String(), required=True, **about("Forbidden acts that a worker could do.")
-    )
+    mode = fields.String(validate=validate.OneOf(["auto", "require", "off"]))
+    landlock_abi = fields.Integer(**about("Version of Landlock that restricts files; 0 if nothing does."))
+    seccomp = fields.Boolean(**about("Whether system calls are filtered."))
+    not_prevented = fields.List(fields.String(), **about("Forbidden acts that a worker could do."))
 
 
 class ResourcesSchema(AnswerSchema):
     """The memory budget of workers and its use."""
 
-    limit_bytes = fields.Integer(required=True, **about("Of this container or machine."))
-    limit_source = fields.String(required=True, **about("cgroup v2, cgroup v1 or machine."))
-    budget_bytes = fields.Integer(required=True)
-    reserved_bytes = fields.Integer(required=True)
-    used_bytes = fields.Integer(required=True)
-    free_bytes = fields.Integer(required=True, **about("Negative if models have grown beyond the budget."))
-    max_loaded = fields.Integer(required=True, allow_none=True)
-    threads = fields.Integer(
-        required=True, **about("Threads of each worker of a load that does not say otherwise.")
-    )
-    models = fields.List(fields.Nested(LoadUseSchema), required=True)
-    waiting = fields.List(fields.Nested(WaitSchema), required=True)
-    preparing = fields.Nested(PreparationSchema, required=True, allow_none=True)
-    pressure = fields.Nested(PressureSchema, required=True, allow_none=True, **about("Null without PSI."))
-    confinement = fields.Nested(ConfinementSchema, required=True)
+    limit_bytes = fields.Integer(**about("Of this container or machine."))
+    limit_source = fields.String(**about("cgroup v2, cgroup v1 or machine."))
+    budget_bytes = fields.Integer()
+    reserved_bytes = fields.Integer()
+    used_bytes = fields.Integer()
+    free_bytes = fields.Integer(**about("Negative if models have grown beyond the budget."))
+    max_loaded = fields.Integer(allow_none=True)
+    threads = fields.Integer(**about("Threads of each worker of a load that does not say otherwise."))
+    models = fields.List(fields.Nested(LoadUseSchema))
+    waiting = fields.List(fields.Nested(WaitSchema))
+    preparing = fields.Nested(PreparationSchema, allow_none=True)
+    pressure = fields.Nested(PressureSchema, allow_none=True, **about("Null without PSI."))
+    confinement = fields.Nested(ConfinementSchema)
     repository_writable = fields.Boolean(
-        required=True,
-        **about("Whether the settings let admins add and remove versions; the folder may still not."),
+        **about("Whether the settings let admins add and remove versions; the folder may still not.")
     )
-    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
+    as_of = fields.Integer(**about("The position that the answer reflects."))
 
 
 class ResourcesCache:
@@ -141,24 +129,19 @@ RESOURCES_CACHE = web.AppKey("resources_cache", ResourcesCache)
 
 def _resources(app: web.Application) -> dict[str, object]:
     consumer, limit, config = app[CONSUMER], app[LIMIT], app[CONFIG]
-    models, waiting = consumer.uses(), consumer.waits()
-    budget = consumer.policy.budget_bytes or limit.bytes
-    reserved = total_bytes(use.reserved_bytes for use in models)
-    used = total_bytes(use.memory_bytes for use in models)
-    preparing = consumer.preparation()
-    reserved += preparing.reserved_bytes if preparing is not None else 0
+    taken = measure(consumer, limit)
     return {
         "limit_bytes": limit.bytes,
         "limit_source": limit.source,
-        "budget_bytes": budget,
-        "reserved_bytes": reserved,
-        "used_bytes": used,
-        "free_bytes": budget - reserved - used,
+        "budget_bytes": taken.budget_bytes,
+        "reserved_bytes": taken.reserved_bytes,
+        "used_bytes": taken.used_bytes,
+        "free_bytes": taken.budget_bytes - taken.reserved_bytes - taken.used_bytes,
         "max_loaded": consumer.policy.max_loaded,
         "threads": app[POOL].threads,
-        "models": models,
-        "waiting": waiting,
-        "preparing": preparing,
+        "models": consumer.uses(),
+        "waiting": consumer.waits(),
+        "preparing": consumer.preparation(),
         "pressure": read_pressure(),
         "confinement": app[POOL].applied.confinement,
         "repository_writable": config.repository_writable != OFF and config.has_store,

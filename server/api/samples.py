@@ -24,7 +24,7 @@ from server.observability.timeseries import (
     Counts,
     Latencies,
     ModelSample,
-    ServerSample,
+    Sample,
     merge_counts,
 )
 from server.routing import Access, Routes
@@ -47,56 +47,54 @@ class RangeQuerySchema(Schema):
 class LatencySchema(AnswerSchema):
     """Requests of an interval and their latencies."""
 
-    requests = fields.Integer(required=True, **about("Answered requests."))
-    failures = fields.Integer(required=True, **about("Requests that failed in the worker."))
-    p50_s = fields.Float(required=True, allow_none=True, **about(f"Median {_QUANTILE}"))
-    p95_s = fields.Float(required=True, allow_none=True, **about(f"95 % quantile {_QUANTILE}"))
-    p99_s = fields.Float(required=True, allow_none=True, **about(f"99 % quantile {_QUANTILE}"))
+    requests = fields.Integer(**about("Answered requests."))
+    failures = fields.Integer(**about("Requests that failed in the worker."))
+    p50_s = fields.Float(allow_none=True, **about(f"Median {_QUANTILE}"))
+    p95_s = fields.Float(allow_none=True, **about(f"95 % quantile {_QUANTILE}"))
+    p99_s = fields.Float(allow_none=True, **about(f"99 % quantile {_QUANTILE}"))
 
 
 class PointSchema(LatencySchema):
     """An interval; the last one of the long range has not ended."""
 
-    at = fields.String(required=True, **about("The end of the interval."))
+    at = fields.String(**about("The end of the interval."))
 
 
 class ModelPointSchema(PointSchema):
     """An interval of a model."""
 
     memory_bytes = fields.Integer(
-        required=True, allow_none=True, **about("The most that its workers took; null without one.")
+        allow_none=True, **about("The most that its workers took; null without one.")
     )
 
 
 class ServerPointSchema(PointSchema):
     """An interval of the server."""
 
-    server_bytes = fields.Integer(
-        required=True, **about("Memory of the server's own process, without pages of files.")
-    )
-    used_bytes = fields.Integer(required=True, **about("Memory of the workers of loaded models."))
-    reserved_bytes = fields.Integer(required=True, **about("Reserved for loads and for preparing."))
-    budget_bytes = fields.Integer(required=True)
+    server_bytes = fields.Integer(**about("Memory of the server's own process, without pages of files."))
+    used_bytes = fields.Integer(**about("Memory of the workers of loaded models."))
+    reserved_bytes = fields.Integer(**about("Reserved for loads and for preparing."))
+    budget_bytes = fields.Integer()
 
 
 class HistorySchema(AnswerSchema):
     """The samples since the server started, at most of a range. They end with the server."""
 
-    range = fields.String(required=True)
-    interval_s = fields.Integer(required=True)
-    whole = fields.Nested(LatencySchema, required=True, **about("Of all points together."))
+    range = fields.String()
+    interval_s = fields.Integer()
+    whole = fields.Nested(LatencySchema, **about("Of all points together."))
 
 
 class ServerHistorySchema(HistorySchema):
     """Samples of the server."""
 
-    points = fields.List(fields.Nested(ServerPointSchema), required=True, **about("Oldest first."))
+    points = fields.List(fields.Nested(ServerPointSchema), **about("Oldest first."))
 
 
 class ModelHistorySchema(HistorySchema):
     """Samples of a model; without any, it had no worker in that time."""
 
-    points = fields.List(fields.Nested(ModelPointSchema), required=True, **about("Oldest first."))
+    points = fields.List(fields.Nested(ModelPointSchema), **about("Oldest first."))
 
 
 @routes.get(
@@ -137,7 +135,7 @@ def _answer(name: str, points: Iterable[dict[str, Any]], counts: Iterable[Counts
     return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
-def _server_point(sample: ServerSample) -> dict[str, Any]:
+def _server_point(sample: Sample) -> dict[str, Any]:
     return {"at": sample.at, **asdict(sample.memory), **asdict(Latencies.of(sample.counts))}
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from marshmallow import INCLUDE, Schema, fields, validate
 
-from events.jobs import Failure
 from runtime.repository import MAX_VERSION, MODEL_ID
 from server.http.validation import ParameterInteger
 
@@ -19,8 +18,11 @@ A_MOMENT = "A position, all digits, or a time with its offset (RFC 3339), such a
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
 
-def about(text: str, **more: str) -> dict[str, Any]:
-    """Return the argument of a field that describes it in the OpenAPI document."""
+def about(text: str, **more: str | bool) -> dict[str, Any]:
+    """Return the argument of a field that describes it in the OpenAPI document.
+
+    With `is_optional=True`, an `AnswerSchema` may lack the member; others always have theirs.
+    """
     return {"metadata": {"description": text, **more}}
 
 
@@ -51,33 +53,32 @@ class PageQuerySchema(Schema):
 
 
 class AnswerSchema(Schema):
-    """An answer; clients must ignore unknown members, since later releases add some."""
+    """An answer has all its members but optional ones; clients must ignore unknown ones of later releases."""
 
     class Meta:
         """Makes the document say so, too."""
 
         unknown = INCLUDE
 
+    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:  # noqa: ARG002
+        field_obj.required = not field_obj.metadata.get("is_optional", False)
+
 
 class FailureSchema(AnswerSchema):
     """Why a job or a model failed."""
 
-    code = fields.String(required=True)
-    message = fields.String(required=True)
+    code = fields.String()
+    message = fields.String()
 
 
 class TensorSchema(AnswerSchema):
     """A tensor, or the specification of one."""
 
-    name = fields.String(required=True)
-    datatype = fields.String(required=True)
-    shape = fields.List(fields.Integer(), required=True)
+    name = fields.String()
+    datatype = fields.String()
+    shape = fields.List(fields.Integer())
 
 
 def node_member(node_id: str | None) -> dict[str, str]:
     """Return the member of a node; without one there is none, so that a server alone never shows it."""
     return {} if node_id is None else {"node": node_id}
-
-
-def failure_view(error: Failure | None) -> dict[str, str] | None:
-    return {"code": error.code, "message": error.message} if error is not None else None

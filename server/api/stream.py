@@ -307,7 +307,8 @@ class EventStream:
             try:
                 await self._write(self.form.end(await self._send_events(batch)))
             except TimeoutError:  # the client reads nothing
-                self._abort()
+                if self.request.transport is not None:
+                    self.request.transport.abort()
 
     async def _send_events(self, batch: Batch) -> str:
         self._sent = batch.after
@@ -329,7 +330,7 @@ class EventStream:
             news += self._live_chunks(batch.upto)
         if self._now() >= self.heartbeat_due:
             if not any(news):
-                news.append(self._heartbeat(batch.upto))
+                news.append(self._bookmark(batch.upto) or self.form.heartbeat(batch.upto))
             self._schedule_heartbeat()
         return b"".join(news)
 
@@ -359,9 +360,6 @@ class EventStream:
         self._sent = position
         return self.form.bookmark(position)
 
-    def _heartbeat(self, position: int) -> bytes:
-        return self._bookmark(position) or self.form.heartbeat(position)
-
     def _end_reason(self) -> str | None:
         if self.streams.tails.closed:
             return "the server stops"
@@ -389,10 +387,6 @@ class EventStream:
                 await self.response.write(chunk)
                 await self.request.writer.drain()
             self._writing = None
-
-    def _abort(self) -> None:
-        if self.request.transport is not None:
-            self.request.transport.abort()
 
     @staticmethod
     def _now() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -10,10 +11,10 @@ from marshmallow import Schema, fields, validate
 
 from events.clock import format_timestamp, utc_now
 from events.models import ModelState
+from events.presence import NodeState, ServerState
 from events.sqlite.lanes import FILES_SHOWN, MarkKind
-from events.sqlite.liveness import NodeState, ServerState
-from events.sqlite.readonly import open_reader_thread
-from events.sqlite.timeline import TimelineQuery, TimelineReader
+from events.sqlite.readonly import ReaderThread, open_reader_thread
+from events.sqlite.timeline import TimelineQuery, read_timeline
 from events.sqlite.timetravel import parse_moment
 from server.api.schemas import A_MOMENT, AnswerSchema, about, one_of
 from server.appkeys import LOG
@@ -22,7 +23,7 @@ from server.routing import Access, Routes
 
 routes = Routes(tag="ledger")
 
-TIMELINE = web.AppKey("timeline", TimelineReader)
+TIMELINE = web.AppKey("timeline", ReaderThread)
 """Reads the timeline."""
 
 MAX_LANES = 100
@@ -34,7 +35,7 @@ MIN_RESOLUTION, MAX_RESOLUTION = 100, 2000
 
 async def open_timeline(app: web.Application) -> AsyncIterator[None]:
     async with open_reader_thread(app[LOG].path, "ledger-timeline") as thread:
-        app[TIMELINE] = TimelineReader(thread)
+        app[TIMELINE] = thread
         yield
 
 
@@ -64,7 +65,7 @@ class TimelineQuerySchema(Schema):
     )
     active = ParameterBoolean(
         load_default=False,
-        **about("Only models that were loaded, or had events, in the range or shortly before it."),
+        **about("Only models that had events in the range, or were loaded or to be loaded where it begins."),
     )
     resolution = ParameterInteger(
         load_default=600,
@@ -76,138 +77,118 @@ class TimelineQuerySchema(Schema):
 class SegmentSchema(AnswerSchema):
     """A time in which a model's state stayed the same, or a summary of several."""
 
-    state = fields.String(required=True, validate=one_of(ModelState))
-    begin = fields.String(data_key="from", required=True)
-    end = fields.String(data_key="to", required=True)
-    version = fields.Integer(required=True, allow_none=True)
+    state = fields.String(validate=one_of(ModelState))
+    begin = fields.String(data_key="from")
+    end = fields.String(data_key="to")
+    version = fields.Integer(allow_none=True)
     next_version = fields.Integer(
-        required=True,
-        allow_none=True,
-        **about("The version that loads beside the one that serves, or waits to be loaded."),
+        allow_none=True, **about("The version that loads beside the one that serves, or waits to be loaded.")
     )
-    load_job_id = fields.String(
-        required=True, allow_none=True, **about("Job of its load; see `loads` of the lane.")
-    )
+    load_job_id = fields.String(allow_none=True, **about("Job of its load; see `loads` of the lane."))
     position = fields.Integer(
-        required=True, allow_none=True, **about("Of the event that began it; null if that was earlier.")
+        allow_none=True, **about("Of the event that began it; null if that was earlier.")
     )
-    by = fields.String(required=True, allow_none=True, **about("Who asked for what began it."))
-    cause = fields.String(required=True, allow_none=True, **about("Of the job that began it."))
-    waiting = fields.Boolean(
-        required=True, **about("Whether the model is not loaded, and a load of it waits to start.")
-    )
-    degraded = fields.Boolean(required=True, **about("Whether some of its workers are gone."))
-    error = fields.String(
-        required=True, allow_none=True, **about("Code of the failure, in the states `failed` and `lost`.")
-    )
-    events = fields.Integer(required=True, **about("Events of the model in this time."))
+    by = fields.String(allow_none=True, **about("Who asked for what began it; null if not known."))
+    cause = fields.String(allow_none=True, **about("Of the job that began it."))
+    waiting = fields.Boolean(**about("Whether the model is not loaded, and a load of it waits to start."))
+    degraded = fields.Boolean(**about("Whether some of its workers are gone."))
+    error = fields.String(allow_none=True, **about("Code of the failure, in the states `failed` and `lost`."))
+    events = fields.Integer(**about("Events of the model in this time."))
     summary = fields.Boolean(
-        required=True,
-        **about("Whether this may be several states, too short or too many; `state` is that of the end."),
+        **about("Whether this may be several states, too short or too many; `state` is that of the end.")
     )
 
 
 class MarkSchema(AnswerSchema):
     """A moment that stands out; those of a kind within one bucket are one, with the last one's members."""
 
-    kind = fields.String(required=True, validate=one_of(MarkKind))
-    at = fields.String(required=True)
-    position = fields.Integer(required=True)
-    version = fields.Integer(required=True, allow_none=True)
-    job_id = fields.String(required=True, allow_none=True)
-    by = fields.String(required=True, allow_none=True)
-    code = fields.String(required=True, allow_none=True, **about("Of the failure, or how a worker ended."))
-    count = fields.Integer(required=True)
+    kind = fields.String(validate=one_of(MarkKind))
+    at = fields.String()
+    position = fields.Integer()
+    version = fields.Integer(allow_none=True)
+    job_id = fields.String(allow_none=True)
+    by = fields.String(allow_none=True)
+    code = fields.String(allow_none=True, **about("Of the failure, or how a worker ended."))
+    count = fields.Integer()
 
 
 class FileHashSchema(AnswerSchema):
     """A file of a loaded version."""
 
-    path = fields.String(required=True)
-    sha256 = fields.String(required=True)
+    path = fields.String()
+    sha256 = fields.String()
 
 
 class LaneLoadSchema(AnswerSchema):
     """A load that took effect, and its bytes."""
 
-    job_id = fields.String(required=True)
-    version = fields.Integer(required=True)
-    loaded_at = fields.String(required=True)
-    loaded_by = fields.String(required=True)
-    position = fields.Integer(required=True, **about("Of its `ModelLoaded`."))
-    files = fields.List(
-        fields.Nested(FileHashSchema), required=True, **about(f"The first {FILES_SHOWN} of its files.")
-    )
-    file_count = fields.Integer(required=True)
+    job_id = fields.String()
+    version = fields.Integer()
+    loaded_at = fields.String()
+    loaded_by = fields.String()
+    position = fields.Integer(**about("Of its `ModelLoaded`."))
+    files = fields.List(fields.Nested(FileHashSchema), **about(f"The first {FILES_SHOWN} of its files."))
+    file_count = fields.Integer()
 
 
 class LaneSchema(AnswerSchema):
     """One model over the range."""
 
-    model_id = fields.String(required=True)
-    segments = fields.List(fields.Nested(SegmentSchema), required=True, **about("In order, without overlap."))
-    marks = fields.List(fields.Nested(MarkSchema), required=True)
-    its_loads = fields.List(fields.Nested(LaneLoadSchema), data_key="loads", required=True)
+    model_id = fields.String()
+    segments = fields.List(fields.Nested(SegmentSchema), **about("In order, without overlap."))
+    marks = fields.List(fields.Nested(MarkSchema))
+    its_loads = fields.List(fields.Nested(LaneLoadSchema), data_key="loads")
 
 
 class ServerSegmentSchema(AnswerSchema):
     """A time in which the server ran, was stopped, or may have been either."""
 
-    state = fields.String(required=True, validate=one_of(ServerState))
-    begin = fields.String(data_key="from", required=True)
-    end = fields.String(data_key="to", required=True)
-    position = fields.Integer(required=True, allow_none=True)
-    restarts = fields.Integer(required=True, **about("Starts of the server that are merged into it."))
+    state = fields.String(validate=one_of(ServerState))
+    begin = fields.String(data_key="from")
+    end = fields.String(data_key="to")
+    position = fields.Integer(allow_none=True)
+    restarts = fields.Integer(**about("Starts of the server that are merged into it."))
 
 
 class NodeSegmentSchema(ServerSegmentSchema):
     """A time in which a node was there, had left or was lost, or may have been there."""
 
-    state = fields.String(required=True, validate=one_of(NodeState))
+    state = fields.String(validate=one_of(NodeState))
 
 
 class NodeLaneSchema(AnswerSchema):
     """One node over the range."""
 
-    node_id = fields.String(required=True)
-    segments = fields.List(
-        fields.Nested(NodeSegmentSchema), required=True, **about("In order, from where it first joined.")
-    )
+    node_id = fields.String()
+    segments = fields.List(fields.Nested(NodeSegmentSchema), **about("In order, from where it first joined."))
 
 
 class TimelineSchema(AnswerSchema):
     """A page of lanes."""
 
-    begin = fields.String(data_key="from", required=True)
-    end = fields.String(data_key="to", required=True)
-    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
-    oldest = fields.Integer(required=True, **about("Position of the oldest event that is not archived."))
+    begin = fields.String(data_key="from")
+    end = fields.String(data_key="to")
+    as_of = fields.Integer(**about("The position that the answer reflects."))
+    oldest = fields.Integer(**about("Position of the oldest event that is not archived."))
     known_from = fields.String(
-        required=True,
         allow_none=True,
         **about("When the first event was recorded that is not archived; nothing before it is shown."),
     )
-    lanes = fields.List(
-        fields.Nested(LaneSchema), required=True, **about("Of models that the ledger knows, by id.")
-    )
+    lanes = fields.List(fields.Nested(LaneSchema), **about("Of models that the ledger knows, by id."))
     server = fields.List(
         fields.Nested(ServerSegmentSchema),
-        required=True,
         **about("Whether a server ran; with nodes, one runs while any node is there."),
     )
     nodes = fields.List(
         fields.Nested(NodeLaneSchema),
-        **about("The nodes that were there in the range, by name; missing without any."),
+        **about("The nodes that were there in the range, by name; missing without any.", is_optional=True),
     )
     marks_from = fields.String(
-        required=True,
         allow_none=True,
         **about("Marks of failures begin here, because there are too many; null if all are there."),
     )
-    models = fields.Integer(required=True, **about("Models on all pages."))
-    next_cursor = fields.String(
-        required=True, allow_none=True, **about("`cursor` of the next page; null on the last page.")
-    )
+    models = fields.Integer(**about("Models on all pages."))
+    next_cursor = fields.String(allow_none=True, **about("`cursor` of the next page; null on the last page."))
 
 
 @routes.get(
@@ -223,16 +204,15 @@ class TimelineSchema(AnswerSchema):
 )
 async def show_timeline(request: web.Request) -> web.Response:
     query = query_parameters(request)
-    page = await request.app[TIMELINE].page(
-        TimelineQuery(
-            now=format_timestamp(utc_now()),
-            begin=parse_moment(query["begin"]),
-            end=parse_moment(query["end"]),
-            find=query["find"],
-            cursor=query["cursor"],
-            limit=query["limit"],
-            is_active=query["active"],
-            resolution=query["resolution"],
-        )
+    wanted = TimelineQuery(
+        now=format_timestamp(utc_now()),
+        begin=parse_moment(query["begin"]),
+        end=parse_moment(query["end"]),
+        find=query["find"],
+        cursor=query["cursor"],
+        limit=query["limit"],
+        is_active=query["active"],
+        resolution=query["resolution"],
     )
+    page = await request.app[TIMELINE].run(partial(read_timeline, query=wanted))
     return web.Response(body=msgspec.json.encode(page), content_type="application/json")

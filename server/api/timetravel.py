@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 from aiohttp import web
 from marshmallow import Schema, fields
 
-from events.sqlite.liveness import NodeState, ServerState
-from events.sqlite.timetravel import Moment, TimeTravelReader, open_time_travel_reader
+from events.presence import NodeState, ServerState
+from events.sqlite.readonly import ReaderThread, open_reader_thread
+from events.sqlite.timetravel import Moment, read_moment
 from server.api.schemas import AnswerSchema, about, one_of
 from server.appkeys import LOG
 
 T = TypeVar("T")
 
-TIME_TRAVEL = web.AppKey("time_travel", TimeTravelReader)
-"""The time travel reader."""
-
-AS_OF_IN_THE_PAST = "With `at`: the position that the answer reflects."
-AS_OF_TIME = "With `at`: when the event at `as_of` was recorded; null if the log does not have it."
-SERVER_THEN = (
-    "With `at`: the state of the server then. While it is not `running`, nothing is loaded. With nodes, "
-    "it runs while any is there."
-)
-NODES_THEN = "With `at`: the nodes that had joined by then, by name; missing if there were none."
+TIME_TRAVEL = web.AppKey("time_travel", ReaderThread)
+"""Reads the past, one query at a time, so that readers of the present do not wait."""
 
 
 class AtQuerySchema(Schema):
@@ -46,28 +40,54 @@ class ServerSchema(AnswerSchema):
     """The state of the server at a moment of the past."""
 
     state = fields.String(
-        required=True,
         validate=one_of(ServerState),
         **about("`unknown`: after it was last seen, and before its unclean end was discovered."),
     )
-    since = fields.String(required=True, allow_none=True, **about("Null if the log does not say."))
+    since = fields.String(allow_none=True, **about("Null if the log does not say."))
 
 
 class NodePresenceSchema(AnswerSchema):
     """The state of a node at a moment of the past."""
 
-    id = fields.String(required=True)
+    id = fields.String()
     state = fields.String(
-        required=True,
         validate=one_of(NodeState),
         **about("`unknown`: after it renewed its lease last, and before it was declared lost."),
     )
-    since = fields.String(required=True, allow_none=True, **about("Null if the log does not say."))
+    since = fields.String(allow_none=True, **about("Null if the log does not say."))
+
+
+class PastSchema(AnswerSchema):
+    """The members about the moment itself of an answer about the past, see `as_of`."""
+
+    as_of = fields.Integer(**about("With `at`: the position that the answer reflects.", is_optional=True))
+    as_of_time = fields.String(
+        allow_none=True,
+        **about(
+            "With `at`: when the event at `as_of` was recorded; null if the log does not have it.",
+            is_optional=True,
+        ),
+    )
+    server = fields.Nested(
+        ServerSchema,
+        **about(
+            "With `at`: the state of the server then. While it is not `running`, nothing is loaded. With "
+            "nodes, it runs while any is there.",
+            is_optional=True,
+        ),
+    )
+    nodes = fields.List(
+        fields.Nested(NodePresenceSchema),
+        **about(
+            "With `at`: the nodes that had joined by then, by name; missing if there were none.",
+            is_optional=True,
+        ),
+    )
 
 
 async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
-    async with open_time_travel_reader(app[LOG].path) as reader:
-        app[TIME_TRAVEL] = reader
+    async with open_reader_thread(app[LOG].path, "ledger-past") as thread:
+        app[TIME_TRAVEL] = thread
         yield
 
 
@@ -79,7 +99,7 @@ async def read_past(request: web.Request, at: str, query: Callable[[Any, int], T
     """
     if at.isdecimal() and len(at) < 20:  # noqa: PLR2004 - a position is a 64-bit integer
         await request.app[LOG].reach(int(at))
-    return await request.app[TIME_TRAVEL].read(at, query)
+    return await request.app[TIME_TRAVEL].run(partial(read_moment, at=at, query=query))
 
 
 def as_of(moment: Moment) -> dict[str, Any]:

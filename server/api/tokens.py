@@ -101,64 +101,57 @@ class CodeBodySchema(Schema):
 class TokenSchema(AnswerSchema):
     """A token, as the ledger knows it; never the token itself."""
 
-    jti = fields.String(required=True)
-    subject = fields.String(
-        required=True, allow_none=True, **about("Null if an identity provider issued the token.")
-    )
-    roles = fields.List(fields.String(), required=True)
-    expires_at = fields.String(required=True)
-    issued_at = fields.String(required=True, allow_none=True)
-    issued_by = fields.String(required=True, allow_none=True)
-    via = fields.String(
-        required=True, allow_none=True, **about("How it was issued: api, socket, link or serve.")
-    )
+    jti = fields.String()
+    subject = fields.String(allow_none=True, **about("Null if an identity provider issued the token."))
+    roles = fields.List(fields.String())
+    expires_at = fields.String()
+    issued_at = fields.String(allow_none=True)
+    issued_by = fields.String(allow_none=True)
+    via = fields.String(allow_none=True, **about("How it was issued: api, socket, link or serve."))
     issued_with = fields.String(
-        required=True, allow_none=True, **about("The token that issued it; null on the server's machine.")
+        allow_none=True, **about("The token that issued it; null on the server's machine.")
     )
-    revoked_at = fields.String(required=True, allow_none=True)
-    revoked_by = fields.String(required=True, allow_none=True)
+    revoked_at = fields.String(allow_none=True)
+    revoked_by = fields.String(allow_none=True)
 
 
 class RevokedTokenSchema(TokenSchema):
     """A revoked token."""
 
     issued = fields.List(
-        fields.String(),
-        required=True,
-        **about("The tokens that it issued, and that these issued, which are not revoked."),
+        fields.String(), **about("The tokens that it issued, and that these issued, which are not revoked.")
     )
 
 
 class TokenListSchema(AnswerSchema):
     """One page of the tokens, newest first."""
 
-    tokens = fields.List(fields.Nested(TokenSchema), required=True)
-    as_of = fields.Integer(required=True, **about("The position that the answer reflects."))
-    next_cursor = fields.Integer(required=True, allow_none=True)
+    tokens = fields.List(fields.Nested(TokenSchema))
+    as_of = fields.Integer(**about("The position that the answer reflects."))
+    next_cursor = fields.Integer(allow_none=True)
 
 
 class IssuedTokenSchema(AnswerSchema):
     """A new token."""
 
-    token = fields.String(required=True, **about("The token itself: only this answer has it."))
-    jti = fields.String(required=True)
-    subject = fields.String(required=True)
-    roles = fields.List(fields.String(), required=True)
-    expires_at = fields.String(required=True)
+    token = fields.String(**about("The token itself: only this answer has it."))
+    jti = fields.String()
+    subject = fields.String()
+    roles = fields.List(fields.String())
+    expires_at = fields.String()
 
 
 class SignInLinkSchema(AnswerSchema):
     """A new sign-in link."""
 
-    link_id = fields.String(required=True)
+    link_id = fields.String()
     path = fields.String(
-        required=True,
-        **about("Path and fragment of the console, to add to the server's URL; a fragment is never sent."),
+        **about("Path and fragment of the console, to add to the server's URL; a fragment is never sent.")
     )
     server_url = fields.String(
-        required=True, **about("Where the server listens, for browsers on its machine; may be empty.")
+        **about("Where the server listens, for browsers on its machine; may be empty.")
     )
-    expires_at = fields.String(required=True)
+    expires_at = fields.String()
 
 
 @routes.get(
@@ -173,7 +166,7 @@ async def list_tokens(request: web.Request) -> web.Response:
     """Answer with a page of tokens; revoked ones stay until a day after they would have expired."""
     query, state = query_parameters(request), request.app[LOG].state
     before, limit = query["cursor"], query["limit"]
-    found = [token for token in state.tokens.values() if before is None or token.position < before]
+    found = [token for token in state.registers.tokens.values() if before is None or token.position < before]
     found.sort(key=lambda token: token.position, reverse=True)
     page = found[:limit]
     next_cursor = page[-1].position if len(found) > limit else None
@@ -227,7 +220,7 @@ async def revoke_token(request: web.Request) -> web.Response:
     """Revoke a token, also one that is revoked already."""
     jti, app = path_parameters(request)["jti"], request.app
     await app[TOKENS].revoke(jti, actor=request[PRINCIPAL].subject, **json_body(request))
-    known = app[LOG].state.tokens
+    known = app[LOG].state.registers.tokens
     return web.json_response({**_token_view(known[jti]), "issued": find_issued(known, jti)})
 
 

@@ -21,10 +21,12 @@ from events.types import AddedFile
 from runtime.uploads.commit import STAGE_S, UploadBody
 from runtime.uploads.receive import Digests, parse_digests
 from runtime.uploads.stage import Stage
-from server.api.jobs import IS_KEY, ShuttingDown, hash_idempotency_key
+from server.api.jobs import IS_KEY, hash_idempotency_key
 from server.api.schemas import ModelVersionPathSchema, about
 from server.appkeys import STOPPING, UPLOADS
 from server.auth.gate import PRINCIPAL
+from server.cluster import FORWARDING
+from server.errors import ServerProblem
 from server.http.bodies import iterate_body
 from server.http.validation import (
     InvalidParameter,
@@ -34,7 +36,6 @@ from server.http.validation import (
     path_parameters,
 )
 from server.routing import Access, Routes
-from server.v2.forwarding import FORWARDER
 
 routes = Routes(tag="models")
 
@@ -147,12 +148,12 @@ def at_its_node(handler: Handler) -> Handler:
     @wraps(handler)
     async def answer(request: web.Request) -> web.StreamResponse:
         _, _, node_id = path_parameters(request)["stage"].partition(".")
-        forwarder = request.app.get(FORWARDER)
-        node = None if forwarder is None else forwarder.find_other(request, node_id)
-        if forwarder is None or node is None:
+        forwarding = request.app.get(FORWARDING)
+        there = None if forwarding is None else forwarding.find_other(request, node_id)
+        if forwarding is None or there is None:
             return await handler(request)
         body = _read_file(request).pieces if request.method == hdrs.METH_PUT else None
-        return await forwarder.pass_on(request, node, path_parameters(request)["id"], body)
+        return await forwarding.pass_on(request, there, path_parameters(request)["id"], body)
 
     return answer
 
@@ -349,10 +350,12 @@ async def _read_until_stop(request: web.Request) -> AsyncIterator[bytes]:
 
     Raises:
         BodyTimeout: `body_timeout`.
-        ShuttingDown: `shutting_down`.
+        ServerProblem: `shutting_down`.
     """
     stopping = request.app[STOPPING]
     async for piece in iterate_body(request.content):
         if stopping.is_set():
-            raise ShuttingDown("the server stops; nothing of this file is kept: send it again then")
+            raise ServerProblem(
+                "the server stops; nothing of this file is kept: send it again then", code="shutting_down"
+            )
         yield piece

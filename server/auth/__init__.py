@@ -7,7 +7,6 @@ every request except those to public routes, and the fast path for inferences.
 - `gate`: tokens, roles, the middleware; denials, counted for the ledger
 - `keys`: the private keys in the data directory, and the ledger's; signs tokens, rotates and revokes keys;
   the public keys that verify tokens, ours or an identity provider's
-- `peers`: the signed joins of nodes, and the tokens of what they forward
 - `tokens`: a token is signed and recorded; revocations, sign-in links
 - `control`: the socket in the data directory, over which commands on this machine manage tokens and nodes
 - `subjects`: which subjects a token may have

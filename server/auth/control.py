@@ -1,8 +1,8 @@
 """The socket in the data directory, over which users of the machine manage tokens and nodes without a token.
 
 Who may read the keys may sign any token; so whoever may open this socket is an administrator: the server's
-own user, and root. It speaks HTTP, with the routes of `server.api.tokens` and `server.api.nodes`, and the
-limits of any connection:
+own user, and root. It speaks HTTP, with the routes of tokens and of nodes, and the limits of any
+connection:
 
     curl --unix-socket DATA/control.sock http://local/api/v1/tokens
 """
@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +21,18 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api import nodes, tokens
-from server.appkeys import CONFIG, LOG, THIS_NODE
+from server.api import tokens
+from server.appkeys import CONFIG, LOG
 from server.auth.gate import PRINCIPAL, InvalidToken, Principal
 from server.auth.proxies import Proxies
 from server.auth.subjects import local_actor
 from server.auth.tokens import TOKENS
+from server.cluster import CLUSTER
 from server.errors import errors_middleware
 from server.http.connection import ConnectionLimits, listening_on
 from server.http.responses import response_completer
 from server.http.validation import validation_middleware
-from server.routing import Access, add_routes
+from server.routing import Access, Route, add_routes
 
 _log = logging.getLogger(__name__)
 
@@ -48,12 +49,14 @@ _PEER = struct.Struct("3i")
 """Process, user and group of the other end (unix(7), SO_PEERCRED)."""
 
 
-async def open_control(app: web.Application) -> AsyncIterator[None]:
+async def open_control(app: web.Application, others: Sequence[Route] = ()) -> AsyncIterator[None]:
     """Serve the socket; a resource of the application, under the lock of its data directory.
+
+    It has the routes of tokens, and `others`.
 
     Where no socket can be, as on some network file systems, the server runs without it.
     """
-    runner = web.AppRunner(_create_control(app), access_log=None, handler_cancellation=True)
+    runner = web.AppRunner(_create_control(app, others), access_log=None, handler_cancellation=True)
     limits = replace(ConnectionLimits.of(app[CONFIG]), most=MAX_CONNECTIONS, reserve=0, open=set())
     async with AsyncExitStack() as stack:
         await runner.setup()
@@ -67,17 +70,17 @@ async def open_control(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-def _create_control(app: web.Application) -> web.Application:
+def _create_control(app: web.Application, others: Sequence[Route]) -> web.Application:
     control = web.Application(
         middlewares=[errors_middleware, _local_middleware, validation_middleware],
         client_max_size=MAX_BODY_BYTES,
     )
     control.on_response_prepare.append(response_completer(Proxies()))
-    offered = [*tokens.routes, *nodes.routes]
+    offered = [*tokens.routes, *others]
     add_routes(control, [route for route in offered if route.access is not Access.PUBLIC])
     control[CONFIG], control[LOG], control[TOKENS] = app[CONFIG], app[LOG], app[TOKENS]
-    if THIS_NODE in app:
-        control[THIS_NODE] = app[THIS_NODE]
+    if CLUSTER in app:
+        control[CLUSTER] = app[CLUSTER]
     return control
 
 

@@ -206,13 +206,8 @@ class Denials:
 @dataclass(frozen=True, slots=True)
 class _Remembered:
     principal: Principal
-    expires_at: float
     kid: str | None
     key: VerificationKey
-
-
-def _none_revoked(jti: str) -> bool:  # noqa: ARG001 - without a ledger no token is revoked
-    return False
 
 
 @dataclass(eq=False)
@@ -220,6 +215,7 @@ class Verifier:
     """Verifies tokens; remembers valid ones by their SHA-256 until they or their key expire or are revoked.
 
     `is_revoked` says of a token's id whether the ledger has its revocation; it is asked for each request.
+    Without a ledger no token is revoked.
     """
 
     keys: KeyRing
@@ -227,7 +223,7 @@ class Verifier:
     issuer: str | None = None
     roles_claim: str = "roles"
     capacity: int = MAX_REMEMBERED
-    is_revoked: Callable[[str], bool] = _none_revoked
+    is_revoked: Callable[[str], bool] = lambda _: False
     _remembered: OrderedDict[bytes, _Remembered] = field(default_factory=OrderedDict, init=False)
 
     def verify(self, token: str, now: float) -> Principal:
@@ -250,7 +246,7 @@ class Verifier:
         known = self._remembered.get(digest)
         if known is None:
             return None
-        is_valid = known.expires_at > now and self.keys.find(known.kid, now) is known.key
+        is_valid = known.principal.expires_at > now and self.keys.find(known.kid, now) is known.key
         if is_valid and not self._refuses(known.principal):
             self._remembered.move_to_end(digest)
             return known.principal
@@ -263,11 +259,10 @@ class Verifier:
         if key is None:
             raise InvalidToken("the token is signed with a key that is not known here")
         claims = self._claims(token, key)
-        expires_at = _check_times(claims, now)
-        principal = replace(self._principal(claims), expires_at=expires_at)
+        principal = replace(self._principal(claims), expires_at=_check_times(claims, now))
         if self._refuses(principal):
             raise InvalidToken("the token was revoked")
-        return _Remembered(principal, expires_at, kid, key)
+        return _Remembered(principal, kid, key)
 
     def _refuses(self, principal: Principal) -> bool:
         return principal.jti is not None and self.is_revoked(principal.jti)
@@ -313,7 +308,7 @@ def create_verifier(config: Config) -> Verifier:
 
 
 class NodeTokens(Protocol):
-    """The tokens of requests that another node has forwarded to this one (`server.auth.peers`)."""
+    """The tokens of requests that another node has forwarded to this one (`nodes.peers`)."""
 
     async def await_sender(self, headers: CIMultiDictProxy[str]) -> None:
         """Wait a moment for the join of the node that forwards a request."""

@@ -2,7 +2,7 @@
 
 `<data>/keys/<kid>.pem` are our Ed25519 keys: the newest signs tokens, all verify them; nodes sign their
 joins with them, too. `<data>/ledger.key` signs the ledger's head, and what this node forwards
-(`server.auth.peers`). A key is revoked by removing its file, with all its tokens; a single token is revoked
+(`nodes.peers`). A key is revoked by removing its file, with all its tokens; a single token is revoked
 in the ledger (`server.auth.tokens`).
 
 An identity provider's file of public keys replaces our own. Each key is bound to exactly one algorithm when

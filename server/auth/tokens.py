@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from aiohttp import web
 
 from events.clock import Timestamp, format_timestamp, uuid7
-from events.commands import IssueToken, Receipt, Record, RevokeToken
+from events.commands import Receipt, Record
 from events.log import Log
+from events.registercommands import IssueToken, RevokeToken
 from events.tokens import is_refused
 from events.types import Draft, SignInLinkIssued, TokenIssued
 from server.auth.gate import InvalidToken, Principal
@@ -39,12 +40,6 @@ CODE_BYTES = 32
 
 SESSION_S = 12 * 3_600
 """How long the token of a sign-in link is valid: a working day, as `loadledger token` has it by default."""
-
-
-class IssuingRefused(ServerProblem):
-    """This server issues no tokens: they come from the identity provider, whose keys it has (--jwt-keys)."""
-
-    code = "not_supported"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +114,7 @@ class TokenIssuer:
         self.server_url = ""
 
     def is_revoked(self, jti: str) -> bool:
-        return is_refused(self._log.state.tokens, jti)
+        return is_refused(self._log.state.registers.tokens, jti)
 
     async def issue(
         self,
@@ -144,7 +139,7 @@ class TokenIssuer:
             issued_with: the id of the token of who asked for it.
 
         Raises:
-            IssuingRefused: `not_supported`, an identity provider issues the tokens.
+            ServerProblem: `not_supported`, an identity provider issues the tokens.
             KeyProblem: the subject, a role or the time is invalid, or there is no key.
             RequestRefused: `too_many_tokens`.
             LogUnavailable: `log_unavailable`.
@@ -186,7 +181,7 @@ class TokenIssuer:
         """Return a link that signs a browser in as this person.
 
         Raises:
-            IssuingRefused: `not_supported`, an identity provider issues the tokens.
+            ServerProblem: `not_supported`, an identity provider issues the tokens.
             LogUnavailable: `log_unavailable`.
         """
         self._refuse_with_provider()
@@ -231,7 +226,11 @@ class TokenIssuer:
 
     def _refuse_with_provider(self) -> None:
         if self._config.jwt_keys is not None:
-            raise IssuingRefused
+            raise ServerProblem(
+                "This server issues no tokens: they come from the identity provider, whose keys it has"
+                " (--jwt-keys).",
+                code="not_supported",
+            )
 
 
 TOKENS = web.AppKey("tokens", TokenIssuer)

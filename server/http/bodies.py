@@ -49,12 +49,6 @@ class BodyTimeout(ServerProblem):
     code = "body_timeout"
 
 
-class BodiesFull(ServerProblem):
-    """Too many large requests are in memory at once; try again."""
-
-    code = "bodies_full"
-
-
 class Bodies:
     """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it."""
 
@@ -108,10 +102,11 @@ class Share:
         """Count bytes that have arrived.
 
         Raises:
-            BodiesFull: `bodies_full`; these bytes are not counted.
+            ServerProblem: `bodies_full`; these bytes are not counted.
         """
         if not self._bodies.has_room(self._subject, count):
-            raise BodiesFull
+            reason = "too many large requests are in memory at once; try again"
+            raise ServerProblem(reason, code="bodies_full")
         self._add(count)
 
     @contextmanager
@@ -170,7 +165,7 @@ async def read_body(
     Raises:
         BodyTooLarge: the declared length or the body is too long (`body_too_large`).
         BodyTimeout: `body_timeout`.
-        BodiesFull: `bodies_full`.
+        ServerProblem: `bodies_full`.
     """
     content, pieces, total_bytes = request.content, list[bytes](), 0
     if content.is_eof():  # most bodies arrive with their head

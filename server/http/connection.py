@@ -310,17 +310,13 @@ class GuardedConnection(asyncio.BufferedProtocol):
             if self.is_reserve:
                 self.refuse(responses.TooManyConnections())
             elif self._head_bytes:
-                self.refuse(
-                    responses.HeadTimeout(f"the head of the request did not arrive within {limit_s:g} s")
-                )
+                late = f"the head of the request did not arrive within {limit_s:g} s"
+                self.refuse(ServerProblem(late, code="head_timeout"))
             else:  # the client has sent nothing, so there is nothing to answer
                 self._http.force_close()
         elif self._checked_head_bytes > responses.MAX_HEAD_BYTES:
-            self.refuse(
-                responses.HeadTooLarge(
-                    f"the head of a request must end within {responses.MAX_HEAD_BYTES} bytes"
-                )
-            )
+            too_large = f"the head of a request must end within {responses.MAX_HEAD_BYTES} bytes"
+            self.refuse(ServerProblem(too_large, code="head_too_large"))
         self._checked_head_bytes = self._head_bytes
 
     def refuse(self, problem: ServerProblem) -> None:

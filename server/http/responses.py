@@ -161,24 +161,6 @@ MAX_HEAD_BYTES = 64 * 2**10
 """Of an unfinished head: memory that a connection can take before it is authenticated."""
 
 
-class HeadTooLarge(ServerProblem):
-    """The request's header fields are too many or too long."""
-
-    code = "head_too_large"
-
-
-class TargetTooLong(ServerProblem):
-    """The request line is too long."""
-
-    code = "target_too_long"
-
-
-class MalformedRequest(ServerProblem):
-    """The request is no HTTP."""
-
-    code = "invalid_request"
-
-
 class UnknownTransferCoding(ServerProblem):
     """Transfer-Encoding must be chunked, once and alone; compress the content with Content-Encoding."""
 
@@ -191,12 +173,6 @@ class UnknownHttpVersion(ServerProblem):
     code = "unknown_http_version"
 
 
-class HeadTimeout(ServerProblem):
-    """The request's head did not arrive in time."""
-
-    code = "head_timeout"
-
-
 class TooManyConnections(ServerProblem):
     """The server has as many connections open as it may; try again."""
 
@@ -207,15 +183,18 @@ def problem_of_parser(defect: BaseException | None) -> ServerProblem:
     """Return the error for a refusal of aiohttp's parser."""
     if isinstance(defect, http_exceptions.LineTooLong):
         if MAX_LINE_BYTES in defect.args:
-            return TargetTooLong(f"the request line must not have more than {MAX_LINE_BYTES} bytes")
-        return HeadTooLarge(f"a header field must not have more than {MAX_LINE_BYTES} bytes")
+            text = f"the request line must not have more than {MAX_LINE_BYTES} bytes"
+            return ServerProblem(text, code="target_too_long")
+        text = f"a header field must not have more than {MAX_LINE_BYTES} bytes"
+        return ServerProblem(text, code="head_too_large")
     if "Too many headers" in str(defect):
-        return HeadTooLarge(f"a request must not have more than {MAX_FIELDS} header fields")
+        text = f"a request must not have more than {MAX_FIELDS} header fields"
+        return ServerProblem(text, code="head_too_large")
     text = defect.message if isinstance(defect, http_exceptions.HttpProcessingError) else str(defect)
     first = text.strip().partition("\n")[0].rstrip(":")  # the client's bytes follow
     if "Transfer-Encoding" in first and "Content-Length" not in first:  # with both, no coding is at fault
         return UnknownTransferCoding()
-    return MalformedRequest(f"the request is no HTTP: {first or 'malformed'}")
+    return ServerProblem(f"the request is no HTTP: {first or 'malformed'}", code="invalid_request")
 
 
 def is_known_version(request: web.BaseRequest) -> bool:
@@ -230,8 +209,7 @@ def check_framing(request: web.BaseRequest) -> None:
     framing is faulty (section 6.1).
 
     Raises:
-        UnknownTransferCoding: `unknown_transfer_coding`.
-        MalformedRequest: `invalid_request`.
+        ServerProblem: `unknown_transfer_coding`, `invalid_request`.
     """
     codings = request.headers.getall(hdrs.TRANSFER_ENCODING, ())
     if not codings:
@@ -239,7 +217,8 @@ def check_framing(request: web.BaseRequest) -> None:
     if len(codings) > 1 or codings[0].strip(" \t").lower() != "chunked":
         raise UnknownTransferCoding
     if request.version < HttpVersion11:
-        raise MalformedRequest("the request is no HTTP: Transfer-Encoding is not part of HTTP/1.0")
+        reason = "the request is no HTTP: Transfer-Encoding is not part of HTTP/1.0"
+        raise ServerProblem(reason, code="invalid_request")
 
 
 def refusal(request: web.BaseRequest, problem: ServerProblem) -> web.Response:

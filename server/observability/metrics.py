@@ -36,11 +36,12 @@ from runtime.optimised.optimiser import OUTCOMES
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
 from server.api.health import ready_checks
-from server.api.nodes import describe_nodes
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL, STREAMS
+from server.cluster import CLUSTER
 from server.errors import ERRORS
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress
 from server.observability.requestlog import HTTP_COUNTS
+from server.observability.timeseries import measure
 from server.routing import Access, Route, Routes
 
 K = TypeVar("K")
@@ -76,27 +77,23 @@ class ServerCollector(Collector):
         self._now = log.now()
         self._jobs = log.state.unended()
         self._models = list(log.state.models.values())
-        self._nodes = describe_nodes(app)
+        self._nodes = app[CLUSTER].describe() if CLUSTER in app else ()
         own = next((node["id"] for node in self._nodes if node["this"]), None)
         here = (model for model in self._models if _should_serve(model) and not _is_elsewhere(model, own))
         self._names = {model.id: name_of(model.id) for model in here}
         self._tail_lag = max((log.head.position - tail.position for tail in app[STREAMS].tails), default=0)
+        self._budget = measure(consumer, app[LIMIT])
         self._workers, self._memory, self._in_flight = Counter[str](), Counter[str](), Counter[str]()
-        self._used_bytes = 0
         self._last_used_ns: dict[str, int | None] = {}
         for load in loads:
             if load.run.has_exited:
                 continue
-            name, memory_bytes, in_flight = name_of(load.model_id), load.memory_bytes, load.in_flight
+            name, in_flight = name_of(load.model_id), load.in_flight
             self._workers[name] += len(load.alive_workers)
-            self._memory[name] += memory_bytes
+            self._memory[name] += load.memory_bytes
             self._in_flight[name] += in_flight
-            self._used_bytes += memory_bytes if load.report is not None else 0
             if load.serving:
                 self._last_used_ns[load.model_id] = None if in_flight else load.last_used_ns
-        preparation = consumer.preparation()
-        preparing_bytes = preparation.reserved_bytes if preparation is not None else 0
-        self._reserved_bytes = self._memory.total() - self._used_bytes + preparing_bytes
 
     def collect(self) -> Iterator[Metric]:
         return chain(
@@ -305,23 +302,23 @@ class ServerCollector(Collector):
         )
 
     def _memory_families(self) -> Iterator[Metric]:
-        limit_bytes = self._app[LIMIT].bytes
-        budget_bytes = self._app[CONSUMER].policy.budget_bytes or limit_bytes
-        yield _gauge("memory_limit_bytes", "Memory limit of the container or machine.", limit_bytes)
+        yield _gauge(
+            "memory_limit_bytes", "Memory limit of the container or machine.", self._app[LIMIT].bytes
+        )
         yield _gauge(
             "memory_budget_bytes",
             "Memory that all workers may take together (--memory-budget).",
-            budget_bytes,
+            self._budget.budget_bytes,
         )
         yield _gauge(
             "memory_reserved_bytes",
             "Memory of the budget reserved for loads and preparing.",
-            self._reserved_bytes,
+            self._budget.reserved_bytes,
         )
         yield _gauge(
             "memory_used_bytes",
             "Memory of the budget that loaded models take, as measured.",
-            self._used_bytes,
+            self._budget.used_bytes,
         )
         confinement = self._app[POOL].applied.confinement
         yield _gauge(

@@ -1,7 +1,7 @@
 """In-memory time series of memory, requests and latencies, for the last 24 hours.
 
-Two rings: the last hour in steps of 10 s, the last 24 hours in steps of 5 min. A model's sample takes 8 bytes
-while nothing changes, and some 90 bytes when the model was asked (measured in
+Two rings: the last hour in steps of 10 s, the last 24 hours in steps of 5 min. A model with a process takes
+some 40 bytes of a sample while nothing changes, and 100 when the model was asked (measured in
 docs/decisions/0051-charts-from-the-server.md). The samples end with the server.
 """
 
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, dropwhile
 from types import MappingProxyType
 
 import msgspec
@@ -24,7 +24,7 @@ from runtime import memory
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.running import RunningLoad
 from runtime.memory import MemoryLimit
-from runtime.statistics import TOOK_S, Statistics
+from runtime.statistics import TOOK_S
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +32,6 @@ SAMPLE_EVERY_S = 10
 """Six points in the first minute. A sample of 500 models takes the event loop some milliseconds."""
 MERGED = 30
 """Samples of the short range that make one of the long one: 5 min, a pixel or two of a day."""
-MAX_MODELS = 1000
-"""Models with samples of their own, at most 60 MB of them. Others count only in the server's samples."""
 
 Counts = tuple[int, ...]
 """Failed requests, then the answered ones by bucket of `TOOK_S`."""
@@ -129,113 +127,70 @@ class ModelSample(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ModelSample).decode
-_NO_SAMPLE = ModelSample(0, NO_REQUESTS)
 
 
 def merge_counts(one: Counts, other: Counts) -> Counts:
-    if one is NO_REQUESTS or other is NO_REQUESTS:  # most are
-        return other if one is NO_REQUESTS else one
     return tuple([a + b for a, b in zip(one, other, strict=True)])
 
 
-class _ModelSeries:
-    """The samples of one model in both ranges, packed; None where it had no process."""
-
-    __slots__ = ("_last", "_merged", "_packed", "absent", "long", "short")
-
-    def __init__(self) -> None:
-        self.short = deque[bytes | None](maxlen=_SHORT.samples)
-        self.long = deque[bytes | None](maxlen=_LONG.samples)
-        self.absent = 0
-        self._merged: ModelSample | None = None
-        self._last, self._packed = _NO_SAMPLE, _encode(_NO_SAMPLE)
-
-    def add(self, memory_bytes: int | None, counts: Counts) -> None:
-        if memory_bytes is None and counts is NO_REQUESTS:
-            self.absent += 1
-            self.short.append(None)
-            return
-        self.absent = 0
-        self.short.append(self._pack(memory_bytes or 0, counts))
-        before = self._merged or _NO_SAMPLE
-        if before.memory_bytes < (memory_bytes or 0) or counts is not NO_REQUESTS or self._merged is None:
-            most = max(before.memory_bytes, memory_bytes or 0)
-            self._merged = ModelSample(most, merge_counts(before.counts, counts))
-
-    def merge(self) -> None:
-        merged, self._merged = self._merged, None
-        self.long.append(None if merged is None else self._pack(merged.memory_bytes, merged.counts))
-
-    def samples(self, range_: Range, *, has_begun: bool) -> list[ModelSample | None]:
-        """Return the samples, oldest first; of the long range also the one that has begun, if one has."""
-        packed = self.short if range_ is _SHORT else self.long
-        found = [None if each is None else _decode(each) for each in packed]
-        return [*found, self._merged] if has_begun and range_ is _LONG else found
-
-    def _pack(self, memory_bytes: int, counts: Counts) -> bytes:
-        """Pack a sample; one that equals the last one takes no memory of its own."""
-        last = self._last
-        if memory_bytes != last.memory_bytes or counts != last.counts:
-            self._last = ModelSample(memory_bytes, counts)
-            self._packed = _encode(self._last)
-        return self._packed
-
-
-class _Counter:
-    """The counts of a load at the last sample.
-
-    It keeps the load's own statistics: at the load's end, the executor replaces them by the model's sum.
-    """
-
-    __slots__ = ("_counted", "_requests", "_statistics", "model_id")
-
-    def __init__(self, model_id: str, statistics: Statistics) -> None:
-        self.model_id = model_id
-        self._statistics = statistics
-        self._requests = (0, 0)
-        self._counted = NO_REQUESTS
-
-    def take(self) -> Counts:
-        now = self._statistics
-        requests = (now.requests, now.failures)
-        if requests == self._requests:
-            return NO_REQUESTS
-        counted = (now.failures, *now.took)
-        taken = tuple([after - before for after, before in zip(counted, self._counted, strict=True)])
-        self._requests, self._counted = requests, counted
-        return taken
-
-
 @dataclass(frozen=True, slots=True)
-class ServerSample:
-    """The server's memory, and the requests of all models since the sample before.
+class Sample:
+    """The server's memory, the requests of all models since the sample before, and the models' samples.
 
     Attributes:
         at: the end of the interval.
+        models: of the models with a process or requests; packed, since they take most of the memory.
     """
 
     at: str
     memory: Memory
     counts: Counts
+    models: Mapping[str, bytes]
 
-    def followed_by(self, next_: ServerSample) -> ServerSample:
-        return ServerSample(next_.at, self.memory.most(next_.memory), merge_counts(self.counts, next_.counts))
+    def of_model(self, model_id: str) -> ModelSample | None:
+        packed = self.models.get(model_id)
+        return None if packed is None else _decode(packed)
+
+    def followed_by(self, later: Sample) -> Sample:
+        """Return the sample of both intervals together."""
+        models = {**self.models, **later.models}
+        for model_id in self.models.keys() & later.models.keys():
+            first, second = _decode(self.models[model_id]), _decode(later.models[model_id])
+            most_bytes = max(first.memory_bytes, second.memory_bytes)
+            models[model_id] = _encode(ModelSample(most_bytes, merge_counts(first.counts, second.counts)))
+        return Sample(
+            later.at, self.memory.most(later.memory), merge_counts(self.counts, later.counts), models
+        )
+
+
+class _LoadCounts:
+    """The counts of a load at the last sample.
+
+    It keeps the load's own statistics: at the load's end, the executor replaces them by the model's sum.
+    """
+
+    def __init__(self, load: RunningLoad) -> None:
+        self.model_id = load.model_id
+        self._statistics = load.statistics
+        self._counted = NO_REQUESTS
+
+    def take(self) -> Counts:
+        """Return the requests since the last call."""
+        before, self._counted = self._counted, (self._statistics.failures, *self._statistics.took)
+        if self._counted == before:  # as of most
+            return NO_REQUESTS
+        return tuple([after - counted for after, counted in zip(self._counted, before, strict=True)])
 
 
 class TimeSeries:
     """The samples of the server and of its models."""
 
     def __init__(self) -> None:
-        self._short = deque[ServerSample](maxlen=_SHORT.samples)
-        self._long = deque[ServerSample](maxlen=_LONG.samples)
-        self._merged: ServerSample | None = None
+        self._short = deque[Sample](maxlen=_SHORT.samples)
+        self._long = deque[Sample](maxlen=_LONG.samples)
+        self._begun: Sample | None = None
         self._taken = 0
-        self._models: dict[str, _ModelSeries] = {}
-        self._counters: dict[str, _Counter] = {}
-
-    @property
-    def models(self) -> int:
-        return len(self._models)
+        self._loads: dict[str, _LoadCounts] = {}
 
     def sample(self, at: str, now: Memory, loads: Mapping[str, RunningLoad]) -> None:
         """Add a sample.
@@ -245,52 +200,46 @@ class TimeSeries:
             now: the server's memory.
             loads: the running loads, by job id.
         """
-        self._taken += 1
         counts, memory_bytes = self._count(loads), _memory_of(loads.values())
-        sample = ServerSample(at, now, reduce(merge_counts, counts.values(), NO_REQUESTS))
-        self._short.append(sample)
-        self._merged = sample if self._merged is None else self._merged.followed_by(sample)
-        for model_id in [*counts, *memory_bytes]:
-            if model_id not in self._models and len(self._models) < MAX_MODELS:
-                self._models[model_id] = _ModelSeries()
-        for model_id, series in self._models.items():
-            series.add(memory_bytes.get(model_id), counts.get(model_id, NO_REQUESTS))
+        last = self._short[-1].models if self._short else {}
+        models: dict[str, bytes] = {}
+        for model_id in counts.keys() | memory_bytes.keys():
+            sample = ModelSample(memory_bytes.get(model_id, 0), counts.get(model_id, NO_REQUESTS))
+            packed = _encode(sample)
+            models[model_id] = (
+                last[model_id] if last.get(model_id) == packed else packed
+            )  # shared while equal
+        whole = Sample(at, now, reduce(merge_counts, counts.values(), NO_REQUESTS), models)
+        self._short.append(whole)
+        self._begun = whole if self._begun is None else self._begun.followed_by(whole)
+        self._taken += 1
         if self._taken % MERGED == 0:
-            self._end_long_sample(self._merged)
+            self._long.append(self._begun)
+            self._begun = None
 
-    def of_server(self, range_: Range) -> list[ServerSample]:
-        """Return the server's samples, oldest first; the last one of the long range has not ended."""
+    def of_server(self, range_: Range) -> list[Sample]:
+        """Return the samples, oldest first; the last one of the long range has not ended."""
         if range_ is _SHORT:
             return list(self._short)
-        return [*self._long, *([] if self._merged is None else [self._merged])]
+        return [*self._long, *([] if self._begun is None else [self._begun])]
 
     def of_model(self, model_id: str, range_: Range) -> list[tuple[str, ModelSample | None]]:
-        """Return a model's samples with their times, oldest first; None where it had no process."""
-        series = self._models.get(model_id)
-        times = [sample.at for sample in self.of_server(range_)]
-        found = [] if series is None else series.samples(range_, has_begun=self._merged is not None)
-        return list(zip(times[len(times) - len(found) :], found, strict=True))
+        """Return a model's samples with their times, from its first one on; None where it had no process."""
+        samples = [(sample.at, sample.of_model(model_id)) for sample in self.of_server(range_)]
+        return list(dropwhile(lambda each: each[1] is None, samples))
 
     def _count(self, loads: Mapping[str, RunningLoad]) -> dict[str, Counts]:
+        """Return the requests since the last call by model, of those that had any."""
         for job_id, load in loads.items():
-            if job_id not in self._counters:
-                self._counters[job_id] = _Counter(load.model_id, load.statistics)
+            if job_id not in self._loads:
+                self._loads[job_id] = _LoadCounts(load)
         counts: dict[str, Counts] = {}
-        for job_id, counter in list(self._counters.items()):
-            taken = counter.take()
+        for each in self._loads.values():
+            taken = each.take()
             if taken is not NO_REQUESTS:
-                counts[counter.model_id] = merge_counts(counts.get(counter.model_id, NO_REQUESTS), taken)
-            if job_id not in loads:
-                del self._counters[job_id]
+                counts[each.model_id] = merge_counts(counts.get(each.model_id, NO_REQUESTS), taken)
+        self._loads = {job_id: each for job_id, each in self._loads.items() if job_id in loads}
         return counts
-
-    def _end_long_sample(self, merged: ServerSample) -> None:
-        self._long.append(merged)
-        self._merged = None
-        for model_id, series in list(self._models.items()):
-            series.merge()
-            if series.absent >= _LONG.samples * MERGED:
-                del self._models[model_id]
 
 
 def _memory_of(loads: Iterable[RunningLoad]) -> dict[str, int]:
@@ -318,6 +267,8 @@ async def record(series: TimeSeries, log: Log, consumer: Consumer, limit: Memory
     while True:
         try:
             series.sample(log.now(), measure(consumer, limit), consumer.loads)
+        except OSError as error:  # no descriptor is left, for example
+            _log.warning("memory and requests could not be sampled: %s", error)
         except Exception:  # noqa: BLE001 - see above
             _log.exception("memory and requests could not be sampled")
         await asyncio.sleep(SAMPLE_EVERY_S)

@@ -18,10 +18,8 @@ export class Refusal extends Error {
 // No answer came.
 export class Unreachable extends Error {}
 
-export class Api {
-  constructor(token) {
-    this.token = token;
-  }
+class Api {
+  token = null; // of who is signed in
 
   // Sends a request; throws Refusal, Unreachable, or AbortError for the caller's own signal.
   async send(path, { method = "GET", body, headers = {}, signal, limitMs = LIMIT_MS } = {}) {
@@ -86,6 +84,8 @@ export class Api {
     return { status: response.status, answer: await response.json(), headers: response.headers };
   }
 }
+
+export const api = new Api();
 
 // One request at a time, the latest: an earlier one is aborted, and its answer dropped.
 export class Latest {

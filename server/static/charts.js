@@ -1,213 +1,213 @@
-// Charts of the server's time series: latencies, requests and memory, of the server or of the model whose page is open.
-// Lines over time, drawn as SVG, with the values at the pointer or at the keyboard's cursor.
+// Charts of what the server has sampled: latencies, requests and memory, of the server or of a model. uPlot draws the
+// lines; a slider over each chart reads its values by keyboard and says them.
 
-import { Latest, Unreachable } from "./api.js";
-import { h, setAttribute, setText, svg } from "./dom.js";
-import { bytes, clock, duration, local, serverNow, zone } from "./format.js";
+import { api } from "./api.js";
+import { bytes, clock, duration, serverNow, zone } from "./format.js";
+import { HOUR, tickLabel } from "./lanes.js";
+import { resources, useOf } from "./state.js";
+import { html, signal, useEffect, useLayoutEffect, useMemo, useRef, useRequest, useState } from "./ui.js";
+import uPlot from "./vendor/uplot.js";
 
 const SAMPLE_MS = 10_000; // as often as the server samples
 const RANGES = {
-  "1h": { label: "1 h", text: "the last hour", ms: 3_600_000 },
-  "24h": { label: "24 h", text: "the last 24 hours", ms: 86_400_000 },
+  "1h": { label: "1 h", text: "the last hour", ms: HOUR },
+  "24h": { label: "24 h", text: "the last 24 hours", ms: 24 * HOUR },
 };
-
-const WIDE = 600, HIGH = 120;
 const LEAST_MS = 120_000; // from edge to edge, where the server has not been up for long
 const GAP = 2.5; // intervals without a sample: the line breaks
+const HIGH = 132; // of a chart, with its axis, in pixels
+const EDGE = 18; // pixels before the right edge where a time would be cut off
 
-// Returns an element and a function that draws. `lines` are {kind, name, of}: the value of a point, or null.
-export function chart(title, lines, write, { headline }) {
-  const figure = h("p", { class: "figure" }), summary = h("p", { class: "summary" });
-  const drawing = svg("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, preserveAspectRatio: "none", "aria-hidden": "true" });
-  const paths = lines.map(({ kind }) => svg("path", { class: `line ${kind}`, "vector-effect": "non-scaling-stroke" }));
-  const cursor = svg("line", { class: "reading", y1: 0, y2: HIGH, "vector-effect": "non-scaling-stroke" });
-  drawing.append(...[0.5, HIGH / 2].map((y) => svg("line", { class: "grid", x1: 0, x2: WIDE, y1: y, y2: y, "vector-effect": "non-scaling-stroke" })), ...paths, cursor);
-  const most = h("span", { class: "most" }), half = h("span", { class: "half" });
-  const slider = h("input", { type: "range", class: "reader", "aria-label": `${title}: values over time`, min: 0, max: 0, value: 0 });
-  const times = ["from", "middle", "to"].map((name) => h("span", { class: name }));
-  const legend = h("ul", { class: "legend lines" }, ...lines.map(({ kind, name }) => h("li", {}, svgSwatch(kind), name)));
-  const plot = h("div", { class: "plot" }, drawing, most, half, slider);
-  const node = h("figure", { class: "chart" }, h("figcaption", {}, title), figure, summary, plot, h("div", { class: "times", "aria-hidden": "true" }, ...times), legend);
+const range = signal("1h"); // of all charts
 
-  let shown = null, at = null; // what is drawn, and which point is read
-  const read = (index) => {
-    at = index;
-    const point = shown?.points[index];
-    setAttribute(cursor, "class", point ? "reading" : "reading away");
-    if (!shown) return;
-    if (point) for (const name of ["x1", "x2"]) setAttribute(cursor, name, shown.x(point).toFixed(1));
-    const values = point ? lines.map((line) => [line.of(point), line]).filter(([value]) => value != null) : [];
-    const texts = values.map(([value, line]) => `${line.name} ${write(value)}`);
-    const text = point ? `${clock(point.at)}: ${texts.join(", ") || "none"}` : shown.summary;
-    setText(figure, point ? texts.join(" · ") || "none" : shown.headline);
-    setText(summary, point ? `at ${clock(point.at)}` : shown.summary);
-    setAttribute(slider, "aria-valuetext", point ? text : `${shown.headline}, ${shown.summary}`);
-  };
-  slider.addEventListener("pointermove", (event) => read(nearest(shown, event.offsetX / slider.clientWidth)));
-  slider.addEventListener("pointerleave", () => read(null));
-  slider.addEventListener("blur", () => read(null));
-  slider.addEventListener("input", () => read(Number(slider.value)));
-
-  const draw = (series) => {
-    const now = serverNow(), points = series?.points ?? [];
-    const first = points.length ? Date.parse(points[0].at) : now;
-    const span = Math.min(RANGES[series?.range ?? "1h"].ms, Math.max(LEAST_MS, (now - first) * 1.02));
-    const x = (point) => WIDE * (1 - (now - Date.parse(point.at)) / span);
-    const inside = points.filter((point) => x(point) >= 0);
-    const highest = niceCeiling(Math.max(0, ...inside.flatMap((point) => lines.map((line) => line.of(point) ?? 0))));
-    const y = (value) => HIGH - 1.5 - (highest > 0 ? (value / highest) * (HIGH - 3) : 0);
-    lines.forEach((line, number) => setAttribute(paths[number], "d", path(inside, line.of, x, y, (series?.interval_s ?? 10) * 1000 * GAP)));
-    shown = series ? { points: inside, x, ...headline(series) } : { points: [], x, headline: "…", summary: "" };
-    setAttribute(slider, "max", Math.max(0, inside.length - 1));
-    if (document.activeElement !== slider) slider.value = Math.max(0, inside.length - 1);
-    setText(most, highest > 0 ? write(highest) : "");
-    setText(half, highest > 0 ? write(highest / 2) : "");
-    [now - span, now - span / 2, now].forEach((time, number) => setText(times[number], `${axisTime(new Date(time))}${number === 2 ? ` ${zone(new Date(time))}` : ""}`));
-    node.classList.toggle("empty", inside.length === 0);
-    read(at !== null && at < inside.length ? at : null);
-  };
-  return { node, draw };
+// The charts of the server, or of a model, with the buttons for their range.
+export function Charts({ modelId = null }) {
+  const path = modelId === null ? "/api/v1/resources/history" : `/api/v1/models/${encodeURIComponent(modelId)}/history`;
+  const { answer: series, again } = useRequest((signal) => api.get(`${path}?range=${range.value}`, { signal }), [path, range.value]);
+  useEffect(() => {
+    const refresh = () => document.hidden || again();
+    const timer = setInterval(refresh, SAMPLE_MS);
+    document.addEventListener("visibilitychange", refresh);
+    return () => {
+      clearInterval(timer);
+      document.removeEventListener("visibilitychange", refresh);
+    };
+  }, []);
+  const memory = modelId === null ? SERVER_MEMORY : MODEL_MEMORY, now = memoryNow(modelId);
+  return html`
+    <div class="ranges">
+      <div class="segmented" role="group" aria-label="Range of the charts">
+        ${Object.entries(RANGES).map(([name, { label, text }]) => html`
+          <button type="button" aria-label="Show ${text}" aria-pressed=${String(name === range.value)}
+            onClick=${() => (range.value = name)}>${label}</button>`)}
+      </div>
+      <span class="hint">times in ${zone()}</span>
+    </div>
+    <div class="charts" key=${path}>
+      <${Chart} title="Latency" lines=${LATENCY} series=${series} write=${milliseconds} said=${series && latencyText(series)} />
+      <${Chart} title="Requests" lines=${REQUESTS} series=${series} write=${perSecond} said=${series && requestsText(series)} />
+      <${Chart} title="Memory" lines=${memory} series=${series} write=${bytes} said=${series && memoryText(series, memory[0], now)} />
+    </div>`;
 }
 
-// To the minute, with the day unless that is today.
-function axisTime(time) {
-  const text = local(time).replace("T", " ");
-  return time.toDateString() === new Date().toDateString() ? text.slice(11, 16) : text.slice(5, 16);
+// Lines: the colour is a variable of the style sheet, and `of` the value of a point, or null.
+const LATENCY = [
+  { kind: "p50", name: "p50", colour: "--accent", width: 2.5, of: (point) => point.p50_s },
+  { kind: "p95", name: "p95", colour: "--c1", width: 1.6, of: (point) => point.p95_s },
+  { kind: "p99", name: "p99", colour: "--c3", width: 1.6, dash: [5, 4], of: (point) => point.p99_s },
+];
+const REQUESTS = [
+  { kind: "plain", name: "answered", colour: "--accent", width: 2, of: (point, series) => point.requests / series.interval_s },
+  { // a line of zeros says less than none
+    kind: "bad", name: "failed", colour: "--bad", width: 2,
+    of: (point, series) => (series.whole.failures ? point.failures / series.interval_s : null),
+  },
+];
+const SERVER_MEMORY = [
+  { kind: "plain", name: "models", colour: "--accent", width: 2, of: (point) => point.used_bytes },
+  { kind: "second", name: "server", colour: "--others", width: 2, dash: [2, 4], of: (point) => point.server_bytes },
+];
+const MODEL_MEMORY = [{ kind: "plain", name: "memory", colour: "--accent", width: 2, of: (point) => point.memory_bytes }];
+
+// What is used at the moment, which is newer than the last sample; null of a model without a process.
+function memoryNow(modelId) {
+  if (modelId === null) return resources.value?.used_bytes ?? null;
+  const use = useOf({ id: modelId });
+  return use.processes ? use.memory_bytes : null;
 }
 
-function svgSwatch(kind) {
-  return svg("svg", { class: "stroke", viewBox: "0 0 24 6", "aria-hidden": "true" }, svg("path", { class: `line ${kind}`, d: "M1 3H23" }));
-}
+// Headlines, and what they are about.
 
-function nearest(shown, share) {
-  if (!shown?.points.length) return null;
-  const wanted = share * WIDE;
-  let best = 0;
-  shown.points.forEach((point, index) => {
-    if (Math.abs(shown.x(point) - wanted) < Math.abs(shown.x(shown.points[best]) - wanted)) best = index;
-  });
-  return best;
-}
+const inRange = (series) => `in ${RANGES[series.range].text}`;
 
-// A line breaks where nothing is known: a gap is not a zero. What stands alone is a dot.
-function path(points, of, x, y, gapMs) {
-  let drawn = "", pen = "M", before = null;
-  for (const point of points) {
-    const value = of(point), time = Date.parse(point.at);
-    if (value == null) {
-      pen = "M";
-      continue;
-    }
-    if (before !== null && time - before > gapMs) pen = "M";
-    drawn += `${pen}${x(point).toFixed(1)} ${y(value).toFixed(1)}${pen === "M" ? "h1" : ""}`;
-    [pen, before] = ["L", time];
-  }
-  return drawn;
-}
-
-// The next number above that is read at a glance, and whose half is, too.
-function niceCeiling(value) {
-  if (value <= 0) return 0;
-  const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 3, 4, 5, 6, 8, 10].find((step) => value <= step * power * 1.0001) * power;
-}
-
-const milliseconds = (value) => (value == null ? "–" : value < 0.01 ? `${Number((value * 1000).toPrecision(2))} ms` : duration(value));
-const perSecond = (value) => `${value == null ? "–" : Number(value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0)).toLocaleString("en")}/s`;
-
-// `memory` are the lines of the memory chart: of the server and of a model they are others. `now` tells what the first
-// of them is at the moment, which is newer than the last sample.
-export function trafficCharts(memory, now) {
-  let interval = 10, failed = false;
-  const latency = chart("Latency", [
-    { kind: "p50", name: "p50", of: (point) => point.p50_s },
-    { kind: "p95", name: "p95", of: (point) => point.p95_s },
-    { kind: "p99", name: "p99", of: (point) => point.p99_s },
-  ], milliseconds, { headline: latencyHeadline });
-  const requests = chart("Requests", [
-    { kind: "plain", name: "answered", of: (point) => point.requests / interval },
-    { kind: "bad", name: "failed", of: (point) => (failed ? point.failures / interval : null) },
-  ], perSecond, { headline: requestsHeadline });
-  const used = chart("Memory", memory, bytes, { headline: (series) => memoryHeadline(series, memory[0], now()) });
-  const charts = [latency, requests, used];
-  return {
-    nodes: charts.map((each) => each.node),
-    draw: (series) => {
-      interval = series?.interval_s ?? interval;
-      failed = series?.whole.failures > 0; // a line of zeros says less than none
-      for (const each of charts) each.draw(series);
-    },
-  };
-}
-
-const when = (series) => `in ${RANGES[series.range].text}`;
-
-function latencyHeadline(series) {
+function latencyText(series) {
   const { requests, p50_s: p50, p95_s: p95, p99_s: p99 } = series.whole;
-  if (!requests) return { headline: "–", summary: `no request ${when(series)}` };
-  return { headline: `p50 ${milliseconds(p50)} · p95 ${milliseconds(p95)} · p99 ${milliseconds(p99)}`, summary: `${when(series)}, estimated from a histogram` };
+  if (!requests) return { headline: "–", summary: `no request ${inRange(series)}` };
+  const headline = `p50 ${milliseconds(p50)} · p95 ${milliseconds(p95)} · p99 ${milliseconds(p99)}`;
+  return { headline, summary: `${inRange(series)}, estimated from a histogram` };
 }
 
-function requestsHeadline(series) {
+function requestsText(series) {
   const { requests, failures } = series.whole, last = series.points.at(-1);
-  const rate = last ? last.requests / series.interval_s : 0;
   const failed = failures ? `, ${failures.toLocaleString("en")} failed` : "";
-  return { headline: perSecond(rate), summary: `${requests.toLocaleString("en")} answered${failed} ${when(series)}` };
+  return {
+    headline: perSecond(last ? last.requests / series.interval_s : 0),
+    summary: `${requests.toLocaleString("en")} answered${failed} ${inRange(series)}`,
+  };
 }
 
-function memoryHeadline(series, line, now) {
+function memoryText(series, line, now) {
   if (now == null) return { headline: "–", summary: "no process now" };
   const most = Math.max(now, ...series.points.map((point) => line.of(point) ?? 0));
   return { headline: bytes(now), summary: `now, at most ${bytes(most)}` };
 }
 
-// Buttons for the range of the charts, which are those of the server or of a model.
-export function rangeSwitch(series, of) {
-  const draw = () => Object.keys(RANGES).forEach((range, number) => setAttribute(buttons[number], "aria-pressed", String(range === series.range)));
-  const buttons = Object.entries(RANGES).map(([range, { label, text }]) =>
-    h("button", { type: "button", "aria-label": `Show ${text}`, onclick: () => (series.choose({ range }), draw()) }, label));
-  const node = h("div", { class: "segmented", role: "group", "aria-label": of === "server" ? "Range of the charts" : "Range of the model's charts" }, ...buttons);
-  return { node, draw };
+function milliseconds(value) {
+  if (value == null) return "–";
+  return value < 0.01 ? `${Number((value * 1000).toPrecision(2))} ms` : duration(value);
 }
 
-// Fetches the series, which the server keeps: they are there after a reload, too.
-export class TimeSeries {
-  #latest = new Latest();
-  #due = null;
+function perSecond(value) {
+  if (value == null) return "–";
+  return `${Number(value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0)).toLocaleString("en")}/s`;
+}
 
-  constructor(api, store) {
-    this.api = api;
-    this.store = store;
-    this.range = "1h";
-    this.modelId = null;
-    this.server = null;
-    this.model = null; // of `modelId`
-    document.addEventListener("visibilitychange", () => document.hidden || this.fetch());
-    this.fetch();
-  }
+// A chart. `said` has the headline and the summary of the series; null before there is one.
+function Chart({ title, lines, series, write, said }) {
+  const [index, setIndex] = useState(null); // of the row that is read
+  const columns = useMemo(() => columnsOf(series, lines), [series, lines]), [times] = columns;
+  const [place, plot] = usePlot(columns, spanOf(series), lines, write, setIndex);
+  const { headline, summary } = said ?? { headline: "…", summary: "" };
+  const at = index === null || times[index] === undefined ? null : clock(new Date(times[index] * 1000).toISOString());
+  const values = lines.map((line, number) => [line.name, columns[number + 1][index]]).filter(([, value]) => value != null);
+  const texts = values.map(([name, value]) => `${name} ${write(value)}`);
+  const read = (row) => plot.current.setCursor({ left: plot.current.valToPos(times[row], "x"), top: 0 });
+  return html`
+    <figure class="chart">
+      <figcaption>${title}</figcaption>
+      <p class="figure">${at ? texts.join(" · ") || "none" : headline}</p>
+      <p class="summary">${at ? `at ${at}` : summary}</p>
+      <div class="plot">
+        <div ref=${place} aria-hidden="true"></div>
+        <input type="range" class="reader" aria-label="${title}: values over time" min="0" max=${Math.max(0, times.length - 1)}
+          value=${index ?? Math.max(0, times.length - 1)} aria-valuetext=${at ? `${at}: ${texts.join(", ") || "none"}` : `${headline}, ${summary}`}
+          onInput=${(event) => read(Number(event.target.value))} onBlur=${() => plot.current.setCursor({ left: -10, top: -10 })} />
+      </div>
+      <ul class="legend lines">${lines.map(({ kind, name }) => html`
+        <li><svg class="stroke" viewBox="0 0 24 6" aria-hidden="true"><path class="line ${kind}" d="M1 3H23" /></svg>${name}</li>`)}
+      </ul>
+    </figure>`;
+}
 
-  // Shows another range, or the series of a model; null is none.
-  choose({ range = this.range, modelId = this.modelId }) {
-    if (range === this.range && modelId === this.modelId) return;
-    this.model = null;
-    if (range !== this.range) this.server = null;
-    [this.range, this.modelId] = [range, modelId];
-    this.fetch();
+// The samples as uPlot has them: a column of times in seconds, and one for each line. A time without samples is a row of
+// nulls, where the lines break: a gap is not a zero.
+export function columnsOf(series, lines) {
+  const rows = [], interval = series?.interval_s ?? 0;
+  for (const point of series?.points ?? []) {
+    const time = Date.parse(point.at) / 1000, before = rows.at(-1)?.[0];
+    if (time - before > GAP * interval) rows.push([before + interval, ...lines.map(() => null)]);
+    rows.push([time, ...lines.map((line) => line.of(point, series) ?? null)]);
   }
+  return [null, ...lines].map((_, column) => rows.map((row) => row[column]));
+}
 
-  // Asks now, and then again and again.
-  fetch() {
-    clearTimeout(this.#due);
-    this.#due = setTimeout(() => this.fetch(), SAMPLE_MS);
-    if (document.hidden) return;
-    const { range, modelId } = this;
-    const path = modelId === null ? "/api/v1/resources/history" : `/api/v1/models/${encodeURIComponent(modelId)}/history`;
-    this.#latest.request((signal) => this.api.get(`${path}?range=${range}`, { signal }), (found) => {
-      this[modelId === null ? "server" : "model"] = found;
-      this.store.notify();
-    }, (error) => {
-      if (!(error instanceof Unreachable) && error.status === undefined) throw error;
-      // The page says itself when the server is away; the charts keep what they have.
-    });
-  }
+// From where to where a chart goes, in seconds: to the present, from the first sample of its range.
+function spanOf(series) {
+  const to = serverNow(), first = series?.points.length ? Date.parse(series.points[0].at) : to;
+  const from = Math.max(to - RANGES[series?.range ?? "1h"].ms, Math.min(first, to - LEAST_MS));
+  return [from / 1000, to / 1000];
+}
+
+// Has uPlot draw columns into the element of the first reference; the second refers to its chart.
+function usePlot(columns, span, lines, write, onRead) {
+  const place = useRef(null), plot = useRef(null), shown = useRef(null);
+  shown.current = { span, isEmpty: !columns.slice(1).some((values) => values.some(Boolean)) };
+  useLayoutEffect(() => {
+    const chart = (plot.current = new uPlot(optionsOf(shown, lines, write, onRead), columns, place.current));
+    const resize = new ResizeObserver(([{ contentRect }]) => chart.setSize({ width: Math.floor(contentRect.width), height: HIGH }));
+    const scheme = matchMedia("(prefers-color-scheme: dark)"), redraw = () => chart.redraw(false, true);
+    resize.observe(place.current);
+    scheme.addEventListener("change", redraw);
+    return () => {
+      resize.disconnect();
+      scheme.removeEventListener("change", redraw);
+      chart.destroy();
+    };
+  }, []);
+  useLayoutEffect(() => plot.current.setData(columns), [columns]);
+  return [place, plot];
+}
+
+function optionsOf(shown, lines, write, onRead) {
+  const font = "11px system-ui, sans-serif", axis = { stroke: () => colour("--dim"), font, ticks: { show: false } };
+  const quantity = (_, splits) => splits.map((value) => (shown.current.isEmpty ? "" : write(value)));
+  const times = (chart, splits) => splits.map((value) => {
+    const isCutOff = chart.valToPos(value, "x") > chart.over.clientWidth - EDGE;
+    return isCutOff ? "" : tickLabel(value * 1000, (splits[1] - splits[0]) * 1000).label;
+  });
+  return {
+    width: 300,
+    height: HIGH,
+    padding: [8, 8, 0, 0],
+    legend: { show: false },
+    cursor: { y: false, drag: { x: false, y: false } },
+    scales: { x: { range: () => shown.current.span }, y: { range: (_, least, most) => [0, most > 0 ? most * 1.05 : 1] } },
+    axes: [
+      { ...axis, size: 22, space: 50, grid: { show: false }, values: times },
+      { ...axis, size: 58, space: 30, grid: { stroke: () => colour("--line"), width: 1 }, values: quantity },
+    ],
+    series: [{}, ...lines.map(({ colour: name, width, dash }) => ({
+      stroke: () => colour(name), width, dash,
+      points: { show: false, filter: (chart, number) => alone(chart.data[number]), fill: () => colour(name), size: 4 },
+    }))],
+    hooks: { setCursor: [(chart) => onRead(chart.cursor.idx ?? null)] },
+  };
+}
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+
+// The places of values without a neighbour, which no line shows: they are dots.
+export function alone(values) {
+  const isKnown = (index) => values[index] != null;
+  return [...values.keys()].filter((index) => isKnown(index) && !isKnown(index - 1) && !isKnown(index + 1));
 }

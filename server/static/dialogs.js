@@ -1,97 +1,148 @@
-// The dialogs in which a load, a swap or an unload is asked for.
+// The frame of all dialogs, and those in which a load, a swap or an unload is asked for.
 
-import { errorText, Latest, requestErrorText } from "./api.js";
-import { byId, h, notice, setText, show, showText } from "./dom.js";
+import { api, errorText, requestErrorText } from "./api.js";
 import { count, oneLine } from "./format.js";
+import { load, unload } from "./operations.js";
+import { models, useOf } from "./state.js";
+import { html, notice, Refusal, signal, useLayoutEffect, useRef, useRequest, useState } from "./ui.js";
 
-// Has a dialog close by its buttons, and `ask` called by its form; what is refused is said in it, and it stays.
-// Where it was closed meanwhile, or is about something else by now, what is refused is said outside. `complete` asks
-// for what the open dialog lacks; what comes too late is dropped.
-export function dialog(id, ask) {
-  const node = byId(`${id}-dialog`), form = byId(`${id}-form`), refusal = node.querySelector(".refusal");
-  const enable = (can) => node.querySelectorAll("button:not(.close)").forEach((each) => (each.disabled = !can));
-  const latest = new Latest();
-  let opened = 0; // how often: what was asked for at another time has no say
+export const dialog = signal(null); // the open one: {component, props, key}
+let opened = 0;
+
+export function openDialog(component, props = {}) {
+  dialog.value = { component, props, key: (opened += 1) };
+}
+
+export function closeDialog() {
+  dialog.value = null;
+}
+
+// A dialog with a form. `ask(...about)` is called when it is sent, by its submit button or by `send` of `buttons(send,
+// isBusy)`: it returns true to close the dialog, false to leave it open, or a text that says what is wrong. What the
+// server refuses is said in the dialog, and outside where it was closed meanwhile.
+export function Dialog({ name, title, kind, ask, buttons, close = "Close", closeIsDefault = false, refusal = "", hint, drops, children }) {
+  const node = useRef(), isOpen = useRef(true), [refused, setRefused] = useState(""), [isBusy, setBusy] = useState(false);
+  useLayoutEffect(() => {
+    node.current.showModal();
+    return () => {
+      isOpen.current = false;
+      node.current?.close();
+    };
+  }, []);
   const send = async (...about) => {
-    const mine = opened, here = () => mine === opened && node.open;
-    enable(false);
+    setBusy(true);
+    setRefused("");
     try {
-      showText(refusal, "");
-      if ((await ask(...about)) !== false && here()) node.close();
+      const said = await ask(...about);
+      if (isOpen.current && said === true) node.current.close();
+      else setRefused(said || "");
     } catch (error) {
-      if (here()) showText(refusal, requestErrorText(error));
+      if (isOpen.current) setRefused(requestErrorText(error));
       else notice(requestErrorText(error), "bad");
     } finally {
-      if (mine === opened) enable(true);
+      setBusy(false);
     }
   };
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    send();
-  });
-  for (const close of node.querySelectorAll(".close")) close.addEventListener("click", () => node.close());
-  const open = () => {
-    opened += 1;
-    latest.drop();
-    enable(true);
-    showText(refusal, "");
-    node.showModal();
-  };
-  const complete = (ask, use) => latest.request(ask, use, (error) => showText(refusal, errorText(error)));
-  return { node, open, send, complete, refuse: (text) => showText(refusal, text) };
+  const onClose = () => isOpen.current && closeDialog();
+  return html`
+    <dialog ref=${node} ...${drops} id="${name}-dialog" class="${kind ?? ""} ${drops?.class ?? ""}" aria-labelledby="${name}-title"
+        onClose=${onClose}>
+      <form autocomplete="off" onSubmit=${(event) => (event.preventDefault(), send())}>
+        <h2 id="${name}-title">${title}</h2>
+        ${children}
+        <${Refusal} text=${refusal || refused} />
+        <p class="buttons">
+          ${buttons(send, isBusy)}
+          <button type="button" class="close" autofocus=${closeIsDefault} onClick=${() => node.current.close()}>${close}</button>
+        </p>
+        ${hint}
+      </form>
+    </dialog>`;
 }
 
-export function loadDialog(api, store, operations) {
-  let model = null;
-  const about = dialog("load", () => {
-    if (!byId("load-version").value) return about.refuse(`The repository has no version of it. Add one on the model's page, or as ${model.id}/VERSION/model.onnx in the repository's folder.`), false;
-    const body = { version: Number(byId("load-version").value) };
-    for (const name of ["strategy", "priority"]) {
-      const chosen = byId(`load-${name}`);
-      if (chosen.value && !chosen.hidden) body[name] = chosen.value;
-    }
-    if (byId("load-pinned").value) body.pinned = byId("load-pinned").value === "true";
-    return operations.load(model.id, body);
-  });
-  return (asked, version = null) => {
-    model = asked;
-    byId("load-form").reset(); // what was chosen for another model is not meant for this one
-    fill(model, store);
-    if (version !== null) byId("load-version").value = version;
-    about.open();
-    about.complete((signal) => api.get(`/api/v1/models/${encodeURIComponent(asked.id)}`, { signal }), (fresh) => { // the repository may have more by now
-      model = fresh;
-      fill(model, store);
-    });
-  };
+const AS_CONFIGURED = ["", "as configured"]; // which sends nothing
+const STRATEGIES = [AS_CONFIGURED, ["beside"], ["in_place"], ["auto"]];
+const PINNED = [AS_CONFIGURED, ["true", "yes: never unloaded to make room"], ["false", "no"]];
+const PRIORITIES = [AS_CONFIGURED, ["high"], ["normal"], ["low"]];
+
+// A select of `choices`: [value, text] each; a value is its text without one.
+function Choice({ id, label, choices, value, onChoice, describedBy }) {
+  return html`
+    <label for=${id}>${label}</label>
+    <select id=${id} value=${value} aria-describedby=${describedBy} onChange=${(event) => onChoice(event.target.value)}>
+      ${choices.map(([each, text = each]) => html`<option key=${each} value=${each}>${text}</option>`)}
+    </select>`;
 }
 
-function fill(model, store) {
-  const serves = model.state === "loaded", chosen = byId("load-version").value, versions = model.versions ?? [];
-  setText(byId("load-title"), `${serves ? "Swap" : "Load"} ${model.id}`);
-  const next = serves ? "Another version takes its place; the same one changes what is asked for, or loads it again where its files have changed." : "";
-  setText(byId("load-text"), serves ? `Version ${model.version} is loaded. ${next}` : model.error ? `Last time: ${oneLine(model.error.message, 300)}` : `It is ${model.state}.`);
-  setText(byId("load-go"), serves ? "Swap" : "Load");
-  const options = [...versions].sort((a, b) => b - a).map((version) => h("option", { value: version }, `${version}${serves && version === model.version ? " (is loaded)" : ""}`));
-  byId("load-version").replaceChildren(...options);
-  if (byId("load-dialog").open && versions.includes(Number(chosen))) byId("load-version").value = chosen;
-  else byId("load-pinned").value = store.useOf(model).serving?.pinned ? "true" : "";
-  for (const node of byId("load-dialog").querySelectorAll(".of-swap")) show(node, serves);
+// Asks for a load of a model, or for a swap where it serves; `version` is the one that is chosen at first.
+export function LoadDialog({ model: known, version = null }) {
+  const { answer, error } = useRequest((signal) => api.get(`/api/v1/models/${encodeURIComponent(known.id)}`, { signal }), []);
+  const model = answer ?? known, serves = model.state === "loaded"; // the repository may have more by now
+  const [wanted, setWanted] = useState(version), [strategy, setStrategy] = useState(""), [priority, setPriority] = useState("");
+  const [pinned, setPinned] = useState(useOf(known).serving?.pinned ? "true" : "");
+  const versions = [...(model.versions ?? [])].sort((a, b) => b - a), chosen = versions.includes(wanted) ? wanted : versions[0];
+  const shown = versions.map((each) => [each, `${each}${serves && each === model.version ? " (is loaded)" : ""}`]);
+  const ask = async () => {
+    if (!versions.length) return NO_VERSION.replace("MODEL", model.id);
+    const body = { version: chosen };
+    if (serves && strategy) body.strategy = strategy;
+    if (priority) body.priority = priority;
+    if (pinned) body.pinned = pinned === "true";
+    await load(model.id, body);
+    return true;
+  };
+  const buttons = (send, isBusy) => html`<button type="submit" class="primary" disabled=${isBusy}>${serves ? "Swap" : "Load"}</button>`;
+  return html`
+    <${Dialog} name="load" title="${serves ? "Swap" : "Load"} ${model.id}" ask=${ask} buttons=${buttons} close="Keep as it is"
+        refusal=${error ? errorText(error) : ""}>
+      <p id="load-text">${aboutLoad(model)}</p>
+      <${Choice} id="load-version" label="Version" choices=${shown} value=${chosen} onChoice=${(text) => setWanted(Number(text))} />
+      ${serves && html`
+        <${Choice} id="load-strategy" label="Strategy" choices=${STRATEGIES} value=${strategy} onChoice=${setStrategy}
+          describedBy="load-strategy-help" />
+        <p id="load-strategy-help" class="hint">
+          beside: no request is refused, both take memory meanwhile. in_place: no second copy, requests get 503 until the new one
+          serves. auto: beside where both fit.
+        </p>`}
+      <${Choice} id="load-pinned" label="Pinned" choices=${PINNED} value=${pinned} onChoice=${setPinned} />
+      <${Choice} id="load-priority" label="Priority" choices=${PRIORITIES} value=${priority} onChoice=${setPriority} />
+    <//>`;
 }
 
-export function unloadDialog(store, operations) {
-  let model = null;
-  const about = dialog("unload", (force = false) => operations.unload(model.id, force));
-  byId("unload-force").addEventListener("click", () => about.send(true));
-  return (asked) => {
-    model = store.models.get(asked.id) ?? asked;
-    const flying = store.useOf(model).in_flight;
-    const under = { loading: "Only force ends a load that is under way.", unloading: "It is being unloaded: force has it not wait." }[model.state];
-    setText(byId("unload-title"), `${under ? "Force unload" : "Unload"} ${model.id}`);
-    show(byId("unload-go"), !under);
-    const waits = flying ? `${count(flying, "request")} in flight: an unload waits for ${flying === 1 ? "it" : "them"}, for as long as the server's option --drain-timeout-s says.` : "No request is in flight.";
-    const version = model.version == null ? "" : `, version ${model.version}`;
-    setText(byId("unload-text"), `It is ${model.state ?? "being unloaded"}${version}. ${under ?? waits} Afterwards requests are refused with 503${model.state === "lost" ? ", and it is not wanted back any more" : ""}.`);
-    about.open();
+const NO_VERSION = "The repository has no version of it. Add one on the model's page, or as MODEL/VERSION/model.onnx in the repository's folder.";
+
+function aboutLoad({ state, version, error }) {
+  if (state !== "loaded") return error ? `Last time: ${oneLine(error.message, 300)}` : `It is ${state}.`;
+  const next = "Another version takes its place; the same one changes what is asked for, or loads it again where its files have changed.";
+  return `Version ${version} is loaded. ${next}`;
+}
+
+const FORCED = { loading: "Only force ends a load that is under way.", unloading: "It is being unloaded: force has it not wait." };
+
+export function UnloadDialog({ model: asked }) {
+  const model = models.value.get(asked.id) ?? asked, forced = FORCED[model.state];
+  const version = model.version == null ? "" : `, version ${model.version}`;
+  const afterwards = `Afterwards requests are refused with 503${model.state === "lost" ? ", and it is not wanted back any more" : ""}.`;
+  const ask = async (force = false) => {
+    await unload(model.id, force);
+    return true;
   };
+  const buttons = (send, isBusy) => html`
+    ${!forced && html`<button type="submit" class="primary" disabled=${isBusy}>Unload</button>`}
+    <button type="button" class="danger" disabled=${isBusy} onClick=${() => send(true)}>Force unload</button>`;
+  const hint = html`
+    <p class="hint">
+      Force does not wait: it aborts running requests, ends a load or swap that is under way, and kills a worker that does not answer.
+    </p>`;
+  return html`
+    <${Dialog} name="unload" title="${forced ? "Force unload" : "Unload"} ${model.id}" ask=${ask} buttons=${buttons} close="Keep it"
+        closeIsDefault hint=${hint}>
+      <p id="unload-text">It is ${model.state ?? "being unloaded"}${version}. ${forced ?? waitText(useOf(model).in_flight)} ${afterwards}</p>
+    <//>`;
+}
+
+function waitText(flying) {
+  if (!flying) return "No request is in flight.";
+  const them = flying === 1 ? "it" : "them";
+  return `${count(flying, "request")} in flight: an unload waits for ${them}, for as long as the server's option --drain-timeout-s says.`;
 }

@@ -1,45 +1,70 @@
-// Jobs: the list, with those under way and their stages first, and the page of one job, #/jobs/ID.
+// Jobs: those under way with their stages, then the newest that ended; and the page of one job with its events.
 
-import { errorText, Latest } from "./api.js";
-import { button, byId, h, reconcile, setAttribute, setText, show, showText, statePill } from "./dom.js";
-import { age, ago, count, duration, moment, oneLine, secondsSince } from "./format.js";
-import { hasEnded } from "./store.js";
+import { api, errorText } from "./api.js";
+import { age, ago, clock, count, duration, moment, oneLine, secondsSince } from "./format.js";
+import { EventList, useEvents } from "./ledger.js";
+import { cancel } from "./operations.js";
+import { address, href } from "./router.js";
+import { hasEnded, jobs, now, session } from "./state.js";
+import { Button, Hint, html, PageHead, Panel, Pill, Refusal, useRequest } from "./ui.js";
 
 const MOST = 100; // that are shown
 const STAGES = { load: ["copying", "starting", "loading", "warming_up", "measuring"], unload: ["draining", "stopping"] };
 
-export function jobsView(store, actions) {
-  const draw = () => {
-    const jobs = store.jobsNow().sort((a, b) => hasEnded(a) - hasEnded(b) || (a.created_at < b.created_at ? 1 : -1));
-    const open = jobs.filter((job) => !hasEnded(job)).length;
-    reconcile(byId("jobs-list"), jobs.slice(0, MOST), (job) => jobItem(job, actions));
-    setText(byId("jobs-count"), open ? `${open} under way` : "");
-    showText(byId("jobs-none"), jobs.length > MOST ? `And ${jobs.length - MOST} more.` : jobs.length ? "" : "No load or unload yet.");
-  };
-  store.watch(draw);
+export function JobsPage() {
+  const { id } = address.value;
+  return id === null ? html`<${JobList} />` : html`<${JobPage} key=${id} id=${id} />`;
 }
 
-export function jobItem(first, actions) {
-  const what = h("strong", {}, `${first.kind === "load" ? "Load" : "Unload"} ${first.model_id}${first.version == null ? "" : ` ${first.version}`}`);
-  const pill = statePill(), about = h("p", { class: "dim" }), why = h("p", { class: "why" });
-  const steps = h("ol", { class: "steps" }, ...STAGES[first.kind].map((stage) => h("li", { "data-stage": stage }, stage.replace("_", " "))));
-  const cancel = actions.cancel && button("Cancel", `${first.kind} of ${first.model_id}`, () => actions.cancel(first));
-  const trace = actions.trace && button("Events", `of the ${first.kind} of ${first.model_id}`, () => actions.trace(first));
-  const node = h("li", { class: "job", "data-job": first.id }, h("div", { class: "head" }, h("p", {}, what, " ", pill), h("div", { class: "do" }, trace, cancel)), steps, why, about);
-  node.update = (job) => {
-    pill.update(job.status);
-    const at = STAGES[job.kind].indexOf(job.stage);
-    show(steps, at >= 0 && !hasEnded(job));
-    [...steps.children].forEach((step, number) => {
-      setAttribute(step, "class", number < at ? "done" : null);
-      setAttribute(step, "aria-current", number === at ? "step" : null);
-    });
-    showText(why, whyText(job));
-    setText(about, aboutText(job));
-    setAttribute(about, "title", `job ${job.id}, asked for at ${job.created_at}`);
-    if (cancel) show(cancel, !hasEnded(job) && !job.cancel_requested && !(job.kind === "unload" && job.status === "in_progress"));
-  };
-  return node;
+function JobList() {
+  const newest = (some, when) => some.toSorted((a, b) => (a[when] < b[when] ? 1 : -1));
+  const running = newest(jobs.value.filter((job) => !hasEnded(job)), "created_at");
+  const ended = newest(jobs.value.filter(hasEnded), "finished_at");
+  return html`
+    <${PageHead} title="Jobs" count=${running.length ? `${running.length} under way` : ""} />
+    <${Panel} kind="jobs" title="Under way">
+      <${Jobs} listed=${running} none="Nothing is being loaded or unloaded." />
+    <//>
+    <${Panel} kind="ended-jobs" title="Ended">
+      <${Jobs} listed=${ended} none="No load or unload has ended yet." />
+    <//>`;
+}
+
+function Jobs({ listed, none }) {
+  return html`
+    <ul class="jobs-list">${listed.slice(0, MOST).map((job) => html`<${JobItem} key=${job.id} job=${job} />`)}</ul>
+    ${listed.length === 0 && html`<${Hint}>${none}<//>`}
+    ${listed.length > MOST && html`<${Hint}>And ${listed.length - MOST} more: the ledger has them.<//>`}`;
+}
+
+// A job in a list: what it is, how far it is, why it ended so, and who asked for it.
+export function JobItem({ job }) {
+  const version = job.version == null ? "" : ` ${job.version}`, kind = job.kind === "load" ? "Load" : "Unload", why = whyText(job);
+  return html`
+    <li class="job" data-job=${job.id}>
+      <div class="head">
+        <p><a class="name" href=${href("jobs", job.id)}>${kind} ${oneLine(job.model_id, 130)}${version}</a> <${Pill} state=${job.status} /></p>
+        <div class="do"><${CancelButton} job=${job} /></div>
+      </div>
+      <${Steps} job=${job} />
+      ${why && html`<p class="why ${job.error ? "bad" : ""}">${why}</p>`}
+      <p class="dim" title="job ${job.id}, asked for at ${job.created_at}">${aboutText(job, now.value)}</p>
+    </li>`;
+}
+
+function CancelButton({ job }) {
+  const isLate = hasEnded(job) || job.cancel_requested || (job.kind === "unload" && job.status === "in_progress");
+  if (isLate || !session.value.manages) return null;
+  return html`<${Button} about="the ${job.kind} of ${job.model_id}" onClick=${() => cancel(job)}>Cancel<//>`;
+}
+
+function Steps({ job }) {
+  const stages = STAGES[job.kind], at = stages.indexOf(job.stage);
+  if (at < 0 || hasEnded(job)) return null;
+  return html`
+    <ol class="steps">${stages.map((stage, number) => html`
+      <li class=${number < at ? "done" : ""} aria-current=${number === at ? "step" : undefined}>${stage.replace("_", " ")}</li>`)}
+    </ol>`;
 }
 
 function whyText(job) {
@@ -49,42 +74,44 @@ function whyText(job) {
   return job.cancel_requested && !hasEnded(job) ? "Being cancelled." : "";
 }
 
-function aboutText(job) {
+function aboutText(job, at) {
   const took = duration(secondsSince(job.created_at, Date.parse(job.finished_at)));
-  const parts = [`by ${oneLine(job.requested_by, 60)}`, job.cause === "request" ? null : `cause ${job.cause}`, job.node ? `at ${oneLine(job.node, 60)}` : null,
-    hasEnded(job) ? `${ago(job.finished_at)}, took ${took}` : `for ${age(secondsSince(job.created_at))}`,
-    job.attempt > 1 ? count(job.attempt, "attempt") : null, job.parameters?.force ? "forced" : null];
+  const parts = [
+    `by ${oneLine(job.requested_by, 60)}`,
+    job.cause !== "request" && `cause ${job.cause}`,
+    job.node && `at ${oneLine(job.node, 60)}`,
+    hasEnded(job) ? `${clock(job.finished_at)}, ${ago(job.finished_at, at)}, took ${took}` : `for ${age(secondsSince(job.created_at, at))}`,
+    job.attempt > 1 && count(job.attempt, "attempt"),
+    job.parameters?.force && "forced",
+  ];
   return parts.filter(Boolean).join(" · ");
 }
 
-// Shows what became of a job, and its events in the ledger.
-export function jobPage(api, router, ledger) {
-  const latest = new Latest();
-  let shown = null;
-  const draw = (...lines) => {
-    byId("job-text").replaceChildren(...lines);
-    byId("job").scrollIntoView({ block: "nearest" });
-  };
-  router.watch(({ view, id }) => {
-    const wanted = view === "jobs" ? id : null;
-    if (wanted === shown) return;
-    shown = wanted;
-    show(byId("job"), wanted !== null);
-    latest.drop();
-    ledger.showJob(wanted ?? "");
-    if (wanted === null) return;
-    byId("job-close").href = router.href();
-    draw(h("p", {}, "Loading…"));
-    latest.request((signal) => api.get(`/api/v1/jobs/${encodeURIComponent(wanted)}`, { signal }), (job) => draw(...jobLines(job, router)),
-      (error) => draw(h("p", { class: "refusal" }, errorText(error))));
-  });
+function JobPage({ id }) {
+  const { answer, error } = useRequest((signal) => api.get(`/api/v1/jobs/${encodeURIComponent(id)}`, { signal }), [id]);
+  const job = jobs.value.find((each) => each.id === id) ?? answer;
+  return html`
+    <${PageHead} title="Job"><a href=${href("jobs")}>All jobs</a><//>
+    <section id="job" class="panel job-page" aria-label="The job">
+      <${Refusal} text=${!job && error && errorText(error)} />
+      ${job && html`<ul><${JobItem} job=${job} /></ul><${JobFacts} job=${job} />`}
+    </section>
+    ${session.value.audits && html`<${JobEvents} id=${id} />`}`;
 }
 
-function jobLines(job, router) {
-  const version = job.version == null ? "" : ` ${job.version}`, cause = job.cause === "request" ? "" : `, cause ${job.cause}`;
-  const what = h("p", {}, h("strong", {}, `${job.kind === "load" ? "Load" : "Unload"} of `), h("a", { href: router.href("models", job.model_id) }, oneLine(job.model_id, 130)), version, " ",
-    h("span", { class: `pill ${job.status}` }, job.status.replace("_", " ")));
-  const asked = `Requested by ${oneLine(job.requested_by, 130)}${cause} at ${moment(job.created_at)}${hasEnded(job) ? `; ended at ${moment(job.finished_at)}` : ""}.`;
-  const error = job.error ? h("p", { class: "why" }, `${job.error.code}: ${oneLine(job.error.message, 600)}`) : null;
-  return [what, h("p", {}, asked), error, h("p", {}, h("a", { href: router.href("at", String(job.position)) }, "As of its last event")), h("p", { class: "dim" }, h("code", {}, job.id))].filter(Boolean);
+function JobFacts({ job }) {
+  const ended = hasEnded(job) ? `; ended at ${moment(job.finished_at)}` : "";
+  return html`
+    <p>Requested by ${oneLine(job.requested_by, 130)} at ${moment(job.created_at)}${ended}. <code>${job.id}</code></p>
+    <p class="links"><a href=${href("models", job.model_id)}>Model ${oneLine(job.model_id, 130)}</a>
+      ${session.value.audits && html`<a href=${href("timeline", job.position)}>As of its last event</a>`}</p>`;
+}
+
+function JobEvents({ id }) {
+  const { events, error } = useEvents({ job: id });
+  return html`
+    <${Panel} kind="job-events" title="Events" controls=${html`<a href=${href("ledger", null, { job: id })}>In the ledger</a>`}>
+      <${Refusal} text=${error && errorText(error)} />
+      <${EventList} events=${events} />
+    <//>`;
 }

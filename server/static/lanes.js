@@ -1,209 +1,347 @@
 // Lanes of the timeline: a row for each model, and one for the server or for each node, drawn as SVG and in words.
-// States differ in shape and pattern as well as in colour.
+// A bar's colour, height and pattern are its state; its version is text. Also the time scale and the axis above them.
 
-import { cell, h, reconcile, setAttribute, svg, tableRow } from "./dom.js";
-import { count, duration, moment, oneLine } from "./format.js";
+import { count, duration, local, moment, oneLine } from "./format.js";
+import { html } from "./ui.js";
 import { HASH_DIGITS } from "./tables.js";
-import { Scale } from "./timescale.js";
+
+export const SECOND = 1000, MINUTE = 60 * SECOND, HOUR = 60 * MINUTE, DAY = 24 * HOUR, YEAR = 365 * DAY;
+export const SHORTEST = MINUTE, LONGEST = YEAR; // lengths of a range
 
 const HIGH = 26; // of a row, in pixels
-const THIN = 3; // a segment is drawn at least so wide: what is there can be seen
+const THIN = 3; // a bar is drawn at least so wide: what is there can be seen
 const EDGE = 8; // a mark is drawn no nearer to it, so that it is seen whole
 const CHARACTER = 7; // about how wide one is, of a label
-const COLOURS = 7;
-const MOST = 400; // rows of the table
+const MOST_ROWS = 400; // of the table
+
+// The top and the height of a bar, by its shape.
+const BARS = {
+  loaded: [4, 18], degraded: [4, 18], unloading: [9, 13], loading: [9, 13], failed: [16, 6], lost: [4, 18],
+  unloaded: [20, 2], waiting: [12, 10],
+  running: [11, 4], stopped: [11, 4], unknown: [5, 16], joined: [11, 4], draining: [9, 13], left: [11, 4],
+};
+const PATTERNS = { loading: "rising", unloading: "falling", draining: "falling", unknown: "unsure" };
+const MARKS = { // glyph, and what it stands for
+  swapped: ["◆", "swapped"], failed: ["✕", "load failed"], lost: ["!", "lost"], exited: ["▾", "a worker ended"],
+};
 const SERVER = {
   running: "ran", stopped: "was stopped", unknown: "ended unexpectedly",
   joined: "was there", draining: "was being drained", left: "had left", lost: "was lost",
 };
-const BARS = { // top and height of a state's bar
-  loaded: [4, 18], unloading: [9, 13], loading: [9, 13], failed: [16, 6], lost: [4, 18], unloaded: [20, 2],
-  waiting: [12, 10], running: [11, 4], stopped: [11, 4], unknown: [5, 16],
-  joined: [11, 4], draining: [9, 13], left: [11, 4],
-};
-const MARKS = { // glyph, and what it stands for
-  swapped: ["◆", "swapped"], failed: ["✕", "load failed"], lost: ["!", "lost"], exited: ["▾", "a worker ended"],
-};
 
-// A lane as items in the order of time, each with what it is about: segments, then the marks at their moments.
-export function itemsOf(lane) {
-  return [
-    ...lane.segments.map((segment) => ({ kind: "segment", key: `s${segment.from}`, from: Date.parse(segment.from), to: Date.parse(segment.to), segment })),
-    ...(lane.marks ?? []).map((mark) => ({ kind: "mark", key: `m${mark.kind}${mark.position}`, from: Date.parse(mark.at), to: Date.parse(mark.at), mark })),
-  ].sort((a, b) => a.from - b.from || (b.kind === "mark") - (a.kind === "mark"));
+// The scale.
+
+// Maps milliseconds to pixels and back.
+export class Scale {
+  constructor(from, to, width) {
+    Object.assign(this, { from, to, width });
+  }
+
+  x(time) {
+    return ((time - this.from) / (this.to - this.from)) * this.width;
+  }
+
+  time(x) {
+    return this.from + (x / this.width) * (this.to - this.from);
+  }
 }
 
-// The lanes of the nodes, or of the server without any; no model has such an id.
-export function serverLanes(page) {
-  const found = page.nodes?.map((lane) => ({ ...lane, model_id: `:${lane.node_id}` })) ?? [{ model_id: "", segments: page.server }];
-  return found.map((lane) => ({ ...lane, segments: lane.segments.map((each) => ({ ...each, version: null, events: 0 })), marks: [], loads: [] }));
+const MONTH = 30 * DAY;
+const STEPS = [
+  SECOND, 5 * SECOND, 10 * SECOND, 30 * SECOND, MINUTE, 5 * MINUTE, 10 * MINUTE, 30 * MINUTE, HOUR, 3 * HOUR, 6 * HOUR, 12 * HOUR,
+  DAY, 2 * DAY, 7 * DAY, MONTH, 3 * MONTH, 6 * MONTH, 12 * MONTH, 60 * MONTH, 120 * MONTH,
+];
+const NAMES = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+
+// The moments that an axis names, at round times of this place: [{time, label, isDay}], `apart` pixels from one
+// another at least. `isDay` says that the label is a date.
+export function ticks(scale, apart = 90) {
+  const least = ((scale.to - scale.from) * apart) / scale.width, step = STEPS.find((each) => each >= least) ?? STEPS.at(-1);
+  const midnight = new Date(scale.from).setHours(0, 0, 0, 0), found = [];
+  if (step < DAY) {
+    const first = midnight + Math.ceil((scale.from - midnight) / step) * step;
+    for (let time = first; time <= scale.to; time += step) found.push(time);
+  } else {
+    for (const day = new Date(midnight); day <= scale.to; day.setDate(day.getDate() + 1)) {
+      if (day >= scale.from && isRound(day, step)) found.push(day.getTime());
+    }
+  }
+  return found.map((time) => ({ time, ...tickLabel(time, step) }));
 }
 
-// Whether a lane is not of a model, and its name then.
+function isRound(day, step) {
+  const days = step / DAY, months = step / MONTH, date = day.getDate();
+  if (months >= 1) return date === 1 && (day.getFullYear() * 12 + day.getMonth()) % months === 0;
+  return (date - 1) % days === 0 && (days === 1 || date <= 31 - days / 2); // a later one is too near to the first of a month
+}
+
+export function tickLabel(time, step) {
+  const date = new Date(time), name = NAMES[date.getMonth()], year = date.getFullYear();
+  if (step >= MONTH) return { label: date.getMonth() === 0 ? String(year) : `${name} ${year}`, isDay: true };
+  const isMidnight = local(date).endsWith("T00:00:00");
+  if (step >= DAY || isMidnight) return { label: `${date.getDate()} ${name}`, isDay: true };
+  return { label: local(date).slice(11, step < MINUTE ? 19 : 16), isDay: false };
+}
+
+// A range in words, with each date once.
+export function rangeText(from, to) {
+  const [first, last] = [from, to].map((time) => new Date(time));
+  const [firstDay, lastDay] = [first, last].map((day) => `${day.getDate()} ${NAMES[day.getMonth()]} ${day.getFullYear()}`);
+  const end = to - from < 10 * MINUTE ? 19 : 16; // with seconds where they tell
+  const [begin, finish] = [first, last].map((time) => local(time).slice(11, end));
+  return firstDay === lastDay ? `${firstDay}, ${begin} to ${finish}` : `${firstDay}, ${begin} to ${lastDay}, ${finish}`;
+}
+
+// What the lanes hold.
+
+// The lanes of a page of the timeline, the nodes' or the server's first, each with its items: its segments and marks
+// in the order of time.
+export function lanesOf(page) {
+  const ofServer = page.nodes?.map((lane) => ({ ...lane, model_id: `:${lane.node_id}` })) // no model has such an id
+    ?? [{ model_id: "", segments: page.server }];
+  const plain = ofServer.map((lane) => ({
+    ...lane, marks: [], loads: [],
+    segments: lane.segments.map((segment) => ({ ...segment, version: null, events: 0 })),
+  }));
+  return [...plain, ...page.lanes].map((lane) => ({ ...lane, items: itemsOf(lane) }));
+}
+
+function itemsOf(lane) {
+  const segments = lane.segments.map((segment) => ({
+    key: `s${segment.from}`, from: Date.parse(segment.from), to: Date.parse(segment.to), segment,
+  }));
+  const marks = lane.marks.map((mark) => ({
+    key: `m${mark.kind}${mark.position}`, from: Date.parse(mark.at), to: Date.parse(mark.at), mark,
+  }));
+  return [...segments, ...marks].sort((a, b) => a.from - b.from || Boolean(b.mark) - Boolean(a.mark));
+}
+
+// Whether a lane is the server's or a node's, and its name then.
 export const isOfServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
-const serverName = (lane) => lane.node_id ?? "Server";
+const nameOf = (lane) => oneLine(isOfServer(lane) ? lane.node_id ?? "Server" : lane.model_id, 130);
 
-// Draws lanes as the rows of a plot: `until` is where the present ends a segment that goes on, `down` when no server
-// ran, and `hrefOf` has the address of a model.
-export function drawRows(plot, lanes, scale, about) {
-  reconcile(plot, lanes.map((lane) => ({ lane, scale, about })), laneRow, ({ lane }) => lane.model_id);
+// The item of a lane at a time: a mark within `slack` of it, else the segment there, else one within `slack`.
+export function itemAt(lane, time, slack) {
+  const isNear = (item) => item.from - slack <= time && time <= item.to + slack;
+  const distance = (item) => Math.abs(item.from - time);
+  const [mark] = lane.items.filter((item) => item.mark && isNear(item)).sort((a, b) => distance(a) - distance(b));
+  const segments = lane.items.filter((item) => item.segment);
+  return mark ?? segments.find((item) => item.from <= time && time < item.to) ?? segments.findLast(isNear) ?? null;
 }
 
-function laneRow({ lane: first, about: { hrefOf } }) {
-  const drawing = svg("svg", { class: "lane-plot", "aria-hidden": "true", height: HIGH });
-  const name = isOfServer(first) ? h("span", { class: "lane-name server", title: serverName(first) }, oneLine(serverName(first), 130))
-    : h("a", { class: "lane-name", title: first.model_id, tabindex: "-1" }, oneLine(first.model_id, 130));
-  const row = h("div", { class: "lane", "data-model": first.model_id }, name, drawing);
-  row.update = ({ lane, scale, about }) => {
-    if (!isOfServer(first)) setAttribute(name, "href", hrefOf(lane.model_id));
-    setAttribute(drawing, "viewBox", `0 0 ${scale.width} ${HIGH}`);
-    setAttribute(drawing, "width", scale.width);
-    drawing.replaceChildren(...parts(lane, scale, about));
-  };
-  return row;
+// The item of a lane that is nearest to the beginning of another lane's item.
+export function nearestItem(lane, { from: time }) {
+  const distance = (item) => (item.from <= time && time < item.to ? 0
+    : Math.min(Math.abs(item.from - time), Math.abs(item.to - time)));
+  return lane.items.reduce((best, item) => (distance(item) < distance(best) ? item : best));
 }
 
-function parts(lane, scale, { down, until, end, selected }) {
-  const drawn = isOfServer(lane) ? [] : down.map(([from, to]) => box("down", scale, from, to, 0, HIGH));
-  const marks = [];
-  for (const item of lane.items) {
-    const to = item.kind === "segment" && item.to >= end ? until : item.to;
-    if (to < scale.from || item.from > scale.to) continue;
-    const chosen = selected?.model === lane.model_id && selected.key === item.key;
-    if (item.kind === "segment") drawn.push(...segmentParts(item.segment, scale, item.from, to, chosen));
-    else marks.push(markPart(item.mark, Math.min(scale.width - EDGE, Math.max(EDGE, scale.x(item.from))), chosen));
-  }
-  return [...drawn, ...marks];
+// The moment at which an item begins: its event, else the time to the microsecond, which no `Date` has.
+export const momentOf = ({ mark, segment }) => String((mark ?? segment).position ?? segment.from);
+
+// Drawing.
+
+// A row. `shown` has what all rows share: `down` when no server ran, `end` of what the server has said, and `until`,
+// where the present ends what goes on.
+export function Lane({ lane, scale, href, chosenKey, shown }) {
+  const { down, end, until } = shown;
+  const items = lane.items
+    .map((item) => ({ ...item, to: item.segment && item.to >= end ? until : item.to }))
+    .filter((item) => item.to >= scale.from && item.from <= scale.to);
+  return html`
+    <div class="lane" data-model=${lane.model_id}>
+      ${isOfServer(lane) ? html`<span class="lane-name server" title=${nameOf(lane)}>${nameOf(lane)}</span>`
+        : html`<a class="lane-name" title=${lane.model_id} tabindex="-1" href=${href}>${nameOf(lane)}</a>`}
+      <svg class="lane-plot" aria-hidden="true" width=${scale.width} height=${HIGH} viewBox="0 0 ${scale.width} ${HIGH}"><g class="drawn">
+        ${!isOfServer(lane) && down.map(([from, to]) => html`<${Down} scale=${scale} from=${from} to=${to} />`)}
+        ${items.filter((item) => item.segment).map((item) => html`
+          <${Bar} segment=${item.segment} scale=${scale} from=${item.from} to=${item.to} isChosen=${item.key === chosenKey} />`)}
+        ${items.filter((item) => item.mark).map((item) => html`
+          <${Mark} kind=${item.mark.kind} x=${scale.x(item.from)} width=${scale.width} isChosen=${item.key === chosenKey} />`)}
+      </g></svg>
+    </div>`;
 }
 
-function box(kind, scale, from, to, top, high, more = {}) {
+function Down({ scale, from, to }) {
   const left = Math.max(-2, scale.x(from)), right = Math.min(scale.width + 2, scale.x(to));
-  return svg("rect", { class: kind, x: left.toFixed(1), y: top, width: Math.max(0, right - left).toFixed(1), height: high, ...more });
+  return html`<rect class="down" x=${pixels(left)} y="0" width=${pixels(Math.max(0, right - left))} height=${HIGH} />`;
 }
 
-function segmentParts(segment, scale, from, to, chosen) {
-  const shape = segment.waiting ? "waiting" : segment.state, [top, high] = BARS[shape];
-  const left = Math.max(-2, scale.x(from)), right = Math.min(scale.width + 2, Math.max(scale.x(to), scale.x(from) + THIN));
-  const colour = segment.state === "loaded" || segment.state === "unloading" ? ` v${(segment.version ?? 0) % COLOURS}` : "";
-  const about = { x: left.toFixed(1), y: top, width: (right - left).toFixed(1), height: high, rx: segment.state === "loaded" || segment.state === "lost" ? 3 : 1 };
-  const found = [svg("rect", { class: `seg ${shape}${colour}${chosen ? " chosen" : ""}`, ...about })];
-  const pattern = segment.summary ? "several" : { loading: "rising", unloading: "falling", draining: "falling", unknown: "unsure" }[shape];
-  if (pattern) found.push(svg("rect", { class: "over", fill: `url(#${pattern})`, ...about }));
-  const text = labelOf(segment), room = right - Math.max(left, 0);
-  if (text && high > 12 && room > text.length * CHARACTER + 10) {
-    found.push(svg("text", { class: "seg-label", x: (Math.max(left, 0) + 6).toFixed(1), y: top + 13 }, text));
-  }
-  return found;
+function Bar({ segment, scale, from, to, isChosen }) {
+  const shape = shapeOf(segment), [top, high] = BARS[shape];
+  const left = Math.max(-2, scale.x(from));
+  const right = Math.min(scale.width + 2, Math.max(scale.x(to), scale.x(from) + THIN));
+  const box = { x: pixels(left), y: top, width: pixels(right - left), height: high, rx: high > 16 ? 3 : 1 };
+  const pattern = segment.summary ? "several" : PATTERNS[shape];
+  const text = labelOf(segment), begin = Math.max(left, 0);
+  const fits = text && high > 12 && right - begin > text.length * CHARACTER + 12;
+  return html`
+    <rect class="seg ${shape} ${isChosen ? "chosen" : ""}" ...${box} />
+    ${pattern && html`<rect class="over" fill="url(#${pattern})" ...${box} />`}
+    ${fits && html`<text class="seg-label" x=${pixels(begin + 9)} y=${top + 13}>${text}</text>`}`;
+}
+
+function shapeOf(segment) {
+  if (segment.waiting) return "waiting";
+  return segment.degraded && segment.state === "loaded" ? "degraded" : segment.state;
 }
 
 function labelOf(segment) {
   if (segment.summary) return segment.events ? `${segment.events.toLocaleString("en")} events` : "";
-  if (segment.state === "loaded") return segment.next_version == null ? `v${segment.version}${segment.degraded ? " degraded" : ""}` : `v${segment.version} → ${segment.next_version}`;
-  return segment.state === "lost" || segment.state === "draining" ? segment.state : "";
+  const version = segment.version == null ? "" : `v${segment.version}`;
+  if (segment.state === "loaded" && segment.next_version != null) return `${version} → v${segment.next_version}`;
+  if (segment.state === "loaded") return segment.degraded ? `${version} degraded` : version;
+  return ["lost", "draining"].includes(segment.state) ? segment.state : "";
 }
 
-function markPart(mark, x, chosen) {
-  const [glyph] = MARKS[mark.kind];
-  return svg("g", { class: `mark ${mark.kind}${chosen ? " chosen" : ""}`, transform: `translate(${x.toFixed(1)} 0)` },
-    svg("line", { x1: 0, x2: 0, y1: 2, y2: HIGH - 2 }),
-    svg("circle", { cx: 0, cy: 7, r: 6 }),
-    svg("text", { x: 0, y: 10.5 }, glyph));
+function Mark({ kind, x, width, isChosen }) {
+  const place = Math.min(width - EDGE, Math.max(EDGE, x));
+  return html`
+    <g class="mark ${kind} ${isChosen ? "chosen" : ""}" transform="translate(${pixels(place)} 0)">
+      <line x1="0" x2="0" y1="2" y2=${HIGH - 2} />
+      <circle cx="0" cy="7" r="6" />
+      <text x="0" y="10.5">${MARKS[kind][0]}</text>
+    </g>`;
 }
 
 // The axis above the rows: ticks with their labels, and where the present and the moment of `at` are.
-export function drawAxis(drawing, scale, marks, { at, now }) {
-  setAttribute(drawing, "viewBox", `0 0 ${scale.width} 34`);
-  setAttribute(drawing, "width", scale.width);
-  const found = [];
-  for (const tick of marks) {
-    const x = scale.x(tick.time);
-    found.push(svg("line", { class: "tick", x1: x.toFixed(1), x2: x.toFixed(1), y1: 26, y2: 34 }));
-    if (x < 30 || x > scale.width - 30) continue; // its label would be cut off
-    found.push(svg("text", { class: tick.day ? "tick-label day" : "tick-label", x: x.toFixed(1), y: 20, "text-anchor": "middle" }, tick.label));
-  }
-  if (now !== null && scale.x(now) <= scale.width) found.push(svg("line", { class: "now", x1: scale.x(now).toFixed(1), x2: scale.x(now).toFixed(1), y1: 22, y2: 34 }));
-  if (at !== null) found.push(svg("path", { class: "at", d: `M${scale.x(at).toFixed(1)} 34l-6 -8h12z` }));
-  drawing.replaceChildren(...found);
+export function Axis({ scale, at, now }) {
+  const isInside = (time) => time !== null && time >= scale.from && time <= scale.to;
+  return html`
+    <svg height="34" width=${scale.width} viewBox="0 0 ${scale.width} 34" aria-hidden="true">
+      ${ticks(scale).map(({ time, label, isDay }) => html`<${Tick} x=${scale.x(time)} ...${{ label, isDay, scale }} />`)}
+      ${isInside(now) && html`<line class="now" x1=${pixels(scale.x(now))} x2=${pixels(scale.x(now))} y1="22" y2="34" />`}
+      ${isInside(at) && html`<path class="at" d="M${pixels(scale.x(at))} 34l-6 -8h12z" />`}
+    </svg>`;
 }
 
-// Fills the legend: a sample of each shape, and what it says.
-export function fillLegend(legend, shapes) {
-  legend.replaceChildren(...shapes.map(([state, text]) => {
-    const sample = svg("svg", { width: 28, height: HIGH, viewBox: `0 0 28 ${HIGH}`, "aria-hidden": "true" }), scale = new Scale(0, 28, 28);
-    const segment = { state: state === "several" ? "loaded" : state, summary: state === "several", version: 1 };
-    if (state === "down") sample.append(box("down", scale, 0, 28, 0, HIGH));
-    else if (BARS[segment.state]) sample.append(...segmentParts(segment, scale, 1, 27, false));
-    if (MARKS[state]) sample.append(markPart({ kind: state }, 14, false));
-    return h("li", {}, sample, h("span", {}, text));
-  }));
+function Tick({ x, label, isDay, scale }) {
+  const isCutOff = x < 30 || x > scale.width - 30;
+  return html`
+    <line class="tick" x1=${pixels(x)} x2=${pixels(x)} y1="26" y2="34" />
+    ${!isCutOff && html`<text class="tick-label ${isDay ? "day" : ""}" x=${pixels(x)} y="20" text-anchor="middle">${label}</text>`}`;
 }
+
+const pixels = (length) => length.toFixed(1);
+
+const LEGEND = [
+  ["loaded", "loaded"], ["degraded", "degraded"], ["waiting", "waiting"], ["loading", "loading"], ["unloading", "unloading"],
+  ["lost", "lost"], ["failed", "failed"], ["several", "several changes"], ["swapped", "swapped"],
+  ["exited", "a worker ended"], ["down", "no server"],
+];
+
+// A sample of each shape, and what it says.
+export function Legend() {
+  const scale = new Scale(0, 28, 28);
+  const sample = (kind) => {
+    if (kind === "down") return html`<${Down} scale=${scale} from=${0} to=${28} />`;
+    if (BARS[kind] === undefined && MARKS[kind]) return html`<${Mark} kind=${kind} x=${14} width=${28} />`;
+    const segment = { state: kind === "several" || kind === "degraded" ? "loaded" : kind };
+    return html`<${Bar} scale=${scale} from=${1} to=${27}
+      segment=${{ ...segment, summary: kind === "several", degraded: kind === "degraded", waiting: kind === "waiting" }} />`;
+  };
+  return html`
+    <ul class="legend shapes" aria-hidden="true">
+      ${LEGEND.map(([kind, text]) => html`
+        <li><svg width="28" height=${HIGH} viewBox="0 0 28 ${HIGH}">${sample(kind)}</svg><span>${text}</span></li>`)}
+    </ul>`;
+}
+
+// The patterns of bars, which every drawing on the page refers to.
+export function Patterns() {
+  return html`
+    <svg class="defs" width="0" height="0" aria-hidden="true"><defs>
+      <pattern id="rising" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M-1 7L7 -1M-1 1L1 -1M5 7L7 5" /></pattern>
+      <pattern id="falling" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M-1 -1L7 7M5 -1L7 1M-1 5L1 7" /></pattern>
+      <pattern id="several" width="4" height="6" patternUnits="userSpaceOnUse"><path d="M1 0V6" /></pattern>
+      <pattern id="unsure" width="5" height="5" patternUnits="userSpaceOnUse"><circle cx="2" cy="2" r="1" /></pattern>
+    </defs></svg>`;
+}
+
+// Words.
 
 // What an item is, as lines: the first is its title.
-export function describe(lane, item) {
-  return item.kind === "mark" ? describeMark(lane, item.mark) : isOfServer(lane) ? describeServer(lane, item.segment) : describeSegment(lane, item.segment);
+export function describe(lane, { mark, segment }) {
+  const lines = mark ? describeMark(lane, mark)
+    : isOfServer(lane) ? describeServer(lane, segment)
+      : segment.waiting && !segment.summary ? describeWaiting(lane, segment) : describeSegment(lane, segment);
+  return lines.filter(Boolean);
 }
 
-function times(segment) {
-  return `${moment(segment.from)} to ${moment(segment.to)}, ${duration((Date.parse(segment.to) - Date.parse(segment.from)) / 1000)}`;
+function timesText({ from, to }) {
+  return `${moment(from)} to ${moment(to)}, ${duration((Date.parse(to) - Date.parse(from)) / 1000)}`;
 }
 
 function describeServer(lane, segment) {
-  const name = lane.node_id === undefined ? "The server" : oneLine(`Node ${lane.node_id}`, 130);
+  const isNode = lane.node_id !== undefined, isUnknown = segment.state === "unknown";
+  const name = isNode ? oneLine(`Node ${lane.node_id}`, 130) : "The server";
   const starts = segment.restarts > 1 ? `; ${count(segment.restarts, "start")}` : "";
-  const state = segment.state === "unknown" && lane.node_id !== undefined ? "did not renew its lease" : SERVER[segment.state];
-  const found = lane.node_id === undefined ? ", and was found ended at the next start" : "";
-  const until = segment.state === "unknown" ? `It may have run for some of this time${found}.` : "";
-  return [`${name} ${state}${starts}`, times(segment), until].filter(Boolean);
+  const state = isUnknown && isNode ? "did not renew its lease" : SERVER[segment.state];
+  const found = isNode ? "" : ", and was found ended at the next start";
+  return [`${name} ${state}${starts}`, timesText(segment), isUnknown && `It may have run for some of this time${found}.`];
 }
 
 function describeSegment(lane, segment) {
-  const version = segment.version == null ? "" : ` ${segment.version}`, load = loadOf(lane, segment);
-  if (segment.waiting && !segment.summary) return describeWaiting(lane, segment);
-  const title = segment.summary ? `${lane.model_id}: ${count(segment.events, "event")}, ${segment.state}${segment.state === "unloaded" ? "" : version} at the end` : `${lane.model_id}${version} ${segment.state}`;
+  const version = segment.version == null ? "" : ` ${segment.version}`;
+  if (segment.summary) {
+    const end = `${segment.state}${segment.state === "unloaded" ? "" : version} at the end`;
+    const title = oneLine(`${lane.model_id}: ${count(segment.events, "event")}, ${end}`, 200);
+    return [title, timesText(segment), "Too short, or too many, to draw apart: zoom in.", segment.error && `error ${segment.error}`];
+  }
   const cause = segment.cause && segment.cause !== "request" ? `, cause ${segment.cause}` : "";
+  const load = lane.loads.find((each) => each.job_id === segment.load_job_id);
   return [
-    oneLine(title, 200),
-    times(segment),
-    segment.summary ? "Too short, or too many, to draw apart: zoom in." : segment.by ? `by ${oneLine(segment.by, 130)}${cause}` : "",
-    segment.next_version == null ? "" : `version ${segment.next_version} loads beside it`,
-    segment.degraded ? "degraded: some of its workers are gone" : "",
-    segment.error ? `error ${segment.error}` : "",
-    load && !segment.summary ? `bytes: ${bytesOf(load)}` : "",
-    !segment.summary && segment.load_job_id ? `job ${segment.load_job_id}` : "",
-  ].filter(Boolean);
+    oneLine(`${lane.model_id}${version} ${segment.state}`, 200),
+    timesText(segment),
+    segment.by && `by ${oneLine(segment.by, 130)}${cause}`,
+    segment.next_version != null && `version ${segment.next_version} loads beside it`,
+    segment.degraded && "degraded: some of its workers are gone",
+    segment.error && `error ${segment.error}`,
+    load && `bytes: ${bytesOf(load)}`,
+    segment.load_job_id && `job ${segment.load_job_id}`,
+  ];
 }
 
 function describeWaiting(lane, segment) {
-  return [oneLine(`${lane.model_id} ${segment.next_version} waits to be loaded`, 200), times(segment),
-    segment.by ? `requested by ${oneLine(segment.by, 130)}` : "", `job ${segment.load_job_id}`].filter(Boolean);
+  return [
+    oneLine(`${lane.model_id} ${segment.next_version} waits to be loaded`, 200), timesText(segment),
+    segment.by && `requested by ${oneLine(segment.by, 130)}`, `job ${segment.load_job_id}`,
+  ];
 }
 
 function describeMark(lane, mark) {
-  const version = mark.version == null ? "" : ` ${mark.version}`;
+  const version = mark.version == null ? "" : ` ${mark.version}`, code = mark.code ? `: ${mark.code}` : "";
+  const several = mark.count > 1 ? `, the last of ${mark.count.toLocaleString("en")} nearby` : "";
   return [
-    oneLine(`${lane.model_id}${version} ${MARKS[mark.kind][1]}${mark.code ? `: ${mark.code}` : ""}`, 200),
-    `${moment(mark.at)}${mark.count > 1 ? `, the last of ${mark.count.toLocaleString("en")} nearby` : ""}`,
-    mark.by ? `by ${oneLine(mark.by, 130)}` : "",
-    `event ${mark.position}`,
-  ].filter(Boolean);
-}
-
-function loadOf(lane, segment) {
-  return lane.loads.find((load) => load.job_id === segment.load_job_id);
+    oneLine(`${lane.model_id}${version} ${MARKS[mark.kind][1]}${code}`, 200),
+    `${moment(mark.at)}${several}`, mark.by && `by ${oneLine(mark.by, 130)}`, `event ${mark.position}`,
+  ];
 }
 
 function bytesOf(load) {
   const more = load.file_count - load.files.length;
-  return load.files.map((file) => `${oneLine(file.path, 80)} ${file.sha256.slice(0, HASH_DIGITS)}`).join(", ") + (more > 0 ? ` and ${more} more` : "");
+  const files = load.files.map((file) => `${oneLine(file.path, 80)} ${file.sha256.slice(0, HASH_DIGITS)}`);
+  return files.join(", ") + (more > 0 ? ` and ${more} more` : "");
 }
 
-// Fills the table, for who does not see the drawing.
-export function fillTable(table, lanes) {
+// All items as text, for who does not see the drawing.
+export function LaneTable({ lanes }) {
   const items = lanes.flatMap((lane) => lane.items.map((item) => ({ lane, item })));
-  const rows = items.slice(0, MOST).map(({ lane, item }) => {
-    const [title, when, ...rest] = describe(lane, item);
-    return tableRow([isOfServer(lane) ? serverName(lane) : lane.model_id], cell("State", null, title), cell("When", null, when), cell("By, bytes, job", null, rest.join("; ")));
-  });
-  if (items.length > MOST) rows.push(h("tr", { role: "row" }, h("td", { colspan: 4, role: "cell" }, `And ${(items.length - MOST).toLocaleString("en")} more: zoom in.`)));
-  table.replaceChildren(...rows);
+  return html`
+    <div class="scroll" tabindex="0" role="group" aria-label="The timeline as a table">
+      <table class="cards">
+        <caption class="unseen">Changes in this range, by model</caption>
+        <thead><tr>${["Model", "State", "When", "By, bytes, job"].map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
+        <tbody id="timeline-table">
+          ${items.slice(0, MOST_ROWS).map(({ lane, item }) => {
+            const [title, when, ...rest] = describe(lane, item);
+            return html`
+              <tr role="row"><th scope="row" role="rowheader">${nameOf(lane)}</th>
+                <td role="cell" data-label="State">${title}</td><td role="cell" data-label="When">${when}</td>
+                <td role="cell" data-label="By, bytes, job">${rest.join("; ")}</td></tr>`;
+          })}
+        </tbody>
+      </table>
+      ${items.length > MOST_ROWS && html`<p class="hint">And ${(items.length - MOST_ROWS).toLocaleString("en")} more: zoom in.</p>`}
+    </div>`;
 }

@@ -1,123 +1,135 @@
-// The ledger: its newest events, those that are asked for, and each as it was hashed; live while it follows.
+// The ledger: its newest events, those that are asked for, and each as it was hashed; live while it follows. The filters
+// are in the page's address.
 
-import { errorText, Latest } from "./api.js";
-import { byId, h, reconcile, setText, show, showText } from "./dom.js";
+import { api, errorText, Latest } from "./api.js";
 import { summary, toneOf, TYPES } from "./eventtext.js";
-import { clock, oneLine, plain } from "./format.js";
+import { count, oneLine, plain } from "./format.js";
+import { address, href, replace } from "./router.js";
+import { advance, connection, epoch, head, oldest, subscribe } from "./state.js";
+import { html, PageHead, Refusal, Time, useEffect, useMemo, useRef, useRequest, useState } from "./ui.js";
 
 const PAGE = 50;
-const MOST = 400; // that are kept on the page, while nobody asks for older ones
+const MOST = 400; // events that are kept on the page, before older ones are asked for
 const MOST_ASKED = 4000;
+const FILTERS = { type: "Type", model: "Model", actor: "By", job: "Job" };
+const NONE = { events: [], cursor: null, most: MOST, asOf: 0, error: null };
 
-export class Ledger {
-  #events = new Map(); // by position
-  #cursor = null; // where the older ones begin
-  #epoch = null;
-  #filters = {};
-  #latest = new Latest();
-  #most = MOST;
-  #upto = 0; // as of which position it was asked for last
+export function LedgerPage() {
+  const filters = filtersOf(address.value.query), [isFollowing, setFollowing] = useState(true);
+  const { events, cursor, error, fetchOlder } = useEvents(filters, isFollowing);
+  return html`
+    <${PageHead} title="Ledger" count=${head.value ? count(head.value, "event") : ""}>
+      <label class="check"><input type="checkbox" checked=${isFollowing} onChange=${(event) => setFollowing(event.target.checked)} /> Follow</label>
+    <//>
+    <section id="ledger" class="panel ledger" aria-label="Events">
+      <${Filters} filters=${filters} />
+      <${Refusal} text=${error && errorText(error)} />
+      <${EventList} events=${events} />
+      ${events.length === 0 && cursor === null && html`<p class="hint">No event matches.</p>`}
+      ${cursor !== null && events.length < MOST_ASKED && html`<button id="ledger-older" type="button" onClick=${fetchOlder}>Older</button>`}
+    </section>`;
+}
 
-  // `visit` shows the models as of a position.
-  constructor(api, store, visit) {
-    Object.assign(this, { api, store, visit });
-    byId("ledger-type").append(...TYPES.map((type) => h("option", {}, type)));
-    byId("ledger-filters").addEventListener("submit", (event) => (event.preventDefault(), this.#readFilters()));
-    byId("ledger-type").addEventListener("change", () => this.#readFilters());
-    byId("ledger-clear").addEventListener("click", () => (byId("ledger-filters").reset(), this.#readFilters()));
-    byId("ledger-older").addEventListener("click", () => this.#loadOlder());
-    byId("ledger-follow").addEventListener("change", (event) => event.target.checked && this.#load());
-    store.listeners.push((event) => this.#onEvent(event));
-    show(byId("ledger"), true);
-    store.watch(() => this.#draw());
-  }
+const filtersOf = (query) => Object.fromEntries(Object.keys(FILTERS).map((name) => [name, query[name] ?? ""]));
 
-  #onEvent(event) {
-    if (byId("ledger-follow").checked && this.#matches(event)) this.#events.set(event.position, event);
-  }
+function Filters({ filters }) {
+  const show = (form) => {
+    const asked = [...new FormData(form)].map(([name, value]) => [name, value.trim()]);
+    replace("ledger", null, Object.fromEntries(asked));
+  };
+  return html`
+    <form id="ledger-filters" class="filters" autocomplete="off" aria-label="Filters of events"
+      onSubmit=${(event) => (event.preventDefault(), show(event.currentTarget))}>
+      ${Object.entries(FILTERS).map(([name, label]) => html`
+        <span class="pair"><label for="ledger-${name}">${label}</label>
+          ${name === "type" ? html`
+            <select id="ledger-type" name="type" value=${filters.type} onChange=${(event) => show(event.currentTarget.form)}>
+              <option value="">any</option>${TYPES.map((type) => html`<option value=${type}>${type}</option>`)}
+            </select>`
+            : html`<input id="ledger-${name}" name=${name} defaultValue=${filters[name]} autocomplete="off" maxlength="128" spellcheck=${false} />`}
+        </span>`)}
+      <button type="submit">Show</button>
+      <button type="button" onClick=${(event) => (event.currentTarget.form.reset(), replace("ledger"))}>Clear</button>
+    </form>`;
+}
 
-  #matches(event) {
-    const { type, model, actor, job } = this.#filters;
-    return (!type || event.type === type) && (!model || event.model_id === model) && (!actor || event.actor === actor) && (!job || event.job_id === job);
-  }
+// The newest events that match, with those of the stream while it follows, and older ones as they are asked for.
+export function useEvents(filters, isFollowing = true) {
+  const [shown, setShown] = useState(NONE), latest = useMemo(() => new Latest(), []), followed = useRef(isFollowing);
+  const key = JSON.stringify(filters);
+  const fetchPage = (before) => {
+    const query = new URLSearchParams({ before: before ?? Number.MAX_SAFE_INTEGER, limit: PAGE });
+    for (const [name, value] of Object.entries(filters)) if (value) query.set(name, value);
+    latest.request((signal) => api.get(`/api/v1/events?${query}`, { signal }), (page) => {
+      oldest.value = page.oldest;
+      advance(page.as_of);
+      setShown((present) => (before === null ? withNewest(present, page, filters) : withOlder(present, page)));
+    }, (error) => setShown((present) => ({ ...present, error })));
+  };
+  useEffect(() => {
+    const isHeld = followed.current && !isFollowing; // what is shown stays when it stops to follow
+    followed.current = isFollowing;
+    if (!isHeld) fetchPage(null);
+  }, [key, isFollowing, epoch.value]);
+  useEffect(() => subscribe((events) => {
+    const found = isFollowing ? events.filter((event) => matches(event, filters)) : [];
+    if (found.length) setShown((present) => merge(present, found));
+  }), [key, isFollowing]);
+  const isUnheard = connection.value.mode === "polled" && isFollowing && head.value > shown.asOf; // no stream says it
+  useEffect(() => {
+    if (isUnheard) fetchPage(null);
+  }, [isUnheard && head.value]);
+  useEffect(() => () => latest.drop(), []);
+  return { ...shown, fetchOlder: () => fetchPage(shown.cursor) };
+}
 
-  // Shows the events of the job with this id; of all jobs, if it is empty.
-  showJob(jobId, { scrolls = false } = {}) {
-    byId("ledger-filters").reset();
-    byId("ledger-job").value = jobId;
-    this.#readFilters();
-    if (scrolls) byId("ledger").scrollIntoView({ block: "nearest" });
-  }
+function matches(event, { type, model, actor, job }) {
+  return (!type || event.type === type) && (!model || event.model_id === model) && (!actor || event.actor === actor)
+    && (!job || event.job_id === job);
+}
 
-  #readFilters() {
-    const names = ["type", "model", "actor", "job"];
-    this.#filters = Object.fromEntries(names.map((name) => [name, byId(`ledger-${name}`).value.trim()]).filter(([, value]) => value));
-    this.#load();
-  }
+function withNewest({ events }, page, filters) {
+  const since = events.filter((event) => event.position > page.as_of && matches(event, filters));
+  return merge({ ...NONE, events: page.events, cursor: page.next_cursor, asOf: page.as_of }, since);
+}
 
-  #loadOlder() {
-    this.#most = Math.max(MOST, Math.min(MOST_ASKED, this.#events.size + PAGE));
-    this.#load(this.#cursor);
-  }
+function withOlder(present, page) {
+  const most = Math.max(MOST, Math.min(MOST_ASKED, present.events.length + PAGE));
+  return merge({ ...present, most, cursor: page.next_cursor, error: null }, page.events);
+}
 
-  // Asks for the newest events, or those before a position.
-  async #load(before = null) {
-    if (before === null) [this.#upto, this.#most] = [this.store.head, MOST];
-    const query = new URLSearchParams({ ...this.#filters, before: before ?? Number.MAX_SAFE_INTEGER, limit: PAGE });
-    await this.#latest.request((signal) => this.api.get(`/api/v1/events?${query}`, { signal }), (page) => {
-      if (before === null) {
-        const since = [...this.#events.values()].filter((event) => event.position > page.as_of && this.#matches(event));
-        this.#events = new Map(since.map((event) => [event.position, event]));
-      }
-      for (const event of page.events) this.#events.set(event.position, event);
-      this.#cursor = page.next_cursor;
-      this.store.oldest = page.oldest;
-      this.store.advance(page.as_of);
-      showText(byId("ledger-refusal"), "");
-    }, (error) => showText(byId("ledger-refusal"), errorText(error)));
-    this.#draw();
-  }
+// Adds events, newest first, and drops the oldest beyond the most that are kept.
+function merge(present, more) {
+  const all = new Map([...present.events, ...more].map((event) => [event.position, event]));
+  const sorted = [...all.values()].sort((a, b) => b.position - a.position), events = sorted.slice(0, present.most);
+  return { ...present, events, cursor: events.length < sorted.length ? events.at(-1).position : present.cursor };
+}
 
-  #draw() {
-    if (this.#epoch !== this.store.epoch) {
-      this.#epoch = this.store.epoch;
-      if (this.#epoch > 0) this.#load();
-    } else if (this.store.connection.mode === "polled" && byId("ledger-follow").checked && this.store.head > this.#upto) {
-      this.#load(); // no stream tells it
-    }
-    const events = [...this.#events.values()].sort((a, b) => b.position - a.position);
-    for (const event of events.splice(this.#most)) {
-      this.#events.delete(event.position);
-      this.#cursor = Math.max(this.#cursor ?? 0, event.position + 1);
-    }
-    reconcile(byId("ledger-list"), events, (event) => this.#item(event), (event) => event.position);
-    setText(byId("ledger-count"), this.store.head ? `${this.store.head.toLocaleString("en")} events` : "");
-    show(byId("ledger-none"), events.length === 0 && this.#cursor === null);
-    show(byId("ledger-older"), this.#cursor !== null && events.length < MOST_ASKED);
-  }
+export function EventList({ events }) {
+  const lines = events.map((event) => html`<${EventLine} key=${event.position} event=${event} />`);
+  return html`<ol id="ledger-list" class="events" aria-label="Events, newest first">${lines}</ol>`;
+}
 
-  #item(event) {
-    const subject = event.model_id ? `${event.model_id}${event.version == null ? "" : ` ${event.version}`}` : "";
-    const line = h("summary", {},
-      h("span", { class: "position" }, String(event.position)), " ",
-      h("time", { datetime: event.recorded_at, title: event.recorded_at }, clock(event.recorded_at)), " ",
-      h("strong", { class: toneOf(event) }, oneLine(event.type, 60)), " ",
-      h("span", {}, oneLine(subject, 160)), " ", h("span", { class: "dim" }, `by ${oneLine(event.actor, 130)}`), " ",
-      h("span", { class: "says" }, summary(event)));
-    const text = h("pre", { tabindex: "0", role: "group", "aria-label": `Event ${event.position}, as it was hashed` });
-    const then = h("button", { type: "button", onclick: () => this.visit(event.position) }, "Look at this moment");
-    const node = h("details", {}, line, text, then);
-    node.addEventListener("toggle", () => node.open && text.textContent === "" && this.#showText(event.position, text));
-    return h("li", { class: "event", "data-position": event.position }, node);
-  }
+// An event in a line, which opens to its exact text.
+function EventLine({ event }) {
+  const [isOpen, setOpen] = useState(false);
+  const version = event.version == null ? "" : ` ${event.version}`, subject = event.model_id ? `${event.model_id}${version}` : "";
+  return html`
+    <li class="event" data-position=${event.position}>
+      <details onToggle=${(toggle) => setOpen(toggle.currentTarget.open)}>
+        <summary><span class="position">${event.position}</span> <${Time} at=${event.recorded_at} />${" "}
+          <strong class=${toneOf(event)}>${oneLine(event.type, 60)}</strong> <span>${oneLine(subject, 160)}</span>${" "}
+          <span class="dim">by ${oneLine(event.actor, 130)}</span> <span class="says">${summary(event)}</span></summary>
+        ${isOpen && html`<${EventText} position=${event.position} />
+          <p class="links"><a href=${href("timeline", event.position)}>Look at this moment</a>
+            ${event.job_id && html`<a href=${href("jobs", event.job_id)}>Job</a>`}</p>`}
+      </details>
+    </li>`;
+}
 
-  // Shows an event's very text: read into numbers and written again, some would be rounded.
-  async #showText(position, node) {
-    try {
-      const page = await this.api.text(`/api/v1/events?after=${position - 1}&limit=1`);
-      setText(node, plain(page.slice('{"events":['.length, page.lastIndexOf('],"as_of"')), 100_000));
-    } catch (error) {
-      setText(node, errorText(error));
-    }
-  }
+// An event's very text: read into numbers and written again, some would be rounded.
+function EventText({ position }) {
+  const { answer, error } = useRequest((signal) => api.text(`/api/v1/events?after=${position - 1}&limit=1`, { signal }), [position]);
+  const text = answer ? plain(answer.slice('{"events":['.length, answer.lastIndexOf('],"as_of"')), 100_000) : error ? errorText(error) : "";
+  return html`<pre tabindex="0" role="group" aria-label="Event ${position}, as it was hashed">${text}</pre>`;
 }

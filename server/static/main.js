@@ -1,146 +1,200 @@
-// Entry point: signing in, and the views and actions that the roles allow.
+// The shell: signing in, navigation, the state of the connection, and the page that the address names.
 
-import { Operations } from "./operations.js";
-import { Api, errorText } from "./api.js";
-import { attentionView } from "./attention.js";
-import { TimeSeries } from "./charts.js";
-import { connectionView } from "./connection.js";
-import { loadDialog, unloadDialog } from "./dialogs.js";
-import { byId, show, showText } from "./dom.js";
-import { jobPage, jobsView } from "./jobs.js";
-import { Ledger } from "./ledger.js";
-import { LiveUpdates } from "./liveupdates.js";
-import { memoryView } from "./memory.js";
+import { api, errorText } from "./api.js";
+import { closeDialog, dialog } from "./dialogs.js";
+import { age, clock, oneLine } from "./format.js";
+import { JobsPage } from "./jobs.js";
+import { LedgerPage } from "./ledger.js";
+import { retryNow, run } from "./live.js";
 import { ModelPage } from "./modelpage.js";
-import { modelsView } from "./models.js";
-import { drainDialog, nodesView } from "./nodes.js";
-import { predictDialog } from "./predict.js";
-import { Refresher } from "./refresher.js";
-import { Router } from "./router.js";
-import { cleanToken, isSignInLink, keep, keepToken, keptToken, recall, Session, takeSignInCode } from "./session.js";
-import { Store } from "./store.js";
-import { Timeline } from "./timeline.js";
-import { TimeTravel } from "./timetravel.js";
-import { uploads } from "./upload.js";
+import { NodesPage } from "./nodes.js";
+import { Confinement, OverviewPage } from "./overview.js";
+import { openProblems } from "./problems.js";
+import { address, href } from "./router.js";
+import { cleanToken, isSignInLink, keep, keepToken, keptToken, readSession, recall, takeSignInCode } from "./session.js";
+import { connection, heardAt, nodes, now, resources, session } from "./state.js";
+import { TimelinePage } from "./timeline.js";
+import { Boundary, computed, effect, html, notices, render, signal, useEffect, useRef } from "./ui.js";
 
 const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
+const LOUD_AFTER_MS = 1500; // a server that starts again is back by then, and nobody needs to know
 
-function startConsole(token) {
-  const api = new Api(token), session = new Session(token), store = new Store(), router = new Router();
-  const refresher = new Refresher(api, store, session, (error) => updates.endAttempt(error)), operations = new Operations(api, store, refresher);
-  const updates = new LiveUpdates(api, store, refresher, { follows: session.audits, onSignedOut: signOut });
-  show(byId("sign-in"), false);
-  show(byId("console"), true);
-  show(byId("sign-out"), true);
-  const actions = allowedActions(session, api, store, operations);
-  connectionView(store, updates, session);
-  attentionView(store, actions);
-  const series = new TimeSeries(api, store);
-  memoryView(store, series);
-  nodesView(store, actions);
-  modelsView(store, actions);
-  if (session.audits) {
-    const timeTravel = new TimeTravel(api, store, router, (time) => timeline.mark(time));
-    const timeline = new Timeline(api, store, router, (at) => timeTravel.visit(at));
-    const ledger = new Ledger(api, store, (position) => timeTravel.visit(String(position), { scrolls: true }));
-    actions.trace = (job) => ledger.showJob(job.id, { scrolls: true });
-    jobPage(api, router, ledger);
-  }
-  jobsView(store, actions);
-  if (session.manages) offerUploads(api, store, refresher, actions);
-  router.watch(({ view }) => showView(view)); // before the page of a model, which takes the focus
-  new ModelPage({ api, store, router, series, actions, session });
-  setInterval(() => store.notify(), 1000); // "3 s ago" goes on where nothing happens
-  updates.run();
+const PAGES = { "": OverviewPage, timeline: TimelinePage, ledger: LedgerPage, jobs: JobsPage, nodes: NodesPage, models: ModelPage };
+
+function Shell() {
+  return html`
+    <div class=${connection.value.mode === "lost" ? "old" : ""}>
+      <a class="skip" href="#main" onClick=${skip}>Skip to the page</a>
+      <header class="top">
+        <h1><a class="home" href="#/"><img src="/console/console.svg" alt="" width="22" height="22" />loadledger</a></h1>
+        ${session.value && html`<${Navigation} /><${Connection} />`}
+        <${Notices} />
+        ${session.value && html`<${Who} />`}
+        <a class="quiet" href="/docs">API</a>
+        ${session.value && html`<button type="button" onClick=${() => signOut()}>Sign out</button>`}
+      </header>
+      ${session.value && html`<${Lost} /><${Confinement} />`}
+      <main id="main" tabindex="-1">${session.value ? html`<${Page} />` : html`<${SignIn} />`}</main>
+      ${dialog.value && html`<${dialog.value.component} key=${dialog.value.key} ...${dialog.value.props} />`}
+    </div>`;
 }
 
-// Adding versions, to the list of models and to the page of each.
-function offerUploads(api, store, refresher, actions) {
-  Object.assign(actions, uploads(api, store, refresher, actions.load));
-  byId("models-add").addEventListener("click", () => actions.add());
-  show(byId("models-add"), true);
-  actions.takeDrops(document.querySelector("section.models"), {});
+const focusMain = () => document.getElementById("main").focus({ preventScroll: true });
+const skip = (event) => (event.preventDefault(), focusMain()); // not by the address, which names a page
+
+// What a role may not see is not offered; what is offered may still be refused, by the server, which decides.
+function Navigation() {
+  const { page } = address.value, open = openProblems.value.filter((problem) => problem.level !== "waiting").length;
+  const link = (name, text) => html`<a href=${href(name)} aria-current=${page === name ? "page" : null}>${text}</a>`;
+  return html`
+    <nav aria-label="Pages">
+      ${link("", html`Overview${open > 0 && html` <span class="alarm">${open}<span class="unseen"> need attention</span></span>`}`)}
+      ${session.value.audits && [link("timeline", "Timeline"), link("ledger", "Ledger")]}
+      ${link("jobs", "Jobs")}
+      ${nodes.value.length > 0 && link("nodes", "Nodes")}
+    </nav>`;
 }
 
-// Which part of the page an address shows. A model has a page of its own; all else stands in the overview.
-function showView(view) {
-  show(byId("model-page"), view === "models");
-  show(byId("overview"), view !== "models");
+// The page of the address. Its heading gets the focus when the page changes, and an open dialog is closed.
+function Page() {
+  const { page, id } = address.value, isReady = resources.value !== null, key = page === "models" ? `models ${id}` : page;
+  const shown = useRef(key);
+  useEffect(() => {
+    if (!isReady || shown.current === key) return;
+    shown.current = key;
+    closeDialog();
+    scrollTo(0, 0);
+    document.querySelector("main h2")?.focus({ preventScroll: true });
+  }, [key, isReady]);
+  return isReady ? html`<div class="page"><${Boundary} key=${key}><${PAGES[page]} /><//></div>` : html`<p class="panel">Loading…</p>`;
 }
 
-// What a role may not do is not offered; what is offered may still be refused, by the server, which decides.
-function allowedActions(session, api, store, operations) {
-  return {
-    ...(session.manages && {
-      load: loadDialog(api, store, operations),
-      unload: unloadDialog(store, operations),
-      pin: (model, pinned) => operations.pin(model, pinned),
-      cancel: (job) => operations.cancel(job),
-      drain: drainDialog(store, operations),
-    }),
-    ...(session.predicts && { predict: predictDialog(api) }),
+function Connection() {
+  const { mode, why } = connection.value;
+  const polled = why ? "Every 3 s: no stream" : "Every 3 s";
+  const text = { connecting: "Connecting…", live: "Live", polled, lost: "Not connected" }[mode];
+  return html`
+    <p id="connection" class="connection ${mode}" title=${why || null}><span class="dot" aria-hidden="true"></span>${text}</p>`;
+}
+
+const isLoud = computed(() => connection.value.mode === "lost" && now.value - connection.value.since > LOUD_AFTER_MS);
+
+// The banner while the connection is lost. It counts seconds: the ear is told once.
+function Lost() {
+  const wasLoud = useRef(false), loud = isLoud.value;
+  wasLoud.current ||= loud;
+  const said = loud ? "Not connected to the server. The data is old." : wasLoud.current ? "Connected again." : "";
+  return html`<p id="connection-said" class="unseen" role="alert">${said}</p>${loud && html`<${Banner} />`}`;
+}
+
+function Banner() {
+  const { since, why, retryAt } = connection.value, waits = Math.max(0, Math.ceil((retryAt - now.value) / 1000));
+  const heard = clock(new Date(heardAt.value).toISOString());
+  return html`
+    <div id="lost" class="banner">
+      <p><strong>Not connected for ${age((now.value - since) / 1000)}.</strong> The data is as of ${heard}. ${why}</p>
+      <p>${retryAt && `Trying again in ${waits} s.`} <button type="button" onClick=${retryNow}>Try now</button></p>
+    </div>`;
+}
+
+function Notices() {
+  return html`
+    <ul id="notices" class="notices" aria-label="Results of your requests" aria-live="polite">
+      ${notices.value.map(({ number, kind, text, withdraw }) => html`
+        <li key=${number} class="notice ${kind}"><span>${text}</span>
+          <button type="button" aria-label="Dismiss" onClick=${withdraw}>×</button></li>`)}
+    </ul>`;
+}
+
+function Who() {
+  const { subject, roles, expiresAt } = session.value;
+  const has = roles === null ? "roles are not in the token" : roles.join(", ") || "no role";
+  const until = expiresAt ? `until ${new Date(expiresAt).toLocaleString()}` : null;
+  return html`<p id="who" class="who" title=${until}>${oneLine(`${subject} (${has})`, 200)}</p>`;
+}
+
+// Signing in and out.
+
+const refusal = signal("");
+
+function SignIn() {
+  const field = useRef(), isAsking = useRef(false), keeps = useRef();
+  useEffect(() => field.current.focus(), []);
+  const submit = async (event) => {
+    event.preventDefault();
+    if (isAsking.current) return; // a double click signs in once
+    isAsking.current = true;
+    try {
+      await signIn(field.current.value, keeps.current.checked);
+    } finally {
+      isAsking.current = false;
+    }
   };
+  return html`
+    <section id="sign-in" class="panel sign-in" aria-labelledby="sign-in-title">
+      <h2 id="sign-in-title">Sign in</h2>
+      <form autocomplete="off" onSubmit=${submit}>
+        ${refusal.value && html`<p id="sign-in-why" class="refusal" role="alert">${refusal.value}</p>`}
+        <label for="token">Token</label>
+        <input id="token" ref=${field} type="password" required autocomplete="off" autocapitalize="none" spellcheck=${false}
+          aria-describedby="token-help" />
+        <p id="token-help" class="hint"><code>loadledger console</code> opens this page signed in. Or create a token on the server:<br />
+          <code>loadledger token --data DATA --role admin --subject YOU</code><br />
+          The roles <code>audit</code> and <code>predict</code> see less and may do less.</p>
+        <label class="check"><input ref=${keeps} type="checkbox" defaultChecked /> Keep it until this tab is closed</label>
+        <button type="submit" class="primary">Sign in</button>
+      </form>
+    </section>`;
+}
+
+async function signIn(text, isKept) {
+  const token = cleanToken(text);
+  if (token === null) return (refusal.value = "This is not a token. A token has three parts of letters and digits, separated by dots.");
+  api.token = token;
+  try {
+    await api.get("/api/v1/resources"); // any role may ask for these
+  } catch (error) {
+    api.token = null;
+    return (refusal.value = error.status === 401 ? `The server does not accept this token: ${error.message}.` : errorText(error));
+  }
+  if (isKept) keepToken(token);
+  start(token);
+  focusMain();
+}
+
+function start(token) {
+  api.token = token;
+  session.value = readSession(token);
+  run(signOut);
 }
 
 function signOut(why = "") {
   keepToken(null);
-  keep("sessionStorage", WHY, why);
+  keep("sessionStorage", WHY, why || null);
   location.reload(); // nothing of what was seen stays in memory
 }
 
 // A link signs in once; its token is kept for this tab, because the link cannot be used again.
 async function signInByLink(code) {
-  let token;
   try {
-    token = (await new Api(null).post("/api/v1/sign-in-links/use", { code })).answer.token;
+    const { answer } = await api.post("/api/v1/sign-in-links/use", { code });
+    keepToken(answer.token);
+    start(answer.token);
   } catch (error) {
-    return askForToken(error.status === 401 ? `The sign-in link does not work: ${error.message}.` : errorText(error));
+    refusal.value = error.status === 401 ? `The sign-in link does not work: ${error.message}.` : errorText(error);
   }
-  keepToken(token);
-  startConsole(token);
 }
 
-function askForToken(why = signOutReason()) {
-  const form = byId("sign-in-form"), field = byId("token");
-  show(byId("sign-in"), true);
-  showText(byId("sign-in-why"), why);
-  field.focus();
-  let asking = false;
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    if (asking) return; // a double click signs in once: two pages in one would show everything twice
-    asking = true;
-    try {
-      await signIn(field);
-    } finally {
-      asking = false;
-    }
-  });
-}
+effect(() => {
+  const { page, id } = address.value, isCritical = openProblems.value.some((each) => each.level === "critical");
+  const isAlarm = isCritical || connection.value.mode === "lost";
+  document.title = `${isAlarm ? "⚠ " : ""}loadledger: ${id && page === "models" ? id : page || "console"}`;
+});
 
-async function signIn(field) {
-  const token = cleanToken(field.value);
-  if (token === null) return showText(byId("sign-in-why"), "This is not a token. A token has three parts of letters and digits, separated by dots.");
-  try {
-    await new Api(token).get("/api/v1/resources"); // any role may ask for these
-  } catch (error) {
-    return showText(byId("sign-in-why"), error.status === 401 ? `The server does not accept this token: ${error.message}.` : errorText(error));
-  }
-  field.value = "";
-  if (byId("keep").checked) keepToken(token);
-  startConsole(token);
-  byId("main").focus({ preventScroll: true });
-}
-
-function signOutReason() {
-  const why = recall("sessionStorage", WHY) ?? "";
-  keep("sessionStorage", WHY, null);
-  return why;
-}
-
-byId("sign-out").addEventListener("click", () => signOut());
 addEventListener("hashchange", () => isSignInLink() && location.reload()); // pasted where the console is open
 const code = takeSignInCode(), kept = keptToken();
+refusal.value = recall("sessionStorage", WHY) ?? "";
+keep("sessionStorage", WHY, null);
 if (code !== null) signInByLink(code);
-else if (kept !== null && cleanToken(kept) !== null) startConsole(kept);
-else askForToken();
+else if (kept !== null && cleanToken(kept) !== null) start(kept);
+render(html`<${Shell} />`, document.getElementById("console"));

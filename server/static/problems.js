@@ -1,8 +1,11 @@
-// Problems, worst first, derived from the page's state: cause, advice and actions of each.
+// Problems, worst first, derived from the page's state: cause, advice and actions of each; and which of them somebody
+// has acknowledged in this browser.
 
-import { age, ago, bytes, count, oneLine, secondsSince, serverNow, stamp } from "./format.js";
-import { hasEnded } from "./store.js";
+import { age, ago, bytes, count, oneLine, secondsSince, stamp } from "./format.js";
+import { keep, recall } from "./session.js";
+import * as state from "./state.js";
 import { ADVICE } from "./tables.js";
+import { computed, signal } from "./ui.js";
 
 const UNANSWERED_S = 10; // requests in flight, and none answered
 const SLOW_UNLOAD_S = 5;
@@ -15,12 +18,12 @@ const LEVELS = ["critical", "warning", "waiting"];
 // Each has key, level, title (which stays the same, so that it is read aloud once), why, todo, and what can be done
 // from here: actions of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
 // Those of one `cause` are one entry, which has them as `members`.
-export function problems(store, now = Date.now(), there = serverNow()) {
-  const found = [...serverProblems(store), ...nodeProblems(store), ...memoryProblems(store), ...unansweredProblems(store, now)];
-  for (const model of store.models.values()) found.push(...modelProblems(model, store));
-  for (const job of store.jobsNow()) found.push(...jobProblems(job, there));
+export const problems = computed(() => {
+  const found = [...serverProblems(), ...nodeProblems(), ...memoryProblems(), ...unansweredProblems()];
+  for (const model of state.models.value.values()) found.push(...modelProblems(model));
+  for (const job of state.jobs.value) found.push(...jobProblems(job, state.now.value));
   return grouped(found).sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level) || (a.key < b.key ? -1 : 1));
-}
+});
 
 function grouped(found) {
   const causes = new Map();
@@ -47,12 +50,15 @@ const advice = (code) => ADVICE[code] ?? "Read the reason, then load it again, o
 const reason = (error) => (error ? `${error.code}: ${error.message}` : "");
 
 // The last time that it failed, and who had asked for that.
-function lastFailure(id, store) {
-  const job = store.failures.get(id);
-  return job ? { when: `Asked for by ${oneLine(job.requested_by, 60)}, failed ${ago(job.finished_at)}. `, by: oneLine(job.requested_by, 60), occurrence: job.id } : { when: "", by: null, occurrence: null };
+function lastFailure(id) {
+  const job = state.failures.value.get(id);
+  if (!job) return { when: "", by: null, occurrence: null };
+  const by = oneLine(job.requested_by, 60);
+  return { when: `Asked for by ${by}, failed ${ago(job.finished_at, state.now.value)}. `, by, occurrence: job.id };
 }
 
-function* serverProblems({ started }) {
+function* serverProblems() {
+  const started = state.started.value;
   if (!started?.data.unclean) return;
   const { last_event_at: event, last_seen_at: seen } = started.data;
   const known = [`The last event was recorded ${stamp(event)}`, seen && seen !== event ? `the server was last seen ${stamp(seen)}` : null];
@@ -64,9 +70,11 @@ function* serverProblems({ started }) {
   };
 }
 
-function* nodeProblems({ nodes }) {
+function* nodeProblems() {
+  const nodes = state.nodes.value;
   for (const node of nodes) {
-    const { id, epoch } = node, rest = node.models.length + node.jobs.length, renewed = node.renewed_at ? `It renewed its lease last ${stamp(node.renewed_at)}.` : "";
+    const { id, epoch } = node, rest = node.models.length + node.jobs.length;
+    const renewed = node.renewed_at ? `It renewed its lease last ${stamp(node.renewed_at)}.` : "";
     if (node.phase === "lost") {
       yield { ...problem("warning", `node lost ${id}`, `Node ${id} is lost`, renewed,
         "The other nodes load its models. Check its machine: when it starts again, it joins by itself."), occurrence: String(epoch) };
@@ -80,56 +88,61 @@ function* nodeProblems({ nodes }) {
   }
 }
 
-function* modelProblems(model, store) {
-  const { id, state, error } = model;
+function* modelProblems(model) {
+  const { id, error } = model;
   const load = { do: "load", model }, unload = { do: "unload", model };
-  const { when, by, occurrence } = lastFailure(id, store);
-  if (state === "failed") {
+  const { when, by, occurrence } = lastFailure(id);
+  if (model.state === "failed") {
     yield { ...problem("critical", `failed ${id}`, `${id} failed`, `${when}${reason(error)}`, advice(error?.code), load),
       cause: `failed ${error?.code}`, noun: "model", ofMany: `failed: ${error?.code}`, by, occurrence: occurrence ?? reason(error), model: id };
-  } else if (state === "lost") {
+  } else if (model.state === "lost") {
     const why = reason(error) || "Its worker or the server died.";
     yield { ...problem("critical", `lost ${id}`, `${id} is lost: it served, and does not now`, why,
       "The server reloads it; its job says what it waits for. To stop that, unload it.", load, unload),
-    cause: "lost", noun: "model", ofMany: "are lost: they served, and do not now", by: model.loaded_by, occurrence: `${model.position} ${reason(error)}`, model: id };
-  } else if (error && state === "loaded") {
+    cause: "lost", noun: "model", ofMany: "are lost: they served, and do not now", by: model.loaded_by,
+    occurrence: `${model.position} ${reason(error)}`, model: id };
+  } else if (error && model.state === "loaded") {
     yield { ...problem("warning", `error ${id}`, `${id} still serves version ${model.version}, but something failed`,
       `${when}${reason(error)}`, advice(error.code), { do: "swap", model }), occurrence: occurrence ?? reason(error), model: id };
   }
 }
 
-function* unansweredProblems(store, now) {
-  for (const [jobId, since] of store.unanswered?.since ?? []) {
-    const use = store.resources?.models.find((each) => each.job_id === jobId);
-    const seconds = (now - since) / 1000;
+function* unansweredProblems() {
+  for (const [jobId, since] of state.unanswered.value?.since ?? []) {
+    const use = state.resources.value?.models.find((each) => each.job_id === jobId);
+    const seconds = (state.now.value - since) / 1000;
     if (!use || seconds < UNANSWERED_S) continue;
     yield problem("critical", `unanswered ${jobId}`, `${use.model_id} does not answer`,
       `${count(use.in_flight, "request")} in flight, none answered for ${age(seconds)}.`,
       "Its worker may be stopped or stuck. Force the unload, which ends it within a second; then load it again.",
-      { do: "unload", model: store.models.get(use.model_id) });
+      { do: "unload", model: state.models.value.get(use.model_id) });
   }
 }
 
 function* jobProblems(job, now) {
-  if (hasEnded(job)) return;
+  if (state.hasEnded(job)) return;
   const model = { id: job.model_id }, what = `${job.kind === "load" ? "Load" : "Unload"} of ${job.model_id}`;
   const seconds = secondsSince(job.started_at ?? job.created_at, now);
   const cancel = { do: "cancel", job };
   if (job.waiting_for) {
     yield { ...problem("waiting", `waits ${job.id}`, what, `For ${job.waiting_for}.`,
       `Requested by ${job.requested_by} ${age(secondsSince(job.created_at, now))} ago; it starts by itself.`, cancel),
-    cause: `${job.kind} waits for ${job.waiting_for}`, noun: job.kind, ofMany: "wait", sameWhy: `For ${oneLine(job.waiting_for)}.`, by: oneLine(job.requested_by, 60), model: job.model_id };
+    cause: `${job.kind} waits for ${job.waiting_for}`, noun: job.kind, ofMany: "wait", sameWhy: `For ${oneLine(job.waiting_for)}.`,
+    by: oneLine(job.requested_by, 60), model: job.model_id };
   } else if (job.kind === "unload" && job.status === "in_progress" && seconds > SLOW_UNLOAD_S) {
     yield problem("warning", `slow ${job.id}`, `${what} takes long`,
-      `It is ${job.stage ?? "under way"}, for ${age(seconds)} by now: running requests have not ended.`, "It kills the worker when its time is up; a forced unload does so now.",
+      `It is ${job.stage ?? "under way"}, for ${age(seconds)} by now: running requests have not ended.`,
+      "It kills the worker when its time is up; a forced unload does so now.",
       { do: "unload", model });
   } else if (job.kind === "load" && job.status === "in_progress" && seconds > SLOW_LOAD_S) {
     yield problem("warning", `slow ${job.id}`, `${what} takes long`,
-      `It is ${job.stage ?? "under way"}, for ${age(seconds)} by now.`, `Past its time, ${job.parameters.timeout_s ?? "?"} s, it fails by itself.`, cancel, { do: "unload", model });
+      `It is ${job.stage ?? "under way"}, for ${age(seconds)} by now.`,
+      `Past its time, ${job.parameters.timeout_s ?? "?"} s, it fails by itself.`, cancel, { do: "unload", model });
   }
 }
 
-function* memoryProblems({ resources }) {
+function* memoryProblems() {
+  const resources = state.resources.value;
   if (!resources) return;
   const { budget_bytes: budget, free_bytes: free, pressure, waiting, limit_bytes: limit } = resources;
   const todo = "Unload models that are not used. Or start the server with --evict idle: it then does so by itself.";
@@ -137,11 +150,54 @@ function* memoryProblems({ resources }) {
   if (free < 0) {
     yield problem("critical", "memory", "Memory is over budget", `By ${bytes(-free)} of ${bytes(budget)}: models have grown.`, todo);
   } else if (budget > 0 && (free < TIGHT * budget || needs > free)) {
-    yield problem("warning", "memory", "Memory is tight", `${bytes(free)} of ${bytes(budget)} are free${needs > free ? `, and a load that waits needs ${bytes(needs)}` : ""}.`, todo);
+    const wanted = needs > free ? `, and a load that waits needs ${bytes(needs)}` : "";
+    yield problem("warning", "memory", "Memory is tight", `${bytes(free)} of ${bytes(budget)} are free${wanted}.`, todo);
   }
   if ((pressure?.memory_some_percent ?? 0) >= PRESSED_PERCENT) {
     yield problem("warning", "pressure", "The machine is short of memory",
       `In ${Math.round(pressure.memory_some_percent)} % of the last ten seconds a task waited for memory; the limit is ${bytes(limit)}.`,
       "Loads of low priority wait. Check what else runs on the machine.");
+  }
+}
+
+const KEPT = "loadledger.acknowledged";
+const MOST_KEPT = 1000; // acknowledgements; the oldest are forgotten
+
+// By the key of a problem, the occurrence that was acknowledged: a new one is shown again.
+const acknowledged = signal(new Map(readKept()));
+
+// A problem without an occurrence cannot be acknowledged: it goes by itself.
+const isAcknowledged = (problem) => problem.occurrence !== null && acknowledged.value.get(problem.key) === problem.occurrence;
+
+export const openProblems = computed(() => problems.value.filter((problem) => !isAcknowledged(problem)));
+
+export function acknowledge(problem) {
+  const known = new Map(acknowledged.value);
+  for (const each of [problem, ...problem.members]) {
+    known.delete(each.key);
+    known.set(each.key, each.occurrence);
+  }
+  keepAcknowledged(known);
+}
+
+// Shows again what was acknowledged.
+export function showAgain() {
+  const known = new Map(acknowledged.value);
+  for (const problem of problems.value) for (const each of [problem, ...problem.members]) known.delete(each.key);
+  keepAcknowledged(known);
+}
+
+function keepAcknowledged(known) {
+  acknowledged.value = known;
+  const kept = [...known].slice(-MOST_KEPT);
+  keep("localStorage", KEPT, kept.length ? JSON.stringify(kept) : null);
+}
+
+function readKept() {
+  try {
+    const kept = JSON.parse(recall("localStorage", KEPT) ?? "[]");
+    return Array.isArray(kept) ? kept.filter((pair) => Array.isArray(pair) && pair.length === 2) : [];
+  } catch {
+    return []; // nothing of this page
   }
 }

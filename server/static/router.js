@@ -1,28 +1,28 @@
-// Addresses within the page: each model, job, moment and range has a URL, which can be pasted into a ticket.
+// Addresses within the page: each page, model, job, moment and range has a URL, which can be pasted into a ticket.
 // They stand behind the #, so the server never sees them, and they survive signing in.
 //
-//   #/                                the overview
-//   #/models/ID                       a model
-//   #/jobs/ID                         a job
-//   #/at/POSITION  or  #/at/TIME      a moment of the past
-//   #/ledger?from=TIME&to=TIME        a range of the timeline; #/ledger?last=SECONDS ends now
-//
-// Any address may carry the query of the timeline (`from`, `to`, `last`, `find`), which stays as it is when
-// the view changes.
+//   #/                                        the overview
+//   #/models/ID                               a model
+//   #/timeline  or  #/timeline?from=&to=      the timeline and a range of it; ?last=SECONDS ends now
+//   #/at/POSITION  or  #/at/TIME              a moment of the past, on the page of the timeline
+//   #/ledger  or  #/ledger?type=&model=       the events
+//   #/jobs  or  #/jobs/ID                     the jobs, or one
+//   #/nodes                                   the nodes
 
-import { callEach } from "./store.js";
+import { signal } from "./vendor/signals.js";
 
-const VIEWS = ["models", "jobs", "at", "ledger"];
-const WITH_ID = ["models", "jobs", "at"];
+const PAGES = ["timeline", "ledger", "jobs", "nodes", "models"];
+const RANGE = ["from", "to", "last", "find"]; // with these, #/ledger was the timeline, and addresses of it are in tickets
 
-// Reads an address: {view, id, query}. What is no address of the page is the overview, view "".
+// Reads an address: {page, id, query}. What is no address of the page is the overview, page "".
 export function parse(hash) {
   const [path, search = ""] = hash.replace(/^#\/?/, "").split(/\?(.*)/s);
-  const [view, ...rest] = path.split("/");
-  const query = Object.fromEntries(new URLSearchParams(search));
-  const id = decoded(rest.join("/"));
-  if (!VIEWS.includes(view) || (WITH_ID.includes(view) ? !id : rest.length)) return { view: "", id: null, query };
-  return { view, id, query };
+  const [first, ...rest] = path.split("/");
+  const query = Object.fromEntries(new URLSearchParams(search)), id = decoded(rest.join("/"));
+  if (first === "at" && id) return { page: "timeline", id, query };
+  if (first === "ledger" && RANGE.some((name) => name in query)) return { page: "timeline", id: null, query };
+  if (!PAGES.includes(first) || (first === "models" && !id)) return { page: "", id: null, query };
+  return { page: first, id: first === "models" || first === "jobs" ? id : null, query };
 }
 
 function decoded(text) {
@@ -33,44 +33,22 @@ function decoded(text) {
   }
 }
 
+export const address = signal(parse(location.hash));
+addEventListener("hashchange", () => (address.value = parse(location.hash)));
+
 // Writes an address, for links: href("models", "digits"). A query member that is null or empty is left out.
-export function href(view = "", id = null, query = {}) {
+export function href(page = "", id = null, query = {}) {
   const kept = Object.entries(query).filter(([, value]) => value != null && value !== "");
-  const search = kept.length ? `?${new URLSearchParams(kept)}` : "";
-  return `#/${view}${id == null ? "" : `/${encodeURIComponent(id)}`}${search}`;
+  const search = kept.length ? `?${new URLSearchParams(kept)}` : "", path = page === "timeline" && id != null ? "at" : page;
+  return `#/${path}${id == null ? "" : `/${encodeURIComponent(id)}`}${search}`;
 }
 
-// The address of a page. A view that watches is called now and after each change.
-export class Router {
-  #watchers = [];
-  #now = parse(location.hash);
+export function go(page, id, query) {
+  location.hash = href(page, id, query);
+}
 
-  constructor() {
-    addEventListener("hashchange", () => this.#changed());
-  }
-
-  get now() {
-    return this.#now;
-  }
-
-  watch(view) {
-    this.#watchers.push(view);
-    view(this.#now);
-  }
-
-  // Changes the address in place, without a step for Back: for what moves all the time, such as a range.
-  replace(view = "", id = null, query = {}) {
-    history.replaceState(null, "", this.href(view, id, query));
-    this.#changed();
-  }
-
-  // The address of a link, which keeps the present query, with these changes.
-  href(view = "", id = null, query = {}) {
-    return href(view, id, { ...this.#now.query, ...query });
-  }
-
-  #changed() {
-    this.#now = parse(location.hash);
-    callEach(this.#watchers, this.#now);
-  }
+// Changes the address in place, without a step for Back: for what moves all the time, such as a range.
+export function replace(page, id, query) {
+  history.replaceState(null, "", href(page, id, query));
+  address.value = parse(location.hash);
 }

@@ -43,30 +43,19 @@ export function cleanToken(text) {
 }
 
 // What a token says of itself. Nothing here is believed but by the eye: the server decides.
-export class Session {
-  constructor(token) {
-    const claims = payload(token);
-    this.subject = typeof claims.sub === "string" ? claims.sub : "?";
-    this.expiresAt = typeof claims.exp === "number" ? claims.exp * 1000 : null;
-    // Tokens of other issuers may have their roles elsewhere: then all is offered, and the server refuses.
-    this.roles = Array.isArray(claims.roles) ? claims.roles.filter((role) => typeof role === "string") : null;
-  }
-
-  #has(...roles) {
-    return this.roles === null || roles.some((role) => this.roles.includes(role));
-  }
-
-  get manages() {
-    return this.#has("admin");
-  }
-
-  get predicts() {
-    return this.#has("admin", "predict");
-  }
-
-  get audits() {
-    return this.#has("admin", "audit");
-  }
+export function readSession(token) {
+  const { sub, exp, roles: claimed } = payload(token);
+  // Tokens of other issuers may have their roles elsewhere: then all is offered, and the server refuses.
+  const roles = Array.isArray(claimed) ? claimed.filter((role) => typeof role === "string") : null;
+  const has = (...any) => roles === null || any.some((role) => roles.includes(role));
+  return {
+    subject: typeof sub === "string" ? sub : "?",
+    expiresAt: typeof exp === "number" ? exp * 1000 : null,
+    roles,
+    manages: has("admin"),
+    predicts: has("admin", "predict"),
+    audits: has("admin", "audit"),
+  };
 }
 
 function payload(token) {

@@ -1,156 +1,141 @@
-// Time travel: the models as of a position or a time, with who had loaded which bytes.
+// Time travel: the models as of a position or a time, with who had loaded which bytes. The moment is in the address.
 
-import { errorText, Latest } from "./api.js";
-import { byId, cell, h, reconcile, setAttribute, setText, show, showText, statePill, tableRow } from "./dom.js";
+import { api, errorText } from "./api.js";
 import { summary } from "./eventtext.js";
 import { broughtBack, clock, local, moment, oneLine, zone } from "./format.js";
-import { fileList } from "./models.js";
+import { address, replace } from "./router.js";
+import { advance, head, oldest } from "./state.js";
+import { Cell, Files, html, Pill, Refusal, Row, useEffect, useRequest, useState } from "./ui.js";
 
 const MOST = 500; // models that are shown
-const PAGE = 1000;
-const PAUSE_MS = 120; // a slider that is pulled asks for where it rests
-const CALM_MS = 1000; // what is now moves with each event: nobody can read that, and the server has other things to do
+const PAGE = 1000; // of one request
+const REST_MS = 150; // what is being moved is committed where it rests for so long
 
-export class TimeTravel {
-  #moment = null; // a position; null is now
-  #latest = new Latest(); // a ledger that moves does not overtake it
-  #due = null;
-  #shown = null; // the position that is shown, or asked for
-  #address = null; // the moment that the page's address has
+// A value that may move for a while, such as a slider's: it is shown at once, and committed where it rests.
+export function useResting(committed, commit) {
+  const [moving, setMoving] = useState(null);
+  useEffect(() => {
+    if (moving === null) return undefined;
+    const timer = setTimeout(() => (commit(moving), setMoving(null)), REST_MS);
+    return () => clearTimeout(timer);
+  }, [moving]);
+  return [moving ?? committed, setMoving];
+}
 
-  // `shown` is called with the moment that is shown, in milliseconds; null is now.
-  constructor(api, store, router, shown) {
-    Object.assign(this, { api, store, router, shown });
-    const slider = byId("past-slider"), position = byId("past-position"), time = byId("past-time");
-    slider.addEventListener("input", () => this.#schedule(Number(slider.value)));
-    position.addEventListener("change", () => position.value !== "" && this.#schedule(Number(position.value)));
-    time.addEventListener("change", () => time.value && this.visit(new Date(time.value).toISOString()));
-    byId("past-back").addEventListener("click", () => this.#schedule(this.#position - 1));
-    byId("past-on").addEventListener("click", () => this.#schedule(this.#position + 1));
-    byId("past-now").addEventListener("click", () => this.#schedule(null));
-    show(byId("past"), true);
-    router.watch((address) => this.#readAddress(address));
-    store.watch(() => this.#onStoreChange());
+// Asks for the models as of `id`, a position or a time, and for the event there; null is now.
+export function useMoment(id) {
+  return useRequest(async (signal) => {
+    if (id === null) return null;
+    const page = await fetchModels(id, signal);
+    return { page, event: await fetchEvent(page.as_of, signal) };
+  }, [id]);
+}
+
+// The moment in milliseconds; null is now, or not yet known.
+export function timeOf(id, answer) {
+  if (id === null) return null;
+  const time = isPosition(id) ? answer?.page.as_of_time : id; // a time may be long after the event before it
+  return Date.parse(time) || null;
+}
+
+const isPosition = (id) => /^\d+$/.test(id);
+
+// All models of a moment, those first that were more than known of.
+async function fetchModels(at, signal) {
+  const ask = (when, cursor) => api.get(`/api/v1/models?${new URLSearchParams({ limit: PAGE, at: when, cursor })}`, { signal });
+  const first = await ask(at, ""), models = [...first.models];
+  advance(first.as_of); // it may be later than what the page has heard of
+  for (let cursor = first.next_cursor; cursor; ) {
+    const page = await ask(first.as_of, cursor);
+    models.push(...page.models);
+    cursor = page.next_cursor;
   }
+  models.sort((a, b) => (a.state === "unloaded") - (b.state === "unloaded"));
+  return { ...first, models };
+}
 
-  get #position() {
-    return this.#moment ?? this.store.head;
-  }
-
-  // Shows a moment, a position or a time as text, and stays there; null is now.
-  visit(at, { scrolls = false } = {}) {
-    if (at === null) this.#schedule(null);
-    else this.#show(at, { stays: true });
-    if (!scrolls) return;
-    byId("past").scrollIntoView({ block: "start" });
-    byId("past-slider").focus({ preventScroll: true });
-  }
-
-  // Shows what the address says; what this view has written there itself, it shows already.
-  #readAddress({ view, id }) {
-    const at = view === "at" ? id : null;
-    if (at === this.#address) return;
-    this.#address = at;
-    if (at !== null || this.#moment !== null) this.visit(at);
-  }
-
-  // Writes what is shown into the address: the moment, or that it is now.
-  #writeAddress(at) {
-    if (at === this.#address) return;
-    this.#address = at;
-    if (at !== null) this.router.replace("at", at);
-    else if (this.router.now.view === "at") this.router.replace();
-  }
-
-  #onStoreChange() {
-    const slider = byId("past-slider"), head = this.store.head;
-    const first = Math.max(0, this.store.oldest - 1);
-    setAttribute(slider, "min", first);
-    setAttribute(slider, "max", head);
-    setAttribute(byId("past-position"), "max", head);
-    if (this.#moment !== null || this.#latest.isBusy || this.#due !== null || head === 0 || this.#shown === head) return;
-    this.#schedule(null, this.#shown === null ? PAUSE_MS : CALM_MS);
-  }
-
-  #schedule(position, pauseMs = PAUSE_MS) {
-    const head = this.store.head;
-    this.#moment = position === null || position >= head ? null : Math.max(0, Math.floor(position));
-    this.#drawPosition(this.#position);
-    this.#shown = this.#position;
-    clearTimeout(this.#due);
-    this.#due = setTimeout(() => this.#show(String(this.#position)), pauseMs);
-  }
-
-  #drawPosition(position) {
-    byId("past-slider").value = position;
-    setAttribute(byId("past-slider"), "aria-valuetext", `position ${position} of ${this.store.head}`);
-    if (document.activeElement !== byId("past-position")) byId("past-position").value = position;
-    byId("past-back").disabled = position <= Math.max(0, this.store.oldest - 1);
-    byId("past-on").disabled = position >= this.store.head;
-  }
-
-  #show(at, { stays = false } = {}) {
-    clearTimeout(this.#due);
-    this.#due = null;
-    const ask = async (signal) => {
-      const page = await this.#modelsAt(at, signal);
-      return { page, event: await this.#eventAt(page.as_of, signal) };
-    };
-    this.#latest.request(ask, ({ page, event }) => {
-      if (stays) this.#moment = page.as_of;
-      this.#shown = page.as_of;
-      this.#drawPosition(page.as_of);
-      this.#draw(page, event);
-      this.#writeAddress(this.#moment === null ? null : stays ? at : String(page.as_of));
-      const time = Date.parse(at) > 0 && !/^\d+$/.test(at) ? at : page.as_of_time; // a time may be long after the event
-      this.shown(this.#moment === null || !time ? null : Date.parse(time));
-      showText(byId("past-refusal"), "");
-    }, (error) => showText(byId("past-refusal"), errorText(error)));
-  }
-
-  // The event at a position; null before all events, and where it is archived: what was so then is known all the same.
-  async #eventAt(position, signal) {
-    if (position === 0) return null;
-    try {
-      return (await this.api.get(`/api/v1/events?after=${position - 1}&limit=1`, { signal })).events[0];
-    } catch (error) {
-      if (error.code !== "archived") throw error;
-      return null;
-    }
-  }
-
-  // All models of a moment, those first that were more than known of.
-  async #modelsAt(at, signal) {
-    const ask = (moment, cursor) => this.api.get(`/api/v1/models?limit=${PAGE}&at=${encodeURIComponent(moment)}&cursor=${encodeURIComponent(cursor)}`, { signal });
-    const first = await ask(at, ""), models = [...first.models];
-    for (let cursor = first.next_cursor; cursor; ) {
-      const page = await ask(first.as_of, cursor);
-      models.push(...page.models);
-      cursor = page.next_cursor;
-    }
-    models.sort((a, b) => (a.state === "unloaded") - (b.state === "unloaded"));
-    return { ...first, models };
-  }
-
-  #draw(page, event) {
-    const now = this.#moment === null;
-    setText(byId("past-when"), page.as_of === 0 ? "before everything" : `position ${page.as_of}${page.as_of_time ? `, ${moment(page.as_of_time)}` : ""}${now ? ", which is now" : ""}${absence(page.server)}`);
-    byId("past").classList.toggle("then", !now);
-    setText(byId("past-zone"), zone(new Date(page.as_of_time ?? Date.now())));
-    if (page.as_of_time && document.activeElement !== byId("past-time")) byId("past-time").value = local(new Date(page.as_of_time));
-    setText(byId("past-event"), event ? `Here: ${oneLine([event.type, event.model_id, event.version, `by ${event.actor}`].filter((part) => part != null).join(" "), 300)}${summary(event) ? `, ${summary(event)}` : ""}` : "");
-    setText(byId("past-nodes"), nodesText(page.nodes ?? []));
-    reconcile(byId("past-rows"), page.models.slice(0, MOST), pastRow);
-    const more = page.models.length - MOST;
-    showText(byId("past-none"), more > 0 ? `And ${more} more.` : page.models.length ? "" : "The ledger had no model at that time.");
+// The event at a position; null before all events, and where it is archived: what was so then is known all the same.
+async function fetchEvent(position, signal) {
+  if (position === 0) return null;
+  try {
+    return (await api.get(`/api/v1/events?after=${position - 1}&limit=1`, { signal })).events[0];
+  } catch (error) {
+    if (error.code !== "archived") throw error;
+    return null;
   }
 }
 
-// What is to be said of the server, where it did not run or nobody knows.
-function absence(server) {
+export function AsOf({ id, past: { answer, error } }) {
+  const { page, event } = (id !== null && answer) || {};
+  const position = id === null ? head.value : isPosition(id) ? Number(id) : page?.as_of ?? head.value;
+  const visit = (moment) => replace("timeline", moment, address.value.query);
+  const visitPlace = (place) => visit(place === Infinity ? null : String(Math.max(0, Math.floor(place))));
+  const [wanted, setWanted] = useResting(position, visitPlace);
+  const move = (place, end = head.value) => setWanted(place >= end ? Infinity : place); // the end is now, even if it moves on
+  const shown = Math.min(wanted, head.value), first = Math.max(0, oldest.value - 1), isNow = id === null;
+  return html`
+    <section id="past" class="panel past ${isNow ? "" : "then"}" aria-labelledby="past-title">
+      <div class="head"><h3 id="past-title">As of</h3><p id="past-when" class="figures" aria-live="polite">${whenText(isNow, page)}</p></div>
+      <div class="travel">
+        <label for="past-slider" class="unseen">Position of the ledger</label>
+        <input id="past-slider" type="range" min=${first} max=${head.value} value=${shown}
+          aria-valuetext="position ${shown} of ${head.value}" onInput=${({ target }) => move(Number(target.value), Number(target.max))} />
+        <button type="button" disabled=${shown <= first} onClick=${() => move(shown - 1)}>◂ Before</button>
+        <button type="button" disabled=${shown >= head.value} onClick=${() => move(shown + 1)}>After ▸</button>
+        <span class="pair"><label for="past-position">Position</label>
+          <${Field} id="past-position" type="number" min="0" max=${head.value} inputmode="numeric" value=${shown}
+            enter=${(text) => visitPlace(Number(text))} /></span>
+        <span class="pair"><label for="past-time">or time</label>
+          <${Field} id="past-time" type="datetime-local" step="1" value=${page?.as_of_time ? local(new Date(page.as_of_time)) : ""}
+            enter=${(text) => visit(new Date(text).toISOString())} />
+          <span class="dim">${zone(new Date(page?.as_of_time ?? Date.now()))}</span></span>
+        <button type="button" disabled=${isNow} onClick=${() => visit(null)}>Now</button>
+      </div>
+      <${Refusal} text=${!isNow && error && errorText(error)} />
+      ${page && html`<${Then} page=${page} event=${event} />`}
+    </section>`;
+}
+
+// A field whose text is the reader's while it has the focus: what is shown may change meanwhile. Enter counts also where
+// the text is what was shown, which is no change for the browser.
+function Field({ value, enter, ...more }) {
+  const [typed, setTyped] = useState(null), send = (event) => event.target.value && enter(event.target.value);
+  const keep = (event) => setTyped(event.target.value);
+  return html`<input ...${more} value=${typed ?? value} onFocus=${keep} onInput=${keep}
+    onChange=${send} onKeyDown=${(event) => event.key === "Enter" && send(event)} onBlur=${() => setTyped(null)} />`;
+}
+
+function whenText(isNow, page) {
+  if (isNow) return `position ${head.value}, which is now`;
+  if (!page) return "Loading…";
+  if (page.as_of === 0) return "before everything";
+  return `position ${page.as_of}${page.as_of_time ? `, ${moment(page.as_of_time)}` : ""}${absenceText(page.server)}`;
+}
+
+// What is to be said of the server, where it did not run or that is unknown.
+function absenceText(server) {
   if (!server || server.state === "running") return "";
   const state = server.state === "unknown" ? "whether the server ran is unknown" : "the server was stopped";
   return `; ${state}${server.since ? ` since ${clock(server.since)}` : ""}`;
+}
+
+function Then({ page, event }) {
+  const more = page.models.length - MOST;
+  return html`
+    ${event && html`<p id="past-event" class="figures">Here: ${eventText(event)}</p>`}
+    ${page.nodes?.length > 0 && html`<p id="past-nodes" class="figures">${nodesText(page.nodes)}</p>`}
+    <table class="cards">
+      <caption class="unseen">Models at that time</caption>
+      <thead><tr>${["Model", "State", "Version", "Loaded by", "Files (SHA-256)"].map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
+      <tbody id="past-rows">${page.models.slice(0, MOST).map((model) => html`<${PastRow} key=${model.id} model=${model} />`)}</tbody>
+    </table>
+    ${page.models.length === 0 && html`<p class="hint">The ledger had no model at that time.</p>`}
+    ${more > 0 && html`<p class="hint">And ${more} more.</p>`}`;
+}
+
+function eventText(event) {
+  const words = [event.type, event.model_id, event.version, `by ${event.actor}`].filter((part) => part != null).join(" ");
+  return [oneLine(words, 300), summary(event)].filter(Boolean).join(", ");
 }
 
 // The nodes that were there, and those that were lost.
@@ -162,14 +147,14 @@ function nodesText(nodes) {
   return there.length ? `Nodes: ${there.join(", ")}` : "";
 }
 
-function pastRow(first) {
-  const pill = statePill(), version = cell("Version"), by = cell("Loaded by"), files = fileList();
-  const row = tableRow([h("span", { class: "name" }, first.id)], cell("State", null, pill), version, by, cell("Which bytes", "hashes", files));
-  row.update = (model) => {
-    pill.update(model.state);
-    setText(version, model.version == null ? "–" : String(model.version));
-    setText(by, model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}${broughtBack(model)}${model.node ? ` at ${oneLine(model.node, 130)}` : ""}` : "–");
-    files.update(model.files);
-  };
-  return row;
+function PastRow({ model }) {
+  const place = model.node ? ` at ${oneLine(model.node, 130)}` : "";
+  const by = model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}${broughtBack(model)}${place}` : "–";
+  return html`
+    <${Row} heading=${html`<span class="name">${model.id}</span>`}>
+      <${Cell} label="State"><${Pill} state=${model.state} /><//>
+      <${Cell} label="Version">${model.version == null ? "–" : String(model.version)}<//>
+      <${Cell} label="Loaded by">${by}<//>
+      <${Cell} label="Which bytes" kind="hashes"><${Files} files=${model.files} /><//>
+    <//>`;
 }

@@ -1,121 +1,122 @@
 // A new version from dropped or chosen files: sent one by one with their progress shown, then offered to be loaded.
 
-import { dialog } from "./dialogs.js";
-import { byId, notice, setText, show, showText } from "./dom.js";
+import { api } from "./api.js";
+import { Dialog, LoadDialog, openDialog } from "./dialogs.js";
 import { bytes, oneLine } from "./format.js";
+import { refreshSoon } from "./live.js";
+import { models, readOnly, resources, session } from "./state.js";
+import { computed, html, notice, useEffect, useMemo, useState } from "./ui.js";
 
 const MODEL = /\.onnx$/i;
 
-// Returns `add`, which opens the dialog, and `takeDrops`, which has a part of the page take dropped files.
-export function uploads(api, store, refresher, load) {
-  let files = [], sending = null;
-  const name = byId("upload-model"), version = byId("upload-version"), picked = byId("upload-file");
-  const isReadOnly = () => store.readOnly || store.resources?.repository_writable === false;
-  const about = dialog("upload", async () => {
-    if (!files.some((file) => MODEL.test(file.name))) return about.refuse("Choose an ONNX file (.onnx), with the files that it names."), false;
-    return send();
-  });
-  about.node.addEventListener("close", () => sending?.abort());
-  byId("upload-progress").max = 1;
-  picked.addEventListener("change", () => take([...picked.files]));
-  name.addEventListener("input", suggest);
-  takeDrops(about.node, null);
-  document.body.classList.add("may-add");
-  // A file that is dropped beside a target would take the place of the page.
-  for (const type of ["dragover", "drop"]) addEventListener(type, (event) => event.dataTransfer?.types.includes("Files") && event.preventDefault());
-  store.watch(() => document.body.classList.toggle("read-only", isReadOnly()));
+export const mayAdd = computed(() => Boolean(session.value?.manages) && !readOnly.value && resources.value?.repository_writable !== false);
 
-  function take(chosen) {
-    files = chosen;
-    const names = oneLine(files.map((file) => file.name).join(", "), 200), model = files.find((file) => MODEL.test(file.name));
-    showText(byId("upload-chosen"), files.length ? `${names}, ${bytes(size(files))}` : "");
-    if (model && !name.value) name.value = idOf(model.name);
-    suggest();
-  }
+export function addVersion(modelId = "", dropped = []) {
+  openDialog(UploadDialog, { modelId, dropped });
+}
 
-  // The version after the newest that is known.
-  function suggest() {
-    const known = store.models.get(name.value.trim());
-    version.value = Math.max(0, ...(known?.versions ?? [])) + 1;
-  }
+// A file that is dropped beside a target would take the place of the page.
+const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+for (const type of ["dragover", "drop"]) addEventListener(type, (event) => hasFiles(event) && event.preventDefault());
 
-  async function send() {
-    const id = name.value.trim(), number = Number(version.value), total = size(files), { signal } = (sending = new AbortController());
-    const stages = `/api/v1/models/${encodeURIComponent(id)}/versions/${number}/stages`, headers = { "Content-Type": "application/octet-stream" };
-    let stage = null, sent = 0;
-    draw(0, total);
+// Properties of an element that takes dropped files, as versions of a model, or by `take`.
+export function useDrops(modelId = "", take = (dropped) => addVersion(modelId, dropped)) {
+  const [isOver, setOver] = useState(false);
+  const accepts = (event) => {
+    if (!mayAdd.value || !hasFiles(event)) return false;
+    event.preventDefault();
+    event.stopPropagation();
+    return true;
+  };
+  return {
+    class: isOver ? "over" : "",
+    onDragOver: (event) => accepts(event) && setOver(true),
+    onDragLeave: (event) => event.currentTarget.contains(event.relatedTarget) || setOver(false),
+    onDrop: (event) => accepts(event) && (setOver(false), take([...event.dataTransfer.files])),
+  };
+}
+
+function UploadDialog({ modelId, dropped }) {
+  const [files, setFiles] = useState(dropped), [id, setId] = useState(modelId || nameOf(dropped));
+  const [version, setVersion] = useState(nextVersion(id));
+  const [sent, setSent] = useState(null), sending = useMemo(() => new AbortController(), []), total = size(files);
+  const name = (text) => (setId(text), setVersion(nextVersion(text)));
+  const take = (chosen) => {
+    setFiles(chosen);
+    if (!id) name(nameOf(chosen));
+  };
+  useEffect(() => () => sending.abort(), []); // nobody waits for it any more
+  const ask = async () => {
+    const model = id.trim();
+    if (!files.some((file) => MODEL.test(file.name))) return "Choose an ONNX file (.onnx), with the files that it names.";
     try {
-      stage = `${stages}/${(await api.post(stages, undefined, { signal })).answer.id}`;
-      for (const file of files) {
-        await api.upload(`${stage}/files/${encodeURIComponent(pathOf(file, files))}`, file, { headers, onProgress: (ofFile) => draw(sent + ofFile, total), signal });
-        sent += file.size;
-      }
-      draw(total, total);
-      await api.post(`${stage}/commit`, undefined, { signal, limitMs: 0 });
+      await send(model, version, files, setSent, sending.signal);
     } catch (error) {
-      if (stage) api.send(stage, { method: "DELETE" }).catch(() => {}); // which ends by itself otherwise
-      if (signal.aborted) return false;
-      if (error.code === "repository_read_only") {
-        store.readOnly = true;
-        store.notify();
-      }
+      if (sending.signal.aborted) return false;
+      if (error.code === "repository_read_only") readOnly.value = true;
       throw error;
     } finally {
-      show(byId("upload-progress"), false);
-      setText(byId("upload-status"), "");
+      setSent(null);
     }
-    about.node.close();
-    notice(`Version ${number} of ${id} is added.`);
-    refresher.schedule(id);
-    load(store.models.get(id) ?? { id, versions: [number], state: "unloaded", version: null, error: null }, number);
-    return true;
-  }
+    notice(`Version ${version} of ${model} is added.`);
+    refreshSoon();
+    const unloaded = { id: model, versions: [version], state: "unloaded", version: null, error: null };
+    openDialog(LoadDialog, { model: models.value.get(model) ?? unloaded, version });
+    return false;
+  };
+  const chosen = files.length > 0 && `${oneLine(files.map((file) => file.name).join(", "), 200)}, ${bytes(total)}`;
+  const status = sent === null ? "" : sent < total ? `${bytes(sent)} of ${bytes(total)} sent` : "Sent. The server checks it.";
+  const buttons = (send, isBusy) => html`<button type="submit" class="primary" disabled=${isBusy}>Add</button>`;
+  return html`
+    <${Dialog} name="upload" title="Add a version" ask=${ask} buttons=${buttons} drops=${useDrops(modelId, take)}>
+      <label for="upload-file">Files</label>
+      <input id="upload-file" type="file" multiple aria-describedby="upload-chosen upload-help" onChange=${(event) => take([...event.target.files])} />
+      <p id="upload-chosen" class="figures">${chosen}</p>
+      <p id="upload-help" class="hint">An ONNX file, and the files beside it that it names. You can drop them here.</p>
+      <label for="upload-model">Model</label>
+      <input id="upload-model" required maxlength="128" pattern="[A-Za-z0-9][A-Za-z0-9._\\-]*" spellcheck=${false}
+        title="Letters, digits, dots, underscores and hyphens" readonly=${modelId !== ""} value=${id} onInput=${(event) => name(event.target.value)} />
+      <label for="upload-version">Version</label>
+      <input id="upload-version" type="number" required min="1" inputmode="numeric" value=${version}
+        onInput=${(event) => setVersion(Number(event.target.value))} />
+      ${sent !== null && html`<progress aria-labelledby="upload-status" max="1" value=${total ? sent / total : 0} />`}
+      <p id="upload-status" class="figures" role="status">${status}</p>
+    <//>`;
+}
 
-  function draw(sent, total) {
-    show(byId("upload-progress"), true);
-    byId("upload-progress").value = total ? sent / total : 0;
-    setText(byId("upload-status"), sent < total ? `${bytes(sent)} of ${bytes(total)} sent` : "Sent. The server checks it.");
-  }
+// The version after the newest that is known.
+const nextVersion = (id) => Math.max(0, ...(models.value.get(id.trim())?.versions ?? [])) + 1;
 
-  function add({ modelId = "", dropped = [] } = {}) {
-    byId("upload-form").reset();
-    name.value = modelId;
-    name.readOnly = modelId !== "";
-    show(byId("upload-progress"), false);
-    setText(byId("upload-status"), "");
-    take(dropped);
-    about.open();
+async function send(id, version, files, onSent, signal) {
+  const stages = `/api/v1/models/${encodeURIComponent(id)}/versions/${version}/stages`;
+  const headers = { "Content-Type": "application/octet-stream" };
+  let stage = null, sent = 0;
+  onSent(0);
+  try {
+    stage = `${stages}/${(await api.post(stages, undefined, { signal })).answer.id}`;
+    for (const file of files) {
+      const path = `${stage}/files/${encodeURIComponent(pathOf(file, files))}`;
+      await api.upload(path, file, { headers, onProgress: (ofFile) => onSent(sent + ofFile), signal });
+      sent += file.size;
+    }
+    onSent(sent);
+    await api.post(`${stage}/commit`, undefined, { signal, limitMs: 0 });
+  } catch (error) {
+    if (stage) api.send(stage, { method: "DELETE" }).catch(() => {}); // which ends by itself otherwise
+    throw error;
   }
-
-  // `where` names the model that the files are for; null is the open dialog.
-  function takeDrops(node, where) {
-    const may = (event) => !isReadOnly() && event.dataTransfer?.types.includes("Files");
-    node.classList.add("drops");
-    node.addEventListener("dragover", (event) => {
-      if (!may(event)) return;
-      event.preventDefault();
-      event.stopPropagation();
-      node.classList.add("over");
-    });
-    node.addEventListener("dragleave", (event) => node.contains(event.relatedTarget) || node.classList.remove("over"));
-    node.addEventListener("drop", (event) => {
-      if (!may(event)) return;
-      event.preventDefault();
-      event.stopPropagation();
-      node.classList.remove("over");
-      const dropped = [...event.dataTransfer.files];
-      if (where === null) take(dropped);
-      else add({ ...where, dropped });
-    });
-  }
-
-  return { add, takeDrops };
 }
 
 const size = (files) => files.reduce((sum, file) => sum + file.size, 0);
 
 // The only model has the usual name; other files keep theirs, by which the model names them.
-const pathOf = (file, files) => (MODEL.test(file.name) && files.filter((each) => MODEL.test(each.name)).length === 1 ? "model.onnx" : file.name);
+function pathOf(file, files) {
+  const isOnlyModel = MODEL.test(file.name) && files.filter((each) => MODEL.test(each.name)).length === 1;
+  return isOnlyModel ? "model.onnx" : file.name;
+}
+
+// The model's id that the names of the files suggest, or "".
+const nameOf = (files) => idOf(files.find((file) => MODEL.test(file.name))?.name ?? "");
 
 // A model's id from a file's name: what it may consist of.
 export function idOf(fileName) {

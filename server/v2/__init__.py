@@ -1,12 +1,10 @@
 """The Open Inference Protocol v2, with Triton's extensions.
 
 An inference arrives on the fast path, or through the router, in `inference.infer`. `runtime.router.Router`
-resolves its target: a load here, a node, to which `forwarding` sends it, or none, and `ondemand` loads the
+resolves its target: a load here, another server, which is asked, or none, and `ondemand` loads the
 model and waits. It is decoded by `codec`, run by a worker, and encoded again.
 
-- `inference`: infer, metadata and readiness of a model
-- `fastpath`: inferences past aiohttp's router and middlewares
-- `forwarding`: requests about a model that is loaded at another node
+- `inference`: infer, metadata and readiness of a model; the fast path past aiohttp's router and middlewares
 - `codec`: requests and responses, JSON and binary
 - `ondemand`: on-demand loads, with back-off after failures
 - `metadata`: schemas of the protocol; server metadata, statistics, configuration

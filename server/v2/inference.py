@@ -1,8 +1,9 @@
-"""The routes of inference, metadata and readiness of a model."""
+"""The routes of inference, metadata and readiness of a model; and the fast path of inferences."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,17 +17,20 @@ from runtime.router import Absent, Answered, Here, InferenceRequest, Target, The
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer
 from server.api.models import find_signature
-from server.appkeys import BODIES, CONFIG, DEMAND, POOL, ROUTER
+from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import QUOTA
+from server.cluster import FORWARDING, forwardable
 from server.config import MAX_BODY_BYTES
-from server.errors import NODE, ServerProblem
+from server.errors import ANSWERING_NODE, NODE, ServerProblem, error_response
 from server.http.bodies import BodyTooLarge, Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
-from server.http.responses import DirectResponse
+from server.http.responses import DirectResponse, response_completer
 from server.http.validation import path_parameters
-from server.routing import Access, Routes
+from server.observability.output import begin_context
+from server.observability.requestlog import HTTP_COUNTS
+from server.routing import Access, RequestHandler, Routes, wrap_handler
 from server.v2.codec import (
     HEADER_LENGTH,
     ReceivedBody,
@@ -35,7 +39,6 @@ from server.v2.codec import (
     encode_response,
     header_length,
 )
-from server.v2.forwarding import FORWARDER, forwardable
 from server.v2.metadata import (
     INFERENCE_BODY,
     INFERENCE_PARAMETERS,
@@ -47,12 +50,6 @@ from server.v2.metadata import (
 )
 
 routes = Routes(tag="inference")
-
-
-class NotReady(ServerProblem):
-    """The model is not ready."""
-
-    code = "not_ready"
 
 
 _INFER_ERRORS = (
@@ -116,7 +113,7 @@ async def show_ready(request: web.Request) -> web.Response:
     """Answer 200 if an inference would be tried, else 400, as Triton's clients expect."""
     path = path_parameters(request)
     if not request.app[ROUTER].is_ready(path["id"], path.get("version")):
-        raise NotReady(f"model '{path['id']}' is not ready")
+        raise ServerProblem(f"model '{path['id']}' is not ready", code="not_ready")
     return web.json_response({"name": path["id"], "ready": True})
 
 
@@ -133,12 +130,12 @@ async def infer(
     subject = request[PRINCIPAL].subject
     router, share, loop = app[ROUTER], app[BODIES].share(subject), asyncio.get_running_loop()
     try:
-        forwarder = app.get(FORWARDER)  # None in a server alone, whose models are never elsewhere
-        if forwarder is not None:
-            await forwarder.catch_up(request, model_id)
+        forwarding = app.get(FORWARDING)  # None in a server alone, whose models are never elsewhere
+        if forwarding is not None:
+            await forwarding.catch_up(request, model_id)
         target = router.resolve(model_id, version)
         if isinstance(target, There):
-            return await app[FORWARDER].forward(request, target.node, model_id, share)
+            return await app[FORWARDING].forward(request, target, model_id, share)
         body = await _receive(request, share, target)
         began_s = loop.time()
         decoded = await _decode(app, subject, share, body)
@@ -153,9 +150,9 @@ async def infer(
                     result = await router.infer(
                         here, question, timeout_s, times, version=version, worker=body.worker
                     )
-                case There(node):
-                    return await app[FORWARDER].forward(
-                        request, node, model_id, share, body=body.join(), ends_at_s=began_s + timeout_s
+                case There():
+                    return await app[FORWARDING].forward(
+                        request, result, model_id, share, body=body.join(), ends_at_s=began_s + timeout_s
                     )
                 case Absent():
                     missed_ns, ends_at_s = time.monotonic_ns(), began_s + timeout_s
@@ -178,7 +175,7 @@ async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent
 
     Raises:
         BodyTooLarge: `body_too_large`; of a compressed body, no more than the limit was decompressed.
-        BodiesFull: `bodies_full`.
+        ServerProblem: `bodies_full`.
     """
     header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
     if header_bytes is not None:
@@ -246,8 +243,8 @@ async def _respond(
         if header_bytes is not None:
             fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
         fields["Loadledger-Model"] = here.source
-        if here.node_id is not None:
-            fields[NODE] = here.node_id
+        if ANSWERING_NODE in request:
+            fields[NODE] = request[ANSWERING_NODE]
         if quota is not None:
             fields |= quota.headers()
         encoding = _encoding(request, body)
@@ -265,3 +262,47 @@ def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
     if accepted is None or sum(map(len, body)) < COMPRESSED_FROM_BYTES:
         return None
     return chosen_encoding(accepted)
+
+
+_INFER = re.compile(r"/v2/models/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/versions/([1-9][0-9]{0,8}))?/infer")
+"""The version has as many digits as fit into any integer; the router's path refuses others with a reason."""
+
+_PATH, _PATH_OF_VERSION = "/v2/models/{id}/infer", "/v2/models/{id}/versions/{version}/infer"
+"""The paths of the routes, for counts and for denials in the ledger."""
+
+
+def add_fast_path(server: web.Server, app: web.Application) -> None:
+    """Put the fast path before the application: it skips aiohttp's router and middlewares.
+
+    Gate, limits, handler and errors are those of all requests. An unusual request takes the router.
+    """
+    gate, counts = app[GATE], app[HTTP_COUNTS]
+    complete = response_completer(gate.proxies)
+
+    def wrap(router_path: RequestHandler) -> RequestHandler:
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            found = _INFER.fullmatch(request.raw_path) if request.method == hdrs.METH_POST else None
+            if found is None or hdrs.EXPECT in request.headers:
+                return await router_path(request)
+            model_id, version = found.groups()
+            path = _PATH_OF_VERSION if version else _PATH
+            response: web.StreamResponse
+            try:
+                await gate.admit(request, Access.PREDICT, f"POST {path}", model_id)
+                response = await infer(request, app, model_id, int(version) if version else None)
+            except asyncio.CancelledError:
+                counts.count("POST", path, None)
+                raise
+            except Exception as error:  # noqa: BLE001 - every error becomes a response, as in the middlewares
+                response = error_response(request, error)
+            if isinstance(response, DirectResponse):
+                counts.requests["POST", path, "2xx"] += 1
+                return response
+            begin_context(request)
+            await complete(request, response)
+            counts.count("POST", path, response)
+            return response
+
+        return handle
+
+    wrap_handler(server, wrap)

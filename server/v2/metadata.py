@@ -18,13 +18,13 @@ from runtime.consumer.running import RunningLoad
 from runtime.onnxfile import ModelSignature
 from runtime.router import Here
 from runtime.wire import DATATYPES, TensorSpec
-from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema, TensorSchema
+from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema, TensorSchema, about
 from server.appkeys import CONSUMER, LOG, ROUTER
+from server.cluster import NODE_ADDRESS, forwardable
 from server.errors import NODE
 from server.http.validation import path_parameters
 from server.routing import Access, Routes
 from server.v2.codec import HEADER_LENGTH
-from server.v2.forwarding import NODE_ADDRESS, forwardable
 from server.v2.tritonconfig import PLATFORM, ModelConfigSchema, model_config
 
 routes = Routes(tag="inference")
@@ -33,40 +33,40 @@ routes = Routes(tag="inference")
 class MetadataSchema(AnswerSchema):
     """Inputs and outputs of a model; -1 in a shape is any length."""
 
-    name = fields.String(required=True)
-    versions = fields.List(fields.String(), required=True)
-    platform = fields.String(required=True)
-    inputs = fields.List(fields.Nested(TensorSchema), required=True)
-    outputs = fields.List(fields.Nested(TensorSchema), required=True)
+    name = fields.String()
+    versions = fields.List(fields.String())
+    platform = fields.String()
+    inputs = fields.List(fields.Nested(TensorSchema))
+    outputs = fields.List(fields.Nested(TensorSchema))
 
 
 class ReadySchema(AnswerSchema):
     """The readiness of a model."""
 
-    name = fields.String(required=True)
-    ready = fields.Boolean(required=True)
+    name = fields.String()
+    ready = fields.Boolean()
 
 
 class BinarySizeSchema(AnswerSchema):
     """The parameters of a binary tensor."""
 
-    binary_data_size = fields.Integer(required=True, metadata={"description": "In bytes."})
+    binary_data_size = fields.Integer(**about("In bytes."))
 
 
 class OutputSchema(TensorSchema):
     """An output of the model."""
 
-    data = fields.List(fields.Raw(), metadata={"description": "Flat, row-major; of a JSON output."})
-    parameters = fields.Nested(BinarySizeSchema, metadata={"description": "Of a binary output."})
+    data = fields.List(fields.Raw(), **about("Flat, row-major; of a JSON output.", is_optional=True))
+    parameters = fields.Nested(BinarySizeSchema, **about("Of a binary output.", is_optional=True))
 
 
 class InferenceAnswerSchema(AnswerSchema):
     """The model's answer."""
 
-    model_name = fields.String(required=True)
-    model_version = fields.String(required=True)
-    id = fields.String(metadata={"description": "The request's id, if it has one."})
-    outputs = fields.List(fields.Nested(OutputSchema), required=True)
+    model_name = fields.String()
+    model_version = fields.String()
+    id = fields.String(**about("The request's id, if it has one.", is_optional=True))
+    outputs = fields.List(fields.Nested(OutputSchema))
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -220,45 +220,44 @@ def model_routes(
 class ServerMetadataSchema(AnswerSchema):
     """Name, version and extensions of the server."""
 
-    name = fields.String(required=True)
-    version = fields.String(required=True)
-    extensions = fields.List(fields.String(), required=True)
+    name = fields.String()
+    version = fields.String()
+    extensions = fields.List(fields.String())
 
 
 class DurationSchema(AnswerSchema):
     """A count, and the total time."""
 
-    count = fields.Integer(required=True)
-    ns = fields.Integer(required=True)
+    count = fields.Integer()
+    ns = fields.Integer()
 
 
 class BatchStatisticsSchema(AnswerSchema):
     """The executions of one size."""
 
-    batch_size = fields.Integer(required=True)
-    compute_input = fields.Nested(DurationSchema, required=True)
-    compute_infer = fields.Nested(DurationSchema, required=True)
-    compute_output = fields.Nested(DurationSchema, required=True)
+    batch_size = fields.Integer()
+    compute_input = fields.Nested(DurationSchema)
+    compute_infer = fields.Nested(DurationSchema)
+    compute_output = fields.Nested(DurationSchema)
 
 
 class MemoryUsageSchema(AnswerSchema):
     """The memory of a load, as measured after it."""
 
-    type = fields.String(required=True)
-    id = fields.Integer(required=True)
-    byte_size = fields.Integer(required=True)
+    type = fields.String()
+    id = fields.Integer()
+    byte_size = fields.Integer()
 
 
 class ModelStatisticsSchema(AnswerSchema):
     """The inferences of a loaded version since it was loaded."""
 
-    name = fields.String(required=True)
-    version = fields.String(required=True)
-    last_inference = fields.Integer(required=True, metadata={"description": "Milliseconds since 1970."})
-    inference_count = fields.Integer(required=True, metadata={"description": "Batch sizes added up."})
-    execution_count = fields.Integer(required=True)
+    name = fields.String()
+    version = fields.String()
+    last_inference = fields.Integer(**about("Milliseconds since 1970."))
+    inference_count = fields.Integer(**about("Batch sizes added up."))
+    execution_count = fields.Integer()
     inference_stats = fields.Dict(
-        required=True,
         keys=fields.String(),
         values=fields.Nested(DurationSchema),
         metadata={
@@ -267,15 +266,15 @@ class ModelStatisticsSchema(AnswerSchema):
             "that of success."
         },
     )
-    response_stats = fields.Dict(required=True)
-    batch_stats = fields.List(fields.Nested(BatchStatisticsSchema), required=True)
-    memory_usage = fields.List(fields.Nested(MemoryUsageSchema), required=True)
+    response_stats = fields.Dict()
+    batch_stats = fields.List(fields.Nested(BatchStatisticsSchema))
+    memory_usage = fields.List(fields.Nested(MemoryUsageSchema))
 
 
 class StatisticsSchema(AnswerSchema):
     """The statistics of loaded models."""
 
-    model_stats = fields.List(fields.Nested(ModelStatisticsSchema), required=True)
+    model_stats = fields.List(fields.Nested(ModelStatisticsSchema))
 
 
 @routes.get(

@@ -51,12 +51,6 @@ class DemandFailed(ServerProblem):
         self.retry_after_s = retry_after_s
 
 
-class ServerStops(ServerProblem):
-    """The server is stopping and loads no more models; send the request again after its next start."""
-
-    code = "shutting_down"
-
-
 @dataclass(frozen=True, slots=True)
 class _Failed:
     """The last failure; `model` is the recorded model right after it."""
@@ -165,7 +159,7 @@ class OnDemand:
             DemandFailed: `load_failed`.
             UnknownModel: `unknown_model`, or UnknownVersion, `unknown_version`.
             LedgerProblem: `queue_full`, `log_unavailable`.
-            ServerStops: `shutting_down`.
+            ServerProblem: `shutting_down`.
         """
         if not self.on:
             yield await self.router.find(model_id, version)
@@ -259,7 +253,8 @@ class OnDemand:
                     receipt = await self._request_load(demand, subject, model)
                     if receipt is not None:
                         watched_job, own_job = receipt.job_id, None if receipt.existing else receipt.job_id
-        return ServerStops()
+        reason = "the server stops and loads no more models; send the request again after its next start"
+        return ServerProblem(reason, code="shutting_down")
 
     def _find_failure(
         self, job: Job, demand: Demand, before: Model | None, *, is_own: bool

@@ -21,7 +21,7 @@ from events.models import Model, ModelState
 from server.api.jobs import job_path, run_job
 from server.api.loads import make_load_command
 from server.api.models import ListedModel, list_versions
-from server.api.schemas import AnswerSchema, ModelPathSchema
+from server.api.schemas import AnswerSchema, ModelPathSchema, about
 from server.appkeys import LOG, VERSIONS
 from server.auth.gate import PRINCIPAL
 from server.errors import ERRORS, ServerProblem
@@ -107,18 +107,18 @@ class JobDidNotComplete(ServerProblem):
         version = "" if job.version is None else f"version {job.version}: "
         super().__init__(
             f"{job.kind} failed for model '{job.model_id}': {version}{reason}",
+            code=code,
             http_headers={hdrs.LOCATION: job_path(job.id)},
         )
-        self.code = code  # type: ignore[misc] # one class for all: the job has the code
 
 
 class IndexEntrySchema(AnswerSchema):
     """One version of a model; only the name of a model that was never loaded."""
 
-    name = fields.String(required=True)
-    version = fields.String()
-    state = fields.String(metadata={"description": "READY, LOADING, UNLOADING or UNAVAILABLE."})
-    reason = fields.String(metadata={"description": "Why the version is UNAVAILABLE."})
+    name = fields.String()
+    version = fields.String(metadata={"is_optional": True})
+    state = fields.String(**about("READY, LOADING, UNLOADING or UNAVAILABLE.", is_optional=True))
+    reason = fields.String(**about("Why the version is UNAVAILABLE.", is_optional=True))
 
 
 _ENDED = {

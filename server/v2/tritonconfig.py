@@ -19,7 +19,7 @@ from runtime import strictjson
 from runtime.onnxfile import MODEL_FILE
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.loads import LoadBodySchema
-from server.api.schemas import AnswerSchema
+from server.api.schemas import AnswerSchema, about
 from server.errors import ServerProblem
 from server.http.validation import MAX_JSON_BYTES, InvalidBody, load_with, read_plain_body
 
@@ -36,27 +36,27 @@ BACKEND = "onnxruntime"
 class ConfiguredTensorSchema(AnswerSchema):
     """An input or output; `dims` are without the batch dimension where `max_batch_size` is not 0."""
 
-    name = fields.String(required=True)
-    data_type = fields.String(required=True)
-    dims = fields.List(fields.Integer(), required=True)
-    reshape = fields.Dict(metadata={"description": "The model's own shape, if it is a scalar."})
-    optional = fields.Boolean(metadata={"description": "An input that may be left out."})
+    name = fields.String()
+    data_type = fields.String()
+    dims = fields.List(fields.Integer())
+    reshape = fields.Dict(**about("The model's own shape, if it is a scalar.", is_optional=True))
+    optional = fields.Boolean(**about("An input that may be left out.", is_optional=True))
 
 
 class ModelConfigSchema(AnswerSchema):
     """The configuration."""
 
-    name = fields.String(required=True)
-    platform = fields.String(required=True)
-    backend = fields.String(required=True)
-    version_policy = fields.Dict(required=True, metadata={"description": "The one version that is loaded."})
-    max_batch_size = fields.Integer(required=True)
-    input = fields.List(fields.Nested(ConfiguredTensorSchema), required=True)
-    output = fields.List(fields.Nested(ConfiguredTensorSchema), required=True)
-    instance_group = fields.List(fields.Dict(), required=True)
-    dynamic_batching = fields.Dict(metadata={"description": "Present if requests run in batches."})
-    default_model_filename = fields.String(required=True)
-    model_transaction_policy = fields.Dict(required=True)
+    name = fields.String()
+    platform = fields.String()
+    backend = fields.String()
+    version_policy = fields.Dict(**about("The one version that is loaded."))
+    max_batch_size = fields.Integer()
+    input = fields.List(fields.Nested(ConfiguredTensorSchema))
+    output = fields.List(fields.Nested(ConfiguredTensorSchema))
+    instance_group = fields.List(fields.Dict())
+    dynamic_batching = fields.Dict(**about("Present if requests run in batches.", is_optional=True))
+    default_model_filename = fields.String()
+    model_transaction_policy = fields.Dict()
 
 
 def model_config(

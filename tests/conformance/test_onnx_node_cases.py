@@ -33,7 +33,7 @@ NAMELESS = {"sequence", "optional sequence", "map", "sparse_tensor"}
 NAMELESS_ELEMENTS = ("FLOAT8", "FLOAT4", "INT4", "UINT4", "INT2", "UINT2", "COMPLEX")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one-thread", "two-threads"])
+@pytest.fixture(scope="module", params=[1, 2] if ALL else [2], ids="{}-threads".format)
 def threads(request: pytest.FixtureRequest) -> int:
     """Threads of each model, and of each bare session."""
     count: int = request.param

@@ -13,21 +13,26 @@ from msgspec import UNSET, structs
 from support.history import CONTENTS, FEWER, MODEL, TUNED, History, at, fold, given, ids
 from support.strategies import drafts
 
-from events.accept import MAX_QUEUE, OUTDATED, Accepted, Decision, Existing, Refused, accept, holds
+from events.accept import MAX_QUEUE, accept
 from events.commands import (
+    OUTDATED,
+    Accepted,
     AddVersion,
     Command,
+    Decision,
+    Existing,
     JobCommand,
     JobUnchanged,
     ModelUnchanged,
-    NodeCurrent,
     Record,
+    Refused,
     RemoveVersion,
     RequestCancel,
     RequestLoad,
     RequestUnload,
     WorkerServes,
 )
+from events.registercommands import NodeCurrent
 from events.state import State
 from events.types import (
     CancelRequested,
@@ -406,9 +411,9 @@ SINCE: list[tuple[str, str, str, str]] = [
 @pytest.mark.parametrize(("facts", "since", "model", "job"), SINCE)
 def test_conditions_say_what_changed_since(facts: str, since: str, model: str, job: str) -> None:
     before, after = given(facts), given(f"{facts} {since}").state
-    assert holds(after, ModelUnchanged(before.model())) is (model == "unchanged")
+    assert ModelUnchanged(before.model()).holds(after) is (model == "unchanged")
     position = before.job("L").position
-    assert holds(after, JobUnchanged("L", position)) is (job == "unchanged")
+    assert JobUnchanged("L", position).holds(after) is (job == "unchanged")
 
 
 @pytest.mark.parametrize(
@@ -428,7 +433,7 @@ def test_conditions_say_what_changed_since(facts: str, since: str, model: str, j
 def test_worker_serves_until_it_is_recorded_as_gone(
     facts: str, load_id: str, worker_id: str, *, expected: bool
 ) -> None:
-    assert holds(given(facts).state, WorkerServes(MODEL, load_id, worker_id)) is expected
+    assert WorkerServes(MODEL, load_id, worker_id).holds(given(facts).state) is expected
 
 
 def test_command_on_changed_model_is_outdated() -> None:

@@ -27,10 +27,14 @@ from support.history import (
 )
 from support.ledgers import FAST_FOLDER, database_of
 
-from events.accept import Accepted, Decision, Existing, Refused, accept
+from events.accept import accept
 from events.audit.verify import verify
 from events.commands import (
+    Accepted,
     Command,
+    Decision,
+    Existing,
+    Refused,
     RequestCancel,
     RequestLoad,
     RequestUnload,

@@ -20,11 +20,10 @@ from support.ledgers import change_ledger, database_of, rows_of, run_forked, sto
 from support.workers import until
 
 import migrations
-from events.accept import OUTDATED
 from events.audit.verify import verify
 from events.clock import format_timestamp
 from events.codec import decode_event
-from events.commands import JobUnchanged, Receipt, Record, RequestLoad
+from events.commands import OUTDATED, JobUnchanged, Receipt, Record, RequestLoad
 from events.errors import (
     FutureSchema,
     LedgerProblem,

@@ -9,24 +9,24 @@ import pytest
 from msgspec.structs import replace
 from support.history import MODEL, START, History, at, given, ids, model_loaded, opened, steady
 
-from events.accept import Accepted, Decision, Existing, Refused, accept
+from events.accept import accept
 from events.audit.verify import verify
 from events.codec import encode_event
 from events.commands import (
+    Accepted,
     Command,
-    DrainNode,
-    JoinNode,
-    LeaveNode,
-    LoseNode,
-    NodeCommand,
-    NodeCurrent,
-    NodeUnchanged,
+    Decision,
+    Existing,
     Record,
+    Refused,
+    RegisterCommand,
     RequestUnload,
 )
 from events.jobs import JobStatus
 from events.models import ModelState
 from events.nodes import KEPT_S, Node, NodePhase, evolve_nodes, find_placer
+from events.registercommands import DrainNode, JoinNode, LeaveNode, LoseNode, NodeCurrent, NodeUnchanged
+from events.registers import Registers
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction
@@ -42,6 +42,8 @@ from events.types import (
     ServerStarted,
     UnloadRequested,
 )
+from nodes.placement import find_share
+from runtime.scheduler.placement import ALONE
 
 
 def cluster(*nodes: str) -> History:
@@ -52,11 +54,11 @@ def cluster(*nodes: str) -> History:
 
 
 def phase_of(history: History, node: str) -> NodePhase:
-    return history.state.nodes[node].phase
+    return history.state.registers.nodes[node].phase
 
 
 def works_on(history: History, node: str) -> tuple[set[str], set[str]]:
-    own = history.state.of(node)
+    own = find_share(history.state, node, None, frozenset())
     return {job.id for job in own.unended()}, set(own.models)
 
 
@@ -65,15 +67,15 @@ def works_on(history: History, node: str) -> tuple[set[str], set[str]]:
 
 def test_node_goes_through_its_phases() -> None:
     history = cluster("a")
-    assert history.state.nodes["a"] == Node(
+    assert history.state.registers.nodes["a"] == Node(
         "a", 1, NodePhase.JOINED, 1, at(1), "http://a", (), None, "1", None
     )
     history.drain("a")
     assert phase_of(history, "a") is NodePhase.DRAINING
     history.leave("a")
-    assert (phase_of(history, "a"), history.state.nodes["a"].ended_at) == (NodePhase.LEFT, at(3))
+    assert (phase_of(history, "a"), history.state.registers.nodes["a"].ended_at) == (NodePhase.LEFT, at(3))
     history.join("a", labels=("zone=eu",))
-    node = history.state.nodes["a"]
+    node = history.state.registers.nodes["a"]
     assert (node.epoch, node.phase, node.labels, node.ended_at) == (2, NodePhase.JOINED, ("zone=eu",), None)
     history.lose("a")
     assert phase_of(history, "a") is NodePhase.LOST
@@ -82,11 +84,11 @@ def test_node_goes_through_its_phases() -> None:
 @pytest.mark.parametrize("data", [NodeDraining("a", 1), NodeLeft("a", 1), NodeLost("a", 1, at(0))])
 def test_event_of_another_epoch_changes_no_node(data: NodeDraining | NodeLeft | NodeLost) -> None:
     history = cluster("a", "a")
-    before = history.state.nodes["a"]
+    before = history.state.registers.nodes["a"]
     history.about_node(data)
-    assert history.state.nodes["a"] is before
+    assert history.state.registers.nodes["a"] is before
     history.about_node(replace(data, node_id="never"))
-    assert set(history.state.nodes) == {"a"}
+    assert set(history.state.registers.nodes) == {"a"}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_placer_is_lowest_node_that_takes_loads(nodes: str, steps: str, placer: 
     for step in steps.split():
         name, _, node = step.partition(":")
         getattr(history, name)(node)
-    assert find_placer(history.state.nodes) == placer
+    assert find_placer(history.state.registers.nodes) == placer
 
 
 def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:
@@ -113,13 +115,13 @@ def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:
     history.leave("b")
     history.lose("c")
     history.join("e", after_s=KEPT_S - 10)
-    assert set(history.state.nodes) == {*"abcde"}
+    assert set(history.state.registers.nodes) == {*"abcde"}
     history.drain("a")
-    changes = Transaction(history.state)
+    changes = Transaction(State(registers=Registers(nodes=dict(history.state.registers.nodes))))
     history.join("e", after_s=20)
     changes.apply(history.facts[-1])
-    assert set(history.state.nodes) == {*"ade"}
-    assert {key: node is None for key, node in changes.changes.nodes.items()} == {
+    assert set(history.state.registers.nodes) == {*"ade"}
+    assert {key: node is None for key, node in changes.changes.registers["nodes"].items()} == {
         "e": False,
         "b": True,
         "c": True,
@@ -127,7 +129,7 @@ def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:
     folded = Entities()
     for event in history.facts:
         folded.apply(event)
-    assert folded.nodes == history.state.nodes
+    assert folded.registers.nodes == history.state.registers.nodes
 
 
 def test_node_that_owns_something_or_joins_again_is_remembered() -> None:
@@ -137,7 +139,7 @@ def test_node_that_owns_something_or_joins_again_is_remembered() -> None:
     joined = NodeJoined("a", 2, "http://a", (), None, "1", None, unclean=False)
     later = at(history.seconds + KEPT_S + 9)
     changed = evolve_nodes(
-        history.state.nodes, joined, position=9, recorded_at=later, read_owners=lambda: {"b"}
+        history.state.registers.nodes, joined, position=9, recorded_at=later, read_owners=lambda: {"b"}
     )
     assert {key: node is None for key, node in changed.items()} == {"a": False, "c": True}
 
@@ -346,16 +348,16 @@ def test_unload_is_worked_on_where_its_load_is() -> None:
 def test_epoch_that_is_over_works_on_nothing() -> None:
     history = cluster("a")
     history.ask_load("L")
-    assert [job.id for job in history.state.of("a", 1).unended()] == ["L"]
+    assert [job.id for job in find_share(history.state, "a", 1, frozenset()).unended()] == ["L"]
     history.join("a", unclean=True)
-    assert history.state.of("a", 1).unended() == []
-    assert [job.id for job in history.state.of("a", 2).unended()] == ["L"]
+    assert find_share(history.state, "a", 1, frozenset()).unended() == []
+    assert [job.id for job in find_share(history.state, "a", 2, frozenset()).unended()] == ["L"]
 
 
 def test_state_without_nodes_is_worked_on_whole() -> None:
     history = given("load request_other")
-    assert history.state.of(None) is history.state
-    assert history.state.of("a").unended() == []
+    assert ALONE.share(history.state) is history.state
+    assert find_share(history.state, "a", None, frozenset()).unended() == []
 
 
 # Commands
@@ -408,7 +410,7 @@ JOIN = JoinNode("a", "http://a", ("zone=eu",), 5, "1.2", "key", last_seen_at=at(
         ("join lose", DrainNode("a", "alice"), "node_ended"),
     ],
 )
-def test_command_about_node_is_decided(steps: str, command: NodeCommand, expected: object) -> None:
+def test_command_about_node_is_decided(steps: str, command: RegisterCommand, expected: object) -> None:
     history = History()
     for step in steps.split():
         getattr(history, step)("a")
@@ -424,7 +426,7 @@ def test_command_about_node_is_decided(steps: str, command: NodeCommand, expecte
 
 def test_facts_of_ended_epoch_are_refused() -> None:
     history = cluster("a", "b")
-    node = history.state.nodes["a"]
+    node = history.state.registers.nodes["a"]
     draft = Draft("f", LoadStarted(1, "a"), SYSTEM, "L", MODEL, 1)
     current, unchanged = Record((draft,), (NodeCurrent("a", 1),)), Record((draft,), (NodeUnchanged(node),))
     assert facts(decide(history.state, current)) == facts(decide(history.state, unchanged)) == [draft.data]
@@ -474,13 +476,13 @@ async def test_nodes_are_stored_and_rebuilt(tmp_path: Path) -> None:
         await log.submit(JoinNode("a", "http://a", ("zone=eu",)))
         await log.submit(JoinNode("b", "http://b"))
         await log.submit(DrainNode("a", "alice"))
-        nodes = log.state.nodes
+        nodes = log.state.registers.nodes
     assert nodes["a"].phase is NodePhase.DRAINING
     with closing(connect(path)) as connection:
         storage.rebuild(connection)
-        assert queries.read_state(connection).nodes == nodes
+        assert queries.read_state(connection).registers.nodes == nodes
     async with opened(path) as log:
-        assert log.state.nodes == nodes
+        assert log.state.registers.nodes == nodes
 
 
 async def test_changed_node_is_found_by_verify(tmp_path: Path) -> None:
@@ -500,10 +502,10 @@ def test_untrusted_node_owns_nothing_and_places_nothing() -> None:
     for node in "ab":
         history.join(node)
     history.load_at("a", "L")
-    assert find_placer(history.state.nodes, {"a"}) == "b"
-    assert history.state.of("b", 1).models == {}
-    assert history.state.of("b", 1, frozenset("a")).models.keys() == {MODEL}
-    assert history.state.of("a", 1, frozenset("a")).models == {}
+    assert find_placer(history.state.registers.nodes, {"a"}) == "b"
+    assert find_share(history.state, "b", 1, frozenset()).models == {}
+    assert find_share(history.state, "b", 1, frozenset("a")).models.keys() == {MODEL}
+    assert find_share(history.state, "a", 1, frozenset("a")).models == {}
 
 
 def test_statement_of_join_names_all_that_is_checked() -> None:
@@ -513,4 +515,4 @@ def test_statement_of_join_names_all_that_is_checked() -> None:
     assert len(said) == 6
     history = History()
     history.about_node(joined)
-    assert history.state.nodes["a"].statement == joined.statement
+    assert history.state.registers.nodes["a"].statement == joined.statement

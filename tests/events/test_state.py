@@ -1,6 +1,5 @@
 """The live state: its queues, the active model, and what holds of folding any events."""
 
-import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,13 +15,14 @@ from support.ledgers import FAST_FOLDER, rows_of, sample_history, store_events
 from support.strategies import drafts
 
 from events import jobs, models
+from events.audit.replay import replay
 from events.audit.verify import verify
 from events.codec import encode_event
 from events.jobs import Job
 from events.models import Serving
+from events.registers import Registers
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
-from events.sqlite.timetravel import state_at
 from events.state import Entities, State, Transaction, has_turn
 from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown
 
@@ -62,8 +62,7 @@ def test_queues_hold_unended_jobs_in_any_transaction(groups: Sequence[tuple[list
             attempt.commit()
             assert all(state.queues.values())  # no model leaves anything behind
         assert_queues_are_right(state)
-        same = State(state.position, state.recorded_at, state.models, state.jobs)
-        same.tokens, same.nodes = state.tokens, state.nodes
+        same = State(state.position, state.recorded_at, state.models, state.jobs, registers=state.registers)
         assert same == state
 
 
@@ -169,8 +168,7 @@ def assert_entities_agree(events: Sequence[Event]) -> None:
         assert [job for job in changed if job.ended] == ([] if ended is None else [ended])
         assert entities.models == state.models
         assert entities.jobs == state.jobs
-        assert entities.tokens == state.tokens
-        assert entities.nodes == state.nodes
+        assert entities.registers == state.registers
 
 
 @FEWER
@@ -185,7 +183,7 @@ def test_entities_agree_on_history_and_continue_anywhere() -> None:
     whole = Entities()
     for middle, event in enumerate(events, 1):
         whole.apply(event)
-        rest = Entities(whole.models.values(), whole.jobs.values(), whole.tokens.values())
+        rest = Entities(whole.models.values(), whole.jobs.values(), Registers(whole.registers.tokens))
         for later in events[middle:]:
             rest.apply(later)
         assert (len(rest.models), len(rest.jobs)) == (3, 1)
@@ -225,32 +223,20 @@ def fold_events(events: Sequence[Event]) -> State:
     return state
 
 
-def texts(state: State) -> list[str]:
-    return [*sorted(map(queries.as_text, state.models.values())), *map(queries.as_text, state.unended())]
-
-
-def texts_at_each_position(connection: sqlite3.Connection, last: int) -> list[list[str]]:
-    return [texts(state_at(connection, position)) for position in range(last + 1)]
-
-
 @FEWER
-@given(HISTORIES, st.frozensets(st.integers(1, 30), max_size=5))
-def test_replay_from_snapshot_is_replay_from_zero(events: list[Event], at: frozenset[int]) -> None:
+@given(HISTORIES)
+def test_replay_at_each_position_is_the_fold(events: list[Event]) -> None:
     with TemporaryDirectory(dir=FAST_FOLDER) as folder:
         path = Path(folder) / "ledger.db"
         with closing(connect(path)) as connection:
-            store_events(connection, events, at)
+            store_events(connection, events)
             for position in range(len(events) + 1):
-                zero = state_at(connection, position, from_base=True)
-                near = state_at(connection, position)
-                folded = fold_events(events[:position])
-                assert near.models == zero.models == folded.models
-                assert near.unended() == zero.unended() == folded.unended()
-                assert (near.position, near.recorded_at) == (zero.position, zero.recorded_at)
-                assert near.position == position
-            before = texts_at_each_position(connection, len(events))
+                (_, found), folded = replay(connection, str(position)), fold_events(events[:position])
+                connection.rollback()
+                assert (found.models, found.unended()) == (folded.models, folded.unended())
+                assert (found.position, found.recorded_at) == (folded.position, folded.recorded_at)
             storage.rebuild(connection)
-            assert texts_at_each_position(connection, len(events)) == before
+            assert queries.read_state(connection).models == fold_events(events).models
         assert verify(path).verified
 
 

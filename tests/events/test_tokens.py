@@ -8,15 +8,17 @@ import pytest
 from support.history import START, at, opened, steady
 from support.ledgers import SIGN, change_ledger
 
-from events.accept import Accepted, Existing, Refused, accept
+from events.accept import accept
 from events.audit.archive import archive
 from events.audit.audit import audit
 from events.audit.verify import FindingKind, verify
 from events.clock import add_seconds
-from events.commands import Command, IssueToken, RevokeToken
+from events.commands import Accepted, Command, Existing, Refused
+from events.registercommands import IssueToken, RevokeToken
+from events.registers import Registers
 from events.sqlite import storage
+from events.sqlite.bases import read_stored_base, state_at_base
 from events.sqlite.schema import connect
-from events.sqlite.snapshots import read_base_state
 from events.state import State, Transaction
 from events.tokens import (
     KEPT_S,
@@ -95,7 +97,7 @@ def test_expired_tokens_leave_the_fold() -> None:
 def state_of(*facts: TokenData, count: int = 0, expires_at: str = "") -> State:
     token = fold(*facts)
     others = {f"n{number}": Token(f"n{number}", "x", (), expires_at, number) for number in range(count)}
-    return State(tokens=others if token is None else {**others, token.id: token})
+    return State(registers=Registers(others if token is None else {**others, token.id: token}))
 
 
 ISSUE = IssueToken(BOB, "alice")
@@ -113,11 +115,15 @@ ISSUE = IssueToken(BOB, "alice")
         (state_of(), RevokeToken("t1", "alice"), "unknown_token"),
         (state_of(), RevokeToken("t1", "alice", at(600)), [FOREIGN]),
         (
-            State(tokens=ISSUED_BY_T1),
+            State(registers=Registers(ISSUED_BY_T1)),
             RevokeToken("t1", "alice", with_issued=True),
             [TokenRevoked(jti) for jti in ("t1", "t2", "t3", "t4")],
         ),
-        (State(tokens=ISSUED_BY_T1), RevokeToken("t4", "alice", with_issued=True), [TokenRevoked("t4")]),
+        (
+            State(registers=Registers(ISSUED_BY_T1)),
+            RevokeToken("t4", "alice", with_issued=True),
+            [TokenRevoked("t4")],
+        ),
     ],
 )
 def test_command_about_token_is_decided(state: State, command: Command, expected: object) -> None:
@@ -142,7 +148,7 @@ async def write(path: Path, *commands: Command, runs: bool = True) -> dict[str, 
             await log.submit(command)
         if runs:
             await log.server_stopped()
-        return dict(log.state.tokens)
+        return dict(log.state.registers.tokens)
 
 
 async def test_revocation_survives_restart_archive_and_rebuild(tmp_path: Path) -> None:
@@ -155,14 +161,12 @@ async def test_revocation_survives_restart_archive_and_rebuild(tmp_path: Path) -
     assert verify(path).verified
     archive(path, "6", tmp_path / "old.gz", SIGN, START + timedelta(days=30))
     with closing(connect(path)) as connection:
-        assert read_base_state(connection, 5).tokens == known
-    proof = audit(path, archives=[tmp_path / "old.gz"])
-    assert proof.finding is None
-    assert proof.behind is not None
-    assert proof.behind.is_folded
+        assert state_at_base(read_stored_base(connection)).registers.tokens == known
+    assert audit(path, archives=[tmp_path / "old.gz"]).finding is None
     change_ledger(path, "DELETE FROM tokens WHERE id = 't1'", "UPDATE tokens SET body = '{}'")
     assert len(storage.rebuild_file(path).differences) == 3
     assert await write(path, runs=False) == last
+    assert [is_refused(last, each) for each in ("t1", "idp", "t2")] == [True, True, False]
     assert verify(path).verified
 
 
@@ -171,8 +175,12 @@ async def test_revocation_survives_restart_archive_and_rebuild(tmp_path: Path) -
     [
         ("DELETE FROM tokens", FindingKind.PROJECTIONS, "the stored tokens lack 't1'"),
         ("UPDATE tokens SET body = replace(body, 'carol', 'dave')", FindingKind.PROJECTIONS, "tokens differ"),
-        ("UPDATE base_tokens SET body = replace(body, 'bob', 'eve')", FindingKind.BASE, "was changed"),
-        ("DELETE FROM base_tokens", FindingKind.BASE, "was changed"),
+        (
+            "UPDATE base_state SET body = replace(body, 'bob', 'eve') WHERE kind = 'token'",
+            FindingKind.BASE,
+            "was changed",
+        ),
+        ("DELETE FROM base_state WHERE kind = 'token'", FindingKind.BASE, "was changed"),
     ],
 )
 async def test_changed_token_is_found(
@@ -193,7 +201,7 @@ def test_group_that_fails_changes_no_token() -> None:
     state = state_of(BOB)
     attempt = Transaction(state)
     attempt.apply(Event(2, "e", REVOKED, "carol", at(2)))
-    assert not state.tokens["t1"].is_revoked
-    assert attempt.state.tokens["t1"].is_revoked
+    assert not state.registers.tokens["t1"].is_revoked
+    assert attempt.state.registers.tokens["t1"].is_revoked
     attempt.commit()
-    assert state.tokens["t1"].is_revoked
+    assert state.registers.tokens["t1"].is_revoked

@@ -35,9 +35,10 @@ from support.postgres import postgres_server
 from support.running import running
 
 from events.codec import encode_event
-from events.commands import IssueToken, Record, RequestLoad, RequestUnload, RevokeToken
+from events.commands import Record, RequestLoad, RequestUnload
 from events.models import ModelState
 from events.nodes import NodePhase
+from events.registercommands import IssueToken, RevokeToken
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.sqlite.storage import FOLDS
@@ -138,7 +139,7 @@ async def nodes(folder: Path) -> None:
         os.kill(third.server.worker(), signal.SIGKILL)
         await cluster.until(lambda now: now.position > state.position)
         state = await cluster.settled()
-        moved, epoch = find_places(state, first.name), state.nodes[first.name].epoch
+        moved, epoch = find_places(state, first.name), state.registers.nodes[first.name].epoch
         assert moved, find_nodes(state, cluster.fleet.ids)
         await first.kill()
         await cluster.until(is_lost(first.name, epoch))
@@ -148,7 +149,7 @@ async def nodes(folder: Path) -> None:
         await cluster.until(are_elsewhere(moved, second.name))
         await cluster.settled()
         await second.stop()
-        await cluster.until(lambda now: now.nodes[second.name].phase is NodePhase.LEFT, at=third)
+        await cluster.until(lambda now: now.registers.nodes[second.name].phase is NodePhase.LEFT, at=third)
         await first.start()
         await third.api.post(f"/api/v1/models/{moved[0]}/unload", wait=60)
         await cluster.settled()

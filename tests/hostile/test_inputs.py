@@ -28,7 +28,7 @@ from events.types import LoadFailed, WorkerExited
 from runtime.errors import Exit
 from server.config import Config
 
-ROUNDS = {"model": 30, "body": 200, "token": 80, "conversation": 80}
+ROUNDS = {"model": 20, "body": 150, "token": 60, "conversation": 60}
 """Of each kind, in the short form."""
 LONG_S = {"model": 180.0, "body": 60.0, "token": 30.0, "conversation": 60.0}
 """For each kind, in the long form."""

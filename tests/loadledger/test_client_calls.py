@@ -25,8 +25,7 @@ from loadledger.errors import (
     ServerUnreachable,
 )
 from loadledger.jobs import PREFERRED_S
-from loadledger.requests import Answer
-from loadledger.retries import RETRY_FOR_S
+from loadledger.requests import RETRY_FOR_S, Answer
 
 GONE = ServerUnreachable("http://h", "connection refused")
 LOST = ServerUnreachable("http://h", "the connection was lost", sent=True)

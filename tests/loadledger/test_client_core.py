@@ -39,8 +39,7 @@ from loadledger import (
 from loadledger.address import Address, path, query
 from loadledger.inference import InputTensor, build_tensors, decode_inference, encode_inference
 from loadledger.requests import HEADER_LENGTH as LENGTH
-from loadledger.requests import Answer, body_buffer, quote_key
-from loadledger.retries import LONGEST_BACK_OFF_S, back_off_s
+from loadledger.requests import LONGEST_BACK_OFF_S, Answer, back_off_s, body_buffer, quote_key
 from loadledger.stream import LineSplitter, parse_line
 from loadledger.tensors import FORMS, unpack
 from loadledger.transports.http1 import ChunkedDecoder, MalformedResponse, format_fields, parse_head
@@ -193,7 +192,7 @@ def check_line(text: str) -> None:
     [
         ServerUnreachable("http://a", "connection refused", sent=True),
         Busy(503, "log_unavailable", "no", retry_after_s=3.0),
-        Archived(410, "archived", "gone").begin_at(4),
+        requests.decode_refusal(problem(410, "archived", oldest=4), ADDRESS),
         JobFailed(Job(id="j", kind="load", model_id="m", status="failed")),
         JobUnfinished(Job(id="j", kind="load", model_id="m", status="pending"), 1.0),
         BadAnswer("no"),

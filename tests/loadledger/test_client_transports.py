@@ -27,7 +27,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(autouse=True)
 def short_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadledger.retries.FIRST_BACK_OFF_S", 0.01)
+    monkeypatch.setattr("loadledger.requests.FIRST_BACK_OFF_S", 0.01)
 
 
 def refusal(kind: str, *scripts: Script, **options: Any) -> Exception:

@@ -25,12 +25,7 @@ from runtime.consumer import loads
 from runtime.consumer.loads import describe_failure
 from runtime.process.pool import WorkerPool
 from runtime.repository import FoundFile
-from runtime.scheduler.admission import (
-    BYTES_PER_MODEL_BYTE,
-    WORKER_BYTES,
-    estimate_memory,
-    file_sizes,
-)
+from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES, estimate_memory, file_sizes
 from runtime.scheduler.view import (
     MemoryEstimate,
     Policy,

@@ -318,8 +318,7 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
 def test_version_that_is_being_removed_is_not_there(tmp_path: Path) -> None:
     save(add(), tmp_path, "m", 1)
     save(add(), tmp_path, "m", 2)
-    repository = Repository(tmp_path)
-    repository.is_removed = lambda model_id, version: (model_id, version) == ("m", 1)
+    repository = Repository(tmp_path, lambda model_id, version: (model_id, version) == ("m", 1))
     assert repository.versions("m") == [2]
     with pytest.raises(UnknownVersion), repository.open_version("m", 1):
         pass

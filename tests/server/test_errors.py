@@ -1,6 +1,7 @@
 """Every error is one RFC 9457 body, from the table of codes."""
 
 import asyncio
+import errno
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -110,6 +111,14 @@ async def test_unexpected_error_is_logged_with_an_id(
     assert reference in body["detail"]
     assert reference in caplog.text
     assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+async def test_lack_of_descriptors_is_to_be_tried_again(answer_of: AnswerOf, number: int) -> None:
+    answer, body = await answer_of(OSError(number, "secret", "/secret"))
+    assert (answer.status, body["code"]) == (503, "too_many_files")
+    assert answer.headers["Retry-After"] == "1"
+    assert "secret" not in json.dumps(body)
 
 
 async def test_retry_after_is_rounded_up_to_seconds(answer_of: AnswerOf) -> None:

@@ -9,7 +9,7 @@ import yaml
 from openapi_spec_validator import OpenAPIV30SpecValidator
 from support.http import LocalApi
 
-from server.app import all_routes, create_app
+from server.app import create_app
 from server.config import Config
 from server.openapi import openapi_yaml
 from server.routing import ROUTES, Access, Routes
@@ -20,7 +20,7 @@ COMMITTED = Path(__file__).parents[2] / "openapi.yaml"
 
 @pytest.fixture(scope="module")
 def committed() -> dict[str, Any]:
-    read: dict[str, Any] = yaml.safe_load(COMMITTED.read_text(encoding="utf-8"))
+    read: dict[str, Any] = yaml.load(COMMITTED.read_text(encoding="utf-8"), yaml.CSafeLoader)
     return read
 
 
@@ -30,8 +30,6 @@ def generated(folder: Path) -> str:
 
 
 def test_committed_document_is_generated(tmp_path: Path) -> None:
-    routes = all_routes()
-    assert openapi_yaml(routes) == openapi_yaml(list(routes))
     assert COMMITTED.read_text(encoding="utf-8") == generated(tmp_path), "run `make generated`"
 
 

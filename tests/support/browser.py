@@ -1,5 +1,6 @@
 """The console in a real browser: sign in, find rows, press buttons, collect errors."""
 
+import asyncio
 import re
 import shutil
 from collections.abc import AsyncIterator, Callable
@@ -127,7 +128,12 @@ class Console:
         await self.page.get_by_label("Token").fill(token)
         await self.page.get_by_role("button", name="Sign in").click()
         await expect(self.connection).to_have_text(says)
-        await expect(self.page.locator("#memory-text")).not_to_be_empty()
+        await expect(self.page.locator(".page")).to_be_visible()
+
+    async def go(self, address: str) -> None:
+        """Change the address, such as `#/jobs`, and wait until its page has the focus."""
+        await self.page.evaluate("address => { location.hash = address; }", address)
+        await expect(self.page.locator("main h2").first).to_be_focused()
 
     @property
     def connection(self) -> Locator:
@@ -154,6 +160,12 @@ class Console:
     async def choose(self, button: str) -> None:
         """Press a button of the open dialog."""
         await self.page.locator("dialog[open]").get_by_role("button", name=button, exact=True).click()
+
+    async def fits(self) -> None:
+        """Wait until the page is no wider than the window: charts follow its width a moment later."""
+        async with asyncio.timeout(LIMIT_MS / 1000):
+            while await self.page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+                await self.page.wait_for_timeout(50)
 
     async def serious(self, part: str | None = None, *rules: str) -> list[str]:
         """Return the serious and critical findings of axe-core in the page or a part of it.

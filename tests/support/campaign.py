@@ -38,7 +38,7 @@ from support.http import LIMIT_S, ONE, Json, when
 from support.models import save
 from support.servers import Server, address, limited, serving
 from support.store import check_store
-from support.workers import wait_gone
+from support.workers import hold, wait_gone
 
 GOOD = "good"
 """The model that is asked all the time."""
@@ -143,7 +143,7 @@ class Attack:
 
     async def kill(self, pid: int) -> None:
         """Kill a process, and wait until it and its children are gone."""
-        pidfds = [os.pidfd_open(each) for each in (pid, *list_descendants(pid))]
+        pidfds = hold((pid, *list_descendants(pid)))
         os.kill(pid, signal.SIGKILL)
         assert await asyncio.to_thread(wait_gone, pidfds)
 

@@ -2,7 +2,7 @@
 
     async with clustered(folder, server, size=3) as cluster, cluster.traffic() as traffic:
         await cluster.nodes["n1"].kill()
-        await cluster.until(lambda state: state.nodes["n1"].phase is NodePhase.LOST)
+        await cluster.until(lambda state: state.registers.nodes["n1"].phase is NodePhase.LOST)
 
 Each node has an address of its own, so that no other process takes its port while it is down, and a proxy
 before the database. All of them have the same keys and the same repository.
@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -301,7 +302,7 @@ class Cluster:
         for node in self.nodes.values():
             with suppress(sqlite3.Error, ValueError):
                 state = node.read_state()
-                phases = {each.id: f"{each.phase} {each.epoch}" for each in state.nodes.values()}
+                phases = {each.id: f"{each.phase} {each.epoch}" for each in state.registers.nodes.values()}
                 parts.append(f"{node.name} (answers: {node.answers}) at {state.position}: {phases}")
         return "; ".join(parts)
 
@@ -410,12 +411,17 @@ def find_nodes(state: State, model_ids: list[str]) -> dict[str, str]:
 
 def is_lost(name: str, epoch: int) -> Callable[[State], bool]:
     """Return whether this epoch of a node is recorded as lost, and no later one has begun."""
-    return lambda state: state.nodes[name].phase is NodePhase.LOST and state.nodes[name].epoch == epoch
+    return partial(_is_in, NodePhase.LOST, name, epoch)
 
 
 def has_joined(name: str, epoch: int) -> Callable[[State], bool]:
     """Return whether this epoch of a node has begun, and has not ended."""
-    return lambda state: state.nodes[name].phase is NodePhase.JOINED and state.nodes[name].epoch == epoch
+    return partial(_is_in, NodePhase.JOINED, name, epoch)
+
+
+def _is_in(phase: NodePhase, name: str, epoch: int, state: State) -> bool:
+    node = state.registers.nodes[name]
+    return (node.phase, node.epoch) == (phase, epoch)
 
 
 def are_elsewhere(model_ids: list[str], name: str) -> Callable[[State], bool]:

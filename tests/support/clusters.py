@@ -4,18 +4,18 @@ Nodes crash, pause, are cut off from the log, leave and are drained; their clock
 lost, come late or twice. The checks of `ClusterLog` hold at each event.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 from msgspec.structs import replace as change
 
-from events.accept import Decision, Refused
 from events.clock import add_seconds, seconds_between
-from events.commands import Command, Condition, JoinNode, LeaveNode, LoseNode, NodeCurrent
+from events.commands import Command, Decision, Refused
 from events.jobs import Job, JobKind, JobStatus
-from events.models import LoadedModel, Model, ModelState, Serving
+from events.models import Model, ModelState, Serving
 from events.nodes import Node, find_placer
+from events.registercommands import JoinNode, LeaveNode, LoseNode
 from events.state import State
 from events.types import (
     Cause,
@@ -27,11 +27,12 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
-from runtime.consumer.loads import name_node
+from nodes.decisions import NodePlacement
+from nodes.placement import NodeHints, PlacementStrategy, find_share
 from runtime.scheduler import actions
-from runtime.scheduler.actions import Action, draft_moved_unload
+from runtime.scheduler.actions import Action, RecordFact
 from runtime.scheduler.actions import Decision as Next
-from runtime.scheduler.view import NodeHints, Policy
+from runtime.scheduler.view import Policy
 from support.history import at
 from support.worlds import Ledger, Process, World
 
@@ -40,6 +41,12 @@ LEASE_S = 10.0
 
 UNAVAILABLE = Refused("log_unavailable", "the node is cut off from the log")
 EPOCH_OVER = Refused("epoch_over", "the node was declared lost")
+
+
+def placed_at(placement: RecordFact) -> str:
+    """Return the node of a placement."""
+    assert isinstance(placement.data, LoadPlaced)
+    return placement.data.node_id
 
 
 def has_labels(node: Node, parameters: LoadParameters | None) -> bool:
@@ -73,14 +80,14 @@ class ClusterLog(Ledger):
             case LoadPlaced(node_id, epoch):
                 assert job is not None
                 assert job.status is JobStatus.PENDING
-                node = self.state.nodes[node_id]
+                node = self.state.registers.nodes[node_id]
                 assert (node.takes_loads, node.epoch) == (True, epoch)
                 assert has_labels(node, job.load)
             case LoadStarted(node_id=node_id) | ModelLoaded(node_id=node_id):
                 assert by is not None
                 assert job is not None
                 assert node_id == by.name == job.node_id
-                assert has_labels(self.state.nodes[by.name], job.load)
+                assert has_labels(self.state.registers.nodes[by.name], job.load)
                 if isinstance(draft.data, ModelLoaded):
                     self._check_replaced(draft, following)
             case WorkerExited(node_id=node_id):
@@ -97,6 +104,15 @@ class ClusterLog(Ledger):
         assert [each.node_id for each in requests] == [model.serving.node_id]
 
 
+@dataclass
+class KnownStanding:
+    """What a node knows of its membership."""
+
+    epoch: int | None = None
+    peers: Mapping[str, NodeHints] = field(default_factory=dict)
+    may_serve: bool = True
+
+
 class ClusterNode(World):
     """A node: a consumer with a copy of the state, which may be behind.
 
@@ -110,11 +126,21 @@ class ClusterNode(World):
     """
 
     def __init__(
-        self, name: str, log: ClusterLog, policy: Policy, skew_s: float, labels: tuple[str, ...] = ()
+        self,
+        name: str,
+        log: ClusterLog,
+        policy: Policy,
+        *,
+        skew_s: float,
+        labels: tuple[str, ...],
+        strategy: PlacementStrategy,
     ) -> None:
-        super().__init__(replace(policy, node_id=name), log)
+        super().__init__(policy, log)
         self.name, self.labels = name, labels
         self.epoch: int | None = None
+        self.peers: Mapping[str, NodeHints] = {}
+        self.may_serve = True
+        self.placement = NodePlacement(name, self, strategy)
         self.is_paused = False
         self.renewed_at = self.clock = at(0)
         self.now = add_seconds(self.clock, skew_s)
@@ -129,7 +155,7 @@ class ClusterNode(World):
         return self.is_up and not self.is_cut
 
     def is_current_in(self, state: State) -> bool:
-        node = state.nodes.get(self.name)
+        node = state.registers.nodes.get(self.name)
         return node is not None and node.is_present and node.epoch == self.epoch
 
     def pass_time(self, seconds: float) -> None:
@@ -150,7 +176,7 @@ class ClusterNode(World):
         super().catch_up()
         assert self.state.models == self.log.state.models
         assert self.state.jobs == self.log.state.jobs
-        assert self.state.nodes == self.log.state.nodes
+        assert self.state.registers.nodes == self.log.state.registers.nodes
         self.now = max(self.now, self.state.recorded_at)
 
     def join(self, no_node_since: str | None = None) -> None:
@@ -165,8 +191,7 @@ class ClusterNode(World):
             no_node_since=no_node_since,
         )
         self.log.submit(command, self.now)
-        self.epoch = self.log.state.nodes[self.name].epoch
-        self.policy = replace(self.policy, node_epoch=self.epoch)
+        self.epoch = self.log.state.registers.nodes[self.name].epoch
         self.renewed_at = self.clock
         self._fold()
 
@@ -210,16 +235,16 @@ class ClusterNode(World):
             case actions.StartLoad(job, placement):
                 if placement is not None:
                     self._check(placement)
-                assert self.name == (placement.node.id if placement is not None else job.node_id)
+                assert self.name == (job.node_id if placement is None else placed_at(placement))
                 assert self.state.queue(job.model_id)[0].id == job.id
                 assert len(self.loading()) <= self.policy.loads_at_once
                 budget = self.policy.budget_bytes
                 estimate = self.estimates[job.id]
                 needed = self.used_bytes() + (0 if estimate is None else estimate.bytes)
                 assert budget is None or needed <= budget
-            case actions.PlaceLoad(job, node):
-                assert job.node_id != node.id
-                assert job.node_id == self.name or find_placer(self.state.nodes) == self.name
+            case actions.RecordFact(job):
+                assert job.node_id != placed_at(action)
+                assert job.node_id == self.name or find_placer(self.state.registers.nodes) == self.name
             case actions.RequestReload(model, Cause.DRAIN):
                 assert model.serving.node_id == self.name
             case _:
@@ -235,17 +260,6 @@ class ClusterNode(World):
             peak_memory_bytes=process.reserved_bytes,
         )
 
-    def own_conditions(self) -> tuple[Condition, ...]:
-        return (NodeCurrent(self.name, self.epoch or 0),)
-
-    def name_facts(self, facts: Iterable[Draft]) -> tuple[Draft, ...]:
-        return tuple(name_node(draft, self.name) for draft in facts)
-
-    def _unload_replaced(self, job: Job, loaded: LoadedModel) -> tuple[Draft, ...]:
-        if loaded.serving.load_job_id in self.live:
-            return super()._unload_replaced(job, loaded)
-        return (draft_moved_unload(loaded, job, "cause", self.log.new_id),)
-
 
 class Cluster:
     """Nodes `a`, `b`, `c`, … over one log, with the clock of its database."""
@@ -255,6 +269,7 @@ class Cluster:
         policies: Sequence[Policy],
         skews_s: Sequence[float],
         labels: Sequence[tuple[str, ...]] | None = None,
+        strategy: PlacementStrategy = PlacementStrategy.SPREAD,
         *,
         is_fenced: bool,
     ) -> None:
@@ -262,7 +277,8 @@ class Cluster:
         self.now = at(0)
         about = zip("abcdef", policies, skews_s, labels or [()] * len(policies), strict=False)
         self.nodes = [
-            ClusterNode(name, self.log, policy, skew_s, labels) for name, policy, skew_s, labels in about
+            ClusterNode(name, self.log, policy, skew_s=skew_s, labels=labels, strategy=strategy)
+            for name, policy, skew_s, labels in about
         ]
         for node in self.nodes:
             node.join()
@@ -281,7 +297,7 @@ class Cluster:
         hints = {node.name: node.measure() for node in self.nodes if node.renews}
         for node in self.nodes:
             if node.renews:
-                node.hints = {**node.hints, **hints}
+                node.peers = {**node.peers, **hints}
 
     def start(self, node: ClusterNode) -> None:
         """Start the process of a node that died or left."""
@@ -302,7 +318,7 @@ class Cluster:
         """A node that is there declares another lost, if that is late."""
         late = next(node for node in self.nodes if node.name == name)
         judges = [node for node in self.nodes if node.renews and node is not late]
-        node = self.state.nodes[name]
+        node = self.state.registers.nodes[name]
         is_late = not late.renews and seconds_between(late.renewed_at, self.now) > LEASE_S
         if judges and is_late and node.is_present:
             self.log.submit(LoseNode(name, node.epoch, late.renewed_at), judges[0].now)
@@ -321,9 +337,9 @@ class Cluster:
             position = self.state.position
             decisions = [node.settle() for node in self.nodes if node.renews]
             if self.state.position == position:
-                hints = {node.name: node.hints for node in self.nodes}
+                hints = {node.name: node.peers for node in self.nodes}
                 self.share_hints()
-                if hints == {node.name: node.hints for node in self.nodes}:
+                if hints == {node.name: node.peers for node in self.nodes}:
                     return decisions
         pytest.fail(f"busy without end: {self.tell()}")
 
@@ -342,7 +358,7 @@ class Cluster:
         for node in self.nodes:
             node.catch_up()
         for node in self.nodes:
-            takers = [set(each.labels) for each in self.state.nodes.values() if each.takes_loads]
+            takers = [set(each.labels) for each in self.state.registers.nodes.values() if each.takes_loads]
             if not any(set(node.labels) <= labels for labels in takers):
                 self.leave(node)
                 self.start(node)
@@ -358,7 +374,7 @@ class Cluster:
         self._go_on(None)
         self.check_rest()
         for node, policy in zip(self.nodes, given, strict=True):
-            node.policy = replace(policy, node_epoch=node.epoch)
+            node.policy = policy
 
     def _go_on(self, jobs: set[str] | None) -> None:
         for _ in range(200 + 20 * len(self.state.jobs)):
@@ -400,10 +416,10 @@ class Cluster:
 
     def _check_drained(self, model: Model, serving: Serving) -> None:
         """A drained node has nothing left but models that no other has the budget or the labels for."""
-        if not self.state.nodes[serving.node_id or ""].takes_loads:
+        if not self.state.registers.nodes[serving.node_id or ""].takes_loads:
             peaks = [each.peak_memory_bytes for each in model.footprints if each.version == serving.version]
             need = max(peaks) * serving.parameters.instances
-            takers = [node for node in self.state.nodes.values() if node.takes_loads]
+            takers = [node for node in self.state.registers.nodes.values() if node.takes_loads]
             budgets = [node.budget_bytes for node in takers if has_labels(node, serving.parameters)]
             assert all(budget is not None and budget < need for budget in budgets)
 
@@ -411,18 +427,18 @@ class Cluster:
         """What holds at any time."""
         placed = [job for job in self.state.unended() if job.node_id is not None]
         for job in placed:
-            assert job.kind is JobKind.UNLOAD or self.state.nodes[job.node_id or ""].is_present
+            assert job.kind is JobKind.UNLOAD or self.state.registers.nodes[job.node_id or ""].is_present
         for model in self.state.models.values():
             started = [load for load in model.loads if load.started]
             assert len(started) <= 1
             if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
                 serving: Serving | None = model.serving
                 assert serving is not None
-                assert self.state.nodes[serving.node_id or ""].is_present
-                assert has_labels(self.state.nodes[serving.node_id or ""], serving.parameters)
+                assert self.state.registers.nodes[serving.node_id or ""].is_present
+                assert has_labels(self.state.registers.nodes[serving.node_id or ""], serving.parameters)
         owners = [
-            {job.id for job in self.state.of(name).unended()}
-            for name, node in self.state.nodes.items()
+            {job.id for job in find_share(self.state, name, None, frozenset()).unended()}
+            for name, node in self.state.registers.nodes.items()
             if node.is_present
         ]
         every = {job.id for job in self.state.unended()}

@@ -23,6 +23,7 @@ from runtime.scheduler.view import (
     Observations,
     Phase,
     Policy,
+    SchedulerView,
 )
 from support.history import MODEL, History, at, given
 
@@ -72,12 +73,12 @@ def decide_on(
     seen = observations or Observations()
     nothing = {job.id: MemoryEstimate(0) for job in history.state.unended()}
     seen = replace(seen, estimates={**nothing, **seen.estimates})
-    return decide(history.state, processes(running), policy, now, seen)
+    return decide(SchedulerView(history.state, processes(running), policy, now, seen))
 
 
 WORDS = {
     actions.StartLoad: "start {0.job.id}",
-    actions.PlaceLoad: "place {0.job.id} at {0.node.id}: {0.reason}",
+    actions.RecordFact: "place {0.job.id} at {0.data.node_id}: {0.data.reason}",
     actions.FailLoad: "fail {0.job.id}: {0.code}",
     actions.CancelJob: "cancel {0.job.id}",
     actions.StartUnload: "start {0.job.id} of {0.load_job_id}",
@@ -97,7 +98,7 @@ def describe(action: Action | None) -> str:
             return "nothing"
         case actions.RequestReload(model, Cause.DRAIN):
             return f"move {model.id}"
-        case actions.StartLoad(_, actions.PlaceLoad() as placement):
+        case actions.StartLoad(_, actions.RecordFact() as placement):
             return f"{describe(placement)}, and start it"
         case actions.FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
@@ -266,7 +267,7 @@ class Scene:
 
     def decision(self) -> Decision:
         now = at(self.history.seconds)
-        return decide(self.history.state, self.running, self.policy, now, self.observations)
+        return decide(SchedulerView(self.history.state, self.running, self.policy, now, self.observations))
 
     def wake_in_s(self) -> float:
         """Return in how many seconds the scheduler is to decide again at the latest."""

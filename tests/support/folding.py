@@ -18,8 +18,9 @@ def fold_steps(bodies: Iterable[str]) -> tuple[list[str], dict[str, dict[str, An
     last: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
     for body in bodies:
         changes, step = state.apply(decode_event(body)), hashlib.sha256()
+        changed: dict[str, Any] = {"models": changes.models, "jobs": changes.jobs, **changes.registers}
         for kind in KINDS:
-            for key, entity in sorted(getattr(changes, kind).items()):
+            for key, entity in sorted(changed.get(kind, {}).items()):
                 text = "null" if entity is None else as_text(entity)
                 step.update(f"{kind} {key} {text}\n".encode())
                 last[kind][key] = json.loads(text)

@@ -66,7 +66,7 @@ MODEL = "digits"
 
 PLAIN = settings(
     deadline=None,
-    max_examples=of_both(short=50, long=200),
+    max_examples=of_both(short=30, long=200),
     database=None,
     derandomize=not SOAK,
     suppress_health_check=[HealthCheck.too_slow],
@@ -75,7 +75,7 @@ PLAIN = settings(
 
 The examples are the same in each run, so that nothing fails by chance; with `SOAK=all` they are new ones.
 """
-FEWER = settings(PLAIN, max_examples=of_both(short=25, long=500))
+FEWER = settings(PLAIN, max_examples=of_both(short=15, long=500))
 """For a property each of whose examples takes milliseconds: it folds a history, or writes a file."""
 
 
@@ -248,7 +248,7 @@ class History:
         after_s: float = 1,
         **given: Any,
     ) -> None:
-        before = self.state.nodes.get(node)
+        before = self.state.registers.nodes.get(node)
         epoch = epoch or (before.epoch + 1 if before is not None else 1)
         about = {
             "address": f"http://{node}",
@@ -260,16 +260,16 @@ class History:
         self.about_node(NodeJoined(node, epoch, unclean=unclean, **{**about, **given}), after_s=after_s)
 
     def drain(self, node: str) -> None:
-        self.about_node(NodeDraining(node, self.state.nodes[node].epoch), by="alice")
+        self.about_node(NodeDraining(node, self.state.registers.nodes[node].epoch), by="alice")
 
     def leave(self, node: str) -> None:
-        self.about_node(NodeLeft(node, self.state.nodes[node].epoch))
+        self.about_node(NodeLeft(node, self.state.registers.nodes[node].epoch))
 
     def lose(self, node: str) -> None:
-        self.about_node(NodeLost(node, self.state.nodes[node].epoch, at(self.seconds)))
+        self.about_node(NodeLost(node, self.state.registers.nodes[node].epoch, at(self.seconds)))
 
     def place(self, job: str, node: str, **about: Any) -> None:
-        self.add(LoadPlaced(node, self.state.nodes[node].epoch, "room"), job, **about)
+        self.add(LoadPlaced(node, self.state.registers.nodes[node].epoch, "room"), job, **about)
 
     def load_at(
         self, node: str, job: str, *, of: str = MODEL, cause: Cause = Cause.REQUEST, **given: Any

@@ -34,7 +34,7 @@ from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.openapi import openapi_document
 from server.routing import Access, Route, add_routes
-from server.v2.fastpath import add_fast_path
+from server.v2.inference import add_fast_path
 from support.models import save_bytes
 
 LIMIT_S = 120.0
@@ -299,12 +299,16 @@ async def local_server(folder: Path, **settings: Any) -> AsyncIterator[LocalApi]
 
 
 @asynccontextmanager
-async def application(config: Config) -> AsyncIterator[LocalApi]:
+async def application(config: Config, *, accepts_rollback: bool = False) -> AsyncIterator[LocalApi]:
     """Serve the application of a configuration, and yield a client of it."""
     ensure_data_dir(config.data)
-    app = create_app(config)
+    app = create_app(config, accepts_rollback=accepts_rollback)
     server = TestServer(app)
-    await server.start_server(auto_decompress=False)  # as `serve` has it
+    try:
+        await server.start_server(auto_decompress=False)  # as `serve` has it
+    except BaseException:
+        await app.cleanup()
+        raise
     assert server.runner is not None
     assert server.runner.server is not None
     add_fast_path(server.runner.server, app)

@@ -7,7 +7,7 @@ import os
 import signal
 import sqlite3
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
 from functools import cache
@@ -20,16 +20,16 @@ from msgspec.structs import replace
 
 from events.audit.archive import archive
 from events.audit.signing import HeadSigner
-from events.audit.verify import Finding, FindingKind
+from events.audit.verify import CheckedFold, Finding, FindingKind, raw_rows
 from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
 from events.log import Log
-from events.sqlite import queries, snapshots
-from events.sqlite.schema import connect
+from events.sqlite import bases, queries
 from events.sqlite.storage import Database
-from events.state import State
-from events.storage import Row
+from events.state import State, Transaction
+from events.storage import Row, StoredBase, digest_state
 from events.types import (
+    Anchor,
     Draft,
     Event,
     Idempotency,
@@ -125,46 +125,35 @@ async def write_ledger(
 
 
 @cache
-def sound_ledger(rounds: int = 1, *, snapshots_every: int | None = None, seconds: float = 0) -> bytes:
+def sound_ledger(rounds: int = 1, *, seconds: float = 0) -> bytes:
     """Return the file of such a ledger, ended in order.
 
     Args:
         rounds: of its history.
-        snapshots_every: after how many events each a snapshot is written; None for no snapshots.
         seconds: between two events.
     """
-    events, ticks = sample_history(rounds), count()
-    every = snapshots_every or len(events)
+    ticks = count()
 
     async def write(path: Path) -> None:
-        for begin in range(0, len(events), every):
-            now = lambda: datetime.fromtimestamp(START.timestamp() + int(next(ticks) * seconds), START.tzinfo)  # noqa: E731
-            async with opened(path, **steady(now)) as log:
-                await append_events(log, events[begin : begin + every])
-                if begin + every >= len(events):
-                    await log.server_stopped()
-            if snapshots_every:
-                with closing(connect(path)) as connection:
-                    (position,) = connection.execute("SELECT position FROM projected").fetchone()
-                    snapshots.write(connection, position)
-                    connection.execute("PRAGMA journal_mode = DELETE")
+        now = lambda: datetime.fromtimestamp(START.timestamp() + int(next(ticks) * seconds), START.tzinfo)  # noqa: E731
+        async with opened(path, **steady(now)) as log:
+            await append_events(log, sample_history(rounds))
+            await log.server_stopped()
 
     with TemporaryDirectory(dir=FAST_FOLDER) as folder:
         asyncio.run(write(Path(folder) / "ledger.db"))
         return (Path(folder) / "ledger.db").read_bytes()
 
 
-def store_events(
-    connection: sqlite3.Connection, events: Iterable[Event], snapshots_at: Collection[int] = ()
-) -> State:
-    """Write events to an empty ledger, with snapshots at these positions; return the state after them."""
+def store_events(connection: sqlite3.Connection, events: Iterable[Event]) -> State:
+    """Write events to an empty ledger; return the state after them."""
     state, digest = State(), GENESIS
     connection.execute("PRAGMA synchronous = OFF")
     for event in events:
-        digest = hash_body(digest, body := encode_event(event))
-        queries.write_group(connection, [Row(event.position, body, digest)], state.apply(event))
-        if event.position in snapshots_at:
-            snapshots.write(connection, event.position)
+        digest, attempt = hash_body(digest, body := encode_event(event)), Transaction(state)
+        attempt.apply(event)
+        queries.write_group(connection, [Row(event.position, body, digest)], attempt.changes)
+        attempt.commit()
     return state
 
 
@@ -269,6 +258,16 @@ def archive_before(path: Path, *positions: int, sign: HeadSigner = SIGN) -> list
     for position, file in zip(positions, files, strict=True):
         archive(path, str(position), file, sign, START + timedelta(days=30))
     return files
+
+
+def cut_off(connection: sqlite3.Connection, position: int) -> None:
+    """Take away the events up to a position, without an archive; the state there stands for them."""
+    fold = CheckedFold(Anchor(), State())
+    assert fold.follow(raw_rows(queries.read_rows(connection, 0, position))) is None
+    entities = bases.entities_of(fold.state())
+    stored = StoredBase(Anchor(position, fold.hash), digest_state(entities), entities)
+    with queries.transaction(connection):
+        bases.cut(connection, Anchor(), stored)
 
 
 @cache

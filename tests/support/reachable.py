@@ -12,7 +12,8 @@ import jwt
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from server.appkeys import LOG, THIS_NODE
+from nodes.thisnode import THIS_NODE
+from server.appkeys import LOG
 from server.auth.gate import Principal
 from server.auth.keys import ensure_data_dir, keys_folder
 from server.config import Config
@@ -93,7 +94,7 @@ async def reachable_nodes(
         serving = [reachable_node(ledger, folder, name, **settings) for name in names]
         nodes = [await stack.enter_async_context(each) for each in serving]
         for node in nodes:
-            await until(lambda log=node.app[LOG]: log.state.nodes.keys() == set(names))  # type: ignore[misc]
+            await until(lambda log=node.app[LOG]: log.state.registers.nodes.keys() == set(names))  # type: ignore[misc]
         yield nodes
 
 
@@ -111,7 +112,7 @@ def forwarded(
 ) -> dict[str, str]:
     """Return the header fields with which a node forwards a request about a model to another one."""
     to, client = (
-        sender.app[LOG].state.nodes[receiver.name],
+        sender.app[LOG].state.registers.nodes[receiver.name],
         Principal("pia", frozenset(roles or ("predict",)), "j"),
     )
     token = sender.app[THIS_NODE].peers.make_token(

@@ -9,16 +9,16 @@ from typing import Any
 import asyncpg
 
 from events.log import Log
-from events.postgres.bases import read_stored_base
-from events.postgres.connection import Connection, DatabaseClock, close, connect
-from events.postgres.log import SharedLog
-from events.postgres.schema import migrate
-from events.postgres.storage import ReplicatedStorage
-from events.postgres.transfer import copy_ledger_in
 from events.sqlite.bases import read_stored_base as read_base_of_file
 from events.sqlite.queries import read_head, read_nodes, read_rows
 from events.sqlite.readonly import open_read_only
-from events.storage import KINDS, StoredBase
+from events.storage import StoredBase
+from nodes.postgres.bases import read_stored_base
+from nodes.postgres.connection import Connection, DatabaseClock, close, connect
+from nodes.postgres.log import SharedLog
+from nodes.postgres.schema import migrate
+from nodes.postgres.storage import ReplicatedStorage
+from nodes.postgres.transfer import copy_ledger_in
 from support.postgres import Database
 
 Row = tuple[int, str, bytes]
@@ -78,8 +78,7 @@ async def read_base(database: Database) -> StoredBase:
     """Return where the ledger of a database begins; the parts of the state in the order of its digest."""
     async with owned(database) as connection:
         found = await read_stored_base(connection)
-    entities = sorted(found.entities, key=lambda each: (KINDS.index(each.kind), each.key))
-    return replace(found, entities=tuple(entities))
+    return replace(found, entities=tuple(sorted(found.entities)))
 
 
 async def change(database: Database, *statements: str) -> None:

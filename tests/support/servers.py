@@ -25,7 +25,7 @@ from events.types import Event
 from runtime.memory import has_order, list_descendants, list_workers
 from server.config import Config
 from support.http import Api
-from support.workers import until, wait_gone
+from support.workers import hold, until, wait_gone
 
 MODULE = (sys.executable, "-P", "-m", "loadledger")  # -P: the installed package, not the folder we are in
 SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
@@ -139,9 +139,7 @@ class Server:
         assert await asyncio.to_thread(wait_gone, held)
 
     def _hold_children(self) -> None:
-        for child in list_descendants(self.pid):
-            with suppress(ProcessLookupError):
-                self._pidfds.append(os.pidfd_open(child))
+        self._pidfds += hold(list_descendants(self.pid))
 
 
 QUIET = {"LOADLEDGER_PREPARED_SIZE": "off", "LOADLEDGER_LOG_LEVEL": "warning"}
@@ -274,7 +272,7 @@ def address(server: Server) -> str:
 
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
+PACKAGES = ("events", "loadledger", "migrations", "nodes", "runtime", "server")
 
 
 def copy_examples(here: Path) -> None:

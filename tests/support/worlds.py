@@ -1,14 +1,14 @@
 """A simulation around the real `accept`, folds and `decide`: log, clock, processes, memory, requests."""
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
 import pytest
 
-from events.accept import Accepted, Decision, accept
+from events.accept import accept
 from events.clock import add_seconds
-from events.commands import Command, Condition, Record
+from events.commands import Accepted, Command, Condition, Decision, Record, RequestLoad, RequestUnload
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Job, JobStatus
 from events.models import LoadedModel, ModelState
 from events.state import State
@@ -39,20 +39,20 @@ from runtime.scheduler.actions import (
     draft_crash_loop,
     draft_fact,
     draft_load_start,
-    draft_placement,
     draft_settings_change,
     unchanged,
 )
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.admission import find_same_workers
-from runtime.scheduler.scheduler import decide, is_load_current
+from runtime.scheduler.placement import ALONE, Placement, SystemCommand
+from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
     LoadView,
     MemoryEstimate,
-    NodeHints,
     Observations,
     Phase,
     Policy,
+    SchedulerView,
     find_started_job,
     may_end,
 )
@@ -290,6 +290,8 @@ class World:
     not folded by the consumer until the log is read again; `twice`, appended again, which must be refused.
     """
 
+    placement: Placement = ALONE
+
     def __init__(self, policy: Policy | None = None, log: Ledger | None = None) -> None:
         self.log = log or Ledger()
         self.log.worlds.append(self)
@@ -310,7 +312,6 @@ class World:
         self.optimisable: dict[str, int] = {}
         self.optimising_bytes = 0
         self.may_optimise = False
-        self.hints: Mapping[str, NodeHints] = {}
         self.fault: str | None = None
         self.cancelled: set[str] = set()
 
@@ -321,8 +322,8 @@ class World:
 
     @property
     def own(self) -> State:
-        """The part of the state that this server works on: all of it, without nodes."""
-        return self.state.of(self.policy.node_id, self.policy.node_epoch)
+        """The part of the state that this server works on."""
+        return self.placement.share(self.state)
 
     def submit(self, command: Command) -> Decision:
         """Decide a command of a client."""
@@ -354,9 +355,10 @@ class World:
             pending_demand=self.demanded,
             optimisable_bytes=min(self.optimisable.values(), default=None),
             optimising_bytes=self.optimising_bytes,
-            nodes=self.hints,
         )
-        return decide(self.state, self.running(), self.policy, now or self.now, observations)
+        return self.placement.decide(
+            SchedulerView(self.state, self.running(), self.policy, now or self.now, observations)
+        )
 
     def proven(self) -> set[str]:
         """Return the loads whose files loaded before, as far as they were looked at."""
@@ -430,15 +432,8 @@ class World:
         return concluded
 
     def _conclude(self, job: Job, facts: Sequence[Draft]) -> None:
-        command = Record(self.name_facts(facts), (unchanged(job), *self.own_conditions()))
-        self._send(command, actions.CancelJob(job))
-
-    def own_conditions(self) -> tuple[Condition, ...]:
-        """Return what all that this consumer appends rests on."""
-        return ()
-
-    def name_facts(self, facts: Iterable[Draft]) -> tuple[Draft, ...]:
-        return tuple(facts)
+        command = Record(tuple(facts), (unchanged(job),))
+        self._send(self.placement.complete(command, self.state), actions.CancelJob(job))
 
     def check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
@@ -479,7 +474,7 @@ class World:
         same_as = serving.load_job_id if serving is not None else None
         return MemoryEstimate(estimate_of(job, bare=job.id in self.bare), same_as=same_as)
 
-    def _send(self, command: Command, action: Action) -> bool:
+    def _send(self, command: SystemCommand, action: Action) -> bool:
         """Append what was decided; whether it is folded, which what comes first may prevent."""
         fault, self.fault = self.fault, None
         decided_at = self.state.position
@@ -549,23 +544,23 @@ class World:
 
     def list_conditions(self, action: Action) -> tuple[Condition, ...]:
         """Return the conditions of what an action appends."""
-        return (*actions.list_conditions(action, self.state), *self.own_conditions())
+        return actions.list_conditions(action, self.state)
 
-    def _command(self, action: Action) -> Command:
+    def _command(self, action: Action) -> Record | RequestLoad | RequestUnload:
         conditions = self.list_conditions(action)
         match action:
             case actions.RequestReload() | actions.UnloadAutomatically():
-                return build_request(action, conditions)
+                return self.placement.complete(build_request(action, conditions), self.state)
             case _:
-                return Record(self.name_facts(self._facts(action)), conditions)
+                return self.placement.complete(Record(tuple(self._facts(action)), conditions), self.state)
 
     def _facts(self, action: Action) -> Iterable[Draft]:
         match action:
-            case actions.PlaceLoad():
-                return [draft_placement(action)]
-            case actions.StartLoad(job, placement):
-                placed = [draft_placement(placement)] if placement is not None else []
-                return [*placed, draft_load_start(job, is_restarted=job.id in self.bare)]
+            case actions.RecordFact(job, data):
+                return [draft_fact(job, data)]
+            case actions.StartLoad(job, before):
+                first = [draft_fact(job, before.data)] if before is not None else []
+                return [*first, draft_load_start(job, is_restarted=job.id in self.bare)]
             case actions.ChangeSettings(job, load):
                 return [draft_settings_change(job, load)]
             case actions.UnloadForReplacement(job):

@@ -80,13 +80,13 @@ def pick(cluster: Cluster) -> tuple[ClusterNode, list[str], int]:
     nodes = list(find_nodes(state, kept(cluster)).values())
     name = max(cluster.nodes, key=nodes.count)
     models = [model_id for model_id in find_places(state, name) if model_id in kept(cluster)]
-    return cluster.nodes[name], models, state.nodes[name].epoch
+    return cluster.nodes[name], models, state.registers.nodes[name].epoch
 
 
 def no_epoch_ended(before: State, after: State) -> bool:
     """Whether the same epochs of the same nodes are there."""
-    return {node.id: (node.epoch, node.phase) for node in before.nodes.values()} == {
-        node.id: (node.epoch, node.phase) for node in after.nodes.values()
+    return {node.id: (node.epoch, node.phase) for node in before.registers.nodes.values()} == {
+        node.id: (node.epoch, node.phase) for node in after.registers.nodes.values()
     }
 
 

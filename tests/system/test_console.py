@@ -38,8 +38,7 @@ QUESTION = {"name": "x", "datatype": "FP32", "shape": [4], "data": [0.5, 1, 2, 3
 def write_models(root: Path) -> None:
     """Write the models; each test has its own."""
     for version in (1, 2):
-        for model_id in ("digits", "past", "drawn"):
-            models.save(models.add(float(version)), root, model_id, version)
+        models.save(models.add(float(version)), root, "digits", version)
     models.save(models.counting_loop(), root, "counter")
     models.save_bytes(models.TEXT, root, "broken")
     models.save(models.weights(36), root, "large")  # needs 98 MB: nothing else may be loaded
@@ -172,7 +171,7 @@ async def test_model_page_shows_bytes_charts_and_programs(server: Server, admin:
     assert b"y" in (await process.communicate())[0]
     await check_accessibility(admin)
     await page.set_viewport_size(PHONE)
-    assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    await admin.fits()
     await page.reload()
     await expect(page.get_by_role("heading", name="paged")).to_be_visible()
     await page.get_by_role("link", name="All models").click()
@@ -211,31 +210,6 @@ async def test_dropped_files_become_a_version_and_are_loaded(server: Server, adm
     await page.locator("#upload-version").fill("2")
     await admin.choose("Add")
     await expect(page.locator("dialog[open] .refusal")).to_contain_text("exists")
-
-
-async def test_stages_of_a_load_and_new_events_appear(tmp_path: Path, browser: BrowserContext) -> None:
-    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
-    models.save(models.slow_model(depth=2000), config.repository, "slow")  # loads for minutes
-    async with serving(config) as server, Console.opened(browser, server.url) as admin:
-        await admin.sign_in(server.api.token("admin"))
-        job = await server.api.accepted_load("slow")
-        shown = admin.page.locator(f'[data-job="{job["id"]}"]')
-        await expect(shown.locator("[aria-current=step]")).to_have_text("loading")
-        await admin.see("slow", "loading")
-        await expect(admin.row("slow").locator("button:visible").first).to_have_text(re.compile("^Cancel"))
-        await shown.get_by_role("button", name="Cancel").click()
-        await expect(shown.locator(".pill")).to_have_text("cancelled")
-        ended = await server.api.ended(job["id"])
-        event = admin.page.locator(f'#ledger-list [data-position="{ended["position"]}"]')
-        await expect(event).to_contain_text("JobCancelled")
-        await event.locator("summary").click()
-        line = (await server.api.get(f"/api/v1/events?after={ended['position'] - 1}&limit=1")).body.decode()
-        await expect(event.locator("pre")).not_to_be_empty()
-        text = await event.locator("pre").inner_text()
-        assert f'{{"events":[{text}],' in line
-        await admin.page.get_by_label("Type").select_option("LoadRequested")
-        await expect(event).to_be_hidden()
-        await expect(admin.page.locator("#ledger-list strong").first).to_have_text("LoadRequested")
 
 
 async def test_force_unload_kills_stopped_worker(server: Server, admin: Console) -> None:
@@ -286,7 +260,7 @@ OFFERED: dict[str, tuple[str, set[str], bool]] = {
     "audit": ("Live", set(), True),
     "predict": ("Every 3 s", {"Predict…"}, False),
 }
-"""By role: connection, buttons of a loaded model, and whether ledger and time travel are shown."""
+"""By role: connection, buttons of a loaded model, and whether timeline and ledger are offered."""
 
 
 @pytest.mark.parametrize("role", OFFERED)
@@ -300,8 +274,10 @@ async def test_role_is_offered_only_what_it_may_do(
         await console.see("hostile", "loaded")
         buttons = await console.row("hostile").get_by_role("button").all_inner_texts()
         assert {text.split()[0] for text in buttons} == offers
-        for part in ("#ledger", "#past", "#timeline"):
-            assert await console.page.locator(part).is_visible() == shown
+        pages = await console.page.get_by_role("navigation").get_by_role("link").all_inner_texts()
+        assert [page for page in ("Timeline", "Ledger") if page in pages] == (
+            ["Timeline", "Ledger"] if shown else []
+        )
         assert not tokens_in(console, server.api, role)
 
 
@@ -340,7 +316,7 @@ async def test_sign_in_refuses_invalid_tokens_and_sign_out_forgets(
         await page.get_by_label("Token").fill(server.api.token("admin"))
         await page.get_by_role("button", name="Sign in").dblclick()  # which signs in once
         await expect(console.connection).to_have_text("Live")
-        await expect(page.locator("#charts > *")).to_have_count(3)
+        await expect(page.locator("#models-rows")).to_be_visible()
         assert sum("/events/stream" in url for url in console.urls) == 1
 
 
@@ -362,83 +338,16 @@ async def test_sign_in_link_works_once_and_leaves_the_address(
         await console.sign_in(server.api.token("admin"))
 
 
-async def test_time_travel_shows_actor_and_hash(server: Server, admin: Console) -> None:
-    await server.api.load("past", version=1)
-    then = await server.api.model("past")
-    await server.api.load("past", version=2)
-    row = admin.page.locator("#past-rows > tr", has=admin.page.get_by_text("past", exact=True))
-    now = (await server.api.model("past"))["files"][0]["sha256"]
-    await expect(row.locator("code")).to_have_text(now)
-    await admin.page.get_by_label("Position", exact=True).fill(str(then["position"]))
-    await admin.page.keyboard.press("Enter")
-    await expect(row.locator("code")).to_have_text(then["files"][0]["sha256"])
-    await expect(row.locator("[data-label='Loaded by']")).to_contain_text("alice")
-    await expect(admin.page.locator("#past-event")).to_contain_text("ModelLoaded past 1")
-    slider = admin.page.get_by_label("Position of the ledger")
-    await slider.press("ArrowLeft")
-    await expect(row.locator(".pill")).to_have_text("loading")
-    await slider.press("Home")
-    await expect(admin.page.locator("#past-when")).to_have_text("before everything")
-
-
-async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admin: Console) -> None:
-    page, detail = admin.page, admin.page.locator("#timeline-detail")
-    await server.api.load("drawn", version=1)
-    loaded = await server.api.model("drawn")
-    lane = page.locator('.lane[data-model="drawn"]')
-    await expect(lane.locator(".seg.loaded.v1").last).to_be_visible()  # long enough to be drawn apart
-    await server.api.load("drawn", version=2)
-    await expect(lane.locator(".seg.loaded.v2").last).to_be_visible()
-    await page.locator("#timeline-find").fill("DRAW")
-    await expect(page.locator("#timeline-rows > .lane")).to_have_count(2)  # the server's and the model's
-    await page.locator("#timeline-plot").focus()
-    await page.keyboard.press("ArrowDown")
-    await expect(detail).to_contain_text("drawn 2 loaded")
-    while "drawn 1 loaded" not in (text := await detail.inner_text()) or "beside" in text:
-        await page.keyboard.press("ArrowLeft")  # over the swap, and version 2 while it loads
-        await expect(detail).not_to_have_text(text, use_inner_text=True)
-    await expect(detail).to_contain_text("by alice")
-    await expect(detail).to_contain_text(f"model.onnx {loaded['files'][0]['sha256'][:12]}")
-    await expect(detail).to_contain_text(re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"))
-    await page.keyboard.press("Enter")
-    row = page.locator("#past-rows > tr", has=page.get_by_text("drawn", exact=True))
-    await expect(row.locator("[data-label=Version]")).to_have_text("1")
-    await expect(page.locator("#past-event")).to_contain_text("ModelLoaded drawn 1")
-    await expect(page).to_have_url(f"{admin.url}/#/at/{loaded['position']}")
-    await page.reload()  # as somebody does who got the address in a ticket
-    await expect(row.locator("[data-label=Version]")).to_have_text("1")
-    await expect(page.locator("#timeline-cursor")).to_be_visible()
-    await page.goto(f"{admin.url}/#/jobs/{loaded['job_id']}")
-    await expect(page.locator("#job-text")).to_contain_text("Load of drawn 1")
-    await expect(page.locator("#ledger-list")).to_contain_text("ModelLoaded")
-    await page.locator("#timeline-plot").focus()
-    await page.keyboard.press("0")
-    await expect(page).to_have_url(re.compile(r"last=all"))
-    await page.locator("#timeline-text summary").click()
-    await expect(page.locator("#timeline-table")).to_contain_text("drawn 2 loaded")
-
-
-async def test_page_ends_with_its_last_part(server: Server, admin: Console) -> None:
-    for _ in range(3):
-        await server.api.load("past")
-        await server.api.unload("past")
-    await expect(admin.page.locator("#ledger-list > li").nth(15)).to_be_attached()
-    await admin.page.locator("#timeline-text summary").click()
-    below = """document.documentElement.scrollHeight
-        - Math.max(...[...document.querySelectorAll("main section")].map(
-            (part) => part.getBoundingClientRect().bottom + scrollY))
-        - parseFloat(getComputedStyle(document.querySelector("main")).paddingBottom)"""
-    assert await admin.page.evaluate(below) <= 1
-
-
 async def test_subject_with_markup_is_shown_as_text(server: Server, admin: Console) -> None:
     name = "<img src=/x onerror=alert(1)>"
     await server.api.unload("hostile") if (await server.api.model("hostile"))["state"] == "loaded" else None
     asked = await server.api.post("/api/v1/models/hostile/load", subject=name, wait=60)
     assert asked.json["status"] == "completed"
     await expect(admin.row("hostile")).to_contain_text(name)
-    await expect(admin.page.locator("#ledger-list")).to_contain_text(name)
-    assert await admin.page.locator("main img").count() == 0
+    for address in ("#/jobs", "#/ledger"):
+        await admin.go(address)
+        await expect(admin.page.locator(".page")).to_contain_text(name)
+        assert await admin.page.locator("main img").count() == 0
 
 
 async def test_console_reconnects_after_restart(browser: BrowserContext, tmp_path: Path) -> None:
@@ -457,13 +366,17 @@ async def test_console_reconnects_after_restart(browser: BrowserContext, tmp_pat
             async with serving(replace(config, port=int(port)), f"--port={port}") as second:
                 await expect(console.connection).to_have_text("Live")
                 await expect(console.page.locator("#lost")).to_be_hidden()
-                started = console.page.locator("#ledger-list strong", has_text="ServerStarted")
-                await expect(started).to_have_count(2)
                 await when(lambda: second.api.model("m"), lambda model: model["state"] == "loaded")
                 await console.see("m", "loaded")
+                await console.go("#/ledger")
+                started = console.page.locator(".page").get_by_text("ServerStarted", exact=True)
+                await expect(started.and_(console.page.locator("strong"))).to_have_count(2)
 
 
 # Accessibility, dialogs, pictures.
+
+
+PAGES = ("#/", "#/timeline", "#/at/3", "#/ledger", "#/jobs", "#/models/fraud-check")
 
 
 async def test_axe_finds_nothing_serious_in_pages(busy_server: Server, browser: BrowserContext) -> None:
@@ -471,13 +384,44 @@ async def test_axe_finds_nothing_serious_in_pages(busy_server: Server, browser: 
         await check_accessibility(console)  # signing in
         await console.sign_in(busy_server.api.token("admin"))
         await expect(console.attention).to_have_count(3)
-        await console.page.locator("#ledger-list summary").first.click()
-        await expect(console.page.locator("#ledger-list pre").first).not_to_be_empty()
-        await check_accessibility(console)
+        for address in PAGES:
+            await console.page.goto(f"{busy_server.url}/{address}")
+            await expect(console.page.locator("main h2").first).to_be_visible()
+            await check_accessibility(console)
+            await console.page.set_viewport_size(PHONE)
+            await console.fits()
+            await console.page.set_viewport_size(DESKTOP)
         await console.page.set_viewport_size(PHONE)
         await console.page.route("**/api/**", lambda route: route.abort())
         await expect(console.page.locator("#lost")).to_be_visible()
         await check_accessibility(console)
+
+
+async def test_failed_model_is_in_the_first_screen_of_a_phone(
+    busy_server: Server, browser: BrowserContext
+) -> None:
+    async with Console.opened(browser, busy_server.url, PHONE) as console:
+        await console.sign_in(busy_server.api.token("admin"))
+        failed = await console.attention.filter(has_text="churn failed").bounding_box()
+        assert failed is not None
+        assert failed["y"] + failed["height"] < PHONE["height"]
+        await expect(console.page.get_by_role("link", name="Overview 2 need attention")).to_be_visible()
+
+
+async def test_dialog_closes_when_its_page_is_left(busy_admin: Console) -> None:
+    page = busy_admin.page
+    await page.get_by_role("link", name="ranker").click()
+    await expect(page.get_by_role("heading", name="ranker")).to_be_focused()
+    await page.get_by_role("button", name="Unload").click()
+    await expect(page.locator("dialog[open]")).to_be_visible()
+    await page.go_back()
+    await busy_admin.see("ranker", "loaded")
+    await expect(page.locator("dialog")).to_have_count(0)
+
+
+async def test_unloaded_model_shows_its_versions_on_disk(busy_admin: Console) -> None:
+    version = busy_admin.row("spam").locator("[data-label=Version]")
+    await expect(version).to_have_text("7 on disk")
 
 
 async def test_dialogs_are_accessible_and_no_wider_than_a_phone(busy_admin: Console) -> None:
@@ -492,7 +436,7 @@ async def test_dialogs_are_accessible_and_no_wider_than_a_phone(busy_admin: Cons
         parts = page.locator("dialog[open] *")
         assert await parts.evaluate_all(f"parts => parts.filter({wide}).length") == 0
         await busy_admin.choose(close)
-        assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        await busy_admin.fits()
         await page.set_viewport_size(DESKTOP)
 
 
@@ -533,16 +477,18 @@ async def hold_back(
     await page.route(f"**/{path}", answer)
 
 
-async def test_next_dialog_aborts_the_requests_of_the_last(busy_admin: Console) -> None:
+async def test_closed_dialog_aborts_its_requests(busy_admin: Console) -> None:
     page, late = busy_admin.page, asyncio.Event()
     for path in ("v2/models/ranker", "v2/models/fraud-check/infer"):
         await hold_back(page, path, late)
-    await busy_admin.press("ranker", "Predict")
-    await page.keyboard.press("Escape")
+    async with page.expect_request("**/v2/models/ranker"):
+        await busy_admin.press("ranker", "Predict")
     async with page.expect_event("requestfailed", lambda request: request.url.endswith("/ranker")):
-        await busy_admin.press("fraud-check", "Predict")
+        await page.keyboard.press("Escape")
+    await busy_admin.press("fraud-check", "Predict")
     await expect(page.locator("#predict-body")).not_to_have_value("")
-    await busy_admin.choose("Predict")
+    async with page.expect_request("**/v2/models/fraud-check/infer"):
+        await busy_admin.choose("Predict")
     async with page.expect_event("requestfailed", lambda request: request.url.endswith("/infer")):
         await page.keyboard.press("Escape")
     await busy_admin.press("embedder", "Predict")
@@ -584,14 +530,12 @@ async def test_pictures_of_the_readme(busy_server: Server, browser: BrowserConte
         await expect(page.locator(".its-calls pre")).to_be_visible()
         await expect(page.locator(".traffic .figure").first).not_to_have_text("…")
         await page.screenshot(path=folder / "console-model.png")
-        await page.goto(f"{busy_server.url}#/")
         await page.emulate_media(color_scheme="dark")
-        await page.get_by_label("Position", exact=True).fill("12")
-        await page.keyboard.press("Enter")
-        await expect(page.locator("#past-when")).to_contain_text("position 12")
-        await page.locator("#past-when").click()  # the focus leaves the field
+        await page.goto(f"{busy_server.url}#/at/12")
         await expect(page.locator("#timeline-cursor")).to_be_visible()
         await page.screenshot(path=folder / "console-dark.png")
+        await page.goto(f"{busy_server.url}#/")
+        await expect(console.attention).to_have_count(3)
         await page.set_viewport_size(PHONE)
         await page.evaluate("scrollTo(0, 0)")
         await page.screenshot(path=folder / "console-phone.png")

@@ -14,47 +14,68 @@ from server.api import pages
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
 
 PRELUDE = """
-const { Store } = await import("/console/store.js");
+const state = await import("/console/state.js");
+const { api } = await import("/console/api.js");
+const { html, render } = await import("/console/ui.js");
 const soon = (ms) => new Promise((done) => setTimeout(done, ms));
-const { Router } = await import("/console/router.js");
 """
 CASES: dict[str, tuple[object, str]] = {
     "stream continues anew where its position was archived": (
         [["6", "7", "9"], "live", 2],
         """
-        const { LiveUpdates } = await import("/console/liveupdates.js");
+        const { run, stop } = await import("/console/live.js");
         const { Refusal } = await import("/console/api.js");
-        const asked = [], store = new Store();
+        const asked = [], resources = { models: [], waiting: [], confinement: { not_prevented: [] } };
         const answers = [
           () => new Response('{"position": 7}\\n'), // and the connection ends
           () => { throw new Refusal(410, { code: "archived" }); },
           () => new Response(new ReadableStream({ start: (body) =>
             body.enqueue(new TextEncoder().encode('{"stream": "live", "position": 9}\\n')) })),
         ];
-        const api = { send: async (path) => answers[asked.push(path.split("=")[1]) - 1]() };
-        const fetchAll = async () => (asked.length ? 9 : 6);
-        const refresher = { fetchAll, fetchStatus: async () => {}, schedule() {} };
-        const live = new LiveUpdates(api, store, refresher, { follows: true, onSignedOut() {} });
-        live.run();
-        await new Promise((live) => store.watch(() => store.connection.mode === "live" && live()));
-        live.stop();
-        return [asked, store.connection.mode, store.epoch];
+        api.send = async (path) => answers[asked.push(path.split("=")[1]) - 1]();
+        location.hash = "#/jobs"; // which asks for nothing itself
+        api.get = async () => ({ models: [], jobs: [], failed_jobs: [], nodes: [], server_started: null,
+          resources, next_cursor: null, as_of: asked.length ? 9 : 6 });
+        state.session.value = { audits: true, roles: [] };
+        run();
+        while (state.connection.value.mode !== "live") await soon(20);
+        stop();
+        return [asked, state.connection.value.mode, state.epoch.value];
         """,
     ),
     "a long Retry-After waits at most a minute": (
         [1, 6],
         """
-        const { LiveUpdates } = await import("/console/liveupdates.js");
+        const { run, stop } = await import("/console/live.js");
         const { Refusal } = await import("/console/api.js");
-        const refused = async () => { throw new Refusal(429, {}, 1e10); }; // no timer goes as far
-        const store = new Store();
         let times = 0;
-        const refresher = { fetchAll: () => (times += 1, refused()) };
-        const live = new LiveUpdates({}, store, refresher, { follows: true, onSignedOut() {} });
-        live.run();
+        api.get = async () => { times += 1; throw new Refusal(429, {}, 1e10); }; // no timer goes as far
+        state.session.value = { audits: true, roles: [] };
+        run();
         await soon(200);
-        live.stop();
-        return [times, Math.round((store.connection.retryAt - Date.now()) / 10_000)];
+        stop();
+        return [times, Math.round((state.connection.value.retryAt - Date.now()) / 10_000)];
+        """,
+    ),
+    "a burst of events is one look, and ten renderings a second at most": (
+        [1, 500, 500],
+        """
+        const { run, stop } = await import("/console/live.js");
+        const resources = { models: [], waiting: [], confinement: { not_prevented: [] } };
+        const line = (position) => JSON.stringify({ position, model_id: "m" }) + "\\n";
+        const lines = Array.from({ length: 500 }, (_, at) => line(at + 1)).join("");
+        let looks = 0, told = 0, calls = 0;
+        location.hash = "#/jobs"; // which asks for nothing itself
+        api.get = async () => (looks++, { models: [], jobs: [], failed_jobs: [], nodes: [],
+          server_started: null, resources, next_cursor: null, as_of: 0 });
+        api.send = async () => new Response(new ReadableStream({ start: (body) =>
+          body.enqueue(new TextEncoder().encode(lines)) }));
+        state.subscribe((events) => (calls++, told += events.length));
+        state.session.value = { audits: true, roles: [] };
+        run();
+        await soon(900);
+        stop();
+        return [looks - 1, told, calls <= 2 ? state.head.value : calls];
         """,
     ),
     "lost and late nodes, and vain drains, need somebody": (
@@ -65,45 +86,32 @@ CASES: dict[str, tuple[object, str]] = {
         ],
         """
         const { problems } = await import("/console/problems.js");
-        const store = new Store(), none = { epoch: 1, models: [], jobs: [], renewed_at: null, late: false };
+        const none = { epoch: 1, models: [], jobs: [], renewed_at: null, late: false };
         const model = { id: "m", version: 1, state: "loaded" };
-        store.nodes = [
+        state.nodes.value = [
           { ...none, id: "a", phase: "lost" },
           { ...none, id: "b", phase: "draining", late: true },
           { ...none, id: "c", phase: "draining", models: [model] },
           { ...none, id: "d", phase: "left" },
         ];
-        const found = problems(store).map(({ title, occurrence }) => [title, occurrence]);
-        store.nodes.push({ ...none, id: "e", phase: "joined" });
-        return problems(store).length === 2 ? found : problems(store);
-        """,
-    ),
-    "a node's address is a link only if a browser can open it": (
-        [["http://a:8080/", None, None], ["http://a:8080", "javascript:alert(1)", "http://"]],
-        """
-        const { nodesView } = await import("/console/nodes.js");
-        const store = new Store(), addresses = ["http://a:8080", "javascript:alert(1)", "http://"];
-        const none = { phase: "joined", epoch: 1, models: [], jobs: [], labels: [], release: "1" };
-        store.nodes = addresses.map((address, id) => ({ ...none, id: String(id), address }));
-        nodesView(store, {});
-        const cells = [...document.querySelectorAll("#nodes-rows [data-label=Address]")];
-        const links = cells.map((cell) => cell.querySelector("a")?.href ?? null);
-        return [links, cells.map((cell) => cell.firstChild.firstChild.firstChild.data)];
+        const found = problems.value.map(({ title, occurrence }) => [title, occurrence]);
+        state.nodes.value = [...state.nodes.value, { ...none, id: "e", phase: "joined" }];
+        return problems.value.length === 2 ? found : problems.value;
         """,
     ),
     "ages follow the server's clock": (
         [["2", 0], ["2", 0], ["1", 0]],
         """
-        const { ago, learnClock } = await import("/console/format.js");
+        const { ago, learnClock, serverNow } = await import("/console/format.js");
         const { problems } = await import("/console/problems.js");
         const hence = (seconds) => new Date(Date.now() + seconds * 1000);
         const job = { id: "j", kind: "unload", model_id: "m", status: "in_progress", finished_at: null };
-        const store = { models: new Map(), nodes: [], failures: new Map(), jobsNow: () => [job] };
         const ages = [];
         for (const seconds of [-3600, 3600, 1]) {
           learnClock(hence(seconds).toUTCString());
-          job.started_at = hence(seconds - 2).toISOString();
-          ages.push([ago(hence(seconds - 20.8).toISOString()).slice(0, 1), problems(store).length]);
+          state.now.value = serverNow();
+          state.jobs.value = [{ ...job, started_at: hence(seconds - 2).toISOString() }];
+          ages.push([ago(hence(seconds - 20.8).toISOString()).slice(0, 1), problems.value.length]);
         }
         learnClock(null);
         return ages;
@@ -112,143 +120,45 @@ CASES: dict[str, tuple[object, str]] = {
     "addresses are read as they were written": (
         [
             ["#/models/a%20b%2F%3F", "models", "a b/?"],
-            ["#/at/2026-01-31T14%3A02%3A00Z?last=60", "at", "2026-01-31T14:02:00Z"],
+            ["#/at/2026-01-31T14%3A02%3A00Z?last=60", "timeline", "2026-01-31T14:02:00Z"],
             ["#/", "", None],
-            ["", "", "models/", "other/1", "ledger/1", "at/%E0"],
-            {"from": "1", "find": "x y"},
-            ["models m", "jobs j", "jobs j", "#/jobs/j?last=all&find=x"],
+            ["", "", "models/", "other/1", "at/%E0"],
+            ["timeline", {"from": "1", "find": "x y"}],
+            ["ledger", {"model": "m"}],
+            ["models m", "jobs j", "jobs j", "#/jobs/j?last=all"],
         ],
         """
-        const { href, parse } = await import("/console/router.js");
+        const { address, go, href, parse, replace } = await import("/console/router.js");
+        const { effect } = await import("/console/ui.js");
         const time = "2026-01-31T14:02:00Z";
-        const written = [href("models", "a b/?"), href("at", time, { last: 60, from: null }), href()];
-        const told = written.map((address) => [address, parse(address).view, parse(address).id]);
-        const none = ["", "#", "#/models/", "#/other/1", "#/ledger/1", "#/at/%E0"]
-          .filter((address) => parse(address).view === "");
-        const router = new Router(), seen = [];
+        const written = [href("models", "a b/?"), href("timeline", time, { last: 60, from: null }), href()];
+        const told = written.map((text) => [text, parse(text).page, parse(text).id]);
+        const none = ["", "#", "#/models/", "#/other/1", "#/at/%E0"]
+          .filter((text) => parse(text).page === "");
+        const range = parse("#/ledger?from=1&find=x+y"), events = parse("#/ledger?model=m"), seen = [];
+        replace(); // an earlier case has left the page elsewhere
         const changed = () => new Promise((done) =>
           addEventListener("hashchange", () => setTimeout(done), { once: true }));
-        router.watch(({ view, id }) => view && seen.push(`${view} ${id}`));
-        location.hash = router.href("models", "m", { last: "all" });
+        effect(() => address.value.page && seen.push(`${address.value.page} ${address.value.id}`));
+        go("models", "m");
         await changed();
-        router.replace("jobs", "j");
-        router.replace("jobs", "j", { find: "x" });
-        const address = location.hash;
+        replace("jobs", "j");
+        replace("jobs", "j", { last: "all" });
+        const shown = location.hash;
         history.back();
         await changed();
-        return [...told, none.map((address) => address.slice(2)), parse("#/ledger?from=1&find=x+y").query,
-          [...seen.slice(0, 3), address]];
-        """,
-    ),
-    "an axis names round times that are apart": (
-        [["00:00:10", 7], ["14:30", 9], ["12 Jan", 8], ["1 Feb", 8], ["2026", 5]],
-        """
-        const { Scale, ticks, YEAR, DAY, HOUR, MINUTE } = await import("/console/timescale.js");
-        const named = (from, span, index) => {
-          const scale = new Scale(from, from + span, 900), found = ticks(scale);
-          const places = found.map((tick) => scale.x(tick.time));
-          const apart = places.slice(1).every((place, before) => place - places[before] >= 40);
-          return [found[index].label, apart ? found.length : 0];
-        };
-        const at = (...parts) => new Date(2026, ...parts).getTime();
-        return [named(at(0, 12), MINUTE, 1), named(at(0, 12, 14), 4 * HOUR, 1), named(at(0, 12), 7 * DAY, 0),
-          named(at(0, 12), 60 * DAY, 2), named(at(0, 1), 5 * YEAR, 0)];
-        """,
-    ),
-    "time travel lists loaded models first": (
-        [True, "And 101 more.", "", True],
-        """
-        const { TimeTravel } = await import("/console/timetravel.js");
-        const store = new Store(), asked = [];
-        const model = (id, state) => ({ id, state, files: [] });
-        const many = Array.from({ length: 600 }, (_, number) => model(`m${number}`, "unloaded"));
-        const api = { get: async (path) => {
-          asked.push(path);
-          if (path.startsWith("/api/v1/events")) throw Object.assign(new Error(), { code: "archived" });
-          return path.endsWith("cursor=") ? { models: many, next_cursor: "m599", as_of: 5 }
-            : { models: [model("z", "loaded")], next_cursor: null, as_of: 5 };
-        } };
-        store.head = 5;
-        new TimeTravel(api, store, new Router(), () => {});
-        const rows = document.getElementById("past-rows");
-        while (!rows.firstChild) await soon(20);
-        const said = ["past-none", "past-refusal"].map((id) => document.getElementById(id).textContent);
-        return [rows.firstChild.textContent.startsWith("zloaded"), ...said,
-          asked[1].includes("at=5&cursor=m599")];
-        """,
-    ),
-    "time travel shows a time while the ledger grows": (
-        True,
-        """
-        const { TimeTravel } = await import("/console/timetravel.js");
-        const store = new Store();
-        const events = { events: [{ type: "ServerStarted", actor: "system", data: {} }] };
-        const api = { get: async (path, { signal }) => {
-          await soon(300);
-          signal.throwIfAborted();
-          const at = new URLSearchParams(path.split("?")[1]).get("at") ?? "";
-          return path.startsWith("/api/v1/events") ? events
-            : { models: [], next_cursor: null, as_of: at.includes("T") ? 3 : Number(at) };
-        } };
-        store.head = 10;
-        new TimeTravel(api, store, new Router(), () => {});
-        await soon(1000);
-        const time = document.getElementById("past-time"), when = document.getElementById("past-when");
-        time.value = "2020-02-02T02:02:02";
-        time.dispatchEvent(new Event("change"));
-        for (let look = 0; look < 8; look++) {
-          store.advance(store.head + 1);
-          store.notify();
-          await soon(250);
-        }
-        return when.textContent.startsWith("position 3");
-        """,
-    ),
-    "the polled ledger is fetched as it grows": (
-        [0, 1, 2, 2],
-        """
-        const { Ledger } = await import("/console/ledger.js");
-        const store = new Store();
-        let asked = 0;
-        const page = () => ({ events: [], as_of: store.head, oldest: 1, next_cursor: null });
-        const api = { get: async () => (asked++, page()) };
-        const grow = async (mode) => {
-          store.advance(store.head + 1);
-          store.connect(mode);
-          await soon(400);
-          return asked;
-        };
-        new Ledger(api, store, () => {});
-        const told = [await grow("live"), await grow("polled"), await grow("polled")];
-        document.getElementById("ledger-follow").click();
-        return [...told, await grow("polled")];
-        """,
-    ),
-    "older events can be fetched": (
-        [[400, False], [450, False], "51"],
-        """
-        const { Ledger } = await import("/console/ledger.js");
-        const store = new Store();
-        const event = (position) => ({ position, type: "ServerStarted", actor: "system", data: {} });
-        const before = (path) => Number(new URLSearchParams(path.split("?")[1]).get("before"));
-        const api = { get: async (path) => ({ as_of: 500, oldest: 1, next_cursor: before(path) - 50,
-          events: Array.from({ length: 50 }, (_, back) => event(before(path) - 1 - back)) }) };
-        new Ledger(api, store, () => {});
-        for (let position = 1; position <= 500; position++) store.onEvent(event(position));
-        const [list, older] = ["list", "older"].map((id) => document.getElementById(`ledger-${id}`));
-        const look = async () => (await soon(300), [list.children.length, older.hidden]);
-        const seen = [await look()];
-        older.click();
-        return [...seen, await look(), list.lastChild.dataset.position];
+        return [...told, none.map((text) => text.slice(2)), [range.page, range.query],
+          [events.page, events.query], [...seen.slice(0, 3), shown]];
         """,
     ),
     "focus stays when rows move": (
         ["b", "bd"],
         """
-        const { h, reconcile } = await import("/console/dom.js");
-        const list = document.body.appendChild(h("ul"));
-        const make = (key) => h("li", {}, h("button", {}, key));
-        const show = (...keys) => reconcile(list, keys, make, (key) => key);
+        const { useKeptFocus } = await import("/console/ui.js");
+        const list = document.body.appendChild(document.createElement("ul"));
+        const List = ({ keys }) => (useKeptFocus(), keys.map((key) =>
+          html`<li key=${key}><button>${key}</button></li>`));
+        const show = (...keys) => render(html`<${List} keys=${keys} />`, list);
         show("a", "b", "c");
         list.children[1].firstChild.focus();
         show("c", "b", "d", "a");
@@ -256,10 +166,22 @@ CASES: dict[str, tuple[object, str]] = {
         return [document.activeElement.textContent, list.textContent];
         """,
     ),
+    "a part that fails leaves the others": (
+        "This part of the page failed: no. Reload the page.rest",
+        """
+        const { Boundary } = await import("/console/ui.js");
+        const node = document.body.appendChild(document.createElement("div"));
+        const Broken = () => { throw new Error("no"); };
+        console.error = () => {};
+        render(html`<${Boundary}><${Broken} /><//><p>rest</p>`, node);
+        await soon(50);
+        return node.textContent;
+        """,
+    ),
     "requests without an answer are found": (
         [[], [4000], [4000], [], [10_000]],
         """
-        const { findUnanswered } = await import("/console/refresher.js");
+        const { findUnanswered } = await import("/console/live.js");
         const stats = (requests, failures) => [{ name: "m", version: "1", inference_stats: {
           success: { count: requests }, fail: { count: failures } } }];
         const use = (in_flight) => ({ models: [
@@ -286,50 +208,26 @@ CASES: dict[str, tuple[object, str]] = {
         const { problems } = await import("/console/problems.js");
         const use = { job_id: "j", model_id: "m", in_flight: 2 };
         const resources = { models: [use], waiting: [], budget_bytes: 100, free_bytes: 50 };
-        const models = new Map([["m", { id: "m", state: "loaded", error: null }]]);
-        const unanswered = { since: new Map([["j", 1000]]) };
-        const failures = new Map(), nodes = [];
-        const store = { models, nodes, unanswered, resources, started: null, failures, jobsNow: () => [] };
+        const failed = (id) => ({ id, state: "failed", error: { code: "invalid_model", message: "no" } });
         const told = (each) => [each.level, each.title, each.why, each.actions[0]?.do];
-        const at = (now) => problems(store, now).map(told);
+        const at = (now) => (state.now.value = now, problems.value.map(told));
+        state.models.value = new Map([["m", { id: "m", state: "loaded", error: null }]]);
+        state.unanswered.value = { since: new Map([["j", 1000]]) };
+        state.resources.value = resources;
         const found = [at(10_000), at(14_000)];
-        resources.free_bytes = -7;
+        state.resources.value = { ...resources, free_bytes: -7 };
         found.push(at(9000));
-        resources.free_bytes = 50;
+        state.resources.value = resources;
         const seen = { unclean: true, last_event_at: "2026-01-01T00:00:00Z", last_seen_at: null };
-        store.started = { position: 9, recorded_at: "2026-01-01T00:01:00Z", data: seen };
+        state.started.value = { position: 9, recorded_at: "2026-01-01T00:01:00Z", data: seen };
         found.push(at(9000).map(([level, title, why]) => [level, title, why.slice(0, 27), null]));
-        store.started = null;
-        for (const [number, by] of [[1, "bob"], [2, "alice"], [3, "bob"]]) {
-          const id = `broken${number}`;
-          models.set(id, { id, state: "failed", error: { code: "invalid_model", message: "no" } });
-          store.failures.set(id, { id: `j${number}`, requested_by: by, finished_at: null });
-        }
-        const [group] = problems(store, 9000);
-        const { level, title, why, occurrence, members } = group;
+        state.started.value = null;
+        const jobs = [[1, "bob"], [2, "alice"], [3, "bob"]].map(([number, requested_by]) =>
+          ({ id: `j${number}`, model_id: `broken${number}`, requested_by, finished_at: null }));
+        state.models.value = new Map(jobs.map((job) => [job.model_id, failed(job.model_id)]));
+        state.failures.value = new Map(jobs.map((job) => [job.model_id, job]));
+        const [{ level, title, why, occurrence, members }] = problems.value;
         return [...found, [level, title, why, occurrence, members.length]];
-        """,
-    ),
-    "a chart draws samples, breaks at gaps and is read by keyboard": (
-        ["p50 2 ms", 2, ["0", "3"], "p50 2 ms", True],
-        """
-        const { chart } = await import("/console/charts.js");
-        const ago = (seconds) => new Date(Date.now() - seconds * 1000).toISOString();
-        const points = [[90, 0.001], [80, 0.003], [20, null], [10, 0.002]]
-          .map(([seconds, p50_s]) => ({ at: ago(seconds), p50_s }));
-        const of = { kind: "p50", name: "p50", of: (point) => point.p50_s };
-        const headline = () => ({ headline: "p50 2 ms", summary: "in the last hour" });
-        const { node, draw } = chart("Latency", [of], (value) => `${value * 1000} ms`, { headline });
-        document.body.append(node);
-        draw({ range: "1h", interval_s: 10, points });
-        const slider = node.querySelector("input"), figure = node.querySelector(".figure");
-        const said = [figure.textContent, node.querySelector("path").getAttribute("d").split("M").length - 1];
-        said.push([slider.min, slider.max]);
-        slider.value = 3;
-        slider.dispatchEvent(new Event("input"));
-        said.push(figure.textContent, / p50 2 ms$/.test(slider.getAttribute("aria-valuetext")));
-        node.remove();
-        return said;
         """,
     ),
     "files become tensors": (

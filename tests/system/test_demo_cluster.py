@@ -86,7 +86,7 @@ async def test_cluster_demo_after_ctrl_c_leaves_nothing(surroundings: dict[str, 
 
 async def test_killed_cluster_demo_leaves_no_process(surroundings: dict[str, str]) -> None:
     with at_terminal(*COMMAND.split()[1:], environment=surroundings) as terminal:
-        await terminal.until("asked at n")
+        await terminal.until("and loaded after")  # soon after "asked at", a node is killed
         folder = find_folder(terminal.plain)
         running = list_processes(folder)
         os.kill(terminal.pid, signal.SIGKILL)

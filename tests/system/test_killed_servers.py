@@ -31,7 +31,7 @@ from support.traffic import KeyedRequest, Traffic
 from events.types import CancelRequested, Event, LoadRequested, UnloadRequested
 from server.config import Config
 
-LIVES = of_both(short=3, long=200)
+LIVES = of_both(short=2, long=200)
 LIFE_S = 1.2
 RECOVERY_S = 0.3
 CLIENTS = 4

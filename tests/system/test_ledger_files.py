@@ -1,4 +1,4 @@
-"""A full disk, a lock, a damaged schema: loads are refused, nothing is lost, inference goes on."""
+"""A full disk, a damaged schema: loads are refused, nothing is lost, inference goes on."""
 
 import resource
 import sqlite3
@@ -11,7 +11,9 @@ from support.http import ONE, when
 from support.models import save
 from support.servers import Server, events, refused_start, serving, verified
 
+from events.audit.kepthead import KEPT_HEAD
 from events.sqlite.datalock import LEDGER
+from events.types import RollbackAccepted
 from server.config import Config
 
 
@@ -39,13 +41,6 @@ async def check_load_refused_and_inference_works(server: Server) -> None:
 
 
 @contextmanager
-def other_process(data: Path) -> Iterator[sqlite3.Connection]:
-    """Connect to the ledger as another process does."""
-    with closing(sqlite3.connect(data / LEDGER, isolation_level=None, timeout=60)) as connection:
-        yield connection
-
-
-@contextmanager
 def full_disk(server: Server, data: Path) -> Iterator[None]:
     wal = data / f"{LEDGER}-wal"
     before = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
@@ -55,16 +50,8 @@ def full_disk(server: Server, data: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(_server: Server, data: Path) -> Iterator[None]:
-    with other_process(data) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield
-        other.execute("ROLLBACK")
-
-
-@contextmanager
 def damaged_schema(_server: Server, data: Path) -> Iterator[None]:
-    with other_process(data) as other:
+    with closing(sqlite3.connect(data / LEDGER, isolation_level=None, timeout=60)) as other:
         other.execute("PRAGMA writable_schema = ON")
         (sql,) = other.execute("SELECT sql FROM sqlite_schema WHERE name = 'events_by_time'").fetchone()
         _define_index(other, "no SQL")
@@ -81,7 +68,7 @@ def _define_index(connection: sqlite3.Connection, sql: str) -> None:
 async def test_server_recovers_each_time_the_ledger_can_be_written_again(config: Config) -> None:
     async with loaded(config) as server:
         acknowledged = [event.id for event in await events(config) if event.type == "LoadRequested"]
-        for trouble in (full_disk, locked, damaged_schema):
+        for trouble in (full_disk, damaged_schema):
             with trouble(server, config.data):
                 await check_load_refused_and_inference_works(server)
                 if trouble is damaged_schema:
@@ -95,7 +82,7 @@ async def test_server_recovers_each_time_the_ledger_can_be_written_again(config:
     ids = [event.id for event in log]
     assert [event_id for event_id in ids if event_id in acknowledged] == acknowledged
     assert len(set(ids)) == len(ids)
-    assert [event.model_id for event in log if event.type == "LoadRequested"] == ["m", "n", "n", "n"]
+    assert [event.model_id for event in log if event.type == "LoadRequested"] == ["m", "n", "n"]
 
 
 async def test_start_with_an_unreadable_key_changes_nothing(config: Config) -> None:
@@ -105,3 +92,13 @@ async def test_start_with_an_unreadable_key_changes_nothing(config: Config) -> N
     (config.data / "ledger.key").write_text("no key")
     assert "ledger.key is not a readable private key" in await refused_start(config)
     assert (config.data / LEDGER).read_bytes() == before
+
+
+async def test_ledger_without_its_kept_head_is_served_once_accepted(config: Config) -> None:
+    async with loaded(config) as server:
+        assert await server.stop() == 0
+    (config.data / KEPT_HEAD).unlink()
+    assert "is missing" in await refused_start(config)
+    async with serving(config, "--accept-rollback") as server:
+        assert await server.stop() == 0
+    assert RollbackAccepted.TYPE in [event.type for event in await events(config)]

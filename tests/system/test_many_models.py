@@ -39,7 +39,7 @@ TOLERANCE = 1.05
 HOT = 5
 """This many models get more requests than the others."""
 CLIENTS = 5
-ROUNDS = of_both(short=2, long=10)
+ROUNDS = of_both(short=1, long=10)
 ROUND_S = of_both(short=1.5, long=12.0)
 """After each round, ledger, resources and processes have to agree."""
 KILLS_PER_S = of_both(short=1.0, long=0.7)

@@ -19,7 +19,7 @@ from support.servers import CTRL_C, at_terminal
 from support.workers import until
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("events", "loadledger", "migrations", "runtime", "server")
+PACKAGES = ("events", "loadledger", "migrations", "nodes", "runtime", "server")
 TRY_IT = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Try it\n")[2].partition("\n## ")[0]
 EXAMPLES = ("*.py", "digits.json", "digits/*/model.onnx")
 
@@ -135,7 +135,8 @@ def test_metadata_names_license_and_what_the_readmes_second_line_needs(wheel: Pa
         [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         about = BytesParser().parsebytes(archive.read(name))
     required = about.get_all("Requires-Dist", [])
-    assert about["License-Expression"] == "Apache-2.0"
+    assert about["License-Expression"] == "Apache-2.0 AND MIT"
+    assert {"LICENSE", "server/static/vendor/LICENSE-preact.txt"} <= set(about.get_all("License-File", []))
     assert "aiohttp-apispec==3.0.0b2" in required
     needed = {
         re.split(r"[^\w-]", text)[0] for text in required if re.search(r"""; extra == ["']test["']$""", text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question, settled
+from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question, settled, soak_only
 from support.http import when
 from support.models import save, save_bytes
 from support.servers import Server, events, serving, verified
@@ -98,6 +98,7 @@ async def test_restart_with_smaller_budget_reloads_most_recently_used(
     verified(config)
 
 
+@soak_only  # the order is the scheduler's, whose table has this case
 async def test_kill_before_uses_are_stored_reloads_last_loaded(config: Config, fleet: Fleet) -> None:
     async with serving(config) as server:
         for model_id in fleet.ids:

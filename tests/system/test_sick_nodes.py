@@ -64,7 +64,7 @@ async def in_flight(node: ClusterNode, model_id: str) -> int:
 async def loaded(cluster: Cluster, name: str) -> tuple[ClusterNode, list[str], int]:
     """Load models everywhere; return a node with its models and its epoch."""
     state = await cluster.load(*cluster.fleet.ids[:KEPT])
-    return cluster.nodes[name], find_places(state, name), state.nodes[name].epoch
+    return cluster.nodes[name], find_places(state, name), state.registers.nodes[name].epoch
 
 
 @pytest.mark.parametrize("name", ["n1", "n2"])  # n1 is the placer
@@ -150,7 +150,7 @@ async def test_twin_of_a_node_is_refused(server: PostgresServer, tmp_path: Path)
             assert "node 'n1' is there" in node.output
             assert await second.stop() == 0
         state = node.read_state()
-        assert state.nodes["n1"].epoch <= epoch + 1
+        assert state.registers.nodes["n1"].epoch <= epoch + 1
 
 
 async def test_killed_node_joins_again_at_once(server: PostgresServer, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ async def test_killed_node_joins_again_at_once(server: PostgresServer, tmp_path:
         await node.kill()
         await node.start()
         assert has_joined("n1", epoch + 1)(node.read_state())
-        assert node.read_state().nodes["n2"].epoch == 1
+        assert node.read_state().registers.nodes["n2"].epoch == 1
 
 
 async def test_short_outages_are_no_incidents(
@@ -200,7 +200,7 @@ async def test_revoked_token_reads_and_infers_at_a_node_that_is_cut_off(
             ]
             return [answer.status for answer in answers]
 
-        await cluster.until(lambda state: issued["jti"] in state.tokens, at=cut_off)
+        await cluster.until(lambda state: issued["jti"] in state.registers.tokens, at=cut_off)
         cut_off.proxy.swallow()
         assert (await one.api.post(f"/api/v1/tokens/{issued['jti']}/revoke")).status == 200
         assert await try_all(cut_off) == [200, 200, 503]
@@ -227,7 +227,7 @@ async def test_stopping_node_hands_models_over_while_one_computes(
         node.server.send(signal.SIGTERM)
         await cluster.until(are_elsewhere(own, node.name), at=other)
         assert not computing.done()
-        assert other.read_state().nodes[node.name].phase is NodePhase.LEFT
+        assert other.read_state().registers.nodes[node.name].phase is NodePhase.LEFT
         await other.catch_up()
         for model_id in own:
             await cluster.infer(other, model_id, random.Random(1))

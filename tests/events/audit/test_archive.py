@@ -4,45 +4,41 @@ import json
 import os
 import signal
 import sqlite3
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ledgers
-from support.crashes import run_counted
+from support.crashes import run_counted, run_traced
 from support.fleet import of_both
 from support.history import FEWER, START, opened, write
 
-from events.audit import archive as module
-from events.audit.archive import ArchiveResult, archive
+from events.audit.archive import archive, move_events
 from events.audit.audit import audit
-from events.audit.exportreader import ExportReader, audit_file, read_lines
+from events.audit.exportreader import ExportReader, FileAudit, audit_file, read_lines
+from events.audit.replay import replay
 from events.audit.verify import FindingKind, verify
-from events.clock import format_timestamp
-from events.errors import LedgerDamaged, MustStay, NothingThere, WrongTarget
-from events.sqlite import storage, timetravel
-from events.sqlite.bases import remove_events
-from events.sqlite.queries import as_text, read_base, transaction
+from events.errors import LedgerDamaged, LogUnavailable, MustStay, NothingThere, WrongTarget
+from events.sqlite import queries, storage
+from events.sqlite.bases import LedgerFile, read_stored_base, state_at_base
+from events.sqlite.queries import as_text
+from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect, schema_of
-from events.sqlite.snapshots import base_state_digest, read_base_state
 from events.sqlite.timetravel import InvalidMoment
 from events.state import State
-from events.storage import Row
+from events.storage import Row, digest_state
 from events.types import Anchor
 
 LATER = START + timedelta(days=30)
-LEDGER = ledgers.sound_ledger(3, snapshots_every=13)
+LEDGER = ledgers.sound_ledger(3)
 
 
-def archived(path: Path, before: int | str, name: str = "archive.gz") -> ArchiveResult:
+def archived(path: Path, before: int | str, name: str = "archive.gz") -> FileAudit:
     return archive(path, str(before), path.with_name(name), ledgers.SIGN, LATER)
 
 
@@ -55,8 +51,12 @@ def texts(state: State) -> tuple[list[str], list[str]]:
 
 
 def states(path: Path, positions: Iterable[int]) -> list[tuple[list[str], list[str]]]:
+    found = []
     with closing(connect(path)) as connection:
-        return [texts(timetravel.state_at(connection, position)) for position in positions]
+        for position in positions:
+            found.append(texts(replay(connection, str(position))[1]))
+            connection.rollback()
+    return found
 
 
 def job_ids(path: Path) -> set[str]:
@@ -77,27 +77,30 @@ CUTS = st.lists(st.integers(2, HEAD), min_size=1, max_size=3, unique=True).map(s
 @given(CUTS)
 def test_archives_and_log_together_are_the_log_before(cuts: list[int]) -> None:
     with ledgers.copy_of(LEDGER) as path:
-        gone, listed = list[Row](), list[tuple[int, int, bytes, str, int]]()
+        gone, listed, stated = list[Row](), list[tuple[int, str, str]](), b""
         for cut in cuts:
-            jobs, first, file = job_ids(path), len(gone) + 1, path.with_name(f"{cut}.gz")
+            file = path.with_name(f"{cut}.gz")
             done = archived(path, cut, file.name)
-            assert (done.first_position, done.last_position) == (first, cut - 1)
-            assert done.jobs == len(jobs - job_ids(path))
-            assert audit_file(file).after == Anchor(len(gone), gone[-1].hash if gone else bytes(32))
+            assert done == audit_file(file)
+            assert done.after == Anchor(len(gone), gone[-1].hash if gone else bytes(32))
             gone += rows_in(file)
-            listed.append((first, cut - 1, gone[-1].hash, file.name, storage.FOLDS))
+            assert done.proved == Anchor(cut - 1, gone[-1].hash)
+            stated = done.head.statement.state_sha256 if done.head else b""
+            listed.append((cut - 1, json.loads(gone[-1].body)["recorded_at"], file.name))
         left = [Row(*row) for row in ledgers.rows_of(path)]
         assert gone + left == ROWS
         found = audit(path)
         assert found.finding is None
         assert found.base == Anchor(len(gone), gone[-1].hash)
         assert (found.verification.position, found.verification.hash) == (HEAD, ROWS[-1].hash)
-        assert [(*each[:3], each.file, each.folds) for each in found.archives] == listed
+        assert list(found.archives) == listed
         assert states(path, range(len(gone), HEAD + 1)) == STATES[len(gone) :]
         assert job_ids(path) >= {job_id for row in left if (job_id := json.loads(row.body)["job_id"])}
         with closing(connect(path)) as connection:
-            assert texts(read_base_state(connection, len(gone))) == STATES[len(gone)]
-            for model in timetravel.state_at(connection, HEAD).models.values():
+            stored = read_stored_base(connection)
+            assert texts(state_at_base(stored)) == STATES[len(gone)]
+            assert stated == stored.state_sha256
+            for model in queries.read_state(connection).models.values():
                 assert model.serving is None or model.serving.load_job_id in job_ids(path)
             kept = ledgers.stored(path, "jobs", "models")
             storage.rebuild(connection)
@@ -193,52 +196,24 @@ def test_refused_archive_of_a_killed_server_leaves_a_complete_file(tmp_path: Pat
     assert audit(path).finding is None
 
 
-def test_remaining_ledger_is_verified_before_the_commit() -> None:
+def test_cut_that_would_remove_other_events_changes_nothing() -> None:
     with ledgers.copy_of(LEDGER) as path, closing(connect(path)) as connection:
         connection.execute(
             "CREATE TEMP TRIGGER meddles AFTER INSERT ON main.archives"
-            " BEGIN UPDATE jobs SET body = replace(body, 'alice', 'mallory'); END"
+            " BEGIN DELETE FROM events WHERE position = 5; END"
         )
-        base, now = read_base(connection), format_timestamp(LATER)
-        check = module._write(connection, base, 19, path.with_name("archive.gz"), ledgers.SIGN)
-
-        def move() -> None:
-            with transaction(connection):
-                remove_events(connection, check.proved, "archive.gz", check.sha256, now, folds=storage.FOLDS)
-                module._refuse_invalid_rest(connection, path)
-
         with pytest.raises(LedgerDamaged, match="nothing was moved"):
-            move()
+            move_events(LedgerFile(connection), "20", path.with_name("archive.gz"), ledgers.SIGN, LATER)
         connection.execute("DROP TRIGGER meddles")
-        assert read_base(connection) == base
         assert audit(path).finding is None
         assert len(ledgers.rows_of(path)) == HEAD
 
 
-TRACED = ("/archive.py", "/bases.py", "/files.py", "/snapshots.py")
+TRACED = ("/archive.py", "/bases.py", "/files.py", "/sqlite/history.py")
 
 
 def archive_traced(path: Path, killed_at: int | None = None) -> int:
-    """Archive, and return how many lines that took; this process is killed before the given one."""
-    lines = 0
-
-    def count(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal lines
-        if not frame.f_code.co_filename.endswith(TRACED):
-            return None
-        if event == "line":
-            lines += 1
-            if lines == killed_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(count)
-    try:
-        archived(path, 20)
-    finally:
-        sys.settrace(before)
-    return lines
+    return run_traced(lambda: archived(path, 20), TRACED, killed_at)
 
 
 def archive_counted(path: Path, killed_at: int | None = None) -> int:
@@ -262,7 +237,7 @@ def test_archive_killed_at_any_moment_moves_all_or_nothing(run: Callable[..., in
             if first == 20 or target.exists():
                 assert rows_in(target) == ROWS[:19]
             if first == 1:
-                assert archived(path, 20).last_position == 19
+                assert archived(path, 20).proved.position == 19
             assert audit(path).finding is None
             assert rows_in(target) + [Row(*row) for row in ledgers.rows_of(path)] == ROWS
     assert moved
@@ -271,44 +246,56 @@ def test_archive_killed_at_any_moment_moves_all_or_nothing(run: Callable[..., in
 # What is stored in place of archived events.
 
 
-@pytest.mark.parametrize(("folds", "is_outdated"), [(0, True), (storage.FOLDS, False)])
-def test_state_archived_under_other_folds_is_not_compared(folds: int, *, is_outdated: bool) -> None:
-    with ledgers.archived_copy(LEDGER, 20) as (path, files):
-        with closing(connect(path)) as connection:
-            connection.execute("UPDATE job_snapshots SET body = json_set(body, '$.attempt', 9)")
-            connection.execute("UPDATE model_snapshots SET body = json_set(body, '$.lost_at', 'then')")
-            connection.execute("UPDATE archives SET folds = ?", (folds,))
-            connection.execute("UPDATE archives SET state_sha256 = ?", (base_state_digest(connection, 19),))
-            storage.rebuild(connection)
-        found = audit(path, archives=files)
-        assert found.behind is not None
-        assert (found.behind.is_outdated, found.behind.is_folded) == (is_outdated, False)
-        assert (found.finding is None) == is_outdated
-
-
 @pytest.mark.parametrize(
     "statement",
     [
-        "DELETE FROM model_snapshots WHERE model_id = 'digits'",
-        "DELETE FROM job_snapshots",
-        "UPDATE model_snapshots SET body = replace(body, 'alice', 'mallory')",
-        "UPDATE model_snapshots SET body = 'no JSON'",
-        "UPDATE job_snapshots SET body = '[]'",
+        "DELETE FROM base_state WHERE key = 'digits'",
+        "DELETE FROM base_state WHERE kind = 'job'",
+        "UPDATE base_state SET body = replace(body, 'alice', 'mallory')",
+        "UPDATE base_state SET body = 'no JSON' WHERE kind = 'model'",
+        "UPDATE base_state SET body = '[]' WHERE kind = 'job'",
         "DELETE FROM models WHERE id = 'digits'",
-        "DELETE FROM archives",
-        "DELETE FROM archives WHERE last_position = 7",
-        "DELETE FROM archives WHERE last_position = 19",
-        "UPDATE archives SET first_position = 9 WHERE last_position = 19",
-        "UPDATE archives SET first_position = 2 WHERE last_position = 7",
-        "UPDATE archives SET hash = zeroblob(32) WHERE last_position = 19",
+        "INSERT INTO base_state VALUES ('token', 't', '{}')",
     ],
 )
-def test_changed_base_state_or_archive_table_is_found(statement: str) -> None:
+def test_changed_base_state_is_found(statement: str) -> None:
     with ledgers.archived_copy(LEDGER, 8, 20) as (path, _):
         assert ledgers.change_ledger(path, statement) > 0
-        position, kind = ledgers.place_of(verify(path).finding)
-        if "archives" in statement:
-            assert (position, kind) == (19, FindingKind.BASE)
-        else:
-            assert position in {19, HEAD}
-            assert kind in {FindingKind.BASE, FindingKind.PROJECTIONS}
+        expected = (HEAD, FindingKind.PROJECTIONS) if " models " in statement else (19, FindingKind.BASE)
+        assert ledgers.place_of(verify(path).finding) == expected
+
+
+NULLABLE = "UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', '') WHERE name = '{}'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ([NULLABLE.format("base_state"), "UPDATE base_state SET body = NULL"], (19, FindingKind.BASE)),
+        ([NULLABLE.format("archives"), "UPDATE archives SET file = NULL"], (HEAD, FindingKind.SCHEMA)),
+        (["UPDATE base SET position = 'text'"], (0, FindingKind.BASE)),
+        (["DELETE FROM base"], (0, FindingKind.BASE)),
+    ],
+)
+def test_base_of_other_types_is_found(changes: list[str], place: tuple[int, FindingKind]) -> None:
+    with ledgers.archived_copy(LEDGER, 8, 20) as (path, files):
+        for change in changes:  # each in a connection that reads the schema anew
+            assert ledgers.change_ledger(path, change) > 0
+        for archives in ([], files):
+            assert ledgers.place_of(audit(path, archives=archives).finding) == place
+        if place[0] == 0:
+            with open_read_only(path) as ledger, pytest.raises(LogUnavailable, match="the base of the chain"):
+                replay(ledger, "25")
+
+
+def test_forged_job_that_ended_as_it_was_created_is_found() -> None:
+    with ledgers.archived_copy(LEDGER, 8, 20) as (path, _):
+        ledgers.change_ledger(
+            path,
+            "UPDATE base_state SET body = json_set(body, '$.status', 'completed',"
+            " '$.position', json_extract(body, '$.created_position')) WHERE kind = 'job'",
+        )
+        with open_read_only(path) as ledger:
+            digest = digest_state(read_stored_base(ledger).entities)
+        ledgers.change_ledger(path, f"UPDATE base SET state_sha256 = x'{digest.hex()}'")
+        assert ledgers.place_of(verify(path).finding) == (HEAD, FindingKind.PROJECTIONS)

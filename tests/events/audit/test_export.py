@@ -12,7 +12,7 @@ from support.ledgers import SIGN, change_ledger, copy_of, rows_of, sound_ledger
 
 from events.audit.export import HEAD_TYPE, JSONL, cloudevents, export, export_rows
 from events.audit.exportreader import ExportReader
-from events.audit.signing import as_signed_head
+from events.audit.signing import Statement, as_signed_head
 from events.errors import LedgerDamaged, NothingThere
 from events.sqlite.queries import PAGE
 from events.storage import Row
@@ -82,12 +82,12 @@ def test_damaged_ledger_is_not_signed(statement: str, words: str) -> None:
 def test_rows_of_any_log_are_exported_as_those_of_a_file() -> None:
     with copy_of(LEDGER) as path:
         lines, rows = exported(path, after=3, until=7), [Row(*row) for row in rows_of(path)]
-    base, after = Anchor(0, bytes(32)), Anchor(3, rows[2].hash)
-    recorded_at = json.loads(rows[6].body)["recorded_at"]
+    after, recorded_at = Anchor(3, rows[2].hash), json.loads(rows[6].body)["recorded_at"]
+    head = Statement(7, rows[6].hash, recorded_at, Anchor())
 
     def export_some(first: int, last: int) -> list[bytes]:
         some = rows[first - 1 : last]
-        return list(export_rows(some, JSONL, SIGN, base=base, after=after, until=7, recorded_at=recorded_at))
+        return list(export_rows(some, JSONL, SIGN, after=after, head=head))
 
     assert export_some(4, 7) == lines
     for first, last, words in ((5, 7, "position 4 is missing"), (4, 6, "position 7 is missing")):

@@ -229,6 +229,12 @@ def test_file_that_is_no_export_is_a_finding(content: bytes) -> None:
     assert found(gzip.compress(content)).position <= 1
 
 
+@pytest.mark.parametrize("digits", [0, 63, 65, 2**20])
+def test_line_with_hash_of_another_length_is_no_event(digits: int) -> None:
+    line = b'{"position":1,"hash":"%b","body":"{}"}\n' % (b"0" * digits)
+    assert "is not an event" in found(OPENING + line).problem
+
+
 NESTED = [f'{{"data":{"[" * depth}{"]" * depth},"position":1,"recorded_at":""}}' for depth in (500, 100_000)]
 
 

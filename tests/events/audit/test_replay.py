@@ -15,19 +15,21 @@ from hypothesis import strategies as st
 from support import ledgers
 from support.history import FEWER
 
-from events.audit.archivechain import ArchiveProof, InvalidArchive, replay
-from events.audit.audit import Audit, audit
+from events.audit.audit import audit
 from events.audit.export import JSONL, export
-from events.audit.exportreader import audit_file
+from events.audit.exportreader import InvalidArchive, audit_file
+from events.audit.replay import replay
 from events.audit.signing import key_id
 from events.audit.verify import FindingKind
+from events.clock import add_seconds
 from events.errors import Archived, ArchiveMissing, LedgerDamaged, LedgerProblem, LogUnavailable, NothingThere
 from events.sqlite import storage
+from events.sqlite.bases import list_archives, read_stored_base, suspended_triggers
 from events.sqlite.queries import as_text
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
-from events.sqlite.snapshots import base_state_digest
-from events.sqlite.timetravel import BeyondHead, Moment
+from events.sqlite.timetravel import BeyondHead, Moment, models_at, read_moment
+from events.storage import digest_state
 from events.types import Anchor
 
 LEDGER = ledgers.sound_ledger(3, seconds=0.5)
@@ -44,12 +46,6 @@ def replayed(path: Path, until: object, archives: list[Path]) -> tuple[Moment, l
     with open_read_only(path) as ledger:
         moment, state = replay(ledger, None if until is None else str(until), archives)
         return moment, sorted(map(as_text, state.models.values())), list(map(as_text, state.unended()))
-
-
-def proof_of(found: Audit) -> ArchiveProof:
-    assert found.finding is None
-    assert found.behind is not None
-    return found.behind
 
 
 with ledgers.copy_of(LEDGER) as _path:
@@ -73,9 +69,9 @@ def test_archives_in_any_order_prove_and_replay_the_past(
     with ledgers.copy_of(LEDGER) as path:
         files = ledgers.archive_before(path, *cuts)
         dice.shuffle(files)
-        proof = proof_of(audit(path, Anchor(position, ROWS[position - 1][2]), archives=files))
-        assert proof.is_folded
-        assert [each.proved.position for each in proof.files] == [cut - 1 for cut in cuts]
+        found = audit(path, Anchor(position, ROWS[position - 1][2]), archives=files)
+        assert found.finding is None
+        assert [each.proved.position for each in found.behind] == [cut - 1 for cut in cuts]
         wrong = audit(path, Anchor(position, b"\1" * 32), archives=files).finding
         assert ledgers.place_of(wrong) == (position, FindingKind.EXPECTATION)
         assert replayed(path, moment, files) == PAST[moment]
@@ -89,27 +85,51 @@ def test_every_past_moment_replays_as_before_archiving(cuts: list[int]) -> None:
         with pytest.raises(BeyondHead):
             replayed(path, HEAD + 1, files)
         if cuts[0] > 2:
-            with pytest.raises(Archived):
-                replayed(path, 1, [])
+            for moment in (1, TIMES[1]):
+                with pytest.raises(Archived, match=f" in '{cuts[0]}.gz'"):
+                    replayed(path, moment, [])
 
 
-def test_later_archives_alone_prove_from_where_they_begin() -> None:
-    with ledgers.archived_copy(LEDGER, 8, 20, 33) as (path, files):
-        proof = proof_of(audit(path, archives=files[:0:-1]))
-        assert not proof.is_folded
-        assert proof.after.position == 7
-        with pytest.raises(Archived, match="up to position 7"):
-            audit(path, Anchor(3, bytes(32)), archives=files[1:])
-        with pytest.raises(ArchiveMissing, match="positions 1 to 7"):
-            replayed(path, None, files[1:])
+def test_time_between_two_archives_or_before_the_log() -> None:
+    ledger = ledgers.sound_ledger(2, seconds=600)
+    with ledgers.archived_copy(ledger, 12, 20) as (path, files):
+        with open_read_only(path) as connection:
+            first, base = (each.recorded_at for each in list_archives(connection))
+        for time, words in (
+            (add_seconds(first, -1), r"in '12\.gz', up to position 19"),
+            (first, r"in '12\.gz' or '20\.gz', up to position 19"),
+            (add_seconds(first, 1), r"in '12\.gz' or '20\.gz', up to position 19"),
+            (add_seconds(base, -1), r"in '12\.gz' or '20\.gz', up to position 19"),
+        ):
+            with pytest.raises(Archived, match=words):
+                replayed(path, time, [])
+            assert replayed(path, time, files)[0].position < 19
+        for time in (base, add_seconds(base, 1)):
+            found, by_archives = replayed(path, time, []), replayed(path, time, files)
+            assert (found[0].position, found[1:]) == (by_archives[0].position, by_archives[1:])
+            assert (found[0].position, by_archives[0].recorded_at) == (19, base)
+            with open_read_only(path) as connection:
+                moment, models = read_moment(connection, time, models_at)
+            assert (moment.position, len(models)) == (19, len(found[1]))
+
+
+@pytest.mark.parametrize("cuts", [[], [20]], ids=str)
+def test_replay_ignores_forged_history(cuts: list[int]) -> None:
+    with ledgers.archived_copy(LEDGER, *cuts) as (path, files):
+        ledgers.change_ledger(
+            path, "DELETE FROM model_history", "UPDATE presence SET state = 'running', seen_at = at"
+        )
+        for moment in MOMENTS:
+            assert replayed(path, moment, files) == PAST[moment], moment
 
 
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        ([0, 2], r"8 to 19 are missing: 8.gz ends at 7, and 33.gz begins .*: positions 8 to 19, '20.gz'"),
-        ([0, 1], r"20 to 32 are missing: 20.gz ends at 19, and the log .*: positions 20 to 32, '33.gz'"),
-        ([0, 0, 1, 2], r"8.gz goes on to position 7, and 8.gz begins after 0"),
+        ([0, 2], r"8 to 19 are missing: 33.gz begins after 19.*: '20.gz', up to position 19"),
+        ([0, 1], r"20 to 32 are missing: the log begins after 32.*: '33.gz', up to position 32"),
+        ([1, 2], r"1 to 7 are missing: 20.gz begins after 7.*: '8.gz', up to position 7"),
+        ([0, 0, 1, 2], r"8.gz begins after 0, and the archive before goes on to position 7"),
     ],
     ids=str,
 )  # fmt: skip
@@ -132,7 +152,10 @@ def test_export_replaces_archives_whose_events_it_has() -> None:
         ledgers.archive_before(path, 8, 20, 33)
         assert audit(path, archives=[whole]).finding is None
         assert replayed(path, 25, [whole]) == PAST[25]
-        with pytest.raises(ArchiveMissing, match=f"goes on to position {HEAD}, and the log begins after 32"):
+        with pytest.raises(
+            ArchiveMissing,
+            match=f"the log begins after 32, .* goes on to position {HEAD}",
+        ):
             audit(path, archives=[later])
         with pytest.raises(LedgerProblem):
             audit(path.with_name("none.db"), archives=[whole])
@@ -175,6 +198,19 @@ def test_forged_archive_does_not_lead_to_the_base(number: int, position: int) ->
             replayed(path, 5, files)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_archive_whose_head_says_another_state_is_found(number: int) -> None:
+    with ledgers.archived_copy(LEDGER, 8, 20) as (path, files):
+        head, lines = audit_file(files[number]).head, gzip.decompress(files[number].read_bytes()).splitlines()
+        assert head is not None
+        lines[-1] = JSONL.last(ledgers.SIGN(replace(head.statement, state_sha256=b"\1" * 32))).rstrip()
+        files[number].write_bytes(gzip.compress(b"".join(line + b"\n" for line in lines)))
+        assert audit_file(files[number]).finding is None
+        found = audit(path, archives=files)
+        position = head.statement.position
+        assert (found.at, *ledgers.place_of(found.finding)) == (files[number], position, FindingKind.BASE)
+
+
 @FEWER
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_changed_byte_of_an_archive_is_named(index: int, bits: int) -> None:
@@ -191,25 +227,22 @@ def test_changed_byte_of_an_archive_is_named(index: int, bits: int) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE model_snapshots SET body = replace(body, 'alice', 'mallory') WHERE position = 19",
-        "DELETE FROM model_snapshots WHERE position = 19 AND model_id = 'digits'",
+        "UPDATE base_state SET body = replace(body, 'alice', 'mallory') WHERE kind = 'model'",
         (
-            "INSERT INTO model_snapshots (model_id, position, body)"
-            " SELECT 'zoo', position, replace(body, 'digits', 'zoo') FROM model_snapshots"
-            " WHERE position = 19 AND model_id = 'digits'"
+            "INSERT INTO base_state SELECT kind, 'zoo', replace(body, 'digits', 'zoo') FROM base_state"
+            " WHERE key = 'digits'"
         ),
-        "DELETE FROM job_snapshots WHERE position = 19",
-        "UPDATE job_snapshots SET body = replace(body, 'alice', 'mallory') WHERE position = 19",
+        "DELETE FROM base_state WHERE kind = 'job'",
+        "UPDATE base_state SET body = replace(body, 'alice', 'mallory') WHERE kind = 'job'",
     ],
 )
 def test_forged_base_state_is_found_by_archives_alone(change: str) -> None:
     with ledgers.archived_copy(LEDGER, 8, 20) as (path, files):
         with closing(connect(path)) as connection:
             assert connection.execute(change).rowcount > 0
-            connection.execute(
-                "UPDATE archives SET state_sha256 = ? WHERE last_position = 19",
-                (base_state_digest(connection, 19),),
-            )
+            digest = digest_state(read_stored_base(connection).entities)
+            with suspended_triggers(connection):
+                connection.execute("UPDATE base SET state_sha256 = ?", (digest,))
             storage.rebuild(connection)
         assert audit(path).finding is None  # who can write the file can write its hash, too
         found = audit(path, archives=files)
@@ -221,10 +254,10 @@ def test_forged_base_state_is_found_by_archives_alone(change: str) -> None:
 def test_newer_export_shows_that_the_log_was_cut() -> None:
     with ledgers.copy_of(LEDGER) as path:
         late = exported(path, "late.jsonl")
-        assert audit(path, files=[audit_file(late)]).compared == ((late, None),)
+        assert audit(path, files=[audit_file(late)]).finding is None
         ledgers.archive_before(path, 8)
         files = [audit_file(late)]
-        assert audit(path, files=files).compared == ((late, None),)
+        assert audit(path, files=files).finding is None
         ledgers.change_ledger(path, f"DELETE FROM events WHERE position = {HEAD}")
         with closing(connect(path)) as connection:
             storage.rebuild(connection)
@@ -240,15 +273,12 @@ def test_export_that_ends_before_the_base_is_compared_with_archives(end: int) ->
         own, foreign = exported(path, "own.jsonl", end), exported(other, "foreign.jsonl", end)
         archives = ledgers.archive_before(path, 8, 20)
         for file in (own, foreign):
-            with pytest.raises(ArchiveMissing, match=r"give it with --archive, .*: positions \d+ to \d+, '"):
+            with pytest.raises(Archived, match=r"is archived, in '\d+.gz', up to position \d+:"):
                 audit(path, files=[audit_file(file)])
-        assert audit(path, archives=archives, files=[audit_file(own)]).compared == ((own, None),)
+        assert audit(path, archives=archives, files=[audit_file(own)]).finding is None
         found = audit(path, archives=archives, files=[audit_file(foreign)])
         if end:  # without any events they are the same
             assert (found.at, *ledgers.place_of(found.finding)) == (foreign, end, FindingKind.EXPECTATION)
-        if end < 7:
-            with pytest.raises(ArchiveMissing, match="positions 1 to 7"):
-                audit(path, archives=archives[1:], files=[audit_file(own)])
 
 
 @pytest.mark.parametrize("until", ["3", "7", "8", "19", "25", None, TIMES[5]])

@@ -38,6 +38,8 @@ MESSAGE = (
 def test_message_and_signature_have_known_bytes() -> None:
     assert VECTOR.message() == MESSAGE
     assert Statement(0, bytes(32), "", Anchor(0, bytes(32))).message().split(b"\n")[3] == b""
+    archived = replace(VECTOR, state_sha256=b"\2" * 32)
+    assert archived.message() == VECTOR.message() + b"02" * 32 + b"\n"
     assert SIGN(VECTOR).signature == Ed25519PrivateKey.from_private_bytes(bytes(range(32))).sign(MESSAGE)
     assert len(key_id(SIGN.public_key)) == 32
     assert SIGN(VECTOR).members()["key_id"] == key_id(SIGN.public_key)

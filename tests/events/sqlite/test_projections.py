@@ -1,4 +1,4 @@
-"""`verify` compares stored jobs, models and snapshots with a fold of the log, and names what differs."""
+"""`verify` compares stored jobs, models and history with a fold of the log, and names what differs."""
 
 import sqlite3
 from contextlib import closing
@@ -16,12 +16,11 @@ from events.sqlite.projections import StoredJobs
 from events.sqlite.storage import rebuild_file
 
 LEDGER = sound_ledger()
-LONG_LEDGER = sound_ledger(3, snapshots_every=13)
-"""With snapshots at 13, 26, 39, 52 and its end."""
+LONG_LEDGER = sound_ledger(3)
 with copy_of(LEDGER) as _path:
     HEAD, _, HEAD_HASH = rows_of(_path)[-1]
 OPEN_JOBS = (
-    "CREATE TABLE forged AS SELECT created_position, id, body FROM jobs; DROP TABLE jobs;"
+    "CREATE TABLE forged AS SELECT created_position, id, body, landmark FROM jobs; DROP TABLE jobs;"
     "ALTER TABLE forged RENAME TO jobs;"
 )
 """Put a table in the place of the jobs that takes whatever it is given."""
@@ -57,6 +56,8 @@ def test_missing_projection_is_named_at_the_head(statement: str, problem: str) -
         ("jobs", "UPDATE jobs SET body = replace(body, 'alice', 'mallory') WHERE id = 'L0'", "L0"),
         ("jobs", "UPDATE jobs SET created_position = 99 WHERE id = 'L0'", "L0"),
         ("jobs", "UPDATE jobs SET created_position = -1 WHERE id = 'L0'", "L0"),
+        ("jobs", "UPDATE jobs SET landmark = 1 WHERE id = 'L0'", "L0"),
+        ("jobs", "UPDATE jobs SET landmark = NULL WHERE id = 'L0'", "L0"),
         ("jobs", "UPDATE jobs SET id = 'X' WHERE id = 'L0'", "X"),
         ("jobs", "UPDATE jobs SET id = CAST(x'ff' AS TEXT) WHERE id = 'L0'", "\ufffd"),
         ("jobs", "UPDATE jobs SET id = CAST(id AS BLOB) WHERE id = 'L0'", "L0"),
@@ -95,7 +96,7 @@ def test_surplus_jobs_are_read_one_by_one() -> None:
             assert next(stored._walk)[1] == b"F0"
 
 
-# Snapshots.
+# History.
 
 
 def difference(path: Path) -> int | None:
@@ -103,66 +104,43 @@ def difference(path: Path) -> int | None:
     if finding is None:
         return None
     assert finding.kind is FindingKind.PROJECTIONS
-    assert "snapshot" in finding.problem
+    assert "history" in finding.problem or "presence" in finding.problem
     return finding.position
-
-
-def test_snapshots_of_the_writer_are_what_the_log_gives() -> None:
-    with copy_of(LONG_LEDGER) as path:
-        assert difference(path) is None
-        with closing(sqlite3.connect(path)) as connection:
-            found = connection.execute("SELECT position FROM snapshots").fetchall()
-        assert found == [(13,), (26,), (39,), (52,), (54,)]
-        change_ledger(path, "DELETE FROM snapshots WHERE position = 26")  # nobody misses one
-        assert difference(path) is None
 
 
 @FEWER
 @given(st.data())
-def test_changed_character_of_a_snapshot_is_found(data: st.DataObject) -> None:
+def test_changed_character_of_the_history_is_found(data: st.DataObject) -> None:
     with copy_of(LONG_LEDGER) as path:
         with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            rows = connection.execute(
-                "SELECT 'model_snapshots', rowid, position, body FROM model_snapshots"
-                " UNION ALL SELECT 'job_snapshots', rowid, position, body FROM job_snapshots"
-            ).fetchall()
-            table, number, position, body = data.draw(st.sampled_from(rows))
+            rows = connection.execute("SELECT position, model_id, body FROM model_history").fetchall()
+            position, model_id, body = data.draw(st.sampled_from(rows))
             index = data.draw(st.integers(0, len(body) - 1))
             other = body[:index] + chr(ord(body[index]) ^ 1) + body[index + 1 :]
-            connection.execute(f"UPDATE {table} SET body = ? WHERE rowid = ?", (other, number))
+            connection.execute(
+                "UPDATE model_history SET body = ? WHERE position = ? AND model_id = ?",
+                (other, position, model_id),
+            )
         assert difference(path) == position
 
 
 @pytest.mark.parametrize(
     ("statement", "position"),
     [
-        ("DELETE FROM model_snapshots WHERE model_id = 'digits' AND position = 26", 26),
-        ("DELETE FROM model_snapshots WHERE position = 13", 13),
-        ("DELETE FROM job_snapshots WHERE position = 39", 39),
-        ("UPDATE model_snapshots SET position = 7 WHERE model_id = 'digits' AND position = 13", 7),
-        ("UPDATE model_snapshots SET model_id = 'digits2' WHERE model_id = 'digits' AND position = 13", 13),
-        ("INSERT INTO model_snapshots SELECT 'zoo', 26, body FROM model_snapshots LIMIT 1", 26),
-        (
-            "INSERT INTO model_snapshots SELECT model_id, 20, body FROM model_snapshots WHERE position = 39",
-            20,
-        ),
-        ("INSERT INTO job_snapshots SELECT 13, 12, body FROM job_snapshots WHERE position = 39", 13),
-        ("INSERT INTO snapshots VALUES (1000)", 1000),
-        ("UPDATE snapshots SET position = 14 WHERE position = 13", 14),
-        ("INSERT INTO snapshots VALUES (-1)", -1),
-        ("INSERT INTO model_snapshots SELECT 'zoo', -1, body FROM model_snapshots LIMIT 1", -1),
-        ("INSERT INTO model_snapshots SELECT 'zoo', 0, body FROM model_snapshots LIMIT 1", 0),
-        ("INSERT INTO model_snapshots SELECT 'digits', 13.5, body FROM model_snapshots LIMIT 1", 0),
-        ("INSERT INTO model_snapshots SELECT 'digits', 'z', body FROM model_snapshots LIMIT 1", 0),
-        ("INSERT INTO model_snapshots SELECT 'digits', x'00', body FROM model_snapshots LIMIT 1", 0),
-        ("UPDATE model_snapshots SET model_id = CAST(model_id AS BLOB) WHERE position = 26", 26),
-        ("UPDATE model_snapshots SET body = CAST(body AS BLOB) WHERE position = 26", 26),
-        ("INSERT INTO job_snapshots SELECT -1, 1, body FROM job_snapshots LIMIT 1", -1),
-        ("INSERT INTO job_snapshots SELECT 1000, 1, body FROM job_snapshots LIMIT 1", 1000),
-        ("INSERT INTO job_snapshots SELECT 'z', 1, body FROM job_snapshots LIMIT 1", 0),
+        ("DELETE FROM model_history WHERE position = 14", 14),
+        ("UPDATE model_history SET model_id = 'digits2' WHERE position = 14", 14),
+        ("UPDATE model_history SET is_common = 1 WHERE position = 14", 14),
+        ("UPDATE model_history SET position = 1000 WHERE position = 14", 14),
+        ("INSERT INTO model_history SELECT 14, 'zoo', 0, body FROM model_history LIMIT 1", 15),
+        ("INSERT INTO model_history SELECT 1000, 'zoo', 0, body FROM model_history LIMIT 1", 54),
+        ("INSERT INTO model_history SELECT -1, 'zoo', 0, body FROM model_history LIMIT 1", 2),
+        ("UPDATE presence SET state = 'stopped' WHERE position = 1", 1),
+        ("UPDATE presence SET seen_at = at WHERE position = 1", 1),
+        ("DELETE FROM presence WHERE position = 1", 1),
+        ("INSERT INTO presence VALUES (1000, '', 'running', 'now', NULL)", 54),
     ],
 )
-def test_tampered_snapshot_is_found_and_a_rebuild_removes_it(statement: str, position: int) -> None:
+def test_tampered_history_is_found_and_a_rebuild_removes_it(statement: str, position: int) -> None:
     with copy_of(LONG_LEDGER) as path:
         assert change_ledger(path, statement, keeps_triggers=True) > 0
         assert difference(path) == position
@@ -170,10 +148,11 @@ def test_tampered_snapshot_is_found_and_a_rebuild_removes_it(statement: str, pos
         assert difference(path) is None
 
 
-def test_snapshot_before_the_base_is_found_and_a_rebuild_removes_it() -> None:
+def test_history_before_the_base_is_found_and_a_rebuild_removes_it() -> None:
     with copy_of(LONG_LEDGER) as path:
         archive(path, "20", path.with_name("archive.gz"), SIGN, START)
-        change_ledger(path, "INSERT INTO model_snapshots SELECT 'zoo', 5, body FROM model_snapshots LIMIT 1")
-        assert difference(path) == 5
+        assert difference(path) is None
+        change_ledger(path, "INSERT INTO model_history SELECT 5, 'zoo', 1, body FROM model_history LIMIT 1")
+        assert difference(path) == 19
         rebuild_file(path)
         assert difference(path) is None

@@ -136,3 +136,26 @@ async def test_rebuild_names_keys_that_became_bytes(path: Path, table: str, key:
     assert f"the stored {table} had, and the log does not give, {key.encode()!r}" in differences
     assert projections(path) == sound
     assert verify(path).verified
+
+
+@pytest.mark.parametrize(
+    ("statement", "difference"),
+    [
+        ("UPDATE model_history SET body = '{}' WHERE position = 3", "model_history differed at position 3"),
+        ("DELETE FROM model_history WHERE position > 2", "model_history differed at position 3"),
+        (
+            "INSERT INTO model_history VALUES (9999, 'zoo', 0, '{}')",
+            "model_history differed at position 9999",
+        ),
+        ("UPDATE presence SET state = 'stopped' WHERE position = 1", "presence differed at position 1"),
+        ("UPDATE jobs SET landmark = landmark + 1 WHERE id = 'L0'", "jobs differed at 'L0'"),
+    ],
+)
+async def test_rebuild_names_the_history_that_differed(path: Path, statement: str, difference: str) -> None:
+    write_outdated(path, HISTORY)
+    await open_once(path)
+    assert storage.rebuild_file(path).differences == []
+    assert change_ledger(path, statement, keeps_triggers=True) > 0
+    assert not verify(path).verified
+    assert storage.rebuild_file(path).differences == [f"the stored {difference}"]
+    assert verify(path).verified

@@ -37,7 +37,7 @@ def difference(path: Path) -> str | None:
     if found.finding is None:
         return None
     assert (found.finding.position, found.finding.kind) == (found.verification.position, FindingKind.SCHEMA)
-    return found.schema
+    return found.finding.problem.removeprefix("the database's schema: ")
 
 
 @pytest.mark.parametrize("migrations", range(1, len(read_migrations()) + 1))

@@ -2,51 +2,51 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, START, History, as_event, at, opened, write
-from support.ledgers import copy_of, overwrite_pages, store_events
+from support.ledgers import copy_of, cut_off, store_events
 from support.strategies import drafts
 
 from events.errors import Archived, LogUnavailable
 from events.jobs import Job, JobStatus
 from events.sqlite import storage
 from events.sqlite.queries import JobQuery
+from events.sqlite.readonly import open_reader_thread
 from events.sqlite.schema import connect
-from events.sqlite.snapshots import write_base_state
 from events.sqlite.timetravel import (
     BeyondHead,
     InvalidMoment,
     Moment,
     job_at,
     jobs_at,
+    models_at,
     moment_at,
-    open_time_travel_reader,
     parse_time,
-    state_at,
+    read_moment,
 )
 from events.state import State
 from events.types import Event, LoadRequested, UnloadRequested
 
+T = TypeVar("T")
+
 ALL = JobQuery()
+PENDING = JobQuery(status=JobStatus.PENDING)
 
 
 @contextmanager
-def ledger(events: list[Event], snapshots_at: frozenset[int] = frozenset()) -> Iterator[sqlite3.Connection]:
+def ledger(events: list[Event]) -> Iterator[sqlite3.Connection]:
     with copy_of(b"") as path, closing(connect(path)) as connection:
-        store_events(connection, events, snapshots_at)
+        store_events(connection, events)
         yield connection
-
-
-def facts_of(state: State) -> tuple[object, ...]:
-    return state.models, state.unended()
 
 
 @st.composite
@@ -66,9 +66,9 @@ def histories(draw: st.DrawFn) -> list[Event]:
 
 
 @FEWER
-@given(histories(), st.frozensets(st.integers(1, 30), max_size=3))
-def test_past_jobs_are_what_a_fold_gives(events: list[Event], snapshots_at: frozenset[int]) -> None:
-    with ledger(events, snapshots_at) as connection:
+@given(histories())
+def test_past_jobs_are_what_a_fold_gives(events: list[Event]) -> None:
+    with ledger(events) as connection:
         state, jobs = State(), dict[str, Job]()
         for event in [None, *events]:
             if event is not None:
@@ -153,15 +153,6 @@ def test_times_of_rfc_3339_are_parsed() -> None:
 # What is archived.
 
 
-def archive(connection: sqlite3.Connection, position: int) -> None:
-    """Take away the events up to `position`, for which a snapshot stands from then on."""
-    write_base_state(connection, state_at(connection, position))
-    for trigger in ("base_never_changes", "events_never_go"):
-        connection.execute(f"DROP TRIGGER {trigger}")
-    connection.execute("UPDATE base SET position = ?", (position,))
-    connection.execute("DELETE FROM events WHERE position <= ?", (position,))
-
-
 def long_history() -> History:
     history = History()
     history.load("L")  # 1 to 3
@@ -175,15 +166,21 @@ def long_history() -> History:
 
 def test_rebuild_keeps_the_past_since_the_base_only() -> None:
     history = long_history()
-    with ledger(history.facts, frozenset({3, 7})) as connection:
-        before = [state_at(connection, position) for position in range(11)]
+    with ledger(history.facts) as connection:
+        before = [models_at(connection, position) for position in range(11)]
         listed = [jobs_at(connection, position, ALL) for position in range(11)]
-        archive(connection, 5)
-        for position in range(5, 11):
-            for from_base in (True, False):
-                after = state_at(connection, position, from_base=from_base)
-                assert facts_of(after) == facts_of(before[position])
-            assert jobs_at(connection, position, ALL) == listed[position]
+        unended = [jobs_at(connection, position, PENDING) for position in range(11)]
+        cut_off(connection, 5)
+        for rebuilds in (False, True):
+            if rebuilds:
+                storage.rebuild(connection)
+            for position in range(5, 11):
+                assert models_at(connection, position) == before[position]
+                assert jobs_at(connection, position, PENDING) == unended[position]
+                known = {job.id for job in jobs_at(connection, position, ALL)}
+                assert [job for job in listed[position] if job.id in known] == jobs_at(
+                    connection, position, ALL
+                )
         for asked in ("4", at(3), at(5)):
             with pytest.raises(Archived) as refused:
                 moment_at(connection, asked)
@@ -191,29 +188,30 @@ def test_rebuild_keeps_the_past_since_the_base_only() -> None:
         assert moment_at(connection, "5") == Moment(5, None)
         assert moment_at(connection, at(6)) == Moment(6, at(6))
         assert moment_at(connection, "0") == Moment(0, None)
-        storage.rebuild(connection)
-        assert jobs_at(connection, 10, ALL) == listed[10]
-        assert connection.execute("SELECT position FROM snapshots").fetchall() == [(5,)]
-        assert state_at(connection, 10).models == before[10].models
-        connection.execute("DELETE FROM snapshots")
-        with pytest.raises(LogUnavailable, match=r"the snapshot at 5, .* is missing"):
-            state_at(connection, 10)
+        assert models_at(connection, 0) == []
 
 
-def test_page_of_jobs_from_archived_events_takes_one_fold() -> None:
-    history = History()
-    for number in range(20):
-        history.ask_load(f"L{number}", of=f"m{number}")
-    for number in range(20):
-        history.ask_cancel(f"L{number}", of=f"m{number}")
+# Damage.
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("UPDATE model_history SET body = substr(body, 9) WHERE position = 3", "history of 'digits' is dam"),
+        ("UPDATE model_history SET body = '5' WHERE position = 3", "history of 'digits' is damaged"),
+        ("UPDATE model_history SET body = replace(body, '3', '2') WHERE position = 3", "is not its load"),
+        ("UPDATE model_history SET body = replace(body, '3', '99') WHERE position = 3", "99 is not its load"),
+    ],
+)
+def test_damaged_history_is_named_and_rebuilt(damage: str, problem: str) -> None:
+    history = long_history()
     with ledger(history.facts) as connection:
-        listed = jobs_at(connection, 30, ALL)
-        archive(connection, 25)
-        statements: list[str] = []
-        connection.set_trace_callback(statements.append)
-        assert jobs_at(connection, 30, ALL) == listed
-        folds = [each for each in statements if each.startswith("SELECT position, body, hash FROM events")]
-        assert len(folds) == 2  # a page, and that there is no other
+        before = models_at(connection, 3)
+        assert connection.execute(damage).rowcount == 1
+        with pytest.raises(LogUnavailable, match=problem):
+            models_at(connection, 3)
+        storage.rebuild(connection)
+        assert models_at(connection, 3) == before
 
 
 # Beside the writer.
@@ -221,73 +219,30 @@ def test_page_of_jobs_from_archived_events_takes_one_fold() -> None:
 
 async def test_past_is_read_beside_the_writer(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    async with opened(path, now=lambda: START, boottime=float) as log, open_time_travel_reader(path) as past:
+    async with (
+        opened(path, now=lambda: START, boottime=float) as log,
+        open_reader_thread(path, "past") as past,
+    ):
+
+        async def read(at: str, query: Callable[[sqlite3.Connection, int], T]) -> tuple[Moment, T]:
+            return await past.run(partial(read_moment, at=at, query=query))
+
         await write(log, 3)
-        asked = [past.read(str(position), state_at) for position in (1, 2, 3)]
-        assert [state.position for _, state in await asyncio.gather(*asked)] == [1, 2, 3]
+        asked = [read(str(position), models_at) for position in (1, 2, 3)]
+        assert [moment.position for moment, _ in await asyncio.gather(*asked)] == [1, 2, 3]
         await write(log, 1, first=4)
-        assert (await past.read("4", state_at))[0] == Moment(4, log.head.recorded_at)
-        assert (await past.read("0", partial(jobs_at, query=ALL)))[1] == []
-        assert await past.read("4", partial(job_at, job_id="none")) == (Moment(4, log.head.recorded_at), None)
+        assert (await read("4", models_at))[0] == Moment(4, log.head.recorded_at)
+        assert (await read("0", partial(jobs_at, query=ALL)))[1] == []
+        assert await read("4", partial(job_at, job_id="none")) == (Moment(4, log.head.recorded_at), None)
 
 
-DAMAGE = (
-    "UPDATE model_snapshots SET body = substr(body, 9) WHERE position = 8",
-    "UPDATE model_snapshots SET body = '' WHERE position = 8",
-    "UPDATE model_snapshots SET body = '5' WHERE position = 8",
-    "UPDATE model_snapshots SET body = '[' WHERE position = 8",
-    "UPDATE model_snapshots SET body = x'ff' WHERE position = 8",
-    "UPDATE model_snapshots SET body = CAST(x'ff' AS TEXT) WHERE position = 8",
-    "UPDATE job_snapshots SET body = substr(body, 9) WHERE position = 8",
-)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
+async def test_locked_ledger_is_unavailable_not_damaged(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    with ledger(long_history().facts, frozenset({5, 8})) as connection:
+    with ledger(long_history().facts) as connection:
         connection.execute("VACUUM INTO ?", (str(path),))
-    return path
-
-
-async def states(path: Path) -> dict[str, tuple[object, ...]]:
-    async with open_time_travel_reader(path) as past:
-        return {at: facts_of((await past.read(at, state_at))[1]) for at in ("7", "8", "10")}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-async def test_damaged_snapshot_is_skipped_and_logged_once(
-    path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = await states(path)
-    with closing(connect(path)) as connection:
-        assert connection.execute(damage).rowcount > 0
-    assert await states(path) == expected
-    [record] = caplog.records
-    assert "the snapshot at position 8 is damaged" in record.message
-    with closing(connect(path)) as connection:
-        connection.execute(damage.replace("= 8", "= 5"))
-        assert await states(path) == expected
-        assert len(caplog.records) == 2
-        storage.rebuild(connection)
-        assert await states(path) == expected
-    assert len(caplog.records) == 2
-
-
-@pytest.mark.parametrize("table", ["snapshots", "model_snapshots", "job_snapshots"])
-async def test_snapshot_on_damaged_pages_is_skipped(
-    path: Path, table: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = await states(path)
-    overwrite_pages(path, table)
-    assert await states(path) == expected
-    assert caplog.records
-
-
-async def test_locked_ledger_is_unavailable_not_damaged(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        async with open_time_travel_reader(path) as past:
+        async with open_reader_thread(path, "past") as past:
             other.execute("BEGIN EXCLUSIVE")
-            past._thread._connection.execute("PRAGMA busy_timeout = 0")
+            past._connection.execute("PRAGMA busy_timeout = 0")
             with pytest.raises(LogUnavailable, match="locked"):
-                await past.read("10", state_at)
+                await past.run(partial(read_moment, at="10", query=models_at))

@@ -59,9 +59,10 @@ def test_check_finds_failed_loads(tmp_path: Path) -> None:
     assert problems(f"--repository={tmp_path}", "--quick") == [("text/1", "invalid_model")]
 
 
-def test_check_stops_endless_load_at_limit(tmp_path: Path) -> None:
+def test_check_stops_endless_load_at_its_timeout(tmp_path: Path) -> None:
     save(models.endless(), tmp_path, "endless")
-    assert problems(f"--repository={tmp_path}", "--limit-s=0.5") == [("endless/1", "timeout")]
+    (tmp_path / "endless" / "loadledger.toml").write_text("timeout_s = 1\n")
+    assert problems(f"--repository={tmp_path}") == [("endless/1", "timeout")]
 
 
 def test_quick_check_finds_problems_of_files(tmp_path: Path) -> None:

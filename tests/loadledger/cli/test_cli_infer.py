@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loadledger.cli.arrays import build_inputs, describe_data, result_json, write_arrays
-from loadledger.cli.images import ImageOptions
+from loadledger.cli.arrays import ImageOptions, build_inputs, describe_data, result_json, write_arrays
 from loadledger.cli.infer import GivenInput, InputFile, parse_input, read_value
 from loadledger.inference import InferenceHead, InferenceResult
 from loadledger.records import ModelMetadata, ModelTensor

@@ -74,7 +74,7 @@ def test_token_refuses_options(data: Path) -> None:
     for option, values, words in (
         ("expires", ["", "0s", "-1h", "1", "h", "1.5h", "1w", "1h30m", " 1h", "\u0661h", "9" * 9 + "d"], ""),
         ("subject", ["", "SYSTEM ", "a\nb", "x" * 129], "subject"),
-        ("subject", ["al\u00adice"], "U+00AD: it is invisible"),
+        ("subject", ["al\u00adice"], "must be printable"),
         ("role", ["", "root"], "admin, audit, predict"),
     ):
         for value in values:

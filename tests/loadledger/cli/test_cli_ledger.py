@@ -36,7 +36,6 @@ from events.audit.exportreader import audit_file
 from events.audit.signing import as_signed_head, key_id
 from events.audit.verify import verify
 from events.sqlite.datalock import LEDGER, lock_data
-from events.sqlite.storage import FOLDS
 from runtime.store.folder import StoredVersion
 from server.auth.keys import ensure_data_dir, open_signer
 
@@ -89,7 +88,6 @@ def test_verify_prints_head_that_can_be_expected(data: Path) -> None:
         "finding": None,
         "archives": [],
         "proved_after": 0,
-        "base_state_proved": True,
         "files": [],
     }
     [beyond] = lines("verify", "--data", data, "--expect", f"{HEAD + 1}:{'ab' * 32}", code=1)[:1]
@@ -112,8 +110,8 @@ def test_verify_names_archives_that_whole_proof_needs(data: Path, archives: list
     verified = [f"verified: {HEAD - 19} events after position 19", f"head: {head_of(data)}"]
     assert lines("verify", "--data", data) == [
         *verified,
-        "for a whole proof, add: positions 1 to 7, 'first.gz'",
-        "for a whole proof, add: positions 8 to 19, 'second.gz'",
+        "for a whole proof, add: 'first.gz', up to position 7",
+        "for a whole proof, add: 'second.gz', up to position 19",
     ]
     first, second = (("--archive", file) for file in archives)
     assert lines("verify", "--data", data, *second, *first) == [
@@ -125,17 +123,15 @@ def test_verify_names_archives_that_whole_proof_needs(data: Path, archives: list
     ]
     signed = lines("verify", "--data", data, *first, *second, "--key", key_of(data))[4]
     assert signed == f"the archives are signed by the expected key {key_of(data)}"
-    assert "up to position 7" in lines("verify", "--data", data, *second)[-1]
-    found = printed_json("verify", "--data", data, *second)
-    assert (found["verified"], found["proved_after"], found["base_state_proved"]) == (True, 7, False)
-    assert "positions 8 to 19, 'second.gz'" in refused("verify", "--data", data, *first)
+    assert "too: 'first.gz', up to position 7" in refused("verify", "--data", data, *second)
+    assert "too: 'second.gz', up to position 19" in refused("verify", "--data", data, *first)
 
 
 def test_verify_of_archives_in_json(data: Path, archives: list[Path]) -> None:
     first, second = (("--archive", file) for file in archives)
     found = printed_json("verify", "--data", data, *first, *second, "--key", key_of(data))
     assert (found["verified"], found["finding"], found["base"]["position"]) == (True, None, 19)
-    assert (found["proved_after"], found["base_state_proved"]) == (0, True)
+    assert found["proved_after"] == 0
     audited = audit_file(archives[0])
     assert audited.head is not None
     assert found["files"][0] == {
@@ -429,13 +425,17 @@ def test_archive_prints_positions_and_hash(data: Path, tmp_path: Path) -> None:
     check = audit_file(file)
     assert check.head is not None
     assert told.splitlines() == [
-        "archived: positions 1 to 8, 1 ended jobs",
+        "archived: positions 1 to 8",
         f"sha256 of archive.gz: {check.sha256.hex()}",
     ]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert check.head.public_key == open_signer(data).public_key
     assert printed_json("verify", "--data", data)["archives"] == [
-        {"first_position": 1, "last_position": 8, "file": "archive.gz", "folds": FOLDS}
+        {
+            "last_position": 8,
+            "recorded_at": check.head.statement.recorded_at,
+            "file": "archive.gz",
+        }
     ]
     assert "archived" in refused("export", "--data", data, "--after", 3, tmp_path / "export")
     done = printed_json("archive", "--data", data, "--before", 12, tmp_path / "b.gz")

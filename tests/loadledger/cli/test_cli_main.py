@@ -104,9 +104,6 @@ def test_alias_leads_to_command(typed: str, usage: str) -> None:
     [
         ("modles", "did you mean models"),
         ("lod", "load"),
-        ("open", "did you mean console?"),
-        ("logout", "did you mean token revoke?"),
-        ("status", "did you mean models, resources or jobs?"),
         ("xyzzy", "`loadledger --help` lists them"),
         ("serve --nope", "--nope"),
         ("key nope", "nope"),
@@ -186,7 +183,7 @@ def modules_of(*arguments: str) -> set[str]:
     "arguments",
     [
         *("--help", "load --help", "load m --wait", "models", "jobs", "resources", "events --follow"),
-        *("infer m -i x=1", "top --once", "completion zsh"),
+        *("infer m x=1", "top", "completion zsh"),
     ],
 )
 def test_thin_command_imports_nothing_heavy(arguments: str) -> None:

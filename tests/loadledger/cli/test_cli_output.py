@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any, get_args
 
 import click
@@ -20,6 +21,7 @@ from loadledger.cli import jobs, models, top
 from loadledger.cli.events import event_line
 from loadledger.cli.jobs import count_steps, describe_progress
 from loadledger.cli.output import (
+    PROBLEMS,
     display_width,
     format_age,
     format_cell,
@@ -210,3 +212,8 @@ def test_unknown_event_is_one_printable_line(members: dict[str, Any]) -> None:
 def test_invalid_json_is_one_printable_line() -> None:
     for line in (b"", b"[1]", b"{", b"\xff"):
         assert event_line(line).isprintable()
+
+
+@pytest.mark.parametrize("place", PROBLEMS)
+def test_problems_that_end_a_command_are_exceptions(place: str) -> None:
+    assert issubclass(resolve_name(place), Exception)

@@ -10,8 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.history import PLAIN
 
-from loadledger import Busy
-from loadledger.cli.options import explain_problem
 from loadledger.profiles import (
     DEFAULT_URL,
     MAX_PROFILE_BYTES,
@@ -130,8 +128,3 @@ def test_written_profile_reads_back(tmp_path_factory: pytest.TempPathFactory, ur
     assert read_profile(path) == ServerTarget(url, token)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [each.name for each in path.parent.iterdir()] == ["p.toml"]
-
-
-def test_refused_inference_gets_advice() -> None:
-    advice = explain_problem(Busy(503, "model_not_loaded", "m is not loaded"), ServerTarget())
-    assert advice.endswith("m is not loaded (model_not_loaded); `loadledger load MODEL --wait` loads it")

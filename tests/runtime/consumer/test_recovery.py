@@ -20,8 +20,7 @@ from support.ledgers import database_of, unwritable
 from support.running import Engine, code_of, gone, running, stopped_clock
 from support.workers import freeze, until
 
-from events.accept import OUTDATED
-from events.commands import RequestCancel
+from events.commands import OUTDATED, RequestCancel
 from events.errors import LogUnavailable, RequestRefused
 from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
@@ -142,7 +141,7 @@ async def test_cancelled_load_of_dead_worker_records_both(engine: Engine) -> Non
 async def test_load_whose_workers_were_ended_begins_again(engine: Engine) -> None:
     job_id = await engine.ask_load("slow")
     load = await engine.loading("slow")
-    engine.consumer.end_workers()
+    load.kill()
     await until(lambda: engine.consumer.loads.get(job_id) not in (None, load))
     assert load.run.is_finished
     await engine.unload("slow", force=True)

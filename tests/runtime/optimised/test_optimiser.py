@@ -25,7 +25,7 @@ from runtime.repository import Repository
 from runtime.scheduler.view import Policy
 from runtime.store.versions import Versions
 
-SLOW = models.slow_to_fold(side=300, depth=60)
+SLOW = models.slow_to_fold(side=300, depth=20)
 """ONNX Runtime takes a while to load it each time, and none to load its optimised model."""
 SLOWER = models.slow_to_fold(side=400, depth=20)
 """An attempt lasts long enough for a test to interfere with it."""

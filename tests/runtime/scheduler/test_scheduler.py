@@ -10,7 +10,7 @@ from events.models import ModelState
 from events.types import Cause
 from runtime.scheduler.actions import Decision, FailLoad, FailModel
 from runtime.scheduler.scheduler import FORK_SERVER_POLL_S, decide, is_load_current
-from runtime.scheduler.view import Observations, Policy
+from runtime.scheduler.view import Observations, Policy, SchedulerView
 
 NEXT_ACTIONS = """
 # facts                                      | processes               | next action
@@ -221,7 +221,7 @@ def test_deadline_counts_from_when_its_event_was_folded() -> None:
     clock.note(1, at(0))
     history = given("request_10s start")  # at 1, due at 11
     found = [
-        decide(history.state, {}, Policy(1), at(seconds), Observations(clock=clock)).action
+        decide(SchedulerView(history.state, {}, Policy(1), at(seconds), Observations(clock=clock))).action
         for seconds in (12, 110.9, 111)
     ]
     assert [isinstance(action, FailLoad) and action.code == "timeout" for action in found] == [

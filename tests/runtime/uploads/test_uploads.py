@@ -27,7 +27,6 @@ from runtime.uploads.receive import (
     BadPath,
     FileReceiver,
     InsufficientStorage,
-    NotOnnx,
     RepositoryReadOnly,
     UploadTooLarge,
     check_path,
@@ -451,8 +450,9 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 async def test_body_that_is_no_model_is_refused(folder: Path, name: str) -> None:
     async with opened_uploads(folder) as (uploads, _):
-        with pytest.raises(NotOnnx, match=r"model\.onnx (is|ends)"):
+        with pytest.raises(RuntimeProblem, match=r"model\.onnx (is|ends)") as refused:
             await uploads.add(*M1, body_of(BODIES[name]))
+        assert refused.value.code == "not_onnx"
         assert files_in(folder / "repository") == {}
 
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing
@@ -11,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_private_key
 from support import models
-from support.http import LocalApi
+from support.http import LocalApi, application
 from support.ledgers import unwritable
+from support.servers import events
 
+from events.audit.backup import back_up
 from events.audit.kepthead import KEPT_HEAD
-from events.audit.signing import as_signed_head, key_id
+from events.audit.signing import HeadSigner, as_signed_head, key_id
 from events.errors import RolledBack
 from events.sqlite.datalock import LEDGER
-from server.auth.keys import KeyProblem, keys_folder, list_keys, open_signer
+from events.types import RollbackAccepted
+from server.auth.keys import LEDGER_KEY, KeyProblem, ensure_data_dir, keys_folder, list_keys, open_signer
+from server.config import Config
 
 HEAD = "/api/v1/events/head"
 Start = Callable[..., Awaitable[LocalApi]]
@@ -113,6 +119,49 @@ async def test_older_ledger_in_the_same_directory_is_refused(start: Start) -> No
     with pytest.raises(RolledBack, match="--accept-rollback"):
         await start()
     assert ledger.read_bytes() == older
+
+
+def forge(data: Path) -> None:
+    kept = as_signed_head(json.loads((data / KEPT_HEAD).read_text()))
+    forged = HeadSigner(Ed25519PrivateKey.generate())(kept.statement)
+    (data / KEPT_HEAD).write_text(json.dumps(forged.members()))
+
+
+async def test_ledger_without_its_own_head_is_served_once_accepted(start: Start, config: Config) -> None:
+    """As somebody leaves it who can write the data directory, and cannot read the ledger's key."""
+    await (await start()).client.close()
+    forge(config.data)
+    with pytest.raises(RolledBack, match="signed by another key"):
+        await start()
+    async with application(config, accepts_rollback=True):
+        pass
+    assert [event.type for event in await events(config)].count(RollbackAccepted.TYPE) == 1
+    await (await start()).client.close()
+
+
+async def test_server_killed_before_its_first_event_starts(start: Start, config: Config) -> None:
+    ensure_data_dir(config.data)
+    kept = as_signed_head(json.loads((config.data / KEPT_HEAD).read_text()))
+    assert (kept.statement.position, kept.holds()) == (0, True)
+    await start()
+
+
+async def test_lost_key_is_no_rollback(start: Start, config: Config) -> None:
+    await (await start()).client.close()
+    (config.data / LEDGER_KEY).unlink()
+    await (await start()).client.close()
+    assert RollbackAccepted.TYPE not in [event.type for event in await events(config)]
+
+
+async def test_copy_with_the_keys_of_before_is_served(start: Start, config: Config, tmp_path: Path) -> None:
+    """The head that was kept beside the keys is older than the copy, which contains it."""
+    await (await start()).client.close()
+    restored = Config(repository=config.repository, data=tmp_path / "restored")
+    shutil.copytree(config.data, restored.data)
+    await (await start()).client.close()
+    back_up(config.data / LEDGER, restored.data / LEDGER)
+    async with application(restored):
+        pass
 
 
 async def test_readers_leave_the_writers_locks(shared: LocalApi) -> None:

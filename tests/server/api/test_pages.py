@@ -1,6 +1,8 @@
 """The console and `/docs` as served; `tests/system/test_console.py` uses the console in a browser."""
 
+import json
 import re
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 
@@ -14,13 +16,15 @@ from support.http import small_app, small_config
 
 from server.api import pages
 from server.app import all_routes
+from tools.vendored import PACKAGES, RECORD, UnknownSpecifier, rewrite
 
 Client = TestClient[web.Request, web.Application]
 
 STATIC = Path(__file__).parents[3] / "server" / "static"
 OWN = set(STATIC.iterdir())
 SCRIPTS = sorted(path for path in STATIC.glob("*.js") if path.name != "init.js")
-IMPORT = re.compile(r'^import .* from "\./([a-z]+\.js)";$', re.MULTILINE)
+VENDOR = STATIC / "vendor"
+IMPORT = re.compile(r'\bfrom ?"\./((?:vendor/)?[a-z-]+\.js)";?')
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ async def test_page_has_nothing_inline_and_its_files_are_served(client: Client, 
     for name in names:
         file = await client.get(name)
         assert file.status == 200, name
-        content, own = await file.read(), STATIC / name.rpartition("/")[2]
+        content, own = await file.read(), STATIC / name.removeprefix("/console/").rpartition("static/")[2]
         assert content == own.read_bytes() if own in OWN else content
 
 
@@ -50,8 +54,30 @@ async def test_every_script_is_imported_and_served(client: Client) -> None:
         found.add(name)
         file = await client.get(f"/console/{name}")
         assert (file.status, file.content_type) == (200, "text/javascript"), name
-        needed |= set(IMPORT.findall(await file.text()))
-    assert found == {path.name for path in SCRIPTS}
+        folder = "vendor/" if name.startswith("vendor/") else ""
+        needed |= {folder + imported for imported in IMPORT.findall(await file.text())}
+    assert found == {path.relative_to(STATIC).as_posix() for path in (*SCRIPTS, *VENDOR.glob("*.js"))}
+
+
+def test_vendored_files_are_those_that_the_tool_wrote() -> None:
+    record = json.loads((VENDOR / RECORD).read_text(encoding="utf-8"))
+    assert [(each["package"], each["version"]) for each in record] == [
+        (package.name, package.version) for package in PACKAGES
+    ]
+    hashes = {file["file"]: file["written"] for package in record for file in package["files"]}
+    assert {RECORD, *hashes} == {path.name for path in VENDOR.iterdir()}
+    for name, written in hashes.items():
+        assert sha256((VENDOR / name).read_bytes()).hexdigest() == written, name
+    assert sum(name.startswith("LICENSE-") for name in hashes) == len(PACKAGES)
+
+
+def test_bare_specifier_is_rewritten_and_unknown_one_refused() -> None:
+    published = 'import{options as n}from"preact";export{signal}from"@preact/signals-core";\n'
+    assert rewrite(f"{published}//# sourceMappingURL=hooks.mjs.map") == (
+        'import{options as n}from"./preact.js";export{signal}from"./signals-core.js";\n\n'
+    )
+    with pytest.raises(UnknownSpecifier, match="preact/compat"):
+        rewrite('import x from "preact/compat";')
 
 
 SELF, NONE = "'self'", "'none'"
@@ -77,7 +103,9 @@ async def test_policy_lets_only_this_server_in(client: Client, path: str, policy
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
 
 
-@pytest.mark.parametrize("path", ["/", "/console/main.js", "/console/console.css", "/console/console.svg"])
+@pytest.mark.parametrize(
+    "path", ["/", "/console/main.js", "/console/vendor/preact.js", "/console/console.svg"]
+)
 async def test_unchanged_console_file_is_304(client: Client, path: str) -> None:
     first = await client.get(path)
     assert first.headers["Cache-Control"] == "no-cache"
@@ -92,6 +120,8 @@ async def test_unchanged_console_file_is_304(client: Client, path: str) -> None:
     "path",
     [
         "/console/docs.html", "/console/init.js", "/console/none.js", "/console/..%2f__init__.py",
+        "/console/preact.js", "/console/vendor/none.js", "/console/vendor/vendored.json",
+        "/console/vendor%2fpreact.js",
         "/console/%2e%2e%2fconsole.py", "/console/console.css%00", f"/console/{'x' * 99}",
         "/docs/static/index.html", "/docs/static/swagger-ui.js.map", "/docs/static/..%2f__init__.py",
         "/docs/static/%2e%2e/docs.html", "/docs/static/",
@@ -111,7 +141,7 @@ def test_script_writes_text_only(path: Path) -> None:
         r"\beval\(|document\.cookie|new (Function|EventSource|WebSocket)",
     ):
         assert not re.search(forbidden, script)
-    keeps = {"attention.js"}  # which problems were acknowledged: nothing secret, and for this browser only
+    keeps = {"problems.js"}  # which problems were acknowledged: nothing secret, and for this browser only
     assert ("localStorage" in script) == (path.name in keeps)
     assert set(re.findall(r'https?://[^"`\s]+', script)) <= {"http://www.w3.org/2000/svg"}
 

@@ -12,10 +12,7 @@ from support.workers import computing, until
 
 from runtime.cgroups import count_usable_cpus
 from runtime.memory import private_bytes
-from runtime.scheduler.admission import (
-    BYTES_PER_MODEL_BYTE,
-    WORKER_BYTES,
-)
+from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.worker.landlock import find_abi
 from server.appkeys import CONSUMER
 

@@ -29,6 +29,14 @@ async def test_timeline_shows_loads_and_their_bytes(shared: LocalApi) -> None:
     assert answer.json["as_of"] == shared.position
 
 
+async def test_timeline_has_lane_of_model_unknown_in_its_range(shared: LocalApi) -> None:
+    before = f"from=2026-01-01T00:00:00Z&to={shared.position}"
+    shared.save(models.add(), "late")
+    await shared.load("late")
+    answer = await shared.get(f"/api/v1/timeline?find=late&{before}", roles=("audit",))
+    assert [(lane["model_id"], lane["segments"]) for lane in answer.json["lanes"]] == [("late", [])]
+
+
 @pytest.mark.parametrize("query", REFUSED)
 async def test_timeline_refuses_invalid_ranges(shared: LocalApi, query: str) -> None:
     assert (await shared.get(f"/api/v1/timeline?{query}")).refusal == (400, REFUSED[query])

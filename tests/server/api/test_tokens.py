@@ -218,7 +218,7 @@ async def test_socket_manages_tokens_within_limits(deep: LocalApi) -> None:
     used = await deep.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
     assert (used.json["subject"], (await send(deep, used.json["token"])).status) == (ME, 200)
     made = await deep.app[TOKENS].issue("eve", ["admin"], expires_s=60, actor="eve", via="serve")
-    assert deep.app[LOG].state.tokens[made.jti].via == "serve"
+    assert deep.app[LOG].state.registers.tokens[made.jti].via == "serve"
     with pytest.raises(Exception, match="no route"):
         await asyncio.to_thread(local.get, "/api/v1/models")
     local.close()

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from contextvars import Context
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -115,3 +116,10 @@ INVALID = ("", "x" * 129, "a b", "a\n", "\u00e9", "a\x1b[31m", "\u2028")
 def test_request_id_of_the_client_is_kept_if_valid(name: str) -> None:
     assert output.valid_request_id([name]) == (name if name in VALID else None)
     assert output.valid_request_id([name, name]) is None
+
+
+def test_packages_with_loggers_have_the_log_level() -> None:
+    root = Path(output.__file__).parents[2]
+    logging_modules = (path for path in root.glob("*/**/*.py") if "getLogger(__name__)" in path.read_text())
+    packages = {path.relative_to(root).parts[0] for path in logging_modules}
+    assert packages & {"events", "nodes", "runtime", "server"} == {*output.OURS}

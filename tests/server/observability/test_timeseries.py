@@ -1,13 +1,10 @@
 """Samples for charts: quantiles of histograms, counts between samples, and what two ranges keep."""
 
-from dataclasses import replace
-
 import pytest
 
 from events.types import LoadParameters
 from runtime.consumer.running import RunningLoad
 from runtime.statistics import Statistics
-from server.observability import timeseries
 from server.observability.timeseries import MERGED, RANGES, Latencies, Memory, TimeSeries, quantile
 
 BOUNDS = (0.1, 0.2, 0.4)
@@ -88,23 +85,12 @@ def replaced(**changes: int) -> Memory:
     return Memory(**{name: changes.get(name, 1) for name in Memory.__struct_fields__})
 
 
-def test_model_without_process_has_gaps_and_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timeseries, "_LONG", replace(LONG, samples=2))
+def test_model_without_process_has_gaps_and_is_forgotten() -> None:
     seen = TimeSeries()
     seen.sample("0", NOW, {})
     seen.sample("1", NOW, {"j": running("j")})
     seen.sample("2", NOW, {})
     assert [(at, sample is None) for at, sample in seen.of_model("m", SHORT)] == [("1", False), ("2", True)]
-    for _ in range(3 * MERGED):
+    for _ in range(SHORT.samples):
         seen.sample("later", NOW, {})
-    assert (seen.models, seen.of_model("m", SHORT)) == (0, [])
-
-
-def test_models_beyond_the_limit_count_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timeseries, "MAX_MODELS", 1)
-    seen, loads = TimeSeries(), {name: running(name, name) for name in ("a", "b")}
-    for load in loads.values():
-        answer(load, 2)
-    seen.sample("1", NOW, loads)
-    assert (seen.models, seen.of_model("b", SHORT)) == (1, [])
-    assert sum(seen.of_server(SHORT)[0].counts) == 2
+    assert seen.of_model("m", SHORT) == []

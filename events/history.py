@@ -1,0 +1,130 @@
+"""The history of models and jobs in rows: what each event made of a model, and when a job was unended. Pure.
+
+A row has what the API shows of a model. What its `ModelLoaded` said is not repeated in each row: a row names
+the position of that event. What only the scheduler needs (footprints, incidents, back-off, removed versions)
+is in no row; a fold of the log has it. `events.sqlite.history` stores the rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from events.jobs import Failure, Job
+from events.models import Model, ModelState, Serving
+from events.types import Cause, UnloadRequested, VersionAdded
+
+NOT_LOADED = _UNLOADED, _FAILED = ModelState.UNLOADED, ModelState.FAILED
+
+
+class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
+    """A model after an event, as it is stored and shown, but for what its load's event says.
+
+    Attributes:
+        version: as `Model.version`.
+        next: the version of the load that has started, or that waits while the model is not loaded.
+        job: the id of that load's job.
+        rank: as `Model.rank`.
+        load: position of the `ModelLoaded` of the load that serves, or that was unloaded for replacement.
+        workers: how many are left of the load that serves; None while no load does.
+        degraded: as `Model.degraded`.
+        node: as `Serving.node_id`; `asked_by` and `brought_back` are there, too.
+        error: of the last failure.
+    """
+
+    state: ModelState
+    version: int | None = None
+    next: int | None = None
+    job: str | None = None
+    rank: int | None = None
+    load: int | None = None
+    workers: int | None = None
+    degraded: bool = False
+    node: str | None = None
+    asked_by: str | None = None
+    brought_back: Cause | None = None
+    error: Failure | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the model is not loaded, and a load of it waits to start."""
+        return self.job is not None and self.state in NOT_LOADED
+
+    @property
+    def next_version(self) -> int | None:
+        """As `Model.next_version`."""
+        return self.next if self.state is ModelState.LOADED else None
+
+
+class ShownModel(NamedTuple):
+    """A model as the API shows it, now or at a moment of the past.
+
+    `load` is the one that serves: of what can change later (workers, node, who asked), the row counts.
+    """
+
+    id: str
+    row: ModelRow
+    load: Serving | None
+
+
+UNSHOWN = frozenset({UnloadRequested, VersionAdded})
+"""Events that change nothing of a model that a row has; `VersionRemoved` may be the first of its model."""
+
+
+def make_row(model: Model) -> ModelRow:
+    state, serving, version, job = model.state, model.serving, None, None
+    if model.loads:
+        waits = state is _UNLOADED or state is _FAILED
+        pending = model.loads[0] if waits else model.started_load
+        if pending is not None:
+            version, job = pending.version, pending.job_id
+    if serving is None:
+        load = None if model.previous is None else model.previous.position
+        return ModelRow(state, model.version, version, job, model.rank, load, error=model.error)
+    return ModelRow(
+        state,
+        serving.version,
+        version,
+        job,
+        model.rank,
+        serving.position,
+        len(serving.worker_ids),
+        serving.degraded_at is not None and model.degraded,
+        serving.node_id,
+        serving.asked_by,
+        serving.brought_back,
+        model.error,
+    )
+
+
+def describe_model(model: Model) -> ShownModel:
+    """Return a model of the fold as the API shows it."""
+    return ShownModel(model.id, make_row(model), model.serving)
+
+
+def find_landmark(job: Job) -> int | None:
+    """Return the landmark of an ended job: the roundest position after which it had not ended.
+
+    That is the one which the highest power of two divides. Jobs that had not ended at a position are found by
+    their landmarks (`landmarks_around`), with an index of one number for each job.
+    """
+    if not job.ended or job.position <= job.created_position:  # the latter is forged
+        return None
+    bits = ((job.created_position - 1) ^ (job.position - 1)).bit_length() - 1
+    return (job.position - 1) >> bits << bits
+
+
+def landmarks_around(position: int) -> list[int]:
+    """Return the landmarks that ranges of positions around `position` can have: two for each power of two."""
+    below = [position >> bits << bits for bits in range(_POSITION_BITS)]
+    return sorted({*below, *(each + (1 << bits) for bits, each in enumerate(below))})
+
+
+_POSITION_BITS = 62
+"""Positions are 64-bit integers; sums of two stay below their limit."""
+
+
+encode_row = msgspec.json.Encoder(order="sorted").encode
+decode_row = msgspec.json.Decoder(ModelRow).decode

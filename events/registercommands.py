@@ -1,0 +1,210 @@
+"""Commands about tokens and nodes, which concern no model, and the decisions on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from events.clock import Timestamp
+from events.commands import (
+    OUT_OF_DATE,
+    Accepted,
+    Condition,
+    Decision,
+    DecisionInput,
+    Existing,
+    Refused,
+    RegisterCommand,
+)
+from events.nodes import Node, NodePhase
+from events.state import State
+from events.tokens import MAX_TOKENS, count_valid, find_issued
+from events.types import (
+    SYSTEM,
+    Confinement,
+    Draft,
+    NodeDraining,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+    SignInLinkUsed,
+    TokenIssued,
+    TokenRevoked,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class IssueToken(RegisterCommand):
+    """Record a new token, which its caller has signed.
+
+    Attributes:
+        issued: what to record.
+        link_id: the sign-in link that it is for, whose use is recorded before.
+    """
+
+    issued: TokenIssued
+    actor: str
+    link_id: str | None = None
+
+    def decide(self, at: DecisionInput) -> Decision:
+        tokens = at.state.registers.tokens
+        if len(tokens) >= MAX_TOKENS and count_valid(tokens, at.now) >= MAX_TOKENS:
+            return Refused(
+                "too_many_tokens",
+                f"{MAX_TOKENS} tokens have not expired yet; let tokens expire sooner, or issue fewer",
+            )
+        drafts = [Draft(at.new_id(), self.issued, self.actor)]
+        if self.link_id is not None:
+            drafts.insert(0, Draft(at.new_id(), SignInLinkUsed(self.link_id), self.actor))
+        return Accepted(tuple(drafts))
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeToken(RegisterCommand):
+    """Refuse a token from now on.
+
+    `expires_at` is when it expires at the latest: without it only tokens that the ledger issued are revoked.
+    `with_issued` revokes those that it issued, too, and that these issued in turn.
+    """
+
+    jti: str
+    actor: str
+    expires_at: Timestamp | None = None
+    with_issued: bool = False
+
+    def decide(self, at: DecisionInput) -> Decision:
+        token = at.state.registers.tokens.get(self.jti)
+        if token is None and self.expires_at is None:
+            return Refused(
+                "unknown_token",
+                f"the ledger knows no token {self.jti[:64]!r} that may still be valid; for a token of an "
+                "identity provider, say how long it is valid at most (`expires_s`, `--expires`)",
+            )
+        is_revoked = token is not None and token.is_revoked
+        expires_at = self.expires_at if token is None else None
+        revoked = [] if is_revoked else [TokenRevoked(self.jti, expires_at)]
+        if self.with_issued:
+            revoked += [TokenRevoked(jti) for jti in find_issued(at.state.registers.tokens, self.jti)]
+        if not revoked:
+            return Existing(None)
+        return Accepted(tuple([Draft(at.new_id(), data, self.actor) for data in revoked]))
+
+
+class NodeCurrent(Condition, frozen=True, gc=False):
+    """This epoch of the node has not ended: nothing is appended by a node that was lost."""
+
+    node_id: str
+    epoch: int
+
+    def holds(self, state: State) -> bool:
+        return _is_present(state, self.node_id, self.epoch)
+
+
+class NodeUnchanged(Condition, frozen=True, gc=False):
+    """No event changed this node: it has not left, and is not being drained since then."""
+
+    node: Node
+
+    def holds(self, state: State) -> bool:
+        return state.registers.nodes.get(self.node.id) == self.node
+
+
+@dataclass(frozen=True, slots=True)
+class JoinNode(RegisterCommand):
+    """Begin the next epoch of a node, and end the one before if that has not ended.
+
+    The epoch is in the state then: the node there has the position of the receipt, unless another process
+    joined as the same node since. The attributes are those of `NodeJoined`, what signs its statement with a
+    key that the nodes share, and the epoch in the node's lease: the state may have forgotten it.
+    """
+
+    node_id: str
+    address: str
+    labels: tuple[str, ...] = ()
+    budget_bytes: int | None = None
+    release: str = ""
+    public_key: str | None = None
+    last_seen_at: Timestamp | None = None
+    no_node_since: Timestamp | None = None
+    confinement: Confinement | None = None
+    instance: str = ""
+    sign: Callable[[bytes], str] | None = None
+    last_epoch: int = 0
+
+    def decide(self, at: DecisionInput) -> Decision:
+        """Join. An event is proof that a server was there when it was recorded."""
+        before, since = at.state.registers.nodes.get(self.node_id), self.no_node_since
+        joined = NodeJoined(
+            self.node_id,
+            max(0 if before is None else before.epoch, self.last_epoch) + 1,
+            self.address,
+            self.labels,
+            self.budget_bytes,
+            self.release,
+            self.public_key,
+            unclean=before is not None and before.phase is not NodePhase.LEFT,
+            last_seen_at=self.last_seen_at,
+            no_node_since=None if since is None else min(at.now, max(since, at.state.recorded_at)),
+            confinement=self.confinement,
+            instance=self.instance,
+        )
+        if self.sign is not None:
+            joined = replace(joined, after=at.previous.hex())
+            joined = replace(joined, signature=self.sign(joined.statement))
+        return Accepted((Draft(at.new_id(), joined, SYSTEM),))
+
+
+@dataclass(frozen=True, slots=True)
+class DrainNode(RegisterCommand):
+    """Drain a node: its models move to other nodes, and it takes no more loads."""
+
+    node_id: str
+    actor: str
+
+    def decide(self, at: DecisionInput) -> Decision:
+        node = at.state.registers.nodes.get(self.node_id)
+        if node is None:
+            return Refused("unknown_node", f"no node {self.node_id[:64]!r} ever joined this ledger")
+        if not node.is_present:
+            end = "left" if node.phase is NodePhase.LEFT else "was lost"
+            return Refused("node_ended", f"node {node.id!r} {end} at {node.ended_at}, so nothing is to drain")
+        if node.phase is NodePhase.DRAINING:
+            return Existing(None)
+        return Accepted((Draft(at.new_id(), NodeDraining(node.id, node.epoch), self.actor),))
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveNode(RegisterCommand):
+    """End an epoch of a node in order, when its workers have ended."""
+
+    node_id: str
+    epoch: int
+
+    def decide(self, at: DecisionInput) -> Decision:
+        if not _is_present(at.state, self.node_id, self.epoch):
+            return OUT_OF_DATE
+        return Accepted((Draft(at.new_id(), NodeLeft(self.node_id, self.epoch), SYSTEM),))
+
+
+@dataclass(frozen=True, slots=True)
+class LoseNode(RegisterCommand):
+    """End an epoch of a node that did not renew its lease, last at `last_renewed_at`."""
+
+    node_id: str
+    epoch: int
+    last_renewed_at: Timestamp
+
+    def decide(self, at: DecisionInput) -> Decision:
+        if not _is_present(at.state, self.node_id, self.epoch):
+            return OUT_OF_DATE
+        return Accepted(
+            (Draft(at.new_id(), NodeLost(self.node_id, self.epoch, self.last_renewed_at), SYSTEM),)
+        )
+
+
+def _is_present(state: State, node_id: str, epoch: int) -> bool:
+    """Whether this epoch of a node has not ended: it ends once."""
+    node = state.registers.nodes.get(node_id)
+    return node is not None and node.is_present and node.epoch == epoch

@@ -1,0 +1,71 @@
+"""Registers: what is folded from events that concern no model, by id. They are issued tokens, and nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Never
+
+from events.jobs import Job
+from events.models import Model
+from events.nodes import Node, evolve_nodes
+from events.presence import Transition, list_transitions
+from events.tokens import Token, evolve_tokens
+from events.types import OF_NODES, OF_TOKENS, Event
+
+RegisterEntry = Token | Node
+RegisterChanges = Mapping[str, Mapping[str, RegisterEntry | None]]
+"""The entries that changed, by the register's name and their ids; None for those that went."""
+
+NOTHING: Mapping[str, Never] = MappingProxyType({})
+
+OF_REGISTERS = frozenset({*OF_TOKENS, *OF_NODES})
+"""The events that change a register."""
+
+
+@dataclass(slots=True)
+class Registers:
+    """The registers of a state.
+
+    Attributes:
+        tokens: issued and revoked ones, by their ids; a map is changed in place, unless it is shared.
+        nodes: the servers that share the ledger, by their names; a map is never changed.
+    """
+
+    tokens: dict[str, Token] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    _shares_tokens: bool = field(default=False, compare=False, repr=False)
+
+    def fork(self) -> Registers:
+        """Return registers for a transaction, with the same maps."""
+        return Registers(self.tokens, self.nodes, _shares_tokens=True)
+
+    def items(self) -> Iterable[tuple[str, Mapping[str, Token] | Mapping[str, Node]]]:
+        return ("tokens", self.tokens), ("nodes", self.nodes)
+
+    def apply(
+        self, event: Event, models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]
+    ) -> tuple[RegisterChanges, Sequence[Transition]]:
+        """Return what an event changes; `models` and `unended` say which entries have to stay."""
+        data, position, recorded_at = event.data, event.position, event.recorded_at
+        if isinstance(data, OF_TOKENS):
+            if self._shares_tokens:
+                self.tokens, self._shares_tokens = dict(self.tokens), False
+            tokens = evolve_tokens(
+                self.tokens, data, position=position, recorded_at=recorded_at, actor=event.actor
+            )
+            return {"tokens": tokens}, ()
+        if not isinstance(data, OF_NODES):
+            return NOTHING, list_transitions(event, self.nodes, NOTHING)
+        before, self.nodes = self.nodes, dict(self.nodes)
+        owners = partial(_list_owners, models, unended)
+        nodes = evolve_nodes(self.nodes, data, position=position, recorded_at=recorded_at, read_owners=owners)
+        return {"nodes": nodes}, list_transitions(event, before, nodes)
+
+
+def _list_owners(models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]) -> set[str]:
+    """Return the nodes that own a model or a job."""
+    owners = {model.serving.node_id for model in models.values() if model.serving is not None}
+    return {each for each in (*owners, *(job.node_id for job in unended())) if each is not None}

@@ -1,0 +1,388 @@
+"""Forwarding of requests about a loaded model to the node that has it.
+
+Any node answers for any model. A request about a model that the state says is loaded at another node goes
+to that node's address over HTTP: the same body, unparsed, and a token of this node in place of the client's
+(`nodes.peers`). The answer comes back as it is. A forwarded request names the node that sent it, and
+how far that one knows the ledger: its receiver answers by a state that is no older, and never forwards it
+again. A request about a stage of a version goes to the node that its id names, with its body as it arrives. A
+server alone has no forwarder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import aiohttp
+from aiohttp import hdrs, web
+from multidict import CIMultiDict
+from yarl import URL
+
+from events.log import Log
+from events.nodes import Node
+from nodes.decisions import find_node
+from nodes.peers import CATCH_UP_S, Peers, read_position
+from nodes.thisnode import THIS_NODE
+from runtime.errors import InferenceTimeout
+from runtime.router import Router, There
+from runtime.timeouts import TimeoutExpired, timeout
+from runtime.wire import Buffer
+from server.appkeys import CONFIG, LOG, ROUTER
+from server.auth.gate import FORWARDED, POSITION, PRINCIPAL
+from server.auth.ratelimit import QUOTA
+from server.cluster import FORWARDING, NODE_ADDRESS
+from server.config import MAX_BODY_BYTES
+from server.errors import ANSWERING_NODE, NODE, ServerProblem
+from server.http.bodies import Share, read_body
+from server.http.connection import read_body_into
+from server.http.responses import DirectResponse
+from server.observability.output import REQUEST_ID, begin_context
+from server.v2.codec import HEADER_LENGTH
+
+MAX_CONNECTIONS = 256
+"""To each other node; further requests wait for one that is free."""
+KEPT_S = 15.0
+"""An idle connection is closed before the other node closes it (`idle_timeout_s`)."""
+CONNECT_S = 5.0
+"""For a connection to another node: beyond it, its machine is gone."""
+CATCH_UP_OR_REFUSE_S = 5.0
+"""As `CATCH_UP_S` where this node would refuse without them: a disk can hold up a replica for seconds."""
+PASS_ON_S = 300.0
+"""For the next piece of a body that is passed on, and for its answer: a commit reads and syncs its files."""
+READ_BYTES = 2**20
+"""Of an answer before its reader has its turn; aiohttp's 64 KB take a pause each."""
+IN_PLACE_BYTES = 2**15
+"""Longer bodies are read in place, into one buffer."""
+JOINED_BYTES = 2**16
+"""Longer bodies are sent in a part of their own; shorter ones with the head."""
+
+_SENT = frozenset(
+    name.lower()
+    for name in (
+        *(hdrs.CONTENT_TYPE, hdrs.CONTENT_ENCODING, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING),
+        *(HEADER_LENGTH, "traceparent", "tracestate", "Repr-Digest", "Content-Digest"),
+    )
+)
+"""Header fields of a request that go to the other node."""
+_RETURNED = frozenset(
+    name.lower()
+    for name in (
+        *(hdrs.CONTENT_TYPE, hdrs.CONTENT_ENCODING, hdrs.VARY, HEADER_LENGTH, hdrs.RETRY_AFTER),
+        *(hdrs.LOCATION, hdrs.WWW_AUTHENTICATE, "Loadledger-Model", NODE),
+    )
+)
+"""Header fields of an answer that go to the client."""
+_REDIRECTS = range(300, 400)
+_NOT_ADDED = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AGENT)
+"""Header fields that aiohttp would add."""
+
+
+class NodeUnreachable(ServerProblem):
+    """The node that has the model, or the stage, cannot be reached."""
+
+    code = "node_unreachable"
+
+    def __init__(self, node: Node, reason: str, *, is_answered: bool = False) -> None:
+        super().__init__(
+            f"node '{node.id}', which has to answer, cannot be reached at {node.address}: {reason};"
+            " if it does not come back, its models are loaded at other nodes"
+        )
+        self.is_answered = is_answered
+
+
+class ModelMoved(ServerProblem):
+    """The request was forwarded to a node at which the model is not loaded any more."""
+
+    code = "model_not_loaded"
+
+    def __init__(self, model_id: str, node_id: str, sender: str, position: int) -> None:
+        super().__init__(
+            f"model '{model_id}' is loaded at node '{node_id}', not here; node '{sender[:63]}' has forwarded"
+            " the request here, which happens once only",
+            http_headers={POSITION: str(position)},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Forwarded:
+    """A request as it is sent to another node.
+
+    Attributes:
+        received: the request as the client sent it.
+        body: in memory, or as it arrives; None without one.
+        ends_at_s: when the answer must be there, on the loop's clock; None without a limit.
+    """
+
+    received: web.BaseRequest
+    model_id: str
+    method: str
+    headers: CIMultiDict[str]
+    body: Buffer | AsyncIterator[bytes] | None
+    ends_at_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """The answer of another node, read to its end."""
+
+    node: Node
+    status: int
+    headers: CIMultiDict[str]
+    parts: list[bytes]
+
+
+class Forwarder:
+    """Sends requests about models to the node that has them.
+
+    Args:
+        session: with which it reaches the other nodes.
+        timeout_s: of a forwarded request.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        router: Router,
+        log: Log,
+        peers: Peers,
+        *,
+        node_id: str,
+        timeout_s: float,
+    ) -> None:
+        self._session = session
+        self._router = router
+        self._log = log
+        self._peers = peers
+        self._node_id = node_id
+        self._timeout_s = timeout_s
+
+    async def catch_up(self, request: web.BaseRequest, model_id: str) -> None:
+        """Begin to answer a request here, by a state no older than that of a node that forwarded it."""
+        request[ANSWERING_NODE] = self._node_id
+        if FORWARDED in request.headers:
+            limit_s = CATCH_UP_S if self._router.is_ready(model_id) else CATCH_UP_OR_REFUSE_S
+            await self._log.wait_for(read_position(request.headers), limit_s)
+
+    async def forward(
+        self,
+        request: web.BaseRequest,
+        there: There,
+        model_id: str,
+        share: Share,
+        *,
+        body: Buffer | None = None,
+        ends_at_s: float | None = None,
+    ) -> web.StreamResponse:
+        """Answer a request through the node at which its model is loaded.
+
+        Raises:
+            ModelMoved: `model_not_loaded`, the request was forwarded here, and the model is elsewhere.
+            NodeUnreachable: `node_unreachable`.
+            InferenceTimeout: `inference_timeout`.
+            ServerProblem: what reading the body raises.
+        """
+        request.pop(ANSWERING_NODE, None)
+        node, sender = self._log.state.registers.nodes[there.server], request.headers.get(FORWARDED)
+        if sender is not None:
+            raise ModelMoved(model_id, node.id, sender, self._log.state.position)
+        headers = self._headers_of(request)
+        if body is not None:
+            headers.popall(hdrs.CONTENT_ENCODING, None)
+        elif request.method == hdrs.METH_POST:
+            body = await _receive(request, share)
+        if body is not None:
+            headers[hdrs.CONTENT_LENGTH] = str(len(body))
+        method = hdrs.METH_GET if body is None else hdrs.METH_POST
+        ends_at_s = ends_at_s or asyncio.get_running_loop().time() + self._timeout_s
+        reply = await self._ask(_Forwarded(request, model_id, method, headers, body, ends_at_s), node)
+        fields = _returned_fields(request, reply)
+        if body is not None and reply.status == HTTPStatus.OK:
+            return DirectResponse(fields, reply.parts, share)
+        share.give_back()
+        return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
+
+    def _headers_of(self, request: web.BaseRequest) -> CIMultiDict[str]:
+        headers = CIMultiDict(
+            [(name, value) for name, value in request.headers.items() if name.lower() in _SENT]
+        )
+        context = begin_context(request)
+        headers.update({FORWARDED: self._node_id, REQUEST_ID: context.request_id, **context.carrier})
+        return headers
+
+    async def _ask(self, forwarded: _Forwarded, node: Node) -> _Reply:
+        """Send a request to a node; once more if the node refuses or is gone, and the model is elsewhere."""
+        try:
+            reply = await self._send(forwarded, node)
+            position = read_position(reply.headers)
+            if reply.status != HTTPStatus.SERVICE_UNAVAILABLE or not position:
+                return reply
+            await self._log.wait_for(position, CATCH_UP_OR_REFUSE_S)
+            other = self._find_another(forwarded.model_id, node)
+            return reply if other is None else await self._send(forwarded, other)
+        except NodeUnreachable as problem:
+            other = self._find_another(forwarded.model_id, node)
+            if other is None or problem.is_answered:
+                raise
+            return await self._send(forwarded, other)
+
+    def _find_another(self, model_id: str, tried: Node) -> Node | None:
+        """Return the node at which the model is loaded by now, which may be this one."""
+        model = self._log.state.models.get(model_id)
+        node = None if model is None else find_node(model, self._log.state, self._peers.untrusted())
+        return None if node is None or (node.id, node.epoch) == (tried.id, tried.epoch) else node
+
+    async def _send(self, forwarded: _Forwarded, node: Node) -> _Reply:
+        """Send a request to a node and read its answer.
+
+        Raises:
+            NodeUnreachable: `node_unreachable`.
+            InferenceTimeout: `inference_timeout`.
+        """
+        received = forwarded.received
+        token = self._peers.make_token(node, forwarded.model_id, received[PRINCIPAL])
+        path = received.rel_url.raw_path  # without the host that a request to a proxy names
+        own = ((hdrs.AUTHORIZATION, f"Bearer {token}"), (POSITION, str(self._log.state.position)))
+        reply = None
+        try:
+            async with asyncio.timeout_at(forwarded.ends_at_s):
+                async with self._session.request(
+                    forwarded.method,
+                    URL(f"{node.address}{path}", encoded=True),
+                    headers=CIMultiDict([*forwarded.headers.items(), *own]),
+                    data=_payload(forwarded.body),
+                    skip_auto_headers=_NOT_ADDED,
+                    allow_redirects=False,
+                ) as response:
+                    if response.status in _REDIRECTS:
+                        raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
+                    if response.status == HTTPStatus.UNAUTHORIZED:
+                        raise NodeUnreachable(node, "it does not take this node's token", is_answered=True)
+                    reply = _Reply(node, response.status, CIMultiDict(response.headers), [])
+                    while part := await response.content.readany():
+                        reply.parts.append(part)
+                    return reply
+        except aiohttp.ConnectionTimeoutError:
+            raise NodeUnreachable(node, f"no connection within {CONNECT_S:g} s") from None
+        except TimeoutError:
+            raise InferenceTimeout(
+                f"node '{node.id}', at which the model is loaded, has not answered in time"
+            ) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise NodeUnreachable(node, _reason(error), is_answered=reply is not None) from None
+
+    def find_other(self, request: web.BaseRequest, name: str) -> There | None:
+        """Return a present node that a request names; None if it is this one, or another one forwarded it."""
+        node = self._log.state.registers.nodes.get(name)
+        if FORWARDED in request.headers or node is None or name == self._node_id:
+            return None
+        return There(name) if node.is_present and name not in self._peers.untrusted() else None
+
+    async def pass_on(
+        self, request: web.BaseRequest, there: There, model_id: str, body: AsyncIterator[bytes] | None
+    ) -> web.Response:
+        """Answer a request about a model through a node, to which its body goes as it arrives.
+
+        Raises:
+            NodeUnreachable: `node_unreachable`.
+            ServerProblem: what reading the body raises.
+        """
+        node, headers = self._log.state.registers.nodes[there.server], self._headers_of(request)
+        passed_bytes, broken = 0, list[Exception]()
+
+        async def read(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+            nonlocal passed_bytes
+            try:
+                async for piece in body:
+                    passed_bytes += len(piece)
+                    yield piece
+            except Exception as error:
+                broken.append(error)  # aiohttp would call it a lost connection
+                raise
+
+        if body is not None and request.content_length is not None:
+            headers[hdrs.CONTENT_LENGTH] = str(request.content_length)
+        passed_on = None if body is None else read(body)
+        forwarded = _Forwarded(request, model_id, request.method, headers, passed_on)
+        try:
+            async with timeout(PASS_ON_S, lambda: passed_bytes):
+                reply = await self._send(forwarded, node)
+        except TimeoutExpired:
+            raise NodeUnreachable(node, f"no answer within {PASS_ON_S:g} s") from None
+        except NodeUnreachable:
+            if broken:
+                raise broken[0] from None
+            raise
+        fields = _returned_fields(request, reply)
+        return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
+
+
+async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
+    """Let a node forward requests to the others; for `app.cleanup_ctx`."""
+    node = app.get(THIS_NODE)
+    if node is None:
+        yield
+        return
+    connector = aiohttp.TCPConnector(limit=0, limit_per_host=MAX_CONNECTIONS, keepalive_timeout=KEPT_S)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=READ_BYTES,
+    ) as session:
+        app[FORWARDING] = Forwarder(
+            session,
+            app[ROUTER],
+            app[LOG],
+            node.peers,
+            node_id=node.id,
+            timeout_s=app[CONFIG].inference_timeout_s,
+        )
+        yield
+
+
+async def _receive(request: web.BaseRequest, share: Share) -> Buffer:
+    """Read a body as it is; a long one in place."""
+    length = request.content_length or 0
+    if not IN_PLACE_BYTES < length <= MAX_BODY_BYTES or request.content.is_eof():
+        return await read_body(request, MAX_BODY_BYTES, share)
+    share.take(length)
+    body = bytearray(length)
+    await read_body_into(request, 0, memoryview(body))
+    return body
+
+
+def _payload(body: Buffer | AsyncIterator[bytes] | None) -> Any:
+    """Return a body as aiohttp sends it; a long one in one part, which is not copied."""
+    if body is None or isinstance(body, AsyncIterator) or len(body) <= JOINED_BYTES:
+        return body
+    return _whole(body)
+
+
+async def _whole(body: Buffer) -> AsyncGenerator[Buffer, None]:
+    yield body
+
+
+def _returned_fields(request: web.BaseRequest, reply: _Reply) -> dict[str, str]:
+    """Return the header fields of an answer for the client, with what this node counts."""
+    fields = {str(name): value for name, value in reply.headers.items() if name.lower() in _RETURNED}
+    quota = request.get(QUOTA)
+    return {**fields, NODE_ADDRESS: reply.node.address, **({} if quota is None else quota.headers())}
+
+
+def _reason(error: Exception) -> str:
+    """Return why a connection failed, without what was sent over it."""
+    number = getattr(error, "errno", None)
+    if isinstance(number, int) and number > 0:
+        return os.strerror(number).lower()
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "its certificate is not trusted"
+    return (
+        "its name is not known"
+        if isinstance(error, aiohttp.ClientConnectorDNSError)
+        else "the connection ended"
+    )

@@ -1,0 +1,180 @@
+"""This server as a node of several: its log in a database, its membership, and what it says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from typing import Any
+
+from aiohttp import web
+
+from events.commands import Receipt
+from events.registercommands import JoinNode
+from events.types import Confinement
+from nodes.decisions import NodePlacement
+from nodes.membership import Membership
+from nodes.peers import Peers
+from nodes.placement import NodeHints, PlacementStrategy
+from nodes.routes import node_views
+from runtime.consumer.running import RunningLoad
+from runtime.consumer.usage import list_usage
+from runtime.optimised.key import make_key
+from runtime.optimised.store import OptimisedStore
+from runtime.scheduler.view import Policy
+from runtime.store.store import Store
+from server.auth.gate import Verifier
+from server.config import Config, ConfigError
+
+MAX_DIGESTS = 2_000
+"""Files that a node says it has: 140 KB in its row of the database."""
+
+INSTALL = "pip install 'loadledger[postgres]'"
+
+
+class ThisNode:
+    """This server among the nodes of a ledger in a database, of which the data directory has a replica.
+
+    Raises:
+        ConfigError: the driver is not installed, or the node's address is not known.
+        KeyProblem: `ledger.key` cannot be read.
+
+    Attributes:
+        log: not open yet.
+        peers: what this node knows of the others by their keys.
+        loads: the running loads, by job id, as the consumer keeps them.
+        membership: as which it joined.
+        placement: says what of the work is this node's.
+    """
+
+    membership: Membership
+    placement: NodePlacement
+    _renewing: asyncio.Task[None] | None = None
+
+    def __init__(self, config: Config, address: str, verifier: Verifier) -> None:
+        try:
+            from nodes.postgres.connection import DatabaseClock  # noqa: PLC0415 - of an extra
+            from nodes.postgres.leases import LeaseStore  # noqa: PLC0415
+            from nodes.postgres.log import SharedLog  # noqa: PLC0415
+        except ImportError as error:
+            raise ConfigError(f"--ledger: {error.name} is not installed: {INSTALL}") from None
+        clock = DatabaseClock()
+        self._config = config
+        self._address = config.own_address()
+        self._leases = LeaseStore(address)
+        self.id = config.node_id()
+        self.loads: dict[str, RunningLoad] = {}
+        self.log = SharedLog(address, config.data, clock)
+        self.peers = Peers(config.data, self.id, self.log, verifier, lambda: clock().timestamp())
+
+    async def join(
+        self,
+        policy: Policy,
+        store: Store | None,
+        optimised: OptimisedStore | None,
+        *,
+        public_key: str,
+        confinement: Confinement,
+    ) -> Receipt:
+        """Join, and renew the lease from now on.
+
+        Args:
+            policy: has the memory budget, and the most models.
+            store: the versions that are here.
+            optimised: the optimised models that are here.
+            public_key: with which the others verify what this node forwards.
+            confinement: of its workers.
+
+        Raises:
+            NameInUse: `node_name_in_use`.
+            LogUnavailable: `log_unavailable`.
+        """
+        command = JoinNode(
+            self.id,
+            self._address,
+            self._config.labels(),
+            policy.budget_bytes,
+            version("loadledger"),
+            public_key,
+            confinement=confinement,
+        )
+        self.membership = Membership(
+            self.log,
+            self._leases,
+            command,
+            lease_s=self._config.lease_s,
+            away_limit_s=self._config.away_limit_s(),
+            serves_sick=self._config.when_away == "serve",
+            set_epoch=self.log.set_epoch,
+            describe=partial(self._measure, policy, store, optimised),
+            end_workers=self._end_workers,
+            open_signer=self.peers.open_signer,
+        )
+        strategy = PlacementStrategy(self._config.placement)
+        self.placement = NodePlacement(self.id, self.membership, strategy, self.peers.untrusted)
+        receipt = await self.membership.start()
+        self._renewing = asyncio.create_task(self.membership.run(), name="membership")
+        return receipt
+
+    @property
+    def may_serve(self) -> bool:
+        return self.membership.may_serve
+
+    @property
+    def is_sick(self) -> bool:
+        return self.membership.is_sick
+
+    @property
+    def problem(self) -> str | None:
+        return self.membership.problem
+
+    def tasks(self) -> Mapping[str, asyncio.Task[None]]:
+        return {} if self._renewing is None else {"membership": self._renewing}
+
+    def describe(self) -> Sequence[Mapping[str, Any]]:
+        """Return all nodes as this one knows them; without the database it knows that it is late itself."""
+        late = {self.id} if self.membership.is_late else frozenset[str]()
+        return node_views(self.log.state, self.membership.leases, self.id, late, self.peers.untrusted())
+
+    async def close(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait([self._renewing])
+        await self._leases.close()
+
+    async def _measure(
+        self, policy: Policy, store: Store | None, optimised: OptimisedStore | None
+    ) -> NodeHints:
+        """Return what helps to place loads here."""
+        position = self.log.head.position
+        uses = list_usage(self.loads.values(), self.log.state, self.log.now())
+        taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
+        models = len({use.model_id for use in uses})
+        versions = {} if store is None else store.stored_versions()
+        prepared = await asyncio.to_thread(_find_prepared, optimised, versions)
+        return NodeHints(
+            position,
+            None if policy.budget_bytes is None else policy.budget_bytes - taken,
+            None if policy.max_loaded is None else policy.max_loaded - models,
+            frozenset(list(chain.from_iterable(versions.values()))[:MAX_DIGESTS]),
+            frozenset(prepared[:MAX_DIGESTS]),
+        )
+
+    def _end_workers(self) -> None:
+        """Kill all workers; exits are recorded once the log can be written, and loads begin again."""
+        for load in self.loads.values():
+            load.kill()
+
+
+def _find_prepared(store: OptimisedStore | None, versions: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the files of the versions that have an optimised model."""
+    if store is None:
+        return []
+    entries = ((files, store.find(make_key(digest))) for digest, files in versions.items())
+    return [file for files, entry in entries if entry is not None and entry.files for file in files]
+
+
+THIS_NODE = web.AppKey("node", ThisNode)
+"""This server as a node, once it has joined."""

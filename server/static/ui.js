@@ -1,0 +1,119 @@
+// Preact with htm and signals, and the components that all pages share. Text is only ever set as text.
+
+import { Component, h, render } from "./vendor/preact.js";
+import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./vendor/hooks.js";
+import { computed, effect, signal, untracked, useSignal } from "./vendor/signals.js";
+import htm from "./vendor/htm.js";
+import { Latest } from "./api.js";
+import { bytes, clock, oneLine, stamp } from "./format.js";
+import { href } from "./router.js";
+
+export { render };
+export { useEffect, useLayoutEffect, useMemo, useRef, useState };
+export { computed, effect, signal, untracked, useSignal };
+
+export const html = htm.bind(h);
+
+// The head of a page. The shell moves the focus to its heading when the page changes.
+export function PageHead({ title, count, children }) {
+  return html`
+    <div class="head page-head">
+      <h2 tabindex="-1">${title}${count && html` <span class="count">${count}</span>`}</h2>${children}
+    </div>`;
+}
+
+// Shows what its children fail with, instead of them: one part that fails must not blind the others.
+export class Boundary extends Component {
+  static getDerivedStateFromError = (error) => ({ error });
+
+  componentDidCatch(error) {
+    console.error(error);
+  }
+
+  render({ children }, { error }) {
+    return error ? html`<${Refusal} text="This part of the page failed: ${oneLine(error.message)}. Reload the page." />` : children;
+  }
+}
+
+// A part of a page with a heading, and controls beside it; `drops` are the properties of what takes dropped files.
+export function Panel({ kind, title, controls, drops, children }) {
+  const id = `panel-${kind}`;
+  return html`
+    <section aria-labelledby=${id} ...${drops} class="panel ${kind} ${drops?.class ?? ""}">
+      <div class="head"><h3 id=${id}>${title}</h3>${controls}</div>
+      <${Boundary}>${children}<//>
+    </section>`;
+}
+
+// A button's name says what it is for: what the eye sees in its row is not there for the ear.
+export function Button({ about, onClick, kind, children, ...more }) {
+  return html`
+    <button type="button" class=${kind} onClick=${onClick} ...${more}>
+      ${children}${about && html`<span class="unseen"> ${about}</span>`}
+    </button>`;
+}
+
+export const Badge = ({ title, children }) => html`<span class="badge" title=${title}>${children}</span>`;
+
+// A state, such as of a model or a job, as a coloured word.
+export const Pill = ({ state }) => html`<span class="pill ${state}">${state.replace("_", " ")}</span>`;
+
+export const Time = ({ at }) => html`<time datetime=${at} title=${stamp(at)}>${clock(at)}</time>`;
+
+export const Hint = ({ children }) => html`<p class="hint">${children}</p>`;
+
+export const Refusal = ({ text }) => text && html`<p class="refusal" role="alert">${text}</p>`;
+
+export const ModelLink = ({ id }) => html`<a class="name" href=${href("models", id)}>${oneLine(id, 130)}</a>`;
+
+// A table's row and its cells, which a narrow screen shows as a card with the labels, without the cells that say nothing.
+export function Row({ heading, children, ...more }) {
+  return html`<tr role="row" ...${more}><th scope="row" role="rowheader">${heading}</th>${children}</tr>`;
+}
+
+export function Cell({ label, kind = "", title, children }) {
+  return html`<td data-label=${label} class="${kind}${children === "–" ? " none" : ""}" title=${title} role="cell">${children}</td>`;
+}
+
+export const ActionsCell = ({ children }) => html`<td role="cell"><div class="do">${children}</div></td>`;
+
+// A version's files with their SHA-256.
+export function Files({ files }) {
+  return html`<ul class="files">${files.map((file) => html`<li key=${file.path}>
+    <span>${oneLine(file.path, 200)}, ${bytes(file.bytes)} </span><code>${oneLine(file.sha256, 64)}</code></li>`)}</ul>`;
+}
+
+// Asks `ask(signal)` at first, when `deps` change, and by `again`; the latest answer wins, and stays until the next.
+export function useRequest(ask, deps) {
+  const [found, setFound] = useState({ answer: null, error: null });
+  const latest = useMemo(() => new Latest(), []), asking = useRef(ask);
+  asking.current = ask;
+  const again = useCallback(() => latest.request((signal) => asking.current(signal),
+    (answer) => setFound({ answer, error: null }), (error) => setFound((before) => ({ ...before, error }))), []);
+  useEffect(() => void again(), deps);
+  useEffect(() => () => latest.drop(), []);
+  return { ...found, again };
+}
+
+// Keeps the focus where it is when rows are put in another order: a node that moves loses it.
+export function useKeptFocus() {
+  const focused = document.activeElement;
+  useLayoutEffect(() => {
+    if (document.activeElement === document.body && focused?.isConnected) focused.focus({ preventScroll: true });
+  });
+}
+
+const MOST_NOTICES = 4;
+const STAYS_MS = 15_000; // what went well: the rest of the page shows it, too
+let number = 0;
+
+export const notices = signal([]);
+
+// Says once, to the eye and to the ear, what came of a request. Returns what takes it away again.
+export function notice(text, kind = "good") {
+  const withdraw = () => (notices.value = notices.value.filter((each) => each !== mine));
+  const mine = { text, kind, withdraw, number: (number += 1) };
+  notices.value = [...notices.value, mine].slice(-MOST_NOTICES);
+  if (kind === "good") setTimeout(withdraw, STAYS_MS);
+  return withdraw;
+}

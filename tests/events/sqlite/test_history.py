@@ -1,0 +1,177 @@
+"""History: models, jobs, the server and nodes, read at any position, are what a fold of the log gives."""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from support.history import FEWER, MODEL, STEPS, History, fold
+from support.ledgers import copy_of, cut_off, store_events
+from support.strategies import drafts
+
+from events.history import ShownModel, describe_model, find_landmark, landmarks_around
+from events.jobs import Job, JobStatus
+from events.presence import ServerState
+from events.sqlite import storage
+from events.sqlite.history import rows_at, transitions_between
+from events.sqlite.schema import connect
+from events.sqlite.timetravel import active_at, liveness_at, model_at, models_at
+from events.state import State
+from events.types import Event, LoadJoined, VersionRemoved
+from server.api.models import model_view
+
+FORGED = st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts)
+
+
+@st.composite
+def written(draw: st.DrawFn) -> Sequence[Event]:
+    """Return histories as the writer's commands make them, with nodes in some."""
+    history = History()
+    for step in draw(st.lists(st.sampled_from(sorted(STEPS)), max_size=25)):
+        STEPS[step](history)
+    return history.facts
+
+
+@contextmanager
+def ledger(events: Sequence[Event]) -> Iterator[sqlite3.Connection]:
+    with copy_of(b"") as path, closing(connect(path)) as connection:
+        store_events(connection, events)
+        yield connection
+
+
+def shown(models: Iterable[ShownModel]) -> list[dict[str, Any]]:
+    """Return models as the API has them, by id."""
+    return [model_view(model, None, is_active=False) for model in models]
+
+
+def check(connection: sqlite3.Connection, events: Sequence[Event], since: int = 0) -> None:
+    """Compare what is read at each position with a fold of the events."""
+    state = State()
+    for event in (None, *events):
+        if event is not None:
+            state.apply(event)
+        if state.position < since:
+            continue
+        found = models_at(connection, state.position)
+        folded = [describe_model(state.models[model_id]) for model_id in sorted(state.models)]
+        assert [model.row for model in found] == [model.row for model in folded]
+        assert shown(found) == shown(folded)
+        assert [model_at(connection, state.position, model.id) for model in found] == found
+        active = state.active()
+        assert active_at(connection, state.position) == (active and active.id)
+        nodes = liveness_at(connection, state.position).nodes if state.position else ()
+        assert {node.id: node.state.value for node in nodes} == {
+            node.id: node.phase.value for node in state.registers.nodes.values()
+        }
+
+
+@FEWER
+@given(FORGED | written())
+def test_models_and_nodes_at_each_position_are_the_folds(events: Sequence[Event]) -> None:
+    with ledger(events) as connection:
+        check(connection, events)
+        before = rows(connection)
+        storage.rebuild(connection)
+        assert rows(connection) == before
+
+
+@FEWER
+@given(written(), st.data())
+def test_history_since_the_base_is_the_folds(events: Sequence[Event], data: st.DataObject) -> None:
+    if not events:
+        return
+    with ledger(events) as connection:
+        cut = data.draw(st.integers(1, len(events)))
+        cut_off(connection, cut)
+        check(connection, events, cut)
+        before = rows(connection)
+        storage.rebuild(connection)
+        assert rows(connection)[:2] == before[:2]
+
+
+def rows(connection: sqlite3.Connection) -> list[list[tuple[object, ...]]]:
+    tables = ("model_history", "presence", "jobs")
+    return [connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in tables]
+
+
+def test_page_of_past_models_begins_at_its_cursor() -> None:
+    history = History()
+    for number in range(5):
+        history.load(f"L{number}", of=f"m{number}")
+    with ledger(history.facts) as connection:
+        found = models_at(connection, 12, cursor="m0", limit=2)
+        assert [model.id for model in found] == ["m1", "m2"]
+        assert [model.id for model in models_at(connection, 12, cursor="m2", limit=2)] == ["m3"]
+
+
+def test_model_known_by_removal_alone_is_in_its_history() -> None:
+    history = History()
+    history.add(VersionRemoved(), of="up")
+    history.load("L")
+    with ledger(history.facts) as connection:
+        check(connection, history.facts)
+        cut_off(connection, 2)
+        check(connection, history.facts, 2)
+
+
+def test_transitions_of_a_range_are_found_without_the_others() -> None:
+    history = History()
+    for _ in range(200):
+        history.restart()
+    with ledger(history.facts) as connection, counted_steps(connection) as counted:
+        found = transitions_between(connection, 100, 102)
+    assert [each.position for each in found] == [101, 102]
+    assert len(counted) < 10
+
+
+def test_rows_at_many_positions_walk_over_events_once() -> None:
+    steps = []
+    for joins in (500, 1_000):
+        history = History()
+        history.load("L")
+        for number in range(joins):
+            history.add(LoadJoined(), "L", by=f"user-{number}")
+        with ledger(history.facts) as connection, counted_steps(connection) as counted:
+            found = rows_at(connection, MODEL, list(range(1, joins, 2)))
+        assert {row and row.position for row in found} == {1, 3}
+        steps.append(len(counted))
+    assert steps[1] < 3 * steps[0]
+
+
+@contextmanager
+def counted_steps(connection: sqlite3.Connection) -> Iterator[list[None]]:
+    """Yield a list that grows with every ten instructions that SQLite's virtual machine runs."""
+    counted = list[None]()
+    connection.set_progress_handler(lambda: counted.append(None), 10)
+    yield counted
+    connection.set_progress_handler(None, 0)
+
+
+@given(st.integers(1, 2**40), st.integers(1, 2**40), st.integers(0, 2**40))
+def test_landmark_is_around_each_position_of_its_job(created: int, took: int, after: int) -> None:
+    ended = created + took
+    history = History()
+    history.load("L")
+    job = history.job("L")
+    assert job.ended
+    landmark = find_landmark(replaced(job, created, ended))
+    assert landmark is not None
+    assert created <= landmark < ended
+    assert landmark in landmarks_around(min(created + after, ended - 1))
+    assert find_landmark(replaced(job, created, ended, JobStatus.PENDING)) is None
+
+
+def replaced(job: Job, created: int, position: int, status: JobStatus = JobStatus.COMPLETED) -> Job:
+    return replace(job, created_position=created, position=position, status=status)
+
+
+def test_server_that_ran_before_the_base_still_runs() -> None:
+    history = History()
+    history.restart()
+    history.load("L")
+    with ledger(history.facts) as connection:
+        cut_off(connection, 3)
+        assert liveness_at(connection, 4).state is ServerState.UNKNOWN

@@ -1,0 +1,519 @@
+"""Forwarding: any node answers for any model, through the node that has it."""
+
+import asyncio
+import base64
+import gzip
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from support import models
+from support.connections import odd_server, said
+from support.cutting import cutting_proxy
+from support.http import ENDLESS, MALFORMED, ONE, Answer, LocalApi, when
+from support.models import save
+from support.postgres import Database, join_shared_server
+from support.reachable import (
+    ReachableNode,
+    forwarded,
+    loaded_beside,
+    reachable_node,
+    reachable_nodes,
+    read_claims,
+    send,
+)
+from support.replicas import make_ledger
+from support.uploads import FILES, files_in
+from support.workers import computing, until
+
+from events.registercommands import DrainNode, RevokeToken
+from nodes import forwarding
+from nodes.thisnode import THIS_NODE
+from server.appkeys import BODIES, LOG
+from server.auth.tokens import timestamp_in
+from server.http.bodies import iterate_body
+
+BODY = json.dumps({"inputs": [ONE]}).encode()
+LENGTH, ADDRESS = "Inference-Header-Content-Length", "Loadledger-Node-Address"
+PREDICT = ("predict",)
+NOT_COMPARED = {"date", "ratelimit", "x-request-id"}
+"""Fields of each answer, in small letters: releases of aiohttp spell them differently."""
+PATHS = ("/v2/models/m/infer", "/v2/models/%6D/infer", "/v2/models/m/versions/1/infer")
+"""The fast path, the router's, and that of a version."""
+UNEQUAL = json.dumps(
+    {
+        "inputs": [
+            {"name": name, "shape": [count], "datatype": "FP32", "data": [1] * count}
+            for name, count in (("a", 2), ("b", 3))
+        ]
+    }
+).encode()
+"""Inputs with which `models.subtract` fails."""
+PROBLEM = {
+    "type": "urn:loadledger:error:queue_full",
+    "title": "a",
+    "status": 429,
+    "detail": "b",
+    "code": "queue_full",
+    "error": "b",
+}
+FAILED = said(json.dumps(PROBLEM).encode(), "429 Too Many Requests", "Retry-After: 7", "X-Odd: 1")
+
+Pair = tuple[ReachableNode, ReachableNode]
+
+
+def binary(count: int) -> tuple[bytes, dict[str, str]]:
+    """Return body and header fields of an inference whose tensor and outputs are binary."""
+    data = np.arange(count, dtype="<f4").tobytes()
+    tensor = {"name": "x", "shape": [count], "datatype": "FP32"}
+    head = json.dumps(
+        {
+            "inputs": [{**tensor, "parameters": {"binary_data_size": len(data)}}],
+            "parameters": {"binary_data_output": True},
+        }
+    ).encode()
+    return head + data, {LENGTH: str(len(head))}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
+    """Two nodes: the one at which all models are loaded, and one that joined after that."""
+    postgres, folder = await join_shared_server(), tmp_path_factory.mktemp("nodes")
+    loaded = {"m": models.add(1), "loop": models.counting_loop(), "subtract": models.subtract()}
+    async with (
+        postgres.database(make_ledger) as ledger,
+        reachable_node(ledger.server_url, folder, "a") as owner,
+    ):
+        for model_id, model in loaded.items():
+            save(model, folder / "repository", model_id)
+            await owner.api.load(model_id)
+        async with reachable_node(ledger.server_url, folder, "b") as other:
+            yield owner, other
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def ask(node: ReachableNode, path: str = PATHS[0], body: bytes = BODY, **headers: Any) -> Answer:
+    return await node.api.post(path, data=body, headers=headers, roles=PREDICT, subject="pia")
+
+
+@contextmanager
+def target(node: ReachableNode, address: tuple[str, int]) -> Iterator[None]:
+    """Have something else answer at a node's address."""
+    before, node.proxy.target = node.proxy.target, address
+    try:
+        yield
+    finally:
+        node.proxy.target = before
+
+
+def in_flight(api: LocalApi, model_id: str) -> int:
+    return api.worker(model_id).in_flight
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (BODY, {}),
+        (BODY, {"X-Request-Id": "mine"}),
+        (BODY.replace(b"{", b'{"id": "7", ', 1), {"Content-Type": "application/json"}),
+        (gzip.compress(BODY), {"Content-Encoding": "gzip"}),
+        binary(16),
+        binary(150_000),
+        (binary(150_000)[0], {**binary(150_000)[1], "Accept-Encoding": "gzip"}),
+        (BODY[:-1], {}),
+        (BODY, {LENGTH: "-1"}),
+        (BODY.replace(b"FP32", b"INT8"), {}),
+    ],
+    ids=["json", "id", "typed", "gzip", "small", "large", "compressed", "malformed", "length", "datatype"],
+)
+async def test_both_nodes_answer_alike(pair: Pair, path: str, body: bytes, headers: dict[str, str]) -> None:
+    owner, other = pair
+    here, there = await ask(owner, path, body, **headers), await ask(other, path, body, **headers)
+    assert there.status == here.status
+    assert there.body == here.body
+    fields = {name: value for name, value in there.headers.items() if name.lower() not in NOT_COMPARED}
+    assert fields.pop(ADDRESS) == owner.address
+    assert fields.pop("Loadledger-Node") == owner.name
+    assert fields == {
+        name: value
+        for name, value in here.headers.items()
+        if name.lower() not in {*NOT_COMPARED, "loadledger-node"}
+    }
+    assert here.headers["Loadledger-Node"] == owner.name
+    if "X-Request-Id" in headers:
+        assert there.headers["X-Request-Id"] == "mine"
+
+
+@pytest.mark.parametrize("suffix", ["", "/ready", "/config", "/stats"])
+async def test_reads_of_a_model_are_forwarded(pair: Pair, suffix: str) -> None:
+    owner, other = pair
+    for path in (f"/v2/models/m{suffix}", f"/v2/models/m/versions/1{suffix}"):
+        here, there = await owner.api.get(path), await other.api.get(path)
+        assert (there.status, there.json) == (here.status, here.json) == (200, there.json)
+        assert (await other.api.send("HEAD", path)).status == 200
+        assert there.headers["Loadledger-Node"] == owner.name
+    assert (await other.api.get(f"/v2/models/m/versions/2{suffix}")).status == (
+        await owner.api.get(f"/v2/models/m/versions/2{suffix}")
+    ).status
+
+
+@pytest.mark.parametrize(
+    ("model_id", "refusal"),
+    [("nope", (404, "unknown_model")), ("subtract", (400, "inference_failed"))],
+)
+async def test_refusals_are_the_same_at_both_nodes(
+    pair: Pair, model_id: str, refusal: tuple[int, str]
+) -> None:
+    found = [await ask(node, f"/v2/models/{model_id}/infer", UNEQUAL) for node in pair]
+    assert [answer.refusal for answer in found] == [refusal, refusal]
+    assert found[0].json == found[1].json, found
+
+
+async def test_forwarded_request_is_not_forwarded_again(pair: Pair) -> None:
+    owner, other = pair
+    for path in PATHS:
+        refused = await send(other, path, forwarded(owner, other))
+        assert refused.refusal == (503, "model_not_loaded")
+        assert refused.headers["Retry-After"] == "1"
+        assert "node 'a', not here; node 'a' has forwarded" in refused.json["detail"]
+        assert (await send(owner, path, forwarded(other, owner))).status == 200
+    await owner.proxy.reset()
+    with target(owner, other.proxy.target):  # the address of one node leads to another one
+        refused = await ask(other)
+    await owner.proxy.reset()
+    assert refused.refusal == (503, "node_unreachable")  # whose token is for the other one
+
+
+async def test_forwarding_needs_a_token_of_the_role(pair: Pair) -> None:
+    owner, other = pair
+    for path in PATHS:
+        assert (await other.api.post(path, data=BODY, roles=("audit",))).status == 403
+        assert (await send(owner, path, forwarded(other, owner, "audit"))).status == 403
+        assert (await send(owner, path, {"Loadledger-Forwarded": "b"})).refusal == (401, "no_credentials")
+
+
+async def test_token_of_a_client_is_no_nodes(pair: Pair) -> None:
+    owner, _ = pair
+    for path in PATHS:
+        from_b: dict[str, Any] = {"Loadledger-Forwarded": "b"}
+        refused = await ask(owner, path, **from_b)
+        assert refused.refusal == (401, "invalid_token")
+
+
+async def test_forwarded_token_ends_with_the_clients(pair: Pair) -> None:
+    owner, other = pair
+    assert read_claims(forwarded(other, owner, expires_s=5))["exp"] <= time.time() + 5
+    assert read_claims(forwarded(other, owner, expires_s=5)) != read_claims(forwarded(other, owner))
+    good = forwarded(other, owner)
+    assert (await send(owner, PATHS[0], good)).status == 200
+    later = timestamp_in(3600)
+    await owner.app[LOG].submit(RevokeToken("j", "alice", later))
+    refused = await send(owner, PATHS[0], good)
+    assert refused.refusal == (401, "invalid_token")
+    assert "revoked" in refused.json["detail"]
+
+
+async def test_only_some_header_fields_are_forwarded(pair: Pair) -> None:
+    owner, other = pair
+    sent = {
+        "Content-Type": "a/b",
+        "Content-Encoding": "odd",
+        "Accept": "c/d",
+        "Accept-Encoding": "identity",
+        LENGTH: "7",
+        "X-Request-Id": "mine",
+        "traceparent": "00-1-2-01",
+        "tracestate": "a=1",
+    }
+    hidden = {"Connection": "close", "Te": "trailers", "Cookie": "a=b", "X-Forwarded-For": "1.2.3.4"}
+    known = other.app[LOG].state.position
+    with odd_server(FAILED) as server:
+        port = int(server.url.rpartition(":")[2])
+        await owner.proxy.reset()
+        with target(owner, ("localhost", port)):
+            answer = await ask(other, body=b"\0unparsed", **sent, **hidden)
+        head, _, body = server.requests[0].partition(b"\r\n\r\n")
+    line, *fields = head.decode().split("\r\n")
+    arrived = {name.title(): value for name, _, value in (field.partition(": ") for field in fields)}
+    claims = read_claims(arrived)
+    assert arrived.pop("Authorization") != f"Bearer {other.api.token('predict', subject='pia')}"
+    assert (claims["iss"], claims["aud"], claims["sub"]) == ("b", "a/1", "pia")
+    assert known <= int(arrived.pop("Loadledger-Position")) <= other.app[LOG].state.position
+    expected = {
+        **sent,
+        "Loadledger-Forwarded": other.name,
+        "Content-Length": "9",
+        "Host": f"{owner.proxy.address[0]}:{owner.proxy.address[1]}",
+    }
+    assert line == "POST /v2/models/m/infer HTTP/1.1"
+    assert arrived == {name.title(): value for name, value in expected.items()}
+    assert body == b"\0unparsed"
+    assert answer.refusal == (429, "queue_full")
+    assert answer.headers["Retry-After"] == "7"
+    assert "X-Odd" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
+        b"SSH-2.0-no\r\n\r\n",
+        said(b"", "302 Found", "Location: http://127.0.0.1:1/"),
+    ],
+    ids=["closed", "cut", "foreign", "redirect"],
+)
+async def test_broken_answer_of_a_node_is_refused(pair: Pair, script: bytes) -> None:
+    owner, other = pair
+    with odd_server(script) as server:
+        await owner.proxy.reset()
+        with target(owner, ("localhost", int(server.url.rpartition(":")[2]))):
+            answer = await ask(other)
+    assert answer.refusal == (503, "node_unreachable")
+    assert answer.headers["Retry-After"] == "1"
+    assert (await ask(other)).status == 200
+
+
+async def test_refused_connection_names_the_node(pair: Pair) -> None:
+    owner, other = pair
+    await owner.proxy.cut()
+    answers = [await ask(other, path) for path in PATHS] + [await other.api.get("/v2/models/m/ready")]
+    owner.proxy.heal()
+    assert {answer.refusal for answer in answers} == {(503, "node_unreachable")}
+    assert (
+        f"node 'a', which has to answer, cannot be reached at {owner.address}" in (answers[0].json["detail"])
+    )
+    assert (await ask(other)).status == 200
+
+
+async def test_client_that_leaves_ends_the_forwarded_inference(pair: Pair) -> None:
+    owner, other = pair
+    is_computing = computing(owner.api.worker("loop").pid)
+    running = asyncio.create_task(other.api.infer("loop", ENDLESS))
+    await until(is_computing)
+    running.cancel()
+    await until(lambda: not in_flight(owner.api, "loop"))
+    assert (await other.api.infer("loop", {**ENDLESS, "data": [5]})).status == 200
+
+
+async def test_slow_client_holds_up_one_node_only(pair: Pair) -> None:
+    owner, other = pair
+    body, fields = binary(150_000)
+    lines = [
+        "POST /v2/models/m/infer HTTP/1.1",
+        "Host: a",
+        f"Content-Length: {len(body)}",
+        f"Authorization: Bearer {other.api.token('predict')}",
+        *(f"{name}: {value}" for name, value in fields.items()),
+    ]
+    assert other.api.client.port is not None
+    reader, writer = await asyncio.open_connection(other.api.client.host, other.api.client.port, limit=2**10)
+    writer.write("\r\n".join([*lines, "Connection: close", "", ""]).encode() + body[:-1])
+    await until(lambda: other.app[BODIES].taken_bytes > len(body) // 2)
+    assert not in_flight(owner.api, "m")
+    assert not owner.app[BODIES].taken_bytes
+    writer.write(body[-1:])
+    assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+    assert not in_flight(owner.api, "m")
+    received = await reader.read(-1)
+    assert np.frombuffer(received[-600_000:], "<f4")[-1] == 150_000
+    writer.close()
+    await writer.wait_closed()
+    await until(lambda: not other.app[BODIES].taken_bytes)
+
+
+async def test_body_budget_counts_forwarded_bodies(pair: Pair) -> None:
+    _, other = pair
+    bodies = other.app[BODIES]
+    bodies.add("pia", 2**29)
+    body, fields = binary(150_000)
+    refused = await ask(other, body=body, **fields)
+    bodies.add("pia", -(2**29))
+    assert refused.refusal == (503, "bodies_full")
+    assert (await ask(other, body=body, **fields)).status == 200
+    assert bodies.taken_bytes == 0
+
+
+async def endless_body() -> AsyncIterator[bytes]:
+    yield b"1"
+    await asyncio.Event().wait()
+
+
+async def test_requests_about_a_stage_go_to_its_node(
+    ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", repository_writable="on") as nodes:
+        owner, other = nodes
+        stages = "/api/v1/models/staged/versions/1/stages"
+        begun = await owner.api.post(stages)
+        stage = begun.headers["Location"]
+        assert stage.endswith(".a")
+        for path, data in FILES.items():
+            digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+            for of, status in ((b"", 400), (data, 201)):
+                fields = {"Repr-Digest": f"sha-256=:{digest}:"}
+                answer = await other.api.send("PUT", f"{stage}/files/{path}", data=of, headers=fields)
+                assert answer.status == status
+        part = {"Content-Range": "bytes 0-0/2"}
+        answer = await other.api.send("PUT", f"{stage}/files/part", data=b"1", headers=part)
+        assert answer.refusal == (400, "invalid_parameter")
+        monkeypatch.setattr(iterate_body, "__defaults__", (0.1,))
+        answer = await other.api.send("PUT", f"{stage}/files/part", data=endless_body())
+        assert answer.refusal == (408, "body_timeout")
+        shown = await other.api.get(stage, roles=("admin",))
+        assert {each["path"] for each in shown.json["files"]} == FILES.keys()
+        assert (await other.api.get(stage, roles=("admin",), subject="bob")).refusal == (404, "unknown_stage")
+        own = forwarded(owner, other, "admin", model_id="staged")
+        assert (await other.api.get(stage, roles=(), headers=own)).refusal == (404, "unknown_stage")
+        await owner.proxy.cut()
+        assert (await other.api.post(f"{stage}/commit")).refusal == (503, "node_unreachable")
+        owner.proxy.heal()
+        answer = await other.api.post(f"{stage}/commit")
+        assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/staged")
+        assert files_in(tmp_path / "repository") == {f"staged/1/{path}": data for path, data in FILES.items()}
+        second = (await other.api.post(stages.replace("/1/", "/2/"))).headers["Location"]
+        assert (await owner.api.send("DELETE", second)).status == 204
+        assert (await owner.api.send("DELETE", f"{second}x")).refusal == (404, "unknown_stage")
+
+
+async def drain(node: ReachableNode) -> None:
+    await node.app[LOG].submit(DrainNode(node.name, "alice"))
+
+
+async def test_no_inference_fails_while_its_model_moves(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", "c", placement="pack") as nodes:
+        save(models.add(1), tmp_path / "repository", "m")
+        owner, _ = await loaded_beside(nodes, "m")
+        stopping, answers = asyncio.Event(), list[Answer]()
+
+        async def keep_asking(node: ReachableNode) -> None:
+            while not stopping.is_set():
+                answers.append(await ask(node))
+
+        asking = [asyncio.create_task(keep_asking(node)) for node in nodes]
+        await until(lambda: len(answers) > 20)
+        await drain(owner)
+        moved_to = await _moved(nodes, owner)
+        count = len(answers)
+        await until(lambda: len(answers) > count + 20)
+        stopping.set()
+        await asyncio.gather(*asking)
+        assert [answer.body for answer in answers if answer.status != 200] == []
+        assert {answer.headers["Loadledger-Node"] for answer in answers} == {owner.name, moved_to}
+
+
+async def _moved(nodes: Sequence[ReachableNode], owner: ReachableNode) -> str:
+    """Wait until all nodes know that the model is elsewhere, and unloaded where it was."""
+
+    async def look() -> set[str | None]:
+        return {node.node_of("m") for node in nodes}
+
+    found = await when(look, lambda names: len(names) == 1 and names.isdisjoint({None, owner.name}))
+    [name] = found
+    assert name is not None
+    return name
+
+
+async def test_forwarded_request_waits_for_what_its_sender_knows(
+    ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "CATCH_UP_S", 0.0)  # which is for models that are here
+    monkeypatch.setattr(forwarding, "CATCH_UP_OR_REFUSE_S", 60.0)
+    async with reachable_node(ledger.server_url, tmp_path, "a") as node:
+        save(models.add(1), tmp_path / "repository", "m")
+        loaded_at = node.app[LOG].state.position + 4  # after the request, the placement and the start
+        own = forwarded(node, node)
+        assert (await send(node, PATHS[0], own)).refusal == (503, "model_not_loaded")
+        asking = asyncio.create_task(send(node, PATHS[0], {**own, "Loadledger-Position": str(loaded_at)}))
+        await node.api.load("m")
+        assert (await asking).status == 200
+        serving = node.app[LOG].state.models["m"].serving
+        assert serving is not None
+        assert serving.position == loaded_at
+        ahead = str(loaded_at + 1000)
+        assert (await send(node, PATHS[0], {**own, "Loadledger-Position": ahead})).status == 200
+
+
+async def test_body_that_arrives_while_its_model_moves_is_forwarded(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", placement="pack") as nodes:
+        save(models.add(1), tmp_path / "repository", "m")
+        owner, other = await loaded_beside(nodes, "m")
+        body, fields = binary(150_000)
+        arriving = asyncio.Event()
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield body[:-1]
+            await arriving.wait()
+            yield body[-1:]
+
+        answering = asyncio.create_task(
+            owner.api.post(
+                PATHS[0], data=parts(), headers={**fields, "Content-Length": str(len(body))}, roles=PREDICT
+            )
+        )
+        await until(lambda: owner.app[BODIES].taken_bytes > 0)
+        await drain(owner)
+        await other.knows("m", other.name)
+        await owner.knows("m", other.name)
+        arriving.set()
+        answer = await answering
+        assert answer.status == 200
+        assert answer.headers["Loadledger-Node"] == other.name
+        assert np.frombuffer(answer.body[-600_000:], "<f4")[-1] == 150_000
+        assert not owner.app[BODIES].taken_bytes
+
+
+async def test_model_is_loaded_on_demand_where_it_fits(ledger: Database, tmp_path: Path) -> None:
+    url = ledger.server_url
+    async with (
+        reachable_node(url, tmp_path, "a", on_demand="on") as roomy,
+        reachable_node(url, tmp_path, "b", on_demand="on", memory_budget="1000000") as small,
+    ):
+        for index, node in enumerate((small, roomy)):
+            save(models.add(index), tmp_path / "repository", f"m{index}")
+            answer = await ask(node, f"/v2/models/m{index}/infer")
+            assert answer.json["outputs"][0]["data"] == [1.0 + index]
+            assert answer.headers["Loadledger-Node"] == roomy.name
+            assert (ADDRESS in answer.headers) is (node is small)
+
+
+async def test_malformed_body_loads_nothing_at_any_node(ledger: Database, tmp_path: Path) -> None:
+    options = {"on_demand": "on", "max_loaded": 1, "evict": "idle", "min_residency_s": 0}
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", **options) as nodes:
+        for model_id in ("m", "other", "third"):
+            save(models.add(1), tmp_path / "repository", model_id)
+        for model_id in ("other", "third"):  # there is no room without an eviction
+            assert (await ask(nodes[0], f"/v2/models/{model_id}/infer")).status == 200
+        for sender, node in (nodes, nodes[::-1]):
+            for body, headers in MALFORMED:
+                answer = await ask(node, body=body, **headers)
+                assert answer.refusal == (400, "invalid_input")
+                fields = {**forwarded(sender, node), **headers}
+                answer = await node.api.post(PATHS[0], data=body, headers=fields, roles=())
+                assert answer.refusal == (400, "invalid_input")
+        assert await nodes[0].api.types("m") == []
+        assert {"ModelUnloaded"}.isdisjoint([event.type for event in await nodes[0].api.events()])
+
+
+async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_path: Path) -> None:
+    async with cutting_proxy(ledger.server.address) as proxy:
+        url = ledger.url("ledger_server", (proxy.address[0], proxy.address[1]))
+        async with reachable_nodes(url, tmp_path, "a", "b", lease_s=3.0) as nodes:
+            save(models.add(1), tmp_path / "repository", "m")
+            owner, other = await loaded_beside(nodes, "m")
+            await proxy.cut()
+            await until(lambda: all(node.app[THIS_NODE].membership.is_late for node in nodes))
+            assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == [owner.name] * 2
+            proxy.heal()
+            await until(lambda: all(not node.app[THIS_NODE].membership.is_late for node in nodes))
+            assert (await ask(other)).status == 200

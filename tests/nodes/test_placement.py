@@ -1,0 +1,505 @@
+"""Which node runs a load: the choice among nodes, and the decisions of the placer and of a full node."""
+
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+from hypothesis import assume
+from hypothesis import given as given_any
+from hypothesis import strategies as st
+from support.clusters import KnownStanding
+from support.decisions import describe_next, processes
+from support.history import CONTENTS, MODEL, PLAIN, History, at
+
+from events.nodes import Node, NodePhase
+from events.types import Cause, LoadPlaced
+from nodes.decisions import NodePlacement
+from nodes.placement import (
+    MAX_PLACEMENTS,
+    NodeHints,
+    NodeRoom,
+    PlacementReason,
+    PlacementRequest,
+    PlacementStrategy,
+    place,
+)
+from runtime.scheduler.actions import Decision, StartLoad
+from runtime.scheduler.view import MemoryEstimate, Observations, Policy, SchedulerView
+
+F, P = frozenset({"f1", "f2"}), frozenset({"f1"})
+"""Two files, and a prepared model of one."""
+
+
+def node(name: str, *, budget: int = 100, labels: str = "", phase: str = "joined") -> Node:
+    return Node(
+        name, 1, NodePhase(phase), 1, at(0), f"http://{name}", tuple(labels.split()), budget, "1", None
+    )
+
+
+def room(name: str, free: int | None = None, models: int = 0, **given: Any) -> NodeRoom:
+    about = {key: given.pop(key) for key in ("budget", "labels", "phase") if key in given}
+    return NodeRoom(node(name, **about), NodeHints(0, free, **given), models)
+
+
+def chosen(request: PlacementRequest, rooms: list[NodeRoom], strategy: str = "spread") -> str:
+    """Return the node and the reason, as tables write them."""
+    found = place(request, rooms, PlacementStrategy(strategy))
+    return "none" if found is None else f"{found.node.id} {found.reason}"
+
+
+ONE = PlacementRequest("m", 10, F)
+
+SAME_PERCENT = [room("a", 10_000, budget=10_000, models=2), room("b", 9_960, budget=10_000, models=1)]
+
+CASES = [
+    ("no node", ONE, [], "spread", "none"),
+    (
+        "none takes loads",
+        ONE,
+        [room("a", 90, phase="draining"), room("b", 90, phase="lost")],
+        "spread",
+        "none",
+    ),
+    ("most free memory", ONE, [room("a", 20), room("b", 90), room("c", 80)], "spread", "b room"),
+    ("no limit is the most", ONE, [room("a", 90), room("b", None)], "spread", "b room"),
+    ("fewest models", ONE, [room("a", None, models=3), room("b", None, models=1)], "spread", "b room"),
+    ("fewest models for the same percent", ONE, SAME_PERCENT, "spread", "b room"),
+    ("most models for the same percent", ONE, SAME_PERCENT, "pack", "a room"),
+    ("least that fits", ONE, [room("a", 9), room("b", 90), room("c", 11)], "pack", "c room"),
+    ("most models", ONE, [room("a", None, models=3), room("b", None, models=1)], "pack", "a room"),
+    ("files", ONE, [room("a", 90), room("b", 20, digests=F)], "spread", "b files"),
+    ("some files do not count", ONE, [room("a", 90), room("b", 20, digests=P)], "spread", "a room"),
+    (
+        "prepared before files",
+        ONE,
+        [room("a", 90, digests=F), room("b", 20, digests=F, prepared=P)],
+        "spread",
+        "b prepared",
+    ),
+    (
+        "prepared model without files",
+        ONE,
+        [room("a", 90, digests=F), room("b", 95, prepared=P)],
+        "spread",
+        "a files",
+    ),
+    ("room before files", ONE, [room("a", 20), room("b", 5, digests=F, prepared=P)], "spread", "a room"),
+    (
+        "a slot before files",
+        ONE,
+        [room("a", 20), room("b", 50, digests=F, free_models=0)],
+        "spread",
+        "a room",
+    ),
+    ("none has room", ONE, [room("a", 2), room("b", 5), room("c", -4, digests=F)], "spread", "c queue"),
+    ("none has room", ONE, [room("a", 2), room("b", 5)], "pack", "b queue"),
+    ("can never fit", ONE, [room("a", 5, budget=50), room("b", 9, budget=9)], "spread", "a queue"),
+    ("fits nowhere ever", ONE, [room("a", 4, budget=5), room("b", 9, budget=9)], "spread", "b queue"),
+    ("unknown need", PlacementRequest("m"), [room("a", 5), room("b", 9)], "spread", "b room"),
+    ("home", PlacementRequest("m", 10, home="b"), [room("a", 90), room("b", 5)], "spread", "b serves"),
+    (
+        "home drains",
+        PlacementRequest("m", 10, home="b"),
+        [room("a", 90), room("b", 95, phase="draining")],
+        "spread",
+        "a room",
+    ),
+    (
+        "home is too small",
+        PlacementRequest("m", 10, home="b"),
+        [room("a", 90), room("b", 5, budget=5)],
+        "spread",
+        "a room",
+    ),
+    (
+        "labels",
+        PlacementRequest("m", labels=frozenset({"gpu=a", "zone=x"})),
+        [room("a", 90, labels="gpu=a"), room("b", 9, labels="gpu=a os=l zone=x")],
+        "spread",
+        "b room",
+    ),
+    (
+        "no node has the labels",
+        PlacementRequest("m", labels=frozenset({"gpu=a"}), home="a"),
+        [room("a", 90)],
+        "spread",
+        "none",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("request_", "rooms", "strategy", "expected"),
+    [pytest.param(*case[1:], id=f"{case[0]}, {case[3]}") for case in CASES],
+)
+def test_place_chooses_node(
+    request_: PlacementRequest, rooms: list[NodeRoom], strategy: str, expected: str
+) -> None:
+    assert chosen(request_, rooms, strategy) == expected
+
+
+NAMES = st.sampled_from(["a", "b", "c", "d"])
+DIGESTS = st.frozensets(st.sampled_from(["f1", "f2", "f3"]))
+ROOMS = st.lists(
+    st.builds(
+        lambda name, phase, labels, budget, free, slots, models, digests, prepared: NodeRoom(
+            node(name, budget=budget, labels=labels, phase=phase),
+            NodeHints(0, free, slots, digests, prepared),
+            models,
+        ),
+        NAMES,
+        st.sampled_from(["joined", "joined", "joined", "draining", "left", "lost"]),
+        st.sampled_from(["", "gpu=a", "gpu=a zone=x"]),
+        st.none() | st.integers(0, 100),
+        st.none() | st.integers(-50, 100),
+        st.none() | st.integers(-1, 2),
+        st.integers(0, 3),
+        DIGESTS,
+        DIGESTS,
+    ),
+    unique_by=lambda room: room.node.id,
+)
+REQUESTS = st.builds(
+    PlacementRequest,
+    st.sampled_from(["m", "n", "o"]),
+    st.none() | st.integers(0, 100),
+    DIGESTS,
+    st.frozensets(st.sampled_from(["gpu=a", "zone=x"]), max_size=1),
+    st.none() | NAMES,
+)
+STRATEGIES = st.sampled_from(PlacementStrategy)
+
+
+def is_able(request: PlacementRequest, each: NodeRoom) -> bool:
+    return each.node.takes_loads and request.labels <= set(each.node.labels)
+
+
+@PLAIN
+@given_any(REQUESTS, ROOMS, STRATEGIES, st.randoms())
+def test_place_finds_able_node_in_any_order(
+    request: PlacementRequest, rooms: list[NodeRoom], strategy: PlacementStrategy, dice: Any
+) -> None:
+    found = place(request, rooms, strategy)
+    able = [each for each in rooms if is_able(request, each)]
+    assert (found is None) == (not able)
+    assert found is None or found.node in [each.node for each in able]
+    dice.shuffle(rooms)
+    assert place(request, rooms, strategy) == found
+
+
+@PLAIN
+@given_any(REQUESTS, ROOMS, STRATEGIES)
+def test_place_passes_no_better_node(
+    request: PlacementRequest, rooms: list[NodeRoom], strategy: PlacementStrategy
+) -> None:
+    found = place(request, rooms, strategy)
+    assume(found is not None and found.reason is not PlacementReason.SERVES)
+    assert found is not None
+    mine = next(each for each in rooms if each.node == found.node)
+    for each in rooms:
+        if is_able(request, each) and each.can_ever_fit(request.need_bytes):
+            assert mine.can_ever_fit(request.need_bytes)
+            assert mine.fits(request.need_bytes) or not each.fits(request.need_bytes)
+            assert each.node.id != request.home
+
+
+@PLAIN
+@given_any(REQUESTS, ROOMS, STRATEGIES, st.integers(0, 3))
+def test_end_of_another_node_moves_no_placement(
+    request: PlacementRequest, rooms: list[NodeRoom], strategy: PlacementStrategy, which: int
+) -> None:
+    found = place(request, rooms, strategy)
+    assume(found is not None and len(rooms) > 1)
+    assert found is not None
+    gone = [each for each in rooms if each.node != found.node][which % (len(rooms) - 1)]
+    left = place(request, [each for each in rooms if each is not gone], strategy)
+    assert left is not None
+    assert left.node == found.node
+
+
+def test_equal_nodes_share_models() -> None:
+    rooms = [room(name) for name in ("a", "b", "c")]
+    found = [chosen(PlacementRequest(f"m{number}"), rooms) for number in range(60)]
+    assert {each: found.count(each) > 10 for each in found} == dict.fromkeys(
+        ("a room", "b room", "c room"), True
+    )
+
+
+# Decisions of nodes
+
+
+class Cluster:
+    """Nodes `a` and `b` with budgets of 100 bytes; loads are estimated at 40."""
+
+    def __init__(self) -> None:
+        self.history = History()
+        self.hints = dict[str, NodeHints]()
+        self.estimates: dict[str, int | None] = {}
+        self.estimating: Collection[str] = ()
+        for name in ("a", "b"):
+            self.history.join(name, budget_bytes=100)
+
+    def decide(self, name: str, running: str = "", *, epoch: int | None = None, **policy: Any) -> Decision:
+        given: dict[str, Any] = {"loads_at_once": 2, "budget_bytes": 100, **policy}
+        standing = KnownStanding(epoch or self.history.state.registers.nodes[name].epoch, self.hints)
+        estimates = self.estimates.items()
+        seen = Observations(
+            estimates={load: None if needs is None else MemoryEstimate(needs) for load, needs in estimates},
+            estimating=self.estimating,
+        )
+        now = at(self.history.seconds)
+        view = SchedulerView(self.history.state, processes(running), Policy(**given), now, seen)
+        return NodePlacement(name, standing).decide(view)
+
+    def next(self, name: str, running: str = "", **policy: Any) -> str:
+        return describe_next(self.decide(name, running, **policy))
+
+
+def test_placer_alone_places_load() -> None:
+    cluster = Cluster()
+    cluster.history.ask_load("L")
+    cluster.hints["b"] = NodeHints(9, 100)
+    cluster.hints["a"] = NodeHints(9, 20)
+    assert cluster.next("b") == "nothing"
+    assert cluster.next("a") == "place L at b: room"
+    cluster.history.place("L", "b")
+    assert cluster.next("a") == "nothing"
+    assert cluster.next("b") == "estimate L"
+    cluster.estimates["L"] = 40
+    assert cluster.next("b") == "start L"
+    assert cluster.decide("b", epoch=2) == Decision()
+
+
+def test_loads_placed_since_hint_take_room() -> None:
+    cluster = Cluster()
+    cluster.hints = {"a": NodeHints(0, 60), "b": NodeHints(0, 70)}
+    for number in range(3):
+        cluster.history.ask_load(f"L{number}", of=f"m{number}")
+        cluster.estimates[f"L{number}"] = 40
+    places = []
+    for number in range(3):
+        places.append(cluster.next("a").removesuffix(", and start it"))
+        cluster.history.place(f"L{number}", places[-1].split()[3].rstrip(":"), of=f"m{number}")
+    assert places == ["place L0 at b: room", "place L1 at a: room", "place L2 at b: queue"]
+
+
+def test_placer_starts_load_that_it_places_at_itself() -> None:
+    cluster = Cluster()
+    cluster.hints = {"a": NodeHints(9, 100), "b": NodeHints(9, 20)}
+    cluster.history.ask_load("L")
+    assert cluster.next("a") == "estimate L"
+    cluster.estimates["L"] = None
+    assert cluster.next("a") == "place L at a: room"  # since its files are slow to read
+    cluster.estimating = {"L"}
+    assert cluster.decide("a").waiting_for == {"L": "the estimate of its memory"}
+    cluster.history.ask_load("O", of="other")
+    cluster.hints["b"] = NodeHints(9, 100)
+    cluster.estimates = {"L": None, "O": 90}
+    assert cluster.next("a") == "place O at b: room"  # meanwhile
+    cluster.history.place("O", "b", of="other")
+    cluster.estimates["L"], cluster.estimating = 40, ()
+    assert cluster.next("a") == "place L at a: room, and start it"
+    assert cluster.next("a", "O:loading", loads_at_once=1) == "place L at a: room"
+    cluster.history.place("L", "a")
+    assert cluster.next("a") == "start L"
+
+
+def test_node_that_has_said_nothing_has_its_budget() -> None:
+    cluster = Cluster()
+    cluster.hints = {"a": NodeHints(0), "b": NodeHints(9, 100)}  # its first renewal, before it knows more
+    cluster.history.ask_load("L", of="m0")
+    cluster.history.place("L", "a", of="m0")
+    cluster.estimates["L"] = 40
+    cluster.history.ask_load("L1", of="m1")
+    assert cluster.next("a") == "place L1 at b: room"
+
+
+def test_load_waits_for_node_with_its_labels() -> None:
+    cluster = Cluster()
+    cluster.history.ask_load("L", timeout_s=10, node_labels=("gpu=a", "zone=x"))
+    decision = cluster.decide("a")
+    assert decision.waiting_for == {"L": "a node that takes loads and has the labels gpu=a, zone=x"}
+    assert decision.wake_at == at(13)
+    cluster.history.join("c", labels=("gpu=a", "os=l", "zone=x"))
+    assert cluster.next("a") == "place L at c: room"
+    cluster.history.leave("c")
+    cluster.history.seconds = 13
+    assert cluster.next("a") == "fail L: timeout"
+
+
+def test_model_with_labels_moves_to_node_with_them() -> None:
+    cluster = Cluster()
+    history = cluster.history
+    history.join("c", labels=("gpu=a",))
+    history.load_at("c", "L", node_labels=("gpu=a",))
+    history.drain("c")
+    assert cluster.next("c", "L:serving") == "nothing"
+    history.join("b", labels=("gpu=a",))
+    assert cluster.next("c", "L:serving") == f"move {MODEL}"
+    history.lose("c")
+    history.ask_load("R", cause=Cause.RESTART, node_labels=("gpu=a",))
+    assert cluster.next("a") == "place R at b: room"
+
+
+def test_load_with_labels_leaves_node_without_them() -> None:
+    cluster = Cluster()
+    cluster.history.load_at("b", "L")
+    cluster.history.join("c", labels=("gpu=a",))
+    cluster.history.ask_load("L2", node_labels=("gpu=a",))
+    assert cluster.next("a") == "place L2 at c: room"
+    cluster.history.place("L2", "c")
+    cluster.estimates["L2"] = 60
+    assert cluster.next("c", budget_bytes=50) == "fail L2: insufficient_memory"  # it would fit at `a`
+
+
+def test_next_load_goes_where_model_is_loaded() -> None:
+    cluster = Cluster()
+    cluster.hints["a"] = NodeHints(9, 100)
+    cluster.history.load_at("b", "L")
+    cluster.history.ask_load("L2", version=2)
+    cluster.history.ask_load("L3", version=3)
+    assert cluster.next("a") == "place L2 at b: serves"
+    cluster.history.drain("b")
+    assert cluster.next("a") == "estimate L2"
+    cluster.estimates["L2"] = 40
+    assert cluster.next("a") == "place L2 at a: room, and start it"
+
+
+def test_lost_models_are_reloaded_by_placer() -> None:
+    cluster = Cluster()
+    cluster.history.load_at("b", "L")
+    cluster.history.lose("b")
+    assert cluster.next("a") == f"reload {MODEL}, restart"
+    cluster.history.ask_load("R", cause=Cause.RESTART)
+    cluster.estimates["R"] = 40
+    action = cluster.decide("a").action
+    assert isinstance(action, StartLoad)
+    assert action.before is not None
+    assert isinstance(action.before.data, LoadPlaced)
+    assert [(file.path, file.sha256) for file in action.before.data.files] == list(CONTENTS)
+
+
+def test_load_without_room_goes_where_it_fits() -> None:
+    cluster = Cluster()
+    cluster.history.load_at("b", "O", of="other")
+    cluster.history.ask_load("L")
+    cluster.history.place("L", "b")
+    cluster.estimates["L"] = 101
+    assert cluster.next("b", "O:serving") == "fail L: insufficient_memory"
+    cluster.history.join("c", budget_bytes=200)
+    cluster.hints["c"] = NodeHints(99, 0)
+    assert cluster.next("b", "O:serving") == "place L at c: queue"
+    cluster.estimates["L"] = 100
+    cluster.hints["c"] = NodeHints(99, 99)
+    cluster.hints["a"] = NodeHints(99, 100)
+    assert cluster.next("b", "O:serving", max_loaded=1) == "place L at a: room"
+    cluster.hints["a"] = NodeHints(99, 100, free_models=0)
+    assert cluster.next("b", "O:serving", max_loaded=1) == "nothing"
+
+
+def test_load_is_placed_a_few_times_only() -> None:
+    cluster = Cluster()
+    cluster.hints = {"a": NodeHints(99, 100), "b": NodeHints(99, 100)}
+    cluster.history.ask_load("L")
+    for number in range(MAX_PLACEMENTS):
+        cluster.history.place("L", "ab"[number % 2])
+    cluster.estimates["L"] = 50
+    assert cluster.next("b", "O:serving", max_loaded=1) == "nothing"
+    assert cluster.next("b", max_loaded=1) == "start L"
+
+
+def test_reload_without_room_waits_for_nodes() -> None:
+    cluster = Cluster()
+    cluster.history.load_at("b", "L")
+    cluster.history.lose("b")
+    cluster.history.ask_load("R", cause=Cause.RESTART)
+    cluster.history.place("R", "a")
+    cluster.estimates["R"] = 50
+    decision = cluster.decide("a", "O:serving", max_loaded=1)
+    assert (decision.action, list(decision.waiting_for)) == (None, ["R"])
+
+
+def test_draining_node_moves_its_models() -> None:
+    cluster = Cluster()
+    history = cluster.history
+    history.load_at("b", "L")
+    assert cluster.next("b", "L:serving") == "nothing"
+    history.drain("b")
+    assert cluster.next("b", "L:serving") == "nothing"  # it took more than the budget of `a`
+    history.join("c")
+    assert cluster.next("b", "L:serving") == f"move {MODEL}"
+    history.ask_load("M", cause=Cause.DRAIN)
+    assert cluster.next("b", "L:serving") == "nothing"
+    cluster.estimates["M"] = 40
+    assert cluster.next("a") == "place M at c: room"
+    history.start_at("c", "M")
+    history.fail_load("M", "invalid_model")
+    assert cluster.decide("b", "L:serving").wake_at == at(history.seconds + 1)
+    history.seconds += 1
+    assert cluster.next("b", "L:serving") == f"move {MODEL}"
+
+
+def test_waiting_load_leaves_draining_node() -> None:
+    cluster = Cluster()
+    cluster.history.ask_load("L")
+    cluster.history.place("L", "b")
+    cluster.history.drain("b")
+    assert cluster.next("b") == "place L at a: room"
+    cluster.history.leave("a")
+    assert cluster.next("b") == "estimate L"
+
+
+def test_last_node_keeps_its_models_while_it_drains() -> None:
+    cluster = Cluster()
+    cluster.history.load_at("b", "L")
+    cluster.history.drain("b")
+    cluster.history.leave("a")
+    assert cluster.next("b", "L:serving") == "nothing"
+
+
+def test_moved_load_is_unloaded_at_its_old_node() -> None:
+    cluster = Cluster()
+    history = cluster.history
+    history.load_at("b", "L")
+    history.load_at("a", "M", cause=Cause.DRAIN)
+    history.ask_unload("U", "L", cause=Cause.DRAIN, node_id="b")
+    assert cluster.next("a", "M:serving") == "nothing"
+    assert cluster.next("b", "L:serving") == "start U of L"
+    history.start_unload("U")
+    assert cluster.next("b", "L:draining") == "nothing"
+    assert cluster.next("b", "L:gone") == "finish U of L"
+    history.lose("b")
+    assert cluster.next("a", "M:serving") == "start U of L"
+
+
+def test_work_of_ended_epoch_is_left_alone() -> None:
+    cluster = Cluster()
+    cluster.history.ask_load("L")
+    cluster.history.start_at("b", "L")
+    cluster.history.lose("b")
+    assert cluster.decide("b", "L:loading") == Decision()
+    cluster.history.join("b")
+    cluster.history.place("L", "b")
+    cluster.estimates["L"] = 40
+    assert cluster.next("b", "L:loading!") == "nothing"
+    assert cluster.next("b", "L:serving!") == "nothing"
+    assert cluster.next("b") == "start L"
+
+
+def test_force_at_one_node_cancels_loads_at_another() -> None:
+    cluster = Cluster()
+    history = cluster.history
+    history.load_at("b", "L")
+    history.ask_load("M", cause=Cause.DRAIN)
+    history.start_at("a", "M")
+    history.ask_unload("F", "L", force=True, node_id="b")
+    assert cluster.next("a", "M:loading") == "nothing"
+    assert cluster.next("b", "L:serving") == "cancel M"
+
+
+def test_unneeded_demand_is_left_to_its_timeout() -> None:
+    cluster = Cluster()
+    cluster.history.ask_load("D", cause=Cause.DEMAND)
+    cluster.history.place("D", "b")
+    cluster.estimates["D"] = 1
+    assert cluster.next("b") == "start D"
