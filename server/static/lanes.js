@@ -103,13 +103,23 @@ export function lanesOf(page) {
     ...lane, marks: [], loads: [],
     segments: lane.segments.map((segment) => ({ ...segment, version: null, events: 0 })),
   }));
-  return [...plain, ...page.lanes].map((lane) => ({ ...lane, items: itemsOf(lane) }));
+  return [...plain, ...page.lanes].map((lane) => ({ ...lane, items: itemsOf(lane, page) }));
 }
 
-function itemsOf(lane) {
-  const segments = lane.segments.map((segment) => ({
-    key: `s${segment.from}`, from: Date.parse(segment.from), to: Date.parse(segment.to), segment,
-  }));
+// When a segment of a page began and ended; one that reaches the end of the page goes on.
+function timesOf(segment, page) {
+  const to = Date.parse(segment.to);
+  return { from: Date.parse(segment.from), to: to < Date.parse(page.to) - 1 ? to : Infinity };
+}
+
+// The times at which no server ran, up to `until`.
+export function downTimes(page, until) {
+  const times = page.server.filter((segment) => segment.state !== "running").map((segment) => timesOf(segment, page));
+  return times.map(({ from, to }) => [from, Math.min(to, until)]);
+}
+
+function itemsOf(lane, page) {
+  const segments = lane.segments.map((segment) => ({ key: `s${segment.from}`, ...timesOf(segment, page), segment }));
   const marks = lane.marks.map((mark) => ({
     key: `m${mark.kind}${mark.position}`, from: Date.parse(mark.at), to: Date.parse(mark.at), mark,
   }));
@@ -141,12 +151,11 @@ export const momentOf = ({ mark, segment }) => String((mark ?? segment).position
 
 // Drawing.
 
-// A row. `shown` has what all rows share: `down` when no server ran, `end` of what the server has said, and `until`,
-// where the present ends what goes on.
+// A row. `shown` has what all rows share: `down` when no server ran, and `until`, where the present ends what goes on.
 export function Lane({ lane, scale, href, chosenKey, shown }) {
-  const { down, end, until } = shown;
+  const { down, until } = shown;
   const items = lane.items
-    .map((item) => ({ ...item, to: item.segment && item.to >= end ? until : item.to }))
+    .map((item) => ({ ...item, to: Math.min(item.to, until) }))
     .filter((item) => item.to >= scale.from && item.from <= scale.to);
   return html`
     <div class="lane" data-model=${lane.model_id}>

@@ -4,7 +4,7 @@
 import { api, errorText } from "./api.js";
 import { count, moment as momentText, serverNow, zone } from "./format.js";
 import {
-  Axis, DAY, describe, HOUR, isOfServer, itemAt, Lane, lanesOf, LaneTable, Legend, LONGEST, MINUTE, momentOf, nearestItem,
+  Axis, DAY, describe, downTimes, HOUR, isOfServer, itemAt, Lane, lanesOf, LaneTable, Legend, LONGEST, MINUTE, momentOf, nearestItem,
   Patterns, rangeText, Scale, SECOND, SHORTEST, YEAR,
 } from "./lanes.js";
 import { address, href, replace } from "./router.js";
@@ -148,11 +148,6 @@ function useTimeline(range, find, cursor, width) {
   return { page, error };
 }
 
-function downTimes(page, end, until) {
-  const times = page.server.filter((segment) => segment.state !== "running");
-  return times.map((segment) => [Date.parse(segment.from), Date.parse(segment.to)]).map(([from, to]) => [from, to >= end ? until : to]);
-}
-
 function itemOf(lanes, chosen) {
   const lane = lanes.find((each) => each.model_id === chosen?.model), item = lane?.items.find((each) => each.key === chosen.key);
   return item ? { lane, item } : null;
@@ -266,8 +261,8 @@ function useRows({ page, lanes, scale, chosen, isLive, isMoving }) {
   if (!isMoving) settled.current = scale;
   const drawn = settled.current;
   const rows = useMemo(() => {
-    const until = isLive ? drawn.to : Math.min(drawn.to, serverNow()), end = page && Date.parse(page.to) - 1;
-    const shown = { down: page ? downTimes(page, end, until) : [], end, until };
+    const until = isLive ? drawn.to : Math.min(drawn.to, serverNow());
+    const shown = { down: page ? downTimes(page, until) : [], until };
     return lanes.map((lane) => html`
       <${Lane} key=${lane.model_id} lane=${lane} scale=${drawn} shown=${shown} href=${href("models", lane.model_id)}
         chosenKey=${chosen?.model === lane.model_id ? chosen.key : null} />`);

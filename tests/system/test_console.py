@@ -477,6 +477,18 @@ async def hold_back(
     await page.route(f"**/{path}", answer)
 
 
+async def test_nothing_is_predicted_before_the_inputs_are_known(busy_admin: Console) -> None:
+    page, late = busy_admin.page, asyncio.Event()
+    await hold_back(page, "v2/models/fraud-check", late)
+    await busy_admin.press("fraud-check", "Predict")
+    predict = page.locator("dialog[open]").get_by_role("button", name="Predict", exact=True)
+    await expect(predict).to_be_disabled()
+    late.set()
+    await predict.click()
+    await expect(page.locator("#predict-answer")).to_be_visible()
+    await busy_admin.choose("Close")
+
+
 async def test_closed_dialog_aborts_its_requests(busy_admin: Console) -> None:
     page, late = busy_admin.page, asyncio.Event()
     for path in ("v2/models/ranker", "v2/models/fraud-check/infer"):

@@ -117,6 +117,20 @@ CASES: dict[str, tuple[object, str]] = {
         return ages;
         """,
     ),
+    "a bar that goes on is found where it is drawn, long after it was asked for": (
+        ["s2026-01-31T14:00:00Z", None, "s2026-01-31T14:00:00Z"],
+        """
+        const { itemAt, lanesOf } = await import("/console/lanes.js");
+        const time = (minute) => `2026-01-31T14:${minute}:00Z`, at = (minute) => Date.parse(time(minute));
+        const lane = (model_id, from, to) => ({
+          model_id, segments: [{ from: time(from), to: time(to), state: "loaded" }], marks: [], loads: [],
+        });
+        const page = { to: time("10"), server: [], lanes: [lane("a", "00", "10"), lane("b", "00", "05")] };
+        const [, goesOn, ended] = lanesOf(page);
+        const found = [itemAt(goesOn, at("30"), 0), itemAt(ended, at("30"), 0), itemAt(ended, at("04"), 0)];
+        return found.map((item) => item && item.key);
+        """,
+    ),
     "addresses are read as they were written": (
         [
             ["#/models/a%20b%2F%3F", "models", "a b/?"],
