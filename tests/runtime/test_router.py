@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import models
-from support.running import Engine, running, slow_model, stopped_clock
+from support.running import Engine, running, stopped_clock
 from support.workers import LIMIT_S, array, floats, tensor, trips, until
 
 from events.models import ModelState
@@ -93,7 +93,7 @@ async def test_old_version_answers_until_the_swap(engine: Engine) -> None:
     assert problem is OtherVersionLoaded
     assert "version 1 is" in message
     assert '{"version": 2}' in message
-    models.save_bytes(slow_model(), engine.root, "adder", 3)
+    models.save_bytes(models.endless_load(), engine.root, "adder", 3)
     swap = await engine.ask_load("adder", 3)
     await engine.loading("adder")
     assert (await engine.router.find("adder")).version == 1
@@ -111,7 +111,7 @@ async def test_old_version_answers_until_the_swap(engine: Engine) -> None:
 
 async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
     await engine.load("adder", 1)
-    models.save_bytes(slow_model(), engine.root, "adder", 3)
+    models.save_bytes(models.endless_load(), engine.root, "adder", 3)
     swap = await engine.ask_load("adder", 3, LoadParameters(strategy="in_place"))
     await engine.recorded(lambda: engine.model("adder").previous is not None)
     replaced = (ModelReplaced, "model 'adder' is being replaced by another version")

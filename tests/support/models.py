@@ -542,6 +542,21 @@ def grown(count: int = 20_000_000) -> ModelProto:
 
 @cache
 def endless_load() -> bytes:
-    """A model that takes minutes to load: tests wait for its load to begin, never for its end."""
-    content: bytes = slow_model(depth=2000).SerializeToString()
+    """`y = x + c` that takes minutes to load: tests wait for its load to begin, never for its end.
+
+    ONNX Runtime looks for c while it loads, by three hundred poolings of a second and 360 KB each.
+    """
+    side, wide, depth = 300, 201, 300
+    first = np.random.default_rng(0).standard_normal((1, 1, side, side), np.float32)
+    kernel, pads = [wide, wide], [wide // 2] * 4
+    nodes = [
+        helper.make_node("MaxPool", [f"h{i}"], [f"h{i + 1}"], kernel_shape=kernel, pads=pads)
+        for i in range(depth)
+    ]
+    nodes.append(helper.make_node("ReduceMax", [f"h{depth}"], ["c"], keepdims=0))
+    nodes.append(helper.make_node("Add", ["x", "c"], ["y"]))
+    tensors = [numpy_helper.from_array(first, "h0")]
+    shape = [None]
+    made = model(nodes, [value("x", FLOAT, shape)], [value("y", FLOAT, shape)], tensors)
+    content: bytes = made.SerializeToString()
     return content

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -270,13 +269,6 @@ class Engine:
         return worker.pid
 
 
-@cache
-def slow_model() -> bytes:
-    """Return a model of 2.5 MB that loads for half a minute."""
-    content: bytes = models.slow_model(side=800, depth=2_000).SerializeToString()
-    return content
-
-
 def save_models(folder: Path) -> Path:
     """Save `adder` (versions 1 and 2, which add as much), `other`, `loop` and `slow`; return the folder."""
     root = folder / "models"
@@ -284,7 +276,7 @@ def save_models(folder: Path) -> Path:
     models.save(models.add(2), root, "adder", 2)
     models.save(models.add(100), root, "other")
     models.save(models.counting_loop(), root, "loop")
-    models.save_bytes(slow_model(), root, "slow")
+    models.save_bytes(models.endless_load(), root, "slow")
     return folder
 
 

@@ -31,7 +31,7 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
     for model_id in ("followed", "listed", "unheard"):
         models.save(models.add(), repository, model_id)
     models.save_bytes(models.TEXT, repository, "broken")
-    models.save(models.slow_model(depth=2000), repository, "slow")  # loads for minutes
+    models.save_bytes(models.endless_load(), repository, "slow")
     async with serving(Config(repository=repository, data=root / "data")) as running:
         yield running
 

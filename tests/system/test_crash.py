@@ -11,7 +11,7 @@ import pytest
 from support import models
 from support.fleet import settled
 from support.http import ENDLESS, ONE
-from support.models import save
+from support.models import save, save_bytes
 from support.servers import Server, events, limited, serving, verified
 from support.streams import following
 from support.workers import computing, until
@@ -35,7 +35,7 @@ def is_running(pid: int) -> bool:
 async def test_kill_9_ends_all_processes_and_next_start_finishes_jobs(config: Config) -> None:
     for model_id, constant in (("loaded", 1), ("pending", 2)):
         save(models.add(constant), config.repository, model_id)
-    save(models.slow_model(depth=2000), config.repository, "slow")  # loads for minutes
+    save_bytes(models.endless_load(), config.repository, "slow")
     save(models.counting_loop(), config.repository, "draining")
     async with serving(config, command=limited(loads_at_once=1)) as server:
         first = await server.api.load("loaded")

@@ -112,7 +112,7 @@ async def test_kill_before_uses_are_stored_reloads_last_loaded(config: Config, f
 
 @pytest.mark.parametrize("how", of_both(short=[KILLED], long=[STOPPED, KILLED]))
 async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fleet: Fleet, how: str) -> None:
-    save_bytes(models.slow_model(depth=2000).SerializeToString(), config.repository, "slow")  # takes minutes
+    save_bytes(models.endless_load(), config.repository, "slow")
     async with serving(config) as server:
         for model_id in fleet.ids[:2]:
             await server.api.load(model_id)

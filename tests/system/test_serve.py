@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from support import models
 from support.http import LIMIT_S, ONE, Json, when
-from support.models import save
+from support.models import save, save_bytes
 from support.servers import (
     SCRIPT,
     Server,
@@ -108,7 +108,7 @@ async def test_stop_finishes_inferences_and_answers_202_to_waiting_clients(
     config: Config, number: signal.Signals, *, to_group: bool
 ) -> None:
     save(models.counting_loop(), config.repository, "m")
-    save(models.slow_model(depth=2000), config.repository, "slow")  # loads for minutes
+    save_bytes(models.endless_load(), config.repository, "slow")
     async with serving(config) as server:
         await server.api.load("m")
         worker = server.worker()

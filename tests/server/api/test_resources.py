@@ -94,7 +94,7 @@ async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> 
 
 
 async def test_loading_model_reserves_its_estimate(small: LocalApi) -> None:
-    small.save(models.slow_model(side=800, depth=4000), "slow")
+    small.save(models.endless_load(), "slow")
     for model_id in ("a", "b"):
         small.save(models.add(1), model_id)
     job = await small.accepted_load("slow")

@@ -29,7 +29,6 @@ from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed
 
 Start = Callable[..., Awaitable[LocalApi]]
 
-SLOW = models.slow_model(side=800, depth=2_000)
 """Loads for half a minute: tests wait for its load to begin, never for its end."""
 
 
@@ -163,7 +162,7 @@ async def test_waiter_beyond_the_queue_is_refused(
     shared: LocalApi, look_ups: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared.app[DEMAND], "max_waiting", 2)
-    save(SLOW, shared.config.repository, "queue")
+    save_bytes(models.endless_load(), shared.config.repository, "queue")
     first, second = await waiting(shared, "queue", 2)
     with pytest.raises(QueueFull):
         await wait(shared, "queue")
@@ -442,7 +441,7 @@ async def test_invalid_model_settings_are_load_failed(shared: LocalApi) -> None:
 
 
 async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
-    save(SLOW, shared.config.repository, "slow")
+    save_bytes(models.endless_load(), shared.config.repository, "slow")
     waiting = await begin(shared, "slow", 3)
     late = await shared.infer("slow", ONE, parameters=SOON)
     assert late.refusal == (504, "inference_timeout")
@@ -458,7 +457,7 @@ async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
 
 async def test_full_job_queue_is_429(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(accept._MOST_UNENDED, Cause.DEMAND, 1)
-    save(SLOW, shared.config.repository, "busy")
+    save_bytes(models.endless_load(), shared.config.repository, "busy")
     add(shared, "refused")
     await shared.accepted_load("busy")
     assert (await shared.infer("refused", ONE)).refusal == (429, "queue_full")
@@ -467,7 +466,7 @@ async def test_full_job_queue_is_429(shared: LocalApi, monkeypatch: pytest.Monke
 
 async def test_shutdown_ends_the_wait(start: Start) -> None:
     api = await start(on_demand="on")
-    save_bytes(SLOW.SerializeToString(), api.config.repository, "m")
+    save_bytes(models.endless_load(), api.config.repository, "m")
     waiting = await begin(api, "m", 2)
     await api.app.shutdown()
     for answer in [*await asyncio.gather(*waiting), await api.infer("m", ONE)]:

@@ -13,7 +13,7 @@ from onnx import ModelProto
 from support import models
 from support.http import LIMIT_S, Answer, Json, LocalApi, when
 from support.models import FLOAT, TEXT, save, save_bytes
-from support.running import gone, slow_model
+from support.running import gone
 
 from events.jobs import Failure, PendingLoad
 from events.models import Model, ModelState, Serving
@@ -62,8 +62,8 @@ def version(number: int) -> Json:
 
 
 async def begin_load(api: LocalApi, model_id: str) -> asyncio.Task[Answer]:
-    """Send a load that takes half a minute, and wait until the worker has begun it."""
-    save_bytes(slow_model(), api.config.repository, model_id)
+    """Send a load that takes minutes, and wait until the worker has begun it."""
+    save_bytes(models.endless_load(), api.config.repository, model_id)
     task = asyncio.create_task(load(api, model_id))
 
     async def stages() -> list[str]:
@@ -145,7 +145,7 @@ async def test_shutdown_answers_who_waits_for_a_load(api: LocalApi) -> None:
         (models.unknown_operator, "", (400, "invalid_model"), "Frobnicate"),
         (lambda: models.external("../../secret"), "", (400, "unsafe_file"), "not inside the model's folder"),
         (models.memory_bomb_on_load, f"memory_limit_bytes = {200 * 2**20}", (503, "out_of_memory"), ""),
-        (slow_model, "timeout_s = 1", (503, "timeout"), "not loaded within 1 s"),
+        (models.endless_load, "timeout_s = 1", (503, "timeout"), "not loaded within 1 s"),
         (models.endless, "progress_timeout_s = 1", (503, "no_progress"), "its stage was 'warming_up'"),
         (models.crash_on_load, "", (503, "worker_died"), "killed by signal"),
     ],
