@@ -91,10 +91,6 @@ export const api = new Api();
 export class Latest {
   #current = null;
 
-  get isBusy() {
-    return this.#current !== null;
-  }
-
   drop() {
     this.#current?.abort();
     this.#current = null;

@@ -52,22 +52,25 @@ export function Charts({ modelId = null }) {
 
 // Lines: the colour is a variable of the style sheet, and `of` the value of a point, or null.
 const LATENCY = [
-  { kind: "p50", name: "p50", colour: "--accent", width: 2.5, of: (point) => point.p50_s },
-  { kind: "p95", name: "p95", colour: "--c1", width: 1.6, of: (point) => point.p95_s },
-  { kind: "p99", name: "p99", colour: "--c3", width: 1.6, dash: [5, 4], of: (point) => point.p99_s },
+  { name: "p50", colour: "--accent", width: 2.5, of: (point) => point.p50_s },
+  { name: "p95", colour: "--c1", width: 1.6, of: (point) => point.p95_s },
+  { name: "p99", colour: "--c3", width: 1.6, dash: [5, 4], of: (point) => point.p99_s },
 ];
 const REQUESTS = [
-  { kind: "plain", name: "answered", colour: "--accent", width: 2, of: (point, series) => point.requests / series.interval_s },
+  { name: "answered", colour: "--accent", width: 2, of: (point, series) => point.requests / series.interval_s },
   { // a line of zeros says less than none
-    kind: "bad", name: "failed", colour: "--bad", width: 2,
+    name: "failed", colour: "--bad", width: 2,
     of: (point, series) => (series.whole.failures ? point.failures / series.interval_s : null),
   },
 ];
 const SERVER_MEMORY = [
-  { kind: "plain", name: "models", colour: "--accent", width: 2, of: (point) => point.used_bytes },
-  { kind: "second", name: "server", colour: "--others", width: 2, dash: [2, 4], of: (point) => point.server_bytes },
+  { name: "models", colour: "--accent", width: 2, of: (point) => point.used_bytes },
+  { name: "server", colour: "--others", width: 2, dash: [2, 4], of: (point) => point.server_bytes },
 ];
-const MODEL_MEMORY = [{ kind: "plain", name: "memory", colour: "--accent", width: 2, of: (point) => point.memory_bytes }];
+const MODEL_MEMORY = [{ name: "memory", colour: "--accent", width: 2, of: (point) => point.memory_bytes }];
+
+// A line's look in the legend, as uPlot draws it.
+const strokeOf = ({ colour, width, dash }) => ({ stroke: `var(${colour})`, strokeWidth: width, strokeDasharray: dash?.join(" ") });
 
 // What is used at the moment, which is newer than the last sample; null of a model without a process.
 function memoryNow(modelId) {
@@ -133,8 +136,8 @@ function Chart({ title, lines, series, write, said }) {
           value=${index ?? Math.max(0, times.length - 1)} aria-valuetext=${at ? `${at}: ${texts.join(", ") || "none"}` : `${headline}, ${summary}`}
           onInput=${(event) => read(Number(event.target.value))} onBlur=${() => plot.current.setCursor({ left: -10, top: -10 })} />
       </div>
-      <ul class="legend lines">${lines.map(({ kind, name }) => html`
-        <li><svg class="stroke" viewBox="0 0 24 6" aria-hidden="true"><path class="line ${kind}" d="M1 3H23" /></svg>${name}</li>`)}
+      <ul class="legend lines">${lines.map((line) => html`
+        <li><svg class="stroke" viewBox="0 0 24 6" aria-hidden="true"><path class="line" style=${strokeOf(line)} d="M1 3H23" /></svg>${line.name}</li>`)}
       </ul>
     </figure>`;
 }

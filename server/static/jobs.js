@@ -52,7 +52,7 @@ export function JobItem({ job }) {
     </li>`;
 }
 
-function CancelButton({ job }) {
+export function CancelButton({ job }) {
   const isLate = hasEnded(job) || job.cancel_requested || (job.kind === "unload" && job.status === "in_progress");
   if (isLate || !session.value.manages) return null;
   return html`<${Button} about="the ${job.kind} of ${job.model_id}" onClick=${() => cancel(job)}>Cancel<//>`;

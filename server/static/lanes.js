@@ -2,8 +2,8 @@
 // A bar's colour, height and pattern are its state; its version is text. Also the time scale and the axis above them.
 
 import { count, duration, local, moment, oneLine } from "./format.js";
-import { html } from "./ui.js";
 import { HASH_DIGITS } from "./tables.js";
+import { Cell, html, Row } from "./ui.js";
 
 export const SECOND = 1000, MINUTE = 60 * SECOND, HOUR = 60 * MINUTE, DAY = 24 * HOUR, YEAR = 365 * DAY;
 export const SHORTEST = MINUTE, LONGEST = YEAR; // lengths of a range
@@ -345,9 +345,10 @@ export function LaneTable({ lanes }) {
           ${items.slice(0, MOST_ROWS).map(({ lane, item }) => {
             const [title, when, ...rest] = describe(lane, item);
             return html`
-              <tr role="row"><th scope="row" role="rowheader">${nameOf(lane)}</th>
-                <td role="cell" data-label="State">${title}</td><td role="cell" data-label="When">${when}</td>
-                <td role="cell" data-label="By, bytes, job">${rest.join("; ")}</td></tr>`;
+              <${Row} heading=${nameOf(lane)}>
+                <${Cell} label="State">${title}<//><${Cell} label="When">${when}<//>
+                <${Cell} label="By, bytes, job">${rest.join("; ")}<//>
+              <//>`;
           })}
         </tbody>
       </table>

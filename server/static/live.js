@@ -186,8 +186,8 @@ let due = null, tookMs = 0, running = Promise.resolve();
 // Asks for everything a little later, once for all events of a burst.
 export function refreshSoon() {
   due ??= setTimeout(() => {
-    due = null;
     running = running.then(async () => {
+      due = null; // one that waits for an earlier one is enough
       const began = performance.now();
       await fetchOverview(attempt.signal);
       tookMs = Math.min(1000, performance.now() - began);

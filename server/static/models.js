@@ -2,7 +2,8 @@
 
 import { LoadDialog, openDialog, UnloadDialog } from "./dialogs.js";
 import { ago, broughtBack, bytes, clock, count, oneLine, plain, zone } from "./format.js";
-import { cancel, pin } from "./operations.js";
+import { CancelButton } from "./jobs.js";
+import { pin } from "./operations.js";
 import { PredictDialog } from "./predict.js";
 import { loadOf, models, nodes, now, session, useOf } from "./state.js";
 import { ActionsCell, Badge, Button, Cell, html, ModelLink, Panel, Pill, Row, useKeptFocus, useSignal } from "./ui.js";
@@ -121,13 +122,13 @@ export function ModelButtons({ model }) {
   const { id, state } = model, { manages, predicts } = session.value, { serving } = useOf(model);
   const serves = state === "loaded", job = model.next_version != null || state === "loading" ? loadOf(id) : null;
   const load = () => openDialog(LoadDialog, { model }), unload = () => openDialog(UnloadDialog, { model });
-  const offer = (may, text, onClick, { about = id, kind } = {}) => may && html`<${Button} about=${about} kind=${kind} onClick=${onClick}>${text}<//>`;
+  const offer = (may, text, onClick, kind) => may && html`<${Button} about=${id} kind=${kind} onClick=${onClick}>${text}<//>`;
   return html`
-    ${offer(manages && job && !job.cancel_requested, "Cancel", () => cancel(job), { about: `the load of ${id}` })}
+    ${job && html`<${CancelButton} job=${job} />`}
     ${offer(predicts && serves, "Predict…", () => openDialog(PredictDialog, { model }))}
     ${offer(manages && ["unloaded", "failed", "lost"].includes(state), "Load…", load)}
     ${offer(manages && serves, "Swap…", load)}
     ${offer(manages && serves && serving, serving?.pinned ? "Unpin" : "Pin", () => pin(model, !serving.pinned))}
     ${offer(manages && (serves || state === "lost"), "Unload…", unload)}
-    ${offer(manages && ["loading", "unloading"].includes(state), "Force unload…", unload, { kind: "danger" })}`;
+    ${offer(manages && ["loading", "unloading"].includes(state), "Force unload…", unload, "danger")}`;
 }

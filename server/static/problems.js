@@ -26,8 +26,7 @@ export const problems = computed(() => {
 });
 
 function grouped(found) {
-  const causes = new Map();
-  for (const each of found) causes.set(each.cause ?? each.key, [...(causes.get(each.cause ?? each.key) ?? []), each]);
+  const causes = Map.groupBy(found, (each) => each.cause ?? each.key);
   return [...causes].map(([cause, members]) => (members.length === 1 ? members[0] : group(cause, members)));
 }
 

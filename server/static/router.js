@@ -43,10 +43,6 @@ export function href(page = "", id = null, query = {}) {
   return `#/${path}${id == null ? "" : `/${encodeURIComponent(id)}`}${search}`;
 }
 
-export function go(page, id, query) {
-  location.hash = href(page, id, query);
-}
-
 // Changes the address in place, without a step for Back: for what moves all the time, such as a range.
 export function replace(page, id, query) {
   history.replaceState(null, "", href(page, id, query));

@@ -155,6 +155,6 @@ function PastRow({ model }) {
       <${Cell} label="State"><${Pill} state=${model.state} /><//>
       <${Cell} label="Version">${model.version == null ? "–" : String(model.version)}<//>
       <${Cell} label="Loaded by">${by}<//>
-      <${Cell} label="Which bytes" kind="hashes"><${Files} files=${model.files} /><//>
+      <${Cell} label="Files (SHA-256)" kind="hashes"><${Files} files=${model.files} /><//>
     <//>`;
 }

@@ -119,7 +119,7 @@ function pathOf(file, files) {
 const nameOf = (files) => idOf(files.find((file) => MODEL.test(file.name))?.name ?? "");
 
 // A model's id from a file's name: what it may consist of.
-export function idOf(fileName) {
+function idOf(fileName) {
   const stem = fileName.replace(MODEL, "");
   return stem.replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 128);
 }

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import BrowserContext, Page, Route, ViewportSize, expect
 from support import models
-from support.browser import DESKTOP, PHONE, Console, chromium, needs_browser, tokens_in
+from support.browser import DESKTOP, PHONE, Console, needs_browser, tokens_in
 from support.http import ONE, when
 from support.servers import Server, serving
 
@@ -77,21 +77,6 @@ async def busy_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
         await api.failed_load("churn")
         await api.accepted_load("captioner")
         yield running
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[BrowserContext]:
-    """A browser."""
-    async with chromium() as running:
-        yield running
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def admin(server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
-    """An admin's console, in a page of its own for each test."""
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin"))
-        yield console
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -142,7 +142,7 @@ CASES: dict[str, tuple[object, str]] = {
             ["models m", "jobs j", "jobs j", "#/jobs/j?last=all"],
         ],
         """
-        const { address, go, href, parse, replace } = await import("/console/router.js");
+        const { address, href, parse, replace } = await import("/console/router.js");
         const { effect } = await import("/console/ui.js");
         const time = "2026-01-31T14:02:00Z";
         const written = [href("models", "a b/?"), href("timeline", time, { last: 60, from: null }), href()];
@@ -154,7 +154,7 @@ CASES: dict[str, tuple[object, str]] = {
         const changed = () => new Promise((done) =>
           addEventListener("hashchange", () => setTimeout(done), { once: true }));
         effect(() => address.value.page && seen.push(`${address.value.page} ${address.value.id}`));
-        go("models", "m");
+        location.hash = href("models", "m");
         await changed();
         replace("jobs", "j");
         replace("jobs", "j", { last: "all" });

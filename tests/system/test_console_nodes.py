@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import BrowserContext, Locator, expect
 from support import models
-from support.browser import DESKTOP, PHONE, Console, chromium, needs_browser
+from support.browser import DESKTOP, PHONE, Console, needs_browser
 from support.http import LocalApi
 from support.nodes import list_nodes, local_node
 from support.postgres import Database, join_shared_server
@@ -57,13 +57,6 @@ async def nodes(
         yield started
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[BrowserContext]:
-    """A browser."""
-    async with chromium() as running:
-        yield running
-
-
 def row(console: Console, node: str) -> Locator:
     return console.page.locator("#nodes-rows > tr", has=console.page.get_by_text(node, exact=True))
 
@@ -105,10 +98,10 @@ async def test_nodes_show_what_runs_where_and_are_drained(
         await expect(page.locator("#notices")).to_contain_text("loadledger-2 drains")
         await expect(page.locator(".page-head .count")).to_have_text("2 joined of 3")
         await page.screenshot(path=Path(PICTURES or tmp_path) / "nodes-phone.png", full_page=True)
-        assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        await console.fits()
         assert await console.serious() == []
         await page.set_viewport_size(DESKTOP)
-        assert await page.evaluate("document.documentElement.scrollWidth") <= DESKTOP["width"]
+        await console.fits()
 
         await console.go("#/timeline")
         await expect(page.locator("#timeline-rows .lane-name.server")).to_have_text(

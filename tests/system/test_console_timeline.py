@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import BrowserContext, Locator, Route, expect
 from support import models
-from support.browser import PHONE, Console, chromium, needs_browser
+from support.browser import PHONE, Console, needs_browser
 from support.http import ONE
 from support.servers import Server, serving
 
@@ -34,21 +34,6 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
     models.save_bytes(models.endless_load(), repository, "slow")
     async with serving(Config(repository=repository, data=root / "data")) as running:
         yield running
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[BrowserContext]:
-    """A browser."""
-    async with chromium() as running:
-        yield running
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def admin(server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
-    """An admin's console, in a page of its own for each test."""
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin"))
-        yield console
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -296,7 +281,7 @@ HEAR = """async (positions) => {
   const { hear } = await import("/console/state.js");
   for (const position of positions) hear({ position, type: "ServerStopped", actor: "system", data: {} });
 }"""
-"""What the stream does with each event."""
+"""Has the page hear of events at these positions, as it does when the stream brings them."""
 
 
 async def test_ledger_keeps_its_newest_events_and_fetches_older(admin: Console) -> None:
@@ -468,7 +453,7 @@ async def test_opened_parts_are_accessible_and_no_wider_than_a_phone(server: Ser
         assert await admin.serious() == []
         await page.emulate_media(color_scheme="dark")
         assert await admin.serious(None, "color-contrast") == []
-        assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        await admin.fits()
 
 
 async def test_page_ends_with_its_last_part(server: Server, admin: Console) -> None:
