@@ -11,6 +11,7 @@ from msgspec import UNSET
 from support.clusters import LEASE_S, Cluster, ClusterNode
 from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
+from support.worlds import request_of
 
 from events.commands import Command, Condition, RequestCancel, RequestLoad, RequestUnload
 from events.models import ModelState
@@ -133,15 +134,7 @@ class ClusterSimulation(RuleBasedStateMachine):
         node = self.node(which)
 
         def build_command(action: Action) -> Command:
-            model_id = node.model_of(action)
-            queue = self.cluster.state.queue(model_id)
-            commands: dict[str, Command] = {
-                "load": replace(load, model_id=model_id),
-                "unload": RequestUnload(model_id, "alice"),
-                "force": RequestUnload(model_id, "alice", force=True),
-                "cancel": RequestCancel(queue[0].id if queue else "", "alice"),
-            }
-            return commands[kind]
+            return request_of(kind, node.model_of(action), self.cluster.state, load)
 
         node.meanwhile.append(build_command)
         self.work(which, turns)

@@ -106,7 +106,7 @@ class ClusterLog(Ledger):
 
 @dataclass
 class KnownStanding:
-    """What a node knows of its membership."""
+    """The membership of a node of the simulation."""
 
     epoch: int | None = None
     peers: Mapping[str, NodeHints] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
 from events.log import Log
 from events.sqlite import bases, queries
+from events.sqlite.schema import connect
 from events.sqlite.storage import Database
 from events.state import State, Transaction
 from events.storage import Row, StoredBase, digest_state
@@ -158,6 +159,14 @@ def store_events(connection: sqlite3.Connection, events: Iterable[Event]) -> Sta
 
 
 @contextmanager
+def ledger_of(events: Iterable[Event]) -> Iterator[sqlite3.Connection]:
+    """Open a new ledger with these events."""
+    with copy_of(b"") as path, closing(connect(path)) as connection:
+        store_events(connection, events)
+        yield connection
+
+
+@contextmanager
 def copy_of(ledger: bytes) -> Iterator[Path]:
     with TemporaryDirectory(dir=FAST_FOLDER) as folder:
         path = Path(folder) / "ledger.db"
@@ -192,19 +201,6 @@ def forge_bodies(path: Path, change_body: Callable[[int, str], str]) -> None:
         connection.execute("DROP TRIGGER events_never_change")
         connection.executemany("UPDATE events SET body = ?, hash = ? WHERE position = ?", forged)
         connection.commit()
-
-
-def overwrite_pages(path: Path, table: str) -> None:
-    """Overwrite the pages of a table and of its indexes in a database that is closed."""
-    with closing(sqlite3.connect(path)) as connection:
-        (size,) = connection.execute("PRAGMA page_size").fetchone()
-        pages = connection.execute(
-            "SELECT rootpage FROM sqlite_schema WHERE tbl_name = ? AND rootpage > 0", (table,)
-        ).fetchall()
-    with path.open("r+b") as file:
-        for (page,) in pages:
-            file.seek((page - 1) * size)
-            file.write(b"\xff" * size)
 
 
 def flip_byte(data: bytes, index: int, bits: int) -> bytes:

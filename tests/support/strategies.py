@@ -21,7 +21,7 @@ from events.types import (
     ModelLoaded,
     UnloadRequested,
 )
-from support.history import at, model_loaded
+from support.history import STEPS, History, at, model_loaded
 
 T = TypeVar("T", bound=Struct)
 
@@ -109,3 +109,12 @@ def drafts(draw: st.DrawFn) -> Draft:
         draw(st.integers(1, 2) | st.none()),
         draw(IDS | st.none()),
     )
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> History:
+    """Return a history of up to 25 steps of `support.history`."""
+    history = History()
+    for step in draw(st.lists(st.sampled_from(sorted(STEPS)), max_size=25)):
+        STEPS[step](history)
+    return history

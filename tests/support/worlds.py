@@ -8,7 +8,16 @@ import pytest
 
 from events.accept import accept
 from events.clock import add_seconds
-from events.commands import Accepted, Command, Condition, Decision, Record, RequestLoad, RequestUnload
+from events.commands import (
+    Accepted,
+    Command,
+    Condition,
+    Decision,
+    Record,
+    RequestCancel,
+    RequestLoad,
+    RequestUnload,
+)
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Job, JobStatus
 from events.models import LoadedModel, ModelState
 from events.state import State
@@ -84,6 +93,17 @@ def estimate_of(job: Job, *, bare: bool = False) -> int:
 def is_unchanged(job: Job) -> bool:
     """Return whether the files of a load are those loaded before: of two loads those of one."""
     return job.created_position % 2 == 0
+
+
+def request_of(kind: str, model_id: str, state: State, load: RequestLoad) -> Command:
+    """Return what a client asks of a model: `load` it, `unload`, `force` that, or `cancel` its first job."""
+    match kind:
+        case "load":
+            return replace(load, model_id=model_id)
+        case "cancel":
+            queue = state.queue(model_id)
+            return RequestCancel(queue[0].id if queue else "", "alice")
+    return RequestUnload(model_id, "alice", force=kind == "force")
 
 
 @dataclass

@@ -2,47 +2,31 @@
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import FEWER, MODEL, STEPS, History, fold
-from support.ledgers import copy_of, cut_off, store_events
-from support.strategies import drafts
+from support.history import FEWER, MODEL, History, fold
+from support.ledgers import cut_off, ledger_of
+from support.strategies import drafts, histories
 
 from events.history import ShownModel, describe_model, find_landmark, landmarks_around
 from events.jobs import Job, JobStatus
 from events.presence import ServerState
 from events.sqlite import storage
 from events.sqlite.history import rows_at, transitions_between
-from events.sqlite.schema import connect
 from events.sqlite.timetravel import active_at, liveness_at, model_at, models_at
 from events.state import State
 from events.types import Event, LoadJoined, VersionRemoved
 from server.api.models import model_view
 
 FORGED = st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts)
+FACTS = histories().map(lambda history: history.facts)
 
 
-@st.composite
-def written(draw: st.DrawFn) -> Sequence[Event]:
-    """Return histories as the writer's commands make them, with nodes in some."""
-    history = History()
-    for step in draw(st.lists(st.sampled_from(sorted(STEPS)), max_size=25)):
-        STEPS[step](history)
-    return history.facts
-
-
-@contextmanager
-def ledger(events: Sequence[Event]) -> Iterator[sqlite3.Connection]:
-    with copy_of(b"") as path, closing(connect(path)) as connection:
-        store_events(connection, events)
-        yield connection
-
-
-def shown(models: Iterable[ShownModel]) -> list[dict[str, Any]]:
+def answers(models: Iterable[ShownModel]) -> list[dict[str, Any]]:
     """Return models as the API has them, by id."""
     return [model_view(model, None, is_active=False) for model in models]
 
@@ -58,7 +42,7 @@ def check(connection: sqlite3.Connection, events: Sequence[Event], since: int = 
         found = models_at(connection, state.position)
         folded = [describe_model(state.models[model_id]) for model_id in sorted(state.models)]
         assert [model.row for model in found] == [model.row for model in folded]
-        assert shown(found) == shown(folded)
+        assert answers(found) == answers(folded)
         assert [model_at(connection, state.position, model.id) for model in found] == found
         active = state.active()
         assert active_at(connection, state.position) == (active and active.id)
@@ -69,9 +53,9 @@ def check(connection: sqlite3.Connection, events: Sequence[Event], since: int = 
 
 
 @FEWER
-@given(FORGED | written())
+@given(FORGED | FACTS)
 def test_models_and_nodes_at_each_position_are_the_folds(events: Sequence[Event]) -> None:
-    with ledger(events) as connection:
+    with ledger_of(events) as connection:
         check(connection, events)
         before = rows(connection)
         storage.rebuild(connection)
@@ -79,11 +63,11 @@ def test_models_and_nodes_at_each_position_are_the_folds(events: Sequence[Event]
 
 
 @FEWER
-@given(written(), st.data())
+@given(FACTS, st.data())
 def test_history_since_the_base_is_the_folds(events: Sequence[Event], data: st.DataObject) -> None:
     if not events:
         return
-    with ledger(events) as connection:
+    with ledger_of(events) as connection:
         cut = data.draw(st.integers(1, len(events)))
         cut_off(connection, cut)
         check(connection, events, cut)
@@ -101,7 +85,7 @@ def test_page_of_past_models_begins_at_its_cursor() -> None:
     history = History()
     for number in range(5):
         history.load(f"L{number}", of=f"m{number}")
-    with ledger(history.facts) as connection:
+    with ledger_of(history.facts) as connection:
         found = models_at(connection, 12, cursor="m0", limit=2)
         assert [model.id for model in found] == ["m1", "m2"]
         assert [model.id for model in models_at(connection, 12, cursor="m2", limit=2)] == ["m3"]
@@ -111,7 +95,7 @@ def test_model_known_by_removal_alone_is_in_its_history() -> None:
     history = History()
     history.add(VersionRemoved(), of="up")
     history.load("L")
-    with ledger(history.facts) as connection:
+    with ledger_of(history.facts) as connection:
         check(connection, history.facts)
         cut_off(connection, 2)
         check(connection, history.facts, 2)
@@ -121,7 +105,7 @@ def test_transitions_of_a_range_are_found_without_the_others() -> None:
     history = History()
     for _ in range(200):
         history.restart()
-    with ledger(history.facts) as connection, counted_steps(connection) as counted:
+    with ledger_of(history.facts) as connection, counted_steps(connection) as counted:
         found = transitions_between(connection, 100, 102)
     assert [each.position for each in found] == [101, 102]
     assert len(counted) < 10
@@ -134,7 +118,7 @@ def test_rows_at_many_positions_walk_over_events_once() -> None:
         history.load("L")
         for number in range(joins):
             history.add(LoadJoined(), "L", by=f"user-{number}")
-        with ledger(history.facts) as connection, counted_steps(connection) as counted:
+        with ledger_of(history.facts) as connection, counted_steps(connection) as counted:
             found = rows_at(connection, MODEL, list(range(1, joins, 2)))
         assert {row and row.position for row in found} == {1, 3}
         steps.append(len(counted))
@@ -172,6 +156,6 @@ def test_server_that_ran_before_the_base_still_runs() -> None:
     history = History()
     history.restart()
     history.load("L")
-    with ledger(history.facts) as connection:
+    with ledger_of(history.facts) as connection:
         cut_off(connection, 3)
         assert liveness_at(connection, 4).state is ServerState.UNKNOWN

@@ -1,13 +1,13 @@
 """The timeline: what a lane says of a time is what the fold of the events by then says."""
 
 from bisect import bisect_right
-from contextlib import closing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import FEWER, STEPS, History, at
-from support.ledgers import copy_of, store_events
+from support.history import FEWER, History, at
+from support.ledgers import ledger_of
+from support.strategies import histories
 
 from events.clock import add_seconds, seconds_between
 from events.errors import LogUnavailable
@@ -23,7 +23,6 @@ from events.sqlite.lanes import (
     merge_segments,
     server_segments,
 )
-from events.sqlite.schema import connect
 from events.sqlite.timeline import Timeline, TimelineQuery, read_timeline
 from events.sqlite.timetravel import InvalidMoment
 from events.state import State
@@ -31,17 +30,8 @@ from events.types import Cause, Event, NodeLost, ServerStopped, VersionAdded, Ve
 
 
 def read_of(events: list[Event], query: TimelineQuery) -> Timeline:
-    with copy_of(b"") as path, closing(connect(path)) as connection:
-        store_events(connection, events)
+    with ledger_of(events) as connection:
         return read_timeline(connection, query)
-
-
-@st.composite
-def histories(draw: st.DrawFn) -> History:
-    history = History()
-    for step in draw(st.lists(st.sampled_from(sorted(STEPS)), max_size=25)):
-        STEPS[step](history)
-    return history
 
 
 @FEWER
@@ -286,8 +276,7 @@ def test_timeline_of_damaged_rows_is_unavailable(
     history = History()
     history.restart()
     history.load("L")
-    with copy_of(b"") as path, closing(connect(path)) as connection:
-        store_events(connection, history.facts)
+    with ledger_of(history.facts) as connection:
         connection.execute(damage)
         with pytest.raises(LogUnavailable, match="verify"):
             read_timeline(connection, TimelineQuery(now=at(60)))

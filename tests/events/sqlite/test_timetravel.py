@@ -2,8 +2,8 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, START, History, as_event, at, opened, write
-from support.ledgers import copy_of, cut_off, store_events
+from support.ledgers import cut_off, ledger_of
 from support.strategies import drafts
 
 from events.errors import Archived, LogUnavailable
@@ -21,7 +21,6 @@ from events.jobs import Job, JobStatus
 from events.sqlite import storage
 from events.sqlite.queries import JobQuery
 from events.sqlite.readonly import open_reader_thread
-from events.sqlite.schema import connect
 from events.sqlite.timetravel import (
     BeyondHead,
     InvalidMoment,
@@ -40,13 +39,6 @@ T = TypeVar("T")
 
 ALL = JobQuery()
 PENDING = JobQuery(status=JobStatus.PENDING)
-
-
-@contextmanager
-def ledger(events: list[Event]) -> Iterator[sqlite3.Connection]:
-    with copy_of(b"") as path, closing(connect(path)) as connection:
-        store_events(connection, events)
-        yield connection
 
 
 @st.composite
@@ -68,7 +60,7 @@ def histories(draw: st.DrawFn) -> list[Event]:
 @FEWER
 @given(histories())
 def test_past_jobs_are_what_a_fold_gives(events: list[Event]) -> None:
-    with ledger(events) as connection:
+    with ledger_of(events) as connection:
         state, jobs = State(), dict[str, Job]()
         for event in [None, *events]:
             if event is not None:
@@ -95,7 +87,7 @@ def test_page_of_past_jobs_begins_at_its_cursor(status: JobStatus | None) -> Non
         history.fail_load(f"L{number}", of=f"m{number}")
     for number in range(8, 11):
         history.ask_load(f"L{number}", of=f"m{number}")
-    with ledger(history.facts) as connection:
+    with ledger_of(history.facts) as connection:
         whole = jobs_at(connection, at_end, JobQuery(status=status))
         assert len(whole) == {None: 8, JobStatus.COMPLETED: 4, JobStatus.PENDING: 4}.get(status, 0)
         assert jobs_at(connection, at_end, JobQuery(status=status, limit=2)) == whole[:2]
@@ -112,7 +104,7 @@ def test_time_means_the_last_event_recorded_by_then() -> None:
     history.restart()  # at 1 s
     history.load("L")  # at 2, 3, 4 s
     history.add(history.facts[0].data, None, of=None, after_s=0)
-    with ledger(history.facts) as connection:
+    with ledger_of(history.facts) as connection:
         expected = {0.5: 0, 1: 1, 1.5: 1, 2: 2, 3.999999: 3, 4: 5, 100: 5}
         for seconds, position in expected.items():
             found = moment_at(connection, at(seconds))
@@ -166,7 +158,7 @@ def long_history() -> History:
 
 def test_rebuild_keeps_the_past_since_the_base_only() -> None:
     history = long_history()
-    with ledger(history.facts) as connection:
+    with ledger_of(history.facts) as connection:
         before = [models_at(connection, position) for position in range(11)]
         listed = [jobs_at(connection, position, ALL) for position in range(11)]
         unended = [jobs_at(connection, position, PENDING) for position in range(11)]
@@ -205,7 +197,7 @@ def test_rebuild_keeps_the_past_since_the_base_only() -> None:
 )
 def test_damaged_history_is_named_and_rebuilt(damage: str, problem: str) -> None:
     history = long_history()
-    with ledger(history.facts) as connection:
+    with ledger_of(history.facts) as connection:
         before = models_at(connection, 3)
         assert connection.execute(damage).rowcount == 1
         with pytest.raises(LogUnavailable, match=problem):
@@ -238,7 +230,7 @@ async def test_past_is_read_beside_the_writer(tmp_path: Path) -> None:
 
 async def test_locked_ledger_is_unavailable_not_damaged(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    with ledger(long_history().facts) as connection:
+    with ledger_of(long_history().facts) as connection:
         connection.execute("VACUUM INTO ?", (str(path),))
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         async with open_reader_thread(path, "past") as past:

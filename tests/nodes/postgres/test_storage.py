@@ -330,9 +330,7 @@ async def test_later_schema_refuses_only_what_is_written(ledger: Database, tmp_p
 async def be_deaf(log: Log) -> None:
     """Let a server hear nothing of what others append, and not look by itself."""
     storage = storage_of(log)
-    await (
-        log.catch_up()
-    )  # then the writer has nothing to do for a while: a connection does one thing at a time
+    await log.catch_up()  # then the writer leaves its connection alone for a while
     await storage._connected.remove_listener(CHANNEL, storage._heard)
     storage._is_notified, storage._read_s = False, float("inf")
 

@@ -1,7 +1,6 @@
 """Anything happens in any order, with more models than memory, and in the end everything ends."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from math import inf
 
@@ -16,7 +15,7 @@ from hypothesis.stateful import (
 )
 from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
-from support.worlds import Process, World
+from support.worlds import Process, World, request_of
 
 from events.clock import add_seconds, seconds_between
 from events.commands import (
@@ -445,15 +444,7 @@ class Simulation(RuleBasedStateMachine):
         """Record a command on the model of what the consumer appends next, right before that."""
 
         def build_command(action: Action) -> Command:
-            model_id = self.world.model_of(action)
-            queue = self.world.state.queue(model_id)
-            commands: dict[str, Command] = {
-                "load": replace(load, model_id=model_id),
-                "unload": RequestUnload(model_id, "alice"),
-                "force": RequestUnload(model_id, "alice", force=True),
-                "cancel": RequestCancel(queue[0].id if queue else "", "alice"),
-            }
-            return commands[kind]
+            return request_of(kind, self.world.model_of(action), self.world.state, load)
 
         self.world.meanwhile.append(build_command)
 
