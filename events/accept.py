@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp
 from events.commands import (
-    OUT_OF_DATE,
+    REFUSED_AS_OUTDATED,
     Accepted,
     AddVersion,
     Command,
@@ -84,12 +84,12 @@ def accept(
         now: the ledger's time.
         previous: the hash of the event before.
     """
-    if isinstance(command, VersionCommand):
-        return _decide_version(state, command)
     if isinstance(command, RegisterCommand):
         return command.decide(DecisionInput(state, new_id, now, previous))
     if not all(condition.holds(state) for condition in command.conditions):
-        return OUT_OF_DATE
+        return REFUSED_AS_OUTDATED
+    if isinstance(command, VersionCommand):
+        return _decide_version(state, command)
     if isinstance(command, Record):
         return Accepted(command.drafts)
     repeated = _find_repeated(state, command.idempotency, now)
@@ -106,8 +106,6 @@ def accept(
 
 def _decide_version(state: State, command: VersionCommand) -> Accepted | Refused:
     """Accept what changes the repository; a version that a load uses cannot be removed."""
-    if not all(condition.holds(state) for condition in command.conditions):
-        return OUT_OF_DATE
     if isinstance(command, RemoveVersion):
         use = find_use(state, command.model_id, command.version)
         if use is not None:

@@ -209,7 +209,7 @@ class Refused(Struct, frozen=True, gc=False):
 
 Decision = Accepted | Existing | Refused
 
-OUT_OF_DATE = Refused(OUTDATED, "what this was decided on has changed; decide it anew")
+REFUSED_AS_OUTDATED = Refused(OUTDATED, "what this was decided on has changed; decide it anew")
 
 
 class Receipt(Struct, frozen=True, gc=False):

@@ -53,8 +53,13 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
         return self.job is not None and self.state in NOT_LOADED
 
     @property
+    def serving_load(self) -> int | None:
+        """Position of the `ModelLoaded` of the load that serves; None while none does."""
+        return None if self.workers is None else self.load
+
+    @property
     def next_version(self) -> int | None:
-        """As `Model.next_version`."""
+        """The version that is loading beside the one that serves."""
         return self.next if self.state is ModelState.LOADED else None
 
 

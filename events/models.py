@@ -199,11 +199,6 @@ class Model(Struct, frozen=True, gc=False):
         started = self.started_load
         return started.version if started is not None else self.last_version
 
-    @property
-    def next_version(self) -> int | None:
-        """The version that is loading beside the one that serves."""
-        return self.started_load.version if self.phase is ModelState.LOADED and self.started_load else None
-
 
 class LoadedModel(Struct, frozen=True, gc=False):
     """A model that has a load: it serves from it, is being unloaded from it, or lost it."""

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp
 from events.commands import (
-    OUT_OF_DATE,
+    REFUSED_AS_OUTDATED,
     Accepted,
     Condition,
     Decision,
@@ -184,7 +184,7 @@ class LeaveNode(RegisterCommand):
 
     def decide(self, at: DecisionInput) -> Decision:
         if not _is_present(at.state, self.node_id, self.epoch):
-            return OUT_OF_DATE
+            return REFUSED_AS_OUTDATED
         return Accepted((Draft(at.new_id(), NodeLeft(self.node_id, self.epoch), SYSTEM),))
 
 
@@ -198,7 +198,7 @@ class LoseNode(RegisterCommand):
 
     def decide(self, at: DecisionInput) -> Decision:
         if not _is_present(at.state, self.node_id, self.epoch):
-            return OUT_OF_DATE
+            return REFUSED_AS_OUTDATED
         return Accepted(
             (Draft(at.new_id(), NodeLost(self.node_id, self.epoch, self.last_renewed_at), SYSTEM),)
         )

@@ -225,7 +225,7 @@ class Changes(Struct, frozen=True, gc=False):
     """The entities that an event, or a transaction, changed.
 
     Attributes:
-        transitions: of the servers, by an event.
+        transitions: of the servers; empty for a transaction, whose `steps` have them.
         steps: those events of a transaction that changed models or made transitions, and what each changed.
     """
 
@@ -266,8 +266,8 @@ class Transaction:
 
     Args:
         base: the durable state.
-        keys: the known idempotency keys that the transaction's commands name. The transaction's own keys are
-            read from the log once it is durable, so the base needs none.
+        known: the idempotency keys and joins that the transaction's commands name. The transaction's own keys
+            are read from the log once it is durable, so the base needs none.
     """
 
     def __init__(self, base: State, known: KnownRequests | None = None) -> None:

@@ -137,7 +137,7 @@ class Storage(Protocol):
 
         Args:
             rows: the events.
-            changes: the models, jobs and tokens that they change.
+            changes: what they change.
             after: the head that the events were made to follow.
 
         Raises:

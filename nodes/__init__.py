@@ -8,7 +8,7 @@ The events of nodes and their fold are in `events.nodes`, since `verify` folds t
 
 - `thisnode`: this server as a node: its log, its membership, and what it says of itself
 - `membership`: joining, leases, nodes that are late, leaving
-- `placement`: which node runs a load, and what of the work is a node's
+- `placement`: which node runs a load, and each node's share of the work
 - `decisions`: the next action of a node
 - `peers`: which nodes are trusted, and the tokens of what they forward
 - `forwarding`: requests about a model that is loaded at another node

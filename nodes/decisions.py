@@ -39,14 +39,14 @@ from runtime.scheduler.scheduler import back_off_s, decide
 from runtime.scheduler.view import SchedulerView
 
 NO_EPOCH = 0
-"""Of a node between two epochs, which begin at 1: nothing is its own, also before the ledger says so."""
+"""Epoch of a node between two: nothing is its own, since real ones begin at 1."""
 
 
 class NodeAway(ModelNotLoaded):
     """This node has not renewed its lease: its models may be loaded at other nodes; ask one of them."""
 
 
-_CAN_WAIT = (
+_AFTER_PLACEMENTS = (
     actions.StartLoad,
     actions.ChangeSettings,
     actions.UnloadForReplacement,
@@ -113,7 +113,7 @@ class NodePlacement(Placement, Elsewhere):
         everything = NodeView(view, node, self._standing.peers, self._untrusted(), self._strategy)
         here = everything.hold(list_held(everything))
         decision = decide(here)
-        if isinstance(decision.action, _CAN_WAIT):
+        if isinstance(decision.action, _AFTER_PLACEMENTS):
             placing = _place_next(here, decision)
             if placing.action is not None or decision.action is None:
                 return placing

@@ -1,4 +1,4 @@
-"""Which node runs a load, and what of the work is a node's: the pure choice among the nodes that are there.
+"""Which node runs a load, and each node's share of the work: the pure choice among the nodes that are there.
 
 `place` prefers, in this order: the node where the model is loaded, nodes where the load fits without an
 eviction, those with a prepared model of its files, those with its files; then it spreads or packs. Equal
@@ -15,6 +15,7 @@ from collections.abc import Set as AbstractSet
 from copy import copy
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from math import inf
 
 from events.jobs import Job, JobKind, JobStatus
@@ -198,26 +199,26 @@ class NodeView(SchedulerView):
         super().__init__(seen.state, seen.running, seen.policy, seen.now, seen.observations, share=share)
         self.node, self.hints, self.untrusted, self.strategy = node, hints, untrusted, strategy
 
+    @cached_property
+    def rooms(self) -> list[NodeRoom]:
+        """Return the trusted nodes that take loads, with what is known of them."""
+        loads = defaultdict[str | None, list[Job]](list)
+        for job in self.state.unended():
+            if job.kind is JobKind.LOAD:
+                loads[job.node_id].append(job)
+        servings = defaultdict[str | None, dict[str, Serving]](dict)
+        for model in self.state.models.values():
+            if model.serving is not None:
+                servings[model.serving.node_id][model.id] = model.serving
+        takers = (node for node in self.state.registers.nodes.values() if node.takes_loads)
+        nodes = (node for node in takers if node.id not in self.untrusted)
+        return [_measure(self, node, loads[node.id], servings[node.id]) for node in nodes]
+
     def hold(self, held: Mapping[str, str]) -> NodeView:
         """Return this view with other loads held."""
         view = copy(self)  # with the values that are cached, which do not depend on that
         view.share = replace(self.share, held=held)
         return view
-
-
-def list_rooms(view: NodeView) -> list[NodeRoom]:
-    """Return the trusted nodes that take loads, with what is known of them."""
-    loads = defaultdict[str | None, list[Job]](list)
-    for job in view.state.unended():
-        if job.kind is JobKind.LOAD:
-            loads[job.node_id].append(job)
-    servings = defaultdict[str | None, dict[str, Serving]](dict)
-    for model in view.state.models.values():
-        if model.serving is not None:
-            servings[model.serving.node_id][model.id] = model.serving
-    takers = (node for node in view.state.registers.nodes.values() if node.takes_loads)
-    nodes = (node for node in takers if node.id not in view.untrusted)
-    return [_measure(view, node, loads[node.id], servings[node.id]) for node in nodes]
 
 
 def _measure(view: NodeView, node: Node, loads: list[Job], servings: dict[str, Serving]) -> NodeRoom:
@@ -287,7 +288,7 @@ def place_loads(view: NodeView) -> Iterator[tuple[Job, ChosenNode]]:
         and (_has_no_node(job, view.node) or _leaves_draining_node(view, job))
         and view.is_first_in_queue(job)
     ]
-    rooms = list_rooms(view) if loads else []
+    rooms = view.rooms if loads else []
     for job in loads:
         chosen = place(build_request(view, job), rooms, view.strategy)
         if chosen is not None:
@@ -352,7 +353,7 @@ def find_node_for_model(view: NodeView, model: Model, serving: Serving) -> Chose
         _find_digests(model, serving, serving.version),
         frozenset(serving.parameters.node_labels or ()),
     )
-    rooms = [each for each in list_rooms(view) if each.can_ever_fit(need_bytes)]
+    rooms = [each for each in view.rooms if each.can_ever_fit(need_bytes)]
     return place(request, rooms, view.strategy)
 
 
@@ -366,11 +367,11 @@ def place_elsewhere(view: NodeView, job: Job, *, needs_budget_only: bool = False
     """
     if not _may_move(job):
         return None
-    request, need_bytes = build_request(view, job), estimate_need(view, job)
-    others = [each for each in list_rooms(view) if each.node.id != view.node.id]
-    fitting: Sequence[NodeRoom] = [each for each in others if each.can_ever_fit(need_bytes)]
+    request = build_request(view, job)
+    others = [each for each in view.rooms if each.node.id != view.node.id]
+    fitting: Sequence[NodeRoom] = [each for each in others if each.can_ever_fit(request.need_bytes)]
     if not needs_budget_only:
-        fitting = [each for each in fitting if each.fits(need_bytes)]
+        fitting = [each for each in fitting if each.fits(request.need_bytes)]
     chosen = place(request, fitting, view.strategy)
     return None if chosen is None else draft_placement(view, job, chosen)
 

@@ -46,7 +46,7 @@ class ThisNode:
         peers: what this node knows of the others by their keys.
         loads: the running loads, by job id, as the consumer keeps them.
         membership: as which it joined.
-        placement: says what of the work is this node's.
+        placement: its share of the work.
     """
 
     membership: Membership

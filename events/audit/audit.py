@@ -177,7 +177,7 @@ def fold_archives(files: Sequence[FileAudit], watched: Iterable[int] = ()) -> Ch
 
 def _compare_state(file: FileAudit, fold: CheckedFold) -> Finding | None:
     stated = b"" if file.head is None else file.head.statement.state_sha256
-    if stated in (b"", digest_state(entities_of(fold.state()))):
+    if not stated or stated == digest_state(entities_of(fold.state())):
         return None
     return Finding(fold.position, "its signed head has the digest of another state", FindingKind.BASE)
 

@@ -21,6 +21,7 @@ from events.sqlite.schema import Connection, begin_reading
 from events.sqlite.timetravel import (
     Moment,
     bounds,
+    cannot_fold,
     load_base_state,
     moment_at,
     parse_moment,
@@ -112,10 +113,7 @@ def _fold(
             if type(event.data) in _OF_PRESENCE:
                 transitions += folded.common.transitions
         except Exception as error:  # a forged body may raise anything
-            raise LogUnavailable(
-                f"the ledger cannot be folded, its event {row.position} is not valid: {error!r}; "
-                "restore a backup, or use the release that wrote it"
-            ) from error
+            raise cannot_fold(row.position, error) from error
     if position == 0:  # before the base, too
         return State(), transitions
     return State(

@@ -134,12 +134,10 @@ class CheckedFold:
     ) -> None:
         self.position, self.hash, self.recorded_at = start.position, start.hash, ""
         self.stored: StoredProjections | None = None
-        known = sorted(state.jobs.values(), key=lambda job: job.created_position)
-        unended = (job for job in known if not job.ended)
-        self.entities = Entities(state.models.values(), unended, state.registers)
+        self.entities = Entities(state.models.values(), state.unended(), state.registers)
         self._apply = self.entities.apply if applies else _ignore
         self._behind = dict[str, list[Job]]()
-        for job in known:
+        for job in state.jobs.values():
             if job.ended:
                 self._keep_if_behind(job)
         self._canonical = CanonicalCheck()

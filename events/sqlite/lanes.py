@@ -169,7 +169,7 @@ def make_segment(
     """
     is_loading = row.state is ModelState.LOADING and row.job is not None
     pending = row.job if is_loading or row.is_waiting else None
-    has_error = row.error is not None and row.state in (ModelState.FAILED, ModelState.LOST)
+    error = row.error if row.state in (ModelState.FAILED, ModelState.LOST) else None
     return Segment(
         row.state,
         begin,
@@ -182,7 +182,7 @@ def make_segment(
         cause=cause,
         is_waiting=row.is_waiting,
         degraded=row.degraded,
-        error=row.error.code if has_error and row.error is not None else None,
+        error=error.code if error is not None else None,
     )
 
 

@@ -142,8 +142,8 @@ def make_state(
     models: Iterable[tuple[str]],
     jobs: Iterable[tuple[str]],
     *,
-    tokens: Iterable[tuple[str]] = (),
-    nodes: Iterable[tuple[str]] = (),
+    tokens: Iterable[tuple[str]],
+    nodes: Iterable[tuple[str]],
 ) -> State:
     """Return the state of what is stored; raise ValueError if a part of it is damaged."""
     stored_models = [as_model(body) for (body,) in models]

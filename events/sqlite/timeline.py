@@ -21,6 +21,7 @@ from events.clock import Timestamp, add_seconds, seconds_between
 from events.codec import decode_event
 from events.errors import LogUnavailable
 from events.history import ModelRow, decode_row
+from events.jobs import Job
 from events.models import ModelState, Serving
 from events.presence import SERVER
 from events.sqlite import history
@@ -284,6 +285,7 @@ class _LaneReader:
     shown: _Range
     model_id: str
     _loads: dict[int, Serving] = field(default_factory=dict)
+    _jobs: dict[str, Job | None] = field(default_factory=dict)
 
     def read(self, failures: Sequence[Mark]) -> Lane:
         shown = self.shown
@@ -358,7 +360,7 @@ class _LaneReader:
 
     def _begun_segment(self, row: ModelRow, event: Event) -> Segment:
         """Return the segment that an event begins."""
-        job = read_job(self.connection, event.job_id) if event.job_id is not None else None
+        job = self._find_job(event.job_id)
         is_own = job is not None and not (job.ended and job.position < event.position)
         return make_segment(
             row,
@@ -372,7 +374,7 @@ class _LaneReader:
     def _known_segment(self, row: ModelRow, begin: Timestamp, position: int | None = None) -> Segment:
         """Return a segment of which the event that began it is not read: `by` as far as the row tells it."""
         load = self._read_load(row)
-        job = read_job(self.connection, row.job) if row.job is not None else None
+        job = self._find_job(row.job)
         by, cause = None, None
         if job is not None:
             by, cause = job.requested_by, job.cause
@@ -390,12 +392,19 @@ class _LaneReader:
 
     def _read_load(self, row: ModelRow) -> Serving | None:
         """Return the load that serves."""
-        return None if row.workers is None or row.load is None else self._find_load(row.load)
+        return None if row.serving_load is None else self._find_load(row.serving_load)
 
     def _find_load(self, position: int) -> Serving:
         if position not in self._loads:
             self._loads[position] = read_load(self.connection, self.model_id, position)
         return self._loads[position]
+
+    def _find_job(self, job_id: str | None) -> Job | None:
+        if job_id is None:
+            return None
+        if job_id not in self._jobs:
+            self._jobs[job_id] = read_job(self.connection, job_id)
+        return self._jobs[job_id]
 
     def _read_event(self, position: int) -> Event:
         (body,) = self.connection.execute(

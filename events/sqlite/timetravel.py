@@ -68,6 +68,14 @@ def load_base_state(connection: sqlite3.Connection) -> State:
         ) from error
 
 
+def cannot_fold(position: int, error: Exception) -> LogUnavailable:
+    """Return what to raise when an event cannot be folded."""
+    return LogUnavailable(
+        f"the ledger cannot be folded, its event {position} is not valid: {error!r}; "
+        "restore a backup, or use the release that wrote it"
+    )
+
+
 def fold_page(state: State, page: list[tuple[int, str, bytes]]) -> Changes:
     """Fold a page into `state`, and return what it changed.
 
@@ -79,10 +87,7 @@ def fold_page(state: State, page: list[tuple[int, str, bytes]]) -> Changes:
         try:
             transaction.apply(decode_event(body))
         except Exception as error:  # a forged body may raise anything
-            raise LogUnavailable(
-                f"the ledger cannot be folded, its event {position} is not valid: {error!r}; "
-                "restore a backup, or use the release that wrote it"
-            ) from error
+            raise cannot_fold(position, error) from error
     transaction.commit()
     return transaction.changes
 
@@ -139,9 +144,9 @@ def _show(connection: sqlite3.Connection, model_id: str, body: str) -> ShownMode
             f"the stored history of {model_id!r} is damaged: {error}; "
             "`loadledger replay --rebuild` rebuilds it"
         ) from error
-    if row.workers is None or row.load is None:
+    if row.serving_load is None:
         return ShownModel(model_id, row, None)
-    return ShownModel(model_id, row, read_load(connection, model_id, row.load))
+    return ShownModel(model_id, row, read_load(connection, model_id, row.serving_load))
 
 
 def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> Serving:

@@ -10,7 +10,7 @@ from events.storage import ArchiveRecord, BaseEntity, StoredBase
 from events.types import Anchor
 from nodes.postgres.connection import Connection, translated_errors
 
-_LIFT_TRIGGERS = "SELECT set_config('loadledger.archiving', 'on', true)"
+LIFT_TRIGGERS = "SELECT set_config('loadledger.archiving', 'on', true)"
 """Until the transaction ends, in this session alone (migrations/postgres)."""
 
 
@@ -33,7 +33,7 @@ async def read_stored_base(connection: Connection) -> StoredBase:
 
 async def write_stored_base(connection: Connection, stored: StoredBase) -> None:
     """Replace the base, the state there and the listed archives; the caller holds the transaction."""
-    await connection.execute(_LIFT_TRIGGERS)
+    await connection.execute(LIFT_TRIGGERS)
     await connection.execute(
         "UPDATE base SET position = $1, hash = $2, state_sha256 = $3",
         stored.base.position,

@@ -15,7 +15,7 @@ from events.nodes import Node
 from events.sqlite.queries import LAST
 from events.storage import LogHead, RawRow, Row, StorageError, StoredBase
 from events.types import Anchor, Draft, EventsDiscarded
-from nodes.postgres.bases import move_base, read_stored_base, write_stored_base
+from nodes.postgres.bases import LIFT_TRIGGERS, move_base, read_stored_base, write_stored_base
 from nodes.postgres.connection import Connection, close, connect, translated_errors
 from nodes.postgres.schema import check_owner, check_schema
 
@@ -63,7 +63,6 @@ async def copy_ledger_in(
     """
     with translated_errors("could not be written"):
         async with connection.transaction():
-            await connection.execute("SET LOCAL statement_timeout = 0")
             await connection.execute("LOCK TABLE head IN EXCLUSIVE MODE")
             if await connection.fetchval("SELECT position FROM head") or await connection.fetchval(
                 "SELECT EXISTS (SELECT FROM events)"
@@ -113,7 +112,7 @@ async def discard_end(
             [last, *removed] = rows
             keep(removed)
             before = decode_event(last.body).recorded_at if last.body else ""
-            await connection.execute("SET LOCAL loadledger.archiving = 'on'")
+            await connection.execute(LIFT_TRIGGERS)
             await connection.execute("DELETE FROM events WHERE position >= $1", first)
             await connection.execute(
                 "UPDATE head SET position = $1, hash = $2, recorded_at = $3", last.position, last.hash, before

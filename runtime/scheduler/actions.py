@@ -50,7 +50,7 @@ class RecordFact(JobAction):
 
 @dataclass(frozen=True, slots=True)
 class StartLoad(JobAction):
-    """Record `LoadStarted`, with a fact before it that allows it if there is one, and start the workers."""
+    """Record `LoadStarted`, and start the workers; `before`, such as its placement, is in the same append."""
 
     before: RecordFact | None = None
 

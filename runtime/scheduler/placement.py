@@ -1,4 +1,4 @@
-"""Whose work is what: a server alone does all of it; servers that divide it override this (`nodes`).
+"""This server's share of the recorded work: all of it; servers that divide it override this (`nodes`).
 
 `docs/decisions/0064` has the reasons.
 """

@@ -46,7 +46,7 @@ class WorkShare:
     Attributes:
         state: the models and the unended jobs to work on.
         held: pending loads that may not start here yet, by job id, and what each waits for.
-        is_whole: whether no other server has another part: no inference, and no room, is elsewhere.
+        is_whole: whether this server has all the work: all inferences come here, and no other has room.
     """
 
     state: State
@@ -216,10 +216,16 @@ class SchedulerView:
         self.to_monotonic = observations.clock.to_monotonic
         self.share = share or WorkShare(state)
         self.own = self.share.state
-        self.unended = self.own.unended()
         self._earlier: dict[float, str] = {}
+
+    @cached_property
+    def unended(self) -> list[Job]:
+        return self.own.unended()
+
+    @cached_property
+    def queues(self) -> dict[str, list[Job]]:
         models = dict.fromkeys(job.model_id for job in self.unended)
-        self.queues = {model_id: queue for model_id in models if (queue := state.queue(model_id))}
+        return {model_id: queue for model_id in models if (queue := self.state.queue(model_id))}
 
     def created_at(self, job: Job) -> str:
         return self.to_monotonic(job.created_at, job.created_position)

@@ -1,6 +1,6 @@
-"""Models: list and show them, and what their workers printed last: those that run, and the last that died.
+"""List and show models, and the last lines that their workers printed.
 
-ONNX Runtime quotes inputs of clients in its messages, so only admins may read those.
+ONNX Runtime quotes inputs of clients in its messages, so only admins may read those lines.
 """
 
 from __future__ import annotations
@@ -183,10 +183,10 @@ async def list_models(request: web.Request) -> web.Response:
     query = query_parameters(request)
     if query["at"] is not None:
         return web.json_response(await _list_past_models(request, **query))
-    return web.json_response(await list_view(request.app, query["cursor"], query["limit"]))
+    return web.json_response(await read_model_page(request.app, query["cursor"], query["limit"]))
 
 
-async def list_view(app: web.Application, cursor: str, limit: int) -> dict[str, Any]:
+async def read_model_page(app: web.Application, cursor: str, limit: int) -> dict[str, Any]:
     """Return a page of the models as they are now, by id.
 
     Args:

@@ -19,7 +19,7 @@ from events.sqlite.queries import JobQuery
 from events.types import ServerStarted
 from server.api.events import EventSchema
 from server.api.jobs import JobSchema, job_view
-from server.api.models import ModelSchema, list_view
+from server.api.models import ModelSchema, read_model_page
 from server.api.resources import RESOURCES_CACHE, ResourcesSchema
 from server.api.schemas import MAX_PAGE, AnswerSchema, PageQuerySchema, about
 from server.appkeys import CONSUMER, LOG, READER
@@ -66,7 +66,7 @@ def overview_routes(nodes_view: NodesView, node_schema: Schema) -> Routes:
         node_schema: of one of them.
     """
     routes = Routes(tag="resources")
-    nodes = fields.List(fields.Nested(node_schema), required=True, **about("None if the server is alone."))
+    nodes = fields.List(fields.Nested(node_schema), **about("None if the server is alone."))
 
     @routes.get(
         "/api/v1/overview",
@@ -79,7 +79,7 @@ def overview_routes(nodes_view: NodesView, node_schema: Schema) -> Routes:
     )
     async def show_overview(request: web.Request) -> web.Response:
         app = request.app
-        models = await list_view(app, "", query_parameters(request)["limit"])
+        models = await read_model_page(app, "", query_parameters(request)["limit"])
         may_audit = not request[PRINCIPAL].roles.isdisjoint(Access.AUDIT.value)
         body = {
             **models,

@@ -206,9 +206,8 @@ class TimeSeries:
         for model_id in counts.keys() | memory_bytes.keys():
             sample = ModelSample(memory_bytes.get(model_id, 0), counts.get(model_id, NO_REQUESTS))
             packed = _encode(sample)
-            models[model_id] = (
-                last[model_id] if last.get(model_id) == packed else packed
-            )  # shared while equal
+            known = last.get(model_id)
+            models[model_id] = known if known is not None and known == packed else packed  # one while equal
         whole = Sample(at, now, reduce(merge_counts, counts.values(), NO_REQUESTS), models)
         self._short.append(whole)
         self._begun = whole if self._begun is None else self._begun.followed_by(whole)

@@ -24,6 +24,7 @@ from support.strategies import drafts
 
 from events.clock import seconds_between
 from events.codec import decode_event
+from events.history import make_row
 from events.jobs import (
     INCIDENT_WINDOW_S,
     MAX_FOOTPRINTS,
@@ -259,10 +260,11 @@ loss; the version that was unloaded for replacement; incidents, retries, error a
 
 def describe(model: Model) -> str:
     is_kept = model.serving is not None and model.serving.kept_as_is
+    next_version = make_row(model).next_version
     words = [
         model.state.value,
         f"v{model.version}" if model.version is not None else "",
-        f"then v{model.next_version}" if model.next_version is not None else "",
+        f"then v{next_version}" if next_version is not None else "",
         f"by {model.lost_by} at {seconds_between(at(0), model.lost_at):.0f}" if model.lost_at else "",
         f"after v{model.previous.version}" if model.previous is not None else "",
         "degraded" if model.degraded else "",
