@@ -95,13 +95,37 @@ class Prepared(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class TensorExample(msgspec.Struct, frozen=True, kw_only=True):
+    """Zeros or ones that the model ran on when it was loaded; with `refusal`, a guess, and why it is one."""
+
+    shape: list[int]
+    values: str = "zeros"
+    refusal: str | None = None
+
+
 class ModelTensor(msgspec.Struct, frozen=True, kw_only=True):
-    """An input or output of a model; -1 in its shape is any length, and an optional input may be left out."""
+    """An input or output of a model; -1 in its shape is any length, and an optional input may be left out.
+
+    Attributes:
+        dimensions: what the model calls each dimension; empty for one without a name.
+        example: of an input of a loaded model; None if the server knows none.
+    """
 
     name: str
     datatype: str
     shape: list[int]
     optional: bool = False
+    dimensions: list[str] = []
+    example: TensorExample | None = None
+
+    def describe_shape(self) -> str:
+        """Return the shape with the names of open dimensions: `[batch, 3, -1, 64]`."""
+        names = self.dimensions or [""] * len(self.shape)
+        words = [
+            str(length) if length >= 0 else name or "-1"
+            for length, name in zip(self.shape, names, strict=False)
+        ]
+        return f"[{', '.join(words)}]"
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):

@@ -53,6 +53,8 @@ MAX_SIGNATURE_FIELDS = 200_000
 """Fields that are read for inputs and outputs, in 0.4 s: one for each node and three for each weight."""
 MAX_SIGNATURE_CHARACTERS = 2**16
 """Of all names and types together, since they are kept: 1,000 inputs with names of 40 characters."""
+DIMENSION_NAME = re.compile(r"(?!unk__|None$)[A-Za-z_]\w{0,63}")
+"""A dimension's name for people. Formulas, and the names that a converter numbers, are left out."""
 MAX_TYPE_DEPTH = 8
 """Of sequences, maps and optional values in each other; ONNX Runtime itself takes three."""
 WINDOW_BYTES = 2**12
@@ -63,7 +65,7 @@ _DOMAIN = 1
 """Field of an operator set."""
 _INITIALIZER, _INPUT, _OUTPUT, _SPARSE_INITIALIZER = 5, 11, 12, 15
 """Fields of a graph."""
-_TENSOR_NAME, _SPARSE_VALUES = 8, 1
+_TENSOR_LENGTH, _TENSOR_NAME, _SPARSE_VALUES = 1, 8, 1
 _VALUE_NAME, _VALUE_TYPE = 1, 2
 _TENSOR_TYPE, _SEQUENCE_TYPE, _MAP_TYPE, _SPARSE_TYPE, _OPTIONAL_TYPE = 1, 4, 5, 8, 9
 """Fields of a type."""
@@ -213,12 +215,18 @@ def describe_tensor(name: str, kind: str, shape: Iterable[object]) -> TensorSpec
     Args:
         name: its name.
         kind: ONNX Runtime's name of its type.
-        shape: a length for each dimension; what is none is any length.
+        shape: for each dimension its length, or a name; what is neither is any length.
     """
-    inner = OPTIONAL.fullmatch(kind)
+    inner, shape = OPTIONAL.fullmatch(kind), tuple(shape)
+    names = tuple(str(each) if DIMENSION_NAME.fullmatch(str(each)) else "" for each in shape)
     datatype = BY_ONNX.get(kind if inner is None else inner[1])
-    lengths = tuple(length if isinstance(length, int) and length >= 0 else -1 for length in shape)
-    return TensorSpec(name, kind if datatype is None else datatype.name, lengths, optional=inner is not None)
+    return TensorSpec(
+        name,
+        kind if datatype is None else datatype.name,
+        tuple(length if isinstance(length, int) and length >= 0 else -1 for length in shape),
+        optional=inner is not None,
+        dimensions=names if any(names) else (),
+    )
 
 
 def read_signature(data: FileBytes, size: int) -> ModelSignature:
@@ -269,12 +277,12 @@ class _SignatureReader:
     def _read_value(self, value: Field) -> TensorSpec:
         name = self._read_text(self._find(value, _VALUE_NAME))
         kind, shape = self._read_type(self._find(value, _VALUE_TYPE), MAX_TYPE_DEPTH)
-        self._characters_left -= len(name) + len(kind) + 8 * len(shape)
+        self._characters_left -= len(name) + len(kind) + sum(len(str(each)) + 8 for each in shape)
         if self._characters_left < 0:
             raise TooManyFields(MAX_SIGNATURE_CHARACTERS, "its inputs and outputs")
         return describe_tensor(name, kind, shape)
 
-    def _read_type(self, kind: Field | None, depth: int) -> tuple[str, tuple[int, ...]]:
+    def _read_type(self, kind: Field | None, depth: int) -> tuple[str, tuple[int | str, ...]]:
         if depth == 0:
             raise Unparsable("nested too deeply")
         for field in self._fields.read_all(kind.start, kind.next) if kind is not None else ():
@@ -297,8 +305,8 @@ class _SignatureReader:
         numbers = [field.value for field in fields if field.number == _ELEMENT]
         return ELEMENTS.get(numbers[-1], UNKNOWN) if numbers else UNKNOWN
 
-    def _read_shape(self, shape: Field | None) -> tuple[int, ...]:
-        lengths = list[int]()
+    def _read_shape(self, shape: Field | None) -> tuple[int | str, ...]:
+        lengths = list[int | str]()
         for dimension in self._fields.read_all(shape.start, shape.next) if shape is not None else ():
             if dimension.number == _DIMENSION and dimension.start >= 0:
                 lengths.append(self._read_length(dimension))
@@ -306,10 +314,12 @@ class _SignatureReader:
             raise TooManyFields(MAX_DIMENSIONS, "a shape")
         return tuple(lengths)
 
-    def _read_length(self, dimension: Field) -> int:
+    def _read_length(self, dimension: Field) -> int | str:
         fields = self._fields.read_all(dimension.start, dimension.next)
-        given = [each.value for each in fields if each.number in {_LENGTH, _LENGTH_NAME}]  # the last counts
-        return given[-1] if given and given[-1] < 2**63 else -1
+        given = [each for each in fields if each.number in {_LENGTH, _LENGTH_NAME}][-1:]  # the last counts
+        if given and given[0].number == _LENGTH_NAME and given[0].start >= 0:
+            return self._read_text(given[0])
+        return given[0].value if given and given[0].value < 2**63 else -1
 
     def _find(self, message: Field, number: int) -> Field | None:
         """Return the field of a message with this number and a length; the last one counts."""
@@ -348,6 +358,24 @@ def read_domains(path: Path) -> frozenset[str]:
                         and 0 <= each.start <= each.next < each.start + MAX_NAME_CHARACTERS
                     }
     return frozenset(found)
+
+
+def read_weight_lengths(path: Path) -> dict[int, None]:
+    """Return the lengths of the weights' dimensions, in the file's order; fewer if it cannot be parsed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = dict[int, None]()
+    with path.open("rb") as file, suppress(Unparsable, TooManyFields):
+        reader = FieldReader(FileWindows(file.fileno()), MAX_SIGNATURE_FIELDS, "its weights")
+        for graph in reader.read_all(0, os.fstat(file.fileno()).st_size):
+            is_graph = graph.number == _GRAPH and graph.start >= 0
+            for tensor in reader.read_all(graph.start, graph.next) if is_graph else ():
+                if tensor.number == _INITIALIZER and tensor.start >= 0:
+                    fields = reader.read_all(tensor.start, tensor.next)
+                    found |= dict.fromkeys(field.value for field in fields if field.number == _TENSOR_LENGTH)
+    return found
 
 
 def describe_foreign_content(head: bytes, size: int) -> str | None:

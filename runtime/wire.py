@@ -102,6 +102,7 @@ class MalformedTexts(ValueError):
 
 Buffer = bytes | bytearray | memoryview
 LoadStage = Literal["loading", "warming_up"]
+Fill = Literal["zeros", "ones"]
 Layer = Literal["landlock", "seccomp"]
 """By which the kernel confines a worker, in the order in which they are applied."""
 ForbiddenAct = Literal["read_files", "write_files", "use_network", "start_processes", "read_memory"]
@@ -157,16 +158,37 @@ class WantedOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     text: bool = False
 
 
+class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A value of an input that the model was run on: zeros or ones of a shape.
+
+    With `refusal` the shape is a guess: so the model refused it, or why it was not tried.
+    """
+
+    shape: tuple[Count, ...]
+    values: Fill = "zeros"
+    refusal: Text | None = None
+
+
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of a model: -1 in `shape` is any length; what is `optional` may be left out.
 
-    `datatype` is the protocol's, or ONNX Runtime's own type where the protocol has none ("seq(…)").
+    Attributes:
+        datatype: the protocol's, or ONNX Runtime's own type where the protocol has none ("seq(…)").
+        dimensions: what the model calls each dimension of `shape`, or ""; () if it names none.
+        example: of an input of a loaded model, if its warm-up has looked for one.
     """
 
     name: Name
     datatype: Name
     shape: tuple[Length, ...]
     optional: bool = False
+    dimensions: tuple[Name, ...] = ()
+    example: Example | None = None
+
+    @property
+    def declared(self) -> "TensorSpec":
+        """What a client has to know: without names of dimensions and example."""
+        return msgspec.structs.replace(self, dimensions=(), example=None)
 
 
 class OptimisedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,14 +12,16 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from events.files import write_file
-from loadledger.cli.infer import MAX_FILE_BYTES, GivenInput, InputFile
+from loadledger.cli.infer import MAX_FILE_BYTES, Filled, GivenInput, InputFile
 from loadledger.cli.output import format_cell, format_table
+from loadledger.cli.snippets import example_of
 from loadledger.inference import InferenceResult
 from loadledger.records import ModelMetadata, ModelTensor
 from loadledger.tensors import FORMS, Array, convert, guess_datatype, to_array
@@ -122,6 +124,10 @@ def _fit(name: str, value: Any, tensor: ModelTensor | None, options: ImageOption
         array, said = image_array(value.content, tensor, options)
         note(f"{value.label}: {said}")
         return array
+    if isinstance(value, Filled):
+        if tensor is None:
+            raise ValueError(f"input {name!r}: its datatype is known once the model is loaded; give JSON")
+        return _fit_array(name, _fill(value, tensor), tensor, note, is_typed=False)
     if isinstance(value, Mapping):  # a whole tensor
         return value
     label, is_typed = name, isinstance(value, InputFile | np.ndarray)
@@ -132,13 +138,36 @@ def _fit(name: str, value: Any, tensor: ModelTensor | None, options: ImageOption
     return array if tensor is None else _fit_array(label, array, tensor, note, is_typed=is_typed)
 
 
+def _fill(value: Filled, tensor: ModelTensor) -> Array:
+    """Return made-up values: floating-point numbers below 1, bytes, or 0 and 1, an index of almost anything.
+
+    Raises:
+        ValueError: the model takes texts, which are not made up, or nothing that large.
+    """
+    shape = tuple(example_of(tensor).shape) if value.shape is None else value.shape
+    if prod(shape) > MAX_FILE_BYTES:
+        raise ValueError(f"input {tensor.name!r}: {list(shape)} is more than a request may have")
+    if tensor.datatype == "BYTES":
+        if value.values != "zeros":
+            raise ValueError(
+                f"input {tensor.name!r} takes texts: give some, like {tensor.name}='[\"a text\"]'"
+            )
+        return np.full(shape, "", object)
+    if value.values != "random":
+        return np.zeros(shape) if value.values == "zeros" else np.ones(shape)
+    dice = np.random.default_rng()
+    if tensor.datatype in FLOATS:
+        return dice.random(shape)
+    return dice.integers(0, 256 if tensor.datatype == "UINT8" else 2, shape)
+
+
 def _fit_array(label: str, array: Array, tensor: ModelTensor, note: Note, *, is_typed: bool) -> Array:
     """Add the batch dimension that the declared shape has, and convert to the declared datatype."""
     batched = array[None] if _lacks_batch(array.shape, tensor.shape) else array
     if not _has_shape(batched.shape, tensor.shape):
         raise ValueError(
-            f"{label} has the shape {list(array.shape)}; input {tensor.name!r} takes {tensor.shape},"
-            " where -1 is any length"
+            f"{label} has the shape {list(array.shape)}; input {tensor.name!r} takes"
+            f" {tensor.describe_shape()}, where -1 and names are any length"
         )
     fitted = convert(tensor.name, batched, tensor.datatype)
     if batched is not array or (is_typed and guess_datatype(array) not in (tensor.datatype, None)):

@@ -7,6 +7,7 @@ numpy is in arrays.py.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from loadledger.cli.options import (
     open_chosen_client,
     server_options,
 )
-from loadledger.cli.output import exit_with_error, print_json, print_note
+from loadledger.cli.output import exit_with_error, print_json, print_note, print_result
 
 MAX_FILE_BYTES = 256 * 2**20
 """Longest file: a server takes tensors of 64 MiB, which are longer as JSON and shorter in an archive."""
-EXAMPLES = "NAME=JSON, like x='[[1, 2]]', or NAME=@FILE"
+EXAMPLES = "NAME=JSON, like x='[[1, 2]]', NAME=@FILE, or NAME=zeros, ones or random"
+_FILL = re.compile(r"(zeros|ones|random)(?::(\d{1,9}(?:x\d{1,9})*))?")
 _NAMELESS = '@[{"'
 _ARRAY, _ARCHIVES = b"\x93NUMPY", (b"PK\x03\x04", b"PK\x05\x06")
 _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
@@ -60,12 +62,20 @@ class InputFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Filled:
+    """Made-up values: zeros, ones or random numbers; without a shape, of the shape that the server tried."""
+
+    values: str
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class GivenInput:
     """An input as it was given.
 
     Attributes:
         name: None if it was omitted.
-        value: of JSON, or a file.
+        value: of JSON, a file, or made up.
     """
 
     name: str | None
@@ -90,6 +100,9 @@ def parse_input(text: str) -> GivenInput:
         raise _misfit(f"{text[:64]!r} is not {EXAMPLES}")
     if value.startswith("@"):
         return GivenInput(name, read_value(Path(value[1:])))
+    if filled := _FILL.fullmatch(value):
+        shape = None if filled[2] is None else tuple(map(int, filled[2].split("x")))
+        return GivenInput(name, Filled(filled[1], shape))
     return GivenInput(name, _parse_json(value, text if name is None else name))
 
 
@@ -215,9 +228,12 @@ def infer(
 ) -> None:
     """Run an inference on a model.
 
+    Without INPUT it lists the inputs, and prints a command that works.
+
     An INPUT is NAME=JSON, like x='[[1, 2]]', or NAME=@FILE: an array (.npy, .npz), a picture (PNG, JPEG,
-    WebP) or JSON; @- is standard input. The only input of a model needs no NAME=. @FILE alone can be an
-    archive or a JSON object with the inputs by name, or a whole request of the protocol.
+    WebP) or JSON; @- is standard input. NAME=zeros, ones or random makes values up, of a shape as in
+    x=random:1x3x224x224. The only input of a model needs no NAME=. @FILE alone can be an archive or a JSON
+    object with the inputs by name, or a whole request of the protocol.
 
     Shapes and datatypes come from the model; what is changed for them is said on standard error. A server
     with `--on-demand on` loads the model first if needed.
@@ -225,7 +241,8 @@ def infer(
     --json prints the whole tensors instead of a summary.
     """
     if not inputs:
-        raise click.UsageError("give the inputs: NAME=JSON or NAME=@FILE for each, or @FILE with all")
+        _list_inputs(model, where, as_json=as_json)
+        return
     given = [parse_input(text) for text in inputs]
     if out is not None and (as_json or out.suffix not in SUFFIXES):
         raise click.BadParameter("give it a name with .npy or .npz, and no --json", param_hint="--out")
@@ -253,6 +270,15 @@ def infer(
         print_json(arrays.result_json(result))
     else:
         click.echo("\n".join(arrays.result_lines(result)))
+
+
+def _list_inputs(model: str, where: ServerChoice, *, as_json: bool) -> None:
+    from loadledger.cli.models import signature_lines, with_signature
+
+    with open_chosen_client(where) as client:
+        shown, metadata = client.model(model), client.metadata(model)
+    lines = signature_lines(with_signature(shown, metadata), where.words)
+    print_result(metadata, list(lines)[1:], as_json=as_json)
 
 
 def _find_inputs(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from loadledger.cli.completion import models_of_server
 from loadledger.cli.jobs import report_request
@@ -31,7 +33,8 @@ from loadledger.cli.output import (
     to_printable,
     with_nodes,
 )
-from loadledger.cli.snippets import format_infer
+from loadledger.cli.snippets import describe_guess, format_infer
+from loadledger.errors import ClientProblem
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 MAX_VERSIONS = 4
@@ -87,7 +90,10 @@ def show(model: str, *, at: str | None, as_json: bool, where: ServerChoice) -> N
     """
     with open_chosen_client(where) as client:
         shown = client.model(model, at=at)
-    print_result(shown, _details(shown), as_json=as_json)
+        if shown.state == "loaded" and at is None:
+            with suppress(ClientProblem):  # its node cannot be reached: the file's are shown
+                shown = with_signature(shown, client.metadata(model))
+    print_result(shown, _details(shown, where.words), as_json=as_json)
 
 
 def _row(model: Any) -> tuple[str, ...]:
@@ -115,7 +121,7 @@ def _versions(versions: list[int] | None) -> str:
     return f"…, {named}" if len(versions) > MAX_VERSIONS else named
 
 
-def _details(model: Any) -> Iterator[str]:
+def _details(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
     yield f"{format_cell(model.id)}: {format_state(model.state)}{', active' if model.active else ''}"
     facts = {
         "version": model.version,
@@ -140,7 +146,7 @@ def _details(model: Any) -> Iterator[str]:
     yield from format_facts(facts)
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
-    yield from signature_lines(model)
+    yield from signature_lines(model, options)
 
 
 def _parameters(parameters: dict[str, Any]) -> str:
@@ -149,8 +155,18 @@ def _parameters(parameters: dict[str, Any]) -> str:
     return format_parameters(named)
 
 
-def signature_lines(model: Any) -> Iterator[str]:
-    """Yield inputs and outputs as tables, and a command line that the model answers."""
+def with_signature(model: Any, metadata: Any) -> Any:
+    """Return a model with the inputs and outputs of its metadata: those of the node where it is loaded."""
+    return msgspec.structs.replace(model, inputs=metadata.inputs, outputs=metadata.outputs)
+
+
+def signature_lines(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
+    """Yield inputs and outputs as tables, and command lines that the model answers.
+
+    Args:
+        model: its record.
+        options: those of the commands that name the server.
+    """
     if model.signature_version is None:  # the file cannot be read, or the state is one of the past
         return
     for head, tensors in (("INPUT", model.inputs), ("OUTPUT", model.outputs)):
@@ -158,17 +174,24 @@ def signature_lines(model: Any) -> Iterator[str]:
         yield from format_table(
             (head, "DATATYPE", "SHAPE"), [_tensor_row(tensor) for tensor in tensors or ()]
         )
-    command = format_infer(model)
-    if command is not None:
-        yield ""
-        if model.state != "loaded":
-            yield f"loadledger load {format_cell(model.id)} --wait"
-        yield command
+    commands = list(format_infer(model, options))
+    if not commands:
+        return
+    yield ""
+    if model.state != "loaded":
+        yield shlex.join(["loadledger", "load", *options, model.id, "--wait"])
+        yield shlex.join(["loadledger", "infer", *options, model.id])
+        return
+    yield commands[0]
+    yield from (f"# with a file of yours: {each}" for each in commands[1:])
+    guess = describe_guess(model)
+    if guess is not None:
+        yield f"# {to_printable(guess)}"
 
 
 def _tensor_row(tensor: Any) -> tuple[str, ...]:
     name = f"{format_cell(tensor.name)}{' (optional)' if tensor.optional else ''}"
-    return name, format_cell(tensor.datatype), str(tensor.shape)
+    return name, format_cell(tensor.datatype), format_cell(tensor.describe_shape())
 
 
 def format_presence(server: Any) -> str:

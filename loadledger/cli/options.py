@@ -28,6 +28,12 @@ class ServerChoice:
     url: str | None = None
     profile: str | None = None
 
+    @property
+    def words(self) -> list[str]:
+        """The options as they were given, for commands that are printed."""
+        given = {"--url": self.url, "--profile": self.profile}
+        return [word for flag, value in given.items() if value is not None for word in (flag, value)]
+
 
 def server_options(command: Command) -> Command:
     """Add `--url` and `--profile`, passed as `where`."""

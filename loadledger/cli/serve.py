@@ -88,7 +88,7 @@ def run(model: str, *, name: str | None, where: ServerChoice) -> None:
 
     subject = choose_subject(model, name)
     target = find_chosen_target(where)
-    if asyncio.run(run_on_server(target, subject)):
+    if asyncio.run(run_on_server(target, subject, where.words)):
         return
     if where.url or where.profile or any(os.environ.get(each) for each in (URL, PROFILE)):
         exit_with_error(f"{to_printable(target.url)} cannot be reached; is the server running there?")

@@ -1,16 +1,19 @@
-"""Commands for a model's first request: a line of `loadledger infer` and one of `curl`, of zeros.
+"""Commands for a model's first request: lines of `loadledger infer`, and one of `curl`.
 
-Both are made from the inputs of a model's record; a length that the model leaves open is 1.
+Both are made of the examples that the server tried when it loaded the model; without one, a length that the
+model leaves open is 1.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from math import prod
 from typing import Any
+
+from loadledger.records import ModelTensor, TensorExample
 
 DATATYPES: dict[str, tuple[Any, int]] = {
     "BOOL": (False, 1),
@@ -20,74 +23,114 @@ DATATYPES: dict[str, tuple[Any, int]] = {
 }
 """By datatype: a zero, and its bytes in binary; of an empty text, these are its length."""
 
+BINARY_ONLY = ("FP16", "BF16")
+"""Datatypes without a form in JSON."""
+
 PICTURE_SIZES, CHANNELS, PICTURE_TYPES = 4, (1, 3), ("UINT8", "FP16", "FP32")
 """Of an input for pictures: a batch, a height, a width, and one channel or three, before or after these."""
 
-MAX_ZEROS = 32
-"""Zeros that a command line has: more are no example to type."""
+MAX_TYPED = 10
+"""Numbers of an input on a command line: more are no example to type."""
+
+MAX_ZEROS, MAX_ONES = 32, 4096
+"""Numbers of an input that a `curl` has as JSON; further zeros come from /dev/zero."""
 
 
-def format_infer(model: Any) -> str | None:
-    """Return the `loadledger infer` for a model; None if it cannot give an input.
+def example_of(tensor: ModelTensor) -> TensorExample:
+    """Return an input's example; without one, a guess."""
+    if tensor.example is not None:
+        return tensor.example
+    guess = [1 if length < 0 else length for length in tensor.shape]
+    return TensorExample(shape=guess, refusal="the server has not tried the model")
 
-    An input of many elements comes from a file: a picture if it has the shape of one, else an array.
-    """
-    if not _is_typed(model.id):
+
+def describe_guess(model: Any) -> str | None:
+    """Return which sizes of the examples are guesses, and why; None if none is."""
+    guessed = [
+        each for each in _required(model) if min(each.shape, default=0) < 0 and example_of(each).refusal
+    ]
+    if not guessed:
         return None
-    words = ["loadledger", "infer", model.id]
-    for tensor in _required(model):
-        if tensor.datatype not in DATATYPES or "=" in tensor.name or not _is_typed(tensor.name):
-            return None
-        shape = _shape(tensor)
-        given = (
-            _file(tensor, shape) if prod(shape) > MAX_ZEROS else json.dumps(_zeros(tensor.datatype, shape))
-        )
-        words.append(f"{tensor.name}={given}")
-    return shlex.join(words)
+    names = ", ".join(f"{each.name} {each.describe_shape()}" for each in guessed)
+    return f"the sizes of open dimensions are guesses, for {names}: {example_of(guessed[0]).refusal}"
+
+
+def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
+    """Yield lines of `loadledger infer`: one that runs as it is, and one with a file for the largest input.
+
+    Args:
+        model: its record, or its metadata with an `id`.
+        options: of the command, which name the server.
+    """
+    required = _required(model)
+    if not _is_typed(model.id) or not all(
+        tensor.datatype in DATATYPES and "=" not in tensor.name and _is_typed(tensor.name)
+        for tensor in required
+    ):
+        return
+    command = ["loadledger", "infer", *options, model.id]
+    values = {tensor.name: _value(tensor) for tensor in required}
+    yield shlex.join([*command, *(f"{name}={value}" for name, value in values.items())])
+    largest = max(required, key=lambda each: prod(example_of(each).shape), default=None)
+    if largest is not None and prod(example_of(largest).shape) > MAX_TYPED:
+        values[largest.name] = _file(largest)
+        yield shlex.join([*command, *(f"{name}={value}" for name, value in values.items())])
 
 
 def format_curl(url: str, model: Any, token: str) -> str | None:
-    """Return the `curl` for a model; None if it has an input without a datatype of the protocol.
+    """Return the `curl` for a model; None if it has an input that is no tensor, or is too long.
 
     Args:
         url: of the server.
         model: its record.
         token: a word of the shell that expands to a token.
     """
-    tensors = _required(model)
-    if any(tensor.datatype not in DATATYPES for tensor in tensors):
-        return None
-    heads = [{"name": each.name, "datatype": each.datatype, "shape": _shape(each)} for each in tensors]
-    target = shlex.quote(f"{url}/v2/models/{model.id}/infer")
+    tensors, zero_bytes = [], 0
+    for tensor in _required(model):
+        example, head = example_of(tensor), {"name": tensor.name, "datatype": tensor.datatype}
+        count, is_binary = prod(example.shape), tensor.datatype in BINARY_ONLY
+        if tensor.datatype not in DATATYPES or (example.values == "ones" and count > MAX_ONES):
+            return None
+        if is_binary or (example.values == "zeros" and count > MAX_ZEROS):
+            size = count * DATATYPES[tensor.datatype][1]
+            zero_bytes += size
+            tensors.append(head | {"shape": example.shape, "parameters": {"binary_data_size": size}})
+        else:
+            data = _nested(tensor.datatype, example)
+            tensors.append(head | {"shape": example.shape, "data": data if example.shape else [data]})
+    body, target = json.dumps({"inputs": tensors}), shlex.quote(f"{url}/v2/models/{model.id}/infer")
     command = f'curl -sS {target} -H "Authorization: Bearer {token}"'
-    if sum(prod(head["shape"]) for head in heads) <= MAX_ZEROS:
-        whole = [{**head, "data": _zeros(head["datatype"], head["shape"])} for head in heads]
-        body = json.dumps({"inputs": whole})
+    if not zero_bytes:
         return f"{command} \\\n  -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-    sizes = [prod(head["shape"]) * DATATYPES[head["datatype"]][1] for head in heads]
-    binary = [
-        {**head, "parameters": {"binary_data_size": size}} for head, size in zip(heads, sizes, strict=True)
-    ]
-    body = json.dumps({"inputs": binary})
     return (
-        f"(printf %s {shlex.quote(body)}; head -c {sum(sizes)} /dev/zero) |\n"
+        f"(printf %s {shlex.quote(body)}; head -c {zero_bytes} /dev/zero) |\n"
         f"{command} \\\n  -H 'Content-Type: application/octet-stream' "
         f"-H 'Inference-Header-Content-Length: {len(body)}' --data-binary @-"
     )
 
 
-def _required(model: Any) -> Sequence[Any]:
+def _required(model: Any) -> Sequence[ModelTensor]:
     return [tensor for tensor in model.inputs or () if not tensor.optional]
 
 
-def _file(tensor: Any, shape: Sequence[int]) -> str:
-    """Return an example of a file for an input."""
+def _value(tensor: ModelTensor) -> str:
+    """Return a value that can be typed: numbers if they are few, else what to fill the input with."""
+    example = example_of(tensor)
+    if 0 < prod(example.shape) <= MAX_TYPED:
+        return json.dumps(_nested(tensor.datatype, example))
+    fill = "random" if isinstance(DATATYPES[tensor.datatype][0], float) else example.values
+    return fill if min(tensor.shape) >= 0 else f"{fill}:{'x'.join(map(str, example.shape))}"
+
+
+def _file(tensor: ModelTensor) -> str:
+    """Return an example of a file for an input; a picture only if Pillow, which reads it, is installed."""
+    shape = tensor.shape
     is_picture = (
         len(shape) == PICTURE_SIZES
         and (shape[1] in CHANNELS or shape[3] in CHANNELS)
         and tensor.datatype in PICTURE_TYPES
     )
-    return "@image.jpg" if is_picture else f"@{re.sub(r'[^A-Za-z0-9]', '_', tensor.name)}.npy"
+    return "@image.jpg" if is_picture and find_spec("PIL") is not None else "@FILE.npy"
 
 
 def _is_typed(name: str) -> bool:
@@ -95,12 +138,12 @@ def _is_typed(name: str) -> bool:
     return bool(name) and name.isprintable() and not name.startswith("-")
 
 
-def _shape(tensor: Any) -> list[int]:
-    return [1 if length < 0 else length for length in tensor.shape]
-
-
-def _zeros(datatype: str, shape: Sequence[int]) -> Any:
-    value, _ = DATATYPES[datatype]
-    for length in reversed(shape):
+def _nested(datatype: str, example: TensorExample) -> Any:
+    if not prod(example.shape):
+        return []
+    value = DATATYPES[datatype][0]
+    if example.values == "ones":
+        value = True if value is False else 1
+    for length in reversed(example.shape):
         value = [value] * length
     return value

@@ -12,7 +12,7 @@ import os
 import pwd
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ import jwt
 from events.errors import LedgerProblem
 from events.tokens import Token
 from loadledger import AsyncClient, ClientProblem, NotFound, ServerUnreachable
-from loadledger.cli.models import signature_lines
+from loadledger.cli.models import signature_lines, with_signature
 from loadledger.cli.output import (
     NEGATIVE_RESULT,
     count_of,
@@ -37,6 +37,7 @@ from loadledger.cli.serve import Subject
 from loadledger.cli.snippets import format_curl
 from loadledger.profiles import (
     DEFAULT_PROFILE,
+    DEFAULT_URL,
     TOKEN,
     ProfileProblem,
     ServerTarget,
@@ -83,28 +84,36 @@ async def announce(server: RunningServer) -> SignedIn | None:
     """Print that the server is ready, and what it found; on a terminal, sign its user in, and return that."""
     warn_of_unknown_variables(os.environ)  # now that logging is set up
     _print(f"loadledger is ready at {server.url}")
-    _print(f"console: {server.url}/ (`loadledger console` signs you in)")
     profile = await sign_in_user(server) if sys.stdout.isatty() else None
+    options = choose_options(server, profile)
+    _print(f"console: {server.url}/ (`{shlex.join(['loadledger', 'console', *options])}` signs you in)")
     if profile is not None:
-        hint = f"; commands use it with{profile.option}" if profile.option else ""
+        hint = f"; commands use it with {shlex.join(profile.options)}" if profile.options else ""
         _print(f"profile: {to_printable(str(profile.path))} has an admin's token{hint}")
-    for line in await check_models(server):
+    for line in await check_models(server, options):
         _print(line)
     return profile
 
 
-async def check_models(server: RunningServer) -> list[str]:
-    """Return what a quick check of the repository finds, as lines."""
+def choose_options(server: RunningServer, profile: SignedIn | None) -> list[str]:
+    """Return the options with which commands find the server; none if they do without."""
+    if profile is not None:
+        return profile.options
+    return [] if server.url == DEFAULT_URL else ["--url", server.url]
+
+
+async def check_models(server: RunningServer, options: Sequence[str]) -> list[str]:
+    """Return what a quick check of the repository finds, as lines, and the next command with its options."""
     config, result = server.app[CONFIG], CheckResult()
     look = partial(check_repository, config, result)
     try:
         await server.app[VERSIONS].repository.file_system.run("", look, CHECK_LIMIT_S)
     except RepositoryBusy as problem:
         return [str(problem)]
-    return list(describe_models(server.app[VERSIONS].repository.root, result))
+    return list(describe_models(server.app[VERSIONS].repository.root, result, options))
 
 
-def describe_models(root: Path, result: CheckResult) -> Iterator[str]:
+def describe_models(root: Path, result: CheckResult, options: Sequence[str] = ()) -> Iterator[str]:
     """Yield how many models there are, what is wrong with others, and the next command."""
     shown = result.findings[:MAX_FINDINGS]
     counted = f"{count_of(result.models, 'model')} with {count_of(result.versions, 'version')}"
@@ -112,10 +121,14 @@ def describe_models(root: Path, result: CheckResult) -> Iterator[str]:
     yield from (format_finding(each) for each in shown if each.code != "empty")
     if len(result.findings) > len(shown):
         yield f"{len(result.findings) - len(shown)} more: `loadledger check --quick` prints them"
+    named = shlex.join(["", *options])[2:]
     if result.models:
-        yield "next: `loadledger models` lists them, `loadledger load MODEL --wait` loads one"
+        yield f"next: `loadledger models{named}` lists them, `loadledger load{named} MODEL --wait` loads one"
     else:
-        yield "next: `loadledger add NAME FILE.onnx` adds a model, `loadledger run FILE.onnx` also loads it"
+        yield (
+            f"next: `loadledger add{named} NAME FILE.onnx` adds a model, "
+            f"`loadledger run{named} FILE.onnx` also loads it"
+        )
 
 
 def format_finding(finding: CheckFinding) -> str:
@@ -138,9 +151,9 @@ class SignedIn:
     token: str = field(repr=False)
 
     @property
-    def option(self) -> str:
-        """The option that selects this profile, with a leading space; empty for the default one."""
-        return "" if self.name == DEFAULT_PROFILE else f" --profile {self.name}"
+    def options(self) -> list[str]:
+        """The option that selects this profile; none for the default one."""
+        return [] if self.name == DEFAULT_PROFILE else ["--profile", self.name]
 
 
 async def sign_in_user(server: RunningServer) -> SignedIn | None:
@@ -201,16 +214,23 @@ def _find_known(server: RunningServer, token: str | None) -> Token | None:
     return server.app[LOG].state.registers.tokens.get(str(claims.get("jti")))
 
 
-async def run_on_server(target: ServerTarget, subject: Subject) -> bool:
-    """Run a model on a server, and return True; False if there is none."""
-    word = f"${TOKEN}" if os.environ.get(TOKEN) else "$(loadledger token show)"
+async def run_on_server(target: ServerTarget, subject: Subject, options: Sequence[str]) -> bool:
+    """Run a model on a server, and return True; False if there is none.
+
+    Args:
+        target: the server.
+        subject: the model.
+        options: those that name the server.
+    """
+    show = shlex.join(["loadledger", "token", "show", *options])
+    word = f"${TOKEN}" if os.environ.get(TOKEN) else f"$({show})"
     async with AsyncClient(target.url, token=target.token, ca_file=target.ca) as client:
         try:
             await client.health()
         except ServerUnreachable:
             return False
         try:
-            await bring_up(client, subject, word)
+            await bring_up(client, subject, word, options)
         except ValueError as problem:
             exit_with_error(str(problem))
     return True
@@ -223,13 +243,18 @@ def serve_and_run(subject: Subject) -> NoReturn:
     async def announce_and_run(running: RunningServer) -> None:
         profile = await announce(running)
         try:
+            options = choose_options(running, profile)
             if profile is not None:
-                token, word = profile.token, f"$(loadledger token show{profile.option})"
+                token, word = profile.token, f"$({shlex.join(['loadledger', 'token', 'show', *options])})"
             else:
-                token, data = await _issue_token(running, TOKEN_LIFE_S), shlex.quote(str(config.data))
-                word = f"$(loadledger token --data {data} --role predict --subject curl)"
+                token, word = await _issue_token(running, TOKEN_LIFE_S), f"${TOKEN}"
             async with AsyncClient(running.url, token=token) as client:
-                await bring_up(client, subject, word)
+                await bring_up(client, subject, word, options)
+            if profile is None:
+                issue = ["loadledger", "token", "--data", str(config.data), "--role", "predict", "--subject"]
+                click.echo(
+                    f'\nBoth need a token: export {TOKEN}="$({shlex.join([*issue, local_subject()])})"'
+                )
             click.echo("\nCtrl-C stops the server; the model stays in its repository.")
         except (ClientProblem, ServerProblem, KeyProblem, LedgerProblem, ValueError, OSError) as problem:
             problems.append(str(problem))
@@ -248,13 +273,14 @@ async def _issue_token(running: RunningServer, life_s: int) -> str:
     return (await tokens.issue(subject, ["admin"], expires_s=life_s, actor=subject, via="serve")).token
 
 
-async def bring_up(client: AsyncClient, subject: Subject, token: str) -> None:
+async def bring_up(client: AsyncClient, subject: Subject, token: str, options: Sequence[str]) -> None:
     """Add a model if it is new, load it, and print what it takes and a command that asks it.
 
     Args:
         client: of the server, with the token of an admin.
         subject: the model.
         token: a word of the shell that expands to a token.
+        options: those of further commands, which name the server.
 
     Raises:
         ClientProblem: the server refused, or the load failed.
@@ -263,9 +289,9 @@ async def bring_up(client: AsyncClient, subject: Subject, token: str) -> None:
     """
     version = await _add_if_new(client, subject)
     await client.load(subject.name, version, wait=True)
-    model = await client.model(subject.name)
+    model = with_signature(await client.model(subject.name), await client.metadata(subject.name))
     click.echo(f"{model.id} version {model.version}: loaded")
-    for line in signature_lines(model):
+    for line in signature_lines(model, options):
         click.echo(line)
     command = format_curl(client.url, model, token)
     if command is not None:

@@ -133,13 +133,13 @@ async def try_optimised(
         ForkServerUnavailable: `fork_server_unavailable`.
         LoadRefused: a code of `CHANGED`.
     """
-    order = replace(bare, warm_up=False, background=True, max_batch_size=0, max_queue_delay_us=0)
+    order = replace(bare, warm_up_required=False, background=True, max_batch_size=0, max_queue_delay_us=0)
     async with pacer.worker() as first, pacer.worker() as second:
         original = Session(first, "the model cannot be tried, bare as it is")
         session = Session(second, "prepared")
         report = await original.load(order)
-        other = await session.load(replace(order, optimised=optimised))
-        if (report.inputs, report.outputs) != (other.inputs, other.outputs):
+        other = await session.load(replace(order, warm_up=False, optimised=optimised))
+        if _declared(report) != _declared(other):
             raise Useless(_describe_difference(report, other))
         sets = [given] if given else []
         sets += await _make_up_inputs(original, report, is_needed=not given)
@@ -172,9 +172,13 @@ async def _make_up_inputs(original: Session, report: Loaded, *, is_needed: bool)
     return list(accepted.values())
 
 
+def _declared(report: Loaded) -> list[TensorSpec]:
+    return [spec.declared for spec in (*report.inputs, *report.outputs)]
+
+
 def _describe_difference(bare: Loaded, other: Loaded) -> str:
     """Return the first input or output that is declared otherwise."""
-    ours, theirs = (*bare.inputs, *bare.outputs), (*other.inputs, *other.outputs)
+    ours, theirs = _declared(bare), _declared(other)
     for spec, changed in zip(ours, theirs, strict=False):
         if spec != changed:
             said, was = (f"{each.name!r} {each.datatype} {list(each.shape)}" for each in (changed, spec))
@@ -209,7 +213,8 @@ async def _find_quickest_ns(original: Session, session: Session, inputs: Sequenc
 
 
 LENGTHS = ((1, 8), (8, 8), (2, 8), (1, 64))
-"""Lengths for open dimensions: of the first one, usually the batch dimension, and of the others."""
+"""Lengths for open dimensions: of the first one, usually the batch dimension, and of the others, of which no
+example is known."""
 MAX_SAMPLE_BYTES = 10 * 2**20
 """Limit of all inputs together: two pictures of 640 by 640 as floats. A model with larger inputs is tried on
 those of its `loadledger.toml`, if any."""
@@ -237,9 +242,12 @@ def make_samples(inputs: Iterable[TensorSpec]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _shape(spec: TensorSpec, first: int, other: int) -> tuple[int, ...]:
-    lengths = (first if index == 0 else other for index in range(len(spec.shape)))
+    """Return a shape: of the example that the warm-up found, with `first` for a batch of one."""
+    known = [1, *(other for _ in spec.shape[1:])] if spec.example is None else list(spec.example.shape)
+    if known[:1] == [1]:
+        known[0] = first
     return tuple(
-        open_ if declared < 0 else declared for declared, open_ in zip(spec.shape, lengths, strict=True)
+        length if declared < 0 else declared for declared, length in zip(spec.shape, known, strict=False)
     )
 
 

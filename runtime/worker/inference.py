@@ -33,6 +33,7 @@ from runtime.wire import (
     pack_texts,
     unpack_texts,
 )
+from runtime.worker.refusals import explain_refusal
 from runtime.worker.sharedtensors import Room
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -303,11 +304,12 @@ class Runner:
                 return self._run_with_values(selected, feed, options)
             arrays: list[Any] = self._session.run(selected.names, feed, options)
         except InvalidArgument as error:
-            raise InvalidInput(str(error)) from None
+            raise InvalidInput(explain_refusal(str(error), "the inputs do not fit the model")) from None
         except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
             if options.terminate:
                 raise InferenceCancelled from None
-            raise InferenceFailed(str(error) or type(error).__name__) from None
+            said = str(error) or type(error).__name__
+            raise InferenceFailed(explain_refusal(said, "the model cannot compute these inputs")) from None
         return arrays
 
     def encode_outputs(

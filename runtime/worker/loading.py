@@ -4,31 +4,31 @@ It hashes nothing: the server has taken the files into its store, and hashes the
 """
 
 import contextlib
-import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 import onnxruntime as ort
 
 from runtime.errors import InferenceFailed, LoadRefused, RuntimeProblem
 from runtime.memory import thread_bytes
-from runtime.onnxfile import MODEL_FILE, find_model_file
+from runtime.onnxfile import MODEL_FILE, find_model_file, read_weight_lengths
 from runtime.wire import (
     DATATYPES,
-    MAX_DIMENSIONS,
+    Example,
     Load,
     Loaded,
     LoadStage,
     OptimisedModel,
     Tensor,
-    TensorSpec,
 )
 from runtime.worker import extensions, sessions
+from runtime.worker.examples import find_example, is_fixed
 from runtime.worker.sessions import ServingSession, describe_model, is_out_of_memory
 
 PR_SET_THP_DISABLE = 41
@@ -46,20 +46,19 @@ IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT = 1, 3, 13
 AUTOGROUP = Path("/proc/self/autogroup")
 """Where the kernel schedules each session (setsid) as one group, niceness counts only within it; this file
 sets the group's."""
-MAX_ZEROS_BYTES = 64 * 2**20
-"""Limit of zeros: the size of a request. A model that declares more is hardly run with that much."""
-TEXT_BYTES = 40
-"""Size of an empty element of BYTES: numpy's reference to it, and ONNX Runtime's string."""
 WITH_ZEROS = (
-    "the model does not run on zeros of its declared shapes, and has to before it is loaded: give inputs that"
-    " it takes as [[warm_up.inputs]] in its loadledger.toml"
+    "the model does not run on zeros or ones of its declared shapes, and has to before it is loaded: give"
+    " inputs that it takes as [[warm_up.inputs]] in its loadledger.toml"
 )
 WITH_GIVEN = (
     "the model does not run on the inputs that its loadledger.toml gives as [[warm_up.inputs]], and has to"
     " before it is loaded: correct them"
 )
+NOT_TRIED = "not tried: its loadledger.toml gives inputs for the warm-up"
 OR_NOT = "or switch that off there, by enabled = false under [warm_up]"
 OnStage = Callable[[LoadStage], None]
+Examples = Mapping[str, Example]
+NO_EXAMPLES: Examples = {}
 
 
 def huge_pages_help(source_bytes: int, optimised: OptimisedModel | None) -> bool:
@@ -132,30 +131,40 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     started_ns = clock()
     session = _create_session(order)
     loading_us = (clock() - started_ns) // 1000
-    model, warming_up_us = describe_model(session, order.max_batch_size), None
+    model, warming_up_us, examples = describe_model(session, order.max_batch_size), None, NO_EXAMPLES
     # Zeros are no image, and a decoder that gets them may end the process (decision 49).
     is_possible = bool(given) or not _names_extensions(order)
     if order.warm_up and is_possible:  # before it is measured: memory of an inference belongs to the model
-        warming_up_us = _warm_up(order, model, given, lambda: on_stage("warming_up"))
+        warming_up_us, examples = _warm_up(order, model, given, lambda: on_stage("warming_up"))
     sessions.return_free_memory()  # of loading: as much as the model keeps
     sessions.lift_load_limit()
-    return model, Loaded(model.inputs, model.outputs, loading_us, warming_up_us)
+    inputs = tuple(msgspec.structs.replace(spec, example=examples.get(spec.name)) for spec in model.inputs)
+    return model, Loaded(inputs, model.outputs, loading_us, warming_up_us)
 
 
 def _warm_up(
     order: Load, model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]
-) -> int | None:
+) -> tuple[int | None, Examples]:
     try:
-        return warm_up(model, given, on_begin)
+        return warm_up(model, given, _folder_of(order), on_begin)
     except LoadRefused:
         if order.warm_up_required:
             raise
-        return None
+        return None, NO_EXAMPLES
+
+
+def _folder_of(order: Load) -> Path:
+    return Path(order.folder if order.optimised is None else order.optimised.folder)
+
+
+def _read_weight_lengths(folder: Path) -> Iterable[int]:
+    name = find_model_file(each.name for each in os.scandir(folder))
+    return () if name is None else read_weight_lengths(folder / name)
 
 
 def _names_extensions(order: Load) -> bool:
     """Whether the model of an order names operators of ONNX Runtime Extensions."""
-    folder = Path(order.folder if order.optimised is None else order.optimised.folder)
+    folder = _folder_of(order)
     name = find_model_file(each.name for each in os.scandir(folder))
     return name is not None and extensions.are_named(folder / name)
 
@@ -170,70 +179,59 @@ def _create_session(order: Load) -> ort.InferenceSession:
     return sessions.create_session(model_file, chosen, order.least_limit_bytes)
 
 
-def warm_up(model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]) -> int | None:
-    """Warm-up: run a model on the given inputs, else on zeros of the declared shapes.
+def warm_up(
+    model: ServingSession, given: Sequence[Tensor], folder: Path, on_begin: Callable[[], None]
+) -> tuple[int | None, Examples]:
+    """Warm-up: run a model on the given inputs, else on an example of them that it takes.
 
     Args:
-        model: the model; zeros are one element along its batch dimension.
-        given: inputs of its loadledger.toml; empty means zeros.
-        on_begin: called before the run, and only if there is one.
+        model: the model.
+        given: inputs of its loadledger.toml; empty means that an example is looked for.
+        folder: where its files lie.
+        on_begin: called before the first run, and only if there is one.
 
     Returns:
-        The duration in microseconds, or None if the shapes do not allow zeros.
+        The duration in microseconds, or None if the model was not run; and the examples by input.
 
     Raises:
         LoadRefused: `warm_up_failed`, with the runtime's words and what to do.
         MemoryError: there is not enough memory for it.
     """
+    if given:
+        return _run_given(model, given, on_begin), {
+            tensor.name: Example(tensor.shape, refusal=NOT_TRIED) for tensor in given
+        }
     required = [spec for spec in model.inputs if not spec.optional]
-    if not given and not zeros_are_allowed(model, required):
-        return None
+    if not any(spec.datatype in DATATYPES for spec in model.outputs):  # nothing to send
+        return None, NO_EXAMPLES
+    found = find_example(required, partial(_run, model), on_begin, partial(_read_weight_lengths, folder))
+    if found is None:
+        return None, NO_EXAMPLES
+    # ONNX Runtime reports a scalar like an undeclared shape, so zeros may have been no valid input.
+    if found.refusal is not None and all(spec.shape and is_fixed(spec) for spec in required):
+        if is_out_of_memory(str(found.refusal)):
+            raise MemoryError(str(found.refusal))
+        raise _refuse(WITH_ZEROS, found.refusal)
+    return found.run_us, found.examples
+
+
+def _run_given(model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]) -> int:
     started_ns = time.perf_counter_ns()
     on_begin()
     try:
-        _run(model, given, required)
+        _run(model, model.runner.decode_inputs(given), ort.RunOptions())
     except RuntimeProblem as problem:
         if isinstance(problem, InferenceFailed) and is_out_of_memory(str(problem)):
             raise MemoryError(str(problem)) from None
-        # ONNX Runtime reports a scalar like an undeclared shape, so zeros may have been no valid input.
-        if not given and not all(spec.shape for spec in required):
-            return None
-        advice = WITH_GIVEN if given else WITH_ZEROS
-        raise LoadRefused("warm_up_failed", f"{advice}, {OR_NOT}. It says: {problem}") from None
+        raise _refuse(WITH_GIVEN, problem) from None
     return (time.perf_counter_ns() - started_ns) // 1000
 
 
-def _run(model: ServingSession, given: Sequence[Tensor], required: Sequence[TensorSpec]) -> None:
-    feed = model.runner.decode_inputs(given) if given else {spec.name: make_zeros(spec) for spec in required}
+def _refuse(advice: str, problem: RuntimeProblem) -> LoadRefused:
+    return LoadRefused("warm_up_failed", f"{advice}, {OR_NOT}. It says: {problem}")
+
+
+def _run(model: ServingSession, feed: dict[str, Any], options: ort.RunOptions) -> list[Any]:
     if model.dimension is not None:
         model.dimension.measure(feed)
-    model.runner.run(model.runner.select_outputs((), text=False), feed, ort.RunOptions())
-
-
-def zeros_are_allowed(model: ServingSession, required: Sequence[TensorSpec]) -> bool:
-    """Return whether these shapes allow zeros, within the limit, and the model has an output to send."""
-    answers = any(spec.datatype in DATATYPES for spec in model.outputs)
-    return answers and all(map(_is_known, required)) and sum(map(_bytes, required)) <= MAX_ZEROS_BYTES
-
-
-def make_zeros(spec: TensorSpec) -> Any:
-    """Return an input of 0, False or empty texts."""
-    if spec.datatype == "BYTES":
-        return np.full(_shape(spec), "", object)
-    return np.zeros(_shape(spec), DATATYPES[spec.datatype].numpy)
-
-
-def _shape(spec: TensorSpec) -> tuple[int, ...]:
-    """Return the declared shape with 1 for an open first dimension, usually the batch dimension."""
-    return (1, *spec.shape[1:]) if spec.shape[:1] == (-1,) else spec.shape
-
-
-def _is_known(spec: TensorSpec) -> bool:
-    shape = _shape(spec)
-    return spec.datatype in DATATYPES and len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0
-
-
-def _bytes(spec: TensorSpec) -> int:
-    # A length of 0 does not make the others any that numpy takes.
-    elements = math.prod(max(length, 1) for length in _shape(spec))
-    return elements * (DATATYPES[spec.datatype].size or TEXT_BYTES)
+    return model.runner.run(model.runner.select_outputs((), text=False), feed, options)

@@ -31,10 +31,11 @@ from runtime.wire import (
 from runtime.worker import extensions
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
+from runtime.worker.refusals import explain_refusal
 
 LIBC = ctypes.CDLL(None)
 """Made once: each makes a class, which on top of the heap keeps malloc from returning what is freed below."""
-MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 256
+MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 2**16
 """Of a model's inputs and outputs: all of `Loaded` but its own two numbers."""
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation", "MemoryError")
 """Texts of ONNX Runtime and Python for it; ONNX Runtime has no code."""
@@ -214,9 +215,10 @@ def create_session(
         text = str(error) or type(error).__name__
         if is_out_of_memory(text):
             raise out_of_memory(limit_bytes, text) from None
+        said = explain_refusal(text, "the model is not valid")
         if lacks_extensions:
-            text = f"it uses operators of ONNX Runtime Extensions: {extensions.INSTALL}, and restart. {text}"
-        raise LoadRefused("invalid_model", text) from None
+            said = f"it uses operators of ONNX Runtime Extensions: {extensions.INSTALL}, and restart. {said}"
+        raise LoadRefused("invalid_model", said) from None
 
 
 def out_of_memory(limit_bytes: int | None, text: str) -> LoadRefused:

@@ -30,10 +30,10 @@ from runtime.store.versions import Versions
 from server.api.schemas import (
     NO_NODE,
     AnswerSchema,
+    DeclaredTensorSchema,
     FailureSchema,
     ModelPathSchema,
     PageQuerySchema,
-    TensorSchema,
     about,
     node_member,
     one_of,
@@ -70,12 +70,6 @@ class PreparedSchema(AnswerSchema):
     """A prepared model made of a version's files."""
 
     sha256 = fields.String()
-
-
-class ModelTensorSchema(TensorSchema):
-    """An input or output of a model; -1 in its shape is any length."""
-
-    optional = fields.Boolean(**about("Whether an input may be left out."))
 
 
 _SIGNATURE = (
@@ -137,10 +131,10 @@ class ModelSchema(PastSchema):
     instances = fields.Integer(allow_none=True, **about("Running workers; may be fewer than were loaded."))
     threads = fields.Integer(allow_none=True, **about("Threads that each of its workers computes with."))
     inputs = fields.List(
-        fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE, is_optional=True)
+        fields.Nested(DeclaredTensorSchema), allow_none=True, **about(_SIGNATURE, is_optional=True)
     )
     outputs = fields.List(
-        fields.Nested(ModelTensorSchema), allow_none=True, **about(_SIGNATURE, is_optional=True)
+        fields.Nested(DeclaredTensorSchema), allow_none=True, **about(_SIGNATURE, is_optional=True)
     )
     parameters = fields.Dict(
         allow_none=True,

@@ -79,6 +79,35 @@ class TensorSchema(AnswerSchema):
     shape = fields.List(fields.Integer())
 
 
+class ExampleSchema(AnswerSchema):
+    """A value of an input that the model ran on when it was loaded."""
+
+    shape = fields.List(fields.Integer())
+    values = fields.String(validate=validate.OneOf(["zeros", "ones"]))
+    refusal = fields.String(
+        allow_none=True,
+        **about("If the shape is a guess: what the model said to it, or why it was not tried; else null."),
+    )
+
+
+class DeclaredTensorSchema(TensorSchema):
+    """An input or output of a model; -1 in its shape is any length."""
+
+    optional = fields.Boolean(**about("Whether an input may be left out.", is_optional=True))
+    dimensions = fields.List(
+        fields.String(),
+        **about("What the model calls each dimension; empty for one without a name.", is_optional=True),
+    )
+    example = fields.Nested(
+        ExampleSchema,
+        allow_none=True,
+        **about(
+            "Of an input of a loaded model: what its warm-up ran on, or a guess; null if there was none.",
+            is_optional=True,
+        ),
+    )
+
+
 def node_member(node_id: str | None) -> dict[str, str]:
     """Return the member of a node; without one there is none, so that a server alone never shows it."""
     return {} if node_id is None else {"node": node_id}

@@ -18,7 +18,14 @@ from runtime.consumer.running import RunningLoad
 from runtime.onnxfile import ModelSignature
 from runtime.router import Here
 from runtime.wire import DATATYPES, TensorSpec
-from server.api.schemas import AnswerSchema, ModelPathSchema, ModelVersionPathSchema, TensorSchema, about
+from server.api.schemas import (
+    AnswerSchema,
+    DeclaredTensorSchema,
+    ModelPathSchema,
+    ModelVersionPathSchema,
+    TensorSchema,
+    about,
+)
 from server.appkeys import CONSUMER, LOG, ROUTER
 from server.cluster import NODE_ADDRESS, forwardable
 from server.errors import NODE
@@ -36,8 +43,8 @@ class MetadataSchema(AnswerSchema):
     name = fields.String()
     versions = fields.List(fields.String())
     platform = fields.String()
-    inputs = fields.List(fields.Nested(TensorSchema))
-    outputs = fields.List(fields.Nested(TensorSchema))
+    inputs = fields.List(fields.Nested(DeclaredTensorSchema))
+    outputs = fields.List(fields.Nested(DeclaredTensorSchema))
 
 
 class ReadySchema(AnswerSchema):
@@ -166,7 +173,15 @@ def metadata(model_id: str, version: int, signature: ModelSignature) -> dict[str
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+    """Return an input or output; what follows its shape is no part of the protocol."""
+    found: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+    if spec.optional:
+        found["optional"] = True
+    if spec.dimensions:
+        found["dimensions"] = spec.dimensions
+    if spec.example is not None:
+        found["example"] = msgspec.to_builtins(spec.example)
+    return found
 
 
 NAME = "loadledger"

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from msgspec.structs import replace
 from support import models
 from support.clients import run_command
 from support.models import save
 from support.servers import APART, CTRL_C, Server, at_terminal, serving, standing
 
-from loadledger.cli.snippets import format_infer
-from loadledger.records import Model, ModelTensor
+from loadledger.cli.snippets import describe_guess, format_infer
+from loadledger.records import Model, ModelTensor, TensorExample
 from server.config import Config
 
 JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -157,31 +159,71 @@ def test_show_prints_inputs_and_a_command_that_works(alice: Shell) -> None:
     assert re.search(r"^INPUT +DATATYPE +SHAPE\nx +FP32 +\[-1\]$", shown, re.MULTILINE)
     assert re.search(r"^OUTPUT +DATATYPE +SHAPE\ny +FP32 +\[-1\]$", shown, re.MULTILINE)
     *_, load, infer = shown.splitlines()
-    assert load == "loadledger load whole --wait"
+    assert (load, infer) == ("loadledger load whole --wait", "loadledger infer whole")
     alice.prints(load.removeprefix("loadledger "))
-    assert "[1.0]" in alice.run(*shlex.split(infer)[1:]).stdout
+    listed = alice.prints(infer.removeprefix("loadledger "))
+    *_, command, with_file = listed.splitlines()
+    assert (command, with_file[:1]) == ("loadledger infer whole x=random:16", "#")
+    assert alice.prints("show whole").endswith(listed)
+    assert re.search(r"y +FP32 +\[16\] ", alice.run(*shlex.split(command)[1:]).stdout)
     alice.prints("unload whole --wait")
     assert alice.prints("inspect whole") == alice.prints("show whole")
 
 
+def tensor(name: str, datatype: str, *shape: int, values: str = "zeros", open_to: int = 0) -> ModelTensor:
+    """Make an input whose example has this length for open dimensions; 0 makes none."""
+    example = [open_to if length < 0 else length for length in shape]
+    made = ModelTensor(name=name, datatype=datatype, shape=list(shape))
+    return replace(made, example=TensorExample(shape=example, values=values)) if open_to else made
+
+
+PICTURE = tensor("in/x", "FP32", 1, 3, -1, -1, open_to=224)
+
+
 @pytest.mark.parametrize(
-    ("tensors", "command"),
+    ("tensors", "values"),
     [
-        ([("a b", "INT64", [-1, 2])], "loadledger infer m 'a b=[[0, 0]]'"),
-        ([("x", "BYTES", [1]), ("y", "BOOL", [])], "loadledger infer m 'x=[\"\"]' y=false"),
-        ([("in/x", "FP32", [1, 3, 224, 224])], "loadledger infer m in/x=@image.jpg"),
-        ([("in/x", "FP32", [-1, 768])], "loadledger infer m in/x=@in_x.npy"),
-        ([("s", "seq(tensor(float))", [])], None),
-        ([("a=b", "FP32", [1])], None),
-        ([("\x1b", "FP32", [1])], None),
+        ([tensor("a b", "INT64", -1, 2)], "'a b=[[0, 0]]'"),
+        ([tensor("x", "BYTES", 1), tensor("y", "BOOL")], "'x=[\"\"]' y=false"),
+        ([tensor("x", "INT32", -1, values="ones", open_to=2)], "'x=[1, 1]'"),
+        ([PICTURE], "in/x=random:1x3x224x224"),
+        ([tensor("x", "FP32", 1, 768)], "x=random"),
+        ([tensor("ids", "INT64", 1, -1, open_to=16), tensor("n", "INT64")], "ids=zeros:1x16 n=0"),
+        ([tensor("mask", "BOOL", 1, -1, values="ones", open_to=16)], "mask=ones:1x16"),
+        ([tensor("past", "FP16", 1, 0, 64)], "past=random"),
     ],
 )
-def test_command_for_an_inference_has_zeros(
-    tensors: list[tuple[str, str, list[int]]], command: str | None
-) -> None:
-    inputs = [ModelTensor(name=name, datatype=kind, shape=shape) for name, kind, shape in tensors]
+def test_command_for_an_inference_runs_without_files(tensors: list[ModelTensor], values: str) -> None:
     optional = ModelTensor(name="o", datatype="FP32", shape=[1], optional=True)
-    assert format_infer(Model(id="m", state="loaded", inputs=[*inputs, optional])) == command
+    first, *_ = format_infer(
+        Model(id="m", state="loaded", inputs=[*tensors, optional]), ["--url", "http://h"]
+    )
+    assert first == f"loadledger infer --url http://h m {values}"
+
+
+@pytest.mark.parametrize(
+    "refused", [tensor("s", "seq(tensor(float))"), tensor("a=b", "FP32", 1), tensor("\x1b", "FP32", 1)]
+)
+def test_input_that_cannot_be_typed_has_no_command(refused: ModelTensor) -> None:
+    assert list(format_infer(Model(id="m", state="loaded", inputs=[refused]))) == []
+
+
+@pytest.mark.parametrize(("has_pillow", "file"), [(True, "@image.jpg"), (False, "@FILE.npy")])
+def test_picture_is_proposed_where_pillow_is_installed(
+    monkeypatch: pytest.MonkeyPatch, *, has_pillow: bool, file: str
+) -> None:
+    if not has_pillow:
+        monkeypatch.setitem(sys.modules, "PIL", None)
+    *_, second = format_infer(Model(id="m", state="loaded", inputs=[PICTURE]))
+    assert second == f"loadledger infer m in/x={file}"
+
+
+def test_guessed_sizes_are_named_with_the_reason() -> None:
+    guess = TensorExample(shape=[1, 16], refusal="it wants 7")
+    guessed = ModelTensor(name="x", datatype="FP32", shape=[-1, -1], dimensions=["batch", ""], example=guess)
+    said = describe_guess(Model(id="m", state="loaded", inputs=[guessed, PICTURE]))
+    assert said == "the sizes of open dimensions are guesses, for x [batch, -1]: it wants 7"
+    assert describe_guess(Model(id="m", state="loaded", inputs=[PICTURE])) is None
 
 
 def test_load_that_changes_settings_says_so(alice: Shell) -> None:

@@ -49,7 +49,7 @@ async def test_profile_of_another_server_stays(server: RunningServer) -> None:
     other = ServerTarget("https://models.example.org", "a.b.c")
     write_profile(first.path, other)
     local = await sign_in(server)
-    assert (local.name, local.option) == ("local", " --profile local")
+    assert (local.name, local.options) == ("local", ["--profile", "local"])
     assert read_profile(first.path) == other
 
 

@@ -106,7 +106,7 @@ UNUSABLE: dict[str, tuple[ModelProto | bytes, str]] = {
     "text": (models.TEXT, "invalid_model"),
     "empty": (b"", "invalid_model"),
     "unknown_operator": (models.unknown_operator(), "invalid_model"),
-    "fails_on_zeros": (models.divide(), "warm_up_failed"),
+    "fails_on_zeros": (models.reshape(), "warm_up_failed"),
     "without_its_data": (models.external("nowhere"), "invalid_model"),
 }
 

@@ -28,14 +28,14 @@ from support.workers import (
 from runtime import wire
 from runtime.errors import InferenceFailed
 from runtime.process.pool import WorkerPool
-from runtime.wire import TensorSpec
+from runtime.wire import Example, TensorSpec
 
 
 async def test_load_reports_shapes_memory_and_durations(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.weights(8), tmp_path, "m")
     stages: list[str] = []
     worker, report = await load(pool, order_of(tmp_path), on_stage=stages.append)
-    assert report.inputs == (TensorSpec("x", "FP32", (-1, 500)),)
+    assert report.inputs == (TensorSpec("x", "FP32", (-1, 500), example=Example((1, 500))),)
     assert report.outputs == (TensorSpec("y", "FP32", (-1, 500)),)
     seen_by_server = loaded_memory(worker)
     assert min(report.loading_us, report.warming_up_us or 0) > 0

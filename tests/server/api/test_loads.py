@@ -45,6 +45,12 @@ async def result_of(api: LocalApi, model_id: str) -> float:
 # Answers
 
 
+def tensor(name: str, example: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a vector of any length as an answer has it."""
+    declared = {"name": name, "datatype": "FP32", "shape": [-1], "optional": False}
+    return {**declared, "dimensions": [], "example": example}
+
+
 async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
     folder = shared.save(models.identity(), "m")
     answer = await shared.post("/api/v1/models/m/load", json={"timeout_s": 77}, subject="Ann")
@@ -77,8 +83,8 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
     assert min(model.pop("memory_bytes"), model.pop("memory_at_load_bytes")) > 0
     assert model == {
         "brought_back": None,
-        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1], "optional": False}],
-        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1], "optional": False}],
+        "inputs": [tensor("x", {"shape": [16], "values": "zeros", "refusal": None})],
+        "outputs": [tensor("y", None)],
         "signature_version": 1,
         "parameters": job["parameters"],
         "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,
@@ -277,7 +283,7 @@ async def test_no_answer_names_a_folder_of_the_server(shared: LocalApi) -> None:
     (config.repository / "unfit" / "1").symlink_to(config.repository / "unknown" / "1")
     (config.repository / "unfit" / "loadledger.toml").write_text("instances = 'two'")
     failed = [await shared.failed_load(model_id) for model_id in ("unknown", "crashing")]
-    assert "model.onnx failed" in failed[0]["error"]["message"]
+    assert "has no operator Frobnicate" in failed[0]["error"]["message"]
     own = (config.repository, config.data)
     folders = {*map(str, own), *map(os.path.realpath, own), sys.prefix, sys.base_prefix} - {"/usr"}
     get, post = shared.get, shared.post

@@ -1,0 +1,57 @@
+"""What ONNX Runtime says when it refuses a model or inputs, in plain words first, with what to do.
+
+Its texts begin with codes, folders of this server and places in its own source. Texts of 1.31 and 1.32.
+"""
+
+import re
+
+import onnxruntime as ort
+
+_NOISE = re.compile(
+    r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : "  # its code
+    r"|Load model from .*? failed:"  # a path in the store
+    r"|/onnxruntime_src/\S+ .*?\)(?: const)? (?=\S)"  # a place in its source, and the function
+    r"|This is an invalid model\. |Fatal error: |Exception during initialization: ",
+    re.DOTALL,
+)
+MAX_CHARACTERS = 4096
+"""Of a text that is read: a model's names may be in it."""
+_RUNTIME = f"this server's ONNX Runtime {ort.__version__}"
+_KNOWN = {
+    re.compile(pattern, re.DOTALL): " ".join(text.split())
+    for pattern, text in {
+        r"Unsupported model IR version: (\d+), max supported IR version: (\d+)": rf"""
+            the file has IR version \1, and {_RUNTIME} reads versions up to \2: export the model again with an
+            older onnx package, or set model.ir_version to \2, or update onnxruntime""",
+        r"Opset (\d+) is under development.*domain (\S+) is till opset (\d+)": rf"""
+            the model declares opset \1 of \2, and {_RUNTIME} supports up to \3: export it again with opset \3
+            or lower, or update onnxruntime""",
+        r"No Op registered for (\w+) with domain_version of (\d+)": r"""
+            opset \2, which the model declares, has no operator \1: export the model again with a newer opset,
+            or without that operator""",
+        r"(\S+?):(\w+)\(-?\d+\) is not a registered function/op": rf"""
+            {_RUNTIME} does not have the operator \2 of \1: export the model again with standard operators""",
+        r"Could not find an implementation for (\w+)\((\d+)\)": rf"""
+            {_RUNTIME} has no \1 (opset \2) for these datatypes on a CPU: export the model again in FP32""",
+        r"Type '(.+?)' of input parameter \(.*?\) of operator \((\w+)\)": r"""
+            the model gives \1 to the operator \2, which does not take it: export it again in FP32""",
+        r"Got invalid dimensions for input: (\S+) .*?index: (\d+) Got: (\d+) Expected: (\d+)": r"""
+            input '\1' has the length \3 in dimension \2, and the model takes \4""",
+        r"Invalid rank for input: (\S+) Got: (\d+) Expected: (\d+)": r"""
+            input '\1' has \2 dimensions, and the model takes \3""",
+    }.items()
+}
+"""What is recognised, and what to say of it first."""
+
+
+def explain_refusal(text: str, otherwise: str) -> str:
+    """Return an error of ONNX Runtime with plain words before its own.
+
+    Args:
+        text: of its exception.
+        otherwise: the plain words for what is not recognised.
+    """
+    said = " ".join(_NOISE.sub("", text[:MAX_CHARACTERS]).split())
+    found = ((pattern.search(said), plain) for pattern, plain in _KNOWN.items())
+    plain = next((match.expand(plain) for match, plain in found if match is not None), otherwise)
+    return f"{plain}. ONNX Runtime says: {said}"

@@ -1,0 +1,162 @@
+"""Examples of inputs: which lengths the warm-up finds where a model leaves them open."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import ModelProto, helper, numpy_helper
+from support import models
+from support.models import FLOAT, INT64, model, save, value
+from support.workers import load, order_of, tensor
+
+from runtime.process.pool import WorkerPool
+from runtime.wire import Example, TensorSpec
+from runtime.worker import examples
+from runtime.worker.examples import find_example
+from runtime.worker.sessions import describe_model
+
+Sizes = tuple[int | str | None, ...]
+
+
+def weights(name: str, *shape: int) -> Any:
+    return numpy_helper.from_array(np.ones(shape, np.float32), name)
+
+
+def multiplied(shape: Sizes, rows: int) -> ModelProto:
+    """`y = x · w`, where `w` has these rows: the last length of `x` has to be theirs."""
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    return model([node], [value("x", FLOAT, shape)], [value("y", FLOAT, None)], [weights("w", rows, 2)])
+
+
+def divided_in_blocks(shape: Sizes, block: int) -> ModelProto:
+    """Cuts a picture into blocks: its sides have to be multiples of one."""
+    node = helper.make_node("SpaceToDepth", ["x"], ["y"], blocksize=block)
+    return model([node], [value("x", FLOAT, shape)], [value("y", FLOAT, None)])
+
+
+def of_height(shape: Sizes, height: int) -> ModelProto:
+    """Needs a height, and takes any width, as models that read a line of text do."""
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["t", "w"], ["y"]),
+    ]
+    return model(nodes, [value("x", FLOAT, shape)], [value("y", FLOAT, None)], [weights("w", height, 2)])
+
+
+def with_state(length: int) -> ModelProto:
+    """A step of a recurrent network: the state has its batch dimension in the middle, nothing has a name."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Squeeze", ["state", "first"], ["b"]),
+        helper.make_node("Concat", ["a", "b"], ["y"], axis=1),
+    ]
+    inputs = [value("x", FLOAT, [None, None]), value("state", FLOAT, [1, None, 4])]
+    first = helper.make_tensor("first", INT64, [1], [0])
+    return model(nodes, inputs, [value("y", FLOAT, None)], [weights("w", length, 4), first])
+
+
+def decoder() -> ModelProto:
+    """Appends to keys of earlier tokens; `total` is the length of both."""
+    nodes = [
+        helper.make_node("Concat", ["past_key", "key"], ["all"], axis=1),
+        helper.make_node("Mul", ["all", "mask"], ["y"]),
+    ]
+    inputs = [
+        value("key", FLOAT, ["batch", "sequence", 3]),
+        value("past_key", FLOAT, ["batch", "past_sequence", 3]),
+        value("mask", FLOAT, ["batch", "total_sequence", 1]),
+    ]
+    return model(nodes, inputs, [value("y", FLOAT, None)])
+
+
+def averaged() -> ModelProto:
+    """A mean over the tokens that the mask has: NaN if it has none."""
+    nodes = [
+        helper.make_node("Cast", ["mask"], ["m"], to=FLOAT),
+        helper.make_node("ReduceSum", ["m"], ["n"], keepdims=0),
+        helper.make_node("Div", ["n", "n"], ["y"]),
+    ]
+    return model(nodes, [value("mask", INT64, ["batch", "sequence"])], [value("y", FLOAT, [])])
+
+
+FOUND: dict[str, tuple[ModelProto, list[Example]]] = {
+    "declared": (models.identity(shape=(2, 3)), [Example((2, 3))]),
+    "batch": (models.identity(shape=("batch", 3)), [Example((1, 3))]),
+    "picture": (divided_in_blocks((None, 3, "height", "width"), 32), [Example((1, 3, 224, 224))]),
+    "picture without batch name": (divided_in_blocks((1, 3, None, None), 128), [Example((1, 3, 128, 128))]),
+    "height": (of_height((None, 3, None, None), 48), [Example((1, 3, 48, 48))]),
+    "sequence": (multiplied((None, None), 512), [Example((1, 512))]),
+    "named by the weights": (multiplied((None, None), 13), [Example((1, 13))]),
+    "height named by the weights": (of_height((1, 1, None, 150), 37), [Example((1, 1, 37, 150))]),
+    "state": (with_state(256), [Example((1, 256)), Example((1, 1, 4))]),
+    "decoder": (decoder(), [Example((1, 16, 3)), Example((1, 0, 3)), Example((1, 16, 1))]),
+    "mask": (averaged(), [Example((1, 16), "ones")]),
+    "divisor": (models.divide(), [Example((1,), "ones")] * 2),
+    "texts": (models.strings(), [Example((16,))]),
+}
+
+
+@pytest.mark.parametrize(("onnx_model", "expected"), FOUND.values(), ids=list(FOUND))
+async def test_warm_up_finds_lengths_that_the_model_takes(
+    pool: WorkerPool, tmp_path: Path, onnx_model: ModelProto, expected: list[Example]
+) -> None:
+    save(onnx_model, tmp_path, "m")
+    _, report = await load(pool, order_of(tmp_path))
+    assert [spec.example for spec in report.inputs] == expected
+    assert report.warming_up_us is not None
+
+
+async def test_refused_lengths_are_reported_as_a_guess(pool: WorkerPool, tmp_path: Path) -> None:
+    nodes = [helper.make_node("Reshape", ["x", "sides"], ["y"])]
+    sides = helper.make_tensor("sides", INT64, [2], [7, 99_991])
+    save(model(nodes, [value("x", FLOAT, ["rows"])], [value("y", FLOAT, None)], [sides]), tmp_path, "m")
+    _, report = await load(pool, order_of(tmp_path))
+    [guess] = [spec.example for spec in report.inputs]
+    assert guess is not None
+    assert (guess.shape, report.warming_up_us, report.inputs[0].dimensions) == ((16,), None, ("rows",))
+    assert "cannot be reshaped" in (guess.refusal or "")
+
+
+async def test_answer_of_nan_is_reported_and_counts_as_a_run(pool: WorkerPool, tmp_path: Path) -> None:
+    node = helper.make_node("Div", ["x", "x"], ["y"])
+    save(model([node], [value("x", FLOAT, [None, 2])], [value("y", FLOAT, [None, 2])]), tmp_path, "m")
+    _, report = await load(pool, order_of(tmp_path))
+    [guess] = [spec.example for spec in report.inputs]
+    assert guess is not None
+    assert "NaN" in (guess.refusal or "")
+    assert report.warming_up_us is not None
+
+
+async def test_inputs_of_the_file_are_an_example_that_was_not_tried(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.identity(shape=(None, None)), tmp_path, "m")
+    _, report = await load(pool, order_of(tmp_path), tensor("x", "FP32", [[0] * 5] * 2))
+    [found] = [spec.example for spec in report.inputs]
+    assert found is not None
+    assert (found.shape, found.values) == ((2, 5), "zeros")
+    assert "loadledger.toml" in (found.refusal or "")
+
+
+def test_endless_run_with_guessed_length_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "STOP_S", 0.2)
+    monkeypatch.setattr(examples, "SEARCH_S", 0.0)
+    loop = models.counting_loop().graph
+    far = helper.make_tensor("far", INT64, [1], [models.ENDLESS])
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Add", ["sum", "far"], ["many"]),
+        helper.make_node("Squeeze", ["many"], ["trips"]),
+        *loop.node,
+    ]
+    inputs, outputs = [value("x", INT64, [None, None])], [value("count", INT64, [])]
+    endless = model(nodes, inputs, outputs, [*loop.initializer, far])
+    session = ort.InferenceSession(endless.SerializeToString())
+    runner = describe_model(session, 0).runner
+
+    def run(feed: dict[str, Any], options: ort.RunOptions) -> list[Any]:
+        return runner.run(runner.select_outputs((), text=False), feed, options)
+
+    found = find_example([TensorSpec("x", "INT64", (-1, -1))], run, lambda: None, tuple)
+    assert found is not None
+    assert found.run_us is None
