@@ -8,6 +8,15 @@ OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
 POSTGRES = ["asyncpg>=0.30,<1"]
+EXAMPLES = [  # 54 MB, of it scipy 34
+    "ipykernel>=7",
+    "lightgbm>=4.6",
+    "nbclient>=0.10.2",
+    "onnxmltools>=1.16",
+    "scikit-learn>=1.7",
+    "skl2onnx>=1.20",
+    "xgboost-cpu>=3.1",
+]
 RAY = ["ray>=2.50,<3; python_version < '3.14'"]  # it is not made for more; 285 MB
 TEST = [
     *IMAGES,
@@ -79,7 +88,7 @@ setup(
         "otel": OTEL,
         "postgres": POSTGRES,  # for a ledger in PostgreSQL
         "ray": RAY,  # for `loadledger ray`
-        "examples": ["scikit-learn>=1.7", "skl2onnx>=1.20"],  # to train examples/ again
+        "examples": EXAMPLES,  # to train examples/ again, and for the pages and notebooks that export models
     },
     entry_points={"console_scripts": ["loadledger=loadledger.cli.main:main"]},
 )

@@ -1,7 +1,8 @@
 """Documentation pages as tests: their blocks run in order, and their output is compared.
 
-A page has blocks of `sh`, then perhaps of `python`, which are one program. A block of `json` or `text` is the
-output of the block before it. Other kinds are errors, since nothing would check them.
+A page has blocks of `sh` and of `python`; those of `python` between two of `sh` are one program. A block of
+`json` or `text` is the output of the block before it. Other kinds are errors, since nothing would check them.
+A block between tildes is not run; a test requires that the page says so.
 
 A line that runs a server in the foreground is a terminal of its own: the rest of the page runs beside it,
 once it is ready, and its output until then is what the line prints.
@@ -20,6 +21,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +57,6 @@ def blocks(page: str) -> list[Block]:
             asked = found.pop()
             assert asked.answer is None, f"two answers to {asked.text}"
             found.append(Block(asked.kind, asked.text, kind, text))
-    kinds = [block.kind for block in found]
-    assert kinds == sorted(kinds, reverse=True), "sh after python"
     return found
 
 
@@ -78,11 +79,14 @@ def run_page(
 
 def script(found: list[Block]) -> str:
     """Return the blocks as one program of the shell."""
-    shell = [f"{_with_servers(block.text)}\necho '{END}'\n" for block in found if block.kind == "sh"]
-    python = [f"{block.text}\nprint('{END}', flush=True)\n" for block in found if block.kind == "python"]
-    if python:
-        shell.append(f"{sys.executable} -W error - <<'THE-END'\n{''.join(python)}\nTHE-END\n")
-    return "".join(shell)
+    shell = ""
+    for kind, group in groupby(found, key=attrgetter("kind")):
+        if kind == "sh":
+            shell += "".join(f"{_with_servers(block.text)}\necho '{END}'\n" for block in group)
+        else:
+            python = "".join(f"{block.text}\nprint('{END}', flush=True)\n" for block in group)
+            shell += f"{sys.executable} -W error - <<'THE-END'\n{python}\nTHE-END\n"
+    return shell
 
 
 SERVER = re.compile(r"^loadledger serve\b(?:[^&|>\\\n]|\\\n)*$", re.MULTILINE)

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,17 @@ GUIDES = {
     "docs/how-to/back-up-and-restore.md": 5,
     "docs/how-to/find-out-what-is-wrong.md": 6,
     "docs/how-to/fit-many-models-in-little-memory.md": 5,
+    "docs/how-to/get-a-model-into-onnx.md": 5,
     "docs/how-to/run-behind-an-identity-provider.md": 4,
     "docs/how-to/swap-without-downtime.md": 6,
     "docs/how-to/use-tritons-client.md": 1,
 }
 """Pages that start their own servers, and how many answers are compared."""
+PACKAGES = {
+    "docs/how-to/get-a-model-into-onnx.md": ("lightgbm", "onnxmltools", "skl2onnx", "xgboost"),
+    "docs/how-to/use-tritons-client.md": ("tritonclient",),
+}
+"""What pages import besides the package and its requirements."""
 STANDING = {
     "docs/models.md": ("", 9),
     "docs/events.md": ("", 5),
@@ -42,6 +49,8 @@ OF_OTHERS = {f"docs/{name}.md" for name in ("cli", "configuration", "console", "
     f"docs/{name}.md" for name in ("logs", "metrics")
 }
 """Reference pages, and pages for root, containers or a cluster; other tests hold them to the code."""
+NOT_RUN = re.compile(r"^(.*)\n\n~~~(?:sh|python)\n", re.MULTILINE)
+"""The line before a block that is not run."""
 COMMANDS = re.compile(r"^```(sh|python)$", re.MULTILINE)
 PROGRAMS = ("curl", "openssl")
 
@@ -80,8 +89,8 @@ def compared(ran: Iterable[tuple[Block, str]]) -> int:
 @pytest.mark.parametrize("page", GUIDES)
 def test_guide_prints_what_it_says(tmp_path: Path, page: str) -> None:
     skip_without_programs(page)
-    if "triton" in page:
-        pytest.importorskip("tritonclient.http", reason="the page uses tritonclient, not installed here")
+    if missing := [name for name in PACKAGES.get(page, ()) if find_spec(name) is None]:
+        pytest.skip(f"the page uses {' and '.join(missing)}, not installed here")
     ran = run_alone(page, tmp_path, fresh_environment(tmp_path / "home") | QUIET)
     assert compared(ran) == GUIDES[page]
 
@@ -107,6 +116,18 @@ def test_every_page_with_commands_is_run() -> None:
     assert have - OF_OTHERS == run - OF_OTHERS
     for page, test in ELSEWHERE.items():
         assert Path(page).stem in (ROOT / test).read_text(encoding="utf-8")
+
+
+def test_block_without_a_test_says_so_and_names_versions() -> None:
+    before = [
+        line
+        for page in (ROOT / "docs").rglob("*.md")
+        for line in NOT_RUN.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert len(before) == 4
+    for line in before:
+        assert "ot run by a test" in line, line
+        assert re.search(r"\d+\.\d+\.\d+|the same versions", line), line
 
 
 def test_readme_and_quick_start_install_alike() -> None:
