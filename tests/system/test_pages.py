@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from support.pages import ROOT, Block, blocks, expected, printed_as, run_alone, run_page, says
+import yaml
+from support.pages import FAMILIES, ROOT, Block, blocks, expected, printed_as, run_alone, run_page, says
 from support.servers import QUIET, bare_environment, copy_examples, copy_tree, fresh_environment, standing
 from yarl import URL
 
@@ -15,6 +16,8 @@ QUICK_START = "docs/quick-start.md"
 GUIDES = {
     "docs/how-to/answer-an-auditor.md": 5,
     "docs/how-to/back-up-and-restore.md": 5,
+    "docs/how-to/come-from-torchserve.md": 7,
+    "docs/how-to/come-from-triton.md": 5,
     "docs/how-to/find-out-what-is-wrong.md": 6,
     "docs/how-to/fit-many-models-in-little-memory.md": 5,
     "docs/how-to/get-a-model-into-onnx.md": 5,
@@ -38,6 +41,8 @@ STANDING = {
     "docs/verify-it-yourself.md": ("", 8),
 }
 """Pages that need the quick start's server: its options, and how many answers are compared."""
+MIGRATIONS = [page for page in GUIDES if "come-from" in page]
+"""Guides whose tables have another server's words in the first column and ours beside them."""
 ELSEWHERE = {
     "docs/clients/curl.md": "tests/clients/test_docs.py",
     "docs/clients/kserve.md": "tests/clients/test_docs.py",
@@ -128,6 +133,27 @@ def test_block_without_a_test_says_so_and_names_versions() -> None:
     for line in before:
         assert "ot run by a test" in line, line
         assert re.search(r"\d+\.\d+\.\d+|the same versions", line), line
+
+
+@pytest.mark.parametrize("page", MIGRATIONS)
+def test_tables_beside_another_server_name_what_exists(page: str) -> None:
+    ours = "\n".join(
+        line.split("|", 2)[2]
+        for line in (ROOT / page).read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    )
+    reference = "".join((ROOT / f"docs/{name}.md").read_text("utf-8") for name in ("cli", "configuration"))
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
+    assert {name for name in options if f"`{name}" not in reference} == set()
+    series = {name for family in FAMILIES for name in (family.name, *family.series)}
+    assert set(re.findall(r"loadledger_\w+", ours)) <= series
+    routes = yaml.safe_load((ROOT / "openapi.yaml").read_text(encoding="utf-8"))["paths"]
+    have = {
+        (method.upper(), re.sub(r"\{\w+\}", "*", path)) for path, item in routes.items() for method in item
+    }
+    named = re.findall(r"`([A-Z]+) (/[\w/]+)`", ours)
+    assert {(method, re.sub(r"/(m|\d+)(?=/|$)", "/*", path)) for method, path in named} <= have
+    assert options
 
 
 def test_readme_and_quick_start_install_alike() -> None:
