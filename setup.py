@@ -8,10 +8,12 @@ OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
 POSTGRES = ["asyncpg>=0.30,<1"]
-EXAMPLES = [  # 54 MB, of it scipy 34
+EXAMPLES = [  # 65 MB, of it scipy 34
+    *IMAGES,
     "ipykernel>=7",
     "lightgbm>=4.6",
     "nbclient>=0.10.2",
+    "onnx>=1.20",
     "onnxmltools>=1.16",
     "scikit-learn>=1.7",
     "skl2onnx>=1.20",
