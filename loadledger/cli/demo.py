@@ -135,7 +135,6 @@ def _report_failure(failure: Exception) -> int:
 def _show(repository: Path, data: Path, digits: dict[str, Any]) -> None:
     with _serve(repository, data) as server:
         click.echo(f"loadledger serves {server.admin.url}; alice is its admin, bob may predict\n")
-        _warm_up(server, digits)
         before, nothing_loaded = server.memory_bytes(), server.workers()
         first = _load(server, 1, nothing_loaded)
         with_model = server.memory_bytes()
@@ -232,14 +231,6 @@ def issue_demo_token(data: Path, subject: str, *roles: str) -> str:
     with Client.of_data(data) as client:
         body = {"subject": subject, "roles": list(roles), "expires_s": 600}
         return str(client.post("/api/v1/tokens", body)["token"])
-
-
-def _warm_up(server: _Server, digits: dict[str, Any]) -> None:
-    """Load and unload once, so that later growth is the models' alone."""
-    for version in (1, 2):
-        server.load(version)
-        server.accuracy(digits)
-    server.unload()
 
 
 def _load(server: _Server, version: int, others: set[int]) -> int:

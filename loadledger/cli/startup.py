@@ -80,8 +80,15 @@ TOKEN_LIFE_S = 12 * 3600
 """Of the token with which the command asks its own server; as `loadledger token` has it by default."""
 
 
-async def announce(server: RunningServer) -> SignedIn | None:
-    """Print that the server is ready, and what it found; on a terminal, sign its user in, and return that."""
+async def announce(server: RunningServer) -> None:
+    """Print that the server is ready, what it found, and the next command."""
+    options = choose_options(server, await greet(server))
+    for line in await check_models(server, options):
+        _print(line)
+
+
+async def greet(server: RunningServer) -> SignedIn | None:
+    """Print that the server is ready; on a terminal, sign its user in, and return that."""
     warn_of_unknown_variables(os.environ)  # now that logging is set up
     _print(f"loadledger is ready at {server.url}")
     profile = await sign_in_user(server) if sys.stdout.isatty() else None
@@ -90,8 +97,6 @@ async def announce(server: RunningServer) -> SignedIn | None:
     if profile is not None:
         hint = f"; commands use it with {shlex.join(profile.options)}" if profile.options else ""
         _print(f"profile: {to_printable(str(profile.path))} has an admin's token{hint}")
-    for line in await check_models(server, options):
-        _print(line)
     return profile
 
 
@@ -241,7 +246,7 @@ def serve_and_run(subject: Subject) -> NoReturn:
     problems: list[str] = []
 
     async def announce_and_run(running: RunningServer) -> None:
-        profile = await announce(running)
+        profile = await greet(running)
         try:
             options = choose_options(running, profile)
             if profile is not None:

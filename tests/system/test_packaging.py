@@ -15,12 +15,13 @@ from pathlib import Path
 
 import onnx
 import pytest
-from support.servers import CTRL_C, at_terminal
+from support.servers import CTRL_C, at_terminal, copy_examples
 from support.workers import until
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("events", "loadledger", "migrations", "nodes", "runtime", "server")
-TRY_IT = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Try it\n")[2].partition("\n## ")[0]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRY_IT = README.partition("## Try it\n")[2].partition("\n## ")[0]
 EXAMPLES = ("*.py", "digits.json", "digits/*/model.onnx")
 
 
@@ -123,6 +124,23 @@ async def test_three_commands_lead_to_a_prediction(installed: Path, tmp_path: Pa
         assert answer["outputs"][0]["shape"] == [1, 1000, 1, 1]
         again = run([*command, "run", str(file)], cwd=tmp_path, env=surroundings)
         assert again.startswith("light_squeezenet version 1: loaded\n")  # on this server, not added again
+        terminal.press(CTRL_C)
+        assert await terminal.end() == 0
+
+
+async def test_run_prints_what_the_readme_shows(installed: Path, tmp_path: Path) -> None:
+    line, _, shown = re.findall(r"^```console\n\$ (.*?)```$", README, re.MULTILINE | re.DOTALL)[0].partition(
+        "\n"
+    )
+    program, *arguments = line.split()
+    copy_examples(tmp_path)
+    arguments[1] = str(tmp_path / arguments[1])
+    surroundings = environment(tmp_path) | {"LOADLEDGER_PORT": "0"}
+    command = [str(installed / "bin" / program)]
+    with at_terminal(*arguments, environment=surroundings, command=command) as terminal:
+        await terminal.until("Ctrl-C stops the server")
+        said = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:8080", terminal.plain.replace("\r", ""))
+        assert said.replace(str(tmp_path), "/home/you").startswith(shown)
         terminal.press(CTRL_C)
         assert await terminal.end() == 0
 
