@@ -7,17 +7,14 @@ one, and those of the model's weights.
 
 import math
 import re
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import msgspec
 import numpy as np
-import onnxruntime as ort
+from msgspec.structs import replace
 
 from runtime.errors import RuntimeProblem
 from runtime.wire import DATATYPES, MAX_DIMENSIONS, Example, Fill, TensorSpec
@@ -35,18 +32,16 @@ STEPS = (16, 512, 256, 128, 64, 32, 1, 8, 1024, 1600, 2048, 4096, 8000, 16000, 4
 PICTURE_DIMENSIONS = 4
 SEARCH_S = 3.0
 """After so long nothing further is tried: a load waits for it."""
-STOP_S = 10.0
-"""After so long a run with a guessed length is stopped: it may be a loop that zeros never end."""
-MAX_HINTED = 8
-"""Numbers of a refusal, or of the weights, that are tried."""
+MAX_HINTS = 32
+"""Numbers of refusals and weights that are tried."""
 MAX_REFUSAL = 256
 """Characters of a refusal that are kept."""
+NOT_FINITE = "the model answers with NaN or an infinity, which JSON cannot represent"
 _NUMBER = re.compile(r"\b\d{1,5}\b")
 
 Dimension = tuple[str, int] | str
 """An open dimension: its name, which is the same length in all inputs, or an input's name and an index."""
-Run = Callable[[dict[str, Any], ort.RunOptions], Sequence[Any]]
-NOT_FINITE = "the model answers zeros with NaN or an infinity, which JSON cannot represent"
+Lengths = Mapping[Dimension, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +49,21 @@ class Found:
     """The result of a search.
 
     Attributes:
-        examples: by input, of the first try if the model refused all of them.
+        examples: by input; of the first try if the model refused all of them.
         run_us: the duration of the run; None if the model refused all tries.
-        refusal: the problem of the first try.
-        is_finite: whether the model answered, with numbers that JSON can represent.
+        problem: of the first try, likewise.
+        is_clean: whether the model answered, with numbers that JSON can represent.
     """
 
     examples: Mapping[str, Example]
     run_us: int | None
-    refusal: RuntimeProblem | None
-    is_finite: bool
+    problem: RuntimeProblem | None
+    is_clean: bool
 
 
 def find_example(
     required: Sequence[TensorSpec],
-    run: Run,
+    run: Callable[[dict[str, Any]], Sequence[Any]],
     on_begin: Callable[[], None],
     read_weight_lengths: Callable[[], Iterable[int]],
 ) -> Found | None:
@@ -76,39 +71,33 @@ def find_example(
 
     Args:
         required: these inputs.
-        run: runs the model on arrays and returns its answers; raises RuntimeProblem.
+        run: runs the model on arrays by name and returns its answers; raises RuntimeProblem.
         on_begin: called before the first run, and only if there is one.
         read_weight_lengths: reads the lengths of the model's weights.
     """
     if len(required) > MAX_INPUTS or not all(map(_is_tensor, required)):
         return None
-    first, answered = None, None
-    tries, hinted, until_s = deque(_usual_lengths(required)), set[int](), time.monotonic() + SEARCH_S
-    tried, usual = set[tuple[tuple[int, ...], ...]](), len(tries)
-    with _run_options(is_limited=not all(map(is_fixed, required))) as options:
-        while tries and (first is None or time.monotonic() < until_s):
-            lengths, usual = tries.popleft(), usual - 1
-            if usual == 0 and lengths:
-                tries.extend(_hinted_lengths(lengths, _choose_hints(read_weight_lengths(), hinted)))
-            shapes = tuple(_shape(spec, lengths) for spec in required)
-            if shapes in tried or _total_bytes(required, shapes) > MAX_ZEROS_BYTES:
-                continue
-            if not tried:
-                on_begin()
-            tried.add(shapes)
-            for fill in _fills(required):
-                found = _try(required, shapes, fill, run, options)
-                if found.is_finite:
-                    return found
-                if found.refusal is None:
-                    answered = answered or found
-                    continue
-                first = first or found
-                numbers = map(int, _NUMBER.findall(str(found.refusal)))
-                tries.extend(_hinted_lengths(lengths, _choose_hints(numbers, hinted)))
-            if answered is not None:
-                return answered
-    return first
+    # Whole numbers may be lengths or a mask, which cannot all be 0.
+    fills: tuple[Fill, ...] = ("zeros", "ones") if any(map(_is_whole, required)) else ("zeros",)
+    found: list[Found] = []
+    tried, until_s = set[tuple[tuple[int, ...], ...]](), time.monotonic() + SEARCH_S
+    for lengths in _lengths_to_try(required, found, read_weight_lengths):
+        shapes = tuple(_shape(spec, lengths) for spec in required)
+        if shapes in tried or _total_bytes(required, shapes) > MAX_ZEROS_BYTES:
+            continue
+        if not tried:
+            on_begin()
+        elif time.monotonic() > until_s:
+            break
+        tried.add(shapes)
+        for fill in fills:
+            found.append(_try(required, shapes, fill, run))
+            if found[-1].is_clean:
+                return found[-1]
+        answered = [each for each in found if each.problem is None]
+        if answered:
+            return answered[0]
+    return found[0] if found else None
 
 
 def is_fixed(spec: TensorSpec) -> bool:
@@ -125,54 +114,54 @@ def _is_tensor(spec: TensorSpec) -> bool:
     return spec.datatype in DATATYPES and len(spec.shape) <= MAX_DIMENSIONS
 
 
-@contextmanager
-def _run_options(*, is_limited: bool) -> Iterator[ort.RunOptions]:
-    """Give the options of all tries: nothing is logged, and after `STOP_S` a limited run is stopped."""
-    options = ort.RunOptions()
-    options.log_severity_level = 4  # a refusal is an answer here; fatal ones are left
-    timer = threading.Timer(STOP_S, setattr, (options, "terminate", True))
-    timer.daemon = True
-    if is_limited:
-        with suppress(RuntimeError):  # no memory for a thread
-            timer.start()
-    try:
-        yield options
-    finally:
-        timer.cancel()
+def _is_whole(spec: TensorSpec) -> bool:
+    return "INT" in spec.datatype or spec.datatype == "BOOL"
 
 
 def _try(
     required: Sequence[TensorSpec],
     shapes: Sequence[tuple[int, ...]],
     fill: Fill,
-    run: Run,
-    options: ort.RunOptions,
+    run: Callable[[dict[str, Any]], Sequence[Any]],
 ) -> Found:
-    started_ns, refusal, text = time.perf_counter_ns(), None, NOT_FINITE
     examples = {
         spec.name: Example(shape, fill if _is_whole(spec) else "zeros")
         for spec, shape in zip(required, shapes, strict=True)
     }
+    arrays = {spec.name: _make_array(spec, examples[spec.name]) for spec in required}
+    started_ns, problem, refusal = time.perf_counter_ns(), None, None
     try:
-        answers = run({spec.name: _make_array(spec, examples[spec.name]) for spec in required}, options)
-        is_finite = all(map(_is_finite, answers))
-    except RuntimeProblem as problem:
-        refusal, is_finite = problem, False
-        text = " ".join(str(problem).split())[:MAX_REFUSAL]
+        refusal = None if all(map(_is_finite, run(arrays))) else NOT_FINITE
+    except RuntimeProblem as refused:
+        problem, refusal = refused, " ".join(str(refused).split())[:MAX_REFUSAL]
     run_us = (time.perf_counter_ns() - started_ns) // 1000
-    if not is_finite:
-        examples = {name: msgspec.structs.replace(each, refusal=text) for name, each in examples.items()}
-    return Found(examples, run_us if refusal is None else None, refusal, is_finite)
+    if refusal is not None:
+        examples = {name: replace(example, refusal=refusal) for name, example in examples.items()}
+    return Found(examples, run_us if problem is None else None, problem, refusal is None)
 
 
 def _is_finite(answer: Any) -> bool:
-    return not (isinstance(answer, np.ndarray) and answer.dtype.kind == "f") or bool(
-        np.isfinite(answer).all()
-    )
+    is_float = isinstance(answer, np.ndarray) and answer.dtype.kind == "f"
+    return not is_float or bool(np.isfinite(answer).all())
 
 
-def _usual_lengths(required: Sequence[TensorSpec]) -> Iterator[dict[Dimension, int]]:
-    """Yield lengths for the open dimensions, the likeliest first; batches have one element."""
+def _make_array(spec: TensorSpec, example: Example) -> Any:
+    if spec.datatype == "BYTES":
+        return np.full(example.shape, "", object)
+    make = np.ones if example.values == "ones" else np.zeros
+    return make(example.shape, DATATYPES[spec.datatype].numpy)
+
+
+def _lengths_to_try(
+    required: Sequence[TensorSpec], found: Iterable[Found], read_weight_lengths: Callable[[], Iterable[int]]
+) -> Iterator[Lengths]:
+    """Yield lengths for the open dimensions, the likeliest first; batches have one element.
+
+    Args:
+        required: the inputs.
+        found: what was found with the lengths that were yielded so far.
+        read_weight_lengths: see `find_example`.
+    """
     kinds: dict[Dimension, Sequence[int]] = {}
     batch, first = dict[Dimension, int](), dict[Dimension, int]()
     for spec in required:
@@ -186,25 +175,17 @@ def _usual_lengths(required: Sequence[TensorSpec]) -> Iterator[dict[Dimension, i
             elif "batch" in name.lower() or _is_batch(spec, index):
                 batch[dimension] = 1
         first |= {dimension: 1 for _, dimension in dimensions[:1]}
+    usual = {dimension: lengths[0] for dimension, lengths in kinds.items()} | batch
     for position in range(len(SIDES)):
-        usual = {dimension: lengths[position] for dimension, lengths in kinds.items()}
-        yield usual | batch
-        yield usual | first | batch  # a state has its batch dimension in the middle
-
-
-def _choose_hints(numbers: Iterable[int], hinted: set[int]) -> list[int]:
-    """Return the first numbers that can be lengths and were not tried before; adds them to `hinted`."""
-    new = [each for each in dict.fromkeys(numbers) if each > 1 and each not in hinted][:MAX_HINTED]
-    hinted.update(new)
-    return new
-
-
-def _hinted_lengths(lengths: Mapping[Dimension, int], hints: Iterable[int]) -> Iterator[dict[Dimension, int]]:
-    """Yield refused lengths with a number of the refusal in place of all but batches, then of each."""
-    for hint in hints:
-        yield {dimension: length if length <= 1 else hint for dimension, length in lengths.items()}
-        for dimension in lengths:
-            yield {**lengths, dimension: hint}
+        lengths = {dimension: lengths[position] for dimension, lengths in kinds.items()}
+        yield lengths | batch
+        yield lengths | first | batch  # a state has its batch dimension in the middle
+    if kinds:
+        named = _NUMBER.findall(" ".join(str(each.problem) for each in found))
+        numbers = dict.fromkeys([*map(int, named), *read_weight_lengths()])
+        for number in islice((each for each in numbers if each > 1), MAX_HINTS):
+            yield dict.fromkeys(kinds, number) | batch
+            yield from (usual | {dimension: number} for dimension in kinds)
 
 
 def _open_dimensions(spec: TensorSpec) -> Iterator[tuple[int, Dimension]]:
@@ -214,27 +195,9 @@ def _open_dimensions(spec: TensorSpec) -> Iterator[tuple[int, Dimension]]:
             yield index, name or (spec.name, index)
 
 
-def _shape(spec: TensorSpec, lengths: Mapping[Dimension, int]) -> tuple[int, ...]:
-    shape = list(spec.shape)
-    for index, dimension in _open_dimensions(spec):
-        shape[index] = lengths[dimension]
-    return tuple(shape)
-
-
-def _fills(required: Iterable[TensorSpec]) -> tuple[Fill, ...]:
-    """Return what to fill inputs with: whole numbers may be lengths or a mask, which cannot all be 0."""
-    return ("zeros", "ones") if any(map(_is_whole, required)) else ("zeros",)
-
-
-def _is_whole(spec: TensorSpec) -> bool:
-    return "INT" in spec.datatype or spec.datatype == "BOOL"
-
-
-def _make_array(spec: TensorSpec, example: Example) -> Any:
-    if spec.datatype == "BYTES":
-        return np.full(example.shape, "", object)
-    make = np.ones if example.values == "ones" else np.zeros
-    return make(example.shape, DATATYPES[spec.datatype].numpy)
+def _shape(spec: TensorSpec, lengths: Lengths) -> tuple[int, ...]:
+    opened = dict(_open_dimensions(spec))
+    return tuple(lengths[opened[at]] if at in opened else length for at, length in enumerate(spec.shape))
 
 
 def _total_bytes(required: Iterable[TensorSpec], shapes: Iterable[tuple[int, ...]]) -> int:

@@ -54,6 +54,8 @@ WITH_GIVEN = (
     "the model does not run on the inputs that its loadledger.toml gives as [[warm_up.inputs]], and has to"
     " before it is loaded: correct them"
 )
+FATAL = 4
+"""ONNX Runtime's severity."""
 NOT_TRIED = "not tried: its loadledger.toml gives inputs for the warm-up"
 OR_NOT = "or switch that off there, by enabled = false under [warm_up]"
 OnStage = Callable[[LoadStage], None]
@@ -208,10 +210,10 @@ def warm_up(
     if found is None:
         return None, NO_EXAMPLES
     # ONNX Runtime reports a scalar like an undeclared shape, so zeros may have been no valid input.
-    if found.refusal is not None and all(spec.shape and is_fixed(spec) for spec in required):
-        if is_out_of_memory(str(found.refusal)):
-            raise MemoryError(str(found.refusal))
-        raise _refuse(WITH_ZEROS, found.refusal)
+    if found.problem is not None and all(spec.shape and is_fixed(spec) for spec in required):
+        if is_out_of_memory(str(found.problem)):
+            raise MemoryError(str(found.problem))
+        raise _refuse(WITH_ZEROS, found.problem)
     return found.run_us, found.examples
 
 
@@ -219,7 +221,7 @@ def _run_given(model: ServingSession, given: Sequence[Tensor], on_begin: Callabl
     started_ns = time.perf_counter_ns()
     on_begin()
     try:
-        _run(model, model.runner.decode_inputs(given), ort.RunOptions())
+        _run(model, model.runner.decode_inputs(given))
     except RuntimeProblem as problem:
         if isinstance(problem, InferenceFailed) and is_out_of_memory(str(problem)):
             raise MemoryError(str(problem)) from None
@@ -231,7 +233,9 @@ def _refuse(advice: str, problem: RuntimeProblem) -> LoadRefused:
     return LoadRefused("warm_up_failed", f"{advice}, {OR_NOT}. It says: {problem}")
 
 
-def _run(model: ServingSession, feed: dict[str, Any], options: ort.RunOptions) -> list[Any]:
+def _run(model: ServingSession, feed: dict[str, Any]) -> list[Any]:
     if model.dimension is not None:
         model.dimension.measure(feed)
+    options = ort.RunOptions()
+    options.log_severity_level = FATAL  # a refusal is an answer here
     return model.runner.run(model.runner.select_outputs((), text=False), feed, options)

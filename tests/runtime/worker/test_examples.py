@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from onnx import ModelProto, helper, numpy_helper
 from support import models
@@ -12,10 +11,7 @@ from support.models import FLOAT, INT64, model, save, value
 from support.workers import load, order_of, tensor
 
 from runtime.process.pool import WorkerPool
-from runtime.wire import Example, TensorSpec
-from runtime.worker import examples
-from runtime.worker.examples import find_example
-from runtime.worker.sessions import describe_model
+from runtime.wire import Example
 
 Sizes = tuple[int | str | None, ...]
 
@@ -136,27 +132,3 @@ async def test_inputs_of_the_file_are_an_example_that_was_not_tried(pool: Worker
     assert found is not None
     assert (found.shape, found.values) == ((2, 5), "zeros")
     assert "loadledger.toml" in (found.refusal or "")
-
-
-def test_endless_run_with_guessed_length_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "STOP_S", 0.2)
-    monkeypatch.setattr(examples, "SEARCH_S", 0.0)
-    loop = models.counting_loop().graph
-    far = helper.make_tensor("far", INT64, [1], [models.ENDLESS])
-    nodes = [
-        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
-        helper.make_node("Add", ["sum", "far"], ["many"]),
-        helper.make_node("Squeeze", ["many"], ["trips"]),
-        *loop.node,
-    ]
-    inputs, outputs = [value("x", INT64, [None, None])], [value("count", INT64, [])]
-    endless = model(nodes, inputs, outputs, [*loop.initializer, far])
-    session = ort.InferenceSession(endless.SerializeToString())
-    runner = describe_model(session, 0).runner
-
-    def run(feed: dict[str, Any], options: ort.RunOptions) -> list[Any]:
-        return runner.run(runner.select_outputs((), text=False), feed, options)
-
-    found = find_example([TensorSpec("x", "INT64", (-1, -1))], run, lambda: None, tuple)
-    assert found is not None
-    assert found.run_us is None
