@@ -49,6 +49,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "invalid_parameter": ErrorKind(400, "A parameter is invalid"),
     "not_supported": ErrorKind(400, "This is not supported"),
     "beyond_head": ErrorKind(400, "The position is beyond the head of the log"),
+    "before_first_event": ErrorKind(400, "The time is before the first event of the log"),
     "invalid_defaults": ErrorKind(400, "The model's loadledger.toml is invalid"),
     "inference_failed": ErrorKind(400, "The model could not compute an answer"),
     "inference_cancelled": ErrorKind(400, "The inference was stopped"),

@@ -12,6 +12,7 @@ ADVICE: Mapping[str, str] = {
     "invalid_parameter": "Correct the parameter that `detail` names.",
     "not_supported": "Remove what `detail` names from the request; the server does not support it.",
     "beyond_head": "The log has not reached this position. If it had, an older ledger was restored.",
+    "before_first_event": "Name a later time, or the position 0: `detail` has the time of the first event.",
     "invalid_defaults": "Correct the model's `loadledger.toml`; the message says where.",
     "inference_failed": "The message is ONNX Runtime's, or says that the inputs or outputs do not fit into"
     " the worker's memory. Check the inputs: the same request fails again.",

@@ -47,6 +47,7 @@ def replay(ledger: Connection, until: str | None, archives: Sequence[Path] = ())
     Raises:
         InvalidMoment: `invalid_parameter`.
         BeyondHead: `beyond_head`.
+        BeforeFirst: `before_first_event`, without archives.
         Archived: `archived`, the moment is before the base, and no archives were given.
         ArchiveMissing: `archive_missing`, the archives do not lead from the first event to the base.
         LedgerDamaged: `ledger_damaged`, an archive does not verify.

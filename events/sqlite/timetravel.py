@@ -38,9 +38,7 @@ from events.types import ENDS_OF_PROCESSES, Event, ModelLoaded
 
 T = TypeVar("T")
 
-_RFC_3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:([Zz])|([+ -])(\d\d:\d\d))", re.ASCII
-)
+_RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d+)?)(?:([Zz])|([+ -]\d\d:\d\d))", re.ASCII)
 """A `+` in a query that was not written as `%2B` arrives as a space; nothing else can be there."""
 
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
@@ -283,6 +281,12 @@ class BeyondHead(LedgerProblem):
     code = "beyond_head"
 
 
+class BeforeFirst(LedgerProblem):
+    """The time is before the first event of the log."""
+
+    code = "before_first_event"
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
     """A position, and when its event was recorded: None for 0, and for the base.
@@ -304,6 +308,7 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
     Raises:
         InvalidMoment: `invalid_parameter`, it is neither.
         BeyondHead: `beyond_head`.
+        BeforeFirst: `before_first_event`.
         Archived: `archived`, with the `oldest` position that can be read, and the `head`.
     """
     base, head = bounds(connection)
@@ -325,7 +330,12 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
             return Moment(base, None, time)
         where = name_archive(connection, time)
         raise Archived(f"events recorded until {time} are archived{where}, up to position {base}", base, head)
-    return Moment(0, None, time)
+    first = connection.execute("SELECT recorded_at FROM events ORDER BY position LIMIT 1").fetchone()
+    if first is None:
+        return Moment(0, None, time)
+    raise BeforeFirst(
+        f"{time[:19]}Z is before the first event, which was recorded at {first[0]}: name a later time"
+    )
 
 
 def parse_time(at: str) -> str:
@@ -340,10 +350,9 @@ def parse_time(at: str) -> str:
             f"{at[:64]!r} is neither a position of the log, all digits, nor a time with its offset, like "
             "2026-01-31T14:02:00Z or 2026-01-31T15:02:00+01:00 (in a URL, + is %2B)"
         )
-    day, time, fraction, zulu, sign, offset = match.groups()
-    zone = "+00:00" if zulu else f"{'-' if sign == '-' else '+'}{offset}"
+    time, zulu, offset = match.groups()
     try:
-        return format_timestamp(datetime.fromisoformat(f"{day}T{time}.{fraction or '0':0<6}{zone}"))
+        return format_timestamp(datetime.fromisoformat(time + ("Z" if zulu else offset.replace(" ", "+"))))
     except (ValueError, OverflowError):
         raise InvalidMoment(f"there is no time {at[:64]!r}") from None
 
@@ -393,6 +402,7 @@ def read_moment(
     Raises:
         InvalidMoment: `invalid_parameter`, it is neither.
         BeyondHead: `beyond_head`.
+        BeforeFirst: `before_first_event`.
         Archived: `archived`.
         LogUnavailable: `log_unavailable`, what is stored is damaged.
     """

@@ -13,6 +13,7 @@ import click
 from events.eventtext import describe_event
 from loadledger.cli.completion import latest_jobs, models_of_server
 from loadledger.cli.options import (
+    MOMENT,
     Command,
     ServerChoice,
     int_option,
@@ -84,10 +85,8 @@ def _repeatable_option(flag: str, help_text: str, **options: Any) -> Callable[[C
 @click.option("--follow", "-f", is_flag=True, help="Continue with new events: from now, or from --after.")
 @int_option("--tail", "-n", metavar="N", least=0, text="Only the last N positions.")
 @int_option("--after", metavar="POSITION", least=0, text="Only events above this position.")
-@click.option(
-    "--since", metavar="POSITION|TIME", help="Only from a position, or a time like 2026-01-31T14:02:00Z, on."
-)
-@click.option("--until", metavar="POSITION|TIME", help="Only up to a position or time.")
+@click.option("--since", type=MOMENT, help="Only from a position, or a time like 10m (ago) or 14:02, on.")
+@click.option("--until", type=MOMENT, help="Only up to a position or time.")
 @_repeatable_option("--type", "Only events of this type.")
 @_repeatable_option("--model", "Only events of this model.", shell_complete=models_of_server)
 @_repeatable_option("--job", "Only events of the job with this id.", shell_complete=latest_jobs)
@@ -178,7 +177,7 @@ async def show_events(
     """Show a ledger's events page by page, as stored lines; with `follow` also new ones, without end.
 
     Following begins at the head, unless `after`, `since` or `tail` (the last so many positions) sets the
-    beginning. `since` and `until` are positions or times, as typed, and `wanted` is an `EventFilter`.
+    beginning. `since` and `until` are positions or times in UTC, and `wanted` is an `EventFilter`.
     """
     import asyncio
     from dataclasses import replace

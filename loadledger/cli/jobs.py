@@ -13,8 +13,9 @@ import click
 
 from loadledger.cli.completion import latest_jobs, loaded_models, models_of_server
 from loadledger.cli.options import (
+    MOMENT,
+    SIZE,
     ServerChoice,
-    Size,
     int_option,
     json_option,
     open_chosen_client,
@@ -188,7 +189,7 @@ def _progress_bar(job: Any) -> Iterator[JobDisplay]:
 @click.option("--model", metavar="ID", shell_complete=models_of_server, help="Only jobs of this model.")
 @click.option("--status", type=click.Choice(STATUSES), help="Only jobs with this status.")
 @int_option("--limit", "-n", metavar="N", text="Number of jobs.", default=SHOWN)
-@click.option("--at", metavar="POSITION|TIME", help="Past state: a position or a time.")
+@click.option("--at", type=MOMENT, help="Past state: a position or a time.")
 @json_option
 @server_options
 def jobs(*, limit: int, as_json: bool, where: ServerChoice, **filters: str | None) -> None:
@@ -285,7 +286,7 @@ def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> l
     "--keep-alive-s", metavar="SECONDS", least=-1, text="Unload after so many idle seconds; -1: never."
 )
 @click.option(
-    "--memory-limit-bytes", metavar="SIZE", type=Size(), help="Memory limit of each instance, like 2GB."
+    "--memory-limit-bytes", metavar="SIZE", type=SIZE, help="Memory limit of each instance, like 2GB."
 )
 @click.option(
     "--strategy", type=click.Choice(["beside", "in_place", "auto"]), help="How to replace a loaded version."

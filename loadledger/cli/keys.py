@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ import click
 
 from loadledger.cli.ledger import ledger_key
 from loadledger.cli.options import (
+    DURATION,
     ServerChoice,
     data_option,
     find_chosen_target,
@@ -34,8 +34,6 @@ from loadledger.cli.output import (
 )
 from loadledger.profiles import DEFAULT_URL, ServerTarget, profile_path, write_profile
 
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
 PAGE = 1000
 """Tokens of one request."""
 TOKEN_HEAD = ("ID", "SUBJECT", "ROLES", "EXPIRES", "ISSUED BY", "VIA", "STATE")
@@ -75,15 +73,21 @@ def token() -> None:
     required=True,
     help="Name of the user or program; the ledger records it.",
 )
-@click.option("--expires", envvar="LOADLEDGER_EXPIRES", default="12h", help="Lifetime: 90s, 30m, 12h, 7d.")
+@click.option(
+    "--expires",
+    type=DURATION,
+    envvar="LOADLEDGER_EXPIRES",
+    default="12h",
+    help="Lifetime: 90s, 30m, 12h, 7d.",
+)
 @json_option
-def issue_token(data: Path, roles: tuple[str, ...], subject: str, expires: str, *, as_json: bool) -> None:
+def issue_token(data: Path, roles: tuple[str, ...], subject: str, expires: int, *, as_json: bool) -> None:
     """Issue a token, record it in the ledger, and print it.
 
     The server that runs on the data directory issues it; its user and root need no token for that. --json
     prints `token`, `jti` (its id), `subject`, `roles`, `expires_at` and `kid`, the id of the signing key.
     """
-    body = {"subject": subject, "roles": sorted(set(roles)), "expires_s": _seconds(expires)}
+    body = {"subject": subject, "roles": sorted(set(roles)), "expires_s": expires}
     import jwt
 
     with open_managing_client(data, ServerChoice()) as client:
@@ -120,6 +124,7 @@ def list_tokens(data: Path | None, where: ServerChoice, *, as_json: bool) -> Non
 @server_options
 @click.option(
     "--expires",
+    type=DURATION,
     show_default=False,
     help="For a token of an identity provider: how long it is valid at most, like 12h.",
 )
@@ -127,7 +132,7 @@ def list_tokens(data: Path | None, where: ServerChoice, *, as_json: bool) -> Non
 @json_option
 @click.argument("token_id", metavar="ID")
 def revoke_token(
-    token_id: str, data: Path | None, where: ServerChoice, expires: str | None, *, issued: bool, as_json: bool
+    token_id: str, data: Path | None, where: ServerChoice, expires: int | None, *, issued: bool, as_json: bool
 ) -> None:
     """Revoke a token by its id; it is refused at once, and so are browsers that it signed in.
 
@@ -136,7 +141,7 @@ def revoke_token(
     """
     from loadledger.address import path
 
-    body = {"issued": issued} if expires is None else {"issued": issued, "expires_s": _seconds(expires)}
+    body = {"issued": issued} if expires is None else {"issued": issued, "expires_s": expires}
     with open_managing_client(data, where) as client:
         revoked = client.post(f"/api/v1{path('tokens', token_id, 'revoke')}", body)
     if as_json:
@@ -298,12 +303,3 @@ def revoke(data: Path, kid: str, *, as_json: bool) -> None:
 
 
 key.add_command(ledger_key)
-
-
-def _seconds(text: str) -> int:
-    match = _DURATION.fullmatch(text)
-    if match is None or int(match[1]) == 0:
-        raise click.BadParameter(
-            f"{text!r} is not a duration: use one like 90s, 30m, 12h or 7d", param_hint="--expires"
-        )
-    return int(match[1]) * _UNITS_S[match[2]]

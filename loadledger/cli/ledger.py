@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.options import Command, data_option, json_option, own_data, require_data
+from loadledger.cli.options import MOMENT, Command, Parsed, data_option, json_option, own_data, require_data
 from loadledger.cli.output import (
     NEGATIVE_RESULT,
     cleaned_up_after_signals,
@@ -48,7 +48,12 @@ def _archive_option(text: str) -> Callable[[Command], Command]:
 )
 @_archive_option("An archive of the ledger; give all of them, in any order. May be repeated.")
 @click.option("--key", metavar="FILE|KEY_ID", help="Expected signing key, as `key ledger` prints it.")
-@click.option("--expect", metavar="POSITION:HASH", help="Expected event: a head that you kept.")
+@click.option(
+    "--expect",
+    "expected",
+    type=Parsed("position:hash", "events.audit.verify:parse_expected"),
+    help="Expected event: a head that you kept.",
+)
 @click.option(
     "--store",
     is_flag=True,
@@ -64,7 +69,7 @@ def verify(
     data: Path | None,
     archives: tuple[Path, ...],
     key: str | None,
-    expect: str | None,
+    expected: Any,
     *,
     store: bool,
     address: str | None,
@@ -89,7 +94,6 @@ def verify(
 
     Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
-    from events.audit.verify import parse_expected
     from loadledger.cli.verification import VerifyResult, verify_ledger_and_files, verify_local_store
     from server.auth.keys import expected_key
 
@@ -99,7 +103,7 @@ def verify(
         data = own_data()
     if address is not None and (data is not None or files or store):
         raise click.UsageError("--ledger URL takes --archive, --key and --expect, and nothing else to verify")
-    if store and (data is None or archives or key or expect or files):
+    if store and (data is None or archives or key or expected or files):
         raise click.UsageError("--store takes --data DIR, and nothing else to verify beside it")
     if archives and data is None and address is None:
         raise click.UsageError(
@@ -108,10 +112,6 @@ def verify(
         )
     if key is not None and not (files or archives):
         raise click.UsageError("--key is for signed files: name them as FILE, or with --archive")
-    try:
-        expected = None if expect is None else parse_expected(expect)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--expect") from None
     checked: Any
     if data is not None and store:
         checked = verify_local_store(data)
@@ -130,8 +130,8 @@ def verify(
 @data_option
 @click.option(
     "--until",
-    metavar="POSITION|TIME",
-    help="Last event to fold: a position, or a time like 2026-01-31T14:02:00Z. [default: the head]",
+    type=MOMENT,
+    help="Last event to fold: a position, or a time like 10m (ago) or 14:02. [default: the head]",
     show_default=False,
 )
 @_archive_option("An archive of this ledger; give all of them, in any order. May be repeated.")
@@ -277,9 +277,9 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
 @data_option
 @click.option(
     "--before",
-    metavar="POSITION|TIME",
+    type=MOMENT,
     required=True,
-    help="Archive events below this position, or before a time like 2026-01-31T14:02:00Z.",
+    help="Archive events below this position, or before a time like 90d (ago) or 2026-01-31.",
 )
 @click.option(
     "--ledger",

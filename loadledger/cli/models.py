@@ -15,7 +15,14 @@ import msgspec
 
 from loadledger.cli.completion import models_of_server
 from loadledger.cli.jobs import report_request
-from loadledger.cli.options import ServerChoice, int_option, json_option, open_chosen_client, server_options
+from loadledger.cli.options import (
+    MOMENT,
+    ServerChoice,
+    int_option,
+    json_option,
+    open_chosen_client,
+    server_options,
+)
 from loadledger.cli.output import (
     NOTHING,
     count_of,
@@ -54,7 +61,7 @@ WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
 
 
 at_option = click.option(
-    "--at", metavar="POSITION|TIME", help="Past state: a position, or a time like 2026-01-31T14:02:00Z."
+    "--at", type=MOMENT, help="Past state: a position, or a time like 10m (ago), 14:02 or 2026-01-31."
 )
 
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import click
@@ -101,18 +102,23 @@ def int_option(
     return click.option(*flags, metavar=metavar, type=click.IntRange(min=least), help=text, **options)
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes, as all sizes are given."""
+class Parsed(click.ParamType[Any]):
+    """A value that a function parses, which is imported on use; its ValueError says what is wrong."""
 
-    name = "size"
+    def __init__(self, name: str, place: str) -> None:
+        self.name = name
+        self._place = place
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from server.config import parse_size
-
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return parse_size(str(value))
+            return resolve_name(self._place)(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+MOMENT = Parsed("position|time", "loadledger.cli.times:read_moment")
+DURATION = Parsed("duration", "loadledger.cli.times:parse_duration")
+SIZE = Parsed("size", "server.config:parse_size")
 
 
 def own_data() -> Path:

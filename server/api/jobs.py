@@ -34,7 +34,7 @@ from server.api.schemas import (
     node_member,
     one_of,
 )
-from server.api.timetravel import AtQuerySchema, PastSchema, as_of, read_past
+from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
 from server.appkeys import CONSUMER, LOG, READER, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
@@ -245,7 +245,7 @@ JOB_ERRORS = ("idempotency_mismatch", "log_unavailable", "shutting_down")
     summary="List the jobs, newest first",
     query=JobsQuerySchema(),
     answers={200: (JobListSchema(), "One page.")},
-    errors=("beyond_head", "archived", "log_unavailable"),
+    errors=PAST_ERRORS,
 )
 async def list_jobs(request: web.Request) -> web.Response:
     query = query_parameters(request)
@@ -275,7 +275,7 @@ async def _list_past_jobs(request: web.Request, at: str, wanted: JobQuery) -> di
     path=JobPathSchema(),
     query=AtQuerySchema(),
     answers={200: (JobSchema(), "The job.")},
-    errors=("unknown_job", "beyond_head", "archived", "log_unavailable"),
+    errors=("unknown_job", *PAST_ERRORS),
 )
 async def show_job(request: web.Request) -> web.Response:
     """Answer with one job; a failed job is not an error of this request."""

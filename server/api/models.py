@@ -38,7 +38,7 @@ from server.api.schemas import (
     node_member,
     one_of,
 )
-from server.api.timetravel import AtQuerySchema, PastSchema, as_of, read_past
+from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
 from server.appkeys import CONSUMER, LOG, POOL, READER, ROUTER, VERSIONS
 from server.http.validation import NothingSchema, path_parameters, query_parameters
 from server.routing import Access, Routes
@@ -171,7 +171,7 @@ class ListedModel:
     summary="List the models of the repository and those loaded",
     query=ModelsQuerySchema(),
     answers={200: (ModelListSchema(), "One page, by id.")},
-    errors=("beyond_head", "archived", "log_unavailable", "repository_busy"),
+    errors=(*PAST_ERRORS, "repository_busy"),
 )
 async def list_models(request: web.Request) -> web.Response:
     query = query_parameters(request)
@@ -229,7 +229,7 @@ async def _list_past_models(request: web.Request, at: str, cursor: str, limit: i
     path=ModelPathSchema(),
     query=AtQuerySchema(),
     answers={200: (ModelSchema(), "The model.")},
-    errors=("unknown_model", "beyond_head", "archived", "log_unavailable", "repository_busy"),
+    errors=("unknown_model", *PAST_ERRORS, "repository_busy"),
 )
 async def show_model(request: web.Request) -> web.Response:
     model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]

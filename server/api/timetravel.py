@@ -22,6 +22,10 @@ TIME_TRAVEL = web.AppKey("time_travel", ReaderThread)
 """Reads the past, one query at a time, so that readers of the present do not wait."""
 
 
+PAST_ERRORS = ("beyond_head", "before_first_event", "archived", "log_unavailable")
+"""Codes of routes with `at`."""
+
+
 class AtQuerySchema(Schema):
     """Time travel."""
 
@@ -30,7 +34,7 @@ class AtQuerySchema(Schema):
         **about(
             "Answer as of this moment; for the roles `audit` and `admin`. A position of the "
             "log (digits), or a time with its offset (RFC 3339), which means the last position recorded by "
-            "then. 0 is before the first event.",
+            "then. 0 is before the first event; a time before that is refused.",
             example="2026-01-31T14:02:00Z",
         ),
     )

@@ -44,7 +44,6 @@ def connection(tmp_path: Path) -> Iterator[sqlite3.Connection]:
 MOMENTS = """
 position, time -> state, since
 0 -       -> stopped -
-0 1       -> stopped -
 1 -       -> running 2
 4 -       -> running 2
 4 60      -> running 2

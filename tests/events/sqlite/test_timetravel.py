@@ -22,6 +22,7 @@ from events.sqlite import storage
 from events.sqlite.queries import JobQuery
 from events.sqlite.readonly import open_reader_thread
 from events.sqlite.timetravel import (
+    BeforeFirst,
     BeyondHead,
     InvalidMoment,
     Moment,
@@ -105,15 +106,19 @@ def test_time_means_the_last_event_recorded_by_then() -> None:
     history.load("L")  # at 2, 3, 4 s
     history.add(history.facts[0].data, None, of=None, after_s=0)
     with ledger_of(history.facts) as connection:
-        expected = {0.5: 0, 1: 1, 1.5: 1, 2: 2, 3.999999: 3, 4: 5, 100: 5}
+        expected = {1: 1, 1.5: 1, 2: 2, 3.999999: 3, 4: 5, 100: 5}
         for seconds, position in expected.items():
             found = moment_at(connection, at(seconds))
             assert found.position == position, seconds
-            assert found.recorded_at == (history.facts[position - 1].recorded_at if position else None)
+            assert found.recorded_at == history.facts[position - 1].recorded_at
         assert moment_at(connection, "0") == Moment(0, None)
         assert moment_at(connection, "0004") == Moment(4, at(4))
         with pytest.raises(BeyondHead):
             moment_at(connection, "6")
+        with pytest.raises(BeforeFirst, match=rf"{at(0)[:19]}Z is before the first event, .* {at(1)}"):
+            moment_at(connection, at(0.5))
+    with ledger_of([]) as connection:
+        assert moment_at(connection, at(1)) == Moment(0, None)
 
 
 TIMES = {
