@@ -58,7 +58,7 @@ setup(
     package_dir={"server.examples": "examples"},
     package_data={
         "events": ["py.typed"],
-        "loadledger": ["py.typed", "*.pyi"],
+        "loadledger": ["py.typed", "*.pyi", "cli/examples.txt"],
         "migrations": ["*.sql", "postgres/*.sql"],
         "nodes": ["py.typed"],
         "runtime": ["py.typed"],

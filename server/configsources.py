@@ -185,4 +185,4 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     plain = {each.removeprefix(PREFIX).lower(): each for each in known}
     typed = name.removeprefix(PREFIX).lower().replace("-", "_")
     near = difflib.get_close_matches(typed, plain, n=1, cutoff=0.5)  # enough that REPO is REPOSITORY
-    return f"did you mean {plain[near[0]]}?" if near else "`loadledger serve --help` lists the settings"
+    return f"did you mean {plain[near[0]]}?" if near else "`loadledger serve --help-all` lists the settings"

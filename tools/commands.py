@@ -53,7 +53,9 @@ ends the waiting, not the job; `loadledger job JOB --wait` resumes it.
 **Aliases.** These names of Docker and Ollama work, too:
 """
 
-SETTINGS = "Its other options are the server's settings; `--help` lists them."
+SETTINGS = (
+    "Its other options are the server's settings; `--help-all` lists all, `--help` those that most need."
+)
 
 
 def command_page() -> str:
@@ -86,6 +88,8 @@ def _command(command: click.Command, path: str) -> Iterator[str]:
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
     if options:
         yield table(("option", "what"), map(_row, options))
+    examples = (command.epilog or "").splitlines()[2:]
+    yield "\n".join(["```text", *map(str.strip, examples), "```\n"])
 
 
 def _row(option: click.Option) -> tuple[str, str]:

@@ -8,6 +8,6 @@ arrays: `loadledger --help` and the thin commands must start fast, and a test li
 output.py has tables, values with units, notes on stderr and exit codes; snippets.py the first commands to
 send a model.
 
-To add a command, write it in the module of its subject and name it in `SECTIONS` of main.py; then run
-`python -m tools.generate`, which writes docs/cli.md.
+To add a command, write it in the module of its subject, name it in `SECTIONS` of main.py, and give it two
+lines in examples.txt; then run `python -m tools.generate`, which writes docs/cli.md.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -81,6 +82,9 @@ logs, stats."""
 
 
 COMMANDS = {name: place for commands in SECTIONS.values() for name, place in commands.items()}
+EXAMPLES = Path(__file__).with_name("examples.txt")
+"""Command lines, at least two for each command, which its help shows in this order."""
+MAX_EXAMPLES = 2
 MAX_HELP_CHARACTERS = 200
 """Longer than each command's first sentence, so that click cuts none."""
 
@@ -88,7 +92,16 @@ MAX_HELP_CHARACTERS = 200
 def find_command(name: str) -> click.Command:
     """Import a command's module and return it; all modules together would take 20 ms."""
     command: click.Command = resolve_name(COMMANDS[name])
+    _add_examples(command, f"loadledger {name}", EXAMPLES.read_text(encoding="utf-8").splitlines())
     return command
+
+
+def _add_examples(command: click.Command, path: str, lines: list[str]) -> None:
+    """End the help of a command, and of those in a group, with its first examples."""
+    own = [line for line in lines if f"{line} ".startswith(f"{path} ")]
+    command.epilog = "\n  ".join(["\b\nExamples:", *own[:MAX_EXAMPLES]])
+    for name, inner in command.commands.items() if isinstance(command, click.Group) else ():
+        _add_examples(inner, f"{path} {name}", own)
 
 
 class CommandGroup(click.Group):

@@ -30,6 +30,13 @@ GENERIC_NAMES = frozenset({"model", "onnx"})
 MAX_NAME = 128
 """Characters of a model's name."""
 
+LISTS_ALL = "loadledger.lists_all"
+
+
+MOST_USED = {"repository", "data", "host", "port", "ledger", "memory_budget", "keep_alive_s", "on_demand"}
+MOST_USED |= {"tls_cert", "tls_key", "log_level"}
+"""The settings that `--help` lists; `--help-all` lists all."""
+
 
 class SettingsCommand(click.Command):
     """A command with an option for each setting of the server."""
@@ -38,15 +45,25 @@ class SettingsCommand(click.Command):
         """Return the options of the settings, then the command's own."""
         return [*_settings_options(), *super().get_params(ctx)]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[LISTS_ALL] = "--help-all" in args
+        return super().parse_args(ctx, ["--help"] if ctx.meta[LISTS_ALL] else args)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the command's own options, then those of the settings in sections."""
         from server.config import SECTIONS
 
         rows = {each.name: each.get_help_record(ctx) for each in self.get_params(ctx)}
-        sections = {title: [rows.pop(name) for name in names] for title, names in SECTIONS.items()}
-        for title, found in {"Options": list(rows.values()), **sections}.items():
-            with formatter.section(title):
-                formatter.write_dl([row for row in found if row is not None])
+        listed = rows.keys() | () if ctx.meta[LISTS_ALL] else MOST_USED
+        sections = {
+            title: [row for name in names if (row := rows.pop(name)) and name in listed]
+            for title, names in SECTIONS.items()
+        }
+        own = [*filter(None, rows.values()), ("--help-all", "Show this message with all settings and exit.")]
+        for title, found in {"Options": own, **sections}.items():
+            if found:
+                with formatter.section(title):
+                    formatter.write_dl(found)
 
 
 @cache

@@ -209,7 +209,7 @@ def test_refusal_says_what_to_do(flags: dict[str, str], environment: dict[str, s
         ("limit-reads = 1", "did you mean limit_reads?"),
         ('"LOADLEDGER_PORT" = 1', "did you mean port?"),
         ("limit_reads_per_address = 9", "did you mean limit_reads?"),
-        ("zzzzzzzz = 1", "loadledger serve --help"),
+        ("zzzzzzzz = 1", "loadledger serve --help-all"),
         ("[server]\nport = 1", "server: there is no such setting; settings stand at the top"),
         ("port = '1'", "port: '1' is refused. Must be a whole number without quotes."),
         ("port = 1.0", "port: 1.0 is refused. Must be a whole number"),
@@ -315,8 +315,8 @@ def test_unusable_path_is_named(tmp_path: Path, name: str, path: str, words: str
         ("LOADLEDGER_on_demand", "did you mean LOADLEDGER_ON_DEMAND?"),
         ("LOADLEDGER_TOKENS", "did you mean LOADLEDGER_TOKEN?"),
         ("LOADLEDGER_LIMIT_READS_PER_PEER", "did you mean LOADLEDGER_LIMIT_READS?"),
-        ("LOADLEDGER_ZZZZZZZZ", "`loadledger serve --help` lists the settings"),
-        ("LOADLEDGER_", "`loadledger serve --help` lists the settings"),
+        ("LOADLEDGER_ZZZZZZZZ", "`loadledger serve --help-all` lists the settings"),
+        ("LOADLEDGER_", "`loadledger serve --help-all` lists the settings"),
     ],
 )
 def test_unknown_variable_is_named_with_a_suggestion(name: str, advice: str) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -19,7 +20,8 @@ from support.clients import printed, refused
 from support.servers import clean_environment
 
 from loadledger.cli.completion import _items
-from loadledger.cli.main import ALIASES, SECTIONS, CommandGroup, find_command, main
+from loadledger.cli.main import ALIASES, EXAMPLES, SECTIONS, CommandGroup, find_command, main
+from loadledger.cli.serve import MOST_USED
 from loadledger.cli.startup import MAX_FINDINGS, describe_models
 from server.check import CheckFinding, CheckResult
 from server.config import SECTIONS as SETTINGS
@@ -60,6 +62,28 @@ def test_help_explains_command_and_options(command: str) -> None:
             assert (parameter.help or "").endswith((".", "]")), parameter.name
 
 
+@pytest.mark.parametrize("command", ["key", "prepared", "ray", "token", *every_command()])
+def test_help_ends_with_two_examples(command: str) -> None:
+    *_, head, first, second = printed(*command.split(), "--help").splitlines()
+    assert head.strip() == "Examples:"
+    for line in (first, second):
+        assert f"{line.strip()} ".startswith(f"loadledger {command} ")
+
+
+@pytest.mark.parametrize("line", EXAMPLES.read_text(encoding="utf-8").splitlines())
+def test_example_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "digits.onnx").touch()
+    (tmp_path / "data").mkdir()
+    program, name, *words = shlex.split(line)
+    command = find_command(name)
+    if isinstance(command, click.Group):
+        name, *words = words
+        command = command.commands[name]
+    assert not command.make_context(name, words, parent=click.Context(main, info_name=program)).args
+
+
 def test_help_lists_commands_in_sections_on_whole_lines() -> None:
     text = CliRunner().invoke(main, ["--help"], terminal_width=WIDTH).stdout
     contents = text.partition("Options:")[2].splitlines()
@@ -79,8 +103,17 @@ def test_settings_are_each_in_one_section() -> None:
     assert sorted(listed) == sorted(setting.name for setting in settings())
 
 
-def test_help_of_serve_has_every_setting() -> None:
-    text = "".join(printed("serve", "--help").split())
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_help_of_serve_has_settings_that_most_need(command: str) -> None:
+    text = printed(command, "--help")
+    listed = {setting.name for setting in settings() if f"  {setting.flag} " in text}
+    assert listed == MOST_USED
+    assert "--help-all" in text
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_help_all_of_serve_has_every_setting(command: str) -> None:
+    text = "".join(printed(command, "--help-all").split())
     for setting in settings():
         assert setting.flag in text
         default = "no default" if setting.default is None else f"default: {setting.default}"
@@ -137,7 +170,7 @@ def test_closed_pipe_ends_quietly_with_141() -> None:
 
 def test_output_is_whole_after_interrupted_write() -> None:
     """An unbuffered standard output of Python does not write the rest after a short write."""
-    command = [sys.executable, "-m", "loadledger", "serve", "--help"]
+    command = [sys.executable, "-m", "loadledger", "serve", "--help-all"]
     environment = {**clean_environment(), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
