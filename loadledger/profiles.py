@@ -19,6 +19,7 @@ URL = "LOADLEDGER_URL"
 TOKEN = "LOADLEDGER_TOKEN"  # noqa: S105 -- the name of a variable
 CA = "LOADLEDGER_CA"
 PROFILE = "LOADLEDGER_PROFILE"
+PORT = "LOADLEDGER_PORT"
 DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_PROFILE = "profile"
 
@@ -46,12 +47,12 @@ class ServerTarget:
 
 
 def find_target(url: str | None, profile: str | None, environment: Mapping[str, str]) -> ServerTarget:
-    """Find the server: by its URL if given, then variable, then profile, then the default URL.
+    """Find the server: by its URL if given, then variable, then profile, then on this machine.
 
     Args:
         url: of the server, if it was given.
         profile: as for `profile_path`.
-        environment: its variables LOADLEDGER_URL, _TOKEN, _CA and _PROFILE.
+        environment: its variables LOADLEDGER_URL, _TOKEN, _CA, _PROFILE and _PORT.
 
     Raises:
         ProfileProblem: the profile does not exist, or cannot be used.
@@ -62,6 +63,12 @@ def find_target(url: str | None, profile: str | None, environment: Mapping[str, 
     token = environment.get(TOKEN) or (kept.token if is_its_own else None)
     ca = environment.get(CA)
     return ServerTarget(chosen, token, Path(ca) if ca else kept.ca if is_its_own else None)
+
+
+def local_server(environment: Mapping[str, str]) -> ServerTarget:
+    """Return the server of this machine; its port is a variable of `serve`, which Kubernetes sets, too."""
+    port = environment.get(PORT, "")
+    return ServerTarget(f"http://127.0.0.1:{port}" if re.fullmatch("[1-9][0-9]{0,4}", port) else DEFAULT_URL)
 
 
 def profile_path(profile: str | None, environment: Mapping[str, str]) -> Path:
@@ -137,14 +144,14 @@ def _choose_target(profile: str | None, environment: Mapping[str, str]) -> Serve
     """Return the content of the named profile, else of the default one if there is one."""
     is_named = profile or environment.get(PROFILE)
     if not is_named and _folder(environment) is None:
-        return ServerTarget()
+        return local_server(environment)
     path = profile_path(profile, environment)
     try:
         return read_profile(path)
     except FileNotFoundError:
         if is_named:
             raise ProfileProblem(f"there is no {path}; `loadledger login` creates one") from None
-        return ServerTarget()
+        return local_server(environment)
 
 
 def _folder(environment: Mapping[str, str]) -> Path | None:

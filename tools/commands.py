@@ -19,8 +19,9 @@ This page is generated from the commands; a test keeps it current. Each command 
 ## All commands
 
 **Server.** Commands use the first of these addresses: `--url`, `LOADLEDGER_URL`, the profile's `url`,
-http://127.0.0.1:8080. The token is that of `LOADLEDGER_TOKEN` or of the profile. To trust other certificates
-than the system's, set `LOADLEDGER_CA` or the profile's `ca` to a file.
+http://127.0.0.1 with the port in `LOADLEDGER_PORT`, http://127.0.0.1:8080. The token is that of
+`LOADLEDGER_TOKEN` or of the profile. To trust other certificates than the system's, set `LOADLEDGER_CA` or
+the profile's `ca` to a file.
 
 **Profiles.** `loadledger login` asks for a token, tests it, and writes it to
 `~/.config/loadledger/profile.toml` (or below `XDG_CONFIG_HOME`) with mode 0600. With `--profile staging` the
@@ -40,7 +41,7 @@ error.
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | done, with a bad result: a job failed or was cancelled, a check found a problem |
+| 1 | done, with a bad result: a job failed or was cancelled, a check found a problem, `run` could not run |
 | 2 | not done: a usage error, a refusal, or no answer; standard error says what to do |
 | 130 | ended by Ctrl-C |
 | 141 | ended because the reader closed the pipe, as `head` does |

@@ -258,7 +258,8 @@ def _details(job: Any) -> Iterator[str]:
         "job": job.id,
         "stage": job.stage,
         "waits for": job.waiting_for,
-        "requested": f"{format_timestamp(job.created_at)} by {job.requested_by}, cause {job.cause}",
+        "requested": f"{format_timestamp(job.created_at)} by {format_cell(job.requested_by)}, "
+        f"cause {format_cell(job.cause)}",
         "started": job.started_at and f"{format_timestamp(job.started_at)}, attempt {job.attempt}",
         "finished": job.finished_at
         and f"{format_timestamp(job.finished_at)}, after {format_elapsed(job.created_at, job.finished_at)}",

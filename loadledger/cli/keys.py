@@ -32,7 +32,7 @@ from loadledger.cli.output import (
     print_result,
     to_printable,
 )
-from loadledger.profiles import DEFAULT_URL, ServerTarget, profile_path, write_profile
+from loadledger.profiles import DEFAULT_URL, ServerTarget, local_server, profile_path, write_profile
 
 PAGE = 1000
 """Tokens of one request."""
@@ -153,7 +153,14 @@ def revoke_token(
 
 
 @click.command()
-@click.option("--url", metavar="URL", envvar="LOADLEDGER_URL", default=DEFAULT_URL, help="Server.")
+@click.option(
+    "--url",
+    metavar="URL",
+    envvar="LOADLEDGER_URL",
+    default=lambda: local_server(os.environ).url,
+    show_default=DEFAULT_URL,
+    help="Server.",
+)
 @click.option("--profile", metavar="NAME|FILE", help="Profile to write. [LOADLEDGER_PROFILE]")
 @click.option(
     "--ca",

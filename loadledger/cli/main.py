@@ -77,8 +77,8 @@ ALIASES = {
 EPILOG = """\b
 Name the server by --url or LOADLEDGER_URL, and set the token in
 LOADLEDGER_TOKEN; or save both with `loadledger login`. The default server is
-http://127.0.0.1:8080. Words of Docker and Ollama work too: ls, ps, stop, kill,
-logs, stats."""
+http://127.0.0.1:8080, or at LOADLEDGER_PORT. Words of Docker and Ollama work
+too: ls, ps, stop, kill, logs, stats."""
 
 
 COMMANDS = {name: place for commands in SECTIONS.values() for name, place in commands.items()}

@@ -44,6 +44,7 @@ from loadledger.cli.snippets import describe_guess, format_infer
 from loadledger.errors import ClientProblem
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
+HAVE_PROCESS = ("loading", "loaded", "unloading")
 MAX_VERSIONS = 4
 """Number of versions in a cell: the highest ones."""
 BROUGHT_BACK = {
@@ -65,18 +66,23 @@ at_option = click.option(
 )
 
 
-@click.command()
-@click.option("--loaded", is_flag=True, show_default=False, help="Only models that are not unloaded.")
+@click.command(context_settings={"allow_extra_args": True})
+@click.option("--loaded", is_flag=True, show_default=False, help="Only models that have a process.")
 @at_option
 @json_option
 @server_options
-def models(*, loaded: bool, at: str | None, as_json: bool, where: ServerChoice) -> None:
+@click.pass_context
+def models(
+    context: click.Context, *, loaded: bool, at: str | None, as_json: bool, where: ServerChoice
+) -> None:
     """List the models and their states.
 
     A star marks the active model, the one loaded last, which `unload --active` unloads.
     """
+    if context.args:
+        raise click.UsageError(f"this lists all models; for one, `loadledger show {context.args[0]}`")
     with open_chosen_client(where) as client:
-        rows = [each for each in client.models(at=at) if not loaded or each.state != "unloaded"]
+        rows = [each for each in client.models(at=at) if not loaded or each.state in HAVE_PROCESS]
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
         print_note(f"the server then: {format_presence(server)}")

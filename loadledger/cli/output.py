@@ -266,7 +266,7 @@ def format_facts(facts: Mapping[str, object]) -> Iterator[str]:
 
 def format_parameters(parameters: Mapping[str, object]) -> str:
     values = {name: " ".join(each) if isinstance(each, list) else each for name, each in parameters.items()}
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
 def count_of(count: int, noun: str) -> str:

@@ -29,7 +29,6 @@ from loadledger.cli.models import signature_lines, with_signature
 from loadledger.cli.output import (
     NEGATIVE_RESULT,
     count_of,
-    exit_with_error,
     print_note,
     to_printable,
 )
@@ -236,8 +235,9 @@ async def run_on_server(target: ServerTarget, subject: Subject, options: Sequenc
             return False
         try:
             await bring_up(client, subject, word, options)
-        except ValueError as problem:
-            exit_with_error(str(problem))
+        except (ClientProblem, ValueError, OSError) as problem:
+            print_note(str(problem))
+            sys.exit(NEGATIVE_RESULT)
     return True
 
 

@@ -242,13 +242,17 @@ def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -
     assert (failed.exit_code, job["error"]["code"]) == (1, "invalid_model")
     assert "failed" in alice.refused(1, f"job {job['id']} --wait")
     assert "invalid_model" in alice.prints("jobs")
-    assert re.search(r"^bad +failed", alice.prints("ps"), re.MULTILINE)
+    assert "None" not in alice.prints(f"job {job['id']}")
+    assert re.search(r"^bad +failed", alice.prints("models"), re.MULTILINE)
+    assert "bad" not in alice.prints("ps")
     assert re.search(r"^bad +failed +invalid_model", alice.prints("top"), re.MULTILINE)
     assert [model["id"] for model in alice.json("top")["wrong"]] == ["bad"]
 
     token = {role: server.api.token(role) for role in ("audit", "predict")}
     for command, variables, words in (
         ("load nope", {}, "`loadledger models` lists them"),
+        ("models m", {}, "this lists all models; for one, `loadledger show m`"),
+        ("ps m", {}, "`loadledger show m`"),
         ("load m -v 7", {}, "no version 7"),
         ("unload endless", {}, "`loadledger ps`"),
         ("job nope", {}, "`loadledger jobs`"),

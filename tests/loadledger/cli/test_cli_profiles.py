@@ -51,6 +51,23 @@ def test_option_overrides_variable_overrides_profile(tmp_path: Path) -> None:
         assert find_target(url, profile, environment) == place
 
 
+@pytest.mark.parametrize(
+    ("port", "url"),
+    [
+        ("9000", "http://127.0.0.1:9000"),
+        *((port, DEFAULT_URL) for port in ("", "0", "-1", "99999999", "x", "\u0661", "tcp://10.0.0.1:80")),
+    ],
+)
+def test_port_of_serve_is_the_default_servers(tmp_path: Path, port: str, url: str) -> None:
+    variables = {"HOME": str(tmp_path), "LOADLEDGER_PORT": port}
+    for environment in (variables, {"LOADLEDGER_PORT": port}):
+        assert find_target(None, None, environment) == ServerTarget(url)
+    assert find_target(THERE, None, variables) == ServerTarget(THERE)
+    assert find_target(None, None, variables | {"LOADLEDGER_URL": THERE}) == ServerTarget(THERE)
+    write(tmp_path, ServerTarget(HERE, "t"))
+    assert find_target(None, None, variables) == ServerTarget(HERE, "t")
+
+
 def test_token_of_profile_goes_to_no_other_server(tmp_path: Path) -> None:
     write(tmp_path, ServerTarget(HERE, "secret", tmp_path / "ca.pem"))
     home = {"HOME": str(tmp_path)}
