@@ -49,7 +49,10 @@ def _create_draft(target: Path) -> tuple[Path, int]:
     """Create a draft exclusively, and lock it; another process may remove it in between as a stale one."""
     while True:
         draft = target.with_name(f"{_draft_prefix(target)}.{secrets.token_hex(4)}")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(target)) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if draft.exists():

@@ -6,6 +6,7 @@ Messages are safe to print: a server's text in them is bounded, and free of cont
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
@@ -20,19 +21,22 @@ ID_CHARACTERS = 100
 _ENDS = {"failed": "failed", "cancelled": "was cancelled"}
 ADVICE = {
     "no_credentials": "set LOADLEDGER_TOKEN, or save one with `loadledger login`"
-    " (`loadledger token` creates one)",
-    "invalid_token": "get a new one: `loadledger token` creates one",
+    " (`loadledger token --role admin --subject NAME` creates one)",
+    "invalid_token": "get a new one: `loadledger token --role admin --subject NAME` creates one",
     "forbidden": "use a token with that role (`loadledger token --role …`)",
     "unknown_model": "`loadledger models` lists them",
     "unknown_version": "`loadledger show MODEL` lists its versions",
     "unknown_job": "`loadledger jobs` lists them",
+    "already_finished": "`loadledger job JOB` shows how",
     "unknown_node": "`loadledger nodes` lists them",
     "unknown_token": "`loadledger token list` lists them",
     "not_loaded": "`loadledger ps` lists loaded models",
     "nothing_loaded": "`loadledger ps` lists loaded models",
     "model_not_loaded": "`loadledger load MODEL --wait` loads it",
 }
-"""Advice, by the server's error codes."""
+"""Advice, by the server's error codes, in the command's words."""
+_OF_HTTP = re.compile(r"[;:] [^;:]*\b(?:(?:GET|POST) /|Authorization: )[^;]*")
+"""The server's advice in HTTP, which such advice replaces."""
 
 
 class ClientProblem(Exception):
@@ -83,8 +87,9 @@ class ServerError(ClientProblem):
         instance: str | None = None,
         advice: str = "",
     ) -> None:
-        hint = f"; {advice}" if advice else ""
-        super().__init__(f"the server answered {status}: {detail}{hint} ({code})")
+        text = _OF_HTTP.sub("", detail).rstrip(".") if advice else detail
+        hint = f"; {advice}" if advice and not text.endswith("?") else ""
+        super().__init__(f"the server answered {status}: {text}{hint} ({code})")
         self.status = status
         self.code = code
         self.detail = detail
@@ -166,6 +171,8 @@ def failure_reason(error: BaseException) -> str:
     """Return why a connection failed, in the words of the operating system."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+        return "it does not speak TLS: use http:// instead of https://"
     if isinstance(error, ssl.SSLError):
         return f"TLS fails: {(error.reason or 'no reason given').replace('_', ' ').lower()}"
     if isinstance(error, socket.gaierror):

@@ -111,7 +111,7 @@ def parse_expected(text: str) -> Anchor:
     """
     match = _EXPECTED.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text[:100]!r} is not POSITION:HASH, the hash in 64 hexadecimal digits")
+        raise ValueError("Must be POSITION:HASH, the hash in 64 hexadecimal digits.")
     return Anchor(int(match[1]), bytes.fromhex(match[2]))
 
 

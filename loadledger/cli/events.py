@@ -13,6 +13,7 @@ import click
 from events.eventtext import describe_event
 from loadledger.cli.completion import latest_jobs, models_of_server
 from loadledger.cli.options import (
+    FOLDER,
     MOMENT,
     Command,
     ServerChoice,
@@ -92,11 +93,7 @@ def _repeatable_option(flag: str, help_text: str, **options: Any) -> Callable[[C
 @_repeatable_option("--job", "Only events of the job with this id.", shell_complete=latest_jobs)
 @_repeatable_option("--actor", "Only events by this actor.")
 @click.option("--json", "as_json", is_flag=True, help="Print each event as stored, with its hash.")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Directory of a ledger instead of a server. [LOADLEDGER_DATA]",
-)
+@click.option("--data", type=FOLDER, help="Directory of a ledger instead of a server. [LOADLEDGER_DATA]")
 @server_options
 def events(
     data: Path | None, where: ServerChoice, *, as_json: bool, named: tuple[str, ...], **options: Any

@@ -51,11 +51,7 @@ HEAD = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL"
 STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
 SHOWN = 20
 _wait_option = click.option(
-    "--wait",
-    "-w",
-    is_flag=True,
-    show_default=False,
-    help="Wait until the job ends; Ctrl-C leaves it running.",
+    "--wait", "-w", is_flag=True, help="Wait until the job ends; Ctrl-C leaves it running."
 )
 
 
@@ -321,10 +317,8 @@ def load(
 
 @click.command()
 @click.argument("model", required=False, shell_complete=loaded_models)
-@click.option(
-    "--active", is_flag=True, show_default=False, help="Unload the active model, which was loaded last."
-)
-@click.option("--force", "-f", is_flag=True, show_default=False, help="Do not wait for running requests.")
+@click.option("--active", is_flag=True, help="Unload the active model, which was loaded last.")
+@click.option("--force", "-f", is_flag=True, help="Do not wait for running requests.")
 @_wait_option
 @json_option
 @server_options

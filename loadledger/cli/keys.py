@@ -63,9 +63,10 @@ def token() -> None:
     "--role",
     "roles",
     multiple=True,
+    type=click.Choice(["admin", "predict", "audit"]),
     envvar="LOADLEDGER_ROLE",
     required=True,
-    help="admin, predict or audit. May be repeated.",
+    help="May be repeated.",
 )
 @click.option(
     "--subject",
@@ -125,10 +126,9 @@ def list_tokens(data: Path | None, where: ServerChoice, *, as_json: bool) -> Non
 @click.option(
     "--expires",
     type=DURATION,
-    show_default=False,
     help="For a token of an identity provider: how long it is valid at most, like 12h.",
 )
-@click.option("--issued", is_flag=True, show_default=False, help="Revoke the tokens that it issued, too.")
+@click.option("--issued", is_flag=True, help="Revoke the tokens that it issued, too.")
 @json_option
 @click.argument("token_id", metavar="ID")
 def revoke_token(
@@ -206,7 +206,7 @@ def _read_token() -> str:
 @click.command()
 @optional_data_option
 @server_options
-@click.option("--print", "prints", is_flag=True, show_default=False, help="Print the link, open no browser.")
+@click.option("--print", "prints", is_flag=True, help="Print the link, open no browser.")
 @json_option
 def console(data: Path | None, where: ServerChoice, *, prints: bool, as_json: bool) -> None:
     """Open the console, signed in.

@@ -14,7 +14,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.options import MOMENT, Command, Parsed, data_option, json_option, own_data, require_data
+from loadledger.cli.options import (
+    FOLDER,
+    MOMENT,
+    Command,
+    Parsed,
+    data_option,
+    json_option,
+    own_data,
+    require_data,
+)
 from loadledger.cli.output import (
     NEGATIVE_RESULT,
     cleaned_up_after_signals,
@@ -42,7 +51,7 @@ def _archive_option(text: str) -> Callable[[Command], Command]:
 @click.command()
 @click.option(
     "--data",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     envvar="LOADLEDGER_DATA",
     help="Directory of a ledger to check. [LOADLEDGER_DATA, without FILE]",
 )
@@ -57,7 +66,6 @@ def _archive_option(text: str) -> Callable[[Command], Command]:
 @click.option(
     "--store",
     is_flag=True,
-    show_default=False,
     help="Check the store of model versions in --data instead of the ledger: hash all of its files.",
 )
 @click.option("--ledger", "address", metavar="URL", help="Verify the ledger in this PostgreSQL database.")
@@ -132,7 +140,6 @@ def verify(
     "--until",
     type=MOMENT,
     help="Last event to fold: a position, or a time like 10m (ago) or 14:02. [default: the head]",
-    show_default=False,
 )
 @_archive_option("An archive of this ledger; give all of them, in any order. May be repeated.")
 @click.option("--model", "model_id", metavar="ID", help="Only this model and its jobs.")
@@ -141,7 +148,6 @@ def verify(
     "--rebuild",
     "rebuilds",
     is_flag=True,
-    show_default=False,
     help="Rebuild the stored projections and print the differences; the server must be stopped.",
 )
 def replay(
@@ -249,9 +255,9 @@ def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
 def export_events(data: Path, form: str, after: int | None, until: int | None, file: Path) -> None:
     """Export events as lines.
 
-    They go to FILE or standard output, and end with a signed head. The server may be running. `jsonl` has the
-    exact bodies and hashes; `verify` reads it (docs/verify-it-yourself.md). `cloudevents` is CloudEvents 1.0
-    for other programs; `verify` does not read it.
+    They go to FILE, which is replaced, or standard output, and end with a signed head. The server may be
+    running. `jsonl` has the exact bodies and hashes; `verify` reads it (docs/verify-it-yourself.md).
+    `cloudevents` is CloudEvents 1.0 for other programs; `verify` does not read it.
     """
     from events.audit.export import JSONL, cloudevents, export
     from events.files import is_stream, refuse_own, write_file

@@ -67,7 +67,7 @@ at_option = click.option(
 
 
 @click.command(context_settings={"allow_extra_args": True})
-@click.option("--loaded", is_flag=True, show_default=False, help="Only models that have a process.")
+@click.option("--loaded", is_flag=True, help="Only models that have a process.")
 @at_option
 @json_option
 @server_options
@@ -215,7 +215,7 @@ def format_presence(server: Any) -> str:
 @click.argument("model")
 @click.argument("source", type=click.Path(path_type=Path, exists=True), metavar="FILE|DIR")
 @int_option("--version", "-v", metavar="N", text="Version; default: the highest plus 1.")
-@click.option("--load", "loads", is_flag=True, show_default=False, help="Load it, and wait.")
+@click.option("--load", "loads", is_flag=True, help="Load it, and wait.")
 @json_option
 @server_options
 def add(

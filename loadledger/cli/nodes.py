@@ -76,7 +76,6 @@ def _row(node: Any) -> tuple[str, ...]:
     "--wait",
     "-w",
     is_flag=True,
-    show_default=False,
     help="Wait until no model and no job is left there; Ctrl-C leaves it draining.",
 )
 @int_option("--timeout-s", metavar="SECONDS", text="With --wait: give up after so many seconds.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -18,7 +20,8 @@ from loadledger.cli.output import exit_with_error
 from loadledger.profiles import ServerTarget, find_target
 
 Command = Callable[..., None]
-json_option = click.option("--json", "as_json", is_flag=True, show_default=False, help="Print JSON.")
+FOLDER = click.Path(path_type=Path, file_okay=False)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 """Adds `--json`, passed as `as_json`."""
 
 
@@ -68,14 +71,36 @@ def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> Abstr
 
 @contextmanager
 def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any]:
-    """Give a client of a server; an argument that cannot be sent ends the command."""
+    """Give a client of a server; a refusal, or an argument that cannot be sent, ends the command."""
     from loadledger import Client
 
+    client = partial(Client, place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s)
+    with _refusals_end(), client() as opened:
+        yield opened
+
+
+@contextmanager
+def _refusals_end() -> Iterator[None]:
+    from loadledger import ServerError
+
     try:
-        with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s) as client:
-            yield client
-    except ValueError as problem:
-        exit_with_error(str(problem))
+        yield
+    except (ServerError, ValueError) as problem:
+        context, text = click.get_current_context(), str(problem)
+        for each in context.command.params:
+            value = context.params.get(each.name or "")
+            text = _show_typed(text, each, " ".join(value) if isinstance(value, tuple) else str(value))
+        exit_with_error(text)
+
+
+def _show_typed(text: str, parameter: click.Parameter, typed: str) -> str:
+    """Return a refusal with what was typed for a parameter instead of the server's and our own name of it."""
+    name = parameter.opts[0]
+    if isinstance(parameter, click.Argument):
+        word, text = parameter.human_readable_name, text.replace("path: id:", f"{typed!r}:")
+        return re.sub("`loadledger [^`]*`", lambda found: found[0].replace(word, shlex.quote(typed)), text)
+    field = name.lstrip("-").replace("-", "_")
+    return re.sub(rf"\b(body|query): {field}(_s|\.\d+)?:", lambda _: f"{name} {typed}:", text)
 
 
 @contextmanager
@@ -92,14 +117,16 @@ def open_managing_client(data: Path | None, where: ServerChoice) -> Iterator[Any
     from loadledger import Client
 
     require_data(data)
-    with Client.of_data(data) as client:
+    with _refusals_end(), Client.of_data(data) as client:
         yield client
 
 
 def int_option(
     *flags: str, metavar: str, text: str, least: int = 1, **options: Any
 ) -> Callable[[Command], Command]:
-    return click.option(*flags, metavar=metavar, type=click.IntRange(min=least), help=text, **options)
+    kind = click.IntRange(min=least)
+    kind.name = "whole number" if metavar == "N" else f"number of {metavar.lower()}"
+    return click.option(*flags, metavar=metavar, type=kind, help=text, **options)
 
 
 class Parsed(click.ParamType[Any]):
@@ -113,7 +140,7 @@ class Parsed(click.ParamType[Any]):
         try:
             return resolve_name(self._place)(str(value))
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            self.fail(f"{str(value)[:64]!r} is refused. {error}", param, ctx)
 
 
 MOMENT = Parsed("position|time", "loadledger.cli.times:read_moment")
@@ -134,7 +161,7 @@ def own_data() -> Path:
 def data_option(command: Command) -> Command:
     return click.option(
         "--data",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=FOLDER,
         envvar="LOADLEDGER_DATA",
         default=own_data,
         show_default="~/.local/share/loadledger/data",
@@ -144,7 +171,7 @@ def data_option(command: Command) -> Command:
 
 optional_data_option = click.option(
     "--data",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     envvar="LOADLEDGER_DATA",
     help="Data directory of a running server on this machine: no token is needed. Default: ask the server.",
 )

@@ -134,7 +134,6 @@ def name_model(path: Path) -> str:
 @click.option(
     "--accept-rollback",
     is_flag=True,
-    show_default=False,
     help="Serve a ledger that does not contain the last signed head, as after restoring a backup; recorded.",
 )
 def serve(*, accept_rollback: bool, **flags: str | None) -> None:
@@ -151,7 +150,7 @@ def serve(*, accept_rollback: bool, **flags: str | None) -> None:
 
 
 @click.command(cls=SettingsCommand)
-@click.option("--quick", is_flag=True, show_default=False, help="Load no model.")
+@click.option("--quick", is_flag=True, help="Load no model.")
 @json_option
 def check(*, quick: bool, as_json: bool, **flags: str | None) -> None:
     """Check a configuration and a model repository.

@@ -103,7 +103,7 @@ class Challenge(ServerProblem):
 
 
 class NoCredentials(Challenge):
-    """This route needs a token: send it as Authorization: Bearer <token>."""
+    """This needs a token: send it as Authorization: Bearer <token>."""
 
     code = "no_credentials"
 

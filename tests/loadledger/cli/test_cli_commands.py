@@ -250,18 +250,9 @@ def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -
 
     token = {role: server.api.token(role) for role in ("audit", "predict")}
     for command, variables, words in (
-        ("load nope", {}, "`loadledger models` lists them"),
-        ("models m", {}, "this lists all models; for one, `loadledger show m`"),
         ("ps m", {}, "`loadledger show m`"),
-        ("load m -v 7", {}, "no version 7"),
-        ("unload endless", {}, "`loadledger ps`"),
-        ("job nope", {}, "`loadledger jobs`"),
         (f"cancel {job['id']}", {}, "already"),
         ("load ..", {}, "no id of a model"),
-        ("load m --timeout-s 99999", {}, "timeout_s"),
-        ("ps --url localhost:1", {}, "does not begin with http://"),
-        ("ps --url http://127.0.0.1:9", {}, "is the server running, and is this its URL?"),
-        ("models", {"LOADLEDGER_TOKEN": None}, "set LOADLEDGER_TOKEN, or save one with `loadledger login`"),
         ("ps", {"LOADLEDGER_TOKEN": "nonsense"}, "answered 401"),
         ("events", {"LOADLEDGER_TOKEN": "nonsense"}, "answered 401"),
         ("events --follow", {"LOADLEDGER_TOKEN": "nonsense"}, "answered 401"),

@@ -272,5 +272,5 @@ def test_serve_on_taken_port_is_refused(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "loadledger", "serve", *places, f"--port={taken.getsockname()[1]}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "address already in use" in done.stderr
+    assert "address already in use: stop what uses it, or choose another --port" in done.stderr
     assert "Traceback" not in done.stderr

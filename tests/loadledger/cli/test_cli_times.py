@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.clients import run_command
 
 from events.sqlite.timetravel import parse_time
-from loadledger.cli.times import parse_duration, parse_moment
+from loadledger.cli.times import ACCEPTED, parse_duration, parse_moment
 
 BERLIN, NEW_YORK, KATHMANDU = map(ZoneInfo, ("Europe/Berlin", "America/New_York", "Asia/Kathmandu"))
 SANTIAGO = ZoneInfo("America/Santiago")
@@ -77,7 +77,7 @@ def test_time_as_people_say_it_is_read_in_zone(
 
 @pytest.mark.parametrize("text", NO_TIMES)
 def test_text_that_is_no_time_is_refused_with_what_is(text: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"{text!r} is no time: use 10m, 2h or 3d (ago), now, ")):
+    with pytest.raises(ValueError, match=r"Must be 10m, 2h or 3d \(ago\), now, .*, or a position"):
         parse_moment(text, NOW, BERLIN)
 
 
@@ -86,7 +86,7 @@ def test_any_text_is_a_moment_or_refused(text: str) -> None:
     try:
         moment, _ = parse_moment(text, NOW, BERLIN)
     except ValueError as refusal:
-        assert "is no time: use " in str(refusal)  # noqa: PT017 - most texts raise nothing else
+        assert str(refusal) == ACCEPTED  # noqa: PT017 - most texts raise nothing else
     else:
         assert moment == text or parse_time(f"{moment[:19]}Z")
 
@@ -119,7 +119,7 @@ def test_durations_are_seconds_of_each_unit() -> None:
     expected = {"90s": 90, "30m": 1800, "12h": 43_200, "7d": 604_800, "2w": 1_209_600}
     assert {text: parse_duration(text) for text in expected} == expected
     for text in ("", "0h", "12", "1 week", "1.5h", "-1d", "1y", "now", "\u0661h"):
-        with pytest.raises(ValueError, match="is not a duration: use one like 90s, 30m, 12h"):
+        with pytest.raises(ValueError, match="Must be a duration like 90s, 30m, 12h"):
             parse_duration(text)
 
 

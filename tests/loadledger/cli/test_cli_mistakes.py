@@ -1,0 +1,167 @@
+"""Mistakes that people make on the command line: what the command says, and its exit code."""
+
+import json
+import shlex
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import models
+from support.clients import run_command
+from support.models import save
+from support.servers import Server, standing
+
+from server.auth.keys import sign_token
+
+ADMIN, PREDICT, EXPIRED = "admin", "predict", "expired"
+UNKNOWN = "00000000-0000-0000-0000-000000000000"
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A server with the models `digits`, which is loaded, and `other`; and files to make mistakes with."""
+
+    server: Server
+    folder: Path
+    tokens: dict[str, str]
+    values: dict[str, object]
+    """What stands in braces in a typed command."""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    root = tmp_path_factory.mktemp("mistakes")
+    folder, data = root / "work", root / "data"
+    for model_id in ("digits", "other"):
+        save(models.add(), root / "repository", model_id)
+    for name in ("empty", "two"):
+        (folder / name).mkdir(parents=True)
+    whole = models.add().SerializeToString()
+    for name in ("digits.onnx", "two/a.onnx", "two/b.onnx"):
+        (folder / name).write_bytes(whole)
+    (folder / "cut.onnx").write_bytes(whole[:-20])
+    for name in ("note.txt", "text.onnx"):
+        (folder / name).write_text("no model, but a long text\n" * 10)
+    with standing(root / "repository") as server, socket.create_server(("127.0.0.1", 0)) as taken:
+        tokens = {role: server.api.token(role) for role in (ADMIN, PREDICT)}
+        ago = int(time.time()) - 7200
+        tokens[EXPIRED] = sign_token(data, "alice", [ADMIN], expires_s=60, audience="loadledger", now_s=ago)
+        variables: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": tokens[ADMIN]}
+        loaded = run_command("load", "digits", "--wait", "--json", **variables)
+        job, port = json.loads(loaded.stdout)["id"], server.url.rpartition(":")[2]
+        taken_port = taken.getsockname()[1]
+        taken.close()  # from here nobody listens there
+        yield Desk(server, folder, tokens, {"job": job, "port": port, "free": taken_port, "data": data})
+
+
+MISTAKES = [
+    # typed, exit code, what is said
+    ("laod digits", 2, "there is no command 'laod'; did you mean load or unload?"),
+    ("load digits --wiat", 2, "No such option '--wiat'. Did you mean '--wait'?"),
+    # names of models
+    ("show digit", 2, "model 'digit' is not in the repository; did you mean digits? (unknown_model)"),
+    ("load digist", 2, "did you mean digits?"),
+    ("unload dgits", 2, "did you mean digits?"),
+    ("infer ohter x=[1]", 2, "did you mean other?"),
+    ("run digts", 1, "did you mean digits?"),
+    ("show zzz", 2, "model 'zzz' is not in the repository; `loadledger models` lists them"),
+    ("models digits", 2, "this lists all models; for one, `loadledger show digits`"),
+    ("add 'my model' digits.onnx", 2, "'my model': Must be 1 to 128 letters, digits, dots"),
+    ("load digits/1", 2, "'digits/1': Must be 1 to 128 letters"),
+    # files
+    ("run nope.onnx", 2, "there is no file or folder nope.onnx"),
+    ("add m nope.onnx", 2, "Path 'nope.onnx' does not exist"),
+    ("add digits.onnx", 2, "Missing argument 'FILE|DIR'"),
+    ("run note.txt", 1, "note.txt is a text and no model"),
+    ("add text text.onnx", 2, "text.onnx is a text and no model"),
+    ("run cut.onnx", 1, "copy it again"),
+    ("run empty", 1, "empty has no .onnx file"),
+    ("run two", 1, "two has several models, a.onnx, b.onnx: give the file itself"),
+    ("add m two", 2, "give the file itself"),
+    # versions
+    ("load digits -v 7", 2, "model 'digits' has no version 7; `loadledger show digits` lists its versions"),
+    ("load digits -v v1", 2, "'v1' is not a valid whole number"),
+    ("add digits digits.onnx -v 1", 2, "a version is never overwritten: choose another number"),
+    ("rm digits -v 1", 2, "unload the model, or load another version"),
+    ("rm digits", 2, "Missing option '--version'"),
+    ("rm other -v 9", 2, "`loadledger show other` lists its versions"),
+    # loads and jobs
+    ("load digits", 0, ""),
+    ("load other --memory-limit-bytes '2 gigs'", 2, "'2 gigs' is refused. Must be bytes, or a number of MB"),
+    ("load other --timeout-s 10m", 2, "'10m' is not a valid number of seconds"),
+    ("load other --timeout-s 99999", 2, "--timeout-s 99999: Must be greater than or equal to 1 and less"),
+    ("load other --priority urgent", 2, "'urgent' is not one of 'high', 'normal', 'low'"),
+    ("unload other", 2, "model 'other' is not loaded; `loadledger ps` lists loaded models"),
+    ("unload", 2, "name a model; the active one, which --active unloads, is digits"),
+    ("job digits", 2, "there is no job 'digits'; `loadledger jobs` lists them"),
+    (f"job {UNKNOWN}", 2, f"there is no job '{UNKNOWN}'; `loadledger jobs` lists them"),
+    ("cancel {job}", 2, "job {job} has ended; `loadledger job {job}` shows how"),
+    # inferences
+    ("infer digits", 2, "give the inputs: NAME=JSON"),
+    ("infer digits x=[1,", 2, "is not JSON"),
+    ("infer digits image=[1]", 2, "no input 'image'; it has x"),
+    ("infer digits x=[[1,2],[3,4]]", 2, "takes [-1]"),
+    ("infer digits x=@nope.npy", 2, "nope.npy cannot be read"),
+    ("infer digits x=[1] -v 3", 2, "`loadledger show digits` lists its versions"),
+    ("infer other x=[1]", 2, "model 'other' is not loaded; `loadledger load other --wait` loads it"),
+    # times and events
+    ("events --since 'last tuesday'", 2, "'last tuesday' is refused. Must be 10m, 2h or 3d (ago), now"),
+    ("events --type Loaded", 2, "--type Loaded: Must be one of: LoadRequested"),
+    ("models --at 2020-01-01T00:00:00Z", 2, "2020-01-01T00:00:00Z is before the first event, which was"),
+    ("models --at 99999", 2, "there is no 99999 yet"),
+    # servers
+    ("models --url 127.0.0.1:{port}", 2, "does not begin with http:// or https://"),
+    ("models --url https://127.0.0.1:{port}", 2, "use http:// instead of https://"),
+    ("models --url http://127.0.0.1:{free}", 2, "is the server running, and is this its URL?"),
+    ("models --profile staging", 2, "`loadledger login` creates one"),
+    ("drain n1", 2, "This server is alone"),
+    ("serve --memory-budget '20 GB'", 2, "--memory-budget: '20 GB' is refused. Must be"),
+    ("serve --prot 1", 2, "'--port'"),
+    ("serve --repository nope --data new", 2, "'nope' is not a directory; create it or name another"),
+    # tokens and ledgers
+    ("login", 2, "there is no token on standard input"),
+    ("token --data {data} --role root --subject x", 2, "'root' is not one of 'admin', 'predict', 'audit'"),
+    ("token --data {data}", 2, "Missing option '--role'"),
+    ("token --data {data} --role admin --subject x --expires '1 week'", 2, "Must be a duration like 90s"),
+    ("token --data nope --role admin --subject x", 2, "start the server first"),
+    ("token revoke nope --data {data}", 2, "`loadledger token list` lists them"),
+    ("verify --data nope", 2, "name the data directory with --data"),
+    ("archive a.gz --before 3 --data {data}", 2, "stop it, or choose another --data"),
+    ("backup nope/x.db --data {data}", 2, "nope/x.db: No such file or directory"),
+]
+"""Of an admin."""
+
+WITHOUT_RIGHTS = [
+    # the token, what is said
+    (None, "This needs a token; set LOADLEDGER_TOKEN, or save one with `loadledger login`"),
+    ("nonsense", "get a new one: `loadledger token --role admin --subject NAME` creates one"),
+    ("a b", "give it without spaces"),
+    (EXPIRED, "the token has expired; get a new one"),
+    (PREDICT, "this needs one of the roles admin; the token has predict"),
+]
+
+
+@pytest.mark.parametrize(("typed", "code", "said"), MISTAKES, ids=[row[0] for row in MISTAKES])
+def test_mistake_ends_with_its_cure(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, typed: str, code: int, said: str
+) -> None:
+    monkeypatch.chdir(desk.folder)
+    variables: dict[str, Any] = {"LOADLEDGER_URL": desk.server.url, "LOADLEDGER_TOKEN": desk.tokens[ADMIN]}
+    result = run_command(*shlex.split(typed.format(**desk.values)), HOME=str(desk.folder), **variables)
+    assert (result.exit_code, result.stdout == "") == (code, code != 0), result.output
+    assert said.format(**desk.values) in result.stderr
+    for word in ("GET /", "POST /", "path:", "body:", "query:", "Errno", "None"):
+        assert word not in result.stderr
+
+
+@pytest.mark.parametrize(("token", "said"), WITHOUT_RIGHTS)
+def test_command_without_right_token_says_how_to_get_one(desk: Desk, token: str | None, said: str) -> None:
+    given = None if token is None else desk.tokens.get(token, token)
+    result = run_command("load", "digits", LOADLEDGER_URL=desk.server.url, LOADLEDGER_TOKEN=given)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert said in result.stderr
+    assert "Authorization" not in result.stderr
