@@ -171,10 +171,11 @@ def failure_reason(error: BaseException) -> str:
     """Return why a connection failed, in the words of the operating system."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
-    if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
-        return "it does not speak TLS: use http:// instead of https://"
     if isinstance(error, ssl.SSLError):
-        return f"TLS fails: {(error.reason or 'no reason given').replace('_', ' ').lower()}"
+        reason = (error.reason or "no reason given").replace("_", " ").lower()
+        return (
+            f"TLS fails: {reason}" if reason != "wrong version number" else "use http:// instead of https://"
+        )
     if isinstance(error, socket.gaierror):
         return "its name is not known"
     if isinstance(error, OSError) and error.errno:

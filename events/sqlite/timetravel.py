@@ -331,11 +331,9 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
         where = name_archive(connection, time)
         raise Archived(f"events recorded until {time} are archived{where}, up to position {base}", base, head)
     first = connection.execute("SELECT recorded_at FROM events ORDER BY position LIMIT 1").fetchone()
-    if first is None:
-        return Moment(0, None, time)
-    raise BeforeFirst(
-        f"{time[:19]}Z is before the first event, which was recorded at {first[0]}: name a later time"
-    )
+    if first is not None:
+        raise BeforeFirst(f"{time[:19]}Z is before the first event, of {first[0]}: name a later time")
+    return Moment(0, None, time)
 
 
 def parse_time(at: str) -> str:

@@ -11,16 +11,8 @@ from typing import Any
 import click
 
 from events.eventtext import describe_event
+from loadledger.cli import options
 from loadledger.cli.completion import latest_jobs, models_of_server
-from loadledger.cli.options import (
-    FOLDER,
-    MOMENT,
-    Command,
-    ServerChoice,
-    int_option,
-    open_chosen_client,
-    server_options,
-)
 from loadledger.cli.output import exit_with_error, note_retry
 from loadledger.profiles import PROFILE, URL
 
@@ -75,36 +67,36 @@ def _one_line(text: str) -> str:
     return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 1]}…"
 
 
-def _repeatable_option(flag: str, help_text: str, **options: Any) -> Callable[[Command], Command]:
+def _repeatable(flag: str, text: str, **settings: Any) -> Callable[[options.Command], options.Command]:
     return click.option(
-        flag, f"{flag[2:]}s", multiple=True, metavar="TEXT", help=f"{help_text} May be repeated.", **options
+        flag, f"{flag[2:]}s", multiple=True, metavar="TEXT", help=f"{text} May be repeated.", **settings
     )
 
 
 @click.command()
 @click.argument("named", metavar="[MODEL]...", nargs=-1, shell_complete=models_of_server)
 @click.option("--follow", "-f", is_flag=True, help="Continue with new events: from now, or from --after.")
-@int_option("--tail", "-n", metavar="N", least=0, text="Only the last N positions.")
-@int_option("--after", metavar="POSITION", least=0, text="Only events above this position.")
-@click.option("--since", type=MOMENT, help="Only from a position, or a time like 10m (ago) or 14:02, on.")
-@click.option("--until", type=MOMENT, help="Only up to a position or time.")
-@_repeatable_option("--type", "Only events of this type.")
-@_repeatable_option("--model", "Only events of this model.", shell_complete=models_of_server)
-@_repeatable_option("--job", "Only events of the job with this id.", shell_complete=latest_jobs)
-@_repeatable_option("--actor", "Only events by this actor.")
+@options.int_option("--tail", "-n", metavar="N", least=0, text="Only the last N positions.")
+@options.int_option("--after", metavar="POSITION", least=0, text="Only events above this position.")
+@click.option("--since", type=options.MOMENT, help="Only from a position, or a time like 10m (ago), on.")
+@click.option("--until", type=options.MOMENT, help="Only up to a position or time.")
+@_repeatable("--type", "Only events of this type.")
+@_repeatable("--model", "Only events of this model.", shell_complete=models_of_server)
+@_repeatable("--job", "Only events of the job with this id.", shell_complete=latest_jobs)
+@_repeatable("--actor", "Only events by this actor.")
 @click.option("--json", "as_json", is_flag=True, help="Print each event as stored, with its hash.")
-@click.option("--data", type=FOLDER, help="Directory of a ledger instead of a server. [LOADLEDGER_DATA]")
-@server_options
+@click.option("--data", type=options.FOLDER, help="Directory of a ledger, not of a server. [LOADLEDGER_DATA]")
+@options.server_options
 def events(
-    data: Path | None, where: ServerChoice, *, as_json: bool, named: tuple[str, ...], **options: Any
+    data: Path | None, where: options.ServerChoice, *, as_json: bool, named: tuple[str, ...], **chosen: Any
 ) -> None:
     """List or follow the ledger's events.
 
     --follow resumes when the server was unreachable: no event comes twice, none is missing. Your token needs
     the role audit or admin.
     """
-    _check(data, where, options)
-    options["models"] += named  # as `docker logs` has it
+    _check(data, where, chosen)
+    chosen["models"] += named  # as `docker logs` has it
 
     def show(lines: Sequence[bytes]) -> None:
         if lines:
@@ -112,39 +104,39 @@ def events(
 
     folder = _folder(data, where)
     if folder is None:
-        _print_server_events(where, show, **options)
+        _print_server_events(where, show, **chosen)
     else:
-        _print_file_events(folder, show, **options)
+        _print_file_events(folder, show, **chosen)
 
 
-def _check(data: Path | None, where: ServerChoice, options: dict[str, Any]) -> None:
-    if data is not None and where != ServerChoice():
+def _check(data: Path | None, where: options.ServerChoice, chosen: dict[str, Any]) -> None:
+    if data is not None and where != options.ServerChoice():
         raise click.UsageError("give --data for a ledger's file or --url for a server, not both")
-    if options["follow"] and options["until"] is not None:
+    if chosen["follow"] and chosen["until"] is not None:
         raise click.UsageError("--until ends a list and --follow never ends: give one of them")
-    if options["tail"] is not None and (options["after"] is not None or options["since"] is not None):
+    if chosen["tail"] is not None and (chosen["after"] is not None or chosen["since"] is not None):
         raise click.UsageError("--tail sets the beginning: leave out --after and --since")
 
 
-def _folder(data: Path | None, where: ServerChoice) -> Path | None:
+def _folder(data: Path | None, where: options.ServerChoice) -> Path | None:
     """Return the data directory, unless an option or variable names a server."""
     named = os.environ.get(DATA)
-    names_server = where != ServerChoice() or os.environ.get(URL) or os.environ.get(PROFILE)
+    names_server = where != options.ServerChoice() or os.environ.get(URL) or os.environ.get(PROFILE)
     return Path(named) if data is None and named and not names_server else data
 
 
 def _print_server_events(
-    where: ServerChoice, show: Show, *, tail: int | None, after: int | None, **options: Any
+    where: options.ServerChoice, show: Show, *, tail: int | None, after: int | None, **chosen: Any
 ) -> None:
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         if tail is not None:
             head = client.head()
             after = max(head.position - tail, head.base.position if head.base else 0)
-        for event in client.events(after=after, on_away=note_retry, **options):
+        for event in client.events(after=after, on_away=note_retry, **chosen):
             show([event.line])
 
 
-def _print_file_events(data: Path, show: Show, **options: Any) -> None:
+def _print_file_events(data: Path, show: Show, **chosen: Any) -> None:
     import asyncio
 
     from events.sqlite.datalock import LEDGER
@@ -153,11 +145,11 @@ def _print_file_events(data: Path, show: Show, **options: Any) -> None:
 
     if not (data / LEDGER).is_file():
         exit_with_error(f"there is no ledger in {data}: give the --data directory of a server, or --url")
-    unknown = set(options["types"]) - set(TYPES)
+    unknown = set(chosen["types"]) - set(TYPES)
     if unknown:
         raise click.BadParameter(f"{min(unknown)!r} is none of {', '.join(TYPES)}", param_hint="--type")
-    wanted = EventFilter(**{name: options.pop(name) for name in FILTERS})
-    asyncio.run(show_events(data / LEDGER, show, wanted, **options))
+    wanted = EventFilter(**{name: chosen.pop(name) for name in FILTERS})
+    asyncio.run(show_events(data / LEDGER, show, wanted, **chosen))
 
 
 async def show_events(

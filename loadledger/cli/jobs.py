@@ -11,36 +11,8 @@ from typing import Any, NoReturn
 
 import click
 
+from loadledger.cli import options, output
 from loadledger.cli.completion import latest_jobs, loaded_models, models_of_server
-from loadledger.cli.options import (
-    MOMENT,
-    SIZE,
-    ServerChoice,
-    int_option,
-    json_option,
-    open_chosen_client,
-    server_options,
-)
-from loadledger.cli.output import (
-    INTERRUPTED,
-    NEGATIVE_RESULT,
-    exit_with_error,
-    format_age,
-    format_cell,
-    format_elapsed,
-    format_facts,
-    format_parameters,
-    format_state,
-    format_table,
-    format_timestamp,
-    note_retry,
-    print_json,
-    print_note,
-    print_result,
-    retry_message,
-    to_printable,
-    with_nodes,
-)
 
 STEPS = {
     "load": ("copying", "starting", "loading", "warming_up", "measuring"),
@@ -64,8 +36,8 @@ def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
     if job.status == "completed" and job.kind == "load" and job.started_at is None and not as_json:
         click.echo(f"{model_of(job)}: settings changed")
     elif job.status == "completed" and not as_json:  # a new job has not completed yet
-        ago = format_age(job.finished_at, datetime.now(UTC))
-        click.echo(f"{model_of(job)}: nothing to do, its {to_printable(job.kind)} completed {ago} ago")
+        ago = output.format_age(job.finished_at, datetime.now(UTC))
+        click.echo(f"{model_of(job)}: nothing to do, its {output.to_printable(job.kind)} completed {ago} ago")
     elif wait:
         wait_and_report(client, job, as_json=as_json)
     else:
@@ -81,40 +53,44 @@ def wait_and_report(client: Any, job: Any, *, as_json: bool) -> None:
         with _display(job) as (on_change, on_away):
             job = client.wait_for(job.id, on_change=on_change, on_away=on_away)
     except KeyboardInterrupt:
-        print_note(
+        output.print_note(
             f"detached: the {job.kind} of {model_of(job)} continues as job {job.id}\n"
             f"  to wait for it again: loadledger job {job.id} --wait\n"
             f"  to stop it:           loadledger cancel {job.id}"
         )
-        sys.exit(INTERRUPTED)
+        sys.exit(output.INTERRUPTED)
     report_job(job, as_json=as_json)
 
 
 def report_job(job: Any, *, as_json: bool) -> None:
     """Print a job's outcome or progress; exit with 1 if it failed or was cancelled."""
     if as_json:
-        print_json(job)
+        output.print_json(job)
     if job.status in {"failed", "cancelled"}:
         reason = f": {job.error.message} ({job.error.code})" if job.error is not None else ""
         verb = "was cancelled" if job.status == "cancelled" else "failed"
         verb += f", superseded by job {job.superseded_by}" if job.superseded_by else ""
-        print_note(
+        output.print_note(
             f"the {job.kind} of {model_of(job)} {verb}{reason}\n  more: loadledger events --job {job.id}"
         )
-        sys.exit(NEGATIVE_RESULT)
+        sys.exit(output.NEGATIVE_RESULT)
     if as_json:
         return
-    kind = to_printable(job.kind)
+    kind = output.to_printable(job.kind)
     if job.ended:
-        click.echo(f"{model_of(job)}: {kind} completed in {format_elapsed(job.created_at, job.finished_at)}")
+        click.echo(
+            f"{model_of(job)}: {kind} completed in {output.format_elapsed(job.created_at, job.finished_at)}"
+        )
     else:
-        where = to_printable(job.stage or job.waiting_for or "")
-        click.echo(f"{model_of(job)}: {kind} {format_state(job.status)}{f' ({where})' if where else ''}")
-        click.echo(f"to wait for it: loadledger job {to_printable(job.id)} --wait")
+        where = output.to_printable(job.stage or job.waiting_for or "")
+        click.echo(
+            f"{model_of(job)}: {kind} {output.format_state(job.status)}{f' ({where})' if where else ''}"
+        )
+        click.echo(f"to wait for it: loadledger job {output.to_printable(job.id)} --wait")
 
 
 def model_of(job: Any) -> str:
-    model_id = to_printable(job.model_id)
+    model_id = output.to_printable(job.model_id)
     return model_id if job.version is None else f"{model_id} version {job.version}"
 
 
@@ -128,10 +104,10 @@ def count_steps(job: Any) -> tuple[int, int]:
 
 def describe_progress(job: Any) -> str:
     if job.status == "in_progress":
-        return to_printable((job.stage or "in progress").replace("_", " "))
+        return output.to_printable((job.stage or "in progress").replace("_", " "))
     if job.status == "pending" and job.waiting_for:
-        return f"waits: {to_printable(job.waiting_for)}"
-    return to_printable(job.status)
+        return f"waits: {output.to_printable(job.waiting_for)}"
+    return output.to_printable(job.status)
 
 
 @contextmanager
@@ -147,9 +123,9 @@ def _display(job: Any) -> Iterator[JobDisplay]:
         nonlocal last
         if not seen.ended and describe_progress(seen) != last:
             last = describe_progress(seen)
-            print_note(f"{model_of(seen)}: {last} ({time.monotonic() - began:.1f}s)")
+            output.print_note(f"{model_of(seen)}: {last} ({time.monotonic() - began:.1f}s)")
 
-    yield on_change, note_retry
+    yield on_change, output.note_retry
 
 
 @contextmanager
@@ -176,7 +152,9 @@ def _progress_bar(job: Any) -> Iterator[JobDisplay]:
             progress.update(task, description=escape(describe_progress(seen)), completed=done, total=total)
 
         def on_away(problem: Exception) -> None:
-            progress.console.print(f"loadledger: {retry_message(problem)}", markup=False, soft_wrap=True)
+            progress.console.print(
+                f"loadledger: {output.retry_message(problem)}", markup=False, soft_wrap=True
+            )
 
         yield on_change, on_away
 
@@ -184,50 +162,50 @@ def _progress_bar(job: Any) -> Iterator[JobDisplay]:
 @click.command()
 @click.option("--model", metavar="ID", shell_complete=models_of_server, help="Only jobs of this model.")
 @click.option("--status", type=click.Choice(STATUSES), help="Only jobs with this status.")
-@int_option("--limit", "-n", metavar="N", text="Number of jobs.", default=SHOWN)
-@click.option("--at", type=MOMENT, help="Past state: a position or a time.")
-@json_option
-@server_options
-def jobs(*, limit: int, as_json: bool, where: ServerChoice, **filters: str | None) -> None:
+@options.int_option("--limit", "-n", metavar="N", text="Number of jobs.", default=SHOWN)
+@click.option("--at", type=options.MOMENT, help="Past state: a position or a time.")
+@options.json_option
+@options.server_options
+def jobs(*, limit: int, as_json: bool, where: options.ServerChoice, **filters: str | None) -> None:
     """List the jobs, newest first."""
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         found = list(client.jobs(limit=limit, **filters))
-    rows = with_nodes(HEAD, [_row(job) for job in found], found)
-    table = format_table(*rows, right={"AGE", "TOOK"})
-    print_result({"jobs": found}, table if found else ["no jobs"], as_json=as_json)
+    rows = output.with_nodes(HEAD, [_row(job) for job in found], found)
+    table = output.format_table(*rows, right={"AGE", "TOOK"})
+    output.print_result({"jobs": found}, table if found else ["no jobs"], as_json=as_json)
 
 
 @click.command()
 @click.argument("job_id", metavar="JOB", shell_complete=latest_jobs)
 @_wait_option
-@json_option
-@server_options
-def job(job_id: str, *, wait: bool, as_json: bool, where: ServerChoice) -> None:
+@options.json_option
+@options.server_options
+def job(job_id: str, *, wait: bool, as_json: bool, where: options.ServerChoice) -> None:
     """Show a job, or wait for it.
 
     With --wait, the exit code is 1 if the job fails or is cancelled. If a person's load superseded the
     job, the command waits for that load.
     """
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         seen = client.job(job_id)
         if wait:
             wait_and_report(client, seen, as_json=as_json)
         else:
-            print_result(seen, _details(seen), as_json=as_json)
+            output.print_result(seen, _details(seen), as_json=as_json)
 
 
 @click.command()
 @click.argument("job_id", metavar="JOB", shell_complete=latest_jobs)
-@json_option
-@server_options
-def cancel(job_id: str, *, as_json: bool, where: ServerChoice) -> None:
+@options.json_option
+@options.server_options
+def cancel(job_id: str, *, as_json: bool, where: options.ServerChoice) -> None:
     """Cancel a job that has not ended."""
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         seen = client.cancel(job_id)
     if as_json:
-        print_json(seen)
+        output.print_json(seen)
     elif seen.status == "cancelled":
-        click.echo(f"{model_of(seen)}: {to_printable(seen.kind)} {format_state('cancelled')}")
+        click.echo(f"{model_of(seen)}: {output.to_printable(seen.kind)} {output.format_state('cancelled')}")
     else:
         report_job(seen, as_json=False)
 
@@ -236,36 +214,35 @@ def _row(job: Any) -> tuple[str, ...]:
     version = "" if job.version is None else f"/{job.version}"
     detail = f"{job.error.code}: {job.error.message}" if job.error is not None else ""
     return (
-        format_cell(job.id),
+        output.format_cell(job.id),
         job.kind,
-        format_cell(f"{job.model_id}{version}"),
+        output.format_cell(f"{job.model_id}{version}"),
         job.status,
-        format_cell(job.cause),
-        format_cell(job.requested_by, most=24),
-        format_age(job.created_at, datetime.now(UTC)),
-        format_elapsed(job.created_at, job.finished_at),
-        format_cell(detail or (None if job.ended else describe_progress(job)), most=60),
+        output.format_cell(job.cause),
+        output.format_cell(job.requested_by, most=24),
+        output.format_age(job.created_at, datetime.now(UTC)),
+        output.format_elapsed(job.created_at, job.finished_at),
+        output.format_cell(detail or (None if job.ended else describe_progress(job)), most=60),
     )
 
 
 def _details(job: Any) -> Iterator[str]:
-    yield f"{to_printable(job.kind)} of {model_of(job)}: {format_state(job.status)}"
+    by, took = output.format_cell(job.requested_by), output.format_elapsed(job.created_at, job.finished_at)
+    yield f"{output.to_printable(job.kind)} of {model_of(job)}: {output.format_state(job.status)}"
     facts = {
         "job": job.id,
         "stage": job.stage,
         "waits for": job.waiting_for,
-        "requested": f"{format_timestamp(job.created_at)} by {format_cell(job.requested_by)}, "
-        f"cause {format_cell(job.cause)}",
-        "started": job.started_at and f"{format_timestamp(job.started_at)}, attempt {job.attempt}",
-        "finished": job.finished_at
-        and f"{format_timestamp(job.finished_at)}, after {format_elapsed(job.created_at, job.finished_at)}",
+        "requested": f"{output.format_timestamp(job.created_at)} by {by}, cause {job.cause or '-'}",
+        "started": job.started_at and f"{output.format_timestamp(job.started_at)}, attempt {job.attempt}",
+        "finished": job.finished_at and f"{output.format_timestamp(job.finished_at)}, after {took}",
         "superseded by": job.superseded_by,
         "node": job.node,
         "position": job.position,
-        "parameters": format_parameters(job.parameters) or None,
+        "parameters": output.format_parameters(job.parameters) or None,
         "error": job.error and f"{job.error.code}: {job.error.message}",
     }
-    yield from format_facts(facts)
+    yield from output.format_facts(facts)
 
 
 def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
@@ -274,35 +251,43 @@ def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> l
 
 @click.command()
 @click.argument("model", shell_complete=models_of_server)
-@int_option("--version", "-v", metavar="N", text="Version. [default: the highest]")
+@options.int_option("--version", "-v", metavar="N", text="Version. [default: the highest]")
 @_wait_option
 @click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Order among waiting jobs.")
-@int_option("--timeout-s", metavar="SECONDS", text="Limit of the whole job, waiting included.")
-@int_option("--progress-timeout-s", metavar="SECONDS", text="Limit of a load without progress.")
-@int_option(
+@options.int_option("--timeout-s", metavar="SECONDS", text="Limit of the whole job, waiting included.")
+@options.int_option("--progress-timeout-s", metavar="SECONDS", text="Limit of a load without progress.")
+@options.int_option(
     "--keep-alive-s", metavar="SECONDS", least=-1, text="Unload after so many idle seconds; -1: never."
 )
 @click.option(
-    "--memory-limit-bytes", metavar="SIZE", type=SIZE, help="Memory limit of each instance, like 2GB."
+    "--memory-limit-bytes", metavar="SIZE", type=options.SIZE, help="Memory limit of each instance, like 2GB."
 )
 @click.option(
     "--strategy", type=click.Choice(["beside", "in_place", "auto"]), help="How to replace a loaded version."
 )
 @click.option("--pin/--no-pin", "pinned", default=None, help="Never evict the model or unload it when idle.")
-@int_option("--instances", metavar="N", text="Number of workers.")
-@int_option("--threads", metavar="N", text="Threads of each worker.")
-@int_option("--max-batch-size", metavar="N", least=0, text="Batch up to so many waiting requests.")
-@int_option("--max-queue-delay-us", metavar="MICROSECONDS", least=0, text="Longest wait for a fuller batch.")
+@options.int_option("--instances", metavar="N", text="Number of workers.")
+@options.int_option("--threads", metavar="N", text="Threads of each worker.")
+@options.int_option("--max-batch-size", metavar="N", least=0, text="Batch up to so many waiting requests.")
+@options.int_option(
+    "--max-queue-delay-us", metavar="MICROSECONDS", least=0, text="Longest wait for a fuller batch."
+)
 @click.option(
     "--node-labels",
     metavar="LABELS",
     callback=_split_labels,
     help="Labels that the node must have, like zone=a,disk=fast; empty for none.",
 )
-@json_option
-@server_options
+@options.json_option
+@options.server_options
 def load(
-    model: str, *, version: int | None, wait: bool, as_json: bool, where: ServerChoice, **parameters: Any
+    model: str,
+    *,
+    version: int | None,
+    wait: bool,
+    as_json: bool,
+    where: options.ServerChoice,
+    **parameters: Any,
 ) -> None:
     """Load a model, or another version of a loaded one.
 
@@ -310,7 +295,7 @@ def load(
     a load failed, and the exit code is 1.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         job = client.load(model, version, **given)
         report_request(client, job, wait=wait, as_json=as_json)
 
@@ -320,10 +305,10 @@ def load(
 @click.option("--active", is_flag=True, help="Unload the active model, which was loaded last.")
 @click.option("--force", "-f", is_flag=True, help="Do not wait for running requests.")
 @_wait_option
-@json_option
-@server_options
+@options.json_option
+@options.server_options
 def unload(
-    model: str | None, *, active: bool, force: bool, wait: bool, as_json: bool, where: ServerChoice
+    model: str | None, *, active: bool, force: bool, wait: bool, as_json: bool, where: options.ServerChoice
 ) -> None:
     """Unload a model.
 
@@ -331,7 +316,7 @@ def unload(
     """
     if active and model is not None:
         raise click.UsageError("name a model or give --active, not both")
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         if model is None and not active:
             _refuse_nameless(client)
         job = client.unload(model, force=force)
@@ -342,5 +327,7 @@ def _refuse_nameless(client: Any) -> NoReturn:
     """Refuse to guess which model is meant; name the active one."""
     found = next((each.id for each in client.models() if each.active), None)
     if found is None:
-        exit_with_error("name a model; none is loaded now; `loadledger models` lists them")
-    exit_with_error(f"name a model; the active one, which --active unloads, is {to_printable(found)}")
+        output.exit_with_error("name a model; none is loaded now; `loadledger models` lists them")
+    output.exit_with_error(
+        f"name a model; the active one, which --active unloads, is {output.to_printable(found)}"
+    )

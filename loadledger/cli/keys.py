@@ -11,27 +11,8 @@ from typing import Any
 
 import click
 
+from loadledger.cli import options, output
 from loadledger.cli.ledger import ledger_key
-from loadledger.cli.options import (
-    DURATION,
-    ServerChoice,
-    data_option,
-    find_chosen_target,
-    json_option,
-    open_client,
-    open_managing_client,
-    optional_data_option,
-    require_data,
-    server_options,
-)
-from loadledger.cli.output import (
-    NOTHING,
-    exit_with_error,
-    format_table,
-    print_json,
-    print_result,
-    to_printable,
-)
 from loadledger.profiles import DEFAULT_URL, ServerTarget, local_server, profile_path, write_profile
 
 PAGE = 1000
@@ -58,7 +39,7 @@ def token() -> None:
 
 
 @token.command("issue")
-@data_option
+@options.data_option
 @click.option(
     "--role",
     "roles",
@@ -76,12 +57,12 @@ def token() -> None:
 )
 @click.option(
     "--expires",
-    type=DURATION,
+    type=options.DURATION,
     envvar="LOADLEDGER_EXPIRES",
     default="12h",
     help="Lifetime: 90s, 30m, 12h, 7d.",
 )
-@json_option
+@options.json_option
 def issue_token(data: Path, roles: tuple[str, ...], subject: str, expires: int, *, as_json: bool) -> None:
     """Issue a token, record it in the ledger, and print it.
 
@@ -91,48 +72,56 @@ def issue_token(data: Path, roles: tuple[str, ...], subject: str, expires: int, 
     body = {"subject": subject, "roles": sorted(set(roles)), "expires_s": expires}
     import jwt
 
-    with open_managing_client(data, ServerChoice()) as client:
+    with options.open_managing_client(data, options.ServerChoice()) as client:
         made = client.post("/api/v1/tokens", body)
     kid = jwt.get_unverified_header(made["token"])["kid"]
     members = {**made, "expires_at": f"{made['expires_at'][:19]}Z", "kid": kid}
-    print_result(members, [made["token"]], as_json=as_json)
+    output.print_result(members, [made["token"]], as_json=as_json)
 
 
 @token.command("show")
-@server_options
-def show_token(where: ServerChoice) -> None:
+@options.server_options
+def show_token(where: options.ServerChoice) -> None:
     """Print the token that commands send, of LOADLEDGER_TOKEN or the profile, for other programs."""
-    target = find_chosen_target(where)
+    target = options.find_chosen_target(where)
     if target.token is None:
-        exit_with_error(f"there is no token for {to_printable(target.url)}: `loadledger login` saves one")
-    click.echo(to_printable(target.token))
+        output.exit_with_error(
+            f"there is no token for {output.to_printable(target.url)}: `loadledger login` saves one"
+        )
+    click.echo(output.to_printable(target.token))
 
 
 @token.command("list")
-@optional_data_option
-@server_options
-@json_option
-def list_tokens(data: Path | None, where: ServerChoice, *, as_json: bool) -> None:
+@options.optional_data_option
+@options.server_options
+@options.json_option
+def list_tokens(data: Path | None, where: options.ServerChoice, *, as_json: bool) -> None:
     """List the tokens that have not expired, newest first."""
-    with open_managing_client(data, where) as client:
+    with options.open_managing_client(data, where) as client:
         found = list(_pages(client))
     rows = [_token_row(each) for each in found]
-    print_result({"tokens": found}, format_table(TOKEN_HEAD, rows), as_json=as_json)
+    output.print_result({"tokens": found}, output.format_table(TOKEN_HEAD, rows), as_json=as_json)
 
 
 @token.command("revoke")
-@optional_data_option
-@server_options
+@options.optional_data_option
+@options.server_options
 @click.option(
     "--expires",
-    type=DURATION,
+    type=options.DURATION,
     help="For a token of an identity provider: how long it is valid at most, like 12h.",
 )
 @click.option("--issued", is_flag=True, help="Revoke the tokens that it issued, too.")
-@json_option
+@options.json_option
 @click.argument("token_id", metavar="ID")
 def revoke_token(
-    token_id: str, data: Path | None, where: ServerChoice, expires: int | None, *, issued: bool, as_json: bool
+    token_id: str,
+    data: Path | None,
+    where: options.ServerChoice,
+    expires: int | None,
+    *,
+    issued: bool,
+    as_json: bool,
 ) -> None:
     """Revoke a token by its id; it is refused at once, and so are browsers that it signed in.
 
@@ -142,10 +131,10 @@ def revoke_token(
     from loadledger.address import path
 
     body = {"issued": issued} if expires is None else {"issued": issued, "expires_s": expires}
-    with open_managing_client(data, where) as client:
+    with options.open_managing_client(data, where) as client:
         revoked = client.post(f"/api/v1{path('tokens', token_id, 'revoke')}", body)
     if as_json:
-        print_json(revoked)
+        output.print_json(revoked)
     elif left := len(revoked["issued"]):
         click.echo(
             f"tokens that it issued and that are not revoked: {left}; to revoke them: --issued {token_id}"
@@ -169,7 +158,7 @@ def revoke_token(
     type=click.Path(path_type=Path, dir_okay=False, exists=True, resolve_path=True),
     help="Certificates to trust, in PEM, instead of the system's. [LOADLEDGER_CA]",
 )
-@json_option
+@options.json_option
 def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> None:
     """Save a server's URL and a token in a profile.
 
@@ -180,7 +169,7 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
     """
     path = profile_path(profile, os.environ)
     token = _read_token()
-    with open_client(ServerTarget(url, token, ca)) as client:
+    with options.open_client(ServerTarget(url, token, ca)) as client:
         client.resources()
         url = client.url
     from events.errors import WrongTarget
@@ -188,9 +177,9 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
     try:
         write_profile(path, ServerTarget(url, token, ca))
     except (OSError, WrongTarget) as error:
-        exit_with_error(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
-    text = f"{to_printable(url)} accepts the token; saved in {path}"
-    print_result({"url": url, "profile": str(path)}, [text], as_json=as_json)
+        output.exit_with_error(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+    text = f"{output.to_printable(url)} accepts the token; saved in {path}"
+    output.print_result({"url": url, "profile": str(path)}, [text], as_json=as_json)
 
 
 def _read_token() -> str:
@@ -199,26 +188,26 @@ def _read_token() -> str:
     else:
         text = sys.stdin.readline(64 * 1024)
     if not text.strip():
-        exit_with_error("there is no token on standard input: `loadledger token … | loadledger login`")
+        output.exit_with_error("there is no token on standard input: `loadledger token … | loadledger login`")
     return text.strip()
 
 
 @click.command()
-@optional_data_option
-@server_options
+@options.optional_data_option
+@options.server_options
 @click.option("--print", "prints", is_flag=True, help="Print the link, open no browser.")
-@json_option
-def console(data: Path | None, where: ServerChoice, *, prints: bool, as_json: bool) -> None:
+@options.json_option
+def console(data: Path | None, where: options.ServerChoice, *, prints: bool, as_json: bool) -> None:
     """Open the console, signed in.
 
     The link works once, within a minute, and signs in for 12 hours. On a terminal with a display it is opened
     in your browser, elsewhere it is printed. --json prints it as `link`.
     """
-    with open_managing_client(data, where) as client:
+    with options.open_managing_client(data, where) as client:
         made = client.post("/api/v1/sign-in-links", {})
     base = client.url if client.data is None else made["server_url"]
     if not base:
-        exit_with_error("the server does not listen yet: try again")
+        output.exit_with_error("the server does not listen yet: try again")
     link = f"{base}{made['path']}"
     if not (prints or as_json) and _opens_browser(os.environ):
         import webbrowser
@@ -226,7 +215,7 @@ def console(data: Path | None, where: ServerChoice, *, prints: bool, as_json: bo
         if webbrowser.open(link):
             click.echo("the console was opened in your browser", err=True)
             return
-    print_result({"link": link}, [to_printable(link)], as_json=as_json)
+    output.print_result({"link": link}, [output.to_printable(link)], as_json=as_json)
 
 
 def _opens_browser(environment: Mapping[str, str]) -> bool:
@@ -255,7 +244,7 @@ def _token_row(token: Mapping[str, Any]) -> list[str]:
         token["issued_by"],
         token["via"],
     )
-    return [token["jti"], *(each or NOTHING for each in shown), state]
+    return [token["jti"], *(each or output.NOTHING for each in shown), state]
 
 
 @click.group()
@@ -267,35 +256,35 @@ def key() -> None:
 
 
 @key.command("list")
-@data_option
-@json_option
+@options.data_option
+@options.json_option
 def list_keys(data: Path, *, as_json: bool) -> None:
     """List the keys, newest last; the signing one is marked."""
     from server.auth import keys
 
-    require_data(data)
+    options.require_data(data)
     found = keys.list_keys(data)
     if as_json:
-        print_json({"keys": found})
+        output.print_json({"keys": found})
         return
     for info in found:
         click.echo(f"{info.kid}  {info.created_at:%Y-%m-%d %H:%M:%S}Z{'  signs' if info.signs else ''}")
 
 
 @key.command()
-@data_option
-@json_option
+@options.data_option
+@options.json_option
 def rotate(data: Path, *, as_json: bool) -> None:
     """Create a new signing key; tokens of the old ones stay valid."""
     from server.auth import keys
 
     kid = keys.create_key(data)
-    print_result({"kid": kid}, [kid], as_json=as_json)
+    output.print_result({"kid": kid}, [kid], as_json=as_json)
 
 
 @key.command()
-@data_option
-@json_option
+@options.data_option
+@options.json_option
 @click.argument("kid")
 def revoke(data: Path, kid: str, *, as_json: bool) -> None:
     """Remove a key; every token that it signed becomes invalid.
@@ -306,7 +295,7 @@ def revoke(data: Path, kid: str, *, as_json: bool) -> None:
 
     keys.revoke(data, kid)
     if as_json:
-        print_json({"kid": kid})
+        output.print_json({"kid": kid})
 
 
 key.add_command(ledger_key)

@@ -14,62 +14,37 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.options import (
-    FOLDER,
-    MOMENT,
-    Command,
-    Parsed,
-    data_option,
-    json_option,
-    own_data,
-    require_data,
-)
-from loadledger.cli.output import (
-    NEGATIVE_RESULT,
-    cleaned_up_after_signals,
-    count_of,
-    exit_with_error,
-    format_size,
-    format_table,
-    format_timestamp,
-    print_note,
-    print_result,
-    to_printable,
-)
+from loadledger.cli import options, output
 
 INSTALL = "pip install 'loadledger[postgres]'"
 _FILE = click.Path(path_type=Path, dir_okay=False)
 SHOWN_DIGITS = 12
 """Shown digits of a hash: enough to tell files apart; --json has all."""
+PREPARED_MEMBERS = ("model_id", "version", "sha256", "bytes", "made_at", "took_ms", "reason", "key")
 PREPARED_HEAD = ("model", "version", "size", "took", "made", "last used", "sha256")
 
 
-def _archive_option(text: str) -> Callable[[Command], Command]:
+def _archive_option(text: str) -> Callable[[options.Command], options.Command]:
     return click.option("--archive", "archives", multiple=True, type=_FILE, help=text)
 
 
 @click.command()
 @click.option(
     "--data",
-    type=FOLDER,
+    type=options.FOLDER,
     envvar="LOADLEDGER_DATA",
     help="Directory of a ledger to check. [LOADLEDGER_DATA, without FILE]",
 )
 @_archive_option("An archive of the ledger; give all of them, in any order. May be repeated.")
 @click.option("--key", metavar="FILE|KEY_ID", help="Expected signing key, as `key ledger` prints it.")
-@click.option(
-    "--expect",
-    "expected",
-    type=Parsed("position:hash", "events.audit.verify:parse_expected"),
-    help="Expected event: a head that you kept.",
-)
+@click.option("--expect", "expected", type=options.HEAD, help="Expected event: a head that you kept.")
 @click.option(
     "--store",
     is_flag=True,
     help="Check the store of model versions in --data instead of the ledger: hash all of its files.",
 )
 @click.option("--ledger", "address", metavar="URL", help="Verify the ledger in this PostgreSQL database.")
-@json_option
+@options.json_option
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=_FILE)
 @click.pass_context
 def verify(
@@ -108,7 +83,7 @@ def verify(
     if (files or address) and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
     if data is None and not (files or archives or address):
-        data = own_data()
+        data = options.own_data()
     if address is not None and (data is not None or files or store):
         raise click.UsageError("--ledger URL takes --archive, --key and --expect, and nothing else to verify")
     if store and (data is None or archives or key or expected or files):
@@ -130,20 +105,20 @@ def verify(
     else:
         ledger = None if data is None else _ledger_in(data)
         checked = verify_ledger_and_files(ledger, archives, files, key, expected)
-    print_result(checked.members(), checked.lines(), as_json=as_json)
-    sys.exit(0 if checked.verified else NEGATIVE_RESULT)
+    output.print_result(checked.members(), checked.lines(), as_json=as_json)
+    sys.exit(0 if checked.verified else output.NEGATIVE_RESULT)
 
 
 @click.command()
-@data_option
+@options.data_option
 @click.option(
     "--until",
-    type=MOMENT,
+    type=options.MOMENT,
     help="Last event to fold: a position, or a time like 10m (ago) or 14:02. [default: the head]",
 )
 @_archive_option("An archive of this ledger; give all of them, in any order. May be repeated.")
 @click.option("--model", "model_id", metavar="ID", help="Only this model and its jobs.")
-@json_option
+@options.json_option
 @click.option(
     "--rebuild",
     "rebuilds",
@@ -172,7 +147,7 @@ def replay(
         _rebuild(data, ledger, as_json=as_json)
     else:
         state = _replay_state(ledger, until, model_id, archives)
-        print_result(state, _state_lines(state), as_json=as_json)
+        output.print_result(state, _state_lines(state), as_json=as_json)
 
 
 def _replay_state(
@@ -239,13 +214,13 @@ def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
     if done.differences:
         rebuilt = "the stored projections differed from the log and were rebuilt:"
         lines = [rebuilt, *(f"  {difference}" for difference in done.differences)]
-    print_result(result, lines, as_json=as_json)
+    output.print_result(result, lines, as_json=as_json)
     if done.differences:
-        sys.exit(NEGATIVE_RESULT)
+        sys.exit(output.NEGATIVE_RESULT)
 
 
 @click.command("export")
-@data_option
+@options.data_option
 @click.option(
     "--format", "form", type=click.Choice(["jsonl", "cloudevents"]), default="jsonl", help="Output format."
 )
@@ -275,15 +250,15 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
         with file.open("wb") as target:
             target.writelines(exported)
         return
-    with cleaned_up_after_signals(), write_file(file, replace=True) as target:
+    with output.cleaned_up_after_signals(), write_file(file, replace=True) as target:
         target.writelines(exported)
 
 
 @click.command()
-@data_option
+@options.data_option
 @click.option(
     "--before",
-    type=MOMENT,
+    type=options.MOMENT,
     required=True,
     help="Archive events below this position, or before a time like 90d (ago) or 2026-01-31.",
 )
@@ -294,7 +269,7 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
     help="Archive the ledger in this PostgreSQL database, as the role that owns it: "
     "postgresql://OWNER@HOST/DATABASE. The key in --data signs.",
 )
-@json_option
+@options.json_option
 @click.argument("file", type=_FILE)
 def archive(data: Path, before: str, address: str | None, file: Path, *, as_json: bool) -> None:
     """Move the oldest events to a compressed file that proves itself.
@@ -313,19 +288,19 @@ def archive(data: Path, before: str, address: str | None, file: Path, *, as_json
         _ledger_in(data)
     sign = open_signer(data)
     refuse_own(file, data)
-    with cleaned_up_after_signals():
+    with output.cleaned_up_after_signals():
         if address is None:
             done = _archive_file(data, before, file, sign)
         else:
             done = _import_database().archive_database(address, data, before, file, sign)
     first, last, sha256 = done.after.position + 1, done.proved.position, done.sha256.hex()
-    print_result(
+    output.print_result(
         {"first_position": first, "last_position": last, "sha256": sha256},
         [f"archived: positions {first} to {last}", f"sha256 of {file.name}: {sha256}"],
         as_json=as_json,
     )
     if address is None and wants_wal(data / LEDGER):
-        print_note(
+        output.print_note(
             "ledger.db is being read, so it could not shrink; ledger.db-wal belongs to it: copy both with "
             "`loadledger backup`"
         )
@@ -343,8 +318,8 @@ def _archive_file(data: Path, before: str, file: Path, sign: Any) -> Any:
 
 
 @click.command()
-@data_option
-@json_option
+@options.data_option
+@options.json_option
 @click.argument("file", type=_FILE)
 def backup(data: Path, file: Path, *, as_json: bool) -> None:
     """Copy the ledger to a file and verify the copy.
@@ -358,14 +333,14 @@ def backup(data: Path, file: Path, *, as_json: bool) -> None:
 
     ledger = _ledger_in(data)
     refuse_own(file, data)
-    with cleaned_up_after_signals():
+    with output.cleaned_up_after_signals():
         found = back_up(ledger, file)
-    print_result(audit_members(found), format_audit(found), as_json=as_json)
+    output.print_result(audit_members(found), format_audit(found), as_json=as_json)
 
 
 @click.command("ledger")
-@data_option
-@json_option
+@options.data_option
+@options.json_option
 def ledger_key(data: Path, *, as_json: bool) -> None:
     """Show the public key of the ledger's signatures, and its id."""
     from events.audit.signing import key_id
@@ -373,7 +348,7 @@ def ledger_key(data: Path, *, as_json: bool) -> None:
 
     signer = open_signer(data)
     pem, name = public_pem(signer), key_id(signer.public_key)
-    print_result({"public_key": pem, "key_id": name}, [f"{pem}key id: {name}"], as_json=as_json)
+    output.print_result({"public_key": pem, "key_id": name}, [f"{pem}key id: {name}"], as_json=as_json)
 
 
 _ledger_option = click.option(
@@ -398,7 +373,7 @@ _ledger_option = click.option(
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Data directory whose ledger is copied into the database; it is the server's replica from then on.",
 )
-@json_option
+@options.json_option
 def migrate(address: str, server_role: str | None, data: Path | None, *, as_json: bool) -> None:
     """Create or update the schema of a ledger in PostgreSQL.
 
@@ -412,12 +387,12 @@ def migrate(address: str, server_role: str | None, data: Path | None, *, as_json
         lines.append(f"role {server_role}: may read and append")
     if data is not None:
         lines.append(f"copied and verified: {done['events']} events, head {done['position']}:{done['hash']}")
-    print_result(done, lines, as_json=as_json)
+    output.print_result(done, lines, as_json=as_json)
 
 
 @click.command()
 @_ledger_option
-@json_option
+@options.json_option
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def discard(address: str, file: Path, *, as_json: bool) -> None:
     """Remove the end of a ledger in PostgreSQL that no node can read.
@@ -430,7 +405,7 @@ def discard(address: str, file: Path, *, as_json: bool) -> None:
     done = _import_database().discard_unreadable(address, file)
     members = {"first_position": done.first_position, "last_position": done.last_position, "hash": done.hash}
     line = f"discarded: positions {done.first_position} to {done.last_position}, kept in {file}"
-    print_result(members, [line], as_json=as_json)
+    output.print_result(members, [line], as_json=as_json)
 
 
 @click.group()
@@ -442,8 +417,8 @@ def prepared() -> None:
 
 
 @prepared.command("list")
-@data_option
-@json_option
+@options.data_option
+@options.json_option
 def list_prepared(data: Path, *, as_json: bool) -> None:
     """List the prepared models, last used first.
 
@@ -451,67 +426,58 @@ def list_prepared(data: Path, *, as_json: bool) -> None:
     """
     entries = [_prepared_members(entry) for entry in _open_store(data).entries()]
     members = {"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries}
-    print_result(members, _prepared_table(entries), as_json=as_json)
+    output.print_result(members, _prepared_table(entries), as_json=as_json)
 
 
 @prepared.command()
-@data_option
+@options.data_option
 @click.option("--model", "model_id", metavar="ID", help="Only entries of this model.")
-@json_option
+@options.json_option
 def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
     """Remove prepared models; loaded ones are not affected.
 
     Models are prepared again after their next load. --json prints the removed `entries` and `bytes`.
     """
     entries, size = _open_store(data).clear(model_id)
-    text = f"cleared: {count_of(entries, 'entry')}, {size} bytes"
-    print_result({"entries": entries, "bytes": size}, [text], as_json=as_json)
+    text = f"cleared: {output.count_of(entries, 'entry')}, {size} bytes"
+    output.print_result({"entries": entries, "bytes": size}, [text], as_json=as_json)
 
 
 def _open_store(data: Path) -> Any:
     from runtime.optimised.store import OptimisedStore
     from runtime.store.folder import STORE
 
-    require_data(data)
+    options.require_data(data)
     return OptimisedStore(data / STORE, limit_bytes=0)  # the limit applies to what is added
 
 
 def _prepared_members(entry: Any) -> dict[str, Any]:
-    return {
-        "model_id": entry.model_id,
-        "version": entry.version,
-        "sha256": entry.sha256,
-        "bytes": entry.bytes,
-        "made_at": entry.made_at,
-        "last_used_at": entry.used_at,
-        "took_ms": entry.took_ms,
-        "figures": dict(entry.figures),
-        "reason": entry.reason,
-        "key": entry.key,
-    }
+    members = {name: getattr(entry, name) for name in PREPARED_MEMBERS}
+    return {**members, "last_used_at": entry.used_at, "figures": dict(entry.figures)}
 
 
 def _prepared_table(entries: list[dict[str, Any]]) -> Iterator[str]:
     if not entries:
         yield "nothing is prepared"
         return
-    head, *lines = format_table(PREPARED_HEAD, [_prepared_row(entry) for entry in entries])
+    head, *lines = output.format_table(PREPARED_HEAD, [_prepared_row(entry) for entry in entries])
     yield head
     for entry, line in zip(entries, lines, strict=True):
         yield line
         if entry["reason"] is not None:
-            yield f"  {to_printable(entry['reason'])}"
-    yield f"{count_of(len(entries), 'entry')}, {format_size(sum(entry['bytes'] for entry in entries))}"
+            yield f"  {output.to_printable(entry['reason'])}"
+    size = output.format_size(sum(entry["bytes"] for entry in entries))
+    yield f"{output.count_of(len(entries), 'entry')}, {size}"
 
 
 def _prepared_row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
         entry["model_id"],
         str(entry["version"]),
-        format_size(entry["bytes"]) if entry["reason"] is None else "bare",
+        output.format_size(entry["bytes"]) if entry["reason"] is None else "bare",
         f"{entry['took_ms'] / 1000:.1f} s",
-        format_timestamp(entry["made_at"]),
-        format_timestamp(entry["last_used_at"]),
+        output.format_timestamp(entry["made_at"]),
+        output.format_timestamp(entry["last_used_at"]),
         (entry["sha256"] or "")[:SHOWN_DIGITS],
     )
 
@@ -528,7 +494,7 @@ def require_driver() -> None:
     from importlib.util import find_spec
 
     if find_spec("asyncpg") is None:
-        exit_with_error(f"asyncpg is not installed: {INSTALL}")
+        output.exit_with_error(f"asyncpg is not installed: {INSTALL}")
 
 
 def _ledger_in(data: Path) -> Path:

@@ -83,8 +83,7 @@ too: ls, ps, stop, kill, logs, stats."""
 
 COMMANDS = {name: place for commands in SECTIONS.values() for name, place in commands.items()}
 EXAMPLES = Path(__file__).with_name("examples.txt")
-"""Command lines, at least two for each command, which its help shows in this order."""
-MAX_EXAMPLES = 2
+"""Command lines: at least two for each command, whose help shows the first two."""
 MAX_HELP_CHARACTERS = 200
 """Longer than each command's first sentence, so that click cuts none."""
 
@@ -97,9 +96,9 @@ def find_command(name: str) -> click.Command:
 
 
 def _add_examples(command: click.Command, path: str, lines: list[str]) -> None:
-    """End the help of a command, and of those in a group, with its first examples."""
+    """End the help of a command, and of those in a group, with two examples."""
     own = [line for line in lines if f"{line} ".startswith(f"{path} ")]
-    command.epilog = "\n  ".join(["\b\nExamples:", *own[:MAX_EXAMPLES]])
+    command.epilog = "\n  ".join(["\b\nExamples:", *own[:2]])
     for name, inner in command.commands.items() if isinstance(command, click.Group) else ():
         _add_examples(inner, f"{path} {name}", own)
 

@@ -13,33 +13,10 @@ from typing import Any
 import click
 import msgspec
 
+from loadledger.cli import options, output
 from loadledger.cli.completion import models_of_server
 from loadledger.cli.jobs import report_request
-from loadledger.cli.options import (
-    MOMENT,
-    ServerChoice,
-    int_option,
-    json_option,
-    open_chosen_client,
-    server_options,
-)
-from loadledger.cli.output import (
-    NOTHING,
-    count_of,
-    exit_with_error,
-    format_age,
-    format_cell,
-    format_facts,
-    format_parameters,
-    format_size,
-    format_state,
-    format_table,
-    format_timestamp,
-    print_note,
-    print_result,
-    to_printable,
-    with_nodes,
-)
+from loadledger.cli.output import format_cell, format_size, format_table, to_printable
 from loadledger.cli.snippets import describe_guess, format_infer
 from loadledger.errors import ClientProblem
 
@@ -62,18 +39,18 @@ WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
 
 
 at_option = click.option(
-    "--at", type=MOMENT, help="Past state: a position, or a time like 10m (ago), 14:02 or 2026-01-31."
+    "--at", type=options.MOMENT, help="Past state: a position, or a time like 10m (ago), 14:02 or 2026-01-31."
 )
 
 
 @click.command(context_settings={"allow_extra_args": True})
 @click.option("--loaded", is_flag=True, help="Only models that have a process.")
 @at_option
-@json_option
-@server_options
+@options.json_option
+@options.server_options
 @click.pass_context
 def models(
-    context: click.Context, *, loaded: bool, at: str | None, as_json: bool, where: ServerChoice
+    context: click.Context, *, loaded: bool, at: str | None, as_json: bool, where: options.ServerChoice
 ) -> None:
     """List the models and their states.
 
@@ -81,36 +58,36 @@ def models(
     """
     if context.args:
         raise click.UsageError(f"this lists all models; for one, `loadledger show {context.args[0]}`")
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         rows = [each for each in client.models(at=at) if not loaded or each.state in HAVE_PROCESS]
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
-        print_note(f"the server then: {format_presence(server)}")
-    table = format_table(*with_nodes(HEAD, [_row(each) for each in rows], rows), right={"MEMORY"})
+        output.print_note(f"the server then: {format_presence(server)}")
+    table = format_table(*output.with_nodes(HEAD, [_row(each) for each in rows], rows), right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
-    print_result({"models": rows}, table if rows else [none], as_json=as_json)
+    output.print_result({"models": rows}, table if rows else [none], as_json=as_json)
 
 
 @click.command()
 @click.argument("model", shell_complete=models_of_server)
 @at_option
-@json_option
-@server_options
-def show(model: str, *, at: str | None, as_json: bool, where: ServerChoice) -> None:
+@options.json_option
+@options.server_options
+def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoice) -> None:
     """Show a model: its state, files, inputs and outputs.
 
     At the end it prints a command line for a first inference.
     """
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         shown = client.model(model, at=at)
         if shown.state == "loaded" and at is None:
             with suppress(ClientProblem):  # its node cannot be reached: the file's are shown
                 shown = with_signature(shown, client.metadata(model))
-    print_result(shown, _details(shown, where.words), as_json=as_json)
+    output.print_result(shown, _details(shown, where.words), as_json=as_json)
 
 
 def _row(model: Any) -> tuple[str, ...]:
-    version = NOTHING if model.version is None else str(model.version)
+    version = output.NOTHING if model.version is None else str(model.version)
     if model.next_version is not None:
         version += f" → {model.next_version}"
     if model.repository_changed:
@@ -121,7 +98,7 @@ def _row(model: Any) -> tuple[str, ...]:
         version,
         _versions(model.versions),
         format_size(model.memory_bytes),
-        format_age(model.loaded_at, datetime.now(UTC)),
+        output.format_age(model.loaded_at, datetime.now(UTC)),
         format_cell(model.loaded_by, most=24) + (f" ({model.brought_back})" if model.brought_back else ""),
         format_cell(model.error and f"{model.error.code}: {model.error.message}", most=60),
     )
@@ -129,13 +106,13 @@ def _row(model: Any) -> tuple[str, ...]:
 
 def _versions(versions: list[int] | None) -> str:
     if not versions:
-        return NOTHING
+        return output.NOTHING
     named = ", ".join(map(str, versions[-MAX_VERSIONS:]))
     return f"…, {named}" if len(versions) > MAX_VERSIONS else named
 
 
-def _details(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
-    yield f"{format_cell(model.id)}: {format_state(model.state)}{', active' if model.active else ''}"
+def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
+    yield f"{format_cell(model.id)}: {output.format_state(model.state)}{', active' if model.active else ''}"
     facts = {
         "version": model.version,
         "next version": model.next_version,
@@ -147,7 +124,7 @@ def _details(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
         "memory": model.memory_bytes and f"{format_size(model.memory_bytes)} now",
         "memory at load": model.memory_at_load_bytes and format_size(model.memory_at_load_bytes),
         "loaded": model.loaded_at
-        and f"{format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
+        and f"{output.format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
         "brought back": model.brought_back and BROUGHT_BACK.get(model.brought_back, model.brought_back),
         "node": model.node,
         "job": model.job_id,
@@ -156,16 +133,16 @@ def _details(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
         "error": model.error and f"{model.error.code}: {model.error.message}",
         "server": model.server and format_presence(model.server),
     }
-    yield from format_facts(facts)
+    yield from output.format_facts(facts)
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
-    yield from signature_lines(model, options)
+    yield from signature_lines(model, words)
 
 
 def _parameters(parameters: dict[str, Any]) -> str:
     """Return the parameters of a load that are set to something."""
     named = {name: value for name, value in sorted(parameters.items()) if value not in UNSET}
-    return format_parameters(named)
+    return output.format_parameters(named)
 
 
 def with_signature(model: Any, metadata: Any) -> Any:
@@ -173,12 +150,12 @@ def with_signature(model: Any, metadata: Any) -> Any:
     return msgspec.structs.replace(model, inputs=metadata.inputs, outputs=metadata.outputs)
 
 
-def signature_lines(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
+def signature_lines(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
     """Yield inputs and outputs as tables, and command lines that the model answers.
 
     Args:
         model: its record.
-        options: those of the commands that name the server.
+        words: options of the commands, which name the server.
     """
     if model.signature_version is None:  # the file cannot be read, or the state is one of the past
         return
@@ -187,13 +164,13 @@ def signature_lines(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
         yield from format_table(
             (head, "DATATYPE", "SHAPE"), [_tensor_row(tensor) for tensor in tensors or ()]
         )
-    commands = list(format_infer(model, options))
+    commands = list(format_infer(model, words))
     if not commands:
         return
     yield ""
     if model.state != "loaded":
-        yield shlex.join(["loadledger", "load", *options, model.id, "--wait"])
-        yield shlex.join(["loadledger", "infer", *options, model.id])
+        yield shlex.join(["loadledger", "load", *words, model.id, "--wait"])
+        yield shlex.join(["loadledger", "infer", *words, model.id])
         return
     yield commands[0]
     yield from (f"# with a file of yours: {each}" for each in commands[1:])
@@ -208,18 +185,20 @@ def _tensor_row(tensor: Any) -> tuple[str, ...]:
 
 
 def format_presence(server: Any) -> str:
-    return f"{server.state} since {format_timestamp(server.since)}" if server.since else str(server.state)
+    return (
+        f"{server.state} since {output.format_timestamp(server.since)}" if server.since else str(server.state)
+    )
 
 
 @click.command()
 @click.argument("model")
 @click.argument("source", type=click.Path(path_type=Path, exists=True), metavar="FILE|DIR")
-@int_option("--version", "-v", metavar="N", text="Version; default: the highest plus 1.")
+@options.int_option("--version", "-v", metavar="N", text="Version; default: the highest plus 1.")
 @click.option("--load", "loads", is_flag=True, help="Load it, and wait.")
-@json_option
-@server_options
+@options.json_option
+@options.server_options
 def add(
-    model: str, source: Path, *, version: int | None, loads: bool, as_json: bool, where: ServerChoice
+    model: str, source: Path, *, version: int | None, loads: bool, as_json: bool, where: options.ServerChoice
 ) -> None:
     """Put a version of a model into the server's repository.
 
@@ -231,17 +210,17 @@ def add(
     """
     from loadledger.uploads import find_version_files
 
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         try:
             found = find_version_files(source)
             with _upload_display(f"{to_printable(model)}: sending") as on_progress:
                 added = client.add(model, source, version, on_progress=on_progress)
         except OSError as error:
-            exit_with_error(f"{error.filename or source} cannot be read: {error.strerror}")
+            output.exit_with_error(f"{error.filename or source} cannot be read: {error.strerror}")
         if not (as_json and loads):
-            print_result(added, _added_lines(added), as_json=as_json)
+            output.print_result(added, _added_lines(added), as_json=as_json)
         if found.left_out:
-            print_note(f"left out, as other models: {', '.join(map(format_cell, found.left_out))}")
+            output.print_note(f"left out, as other models: {', '.join(map(format_cell, found.left_out))}")
         if loads:
             job = client.load(model, added.version)
             report_request(client, job, wait=True, as_json=as_json)
@@ -250,7 +229,7 @@ def add(
 
 
 def _added_lines(added: Any) -> Iterator[str]:
-    count = count_of(len(added.files), "file")
+    count = output.count_of(len(added.files), "file")
     yield f"{to_printable(added.model_id)} version {added.version}: added, {count}, {added.bytes} bytes"
     for file in added.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
@@ -274,26 +253,26 @@ def _upload_display(about: str) -> Iterator[Callable[[int, int], None] | None]:
 
 @click.command("rm")
 @click.argument("model", shell_complete=models_of_server)
-@int_option("--version", "-v", metavar="N", text="Version that goes.", required=True)
-@server_options
-def remove(model: str, *, version: int, where: ServerChoice) -> None:
+@options.int_option("--version", "-v", metavar="N", text="Version that goes.", required=True)
+@options.server_options
+def remove(model: str, *, version: int, where: options.ServerChoice) -> None:
     """Remove a version from the server's repository.
 
     Its files are deleted. A version that is loaded, or will be, is refused.
     """
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         client.remove(model, version)
     click.echo(f"{to_printable(model)} version {version}: removed")
 
 
 @click.command()
-@json_option
-@server_options
-def resources(*, as_json: bool, where: ServerChoice) -> None:
+@options.json_option
+@options.server_options
+def resources(*, as_json: bool, where: options.ServerChoice) -> None:
     """Show the memory budget, its use, and waiting jobs."""
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         found = client.resources()
-    print_result(found, _resource_lines(found), as_json=as_json)
+    output.print_result(found, _resource_lines(found), as_json=as_json)
 
 
 def use_row(use: Any, now: datetime) -> tuple[str, ...]:
@@ -306,7 +285,7 @@ def use_row(use: Any, now: datetime) -> tuple[str, ...]:
         format_size(use.memory_bytes),
         format_size(use.reserved_bytes) if use.reserved_bytes else "-",
         str(use.in_flight),
-        format_age(use.last_used_at, now),
+        output.format_age(use.last_used_at, now),
         format_keep_alive(use),
     )
 

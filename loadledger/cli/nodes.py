@@ -10,28 +10,8 @@ from typing import Any, NoReturn
 
 import click
 
+from loadledger.cli import options, output
 from loadledger.cli.completion import nodes_of_server
-from loadledger.cli.options import (
-    ServerChoice,
-    int_option,
-    json_option,
-    open_managing_client,
-    optional_data_option,
-    server_options,
-)
-from loadledger.cli.output import (
-    NEGATIVE_RESULT,
-    NOTHING,
-    count_of,
-    format_age,
-    format_cell,
-    format_duration,
-    format_size,
-    format_table,
-    print_note,
-    print_result,
-    to_printable,
-)
 
 HEAD = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "LABELS", "ADDRESS", "RELEASE")
 PAUSE_S = 0.5
@@ -39,34 +19,34 @@ PAUSE_S = 0.5
 
 
 @click.command()
-@optional_data_option
-@json_option
-@server_options
-def nodes(*, data: Path | None, as_json: bool, where: ServerChoice) -> None:
+@options.optional_data_option
+@options.json_option
+@options.server_options
+def nodes(*, data: Path | None, as_json: bool, where: options.ServerChoice) -> None:
     """List the nodes, which share one ledger, and what runs where.
 
     A star marks the node that answers. A node is late when it has not renewed its lease in time; the others
     then declare it lost and load its models.
     """
-    with open_managing_client(data, where) as client:
+    with options.open_managing_client(data, where) as client:
         found = client.nodes()
-    table = format_table(HEAD, [_row(node) for node in found], right={"JOBS", "BUDGET", "RENEWED"})
+    table = output.format_table(HEAD, [_row(node) for node in found], right={"JOBS", "BUDGET", "RENEWED"})
     none = "this server is alone: servers with --ledger are nodes"
-    print_result({"nodes": found}, table if found else [none], as_json=as_json)
+    output.print_result({"nodes": found}, table if found else [none], as_json=as_json)
 
 
 def _row(node: Any) -> tuple[str, ...]:
-    renewed = format_age(node.renewed_at, datetime.now(UTC))
+    renewed = output.format_age(node.renewed_at, datetime.now(UTC))
     return (
-        format_cell(node.id) + (" *" if node.this else ""),
+        output.format_cell(node.id) + (" *" if node.this else ""),
         f"{node.phase}, not trusted" if node.trusted is False else node.phase,
-        format_cell(", ".join(model.id for model in node.models), most=60),
-        str(len(node.jobs)) if node.jobs else NOTHING,
-        format_size(node.budget_bytes),
+        output.format_cell(", ".join(model.id for model in node.models), most=60),
+        str(len(node.jobs)) if node.jobs else output.NOTHING,
+        output.format_size(node.budget_bytes),
         f"late, {renewed}" if node.late else renewed,
-        format_cell(", ".join(node.labels), most=40),
-        format_cell(node.address),
-        format_cell(node.release),
+        output.format_cell(", ".join(node.labels), most=40),
+        output.format_cell(node.address),
+        output.format_cell(node.release),
     )
 
 
@@ -78,10 +58,10 @@ def _row(node: Any) -> tuple[str, ...]:
     is_flag=True,
     help="Wait until no model and no job is left there; Ctrl-C leaves it draining.",
 )
-@int_option("--timeout-s", metavar="SECONDS", text="With --wait: give up after so many seconds.")
-@optional_data_option
-@json_option
-@server_options
+@options.int_option("--timeout-s", metavar="SECONDS", text="With --wait: give up after so many seconds.")
+@options.optional_data_option
+@options.json_option
+@options.server_options
 def drain(
     node_id: str,
     *,
@@ -89,7 +69,7 @@ def drain(
     timeout_s: int | None,
     data: Path | None,
     as_json: bool,
-    where: ServerChoice,
+    where: options.ServerChoice,
 ) -> None:
     """Drain a node: its models are loaded at other nodes.
 
@@ -102,19 +82,19 @@ def drain(
     if timeout_s is not None and not wait:
         raise click.UsageError("--timeout-s goes with --wait")
     began_s = time.monotonic()
-    with open_managing_client(data, where) as client:
+    with options.open_managing_client(data, where) as client:
         if wait:
             _refuse_vain_drain(node_id, client.nodes())
         node = client.drain(node_id)
         if wait:
             node = _wait_until_drained(client, node, timeout_s)
-    print_result(node, _outcome_lines(node, time.monotonic() - began_s, waited=wait), as_json=as_json)
+    output.print_result(node, _outcome_lines(node, time.monotonic() - began_s, waited=wait), as_json=as_json)
 
 
 def _outcome_lines(node: Any, took_s: float, *, waited: bool) -> Iterator[str]:
-    name = to_printable(node.id)
+    name = output.to_printable(node.id)
     if waited:
-        yield f"{name}: {'left' if node.ended else 'drained'} in {format_duration(took_s)}"
+        yield f"{name}: {'left' if node.ended else 'drained'} in {output.format_duration(took_s)}"
         return
     yield f"{name}: draining, {describe_rest(node)}"
     if has_rest(node):
@@ -125,7 +105,7 @@ def describe_rest(node: Any) -> str:
     if not has_rest(node):
         return "nothing is left there"
     parts = [(len(node.models), "model"), (len(node.jobs), "job")]
-    return f"{' and '.join(count_of(count, noun) for count, noun in parts if count)} left"
+    return f"{' and '.join(output.count_of(count, noun) for count, noun in parts if count)} left"
 
 
 def has_rest(node: Any) -> bool:
@@ -167,10 +147,10 @@ def _wait_until_drained(client: Any, node: Any, timeout_s: int | None) -> Any:
             _fail(node, f"the {timeout_s} s of --timeout-s are over; it goes on draining")
         if describe_rest(node) != said:
             said = describe_rest(node)
-            print_note(f"{node.id}: {said} ({waited_s:.1f}s)")
+            output.print_note(f"{node.id}: {said} ({waited_s:.1f}s)")
         time.sleep(PAUSE_S)
 
 
 def _fail(node: Any, reason: str) -> NoReturn:
-    print_note(f"{node.id} is not drained, {describe_rest(node)}: {reason}")
-    raise SystemExit(NEGATIVE_RESULT)
+    output.print_note(f"{node.id} is not drained, {describe_rest(node)}: {reason}")
+    raise SystemExit(output.NEGATIVE_RESULT)

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -74,13 +74,12 @@ def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any
     """Give a client of a server; a refusal, or an argument that cannot be sent, ends the command."""
     from loadledger import Client
 
-    client = partial(Client, place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s)
-    with _refusals_end(), client() as opened:
-        yield opened
+    with _reported(), Client(place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s) as client:
+        yield client
 
 
 @contextmanager
-def _refusals_end() -> Iterator[None]:
+def _reported() -> Iterator[None]:
     from loadledger import ServerError
 
     try:
@@ -117,7 +116,7 @@ def open_managing_client(data: Path | None, where: ServerChoice) -> Iterator[Any
     from loadledger import Client
 
     require_data(data)
-    with _refusals_end(), Client.of_data(data) as client:
+    with _reported(), Client.of_data(data) as client:
         yield client
 
 
@@ -137,6 +136,8 @@ class Parsed(click.ParamType[Any]):
         self._place = place
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if ctx is not None and ctx.resilient_parsing:  # a completion, which needs no value
+            return value
         try:
             return resolve_name(self._place)(str(value))
         except ValueError as error:
@@ -145,6 +146,7 @@ class Parsed(click.ParamType[Any]):
 
 MOMENT = Parsed("position|time", "loadledger.cli.times:read_moment")
 DURATION = Parsed("duration", "loadledger.cli.times:parse_duration")
+HEAD = Parsed("position:hash", "events.audit.verify:parse_expected")
 SIZE = Parsed("size", "server.config:parse_size")
 
 

@@ -207,15 +207,12 @@ def report_problems() -> Iterator[None]:
         known = [resolve_name(place) for place in PROBLEMS if place.partition(":")[0] in sys.modules]
         if not isinstance(error, (OSError, *known)):
             raise
-        exit_with_error(_describe(error))
-
-
-def _describe(error: Exception) -> str:
-    if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
-    if error.errno == errno.EADDRINUSE:
-        return f"{error.strerror}: stop what uses it, or choose another --port"
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror is not None:
+            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            cure = ": stop what uses it, or choose another --port"
+            text += cure if error.errno == errno.EADDRINUSE else ""
+        exit_with_error(text)
 
 
 @contextmanager

@@ -19,11 +19,7 @@ ACCEPTED = (
 
 
 def parse_duration(text: str) -> int:
-    """Return the seconds of a duration like 12h.
-
-    Raises:
-        ValueError: the text is none, or 0.
-    """
+    """Return the seconds of a duration like 12h; a ValueError says what it must be."""
     length_s = int(text[:-1]) * _UNITS_S[text[-1]] if text != "now" and _AGO.fullmatch(text) else 0
     if not length_s:
         raise ValueError("Must be a duration like 90s, 30m, 12h, 7d or 2w.")

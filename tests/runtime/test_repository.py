@@ -96,7 +96,7 @@ def test_unknown_model_names_similar_ones(tmp_path: Path, typed: str, meant: str
             Repository(tmp_path).find_version(typed, version)
         assert str(refusal.value).endswith(meant)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UnknownModel, match="'empty' is not in the repository$"):
+    with pytest.raises(UnknownModel, match=r"'empty' is not in the repository$"):
         Repository(tmp_path).versions("empty")
 
 

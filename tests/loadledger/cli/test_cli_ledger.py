@@ -307,7 +307,7 @@ def test_replay_refuses(two_models: Path) -> None:
     for arguments, words in (
         ("--until 10", "the log's head is at position 9"),
         ("--until noon", "'noon' is refused. Must be 10m, 2h or 3d (ago)"),
-        ("--until 2020-01-01", "is before the first event, which was recorded at "),
+        ("--until 2020-01-01", "is before the first event, of "),
         ("--rebuild --until 4", "leave out --until, --model"),
         ("--rebuild --model digits", "leave out --until, --model"),
     ):

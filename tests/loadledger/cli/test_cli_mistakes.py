@@ -111,7 +111,7 @@ MISTAKES = [
     # times and events
     ("events --since 'last tuesday'", 2, "'last tuesday' is refused. Must be 10m, 2h or 3d (ago), now"),
     ("events --type Loaded", 2, "--type Loaded: Must be one of: LoadRequested"),
-    ("models --at 2020-01-01T00:00:00Z", 2, "2020-01-01T00:00:00Z is before the first event, which was"),
+    ("models --at 2020-01-01T00:00:00Z", 2, "2020-01-01T00:00:00Z is before the first event, of 2"),
     ("models --at 99999", 2, "there is no 99999 yet"),
     # servers
     ("models --url 127.0.0.1:{port}", 2, "does not begin with http:// or https://"),
