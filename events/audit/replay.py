@@ -19,6 +19,7 @@ from events.sqlite.bases import list_archives
 from events.sqlite.queries import read_base, read_rows, read_starts_and_ends
 from events.sqlite.schema import Connection, begin_reading
 from events.sqlite.timetravel import (
+    BeforeFirst,
     Moment,
     bounds,
     cannot_fold,
@@ -47,7 +48,7 @@ def replay(ledger: Connection, until: str | None, archives: Sequence[Path] = ())
     Raises:
         InvalidMoment: `invalid_parameter`.
         BeyondHead: `beyond_head`.
-        BeforeFirst: `before_first_event`, without archives.
+        BeforeFirst: `before_first_event`.
         Archived: `archived`, the moment is before the base, and no archives were given.
         ArchiveMissing: `archive_missing`, the archives do not lead from the first event to the base.
         LedgerDamaged: `ledger_damaged`, an archive does not verify.
@@ -75,6 +76,8 @@ def replay(ledger: Connection, until: str | None, archives: Sequence[Path] = ())
     )
     state, transitions = _fold(start, rows, moment.position, moment.time)
     position = state.position
+    if files and moment.time is not None and position == 0:
+        raise BeforeFirst(f"{moment.time[:19]}Z is before the first event: name a later time")
     last = {each.node_id: each for each in transitions if each.position <= position}
     following = {each.node_id: each for each in reversed(transitions) if each.position > position}
     time = now if until is None else moment.time and min(moment.time, now)

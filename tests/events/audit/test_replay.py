@@ -28,7 +28,7 @@ from events.sqlite.bases import list_archives, read_stored_base, suspended_trigg
 from events.sqlite.queries import as_text
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import connect
-from events.sqlite.timetravel import BeyondHead, Moment, models_at, read_moment
+from events.sqlite.timetravel import BeforeFirst, BeyondHead, Moment, models_at, read_moment
 from events.storage import digest_state
 from events.types import Anchor
 
@@ -52,7 +52,7 @@ with ledgers.copy_of(LEDGER) as _path:
     ROWS = ledgers.rows_of(_path)
     HEAD = len(ROWS)
     TIMES = [json.loads(body)["recorded_at"] for _, body, _ in ROWS]
-    MOMENTS = [None, *range(HEAD + 1), "2025-12-31T23:59:59Z", "2099-01-01T00:00:00Z", *sorted(set(TIMES))]
+    MOMENTS = [None, *range(HEAD + 1), "2099-01-01T00:00:00Z", *sorted(set(TIMES))]
     PAST = {moment: replayed(_path, moment, []) for moment in MOMENTS}
 CUTS = st.lists(st.integers(2, HEAD), min_size=1, max_size=4, unique=True).map(sorted)
 
@@ -84,6 +84,8 @@ def test_every_past_moment_replays_as_before_archiving(cuts: list[int]) -> None:
             assert replayed(path, moment, files) == PAST[moment], moment
         with pytest.raises(BeyondHead):
             replayed(path, HEAD + 1, files)
+        with pytest.raises(BeforeFirst, match="2025-12-31T23:59:59Z is before the first event"):
+            replayed(path, "2025-12-31T23:59:59Z", files)
         if cuts[0] > 2:
             for moment in (1, TIMES[1]):
                 with pytest.raises(Archived, match=f" in '{cuts[0]}.gz'"):
