@@ -173,9 +173,7 @@ def failure_reason(error: BaseException) -> str:
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         reason = (error.reason or "no reason given").replace("_", " ").lower()
-        return (
-            f"TLS fails: {reason}" if reason != "wrong version number" else "use http:// instead of https://"
-        )
+        return f"TLS fails: {reason}" if reason != "wrong version number" else "it has no TLS, use http://"
     if isinstance(error, socket.gaierror):
         return "its name is not known"
     if isinstance(error, OSError) and error.errno:

@@ -115,7 +115,7 @@ MISTAKES = [
     ("models --at 99999", 2, "there is no 99999 yet"),
     # servers
     ("models --url 127.0.0.1:{port}", 2, "does not begin with http:// or https://"),
-    ("models --url https://127.0.0.1:{port}", 2, "use http:// instead of https://"),
+    ("models --url https://127.0.0.1:{port}", 2, "it has no TLS, use http://"),
     ("models --url http://127.0.0.1:{free}", 2, "is the server running, and is this its URL?"),
     ("models --profile staging", 2, "`loadledger login` creates one"),
     ("drain n1", 2, "This server is alone"),
