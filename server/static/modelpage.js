@@ -8,8 +8,9 @@ import { JobItem } from "./jobs.js";
 import { EventList, useEvents } from "./ledger.js";
 import { factsOf, ModelBadges, ModelButtons } from "./models.js";
 import { address, href } from "./router.js";
-import { snippets } from "./snippets.js";
+import { PLACEHOLDER, snippets } from "./snippets.js";
 import { jobs, models, nodes, session, subscribe, useOf } from "./state.js";
+import { guessText, shapeText } from "./tensors.js";
 import { ActionsCell, Button, Cell, Files, Hint, html, Panel, Pill, Refusal, Row, useEffect, useRequest, useState } from "./ui.js";
 import { addVersion, mayAdd, useDrops } from "./upload.js";
 
@@ -97,10 +98,10 @@ function Tensors({ described: { answer, error } }) {
   const kinds = { input: answer?.inputs ?? [], output: answer?.outputs ?? [] };
   const tensors = Object.entries(kinds).flatMap(([kind, some]) => some.map((tensor) => ({ kind, ...tensor })));
   const none = error ? errorText(error) : answer ? "Its file does not say: they are known when it is loaded." : "Loading…";
-  const row = ({ kind, name, datatype, shape }) => html`
+  const row = ({ kind, name, datatype, ...tensor }) => html`
     <tr key="${kind} ${name}">
       <td class="dim">${kind}</td><th scope="row">${oneLine(name, 200)}</th><td>${oneLine(datatype, 20)}</td>
-      <td><code>[${shape.join(", ").replaceAll("-", "−")}]</code></td>
+      <td><code>${shapeText(tensor)}</code></td>
     </tr>`;
   return html`
     <${Panel} kind="its-tensors" title="Inputs and outputs">
@@ -112,14 +113,14 @@ function Tensors({ described: { answer, error } }) {
           </tr></thead>
           <tbody>${tensors.map(row)}</tbody>
         </table>
-        <${Hint}>A size that the model leaves open is written as −1: any length.<//>`}
+        <${Hint}>A name, or -1 where it has none, is a size that the model leaves open.<//>`}
     <//>`;
 }
 
 // How to ask it from elsewhere, to be copied.
 function Calls({ id, model }) {
   const [chosen, setChosen] = useState(0), [copied, setCopied] = useState("");
-  const written = model?.inputs ? snippets(location.origin, id, model.inputs) : [];
+  const written = model?.inputs ? snippets(location.origin, id, model.inputs, model.outputs) : [], guess = guessText(model?.inputs ?? []);
   const copy = async () => {
     try {
       await navigator.clipboard.writeText(written[chosen].text);
@@ -139,13 +140,14 @@ function Calls({ id, model }) {
         <pre tabindex="0" role="group" aria-label="The program">${written[chosen].text}</pre>
         <p class="buttons">
           <${Button} about="the program" onClick=${copy}>Copy<//><span class="hint" role="status">${copied}</span>
-        </p>`}
+        </p>
+        <${Hint}>
+          Replace ${PLACEHOLDER} by a token with the role predict. To make one, run on the server:
+          ${" "}<code>loadledger token --data DATA --role predict --subject YOU</code>
+        <//>
+        ${guess && html`<${Hint}>${guess}<//>`}`}
       ${written.length > 0 && model.state !== "loaded" && html`<${Hint}>It has to be loaded first.<//>`}
       ${written.length === 0 && html`<${Hint}>The programs name its inputs, which are known when it is loaded.<//>`}
-      <${Hint}>
-        TOKEN is a token with the role predict. To make one, run on the server:
-        ${" "}<code>loadledger token --data DATA --role predict --subject YOU</code>
-      <//>
     <//>`;
 }
 

@@ -1,11 +1,11 @@
-// The dialog of an inference: its request is written in JSON, and begins with zeros of the shapes that the model takes;
+// The dialog of an inference: its request is written in JSON, and begins with zeros or ones of shapes that the model takes;
 // a dropped or chosen file can take the place of an input's data.
 
 import { api, errorText } from "./api.js";
 import { Dialog } from "./dialogs.js";
 import { duration, oneLine, plain } from "./format.js";
-import { encodeRequest, layoutOf, overview, readTensor, requestText, SCALES, zeroTensors } from "./tensors.js";
-import { html, useEffect, useMemo, useRef, useRequest, useState } from "./ui.js";
+import { encodeRequest, exampleTensors, guessText, layoutOf, overview, readTensor, requestText, SCALES, shapeText } from "./tensors.js";
+import { Hint, html, useEffect, useMemo, useRef, useRequest, useState } from "./ui.js";
 
 const SHOWN = 20_000; // characters of an answer
 const LIMIT_MS = 120_000; // the server has its own limit
@@ -15,7 +15,7 @@ export function PredictDialog({ model }) {
   const [written, setBody] = useState(null), [problem, setProblem] = useState(""), [said, setSaid] = useState(null);
   const [dropped, setDropped] = useState(null), inputs = described?.inputs ?? [];
   const files = useMemo(() => new Map(), []); // by name: the bytes that stand for it
-  const asking = useRef(new AbortController()), body = written ?? (described ? requestText(zeroTensors(inputs)) : "");
+  const asking = useRef(new AbortController()), body = written ?? (described ? requestText(exampleTensors(inputs)) : "");
   useEffect(() => () => asking.current.abort(), []); // nobody waits for the answer any more
   const ask = async () => {
     let form;
@@ -42,7 +42,7 @@ export function PredictDialog({ model }) {
     setProblem("");
   };
   const drop = (event) => (event.preventDefault(), setDropped(event.dataTransfer.files[0] ?? null));
-  const takes = inputs.map((input) => plain(`${input.name}: ${input.datatype} [${input.shape.join(", ")}]`, 200)).join(" · ");
+  const takes = inputs.map((input) => plain(`${input.name}: ${input.datatype} ${shapeText(input)}`, 200)).join(" · "), guess = guessText(inputs);
   const buttons = (send, isBusy) => html`<button type="submit" class="primary" disabled=${isBusy || !body}>Predict</button>`;
   return html`
     <${Dialog} name="predict" kind="wide" title="Predict with ${model.id}" ask=${ask} buttons=${buttons} refusal=${error ? errorText(error) : problem}
@@ -57,8 +57,9 @@ export function PredictDialog({ model }) {
       <textarea id="predict-body" rows="9" spellcheck=${false} autocomplete="off" aria-describedby="predict-help" value=${body}
         onInput=${(event) => setBody(event.target.value)} />
       <p id="predict-help" class="hint">
-        "zeros" in place of data are zeros of the shape, the name of a file above is what it holds. Both are sent in binary.
+        "zeros" or "ones" in place of data fill the shape, the name of a file above is what it holds. These are sent in binary.
       </p>
+      ${guess && html`<${Hint}>${guess}<//>`}
     <//>`;
 }
 
@@ -66,7 +67,7 @@ function tensorsOf(text, inputs) {
   try {
     return JSON.parse(text).inputs;
   } catch {
-    return zeroTensors(inputs);
+    return exampleTensors(inputs);
   }
 }
 

@@ -1,17 +1,20 @@
 // Programs that call a model: with curl, with the project's own client, and with Triton's.
 
-import { byteSize, zeroTensors } from "./tensors.js";
+import { byteSize, elementBytes, exampleTensors, WITHOUT_JSON } from "./tensors.js";
+
+// What somebody replaces by a token, once in each program.
+export const PLACEHOLDER = "PASTE A TOKEN HERE";
 
 const NUMPY = {
   BOOL: "bool_", INT8: "int8", UINT8: "uint8", INT16: "int16", UINT16: "uint16", INT32: "int32", UINT32: "uint32", INT64: "int64",
   UINT64: "uint64", FP16: "float16", FP32: "float32", FP64: "float64", BYTES: "object_",
 };
 
-// `inputs` are those of the metadata; -1 in a shape becomes 1. Returns [{name, text}], each complete.
-export function snippets(origin, modelId, inputs) {
-  const tensors = zeroTensors(inputs);
+// `inputs` and `outputs` are those of the metadata. Returns [{name, text}], each complete but for the token.
+export function snippets(origin, modelId, inputs, outputs) {
+  const tensors = exampleTensors(inputs);
   return [
-    { name: "curl", text: curl(origin, modelId, tensors) },
+    { name: "curl", text: curl(origin, modelId, tensors, outputs) },
     { name: "Python", text: python(origin, modelId, tensors) },
     { name: "tritonclient", text: triton(origin, modelId, tensors) },
   ];
@@ -20,30 +23,41 @@ export function snippets(origin, modelId, inputs) {
 const quoted = (text) => JSON.stringify(text);
 const inShellQuotes = (json) => `'${JSON.stringify(json).replaceAll("'", "\\u0027")}'`;
 
-// The command that `loadledger run` prints: a long request is zeros in binary.
-function curl(origin, modelId, tensors) {
-  const command = `curl -sS -H "Authorization: Bearer $TOKEN" ${origin}/v2/models/${encodeURIComponent(modelId)}/infer`;
-  if (tensors.every(({ data }) => Array.isArray(data))) return `${command} -d ${inShellQuotes({ inputs: tensors })}\n`;
-  const inputs = tensors.map(({ data: _, ...tensor }) => ({ ...tensor, parameters: { binary_data_size: byteSize(tensor) } }));
-  const head = inShellQuotes({ inputs }), length = new TextEncoder().encode(head).length - 2;
-  return `(printf %s ${head}; head -c ${tensors.reduce((sum, tensor) => sum + byteSize(tensor), 0)} /dev/zero) |
+// A long input is zeros or ones in binary. An answer that JSON cannot represent goes to a file.
+function curl(origin, modelId, tensors, outputs) {
+  const isBinary = outputs.some(({ datatype }) => WITHOUT_JSON.includes(datatype));
+  const rest = isBinary ? { parameters: { binary_data_output: true } } : {}, file = isBinary ? " --fail-with-body --output answer.bin" : "";
+  const command = `curl -sS${file} ${origin}/v2/models/${encodeURIComponent(modelId)}/infer -H "Authorization: Bearer $TOKEN"`;
+  const token = `TOKEN="${PLACEHOLDER}"\n`, long = tensors.filter(({ data }) => !Array.isArray(data));
+  if (!long.length) return `${token}${command} \\\n  -d ${inShellQuotes({ inputs: tensors, ...rest })}\n`;
+  const inputs = tensors.map(({ data, ...tensor }) => ({
+    ...tensor, ...(Array.isArray(data) ? { data } : { parameters: { binary_data_size: byteSize(tensor) } }),
+  }));
+  const head = inShellQuotes({ inputs, ...rest }), length = new TextEncoder().encode(head).length - 2;
+  return `${token}(printf %s ${head}; ${long.map(binary).join("; ")}) |
 ${command} \\
   -H "Content-Type: application/octet-stream" -H "Inference-Header-Content-Length: ${length}" --data-binary @-\n`;
 }
 
-const zeros = ({ datatype, shape }) => {
-  const sizes = `(${shape.join(", ")}${shape.length === 1 ? "," : ""})`;
-  return datatype === "BYTES" ? `np.full(${sizes}, "", np.object_)` : `np.zeros(${sizes}, np.${NUMPY[datatype] ?? "float32"})`;
-};
+// The command that prints a tensor: `yes` repeats as many letters as an element has bytes, the last of them a new line.
+function binary(tensor) {
+  const bytes = elementBytes(tensor.datatype, tensor.data), letters = "abcdefg".slice(0, bytes.length - 1);
+  if (!bytes.some(Boolean)) return `head -c ${byteSize(tensor)} /dev/zero`;
+  const octal = bytes.map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("");
+  return `yes '${letters}' | head -c ${byteSize(tensor)} | LC_ALL=C tr '${letters}\\n' '${octal}'`;
+}
+
+function array({ datatype, shape, data }) {
+  const sizes = `(${shape.join(", ")}${shape.length === 1 ? "," : ""})`, fill = Array.isArray(data) ? (data[0] ? "ones" : "zeros") : data;
+  return datatype === "BYTES" ? `np.full(${sizes}, "", np.object_)` : `np.${fill}(${sizes}, np.${NUMPY[datatype] ?? "float32"})`;
+}
 
 function python(origin, modelId, tensors) {
-  const inputs = tensors.map((tensor) => `${quoted(tensor.name)}: ${zeros(tensor)}`);
-  return `import os
-
-import numpy as np
+  const inputs = tensors.map((tensor) => `${quoted(tensor.name)}: ${array(tensor)}`);
+  return `import numpy as np
 from loadledger import Client
 
-with Client(${quoted(origin)}, token=os.environ["TOKEN"]) as client:
+with Client(${quoted(origin)}, token="${PLACEHOLDER}") as client:
     answer = client.infer(${quoted(modelId)}, {${inputs.join(", ")}})
 for name, value in answer.items():
     print(name, value)
@@ -55,19 +69,17 @@ function triton(origin, modelId, tensors) {
   const secure = protocol === "https:" ? ", ssl=True" : "";
   const lines = tensors.flatMap((tensor, at) => [
     `tensor = triton.InferInput(${quoted(tensor.name)}, [${tensor.shape.join(", ")}], ${quoted(tensor.datatype)})`,
-    `tensor.set_data_from_numpy(${zeros(tensor)})`,
+    `tensor.set_data_from_numpy(${array(tensor)})`,
     `inputs.append(tensor)${at < tensors.length - 1 ? "\n" : ""}`,
   ]);
-  return `import os
-
-import numpy as np
+  return `import numpy as np
 import tritonclient.http as triton
 
+headers = {"Authorization": "Bearer ${PLACEHOLDER}"}
 client = triton.InferenceServerClient(${quoted(host)}${secure})
 inputs = []
 ${lines.join("\n")}
 
-headers = {"Authorization": f"Bearer {os.environ['TOKEN']}"}
 answer = client.infer(${quoted(modelId)}, inputs, headers=headers)
 for output in answer.get_response()["outputs"]:
     print(output["name"], answer.as_numpy(output["name"]))

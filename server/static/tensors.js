@@ -1,27 +1,53 @@
-// Tensors of the page's requests: zeros of each input's shape, 1 where it leaves a size open, or the data of a file: a
-// NumPy array (.npy), or an image, scaled and laid out as the model's input wants it. Answers at a glance.
+// Tensors of the page's requests: zeros or ones of the shape that the server found to work, 1 where it found none, or the
+// data of a file: a NumPy array (.npy), or an image, scaled and laid out as the model's input wants it. Shapes as text,
+// and answers at a glance.
 
-const WRITTEN = 256; // values that are written out; more are the word "zeros"
-const WORD = "zeros";
+import { oneLine } from "./format.js";
+
+const WRITTEN = 256; // values that are written out; more are the word "zeros" or "ones"
+const FILLS = ["zeros", "ones"];
 const MOST = 64 * 2 ** 20; // bytes of a request that the server takes
 
-const EMPTY = { BOOL: false, BYTES: "" };
+const FILLED = { BOOL: [false, true], BYTES: ["", ""] }; // by FILLS
+const ONES = { FP16: [0, 60], BF16: [128, 63], FP32: [0, 0, 128, 63], FP64: [0, 0, 0, 0, 0, 0, 240, 63], BYTES: [0] }; // in binary
 const SIZES = { BOOL: 1, INT8: 1, UINT8: 1, INT16: 2, UINT16: 2, FP16: 2, BF16: 2, INT64: 8, UINT64: 8, FP64: 8 };
 const SIZE = 4; // of the others, and of the length before a text
-const WITHOUT_JSON = ["FP16", "BF16"];
+export const WITHOUT_JSON = ["FP16", "BF16"];
 
 const volume = (shape) => shape.reduce((product, size) => product * size, 1);
 
-// The bytes of zeros, or of texts of length 0.
+// The bytes of numbers, or of texts of length 0.
 export const byteSize = ({ datatype, shape }) => volume(shape) * (SIZES[datatype] ?? SIZE);
 
-// Inputs as tensors of zeros: {name, datatype, shape, data}.
-export function zeroTensors(inputs) {
-  return inputs.map(({ name, datatype, shape }) => {
-    const sizes = shape.map((size) => (size < 0 ? 1 : size));
-    const isShort = volume(sizes) <= WRITTEN && !WITHOUT_JSON.includes(datatype);
-    return { name, datatype, shape: sizes, data: isShort ? new Array(volume(sizes)).fill(EMPTY[datatype] ?? 0) : WORD };
+// The bytes of a zero or a one, little-endian; of a text, always of length 0.
+export function elementBytes(datatype, fill) {
+  const bytes = new Array(SIZES[datatype] ?? SIZE).fill(0);
+  if (fill === "ones") bytes.splice(0, (ONES[datatype] ?? [1]).length, ...(ONES[datatype] ?? [1]));
+  return bytes;
+}
+
+// The inputs that a request needs as tensors: {name, datatype, shape, data}.
+export function exampleTensors(inputs) {
+  return inputs.filter(({ optional }) => !optional).map(({ name, datatype, shape, example }) => {
+    const sizes = shape.map((size, at) => (size < 0 ? example?.shape[at] ?? 1 : size)), fill = example?.values ?? "zeros";
+    const isShort = volume(sizes) <= WRITTEN && !WITHOUT_JSON.includes(datatype), value = (FILLED[datatype] ?? [0, 1])[FILLS.indexOf(fill)];
+    return { name, datatype, shape: sizes, data: isShort ? new Array(volume(sizes)).fill(value) : fill };
   });
+}
+
+// A shape with the names of the sizes that the model leaves open: [batch, 3, height, -1].
+export function shapeText({ shape, dimensions }) {
+  return `[${shape.map((size, at) => (size < 0 && dimensions?.[at] ? oneLine(dimensions[at], 60) : size)).join(", ")}]`;
+}
+
+// Which sizes are guesses, because the model refused what the server tried; "" if there are none.
+export function guessText(inputs) {
+  const refused = inputs.filter(({ example }) => example?.refusal), said = new Set(refused.map(({ example }) => oneLine(example.refusal)));
+  const guesses = refused.map(({ name, shape, dimensions }) => {
+    const open = shape.flatMap((size, at) => (size < 0 ? [oneLine(dimensions?.[at] || `dimension ${at + 1}`, 60)] : []));
+    return open.length ? `${open.join(", ")} of ${oneLine(name, 60)}` : null;
+  }).filter(Boolean).join("; ");
+  return refused.length ? `The model refused what the server tried${guesses && `, so these sizes are guesses: ${guesses}`}. It said: ${[...said].join("; ")}` : "";
 }
 
 // A request as text, an input in each line.
@@ -30,24 +56,27 @@ export function requestText(tensors) {
   return `{"inputs": [\n${text.join(",\n")}\n]}`;
 }
 
-// The body and header fields for a request's text. It is sent as it is, so that long integers are not rounded; zeros, and
-// inputs whose data is the name of a file in `files`, in binary. Throws SyntaxError for what is no JSON, RangeError for
+// The body and header fields for a request's text. It is sent as it is, so that long integers are not rounded; zeros, ones,
+// and inputs whose data is the name of a file in `files`, in binary. Throws SyntaxError for what is no JSON, RangeError for
 // what cannot be sent.
 export function encodeRequest(text, files = new Map()) {
   const request = JSON.parse(text);
   const inputs = Array.isArray(request?.inputs) ? request.inputs : [];
-  const data = inputs.map((input) => files.get(input?.data) ?? (input?.data === WORD ? zeros(input) : null));
+  const data = inputs.map((input) => files.get(input?.data) ?? (FILLS.includes(input?.data) ? filled(input) : null));
   if (data.every((each) => each === null)) return { body: text };
   const head = new TextEncoder().encode(JSON.stringify({ ...request, inputs: inputs.map((input, at) => withoutData(input, data[at])) }));
   const headers = { "Content-Type": "application/octet-stream", "Inference-Header-Content-Length": String(head.length) };
   return { body: new Blob([head, ...data.filter(Boolean)]), headers };
 }
 
-function zeros(input) {
+function filled(input) {
   if (!Array.isArray(input.shape)) return null; // the server says what is wrong with it
-  const bytes = byteSize(input);
-  if (!(bytes <= MOST)) throw new RangeError(`the shape of ${input.name} is too large to send`);
-  return new Uint8Array(bytes);
+  const size = byteSize(input), element = elementBytes(input.datatype, input.data);
+  if (!(size <= MOST)) throw new RangeError(`the shape of ${input.name} is too large to send`);
+  const bytes = new Uint8Array(size);
+  if (size) bytes.set(element);
+  for (let done = element.length; done < size; done *= 2) bytes.copyWithin(done, 0, done);
+  return bytes;
 }
 
 // An input as it is beside its binary data.
@@ -108,9 +137,9 @@ export function layoutOf(shape) {
   return null;
 }
 
-async function image(file, { name, datatype, shape }, scale) {
-  const layout = layoutOf(shape);
-  if (layout === null) throw new RangeError(`${name} has the shape [${shape.join(", ")}], which is no image of 1 or 3 channels`);
+async function image(file, input, scale) {
+  const { name, datatype, shape } = input, layout = layoutOf(shape);
+  if (layout === null) throw new RangeError(`${name} has the shape ${shapeText(input)}, which is no image of 1 or 3 channels`);
   if (!["FP32", "UINT8"].includes(datatype)) throw new RangeError(`${name} takes ${datatype}: an image can be sent as FP32 or UINT8; save a .npy array`);
   const bitmap = await createImageBitmap(file).catch(() => {
     throw new RangeError("the browser cannot read this image");

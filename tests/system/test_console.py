@@ -4,6 +4,7 @@ With `SCREENSHOTS=docs/images` the pictures of the README are written there.
 """
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from onnx import ModelProto, TensorProto, helper
 from playwright.async_api import BrowserContext, Page, Route, ViewportSize, expect
 from support import models
 from support.browser import DESKTOP, PHONE, Console, needs_browser, tokens_in
@@ -42,6 +44,7 @@ def write_models(root: Path) -> None:
     models.save(models.counting_loop(), root, "counter")
     models.save_bytes(models.TEXT, root, "broken")
     models.save(models.weights(36), root, "large")  # needs 98 MB: nothing else may be loaded
+    models.save(answer_inputs(), root, "open")
     for model_id in ("refused", "hostile", "paged"):
         models.save(models.add(), root, model_id)
 
@@ -147,13 +150,6 @@ async def test_model_page_shows_bytes_charts_and_programs(server: Server, admin:
     await expect(page.locator(".traffic .summary").nth(1)).to_contain_text("in the last hour")
     await page.get_by_role("button", name="Show the last 24 hours").last.click()
     await expect(page.locator(".traffic .summary").nth(1)).to_contain_text("answered in the last 24 hours")
-    await page.get_by_role("button", name="Python").click()
-    program = await page.locator(".its-calls pre").inner_text()
-    environment = {**os.environ, "TOKEN": server.api.token("predict")}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-c", program, env=environment, stdout=asyncio.subprocess.PIPE
-    )
-    assert b"y" in (await process.communicate())[0]
     await check_accessibility(admin)
     await page.set_viewport_size(PHONE)
     await admin.fits()
@@ -161,6 +157,104 @@ async def test_model_page_shows_bytes_charts_and_programs(server: Server, admin:
     await expect(page.get_by_role("heading", name="paged")).to_be_visible()
     await page.get_by_role("link", name="All models").click()
     await admin.see("paged", "loaded")
+
+
+TENSORS = {
+    "images": ("FP32", TensorProto.FLOAT),
+    "half": ("FP16", TensorProto.FLOAT16),
+    "ids": ("INT64", TensorProto.INT64),
+    "flags": ("BOOL", TensorProto.BOOL),
+    "texts": ("BYTES", TensorProto.STRING),
+}
+"""Inputs of a model that answers with them: datatype, and ONNX element type."""
+PROGRAMS = {
+    "curl": ("sh", "-c"),
+    "Python": (sys.executable, "-P", "-c"),
+    "tritonclient": (sys.executable, "-P", "-c"),
+}
+"""What runs the programs of a model's page."""
+
+
+def answer_inputs() -> ModelProto:
+    """A model that answers with its inputs, of any shape: FP16 as FP32, because JSON has no FP16."""
+    shape = ("batch", 2, None)
+    return models.model(
+        [
+            helper.make_node("Cast", [name], [f"{name}_out"], to=TensorProto.FLOAT)
+            if name == "half"
+            else helper.make_node("Identity", [name], [f"{name}_out"])
+            for name in TENSORS
+        ],
+        [models.value(name, element, shape) for name, (_, element) in TENSORS.items()],
+        [
+            models.value(f"{name}_out", TensorProto.FLOAT if name == "half" else element, shape)
+            for name, (_, element) in TENSORS.items()
+        ],
+    )
+
+
+async def add_examples(page: Page, fill: str, length: int, refusal: str | None) -> None:
+    """Have the server's answers say what it found when it tried the model."""
+    example = {"shape": [1, 2, length], "values": fill, "refusal": refusal}
+
+    async def answer(route: Route) -> None:
+        response = await route.fetch()
+        described = await response.json()
+        for tensor in described["inputs"]:
+            tensor |= {"dimensions": ["batch", "", ""], "example": example}
+        await route.fulfill(response=response, json=described)
+
+    await page.route(re.compile(r"/models/open$"), answer)
+
+
+async def run_program(kind: str, program: str) -> str:
+    """Run a program of a model's page; return what it prints."""
+    process = await asyncio.create_subprocess_exec(*PROGRAMS[kind], program, stdout=asyncio.subprocess.PIPE)
+    printed, _ = await process.communicate()
+    assert process.returncode == 0
+    return printed.decode()
+
+
+@pytest.mark.parametrize(("fill", "length"), [(None, 1), ("ones", 3), ("ones", 1000), ("zeros", 1000)])
+async def test_programs_run_as_they_are_shown(
+    server: Server, admin: Console, fill: str | None, length: int
+) -> None:
+    page = admin.page
+    await server.api.load("open")
+    if fill:
+        await add_examples(page, fill, length, None)
+    await admin.go("#/models/open")
+    await expect(page.locator(".its-tensors tbody")).to_contain_text("[batch, 2, -1]" if fill else "2, -1]")
+    for kind in PROGRAMS:
+        await page.locator(".its-calls").get_by_role("button", name=kind, exact=True).click()
+        shown = await page.locator(".its-calls pre").inner_text()
+        assert shown.count("PASTE A TOKEN HERE") == 1
+        printed = await run_program(kind, shown.replace("PASTE A TOKEN HERE", server.api.token("predict")))
+        assert all(f"{name}_out" in printed for name in TENSORS)
+        if kind == "curl":
+            answer = {each["name"]: each for each in json.loads(printed)["outputs"]}
+            assert {each["shape"][2] for each in answer.values()} == {length}
+            values = {name: set(each["data"]) for name, each in answer.items()}
+            assert values.pop("texts_out") == {""}
+            assert set.union(*values.values()) == {fill == "ones"}
+
+
+async def test_sizes_that_the_model_refused_are_said_to_be_guesses(server: Server, admin: Console) -> None:
+    await server.api.load("open")
+    await add_examples(admin.page, "ones", 640, "Got invalid dimensions")
+    await admin.go("#/models/open")
+    guess = "so these sizes are guesses: batch, dimension 3 of images; "
+    await expect(admin.page.locator(".its-calls")).to_contain_text(guess)
+    await admin.page.get_by_role("button", name="Predict…").click()
+    dialog = admin.page.locator("dialog[open]")
+    await expect(dialog).to_contain_text("images: FP32 [batch, 2, -1]")
+    await expect(dialog).to_contain_text("It said: Got invalid dimensions")
+    await expect(dialog.locator("textarea")).to_have_value(
+        re.compile(r'"shape": \[1,2,640\], "data": "ones"')
+    )
+    await admin.choose("Predict")
+    await expect(dialog.locator("#predict-outputs")).to_contain_text("images_out: FP32 [1, 2, 640]")
+    await expect(dialog.locator("#predict-outputs")).to_contain_text("values from 1 to 1")
 
 
 DROP = """(section, files) => {

@@ -291,10 +291,39 @@ CASES: dict[str, tuple[object, str]] = {
         ["it's", 4000, 4000, True],
         """
         const { snippets } = await import("/console/snippets.js");
-        const [{ text }] = snippets("http://h", "m", [{ name: "it's", datatype: "FP32", shape: [-1, 1000] }]);
+        const input = { name: "it's", datatype: "FP32", shape: [-1, 1000] };
+        const [{ text }] = snippets("http://h", "m", [input], [input]);
         const [, head, zeros] = /printf %s '([^']*)'; head -c ([0-9]+) /.exec(text);
         const { name, parameters } = JSON.parse(head).inputs[0];
         return [name, parameters.binary_data_size, Number(zeros), text.includes(`Length: ${head.length}"`)];
+        """,
+    ),
+    "curl keeps an answer that JSON cannot represent in a file": (
+        [True, {"binary_data_output": True}],
+        """
+        const { snippets } = await import("/console/snippets.js");
+        const input = { name: "x", datatype: "FP32", shape: [1] }, output = { ...input, datatype: "BF16" };
+        const [{ text }] = snippets("http://h", "m", [input], [output]);
+        return [text.includes("--output answer.bin"), JSON.parse(/-d '([^']*)'/.exec(text)[1]).parameters];
+        """,
+    ),
+    "sizes have names, and are guesses where the model refused them": (
+        [
+            "[batch, 3, height, -1]",
+            "[-1]",
+            "",
+            " refused, so these sizes are guesses: batch, height, dimension 4 of i; dimension 1 of s. It said: no",
+            " refused. It said: no",
+        ],
+        """
+        const { guessText, shapeText } = await import("/console/tensors.js");
+        const shape = [-1, 3, -1, -1], dimensions = ["batch", "", "height", ""];
+        const input = (refusal) => ({ name: "i", shape, dimensions, example: { refusal } });
+        const bare = { name: "s", shape: [-1] }, refused = { ...bare, example: { refusal: "no" } };
+        const said = (...inputs) => guessText(inputs).replace("The model", "").replace(" what the server tried", "");
+        const fixed = { ...input("no"), shape: [1, 3, 8, 8] };
+        return [shapeText(input(null)), shapeText(bare), said(input(null), bare),
+          said(input("no"), refused), said(fixed)];
         """,
     ),
     "a request is prefilled with zeros": (
@@ -309,8 +338,8 @@ CASES: dict[str, tuple[object, str]] = {
             True,  # more than a JavaScript number holds
         ],
         """
-        const { encodeRequest, requestText, zeroTensors } = await import("/console/tensors.js");
-        const text = (...inputs) => requestText(zeroTensors(inputs));
+        const { encodeRequest, exampleTensors, requestText } = await import("/console/tensors.js");
+        const text = (...inputs) => requestText(exampleTensors(inputs));
         const ask = (...inputs) => JSON.parse(encodeRequest(text(...inputs)).body);
         const askBinary = async (...inputs) => {
           const { body, headers } = encodeRequest(text(...inputs));
