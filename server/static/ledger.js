@@ -6,7 +6,7 @@ import { summary, toneOf, TYPES } from "./eventtext.js";
 import { count, oneLine, plain } from "./format.js";
 import { address, href, replace } from "./router.js";
 import { advance, connection, epoch, head, oldest, subscribe } from "./state.js";
-import { html, PageHead, Refusal, Time, useEffect, useMemo, useRef, useRequest, useState } from "./ui.js";
+import { Hint, html, PageHead, Refusal, Time, useEffect, useMemo, useRef, useRequest, useRetry, useState } from "./ui.js";
 
 const PAGE = 50;
 const MOST = 400; // events that are kept on the page, before older ones are asked for
@@ -16,7 +16,7 @@ const NONE = { events: [], cursor: null, most: MOST, asOf: 0, error: null };
 
 export function LedgerPage() {
   const filters = filtersOf(address.value.query), [isFollowing, setFollowing] = useState(true);
-  const { events, cursor, error, fetchOlder } = useEvents(filters, isFollowing);
+  const { events, cursor, error, isEmpty, fetchOlder } = useEvents(filters, isFollowing);
   return html`
     <${PageHead} title="Ledger" count=${head.value ? count(head.value, "event") : ""}>
       <label class="check"><input type="checkbox" checked=${isFollowing} onChange=${(event) => setFollowing(event.target.checked)} /> Follow</label>
@@ -25,7 +25,7 @@ export function LedgerPage() {
       <${Filters} filters=${filters} />
       <${Refusal} text=${error && errorText(error)} />
       <${EventList} events=${events} />
-      ${events.length === 0 && cursor === null && html`<p class="hint">No event matches.</p>`}
+      ${isEmpty && html`<${Hint}>No event matches.<//>`}
       ${cursor !== null && events.length < MOST_ASKED && html`<button id="ledger-older" type="button" onClick=${fetchOlder}>Older</button>`}
     </section>`;
 }
@@ -80,7 +80,8 @@ export function useEvents(filters, isFollowing = true) {
     if (isUnheard) fetchPage(null);
   }, [isUnheard && head.value]);
   useEffect(() => () => latest.drop(), []);
-  return { ...shown, fetchOlder: () => fetchPage(shown.cursor) };
+  useRetry(shown.error, () => fetchPage(null));
+  return { ...shown, isEmpty: shown.asOf > 0 && !shown.events.length, fetchOlder: () => fetchPage(shown.cursor) };
 }
 
 function matches(event, { type, model, actor, job }) {

@@ -14,7 +14,7 @@ import { address, href } from "./router.js";
 import { cleanToken, isSignInLink, keep, keepToken, keptToken, readSession, recall, takeSignInCode } from "./session.js";
 import { connection, heardAt, nodes, now, resources, session } from "./state.js";
 import { TimelinePage } from "./timeline.js";
-import { Boundary, computed, effect, html, notices, render, signal, useEffect, useRef } from "./ui.js";
+import { Boundary, computed, effect, html, notices, render, signal, useEffect, useKeptFocus, useRef } from "./ui.js";
 
 const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
 const LOUD_AFTER_MS = 1500; // a server that starts again is back by then, and nobody needs to know
@@ -25,7 +25,7 @@ function Shell() {
   return html`
     <div class=${connection.value.mode === "lost" ? "old" : ""}>
       <a class="skip" href="#main" onClick=${skip}>Skip to the page</a>
-      <header class="top">
+      <div class="tops"><header class="top">
         <h1><a class="home" href="#/"><img src="/console/console.svg" alt="" width="22" height="22" />loadledger</a></h1>
         ${session.value && html`<${Navigation} /><${Connection} />`}
         <${Notices} />
@@ -33,7 +33,7 @@ function Shell() {
         <a class="quiet" href="/docs">API</a>
         ${session.value && html`<button type="button" onClick=${() => signOut()}>Sign out</button>`}
       </header>
-      ${session.value && html`<${Lost} /><${Confinement} />`}
+      ${session.value && html`<${Lost} /><${Confinement} />`}</div>
       <main id="main" tabindex="-1">${session.value ? html`<${Page} />` : html`<${SignIn} />`}</main>
       ${dialog.value && html`<${dialog.value.component} key=${dialog.value.key} ...${dialog.value.props} />`}
     </div>`;
@@ -91,13 +91,14 @@ function Banner() {
   const { since, why, retryAt } = connection.value, waits = Math.max(0, Math.ceil((retryAt - now.value) / 1000));
   const heard = clock(new Date(heardAt.value).toISOString());
   return html`
-    <div id="lost" class="banner">
+    <aside id="lost" class="banner" aria-label="Connection">
       <p><strong>Not connected for ${age((now.value - since) / 1000)}.</strong> The data is as of ${heard}. ${why}</p>
       <p>${retryAt && `Trying again in ${waits} s.`} <button type="button" onClick=${retryNow}>Try now</button></p>
-    </div>`;
+    </aside>`;
 }
 
 function Notices() {
+  useKeptFocus();
   return html`
     <ul id="notices" class="notices" aria-label="Results of your requests" aria-live="polite">
       ${notices.value.map(({ number, kind, text, withdraw }) => html`

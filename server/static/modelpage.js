@@ -11,7 +11,7 @@ import { address, href } from "./router.js";
 import { PLACEHOLDER, snippets } from "./snippets.js";
 import { jobs, models, nodes, session, subscribe, useOf } from "./state.js";
 import { guessText, shapeText } from "./tensors.js";
-import { ActionsCell, Button, Cell, Files, Hint, html, Panel, Pill, Refusal, Row, useEffect, useRequest, useState } from "./ui.js";
+import { ActionsCell, Button, Cell, Files, Hint, html, Panel, Pill, Refusal, Row, useEffect, useKeptFocus, useRequest, useState } from "./ui.js";
 import { addVersion, mayAdd, useDrops } from "./upload.js";
 
 const JOBS = 10;
@@ -22,11 +22,12 @@ const PAUSE_MS = 500; // between an event and the look at what it changed
 export function ModelPage() {
   const { id } = address.value, path = `/api/v1/models/${encodeURIComponent(id)}`, { audits, manages } = session.value;
   const changes = useChanges(id), described = useRequest((signal) => describe(path, signal), [changes]);
-  const model = models.value.get(id) ?? described.answer;
+  const { answer, error } = described, model = models.value.get(id) ?? answer, why = error ? errorText(error) : answer ? "" : "Loading…";
+  if (error?.status === 404 && !model) return html`<${Head} id=${id} refusal=${why} />`;
   return html`
-    <${Head} id=${id} model=${model} refusal=${described.error ? errorText(described.error) : ""} />
+    <${Head} id=${id} model=${model} refusal=${error ? why : ""} />
     <${Panel} kind="traffic" title="Requests and memory"><${Charts} modelId=${id} /><//>
-    <div class="halves"><${Tensors} described=${described} /><${Calls} id=${id} model=${described.answer} /></div>
+    <div class="halves"><${Tensors} model=${answer} why=${why} /><${Calls} id=${id} model=${answer} why=${why} /></div>
     ${model && html`<${Versions} model=${model} changes=${changes} />`}
     <div class="halves"><${Jobs} id=${id} changes=${changes} />${audits && html`<${Events} id=${id} />`}</div>
     ${manages && html`<${Printed} path=${path} changes=${changes} />`}`;
@@ -61,6 +62,7 @@ async function describe(path, signal) {
 
 // Its name and state, what may be done, and the facts of the moment.
 function Head({ id, model, refusal }) {
+  useKeptFocus();
   return html`
     <section class="panel model-head" aria-label="Model ${id}">
       <p class="crumbs"><a href=${href()}>‹ All models</a></p>
@@ -94,10 +96,9 @@ function Facts({ model }) {
     </dl>`;
 }
 
-function Tensors({ described: { answer, error } }) {
+function Tensors({ model: answer, why }) {
   const kinds = { input: answer?.inputs ?? [], output: answer?.outputs ?? [] };
   const tensors = Object.entries(kinds).flatMap(([kind, some]) => some.map((tensor) => ({ kind, ...tensor })));
-  const none = error ? errorText(error) : answer ? "Its file does not say: they are known when it is loaded." : "Loading…";
   const row = ({ kind, name, datatype, ...tensor }) => html`
     <tr key="${kind} ${name}">
       <td class="dim">${kind}</td><th scope="row">${oneLine(name, 200)}</th><td>${oneLine(datatype, 20)}</td>
@@ -105,7 +106,7 @@ function Tensors({ described: { answer, error } }) {
     </tr>`;
   return html`
     <${Panel} kind="its-tensors" title="Inputs and outputs">
-      ${tensors.length === 0 && html`<${Hint}>${none}<//>`}
+      ${tensors.length === 0 && html`<${Hint}>${why || "Its file does not say: they are known when it is loaded."}<//>`}
       ${tensors.length > 0 && html`
         <table class="tensors">
           <thead><tr>
@@ -118,7 +119,7 @@ function Tensors({ described: { answer, error } }) {
 }
 
 // How to ask it from elsewhere, to be copied.
-function Calls({ id, model }) {
+function Calls({ id, model, why }) {
   const [chosen, setChosen] = useState(0), [copied, setCopied] = useState("");
   const written = model?.inputs ? snippets(location.origin, id, model.inputs, model.outputs) : [], guess = guessText(model?.inputs ?? []);
   const copy = async () => {
@@ -142,12 +143,12 @@ function Calls({ id, model }) {
           <${Button} about="the program" onClick=${copy}>Copy<//><span class="hint" role="status">${copied}</span>
         </p>
         <${Hint}>
-          Replace ${PLACEHOLDER} by a token with the role predict. To make one, run on the server:
+          Replace <code>${PLACEHOLDER}</code> by a token with the role predict. To make one, run on the server:
           ${" "}<code>loadledger token --data DATA --role predict --subject YOU</code>
         <//>
         ${guess && html`<${Hint}>${guess}<//>`}`}
       ${written.length > 0 && model.state !== "loaded" && html`<${Hint}>It has to be loaded first.<//>`}
-      ${written.length === 0 && html`<${Hint}>The programs name its inputs, which are known when it is loaded.<//>`}
+      ${written.length === 0 && html`<${Hint}>${why || "The programs name its inputs, which are known when it is loaded."}<//>`}
     <//>`;
 }
 
@@ -214,10 +215,11 @@ function Jobs({ id, changes }) {
 }
 
 function Events({ id }) {
-  const { events, cursor, error, fetchOlder } = useEvents({ model: id });
+  const { events, cursor, error, isEmpty, fetchOlder } = useEvents({ model: id });
   return html`
     <${Panel} kind="its-events" title="Events">
       <div class="scroll" tabindex="0" role="group" aria-label="Events of the model"><${EventList} events=${events} /></div>
+      ${isEmpty && html`<${Hint}>The ledger has no event of it.<//>`}
       ${error && html`<${Hint}>${errorText(error)}<//>`}
       ${cursor !== null && html`<button type="button" onClick=${fetchOlder}>Older</button>`}
     <//>`;

@@ -13,12 +13,14 @@ const PAGE = 100; // models that are shown at first, and more each time
 const ORDER = ["failed", "lost", "unloading", "loading", "loaded", "unloaded"]; // those that need attention first
 
 export function ModelsList() {
+  useKeptFocus();
   const find = useSignal(""), state = useSignal(""), most = useSignal(PAGE), drops = useDrops();
   const all = [...models.value.values()], text = find.value.trim().toLowerCase();
   const wanted = all.filter((model) => (!state.value || model.state === state.value) && model.id.toLowerCase().includes(text));
   wanted.sort((a, b) => ORDER.indexOf(a.state) - ORDER.indexOf(b.state) || (a.id < b.id ? -1 : 1));
   const loaded = all.filter((model) => model.state === "loaded").length;
-  const title = html`Models <span class="count">${loaded} loaded of ${all.length}</span>`;
+  const rest = wanted.length - most.value, found = wanted.length < all.length ? `, ${wanted.length} shown` : "";
+  const title = html`Models <span class="count">${loaded} loaded of ${all.length}${found}</span>`;
   const controls = html`<div class="filters">
     <span class="pair"><label for="models-find">Find</label>
       <input id="models-find" type="search" autocomplete="off" spellcheck=${false} onInput=${(event) => (find.value = event.target.value)} />
@@ -35,7 +37,7 @@ export function ModelsList() {
       ${wanted.length > 0 && html`<${Table} shown=${wanted.slice(0, most.value)} />`}
       ${all.length > 0 && !wanted.length && html`<p class="hint">No model matches.</p>`}
       ${!all.length && html`<${Empty} />`}
-      ${wanted.length > most.value && html`<button type="button" class="more" onClick=${() => (most.value += PAGE)}>Show more</button>`}
+      ${rest > 0 && html`<button type="button" class="more" onClick=${() => (most.value += PAGE)}>Show more of ${rest}</button>`}
     <//>`;
 }
 
@@ -47,7 +49,6 @@ function Empty() {
 }
 
 function Table({ shown }) {
-  useKeptFocus();
   const acts = session.value.manages || session.value.predicts;
   return html`
     <table class="cards">

@@ -8,7 +8,7 @@ import { cancel } from "./operations.js";
 import { acknowledge, openProblems, problems, showAgain } from "./problems.js";
 import { href } from "./router.js";
 import { models, nodes, resources, session } from "./state.js";
-import { Button, html, ModelLink, Panel, useState } from "./ui.js";
+import { Button, html, ModelLink, Panel, useKeptFocus, useState } from "./ui.js";
 
 const MOST = 12; // problems that are shown
 const MOST_MEMBERS = 100; // of one entry: more are found in the list of models
@@ -20,6 +20,7 @@ export function OverviewPage() {
 }
 
 function Attention() {
+  useKeptFocus();
   const open = openProblems.value, away = problems.value.length - open.length, more = open.length - MOST;
   return html`
     <section class="attention" aria-labelledby="attention-title">
@@ -65,9 +66,9 @@ export function Confinement() {
   const could = acts.map((act) => ACTS[act] ?? act).join(", ");
   const todo = mode === "off" ? "start the server with --confine=auto" : "allow Landlock and seccomp on this machine and in its containers";
   return html`
-    <p id="confinement" class="banner">
+    <aside id="confinement" class="banner" aria-label="Confinement">
       Workers are not fully confined: a model that takes over its worker could ${could}. To change that, ${todo}.
-    </p>`;
+    </aside>`;
 }
 
 function allWellText(away) {

@@ -5,10 +5,7 @@ import { byteSize, elementBytes, exampleTensors, WITHOUT_JSON } from "./tensors.
 // What somebody replaces by a token, once in each program.
 export const PLACEHOLDER = "PASTE A TOKEN HERE";
 
-const NUMPY = {
-  BOOL: "bool_", INT8: "int8", UINT8: "uint8", INT16: "int16", UINT16: "uint16", INT32: "int32", UINT32: "uint32", INT64: "int64",
-  UINT64: "uint64", FP16: "float16", FP32: "float32", FP64: "float64", BYTES: "object_",
-};
+const numpy = (datatype) => ({ BOOL: "bool_", BF16: "float32" })[datatype] ?? datatype.toLowerCase().replace("fp", "float");
 
 // `inputs` and `outputs` are those of the metadata. Returns [{name, text}], each complete but for the token.
 export function snippets(origin, modelId, inputs, outputs) {
@@ -30,9 +27,8 @@ function curl(origin, modelId, tensors, outputs) {
   const command = `curl -sS${file} ${origin}/v2/models/${encodeURIComponent(modelId)}/infer -H "Authorization: Bearer $TOKEN"`;
   const token = `TOKEN="${PLACEHOLDER}"\n`, long = tensors.filter(({ data }) => !Array.isArray(data));
   if (!long.length) return `${token}${command} \\\n  -d ${inShellQuotes({ inputs: tensors, ...rest })}\n`;
-  const inputs = tensors.map(({ data, ...tensor }) => ({
-    ...tensor, ...(Array.isArray(data) ? { data } : { parameters: { binary_data_size: byteSize(tensor) } }),
-  }));
+  const inputs = tensors.map(({ data, ...tensor }) =>
+    (Array.isArray(data) ? { ...tensor, data } : { ...tensor, parameters: { binary_data_size: byteSize(tensor) } }));
   const head = inShellQuotes({ inputs, ...rest }), length = new TextEncoder().encode(head).length - 2;
   return `${token}(printf %s ${head}; ${long.map(binary).join("; ")}) |
 ${command} \\
@@ -49,7 +45,7 @@ function binary(tensor) {
 
 function array({ datatype, shape, data }) {
   const sizes = `(${shape.join(", ")}${shape.length === 1 ? "," : ""})`, fill = Array.isArray(data) ? (data[0] ? "ones" : "zeros") : data;
-  return datatype === "BYTES" ? `np.full(${sizes}, "", np.object_)` : `np.${fill}(${sizes}, np.${NUMPY[datatype] ?? "float32"})`;
+  return datatype === "BYTES" ? `np.full(${sizes}, "", np.object_)` : `np.${fill}(${sizes}, np.${numpy(datatype)})`;
 }
 
 function python(origin, modelId, tensors) {
@@ -67,19 +63,16 @@ for name, value in answer.items():
 function triton(origin, modelId, tensors) {
   const { host, protocol } = new URL(origin);
   const secure = protocol === "https:" ? ", ssl=True" : "";
-  const lines = tensors.flatMap((tensor, at) => [
-    `tensor = triton.InferInput(${quoted(tensor.name)}, [${tensor.shape.join(", ")}], ${quoted(tensor.datatype)})`,
-    `tensor.set_data_from_numpy(${array(tensor)})`,
-    `inputs.append(tensor)${at < tensors.length - 1 ? "\n" : ""}`,
-  ]);
+  const parts = tensors.map((tensor) => `tensor = triton.InferInput(${quoted(tensor.name)}, [${tensor.shape.join(", ")}], ${quoted(tensor.datatype)})
+tensor.set_data_from_numpy(${array(tensor)})
+inputs.append(tensor)\n`);
   return `import numpy as np
 import tritonclient.http as triton
 
 headers = {"Authorization": "Bearer ${PLACEHOLDER}"}
 client = triton.InferenceServerClient(${quoted(host)}${secure})
 inputs = []
-${lines.join("\n")}
-
+${parts.join("\n")}
 answer = client.infer(${quoted(modelId)}, inputs, headers=headers)
 for output in answer.get_response()["outputs"]:
     print(output["name"], answer.as_numpy(output["name"]))

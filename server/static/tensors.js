@@ -21,9 +21,8 @@ export const byteSize = ({ datatype, shape }) => volume(shape) * (SIZES[datatype
 
 // The bytes of a zero or a one, little-endian; of a text, always of length 0.
 export function elementBytes(datatype, fill) {
-  const bytes = new Array(SIZES[datatype] ?? SIZE).fill(0);
-  if (fill === "ones") bytes.splice(0, (ONES[datatype] ?? [1]).length, ...(ONES[datatype] ?? [1]));
-  return bytes;
+  const one = fill === "ones" ? ONES[datatype] ?? [1] : [];
+  return [...one, ...new Array((SIZES[datatype] ?? SIZE) - one.length).fill(0)];
 }
 
 // The inputs that a request needs as tensors: {name, datatype, shape, data}.

@@ -45,7 +45,7 @@ export function TimelinePage() {
       <${Controls} range=${range} bounds=${bounds} moves=${moves} find=${find} setFind=${setFind} />
       <${Refusal} text=${error && errorText(error)} />
       <${Plot} view=${view} />
-      <${Hints} page=${page} find=${query.find} from=${from} />
+      <${Hints} page=${page} error=${error} find=${query.find} from=${from} />
       <${Detail} selected=${selected} />
       <div class="foot"><${Legend} /><${Pages} page=${page} cursors=${cursors} setCursors=${setCursors} /></div>
       <${More} lanes=${lanes} />
@@ -178,8 +178,8 @@ function Controls({ range, bounds, moves, find, setFind }) {
     </div>`;
 }
 
-function Hints({ page, find, from }) {
-  if (!page) return html`<p class="hint">Loading…</p>`;
+function Hints({ page, error, find, from }) {
+  if (!page) return !error && html`<p class="hint">Loading…</p>`;
   const none = find ? "No model of this range matches." : "No model was asked for in this range. Its lane begins with its first load.";
   const isArchived = page.oldest > 1 && page.known_from !== null && Date.parse(page.known_from) > from;
   const hints = [

@@ -4,7 +4,7 @@ import { Component, h, render } from "./vendor/preact.js";
 import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./vendor/hooks.js";
 import { computed, effect, signal, untracked, useSignal } from "./vendor/signals.js";
 import htm from "./vendor/htm.js";
-import { Latest } from "./api.js";
+import { Latest, Unreachable } from "./api.js";
 import { bytes, clock, oneLine, stamp } from "./format.js";
 import { href } from "./router.js";
 
@@ -83,7 +83,8 @@ export function Files({ files }) {
     <span>${oneLine(file.path, 200)}, ${bytes(file.bytes)} </span><code>${oneLine(file.sha256, 64)}</code></li>`)}</ul>`;
 }
 
-// Asks `ask(signal)` at first, when `deps` change, and by `again`; the latest answer wins, and stays until the next.
+// Asks `ask(signal)` at first, when `deps` change, by `again`, and until an answer comes; the latest one wins, and stays until
+// the next.
 export function useRequest(ask, deps) {
   const [found, setFound] = useState({ answer: null, error: null });
   const latest = useMemo(() => new Latest(), []), asking = useRef(ask);
@@ -91,18 +92,31 @@ export function useRequest(ask, deps) {
   const again = useCallback(() => latest.request((signal) => asking.current(signal),
     (answer) => setFound({ answer, error: null }), (error) => setFound((before) => ({ ...before, error }))), []);
   useEffect(() => void again(), deps);
+  useRetry(found.error, again);
   useEffect(() => () => latest.drop(), []);
   return { ...found, again };
 }
 
-// Keeps the focus where it is when rows are put in another order: a node that moves loses it.
+// Calls `again` a little after the server could not be reached.
+export function useRetry(error, again) {
+  useEffect(() => {
+    const timer = error instanceof Unreachable ? setTimeout(again, RETRY_MS) : null;
+    return () => clearTimeout(timer);
+  }, [error]);
+}
+
+// Keeps the focus where it is when rows are put in another order: a node that moves loses it. From a button that is gone, it
+// goes to the head of its row, to the last row of its list, or to the head of the page.
 export function useKeptFocus() {
-  const focused = document.activeElement;
+  const focused = document.activeElement, row = focused?.closest("tr, section");
   useLayoutEffect(() => {
-    if (document.activeElement === document.body && focused?.isConnected) focused.focus({ preventScroll: true });
+    if (document.activeElement !== document.body || focused === document.body) return;
+    const kept = focused?.isConnected ? focused : row?.isConnected && [...row.querySelectorAll("th a")].at(-1);
+    (kept || document.querySelector("main h2"))?.focus({ preventScroll: true });
   });
 }
 
+const RETRY_MS = 3000;
 const MOST_NOTICES = 4;
 const STAYS_MS = 15_000; // what went well: the rest of the page shows it, too
 let number = 0;

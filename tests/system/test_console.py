@@ -97,6 +97,7 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     await page.locator("#load-version").select_option("1")
     await admin.choose("Load")
     await admin.see("digits", "loaded")
+    await expect(admin.row("digits").get_by_role("link")).to_be_focused()  # the button is gone
     await expect(page.locator("#notices")).to_contain_text("Load of digits completed")
 
     await admin.press("digits", "Predict")
@@ -442,14 +443,37 @@ async def test_console_reconnects_after_restart(browser: BrowserContext, tmp_pat
             await first.stop()
             await expect(console.page.locator("#lost")).to_contain_text("Not connected for")
             await expect(console.connection).to_have_text("Not connected")
+            await console.go("#/ledger")
+            events = console.page.locator("#ledger")
+            await expect(events).to_contain_text("The server cannot be reached")
+            await expect(events.get_by_text("No event matches")).to_be_hidden()
             async with serving(replace(config, port=int(port)), f"--port={port}") as second:
                 await expect(console.connection).to_have_text("Live")
                 await expect(console.page.locator("#lost")).to_be_hidden()
                 await when(lambda: second.api.model("m"), lambda model: model["state"] == "loaded")
-                await console.see("m", "loaded")
-                await console.go("#/ledger")
                 started = console.page.locator(".page").get_by_text("ServerStarted", exact=True)
                 await expect(started.and_(console.page.locator("strong"))).to_have_count(2)
+                await console.go("#/")
+                await console.see("m", "loaded")
+
+
+async def test_model_page_is_complete_once_the_server_is_back(server: Server, admin: Console) -> None:
+    page = admin.page
+    await server.api.load("paged")
+    await admin.see("paged", "loaded")
+    await page.route("**/api/**", lambda route: route.abort())
+    await admin.go("#/models/paged")
+    await expect(page.locator(".its-tensors, .its-calls").last).to_contain_text(
+        "The server cannot be reached"
+    )
+    await page.unroute("**/api/**")
+    await expect(page.locator(".its-calls pre")).to_contain_text("TOKEN=")
+
+
+async def test_page_of_an_unknown_model_says_only_so(admin: Console) -> None:
+    await admin.page.evaluate("location.hash = '#/models/none'")
+    await expect(admin.page.locator("main .refusal")).to_have_text(re.compile("^No such model"))
+    await expect(admin.page.locator("main section")).to_have_count(1)
 
 
 # Accessibility, dialogs, pictures.
@@ -535,6 +559,17 @@ async def test_dialogs_and_search_work_by_keyboard(busy_admin: Console) -> None:
     await page.get_by_label("Find").focus()
     await page.keyboard.type("RANK")
     await expect(page.locator("#models-rows > tr")).to_have_count(1)
+
+
+async def test_focus_stays_in_the_page_when_its_button_is_gone(busy_admin: Console) -> None:
+    page = busy_admin.page
+    heading = page.get_by_role("heading", name="What needs you")
+    await busy_admin.attention.get_by_role("button", name="Acknowledge").press("Enter")
+    await expect(busy_admin.attention).to_have_count(2)
+    await expect(heading).to_be_focused()
+    await page.locator("#attention-away").press("Enter")
+    await expect(busy_admin.attention).to_have_count(3)
+    await expect(heading).to_be_focused()
 
 
 async def check_accessibility(console: Console, part: str | None = None) -> None:
