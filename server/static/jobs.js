@@ -108,10 +108,10 @@ function JobFacts({ job }) {
 }
 
 function JobEvents({ id }) {
-  const { events, error } = useEvents({ job: id });
+  const { events, error, isEmpty } = useEvents({ job: id });
   return html`
     <${Panel} kind="job-events" title="Events" controls=${html`<a href=${href("ledger", null, { job: id })}>In the ledger</a>`}>
       <${Refusal} text=${error && errorText(error)} />
-      <${EventList} events=${events} />
+      <${EventList} events=${events} />${isEmpty && html`<${Hint}>The ledger has no event of it.<//>`}
     <//>`;
 }

@@ -66,7 +66,7 @@ function Table({ shown }) {
 
 function ModelRow({ model, acts }) {
   const facts = factsOf(model), threads = model.threads ? `${count(model.threads, "thread")} in each worker` : null;
-  const loaded = model.loaded_at ? `${clock(model.loaded_at)} by ${oneLine(model.loaded_by, 60)}${broughtBack(model)}` : "–";
+  const loaded = model.loaded_at ? `${clock(model.loaded_at)} by ${oneLine(model.loaded_by, 60)}` : "–";
   const error = model.error && html` <span class="error" title=${plain(model.error.message)}>${oneLine(model.error.code, 60)}</span>`;
   return html`
     <${Row} heading=${html`<${ModelLink} id=${model.id} /><${ModelBadges} model=${model} />`}>
@@ -76,7 +76,7 @@ function ModelRow({ model, acts }) {
       <${Cell} label="Memory" kind="number" title=${facts.memoryAtLoad}>${facts.memory}<//>
       <${Cell} label="Last use" title=${facts.lastUsedAt}>${facts.lastUse}<//>
       <${Cell} label="In flight" kind="number">${facts.inFlight}<//>
-      <${Cell} label="Loaded" title=${model.loaded_at}>${loaded}<//>
+      <${Cell} label="Loaded" title=${model.loaded_at && `${model.loaded_at}${broughtBack(model)}`}>${loaded}<//>
       ${acts && html`<${ActionsCell}><${ModelButtons} model=${model} /><//>`}
     <//>`;
 }

@@ -75,7 +75,7 @@ export function AsOf({ id, past: { answer, error } }) {
   const shown = Math.min(wanted, head.value), first = Math.max(0, oldest.value - 1), isNow = id === null;
   return html`
     <section id="past" class="panel past ${isNow ? "" : "then"}" aria-labelledby="past-title">
-      <div class="head"><h3 id="past-title">As of</h3><p id="past-when" class="figures" aria-live="polite">${whenText(isNow, page)}</p></div>
+      <div class="head"><h3 id="past-title">As of</h3><p id="past-when" class="figures" aria-live="polite">${whenText(isNow, page, error)}</p></div>
       <div class="travel">
         <label for="past-slider" class="unseen">Position of the ledger</label>
         <input id="past-slider" type="range" min=${first} max=${head.value} value=${shown}
@@ -105,9 +105,9 @@ function Field({ value, enter, ...more }) {
     onChange=${send} onKeyDown=${(event) => event.key === "Enter" && send(event)} onBlur=${() => setTyped(null)} />`;
 }
 
-function whenText(isNow, page) {
+function whenText(isNow, page, error) {
   if (isNow) return `position ${head.value}, which is now`;
-  if (!page) return "Loading…";
+  if (!page) return error ? "" : "Loading…";
   if (page.as_of === 0) return "before everything";
   return `position ${page.as_of}${page.as_of_time ? `, ${moment(page.as_of_time)}` : ""}${absenceText(page.server)}`;
 }
