@@ -28,6 +28,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")
 
 DESKTOP = ViewportSize(width=1280, height=1000)
+TABLET = ViewportSize(width=820, height=1100)
 PHONE = ViewportSize(width=375, height=812)
 BLANK = "about:blank"
 

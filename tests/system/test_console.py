@@ -18,7 +18,7 @@ import pytest_asyncio
 from onnx import ModelProto, TensorProto, helper
 from playwright.async_api import BrowserContext, Page, Route, ViewportSize, expect
 from support import models
-from support.browser import DESKTOP, PHONE, Console, needs_browser, tokens_in
+from support.browser import DESKTOP, PHONE, TABLET, Console, needs_browser, tokens_in
 from support.http import ONE, when
 from support.servers import Server, serving
 
@@ -491,8 +491,9 @@ async def test_axe_finds_nothing_serious_in_pages(busy_server: Server, browser: 
             await console.page.goto(f"{busy_server.url}/{address}")
             await expect(console.page.locator("main h2").first).to_be_visible()
             await check_accessibility(console)
-            await console.page.set_viewport_size(PHONE)
-            await console.fits()
+            for size in (PHONE, TABLET):
+                await console.page.set_viewport_size(size)
+                await console.fits()
             await console.page.set_viewport_size(DESKTOP)
         await console.page.set_viewport_size(PHONE)
         await console.page.route("**/api/**", lambda route: route.abort())
