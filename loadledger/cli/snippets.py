@@ -45,14 +45,11 @@ def example_of(tensor: ModelTensor) -> TensorExample:
 
 
 def describe_guess(model: Any) -> str | None:
-    """Return which sizes of the examples are guesses, and why; None if none is."""
-    guessed = [
-        each for each in _required(model) if min(each.shape, default=0) < 0 and example_of(each).refusal
-    ]
-    if not guessed:
-        return None
-    names = ", ".join(f"{each.name} {each.describe_shape()}" for each in guessed)
-    return f"the sizes of open dimensions are guesses, for {names}: {example_of(guessed[0]).refusal}"
+    """Return which sizes are guesses, and why; None if the model answered what the server tried."""
+    guessed = [each for each in _required(model) if example_of(each).refusal]
+    opened = [f"{each.name} {each.describe_shape()}" for each in guessed if min(each.shape, default=0) < 0]
+    sizes = f": sizes are guesses, of {', '.join(opened)}" if opened else ""
+    return f"the model may refuse this{sizes}. {example_of(guessed[0]).refusal}" if guessed else None
 
 
 def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:

@@ -398,7 +398,7 @@ async def _in_time(load: RunningLoad) -> AsyncIterator[None]:
         raise NoProgress(
             f"the load made no progress for {load.progress_timeout_s:g} s: all that time its stage was"
             f" {load.stage!r}. If the model needs longer, as a very large one may, load it with a greater"
-            " progress_timeout_s"
+            " progress_timeout_s; if its warm-up does not end, turn that off in its loadledger.toml"
         ) from None
 
 

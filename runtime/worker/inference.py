@@ -9,9 +9,10 @@ import hashlib
 import math
 import mmap
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -63,6 +64,8 @@ COPIED_BYTES = 32 * 2**10
 """Copying this much takes about as long as creating a view."""
 ALIGNED_COPY_BYTES = 8 * 2**10
 """Copying this much takes about as long as asking for an array's address."""
+MAX_LISTED = 20
+"""Names that an error lists."""
 KNOWN_CHOICES = 64
 """Lists of wanted outputs that are cached; a hostile client may send more."""
 
@@ -263,7 +266,9 @@ class Runner:
         for output in outputs:
             datatype = self._outputs.get(output.name)
             if datatype is None:
-                raise InvalidInput(f"the model has no output {output.name!r}")
+                raise InvalidInput(
+                    f"the model has no output {output.name!r}; it has {_list_names(self._outputs)}"
+                )
             if datatype not in DATATYPES:
                 raise InvalidInput(f"output {output.name!r} is a {datatype}, which is no tensor to send")
         chosen = {output.name: output.text for output in outputs} or {
@@ -363,10 +368,14 @@ class Runner:
         if given:
             raise InvalidInput(f"input {name!r} is given twice")
         if expected is None:
-            raise InvalidInput(f"the model has no input {name!r}")
+            raise InvalidInput(f"the model has no input {name!r}; it has {_list_names(self._inputs)}")
         if expected not in DATATYPES:
             raise InvalidInput(f"input {name!r} is a {expected}, which no tensor can be")
         raise InvalidInput(f"input {name!r} is {expected}, not {tensor.datatype}")
+
+
+def _list_names(names: Iterable[str]) -> str:
+    return ", ".join(islice(names, MAX_LISTED))
 
 
 def to_array(tensor: Tensor) -> Any:

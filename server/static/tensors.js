@@ -39,14 +39,14 @@ export function shapeText({ shape, dimensions }) {
   return `[${shape.map((size, at) => (size < 0 && dimensions?.[at] ? oneLine(dimensions[at], 60) : size)).join(", ")}]`;
 }
 
-// Which sizes are guesses, because the model refused what the server tried; "" if there are none.
+// Which sizes are guesses, and why; "" if the model answered what the server tried.
 export function guessText(inputs) {
   const refused = inputs.filter(({ example }) => example?.refusal), said = new Set(refused.map(({ example }) => oneLine(example.refusal)));
   const guesses = refused.map(({ name, shape, dimensions }) => {
     const open = shape.flatMap((size, at) => (size < 0 ? [oneLine(dimensions?.[at] || `dimension ${at + 1}`, 60)] : []));
     return open.length ? `${open.join(", ")} of ${oneLine(name, 60)}` : null;
   }).filter(Boolean).join("; ");
-  return refused.length ? `The model refused what the server tried${guesses && `, so these sizes are guesses: ${guesses}`}. It said: ${[...said].join("; ")}` : "";
+  return refused.length ? `The model may refuse this${guesses && `: sizes are guesses, of ${guesses}`}. ${[...said].join("; ")}` : "";
 }
 
 // A request as text, an input in each line.

@@ -43,7 +43,9 @@ const isPosition = (id) => /^\d+$/.test(id);
 // All models of a moment, those first that were more than known of.
 async function fetchModels(at, signal) {
   const ask = (when, cursor) => api.get(`/api/v1/models?${new URLSearchParams({ limit: PAGE, at: when, cursor })}`, { signal });
-  const first = await ask(at, ""), models = [...first.models];
+  const isBefore = ({ code }) => code === "before_first_event";
+  const first = await ask(at, "").catch((problem) => (isBefore(problem) ? ask("0", "") : Promise.reject(problem)));
+  const models = [...first.models];
   advance(first.as_of); // it may be later than what the page has heard of
   for (let cursor = first.next_cursor; cursor; ) {
     const page = await ask(first.as_of, cursor);
