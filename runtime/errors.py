@@ -74,10 +74,8 @@ class UnknownModel(RuntimeProblem):
 
     code = "unknown_model"
 
-    def __init__(self, model_id: str, similar: Iterable[str] = ()) -> None:
-        meant = " or ".join(similar)
-        advice = f"; did you mean {meant}?" if meant else ""
-        super().__init__(f"model {model_id!r} is not in the repository{advice}")
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"model {model_id!r} is not in the repository")
         self.model_id = model_id
 
 

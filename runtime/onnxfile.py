@@ -277,10 +277,11 @@ class _SignatureReader:
     def _read_value(self, value: Field) -> TensorSpec:
         name = self._read_text(self._find(value, _VALUE_NAME))
         kind, shape = self._read_type(self._find(value, _VALUE_TYPE), MAX_TYPE_DEPTH)
-        self._characters_left -= len(name) + len(kind) + sum(len(str(each)) + 8 for each in shape)
+        spec = describe_tensor(name, kind, shape)
+        self._characters_left -= len(name) + len(kind) + 8 * len(shape) + sum(map(len, spec.dimensions))
         if self._characters_left < 0:
             raise TooManyFields(MAX_SIGNATURE_CHARACTERS, "its inputs and outputs")
-        return describe_tensor(name, kind, shape)
+        return spec
 
     def _read_type(self, kind: Field | None, depth: int) -> tuple[str, tuple[int | str, ...]]:
         if depth == 0:
@@ -317,8 +318,8 @@ class _SignatureReader:
     def _read_length(self, dimension: Field) -> int | str:
         fields = self._fields.read_all(dimension.start, dimension.next)
         given = [each for each in fields if each.number in {_LENGTH, _LENGTH_NAME}][-1:]  # the last counts
-        if given and given[0].number == _LENGTH_NAME and given[0].start >= 0:
-            return self._read_text(given[0])
+        if given and given[0].number == _LENGTH_NAME and 0 <= given[0].next - given[0].start < 4 * 64:
+            return bytes(self._data[given[0].start : given[0].next]).decode("utf-8", "replace")
         return given[0].value if given and given[0].value < 2**63 else -1
 
     def _find(self, message: Field, number: int) -> Field | None:

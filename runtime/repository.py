@@ -27,9 +27,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 from weakref import WeakValueDictionary
@@ -168,8 +166,6 @@ MAX_FILES = 10_000
 """Files of one version. The largest known models have hundreds; each becomes part of an event."""
 HUB_FOLDER = "onnx"
 """Where repositories of Hugging Face have their ONNX files."""
-MAX_COMPARED = 1000
-"""Names that are compared with that of an unknown model: 10 ms."""
 MAX_NAMED = 4
 """Of several files, in a message."""
 TICK_S = 0.012
@@ -234,7 +230,7 @@ class Repository:
 
     def models(self) -> list[str]:
         """Return the ids of models with a complete version, sorted."""
-        return [name for name in self.folders() if self.find_versions(name)]
+        return [name for name in self.folders() if self._versions(name)]
 
     def versions(self, model_id: str) -> list[int]:
         """Return the complete versions of a model, lowest first, at least one.
@@ -244,10 +240,9 @@ class Repository:
             UnknownModel: `unknown_model`, no such folder, or no complete version in it.
             RepositoryBusy: `repository_busy`, that cannot be known now.
         """
-        versions = self.find_versions(check_model_id(model_id))
+        versions = self._versions(check_model_id(model_id))
         if not versions:
-            others = (name for name in self.folders() if name != model_id)
-            raise UnknownModel(model_id, get_close_matches(model_id, islice(others, MAX_COMPARED)))
+            raise UnknownModel(model_id)
         return versions
 
     def find_version(self, model_id: str, version: int | None = None) -> int:
@@ -354,8 +349,7 @@ class Repository:
         with open_folder(self.root, self.folder_of(model_id, version)) as folder:
             return folder.stat_files()
 
-    def find_versions(self, model_id: str) -> list[int]:
-        """Return the complete versions of a model, lowest first, if any."""
+    def _versions(self, model_id: str) -> list[int]:
         names = _names(self.root / model_id)
         return sorted(int(name) for name in names if self._refuse_version(model_id, name) is None)
 

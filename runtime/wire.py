@@ -158,18 +158,18 @@ class WantedOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     text: bool = False
 
 
-class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A value of an input that the model was run on: zeros or ones of a shape.
 
     With `refusal` the shape is a guess: so the model refused it, or why it was not tried.
     """
 
-    shape: tuple[Count, ...]
-    values: Fill = "zeros"
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+    values: Fill
     refusal: Text | None = None
 
 
-class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """An input or output of a model: -1 in `shape` is any length; what is `optional` may be left out.
 
     Attributes:
@@ -184,11 +184,6 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optional: bool = False
     dimensions: tuple[Name, ...] = ()
     example: Example | None = None
-
-    @property
-    def declared(self) -> "TensorSpec":
-        """What a client has to know: without names of dimensions and example."""
-        return msgspec.structs.replace(self, dimensions=(), example=None)
 
 
 class OptimisedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -145,7 +145,8 @@ def _fill(value: Filled, tensor: ModelTensor) -> Array:
         ValueError: the model takes texts, which are not made up, or nothing that large.
     """
     shape = tuple(example_of(tensor).shape) if value.shape is None else value.shape
-    if prod(shape) > MAX_FILE_BYTES:
+    form = FORMS.get(tensor.datatype, np.dtype(np.float32))
+    if prod(shape) * form.itemsize > MAX_FILE_BYTES:
         raise ValueError(f"input {tensor.name!r}: {list(shape)} is more than a request may have")
     if tensor.datatype == "BYTES":
         if value.values != "zeros":
@@ -154,10 +155,10 @@ def _fill(value: Filled, tensor: ModelTensor) -> Array:
             )
         return np.full(shape, "", object)
     if value.values != "random":
-        return np.zeros(shape) if value.values == "zeros" else np.ones(shape)
+        return np.full(shape, value.values == "ones", form)
     dice = np.random.default_rng()
     if tensor.datatype in FLOATS:
-        return dice.random(shape)
+        return dice.random(shape, np.float32)
     return dice.integers(0, 256 if tensor.datatype == "UINT8" else 2, shape)
 
 

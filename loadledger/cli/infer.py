@@ -25,12 +25,12 @@ from loadledger.cli.options import (
     server_options,
 )
 from loadledger.cli.output import exit_with_error, print_json, print_note, print_result
+from loadledger.cli.snippets import NAMELESS
 
 MAX_FILE_BYTES = 256 * 2**20
 """Longest file: a server takes tensors of 64 MiB, which are longer as JSON and shorter in an archive."""
 EXAMPLES = "NAME=JSON, like x='[[1, 2]]', NAME=@FILE, or NAME=zeros, ones or random"
 _FILL = re.compile(r"(zeros|ones|random)(?::(\d{1,9}(?:x\d{1,9})*))?")
-_NAMELESS = '@[{"'
 _ARRAY, _ARCHIVES = b"\x93NUMPY", (b"PK\x03\x04", b"PK\x05\x06")
 _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _WEBP = slice(0, 4), slice(8, 12), b"RIFF", b"WEBP"
@@ -93,7 +93,7 @@ class GivenInput:
 
 def parse_input(text: str) -> GivenInput:
     """Parse an argument and read its file."""
-    name, equals, value = (None, "=", text) if text[:1] in _NAMELESS else text.partition("=")
+    name, equals, value = (None, "=", text) if text[:1] in NAMELESS else text.partition("=")
     if not equals:
         name, value = None, text
     if name == "" or (name is None and not text):

@@ -17,7 +17,7 @@ from loadledger.cli import options, output
 from loadledger.cli.completion import models_of_server
 from loadledger.cli.jobs import report_request
 from loadledger.cli.output import format_cell, format_size, format_table, to_printable
-from loadledger.cli.snippets import describe_guess, format_infer
+from loadledger.cli.snippets import DATATYPES, describe_guess, format_infer
 from loadledger.errors import ClientProblem
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
@@ -147,7 +147,10 @@ def _parameters(parameters: dict[str, Any]) -> str:
 
 def with_signature(model: Any, metadata: Any) -> Any:
     """Return a model with the inputs and outputs of its metadata: those of the node where it is loaded."""
-    return msgspec.structs.replace(model, inputs=metadata.inputs, outputs=metadata.outputs)
+    version = int(metadata.versions[0]) if metadata.versions else model.signature_version
+    return msgspec.structs.replace(
+        model, inputs=metadata.inputs, outputs=metadata.outputs, signature_version=version
+    )
 
 
 def signature_lines(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
@@ -164,6 +167,9 @@ def signature_lines(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         yield from format_table(
             (head, "DATATYPE", "SHAPE"), [_tensor_row(tensor) for tensor in tensors or ()]
         )
+    for tensor in model.outputs or ():
+        if tensor.datatype not in DATATYPES:
+            yield f"# answers leave {format_cell(tensor.name)} out, which is no tensor: export without ZipMap"
     commands = list(format_infer(model, words))
     if not commands:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -16,7 +16,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loadledger.cli.output import exit_with_error
+from loadledger.cli.output import exit_with_error, to_printable
 from loadledger.profiles import ServerTarget, find_target
 
 Command = Callable[..., None]
@@ -72,10 +72,27 @@ def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> Abstr
 @contextmanager
 def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any]:
     """Give a client of a server; a refusal, or an argument that cannot be sent, ends the command."""
-    from loadledger import Client
+    from loadledger import Client, ServerError
 
     with _reported(), Client(place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s) as client:
-        yield client
+        try:
+            yield client
+        except ServerError as problem:
+            if problem.code == "unknown_model":
+                typed = str(click.get_current_context().params.get("model"))
+                problem.args = (name_similar(problem, typed, [each.id for each in client.models()]),)
+            raise
+
+
+def name_similar(problem: Exception, typed: str, known: Sequence[str]) -> str:
+    """Return the refusal of an unknown model with the names of those that may be meant, if any."""
+    from difflib import get_close_matches  # 5 ms, and only here
+
+    from loadledger.errors import ADVICE
+
+    similar = " or ".join(map(to_printable, get_close_matches(typed, known)))
+    meant = f"did you mean {similar}?" if similar else ADVICE["unknown_model"]
+    return str(problem).replace(ADVICE["unknown_model"], meant)
 
 
 @contextmanager

@@ -26,6 +26,12 @@ DATATYPES: dict[str, tuple[Any, int]] = {
 BINARY_ONLY = ("FP16", "BF16")
 """Datatypes without a form in JSON."""
 
+NAMELESS = '@[{"'
+"""With these begins a value of `loadledger infer` whose input is not named."""
+
+MAX_DIMENSIONS = 64
+"""Of a tensor that a server takes."""
+
 PICTURE_SIZES, CHANNELS, PICTURE_TYPES = 4, (1, 3), ("UINT8", "FP16", "FP32")
 """Of an input for pictures: a batch, a height, a width, and one channel or three, before or after these."""
 
@@ -48,8 +54,8 @@ def describe_guess(model: Any) -> str | None:
     """Return which sizes are guesses, and why; None if the model answered what the server tried."""
     guessed = [each for each in _required(model) if example_of(each).refusal]
     opened = [f"{each.name} {each.describe_shape()}" for each in guessed if min(each.shape, default=0) < 0]
-    sizes = f": sizes are guesses, of {', '.join(opened)}" if opened else ""
-    return f"the model may refuse this{sizes}. {example_of(guessed[0]).refusal}" if guessed else None
+    sizes = f" (sizes are guesses: {', '.join(opened)})" if opened else ""
+    return f"the answer may be a refusal{sizes}: {example_of(guessed[0]).refusal}" if guessed else None
 
 
 def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
@@ -59,15 +65,12 @@ def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
         model: its record, or its metadata with an `id`.
         options: of the command, which name the server.
     """
-    required = _required(model)
-    if not _is_typed(model.id) or not all(
-        tensor.datatype in DATATYPES and "=" not in tensor.name and _is_typed(tensor.name)
-        for tensor in required
-    ):
+    required, command = _required(model), ["loadledger", "infer", *options, model.id]
+    if not _is_typed(model.id) or not all(map(_is_given, required)):
         return
-    command = ["loadledger", "infer", *options, model.id]
     values = {tensor.name: _value(tensor) for tensor in required}
-    yield shlex.join([*command, *(f"{name}={value}" for name, value in values.items())])
+    given = [f"{name}={value}" for name, value in values.items()]
+    yield shlex.join([*command, *(given or ['{"inputs": []}'])])
     largest = max(required, key=lambda each: prod(example_of(each).shape), default=None)
     if largest is not None and prod(example_of(largest).shape) > MAX_TYPED:
         values[largest.name] = _file(largest)
@@ -75,7 +78,7 @@ def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
 
 
 def format_curl(url: str, model: Any, token: str) -> str | None:
-    """Return the `curl` for a model; None if it has an input that is no tensor, or is too long.
+    """Return the `curl` for a model; None if it has an input that cannot be given, or is too long.
 
     Args:
         url: of the server.
@@ -86,7 +89,7 @@ def format_curl(url: str, model: Any, token: str) -> str | None:
     for tensor in _required(model):
         example, head = example_of(tensor), {"name": tensor.name, "datatype": tensor.datatype}
         count, is_binary = prod(example.shape), tensor.datatype in BINARY_ONLY
-        if tensor.datatype not in DATATYPES or (example.values == "ones" and count > MAX_ONES):
+        if not _is_given(tensor) or (example.values == "ones" and count > MAX_ONES):
             return None
         if is_binary or (example.values == "zeros" and count > MAX_ZEROS):
             size = count * DATATYPES[tensor.datatype][1]
@@ -116,7 +119,7 @@ def _value(tensor: ModelTensor) -> str:
     if 0 < prod(example.shape) <= MAX_TYPED:
         return json.dumps(_nested(tensor.datatype, example))
     fill = "random" if isinstance(DATATYPES[tensor.datatype][0], float) else example.values
-    return fill if min(tensor.shape) >= 0 else f"{fill}:{'x'.join(map(str, example.shape))}"
+    return fill if tensor.shape == example.shape else f"{fill}:{'x'.join(map(str, example.shape))}"
 
 
 def _file(tensor: ModelTensor) -> str:
@@ -128,6 +131,12 @@ def _file(tensor: ModelTensor) -> str:
         and tensor.datatype in PICTURE_TYPES
     )
     return "@image.jpg" if is_picture and find_spec("PIL") is not None else "@FILE.npy"
+
+
+def _is_given(tensor: ModelTensor) -> bool:
+    """Whether a person can give a value for an input on the command line."""
+    is_named = _is_typed(tensor.name) and "=" not in tensor.name and tensor.name[0] not in NAMELESS
+    return is_named and tensor.datatype in DATATYPES and len(example_of(tensor).shape) <= MAX_DIMENSIONS
 
 
 def _is_typed(name: str) -> bool:

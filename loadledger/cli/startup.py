@@ -26,6 +26,7 @@ from events.errors import LedgerProblem
 from events.tokens import Token
 from loadledger import AsyncClient, ClientProblem, NotFound, ServerUnreachable
 from loadledger.cli.models import signature_lines, with_signature
+from loadledger.cli.options import name_similar
 from loadledger.cli.output import (
     NEGATIVE_RESULT,
     count_of,
@@ -36,10 +37,10 @@ from loadledger.cli.serve import Subject
 from loadledger.cli.snippets import format_curl
 from loadledger.profiles import (
     DEFAULT_PROFILE,
-    DEFAULT_URL,
     TOKEN,
     ProfileProblem,
     ServerTarget,
+    find_target,
     profile_path,
     read_profile,
     write_profile,
@@ -100,10 +101,13 @@ async def greet(server: RunningServer) -> SignedIn | None:
 
 
 def choose_options(server: RunningServer, profile: SignedIn | None) -> list[str]:
-    """Return the options with which commands find the server; none if they do without."""
+    """Return the options with which commands of this environment find the server; none if they do without."""
     if profile is not None:
         return profile.options
-    return [] if server.url == DEFAULT_URL else ["--url", server.url]
+    with suppress(ProfileProblem, OSError):
+        if find_target(None, None, os.environ).url == server.url:
+            return []
+    return ["--url", server.url]
 
 
 async def check_models(server: RunningServer, options: Sequence[str]) -> list[str]:
@@ -236,7 +240,10 @@ async def run_on_server(target: ServerTarget, subject: Subject, options: Sequenc
         try:
             await bring_up(client, subject, word, options)
         except (ClientProblem, ValueError, OSError) as problem:
-            print_note(str(problem))
+            text = str(problem)
+            if isinstance(problem, NotFound):
+                text = name_similar(problem, subject.name, [each.id async for each in client.models()])
+            print_note(text)
             sys.exit(NEGATIVE_RESULT)
     return True
 
@@ -295,7 +302,7 @@ async def bring_up(client: AsyncClient, subject: Subject, token: str, options: S
     version = await _add_if_new(client, subject)
     await client.load(subject.name, version, wait=True)
     model = with_signature(await client.model(subject.name), await client.metadata(subject.name))
-    click.echo(f"{model.id} version {model.version}: loaded")
+    click.echo(f"{subject.name} version {model.version}: loaded")
     for line in signature_lines(model, options):
         click.echo(line)
     command = format_curl(client.url, model, token)

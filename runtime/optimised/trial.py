@@ -173,7 +173,8 @@ async def _make_up_inputs(original: Session, report: Loaded, *, is_needed: bool)
 
 
 def _declared(report: Loaded) -> list[TensorSpec]:
-    return [spec.declared for spec in (*report.inputs, *report.outputs)]
+    """Return what a client has to know: without names of dimensions and examples."""
+    return [replace(spec, dimensions=(), example=None) for spec in (*report.inputs, *report.outputs)]
 
 
 def _describe_difference(bare: Loaded, other: Loaded) -> str:

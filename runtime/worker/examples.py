@@ -17,7 +17,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from runtime.errors import RuntimeProblem
-from runtime.wire import DATATYPES, MAX_DIMENSIONS, Example, Fill, TensorSpec
+from runtime.wire import DATATYPES, MAX_DIMENSIONS, Example, Fill, TensorSpec, plain_text
+from runtime.worker.sessions import is_out_of_memory
 
 MAX_ZEROS_BYTES = 64 * 2**20
 """Limit of an example: the size of a request. A model that declares more is hardly run with that much."""
@@ -34,8 +35,8 @@ SEARCH_S = 3.0
 """After so long nothing further is tried: a load waits for it."""
 MAX_HINTS = 32
 """Numbers of refusals and weights that are tried."""
-MAX_REFUSAL = 256
-"""Characters of a refusal that are kept."""
+MAX_REFUSAL_BYTES = 256
+"""Of a refusal that is kept, with each input."""
 NOT_FINITE = "the model answers with NaN or an infinity, which JSON cannot represent"
 _NUMBER = re.compile(r"\b\d{1,5}\b")
 
@@ -52,13 +53,20 @@ class Found:
         examples: by input; of the first try if the model refused all of them.
         run_us: the duration of the run; None if the model refused all tries.
         problem: of the first try, likewise.
-        is_clean: whether the model answered, with numbers that JSON can represent.
     """
 
     examples: Mapping[str, Example]
     run_us: int | None
-    problem: RuntimeProblem | None
-    is_clean: bool
+    problem: RuntimeProblem | MemoryError | None
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the model answered, with numbers that JSON can represent."""
+        return self.problem is None and not any(each.refusal for each in self.examples.values())
+
+    @property
+    def lacks_memory(self) -> bool:
+        return isinstance(self.problem, MemoryError) or is_out_of_memory(str(self.problem))
 
 
 def find_example(
@@ -82,13 +90,13 @@ def find_example(
     found: list[Found] = []
     tried, until_s = set[tuple[tuple[int, ...], ...]](), time.monotonic() + SEARCH_S
     for lengths in _lengths_to_try(required, found, read_weight_lengths):
+        if time.monotonic() > until_s or (found and found[-1].lacks_memory):
+            break
         shapes = tuple(_shape(spec, lengths) for spec in required)
         if shapes in tried or _total_bytes(required, shapes) > MAX_ZEROS_BYTES:
             continue
         if not tried:
             on_begin()
-        elif time.monotonic() > until_s:
-            break
         tried.add(shapes)
         for fill in fills:
             found.append(_try(required, shapes, fill, run))
@@ -128,16 +136,16 @@ def _try(
         spec.name: Example(shape, fill if _is_whole(spec) else "zeros")
         for spec, shape in zip(required, shapes, strict=True)
     }
-    arrays = {spec.name: _make_array(spec, examples[spec.name]) for spec in required}
     started_ns, problem, refusal = time.perf_counter_ns(), None, None
     try:
+        arrays = {spec.name: _make_array(spec, examples[spec.name]) for spec in required}
         refusal = None if all(map(_is_finite, run(arrays))) else NOT_FINITE
-    except RuntimeProblem as refused:
-        problem, refusal = refused, " ".join(str(refused).split())[:MAX_REFUSAL]
+    except (MemoryError, RuntimeProblem) as refused:
+        problem, refusal = refused, plain_text(" ".join(str(refused).split()), MAX_REFUSAL_BYTES)
     run_us = (time.perf_counter_ns() - started_ns) // 1000
     if refusal is not None:
         examples = {name: replace(example, refusal=refusal) for name, example in examples.items()}
-    return Found(examples, run_us if problem is None else None, problem, refusal is None)
+    return Found(examples, run_us if problem is None else None, problem)
 
 
 def _is_finite(answer: Any) -> bool:

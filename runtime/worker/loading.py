@@ -7,7 +7,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from runtime.wire import (
     Tensor,
 )
 from runtime.worker import extensions, sessions
-from runtime.worker.examples import find_example, is_fixed
+from runtime.worker.examples import MAX_INPUTS, find_example, is_fixed
+from runtime.worker.execution import SHRINK_ARENA
 from runtime.worker.sessions import ServingSession, describe_model, is_out_of_memory
 
 PR_SET_THP_DISABLE = 41
@@ -148,27 +149,23 @@ def _warm_up(
     order: Load, model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]
 ) -> tuple[int | None, Examples]:
     try:
-        return warm_up(model, given, _folder_of(order), on_begin)
+        return warm_up(model, given, _find_file(order), on_begin)
     except LoadRefused:
         if order.warm_up_required:
             raise
         return None, NO_EXAMPLES
 
 
-def _folder_of(order: Load) -> Path:
-    return Path(order.folder if order.optimised is None else order.optimised.folder)
-
-
-def _read_weight_lengths(folder: Path) -> Iterable[int]:
+def _find_file(order: Load) -> Path | None:
+    folder = Path(order.folder if order.optimised is None else order.optimised.folder)
     name = find_model_file(each.name for each in os.scandir(folder))
-    return () if name is None else read_weight_lengths(folder / name)
+    return None if name is None else folder / name
 
 
 def _names_extensions(order: Load) -> bool:
     """Whether the model of an order names operators of ONNX Runtime Extensions."""
-    folder = _folder_of(order)
-    name = find_model_file(each.name for each in os.scandir(folder))
-    return name is not None and extensions.are_named(folder / name)
+    file = _find_file(order)
+    return file is not None and extensions.are_named(file)
 
 
 def _create_session(order: Load) -> ort.InferenceSession:
@@ -182,14 +179,14 @@ def _create_session(order: Load) -> ort.InferenceSession:
 
 
 def warm_up(
-    model: ServingSession, given: Sequence[Tensor], folder: Path, on_begin: Callable[[], None]
+    model: ServingSession, given: Sequence[Tensor], file: Path | None, on_begin: Callable[[], None]
 ) -> tuple[int | None, Examples]:
     """Warm-up: run a model on the given inputs, else on an example of them that it takes.
 
     Args:
         model: the model.
         given: inputs of its loadledger.toml; empty means that an example is looked for.
-        folder: where its files lie.
+        file: of the model, whose weights may say lengths.
         on_begin: called before the first run, and only if there is one.
 
     Returns:
@@ -200,18 +197,19 @@ def warm_up(
         MemoryError: there is not enough memory for it.
     """
     if given:
-        return _run_given(model, given, on_begin), {
-            tensor.name: Example(tensor.shape, refusal=NOT_TRIED) for tensor in given
-        }
+        examples = {tensor.name: Example(tensor.shape, "zeros", NOT_TRIED) for tensor in given[:MAX_INPUTS]}
+        return _run_given(model, given, on_begin), examples
     required = [spec for spec in model.inputs if not spec.optional]
     if not any(spec.datatype in DATATYPES for spec in model.outputs):  # nothing to send
         return None, NO_EXAMPLES
-    found = find_example(required, partial(_run, model), on_begin, partial(_read_weight_lengths, folder))
+    is_declared = all(map(is_fixed, required))
+    run = partial(_run, model, keeps_memory=is_declared)
+    found = find_example(required, run, on_begin, lambda: read_weight_lengths(file) if file else ())
     if found is None:
         return None, NO_EXAMPLES
     # ONNX Runtime reports a scalar like an undeclared shape, so zeros may have been no valid input.
-    if found.problem is not None and all(spec.shape and is_fixed(spec) for spec in required):
-        if is_out_of_memory(str(found.problem)):
+    if found.problem is not None and is_declared and all(spec.shape for spec in required):
+        if found.lacks_memory:
             raise MemoryError(str(found.problem))
         raise _refuse(WITH_ZEROS, found.problem)
     return found.run_us, found.examples
@@ -229,13 +227,16 @@ def _run_given(model: ServingSession, given: Sequence[Tensor], on_begin: Callabl
     return (time.perf_counter_ns() - started_ns) // 1000
 
 
-def _refuse(advice: str, problem: RuntimeProblem) -> LoadRefused:
+def _refuse(advice: str, problem: Exception) -> LoadRefused:
     return LoadRefused("warm_up_failed", f"{advice}, {OR_NOT}. It says: {problem}")
 
 
-def _run(model: ServingSession, feed: dict[str, Any]) -> list[Any]:
+def _run(model: ServingSession, feed: dict[str, Any], *, keeps_memory: bool = True) -> list[Any]:
+    """Run the model; memory of a run with guessed lengths is no memory that the model keeps."""
     if model.dimension is not None:
         model.dimension.measure(feed)
     options = ort.RunOptions()
     options.log_severity_level = FATAL  # a refusal is an answer here
+    if not keeps_memory:
+        options.add_run_config_entry(*SHRINK_ARENA)
     return model.runner.run(model.runner.select_outputs((), text=False), feed, options)

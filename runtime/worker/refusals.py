@@ -44,6 +44,11 @@ _KNOWN = {
 """What is recognised, and what to say of it first."""
 
 
+def strip_noise(text: str) -> str:
+    """Return a text of ONNX Runtime without its codes, our folders and places in its source."""
+    return " ".join(_NOISE.sub("", text[:MAX_CHARACTERS]).split())
+
+
 def explain_refusal(text: str, otherwise: str) -> str:
     """Return an error of ONNX Runtime with plain words before its own.
 
@@ -51,7 +56,7 @@ def explain_refusal(text: str, otherwise: str) -> str:
         text: of its exception.
         otherwise: the plain words for what is not recognised.
     """
-    said = " ".join(_NOISE.sub("", text[:MAX_CHARACTERS]).split())
+    said = strip_noise(text)
     found = ((pattern.search(said), plain) for pattern, plain in _KNOWN.items())
     plain = next((match.expand(plain) for match, plain in found if match is not None), otherwise)
     return f"{plain}. ONNX Runtime says: {said}"

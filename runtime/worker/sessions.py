@@ -31,7 +31,7 @@ from runtime.wire import (
 from runtime.worker import extensions
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
-from runtime.worker.refusals import explain_refusal
+from runtime.worker.refusals import explain_refusal, strip_noise
 
 LIBC = ctypes.CDLL(None)
 """Made once: each makes a class, which on top of the heap keeps malloc from returning what is freed below."""
@@ -224,7 +224,7 @@ def create_session(
 def out_of_memory(limit_bytes: int | None, text: str) -> LoadRefused:
     """Return the refusal of a load for lack of memory, with its limit."""
     reason = "the machine has no more" if limit_bytes is None else f"the limit is {limit_bytes} bytes"
-    return LoadRefused("out_of_memory", f"the model needs more memory than it may take, {reason}: {text}")
+    return LoadRefused("out_of_memory", f"the model needs more memory than it may take, {reason}: {strip_noise(text)}")
 
 
 @contextmanager

@@ -339,15 +339,17 @@ async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
         UnknownModel: `unknown_model`, there is no version, and the model is not loaded.
         RepositoryBusy: `repository_busy`, the folder hangs, and the model is not loaded.
     """
-    repository, model = request.app[VERSIONS].repository, request.app[LOG].state.models.get(model_id)
-    if not is_listed(request, model_id):
-        look = partial(repository.versions, model_id)
-        return ListedModel(model_id, await repository.file_system.run(model_id, look, REQUEST_LIMIT_S))
+    versions = request.app[VERSIONS]
+    look = partial(_look_at, versions, request.app[LOG].state.models.get(model_id), model_id)
     try:
-        look_at = partial(_look_at, request.app[VERSIONS], model, model_id)
-        return await repository.file_system.run(model_id, look_at, REQUEST_LIMIT_S)
+        seen: ListedModel = await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
     except RepositoryBusy:
+        if not is_listed(request, model_id):
+            raise
         return ListedModel(model_id)
+    if not seen.versions and not is_listed(request, model_id):
+        raise UnknownModel(model_id)
+    return seen
 
 
 def is_listed(request: web.Request, model_id: str) -> bool:
@@ -361,7 +363,10 @@ def _is_live(model: Model) -> bool:
 
 
 def _look_at(versions: Versions, model: Model | None, model_id: str) -> ListedModel:
-    present = versions.repository.find_versions(model_id)
+    try:
+        present = versions.repository.versions(model_id)
+    except UnknownModel:
+        present = []
     serving = model.serving if model is not None else None
     if serving is None:
         return ListedModel(model_id, present)

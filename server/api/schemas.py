@@ -85,8 +85,7 @@ class ExampleSchema(AnswerSchema):
     shape = fields.List(fields.Integer())
     values = fields.String(validate=validate.OneOf(["zeros", "ones"]))
     refusal = fields.String(
-        allow_none=True,
-        **about("If the shape is a guess: what the model said to it, or why it was not tried; else null."),
+        **about("Of a guess: what the model said to it, or why it was not tried.", is_optional=True)
     )
 
 
@@ -100,11 +99,7 @@ class DeclaredTensorSchema(TensorSchema):
     )
     example = fields.Nested(
         ExampleSchema,
-        allow_none=True,
-        **about(
-            "Of an input of a loaded model: what its warm-up ran on, or a guess; null if there was none.",
-            is_optional=True,
-        ),
+        **about("Of an input of a loaded model: what its warm-up ran on, or a guess.", is_optional=True),
     )
 
 

@@ -28,7 +28,7 @@ export function elementBytes(datatype, fill) {
 // The inputs that a request needs as tensors: {name, datatype, shape, data}.
 export function exampleTensors(inputs) {
   return inputs.filter(({ optional }) => !optional).map(({ name, datatype, shape, example }) => {
-    const sizes = shape.map((size, at) => (size < 0 ? example?.shape[at] ?? 1 : size)), fill = example?.values ?? "zeros";
+    const sizes = example?.shape ?? shape.map((size) => (size < 0 ? 1 : size)), fill = example?.values ?? "zeros";
     const isShort = volume(sizes) <= WRITTEN && !WITHOUT_JSON.includes(datatype), value = (FILLED[datatype] ?? [0, 1])[FILLS.indexOf(fill)];
     return { name, datatype, shape: sizes, data: isShort ? new Array(volume(sizes)).fill(value) : fill };
   });
@@ -46,7 +46,7 @@ export function guessText(inputs) {
     const open = shape.flatMap((size, at) => (size < 0 ? [oneLine(dimensions?.[at] || `dimension ${at + 1}`, 60)] : []));
     return open.length ? `${open.join(", ")} of ${oneLine(name, 60)}` : null;
   }).filter(Boolean).join("; ");
-  return refused.length ? `The model may refuse this${guesses && `: sizes are guesses, of ${guesses}`}. ${[...said].join("; ")}` : "";
+  return refused.length ? `The answer may be a refusal${guesses && ` (sizes are guesses: ${guesses})`}: ${[...said].join("; ")}` : "";
 }
 
 // A request as text, an input in each line.

@@ -17,7 +17,7 @@ from events.models import ModelState
 from runtime.consumer.running import RunningLoad
 from runtime.onnxfile import ModelSignature
 from runtime.router import Here
-from runtime.wire import DATATYPES, TensorSpec
+from runtime.wire import DATATYPES
 from server.api.schemas import (
     AnswerSchema,
     DeclaredTensorSchema,
@@ -167,21 +167,8 @@ def metadata(model_id: str, version: int, signature: ModelSignature) -> dict[str
         "name": model_id,
         "versions": [str(version)],
         "platform": PLATFORM,
-        "inputs": [_spec(spec) for spec in signature.inputs],
-        "outputs": [_spec(spec) for spec in signature.outputs],
+        **msgspec.to_builtins(signature),
     }
-
-
-def _spec(spec: TensorSpec) -> dict[str, Any]:
-    """Return an input or output; what follows its shape is no part of the protocol."""
-    found: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
-    if spec.optional:
-        found["optional"] = True
-    if spec.dimensions:
-        found["dimensions"] = spec.dimensions
-    if spec.example is not None:
-        found["example"] = msgspec.to_builtins(spec.example)
-    return found
 
 
 NAME = "loadledger"

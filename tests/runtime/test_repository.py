@@ -84,22 +84,6 @@ def test_unknown_model_and_version(tmp_path: Path) -> None:
             Repository(tmp_path).find_version("m", version)
 
 
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [("digist", "did you mean digits or digits-2?"), ("othr", "did you mean other?"), ("zzz", "repository")],
-)
-def test_unknown_model_names_similar_ones(tmp_path: Path, typed: str, meant: str) -> None:
-    for model_id in ("digits", "digits-2", "other"):
-        save(add(), tmp_path, model_id)
-    for version in (None, 7):
-        with pytest.raises(UnknownModel) as refusal:
-            Repository(tmp_path).find_version(typed, version)
-        assert str(refusal.value).endswith(meant)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UnknownModel, match=r"'empty' is not in the repository$"):
-        Repository(tmp_path).versions("empty")
-
-
 def test_links_within_the_repository_are_followed(tmp_path: Path) -> None:
     folder = save(add(), tmp_path, "m")
     (folder / "again").symlink_to(folder)  # a circle

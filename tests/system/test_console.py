@@ -244,7 +244,7 @@ async def test_sizes_that_the_model_refused_are_said_to_be_guesses(server: Serve
     await server.api.load("open")
     await add_examples(admin.page, "ones", 640, "Got invalid dimensions")
     await admin.go("#/models/open")
-    guess = "sizes are guesses, of batch, dimension 3 of images; "
+    guess = "sizes are guesses: batch, dimension 3 of images; "
     await expect(admin.page.locator(".its-calls")).to_contain_text(guess)
     await admin.page.get_by_role("button", name="Predict…").click()
     dialog = admin.page.locator("dialog[open]")

@@ -312,15 +312,15 @@ CASES: dict[str, tuple[object, str]] = {
             "[batch, 3, height, -1]",
             "[-1]",
             "",
-            ": sizes are guesses, of batch, height, dimension 4 of i; dimension 1 of s. no",
-            ". no",
+            " (sizes are guesses: batch, height, dimension 4 of i; dimension 1 of s): no",
+            ": no",
         ],
         """
         const { guessText, shapeText } = await import("/console/tensors.js");
         const shape = [-1, 3, -1, -1], dimensions = ["batch", "", "height", ""];
         const input = (refusal) => ({ name: "i", shape, dimensions, example: { refusal } });
         const bare = { name: "s", shape: [-1] }, refused = { ...bare, example: { refusal: "no" } };
-        const said = (...inputs) => guessText(inputs).replace("The model may refuse this", "");
+        const said = (...inputs) => guessText(inputs).replace("The answer may be a refusal", "");
         const fixed = { ...input("no"), shape: [1, 3, 8, 8] };
         return [shapeText(input(null)), shapeText(bare), said(input(null), bare),
           said(input("no"), refused), said(fixed)];

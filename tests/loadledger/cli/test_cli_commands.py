@@ -222,7 +222,7 @@ def test_guessed_sizes_are_named_with_the_reason() -> None:
     guess = TensorExample(shape=[1, 16], refusal="it wants 7")
     guessed = ModelTensor(name="x", datatype="FP32", shape=[-1, -1], dimensions=["batch", ""], example=guess)
     said = describe_guess(Model(id="m", state="loaded", inputs=[guessed, PICTURE]))
-    assert said == "the model may refuse this: sizes are guesses, of x [batch, -1]. it wants 7"
+    assert said == "the answer may be a refusal (sizes are guesses: x [batch, -1]): it wants 7"
     assert describe_guess(Model(id="m", state="loaded", inputs=[PICTURE])) is None
 
 

@@ -101,7 +101,6 @@ MISTAKES = [
     (f"job {UNKNOWN}", 2, f"there is no job '{UNKNOWN}'; `loadledger jobs` lists them"),
     ("cancel {job}", 2, "job {job} has ended; `loadledger job {job}` shows how"),
     # inferences
-    ("infer digits", 2, "give the inputs: NAME=JSON"),
     ("infer digits x=[1,", 2, "is not JSON"),
     ("infer digits image=[1]", 2, "no input 'image'; it has x"),
     ("infer digits x=[[1,2],[3,4]]", 2, "takes [-1]"),

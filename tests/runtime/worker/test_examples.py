@@ -77,20 +77,30 @@ def averaged() -> ModelProto:
     return model(nodes, [value("mask", INT64, ["batch", "sequence"])], [value("y", FLOAT, [])])
 
 
+def zeros(*shape: int) -> Example:
+    return Example(shape, "zeros")
+
+
 FOUND: dict[str, tuple[ModelProto, list[Example]]] = {
-    "declared": (models.identity(shape=(2, 3)), [Example((2, 3))]),
-    "batch": (models.identity(shape=("batch", 3)), [Example((1, 3))]),
-    "picture": (divided_in_blocks((None, 3, "height", "width"), 32), [Example((1, 3, 224, 224))]),
-    "picture without batch name": (divided_in_blocks((1, 3, None, None), 128), [Example((1, 3, 128, 128))]),
-    "height": (of_height((None, 3, None, None), 48), [Example((1, 3, 48, 48))]),
-    "sequence": (multiplied((None, None), 512), [Example((1, 512))]),
-    "named by the weights": (multiplied((None, None), 13), [Example((1, 13))]),
-    "height named by the weights": (of_height((1, 1, None, 150), 37), [Example((1, 1, 37, 150))]),
-    "state": (with_state(256), [Example((1, 256)), Example((1, 1, 4))]),
-    "decoder": (decoder(), [Example((1, 16, 3)), Example((1, 0, 3)), Example((1, 16, 1))]),
+    "declared": (models.identity(shape=(2, 3)), [zeros(2, 3)]),
+    "batch": (models.identity(shape=("batch", 3)), [zeros(1, 3)]),
+    "picture": (divided_in_blocks((None, 3, "height", "width"), 32), [zeros(1, 3, 224, 224)]),
+    "picture without batch name": (
+        divided_in_blocks((1, 3, None, None), 128),
+        [zeros(1, 3, 128, 128)],
+    ),
+    "height": (of_height((None, 3, None, None), 48), [zeros(1, 3, 48, 48)]),
+    "sequence": (multiplied((None, None), 512), [zeros(1, 512)]),
+    "named by the weights": (multiplied((None, None), 13), [zeros(1, 13)]),
+    "height named by the weights": (of_height((1, 1, None, 150), 37), [zeros(1, 1, 37, 150)]),
+    "state": (with_state(256), [zeros(1, 256), zeros(1, 1, 4)]),
+    "decoder": (
+        decoder(),
+        [zeros(1, 16, 3), zeros(1, 0, 3), zeros(1, 16, 1)],
+    ),
     "mask": (averaged(), [Example((1, 16), "ones")]),
     "divisor": (models.divide(), [Example((1,), "ones")] * 2),
-    "texts": (models.strings(), [Example((16,))]),
+    "texts": (models.strings(), [zeros(16)]),
 }
 
 

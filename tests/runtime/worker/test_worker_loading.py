@@ -35,7 +35,7 @@ async def test_load_reports_shapes_memory_and_durations(pool: WorkerPool, tmp_pa
     save(models.weights(8), tmp_path, "m")
     stages: list[str] = []
     worker, report = await load(pool, order_of(tmp_path), on_stage=stages.append)
-    assert report.inputs == (TensorSpec("x", "FP32", (-1, 500), example=Example((1, 500))),)
+    assert report.inputs == (TensorSpec("x", "FP32", (-1, 500), example=Example((1, 500), "zeros")),)
     assert report.outputs == (TensorSpec("y", "FP32", (-1, 500)),)
     seen_by_server = loaded_memory(worker)
     assert min(report.loading_us, report.warming_up_us or 0) > 0

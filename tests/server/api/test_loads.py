@@ -45,10 +45,9 @@ async def result_of(api: LocalApi, model_id: str) -> float:
 # Answers
 
 
-def tensor(name: str, example: dict[str, Any] | None) -> dict[str, Any]:
+def tensor(name: str, **more: Any) -> dict[str, Any]:
     """Return a vector of any length as an answer has it."""
-    declared = {"name": name, "datatype": "FP32", "shape": [-1], "optional": False}
-    return {**declared, "dimensions": [], "example": example}
+    return {"name": name, "datatype": "FP32", "shape": [-1], **more}
 
 
 async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
@@ -83,8 +82,8 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
     assert min(model.pop("memory_bytes"), model.pop("memory_at_load_bytes")) > 0
     assert model == {
         "brought_back": None,
-        "inputs": [tensor("x", {"shape": [16], "values": "zeros", "refusal": None})],
-        "outputs": [tensor("y", None)],
+        "inputs": [tensor("x", example={"shape": [16], "values": "zeros"})],
+        "outputs": [tensor("y")],
         "signature_version": 1,
         "parameters": job["parameters"],
         "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,

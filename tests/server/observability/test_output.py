@@ -120,6 +120,6 @@ def test_request_id_of_the_client_is_kept_if_valid(name: str) -> None:
 
 def test_packages_with_loggers_have_the_log_level() -> None:
     root = Path(output.__file__).parents[2]
-    logging_modules = (path for path in root.glob("*/**/*.py") if "getLogger(__name__)" in path.read_text())
+    logging_modules = (path for path in root.glob("*/**/*.py") if b"getLogger(__name__)" in path.read_bytes())
     packages = {path.relative_to(root).parts[0] for path in logging_modules}
     assert packages & {"events", "nodes", "runtime", "server"} == {*output.OURS}
