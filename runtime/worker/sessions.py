@@ -224,7 +224,8 @@ def create_session(
 def out_of_memory(limit_bytes: int | None, text: str) -> LoadRefused:
     """Return the refusal of a load for lack of memory, with its limit."""
     reason = "the machine has no more" if limit_bytes is None else f"the limit is {limit_bytes} bytes"
-    return LoadRefused("out_of_memory", f"the model needs more memory than it may take, {reason}: {strip_noise(text)}")
+    plain = f"the model needs more memory than it may take, {reason}"
+    return LoadRefused("out_of_memory", f"{plain}: {strip_noise(text)}")
 
 
 @contextmanager
