@@ -81,7 +81,8 @@ def test_example_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if isinstance(command, click.Group):
         name, *words = words
         command = command.commands[name]
-    assert not command.make_context(name, words, parent=click.Context(main, info_name=program)).args
+    parent = click.Context(main, info_name=program, **main.context_settings)
+    assert not command.make_context(name, words, parent=parent).args
 
 
 def test_help_lists_commands_in_sections_on_whole_lines() -> None:
