@@ -40,7 +40,6 @@ from loadledger.profiles import (
     TOKEN,
     ProfileProblem,
     ServerTarget,
-    find_target,
     profile_path,
     read_profile,
     write_profile,
@@ -101,13 +100,8 @@ async def greet(server: RunningServer) -> SignedIn | None:
 
 
 def choose_options(server: RunningServer, profile: SignedIn | None) -> list[str]:
-    """Return the options with which commands of this environment find the server; none if they do without."""
-    if profile is not None:
-        return profile.options
-    with suppress(ProfileProblem, OSError):
-        if find_target(None, None, os.environ).url == server.url:
-            return []
-    return ["--url", server.url]
+    """Return the options with which commands find the server, in any terminal."""
+    return ["--url", server.url] if profile is None else profile.options
 
 
 async def check_models(server: RunningServer, options: Sequence[str]) -> list[str]:

@@ -226,6 +226,7 @@ def _is_taken(here: Path) -> bool:
 VOLATILE = {"id", "job_id", "position", "created_at", "started_at", "finished_at", "loaded_at", "load_job_id"}
 """Members that differ from run to run; only whether they exist and are null is compared."""
 _CHANGING = (
+    (re.compile(rf" --url http://127.0.0.1:{PORT}\b"), ""),  # a person at a terminal has a profile instead
     (re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?Z?"), "TIME"),
     (re.compile(r"\b\d+:[0-9a-f]{64}\b"), "HEAD"),
     (re.compile(r"\bkey [0-9a-f]{32}\b"), "key ID"),
