@@ -20,8 +20,8 @@ ADVICE: Mapping[str, str] = {
     " request again if needed.",
     "invalid_input": "Send the inputs that the model takes: `GET /v2/models/{id}` has names, types and"
     " shapes.",
-    "invalid_model": "ONNX Runtime refuses the file; the message is its own. Export the model again,"
-    " and add it as a new version.",
+    "invalid_model": "The message says what is wrong with the file, and what to do. Add the mended file as a"
+    " new version.",
     "warm_up_failed": "Set inputs that the model can run as `[[warm_up.inputs]]`, or turn its warm-up off.",
     "model_changed": "The files changed while they were copied. Load again when they are complete.",
     "unsafe_file": "Replace links out of the repository, external data outside the folder, pipes and"

@@ -38,7 +38,7 @@ export const EVENT_TEXTS = {
 // By the code of a failed load.
 export const ADVICE = {
   worker_died: "Retry: the worker is replaced. After a failed load, WorkerExited or the log has its last lines.",
-  invalid_model: "ONNX Runtime refuses the file; the message is its own. Export the model again, and add it as a new version.",
+  invalid_model: "The message says what is wrong with the file, and what to do. Add the mended file as a new version.",
   warm_up_failed: "Set inputs that the model can run as [[warm_up.inputs]], or turn its warm-up off.",
   no_progress: "The model does not finish to load. If it only needs longer, raise progress_timeout_s.",
   not_encodable: "The message names the value. Rename files whose names are no text, or report a bug.",
