@@ -53,6 +53,8 @@ MAX_SIGNATURE_FIELDS = 200_000
 """Fields that are read for inputs and outputs, in 0.4 s: one for each node and three for each weight."""
 MAX_SIGNATURE_CHARACTERS = 2**16
 """Of all names and types together, since they are kept: 1,000 inputs with names of 40 characters."""
+MAX_DIMENSION_NAME_BYTES = 256
+"""Of a dimension's name that is read."""
 DIMENSION_NAME = re.compile(r"(?!unk__|None$)[A-Za-z_]\w{0,63}")
 """A dimension's name for people. Formulas, and the names that a converter numbers, are left out."""
 MAX_TYPE_DEPTH = 8
@@ -317,10 +319,17 @@ class _SignatureReader:
 
     def _read_length(self, dimension: Field) -> int | str:
         fields = self._fields.read_all(dimension.start, dimension.next)
-        given = [each for each in fields if each.number in {_LENGTH, _LENGTH_NAME}][-1:]  # the last counts
-        if given and given[0].number == _LENGTH_NAME and 0 <= given[0].next - given[0].start < 4 * 64:
-            return bytes(self._data[given[0].start : given[0].next]).decode("utf-8", "replace")
-        return given[0].value if given and given[0].value < 2**63 else -1
+        given = [each for each in fields if each.number in {_LENGTH, _LENGTH_NAME}]
+        if not given:
+            return -1
+        last = given[-1]  # which counts
+        if (
+            last.number == _LENGTH_NAME
+            and last.start >= 0
+            and last.next - last.start < MAX_DIMENSION_NAME_BYTES
+        ):
+            return bytes(self._data[last.start : last.next]).decode("utf-8", "replace")
+        return last.value if last.value < 2**63 else -1
 
     def _find(self, message: Field, number: int) -> Field | None:
         """Return the field of a message with this number and a length; the last one counts."""

@@ -490,3 +490,19 @@ def test_signature_of_a_large_file_is_read_in_parts(tmp_path: Path) -> None:
         (folder / "model.onnx").write_bytes(b"")  # cut short while it is read
         with pytest.raises(Unparsable):
             read_signature(FileWindows(file.fileno()), size)
+
+
+def test_dimension_name_without_a_length_is_no_name(tmp_path: Path) -> None:
+    """A hostile file gives the name as a number: there is nothing to read for it."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    dimension = bytes([2 << 3, 5])
+    tensor = bytes([1 << 3, FLOAT]) + field(2, field(1, dimension))
+    graph = field(11, field(1, b"x") + field(2, field(1, tensor)))
+    file = tmp_path / "model.onnx"
+    file.write_bytes(bytes([1 << 3, 8]) + field(7, graph))
+    with file.open("rb") as opened:
+        read = read_signature(FileWindows(opened.fileno()), file.stat().st_size)
+    assert [(spec.shape, spec.dimensions) for spec in read.inputs] == [((5,), ())]
