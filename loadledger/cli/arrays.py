@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from events.files import write_file
-from loadledger.cli.infer import MAX_FILE_BYTES, Filled, GivenInput, InputFile
+from loadledger.cli.infer import MAX_FILE_BYTES, GivenInput, InputFile, InputFill
 from loadledger.cli.output import format_cell, format_table
 from loadledger.cli.snippets import example_of
 from loadledger.inference import InferenceResult
@@ -124,7 +124,7 @@ def _fit(name: str, value: Any, tensor: ModelTensor | None, options: ImageOption
         array, said = image_array(value.content, tensor, options)
         note(f"{value.label}: {said}")
         return array
-    if isinstance(value, Filled):
+    if isinstance(value, InputFill):
         if tensor is None:
             raise ValueError(f"input {name!r}: its datatype is known once the model is loaded; give JSON")
         return _fit_array(name, _fill(value, tensor), tensor, note, is_typed=False)
@@ -138,7 +138,7 @@ def _fit(name: str, value: Any, tensor: ModelTensor | None, options: ImageOption
     return array if tensor is None else _fit_array(label, array, tensor, note, is_typed=is_typed)
 
 
-def _fill(value: Filled, tensor: ModelTensor) -> Array:
+def _fill(value: InputFill, tensor: ModelTensor) -> Array:
     """Return made-up values: floating-point numbers below 1, bytes, or 0 and 1, an index of almost anything.
 
     Raises:

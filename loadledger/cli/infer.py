@@ -62,7 +62,7 @@ class InputFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
+class InputFill:
     """Made-up values: zeros, ones or random numbers; without a shape, of the shape that the server tried."""
 
     values: str
@@ -102,7 +102,7 @@ def parse_input(text: str) -> GivenInput:
         return GivenInput(name, read_value(Path(value[1:])))
     if filled := _FILL.fullmatch(value):
         shape = None if filled[2] is None else tuple(map(int, filled[2].split("x")))
-        return GivenInput(name, Filled(filled[1], shape))
+        return GivenInput(name, InputFill(filled[1], shape))
     return GivenInput(name, _parse_json(value, text if name is None else name))
 
 

@@ -27,7 +27,7 @@ BINARY_ONLY = ("FP16", "BF16")
 """Datatypes without a form in JSON."""
 
 NAMELESS = '@[{"'
-"""With these begins a value of `loadledger infer` whose input is not named."""
+"""First characters of an argument of `loadledger infer` without the name of its input."""
 
 MAX_DIMENSIONS = 64
 """Of a tensor that a server takes."""
@@ -134,7 +134,7 @@ def _file(tensor: ModelTensor) -> str:
 
 
 def _is_given(tensor: ModelTensor) -> bool:
-    """Whether a person can give a value for an input on the command line."""
+    """Whether the command line can give a value for an input."""
     is_named = _is_typed(tensor.name) and "=" not in tensor.name and tensor.name[0] not in NAMELESS
     return is_named and tensor.datatype in DATATYPES and len(example_of(tensor).shape) <= MAX_DIMENSIONS
 

@@ -173,7 +173,7 @@ async def _make_up_inputs(original: Session, report: Loaded, *, is_needed: bool)
 
 
 def _declared(report: Loaded) -> list[TensorSpec]:
-    """Return what a client has to know: without names of dimensions and examples."""
+    """Return inputs and outputs without examples and names of dimensions, in which they may differ."""
     return [replace(spec, dimensions=(), example=None) for spec in (*report.inputs, *report.outputs)]
 
 

@@ -46,7 +46,7 @@ Lengths = Mapping[Dimension, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """The result of a search.
 
     Attributes:
@@ -74,7 +74,7 @@ def find_example(
     run: Callable[[dict[str, Any]], Sequence[Any]],
     on_begin: Callable[[], None],
     read_weight_lengths: Callable[[], Iterable[int]],
-) -> Found | None:
+) -> SearchResult | None:
     """Return an example of the inputs that a model requires; None if none may be made or sent.
 
     Args:
@@ -87,7 +87,7 @@ def find_example(
         return None
     # Whole numbers may be lengths or a mask, which cannot all be 0.
     fills: tuple[Fill, ...] = ("zeros", "ones") if any(map(_is_whole, required)) else ("zeros",)
-    found: list[Found] = []
+    found: list[SearchResult] = []
     tried, until_s = set[tuple[tuple[int, ...], ...]](), time.monotonic() + SEARCH_S
     for lengths in _lengths_to_try(required, found, read_weight_lengths):
         if time.monotonic() > until_s or (found and found[-1].lacks_memory):
@@ -99,7 +99,7 @@ def find_example(
             on_begin()
         tried.add(shapes)
         for fill in fills:
-            found.append(_try(required, shapes, fill, run))
+            found.append(_run_once(required, shapes, fill, run))
             if found[-1].is_clean:
                 return found[-1]
         answered = [each for each in found if each.problem is None]
@@ -126,12 +126,12 @@ def _is_whole(spec: TensorSpec) -> bool:
     return "INT" in spec.datatype or spec.datatype == "BOOL"
 
 
-def _try(
+def _run_once(
     required: Sequence[TensorSpec],
     shapes: Sequence[tuple[int, ...]],
     fill: Fill,
     run: Callable[[dict[str, Any]], Sequence[Any]],
-) -> Found:
+) -> SearchResult:
     examples = {
         spec.name: Example(shape, fill if _is_whole(spec) else "zeros")
         for spec, shape in zip(required, shapes, strict=True)
@@ -145,7 +145,7 @@ def _try(
     run_us = (time.perf_counter_ns() - started_ns) // 1000
     if refusal is not None:
         examples = {name: replace(example, refusal=refusal) for name, example in examples.items()}
-    return Found(examples, run_us if problem is None else None, problem)
+    return SearchResult(examples, run_us if problem is None else None, problem)
 
 
 def _is_finite(answer: Any) -> bool:
@@ -161,7 +161,9 @@ def _make_array(spec: TensorSpec, example: Example) -> Any:
 
 
 def _lengths_to_try(
-    required: Sequence[TensorSpec], found: Iterable[Found], read_weight_lengths: Callable[[], Iterable[int]]
+    required: Sequence[TensorSpec],
+    found: Iterable[SearchResult],
+    read_weight_lengths: Callable[[], Iterable[int]],
 ) -> Iterator[Lengths]:
     """Yield lengths for the open dimensions, the likeliest first; batches have one element.
 

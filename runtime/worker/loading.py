@@ -56,7 +56,7 @@ WITH_GIVEN = (
     " before it is loaded: correct them"
 )
 FATAL = 4
-"""ONNX Runtime's severity."""
+"""ONNX Runtime's log level at which it logs fatal errors alone."""
 NOT_TRIED = "not tried: its loadledger.toml gives inputs for the warm-up"
 OR_NOT = "or switch that off there, by enabled = false under [warm_up]"
 OnStage = Callable[[LoadStage], None]

@@ -1,4 +1,4 @@
-"""What ONNX Runtime says when it refuses a model or inputs, in plain words first, with what to do.
+"""Translates errors of ONNX Runtime, about a model or its inputs, into plain words and the cure.
 
 Its texts begin with codes, folders of this server and places in its own source. Texts of 1.31 and 1.32.
 """
@@ -41,7 +41,7 @@ _KNOWN = {
             input '\1' has \2 dimensions, and the model takes \3""",
     }.items()
 }
-"""What is recognised, and what to say of it first."""
+"""Patterns of its errors, and the plain words that go before each."""
 
 
 def strip_noise(text: str) -> str:

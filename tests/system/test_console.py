@@ -173,7 +173,7 @@ PROGRAMS = {
     "Python": (sys.executable, "-P", "-c"),
     "tritonclient": (sys.executable, "-P", "-c"),
 }
-"""What runs the programs of a model's page."""
+"""Interpreters of the programs on a model's page, by their names there."""
 
 
 def answer_inputs() -> ModelProto:

@@ -30,7 +30,7 @@ PACKAGES = {
     "docs/how-to/get-a-model-into-onnx.md": ("lightgbm", "onnxmltools", "skl2onnx", "xgboost"),
     "docs/how-to/use-tritons-client.md": ("tritonclient",),
 }
-"""What pages import besides the package and its requirements."""
+"""Packages that pages import besides ours and its requirements."""
 STANDING = {
     "docs/models.md": ("", 9),
     "docs/events.md": ("", 5),

@@ -29,7 +29,7 @@ class Desk:
     folder: Path
     tokens: dict[str, str]
     values: dict[str, object]
-    """What stands in braces in a typed command."""
+    """Values of the placeholders in a typed command."""
 
 
 @pytest.fixture(scope="module")

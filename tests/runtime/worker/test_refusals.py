@@ -1,4 +1,4 @@
-"""What a refused model's error says: plain words and the cure first, ONNX Runtime's own text after it."""
+"""Errors of a refused model: plain words and the cure come first, ONNX Runtime's own text after them."""
 
 from pathlib import Path
 
