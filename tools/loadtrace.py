@@ -7,6 +7,7 @@ Workers are other processes, and imports are no steps, so neither counts.
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -128,6 +129,7 @@ def _package(module: Path) -> Path:
 
 
 if __name__ == "__main__":
+    gc.disable()  # a generator that it closes is entered
     for load, found in asyncio.run(trace_loads()).items():
         print(f"{load}: {len(found)} modules")  # noqa: T201 - its result
         for package, paths in groupby(sorted(sorted(map(Path, found)), key=_package), _package):
