@@ -54,9 +54,7 @@ ends the waiting, not the job; `loadledger job JOB --wait` resumes it.
 **Aliases.** These names of Docker and Ollama work, too:
 """
 
-SETTINGS = (
-    "Its other options are the server's settings; `--help-all` lists all, `--help` those that most need."
-)
+SETTINGS = "Its other options are the server's settings; `--help-all` lists all, `--help` the most used ones."
 
 
 def command_page() -> str:

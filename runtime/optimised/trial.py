@@ -214,8 +214,8 @@ async def _find_quickest_ns(original: Session, session: Session, inputs: Sequenc
 
 
 LENGTHS = ((1, 8), (8, 8), (2, 8), (1, 64))
-"""Lengths for open dimensions: of the first one, usually the batch dimension, and of the others, of which no
-example is known."""
+"""Lengths for open dimensions: of the first one, usually the batch dimension, and of the others, where the
+input has no example."""
 MAX_SAMPLE_BYTES = 10 * 2**20
 """Limit of all inputs together: two pictures of 640 by 640 as floats. A model with larger inputs is tried on
 those of its `loadledger.toml`, if any."""

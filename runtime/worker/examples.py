@@ -20,7 +20,7 @@ from runtime.errors import RuntimeProblem
 from runtime.wire import DATATYPES, MAX_DIMENSIONS, Example, Fill, TensorSpec, plain_text
 from runtime.worker.sessions import is_out_of_memory
 
-MAX_ZEROS_BYTES = 64 * 2**20
+MAX_EXAMPLE_BYTES = 64 * 2**20
 """Limit of an example: the size of a request. A model that declares more is hardly run with that much."""
 TEXT_BYTES = 40
 """Size of an empty element of BYTES: numpy's reference to it, and ONNX Runtime's string."""
@@ -93,7 +93,7 @@ def find_example(
         if time.monotonic() > until_s or (found and found[-1].lacks_memory):
             break
         shapes = tuple(_shape(spec, lengths) for spec in required)
-        if shapes in tried or _total_bytes(required, shapes) > MAX_ZEROS_BYTES:
+        if shapes in tried or _total_bytes(required, shapes) > MAX_EXAMPLE_BYTES:
             continue
         if not tried:
             on_begin()

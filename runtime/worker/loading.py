@@ -135,9 +135,7 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     session = _create_session(order)
     loading_us = (clock() - started_ns) // 1000
     model, warming_up_us, examples = describe_model(session, order.max_batch_size), None, NO_EXAMPLES
-    # Zeros are no image, and a decoder that gets them may end the process (decision 49).
-    is_possible = bool(given) or not _names_extensions(order)
-    if order.warm_up and is_possible:  # before it is measured: memory of an inference belongs to the model
+    if order.warm_up:  # before it is measured: memory of an inference belongs to the model
         warming_up_us, examples = _warm_up(order, model, given, lambda: on_stage("warming_up"))
     sessions.return_free_memory()  # of loading: as much as the model keeps
     sessions.lift_load_limit()
@@ -148,8 +146,12 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
 def _warm_up(
     order: Load, model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]
 ) -> tuple[int | None, Examples]:
+    file = _find_file(order)
+    # Zeros are no image, and a decoder that gets them may end the process (decision 49).
+    if not given and file is not None and extensions.are_named(file):
+        return None, NO_EXAMPLES
     try:
-        return warm_up(model, given, _find_file(order), on_begin)
+        return warm_up(model, given, file, on_begin)
     except LoadRefused:
         if order.warm_up_required:
             raise
@@ -160,12 +162,6 @@ def _find_file(order: Load) -> Path | None:
     folder = Path(order.folder if order.optimised is None else order.optimised.folder)
     name = find_model_file(each.name for each in os.scandir(folder))
     return None if name is None else folder / name
-
-
-def _names_extensions(order: Load) -> bool:
-    """Whether the model of an order names operators of ONNX Runtime Extensions."""
-    file = _find_file(order)
-    return file is not None and extensions.are_named(file)
 
 
 def _create_session(order: Load) -> ort.InferenceSession:

@@ -27,7 +27,7 @@ from runtime.process.pool import WorkerPool
 from runtime.repository import DEFAULTS_FILE
 from runtime.statistics import Statistics
 from runtime.wire import Tensor
-from runtime.worker.examples import MAX_ZEROS_BYTES
+from runtime.worker.examples import MAX_EXAMPLE_BYTES
 
 GIVEN = """
 [[warm_up.inputs]]
@@ -50,7 +50,7 @@ def text(name: str, datatype: str, shape: tuple[int, ...], data: bytes) -> Tenso
 # In a worker
 
 
-TOO_MANY = MAX_ZEROS_BYTES // 4 + 1
+TOO_MANY = MAX_EXAMPLE_BYTES // 4 + 1
 RUN = {
     "shape": models.identity(shape=(2, 3)),
     "scalar": models.identity(shape=()),
