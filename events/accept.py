@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from msgspec import UNSET
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from events.clock import Timestamp
 from events.commands import (
     REFUSED_AS_OUTDATED,
     Accepted,
-    AddVersion,
     Command,
     Decision,
     DecisionInput,
@@ -27,6 +26,7 @@ from events.commands import (
     Refused,
     RegisterCommand,
     RemoveVersion,
+    RequestAdd,
     RequestCancel,
     RequestLoad,
     RequestUnload,
@@ -41,6 +41,7 @@ from events.types import (
     SETTINGS,
     SYSTEM,
     WORKER_PARAMETERS,
+    AddRequested,
     CancelRequested,
     Cause,
     Draft,
@@ -55,11 +56,15 @@ from events.types import (
     VersionAdded,
     VersionRemoved,
     contents_of,
+    digest_of,
 )
 
 MAX_QUEUE = 256
 """Unended jobs from which on loads by clients are refused: more than any machine loads within the longest
 `timeout_s`, and few enough to decide on all of them in a millisecond."""
+
+MAX_ADDS = 32
+"""Unended adds from which on others are refused: a few run at once, and each may take an hour."""
 
 _MOST_UNENDED = {Cause.REQUEST: MAX_QUEUE, Cause.DEMAND: MAX_QUEUE // 2}
 """By cause: on-demand loads leave half of the queue to explicit ones; loads by the system have no limit."""
@@ -100,19 +105,53 @@ def accept(
             return _decide_load(state, command, new_id)
         case RequestUnload():
             return _decide_unload(state, command, new_id)
+        case RequestAdd():
+            return _decide_add(state, command, new_id)
         case RequestCancel():
             return _decide_cancel(state, command, new_id)
 
 
 def _decide_version(state: State, command: VersionCommand) -> Accepted | Refused:
-    """Accept what changes the repository; a version that a load uses cannot be removed."""
+    """Accept what changes a repository; a version that a load uses cannot be removed.
+
+    In the own repositories of several nodes, a version has the same files.
+    """
     if isinstance(command, RemoveVersion):
         use = find_use(state, command.model_id, command.version)
         if use is not None:
             return Refused("version_in_use", f"version {command.version} of model '{command.model_id}' {use}")
-    data = VersionAdded(command.files) if isinstance(command, AddVersion) else VersionRemoved()
-    draft = Draft(command.event_id, data, command.actor, model_id=command.model_id, version=command.version)
-    return Accepted((draft,))
+        return Accepted((_draft_version(command, VersionRemoved(node_id=command.holder)),))
+    held = (state.models.get(command.model_id) or Model(command.model_id)).find_holders(command.version)
+    others = [node_id for node_id in held.node_ids if node_id != command.holder]
+    if command.holder is not UNSET and others and held.digest != digest_of(contents_of(command.files)):
+        what = f"version {command.version} of {command.model_id!r} has other files at {', '.join(others)}"
+        return Refused("version_exists", f"{what}: add the same files here, or choose another number")
+    data = VersionAdded(command.files, command.source, command.holder)
+    return Accepted((_draft_version(command, data, command.job_id),))
+
+
+def _draft_version(
+    command: VersionCommand, data: VersionAdded | VersionRemoved, job_id: str | None = None
+) -> Draft:
+    return Draft(command.event_id, data, command.actor, job_id, command.model_id, command.version)
+
+
+def _decide_add(state: State, command: RequestAdd, new_id: Callable[[], str]) -> Accepted | Refused:
+    if command.refusal is not None:
+        return command.refusal
+    adds = [job for job in state.unended() if job.kind is JobKind.ADD]
+    for job in adds:
+        is_here = command.holder in (UNSET, job.node_id)
+        if is_here and (job.model_id, job.version) == (command.model_id, command.version):
+            what = f"version {job.version} of {job.model_id!r} is just being added, by job {job.id}"
+            return Refused("version_exists", f"{what}: follow or cancel that, or choose another number")
+    if len(adds) >= MAX_ADDS:
+        return Refused("queue_full", f"{MAX_ADDS} adds have not ended yet; try again when some have")
+    data = AddRequested(**asdict(command.parameters), idempotency=command.idempotency, node_id=command.holder)
+    event_id = new_id()
+    return Accepted(
+        (Draft(event_id, data, command.actor, event_id, command.model_id, command.version),), event_id
+    )
 
 
 def find_use(state: State, model_id: str, version: int) -> str | None:

@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from events.clock import Timestamp
 from events.models import Model, ModelState
 from events.state import State
 from events.types import (
     AddedFile,
+    AddParameters,
     Cause,
     Contents,
     Draft,
     Idempotency,
     LoadParameters,
+    Provenance,
 )
 
 OUTDATED = "outdated"
@@ -109,6 +111,28 @@ class RequestUnload:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestAdd:
+    """Fetch a version from a source, and add it; `holder` is as in `AddVersion`.
+
+    Attributes:
+        refusal: what the repository says against it; a repeated request is answered with its job anyway.
+    """
+
+    model_id: str
+    version: int
+    parameters: AddParameters
+    actor: str
+    idempotency: Idempotency | None = None
+    holder: str | UnsetType = UNSET
+    refusal: Refused | None = None
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """None: only clients ask for it."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
 class RequestCancel:
     """Cancel a job before it has its effect."""
 
@@ -128,6 +152,9 @@ class AddVersion:
 
     Attributes:
         event_id: chosen by the caller: the staging folder has this name, so that a start finds the event.
+        source: where it was fetched from; UNSET if the actor sent the files.
+        job_id: of the add that fetched it.
+        holder: name of the server in whose own repository it is; UNSET where all share one.
     """
 
     model_id: str
@@ -136,6 +163,9 @@ class AddVersion:
     files: tuple[AddedFile, ...]
     event_id: str
     conditions: tuple[Condition, ...] = ()
+    source: Provenance | UnsetType = UNSET
+    job_id: str | None = None
+    holder: str | UnsetType = UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +177,7 @@ class RemoveVersion:
     actor: str
     event_id: str
     conditions: tuple[Condition, ...] = ()
+    holder: str | UnsetType = UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +207,7 @@ class RegisterCommand:
         raise NotImplementedError
 
 
-JobCommand = RequestLoad | RequestUnload | RequestCancel
+JobCommand = RequestLoad | RequestUnload | RequestAdd | RequestCancel
 """The commands that a job answers. They have conditions and may have an idempotency key."""
 
 VersionCommand = AddVersion | RemoveVersion

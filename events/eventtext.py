@@ -103,8 +103,10 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         {"first_position": "first_position", "last_position": "last_position"},
         "bad",
     ),
-    "VersionAdded": EventText(("{files:files}",), tone="good"),
-    "VersionRemoved": EventText(("{reason?}",), {"reason": "reason"}),
+    "VersionAdded": EventText(
+        ("{files:files}", "from {source.resolved?}", "at node {node_id?}"), tone="good"
+    ),
+    "VersionRemoved": EventText(("{reason?}", "at node {node_id?}"), {"reason": "reason"}),
     "TokenIssued": EventText(
         ("for {subject}", "{roles:acts}", "until {expires_at}", "via {via?}", "id {jti}"),
         {"jti": "jti", "token_subject": "subject", "expires_at": "expires_at", "via": "via"},
@@ -137,6 +139,9 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "LoadPlaced": EventText(
         ("at node {node_id}", "{reason}", "{files:files}"), {"node": "node_id", "reason": "reason"}
     ),
+    "AddRequested": EventText(("from {source}", "at node {node_id?}"), {"source": "source"}),
+    "AddStarted": EventText(("attempt {attempt}", "at node {node_id?}"), {"attempt": "attempt"}),
+    "AddFailed": _FAILED,
 }
 
 _FORMS: Mapping[str | None, Callable[[Any], str]] = {

@@ -1,8 +1,8 @@
 """The history of models and jobs in rows: what each event made of a model, and when a job was unended. Pure.
 
 A row has what the API shows of a model. What its `ModelLoaded` said is not repeated in each row: a row names
-the position of that event. What only the scheduler needs (footprints, incidents, back-off, removed versions)
-is in no row; a fold of the log has it. `events.sqlite.history` stores the rows.
+the position of that event. What only the scheduler needs (footprints, incidents, back-off, removed versions,
+holders) is in no row; a fold of the log has it. `events.sqlite.history` stores the rows.
 """
 
 from __future__ import annotations

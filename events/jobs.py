@@ -1,4 +1,4 @@
-"""The `Jobs` projection: status and outcome of each accepted load and unload. A pure fold, one job at a time.
+"""The `Jobs` projection: status and outcome of accepted loads, unloads and adds. A pure fold, one at a time.
 
 `REQUESTS` make a job of the event with its id; `STEPS` change it until it has ended. `CONSEQUENCES` says what
 a failed load means for a model that the server reloads: give a new code a row there. A load leaves a
@@ -19,6 +19,10 @@ from events.nodes import ends_processes
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
+    AddFailed,
+    AddParameters,
+    AddRequested,
+    AddStarted,
     CancelRequested,
     Cause,
     Data,
@@ -41,6 +45,7 @@ from events.types import (
     Unknown,
     UnloadRequested,
     UnloadStarted,
+    VersionAdded,
     WorkerExited,
 )
 
@@ -50,6 +55,7 @@ class JobKind(StrEnum):
 
     LOAD = "load"
     UNLOAD = "unload"
+    ADD = "add"
 
 
 class JobStatus(StrEnum):
@@ -191,16 +197,19 @@ class JobPlacement(Struct, frozen=True, gc=False):
 
 
 class Job(Struct, frozen=True, gc=False):
-    """One accepted load or unload; times are timestamps.
+    """One accepted load, unload or add of a version from a source; times are timestamps.
 
     Attributes:
-        load: the parameters of a load; None for an unload, like `deadline_at`.
-        unload: the parameters of an unload; None for a load.
+        load: the parameters of a load; None for others.
+        unload: the parameters of an unload; None for others.
+        deadline_at: of a load or an add; None for an unload.
+        add: the parameters of an add; only that has some stored.
         attempt: 0 until the job starts, then one more for each start.
         server_deaths: unclean ends of the server while the job was in progress.
         cancel_requested: whether a client asked to cancel it; `cancelling` says whether that was in time.
         superseded_by: the person's load that took the place of this one by the system.
-        placement: the node of a load, or of the load that an unload ends; without nodes it is not stored.
+        placement: the node of a load or an add, or of the load that an unload ends; without nodes it is not
+            stored.
     """
 
     id: str
@@ -224,6 +233,7 @@ class Job(Struct, frozen=True, gc=False):
     cancel_requested: bool = False
     superseded_by: str | None = None
     placement: JobPlacement | UnsetType = UNSET
+    add: AddParameters | UnsetType = UNSET
 
     @property
     def node_id(self) -> str | None:
@@ -256,11 +266,11 @@ class Job(Struct, frozen=True, gc=False):
 
     @property
     def cancellable(self) -> bool:
-        """Whether the job can still be cancelled: a load until it has ended, an unload until it starts.
+        """Whether the job can still be cancelled: an unload until it starts, others until they have ended.
 
         An unload of a replaced load cannot: the swap has taken place.
         """
-        if self.kind is JobKind.LOAD:
+        if self.kind is not JobKind.UNLOAD:
             return not self.ended
         is_replaced = self.cause in REPLACEMENTS
         return self.status is JobStatus.PENDING and self.attempt == 0 and not is_replaced
@@ -300,16 +310,18 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
     return job if step is None or event.job_id != job.id else step(job, event, data)
 
 
-REQUESTS = (LoadRequested, UnloadRequested)
+REQUESTS = (LoadRequested, UnloadRequested, AddRequested)
 """The events that create a job."""
 
 
-def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequested) -> Job:
+def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequested | AddRequested) -> Job:
     load = data if isinstance(data, LoadRequested) else None
     unload = data if isinstance(data, UnloadRequested) else None
+    add = data if isinstance(data, AddRequested) else None
+    timed, placed = load or add, unload or add
     return Job(
         id=event.id,
-        kind=JobKind.LOAD if load else JobKind.UNLOAD,
+        kind=JobKind.LOAD if load else JobKind.UNLOAD if unload else JobKind.ADD,
         model_id=model_id,
         version=event.version,
         status=JobStatus.PENDING,
@@ -317,11 +329,12 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         created_position=event.position,
         position=event.position,
         requested_by=event.actor,
-        cause=data.cause,
+        cause=Cause.REQUEST if isinstance(data, AddRequested) else data.cause,
         load=load.parameters if load else None,
         unload=UnloadParameters(unload.force, unload.load_job_id) if unload else None,
-        deadline_at=add_seconds(event.recorded_at, load.timeout_s) if load else None,
-        placement=UNSET if unload is None or unload.node_id is UNSET else JobPlacement(unload.node_id),
+        deadline_at=add_seconds(event.recorded_at, timed.timeout_s) if timed else None,
+        placement=UNSET if placed is None or placed.node_id is UNSET else JobPlacement(placed.node_id),
+        add=AddParameters(add.source, add.timeout_s, add.digest) if add else UNSET,
     )
 
 
@@ -352,7 +365,8 @@ def _is_at_ended_node(job: Job, data: NodeJoined | NodeLeft | NodeLost) -> bool:
 def _interrupt_job(job: Job, event: Event, *, since: Timestamp | None, is_death: bool) -> Job:
     """Return the job pending for its next attempt.
 
-    After an orderly stop no job is in progress, so a start interrupts one only after an unclean end.
+    After an orderly stop no job is in progress, so a start interrupts one only after an unclean end. An add
+    keeps its node, which may come back: its repository has what was fetched.
     """
     return replace(
         job,
@@ -360,7 +374,7 @@ def _interrupt_job(job: Job, event: Event, *, since: Timestamp | None, is_death:
         deadline_at=_extend(job, since, event),
         server_deaths=job.server_deaths + (is_death and job.status is JobStatus.IN_PROGRESS),
         position=event.position,
-        placement=UNSET,
+        placement=job.placement if job.kind is JobKind.ADD else UNSET,
     )
 
 
@@ -378,8 +392,8 @@ def _place_job(job: Job, event: Event, data: LoadPlaced) -> Job:
     return replace(job, placement=JobPlacement(data.node_id, times + 1), position=event.position)
 
 
-def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job:
-    attempt = data.attempt if isinstance(data, LoadStarted) else job.attempt + 1
+def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted | AddStarted) -> Job:
+    attempt = job.attempt + 1 if isinstance(data, UnloadStarted) else data.attempt
     started = replace(
         job,
         status=JobStatus.IN_PROGRESS,
@@ -396,7 +410,11 @@ def _complete_job(job: Job, event: Event, _: ModelLoaded | ModelSettingsChanged 
     return _end_job(job, event, JobStatus.COMPLETED)
 
 
-def _fail_job(job: Job, event: Event, data: LoadFailed) -> Job:
+def _complete_add(job: Job, event: Event, _: VersionAdded) -> Job:
+    return _end_job(job, event, JobStatus.COMPLETED) if job.kind is JobKind.ADD else job
+
+
+def _fail_job(job: Job, event: Event, data: LoadFailed | AddFailed) -> Job:
     return _end_job(job, event, JobStatus.FAILED, Failure(data.code, data.message))
 
 
@@ -429,6 +447,9 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     CancelRequested: _cancel_requested,
     WorkerExited: _worker_exited,
     LoadPlaced: _place_job,
+    AddStarted: _start_job,
+    AddFailed: _fail_job,
+    VersionAdded: _complete_add,
 }
 """The step of each event type that concerns one unended job; ends of processes concern all.
 

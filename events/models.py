@@ -53,6 +53,8 @@ from events.types import (
     VersionAdded,
     VersionRemoved,
     WorkerExited,
+    contents_of,
+    digest_of,
 )
 
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN)
@@ -115,6 +117,14 @@ class Serving(Struct, frozen=True, gc=False):
         return None if self.node is UNSET else self.node
 
 
+class VersionHolders(Struct, frozen=True, gc=False):
+    """The nodes in whose own repositories a version is, if it is in any, and the digest of its files."""
+
+    version: int
+    digest: str = ""
+    node_ids: tuple[str, ...] = ()
+
+
 class Model(Struct, frozen=True, gc=False):
     """One model.
 
@@ -136,6 +146,7 @@ class Model(Struct, frozen=True, gc=False):
             the model is `lost` with this load.
         footprints: of the versions loaded last, the latest at the end.
         removed: versions that load nowhere until they are added again, whatever files there are.
+        holders: of the versions that were added to nodes' own repositories; not stored without any.
     """
 
     id: str
@@ -154,6 +165,12 @@ class Model(Struct, frozen=True, gc=False):
     footprints: tuple[Footprint, ...] = ()
     retries: Retries | None = None
     removed: tuple[int, ...] = ()
+    holders: tuple[VersionHolders, ...] | UnsetType = UNSET
+
+    def find_holders(self, version: int) -> VersionHolders:
+        """Return the holders of a version; without nodes, any node may have it."""
+        found = (each for each in self.holders or () if each.version == version)
+        return next(found, VersionHolders(version))
 
     @property
     def loads_behind(self) -> set[str]:
@@ -405,6 +422,7 @@ def _reset(model: Model) -> Model:
         last_version=model.last_version,
         footprints=model.footprints,
         removed=model.removed,
+        holders=model.holders,
     )
 
 
@@ -438,6 +456,8 @@ def _ended_without_effect(model: Model, event: Event, _: JobCancelled, job: Job 
 
     A client that cancels the reload of a lost or degraded model also ends further reloads.
     """
+    if job is not None and job.kind is JobKind.ADD:
+        return model
     if job is not None and job.is_move and model.phase is ModelState.LOADED:
         return _count_failure(_without_job(model, job.id), event, Consequence.RETRY)
     if job is not None and job.kind is JobKind.LOAD and job.cancelling and job.cause in RELOADS:
@@ -489,16 +509,41 @@ def _lose_model(model: Model, event: Event, *, by: Cause = Cause.RECOVERY) -> Mo
     return replace(lost, back_off_position=event.position)
 
 
-def _version_added(model: Model, event: Event, _: VersionAdded, __: Job | None) -> Model:
+def _version_added(model: Model, event: Event, data: VersionAdded, _: Job | None) -> Model:
+    """A version has holders if it was added to nodes' own repositories, and not to a shared one since."""
+    if event.version is None:
+        return model
     left = tuple([version for version in model.removed if version != event.version])
-    return model if left == model.removed else replace(model, removed=left)
+    model = model if left == model.removed else replace(model, removed=left)
+    if data.node_id is UNSET:
+        return _set_holders(model, VersionHolders(event.version))
+    node_ids = {data.node_id, *model.find_holders(event.version).node_ids}
+    digest = digest_of(contents_of(data.files))
+    return _set_holders(model, VersionHolders(event.version, digest, tuple(sorted(node_ids))))
 
 
 def _version_removed(model: Model, event: Event, data: VersionRemoved, _: Job | None) -> Model:
-    """A removal with a reason is of an added version that never became visible: no files of others go."""
-    if data.reason is not None or event.version is None or event.version in model.removed:
+    """A version that leaves a node's own repository is removed if that was the last holder.
+
+    A removal with a reason is of an added version that never became visible: no files of others go.
+    """
+    if event.version is None:
+        return model
+    if data.node_id is not UNSET:
+        held = model.find_holders(event.version)
+        left = tuple(node_id for node_id in held.node_ids if node_id != data.node_id)
+        model = _set_holders(model, replace(held, node_ids=left))
+        if left or not held.node_ids:
+            return model
+    if data.reason is not None or event.version in model.removed:
         return model
     return replace(model, removed=(*model.removed, event.version))
+
+
+def _set_holders(model: Model, held: VersionHolders) -> Model:
+    others = tuple(each for each in model.holders or () if each.version != held.version)
+    holders = (*others, held) if held.node_ids else others
+    return model if holders == (model.holders or ()) else replace(model, holders=holders or UNSET)
 
 
 def _waits_for(model: Model, event: Event) -> bool:

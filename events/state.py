@@ -22,6 +22,7 @@ from events.registers import NOTHING, OF_REGISTERS, RegisterChanges, RegisterEnt
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
+    AddRequested,
     CancelRequested,
     Event,
     LoadJoined,
@@ -57,7 +58,7 @@ def read_key(event: Event) -> tuple[str, KnownKey] | None:
     return given.key_hash, KnownKey(given.fingerprint, event.job_id, event.recorded_at)
 
 
-_REQUESTS = (LoadRequested, UnloadRequested, CancelRequested, LoadJoined, UnloadJoined)
+_REQUESTS = (LoadRequested, UnloadRequested, AddRequested, CancelRequested, LoadJoined, UnloadJoined)
 """The events that can carry an idempotency key."""
 
 JOINS = (LoadJoined, UnloadJoined, CancelRequested)
@@ -213,7 +214,9 @@ def _age(job: Job) -> int:
 
 
 def has_turn(job: Job) -> bool:
-    """Whether a job waits its turn in its model's queue: the unload of a replaced load does not."""
+    """Whether a job waits its turn in its model's queue: an add and the unload of a replaced load do not."""
+    if job.kind is JobKind.ADD:
+        return False
     return job.kind is JobKind.LOAD or job.cause not in REPLACEMENTS
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -85,8 +86,23 @@ Contents = tuple[tuple[str, str], ...]
 """Path and SHA-256 of each file of a version, in order of their paths."""
 
 
-def contents_of(files: Iterable[LoadedFile]) -> Contents:
+def contents_of(files: Iterable[LoadedFile | AddedFile]) -> Contents:
     return tuple(sorted((file.path, file.sha256) for file in files))
+
+
+def digest_of(contents: Iterable[tuple[str, str]]) -> str:
+    """Return the digest of a version: SHA-256 over a line "<sha256> <path>" per file, ordered by path.
+
+    Args:
+        contents: path and SHA-256 of each file. Backslashes and line breaks in a path are escaped as
+            `sha256sum` does, so that no other list of files has the same lines.
+    """
+    lines = (f"{sha256} {_escape(path)}\n" for path, sha256 in sorted(contents))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _escape(path: str) -> str:
+    return path.replace("\\", "\\\\").replace("\n", "\\n")
 
 
 class Prepared(Struct, frozen=True, gc=False):
@@ -457,21 +473,77 @@ class AddedFile(Struct, frozen=True, gc=False):
     sha256: str
 
 
+class Provenance(Struct, frozen=True, gc=False):
+    """Where a version came from: the name as it was given, and a name of what it meant that does not move."""
+
+    uri: str
+    resolved: str
+
+
 class VersionAdded(Struct, frozen=True, gc=False):
-    """A caller put a version into the repository, where it is visible from the moment after this event."""
+    """A caller put a version into the repository, where it is visible from the moment after this event.
+
+    `source` is where the server fetched it from, on the actor's behalf; it is missing if the caller sent the
+    files. `node_id` is the node in whose own repository it is; it is missing where all share one.
+    """
 
     TYPE: ClassVar[str] = "VersionAdded"
     files: tuple[AddedFile, ...]
+    source: Provenance | UnsetType = UNSET
+    node_id: str | UnsetType = UNSET
+
+
+class AddParameters(Struct, frozen=True, gc=False):
+    """The parameters of an add of a version from a source.
+
+    Attributes:
+        source: its name, as it was given (`runtime.fetch.sources`).
+        timeout_s: from acceptance to the version, waiting included.
+        digest: that the source must have, `sha256:` and 64 hexadecimal digits; None for any.
+    """
+
+    source: str
+    timeout_s: int
+    digest: str | None = None
+
+
+class AddRequested(AddParameters, frozen=True, gc=False, kw_only=True):
+    """A person asked the server to fetch a version from a source. The event's id is the job's.
+
+    `node_id` is the node for whose own repository it is; it is missing where all share one.
+    """
+
+    TYPE: ClassVar[str] = "AddRequested"
+    idempotency: Idempotency | None = None
+    node_id: str | UnsetType = UNSET
+
+
+class AddStarted(Struct, frozen=True, gc=False):
+    """The fetch started, or went on after the server, or its node, had ended; `attempt` counts from 1."""
+
+    TYPE: ClassVar[str] = "AddStarted"
+    attempt: int
+    node_id: str | UnsetType = UNSET
+
+
+class AddFailed(Struct, frozen=True, gc=False):
+    """The fetch failed: nothing of the version is there."""
+
+    TYPE: ClassVar[str] = "AddFailed"
+    code: str
+    message: str
 
 
 class VersionRemoved(Struct, frozen=True, gc=False):
     """A version leaves the repository: no load finds it from here on.
 
     `reason` is `not_placed` if an added version never became visible: another one had taken its place.
+    `node_id` is the node whose own repository it leaves: loads find it where else it was added.
     """
 
     TYPE: ClassVar[str] = "VersionRemoved"
     reason: str | None = None
+    node_id: str | UnsetType = UNSET
 
 
 # Tokens. Their events may be appended while no server runs.
@@ -620,6 +692,7 @@ Data = (
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
     | RollbackAccepted | EventsDiscarded | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked
     | SignInLinkIssued | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
+    | AddRequested | AddStarted | AddFailed
 )  # fmt: skip
 """The types that this release writes."""
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import NoneType
 from typing import Protocol
 
-from msgspec import UnsetType, structs
+from msgspec import UNSET, structs
 
 from events.clock import add_seconds, uuid7
 from events.commands import Record
@@ -19,7 +19,7 @@ from events.models import LoadedModel, Model, ModelState
 from events.nodes import Node
 from events.registercommands import NodeCurrent
 from events.state import State
-from events.types import SYSTEM, Cause, Draft, LoadStarted, ModelLoaded, UnloadRequested, WorkerExited
+from events.types import SYSTEM, Cause, Draft, ModelLoaded, UnloadRequested
 from nodes.placement import (
     NodeHints,
     NodeView,
@@ -168,11 +168,10 @@ def draft_unload_elsewhere(loaded: Draft, state: State) -> Draft | None:
 
 
 def name_node(draft: Draft, node_id: str) -> Draft:
-    """Return a draft with this node, at which its workers are, unless it names another."""
-    match draft.data:
-        case LoadStarted() | ModelLoaded() | WorkerExited() | UnloadRequested(node_id=UnsetType()):
-            return structs.replace(draft, data=structs.replace(draft.data, node_id=node_id))
-    return draft
+    """Return a draft with this node, if its type has one and it names none: its processes are here."""
+    if getattr(draft.data, "node_id", None) is not UNSET:
+        return draft
+    return structs.replace(draft, data=structs.replace(draft.data, node_id=node_id))
 
 
 def _avoid_here(view: NodeView, action: actions.Action | None) -> actions.Action | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from copy import copy
 from dataclasses import dataclass, replace
@@ -80,6 +80,7 @@ class PlacementRequest:
         files: SHA-256 of its files, as far as they are known.
         labels: that the node must have.
         home: the node where the model is or was loaded.
+        holders: the nodes that have the version; empty if all have.
     """
 
     model_id: str
@@ -87,6 +88,7 @@ class PlacementRequest:
     files: frozenset[str] = frozenset()
     labels: frozenset[str] = frozenset()
     home: str | None = None
+    holders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +135,12 @@ def place(
     rooms: Iterable[NodeRoom],
     strategy: PlacementStrategy = PlacementStrategy.SPREAD,
 ) -> ChosenNode | None:
-    """Return the node for a load; None if there is none that takes loads and has the labels.
+    """Return the node for a load; None if there is none that takes loads, has the version and the labels.
 
     A load that fits into no node's budget is placed all the same: the node says why it fails.
     """
     able = [each for each in rooms if each.node.takes_loads and request.labels <= set(each.node.labels)]
+    able = [each for each in able if not request.holders or each.node.id in request.holders]
     able = [each for each in able if each.can_ever_fit(request.need_bytes)] or able
     home = next((each for each in able if each.node.id == request.home), None)
     if home is not None:
@@ -265,7 +268,12 @@ def build_request(view: NodeView, job: Job) -> PlacementRequest:
         _find_digests(model, held, version),
         frozenset(parameters.node_labels or ()),
         held.node_id if held is not None else None,
+        _find_holders(model, version),
     )
+
+
+def _find_holders(model: Model | None, version: int) -> tuple[str, ...]:
+    return () if model is None else model.find_holders(version).node_ids
 
 
 def _find_digests(model: Model | None, held: Serving | None, version: int) -> frozenset[str]:
@@ -321,18 +329,20 @@ def list_held(view: NodeView) -> dict[str, str]:
     """Return the loads that may not start here, as they have no node or leave a draining one, and why."""
     leaving = set() if view.node.takes_loads else {job.id for job, _ in place_loads(view)}
     return {
-        job.id: _explain_unplaced(job, view.observations.estimating)
+        job.id: _explain_unplaced(view, job)
         for job in view.unended
         if _has_no_node(job, view.node) or job.id in leaving
     }
 
 
-def _explain_unplaced(job: Job, estimating: Collection[str]) -> str:
-    if job.id in estimating:
+def _explain_unplaced(view: NodeView, job: Job) -> str:
+    if job.id in view.observations.estimating:
         return "the estimate of its memory"
-    _, parameters = job.load_order
+    version, parameters = job.load_order
     labels = ", ".join(parameters.node_labels or ())
-    return "a node that takes loads" + (f" and has the labels {labels}" if labels else "")
+    holders = ", ".join(_find_holders(view.state.models.get(job.model_id), version))
+    where = f", of {holders}, where version {version} was added" if holders else ""
+    return "a node that takes loads" + (f" and has the labels {labels}" if labels else "") + where
 
 
 def _list_files(view: NodeView, job: Job) -> tuple[FileHash, ...]:
@@ -352,6 +362,7 @@ def find_node_for_model(view: NodeView, model: Model, serving: Serving) -> Chose
         need_bytes,
         _find_digests(model, serving, serving.version),
         frozenset(serving.parameters.node_labels or ()),
+        holders=model.find_holders(serving.version).node_ids,
     )
     rooms = [each for each in view.rooms if each.can_ever_fit(need_bytes)]
     return place(request, rooms, view.strategy)

@@ -72,6 +72,7 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
         False,
     ),
     ("VersionRemoved", {"reason": None}, "", False),
+    ("VersionRemoved", {"reason": None, "node_id": "a"}, "at node a", False),
     ("RollbackAccepted", {"kept_position": 7, "head_position": 4}, "signed up to 7, accepted at 4", True),
     ("EventsDiscarded", {"first_position": 7, "last_position": 9, "hash": "00"}, "positions 7 to 9", True),
     ("TokenIssued", ISSUED, "for bob, admin, audit, until T, id i1", False),

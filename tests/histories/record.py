@@ -15,6 +15,7 @@ instead of a name makes all states anew; use it only together with a new `events
 - `joins`: others join a load, a forced unload and a loaded model; a person's load supersedes an on-demand one
 - `tokens`: tokens are issued over all ways, revoked, and used by a sign-in link; one of a provider is revoked
 - `keys`: requests with idempotency keys, repeated, reused for another request, and expired after a day
+- `adds`: adds from sources that fail, are cancelled, and succeed
 - `nodes`: a worker of three nodes dies, then a node; another one is drained and leaves, and one joins again
 """
 
@@ -31,11 +32,22 @@ from tempfile import TemporaryDirectory
 from support import models
 from support.cluster import are_elsewhere, clustered, find_nodes, find_places, is_lost
 from support.folding import fold_steps
+from support.history import opened
 from support.postgres import postgres_server
 from support.running import running
 
+from events.clock import uuid7
 from events.codec import encode_event
-from events.commands import Record, RequestLoad, RequestUnload
+from events.commands import (
+    AddVersion,
+    JobUnchanged,
+    Record,
+    RequestAdd,
+    RequestCancel,
+    RequestLoad,
+    RequestUnload,
+)
+from events.log import Log
 from events.models import ModelState
 from events.nodes import NodePhase
 from events.registercommands import IssueToken, RevokeToken
@@ -43,11 +55,18 @@ from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.sqlite.storage import FOLDS
 from events.types import (
+    SYSTEM,
     AccessDenied,
+    AddedFile,
+    AddFailed,
+    AddParameters,
+    AddStarted,
     Cause,
     Draft,
     Idempotency,
+    JobCancelled,
     LoadParameters,
+    Provenance,
     SignInLinkIssued,
     TokenIssued,
 )
@@ -158,12 +177,42 @@ async def nodes(folder: Path) -> None:
         shutil.copyfile(first.replica, folder / LEDGER)
 
 
+async def adds(folder: Path) -> None:
+    """Adds from sources: one that fails after a restart, one that is cancelled, and one that succeeds."""
+
+    async def add(log: Log, model_id: str) -> str:
+        parameters = AddParameters(f"hf://org/{model_id}@main", 60, "5f" * 32)
+        job_id = (await log.submit(RequestAdd(model_id, 1, parameters, "alice"))).job_id
+        assert job_id is not None
+        await fact(log, job_id, AddStarted(1))
+        return job_id
+
+    async def fact(log: Log, job_id: str, data: AddStarted | AddFailed | JobCancelled) -> None:
+        job = log.state.jobs[job_id]
+        draft = Draft(uuid7(), data, SYSTEM, job_id, job.model_id, job.version)
+        await log.submit(Record((draft,), (JobUnchanged(job_id, job.position),)))
+
+    async with opened(folder / "ledger.db") as log:
+        broken = await add(log, "broken")
+    async with opened(folder / "ledger.db") as log:
+        await fact(log, broken, AddStarted(2))
+        await fact(log, broken, AddFailed("source_not_found", "there is no such revision"))
+        cancelled = await add(log, "adder")
+        await log.submit(RequestCancel(cancelled, "bob"))
+        await fact(log, cancelled, JobCancelled())
+        source = Provenance("hf://org/other@main", f"hf://org/other@{'1' * 40}")
+        files = (AddedFile("model.onnx", 3, "ab" * 32),)
+        job_id = await add(log, "other")
+        await log.submit(AddVersion("other", 1, "alice", files, uuid7(), source=source, job_id=job_id))
+
+
 SCENARIOS: dict[str, Scenario] = {
     "loads-and-swaps": loads_and_swaps,
     "settings": settings,
     "joins": joins,
     "tokens": tokens,
     "nodes": nodes,
+    "adds": adds,
 }
 
 

@@ -1,6 +1,6 @@
 """Nodes that crash, pause and are cut off: what is recorded stays right, and in the end everything ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -56,6 +56,7 @@ LOADS = st.builds(
     st.sets(st.sampled_from(["keep_alive_s", "timeout_s", "strategy"])),
 )
 
+OWN = st.sampled_from([("b", 1), ("c", 1), ("c", 2)])
 WHICH = st.integers(0, 3)
 TURNS = st.sampled_from([0, 1, 2, 3, 100])
 OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies"])
@@ -65,6 +66,8 @@ class ClusterSimulation(RuleBasedStateMachine):
     """Anything happens to the nodes in any order, and in the end everything ends."""
 
     cluster: Cluster
+    own: Sequence[tuple[str, int]]
+    """Versions that are in nodes' own repositories only."""
 
     @initialize(
         policies=st.lists(POLICIES, min_size=2, max_size=3),
@@ -72,6 +75,7 @@ class ClusterSimulation(RuleBasedStateMachine):
         strategy=st.sampled_from(PlacementStrategy),
         skew_s=st.sampled_from([0.0, 3.0, -70.0]),
         is_fenced=st.booleans(),
+        own=st.sets(st.tuples(WHICH, OWN)) | st.just(set()),
         loads=st.lists(LOADS, max_size=3),
     )
     def begin(
@@ -80,12 +84,16 @@ class ClusterSimulation(RuleBasedStateMachine):
         labels: list[tuple[str, ...]],
         strategy: PlacementStrategy,
         skew_s: float,
-        loads: list[RequestLoad],
         *,
         is_fenced: bool,
+        own: set[tuple[int, tuple[str, int]]],
+        loads: list[RequestLoad],
     ) -> None:
         skews_s = [number * skew_s for number in range(len(policies))]
         self.cluster = Cluster(policies, skews_s, labels, strategy, is_fenced=is_fenced)
+        self.own = sorted({version for _, version in own})
+        for which, version in sorted(own):
+            self.cluster.add_version(self.node(which), *version)
         for load in loads:
             self.somebody_loads_and_that_ends(load, "loaded", 3)
 
@@ -243,6 +251,13 @@ class ClusterSimulation(RuleBasedStateMachine):
     def a_node_is_drained(self, which: int, turns: int) -> None:
         node = self.node(which)
         node.submit(DrainNode(node.name, "alice"))
+        self.work(which, turns)
+
+    @rule(which=WHICH, version=WHICH, is_added=st.booleans(), turns=TURNS)
+    def a_version_is_added_or_removed(self, which: int, version: int, turns: int, *, is_added: bool) -> None:
+        if self.own:
+            change = self.cluster.add_version if is_added else self.cluster.remove_version
+            change(self.node(which), *self.own[version % len(self.own)])
         self.work(which, turns)
 
     @rule()

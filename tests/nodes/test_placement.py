@@ -12,8 +12,8 @@ from support.decisions import describe_next, processes
 from support.history import CONTENTS, MODEL, PLAIN, History, at
 
 from events.nodes import Node, NodePhase
-from events.types import Cause, LoadPlaced
-from nodes.decisions import NodePlacement
+from events.types import SYSTEM, AddRequested, AddStarted, Cause, Draft, LoadPlaced
+from nodes.decisions import NodePlacement, name_node
 from nodes.placement import (
     MAX_PLACEMENTS,
     NodeHints,
@@ -21,6 +21,7 @@ from nodes.placement import (
     PlacementReason,
     PlacementRequest,
     PlacementStrategy,
+    find_share,
     place,
 )
 from runtime.scheduler.actions import Decision, StartLoad
@@ -119,6 +120,27 @@ CASES = [
         "b room",
     ),
     (
+        "own repositories",
+        PlacementRequest("m", 10, home="c", holders=("a", "b")),
+        [room("a", 20), room("b", 30), room("c", 90)],
+        "spread",
+        "b room",
+    ),
+    (
+        "own repository of a node without room",
+        PlacementRequest("m", 10, holders=("a",)),
+        [room("a", 5, budget=9), room("b", 90)],
+        "spread",
+        "a queue",
+    ),
+    (
+        "own repositories of nodes that take no loads",
+        PlacementRequest("m", 10, holders=("a", "z")),
+        [room("a", 90, phase="draining"), room("b", 90)],
+        "spread",
+        "none",
+    ),
+    (
         "no node has the labels",
         PlacementRequest("m", labels=frozenset({"gpu=a"}), home="a"),
         [room("a", 90)],
@@ -166,12 +188,14 @@ REQUESTS = st.builds(
     DIGESTS,
     st.frozensets(st.sampled_from(["gpu=a", "zone=x"]), max_size=1),
     st.none() | NAMES,
+    st.just(()) | st.lists(NAMES, max_size=2, unique=True).map(tuple),
 )
 STRATEGIES = st.sampled_from(PlacementStrategy)
 
 
 def is_able(request: PlacementRequest, each: NodeRoom) -> bool:
-    return each.node.takes_loads and request.labels <= set(each.node.labels)
+    has_version = not request.holders or each.node.id in request.holders
+    return each.node.takes_loads and has_version and request.labels <= set(each.node.labels)
 
 
 @PLAIN
@@ -350,6 +374,93 @@ def test_load_with_labels_leaves_node_without_them() -> None:
     cluster.history.place("L2", "c")
     cluster.estimates["L2"] = 60
     assert cluster.next("c", budget_bytes=50) == "fail L2: insufficient_memory"  # it would fit at `a`
+
+
+def test_load_waits_for_node_where_version_was_added() -> None:
+    cluster = Cluster()
+    history = cluster.history
+    history.join("c", labels=("gpu=a",), budget_bytes=50)
+    for name in ("c", "b"):
+        history.add_version(name)
+    cluster.hints = {"b": NodeHints(99, 0), "c": NodeHints(99, 0)}
+    history.ask_load("L")
+    assert cluster.next("a") == "place L at c: room"
+    history.drain("c")
+    assert cluster.next("a") == "place L at b: room"
+    history.leave("b")
+    where = "of b, c, where version 1 was added"
+    assert cluster.decide("a").waiting_for == {"L": f"a node that takes loads, {where}"}
+    history.ask_load("L2", of="other", node_labels=("gpu=a",))
+    history.add_version("b", of="other")
+    labels = "and has the labels gpu=a, of b, where version 1 was added"
+    assert cluster.decide("a").waiting_for["L2"] == f"a node that takes loads {labels}"
+    history.add_version("a")
+    assert cluster.next("a") == "estimate L"
+
+
+def test_lost_model_waits_for_node_where_version_was_added() -> None:
+    cluster = Cluster()
+    history = cluster.history
+    history.add_version("b")
+    history.load_at("b", "L")
+    history.lose("b")
+    assert cluster.next("a") == f"reload {MODEL}, restart"
+    history.ask_load("R", cause=Cause.RESTART)
+    assert cluster.next("a") == "nothing"
+    assert cluster.decide("a").waiting_for == {
+        "R": "a node that takes loads, of b, where version 1 was added"
+    }
+    history.join("b", budget_bytes=5_000)
+    assert cluster.next("a") == "place R at b: room"
+
+
+def test_model_moves_to_nodes_where_its_version_was_added() -> None:
+    cluster = Cluster()
+    history = cluster.history
+    history.add_version("b")
+    history.load_at("b", "L")
+    history.drain("b")
+    for name in ("c", "d"):
+        history.join(name)
+    assert cluster.next("b", "L:serving") == "nothing"
+    history.add_version("c")
+    assert cluster.next("b", "L:serving") == f"move {MODEL}"
+    history.ask_load("M", cause=Cause.DRAIN)
+    assert cluster.next("a") == "place M at c: room"
+
+
+def test_load_without_room_goes_to_another_node_with_its_version() -> None:
+    cluster = Cluster()
+    history = cluster.history
+    history.add_version("b")
+    history.ask_load("L")
+    history.place("L", "b")
+    cluster.estimates["L"] = 101
+    history.join("c", budget_bytes=200)
+    assert cluster.next("b") == "fail L: insufficient_memory"
+    history.add_version("c")
+    assert cluster.next("b") == "place L at c: room"
+
+
+def test_add_stays_at_its_node_which_may_come_back() -> None:
+    history = History()
+    for name in ("a", "b"):
+        history.join(name)
+    request = AddRequested(source="hf://org/repo", timeout_s=60, node_id="b")
+    history.add(request, "A", by="alice", event_id="A")
+
+    def owners() -> list[str]:
+        nodes = history.state.registers.nodes
+        return [name for name in nodes if find_share(history.state, name, None, set()).unended()]
+
+    assert owners() == ["b"]
+    history.lose("b")
+    assert (owners(), history.job("A").node_id) == (["a"], "b")
+    history.join("b")
+    assert owners() == ["b"]
+    started = name_node(Draft("e", AddStarted(1), SYSTEM, "A", MODEL, 1), "b")
+    assert started.data == AddStarted(1, "b")
+    assert name_node(started, "a") == started
 
 
 def test_next_load_goes_where_model_is_loaded() -> None:

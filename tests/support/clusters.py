@@ -6,18 +6,20 @@ lost, come late or twice. The checks of `ClusterLog` hold at each event.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import pytest
 from msgspec.structs import replace as change
 
 from events.clock import add_seconds, seconds_between
-from events.commands import Command, Decision, Refused
+from events.commands import AddVersion, Command, Decision, Refused, RemoveVersion
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
 from events.nodes import Node, find_placer
 from events.registercommands import JoinNode, LeaveNode, LoseNode
 from events.state import State
 from events.types import (
+    AddedFile,
     Cause,
     Draft,
     LoadParameters,
@@ -55,6 +57,12 @@ def has_labels(node: Node, parameters: LoadParameters | None) -> bool:
     return set(parameters.node_labels or ()) <= set(node.labels)
 
 
+def has_version(state: State, node_id: str, model_id: str | None, version: int | None) -> bool:
+    """Whether a node has a version: all have one that was added to no node's own repository."""
+    holders = state.models.get(model_id or "", Model("")).find_holders(version or 0).node_ids
+    return not holders or node_id in holders
+
+
 class ClusterLog(Ledger):
     """The log of several nodes: what concerns a node is recorded by that node alone, while it is there.
 
@@ -83,11 +91,13 @@ class ClusterLog(Ledger):
                 node = self.state.registers.nodes[node_id]
                 assert (node.takes_loads, node.epoch) == (True, epoch)
                 assert has_labels(node, job.load)
+                assert has_version(self.state, node_id, draft.model_id, draft.version)
             case LoadStarted(node_id=node_id) | ModelLoaded(node_id=node_id):
                 assert by is not None
                 assert job is not None
                 assert node_id == by.name == job.node_id
                 assert has_labels(self.state.registers.nodes[by.name], job.load)
+                assert has_version(self.state, by.name, draft.model_id, draft.version)
                 if isinstance(draft.data, ModelLoaded):
                     self._check_replaced(draft, following)
             case WorkerExited(node_id=node_id):
@@ -282,10 +292,22 @@ class Cluster:
         ]
         for node in self.nodes:
             node.join()
+        self._changes = count(1)
 
     @property
     def state(self) -> State:
         return self.log.state
+
+    def add_version(self, node: ClusterNode, model_id: str, version: int) -> Decision:
+        """Add a version to a node's own repository."""
+        files = (AddedFile("model.onnx", 9, "ab" * 32),)
+        event_id = f"v{next(self._changes)}"
+        return node.submit(AddVersion(model_id, version, "alice", files, event_id, holder=node.name))
+
+    def remove_version(self, node: ClusterNode, model_id: str, version: int) -> Decision:
+        """Remove a version from a node's own repository."""
+        event_id = f"v{next(self._changes)}"
+        return node.submit(RemoveVersion(model_id, version, "alice", event_id, holder=node.name))
 
     def pass_time(self, seconds: float) -> None:
         self.now = add_seconds(self.now, seconds)
@@ -344,7 +366,7 @@ class Cluster:
         pytest.fail(f"busy without end: {self.tell()}")
 
     def bring_back(self) -> None:
-        """All nodes are there, reach the log and see it; for all labels that they have, one takes loads."""
+        """All nodes are there, reach the log and see it; for what each could load, one takes loads."""
         for node in self.nodes:
             node.is_cut = node.is_paused = False
             node._end_troubles()
@@ -358,10 +380,17 @@ class Cluster:
         for node in self.nodes:
             node.catch_up()
         for node in self.nodes:
-            takers = [set(each.labels) for each in self.state.registers.nodes.values() if each.takes_loads]
-            if not any(set(node.labels) <= labels for labels in takers):
+            takers = [each for each in self.state.registers.nodes.values() if each.takes_loads]
+            if not any(self._can_replace(each, node) for each in takers):
                 self.leave(node)
                 self.start(node)
+
+    def _can_replace(self, taker: Node, node: ClusterNode) -> bool:
+        """Whether a node has all labels and versions of another."""
+        held = [(model.id, each) for model in self.state.models.values() for each in model.holders or ()]
+        own = [(model_id, each.version) for model_id, each in held if node.name in each.node_ids]
+        has_all = all(has_version(self.state, taker.id, *version) for version in own)
+        return has_all and set(node.labels) <= set(taker.labels)
 
     def calm_down(self) -> None:
         """Be fair for long enough: every job ends; and with memory for all, nothing is left to do."""
@@ -415,12 +444,13 @@ class Cluster:
                 self._check_drained(model, model.serving)
 
     def _check_drained(self, model: Model, serving: Serving) -> None:
-        """A drained node has nothing left but models that no other has the budget or the labels for."""
+        """A drained node has nothing left but models that no other has the budget, labels or files for."""
         if not self.state.registers.nodes[serving.node_id or ""].takes_loads:
             peaks = [each.peak_memory_bytes for each in model.footprints if each.version == serving.version]
             need = max(peaks) * serving.parameters.instances
             takers = [node for node in self.state.registers.nodes.values() if node.takes_loads]
-            budgets = [node.budget_bytes for node in takers if has_labels(node, serving.parameters)]
+            able = [node for node in takers if has_version(self.state, node.id, model.id, serving.version)]
+            budgets = [node.budget_bytes for node in able if has_labels(node, serving.parameters)]
             assert all(budget is not None and budget < need for budget in budgets)
 
     def check_now(self) -> None:
@@ -436,6 +466,7 @@ class Cluster:
                 assert serving is not None
                 assert self.state.registers.nodes[serving.node_id or ""].is_present
                 assert has_labels(self.state.registers.nodes[serving.node_id or ""], serving.parameters)
+                assert has_version(self.state, serving.node_id or "", model.id, serving.version)
         owners = [
             {job.id for job in find_share(self.state, name, None, frozenset()).unended()}
             for name, node in self.state.registers.nodes.items()

@@ -25,6 +25,10 @@ from events.models import Model
 from events.state import State
 from events.types import (
     SYSTEM,
+    AddedFile,
+    AddFailed,
+    AddRequested,
+    AddStarted,
     CancelRequested,
     Cause,
     Data,
@@ -47,12 +51,15 @@ from events.types import (
     NodeJoined,
     NodeLeft,
     NodeLost,
+    Provenance,
     ServerStarted,
     ServerStopped,
     Unknown,
     UnloadJoined,
     UnloadRequested,
     UnloadStarted,
+    VersionAdded,
+    VersionRemoved,
     WorkerExited,
     record_draft,
 )
@@ -77,6 +84,9 @@ The examples are the same in each run, so that nothing fails by chance; with `SO
 """
 FEWER = settings(PLAIN, max_examples=of_both(short=15, long=500))
 """For a property each of whose examples takes milliseconds: it folds a history, or writes a file."""
+
+
+SOURCE = "hf://org/repo@main"
 
 
 def at(seconds: float) -> str:
@@ -126,7 +136,7 @@ class History:
         self.seconds += after_s
         position = self.state.position + 1
         if event_id is None:
-            requests = isinstance(data, LoadRequested | UnloadRequested)
+            requests = isinstance(data, LoadRequested | UnloadRequested | AddRequested)
             event_id = job if requests and job is not None else f"e{position}"
         event = Event(position, event_id, data, by, at(self.seconds), job, of, version, worker)
         self.facts.append(event)
@@ -218,6 +228,12 @@ class History:
     def end_cancelled(self, job: str, **about: Any) -> None:
         self.add(JobCancelled(), job, **about)
 
+    def ask_add(self, job: str, *, timeout_s: int = 60, **about: Any) -> None:
+        self.add(AddRequested(SOURCE, timeout_s), job, by="alice", **about)
+
+    def end_add(self, job: str, **about: Any) -> None:
+        self.add(VersionAdded((), Provenance(SOURCE, SOURCE)), job, by="alice", **about)
+
     def supersede(self, job: str, by: str, *, version: int = 1) -> None:
         """A person's load takes the place of one by the system."""
         self.ask_load(by, version=version)
@@ -282,6 +298,18 @@ class History:
         self.place(job, node, of=of)
         self.add(LoadStarted(self.job(job).attempt + 1, node), job, of=of)
 
+    def add_version(
+        self, node: str | UnsetType = UNSET, *, sha256: str = "ab" * 32, of: str = MODEL, version: int = 1
+    ) -> None:
+        """A version is added to a node's own repository, or to the one that all share."""
+        added = VersionAdded((AddedFile("model.onnx", 4_096, sha256),), node_id=node)
+        self.add(added, of=of, version=version, by="alice")
+
+    def remove_version(
+        self, node: str | UnsetType = UNSET, reason: str | None = None, *, of: str = MODEL, version: int = 1
+    ) -> None:
+        self.add(VersionRemoved(reason, node), of=of, version=version, by="alice")
+
     def job(self, job: str) -> Job:
         return self.state.jobs[job]
 
@@ -298,7 +326,7 @@ TUNED: dict[str, Any] = {
     "threads": 2,
     "node_labels": ("zone=a",),
 }
-JOBS = ("L", "L2", "L3", "R", "U", "F", "S")
+JOBS = ("A", "L", "L2", "L3", "R", "U", "F", "S")
 STEPS: dict[str, Callable[..., object]] = {
     "request": lambda h: h.ask_load("L"),
     "request_10s": lambda h: h.ask_load("L", timeout_s=10),
@@ -375,6 +403,11 @@ STEPS: dict[str, Callable[..., object]] = {
     "forkserver_exit_2": lambda h: h.kill_worker("P2", signal=None),
     "recover_pair": lambda h: h.load_pair("R", cause=Cause.RECOVERY),
     "crash_1_again": lambda h: h.kill_worker("R1"),
+    # A version from a source.
+    "request_add": lambda h: h.ask_add("A"),
+    "start_add": lambda h: h.add(AddStarted(1), "A"),
+    "finish_add": lambda h: h.end_add("A"),
+    "fail_add": lambda h: h.add(AddFailed("broken", "it broke"), "A"),
     # Another model.
     "request_other": lambda h: h.ask_load("O", of="other"),
     "start_other": lambda h: h.start_load("O", of="other"),
@@ -385,8 +418,8 @@ STEPS: dict[str, Callable[..., object]] = {
 
 Jobs: `L`, `L2` (version 2), `L3` and `P` (two instances) are loads, `R` a load by the system, `D` one that an
 inference caused; `U` is an unload, `F` a forced one, `S` that of the replaced version; `O` loads the model
-`other`. The worker of the load `L` is `w-L`, those of `P` are `P1` and `P2`. A failure may have a code, as in
-`fail_recovery:timeout`.
+`other`; `A` adds version 1 from a source. The worker of the load `L` is `w-L`, those of `P` are `P1` and
+`P2`. A failure may have a code, as in `fail_recovery:timeout`.
 """
 
 
