@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
+CLOUD = ["obstore~=0.12"]
 POSTGRES = ["asyncpg>=0.30,<1"]
 EXAMPLES = [  # 65 MB, of it scipy 34
     *IMAGES,
@@ -24,12 +25,16 @@ TEST = [
     *IMAGES,
     *OTEL,
     *EXTENSIONS,
+    *CLOUD,
     *POSTGRES,
     "asyncpg-stubs>=0.30",
     "axe-playwright-python>=0.1.4",
+    "flask>=3",
+    "flask-cors>=5",
     "hypothesis>=6.150",
     "kubernetes-validate>=1.37",  # with the schemas of 1.25 to 1.37; 108 MB
     "kserve>=0.21; python_version < '3.14'",  # it is not made for more
+    "moto[s3]>=5.2",  # a server like S3; its extra `server` brings all of AWS, and minutes of pip
     "mypy==2.4.*",
     "onnx>=1.20",
     "openapi-spec-validator>=0.7",
@@ -88,6 +93,7 @@ setup(
         "hostile": ["schemathesis>=4.32"],  # beside "test", for `make hostile` alone
         "extensions": EXTENSIONS,
         "otel": OTEL,
+        "cloud": CLOUD,  # for sources in S3, Google Cloud Storage and Azure Blob Storage
         "postgres": POSTGRES,  # for a ledger in PostgreSQL
         "ray": RAY,  # for `loadledger ray`
         "examples": EXAMPLES,  # to train examples/ again, and for the pages and notebooks that export models

@@ -131,6 +131,13 @@ def list_model_files(names: Iterable[str]) -> list[str]:
     )
 
 
+def list_model_folders(paths: Iterable[PurePosixPath]) -> list[PurePosixPath]:
+    """Return the folders of the ONNX files nearest to the top of a tree, sorted; hidden files are none."""
+    models = [path for path in paths if path.suffix == SUFFIX and not path.name.startswith(".")]
+    depth = min((len(path.parts) for path in models), default=0)
+    return sorted({path.parent for path in models if len(path.parts) == depth})
+
+
 def check_external_data(path: Path, folder: Path, root: Path) -> bool:
     """Refuse a model with external data outside of its folder.
 

@@ -191,7 +191,7 @@ class OptimisedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         key: what it depends on (`runtime.optimised.key`).
-        sha256: its hash (`runtime.store.folder.digest_of`).
+        sha256: its hash (`events.types.digest_of`).
         folder: where its files lie, absolute.
         bytes: the size of all of them.
     """

@@ -135,10 +135,13 @@ def test_what_ships_imports_nothing_that_does_not() -> None:
     assert not importers_of("bench", "tests", "tools")
 
 
-def test_web_framework_appears_in_server_and_nodes_only() -> None:
+def test_web_framework_appears_in_server_nodes_and_clients_only() -> None:
     assert packages_that_import("aiohttp_apispec") == {"server"}
     beside = {module for module in importers_of("aiohttp") if top(module) not in {"nodes", "server"}}
-    assert beside == {"loadledger.transports.asynchronous"}  # the client for event loops
+    assert beside == {
+        "loadledger.transports.asynchronous",  # the client for event loops
+        "runtime.fetch.web",  # the fetch process's client
+    }
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,10 @@ def test_web_framework_appears_in_server_and_nodes_only() -> None:
 )
 def test_database_driver_appears_in_its_storage_only(drivers: tuple[str, ...], package: str) -> None:
     assert not {module for module in importers_of(*drivers) if not module.startswith(package)}
+
+
+def test_cloud_client_appears_in_its_source_only() -> None:
+    assert importers_of("obstore") == {"runtime.fetch.cloud"}
 
 
 def test_only_the_assembly_and_commands_import_the_nodes() -> None:

@@ -26,6 +26,7 @@ from events.models import RELOADS, Model, ModelState
 from events.state import State
 from events.types import (
     SYSTEM,
+    AddFailed,
     Cause,
     Draft,
     Durations,
@@ -515,7 +516,7 @@ def describe_failure(error: Exception) -> Failure:
 def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
     """Return a draft whose texts of others, such as ONNX Runtime, do not name these folders of the server."""
     match draft.data:
-        case LoadFailed(message=message):
+        case LoadFailed(message=message) | AddFailed(message=message):
             return replace(draft, data=replace(draft.data, message=hide_folders(message, folders)))
         case WorkerExited(stderr=lines):
             hidden = tuple(hide_folders(line, folders) for line in lines)

@@ -56,7 +56,7 @@ def make_key(digest: str) -> str:
     The other session options are the same for all models; whoever changes them increments `LAYOUT`.
 
     Args:
-        digest: of the version's files (`runtime.store.folder.digest_of`).
+        digest: of the version's files (`events.types.digest_of`).
     """
     parts = {
         "layout": LAYOUT,

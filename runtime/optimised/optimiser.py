@@ -24,7 +24,7 @@ from msgspec import structs
 
 from events.counters import Histogram
 from events.jobs import Footprint
-from events.types import LoadedFile, LoadParameters, contents_of
+from events.types import LoadedFile, LoadParameters, contents_of, digest_of
 from runtime.errors import ForkServerUnavailable, RuntimeProblem, StoreUnavailable
 from runtime.optimised.key import make_key, runtime_was_replaced
 from runtime.optimised.pacing import Pacer
@@ -33,7 +33,6 @@ from runtime.optimised.trial import MAX_SAMPLE_BYTES, problems_of, try_optimised
 from runtime.process.pool import WorkerPool, complete, start_task
 from runtime.repository import LOAD_LIMIT_S, SizedFile, read_warm_up
 from runtime.scheduler.estimates import WORKER_BYTES, is_same_files
-from runtime.store.folder import digest_of
 from runtime.store.versions import HeldVersion, Versions
 from runtime.wire import Load, Optimise, OptimisedModel, Tensor
 

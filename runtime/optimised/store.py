@@ -26,6 +26,7 @@ from msgspec.structs import replace
 
 from events.clock import format_timestamp
 from events.files import sync
+from events.types import digest_of
 from runtime.errors import DiskFull, StoreUnavailable
 from runtime.memory import free_disk_bytes
 from runtime.onnxfile import MODEL_FILE
@@ -35,7 +36,6 @@ from runtime.store.folder import (
     MANIFEST,
     StoredFile,
     StoreFolder,
-    digest_of,
     encode_record,
     explain_os_errors,
     hash_files,

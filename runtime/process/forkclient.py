@@ -353,7 +353,7 @@ def _start_process(
 
 def _execute(environment: Mapping[str, str], connection: int, output: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(  # noqa: S603 - our own interpreter
-        launch_command(os.getpid(), connection),
+        launch_command("runtime.process.forkserver", str(os.getpid()), str(connection)),
         env=launch_environment(environment),
         stdin=subprocess.DEVNULL,
         stdout=output,

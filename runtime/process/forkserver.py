@@ -88,18 +88,15 @@ FromForkServer = Ready | Forked | ForkFailed | Exited
 FROM_FORK_SERVER = msgspec.msgpack.Decoder(FromForkServer)
 
 
-def launch_command(parent: int, descriptor: int) -> list[str]:
-    """Return the command line of a fork server that serves `descriptor` and ends with the process `parent`.
+def launch_command(module: str, *arguments: str) -> list[str]:
+    """Return the command line of a process of ours that calls `main` of a module.
 
-    Isolated mode keeps PYTHON* variables and the working directory out. The import path is an argument, so
-    the fork server can import what this process can.
+    Isolated mode keeps PYTHON* variables and the working directory out. The import path is the first
+    argument, so it can import what this process can; others follow: the id of this process, and a descriptor.
     """
     path = json.dumps([os.path.abspath(entry) for entry in sys.path])  # noqa: PTH100 - "" is the working directory
-    code = (
-        "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
-        "from runtime.process.forkserver import main; main()"
-    )
-    return [sys.executable, "-I", "-c", code, path, str(parent), str(descriptor)]
+    code = f"import json, sys; sys.path[:] = json.loads(sys.argv[1])\nfrom {module} import main; main()"
+    return [sys.executable, "-I", "-c", code, path, *arguments]
 
 
 def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:

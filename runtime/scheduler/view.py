@@ -197,7 +197,7 @@ class SchedulerView:
 
     Attributes:
         own: the state of this server's share.
-        unended: the unended jobs of the share, oldest first.
+        unended: the unended loads and unloads of the share, oldest first.
         queues: all unended jobs of their models that wait for their turn.
     """
 
@@ -220,7 +220,7 @@ class SchedulerView:
 
     @cached_property
     def unended(self) -> list[Job]:
-        return self.own.unended()
+        return [job for job in self.own.unended() if job.kind is not JobKind.ADD]
 
     @cached_property
     def queues(self) -> dict[str, list[Job]]:

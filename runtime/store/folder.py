@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
@@ -28,7 +28,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from events.files import sync
-from events.types import Contents
+from events.types import Contents, digest_of
 from runtime.errors import DiskFull, StoreUnavailable
 from runtime.memory import free_disk_bytes
 from runtime.repository import FoundFile
@@ -382,21 +382,6 @@ class SourceRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     digest: Sha256
     files: tuple[FoundFile, ...]
-
-
-def digest_of(contents: Iterable[tuple[str, str]]) -> str:
-    """Return the digest of a version: SHA-256 over a line "<sha256> <path>" per file, ordered by path.
-
-    Args:
-        contents: path and SHA-256 of each file. Backslashes and line breaks in a path are escaped as
-            `sha256sum` does, so that no other list of files has the same lines.
-    """
-    lines = (f"{sha256} {_escape(path)}\n" for path, sha256 in sorted(contents))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _escape(path: str) -> str:
-    return path.replace("\\", "\\\\").replace("\n", "\\n")
 
 
 def read_version(folder: Path) -> StoredVersion | None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from events.files import sync
-from events.types import Contents
+from events.types import Contents, digest_of
 from runtime.errors import DiskFull, LoadRefused, RepositoryUnreadable, RuntimeProblem
 from runtime.memory import free_disk_bytes
 from runtime.repository import FoundFile, VersionFolder
@@ -38,7 +38,6 @@ from runtime.store.folder import (
     StoredVersion,
     StoreFolder,
     copy_file,
-    digest_of,
     encode_record,
     explain_os_errors,
     has_identity,

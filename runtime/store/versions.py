@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from events.jobs import BYTES_GONE
-from events.types import Contents, LoadedFile, contents_of
+from events.types import Contents, LoadedFile, contents_of, digest_of
 from runtime.errors import (
     CopyCancelled,
     LoadRefused,
@@ -53,7 +53,6 @@ from runtime.repository import (
 from runtime.store.folder import (
     OnPiece,
     StoredFile,
-    digest_of,
     explain_os_errors,
     hash_descriptor,
     hash_file,

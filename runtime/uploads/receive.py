@@ -28,8 +28,12 @@ MAX_PATH_BYTES = 1024
 """Of one path: file systems take 4096 with the folders above the repository."""
 MAX_NAME_BYTES = 255
 """Of one name in it: what ext4 and XFS take."""
+RESERVE_BYTES, RESERVE_PART = 2**30, 20
+"""Left free on the repository's disk, or a twentieth of a small one: the ledger may be on it."""
 MAX_SHOWN_CHARACTERS = 100
 """Of a path in a message."""
+PIECE_BYTES = 2**20
+"""Of a file that is read at once."""
 SYNC_BYTES = 64 * 2**20
 """Written bytes after which a file is synced: neither memory nor the last sync grows with the file."""
 ALGORITHMS = {"sha-256": "sha256", "sha-512": "sha512"}
@@ -151,14 +155,23 @@ class FileReceiver:
         self._bytes = self._unsynced_bytes = 0
         self._descriptor = -1
 
-    def open(self) -> None:
-        """Create the file.
+    def open(self, offset: int = 0) -> None:
+        """Create the file; or with an offset, go on with one of which so many bytes are there.
 
         Raises:
-            OSError: it cannot be created.
+            OSError: it cannot be created or read.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        if not offset:  # a fetch may have left a part of it
+            self.target.unlink(missing_ok=True)
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if offset else os.O_CREAT | os.O_EXCL)
         self._descriptor = os.open(self.target, flags, 0o666)
+        while self._bytes < offset:
+            piece = os.read(self._descriptor, min(PIECE_BYTES, offset - self._bytes))
+            if not piece:
+                raise OSError(errno.EIO, f"{offset} bytes were there, and now {self._bytes}")
+            self._hash(piece)
+            self._bytes += len(piece)
+        os.ftruncate(self._descriptor, offset)
 
     def write(self, piece: bytes) -> None:
         """Write the next bytes.
@@ -169,8 +182,7 @@ class FileReceiver:
         """
         if self._bytes + len(piece) > self._room_bytes:
             raise UploadTooLarge(self._max_bytes)
-        for digest in self._hashes.values():
-            digest.update(piece)
+        self._hash(piece)
         data = memoryview(piece)
         while data:
             data = data[os.write(self._descriptor, data) :]
@@ -179,6 +191,11 @@ class FileReceiver:
         if self._unsynced_bytes >= SYNC_BYTES:
             os.fdatasync(self._descriptor)
             self._unsynced_bytes = 0
+            check_free(self.target.parent, 0)
+
+    def _hash(self, piece: bytes) -> None:
+        for digest in self._hashes.values():
+            digest.update(piece)
 
     def finish(self, path: str) -> AddedFile:
         """Check the digests, sync the file, and return it with its path in the version.
@@ -198,11 +215,14 @@ class FileReceiver:
         os.fsync(self._descriptor)
         return AddedFile(path, self._bytes, self._hashes["sha-256"].hexdigest())
 
-    def discard(self) -> None:
-        """Close the file, and delete it unless it was moved; to be called at the end, whatever that is."""
+    def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def discard(self) -> None:
+        """Close the file, and delete it unless it was moved; to be called at the end, whatever that is."""
+        self.close()
         with suppress(FileNotFoundError):
             self.target.unlink()
 
@@ -216,11 +236,22 @@ def check_room(folder: Path, length: int, room_bytes: int, max_bytes: int) -> No
     """
     if length > room_bytes:
         raise UploadTooLarge(max_bytes)
+    check_free(folder, length)
+
+
+def check_free(folder: Path, length: int) -> None:
+    """Refuse so many bytes more, if they would take the disk's reserve.
+
+    Raises:
+        InsufficientStorage: `insufficient_storage`.
+    """
     seen = os.statvfs(folder)
-    free_bytes = seen.f_bavail * seen.f_frsize
+    reserve_bytes = min(RESERVE_BYTES, seen.f_blocks * seen.f_frsize // RESERVE_PART)
+    free_bytes = seen.f_bavail * seen.f_frsize - reserve_bytes
     if length > free_bytes:
         raise InsufficientStorage(
-            f"the body has {length} bytes, and the repository's disk {free_bytes} free: free some space there"
+            f"{length} bytes more do not fit: the repository's disk has {max(0, free_bytes)} free, beside a"
+            f" reserve of {reserve_bytes}: free some space there"
         )
 
 

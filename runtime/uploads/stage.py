@@ -35,7 +35,7 @@ from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository
 from runtime.store.folder import walk_files
 from runtime.uploads.receive import BadPath, RepositoryReadOnly, UploadTooLarge, check_model, quote
 
-Writable = Literal["auto", "on", "off"]
+Writable = Literal["auto", "on", "off", "own"]
 STAGING = ".uploads"
 VERSION, NOTE, RECORD = "version", "inode", "stage"
 """Of an entry: the version's files; before a removal, which folder it is that goes; and a stage's record."""
@@ -68,7 +68,7 @@ class UploadPolicy:
     Attributes:
         writable: whether it changes the repository; `auto` does if the folder belongs to the server's user.
         is_immutable: whether nobody may ever change a file there (`--store-size=off`).
-        is_of_node: whether other nodes load from it, too: then only `on` says that it is one for all.
+        is_of_node: whether there are nodes: then `on` says that all share it, `own` that each has another.
         max_bytes: of one version.
     """
 
@@ -96,8 +96,8 @@ def check_writable(root: Path, policy: UploadPolicy) -> None:
         )
     if policy.is_of_node and policy.writable == "auto":
         raise RuntimeProblem(
-            "a version has to be there for all nodes: if the repository is one folder that all of them share,"
-            " start them with --repository-writable=on; else put the version into the folder of each",
+            "nodes have to know which of them have a version: start all with --repository-writable=on if the"
+            " repository is one folder that they share, with --repository-writable=own if each has its own",
             code="repository_not_shared",
         )
     try:
@@ -308,6 +308,8 @@ class StageOrigin(msgspec.Struct, frozen=True):
         subject: who alone may use it, and the actor of its event.
         key: hash of the Idempotency-Key with which it began; None without one.
         node_id: of the node that it is at; None without nodes.
+        job_id: of the add that fetches it, which alone uses it; None if its subject sends the files.
+        resolved: the name of what that fetches.
     """
 
     model_id: str
@@ -315,6 +317,8 @@ class StageOrigin(msgspec.Struct, frozen=True):
     subject: str
     key: str | None = None
     node_id: str | None = None
+    job_id: str | None = None
+    resolved: str | None = None
 
 
 class _RecordedFile(msgspec.Struct):
@@ -362,9 +366,10 @@ class Stage(StagingEntry):
         if self.stays:
             (self.folder / RECORD).write_bytes(msgspec.json.encode(self.origin))
 
-    def new_part(self) -> Path:
-        """Return where a file goes while it arrives."""
-        return self.folder / f"{PART}{uuid4()}"
+    def part_of(self, path: str) -> Path:
+        """Return where a file goes while it arrives; that of a fetch is found again."""
+        is_fetch = self.origin.job_id is not None
+        return self.folder / f"{PART}{hashlib.sha256(path.encode()).hexdigest() if is_fetch else uuid4()}"
 
     @property
     def bytes(self) -> int:
@@ -422,7 +427,9 @@ class Stage(StagingEntry):
 
 
 def read_stage(staging: Staging, event_id: str, max_bytes: int) -> Stage | None:
-    """Return a stage as its record and its files tell; None if it has none. What is incomplete is deleted.
+    """Return a stage as its record and its files tell; None if it has none.
+
+    What is incomplete is deleted, but for parts of a fetch, which goes on.
 
     Raises:
         OSError: something cannot be read.
@@ -443,5 +450,6 @@ def read_stage(staging: Staging, event_id: str, max_bytes: int) -> Stage | None:
             if (seen.st_ino, seen.st_size) == (recorded.inode, recorded.file.bytes):
                 stage.files[recorded.file.path] = recorded.file
     for path in {*walk_files(stage.folder)[0]} - {RECORD, *(f"{VERSION}/{path}" for path in stage.files)}:
-        (stage.folder / path).unlink()
+        if origin.job_id is None or not path.startswith(PART):
+            (stage.folder / path).unlink()
     return stage

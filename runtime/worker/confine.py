@@ -9,7 +9,6 @@ import errno
 import os
 import resource
 import socket
-import struct
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -23,15 +22,9 @@ import onnxruntime as ort
 import runtime
 from runtime.memory import UNLIMITED_STACK_BYTES
 from runtime.wire import ForbiddenAct, Layer, Load, Optimise, OptimisedModel, Probe, Probed, ReadJson
-from runtime.worker import landlock, seccomp, sessions
+from runtime.worker import landlock, privileges, seccomp
 from runtime.worker.optimising import FILES
 
-PR_SET_NO_NEW_PRIVS = 38
-"""linux/prctl.h"""
-CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
-"""linux/capability.h: `_LINUX_CAPABILITY_VERSION_3`, of this thread."""
-NO_CAPABILITIES = bytes(24)
-"""No effective, permitted and inheritable ones, in two words each."""
 MAX_DESCRIPTORS = 256
 """A worker has five, and opens a model's files one after the other."""
 NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
@@ -72,8 +65,8 @@ def confine(order: Load | Optimise | Probe | ReadJson) -> None:
     if not writes:  # optimising a model has a limit of its own
         limits[resource.RLIMIT_FSIZE] = 0
     for kind, limit in limits.items():
-        sessions.limit_resource(kind, limit)
-    _drop_privileges()
+        privileges.limit_resource(kind, limit)
+    privileges.drop_privileges()
     for layer in order.layers:
         if layer == "landlock":
             landlock.restrict(_find_accesses(order))
@@ -95,15 +88,6 @@ def _find_accesses(order: Load | Optimise | Probe | ReadJson) -> dict[str, int]:
         case _:
             assert_never(order)
     return {**dict.fromkeys((*SYSTEM_PATHS, *CODE), landlock.READS), **own}
-
-
-def _drop_privileges() -> None:
-    """Give up all capabilities, which a server of root has, for good."""
-    if (
-        sessions.LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-        or sessions.LIBC.capset(CAPABILITY_HEADER, NO_CAPABILITIES) != 0
-    ):
-        raise OSError("the kernel keeps a worker from giving up privileges")
 
 
 def probe(order: Probe) -> Probed:

@@ -17,7 +17,7 @@ CREATE_RULESET_VERSION, RULE_PATH_BENEATH = 1, 1
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, TRUNCATE = (1 << bit for bit in (0, 1, 2, 3, 5, 14))
 ACCESS_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
 """How many kinds of access to files an ABI knows; from 5 on 16."""
-NET_FROM, NET_ALL = 4, 0b11
+NET_FROM, NET_BIND, NET_ALL = 4, 0b01, 0b11
 """The ABI that restricts bind and connect of TCP."""
 SCOPE_FROM, SCOPE_ALL = 6, 0b11
 """The ABI that restricts connections to abstract sockets, and signals, to processes of the same domain."""
@@ -38,21 +38,23 @@ def find_abi() -> int:
         return 0
 
 
-def restrict(accesses: Mapping[str, int]) -> None:
+def restrict(accesses: Mapping[str, int], *, connects: bool = False) -> None:
     """Restrict this thread, and those that it starts, to these paths and what lies beneath them, for good.
 
     The process needs `no_new_privs` first.
 
     Args:
         accesses: `READS`, `WRITES` or `REMOVES` by path; paths that do not exist are left out.
+        connects: whether it may still connect by TCP.
 
     Raises:
         OSError: the kernel has no Landlock, or its reason.
     """
     abi = find_abi()
     handled = (1 << ACCESS_FS_BITS.get(abi, 16)) - 1
+    network = NET_BIND if connects else NET_ALL
     attributes = struct.pack(
-        "=QQQ", handled, NET_ALL if abi >= NET_FROM else 0, SCOPE_ALL if abi >= SCOPE_FROM else 0
+        "=QQQ", handled, network if abi >= NET_FROM else 0, SCOPE_ALL if abi >= SCOPE_FROM else 0
     )
     known = 8 if abi < NET_FROM else 16 if abi < SCOPE_FROM else 24
     ruleset = _call(CREATE_RULESET, attributes, known, 0)

@@ -27,7 +27,7 @@ from runtime.wire import (
     OptimisedModel,
     Tensor,
 )
-from runtime.worker import extensions, sessions
+from runtime.worker import extensions, privileges, sessions
 from runtime.worker.examples import MAX_INPUTS, find_example, is_fixed
 from runtime.worker.execution import SHRINK_ARENA
 from runtime.worker.sessions import ServingSession, describe_model, is_out_of_memory
@@ -78,7 +78,7 @@ def huge_pages_help(source_bytes: int, optimised: OptimisedModel | None) -> bool
 
 def disable_huge_pages() -> None:
     """Disable huge pages in this process, whatever malloc requests; a kernel that refuses changes nothing."""
-    sessions.LIBC.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    privileges.LIBC.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def lower_priority() -> None:
@@ -92,7 +92,7 @@ def lower_priority() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     number = SYS_IOPRIO_SET.get(platform.machine())
     if number is not None:
-        sessions.LIBC.syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_CLASS_IDLE << IOPRIO_CLASS_SHIFT)
+        privileges.LIBC.syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_CLASS_IDLE << IOPRIO_CLASS_SHIFT)
     with contextlib.suppress(OSError):
         AUTOGROUP.write_bytes(b"%d" % NICENESS)
 

@@ -22,7 +22,7 @@ from runtime.memory import free_disk_bytes
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import MODEL_FILE, external_locations
 from runtime.wire import Optimise, Optimised
-from runtime.worker import sessions
+from runtime.worker import privileges, sessions
 
 WEIGHTS_FILE = "weights.bin"
 FILES = (MODEL_FILE, WEIGHTS_FILE)
@@ -86,7 +86,7 @@ def _files_limited(order: Optimise) -> Iterator[None]:
     if order.most_bytes is not None:
         wanted = min(wanted, order.most_bytes)
     there_is = max(0, free_disk_bytes(target)) // len(FILES)
-    sessions.limit_resource(resource.RLIMIT_FSIZE, min(wanted, there_is))
+    privileges.limit_resource(resource.RLIMIT_FSIZE, min(wanted, there_is))
     try:
         yield
     except OSError as error:

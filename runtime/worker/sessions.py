@@ -1,6 +1,5 @@
 """Sessions: their options and errors, and the description of their inputs and outputs."""
 
-import ctypes
 import errno
 import os
 import resource
@@ -28,13 +27,11 @@ from runtime.wire import (
     MAX_REPORT_BYTES,
     TensorSpec,
 )
-from runtime.worker import extensions
+from runtime.worker import extensions, privileges
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
 from runtime.worker.refusals import explain_refusal, strip_noise
 
-LIBC = ctypes.CDLL(None)
-"""Made once: each makes a class, which on top of the heap keeps malloc from returning what is freed below."""
 MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 2**16
 """Of a model's inputs and outputs: all of `Loaded` but its own two numbers."""
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation", "MemoryError")
@@ -264,9 +261,9 @@ def limit_memory(
     """
     present_bytes = memory.data_bytes()
     if limit_bytes is not None:
-        limit_resource(resource.RLIMIT_DATA, present_bytes + limit_bytes)
+        privileges.limit_resource(resource.RLIMIT_DATA, present_bytes + limit_bytes)
         room_bytes = MAPPED_TIMES * mapped_bytes + (threads + OTHER_THREADS) * ARENA_BYTES
-        limit_resource(resource.RLIMIT_AS, memory.size_bytes() + limit_bytes + room_bytes)
+        privileges.limit_resource(resource.RLIMIT_AS, memory.size_bytes() + limit_bytes + room_bytes)
     if load_limit_bytes is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         allowed = present_bytes + load_limit_bytes
@@ -276,20 +273,13 @@ def limit_memory(
 
 def return_free_memory() -> None:
     """Return to the kernel what malloc keeps of freed memory, in 2 ms; mapped memory could not have it."""
-    LIBC.malloc_trim(0)
+    privileges.LIBC.malloc_trim(0)
 
 
 def lift_load_limit() -> None:
     """End the limit of the load alone."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-
-
-def limit_resource(kind: int, limit_bytes: int) -> None:
-    """Limit a resource of this process, for good; a lower limit stays."""
-    _, hard = resource.getrlimit(kind)
-    allowed = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
-    resource.setrlimit(kind, (allowed, allowed))
 
 
 def _isolate(chosen: ort.SessionOptions) -> ort.SessionOptions:

@@ -17,12 +17,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from events.types import digest_of
 from runtime.errors import Exit
 from runtime.optimised.key import make_key
 from runtime.optimised.store import Manifest, OptimisedStore, Useless
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.store.folder import StoredFile, digest_of, hash_file
+from runtime.store.folder import StoredFile, hash_file
 from runtime.wire import Optimise, Optimised, OptimisedModel
 from runtime.worker.loading import IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT, NICENESS, SYS_IOPRIO_SET
 from support.workers import LAYERS, order_of

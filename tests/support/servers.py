@@ -249,11 +249,13 @@ async def _announced(process: asyncio.subprocess.Process, output: Path) -> str:
 
 
 @contextmanager
-def standing(repository: Path, *arguments: str) -> Iterator[Server]:
+def standing(
+    repository: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """Start `serve` on a repository, and on `data` beside it; stop it in the end."""
     config = Config(repository=repository, data=repository.with_name("data"))
     with asyncio.Runner() as runner:
-        context = serving(config, *arguments, command=UNHURRIED)
+        context = serving(config, *arguments, command=UNHURRIED, environment=environment)
         server = runner.run(context.__aenter__())
         try:
             yield server

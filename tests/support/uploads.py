@@ -20,7 +20,10 @@ FILES = {"net.onnx": models.external("data/w.bin").SerializeToString(), "data/w.
 
 @asynccontextmanager
 async def opened_uploads(
-    folder: Path, now: Callable[[], float] = time.time, max_bytes: int = 2**63
+    folder: Path,
+    now: Callable[[], float] = time.time,
+    policy: UploadPolicy | None = None,
+    node_id: str | None = None,
 ) -> AsyncIterator[tuple[Uploads, Log]]:
     """Open the uploads of `repository` over the ledger beside it, as a start of the server does."""
     log = Log(folder / "ledger.db")
@@ -29,11 +32,12 @@ async def opened_uploads(
         async with open_reader(log.path) as reader:
             uploads = Uploads(
                 Repository(folder / "repository"),
-                UploadPolicy(max_bytes=max_bytes),
+                policy or UploadPolicy(),
                 NODE,
                 log=log,
                 submit=log.submit,
                 find_event=reader.version_event,
+                node_id=node_id,
                 now=now,
             )
             await uploads.open()

@@ -33,9 +33,9 @@ from support.optimised import (
     write,
 )
 
+from events.types import digest_of
 from runtime.optimised.key import make_key
 from runtime.optimised.store import STORE_PROBLEMS, USELESS_KNOWN_S, Manifest, OptimisedStore, Useless
-from runtime.store.folder import digest_of
 
 A, B, C = map(key, "abc")
 LIMIT = 1_000

@@ -45,6 +45,7 @@ from runtime.process.forkserver import ADDED, launch_command, launch_environment
 from runtime.process.pool import WorkerPool
 
 ENDED = Exit(0, None)
+FORK_SERVER = "runtime.process.forkserver"
 PARENT = """
 import asyncio, sqlite3
 import aiohttp.web
@@ -189,7 +190,7 @@ def test_subreaper_reaps_orphaned_workers() -> None:
 def test_fork_server_of_another_parent_ends_at_once() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        command = launch_command(os.getpid() + 1, theirs.fileno())
+        command = launch_command(FORK_SERVER, str(os.getpid() + 1), str(theirs.fileno()))
         done = subprocess.run(command, pass_fds=[theirs.fileno()], check=False, timeout=LIMIT_S)
     assert done.returncode == 0
 
@@ -197,7 +198,7 @@ def test_fork_server_of_another_parent_ends_at_once() -> None:
 def test_fork_server_ends_at_eof() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        command = launch_command(os.getpid(), theirs.fileno())
+        command = launch_command(FORK_SERVER, str(os.getpid()), str(theirs.fileno()))
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=launch_environment(os.environ))
         theirs.close()
         poll = select.poll()

@@ -11,9 +11,10 @@ import pytest
 from support.history import child
 from support.store import blobs, opened_store, store_version, take, write_version
 
+from events.types import digest_of
 from runtime.errors import CopyCancelled, DiskFull, LoadRefused, RuntimeProblem, StoreUnavailable
 from runtime.store import folder as store_folder
-from runtime.store.folder import OnPiece, digest_of, hash_files, on_no_piece
+from runtime.store.folder import OnPiece, hash_files, on_no_piece
 from runtime.store.store import Store
 
 FILES = {"model.onnx": b"model", "data/w.bin": b"weights"}

@@ -122,7 +122,7 @@ async def test_start_after_kill_9_finishes_or_discards(
     ("step", "when", "call", "there"),
     [
         ("begin", "after", 1, []),
-        ("new_part", "after", 2, ["net.onnx"]),
+        ("part_of", "after", 2, ["net.onnx"]),
         ("keep", "before", 2, ["net.onnx"]),
         ("keep", "after", 2, [*FILES]),
         ("complete", "before", 1, [*FILES]),
@@ -177,7 +177,7 @@ async def test_stage_is_its_subjects_alone(folder: Path) -> None:
 
 
 async def test_stages_of_a_subject_have_room_for_one_version(folder: Path) -> None:
-    async with opened_uploads(folder, max_bytes=len(MODEL)) as (uploads, _):
+    async with opened_uploads(folder, policy=UploadPolicy(max_bytes=len(MODEL))) as (uploads, _):
         first, second = await begin_stage(uploads, "a"), await begin_stage(uploads, "b")
         await uploads.add_file(first, "model.onnx", body_of(MODEL))
         with pytest.raises(UploadTooLarge, match="discard other stages"):
@@ -481,6 +481,9 @@ def test_digests_of_rfc_9530_are_read(fields: list[str], found: set[str] | None)
     [
         (UploadPolicy(), 0o700, None),
         (UploadPolicy("on"), 0o700, None),
+        (UploadPolicy("on", is_of_node=True), 0o700, None),
+        (UploadPolicy("own", is_of_node=True), 0o700, None),
+        (UploadPolicy("own"), 0o700, None),
         (UploadPolicy("off"), 0o700, "--repository-writable"),
         (UploadPolicy(is_immutable=True), 0o700, "--store-size=off"),
         (UploadPolicy(), None, "cannot be used"),
@@ -497,6 +500,12 @@ def test_repository_is_changed_only_where_it_may_be(
         return
     with pytest.raises(RepositoryReadOnly, match=reason):
         check_writable(root, policy)
+
+
+def test_node_has_to_say_whose_repository_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeProblem, match=r"on if .* share, with --repository-writable=own if") as refused:
+        check_writable(tmp_path, UploadPolicy(is_of_node=True))
+    assert refused.value.code == "repository_not_shared"
 
 
 def test_repository_of_another_user_is_not_changed_by_itself(tmp_path: Path) -> None:
