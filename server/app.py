@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -24,12 +25,15 @@ from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
 from events.sqlite.timetravel import NOTE_EVERY_S
-from events.types import Cause, RollbackAccepted, contents_of
+from events.types import Cause, RollbackAccepted, contents_of, digest_of
 from nodes import routes as node_routes
 from nodes.forwarding import open_forwarder
 from nodes.thisnode import THIS_NODE, ThisNode
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
+from runtime.consumer.loads import Recorder
+from runtime.errors import CODE_FOLDERS
+from runtime.fetch.adds import Adds
 from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
 from runtime.optimised.store import STORE_PROBLEMS, OptimisedStore
 from runtime.process.confinement import describe
@@ -38,7 +42,7 @@ from runtime.repository import Repository
 from runtime.router import NOWHERE, Router
 from runtime.scheduler.placement import ALONE
 from runtime.scheduler.view import Policy
-from runtime.store.folder import STORE, digest_of
+from runtime.store.folder import STORE
 from runtime.store.store import Store
 from runtime.store.versions import Versions
 from runtime.uploads.commit import Uploads
@@ -58,12 +62,14 @@ from server.api import (
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
 from server.api.health import failed_tasks
 from server.api.jobs import JOB_REQUESTS, JobRequests
+from server.api.livejobs import LiveJobs
 from server.api.loads import make_load_command
 from server.api.overview import overview_routes
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
 from server.api.timeline import open_timeline
 from server.api.timetravel import open_time_travel
 from server.appkeys import (
+    ADDS_TASK,
     BODIES,
     CONFIG,
     CONSUMER,
@@ -71,6 +77,7 @@ from server.appkeys import (
     DEMAND,
     GATE,
     LIMIT,
+    LIVE_JOBS,
     LOG,
     POOL,
     READER,
@@ -171,6 +178,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             open_time_travel,
             open_timeline,
             _consumer,
+            _adds,
             open_forwarder,
             _time_series,
             open_streams,
@@ -423,6 +431,26 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         await consumer.stop()
         await asyncio.wait([task])
         await app[POOL].close()  # ServerStopped, which follows, says that no worker is left
+
+
+async def _adds(app: web.Application) -> AsyncIterator[None]:
+    """Go on with the adds from sources that have not ended."""
+    placement = app[THIS_NODE].placement if THIS_NODE in app else ALONE
+    adds = Adds(
+        app[LOG],
+        Recorder(app[LOG], app[VERSIONS].folders | CODE_FOLDERS, placement),
+        app[UPLOADS],
+        app[VERSIONS].repository,
+        share=placement.share,
+        find_added=app[READER].added_files,
+        allowed=app[CONFIG].sources,
+        environment=os.environ,
+    )
+    app[LIVE_JOBS] = LiveJobs(app[CONSUMER], adds)
+    app[ADDS_TASK] = task = asyncio.create_task(adds.run(), name="adds")
+    yield
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def _time_series(app: web.Application) -> AsyncIterator[None]:

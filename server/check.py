@@ -35,7 +35,7 @@ from runtime.store.versions import Versions
 from runtime.wire import Load, Tensor
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys
-from server.config import OFF, ON, Config, ConfigError, parse_budget
+from server.config import OFF, ON, OWN, Config, ConfigError, parse_budget
 from server.configsources import (
     Mistake,
     default_folder,
@@ -148,8 +148,8 @@ def find_unusable_paths(values: Mapping[str, Any]) -> Iterator[Mistake]:
     elif cert is not None or key is not None:
         given, other = ("--tls-key", "--tls-cert") if cert is None else ("--tls-cert", "--tls-key")
         yield Mistake(given, f"is given alone: HTTPS takes {other}, too")
-    if values["repository_writable"] == ON and values["store_size"] == OFF:
-        text = "on is refused with --store-size=off: workers load files that nobody may ever change"
+    if values["repository_writable"] in (ON, OWN) and values["store_size"] == OFF:
+        text = "on and own are refused with --store-size=off: workers load files that nobody may ever change"
         yield Mistake("--repository-writable", text)
 
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from marshmallow import ValidationError, validate
 
+from runtime.fetch.sources import parse_allowed
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.stage import UploadPolicy, Writable
 from server.auth.keys import MAX_EXPIRES_S
@@ -46,6 +47,7 @@ Validator = Callable[[Any], object]
 AUTO = "auto"
 ON = "on"
 OFF = "off"
+OWN = "own"
 MAX_BODY_BYTES = 64 * 2**20
 """Of an inference. Triton's default (`--http-max-input-size`)."""
 
@@ -329,8 +331,16 @@ class Config:
     repository_writable: str = setting(
         AUTO,
         "Whether callers with the role admin may add and remove versions: auto (if the repository's folder"
-        " belongs to the server's user, and there is no --ledger), on, or off.",
-        validate.OneOf((AUTO, ON, OFF)),
+        " belongs to the server's user, and there is no --ledger), on, off, or own, if each node has a"
+        " repository of its own.",
+        validate.OneOf((AUTO, ON, OFF, OWN)),
+    )
+    sources: str = setting(
+        "none",
+        "Sources from which versions may be added by name: none, all, or a list of schemes (https, hf, oci,"
+        " s3, gs, az), each with or without one host, organisation or bucket, as oci://ghcr.io;"
+        " cloud-metadata asks the machine's cloud for credentials.",
+        _validator_of(parse_allowed),
     )
     confine: str = setting(
         AUTO,

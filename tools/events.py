@@ -21,6 +21,7 @@ from events.types import (
     Idempotency,
     LoadedFile,
     Prepared,
+    Provenance,
 )
 from tools.markdown import cell, slug, table
 
@@ -30,7 +31,8 @@ BY: Mapping[str, str] = {
     "LoadJoined": "the caller",
     "UnloadJoined": "the caller",
     "CancelRequested": "the caller",
-    "VersionAdded": "the caller",
+    "VersionAdded": "the caller; of a version from a source, who asked for it",
+    "AddRequested": "the caller",
     "VersionRemoved": f"the caller; `{SYSTEM}` with the reason `not_placed`",
     "TokenIssued": "who asked for the token: a caller, or `local:USER` for a user of the server's machine",
     "TokenRevoked": "the caller, or `local:USER`",
@@ -58,6 +60,8 @@ BY: Mapping[str, str] = {
         "NodeLeft",
         "NodeLost",
         "LoadPlaced",
+        "AddStarted",
+        "AddFailed",
     ),
     f"`{SYSTEM}`",
 )
@@ -90,7 +94,7 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 }
 """The members of every event."""
 
-_PARTS = (LoadedFile, AddedFile, Prepared, Durations, Confinement, FileHash, Idempotency)
+_PARTS = (LoadedFile, AddedFile, Provenance, Prepared, Durations, Confinement, FileHash, Idempotency)
 _HEAD = f"""\
 # Events
 

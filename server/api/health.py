@@ -9,7 +9,7 @@ from aiohttp import hdrs, web
 from marshmallow import fields
 
 from server.api.schemas import AnswerSchema
-from server.appkeys import CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
+from server.appkeys import ADDS_TASK, CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
 from server.cluster import CLUSTER
 from server.errors import ServerProblem
 from server.openapi import openapi_yaml
@@ -119,6 +119,7 @@ def vital_tasks(app: web.Application) -> dict[str, asyncio.Task[None]]:
     """Return the vital tasks: without one of them the server would accept requests and do nothing."""
     return {
         "consumer": app[CONSUMER_TASK],
+        "adds": app[ADDS_TASK],
         "writer": app[LOG].writer,
         "keeper": app[POOL].keeper,
         **app[STREAMS].tasks,

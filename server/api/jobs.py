@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
+from msgspec import UNSET
 
 from events.commands import Command, Receipt, RequestCancel
 from events.jobs import Job, JobKind, JobStatus
@@ -25,9 +26,10 @@ from events.log import Log
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import job_at, jobs_at
 from events.types import Cause, Idempotency
-from runtime.consumer.consumer import Consumer
+from server.api.livejobs import NOT_LIVE, LiveJobs
 from server.api.schemas import (
     NO_NODE,
+    AnswerSchema,
     FailureSchema,
     PageQuerySchema,
     about,
@@ -35,7 +37,7 @@ from server.api.schemas import (
     one_of,
 )
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
-from server.appkeys import CONSUMER, LOG, READER, STOPPING
+from server.appkeys import LIVE_JOBS, LOG, READER, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import (
@@ -101,8 +103,17 @@ class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
     status = fields.String(load_default=None, validate=one_of(JobStatus))
 
 
+class AddProgressSchema(AnswerSchema):
+    """How many bytes of a version are there."""
+
+    bytes = fields.Integer()
+    total_bytes = fields.Integer(
+        allow_none=True, **about("Of all its files; null while a length is unknown.")
+    )
+
+
 class JobSchema(PastSchema):
-    """A job: one accepted load or unload."""
+    """A job: one accepted load, unload, or add of a version from a source."""
 
     id = fields.String()
     kind = fields.String(validate=one_of(JobKind))
@@ -111,9 +122,15 @@ class JobSchema(PastSchema):
     status = fields.String(validate=one_of(JobStatus))
     stage = fields.String(
         allow_none=True,
-        **about("Live: copying, starting, loading, warming_up, measuring; draining, stopping."),
+        **about(
+            "Live: copying, starting, loading, warming_up, measuring; draining, stopping; resolving,"
+            " fetching, checking."
+        ),
     )
     waiting_for = fields.String(allow_none=True)
+    progress = fields.Nested(
+        AddProgressSchema, allow_none=True, **about("Live: how far an add is; null of other jobs.")
+    )
     created_at = fields.String()
     started_at = fields.String(allow_none=True)
     finished_at = fields.String(allow_none=True)
@@ -254,7 +271,7 @@ async def list_jobs(request: web.Request) -> web.Response:
     if query["at"] is not None:
         return web.json_response(await _list_past_jobs(request, query["at"], wanted))
     page = await request.app[READER].jobs(wanted)
-    jobs = [job_view(job, request.app[CONSUMER]) for job in page.items]
+    jobs = [job_view(job, request.app[LIVE_JOBS]) for job in page.items]
     return web.json_response({"jobs": jobs, "as_of": page.as_of, "next_cursor": page.next_cursor})
 
 
@@ -285,16 +302,16 @@ async def show_job(request: web.Request) -> web.Response:
         if past is None:
             raise ServerProblem(f"there was no job {job_id!r} at that time", code="unknown_job")
         return web.json_response({**job_view(past, None), **as_of(moment)})
-    return web.json_response(job_view(await _find_job(request.app, job_id), request.app[CONSUMER]))
+    return web.json_response(job_view(await _find_job(request.app, job_id), request.app[LIVE_JOBS]))
 
 
 @routes.post(
     "/api/v1/jobs/{job_id}/cancel",
     **AS_JOB,
     summary="Cancel a job",
-    description="Ends a load that has not completed, or an unload that has not begun. The job may still "
-    "complete after this answer, so check its `status`. A job that is already being cancelled is returned "
-    "as it is.",
+    description="Ends a load or an add that has not completed, or an unload that has not begun. The job may "
+    "still complete after this answer, so check its `status`. A job that is already being cancelled is "
+    "returned as it is.",
     path=JobPathSchema(),
     query=NothingSchema(),
     body=CancelBodySchema(),
@@ -307,18 +324,16 @@ async def cancel_job(request: web.Request) -> web.Response:
     )
 
 
-def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
-    """Return a job; `stage` and `waiting_for` come from the consumer and are null without one."""
-    runs, waits = job.status is JobStatus.IN_PROGRESS, job.status is JobStatus.PENDING
-    parameters = msgspec.to_builtins(job.load if job.load is not None else job.unload)
+def job_view(job: Job, live: LiveJobs | None) -> dict[str, Any]:
+    """Return a job; a past one has no live values."""
+    parameters = job.add if job.add is not UNSET else job.load if job.load is not None else job.unload
     return {
         "id": job.id,
         "kind": job.kind.value,
         "model_id": job.model_id,
         "version": job.version,
         "status": job.status.value,
-        "stage": consumer.stage(job) if consumer and runs else None,
-        "waiting_for": consumer.waiting_for(job) if consumer and waits else None,
+        **(NOT_LIVE if live is None else live.describe(job)),
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,
@@ -329,7 +344,7 @@ def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
         "attempt": job.attempt,
         **node_member(job.node_id),
         "position": job.position,
-        "parameters": parameters,
+        "parameters": msgspec.to_builtins(parameters),
         "error": msgspec.to_builtins(job.error),
     }
 
@@ -340,7 +355,7 @@ async def answer_with_job(request: web.Request, command: Command) -> web.Respons
     headers = {hdrs.LOCATION: job_path(job.id), hdrs.VARY: "Prefer"}
     if not job.ended:
         headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
-    view = job_view(job, request.app[CONSUMER])
+    view = job_view(job, request.app[LIVE_JOBS])
     return web.json_response(view, status=200 if job.ended else 202, headers=headers)
 
 

@@ -17,8 +17,14 @@ from msgspec import UNSET
 
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
+from events.models import Model
 from events.types import Contents, Idempotency, LoadParameters
-from runtime.errors import LoadRefused, RepositoryUnreadable
+from runtime.errors import (
+    LoadRefused,
+    RepositoryUnreadable,
+    UnknownModel,
+    UnknownVersion,
+)
 from runtime.repository import (
     MAX_VERSION,
     REQUEST_LIMIT_S,
@@ -32,7 +38,7 @@ from runtime.timeouts import PROGRESS_TIMEOUT_S
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.models import is_listed, look_at_model
 from server.api.schemas import ModelPathSchema, about
-from server.appkeys import CONFIG, VERSIONS
+from server.appkeys import CONFIG, LOG, UPLOADS, VERSIONS
 from server.auth.gate import PRINCIPAL
 from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
 from server.http.validation import (
@@ -228,10 +234,7 @@ async def make_load_command(
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`.
     """
     wanted = {name: value for name, value in asked.items() if name != "version"}
-    version = asked.get("version")
-    versions = app[VERSIONS]
-    look = partial(_look_up, versions, model_id, version)
-    chosen, known, written = await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+    chosen, known, written = await _find_version(app, model_id, asked.get("version"))
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     return RequestLoad(
@@ -245,6 +248,38 @@ async def make_load_command(
     )
 
 
+_Found = tuple[int, Contents | None, dict[str, Any]]
+
+
+async def _find_version(app: web.Application, model_id: str, version: int | None) -> _Found:
+    """Return what the repository has; a version that was just added may be visible a moment later.
+
+    Raises:
+        RuntimeProblem: as `make_load_command`.
+    """
+    look = partial(_look_up, app[VERSIONS], model_id, version)
+    file_system = app[VERSIONS].repository.file_system
+    with suppress(UnknownModel, UnknownVersion):
+        return await file_system.run(model_id, look, REQUEST_LIMIT_S)
+    await app[UPLOADS].settle(model_id)
+    try:
+        return await file_system.run(model_id, look, REQUEST_LIMIT_S)
+    except (UnknownModel, UnknownVersion) as unknown:
+        unknown.args = (f"{unknown}{_name_holders(app, model_id, version)}",)
+        raise
+
+
+def _name_holders(app: web.Application, model_id: str, version: int | None) -> str:
+    """Return which nodes have a version that is not here, as the end of a message."""
+    model = app[LOG].state.models.get(model_id) or Model(model_id)
+    held = [each for each in model.holders or () if version in (None, each.version)]
+    if not held:
+        return ""
+    latest = max(held, key=lambda each: each.version)
+    nodes = ", ".join(latest.node_ids)
+    return f"; version {latest.version} was added at {nodes}: ask there, or add it here, too"
+
+
 def default_parameters(repository: Repository, model_id: str, config: Config) -> LoadParameters:
     """Return the parameters of a load whose request names none.
 
@@ -256,9 +291,7 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
     return _merge_parameters({}, defaults, file, config)
 
 
-def _look_up(
-    versions: Versions, model_id: str, version: int | None
-) -> tuple[int, Contents | None, dict[str, Any]]:
+def _look_up(versions: Versions, model_id: str, version: int | None) -> _Found:
     chosen = versions.repository.find_version(model_id, version)
     known = None
     with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong

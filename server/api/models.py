@@ -21,7 +21,7 @@ from events.history import ShownModel, describe_model
 from events.models import RELOADS, Model, ModelState
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
-from events.types import WorkerExited
+from events.types import VersionAdded, WorkerExited
 from runtime.errors import RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelSignature
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy
@@ -70,6 +70,17 @@ class PreparedSchema(AnswerSchema):
     """A prepared model made of a version's files."""
 
     sha256 = fields.String()
+
+
+class VersionSourceSchema(AnswerSchema):
+    """Where a version came from that the server fetched."""
+
+    version = fields.Integer()
+    source = fields.String(**about("Its name, as it was given."))
+    resolved = fields.String(**about("A name of what it meant then, which does not move."))
+    added_by = fields.String()
+    added_at = fields.String()
+    position = fields.Integer(**about("Of its `VersionAdded`, which has the SHA-256 of each file."))
 
 
 _SIGNATURE = (
@@ -142,6 +153,10 @@ class ModelSchema(PastSchema):
     )
     signature_version = fields.Integer(
         allow_none=True, **about("The version that `inputs` and `outputs` are of.", is_optional=True)
+    )
+    sources = fields.List(
+        fields.Nested(VersionSourceSchema),
+        **about("In the answer of one model: its versions that the server fetched.", is_optional=True),
     )
 
 
@@ -248,7 +263,27 @@ async def show_model(request: web.Request) -> web.Response:
     serving = state.models[model_id].serving if model_id in state.models else None
     parameters = msgspec.to_builtins(serving.parameters) if serving is not None else None
     signature = await _describe_signature(request.app, model_id)
-    return web.json_response({**view, "parameters": parameters, **signature})
+    sources = await _list_sources(request.app, model_id, seen.versions)
+    return web.json_response({**view, "parameters": parameters, **signature, "sources": sources})
+
+
+async def _list_sources(
+    app: web.Application, model_id: str, versions: Collection[int]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "version": event.version,
+            "source": event.data.source.uri,
+            "resolved": event.data.source.resolved,
+            "added_by": event.actor,
+            "added_at": event.recorded_at,
+            "position": event.position,
+        }
+        for event in await app[READER].latest_changes(model_id)
+        if isinstance(event.data, VersionAdded)
+        and event.data.source is not msgspec.UNSET
+        and event.version in versions
+    ]
 
 
 async def _show_past_model(request: web.Request, at: str, model_id: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from server.api.jobs import JobSchema, job_view
 from server.api.models import ModelSchema, read_model_page
 from server.api.resources import RESOURCES_CACHE, ResourcesSchema
 from server.api.schemas import MAX_PAGE, AnswerSchema, PageQuerySchema, about
-from server.appkeys import CONSUMER, LOG, READER
+from server.appkeys import LIVE_JOBS, LOG, READER
 from server.auth.gate import PRINCIPAL
 from server.http.validation import query_parameters
 from server.routing import Access, Routes
@@ -104,8 +104,8 @@ async def _read_jobs(app: web.Application, models: list[dict[str, Any]]) -> Mapp
             if job.model_id in with_error:
                 failed.setdefault(job.model_id, job)
     return {
-        "jobs": [job_view(job, app[CONSUMER]) for job in jobs.values()],
-        "failed_jobs": [job_view(job, app[CONSUMER]) for job in failed.values()],
+        "jobs": [job_view(job, app[LIVE_JOBS]) for job in jobs.values()],
+        "failed_jobs": [job_view(job, app[LIVE_JOBS]) for job in failed.values()],
     }
 
 

@@ -1,7 +1,8 @@
 """Versions: add them to the repository, and remove them.
 
 A version of one file is the body of one request. The files of others come one by one into a stage, which a
-last request commits. A file may have any length: it goes to the disk as it arrives.
+last request commits. A file may have any length: it goes to the disk as it arrives. A version that a request
+names by its source is fetched by a job (`runtime.fetch`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,22 @@ from marshmallow import Schema, fields, validate
 from msgspec.structs import asdict
 
 from events.clock import format_timestamp
-from events.types import AddedFile
+from events.commands import RequestAdd
+from events.types import AddedFile, AddParameters
+from runtime.fetch.sources import check_pinned, parse_allowed, parse_source
 from runtime.uploads.commit import STAGE_S, UploadBody
 from runtime.uploads.receive import Digests, parse_digests
 from runtime.uploads.stage import Stage
-from server.api.jobs import IS_KEY, hash_idempotency_key
+from server.api.jobs import (
+    AS_JOB,
+    IS_KEY,
+    PREFER,
+    IdempotencySchema,
+    answer_with_job,
+    hash_idempotency_key,
+)
 from server.api.schemas import ModelVersionPathSchema, about
-from server.appkeys import STOPPING, UPLOADS
+from server.appkeys import CONFIG, STOPPING, UPLOADS
 from server.auth.gate import PRINCIPAL
 from server.cluster import FORWARDING
 from server.errors import ServerProblem
@@ -33,7 +43,9 @@ from server.http.validation import (
     NothingSchema,
     UnsupportedMediaType,
     header_fields,
+    is_json,
     path_parameters,
+    read_json,
 )
 from server.routing import Access, Routes
 
@@ -45,7 +57,9 @@ DIGESTS = ("Repr-Digest", "Content-Digest")
 """RFC 9530. Without a content coding or a range, both are of the same bytes."""
 MAX_STAGE_CHARACTERS = 320
 """A UUID, and the name of a node."""
-_FILE_BODY = {
+ADD_TIMEOUT_S, MAX_ADD_TIMEOUT_S = 3600, 86_400
+"""Of an add from a source: for the gigabytes of a large model, over a slow line too."""
+_FILE_BODY: Mapping[str, Any] = {
     "required": True,
     "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES},
 }
@@ -78,13 +92,36 @@ class DigestHeadersSchema(Schema):
     content_digest = fields.String(data_key="Content-Digest", **about("As `Repr-Digest`."))
 
 
-class UploadHeadersSchema(DigestHeadersSchema):
-    """Header fields of an upload."""
+class VersionHeadersSchema(DigestHeadersSchema, IdempotencySchema):
+    """Header fields of a version: digests are of an upload, a key is of an add from a source."""
 
     if_none_match = fields.String(
         data_key="If-None-Match",
         validate=validate.Equal("*", error="Must be *."),
         **about("`*` answers 412 instead of 409 if the version exists. Neither overwrites it.", example="*"),
+    )
+
+
+class SourceBodySchema(Schema):
+    """Where a version is to be fetched from."""
+
+    source = fields.String(
+        required=True,
+        **about(
+            "`https://…`, `hf://org/repo@revision[/file.onnx]`, `oci://registry/repository:tag` or"
+            " `@sha256:…`, `s3://bucket/path`, `gs://…`, `az://…`; `--sources` has to allow it.",
+            example="hf://org/repo@main",
+        ),
+    )
+    digest = fields.String(
+        load_default=None,
+        allow_none=True,
+        validate=validate.Regexp(
+            r"sha256:[0-9a-f]{64}\Z", error="Must be sha256: and 64 hexadecimal digits."
+        ),
+    )
+    timeout_s = fields.Integer(
+        strict=True, load_default=ADD_TIMEOUT_S, validate=validate.Range(1, MAX_ADD_TIMEOUT_S)
     )
 
 
@@ -161,25 +198,51 @@ def at_its_node(handler: Handler) -> Handler:
 @routes.put(
     "/api/v1/models/{id}/versions/{version}",
     access=Access.ADMIN,
-    summary="Add a version of one file",
+    summary="Add a version of one file, or from a source",
     description="Puts a version into the repository, and records `VersionAdded`. The body is one ONNX file, "
     "which becomes the version's `model.onnx`; versions of several files need a stage. The version is "
     "visible once all of it is on disk and its event is recorded; until then, and if the upload ends early, "
-    "there is nothing. A version is never overwritten.",
+    "there is nothing. A version is never overwritten. A JSON body names a source instead, from which a job "
+    "fetches the version: once, and its event records what the name meant then. No load fetches anything.",
     path=ModelVersionPathSchema(),
     query=NothingSchema(),
-    headers=UploadHeadersSchema(),
-    request_body=_FILE_BODY,
-    answers={201: (AddedVersionSchema(), "Added; the model is at `Location`.")},
-    errors=("precondition_failed", *_FILE_ERRORS, *_MODEL_ERRORS, *_CHANGE_ERRORS),
+    headers=VersionHeadersSchema(),
+    parameters=[PREFER],
+    request_body={
+        "required": True,
+        "content": {**_FILE_BODY["content"], "application/json": {"schema": SourceBodySchema()}},
+    },
+    answers={
+        201: (AddedVersionSchema(), "Added; the model is at `Location`."),
+        **AS_JOB["answers"],
+    },
+    errors=(
+        *("precondition_failed", "invalid_body", "invalid_source", "source_not_allowed", "queue_full"),
+        *("idempotency_mismatch", *_FILE_ERRORS, *_MODEL_ERRORS, *_CHANGE_ERRORS),
+    ),
 )
 async def add_version(request: web.Request) -> web.Response:
+    if is_json(request.headers.get(hdrs.CONTENT_TYPE, "")):
+        return await _add_from_source(request)
     given, body = path_parameters(request), _read_file(request)
     files = await request.app[UPLOADS].add(
         *(given["id"], given["version"], request[PRINCIPAL].subject, body),
         only_new="if_none_match" in header_fields(request),
     )
     return _answer_with_version(given, files)
+
+
+async def _add_from_source(request: web.Request) -> web.Response:
+    given, body = path_parameters(request), await read_json(request, SourceBodySchema())
+    source, key = parse_source(body["source"]), hash_idempotency_key(request)
+    parse_allowed(request.app[CONFIG].sources).check(source)
+    check_pinned(source, body["digest"])
+    uploads, only_new = request.app[UPLOADS], "if_none_match" in header_fields(request)
+    refusal = await uploads.find_refusal(given["id"], given["version"], only_new=only_new)
+    parameters = AddParameters(source.name, body["timeout_s"], body["digest"])
+    version = (given["id"], given["version"], parameters, request[PRINCIPAL].subject)
+    command = RequestAdd(*version, key, uploads.holder, refusal)
+    return await answer_with_job(request, command)
 
 
 @routes.delete(

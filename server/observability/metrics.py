@@ -246,6 +246,7 @@ class ServerCollector(Collector):
     def _job_families(self) -> Iterator[Metric]:
         tally = self._app[LOG].tally
         counts = Counter((job.kind, job.status) for job in self._jobs)
+        queue = [job for job in self._jobs if job.kind is not JobKind.ADD]
         ends = [(cause.value, status.value) for cause in Cause for status in ENDS]
         yield _gauge(
             "jobs",
@@ -258,9 +259,11 @@ class ServerCollector(Collector):
         )
         yield _gauge(
             "oldest_job_age_seconds",
-            "Time since the oldest unended job was requested.",
-            max((seconds_between(job.created_at, self._now) for job in self._jobs), default=0.0),
+            "Time since the oldest unended load or unload was requested.",
+            max((seconds_between(job.created_at, self._now) for job in queue), default=0.0),
         )
+        outcomes = {status.value: tally.adds[status.value] for status in ENDS}
+        yield _counter("adds_total", "Adds of versions from a source that ended.", outcomes, "outcome")
         yield _counter(
             "loads_total", "Load jobs that ended.", _with_zeros(ends, tally.loads), "cause outcome"
         )
