@@ -185,6 +185,7 @@ class Client(ServerClient):
     load = _blocking(Operations.load)
     unload = _blocking(Operations.unload)
     add = _blocking(Operations.add)
+    add_from = _blocking(Operations.add_from)
     remove = _blocking(Operations.remove)
     cancel = _blocking(Operations.cancel)
     job = _blocking(Operations.job)

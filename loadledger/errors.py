@@ -27,6 +27,8 @@ ADVICE = {
     "unknown_model": "`loadledger models` lists them",
     "unknown_version": "`loadledger show MODEL` lists its versions",
     "unknown_job": "`loadledger jobs` lists them",
+    "invalid_source": "`loadledger add --help` has examples",
+    "source_not_allowed": "or fetch the files yourself: `loadledger add MODEL FILE` sends them",
     "already_finished": "`loadledger job JOB` shows how",
     "unknown_node": "`loadledger nodes` lists them",
     "unknown_token": "`loadledger token list` lists them",

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -233,6 +234,40 @@ class Operations:
                 with suppress(ClientProblem):  # these files would be refused again
                     await send_request(self._context, Request("DELETE", target))
             raise
+
+    async def add_from(
+        self,
+        model_id: str,
+        source: str,
+        version: int | None = None,
+        *,
+        digest: str | None = None,
+        timeout_s: int | None = None,
+        wait: bool = False,
+        wait_s: float | None = None,
+        on_stage: JobCallback | None = None,
+        on_away: AwayCallback | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Have the server fetch a version from a source into its repository, and return the job.
+
+        `source` is a name such as hf://org/repo@main, or https://host/model.onnx, which needs a `digest`:
+        sha256: and 64 hexadecimal digits. `version` is by default the highest plus 1; name it to repeat a
+        request by its key. `timeout_s` limits the whole job, waiting included. The other arguments are those
+        of `load`; `on_stage` is also called when more bytes were fetched.
+
+        Raises:
+            JobFailed: with `wait`: it failed (`source_not_found`, `digest_mismatch`, …) or was cancelled.
+            ServerError: the server refused: `invalid_source`, `source_not_allowed`, `version_exists`, …
+        """
+        number = await self._next_version(model_id) if version is None else version
+        target = f"/api/v1{path('models', model_id, 'versions', str(number))}"
+        given = {"source": source, "digest": digest, "timeout_s": timeout_s}
+        body = {name: value for name, value in given.items() if value is not None}
+        request = replace(post_request(target, body=body, key=idempotency_key), method="PUT")
+        return await submit_job(
+            self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
+        )
 
     async def _next_version(self, model_id: str) -> int:
         try:

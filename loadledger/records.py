@@ -23,14 +23,23 @@ class ServerPresence(msgspec.Struct, frozen=True):
     since: str | None = None
 
 
+class FetchProgress(msgspec.Struct, frozen=True):
+    """Bytes that the server has fetched from a source, and those of all files if their lengths are known."""
+
+    bytes: int
+    total_bytes: int | None = None
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One accepted load or unload.
+    """One accepted load, unload, or add of a version from a source.
 
     Attributes:
+        kind: load, unload or add.
         status: pending, in_progress, completed, failed or cancelled.
         stage: while in progress: copying, starting, loading, warming_up, measuring;
-            draining, stopping.
+            draining, stopping; resolving, fetching, checking.
         waiting_for: while pending: the reason.
+        progress: of an add in progress; else None.
         node: where it is placed; None without one, and of a server alone.
         superseded_by: the person's load that took the place of this one by the system; waits go on with it.
         position: of its latest event in the ledger.
@@ -43,6 +52,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None = None
     stage: str | None = None
     waiting_for: str | None = None
+    progress: FetchProgress | None = None
     created_at: str | None = None
     started_at: str | None = None
     finished_at: str | None = None
@@ -87,6 +97,23 @@ class Stage(AddedVersion, frozen=True):
     """A version whose files are being sent, and those that the server has."""
 
     id: str
+
+
+class VersionOrigin(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a version came from that the server fetched.
+
+    Attributes:
+        source: its name, as it was given.
+        resolved: a name of what it meant then, which does not move.
+        position: of its `VersionAdded`, which has the SHA-256 of each file.
+    """
+
+    version: int
+    source: str
+    resolved: str
+    added_by: str
+    added_at: str
+    position: int
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -146,6 +173,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         outputs: likewise.
         signature_version: the version that serves, else the highest one.
         parameters: of the load that serves, likewise not in a list.
+        sources: of its versions that the server fetched, likewise not in a list.
     """
 
     id: str
@@ -172,6 +200,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     outputs: list[ModelTensor] | None = None
     signature_version: int | None = None
     parameters: dict[str, Any] | None = None
+    sources: list[VersionOrigin] = []
     as_of: int | None = None
     as_of_time: str | None = None
     server: ServerPresence | None = None

@@ -17,6 +17,7 @@ from loadledger.cli.completion import latest_jobs, loaded_models, models_of_serv
 STEPS = {
     "load": ("copying", "starting", "loading", "warming_up", "measuring"),
     "unload": ("draining", "stopping"),
+    "add": ("resolving", "fetching", "checking"),
 }
 """The stages of a job, in order; a pending job has none yet."""
 HEAD = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
@@ -45,13 +46,18 @@ def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
 
 
 def wait_and_report(client: Any, job: Any, *, as_json: bool) -> None:
-    """Wait for a job and print its outcome; exit with 1 if it did not complete.
+    """Wait for a job and print its outcome; exit with 1 if it did not complete."""
+    report_job(wait_until_ended(client, job), as_json=as_json)
+
+
+def wait_until_ended(client: Any, job: Any) -> Any:
+    """Display a job until it has ended, and return it.
 
     Ctrl-C ends only the wait, and prints how to resume it.
     """
     try:
-        with _display(job) as (on_change, on_away):
-            job = client.wait_for(job.id, on_change=on_change, on_away=on_away)
+        with display_job(job) as (on_change, on_away):
+            return client.wait_for(job.id, on_change=on_change, on_away=on_away)
     except KeyboardInterrupt:
         output.print_note(
             f"detached: the {job.kind} of {model_of(job)} continues as job {job.id}\n"
@@ -59,7 +65,6 @@ def wait_and_report(client: Any, job: Any, *, as_json: bool) -> None:
             f"  to stop it:           loadledger cancel {job.id}"
         )
         sys.exit(output.INTERRUPTED)
-    report_job(job, as_json=as_json)
 
 
 def report_job(job: Any, *, as_json: bool) -> None:
@@ -95,8 +100,10 @@ def model_of(job: Any) -> str:
 
 
 def count_steps(job: Any) -> tuple[int, int]:
-    """Return the completed steps of a job and their total."""
+    """Return the completed steps of a job and their total; of a fetch whose length is known, its bytes."""
     stages = STEPS.get(job.kind, ())
+    if job.stage == "fetching" and job.progress is not None and job.progress.total_bytes:
+        return job.progress.bytes, job.progress.total_bytes
     if job.status == "completed":
         return len(stages) + 1, len(stages) + 1
     return (stages.index(job.stage) + 1 if job.stage in stages else 0), len(stages) + 1
@@ -104,26 +111,35 @@ def count_steps(job: Any) -> tuple[int, int]:
 
 def describe_progress(job: Any) -> str:
     if job.status == "in_progress":
-        return output.to_printable((job.stage or "in progress").replace("_", " "))
+        fetched = f", {_format_fetched(job)}" if job.stage == "fetching" and job.progress else ""
+        return output.to_printable((job.stage or "in progress").replace("_", " ")) + fetched
     if job.status == "pending" and job.waiting_for:
         return f"waits: {output.to_printable(job.waiting_for)}"
     return output.to_printable(job.status)
 
 
+def _format_fetched(job: Any) -> str:
+    of_all = f" of {output.format_size(job.progress.total_bytes)}" if job.progress.total_bytes else ""
+    return f"{output.format_size(job.progress.bytes)}{of_all}"
+
+
 @contextmanager
-def _display(job: Any) -> Iterator[JobDisplay]:
-    """Give a display of a job: a progress bar on a terminal, else a line for each change."""
+def display_job(job: Any) -> Iterator[JobDisplay]:
+    """Give a display of a job: a progress bar on a terminal, else a line for each change but of bytes."""
     if sys.stderr.isatty():
         with _progress_bar(job) as display:
             yield display
         return
-    began, last = time.monotonic(), ""
+    began, last = time.monotonic(), None
 
     def on_change(seen: Any) -> None:
         nonlocal last
-        if not seen.ended and describe_progress(seen) != last:
-            last = describe_progress(seen)
-            output.print_note(f"{model_of(seen)}: {last} ({time.monotonic() - began:.1f}s)")
+        step = (seen.status, seen.stage, seen.waiting_for)
+        if not seen.ended and step != last:
+            last = step
+            output.print_note(
+                f"{model_of(seen)}: {describe_progress(seen)} ({time.monotonic() - began:.1f}s)"
+            )
 
     yield on_change, output.note_retry
 
@@ -232,6 +248,7 @@ def _details(job: Any) -> Iterator[str]:
     facts = {
         "job": job.id,
         "stage": job.stage,
+        "fetched": job.progress and _format_fetched(job),
         "waits for": job.waiting_for,
         "requested": f"{output.format_timestamp(job.created_at)} by {by}, cause {job.cause or '-'}",
         "started": job.started_at and f"{output.format_timestamp(job.started_at)}, attempt {job.attempt}",

@@ -15,10 +15,11 @@ import msgspec
 
 from loadledger.cli import options, output
 from loadledger.cli.completion import models_of_server
-from loadledger.cli.jobs import report_request
+from loadledger.cli.jobs import report_job, report_request, wait_until_ended
 from loadledger.cli.output import format_cell, format_size, format_table, to_printable
 from loadledger.cli.snippets import DATATYPES, describe_guess, format_infer
 from loadledger.errors import ClientProblem
+from loadledger.records import AddedVersion, File
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 HAVE_PROCESS = ("loading", "loaded", "unloading")
@@ -134,9 +135,17 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "server": model.server and format_presence(model.server),
     }
     yield from output.format_facts(facts)
+    yield from map(_origin_line, model.sources)
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
     yield from signature_lines(model, words)
+
+
+def _origin_line(origin: Any) -> str:
+    resolved, source = (output.to_printable(each) for each in (origin.resolved, origin.source))
+    asked = f" (asked as {source})" if source != resolved else ""
+    by, age = format_cell(origin.added_by), output.format_age(origin.added_at, datetime.now(UTC))
+    return f"  version {origin.version}: from {resolved}{asked}, added by {by}, {age} ago"
 
 
 def _parameters(parameters: dict[str, Any]) -> str:
@@ -196,15 +205,33 @@ def format_presence(server: Any) -> str:
     )
 
 
+class _FileOrSource(click.Path):
+    """A file or folder that exists, or the name of a source, which has `://`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 @click.command()
 @click.argument("model")
-@click.argument("source", type=click.Path(path_type=Path, exists=True), metavar="FILE|DIR")
+@click.argument("source", type=_FileOrSource(path_type=Path, exists=True), metavar="FILE|DIR|SOURCE")
 @options.int_option("--version", "-v", metavar="N", text="Version; default: the highest plus 1.")
 @click.option("--load", "loads", is_flag=True, help="Load it, and wait.")
+@click.option("--digest", metavar="sha256:HEX", help="SHA-256 that a SOURCE must have; https:// needs it.")
+@options.int_option("--timeout-s", metavar="SECONDS", text="Limit of an add from a SOURCE.")
+@click.option("--wait/--no-wait", default=True, help="Wait for a SOURCE; Ctrl-C leaves the add running.")
 @options.json_option
 @options.server_options
 def add(
-    model: str, source: Path, *, version: int | None, loads: bool, as_json: bool, where: options.ServerChoice
+    model: str,
+    source: Path | str,
+    *,
+    version: int | None,
+    loads: bool,
+    wait: bool,
+    as_json: bool,
+    where: options.ServerChoice,
+    **given: Any,
 ) -> None:
     """Put a version of a model into the server's repository.
 
@@ -212,32 +239,63 @@ def add(
     snapshot of Hugging Face with onnx/model.onnx. A version is never overwritten. The files are sent one by
     one: after a failure, the same command sends those that are missing.
 
-    --json prints the version with its files, or with --load the job.
-    """
-    from loadledger.uploads import find_version_files
+    SOURCE is a name with ://, from which the server itself fetches the version, once: hf://ORG/REPO@REVISION,
+    oci://REGISTRY/REPOSITORY:TAG, https://HOST/FILE.onnx with --digest, s3://BUCKET/PATH, gs:// or az://. Its
+    operator allows sources with `serve --sources`. Add --no-wait to get the job at once.
 
+    --json prints the version with its files, of a SOURCE the add's job, or with --load the load's job.
+    """
+    if isinstance(source, Path) and (not wait or any(given.values())):
+        raise click.UsageError("--digest, --timeout-s and --no-wait are for a SOURCE, which has ://")
+    if loads and not wait:
+        raise click.UsageError("--load waits for the version: give it without --no-wait")
     with options.open_chosen_client(where) as client:
-        try:
-            found = find_version_files(source)
-            with _upload_display(f"{to_printable(model)}: sending") as on_progress:
-                added = client.add(model, source, version, on_progress=on_progress)
-        except OSError as error:
-            output.exit_with_error(f"{error.filename or source} cannot be read: {error.strerror}")
+        if isinstance(source, Path):
+            result, lines = _send_files(client, model, source, version)
+        else:
+            result = client.add_from(model, source, version, **given)
+            result = wait_until_ended(client, result) if wait else result
+            if result.status != "completed":
+                report_job(result, as_json=as_json)
+                return
+            lines = _fetched_lines(client, result)
         if not (as_json and loads):
-            output.print_result(added, _added_lines(added), as_json=as_json)
-        if found.left_out:
-            output.print_note(f"left out, as other models: {', '.join(map(format_cell, found.left_out))}")
+            output.print_result(result, lines, as_json=as_json)
         if loads:
-            job = client.load(model, added.version)
+            job = client.load(model, result.version)
             report_request(client, job, wait=True, as_json=as_json)
         elif not as_json:
-            click.echo(f"to load it: loadledger load {to_printable(model)} --version {added.version}")
+            click.echo(f"to load it: loadledger load {to_printable(model)} --version {result.version}")
 
 
-def _added_lines(added: Any) -> Iterator[str]:
-    count = output.count_of(len(added.files), "file")
-    yield f"{to_printable(added.model_id)} version {added.version}: added, {count}, {added.bytes} bytes"
-    for file in added.files:
+def _send_files(
+    client: Any, model: str, source: Path, version: int | None
+) -> tuple[AddedVersion, Iterator[str]]:
+    """Send the files of a version; return it, and lines that describe it."""
+    from loadledger.uploads import find_version_files
+
+    try:
+        found = find_version_files(source)
+        with _upload_display(f"{to_printable(model)}: sending") as on_progress:
+            added: AddedVersion = client.add(model, source, version, on_progress=on_progress)
+    except OSError as error:
+        output.exit_with_error(f"{error.filename or source} cannot be read: {error.strerror}")
+    if found.left_out:
+        output.print_note(f"left out, as other models: {', '.join(map(format_cell, found.left_out))}")
+    return added, _added_lines(added, added.files)
+
+
+def _fetched_lines(client: Any, job: Any) -> Iterator[str]:
+    """Yield lines about a version that the server fetched, as its event describes it."""
+    [event] = client.events(types=["VersionAdded"], jobs=[job.id])
+    head, *files = _added_lines(job, msgspec.convert(event.data["files"], list[File]))
+    yield from (head, f"  from {to_printable(event.data['source']['resolved'])}", *files)
+
+
+def _added_lines(version: Any, files: Sequence[File]) -> Iterator[str]:
+    what = f"{output.count_of(len(files), 'file')}, {sum(file.bytes for file in files)} bytes"
+    yield f"{to_printable(version.model_id)} version {version.version}: added, {what}"
+    for file in files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
 
 

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import click
 
@@ -82,28 +83,43 @@ def _settings_options() -> list[click.Option]:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model that `run` serves: its name, and the path of its files if they may have to be added first."""
+    """The model that `run` serves: its name, and where its files are if they may have to be added first.
+
+    Attributes:
+        path: of a file or folder here.
+        source: the name of a source, which has `://`, from which the server fetches them.
+        digest: that the source must have.
+    """
 
     name: str
     path: Path | None = None
+    source: str | None = None
+    digest: str | None = None
 
 
 @click.command()
-@click.argument("model", metavar="FILE|FOLDER|MODEL")
-@click.option("--name", metavar="NAME", help="Name of the model. [default: the file's, or its folder's]")
+@click.argument("model", metavar="FILE|FOLDER|SOURCE|MODEL")
+@click.option(
+    "--name", metavar="NAME", help="Name of the model. [default: of the file, folder or repository]"
+)
+@click.option("--digest", metavar="sha256:HEX", help="SHA-256 that a SOURCE must have; https:// needs it.")
 @server_options
-def run(model: str, *, name: str | None, where: ServerChoice) -> None:
+def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice) -> None:
     """Load a model, and print how to send it a request.
 
     A file or folder is first added to the server's models, unless the model's highest version has the same
-    files. If no server runs, the command serves until Ctrl-C, with the settings of `serve` from variables
-    and the --config file that LOADLEDGER_CONFIG names.
+    files. A SOURCE is a name with ://, as of `add`: the server fetches it, unless a version of the model has
+    its bytes for certain, by a commit or a digest.
+
+    If no server runs, the command serves until Ctrl-C, with the settings of `serve` from variables and the
+    --config file that LOADLEDGER_CONFIG names. For a SOURCE, and on a terminal, it then allows all sources,
+    unless LOADLEDGER_SOURCES or such a file is given.
     """
     import asyncio
 
     from loadledger.cli.startup import run_on_server, serve_and_run
 
-    subject = choose_subject(model, name)
+    subject = choose_subject(model, name, digest)
     target = find_chosen_target(where)
     if asyncio.run(run_on_server(target, subject, where.words)):
         return
@@ -112,8 +128,12 @@ def run(model: str, *, name: str | None, where: ServerChoice) -> None:
     serve_and_run(subject)
 
 
-def choose_subject(given: str, name: str | None) -> Subject:
-    """Return what an argument names: a file or folder if it exists, else a model."""
+def choose_subject(given: str, name: str | None, digest: str | None = None) -> Subject:
+    """Return what an argument names: a source, a file or folder if it exists, else a model."""
+    if "://" in given:
+        return Subject(name or name_source(given), source=given, digest=digest)
+    if digest is not None:
+        raise click.UsageError("--digest is for a SOURCE, which has ://")
     path = Path(given)
     if path.exists():
         return Subject(name or name_model(path.resolve()), path)
@@ -122,8 +142,26 @@ def choose_subject(given: str, name: str | None) -> Subject:
     return Subject(given)
 
 
+def name_source(source: str) -> str:
+    """Return the name of a source's model: of the repository, or of the file.
+
+    Raises:
+        InvalidSource: the text names no source.
+    """
+    from runtime.fetch.sources import parse_source
+
+    parsed = parse_source(source)
+    ends = {"hf": "[@/]", "oci": "[:@]"}.get(parsed.scheme, "$")  # of a repository
+    path = PurePosixPath(re.split(ends, unquote(parsed.path))[0])
+    return _choose_name(path, path.stem if path.suffix == ".onnx" else path.name)
+
+
 def name_model(path: Path) -> str:
-    for part in (path.stem if path.is_file() else path.name, *(parent.name for parent in path.parents)):
+    return _choose_name(path, path.stem if path.is_file() else path.name)
+
+
+def _choose_name(path: PurePath, last: str) -> str:
+    for part in (last, *(parent.name for parent in path.parents)):
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("._-")[:MAX_NAME]
         if name and not name.isdecimal() and name.lower() not in GENERIC_NAMES:
             return name

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import pwd
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ import jwt
 
 from events.errors import LedgerProblem
 from events.tokens import Token
-from loadledger import AsyncClient, ClientProblem, NotFound, ServerUnreachable
+from loadledger import AsyncClient, ClientProblem, JobFailed, NotFound, ServerUnreachable
+from loadledger.cli.jobs import display_job
 from loadledger.cli.models import signature_lines, with_signature
 from loadledger.cli.options import name_similar
 from loadledger.cli.output import (
@@ -51,7 +53,7 @@ from server.auth.keys import KeyProblem
 from server.auth.subjects import subject_refusal
 from server.auth.tokens import TOKENS, timestamp_in
 from server.check import CheckFinding, CheckResult, Severity, check_repository, load_config
-from server.configsources import warn_of_unknown_variables
+from server.configsources import CONFIG_VARIABLE, warn_of_unknown_variables
 from server.errors import ServerProblem
 from server.serve import RunningServer, serve
 
@@ -74,6 +76,12 @@ MAX_FINDINGS = 20
 
 LEVEL = "LOADLEDGER_LOG_LEVEL"
 """Without it the command's own server logs warnings only, since a person reads what it prints."""
+
+SOURCE_SETTINGS = frozenset({"LOADLEDGER_SOURCES", CONFIG_VARIABLE})
+"""Without them, a server that a person starts to run a source may fetch from all sources."""
+
+FIXED_BYTES = re.compile(r"oci://.*@sha256:[0-9a-f]{64}|hf://[^@]*@[0-9a-f]{40}(/.*)?")
+"""In the name of a source that always means the same: a digest, or a commit."""
 
 TOKEN_LIFE_S = 12 * 3600
 """Of the token with which the command asks its own server; as `loadledger token` has it by default."""
@@ -266,7 +274,11 @@ def serve_and_run(subject: Subject) -> NoReturn:
             problems.append(str(problem))
             running.stop()
 
-    config = load_config({} if LEVEL in os.environ else {"log_level": "warning"}, os.environ)
+    settings = {} if LEVEL in os.environ else {"log_level": "warning"}
+    if subject.source is not None and sys.stdout.isatty() and not os.environ.keys() & SOURCE_SETTINGS:
+        settings["sources"] = "all"
+        click.echo("sources: all may be fetched, as LOADLEDGER_SOURCES is not set")
+    config = load_config(settings, os.environ)
     status = serve(config, announce_and_run)
     for problem in problems:
         print_note(problem)
@@ -306,6 +318,8 @@ async def bring_up(client: AsyncClient, subject: Subject, token: str, options: S
 
 async def _add_if_new(client: AsyncClient, subject: Subject) -> int | None:
     """Return the version to load: the highest, after the subject's files were added if they differ."""
+    if subject.source is not None:
+        return await _add_source_if_new(client, subject, subject.source)
     if subject.path is None:
         return None
     source = await asyncio.to_thread(find_version_files, subject.path)
@@ -321,3 +335,22 @@ async def _add_if_new(client: AsyncClient, subject: Subject) -> int | None:
     added = await client.add(subject.name, subject.path)
     click.echo(f"{subject.name} version {added.version}: added")
     return added.version
+
+
+async def _add_source_if_new(client: AsyncClient, subject: Subject, source: str) -> int | None:
+    """Return the version to load: one that has the source's bytes for certain, else a new one."""
+    try:
+        origins = (await client.model(subject.name)).sources
+    except NotFound:
+        origins = []
+    pinned = source if subject.digest is None else f"{source}#{subject.digest.replace(':', '=')}"
+    for origin in reversed(origins):
+        if origin.resolved == pinned or (origin.source == source and FIXED_BYTES.fullmatch(source)):
+            return origin.version
+    job = await client.add_from(subject.name, source, digest=subject.digest)
+    with display_job(job) as (on_change, on_away):
+        job = await client.wait_for(job.id, on_change=on_change, on_away=on_away)
+    if job.status != "completed":
+        raise JobFailed(job)
+    click.echo(f"{subject.name} version {job.version}: added")
+    return job.version

@@ -96,6 +96,8 @@ export function count(amount, one, many = `${one}s`) {
   return `${amount.toLocaleString("en")} ${amount === 1 ? one : many}`;
 }
 
+export const JOB_KINDS = { load: "Load", unload: "Unload", add: "Add" };
+
 const CAUSES = { restart: "after a restart", recovery: "after its worker ended", swap: "after a replacement failed", drain: "at another node, because its own drains" };
 
 // Whether the system loaded again what somebody asked for.

@@ -1,7 +1,7 @@
 // Jobs: those under way with their stages, then the newest that ended; and the page of one job with its events.
 
 import { api, errorText } from "./api.js";
-import { age, ago, clock, count, duration, moment, oneLine, secondsSince } from "./format.js";
+import { age, ago, bytes, clock, count, duration, JOB_KINDS, moment, oneLine, secondsSince } from "./format.js";
 import { EventList, useEvents } from "./ledger.js";
 import { cancel } from "./operations.js";
 import { address, href } from "./router.js";
@@ -9,7 +9,11 @@ import { hasEnded, jobs, now, session } from "./state.js";
 import { Button, Hint, html, PageHead, Panel, Pill, Refusal, useRequest } from "./ui.js";
 
 const MOST = 100; // that are shown
-const STAGES = { load: ["copying", "starting", "loading", "warming_up", "measuring"], unload: ["draining", "stopping"] };
+const STAGES = {
+  load: ["copying", "starting", "loading", "warming_up", "measuring"],
+  unload: ["draining", "stopping"],
+  add: ["resolving", "fetching", "checking"],
+};
 
 export function JobsPage() {
   const { id } = address.value;
@@ -23,10 +27,10 @@ function JobList() {
   return html`
     <${PageHead} title="Jobs" count=${running.length ? `${running.length} under way` : ""} />
     <${Panel} kind="jobs" title="Under way">
-      <${Jobs} listed=${running} none="Nothing is being loaded or unloaded." />
+      <${Jobs} listed=${running} none="Nothing is being loaded, unloaded or added." />
     <//>
     <${Panel} kind="ended-jobs" title="Ended">
-      <${Jobs} listed=${ended} none="No load or unload has ended yet." />
+      <${Jobs} listed=${ended} none="No job has ended yet." />
     <//>`;
 }
 
@@ -39,14 +43,14 @@ function Jobs({ listed, none }) {
 
 // A job in a list: what it is, how far it is, why it ended so, and who asked for it.
 export function JobItem({ job }) {
-  const version = job.version == null ? "" : ` ${job.version}`, kind = job.kind === "load" ? "Load" : "Unload", why = whyText(job);
+  const version = job.version == null ? "" : ` ${job.version}`, kind = JOB_KINDS[job.kind], why = whyText(job);
   return html`
     <li class="job" data-job=${job.id}>
       <div class="head">
         <p><a class="name" href=${href("jobs", job.id)}>${kind} ${oneLine(job.model_id, 130)}${version}</a> <${Pill} state=${job.status} /></p>
         <div class="do"><${CancelButton} job=${job} /></div>
       </div>
-      <${Steps} job=${job} />
+      <${Steps} job=${job} /><${Fetched} job=${job} />
       ${why && html`<p class="why ${job.error ? "bad" : ""}">${why}</p>`}
       <p class="dim" title="job ${job.id}, asked for at ${job.created_at}">${aboutText(job, now.value)}</p>
     </li>`;
@@ -67,6 +71,14 @@ function Steps({ job }) {
     </ol>`;
 }
 
+// How much of a version has been fetched; the length of a source may be unknown.
+function Fetched({ job }) {
+  if (job.stage !== "fetching" || !job.progress || hasEnded(job)) return null;
+  const { bytes: fetched, total_bytes: total } = job.progress, text = total ? `${bytes(fetched)} of ${bytes(total)}` : bytes(fetched);
+  return html`
+    <progress aria-label="Fetched of ${job.model_id}" max="1" value=${total ? fetched / total : undefined} /><p class="figures">${text}</p>`;
+}
+
 function whyText(job) {
   if (job.error) return `${job.error.code}: ${oneLine(job.error.message, 400)}`;
   if (job.superseded_by) return `Superseded by job ${job.superseded_by}.`;
@@ -78,6 +90,7 @@ function aboutText(job, at) {
   const took = duration(secondsSince(job.created_at, Date.parse(job.finished_at)));
   const parts = [
     `by ${oneLine(job.requested_by, 60)}`,
+    job.parameters?.source && `from ${oneLine(job.parameters.source, 200)}`,
     job.cause !== "request" && `cause ${job.cause}`,
     job.node && `at ${oneLine(job.node, 60)}`,
     hasEnded(job) ? `${clock(job.finished_at)}, ${ago(job.finished_at, at)}, took ${took}` : `for ${age(secondsSince(job.created_at, at))}`,

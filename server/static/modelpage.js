@@ -28,7 +28,7 @@ export function ModelPage() {
     <${Head} id=${id} model=${model} refusal=${error ? why : ""} />
     <${Panel} kind="traffic" title="Requests and memory"><${Charts} modelId=${id} /><//>
     <div class="halves"><${Tensors} model=${answer} why=${why} /><${Calls} id=${id} model=${answer} why=${why} /></div>
-    ${model && html`<${Versions} model=${model} changes=${changes} />`}
+    ${model && html`<${Versions} model=${model} sources=${answer?.sources ?? []} changes=${changes} />`}
     <div class="halves"><${Jobs} id=${id} changes=${changes} />${audits && html`<${Events} id=${id} />`}</div>
     ${manages && html`<${Printed} path=${path} changes=${changes} />`}`;
 }
@@ -153,13 +153,14 @@ function Calls({ id, model, why }) {
 }
 
 // Its versions, with the bytes that each had when it was loaded or added last.
-function Versions({ model, changes }) {
+function Versions({ model, sources, changes }) {
   const drops = useDrops(model.id), { audits } = session.value;
   const { answer: events } = useRequest((signal) => (audits ? fetchNamings(model.id, signal) : []), [changes]);
   const all = [...new Set([...(model.versions ?? []), ...(model.version === null ? [] : [model.version])])].sort((a, b) => b - a);
   const add = mayAdd.value && html`<${Button} about="of ${model.id}" onClick=${() => addVersion(model.id)}>Add a version…<//>`;
   const row = (version) => html`
-    <${Version} key=${version} version=${version} model=${model} event=${events?.find((event) => event.version === version)} />`;
+    <${Version} key=${version} version=${version} model=${model} event=${events?.find((event) => event.version === version)}
+      source=${sources.find((source) => source.version === version)} />`;
   return html`
     <${Panel} kind="its-versions" title="Versions and files" controls=${add} drops=${drops}>
       ${all.length > 0 && html`
@@ -180,7 +181,7 @@ async function fetchNamings(modelId, signal) {
   return (await api.get(`/api/v1/events?${query}`, { signal })).events;
 }
 
-function Version({ version, model, event }) {
+function Version({ version, model, event, source }) {
   const serves = model.version === version, files = serves && model.files.length ? model.files : event?.data.files ?? [];
   const lies = model.versions?.includes(version) ? "in the repository" : "gone from the repository";
   const state = serves ? model.state : model.next_version === version ? "is being loaded" : lies;
@@ -192,12 +193,19 @@ function Version({ version, model, event }) {
         <${Files} files=${files} />
         ${files.length === 0 && html`<${Hint}>Its hashes are recorded when it is loaded.<//>`}
         ${isPast && html`<${Hint}>As it was ${what} ${stamp(event.recorded_at)}.<//>`}
+        ${source && html`<${Hint}>${originText(source)}<//>`}
       </td>
       <${ActionsCell}>
         ${session.value.manages && !(serves && model.state === "loaded") && html`
           <${Button} about="version ${version}" onClick=${() => openDialog(LoadDialog, { model, version })}>Load…<//>`}
       <//>
     <//>`;
+}
+
+// Never a link: it may lead anywhere, and means what it meant then.
+function originText({ source, resolved, added_by: by, added_at: at }) {
+  const asked = source === resolved ? "" : ` (asked as ${oneLine(source, 400)})`;
+  return `From ${oneLine(resolved, 400)}${asked}, added by ${oneLine(by, 130)} ${stamp(at)}.`;
 }
 
 // Its jobs as they were asked for, with what the page has heard of them since.

@@ -1,7 +1,7 @@
 // Problems, worst first, derived from the page's state: cause, advice and actions of each; and which of them somebody
 // has acknowledged in this browser.
 
-import { age, ago, bytes, count, oneLine, secondsSince, stamp } from "./format.js";
+import { age, ago, bytes, count, JOB_KINDS, oneLine, secondsSince, stamp } from "./format.js";
 import { keep, recall } from "./session.js";
 import * as state from "./state.js";
 import { ADVICE } from "./tables.js";
@@ -120,7 +120,7 @@ function* unansweredProblems() {
 
 function* jobProblems(job, now) {
   if (state.hasEnded(job)) return;
-  const model = { id: job.model_id }, what = `${job.kind === "load" ? "Load" : "Unload"} of ${job.model_id}`;
+  const model = { id: job.model_id }, what = `${JOB_KINDS[job.kind]} of ${job.model_id}`;
   const seconds = secondsSince(job.started_at ?? job.created_at, now);
   const cancel = { do: "cancel", job };
   if (job.waiting_for) {

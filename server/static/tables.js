@@ -22,8 +22,8 @@ export const EVENT_TEXTS = {
   ClockStepped: {"parts": ["from {from} to {to}", "taken?|not followed"], "tone": "bad", "badIf": null},
   RollbackAccepted: {"parts": ["signed up to {kept_position}", "accepted at {head_position}"], "tone": "bad", "badIf": null},
   EventsDiscarded: {"parts": ["positions {first_position} to {last_position}"], "tone": "bad", "badIf": null},
-  VersionAdded: {"parts": ["{files:files}"], "tone": "good", "badIf": null},
-  VersionRemoved: {"parts": ["{reason?}"], "tone": "plain", "badIf": null},
+  VersionAdded: {"parts": ["{files:files}", "from {source.resolved?}", "at node {node_id?}"], "tone": "good", "badIf": null},
+  VersionRemoved: {"parts": ["{reason?}", "at node {node_id?}"], "tone": "plain", "badIf": null},
   TokenIssued: {"parts": ["for {subject}", "{roles:acts}", "until {expires_at}", "via {via?}", "id {jti}"], "tone": "plain", "badIf": null},
   TokenRevoked: {"parts": ["id {jti}"], "tone": "plain", "badIf": null},
   SignInLinkIssued: {"parts": ["id {link_id}"], "tone": "plain", "badIf": null},
@@ -33,6 +33,9 @@ export const EVENT_TEXTS = {
   NodeLeft: {"parts": ["{node_id} epoch {epoch}"], "tone": "plain", "badIf": null},
   NodeLost: {"parts": ["{node_id} epoch {epoch}", "last seen at {last_renewed_at}"], "tone": "bad", "badIf": null},
   LoadPlaced: {"parts": ["at node {node_id}", "{reason}", "{files:files}"], "tone": "plain", "badIf": null},
+  AddRequested: {"parts": ["from {source}", "at node {node_id?}"], "tone": "plain", "badIf": null},
+  AddStarted: {"parts": ["attempt {attempt}", "at node {node_id?}"], "tone": "plain", "badIf": null},
+  AddFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},
 };
 
 // By the code of a failed load.
@@ -48,7 +51,7 @@ export const ADVICE = {
   disk_full: "Free as many bytes as the message names on the disk of the data directory.",
   store_full: "Unload a model, or raise --store-size; the message has both figures.",
   store_unavailable: "The message has the system's reason: check the disk of the data directory.",
-  timeout: "The message says what the load waited for. Provide that, or raise timeout_s.",
+  timeout: "The message says what the load or the add waited for. Provide that, or raise timeout_s.",
   unknown_model: "Check the name, and the folder of that name in the repository.",
   unknown_version: "Check the version, and that its folder has a model file.",
   unsafe_file: "Replace links out of the repository, external data outside the folder, pipes and devices; use fewer files or shorter names if the message says so.",

@@ -14,6 +14,7 @@ from yarl import URL
 
 QUICK_START = "docs/quick-start.md"
 GUIDES = {
+    "docs/how-to/add-a-model-by-name.md": 5,
     "docs/how-to/answer-an-auditor.md": 5,
     "docs/how-to/back-up-and-restore.md": 5,
     "docs/how-to/come-from-torchserve.md": 7,

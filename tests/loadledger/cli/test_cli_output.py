@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any, get_args
@@ -33,7 +33,17 @@ from loadledger.cli.output import (
     pad,
     print_json,
 )
-from loadledger.records import ErrorInfo, File, Job, LoadUsage, Model, Resources, WaitingJob
+from loadledger.records import (
+    ErrorInfo,
+    FetchProgress,
+    File,
+    Job,
+    LoadUsage,
+    Model,
+    Resources,
+    VersionOrigin,
+    WaitingJob,
+)
 
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -105,6 +115,37 @@ def test_job_progress_in_steps_and_words(status: str, stage: str | None, done: i
     assert describe_progress(job) == "waits: 20 MB of memory"
 
 
+@pytest.mark.parametrize(
+    ("stage", "progress", "steps", "told"),
+    [
+        ("resolving", None, (1, 4), "resolving"),
+        ("fetching", FetchProgress(5_000_000), (2, 4), "fetching, 5.0 MB"),
+        ("fetching", FetchProgress(10**6, 2 * 10**9), (10**6, 2 * 10**9), "fetching, 1.0 MB of 2.00 GB"),
+        ("checking", FetchProgress(10, 10), (3, 4), "checking"),
+    ],
+)
+def test_progress_of_an_add_is_in_bytes(
+    stage: str, progress: FetchProgress | None, steps: tuple[int, int], told: str
+) -> None:
+    job = Job(id="j", kind="add", model_id="m", status="in_progress", stage=stage, progress=progress)
+    assert (count_steps(job), describe_progress(job)) == (steps, told)
+
+
+def test_versions_from_sources_have_a_line_each() -> None:
+    added_at, pinned = (datetime.now(UTC) - timedelta(days=2)).isoformat(), f"oci://h/m@sha256:{'0' * 64}"
+    origins = [
+        VersionOrigin(
+            version=number, source=source, resolved=resolved, added_by="alice", added_at=added_at, position=9
+        )
+        for number, source, resolved in ((1, pinned, pinned), (3, "hf://o/m@main", "hf://o/m@c0ffee"))
+    ]
+    shown = list(models._details(Model(id="m", state="unloaded", sources=origins)))
+    assert shown[-2:] == [
+        f"  version 1: from {pinned}, added by alice, 2d ago",
+        "  version 3: from hf://o/m@c0ffee (asked as hf://o/m@main), added by alice, 2d ago",
+    ]
+
+
 # A hostile server
 
 EVIL = "\x1b]0;x\x07\x9b2J\u202e\n"
@@ -122,6 +163,7 @@ def evil(kind: type[Any]) -> Any:
     more = {"error": ErrorInfo(EVIL, EVIL)} if "error" in kind.__struct_fields__ else {}
     lists = {
         "versions": [HUGE],
+        "sources": [evil(VersionOrigin)] if kind is Model else [],
         "files": [File(path=EVIL, bytes=HUGE, mtime_ns=1, sha256=EVIL)],
         "parameters": {EVIL: EVIL},
     }
@@ -139,7 +181,12 @@ def test_hostile_answer_prints_no_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     job, model, use = evil(Job), evil(Model), evil(LoadUsage)
-    job = msgspec.structs.replace(job, created_at="2026-01-31T14:02:00Z", finished_at=NOW.isoformat())
+    job = msgspec.structs.replace(
+        job,
+        progress=FetchProgress(HUGE, HUGE),
+        created_at="2026-01-31T14:02:00Z",
+        finished_at=NOW.isoformat(),
+    )
     found = msgspec.structs.replace(evil(Resources), models=[use], waiting=[evil(WaitingJob)], pressure=None)
     done = msgspec.structs.replace(job, status="completed", error=None)
     failed = msgspec.structs.replace(job, status="failed")

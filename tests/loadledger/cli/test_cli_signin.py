@@ -7,7 +7,7 @@ from support.http import LocalApi
 
 from events.types import TokenIssued
 from loadledger import AsyncClient
-from loadledger.cli.serve import GENERIC_NAMES, name_model
+from loadledger.cli.serve import GENERIC_NAMES, name_model, name_source
 from loadledger.cli.startup import SignedIn, sign_in_user
 from loadledger.profiles import ServerTarget, read_profile, write_profile
 from server.auth.tokens import TOKENS
@@ -78,4 +78,20 @@ def test_model_has_the_name_of_its_file_or_folder(tmp_path: Path, path: str, nam
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     assert name_model(file) == name
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("hf://org/repo", "repo"),
+        ("hf://org/repo.v2@main/onnx/encoder.onnx", "repo.v2"),
+        ("oci://ghcr.io/org/net:v1", "net"),
+        (f"oci://ghcr.io/org/net@sha256:{'0' * 64}", "net"),
+        ("https://host/a/my%20net.onnx", "my-net"),
+        ("https://host/resnet/model.onnx", "resnet"),
+        ("s3://bucket/models/bert/3/", "bert"),
+    ],
+)
+def test_model_has_the_name_of_its_source(source: str, name: str) -> None:
+    assert name_source(source) == name
     assert name not in GENERIC_NAMES
