@@ -19,6 +19,7 @@ from bench import (
     cluster,
     compute,
     driver,
+    fetch,
     firstloads,
     generator,
     inference,
@@ -49,6 +50,7 @@ PARTS = (
     "clients",
     "compute",
     "bodies",
+    "fetch",
     "tails",
     "ledger",
     "listing",
@@ -73,6 +75,7 @@ class Choice:
     tails: int
     facts: int
     listed: int
+    fetched: int
     tail_seconds: float
     away_seconds: float
     network: tuple[str, ...]
@@ -139,6 +142,13 @@ class Choice:
     help="Events of the log that is listed, half a kilobyte each on disk.",
 )
 @click.option(
+    "--fetched",
+    default=1024,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="MiB of the model that is fetched from a source.",
+)
+@click.option(
     "--network",
     multiple=True,
     type=click.Choice([network.name for network in (*NETWORKS, LARGE)]),
@@ -169,6 +179,7 @@ def main(**options: Any) -> None:
         "clients": _clients,
         "compute": _compute,
         "bodies": _bodies,
+        "fetch": _fetch,
         "tails": _tails,
         "ledger": _ledger,
         "listing": _listing,
@@ -246,6 +257,10 @@ def _compute(folder: Path, choice: Choice) -> list[Row]:
 
 def _bodies(folder: Path, choice: Choice) -> list[Row]:
     return bodies.measure(folder, seconds=choice.seconds)
+
+
+def _fetch(folder: Path, choice: Choice) -> list[Row]:
+    return fetch.measure(folder, mib=choice.fetched, rounds=choice.rounds)
 
 
 def _tails(folder: Path, choice: Choice) -> list[Row]:
