@@ -111,7 +111,7 @@ async def test_hostile_sources_fail_and_leave_nothing(config: Config, tmp_path: 
         sources = f"--sources=https://{site.host},oci://{site.host}"
         async with attacked(config, sources, command=COMMAND, environment=environment) as attack:
             for _ in range(ROUNDS):
-                for what, scheme, reply, codes in dice.sample(ATTACKS, of_both(short=8, long=len(ATTACKS))):
+                for what, scheme, reply, codes in dice.sample(ATTACKS, of_both(short=4, long=len(ATTACKS))):
                     replies["now"] = reply
                     asked = {"source": f"{scheme}://{site.host}/m", "timeout_s": TIMEOUT_S}
                     digest = {"digest": PINNED} if scheme == "https" else {}

@@ -20,8 +20,8 @@ from support.uploads import files_in, staged
 
 from server.config import Config
 
-KILLS = of_both(short=3, long=100)
-LIFE_S = 1.5
+KILLS = of_both(short=2, long=100)
+LIFE_S = 1.0
 """A fetch begins within half a second."""
 MODEL = models.slow_identity(side=400).SerializeToString()
 """640 KB."""
