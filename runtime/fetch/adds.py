@@ -39,7 +39,7 @@ from events.types import (
 )
 from runtime.consumer.loads import LOG_RETRY_S, Recorder
 from runtime.errors import RuntimeProblem
-from runtime.fetch.messages import PIECE_BYTES, Order, RemoteFile
+from runtime.fetch.messages import PIECE_BYTES, SIGNATURE_SUFFIX, Order, RemoteFile
 from runtime.fetch.process import FETCH, UNPACK, FetchProcess, run_process
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import external_locations, find_model_file
@@ -55,7 +55,6 @@ _log = logging.getLogger(__name__)
 MAX_RUNNING = 2
 """Adds that run at once: one may wait for a slow source, and more share the same network and disk."""
 PENDING = f"its turn: {MAX_RUNNING} adds run at once"
-SIGNATURE_SUFFIX = ".sig"
 MAX_SIGNATURE_BYTES = 8 * 2**20
 """A signature lists a version's files, at most 10,000, each with its digest."""
 PASSED_ON = {"hf": "HF_", "oci": "DOCKER_CONFIG", "s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
@@ -69,7 +68,7 @@ MAX_PAUSE_S = 30.0
 
 @dataclass(slots=True)
 class AddProgress:
-    """How far a running add is.
+    """The progress of a running add.
 
     Attributes:
         stage: `resolving`, `fetching` or `checking`; None while it waits for its turn.

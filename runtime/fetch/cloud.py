@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from runtime.errors import RuntimeProblem
-from runtime.fetch.messages import PIECE_BYTES, Order, RemoteFile, Resolved
+from runtime.fetch.messages import PIECE_BYTES, Order, RemoteFile, Resolved, is_signature_beside
 from runtime.fetch.origin import (
     Download,
     SourceChanged,
@@ -54,8 +54,6 @@ CREDENTIALS = {
     ),
 }
 """Variables, or several together, with which a client asks no metadata service; others are not used."""
-COMPANION = re.compile(r"[^/]*\.sig")
-"""A signature beside a model."""
 PROBLEMS = {
     exceptions.PermissionDeniedError: SourceDenied,
     exceptions.UnauthenticatedError: SourceDenied,
@@ -94,7 +92,7 @@ class Cloud:
         with translated_errors():
             model = found[name] = await to_thread(obstore.head, self._store, key)
         self._objects = list(found.values())
-        needed = {name, *(path for path in found if is_folder and COMPANION.fullmatch(path))}
+        needed = {name, *(path for path in found if is_folder and is_signature_beside(path))}
         files = tuple(
             RemoteFile(path, each["size"], self._digest if path == name else None, is_needed=path in needed)
             for path, each in found.items()

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 import msgspec
 from msgspec import Struct
 
-from runtime.fetch.messages import Order, RemoteFile, Resolved
+from runtime.fetch.messages import Order, RemoteFile, Resolved, is_signature_beside
 from runtime.fetch.origin import Download, SourceChanged, SourceInvalid, SourceNotFound
 from runtime.fetch.sources import InvalidSource, SourceName, parse_allowed
 from runtime.fetch.web import Web
@@ -28,7 +28,6 @@ PUBLIC_HOSTS = ("huggingface.co", "*.huggingface.co", "*.hf.co")
 """The Hub, and the content delivery networks to which it redirects."""
 MODEL_FOLDERS = ("", "onnx/")
 """Where a repository has its ONNX files, as `loadledger.uploads` looks for them."""
-SIGNATURE_SUFFIX = ".sig"
 MAX_PAGES, MAX_SHOWN = 20, 4
 """Of a listing, with 1,000 entries each, more than a version may have; and models that an error names."""
 _PATH = re.compile(r"([A-Za-z0-9._-]+)(?:@([^/]+))?(?:/(.+))?")
@@ -140,8 +139,7 @@ class HuggingFace:
             if sha256 not in (None, self._digest):
                 raise SourceChanged(f"{path!a} has the SHA-256 {sha256}, and {self._digest} was given")
             sha256 = self._digest
-        beside = "/" not in path and path.endswith(SIGNATURE_SUFFIX)
-        return RemoteFile(path, entry.size, sha256, is_needed=is_model or beside)
+        return RemoteFile(path, entry.size, sha256, is_needed=is_model or is_signature_beside(path))
 
 
 def _read_token(environment: Mapping[str, str]) -> tuple[str, str]:

@@ -36,20 +36,12 @@ from runtime.process.forkserver import die_with
 from runtime.worker import landlock, privileges
 
 OUTPUT = 1
-HEAD_BYTES, LENGTH_BYTES = 5, 4
-"""Of a frame, and of the length with which it begins."""
 MAX_DATA_BYTES = 512 * 2**20
 """Five times what a download takes: a listing of 16 MiB, decoded, or a cloud's SDK."""
 SYSTEM_PATHS = (
     *("/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/gai.conf"),
-    *(
-        "/etc/services",
-        "/etc/ssl/certs",
-        "/etc/ssl/openssl.cnf",
-        "/etc/pki/tls/certs",
-        "/etc/pki/ca-trust",
-        "/usr/share/ca-certificates",
-    ),
+    *("/etc/services", "/etc/ssl/certs", "/etc/ssl/openssl.cnf", "/etc/pki/tls/certs"),
+    *("/etc/pki/ca-trust", "/usr/share/ca-certificates"),
     *("/etc/ld.so.cache", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"),
 )
 """For name resolution, certificates that are looked up by their hash, and libraries."""
@@ -145,10 +137,11 @@ async def serve(origin: Origin) -> None:
 
 def _receive(kind: type[M]) -> M | None:
     """Return the server's next message; None after the last."""
-    head = sys.stdin.buffer.read(HEAD_BYTES)
-    if len(head) < HEAD_BYTES:
+    head = sys.stdin.buffer.read(messages.HEAD_BYTES)
+    if len(head) < messages.HEAD_BYTES:
         return None
-    content = sys.stdin.buffer.read(int.from_bytes(head[:LENGTH_BYTES], "little"))
+    _, length = messages.decode_head(head)
+    content = sys.stdin.buffer.read(length)
     return msgspec.msgpack.decode(content, type=kind)
 
 

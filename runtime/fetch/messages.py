@@ -17,10 +17,13 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 """A listing of 10,000 files with long paths has 10 MiB."""
 PIECE_BYTES = 2**20
 """Of one piece at most: few switches between processes, and little memory."""
+LENGTH_BYTES, HEAD_BYTES = 4, 5
+"""Of a frame's length, and of its head, which has the kind, too."""
+SIGNATURE_SUFFIX = ".sig"
 
 
 class Order(Struct, frozen=True, tag=True):
-    """What to fetch: the first message that a fetch process gets.
+    """The source to fetch, and how: the first message to a fetch process.
 
     Attributes:
         source: its name, as `runtime.fetch.sources.parse_source` takes it.
@@ -55,7 +58,7 @@ class RemoteFile(Struct, frozen=True):
 
 
 class Resolved(Struct, frozen=True, tag=True):
-    """What a name means now: a name that does not move, and the files; `Read` names them by their index."""
+    """A resolved source: a name that does not move, and the files; `Read` names a file by its index."""
 
     name: str
     files: tuple[RemoteFile, ...]
@@ -96,7 +99,7 @@ class Done(Struct, frozen=True, tag=True):
 
 
 class Failed(Struct, frozen=True, tag=True):
-    """The fetch failed: a code of `runtime.errors`' family, and what to do, for people."""
+    """The fetch failed: `source_…`, `invalid_source`, `not_supported` or `internal`, and what to do."""
 
     code: str
     message: str
@@ -112,4 +115,14 @@ def encode_message(message: FromServer | FromProcess) -> bytes:
 
 
 def encode_frame(kind: int, content: bytes) -> bytes:
-    return len(content).to_bytes(4, "little") + bytes([kind]) + content
+    return len(content).to_bytes(LENGTH_BYTES, "little") + bytes([kind]) + content
+
+
+def decode_head(head: bytes) -> tuple[int, int]:
+    """Return the kind of a frame, and the length of its content."""
+    return head[LENGTH_BYTES], int.from_bytes(head[:LENGTH_BYTES], "little")
+
+
+def is_signature_beside(path: str) -> bool:
+    """Whether a path, relative to the model's folder, is that of a signature beside the model."""
+    return "/" not in path and path.endswith(SIGNATURE_SUFFIX)

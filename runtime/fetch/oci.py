@@ -66,7 +66,7 @@ class Platform(Struct, frozen=True):
 
 
 class Descriptor(Struct, frozen=True, rename="camel"):
-    """What a manifest says of a blob, or an index of a manifest; digests are of SHA-256."""
+    """The entry of a blob in a manifest, or of a manifest in an index; digests are of SHA-256."""
 
     media_type: str
     digest: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
@@ -83,7 +83,7 @@ class OciManifest(Struct, frozen=True):
 
 
 class RegistryToken(Struct, frozen=True):
-    """What a registry's token endpoint answers; one of the two has the token."""
+    """The answer of a registry's token endpoint; one of the two has the token."""
 
     token: str = ""
     access_token: str = ""

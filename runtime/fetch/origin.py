@@ -1,4 +1,4 @@
-"""What each source's module offers the fetch process: `Origin`, and the errors that end a fetch."""
+"""The interface of a source's module to the fetch process, `Origin`, and the errors that end a fetch."""
 
 from __future__ import annotations
 

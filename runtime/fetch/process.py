@@ -17,6 +17,7 @@ import msgspec
 
 from runtime.errors import RuntimeProblem
 from runtime.fetch.messages import (
+    HEAD_BYTES,
     MAX_MESSAGE_BYTES,
     MESSAGE,
     PIECE_BYTES,
@@ -29,6 +30,7 @@ from runtime.fetch.messages import (
     Order,
     Read,
     Resolved,
+    decode_head,
     encode_message,
 )
 from runtime.process.forkserver import launch_command, launch_environment
@@ -114,12 +116,11 @@ class FetchProcess:
     async def _receive(self) -> FromProcess | bytes:
         assert self._process.stdout is not None
         try:
-            head = await self._process.stdout.readexactly(5)
-            length = int.from_bytes(head[:4], "little")
-            if length > (MAX_MESSAGE_BYTES if head[4] == MESSAGE else PIECE_BYTES):
+            kind, length = decode_head(await self._process.stdout.readexactly(HEAD_BYTES))
+            if length > (MAX_MESSAGE_BYTES if kind == MESSAGE else PIECE_BYTES):
                 raise FetchFailed
             content = await self._process.stdout.readexactly(length)
-            found = _DECODER.decode(content) if head[4] == MESSAGE else content
+            found = _DECODER.decode(content) if kind == MESSAGE else content
         except (asyncio.IncompleteReadError, msgspec.MsgspecError, ConnectionError):
             raise FetchFailed from None
         if isinstance(found, Failed):

@@ -20,7 +20,7 @@ from runtime.errors import RuntimeProblem
 
 SCHEMES = ("https", "hf", "oci", "s3", "gs", "az")
 HOST_SCHEMES = ("https", "oci")
-"""Those whose names have a host; the others have an organisation or a bucket."""
+"""Schemes with a host in their names; the others have an organisation or a bucket there."""
 ALL, NONE, CLOUD_METADATA = "all", "none", "cloud-metadata"
 """Entries of the operator's list; the last allows to ask a cloud's metadata service for credentials."""
 MAX_CHARACTERS = 2048

@@ -50,7 +50,7 @@ OK, PARTIAL, NOT_SATISFIABLE, TOO_MANY, SERVER_ERROR = 200, 206, 416, 429, 500
 REDIRECTS = {301, 302, 303, 307, 308}
 NO_SUCH_NAME = {socket.EAI_NONAME, socket.EAI_NODATA}
 UNICAST, SIX_TO_FOUR = IPv6Network("2000::/3"), IPv6Network("2002::/16")
-"""What of IPv6 is public, and what of it leads to any IPv4 address."""
+"""The public part of IPv6, and the part of that which leads to any IPv4 address."""
 _STRONG_TAG = re.compile(r'"[\x21\x23-\x7e]{1,200}"')
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _NO_HEADERS: Mapping[str, str] = {}
@@ -66,7 +66,7 @@ class WebAnswer:
 
 
 class _Request(NamedTuple):
-    """What is asked for; `headers` go to the URL's own origin only."""
+    """One GET request; `headers` go to the URL's own origin only."""
 
     url: str
     headers: Mapping[str, str]

@@ -95,7 +95,7 @@ class UploadBody:
     offset: int = 0
 
 
-def _unmet(exists: VersionExists, *, only_new: bool) -> RuntimeProblem:
+def _refuse_existing(exists: VersionExists, *, only_new: bool) -> RuntimeProblem:
     return RuntimeProblem(str(exists), code="precondition_failed") if only_new else exists
 
 
@@ -219,7 +219,7 @@ class Uploads:
                 raise
             await self._finish(stage, self._make_visible(stage, files))
         except VersionExists as exists:
-            raise _unmet(exists, only_new=only_new) from None
+            raise _refuse_existing(exists, only_new=only_new) from None
         return files
 
     async def begin_stage(
@@ -264,7 +264,7 @@ class Uploads:
             entry = StagingEntry(self._staging(), uuid7(), model_id, version)
             await self._run(entry, entry.check_free)
         except VersionExists as exists:
-            return Refused(_unmet(exists, only_new=only_new).code, str(exists))
+            return Refused(_refuse_existing(exists, only_new=only_new).code, str(exists))
         except RuntimeProblem as problem:
             return Refused(problem.code, str(problem))
         return None

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 from support.clients import KINDS, connected
 from support.origins import Site
-from support.servers import Server, standing
-from support.sources import NAMED, RESOLVED, SHA256, SLOW, environment_of, standing_site
+from support.servers import Server
+from support.sources import NAMED, RESOLVED, SHA256, SLOW, standing_fetcher, standing_site
 
 from loadledger import Client, Job, JobFailed, JobUnfinished, ServerError
 
@@ -20,9 +20,7 @@ def site() -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def server(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that may fetch from the site."""
-    root = tmp_path_factory.mktemp("sources")
-    (root / "repository").mkdir()
-    with standing(root / "repository", environment=environment_of(site, root)) as server:
+    with standing_fetcher(site, tmp_path_factory.mktemp("sources")) as server:
         yield server
 
 

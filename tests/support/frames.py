@@ -8,6 +8,7 @@ from typing import IO
 import msgspec
 
 from runtime.fetch.messages import (
+    HEAD_BYTES,
     MESSAGE,
     Done,
     Entry,
@@ -17,6 +18,7 @@ from runtime.fetch.messages import (
     Order,
     Read,
     Resolved,
+    decode_head,
     encode_message,
 )
 
@@ -83,6 +85,6 @@ def fetch(order: Order) -> tuple[str, dict[str, bytes]] | Failed:
 
 
 def _read_frame(stream: IO[bytes]) -> FromProcess | bytes:
-    head = stream.read(5)
-    content = stream.read(int.from_bytes(head[:4], "little"))
-    return _DECODER.decode(content) if head[4] == MESSAGE else content
+    kind, length = decode_head(stream.read(HEAD_BYTES))
+    content = stream.read(length)
+    return _DECODER.decode(content) if kind == MESSAGE else content

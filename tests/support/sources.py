@@ -10,6 +10,7 @@ from threading import Thread
 
 from support import models
 from support.origins import COMMIT, HANG, Asked, Hub, RangedFile, Site, answer, serving_site, write_authority
+from support.servers import Server, standing
 
 MODEL = models.weights(4).SerializeToString()
 SHA256 = sha256(MODEL).hexdigest()
@@ -53,3 +54,11 @@ def standing_site() -> Iterator[Site]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+@contextmanager
+def standing_fetcher(site: Site, root: Path) -> Iterator[Server]:
+    """Start `serve`, which may fetch from the site, on an empty repository in a folder."""
+    (root / "repository").mkdir()
+    with standing(root / "repository", environment=environment_of(site, root)) as server:
+        yield server

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from support.clients import printed, printed_json, refused, run_command
 from support.origins import Site
-from support.servers import CTRL_C, Server, at_terminal, standing
-from support.sources import NAMED, RESOLVED, SHA256, SLOW, environment_of, standing_site
+from support.servers import CTRL_C, Server, at_terminal
+from support.sources import NAMED, RESOLVED, SHA256, SLOW, environment_of, standing_fetcher, standing_site
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,7 @@ def site() -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def server(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that may fetch from the site."""
-    root = tmp_path_factory.mktemp("sources")
-    (root / "repository").mkdir()
-    with standing(root / "repository", environment=environment_of(site, root)) as server:
+    with standing_fetcher(site, tmp_path_factory.mktemp("sources")) as server:
         yield server
 
 

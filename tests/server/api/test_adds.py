@@ -238,7 +238,7 @@ def signature(*names: str) -> bytes:
     return json.dumps({"dsseEnvelope": {"payload": payload}}).encode()
 
 
-async def test_repository_of_hugging_face_gives_what_the_model_and_its_signature_name(
+async def test_hugging_face_gives_files_that_model_and_signature_name(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {
