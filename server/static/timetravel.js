@@ -11,12 +11,13 @@ const MOST = 500; // models that are shown
 const PAGE = 1000; // of one request
 const REST_MS = 150; // what is being moved is committed where it rests for so long
 
-// A value that may move for a while, such as a slider's: it is shown at once, and committed where it rests.
+// A value that may move for a while, such as a slider's: it is shown at once, and committed where it rests. The timer of
+// one that has rested may be late, and fire when the value has moved on: then that goes on moving.
 export function useResting(committed, commit) {
   const [moving, setMoving] = useState(null);
   useEffect(() => {
     if (moving === null) return undefined;
-    const timer = setTimeout(() => (commit(moving), setMoving(null)), REST_MS);
+    const timer = setTimeout(() => (commit(moving), setMoving((latest) => (latest === moving ? null : latest))), REST_MS);
     return () => clearTimeout(timer);
   }, [moving]);
   return [moving ?? committed, setMoving];

@@ -106,6 +106,24 @@ async def test_bars_are_coloured_by_state_at_any_version(server: Server, admin: 
     assert len(set(await lane(admin, "drawn").locator(".seg.loaded").evaluate_all(fill))) == 1
 
 
+async def test_what_is_moved_while_the_page_is_busy_is_not_lost(admin: Console) -> None:
+    await admin.go("#/timeline?last=3600")
+    await expect(admin.page.locator("#timeline-range")).to_contain_text(", live")
+    await admin.page.evaluate(
+        """async () => {
+            const press = (key) => document.querySelector("#timeline-plot").dispatchEvent(
+                new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+            const drawn = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
+            press("+");
+            await drawn(), await drawn();
+            for (const until = performance.now() + 500; performance.now() < until;);
+            window.requestAnimationFrame = () => 0;
+            press("+");
+        }"""
+    )  # the second press comes when the first has rested, and before the page draws again
+    await expect(admin.page).to_have_url(re.compile("last=900"))
+
+
 async def test_timeline_zooms_and_moves_by_mouse_and_keys(server: Server, admin: Console) -> None:
     page = admin.page
     await server.api.load("listed")
