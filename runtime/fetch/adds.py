@@ -41,6 +41,7 @@ from runtime.consumer.loads import LOG_RETRY_S, Recorder
 from runtime.errors import RuntimeProblem
 from runtime.fetch.messages import PIECE_BYTES, SIGNATURE_SUFFIX, Order, RemoteFile
 from runtime.fetch.process import FETCH, UNPACK, FetchProcess, run_process
+from runtime.fetch.sources import VARIABLE_PREFIXES
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import external_locations, find_model_file
 from runtime.repository import Repository
@@ -57,9 +58,8 @@ MAX_RUNNING = 2
 PENDING = f"its turn: {MAX_RUNNING} adds run at once"
 MAX_SIGNATURE_BYTES = 8 * 2**20
 """A signature lists a version's files, at most 10,000, each with its digest."""
-PASSED_ON = {"hf": "HF_", "oci": "DOCKER_CONFIG", "s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
-"""How the variables begin that the fetch process of a scheme gets: credentials, and addresses of sources."""
 PASSED_TO_ALL = {"HOME", "SSL_CERT_FILE"}
+"""Variables that the fetch process of any source gets."""
 RETRY_S = 5.0
 """Pause before an add starts again after the ledger could not be read or written: each start is an event."""
 MAX_PAUSE_S = 30.0
@@ -142,17 +142,21 @@ class Adds:
             with self._log.subscribed(wakeup):
                 while True:
                     wakeup.clear()
-                    await self._step(wakeup.set)
+                    seen = await self._step(wakeup.set)
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(self._pause_s()):
+                        async with asyncio.timeout(self._pause_s(seen)):
                             await wakeup.wait()
         finally:
             await self._end_tasks(list(self._tasks))
 
-    async def _step(self, wake: Callable[[], None]) -> None:
-        """Start a task for each add that has none; end those that are cancelled, late, or ended elsewhere."""
-        jobs = {job.id: job for job in self._own()}
-        over = [job for job in jobs.values() if job.cancelling or self._left_s(job) <= 0]
+    async def _step(self, wake: Callable[[], None]) -> list[Job]:
+        """Start a task for each add that has none; end those that are cancelled, late, or ended elsewhere.
+
+        Returns all of them, as they were: one whose end could not be recorded is late still.
+        """
+        own = self._own()
+        jobs = {job.id: job for job in own}
+        over = [job for job in own if job.cancelling or self._left_s(job) <= 0]
         ends = [(job, self._describe_end(job)) for job in over]
         for job in over:
             del jobs[job.id]
@@ -165,6 +169,7 @@ class Adds:
                 self.progress[job.id] = AddProgress()
                 self._tasks[job.id] = task = asyncio.create_task(self._add(job), name=f"add {job.id}")
                 task.add_done_callback(partial(self._forget, job.id, wake))
+        return own
 
     def _describe_end(self, job: Job) -> AddFailed | JobCancelled:
         """Return the end of an add that is cancelled or late."""
@@ -178,10 +183,10 @@ class Adds:
         del self._tasks[job_id], self.progress[job_id]
         wake()
 
-    def _pause_s(self) -> float | None:
-        """Return how long to wait for the next event: until the first add is late, and not over a suspend."""
-        left = [self._left_s(job) for job in self._own()]
-        return min([MAX_PAUSE_S, *(max(0.0, each) for each in left)]) if left else None
+    def _pause_s(self, jobs: Collection[Job]) -> float | None:
+        """Return how long to wait for an event: until the first of these is late, and not over a suspend."""
+        left = [max(0.0, self._left_s(job)) for job in jobs]
+        return min([MAX_PAUSE_S, *left]) if left else None
 
     async def _end_tasks(self, job_ids: Collection[str]) -> None:
         tasks = [self._tasks[job_id] for job_id in job_ids]
@@ -352,7 +357,7 @@ class Adds:
 
 def select_variables(source: str, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that the fetch process of a source gets: not the credentials of others."""
-    prefix = PASSED_ON.get(source.partition("://")[0])
+    prefix = VARIABLE_PREFIXES.get(source.partition("://")[0])
     return {
         name: text
         for name, text in environment.items()

@@ -28,7 +28,7 @@ from runtime.fetch.origin import (
     SourceTimeout,
     SourceUnreachable,
 )
-from runtime.fetch.sources import SourceName, parse_allowed
+from runtime.fetch.sources import VARIABLE_PREFIXES, SourceName, parse_allowed
 from runtime.onnxfile import find_model_file, list_model_files
 
 try:
@@ -43,7 +43,6 @@ except ModuleNotFoundError:
 MAX_OBJECTS = 10_000  # of a listing: more than a version has
 MAX_MESSAGE_CHARACTERS = 400  # of an error of a store, which may quote its whole answer
 STORES = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}
-PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # of the names of a store's variables
 CREDENTIALS = {
     "s3": ("AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY", "AWS_WEB_IDENTITY_TOKEN_FILE AWS_ROLE_ARN"),
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY"),
@@ -144,7 +143,7 @@ async def read_pieces(stream: obstore.BytesStream) -> AsyncIterator[bytes]:
 
 def create_store(source: SourceName, order: Order) -> store.ObjectStore:
     """Return the client of a source's bucket, with the order's variables in this process's environment."""
-    prefix = PREFIXES[source.scheme]
+    prefix = VARIABLE_PREFIXES[source.scheme]
     given = {name: value for name, value in order.environment.items() if name.startswith(prefix)}
     has_credentials = any(given.keys() >= {*names.split()} for names in CREDENTIALS[source.scheme])
     has_metadata = parse_allowed(order.allowed).has_metadata

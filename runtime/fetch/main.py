@@ -130,7 +130,7 @@ async def serve(origin: Origin) -> None:
         while (read := _receive(Read)) is not None:
             async with origin.open(read.index, read.offset) as download:
                 _send(messages.Opened(download.offset, download.bytes))
-                async for piece in download.pieces():
+                async for piece in download.pieces:
                     _send(piece)
             _send(messages.Done())
 

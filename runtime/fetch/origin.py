@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from runtime.errors import RuntimeProblem
@@ -15,15 +15,17 @@ Pieces = AsyncIterator[bytes]
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A file that is being read: the offset of its first piece, and its whole length if that is known."""
+    """A file that is being read.
+
+    Attributes:
+        offset: of its first piece.
+        bytes: of the whole file, if that is known.
+        pieces: up to `PIECE_BYTES` each.
+    """
 
     offset: int
     bytes: int | None
-    content: Pieces = field(repr=False)
-
-    def pieces(self) -> Pieces:
-        """Return the pieces, up to `PIECE_BYTES` each, once."""
-        return self.content
+    pieces: Pieces
 
 
 class Origin(Protocol):

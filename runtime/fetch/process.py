@@ -44,7 +44,7 @@ _NAME = re.compile(r"[!-~]{1,4096}")
 _CODE = re.compile(r"source_[a-z_]{1,20}|invalid_source|not_supported|internal")
 """The codes with which a fetch process may end."""
 _DECODER = msgspec.msgpack.Decoder(FromProcess)
-_Message = TypeVar("_Message", bound=FromProcess)
+_Sent = TypeVar("_Sent", bound=FromProcess | bytes)
 
 
 class FetchFailed(RuntimeProblem):
@@ -81,25 +81,13 @@ class FetchProcess:
             raise FetchFailed
         return opened
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    def pieces(self) -> AsyncIterator[bytes]:
         """Yield the bytes of the file that was begun; for errors see `resolve`."""
-        while True:
-            found = await self._receive()
-            if isinstance(found, Done):
-                return
-            if not isinstance(found, bytes):
-                raise FetchFailed
-            yield found
+        return self._receive_all(bytes)
 
-    async def entries(self) -> AsyncIterator[Entry]:
+    def entries(self) -> AsyncIterator[Entry]:
         """Yield the files of an archive; `pieces` yields each of them then. For errors see `resolve`."""
-        while True:
-            found = await self._receive()
-            if isinstance(found, Done):
-                return
-            if not isinstance(found, Entry):
-                raise FetchFailed
-            yield found
+        return self._receive_all(Entry)
 
     async def _send(self, message: FromServer) -> None:
         assert self._process.stdin is not None, "an unpacking process is asked nothing"
@@ -107,11 +95,12 @@ class FetchProcess:
             self._process.stdin.write(encode_message(message))
             await self._process.stdin.drain()
 
-    async def _expect(self, kind: type[_Message]) -> _Message:
-        found = await self._receive()
-        if not isinstance(found, kind):
-            raise FetchFailed
-        return found
+    async def _expect(self, kind: type[_Sent]) -> _Sent:
+        return _check_kind(await self._receive(), kind)
+
+    async def _receive_all(self, kind: type[_Sent]) -> AsyncIterator[_Sent]:
+        while not isinstance(found := await self._receive(), Done):
+            yield _check_kind(found, kind)
 
     async def _receive(self) -> FromProcess | bytes:
         assert self._process.stdout is not None
@@ -127,6 +116,12 @@ class FetchProcess:
             is_known = _CODE.fullmatch(found.code) is not None
             raise RuntimeProblem(found.message, code=found.code if is_known else FetchFailed.code)
         return found
+
+
+def _check_kind(found: FromProcess | bytes, kind: type[_Sent]) -> _Sent:
+    if not isinstance(found, kind):
+        raise FetchFailed
+    return found
 
 
 @asynccontextmanager

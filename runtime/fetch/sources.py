@@ -23,6 +23,8 @@ HOST_SCHEMES = ("https", "oci")
 """Schemes with a host in their names; the others have an organisation or a bucket there."""
 ALL, NONE, CLOUD_METADATA = "all", "none", "cloud-metadata"
 """Entries of the operator's list; the last allows to ask a cloud's metadata service for credentials."""
+VARIABLE_PREFIXES = {"hf": "HF_", "oci": "DOCKER_CONFIG", "s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+"""How the variables of a scheme begin: credentials, and addresses of sources."""
 MAX_CHARACTERS = 2048
 """Of a name: more than any object store or proxy takes."""
 HTTPS_PORT = 443

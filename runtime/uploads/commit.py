@@ -477,12 +477,14 @@ class Uploads:
     async def _end_unused_stages(self) -> None:
         """Discard stages to which no file was added for `STAGE_S`, and those of adds that have ended."""
         for stage in list(self._stages.values()):
-            is_unused = stage.used_at + STAGE_S <= self._now()
-            if stage.origin.job_id is not None:
-                is_unused = self._log.state.unended_job(stage.origin.job_id) is None
-            if is_unused and stage.event_id not in self._changing.values():
+            is_unused = stage.origin.job_id is None and stage.used_at + STAGE_S <= self._now()
+            if (is_unused or self._is_of_ended_add(stage)) and stage.event_id not in self._changing.values():
                 self._stages.pop(stage.id, None)
                 await self._discard(stage)
+
+    def _is_of_ended_add(self, stage: Stage) -> bool:
+        job_id = stage.origin.job_id
+        return job_id is not None and self._log.state.unended_job(job_id) is None
 
     async def _make_visible(
         self,
@@ -598,12 +600,10 @@ class Uploads:
         """Keep a stage for its subject; discard what is none, or was another node's."""
         read = partial(read_stage, staging, event_id, self._policy.max_bytes)
         stage = await self._run(None, read, START_LIMIT_S)
-        job_id = None if stage is None else stage.origin.job_id
-        is_needed = job_id is None or self._log.state.unended_job(job_id) is not None
-        if stage is not None and stage.origin.node_id == self._node_id and is_needed:
-            self._stages[stage.id] = stage
-        else:
+        if stage is None or stage.origin.node_id != self._node_id or self._is_of_ended_add(stage):
             await self._run(None, partial(staging.discard, event_id), START_LIMIT_S)
+        else:
+            self._stages[stage.id] = stage
 
     async def _give_up(self, entry: StagingEntry) -> None:
         """Record that an added version never became visible; its files go first, so that it never will."""

@@ -23,6 +23,7 @@ from runtime.onnxfile import (
     find_model_file,
     list_model_files,
 )
+from runtime.store.folder import HASH_BLOCK_BYTES
 
 MAX_PATH_BYTES = 1024
 """Of one path: file systems take 4096 with the folders above the repository."""
@@ -32,8 +33,6 @@ RESERVE_BYTES, RESERVE_PART = 2**30, 20
 """Left free on the repository's disk, or a twentieth of a small one: the ledger may be on it."""
 MAX_SHOWN_CHARACTERS = 100
 """Of a path in a message."""
-PIECE_BYTES = 2**20
-"""Of a file that is read at once."""
 SYNC_BYTES = 64 * 2**20
 """Written bytes after which a file is synced: neither memory nor the last sync grows with the file."""
 ALGORITHMS = {"sha-256": "sha256", "sha-512": "sha512"}
@@ -166,7 +165,7 @@ class FileReceiver:
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if offset else os.O_CREAT | os.O_EXCL)
         self._descriptor = os.open(self.target, flags, 0o666)
         while self._bytes < offset:
-            piece = os.read(self._descriptor, min(PIECE_BYTES, offset - self._bytes))
+            piece = os.read(self._descriptor, min(HASH_BLOCK_BYTES, offset - self._bytes))
             if not piece:
                 raise OSError(errno.EIO, f"{offset} bytes were there, and now {self._bytes}")
             self._hash(piece)

@@ -1,4 +1,4 @@
-"""What a confined process gives up for good: resources, capabilities, and new privileges by execve(2)."""
+"""Limits and loss of privileges of a process that confines itself: resources, capabilities, execve(2)."""
 
 import ctypes
 import resource
@@ -32,4 +32,4 @@ def drop_privileges() -> None:
         LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
         or LIBC.capset(CAPABILITY_HEADER, NO_CAPABILITIES) != 0
     ):
-        raise OSError("the kernel keeps a worker from giving up privileges")
+        raise OSError("the kernel keeps a process from giving up privileges")

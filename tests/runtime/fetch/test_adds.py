@@ -1,4 +1,4 @@
-"""What an add passes on, and which files it fetches besides those that it must."""
+"""The variables that a fetch process gets, and the files that a model or a signature names."""
 
 import base64
 import json

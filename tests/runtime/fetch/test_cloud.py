@@ -71,7 +71,7 @@ def variables(url: str, scheme: str = "s3") -> dict[str, str]:
 async def read(origin: Cloud, index: int, offset: int = 0) -> bytes:
     async with origin.open(index, offset) as download:
         assert download.offset == offset
-        pieces = [piece async for piece in download.pieces()]
+        pieces = [piece async for piece in download.pieces]
     assert all(0 < len(piece) <= PIECE_BYTES for piece in pieces)
     return b"".join(pieces)
 

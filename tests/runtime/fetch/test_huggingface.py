@@ -114,7 +114,7 @@ async def test_file_is_read_from_another_host_without_the_token(hubs: Hubs) -> N
     origin = await hubs.origin(site, allowed=f"hf https://{cdn.host}", HF_TOKEN=TOKEN)
     await origin.resolve()
     async with origin.open(0, 0) as download:
-        assert b"".join([piece async for piece in download.pieces()]) == MODEL
+        assert b"".join([piece async for piece in download.pieces]) == MODEL
     assert all(asked.headers["authorization"] == f"Bearer {TOKEN}" for asked in site.asked)
     assert [asked.headers.get("authorization") for asked in cdn.asked] == [None]
 

@@ -51,7 +51,7 @@ async def fetch(asked: Order) -> tuple[str, dict[str, bytes]]:
         resolved = await origin.resolve()
         for index, file in enumerate(resolved.files):
             async with origin.open(index, 0) as download:
-                found[file.path] = b"".join([piece async for piece in download.pieces()])
+                found[file.path] = b"".join([piece async for piece in download.pieces])
             assert hashlib.sha256(found[file.path]).hexdigest() == file.sha256
             assert len(found[file.path]) == file.bytes
     return resolved.name, found
@@ -88,7 +88,7 @@ async def test_blob_is_read_from_an_offset(registry: Registry) -> None:
         await origin.resolve()
         async with origin.open(1, 1000) as download:
             assert (download.offset, download.bytes) == (1000, len(WEIGHTS))
-            assert b"".join([piece async for piece in download.pieces()]) == WEIGHTS[1000:]
+            assert b"".join([piece async for piece in download.pieces]) == WEIGHTS[1000:]
 
 
 async def test_other_manifests_are_refused(registry: Registry) -> None:

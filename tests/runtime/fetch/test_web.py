@@ -63,7 +63,7 @@ async def sites(tmp_path: Path) -> AsyncIterator[Sites]:
 async def read(web: Web, site: Site, **options: object) -> tuple[int, bytes]:
     """Return from where on a download began, and its bytes."""
     async with web.download(site.url(), **options) as download:  # type: ignore[arg-type]
-        return download.offset, b"".join([piece async for piece in download.pieces()])
+        return download.offset, b"".join([piece async for piece in download.pieces])
 
 
 async def failure(web: Web, url: str, **options: object) -> RuntimeProblem:
