@@ -380,7 +380,7 @@ class Uploads:
         self._begin(entry)
         try:
             await self._prepare()
-            self._check_unused(model_id, version)
+            await self._check_unused(model_id, version)
             await self._run(entry, entry.begin_removal)
         except BaseException:
             await self._discard(entry)
@@ -388,7 +388,10 @@ class Uploads:
             raise
         await self._finish(entry, self._make_invisible(entry, actor))
 
-    def _check_unused(self, model_id: str, version: int) -> None:
+    async def _check_unused(self, model_id: str, version: int) -> None:
+        """Check that no load uses a version; another node may have unloaded it a moment ago."""
+        if find_use(self._log.state, model_id, version) is not None:
+            await self._log.catch_up()
         use = find_use(self._log.state, model_id, version)
         if use is not None:
             reason = f"version {version} of model {model_id!r} {use}"
