@@ -119,7 +119,7 @@ def _decide_version(state: State, command: VersionCommand) -> Accepted | Refused
     if isinstance(command, RemoveVersion):
         use = find_use(state, command.model_id, command.version)
         if use is not None:
-            return Refused("version_in_use", f"version {command.version} of model '{command.model_id}' {use}")
+            return Refused("version_in_use", use)
         return Accepted((_draft_version(command, VersionRemoved(node_id=command.holder)),))
     held = (state.models.get(command.model_id) or Model(command.model_id)).find_holders(command.version)
     others = [node_id for node_id in held.node_ids if node_id != command.holder]
@@ -155,13 +155,15 @@ def _decide_add(state: State, command: RequestAdd, new_id: Callable[[], str]) ->
 
 
 def find_use(state: State, model_id: str, version: int) -> str | None:
-    """Return what uses a version, as the end of a sentence with what to do; None if nothing does."""
+    """Return why a version cannot be removed, and what to do; None if nothing uses it."""
+    name = f"version {version} of model '{model_id}'"
     model = state.models.get(model_id)
     servings = (model.serving, model.previous) if model is not None else ()
     if any(serving is not None and serving.version == version for serving in servings):
-        return "is loaded, or will be reloaded: unload the model, or load another version, and remove it then"
+        advice = "unload the model, or load another version, and remove it then"
+        return f"{name} is loaded, or will be reloaded: {advice}"
     if any(job.kind is JobKind.LOAD and job.version == version for job in state.unended(model_id)):
-        return "has a load that has not ended: cancel it, and remove the version then"
+        return f"{name} has a load that has not ended: cancel it, and remove the version then"
     return None
 
 

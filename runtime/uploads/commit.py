@@ -389,13 +389,11 @@ class Uploads:
         await self._finish(entry, self._make_invisible(entry, actor))
 
     async def _check_unused(self, model_id: str, version: int) -> None:
-        """Check that no load uses a version; another node may have unloaded it a moment ago."""
-        if find_use(self._log.state, model_id, version) is not None:
-            await self._log.catch_up()
+        """Check that no load uses a version, after all that other nodes have appended."""
+        await self._log.catch_up()
         use = find_use(self._log.state, model_id, version)
         if use is not None:
-            reason = f"version {version} of model {model_id!r} {use}"
-            raise RuntimeProblem(reason, code="version_in_use")
+            raise RuntimeProblem(use, code="version_in_use")
 
     def _begin(self, entry: StagingEntry) -> None:
         """Begin a change of a version, one at a time.
