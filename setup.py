@@ -72,6 +72,7 @@ setup(
     },
     install_requires=[
         "PyJWT[crypto]>=2.10",
+        "cryptography>=45",  # x509.verification with policies for extensions
         "PyYAML>=6",
         "aiohttp>=3.14.1,<4",  # 3.14.0 keeps any number of pipelined requests of a connection in memory
         "aiohttp-apispec==3.0.0b2",  # the only release that works with marshmallow 4 and Python >= 3.12

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from msgspec import UNSET
 from msgspec.structs import asdict, replace
 
+from events.approvals import emergency_statement
 from events.clock import Timestamp
 from events.commands import (
     REFUSED_AS_OUTDATED,
@@ -35,6 +36,7 @@ from events.commands import (
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
 from events.state import Join, State
+from events.tokens import list_issuers
 from events.types import (
     NEVER,
     REPLACEMENTS,
@@ -186,8 +188,9 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
     if model is not None and command.version in model.removed:
         name = f"version {command.version} of model '{model.id}'"
         return Refused("unknown_version", f"{name} was removed; it loads once it has been added again")
-    if queue and _joins(command, queue[-1]):
-        return _join_job(state, command, queue[-1], new_id)
+    for job in (*_list_joinable(state, command), *queue[-1:]):
+        if _joins(command, job):
+            return _join_job(state, command, job, new_id)
     superseded = queue.pop() if queue and _supersedes(command, queue[-1]) else None
     parameters = _effective_parameters(model, queue, command)
     if parameters.max_queue_delay_us and not parameters.max_batch_size:
@@ -200,7 +203,7 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
     most = _MOST_UNENDED.get(command.cause)
     if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
         return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
-    request = _load_requested(command, parameters, new_id())
+    request = _load_requested(state, command, parameters, new_id())
     drafts = [request]
     if superseded is not None:
         drafts.append(_draft_fact(superseded, JobCancelled(SUPERSEDED, request.id), new_id()))
@@ -219,7 +222,7 @@ def find_joinable(state: State, command: Command) -> Iterator[tuple[str, str]]:
             model = state.models.get(model_id)
             if model is not None and model.serving is not None:
                 yield model.serving.load_job_id, command.actor
-            yield from ((job.id, command.actor) for job in state.queue(model_id))
+            yield from ((job.id, command.actor) for job in state.unended(model_id))
         case RequestUnload(model_id=given) if command.cause is Cause.REQUEST:
             target = given if given is not None else _model_to_unload(state, force=command.force)
             yield from ((job.id, command.actor) for job in state.queue(target or ""))
@@ -255,9 +258,21 @@ def _record_once(
     return Accepted((draft,), job_id, is_join=True)
 
 
-def _load_requested(command: RequestLoad, parameters: LoadParameters, event_id: str) -> Draft:
+def _load_requested(state: State, command: RequestLoad, parameters: LoadParameters, event_id: str) -> Draft:
+    said = command.justification
+    if said is not UNSET:
+        issued_by = list_issuers(state.registers.tokens, said.credential.jti)
+        said = replace(said, credential=replace(said.credential, issued_by=issued_by))
+        if said.emergency is not None and command.sign is not None:
+            what = event_id, command.model_id, command.version, command.actor
+            said = replace(said, node_signature=command.sign(emergency_statement(*what, said.emergency)))
     data = LoadRequested.of(
-        parameters, command.cause, cause_event_id=command.cause_event_id, idempotency=command.idempotency
+        parameters,
+        command.cause,
+        cause_event_id=command.cause_event_id,
+        idempotency=command.idempotency,
+        policy=command.policy,
+        justification=said,
     )
     return Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
 
@@ -266,13 +281,23 @@ def _draft_fact(job: Job, data: JobCancelled, event_id: str) -> Draft:
     return Draft(event_id, data, SYSTEM, job.id, job.model_id, job.version)
 
 
+def _list_joinable(state: State, command: RequestLoad) -> Iterator[Job]:
+    """Yield the loads that wait for approval of the bytes that a person's request would load."""
+    digest = None if command.contents is None else digest_of(command.contents)
+    for job in state.unended(command.model_id) if command.cause is Cause.REQUEST else ():
+        if job.waits_for_approval and job.approval is not None and job.approval.digest == digest:
+            yield job
+
+
 def _joins(command: RequestLoad, job: Job) -> bool:
     """Whether a pending job does what the command asks; one that is being cancelled does not.
 
     A person's request needs a person's load, which no end of a demand cancels and which may evict, and every
     parameter that it names has to be the load's.
     """
-    if job.load is None or job.version != command.version or job.cancelling:
+    if job.load is None or job.version != command.version or job.cancelling or command.is_emergency:
+        return False
+    if job.policy_digest != (command.policy or None):
         return False
     if command.cause is Cause.REQUEST and job.cause is not Cause.REQUEST:
         return False
@@ -369,7 +394,8 @@ def _model_to_unload(state: State, *, force: bool) -> str | None:
         return active.id
     if not force:
         return None
-    return next((job.model_id for job in state.unended() if job.kind is JobKind.LOAD), None)
+    loads = (job for job in state.unended() if job.kind is JobKind.LOAD and not job.waits_for_approval)
+    return next((job.model_id for job in loads), None)
 
 
 def _load_to_end(model: Model | None, queue: list[Job], command: RequestUnload) -> str | None:

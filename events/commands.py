@@ -23,8 +23,10 @@ from events.types import (
     Contents,
     Draft,
     Idempotency,
+    Justification,
     LoadParameters,
     Provenance,
+    Sign,
 )
 
 OUTDATED = "outdated"
@@ -83,6 +85,9 @@ class RequestLoad:
         asked: the names of the parameters that the request itself gave. A request that gives none accepts a
             loaded model as it is.
         conditions: of a reload by the system.
+        policy: digest of the model's rules where it was asked; UNSET without any.
+        justification: of the person; UNSET without rules or reasons.
+        sign: signs an emergency for this server; None if it is alone.
     """
 
     model_id: str
@@ -95,6 +100,13 @@ class RequestLoad:
     asked: frozenset[str] = frozenset()
     idempotency: Idempotency | None = None
     conditions: tuple[Condition, ...] = ()
+    policy: str | UnsetType = UNSET
+    justification: Justification | UnsetType = UNSET
+    sign: Sign | None = None
+
+    @property
+    def is_emergency(self) -> bool:
+        return self.justification is not UNSET and self.justification.emergency is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +211,7 @@ class DecisionInput:
 
 
 class RegisterCommand:
-    """A command about what concerns no model (`events.registercommands`), which decides itself."""
+    """A command that decides itself (`events.registercommands`, `events.approvals`)."""
 
     __slots__ = ()
 

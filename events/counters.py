@@ -159,7 +159,7 @@ class Tally:
             self.restarts[self.names.of(job.model_id)] += 1
         changed_settings = is_load and not job.attempt and job.status is JobStatus.COMPLETED
         if job.finished_at is not None and not changed_settings:  # which takes no time
-            took_s = seconds_between(job.created_at, job.finished_at)
+            took_s = seconds_between(job.queued_at, job.finished_at)
             (self.load_s if is_load else self.unload_s)[job.status.value].observe(took_s)
 
     def _count_event(self, event: Event) -> None:

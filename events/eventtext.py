@@ -39,7 +39,14 @@ _FAILED = EventText(("{code}: {message}",), {"code": "code", "reason": "message"
 
 EVENT_TEXTS: Mapping[str, EventText] = {
     "LoadRequested": EventText(
-        ("{cause}", "priority {priority}", "pinned?pinned"), {"cause": "cause", "priority": "priority"}
+        (
+            "{cause}",
+            "priority {priority}",
+            "pinned?pinned",
+            "reason: {justification.reason?}",
+            "emergency: {justification.emergency?}",
+        ),
+        {"cause": "cause", "priority": "priority"},
     ),
     "LoadJoined": EventText(),
     "LoadStarted": EventText(("attempt {attempt}", "at node {node_id?}"), {"attempt": "attempt"}),
@@ -49,6 +56,9 @@ EVENT_TEXTS: Mapping[str, EventText] = {
             "{memory_bytes:MB}",
             "threads {threads?}",
             "at node {node_id?}",
+            "signed by {signature.signer?}",
+            "{signature.problem?}",
+            "{approval.result?:plain}",
             "{files:files}",
         ),
         {"memory_bytes": "memory_bytes", "prepared": "prepared.sha256"},
@@ -142,6 +152,21 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "AddRequested": EventText(("from {source}", "at node {node_id?}"), {"source": "source"}),
     "AddStarted": EventText(("attempt {attempt}", "at node {node_id?}"), {"attempt": "attempt"}),
     "AddFailed": _FAILED,
+    "ApprovalAsked": EventText(
+        ("digest {digest}", "{approvals} needed", "until {expires_at}", "signed by {signature.signer?}"),
+        {"digest": "digest", "expires_at": "expires_at"},
+    ),
+    "LoadApproved": EventText(
+        ("{reason}", "digest {digest}"), {"digest": "digest", "reason": "reason"}, "good"
+    ),
+    "LoadRejected": EventText(
+        ("{reason}", "digest {digest}"), {"digest": "digest", "reason": "reason"}, "bad"
+    ),
+    "ApprovalExpired": EventText(tone="bad"),
+    "ApprovalBypassed": EventText(
+        ("{reason}", "digest {digest}"), {"digest": "digest", "reason": "reason"}, "bad"
+    ),
+    "PolicyInForce": EventText(("{policy.trust:rules}", "{policy.approval:rules}", "at node {node_id?}")),
 }
 
 _FORMS: Mapping[str | None, Callable[[Any], str]] = {
@@ -150,6 +175,10 @@ _FORMS: Mapping[str | None, Callable[[Any], str]] = {
     "MB": lambda size_bytes: f"{size_bytes / 10**6:.1f} MB",
     "list": ", ".join,
     "acts": lambda acts: ", ".join(act.replace("_", " ") for act in acts),
+    "plain": lambda name: name.replace("_", " "),
+    "rules": lambda rules: "; ".join(
+        f"{rule.get('mode', 'approval')} {', '.join(rule['models'])}" for rule in rules
+    ),
     "files": lambda files: ", ".join(f"{each['path']} {each['sha256'][:HASH_DIGITS]}" for each in files),
 }
 

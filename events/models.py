@@ -28,24 +28,31 @@ from events.jobs import (
     consequence_of,
     count_retry,
     describe_exit,
+    evolve_job,
     footprint_of,
     recent_incidents,
 )
 from events.nodes import ends_processes
 from events.types import (
     ENDS_OF_PROCESSES,
+    ApprovalAsked,
+    ApprovalResult,
     Cause,
     Data,
     Event,
     JobCancelled,
+    LoadApproval,
+    LoadApproved,
     LoadedFile,
     LoadFailed,
     LoadParameters,
     LoadRequested,
+    LoadSignature,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
     ModelUnloaded,
+    NodeSignature,
     Prepared,
     Unknown,
     UnloadRequested,
@@ -91,6 +98,7 @@ class Serving(Struct, frozen=True, gc=False):
         threads: of each worker.
         asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
         brought_back: the cause of that reload.
+        signature, approval, node_signature: as `ModelLoaded` has them; not stored without.
     """
 
     load_job_id: str
@@ -110,6 +118,15 @@ class Serving(Struct, frozen=True, gc=False):
     asked_by: str | None = None
     brought_back: Cause | None = None
     node: str | UnsetType = field(default=UNSET, name="node_id")
+    signature: LoadSignature | UnsetType = UNSET
+    approval: LoadApproval | UnsetType = UNSET
+    node_signature: NodeSignature | UnsetType = UNSET
+
+    @property
+    def passed(self) -> AdmittedBytes:
+        """What its bytes passed, as its node has signed it."""
+        digest, passed = digest_of(contents_of(self.files)), (self.signature, self.approval)
+        return AdmittedBytes(digest, self.load_job_id, self.version, *passed, self.node_signature)
 
     @property
     def node_id(self) -> str | None:
@@ -125,6 +142,34 @@ class VersionHolders(Struct, frozen=True, gc=False):
     node_ids: tuple[str, ...] = ()
 
 
+MAX_ADMITTED = 16
+"""Bytes of a model whose signature and approval are remembered: more than one goes back to. Older ones are
+approved once more."""
+
+
+class AdmittedBytes(Struct, frozen=True, gc=False):
+    """Bytes that a model was loaded from under rules, and what they passed; as `ModelLoaded` has it.
+
+    `digest` is that of the files, and `job_id` of the load: the last one, but for a reload by fewer rules.
+    """
+
+    digest: str
+    job_id: str
+    version: int
+    signature: LoadSignature | UnsetType = UNSET
+    approval: LoadApproval | UnsetType = UNSET
+    node_signature: NodeSignature | UnsetType = UNSET
+
+    def is_approved_under(self, rule: str) -> bool:
+        """Whether they were approved under a rule and loaded then."""
+        approval = self.approval or None
+        is_approved = approval is not None and approval.result in _APPROVED
+        return is_approved and approval is not None and approval.rule == rule
+
+
+_APPROVED = (ApprovalResult.APPROVED, ApprovalResult.APPROVED_BEFORE)
+
+
 class Model(Struct, frozen=True, gc=False):
     """One model.
 
@@ -132,7 +177,7 @@ class Model(Struct, frozen=True, gc=False):
         phase: the state of what serves: never `loading`, see `state`.
         serving: set in the phases `loaded`, `unloading` and `lost`; `loaded` is the same as a type.
         rank: the position of the latest load by a client; the active model has the highest.
-        loads: that have not ended, in the order of their requests.
+        loads: that have not ended and do not wait for approval, in the order in which they run.
         unloads: ids of the jobs that end the present load, or one of `loads`.
         error: of the last failure, until the model is loaded or unloaded.
         last_version: of the last load that was tried.
@@ -147,6 +192,7 @@ class Model(Struct, frozen=True, gc=False):
         footprints: of the versions loaded last, the latest at the end.
         removed: versions that load nowhere until they are added again, whatever files there are.
         holders: of the versions that were added to nodes' own repositories; not stored without any.
+        admitted: bytes that were loaded under rules, the latest at the end; not stored without any.
     """
 
     id: str
@@ -166,6 +212,11 @@ class Model(Struct, frozen=True, gc=False):
     retries: Retries | None = None
     removed: tuple[int, ...] = ()
     holders: tuple[VersionHolders, ...] | UnsetType = UNSET
+    admitted: tuple[AdmittedBytes, ...] | UnsetType = UNSET
+
+    def find_admitted(self, digest: str) -> AdmittedBytes | None:
+        """Return what bytes with this digest have passed; None if they were not loaded under rules."""
+        return next((each for each in self.admitted or () if each.digest == digest), None)
 
     def find_holders(self, version: int) -> VersionHolders:
         """Return the holders of a version; without nodes, any node may have it."""
@@ -289,6 +340,22 @@ def _load_started(model: Model, event: Event, data: LoadStarted, _: Job | None) 
     return replace(model, loads=tuple(started), last_version=event.version)
 
 
+def _approval_asked(model: Model, event: Event, _: ApprovalAsked, __: Job | None) -> Model:
+    """A load that waits for approval is none of the model's: others go past it."""
+    is_pending = any(load.job_id == event.job_id and not load.started for load in model.loads)
+    return _lose_previous(_without_job(model, event.job_id), event) if is_pending else model
+
+
+def _load_approved(model: Model, event: Event, _: LoadApproved, job: Job | None) -> Model:
+    """With its last approval the load is one of the model's again, after those that went past it."""
+    after = evolve_job(job, event)
+    if job is None or after is None or event.version is None:
+        return model
+    if not job.waits_for_approval or after.waits_for_approval:
+        return model
+    return replace(model, loads=(*model.loads, PendingLoad(job.id, event.version)))
+
+
 def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> Model:
     loaded = None if job is None else make_serving(event, data, job)
     if job is None or loaded is None:
@@ -313,7 +380,26 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         retries=None,
         previous=None,
         footprints=add_footprint(model.footprints, footprint_of(serving.version, data)),
+        admitted=_add_admitted(model, serving, data),
     )
+
+
+def _add_admitted(model: Model, serving: Serving, data: ModelLoaded) -> tuple[AdmittedBytes, ...] | UnsetType:
+    """Return the admitted bytes with those of a load, which come last."""
+    if data.signature is UNSET and data.approval is UNSET:
+        return model.admitted
+    latest = serving.passed
+    before = model.find_admitted(latest.digest)
+    if before is not None and serving.brought_back is not None and _was_enforced(before, latest):
+        latest = before
+    others = [each for each in model.admitted or () if each.digest != latest.digest]
+    return (*others, latest)[-MAX_ADMITTED:]
+
+
+def _was_enforced(before: AdmittedBytes, latest: AdmittedBytes) -> bool:
+    """Whether only the load before had a signature that a rule enforced, as the next reload may need."""
+    had, has = before.signature or None, latest.signature or None
+    return had is not None and had.is_enforced and not (has is not None and has.is_enforced)
 
 
 def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
@@ -334,6 +420,9 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
         prepared=data.prepared,
         threads=data.threads,
         node=data.node_id,
+        signature=data.signature,
+        approval=data.approval,
+        node_signature=data.node_signature,
     )
 
 
@@ -423,6 +512,7 @@ def _reset(model: Model) -> Model:
         footprints=model.footprints,
         removed=model.removed,
         holders=model.holders,
+        admitted=model.admitted,
     )
 
 
@@ -568,6 +658,8 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     ModelUnloaded: _model_unloaded,
     JobCancelled: _ended_without_effect,
     WorkerExited: _worker_exited,
+    ApprovalAsked: _approval_asked,
+    LoadApproved: _load_approved,
     VersionAdded: _version_added,
     VersionRemoved: _version_removed,
 }

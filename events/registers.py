@@ -1,4 +1,4 @@
-"""Registers: what is folded from events that concern no model, by id. They are issued tokens, and nodes."""
+"""Registers: what is folded from events that concern no model, by id: issued tokens, nodes, and policies."""
 
 from __future__ import annotations
 
@@ -8,20 +8,36 @@ from functools import partial
 from types import MappingProxyType
 from typing import Never
 
+from msgspec import Struct
+
 from events.jobs import Job
 from events.models import Model
 from events.nodes import Node, evolve_nodes
+from events.policy.rules import LoadPolicy
 from events.presence import Transition, list_transitions
 from events.tokens import Token, evolve_tokens
-from events.types import OF_NODES, OF_TOKENS, Event
+from events.types import OF_NODES, OF_TOKENS, Event, PolicyInForce
 
-RegisterEntry = Token | Node
+
+class RecordedPolicy(Struct, frozen=True, gc=False):
+    """The policy for loads that is in force at a node; of a server alone the id is empty.
+
+    `position` is that of `PolicyInForce`.
+    """
+
+    id: str
+    policy: LoadPolicy
+    position: int
+
+
+RegisterEntry = Token | Node | RecordedPolicy
+RegisterMap = Mapping[str, Token] | Mapping[str, Node] | Mapping[str, RecordedPolicy]
 RegisterChanges = Mapping[str, Mapping[str, RegisterEntry | None]]
 """The entries that changed, by the register's name and their ids; None for those that went."""
 
 NOTHING: Mapping[str, Never] = MappingProxyType({})
 
-OF_REGISTERS = frozenset({*OF_TOKENS, *OF_NODES})
+OF_REGISTERS = frozenset({*OF_TOKENS, *OF_NODES, PolicyInForce})
 """The events that change a register."""
 
 
@@ -32,18 +48,25 @@ class Registers:
     Attributes:
         tokens: issued and revoked ones, by their ids; a map is changed in place, unless it is shared.
         nodes: the servers that share the ledger, by their names; a map is never changed.
+        policies: in force at the nodes, by their names; a map is never changed.
     """
 
     tokens: dict[str, Token] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
+    policies: dict[str, RecordedPolicy] = field(default_factory=dict)
     _shares_tokens: bool = field(default=False, compare=False, repr=False)
 
     def fork(self) -> Registers:
         """Return registers for a transaction, with the same maps."""
-        return Registers(self.tokens, self.nodes, _shares_tokens=True)
+        return Registers(self.tokens, self.nodes, self.policies, _shares_tokens=True)
 
-    def items(self) -> Iterable[tuple[str, Mapping[str, Token] | Mapping[str, Node]]]:
-        return ("tokens", self.tokens), ("nodes", self.nodes)
+    def items(self) -> Iterable[tuple[str, RegisterMap]]:
+        return ("tokens", self.tokens), ("nodes", self.nodes), ("policies", self.policies)
+
+    def find_policy(self, node_id: str | None) -> LoadPolicy:
+        """Return the policy in force at a node, or of a server alone; an empty one without any."""
+        found = self.policies.get(node_id or "")
+        return LoadPolicy() if found is None else found.policy
 
     def apply(
         self, event: Event, models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]
@@ -57,12 +80,19 @@ class Registers:
                 self.tokens, data, position=position, recorded_at=recorded_at, actor=event.actor
             )
             return {"tokens": tokens}, ()
+        if isinstance(data, PolicyInForce):
+            recorded = RecordedPolicy(data.node_id or "", data.policy, position)
+            self.policies = self.policies | {recorded.id: recorded}
+            return {"policies": {recorded.id: recorded}}, ()
         if not isinstance(data, OF_NODES):
             return NOTHING, list_transitions(event, self.nodes, NOTHING)
         before, self.nodes = self.nodes, dict(self.nodes)
         owners = partial(_list_owners, models, unended)
         nodes = evolve_nodes(self.nodes, data, position=position, recorded_at=recorded_at, read_owners=owners)
-        return {"nodes": nodes}, list_transitions(event, before, nodes)
+        gone = [key for key in self.policies if nodes.get(key, before) is None]
+        self.policies = {key: each for key, each in self.policies.items() if key not in gone}
+        changes: RegisterChanges = {"nodes": nodes, **({"policies": dict.fromkeys(gone)} if gone else {})}
+        return changes, list_transitions(event, before, nodes)
 
 
 def _list_owners(models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]) -> set[str]:

@@ -189,17 +189,22 @@ class State:
                 self.jobs.pop(job.id, None)
 
     def _enqueue(self, job: Job) -> None:
-        """Put a job at its place in its model's queue: a new one at the end, because positions only grow."""
+        """Put a job at its place in its model's queue.
+
+        A new one comes at the end, because positions only grow, and so does one that was just approved.
+        """
         before = self.queues.get(job.model_id, ())
         now = () if job.ended else (job,)
+        if job.queued_position == job.position:
+            before = tuple([each for each in before if each.id != job.id])
         for place, each in enumerate(before):
             if each.id == job.id:
                 after = before[:place] + now + before[place + 1 :]
                 break
         else:
             after = before + now
+        self.backlog += len(after) - len(self.queues.get(job.model_id, ()))
         self.queues[job.model_id] = after
-        self.backlog += len(after) - len(before)
 
     def _fill_queues(self, unended: Iterable[Job]) -> None:
         """Queue all unended jobs, oldest first, in linear time."""
@@ -210,12 +215,15 @@ class State:
 
 
 def _age(job: Job) -> int:
-    return job.created_position
+    return job.queued_position
 
 
 def has_turn(job: Job) -> bool:
-    """Whether a job waits its turn in its model's queue: an add and the unload of a replaced load do not."""
-    if job.kind is JobKind.ADD:
+    """Whether a job waits its turn in its model's queue.
+
+    An add, the unload of a replaced load, and a load that waits for approval do not.
+    """
+    if job.kind is JobKind.ADD or job.waits_for_approval:
         return False
     return job.kind is JobKind.LOAD or job.cause not in REPLACEMENTS
 

@@ -118,6 +118,18 @@ def find_issued(tokens: Mapping[str, Token], jti: str) -> list[str]:
     return [each for each in found if each != jti and not tokens[each].is_revoked]
 
 
+def list_issuers(tokens: Mapping[str, Token], jti: str | None) -> tuple[str, ...]:
+    """Return who issued a token, who issued the token that did so, and so on, as far as the ledger knows."""
+    found = dict[str, None]()
+    passed = set[str]()
+    while jti is not None and jti not in passed and (token := tokens.get(jti)) is not None:
+        passed.add(jti)
+        if token.issued_by is not None:
+            found[token.issued_by] = None
+        jti = token.issued_with
+    return tuple(found)
+
+
 def is_refused(tokens: Mapping[str, Token], jti: str) -> bool:
     """Whether a token was revoked; a browser's session ends with the token that made it, too."""
     passed = set[str]()  # a session may have made another one; no ids but forged ones form a ring

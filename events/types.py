@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from operator import attrgetter
@@ -17,6 +17,7 @@ from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict
 
 from events.clock import Timestamp
+from events.policy.rules import LoadPolicy
 
 
 class Cause(StrEnum):
@@ -127,6 +128,98 @@ class Durations(Struct, frozen=True, gc=False):
     copying_us: int | None = None
 
 
+class Credential(Struct, frozen=True, gc=False):
+    """The token with which a person asked or answered; empty of a local user, who needs none.
+
+    Attributes:
+        issuer: its `iss`; None if it has none.
+        jti: its id; None if it has none.
+        issued_by: who issued it, who issued the token that did so, and so on, as far as the ledger knows.
+    """
+
+    issuer: str | None = None
+    jti: str | None = None
+    issued_by: tuple[str, ...] = ()
+
+
+class NodeSignature(Struct, frozen=True, gc=False):
+    """The signature of a fact by the key of a node, which its join names.
+
+    Attributes:
+        node_id: the node.
+        signature: of the fact's statement (`events.approvals`), in base64.
+    """
+
+    node_id: str
+    signature: str
+
+
+Sign = Callable[[bytes], NodeSignature]
+"""Signs a statement with the key of this node."""
+
+
+class Justification(Struct, frozen=True, gc=False):
+    """What a person says for a load.
+
+    Attributes:
+        credential: of the person.
+        reason: as it was given.
+        emergency: why it must not wait for approval; None if it may.
+        node_signature: of an emergency, by the node that has seen the person's role.
+    """
+
+    credential: Credential
+    reason: str | None = None
+    emergency: str | None = None
+    node_signature: NodeSignature | UnsetType = UNSET
+
+
+class LoadSignature(Struct, frozen=True, gc=False):
+    """The signature of a version's files, as it was checked before its load.
+
+    Attributes:
+        policy: digest of the model's rules (`events.policy.rules.ModelRules`).
+        method: `key` or `certificate`; None if none was accepted, like the next two.
+        signer: SHA-256 of the key's PEM in hexadecimal, or the certificate's subject.
+        bundle: SHA-256 of the bundle in hexadecimal.
+        is_enforced: whether a rule with the mode `enforce` accepted it.
+        problem: code of what the mode `warn` let pass; None without one.
+        was_verified: whether today's rules refuse the signature, and a reload goes on, since the same bytes
+            were verified for this model before.
+    """
+
+    policy: str
+    method: str | None = None
+    signer: str | None = None
+    bundle: str | None = None
+    is_enforced: bool = False
+    problem: str | None = None
+    was_verified: bool = False
+
+
+class ApprovalResult(StrEnum):
+    """Why a load may go on that needs approval."""
+
+    APPROVED = "approved"
+    APPROVED_BEFORE = "approved_before"
+    RELOAD = "reload"
+    BYPASSED = "bypassed"
+
+
+class LoadApproval(Struct, frozen=True, gc=False):
+    """The approval with which a version was loaded.
+
+    Attributes:
+        rule: digest of the model's rules of approval.
+        result: `approved`, `approved_before` under the same rule, `reload` by the system, or `bypassed`.
+        by: those who approved this load.
+    """
+
+    rule: str
+    result: ApprovalResult
+    by: tuple[str, ...] = ()
+
+
 NEVER = -1
 """The `keep_alive_s` of a model that is never unloaded for being idle; None says the same."""
 
@@ -190,7 +283,8 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     """A person or the system requested the load of a version. The event's id is the job's.
 
     The parameters are those that apply, whether the request, the loaded model, its loadledger.toml or the
-    server chose them.
+    server chose them. `policy` is the digest of the rules for the model that the load has to pass; it is
+    missing without any. `justification` is missing if no person gave one and there are no rules.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
@@ -205,6 +299,8 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     cause: Cause
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None
+    policy: str | UnsetType = UNSET
+    justification: Justification | UnsetType = UNSET
 
     @classmethod
     def of(cls, parameters: LoadParameters, cause: Cause, **rest: Any) -> LoadRequested:
@@ -268,6 +364,10 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
     the repository's files, which may have changed in between. `threads` is how many each worker computes
     with. `node_id` is the node at which it serves.
+
+    Of a model with rules, `signature` and `approval` say how the load passed them, and `bundle` has the
+    signature bundle, unless the ledger has it from a load of the same bytes before. `node_signature` is that
+    of the node, also without rules; it is missing in a ledger of one server.
     """
 
     TYPE: ClassVar[str] = "ModelLoaded"
@@ -281,6 +381,10 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     confinement: Confinement | None = None
     threads: int | None = None
     node_id: str | UnsetType = UNSET
+    signature: LoadSignature | UnsetType = UNSET
+    approval: LoadApproval | UnsetType = UNSET
+    bundle: str | UnsetType = UNSET
+    node_signature: NodeSignature | UnsetType = UNSET
 
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):
@@ -305,6 +409,72 @@ class LoadFailed(Struct, frozen=True, gc=False):
     TYPE: ClassVar[str] = "LoadFailed"
     code: str
     message: str
+
+
+class ApprovalAsked(Struct, frozen=True, gc=False):
+    """The load waits for approval of these bytes; it is pending meanwhile, and holds nothing.
+
+    Attributes:
+        files: path and SHA-256 of each.
+        digest: of the files, as `digest_of` has it: an answer names it.
+        rule: digest of the rules of approval.
+        approvals: how many other persons must approve.
+        expires_at: when the load fails without.
+        signature: of the files; missing without a rule for signatures.
+        served_version: that the model serves now; None if none.
+        served_digest: of its files.
+        node_id: the node that has checked the files.
+    """
+
+    TYPE: ClassVar[str] = "ApprovalAsked"
+    files: tuple[FileHash, ...]
+    digest: str
+    rule: str
+    approvals: int
+    expires_at: Timestamp
+    signature: LoadSignature | UnsetType = UNSET
+    served_version: int | None = None
+    served_digest: str | None = None
+    node_id: str | UnsetType = UNSET
+
+
+class LoadApproved(Struct, frozen=True, gc=False):
+    """The actor approved a load of these bytes under this rule; with enough of them it goes on.
+
+    `node_signature` is that of the node that took the answer; it is missing in a ledger of one server.
+    """
+
+    TYPE: ClassVar[str] = "LoadApproved"
+    digest: str
+    rule: str
+    reason: str
+    credential: Credential
+    node_signature: NodeSignature | UnsetType = UNSET
+
+
+class LoadRejected(Struct, frozen=True, gc=False):
+    """The actor rejected a load: it has failed."""
+
+    TYPE: ClassVar[str] = "LoadRejected"
+    digest: str
+    reason: str
+    credential: Credential
+
+
+class ApprovalExpired(Struct, frozen=True, gc=False):
+    """Too few persons approved a load in time: it has failed."""
+
+    TYPE: ClassVar[str] = "ApprovalExpired"
+
+
+class ApprovalBypassed(Struct, frozen=True, gc=False):
+    """The actor, who has the role `emergency`, let a load of these bytes pass without approval."""
+
+    TYPE: ClassVar[str] = "ApprovalBypassed"
+    digest: str
+    rule: str
+    reason: str
+    node_signature: NodeSignature | UnsetType = UNSET
 
 
 class UnloadRequested(Struct, frozen=True, gc=False):
@@ -428,6 +598,17 @@ class ClockStepped(Struct, frozen=True, gc=False, rename={"begin": "from", "end"
     begin: Timestamp
     end: Timestamp
     taken: bool
+
+
+class PolicyInForce(Struct, frozen=True, gc=False):
+    """The server started with another policy for loads than before; it has all its rules and their keys.
+
+    `node_id` is the node where it is in force; it is missing in a ledger of one server.
+    """
+
+    TYPE: ClassVar[str] = "PolicyInForce"
+    policy: LoadPolicy
+    node_id: str | UnsetType = UNSET
 
 
 class RollbackAccepted(Struct, frozen=True, gc=False):
@@ -693,6 +874,7 @@ Data = (
     | RollbackAccepted | EventsDiscarded | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked
     | SignInLinkIssued | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
     | AddRequested | AddStarted | AddFailed
+    | ApprovalAsked | LoadApproved | LoadRejected | ApprovalExpired | ApprovalBypassed | PolicyInForce
 )  # fmt: skip
 """The types that this release writes."""
 

@@ -41,6 +41,7 @@ _MODULES = {
         "ModelTensor",
         "Node",
         "Resources",
+        "VerifiedVersion",
     ),
 }
 _PLACES = {name: f"loadledger.{module}:{name}" for module, names in _MODULES.items() for name in names}

@@ -21,3 +21,4 @@ from loadledger.records import ModelMetadata as ModelMetadata
 from loadledger.records import ModelTensor as ModelTensor
 from loadledger.records import Node as Node
 from loadledger.records import Resources as Resources
+from loadledger.records import VerifiedVersion as VerifiedVersion

@@ -30,6 +30,8 @@ ADVICE = {
     "invalid_source": "`loadledger add --help` has examples",
     "source_not_allowed": "or fetch the files yourself: `loadledger add MODEL FILE` sends them",
     "already_finished": "`loadledger job JOB` shows how",
+    "not_waiting": "`loadledger job JOB` shows how it is",
+    "digest_differs": "`loadledger approve JOB` shows its files",
     "unknown_node": "`loadledger nodes` lists them",
     "unknown_token": "`loadledger token list` lists them",
     "not_loaded": "`loadledger ps` lists loaded models",

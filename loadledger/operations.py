@@ -28,6 +28,7 @@ from loadledger.records import (
     NodeList,
     Resources,
     Stage,
+    VerifiedVersion,
 )
 from loadledger.requests import (
     CallContext,
@@ -59,6 +60,8 @@ _REFUSED_FILES = ("not_onnx", "unsafe_file", "invalid_model", "digest_mismatch",
 """Codes of files of a version that would be refused again."""
 UPLOAD_ANSWER_S = 300.0
 """For the answer to an upload once all of it is sent: the server syncs it to its disk first."""
+HASH_ANSWER_S = 300.0
+"""For the answer to `verify_model`: the server hashes all files first."""
 At = int | str
 """A position of the ledger, or a time with its offset, such as 2026-01-31T14:02:00Z."""
 UNWELL = "unhealthy"
@@ -104,6 +107,8 @@ class Operations:
         on_stage: JobCallback | None = None,
         on_away: AwayCallback | None = None,
         idempotency_key: str | None = None,
+        reason: str | None = None,
+        emergency: str | None = None,
         **parameters: Unpack[LoadOptions],
     ) -> Job:
         """Load a model and return the job.
@@ -116,6 +121,8 @@ class Operations:
             on_stage: called with the job at once and after each change of status, stage or reason to wait.
             on_away: called with the problem once each time the server becomes unreachable.
             idempotency_key: use the same key to repeat a request; default: a new one.
+            reason: why, for the ledger and those who approve the load.
+            emergency: why it must not wait for approval; takes the role `emergency` as well.
             parameters: how to load.
 
         Raises:
@@ -124,7 +131,8 @@ class Operations:
             ServerError: the server refused: `unknown_model`, `unknown_version`, `queue_full`, …
             ServerUnreachable: the server does not answer. If `sent`, the job may exist anyway.
         """
-        body = {**parameters} if version is None else {"version": version, **parameters}
+        given = {"version": version, "reason": reason, "emergency": emergency}
+        body = {**{name: value for name, value in given.items() if value is not None}, **parameters}
         request = post_request(f"/api/v1{path('models', model_id, 'load')}", body=body, key=idempotency_key)
         return await submit_job(
             self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
@@ -160,6 +168,7 @@ class Operations:
         source: str | os.PathLike[str],
         version: int | None = None,
         *,
+        signature: str | os.PathLike[str] | None = None,
         on_progress: Progress | None = None,
     ) -> AddedVersion:
         """Put a version into the server's repository, and return it.
@@ -171,16 +180,18 @@ class Operations:
             source: an ONNX file, with the files that it names; or a folder of a version, or of Hugging Face
                 with `onnx/model.onnx` (`loadledger.uploads.find_version_files`).
             version: its number; default: the highest plus 1.
+            signature: a bundle of OpenSSF model signing, which becomes a file of the version: under its name
+                if that ends in `.sig`, else as `model.sig`.
             on_progress: called before a part is sent, with the bytes up to its end, and those of all files.
 
         Raises:
-            ValueError: there is no model at the source, or several.
+            ValueError: there is no model at the source, or several; or there are two signatures.
             OSError: a file cannot be read.
             ServerError: the server refused: `version_exists`, `not_onnx`,
                 `body_too_large`, `repository_read_only`, …
         """
         call = self._context.transport.call
-        found = await call(lambda: find_version_files(Path(source)))
+        found = await call(lambda: find_version_files(Path(source), signature))
         digests = await call(lambda: hash_files(found))
 
         async def add_as(number: int) -> AddedVersion:
@@ -297,6 +308,37 @@ class Operations:
         return await fetch(
             self._context, post_request(f"/api/v1{path('jobs', job_id, 'cancel')}", key=idempotency_key), Job
         )
+
+    async def approve(self, job_id: str, digest: str, reason: str) -> Job:
+        """Approve a load that waits for it, with the role `approve`, and return the job; it is sent once.
+
+        `digest` is that of the files that you approve: `job(job_id).approval` has it, and what differs.
+
+        Raises:
+            ServerError: the server refused: `not_waiting`, `digest_differs`, `same_person`.
+        """
+        return await self._answer(job_id, "approve", digest, reason)
+
+    async def reject(self, job_id: str, digest: str, reason: str) -> Job:
+        """Reject a load that waits for approval; arguments and errors are those of `approve`."""
+        return await self._answer(job_id, "reject", digest, reason)
+
+    async def _answer(self, job_id: str, answer: str, digest: str, reason: str) -> Job:
+        body = encode_json({"digest": digest, "reason": reason})
+        headers = {"Content-Type": "application/json"}
+        target = f"/api/v1{path('jobs', job_id, answer)}"
+        return await fetch(self._context, Request("POST", target, headers, body, repeatable=False), Job)
+
+    async def verify_model(self, model_id: str, version: int | None = None) -> VerifiedVersion:
+        """Hash a version, by default the highest, and check it as a load would; nothing is loaded.
+
+        Raises:
+            ServerError: the server refused: `unknown_model`, `unknown_version`, …
+        """
+        request = get_request(
+            f"/api/v1{path('models', model_id, 'verify')}", present_parameters(version=version)
+        )
+        return await fetch(self._context, replace(request, timeout_s=HASH_ANSWER_S), VerifiedVersion)
 
     async def job(self, job_id: str, *, at: At | None = None) -> Job:
         """Return a job, with `at` as of a position or time."""

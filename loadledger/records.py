@@ -30,6 +30,58 @@ class FetchProgress(msgspec.Struct, frozen=True):
     total_bytes: int | None = None
 
 
+class LoadSignature(msgspec.Struct, frozen=True, kw_only=True):
+    """The signature of a version's files, as it was checked by the rules with the digest `policy`.
+
+    Attributes:
+        method: `key` or `certificate`; None if no signature was accepted, as of the next two.
+        signer: SHA-256 of the key's PEM in hexadecimal, or the certificate's subject.
+        bundle: SHA-256 of the bundle in hexadecimal.
+        problem: code of what the mode `warn` let pass.
+        was_verified: whether the rules refused the signature at a reload of bytes that were verified before.
+    """
+
+    policy: str
+    method: str | None = None
+    signer: str | None = None
+    bundle: str | None = None
+    enforced: bool = False
+    problem: str | None = None
+    was_verified: bool = False
+
+
+class FileDifference(msgspec.Struct, frozen=True):
+    """A file that was `added`, `removed` or `changed`."""
+
+    path: str
+    change: str
+
+
+class ApprovalState(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the approval of a load is; `rule` is the digest of the rules of approval.
+
+    Attributes:
+        digest: of the files; an answer names it.
+        approvals: how many persons must approve.
+        bypassed: whether the role `emergency` passed without.
+        served_version: what the model served when it was asked for.
+        requested_by: all who asked for the load: none of them may approve it.
+        differences: of the files to those that the model serves; only while it waits.
+    """
+
+    digest: str
+    rule: str = ""
+    approvals: int = 0
+    approved_by: list[str] = []
+    bypassed: bool = False
+    waits: bool = False
+    expires_at: str | None = None
+    served_version: int | None = None
+    signature: LoadSignature | None = None
+    requested_by: list[str] = []
+    differences: list[FileDifference] = []
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted load, unload, or add of a version from a source.
 
@@ -43,6 +95,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         node: where it is placed; None without one, and of a server alone.
         superseded_by: the person's load that took the place of this one by the system; waits go on with it.
         position: of its latest event in the ledger.
+        reason: why a person asked for it; `emergency`: why it must not wait for approval.
+        approval: None until it is asked for or bypassed.
     """
 
     id: str
@@ -64,6 +118,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     node: str | None = None
     position: int = 0
     parameters: dict[str, Any] = {}
+    reason: str | None = None
+    emergency: str | None = None
+    approval: ApprovalState | None = None
     error: ErrorInfo | None = None
     as_of: int | None = None
     as_of_time: str | None = None
@@ -155,6 +212,44 @@ class ModelTensor(msgspec.Struct, frozen=True, kw_only=True):
         return f"[{', '.join(words)}]"
 
 
+class LoadApproval(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a load that needs approval went on: `approved`, `approved_before`, `reload` or `bypassed`."""
+
+    rule: str
+    result: str
+    by: list[str] = []
+
+
+class ModelRules(msgspec.Struct, frozen=True, kw_only=True):
+    """The rules of the policy for a model: `trust` is enforce, warn or None; and how many must approve."""
+
+    digest: str
+    trust: str | None = None
+    approvals: int = 0
+
+
+class FileDigest(msgspec.Struct, frozen=True):
+    """A file of a version, and its SHA-256 in hexadecimal."""
+
+    path: str
+    sha256: str
+
+
+class VerifiedVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """What a load of a version would pass; `problem` is why the policy refuses it, None if it does not.
+
+    `approval` is not_needed, approved_before or required.
+    """
+
+    model_id: str
+    version: int
+    digest: str
+    files: list[FileDigest] = []
+    signature: LoadSignature | None = None
+    problem: ErrorInfo | None = None
+    approval: str = ""
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is in the repository or loaded.
 
@@ -174,6 +269,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         signature_version: the version that serves, else the highest one.
         parameters: of the load that serves, likewise not in a list.
         sources: of its versions that the server fetched, likewise not in a list.
+        signature: of what it serves, and `approval`; None without rules.
+        policy: the rules of today; None with `at`, and without any.
     """
 
     id: str
@@ -201,6 +298,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     signature_version: int | None = None
     parameters: dict[str, Any] | None = None
     sources: list[VersionOrigin] = []
+    signature: LoadSignature | None = None
+    approval: LoadApproval | None = None
+    policy: ModelRules | None = None
     as_of: int | None = None
     as_of_time: str | None = None
     server: ServerPresence | None = None

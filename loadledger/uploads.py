@@ -49,17 +49,23 @@ class VersionSource:
         return sum(file.bytes for file in self.files)
 
 
-def find_version_files(path: Path) -> VersionSource:
-    """Return the files of the version that a file or folder stands for.
+def find_version_files(path: Path, signature: str | os.PathLike[str] | None = None) -> VersionSource:
+    """Return the files of the version that a file or folder stands for, and its signature bundle.
 
     A file is the model, and takes the files along that it names. A folder is one with a model in it, or a
     snapshot of Hugging Face with `onnx/model.onnx`: the model is `model.onnx` or the only `.onnx` file, and
-    what lies beside and beneath it goes along, but for other models and hidden files.
+    what lies beside and beneath it goes along, but for other models and hidden files. A signature goes along
+    under its name if that ends in `.sig`, else as `model.sig`.
 
     Raises:
-        ValueError: there is no model, or several, or it is none; the message says what to do.
+        ValueError: there is no model, or several, or two signatures; the message says what to do.
         OSError: something cannot be read.
     """
+    found = _find_unsigned(path)
+    return found if signature is None else _add_signature(found, Path(signature))
+
+
+def _find_unsigned(path: Path) -> VersionSource:
     from runtime.onnxfile import find_model_file, list_model_files
 
     if not path.is_dir():
@@ -77,6 +83,17 @@ def find_version_files(path: Path) -> VersionSource:
     if versions:
         raise ValueError(f"{path} is a model's folder: give one of its versions, as {path / versions[-1]}")
     raise ValueError(f"{path} has no .onnx file, nor has {path / HUB_FOLDER}")
+
+
+def _add_signature(source: VersionSource, signature: Path) -> VersionSource:
+    from runtime.onnxfile import SIGNATURE_SUFFIX, is_signature_beside
+
+    for file in source.files:
+        if is_signature_beside(file.path):
+            raise ValueError(f"{file.source} signs the version already: move it, or leave out {signature}")
+    path = signature.name if signature.name.endswith(SIGNATURE_SUFFIX) else f"model{SIGNATURE_SUFFIX}"
+    added = VersionFile(path, signature, _size_of(signature))
+    return VersionSource((*source.files, added), source.left_out)
 
 
 def _of_folder(folder: Path, model: str, others: Iterable[str]) -> VersionSource:

@@ -104,6 +104,12 @@ CREATE TABLE nodes (
   body TEXT NOT NULL
 );
 
+-- The policy for loads that is in force at each node; of a server alone its id is empty.
+CREATE TABLE policies (
+  id TEXT NOT NULL PRIMARY KEY,
+  body TEXT NOT NULL
+);
+
 CREATE TABLE projected (
   one INTEGER PRIMARY KEY CHECK (one = 1),
   position INTEGER NOT NULL,
@@ -149,8 +155,8 @@ CREATE TABLE presence (
 
 CREATE INDEX presence_by_position ON presence (position);
 
--- The state at the base, which stands for archived events: models, jobs, tokens and nodes. The key of a job is the
--- position at which it was created, in 19 digits.
+-- The state at the base, which stands for archived events: models, jobs, tokens, nodes and policies. The key of
+-- a job is the position at which it was created, in 19 digits.
 CREATE TABLE base_state (
   kind TEXT NOT NULL,
   key TEXT NOT NULL,

@@ -10,22 +10,34 @@ from dataclasses import replace
 from types import NoneType
 from typing import Protocol
 
-from msgspec import UNSET, structs
+from msgspec import UNSET, UnsetType, structs
 
+from events.approvals import answer_statement, load_statement
 from events.clock import add_seconds, uuid7
-from events.commands import Record
-from events.jobs import INSUFFICIENT_MEMORY, Job
-from events.models import LoadedModel, Model, ModelState
+from events.commands import Record, RequestLoad
+from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, ApprovalAnswer, Job
+from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState
 from events.nodes import Node
 from events.registercommands import NodeCurrent
 from events.state import State
-from events.types import SYSTEM, Cause, Draft, ModelLoaded, UnloadRequested
+from events.types import (
+    SYSTEM,
+    ApprovalBypassed,
+    Cause,
+    Draft,
+    ModelLoaded,
+    NodeSignature,
+    UnloadRequested,
+    contents_of,
+    digest_of,
+)
 from nodes.placement import (
     NodeHints,
     NodeView,
     PlacementStrategy,
     draft_placement,
     find_node_for_model,
+    find_reload_rules,
     find_share,
     list_held,
     place_elsewhere,
@@ -72,12 +84,23 @@ class Standing(Protocol):
         """Whether it may answer inferences."""
 
 
+class Signing(Protocol):
+    """What nodes sign of approvals, and of loads under rules (`nodes.peers`)."""
+
+    def sign(self, statement: bytes) -> NodeSignature:
+        """Sign a statement with this node's key."""
+
+    def is_signed(self, statement: bytes, signature: NodeSignature, state: State) -> bool:
+        """Whether a trusted node, which may have left since, has signed a statement; called in a thread."""
+
+
 class NodePlacement(Placement, Elsewhere):
     """The placement of a node, for the consumer and the router of its server.
 
     Args:
         node_id: this node.
         standing: of it.
+        signing: signs what it says of approvals, and verifies what others say.
         strategy: how loads are distributed over the nodes.
         untrusted: returns the nodes whose joins are not signed with a key that the nodes share.
     """
@@ -86,11 +109,13 @@ class NodePlacement(Placement, Elsewhere):
         self,
         node_id: str,
         standing: Standing,
+        signing: Signing,
         strategy: PlacementStrategy = PlacementStrategy.SPREAD,
         untrusted: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._node_id = node_id
         self._standing = standing
+        self._signing = signing
         self._strategy = strategy
         self._untrusted = untrusted
 
@@ -114,23 +139,43 @@ class NodePlacement(Placement, Elsewhere):
         here = everything.hold(list_held(everything))
         decision = decide(here)
         if isinstance(decision.action, _AFTER_PLACEMENTS):
-            placing = _place_next(here, decision)
+            placing = _fail_outdated_reload(here, decision) or _place_next(here, decision)
             if placing.action is not None or decision.action is None:
                 return placing
             decision = replace(decision, unestimated=placing.unestimated)
         return replace(decision, action=_avoid_here(here, decision.action))
 
     def complete(self, command: SystemCommand, state: State) -> SystemCommand:
-        """Add the epoch that it rests on, this node to its facts, and the unload of a load elsewhere."""
+        """Add the epoch that it rests on, this node to its facts, and the unload of a load elsewhere.
+
+        A reload is requested by rules that a node has, and facts about approval are signed.
+        """
         conditions = (*command.conditions, NodeCurrent(self._node_id, self._epoch))
+        if isinstance(command, RequestLoad):
+            model, untrusted = state.models.get(command.model_id), self._untrusted()
+            lost = None if model is None else model.loaded
+            rules = None if lost is None else find_reload_rules(state, self._node_id, untrusted, lost)
+            return replace(command, policy=rules or UNSET, conditions=conditions)
         if not isinstance(command, Record):
             return replace(command, conditions=conditions)
         drafts = [*command.drafts]
         if not any(isinstance(draft.data, UnloadRequested) for draft in drafts):
             loaded = (draft for draft in command.drafts if isinstance(draft.data, ModelLoaded))
             drafts += [unload for draft in loaded if (unload := draft_unload_elsewhere(draft, state))]
-        named = tuple(name_node(draft, self._node_id) for draft in drafts)
+        named = tuple(self._sign(name_node(draft, self._node_id), state) for draft in drafts)
         return replace(command, drafts=named, conditions=conditions)
+
+    def _sign(self, draft: Draft, state: State) -> Draft:
+        """Return a draft with this node's signature if it is of a load, or of a bypassed approval."""
+        statement = draft_statement(draft, state)
+        if statement is None:
+            return draft
+        signature = self._signing.sign(statement)
+        return structs.replace(draft, data=structs.replace(draft.data, node_signature=signature))
+
+    def is_signed(self, statement: bytes, signature: NodeSignature | UnsetType, state: State) -> bool:
+        """Whether a trusted node has signed a statement: the database's role may append what none has."""
+        return signature is not UNSET and self._signing.is_signed(statement, signature, state)
 
     def locate(self, model: Model, state: State) -> str | None:
         """Return the name of the other node at which a model is loaded, if that is present and trusted."""
@@ -147,6 +192,20 @@ def find_node(model: Model, state: State, untrusted: Collection[str]) -> Node | 
     serving = model.serving if model.phase is ModelState.LOADED else None
     node = None if serving is None or serving.node_id is None else state.registers.nodes.get(serving.node_id)
     return None if node is None or not node.is_present or node.id in untrusted else node
+
+
+def draft_statement(draft: Draft, state: State) -> bytes | None:
+    """Return what a node signs of a fact: a load, or a bypassed approval; None of any other."""
+    data, job = draft.data, state.unended_job(draft.job_id)
+    if job is None or job.version is None:
+        return None
+    if isinstance(data, ApprovalBypassed):
+        return answer_statement(job, data.digest, data.rule, ApprovalAnswer(draft.actor, data.reason))
+    if not isinstance(data, ModelLoaded):
+        return None
+    digest = digest_of(contents_of(data.files))
+    passed = AdmittedBytes(digest, job.id, job.version, data.signature, data.approval)
+    return load_statement(job.model_id, passed)
 
 
 def draft_unload_elsewhere(loaded: Draft, state: State) -> Draft | None:
@@ -184,6 +243,15 @@ def _avoid_here(view: NodeView, action: actions.Action | None) -> actions.Action
             needing = view.own.unended_job(job_id)
             elsewhere = None if needing is None else place_elsewhere(view, needing)
     return elsewhere or action
+
+
+def _fail_outdated_reload(view: NodeView, decision: Decision) -> Decision | None:
+    """Fail a reload by rules that no node has any more: the next one is requested by others."""
+    for job in view.unended:
+        reason = view.share.held.get(job.id, "")
+        if job.cause in RELOADS and reason.startswith(POLICY_DIFFERS):
+            return replace(decision, action=actions.FailLoad(job, POLICY_DIFFERS, f"it waited for {reason}"))
+    return None
 
 
 def _place_next(view: NodeView, decision: Decision) -> Decision:

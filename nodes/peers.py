@@ -5,6 +5,9 @@ is placed at it, done by it or sent to it. The nodes share these keys, with an i
 
 What a node forwards has a token of the node's own in place of the client's. It is signed with the node's
 `ledger.key`, whose public key its join names, and is good for one node, one model and a minute.
+
+The same key signs what a node says of approvals, and of loads under rules (`events.approvals`). That is good
+for as long as the ledger remembers the node, and its join is signed with one of the nodes' keys.
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from typing import Any
 
 import jwt
 from aiohttp import hdrs
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from multidict import CIMultiDictProxy
 
 from events.errors import LogUnavailable
 from events.log import Log
 from events.nodes import Node
+from events.state import State
+from events.types import NodeSignature
 from server.auth.gate import POSITION, Challenge, InvalidToken, Principal, Verifier, bearer_token
 from server.auth.keys import (
     ALGORITHM,
@@ -44,6 +50,9 @@ _log = logging.getLogger(__name__)
 
 TOKEN_TYPE = "loadledger-forward+jwt"  # noqa: S105 - no secret
 """`typ` of a node's token: no token of a client has it, and none without it is a node's (RFC 8725, 3.11)."""
+
+CLIENT_ISSUER = "client_iss"
+"""The claim with the `iss` of the client's token; `iss` is the node. Missing if that has none."""
 
 TOKEN_S = 60.0
 """How long a node's token is good at most: enough to be used again, of no use to who finds it in a log."""
@@ -129,10 +138,30 @@ class Peers:
             self._untrusted = frozenset(node_id for node_id, _ in unsigned)
         return self._untrusted
 
+    def sign(self, statement: bytes) -> NodeSignature:
+        """Sign a statement with this node's own key."""
+        return NodeSignature(self._node_id, base64.b64encode(self._key.sign(statement)).decode())
+
+    def is_signed(self, statement: bytes, signature: NodeSignature, state: State) -> bool:
+        """Whether a node, which may have left since, has signed a statement; it may be called in a thread.
+
+        The nodes' keys are those with which `untrusted` judged last: at each decision.
+        """
+        node = state.registers.nodes.get(signature.node_id)
+        if node is None or node.public_key is None or not _is_signed(node, self._keys):
+            return False
+        with suppress(binascii.Error, InvalidSignature, UnsupportedAlgorithm, ValueError):
+            public = load_pem_public_key(node.public_key.encode())
+            if isinstance(public, Ed25519PublicKey):
+                public.verify(base64.b64decode(signature.signature, validate=True), statement)
+                return True
+        return False
+
     def make_token(self, receiver: Node, model_id: str, client: Principal) -> str:
         """Return the token with which this node forwards a client's request about a model to another one."""
         now_s, own = self._clock(), self._log.state.registers.nodes[self._node_id]
-        what = (own.epoch, _name_epoch(receiver), model_id, client, client.jti, client.expires_at)
+        token_of = client.jti, client.issuer, client.expires_at
+        what = own.epoch, _name_epoch(receiver), model_id, client, *token_of
         token, until_s = self._made.get(what, ("", 0.0))
         if until_s - now_s > TOKEN_S / 2:
             return token
@@ -146,6 +175,7 @@ class Peers:
             "roles": sorted(client.roles),
             "exp": until_s,
             **({} if client.jti is None else {"jti": client.jti}),
+            **({} if client.issuer is None else {CLIENT_ISSUER: client.issuer}),
         }
         token = jwt.encode(claims, self._key, algorithm=ALGORITHM, headers={"typ": TOKEN_TYPE})
         _remember(self._made, what, (token, until_s))
@@ -173,7 +203,8 @@ class Peers:
         if (refusal := self._refusal(claims, model_id)) is not None:
             raise InvalidToken(refusal)
         _remember(self._read, token, claims)
-        return Principal(claims["sub"], ROLES.intersection(claims["roles"]), claims.get("jti"))
+        roles, issuer = ROLES.intersection(claims["roles"]), claims.get(CLIENT_ISSUER)
+        return Principal(claims["sub"], roles, claims.get("jti"), issuer=issuer)
 
     def _check_signature(self, token: str) -> Mapping[str, Any]:
         options: jwt.types.Options = {"verify_aud": False, "verify_exp": False}

@@ -4,6 +4,10 @@
 eviction, those with a prepared model of its files, those with its files; then it spreads or packs. Equal
 nodes are ordered by a rendezvous hash, so that a model tends to the same node. What is known of memory and
 files is a hint: a load that finds no room at its node is placed anew by that node, a few times.
+
+A load goes only where the rules are in force with which it was accepted. While nodes have different policies,
+as in a rolling change, each takes what was requested by the rules that it has: a person's load whose rules no
+node has waits for such a node, and a reload fails, to be requested by the rules of a node that is there.
 """
 
 from __future__ import annotations
@@ -15,23 +19,23 @@ from collections.abc import Set as AbstractSet
 from copy import copy
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import inf
 
-from events.jobs import Job, JobKind, JobStatus
-from events.models import RELOADS, Model, Serving
+from events.jobs import POLICY_DIFFERS, Job, JobKind, JobStatus
+from events.models import RELOADS, LoadedModel, Model, Serving
 from events.nodes import Node, find_placer
+from events.policy.rules import LoadPolicy
 from events.registercommands import NodeUnchanged
 from events.state import State, has_turn
-from events.types import (
-    FileHash,
-    LoadPlaced,
-)
+from events.types import FileHash, LoadPlaced, contents_of, digest_of
 from runtime.scheduler.actions import RecordFact
 from runtime.scheduler.view import SchedulerView, WorkShare
 
 MAX_PLACEMENTS = 4
 """How often a load is placed until it stays where it is: hints may be wrong, but hardly more often."""
+
+NO_POLICY = LoadPolicy()
 
 
 class PlacementStrategy(StrEnum):
@@ -81,6 +85,7 @@ class PlacementRequest:
         labels: that the node must have.
         home: the node where the model is or was loaded.
         holders: the nodes that have the version; empty if all have.
+        policy: digest of the rules with which it was accepted; None without any.
     """
 
     model_id: str
@@ -89,6 +94,7 @@ class PlacementRequest:
     labels: frozenset[str] = frozenset()
     home: str | None = None
     holders: tuple[str, ...] = ()
+    policy: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +105,13 @@ class NodeRoom:
         node: as its events say.
         hints: as it reported them, less what was placed there since.
         models: that it has or will have.
+        policy: that is in force there.
     """
 
     node: Node
     hints: NodeHints
     models: int = 0
+    policy: LoadPolicy = NO_POLICY
 
     @property
     def free_percent(self) -> float:
@@ -135,18 +143,31 @@ def place(
     rooms: Iterable[NodeRoom],
     strategy: PlacementStrategy = PlacementStrategy.SPREAD,
 ) -> ChosenNode | None:
-    """Return the node for a load; None if there is none that takes loads, has the version and the labels.
+    """Return the node for a load; None if there is none that is able to run it by the same rules.
 
     A load that fits into no node's budget is placed all the same: the node says why it fails.
     """
-    able = [each for each in rooms if each.node.takes_loads and request.labels <= set(each.node.labels)]
-    able = [each for each in able if not request.holders or each.node.id in request.holders]
+    able = [each for each in rooms if can_run(request, each.node)]
+    able = [each for each in able if find_digest(each.policy, request.model_id) == request.policy]
     able = [each for each in able if each.can_ever_fit(request.need_bytes)] or able
     home = next((each for each in able if each.node.id == request.home), None)
     if home is not None:
         return ChosenNode(home.node, PlacementReason.SERVES)
     chosen = min(able, key=lambda each: _rank(request, each, strategy), default=None)
     return None if chosen is None else ChosenNode(chosen.node, _explain(request, chosen))
+
+
+def can_run(request: PlacementRequest, node: Node) -> bool:
+    """Whether a node takes loads, and has the version and the labels."""
+    has_version = not request.holders or node.id in request.holders
+    return node.takes_loads and has_version and request.labels <= set(node.labels)
+
+
+@lru_cache(1024)
+def find_digest(policy: LoadPolicy, model_id: str) -> str | None:
+    """Return the digest of the rules for a model; None without any."""
+    rules = policy.of(model_id)
+    return None if rules is None else rules.digest
 
 
 def _rank(
@@ -207,7 +228,7 @@ class NodeView(SchedulerView):
         """Return the trusted nodes that take loads, with what is known of them."""
         loads = defaultdict[str | None, list[Job]](list)
         for job in self.state.unended():
-            if job.kind is JobKind.LOAD:
+            if job.kind is JobKind.LOAD and not job.waits_for_approval:
                 loads[job.node_id].append(job)
         servings = defaultdict[str | None, dict[str, Serving]](dict)
         for model in self.state.models.values():
@@ -240,7 +261,8 @@ def _measure(view: NodeView, node: Node, loads: list[Job], servings: dict[str, S
         free_bytes=None if free_bytes is None else free_bytes - taken,
         free_models=None if free_models is None else free_models - slots,
     )
-    return NodeRoom(node, left, len(servings.keys() | {job.model_id for job in loads}))
+    policy = view.state.registers.find_policy(node.id)
+    return NodeRoom(node, left, len(servings.keys() | {job.model_id for job in loads}), policy)
 
 
 def estimate_need(view: NodeView, job: Job) -> int | None:
@@ -269,6 +291,7 @@ def build_request(view: NodeView, job: Job) -> PlacementRequest:
         frozenset(parameters.node_labels or ()),
         held.node_id if held is not None else None,
         _find_holders(model, version),
+        job.policy_digest,
     )
 
 
@@ -285,7 +308,7 @@ def _find_digests(model: Model | None, held: Serving | None, version: int) -> fr
 
 
 def place_loads(view: NodeView) -> Iterator[tuple[Job, ChosenNode]]:
-    """Choose nodes for the loads without one, if this is the placer, and those that leave a draining one.
+    """Choose nodes for the loads without one, if this is the placer, and for those that leave this one.
 
     It is lazy: after the loss of a node many loads may be without one, and one decision places one.
     """
@@ -293,7 +316,7 @@ def place_loads(view: NodeView) -> Iterator[tuple[Job, ChosenNode]]:
         job
         for job in view.unended
         if not job.cancelling
-        and (_has_no_node(job, view.node) or _leaves_draining_node(view, job))
+        and (_has_no_node(job, view.node) or _leaves(view, job))
         and view.is_first_in_queue(job)
     ]
     rooms = view.rooms if loads else []
@@ -320,29 +343,57 @@ def _may_move(job: Job) -> bool:
     return job.placement.times < MAX_PLACEMENTS
 
 
-def _leaves_draining_node(view: NodeView, job: Job) -> bool:
-    """Whether a load that has not started was placed at this node, which is being drained since."""
-    return job.kind is JobKind.LOAD and _may_move(job) and not view.node.takes_loads
+def _leaves(view: NodeView, job: Job) -> bool:
+    """Whether a load that was placed at this node, and has not started, has to be placed anew."""
+    is_drained = job.kind is JobKind.LOAD and _may_move(job) and not view.node.takes_loads
+    return is_drained or _lacks_rules(view, job)
+
+
+def _lacks_rules(view: NodeView, job: Job) -> bool:
+    """Whether a load was placed at this node before that started with other rules."""
+    if job.kind is not JobKind.LOAD or job.status is not JobStatus.PENDING or job.node_id != view.node.id:
+        return False
+    return find_digest(view.state.registers.find_policy(view.node.id), job.model_id) != job.policy_digest
 
 
 def list_held(view: NodeView) -> dict[str, str]:
-    """Return the loads that may not start here, as they have no node or leave a draining one, and why."""
+    """Return the loads that may not start here, as they have no node or leave this one, and why."""
     leaving = set() if view.node.takes_loads else {job.id for job, _ in place_loads(view)}
     return {
         job.id: _explain_unplaced(view, job)
         for job in view.unended
-        if _has_no_node(job, view.node) or job.id in leaving
+        if _has_no_node(job, view.node) or job.id in leaving or _lacks_rules(view, job)
     }
 
 
 def _explain_unplaced(view: NodeView, job: Job) -> str:
     if job.id in view.observations.estimating:
         return "the estimate of its memory"
-    version, parameters = job.load_order
-    labels = ", ".join(parameters.node_labels or ())
-    holders = ", ".join(_find_holders(view.state.models.get(job.model_id), version))
-    where = f", of {holders}, where version {version} was added" if holders else ""
+    request = build_request(view, job)
+    able = [each for each in view.rooms if can_run(request, each.node)]
+    if able and not any(find_digest(each.policy, job.model_id) == request.policy for each in able):
+        return f"{POLICY_DIFFERS}: a node with the rules by which it was accepted, {request.policy or 'none'}"
+    labels, holders = ", ".join(sorted(request.labels)), ", ".join(request.holders)
+    where = f", of {holders}, where version {job.version} was added" if holders else ""
     return "a node that takes loads" + (f" and has the labels {labels}" if labels else "") + where
+
+
+def find_reload_rules(
+    state: State, node_id: str, untrusted: AbstractSet[str], loaded: LoadedModel
+) -> str | None:
+    """Return the digest of the rules by which a node requests a reload, so that some node has them.
+
+    These are its own, if a node that is able to run the load has them; else those of the first one that is,
+    which checks the load by them. Without such a node they are its own.
+    """
+    serving = loaded.serving
+    labels = frozenset(serving.parameters.node_labels or ())
+    request = PlacementRequest(loaded.id, labels=labels, holders=_find_holders(loaded.model, serving.version))
+    nodes = sorted(state.registers.nodes.values(), key=lambda node: node.id)
+    able = [node.id for node in nodes if node.id not in untrusted and can_run(request, node)]
+    policies = (state.registers.find_policy(each) for each in (node_id, *able))
+    own, *others = (find_digest(policy, loaded.id) for policy in policies)
+    return own if own in others or not others else others[0]
 
 
 def _list_files(view: NodeView, job: Job) -> tuple[FileHash, ...]:
@@ -355,7 +406,10 @@ def _list_files(view: NodeView, job: Job) -> tuple[FileHash, ...]:
 
 
 def find_node_for_model(view: NodeView, model: Model, serving: Serving) -> ChosenNode | None:
-    """Return the node to which a model of this one would move; None if it fits into no budget."""
+    """Return the node to which a model of this one would move; None if it fits into no budget.
+
+    It goes to a node with other rules only if the ledger knows what its files have passed.
+    """
     need_bytes = _estimate_from_footprints(model, serving.version, serving.parameters.instances)
     request = PlacementRequest(
         model.id,
@@ -364,8 +418,12 @@ def find_node_for_model(view: NodeView, model: Model, serving: Serving) -> Chose
         frozenset(serving.parameters.node_labels or ()),
         holders=model.find_holders(serving.version).node_ids,
     )
+    policy = find_reload_rules(view.state, view.node.id, view.untrusted, LoadedModel(model, serving))
+    own = find_digest(view.state.registers.find_policy(view.node.id), model.id)
+    if policy != own and model.find_admitted(digest_of(contents_of(serving.files))) is None:
+        return None
     rooms = [each for each in view.rooms if each.can_ever_fit(need_bytes)]
-    return place(request, rooms, view.strategy)
+    return place(replace(request, policy=policy), rooms, view.strategy)
 
 
 def place_elsewhere(view: NodeView, job: Job, *, needs_budget_only: bool = False) -> RecordFact | None:

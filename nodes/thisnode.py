@@ -13,7 +13,7 @@ from aiohttp import web
 
 from events.commands import Receipt
 from events.registercommands import JoinNode
-from events.types import Confinement
+from events.types import Confinement, NodeSignature
 from nodes.decisions import NodePlacement
 from nodes.membership import Membership
 from nodes.peers import Peers
@@ -113,7 +113,7 @@ class ThisNode:
             open_signer=self.peers.open_signer,
         )
         strategy = PlacementStrategy(self._config.placement)
-        self.placement = NodePlacement(self.id, self.membership, strategy, self.peers.untrusted)
+        self.placement = NodePlacement(self.id, self.membership, self.peers, strategy, self.peers.untrusted)
         receipt = await self.membership.start()
         self._renewing = asyncio.create_task(self.membership.run(), name="membership")
         return receipt
@@ -137,6 +137,10 @@ class ThisNode:
         """Return all nodes as this one knows them; without the database it knows that it is late itself."""
         late = {self.id} if self.membership.is_late else frozenset[str]()
         return node_views(self.log.state, self.membership.leases, self.id, late, self.peers.untrusted())
+
+    def sign(self, statement: bytes) -> NodeSignature:
+        """Sign what this node says of an approval, so that the others believe it."""
+        return self.peers.sign(statement)
 
     async def close(self) -> None:
         if self._renewing is not None:

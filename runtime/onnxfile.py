@@ -41,6 +41,8 @@ from runtime.wire import BY_ONNX, MAX_DIMENSIONS, MAX_NAME_CHARACTERS, TensorSpe
 SUFFIX = ".onnx"
 MODEL_FILE = "model.onnx"
 """The usual name of the file of a version's folder that sessions are created from; it names the others."""
+SIGNATURE_SUFFIX = ".sig"
+"""Of a file that signs a version: a bundle of OpenSSF model signing."""
 MAX_LOCATION_BYTES = 4096
 """PATH_MAX: no file has a longer path."""
 MAX_SHOWN = 100
@@ -129,6 +131,11 @@ def list_model_files(names: Iterable[str]) -> list[str]:
     return sorted(
         name for name in names if name.endswith(SUFFIX) and "/" not in name and not name.startswith(".")
     )
+
+
+def is_signature_beside(path: str) -> bool:
+    """Whether a path, relative to the model's folder, is that of a signature beside the model."""
+    return "/" not in path and path.endswith(SIGNATURE_SUFFIX)
 
 
 def list_model_folders(paths: Iterable[PurePosixPath]) -> list[PurePosixPath]:

@@ -6,6 +6,9 @@ Each call reads the file system and nothing is cached, so a version exists as so
 links are followed within the root. A model, version or model file behind a link that leaves the root does not
 exist; a version with any other such file is refused with `unsafe_file`.
 
+The signature bundle of a version (OpenSSF model signing) is a `*.sig` in its folder, or `<version>.sig`
+beside the folder. That one is a file of the version like those in the folder, with its name as path.
+
 The files of a version are read through one descriptor of its folder (`VersionFolder`). A path may lead
 elsewhere by the time it is opened, so a file is opened first (`O_PATH`, which reads nothing and waits for
 no FIFO), and then the open descriptor is asked what and where it is. A folder that is exchanged meanwhile
@@ -43,7 +46,7 @@ from runtime.errors import (
     UnknownModel,
     UnknownVersion,
 )
-from runtime.onnxfile import MODEL_FILE, SUFFIX, find_model_file, list_model_files
+from runtime.onnxfile import MODEL_FILE, SIGNATURE_SUFFIX, SUFFIX, find_model_file, list_model_files
 from runtime.timeouts import TimeoutExpired, timeout
 from runtime.wire import DATATYPES, MAX_DIMENSIONS, Count, FileNumber, Name, Tensor, Time
 
@@ -192,6 +195,11 @@ class FoundFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 SizedFile = FoundFile | LoadedFile
 """A file of a version as it is now, or as it was loaded: path, size and time are known of both."""
+
+
+def bundle_beside(folder: Path) -> Path:
+    """Return the path of the signature bundle beside a version's folder, whether or not it is there."""
+    return folder.with_name(f"{folder.name}{SIGNATURE_SUFFIX}")
 
 
 def check_model_id(model_id: str) -> str:
@@ -373,11 +381,14 @@ class Repository:
 
 
 class VersionFolder:
-    """An open folder of the repository; `open_folder` opens and closes it."""
+    """An open folder of the repository; `open_folder` opens and closes it.
 
-    def __init__(self, anchor: int, root: str) -> None:
-        self._anchor = anchor
-        self._root = root
+    `beside` is open, too: the folder that has the `bundle`, which is not `..` if the version is a link.
+    """
+
+    def __init__(self, anchor: int, beside: int, bundle: str, root: str) -> None:
+        self._anchor, self._beside = anchor, beside
+        self._bundle, self._root = bundle, root
 
     def stat_files(self) -> tuple[FoundFile, ...]:
         """Return the identity of each file, in order of their paths, without reading any.
@@ -432,22 +443,36 @@ class VersionFolder:
 
     def _walk(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield each file's path and status; a folder that several links lead to is visited once."""
+        if has_bundle := self._has_bundle():
+            seen = self._stat_path(self._bundle)
+            if stat.S_ISDIR(seen.st_mode):
+                reason = f"{self._bundle!r} beside the version is a folder: move it away"
+                raise LoadRefused("unsafe_file", reason)
+            yield self._bundle, seen
         pending, visited = [""], set[tuple[int, int]]()
         while pending:
             within = pending.pop()
             for name in self._list(within, visited):
                 path = f"{within}{name}"
-                descriptor = self._open_path(path)
-                try:
-                    seen = os.fstat(descriptor)
-                finally:
-                    os.close(descriptor)
+                if has_bundle and path == self._bundle:
+                    raise LoadRefused("unsafe_file", f"{path!r} is in the version and beside it: keep one")
+                seen = self._stat_path(path)
                 if stat.S_ISDIR(seen.st_mode):
                     pending.append(f"{path}/")
                 else:
                     yield path, seen
             if len(visited) > MAX_FILES:
                 raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} folders")
+
+    def _has_bundle(self) -> bool:
+        return _mode_of(self._bundle, self._beside) != 0
+
+    def _stat_path(self, path: str) -> os.stat_result:
+        descriptor = self._open_path(path)
+        try:
+            return os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _list(self, within: str, visited: set[tuple[int, int]]) -> list[str]:
         """Return the names in a folder, sorted; none if it was visited before."""
@@ -469,13 +494,14 @@ class VersionFolder:
 
     def _open_path(self, path: str) -> int:
         """Open a file or folder without reading it, and check what it is and where it lies."""
+        within = self._beside if path == self._bundle and self._has_bundle() else self._anchor
         try:
             path.encode()
-            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=self._anchor)
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=within)
         except UnicodeEncodeError:
             raise LoadRefused("unsafe_file", f"{path!r} has a name that is not UTF-8") from None
         except OSError as error:
-            if error.errno == errno.ENOENT and self._is_link(path):
+            if error.errno == errno.ENOENT and stat.S_ISLNK(_mode_of(path, within)):
                 raise LoadRefused("unsafe_file", f"{path!r} is a link that leads nowhere") from None
             _refuse(path, error)
         try:
@@ -485,12 +511,6 @@ class VersionFolder:
             os.close(descriptor)
             raise
         return descriptor
-
-    def _is_link(self, path: str) -> bool:
-        try:
-            return stat.S_ISLNK(os.stat(path, dir_fd=self._anchor, follow_symlinks=False).st_mode)
-        except OSError:
-            return False
 
     def _check_place(self, path: str, descriptor: int) -> None:
         place = _place_of(descriptor)
@@ -511,19 +531,25 @@ def open_folder(root: Path, folder: Path) -> Iterator[VersionFolder]:
         RepositoryUnreadable: `repository_unreadable`.
     """
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-    try:
-        top = os.open(root, flags)
+    with ExitStack() as stack:
         try:
+            stack.callback(os.close, top := os.open(root, flags))
+            stack.callback(os.close, beside := os.open(folder.parent, flags))
+            stack.callback(os.close, anchor := os.open(folder.name, flags, dir_fd=beside))
             place = _place_of(top)
-        finally:
-            os.close(top)
-        anchor = os.open(folder, flags)
-    except OSError as error:
-        _refuse("the version's folder", error)
+        except OSError as error:
+            _refuse("the version's folder", error)
+        yield VersionFolder(anchor, beside, bundle_beside(folder).name, place)
+
+
+def _mode_of(path: str, within: int) -> int:
+    """Return the mode of what has a path, without following a link; 0 if nothing has."""
     try:
-        yield VersionFolder(anchor, place)
-    finally:
-        os.close(anchor)
+        return os.stat(path, dir_fd=within, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        _refuse(path, error)
 
 
 def _stat_after_tick(folder: VersionFolder) -> tuple[FoundFile, ...]:

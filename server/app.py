@@ -17,15 +17,18 @@ from functools import partial
 from pathlib import Path
 
 from aiohttp import web
+from msgspec import UNSET
 
 from events.audit.kepthead import HeadKeeper, find_rollback
-from events.commands import Receipt, RequestLoad
+from events.clock import uuid7
+from events.commands import Receipt, Record, RequestLoad
 from events.errors import LedgerProblem, RolledBack
 from events.log import Log
+from events.policy.rules import LoadPolicy
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
 from events.sqlite.timetravel import NOTE_EVERY_S
-from events.types import Cause, RollbackAccepted, contents_of, digest_of
+from events.types import SYSTEM, Cause, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
 from nodes import routes as node_routes
 from nodes.forwarding import open_forwarder
 from nodes.thisnode import THIS_NODE, ThisNode
@@ -47,6 +50,7 @@ from runtime.store.store import Store
 from runtime.store.versions import Versions
 from runtime.uploads.commit import Uploads
 from server.api import (
+    approvals,
     events,
     health,
     jobs,
@@ -110,7 +114,7 @@ from server.observability.timeseries import TimeSeries, record
 from server.routing import Route, add_routes
 from server.v2 import inference, metadata
 from server.v2 import repository as v2_repository
-from server.v2.ondemand import OnDemand
+from server.v2.ondemand import OnDemand, check_approved
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +129,7 @@ def all_routes(metrics_access: str = "token") -> list[Route]:
         *loads.routes,
         *versions.routes,
         *jobs.routes,
+        *approvals.routes,
         *resources.routes,
         *node_routes.routes,
         *overview_routes(node_routes.describe_nodes, node_routes.NodeSchema()),
@@ -210,6 +215,11 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
             f"--ledger: {keys_folder(data)} has no key, and nodes know each other by keys that they share: "
             f"copy the folder from another node; `loadledger key rotate --data {data}` makes the first one"
         )
+    if app[CONFIG].policy != LoadPolicy() and not app[CONFIG].has_store:
+        raise ConfigError(
+            "--store-size: a policy checks the private copies that models load from, and off makes none:"
+            " give the store a size"
+        )
     await asyncio.to_thread(ensure_data_dir, data)
     with lock_data(data), lock_ledger(data / LEDGER):
         if address is None:
@@ -256,6 +266,7 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
         app[PROVER] = prover = await open_prover(data, log.path)
         app[HEAD_KEEPER] = keeper = HeadKeeper(data)
         started = await _begin(app, node)
+        await _record_policy(app)
         if rollback is not None:
             await log.rollback_accepted(rollback[0])
         await keeper.keep(prover.head(log))
@@ -294,6 +305,14 @@ async def _begin(app: web.Application, node: ThisNode | None) -> Receipt:
     )
     app[THIS_NODE] = app[CLUSTER] = node
     return receipt
+
+
+async def _record_policy(app: web.Application) -> None:
+    """Record the policy for loads if it is another one than at the last start."""
+    log, policy, node_id = app[LOG], app[CONFIG].policy, _node_id(app)
+    if log.state.registers.find_policy(node_id) != policy:
+        data = PolicyInForce(policy, UNSET if node_id is None else node_id)
+        await log.submit(Record((Draft(uuid7(), data, SYSTEM),)))
 
 
 async def _check_rollback(data: Path, *, accepts_rollback: bool) -> tuple[RollbackAccepted, str] | None:
@@ -352,6 +371,7 @@ def _policy(config: Config, limit_bytes: int) -> Policy:
         evicts=config.evict == "idle",
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
+        loads=config.policy,
     )
 
 
@@ -468,7 +488,9 @@ def _node_id(app: web.Application) -> str | None:
 def _on_demand(app: web.Application) -> OnDemand:
     async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
         asked = {} if version is None else {"version": version}
-        return replace(await make_load_command(app, model_id, asked, subject), cause=Cause.DEMAND)
+        command = await make_load_command(app, model_id, asked, subject)
+        check_approved(command, app[CONFIG].policy.of(model_id), app[LOG].state.models.get(model_id))
+        return replace(command, cause=Cause.DEMAND)
 
     return OnDemand(
         log=app[LOG],

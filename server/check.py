@@ -14,15 +14,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
 from msgspec import structs
 
-from events.clock import uuid7
-from events.types import LoadParameters
+from events.clock import format_timestamp, utc_now, uuid7
+from events.errors import LedgerProblem
+from events.models import Model
+from events.policy.bundles import MAX_BYTES
+from events.policy.checks import CheckInput
+from events.policy.rules import LoadPolicy, ModelRules
+from events.sqlite.datalock import LEDGER
+from events.sqlite.queries import read_state
+from events.sqlite.readonly import open_read_only
+from events.sqlite.schema import begin_reading
+from events.types import LoadedFile, LoadParameters, contents_of, digest_of
 from runtime.cgroups import count_usable_cpus
+from runtime.consumer.checks import CheckedVersion, check_contents
 from runtime.errors import ForkServerUnavailable, RuntimeProblem, UnknownModel, UnknownVersion
 from runtime.memory import MemoryUnknown, find_memory_limit
 from runtime.onnxfile import describe_foreign_content, read_head
@@ -31,6 +42,8 @@ from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, InvalidDefaults, Repository, SizedFile, defaults_name, read_warm_up
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.estimates import estimate_memory
+from runtime.store.folder import STORE
+from runtime.store.store import Store
 from runtime.store.versions import Versions
 from runtime.wire import Load, Tensor
 from server.api.loads import default_parameters
@@ -286,6 +299,100 @@ def _check_hard_links(place: str, linked: Sequence[str]) -> Iterator[CheckFindin
             " one of those can change the version without access to this folder; copy files, do not link them"
         )
         yield CheckFinding(place, "hard_link", text, Severity.NOTE)
+
+
+def check_policy(config: Config, result: CheckResult) -> None:
+    """Check each model against its rules: a load of its highest version today, and a reload after a restart.
+
+    The ledger in the data directory says what was verified, approved and loaded; signatures of nodes in it
+    are taken as good.
+    """
+    if config.policy == LoadPolicy():
+        return
+    if not config.has_store:
+        text = "is off, so the server does not start: a policy checks private copies, from which models load"
+        result.findings.append(CheckFinding("--store-size", "policy_needs_store", text))
+        return
+    repository, models = Repository(config.repository), _read_models(config, result)
+    names = {*models}
+    with suppress(OSError):  # `check_repository` says that it cannot be listed
+        names |= {*repository.models()}
+    for model_id in sorted(names):
+        if (rules := config.policy.of(model_id)) is not None:
+            result.findings += _check_rules(config, repository, model_id, rules, models.get(model_id))
+
+
+def _read_models(config: Config, result: CheckResult) -> Mapping[str, Model]:
+    """Return the models of the ledger in the data directory; none without a ledger."""
+    if not (config.data / LEDGER).exists():
+        return {}
+    try:
+        with open_read_only(config.data / LEDGER) as ledger:
+            begin_reading(ledger)
+            return read_state(ledger).models
+    except (LedgerProblem, ValueError) as error:
+        result.findings.append(CheckFinding("--data", getattr(error, "code", "ledger_damaged"), str(error)))
+        return {}
+
+
+def _check_rules(
+    config: Config, repository: Repository, model_id: str, rules: ModelRules, model: Model | None
+) -> Iterator[CheckFinding]:
+    """Yield what the rules do to the highest version, and what they refuse of what the model serves."""
+    serving, highest = None if model is None else model.serving, list[int]()
+    with suppress(RuntimeProblem):  # the repository does not have it any more
+        highest = repository.versions(model_id)[-1:]
+    trust = [f"[[trust]] {' '.join(rule.models)} ({rule.mode})" for rule in rules.trust]
+    under = ", ".join([*trust, *(f"[[approval]] {' '.join(rule.models)}" for rule in rules.approval)])
+    for version, loaded in [
+        *((number, None) for number in highest),
+        *([(serving.version, serving.files)] if serving is not None and rules.trust else []),
+    ]:
+        place, is_reload = f"{model_id}/{version}", loaded is not None
+        try:
+            contents = contents_of(loaded or asyncio.run(_hash_version(repository, model_id, version)))
+            read = partial(_read_bundle, config, digest_of(contents), model_id, version)
+            now = format_timestamp(utc_now())
+            given = CheckInput(rules, model_id, model, contents, read, now, is_reload, lambda *_: True)
+            seen = check_contents(given, version)
+        except (RuntimeProblem, OSError) as problem:
+            text = f"cannot be checked under {under}: {problem}"
+            yield CheckFinding(place, getattr(problem, "code", "unreadable"), text, Severity.NOTE)
+            continue
+        if seen.problem is not None:
+            fate = "is loaded, and would not be loaded again after a restart" if loaded else "would not load"
+            yield CheckFinding(place, seen.problem.code, f"{fate}, under {under}: {seen.problem.message}")
+        elif loaded is None:
+            code = (None if seen.signature is None else seen.signature.problem) or "policy"
+            text = f"under {under}: {_describe_outcome(seen, rules)}"
+            yield CheckFinding(place, code, text, Severity.NOTE)
+
+
+async def _hash_version(repository: Repository, model_id: str, version: int) -> tuple[LoadedFile, ...]:
+    async with Versions(repository, None).version(model_id, version) as files:
+        await files.hash()
+        return files.loaded_files
+
+
+def _read_bundle(config: Config, digest: str, model_id: str, version: int, path: str) -> bytes:
+    """Read a file of a version from the store, or else from the repository."""
+    stored = Store(config.data / STORE).folder_of(digest) / path
+    with suppress(OSError), stored.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
+    with (
+        Repository(config.repository).open_version(model_id, version) as (folder, _),
+        folder.open_file(path) as descriptor,
+        open(descriptor, "rb", closefd=False) as file,
+    ):
+        return file.read(MAX_BYTES + 1)
+
+
+def _describe_outcome(seen: CheckedVersion, rules: ModelRules) -> str:
+    signature, signed = seen.signature, "no signature is needed"
+    if signature is not None:
+        by = f"verified, by {signature.method} {signature.signer}"
+        signed = f"its signature is {by if signature.method else 'not verified, which lets it load'}"
+    return f"{signed}; approvals by other persons: {rules.approvals}, {seen.approval.replace('_', ' ')}"
 
 
 def check_workers(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from events.types import NodeSignature, Sign
 from runtime.router import There
 from runtime.wire import Buffer
 from server.appkeys import BODIES, ROUTER
@@ -82,6 +83,9 @@ class Cluster(Protocol):
     def describe(self) -> Sequence[Mapping[str, Any]]:
         """Return all servers as this one knows them."""
 
+    def sign(self, statement: bytes) -> NodeSignature:
+        """Sign what this server says of an approval (`events.approvals`), so that the others believe it."""
+
 
 CLUSTER: web.AppKey[Cluster] = web.AppKey("cluster")
 """This server as one of several, once it has joined; a server alone is none."""
@@ -108,3 +112,8 @@ def forwardable(handler: Handler) -> Handler:
         return response
 
     return answer
+
+
+def signer_of(app: web.Application) -> Sign | None:
+    """Return what signs for this server what a person says; None if it is alone with its ledger."""
+    return None if (cluster := app.get(CLUSTER)) is None else cluster.sign

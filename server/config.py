@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from marshmallow import ValidationError, validate
 
+from events.policy.rules import LoadPolicy
 from runtime.fetch.sources import parse_allowed
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.stage import UploadPolicy, Writable
@@ -434,6 +435,9 @@ class Config:
         "Access to /metrics: token (of any role), or open (no token).",
         validate.OneOf(("token", "open")),
     )
+
+    policy: LoadPolicy = field(default_factory=LoadPolicy)
+    """The rules for loads; the tables of the file have them, and no option."""
 
     # Limits whose best value is known: constants for users, which tests make shorter.
     loads_at_once: int = 0

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 from marshmallow import ValidationError, fields
 
+from events.policy.rules import LoadPolicy
 from server.config import PREFIX, ConfigError, Setting, settings
+from server.policy import TABLES, read_policy
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +70,9 @@ def read_settings(
     """
     file, mistakes = _read_file(flags.get("config"), environment)
     values: dict[str, Any] = {}
+    if tables := {name: file[name] for name in TABLES if name in file}:
+        values["policy"], wrong = _read_policy(tables)
+        mistakes += wrong
     for setting in settings():
         given = _find(setting, flags, environment, file)
         if setting.folder is None:
@@ -100,6 +105,14 @@ def raise_mistakes(mistakes: Sequence[Mistake]) -> None:
     """
     if mistakes:
         raise ConfigError("\n".join(f"{place}: {text}" for place, text in mistakes))
+
+
+def _read_policy(tables: Mapping[str, _Given]) -> tuple[LoadPolicy, list[Mistake]]:
+    """Return the policy, with the rules that have no mistake."""
+    [folder] = {given.folder or Path() for given in tables.values()}
+    policy, wrong = read_policy({name: given.value for name, given in tables.items()}, folder)
+    places = {name: given.place.removesuffix(name) for name, given in tables.items()}
+    return policy, [Mistake(places[place.partition("[")[0]] + place, text) for place, text in wrong]
 
 
 def _find(
@@ -149,7 +162,7 @@ def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[s
     except (ValueError, RecursionError) as error:  # or not UTF-8, or the path has a NUL
         return {}, [Mistake(source, f"{name!r:.200} is not TOML: {error}")]
     file = {key: _Given(f"{path}{_line(text, key)}: {key}", document[key], path.parent) for key in document}
-    known = {setting.name for setting in settings()}
+    known = {*(setting.name for setting in settings()), *TABLES}
     return file, [_unknown_key(key, file[key], known) for key in file if key not in known]
 
 

@@ -29,10 +29,14 @@ class Access(Enum):
     """Roles that may call a route: any of the value; PUBLIC needs no token. Its limit follows from them."""
 
     PUBLIC = frozenset[str]()
-    ANY = frozenset({"admin", "predict", "audit"})
+    ANY = frozenset({"admin", "predict", "audit", "approve", "emergency"})
     ADMIN = frozenset({"admin"})
     PREDICT = frozenset({"predict", "admin"})
     AUDIT = frozenset({"audit", "admin"})
+    APPROVE = frozenset({"approve"})
+    VERIFY = frozenset({"admin", "audit", "approve"})
+    EMERGENCY = frozenset({"emergency"})
+    """Of a load's `emergency`, beside `ADMIN`."""
 
 
 @dataclass(frozen=True, slots=True)

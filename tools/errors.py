@@ -26,6 +26,21 @@ ADVICE: Mapping[str, str] = {
     "model_changed": "The files changed while they were copied. Load again when they are complete.",
     "unsafe_file": "Replace links out of the repository, external data outside the folder, pipes and"
     " devices; use fewer files or shorter names if the message says so.",
+    "signature_invalid": "`detail` says what is wrong with the version's `*.sig`: replace it, or remove it.",
+    "signature_missing": "Sign the version, and put the bundle beside it, as `VERSION.sig`, or into it.",
+    "signature_untrusted": "Sign with a key or certificate of the policy; `detail` names the signer.",
+    "signature_mismatch": "`detail` names the first file that differs. Sign the version as it is now, or"
+    " restore what was signed.",
+    "signature_unsupported": "Sign again in the form that `detail` names.",
+    "policy_differs": "Load again: the rules under which the load was accepted are in force no more.",
+    "approval_void": "Load again, to ask once more: `detail` says what changed since approval was asked.",
+    "approval_expired": "Load again, to ask once more; `expires` in the policy says how long a load waits.",
+    "approval_required": "Load the model, with a request of its own, and have another person approve it.",
+    "rejected": "The message has the reason of who rejected it.",
+    "same_person": "Ask another person with the role `approve`. Who asked for the load can cancel it.",
+    "emergency_forbidden": "Ask for approval, or let the operator set `emergency = true` in the rule.",
+    "not_waiting": "`loadledger job JOB` shows how the job is.",
+    "digest_differs": "Look at the job's files again, and answer with the digest that it has now.",
     "not_encodable": "The message names the value. Rename files whose names are no text, or report a bug.",
     "bytes_gone": "A reload takes the bytes that served before, and neither the store nor the repository has"
     " them. Load the model again to use what the repository has now.",

@@ -1,6 +1,7 @@
 """The reference page of the events, from their types."""
 
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from types import UnionType
 from typing import Any, get_type_hints
 
@@ -9,6 +10,7 @@ from msgspec import NODEFAULT, UNSET, Struct, UnsetType
 from msgspec.structs import FieldInfo, fields
 
 from events.eventtext import EVENT_TEXTS
+from events.policy.rules import ApprovalRule, LoadPolicy, TrustedCertificates, TrustRule
 from events.types import (
     SCHEMA,
     SYSTEM,
@@ -16,10 +18,15 @@ from events.types import (
     AddedFile,
     Cause,
     Confinement,
+    Credential,
     Durations,
     FileHash,
     Idempotency,
+    Justification,
+    LoadApproval,
     LoadedFile,
+    LoadSignature,
+    NodeSignature,
     Prepared,
     Provenance,
 )
@@ -40,6 +47,9 @@ BY: Mapping[str, str] = {
     "SignInLinkUsed": "who asked for the link",
     "NodeDraining": "the caller",
     "EventsDiscarded": "`local:USER`, who ran `loadledger discard` as the ledger's owner",
+    "LoadApproved": "the caller, who did not ask for the load",
+    "LoadRejected": "the caller, who did not ask for the load",
+    "ApprovalBypassed": "who asked for the load",
     "AccessDenied": f"the refused subject; `{SYSTEM}` with the action `other` for those beyond the limit"
     f" of events",
 } | dict.fromkeys(
@@ -62,6 +72,9 @@ BY: Mapping[str, str] = {
         "LoadPlaced",
         "AddStarted",
         "AddFailed",
+        "ApprovalAsked",
+        "ApprovalExpired",
+        "PolicyInForce",
     ),
     f"`{SYSTEM}`",
 )
@@ -94,7 +107,11 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 }
 """The members of every event."""
 
-_PARTS = (LoadedFile, AddedFile, Provenance, Prepared, Durations, Confinement, FileHash, Idempotency)
+_PARTS = (
+    *(LoadedFile, AddedFile, Provenance, Prepared, Durations, Confinement, FileHash, Idempotency),
+    *(Credential, Justification, LoadSignature, LoadApproval, NodeSignature),
+    *(LoadPolicy, TrustRule, TrustedCertificates, ApprovalRule),
+)
 _HEAD = f"""\
 # Events
 
@@ -167,7 +184,9 @@ def _missing(member: FieldInfo) -> str:
         return ""
     if member.default is UNSET:
         is_list = _type(member.type).startswith("list")
-        return "missing if empty" if is_list else "missing in a ledger without nodes"
+        is_of_nodes = member.name.startswith("node")
+        others = "missing in a ledger without nodes" if is_of_nodes else "may be missing"
+        return "missing if empty" if is_list else others
     return f"if missing: {msgspec.json.encode(member.default).decode()}"
 
 
@@ -182,6 +201,8 @@ def _type(hint: Any) -> str:
         return f"list of {_type(arguments[0])}"
     if hint is Cause:
         return "a [cause](#causes)"
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return "one of " + ", ".join(f"`{value}`" for value in hint)
     return _WORDS.get(hint) or f"[{hint.__name__}](#{slug(hint.__name__)})"
 
 

@@ -8,6 +8,7 @@ A file that cannot be read or written raises OSError. Nothing here knows SQL: le
 functions of `events.sqlite`. `CheckedFold` and `export_rows` take the rows of any log.
 
 - `verify`: the chain, the events, the base, and the stored projections against the fold
+- `policy`: loads against the rules for signatures and approvals; add a new rule about loads here
 - `audit`: one result for the command `verify`; add a new check of the whole file here
 - `export`, `exportreader`, `signing`: formats, their verification, the signed head
 - `archive`, `replay`: moving events away; the state at any moment, from archives, too

@@ -1,4 +1,4 @@
-"""Verification of a ledger: the hash chain, the events, the base, and the stored projections against a fold.
+"""Verification of a ledger: the chain, the events, the base, its loads, and the stored projections.
 
 The log is read once, in order. The result names the first position that is wrong, as a `Finding`.
 """
@@ -6,7 +6,7 @@ The log is read once, in order. The result names the first position that is wron
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
@@ -14,6 +14,7 @@ from pathlib import Path
 from sys import getsizeof
 from typing import TypeVar
 
+from events.audit.policy import PolicyAudit, Remark
 from events.codec import GENESIS, CanonicalCheck, decode_event
 from events.jobs import Job
 from events.models import Model
@@ -53,6 +54,7 @@ class FindingKind(StrEnum):
     DAMAGED = "damaged"
     EXPECTATION = "expectation"
     SIGNATURE = "signature"
+    POLICY = "policy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Verification:
         compared: False if there are no stored projections to compare, or if another release's folds made
             them: then they are rebuilt before anything uses them.
         hashes: of the watched positions.
+        remarks: what an auditor should know of loads though it is no finding, up to `MAX_REMARKS`.
     """
 
     events: int
@@ -89,6 +92,7 @@ class Verification:
     finding: Finding | None
     compared: bool = True
     hashes: Mapping[int, bytes] = field(default_factory=dict, compare=False)
+    remarks: Sequence[Remark] = ()
 
     @property
     def verified(self) -> bool:
@@ -127,6 +131,7 @@ class CheckedFold:
     Attributes:
         hashes: of the watched positions that the fold has passed.
         stored: the stored projections to compare with as the fold reaches them, or None.
+        policy: checks loads against the rules of their day; not of events that are not applied.
     """
 
     def __init__(
@@ -136,6 +141,8 @@ class CheckedFold:
         self.stored: StoredProjections | None = None
         self.entities = Entities(state.models.values(), state.unended(), state.registers)
         self._apply = self.entities.apply if applies else _ignore
+        self.policy = PolicyAudit(self.entities)
+        self._checks = self.policy.checks if applies else {}
         self._behind = dict[str, list[Job]]()
         for job in state.jobs.values():
             if job.ended:
@@ -237,19 +244,22 @@ class CheckedFold:
             yield event
 
     def _fold_events(self, found: Iterable[tuple[RawRow, Event]]) -> Iterator[Job]:
-        apply, models = self._apply, self.entities.models
+        apply, models, checks = self._apply, self.entities.models, self._checks
         for (position, _, digest), event in found:
             if event.recorded_at < self.recorded_at:
                 raise VerificationError(
                     position, "it was recorded before the one before it", FindingKind.ORDER
                 )
-            before = models.get(event.model_id or "")
+            before, check = models.get(event.model_id or ""), checks.get(type(event.data))
             try:
-                ended = apply(event)
+                problem = None if check is None else check(event, event.data)
+                ended = apply(event) if problem is None else None
             except Exception as error:  # noqa: BLE001 - as above
                 raise VerificationError(
                     position, f"the body is not an event: {error!r}", FindingKind.EVENT
                 ) from None
+            if problem is not None:
+                raise VerificationError(position, problem, FindingKind.POLICY)
             self.position, self.hash, self.recorded_at = position, digest, event.recorded_at
             if type(event.data) in OF_NO_MODEL:
                 common = self.entities.common
@@ -262,7 +272,9 @@ class CheckedFold:
     def result(self, base: Anchor, finding: Finding | None, *, compared: bool) -> Verification:
         """Return the result for a ledger with this base."""
         events = max(0, self.position - base.position)
-        return Verification(events, self.position, self.hash, finding, compared, self.hashes)
+        return Verification(
+            events, self.position, self.hash, finding, compared, self.hashes, tuple(self.policy.remarks)
+        )
 
 
 def _ignore(_: Event) -> None:

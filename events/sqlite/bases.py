@@ -1,7 +1,8 @@
 """The base of a log, with the state there: moved by archiving, and as plain values.
 
 Archiving removes the events before it (`events.audit.archive` decides and proves); the stored state stands
-for them: all models, unended jobs, tokens and nodes, and the ended loads that models serve from or return to.
+for them: all models, unended jobs, tokens, nodes and policies, and the ended loads that models serve from or
+return to.
 A replica whose database has archived events begins with the values of a base.
 """
 
@@ -167,6 +168,7 @@ def state_at_base(stored: StoredBase) -> State:
         stored.bodies("job"),
         tokens=stored.bodies("token"),
         nodes=stored.bodies("node"),
+        policies=stored.bodies("policy"),
     )
 
 
@@ -177,6 +179,7 @@ def entities_of(state: State) -> tuple[BaseEntity, ...]:
         *(BaseEntity("job", f"{job.created_position:019d}", as_text(job)) for job in state.jobs.values()),
         *(BaseEntity("token", token.id, as_text(token)) for token in state.registers.tokens.values()),
         *(BaseEntity("node", node.id, as_text(node)) for node in state.registers.nodes.values()),
+        *(BaseEntity("policy", policy.id, as_text(policy)) for policy in state.registers.policies.values()),
     )
 
 

@@ -12,11 +12,10 @@ from itertools import chain
 from events.history import UNSHOWN, encode_row, find_landmark, make_row
 from events.jobs import Job
 from events.models import Model
-from events.nodes import Node
 from events.presence import Transition, transitions_at_base
+from events.registers import RegisterMap
 from events.sqlite.queries import as_bytes
 from events.state import Entities
-from events.tokens import Token
 from events.types import Event
 
 _Row = tuple[object, object, object, object, int]
@@ -41,9 +40,7 @@ class StoredProjections:
             problem = problem or self._compare_table(table, entries)
         return (position, problem) if problem else self.history.find_surplus(position)
 
-    def _compare_table(
-        self, table: str, folded: Mapping[str, Model] | Mapping[str, Token] | Mapping[str, Node]
-    ) -> str | None:
+    def _compare_table(self, table: str, folded: Mapping[str, Model] | RegisterMap) -> str | None:
         expected = {key.encode(): entity for key, entity in folded.items()}
         for key, body, is_text in self._connection.execute(
             f"SELECT id, body, typeof(id) = 'text' AND typeof(body) = 'text' FROM {table}"  # noqa: S608 - literals above

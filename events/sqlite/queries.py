@@ -16,7 +16,7 @@ from events.history import find_landmark
 from events.jobs import Job, JobStatus
 from events.models import Model
 from events.nodes import Node
-from events.registers import RegisterChanges, Registers
+from events.registers import RecordedPolicy, RegisterChanges, RegisterEntry, Registers
 from events.sqlite import history
 from events.state import Changes, Join, KnownKey, State, read_key
 from events.storage import LogHead, Row
@@ -133,7 +133,9 @@ def read_state(connection: sqlite3.Connection) -> State:
     )
     tokens = connection.execute("SELECT body FROM tokens")
     nodes = connection.execute("SELECT body FROM nodes")
-    return make_state(position, read_head(connection).recorded_at, models, jobs, tokens=tokens, nodes=nodes)
+    policies = connection.execute("SELECT body FROM policies")
+    recorded_at = read_head(connection).recorded_at
+    return make_state(position, recorded_at, models, jobs, tokens=tokens, nodes=nodes, policies=policies)
 
 
 def make_state(
@@ -144,19 +146,23 @@ def make_state(
     *,
     tokens: Iterable[tuple[str]],
     nodes: Iterable[tuple[str]],
+    policies: Iterable[tuple[str]],
 ) -> State:
     """Return the state of what is stored; raise ValueError if a part of it is damaged."""
     stored_models = [as_model(body) for (body,) in models]
     stored_jobs = [as_job(body) for (body,) in jobs]
     stored_tokens = [as_token(body) for (body,) in tokens]
     stored_nodes = [as_node(body) for (body,) in nodes]
+    stored_policies = [as_policy(body) for (body,) in policies]
     return State(
         position,
         recorded_at,
         {model.id: model for model in stored_models},
         {job.id: job for job in stored_jobs},
         registers=Registers(
-            {token.id: token for token in stored_tokens}, {node.id: node for node in stored_nodes}
+            {token.id: token for token in stored_tokens},
+            {node.id: node for node in stored_nodes},
+            {policy.id: policy for policy in stored_policies},
         ),
     )
 
@@ -382,11 +388,11 @@ def store_registers(connection: sqlite3.Connection, registers: RegisterChanges) 
         )
 
 
-def as_text(entity: Job | Model | Token | Node) -> str:
+def as_text(entity: Job | Model | RegisterEntry) -> str:
     return as_bytes(entity).decode()
 
 
-def as_bytes(entity: Job | Model | Token | Node) -> bytes:
+def as_bytes(entity: Job | Model | RegisterEntry) -> bytes:
     return _ENCODER.encode(entity)
 
 
@@ -395,5 +401,6 @@ as_job = msgspec.json.Decoder(Job).decode
 as_model = msgspec.json.Decoder(Model).decode
 as_token = msgspec.json.Decoder(Token).decode
 as_node = msgspec.json.Decoder(Node).decode
+as_policy = msgspec.json.Decoder(RecordedPolicy).decode
 
 _ENCODER = msgspec.json.Encoder(order="sorted")

@@ -68,7 +68,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
 
 def _fold_anew(connection: sqlite3.Connection) -> None:
     state = load_base_state(connection)
-    for table in ("jobs", "models", "tokens", "nodes", "model_history", "presence"):
+    for table in ("jobs", "models", "tokens", "nodes", "policies", "model_history", "presence"):
         connection.execute(f"DELETE FROM {table}")  # noqa: S608 - literals above
     connection.execute(
         "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, ?, ?)",
@@ -135,6 +135,7 @@ def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Itera
         ("jobs", "id, body, landmark"),
         ("tokens", "id, body"),
         ("nodes", "id, body"),
+        ("policies", "id, body"),
     ):
         walk = f"SELECT {columns} FROM {table} ORDER BY 1"  # noqa: S608 - literals above
         old, new = before.execute(walk), after.execute(walk)

@@ -44,7 +44,7 @@ def token() -> None:
     "--role",
     "roles",
     multiple=True,
-    type=click.Choice(["admin", "predict", "audit"]),
+    type=click.Choice(["admin", "predict", "audit", "approve", "emergency"]),
     envvar="LOADLEDGER_ROLE",
     required=True,
     help="May be repeated.",

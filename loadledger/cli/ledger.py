@@ -66,6 +66,9 @@ def verify(
     or, with --expect, that one. If events were archived, give all archives with --archive: the proof then
     begins with the first event, and has to come to the state that the ledger stored at its base.
 
+    A load under the operator's policy is checked again: its signature, and who approved it. Remarks are no
+    findings: they name, for example, approvals that were bypassed.
+
     Each FILE, a jsonl export or an archive, is verified by itself: its chain and its signed head. With
     --data, its events are also compared with the ledger's. Use --key to check who signed.
 

@@ -27,6 +27,7 @@ SECTIONS = {
         "unload": "loadledger.cli.jobs:unload",
         "models": "loadledger.cli.models:models",
         "show": "loadledger.cli.models:show",
+        "verify-model": "loadledger.cli.models:verify_model",
         "infer": "loadledger.cli.infer:infer",
         "resources": "loadledger.cli.models:resources",
         "top": "loadledger.cli.top:top",
@@ -35,6 +36,8 @@ SECTIONS = {
         "jobs": "loadledger.cli.jobs:jobs",
         "job": "loadledger.cli.jobs:job",
         "cancel": "loadledger.cli.jobs:cancel",
+        "approve": "loadledger.cli.jobs:approve",
+        "reject": "loadledger.cli.jobs:reject",
         "events": "loadledger.cli.events:events",
     },
     "Nodes that share a ledger": {

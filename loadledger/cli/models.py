@@ -1,7 +1,8 @@
-"""`loadledger models | add | rm | resources`: models and their states; the memory budget and its use."""
+"""`loadledger models | show | verify-model | add | rm | resources`: models, versions, memory budget."""
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import msgspec
 
 from loadledger.cli import options, output
 from loadledger.cli.completion import models_of_server
-from loadledger.cli.jobs import report_job, report_request, wait_until_ended
+from loadledger.cli.jobs import describe_signature, report_job, report_request, wait_until_ended
 from loadledger.cli.output import format_cell, format_size, format_table, to_printable
 from loadledger.cli.snippets import DATATYPES, describe_guess, format_infer
 from loadledger.errors import ClientProblem
@@ -87,6 +88,39 @@ def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoi
     output.print_result(shown, _details(shown, where.words), as_json=as_json)
 
 
+@click.command("verify-model")
+@click.argument("model", metavar="MODEL[/VERSION]", shell_complete=models_of_server)
+@options.json_option
+@options.server_options
+def verify_model(model: str, *, as_json: bool, where: options.ServerChoice) -> None:
+    """Hash a version and check its signature; nothing is loaded.
+
+    It says what the policy would do to a load of it now. VERSION is by default the highest. Your token needs
+    one of the roles admin, audit and approve.
+
+    Exit code: 0 if the policy lets it load, 1 if not, 2 if it cannot be checked.
+    """
+    model_id, slash, version = model.partition("/")
+    if slash and not re.fullmatch("[1-9][0-9]{0,17}", version):
+        raise click.UsageError(f"{version!r} is no version: give MODEL, or MODEL/VERSION such as digits/2")
+    with options.open_chosen_client(where) as client:
+        found = client.verify_model(model_id, int(version) if slash else None)
+    output.print_result(found, _verified_lines(found), as_json=as_json)
+    sys.exit(0 if found.problem is None else output.NEGATIVE_RESULT)
+
+
+def _verified_lines(found: Any) -> Iterator[str]:
+    yield f"{to_printable(found.model_id)} version {found.version}: digest {to_printable(found.digest)}"
+    facts = {
+        "signature": found.signature and describe_signature(found.signature),
+        "approval": found.approval.replace("_", " "),
+        "problem": found.problem and f"{found.problem.code}: {found.problem.message}",
+    }
+    yield from output.format_facts(facts)
+    for file in found.files:
+        yield f"  {format_cell(file.path)}: sha256 {format_cell(file.sha256)}"
+
+
 def _row(model: Any) -> tuple[str, ...]:
     version = output.NOTHING if model.version is None else str(model.version)
     if model.next_version is not None:
@@ -114,6 +148,7 @@ def _versions(versions: list[int] | None) -> str:
 
 def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
     yield f"{format_cell(model.id)}: {output.format_state(model.state)}{', active' if model.active else ''}"
+    rules, passed = model.policy, model.approval
     facts = {
         "version": model.version,
         "next version": model.next_version,
@@ -130,6 +165,10 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "node": model.node,
         "job": model.job_id,
         "position": model.position,
+        "policy": rules
+        and f"signature {rules.trust or 'off'}, {output.count_of(rules.approvals, 'approval')}",
+        "signature": model.signature and describe_signature(model.signature),
+        "approval": passed and output.with_names(passed.result.replace("_", " "), passed.by),
         "prepared": model.prepared and f"sha256 {model.prepared.sha256}",
         "error": model.error and f"{model.error.code}: {model.error.message}",
         "server": model.server and format_presence(model.server),
@@ -217,6 +256,11 @@ class _FileOrSource(click.Path):
 @click.argument("source", type=_FileOrSource(path_type=Path, exists=True), metavar="FILE|DIR|SOURCE")
 @options.int_option("--version", "-v", metavar="N", text="Version; default: the highest plus 1.")
 @click.option("--load", "loads", is_flag=True, help="Load it, and wait.")
+@click.option(
+    "--signature",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Signature of a FILE or DIR (OpenSSF model signing); it becomes a file of the version.",
+)
 @click.option("--digest", metavar="sha256:HEX", help="SHA-256 that a SOURCE must have; https:// needs it.")
 @options.int_option("--timeout-s", metavar="SECONDS", text="Limit of an add from a SOURCE.")
 @click.option("--wait/--no-wait", default=True, help="Wait for a SOURCE; Ctrl-C leaves the add running.")
@@ -228,6 +272,7 @@ def add(
     *,
     version: int | None,
     loads: bool,
+    signature: Path | None,
     wait: bool,
     as_json: bool,
     where: options.ServerChoice,
@@ -247,11 +292,13 @@ def add(
     """
     if isinstance(source, Path) and (not wait or any(given.values())):
         raise click.UsageError("--digest, --timeout-s and --no-wait are for a SOURCE, which has ://")
+    if signature is not None and not isinstance(source, Path):
+        raise click.UsageError("--signature is for a FILE or DIR; the *.sig of a SOURCE comes along with it")
     if loads and not wait:
         raise click.UsageError("--load waits for the version: give it without --no-wait")
     with options.open_chosen_client(where) as client:
         if isinstance(source, Path):
-            result, lines = _send_files(client, model, source, version)
+            result, lines = _send_files(client, model, source, version, signature)
         else:
             result = client.add_from(model, source, version, **given)
             result = wait_until_ended(client, result) if wait else result
@@ -269,15 +316,15 @@ def add(
 
 
 def _send_files(
-    client: Any, model: str, source: Path, version: int | None
+    client: Any, model: str, source: Path, version: int | None, signature: Path | None
 ) -> tuple[AddedVersion, Iterator[str]]:
     """Send the files of a version; return it, and lines that describe it."""
     from loadledger.uploads import find_version_files
 
     try:
-        found = find_version_files(source)
-        with _upload_display(f"{to_printable(model)}: sending") as on_progress:
-            added: AddedVersion = client.add(model, source, version, on_progress=on_progress)
+        found = find_version_files(source, signature)
+        with _upload_display(f"{to_printable(model)}: sending") as show:
+            added: AddedVersion = client.add(model, source, version, signature=signature, on_progress=show)
     except OSError as error:
         output.exit_with_error(f"{error.filename or source} cannot be read: {error.strerror}")
     if found.left_out:

@@ -281,6 +281,10 @@ def count_of(count: int, noun: str) -> str:
     return f"{count} {noun if count == 1 else plural}"
 
 
+def with_names(text: str, names: Sequence[str]) -> str:
+    return f"{text} by {', '.join(names)}" if names else text
+
+
 def retry_message(problem: Exception) -> str:
     return f"{problem}; retrying until it is back"
 

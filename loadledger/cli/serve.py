@@ -196,16 +196,25 @@ def check(*, quick: bool, as_json: bool, **flags: str | None) -> None:
     It takes the options and variables of `serve` and changes nothing; a server may be running. Each version
     of each model is loaded in a process of its own, one after the other, within the memory budget and its
     timeout_s, and warmed up. Of a --ledger it checks the schema, the role and the clock. --data is optional.
+    Of a policy for loads it prints what that does to each model's highest version, and to the models that
+    the ledger in --data has as loaded.
 
     Exit code: 0 without problems (notes do not count), 1 with problems, 2 if nothing could be checked.
     """
     from nodes.check import check_ledger
-    from server.check import CheckResult, check_configuration, check_repository, check_workers
+    from server.check import (
+        CheckResult,
+        check_configuration,
+        check_policy,
+        check_repository,
+        check_workers,
+    )
 
     result = CheckResult()
     config = check_configuration(flags, os.environ, result)
     check_ledger(config, result)
     candidates = check_repository(config, result)
+    check_policy(config, result)
     check_workers(config, result, [] if quick else candidates, on_version=_progress())
     print_result(result.members(), _lines(result), as_json=as_json)
     sys.exit(0 if result.fine else NEGATIVE_RESULT)

@@ -12,6 +12,7 @@ from click import UsageError, format_filename
 
 from events.audit.audit import Audit, audit
 from events.audit.exportreader import FileAudit, audit_file
+from events.audit.policy import MAX_REMARKS, Remark
 from events.audit.signing import key_id
 from events.audit.verify import Finding
 from events.errors import NothingThere
@@ -38,6 +39,7 @@ def format_audit(found: Audit, files: Sequence[FileAudit] = (), *, key: str | No
     if not verification.compared:
         lines.append("not compared: the stored projections, made by another release; `serve` rebuilds them")
     lines += [f"matches the ledger: {format_filename(each.path)}" for each in files if not each.finding]
+    lines += _remark_lines(verification.remarks)
     if not found.behind:
         return lines + [f"for a whole proof, add: {each}" for each in found.archives]
     return [*lines, *_archive_lines(found.behind, key)]
@@ -53,6 +55,13 @@ def _finding_lines(found: Audit, finding: Finding, head: str) -> Iterator[str]:
 
 def _describe_finding(at: str, finding: Finding) -> str:
     return f"NOT verified: {at}position {finding.position}: {finding.problem} ({finding.kind})"
+
+
+def _remark_lines(remarks: Sequence[Remark]) -> Iterator[str]:
+    for each in remarks:
+        yield f"remark: position {each.position}: {to_printable(each.text)} ({each.kind})"
+    if len(remarks) == MAX_REMARKS:
+        yield f"only the first {MAX_REMARKS} remarks are listed"
 
 
 def _archive_lines(behind: Sequence[FileAudit], key: str | None) -> Iterator[str]:
@@ -99,6 +108,7 @@ def audit_members(found: Audit) -> dict[str, Any]:
         "finding": _finding(finding, found.at),
         "archives": [each._asdict() for each in found.archives],
         "proved_after": 0 if found.behind else found.base.position,
+        "remarks": [asdict(each) for each in verification.remarks],
     }
 
 

@@ -13,18 +13,20 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 from msgspec import structs
 
 from events.clock import seconds_between, uuid7
-from events.commands import OUTDATED, Condition
+from events.commands import OUTDATED, Condition, RequestLoad, RequestUnload
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
 from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
 from events.models import RELOADS
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
+from runtime.consumer.checks import CheckedVersion
 from runtime.consumer.loads import (
     LOG_RETRY_S,
     Loader,
@@ -143,7 +145,15 @@ class Consumer:
         self.optimiser = Optimiser(store, pool, versions, wake, self._is_computing)
         self.loads = {} if loads is None else loads
         self._loader = Loader(
-            log, self._recorder, pool, versions, self.optimiser, running=self.loads, wake=wake, own=self._own
+            log,
+            self._recorder,
+            pool,
+            versions,
+            self.optimiser,
+            running=self.loads,
+            wake=wake,
+            placement=placement,
+            policy=policy,
         )
         self._monitor = WorkerMonitor(log, self.loads, wake)
 
@@ -188,6 +198,10 @@ class Consumer:
             return None
         is_stopping = self.optimiser.is_stopping
         return PreparationUsage(candidate.model_id, candidate.version, memory_bytes, is_stopping)
+
+    async def check_version(self, model_id: str, version: int | None) -> CheckedVersion:
+        """Check a version's present files against the rules in force here; for errors see `Loader`."""
+        return await self._loader.check_version(model_id, version)
 
     def waits(self) -> list[JobWait]:
         """Return the waiting jobs, oldest first, as of the last decision."""
@@ -264,9 +278,19 @@ class Consumer:
                 unload = draft_replacement_unload(self.loads[load_job_id], job.id)
                 await record(unload, conditions=conditions)
             case actions.RequestReload() | actions.UnloadAutomatically():
-                await self._recorder.request(build_request(action, conditions, self._progress_timeout_s))
+                await self._recorder.request(self._build_request(action, conditions))
             case actions.FailModel(model, message):
                 await record(*draft_crash_loop(model, message), conditions=conditions)
+
+    def _build_request(
+        self, action: actions.RequestReload | actions.UnloadAutomatically, conditions: Conditions
+    ) -> RequestLoad | RequestUnload:
+        """Return a request of the system; a reload has to pass the rules that are in force here."""
+        command = build_request(action, conditions, self._progress_timeout_s)
+        rules = self.policy.loads.of(action.model.id)
+        if rules is None or isinstance(command, RequestUnload):
+            return command
+        return replace(command, policy=rules.digest)
 
     async def _start_load(self, job: Job, before: RecordFact | None, conditions: Conditions) -> None:
         """Record `LoadStarted`, and grant the load what it will need."""

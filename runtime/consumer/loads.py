@@ -15,19 +15,22 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace as change
 from functools import partial
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from events.clock import seconds_between, uuid7
-from events.commands import OUTDATED, Condition, Record, RequestLoad, RequestUnload
+from events.commands import OUTDATED, Condition, ModelUnchanged, Record, RequestLoad, RequestUnload
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import RELOADS, Model, ModelState
-from events.state import State
+from events.policy.checks import CheckInput, NotLoadable
+from events.policy.rules import ModelRules
 from events.types import (
     SYSTEM,
     AddFailed,
     Cause,
+    Contents,
     Draft,
     Durations,
     LoadedFile,
@@ -36,8 +39,10 @@ from events.types import (
     Prepared,
     UnloadRequested,
     WorkerExited,
+    contents_of,
 )
 from runtime.cgroups import count_usable_cpus
+from runtime.consumer.checks import CheckedVersion, MakeInput, check_files, check_version, draft_question
 from runtime.consumer.running import GONE, OTHER_FILES, OUT_OF_MEMORY, LoadEnded, LoadTask, RunningLoad
 from runtime.errors import (
     Exit,
@@ -68,6 +73,7 @@ from runtime.scheduler.estimates import estimate_memory
 from runtime.scheduler.placement import Placement
 from runtime.scheduler.view import (
     MemoryEstimate,
+    Policy,
     find_started_job,
     may_end,
 )
@@ -102,7 +108,8 @@ class Loader:
         optimiser: has the optimised models of versions.
         running: the loads that were granted, by job id, until their workers have exited.
         wake: called when the consumer has something new to decide.
-        own: the part of the state that this server works on.
+        placement: of this server.
+        policy: the operator's settings.
 
     Attributes:
         tasks: the loads whose coroutine runs, or has raised by a defect, by job id.
@@ -119,7 +126,8 @@ class Loader:
         *,
         running: dict[str, RunningLoad],
         wake: Callable[[], None],
-        own: Callable[[], State],
+        placement: Placement,
+        policy: Policy,
     ) -> None:
         self._log = log
         self._recorder = recorder
@@ -127,7 +135,9 @@ class Loader:
         self._versions = versions
         self._optimiser = optimiser
         self._wake = wake
-        self._own = own
+        self._placement = placement
+        self._policy = policy
+        self._checking = asyncio.Semaphore(policy.loads_at_once)
         self.tasks: dict[str, LoadTask] = {}
         self.running = running
         self.syncs: set[asyncio.Task[None]] = set()
@@ -157,6 +167,8 @@ class Loader:
         task = self.tasks[job.id]
         while True:
             await self._estimate(job, task)
+            if task.needs_approval and await self._ask_approval(job, task):
+                return  # a person answers, and then it begins anew
             load = await task.grant
             await self._attempt(job, load)
             if load.failure is not None:
@@ -171,7 +183,7 @@ class Loader:
         """Estimate the memory of a load; if the model serves from the same bytes, that is found, too."""
         patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, task)
         try:
-            task.estimate = await self._look_at_files(job, is_bare=task.is_bare)
+            task.estimate = await self._look_at_files(job, task)
         except Exception as error:  # noqa: BLE001 - whatever it is, this load alone has no estimate
             task.estimate = describe_failure(error)
         finally:
@@ -180,14 +192,23 @@ class Loader:
         if task.outdated > MAX_OUTDATED:
             task.estimate = Failure("model_changed", CHANGING)
 
-    async def _look_at_files(self, job: Job, *, is_bare: bool) -> MemoryEstimate:
+    async def _look_at_files(self, job: Job, task: LoadTask) -> MemoryEstimate | None:
+        """Check the files against the rules, and estimate the memory; None if a person is to be asked."""
         state, (version, parameters) = self._log.state, job.load_order
         model, serving = state.models.get(job.model_id), find_same_workers(state, job)
+        rules = self._policy.loads.of(job.model_id)
+        if task.checked is None and (rules is not None or job.policy_digest is not None):
+            expected = find_expected(job, model)
+            make_input = self._input_maker(job.model_id, is_reload=expected is not None)
+            async with self._checking:
+                task.files, task.checked = await check_files(self._versions, job, expected, make_input)
+        if task.needs_approval:
+            return None
         footprints = model.footprints if model is not None else ()
-        files: Sequence[SizedFile] | None = find_expected(job, model)
+        files: Sequence[SizedFile] | None = task.files or find_expected(job, model)
         files = files or await self._versions.stat(job.model_id, version)
         optimised = None
-        if footprints and not is_bare:
+        if footprints and not task.is_bare:
             optimised = await asyncio.to_thread(self._optimiser.expected_for, files, footprints)
         threads = self._pool.threads_of(parameters)
         found = estimate_memory(files, version, parameters, footprints, optimised, threads=threads)
@@ -195,6 +216,51 @@ class Loader:
         if serving is None or not await has_bytes_of(job.model_id, version, serving.files):
             return found
         return change(found, same_as=serving.load_job_id)
+
+    async def check_version(self, model_id: str, version: int | None) -> CheckedVersion:
+        """Check a version that is not to be loaded, as `checks.check_version`.
+
+        As many at a time as loads, since each may take a copy of the files.
+        """
+        async with self._checking:
+            make_input = self._input_maker(model_id, is_reload=False)
+            return await check_version(self._versions, model_id, version, make_input)
+
+    def _input_maker(self, model_id: str, *, is_reload: bool) -> MakeInput:
+        state, now = self._log.state, self._log.now()
+        rules = self._policy.loads.of(model_id) or ModelRules()
+        is_signed = partial(self._placement.is_signed, state=state)
+
+        def make_input(contents: Contents, read: Callable[[str], bytes]) -> CheckInput:
+            model = state.models.get(model_id)
+            return CheckInput(rules, model_id, model, contents, read, now, is_reload, is_signed)
+
+        return make_input
+
+    async def _ask_approval(self, job: Job, task: LoadTask) -> bool:
+        """Record that a load waits for approval, or passes in an emergency; returns whether it may.
+
+        If its job or its model changed meanwhile, the consumer begins the load anew.
+        """
+        rules, model = self._policy.loads.of(job.model_id), self._log.state.models.get(job.model_id)
+        if rules is None or task.files is None or task.checked is None:
+            raise RuntimeError(f"load {job.id} needs no approval")
+        contents, state = contents_of(task.files), self._log.state
+        now, signature = self._log.now(), task.checked.signature
+        is_signed = partial(self._placement.is_signed, state=state)
+        question = draft_question(job, rules, signature, contents, state=state, now=now, is_signed=is_signed)
+        if isinstance(question, Failure):
+            task.estimate = question
+            self._wake()
+            return False
+        conditions = (unchanged(job), *(() if model is None else (ModelUnchanged(model),)))
+        try:
+            await self._recorder.record(question, conditions=conditions)
+        except LogUnavailable:
+            await asyncio.sleep(LOG_RETRY_S)
+        except RequestRefused:
+            pass
+        return True
 
     def _stop_waiting(self, task: LoadTask) -> None:
         task.is_new = False
@@ -218,7 +284,7 @@ class Loader:
                 load.kill_workers()
 
     async def _load(self, job: Job, load: RunningLoad) -> None:
-        expected = find_expected(job, self._log.state.models.get(load.model_id))
+        expected = self.tasks[job.id].files or find_expected(job, self._log.state.models.get(load.model_id))
         async with AsyncExitStack() as stack:
             async with _in_time(load):
                 load.reach_stage("copying")
@@ -325,7 +391,7 @@ class Loader:
 
     def _is_serving(self, load: RunningLoad) -> bool:
         """Whether the ledger says that its model serves from this load."""
-        model = self._own().models.get(load.model_id)
+        model = self._placement.share(self._log.state).models.get(load.model_id)
         return model is not None and model.serving is not None and model.serving.load_job_id == load.job_id
 
     async def _record_outcome(self, load: RunningLoad, describe: Callable[[Job], Sequence[Draft]]) -> None:
@@ -336,7 +402,7 @@ class Loader:
         """
         tried = None
         while True:
-            job = find_started_job(self._own(), load.job_id)
+            job = find_started_job(self._placement.share(self._log.state), load.job_id)
             if job is None or not may_end(self._log.state, job):
                 return
             if job is tried:
@@ -365,7 +431,15 @@ class Loader:
     def _draft_loaded(self, load: RunningLoad, files: HeldVersion, job: Job) -> list[Draft]:
         """Return `ModelLoaded`, and the unload request of the load that this one replaces."""
         load.check()
+        checked = self.tasks[job.id].checked
         data = describe_loaded(job, load, files, self._log.now(), self._pool)
+        if checked is not None:
+            data = replace(
+                data,
+                signature=checked.signature,
+                approval=checked.approval or UNSET,
+                bundle=checked.bundle,
+            )
         loaded = draft_fact(job, data, load.only_worker_id)
         model = self._log.state.models.get(job.model_id)
         replaced = model.loaded if model is not None and model.phase is ModelState.LOADED else None
@@ -426,13 +500,13 @@ def describe_loaded(
         memory_bytes=total_bytes(each.memory_bytes for each in load.loaded_memory),
         peak_memory_bytes=total_bytes(each.peak_memory_bytes for each in load.loaded_memory),
         durations=Durations(
-            waiting_us=_microseconds(seconds_between(job.created_at, job.started_at)),
+            waiting_us=_microseconds(seconds_between(job.queued_at, job.started_at)),
             starting_us=load.starting_us,
             loading_us=max(report.loading_us for report in reports),
             hashing_us=files.hashing_us,
             warming_up_us=max((us for r in reports if (us := r.warming_up_us) is not None), default=None),
             measuring_us=max(each.measuring_us for each in load.loaded_memory),
-            total_us=_microseconds(seconds_between(job.created_at, now)),
+            total_us=_microseconds(seconds_between(job.queued_at, now)),
             copying_us=files.copying_us,
         ),
         verified=files.is_stored,
@@ -504,6 +578,8 @@ def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | Non
 def describe_failure(error: Exception) -> Failure:
     if isinstance(error, RuntimeProblem):
         return Failure(error.code, str(error))
+    if isinstance(error, NotLoadable):
+        return error.failure
     if isinstance(error, OSError | MemoryError):
         reason = getattr(error, "strerror", None) or "there is too little memory"
         return Failure(

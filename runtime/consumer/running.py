@@ -15,9 +15,8 @@ from msgspec.structs import replace
 
 from events.clock import add_seconds
 from events.jobs import FORK_SERVER_DIED, Failure, Job
-from events.types import (
-    LoadParameters,
-)
+from events.policy.checks import CheckedLoad
+from events.types import LoadedFile, LoadParameters
 from runtime.errors import (
     LoadRefused,
     NoProgress,
@@ -114,6 +113,8 @@ class LoadTask:
         is_bare: whether its optimised model failed, so that it loads without one.
         outdated: how often it was estimated for other files than it then found.
         grant: set by the consumer when `LoadStarted` is recorded.
+        files: that it must have, since they were checked; None without rules.
+        checked: what they passed.
     """
 
     task: asyncio.Task[None]
@@ -122,6 +123,8 @@ class LoadTask:
     is_bare: bool = False
     outdated: int = 0
     grant: asyncio.Future[RunningLoad] = field(default_factory=asyncio.Future)
+    files: tuple[LoadedFile, ...] | None = None
+    checked: CheckedLoad | None = None
 
     @property
     def is_restarted(self) -> bool:
@@ -131,6 +134,11 @@ class LoadTask:
     @property
     def is_waiting(self) -> bool:
         return not self.grant.done()
+
+    @property
+    def needs_approval(self) -> bool:
+        """Whether its files were checked, and a person is to be asked."""
+        return self.checked is not None and self.checked.approval is None
 
     @property
     def known_bytes(self) -> int | None:

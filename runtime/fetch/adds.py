@@ -39,11 +39,11 @@ from events.types import (
 )
 from runtime.consumer.loads import LOG_RETRY_S, Recorder
 from runtime.errors import RuntimeProblem
-from runtime.fetch.messages import PIECE_BYTES, SIGNATURE_SUFFIX, Order, RemoteFile
+from runtime.fetch.messages import PIECE_BYTES, Order, RemoteFile
 from runtime.fetch.process import FETCH, UNPACK, FetchProcess, run_process
 from runtime.fetch.sources import VARIABLE_PREFIXES
 from runtime.onnxfields import TooManyFields, Unparsable
-from runtime.onnxfile import external_locations, find_model_file
+from runtime.onnxfile import SIGNATURE_SUFFIX, external_locations, find_model_file
 from runtime.repository import Repository
 from runtime.uploads.commit import PIECE_LIMIT_S, UploadBody, Uploads
 from runtime.uploads.receive import quote

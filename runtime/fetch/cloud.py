@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from runtime.errors import RuntimeProblem
-from runtime.fetch.messages import PIECE_BYTES, Order, RemoteFile, Resolved, is_signature_beside
+from runtime.fetch.messages import PIECE_BYTES, Order, RemoteFile, Resolved
 from runtime.fetch.origin import (
     Download,
     SourceChanged,
@@ -29,7 +29,7 @@ from runtime.fetch.origin import (
     SourceUnreachable,
 )
 from runtime.fetch.sources import VARIABLE_PREFIXES, SourceName, parse_allowed
-from runtime.onnxfile import find_model_file, list_model_files
+from runtime.onnxfile import find_model_file, is_signature_beside, list_model_files
 
 try:
     import obstore

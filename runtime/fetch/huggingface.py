@@ -17,11 +17,11 @@ from urllib.parse import quote, unquote, urlsplit
 import msgspec
 from msgspec import Struct
 
-from runtime.fetch.messages import Order, RemoteFile, Resolved, is_signature_beside
+from runtime.fetch.messages import Order, RemoteFile, Resolved
 from runtime.fetch.origin import Download, SourceChanged, SourceInvalid, SourceNotFound
 from runtime.fetch.sources import InvalidSource, SourceName, parse_allowed
 from runtime.fetch.web import Web
-from runtime.onnxfile import find_model_file, list_model_files
+from runtime.onnxfile import find_model_file, is_signature_beside, list_model_files
 
 ENDPOINT = "https://huggingface.co"
 PUBLIC_HOSTS = ("huggingface.co", "*.huggingface.co", "*.hf.co")

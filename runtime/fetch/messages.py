@@ -19,7 +19,6 @@ PIECE_BYTES = 2**20
 """Of one piece at most: few switches between processes, and little memory."""
 LENGTH_BYTES, HEAD_BYTES = 4, 5
 """Of a frame's length, and of its head, which has the kind, too."""
-SIGNATURE_SUFFIX = ".sig"
 
 
 class Order(Struct, frozen=True, tag=True):
@@ -121,8 +120,3 @@ def encode_frame(kind: int, content: bytes) -> bytes:
 def decode_head(head: bytes) -> tuple[int, int]:
     """Return the kind of a frame, and the length of its content."""
     return head[LENGTH_BYTES], int.from_bytes(head[:LENGTH_BYTES], "little")
-
-
-def is_signature_beside(path: str) -> bool:
-    """Whether a path, relative to the model's folder, is that of a signature beside the model."""
-    return "/" not in path and path.endswith(SIGNATURE_SUFFIX)

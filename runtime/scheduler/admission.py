@@ -115,7 +115,7 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
         and job.id not in view.share.held
         and view.is_first_in_queue(job)
     )
-    queue = sorted(pending, key=lambda load: (load.rank, load.job.created_position))
+    queue = sorted(pending, key=lambda load: (load.rank, load.job.queued_position))
     reservations = Reservations()
     estimating: Job | None = None
     overtaken_since = list[str]()
@@ -130,7 +130,7 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
         if decision.lacks_room:
             admission.without_room.append(load.job)
         if decision.reserves_later and load is not queue[-1]:  # a load behind it may have to act then
-            overtaken_since.append(view.created_at(load.job))
+            overtaken_since.append(view.queued_at(load.job))
         if decision.reserves_room:
             reservations = load.reserve()
         is_new = load.job.id not in view.observations.estimates
@@ -149,8 +149,8 @@ def _next_agings(view: SchedulerView, queue: Sequence[_PendingLoad]) -> Iterator
     """Yield when loads rise in priority next, which may end a reservation."""
     for aging_s in (PRIORITY_AGING_S, 2 * PRIORITY_AGING_S):
         since = view.earlier_by(aging_s)
-        created = (view.created_at(load.job) for load in queue if load.rank > 0)
-        oldest = min((created_at for created_at in created if created_at > since), default=None)
+        queued = (view.queued_at(load.job) for load in queue if load.rank > 0)
+        oldest = min((queued_at for queued_at in queued if queued_at > since), default=None)
         if oldest is not None:
             yield add_seconds(oldest, aging_s)
 
@@ -176,8 +176,8 @@ class _PendingLoad:
         is_between = self._model is not None and self._model.previous is not None
         if self.job.cause in RELOADS or is_between or self._is_being_replaced:
             return _BEFORE_ALL
-        created_at = self._view.created_at(self.job)
-        steps = sum(created_at <= self._view.earlier_by(n * PRIORITY_AGING_S) for n in (1, 2))
+        queued_at = self._view.queued_at(self.job)
+        steps = sum(queued_at <= self._view.earlier_by(n * PRIORITY_AGING_S) for n in (1, 2))
         return max(0, _PRIORITIES.get(self._parameters.priority, 1) - steps)
 
     @property
@@ -237,7 +237,7 @@ class _PendingLoad:
         if view.free_load_slots + self._may_exceed_slots <= 0:
             return Waiting(f"a free load slot: at most {view.policy.loads_at_once} may run at once")
         if view.observations.under_pressure and self.rank == _LOWEST_PRIORITY:
-            aging_at = add_seconds(view.created_at(job), PRIORITY_AGING_S)
+            aging_at = add_seconds(view.queued_at(job), PRIORITY_AGING_S)
             wake_at = min(aging_at, add_seconds(view.now, PRESSURE_POLL_S))
             return Waiting("the machine, which is under pressure", wake_at)
         return self._start_or_make_room()
@@ -338,7 +338,7 @@ class _PendingLoad:
             code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
             reason = f"not reloaded after the server's start: it needs {shortage_text}"
             return actions.FailLoad(job, code, reason)
-        has_priority = self.rank == _BEFORE_ALL or view.created_at(job) <= view.earlier_by(OVERTAKING_LIMIT_S)
+        has_priority = self.rank == _BEFORE_ALL or view.queued_at(job) <= view.earlier_by(OVERTAKING_LIMIT_S)
         may_reserve = job.cause not in _RESERVES_NOTHING
         wake_at = self._eviction.next_at if self._may_evict else None
         reason = f"{shortage_text}; {self._advise()}"

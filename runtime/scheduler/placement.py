@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from msgspec import UnsetType
+
 from events.commands import Record, RequestLoad, RequestUnload
 from events.state import State
+from events.types import NodeSignature
 from runtime.scheduler.actions import Decision
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import SchedulerView
@@ -30,6 +33,15 @@ class Placement:
     def complete(self, command: SystemCommand, state: State) -> SystemCommand:  # noqa: ARG002 - for others
         """Return a command of the consumer with what other servers have to know of it."""
         return command
+
+    def is_signed(
+        self,
+        statement: bytes,  # noqa: ARG002 - for others
+        signature: NodeSignature | UnsetType,  # noqa: ARG002
+        state: State,  # noqa: ARG002
+    ) -> bool:
+        """Whether a trusted server has signed a statement; nobody else writes to the ledger of one alone."""
+        return True
 
 
 ALONE = Placement()

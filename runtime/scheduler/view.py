@@ -8,8 +8,9 @@ from enum import StrEnum
 from functools import cached_property
 
 from events.clock import LedgerClock, add_seconds
-from events.jobs import NO_PROGRESS, Failure, Job, JobKind, JobStatus
+from events.jobs import NO_PROGRESS, ApprovalState, Failure, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
+from events.policy.rules import LoadPolicy
 from events.state import State, has_turn
 from events.types import REPLACEMENTS, SYSTEM, Cause
 
@@ -29,6 +30,7 @@ class Policy:
         evicts: whether a load that needs room may evict idle models.
         min_residency_s: seconds that a loaded model stays at least before it is evicted.
         restores: whether models that were loaded when the server ended are reloaded.
+        loads: which signatures and approvals loads need.
     """
 
     loads_at_once: int
@@ -37,6 +39,7 @@ class Policy:
     evicts: bool = False
     min_residency_s: float = MIN_RESIDENCY_S
     restores: bool = True
+    loads: LoadPolicy = field(default_factory=LoadPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +200,7 @@ class SchedulerView:
 
     Attributes:
         own: the state of this server's share.
-        unended: the unended loads and unloads of the share, oldest first.
+        unended: the unended loads and unloads of the share that do not wait for approval, oldest first.
         queues: all unended jobs of their models that wait for their turn.
     """
 
@@ -220,22 +223,33 @@ class SchedulerView:
 
     @cached_property
     def unended(self) -> list[Job]:
-        return [job for job in self.own.unended() if job.kind is not JobKind.ADD]
+        unended = self.own.unended()
+        return [job for job in unended if job.kind is not JobKind.ADD and not job.waits_for_approval]
+
+    @cached_property
+    def unapproved(self) -> list[tuple[Job, ApprovalState]]:
+        """The loads of the share that wait for approval: they hold nothing, and delay no other."""
+        unended = self.own.unended()
+        return [(job, asked) for job in unended if job.waits_for_approval and (asked := job.approval)]
+
+    def approval_expires_at(self, asked: ApprovalState) -> str:
+        return self.to_monotonic(asked.expires_at, asked.asked_position)
 
     @cached_property
     def queues(self) -> dict[str, list[Job]]:
         models = dict.fromkeys(job.model_id for job in self.unended)
         return {model_id: queue for model_id in models if (queue := self.state.queue(model_id))}
 
-    def created_at(self, job: Job) -> str:
-        return self.to_monotonic(job.created_at, job.created_position)
+    def queued_at(self, job: Job) -> str:
+        """Return since when a load waits for its turn: since it was requested, or approved."""
+        return self.to_monotonic(job.queued_at, job.queued_position)
 
     def deadline_at(self, job: Job) -> str | None:
         """Return when a load fails for being late; None for an unload, and once the load has its outcome."""
         run = self.running.get(job.id)
         if job.deadline_at is None or (run is not None and run.has_outcome):
             return None
-        return self.to_monotonic(job.deadline_at, job.created_position)
+        return self.to_monotonic(job.deadline_at, job.queued_position)
 
     def loaded_at(self, model: LoadedModel) -> str:
         return self.to_monotonic(model.serving.loaded_at, model.serving.position)

@@ -31,7 +31,7 @@ from events.nodes import Node
 from events.registercommands import NodeCurrent
 from events.types import AddedFile
 from runtime.errors import RuntimeProblem, UnknownVersion
-from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository
+from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, bundle_beside
 from runtime.store.folder import walk_files
 from runtime.uploads.receive import BadPath, RepositoryReadOnly, UploadTooLarge, check_model, quote
 
@@ -207,15 +207,20 @@ class StagingEntry:
         self.folder = staging.folder / event_id
         self._root = staging.repository.root
         self._target = staging.repository.folder_of(model_id, version)
+        self._bundle = bundle_beside(self._target)
 
     def check_free(self) -> None:
-        """Refuse a version that is there, complete or not.
+        """Refuse a version that is there, complete or not, or of which a signature bundle is.
 
         Raises:
-            VersionExists: `version_exists`.
+            RuntimeProblem: `version_exists`.
         """
         if os.path.lexists(self._target):
             raise VersionExists(self.model_id, self.version)
+        if os.path.lexists(self._bundle):  # it would be a file of the version, and not of its event
+            what = f"'{self.model_id}/{self._bundle.name}' signs a version that is not there"
+            reason = f"{what}: send it as a file of the version and delete it, or choose another number"
+            raise RuntimeProblem(reason, code="version_exists")
 
     def sync(self) -> None:
         """Sync the names that lead to the entry, and those in it."""
@@ -263,18 +268,25 @@ class StagingEntry:
     def take(self) -> None:
         """Move a version that is being removed out of sight, unless that was done before.
 
-        A folder that has taken its place since is another version's, and stays.
+        A folder that has taken its place since is another version's, and stays with its bundle.
 
         Raises:
             OSError: the rename failed.
         """
         with suppress(FileNotFoundError):
             if str(self._target.lstat().st_ino) == (self.folder / NOTE).read_text(encoding="ascii"):
+                # First: after a crash in between, the inode says that this is unfinished. Once the folder is
+                # moved, a bundle that is left could be that of a later version with the same number.
+                self._delete_bundle()
                 self._target.rename(self.folder / VERSION)
                 sync(self._target.parent)
                 sync(self.folder)
         with suppress(OSError):  # other versions, or a loadledger.toml
             self._target.parent.rmdir()
+
+    def _delete_bundle(self) -> None:
+        with suppress(FileNotFoundError, IsADirectoryError):  # a folder is no bundle
+            self._bundle.unlink()
 
     def discard(self) -> None:
         self.staging.discard(self.event_id)

@@ -20,21 +20,25 @@ from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
 from msgspec import UNSET
 
-from events.commands import Command, Receipt, RequestCancel
-from events.jobs import Job, JobKind, JobStatus
+from events.approvals import list_requesters
+from events.commands import Command, Receipt, RequestCancel, RequestLoad
+from events.jobs import ApprovalState, Job, JobKind, JobStatus
 from events.log import Log
+from events.models import Model
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import job_at, jobs_at
-from events.types import Cause, Idempotency
+from events.types import Cause, Idempotency, contents_of
 from server.api.livejobs import NOT_LIVE, LiveJobs
 from server.api.schemas import (
     NO_NODE,
     AnswerSchema,
     FailureSchema,
+    LoadSignatureSchema,
     PageQuerySchema,
     about,
     node_member,
     one_of,
+    signature_view,
 )
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
 from server.appkeys import LIVE_JOBS, LOG, READER, STOPPING
@@ -112,6 +116,34 @@ class AddProgressSchema(AnswerSchema):
     )
 
 
+class FileDifferenceSchema(AnswerSchema):
+    """A file that a load would add to, remove from or change in what its model serves."""
+
+    path = fields.String()
+    change = fields.String(validate=validate.OneOf(["added", "removed", "changed"]))
+
+
+class JobApprovalSchema(AnswerSchema):
+    """How far the approval of a load is."""
+
+    digest = fields.String(**about("Of the files: an answer names it."))
+    rule = fields.String(**about("Digest of the model's rules of approval."))
+    approvals = fields.Integer(**about("How many other persons must approve; 0 of a bypass."))
+    approved_by = fields.List(fields.String())
+    bypassed = fields.Boolean(**about("Whether a person with the role `emergency` passed without."))
+    waits = fields.Boolean(**about("Whether it waits for persons to answer."))
+    expires_at = fields.String(allow_none=True, **about("When it fails without; null of a bypass."))
+    served_version = fields.Integer(
+        allow_none=True, **about("What the model served when approval was asked; null if nothing.")
+    )
+    signature = fields.Nested(LoadSignatureSchema, allow_none=True)
+    requested_by = fields.List(fields.String(), **about("All who asked: none of them may approve."))
+    differences = fields.List(
+        fields.Nested(FileDifferenceSchema),
+        **about("While it waits, and without `at`: from the files that the model serves now."),
+    )
+
+
 class JobSchema(PastSchema):
     """A job: one accepted load, unload, or add of a version from a source."""
 
@@ -146,6 +178,13 @@ class JobSchema(PastSchema):
     node = fields.String(**about(f"Name of the node where it is placed; {NO_NODE}", is_optional=True))
     position = fields.Integer(**about("Position of its latest event."))
     parameters = fields.Dict(**about("Parameters of its request."))
+    reason = fields.String(allow_none=True, **about("Of a load: why, as who asked says."))
+    emergency = fields.String(
+        allow_none=True, **about("Of a load: why it must not wait for approval, as who asked says.")
+    )
+    approval = fields.Nested(
+        JobApprovalSchema, allow_none=True, **about("Of a load: null unless it was asked for, or bypassed.")
+    )
     error = fields.Nested(FailureSchema, allow_none=True)
 
 
@@ -271,7 +310,7 @@ async def list_jobs(request: web.Request) -> web.Response:
     if query["at"] is not None:
         return web.json_response(await _list_past_jobs(request, query["at"], wanted))
     page = await request.app[READER].jobs(wanted)
-    jobs = [job_view(job, request.app[LIVE_JOBS]) for job in page.items]
+    jobs = [present_job(request.app, job) for job in page.items]
     return web.json_response({"jobs": jobs, "as_of": page.as_of, "next_cursor": page.next_cursor})
 
 
@@ -302,7 +341,7 @@ async def show_job(request: web.Request) -> web.Response:
         if past is None:
             raise ServerProblem(f"there was no job {job_id!r} at that time", code="unknown_job")
         return web.json_response({**job_view(past, None), **as_of(moment)})
-    return web.json_response(job_view(await _find_job(request.app, job_id), request.app[LIVE_JOBS]))
+    return web.json_response(present_job(request.app, await find_job(request.app, job_id)))
 
 
 @routes.post(
@@ -318,15 +357,22 @@ async def show_job(request: web.Request) -> web.Response:
     errors=("unknown_job", "already_finished", "already_started", *JOB_ERRORS),
 )
 async def cancel_job(request: web.Request) -> web.Response:
-    job = await _find_job(request.app, path_parameters(request)["job_id"])
+    job = await find_job(request.app, path_parameters(request)["job_id"])
     return await answer_with_job(
         request, RequestCancel(job.id, request[PRINCIPAL].subject, hash_idempotency_key(request))
     )
 
 
-def job_view(job: Job, live: LiveJobs | None) -> dict[str, Any]:
-    """Return a job; a past one has no live values."""
+def present_job(app: web.Application, job: Job) -> dict[str, Any]:
+    """Return a job with its live values."""
+    return job_view(job, app[LIVE_JOBS], app[LOG].state.models.get(job.model_id))
+
+
+def job_view(job: Job, live: LiveJobs | None, model: Model | None = None) -> dict[str, Any]:
+    """Return a job, and what differs from its model; a past one has no live values."""
     parameters = job.add if job.add is not UNSET else job.load if job.load is not None else job.unload
+    said = None if job.policy is UNSET else job.policy.justification
+    differences = [] if live is None else _list_differences(job, model)
     return {
         "id": job.id,
         "kind": job.kind.value,
@@ -345,8 +391,35 @@ def job_view(job: Job, live: LiveJobs | None) -> dict[str, Any]:
         **node_member(job.node_id),
         "position": job.position,
         "parameters": msgspec.to_builtins(parameters),
+        "reason": None if said is None else said.reason,
+        "emergency": None if said is None else said.emergency,
+        "approval": None if job.approval is None else _approval_view(job, job.approval, differences),
         "error": msgspec.to_builtins(job.error),
     }
+
+
+def _approval_view(job: Job, approval: ApprovalState, differences: list[dict[str, str]]) -> dict[str, Any]:
+    same = ("digest", "rule", "approvals", "approved_by", "served_version")
+    return {
+        **{name: getattr(approval, name) for name in same},
+        "bypassed": approval.is_bypassed,
+        "waits": job.waits_for_approval,
+        "expires_at": approval.expires_at or None,
+        "signature": signature_view(approval.signature),
+        "requested_by": list_requesters(job),
+        "differences": differences,
+    }
+
+
+def _list_differences(job: Job, model: Model | None) -> list[dict[str, str]]:
+    """Return the files that a load would change in what its model serves, by path; none unless it waits."""
+    if job.approval is None or not job.waits_for_approval:
+        return []
+    serving = None if model is None else model.serving
+    new, old = dict(job.approval.files), dict(() if serving is None else contents_of(serving.files))
+    differing = sorted({path for path, _ in new.items() ^ old.items()})
+    changes = ["added" if path not in old else "changed" if path in new else "removed" for path in differing]
+    return [{"path": path, "change": change} for path, change in zip(differing, changes, strict=True)]
 
 
 async def answer_with_job(request: web.Request, command: Command) -> web.Response:
@@ -355,7 +428,7 @@ async def answer_with_job(request: web.Request, command: Command) -> web.Respons
     headers = {hdrs.LOCATION: job_path(job.id), hdrs.VARY: "Prefer"}
     if not job.ended:
         headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
-    view = job_view(job, request.app[LIVE_JOBS])
+    view = present_job(request.app, job)
     return web.json_response(view, status=200 if job.ended else 202, headers=headers)
 
 
@@ -363,18 +436,22 @@ async def run_job(app: web.Application, command: Command) -> Job:
     """Submit a command and return its job when it has ended; the job's own timeout applies.
 
     Raises:
-        ServerProblem: `shutting_down`, the server stops before the job has ended.
+        ServerProblem: `shutting_down`, the server stops before the job has ended; `approval_required`, it
+            waits for approval, and the load's own timeout is over.
         LedgerProblem: `log_unavailable`, or the refusal of the command.
     """
-    job = await _submit(app, command, None)
-    if not job.ended:
-        where = job_path(job.id)
-        raise ServerProblem(
-            f"the server stops; the {job.kind} continues at its next start, see {where}",
-            code="shutting_down",
-            http_headers={hdrs.LOCATION: where},
-        )
-    return job
+    limit_s = command.parameters.timeout_s if isinstance(command, RequestLoad) else None
+    job = await _submit(app, command, limit_s)
+    if not job.waits_for_approval:  # and if it was approved, its timeout has begun anew
+        job = await _await_end(app, job.id, None)
+    if job.ended:
+        return job
+    where, code = job_path(job.id), "shutting_down"
+    reason = f"the server stops; the {job.kind} continues at its next start, see {where}"
+    if job.waits_for_approval and not app[STOPPING].is_set():
+        code = "approval_required"
+        reason = f"job {job.id} waits for approval by another person, and goes on then: see {where}"
+    raise ServerProblem(reason, code=code, http_headers={hdrs.LOCATION: where})
 
 
 def job_path(job_id: str) -> str:
@@ -385,14 +462,17 @@ async def _submit(app: web.Application, command: Command, seconds: float | None)
     """Submit a command and return its job when it has ended, the time is up, or the server stops."""
     job_id = (await app[JOB_REQUESTS].submit(command)).job_id
     assert job_id is not None, "only facts have no job"
-    if seconds == 0:
-        return await _find_job(app, job_id)
+    return await find_job(app, job_id) if seconds == 0 else await _await_end(app, job_id, seconds)
+
+
+async def _await_end(app: web.Application, job_id: str, seconds: float | None) -> Job:
+    """Return a job when it has ended, the time is up, or the server stops."""
     log, stopping = app[LOG], app[STOPPING]
     await log.wait_until(lambda: job_id not in log.state.jobs or stopping.is_set(), seconds)
-    return await _find_job(app, job_id)
+    return await find_job(app, job_id)
 
 
-async def _find_job(app: web.Application, job_id: str) -> Job:
+async def find_job(app: web.Application, job_id: str) -> Job:
     """Return a job; another node may have accepted it a moment ago."""
     log, reader = app[LOG], app[READER]
     job = log.state.jobs.get(job_id) or await reader.job(job_id)

@@ -18,7 +18,7 @@ from msgspec import UNSET
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
 from events.models import Model
-from events.types import Contents, Idempotency, LoadParameters
+from events.types import Contents, Idempotency, Justification, LoadParameters
 from runtime.errors import (
     LoadRefused,
     RepositoryUnreadable,
@@ -37,10 +37,12 @@ from runtime.store.versions import Versions
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.models import is_listed, look_at_model
-from server.api.schemas import ModelPathSchema, about
-from server.appkeys import CONFIG, LOG, UPLOADS, VERSIONS
-from server.auth.gate import PRINCIPAL
+from server.api.schemas import IS_REASON, ModelPathSchema, about
+from server.appkeys import CONFIG, GATE, LOG, UPLOADS, VERSIONS
+from server.auth.gate import PRINCIPAL, Principal, credential_of
+from server.cluster import signer_of
 from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
+from server.errors import ServerProblem
 from server.http.validation import (
     NothingSchema,
     ParameterBoolean,
@@ -51,7 +53,7 @@ from server.http.validation import (
     path_parameters,
     query_parameters,
 )
-from server.routing import Routes
+from server.routing import ROUTES, Access, Routes
 
 routes = Routes(tag="models")
 
@@ -146,6 +148,18 @@ class LoadBodySchema(Schema):
         ),
     )
 
+    reason = fields.String(
+        validate=IS_REASON,
+        **about("Why, for those who approve the load and for who reads the ledger.", example="Fixes #17."),
+    )
+    emergency = fields.String(
+        validate=IS_REASON,
+        **about(
+            "Why the load must not wait for approval; needs the role `emergency`, too. Its signature is "
+            "checked all the same."
+        ),
+    )
+
 
 class UnloadBodySchema(Schema):
     """An unload takes no body or an empty object."""
@@ -181,6 +195,7 @@ async def unload_active(request: web.Request) -> web.Response:
     errors=(
         "unknown_model",
         "unknown_version",
+        "emergency_forbidden",
         "invalid_defaults",
         "queue_full",
         "repository_busy",
@@ -189,9 +204,12 @@ async def unload_active(request: web.Request) -> web.Response:
 )
 async def load_model(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless the model is loaded as requested or an equal load is under way."""
-    model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
+    model_id, person = path_parameters(request)["id"], request[PRINCIPAL]
     asked, key = json_body(request), hash_idempotency_key(request)
-    return await answer_with_job(request, await make_load_command(request.app, model_id, asked, subject, key))
+    if "emergency" in asked:
+        _check_emergency(request, model_id)
+    command = await make_load_command(request.app, model_id, asked, person.subject, key, person=person)
+    return await answer_with_job(request, command)
 
 
 @routes.post(
@@ -226,17 +244,23 @@ async def make_load_command(
     asked: Mapping[str, Any],
     subject: str,
     idempotency: Idempotency | None = None,
+    *,
+    person: Principal | None = None,
 ) -> RequestLoad:
     """Return the command of a request whose body, as `LoadBodySchema` loads it, is `asked`.
+
+    `person` asked for the load; None if an inference did.
 
     Raises:
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`.
     """
-    wanted = {name: value for name, value in asked.items() if name != "version"}
+    wanted = {name: value for name, value in asked.items() if name not in _NO_PARAMETERS}
     chosen, known, written = await _find_version(app, model_id, asked.get("version"))
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
+    rules, said = app[CONFIG].policy.of(model_id), (asked.get("reason"), asked.get("emergency"))
+    is_justified = rules is not None or any(said)
     return RequestLoad(
         model_id,
         chosen,
@@ -245,7 +269,28 @@ async def make_load_command(
         parameters,
         asked=frozenset(wanted),
         idempotency=idempotency,
+        policy=UNSET if rules is None else rules.digest,
+        justification=Justification(credential_of(person), *said) if person and is_justified else UNSET,
+        sign=signer_of(app) if asked.get("emergency") else None,
     )
+
+
+_NO_PARAMETERS = frozenset({"version", "reason", "emergency"})
+
+
+def _check_emergency(request: web.Request, model_id: str) -> None:
+    """Refuse a load that must not wait for approval, unless person and rules allow that.
+
+    Raises:
+        Forbidden: `forbidden`, the person lacks the role `emergency`.
+        ServerProblem: `emergency_forbidden`, a rule of the model allows none.
+    """
+    app, rules = request.app, request.app[CONFIG].policy.of(model_id)
+    action = f"{app[ROUTES][request.match_info.route].name} (emergency)"
+    app[GATE].check_role(request[PRINCIPAL], Access.EMERGENCY, action)
+    if rules is not None and not rules.allows_emergency:
+        reason = f"the rules of {model_id!r} allow no emergency: load it without, and have it approved"
+        raise ServerProblem(reason, code="emergency_forbidden")
 
 
 _Found = tuple[int, Contents | None, dict[str, Any]]

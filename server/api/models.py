@@ -19,9 +19,10 @@ from marshmallow import fields, validate
 
 from events.history import ShownModel, describe_model
 from events.models import RELOADS, Model, ModelState
+from events.policy.rules import TrustMode
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
-from events.types import VersionAdded, WorkerExited
+from events.types import ApprovalResult, VersionAdded, WorkerExited
 from runtime.errors import RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelSignature
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy
@@ -32,14 +33,16 @@ from server.api.schemas import (
     AnswerSchema,
     DeclaredTensorSchema,
     FailureSchema,
+    LoadSignatureSchema,
     ModelPathSchema,
     PageQuerySchema,
     about,
     node_member,
     one_of,
+    signature_view,
 )
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
-from server.appkeys import CONSUMER, LOG, POOL, READER, ROUTER, VERSIONS
+from server.appkeys import CONFIG, CONSUMER, LOG, POOL, READER, ROUTER, VERSIONS
 from server.http.validation import NothingSchema, path_parameters, query_parameters
 from server.routing import Access, Routes
 
@@ -70,6 +73,26 @@ class PreparedSchema(AnswerSchema):
     """A prepared model made of a version's files."""
 
     sha256 = fields.String()
+
+
+class LoadApprovalSchema(AnswerSchema):
+    """Why a load could go on that needed approval."""
+
+    rule = fields.String(**about("Digest of the model's rules of approval then."))
+    result = fields.String(validate=one_of(ApprovalResult))
+    by = fields.List(fields.String(), **about("Who approved that load, or passed without."))
+
+
+class ModelPolicySchema(AnswerSchema):
+    """The rules for a model: what its loads need."""
+
+    digest = fields.String()
+    trust = fields.String(
+        allow_none=True,
+        validate=validate.OneOf([TrustMode.ENFORCE.value, TrustMode.WARN.value]),
+        **about("What follows without a trusted signature; null without rules for signatures."),
+    )
+    approvals = fields.Integer(**about("How many other persons must approve."))
 
 
 class VersionSourceSchema(AnswerSchema):
@@ -137,6 +160,19 @@ class ModelSchema(PastSchema):
     )
     memory_at_load_bytes = fields.Integer(
         allow_none=True, **about("What they took when the model was loaded.")
+    )
+    signature = fields.Nested(
+        LoadSignatureSchema, allow_none=True, **about("Of what it serves; null without rules for signatures.")
+    )
+    approval = fields.Nested(
+        LoadApprovalSchema, allow_none=True, **about("Of what it serves; null without rules for approval.")
+    )
+    policy = fields.Nested(
+        ModelPolicySchema,
+        allow_none=True,
+        **about(
+            "The rules for it that are in force here; null without, missing with `at`.", is_optional=True
+        ),
     )
     error = fields.Nested(FailureSchema, allow_none=True)
     instances = fields.Integer(allow_none=True, **about("Running workers; may be fewer than were loaded."))
@@ -218,6 +254,7 @@ async def read_model_page(app: web.Application, cursor: str, limit: int) -> dict
             repository_changed=seen.has_changed,
             memory_bytes=_memory_now(app, seen.id),
         )
+        | {"policy": _policy_view(app, seen.id)}
         for seen in page[:limit]
     ]
     next_cursor = models[-1]["id"] if len(page) > limit else None
@@ -264,7 +301,8 @@ async def show_model(request: web.Request) -> web.Response:
     parameters = msgspec.to_builtins(serving.parameters) if serving is not None else None
     signature = await _describe_signature(request.app, model_id)
     sources = await _list_sources(request.app, model_id, seen.versions)
-    return web.json_response({**view, "parameters": parameters, **signature, "sources": sources})
+    more = {"policy": _policy_view(request.app, model_id), "parameters": parameters, "sources": sources}
+    return web.json_response({**view, **signature, **more})
 
 
 async def _list_sources(
@@ -324,10 +362,20 @@ def model_view(
         "prepared": msgspec.to_builtins(load.prepared) if load else None,
         "memory_bytes": memory_bytes,
         "memory_at_load_bytes": load.memory_bytes if load else None,
+        "signature": signature_view(load.signature) if load else None,
+        "approval": msgspec.to_builtins(load.approval or None) if load else None,
         "error": msgspec.to_builtins(row.error),
         "instances": row.workers if row.state in _HAS_WORKERS else None,
         "threads": load.threads if load else None,
     }
+
+
+def _policy_view(app: web.Application, model_id: str) -> dict[str, Any] | None:
+    rules = app[CONFIG].policy.of(model_id)
+    if rules is None:
+        return None
+    mode = TrustMode.ENFORCE if rules.enforced else TrustMode.WARN if rules.trust else None
+    return {"digest": rules.digest, "trust": mode, "approvals": rules.approvals}
 
 
 def _memory_now(app: web.Application, model_id: str) -> int | None:

@@ -18,11 +18,11 @@ from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.queries import JobQuery
 from events.types import ServerStarted
 from server.api.events import EventSchema
-from server.api.jobs import JobSchema, job_view
+from server.api.jobs import JobSchema, present_job
 from server.api.models import ModelSchema, read_model_page
 from server.api.resources import RESOURCES_CACHE, ResourcesSchema
 from server.api.schemas import MAX_PAGE, AnswerSchema, PageQuerySchema, about
-from server.appkeys import LIVE_JOBS, LOG, READER
+from server.appkeys import LOG, READER
 from server.auth.gate import PRINCIPAL
 from server.http.validation import query_parameters
 from server.routing import Access, Routes
@@ -104,8 +104,8 @@ async def _read_jobs(app: web.Application, models: list[dict[str, Any]]) -> Mapp
             if job.model_id in with_error:
                 failed.setdefault(job.model_id, job)
     return {
-        "jobs": [job_view(job, app[LIVE_JOBS]) for job in jobs.values()],
-        "failed_jobs": [job_view(job, app[LIVE_JOBS]) for job in failed.values()],
+        "jobs": [present_job(app, job) for job in jobs.values()],
+        "failed_jobs": [present_job(app, job) for job in failed.values()],
     }
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from marshmallow import INCLUDE, Schema, fields, validate
+import msgspec
+from marshmallow import INCLUDE, Schema, ValidationError, fields, validate
+from msgspec import UnsetType
 
+from events.types import LoadSignature
 from runtime.repository import MAX_VERSION, MODEL_ID
 from server.http.validation import ParameterInteger
 
@@ -62,6 +65,42 @@ class AnswerSchema(Schema):
 
     def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:  # noqa: ARG002
         field_obj.required = not field_obj.metadata.get("is_optional", False)
+
+
+def _is_readable(text: str) -> None:
+    """Refuse what a terminal or a page shows as something else, to who reads it before an approval."""
+    if not text.strip() or not text.replace("\n", "").isprintable():
+        raise ValidationError("Must be readable text: not blank, and without control characters.")
+
+
+IS_REASON = (validate.Length(1, 1000), _is_readable)
+"""Validates what a person says for a load, or to one."""
+
+
+class LoadSignatureSchema(AnswerSchema):
+    """The signature of a version's files, as it was checked by the rules for the model."""
+
+    policy = fields.String(**about("Digest of the model's rules."))
+    method = fields.String(
+        allow_none=True,
+        validate=validate.OneOf(["key", "certificate"]),
+        **about("Null if no signature was accepted, like the next two."),
+    )
+    signer = fields.String(allow_none=True, **about("SHA-256 of the key, or the subject of the certificate."))
+    bundle = fields.String(allow_none=True, **about("SHA-256 of the signature bundle."))
+    enforced = fields.Boolean(**about("Whether a rule with the mode `enforce` accepted it."))
+    problem = fields.String(allow_none=True, **about("Code of what the mode `warn` let pass."))
+    was_verified = fields.Boolean(
+        **about("Whether today's rules refuse it, and the system reloaded bytes that were verified before.")
+    )
+
+
+def signature_view(signature: LoadSignature | UnsetType | None) -> dict[str, Any] | None:
+    """Return a signature as `LoadSignatureSchema` has it; None without one."""
+    shown: dict[str, Any] | None = msgspec.to_builtins(signature or None)
+    if shown is not None:
+        shown["enforced"] = shown.pop("is_enforced")
+    return shown
 
 
 class FailureSchema(AnswerSchema):

@@ -26,7 +26,7 @@ from multidict import CIMultiDictProxy, istr
 
 from events.clock import uuid7
 from events.commands import Command, Record
-from events.types import SYSTEM, AccessDenied, Draft
+from events.types import SYSTEM, AccessDenied, Credential, Draft
 from server.auth.keys import ROLES, KeyRing, VerificationKey
 from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA, RateLimits
@@ -77,17 +77,24 @@ _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
 class Principal:
     """The subject and roles of a verified token: the actor of its events, and the token's known roles.
 
-    `jti` is the token's id; None if it has none. `expires_at` is in seconds since 1970.
+    `jti` is the token's id, and `issuer` its `iss`; None if it has none. `expires_at` is in seconds since
+    1970.
     """
 
     subject: str
     roles: frozenset[str]
     jti: str | None = field(default=None, compare=False)
     expires_at: float = field(default=math.inf, compare=False)
+    issuer: str | None = field(default=None, compare=False)
 
 
 PRINCIPAL: web.RequestKey[Principal] = web.RequestKey("principal", Principal)
 """Set on every request except those to public routes."""
+
+
+def credential_of(principal: Principal) -> Credential:
+    """Return a principal's token as the ledger records it; the writer adds who issued it."""
+    return Credential(principal.issuer, principal.jti)
 
 
 class Challenge(ServerProblem):
@@ -297,9 +304,9 @@ class Verifier:
         roles = _find_claim(claims, self.roles_claim)
         if not isinstance(roles, list):
             raise InvalidToken(f"the claim {self.roles_claim} must be a list of roles")
-        jti = claims.get("jti")
+        jti, issuer = (_find_text(claims, name) for name in ("jti", "iss"))
         known = ROLES.intersection(role for role in roles if isinstance(role, str))
-        return Principal(subject, known, jti if isinstance(jti, str) else None)
+        return Principal(subject, known, jti, issuer=issuer)
 
 
 def create_verifier(config: Config) -> Verifier:
@@ -462,6 +469,11 @@ def _check_times(claims: Mapping[str, Any], now: float) -> float:
     if max(times.get("nbf", now), times.get("iat", now)) > now + CLOCK_SKEW_S:
         raise InvalidToken("the token is not valid yet")
     return float(times["exp"])
+
+
+def _find_text(claims: Mapping[str, Any], name: str) -> str | None:
+    claim = claims.get(name)
+    return claim if isinstance(claim, str) else None
 
 
 def _find_claim(claims: Mapping[str, Any], path: str) -> object:

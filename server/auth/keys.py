@@ -48,8 +48,8 @@ from server.auth.subjects import subject_refusal
 
 _log = logging.getLogger(__name__)
 
-ROLES = frozenset({"admin", "predict", "audit"})
-"""All roles."""
+ROLES = frozenset({"admin", "predict", "audit", "approve", "emergency"})
+"""All roles: none includes `approve` or `emergency`, so that an administrator alone passes no approval."""
 
 ALGORITHM = "EdDSA"
 

@@ -112,10 +112,14 @@ class RateLimits:
 
         self._failures = windows(config.limit_auth_failures)
         reads = ("reads", windows(config.limit_reads))
+        management = ("management", windows(config.limit_management))
         self._limits = {
             Access.ANY: reads,
             Access.AUDIT: reads,
-            Access.ADMIN: ("management", windows(config.limit_management)),
+            Access.ADMIN: management,
+            Access.APPROVE: management,
+            Access.VERIFY: management,
+            Access.EMERGENCY: management,
             Access.PREDICT: ("inference", windows(config.limit_inference)),
         }
 

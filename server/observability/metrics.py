@@ -30,7 +30,7 @@ from events.counters import ENDS, EVICTIONS, NO_FORM, OTHERS, PREPARED, Histogra
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.nodes import NodePhase
-from events.types import TYPES, Cause
+from events.types import TYPES, ApprovalBypassed, Cause
 from runtime.memory import read_pressure
 from runtime.optimised.optimiser import OUTCOMES
 from runtime.process.confinement import ALL_ACTS
@@ -245,12 +245,13 @@ class ServerCollector(Collector):
 
     def _job_families(self) -> Iterator[Metric]:
         tally = self._app[LOG].tally
-        counts = Counter((job.kind, job.status) for job in self._jobs)
-        queue = [job for job in self._jobs if job.kind is not JobKind.ADD]
+        working = [job for job in self._jobs if not job.waits_for_approval]
+        counts = Counter((job.kind, job.status) for job in working)
+        queue = [job for job in working if job.kind is not JobKind.ADD]
         ends = [(cause.value, status.value) for cause in Cause for status in ENDS]
         yield _gauge(
             "jobs",
-            "Jobs that have not ended: the queue.",
+            "Jobs that have not ended, and do not wait for approval: the queue.",
             {(kind.value, status.value): counts[kind, status] for kind in JobKind for status in _UNENDED},
             "kind status",
         )
@@ -259,8 +260,18 @@ class ServerCollector(Collector):
         )
         yield _gauge(
             "oldest_job_age_seconds",
-            "Time since the oldest unended load or unload was requested.",
-            max((seconds_between(job.created_at, self._now) for job in queue), default=0.0),
+            "Time since the oldest load or unload of the queue was requested, or approved.",
+            max((seconds_between(job.queued_at, self._now) for job in queue), default=0.0),
+        )
+        yield _gauge(
+            "loads_waiting_for_approval",
+            "Loads that wait until other persons approve them.",
+            len(self._jobs) - len(working),
+        )
+        yield _counter(
+            "approvals_bypassed_total",
+            "Loads that a person with the role emergency let pass without approval.",
+            tally.events[ApprovalBypassed.TYPE],
         )
         outcomes = {status.value: tally.adds[status.value] for status in ENDS}
         yield _counter("adds_total", "Adds of versions from a source that ended.", outcomes, "outcome")

@@ -41,6 +41,9 @@ DURATIONS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5
 ABORTED = "aborted"
 """The class of status of requests without an answer: the client left, or the server stopped."""
 
+_MANAGES = frozenset({Access.ADMIN, Access.APPROVE})
+"""Who may change something that the ledger records."""
+
 NO_ROUTE = "none"
 """The route of unknown paths and methods."""
 
@@ -141,7 +144,7 @@ def _level(request: web.Request, route: Route | None, response: web.StreamRespon
     status = response.status if response is not None else 0
     if status >= FAULT:
         return logging.WARNING
-    manages = route is not None and route.access is Access.ADMIN and PRINCIPAL in request
+    manages = route is not None and route.access in _MANAGES and PRINCIPAL in request
     return logging.INFO if manages or status >= REFUSED else logging.DEBUG
 
 

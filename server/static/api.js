@@ -129,7 +129,7 @@ export function requestErrorText(error) {
 export function errorText(error) {
   if (error instanceof Unreachable) return `The server cannot be reached: ${error.message}.`;
   if (!(error instanceof Refusal)) return String(error.message ?? error);
-  if (error.status === 403) return `Not allowed: ${error.message}. Ask whoever gives out tokens for one with that role; the ledger counts this refusal.`;
+  if (error.code === "forbidden") return `Not allowed: ${error.message}. Ask whoever gives out tokens for one with that role; the ledger counts this refusal.`;
   if (error.status === 429) return `${error.title}: ${error.message}`;
   return error.title && !error.message.startsWith(error.title) ? `${error.title}: ${error.message}` : error.message;
 }

@@ -3,7 +3,7 @@
 import { api, errorText, requestErrorText } from "./api.js";
 import { count, oneLine } from "./format.js";
 import { load, unload } from "./operations.js";
-import { models, useOf } from "./state.js";
+import { models, session, useOf } from "./state.js";
 import { html, notice, Refusal, signal, useLayoutEffect, useRef, useRequest, useState } from "./ui.js";
 
 export const dialog = signal(null); // the open one: {component, props, key}
@@ -74,11 +74,19 @@ function Choice({ id, label, choices, value, onChoice, describedBy }) {
     </select>`;
 }
 
+// A line of text, such as a reason: the server takes up to 1000 characters.
+export function TextField({ id, label, value, onText, ...more }) {
+  return html`
+    <label for=${id}>${label}</label>
+    <input id=${id} maxlength="1000" value=${value} onInput=${(event) => onText(event.target.value)} ...${more} />`;
+}
+
 // Asks for a load of a model, or for a swap where it serves; `version` is the one that is chosen at first.
 export function LoadDialog({ model: known, version = null }) {
   const { answer, error } = useRequest((signal) => api.get(`/api/v1/models/${encodeURIComponent(known.id)}`, { signal }), []);
   const model = answer ?? known, serves = model.state === "loaded"; // the repository may have more by now
   const [wanted, setWanted] = useState(version), [strategy, setStrategy] = useState(""), [priority, setPriority] = useState("");
+  const [reason, setReason] = useState(""), [emergency, setEmergency] = useState(""), approvals = model.policy?.approvals ?? 0;
   const [pinned, setPinned] = useState(useOf(known).serving?.pinned ? "true" : "");
   const versions = [...(model.versions ?? [])].sort((a, b) => b - a), chosen = versions.includes(wanted) ? wanted : versions[0];
   const shown = versions.map((each) => [each, `${each}${serves && each === model.version ? " (is loaded)" : ""}`]);
@@ -88,6 +96,8 @@ export function LoadDialog({ model: known, version = null }) {
     if (serves && strategy) body.strategy = strategy;
     if (priority) body.priority = priority;
     if (pinned) body.pinned = pinned === "true";
+    if (reason.trim()) body.reason = reason.trim();
+    if (emergency.trim()) body.emergency = emergency.trim();
     await load(model.id, body);
     return true;
   };
@@ -106,6 +116,10 @@ export function LoadDialog({ model: known, version = null }) {
         </p>`}
       <${Choice} id="load-pinned" label="Pinned" choices=${PINNED} value=${pinned} onChoice=${setPinned} />
       <${Choice} id="load-priority" label="Priority" choices=${PRIORITIES} value=${priority} onChoice=${setPriority} />
+      <${TextField} id="load-reason" label="Reason" value=${reason} onText=${setReason} />
+      ${approvals > 0 && html`<p class="hint">Unless these files were approved before, it waits until ${count(approvals, "other person", "other people")} approved it.</p>`}
+      ${session.value.bypasses && html`
+        <${TextField} id="load-emergency" label="Emergency: why it must not wait for approval" value=${emergency} onText=${setEmergency} />`}
     <//>`;
 }
 

@@ -1,6 +1,7 @@
 // Jobs: those under way with their stages, then the newest that ended; and the page of one job with its events.
 
 import { api, errorText } from "./api.js";
+import { WaitingLoad } from "./approvals.js";
 import { age, ago, bytes, clock, count, duration, JOB_KINDS, moment, oneLine, secondsSince } from "./format.js";
 import { EventList, useEvents } from "./ledger.js";
 import { cancel } from "./operations.js";
@@ -90,6 +91,10 @@ function aboutText(job, at) {
   const took = duration(secondsSince(job.created_at, Date.parse(job.finished_at)));
   const parts = [
     `by ${oneLine(job.requested_by, 60)}`,
+    job.reason && `reason: ${oneLine(job.reason, 1000)}`,
+    job.emergency && `emergency: ${oneLine(job.emergency, 1000)}`,
+    job.approval?.approved_by.length > 0 && `approved by ${oneLine(job.approval.approved_by.join(", "), 400)}`,
+    job.approval?.bypassed && "without approval",
     job.parameters?.source && `from ${oneLine(job.parameters.source, 200)}`,
     job.cause !== "request" && `cause ${job.cause}`,
     job.node && `at ${oneLine(job.node, 60)}`,
@@ -107,7 +112,7 @@ function JobPage({ id }) {
     <${PageHead} title="Job"><a href=${href("jobs")}>All jobs</a><//>
     <section id="job" class="panel job-page" aria-label="The job">
       <${Refusal} text=${!job && error && errorText(error)} />
-      ${job && html`<ul><${JobItem} job=${job} /></ul><${JobFacts} job=${job} />`}
+      ${job && html`<ul><${JobItem} job=${job} />${job.approval?.waits && html`<${WaitingLoad} job=${job} />`}</ul><${JobFacts} job=${job} />`}
     </section>
     ${session.value.audits && html`<${JobEvents} id=${id} />`}`;
 }

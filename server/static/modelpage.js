@@ -1,6 +1,7 @@
 // The page of one model: facts, charts, inputs and outputs, programs that call it, versions, jobs and events.
 
 import { api, errorText, requestErrorText } from "./api.js";
+import { approvalText, signatureText } from "./approvals.js";
 import { Charts } from "./charts.js";
 import { LoadDialog, openDialog } from "./dialogs.js";
 import { broughtBack, count, oneLine, plain, stamp } from "./format.js";
@@ -90,6 +91,8 @@ function Facts({ model }) {
       ${nodes.value.length > 0 && fact("Node", facts.node)}
       ${fact("Memory now", [facts.memory, useOf(model).serving && facts.memoryAtLoad].filter(Boolean).join(", "))}
       ${fact("Loaded", loaded)}
+      ${model.signature && fact("Signature", signatureText(model.signature))}
+      ${model.approval && fact("Approval", approvalText(model.approval))}
       ${fact("Last use", facts.lastUse)}
       ${fact("In flight", facts.inFlight)}
       ${fact("Workers", model.instances ? `${count(model.instances, "worker")}${threads}` : "–")}

@@ -1,5 +1,6 @@
 // The list of models, and what their pages show, too: facts, badges and buttons of a model.
 
+import { TrustBadges } from "./approvals.js";
 import { LoadDialog, openDialog, UnloadDialog } from "./dialogs.js";
 import { ago, broughtBack, bytes, clock, count, oneLine, plain, zone } from "./format.js";
 import { CancelButton } from "./jobs.js";
@@ -115,7 +116,8 @@ export function ModelBadges({ model }) {
   return html`
     ${model.active && html`<${Badge}>active<//>`}
     ${useOf(model).serving?.pinned && html`<${Badge}>pinned<//>`}
-    ${model.repository_changed && html`<${Badge} title=${newer}>newer files<//>`}`;
+    ${model.repository_changed && html`<${Badge} title=${newer}>newer files<//>`}
+    <${TrustBadges} model=${model} />`;
 }
 
 // What may be done with a model now, for those who may.

@@ -34,6 +34,13 @@ export async function cancel(job) {
   await orNotice(request(`/api/v1/jobs/${encodeURIComponent(job.id)}/cancel`, undefined, `Cancelling the ${job.kind} of ${job.model_id}`));
 }
 
+// Approves or rejects a load that waits for it; throws what the server refuses with.
+export async function answerApproval({ id, model_id: modelId, approval: { digest } }, approves, reason) {
+  await api.post(`/api/v1/jobs/${encodeURIComponent(id)}/${approves ? "approve" : "reject"}`, { digest, reason });
+  notice(`You ${approves ? "approved" : "rejected"} the load of ${modelId}.`);
+  refreshSoon();
+}
+
 // Throws what the server refuses with, too.
 export async function drain(node) {
   const { status } = await api.post(`/api/v1/nodes/${encodeURIComponent(node.id)}/drain`);

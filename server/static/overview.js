@@ -1,5 +1,6 @@
 // The overview: what needs attention with cause, advice and a button for each, then the models, then memory.
 
+import { WaitingForYou } from "./approvals.js";
 import { Charts } from "./charts.js";
 import { LoadDialog, openDialog, UnloadDialog } from "./dialogs.js";
 import { bytes, count, oneLine } from "./format.js";
@@ -21,7 +22,8 @@ export function OverviewPage() {
 
 function Attention() {
   useKeptFocus();
-  const open = openProblems.value, away = problems.value.length - open.length, more = open.length - MOST;
+  const open = openProblems.value, away = problems.value.length - open.length;
+  const listed = open.filter((problem) => problem.level !== "asked"), more = listed.length - MOST; // what is asked has a list of its own
   return html`
     <section class="attention" aria-labelledby="attention-title">
       <div class="head page-head"><h2 id="attention-title" tabindex="-1">What needs you</h2>
@@ -31,8 +33,9 @@ function Attention() {
             ${away} acknowledged: show ${away === 1 ? "it" : "them"} again
           </button>`}
       </div>
+      <${WaitingForYou} />
       <ul id="attention-list" class="problems">
-        ${open.slice(0, MOST).map((problem) => html`<${Problem} key=${problem.key} problem=${problem} />`)}
+        ${listed.slice(0, MOST).map((problem) => html`<${Problem} key=${problem.key} problem=${problem} />`)}
       </ul>
       ${open.length === 0 && html`<p class="well">${allWellText(away)}</p>`}
       ${more > 0 && html`<p class="hint">And ${more} more.</p>`}

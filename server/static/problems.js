@@ -13,7 +13,7 @@ const SLOW_LOAD_S = 60;
 const TIGHT = 0.1; // of the budget
 const PRESSED_PERCENT = 10;
 
-const LEVELS = ["critical", "warning", "waiting"];
+const LEVELS = ["critical", "warning", "asked", "waiting"];
 
 // Each has key, level, title (which stays the same, so that it is read aloud once), why, todo, and what can be done
 // from here: actions of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
@@ -104,6 +104,21 @@ function* modelProblems(model) {
     yield { ...problem("warning", `error ${id}`, `${id} still serves version ${model.version}, but something failed`,
       `${when}${reason(error)}`, advice(error.code), { do: "swap", model }), occurrence: occurrence ?? reason(error), model: id };
   }
+  yield* trustProblems(model);
+}
+
+// Versions that serve without the approval, or the signature, that the rules ask for.
+function* trustProblems({ id, signature, approval, job_id: jobId, loaded_by: by }) {
+  if (approval?.result === "bypassed") {
+    yield { ...problem("warning", `bypassed ${id}`, `${id} was loaded without approval`, `The role emergency let it pass, for ${approval.by.join(", ")}.`,
+      "Check the version that serves, and the reason in its job; else load another version."),
+    cause: "bypassed", noun: "model", ofMany: "were loaded without approval", by, occurrence: jobId, model: id };
+  }
+  if (signature?.was_verified) {
+    yield { ...problem("warning", `signature ${id}`, `${id} serves with a signature that today's rules refuse`,
+      `Its signer is ${signature.signer}. It was verified before, so a reload went on.`, "Sign the version with a key or certificate of today's rules, and load it."),
+    cause: "was verified", noun: "model", ofMany: "serve with a signature that today's rules refuse", by, occurrence: `${jobId} ${signature.policy}`, model: id };
+  }
 }
 
 function* unansweredProblems() {
@@ -123,7 +138,9 @@ function* jobProblems(job, now) {
   const model = { id: job.model_id }, what = `${JOB_KINDS[job.kind]} of ${job.model_id}`;
   const seconds = secondsSince(job.started_at ?? job.created_at, now);
   const cancel = { do: "cancel", job };
-  if (job.waiting_for) {
+  if (state.needsAnswer(job)) {
+    yield problem("asked", `asked ${job.id}`, `${what} waits for approval`, "", "Approve or reject it.");
+  } else if (job.waiting_for) {
     yield { ...problem("waiting", `waits ${job.id}`, what, `For ${job.waiting_for}.`,
       `Requested by ${job.requested_by} ${age(secondsSince(job.created_at, now))} ago; it starts by itself.`, cancel),
     cause: `${job.kind} waits for ${job.waiting_for}`, noun: job.kind, ofMany: "wait", sameWhy: `For ${oneLine(job.waiting_for)}.`,

@@ -55,6 +55,8 @@ export function readSession(token) {
     manages: has("admin"),
     predicts: has("admin", "predict"),
     audits: has("admin", "audit"),
+    approves: has("approve"),
+    bypasses: has("emergency"),
   };
 }
 

@@ -44,6 +44,12 @@ const loads = computed(() => new Map(jobs.value.filter((job) => job.kind === "lo
 // The load of a model that is under way, or null.
 export const loadOf = (modelId) => loads.value.get(modelId) ?? null;
 
+// Whether a load waits for an answer of who is signed in, and has none yet. The server decides, also who is the same person.
+export function needsAnswer({ approval }) {
+  const { approves, subject } = session.value ?? {};
+  return Boolean(approves && approval?.waits && ![...approval.requested_by, ...approval.approved_by].includes(subject));
+}
+
 export function connect(mode, why = "", retryAt = null) {
   const same = connection.value.mode === mode;
   connection.value = { mode, why, retryAt, since: same ? connection.value.since : serverNow() };

@@ -3,10 +3,10 @@
 export const HASH_DIGITS = 12;
 
 export const EVENT_TEXTS = {
-  LoadRequested: {"parts": ["{cause}", "priority {priority}", "pinned?pinned"], "tone": "plain", "badIf": null},
+  LoadRequested: {"parts": ["{cause}", "priority {priority}", "pinned?pinned", "reason: {justification.reason?}", "emergency: {justification.emergency?}"], "tone": "plain", "badIf": null},
   LoadJoined: {"parts": [], "tone": "plain", "badIf": null},
   LoadStarted: {"parts": ["attempt {attempt}", "at node {node_id?}"], "tone": "plain", "badIf": null},
-  ModelLoaded: {"parts": ["{durations.total_us:ms}", "{memory_bytes:MB}", "threads {threads?}", "at node {node_id?}", "{files:files}"], "tone": "good", "badIf": null},
+  ModelLoaded: {"parts": ["{durations.total_us:ms}", "{memory_bytes:MB}", "threads {threads?}", "at node {node_id?}", "signed by {signature.signer?}", "{signature.problem?}", "{approval.result?:plain}", "{files:files}"], "tone": "good", "badIf": null},
   ModelSettingsChanged: {"parts": ["pinned?pinned|not pinned", "keep_alive_s {keep_alive_s}"], "tone": "good", "badIf": null},
   LoadFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},
   UnloadRequested: {"parts": ["{cause}", "force?by force", "at node {node_id?}"], "tone": "plain", "badIf": null},
@@ -36,6 +36,12 @@ export const EVENT_TEXTS = {
   AddRequested: {"parts": ["from {source}", "at node {node_id?}"], "tone": "plain", "badIf": null},
   AddStarted: {"parts": ["attempt {attempt}", "at node {node_id?}"], "tone": "plain", "badIf": null},
   AddFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},
+  ApprovalAsked: {"parts": ["digest {digest}", "{approvals} needed", "until {expires_at}", "signed by {signature.signer?}"], "tone": "plain", "badIf": null},
+  LoadApproved: {"parts": ["{reason}", "digest {digest}"], "tone": "good", "badIf": null},
+  LoadRejected: {"parts": ["{reason}", "digest {digest}"], "tone": "bad", "badIf": null},
+  ApprovalExpired: {"parts": [], "tone": "bad", "badIf": null},
+  ApprovalBypassed: {"parts": ["{reason}", "digest {digest}"], "tone": "bad", "badIf": null},
+  PolicyInForce: {"parts": ["{policy.trust:rules}", "{policy.approval:rules}", "at node {node_id?}"], "tone": "plain", "badIf": null},
 };
 
 // By the code of a failed load.
@@ -59,9 +65,16 @@ export const ADVICE = {
   invalid_defaults: "Correct the model's loadledger.toml; the message says where.",
   repository_unreadable: "The message has the system's reason. Check the mount and the access rights.",
   repository_busy: "The file system of the model's folder hangs, or too many do, or the server has no descriptor or thread left. Check the mount and the limits, then try again; other models are served.",
+  policy_differs: "Load again: the rules under which the load was accepted are in force no more.",
   internal: "This is a bug. The server's log has the reason under the reference in instance.",
   crash_loop: "The server died with this load three times, or the model's workers too often. See the WorkerExited events, then load again.",
   insufficient_memory: "Unload a model, let the server evict idle models (--evict idle), or raise --memory-budget.",
   too_many_loaded: "Unload a model, let the server evict idle models (--evict idle), or raise --max-loaded.",
   bytes_gone: "A reload takes the bytes that served before, and neither the store nor the repository has them. Load the model again to use what the repository has now.",
+  signature_missing: "Sign the version, and put the bundle beside it, as VERSION.sig, or into it.",
+  signature_invalid: "detail says what is wrong with the version's *.sig: replace it, or remove it.",
+  signature_untrusted: "Sign with a key or certificate of the policy; detail names the signer.",
+  signature_mismatch: "detail names the first file that differs. Sign the version as it is now, or restore what was signed.",
+  signature_unsupported: "Sign again in the form that detail names.",
+  approval_required: "Load the model, with a request of its own, and have another person approve it.",
 };

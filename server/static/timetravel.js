@@ -1,6 +1,7 @@
 // Time travel: the models as of a position or a time, with who had loaded which bytes. The moment is in the address.
 
 import { api, errorText } from "./api.js";
+import { TrustBadges } from "./approvals.js";
 import { summary } from "./eventtext.js";
 import { broughtBack, clock, local, moment, oneLine, zone } from "./format.js";
 import { address, replace } from "./router.js";
@@ -154,7 +155,7 @@ function PastRow({ model }) {
   const place = model.node ? ` at ${oneLine(model.node, 130)}` : "";
   const by = model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}${broughtBack(model)}${place}` : "–";
   return html`
-    <${Row} heading=${html`<span class="name">${model.id}</span>`}>
+    <${Row} heading=${html`<span class="name">${model.id}</span><${TrustBadges} model=${model} />`}>
       <${Cell} label="State"><${Pill} state=${model.state} /><//>
       <${Cell} label="Version">${model.version == null ? "–" : String(model.version)}<//>
       <${Cell} label="Loaded by">${by}<//>

@@ -18,8 +18,9 @@ from events.errors import LedgerProblem
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.log import Log
 from events.models import Model, ModelState
+from events.policy.rules import ModelRules
 from events.sqlite.listing import Reader
-from events.types import Cause
+from events.types import Cause, digest_of
 from runtime import errors
 from runtime.consumer.consumer import PendingDemand
 from runtime.router import Absent, Here, OtherVersionLoaded, Router, There
@@ -32,8 +33,6 @@ MAX_FAILURES = 1000
 """Beyond them the oldest is forgotten, and its model may be tried again sooner."""
 
 _ABSENT = (ModelState.UNLOADED, ModelState.FAILED)
-_PASSED_ON = (errors.InvalidModelId, errors.UnknownModel, errors.UnknownVersion, LedgerProblem)
-"""Errors that the client gets as they are. Invalid settings of a model are not the client's mistake."""
 
 Demand = tuple[str, int | None]
 """A model and the requested version; None for the highest in the repository."""
@@ -49,6 +48,38 @@ class DemandFailed(ServerProblem):
     ) -> None:
         super().__init__(detail, http_headers=http_headers)
         self.retry_after_s = retry_after_s
+
+
+class ApprovalRequired(ServerProblem):
+    """A person has to load the version, and another to approve it."""
+
+    code = "approval_required"
+
+
+_NO_SUCH = (errors.InvalidModelId, errors.UnknownModel, errors.UnknownVersion)
+_PASSED_ON = (*_NO_SUCH, LedgerProblem, ApprovalRequired)
+"""Errors that the client gets as they are. Invalid settings of a model are not the client's mistake."""
+
+
+def check_approved(command: RequestLoad, rules: ModelRules | None, model: Model | None) -> None:
+    """Refuse an on-demand load that would wait for a person: its bytes were not approved and loaded before.
+
+    Of files that are not known the load finds out, if some of the version were.
+
+    Raises:
+        ApprovalRequired: `approval_required`.
+    """
+    rule, contents = None if rules is None else rules.approval_digest, command.contents
+    digest = None if contents is None else digest_of(contents)
+    approved = [
+        each
+        for each in (() if model is None or rule is None else model.admitted or ())
+        if each.is_approved_under(rule or "")
+        and (each.digest == digest or (digest is None and each.version == command.version))
+    ]
+    if rule is not None and not approved:
+        what = f"version {command.version} of model {command.model_id!r} is not loaded on demand"
+        raise ApprovalRequired(f"{what}: a person has to load it, and another to approve it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +188,7 @@ class OnDemand:
             InferenceTimeout: `inference_timeout`.
             QueueFull: `inference_queue_full`, too many inferences wait for the model.
             DemandFailed: `load_failed`.
+            ApprovalRequired: `approval_required`.
             UnknownModel: `unknown_model`, or UnknownVersion, `unknown_version`.
             LedgerProblem: `queue_full`, `log_unavailable`.
             ServerProblem: `shutting_down`.

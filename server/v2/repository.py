@@ -85,10 +85,13 @@ MAX_INDEX_BYTES = 4096
 
 _BODY_ERRORS = ("invalid_body", "not_supported", "body_timeout", "body_too_large", "unsupported_media_type")
 _LOAD_ERRORS = (
-    "invalid_defaults", "invalid_model", "warm_up_failed", "model_changed", "unsafe_file", "not_encodable",
-    "crash_loop", "job_failed", "cancelled", "unknown_model", "unknown_version", "queue_full", "worker_died",
-    "out_of_memory", "insufficient_memory", "too_many_loaded", "timeout", "no_progress",
-    "fork_server_died", "fork_server_unavailable", "repository_busy", "repository_unreadable",
+    "invalid_defaults", "invalid_model", "warm_up_failed", "model_changed", "unsafe_file",
+    "signature_missing", "signature_invalid", "signature_untrusted", "signature_mismatch",
+    "signature_unsupported", "policy_differs", "approval_void", "approval_expired",
+    "approval_required", "rejected", "not_encodable", "crash_loop", "job_failed", "cancelled",
+    "unknown_model", "unknown_version", "queue_full", "worker_died", "out_of_memory", "insufficient_memory",
+    "too_many_loaded", "timeout", "no_progress", "fork_server_died", "fork_server_unavailable",
+    "repository_busy", "repository_unreadable",
 )  # fmt: skip
 _LOG_ERRORS = ("log_unavailable", "shutting_down")
 
@@ -154,6 +157,8 @@ async def show_index(request: web.Request) -> web.Response:
     "/v2/repository/models/{id}/load",
     access=Access.ADMIN,
     summary="Load a model, and wait until it is ready",
+    description="A load that waits for approval is answered with `approval_required` after its `timeout_s`, "
+    "and goes on once it is approved.",
     path=ModelPathSchema(),
     request_body=tritonconfig.LOAD_BODY,
     answers=_ENDED,
@@ -161,10 +166,10 @@ async def show_index(request: web.Request) -> web.Response:
 )
 async def load_and_wait(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless that load is done or in progress, and wait for the job's end."""
-    model_id, subject = path_parameters(request)["id"], request[PRINCIPAL].subject
+    model_id, person = path_parameters(request)["id"], request[PRINCIPAL]
     parameters = tritonconfig.read_load(await tritonconfig.read_object(request), model_id)
-    job = await run_job(request.app, await make_load_command(request.app, model_id, parameters, subject))
-    return _respond_completed(job)
+    command = await make_load_command(request.app, model_id, parameters, person.subject, person=person)
+    return _respond_completed(await run_job(request.app, command))
 
 
 @routes.post(

@@ -201,14 +201,15 @@ def test_stop_keeps_queue_of_each_model() -> None:
 
 def test_every_type_has_a_fold() -> None:
     of_no_job = {
-        *("ServerStarted", "ServerStopped", "AccessDenied", "LoadJoined", "UnloadJoined"),
+        *("ServerStarted", "ServerStopped", "AccessDenied", "PolicyInForce", "UnloadJoined"),
         *("ClockStepped", "RollbackAccepted", "EventsDiscarded", "VersionRemoved"),
         *("TokenIssued", "TokenRevoked", "SignInLinkIssued", "SignInLinkUsed"),
         *("NodeJoined", "NodeDraining", "NodeLeft", "NodeLost"),
     }
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job
     of_adds = {"AddRequested", "AddStarted", "AddFailed"}
-    of_no_model = (of_no_job | of_adds | {"CancelRequested", "LoadPlaced"}) - {"VersionRemoved"}
+    of_waits = {"LoadJoined", "LoadRejected", "ApprovalExpired", "ApprovalBypassed"}
+    of_no_model = (of_no_job | of_adds | of_waits | {"CancelRequested", "LoadPlaced"}) - {"VersionRemoved"}
     assert {kind.__name__ for kind in models.STEPS} == TYPES.keys() - of_no_model
 
 

@@ -15,6 +15,7 @@ instead of a name makes all states anew; use it only together with a new `events
 - `joins`: others join a load, a forced unload and a loaded model; a person's load supersedes an on-demand one
 - `tokens`: tokens are issued over all ways, revoked, and used by a sign-in link; one of a provider is revoked
 - `keys`: requests with idempotency keys, repeated, reused for another request, and expired after a day
+- `approvals`: loads under rules are approved, rejected, expire, and pass in an emergency; one is repeated
 - `adds`: adds from sources that fail, are cancelled, and succeed
 - `nodes`: a worker of three nodes dies, then a node; another one is drained and leaves, and one joins again
 """
@@ -34,7 +35,8 @@ from support.cluster import are_elsewhere, clustered, find_nodes, find_places, i
 from support.folding import fold_steps
 from support.history import opened
 from support.postgres import postgres_server
-from support.running import running
+from support.running import Clock, job_of, running
+from support.signing import make_key, public_pem, sign_folder
 
 from events.clock import uuid7
 from events.codec import encode_event
@@ -50,6 +52,7 @@ from events.commands import (
 from events.log import Log
 from events.models import ModelState
 from events.nodes import NodePhase
+from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.registercommands import IssueToken, RevokeToken
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
@@ -62,14 +65,18 @@ from events.types import (
     AddParameters,
     AddStarted,
     Cause,
+    Credential,
     Draft,
     Idempotency,
     JobCancelled,
+    Justification,
     LoadParameters,
+    PolicyInForce,
     Provenance,
     SignInLinkIssued,
     TokenIssued,
 )
+from runtime.scheduler.view import Policy
 
 HERE = Path(__file__).parent
 
@@ -206,6 +213,36 @@ async def adds(folder: Path) -> None:
         await log.submit(AddVersion("other", 1, "alice", files, uuid7(), source=source, job_id=job_id))
 
 
+async def approvals(folder: Path) -> None:
+    """Signed versions are approved, rejected, not approved in time, and pass in an emergency."""
+    key, clock = make_key(), Clock()
+    for version in (1, 2):
+        sign_folder(folder / "models" / "adder" / str(version), key)
+    rules = LoadPolicy(
+        (TrustRule(("adder",), TrustMode.ENFORCE, (public_pem(key),)),),
+        (ApprovalRule(("adder",), expires_s=3_600),),
+    )
+    said = Justification(Credential("idp", "t1"), "the new data", None)
+    emergency = Justification(Credential(), emergency="the old version answers nonsense")
+    policy = Policy(2, loads=rules)
+    async with running(folder, policy=policy, clock=clock, stops_cleanly=True) as engine:
+        await engine.log.submit(Record((Draft(uuid7(), PolicyInForce(rules), SYSTEM),)))
+        first = job_of(await engine.submit_load("adder", 1, justification=said))
+        await engine.waiting(first)
+        await engine.submit_load("adder", 1, actor="bob")
+        await engine.answer(first)
+        await engine.ended(first)
+        rejected = await engine.ask_load("adder", 2)
+        await engine.answer(rejected, approves=False)
+        await engine.ended(rejected)
+        expired = await engine.ask_load("adder", 2)
+        await engine.waiting(expired)
+        engine.pass_time(3_600)
+        await engine.ended(expired)
+        await engine.ended(job_of(await engine.submit_load("adder", 2, justification=emergency)))
+        await engine.load("adder", 1)
+
+
 SCENARIOS: dict[str, Scenario] = {
     "loads-and-swaps": loads_and_swaps,
     "settings": settings,
@@ -213,6 +250,7 @@ SCENARIOS: dict[str, Scenario] = {
     "tokens": tokens,
     "nodes": nodes,
     "adds": adds,
+    "approvals": approvals,
 }
 
 

@@ -70,6 +70,19 @@ def test_version_is_added_and_removed(client: Client, tmp_path: Path) -> None:
         client.remove(model_id, 2)
 
 
+def test_version_is_added_with_its_signature(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(models.add(1).SerializeToString())
+    signature = tmp_path / "bundle.json"
+    signature.write_bytes(b"{}")
+    model_id = f"signed-{type(client).__name__}"
+    added = client.add(model_id, tmp_path / "net.onnx", signature=signature)
+    assert [each.path for each in added.files] == ["model.onnx", "model.sig"]
+    signature.rename(tmp_path / "net.sig")
+    with pytest.raises(ValueError, match=r"net\.sig signs the version already"):
+        client.add(model_id, tmp_path, signature=str(tmp_path / "net.sig"))
+    assert client.model(model_id).versions == [1]
+
+
 def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(models.external("w.bin").SerializeToString())
     (tmp_path / "w.bin").write_bytes(models.external_bytes())

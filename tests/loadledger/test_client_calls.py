@@ -110,6 +110,41 @@ def test_invalid_argument_is_refused_unsent(
     assert play.requests == []
 
 
+# Approvals
+
+
+def test_load_sends_reasons_that_are_given() -> None:
+    play = Played([answer(job(), 202), answer(job(), 202)])
+    play.client.load("m", 2, reason="Ticket 7", emergency="An outage", priority="high")
+    play.client.load("m")
+    first, second = (json.loads(request.body or b"") for request in play.requests)
+    assert first == {"version": 2, "reason": "Ticket 7", "emergency": "An outage", "priority": "high"}
+    assert second == {}
+
+
+@pytest.mark.parametrize("name", ["approve", "reject"])
+def test_answer_to_a_waiting_load_is_sent_once(name: str) -> None:
+    play = Played([answer(job(approval={"digest": "d", "approved_by": ["bob"]})), LOST])
+    answered = getattr(play.client, name)("j1", "d", "reviewed")
+    assert answered.approval.approved_by == ["bob"]
+    with pytest.raises(ServerUnreachable):
+        getattr(play.client, name)("j1", "d", "reviewed")
+    assert [request.target for request in play.requests] == [f"/api/v1/jobs/j1/{name}"] * 2
+    assert json.loads(play.requests[0].body or b"") == {"digest": "d", "reason": "reviewed"}
+
+
+def test_verification_of_a_model_names_version_that_is_given() -> None:
+    members = {"model_id": "m", "version": 2, "digest": "d", "approval": "required", "later": 1}
+    refused = {**members, "problem": {"code": "signature_missing", "message": "no"}}
+    play = Played([answer(members), answer(refused)])
+    assert play.client.verify_model("m").problem is None
+    problem = play.client.verify_model("m", 2).problem
+    assert (problem and problem.code) == "signature_missing"
+    assert [request.target for request in play.requests] == [
+        "/api/v1/models/m/verify", "/api/v1/models/m/verify?version=2"
+    ]  # fmt: skip
+
+
 # Adds from sources
 
 

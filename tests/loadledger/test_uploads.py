@@ -86,6 +86,25 @@ def test_what_is_no_version_is_refused_with_advice(folder: Path, given: str, rea
         find_version_files(folder / given)
 
 
+def test_signature_goes_along_and_a_version_takes_one(folder: Path, tmp_path: Path) -> None:
+    for given, path in (("a.sig", "a.sig"), ("bundle.json", "model.sig")):
+        (tmp_path / given).write_bytes(b"{}")
+        found = find_version_files(folder / "external", tmp_path / given)
+        assert [file.path for file in found.files] == ["net.onnx", "data/w.bin", "more.txt", path]
+        assert found.files[-1].source == tmp_path / given
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "b.sig").touch()  # beneath the model: not the version's signature
+    (tmp_path / "net.onnx").write_bytes(MODEL)
+    with pytest.raises(
+        ValueError, match=r"/a\.sig signs the version already: move it, or leave out .*/data/b\.sig"
+    ):
+        find_version_files(tmp_path, tmp_path / "data" / "b.sig")
+    (tmp_path / "a.sig").unlink()
+    assert find_version_files(tmp_path, tmp_path / "data" / "b.sig").files[-1].path == "b.sig"
+    with pytest.raises(ValueError, match="is not a regular file"):
+        find_version_files(folder / "one", folder / "fifo" / "model.onnx")
+
+
 def test_body_is_the_file_with_its_digest(folder: Path) -> None:
     source = find_version_files(folder / "external")
     digests = hash_files(source)

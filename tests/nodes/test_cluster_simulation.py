@@ -8,19 +8,39 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from msgspec import UNSET
-from support.clusters import LEASE_S, Cluster, ClusterNode
+from support.clusters import LEASE_S, Cluster, ClusterNode, KnownSigning
 from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
-from support.worlds import request_of
+from support.worlds import answer_of, request_of
 
 from events.commands import Command, Condition, RequestCancel, RequestLoad, RequestUnload
 from events.models import ModelState
+from events.policy.rules import ApprovalRule, LoadPolicy
 from events.registercommands import DrainNode, NodeCurrent, NodeUnchanged
-from events.types import Cause, LoadParameters, LoadPlaced, LoadStarted, UnloadRequested, WorkerExited
+from events.types import (
+    Cause,
+    Credential,
+    Justification,
+    LoadParameters,
+    LoadPlaced,
+    LoadStarted,
+    UnloadRequested,
+    WorkerExited,
+)
 from nodes.placement import NodeHints, PlacementStrategy
 from runtime.scheduler.actions import Action, RecordFact, StartLoad
 from runtime.scheduler.placement import SystemCommand
 from runtime.scheduler.view import Policy
+
+RULES = st.sampled_from(
+    [
+        LoadPolicy(),
+        LoadPolicy(approval=(ApprovalRule(("b",), expires_s=400),)),
+        LoadPolicy(approval=(ApprovalRule(("[bc]",), 2, expires_s=600),)),
+    ]
+)
+
+EMERGENCY = Justification(Credential(), "fire", "fire")
 
 POLICIES = st.builds(
     Policy,
@@ -30,17 +50,19 @@ POLICIES = st.builds(
     evicts=st.booleans(),
     min_residency_s=st.sampled_from([0.0, 10.0]),
     restores=st.just(True),
+    loads=RULES,
 )
 
 USUAL, KEPT = LoadParameters(), ("instances", "node_labels")
 LOADS = st.builds(
-    lambda name, version, parameters, asked: RequestLoad(
+    lambda name, version, parameters, asked, said: RequestLoad(
         name,
         version,
         CONTENTS,
         "alice",
         parameters,
         asked=frozenset(asked | {name for name in KEPT if getattr(parameters, name) != getattr(USUAL, name)}),
+        justification=said,
     ),
     st.sampled_from(["a", "b", "c"]),
     st.sampled_from([1, 1, 2]),
@@ -54,6 +76,7 @@ LOADS = st.builds(
         node_labels=st.sampled_from([UNSET, UNSET, UNSET, ("gpu=a",)]),
     ),
     st.sets(st.sampled_from(["keep_alive_s", "timeout_s", "strategy"])),
+    st.sampled_from([UNSET, UNSET, UNSET, EMERGENCY]),
 )
 
 OWN = st.sampled_from([("b", 1), ("c", 1), ("c", 2)])
@@ -71,6 +94,7 @@ class ClusterSimulation(RuleBasedStateMachine):
 
     @initialize(
         policies=st.lists(POLICIES, min_size=2, max_size=3),
+        rules=st.none() | RULES,
         labels=st.lists(st.sampled_from([(), (), ("gpu=a", "zone=x")]), min_size=3, max_size=3),
         strategy=st.sampled_from(PlacementStrategy),
         skew_s=st.sampled_from([0.0, 3.0, -70.0]),
@@ -81,6 +105,7 @@ class ClusterSimulation(RuleBasedStateMachine):
     def begin(
         self,
         policies: list[Policy],
+        rules: LoadPolicy | None,
         labels: list[tuple[str, ...]],
         strategy: PlacementStrategy,
         skew_s: float,
@@ -89,6 +114,8 @@ class ClusterSimulation(RuleBasedStateMachine):
         own: set[tuple[int, tuple[str, int]]],
         loads: list[RequestLoad],
     ) -> None:
+        if rules is not None:  # of all nodes, as mostly
+            policies = [replace(policy, loads=rules) for policy in policies]
         skews_s = [number * skew_s for number in range(len(policies))]
         self.cluster = Cluster(policies, skews_s, labels, strategy, is_fenced=is_fenced)
         self.own = sorted({version for _, version in own})
@@ -111,14 +138,42 @@ class ClusterSimulation(RuleBasedStateMachine):
     @rule(load=LOADS, outcome=OUTCOMES, times=st.integers(0, 3))
     def somebody_loads_and_that_ends(self, load: RequestLoad, outcome: str, times: int) -> None:
         self.somebody_loads_and_that_begins(load)
-        for _ in range(times):
+        for number in range(times):
+            self.answer(number, 0, "bc"[number % 2], approves=True, is_signed=True)
+            self.cluster.settle()
             self.cluster.progress(outcome)
             self.cluster.settle()
 
     @rule(load=LOADS)
     def somebody_loads_and_that_begins(self, load: RequestLoad) -> None:
-        self.cluster.log.submit(load, self.cluster.now)
+        self.cluster.log.submit(self.cluster.nodes[0].with_rules(load), self.cluster.now)
         self.cluster.settle()
+
+    def answer(self, node: int, which: int, by: str, *, approves: bool, is_signed: bool) -> None:
+        """A person answers at a node; one that has no node's signature is forged."""
+        sign = KnownSigning(self.node(node).name).sign if is_signed else None
+        answer = answer_of(self.cluster.state, which, by, approves=approves, sign=sign)
+        if answer is not None:
+            self.node(node).submit(answer)
+
+    @rule(
+        node=WHICH,
+        which=WHICH,
+        by=st.sampled_from(["alice", "bob", "bob", "carol"]),
+        approves=st.sampled_from([True, True, True, False]),
+        is_signed=st.sampled_from([True, True, True, False]),
+        turns=TURNS,
+    )
+    def somebody_answers(
+        self, node: int, which: int, by: str, turns: int, *, approves: bool, is_signed: bool
+    ) -> None:
+        self.answer(node, which, by, approves=approves, is_signed=is_signed)
+        self.work(node, turns)
+
+    @rule(version=OWN, which=WHICH, turns=TURNS)
+    def files_change(self, version: tuple[str, int], which: int, turns: int) -> None:
+        self.cluster.log.changes[version] += 1
+        self.work(which, turns)
 
     @rule(
         kind=st.sampled_from(["unload", "force", "cancel"]),
@@ -206,9 +261,9 @@ class ClusterSimulation(RuleBasedStateMachine):
         else:
             self.node(which).die()
 
-    @rule(which=WHICH, turns=TURNS)
-    def a_node_starts(self, which: int, turns: int) -> None:
-        self.cluster.start(self.node(which))
+    @rule(which=WHICH, rules=st.none() | RULES, turns=TURNS)
+    def a_node_starts(self, which: int, rules: LoadPolicy | None, turns: int) -> None:
+        self.cluster.start(self.node(which), rules)
         self.work(which, turns)
 
     @rule(which=WHICH, is_paused=st.booleans(), is_cut=st.booleans())

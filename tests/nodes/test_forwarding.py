@@ -37,6 +37,7 @@ from events.registercommands import DrainNode, RevokeToken
 from nodes import forwarding
 from nodes.thisnode import THIS_NODE
 from server.appkeys import BODIES, LOG
+from server.auth.gate import Principal
 from server.auth.tokens import timestamp_in
 from server.http.bodies import iterate_body
 
@@ -221,6 +222,16 @@ async def test_forwarded_token_ends_with_the_clients(pair: Pair) -> None:
     refused = await send(owner, PATHS[0], good)
     assert refused.refusal == (401, "invalid_token")
     assert "revoked" in refused.json["detail"]
+
+
+async def test_forwarded_token_names_the_issuer_of_the_clients(pair: Pair) -> None:
+    owner, other = pair
+    sender, receiver = (node.app[THIS_NODE].peers for node in (other, owner))
+    to = other.app[LOG].state.registers.nodes[owner.name]
+    for issuer in ("https://issuer", None):
+        client = Principal("pia", frozenset({"predict"}), "jti", time.time() + 3600, issuer)
+        seen = receiver.verify(sender.make_token(to, "m", client), "m")
+        assert (seen, seen.jti, seen.issuer) == (client, "jti", issuer)
 
 
 async def test_only_some_header_fields_are_forwarded(pair: Pair) -> None:

@@ -7,12 +7,15 @@ import pytest
 from hypothesis import assume
 from hypothesis import given as given_any
 from hypothesis import strategies as st
-from support.clusters import KnownStanding
+from msgspec import UNSET
+from support.clusters import KnownSigning, KnownStanding
 from support.decisions import describe_next, processes
 from support.history import CONTENTS, MODEL, PLAIN, History, at
 
+from events.commands import RequestLoad
 from events.nodes import Node, NodePhase
-from events.types import SYSTEM, AddRequested, AddStarted, Cause, Draft, LoadPlaced
+from events.policy.rules import ApprovalRule, LoadPolicy
+from events.types import SYSTEM, AddRequested, AddStarted, Cause, Draft, LoadPlaced, PolicyInForce
 from nodes.decisions import NodePlacement, name_node
 from nodes.placement import (
     MAX_PLACEMENTS,
@@ -273,7 +276,12 @@ class Cluster:
         )
         now = at(self.history.seconds)
         view = SchedulerView(self.history.state, processes(running), Policy(**given), now, seen)
-        return NodePlacement(name, standing).decide(view)
+        return NodePlacement(name, standing, KnownSigning(name)).decide(view)
+
+    def set_policy(self, name: str, policy: LoadPolicy) -> None:
+        """The node starts with a policy."""
+        self.history.join(name, budget_bytes=100)
+        self.history.add(PolicyInForce(policy, name), of=None, version=None)
 
     def next(self, name: str, running: str = "", **policy: Any) -> str:
         return describe_next(self.decide(name, running, **policy))
@@ -349,6 +357,78 @@ def test_load_waits_for_node_with_its_labels() -> None:
     cluster.history.leave("c")
     cluster.history.seconds = 13
     assert cluster.next("a") == "fail L: timeout"
+
+
+ONE_APPROVAL, TWO_APPROVALS = (LoadPolicy(approval=(ApprovalRule((MODEL,), each),)) for each in (1, 2))
+
+
+def digest_of_rules(policy: LoadPolicy) -> str:
+    rules = policy.of(MODEL)
+    assert rules is not None
+    return rules.digest
+
+
+def test_load_waits_for_node_with_its_rules() -> None:
+    cluster = Cluster()
+    history, digest = cluster.history, digest_of_rules(ONE_APPROVAL)
+    history.ask_load("L", timeout_s=100, policy=digest)
+    where = "a node with the rules by which it was accepted"
+    assert cluster.decide("a").waiting_for == {"L": f"policy_differs: {where}, {digest}"}
+    cluster.set_policy("b", ONE_APPROVAL)
+    assert cluster.next("a") == "place L at b: room"
+    history.place("L", "b")
+    cluster.set_policy("b", ONE_APPROVAL)
+    assert cluster.next("a") == "place L at b: room"  # anew
+    history.ask_load("O", of="other")
+    history.place("O", "b", of="other")
+    assert cluster.next("b") == "estimate O"
+
+
+def test_load_leaves_node_that_has_other_rules_since() -> None:
+    cluster = Cluster()
+    cluster.history.ask_load("L")
+    cluster.history.place("L", "b")
+    cluster.history.add(PolicyInForce(ONE_APPROVAL, "b"), of=None, version=None)
+    assert cluster.next("b") == "place L at a: room"
+    cluster.history.drain("a")
+    where = "a node with the rules by which it was accepted, none"
+    assert cluster.decide("b").waiting_for == {"L": f"policy_differs: {where}"}
+
+
+def test_reload_by_rules_of_no_node_fails() -> None:
+    cluster = Cluster()
+    cluster.history.load_at("b", "L")
+    for name in ("b", "a"):
+        cluster.history.leave(name)
+    cluster.set_policy("a", TWO_APPROVALS)
+    cluster.history.ask_load("R", cause=Cause.RESTART, policy=digest_of_rules(ONE_APPROVAL))
+    assert cluster.next("a") == "fail R: policy_differs"
+    cluster.history.fail_load("R", "policy_differs")
+    cluster.history.seconds += 60
+    assert cluster.next("a") == f"reload {MODEL}, restart"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "labels", "policy"),
+    [
+        (ONE_APPROVAL, LoadPolicy(), (), ONE_APPROVAL),
+        (ONE_APPROVAL, TWO_APPROVALS, ("gpu=a",), TWO_APPROVALS),
+        (ONE_APPROVAL, LoadPolicy(), ("gpu=a",), None),
+        (ONE_APPROVAL, TWO_APPROVALS, ("gpu=none",), ONE_APPROVAL),
+    ],
+)
+def test_reload_is_requested_by_rules_that_node_has(
+    a: LoadPolicy, b: LoadPolicy, labels: tuple[str, ...], policy: LoadPolicy | None
+) -> None:
+    history = History()
+    for name, rules, own in (("a", a, ()), ("b", b, ("gpu=a",))):
+        history.join(name, labels=own)
+        history.add(PolicyInForce(rules, name), of=None, version=None)
+    history.load_at("b", "L", node_labels=labels)
+    reload = RequestLoad(MODEL, 1, None, SYSTEM, cause=Cause.RECOVERY)
+    placement = NodePlacement("a", KnownStanding(1), KnownSigning("a"))
+    digest = UNSET if policy is None else digest_of_rules(policy)
+    assert placement.complete(reload, history.state).policy == digest
 
 
 def test_model_with_labels_moves_to_node_with_them() -> None:

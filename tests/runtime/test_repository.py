@@ -18,7 +18,13 @@ from events.audit.exportreader import audit_file
 from events.commands import Record
 from events.types import SYSTEM, Draft, LoadedFile
 from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
-from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, RepositoryBusy, open_folder
+from runtime.repository import (
+    MAX_FILES,
+    MAX_PATHS_BYTES,
+    Repository,
+    RepositoryBusy,
+    open_folder,
+)
 
 
 def test_models_appear_once_they_are_complete(tmp_path: Path) -> None:
@@ -230,6 +236,77 @@ def test_replaced_file_is_not_opened(tmp_path: Path) -> None:
             opened.open_file("model.onnx", identity),
         ):
             pass
+
+
+# The signature bundle beside a version
+
+
+def test_bundle_beside_is_a_file_of_its_version(tmp_path: Path) -> None:
+    folder = save_bytes(b"model", tmp_path, "m")
+    (folder / "0.txt").touch()
+    (tmp_path / "m" / "2").symlink_to("1")
+    (tmp_path / "m" / "1.sig").write_bytes(b"bundle")
+    (tmp_path / "m" / "2.sig").symlink_to("1.sig")
+    (tmp_path / "m" / "9.sig").touch()
+    repository = Repository(tmp_path)
+    assert repository.versions("m") == [1, 2]
+    assert list(repository.find_unserved()) == []
+    for version in (1, 2):
+        with repository.open_version("m", version) as (opened, files):
+            assert [file.path for file in files] == ["0.txt", f"{version}.sig", "model.onnx"]
+            assert files == repository.stat_version("m", version) == opened.stat_files()
+            with opened.open_file(files[1].path, files[1]) as descriptor:
+                assert os.read(descriptor, 10) == b"bundle"
+            assert opened.find_hard_links() == []
+    os.link(tmp_path / "m" / "1.sig", tmp_path / "other name")
+    with repository.open_version("m", 1) as (opened, _):
+        assert opened.find_hard_links() == ["1.sig"]
+
+
+def test_file_in_the_folder_with_the_name_of_a_bundle_is_read_there(tmp_path: Path) -> None:
+    (save_bytes(b"model", tmp_path, "m") / "1.sig").write_bytes(b"inside")
+    with (
+        Repository(tmp_path).open_version("m", 1) as (opened, files),
+        opened.open_file("1.sig", files[0]) as file,
+    ):
+        assert os.read(file, 10) == b"inside"
+
+
+def bundle_inside_too(bundle: Path) -> None:
+    for path in (bundle, bundle.parent / "1" / bundle.name):
+        path.touch()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda bundle: bundle.symlink_to("/etc/hostname"), "leads out of the repository"),
+        (lambda bundle: bundle.symlink_to("nowhere"), "leads nowhere"),
+        (os.mkfifo, "not a regular file"),
+        (Path.mkdir, "beside the version is a folder: move it away"),
+        (bundle_inside_too, "is in the version and beside it: keep one"),
+    ],
+)
+def test_unsafe_bundle_beside_is_refused(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
+    save(add(), tmp_path, "m")
+    make(tmp_path / "m" / "1.sig")
+    with pytest.raises(LoadRefused, match=reason) as refusal, Repository(tmp_path).open_version("m", 1):
+        pass
+    assert refusal.value.code == "unsafe_file"
+
+
+def test_replaced_bundle_is_not_opened(tmp_path: Path) -> None:
+    save(add(), tmp_path, "m")
+    bundle = tmp_path / "m" / "1.sig"
+    bundle.write_bytes(b"before")
+    with Repository(tmp_path).open_version("m", 1) as (opened, files):
+        for change, reason in (
+            (lambda: bundle.write_bytes(b"after!"), "changed before it was copied"),
+            (bundle.unlink, "no longer there"),
+        ):
+            change()
+            with pytest.raises(LoadRefused, match=reason), opened.open_file("1.sig", files[0]):
+                pass
 
 
 WITHOUT_MEMORY = f"""

@@ -4,6 +4,7 @@ Nodes crash, pause, are cut off from the log, leave and are drained; their clock
 lost, come late or twice. The checks of `ClusterLog` hold at each event.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -12,13 +13,15 @@ import pytest
 from msgspec.structs import replace as change
 
 from events.clock import add_seconds, seconds_between
-from events.commands import AddVersion, Command, Decision, Refused, RemoveVersion
+from events.commands import AddVersion, Command, Decision, Record, Refused, RemoveVersion
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
 from events.nodes import Node, find_placer
+from events.policy.rules import LoadPolicy
 from events.registercommands import JoinNode, LeaveNode, LoseNode
 from events.state import State
 from events.types import (
+    SYSTEM,
     AddedFile,
     Cause,
     Draft,
@@ -26,15 +29,19 @@ from events.types import (
     LoadPlaced,
     LoadStarted,
     ModelLoaded,
+    NodeSignature,
+    PolicyInForce,
     UnloadRequested,
     WorkerExited,
+    contents_of,
+    digest_of,
 )
 from nodes.decisions import NodePlacement
-from nodes.placement import NodeHints, PlacementStrategy, find_share
+from nodes.placement import NodeHints, PlacementStrategy, find_digest, find_share
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, RecordFact
 from runtime.scheduler.actions import Decision as Next
-from runtime.scheduler.view import Policy
+from runtime.scheduler.view import MemoryEstimate, Policy
 from support.history import at
 from support.worlds import Ledger, Process, World
 
@@ -61,6 +68,11 @@ def has_version(state: State, node_id: str, model_id: str | None, version: int |
     """Whether a node has a version: all have one that was added to no node's own repository."""
     holders = state.models.get(model_id or "", Model("")).find_holders(version or 0).node_ids
     return not holders or node_id in holders
+
+
+def has_rules(state: State, node_id: str, job: Job) -> bool:
+    """Whether the rules are in force at a node with which a load was accepted."""
+    return find_digest(state.registers.find_policy(node_id), job.model_id) == job.policy_digest
 
 
 class ClusterLog(Ledger):
@@ -91,11 +103,13 @@ class ClusterLog(Ledger):
                 node = self.state.registers.nodes[node_id]
                 assert (node.takes_loads, node.epoch) == (True, epoch)
                 assert has_labels(node, job.load)
+                assert has_rules(self.state, node_id, job)
                 assert has_version(self.state, node_id, draft.model_id, draft.version)
             case LoadStarted(node_id=node_id) | ModelLoaded(node_id=node_id):
                 assert by is not None
                 assert job is not None
                 assert node_id == by.name == job.node_id
+                assert has_rules(self.state, by.name, job)
                 assert has_labels(self.state.registers.nodes[by.name], job.load)
                 assert has_version(self.state, by.name, draft.model_id, draft.version)
                 if isinstance(draft.data, ModelLoaded):
@@ -121,6 +135,20 @@ class KnownStanding:
     epoch: int | None = None
     peers: Mapping[str, NodeHints] = field(default_factory=dict)
     may_serve: bool = True
+
+
+@dataclass(frozen=True)
+class KnownSigning:
+    """The signatures of a node of the simulation: nobody forges them."""
+
+    name: str
+
+    def sign(self, statement: bytes) -> NodeSignature:
+        return NodeSignature(self.name, hashlib.sha256(self.name.encode() + statement).hexdigest())
+
+    def is_signed(self, statement: bytes, signature: NodeSignature, state: State) -> bool:
+        is_known = signature.node_id in state.registers.nodes
+        return is_known and signature == KnownSigning(signature.node_id).sign(statement)
 
 
 class ClusterNode(World):
@@ -150,7 +178,8 @@ class ClusterNode(World):
         self.epoch: int | None = None
         self.peers: Mapping[str, NodeHints] = {}
         self.may_serve = True
-        self.placement = NodePlacement(name, self, strategy)
+        self.placement = NodePlacement(name, self, KnownSigning(name), strategy)
+        self.sign = KnownSigning(name).sign
         self.is_paused = False
         self.renewed_at = self.clock = at(0)
         self.now = add_seconds(self.clock, skew_s)
@@ -201,6 +230,9 @@ class ClusterNode(World):
             no_node_since=no_node_since,
         )
         self.log.submit(command, self.now)
+        if self.log.state.registers.find_policy(self.name) != self.policy.loads:
+            data = PolicyInForce(self.policy.loads, self.name)
+            self.log.submit(Record((Draft(self.log.new_id(), data, SYSTEM),)), self.now)
         self.epoch = self.log.state.registers.nodes[self.name].epoch
         self.renewed_at = self.clock
         self._fold()
@@ -209,6 +241,7 @@ class ClusterNode(World):
         """Its process is gone, with its workers and all that it knew."""
         self.live.clear()
         self.estimates.clear()
+        self.passed.clear()
         self.bare.clear()
         self.meanwhile.clear()
         self.fault, self.epoch, self.state = None, None, State()
@@ -217,7 +250,7 @@ class ClusterNode(World):
     def submit(self, command: Command) -> Decision:
         if self.is_cut:
             return UNAVAILABLE
-        return self.log.submit(command, self.now)
+        return self.log.submit(self.with_rules(command), self.now)
 
     def measure(self) -> NodeHints:
         """Return what the node says of itself."""
@@ -250,9 +283,10 @@ class ClusterNode(World):
                 assert len(self.loading()) <= self.policy.loads_at_once
                 budget = self.policy.budget_bytes
                 estimate = self.estimates[job.id]
-                needed = self.used_bytes() + (0 if estimate is None else estimate.bytes)
+                assert isinstance(estimate, MemoryEstimate)
+                needed = self.used_bytes() + estimate.bytes
                 assert budget is None or needed <= budget
-            case actions.RecordFact(job):
+            case actions.RecordFact(job, LoadPlaced()):
                 assert job.node_id != placed_at(action)
                 assert job.node_id == self.name or find_placer(self.state.registers.nodes) == self.name
             case actions.RequestReload(model, Cause.DRAIN):
@@ -263,9 +297,9 @@ class ClusterNode(World):
     def name_worker(self, job: Job, number: int) -> str:
         return f"w{number}-{job.id}-{self.name}{self.epoch}"
 
-    def describe_loaded(self, process: Process) -> ModelLoaded:
+    def describe_loaded(self, load: str, process: Process) -> ModelLoaded:
         return change(
-            super().describe_loaded(process),
+            super().describe_loaded(load, process),
             memory_bytes=process.measured_bytes,
             peak_memory_bytes=process.reserved_bytes,
         )
@@ -321,10 +355,12 @@ class Cluster:
             if node.renews:
                 node.peers = {**node.peers, **hints}
 
-    def start(self, node: ClusterNode) -> None:
-        """Start the process of a node that died or left."""
+    def start(self, node: ClusterNode, rules: LoadPolicy | None = None) -> None:
+        """Start the process of a node that died or left, with other rules if they are given."""
         if node.epoch is not None:
             return
+        if rules is not None:
+            node.policy = replace(node.policy, loads=rules)
         renewed_at = max(each.renewed_at for each in self.nodes)
         is_empty = seconds_between(renewed_at, self.now) > LEASE_S
         node.join(renewed_at if is_empty else None)
@@ -450,11 +486,19 @@ class Cluster:
             need = max(peaks) * serving.parameters.instances
             takers = [node for node in self.state.registers.nodes.values() if node.takes_loads]
             able = [node for node in takers if has_version(self.state, node.id, model.id, serving.version)]
-            budgets = [node.budget_bytes for node in able if has_labels(node, serving.parameters)]
+            is_known = model.find_admitted(digest_of(contents_of(serving.files))) is not None
+            here = self.state.registers.find_policy(serving.node_id)
+            budgets = [
+                node.budget_bytes
+                for node in able
+                if has_labels(node, serving.parameters)
+                and (is_known or self.state.registers.find_policy(node.id) == here)
+            ]
             assert all(budget is not None and budget < need for budget in budgets)
 
     def check_now(self) -> None:
         """What holds at any time."""
+        self.check_unapproved()
         placed = [job for job in self.state.unended() if job.node_id is not None]
         for job in placed:
             assert job.kind is JobKind.UNLOAD or self.state.registers.nodes[job.node_id or ""].is_present
@@ -475,6 +519,15 @@ class Cluster:
         every = {job.id for job in self.state.unended()}
         assert not owners or set().union(*owners) == every
         assert sum(map(len, owners)) == (len(every) if owners else 0), "each job belongs to one node"
+
+    def check_unapproved(self) -> None:
+        """A load that waits for approval runs at no node that is there."""
+        for job in self.state.unended():
+            if job.waits_for_approval:
+                live = [node for node in self.nodes if job.id in node.live]
+                assert not [node for node in live if node.is_current_in(self.state)]
+                assert job.id not in [each.id for each in self.state.queue(job.model_id)]
+                assert job.id not in [each.job_id for each in self.state.models[job.model_id].loads]
 
     def tell(self) -> str:
         """Return what happened last, for the message of a failure."""

@@ -29,18 +29,25 @@ from events.types import (
     AddFailed,
     AddRequested,
     AddStarted,
+    ApprovalAsked,
+    ApprovalBypassed,
+    ApprovalExpired,
     CancelRequested,
     Cause,
+    Credential,
     Data,
     Draft,
     Durations,
     Event,
+    FileHash,
     JobCancelled,
+    LoadApproved,
     LoadedFile,
     LoadFailed,
     LoadJoined,
     LoadParameters,
     LoadPlaced,
+    LoadRejected,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
@@ -61,6 +68,7 @@ from events.types import (
     VersionAdded,
     VersionRemoved,
     WorkerExited,
+    digest_of,
     record_draft,
 )
 from support.fleet import SOAK, of_both
@@ -95,6 +103,9 @@ def at(seconds: float) -> str:
 
 CONTENTS = (("model.onnx", "ab" * 32),)
 """Of the version that was loaded: path and SHA-256 of its file."""
+
+
+DIGEST = digest_of(CONTENTS)
 
 
 def file(mtime_ns: int = 1) -> LoadedFile:
@@ -142,6 +153,27 @@ class History:
         self.facts.append(event)
         self.state.apply(event)
         return event
+
+    def ask_approval(self, job: str, *, version: int = 1, approvals: int = 1, of: str = MODEL) -> Event:
+        """The load of these files waits for approval, for a day."""
+        files, expires_at = (FileHash(*CONTENTS[0]),), at(self.seconds + 86_400)
+        model = self.state.models.get(of)
+        served = None if model is None or model.serving is None else model.serving.passed
+        served_version, served_digest = (None, None) if served is None else (served.version, served.digest)
+        asked = ApprovalAsked(
+            files,
+            DIGEST,
+            "cd" * 32,
+            approvals,
+            expires_at,
+            served_version=served_version,
+            served_digest=served_digest,
+        )
+        return self.add(asked, job, version=version, of=of)
+
+    def approve(self, job: str, *, version: int = 1, by: str = "carol", of: str = MODEL) -> Event:
+        approved = LoadApproved(DIGEST, "cd" * 32, "reviewed", Credential())
+        return self.add(approved, job, version=version, by=by, of=of)
 
     def ask_load(
         self,
@@ -387,6 +419,12 @@ STEPS: dict[str, Callable[..., object]] = {
     "request_demand": lambda h: h.ask_load("D", cause=Cause.DEMAND),
     "start_demand": lambda h: h.start_load("D"),
     "finish_demand": lambda h: h.end_load("D"),
+    # Approval of a load of version 2, while something else is served or not.
+    "ask_v2": lambda h: h.ask_approval("L2", version=2),
+    "approve_v2": lambda h: h.approve("L2", version=2),
+    "reject_v2": lambda h: h.add(LoadRejected("ab" * 32, "no", Credential()), "L2", version=2, by="carol"),
+    "expire_v2": lambda h: h.add(ApprovalExpired(), "L2", version=2),
+    "bypass_v2": lambda h: h.add(ApprovalBypassed(DIGEST, "cd" * 32, "outage"), "L2", version=2, by="alice"),
     "join_L": lambda h: h.add(LoadJoined(), "L", by="bob"),
     "join_U": lambda h: h.add(UnloadJoined(), "U", by="bob"),
     "supersede_recovery": lambda h: h.supersede("R", "L3"),

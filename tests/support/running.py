@@ -14,13 +14,16 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec import UNSET
+
+from events.approvals import AnswerApproval
 from events.clock import boottime, utc_now
 from events.commands import Command, Receipt, RequestLoad, RequestUnload
-from events.jobs import Failure, Job
+from events.jobs import ApprovalState, Failure, Job
 from events.log import Log
 from events.models import Model, ModelState
 from events.sqlite.listing import Reader, open_reader
-from events.types import Data, Event, LoadParameters
+from events.types import Credential, Data, Event, LoadParameters
 from runtime import memory
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.running import RunningLoad
@@ -92,12 +95,28 @@ class Engine:
         parameters: LoadParameters | None = None,
         asked: Iterable[str] = (),
         actor: str = "alice",
+        **more: Any,
     ) -> Receipt:
         """Ask for a load, as the HTTP handler does; `asked` are the parameters that the request names."""
         chosen = self.repository.find_version(model_id, version)
         contents = self.versions.known_contents(model_id, chosen)
         given = parameters or LoadParameters()
-        command = RequestLoad(model_id, chosen, contents, actor, given, asked=frozenset(asked))
+        rules = self.consumer.policy.loads.of(model_id)
+        more = {"policy": UNSET if rules is None else rules.digest, **more}
+        command = RequestLoad(model_id, chosen, contents, actor, given, asked=frozenset(asked), **more)
+        return await self.log.submit(command)
+
+    async def waiting(self, job_id: str) -> ApprovalState:
+        """Wait until a load waits for approval."""
+        await self.recorded(lambda: self.log.state.jobs[job_id].waits_for_approval)
+        asked = self.log.state.jobs[job_id].approval
+        assert asked is not None
+        return asked
+
+    async def answer(self, job_id: str, by: str = "carol", *, approves: bool = True) -> Receipt:
+        """Answer a load that waits for approval."""
+        asked = await self.waiting(job_id)
+        command = AnswerApproval(job_id, by, asked.digest, "reviewed", Credential(), approves)
         return await self.log.submit(command)
 
     async def ask_load(

@@ -1,32 +1,44 @@
 """A simulation around the real `accept`, folds and `decide`: log, clock, processes, memory, requests."""
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
 import pytest
+from msgspec import UNSET
+from msgspec.structs import replace as change
 
 from events.accept import accept
+from events.approvals import AnswerApproval
 from events.clock import add_seconds
 from events.commands import (
     Accepted,
     Command,
     Condition,
     Decision,
+    ModelUnchanged,
     Record,
     RequestCancel,
     RequestLoad,
     RequestUnload,
 )
-from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Job, JobStatus
-from events.models import LoadedModel, ModelState
+from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
+from events.models import RELOADS, LoadedModel, ModelState
+from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
+from events.policy.rules import ModelRules
 from events.state import State
 from events.types import (
     SYSTEM,
+    ApprovalResult,
     Cause,
+    Credential,
     Draft,
     Event,
     JobCancelled,
+    LoadedFile,
     LoadFailed,
     LoadRequested,
     LoadStarted,
@@ -35,11 +47,16 @@ from events.types import (
     ModelUnloaded,
     ServerStarted,
     ServerStopped,
+    Sign,
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
+    contents_of,
+    digest_of,
     record_draft,
 )
+from runtime.consumer.checks import draft_question
+from runtime.consumer.loads import find_expected
 from runtime.consumer.running import LoadRun
 from runtime.scheduler import actions
 from runtime.scheduler.actions import (
@@ -93,6 +110,24 @@ def estimate_of(job: Job, *, bare: bool = False) -> int:
 def is_unchanged(job: Job) -> bool:
     """Return whether the files of a load are those loaded before: of two loads those of one."""
     return job.created_position % 2 == 0
+
+
+def files_of(model_id: str, version: int, change: int) -> tuple[LoadedFile, ...]:
+    """Return the files of a version after so many changes."""
+    about = f"{model_id} {version} {change}".encode()
+    return (LoadedFile("model.onnx", 9, 1, hashlib.sha256(about).hexdigest()),)
+
+
+def answer_of(
+    state: State, which: int, by: str, *, approves: bool, sign: Sign | None = None
+) -> AnswerApproval | None:
+    """Return a person's answer to one of the loads that wait for approval, if there is any."""
+    waiting = [job for job in state.unended() if job.waits_for_approval]
+    if not waiting:
+        return None
+    job = waiting[which % len(waiting)]
+    digest = job.approval.digest if job.approval else ""
+    return AnswerApproval(job.id, by, digest, "seen", Credential(), approves, sign)
 
 
 def request_of(kind: str, model_id: str, state: State, load: RequestLoad) -> Command:
@@ -255,18 +290,48 @@ def check_superseded(job: Job, by: str, request: Event) -> None:
     assert (request.id, request.model_id, request.data.cause) == (by, job.model_id, Cause.REQUEST)
 
 
+def check_approval(loaded: ModelLoaded, job: Job, approved: Container[tuple[str, str, str]]) -> None:
+    """A load under rules was approved by others than who asked, now or before, or bypassed, or is a reload.
+
+    Args:
+        loaded: its outcome, about to be recorded.
+        job: the load.
+        approved: the model, the rule and the digest of each load that was approved.
+    """
+    approval, state, digest = loaded.approval, job.approval, digest_of(contents_of(loaded.files))
+    assert approval is not UNSET
+    match approval.result:
+        case ApprovalResult.APPROVED:
+            assert state is not None
+            assert (state.digest, state.rule) == (digest, approval.rule)
+            persons = {answer.by for answer in state.answers}
+            assert len(persons) == state.approvals
+            assert job.requested_by not in persons
+        case ApprovalResult.APPROVED_BEFORE:
+            assert (job.model_id, approval.rule, digest) in approved
+        case ApprovalResult.BYPASSED:
+            assert job.policy is not UNSET
+            assert job.policy.justification is not None
+            assert job.policy.justification.emergency
+        case ApprovalResult.RELOAD:
+            assert job.cause in RELOADS
+
+
 class Ledger:
     """The one log: decides commands, records events, and checks that each may be recorded.
 
     Attributes:
         worlds: the consumers that append to it.
+        changes: how often the files of a version were changed in the repository.
     """
 
     def __init__(self) -> None:
         self.state = State()
         self.events: list[Event] = []
         self.worlds: list[World] = []
+        self.changes = Counter[tuple[str, int]]()
         self._exited: set[str | None] = set()
+        self._approved: set[tuple[str, str, str]] = set()
         self._ids = count(1)
 
     def new_id(self) -> str:
@@ -279,11 +344,28 @@ class Ledger:
         drafts = decision.drafts if isinstance(decision, Accepted) else ()
         for number, draft in enumerate(drafts):
             self.check(draft, drafts[number + 1 :], by)
+            if isinstance(draft.data, ModelLoaded) and by is not None:
+                self._check_rules(draft, draft.data, by)
             self._record(draft, now)
         return decision
 
     def check(self, draft: Draft, following: Sequence[Draft], by: "World | None") -> None:
         """Check a fact before it is recorded, with those that are recorded with it."""
+
+    def _check_rules(self, draft: Draft, loaded: ModelLoaded, by: "World") -> None:
+        """A load passes the rules with which it was accepted, which are in force."""
+        job, model_id = self.state.unended_job(draft.job_id), draft.model_id or ""
+        rules = by.policy.loads.of(model_id)
+        if job is None:
+            return
+        assert job.policy_digest == (None if rules is None else rules.digest)
+        if rules is None:
+            assert loaded.approval is UNSET
+            return
+        check_approval(loaded, job, self._approved)
+        approval = loaded.approval
+        if approval is not UNSET and approval.result is ApprovalResult.APPROVED:
+            self._approved.add((model_id, approval.rule, digest_of(contents_of(loaded.files))))
 
     def _record(self, draft: Draft, now: str) -> None:
         event = record_draft(draft, self.state.position + 1, now)
@@ -317,6 +399,7 @@ class World:
         self.log.worlds.append(self)
         self.state = State()
         self.is_cut = False
+        self.sign: Sign | None = None
         self.meanwhile: list[Callable[[Action], Command]] = []
         self.policy = policy or Policy(loads_at_once=2)
         self.live: dict[str, Process] = {}
@@ -324,7 +407,8 @@ class World:
         self.fork_server_up = True
         self.under_pressure = False
         self.demanded: set[str] = set()
-        self.estimates: dict[str, MemoryEstimate | None] = {}
+        self.estimates: dict[str, MemoryEstimate | Failure | None] = {}
+        self.passed: dict[str, tuple[tuple[LoadedFile, ...], CheckedLoad]] = {}
         self.bare: set[str] = set()
         self.estimates_take_time = False
         self.concludes_late = False
@@ -347,9 +431,25 @@ class World:
 
     def submit(self, command: Command) -> Decision:
         """Decide a command of a client."""
-        decision = self.log.submit(command, self.now)
+        decision = self.log.submit(self.with_rules(command), self.now)
         self.catch_up()
         return decision
+
+    def with_rules(self, command: Command) -> Command:
+        """Return a load with the rules that are in force here, and with the files that are there."""
+        if not isinstance(command, RequestLoad):
+            return command
+        rules = self.policy.loads.of(command.model_id)
+        if rules is None:
+            return command
+        contents = command.contents and contents_of(
+            self.files_in_repository(command.model_id, command.version)
+        )
+        return replace(command, policy=rules.digest, contents=contents, sign=self.sign)
+
+    def files_in_repository(self, model_id: str, version: int) -> tuple[LoadedFile, ...]:
+        """Return the files of a version as they are now."""
+        return files_of(model_id, version, self.log.changes[model_id, version])
 
     def catch_up(self) -> None:
         """Fold what was recorded since."""
@@ -369,8 +469,8 @@ class World:
             self.fork_server_up,
             self.under_pressure,
             {
-                load: None if estimate is None else replace(estimate, is_proven=load in proven)
-                for load, estimate in self.estimates.items()
+                load: replace(each, is_proven=load in proven) if isinstance(each, MemoryEstimate) else each
+                for load, each in self.estimates.items()
             },
             pending_demand=self.demanded,
             optimisable_bytes=min(self.optimisable.values(), default=None),
@@ -404,13 +504,13 @@ class World:
                 process.fail_without_progress()
         for job_id in self.estimates.keys() - {job.id for job in own.unended()}:
             del self.estimates[job_id]
+            self.passed.pop(job_id, None)
         if not self.concludes_late:
             self.conclude_loads()
         decision = self.decision()
         assert decision == self.decision()
         self.allow_optimising(decision)
-        for job in decision.unestimated:
-            self.estimates[job.id] = None if self.estimates_take_time else self.estimated(job)
+        self._begin_loads(decision.unestimated)
         if decision.action is not None:
             self.act(decision.action)
         elif decision.unestimated or (self.concludes_late and self.conclude_loads()):
@@ -418,6 +518,13 @@ class World:
         else:
             self.check_pause(decision)
         return decision
+
+    def _begin_loads(self, jobs: Iterable[Job]) -> None:
+        """Begin to look at the files of loads, which may take time."""
+        for job in jobs:
+            self.estimates[job.id] = None
+            if not self.estimates_take_time:
+                self.look_at_files(job)
 
     def allow_optimising(self, decision: Next) -> None:
         """Begin to optimise a model, or end that, as the scheduler says."""
@@ -444,7 +551,8 @@ class World:
                     concluded = True
             elif process.loaded and not process.dead:
                 concluded = True
-                self._conclude(job, [draft_fact(job, self.describe_loaded(process)), *self._swapped_out(job)])
+                loaded = draft_fact(job, self.describe_loaded(load, process))
+                self._conclude(job, [loaded, *self._swapped_out(job)])
             elif process.failure is not None or process.dead:
                 process.killed = concluded = True
                 failed = LoadFailed(process.failure or "worker_died", "because")
@@ -458,11 +566,33 @@ class World:
     def check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
         late = [job for job in self.own.unended() if job.deadline_at and job.deadline_at <= self.now]
+        self._check_waits_for_approval()
         running = self.running()
         assert not [job for job in late if job.id not in running or not running[job.id].has_outcome]
         until = decision.wake_at or add_seconds(self.now, 1_000_000)  # as good as never
         assert until > self.now
         assert self.decision(add_seconds(until, -0.000_001)).action is None
+
+    def _check_waits_for_approval(self) -> None:
+        """No load waits for approval that is late, or of what would replace other files than were shown."""
+        for job in self.own.unended():
+            asked, model = job.approval, self.state.models.get(job.model_id)
+            if not job.waits_for_approval or asked is None:
+                continue
+            assert asked.expires_at > self.now
+            serving = None if model is None else model.serving
+            if serving is not None:
+                assert digest_of(contents_of(serving.files)) == asked.served_digest
+
+    def check_unapproved(self) -> None:
+        """A load that waits for approval holds nothing: no memory, no slot, no turn."""
+        for job in self.state.unended():
+            if job.waits_for_approval:
+                assert job.status is JobStatus.PENDING
+                assert job.id not in self.live
+                assert job.id not in [each.id for each in self.state.queue(job.model_id)]
+                model = self.state.models.get(job.model_id)
+                assert model is None or job.id not in [load.job_id for load in model.loads]
 
     def settle(self) -> Next:
         """Take turns until there is nothing to do, which has to be soon."""
@@ -488,10 +618,58 @@ class World:
                 if self._send(self._command(action), action):
                     self._follow_up(action)
 
+    def look_at_files(self, job: Job) -> None:
+        """Do what the coroutine of a load does before it may start: check its files, and ask for approval.
+
+        If that cannot be recorded, it does so once more.
+        """
+        rules, model = self.policy.loads.of(job.model_id), self.state.models.get(job.model_id)
+        if (rules is None and job.policy_digest is None) or job.id in self.passed:
+            self.estimates[job.id] = self.estimated(job)
+            return
+        files = find_expected(job, model) or self.files_in_repository(job.model_id, job.version or 0)
+        try:
+            checked = self._check_load(job, rules or ModelRules(), files)
+        except NotLoadable as refused:
+            self.estimates[job.id] = refused.failure
+            return
+        if checked.approval is not None:
+            self.passed[job.id] = files, checked
+            self.estimates[job.id] = self.estimated(job)
+            return
+        question = draft_question(
+            job,
+            rules or ModelRules(),
+            checked.signature,
+            contents_of(files),
+            state=self.state,
+            now=self.now,
+            is_signed=partial(self.placement.is_signed, state=self.state),
+        )
+        if isinstance(question, Failure):
+            self.estimates[job.id] = question
+            return
+        conditions = (unchanged(job), *(() if model is None else (ModelUnchanged(model),)))
+        command = self.placement.complete(Record((question,), conditions), self.state)
+        if self._send(command, actions.RecordFact(job, question.data)):
+            del self.estimates[job.id]
+
+    def _check_load(self, job: Job, rules: ModelRules, files: tuple[LoadedFile, ...]) -> CheckedLoad:
+        model = self.state.models.get(job.model_id)
+        is_reload = find_expected(job, model) is not None
+        contents, is_signed = contents_of(files), partial(self.placement.is_signed, state=self.state)
+        given = CheckInput(
+            rules, job.model_id, model, contents, lambda _: b"", self.now, is_reload, is_signed
+        )
+        return check_load(given, job)
+
     def estimated(self, job: Job) -> MemoryEstimate:
         """Return the estimate of a load; one whose optimised model failed takes more."""
-        serving = find_same_workers(self.state, job) if is_unchanged(job) else None
-        same_as = serving.load_job_id if serving is not None else None
+        serving, passed = find_same_workers(self.state, job), self.passed.get(job.id)
+        is_same = is_unchanged(job)
+        if passed is not None and serving is not None:
+            is_same = contents_of(passed[0]) == contents_of(serving.files)
+        same_as = serving.load_job_id if serving is not None and is_same else None
         return MemoryEstimate(estimate_of(job, bare=job.id in self.bare), same_as=same_as)
 
     def _send(self, command: SystemCommand, action: Action) -> bool:
@@ -499,7 +677,7 @@ class World:
         fault, self.fault = self.fault, None
         decided_at = self.state.position
         while self.meanwhile:
-            self.log.submit(self.meanwhile.pop()(action), self.now)
+            self.log.submit(self.with_rules(self.meanwhile.pop()(action)), self.now)
         if self.concludes_late:
             self.conclude_loads()
         if fault == "lost" or self.is_cut:
@@ -525,7 +703,7 @@ class World:
                 version, parameters = job.load_order
                 workers = tuple(self.name_worker(job, number) for number in range(parameters.instances))
                 estimate = self.estimates[job.id]
-                assert estimate is not None
+                assert isinstance(estimate, MemoryEstimate)
                 is_optimised = job.id not in self.bare
                 self.live[job.id] = Process(
                     job.model_id, version, workers, estimate.bytes, is_optimised=is_optimised
@@ -570,7 +748,9 @@ class World:
         conditions = self.list_conditions(action)
         match action:
             case actions.RequestReload() | actions.UnloadAutomatically():
-                return self.placement.complete(build_request(action, conditions), self.state)
+                request = self.with_rules(build_request(action, conditions))
+                assert isinstance(request, RequestLoad | RequestUnload)
+                return self.placement.complete(request, self.state)
             case _:
                 return self.placement.complete(Record(tuple(self._facts(action)), conditions), self.state)
 
@@ -602,9 +782,13 @@ class World:
             case _:
                 pytest.fail(f"{action} is never recorded")
 
-    def describe_loaded(self, process: Process) -> ModelLoaded:
+    def describe_loaded(self, load: str, process: Process) -> ModelLoaded:
         """Return the outcome of a load."""
-        return model_loaded(*process.workers)
+        loaded = model_loaded(*process.workers)
+        if load not in self.passed:
+            return loaded
+        files, checked = self.passed[load]
+        return change(loaded, files=files, verified=True, approval=checked.approval or UNSET)
 
     def _swapped_out(self, job: Job) -> tuple[Draft, ...]:
         """Return the unload request of the load from which the model serves, which a job replaces."""
@@ -647,10 +831,14 @@ class World:
 
     def finish_estimates(self) -> None:
         """What is being found out of pending loads is known."""
-        for job_id, need in self.estimates.items():
+        for job_id, need in list(self.estimates.items()):
             job = self.state.unended_job(job_id)
-            if need is None and job is not None:
-                self.estimates[job_id] = self.estimated(job)
+            if need is not None or job is None:
+                continue
+            if job.waits_for_approval:  # that was recorded, though its commit raised
+                del self.estimates[job_id]
+            else:
+                self.look_at_files(job)
 
     def end_all(self) -> None:
         """What was killed, or has drained, is gone."""
@@ -687,6 +875,7 @@ class World:
         self.meanwhile.clear()
         self.live.clear()
         self.estimates.clear()
+        self.passed.clear()
         self.bare.clear()
         self.optimising_bytes = 0
         self.optimisable.clear()

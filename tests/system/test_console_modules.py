@@ -276,6 +276,34 @@ CASES: dict[str, tuple[object, str]] = {
         return [...found, [level, title, why, occurrence, members.length]];
         """,
     ),
+    "problems: answers that only other persons may give, bypasses, exchanged keys": (
+        [
+            [["asked", "Load of m waits for approval"]],
+            *[[["waiting", "Load of m"]]] * 3,
+            [
+                ["warning", "m was loaded without approval", "The role emergency let it pass", "j"],
+                ["warning", "m serves with a signature that today's rules refuse", "Its signer is s", "j p"],
+            ],
+        ],
+        """
+        const { problems } = await import("/console/problems.js");
+        const approval = { waits: true, requested_by: ["alice", "bob"], approved_by: ["erin"] };
+        const job = { id: "j", kind: "load", model_id: "m", status: "pending", requested_by: "alice",
+          approval, waiting_for: "approval", created_at: "2026-01-01T00:00:00Z", finished_at: null };
+        state.jobs.value = [job];
+        const told = [["Alice", true], ["bob", true], ["erin", true], ["carol", false]].map((who) => {
+          const [subject, approves] = who;
+          state.session.value = { subject, approves, roles: [] };
+          return problems.value.map(({ level, title }) => [level, title]);
+        });
+        state.jobs.value = [];
+        const signature = { signer: "s", was_verified: true, policy: "p" };
+        state.models.value = new Map([["m", { id: "m", state: "loaded", error: null, job_id: "j", signature,
+          approval: { result: "bypassed", by: ["dora"] } }]]);
+        return [...told, problems.value.map(({ level, title, why, occurrence }) =>
+          [level, title, why.split(/[,.] ?/)[0], occurrence])];
+        """,
+    ),
     "files become tensors": (
         [
             ["FP32", [2], [1.5, -2]],

@@ -1,5 +1,6 @@
 """The examples of the documentation are run, and their output is compared."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ GUIDES = {
     "docs/how-to/fit-many-models-in-little-memory.md": 5,
     "docs/how-to/get-a-model-into-onnx.md": 5,
     "docs/how-to/run-behind-an-identity-provider.md": 4,
+    "docs/how-to/sign-and-approve-models.md": 7,
     "docs/how-to/swap-without-downtime.md": 6,
     "docs/how-to/use-tritons-client.md": 1,
 }
@@ -58,12 +60,19 @@ OF_OTHERS = {f"docs/{name}.md" for name in ("cli", "configuration", "console", "
 NOT_RUN = re.compile(r"^(.*)\n\n~~~(?:sh|python)\n", re.MULTILINE)
 """The line before a block that is not run."""
 COMMANDS = re.compile(r"^```(sh|python)$", re.MULTILINE)
-PROGRAMS = ("curl", "openssl")
+PROGRAMS = ("curl", "openssl", "model_signing")
+SIGNING = os.environ.get("MODEL_SIGNING")
+"""The published tool, if it is not on the path: `.ci/model_signing` makes an environment with it."""
+
+
+def search_path() -> str:
+    return os.pathsep.join([os.environ["PATH"], *([str(Path(SIGNING).parent)] if SIGNING else [])])
 
 
 def skip_without_programs(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    missing = [name for name in PROGRAMS if re.search(rf"\b{name}\b", text) and shutil.which(name) is None]
+    found = [name for name in PROGRAMS if re.search(rf"\b{name}\b", text)]
+    missing = [name for name in found if shutil.which(name, path=search_path()) is None]
     if missing:
         pytest.skip(f"the page uses {' and '.join(missing)}, not installed here")
 
@@ -97,7 +106,9 @@ def test_guide_prints_what_it_says(tmp_path: Path, page: str) -> None:
     skip_without_programs(page)
     if missing := [name for name in PACKAGES.get(page, ()) if find_spec(name) is None]:
         pytest.skip(f"the page uses {' and '.join(missing)}, not installed here")
-    ran = run_alone(page, tmp_path, fresh_environment(tmp_path / "home") | QUIET)
+    environment = fresh_environment(tmp_path / "home") | QUIET
+    environment["PATH"] = os.pathsep.join([environment["PATH"], search_path()])
+    ran = run_alone(page, tmp_path, environment)
     assert compared(ran) == GUIDES[page]
 
 

@@ -1,9 +1,12 @@
 """`loadledger check`: findings of a configuration and a repository before it is served."""
 
 import asyncio
+import hashlib
 import json
 import os
+import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,18 @@ import pytest
 from click.testing import CliRunner, Result
 from support import models
 from support.clients import NO_SETTINGS, run_command
+from support.http import local_server, when
 from support.models import save, save_bytes
 from support.postgres import Database
+from support.signing import make_key, public_pem, sign_version
 
+from events.approvals import AnswerApproval
+from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
+from events.types import Credential
 from loadledger.cli.main import main
+from server.appkeys import LOG
+from server.check import CheckResult, check_policy
+from server.config import Config
 
 
 def run(*arguments: object, **environment: Any) -> Result:
@@ -185,3 +196,88 @@ async def test_check_examines_the_database_of_a_ledger(
         closed.bind(("127.0.0.1", 0))
         nobody = ledger.url("ledger_server", closed.getsockname())
         assert await found(nobody) == [("--ledger", "log_unavailable")]
+
+
+# The policy for loads
+
+APPROVED = LoadPolicy(approval=(ApprovalRule(("m",)),))
+
+
+def trust(mode: TrustMode, *globs: str, key: Any = None) -> LoadPolicy:
+    return LoadPolicy(trust=(TrustRule(globs, mode, () if key is None else (public_pem(key),)),))
+
+
+def judged(config: Config, policy: LoadPolicy) -> list[tuple[str, str, str]]:
+    """Return place, code and severity of what the policy is found to do."""
+    result = CheckResult()
+    check_policy(replace(config, policy=policy), result)
+    return [(each.place, each.code, each.severity.value) for each in result.findings]
+
+
+@pytest.mark.parametrize(
+    ("policy", "found"),
+    [
+        (LoadPolicy(), []),
+        (trust(TrustMode.OFF, "*"), []),
+        (trust(TrustMode.ENFORCE, "other"), []),
+        (trust(TrustMode.WARN, "m"), [("m/2", "signature_missing", "note")]),
+        (trust(TrustMode.ENFORCE, "?"), [("m/2", "signature_missing", "problem")]),
+        (APPROVED, [("m/2", "policy", "note")]),
+    ],
+)
+def test_check_says_what_the_policy_does_to_the_highest_version(
+    policy: LoadPolicy, found: list[tuple[str, str, str]], tmp_path: Path
+) -> None:
+    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
+    for version in (1, 2):
+        save(models.add(), config.repository, "m", version)
+    assert judged(config, policy) == found
+
+
+def test_check_of_a_policy_without_store_is_a_problem(tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    config = Config(repository=tmp_path, data=tmp_path, store_size="off")
+    assert judged(config, APPROVED) == [("--store-size", "policy_needs_store", "problem")]
+
+
+async def test_check_reads_signatures_of_repository_and_store(tmp_path: Path) -> None:
+    signer, other = make_key(), make_key()
+    async with local_server(tmp_path) as api:
+        [file] = api.save(models.add(), "m").glob("*.onnx")
+        contents = ((file.name, hashlib.sha256(file.read_bytes()).hexdigest()),)
+        (api.config.repository / "m" / "1.sig").write_bytes(sign_version(contents, signer))
+        await api.load("m")
+
+    async def found(key: Any) -> list[tuple[str, str, str]]:
+        return await asyncio.to_thread(judged, api.config, trust(TrustMode.ENFORCE, "m", key=key))
+
+    refused = ("m/1", "signature_untrusted", "problem")
+    assert await found(signer) == [("m/1", "policy", "note")]
+    assert await found(other) == [refused, refused]
+    shutil.rmtree(api.config.repository / "m")
+    assert await found(signer) == []
+    assert await found(other) == [refused]
+
+
+async def test_check_names_loaded_models_that_a_restart_would_not_load(tmp_path: Path) -> None:
+    async with local_server(tmp_path, policy=APPROVED) as api:
+        api.save(models.add(), "m")
+        job = await api.accepted_load("m")
+        await when(lambda: api.types("m"), lambda types: "ApprovalAsked" in types)
+        asked = api.app[LOG].state.jobs[job["id"]].approval
+        assert asked is not None
+        answer = AnswerApproval(job["id"], "bob", asked.digest, "reviewed", Credential(), approves=True)
+        await api.app[LOG].submit(answer)
+        await api.job_when(job["id"], status="completed")
+        for policy, found in [
+            (APPROVED, [("m/1", "policy", "note")]),
+            (trust(TrustMode.WARN, "m"), [("m/1", "signature_missing", "note")]),
+            (trust(TrustMode.ENFORCE, "m"), [("m/1", "signature_missing", "problem")] * 2),
+        ]:
+            assert await asyncio.to_thread(judged, api.config, policy) == found
+        result = CheckResult()
+        await asyncio.to_thread(check_policy, api.config, result)
+        outcome = "[[approval]] m: no signature is needed; approvals by other persons: 1, approved before"
+        assert result.findings[0].text.endswith(outcome)
+    (tmp_path / "data" / "ledger.db").write_bytes(b"no ledger")
+    assert (await asyncio.to_thread(judged, api.config, APPROVED))[0][::2] == ("--data", "problem")

@@ -86,6 +86,10 @@ def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path)
     file = tmp_path / "onnx" / "model.onnx"
     assert alice.json(f"add added {file}")["version"] == 2
     assert "added version 3: load completed" in alice.prints(f"add added {file} --load")
+    (tmp_path / "net.sig").write_bytes(b"{}")
+    signed = alice.json(f"add signed {file} --signature {tmp_path / 'net.sig'}")
+    assert [each["path"] for each in signed["files"]] == ["model.onnx", "net.sig"]
+    assert "is for a FILE or DIR" in alice.refused(2, f"add m hf://o/r --signature {tmp_path / 'net.sig'}")
     assert "version_exists" in alice.refused(2, f"add added {file} --version 2")
     assert "is a text and no model" in alice.refused(2, f"add added {__file__}")
     assert alice.prints("rm added --version 1") == "added version 1: removed\n"

@@ -88,6 +88,7 @@ def test_verify_prints_head_that_can_be_expected(data: Path) -> None:
         "finding": None,
         "archives": [],
         "proved_after": 0,
+        "remarks": [],
         "files": [],
     }
     [beyond] = lines("verify", "--data", data, "--expect", f"{HEAD + 1}:{'ab' * 32}", code=1)[:1]

@@ -19,7 +19,7 @@ from events.codec import encode_event
 from events.types import TYPES, LoadFailed, Unknown, WorkerExited
 from loadledger.cli import jobs, models, top
 from loadledger.cli.events import event_line
-from loadledger.cli.jobs import count_steps, describe_progress
+from loadledger.cli.jobs import count_steps, describe_progress, describe_signature
 from loadledger.cli.output import (
     PROBLEMS,
     display_width,
@@ -34,13 +34,20 @@ from loadledger.cli.output import (
     print_json,
 )
 from loadledger.records import (
+    ApprovalState,
     ErrorInfo,
     FetchProgress,
     File,
+    FileDifference,
+    FileDigest,
     Job,
+    LoadApproval,
+    LoadSignature,
     LoadUsage,
     Model,
+    ModelRules,
     Resources,
+    VerifiedVersion,
     VersionOrigin,
     WaitingJob,
 )
@@ -146,6 +153,35 @@ def test_versions_from_sources_have_a_line_each() -> None:
     ]
 
 
+def test_display_of_a_waiting_load_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ApprovalState(digest="d", waits=True)
+    job = Job(
+        id="j", kind="load", model_id="m", status="pending", waiting_for="approval by bob", approval=asked
+    )
+    with jobs.display_job(job) as (on_change, _):
+        on_change(job)
+        on_change(msgspec.structs.replace(job, waiting_for=None, approval=None))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("loadledger: m: waits: approval by bob; to approve it: loadledger approve j (")
+    assert second.startswith("loadledger: m: pending (")
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"method": "key", "signer": "ab", "enforced": True}, "verified, by key ab"),
+        ({"method": "certificate", "signer": "CN=a"}, "verified, by certificate CN=a, not enforced"),
+        ({"problem": "signature_missing"}, "not verified (signature_missing)"),
+        (
+            {"method": "key", "signer": "ab", "enforced": True, "was_verified": True},
+            "verified, by key ab; today's rules refuse it, and it was verified before",
+        ),
+    ],
+)
+def test_signature_is_described_with_its_check(members: dict[str, Any], told: str) -> None:
+    assert describe_signature(LoadSignature(policy="p", **members)) == told
+
+
 # A hostile server
 
 EVIL = "\x1b]0;x\x07\x9b2J\u202e\n"
@@ -181,9 +217,21 @@ def test_hostile_answer_prints_no_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     job, model, use = evil(Job), evil(Model), evil(LoadUsage)
+    signature, who = evil(LoadSignature), [EVIL]
+    changed = [FileDifference(EVIL, EVIL)]
+    asked = msgspec.structs.replace(
+        evil(ApprovalState), signature=signature, requested_by=who, approved_by=who, differences=changed
+    )
+    model = msgspec.structs.replace(
+        model, signature=signature, approval=evil(LoadApproval), policy=evil(ModelRules)
+    )
+    version = msgspec.structs.replace(
+        evil(VerifiedVersion), signature=signature, files=[FileDigest(EVIL, EVIL)]
+    )
     job = msgspec.structs.replace(
         job,
         progress=FetchProgress(HUGE, HUGE),
+        approval=asked,
         created_at="2026-01-31T14:02:00Z",
         finished_at=NOW.isoformat(),
     )
@@ -194,6 +242,9 @@ def test_hostile_answer_prints_no_control_characters(
         *models._details(model),
         *format_table(models.HEAD, [models._row(model)]),
         *jobs._details(job),
+        *jobs._request_lines(job),
+        jobs.approval_hint(job),
+        *models._verified_lines(version),
         *format_table(jobs.HEAD, [jobs._row(job)]),
         *models._resource_lines(found),
         *top.lines(top.ServerSnapshot("http://here", found, [job], [model], NOW, 0.1, EVIL)),

@@ -1,6 +1,7 @@
 """Anything happens in any order, with more models than memory, and in the end everything ends."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from math import inf
 
@@ -13,9 +14,10 @@ from hypothesis.stateful import (
     invariant,
     rule,
 )
+from msgspec import UNSET
 from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
-from support.worlds import Process, World, request_of
+from support.worlds import Process, World, answer_of, request_of
 
 from events.clock import add_seconds, seconds_between
 from events.commands import (
@@ -30,8 +32,11 @@ from events.commands import (
 )
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
+from events.policy.rules import ApprovalRule, LoadPolicy
 from events.types import (
     Cause,
+    Credential,
+    Justification,
     LoadFailed,
     LoadParameters,
     LoadRequested,
@@ -43,7 +48,7 @@ from events.types import (
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import MAX_INCIDENTS
-from runtime.scheduler.view import MIN_RESIDENCY_S, Phase, Policy
+from runtime.scheduler.view import MIN_RESIDENCY_S, MemoryEstimate, Phase, Policy
 
 UNFORCED = (
     actions.StartLoad,
@@ -80,7 +85,7 @@ class WatchedWorld(World):
 
     def estimate(self, job: Job) -> int:
         estimate = self.estimates.get(job.id)
-        return 0 if estimate is None else estimate.bytes
+        return estimate.bytes if isinstance(estimate, MemoryEstimate) else 0
 
     def is_proven(self, job: Job) -> bool:
         """Whether the files of a load loaded before, and made progress the last time."""
@@ -134,7 +139,7 @@ class WatchedWorld(World):
 
     def begin_optimising(self, load: str) -> None:
         """Nothing is asked for then, and nobody has the memory."""
-        assert not self.state.unended()
+        assert not [job for job in self.state.unended() if not job.waits_for_approval]
         assert not self.under_pressure
         assert self.used_bytes() + self.optimisable[load] <= self.budget_bytes
         super().begin_optimising(load)
@@ -190,7 +195,7 @@ class WatchedWorld(World):
         if self._made_way(job) or job.cause in RELOADS:
             return
         for other in self.state.unended():
-            waits = other.kind is JobKind.LOAD and other.id not in self.live
+            waits = other.kind is JobKind.LOAD and other.id not in self.live and not other.waits_for_approval
             came_first = other.created_position < job.created_position and other.cause not in RELOADS
             if waits and came_first and self._is_ready(other) and not self._has_room_for(job, other):
                 assert self._waited_s(other) < NEVER_OVERTAKING_LIMIT_S
@@ -210,7 +215,7 @@ class WatchedWorld(World):
     def _is_ready(self, job: Job) -> bool:
         """Whether only the others are in a load's way."""
         is_next = self.state.queue(job.model_id)[0].id == job.id
-        is_known = self.estimates.get(job.id) is not None
+        is_known = isinstance(self.estimates.get(job.id), MemoryEstimate)
         model = self.state.models.get(job.model_id)
         makes_way = model is not None and bool(self._swap_outs(model))
         return is_next and is_known and not makes_way
@@ -255,7 +260,9 @@ class WatchedWorld(World):
         assert job.cause is not Cause.RESTART
         # It lacks room for itself, or beside those for which room is reserved.
         waiting = [
-            each for each in self.state.unended() if each.load is not None and each.id not in self.live
+            each
+            for each in self.state.unended()
+            if each.load is not None and each.id not in self.live and not each.waits_for_approval
         ]
         models = self.present() | {each.model_id for each in waiting}
         is_over_budget = self.used_bytes() + sum(map(self.estimate, waiting)) > self.budget_bytes
@@ -336,6 +343,17 @@ class WatchedWorld(World):
 NAMES = st.sampled_from(["a", "b", "c"])
 OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies", "optimised fails"])
 
+RULES = st.sampled_from(
+    [
+        LoadPolicy(),
+        LoadPolicy(approval=(ApprovalRule(("b",), expires_s=400),)),
+        LoadPolicy(approval=(ApprovalRule(("[bc]",), 2, expires_s=50), ApprovalRule(("b",), expires_s=600))),
+        LoadPolicy(approval=(ApprovalRule(("*",), expires_s=1_000, emergency=False),)),
+    ]
+)
+
+EMERGENCY = Justification(Credential(), "fire", "fire")
+
 POLICIES = st.builds(
     Policy,
     loads_at_once=st.integers(1, 2),
@@ -344,6 +362,7 @@ POLICIES = st.builds(
     evicts=st.booleans(),
     min_residency_s=st.sampled_from([0.0, 10.0]),
     restores=st.sampled_from([True, True, False]),
+    loads=RULES,
 )
 
 PARAMETERS = st.builds(
@@ -357,19 +376,21 @@ PARAMETERS = st.builds(
 )
 
 LOADS = st.builds(
-    lambda name, version, contents, parameters, asked: RequestLoad(
+    lambda name, version, contents, parameters, asked, said: RequestLoad(
         name,
         version,
         contents,
         "alice",
         parameters,
         asked=frozenset(asked | ({"instances"} if parameters.instances > 1 else set())),
+        justification=said,
     ),
     NAMES,
     st.sampled_from([1, 1, 2]),
     st.sampled_from([CONTENTS, CONTENTS, CONTENTS, None]),
     PARAMETERS,
     st.sets(st.sampled_from(["pinned", "keep_alive_s", "timeout_s", "strategy"])),
+    st.sampled_from([UNSET, UNSET, UNSET, EMERGENCY]),
 )
 
 KINDS = st.sampled_from(["load", "unload", "force", "cancel"])
@@ -420,7 +441,37 @@ class Simulation(RuleBasedStateMachine):
         self.world.submit(load)
         for _ in range(4):
             self.world.settle()
+            for by in ("carol", "bob"):
+                self.answer(0, by, approves=True)
+            self.world.settle()
             self.world.progress("loaded")
+        self.world.work(turns)
+
+    def answer(self, which: int, by: str, *, approves: bool) -> None:
+        """A person answers to a load that waits for approval; who asked for it is refused."""
+        answer = answer_of(self.world.state, which, by, approves=approves)
+        if answer is not None:
+            self.world.submit(answer)
+
+    @rule(
+        which=st.integers(0, 3),
+        by=st.sampled_from(["alice", "bob", "bob", "carol"]),
+        approves=st.sampled_from([True, True, True, False]),
+        turns=TURNS,
+    )
+    def somebody_answers(self, which: int, by: str, turns: int, *, approves: bool) -> None:
+        self.answer(which, by, approves=approves)
+        self.world.work(turns)
+
+    @rule(name=NAMES, version=st.sampled_from([1, 1, 2]), turns=TURNS)
+    def files_change(self, name: str, version: int, turns: int) -> None:
+        self.world.log.changes[name, version] += 1
+        self.world.work(turns)
+
+    @rule(rules=RULES, unclean=st.booleans(), turns=TURNS)
+    def server_starts_with_other_rules(self, rules: LoadPolicy, turns: int, *, unclean: bool) -> None:
+        self.world.restart(unclean=unclean)
+        self.world.policy = replace(self.world.policy, loads=rules)
         self.world.work(turns)
 
     @rule(name=NAMES | st.none(), force=st.booleans(), turns=TURNS)
@@ -548,6 +599,10 @@ class Simulation(RuleBasedStateMachine):
     @invariant()
     def no_more_than_one_operation_on_a_model_at_a_time(self) -> None:
         self.world.check_operations()
+
+    @invariant()
+    def waiting_for_approval_holds_nothing(self) -> None:
+        self.world.check_unapproved()
 
     @invariant()
     def memory_counts_until_processes_are_gone(self) -> None:

@@ -91,6 +91,26 @@ async def test_version_moves_from_its_copy_to_the_store(
     assert versions.has_changed("m", 1, held.loaded_files)
 
 
+@pytest.mark.parametrize("has_store", [True, False])
+async def test_bundle_beside_is_of_the_version(versions: Versions, folder: Path, *, has_store: bool) -> None:
+    if not has_store:
+        versions.store = None
+    bundle = folder.parent / "1.sig"
+    for content in (b"first", b"other"):
+        files, before = {**FILES, "1.sig": content}, await take(versions)
+        bundle.write_bytes(content)
+        assert versions.has_changed("m", 1, before)
+        async with versions.version("m", 1) as held:
+            assert await held.hash() == contents(files)
+            await held.settle()
+            folder_of_bundle = held.folder if has_store else folder.parent
+            assert (folder_of_bundle / "1.sig").read_bytes() == content
+        assert versions.known_contents("m", 1) == contents(files)
+        assert await versions.has_bytes_of("m", 1, loaded(files))
+    bundle.unlink()
+    assert await versions.has_bytes_of("m", 1, loaded(FILES))
+
+
 async def test_folder_exchanged_while_it_is_taken_is_not_known(versions: Versions, folder: Path) -> None:
     other = write_version(folder.parent.parent, {"model.onnx": b"other"}, "m", 2)
 

@@ -38,6 +38,7 @@ from runtime.uploads.stage import UploadPolicy, VersionExists, check_writable
 M1 = ("m", 1, "alice")
 STAGED = {f"m/1/{path}": data for path, data in FILES.items()}
 PLACED = {f"m/1/{MODEL_FILE}": MODEL}
+SIGNED = {**PLACED, "m/1.sig": b"signature"}
 
 DIE = """
 import asyncio, os, signal, sys
@@ -98,8 +99,9 @@ async def run_until_death(folder: Path, *arguments: str, call: int = 1) -> None:
         (("add", "discard", "before"), PLACED, 1),
         (("stage", "place", "before"), STAGED, 1),
         (("stage", "discard", "before"), STAGED, 1),
-        (("remove", "begin_removal", "after"), PLACED, 0),
+        (("remove", "begin_removal", "after"), SIGNED, 0),
         (("remove", "take", "before"), {}, 1),
+        (("remove", "_delete_bundle", "after"), {}, 1),
         (("remove", "take", "after"), {}, 1),
     ],
 )
@@ -109,6 +111,7 @@ async def test_start_after_kill_9_finishes_or_discards(
     repository = folder / "repository"
     if arguments[0] == "remove":
         models.save_bytes(MODEL, repository, "m")
+        (repository / "m" / "1.sig").write_bytes(b"signature")
     await run_until_death(folder, *arguments)
     for _ in range(2):  # a start finishes it, and the next one finds nothing to do
         async with opened_uploads(folder) as (_, log):
@@ -425,6 +428,50 @@ async def test_entry_that_cannot_be_finished_prevents_no_other_change(folder: Pa
         (folder / "repository" / "m").unlink()
         await uploads.add("other", 2, "alice", body_of(MODEL))
         assert files_in(folder / "repository").items() >= PLACED.items()
+
+
+async def test_signature_beside_a_version_is_removed_with_it(folder: Path) -> None:
+    repository = folder / "repository"
+    models.save_bytes(MODEL, repository, "m")
+    (repository / "m" / "1.sig").write_bytes(b"signature")
+    async with opened_uploads(folder) as (uploads, _):
+        with pytest.raises(VersionExists):
+            await uploads.add(*M1, body_of(MODEL))
+        await uploads.remove("m", 1, "alice")
+        assert not (repository / "m").exists()
+        await uploads.add(*M1, body_of(MODEL))
+    assert files_in(repository) == PLACED
+
+
+async def test_signature_of_a_version_put_there_meanwhile_stays(folder: Path) -> None:
+    repository = folder / "repository"
+    models.save_bytes(MODEL, repository, "m")
+    await run_until_death(folder, "remove", "take", "before")
+    (repository / "m" / "1").rename(folder / "aside")
+    models.save_bytes(MODEL, repository, "m")
+    (repository / "m" / "1.sig").write_bytes(b"signature")
+    async with opened_uploads(folder):
+        assert files_in(repository) == SIGNED
+
+
+async def test_version_is_not_added_beside_a_stray_signature(folder: Path) -> None:
+    bundle = folder / "repository" / "m" / "1.sig"
+    bundle.parent.mkdir()
+    bundle.write_bytes(b"signature")
+    async with opened_uploads(folder) as (uploads, log):
+        with pytest.raises(RuntimeProblem, match=r"'m/1\.sig' signs a version that is not there") as refused:
+            await uploads.add(*M1, body_of(MODEL))
+        assert refused.value.code == "version_exists"
+        refusal = await uploads.find_refusal("m", 1, only_new=False)
+        assert refusal is not None
+        assert refusal.code == "version_exists"
+        assert log.head.position == 0
+        bundle.unlink()
+        stage = await begin_stage(uploads)
+        await uploads.add_file(stage, MODEL_FILE, body_of(MODEL))
+        await uploads.add_file(stage, "model.sig", body_of(b"signature"))
+        await uploads.commit(stage)
+    assert files_in(folder / "repository") == {**PLACED, "m/1/model.sig": b"signature"}
 
 
 async def test_removal_does_not_follow_links(folder: Path) -> None:

@@ -29,7 +29,7 @@ Start = Callable[..., Awaitable[LocalApi]]
 JOB = {
     "id", "kind", "model_id", "version", "status", "stage", "waiting_for", "created_at", "started_at",
     "finished_at", "requested_by", "cause", "cancel_requested", "superseded_by", "attempt", "position",
-    "parameters", "error", "progress",
+    "parameters", "error", "progress", "reason", "emergency", "approval",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
@@ -67,7 +67,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "kind": "load", "model_id": "m", "version": 1, "status": "completed", "cause": "request",
         "attempt": 1, "requested_by": "Ann", "stage": None, "waiting_for": None, "error": None,
         "cancel_requested": False, "progress": None,
-        "superseded_by": None,
+        "superseded_by": None, "reason": None, "emergency": None, "approval": None,
         "parameters": {
             "priority": "normal", "timeout_s": 77, "keep_alive_s": None, "memory_limit_bytes": None,
             "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0,
@@ -90,6 +90,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
         "position": job["position"], "prepared": None, "error": None, "instances": 1,
         "repository_changed": False, "threads": count_usable_cpus(), "sources": [],
+        "signature": None, "approval": None, "policy": None,
     }  # fmt: skip
     events = await shared.events("m")
     assert [event.type for event in events] == ["LoadRequested", "LoadStarted", "ModelLoaded"]
@@ -358,10 +359,12 @@ async def test_load_of_equal_bytes_completes_and_restarts_nothing(api: LocalApi)
 
 async def test_load_without_a_store_takes_the_repositorys_files(start: Start) -> None:
     api = await start(store_size="off")
-    api.save(models.add(1), "m")
+    folder = api.save(models.add(1), "m")
+    (folder.parent / "1.sig").write_bytes(b"signature")
     await api.load("m")
     (event,) = await api.data_of(ModelLoaded)
     assert not event.verified
+    assert [file.path for file in event.files] == ["1.sig", "model.onnx"]
     assert not (api.config.data / "store").exists()
     writable = Config(repository=Path(), data=Path(), store_size="off", repository_writable="on")
     mistakes = [place for place, _ in find_unusable_paths(asdict(writable))]

@@ -37,12 +37,16 @@ Counts = dict[tuple[str, str], int]
 Start = Callable[..., Awaitable[LocalApi]]
 Roles = tuple[str, ...]
 
-ROLES: tuple[Roles, ...] = ((), ("predict",), ("audit",), ("admin",), ("audit", "predict"))
+ROLES: tuple[Roles, ...] = (
+    *((), ("predict",), ("audit",), ("admin",), ("audit", "predict"), ("approve",), ("emergency",)),
+)
 EVERYONE: set[Roles] = set(ROLES)
 ANY_ROLE: set[Roles] = EVERYONE - {()}
-PREDICT: set[Roles] = ANY_ROLE - {("audit",)}
-AUDIT: set[Roles] = ANY_ROLE - {("predict",)}
+PREDICT: set[Roles] = {("predict",), ("admin",), ("audit", "predict")}
+AUDIT: set[Roles] = {("audit",), ("admin",), ("audit", "predict")}
 ADMIN: set[Roles] = {("admin",)}
+APPROVE: set[Roles] = {("approve",)}
+VERIFY: set[Roles] = AUDIT | APPROVE
 NAMES = {"id": "m", "version": 1, "job_id": "j", "file": "console.css", "jti": "t", "stage": "s", "path": "p"}
 """Values of path parameters."""
 QUERIES = {"/api/v1/events/stream": "?after=x"}
@@ -80,6 +84,9 @@ TABLE: dict[str, set[Roles]] = {
     "POST /api/v1/sign-in-links": ADMIN,
     "POST /api/v1/sign-in-links/use": EVERYONE,
     "POST /api/v1/jobs/{job_id}/cancel": ADMIN,
+    "POST /api/v1/jobs/{job_id}/approve": APPROVE,
+    "POST /api/v1/jobs/{job_id}/reject": APPROVE,
+    "GET /api/v1/models/{id}/verify": VERIFY,
     "POST /api/v1/models/unload": ADMIN,
     "POST /api/v1/models/{id}/load": ADMIN,
     "PUT /api/v1/models/{id}/versions/{version}": ADMIN,
@@ -206,7 +213,9 @@ async def test_limits_are_counted_apart(limited: Limited) -> None:
     limits = {"limit_reads": "1/day", "limit_management": "1/day", "limit_inference": "off"}
     client, config = await limited(*(route(f"/{access.name}", access=access) for access in Access), **limits)
     headers = bearer(config)
-    for access, statuses in [("ANY", [200]), ("AUDIT", [429]), ("ADMIN", [200, 429]), ("PREDICT", [200] * 3)]:
+    for access, statuses in [
+        *(("ANY", [200]), ("AUDIT", [429]), ("ADMIN", [200]), ("VERIFY", [429]), ("PREDICT", [200] * 3)),
+    ]:
         assert [(await client.get(f"/{access}", headers=headers)).status for _ in statuses] == statuses
     answer = await client.get("/PUBLIC", headers=headers)
     assert (answer.status, "RateLimit" in answer.headers) == (200, False)

@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from pytest_aiohttp import AiohttpClient
 from support.http import route, small_app, small_config
 
-from server.auth.gate import InvalidToken, Principal, Verifier, create_verifier
+from events.types import Credential
+from server.auth.gate import InvalidToken, Principal, Verifier, create_verifier, credential_of
 from server.auth.keys import (
     KeyProblem,
     KeyRing,
@@ -178,6 +179,12 @@ def test_configured_issuer_is_required(tmp_path: Path) -> None:
     verifier = create_verifier(config)
     issuers = ("https://issuer", "https://other", "https://issuer/", None)
     assert [is_valid(verifier, signed(config, iss=issuer)) for issuer in issuers] == [True] + [False] * 3
+
+
+@pytest.mark.parametrize("issuer", ["https://issuer", None])
+def test_credential_has_issuer_and_id(config: Config, issuer: str | None) -> None:
+    principal = create_verifier(config).verify(signed(config, iss=issuer, jti="j"), time.time())
+    assert credential_of(principal) == Credential(issuer, "j")
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import signal
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from datetime import timedelta
 
 import pytest
 import pytest_asyncio
+from msgspec import UNSET
 from support import models
 from support.http import ENDLESS, MALFORMED, ONE, Answer, LocalApi, local_server, when
 from support.models import save, save_bytes
@@ -19,13 +20,23 @@ from support.workers import until
 from events import accept
 from events.clock import boottime, utc_now
 from events.commands import Record, RequestLoad
-from events.models import Model, ModelState
-from events.types import AccessDenied, Cause, Draft, LoadRequested
+from events.models import AdmittedBytes, Model, ModelState
+from events.policy.rules import ApprovalRule, LoadPolicy, ModelRules
+from events.types import (
+    AccessDenied,
+    ApprovalResult,
+    Cause,
+    Contents,
+    Draft,
+    LoadApproval,
+    LoadRequested,
+    digest_of,
+)
 from runtime.errors import InferenceTimeout, QueueFull
 from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
 from server.appkeys import DEMAND, LOG, ROUTER
-from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed
+from server.v2.ondemand import MAX_FAILURES, ApprovalRequired, BackOff, DemandFailed, check_approved
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -471,3 +482,66 @@ async def test_shutdown_ends_the_wait(start: Start) -> None:
     await api.app.shutdown()
     for answer in [*await asyncio.gather(*waiting), await api.infer("m", ONE)]:
         assert answer.refusal == (503, "shutting_down")
+
+
+RULES = ModelRules(approval=(ApprovalRule(("m",)),))
+CONTENTS = (("model.onnx", "ab" * 32),)
+OTHER = (("model.onnx", "cd" * 32),)
+
+
+def admitted(result: ApprovalResult, rule: str) -> Model:
+    """Return a model that was loaded from `CONTENTS`."""
+    approval = LoadApproval(rule, result)
+    return Model("m", admitted=(AdmittedBytes(digest_of(CONTENTS), "j", 1, approval=approval),))
+
+
+@pytest.mark.parametrize(
+    ("contents", "result", "rule", "is_loaded"),
+    [
+        (CONTENTS, ApprovalResult.APPROVED, RULES.approval_digest, True),
+        (CONTENTS, ApprovalResult.APPROVED_BEFORE, RULES.approval_digest, True),
+        (CONTENTS, ApprovalResult.BYPASSED, RULES.approval_digest, False),
+        (CONTENTS, ApprovalResult.RELOAD, RULES.approval_digest, False),
+        (CONTENTS, ApprovalResult.APPROVED, "another", False),
+        (OTHER, ApprovalResult.APPROVED, RULES.approval_digest, False),
+        (None, ApprovalResult.APPROVED, RULES.approval_digest, True),  # the load hashes them
+        (None, ApprovalResult.APPROVED, "another", False),
+    ],
+)
+def test_demand_loads_only_bytes_approved_before(
+    contents: Contents | None, result: ApprovalResult, rule: str, *, is_loaded: bool
+) -> None:
+    command, model = RequestLoad("m", 1, contents, "pia"), admitted(result, rule)
+    with nullcontext() if is_loaded else pytest.raises(ApprovalRequired, match="version 1 of model 'm'"):
+        check_approved(command, RULES, model)
+    check_approved(command, None, model)
+    check_approved(command, ModelRules(), None)
+
+
+async def test_demand_is_refused_at_once_without_approval(start: Start) -> None:
+    api = await start(on_demand="on", policy=LoadPolicy(approval=RULES.approval))
+    add(api, "m")
+    add(api, "free")
+    head = api.position
+    for _ in range(2):
+        assert (await api.infer("m", ONE)).refusal == (400, "approval_required")
+    assert api.position == head
+    assert (await api.infer("free", ONE)).status == 200
+    job = await api.accepted_load("m")
+    job = await when(lambda: api.job(job["id"]), lambda seen: seen["approval"] is not None)
+    assert (await api.infer("m", ONE)).refusal == (400, "approval_required")
+    said = {"digest": job["approval"]["digest"], "reason": "it looks right"}
+    await api.post(f"/api/v1/jobs/{job['id']}/approve", json=said, roles=("approve",), subject="bob")
+    await api.ended(job["id"])
+    await api.unload("m")
+    assert (await api.infer("m", ONE)).status == 200
+    [request] = [
+        data for data in await api.data_of(LoadRequested) if data.policy and data.cause is Cause.DEMAND
+    ]
+    assert (request.policy, request.justification) == (RULES.digest, UNSET)
+    assert (await api.model("m"))["approval"]["result"] == "approved_before"
+    await api.unload("m")
+    save(models.add(3), api.config.repository, "m")
+    answer = await api.infer("m", ONE)  # of the version some files were approved, but not these
+    assert answer.refusal == (503, "load_failed")
+    assert "another to approve it" in answer.json["detail"]

@@ -4,7 +4,7 @@ import asyncio
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -17,10 +17,13 @@ from support.running import gone
 
 from events.jobs import Failure, PendingLoad
 from events.models import Model, ModelState, Serving
+from events.policy.rules import ApprovalRule, LoadPolicy
 from events.types import LoadParameters
 from server.http.validation import MAX_JSON_BYTES
 from server.v2 import repository as extension
 from server.v2.repository import MAX_INDEX_BYTES
+
+Start = Callable[..., Awaitable[LocalApi]]
 
 
 async def load(api: LocalApi, model_id: str, **config: Any) -> Answer:
@@ -326,3 +329,34 @@ async def test_index_lists_ready_unloaded_and_unknown_models(shared: LocalApi) -
     assert await index(shared, *names, body=b'{"ready": true}') == [expected[0], expected[2]]
     job_of(await unload(shared, "deleted"))
     assert await index(shared, "deleted") == []
+
+
+async def test_load_that_waits_for_approval_is_answered_after_its_timeout(start: Start) -> None:
+    api = await start(policy=LoadPolicy(approval=(ApprovalRule(("m",)),)), timeout_s=1)
+    save(models.identity(), api.config.repository, "m")
+    answer = await load(api, "m")
+    assert answer.refusal == (400, "approval_required")
+    job = await api.job(job_id_of(answer))
+    assert (job["status"], job["approval"]["waits"]) == ("pending", True)
+    assert job["id"] in answer.json["error"]
+    again = await load(api, "m")
+    assert (again.refusal, job_id_of(again)) == ((400, "approval_required"), job["id"])
+    said = {"digest": job["approval"]["digest"], "reason": "it looks right"}
+    await api.post(f"/api/v1/jobs/{job['id']}/approve", json=said, roles=("approve",), subject="bob")
+    assert (await api.ended(job["id"]))["status"] == "completed"
+    assert job_of(await load(api, "m")) == job["id"]
+
+
+@pytest.mark.parametrize(("what", "code"), [("approve", None), ("reject", "rejected")])
+async def test_load_is_answered_when_a_person_has_answered(start: Start, what: str, code: str | None) -> None:
+    api = await start(policy=LoadPolicy(approval=(ApprovalRule(("m",)),)))
+    save(models.identity(), api.config.repository, "m")
+    loading = asyncio.create_task(load(api, "m"))
+    [job] = await when(
+        lambda: api.jobs("?model=m"), lambda jobs: [bool(job["approval"]) for job in jobs] == [True]
+    )
+    said = {"digest": job["approval"]["digest"], "reason": "so it is"}
+    await api.post(f"/api/v1/jobs/{job['id']}/{what}", json=said, roles=("approve",), subject="bob")
+    answer = await loading
+    assert job_id_of(answer) == job["id"]
+    assert (answer.status, code and answer.json["code"]) == (400 if code else 200, code)

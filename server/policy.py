@@ -1,0 +1,135 @@
+"""Reads the policy for loads: the tables [[trust]] and [[approval]] of the configuration file.
+
+The files that a rule names are read once, at the start: the policy has their contents.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from marshmallow import Schema, ValidationError, fields, validate, validates_schema
+
+from events.policy.rules import LoadPolicy, TrustMode
+from events.policy.signatures import normalise_key, normalise_roots, parse_subject
+
+TABLES = ("trust", "approval")
+"""The keys of the configuration file that are no settings."""
+MAX_FILE_BYTES = 64 * 1024
+"""Of a file that a rule names: the log keeps its contents."""
+
+_KEYS = (
+    *("models", "mode", "keys", "certificates", "roots", "subject", "distrusted"),
+    *("approvals", "expires", "emergency"),
+)
+_SHORTEST_S, _LONGEST_S = 60, 30 * 86_400
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_GLOBS = validate.Regexp(
+    r"[\w.*?\[\]!-]{1,256}\Z", re.ASCII, error="Must be a model or a glob, like fraud-*."
+)
+_DIGEST = validate.Regexp(r"[0-9a-f]{64}\Z", error="Must be a key's SHA-256: 64 digits, 0 to 9 and a to f.")
+
+
+class _TrustSchema(Schema):
+    @validates_schema
+    def check_signers(self, rule: Mapping[str, Any], **_: Any) -> None:
+        if rule["mode"] is TrustMode.ENFORCE and not rule.get("keys") and not rule.get("certificates"):
+            text = "Must be given, or certificates: with neither, no version would be loaded."
+            raise ValidationError(text, "keys")
+
+
+def read_policy(tables: Mapping[str, Any], folder: Path) -> tuple[LoadPolicy, list[tuple[str, str]]]:
+    """Read the policy.
+
+    Args:
+        tables: the values of `TABLES` that the file has.
+        folder: the file's, to which paths are relative.
+
+    Returns:
+        The policy, an empty one if there are mistakes, and these: each with its place, like `trust[0].keys`.
+    """
+
+    def contents(normalise: Callable[[str], str]) -> fields.Field[Any]:
+        return fields.Function(deserialize=lambda name: _read_file(folder, name, normalise), required=True)
+
+    subject = fields.String(required=True, validate=_check_subject)
+    certificates = Schema.from_dict({"roots": contents(normalise_roots), "subject": subject})
+    models = fields.List(fields.String(validate=_GLOBS), required=True, validate=validate.Length(1))
+    trust = _TrustSchema.from_dict({
+        "models": models,
+        "mode": fields.Enum(TrustMode, by_value=True, required=True),
+        "keys": fields.List(contents(normalise_key)),
+        "certificates": fields.List(fields.Nested(certificates)),
+        "distrusted": fields.List(fields.String(validate=_DIGEST)),
+    })  # fmt: skip
+    approval = Schema.from_dict({
+        "models": models,
+        "approvals": fields.Integer(strict=True, validate=validate.Range(1, 100)),
+        "expires": fields.Function(deserialize=_parse_period, attribute="expires_s"),
+        "emergency": fields.Boolean(truthy={True}, falsy={False}),
+    })  # fmt: skip
+    try:
+        loaded = Schema.from_dict({"trust": _tables(trust), "approval": _tables(approval)})().load(tables)
+    except ValidationError as error:
+        return LoadPolicy(), [(place[1:], text) for place, text in _list_mistakes(error.messages, "")]
+    return msgspec.convert(loaded, LoadPolicy), []
+
+
+def _tables(schema: type[Schema]) -> fields.Field[Any]:
+    text = "Must be a list of tables: write the name in [[double brackets]]."
+    return fields.List(fields.Nested(schema), error_messages={"invalid": text})
+
+
+def _read_file(folder: Path, name: object, normalise: Callable[[str], str]) -> str:
+    """Return the contents of a file without comments.
+
+    Raises:
+        ValidationError: it cannot be read, or is not of the kind.
+    """
+    if not isinstance(name, str) or not name or name.startswith("~"):
+        raise ValidationError("Must be a path in quotes, and in full: ~ is not expanded.")
+    try:
+        with (folder / name).open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ValidationError(f"{name!r:.200} has more than {MAX_FILE_BYTES} bytes; name another file.")
+        return normalise(content.decode())
+    except OSError as error:
+        text = f"{name!r:.200} cannot be read: {error.strerror}; name another file."
+        raise ValidationError(text) from None
+    except ValueError as error:
+        raise ValidationError(f"{name!r:.200} is refused: {error}.") from None
+
+
+def _check_subject(text: str) -> None:
+    try:
+        parse_subject(text)
+    except ValueError as error:
+        raise ValidationError(f"Is refused: {error}.") from None
+
+
+def _parse_period(text: object) -> int:
+    found = re.fullmatch(r"(\d{1,7})([smhd])", text, re.ASCII) if isinstance(text, str) else None
+    period_s = 0 if found is None else int(found[1]) * _UNITS_S[found[2]]
+    if not _SHORTEST_S <= period_s <= _LONGEST_S:
+        raise ValidationError('Must be a number of s, m, h or d, like "24h": from 1 minute to 30 days.')
+    return period_s
+
+
+def _list_mistakes(messages: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Yield place and text of each entry of marshmallow's tree of errors."""
+    if not isinstance(messages, dict):
+        yield from ((place, str(text)) for text in messages)
+        return
+    for key, below in messages.items():
+        path = place if key == "_schema" else f"{place}[{key}]" if isinstance(key, int) else f"{place}.{key}"
+        if below == ["Unknown field."]:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "settings stand above the tables"
+            yield path, f"there is no such key; {hint}"
+        else:
+            yield from _list_mistakes(below, path)

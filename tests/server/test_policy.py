@@ -1,0 +1,223 @@
+"""The policy in the configuration file: its tables, the files that they name, and mistakes."""
+
+from pathlib import Path
+
+import pytest
+from support.signing import make_authority, make_key, public_pem
+
+from events.policy.rules import ApprovalRule, LoadPolicy, TrustedCertificates, TrustMode, TrustRule
+from events.policy.signatures import key_digest
+from server.check import load_config
+from server.config import Config, ConfigError, settings
+from server.configsources import read_settings
+from server.policy import MAX_FILE_BYTES
+
+KEY = public_pem(make_key())
+OTHER = public_pem(make_key("P-521"))
+ROOT = make_authority().pem
+TABLES = """
+port = 1
+
+[[trust]]
+models = ["fraud-*", "digits"]
+mode = "enforce"
+keys = ["keys/fraud.pub", "{folder}/other.pub"]
+certificates = [{{roots = "ca.pem", subject = "CN=release,O=Bank"}}]
+distrusted = ["{digest}"]
+
+[[trust]]
+models = ["*"]
+mode = "warn"
+
+[[approval]]
+models = ["fraud-*"]
+
+[[approval]]
+models = ["*"]
+approvals = 2
+expires = "90m"
+emergency = false
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A configuration file that is not there yet, beside the files that its rules name."""
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "fraud.pub").write_text(f"key of the team for fraud\n{KEY}")
+    (tmp_path / "other.pub").write_text(OTHER)
+    (tmp_path / "ca.pem").write_text(f"subject=CN = Root\n{ROOT}")
+    return tmp_path / "server.toml"
+
+
+def test_policy_is_read_from_the_file_with_contents(file: Path) -> None:
+    file.write_text(TABLES.format(folder=file.parent, digest=key_digest(KEY)))
+    values, mistakes = read_settings({"config": str(file)}, {})
+    assert mistakes == []
+    assert Config(repository=file, data=file, **values).policy == LoadPolicy(
+        (
+            TrustRule(
+                ("fraud-*", "digits"),
+                TrustMode.ENFORCE,
+                (KEY, OTHER),
+                (TrustedCertificates(ROOT, "CN=release,O=Bank"),),
+                (key_digest(KEY),),
+            ),
+            TrustRule(("*",), TrustMode.WARN),
+        ),
+        (ApprovalRule(("fraud-*",)), ApprovalRule(("*",), approvals=2, expires_s=5400, emergency=False)),
+    )
+
+
+def test_file_without_tables_has_no_policy(file: Path) -> None:
+    file.write_text("port = 1\n")
+    values, _ = read_settings({"config": str(file)}, {})
+    assert "policy" not in values
+    assert Config(repository=file, data=file).policy == LoadPolicy()
+
+
+def test_policy_is_no_option() -> None:
+    assert "policy" not in {setting.name for setting in settings()}
+
+
+@pytest.mark.parametrize(
+    ("expires", "seconds"), [("60s", 60), ("1m", 60), ("24h", 86_400), ("30d", 2_592_000)]
+)
+def test_expiry_is_a_number_with_a_unit(file: Path, expires: str, seconds: int) -> None:
+    file.write_text(f'[[approval]]\nmodels = ["a"]\nexpires = "{expires}"\n')
+    values, mistakes = read_settings({"config": str(file)}, {})
+    assert mistakes == []
+    assert values["policy"].approval[0].expires_s == seconds
+
+
+TRUST = 'models = ["a"]\nmode = "warn"\n'
+APPROVAL = 'models = ["a"]\n'
+MISTAKES = {
+    "key is missing": (
+        "trust",
+        TRUST + 'keys = ["no.pub"]',
+        ".keys[0]: 'no.pub' cannot be read: No such file",
+    ),
+    "key is a folder": (
+        "trust",
+        TRUST + 'keys = ["keys"]',
+        ".keys[0]: 'keys' cannot be read: Is a directory",
+    ),
+    "key has a NUL": (
+        "trust",
+        TRUST + 'keys = ["a\\u0000"]',
+        ".keys[0]: 'a\\x00' is refused: embedded null byte",
+    ),
+    "key is too large": (
+        "trust",
+        TRUST + 'keys = ["large"]',
+        f".keys[0]: 'large' has more than {MAX_FILE_BYTES} bytes",
+    ),
+    "key is not UTF-8": ("trust", TRUST + 'keys = ["latin"]', ".keys[0]: 'latin' is refused: 'utf-8' codec"),
+    "key is a certificate": (
+        "trust",
+        TRUST + 'keys = ["ca.pem"]',
+        ".keys[0]: 'ca.pem' is refused: there is no public",
+    ),
+    "key of a home": ("trust", TRUST + 'keys = ["~/a"]', ".keys[0]: Must be a path in quotes, and in full"),
+    "key is a number": ("trust", TRUST + "keys = [1]", ".keys[0]: Must be a path in quotes"),
+    "keys are text": ("trust", TRUST + 'keys = "other.pub"', ".keys: Not a valid list"),
+    "roots are a key": (
+        "trust",
+        TRUST + 'certificates = [{roots = "other.pub", subject = "CN=a"}]',
+        ".certificates[0].roots: 'other.pub' is refused: there is no certificate",
+    ),
+    "subject": (
+        "trust",
+        TRUST + 'certificates = [{roots = "ca.pem", subject = "release"}]',
+        ".certificates[0].subject: Is refused: 'release' is no name",
+    ),
+    "no subject": (
+        "trust",
+        TRUST + 'certificates = [{roots = "ca.pem"}]',
+        ".certificates[0].subject: Missing data",
+    ),
+    "unknown below": (
+        "trust",
+        TRUST + 'certificates = [{roots = "ca.pem", subject = "CN=a", subjects = 1}]',
+        ".certificates[0].subjects: there is no such key; did you mean subject?",
+    ),
+    "digest": ("trust", TRUST + 'distrusted = ["abc"]', ".distrusted[0]: Must be a key's SHA-256"),
+    "nobody may sign": ("trust", 'models = ["a"]\nmode = "enforce"', ".keys: Must be given, or certificates"),
+    "mode": ("trust", 'models = ["a"]\nmode = "strict"', ".mode: Must be one of: off, warn, enforce"),
+    "no mode": ("trust", 'models = ["a"]', ".mode: Missing data"),
+    "no models": ("trust", 'mode = "off"', ".models: Missing data"),
+    "empty models": ("trust", 'mode = "off"\nmodels = []', ".models: Shorter than minimum length 1"),
+    "glob": ("trust", 'mode = "off"\nmodels = ["a", "b/1"]', ".models[1]: Must be a model or a glob"),
+    "misspelt": ("trust", TRUST + "key = []", ".key: there is no such key; did you mean keys?"),
+    "setting": (
+        "approval",
+        APPROVAL + "port = 1",
+        ".port: there is no such key; settings stand above the tables",
+    ),
+    "no approvals": (
+        "approval",
+        APPROVAL + "approvals = 0",
+        ".approvals: Must be greater than or equal to 1",
+    ),
+    "approvals are text": ("approval", APPROVAL + 'approvals = "1"', ".approvals: Not a valid integer"),
+    "expiry without unit": (
+        "approval",
+        APPROVAL + 'expires = "24"',
+        ".expires: Must be a number of s, m, h or d",
+    ),
+    "expiry is a number": (
+        "approval",
+        APPROVAL + "expires = 60",
+        ".expires: Must be a number of s, m, h or d",
+    ),
+    "expiry is short": (
+        "approval",
+        APPROVAL + 'expires = "59s"',
+        ".expires: Must be a number of s, m, h or d",
+    ),
+    "expiry is long": (
+        "approval",
+        APPROVAL + 'expires = "721h"',
+        ".expires: Must be a number of s, m, h or d",
+    ),
+    "emergency": ("approval", APPROVAL + 'emergency = "no"', ".emergency: Not a valid boolean"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_names_its_place(file: Path, case: str) -> None:
+    table, text, expected = MISTAKES[case]
+    (file.parent / "large").write_text("#" * (MAX_FILE_BYTES + 1))
+    (file.parent / "latin").write_bytes(b"\xff")
+    file.write_text(f"port = 1\n[[{table}]]\n{text}\n")
+    _, [mistake] = read_settings({"config": str(file)}, {})
+    assert f"{mistake.place}: {mistake.text}".startswith(f"{file}:2: {table}[0]{expected}")
+
+
+def test_single_table_is_refused(file: Path) -> None:
+    file.write_text('[trust]\nmodels = ["a"]\n')
+    _, [mistake] = read_settings({"config": str(file)}, {})
+    assert mistake == (f"{file}:1: trust", "Must be a list of tables: write the name in [[double brackets]].")
+
+
+def test_entry_that_is_no_table_is_refused(file: Path) -> None:
+    file.write_text("approval = [1]\n")
+    _, [mistake] = read_settings({"config": str(file)}, {})
+    assert mistake.place == f"{file}:1: approval[0]"
+
+
+def test_all_mistakes_are_reported_together(file: Path) -> None:
+    file.write_text(
+        'port = "a"\n[[trust]]\nmode = "x"\n[[trust]]\nmodels = [1]\n[[approval]]\napprovals = 0\n'
+    )
+    with pytest.raises(ConfigError) as refused:
+        load_config({"config": str(file), "repository": str(file.parent), "data": str(file.parent)}, {})
+    places = [
+        line.removeprefix(f"{file}:").rpartition(": ")[0].split(": ")[1]
+        for line in str(refused.value).split("\n")
+    ]
+    assert sorted(places) == [
+        "approval[0].approvals", "approval[0].models", "port", "trust[0].mode", "trust[0].models",
+        "trust[1].mode", "trust[1].models[0]",
+    ]  # fmt: skip
