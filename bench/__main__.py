@@ -30,6 +30,7 @@ from bench import (
     prepared,
     preparing,
     release,
+    signatures,
     streams,
     swaps,
 )
@@ -51,6 +52,7 @@ PARTS = (
     "compute",
     "bodies",
     "fetch",
+    "signatures",
     "tails",
     "ledger",
     "listing",
@@ -180,6 +182,7 @@ def main(**options: Any) -> None:
         "compute": _compute,
         "bodies": _bodies,
         "fetch": _fetch,
+        "signatures": _signatures,
         "tails": _tails,
         "ledger": _ledger,
         "listing": _listing,
@@ -261,6 +264,10 @@ def _bodies(folder: Path, choice: Choice) -> list[Row]:
 
 def _fetch(folder: Path, choice: Choice) -> list[Row]:
     return fetch.measure(folder, mib=choice.fetched, rounds=choice.rounds)
+
+
+def _signatures(folder: Path, choice: Choice) -> list[Row]:
+    return signatures.measure(folder, repeats=choice.repeats)
 
 
 def _tails(folder: Path, choice: Choice) -> list[Row]:
