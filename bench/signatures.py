@@ -1,4 +1,4 @@
-"""What does it cost to load a model only if its signature is trusted? Beside the same model without a rule.
+"""Costs of a load whose signature is checked, beside the same model without a rule.
 
 Two models of the same bytes are loaded in turn; one has a signature bundle and a rule that enforces it. After
 the first load both know their files' hashes, so what is left is the check itself.

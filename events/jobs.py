@@ -228,7 +228,7 @@ class JobPlacement(Struct, frozen=True, gc=False):
 
 
 class ApprovalAnswer(Struct, frozen=True, gc=False):
-    """Who approved a load, or passed without, and what that node signed (`events.approvals`)."""
+    """One approval of a load, or its bypass, with the signature of the node that took it."""
 
     by: str
     reason: str

@@ -124,7 +124,7 @@ class Serving(Struct, frozen=True, gc=False):
 
     @property
     def passed(self) -> AdmittedBytes:
-        """What its bytes passed, as its node has signed it."""
+        """The checks that its bytes passed, as its node has signed them."""
         digest, passed = digest_of(contents_of(self.files)), (self.signature, self.approval)
         return AdmittedBytes(digest, self.load_job_id, self.version, *passed, self.node_signature)
 

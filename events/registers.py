@@ -20,14 +20,10 @@ from events.types import OF_NODES, OF_TOKENS, Event, PolicyInForce
 
 
 class RecordedPolicy(Struct, frozen=True, gc=False):
-    """The policy for loads that is in force at a node; of a server alone the id is empty.
-
-    `position` is that of `PolicyInForce`.
-    """
+    """The policy for loads that is in force at a node; of a server alone the id is empty."""
 
     id: str
     policy: LoadPolicy
-    position: int
 
 
 RegisterEntry = Token | Node | RecordedPolicy
@@ -81,7 +77,7 @@ class Registers:
             )
             return {"tokens": tokens}, ()
         if isinstance(data, PolicyInForce):
-            recorded = RecordedPolicy(data.node_id or "", data.policy, position)
+            recorded = RecordedPolicy(data.node_id or "", data.policy)
             self.policies = self.policies | {recorded.id: recorded}
             return {"policies": {recorded.id: recorded}}, ()
         if not isinstance(data, OF_NODES):

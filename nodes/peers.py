@@ -23,11 +23,11 @@ from typing import Any
 
 import jwt
 from aiohttp import hdrs
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from multidict import CIMultiDictProxy
 
+from events.audit.signing import is_signed_by
 from events.errors import LogUnavailable
 from events.log import Log
 from events.nodes import Node
@@ -148,14 +148,9 @@ class Peers:
         The nodes' keys are those with which `untrusted` judged last: at each decision.
         """
         node = state.registers.nodes.get(signature.node_id)
-        if node is None or node.public_key is None or not _is_signed(node, self._keys):
+        if node is None or not _is_signed(node, self._keys):
             return False
-        with suppress(binascii.Error, InvalidSignature, UnsupportedAlgorithm, ValueError):
-            public = load_pem_public_key(node.public_key.encode())
-            if isinstance(public, Ed25519PublicKey):
-                public.verify(base64.b64decode(signature.signature, validate=True), statement)
-                return True
-        return False
+        return is_signed_by(statement, signature.signature, node.public_key or "")
 
     def make_token(self, receiver: Node, model_id: str, client: Principal) -> str:
         """Return the token with which this node forwards a client's request about a model to another one."""

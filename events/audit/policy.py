@@ -7,7 +7,6 @@ signed that join, `nodes.peers` checks.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ from enum import StrEnum
 from itertools import product
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
@@ -29,6 +25,7 @@ from events.approvals import (
     list_requesters,
     load_statement,
 )
+from events.audit.signing import is_signed_by
 from events.clock import Timestamp
 from events.jobs import ApprovalAnswer, Job
 from events.models import RELOADS, AdmittedBytes, Model
@@ -54,7 +51,7 @@ MAX_REMARKS = 1_000
 
 
 class RemarkKind(StrEnum):
-    """What an auditor should know of a log, though it is no finding."""
+    """The kind of a remark: a fact of a log that is no finding, but that an auditor wants to know."""
 
     WEAKENED = "policy_weakened"
     SELF_ISSUED = "approval_self_issued"
@@ -153,7 +150,7 @@ class PolicyAudit:
         if signature is UNSET:
             return "the signature of a node is missing"
         node = self._entities.registers.nodes.get(signature.node_id)
-        if node is None or not _is_signed(statement, signature.signature, node.public_key or ""):
+        if node is None or not is_signed_by(statement, signature.signature, node.public_key or ""):
             return f"its signature is not by the key with which the node {signature.node_id!r} joined"
         return None
 
@@ -275,15 +272,3 @@ def _check_load_approval(said: LoadApproval | UnsetType, job: Job, given: CheckI
     if said.result is ApprovalResult.BYPASSED and not is_emergency:
         return "its rules allow no emergency, or the request names none"
     return None
-
-
-def _is_signed(statement: bytes, signature: str, public_key: str) -> bool:
-    """Whether a signature in base64 is by an Ed25519 key in PEM."""
-    try:
-        key = load_pem_public_key(public_key.encode())
-        if not isinstance(key, Ed25519PublicKey):
-            return False
-        key.verify(base64.b64decode(signature, validate=True), statement)
-    except (InvalidSignature, UnsupportedAlgorithm, ValueError):
-        return False
-    return True

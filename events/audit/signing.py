@@ -23,7 +23,12 @@ from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+    load_pem_public_key,
+)
 
 from events.types import Anchor
 
@@ -141,3 +146,15 @@ def as_signed_head(members: object) -> SignedHead:
         return SignedHead(statement, signature, base64.b64decode(members["public_key"], validate=True))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"this is not a signed head: {error!r}") from None
+
+
+def is_signed_by(statement: bytes, signature: str, public_key: str) -> bool:
+    """Whether a signature in base64 is by an Ed25519 key in PEM."""
+    try:
+        key = load_pem_public_key(public_key.encode())
+        if not isinstance(key, Ed25519PublicKey):
+            return False
+        key.verify(base64.b64decode(signature, validate=True), statement)
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError):
+        return False
+    return True

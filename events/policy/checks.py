@@ -77,7 +77,7 @@ class CheckInput:
 
     @property
     def admitted(self) -> AdmittedBytes | None:
-        """What these bytes passed before; None if that is not known, or no trusted node has signed it."""
+        """The checks that these bytes passed before; None without any that a trusted node has signed."""
         found = None if self.model is None else self.model.find_admitted(self.digest)
         if found is None or not self.is_signed(load_statement(self.model_id, found), found.node_signature):
             return None

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 
 class TrustMode(StrEnum):
-    """What follows if a version has no signature that a rule accepts."""
+    """The effect of a rule on a version without a signature that it accepts."""
 
     OFF = "off"
     WARN = "warn"
@@ -38,7 +38,7 @@ class TrustedCertificates(Struct, frozen=True, gc=False):
 
 
 class TrustRule(Struct, frozen=True, gc=False):
-    """Who may sign the versions of some models.
+    """A rule about signatures: the signers of some models' versions.
 
     Attributes:
         models: globs of model ids, with `*`, `?` and `[...]`, in the case that they have.
@@ -57,7 +57,7 @@ class TrustRule(Struct, frozen=True, gc=False):
 
 
 class ApprovalRule(Struct, frozen=True, gc=False):
-    """Who must approve the loads of some models.
+    """A rule about approval: how many other persons approve the loads of some models.
 
     Attributes:
         models: globs, as in `TrustRule`.

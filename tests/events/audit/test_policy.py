@@ -398,7 +398,7 @@ def test_load_of_another_version_than_requested_is_found() -> None:
     assert audit(story.history.facts)[0] == (5, "the request for this load is missing")
 
 
-def test_certificate_that_ran_out_before_load_passes_by_time_of_request() -> None:
+def test_expired_certificate_passes_as_of_the_request() -> None:
     story, root, subject = Story(), make_authority(), "CN=release,O=Bank"
     certificates = (TrustedCertificates(root.pem, subject),)
     story.policy(LoadPolicy((TrustRule((MODEL,), TrustMode.ENFORCE, certificates=certificates),)))
