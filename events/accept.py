@@ -34,6 +34,7 @@ from events.commands import (
     VersionCommand,
 )
 from events.jobs import Job, JobKind, JobStatus
+from events.labels import draft_label, find_label_refusal, names_version
 from events.models import Model, ModelState, Serving
 from events.state import Join, State
 from events.tokens import list_issuers
@@ -160,12 +161,16 @@ def find_use(state: State, model_id: str, version: int) -> str | None:
     """Return why a version cannot be removed, and what to do; None if nothing uses it."""
     name = f"version {version} of model '{model_id}'"
     model = state.models.get(model_id)
-    servings = (model.serving, model.previous) if model is not None else ()
+    servings = (*model.servings, model.previous) if model is not None else ()
     if any(serving is not None and serving.version == version for serving in servings):
         advice = "unload the model, or load another version, and remove it then"
         return f"{name} is loaded, or will be reloaded: {advice}"
     if any(job.kind is JobKind.LOAD and job.version == version for job in state.unended(model_id)):
         return f"{name} has a load that has not ended: cancel it, and remove the version then"
+    labels = () if model is None else model.labels or ()
+    named = [f"'{label.name}'" for label in labels if label.version == version]
+    if named:
+        return f"{name} is named by the label {', '.join(named)}: move or remove that first"
     return None
 
 
@@ -196,20 +201,28 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
     if parameters.max_queue_delay_us and not parameters.max_batch_size:
         return Refused("invalid_body", f"body: {NO_BATCHING}")
     serving = _find_satisfying(model, command, parameters) if not queue else None
-    if serving is not None and serving.parameters.has_same_settings(parameters):
+    label = command.label
+    is_labelled = label is UNSET or names_version(model, label, command.version)
+    if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
         return _join_load(state, command, serving, new_id)
     if command.cause is Cause.DEMAND and (other := _find_other_version(model, queue, command)) is not None:
         return Existing(other)
     most = _MOST_UNENDED.get(command.cause)
     if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
         return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
+    refusal = None if label is UNSET else find_label_refusal(state, command.model_id, label)
+    if refusal is not None:
+        return refusal
     request = _load_requested(state, command, parameters, new_id())
     drafts = [request]
     if superseded is not None:
         drafts.append(_draft_fact(superseded, JobCancelled(SUPERSEDED, request.id), new_id()))
     if serving is not None:
         data = ModelSettingsChanged.of(serving.load_job_id, parameters)
-        drafts.append(replace(request, id=new_id(), data=data, actor=SYSTEM))
+        outcome = replace(request, id=new_id(), data=data, actor=SYSTEM)
+        drafts.append(outcome)
+        if label is not UNSET and not is_labelled:
+            drafts.append(draft_label(outcome, label, command.actor, new_id))
     return Accepted(tuple(drafts), request.id)
 
 
@@ -273,6 +286,7 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
         idempotency=command.idempotency,
         policy=command.policy,
         justification=said,
+        label=command.label,
     )
     return Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
 
@@ -298,6 +312,8 @@ def _joins(command: RequestLoad, job: Job) -> bool:
     if job.load is None or job.version != command.version or job.cancelling or command.is_emergency:
         return False
     if job.policy_digest != (command.policy or None):
+        return False
+    if command.label is not UNSET and command.label != job.label:
         return False
     if command.cause is Cause.REQUEST and job.cause is not Cause.REQUEST:
         return False
@@ -362,14 +378,17 @@ def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], st
         model_id = _model_to_unload(state, force=command.force)
     if model_id is None:
         return Refused("nothing_loaded", "no model is loaded; GET /api/v1/models shows their states")
+    model = state.models.get(model_id) or Model(model_id)
+    if command.copy is not None and model.find_serving(command.copy) is None:
+        return REFUSED_AS_OUTDATED
     queue = state.queue(model_id)
-    if queue and _will_unload(queue[-1], command):
+    if queue and command.copy is None and _will_unload(queue[-1], command):
         return _join_job(state, command, queue[-1], new_id)
-    load_job_id = _load_to_end(state.models.get(model_id), queue, command)
+    load_job_id = command.copy or _load_to_end(model, queue, command)
     if load_job_id is None:
         why = "is only loading; add ?force=true to end the load" if queue else "is not loaded"
         return Refused("not_loaded", f"model '{model_id}' {why}")
-    version, node_id = _locate_load(state.models.get(model_id), queue, load_job_id)
+    version, node_id = _locate_load(model, queue, load_job_id)
     data = UnloadRequested(
         command.force,
         load_job_id,
@@ -412,8 +431,9 @@ def _load_to_end(model: Model | None, queue: list[Job], command: RequestUnload) 
 
 def _locate_load(model: Model | None, queue: list[Job], load_job_id: str) -> tuple[int | None, str | None]:
     """Return the version of a load that is to end, and its node."""
-    if model is not None and model.serving is not None and model.serving.load_job_id == load_job_id:
-        return model.serving.version, model.serving.node_id
+    serving = None if model is None else model.find_serving(load_job_id)
+    if serving is not None:
+        return serving.version, serving.node_id
     return next(((job.version, job.node_id) for job in queue if job.id == load_job_id), (None, None))
 
 
@@ -433,6 +453,8 @@ def _decide_cancel(state: State, command: RequestCancel, new_id: Callable[[], st
 
 
 def _why_not_cancelled(job: Job) -> str:
+    if job.cause is Cause.COPY:
+        return f"job {job.id} ends a copy; to have more, load the model with more copies"
     if job.cause in REPLACEMENTS:
         return f"job {job.id} is part of a swap; to go back, load version {job.version}"
     return f"unload {job.id} has started and cannot be cancelled; load model '{job.model_id}' again"

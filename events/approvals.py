@@ -88,8 +88,9 @@ class AnswerApproval(RegisterCommand):
 
 def is_void(asked: ApprovalState, model: Model | None) -> bool:
     """Whether a model serves other bytes than when approval was asked: the person has seen another change."""
-    serving = None if model is None else model.serving
-    return serving is not None and digest_of(contents_of(serving.files)) != asked.served_digest
+    servings = () if model is None else model.servings
+    digests = [digest_of(contents_of(each.files)) for each in servings]
+    return bool(digests) and asked.served_digest not in digests
 
 
 def is_same_person(subject: str, other: str) -> bool:

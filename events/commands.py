@@ -58,7 +58,8 @@ class ModelUnchanged(Condition, frozen=True, gc=False):
     model: Model
 
     def holds(self, state: State) -> bool:
-        return state.models.get(self.model.id) == self.model
+        now = state.models.get(self.model.id)
+        return now is not None and now.seen_as(self.model) == self.model
 
 
 class WorkerServes(Condition, frozen=True, gc=False):
@@ -70,9 +71,10 @@ class WorkerServes(Condition, frozen=True, gc=False):
 
     def holds(self, state: State) -> bool:
         now = state.models.get(self.model_id)
-        if now is None or now.serving is None or now.phase is not ModelState.LOADED:
+        if now is None or now.phase is not ModelState.LOADED:
             return False
-        return now.serving.load_job_id == self.load_job_id and self.worker_id in now.serving.worker_ids
+        serving = now.find_serving(self.load_job_id)
+        return serving is not None and self.worker_id in serving.worker_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class RequestLoad:
         policy: digest of the model's rules where it was asked; UNSET without any.
         justification: of the person; UNSET without rules or reasons.
         sign: signs an emergency for this server; None if it is alone.
+        label: to set to the version when that is loaded; UNSET for none.
     """
 
     model_id: str
@@ -103,6 +106,7 @@ class RequestLoad:
     policy: str | UnsetType = UNSET
     justification: Justification | UnsetType = UNSET
     sign: Sign | None = None
+    label: str | UnsetType = UNSET
 
     @property
     def is_emergency(self) -> bool:
@@ -111,7 +115,12 @@ class RequestLoad:
 
 @dataclass(frozen=True, slots=True)
 class RequestUnload:
-    """Unload a model; None is the active model. `conditions` are those of an automatic unload."""
+    """Unload a model, with all its copies; None is the active model.
+
+    Attributes:
+        conditions: of an automatic unload.
+        copy: the load of the only copy to unload; None is all.
+    """
 
     model_id: str | None
     actor: str
@@ -120,6 +129,7 @@ class RequestUnload:
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None
     conditions: tuple[Condition, ...] = ()
+    copy: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +221,7 @@ class DecisionInput:
 
 
 class RegisterCommand:
-    """A command that decides itself (`events.registercommands`, `events.approvals`)."""
+    """A command that decides itself (`events.registercommands`, `events.approvals`, `events.labels`)."""
 
     __slots__ = ()
 

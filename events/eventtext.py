@@ -45,6 +45,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
             "pinned?pinned",
             "reason: {justification.reason?}",
             "emergency: {justification.emergency?}",
+            "label {label?}",
         ),
         {"cause": "cause", "priority": "priority"},
     ),
@@ -152,6 +153,8 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "AddRequested": EventText(("from {source}", "at node {node_id?}"), {"source": "source"}),
     "AddStarted": EventText(("attempt {attempt}", "at node {node_id?}"), {"attempt": "attempt"}),
     "AddFailed": _FAILED,
+    "LabelSet": EventText(("{label}",), {"label": "label"}, "good"),
+    "LabelRemoved": EventText(("{label}",), {"label": "label"}),
     "ApprovalAsked": EventText(
         ("digest {digest}", "{approvals} needed", "until {expires_at}", "signed by {signature.signer?}"),
         {"digest": "digest", "expires_at": "expires_at"},

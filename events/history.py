@@ -7,6 +7,7 @@ holders) is in no row; a fold of the log has it. `events.sqlite.history` stores 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -14,9 +15,19 @@ from msgspec import Struct
 
 from events.jobs import Failure, Job
 from events.models import Model, ModelState, Serving
-from events.types import Cause, UnloadRequested, VersionAdded
+from events.types import Cause, Event, UnloadRequested, VersionAdded
 
 NOT_LOADED = _UNLOADED, _FAILED = ModelState.UNLOADED, ModelState.FAILED
+
+
+class CopyRow(Struct, frozen=True, gc=False, omit_defaults=True):
+    """A load that a model serves from at a node; the members are those of `ModelRow`."""
+
+    load: int
+    version: int
+    node: str | None = None
+    workers: int = 0
+    degraded: bool = False
 
 
 class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
@@ -32,6 +43,9 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
         degraded: as `Model.degraded`.
         node: as `Serving.node_id`; `asked_by` and `brought_back` are there, too.
         error: of the last failure.
+        copies_wanted: as `LoadParameters.wanted_copies` of the load that serves.
+        copies: the further loads that serve, in the order of `Model.copies`.
+        labels: the version that each label names.
     """
 
     state: ModelState
@@ -46,6 +60,16 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
     asked_by: str | None = None
     brought_back: Cause | None = None
     error: Failure | None = None
+    copies_wanted: int = 1
+    copies: tuple[CopyRow, ...] = ()
+    labels: Mapping[str, int] = {}
+
+    @property
+    def servings(self) -> tuple[CopyRow, ...]:
+        """The load that serves or was lost, and its copies; as `Model.servings`."""
+        if self.load is None or self.version is None or self.workers is None:
+            return ()
+        return CopyRow(self.load, self.version, self.node, self.workers, self.degraded), *self.copies
 
     @property
     def is_waiting(self) -> bool:
@@ -67,15 +91,35 @@ class ShownModel(NamedTuple):
     """A model as the API shows it, now or at a moment of the past.
 
     `load` is the one that serves: of what can change later (workers, node, who asked), the row counts.
+    `copies` are the loads of the row's copies, in the same order.
     """
 
     id: str
     row: ModelRow
     load: Serving | None
+    copies: tuple[Serving, ...] = ()
+
+    def count_ready(self) -> int:
+        """Return how many of its loads serve as `load` does, with all their workers."""
+        first = self.load
+        if first is None or self.row.state is not ModelState.LOADED:
+            return 0
+        copies = zip(self.row.copies, self.copies, strict=True)
+        ready = (not row.degraded and load.is_copy_of(first) for row, load in copies)
+        return int(not self.row.degraded) + sum(ready)
 
 
-UNSHOWN = frozenset({UnloadRequested, VersionAdded})
-"""Events that change nothing of a model that a row has; `VersionRemoved` may be the first of its model."""
+_UNSHOWN = frozenset({UnloadRequested, VersionAdded})
+
+
+def has_row(event: Event, model: Model) -> bool:
+    """Whether an event that changed a model may have changed what a row has of it.
+
+    A requested unload does only if it takes a copy from the model, of which it is none of the unloads then.
+    `VersionRemoved` may be the first event of its model.
+    """
+    kind = type(event.data)
+    return kind not in _UNSHOWN or (kind is UnloadRequested and event.id not in model.unloads)
 
 
 def make_row(model: Model) -> ModelRow:
@@ -85,9 +129,10 @@ def make_row(model: Model) -> ModelRow:
         pending = model.loads[0] if waits else model.started_load
         if pending is not None:
             version, job = pending.version, pending.job_id
+    labels = {label.name: label.version for label in model.labels or ()}
     if serving is None:
-        load = None if model.previous is None else model.previous.position
-        return ModelRow(state, model.version, version, job, model.rank, load, error=model.error)
+        load, error = None if model.previous is None else model.previous.position, model.error
+        return ModelRow(state, model.version, version, job, model.rank, load, error=error, labels=labels)
     return ModelRow(
         state,
         serving.version,
@@ -101,12 +146,21 @@ def make_row(model: Model) -> ModelRow:
         serving.asked_by,
         serving.brought_back,
         model.error,
+        serving.parameters.wanted_copies,
+        tuple([_make_copy_row(each) for each in model.copies or ()]),
+        labels,
     )
+
+
+def _make_copy_row(copy: Serving) -> CopyRow:
+    workers, is_degraded = len(copy.worker_ids), copy.degraded_at is not None
+    return CopyRow(copy.position, copy.version, copy.node_id, workers, is_degraded)
 
 
 def describe_model(model: Model) -> ShownModel:
     """Return a model of the fold as the API shows it."""
-    return ShownModel(model.id, make_row(model), model.serving)
+    copies = () if model.serving is None else model.copies or ()
+    return ShownModel(model.id, make_row(model), model.serving, copies)
 
 
 def find_landmark(job: Job) -> int | None:

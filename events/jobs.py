@@ -304,6 +304,7 @@ class Job(Struct, frozen=True, gc=False):
         placement: the node of a load or an add, or of the load that an unload ends; without nodes it is not
             stored.
         policy: of a load; it is not stored without rules and reasons.
+        label: that is set to the version of a load when that is loaded; not stored without.
     """
 
     id: str
@@ -329,6 +330,7 @@ class Job(Struct, frozen=True, gc=False):
     placement: JobPlacement | UnsetType = UNSET
     add: AddParameters | UnsetType = UNSET
     policy: JobPolicy | UnsetType = UNSET
+    label: str | UnsetType = UNSET
 
     @property
     def approval(self) -> ApprovalState | None:
@@ -383,8 +385,8 @@ class Job(Struct, frozen=True, gc=False):
 
     @property
     def is_move(self) -> bool:
-        """Whether this is the load of a model that moves off a node that is being drained."""
-        return self.kind is JobKind.LOAD and self.cause is Cause.DRAIN
+        """Whether this brings a loaded model to another node: it moves off a drained one, or gets a copy."""
+        return self.kind is JobKind.LOAD and self.cause in (Cause.DRAIN, Cause.COPY)
 
     @property
     def cancellable(self) -> bool:
@@ -458,6 +460,7 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         placement=UNSET if placed is None or placed.node_id is UNSET else JobPlacement(placed.node_id),
         add=AddParameters(add.source, add.timeout_s, add.digest) if add else UNSET,
         policy=UNSET if load is None else _find_policy(load),
+        label=UNSET if load is None else load.label,
     )
 
 

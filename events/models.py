@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -35,12 +35,15 @@ from events.jobs import (
 from events.nodes import ends_processes
 from events.types import (
     ENDS_OF_PROCESSES,
+    REPLACEMENTS,
     ApprovalAsked,
     ApprovalResult,
     Cause,
     Data,
     Event,
     JobCancelled,
+    LabelRemoved,
+    LabelSet,
     LoadApproval,
     LoadApproved,
     LoadedFile,
@@ -64,8 +67,8 @@ from events.types import (
     digest_of,
 )
 
-RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN)
-"""Causes of reloads: loads by the system that bring back a lost model or instance, or move a model."""
+RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN, Cause.COPY)
+"""Causes of reloads: loads by the system that bring a model or an instance back, or to another node."""
 
 _BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
 
@@ -133,6 +136,12 @@ class Serving(Struct, frozen=True, gc=False):
         """The node of its workers, or of those that died; None if its epoch ended, and without nodes."""
         return None if self.node is UNSET else self.node
 
+    def is_copy_of(self, first: Serving) -> bool:
+        """Whether it has the bytes and the parameters of another load."""
+        has_bytes = self.files == first.files or contents_of(self.files) == contents_of(first.files)
+        is_same = self.version == first.version and has_bytes
+        return is_same and self.parameters.has_same_workers(first.parameters)
+
 
 class VersionHolders(Struct, frozen=True, gc=False):
     """The nodes in whose own repositories a version is, if it is in any, and the digest of its files."""
@@ -170,6 +179,14 @@ class AdmittedBytes(Struct, frozen=True, gc=False):
 _APPROVED = (ApprovalResult.APPROVED, ApprovalResult.APPROVED_BEFORE)
 
 
+class Label(Struct, frozen=True, gc=False):
+    """A name for a version of a model; `position` is that of its latest `LabelSet`."""
+
+    name: str
+    version: int
+    position: int
+
+
 class Model(Struct, frozen=True, gc=False):
     """One model.
 
@@ -193,6 +210,12 @@ class Model(Struct, frozen=True, gc=False):
         removed: versions that load nowhere until they are added again, whatever files there are.
         holders: of the versions that were added to nodes' own repositories; not stored without any.
         admitted: bytes that were loaded under rules, the latest at the end; not stored without any.
+        copies: further loads of a model that is `loaded`, each at another node, the oldest first. During a
+            swap some are of the version before. If `serving` ends, one of them takes its place; not stored
+            without any.
+        target: the load that ended while only copies of the version before it were left: they serve until it
+            is loaded again; not stored without one.
+        labels: in order of their names; not stored without any.
     """
 
     id: str
@@ -213,6 +236,52 @@ class Model(Struct, frozen=True, gc=False):
     removed: tuple[int, ...] = ()
     holders: tuple[VersionHolders, ...] | UnsetType = UNSET
     admitted: tuple[AdmittedBytes, ...] | UnsetType = UNSET
+    copies: tuple[Serving, ...] | UnsetType = UNSET
+    target: Serving | UnsetType = UNSET
+    labels: tuple[Label, ...] | UnsetType = UNSET
+
+    @property
+    def servings(self) -> tuple[Serving, ...]:
+        """The load that the model serves from, and its copies."""
+        return (() if self.serving is None else (self.serving,)) + (self.copies or ())
+
+    @property
+    def template(self) -> Serving | None:
+        """The load of which its copies are to be."""
+        return self.target or self.serving
+
+    @property
+    def reloadable(self) -> tuple[Serving, ...]:
+        """The loads that the system may bring back, or make copies of."""
+        return tuple(each for each in (self.target, self.serving, self.previous) if each)
+
+    def find_serving(self, load_job_id: str | None) -> Serving | None:
+        """Return the load of this job, if the model serves from it."""
+        return next((each for each in self.servings if each.load_job_id == load_job_id), None)
+
+    def at(self, node_id: str | None) -> Model:
+        """Return the model as the node of a copy sees it: serving from that, beside the others.
+
+        That node neither repairs it, since a degraded copy is replaced, nor unloads it for being idle, which
+        is decided for all copies at the node of `serving`.
+        """
+        for own in self.copies or ():  # each decision looks at each model
+            if own.node == node_id:
+                break
+        else:
+            return self
+        others = tuple(each for each in self.servings if each is not own)
+        first = own if self.serving is None else self.serving
+        parameters = replace(first.parameters.give_settings(own.parameters), keep_alive_s=None)
+        serving = replace(own, parameters=parameters, kept_as_is=True)
+        return replace(self, serving=serving, copies=others)
+
+    def seen_as(self, seen: Model) -> Model:
+        """Return the model as the node has seen it that has seen `seen`."""
+        return self if not self.copies or seen.serving is None else self.at(seen.serving.node_id)
+
+    def find_label(self, name: str) -> Label | None:
+        return next((each for each in self.labels or () if each.name == name), None)
 
     def find_admitted(self, digest: str) -> AdmittedBytes | None:
         """Return what bytes with this digest have passed; None if they were not loaded under rules."""
@@ -226,7 +295,7 @@ class Model(Struct, frozen=True, gc=False):
     @property
     def loads_behind(self) -> set[str]:
         """The ids of the jobs whose loads the model serves from or returns to."""
-        return {each.load_job_id for each in (self.serving, self.previous) if each is not None}
+        return {each.load_job_id for each in (*self.servings, self.previous) if each is not None}
 
     @property
     def state(self) -> ModelState:
@@ -302,6 +371,9 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
 def _end_processes(model: Model, event: Event) -> Model:
     """A server or node ended, in order or not: a model loaded there is lost, and a load will start again."""
     loads = tuple([load.interrupted(event) for load in model.loads])
+    ended = [each.load_job_id for each in model.servings if ends_processes(event.data, each.node_id)]
+    if model.copies and (left := _without_servings(model, ended)).serving is not None:
+        return model if left == model and loads == model.loads else replace(left, loads=loads)
     held = model.serving or model.previous
     if held is not None and not ends_processes(event.data, held.node_id):
         return model if loads == model.loads else replace(model, loads=loads)
@@ -312,12 +384,31 @@ def _end_processes(model: Model, event: Event) -> Model:
         phase=ModelState.LOST if lost and model.previous is None else model.phase,
         serving=_without_node(model.serving),
         previous=_without_node(model.previous),
+        copies=UNSET,
         lost_by=Cause.RESTART if lost or model.phase is ModelState.LOST else model.lost_by,
         lost_at=event.recorded_at if lost else model.lost_at,
         loads=loads,
         retries=None,  # what was in the last server's way need not be in the next one's
     )
     return model if after == model else after  # most models may be unloaded
+
+
+def _without_servings(model: Model, load_job_ids: Collection[str | None]) -> Model:
+    """Return the model without loads that have ended; if it served from one, it serves from a copy.
+
+    That is the oldest of those that have the bytes of what it served from, or else the oldest of all. It has
+    the settings from before. Without a copy the model is returned without `serving`.
+    """
+    first, target = model.serving, model.target
+    left = tuple(each for each in model.copies or () if each.load_job_id not in load_job_ids)
+    if first is not None and first.load_job_id in load_job_ids:
+        chosen = next((each for each in left if each.is_copy_of(first)), left[0] if left else None)
+        left = tuple(each for each in left if each is not chosen)
+        if chosen is not None:
+            target = target if target or chosen.is_copy_of(first) else first
+            chosen = replace(chosen, parameters=first.parameters.give_settings(chosen.parameters))
+        first = chosen
+    return replace(model, serving=first, copies=left or UNSET, target=target)
 
 
 def _without_node(serving: Serving | None) -> Serving | None:
@@ -360,19 +451,24 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     loaded = None if job is None else make_serving(event, data, job)
     if job is None or loaded is None:
         return model
+    if job.cause is Cause.COPY and model.phase is ModelState.UNLOADING:
+        return _without_job(model, job.id)  # its node ends it
     by_system = job.cause not in _BY_CLIENTS
     before = (model.serving or model.previous) if job.cause in RELOADS else None
     serving = loaded
     if before is not None:
         serving = replace(loaded, asked_by=before.asked_by or before.loaded_by, brought_back=job.cause)
+    first, copies = _arrange_copies(model, serving, job)
     return _without_job(
         model,
         job.id,
         phase=ModelState.LOADED,
-        serving=serving,
+        serving=first,
+        copies=copies,
+        target=model.target if by_system and first.load_job_id != job.id else UNSET,
         rank=model.rank if by_system and model.rank is not None else event.position,
         error=None,
-        last_version=serving.version,
+        last_version=first.version,
         lost_by=None,
         lost_at=None,
         back_off_position=None,
@@ -382,6 +478,26 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         footprints=add_footprint(model.footprints, footprint_of(serving.version, data)),
         admitted=_add_admitted(model, serving, data),
     )
+
+
+def _arrange_copies(
+    model: Model, loaded: Serving, job: Job
+) -> tuple[Serving, tuple[Serving, ...] | UnsetType]:
+    """Return what a model serves from once a load of it is loaded, and its copies.
+
+    What was loaded before at the same node, or at all where one copy is wanted, is being unloaded.
+    """
+    before = model.servings if model.phase is ModelState.LOADED else ()
+    is_copy, target = job.cause is Cause.COPY, model.target
+    is_first = target and loaded.is_copy_of(target)
+    if is_copy and before and before[0].node_id != loaded.node_id and not is_first:
+        others = tuple(each for each in before[1:] if each.node_id != loaded.node_id)
+        return before[0], (*others, loaded)
+    if before and is_first:
+        loaded = replace(loaded, parameters=before[0].parameters.give_settings(loaded.parameters))
+    is_kept = is_copy or loaded.parameters.wanted_copies > 1
+    kept = tuple(each for each in before if is_kept and each.node_id != loaded.node_id)
+    return loaded, kept or UNSET
 
 
 def _add_admitted(model: Model, serving: Serving, data: ModelLoaded) -> tuple[AdmittedBytes, ...] | UnsetType:
@@ -429,8 +545,10 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
 def _settings_changed(model: Model, event: Event, data: ModelSettingsChanged, _: Job | None) -> Model:
     """The present load goes on with other settings; one that is not the named one keeps its own."""
     serving, is_own = model.serving, _waits_for(model, event)
-    if is_own and serving is not None and serving.load_job_id == data.load_job_id:
-        parameters = replace(serving.parameters, keep_alive_s=data.keep_alive_s, pinned=data.pinned)
+    if is_own and serving is not None and model.find_serving(data.load_job_id) is not None:
+        parameters = replace(
+            serving.parameters, keep_alive_s=data.keep_alive_s, pinned=data.pinned, copies=data.copies
+        )
         model = replace(model, serving=replace(serving, parameters=parameters))
     return _lose_previous(_without_job(model, event.job_id), event) if is_own else model
 
@@ -480,9 +598,15 @@ def _count_failure(model: Model, event: Event, consequence: Consequence) -> Mode
 
 
 def _unload_requested(model: Model, event: Event, data: UnloadRequested, job: Job | None) -> Model:
-    """An unload belongs to the model only if it ends its present load, or one of its pending loads."""
+    """An unload belongs to the model only if it ends its present load, or one of its pending loads.
+
+    One that ends a copy, or what a copy replaces, takes it from the model: nothing is routed there any more.
+    """
     if job is not None or event.job_id != event.id:
         return model
+    is_one = model.copies and data.cause in REPLACEMENTS
+    if is_one and model.find_serving(data.load_job_id) is not None:
+        return _without_servings(model, [data.load_job_id])
     present = [load.job_id for load in model.loads]
     if model.serving is not None:
         present.append(model.serving.load_job_id)
@@ -513,6 +637,7 @@ def _reset(model: Model) -> Model:
         removed=model.removed,
         holders=model.holders,
         admitted=model.admitted,
+        labels=model.labels,
     )
 
 
@@ -567,8 +692,8 @@ def _end_reloads(model: Model) -> Model:
 
 
 def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None) -> Model:
-    serving = model.serving
-    if serving is None or event.worker_id not in serving.worker_ids or model.phase is not ModelState.LOADED:
+    serving = next((each for each in model.servings if event.worker_id in each.worker_ids), None)
+    if serving is None or model.phase is not ModelState.LOADED:
         return model
     left = tuple(worker for worker in serving.worker_ids if worker != event.worker_id)
     of = f"; {len(left)} of {serving.parameters.instances} are left" if left else ""
@@ -583,9 +708,13 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
         incidents=(*recent, event.recorded_at) if counts else recent,
     )
     if not left:
-        return _lose_model(after, event)
+        with_copy = _without_servings(after, [serving.load_job_id])
+        return _lose_model(after, event) if with_copy.serving is None else with_copy
     degraded_at = event.recorded_at if is_new else serving.degraded_at
-    return replace(after, serving=replace(serving, worker_ids=left, degraded_at=degraded_at))
+    degraded = replace(serving, worker_ids=left, degraded_at=degraded_at)
+    if serving is model.serving:
+        return replace(after, serving=degraded)
+    return replace(after, copies=tuple(degraded if each is serving else each for each in after.copies or ()))
 
 
 def _is_new_incident(serving: Serving, event: Event) -> bool:
@@ -636,6 +765,22 @@ def _set_holders(model: Model, held: VersionHolders) -> Model:
     return model if holders == (model.holders or ()) else replace(model, holders=holders or UNSET)
 
 
+def _label_set(model: Model, event: Event, data: LabelSet, _: Job | None) -> Model:
+    if event.version is None:
+        return model
+    return _replace_label(model, data.label, Label(data.label, event.version, event.position))
+
+
+def _label_removed(model: Model, _: Event, data: LabelRemoved, __: Job | None) -> Model:
+    return model if model.find_label(data.label) is None else _replace_label(model, data.label)
+
+
+def _replace_label(model: Model, name: str, *new: Label) -> Model:
+    others = (each for each in model.labels or () if each.name != name)
+    labels = tuple(sorted((*others, *new), key=lambda label: label.name))
+    return replace(model, labels=labels or UNSET)
+
+
 def _waits_for(model: Model, event: Event) -> bool:
     return event.job_id in [load.job_id for load in model.loads]
 
@@ -662,5 +807,7 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     LoadApproved: _load_approved,
     VersionAdded: _version_added,
     VersionRemoved: _version_removed,
+    LabelSet: _label_set,
+    LabelRemoved: _label_removed,
 }
 """By type of event. A `match` of so many classes takes as long as the rest of a step (measured)."""

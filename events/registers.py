@@ -93,5 +93,5 @@ class Registers:
 
 def _list_owners(models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]) -> set[str]:
     """Return the nodes that own a model or a job."""
-    owners = {model.serving.node_id for model in models.values() if model.serving is not None}
+    owners = {each.node_id for model in models.values() for each in model.servings}
     return {each for each in (*owners, *(job.node_id for job in unended())) if each is not None}

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from events.clock import Timestamp
 from events.policy.rules import LoadPolicy
@@ -31,10 +31,11 @@ class Cause(StrEnum):
     RECOVERY = "recovery"
     RESTART = "restart"
     DRAIN = "drain"
+    COPY = "copy"
 
 
-REPLACEMENTS = (Cause.SWAP, Cause.DRAIN)
-"""Causes of unloads of loads that another load of the model replaces."""
+REPLACEMENTS = (Cause.SWAP, Cause.DRAIN, Cause.COPY)
+"""Causes of unloads of loads that another load of the model replaces, or is a copy of."""
 
 
 SYSTEM = "system"
@@ -243,6 +244,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
         progress_timeout_s: how long a started load may make no progress.
         threads: how many threads each worker computes with; None is the server's setting when it starts.
         node_labels: labels that its node must have, in order; not stored without any.
+        copies: at how many nodes the model is to be loaded; not stored where none is named, which is 1.
     """
 
     priority: str = "normal"
@@ -257,14 +259,25 @@ class LoadParameters(Struct, frozen=True, gc=False):
     progress_timeout_s: int | None = None
     threads: int | None = None
     node_labels: tuple[str, ...] | UnsetType = UNSET
+    copies: int | UnsetType = UNSET
+
+    @property
+    def wanted_copies(self) -> int:
+        """At how many nodes the model is to be loaded."""
+        return self.copies or 1
+
+    def give_settings(self, other: LoadParameters) -> LoadParameters:
+        """Return other parameters with these settings."""
+        return replace(other, **{name: getattr(self, name) for name in SETTINGS})
 
     def has_same_workers(self, other: LoadParameters) -> bool:
-        return all(getattr(self, name) == getattr(other, name) for name in WORKER_PARAMETERS)
+        return _workers_of(self) == _workers_of(other)
 
     def has_same_settings(self, other: LoadParameters) -> bool:
         """Whether a loaded model has the same settings with `other` parameters."""
         own, others = (NEVER if each is None else each for each in (self.keep_alive_s, other.keep_alive_s))
-        return own == others and self.pinned == other.pinned
+        is_same = own == others and self.pinned == other.pinned
+        return is_same and self.wanted_copies == other.wanted_copies
 
 
 WORKER_PARAMETERS = (
@@ -272,7 +285,9 @@ WORKER_PARAMETERS = (
 )
 """Parameters of the workers: a change of them loads the model anew."""
 
-SETTINGS = ("pinned", "keep_alive_s")
+_workers_of = attrgetter(*WORKER_PARAMETERS)
+
+SETTINGS = ("pinned", "keep_alive_s", "copies")
 """Parameters of a loaded model that change without new workers. The others only concern the load itself."""
 
 
@@ -284,7 +299,8 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
 
     The parameters are those that apply, whether the request, the loaded model, its loadledger.toml or the
     server chose them. `policy` is the digest of the rules for the model that the load has to pass; it is
-    missing without any. `justification` is missing if no person gave one and there are no rules.
+    missing without any. `justification` is missing if no person gave one and there are no rules. `label` is
+    set to the version when that is loaded; it is missing without one.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
@@ -301,6 +317,7 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     idempotency: Idempotency | None = None
     policy: str | UnsetType = UNSET
     justification: Justification | UnsetType = UNSET
+    label: str | UnsetType = UNSET
 
     @classmethod
     def of(cls, parameters: LoadParameters, cause: Cause, **rest: Any) -> LoadRequested:
@@ -397,10 +414,11 @@ class ModelSettingsChanged(Struct, frozen=True, gc=False):
     load_job_id: str
     keep_alive_s: int | None
     pinned: bool
+    copies: int | UnsetType = UNSET
 
     @classmethod
     def of(cls, load_job_id: str, parameters: LoadParameters) -> ModelSettingsChanged:
-        return cls(load_job_id, parameters.keep_alive_s, parameters.pinned)
+        return cls(load_job_id, parameters.keep_alive_s, parameters.pinned, parameters.copies)
 
 
 class LoadFailed(Struct, frozen=True, gc=False):
@@ -727,6 +745,28 @@ class VersionRemoved(Struct, frozen=True, gc=False):
     node_id: str | UnsetType = UNSET
 
 
+# Labels.
+
+
+class LabelSet(Struct, frozen=True, gc=False):
+    """A label of the model names the version from here on, and no other one.
+
+    A load that was asked for with the label sets it with its outcome, whose event is `cause_event_id`. It is
+    null, and there is no job, if a person set the label alone.
+    """
+
+    TYPE: ClassVar[str] = "LabelSet"
+    label: str
+    cause_event_id: str | None = None
+
+
+class LabelRemoved(Struct, frozen=True, gc=False):
+    """A label of the model names no version any more; the event's version is the one that it named."""
+
+    TYPE: ClassVar[str] = "LabelRemoved"
+    label: str
+
+
 # Tokens. Their events may be appended while no server runs.
 
 
@@ -873,7 +913,7 @@ Data = (
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
     | RollbackAccepted | EventsDiscarded | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked
     | SignInLinkIssued | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
-    | AddRequested | AddStarted | AddFailed
+    | AddRequested | AddStarted | AddFailed | LabelSet | LabelRemoved
     | ApprovalAsked | LoadApproved | LoadRejected | ApprovalExpired | ApprovalBypassed | PolicyInForce
 )  # fmt: skip
 """The types that this release writes."""

@@ -17,6 +17,8 @@ USER_AGENT = "loadledger-client"
 CONTROL_SOCKET = "control.sock"
 """The file in a data directory over which its server can be managed on its machine, without a token."""
 CONNECT_S = 10.0
+LOST = "the connection was lost: "
+"""How the reason begins for which a request that was sent got no answer, unless that took too long."""
 SILENCE_S = 45.0
 """A stream without a byte for so long is dead: the server sends a heartbeat every 15 s."""
 CHUNK_BYTES = 2**16
@@ -158,7 +160,7 @@ class ConnectionOptions:
         """Return the exception for a connection that failed; if `sent`, the request may have arrived."""
         if isinstance(error, TimeoutError):
             return ServerUnreachable(self.address.url, "it took too long", sent=sent)
-        lost = "the connection was lost: " if sent else ""
+        lost = LOST if sent else ""
         return ServerUnreachable(self.address.url, f"{lost}{failure_reason(error)}", sent=sent)
 
     def no_http(self) -> BadAnswer:

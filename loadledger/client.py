@@ -187,6 +187,8 @@ class Client(ServerClient):
     add = _blocking(Operations.add)
     add_from = _blocking(Operations.add_from)
     remove = _blocking(Operations.remove)
+    set_label = _blocking(Operations.set_label)
+    remove_label = _blocking(Operations.remove_label)
     cancel = _blocking(Operations.cancel)
     approve = _blocking(Operations.approve)
     reject = _blocking(Operations.reject)

@@ -26,6 +26,7 @@ ADVICE = {
     "forbidden": "use a token with that role (`loadledger token --role …`)",
     "unknown_model": "`loadledger models` lists them",
     "unknown_version": "`loadledger show MODEL` lists its versions",
+    "unknown_label": "`loadledger label MODEL` lists its labels",
     "unknown_job": "`loadledger jobs` lists them",
     "invalid_source": "`loadledger add --help` has examples",
     "source_not_allowed": "or fetch the files yourself: `loadledger add MODEL FILE` sends them",

@@ -88,6 +88,7 @@ class LoadOptions(TypedDict, total=False):
     max_batch_size: int
     max_queue_delay_us: int
     node_labels: Sequence[str] | None
+    copies: int
 
 
 class Operations:
@@ -107,6 +108,7 @@ class Operations:
         on_stage: JobCallback | None = None,
         on_away: AwayCallback | None = None,
         idempotency_key: str | None = None,
+        label: str | None = None,
         reason: str | None = None,
         emergency: str | None = None,
         **parameters: Unpack[LoadOptions],
@@ -121,6 +123,7 @@ class Operations:
             on_stage: called with the job at once and after each change of status, stage or reason to wait.
             on_away: called with the problem once each time the server becomes unreachable.
             idempotency_key: use the same key to repeat a request; default: a new one.
+            label: names the version from the moment when it is loaded.
             reason: why, for the ledger and those who approve the load.
             emergency: why it must not wait for approval; takes the role `emergency` as well.
             parameters: how to load.
@@ -131,7 +134,7 @@ class Operations:
             ServerError: the server refused: `unknown_model`, `unknown_version`, `queue_full`, …
             ServerUnreachable: the server does not answer. If `sent`, the job may exist anyway.
         """
-        given = {"version": version, "reason": reason, "emergency": emergency}
+        given = {"version": version, "label": label, "reason": reason, "emergency": emergency}
         body = {**{name: value for name, value in given.items() if value is not None}, **parameters}
         request = post_request(f"/api/v1{path('models', model_id, 'load')}", body=body, key=idempotency_key)
         return await submit_job(
@@ -294,7 +297,28 @@ class Operations:
             ServerError: the server refused: `unknown_version`, `version_in_use`, `repository_read_only`.
         """
         target = f"/api/v1{path('models', model_id, 'versions', str(version))}"
-        request = Request("DELETE", target, repeatable=False, timeout_s=UPLOAD_ANSWER_S)
+        await self._change(Request("DELETE", target, repeatable=False, timeout_s=UPLOAD_ANSWER_S))
+
+    async def set_label(self, model_id: str, label: str, version: int) -> None:
+        """Let a label name a version of the repository, loaded or not; `model(model_id).labels` has them.
+
+        Raises:
+            ServerError: the server refused: `unknown_model`, `unknown_version`, `too_many_labels`.
+        """
+        headers, body = {"Content-Type": "application/json"}, encode_json({"version": version})
+        target = f"/api/v1{path('models', model_id, 'labels', label)}"
+        await self._change(Request("PUT", target, headers, body))
+
+    async def remove_label(self, model_id: str, label: str) -> None:
+        """Remove a label; its version stays.
+
+        Raises:
+            ServerError: the server refused: `unknown_label`.
+        """
+        target = f"/api/v1{path('models', model_id, 'labels', label)}"
+        await self._change(Request("DELETE", target, repeatable=False))
+
+    async def _change(self, request: Request) -> None:
         answer = await send_request(self._context, request)
         if answer.status != HTTPStatus.NO_CONTENT:
             raise decode_refusal(answer, self._context.address)
@@ -416,8 +440,11 @@ class Operations:
                 raise
             return Health(status=problem.detail)
 
-    async def metadata(self, model_id: str, *, version: int | None = None) -> ModelMetadata:
-        """Return what a model takes and gives: names, datatypes and shapes of its inputs and outputs."""
+    async def metadata(self, model_id: str, *, version: int | str | None = None) -> ModelMetadata:
+        """Return what a model takes and gives: names, datatypes and shapes of its inputs and outputs.
+
+        `version` is a number or a label.
+        """
         return await fetch(self._context, get_request(_model_path(model_id, version)), ModelMetadata)
 
     async def infer(
@@ -425,7 +452,7 @@ class Operations:
         model_id: str,
         inputs: Inputs,
         *,
-        version: int | None = None,
+        version: int | str | None = None,
         outputs: Iterable[str] | None = None,
         parameters: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
@@ -438,7 +465,7 @@ class Operations:
             model_id: the model.
             inputs: arrays or nested lists by name, converted to the model's datatypes where no value
                 changes, except that floating-point numbers are rounded; or whole tensors of the protocol.
-            version: the version; default: the one that serves.
+            version: its number, or a label; default: the one that serves.
             outputs: names of the outputs; default: all.
             parameters: parameters of the request.
             timeout_s: instead of the client's timeout.
@@ -563,6 +590,6 @@ class Operations:
             )
 
 
-def _model_path(model_id: str, version: int | None) -> str:
+def _model_path(model_id: str, version: int | str | None) -> str:
     at = () if version is None else ("versions", str(version))
     return f"/v2{path('models', model_id, *at)}"

@@ -95,6 +95,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         node: where it is placed; None without one, and of a server alone.
         superseded_by: the person's load that took the place of this one by the system; waits go on with it.
         position: of its latest event in the ledger.
+        label: that a load sets when its version is loaded; None without.
         reason: why a person asked for it; `emergency`: why it must not wait for approval.
         approval: None until it is asked for or bypassed.
     """
@@ -118,6 +119,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     node: str | None = None
     position: int = 0
     parameters: dict[str, Any] = {}
+    label: str | None = None
     reason: str | None = None
     emergency: str | None = None
     approval: ApprovalState | None = None
@@ -250,19 +252,42 @@ class VerifiedVersion(msgspec.Struct, frozen=True, kw_only=True):
     approval: str = ""
 
 
+class ModelCopy(msgspec.Struct, frozen=True, kw_only=True):
+    """A copy of a model: its load at one node.
+
+    Attributes:
+        version: during a swap, some copies have the version before.
+        workers: that run.
+        memory_bytes: what they took when it was loaded.
+    """
+
+    node: str | None = None
+    version: int
+    position: int
+    job_id: str
+    loaded_at: str
+    workers: int = 0
+    memory_bytes: int = 0
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is in the repository or loaded.
 
     Attributes:
         versions: in the repository; None with `at`, since the ledger does not record them.
         state: unloaded, loading, loaded, unloading, failed or lost.
+        labels: the version that each label names.
         node: where it is loaded; None without one, and of a server alone.
+        copies: at how many nodes it is to be loaded; None if at one, and of a server alone.
+        copies_ready: how many of them serve the version and files of the first, with all workers.
+        copies_at: its copies; the first is what the other attributes are of.
+        copies_waiting_for: why fewer are ready.
         position: of its latest `ModelLoaded`.
         repository_changed: whether the repository has newer files than those that are loaded.
         instances: workers alive.
         threads: of each worker.
         loaded_by: who asked for it.
-        brought_back: why the system loaded it again since: restart, recovery, swap, drain; or None.
+        brought_back: why the system loaded it again since: restart, recovery, swap, drain, copy; or None.
         memory_bytes: now; None with `at`. `memory_at_load_bytes` is what it took when it was loaded.
         inputs: of the model alone, not in a list: of `signature_version`; None if its file cannot be read.
         outputs: likewise.
@@ -279,11 +304,16 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None = None
     next_version: int | None = None
     active: bool = False
+    labels: dict[str, int] = {}
     loaded_at: str | None = None
     loaded_by: str | None = None
     brought_back: str | None = None
     job_id: str | None = None
     node: str | None = None
+    copies: int | None = None
+    copies_ready: int = 0
+    copies_at: list[ModelCopy] = []
+    copies_waiting_for: str | None = None
     position: int | None = None
     files: list[File] = []
     repository_changed: bool | None = None

@@ -5,8 +5,10 @@ Pure but for new ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from types import NoneType
 from typing import Protocol
 
@@ -16,8 +18,8 @@ from events.approvals import answer_statement, load_statement
 from events.clock import add_seconds, uuid7
 from events.commands import Record, RequestLoad
 from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, ApprovalAnswer, Job
-from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState
-from events.nodes import Node
+from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState, Serving
+from events.nodes import Node, find_placer
 from events.registercommands import NodeCurrent
 from events.state import State
 from events.types import (
@@ -28,9 +30,11 @@ from events.types import (
     ModelLoaded,
     NodeSignature,
     UnloadRequested,
+    UnloadStarted,
     contents_of,
     digest_of,
 )
+from nodes.copies import find_steps
 from nodes.placement import (
     NodeHints,
     NodeView,
@@ -43,6 +47,8 @@ from nodes.placement import (
     place_elsewhere,
     place_loads,
 )
+from nodes.spread import Spread, measure_copy
+from runtime.consumer.running import RunningLoad
 from runtime.router import Elsewhere, ModelNotLoaded
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Decision, RecordFact
@@ -83,6 +89,10 @@ class Standing(Protocol):
     def may_serve(self) -> bool:
         """Whether it may answer inferences."""
 
+    @property
+    def late(self) -> Collection[str]:
+        """The nodes that did not renew their leases in time."""
+
 
 class Signing(Protocol):
     """What nodes sign of approvals, and of loads under rules (`nodes.peers`)."""
@@ -103,6 +113,9 @@ class NodePlacement(Placement, Elsewhere):
         signing: signs what it says of approvals, and verifies what others say.
         strategy: how loads are distributed over the nodes.
         untrusted: returns the nodes whose joins are not signed with a key that the nodes share.
+
+    Attributes:
+        spread: what this node knows of copies at the others.
     """
 
     def __init__(
@@ -118,6 +131,7 @@ class NodePlacement(Placement, Elsewhere):
         self._signing = signing
         self._strategy = strategy
         self._untrusted = untrusted
+        self.spread = Spread()
 
     @property
     def _epoch(self) -> int:
@@ -153,17 +167,38 @@ class NodePlacement(Placement, Elsewhere):
         conditions = (*command.conditions, NodeCurrent(self._node_id, self._epoch))
         if isinstance(command, RequestLoad):
             model, untrusted = state.models.get(command.model_id), self._untrusted()
-            lost = None if model is None else model.loaded
+            loads = (LoadedModel(model, each) for each in model.reloadable) if model is not None else ()
+            lost = next((each for each in loads if each.serving.version == command.version), None)
             rules = None if lost is None else find_reload_rules(state, self._node_id, untrusted, lost)
             return replace(command, policy=rules or UNSET, conditions=conditions)
         if not isinstance(command, Record):
             return replace(command, conditions=conditions)
-        drafts = [*command.drafts]
-        if not any(isinstance(draft.data, UnloadRequested) for draft in drafts):
-            loaded = (draft for draft in command.drafts if isinstance(draft.data, ModelLoaded))
-            drafts += [unload for draft in loaded if (unload := draft_unload_elsewhere(draft, state))]
+        unloads = chain.from_iterable(self._draft_unloads(draft, state) for draft in command.drafts)
+        drafts = [*command.drafts, *unloads]
         named = tuple(self._sign(name_node(draft, self._node_id), state) for draft in drafts)
         return replace(command, drafts=named, conditions=conditions)
+
+    def _draft_unloads(self, draft: Draft, state: State) -> Iterator[Draft]:
+        """Yield the unload requests that go with a fact: those nodes unload what they have.
+
+        A load replaces all others where one copy is wanted, and an unload ends the copies, too.
+        """
+        model, job = state.models.get(draft.model_id or ""), state.unended_job(draft.job_id)
+        if model is None or model.phase is not ModelState.LOADED or job is None:
+            return
+        match draft.data:
+            case ModelLoaded() if job.cause is not Cause.COPY and job.load and job.load.wanted_copies == 1:
+                others = [each for each in model.servings if each.node_id not in (None, self._node_id)]
+                cause = Cause.DRAIN if job.cause is Cause.DRAIN else Cause.SWAP
+            case UnloadStarted() if job.id in model.unloads:
+                others, cause = list(model.copies or ()), Cause.COPY
+            case _:
+                return
+        for each in others:
+            data = UnloadRequested(job.forced, each.load_job_id, cause, draft.id, node_id=each.node)
+            worker_id = each.worker_ids[0] if len(each.worker_ids) == 1 else None
+            unload_id = uuid7()
+            yield Draft(unload_id, data, SYSTEM, unload_id, model.id, each.version, worker_id)
 
     def _sign(self, draft: Draft, state: State) -> Draft:
         """Return a draft with this node's signature if it is of a load, or of a bypassed approval."""
@@ -179,19 +214,57 @@ class NodePlacement(Placement, Elsewhere):
 
     def locate(self, model: Model, state: State) -> str | None:
         """Return the name of the other node at which a model is loaded, if that is present and trusted."""
-        node = find_node(model, state, self._untrusted())
-        return None if node is None or node.id == self._node_id else node.id
+        nodes = list_copies(model, state, self._untrusted())
+        names = (node.id for node, serving in nodes if serving is model.serving)
+        return next((name for name in names if name != self._node_id), None)
+
+    def view(self, model: Model) -> Model:
+        """Return a model as this node sees it: serving from its own copy, if it has one."""
+        return model.at(self._node_id) if model.copies else model
+
+    def choose(
+        self,
+        model: Model,
+        state: State,
+        version: int | None,
+        own: RunningLoad | None = None,
+        *,
+        tried: Node | None = None,
+    ) -> str | None:
+        """Return the node of another copy that is to answer; None if there is none, or the copy here is to.
+
+        It is not the one that was tried, as it was then: without one, this one.
+        """
+        hints, without = self._standing.peers, tried or state.registers.nodes.get(self._node_id)
+        others = {
+            node.id: hints[node.id].loads.get(model.id) if node.id in hints else None
+            for node, serving in list_copies(model, state, self._untrusted())
+            if version in (None, serving.version)
+            and (without is None or (node.id, node.epoch) != (without.id, without.epoch))
+        }
+        figures = None if own is None else measure_copy(own)
+        return self.spread.choose(model.id, figures, others, self._standing.late, time.monotonic())
+
+    def list_addresses(self, model: Model, state: State) -> list[str]:
+        """Return the addresses of the nodes that have copies of a model, as far as they are reached."""
+        late, now_s = self._standing.late, time.monotonic()
+        nodes = [node for node, _ in list_copies(model, state, self._untrusted()) if node.id not in late]
+        return [node.address for node in nodes if not self.spread.is_avoided(node.id, now_s)]
 
     def refusal(self) -> NodeAway | None:
         """Return why this node may not answer inferences; None if it may."""
         return None if self._standing.may_serve else NodeAway()
 
 
-def find_node(model: Model, state: State, untrusted: Collection[str]) -> Node | None:
-    """Return the present, trusted node at which a model is loaded."""
-    serving = model.serving if model.phase is ModelState.LOADED else None
-    node = None if serving is None or serving.node_id is None else state.registers.nodes.get(serving.node_id)
-    return None if node is None or not node.is_present or node.id in untrusted else node
+def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[tuple[Node, Serving]]:
+    """Return the loads that a model serves from, each with its present, trusted node."""
+    servings = model.servings if model.phase is ModelState.LOADED else ()
+    nodes = ((state.registers.nodes.get(each.node_id or ""), each) for each in servings)
+    return [
+        (node, each)
+        for node, each in nodes
+        if node is not None and node.is_present and node.id not in untrusted
+    ]
 
 
 def draft_statement(draft: Draft, state: State) -> bytes | None:
@@ -208,24 +281,6 @@ def draft_statement(draft: Draft, state: State) -> bytes | None:
     return load_statement(job.model_id, passed)
 
 
-def draft_unload_elsewhere(loaded: Draft, state: State) -> Draft | None:
-    """Return the unload request of a load at another node that this one replaces: that node unloads it."""
-    model, job = state.models.get(loaded.model_id or ""), state.unended_job(loaded.job_id)
-    old = model.loaded if model is not None and model.phase is ModelState.LOADED else None
-    if old is None or job is None or old.serving.node_id is None:
-        return None
-    request = UnloadRequested(
-        force=False,
-        load_job_id=old.serving.load_job_id,
-        cause=Cause.DRAIN if job.cause is Cause.DRAIN else Cause.SWAP,
-        cause_event_id=loaded.id,
-        node_id=old.serving.node,
-    )
-    worker_ids, unload_id = old.serving.worker_ids, uuid7()
-    worker_id = worker_ids[0] if len(worker_ids) == 1 else None
-    return Draft(unload_id, request, SYSTEM, unload_id, old.id, old.serving.version, worker_id)
-
-
 def name_node(draft: Draft, node_id: str) -> Draft:
     """Return a draft with this node, if its type has one and it names none: its processes are here."""
     if getattr(draft.data, "node_id", None) is not UNSET:
@@ -234,7 +289,10 @@ def name_node(draft: Draft, node_id: str) -> Draft:
 
 
 def _avoid_here(view: NodeView, action: actions.Action | None) -> actions.Action | None:
-    """Place a load elsewhere that would fail here for want of memory, or cost a model its place."""
+    """Place a load elsewhere that would fail here for want of memory, or cost a model its place.
+
+    Of a model with copies, only the one that is here is evicted.
+    """
     elsewhere: RecordFact | None = None
     match action:
         case actions.FailLoad(job, code) if code == INSUFFICIENT_MEMORY:
@@ -242,6 +300,9 @@ def _avoid_here(view: NodeView, action: actions.Action | None) -> actions.Action
         case actions.UnloadAutomatically(_, Cause.EVICTION, job_id):
             needing = view.own.unended_job(job_id)
             elsewhere = None if needing is None else place_elsewhere(view, needing)
+    match action:
+        case actions.UnloadAutomatically(loaded, Cause.EVICTION) if not elsewhere and loaded.model.copies:
+            return replace(action, cause=Cause.COPY)
     return elsewhere or action
 
 
@@ -255,16 +316,12 @@ def _fail_outdated_reload(view: NodeView, decision: Decision) -> Decision | None
 
 
 def _place_next(view: NodeView, decision: Decision) -> Decision:
-    """Return the decision with a move or a placement; without one it has no action.
+    """Return the decision with a placement, a move, or a step of copies; without one it has no action.
 
-    A load whose place is here is estimated before, and starts with its placement: so what starts here without
-    delay takes one append, and the estimate may still change its place.
+    Placements go first, since many waiting loads take long to decide on. A load whose place is here is
+    estimated before, and starts with its placement: so what starts here without delay takes one append, and
+    the estimate may still change its place.
     """
-    moves = _find_moves(view)
-    for model_id, move_at in moves.items():
-        loaded = view.find_loaded(model_id)
-        if loaded is not None and move_at <= view.now:
-            return replace(decision, action=actions.RequestReload(loaded, Cause.DRAIN))
     unestimated = list(decision.unestimated)
     action: actions.Action | None = None
     for job, chosen in place_loads(view):
@@ -285,21 +342,30 @@ def _place_next(view: NodeView, decision: Decision) -> Decision:
     if action is None:
         elsewhere = (place_elsewhere(view, job) for job in decision.without_room)
         action = next(filter(None, elsewhere), None)
-    wake_at = min(filter(None, [decision.wake_at, *moves.values()]), default=None)
+    due_later = list[str]()
+    if action is None:
+        is_placer = find_placer(view.state.registers.nodes, view.untrusted) == view.node.id
+        for due_at, step in chain(_find_moves(view), find_steps(view) if is_placer else ()):
+            if due_at <= view.now:
+                action = step
+                break
+            due_later.append(due_at)
+    wake_at = min(filter(None, [decision.wake_at, *due_later]), default=None)
     return replace(decision, action=action, wake_at=wake_at, unestimated=tuple(unestimated))
 
 
-def _find_moves(view: NodeView) -> dict[str, str]:
-    """Return the models of this node that move to others, since it is being drained, and when."""
+def _find_moves(view: NodeView) -> list[tuple[str, actions.Action]]:
+    """Return the moves of models of this node to others, since it is being drained, and when they are due."""
     if view.node.takes_loads:
-        return {}
+        return []
     loaded = [each for model in view.own.models if (each := view.find_loaded(model)) is not None]
-    return {
-        each.id: _move_at(view, each)
+    return [
+        (_move_at(view, each), actions.RequestReload(each, Cause.DRAIN))
         for each in loaded
-        if not (each.model.loads or each.model.unloads)
-        and find_node_for_model(view, each.model, each.serving) is not None
-    }
+        if not (each.model.loads or each.model.unloads or each.model.copies)
+        and each.serving.parameters.wanted_copies == 1
+        and find_node_for_model(view, each) is not None
+    ]
 
 
 def _move_at(view: NodeView, loaded: LoadedModel) -> str:

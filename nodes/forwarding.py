@@ -4,15 +4,17 @@ Any node answers for any model. A request about a model that the state says is l
 to that node's address over HTTP: the same body, unparsed, and a token of this node in place of the client's
 (`nodes.peers`). The answer comes back as it is. A forwarded request names the node that sent it, and
 how far that one knows the ledger: its receiver answers by a state that is no older, and never forwards it
-again. A request about a stage of a version goes to the node that its id names, with its body as it arrives. A
-server alone has no forwarder.
+again. Of a model with copies it goes to one of them (`nodes.spread`), and to another one, once, if that one
+refuses it or is not there. A request about a stage of a version goes to the node that its id names, with its
+body as it arrives. A server alone has no forwarder.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -24,17 +26,18 @@ from yarl import URL
 
 from events.log import Log
 from events.nodes import Node
-from nodes.decisions import find_node
+from nodes.decisions import NodePlacement
 from nodes.peers import CATCH_UP_S, Peers, read_position
+from nodes.spread import measure_copy
 from nodes.thisnode import THIS_NODE
-from runtime.errors import InferenceTimeout
-from runtime.router import Router, There
+from runtime.errors import InferenceTimeout, WorkerDied
+from runtime.router import Here, Router, There
 from runtime.timeouts import TimeoutExpired, timeout
 from runtime.wire import Buffer
 from server.appkeys import CONFIG, LOG, ROUTER
 from server.auth.gate import FORWARDED, POSITION, PRINCIPAL
-from server.auth.ratelimit import QUOTA
-from server.cluster import FORWARDING, NODE_ADDRESS
+from server.auth.ratelimit import AUTH_FAILURES, QUOTA
+from server.cluster import COPIES, FORWARDING, NODE_ADDRESS
 from server.config import MAX_BODY_BYTES
 from server.errors import ANSWERING_NODE, NODE, ServerProblem
 from server.http.bodies import Share, read_body
@@ -59,6 +62,9 @@ IN_PLACE_BYTES = 2**15
 """Longer bodies are read in place, into one buffer."""
 JOINED_BYTES = 2**16
 """Longer bodies are sent in a part of their own; shorter ones with the head."""
+
+LOAD = "Loadledger-Load"
+"""In the answer of a copy to another node: how busy it is."""
 
 _SENT = frozenset(
     name.lower()
@@ -115,6 +121,7 @@ class _Forwarded:
         received: the request as the client sent it.
         body: in memory, or as it arrives; None without one.
         ends_at_s: when the answer must be there, on the loop's clock; None without a limit.
+        version: in the path, if it matters which copy answers.
     """
 
     received: web.BaseRequest
@@ -123,6 +130,7 @@ class _Forwarded:
     headers: CIMultiDict[str]
     body: Buffer | AsyncIterator[bytes] | None
     ends_at_s: float | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +148,7 @@ class Forwarder:
 
     Args:
         session: with which it reaches the other nodes.
+        placement: chooses among the copies of a model.
         timeout_s: of a forwarded request.
     """
 
@@ -149,10 +158,14 @@ class Forwarder:
         router: Router,
         log: Log,
         peers: Peers,
+        placement: NodePlacement,
         *,
         node_id: str,
         timeout_s: float,
     ) -> None:
+        self._placement = placement
+        self._spread = placement.spread
+        self._waits: dict[asyncio.Timeout, tuple[_Forwarded, Node]] = {}
         self._session = session
         self._router = router
         self._log = log
@@ -198,10 +211,11 @@ class Forwarder:
             headers[hdrs.CONTENT_LENGTH] = str(len(body))
         method = hdrs.METH_GET if body is None else hdrs.METH_POST
         ends_at_s = ends_at_s or asyncio.get_running_loop().time() + self._timeout_s
-        reply = await self._ask(_Forwarded(request, model_id, method, headers, body, ends_at_s), node)
+        forwarded = _Forwarded(request, model_id, method, headers, body, ends_at_s, there.version)
+        reply = await (self._send(forwarded, node) if there.is_last else self._ask(forwarded, node))
         fields = _returned_fields(request, reply)
         if body is not None and reply.status == HTTPStatus.OK:
-            return DirectResponse(fields, reply.parts, share)
+            return DirectResponse({**fields, **self._name_copies(model_id)}, reply.parts, share)
         share.give_back()
         return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
 
@@ -217,25 +231,70 @@ class Forwarder:
         """Send a request to a node; once more if the node refuses or is gone, and the model is elsewhere."""
         try:
             reply = await self._send(forwarded, node)
-            position = read_position(reply.headers)
-            if reply.status != HTTPStatus.SERVICE_UNAVAILABLE or not position:
-                return reply
-            await self._log.wait_for(position, CATCH_UP_OR_REFUSE_S)
-            other = self._find_another(forwarded.model_id, node)
-            return reply if other is None else await self._send(forwarded, other)
         except NodeUnreachable as problem:
-            other = self._find_another(forwarded.model_id, node)
+            other = self._find_another(forwarded, node)
             if other is None or problem.is_answered:
                 raise
             return await self._send(forwarded, other)
+        if reply.status != HTTPStatus.SERVICE_UNAVAILABLE or _has_killed_worker(reply):
+            return reply
+        other, position = self._find_another(forwarded, node), read_position(reply.headers)
+        if other is None and position:
+            await self._log.wait_for(position, CATCH_UP_OR_REFUSE_S)
+            other = self._find_another(forwarded, node)
+        return reply if other is None else await self._send(forwarded, other)
 
-    def _find_another(self, model_id: str, tried: Node) -> Node | None:
-        """Return the node at which the model is loaded by now, which may be this one."""
+    def _find_another(self, forwarded: _Forwarded, tried: Node) -> Node | None:
+        """Return another node at which the model is loaded by now, which may be this one."""
+        state = self._log.state
+        model = state.models.get(forwarded.model_id)
+        if model is None:
+            return None
+        name = self._placement.choose(model, state, forwarded.version, tried=tried)
+        return None if name is None else state.registers.nodes[name]
+
+    async def end_waits(self) -> None:
+        """End the waits for answers of nodes that are lost, if others have the models; until cancelled."""
+        nodes = self._log.state.registers.nodes
+        with self._log.subscribed() as wakeup:
+            while True:
+                await wakeup.wait()
+                wakeup.clear()
+                if self._log.state.registers.nodes is nodes:
+                    continue
+                nodes = self._log.state.registers.nodes
+                for limit, (forwarded, node) in self._waits.items():
+                    known = nodes.get(node.id)
+                    is_there = known is not None and known.is_present and known.epoch == node.epoch
+                    if not is_there and not limit.expired() and self._find_another(forwarded, node):
+                        limit.reschedule(asyncio.get_running_loop().time())
+
+    def describe_copy(self, request: web.BaseRequest, here: Here) -> Mapping[str, str]:
+        """Return how busy a copy is, for the node that asks; or where all copies are, for a client."""
+        if FORWARDED in request.headers:
+            return {LOAD: measure_copy(here.load).header}
+        return self._name_copies(here.model_id)
+
+    def _name_copies(self, model_id: str) -> Mapping[str, str]:
         model = self._log.state.models.get(model_id)
-        node = None if model is None else find_node(model, self._log.state, self._peers.untrusted())
-        return None if node is None or (node.id, node.epoch) == (tried.id, tried.epoch) else node
+        if model is None or not model.copies:
+            return {}
+        addresses = self._placement.list_addresses(model, self._log.state)
+        return {COPIES: " ".join(addresses)} if len(addresses) > 1 else {}
 
     async def _send(self, forwarded: _Forwarded, node: Node) -> _Reply:
+        """Send a request to a node that has the model, and note what the choice among copies needs."""
+        model_id = forwarded.model_id
+        try:
+            with self._spread.sending(node.id, model_id):
+                reply = await self._exchange(forwarded, node)
+        except NodeUnreachable:
+            self._spread.avoid(node.id, time.monotonic())
+            raise
+        self._spread.hear(node.id, model_id, reply.headers.get(LOAD, ""), time.monotonic())
+        return reply
+
+    async def _exchange(self, forwarded: _Forwarded, node: Node) -> _Reply:
         """Send a request to a node and read its answer.
 
         Raises:
@@ -246,9 +305,11 @@ class Forwarder:
         token = self._peers.make_token(node, forwarded.model_id, received[PRINCIPAL])
         path = received.rel_url.raw_path  # without the host that a request to a proxy names
         own = ((hdrs.AUTHORIZATION, f"Bearer {token}"), (POSITION, str(self._log.state.position)))
-        reply = None
+        reply, limit = None, asyncio.timeout_at(forwarded.ends_at_s)
         try:
-            async with asyncio.timeout_at(forwarded.ends_at_s):
+            async with limit:
+                if forwarded.ends_at_s is not None:
+                    self._waits[limit] = forwarded, node
                 async with self._session.request(
                     forwarded.method,
                     URL(f"{node.address}{path}", encoded=True),
@@ -259,8 +320,8 @@ class Forwarder:
                 ) as response:
                     if response.status in _REDIRECTS:
                         raise NodeUnreachable(node, "a redirect, which is no node's answer", is_answered=True)
-                    if response.status == HTTPStatus.UNAUTHORIZED:
-                        raise NodeUnreachable(node, "it does not take this node's token", is_answered=True)
+                    if _refuses_token(response):
+                        raise NodeUnreachable(node, "it does not take this node's token")
                     reply = _Reply(node, response.status, CIMultiDict(response.headers), [])
                     while part := await response.content.readany():
                         reply.parts.append(part)
@@ -268,11 +329,15 @@ class Forwarder:
         except aiohttp.ConnectionTimeoutError:
             raise NodeUnreachable(node, f"no connection within {CONNECT_S:g} s") from None
         except TimeoutError:
+            if limit.when() != forwarded.ends_at_s:
+                raise NodeUnreachable(node, "it is lost") from None
             raise InferenceTimeout(
                 f"node '{node.id}', at which the model is loaded, has not answered in time"
             ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise NodeUnreachable(node, _reason(error), is_answered=reply is not None) from None
+        finally:
+            self._waits.pop(limit, None)
 
     def find_other(self, request: web.BaseRequest, name: str) -> There | None:
         """Return a present node that a request names; None if it is this one, or another one forwarded it."""
@@ -309,7 +374,7 @@ class Forwarder:
         forwarded = _Forwarded(request, model_id, request.method, headers, passed_on)
         try:
             async with timeout(PASS_ON_S, lambda: passed_bytes):
-                reply = await self._send(forwarded, node)
+                reply = await self._exchange(forwarded, node)
         except TimeoutExpired:
             raise NodeUnreachable(node, f"no answer within {PASS_ON_S:g} s") from None
         except NodeUnreachable:
@@ -334,15 +399,20 @@ async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
         cookie_jar=aiohttp.DummyCookieJar(),
         read_bufsize=READ_BYTES,
     ) as session:
-        app[FORWARDING] = Forwarder(
+        app[FORWARDING] = forwarder = Forwarder(
             session,
             app[ROUTER],
             app[LOG],
             node.peers,
+            node.placement,
             node_id=node.id,
             timeout_s=app[CONFIG].inference_timeout_s,
         )
-        yield
+        ending = asyncio.create_task(forwarder.end_waits(), name="waits for lost nodes")
+        try:
+            yield
+        finally:
+            ending.cancel()
 
 
 async def _receive(request: web.BaseRequest, share: Share) -> Buffer:
@@ -354,6 +424,17 @@ async def _receive(request: web.BaseRequest, share: Share) -> Buffer:
     body = bytearray(length)
     await read_body_into(request, 0, memoryview(body))
     return body
+
+
+def _refuses_token(response: aiohttp.ClientResponse) -> bool:
+    """Whether a node knows this one's epoch no more, or has refused its tokens too often."""
+    policy = response.headers.get("RateLimit-Policy", "")
+    return response.status == HTTPStatus.UNAUTHORIZED or AUTH_FAILURES in policy
+
+
+def _has_killed_worker(reply: _Reply) -> bool:
+    """Whether a request was being computed when its worker died, by the code in the JSON of the refusal."""
+    return f'"{WorkerDied.code}"'.encode() in b"".join(reply.parts)
 
 
 def _payload(body: Buffer | AsyncIterator[bytes] | None) -> Any:

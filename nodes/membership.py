@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -142,6 +142,11 @@ class Membership:
     def may_serve(self) -> bool:
         """Whether this node may answer inferences, with the database or without."""
         return self.epoch is not None and boottime() - self._confirmed_s <= self._away_limit_s
+
+    @property
+    def late(self) -> Collection[str]:
+        """The nodes that did not renew their leases in time, as last read."""
+        return [lease.node_id for lease in self.leases if lease.is_late and not lease.ended]
 
     @property
     def is_sick(self) -> bool:

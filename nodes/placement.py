@@ -17,20 +17,23 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from itertools import chain
 from math import inf
 
+from events.clock import add_seconds
 from events.jobs import POLICY_DIFFERS, Job, JobKind, JobStatus
-from events.models import RELOADS, LoadedModel, Model, Serving
+from events.models import RELOADS, LoadedModel, Model, ModelState, Serving
 from events.nodes import Node, find_placer
 from events.policy.rules import LoadPolicy
 from events.registercommands import NodeUnchanged
 from events.state import State, has_turn
-from events.types import FileHash, LoadPlaced, contents_of, digest_of
+from events.types import Cause, FileHash, LoadPlaced, contents_of, digest_of
+from nodes.spread import CopyFigures
 from runtime.scheduler.actions import RecordFact
-from runtime.scheduler.view import SchedulerView, WorkShare
+from runtime.scheduler.view import LoadView, SchedulerView, WorkShare
 
 MAX_PLACEMENTS = 4
 """How often a load is placed until it stays where it is: hints may be wrong, but hardly more often."""
@@ -65,6 +68,7 @@ class NodeHints:
         free_models: how many more models may have a process there; None is no limit.
         digests: SHA-256 of the files that it has.
         prepared: SHA-256 of the model files of which it has a prepared model.
+        loads: how busy its copy of each model is that has copies.
     """
 
     position: int
@@ -72,6 +76,7 @@ class NodeHints:
     free_models: int | None = None
     digests: frozenset[str] = frozenset()
     prepared: frozenset[str] = frozenset()
+    loads: Mapping[str, CopyFigures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,8 @@ class PlacementRequest:
         need_bytes: of memory; None if it is unknown.
         files: SHA-256 of its files, as far as they are known.
         labels: that the node must have.
-        home: the node where the model is or was loaded.
+        home: the node where the model is or was loaded, or which has the copy to replace.
+        occupied: the nodes that a further copy does not go to.
         holders: the nodes that have the version; empty if all have.
         policy: digest of the rules with which it was accepted; None without any.
     """
@@ -95,6 +101,7 @@ class PlacementRequest:
     home: str | None = None
     holders: tuple[str, ...] = ()
     policy: str | None = None
+    occupied: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +165,10 @@ def place(
 
 
 def can_run(request: PlacementRequest, node: Node) -> bool:
-    """Whether a node takes loads, and has the version and the labels."""
+    """Whether a node takes loads, has the version and the labels, and may get a copy if it is one."""
     has_version = not request.holders or node.id in request.holders
-    return node.takes_loads and has_version and request.labels <= set(node.labels)
+    is_free = node.takes_loads and node.id not in request.occupied
+    return is_free and has_version and request.labels <= set(node.labels)
 
 
 @lru_cache(1024)
@@ -204,6 +212,7 @@ class NodeView(SchedulerView):
     """Input of one decision of a node; its share has all that it works on.
 
     Attributes:
+        recorded: the state as it is recorded; in `state`, models with a copy here serve from that.
         node: this one.
         hints: of all nodes, by their names.
         untrusted: nodes whose joins are not signed with a key that the nodes share: they do nothing.
@@ -220,8 +229,31 @@ class NodeView(SchedulerView):
     ) -> None:
         own = find_share(seen.state, node.id, node.epoch, untrusted)
         share = WorkShare(own, is_whole=False)
-        super().__init__(seen.state, seen.running, seen.policy, seen.now, seen.observations, share=share)
+        self.recorded = state = seen.state
         self.node, self.hints, self.untrusted, self.strategy = node, hints, untrusted, strategy
+        running, copied = seen.running, [model for model in own.models.values() if model.copies]
+        if copied:
+            state = copy(state)
+            state.models = {**state.models, **own.models}
+            running = {**running, **dict(self._find_uses(copied, running, seen.now))}
+        super().__init__(state, running, seen.policy, seen.now, seen.observations, share=share)
+
+    def _find_uses(
+        self, copied: Iterable[Model], running: Mapping[str, LoadView], now: str
+    ) -> Iterator[tuple[str, LoadView]]:
+        """Yield the loads here of models with copies, as used when any copy was."""
+        for model in copied:
+            run = None if model.serving is None else running.get(model.serving.load_job_id)
+            hints = (self.hints.get(each.node_id or "") for each in model.copies or ())
+            uses = [hint.loads[model.id].idle_s for hint in hints if hint and model.id in hint.loads]
+            if run is not None and uses:
+                used_at = max(run.last_used_at or "", add_seconds(now, -min(uses)))
+                yield run.load_job_id, replace(run, last_used_at=used_at)
+
+    @cached_property
+    def usable(self) -> frozenset[str]:
+        """Names of the trusted nodes that take loads."""
+        return find_usable(self.state, self.untrusted)
 
     @cached_property
     def rooms(self) -> list[NodeRoom]:
@@ -232,11 +264,20 @@ class NodeView(SchedulerView):
                 loads[job.node_id].append(job)
         servings = defaultdict[str | None, dict[str, Serving]](dict)
         for model in self.state.models.values():
-            if model.serving is not None:
-                servings[model.serving.node_id][model.id] = model.serving
-        takers = (node for node in self.state.registers.nodes.values() if node.takes_loads)
-        nodes = (node for node in takers if node.id not in self.untrusted)
+            for serving in model.servings:
+                servings[serving.node_id][model.id] = serving
+        nodes = (node for node in self.state.registers.nodes.values() if node.id in self.usable)
         return [_measure(self, node, loads[node.id], servings[node.id]) for node in nodes]
+
+    @cached_property
+    def waiting(self) -> Mapping[str | None, AbstractSet[str]]:
+        """The models whose loads wait to start, by node."""
+        found = defaultdict[str | None, set[str]](set)
+        for job in self.state.unended():
+            is_pending = job.kind is JobKind.LOAD and job.status is JobStatus.PENDING
+            if is_pending and not job.waits_for_approval:
+                found[job.node_id].add(job.model_id)
+        return found
 
     def hold(self, held: Mapping[str, str]) -> NodeView:
         """Return this view with other loads held."""
@@ -282,9 +323,9 @@ def _estimate_from_footprints(model: Model | None, version: int, instances: int)
 
 def build_request(view: NodeView, job: Job) -> PlacementRequest:
     version, parameters = job.load_order
-    model = view.state.models.get(job.model_id)
+    model = view.recorded.models.get(job.model_id)
     held = (model.serving or model.previous) if model is not None else None
-    return PlacementRequest(
+    request = PlacementRequest(
         job.model_id,
         estimate_need(view, job),
         _find_digests(model, held, version),
@@ -293,6 +334,38 @@ def build_request(view: NodeView, job: Job) -> PlacementRequest:
         _find_holders(model, version),
         job.policy_digest,
     )
+    template = None if model is None or model.phase is not ModelState.LOADED else model.template
+    if model is None or template is None or job.cause is not Cause.COPY:
+        return request
+    return _beside_copies(view, request, LoadedModel(model, template))
+
+
+def _beside_copies(
+    view: NodeView, request: PlacementRequest, loaded: LoadedModel, *, at_once: bool = True
+) -> PlacementRequest:
+    """Return the request of one more copy: at a node without one, best where it replaces an older load.
+
+    At once it goes to no node where another load waits, which may evict it.
+    """
+    waits = view.waiting.items() if at_once else ()
+    waiting = (node_id for node_id, models in waits if models != {loaded.id})
+    node_ids = chain((each.node_id for each in list_ready(view.usable, loaded)), waiting)
+    occupied = frozenset(node_id for node_id in node_ids if node_id is not None)
+    usable = (each.node_id for each in loaded.model.servings if each.node_id in view.usable)
+    older = (node_id for node_id in usable if node_id not in occupied)
+    return replace(request, home=next(older, None), occupied=occupied)
+
+
+def list_ready(usable: AbstractSet[str], loaded: LoadedModel) -> list[Serving]:
+    """Return the copies that count, the first one first: as a load is, with all workers, at usable nodes."""
+    first = loaded.serving
+    found = [each for each in loaded.model.servings if each.node in usable]
+    return [each for each in found if each is first or (each.degraded_at is None and each.is_copy_of(first))]
+
+
+def find_usable(state: State, untrusted: AbstractSet[str]) -> frozenset[str]:
+    """Return the names of the trusted nodes that take loads."""
+    return frozenset(node.id for node in state.registers.nodes.values() if node.takes_loads) - untrusted
 
 
 def _find_holders(model: Model | None, version: int) -> tuple[str, ...]:
@@ -370,12 +443,44 @@ def _explain_unplaced(view: NodeView, job: Job) -> str:
     if job.id in view.observations.estimating:
         return "the estimate of its memory"
     request = build_request(view, job)
-    able = [each for each in view.rooms if can_run(request, each.node)]
-    if able and not any(find_digest(each.policy, job.model_id) == request.policy for each in able):
+    able = (each for each in view.rooms if can_run(request, each.node))
+    digests = (find_digest(each.policy, job.model_id) for each in able)  # lazy: the first is the one, mostly
+    if next(digests, request.policy) != request.policy and request.policy not in digests:
         return f"{POLICY_DIFFERS}: a node with the rules by which it was accepted, {request.policy or 'none'}"
+    return f"a node that takes loads{_describe_demands(request, job.version)}"
+
+
+def _describe_demands(request: PlacementRequest, version: int | None) -> str:
+    """Return what a load demands of its node, as the end of a text."""
     labels, holders = ", ".join(sorted(request.labels)), ", ".join(request.holders)
-    where = f", of {holders}, where version {job.version} was added" if holders else ""
-    return "a node that takes loads" + (f" and has the labels {labels}" if labels else "") + where
+    where = f", of {holders}, where version {version} was added" if holders else ""
+    return (f" and has the labels {labels}" if labels else "") + where
+
+
+def _request_of(loaded: LoadedModel, occupied: frozenset[str] = frozenset()) -> PlacementRequest:
+    """Return the request of a further load of what a model serves from."""
+    model, serving = loaded.model, loaded.serving
+    return PlacementRequest(
+        model.id,
+        _estimate_from_footprints(model, serving.version, serving.parameters.instances),
+        _find_digests(model, serving, serving.version),
+        frozenset(serving.parameters.node_labels or ()),
+        holders=_find_holders(model, serving.version),
+        occupied=occupied,
+    )
+
+
+def _list_able(state: State, untrusted: AbstractSet[str], request: PlacementRequest) -> list[str]:
+    nodes = (node for node in state.registers.nodes.values() if node.id not in untrusted)
+    return sorted(node.id for node in nodes if can_run(request, node))
+
+
+def explain_lack(state: State, untrusted: AbstractSet[str], loaded: LoadedModel, ready: list[Serving]) -> str:
+    """Return what one more copy of a model waits for: a node, or room at those that there are."""
+    request = _request_of(loaded, frozenset(each.node_id or "" for each in ready))
+    if able := _list_able(state, untrusted, request):
+        return f"room at {' or '.join(able)}"
+    return f"a further node that takes loads{_describe_demands(request, loaded.serving.version)}"
 
 
 def find_reload_rules(
@@ -386,11 +491,7 @@ def find_reload_rules(
     These are its own, if a node that is able to run the load has them; else those of the first one that is,
     which checks the load by them. Without such a node they are its own.
     """
-    serving = loaded.serving
-    labels = frozenset(serving.parameters.node_labels or ())
-    request = PlacementRequest(loaded.id, labels=labels, holders=_find_holders(loaded.model, serving.version))
-    nodes = sorted(state.registers.nodes.values(), key=lambda node: node.id)
-    able = [node.id for node in nodes if node.id not in untrusted and can_run(request, node)]
+    able = _list_able(state, untrusted, _request_of(loaded))
     policies = (state.registers.find_policy(each) for each in (node_id, *able))
     own, *others = (find_digest(policy, loaded.id) for policy in policies)
     return own if own in others or not others else others[0]
@@ -398,32 +499,32 @@ def find_reload_rules(
 
 def _list_files(view: NodeView, job: Job) -> tuple[FileHash, ...]:
     """Return the files that a reload needs again; any other load takes what the repository has."""
-    model = view.state.models.get(job.model_id)
-    serving = model.serving if model is not None else None
-    if serving is None or job.cause not in RELOADS or serving.version != job.version:
-        return ()
-    return tuple(FileHash(file.path, file.sha256) for file in serving.files)
+    model = view.recorded.models.get(job.model_id)
+    loads = model.reloadable if model is not None and job.cause in RELOADS else ()
+    files = next((each.files for each in loads if each.version == job.version), ())
+    return tuple(FileHash(file.path, file.sha256) for file in files)
 
 
-def find_node_for_model(view: NodeView, model: Model, serving: Serving) -> ChosenNode | None:
-    """Return the node to which a model of this one would move; None if it fits into no budget.
+def find_node_for_model(
+    view: NodeView, loaded: LoadedModel, *, is_copy: bool = False, at_once: bool = True
+) -> ChosenNode | None:
+    """Return the node to which a model would move, or that would get a copy; None if there is none.
 
-    It goes to a node with other rules only if the ledger knows what its files have passed.
+    Its budget is enough, and at once a copy fits beside what is loaded. It goes to a node with other rules
+    only if the ledger knows what its files have passed.
     """
-    need_bytes = _estimate_from_footprints(model, serving.version, serving.parameters.instances)
-    request = PlacementRequest(
-        model.id,
-        need_bytes,
-        _find_digests(model, serving, serving.version),
-        frozenset(serving.parameters.node_labels or ()),
-        holders=model.find_holders(serving.version).node_ids,
-    )
-    policy = find_reload_rules(view.state, view.node.id, view.untrusted, LoadedModel(model, serving))
-    own = find_digest(view.state.registers.find_policy(view.node.id), model.id)
-    if policy != own and model.find_admitted(digest_of(contents_of(serving.files))) is None:
+    policy = find_reload_rules(view.state, view.node.id, view.untrusted, loaded)
+    own = find_digest(view.state.registers.find_policy(view.node.id), loaded.id)
+    if policy != own and loaded.model.find_admitted(digest_of(contents_of(loaded.serving.files))) is None:
         return None
+    request = replace(_request_of(loaded), policy=policy)
+    need_bytes = request.need_bytes
     rooms = [each for each in view.rooms if each.can_ever_fit(need_bytes)]
-    return place(replace(request, policy=policy), rooms, view.strategy)
+    if is_copy:
+        request = _beside_copies(view, request, loaded, at_once=at_once)
+        home = request.home
+        rooms = [each for each in rooms if not at_once or each.fits(need_bytes) or each.node.id == home]
+    return place(request, rooms, view.strategy)
 
 
 def place_elsewhere(view: NodeView, job: Job, *, needs_budget_only: bool = False) -> RecordFact | None:
@@ -457,7 +558,7 @@ def find_share(state: State, node_id: str, epoch: int | None, untrusted: Abstrac
         return State(state.position, state.recorded_at, registers=state.registers)
     placer = find_placer(state.registers.nodes, untrusted)
     present = {node.id for node in state.registers.nodes.values() if node.is_present} - untrusted
-    models = (model for model in state.models.values() if model.serving is not None)
+    models = (model.at(node_id) for model in state.models.values() if model.serving is not None)
     return State(
         state.position,
         state.recorded_at,

@@ -14,7 +14,7 @@ from aiohttp import web
 from marshmallow import Schema, fields, validate
 
 from events.jobs import Job, JobKind, JobStatus
-from events.models import Model, ModelState
+from events.models import Model, ModelState, Serving
 from events.nodes import Lease, Node, NodePhase, find_placer
 from events.registercommands import DrainNode
 from events.state import State
@@ -177,7 +177,7 @@ def node_views(
         views.append(
             {
                 **_own_members(node),
-                "models": [_model_members(model) for model in models[node.id]],
+                "models": [_model_members(*each) for each in models[node.id]],
                 "jobs": [_job_members(job) for job in jobs[node.id]],
                 "renewed_at": lease.renewed_at if lease is not None else None,
                 "late": is_late,
@@ -189,11 +189,11 @@ def node_views(
     return views
 
 
-def _models_by_node(state: State) -> defaultdict[str | None, list[Model]]:
-    found = defaultdict[str | None, list[Model]](list)
+def _models_by_node(state: State) -> defaultdict[str | None, list[tuple[Model, Serving]]]:
+    found = defaultdict[str | None, list[tuple[Model, Serving]]](list)
     for model in sorted(state.models.values(), key=lambda model: model.id):
-        if model.serving is not None:
-            found[model.serving.node_id].append(model)
+        for serving in model.servings:
+            found[serving.node_id].append((model, serving))
     return found
 
 
@@ -218,8 +218,8 @@ def _own_members(node: Node) -> dict[str, Any]:
     }
 
 
-def _model_members(model: Model) -> dict[str, Any]:
-    return {"id": model.id, "version": model.version, "state": model.state.value}
+def _model_members(model: Model, serving: Serving) -> dict[str, Any]:
+    return {"id": model.id, "version": serving.version, "state": model.state.value}
 
 
 def _job_members(job: Job) -> dict[str, Any]:

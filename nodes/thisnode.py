@@ -11,14 +11,18 @@ from typing import Any
 
 from aiohttp import web
 
+from events.clock import seconds_between
 from events.commands import Receipt
+from events.models import Model
 from events.registercommands import JoinNode
 from events.types import Confinement, NodeSignature
+from nodes.copies import count_copies
 from nodes.decisions import NodePlacement
 from nodes.membership import Membership
 from nodes.peers import Peers
 from nodes.placement import NodeHints, PlacementStrategy
 from nodes.routes import node_views
+from nodes.spread import CopyFigures, measure_copy
 from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import list_usage
 from runtime.optimised.key import make_key
@@ -138,6 +142,10 @@ class ThisNode:
         late = {self.id} if self.membership.is_late else frozenset[str]()
         return node_views(self.log.state, self.membership.leases, self.id, late, self.peers.untrusted())
 
+    def count_copies(self, model: Model) -> tuple[int, str | None]:
+        """Return how many copies of a model are ready, and what the missing ones wait for."""
+        return count_copies(self.log.state, self.peers.untrusted(), model)
+
     def sign(self, statement: bytes) -> NodeSignature:
         """Sign what this node says of an approval, so that the others believe it."""
         return self.peers.sign(statement)
@@ -164,7 +172,18 @@ class ThisNode:
             None if policy.max_loaded is None else policy.max_loaded - models,
             frozenset(list(chain.from_iterable(versions.values()))[:MAX_DIGESTS]),
             frozenset(prepared[:MAX_DIGESTS]),
+            self._measure_copies(),
         )
+
+    def _measure_copies(self) -> Mapping[str, CopyFigures]:
+        """Return how busy the copies here are, of the models that have several."""
+        figures, now = dict[str, CopyFigures](), self.log.now()
+        for load in self.loads.values():
+            model = self.log.state.models.get(load.model_id)
+            serving = model.find_serving(load.job_id) if model is not None and model.copies else None
+            if serving is not None:
+                figures[load.model_id] = measure_copy(load, seconds_between(serving.loaded_at, now))
+        return figures
 
     def _end_workers(self) -> None:
         """Kill all workers; exits are recorded once the log can be written, and loads begin again."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
 
+from events.labels import describe_unknown
 from events.log import Log
 from events.models import Model, ModelState
 from events.state import State
@@ -47,6 +48,16 @@ class OtherVersionLoaded(ModelNotLoaded):
     """Another version than the named one is loaded."""
 
 
+class UnknownLabel(RuntimeProblem):
+    """The model has no such label."""
+
+    code = "unknown_label"
+
+
+Version = int | str
+"""A version as a request names it: its number, or a label."""
+
+
 class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     """A decoded request.
 
@@ -65,7 +76,12 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """The running load that answers for a model; `position` is that of its `ModelLoaded`."""
+    """The running load that answers for a model.
+
+    Attributes:
+        position: of its `ModelLoaded`.
+        has_copies: whether the model is loaded at other servers, too.
+    """
 
     model_id: str
     version: int
@@ -73,6 +89,7 @@ class Here:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     load: RunningLoad
+    has_copies: bool = False
 
     @property
     def max_batch_size(self) -> int:
@@ -97,9 +114,17 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class There:
-    """The name of the other server at which a model is loaded."""
+    """The other server at which a model is loaded.
+
+    Attributes:
+        server: its name.
+        version: the requested one; None is any.
+        is_last: whether a copy has failed already, so that this one's answer counts, whatever it is.
+    """
 
     server: str
+    version: int | None = None
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +150,23 @@ class Elsewhere:
 
     def locate(self, model: Model, state: State) -> str | None:  # noqa: ARG002 - for others
         """Return the name of the other server at which a model is loaded."""
+        return None
+
+    def view(self, model: Model) -> Model:
+        """Return a model as this server sees it: serving from its own copy, if it has one."""
+        return model
+
+    def choose(
+        self,
+        model: Model,  # noqa: ARG002 - for others
+        state: State,  # noqa: ARG002
+        version: int | None,  # noqa: ARG002
+        own: RunningLoad | None = None,  # noqa: ARG002
+    ) -> str | None:
+        """Return the name of the server of another copy that is to answer; None if there is none.
+
+        With `own`, the copy here, it is None unless that is clearly busier.
+        """
         return None
 
     def refusal(self) -> ModelNotLoaded | None:
@@ -157,36 +199,68 @@ class Router:
         self._max_queue = max_queue
         self._known: dict[str, tuple[Model, Here]] = {}
 
-    def resolve(self, model_id: str, version: int | None = None) -> Target:
-        """Return where a model, in this version if there is one, is now. This has no effect."""
+    def find_version(self, model_id: str, version: Version | None) -> int | None:
+        """Return the number of a version that a request names; None if it names none.
+
+        Raises:
+            UnknownLabel: `unknown_label`.
+        """
+        if not isinstance(version, str):
+            return version
         model = self._log.state.models.get(model_id)
+        label = None if model is None else model.find_label(version)
+        if label is None:
+            raise UnknownLabel(describe_unknown(model_id, version))
+        return label.version
+
+    def resolve(self, model_id: str, version: Version | None = None, *, spreads: bool = False) -> Target:
+        """Return where a model, in this version if there is one, is now. This has no effect.
+
+        A label names what it names now, so one that moves with a load is ready before and after. A copy here
+        answers. With `spreads`, that of another server does if the one here is clearly busier.
+
+        Raises:
+            UnknownLabel: `unknown_label`.
+        """
+        model = self._log.state.models.get(model_id)
+        number = self.find_version(model_id, version)
         known = self._known.get(model_id)
         here = known[1] if known is not None and known[0] is model else self._find(model_id, model)
-        if not isinstance(here, Here):
-            return here
+        target = self._check(here, version, number) if isinstance(here, Here) else here
+        if model is None or not model.copies or (isinstance(target, Here) and not spreads):
+            return target
+        own = target.load if isinstance(target, Here) else None
+        return self._find_copy(model_id, number, own) or target
+
+    def _find_copy(self, model_id: str, version: int | None, own: RunningLoad | None = None) -> There | None:
+        """Return another server that is to answer for a model; None if there is none, or `own` is to."""
+        state = self._log.state
+        model = state.models.get(model_id)
+        server = None if model is None else self._elsewhere.choose(model, state, version, own)
+        return None if server is None else There(server, version)
+
+    def _check(self, here: Here, version: Version | None, number: int | None) -> Here | Absent:
+        """Return a load, or why it does not answer now."""
+        model_id = here.model_id
         if (refusal := self._elsewhere.refusal()) is not None:
             return Absent(refusal)
-        if version is not None and version != here.version:
-            return Absent(
-                OtherVersionLoaded(
-                    f"version {version} of model '{model_id}' is not loaded, version {here.version} is; "
-                    f'load it with POST /api/v1/models/{model_id}/load and body {{"version": {version}}}'
-                )
-            )
+        if number is not None and number != here.version:
+            return Absent(OtherVersionLoaded(_describe_other(here, version, number)))
         if not here.load.serving:
             if here.load.draining:
                 return Absent(ModelUnloading(f"model '{model_id}' is being unloaded"))
             return _just_died(model_id)
         return here
 
-    def is_ready(self, model_id: str, version: int | None = None) -> bool:
+    def is_ready(self, model_id: str, version: Version | None = None) -> bool:
         return isinstance(self.resolve(model_id, version), Here)
 
-    async def find(self, model_id: str, version: int | None = None) -> Here:
+    async def find(self, model_id: str, version: Version | None = None) -> Here:
         """Return the load of a model; a refusal also checks whether the repository has the model.
 
         Raises:
             UnknownModel: `unknown_model`, neither loaded nor in the repository.
+            UnknownLabel: `unknown_label`.
             ModelNotLoaded: `model_not_loaded`.
             ModelUnloading: `model_unloading`.
         """
@@ -209,13 +283,15 @@ class Router:
         timeout_s: float,
         times: InferenceTimes,
         *,
-        version: int | None = None,
+        version: Version | None = None,
         worker: Worker | None = None,
+        spreads: bool = False,
     ) -> Answered | There | Absent:
         """Run one inference, at most `timeout_s` seconds; cancelling this stops the run.
 
         An inference that was queued when its worker died is repeated once, when the model is reloaded; if
-        that is not here, its new target is returned. A failure is counted; the caller counts an answer with
+        that is not here, its new target is returned. With `spreads`, another copy is returned at once if
+        there is one, as it is if the queue is full. A failure is counted; the caller counts an answer with
         `Here.count_answer` when it is written.
 
         Args:
@@ -225,6 +301,7 @@ class Router:
             times: of this request; what happens here is added.
             version: the requested one, for a repetition; None is any.
             worker: in whose memory the inputs lie. Without one, or if it has died, it is the least busy.
+            spreads: whether another copy may answer instead.
 
         Raises:
             QueueFull: `inference_queue_full`.
@@ -234,9 +311,18 @@ class Router:
         try:
             try:
                 outcome, outputs = await self._ask(here, request, timeout_s, worker)
-            except WorkerDied as death:
+            except (QueueFull, WorkerDied) as problem:
+                if isinstance(problem, WorkerDied) and problem.begun:
+                    raise  # the request may be what killed the worker
+                named = None if version is None else here.version
+                other = self._find_copy(here.model_id, named) if here.has_copies and spreads else None
+                if other is not None:
+                    here.load.statistics.count_failure(time.monotonic_ns() - times.arrived_ns)
+                    return replace(other, is_last=True)
+                if isinstance(problem, QueueFull):
+                    raise
                 left_s = timeout_s - (time.monotonic_ns() - began_ns) / 1e9
-                if death.begun or not await self._is_reloaded(here.model_id, version, left_s):
+                if not await self._is_reloaded(here.model_id, version, left_s):
                     raise
                 times.asked_ns = time.monotonic_ns()
                 times.waited_ns += times.asked_ns - began_ns
@@ -267,7 +353,7 @@ class Router:
             request.tensors, request.outputs, text=request.text, timeout_s=timeout_s, region=request.region
         )
 
-    async def _is_reloaded(self, model_id: str, version: int | None, timeout_s: float) -> bool:
+    async def _is_reloaded(self, model_id: str, version: Version | None, timeout_s: float) -> bool:
         """Wait until a model is not being reloaded any more; return False if that takes too long."""
 
         def has_ended() -> bool:
@@ -279,17 +365,19 @@ class Router:
     def _find(self, model_id: str, model: Model | None) -> Target:
         """Find a model; a load here is cached until the model's recorded state changes."""
         self._known.pop(model_id, None)
-        serving = model.serving if model is not None else None
-        if model is None or serving is None or model.phase is not ModelState.LOADED:
+        seen = None if model is None else self._elsewhere.view(model)
+        serving = seen.serving if seen is not None else None
+        if model is None or seen is None or serving is None or model.phase is not ModelState.LOADED:
             return Absent(_not_loaded(model_id, model))
-        server = self._elsewhere.locate(model, self._log.state)
+        server = self._elsewhere.locate(seen, self._log.state)
         if server is not None:
             return There(server)
         load = self._loads.get(serving.load_job_id)
         if load is None or load.report is None:
             return _just_died(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
-        here = Here(model_id, serving.version, serving.position, inputs, outputs, load)
+        has_copies = bool(model.copies)
+        here = Here(model_id, serving.version, serving.position, inputs, outputs, load, has_copies)
         self._known[model_id] = model, here
         return here
 
@@ -307,6 +395,16 @@ def _not_loaded(model_id: str, model: Model | None) -> ModelNotLoaded | ModelUnl
     return ModelNotLoaded(
         f"model '{model_id}' is not loaded; load it with POST /api/v1/models/{model_id}/load"
     )
+
+
+def _describe_other(here: Here, version: Version | None, number: int) -> str:
+    """Return why a version that a request names by a number or a label does not answer."""
+    model_id, loaded = here.model_id, f"version {here.version} is"
+    what = f"version {number} of model '{model_id}' is not loaded"
+    if isinstance(version, str):
+        what, loaded = f"label '{version}' of model '{model_id}' names version {number}", f"{loaded} loaded"
+    body = f'{{"version": {number}}}'
+    return f"{what}, {loaded}; load it with POST /api/v1/models/{model_id}/load and body {body}"
 
 
 def _just_died(model_id: str) -> Absent:

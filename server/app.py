@@ -54,6 +54,7 @@ from server.api import (
     events,
     health,
     jobs,
+    labels,
     loads,
     models,
     pages,
@@ -127,6 +128,7 @@ def all_routes(metrics_access: str = "token") -> list[Route]:
     return [
         *models.routes,
         *loads.routes,
+        *labels.routes,
         *versions.routes,
         *jobs.routes,
         *approvals.routes,
@@ -397,7 +399,7 @@ def _open_store(app: web.Application) -> Store | None:
 def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
     """Return the versions that must not be swept: of loads here that serve, were lost, or are pending."""
     state, here = app[LOG].state, {None, _node_id(app)}
-    servings = [each for model in list(state.models.values()) for each in (model.serving, model.previous)]
+    servings = [each for model in list(state.models.values()) for each in (*model.servings, model.previous)]
     own = (each for each in servings if each is not None and each.node_id in here)
     needed = {digest_of(contents_of(each.files)) for each in own}
     for job in [job for queue in list(state.queues.values()) for job in queue]:

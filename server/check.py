@@ -339,14 +339,14 @@ def _check_rules(
     config: Config, repository: Repository, model_id: str, rules: ModelRules, model: Model | None
 ) -> Iterator[CheckFinding]:
     """Yield what the rules do to the highest version, and what they refuse of what the model serves."""
-    serving, highest = None if model is None else model.serving, list[int]()
+    servings, highest = () if model is None else model.servings, list[int]()
     with suppress(RuntimeProblem):  # the repository does not have it any more
         highest = repository.versions(model_id)[-1:]
     trust = [f"[[trust]] {' '.join(rule.models)} ({rule.mode})" for rule in rules.trust]
     under = ", ".join([*trust, *(f"[[approval]] {' '.join(rule.models)}" for rule in rules.approval)])
     for version, loaded in [
         *((number, None) for number in highest),
-        *([(serving.version, serving.files)] if serving is not None and rules.trust else []),
+        *({each.version: each.files for each in servings}.items() if rules.trust else []),
     ]:
         place, is_reload = f"{model_id}/{version}", loaded is not None
         try:

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from events.models import Model
 from events.types import NodeSignature, Sign
-from runtime.router import There
+from runtime.router import Here, There
 from runtime.wire import Buffer
 from server.appkeys import BODIES, ROUTER
 from server.auth.gate import PRINCIPAL
@@ -24,6 +25,8 @@ from server.http.validation import path_parameters
 
 NODE_ADDRESS = "Loadledger-Node-Address"
 """The address of the node that has answered a forwarded request: clients may go there themselves."""
+COPIES = "Loadledger-Copies"
+"""The addresses of all nodes that have a model with copies, separated by spaces: clients may ask any."""
 
 
 class Forwarding(Protocol):
@@ -42,7 +45,7 @@ class Forwarding(Protocol):
         body: Buffer | None = None,
         ends_at_s: float | None = None,
     ) -> web.StreamResponse:
-        """Answer a request through the server at which its model is loaded.
+        """Answer a request through the server at which its model is loaded, or once another one that has it.
 
         Args:
             request: its body is unread, unless it is given.
@@ -52,6 +55,9 @@ class Forwarding(Protocol):
             body: the body as it was received here, decompressed.
             ends_at_s: when the answer must be there, on the loop's clock; None is the usual limit.
         """
+
+    def describe_copy(self, request: web.BaseRequest, here: Here) -> Mapping[str, str]:
+        """Return the header fields by which an answer of one of several copies says more of them."""
 
     def find_other(self, request: web.BaseRequest, name: str) -> There | None:
         """Return another server that a request names; None if that is this one, or is not to be asked."""
@@ -83,6 +89,9 @@ class Cluster(Protocol):
     def describe(self) -> Sequence[Mapping[str, Any]]:
         """Return all servers as this one knows them."""
 
+    def count_copies(self, model: Model) -> tuple[int, str | None]:
+        """Return how many copies of a model are ready, and what the missing ones wait for."""
+
     def sign(self, statement: bytes) -> NodeSignature:
         """Sign what this server says of an approval (`events.approvals`), so that the others believe it."""
 
@@ -98,12 +107,13 @@ def forwardable(handler: Handler) -> Handler:
 
     @wraps(handler)
     async def answer(request: web.Request) -> web.StreamResponse:
-        app, model_id = request.app, path_parameters(request)["id"]
+        app, path = request.app, path_parameters(request)
+        model_id = path["id"]
         forwarding = app.get(FORWARDING)
         if forwarding is None:
             return await handler(request)
         await forwarding.catch_up(request, model_id)
-        target = app[ROUTER].resolve(model_id)
+        target = app[ROUTER].resolve(model_id, path.get("version"))
         if isinstance(target, There):
             share = app[BODIES].share(request[PRINCIPAL].subject)
             return await forwarding.forward(request, target, model_id, share)

@@ -67,6 +67,7 @@ ADVICE: Mapping[str, str] = {
     "forbidden": "Use a token with one of the roles that `detail` names. The attempt is in the ledger.",
     "not_found": "Correct the path; `/openapi.yaml` lists all routes.",
     "unknown_model": "Check the name, and the folder of that name in the repository.",
+    "unknown_label": "Check the label: the model shows its labels. A number is a version.",
     "unknown_version": "Check the version, and that its folder has a model file.",
     "unknown_job": "Check the id. For archived jobs use `loadledger replay --archive`.",
     "unknown_stage": "Begin another stage: this one was committed or discarded, not used for a day, its node"
@@ -82,7 +83,9 @@ ADVICE: Mapping[str, str] = {
     "already_started": "It is too late to cancel. To end a load anyway, unload with `?force=true`.",
     "not_loaded": "There is nothing to unload. To end a load in progress, use `?force=true`.",
     "version_exists": "Choose another number: a version is never overwritten.",
-    "version_in_use": "Unload the model, load another version, or cancel the load; then remove the version.",
+    "version_in_use": "Unload the model, load another version, cancel the load, or move the label; then "
+    "remove the version.",
+    "too_many_labels": "Remove a label that nobody uses, or move one that exists.",
     "no_nodes": "Only servers with `--ledger` are nodes.",
     "node_ended": "There is nothing to drain: its models are loaded at other nodes.",
     "repository_not_shared": "If all nodes mount one folder, start them with `--repository-writable=on`; if"

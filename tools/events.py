@@ -40,6 +40,8 @@ BY: Mapping[str, str] = {
     "CancelRequested": "the caller",
     "VersionAdded": "the caller; of a version from a source, who asked for it",
     "AddRequested": "the caller",
+    "LabelSet": "the caller; of a load with a label, who asked for it",
+    "LabelRemoved": "the caller",
     "VersionRemoved": f"the caller; `{SYSTEM}` with the reason `not_placed`",
     "TokenIssued": "who asked for the token: a caller, or `local:USER` for a user of the server's machine",
     "TokenRevoked": "the caller, or `local:USER`",
@@ -89,6 +91,7 @@ CAUSES: Mapping[Cause, str] = {
     Cause.RECOVERY: "a worker of the model died",
     Cause.RESTART: "the server, or the model's node, ended, and the model was loaded before",
     Cause.DRAIN: "the model's node is being drained, so the model moves to another one",
+    Cause.COPY: "the model is to be loaded at more nodes, or at fewer",
 }
 """The meaning of each cause of a load or an unload."""
 

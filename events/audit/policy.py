@@ -169,7 +169,7 @@ class PolicyAudit:
         if rules is None or rules.digest != digest:
             return f"the rules {digest}, which the request names, are not those in force"
         model, contents = self._entities.models.get(model_id) or Model(model_id), contents_of(data.files)
-        before = [each for each in (model.serving, model.previous) if each is not None]
+        before = (*model.servings, *model.reloadable)
         given = CheckInput(
             rules,
             model_id,

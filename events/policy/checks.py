@@ -188,7 +188,9 @@ def find_approval(given: CheckInput, job: Job) -> LoadApproval | UnsetType | Non
 
 def _is_proven(given: CheckInput) -> bool:
     """Whether a trusted node has signed the load that a reload brings back, with or without rules."""
-    serving = None if given.model is None else given.model.serving or given.model.previous
-    if serving is None or digest_of(contents_of(serving.files)) != given.digest:
-        return False
-    return given.is_signed(load_statement(given.model_id, serving.passed), serving.node_signature)
+    loads = () if given.model is None else given.model.reloadable
+    return any(
+        given.is_signed(load_statement(given.model_id, each.passed), each.node_signature)
+        for each in loads
+        if digest_of(contents_of(each.files)) == given.digest
+    )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from events.history import UNSHOWN, encode_row, make_row
+from events.history import encode_row, has_row, make_row
 from events.models import Model
 from events.nodes import Node
 from events.presence import SERVER, NodeState, ServerState, Transition, transitions_at_base
@@ -28,8 +28,8 @@ def write_steps(connection: sqlite3.Connection, steps: Iterable[tuple[Event, Cha
     """Store what events changed; the caller holds their transaction."""
     rows, transitions = [], list[Transition]()
     for event, changes in steps:
-        if type(event.data) not in UNSHOWN:
-            for model in changes.models.values():
+        for model in changes.models.values():
+            if has_row(event, model):
                 body = encode_row(make_row(model)).decode()
                 rows.append((event.position, model.id, model.id != event.model_id, body))
         transitions += changes.transitions

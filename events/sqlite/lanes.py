@@ -6,7 +6,7 @@ timeline is merged into summaries: a lane has at most two segments for each buck
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from msgspec import Struct
@@ -135,17 +135,26 @@ class LaneLoad(Struct, frozen=True, gc=False):
     file_count: int
 
 
-class Lane(Struct, frozen=True, gc=False):
+class CopyLane(Struct, frozen=True, gc=False):
+    """A model at one node over a range of time: `unloaded` while it has no copy there."""
+
+    node_id: str
+    segments: tuple[Segment, ...]
+
+
+class Lane(Struct, frozen=True, gc=False, omit_defaults=True):
     """One model over a range of time.
 
     Attributes:
         loads: the loads that its segments name, as far as they took effect.
+        copies: the nodes where it served, by name; left out if it had no copies.
     """
 
     model_id: str
     segments: tuple[Segment, ...]
     marks: tuple[Mark, ...]
     loads: tuple[LaneLoad, ...]
+    copies: tuple[CopyLane, ...] = ()
 
 
 def make_segment(
@@ -196,6 +205,54 @@ def continues_segment(segment: Segment, later: Segment) -> bool:
         and segment.is_waiting == later.is_waiting
         and segment.degraded == later.degraded
     )
+
+
+def copy_lanes(
+    steps: Sequence[tuple[Segment, ModelRow]], find_job: Callable[[int], str], end: Timestamp, width_s: float
+) -> tuple[CopyLane, ...]:
+    """Return the lanes of the nodes at which a model served; none if it had no copies.
+
+    Args:
+        steps: rows of the model's history, with the segments that they begin.
+        find_job: returns the id of the job of the load with a position.
+        end: of the range of time.
+        width_s: of a bucket; shorter segments are merged.
+    """
+    if not any(row.copies for _, row in steps):
+        return ()
+    ids = sorted({each.node for _, row in steps for each in row.servings if each.node is not None})
+    found = ((node_id, _copy_segments(node_id, steps, find_job, end)) for node_id in ids)
+    return tuple([CopyLane(node_id, tuple(merge_segments(each, width_s))) for node_id, each in found])
+
+
+def _copy_segments(
+    node_id: str, steps: Sequence[tuple[Segment, ModelRow]], find_job: Callable[[int], str], end: Timestamp
+) -> list[Segment]:
+    """Return the segments of a model at one node, but those that last no time."""
+    found, before = list[Segment](), None
+    ends = [*(step.begin for step, _ in steps[1:]), end]
+    for (step, row), until in zip(steps, ends, strict=True):
+        own = next((each for each in row.servings if each.node == node_id), None)
+        state = ModelState.UNLOADED if own is None else row.state
+        now = state, own and own.load, own and own.degraded, step.is_summary
+        if now == before:
+            found[-1] = replace(found[-1], end=until)
+            continue
+        is_read, before = step.position is not None, now
+        segment = Segment(
+            state,
+            step.begin,
+            until,
+            version=own.version if own is not None else None,
+            load_job_id=find_job(own.load) if own is not None and not step.is_summary else None,
+            position=step.position,
+            by=step.by if is_read else None,
+            cause=step.cause if is_read else None,
+            degraded=own is not None and own.degraded,
+            is_summary=step.is_summary,
+        )
+        found.append(segment)
+    return [each for each in found if each.begin < each.end]
 
 
 def merge_segments(segments: Sequence[Segment], width_s: float) -> list[Segment]:

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 
-from events.history import UNSHOWN, encode_row, find_landmark, make_row
+from events.history import encode_row, find_landmark, has_row, make_row
 from events.jobs import Job
 from events.models import Model
 from events.presence import Transition, transitions_at_base
@@ -134,8 +134,8 @@ class StoredHistory:
 
     def compare(self, event: Event, models: Collection[Model], transitions: Iterable[Transition]) -> None:
         """Compare the rows at an event with the models that it changed, and with its transitions."""
-        if type(event.data) not in UNSHOWN:
-            for model in models if len(models) == 1 else _by_id(models):
+        for model in models if len(models) == 1 else _by_id(models):
+            if has_row(event, model):
                 self._compare_model(event.position, model, is_common=model.id != event.model_id)
         self._compare_transitions(event.position, transitions)
 

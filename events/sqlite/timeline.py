@@ -34,6 +34,7 @@ from events.sqlite.lanes import (
     Segment,
     ServerSegment,
     continues_segment,
+    copy_lanes,
     failure_mark,
     lane_load,
     lost_mark,
@@ -286,6 +287,7 @@ class _LaneReader:
     model_id: str
     _loads: dict[int, Serving] = field(default_factory=dict)
     _jobs: dict[str, Job | None] = field(default_factory=dict)
+    _steps: list[tuple[Segment, ModelRow]] = field(default_factory=list)
 
     def read(self, failures: Sequence[Mark]) -> Lane:
         shown = self.shown
@@ -298,12 +300,15 @@ class _LaneReader:
             *merge_segments(found[:-1], shown.width_s),
             *found[-1:],
         ]  # the last is what is so at the end
-        named = {segment.load_job_id for segment in segments if not segment.is_summary}
+        copies = copy_lanes(self._steps, self._find_job_of_load, shown.end, shown.width_s)
+        drawn = [*segments, *(segment for lane in copies for segment in lane.segments)]
+        named = {segment.load_job_id for segment in drawn if not segment.is_summary}
         return Lane(
             self.model_id,
             tuple(segments),
             tuple(merge_marks([*marks, *failures], shown.width_s)),
             tuple([lane_load(load) for load in self._loads.values() if load.load_job_id in named]),
+            copies,
         )
 
     def _list_starts(self, rows: Sequence[HistoryRow]) -> tuple[list[_Start], list[Mark]]:
@@ -313,9 +318,11 @@ class _LaneReader:
         if found is not None:
             before = decode_row(found.body)
             starts.append((self.shown.first, self._known_segment(before, self.shown.begin)))
+            self._steps.append((starts[-1][1], before))
         for each in rows:
             row, event = decode_row(each.body), _decode(each.event or b"")
             segment = self._begun_segment(row, event)
+            self._steps.append((segment, row))
             if row.state is ModelState.LOST and (before is None or before.state is not ModelState.LOST):
                 marks.append(lost_mark(event, segment))
             if isinstance(event.data, ModelLoaded) and self._serves_another(before, row):
@@ -333,16 +340,20 @@ class _LaneReader:
             low, begin = bucket
             if after is None:
                 continue
+            row = decode_row(after.body)
             is_summary = before is None or before.position != after.position
             if is_summary:
-                starts.append((low, replace(make_segment(decode_row(after.body), begin), is_summary=True)))
+                self._steps.append((replace(make_segment(row, begin), is_summary=True), row))
             elif was_summary:
                 position = after.position if after.position > shown.first else None
-                starts.append((low, self._known_segment(decode_row(after.body), begin, position)))
+                self._steps.append((self._known_segment(row, begin, position), row))
+            if is_summary or was_summary:
+                starts.append((low, self._steps[-1][0]))
             was_summary = is_summary
         if was_summary and (last := rows[-1]) is not None:
-            event = self._read_event(last.position)
-            starts.append((last.position - 1, self._begun_segment(decode_row(last.body), event)))
+            row, event = decode_row(last.body), self._read_event(last.position)
+            starts.append((last.position - 1, self._begun_segment(row, event)))
+            self._steps.append((starts[-1][1], row))
         return starts
 
     def _close(self, starts: Sequence[_Start]) -> list[Segment]:
@@ -398,6 +409,9 @@ class _LaneReader:
         if position not in self._loads:
             self._loads[position] = read_load(self.connection, self.model_id, position)
         return self._loads[position]
+
+    def _find_job_of_load(self, position: int) -> str:
+        return self._find_load(position).load_job_id
 
     def _find_job(self, job_id: str | None) -> Job | None:
         if job_id is None:

@@ -144,7 +144,9 @@ def _show(connection: sqlite3.Connection, model_id: str, body: str) -> ShownMode
         ) from error
     if row.serving_load is None:
         return ShownModel(model_id, row, None)
-    return ShownModel(model_id, row, read_load(connection, model_id, row.serving_load))
+    load = read_load(connection, model_id, row.serving_load)
+    copies = [read_load(connection, model_id, each.load) for each in row.copies]
+    return ShownModel(model_id, row, load, tuple(copies))
 
 
 def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> Serving:
@@ -165,7 +167,7 @@ def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> S
             if isinstance(event.data, ModelLoaded):
                 loads = [make_serving(event, event.data, as_job(found[1]))]
         elif model := read_base_model(connection, model_id):
-            loads = [model.serving, model.previous]
+            loads = [*model.servings, model.previous]
     except Exception as error:  # a forged body may raise anything
         raise LogUnavailable(f"the ledger is damaged: {error!r}; run `loadledger verify`") from error
     for load in loads:

@@ -2,8 +2,8 @@
 
 It talks to servers of its own over HTTP, observes their processes from outside, and fails if what it sees
 differs from what it says. Without --cluster it shows one server; with it, three nodes over one ledger in
-PostgreSQL, of which one is killed. That leaves no process and no file behind, also after Ctrl-C, and no
-process after `kill -9`.
+PostgreSQL, of which one is killed while clients ask a model with two copies. That leaves no process and no
+file behind, also after Ctrl-C, and no process after `kill -9`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -53,6 +55,11 @@ _MB = 2**20
 
 NAMES = ("n1", "n2", "n3")
 MODELS = tuple(f"digits-{letter}" for letter in "abcdef")
+COPIED = MODELS[0]
+"""The model that is to have two copies."""
+
+INFER_PAUSE_S = 0.005
+"""Between two inferences of a client: three of them leave the nodes time to load."""
 
 LEASE_S = 3
 """Seconds until a killed node may be declared lost; `serve` has 10 by default."""
@@ -113,11 +120,10 @@ def _fail(problem: ClientProblem) -> NoReturn:
 
 def run_server() -> int:
     """Run the demo of one server; return 0 if everything held, else 1."""
-    examples = resources.files("server.examples")
-    digits = json.loads((examples / "digits.json").read_text(encoding="utf-8"))
+    digits = _read_digits()
     try:
         with (
-            resources.as_file(examples) as repository,
+            resources.as_file(resources.files("server.examples")) as repository,
             tempfile.TemporaryDirectory(prefix="loadledger-demo-") as folder,
         ):
             _show(repository, Path(folder) / "data", digits)
@@ -312,9 +318,63 @@ class _Node:
     def is_running(self) -> bool:
         return self.process.poll() is None
 
-    def find_placement(self) -> dict[str, str]:
-        """Return the node of each model that is loaded, as this node's ledger says."""
-        return {model.id: model.node for model in self.client.models() if model.node is not None}
+    def find_placement(self) -> dict[str, list[str]]:
+        """Return the nodes of each loaded model, as this node's ledger says; that of its first copy first."""
+        models = self.client.models()
+        found = {each.id: [copy.node for copy in each.copies_at] or [each.node] for each in models}
+        return {model: names for model, nodes in found.items() if (names := [*filter(None, nodes)])}
+
+
+@dataclass(slots=True)
+class _Answers:
+    """What a client of all nodes was answered, which asks the copied model again and again.
+
+    Attributes:
+        failures: inferences that failed, and why.
+        longest_gap_s: between two answers.
+    """
+
+    count: int = 0
+    failures: list[str] = field(default_factory=list)
+    longest_gap_s: float = 0.0
+
+    def collect(self, client: Client, is_over: threading.Event) -> None:
+        pixels = _read_digits()["inputs"][:1]
+        at_s = time.monotonic()
+        while not is_over.wait(INFER_PAUSE_S):
+            try:
+                client.infer(COPIED, {"pixels": pixels})
+            except ClientProblem as problem:
+                self.failures.append(str(problem))
+            else:
+                before_s, at_s = at_s, time.monotonic()
+                self.longest_gap_s = max(self.longest_gap_s, at_s - before_s)
+                self.count += 1
+
+
+@contextmanager
+def _infer_everywhere(nodes: Sequence[_Node]) -> Iterator[list[_Answers]]:
+    """Infer with the copied model, first at each node, until the block ends; all answer before it begins."""
+    token, is_over = issue_demo_token(nodes[0].data, "bob", "predict"), threading.Event()
+    urls, answers = [node.client.url for node in nodes], [_Answers() for _ in nodes]
+    with ExitStack() as stack:
+        each_first = (",".join(urls[at:] + urls[:at]) for at in range(len(urls)))
+        clients = [stack.enter_context(Client(each, token=token)) for each in each_first]
+        threads = stack.enter_context(ThreadPoolExecutor(len(nodes)))
+        stack.callback(is_over.set)
+        for each, client in zip(answers, clients, strict=True):
+            threads.submit(each.collect, client, is_over)
+        _await_inferences(answers)
+        yield answers
+        _await_inferences(answers)
+
+
+def _await_inferences(answers: Sequence[_Answers]) -> None:
+    """Wait until each client was answered once more."""
+    counts, deadline_s = [each.count for each in answers], time.monotonic() + REST_LIMIT_S
+    while any(each.count == count for each, count in zip(answers, counts, strict=True)):
+        _require(time.monotonic() < deadline_s, f"{COPIED} answers within {REST_LIMIT_S} s")
+        time.sleep(0.01)
 
 
 def run_cluster() -> int:
@@ -347,7 +407,7 @@ def _show_cluster(programs: Path, folder: Path) -> None:
         with _serve_nodes(folder, address) as nodes:
             _load_models(nodes)
             _classify_at_one_node(nodes)
-            _kill_fullest(nodes)
+            _kill_first_copy(nodes)
             _classify_at_one_node(nodes)
         _verify(address, nodes)
     finally:
@@ -396,27 +456,33 @@ def _find_free_ports() -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+def _read_digits() -> dict[str, Any]:
+    """Return the held-out digits of the packaged example, and their labels."""
+    path = resources.files("server.examples") / "digits.json"
+    digits: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return digits
+
+
 def _load_models(nodes: Sequence[_Node]) -> None:
-    """Request all models at one node, and show where they are placed."""
+    """Request all models at one node, one with two copies, and show where they are placed."""
     client = nodes[0].client
     began_s = time.perf_counter()
-    for job in [client.load(name) for name in MODELS]:
+    for job in [client.load(COPIED, copies=2), *[client.load(name) for name in MODELS[1:]]]:
         client.wait_for(job.id)
+    placed = _await_placement(nodes[0])
     took_s = time.perf_counter() - began_s
     click.echo(f"\nall models requested at {nodes[0].name}, and loaded after {took_s:.1f} s:")
-    placed = nodes[0].find_placement()
-    _require(set(placed) == set(MODELS), "all models are loaded")
     for node in nodes:
         click.echo(f"  {node.name} has {', '.join(_models_at(placed, node)) or 'none'}")
 
 
-def _models_at(placed: Mapping[str, str], node: _Node) -> list[str]:
-    return sorted(model for model, name in placed.items() if name == node.name)
+def _models_at(placed: Mapping[str, Sequence[str]], node: _Node) -> list[str]:
+    return sorted(model for model, names in placed.items() if node.name in names)
 
 
 def _classify_at_one_node(nodes: Sequence[_Node]) -> None:
     """Classify the held-out digits with each model, all at one node."""
-    digits = json.loads((resources.files("server.examples") / "digits.json").read_text(encoding="utf-8"))
+    digits = _read_digits()
     asked = next(node for node in nodes if node.is_running)
     for model in MODELS:
         labels = asked.client.infer(model, {"pixels": digits["inputs"]})["label"]
@@ -424,31 +490,45 @@ def _classify_at_one_node(nodes: Sequence[_Node]) -> None:
     click.echo(f"asked at {asked.name}, each model reads {len(digits['labels'])} handwritten digits")
 
 
-def _kill_fullest(nodes: Sequence[_Node]) -> None:
-    """Kill the node with most models; show where they are loaded again, and what the ledger says of it."""
+def _kill_first_copy(nodes: Sequence[_Node]) -> None:
+    """Kill the node of the first copy during inferences; show that none fails, and what the ledger says."""
     placed = nodes[0].find_placement()
-    killed = max(nodes, key=lambda node: len(_models_at(placed, node)))
+    killed = next(node for node in nodes if node.name == placed[COPIED][0])
     witness = next(node for node in nodes if node is not killed)
-    lost, head = _models_at(placed, killed), witness.client.head().position
-    click.echo(f"\nkill -9 of {killed.name}, which has {', '.join(lost)}")
-    began_s = time.perf_counter()
-    _kill(killed.process)
-    placed = _await_reload(witness, killed)
-    took_s = time.perf_counter() - began_s
-    where = ", ".join(f"{model} at {placed[model]}" for model in lost)
+    lost = _models_at(placed, killed)
+    where = " and ".join(placed[COPIED])
+    click.echo(f"\n{COPIED} has copies at {where}; a client at each node asks it all the time")
+    with _infer_everywhere(nodes) as answers:
+        head = witness.client.head().position
+        click.echo(f"kill -9 of {killed.name}, which has {', '.join(lost)}")
+        began_s = time.perf_counter()
+        _kill(killed.process)
+        placed = _await_placement(witness, killed)
+        took_s = time.perf_counter() - began_s
+    where = ", ".join(f"{model} at {' and '.join(placed[model])}" for model in lost)
     click.echo(f"after {took_s:.1f} s (the lease is {LEASE_S} s) they are loaded: {where}")
+    failures = [failure for each in answers for failure in each.failures]
+    gap_s = max(each.longest_gap_s for each in answers)
+    click.echo(
+        f"{COPIED} meanwhile: {sum(each.count for each in answers)} answers, {len(failures)} failed, "
+        f"at most {1000 * gap_s:.0f} ms from one to the next"
+    )
+    _require(not failures, f"a model with two copies goes on answering: {failures[:3]}")
     click.secho("\nthe ledger", bold=True)
     for line in asyncio.run(_read_lines(witness.data / LEDGER, after=head)):
         click.echo(event_line(line))
 
 
-def _await_reload(witness: _Node, killed: _Node) -> dict[str, str]:
-    """Return where the models are once all are loaded and the killed node has none."""
+def _await_placement(witness: _Node, killed: _Node | None = None) -> dict[str, list[str]]:
+    """Return the nodes of the models once all are loaded, with both copies, and a killed node has none."""
     deadline_s = time.monotonic() + RELOAD_LIMIT_S
-    while len(placed := witness.find_placement()) < len(MODELS) or killed.name in placed.values():
-        _require(time.monotonic() < deadline_s, f"its models are loaded again within {RELOAD_LIMIT_S} s")
+    while True:
+        placed = witness.find_placement()
+        is_whole = len(placed) == len(MODELS) and len(placed[COPIED]) == 2  # noqa: PLR2004
+        if is_whole and (killed is None or not _models_at(placed, killed)):
+            return placed
+        _require(time.monotonic() < deadline_s, f"all models are loaded within {RELOAD_LIMIT_S} s")
         time.sleep(0.05)
-    return placed
 
 
 def _verify(address: str, nodes: Sequence[_Node]) -> None:

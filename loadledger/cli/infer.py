@@ -19,7 +19,6 @@ import click
 from loadledger.cli.completion import loaded_models
 from loadledger.cli.options import (
     ServerChoice,
-    int_option,
     json_option,
     open_chosen_client,
     server_options,
@@ -187,7 +186,7 @@ def _parse_numbers(
 @click.command()
 @click.argument("model", shell_complete=loaded_models)
 @click.argument("inputs", nargs=-1, metavar="[INPUT]...")
-@int_option("--version", "-v", metavar="N", text="Version; it has to be the loaded one.")
+@click.option("--version", "-v", metavar="N|LABEL", help="Version, or a label; it has to be the loaded one.")
 @click.option(
     "--output", "-o", "outputs", multiple=True, metavar="NAME", help="Only this output. May be repeated."
 )
@@ -219,7 +218,7 @@ def infer(
     model: str,
     *,
     inputs: tuple[str, ...],
-    version: int | None,
+    version: str | None,
     outputs: tuple[str, ...],
     out: Path | None,
     as_json: bool,
@@ -284,7 +283,7 @@ def _list_inputs(model: str, where: ServerChoice, *, as_json: bool) -> None:
 def _find_inputs(
     client: Any,
     model: str,
-    version: int | None,
+    version: str | None,
     *,
     given: list[GivenInput],
     picture: dict[str, Any],

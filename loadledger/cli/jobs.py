@@ -35,7 +35,8 @@ JobDisplay = tuple[Callable[[Any], None], Callable[[Exception], None]]
 def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
     """Print the outcome of a request: a new job, an awaited one, changed settings, or nothing to do."""
     if job.status == "completed" and job.kind == "load" and job.started_at is None and not as_json:
-        click.echo(f"{model_of(job)}: settings changed")
+        labelled = f", {output.to_printable(job.label)} names it" if job.label else ""
+        click.echo(f"{model_of(job)}: settings changed{labelled}")
     elif job.status == "completed" and not as_json:  # a new job has not completed yet
         ago = output.format_age(job.finished_at, datetime.now(UTC))
         click.echo(f"{model_of(job)}: nothing to do, its {output.to_printable(job.kind)} completed {ago} ago")
@@ -209,7 +210,7 @@ def jobs(*, limit: int, as_json: bool, where: options.ServerChoice, **filters: s
     """List the jobs, newest first."""
     with options.open_chosen_client(where) as client:
         found = list(client.jobs(limit=limit, **filters))
-    rows = output.with_nodes(HEAD, [_row(job) for job in found], found)
+    rows = output.with_nodes(HEAD, [_row(job) for job in found], [job.node for job in found])
     table = output.format_table(*rows, right={"AGE", "TOOK"})
     output.print_result({"jobs": found}, table if found else ["no jobs"], as_json=as_json)
 
@@ -318,7 +319,8 @@ def _request_lines(job: Any) -> Iterator[str]:
 
 def _approval_facts(job: Any) -> dict[str, object]:
     """Return why a load was asked for, and its approval and signature, as facts."""
-    facts, asked = {"reason": job.reason, "emergency": job.emergency}, job.approval
+    facts = {"label": job.label, "reason": job.reason, "emergency": job.emergency}
+    asked = job.approval
     if asked is None:
         return facts
     given = output.with_names(f"{len(asked.approved_by)} of {asked.approvals}", asked.approved_by)
@@ -403,6 +405,8 @@ def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> l
     callback=_split_labels,
     help="Labels that the node must have, like zone=a,disk=fast; empty for none.",
 )
+@options.int_option("--copies", metavar="N", text="Number of nodes that are to have the model loaded.")
+@click.option("--label", metavar="LABEL", help="Label that names the version once it is loaded.")
 @click.option("--reason", metavar="TEXT", help="Why, for the ledger and those who approve the load.")
 @click.option(
     "--emergency", metavar="TEXT", help="Why it must not wait for approval; takes the role emergency."

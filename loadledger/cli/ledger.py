@@ -195,6 +195,10 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
         if model["loaded_at"] is not None:
             where = f"position {model['position']}, job {model['job_id']}"
             yield f"    loaded {model['loaded_at']} by {model['loaded_by']}, {where}"
+        for copy in model.get("copies_at", ()):
+            what = f"version {copy['version']}, loaded {copy['loaded_at']}"
+            where = f"position {copy['position']}, job {copy['job_id']}"
+            yield f"    copy at {copy['node']}: {what}, {where}"
         for file in model["files"]:
             yield f"    {file['path']}: {file['bytes']} bytes, sha256 {file['sha256']}"
         if model["error"] is not None:

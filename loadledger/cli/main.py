@@ -27,6 +27,7 @@ SECTIONS = {
         "unload": "loadledger.cli.jobs:unload",
         "models": "loadledger.cli.models:models",
         "show": "loadledger.cli.models:show",
+        "label": "loadledger.cli.models:label_model",
         "verify-model": "loadledger.cli.models:verify_model",
         "infer": "loadledger.cli.infer:infer",
         "resources": "loadledger.cli.models:resources",

@@ -1,4 +1,4 @@
-"""`loadledger models | show | verify-model | add | rm | resources`: models, versions, memory budget."""
+"""`loadledger models | show | verify-model | add | rm | label | resources`: models, versions, memory."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ BROUGHT_BACK = {
     "recovery": "by the system, after its worker ended",
     "swap": "by the system, after a replacement failed",
     "drain": "by the system, because the node that it was at drains",
+    "copy": "by the system, which made this copy before another one ended",
 }
 """What `brought_back` says."""
 UNSET = (None, False, 0)
@@ -65,7 +66,8 @@ def models(
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
         output.print_note(f"the server then: {format_presence(server)}")
-    table = format_table(*output.with_nodes(HEAD, [_row(each) for each in rows], rows), right={"MEMORY"})
+    shown = output.with_nodes(HEAD, [_row(each) for each in rows], [_nodes_of(each) for each in rows])
+    table = format_table(*shown, right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
     output.print_result({"models": rows}, table if rows else [none], as_json=as_json)
 
@@ -131,7 +133,7 @@ def _row(model: Any) -> tuple[str, ...]:
         format_cell(model.id) + (" *" if model.active else ""),
         model.state,
         version,
-        _versions(model.versions),
+        _versions(model.versions) + (f" ({format_cell(_labels(model), most=60)})" if model.labels else ""),
         format_size(model.memory_bytes),
         output.format_age(model.loaded_at, datetime.now(UTC)),
         format_cell(model.loaded_by, most=24) + (f" ({model.brought_back})" if model.brought_back else ""),
@@ -139,11 +141,33 @@ def _row(model: Any) -> tuple[str, ...]:
     )
 
 
+def _copies(model: Any) -> str | None:
+    """Return how many copies are ready; None of a model that is to have one."""
+    if model.copies is None:
+        return None
+    return f"{model.copies_ready} of {output.count_of(model.copies, 'copy')} ready"
+
+
+def _nodes_of(model: Any) -> str | None:
+    names = ", ".join(str(copy.node) for copy in model.copies_at) or model.node
+    return names if model.copies is None else f"{_copies(model)}: {names or 'none'}"
+
+
+def _copy_line(copy: Any) -> str:
+    what = f"{output.count_of(copy.workers, 'worker')}, {format_size(copy.memory_bytes)}"
+    loaded = f"loaded {output.format_timestamp(copy.loaded_at)}, position {copy.position}, job {copy.job_id}"
+    return f"  copy at {format_cell(copy.node)}: version {copy.version}, {what}, {loaded}"
+
+
 def _versions(versions: list[int] | None) -> str:
     if not versions:
         return output.NOTHING
     named = ", ".join(map(str, versions[-MAX_VERSIONS:]))
     return f"…, {named}" if len(versions) > MAX_VERSIONS else named
+
+
+def _labels(model: Any) -> str:
+    return ", ".join(f"{label} {version}" for label, version in model.labels.items())
 
 
 def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
@@ -154,6 +178,7 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "next version": model.next_version,
         "repository": "has newer files than those that are loaded" if model.repository_changed else None,
         "versions": model.versions and ", ".join(map(str, model.versions)),
+        "labels": _labels(model) or None,
         "instances": model.instances,
         "threads": model.threads,
         "parameters": model.parameters and _parameters(model.parameters),
@@ -163,6 +188,8 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         and f"{output.format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
         "brought back": model.brought_back and BROUGHT_BACK.get(model.brought_back, model.brought_back),
         "node": model.node,
+        "copies": _copies(model),
+        "copies wait": model.copies_waiting_for,
         "job": model.job_id,
         "position": model.position,
         "policy": rules
@@ -174,6 +201,7 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "server": model.server and format_presence(model.server),
     }
     yield from output.format_facts(facts)
+    yield from map(_copy_line, model.copies_at)
     yield from map(_origin_line, model.sources)
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
@@ -369,11 +397,46 @@ def _upload_display(about: str) -> Iterator[Callable[[int, int], None] | None]:
 def remove(model: str, *, version: int, where: options.ServerChoice) -> None:
     """Remove a version from the server's repository.
 
-    Its files are deleted. A version that is loaded, or will be, is refused.
+    Its files are deleted. A version that is loaded, or will be, or that a label names, is refused.
     """
     with options.open_chosen_client(where) as client:
         client.remove(model, version)
     click.echo(f"{to_printable(model)} version {version}: removed")
+
+
+@click.command("label")
+@click.argument("model", shell_complete=models_of_server)
+@click.argument("label", required=False)
+@click.argument("version", required=False, type=click.IntRange(min=1))
+@click.option("--remove", "removes", is_flag=True, help="Remove LABEL; its version stays.")
+@options.json_option
+@options.server_options
+def label_model(
+    model: str,
+    *,
+    label: str | None,
+    version: int | None,
+    removes: bool,
+    as_json: bool,
+    where: options.ServerChoice,
+) -> None:
+    """List the labels of a model, or let one name a version.
+
+    A label is a name such as champion: a request for that version goes to the version that it names. To
+    move a label with the load of its version, use `loadledger load --label`.
+    """
+    if label is not None and removes is (version is not None):
+        raise click.UsageError("give LABEL with a VERSION that it names, or with --remove")
+    if label is None and removes:
+        raise click.UsageError("give the LABEL that --remove removes")
+    with options.open_chosen_client(where) as client:
+        if label is not None and removes:
+            client.remove_label(model, label)
+        elif label is not None and version is not None:
+            client.set_label(model, label, version)
+        labels = client.model(model).labels
+    table = format_table(("LABEL", "VERSION"), [(format_cell(each), str(labels[each])) for each in labels])
+    output.print_result({"labels": labels}, table if labels else ["no labels"], as_json=as_json)
 
 
 @click.command()

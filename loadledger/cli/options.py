@@ -113,10 +113,11 @@ def _show_typed(text: str, parameter: click.Parameter, typed: str) -> str:
     """Return a refusal with what was typed for a parameter instead of the server's and our own name of it."""
     name = parameter.opts[0]
     if isinstance(parameter, click.Argument):
-        word, text = parameter.human_readable_name, text.replace("path: id:", f"{typed!r}:")
+        word = parameter.human_readable_name
+        text = re.sub(rf"\bpath: (id|{name}):", lambda _: f"{typed!r}:", text)
         return re.sub("`loadledger [^`]*`", lambda found: found[0].replace(word, shlex.quote(typed)), text)
     field = name.lstrip("-").replace("-", "_")
-    return re.sub(rf"\b(body|query): {field}(_s|\.\d+)?:", lambda _: f"{name} {typed}:", text)
+    return re.sub(rf"\b(body|query|path): {field}(_s|\.\d+)?:", lambda _: f"{name} {typed}:", text)
 
 
 @contextmanager

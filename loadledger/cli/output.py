@@ -80,13 +80,14 @@ def format_table(
 
 
 def with_nodes(
-    head: Sequence[str], rows: Sequence[Sequence[str]], of: Sequence[Any]
+    head: Sequence[str], rows: Sequence[Sequence[str]], nodes: Sequence[str | None]
 ) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Return a table's head and rows with the node of each thing, if any of them is at a node."""
-    if not any(each.node for each in of):
+    """Return a table's head and rows with the node of each row, if any of them has one."""
+    if not any(nodes):
         return head, rows
-    nodes = (format_cell(each.node, most=40) for each in of)
-    return (*head, "NODE"), [(*row, node) for row, node in zip(rows, nodes, strict=True)]
+    return (*head, "NODE"), [
+        (*row, format_cell(node, most=40)) for row, node in zip(rows, nodes, strict=True)
+    ]
 
 
 def display_width(text: str) -> int:

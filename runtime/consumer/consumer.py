@@ -260,7 +260,7 @@ class Consumer:
             case actions.RecordFact(job, data):
                 await record(draft_fact(job, data), conditions=conditions)
             case actions.ChangeSettings(job, load_job_id):
-                await record(draft_settings_change(job, load_job_id), conditions=conditions)
+                await record(*draft_settings_change(job, load_job_id), conditions=conditions)
             case actions.FailLoad(job, code, message):
                 failed = draft_fact(job, LoadFailed(code, plain_text(message)), self._only_worker_of(job.id))
                 await self._record_end(job.id, [failed], conditions)

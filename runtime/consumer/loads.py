@@ -22,6 +22,7 @@ from events.clock import seconds_between, uuid7
 from events.commands import OUTDATED, Condition, ModelUnchanged, Record, RequestLoad, RequestUnload
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
+from events.labels import draft_label
 from events.log import Log
 from events.models import RELOADS, Model, ModelState
 from events.policy.checks import CheckInput, NotLoadable
@@ -429,7 +430,7 @@ class Loader:
         await self._record_outcome(load, describe)
 
     def _draft_loaded(self, load: RunningLoad, files: HeldVersion, job: Job) -> list[Draft]:
-        """Return `ModelLoaded`, and the unload request of the load that this one replaces."""
+        """Return `ModelLoaded`, its label, and the unload request of the load that this one replaces."""
         load.check()
         checked = self.tasks[job.id].checked
         data = describe_loaded(job, load, files, self._log.now(), self._pool)
@@ -442,9 +443,10 @@ class Loader:
             )
         loaded = draft_fact(job, data, load.only_worker_id)
         model = self._log.state.models.get(job.model_id)
-        replaced = model.loaded if model is not None and model.phase is ModelState.LOADED else None
-        old = self.running.get(replaced.serving.load_job_id) if replaced is not None else None
-        return [loaded] if old is None else [loaded, draft_replacement_unload(old, loaded.id)]
+        label = () if job.label is UNSET else (draft_label(loaded, job.label, job.requested_by, uuid7),)
+        before = model.servings if model is not None and model.phase is ModelState.LOADED else ()
+        old = next(filter(None, (self.running.get(each.load_job_id) for each in before)), None)
+        return [loaded, *label, *([] if old is None else [draft_replacement_unload(old, loaded.id)])]
 
     def _offer(self, load: RunningLoad, files: HeldVersion) -> None:
         if load.optimised is None:
@@ -569,10 +571,9 @@ async def _stop(load: RunningLoad, worker: Worker) -> None:
 
 def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | None:
     """Return the files that a reload by the system takes again; None for any other load."""
-    serving = model.serving if model is not None else None
-    if job.cause not in RELOADS or serving is None or serving.version != job.version:
+    if job.cause not in RELOADS or model is None:
         return None
-    return serving.files
+    return next((each.files for each in model.reloadable if each.version == job.version), None)
 
 
 def describe_failure(error: Exception) -> Failure:

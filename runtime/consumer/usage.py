@@ -66,9 +66,9 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> MemoryUse:
     run = load.to_view(state.unended_job(load.job_id), now)
     is_reserved = load.report is None
     model = state.models.get(load.model_id)
-    serving = model.serving if model is not None else None
-    is_present = serving is not None and serving.load_job_id == load.job_id
-    settings = serving.parameters if serving is not None and is_present else load.parameters
+    serving = model.find_serving(load.job_id) if model is not None else None
+    first = model.serving if model is not None and serving is not None else None
+    settings = load.parameters if first is None else first.parameters  # a copy has those of the first
     return MemoryUse(
         model_id=load.model_id,
         version=load.version,
@@ -77,7 +77,7 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> MemoryUse:
         workers=len(load.alive_workers),
         reserved_bytes=run.memory_bytes if is_reserved else 0,
         memory_bytes=0 if is_reserved else run.memory_bytes,
-        memory_at_load_bytes=serving.memory_bytes if serving is not None and is_present else None,
+        memory_at_load_bytes=serving.memory_bytes if serving is not None else None,
         in_flight=load.in_flight,
         last_used_at=run.last_used_at,
         pinned=settings.pinned,

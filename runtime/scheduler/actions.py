@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from events.clock import uuid7
@@ -17,6 +18,7 @@ from events.commands import (
     WorkerServes,
 )
 from events.jobs import CRASH_LOOP, Job, JobStatus
+from events.labels import draft_label
 from events.models import LoadedModel
 from events.state import State
 from events.types import (
@@ -126,7 +128,10 @@ class RequestReload:
 
 @dataclass(frozen=True, slots=True)
 class UnloadAutomatically:
-    """Request, as the system, the unload of a model; `cause_event_id` is the load that it makes room for."""
+    """Request, as the system, the unload of a model; `cause_event_id` is the load that it makes room for.
+
+    With `Cause.COPY` only the load that `model` serves from is unloaded, and its other copies stay.
+    """
 
     model: LoadedModel
     cause: Cause
@@ -222,10 +227,13 @@ def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
     return Draft(uuid7(), data, SYSTEM, job.id, job.model_id, job.version, worker_id)
 
 
-def draft_settings_change(job: Job, load_job_id: str) -> Draft:
-    """Return the outcome of a load of what that load has loaded already."""
+def draft_settings_change(job: Job, load_job_id: str) -> tuple[Draft, ...]:
+    """Return the outcome of a load of what that load has loaded already, and its label."""
     _, parameters = job.load_order
-    return draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
+    outcome = draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
+    if job.label is UNSET:
+        return (outcome,)
+    return outcome, draft_label(outcome, job.label, job.requested_by, uuid7)
 
 
 def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:
@@ -271,6 +279,7 @@ def build_unload(action: UnloadAutomatically, conditions: tuple[Condition, ...])
         cause=action.cause,
         cause_event_id=action.cause_event_id,
         conditions=conditions,
+        copy=action.model.serving.load_job_id if action.cause is Cause.COPY else None,
     )
 
 

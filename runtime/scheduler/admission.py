@@ -42,7 +42,7 @@ _PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 _LOWEST_PRIORITY = 2
 _URGENT = (Cause.RECOVERY, Cause.SWAP)
 """Loads of models that served until just now: one may run beyond the limit, past slow loads."""
-_RESERVES_NOTHING = (Cause.RECOVERY, Cause.RESTART, Cause.DRAIN)
+_RESERVES_NOTHING = (Cause.RECOVERY, Cause.RESTART, Cause.DRAIN, Cause.COPY)
 """Loads that are repeated when they fail, or that use free memory only: no other load waits for them."""
 _BEFORE_ALL = -1
 
@@ -190,8 +190,9 @@ class _PendingLoad:
 
     @property
     def _strategy(self) -> str:
-        """The swap strategy; a repair never unloads what still serves first."""
-        return "beside" if self.job.cause is Cause.RECOVERY else self._parameters.strategy
+        """The swap strategy. A repair keeps what still serves; while a copy is replaced, others serve."""
+        of_cause = {Cause.RECOVERY: "beside", Cause.COPY: "auto"}
+        return of_cause.get(self.job.cause, self._parameters.strategy)
 
     @property
     def _estimate(self) -> int:
@@ -205,8 +206,8 @@ class _PendingLoad:
 
     @property
     def _may_evict(self) -> bool:
-        """Whether it may evict; a reload after a start of the server uses free memory only."""
-        return self._view.policy.evicts and self.job.cause is not Cause.RESTART
+        """Whether it may evict; a reload after a start of the server, and a copy, use free memory only."""
+        return self._view.policy.evicts and self.job.cause not in (Cause.RESTART, Cause.COPY)
 
     @property
     def _may_exceed_slots(self) -> bool:
@@ -371,7 +372,7 @@ class _PendingLoad:
         if not self._view.policy.evicts:
             return "unload a model, or use --evict idle"
         if not self._may_evict:
-            return "a reload after a start of the server evicts no model"
+            return "a copy, or a reload after a start of the server, evicts no model"
         return "the idle models are not enough: the others are busy, pinned, or were loaded just now"
 
 

@@ -16,7 +16,7 @@ from events.approvals import is_void
 from events.clock import add_seconds
 from events.jobs import APPROVAL_VOID, POLICY_DIFFERS, TIMEOUT, ApprovalState, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
-from events.state import State
+from events.state import State, has_turn
 from events.types import REPLACEMENTS, ApprovalExpired, Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
@@ -68,7 +68,7 @@ def decide(view: SchedulerView) -> Decision:
         return Decision(action, unestimated=unestimated, may_optimise=may_optimise)
     # No pending job can proceed now: automatic unloads.
     automatic = find_automatic_unload(view, eviction)
-    wake_at = _wake_at(view, admission, automatic, [*map(partial(_reload_at, view), reloads)])
+    wake_at = _wake_at(view, admission, automatic, [*map(partial(reload_at, view), reloads)])
     return Decision(automatic.action, wake_at, waiting_for, unestimated, without_room, may_optimise)
 
 
@@ -110,14 +110,18 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
 def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
     """Cancel jobs on request, and on-demand loads that have not begun and that no inference needs.
 
-    Whether one needs it is only known where all inferences arrive.
+    Whether one needs it is only known where all inferences arrive. A copy that has not begun does not delay
+    the reload of a lost or degraded model.
     """
     ended = {job.unload.load_job_id for job in view.unended if job.unload is not None}
     yield from (actions.CancelJob(job) for job, _ in view.unapproved if job.cancelling or job.id in ended)
     for job in view.unended:
         has_begun = job.status is not JobStatus.PENDING or job.id in view.running
         may_be_unneeded = job.cause is Cause.DEMAND and not has_begun and view.share.is_whole
-        if job.cancelling or (may_be_unneeded and not _is_needed(view, job)):
+        model = view.state.models.get(job.model_id)
+        is_in_the_way = job.cause is Cause.COPY and job.kind is JobKind.LOAD and not has_begun
+        is_in_the_way = is_in_the_way and model is not None and needs_repair(model)
+        if job.cancelling or is_in_the_way or (may_be_unneeded and not _is_needed(view, job)):
             yield actions.CancelJob(job)
 
 
@@ -144,28 +148,31 @@ def _find_unrecorded_exits(view: SchedulerView, run: LoadView) -> tuple[str, ...
 
 def _advance_unloads(view: SchedulerView) -> Iterator[Action]:
     for job in view.unended:
-        if job.kind is not JobKind.UNLOAD or job.forced:
+        if job.kind is not JobKind.UNLOAD or (job.forced and has_turn(job)):
             continue
         if not view.is_first_in_queue(job):
             yield from _cancel_reloads_before(view, job)
             continue
         load_job_id = find_unload_target(view.state, job)
         run = view.running.get(load_job_id)
-        if job.status is JobStatus.PENDING or (run is not None and run.phase is Phase.SERVING):
+        is_serving = run is not None and run.phase is Phase.SERVING and not job.forced
+        if job.status is JobStatus.PENDING or is_serving:
             yield actions.StartUnload(job, load_job_id)
         elif not view.alive(load_job_id):
             yield actions.FinishUnload((job,), load_job_id)
+        elif job.forced and run is not None and not run.killed:
+            yield actions.KillWorkers(load_job_id)
 
 
 def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]:
-    """Cancel the reloads of a lost or degraded model that is to be unloaded."""
+    """Cancel the copies of a model that is to be unloaded, and its reloads if it is lost or degraded."""
     model = view.state.models.get(unload.model_id)
-    if model is None or not (model.phase is ModelState.LOST or model.degraded):
-        return
+    has_reloads = model is not None and (model.phase is ModelState.LOST or model.degraded)
+    causes = RELOADS if has_reloads else (Cause.COPY,)
     for job in view.queues[unload.model_id]:
         if job.id == unload.id:
             return
-        if job.kind is JobKind.LOAD and job.cause in RELOADS:
+        if job.kind is JobKind.LOAD and job.cause in causes:
             yield actions.CancelJob(job)
 
 
@@ -202,12 +209,12 @@ def _request_reloads(view: SchedulerView, reloads: Sequence[LoadedModel]) -> Ite
         model = loaded.model
         if model.lost_by in (Cause.RESTART, Cause.SWAP) and model.retries is None:
             yield actions.RequestReload(loaded, model.lost_by)
-        elif _is_crash_loop(model):
+        elif is_crash_loop(model):
             reason = model.error.message if model.error else "its worker died"
             yield actions.FailModel(
                 loaded, f"failed {len(model.incidents)} times within 10 minutes; at last: {reason}"
             )
-        elif _reload_at(view, loaded) <= view.now:
+        elif reload_at(view, loaded) <= view.now:
             is_restored = model.lost_by is Cause.RESTART  # which evicts nothing
             yield actions.RequestReload(loaded, Cause.RESTART if is_restored else Cause.RECOVERY)
 
@@ -229,10 +236,18 @@ def _needs_reload(view: SchedulerView, model: Model) -> bool:
         return False
     if model.phase is ModelState.LOST:
         return view.policy.restores or model.lost_by is not Cause.RESTART
-    return model.degraded and not model.serving.kept_as_is and not _is_crash_loop(model)
+    return needs_repair(model)
 
 
-def _is_crash_loop(model: Model) -> bool:
+def needs_repair(model: Model) -> bool:
+    """Whether a model is to be reloaded before it gets copies: it is lost, or instances of it are."""
+    if model.phase is ModelState.LOST:
+        return True
+    is_kept = model.serving is None or model.serving.kept_as_is
+    return model.degraded and not is_kept and not is_crash_loop(model)
+
+
+def is_crash_loop(model: Model) -> bool:
     return len(model.incidents) >= MAX_INCIDENTS
 
 
@@ -241,7 +256,8 @@ def back_off_s(failures: int) -> float:
     return min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2.0 ** min(failures, 10))
 
 
-def _reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
+def reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
+    """Return when the back-off of a model's reloads ends."""
     model, retries = loaded.model, loaded.model.retries
     last_retry_at = retries.last_at if retries is not None else ""
     since = model.lost_at or max([loaded.serving.degraded_at or "", *model.incidents, last_retry_at])

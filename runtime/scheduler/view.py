@@ -170,7 +170,7 @@ def find_started_job(own: State, load_job_id: str) -> Job | None:
 
 def may_end(state: State, load: Job) -> bool:
     """Whether a load's own outcome may be recorded: nobody cancels it, and no forced unload waits for it."""
-    return not load.cancelling and not any(job.forced for job in state.unended(load.model_id))
+    return not load.cancelling and not any(job.forced for job in state.queue(load.model_id))
 
 
 PEAK_VARIATION = 8

@@ -178,6 +178,11 @@ class JobSchema(PastSchema):
     node = fields.String(**about(f"Name of the node where it is placed; {NO_NODE}", is_optional=True))
     position = fields.Integer(**about("Position of its latest event."))
     parameters = fields.Dict(**about("Parameters of its request."))
+    label = fields.String(
+        **about(
+            "Of a load: names the version from when that is loaded; missing without one.", is_optional=True
+        )
+    )
     reason = fields.String(allow_none=True, **about("Of a load: why, as who asked says."))
     emergency = fields.String(
         allow_none=True, **about("Of a load: why it must not wait for approval, as who asked says.")
@@ -391,6 +396,7 @@ def job_view(job: Job, live: LiveJobs | None, model: Model | None = None) -> dic
         **node_member(job.node_id),
         "position": job.position,
         "parameters": msgspec.to_builtins(parameters),
+        **({} if job.label is UNSET else {"label": job.label}),
         "reason": None if said is None else said.reason,
         "emergency": None if said is None else said.emergency,
         "approval": None if job.approval is None else _approval_view(job, job.approval, differences),

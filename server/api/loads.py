@@ -6,10 +6,10 @@ model's loadledger.toml, then from the server's settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 from marshmallow import Schema, fields, validate
@@ -37,13 +37,14 @@ from runtime.store.versions import Versions
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.models import is_listed, look_at_model
-from server.api.schemas import IS_REASON, ModelPathSchema, about
+from server.api.schemas import IS_LABEL, IS_REASON, ModelPathSchema, about
 from server.appkeys import CONFIG, GATE, LOG, UPLOADS, VERSIONS
 from server.auth.gate import PRINCIPAL, Principal, credential_of
 from server.cluster import signer_of
 from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
 from server.errors import ServerProblem
 from server.http.validation import (
+    InvalidBody,
     NothingSchema,
     ParameterBoolean,
     StrictBoolean,
@@ -59,6 +60,8 @@ routes = Routes(tag="models")
 
 MAX_INSTANCES = 64
 """Each instance is a process with a copy of the model; more is a mistake on one machine."""
+MAX_COPIES = 64
+"""As many as instances; where there are fewer servers, each has one copy at most."""
 MAX_BATCH_SIZE = 65_536
 MAX_QUEUE_DELAY_US = 1_000_000
 """A second: a longer wait for a batch costs more than it saves."""
@@ -148,6 +151,14 @@ class LoadBodySchema(Schema):
         ),
     )
 
+    copies = StrictInteger(
+        validate=validate.Range(1, MAX_COPIES),
+        **about("At how many nodes the model is to be loaded; more than 1 needs nodes. Default: 1."),
+    )
+    label = fields.String(
+        validate=IS_LABEL,
+        **about("A label that names the version from the moment when it is loaded.", example="champion"),
+    )
     reason = fields.String(
         validate=IS_REASON,
         **about("Why, for those who approve the load and for who reads the ledger.", example="Fixes #17."),
@@ -198,6 +209,7 @@ async def unload_active(request: web.Request) -> web.Response:
         "emergency_forbidden",
         "invalid_defaults",
         "queue_full",
+        "too_many_labels",
         "repository_busy",
         *JOB_ERRORS,
     ),
@@ -256,7 +268,9 @@ async def make_load_command(
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`.
     """
     wanted = {name: value for name, value in asked.items() if name not in _NO_PARAMETERS}
-    chosen, known, written = await _find_version(app, model_id, asked.get("version"))
+    version = asked.get("version")
+    look = partial(_look_up, app[VERSIONS], model_id, version)
+    chosen, known, written = await look_in_repository(app, model_id, version, look)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     rules, said = app[CONFIG].policy.of(model_id), (asked.get("reason"), asked.get("emergency"))
@@ -272,10 +286,11 @@ async def make_load_command(
         policy=UNSET if rules is None else rules.digest,
         justification=Justification(credential_of(person), *said) if person and is_justified else UNSET,
         sign=signer_of(app) if asked.get("emergency") else None,
+        label=asked.get("label", UNSET),
     )
 
 
-_NO_PARAMETERS = frozenset({"version", "reason", "emergency"})
+_NO_PARAMETERS = frozenset({"version", "label", "reason", "emergency"})
 
 
 def _check_emergency(request: web.Request, model_id: str) -> None:
@@ -293,16 +308,17 @@ def _check_emergency(request: web.Request, model_id: str) -> None:
         raise ServerProblem(reason, code="emergency_forbidden")
 
 
-_Found = tuple[int, Contents | None, dict[str, Any]]
+Found = TypeVar("Found")
 
 
-async def _find_version(app: web.Application, model_id: str, version: int | None) -> _Found:
-    """Return what the repository has; a version that was just added may be visible a moment later.
+async def look_in_repository(
+    app: web.Application, model_id: str, version: int | None, look: Callable[[], Found]
+) -> Found:
+    """Return what `look` finds; a version that was just added may be visible a moment later.
 
     Raises:
         RuntimeProblem: as `make_load_command`.
     """
-    look = partial(_look_up, app[VERSIONS], model_id, version)
     file_system = app[VERSIONS].repository.file_system
     with suppress(UnknownModel, UnknownVersion):
         return await file_system.run(model_id, look, REQUEST_LIMIT_S)
@@ -336,7 +352,10 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
     return _merge_parameters({}, defaults, file, config)
 
 
-def _look_up(versions: Versions, model_id: str, version: int | None) -> _Found:
+def _look_up(
+    versions: Versions, model_id: str, version: int | None
+) -> tuple[int, Contents | None, dict[str, Any]]:
+    """Return a version, its contents if they are known, and the settings of the model's loadledger.toml."""
     chosen = versions.repository.find_version(model_id, version)
     known = None
     with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
@@ -357,5 +376,9 @@ def _merge_parameters(
         if not defaults.get("max_batch_size"):
             raise InvalidDefaults(f"{file}: {NO_BATCHING}")
         merged["max_queue_delay_us"] = 0
+    if config.ledger is None and merged.get("copies", 1) > 1:
+        where, error = ("body", InvalidBody) if wanted.get("copies", 1) > 1 else (file, InvalidDefaults)
+        raise error(f"{where}: copies: a server alone has one of each model; use instances for more workers")
+    merged["copies"] = merged.get("copies", 1) if config.ledger is not None and "copies" in merged else UNSET
     merged["node_labels"] = tuple(sorted(set(merged.get("node_labels") or ()))) or UNSET
     return LoadParameters(**merged)

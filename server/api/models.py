@@ -26,7 +26,7 @@ from events.types import ApprovalResult, VersionAdded, WorkerExited
 from runtime.errors import RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelSignature
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy
-from runtime.router import Here
+from runtime.router import Here, Version
 from runtime.store.versions import Versions
 from server.api.schemas import (
     NO_NODE,
@@ -43,6 +43,7 @@ from server.api.schemas import (
 )
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
 from server.appkeys import CONFIG, CONSUMER, LOG, POOL, READER, ROUTER, VERSIONS
+from server.cluster import CLUSTER
 from server.http.validation import NothingSchema, path_parameters, query_parameters
 from server.routing import Access, Routes
 
@@ -73,6 +74,18 @@ class PreparedSchema(AnswerSchema):
     """A prepared model made of a version's files."""
 
     sha256 = fields.String()
+
+
+class CopySchema(AnswerSchema):
+    """A copy of a model: its load at one node."""
+
+    node = fields.String(allow_none=True)
+    version = fields.Integer(**about("During a swap, some copies have the version before."))
+    position = fields.Integer(**about("Position of its `ModelLoaded`."))
+    job_id = fields.String(**about("Job of its load."))
+    loaded_at = fields.String()
+    workers = fields.Integer(**about("Running workers; may be fewer than were loaded."))
+    memory_bytes = fields.Integer(**about("What they took when it was loaded."))
 
 
 class LoadApprovalSchema(AnswerSchema):
@@ -125,6 +138,11 @@ class ModelSchema(PastSchema):
     version = fields.Integer(allow_none=True)
     next_version = fields.Integer(allow_none=True)
     active = fields.Boolean()
+    labels = fields.Dict(
+        keys=fields.String(),
+        values=fields.Integer(),
+        **about("The version that each label names; missing without any.", is_optional=True),
+    )
     loaded_at = fields.String(allow_none=True)
     loaded_by = fields.String(
         allow_none=True, **about("Who asked for it, also of a model that the system brought back since.")
@@ -133,11 +151,30 @@ class ModelSchema(PastSchema):
         allow_none=True,
         validate=validate.OneOf([cause.value for cause in RELOADS]),
         **about(
-            "Why the system loaded it again, if it did: `restart` of the server, `recovery`, `swap`, `drain`."
+            "Why the system loaded it again, if it did: `restart` of the server, `recovery`, `swap`, `drain`,"
+            " `copy`."
         ),
     )
     job_id = fields.String(allow_none=True)
     node = fields.String(**about(f"Name of the node where it is loaded; {NO_NODE}", is_optional=True))
+    copies = fields.Integer(
+        **about(
+            "At how many nodes it is to be loaded; missing, as the next three, if at one.", is_optional=True
+        )
+    )
+    copies_ready = fields.Integer(
+        **about(
+            "How many of them serve the version and files of the first, with all workers.", is_optional=True
+        )
+    )
+    copies_at = fields.List(
+        fields.Nested(CopySchema),
+        **about("Its copies. The first is what the other members are of.", is_optional=True),
+    )
+    copies_waiting_for = fields.String(
+        allow_none=True,
+        **about("Why fewer are ready; null if all are, missing with `at`.", is_optional=True),
+    )
     position = fields.Integer(allow_none=True, **about("Position of its `ModelLoaded`."))
     files = fields.List(fields.Nested(FileSchema))
     repository_changed = fields.Boolean(
@@ -155,7 +192,8 @@ class ModelSchema(PastSchema):
     memory_bytes = fields.Integer(
         allow_none=True,
         **about(
-            "Memory of its workers now, measured every few seconds, as in the resources; null with `at`."
+            "Memory of its workers here now, measured every few seconds, as in the resources; null with `at`,"
+            " and if it is loaded at other nodes only."
         ),
     )
     memory_at_load_bytes = fields.Integer(
@@ -247,14 +285,16 @@ async def read_model_page(app: web.Application, cursor: str, limit: int) -> dict
     page = await list_versions(app[VERSIONS], dict(state.models), known, cursor, limit)
     active = state.active()
     models = [
-        model_view(
-            describe_model(state.models.get(seen.id) or Model(seen.id)),
-            seen.versions,
-            is_active=active is not None and active.id == seen.id,
-            repository_changed=seen.has_changed,
-            memory_bytes=_memory_now(app, seen.id),
+        _add_present(
+            app,
+            model_view(
+                describe_model(state.models.get(seen.id) or Model(seen.id)),
+                seen.versions,
+                is_active=active is not None and active.id == seen.id,
+                repository_changed=seen.has_changed,
+                memory_bytes=_memory_now(app, seen.id),
+            ),
         )
-        | {"policy": _policy_view(app, seen.id)}
         for seen in page[:limit]
     ]
     next_cursor = models[-1]["id"] if len(page) > limit else None
@@ -301,8 +341,8 @@ async def show_model(request: web.Request) -> web.Response:
     parameters = msgspec.to_builtins(serving.parameters) if serving is not None else None
     signature = await _describe_signature(request.app, model_id)
     sources = await _list_sources(request.app, model_id, seen.versions)
-    more = {"policy": _policy_view(request.app, model_id), "parameters": parameters, "sources": sources}
-    return web.json_response({**view, **signature, **more})
+    more = {"parameters": parameters, "sources": sources}
+    return web.json_response({**_add_present(request.app, view), **signature, **more})
 
 
 async def _list_sources(
@@ -351,11 +391,13 @@ def model_view(
         "version": row.version,
         "next_version": row.next_version,
         "active": is_active,
+        **({"labels": dict(row.labels)} if row.labels else {}),
         "loaded_at": load.loaded_at if load else None,
         "loaded_by": (row.asked_by or load.loaded_by) if load else None,
         "brought_back": row.brought_back,
         "job_id": load.load_job_id if load else None,
         **node_member(row.node),
+        **_copies_members(model),
         "position": load.position if load else None,
         "files": msgspec.to_builtins(load.files) if load else [],
         "repository_changed": repository_changed if load else None,
@@ -370,6 +412,36 @@ def model_view(
     }
 
 
+def _copies_members(model: ShownModel) -> dict[str, Any]:
+    """Return what the API has of copies; nothing of a model that has one load, and is to have one."""
+    row, loads = model.row, (model.load, *model.copies) if model.row.state in _HAS_WORKERS else ()
+    if row.copies_wanted == 1 and not row.copies:
+        return {}
+    copies = [
+        {
+            "node": place.node,
+            "version": place.version,
+            "position": place.load,
+            "job_id": load.load_job_id,
+            "loaded_at": load.loaded_at,
+            "workers": place.workers,
+            "memory_bytes": load.memory_bytes,
+        }
+        for place, load in zip(row.servings, loads, strict=False)
+        if load is not None
+    ]
+    return {"copies": row.copies_wanted, "copies_ready": model.count_ready(), "copies_at": copies}
+
+
+def _add_present(app: web.Application, view: dict[str, Any]) -> dict[str, Any]:
+    """Return a view with what is not known of the past."""
+    view, cluster = {**view, "policy": _policy_view(app, view["id"])}, app.get(CLUSTER)
+    model = app[LOG].state.models.get(view["id"])
+    if cluster is not None and model is not None and "copies" in view:
+        view["copies_ready"], view["copies_waiting_for"] = cluster.count_copies(model)
+    return view
+
+
 def _policy_view(app: web.Application, model_id: str) -> dict[str, Any] | None:
     rules = app[CONFIG].policy.of(model_id)
     if rules is None:
@@ -379,15 +451,15 @@ def _policy_view(app: web.Application, model_id: str) -> dict[str, Any] | None:
 
 
 def _memory_now(app: web.Application, model_id: str) -> int | None:
-    """Return the measured memory of the load that serves a model; None if it has no process."""
-    model = app[LOG].state.models.get(model_id)
-    serving = model.serving if model is not None else None
-    load = app[CONSUMER].loads.get(serving.load_job_id) if serving is not None else None
+    """Return the measured memory of the load here that serves a model; None if it has no process."""
+    model, loads = app[LOG].state.models.get(model_id), app[CONSUMER].loads
+    servings = model.servings if model is not None else ()
+    load = next((loads[each.load_job_id] for each in servings if each.load_job_id in loads), None)
     return load.memory_bytes if load is not None and load.alive_workers else None
 
 
 async def find_signature(
-    app: web.Application, model_id: str, version: int | None = None
+    app: web.Application, model_id: str, version: Version | None = None
 ) -> tuple[int, ModelSignature]:
     """Return a version, inputs and outputs: the serving one, else the highest and what its file declares.
 
@@ -398,12 +470,13 @@ async def find_signature(
 
     Raises:
         RuntimeProblem: `unknown_model`, `unknown_version`, `invalid_model`, `unsafe_file`, `model_changed`,
-            `repository_busy`, `repository_unreadable`.
+            `repository_busy`, `repository_unreadable`, `unknown_label`.
     """
     versions, target = app[VERSIONS], app[ROUTER].resolve(model_id, version)
+    number = app[ROUTER].find_version(model_id, version)
     if isinstance(target, Here):
         return target.version, ModelSignature(target.inputs, target.outputs)
-    look = partial(versions.read_signature, model_id, version)
+    look = partial(versions.read_signature, model_id, number)
     return await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
 
 

@@ -9,6 +9,7 @@ import msgspec
 from marshmallow import INCLUDE, Schema, ValidationError, fields, validate
 from msgspec import UnsetType
 
+from events.labels import LABEL_NAME
 from events.types import LoadSignature
 from runtime.repository import MAX_VERSION, MODEL_ID
 from server.http.validation import ParameterInteger
@@ -47,6 +48,29 @@ class ModelVersionPathSchema(ModelPathSchema):
     """The model and the version named by the path."""
 
     version = ParameterInteger(required=True, validate=validate.Range(1, MAX_VERSION))
+
+
+_LABEL_RULE = "Must begin with a letter: 1 to 63 letters, digits, dots, underscores or hyphens."
+IS_LABEL = validate.Regexp(rf"(?:{LABEL_NAME.pattern})\Z", error=_LABEL_RULE)
+"""Validates the name of a label."""
+
+
+class VersionOrLabel(fields.String):
+    """The number of a version, or a label, which begins with a letter."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if value.isascii() and value.isdigit():
+            number = ParameterInteger(validate=validate.Range(1, MAX_VERSION))
+            return number.deserialize(value, attr, data, **kwargs)
+        return IS_LABEL(value)
+
+
+class ModelServedPathSchema(ModelPathSchema):
+    """The model, and the version or the label, named by the path."""
+
+    version = VersionOrLabel(
+        required=True, **about("A number, or a label: the version that it names now.", example="champion")
+    )
 
 
 class PageQuerySchema(Schema):

@@ -131,6 +131,15 @@ class LaneLoadSchema(AnswerSchema):
     file_count = fields.Integer()
 
 
+class CopyLaneSchema(AnswerSchema):
+    """One model at one node over the range."""
+
+    node_id = fields.String()
+    segments = fields.List(
+        fields.Nested(SegmentSchema), **about("In order, without overlap; `unloaded` without a copy there.")
+    )
+
+
 class LaneSchema(AnswerSchema):
     """One model over the range."""
 
@@ -138,6 +147,10 @@ class LaneSchema(AnswerSchema):
     segments = fields.List(fields.Nested(SegmentSchema), **about("In order, without overlap."))
     marks = fields.List(fields.Nested(MarkSchema))
     its_loads = fields.List(fields.Nested(LaneLoadSchema), data_key="loads")
+    copies = fields.List(
+        fields.Nested(CopyLaneSchema),
+        **about("The nodes where it served, by name; missing if it had no copies.", is_optional=True),
+    )
 
 
 class ServerSegmentSchema(AnswerSchema):

@@ -27,6 +27,7 @@ from prometheus_client.registry import Collector
 from events.accept import MAX_QUEUE
 from events.clock import seconds_between
 from events.counters import ENDS, EVICTIONS, NO_FORM, OTHERS, PREPARED, HistogramSnapshot
+from events.history import describe_model
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.nodes import NodePhase
@@ -76,9 +77,11 @@ class ServerCollector(Collector):
         self._statistics = consumer.totals.with_live(loads)
         self._now = log.now()
         self._jobs = log.state.unended()
-        self._models = list(log.state.models.values())
         self._nodes = app[CLUSTER].describe() if CLUSTER in app else ()
         own = next((node["id"] for node in self._nodes if node["this"]), None)
+        models = list(log.state.models.values())
+        self._models = [model.at(own) for model in models]
+        self._copies = _count_copies(models, name_of)
         here = (model for model in self._models if _should_serve(model) and not _is_elsewhere(model, own))
         self._names = {model.id: name_of(model.id) for model in here}
         self._tail_lag = max((log.head.position - tail.position for tail in app[STREAMS].tails), default=0)
@@ -198,6 +201,12 @@ class ServerCollector(Collector):
             "1 for each serving model: its version, and whether its workers use a prepared model.",
             dict.fromkeys(self._infos(), 1),
             "model version form",
+        )
+        yield _gauge(
+            "model_copies",
+            "Copies of a model that is to have several: wanted, and ready, as each node sees it.",
+            self._copies,
+            "model state",
         )
         yield _gauge("model_workers", "Processes of the model.", self._workers, "model")
         yield _gauge(
@@ -492,6 +501,16 @@ def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]
 def _should_serve(model: Model) -> bool:
     """Return whether a model should serve: it is loaded, or was and is to be again."""
     return model.phase in _SHOULD_SERVE or model.previous is not None
+
+
+def _count_copies(models: Iterable[Model], name_of: Callable[[str], str]) -> Counter[tuple[str, str]]:
+    counts = Counter[tuple[str, str]]()
+    for model in models:
+        if model.serving is not None and model.serving.parameters.wanted_copies > 1:
+            name = name_of(model.id)
+            counts[name, "wanted"] += model.serving.parameters.wanted_copies
+            counts[name, "ready"] += describe_model(model).count_ready()
+    return counts
 
 
 def _is_elsewhere(model: Model, own: str | None) -> bool:

@@ -51,7 +51,9 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 OTHER_METHOD = "other"
 
 _STREAM = "/api/v1/events/stream"
-_INFER = re.compile(r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>[0-9]{1,9}))?/infer")
+_INFER = re.compile(
+    r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>[A-Za-z0-9_.-]{1,63}))?/infer"
+)
 
 
 def request_middleware(counts: HttpCounts) -> Middleware:

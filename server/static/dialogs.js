@@ -3,7 +3,7 @@
 import { api, errorText, requestErrorText } from "./api.js";
 import { count, oneLine } from "./format.js";
 import { load, unload } from "./operations.js";
-import { models, session, useOf } from "./state.js";
+import { models, nodes, session, useOf } from "./state.js";
 import { html, notice, Refusal, signal, useLayoutEffect, useRef, useRequest, useState } from "./ui.js";
 
 export const dialog = signal(null); // the open one: {component, props, key}
@@ -87,7 +87,7 @@ export function LoadDialog({ model: known, version = null }) {
   const model = answer ?? known, serves = model.state === "loaded"; // the repository may have more by now
   const [wanted, setWanted] = useState(version), [strategy, setStrategy] = useState(""), [priority, setPriority] = useState("");
   const [reason, setReason] = useState(""), [emergency, setEmergency] = useState(""), approvals = model.policy?.approvals ?? 0;
-  const [pinned, setPinned] = useState(useOf(known).serving?.pinned ? "true" : "");
+  const [pinned, setPinned] = useState(useOf(known).serving?.pinned ? "true" : ""), [copies, setCopies] = useState("");
   const versions = [...(model.versions ?? [])].sort((a, b) => b - a), chosen = versions.includes(wanted) ? wanted : versions[0];
   const shown = versions.map((each) => [each, `${each}${serves && each === model.version ? " (is loaded)" : ""}`]);
   const ask = async () => {
@@ -96,6 +96,7 @@ export function LoadDialog({ model: known, version = null }) {
     if (serves && strategy) body.strategy = strategy;
     if (priority) body.priority = priority;
     if (pinned) body.pinned = pinned === "true";
+    if (copies) body.copies = Number(copies);
     if (reason.trim()) body.reason = reason.trim();
     if (emergency.trim()) body.emergency = emergency.trim();
     await load(model.id, body);
@@ -115,6 +116,10 @@ export function LoadDialog({ model: known, version = null }) {
           serves. auto: beside where both fit.
         </p>`}
       <${Choice} id="load-pinned" label="Pinned" choices=${PINNED} value=${pinned} onChoice=${setPinned} />
+      ${nodes.value.length > 0 && html`
+        <${TextField} id="load-copies" label="Copies" type="number" min="1" max="64" placeholder=${model.copies ?? 1}
+          value=${copies} onText=${setCopies} aria-describedby="load-copies-help" />
+        <p id="load-copies-help" class="hint">At how many nodes it is to be loaded, one copy at each.</p>`}
       <${Choice} id="load-priority" label="Priority" choices=${PRIORITIES} value=${priority} onChoice=${setPriority} />
       <${TextField} id="load-reason" label="Reason" value=${reason} onText=${setReason} />
       ${approvals > 0 && html`<p class="hint">Unless these files were approved before, it waits until ${count(approvals, "other person", "other people")} approved it.</p>`}

@@ -98,7 +98,18 @@ export function count(amount, one, many = `${one}s`) {
 
 export const JOB_KINDS = { load: "Load", unload: "Unload", add: "Add" };
 
-const CAUSES = { restart: "after a restart", recovery: "after its worker ended", swap: "after a replacement failed", drain: "at another node, because its own drains" };
+const CAUSES = { restart: "after a restart", recovery: "after its worker ended", swap: "after a replacement failed", drain: "at another node, because its own drains", copy: "as a copy, which serves in place of one that ended" };
+
+// Where a model is loaded: its node, or those of its copies, with the version of a copy that has another one.
+export function placesText(model) {
+  const nameOf = ({ node, version }) => `${oneLine(node ?? "–", 130)}${version === model.version ? "" : ` (v${version})`}`;
+  return model.copies_at?.length ? model.copies_at.map(nameOf).join(", ") : oneLine(model.node ?? "–", 130);
+}
+
+// How many copies of a model are ready; empty if it is to have one.
+export function copiesText({ copies, copies_ready: ready }) {
+  return copies == null ? "" : `${ready} of ${count(copies, "copy", "copies")} ready`;
+}
 
 // Whether the system loaded again what somebody asked for.
 export function broughtBack(model) {

@@ -95,7 +95,7 @@ export function rangeText(from, to) {
 // What the lanes hold.
 
 // The lanes of a page of the timeline, the nodes' or the server's first, each with its items: its segments and marks
-// in the order of time.
+// in the order of time. Below a model with copies is a lane for each node that had one: `at` names it.
 export function lanesOf(page) {
   const ofServer = page.nodes?.map((lane) => ({ ...lane, model_id: `:${lane.node_id}` })) // no model has such an id
     ?? [{ model_id: "", segments: page.server }];
@@ -103,7 +103,11 @@ export function lanesOf(page) {
     ...lane, marks: [], loads: [],
     segments: lane.segments.map((segment) => ({ ...segment, version: null, events: 0 })),
   }));
-  return [...plain, ...page.lanes].map((lane) => ({ ...lane, items: itemsOf(lane, page) }));
+  const ofCopies = (lane) => (lane.copies ?? []).map(({ node_id: at, segments }) => ({
+    ...lane, id: `${lane.model_id}:${at}`, at, segments, marks: [],
+  }));
+  const all = [...plain, ...page.lanes.flatMap((lane) => [lane, ...ofCopies(lane)])];
+  return all.map((lane) => ({ id: lane.model_id, ...lane, items: itemsOf(lane, page) }));
 }
 
 // When a segment of a page began and ended; one that reaches the end of the page goes on.
@@ -128,7 +132,7 @@ function itemsOf(lane, page) {
 
 // Whether a lane is the server's or a node's, and its name then.
 export const isOfServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
-const nameOf = (lane) => oneLine(isOfServer(lane) ? lane.node_id ?? "Server" : lane.model_id, 130);
+const nameOf = (lane) => oneLine(isOfServer(lane) ? lane.node_id ?? "Server" : lane.at ? `at ${lane.at}` : lane.model_id, 130);
 
 // The item of a lane at a time: a mark within `slack` of it, else the segment there, else one within `slack`.
 export function itemAt(lane, time, slack) {
@@ -158,8 +162,8 @@ export function Lane({ lane, scale, href, chosenKey, shown }) {
     .map((item) => ({ ...item, to: Math.min(item.to, until) }))
     .filter((item) => item.to >= scale.from && item.from <= scale.to);
   return html`
-    <div class="lane" data-model=${lane.model_id}>
-      ${isOfServer(lane) ? html`<span class="lane-name server" title=${nameOf(lane)}>${nameOf(lane)}</span>`
+    <div class="lane" data-model=${lane.id}>
+      ${isOfServer(lane) || lane.at ? html`<span class="lane-name server" title=${nameOf(lane)}>${nameOf(lane)}</span>`
         : html`<a class="lane-name" title=${lane.model_id} tabindex="-1" href=${href}>${nameOf(lane)}</a>`}
       <svg class="lane-plot" aria-hidden="true" width=${scale.width} height=${HIGH} viewBox="0 0 ${scale.width} ${HIGH}"><g class="drawn">
         ${!isOfServer(lane) && down.map(([from, to]) => html`<${Down} scale=${scale} from=${from} to=${to} />`)}
@@ -291,16 +295,17 @@ function describeServer(lane, segment) {
 }
 
 function describeSegment(lane, segment) {
-  const version = segment.version == null ? "" : ` ${segment.version}`;
+  const version = segment.version == null ? "" : ` ${segment.version}`, place = lane.at ? ` at ${lane.at}` : "";
   if (segment.summary) {
     const end = `${segment.state}${segment.state === "unloaded" ? "" : version} at the end`;
-    const title = oneLine(`${lane.model_id}: ${count(segment.events, "event")}, ${end}`, 200);
+    const changes = lane.at ? "several changes" : count(segment.events, "event");
+    const title = oneLine(`${lane.model_id}${place}: ${changes}, ${end}`, 200);
     return [title, timesText(segment), "Too short, or too many, to draw apart: zoom in.", segment.error && `error ${segment.error}`];
   }
   const cause = segment.cause && segment.cause !== "request" ? `, cause ${segment.cause}` : "";
   const load = lane.loads.find((each) => each.job_id === segment.load_job_id);
   return [
-    oneLine(`${lane.model_id}${version} ${segment.state}`, 200),
+    oneLine(`${lane.model_id}${version} ${segment.state}${place}`, 200),
     timesText(segment),
     segment.by && `by ${oneLine(segment.by, 130)}${cause}`,
     segment.next_version != null && `version ${segment.next_version} loads beside it`,

@@ -4,7 +4,7 @@ import { api, errorText, requestErrorText } from "./api.js";
 import { approvalText, signatureText } from "./approvals.js";
 import { Charts } from "./charts.js";
 import { LoadDialog, openDialog } from "./dialogs.js";
-import { broughtBack, count, oneLine, plain, stamp } from "./format.js";
+import { broughtBack, bytes, clock, count, oneLine, plain, stamp } from "./format.js";
 import { JobItem } from "./jobs.js";
 import { EventList, useEvents } from "./ledger.js";
 import { factsOf, ModelBadges, ModelButtons } from "./models.js";
@@ -28,6 +28,7 @@ export function ModelPage() {
   return html`
     <${Head} id=${id} model=${model} refusal=${error ? why : ""} />
     <${Panel} kind="traffic" title="Requests and memory"><${Charts} modelId=${id} /><//>
+    ${model?.copies_at && html`<${Copies} copies=${model.copies_at} />`}
     <div class="halves"><${Tensors} model=${answer} why=${why} /><${Calls} id=${id} model=${answer} why=${why} /></div>
     ${model && html`<${Versions} model=${model} sources=${answer?.sources ?? []} changes=${changes} />`}
     <div class="halves"><${Jobs} id=${id} changes=${changes} />${audits && html`<${Events} id=${id} />`}</div>
@@ -88,7 +89,8 @@ function Facts({ model }) {
   return html`
     <dl class="facts">
       ${fact("Version", facts.version)}
-      ${nodes.value.length > 0 && fact("Node", facts.node)}
+      ${nodes.value.length > 0 && !facts.copies && fact("Node", facts.node)}
+      ${facts.copies && fact("Copies", [facts.copies, oneLine(model.copies_waiting_for ?? "", 300)].filter(Boolean).join(": "))}
       ${fact("Memory now", [facts.memory, useOf(model).serving && facts.memoryAtLoad].filter(Boolean).join(", "))}
       ${fact("Loaded", loaded)}
       ${model.signature && fact("Signature", signatureText(model.signature))}
@@ -97,6 +99,28 @@ function Facts({ model }) {
       ${fact("In flight", facts.inFlight)}
       ${fact("Workers", model.instances ? `${count(model.instances, "worker")}${threads}` : "–")}
     </dl>`;
+}
+
+// Its copies, the first of which has the facts above.
+function Copies({ copies }) {
+  const row = ({ node, version, workers, memory_bytes: memory, loaded_at: at, job_id: job }) => html`
+    <${Row} key=${job} heading=${oneLine(node ?? "–", 130)}>
+      <${Cell} label="Version">${String(version)}<//><${Cell} label="Workers" kind="number">${String(workers)}<//>
+      <${Cell} label="Memory" kind="number">${bytes(memory)}<//>
+      <${Cell} label="Loaded"><a href=${href("jobs", job)} title=${at}>${clock(at)}</a><//>
+    <//>`;
+  return html`
+    <${Panel} kind="its-copies" title="Copies">
+      ${copies.length > 0 && html`
+        <table class="cards">
+          <thead><tr>
+            <th scope="col">Node</th><th scope="col">Version</th><th scope="col" class="number">Workers</th>
+            <th scope="col" class="number">Memory when loaded</th><th scope="col">Loaded</th>
+          </tr></thead>
+          <tbody>${copies.map(row)}</tbody>
+        </table>`}
+      ${copies.length === 0 && html`<${Hint}>None is loaded.<//>`}
+    <//>`;
 }
 
 function Tensors({ model: answer, why }) {

@@ -2,7 +2,7 @@
 
 import { TrustBadges } from "./approvals.js";
 import { LoadDialog, openDialog, UnloadDialog } from "./dialogs.js";
-import { ago, broughtBack, bytes, clock, count, oneLine, plain, zone } from "./format.js";
+import { ago, broughtBack, bytes, clock, copiesText, count, oneLine, placesText, plain, zone } from "./format.js";
 import { CancelButton } from "./jobs.js";
 import { pin } from "./operations.js";
 import { PredictDialog } from "./predict.js";
@@ -73,7 +73,7 @@ function ModelRow({ model, acts }) {
     <${Row} heading=${html`<${ModelLink} id=${model.id} /><${ModelBadges} model=${model} />`}>
       <${Cell} label="State"><${Pill} state=${model.state} />${error}<//>
       <${Cell} label="Version" title=${threads}>${facts.version}<//>
-      ${nodes.value.length > 0 && html`<${Cell} label="Node">${facts.node}<//>`}
+      ${nodes.value.length > 0 && html`<${Cell} label="Node" title=${facts.copies && facts.node}>${facts.copies || facts.node}<//>`}
       <${Cell} label="Memory" kind="number" title=${facts.memoryAtLoad}>${facts.memory}<//>
       <${Cell} label="Last use" title=${facts.lastUsedAt}>${facts.lastUse}<//>
       <${Cell} label="In flight" kind="number">${facts.inFlight}<//>
@@ -87,7 +87,8 @@ export function factsOf(model) {
   const use = useOf(model);
   return {
     version: versionText(model),
-    node: oneLine(model.node ?? "–", 130),
+    node: placesText(model),
+    copies: copiesText(model),
     memory: memoryText(model, use),
     memoryAtLoad: model.memory_at_load_bytes ? `${bytes(model.memory_at_load_bytes)} when it was loaded` : null,
     lastUse: use.serving ? ago(use.last_used_at, now.value) : "–",
@@ -112,10 +113,12 @@ function memoryText(model, { processes, memory_bytes: used, reserved_bytes: rese
 }
 
 export function ModelBadges({ model }) {
+  const labels = Object.entries(model.labels ?? {}).map((each) => each.join(" ")).join(", ");
   const newer = "The repository has newer files than those that are loaded: load the model again to use them.";
   return html`
     ${model.active && html`<${Badge}>active<//>`}
     ${useOf(model).serving?.pinned && html`<${Badge}>pinned<//>`}
+    ${labels && html`<${Badge} title="Versions that labels name: ${labels}">${oneLine(labels, 60)}<//>`}
     ${model.repository_changed && html`<${Badge} title=${newer}>newer files<//>`}
     <${TrustBadges} model=${model} />`;
 }

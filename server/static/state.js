@@ -31,7 +31,7 @@ export function useOf(model) {
   const found = uses.value.get(model.id) ?? [], sum = (name) => found.reduce((total, use) => total + use[name], 0);
   return {
     processes: found.length,
-    serving: found.find((use) => use.job_id === model.job_id),
+    serving: found.find((use) => use.job_id === model.job_id || model.copies_at?.some((copy) => copy.job_id === use.job_id)),
     memory_bytes: sum("memory_bytes"),
     reserved_bytes: sum("reserved_bytes"),
     in_flight: sum("in_flight"),

@@ -3,7 +3,7 @@
 export const HASH_DIGITS = 12;
 
 export const EVENT_TEXTS = {
-  LoadRequested: {"parts": ["{cause}", "priority {priority}", "pinned?pinned", "reason: {justification.reason?}", "emergency: {justification.emergency?}"], "tone": "plain", "badIf": null},
+  LoadRequested: {"parts": ["{cause}", "priority {priority}", "pinned?pinned", "reason: {justification.reason?}", "emergency: {justification.emergency?}", "label {label?}"], "tone": "plain", "badIf": null},
   LoadJoined: {"parts": [], "tone": "plain", "badIf": null},
   LoadStarted: {"parts": ["attempt {attempt}", "at node {node_id?}"], "tone": "plain", "badIf": null},
   ModelLoaded: {"parts": ["{durations.total_us:ms}", "{memory_bytes:MB}", "threads {threads?}", "at node {node_id?}", "signed by {signature.signer?}", "{signature.problem?}", "{approval.result?:plain}", "{files:files}"], "tone": "good", "badIf": null},
@@ -36,6 +36,8 @@ export const EVENT_TEXTS = {
   AddRequested: {"parts": ["from {source}", "at node {node_id?}"], "tone": "plain", "badIf": null},
   AddStarted: {"parts": ["attempt {attempt}", "at node {node_id?}"], "tone": "plain", "badIf": null},
   AddFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},
+  LabelSet: {"parts": ["{label}"], "tone": "good", "badIf": null},
+  LabelRemoved: {"parts": ["{label}"], "tone": "plain", "badIf": null},
   ApprovalAsked: {"parts": ["digest {digest}", "{approvals} needed", "until {expires_at}", "signed by {signature.signer?}"], "tone": "plain", "badIf": null},
   LoadApproved: {"parts": ["{reason}", "digest {digest}"], "tone": "good", "badIf": null},
   LoadRejected: {"parts": ["{reason}", "digest {digest}"], "tone": "bad", "badIf": null},

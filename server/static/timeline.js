@@ -27,7 +27,7 @@ export function TimelinePage() {
   const settled = rangeOf(query), [range, setRange] = useResting(settled, (resting) => setQuery(queryOf(resting)));
   const [find, setFind] = useResting(query.find ?? "", (text) => setQuery({ find: text }));
   const [cursors, setCursors] = useState([""]); // of the pages up to the present one
-  const [chosen, setChosen] = useState(null); // {model, key} of an item
+  const [chosen, setChosen] = useState(null); // {lane, key} of an item
   useEffect(() => setCursors([""]), [query.find]);
   const past = useMoment(id), at = timeOf(id, past.answer);
   const { page, error } = useTimeline(settled, query.find ?? "", cursors.at(-1), width);
@@ -35,7 +35,7 @@ export function TimelinePage() {
   const bounds = boundsOf(range, page, steadyNow(range, page, width)), { from, to } = bounds;
   const scale = useMemo(() => new Scale(from, to, width), [from, to, width]);
   const selected = itemOf(lanes, chosen), moves = movesOf(range, bounds, selected?.item.from ?? at, setRange);
-  const choose = (lane, item) => setChosen(item && { model: lane.model_id, key: item.key });
+  const choose = (lane, item) => setChosen(item && { lane: lane.id, key: item.key });
   const view = { page, lanes, scale, axis, at, chosen, selected, choose, moves, tip, isLive: range.live, isMoving: range !== settled };
   return html`
     <${PageHead} title="Timeline" count=${page?.models ? count(page.models, "model") : ""}>
@@ -149,7 +149,7 @@ function useTimeline(range, find, cursor, width) {
 }
 
 function itemOf(lanes, chosen) {
-  const lane = lanes.find((each) => each.model_id === chosen?.model), item = lane?.items.find((each) => each.key === chosen.key);
+  const lane = lanes.find((each) => each.id === chosen?.lane), item = lane?.items.find((each) => each.key === chosen.key);
   return item ? { lane, item } : null;
 }
 
@@ -264,8 +264,8 @@ function useRows({ page, lanes, scale, chosen, isLive, isMoving }) {
     const until = isLive ? drawn.to : Math.min(drawn.to, serverNow());
     const shown = { down: page ? downTimes(page, until) : [], until };
     return lanes.map((lane) => html`
-      <${Lane} key=${lane.model_id} lane=${lane} scale=${drawn} shown=${shown} href=${href("models", lane.model_id)}
-        chosenKey=${chosen?.model === lane.model_id ? chosen.key : null} />`);
+      <${Lane} key=${lane.id} lane=${lane} scale=${drawn} shown=${shown} href=${href("models", lane.model_id)}
+        chosenKey=${chosen?.lane === lane.id ? chosen.key : null} />`);
   }, [lanes, drawn, chosen]);
   return [rows, { "--shift": `${scale.x(drawn.from)}px`, "--zoom": (drawn.to - drawn.from) / (scale.to - scale.from) }];
 }
@@ -305,7 +305,7 @@ function handlersOf(view) {
 function pick(event, { lanes, scale, axis }) {
   const row = event.target.closest?.(".lane"), x = event.clientX - axis.current.getBoundingClientRect().left;
   if (!row || x < 0) return { lane: null, item: null, time: null };
-  const lane = lanes.find((each) => each.model_id === row.dataset.model) ?? null, time = scale.time(x);
+  const lane = lanes.find((each) => each.id === row.dataset.model) ?? null, time = scale.time(x);
   const slack = (scale.to - scale.from) * (REACH / scale.width);
   return { lane, item: lane && itemAt(lane, time, slack), time };
 }

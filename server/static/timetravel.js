@@ -3,7 +3,7 @@
 import { api, errorText } from "./api.js";
 import { TrustBadges } from "./approvals.js";
 import { summary } from "./eventtext.js";
-import { broughtBack, clock, local, moment, oneLine, zone } from "./format.js";
+import { broughtBack, clock, local, moment, oneLine, placesText, zone } from "./format.js";
 import { address, replace } from "./router.js";
 import { advance, head, oldest } from "./state.js";
 import { Cell, Files, html, Pill, Refusal, Row, useEffect, useRequest, useState } from "./ui.js";
@@ -152,7 +152,7 @@ function nodesText(nodes) {
 }
 
 function PastRow({ model }) {
-  const place = model.node ? ` at ${oneLine(model.node, 130)}` : "";
+  const place = model.node ? ` at ${placesText(model)}` : "";
   const by = model.loaded_by ? `${oneLine(model.loaded_by, 130)}, ${clock(model.loaded_at)}${broughtBack(model)}${place}` : "–";
   return html`
     <${Row} heading=${html`<span class="name">${model.id}</span><${TrustBadges} model=${model} />`}>

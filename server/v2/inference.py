@@ -10,17 +10,18 @@ from functools import partial
 
 from aiohttp import hdrs, web
 
+from events.labels import LABEL_NAME
 from runtime.process.pool import reading_bytes
 from runtime.process.sharedmemory import SHARED_FROM_BYTES
 from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES
-from runtime.router import Absent, Answered, Here, InferenceRequest, Target, There
+from runtime.router import Absent, Answered, Here, InferenceRequest, Target, There, Version
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer
 from server.api.models import find_signature
 from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER
-from server.auth.gate import PRINCIPAL
+from server.auth.gate import FORWARDED, PRINCIPAL
 from server.auth.ratelimit import QUOTA
-from server.cluster import FORWARDING, forwardable
+from server.cluster import FORWARDING, Forwarding, forwardable
 from server.config import MAX_BODY_BYTES
 from server.errors import ANSWERING_NODE, NODE, ServerProblem, error_response
 from server.http.bodies import BodyTooLarge, Share, read_body
@@ -54,7 +55,7 @@ routes = Routes(tag="inference")
 
 _INFER_ERRORS = (
     "invalid_input", "inference_failed", "not_representable", "unknown_model", "unknown_version",
-    "body_too_large", "body_timeout", "model_not_loaded", "model_unloading", "worker_died",
+    "unknown_label", "body_too_large", "body_timeout", "model_not_loaded", "model_unloading", "worker_died",
     "inference_queue_full", "inference_timeout", "inference_cancelled", "bodies_full",
     "unsupported_media_type", "load_failed", "approval_required", "queue_full", "log_unavailable",
     "shutting_down", "node_unreachable", "fork_server_unavailable",
@@ -63,7 +64,7 @@ _INFER_ERRORS = (
 
 _METADATA_ERRORS = (
     "unknown_model", "unknown_version", "invalid_model", "unsafe_file", "model_changed", "repository_busy",
-    "repository_unreadable", "model_not_loaded", "node_unreachable", "inference_timeout",
+    "repository_unreadable", "model_not_loaded", "node_unreachable", "inference_timeout", "unknown_label",
 )  # fmt: skip
 
 
@@ -106,7 +107,7 @@ async def show_metadata(request: web.Request) -> web.Response:
     of_version="show_version_ready",
     access=Access.ANY,
     answers={200: (ReadySchema(), "It is ready.")},
-    errors=("not_ready", "model_not_loaded", "node_unreachable", "inference_timeout"),
+    errors=("not_ready", "model_not_loaded", "node_unreachable", "inference_timeout", "unknown_label"),
 )
 @forwardable
 async def show_ready(request: web.Request) -> web.Response:
@@ -118,11 +119,12 @@ async def show_ready(request: web.Request) -> web.Response:
 
 
 async def infer(
-    request: web.BaseRequest, app: web.Application, model_id: str, version: int | None
+    request: web.BaseRequest, app: web.Application, model_id: str, version: Version | None
 ) -> web.StreamResponse:
     """Resolve the target, read and decode the body for it, run, encode.
 
-    The gate has admitted the request. A model at another node is left to that node. One that is not loaded,
+    The gate has admitted the request. A model at another node is left to that node, and of several copies the
+    less busy one answers, or another one if it fails before it has begun. A model that is not loaded,
     in this version if there is one, is loaded on demand once the body is decoded, if that is configured, and
     within the inference's own time. The `Loadledger-Model` header names the load behind the answer.
     """
@@ -131,9 +133,10 @@ async def infer(
     router, share, loop = app[ROUTER], app[BODIES].share(subject), asyncio.get_running_loop()
     try:
         forwarding = app.get(FORWARDING)  # None in a server alone, whose models are never elsewhere
+        spreads = forwarding is not None and FORWARDED not in request.headers
         if forwarding is not None:
             await forwarding.catch_up(request, model_id)
-        target = router.resolve(model_id, version)
+        target = router.resolve(model_id, version, spreads=spreads)
         if isinstance(target, There):
             return await app[FORWARDING].forward(request, target, model_id, share)
         body = await _receive(request, share, target)
@@ -148,7 +151,10 @@ async def infer(
                 case Here() as here:
                     question = decoded or _decode_raw(body, here)
                     result = await router.infer(
-                        here, question, timeout_s, times, version=version, worker=body.worker
+                        *(here, question, timeout_s, times),
+                        version=version,
+                        worker=body.worker,
+                        spreads=spreads,
                     )
                 case There():
                     return await app[FORWARDING].forward(
@@ -164,7 +170,7 @@ async def infer(
                             result = await router.infer(
                                 found, question, left_s, times, version=version, worker=body.worker
                             )
-        return await _respond(request, result, decoded, times, share)
+        return await _respond(request, result, decoded, times, share, forwarding=forwarding)
     except BaseException:
         share.give_back()
         raise
@@ -233,6 +239,8 @@ async def _respond(
     decoded: InferenceRequest | None,
     times: InferenceTimes,
     share: Share,
+    *,
+    forwarding: Forwarding | None,
 ) -> DirectResponse:
     """Encode an answer, which is counted when its response is written."""
     here, request_id, quota = answered.here, None if decoded is None else decoded.id, request.get(QUOTA)
@@ -245,6 +253,8 @@ async def _respond(
         fields["Loadledger-Model"] = here.source
         if ANSWERING_NODE in request:
             fields[NODE] = request[ANSWERING_NODE]
+        if here.has_copies and forwarding is not None:
+            fields |= forwarding.describe_copy(request, here)
         if quota is not None:
             fields |= quota.headers()
         encoding = _encoding(request, body)
@@ -264,7 +274,8 @@ def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:
     return chosen_encoding(accepted)
 
 
-_INFER = re.compile(r"/v2/models/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:/versions/([1-9][0-9]{0,8}))?/infer")
+_VERSION = rf"[1-9][0-9]{{0,8}}|{LABEL_NAME.pattern}"
+_INFER = re.compile(rf"/v2/models/([A-Za-z0-9][A-Za-z0-9._-]{{0,127}})(?:/versions/({_VERSION}))?/infer")
 """The version has as many digits as fit into any integer; the router's path refuses others with a reason."""
 
 _PATH, _PATH_OF_VERSION = "/v2/models/{id}/infer", "/v2/models/{id}/versions/{version}/infer"
@@ -289,7 +300,8 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
             response: web.StreamResponse
             try:
                 await gate.admit(request, Access.PREDICT, f"POST {path}", model_id)
-                response = await infer(request, app, model_id, int(version) if version else None)
+                number = int(version) if version and version.isdigit() else version
+                response = await infer(request, app, model_id, number)
             except asyncio.CancelledError:
                 counts.count("POST", path, None)
                 raise

@@ -22,12 +22,12 @@ from server.api.schemas import (
     AnswerSchema,
     DeclaredTensorSchema,
     ModelPathSchema,
-    ModelVersionPathSchema,
+    ModelServedPathSchema,
     TensorSchema,
     about,
 )
 from server.appkeys import CONSUMER, LOG, ROUTER
-from server.cluster import NODE_ADDRESS, forwardable
+from server.cluster import COPIES, NODE_ADDRESS, forwardable
 from server.errors import NODE
 from server.http.validation import path_parameters
 from server.routing import Access, Routes
@@ -152,6 +152,10 @@ INFERENCE_RESPONSE: dict[str, Any] = {
             "schema": {"type": "string", "format": "uri"},
             "description": "Its address, if another node has forwarded the request there.",
         },
+        COPIES: {
+            "schema": {"type": "string"},
+            "description": "Of a model with copies: the addresses of all, separated by spaces.",
+        },
         HEADER_LENGTH: {
             "schema": {"type": "integer"},
             "description": "How many bytes of the body, after decompression, are JSON; missing if all are.",
@@ -180,6 +184,7 @@ AT_ONCE = 100
 
 MODEL_ERRORS = (
     *("unknown_model", "model_not_loaded", "model_unloading", "node_unreachable", "inference_timeout"),
+    "unknown_label",
 )
 """Errors of a read that needs a loaded model."""
 
@@ -211,7 +216,7 @@ def model_routes(
         twin.__name__ = of_version
         for path, schema, summary, each in (
             ("/v2/models/{id}", ModelPathSchema(), summaries[0], handler),
-            ("/v2/models/{id}/versions/{version}", ModelVersionPathSchema(), summaries[1], twin),
+            ("/v2/models/{id}/versions/{version}", ModelServedPathSchema(), summaries[1], twin),
         ):
             declare(f"{path}{suffix}", path=schema, summary=summary, is_forwarded=True, **operation)(each)
         return handler
@@ -348,8 +353,9 @@ async def find_here(request: web.Request) -> Here:
 
 def _statistics(app: web.Application, load: RunningLoad) -> dict[str, Any] | None:
     model = app[LOG].state.models.get(load.model_id)
-    serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
-    if serving is None or serving.load_job_id != load.job_id or not app[ROUTER].is_ready(load.model_id):
+    is_loaded = model is not None and model.phase is ModelState.LOADED
+    serving = model.find_serving(load.job_id) if model is not None and is_loaded else None
+    if serving is None or not app[ROUTER].is_ready(load.model_id):
         return None
     return load.statistics.as_protocol(load.model_id, load.version, serving.memory_bytes)
 

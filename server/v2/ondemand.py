@@ -23,7 +23,7 @@ from events.sqlite.listing import Reader
 from events.types import Cause, digest_of
 from runtime import errors
 from runtime.consumer.consumer import PendingDemand
-from runtime.router import Absent, Here, OtherVersionLoaded, Router, There
+from runtime.router import Absent, Here, OtherVersionLoaded, Router, There, Version
 from runtime.scheduler.scheduler import back_off_s
 from server.errors import ServerProblem
 
@@ -174,7 +174,7 @@ class OnDemand:
 
     @asynccontextmanager
     async def keep_loaded(
-        self, model_id: str, version: int | None, subject: str, ends_at_s: float
+        self, model_id: str, version: Version | None, subject: str, ends_at_s: float
     ) -> AsyncIterator[Here | There]:
         """Load a model, and protect it from eviction until the context ends.
 
@@ -190,6 +190,7 @@ class OnDemand:
             DemandFailed: `load_failed`.
             ApprovalRequired: `approval_required`.
             UnknownModel: `unknown_model`, or UnknownVersion, `unknown_version`.
+            UnknownLabel: `unknown_label`.
             LedgerProblem: `queue_full`, `log_unavailable`.
             ServerProblem: `shutting_down`.
         """
@@ -200,7 +201,8 @@ class OnDemand:
             while isinstance(target := self.router.resolve(model_id, version), Absent):
                 if isinstance(target.problem, OtherVersionLoaded):
                     raise target.problem
-                await self._wait((model_id, version), subject, ends_at_s)
+                demand = model_id, self.router.find_version(model_id, version)
+                await self._wait(demand, subject, ends_at_s)
             yield target
 
     async def _wait(self, demand: Demand, subject: str, ends_at_s: float) -> None:

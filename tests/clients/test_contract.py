@@ -378,6 +378,19 @@ def test_metadata_and_configuration_name_inputs_and_outputs(client: Any, admin: 
     assert not client.is_model_ready("subtract", "2", headers=admin)
 
 
+def test_label_is_a_version_to_the_client(server: Server, client: Any, admin: dict[str, str]) -> None:
+    with connected(KINDS[0], server.url, server.api.token("admin")) as ours:
+        ours.set_label("subtract", "champion", 1)
+    assert client.is_model_ready("subtract", "champion", headers=admin)
+    assert not client.is_model_ready("subtract", "nobody", headers=admin)
+    about = (client.get_model_metadata, client.get_model_config, client.get_inference_statistics)
+    for call in about:
+        assert call("subtract", "champion", headers=admin) == call("subtract", "1", headers=admin)
+        assert refusal(call, "subtract", "nobody", headers=admin)[0] == 404
+    result = client.infer("subtract", [floats("a", 5), floats("b", 2)], "champion", headers=dict(admin))
+    assert (result.as_numpy("y").tolist(), result.get_response()["model_version"]) == ([3], "1")
+
+
 def test_encodings_mix_in_one_counted_request(client: Any, admin: dict[str, str]) -> None:
     def count() -> Any:
         (stats,) = client.get_inference_statistics("subtract", "1", headers=admin)["model_stats"]

@@ -40,6 +40,7 @@ STARTED = {"unclean": True, "last_event_at": "T", "last_seen_at": "U"}
 CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("LoadRequested", REQUESTED, "demand, priority low", False),
     ("LoadRequested", REQUESTED | {"pinned": True}, "demand, priority low, pinned", False),
+    ("LoadRequested", REQUESTED | {"label": "champion"}, "demand, priority low, label champion", False),
     ("LoadStarted", {"attempt": 2}, "attempt 2", False),
     ("ModelLoaded", LOADED, "19 ms, 3.2 MB, model.onnx 0123456789ab", False),
     ("ModelLoaded", LOADED | {"threads": None}, "19 ms, 3.2 MB, model.onnx 0123456789ab", False),
@@ -72,6 +73,8 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
         False,
     ),
     ("VersionRemoved", {"reason": None}, "", False),
+    ("LabelSet", {"label": "champion", "cause_event_id": None}, "champion", False),
+    ("LabelRemoved", {"label": "champion"}, "champion", False),
     ("VersionRemoved", {"reason": None, "node_id": "a"}, "at node a", False),
     ("RollbackAccepted", {"kept_position": 7, "head_position": 4}, "signed up to 7, accepted at 4", True),
     ("EventsDiscarded", {"first_position": 7, "last_position": 9, "hash": "00"}, "positions 7 to 9", True),

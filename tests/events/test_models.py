@@ -37,7 +37,17 @@ from events.jobs import (
     PendingLoad,
 )
 from events.models import Model, ModelState, Serving
-from events.types import SYSTEM, TYPES, Cause, Data, Draft, LoadParameters, Prepared, Unknown
+from events.types import (
+    SYSTEM,
+    TYPES,
+    Cause,
+    Data,
+    Draft,
+    LoadParameters,
+    ModelSettingsChanged,
+    Prepared,
+    Unknown,
+)
 
 UNLOADED, LOADING, LOADED = ModelState.UNLOADED, ModelState.LOADING, ModelState.LOADED
 UNLOADING, LOST = ModelState.UNLOADING, ModelState.LOST
@@ -453,7 +463,7 @@ def test_footprints_of_latest_versions_outlive_the_model() -> None:
 # What cannot concern a model changes nothing.
 
 BODIES = json.loads(Path(__file__).with_name("bodies.json").read_text(encoding="ascii"))
-NEVER_LATE = {"LoadRequested", "UnloadRequested", "ServerStarted", "ServerStopped", "NodeJoined"}
+NEVER_LATE = {"LoadRequested", "UnloadRequested", "ServerStarted", "ServerStopped", "NodeJoined", "LabelSet"}
 LATE = [
     Unknown("Later", 1, {}),
     *(decode_event(BODIES[name]).data for name in sorted(TYPES.keys() - NEVER_LATE)),
@@ -571,3 +581,91 @@ def test_model_without_holders_is_stored_as_before() -> None:
     assert b'"holders":[{"version":1,"digest":' in msgspec.json.encode(history.model())
     history.add_version()
     assert msgspec.json.encode(history.model()) == before
+
+
+def copied(*nodes: str, copies: int = 3) -> History:
+    """Return a model whose first copy A is at `a`; the load of each other has the name of its node."""
+    history = History()
+    for node in "abc":
+        history.join(node)
+    history.load_at("a", "A", copies=copies, keep_alive_s=60)
+    for node in nodes:
+        history.load_at(node, node.upper(), copies=copies, cause=Cause.COPY)
+    return history
+
+
+def loads_of(history: History) -> list[str]:
+    return [each.load_job_id for each in history.model().servings]
+
+
+def test_copy_serves_beside_the_first_load() -> None:
+    history = copied("b", "c")
+    assert (loads_of(history), history.model().rank) == (["A", "B", "C"], copied().model().rank)
+    seen = history.model().at("b")
+    assert [each.load_job_id for each in seen.servings] == ["B", "A", "C"]
+    assert seen.serving is not None
+    assert (seen.serving.kept_as_is, seen.serving.parameters.keep_alive_s) == (True, None)
+    assert history.model().seen_as(seen) == seen
+    assert history.model().at("d") is history.model()
+
+
+@pytest.mark.parametrize("end", ["lose", "leave", "kill", "swap"])
+def test_copy_takes_the_place_of_what_ended(end: str) -> None:
+    history = copied("b", "c")
+    history.load_at("b", "B2", version=2, copies=3, cause=Cause.COPY)
+    history.load_at("a", "A2", copies=3)
+    assert loads_of(history) == ["A2", "C", "B2"]
+    match end:
+        case "lose":
+            history.lose("a")
+        case "leave":
+            history.leave("a")
+        case "kill":
+            history.kill_worker("w-A2")
+        case "swap":
+            history.ask_unload("U", "A2", cause=Cause.SWAP, node_id="a")
+    model = history.model()
+    assert (model.phase, loads_of(history)) == (LOADED, ["C", "B2"])
+    assert model.serving is not None
+    assert model.serving.parameters.wanted_copies == 3
+
+
+def test_model_is_lost_with_its_last_copy() -> None:
+    history = copied("b")
+    history.lose("b")
+    assert loads_of(history) == ["A"]
+    history.lose("a")
+    assert (history.model().phase, history.model().copies) == (ModelState.LOST, UNSET)
+
+
+def test_copy_with_a_dead_worker_is_kept_degraded() -> None:
+    history = copied()
+    history.load_at("b", "B", instances=2, copies=3, cause=Cause.COPY)
+    history.kill_worker("w-B-2")
+    assert not history.model().degraded
+    assert history.model().servings[1].degraded_at == at(history.seconds)
+    history.kill_worker("w-B")
+    assert loads_of(history) == ["A"]
+
+
+def test_settings_of_a_copied_model_outlive_its_first_load() -> None:
+    history = copied("b")
+    history.ask_load("S", copies=2, keep_alive_s=5)
+    history.add(ModelSettingsChanged("B", 5, pinned=True, copies=2), "S")
+    history.lose("a")
+    (left,) = history.model().servings
+    assert (left.load_job_id, left.parameters.keep_alive_s, left.parameters.copies) == ("B", 5, 2)
+
+
+def test_load_of_one_copy_ends_the_others() -> None:
+    history = copied("b", "c")
+    history.load_at("c", "N", copies=1)
+    assert loads_of(history) == ["N"]
+
+
+def test_copy_of_a_model_that_unloads_is_not_its_own() -> None:
+    history = copied()
+    history.ask_unload("U", "A", node_id="a")
+    history.start_unload("U")
+    history.load_at("b", "B", copies=3, cause=Cause.COPY)
+    assert (loads_of(history), history.model().loads) == (["A"], ())

@@ -204,12 +204,13 @@ def test_every_type_has_a_fold() -> None:
         *("ServerStarted", "ServerStopped", "AccessDenied", "PolicyInForce", "UnloadJoined"),
         *("ClockStepped", "RollbackAccepted", "EventsDiscarded", "VersionRemoved"),
         *("TokenIssued", "TokenRevoked", "SignInLinkIssued", "SignInLinkUsed"),
-        *("NodeJoined", "NodeDraining", "NodeLeft", "NodeLost"),
+        *("NodeJoined", "NodeDraining", "NodeLeft", "NodeLost", "LabelSet", "LabelRemoved"),
     }
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job
     of_adds = {"AddRequested", "AddStarted", "AddFailed"}
     of_waits = {"LoadJoined", "LoadRejected", "ApprovalExpired", "ApprovalBypassed"}
-    of_no_model = (of_no_job | of_adds | of_waits | {"CancelRequested", "LoadPlaced"}) - {"VersionRemoved"}
+    of_models_alone = {"VersionRemoved", "LabelSet", "LabelRemoved"}
+    of_no_model = (of_no_job | of_adds | of_waits | {"CancelRequested", "LoadPlaced"}) - of_models_alone
     assert {kind.__name__ for kind in models.STEPS} == TYPES.keys() - of_no_model
 
 

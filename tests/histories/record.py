@@ -18,6 +18,7 @@ instead of a name makes all states anew; use it only together with a new `events
 - `approvals`: loads under rules are approved, rejected, expire, and pass in an emergency; one is repeated
 - `adds`: adds from sources that fail, are cancelled, and succeed
 - `nodes`: a worker of three nodes dies, then a node; another one is drained and leaves, and one joins again
+- `copies`: written, not run: copies lose a worker, a node and a load, are swapped and unloaded
 """
 
 import asyncio
@@ -29,11 +30,13 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from support import models
 from support.cluster import are_elsewhere, clustered, find_nodes, find_places, is_lost
 from support.folding import fold_steps
-from support.history import opened
+from support.history import History, opened
+from support.ledgers import ledger_of
 from support.postgres import postgres_server
 from support.running import Clock, job_of, running
 from support.signing import make_key, public_pem, sign_folder
@@ -71,6 +74,7 @@ from events.types import (
     JobCancelled,
     Justification,
     LoadParameters,
+    ModelSettingsChanged,
     PolicyInForce,
     Provenance,
     SignInLinkIssued,
@@ -184,6 +188,42 @@ async def nodes(folder: Path) -> None:
         shutil.copyfile(first.replica, folder / LEDGER)
 
 
+async def copies(folder: Path) -> None:
+    """One of three copies is replaced, all are swapped, one takes another's place, all are unloaded."""
+    history = History()
+    for node in ("a", "b", "c"):
+        history.join(node)
+    wanted: dict[str, Any] = {"instances": 2, "copies": 3}
+    history.load_at("a", "A1", **wanted)
+    for node, job in (("b", "B1"), ("c", "C1")):
+        history.load_at(node, job, cause=Cause.COPY, **wanted)
+    history.kill_worker("w-C1-2")
+    history.unload("C1-ends", "C1", cause=Cause.COPY, node_id="c")
+    history.load_at("c", "C2", cause=Cause.COPY, **wanted)
+    history.load_at("a", "A2", version=2, **wanted)
+    history.unload("A1-ends", "A1", cause=Cause.SWAP, node_id="a")
+    history.load_at("b", "B2", version=2, cause=Cause.COPY, **wanted)
+    history.unload("B1-ends", "B1", cause=Cause.SWAP, node_id="b")
+    history.ask_load("C3", version=2, cause=Cause.COPY, **wanted)
+    history.start_at("c", "C3", version=2)
+    history.fail_load("C3", "insufficient_memory", version=2)
+    history.lose("a")
+    history.join("a", unclean=True)
+    history.load_at("a", "A3", version=2, cause=Cause.COPY, **wanted)
+    history.unload("C2-ends", "C2", cause=Cause.SWAP, node_id="c")
+    history.ask_load("fewer", version=2, copies=1)
+    history.add(ModelSettingsChanged("B2", None, pinned=False, copies=1), "fewer", version=2)
+    history.unload("A3-ends", "A3", version=2, cause=Cause.COPY, node_id="a")
+    history.load_at("c", "C4", version=2, cause=Cause.COPY, **wanted)
+    history.ask_unload("B2-ends", "B2", version=2, node_id="b")
+    history.ask_unload("C4-ends", "C4", version=2, cause=Cause.COPY, node_id="c")
+    for step in (history.start_unload, history.end_unload):
+        step("B2-ends", version=2)
+        step("C4-ends", version=2)
+    with ledger_of(history.facts) as connection:
+        connection.execute("VACUUM INTO ?", (str(folder / LEDGER),))
+
+
 async def adds(folder: Path) -> None:
     """Adds from sources: one that fails after a restart, one that is cancelled, and one that succeeds."""
 
@@ -249,6 +289,7 @@ SCENARIOS: dict[str, Scenario] = {
     "joins": joins,
     "tokens": tokens,
     "nodes": nodes,
+    "copies": copies,
     "adds": adds,
     "approvals": approvals,
 }

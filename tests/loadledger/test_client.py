@@ -70,6 +70,23 @@ def test_version_is_added_and_removed(client: Client, tmp_path: Path) -> None:
         client.remove(model_id, 2)
 
 
+def test_label_is_set_by_itself_and_with_a_load(client: Client, server: Server) -> None:
+    model_id = f"labelled-{type(client).__name__}"
+    for version in (1, 2):
+        save(models.add(version), server.api.config.repository, model_id, version)
+    client.set_label(model_id, "champion", 1)
+    client.set_label(model_id, "shadow", 2)
+    assert client.model(model_id).labels == {"champion": 1, "shadow": 2}
+    assert client.load(model_id, 2, label="champion", wait=True).label == "champion"
+    client.remove_label(model_id, "shadow")
+    assert client.model(model_id).labels == {"champion": 2}
+    assert client.infer(model_id, {"x": [1.0]}, version="champion").model_version == "2"
+    assert client.metadata(model_id, version="champion").versions == ["2"]
+    with pytest.raises(NotFound) as refused:
+        client.remove_label(model_id, "shadow")
+    assert refused.value.code == "unknown_label"
+
+
 def test_version_is_added_with_its_signature(client: Client, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(models.add(1).SerializeToString())
     signature = tmp_path / "bundle.json"

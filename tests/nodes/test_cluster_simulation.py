@@ -53,7 +53,7 @@ POLICIES = st.builds(
     loads=RULES,
 )
 
-USUAL, KEPT = LoadParameters(), ("instances", "node_labels")
+USUAL, KEPT = LoadParameters(), ("instances", "node_labels", "copies")
 LOADS = st.builds(
     lambda name, version, parameters, asked, said: RequestLoad(
         name,
@@ -74,6 +74,7 @@ LOADS = st.builds(
         strategy=st.sampled_from(["beside", "in_place", "auto"]),
         instances=st.sampled_from([1, 1, 1, 2]),
         node_labels=st.sampled_from([UNSET, UNSET, UNSET, ("gpu=a",)]),
+        copies=st.sampled_from([UNSET, UNSET, 2, 2, 3]),
     ),
     st.sets(st.sampled_from(["keep_alive_s", "timeout_s", "strategy"])),
     st.sampled_from([UNSET, UNSET, UNSET, EMERGENCY]),

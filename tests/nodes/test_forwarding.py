@@ -168,6 +168,18 @@ async def test_reads_of_a_model_are_forwarded(pair: Pair, suffix: str) -> None:
     ).status
 
 
+async def test_label_that_one_node_sets_is_a_version_at_both(pair: Pair) -> None:
+    owner, other = pair
+    label = "/api/v1/models/m/labels/champion"
+    assert (await other.api.send("PUT", label, json={"version": 1})).status == 204
+    path = "/v2/models/m/versions/champion"
+    for node in (other, owner):  # the first forwards, with how far it knows the ledger
+        answer = await ask(node, f"{path}/infer")
+        assert (answer.status, answer.json["model_version"]) == (200, "1")
+        assert (await node.api.get(f"{path}/ready")).status == 200
+        assert (await ask(node, "/v2/models/m/versions/nobody/infer")).refusal == (404, "unknown_label")
+
+
 @pytest.mark.parametrize(
     ("model_id", "refusal"),
     [("nope", (404, "unknown_model")), ("subtract", (400, "inference_failed"))],
@@ -281,8 +293,10 @@ async def test_only_some_header_fields_are_forwarded(pair: Pair) -> None:
         b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
         b"SSH-2.0-no\r\n\r\n",
         said(b"", "302 Found", "Location: http://127.0.0.1:1/"),
+        said(b"", "401 Unauthorized"),
+        said(b"", "429 Too Many Requests", 'RateLimit-Policy: "auth-failures";q=30;w=60'),
     ],
-    ids=["closed", "cut", "foreign", "redirect"],
+    ids=["closed", "cut", "foreign", "redirect", "token", "tokens"],
 )
 async def test_broken_answer_of_a_node_is_refused(pair: Pair, script: bytes) -> None:
     owner, other = pair

@@ -1,6 +1,7 @@
 """Which node runs a load: the choice among nodes, and the decisions of the placer and of a full node."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import UNSET
 from support.clusters import KnownSigning, KnownStanding
-from support.decisions import describe_next, processes
+from support.decisions import describe, describe_next, processes
 from support.history import CONTENTS, MODEL, PLAIN, History, at
 
 from events.commands import RequestLoad
-from events.nodes import Node, NodePhase
+from events.nodes import Node, NodePhase, find_placer
 from events.policy.rules import ApprovalRule, LoadPolicy
 from events.types import SYSTEM, AddRequested, AddStarted, Cause, Draft, LoadPlaced, PolicyInForce
 from nodes.decisions import NodePlacement, name_node
@@ -27,8 +28,9 @@ from nodes.placement import (
     find_share,
     place,
 )
-from runtime.scheduler.actions import Decision, StartLoad
-from runtime.scheduler.view import MemoryEstimate, Observations, Policy, SchedulerView
+from nodes.spread import CopyFigures
+from runtime.scheduler.actions import Decision, RequestReload, StartLoad, UnloadAutomatically
+from runtime.scheduler.view import LoadView, MemoryEstimate, Observations, Policy, SchedulerView
 
 F, P = frozenset({"f1", "f2"}), frozenset({"f1"})
 """Two files, and a prepared model of one."""
@@ -258,15 +260,17 @@ def test_equal_nodes_share_models() -> None:
 class Cluster:
     """Nodes `a` and `b` with budgets of 100 bytes; loads are estimated at 40."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget_bytes: int = 100) -> None:
         self.history = History()
         self.hints = dict[str, NodeHints]()
         self.estimates: dict[str, int | None] = {}
         self.estimating: Collection[str] = ()
         for name in ("a", "b"):
-            self.history.join(name, budget_bytes=100)
+            self.history.join(name, budget_bytes=budget_bytes)
 
-    def decide(self, name: str, running: str = "", *, epoch: int | None = None, **policy: Any) -> Decision:
+    def decide(
+        self, name: str, running: str | dict[str, LoadView] = "", *, epoch: int | None = None, **policy: Any
+    ) -> Decision:
         given: dict[str, Any] = {"loads_at_once": 2, "budget_bytes": 100, **policy}
         standing = KnownStanding(epoch or self.history.state.registers.nodes[name].epoch, self.hints)
         estimates = self.estimates.items()
@@ -275,7 +279,8 @@ class Cluster:
             estimating=self.estimating,
         )
         now = at(self.history.seconds)
-        view = SchedulerView(self.history.state, processes(running), Policy(**given), now, seen)
+        live = processes(running) if isinstance(running, str) else running
+        view = SchedulerView(self.history.state, live, Policy(**given), now, seen)
         return NodePlacement(name, standing, KnownSigning(name)).decide(view)
 
     def set_policy(self, name: str, policy: LoadPolicy) -> None:
@@ -694,3 +699,140 @@ def test_unneeded_demand_is_left_to_its_timeout() -> None:
     cluster.history.place("D", "b")
     cluster.estimates["D"] = 1
     assert cluster.next("b") == "start D"
+
+
+# Copies: two are wanted of a model, whose first copy L is at `b`.
+
+
+def copied(*steps: str, copies: int = 2) -> Cluster:
+    """Return nodes `a` to `c` after a load of copies and these steps, each `<verb> <what>`."""
+    cluster = Cluster(budget_bytes=10**9)
+    history = cluster.history
+    history.join("c", budget_bytes=10**9)
+    history.load_at("b", "L", copies=copies)
+    for step in steps:
+        match step.split():
+            case ["copy", node]:
+                history.load_at(node, f"C{node}", cause=Cause.COPY, copies=copies)
+            case ["swap", node]:
+                history.load_at(node, "S", version=2, copies=copies)
+            case ["drain", node]:
+                history.drain(node)
+            case ["lose", node]:
+                history.lose(node)
+            case ["kill", load]:
+                history.kill_worker(f"w-{load}")
+            case ["fill", node]:
+                cluster.hints[node] = NodeHints(99, free_bytes=1)
+            case ["wait", node]:
+                history.ask_load(f"O{node}", of=f"other-{node}")
+                history.place(f"O{node}", node, of=f"other-{node}")
+            case ["fail", code]:
+                history.ask_load("F", cause=Cause.COPY, version=history.model().version or 1, copies=copies)
+                history.fail_load("F", code)
+            case _:
+                pytest.fail(step)
+        history.seconds += 60
+    return cluster
+
+
+RELOAD, NOTHING = f"reload {MODEL}, copy", "nothing"
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([], RELOAD),
+        (["copy a"], NOTHING),
+        (["copy a", "copy c"], "end Cc"),
+        (["copy a", "lose b"], RELOAD),
+        (["copy a", "lose a"], RELOAD),
+        (["copy a", "kill L"], RELOAD),
+        (["copy c", "drain b"], RELOAD),
+        (["copy c", "drain b", "copy a"], "end L"),
+        (["copy c", "drain b", "drain a"], "end L"),
+        (["drain b", "drain a", "drain c"], NOTHING),
+        (["fill a", "fill c"], NOTHING),
+        (["wait a", "wait c"], NOTHING),
+        (["copy c", "swap b"], RELOAD),
+        (["copy c", "swap b", "fail timeout"], "end Cc"),
+        (["copy c", "swap a"], RELOAD),
+        (["fail timeout"], RELOAD),
+        (["fail broken"] * 6, RELOAD),
+        (["copy c", "swap b", "drain b", "fail timeout"], RELOAD),
+        (["copy c", "swap b", "wait c", "fill a"], NOTHING),
+        (["copy c", "swap b", "lose b"], RELOAD),
+        (["copy c", "swap b", "lose b", "copy a"], RELOAD),
+    ],
+)
+def test_placer_keeps_copies(steps: list[str], expected: str) -> None:
+    cluster = copied(*steps)
+    placer = find_placer(cluster.history.state.registers.nodes) or ""
+    action = cluster.decide(placer).action
+    match action:
+        case UnloadAutomatically(loaded, Cause.COPY):
+            assert expected == f"end {loaded.serving.load_job_id}"
+        case _:
+            assert describe(action) == expected
+    other = cluster.decide("c" if placer == "a" else "a").action
+    assert not isinstance(other, RequestReload | UnloadAutomatically)
+
+
+def test_copy_goes_to_node_without_one_or_with_older_version() -> None:
+    cluster = copied("copy c", "swap b")
+    cluster.history.ask_load("C2", cause=Cause.COPY, version=2, copies=2)
+    cluster.hints = {name: NodeHints(99, 10**9 if name == "a" else 10**8) for name in "abc"}
+    assert cluster.next("a") == "place C2 at c: serves"
+    cluster.history.drain("c")
+    assert cluster.next("a") == "estimate C2"  # its place is here
+
+
+def test_swap_goes_on_when_its_only_copy_is_lost() -> None:
+    cluster = copied("copy c", "swap b", "lose b")
+    history = cluster.history
+    assert history.model().version == 1
+    action = cluster.decide("a").action
+    assert isinstance(action, RequestReload)
+    assert action.model.serving.version == 2
+    history.load_at("a", "C2", version=2, cause=Cause.COPY, copies=2)
+    assert [each.load_job_id for each in history.model().servings] == ["C2", "Cc"]
+    assert history.model().target is UNSET
+    history.load_at("c", "C3", version=2, cause=Cause.COPY, copies=2)
+    assert cluster.next("a") == "nothing"
+
+
+def test_pending_copy_gives_way_to_reload() -> None:
+    cluster = copied()
+    cluster.history.ask_load("C", cause=Cause.COPY, copies=2)
+    cluster.history.kill_worker("w-L")
+    assert cluster.next("a") == "cancel C"
+    cluster.history.end_cancelled("C")
+    cluster.history.seconds += 60
+    assert cluster.next("b") == f"reload {MODEL}, recovery"
+
+
+def test_drained_node_moves_no_model_with_copies() -> None:
+    assert copied("copy c", "drain b").next("b", "L:serving") == "nothing"
+
+
+def test_eviction_ends_one_copy() -> None:
+    cluster = copied("copy a", "wait a", "fill b", "fill c")
+    cluster.estimates["Oa"] = 90
+    (run,) = processes("Ca:serving").values()
+    decision = cluster.decide("a", {"Ca": replace(run, memory_bytes=40)}, evicts=True)
+    assert isinstance(decision.action, UnloadAutomatically)
+    assert (decision.action.cause, decision.action.cause_event_id) == (Cause.COPY, "Oa")
+    assert decision.action.model.serving.load_job_id == "Ca"
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "expected"), [(0, "nothing"), (30, "nothing"), (90, f"unload {MODEL}, idle")]
+)
+def test_copied_model_is_idle_when_all_its_copies_are(idle_s: int, expected: str) -> None:
+    cluster = Cluster(budget_bytes=10**9)
+    for node, load, cause in (("a", "A", Cause.REQUEST), ("b", "B", Cause.COPY)):
+        cluster.history.load_at(node, load, cause=cause, copies=2, keep_alive_s=60)
+    cluster.history.seconds += 90
+    cluster.hints["b"] = NodeHints(9, 10**9, loads={MODEL: CopyFigures(idle_s=idle_s)})
+    assert cluster.next("a", "A:serving") == expected
+    assert cluster.next("b", "B:serving") == "nothing"

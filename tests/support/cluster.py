@@ -24,17 +24,19 @@ from pathlib import Path
 
 import aiohttp
 
+from events.models import Model
 from events.nodes import NodePhase
 from events.sqlite.datalock import LEDGER
 from events.sqlite.queries import read_head, read_state
 from events.state import State
 from events.storage import LogHead
+from runtime.scheduler.scheduler import is_crash_loop
 from server.auth.keys import ensure_data_dir, keys_folder
 from server.config import Config
 from support.cutting import CuttingProxy, cutting_proxy
 from support.disks import FreezableDisk
 from support.fleet import UNLIMITED, Fleet, Source, check_inference, question
-from support.http import Api, when
+from support.http import Answer, Api, Json, when
 from support.postgres import Address, Database, PostgresServer
 from support.replicas import make_ledger
 from support.servers import Server, serving
@@ -50,6 +52,23 @@ LITTLE, WRITABLE = 2**12, 2**40
 
 Place = tuple[str, str, str]
 """A node, a model, and the job of its load."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAnswer:
+    """An inference that was answered.
+
+    Attributes:
+        source: the load that answered.
+        node_id: the node that names itself.
+        known: how far that node had read the log before it was asked; 0 if nobody asked.
+    """
+
+    source: Source
+    node_id: str
+    known: int
+
+
 LOST_CONNECTION = (aiohttp.ClientError, TimeoutError, OSError)
 
 
@@ -207,7 +226,7 @@ class Cluster:
 
     Attributes:
         accepted: ids of the jobs that were answered with 200 or 202.
-        sources: the loads that answered inferences.
+        answers: of inferences.
         counts: of what the clients did and what was done to the nodes.
     """
 
@@ -215,7 +234,7 @@ class Cluster:
     fleet: Fleet
     nodes: dict[str, ClusterNode]
     accepted: set[str] = field(default_factory=set)
-    sources: set[Source] = field(default_factory=set)
+    answers: set[NodeAnswer] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -283,12 +302,12 @@ class Cluster:
         assert state is not None
         return state
 
-    async def load(self, *model_ids: str) -> State:
+    async def load(self, *model_ids: str, **body: Json) -> State:
         """Load models, wherever; return the state when all is at rest."""
         apis = [node.api for node in self.answering]
         answers = await asyncio.gather(
             *(
-                apis[number % len(apis)].post(f"/api/v1/models/{model_id}/load", wait=60)
+                apis[number % len(apis)].post(f"/api/v1/models/{model_id}/load", json=body, wait=60)
                 for number, model_id in enumerate(model_ids)
             )
         )
@@ -339,7 +358,8 @@ class Cluster:
             await self._try_infer(node, dice)
             return
         path = self._choose_path(dice, model_id)
-        answer = await node.api.post(path, json={}, wait=dice.choice((0, 0, 1)))
+        body = self._choose_body(dice) if path.endswith("/load") else {}
+        answer = await node.api.post(path, json=body, wait=dice.choice((0, 0, 1)))
         unknown = path.endswith("/cancel") and answer.status == 404  # to a node that has not heard of it yet
         assert answer.status in (200, 202, 409, 503) or unknown, answer
         self.counts[f"answered {answer.status}"] += 1
@@ -353,24 +373,44 @@ class Cluster:
             return f"/api/v1/models/{model_id}/unload" + dice.choice(("", "?force=true"))
         return f"/api/v1/models/{model_id}/load"
 
+    def _choose_body(self, dice: random.Random) -> Json:
+        """Return the parameters of a load: without a version it is the highest, as mostly."""
+        body: dict[str, Json] = {"copies": dice.randint(1, len(self.nodes))} if dice.random() < 0.5 else {}
+        return body | ({"version": dice.choice(self.fleet.versions)} if dice.random() < 0.3 else {})
+
     async def _try_infer(self, node: ClusterNode, dice: random.Random) -> None:
         """Ask a node for an inference of a model that is loaded, or was a moment ago, at any node."""
         model_ids = [model_id for _, model_id, _ in list_places(node.read_state())]
         if model_ids:
-            model_id, asked = dice.choice(model_ids), question(dice)
-            answer = await node.api.infer(model_id, asked)
+            version = dice.choice((None, None, *self.fleet.versions))
+            witness = dice.choice(self.answering)
+            answer = await self._ask(node, dice.choice(model_ids), dice, version, witness=witness)
             assert answer.status in (200, 503, 504), answer
-            self.counts[f"inferred {answer.status}"] += 1
-            if answer.status == 200:
-                self.sources.add(check_inference(model_id, asked, answer))
 
     async def infer(self, node: ClusterNode, model_id: str, dice: random.Random) -> None:
         """Ask a node for an inference, which must be answered."""
-        asked = question(dice)
-        answer = await node.api.infer(model_id, asked)
+        answer = await self._ask(node, model_id, dice, witness=node)
         assert answer.status == 200, (node.name, model_id, answer)
-        self.sources.add(check_inference(model_id, asked, answer))
-        self.counts["inferred 200"] += 1
+
+    async def _ask(
+        self,
+        node: ClusterNode,
+        model_id: str,
+        dice: random.Random,
+        version: int | None = None,
+        *,
+        witness: ClusterNode,
+    ) -> Answer:
+        """Ask a node for an inference; if the witness answers it, its knowledge before is noted."""
+        known = (await witness.api.get("/api/v1/events/head")).json["position"]
+        asked = question(dice)
+        answer = await node.api.infer(model_id, asked, version=version)
+        self.counts[f"inferred {answer.status}"] += 1
+        if answer.status == 200:
+            source, by = check_inference(model_id, asked, answer), answer.headers["Loadledger-Node"]
+            assert version in (None, source.version), answer.headers
+            self.answers.add(NodeAnswer(source, by, known if by == witness.name else 0))
+        return answer
 
     @asynccontextmanager
     async def inferring(self, places: list[tuple[str, str]], dice: random.Random) -> AsyncIterator[None]:
@@ -393,10 +433,10 @@ class Cluster:
 
 
 def list_places(state: State) -> Iterator[Place]:
-    """Yield where models are loaded, as recorded."""
+    """Yield where models are loaded, each copy of them, as recorded."""
     for model in state.models.values():
-        if model.state == "loaded" and model.serving is not None:
-            yield model.serving.node_id or "", model.id, model.serving.load_job_id
+        for copy in model.servings if model.state == "loaded" else ():
+            yield copy.node_id or "", model.id, copy.load_job_id
 
 
 def find_places(state: State, name: str) -> list[str]:
@@ -405,7 +445,7 @@ def find_places(state: State, name: str) -> list[str]:
 
 
 def find_nodes(state: State, model_ids: list[str]) -> dict[str, str]:
-    """Return the nodes at which models are loaded."""
+    """Return the nodes at which models are loaded, of each the one of a copy."""
     return {model_id: node for node, model_id, _ in list_places(state) if model_id in model_ids}
 
 
@@ -428,8 +468,10 @@ def are_elsewhere(model_ids: list[str], name: str) -> Callable[[State], bool]:
     """Return whether models are loaded, and none at this node."""
 
     def holds(state: State) -> bool:
-        found = find_nodes(state, model_ids)
-        return len(found) == len(model_ids) and name not in found.values()
+        places = {(node, model_id) for node, model_id, _ in list_places(state) if model_id in model_ids}
+        return {model_id for _, model_id in places} == {*model_ids} and name not in {
+            node for node, _ in places
+        }
 
     return holds
 
@@ -441,6 +483,22 @@ def _list_unsettled(state: State) -> Iterator[str]:
     for model in state.models.values():
         if model.state in ("loading", "unloading", "lost"):
             yield f"model {model.id} {model.state}"
+        yield from _list_uneven_copies(
+            model, sum(node.takes_loads for node in state.registers.nodes.values())
+        )
+
+
+def _list_uneven_copies(model: Model, takers: int) -> Iterator[str]:
+    """Yield what a model's copies lack: one version, and one at each of as many nodes as are wanted."""
+    first = model.serving
+    if model.state != "loaded" or first is None or is_crash_loop(model):
+        return
+    found = [f"{each.node_id}: {each.version}" for each in model.servings]
+    if not all(each.is_copy_of(first) for each in model.servings):
+        yield f"model {model.id} has different copies: {found}"
+    wanted = min(first.parameters.wanted_copies, max(1, takers))
+    if len(found) != wanted:
+        yield f"model {model.id} has copies at {found}, wanted are {wanted}"
 
 
 @asynccontextmanager
@@ -449,6 +507,7 @@ async def clustered(
     server: PostgresServer,
     names: tuple[str, ...] = ("n1", "n2", "n3"),
     disks: Mapping[str, FreezableDisk] | None = None,
+    versions: tuple[int, ...] = (1,),
 ) -> AsyncIterator[Cluster]:
     """Run nodes over a new ledger in a PostgreSQL server; kill them after the block.
 
@@ -457,7 +516,7 @@ async def clustered(
     The ledger's database stays, since the server may be another one by then: it ends with its server.
     """
     repository = folder / "repository"
-    fleet = Fleet(repository, MODELS, versions=(1,))
+    fleet = Fleet(repository, MODELS, versions=versions)
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(server.database(make_ledger))
         cluster = Cluster(database, fleet, {})

@@ -1,14 +1,16 @@
 """The audit of a ledger of nodes: one whole history, and no fact of a node whose epoch is over."""
 
 import asyncio
+import hashlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from events.codec import decode_event
-from events.models import ModelState
+from events.models import Model, ModelState
 from events.state import State
 from events.types import (
     REPLACEMENTS,
+    Cause,
     Event,
     LoadFailed,
     LoadPlaced,
@@ -42,7 +44,9 @@ class EpochAudit:
         ends: the type of each job's end, by job.
         asked: the jobs.
         failures: codes of failed loads.
-        loaded: the loads that have completed.
+        loaded: the node and the files of each load that has completed.
+        ended: the position at which a load was taken from its model; not of one that went on.
+        swaps: how many events each swap of a model with copies took, from its first load to its last step.
         lost: how often each node was lost.
     """
 
@@ -51,10 +55,15 @@ class EpochAudit:
     ends: dict[str, str] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     failures: list[str] = field(default_factory=list)
-    loaded: set[Source] = field(default_factory=set)
+    loaded: dict[Source, tuple[str, frozenset[str]]] = field(default_factory=dict)
+    ended: dict[Source, int] = field(default_factory=dict)
+    swaps: list[int] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     _state: State = field(default_factory=State)
     _replaced: set[str] = field(default_factory=set)
+    _serving: dict[str, set[Source]] = field(default_factory=dict)
+    _mixed: dict[str, int] = field(default_factory=dict)
+    _wanted: dict[str, int] = field(default_factory=dict)
 
     def follow(self, events: Iterable[Event]) -> None:
         """Check the events, which are all of the ledger."""
@@ -63,18 +72,47 @@ class EpochAudit:
             self._check_job(event)
             self._check_model(event)
             self._state.apply(event)
+            models = self._state.models
+            for model_id in [event.model_id] if event.model_id else list(models):
+                if model_id in models:
+                    self._check_copies(models[model_id], event)
         assert not self._replaced, f"loaded at two nodes, and nothing unloads these loads: {self._replaced}"
+        assert not self._mixed, f"models serve two versions in the end: {self._mixed}"
+
+    def _check_copies(self, model: Model, event: Event) -> None:
+        """Note the loads that a model serves from: one at each node, and of two versions during a swap."""
+        held = model.servings if model.phase is ModelState.LOADED else ()
+        assert len({each.node_id for each in held}) == len(held), f"two copies at one node: {event}"
+        before = self._serving.get(model.id, set())
+        now = {Source(model.id, each.version, each.position) for each in held}
+        self.ended.update(dict.fromkeys(before - now, event.position))
+        for source in now - before:
+            self.ended.pop(source, None)  # its unload was cancelled
+        self._serving[model.id] = now
+        versions = {source.version for source in now}
+        if len(versions) > 1 and not versions <= {source.version for source in before}:
+            assert isinstance(event.data, ModelLoaded), f"another version serves: {event}"
+            self._mixed.setdefault(model.id, event.position)
+        elif len(versions) < 2 and (began := self._mixed.pop(model.id, None)) is not None:
+            self.swaps.append(event.position - began)
 
     def _check_model(self, event: Event) -> None:
-        """Note a load that gives way to one at another node: nothing but its unload may follow."""
+        """Check that a further copy is of the version that serves.
+
+        A load that gives way to one at another node is noted: nothing but its unload may follow.
+        """
         data = event.data
+        if isinstance(data, LoadRequested) and data.cause is Cause.COPY:
+            copied = self._state.models[event.model_id or ""]
+            assert copied.version == event.version, event
         if isinstance(data, UnloadRequested) and data.cause in REPLACEMENTS:
             self._replaced.discard(data.load_job_id or "")
         if isinstance(data, ModelLoaded):
             model = self._state.models.get(event.model_id or "")
-            held = model.serving if model is not None and model.phase is ModelState.LOADED else None
-            if held is not None and held.node_id not in (None, data.node_id):
-                self._replaced.add(held.load_job_id)
+            held = model.servings if model is not None and model.phase is ModelState.LOADED else ()
+            is_alone = self._wanted.get(event.job_id or "") == 1
+            others = (each for each in held if each.node_id not in (None, data.node_id))
+            self._replaced |= {each.load_job_id for each in others if is_alone}
 
     def _check_node(self, event: Event) -> None:
         match event.data:
@@ -93,11 +131,14 @@ class EpochAudit:
     def _check_job(self, event: Event) -> None:
         data = event.data
         if isinstance(data, ModelLoaded):
-            self.loaded.add(Source(event.model_id or "", event.version or 0, event.position))
+            source = Source(event.model_id or "", event.version or 0, event.position)
+            self.loaded[source] = data.node_id or "", frozenset(file.sha256 for file in data.files)
         if isinstance(data, LoadFailed):
             self.failures.append(f"{data.code}: {data.message}")
         if isinstance(data, LoadRequested | UnloadRequested):
             self.asked.add(event.id)
+            if isinstance(data, LoadRequested) and data.cause is not Cause.COPY:
+                self._wanted[event.id] = data.parameters.wanted_copies
         elif isinstance(data, ENDS):
             assert event.job_id in self.asked - self.ends.keys(), event
             self.ends[event.job_id] = event.type
@@ -139,9 +180,20 @@ async def audit_cluster(cluster: Cluster, failures: Collection[str] = ()) -> Epo
     audit.follow(decode_event(body.encode()) for _, body, _ in rows)
     assert audit.asked == audit.ends.keys(), audit.asked - audit.ends.keys()
     assert cluster.accepted <= audit.ends.keys(), cluster.accepted - audit.ends.keys()
-    assert cluster.sources <= audit.loaded, cluster.sources - audit.loaded
+    check_answers(cluster, audit)
     refused = [each for each in audit.failures if each.partition(":")[0] not in failures]
     assert not refused, refused
     for node in cluster.nodes.values():
         assert "Traceback" not in node.output, node.output[-5000:]
     return audit
+
+
+def check_answers(cluster: Cluster, audit: EpochAudit) -> None:
+    """Check that each answer is of a load that its node recorded, and of none whose end the node had read."""
+    for answer in cluster.answers:
+        source = answer.source
+        path = cluster.fleet.root / source.model_id / str(source.version) / "model.onnx"
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert audit.loaded.get(source) == (answer.node_id, frozenset({found})), answer
+        ended = audit.ended.get(source)
+        assert ended is None or answer.known < ended, f"{answer}, which ended at {ended}"

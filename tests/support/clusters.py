@@ -5,7 +5,7 @@ lost, come late or twice. The checks of `ClusterLog` hold at each event.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -41,6 +41,7 @@ from nodes.placement import NodeHints, PlacementStrategy, find_digest, find_shar
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, RecordFact
 from runtime.scheduler.actions import Decision as Next
+from runtime.scheduler.scheduler import is_crash_loop
 from runtime.scheduler.view import MemoryEstimate, Policy
 from support.history import at
 from support.worlds import Ledger, Process, World
@@ -113,19 +114,23 @@ class ClusterLog(Ledger):
                 assert has_labels(self.state.registers.nodes[by.name], job.load)
                 assert has_version(self.state, by.name, draft.model_id, draft.version)
                 if isinstance(draft.data, ModelLoaded):
-                    self._check_replaced(draft, following)
+                    self._check_replaced(draft, following, job, by.name)
             case WorkerExited(node_id=node_id):
                 assert by is not None
                 assert node_id == by.name
 
-    def _check_replaced(self, loaded: Draft, following: Sequence[Draft]) -> None:
-        """A load that the model served from until now is unloaded: no model is loaded twice."""
+    def _check_replaced(self, loaded: Draft, following: Sequence[Draft], job: Job, node_id: str) -> None:
+        """What a load replaces is unloaded: all others, or with copies the one at its node."""
         model = self.state.models[loaded.model_id or ""]
-        if model.phase is not ModelState.LOADED or model.serving is None:
+        if model.phase is not ModelState.LOADED:
             return
+        assert job.load is not None
+        adds = job.cause is Cause.COPY or job.load.wanted_copies > 1
+        replaced = {each.load_job_id: each.node_id for each in model.servings}
+        if adds:
+            replaced = {load: at_node for load, at_node in replaced.items() if at_node == node_id}
         requests = [draft.data for draft in following if isinstance(draft.data, UnloadRequested)]
-        assert [each.load_job_id for each in requests] == [model.serving.load_job_id]
-        assert [each.node_id for each in requests] == [model.serving.node_id]
+        assert {each.load_job_id: each.node_id for each in requests} == replaced
 
 
 @dataclass
@@ -135,6 +140,7 @@ class KnownStanding:
     epoch: int | None = None
     peers: Mapping[str, NodeHints] = field(default_factory=dict)
     may_serve: bool = True
+    late: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,7 @@ class ClusterNode(World):
         self.epoch: int | None = None
         self.peers: Mapping[str, NodeHints] = {}
         self.may_serve = True
+        self.late: Collection[str] = ()
         self.placement = NodePlacement(name, self, KnownSigning(name), strategy)
         self.sign = KnownSigning(name).sign
         self.is_paused = False
@@ -472,18 +479,46 @@ class Cluster:
         for model in self.state.models.values():
             assert model.phase is not ModelState.LOST
             assert model.previous is None
-            if model.phase is ModelState.LOADED and model.serving is not None:
-                at_nodes[model.serving.node_id].add(model.serving.load_job_id)
+            for serving in model.servings if model.phase is ModelState.LOADED else ():
+                at_nodes[serving.node_id].add(serving.load_job_id)
         assert {node.name: set(node.live) for node in self.nodes} == at_nodes
         for model in self.state.models.values():
             if model.phase is ModelState.LOADED and model.serving is not None:
                 self._check_drained(model, model.serving)
+                self._check_copies(model, model.serving)
+
+    def _need_of(self, model: Model, serving: Serving) -> int:
+        peaks = [each.peak_memory_bytes for each in model.footprints if each.version == serving.version]
+        return max(peaks) * serving.parameters.instances
+
+    def _check_copies(self, model: Model, first: Serving) -> None:
+        """Each copy is of the same version and settings, at nodes that take loads, as many as can be."""
+        nodes = self.state.registers.nodes
+        assert len(model.servings) <= first.parameters.wanted_copies
+        if not model.copies and first.parameters.wanted_copies == 1:
+            return
+        assert all(each.version == first.version for each in model.servings)
+        usable = [nodes[each.node_id or ""].takes_loads for each in model.servings]
+        assert all(usable) or not any(usable)
+        rules = {find_digest(self.state.registers.find_policy(name), model.id) for name in nodes}
+        if len(rules) > 1 or is_crash_loop(model):
+            return
+        able = [
+            node
+            for node in nodes.values()
+            if node.takes_loads and has_labels(node, first.parameters)
+            if node.budget_bytes is None or self._need_of(model, first) <= node.budget_bytes
+            if has_version(self.state, node.id, model.id, first.version)
+        ]
+        assert not (model.target and able), "a swap was not completed"
+        here = {each.node_id for each in model.servings} - {node.id for node in able}
+        assert len(model.servings) - len(here) == min(first.parameters.wanted_copies, len(able))
+        assert not here or not able
 
     def _check_drained(self, model: Model, serving: Serving) -> None:
         """A drained node has nothing left but models that no other has the budget, labels or files for."""
         if not self.state.registers.nodes[serving.node_id or ""].takes_loads:
-            peaks = [each.peak_memory_bytes for each in model.footprints if each.version == serving.version]
-            need = max(peaks) * serving.parameters.instances
+            need = self._need_of(model, serving)
             takers = [node for node in self.state.registers.nodes.values() if node.takes_loads]
             able = [node for node in takers if has_version(self.state, node.id, model.id, serving.version)]
             is_known = model.find_admitted(digest_of(contents_of(serving.files))) is not None
@@ -511,6 +546,12 @@ class Cluster:
                 assert self.state.registers.nodes[serving.node_id or ""].is_present
                 assert has_labels(self.state.registers.nodes[serving.node_id or ""], serving.parameters)
                 assert has_version(self.state, serving.node_id or "", model.id, serving.version)
+            at_nodes = [each.node_id for each in model.servings]
+            assert len(at_nodes) == len(set(at_nodes)), "two copies at one node"
+            assert not model.copies or (model.phase is ModelState.LOADED and model.previous is None)
+            assert all(
+                self.state.registers.nodes[each.node_id or ""].is_present for each in model.copies or ()
+            )
         owners = [
             {job.id for job in find_share(self.state, name, None, frozenset()).unended()}
             for name, node in self.state.registers.nodes.items()

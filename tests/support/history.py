@@ -41,6 +41,8 @@ from events.types import (
     Event,
     FileHash,
     JobCancelled,
+    LabelRemoved,
+    LabelSet,
     LoadApproved,
     LoadedFile,
     LoadFailed,
@@ -241,7 +243,8 @@ class History:
         node_id: str | UnsetType = UNSET,
         **about: Any,
     ) -> None:
-        self.add(UnloadRequested(force, load, cause, node_id=node_id), job, by="alice", **about)
+        by = "alice" if cause is Cause.REQUEST else SYSTEM
+        self.add(UnloadRequested(force, load, cause, node_id=node_id), job, by=by, **about)
 
     def start_unload(self, job: str, **about: Any) -> None:
         self.add(UnloadStarted(), job, **about)
@@ -249,8 +252,16 @@ class History:
     def end_unload(self, job: str, **about: Any) -> None:
         self.add(ModelUnloaded(1_000, 0, 0), job, **about)
 
-    def unload(self, job: str, load: str, *, cause: Cause = Cause.REQUEST, **about: Any) -> None:
-        self.ask_unload(job, load, cause=cause, **about)
+    def unload(
+        self,
+        job: str,
+        load: str,
+        *,
+        cause: Cause = Cause.REQUEST,
+        node_id: str | UnsetType = UNSET,
+        **about: Any,
+    ) -> None:
+        self.ask_unload(job, load, cause=cause, node_id=node_id, **about)
         self.start_unload(job, **about)
         self.end_unload(job, **about)
 
@@ -320,15 +331,25 @@ class History:
         self.add(LoadPlaced(node, self.state.registers.nodes[node].epoch, "room"), job, **about)
 
     def load_at(
-        self, node: str, job: str, *, of: str = MODEL, cause: Cause = Cause.REQUEST, **given: Any
+        self,
+        node: str,
+        job: str,
+        *,
+        of: str = MODEL,
+        version: int = 1,
+        cause: Cause = Cause.REQUEST,
+        instances: int = 1,
+        **given: Any,
     ) -> None:
-        self.ask_load(job, of=of, cause=cause, **given)
-        self.start_at(node, job, of=of)
-        self.add(replace(model_loaded(f"w-{job}"), node_id=node), job, of=of)
+        """A load of one worker `w-<job>`, or of several, `w-<job>-2` and so on, ends well at a node."""
+        self.ask_load(job, of=of, version=version, cause=cause, instances=instances, **given)
+        self.start_at(node, job, of=of, version=version)
+        workers = (f"w-{job}", *(f"w-{job}-{number}" for number in range(2, instances + 1)))
+        self.add(replace(model_loaded(*workers), node_id=node), job, of=of, version=version)
 
-    def start_at(self, node: str, job: str, *, of: str = MODEL) -> None:
-        self.place(job, node, of=of)
-        self.add(LoadStarted(self.job(job).attempt + 1, node), job, of=of)
+    def start_at(self, node: str, job: str, *, of: str = MODEL, version: int = 1) -> None:
+        self.place(job, node, of=of, version=version)
+        self.add(LoadStarted(self.job(job).attempt + 1, node), job, of=of, version=version)
 
     def add_version(
         self, node: str | UnsetType = UNSET, *, sha256: str = "ab" * 32, of: str = MODEL, version: int = 1
@@ -341,6 +362,9 @@ class History:
         self, node: str | UnsetType = UNSET, reason: str | None = None, *, of: str = MODEL, version: int = 1
     ) -> None:
         self.add(VersionRemoved(reason, node), of=of, version=version, by="alice")
+
+    def set_label(self, label: str = "champion", *, version: int = 1, of: str = MODEL) -> None:
+        self.add(LabelSet(label), of=of, version=version, by="alice")
 
     def job(self, job: str) -> Job:
         return self.state.jobs[job]
@@ -446,6 +470,12 @@ STEPS: dict[str, Callable[..., object]] = {
     "start_add": lambda h: h.add(AddStarted(1), "A"),
     "finish_add": lambda h: h.end_add("A"),
     "fail_add": lambda h: h.add(AddFailed("broken", "it broke"), "A"),
+    # The label `champion`.
+    "label": lambda h: h.set_label(),
+    "label_v2": lambda h: h.set_label(version=2),
+    "unlabel": lambda h: h.add(LabelRemoved("champion"), by="alice"),
+    "request_labelled": lambda h: h.ask_load("L", label="champion"),
+    "request_labelled_v2": lambda h: h.ask_load("L2", version=2, label="champion"),
     # Another model.
     "request_other": lambda h: h.ask_load("O", of="other"),
     "start_other": lambda h: h.start_load("O", of="other"),

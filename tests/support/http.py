@@ -197,7 +197,9 @@ class Api:
         query = "?force=true" if force else ""
         return await self._ended("completed", f"/api/v1/models/{model_id}/unload{query}")
 
-    async def infer(self, model_id: str, *inputs: Json, version: int | None = None, **request: Any) -> Answer:
+    async def infer(
+        self, model_id: str, *inputs: Json, version: int | str | None = None, **request: Any
+    ) -> Answer:
         """Ask a model, as someone who may do that and nothing else."""
         at = "" if version is None else f"/versions/{version}"
         body = {"inputs": inputs, **request}

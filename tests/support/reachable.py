@@ -46,6 +46,13 @@ class ReachableNode:
         serving = model.serving if model is not None and model.state == "loaded" else None
         return None if serving is None else serving.node_id
 
+    def nodes_of(self, model_id: str) -> set[str | None]:
+        """Return the nodes that have copies of a model, as this one knows them."""
+        model = self.app[LOG].state.models.get(model_id)
+        return (
+            set() if model is None or model.state != "loaded" else {each.node_id for each in model.servings}
+        )
+
     async def knows(self, model_id: str, node_id: str | None) -> None:
         """Wait until this node knows that a model is loaded at a node, or at none."""
         await until(lambda: self.node_of(model_id) == node_id)
@@ -131,3 +138,10 @@ async def send(node: ReachableNode, path: str, fields: dict[str, str], method: s
     """Send a request of another node."""
     body: dict[str, Any] = {"json": {"inputs": [ONE]}} if method == "POST" else {}
     return await node.api.send(method, path, roles=(), headers=fields, **body)
+
+
+async def loaded_at_all(nodes: Sequence[ReachableNode], model_id: str) -> None:
+    """Load a model at all nodes, which then know of all copies."""
+    await nodes[0].api.load(model_id, copies=len(nodes))
+    for node in nodes:
+        await until(lambda node=node: node.nodes_of(model_id) == {each.name for each in nodes})  # type: ignore[misc]

@@ -7,6 +7,7 @@ exists.
 import enum
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from hypothesis import strategies as st
@@ -17,10 +18,12 @@ from events.policy.rules import LoadPolicy
 from events.types import (
     SYSTEM,
     TYPES,
+    Cause,
     Data,
     Draft,
     LoadRequested,
     ModelLoaded,
+    ModelSettingsChanged,
     PolicyInForce,
     UnloadRequested,
 )
@@ -125,4 +128,81 @@ def histories(draw: st.DrawFn) -> History:
     history = History()
     for step in draw(st.lists(st.sampled_from(sorted(STEPS)), max_size=25)):
         STEPS[step](history)
+    return history
+
+
+def _load_copies(history: History, node: str, cause: Cause, version: int) -> None:
+    job = f"{cause}-{len(history.facts)}"
+    history.load_at(node, job, cause=cause, version=version, instances=2, copies=3)
+
+
+def _add_copy(history: History, node: str) -> None:
+    first, version = history.model().serving, history.model().version
+    if version is not None and (first is None or first.node_id != node):
+        _load_copies(history, node, Cause.COPY, version)
+
+
+def _end_copy(history: History, node: str, cause: Cause = Cause.COPY) -> None:
+    """A copy is taken from the model, and drained at its node; a person's unload ends the first like this."""
+    own = next((each for each in history.model().servings if each.node_id == node), None)
+    if own is not None:
+        job = f"U{len(history.facts)}"
+        history.ask_unload(job, own.load_job_id, version=own.version, cause=cause, node_id=node)
+
+
+def _unload_all(history: History, _: str) -> None:
+    if (first := history.model().serving) is None:
+        return
+    job = f"U{len(history.facts)}"
+    history.ask_unload(job, first.load_job_id, version=first.version)
+    for copy in history.model().copies or ():
+        _end_copy(history, copy.node_id or "")
+    history.start_unload(job, version=first.version)
+    history.end_unload(job, version=first.version)
+
+
+def _kill_worker(history: History, node: str) -> None:
+    for each in history.model().servings:
+        if each.node_id == node:
+            history.kill_worker(each.worker_ids[-1], version=each.version)
+
+
+def _lose(history: History, node: str) -> None:
+    history.lose(node)
+    history.join(node)
+
+
+def _change_settings(history: History, _: str) -> None:
+    if (first := history.model().serving) is not None:
+        job = f"S{len(history.facts)}"
+        history.ask_load(job, version=first.version, pinned=True, copies=2)
+        changed = ModelSettingsChanged(first.load_job_id, 60, pinned=True, copies=2)
+        history.add(changed, job, version=first.version)
+
+
+PLACES = ("n1", "n2", "n3")
+COPY_STEPS: dict[str, Callable[[History, str], None]] = {
+    "load": lambda history, node: _load_copies(history, node, Cause.REQUEST, 1),
+    "swap": lambda history, node: _load_copies(history, node, Cause.REQUEST, 2),
+    **{f"copy_{number}": _add_copy for number in (1, 2, 3)},
+    "end_copy": _end_copy,
+    "replace_copy": lambda history, node: _end_copy(history, node, Cause.SWAP),
+    "unload": _unload_all,
+    "kill_worker": _kill_worker,
+    "lose": _lose,
+    "change_settings": _change_settings,
+}
+
+
+@st.composite
+def copied_histories(draw: st.DrawFn) -> History:
+    """Return a history of a model with copies at two of three nodes at first, of up to 15 steps more."""
+    history = History()
+    for node in PLACES:
+        history.join(node)
+    COPY_STEPS["load"](history, PLACES[0])
+    COPY_STEPS["copy_1"](history, PLACES[1])
+    steps = st.tuples(st.sampled_from(sorted(COPY_STEPS)), st.sampled_from(PLACES))
+    for step, node in draw(st.lists(steps, max_size=15)):
+        COPY_STEPS[step](history, node)
     return history

@@ -26,7 +26,7 @@ from events.commands import (
     RequestUnload,
 )
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
-from events.models import RELOADS, LoadedModel, ModelState
+from events.models import RELOADS, ModelState
 from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
 from events.policy.rules import ModelRules
 from events.state import State
@@ -510,7 +510,10 @@ class World:
         decision = self.decision()
         assert decision == self.decision()
         self.allow_optimising(decision)
+        decided_at = self.state.position
         self._begin_loads(decision.unestimated)
+        if self.state.position > decided_at:  # what their files say is recorded: decide anew
+            return self.step()
         if decision.action is not None:
             self.act(decision.action)
         elif decision.unestimated or (self.concludes_late and self.conclude_loads()):
@@ -580,9 +583,9 @@ class World:
             if not job.waits_for_approval or asked is None:
                 continue
             assert asked.expires_at > self.now
-            serving = None if model is None else model.serving
-            if serving is not None:
-                assert digest_of(contents_of(serving.files)) == asked.served_digest
+            servings = () if model is None else model.servings
+            digests = [digest_of(contents_of(each.files)) for each in servings]
+            assert not digests or asked.served_digest in digests
 
     def check_unapproved(self) -> None:
         """A load that waits for approval holds nothing: no memory, no slot, no turn."""
@@ -762,7 +765,7 @@ class World:
                 first = [draft_fact(job, before.data)] if before is not None else []
                 return [*first, draft_load_start(job, is_restarted=job.id in self.bare)]
             case actions.ChangeSettings(job, load):
-                return [draft_settings_change(job, load)]
+                return draft_settings_change(job, load)
             case actions.UnloadForReplacement(job):
                 return self._swapped_out(job)
             case actions.FailLoad(job, code):
@@ -784,21 +787,19 @@ class World:
 
     def describe_loaded(self, load: str, process: Process) -> ModelLoaded:
         """Return the outcome of a load."""
-        loaded = model_loaded(*process.workers)
+        loaded, job = model_loaded(*process.workers), self.state.unended_job(load)
         if load not in self.passed:
-            return loaded
+            same = job and find_expected(job, self.state.models.get(job.model_id))
+            return loaded if not same else change(loaded, files=same)
         files, checked = self.passed[load]
         return change(loaded, files=files, verified=True, approval=checked.approval or UNSET)
 
     def _swapped_out(self, job: Job) -> tuple[Draft, ...]:
         """Return the unload request of the load from which the model serves, which a job replaces."""
         model = self.state.models.get(job.model_id)
-        loaded = model.loaded if model is not None and model.phase is ModelState.LOADED else None
-        return () if loaded is None else self._unload_replaced(job, loaded)
-
-    def _unload_replaced(self, job: Job, loaded: LoadedModel) -> tuple[Draft, ...]:
-        load = loaded.serving.load_job_id
-        if load not in self.live:
+        servings = model.servings if model is not None and model.phase is ModelState.LOADED else ()
+        load = next((each.load_job_id for each in servings if each.load_job_id in self.live), None)
+        if load is None:
             return ()
         swap, old = self.log.new_id(), self.live[load]
         data = UnloadRequested(force=False, load_job_id=load, cause=Cause.SWAP, cause_event_id=job.id)

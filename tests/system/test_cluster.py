@@ -8,7 +8,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 
 import pytest
@@ -43,15 +43,23 @@ async def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
             disks["n1"] = stack.enter_context(freezable_disk(folder / "n1"))
         except pytest.skip.Exception as reason:
             tell(f"no disk hangs in this run: {reason}")
-        async with postgres_server() as server, clustered(folder, server, disks=disks) as cluster:
+        async with (
+            postgres_server() as server,
+            clustered(folder, server, disks=disks, versions=(1, 2)) as cluster,
+        ):
             yield cluster
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def cluster(shared_cluster: Cluster) -> AsyncIterator[Cluster]:
-    """The module's nodes, all at work, with half of the models loaded; audited after the test."""
+    """The module's nodes, all at work, with half of the models loaded; audited after the test.
+
+    One of these models has two copies.
+    """
     await shared_cluster.restore()
-    await shared_cluster.load(*kept(shared_cluster))
+    alone, copied = kept(shared_cluster)[:-1], kept(shared_cluster)[-1]
+    await shared_cluster.load(*alone, copies=1)
+    await shared_cluster.load(copied, copies=2)
     yield shared_cluster
     await shared_cluster.restore()
     await shared_cluster.settled()
@@ -211,10 +219,27 @@ async def _freeze_disk(node: ClusterNode, _: random.Random) -> None:
     node.freeze_disk()
 
 
-FAULTS = (
+Fault = Callable[[ClusterNode, random.Random], Awaitable[None]]
+FAULTS: tuple[Fault, ...] = (
     *(_kill, _stop, _drain, _freeze, _kill_worker, _fill_disk, _freeze_disk),
     *(_cut_off, _lose_answers, _disconnect, _delay, _kill_database),
 )
+
+
+@pytest.mark.parametrize("fault", [_kill, _freeze])
+async def test_model_with_copies_answers_without_one_of_its_nodes(
+    cluster: Cluster, dice: random.Random, fault: Fault
+) -> None:
+    copied, state = kept(cluster)[-1], cluster.answering[0].read_state()
+    first = state.models[copied].serving
+    assert first is not None
+    node, epoch = cluster.nodes[first.node_id or ""], state.registers.nodes[first.node_id or ""].epoch
+    others = [(name, copied) for name in cluster.nodes if name != node.name]
+    async with cluster.traffic(dice, changing(cluster)), cluster.inferring(others, dice):
+        await fault(node, dice)
+        await cluster.until(is_lost(node.name, epoch))
+        state = await cluster.until(lambda state: len(state.models[copied].servings) == 2)
+    assert [(name, copied) for name in cluster.nodes if copied in find_places(state, name)] == others
 
 
 async def disturb(cluster: Cluster, dice: random.Random) -> None:
@@ -239,6 +264,9 @@ async def test_random_faults_leave_the_ledger_sound(cluster: Cluster, dice: rand
     audit = await audit_cluster(cluster, FAILURES)
     ends = Counter(audit.ends.values())
     tell(f"{len(audit.lost)} nodes lost; {as_text(cluster.counts + ends)}; {audit.failures}")
+    known = sum(answer.known > 0 for answer in cluster.answers)
+    tell(f"{len(cluster.answers)} answers, {known} of nodes that were asked before what they know")
+    tell(f"{len(audit.swaps)} swaps of models with copies, of {max(audit.swaps, default=0)} events at most")
 
 
 async def replace_database(cluster: Cluster, successor: PostgresServer) -> None:

@@ -126,6 +126,8 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     await expect(admin.row("digits").get_by_text("pinned")).to_be_visible()
     await admin.press("digits", "Unpin")
     await expect(admin.row("digits").get_by_text("pinned")).to_be_hidden()
+    await server.api.send("PUT", "/api/v1/models/digits/labels/champion", json={"version": 2})
+    await expect(admin.row("digits").get_by_text("champion 2")).to_be_visible()
     assert (await server.api.model("digits"))["files"]
     assert (await server.api.infer("digits", ONE)).headers["Loadledger-Model"].startswith("digits/2;")
 

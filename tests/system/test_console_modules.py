@@ -163,6 +163,66 @@ CASES: dict[str, tuple[object, str]] = {
         return found.map((item) => item && item.key);
         """,
     ),
+    "copies have a lane for each node below their model's": (
+        [
+            ["m", "m", None],
+            ["m:a", "m 2 loaded at a", "job A"],
+            ["m:b", "m unloaded at b", None],
+            ["n", "n 1 loaded", "job N"],
+        ],
+        """
+        const { describe, lanesOf } = await import("/console/lanes.js");
+        const from = "2026-01-31T14:00:00Z", to = "2026-01-31T14:10:00Z";
+        const part = (state, version, load_job_id) => ({ from, to, state, version, load_job_id });
+        const lane = (model_id, segments, more) => ({ model_id, segments, marks: [], loads: [], ...more });
+        const copy = (node_id, segment) => ({ node_id, segments: [segment] });
+        const copies = [copy("a", part("loaded", 2, "A")), copy("b", part("unloaded", null, null))];
+        const lanes = [lane("m", [], { copies }), lane("n", [part("loaded", 1, "N")])];
+        const page = { to, server: [], lanes };
+        return lanesOf(page).slice(1).map((each) => {
+          const [item] = each.items, lines = item ? describe(each, item) : ["m"];
+          return [each.id, lines[0], lines.find((line) => line.startsWith("job")) ?? null];
+        });
+        """,
+    ),
+    "the copies of a model are on its page and in the list": (
+        [
+            "Copies2 of 3 copies ready: waits for room",
+            ["a", "b"],
+            ["2", "1"],
+            "2 of 3 copies ready",
+            "a, b (v1)",
+            9,
+        ],
+        """
+        const { ModelPage } = await import("/console/modelpage.js");
+        const { ModelsList } = await import("/console/models.js");
+        const { Boundary } = await import("/console/ui.js");
+        const copy = (node, version) => ({ node, version, position: 1, job_id: node, workers: 1,
+          loaded_at: "2026-01-31T14:00:00Z", memory_bytes: 5e6 });
+        const model = { id: "m", state: "loaded", version: 2, versions: [1, 2], node: "a", job_id: "a",
+          files: [], error: null, copies: 3, copies_ready: 2, copies_waiting_for: "waits for room",
+          copies_at: [copy("a", 2), copy("b", 1)] };
+        api.get = () => new Promise(() => {});
+        location.hash = "#/models/m";
+        state.session.value = { roles: [] };
+        state.nodes.value = [{ id: "a", phase: "joined", models: [], jobs: [], labels: [] }];
+        state.models.value = new Map([["m", model]]);
+        const use = { model_id: "m", job_id: "b", in_flight: 9, memory_bytes: 1, reserved_bytes: 0 };
+        state.resources.value = { models: [use], waiting: [], confinement: { not_prevented: [] } };
+        await soon(50);
+        const node = document.body.appendChild(document.createElement("div"));
+        render(html`<${Boundary}><${ModelsList} /><${ModelPage} /><//>`, node);
+        await soon(50);
+        const all = (selector) => [...node.querySelectorAll(selector)];
+        const texts = (selector) => all(selector).map((each) => each.textContent.trim());
+        const fact = texts(".facts > div").find((text) => text.startsWith("Copies"));
+        const cell = node.querySelector("#models-rows [data-label=Node]");
+        return [fact, texts(".its-copies tbody th"),
+          texts(".its-copies [data-label=Version]"), cell.textContent.trim(), cell.title,
+          state.useOf(model).serving.in_flight];
+        """,
+    ),
     "addresses are read as they were written": (
         [
             ["#/models/a%20b%2F%3F", "models", "a b/?"],

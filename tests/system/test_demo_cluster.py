@@ -44,7 +44,7 @@ def list_processes(folder: Path) -> list[bytes]:
     return [line for line in found if os.fsencode(folder) in line]
 
 
-def test_readmes_cluster_demo_moves_models_and_leaves_nothing(surroundings: dict[str, str]) -> None:
+def test_readmes_cluster_demo_answers_through_kill_and_leaves_nothing(surroundings: dict[str, str]) -> None:
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Several machines\n")[2]
     [line] = re.findall(r"^```sh\n(.*?)^```$", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
     assert line == f".venv/bin/pip install '.[postgres]' && .venv/bin/{COMMAND}\n"
@@ -63,6 +63,8 @@ def test_readmes_cluster_demo_moves_models_and_leaves_nothing(surroundings: dict
     assert moved
     assert re.findall(r"digits-\w", moved[1]) == killed[2].split(", ")
     assert killed[1] not in moved[1]
+    assert re.search(r"digits-a at n\d and n\d", moved[1])
+    assert re.search(r"^digits-a meanwhile: [1-9]\d* answers, 0 failed, ", done.stdout, re.MULTILINE)
     assert re.search(rf"NodeLost .* {killed[1]} epoch 1", done.stdout)
     assert len(re.findall(r"^asked at n\d, each model reads 599 .* digits$", done.stdout, re.MULTILINE)) == 2
     assert len(re.findall(r"^(?:database|replica of n\d) verified: ", done.stdout, re.MULTILINE)) == 4

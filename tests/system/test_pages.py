@@ -35,7 +35,7 @@ PACKAGES = {
 }
 """Packages that pages import besides ours and its requirements."""
 STANDING = {
-    "docs/models.md": ("", 9),
+    "docs/models.md": ("", 11),
     "docs/events.md": ("", 5),
     "docs/memory.md": ("--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on", 5),
     "docs/time-travel.md": ("", 6),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, MODEL, History, fold
 from support.ledgers import cut_off, ledger_of
-from support.strategies import drafts, histories
+from support.strategies import copied_histories, drafts, histories
 
 from events.history import ShownModel, describe_model, find_landmark, landmarks_around
 from events.jobs import Job, JobStatus
@@ -23,7 +23,7 @@ from events.types import Event, LoadJoined, VersionRemoved
 from server.api.models import model_view
 
 FORGED = st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts)
-FACTS = histories().map(lambda history: history.facts)
+FACTS = (histories() | copied_histories()).map(lambda history: history.facts)
 
 
 def answers(models: Iterable[ShownModel]) -> list[dict[str, Any]]:

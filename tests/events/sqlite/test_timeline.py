@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.history import FEWER, History, at
 from support.ledgers import ledger_of
-from support.strategies import histories
+from support.strategies import copied_histories, histories
 
 from events.clock import add_seconds, seconds_between
 from events.errors import LogUnavailable
@@ -36,7 +36,7 @@ def read_of(events: list[Event], query: TimelineQuery) -> Timeline:
 
 @FEWER
 @given(
-    histories(),
+    histories() | copied_histories(),
     st.integers(0, 40),
     st.integers(1, 40),
     st.sampled_from([1, 3, 10, 1_000]),
@@ -64,6 +64,37 @@ def test_lane_is_what_the_fold_gives(history: History, begin: int, last: int, re
             for time in {segment.begin, *(each for each in times if segment.begin <= each < segment.end)}:
                 model = states[bisect_right(times, time)].models[lane.model_id]
                 assert (segment.state, segment.version) == (model.state, model.version)
+        for copies in lane.copies:
+            for segment in (each for each in copies.segments if not each.is_summary):
+                for time in {segment.begin, *(each for each in times if segment.begin <= each < segment.end)}:
+                    model = states[bisect_right(times, time)].models[lane.model_id]
+                    own = [each for each in model.servings if each.node_id == copies.node_id]
+                    shown = [] if segment.load_job_id is None else [(segment.load_job_id, segment.version)]
+                    assert [(each.load_job_id, each.version) for each in own] == shown
+
+
+def test_model_with_copies_has_a_lane_for_each_node() -> None:
+    history = History()
+    history.join("a")
+    history.join("b")  # at 2 s
+    history.load_at("a", "A", copies=2)  # loaded at 6 s
+    history.load_at("b", "B", copies=2, cause=Cause.COPY)  # at 10 s
+    history.load_at("b", "B2", version=2, copies=2)  # at 14 s
+    history.ask_unload("U", "A", cause=Cause.SWAP, node_id="a")  # at 15 s
+    history.load_at("a", "A2", version=2, copies=2, cause=Cause.COPY)  # at 19 s
+    query = TimelineQuery(now=at(30), begin=at(8), end=at(20), resolution=2000)
+    [lane] = read_of(history.facts, query).lanes
+    shown = {
+        each.node_id: [(part.version, part.load_job_id, part.begin, part.end) for part in each.segments]
+        for each in lane.copies
+    }
+    assert shown == {
+        "a": [(1, "A", at(8), at(15)), (None, None, at(15), at(19)), (2, "A2", at(19), at(20))],
+        "b": [(None, None, at(8), at(10)), (1, "B", at(10), at(14)), (2, "B2", at(14), at(20))],
+    }
+    assert {load.job_id for load in lane.loads} == {"A", "A2", "B", "B2"}
+    [before] = read_of(history.facts, TimelineQuery(now=at(30), begin=at(2), end=at(8))).lanes
+    assert before.copies == ()
 
 
 NODE_STEPS = {

@@ -96,6 +96,26 @@ def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path)
     assert "version_in_use" in alice.refused(2, "rm added --version 3")
 
 
+def test_label_names_a_version_in_lists_and_requests(alice: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "net.onnx"
+    for number in (1, 2):
+        file.write_bytes(models.add(number).SerializeToString())
+        alice.prints(f"add labelled {file}")
+    assert alice.prints("label labelled") == "no labels\n"
+    assert re.fullmatch(r"LABEL +VERSION\nchampion +1\n", alice.prints("label labelled champion 1"))
+    assert "version 2: load completed" in alice.prints("load labelled --label champion --wait")
+    assert "champion" in alice.prints("jobs --model labelled --json")
+    assert alice.json("label labelled") == {"labels": {"champion": 2}}
+    assert re.search(r"^ +labels: +champion 2$", alice.prints("show labelled"), re.MULTILINE)
+    assert re.search(r"^labelled .* 1, 2 \(champion 2\) ", alice.prints("models"), re.MULTILINE)
+    assert "[3.0]" in alice.run("infer", "labelled", "x=[1]", "-v", "champion").stdout
+    at_once = alice.prints("load labelled --label latest")
+    assert at_once == "labelled version 2: settings changed, latest names it\n"
+    assert "version_in_use" in alice.refused(2, "rm labelled -v 2")
+    assert alice.json("label labelled champion --remove") == {"labels": {"latest": 2}}
+    alice.prints("unload labelled --wait")
+
+
 def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None:
     loaded = alice.prints(
         "load m --wait --pin --keep-alive-s 60 --threads 2 --node-labels zone=a,disk=fast"

@@ -95,6 +95,17 @@ MISTAKES = [
     ("rm digits -v 1", 2, "unload the model, or load another version"),
     ("rm digits", 2, "Missing option '--version'"),
     ("rm other -v 9", 2, "`loadledger show other` lists its versions"),
+    # labels
+    ("label digits champion", 2, "give LABEL with a VERSION that it names, or with --remove"),
+    ("label digits champion 1 --remove", 2, "give LABEL with a VERSION that it names, or with --remove"),
+    ("label digits --remove", 2, "give the LABEL that --remove removes"),
+    ("label digits 3 champion", 2, "'champion' is not a valid integer range"),
+    ("label digits 3 1", 2, "'3': Must begin with a letter"),
+    ("infer digits x=[1] -v 1x", 2, "--version 1x: Must begin with a letter"),
+    ("load digits --label 3", 2, "--label 3: Must begin with a letter"),
+    ("label digits champion 7", 2, "`loadledger show digits` lists its versions"),
+    ("label digits champion --remove", 2, "`loadledger label digits` lists its labels"),
+    ("infer digits x=[1] -v champion", 2, "`loadledger label digits` lists its labels"),
     # loads and jobs
     ("load digits", 0, ""),
     ("load other --memory-limit-bytes '2 gigs'", 2, "'2 gigs' is refused. Must be bytes, or a number of MB"),

@@ -45,6 +45,7 @@ from loadledger.records import (
     LoadSignature,
     LoadUsage,
     Model,
+    ModelCopy,
     ModelRules,
     Resources,
     VerifiedVersion,
@@ -153,6 +154,42 @@ def test_versions_from_sources_have_a_line_each() -> None:
     ]
 
 
+def test_copies_of_a_model_have_a_line_each() -> None:
+    copies = [
+        ModelCopy(
+            node=node,
+            version=version,
+            position=9,
+            job_id=f"j{node}",
+            loaded_at=NOW.isoformat(),
+            workers=2,
+            memory_bytes=5_000_000,
+        )
+        for node, version in (("a", 2), ("b", 1))
+    ]
+    model = Model(
+        id="m",
+        state="loaded",
+        node="a",
+        copies=3,
+        copies_ready=1,
+        copies_at=copies,
+        copies_waiting_for="room",
+    )
+    shown = list(models._details(model))
+    assert [line.split(":", 1)[1].strip() for line in shown if line.startswith("  copies")] == [
+        "1 of 3 copies ready",
+        "room",
+    ]
+    assert [line.split(", loaded ")[0] for line in shown if line.startswith("  copy at")] == [
+        "  copy at a: version 2, 2 workers, 5.0 MB",
+        "  copy at b: version 1, 2 workers, 5.0 MB",
+    ]
+    assert models._nodes_of(model) == "1 of 3 copies ready: a, b"
+    assert models._nodes_of(Model(id="m", state="loaded", node="a")) == "a"
+    assert models._nodes_of(Model(id="m", state="unloaded")) is None
+
+
 def test_display_of_a_waiting_load_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ApprovalState(digest="d", waits=True)
     job = Job(
@@ -202,6 +239,7 @@ def evil(kind: type[Any]) -> Any:
         "sources": [evil(VersionOrigin)] if kind is Model else [],
         "files": [File(path=EVIL, bytes=HUGE, mtime_ns=1, sha256=EVIL)],
         "parameters": {EVIL: EVIL},
+        "labels": {EVIL: HUGE},
     }
     return kind(**{**members, **more, **{k: v for k, v in lists.items() if k in kind.__struct_fields__}})
 

@@ -47,7 +47,16 @@ AUDIT: set[Roles] = {("audit",), ("admin",), ("audit", "predict")}
 ADMIN: set[Roles] = {("admin",)}
 APPROVE: set[Roles] = {("approve",)}
 VERIFY: set[Roles] = AUDIT | APPROVE
-NAMES = {"id": "m", "version": 1, "job_id": "j", "file": "console.css", "jti": "t", "stage": "s", "path": "p"}
+NAMES = {
+    "id": "m",
+    "version": 1,
+    "job_id": "j",
+    "file": "console.css",
+    "jti": "t",
+    "stage": "s",
+    "path": "p",
+    "label": "champion",
+}
 """Values of path parameters."""
 QUERIES = {"/api/v1/events/stream": "?after=x"}
 """Ends the requests that would stream."""
@@ -91,6 +100,8 @@ TABLE: dict[str, set[Roles]] = {
     "POST /api/v1/models/{id}/load": ADMIN,
     "PUT /api/v1/models/{id}/versions/{version}": ADMIN,
     "DELETE /api/v1/models/{id}/versions/{version}": ADMIN,
+    "PUT /api/v1/models/{id}/labels/{label}": ADMIN,
+    "DELETE /api/v1/models/{id}/labels/{label}": ADMIN,
     "POST /api/v1/models/{id}/versions/{version}/stages": ADMIN,
     "GET /api/v1/models/{id}/versions/{version}/stages/{stage}": ADMIN,
     "DELETE /api/v1/models/{id}/versions/{version}/stages/{stage}": ADMIN,

@@ -1,0 +1,185 @@
+"""Labels: their fold, and what is decided on them. `support.history.STEPS` explains the words."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given as given_any
+from msgspec import UNSET
+from support.history import CONTENTS, FEWER, MODEL, History, at, given
+from support.strategies import histories
+
+from events.accept import accept
+from events.commands import Accepted, Command, Decision, Existing, Refused, RemoveVersion, RequestLoad
+from events.history import decode_row, encode_row, make_row
+from events.jobs import JobStatus
+from events.labels import LABEL_NAME, MAX_LABELS, RemoveLabel, SetLabel, draft_label
+from events.models import Label
+from events.state import State
+from events.types import (
+    SYSTEM,
+    Draft,
+    LabelRemoved,
+    LabelSet,
+    LoadParameters,
+    LoadRequested,
+    ModelSettingsChanged,
+)
+
+FOLDED = [
+    # what was recorded, the versions that the labels name
+    ("label", {"champion": 1}),
+    ("label label_v2", {"champion": 2}),
+    ("label unlabel", {}),
+    ("unlabel", {}),
+    ("load label", {"champion": 1}),
+    ("load label request_unload start_unload finish_unload", {"champion": 1}),
+    ("load label load_v2", {"champion": 1}),
+    ("load label restart", {"champion": 1}),
+    ("label request_labelled_v2 start_v2 fail_v2", {"champion": 1}),
+    ("request_labelled start finish", {}),  # `LabelSet` is an event of its own
+]
+
+
+@pytest.mark.parametrize(("facts", "labels"), FOLDED)
+def test_label_names_version_until_it_moves(facts: str, labels: dict[str, int]) -> None:
+    model = given(facts).model()
+    assert make_row(model).labels == labels
+    assert (model.labels is UNSET) is not bool(labels)
+
+
+def test_labels_are_in_order_of_their_names() -> None:
+    history = History()
+    for version, name in enumerate(("b", "a", "b"), 1):
+        history.set_label(name, version=version)
+    assert history.model().labels == (Label("a", 2, 2), Label("b", 3, 3))
+
+
+@FEWER
+@given_any(histories())
+def test_row_has_each_label_with_its_version(history: History) -> None:
+    for model in history.state.models.values():
+        row = make_row(model)
+        assert row.labels == {label.name: label.version for label in model.labels or ()}
+        assert decode_row(encode_row(row)) == row
+        assert (b'"labels"' in encode_row(row)) is bool(row.labels)
+
+
+def decide(facts: str | State, command: Command) -> Decision:
+    new_ids = iter(("new", "new2", "new3"))
+    state = given(facts).state if isinstance(facts, str) else facts
+    return accept(state, command, lambda: next(new_ids), at(9_999))
+
+
+def load(version: int = 1, label: str = "champion") -> RequestLoad:
+    return RequestLoad(MODEL, version, CONTENTS, "bob", label=label)
+
+
+PINNED = replace(load(), parameters=LoadParameters(pinned=True), asked=frozenset({"pinned"}))
+SET, SET_V2 = SetLabel(MODEL, "champion", 1, "bob"), SetLabel(MODEL, "champion", 2, "bob")
+REMOVE = RemoveLabel(MODEL, "champion", "bob")
+
+DECISIONS: list[tuple[str, Command, str]] = [
+    # what was recorded, the command, what is appended or the job that answers or the code of a refusal
+    ("", SET, "LabelSet 1"),
+    ("load", SET_V2, "LabelSet 2"),
+    ("label", SET, "nothing"),
+    ("label", SET_V2, "LabelSet 2"),
+    ("", REMOVE, "unknown_label"),
+    ("label", REMOVE, "LabelRemoved 1"),
+    ("label unlabel", REMOVE, "unknown_label"),
+    ("label", RemoveVersion(MODEL, 1, "bob", "e"), "version_in_use"),
+    ("label", RemoveVersion(MODEL, 2, "bob", "e"), "VersionRemoved 2"),
+    ("label label_v2", RemoveVersion(MODEL, 1, "bob", "e"), "VersionRemoved 1"),
+    ("label unlabel", RemoveVersion(MODEL, 1, "bob", "e"), "VersionRemoved 1"),
+    # Loads with a label: a job with another label, or with none, is not joined.
+    ("", load(), "LoadRequested 1"),
+    ("request_labelled", load(), "LoadJoined 1"),
+    ("request_labelled", load(label="other"), "LoadRequested 1"),
+    ("request_labelled", replace(load(), label=UNSET), "LoadJoined 1"),
+    ("request", load(), "LoadRequested 1"),
+    ("load request_labelled_v2", load(2), "LoadJoined 2"),
+    # The version serves: the label moves at once, and a label that is there changes nothing.
+    ("load", load(), "LoadRequested 1, ModelSettingsChanged 1, LabelSet 1"),
+    ("load label_v2", load(), "LoadRequested 1, ModelSettingsChanged 1, LabelSet 1"),
+    ("load label", load(), "LoadJoined 1"),
+    ("load label", PINNED, "LoadRequested 1, ModelSettingsChanged 1"),
+    ("load", PINNED, "LoadRequested 1, ModelSettingsChanged 1, LabelSet 1"),
+    ("load label", load(2), "LoadRequested 2"),
+    ("load request_v2", load(2), "LoadRequested 2"),
+]
+
+
+def describe(decision: Decision) -> str:
+    match decision:
+        case Accepted(drafts):
+            return ", ".join(f"{draft.data.TYPE} {draft.version}" for draft in drafts)
+        case Existing(job):
+            return job or "nothing"
+        case Refused(code):
+            return code
+
+
+@pytest.mark.parametrize(("facts", "command", "expected"), DECISIONS)
+def test_label_command_appends_what_is_new(facts: str, command: Command, expected: str) -> None:
+    assert describe(decide(facts, command)) == expected
+
+
+def test_label_moves_with_outcome_of_load_of_what_serves() -> None:
+    decision = decide("load", load())
+    assert isinstance(decision, Accepted)
+    request, outcome, label = decision.drafts
+    assert isinstance(request.data, LoadRequested)
+    assert (request.id, request.actor, request.data.label) == ("new", "bob", "champion")
+    assert isinstance(outcome.data, ModelSettingsChanged)
+    assert (outcome.actor, label.actor) == (SYSTEM, "bob")
+    assert label == Draft(label.id, LabelSet("champion", outcome.id), "bob", "new", MODEL, 1)
+
+
+def test_load_with_label_that_serves_completes_at_once() -> None:
+    history, decision = given("load"), decide("load", load())
+    assert isinstance(decision, Accepted)
+    for draft in decision.drafts:
+        history.add(draft.data, draft.job_id, event_id=draft.id, by=draft.actor)
+    assert history.model().labels == (Label("champion", 1, history.state.position),)
+    assert history.job("new").status is JobStatus.COMPLETED
+
+
+def test_label_of_loaded_version_is_set_by_who_asked() -> None:
+    outcome = Draft("loaded", LabelRemoved("x"), SYSTEM, "L", MODEL, 2, "w")
+    moved = draft_label(outcome, "champion", "bob", lambda: "id")
+    assert moved == Draft("id", LabelSet("champion", "loaded"), "bob", "L", MODEL, 2)
+
+
+def test_label_of_removed_version_is_refused() -> None:
+    history = given("load load_v2")
+    history.remove_version()
+    assert describe(decide(history.state, SET)) == "unknown_version"
+
+
+def test_labels_beyond_limit_are_refused() -> None:
+    history = History()
+    for number in range(MAX_LABELS - 1):
+        history.set_label(f"label{number}")
+    history.ask_load("L", label="champion")  # it will set the last one
+    others = SetLabel(MODEL, "other", 1, "bob"), load(2, label="other")
+    assert [describe(decide(history.state, each)) for each in others] == ["too_many_labels"] * 2
+    assert describe(decide(history.state, SET)) == "LabelSet 1"
+    assert describe(decide(history.state, SetLabel(MODEL, "label0", 2, "bob"))) == "LabelSet 2"
+
+
+def test_refused_removal_names_labels_and_what_to_do() -> None:
+    history = given("label")
+    history.set_label("stable")
+    refused = decide(history.state, RemoveVersion(MODEL, 1, "bob", "e"))
+    assert isinstance(refused, Refused)
+    assert refused.message.endswith("by the label 'champion', 'stable': move or remove that first")
+
+
+@pytest.mark.parametrize("name", ["champion", "A", "v1", "a.b-c_d", "a" * 63])
+def test_label_begins_with_a_letter(name: str) -> None:
+    assert LABEL_NAME.fullmatch(name)
+
+
+@pytest.mark.parametrize("name", ["", "1", "1a", "-a", ".", "..", "a/b", "a b", "a\n", "ä", "a" * 64, "a%2f"])
+def test_name_that_is_no_label_does_not_match(name: str) -> None:
+    assert not LABEL_NAME.fullmatch(name)

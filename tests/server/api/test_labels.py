@@ -1,0 +1,235 @@
+"""`PUT` and `DELETE …/labels/{label}`, loads with a label, and requests that name a version by it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from support import models
+from support.http import ONE, Json, LocalApi
+
+from events.types import LabelRemoved, LabelSet, LoadRequested, ModelLoaded, ModelSettingsChanged
+
+Start = Callable[..., Awaitable[LocalApi]]
+INVALID = (400, "invalid_parameter")
+NOT_LOADED = (503, "model_not_loaded")
+
+
+def save(api: LocalApi, model_id: str, *versions: int) -> None:
+    """Save versions of `y = x + version`."""
+    for version in versions:
+        api.save(models.add(version), model_id, version)
+
+
+def path(model_id: str, label: str = "champion") -> str:
+    return f"/api/v1/models/{model_id}/labels/{label}"
+
+
+async def put(api: LocalApi, model_id: str, version: object, label: str = "champion", **options: Any) -> Any:
+    return await api.send("PUT", path(model_id, label), json={"version": version}, **options)
+
+
+async def answered(api: LocalApi, model_id: str, version: int | str | None) -> Any:
+    answer = await api.infer(model_id, ONE, version=version)
+    assert answer.status == 200, answer.body
+    return answer.json["model_version"], answer.headers["Loadledger-Model"].partition(";")[0]
+
+
+async def test_label_names_version_until_it_is_removed(shared: LocalApi) -> None:
+    save(shared, "m", 1, 2)
+    assert "labels" not in await shared.model("m")
+    for version, head in ((1, 1), (1, 0), (2, 1)):
+        before = shared.position
+        assert (await put(shared, "m", version, subject="Ann")).status == 204
+        assert shared.position == before + head  # what is set already appends nothing
+    await put(shared, "m", 1, "shadow")
+    assert (await shared.model("m"))["labels"] == {"champion": 2, "shadow": 1}
+    assert (await shared.send("DELETE", path("m"), subject="Bob")).status == 204
+    assert (await shared.send("DELETE", path("m"))).refusal == (404, "unknown_label")
+    [listed] = [model for model in (await shared.get("/api/v1/models")).json["models"] if model["id"] == "m"]
+    assert listed["labels"] == {"shadow": 1}
+    events = [(event.data, event.version, event.actor, event.job_id) for event in await shared.events("m")]
+    assert events == [
+        (LabelSet("champion"), 1, "Ann", None),
+        (LabelSet("champion"), 2, "Ann", None),
+        (LabelSet("shadow"), 1, "alice", None),
+        (LabelRemoved("champion"), 2, "Bob", None),
+    ]
+
+
+REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
+    ("unknown model", {"model_id": "nobody"}, (404, "unknown_model")),
+    ("unknown version", {"version": 3}, (404, "unknown_version")),
+    ("version 0", {"version": 0}, (400, "invalid_body")),
+    ("text", {"version": "1"}, (400, "invalid_body")),
+    ("no version", {"version": None}, (400, "invalid_body")),
+    ("a number", {"label": "1"}, INVALID),
+    ("a hyphen", {"label": "-champion"}, INVALID),
+    ("too long", {"label": "a" * 64}, INVALID),
+    ("a slash", {"label": "a%2Fb"}, INVALID),
+    ("a line break", {"label": "a%0A"}, INVALID),
+    ("a null", {"label": "a%00"}, INVALID),
+    ("another script", {"label": "%D0%B0dmin"}, INVALID),
+    ("markup", {"label": "a%3Cb%3E"}, INVALID),
+    ("role", {"roles": ("predict", "audit", "approve")}, (403, "forbidden")),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [row[1:] for row in REFUSALS], ids=[row[0] for row in REFUSALS]
+)
+async def test_refused_label_records_nothing(
+    shared: LocalApi, given: dict[str, Any], expected: tuple[int, str]
+) -> None:
+    save(shared, "refused", 1)
+    answer = await put(shared, **{"model_id": "refused", "version": 1, **given})
+    assert answer.refusal == expected
+    assert "labels" not in await shared.model("refused")
+    if expected == INVALID:
+        assert "begin with a letter" in answer.json["detail"]
+
+
+@pytest.mark.parametrize("label", ["", "1", "a b", "a" * 64, "\u0430", "a\n", None, 3, ["a"], {"a": 1}])
+async def test_load_with_what_is_no_label_is_refused(shared: LocalApi, label: object) -> None:
+    save(shared, "refused", 1)
+    answer = await shared.post("/api/v1/models/refused/load", json={"label": label})
+    assert answer.refusal == (400, "invalid_body")
+
+
+async def test_version_that_a_label_names_is_not_removed(shared: LocalApi) -> None:
+    save(shared, "kept", 1, 2)
+    await put(shared, "kept", 1)
+    version = "/api/v1/models/kept/versions/1"
+    refused = await shared.send("DELETE", version)
+    assert refused.refusal == (409, "version_in_use")
+    assert "label 'champion': move or remove that first" in refused.json["detail"]
+    await put(shared, "kept", 2)
+    assert (await shared.send("DELETE", version)).status == 204
+    assert (await put(shared, "kept", 1)).refusal == (404, "unknown_version")
+
+
+async def test_load_moves_its_label_in_the_append_of_its_outcome(shared: LocalApi) -> None:
+    save(shared, "moved", 1, 2)
+    await put(shared, "moved", 1)
+    await shared.load("moved", version=1)
+    options = {"json": {"version": 2, "label": "champion"}, "subject": "Ann", "wait": 60}
+    job = (await shared.post("/api/v1/models/moved/load", **options)).json
+    assert (job["status"], job["label"]) == ("completed", "champion")
+    events = await shared.events("moved")
+    [loaded] = [each for each in events if isinstance(each.data, ModelLoaded) and each.version == 2]
+    [label] = [each for each in events if isinstance(each.data, LabelSet) and each.version == 2]
+    assert (label.position, label.recorded_at) == (loaded.position + 1, loaded.recorded_at)
+    assert (label.data, label.actor, label.job_id) == (LabelSet("champion", loaded.id), "Ann", job["id"])
+    assert loaded.actor == "system"
+    assert (await answered(shared, "moved", "champion")) == ("2", "moved/2")
+    assert (await shared.post("/api/v1/models/moved/load", **options)).json["id"] == job["id"]
+    kinds = [kind for kind in await shared.types("moved") if kind in {"LoadRequested", "LabelSet"}]
+    assert kinds == ["LabelSet", "LoadRequested", "LoadRequested", "LabelSet"]
+
+
+async def test_load_of_what_serves_moves_its_label_at_once(shared: LocalApi) -> None:
+    save(shared, "served", 1)
+    first = await shared.load("served")
+    job = await shared.load("served", label="champion", pinned=True)
+    assert (job["status"], job["started_at"], job["id"] != first["id"]) == ("completed", None, True)
+    requested, outcome, label = (await shared.events("served"))[-3:]
+    assert isinstance(requested.data, LoadRequested)
+    assert isinstance(outcome.data, ModelSettingsChanged)
+    assert label.data == LabelSet("champion", outcome.id)
+    assert (await shared.model("served"))["job_id"] == first["id"]
+
+
+async def test_load_behind_one_of_the_same_moves_its_label(shared: LocalApi) -> None:
+    shared.save(models.slow_model(700, 12), "queued")
+    first = await shared.accepted_load("queued")
+    job = await shared.load("queued", label="champion")
+    *_, loaded, outcome, label = await shared.events("queued")
+    assert (loaded.job_id, outcome.job_id, label.job_id) == (first["id"], job["id"], job["id"])
+    assert isinstance(outcome.data, ModelSettingsChanged)
+    assert (label.data, label.actor) == (LabelSet("champion", outcome.id), "alice")
+
+
+async def test_label_stays_where_a_load_fails_or_is_cancelled(shared: LocalApi) -> None:
+    save(shared, "stays", 1)
+    await shared.load("stays", label="champion")
+    shared.save(models.TEXT, "stays", 2)
+    await shared.failed_load("stays", version=2, label="champion")
+    shared.save(models.endless_load(), "stays", 3)
+    job = await shared.accepted_load("stays", version=3, label="champion")
+    await shared.job_when(job["id"], stage="loading")
+    assert await answered(shared, "stays", "champion") == ("1", "stays/1")
+    await shared.post(f"/api/v1/jobs/{job['id']}/cancel")
+    assert (await shared.ended(job["id"]))["status"] == "cancelled"
+    assert (await shared.model("stays"))["labels"] == {"champion": 1}
+
+
+async def test_label_of_another_version_is_refused_with_advice(shared: LocalApi) -> None:
+    save(shared, "other", 1, 2)
+    await put(shared, "other", 2)
+    await shared.load("other", version=1)
+    refused = await shared.infer("other", ONE, version="champion")
+    assert refused.refusal == NOT_LOADED
+    assert refused.json["error"] == (
+        "label 'champion' of model 'other' names version 2, version 1 is loaded; load it with "
+        'POST /api/v1/models/other/load and body {"version": 2}'
+    )
+    unknown = await shared.infer("other", ONE, version="nobody")
+    assert unknown.refusal == (404, "unknown_label")
+    assert "GET /api/v1/models/other shows" in unknown.json["error"]
+
+
+@pytest.mark.parametrize("end", ["", "/ready", "/config", "/stats"])
+async def test_reads_of_a_label_are_those_of_its_version(shared: LocalApi, end: str) -> None:
+    save(shared, "read", 1)
+    await shared.load("read", label="v1.stable")
+    by_label, by_number = [
+        await shared.get(f"/v2/models/read/versions/{each}{end}") for each in ("v1.stable", 1)
+    ]
+    assert (by_label.status, by_label.json) == (200, by_number.json)
+    unknown = await shared.get(f"/v2/models/read/versions/nobody{end}")
+    assert unknown.refusal == (404, "unknown_label")
+    for text in ("-a", "a%2Fb", "a%20", "%C3%A4", "a" * 64, "1a"):
+        assert (await shared.get(f"/v2/models/read/versions/{text}{end}")).refusal == INVALID, text
+
+
+async def test_metadata_of_a_label_is_of_its_file_before_a_load(shared: LocalApi) -> None:
+    save(shared, "unloaded", 1, 2)
+    await put(shared, "unloaded", 1)
+    answer = await shared.get("/v2/models/unloaded/versions/champion")
+    assert (answer.status, answer.json["versions"]) == (200, ["1"])
+    assert (await shared.infer("unloaded", ONE, version="champion")).refusal == NOT_LOADED
+
+
+async def test_label_that_moves_with_a_load_always_answers(shared: LocalApi) -> None:
+    save(shared, "swapped", 1, 2)
+    await shared.load("swapped", version=1, label="champion")
+    job = asyncio.create_task(shared.load("swapped", version=2, label="champion"))
+    seen = list[Json]()
+    while not job.done() or not seen:
+        seen.append(await answered(shared, "swapped", "champion"))
+    await job
+    seen.append(await answered(shared, "swapped", "champion"))
+    assert seen[-1] == ("2", "swapped/2")
+    assert {version for version, _ in seen} <= {"1", "2"}
+
+
+async def test_named_version_is_loaded_on_demand(start: Start) -> None:
+    api = await start(on_demand="on")
+    save(api, "m", 1, 2)
+    await put(api, "m", 1)
+    assert await answered(api, "m", "champion") == ("1", "m/1")
+
+
+async def test_past_has_the_labels_of_then(shared: LocalApi) -> None:
+    save(shared, "past", 1, 2)
+    await put(shared, "past", 1)
+    first = shared.position
+    await shared.load("past", version=2, label="champion")
+    second = shared.position
+    await shared.send("DELETE", path("past"))
+    for position, labels in ((first - 1, None), (first, 1), (second - 1, 1), (second, 2), (second + 1, None)):
+        listed = (await shared.get(f"/api/v1/models?at={position}")).json["models"]
+        [then] = [model for model in listed if model["id"] == "past"] or [{}]
+        assert then.get("labels") == (labels and {"champion": labels})
+        shown = await shared.get(f"/api/v1/models/past?at={position}")
+        assert shown.json.get("labels") == then.get("labels")
