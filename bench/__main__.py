@@ -18,6 +18,7 @@ from bench import (
     clients,
     cluster,
     compute,
+    copies,
     driver,
     fetch,
     firstloads,
@@ -31,6 +32,7 @@ from bench import (
     preparing,
     release,
     signatures,
+    simulation,
     streams,
     swaps,
 )
@@ -57,6 +59,7 @@ PARTS = (
     "ledger",
     "listing",
     "cluster",
+    "copies",
 )
 AT_LEAST_ONE = click.IntRange(min=1)
 BARE = "--prepared-size=off"
@@ -121,7 +124,7 @@ class Choice:
     default=5,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Rounds of inferences, appends, kills of a node and ten loads at once for each median.",
+    help="Rounds of inferences, appends, kills and ends of nodes, and ten loads at once for each median.",
 )
 @click.option("--seconds", default=2.0, show_default=True, help="Duration of each measurement of inference.")
 @click.option("--tails", default=1000, show_default=True, type=AT_LEAST_ONE, help="Streams at once.")
@@ -187,6 +190,7 @@ def main(**options: Any) -> None:
         "ledger": _ledger,
         "listing": _listing,
         "cluster": _cluster,
+        "copies": _copies,
     }
     rows = [row for part in choice.parts for row in _measured(measures[part], choice)]
     console = Console()
@@ -295,6 +299,14 @@ def _cluster(folder: Path, choice: Choice) -> list[Row]:
     )
 
 
+def _copies(folder: Path, choice: Choice) -> list[Row]:
+    rounds = choice.rounds
+    return [
+        *copies.measure(folder, rounds=rounds, seconds=choice.seconds),
+        *simulation.measure(rounds=rounds),
+    ]
+
+
 def _conditions(choice: Choice, busy: float) -> str:
     pages = HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else "unknown"
     machine = f"{os.cpu_count()} cores (load average before: {busy:.1f}), transparent huge pages {pages}."
@@ -376,7 +388,18 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"kills medians of {choice.rounds}; forwarding: binary, medians of {choice.rounds} median "
             f"latencies of {choice.seconds:g} s each, in turn at both nodes."
         )
+    told += [_copies_conditions(choice)] * ("copies" in choice.parts)
     return " ".join(told)
+
+
+def _copies_conditions(choice: Choice) -> str:
+    return (
+        "Copies: three nodes, PostgreSQL and the clients on these cores, a model that computes for about "
+        f"3 ms, {copies.CLIENTS} clients; beside a slow node {copies.FEW_CLIENTS}, which pause "
+        f"{1000 * copies.THINKING_S:g} ms after each answer, medians of {choice.rounds} ratios of "
+        f"{choice.seconds:g} s each, in turn. Simulation: the folds and decisions of the nodes alone, where "
+        f"a load takes no time; 1 to {simulation.MOST_COPIES} copies of a model."
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from nodes.postgres.log import SharedLog
 LOAD_GOAL, APPEND_GOAL, VERIFY_GOAL = 1.15, 0.5, 2.0
 APPENDED = {64: 20_000, 1: 2_000}
 """Facts of each measurement, by the number of writers."""
-MISSING = "PostgreSQL is not installed: install its server, or name the folder of initdb in POSTGRES"
 
 
 def measure(
@@ -39,7 +38,7 @@ def measure(
     """
     programs = postgres.find_programs()
     if programs is None:
-        return [Row(f"cluster: skipped: {MISSING}", "", "", None)]
+        return [Row(f"cluster: skipped: {postgres.MISSING}", "", "", None)]
     home = folder / "postgres"
     home.mkdir()
     folder.chmod(0o711)  # the server's user has to reach its folder

@@ -21,6 +21,8 @@ CLASSES = 1000
 ADD_ONE = "add-one"
 # As many as the network has weights.
 TABLE_ELEMENTS = 13_500_000
+# Of 4 MB, multiplied so often that an inference takes about 3 ms of one core.
+SLOW_SIDE, SLOW_LAYERS = 1024, 64
 
 
 class ConvNet:
@@ -118,6 +120,28 @@ def add_one() -> bytes:
     one = helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])
     node = helper.make_node("Add", ["x", "one"], ["y"])
     return _serialised(helper.make_graph([node], ADD_ONE, value[:1], value[1:], [one]))
+
+
+def add_one_slowly() -> bytes:
+    """Return a model that answers as `add_one` does, after some milliseconds of one core."""
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", "M"]) for name in ("x", "y")]
+    weights = np.random.default_rng(0).standard_normal((SLOW_SIDE, SLOW_SIDE), np.float32) / SLOW_SIDE**0.5
+    constants = {"row": np.ones((1, SLOW_SIDE), np.float32), "weights": weights}
+    constants |= {"zero": np.zeros((), np.float32), "one": np.ones((), np.float32)}
+    nodes, last = [helper.make_node("ReduceMean", ["x"], ["mean"])], "layer_0"
+    nodes.append(helper.make_node("Mul", ["mean", "row"], [last]))
+    for index in range(SLOW_LAYERS):
+        nodes.append(helper.make_node("Gemm", [last, "weights"], [f"product_{index}"]))
+        last = f"layer_{index + 1}"
+        nodes.append(helper.make_node("Tanh", [f"product_{index}"], [last]))
+    nodes += [
+        helper.make_node("ReduceMean", [last], ["end"], keepdims=0),
+        helper.make_node("Mul", ["end", "zero"], ["nothing"]),
+        helper.make_node("Add", ["one", "nothing"], ["increment"]),
+        helper.make_node("Add", ["x", "increment"], ["y"]),
+    ]
+    tensors = [numpy_helper.from_array(each, name) for name, each in constants.items()]
+    return _serialised(helper.make_graph(nodes, ADD_ONE, value[:1], value[1:], tensors))
 
 
 def add_one_from_table() -> bytes:

@@ -59,14 +59,19 @@ class Fleet:
     Args:
         folder: An empty directory.
         address: Of the ledger.
+        names: Of all nodes that it may have.
+        lease_s: Of the nodes.
     """
 
-    def __init__(self, folder: Path, address: str) -> None:
+    def __init__(
+        self, folder: Path, address: str, names: Sequence[str] = NAMES, lease_s: float | None = None
+    ) -> None:
         self._folder = folder
         self._address = address
+        self._lease_s = LEASE_S if lease_s is None else lease_s
         self.repository = folder / "repository"
         self.nodes: dict[str, Node] = {}
-        self._ports = {name: find_free_port() for name in NAMES}
+        self._ports = {name: find_free_port() for name in names}
 
     def start(self, name: str) -> Server:
         """Start a node, or start it again; return when it is ready."""
@@ -76,8 +81,8 @@ class Fleet:
                 driver.run("key", "rotate", "--data", shared)
             shutil.copytree(shared / "keys", data / "keys")
         port = self._ports[name]
-        node = ("--ledger", self._address, "--node-name", name, "--lease-s", f"{LEASE_S:g}")
-        where = ("--port", str(port), "--node-address", f"http://127.0.0.1:{port}")
+        node = ("--ledger", self._address, "--node-name", name, "--lease-s", f"{self._lease_s:g}")
+        where = ("--port", str(port), "--node-address", self.url(name))
         options = (*driver.UNLIMITED, "--prepared-size=off", *node, *where)
         process = driver.serve(self.repository, data, output, options)
         try:
@@ -90,6 +95,10 @@ class Fleet:
         server = Server(process.pid, self.repository, client, driver.issue_token(data))
         self.nodes[name] = Node(name, process, server)
         return server
+
+    def url(self, name: str) -> str:
+        """Return the address of a node, which it keeps."""
+        return f"http://127.0.0.1:{self._ports[name]}"
 
     def kill(self, name: str) -> None:
         """Kill a node with SIGKILL, and wait for its process to end."""
@@ -156,7 +165,7 @@ def _kill_round(fleet: Fleet, ids: Sequence[str]) -> tuple[float, int]:
     moving = {model_id for model_id, node in places.items() if node == victim}
     begin = time.monotonic()
     fleet.kill(victim)
-    _until(lambda: not {each for each, node in _places(fleet.any, moving).items() if node == victim})
+    wait_until(lambda: not {each for each, node in _places(fleet.any, moving).items() if node == victim})
     took_s = time.monotonic() - begin
     fleet.start(victim)
     return took_s, len(moving)
@@ -191,7 +200,7 @@ def _loaded_events(server: Server) -> list[dict[str, Any]]:
     return events
 
 
-def _until(holds: Callable[[], bool]) -> None:
+def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not holds():
         if time.monotonic() > deadline:
@@ -215,7 +224,7 @@ def measure_outage(folder: Path, database: Postgres, *, away_s: float) -> list[R
         refused, more = _ask_while_away(fleet, away_s)
         database.start()
         jobs += more
-        _until(lambda: all(_job_status(fleet.any, job) not in UNENDED for job in jobs))
+        wait_until(lambda: all(_job_status(fleet.any, job) not in UNENDED for job in jobs))
         answers = [stop() for stop in stops]
         statuses = [_job_status(fleet.any, job) for job in jobs]
     return _outage_rows(away_s, answers, statuses, refused)
@@ -255,19 +264,19 @@ def measure_replacements(folder: Path, database: Postgres) -> Row:
 def _replace(fleet: Fleet, folder: Path, name: str) -> list[Answers]:
     """Replace a node; its own clients go before it stops, as a balancer sees to, those of the others stay."""
     others = [node.server for other, node in fleet.nodes.items() if other != name]
-    model_id = _node_view(others[0], name)["models"][0]["id"]
+    model_id = read_node(others[0], name)["models"][0]["id"]
     with ExitStack() as clients:
         stops = [clients.enter_context(_asking(server, folder, model_id)) for server in others]
         stop_own = clients.enter_context(_asking(fleet.nodes[name].server, folder, model_id))
         others[0].ask("POST", f"/api/v1/nodes/{name}/drain")
-        _until(lambda: not any(_node_view(others[0], name)[what] for what in ("models", "jobs")))
+        wait_until(lambda: not any(read_node(others[0], name)[what] for what in ("models", "jobs")))
         answers = [stop_own()]
         fleet.stop(name)
         fleet.start(name)
         return [*answers, *(stop() for stop in stops)]
 
 
-def _node_view(server: Server, name: str) -> dict[str, Any]:
+def read_node(server: Server, name: str) -> dict[str, Any]:
     views: list[dict[str, Any]] = server.ask("GET", "/api/v1/nodes").json()["nodes"]
     return next(view for view in views if view["id"] == name)
 

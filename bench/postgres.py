@@ -15,6 +15,7 @@ from loadledger.cli import postgres
 from nodes.postgres import connection as databases
 from nodes.postgres.schema import migrate
 
+MISSING = "PostgreSQL is not installed: install its server, or name the folder of initdb in POSTGRES"
 OWNER, ROLE = "ledger_owner", "ledger_server"
 """The role that migrates, and the one that servers have."""
 _numbers = count(1)

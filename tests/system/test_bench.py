@@ -35,6 +35,13 @@ nodes.LEASE_S = 10.0
 __main__.main()
 """
 """With a longer lease: on a slow disk the database needs seconds for its last checkpoint before it stops."""
+SMALL_COPIES = """
+from bench import __main__, copies, nodes, simulation
+nodes.LEASE_S = 10.0
+copies.IDLE_NODES, copies.SETTLED_S, copies.IDLE_S = (1,), 0.1, 1.0
+simulation.NODES, simulation.MODELS = 20, 50
+__main__.main()
+"""
 UNHURRIED_BENCH = f"""
 from bench import __main__, driver
 driver._command = lambda *arguments: [*{UNHURRIED}, *map(str, arguments)]
@@ -79,6 +86,7 @@ PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
         SMALL_CLUSTER,
         ("--only=cluster", *ONCE, "--facts=2000", "--away-seconds=2", "--seconds=0.2"),
     ),
+    "copies": (SMALL_COPIES, ("--only=copies", "--rounds=1", "--seconds=0.5")),
 }
 """By name: a program that runs the bench in a smaller form, and options."""
 
@@ -87,7 +95,7 @@ PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "part", [pytest.param(part, marks=() if part == "listing" else soak_only) for part in PARTS]
 )
 def test_bench_prints_the_table_of_a_part(part: str) -> None:
-    if part == "cluster":
+    if part in {"cluster", "copies"}:
         require_programs()
     program, options = PARTS[part]
     done = run("bench", *options) if program is None else run(program, *options, how="-c")
