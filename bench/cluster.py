@@ -36,13 +36,9 @@ def measure(
         facts: How long the log is that is verified, and caught up with.
         away_s: For how long the database is away.
     """
-    programs = postgres.find_programs()
-    if programs is None:
-        return [Row(f"cluster: skipped: {postgres.MISSING}", "", "", None)]
-    home = folder / "postgres"
-    home.mkdir()
-    folder.chmod(0o711)  # the server's user has to reach its folder
-    with postgres.running(home, programs) as database:
+    with postgres.running(folder) as database:
+        if database is None:
+            return [Row(f"cluster: skipped: {postgres.MISSING}", "", "", None)]
         return [
             *_measure_loads(database, folder / "loads", repeats),
             *(_measure_appends(database, folder, writers, rounds) for writers in APPENDED),

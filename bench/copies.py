@@ -163,13 +163,9 @@ def measure(folder: Path, *, rounds: int, seconds: float) -> list[Row]:
         rounds: Kills of a node by kind of client, and ratios of a slow node.
         seconds: Of each measurement with a slow node, and without.
     """
-    programs = postgres.find_programs()
-    if programs is None:
-        return [Row(f"copies: skipped: {postgres.MISSING}", "", "", None)]
-    home = folder / "postgres"
-    home.mkdir()
-    folder.chmod(0o711)  # the server's user has to reach its folder
-    with postgres.running(home, programs) as database:
+    with postgres.running(folder) as database:
+        if database is None:
+            return [Row(f"copies: skipped: {postgres.MISSING}", "", "", None)]
         idle = [_measure_idle(folder / f"idle-{count}", database, count) for count in IDLE_NODES]
         return _measure_copies(folder, database, rounds, seconds) + idle
 

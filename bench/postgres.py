@@ -75,14 +75,19 @@ def find_free_port() -> int:
 
 
 @contextmanager
-def running(folder: Path, programs: Path) -> Iterator[Postgres]:
-    """Start a server, and stop it at the end.
+def running(folder: Path) -> Iterator[Postgres | None]:
+    """Start a server, and stop it at the end; None if its programs are missing.
 
     Args:
-        folder: An empty directory on a disk, which the server's user can reach.
-        programs: What `find_programs` has found.
+        folder: A directory on a disk, in which it gets one of its own.
     """
-    server = Postgres(programs, folder, find_free_port())
+    programs, home = find_programs(), folder / "postgres"
+    if programs is None:
+        yield None
+        return
+    home.mkdir()
+    folder.chmod(0o711)  # the server's user has to reach its folder
+    server = Postgres(programs, home, find_free_port())
     try:
         server.create(OWNER, ROLE)
         yield server

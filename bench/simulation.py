@@ -228,7 +228,7 @@ def _describe_loaded(model_id: str, node_id: str) -> ModelLoaded:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What happens to so many nodes at once."""
+    """A change of so many nodes at once."""
 
     what: str
     nodes: int

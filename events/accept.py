@@ -161,8 +161,7 @@ def find_use(state: State, model_id: str, version: int) -> str | None:
     """Return why a version cannot be removed, and what to do; None if nothing uses it."""
     name = f"version {version} of model '{model_id}'"
     model = state.models.get(model_id)
-    servings = (*model.servings, model.previous) if model is not None else ()
-    if any(serving is not None and serving.version == version for serving in servings):
+    if model is not None and any(each.version == version for each in model.held):
         advice = "unload the model, or load another version, and remove it then"
         return f"{name} is loaded, or will be reloaded: {advice}"
     if any(job.kind is JobKind.LOAD and job.version == version for job in state.unended(model_id)):

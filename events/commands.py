@@ -59,7 +59,7 @@ class ModelUnchanged(Condition, frozen=True, gc=False):
 
     def holds(self, state: State) -> bool:
         now = state.models.get(self.model.id)
-        return now is not None and now.seen_as(self.model) == self.model
+        return now is not None and now.view_as(self.model) == self.model
 
 
 class WorkerServes(Condition, frozen=True, gc=False):

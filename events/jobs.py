@@ -384,7 +384,7 @@ class Job(Struct, frozen=True, gc=False):
         return self.unload is not None and self.unload.force
 
     @property
-    def is_move(self) -> bool:
+    def is_move_or_copy(self) -> bool:
         """Whether this brings a loaded model to another node: it moves off a drained one, or gets a copy."""
         return self.kind is JobKind.LOAD and self.cause in (Cause.DRAIN, Cause.COPY)
 

@@ -251,15 +251,24 @@ class Model(Struct, frozen=True, gc=False):
         return self.target or self.serving
 
     @property
+    def held(self) -> tuple[Serving, ...]:
+        """The loads that it serves from, or may return to."""
+        return tuple(each for each in (*self.servings, self.target, self.previous) if each)
+
+    @property
     def reloadable(self) -> tuple[Serving, ...]:
         """The loads that the system may bring back, or make copies of."""
         return tuple(each for each in (self.target, self.serving, self.previous) if each)
+
+    def find_reloadable(self, version: int | None) -> Serving | None:
+        """Return the load that a reload of a version brings back, or makes a copy of."""
+        return next((each for each in self.reloadable if each.version == version), None)
 
     def find_serving(self, load_job_id: str | None) -> Serving | None:
         """Return the load of this job, if the model serves from it."""
         return next((each for each in self.servings if each.load_job_id == load_job_id), None)
 
-    def at(self, node_id: str | None) -> Model:
+    def view_at(self, node_id: str | None) -> Model:
         """Return the model as the node of a copy sees it: serving from that, beside the others.
 
         That node neither repairs it, since a degraded copy is replaced, nor unloads it for being idle, which
@@ -276,9 +285,9 @@ class Model(Struct, frozen=True, gc=False):
         serving = replace(own, parameters=parameters, kept_as_is=True)
         return replace(self, serving=serving, copies=others)
 
-    def seen_as(self, seen: Model) -> Model:
+    def view_as(self, seen: Model) -> Model:
         """Return the model as the node has seen it that has seen `seen`."""
-        return self if not self.copies or seen.serving is None else self.at(seen.serving.node_id)
+        return self if not self.copies or seen.serving is None else self.view_at(seen.serving.node_id)
 
     def find_label(self, name: str) -> Label | None:
         return next((each for each in self.labels or () if each.name == name), None)
@@ -295,7 +304,7 @@ class Model(Struct, frozen=True, gc=False):
     @property
     def loads_behind(self) -> set[str]:
         """The ids of the jobs whose loads the model serves from or returns to."""
-        return {each.load_job_id for each in (*self.servings, self.previous) if each is not None}
+        return {each.load_job_id for each in self.held}
 
     @property
     def state(self) -> ModelState:
@@ -567,7 +576,7 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
         return _lose_previous(model, event)
     consequence = consequence_of(error.code)
     is_reload = job is not None and job.cause in RELOADS
-    if job is not None and job.is_move and model.phase is ModelState.LOADED:
+    if job is not None and job.is_move_or_copy and model.phase is ModelState.LOADED:
         return _count_failure(model, event, Consequence.RETRY)
     if model.degraded and is_reload:
         is_over = consequence is Consequence.END
@@ -673,7 +682,7 @@ def _ended_without_effect(model: Model, event: Event, _: JobCancelled, job: Job 
     """
     if job is not None and job.kind is JobKind.ADD:
         return model
-    if job is not None and job.is_move and model.phase is ModelState.LOADED:
+    if job is not None and job.is_move_or_copy and model.phase is ModelState.LOADED:
         return _count_failure(_without_job(model, job.id), event, Consequence.RETRY)
     if job is not None and job.kind is JobKind.LOAD and job.cancelling and job.cause in RELOADS:
         return _end_reloads(_without_job(model, job.id))

@@ -160,7 +160,7 @@ Sign = Callable[[bytes], NodeSignature]
 
 
 class Justification(Struct, frozen=True, gc=False):
-    """What a person says for a load.
+    """The reasons that a person gives for a load.
 
     Attributes:
         credential: of the person.

@@ -238,7 +238,7 @@ class FileDigest(msgspec.Struct, frozen=True):
 
 
 class VerifiedVersion(msgspec.Struct, frozen=True, kw_only=True):
-    """What a load of a version would pass; `problem` is why the policy refuses it, None if it does not.
+    """The checks that a load of a version would pass; `problem` is why the policy refuses it, or None.
 
     `approval` is not_needed, approved_before or required.
     """

@@ -68,7 +68,7 @@ def _find_step(view: NodeView, loaded: LoadedModel) -> tuple[str, Action] | None
 
 
 def _end(model: Model, copy: Serving) -> UnloadAutomatically:
-    return UnloadAutomatically(LoadedModel(model.at(copy.node_id), copy), Cause.COPY)
+    return UnloadAutomatically(LoadedModel(model.view_at(copy.node_id), copy), Cause.COPY)
 
 
 def count_copies(state: State, untrusted: AbstractSet[str], model: Model) -> tuple[int, str | None]:

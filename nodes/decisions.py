@@ -95,7 +95,7 @@ class Standing(Protocol):
 
 
 class Signing(Protocol):
-    """What nodes sign of approvals, and of loads under rules (`nodes.peers`)."""
+    """Signatures of nodes: of approvals, and of loads under rules (`nodes.peers`)."""
 
     def sign(self, statement: bytes) -> NodeSignature:
         """Sign a statement with this node's key."""
@@ -167,9 +167,10 @@ class NodePlacement(Placement, Elsewhere):
         conditions = (*command.conditions, NodeCurrent(self._node_id, self._epoch))
         if isinstance(command, RequestLoad):
             model, untrusted = state.models.get(command.model_id), self._untrusted()
-            loads = (LoadedModel(model, each) for each in model.reloadable) if model is not None else ()
-            lost = next((each for each in loads if each.serving.version == command.version), None)
-            rules = None if lost is None else find_reload_rules(state, self._node_id, untrusted, lost)
+            before = None if model is None else model.find_reloadable(command.version)
+            rules = None
+            if model is not None and before is not None:
+                rules = find_reload_rules(state, self._node_id, untrusted, LoadedModel(model, before))
             return replace(command, policy=rules or UNSET, conditions=conditions)
         if not isinstance(command, Record):
             return replace(command, conditions=conditions)
@@ -220,7 +221,7 @@ class NodePlacement(Placement, Elsewhere):
 
     def view(self, model: Model) -> Model:
         """Return a model as this node sees it: serving from its own copy, if it has one."""
-        return model.at(self._node_id) if model.copies else model
+        return model.view_at(self._node_id)
 
     def choose(
         self,

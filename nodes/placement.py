@@ -500,9 +500,8 @@ def find_reload_rules(
 def _list_files(view: NodeView, job: Job) -> tuple[FileHash, ...]:
     """Return the files that a reload needs again; any other load takes what the repository has."""
     model = view.recorded.models.get(job.model_id)
-    loads = model.reloadable if model is not None and job.cause in RELOADS else ()
-    files = next((each.files for each in loads if each.version == job.version), ())
-    return tuple(FileHash(file.path, file.sha256) for file in files)
+    before = None if job.cause not in RELOADS or model is None else model.find_reloadable(job.version)
+    return () if before is None else tuple(FileHash(file.path, file.sha256) for file in before.files)
 
 
 def find_node_for_model(
@@ -558,7 +557,7 @@ def find_share(state: State, node_id: str, epoch: int | None, untrusted: Abstrac
         return State(state.position, state.recorded_at, registers=state.registers)
     placer = find_placer(state.registers.nodes, untrusted)
     present = {node.id for node in state.registers.nodes.values() if node.is_present} - untrusted
-    models = (model.at(node_id) for model in state.models.values() if model.serving is not None)
+    models = (model.view_at(node_id) for model in state.models.values() if model.serving is not None)
     return State(
         state.position,
         state.recorded_at,

@@ -169,7 +169,6 @@ class PolicyAudit:
         if rules is None or rules.digest != digest:
             return f"the rules {digest}, which the request names, are not those in force"
         model, contents = self._entities.models.get(model_id) or Model(model_id), contents_of(data.files)
-        before = (*model.servings, *model.reloadable)
         given = CheckInput(
             rules,
             model_id,
@@ -177,7 +176,7 @@ class PolicyAudit:
             contents,
             read=lambda path: self._read_bundle(model_id, dict(contents)[path], data.bundle),
             now=event.recorded_at,
-            is_reload=job.cause in RELOADS and contents in (contents_of(each.files) for each in before),
+            is_reload=job.cause in RELOADS and contents in (contents_of(each.files) for each in model.held),
             # Nodes' signatures were checked where they were recorded, but at a server alone there are none.
             is_signed=lambda _, signature: data.node_id is UNSET or signature is not UNSET,
         )

@@ -113,7 +113,7 @@ class ModelRules(Struct, frozen=True, gc=False):
 
     @property
     def expires_s(self) -> int:
-        """How long a load waits for approval."""
+        """The time limit of a wait for approval."""
         return min((rule.expires_s for rule in self.approval), default=0)
 
     @property

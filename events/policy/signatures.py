@@ -37,7 +37,7 @@ _KEPT = 256
 
 
 class VerifiedSignature(Struct, frozen=True, gc=False):
-    """Who signed a version.
+    """The accepted signer of a version.
 
     Attributes:
         method: "key" or "certificate".

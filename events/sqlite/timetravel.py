@@ -167,7 +167,7 @@ def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> S
             if isinstance(event.data, ModelLoaded):
                 loads = [make_serving(event, event.data, as_job(found[1]))]
         elif model := read_base_model(connection, model_id):
-            loads = [*model.servings, model.previous]
+            loads = [*model.held]
     except Exception as error:  # a forged body may raise anything
         raise LogUnavailable(f"the ledger is damaged: {error!r}; run `loadledger verify`") from error
     for load in loads:

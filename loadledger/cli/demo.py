@@ -327,7 +327,7 @@ class _Node:
 
 @dataclass(slots=True)
 class _Answers:
-    """What a client of all nodes was answered, which asks the copied model again and again.
+    """The answers to a client of all nodes, which asks the copied model again and again.
 
     Attributes:
         failures: inferences that failed, and why.

@@ -34,7 +34,7 @@ REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.T
 NODE_CONNECT_S = 1.0
 """Limit of the time to connect to a node: the configured server can be asked instead."""
 AVOID_S = 10.0
-"""How long a node is not asked again that was not reached, or did not have a model: a restart takes less."""
+"""Back-off before a node is asked again that was not reached, or lacked a model: a restart takes less."""
 MAX_NODES = 64
 """Addresses of nodes that a client goes to."""
 MAX_MODELS = 1000

@@ -74,7 +74,7 @@ class ApprovalNeed(StrEnum):
 
 
 class CheckedVersion(Struct, frozen=True):
-    """What a load of a version would pass; `signature` is None without a rule for it, or with a problem."""
+    """The checks that a load would pass; `signature` is None without a rule for it, or with a problem."""
 
     version: int
     digest: str

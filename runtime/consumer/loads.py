@@ -571,9 +571,8 @@ async def _stop(load: RunningLoad, worker: Worker) -> None:
 
 def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | None:
     """Return the files that a reload by the system takes again; None for any other load."""
-    if job.cause not in RELOADS or model is None:
-        return None
-    return next((each.files for each in model.reloadable if each.version == job.version), None)
+    before = None if job.cause not in RELOADS or model is None else model.find_reloadable(job.version)
+    return None if before is None else before.files
 
 
 def describe_failure(error: Exception) -> Failure:

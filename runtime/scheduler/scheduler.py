@@ -118,11 +118,16 @@ def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
     for job in view.unended:
         has_begun = job.status is not JobStatus.PENDING or job.id in view.running
         may_be_unneeded = job.cause is Cause.DEMAND and not has_begun and view.share.is_whole
-        model = view.state.models.get(job.model_id)
-        is_in_the_way = job.cause is Cause.COPY and job.kind is JobKind.LOAD and not has_begun
-        is_in_the_way = is_in_the_way and model is not None and needs_repair(model)
-        if job.cancelling or is_in_the_way or (may_be_unneeded and not _is_needed(view, job)):
+        delays = not has_begun and _delays_repair(view, job)
+        if job.cancelling or delays or (may_be_unneeded and not _is_needed(view, job)):
             yield actions.CancelJob(job)
+
+
+def _delays_repair(view: SchedulerView, job: Job) -> bool:
+    """Whether the reload of a lost or degraded model waits for this load of a copy."""
+    model = view.state.models.get(job.model_id)
+    is_copy = job.kind is JobKind.LOAD and job.cause is Cause.COPY
+    return is_copy and model is not None and needs_repair(model)
 
 
 def _is_needed(view: SchedulerView, on_demand: Job) -> bool:

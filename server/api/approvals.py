@@ -63,7 +63,7 @@ class VerifyQuerySchema(Schema):
 
 
 class VersionVerificationSchema(AnswerSchema):
-    """What a load of a version would pass now."""
+    """The checks that a load of a version would pass now."""
 
     model_id = fields.String()
     version = fields.Integer()

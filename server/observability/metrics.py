@@ -80,7 +80,7 @@ class ServerCollector(Collector):
         self._nodes = app[CLUSTER].describe() if CLUSTER in app else ()
         own = next((node["id"] for node in self._nodes if node["this"]), None)
         models = list(log.state.models.values())
-        self._models = [model.at(own) for model in models]
+        self._models = [model.view_at(own) for model in models]
         self._copies = _count_copies(models, name_of)
         here = (model for model in self._models if _should_serve(model) and not _is_elsewhere(model, own))
         self._names = {model.id: name_of(model.id) for model in here}

@@ -24,6 +24,7 @@ from support.history import (
 )
 from support.strategies import drafts
 
+from events.accept import find_use
 from events.clock import seconds_between
 from events.codec import decode_event
 from events.history import make_row
@@ -601,12 +602,12 @@ def loads_of(history: History) -> list[str]:
 def test_copy_serves_beside_the_first_load() -> None:
     history = copied("b", "c")
     assert (loads_of(history), history.model().rank) == (["A", "B", "C"], copied().model().rank)
-    seen = history.model().at("b")
+    seen = history.model().view_at("b")
     assert [each.load_job_id for each in seen.servings] == ["B", "A", "C"]
     assert seen.serving is not None
     assert (seen.serving.kept_as_is, seen.serving.parameters.keep_alive_s) == (True, None)
-    assert history.model().seen_as(seen) == seen
-    assert history.model().at("d") is history.model()
+    assert history.model().view_as(seen) == seen
+    assert history.model().view_at("d") is history.model()
 
 
 @pytest.mark.parametrize("end", ["lose", "leave", "kill", "swap"])
@@ -669,3 +670,13 @@ def test_copy_of_a_model_that_unloads_is_not_its_own() -> None:
     history.start_unload("U")
     history.load_at("b", "B", copies=3, cause=Cause.COPY)
     assert (loads_of(history), history.model().loads) == (["A"], ())
+
+
+def test_version_that_a_swap_goes_on_to_is_held() -> None:
+    history = copied("b")
+    history.load_at("a", "A2", version=2, copies=3)
+    history.lose("a")
+    model = history.model()
+    assert (loads_of(history), model.target and model.target.load_job_id) == (["B"], "A2")
+    assert model.loads_behind == {"B", "A2"}
+    assert "will be reloaded" in (find_use(history.state, model.id, 2) or "")

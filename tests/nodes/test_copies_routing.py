@@ -200,7 +200,7 @@ async def test_inference_that_kills_its_worker_spares_the_other_copy(
 
 
 @pytest.mark.parametrize("asked", ["a", "c"])
-async def test_inference_queued_at_a_dead_worker_is_repeated_at_another_copy(
+async def test_queued_inference_of_dead_worker_moves_to_another_copy(
     ledger: Database, tmp_path: Path, asked: str
 ) -> None:
     async with two_copies(ledger, tmp_path, "loop", models.counting_loop()) as nodes:
