@@ -145,8 +145,11 @@ class Membership:
 
     @property
     def late(self) -> Collection[str]:
-        """The nodes that did not renew their leases in time, as last read."""
-        return [lease.node_id for lease in self.leases if lease.is_late and not lease.ended]
+        """The nodes that did not renew their leases in time, as last read, and have not joined anew."""
+        nodes = self._log.state.registers.nodes
+        late = (lease for lease in self.leases if lease.is_late and not lease.ended)
+        found = ((lease, nodes.get(lease.node_id)) for lease in late)
+        return [lease.node_id for lease, node in found if node is not None and node.epoch == lease.epoch]
 
     @property
     def is_sick(self) -> bool:

@@ -47,12 +47,12 @@ def add_standard_fields(response: web.StreamResponse) -> None:
 
 
 def response_completer(
-    proxies: Proxies,
+    proxies: Proxies, stopping: asyncio.Event
 ) -> Callable[[web.BaseRequest, web.StreamResponse], Awaitable[None]]:
     """Return what completes the header fields of a response, for `app.on_response_prepare`.
 
     It adds the rest of the subject's limit, the request's id and `STANDARD_FIELDS`, and adapts `Location` to
-    the prefix of a proxy.
+    the prefix of a proxy. While the server is stopping, it says that the connection closes.
     """
 
     async def complete(request: web.BaseRequest, response: web.StreamResponse) -> None:
@@ -62,6 +62,8 @@ def response_completer(
         if context is not None:
             response.headers[REQUEST_ID] = context.request_id
         add_standard_fields(response)
+        if stopping.is_set():
+            response.headers[hdrs.CONNECTION] = "close"
         proxies.relocate(request, response)
 
     return complete
@@ -113,9 +115,9 @@ class DirectResponse(web.StreamResponse):
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
-        self._is_kept = request.keep_alive
+        self._is_kept = request.keep_alive and super().keep_alive is None  # nothing has closed it
         length = sum(map(len, self._buffers))
-        more = _connection(request)
+        more = _connection(request, is_kept=self._is_kept)
         request_id = request.headers.get(REQUEST_ID)  # a client's own; creating one would take too long
         if request_id is not None and valid_request_id((request_id,)) is not None:
             more += f"{REQUEST_ID}: {request_id}\r\n"
@@ -141,11 +143,11 @@ def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:
     ).encode("latin-1")
 
 
-def _connection(request: web.BaseRequest) -> str:
+def _connection(request: web.BaseRequest, *, is_kept: bool) -> str:
     """Return the Connection field, unless the protocol's version implies it."""
     if request.version == HttpVersion11:
-        return "" if request.keep_alive else "Connection: close\r\n"
-    return "Connection: keep-alive\r\n" if request.keep_alive else ""
+        return "" if is_kept else "Connection: close\r\n"
+    return "Connection: keep-alive\r\n" if is_kept else ""
 
 
 @lru_cache(maxsize=1)

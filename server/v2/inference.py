@@ -18,7 +18,7 @@ from runtime.router import Absent, Answered, Here, InferenceRequest, Target, The
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer
 from server.api.models import find_signature
-from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER
+from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER, STOPPING
 from server.auth.gate import FORWARDED, PRINCIPAL
 from server.auth.ratelimit import QUOTA
 from server.cluster import FORWARDING, Forwarding, forwardable
@@ -287,8 +287,8 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
 
     Gate, limits, handler and errors are those of all requests. An unusual request takes the router.
     """
-    gate, counts = app[GATE], app[HTTP_COUNTS]
-    complete = response_completer(gate.proxies)
+    gate, counts, stopping = app[GATE], app[HTTP_COUNTS], app[STOPPING]
+    complete = response_completer(gate.proxies, stopping)
 
     def wrap(router_path: RequestHandler) -> RequestHandler:
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -309,6 +309,8 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
                 response = error_response(request, error)
             if isinstance(response, DirectResponse):
                 counts.requests["POST", path, "2xx"] += 1
+                if stopping.is_set():
+                    response.force_close()
                 return response
             begin_context(request)
             await complete(request, response)

@@ -8,7 +8,7 @@ from support.postgres import Database
 from support.replicas import opened_replica, storage_of
 
 from events.log import Log
-from events.nodes import NodePhase
+from events.nodes import Lease, NodePhase
 from events.registercommands import JoinNode
 from nodes.membership import Membership
 from nodes.placement import NodeHints
@@ -80,4 +80,16 @@ async def test_node_that_has_left_during_a_renewal_joins_no_more(ledger: Databas
             leases.goes_on.set()
             await running
         assert (log.state.registers.nodes["a"].phase, log.head.position) == (NodePhase.LEFT, 2)
+        await leases.close()
+
+
+async def test_node_that_has_joined_anew_is_not_late(ledger: Database, tmp_path: Path) -> None:
+    leases = LeaseStore(ledger.server_url)
+    async with opened_replica(ledger.server_url, tmp_path / "a") as log:
+        membership = membership_of(log, leases)
+        await membership.start()
+        for epoch, late in ((1, ["a"]), (0, [])):  # 0: of before it has joined, and not read since
+            membership.leases = [Lease("a", epoch, ended=False, is_late=True, renewed_at="", hints="")]
+            assert membership.late == late
+        await membership.leave()
         await leases.close()

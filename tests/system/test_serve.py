@@ -125,6 +125,8 @@ async def test_stop_finishes_inferences_and_answers_202_to_waiting_clients(
         answer = await inference
         assert (answer.status, answer.json["outputs"][0]["data"]) == (200, [20_000])
         assert ((await waiting).status, (await waiting).json["status"]) == (202, "in_progress")
+        # The connections close: requests that follow on them at once would be lost.
+        assert [each.headers.get("Connection") for each in (answer, await waiting)] == ["close"] * 2
     assert (await events(config))[-1].data == ServerStopped()
 
 
