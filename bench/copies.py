@@ -260,6 +260,7 @@ def _measure_p99_ms(load: Load, during: AbstractContextManager[None], seconds: f
         time.sleep(seconds / 4)  # clients and nodes notice
         begin_s = time.monotonic()
         time.sleep(seconds)
+        wait_until(lambda: any(each.begin_s >= begin_s for each in list(load.asked)))
         return load.p99_ms(begin_s)
 
 
@@ -279,9 +280,11 @@ def _slowed(fleet: Fleet, name: str) -> Iterator[None]:
 
     slowing = threading.Thread(target=slow)
     slowing.start()
-    yield
-    is_over.set()
-    slowing.join()
+    try:
+        yield
+    finally:
+        is_over.set()
+        slowing.join()
 
 
 def _measure_idle(folder: Path, database: Postgres, count: int) -> Row:
