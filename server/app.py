@@ -172,7 +172,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
     app[RESOURCES_CACHE] = ResourcesCache()
     app[HTTP_COUNTS] = counts
     app[SCRAPES] = Scrapes()
-    app.on_response_prepare.append(response_completer(gate.proxies, app[STOPPING]))
+    app.on_response_prepare.append(response_completer(gate.proxies))
     app.on_shutdown.append(_begin_stop)
     ledger = partial(_ledger, accepts_rollback=accepts_rollback)
     app.cleanup_ctx.extend(

@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from server.api import tokens
-from server.appkeys import CONFIG, LOG, STOPPING
+from server.appkeys import CONFIG, LOG
 from server.auth.gate import PRINCIPAL, InvalidToken, Principal
 from server.auth.proxies import Proxies
 from server.auth.subjects import local_actor
@@ -75,7 +75,7 @@ def _create_control(app: web.Application, others: Sequence[Route]) -> web.Applic
         middlewares=[errors_middleware, _local_middleware, validation_middleware],
         client_max_size=MAX_BODY_BYTES,
     )
-    control.on_response_prepare.append(response_completer(Proxies(), app[STOPPING]))
+    control.on_response_prepare.append(response_completer(Proxies()))
     offered = [*tokens.routes, *others]
     add_routes(control, [route for route in offered if route.access is not Access.PUBLIC])
     control[CONFIG], control[LOG], control[TOKENS] = app[CONFIG], app[LOG], app[TOKENS]

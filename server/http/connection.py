@@ -14,7 +14,7 @@ import resource
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -82,6 +82,7 @@ class ConnectionLimits:
         closing_s: time for the end of a TLS connection and the data still to be sent.
         check_s: time between two checks of a connection.
         open: the open connections.
+        is_stopping: whether no more are accepted; those that are open close after an answer.
     """
 
     head_s: float
@@ -93,6 +94,7 @@ class ConnectionLimits:
     closing_s: float = CLOSING_S
     check_s: float = CHECK_S
     open: set[GuardedConnection] = field(default_factory=set)
+    is_stopping: bool = False
 
     @classmethod
     def of(cls, config: Config) -> ConnectionLimits:
@@ -162,6 +164,10 @@ class GuardedConnection(asyncio.BufferedProtocol):
         self._unread_bytes = 0
         self._unread_since_s: float | None = None
         self.is_reserve = False
+
+    @property
+    def closes_after_answer(self) -> bool:
+        return self.is_reserve or self._limits.is_stopping
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Open the connection, and refuse it if there are too many."""
@@ -360,37 +366,31 @@ def _connection(request: web.BaseRequest) -> GuardedConnection | None:
 
 
 def _guard(handler: RequestHandler) -> RequestHandler:
-    """Return a handler that notifies connections of requests and checks these; the reserve answers probes."""
+    """Return a handler that notifies connections of requests and checks these; the reserve answers probes.
 
-    def handle(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+    The answer says that the connection closes, if it does: what follows on it would be lost.
+    """
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
         connection = _connection(request)
         if connection is None:  # refused, or the client has left: do not run the request
-            return _refuse_request(request, responses.TooManyConnections())
+            return responses.refusal(request, responses.TooManyConnections())
         connection.request_began(request)
         if not responses.is_known_version(request):
             connection.refuse(responses.UnknownHttpVersion())  # aiohttp's answer would have the same version
-            return _refuse_request(request, responses.UnknownHttpVersion())
+            return responses.refusal(request, responses.UnknownHttpVersion())
         try:
             responses.check_framing(request)
         except ServerProblem as problem:
-            return _refuse_request(request, problem)
-        if not connection.is_reserve:
-            return handler(request)
-        if is_probe(request):
-            return _answer_probe(handler, request)
-        return _refuse_request(request, responses.TooManyConnections())
+            return responses.refusal(request, problem)
+        if connection.is_reserve and not is_probe(request):
+            return responses.refusal(request, responses.TooManyConnections())
+        response = await handler(request)
+        if connection.closes_after_answer:
+            response.force_close()
+        return response
 
     return handle
-
-
-async def _answer_probe(handler: RequestHandler, request: web.BaseRequest) -> web.StreamResponse:
-    response = await handler(request)
-    response.force_close()
-    return response
-
-
-async def _refuse_request(request: web.BaseRequest, problem: ServerProblem) -> web.StreamResponse:
-    return responses.refusal(request, problem)
 
 
 @asynccontextmanager
@@ -417,6 +417,7 @@ async def listening(
     try:
         yield listener.sockets[0].getsockname()[1]
     finally:
+        limits.is_stopping = True
         listener.close()
 
 
@@ -434,6 +435,7 @@ async def listening_on(
     try:
         yield
     finally:
+        limits.is_stopping = True
         listener.close()
 
 

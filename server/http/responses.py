@@ -47,12 +47,12 @@ def add_standard_fields(response: web.StreamResponse) -> None:
 
 
 def response_completer(
-    proxies: Proxies, stopping: asyncio.Event
+    proxies: Proxies,
 ) -> Callable[[web.BaseRequest, web.StreamResponse], Awaitable[None]]:
     """Return what completes the header fields of a response, for `app.on_response_prepare`.
 
     It adds the rest of the subject's limit, the request's id and `STANDARD_FIELDS`, and adapts `Location` to
-    the prefix of a proxy. While the server is stopping, it says that the connection closes.
+    the prefix of a proxy.
     """
 
     async def complete(request: web.BaseRequest, response: web.StreamResponse) -> None:
@@ -62,8 +62,6 @@ def response_completer(
         if context is not None:
             response.headers[REQUEST_ID] = context.request_id
         add_standard_fields(response)
-        if stopping.is_set():
-            response.headers[hdrs.CONNECTION] = "close"
         proxies.relocate(request, response)
 
     return complete
@@ -115,7 +113,7 @@ class DirectResponse(web.StreamResponse):
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
-        self._is_kept = request.keep_alive and super().keep_alive is None  # nothing has closed it
+        self._is_kept = request.keep_alive and super().keep_alive is None  # no `force_close`
         length = sum(map(len, self._buffers))
         more = _connection(request, is_kept=self._is_kept)
         request_id = request.headers.get(REQUEST_ID)  # a client's own; creating one would take too long

@@ -18,7 +18,7 @@ from runtime.router import Absent, Answered, Here, InferenceRequest, Target, The
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer
 from server.api.models import find_signature
-from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER, STOPPING
+from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER
 from server.auth.gate import FORWARDED, PRINCIPAL
 from server.auth.ratelimit import QUOTA
 from server.cluster import FORWARDING, Forwarding, forwardable
@@ -151,10 +151,7 @@ async def infer(
                 case Here() as here:
                     question = decoded or _decode_raw(body, here)
                     result = await router.infer(
-                        *(here, question, timeout_s, times),
-                        version=version,
-                        worker=body.worker,
-                        spreads=spreads,
+                        here, question, timeout_s, times, version=version, worker=body.worker, spreads=spreads
                     )
                 case There():
                     return await app[FORWARDING].forward(
@@ -287,8 +284,8 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
 
     Gate, limits, handler and errors are those of all requests. An unusual request takes the router.
     """
-    gate, counts, stopping = app[GATE], app[HTTP_COUNTS], app[STOPPING]
-    complete = response_completer(gate.proxies, stopping)
+    gate, counts = app[GATE], app[HTTP_COUNTS]
+    complete = response_completer(gate.proxies)
 
     def wrap(router_path: RequestHandler) -> RequestHandler:
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -309,8 +306,6 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
                 response = error_response(request, error)
             if isinstance(response, DirectResponse):
                 counts.requests["POST", path, "2xx"] += 1
-                if stopping.is_set():
-                    response.force_close()
                 return response
             begin_context(request)
             await complete(request, response)

@@ -411,7 +411,7 @@ def small_app(
             validation_middleware,
         ]
     )
-    app.on_response_prepare.append(response_completer(Proxies(), asyncio.Event()))
+    app.on_response_prepare.append(response_completer(Proxies()))
     add_routes(app, routes)
     return app
 
