@@ -146,10 +146,8 @@ class Membership:
     @property
     def late(self) -> Collection[str]:
         """The nodes that did not renew their leases in time, as last read, and have not joined anew."""
-        nodes = self._log.state.registers.nodes
-        late = (lease for lease in self.leases if lease.is_late and not lease.ended)
-        found = ((lease, nodes.get(lease.node_id)) for lease in late)
-        return [lease.node_id for lease, node in found if node is not None and node.epoch == lease.epoch]
+        late = (each for each in self.leases if each.is_late and not each.ended)
+        return [each.node_id for each in late if self._is_present(each)]
 
     @property
     def is_sick(self) -> bool:
@@ -346,11 +344,15 @@ class Membership:
             self._describing = None
         return self._described
 
+    def _is_present(self, lease: Lease) -> bool:
+        """Whether a node is there in the epoch of a lease that was read."""
+        node = self._log.state.registers.nodes.get(lease.node_id)
+        return node is not None and node.is_present and node.epoch == lease.epoch
+
     async def _judge(self, late: Sequence[Lease]) -> None:
         """Declare nodes lost; the database refuses that if one has renewed, or this node has not for long."""
         for lease in late:
-            node = self._log.state.registers.nodes.get(lease.node_id)
-            if node is not None and node.is_present and node.epoch == lease.epoch:
+            if self._is_present(lease):
                 with suppress(LedgerProblem):  # the next renewal sees whether it is still late
                     await self._log.submit(LoseNode(lease.node_id, lease.epoch, lease.renewed_at))
                     _log.warning(

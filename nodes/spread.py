@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from runtime.consumer.running import RunningLoad
 
 CLEARLY = 2.0
-"""How many times the cost of another copy makes the detour worth while: figures are a moment old."""
+"""Ratio of costs above which another copy is worth the detour: figures are a moment old."""
 DETOUR_US = 1000
 """Of a forwarded request, as measured."""
 OVERHEAD_US = 300
@@ -25,9 +25,9 @@ OVERHEAD_US = 300
 GUESSED_US = 1000
 """Service time of a model of which no copy has answered yet."""
 HEARD_S = 2.0
-"""How long an answer's figures count before the hints, which come with each renewal of a lease."""
+"""Validity of an answer's figures; after it the hints count, which come with each renewal of a lease."""
 AVOIDED_S = 1.0
-"""How long a node is avoided that was not reached: beyond it, one request finds out."""
+"""Back-off before a node is asked again that was not reached."""
 MAX_HEARD = 4096
 """Copies whose figures are remembered; of one that was forgotten, the hints count."""
 CANDIDATES = 2
@@ -67,7 +67,7 @@ class _Heard:
 
 
 class Spread:
-    """What this node knows of the copies at the others, and the choice among them.
+    """The choice among copies, by their figures as this node knows them.
 
     Args:
         sample: returns so many different elements, as `random.sample`.

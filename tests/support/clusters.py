@@ -120,7 +120,7 @@ class ClusterLog(Ledger):
                 assert node_id == by.name
 
     def _check_replaced(self, loaded: Draft, following: Sequence[Draft], job: Job, node_id: str) -> None:
-        """What a load replaces is unloaded: all others, or with copies the one at its node."""
+        """A load has the loads unloaded that it replaces: all others, or with copies the one at its node."""
         model = self.state.models[loaded.model_id or ""]
         if model.phase is not ModelState.LOADED:
             return
