@@ -17,8 +17,6 @@ USER_AGENT = "loadledger-client"
 CONTROL_SOCKET = "control.sock"
 """The file in a data directory over which its server can be managed on its machine, without a token."""
 CONNECT_S = 10.0
-LOST = "the connection was lost: "
-"""How the reason begins for which a request that was sent got no answer, unless that took too long."""
 SILENCE_S = 45.0
 """A stream without a byte for so long is dead: the server sends a heartbeat every 15 s."""
 CHUNK_BYTES = 2**16
@@ -160,8 +158,8 @@ class ConnectionOptions:
         """Return the exception for a connection that failed; if `sent`, the request may have arrived."""
         if isinstance(error, TimeoutError):
             return ServerUnreachable(self.address.url, "it took too long", sent=sent)
-        lost = LOST if sent else ""
-        return ServerUnreachable(self.address.url, f"{lost}{failure_reason(error)}", sent=sent)
+        what = "the connection was lost: " if sent else ""
+        return ServerUnreachable(self.address.url, f"{what}{failure_reason(error)}", sent=sent, lost=sent)
 
     def no_http(self) -> BadAnswer:
         """Return the exception for bytes that are no HTTP/1.1."""

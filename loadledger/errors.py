@@ -61,14 +61,18 @@ class ServerUnreachable(ClientProblem):
         url: the server's URL.
         reason: in a few words.
         sent: the request may have arrived.
+        lost: the connection ended before the answer, as when the server is killed; no time limit passed.
     """
 
-    def __init__(self, url: str, reason: str, advice: str = CHECK_URL, *, sent: bool = False) -> None:
+    def __init__(
+        self, url: str, reason: str, advice: str = CHECK_URL, *, sent: bool = False, lost: bool = False
+    ) -> None:
         what = "does not answer" if sent else "cannot be reached"
         super().__init__(f"{url} {what}: {reason}; {advice}")
         self.url = url
         self.reason = reason
         self.sent = sent
+        self.lost = lost
 
 
 class ServerError(ClientProblem):

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
-from loadledger.address import LOST, Address, ConnectionOptions
+from loadledger.address import Address, ConnectionOptions
 from loadledger.errors import BadAnswer, ServerUnreachable
 from loadledger.requests import Answer, Request, ResponseStream, T, Transport, problem_code
 
@@ -128,7 +128,7 @@ class FailoverTransport(Generic[TransportT]):
                 return await ask(self.servers[current])
             except ServerUnreachable as problem:
                 if problem.sent and not request.repeatable:
-                    if not may_repeat or not problem.reason.startswith(LOST):
+                    if not (may_repeat and problem.lost):
                         raise
                     may_repeat = False
                 self._current = (current + 1) % len(self.servers)
@@ -153,7 +153,7 @@ class FailoverTransport(Generic[TransportT]):
             except (ServerUnreachable, BadAnswer) as problem:
                 self._avoid(node)
                 if isinstance(problem, ServerUnreachable) and problem.sent:
-                    if not may_repeat or not problem.reason.startswith(LOST):
+                    if not (may_repeat and problem.lost):
                         raise
                     may_repeat = False
             else:

@@ -375,19 +375,19 @@ class TwoCopies:
 
     async def ask(self, model: str = "m", times: int = 1) -> list[int]:
         """Send inferences, none of which is answered before all are sent; return how often each was asked."""
-        before = self.asked()
+        before = self.list_counts()
         for node in self.nodes:
             node.may_answer.clear()
         request = Request("POST", "/x", model=model)
         sent = [asyncio.create_task(self.transport.send(request)) for _ in range(times)]
-        await until(lambda: sum(self.asked()) == sum(before) + times)
-        counts = [after - count for after, count in zip(self.asked(), before, strict=True)]
+        await until(lambda: sum(self.list_counts()) == sum(before) + times)
+        counts = [after - count for after, count in zip(self.list_counts(), before, strict=True)]
         for node in self.nodes:
             node.may_answer.set()
         await asyncio.gather(*sent)
         return counts
 
-    def asked(self) -> list[int]:
+    def list_counts(self) -> list[int]:
         return [node.asked for node in self.nodes]
 
 
