@@ -22,8 +22,9 @@ class EventText(NamedTuple):
 
     Attributes:
         parts: joined by commas. `{a.b}` is a member of the event's data, `{a.-1}` the last item of a list;
-            `{a:ms}`, `{a:MB}`, `{a:list}`, `{a:acts}` and `{a:files}` have a form; `{a?}` may be missing. A
-            part is left out if its member is null or an empty list. `a?yes|no` chooses by a member.
+            `{a:ms}`, `{a:MB}`, `{a:list}`, `{a:acts}`, `{a:devices}` and `{a:files}` have a form;
+            `{a?}` may be missing. A part is left out if its member is null or an empty list. `a?yes|no`
+            chooses by a member.
         fields: the fields of a log line: name and member.
         tone: `good`, `bad` or `plain`. A bad event is logged as a warning.
         bad_if: the member that makes an event bad if it is true.
@@ -56,6 +57,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
             "{durations.total_us:ms}",
             "{memory_bytes:MB}",
             "threads {threads?}",
+            "on {devices?:devices}",
             "at node {node_id?}",
             "signed by {signature.signer?}",
             "{signature.problem?}",
@@ -77,7 +79,12 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "UnloadJoined": EventText(),
     "UnloadStarted": EventText(),
     "ModelUnloaded": EventText(
-        ("{freed_bytes:MB} freed", "{drained_requests} requests drained", "{aborted_requests} aborted"),
+        (
+            "{freed_bytes:MB} freed",
+            "{drained_requests} requests drained",
+            "{aborted_requests} aborted",
+            "{unreturned_bytes?:MB} not returned by the device",
+        ),
         {name: name for name in ("freed_bytes", "drained_requests", "aborted_requests")},
     ),
     "CancelRequested": EventText(),
@@ -178,6 +185,7 @@ _FORMS: Mapping[str | None, Callable[[Any], str]] = {
     "MB": lambda size_bytes: f"{size_bytes / 10**6:.1f} MB",
     "list": ", ".join,
     "acts": lambda acts: ", ".join(act.replace("_", " ") for act in acts),
+    "devices": lambda uses: ", ".join(f"{each['device']} ({each['nodes']} graph nodes)" for each in uses),
     "plain": lambda name: name.replace("_", " "),
     "rules": lambda rules: "; ".join(
         f"{rule.get('mode', 'approval')} {', '.join(rule['models'])}" for rule in rules

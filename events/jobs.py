@@ -136,8 +136,9 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     "warm_up_failed": Consequence.INCIDENT,
     NO_PROGRESS: Consequence.INCIDENT,
     "not_encodable": Consequence.INCIDENT,
-    # No process, no memory, no disk, no time.
+    # No process, no device, no memory, no disk, no time.
     FORK_SERVER_DIED: Consequence.RETRY,
+    "device_unavailable": Consequence.RETRY,
     "fork_server_unavailable": Consequence.RETRY,
     "out_of_memory": Consequence.RETRY,
     "disk_full": Consequence.RETRY,
@@ -156,7 +157,8 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     POLICY_DIFFERS: Consequence.RETRY,
     # The server itself; its log has the reason.
     "internal": Consequence.RETRY,
-    # Decided by the scheduler, or by a comparison of hashes.
+    # Decided by the scheduler, or by a comparison of hashes; or the device's provider has been replaced.
+    "fallback_refused": Consequence.END,
     CRASH_LOOP: Consequence.END,
     INSUFFICIENT_MEMORY: Consequence.END,
     TOO_MANY_LOADED: Consequence.END,
@@ -305,6 +307,7 @@ class Job(Struct, frozen=True, gc=False):
             stored.
         policy: of a load; it is not stored without rules and reasons.
         label: that is set to the version of a load when that is loaded; not stored without.
+        unreturned_bytes: of a completed unload, as `ModelUnloaded` has it; not stored without.
     """
 
     id: str
@@ -331,6 +334,7 @@ class Job(Struct, frozen=True, gc=False):
     add: AddParameters | UnsetType = UNSET
     policy: JobPolicy | UnsetType = UNSET
     label: str | UnsetType = UNSET
+    unreturned_bytes: int | UnsetType = UNSET
 
     @property
     def approval(self) -> ApprovalState | None:
@@ -538,8 +542,11 @@ def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted | AddSt
     return replace(started, placement=JobPlacement(data.node_id))
 
 
-def _complete_job(job: Job, event: Event, _: ModelLoaded | ModelSettingsChanged | ModelUnloaded) -> Job:
-    return _end_job(job, event, JobStatus.COMPLETED)
+def _complete_job(job: Job, event: Event, data: ModelLoaded | ModelSettingsChanged | ModelUnloaded) -> Job:
+    ended = _end_job(job, event, JobStatus.COMPLETED)
+    return (
+        replace(ended, unreturned_bytes=data.unreturned_bytes) if isinstance(data, ModelUnloaded) else ended
+    )
 
 
 def _complete_add(job: Job, event: Event, _: VersionAdded) -> Job:
@@ -666,7 +673,8 @@ prepared. A model that is loaded with several numbers of threads has fewer versi
 class Footprint(Struct, frozen=True, gc=False):
     """The peak memory of one worker that loaded these files, or a prepared model made of them.
 
-    `prepared` is the hash of that, and `threads` how many the worker computed with.
+    `prepared` is the hash of that, and `threads` how many the worker computed with. `device` is where it ran
+    if not on the CPU, and `device_bytes` what it took there of the device's own memory.
     """
 
     version: int
@@ -674,27 +682,45 @@ class Footprint(Struct, frozen=True, gc=False):
     peak_memory_bytes: int
     prepared: str | None = None
     threads: int | None = None
+    device: str | UnsetType = UNSET
+    device_bytes: int | UnsetType = UNSET
+
+    @property
+    def conditions(self) -> tuple[object, ...]:
+        """What of the load, beside its files, the peak depends on."""
+        return self.prepared, self.threads, self.device
 
 
 def footprint_of(version: int, loaded: ModelLoaded) -> Footprint:
     """Return the footprint of one worker of a load: its share of the peak, rounded up."""
-    peak_bytes = -(-loaded.peak_memory_bytes // max(1, len(loaded.worker_ids)))
+    workers = max(1, len(loaded.worker_ids))
+    peak_bytes = -(-loaded.peak_memory_bytes // workers)
     prepared = loaded.prepared.sha256 if loaded.prepared is not None else None
-    return Footprint(version, loaded.files, peak_bytes, prepared, loaded.threads)
+    seen = Footprint(version, loaded.files, peak_bytes, prepared, loaded.threads)
+    if not loaded.devices:
+        return seen
+    use = loaded.devices[0]
+    device_bytes = UNSET if use.memory_bytes is None else -(-use.memory_bytes // workers)
+    return replace(seen, device=use.device, device_bytes=device_bytes)
 
 
 def add_footprint(footprints: tuple[Footprint, ...], latest: Footprint) -> tuple[Footprint, ...]:
     """Return the footprints with the latest one added.
 
-    Of the same files, prepared model and threads the highest counts, because peaks are sampled. Footprints of
-    other files of the same version are dropped.
+    Of the same files, prepared model, threads and device the highest peak counts, because peaks are sampled;
+    of the device's own memory, the last measurement, but not none or 0: the driver did not answer, or another
+    process returned as much meanwhile. Footprints of other files of the same version are dropped.
     """
     others = []
     for known in footprints:
         is_same_files = known.files == latest.files
-        is_same_load = is_same_files and (known.prepared, known.threads) == (latest.prepared, latest.threads)
+        is_same_load = is_same_files and known.conditions == latest.conditions
         if known.version != latest.version or (is_same_files and not is_same_load):
             others.append(known)
-        elif is_same_load and known.peak_memory_bytes > latest.peak_memory_bytes:
-            latest = known
+        elif is_same_load:
+            latest = replace(
+                latest,
+                peak_memory_bytes=max(known.peak_memory_bytes, latest.peak_memory_bytes),
+                device_bytes=latest.device_bytes or known.device_bytes,
+            )
     return (*others, latest)[-MAX_FOOTPRINTS:]

@@ -40,6 +40,7 @@ from events.types import (
     ApprovalResult,
     Cause,
     Data,
+    DeviceUse,
     Event,
     JobCancelled,
     LabelRemoved,
@@ -101,7 +102,7 @@ class Serving(Struct, frozen=True, gc=False):
         threads: of each worker.
         asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
         brought_back: the cause of that reload.
-        signature, approval, node_signature: as `ModelLoaded` has them; not stored without.
+        signature, approval, node_signature, devices: as `ModelLoaded` has them; not stored without.
     """
 
     load_job_id: str
@@ -124,6 +125,7 @@ class Serving(Struct, frozen=True, gc=False):
     signature: LoadSignature | UnsetType = UNSET
     approval: LoadApproval | UnsetType = UNSET
     node_signature: NodeSignature | UnsetType = UNSET
+    devices: tuple[DeviceUse, ...] | UnsetType = UNSET
 
     @property
     def passed(self) -> AdmittedBytes:
@@ -548,6 +550,7 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
         signature=data.signature,
         approval=data.approval,
         node_signature=data.node_signature,
+        devices=data.devices,
     )
 
 

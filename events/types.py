@@ -57,7 +57,8 @@ class Confinement(Struct, frozen=True, gc=False):
         landlock_abi: the version of Landlock that restricts files; 0 if nothing does.
         seccomp: whether a filter restricts system calls.
         not_prevented: the forbidden things that a worker could do: `read_files`, `write_files`,
-            `use_network`, `start_processes`, `read_memory` (of the fork server).
+            `use_network`, `start_processes`, `read_memory` (of the fork server), `run_code` (that it has
+            made), `call_drivers` (of devices).
     """
 
     mode: str
@@ -221,6 +222,25 @@ class LoadApproval(Struct, frozen=True, gc=False):
     by: tuple[str, ...] = ()
 
 
+class DeviceUse(Struct, frozen=True, gc=False):
+    """What of a loaded model runs on one device.
+
+    Attributes:
+        provider: the execution provider; `cpu` is ONNX Runtime's own.
+        version: of the provider.
+        device: its name (`events.devices`), like `cuda:0`.
+        nodes: how many nodes of the model's graph run there, as the providers were offered it.
+        memory_bytes: that the workers take there, with what the driver keeps for each process; None if the
+            device has only the machine's memory, which the load's own figures count.
+    """
+
+    provider: str
+    version: str
+    device: str
+    nodes: int
+    memory_bytes: int | None = None
+
+
 NEVER = -1
 """The `keep_alive_s` of a model that is never unloaded for being idle; None says the same."""
 
@@ -245,6 +265,9 @@ class LoadParameters(Struct, frozen=True, gc=False):
         threads: how many threads each worker computes with; None is the server's setting when it starts.
         node_labels: labels that its node must have, in order; not stored without any.
         copies: at how many nodes the model is to be loaded; not stored where none is named, which is 1.
+        devices: names of devices (`events.devices`); the load runs on the first that has room. Not stored for
+            the CPU.
+        fallback: `cpu` if nodes that the device does not support may run on the CPU; not stored for `refuse`.
     """
 
     priority: str = "normal"
@@ -260,6 +283,8 @@ class LoadParameters(Struct, frozen=True, gc=False):
     threads: int | None = None
     node_labels: tuple[str, ...] | UnsetType = UNSET
     copies: int | UnsetType = UNSET
+    devices: tuple[str, ...] | UnsetType = UNSET
+    fallback: str | UnsetType = UNSET
 
     @property
     def wanted_copies(self) -> int:
@@ -282,6 +307,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
 
 WORKER_PARAMETERS = (
     *("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads", "node_labels"),
+    *("devices", "fallback"),
 )
 """Parameters of the workers: a change of them loads the model anew."""
 
@@ -385,6 +411,9 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     Of a model with rules, `signature` and `approval` say how the load passed them, and `bundle` has the
     signature bundle, unless the ledger has it from a load of the same bytes before. `node_signature` is that
     of the node, also without rules; it is missing in a ledger of one server.
+
+    `devices` is first the device of the load, then the CPU if nodes fall back to it; it is missing for a load
+    on the CPU.
     """
 
     TYPE: ClassVar[str] = "ModelLoaded"
@@ -402,6 +431,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     approval: LoadApproval | UnsetType = UNSET
     bundle: str | UnsetType = UNSET
     node_signature: NodeSignature | UnsetType = UNSET
+    devices: tuple[DeviceUse, ...] | UnsetType = UNSET
 
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):
@@ -524,12 +554,16 @@ class UnloadStarted(Struct, frozen=True, gc=False):
 
 
 class ModelUnloaded(Struct, frozen=True, gc=False):
-    """The workers have exited, and their memory is free."""
+    """The workers have exited, and their memory is free.
+
+    `unreturned_bytes` is what their device had not returned some seconds later; it is missing if all is back.
+    """
 
     TYPE: ClassVar[str] = "ModelUnloaded"
     freed_bytes: int
     drained_requests: int
     aborted_requests: int
+    unreturned_bytes: int | UnsetType = UNSET
 
 
 class CancelRequested(Struct, frozen=True, gc=False):

@@ -19,6 +19,7 @@ from events.types import (
     Cause,
     Confinement,
     Credential,
+    DeviceUse,
     Durations,
     FileHash,
     Idempotency,
@@ -112,7 +113,7 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 
 _PARTS = (
     *(LoadedFile, AddedFile, Provenance, Prepared, Durations, Confinement, FileHash, Idempotency),
-    *(Credential, Justification, LoadSignature, LoadApproval, NodeSignature),
+    *(Credential, Justification, LoadSignature, LoadApproval, NodeSignature, DeviceUse),
     *(LoadPolicy, TrustRule, TrustedCertificates, ApprovalRule),
 )
 _HEAD = f"""\

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
+from msgspec import UNSET
 from msgspec.structs import replace
 from support.history import (
     FEWER,
@@ -35,6 +36,7 @@ from events.types import (
     LoadParameters,
     LoadRequested,
     LoadStarted,
+    ModelUnloaded,
     ServerStarted,
     ServerStopped,
     Unknown,
@@ -42,6 +44,15 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
+
+
+def test_unload_keeps_what_its_device_did_not_return() -> None:
+    for unreturned_bytes in (UNSET, 5):
+        history = given("load request_unload start_unload")
+        before = history.job("U")
+        history.add(ModelUnloaded(1, 0, 0, unreturned_bytes), "U")
+        assert history.job("U").unreturned_bytes == unreturned_bytes
+        assert before.unreturned_bytes is UNSET
 
 
 def test_requested_load_is_pending_job_with_deadline() -> None:

@@ -13,6 +13,8 @@ from msgspec.structs import replace
 from support.history import (
     FEWER,
     MODEL,
+    ON_CPU,
+    ON_CUDA,
     STEPS,
     History,
     as_event,
@@ -43,6 +45,7 @@ from events.types import (
     TYPES,
     Cause,
     Data,
+    DeviceUse,
     Draft,
     LoadParameters,
     ModelSettingsChanged,
@@ -445,6 +448,48 @@ def test_footprint_is_kept_per_number_of_threads() -> None:
         assert serving(history).threads == threads
     found = [(each.threads, each.peak_memory_bytes) for each in history.model().footprints]
     assert found == [(None, 2_000), (2, 9_000), (1, 4_000)]
+
+
+def test_footprint_is_kept_per_device_with_its_last_measurement() -> None:
+    history, on_npu = given("load"), DeviceUse("npu", "1.0", "npu:0", 69)
+    for load, peak, device_bytes in (("L4", 9_000, 601), ("L5", 8_000, 401), ("L6", 9_500, 501)):
+        use = replace(ON_CUDA, memory_bytes=device_bytes)
+        history.load_on(load, use, ON_CPU, peak_memory_bytes=peak, instances=2, devices=("cuda:0",))
+        assert serving(history).devices == (use, ON_CPU)
+    history.load_on("L7", on_npu, peak_memory_bytes=7_000, devices=("npu:0",))
+    history.load_on("L8", replace(ON_CUDA, device="cuda:1"), peak_memory_bytes=6_000, devices=("cuda:1",))
+    found = [(each.device, each.peak_memory_bytes, each.device_bytes) for each in history.model().footprints]
+    assert found == [
+        (UNSET, 2_000, UNSET),
+        ("cuda:0", 4_750, 251),
+        ("npu:0", 7_000, UNSET),
+        ("cuda:1", 6_000, 600_000_000),
+    ]
+
+
+@pytest.mark.parametrize("missing", [0, None])
+def test_footprint_keeps_what_its_device_measured_before(missing: int | None) -> None:
+    history = History()
+    for load, device_bytes in (("L4", missing), ("L5", 600), ("L6", missing)):
+        history.load_on(load, replace(ON_CUDA, memory_bytes=device_bytes), peak_memory_bytes=9_000)
+    (found,) = history.model().footprints
+    assert found.device_bytes == 600
+
+
+def test_footprint_with_lower_peak_takes_its_device_measurement() -> None:
+    history = History()
+    for load, peak, device_bytes in (("L4", 9_000, 600), ("L5", 8_000, 400)):
+        history.load_on(load, replace(ON_CUDA, memory_bytes=device_bytes), peak_memory_bytes=peak)
+    (found,) = history.model().footprints
+    assert (found.peak_memory_bytes, found.device_bytes) == (9_000, 400)
+
+
+def test_load_on_other_devices_needs_other_workers() -> None:
+    parameters = serving(given("load_on_device")).parameters
+    assert (parameters.devices, parameters.fallback) == (("cuda:*", "cpu"), "cpu")
+    assert parameters.has_same_workers(replace(parameters, pinned=True))
+    for changed in ({"devices": ("cuda:0",)}, {"devices": UNSET}, {"fallback": UNSET}):
+        assert not parameters.has_same_workers(replace(parameters, **changed))
 
 
 def test_footprints_of_latest_versions_outlive_the_model() -> None:

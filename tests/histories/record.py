@@ -18,6 +18,7 @@ instead of a name makes all states anew; use it only together with a new `events
 - `approvals`: loads under rules are approved, rejected, expire, and pass in an emergency; one is repeated
 - `adds`: adds from sources that fail, are cancelled, and succeed
 - `nodes`: a worker of three nodes dies, then a node; another one is drained and leaves, and one joins again
+- `devices`: written, not run: loads on devices fall back to the CPU, are measured, swapped, and restored
 - `copies`: written, not run: copies lose a worker, a node and a load, are swapped and unloaded
 """
 
@@ -32,6 +33,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from msgspec.structs import replace
 from support import models
 from support.cluster import are_elsewhere, clustered, find_nodes, find_places, is_lost
 from support.folding import fold_steps
@@ -69,12 +71,14 @@ from events.types import (
     AddStarted,
     Cause,
     Credential,
+    DeviceUse,
     Draft,
     Idempotency,
     JobCancelled,
     Justification,
     LoadParameters,
     ModelSettingsChanged,
+    ModelUnloaded,
     PolicyInForce,
     Provenance,
     SignInLinkIssued,
@@ -224,6 +228,33 @@ async def copies(folder: Path) -> None:
         connection.execute("VACUUM INTO ?", (str(folder / LEDGER),))
 
 
+async def devices(folder: Path) -> None:
+    """A model moves from a device to another and to the CPU; not all of the memory comes back."""
+    history = History()
+    on_cuda = DeviceUse("cuda", "0.9.0", "cuda:0", 69, 600_000_000)
+    on_cpu = DeviceUse("cpu", "1.30.0", "cpu", 9)
+    asked: dict[str, Any] = {"devices": ("cuda:*", "cpu"), "fallback": "cpu"}
+    history.ask_load("refused", devices=("openvino:cpu",))
+    history.start_load("refused")
+    history.fail_load("refused", "fallback_refused")
+    history.load_on("A1", replace(on_cuda, nodes=60), on_cpu, instances=2, **asked)
+    history.load_on("A2", on_cuda, version=2, instances=2, peak_memory_bytes=3_000, devices=("cuda:0",))
+    history.unload("A1-ends", "A1", cause=Cause.SWAP)
+    on_openvino = DeviceUse("openvino", "1.9.0", "openvino:cpu", 69)
+    history.load_on("other", on_openvino, of="other", devices=("openvino:cpu",))
+    history.restart()
+    history.load("A3", version=2, cause=Cause.RESTART, devices=("cuda:0", "cpu"))
+    history.load_on("other2", on_openvino, of="other", cause=Cause.RESTART, devices=("openvino:cpu",))
+    history.load_on("A4", replace(on_cuda, memory_bytes=500_000_000), version=2, devices=("cuda:0",))
+    history.unload("A3-ends", "A3", version=2, cause=Cause.SWAP)
+    history.ask_unload("A4-ends", "A4", version=2)
+    history.start_unload("A4-ends", version=2)
+    unloaded = ModelUnloaded(51_200_000, 3, 0, unreturned_bytes=200_000_000)
+    history.add(unloaded, "A4-ends", version=2)
+    with ledger_of(history.facts) as connection:
+        connection.execute("VACUUM INTO ?", (str(folder / LEDGER),))
+
+
 async def adds(folder: Path) -> None:
     """Adds from sources: one that fails after a restart, one that is cancelled, and one that succeeds."""
 
@@ -290,6 +321,7 @@ SCENARIOS: dict[str, Scenario] = {
     "tokens": tokens,
     "nodes": nodes,
     "copies": copies,
+    "devices": devices,
     "adds": adds,
     "approvals": approvals,
 }

@@ -36,6 +36,7 @@ from events.types import (
     Cause,
     Credential,
     Data,
+    DeviceUse,
     Draft,
     Durations,
     Event,
@@ -198,6 +199,23 @@ class History:
 
     def end_load(self, job: str, *, mtime_ns: int = 1, **about: Any) -> None:
         self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns), job, **about)
+
+    def load_on(
+        self,
+        job: str,
+        *devices: DeviceUse,
+        peak_memory_bytes: int = 2_000,
+        instances: int = 1,
+        of: str = MODEL,
+        version: int = 1,
+        **given: Any,
+    ) -> None:
+        """A load of so many workers ends well on a device; what is not supported there runs on the CPU."""
+        self.ask_load(job, of=of, version=version, instances=instances, **given)
+        self.start_load(job, of=of, version=version)
+        workers = (f"w-{job}", *(f"w-{job}-{number}" for number in range(2, instances + 1)))
+        loaded = replace(model_loaded(*workers), devices=devices, peak_memory_bytes=peak_memory_bytes)
+        self.add(loaded, job, of=of, version=version)
 
     def load_pair(self, job: str, *, cause: Cause = Cause.REQUEST) -> None:
         """A load of two instances ends well, in the workers `<job>1` and `<job>2`."""
@@ -382,6 +400,8 @@ TUNED: dict[str, Any] = {
     "threads": 2,
     "node_labels": ("zone=a",),
 }
+ON_CUDA = DeviceUse("cuda", "0.9.0", "cuda:0", 60, 600_000_000)
+ON_CPU = DeviceUse("cpu", "1.30.0", "cpu", 9)
 JOBS = ("A", "L", "L2", "L3", "R", "U", "F", "S")
 STEPS: dict[str, Callable[..., object]] = {
     "request": lambda h: h.ask_load("L"),
@@ -456,6 +476,9 @@ STEPS: dict[str, Callable[..., object]] = {
     # A load that names all parameters of a loaded model.
     "request_tuned": lambda h: h.ask_load("L", **TUNED),
     "load_tuned": lambda h: h.load("L", **TUNED),
+    # A load on a device, which not all nodes of the graph support.
+    "load_on_device": lambda h: h.load_on("L", ON_CUDA, ON_CPU, devices=("cuda:*", "cpu"), fallback="cpu"),
+    "leak_on_unload": lambda h: h.add(ModelUnloaded(1_000, 0, 0, unreturned_bytes=300_000_000), "U"),
     # A model of two instances.
     "load_pair": lambda h: h.load_pair("P"),
     "crash_1": lambda h: h.kill_worker("P1"),

@@ -7,7 +7,7 @@ exists.
 import enum
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from hypothesis import strategies as st
@@ -54,6 +54,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.tuples(*map(values, arguments))
     if origin is tuple:
         return st.lists(values(arguments[0]), max_size=3).map(tuple)
+    if origin is Mapping:
+        return st.dictionaries(*map(values, arguments), max_size=3)
     if origin is typing.Literal:
         return st.sampled_from(arguments)
     if origin is typing.Annotated:
