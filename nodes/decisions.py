@@ -333,8 +333,8 @@ def _place_next(view: NodeView, decision: Decision) -> Decision:
                 continue
             others = {job_id: reason for job_id, reason in view.share.held.items() if job_id != job.id}
             match decide(view.hold(others)).action:
-                case actions.StartLoad(Job(id=job.id)):
-                    action = actions.StartLoad(job, placement)
+                case actions.StartLoad(Job(id=job.id)) as start:
+                    action = replace(start, before=placement)
                     break
             if job.id in view.observations.estimating:
                 continue

@@ -31,6 +31,7 @@ from events.types import (
     LoadStarted,
     ModelSettingsChanged,
 )
+from runtime.scheduler.view import DeviceNeed
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
 
@@ -52,9 +53,13 @@ class RecordFact(JobAction):
 
 @dataclass(frozen=True, slots=True)
 class StartLoad(JobAction):
-    """Record `LoadStarted`, and start the workers; `before`, such as its placement, is in the same append."""
+    """Record `LoadStarted`, and start the workers; `before`, such as its placement, is in the same append.
+
+    `device` is where they run, and what is reserved there; None is the CPU.
+    """
 
     before: RecordFact | None = None
+    device: DeviceNeed | None = None
 
 
 class CancelJob(JobAction):

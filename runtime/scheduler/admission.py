@@ -7,16 +7,22 @@ room is reserved for it. Before all others come reloads, and loads whose old ver
 A load slot is kept for files that loaded before: when all slots are taken, and by loads of other files only,
 one more may start. So loads that never end delay only models that never loaded.
 
+A load that may run on several devices starts on the first that has room; if none has, room is made on the
+first on which that is possible. What runs on a device needs room there, and of the machine. While another
+load is being measured on that device, the load waits for it, unless another device of the same provider has
+room, too: such devices are equal, since `cuda:*` names them all.
+
 What a load will need is estimated before (`runtime.scheduler.estimates`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from events.clock import add_seconds
+from events.devices import CPU, provider_of
 from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Failure, Job, JobKind
 from events.models import RELOADS, ModelState, Serving
 from events.state import State
@@ -24,7 +30,7 @@ from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.eviction import Eviction
-from runtime.scheduler.view import LoadView, SchedulerView
+from runtime.scheduler.view import Amount, DeviceNeed, LoadRoom, LoadView, SchedulerView
 
 MAX_SERVER_DEATHS = 3
 """Unclean ends of the server during the same load after which that load counts as their cause."""
@@ -38,13 +44,20 @@ OVERTAKING_LIMIT_S = 30.0
 PRESSURE_POLL_S = 1.0
 """How often to check the pressure on the machine, a mean of ten seconds, while a load waits for it."""
 
+ShortageIn = Callable[[LoadRoom, str, int, Amount], Amount]
+"""What a load of a model lacks in a room, of so many bytes, beside what is reserved there."""
+
 _PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 _LOWEST_PRIORITY = 2
 _URGENT = (Cause.RECOVERY, Cause.SWAP)
 """Loads of models that served until just now: one may run beyond the limit, past slow loads."""
 _RESERVES_NOTHING = (Cause.RECOVERY, Cause.RESTART, Cause.DRAIN, Cause.COPY)
 """Loads that are repeated when they fail, or that use free memory only: no other load waits for them."""
+_STRATEGIES = {Cause.RECOVERY: "beside", Cause.COPY: "auto"}
+"""A repair keeps what still serves; while a copy is replaced, others serve."""
 _BEFORE_ALL = -1
+
+_NOTHING = Amount()
 
 _MB = 1_000_000
 _SMALL_MB = 10
@@ -54,35 +67,55 @@ _SMALL_MB = 10
 class Waiting:
     """The reason why a load does not start now, when to look again, and whether room is reserved for it.
 
-    It `lacks_room` if none is being released that is enough.
+    Attributes:
+        reason: or a function that returns it, since only that on the device which is chosen is read.
+        lacks_room: whether no room is being released that is enough.
+        follows: the action on it when the measurement of another load ends, if it waits for nothing else.
     """
 
-    reason: str
+    reason: str | Callable[[], str]
     wake_at: str | None = None
     reserves_room: bool = False
     reserves_later: bool = False
     lacks_room: bool = False
+    follows: Action | None = None
+
+    def describe(self) -> str:
+        return self.reason if isinstance(self.reason, str) else self.reason()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reservations:
-    """Room that is reserved for waiting loads: first what is being released, then what is free."""
+    """Room that is reserved for waiting loads: first what is being released, then what is free.
 
-    bytes: int = 0
-    models: int = 0
+    All loads of a decision share one object, which grows from load to load: copies would make it slow.
+    """
+
+    rooms: dict[LoadRoom, Amount] = field(default_factory=dict)
     first: Job | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Shortage:
-    """Bytes and model slots that a load lacks."""
+    """What a load lacks on a device: room there and of the machine, and the end of the load there.
 
-    bytes: int
-    models: int
+    `rooms` has only those that are too small.
+    """
+
+    rooms: Mapping[LoadRoom, Amount]
+    measured: LoadView | None
 
     @property
     def is_none(self) -> bool:
-        return self.bytes <= 0 and self.models <= 0
+        return self.measured is None and not self.rooms
+
+    @property
+    def lacks_room(self) -> bool:
+        return bool(self.rooms)
+
+    @property
+    def lacks_bytes(self) -> bool:
+        return any(missing.bytes > 0 for missing in self.rooms.values())
 
 
 @dataclass(slots=True)
@@ -107,8 +140,9 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
         eviction: of the same view.
     """
     admission = Admission()
+    reservations = Reservations()
     pending = (
-        _PendingLoad(view, job, eviction)
+        _PendingLoad(view, job, eviction, reservations)
         for job in view.unended
         if job.kind is JobKind.LOAD
         and job.id not in view.running
@@ -116,23 +150,21 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
         and view.is_first_in_queue(job)
     )
     queue = sorted(pending, key=lambda load: (load.rank, load.job.queued_position))
-    reservations = Reservations()
     estimating: Job | None = None
     overtaken_since = list[str]()
     for load in queue:
-        load.reservations = reservations
         decision = load.decide(estimating)
         if not isinstance(decision, Waiting):
             admission.action = decision
             return admission
-        admission.waiting_for[load.job.id] = decision.reason
+        admission.waiting_for[load.job.id] = decision.describe()
         admission.wake_at += filter(None, [decision.wake_at])
         if decision.lacks_room:
             admission.without_room.append(load.job)
         if decision.reserves_later and load is not queue[-1]:  # a load behind it may have to act then
             overtaken_since.append(view.queued_at(load.job))
         if decision.reserves_room:
-            reservations = load.reserve()
+            load.reserve()
         is_new = load.job.id not in view.observations.estimates
         if is_new:
             admission.unestimated.append(load.job)
@@ -160,16 +192,16 @@ class _PendingLoad:
 
     Attributes:
         rank: the load with the lowest starts first.
-        reservations: room that is reserved for the loads before it.
     """
 
-    def __init__(self, view: SchedulerView, job: Job, eviction: Eviction) -> None:
+    def __init__(self, view: SchedulerView, job: Job, eviction: Eviction, reservations: Reservations) -> None:
         self.job = job
-        self.reservations = Reservations()
+        self._reservations = reservations
         self._view = view
         self._eviction = eviction
         self._model = view.state.models.get(job.model_id)
         _, self._parameters = job.load_order
+        self._waits_for: DeviceNeed | None = None
         self.rank = self._rank()
 
     def _rank(self) -> int:
@@ -190,19 +222,15 @@ class _PendingLoad:
 
     @property
     def _strategy(self) -> str:
-        """The swap strategy. A repair keeps what still serves; while a copy is replaced, others serve."""
-        of_cause = {Cause.RECOVERY: "beside", Cause.COPY: "auto"}
-        return of_cause.get(self.job.cause, self._parameters.strategy)
+        """The swap strategy."""
+        return _STRATEGIES.get(self.job.cause, self._parameters.strategy)
 
-    @property
-    def _estimate(self) -> int:
+    @cached_property
+    def _needs(self) -> Sequence[DeviceNeed]:
+        """What it needs on each device on which it can run, the preferred one first."""
         estimate = self._view.find_estimate(self.job)
-        return 0 if estimate is None else estimate.bytes
-
-    @property
-    def _is_guess(self) -> bool:
-        estimate = self._view.find_estimate(self.job)
-        return estimate is not None and estimate.is_guess
+        needs = () if estimate is None else estimate.needs
+        return [need for need in needs if self._explain_misfit(need) is None]
 
     @property
     def _may_evict(self) -> bool:
@@ -215,12 +243,20 @@ class _PendingLoad:
         view, job = self._view, self.job
         return job.cause in _URGENT or (view.is_proven(job) and not view.proven_load_runs)
 
-    def reserve(self) -> Reservations:
-        view, before = self._view, self.reservations
-        is_another = self.job.model_id not in view.models_with_process - view.exiting_models
-        return Reservations(
-            before.bytes + self._estimate, before.models + is_another, before.first or self.job
-        )
+    def reserve(self) -> None:
+        """Reserve room for it on each device, so that it is overtaken on none of them.
+
+        What is being released on one is enough.
+        """
+        needed = dict[LoadRoom, int]()
+        for need in self._needs if self._waits_for is None else [self._waits_for]:
+            for room in self._view.rooms_on(need.device):
+                needed[room] = max(room.bytes_for(need), needed.get(room, 0))
+        reserved = self._reservations.rooms
+        for room, needed_bytes in needed.items():
+            before, is_another = reserved.get(room, _NOTHING), not room.has_slot(self.job.model_id)
+            reserved[room] = Amount(before.bytes + needed_bytes, before.models + is_another)
+        self._reservations.first = self._reservations.first or self.job
 
     def decide(self, estimating: Job | None) -> Action | Waiting:
         """Decide this load; `estimating` is an earlier one whose estimate will be known in a moment."""
@@ -241,7 +277,7 @@ class _PendingLoad:
             aging_at = add_seconds(view.queued_at(job), PRIORITY_AGING_S)
             wake_at = min(aging_at, add_seconds(view.now, PRESSURE_POLL_S))
             return Waiting("the machine, which is under pressure", wake_at)
-        return self._start_or_make_room()
+        return self._choose_device()
 
     def _change_settings(self) -> Action | None:
         """Change only settings if the model is loaded from the same bytes into such workers meanwhile."""
@@ -264,109 +300,159 @@ class _PendingLoad:
             return actions.FailLoad(job, estimate.code, estimate.message)
         if estimate is None:
             return Waiting("the estimate of its memory")
-        misfit = self._explain_misfit()
-        return None if misfit is None else actions.FailLoad(job, INSUFFICIENT_MEMORY, misfit)
-
-    def _explain_misfit(self) -> str | None:
-        budget, replaced = self._view.policy.budget_bytes, self._serving
-        beside_bytes = replaced.memory_bytes if replaced is not None and self._strategy == "beside" else 0
-        if budget is None or self._estimate + beside_bytes <= budget:
+        if self._needs:
             return None
-        limit = "; set memory_limit_bytes if it takes less" if self._is_guess else ""
-        needs, in_all = f"it needs {self._estimate_text} of memory", f"{format_megabytes(budget)} in all"
-        if self._estimate > budget:
-            return f"{needs}, and the budget is {in_all}{limit}"
+        misfits = filter(None, map(self._explain_misfit, estimate.needs))
+        return actions.FailLoad(job, INSUFFICIENT_MEMORY, "; ".join(misfits))
+
+    def _explain_misfit(self, need: DeviceNeed) -> str | None:
+        """Return why a load can never run on a device; None if it can."""
+        for room in self._view.rooms_on(need.device):
+            if misfit := self._explain_misfit_in(room, need):
+                return misfit
+        return None
+
+    def _explain_misfit_in(self, room: LoadRoom, need: DeviceNeed) -> str | None:
+        budget, needed_bytes = room.limits.budget_bytes, room.bytes_for(need)
+        beside_bytes = room.bytes_of(self._serving) if self._strategy == "beside" else 0
+        if budget is None or needed_bytes + beside_bytes <= budget:
+            return None
+        is_limitable = need.is_guess and not room.limits.has_memory
+        limit = "; set memory_limit_bytes if it takes less" if is_limitable else ""
+        needs = f"it needs {_describe_need(room, need)}"
+        in_all = f"{room.budget_name} is {format_megabytes(budget)} in all"
+        if needed_bytes > budget:
+            return f"{needs}, and {in_all}{limit}"
         is_repair = self.job.cause is Cause.RECOVERY
         in_place = "" if is_repair else "; with strategy auto or in_place it replaces that version"
         beside = f"beside the {format_megabytes(beside_bytes)} of what it replaces"
-        return f"{needs} {beside}, and the budget is {in_all}{in_place}{limit}"
+        return f"{needs} {beside}, and {in_all}{in_place}{limit}"
 
-    def _start_or_make_room(self) -> Action | Waiting:
-        """Start a load that only room can delay, make room for it, or wait."""
-        view, replaced, missing = self._view, self._serving, self._shortage_now()
-        if replaced is not None and self._strategy == "auto" and missing.bytes > 0:
-            is_released = view.observations.optimising_bytes > 0 and self._shortage_after_exits(0).is_none
-            if is_released:  # to wait for that is better than a gap
-                return Waiting(f"{self._describe_shortage()}; it is being released", reserves_room=True)
-        is_auto_in_place = self._strategy == "auto" and not missing.is_none
-        if replaced is None or not (self._strategy == "in_place" or is_auto_in_place):
-            return actions.StartLoad(self.job) if missing.is_none else self._make_room(0)
-        if self._shortage_now(replaced.memory_bytes).is_none:
-            return actions.UnloadForReplacement(self.job, replaced.load_job_id)
-        return self._make_room(replaced.memory_bytes)
+    def _choose_device(self) -> Action | Waiting:
+        """Start the load on the first device with room; else make room on one, or wait.
 
-    def _shortage_now(self, replaced_bytes: int = 0, *, reserved: Reservations | None = None) -> _Shortage:
-        """Return what the load lacks now, beside the reservations, or others.
-
-        A model whose processes are exiting still has its slot and uses it if no reservation needs it.
+        Devices of one provider are equal: the first on which no load is being measured is taken.
         """
-        view, reserved = self._view, reserved or self.reservations
-        reserved_bytes = max(0, reserved.bytes - view.exiting_bytes)
-        left_models = len(view.exiting_models) - reserved.models
-        has_one = self.job.model_id in view.exiting_models
-        more_models = left_models if has_one else min(0, left_models)
-        return self._shortage(replaced_bytes - reserved_bytes, more_models)
+        decisions = [(self._start_or_make_room(need), need) for need in self._needs]
+        decision, need = min(decisions, key=lambda each: _effort_of(each[0]))
+        if isinstance(decision, Waiting) and decision.follows is not None:
+            effort, provider = _effort_of(decision), provider_of(need.device)
+            alike = (each for each in decisions if provider_of(each[1].device) == provider)
+            equal = [each for each in alike if _effort_of(each[0]) == effort]
+            decision, need = min(equal, key=lambda each: isinstance(each[0], Waiting))
+        if isinstance(decision, Waiting) and not decision.lacks_room:
+            self._waits_for = need
+        return decision
 
-    def _shortage_after_exits(self, replaced_bytes: int) -> _Shortage:
+    def _start_or_make_room(self, need: DeviceNeed) -> Action | Waiting:
+        """Start a load on a device, where only room can delay it, make room for it, or wait."""
+        view, replaced, missing = self._view, self._serving, self._shortage_now(need)
+        if replaced is not None and self._strategy == "auto" and missing.lacks_bytes:
+            is_released = view.observations.optimising_bytes > 0 and self._shortage_after_exits(need).is_none
+            if is_released:  # to wait for that is better than a gap
+                return Waiting(partial(self._describe_release, need, missing), reserves_room=True)
+        if replaced is None or not self._replaces_in_place(missing):
+            replaced = None
+        else:
+            missing = self._shortage_now(need, replaced)
+        if missing.lacks_room:
+            return self._make_room(need, missing, replaced)
+        action = self._start_on(need, replaced)
+        return action if missing.is_none else self._make_room(need, missing, replaced, follows=action)
+
+    def _replaces_in_place(self, missing: _Shortage) -> bool:
+        """Whether the old version is unloaded before the load starts, which lacks that much beside it."""
+        return self._strategy == "in_place" or (self._strategy == "auto" and missing.lacks_room)
+
+    def _start_on(self, need: DeviceNeed, replaced: LoadView | None) -> Action:
+        if replaced is not None:
+            return actions.UnloadForReplacement(self.job, replaced.load_job_id)
+        return actions.StartLoad(self.job, device=None if need.device == CPU else need)
+
+    def _shortage_now(self, need: DeviceNeed, replaced: LoadView | None = None) -> _Shortage:
+        """Return what the load lacks now, beside the reservations."""
+        return self._shortage(LoadRoom.shortage_now, need, replaced, self._reservations.rooms)
+
+    def _shortage_after_exits(self, need: DeviceNeed, replaced: LoadView | None = None) -> _Shortage:
         """Return what the load will lack when exiting processes have exited."""
-        view, reserved = self._view, self.reservations
-        exiting_bytes = replaced_bytes + view.exiting_bytes - reserved.bytes
-        return self._shortage(exiting_bytes, len(view.exiting_models) - reserved.models)
+        return self._shortage(LoadRoom.shortage_after_exits, need, replaced, self._reservations.rooms)
 
-    def _shortage(self, more_bytes: int, more_models: int) -> _Shortage:
-        """Return what the load lacks if this much more were free."""
-        view, free, most = self._view, self._view.free_bytes, self._view.policy.max_loaded
-        has_slot = most is None or self.job.model_id in view.models_with_process - view.exiting_models
-        return _Shortage(
-            0 if free is None else self._estimate - free - more_bytes,
-            0 if most is None or has_slot else len(view.models_with_process) + 1 - most - more_models,
-        )
+    def _shortage(
+        self,
+        shortage_in: ShortageIn,
+        need: DeviceNeed,
+        replaced: LoadView | None,
+        reserved: Mapping[LoadRoom, Amount],
+    ) -> _Shortage:
+        lacking, rooms = {}, self._view.rooms_on(need.device)
+        for room in rooms:
+            more_bytes = room.bytes_for(need) - room.bytes_of(replaced)
+            before = reserved.get(room, _NOTHING)
+            missing = shortage_in(room, self.job.model_id, more_bytes, before)
+            if not missing.is_none:
+                lacking[room] = missing
+        return _Shortage(lacking, rooms[0].measured_load)
 
-    def _make_room(self, replaced_bytes: int) -> Action | Waiting:
+    def _make_room(
+        self,
+        need: DeviceNeed,
+        missing_now: _Shortage,
+        replaced: LoadView | None,
+        follows: Action | None = None,
+    ) -> Action | Waiting:
         """Wait for exiting processes; else evict the fewest.
 
         Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
         exiting processes release is reserved in any case if it is enough.
         """
-        view, job, first = self._view, self.job, self.reservations.first
-        missing, shortage_text = self._shortage_after_exits(replaced_bytes), self._describe_shortage()
+        view, job, missing = self._view, self.job, self._shortage_after_exits(need, replaced)
         if missing.is_none:
-            return Waiting(f"{shortage_text}; it is being released", reserves_room=True)
-        if self._may_evict and (chosen := self._eviction.choose(missing.bytes, missing.models)):
+            return Waiting(partial(self._describe_release, need, missing_now), reserves_room=True)
+        may_evict = self._may_evict and missing.measured is None
+        if may_evict and (chosen := self._eviction.choose(missing.rooms)):
             return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
         # A reload after the server's start evicts nothing, so it would wait for ever, if only here is room.
         if job.cause is Cause.RESTART and not view.will_free_more and view.share.is_whole:
-            code = INSUFFICIENT_MEMORY if missing.bytes > 0 else TOO_MANY_LOADED
-            reason = f"not reloaded after the server's start: it needs {shortage_text}"
+            code = INSUFFICIENT_MEMORY if missing.lacks_bytes else TOO_MANY_LOADED
+            reason = f"not reloaded after the server's start: it needs {self._describe(need, missing_now)}"
             return actions.FailLoad(job, code, reason)
         has_priority = self.rank == _BEFORE_ALL or view.queued_at(job) <= view.earlier_by(OVERTAKING_LIMIT_S)
         may_reserve = job.cause not in _RESERVES_NOTHING
-        wake_at = self._eviction.next_at if self._may_evict else None
-        reason = f"{shortage_text}; {self._advise()}"
-        if first is not None and self._shortage_now(replaced_bytes, reserved=Reservations()).is_none:
-            reason = f"room, which is reserved for job {first.id}, before it"
         return Waiting(
-            reason,
-            wake_at,
+            partial(self._describe_wait, need, missing_now, replaced),
+            self._eviction.next_at if may_evict else None,
             reserves_room=may_reserve and has_priority,
             reserves_later=may_reserve and not has_priority,
-            lacks_room=True,
+            lacks_room=missing.lacks_room,
+            follows=follows,
         )
 
-    def _describe_shortage(self) -> str:
-        first, policy, free = self.reservations.first, self._view.policy, self._view.free_bytes
+    def _describe_release(self, need: DeviceNeed, missing: _Shortage) -> str:
+        return f"{self._describe(need, missing)}; it is being released"
+
+    def _describe_wait(self, need: DeviceNeed, missing: _Shortage, replaced: LoadView | None) -> str:
+        first = self._reservations.first
+        if first is not None and self._shortage(LoadRoom.shortage_now, need, replaced, {}).is_none:
+            return f"room, which is reserved for job {first.id}, before it"
+        shortage_text = self._describe(need, missing)
+        return f"{shortage_text}; {self._advise()}" if missing.measured is None else shortage_text
+
+    def _describe(self, need: DeviceNeed, shortage: _Shortage) -> str:
+        """Return what a load lacks on a device now."""
+        first, measured = self._reservations.first, shortage.measured
+        if measured is not None:
+            is_gone = "whose memory is being released"
+            is_loading = f"on which job {measured.load_job_id} is loading"
+            return f"the device {need.device}, {is_gone if measured.killed else is_loading}"
         kept = f", some reserved for job {first.id}, before it" if first is not None else ""
-        if policy.budget_bytes is None or free is None or self._shortage_now().bytes <= 0:
-            return f"a place among the {policy.max_loaded} models that may be loaded{kept}"
+        room, missing = next(iter(shortage.rooms.items()))
+        budget, free = room.limits.budget_bytes, room.free_bytes
+        if budget is None or free is None or missing.bytes <= 0:
+            return f"a place among the {room.limits.max_loaded} models that may be loaded{room.where}{kept}"
         return (
-            f"{self._estimate_text} of memory, and of the budget of {format_megabytes(policy.budget_bytes)}"
+            f"{_describe_need(room, need)}, and of {room.budget_name} of {format_megabytes(budget)}"
             f" {format_megabytes(max(0, free))} are free{kept}"
         )
-
-    @property
-    def _estimate_text(self) -> str:
-        """The estimate, and whether it rests on file sizes only."""
-        return f"{format_megabytes(self._estimate)}{' (estimated from its files)' if self._is_guess else ''}"
 
     def _advise(self) -> str:
         if not self._view.policy.evicts:
@@ -374,6 +460,33 @@ class _PendingLoad:
         if not self._may_evict:
             return "a copy, or a reload after a start of the server, evicts no model"
         return "the idle models are not enough: the others are busy, pinned, or were loaded just now"
+
+
+def _effort_of(decision: Action | Waiting) -> int:
+    """Return a lower number for the better of two decisions on devices that a load may run on.
+
+    To wait only for the end of a measurement is as good as the action that follows.
+    """
+    match decision:
+        case Waiting(follows=action) if action is not None:
+            return _effort_of(action)
+        case actions.StartLoad():
+            return 0
+        case actions.UnloadForReplacement():
+            return 1
+        case Waiting(lacks_room=False):
+            return 2
+        case actions.UnloadAutomatically():
+            return 3
+        case Waiting():
+            return 4
+    return 5
+
+
+def _describe_need(room: LoadRoom, need: DeviceNeed) -> str:
+    """Return what a load needs, and whether that rests on file sizes only."""
+    guess = " (estimated from its files)" if need.is_guess else ""
+    return f"{format_megabytes(room.bytes_for(need))}{guess} of memory{room.where}"
 
 
 def find_same_workers(state: State, job: Job) -> Serving | None:

@@ -7,7 +7,7 @@ timeouts, workers that outgrew the budget, and lost models that are not restored
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,7 +16,7 @@ from events.clock import add_seconds
 from events.models import LoadedModel, Model, ModelState
 from events.types import Cause
 from runtime.scheduler.actions import Decision, UnloadAutomatically
-from runtime.scheduler.view import LoadView, SchedulerView
+from runtime.scheduler.view import Amount, LoadRoom, LoadView, SchedulerView
 
 IDLE_POLL_S = 0.25
 """How often to check whether a busy model is idle. A notification would cost time in each inference."""
@@ -36,21 +36,26 @@ class Eviction:
 
     def __init__(self, view: SchedulerView) -> None:
         self._view = view
+        self._victims: dict[LoadRoom, list[Victim]] = {}
+        self._all_bytes: dict[LoadRoom, int] = {}
         self._resident_since = view.earlier_by(view.policy.min_residency_s)
 
-    @cached_property
-    def victims(self) -> list[Victim]:
-        """The models that may be evicted now, least recently used first.
+    def victims_in(self, room: LoadRoom) -> list[Victim]:
+        """Return the models that may be evicted now from the machine, or a device, least recently used first.
 
         Not those that are busy, pinned, or loaded less than the minimum residency ago: so two models that do
         not fit together take turns instead of evicting each other all the time.
         """
-        found = [
-            Victim(model, run.memory_bytes, self._view.used_at(model, run))
-            for model, run in self._candidates
-            if not run.busy and self._view.loaded_at(model) <= self._resident_since
-        ]
-        return sorted(found, key=lambda victim: (victim.used_at, victim.model.id))
+        if room not in self._victims:
+            found = [
+                Victim(model, room.bytes_of(run), self._view.used_at(model, run))
+                for model, run in self._candidates
+                if room.device in (None, run.device)
+                and not run.busy
+                and self._view.loaded_at(model) <= self._resident_since
+            ]
+            self._victims[room] = sorted(found, key=lambda victim: (victim.used_at, victim.model.id))
+        return self._victims[room]
 
     @cached_property
     def next_at(self) -> str | None:
@@ -63,15 +68,30 @@ class Eviction:
             times.append(add_seconds(self._view.now, IDLE_POLL_S))
         return min(times, default=None)
 
-    def choose(self, missing_bytes: int, missing_models: int = 0) -> tuple[Victim, ...] | None:
-        """Return the fewest victims that release enough; None if all of them do not."""
-        if missing_bytes > self._all_bytes or missing_models > len(self.victims):
-            return None
-        return choose_fewest(self.victims, missing_bytes, missing_models)
+    def choose(self, missing: Mapping[LoadRoom, Amount]) -> tuple[Victim, ...] | None:
+        """Return the fewest victims that release enough in each room; None if all of them do not.
 
-    @cached_property
-    def _all_bytes(self) -> int:
-        return sum(victim.memory_bytes for victim in self.victims)
+        Those in one room count for the next.
+        """
+        chosen: tuple[Victim, ...] = ()
+        for room, amount in missing.items():
+            more = self._choose_in(room, amount, {victim.model.id for victim in chosen})
+            if more is None:
+                return None
+            chosen += more
+        return chosen
+
+    def _choose_in(
+        self, room: LoadRoom, missing: Amount, chosen: Collection[str]
+    ) -> tuple[Victim, ...] | None:
+        victims = self.victims_in(room)
+        if room not in self._all_bytes:
+            self._all_bytes[room] = sum(victim.memory_bytes for victim in victims)
+        if missing.bytes > self._all_bytes[room] or missing.models > len(victims):
+            return None
+        released = [victim.memory_bytes for victim in victims if victim.model.id in chosen]
+        rest = [victim for victim in victims if victim.model.id not in chosen]
+        return choose_fewest(rest, missing.bytes - sum(released), missing.models - len(released))
 
     @cached_property
     def _candidates(self) -> list[tuple[LoadedModel, LoadView]]:
@@ -119,9 +139,8 @@ def find_automatic_unload(view: SchedulerView, eviction: Eviction) -> Decision:
         if ends_at <= view.now:
             return Decision(UnloadAutomatically(model, Cause.IDLE))
         times.append(ends_at)
-    missing = _over_budget_bytes(view)
-    if missing > 0:
-        victims = eviction.choose(missing) or eviction.victims
+    for room, missing in _rooms_over_budget(view):
+        victims = eviction.choose({room: missing}) or eviction.victims_in(room)
         if victims:
             return Decision(UnloadAutomatically(victims[0].model, Cause.EVICTION))
         times += filter(None, [eviction.next_at])
@@ -163,8 +182,13 @@ def _idle_timeout_s(view: SchedulerView, model: LoadedModel, run: LoadView) -> f
     return keep_alive_s if run.last_used_at is not None else max(keep_alive_s, view.policy.min_residency_s)
 
 
-def _over_budget_bytes(view: SchedulerView) -> int:
-    """Return by how many bytes the workers outgrew the budget, if eviction is on."""
-    if view.free_bytes is None or not view.policy.evicts:
-        return 0
-    return -view.free_bytes - view.exiting_bytes
+def _rooms_over_budget(view: SchedulerView) -> Iterator[tuple[LoadRoom, Amount]]:
+    """Yield the machine and the devices whose workers outgrew the budget, and by how much, if eviction is on.
+
+    Not while a load measures the memory of a device: nothing is to be released there meanwhile.
+    """
+    for room in (view.machine, *map(view.room_on, view.policy.devices)) if view.policy.evicts else ():
+        if room.free_bytes is not None and room.measured_load is None:
+            missing = Amount(-room.free_bytes - room.exiting_bytes)
+            if not missing.is_none:
+                yield room, missing

@@ -280,7 +280,7 @@ def _describe_wait(asked: ApprovalState) -> str:
 
 def _may_optimise(view: SchedulerView) -> bool:
     """Whether a model may be optimised: this begins when nothing else is to be done, in free memory."""
-    seen, free = view.observations, view.free_bytes
+    seen, free = view.observations, view.machine.free_bytes
     if view.ends_optimising or seen.optimising_bytes:
         return not view.ends_optimising
     if view.unended or seen.under_pressure or not seen.fork_server_up or seen.optimisable_bytes is None:

@@ -6,8 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 from events.clock import LedgerClock, add_seconds
+from events.devices import CPU
 from events.jobs import NO_PROGRESS, ApprovalState, Failure, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.policy.rules import LoadPolicy
@@ -17,6 +19,22 @@ from events.types import REPLACEMENTS, SYSTEM, Cause
 MIN_RESIDENCY_S = 10.0
 """Minimum residency of a loaded model before the server unloads it: two models that do not fit together take
 turns of this length, instead of evicting each other for each request."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What may be loaded on one device, beside the limits of the machine.
+
+    Attributes:
+        budget_bytes: its memory for all workers; None is no limit.
+        max_loaded: models that may have a process there; None is no limit.
+        has_memory: whether it has memory of its own. That is measured as what is free before and after a
+            load, so one load runs there at a time. Else the machine's memory of its workers counts.
+    """
+
+    budget_bytes: int | None = None
+    max_loaded: int | None = None
+    has_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +49,7 @@ class Policy:
         min_residency_s: seconds that a loaded model stays at least before it is evicted.
         restores: whether models that were loaded when the server ended are reloaded.
         loads: which signatures and approvals loads need.
+        devices: the limits of each device of this server but the CPU, by its name.
     """
 
     loads_at_once: int
@@ -40,6 +59,7 @@ class Policy:
     min_residency_s: float = MIN_RESIDENCY_S
     restores: bool = True
     loads: LoadPolicy = field(default_factory=LoadPolicy)
+    devices: Mapping[str, DeviceLimits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +100,8 @@ class LoadView:
         memory_bytes: its reservation, once loaded what its workers take, until they have exited.
         busy: whether inferences run or wait for it.
         last_used_at: when its last inference ended; None without one.
+        device: where its workers run; None is the CPU.
+        device_bytes: as `memory_bytes`, of the device's own memory; 0 if it has none.
     """
 
     load_job_id: str
@@ -91,6 +113,8 @@ class LoadView:
     has_outcome: bool = False
     busy: bool = False
     last_used_at: str | None = None
+    device: str | None = None
+    device_bytes: int = 0
 
     @property
     def alive(self) -> bool:
@@ -100,6 +124,23 @@ class LoadView:
 
 FileSizes = frozenset[tuple[str, int]]
 """Path and bytes of each file of a version."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceNeed:
+    """A device that a load may run on, and what it will need of the device's memory, and of the machine's.
+
+    Attributes:
+        device: its name.
+        device_bytes: of its own memory, for all workers; 0 if it has none.
+        bytes: of the machine's memory, for all workers.
+        is_guess: whether these rest on file sizes, not on an earlier load there.
+    """
+
+    device: str
+    device_bytes: int
+    bytes: int
+    is_guess: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +154,8 @@ class MemoryEstimate:
         optimised: the SHA-256 of the optimised model that it is for, if any.
         files: the files that it is for.
         same_as: the load from which the model serves, if the files have the bytes that it loaded.
+        devices: those that it may run on, the preferred one first; none is the CPU. Each has its own `bytes`
+            then, and `bytes` here are those of the first.
     """
 
     bytes: int
@@ -121,6 +164,12 @@ class MemoryEstimate:
     optimised: str | None = None
     files: FileSizes = frozenset()
     same_as: str | None = None
+    devices: tuple[DeviceNeed, ...] = ()
+
+    @property
+    def needs(self) -> tuple[DeviceNeed, ...]:
+        """What it needs on each device that it may run on, among which may be the CPU."""
+        return self.devices or (DeviceNeed(CPU, 0, self.bytes, self.is_guess),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +241,121 @@ def load_allowance(budget_bytes: int, others_bytes: int, reserved_bytes: int) ->
     return max(reserved_bytes + reserved_bytes // PEAK_VARIATION, budget_bytes - others_bytes)
 
 
+class Amount(NamedTuple):
+    """Bytes and model slots, of the machine or of a device: reserved for loads, or missing to one."""
+
+    bytes: int = 0
+    models: int = 0
+
+    @property
+    def is_none(self) -> bool:
+        return self.bytes <= 0 and self.models <= 0
+
+
+class LoadRoom:
+    """The memory and the model slots of the machine, or of one of its devices; derived values are cached.
+
+    What runs on a device takes room of both.
+
+    Attributes:
+        device: its name; None is the machine.
+        limits: of both.
+    """
+
+    def __init__(self, view: SchedulerView, device: str | None) -> None:
+        self._view, self.device = view, device
+        policy, self._running = view.policy, view.running
+        if device is None:
+            self.limits = DeviceLimits(policy.budget_bytes, policy.max_loaded)
+        else:
+            self.limits = policy.devices.get(device, DeviceLimits())
+            self._running = {key: run for key, run in view.running.items() if run.device == device}
+
+    @property
+    def where(self) -> str:
+        """Where this is, as a suffix of what is there; empty for the machine."""
+        return "" if self.device is None else f" on {self.device}"
+
+    @property
+    def budget_name(self) -> str:
+        return "the budget" if self.device is None else "its budget"
+
+    def bytes_of(self, run: LoadView | None) -> int:
+        """Return the bytes that a load takes here."""
+        if run is None or self.device not in (None, run.device):
+            return 0
+        return run.device_bytes if self.limits.has_memory else run.memory_bytes
+
+    def bytes_for(self, need: DeviceNeed) -> int:
+        """Return the bytes that a load needs here if it runs on that device."""
+        return need.device_bytes if self.limits.has_memory else need.bytes
+
+    @cached_property
+    def free_bytes(self) -> int | None:
+        """The free part of the budget, negative if workers outgrew it; None without a budget."""
+        if self.limits.budget_bytes is None:
+            return None
+        used = sum(map(self.bytes_of, self._running.values()))
+        return self.limits.budget_bytes - used - self._optimising_bytes
+
+    @cached_property
+    def exiting_bytes(self) -> int:
+        """Bytes that exiting processes will release."""
+        exiting = (self._running[key] for key in self._view.exiting if key in self._running)
+        return sum(map(self.bytes_of, exiting)) + (
+            self._optimising_bytes if self._view.ends_optimising else 0
+        )
+
+    @property
+    def _optimising_bytes(self) -> int:
+        return self._view.observations.optimising_bytes if self.device is None else 0
+
+    @cached_property
+    def models_with_process(self) -> frozenset[str]:
+        return frozenset(run.model_id for run in self._running.values() if run.alive)
+
+    @cached_property
+    def exiting_models(self) -> frozenset[str]:
+        staying = {run.model_id for key, run in self._running.items() if key not in self._view.exiting}
+        return self.models_with_process - staying
+
+    @cached_property
+    def measured_load(self) -> LoadView | None:
+        """The load for which no other can start here: the device's own memory is being measured for it.
+
+        That of a killed one is not back before its workers have exited.
+        """
+        runs = self._running.values() if self.limits.has_memory else ()
+        return next((run for run in runs if run.phase is Phase.LOADING or (run.killed and run.alive)), None)
+
+    def has_slot(self, model_id: str) -> bool:
+        """Whether a model has a slot that it keeps."""
+        return model_id in self.models_with_process and model_id not in self.exiting_models
+
+    def shortage_now(self, model_id: str, needed_bytes: int, reserved: Amount) -> Amount:
+        """Return what a load of a model lacks now, beside what is reserved.
+
+        A model whose processes are exiting still has its slot and uses it if no reservation needs it.
+        """
+        left_models = len(self.exiting_models) - reserved.models
+        more_models = left_models if model_id in self.exiting_models else min(0, left_models)
+        reserved_bytes = max(0, reserved.bytes - self.exiting_bytes)
+        return self._shortage(model_id, needed_bytes + reserved_bytes, more_models)
+
+    def shortage_after_exits(self, model_id: str, needed_bytes: int, reserved: Amount) -> Amount:
+        """Return what a load of a model will lack when exiting processes have exited."""
+        more_models = len(self.exiting_models) - reserved.models
+        return self._shortage(model_id, needed_bytes + reserved.bytes - self.exiting_bytes, more_models)
+
+    def _shortage(self, model_id: str, needed_bytes: int, more_models: int) -> Amount:
+        free, most = self.free_bytes, self.limits.max_loaded
+        has_slot = most is None or self.has_slot(model_id)
+        return Amount(
+            0 if free is None else needed_bytes - free,
+            0 if most is None or has_slot else len(self.models_with_process) + 1 - most - more_models,
+        )
+
+
 class SchedulerView:
     """Input of one scheduling decision; derived values are cached.
 
@@ -220,6 +384,7 @@ class SchedulerView:
         self.share = share or WorkShare(state)
         self.own = self.share.state
         self._earlier: dict[float, str] = {}
+        self._rooms: dict[str, tuple[LoadRoom, ...]] = {}
 
     @cached_property
     def unended(self) -> list[Job]:
@@ -299,12 +464,21 @@ class SchedulerView:
         return [load_id for load_id, run in runs if run.phase is Phase.LOADING and not run.killed]
 
     @cached_property
-    def free_bytes(self) -> int | None:
-        """The free part of the budget, negative if workers outgrew it; None without a budget."""
-        if self.policy.budget_bytes is None:
-            return None
-        used = sum(run.memory_bytes for run in self.running.values())
-        return self.policy.budget_bytes - used - self.observations.optimising_bytes
+    def machine(self) -> LoadRoom:
+        return LoadRoom(self, None)
+
+    def rooms_on(self, device: str) -> tuple[LoadRoom, ...]:
+        """Return the room on a device, and that of the machine, which a load takes there, too.
+
+        The CPU has all of the machine's.
+        """
+        if device not in self._rooms:
+            machine = self.machine
+            self._rooms[device] = (machine,) if device == CPU else (LoadRoom(self, device), machine)
+        return self._rooms[device]
+
+    def room_on(self, device: str) -> LoadRoom:
+        return self.rooms_on(device)[0]
 
     @cached_property
     def exiting(self) -> frozenset[str]:
@@ -321,12 +495,6 @@ class SchedulerView:
         )
 
     @cached_property
-    def exiting_bytes(self) -> int:
-        """Bytes that exiting processes will release."""
-        exiting = sum(self.running[load_job_id].memory_bytes for load_job_id in self.exiting)
-        return exiting + (self.observations.optimising_bytes if self.ends_optimising else 0)
-
-    @cached_property
     def ends_optimising(self) -> bool:
         """Whether no model may be optimised now: its memory is needed, or the machine for waiting loads."""
         waiting = [job for job in self.unended if job.kind is JobKind.LOAD and job.id not in self.running]
@@ -334,16 +502,8 @@ class SchedulerView:
             return True
         estimates = (self.find_estimate(job) for job in waiting)
         needed_bytes = sum(estimate.bytes for estimate in estimates if estimate is not None)
-        return self.free_bytes is not None and needed_bytes > self.free_bytes
-
-    @cached_property
-    def models_with_process(self) -> frozenset[str]:
-        return frozenset(run.model_id for run in self.running.values() if run.alive)
-
-    @cached_property
-    def exiting_models(self) -> frozenset[str]:
-        staying = {run.model_id for key, run in self.running.items() if key not in self.exiting}
-        return self.models_with_process - staying
+        free_bytes = self.machine.free_bytes
+        return free_bytes is not None and needed_bytes > free_bytes
 
     @cached_property
     def will_free_more(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace as replace_footprint
 from support import models
 from support.history import PLAIN
 from support.running import Engine, error_of, job_of, running
@@ -25,8 +26,17 @@ from runtime.consumer import loads
 from runtime.consumer.loads import describe_failure
 from runtime.process.pool import WorkerPool
 from runtime.repository import FoundFile
-from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES, estimate_memory, file_sizes
+from runtime.scheduler.estimates import (
+    BYTES_PER_MODEL_BYTE,
+    CONTEXT_BYTES,
+    DEVICE_BYTES_PER_FILE_BYTE,
+    PROVIDER_BYTES,
+    WORKER_BYTES,
+    estimate_memory,
+    file_sizes,
+)
 from runtime.scheduler.view import (
+    DeviceNeed,
     MemoryEstimate,
     Policy,
 )
@@ -127,6 +137,85 @@ RENAMED, MORE = seen("model2.onnx", 1000, 1), seen("more.bin", 0, 3)
 )
 def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -> None:
     assert found == expected
+
+
+# On devices
+
+MEASURED = CONTEXT_BYTES + 700
+ON_CUDA = replace_footprint(KNOWN, peak_memory_bytes=300, device="cuda:0", device_bytes=MEASURED)
+TOO_LITTLE = replace_footprint(ON_CUDA, device_bytes=100)
+UNMEASURED = replace_footprint(KNOWN, peak_memory_bytes=400, device="cuda:0")
+ON_NPU = replace_footprint(KNOWN, peak_memory_bytes=500, device="npu:0")
+SIZES = sizes(1000, 5000).bytes
+GUESS = CONTEXT_BYTES + DEVICE_BYTES_PER_FILE_BYTE * 6000
+CUDA_GUESS = DeviceNeed("cuda:0", GUESS, SIZES + PROVIDER_BYTES, is_guess=True)
+OWN_LIMIT = WORKER_BYTES + 2000
+
+
+def need_on(
+    *footprints: Footprint, on: str, limit: int | None = None, instances: int = 1
+) -> tuple[DeviceNeed, ...]:
+    """Return what a load needs on devices, of which those of CUDA have memory of their own."""
+    parameters = LoadParameters(memory_limit_bytes=limit, instances=instances)
+    devices = [(name, name.startswith("cuda")) for name in on.split()]
+    found = estimate_memory(BOTH, 1, parameters, footprints, devices=devices)
+    assert (found.bytes, found.is_guess) == (found.needs[0].bytes, found.needs[0].is_guess)
+    return found.devices
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (need_on(on="cuda:0"), [CUDA_GUESS]),
+        (need_on(on="npu:0"), [DeviceNeed("npu:0", 0, SIZES + PROVIDER_BYTES, is_guess=True)]),
+        (
+            need_on(on="cuda:0", instances=2),
+            [DeviceNeed("cuda:0", 2 * GUESS, 2 * CUDA_GUESS.bytes, is_guess=True)],
+        ),
+        (need_on(ON_CUDA, on="cuda:0"), [DeviceNeed("cuda:0", MEASURED, 300)]),
+        (need_on(ON_CUDA, on="cuda:0", instances=3), [DeviceNeed("cuda:0", 3 * MEASURED, 900)]),
+        # No worker takes less than its context; what others returned meanwhile was not taken into account.
+        (need_on(TOO_LITTLE, on="cuda:0", instances=2), [DeviceNeed("cuda:0", 2 * CONTEXT_BYTES, 600)]),
+        (need_on(ON_NPU, on="npu:0"), [DeviceNeed("npu:0", 0, 500)]),
+        # A memory that was not measured is a guess, and a memory limit does not bound it.
+        (need_on(UNMEASURED, on="cuda:0"), [DeviceNeed("cuda:0", GUESS, 400, is_guess=True)]),
+        (need_on(on="cuda:0", limit=2000), [DeviceNeed("cuda:0", GUESS, OWN_LIMIT, is_guess=True)]),
+        (need_on(on="npu:0", limit=2000), [DeviceNeed("npu:0", 0, OWN_LIMIT)]),
+        # What files took on one device says nothing of another, or of the CPU.
+        (need_on(KNOWN, ON_NPU, on="cuda:0"), [CUDA_GUESS]),
+        (need_on(ON_CUDA, on="cuda:1"), [replace(CUDA_GUESS, device="cuda:1")]),
+        (
+            need_on(ON_CUDA, KNOWN, on="cuda:0 cpu"),
+            [DeviceNeed("cuda:0", MEASURED, 300), DeviceNeed("cpu", 0, PEAK)],
+        ),
+        (
+            need_on(ON_CUDA, on="cpu cuda:0"),
+            [DeviceNeed("cpu", 0, SIZES, is_guess=True), DeviceNeed("cuda:0", MEASURED, 300)],
+        ),
+        # A load on the CPU alone is as ever.
+        (need_on(KNOWN, ON_CUDA, on="cpu"), []),
+        (need(KNOWN, ON_CUDA), known(PEAK)),
+        (need(ON_CUDA), sizes(1000, 5000)),
+    ],
+)
+def test_need_on_a_device_rests_on_loads_there(found: object, expected: object) -> None:
+    assert (list(found) if isinstance(found, tuple) else found) == expected
+
+
+@pytest.mark.parametrize(
+    ("seen_there", "on", "proven"),
+    [
+        (ON_CUDA, "cuda:0", True),
+        (ON_CUDA, "npu:0 cuda:0", True),
+        (KNOWN, "cuda:0", False),
+        (ON_CUDA, "cpu", False),
+    ],
+)
+def test_files_are_proven_by_a_load_on_one_of_the_devices(
+    seen_there: Footprint, on: str, *, proven: bool
+) -> None:
+    devices = [(name, False) for name in on.split()]
+    assert estimate_memory(BOTH, 1, LoadParameters(), [seen_there], devices=devices).is_proven == proven
 
 
 @PLAIN

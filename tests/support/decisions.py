@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 
 from events.clock import seconds_between
+from events.devices import CPU
 from events.jobs import Failure
 from events.types import Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import (
+    DeviceLimits,
+    DeviceNeed,
     LoadView,
     MemoryEstimate,
     Observations,
@@ -100,6 +103,8 @@ def describe(action: Action | None) -> str:
             return f"move {model.id}"
         case actions.StartLoad(_, actions.RecordFact() as placement):
             return f"{describe(placement)}, and start it"
+        case actions.StartLoad(job, None, DeviceNeed(device)):
+            return f"start {job.id} on {device}"
         case actions.FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
         case actions.RecordExits(load, _, workers):
@@ -159,6 +164,13 @@ class Scene:
     def set(self, **policy: Any) -> None:
         self.policy = replace(self.policy, **policy)
 
+    def device(
+        self, name: str, budget_bytes: int | None = None, *, most: int | None = None, own: bool = True
+    ) -> None:
+        """There is a device, for so many models, with memory of its own or that of the machine."""
+        limits = DeviceLimits(budget_bytes, most, has_memory=own)
+        self.set(devices={**self.policy.devices, name: limits})
+
     def load(
         self,
         model: str,
@@ -167,12 +179,16 @@ class Scene:
         version: int = 1,
         busy: bool = False,
         used_s_ago: float | None = None,
+        on: str | None = None,
+        there: int = 0,
         **given: Any,
     ) -> None:
+        """A model is loaded, in these bytes of the machine's memory, and `there` of the device it is on."""
         load = f"{model}{version}"
         self.history.load(load, of=model, version=version, **given)
         used_at = None if used_s_ago is None else at(self.history.seconds - used_s_ago)
         self.run(load, model, memory_bytes=memory_bytes, busy=busy, last_used_at=used_at)
+        self.running[load] = replace(self.running[load], device=on, device_bytes=there)
 
     def request(
         self,
@@ -181,17 +197,36 @@ class Scene:
         *,
         version: int = 1,
         proven: bool = False,
+        on: str = "",
+        there: int = 0,
         **given: Any,
     ) -> None:
-        """A load is requested that needs these bytes; None is being estimated, `unknown` is not yet."""
+        """A load is requested that needs these bytes; None is being estimated, `unknown` is not yet.
+
+        It may run `on` these devices, separated by commas, and needs so many bytes `there`.
+        """
         self.history.ask_load(f"{model}{version}", of=model, version=version, **given)
         if not isinstance(needs, str):
-            self.estimate(f"{model}{version}", needs, proven=proven)
+            self.estimate(f"{model}{version}", needs, proven=proven, on=on, there=there)
 
-    def estimate(self, load: str, needs: int | None, *, guess: bool = False, proven: bool = False) -> None:
+    def estimate(
+        self,
+        load: str,
+        needs: int | None,
+        *,
+        guess: bool = False,
+        proven: bool = False,
+        on: str = "",
+        there: int = 0,
+    ) -> None:
         """The memory that a load will need becomes known, or is being found out."""
-        found = None if needs is None else MemoryEstimate(needs, guess, proven)
-        self._estimate(load, found)
+        if needs is None:
+            self._estimate(load, None)
+            return
+        devices = tuple(
+            DeviceNeed(name, 0 if name == CPU else there, needs, guess) for name in on.split(",") if name
+        )
+        self._estimate(load, MemoryEstimate(needs, guess, proven, devices=devices))
 
     def fail_estimate(self, load: str, code: str) -> None:
         """The files of a load cannot be looked at."""
@@ -207,21 +242,22 @@ class Scene:
         """A model is being optimised in so many bytes."""
         self.observe(optimising_bytes=memory_bytes)
 
-    def begin(self, model: str, *, version: int = 1) -> None:
+    def begin(self, model: str, *, version: int = 1, on: str | None = None, there: int = 0) -> None:
         load = f"{model}{version}"
         self.history.start_load(load, of=model, version=version)
         estimate = self.observations.estimates.get(load)
         memory_bytes = estimate.bytes if isinstance(estimate, MemoryEstimate) else 0
-        self.run(load, model, Phase.LOADING, memory_bytes=memory_bytes)
+        self.run(load, model, Phase.LOADING, memory_bytes=memory_bytes, device=on, device_bytes=there)
 
     def start(self, model: str, needs: int = 0, *, version: int = 1, **given: Any) -> None:
         self.request(model, needs, version=version, **given)
         self.begin(model, version=version)
 
     def complete(self, model: str, memory_bytes: int, *, version: int = 1) -> None:
-        """A load ends well; its worker keeps these bytes."""
-        self.history.end_load(f"{model}{version}", of=model, version=version)
-        self.run(f"{model}{version}", model, memory_bytes=memory_bytes)
+        """A load ends well; its worker keeps these bytes, and what it took of its device."""
+        load = f"{model}{version}"
+        self.history.end_load(load, of=model, version=version)
+        self.running[load] = replace(self.running[load], phase=Phase.SERVING, memory_bytes=memory_bytes)
 
     def fail(self, model: str, code: str = "broken", *, version: int = 1) -> None:
         """A load ends badly, and no process is left of it."""

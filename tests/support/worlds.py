@@ -25,6 +25,7 @@ from events.commands import (
     RequestLoad,
     RequestUnload,
 )
+from events.devices import CPU, find_matching
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, ModelState
 from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
@@ -73,6 +74,7 @@ from runtime.scheduler.admission import find_same_workers
 from runtime.scheduler.placement import ALONE, Placement, SystemCommand
 from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
+    DeviceNeed,
     LoadView,
     MemoryEstimate,
     Observations,
@@ -95,6 +97,9 @@ MODEL_BYTES = {
 BARE_BYTES = 15
 """Additional bytes of an instance without an optimised model."""
 
+HOST_BYTES = 5
+"""Bytes of the machine's memory of an instance on a device with memory of its own."""
+
 OUTCOMES = (ModelLoaded, ModelSettingsChanged, LoadFailed, ModelUnloaded, JobCancelled)
 
 _ALONE = (Cause.IDLE, Cause.EVICTION, Cause.RESTART)
@@ -105,6 +110,27 @@ def estimate_of(job: Job, *, bare: bool = False) -> int:
     """Return the memory estimate of a load."""
     version, parameters = job.load_order
     return (MODEL_BYTES[job.model_id, version] + bare * BARE_BYTES) * parameters.instances
+
+
+def estimate_devices(
+    job: Job, policy: Policy, default: tuple[str, ...], needed_bytes: int
+) -> tuple[DeviceNeed, ...]:
+    """Return what a load needs on each device that it names, or else of the default, of those there are.
+
+    Raises:
+        LookupError: there is none of them.
+    """
+    _, parameters = job.load_order
+    names = find_matching(parameters.devices or default, (CPU, *policy.devices))
+    if not names:
+        raise LookupError
+    own = {name for name, limits in policy.devices.items() if limits.has_memory}
+    return tuple(
+        DeviceNeed(name, needed_bytes, HOST_BYTES * parameters.instances)
+        if name in own
+        else DeviceNeed(name, 0, needed_bytes)
+        for name in names
+    )
 
 
 def is_unchanged(job: Job) -> bool:
@@ -163,6 +189,15 @@ class Process:
     killed: bool = False
     busy: bool = False
     last_used_at: str | None = None
+    device: DeviceNeed | None = None
+    keeps_percent: int = 100
+
+    @property
+    def device_bytes(self) -> int:
+        """What it reserved, or takes, of its device's own memory."""
+        if self.device is None or not self.run.memory_bytes:
+            return 0
+        return self.device.device_bytes * self.keeps_percent // 100
 
     @property
     def run(self) -> LoadRun:
@@ -201,6 +236,8 @@ class Process:
             has_outcome=run.has_outcome,
             busy=self.busy or demanded,
             last_used_at=self.last_used_at,
+            device=None if self.device is None else self.device.device,
+            device_bytes=self.device_bytes,
         )
 
     @property
@@ -236,6 +273,7 @@ class Process:
             case "loaded":
                 self.loaded = True
                 self.measured_bytes = self.reserved_bytes * keeps_percent // 100
+                self.keeps_percent = keeps_percent
             case "refused":
                 self.failure, self.killed = "invalid_model", True
             case "optimised fails" if self.is_optimised:
@@ -402,6 +440,7 @@ class World:
         self.sign: Sign | None = None
         self.meanwhile: list[Callable[[Action], Command]] = []
         self.policy = policy or Policy(loads_at_once=2)
+        self.default_devices: tuple[str, ...] = (CPU,)
         self.live: dict[str, Process] = {}
         self.now = at(0)
         self.fork_server_up = True
@@ -666,14 +705,20 @@ class World:
         )
         return check_load(given, job)
 
-    def estimated(self, job: Job) -> MemoryEstimate:
+    def estimated(self, job: Job) -> MemoryEstimate | Failure:
         """Return the estimate of a load; one whose optimised model failed takes more."""
         serving, passed = find_same_workers(self.state, job), self.passed.get(job.id)
         is_same = is_unchanged(job)
         if passed is not None and serving is not None:
             is_same = contents_of(passed[0]) == contents_of(serving.files)
         same_as = serving.load_job_id if serving is not None and is_same else None
-        return MemoryEstimate(estimate_of(job, bare=job.id in self.bare), same_as=same_as)
+        needed_bytes = estimate_of(job, bare=job.id in self.bare)
+        try:
+            needs = estimate_devices(job, self.policy, self.default_devices, needed_bytes)
+        except LookupError:
+            return Failure("device_unavailable", "it is not there")
+        devices = needs if [need.device for need in needs] != [CPU] else ()
+        return MemoryEstimate(needs[0].bytes, same_as=same_as, devices=devices)
 
     def _send(self, command: SystemCommand, action: Action) -> bool:
         """Append what was decided; whether it is folded, which what comes first may prevent."""
@@ -702,14 +747,12 @@ class World:
     def _follow_up(self, action: Action) -> None:
         """Begin the effect of what is recorded, and remember whose death is."""
         match action:
-            case actions.StartLoad(job):
+            case actions.StartLoad(job, _, device):
                 version, parameters = job.load_order
                 workers = tuple(self.name_worker(job, number) for number in range(parameters.instances))
-                estimate = self.estimates[job.id]
-                assert isinstance(estimate, MemoryEstimate)
-                is_optimised = job.id not in self.bare
+                is_optimised, need = job.id not in self.bare, self.find_need(job, device)
                 self.live[job.id] = Process(
-                    job.model_id, version, workers, estimate.bytes, is_optimised=is_optimised
+                    job.model_id, version, workers, need.bytes, is_optimised=is_optimised, device=device
                 )
             case actions.StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
@@ -724,6 +767,15 @@ class World:
                 self.live[load].recorded.update(workers)
             case _:
                 pass
+
+    def find_need(self, job: Job, device: DeviceNeed | None) -> DeviceNeed:
+        """Return what a load needs on the device that it is started on, one of its own; None is the CPU."""
+        estimate = self.estimates[job.id]
+        assert isinstance(estimate, MemoryEstimate)
+        name = CPU if device is None else device.device
+        (need,) = (each for each in estimate.needs if each.device == name)
+        assert device in (None, need)
+        return need
 
     def name_worker(self, job: Job, number: int) -> str:
         """Return the id of a worker of a load."""
@@ -899,7 +951,9 @@ class World:
             process.answer(self.now)
         jobs = {job.id for job in self.state.unended()}
         self._go_on(outcome, lambda: all(self.state.unended_job(job) is None for job in jobs))
-        given, self.policy = self.policy, replace(self.policy, budget_bytes=None, max_loaded=None)
+        given, devices = self.policy, self.policy.devices.items()
+        unlimited = {name: replace(limits, budget_bytes=None, max_loaded=None) for name, limits in devices}
+        self.policy = replace(given, budget_bytes=None, max_loaded=None, devices=unlimited)
         self._go_on(outcome, lambda: False)
         self.policy = given
 

@@ -3,16 +3,21 @@
 A row is what happens and, after `->`, what the scheduler decides then: see `Scene.play`.
 """
 
+import sys
+from collections import Counter
+from types import FrameType
+
 import pytest
 from support.decisions import Scene, read_table
 
-from runtime.scheduler.actions import FailLoad
+from runtime.scheduler.actions import FailLoad, StartLoad
 from runtime.scheduler.admission import (
     OVERTAKING_LIMIT_S,
     PRESSURE_POLL_S,
     PRIORITY_AGING_S,
     format_megabytes,
 )
+from runtime.scheduler.view import DeviceNeed, MemoryEstimate
 
 SCENES = """
 # Memory is estimated before a load begins. `estimate a1 none`: it is being found out.
@@ -127,10 +132,113 @@ load a 80 busy=true; request b 50; wait 100 -> nothing
 """
 
 
+DEVICES = """
+# Two devices with 100 bytes of their own, and one that has the machine's memory, of which it may take 50.
+# A load starts on the first of its devices with room there and of the machine; CPU rows are above.
+request a 10 on=cuda:0,cuda:1 there=60 -> start a1 on cuda:0
+load z 10 on=cuda:0 there=60; request a 10 on=cuda:0,cuda:1 there=40 -> start a1 on cuda:0
+load z 10 on=cuda:0 there=60; request a 10 on=cuda:0,cuda:1 there=41 -> start a1 on cuda:1
+load z 10 on=cuda:0 there=60; request a 10 on=cuda:0,cpu there=41 -> start a1
+load z 10 on=cuda:0 there=60; request a 10 on=cpu,cuda:0 there=41 -> start a1
+load z 95; request a 10 on=cuda:0 there=10 -> a1 waits for 0.0 MB of memory, and of the budget of
+load z 95; request a 10 on=cuda:0,cuda:1 there=10 -> nothing
+load z 10 on=cuda:0 there=60; request a 10 on=cuda:0 there=41
+  -> a1 waits for 0.0 MB of memory on cuda:0, and of its budget of 0.0 MB 0.0 MB are free
+load z 30 on=npu:0; request a 20 on=npu:0 -> start a1 on npu:0
+load z 30 on=npu:0; request a 21 on=npu:0 -> a1 waits for 0.0 MB of memory on npu:0
+load z 60; request a 41 on=npu:0 -> a1 waits for 0.0 MB of memory, and of the budget
+
+# What runs on a device takes of the machine's memory, and nothing of another device.
+load z 60 on=cuda:0 there=60; request a 41 -> a1 waits for 0.0 MB of memory, and of the budget
+load z 60 on=cuda:0 there=60; request a 40 -> start a1
+load z 10 on=cuda:1 there=100; request a 10 on=cuda:0 there=100 -> start a1 on cuda:0
+
+# What never fits on a device is loaded on another, and fails at once if it never fits on any.
+request a 10 on=cuda:0,cpu there=101 -> start a1
+request a 10 on=cuda:0,cuda:1 there=101 -> fail a1: insufficient_memory
+request a 51 on=npu:0 -> fail a1: insufficient_memory
+request a 101 on=cuda:0 there=10 -> fail a1: insufficient_memory
+load z 95; request a 10 on=cuda:0,cpu there=101 -> a1 waits for 0.0 MB of memory, and of the budget
+
+# One load at a time runs on a device with memory of its own, until a killed one is gone.
+start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0 there=10
+  -> a1 waits for the device cuda:0, on which job z1 is loading; complete z 10 -> start a1 on cuda:0
+start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cuda:1 there=10 -> start a1 on cuda:1
+start z 10; begin z on=cuda:0 there=10; request a 10 on=npu:0,cuda:0 there=10 -> start a1 on npu:0
+start z 10; begin z on=cuda:0 there=10; request a 10 on=cpu,cuda:0 there=10 -> start a1
+start z 10; begin z on=cuda:0 there=10; request a 10 -> start a1
+start z 10; begin z on=npu:0; request a 10 on=npu:0 -> start a1 on npu:0
+run z1 z draining killed=true device=cuda:0 device_bytes=10; request a 10 on=cuda:0 there=10
+  -> a1 waits for the device cuda:0, whose memory is being released; forget z1 -> start a1 on cuda:0
+run z1 z loading killed=true device=cuda:0 device_bytes=10; request a 10 on=cuda:0,cpu there=10
+  -> a1 waits for the device cuda:0, whose memory is being released; forget z1 -> start a1 on cuda:0
+load z 10 on=cuda:0 there=10; unload z; request a 10 on=cuda:0 there=10 -> start a1 on cuda:0
+
+# A load that lacks only the end of that one waits for it: it starts on no device that it names later, but on
+# another of the same provider. If it lacks room there, too, it starts on the next device.
+run z1 z draining killed=true device=cuda:0 device_bytes=60; request a 10 on=cuda:0,cpu there=50 -> start a1
+start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=90
+  -> a1 waits for the device cuda:0, on which job z1 is loading; complete z 10 -> start a1 on cuda:0
+start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,npu:0 there=10
+  -> a1 waits for the device cuda:0, on which job z1 is loading
+start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=91 -> start a1
+start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu,cuda:1 there=10 -> start a1 on cuda:1
+start z 10; begin z on=cuda:0 there=10; load y 10 on=cuda:1 there=91;
+  request a 10 on=cuda:0,cuda:1,cpu there=10 -> a1 waits for the device cuda:0, on which job z1 is loading
+start z 10; begin z on=cuda:0 there=10; load y 10 on=npu:0;
+  request a 45 on=npu:0,cuda:0,cpu there=10 -> a1 waits for the device cuda:0, on which job z1 is loading
+set loads_at_once=4; request a 10 on=cuda:0,cuda:1,cpu there=10; request b 10 on=cuda:0,cuda:1,cpu there=10;
+  request c 10 on=cuda:0,cuda:1,cpu there=10 -> start a1 on cuda:0; begin a on=cuda:0 there=10
+  -> start b1 on cuda:1; begin b on=cuda:1 there=10 -> c1 waits for job a1 is loading;
+  complete b 10 -> start c1 on cuda:1
+set evicts=true; load y 10 on=npu:0; start z 10; begin z on=cuda:0 there=10; wait 20;
+  request a 45 on=npu:0,cuda:0 there=10 -> a1 waits for the device cuda:0, on which job z1 is loading
+start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=60; wait 31;
+  request b 10 on=cuda:0,cpu there=60 -> start b1
+
+# The limit of models of a device.
+device cuda:0 100 most=1; load z on=cuda:0; request a on=cuda:0,cuda:1 -> start a1 on cuda:1
+device cuda:0 100 most=1; load z on=cuda:0; request z version=2 on=cuda:0 -> start z2 on cuda:0
+device cuda:0 100 most=1; load z; request a on=cuda:0 -> start a1 on cuda:0
+device cuda:0 100 most=1; load z on=cuda:0; request a on=cuda:0
+  -> a1 waits for a place among the 1 models that may be loaded on cuda:0
+device cuda:0 100 most=1; load z on=cuda:0; unload z; request a on=cuda:0
+  -> a1 waits for it is being released
+
+# What is being released on a device is kept for the load that waits for it, as on the machine.
+load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; request c 10 on=cuda:0 there=20; unload z
+  -> start c1 on cuda:0
+load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; request c 10 on=cuda:0 there=51; unload z
+  -> b1 waits for it is being released; -> c1 waits for some reserved for job b1, before it
+load z 10 on=cuda:0 there=80; request b 10 on=cuda:0,cuda:1 there=50; load y 10 on=cuda:1 there=90;
+  unload z; request c 10 on=cuda:1 there=10 -> start c1 on cuda:1
+
+# A load that has waited has room reserved wherever it may run, and nowhere else.
+load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; wait 28;
+  request c 10 on=cuda:0 there=10 -> start c1 on cuda:0
+load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; wait 30;
+  request c 10 on=cuda:0 there=10 -> c1 waits for room, which is reserved for job b1
+load z 10 on=cuda:0 there=80; load y 10 on=cuda:1 there=80;
+  request b 10 on=cuda:0,cuda:1 there=50; wait 30; request c 10 on=cuda:1 there=10
+  -> c1 waits for room, which is reserved for job b1
+load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; wait 30;
+  request c 10 on=cuda:1 there=10 -> start c1 on cuda:1
+load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; wait 30;
+  request c 81 on=cuda:1 there=10 -> c1 waits for room, which is reserved for job b1
+start z 10; begin z on=cuda:0 there=10; request b 60 on=cuda:0 there=10; wait 30; request c 40
+  -> c1 waits for room, which is reserved for job b1
+"""
+
+
 @pytest.mark.parametrize("script", read_table(SCENES))
 def test_admission_decides(script: str) -> None:
     assert (OVERTAKING_LIMIT_S, PRESSURE_POLL_S, PRIORITY_AGING_S) == (30, 1, 60)  # as the rows have it
     Scene(script)
+
+
+@pytest.mark.parametrize("script", read_table(DEVICES))
+def test_admission_decides_on_devices(script: str) -> None:
+    Scene(f"device cuda:0 100; device cuda:1 100; device npu:0 50 own=false; set evicts=false; {script}")
 
 
 @pytest.mark.parametrize("priority", ["low", "normal", "high"])
@@ -173,6 +281,18 @@ def test_load_that_never_fits_reports_need_and_budget() -> None:
     assert "memory_limit_bytes" in message(scene)
 
 
+def test_load_that_fits_on_no_device_reports_each() -> None:
+    scene = Scene(
+        "device cuda:0 90000000; device npu:0 50000000 own=false; request a unknown", budget_bytes=None
+    )
+    scene.estimate("a1", 60_000_000, guess=True, on="cuda:0,npu:0", there=100_000_000)
+    assert message(scene) == (
+        "it needs 100 MB (estimated from its files) of memory on cuda:0, and its budget is 90 MB in all;"
+        " it needs 60 MB (estimated from its files) of memory on npu:0, and its budget is 50 MB in all;"
+        " set memory_limit_bytes if it takes less"
+    )
+
+
 def test_load_without_memory_reports_free_bytes_and_advice() -> None:
     scene = Scene("load a 80000000; request b 30000000", budget_bytes=100_000_000, evicts=False)
     text = "30 MB of memory, and of the budget of 100 MB 20 MB are free; "
@@ -184,6 +304,16 @@ def test_load_without_memory_reports_free_bytes_and_advice() -> None:
 def test_megabytes_are_rounded_for_people() -> None:
     numbers = (0, 9_940_000, 10_000_000, 12_345_678_901)
     assert [format_megabytes(number) for number in numbers] == ["0.0 MB", "9.9 MB", "10 MB", "12,346 MB"]
+
+
+def test_load_needs_of_the_machine_what_its_device_takes_there() -> None:
+    needs = (DeviceNeed("cuda:0", 10, 30), DeviceNeed("cpu", 0, 60))
+    scene = Scene("device cuda:0 100; load z 50; request a unknown", evicts=False)
+    scene.observe(estimates={"a1": MemoryEstimate(30, devices=needs)})
+    assert scene.decision().action == StartLoad(scene.history.job("a1"), device=needs[0])
+    scene.observe(estimates={"a1": MemoryEstimate(60, devices=needs[::-1])})
+    assert scene.next_action() == "start a1 on cuda:0"
+    scene.play("set budget_bytes=110 -> start a1")
 
 
 # After a start of the server.
@@ -210,3 +340,24 @@ def test_restart_reloads_in_order_of_last_use() -> None:
     scene.observe(last_used={"a": "2026-01-01T00:00:30.000000Z", "b": "2026-01-01T00:00:20.000000Z"})
     for model in "abc":
         scene.play(f"-> reload {model}, restart; request {model} cause=restart")
+
+
+def test_waiting_load_has_only_the_reason_on_one_device() -> None:
+    names = [f"cuda:{number}" for number in range(4)]
+    devices, loads = (
+        "; ".join(f"device {name} 100" for name in names),
+        "; ".join(f"load l{name[-1]} 10 on={name} there=90" for name in names),
+    )
+    scene = Scene(f"{devices}; {loads}; request a 10 on={','.join(names)} there=20", evicts=False)
+    calls = Counter[str]()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        calls[frame.f_code.co_name] += event == "call"
+
+    sys.setprofile(count)
+    try:
+        scene.decision()
+    finally:
+        sys.setprofile(None)
+    assert calls["format_megabytes"] == 3
+    assert calls["shortage_now"] == calls["shortage_after_exits"] == len(names) * 2

@@ -55,6 +55,44 @@ set budget_bytes=120; load a 60; load b 30; load c 30; wait 10 -> nothing; -> wa
 load a 150 busy=true; load b 10; wait 10 -> unload b, eviction; unload b cause=eviction -> nothing;
   -> wakes in 0.25
 
+# On a device: the fewest idle models there, then of the machine's memory what is still missing; none in vain.
+device cuda:0 100; load a 10 on=cuda:0 there=50; load b 10 on=cuda:0 there=50; load c 10; wait 10;
+  request x 10 on=cuda:0 there=50 -> unload a, eviction for x1;
+  unload a cause=eviction -> x1 waits for it is being released
+device cuda:0 100; load a 10 on=cuda:0 there=30; load b 10 on=cuda:0 there=70; load c 60; wait 10;
+  request x 30 on=cuda:0 there=60 -> unload b, eviction for x1;
+  unload b cause=eviction -> x1 waits for it is being released
+device cuda:0 100; load a 10 on=cuda:0 there=50; load b 10 on=cuda:0 there=50; load c 60; wait 10;
+  request x 45 on=cuda:0 there=50 -> unload a, eviction for x1;
+  unload a cause=eviction -> unload c, eviction for x1;
+  unload c cause=eviction -> x1 waits for it is being released
+device cuda:0 100; load a 10 on=cuda:0 there=50; load c 90 busy=true; wait 10;
+  request x 20 on=cuda:0 there=60 -> nothing
+device cuda:0 100; load a 10 on=cuda:0 there=50; load c 10; wait 10; request x 90 -> unload a, eviction for x1
+device npu:0 50 own=false; load a 30; load b 30 on=npu:0; wait 10; request x 30 on=npu:0
+  -> unload b, eviction for x1
+device cuda:0 most=1; load c; load a on=cuda:0; wait 10; request x on=cuda:0 -> unload a, eviction for x1
+
+# Of several devices the first where that is possible; what is being released is waited for instead.
+device cuda:0 100; device cuda:1 100; load a 10 on=cuda:0 there=90 busy=true; load b 10 on=cuda:1 there=90;
+  wait 10; request x 10 on=cuda:0,cuda:1 there=50 -> unload b, eviction for x1
+device cuda:0 100; device cuda:1 100; load a 10 on=cuda:0 there=90; load b 10 on=cuda:1 there=90; wait 10;
+  request x 10 on=cuda:1,cuda:0 there=50 -> unload b, eviction for x1
+device cuda:0 100; device cuda:1 100; load a 10 on=cuda:0 there=90; load b 10 on=cuda:1 there=90; unload b;
+  wait 10; request x 10 on=cuda:0,cuda:1 there=50 -> x1 waits for memory on cuda:1
+
+# Nothing is evicted from a device where a load is running; its memory is being measured.
+device cuda:0 100; load a 10 on=cuda:0 there=50; start z 10; begin z on=cuda:0 there=40; wait 10;
+  request x 10 on=cuda:0 there=50 -> x1 waits for the device cuda:0, on which job z1 is loading;
+  complete z 10 -> unload a, eviction for x1
+
+# Workers that outgrew the budget of their device.
+device cuda:0 100; load a 10 on=cuda:0 there=60; load b 10 on=cuda:0 there=50; load c 10; wait 10
+  -> unload a, eviction; unload a cause=eviction -> nothing
+device npu:0 50 own=false; load c 10; load a 40 on=npu:0; load b 40 on=npu:0; wait 10 -> unload a, eviction
+set evicts=false; device cuda:0 100; load a 10 on=cuda:0 there=60; load b 10 on=cuda:0 there=50; wait 10
+  -> nothing; -> wakes in inf
+
 # The idle timeout runs from the end of the last request, else from the load, at least the minimum residency.
 load a used_s_ago=0 keep_alive_s=0 -> unload a, idle
 load a used_s_ago=0 keep_alive_s=30 -> wakes in 30; wait 29.9 -> nothing; wait 0.1 -> unload a, idle

@@ -1,6 +1,6 @@
 """Anything happens in any order, with more models than memory, and in the end everything ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
@@ -30,6 +30,7 @@ from events.commands import (
     RequestUnload,
     WorkerServes,
 )
+from events.devices import CPU, provider_of
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.policy.rules import ApprovalRule, LoadPolicy
@@ -48,7 +49,15 @@ from events.types import (
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import MAX_INCIDENTS
-from runtime.scheduler.view import MIN_RESIDENCY_S, MemoryEstimate, Phase, Policy
+from runtime.scheduler.view import (
+    MIN_RESIDENCY_S,
+    DeviceLimits,
+    DeviceNeed,
+    LoadView,
+    MemoryEstimate,
+    Phase,
+    Policy,
+)
 
 UNFORCED = (
     actions.StartLoad,
@@ -75,17 +84,36 @@ PRESSURE_LIMIT_S = 60
 class WatchedWorld(World):
     """A world whose every action is checked before it is done."""
 
-    @property
-    def budget_bytes(self) -> float:
-        return self.policy.budget_bytes or inf
-
-    @property
-    def max_loaded(self) -> float:
-        return self.policy.max_loaded or inf
-
-    def estimate(self, job: Job) -> int:
+    def needs(self, job: Job) -> tuple[DeviceNeed, ...]:
+        """Return what a load needs on each of its devices; nothing before it is known."""
         estimate = self.estimates.get(job.id)
-        return estimate.bytes if isinstance(estimate, MemoryEstimate) else 0
+        return estimate.needs if isinstance(estimate, MemoryEstimate) else (DeviceNeed(CPU, 0, 0),)
+
+    def rooms_of(self, need: DeviceNeed) -> list[tuple[str | None, int]]:
+        """Return the machine, and the device of a load if that is not the CPU, and what it needs of each."""
+        if need.device == CPU:
+            return [(None, need.bytes)]
+        has_memory = self.policy.devices[need.device].has_memory
+        return [(None, need.bytes), (need.device, need.device_bytes if has_memory else need.bytes)]
+
+    def limits_of(self, device: str | None) -> tuple[float, float]:
+        """Return the budget and the most models of the machine, or of a device."""
+        limits = self.policy if device is None else self.policy.devices[device]
+        return limits.budget_bytes or inf, limits.max_loaded or inf
+
+    def bytes_of(self, processes: Iterable[Process], device: str | None) -> int:
+        """Return what processes reserve or take of the machine's memory, or of a device's."""
+        runs = [process.view(None, "") for process in processes]
+        if device is None:
+            return sum(run.memory_bytes for run in runs)
+        has_memory = self.policy.devices[device].has_memory
+        own = (run for run in runs if run.device == device)
+        return sum(run.device_bytes if has_memory else run.memory_bytes for run in own)
+
+    def taken_bytes(self, device: str | None) -> int:
+        """Return what is reserved or taken in all of the machine's memory, or of a device's."""
+        optimising_bytes = self.optimising_bytes if device is None else 0
+        return optimising_bytes + self.bytes_of(self.live.values(), device)
 
     def is_proven(self, job: Job) -> bool:
         """Whether the files of a load loaded before, and made progress the last time."""
@@ -112,8 +140,8 @@ class WatchedWorld(World):
     def act(self, action: Action) -> None:
         self._check_force(action)
         match action:
-            case actions.StartLoad(job):
-                self._check_start(job)
+            case actions.StartLoad(job, _, device):
+                self._check_start(job, self.find_need(job, device))
             case actions.UnloadForReplacement(job, load):
                 self._check_way(job, load)
             case actions.ChangeSettings(job, load):
@@ -141,7 +169,7 @@ class WatchedWorld(World):
         """Nothing is asked for then, and nobody has the memory."""
         assert not [job for job in self.state.unended() if not job.waits_for_approval]
         assert not self.under_pressure
-        assert self.used_bytes() + self.optimisable[load] <= self.budget_bytes
+        assert self.taken_bytes(None) + self.optimisable[load] <= self.limits_of(None)[0]
         super().begin_optimising(load)
 
     def _check_force(self, action: Action) -> None:
@@ -162,20 +190,49 @@ class WatchedWorld(World):
                 return job.created_position
         return 0
 
-    def _check_start(self, job: Job) -> None:
+    def _check_start(self, job: Job, need: DeviceNeed) -> None:
         assert job.load is not None
         assert self.state.queue(job.model_id)[0].id == job.id
         assert not job.cancelling
         may_exceed = job.cause in URGENT or (self.is_proven(job) and not self.loads_proven())
         assert len(self.loading()) < self.policy.loads_at_once + may_exceed
-        assert self.used_bytes() + self.estimate(job) <= self.budget_bytes
-        assert job.model_id in self.present() or len(self.present()) < self.max_loaded
+        assert self._has_room(job, need)
+        assert not self.measured_on(need.device)
+        self._check_first_device(job, need)
         if job.load.strategy == "in_place" and job.cause is not Cause.RECOVERY:
             assert job.model_id not in {process.model_id for process in self.serving()}
         yields = job.load.priority == "low" and job.cause not in RELOADS
         if self.under_pressure and yields and not self._made_way(job):
             assert self._waited_s(job) >= PRESSURE_LIMIT_S
-        self._check_turn(job)
+        self._check_turn(job, [need])
+
+    def _has_room(self, job: Job, need: DeviceNeed) -> bool:
+        """Whether there is memory and a place for a load now."""
+        return all(
+            self.taken_bytes(device) + needed_bytes <= self.limits_of(device)[0]
+            and (
+                job.model_id in self.present(device) or len(self.present(device)) < self.limits_of(device)[1]
+            )
+            for device, needed_bytes in self.rooms_of(need)
+        )
+
+    def _check_first_device(self, job: Job, need: DeviceNeed) -> None:
+        """No load passes over a device of another provider that has room, or only measures a load."""
+        pending = [
+            each for each in self.state.unended() if each.load is not None and each.id not in self.live
+        ]
+        if pending != [job]:  # room may be reserved
+            return
+        needs = self.needs(job)
+        for before in needs[: needs.index(need)]:
+            assert provider_of(before.device) == provider_of(need.device) or not self._has_room(job, before)
+
+    def measured_on(self, device: str) -> list[LoadView]:
+        """Return the loads whose share of a device's own memory is not known yet, or not back."""
+        if device == CPU or not self.policy.devices[device].has_memory:
+            return []
+        runs = [run for run in self.running().values() if run.device == device]
+        return [run for run in runs if run.phase is Phase.LOADING or (run.killed and run.alive)]
 
     def _check_way(self, job: Job, load: str) -> None:
         """What serves is ended for a load only if that can begin at once in its place."""
@@ -186,31 +243,56 @@ class WatchedWorld(World):
         assert model.serving is not None
         assert model.serving.load_job_id == load
         assert not self._swap_outs(model)
-        others_bytes = self.used_bytes() - self.live[load].run.memory_bytes
-        assert others_bytes + self.estimate(job) <= self.budget_bytes
-        self._check_turn(job)
+        can_start = [need for need in self.needs(job) if self._fits_without(need, self.live[load])]
+        assert can_start
+        self._check_turn(job, can_start)
 
-    def _check_turn(self, job: Job) -> None:
+    def _fits_without(self, need: DeviceNeed, replaced: Process) -> bool:
+        """Whether there is memory for a load when what it replaces has gone."""
+        rooms = [] if self.measured_on(need.device) else self.rooms_of(need)
+        return bool(rooms) and all(
+            self.taken_bytes(device) - self.bytes_of([replaced], device) + needed_bytes
+            <= self.limits_of(device)[0]
+            for device, needed_bytes in rooms
+        )
+
+    def _check_turn(self, job: Job, needs: Sequence[DeviceNeed]) -> None:
         """No load takes room from one that came first and waits too long, also not by an eviction."""
         if self._made_way(job) or job.cause in RELOADS:
             return
         for other in self.state.unended():
             waits = other.kind is JobKind.LOAD and other.id not in self.live and not other.waits_for_approval
             came_first = other.created_position < job.created_position and other.cause not in RELOADS
-            if waits and came_first and self._is_ready(other) and not self._has_room_for(job, other):
+            if waits and came_first and self._is_ready(other) and not self._has_room_for(job, needs, other):
                 assert self._waited_s(other) < NEVER_OVERTAKING_LIMIT_S
 
-    def _has_room_for(self, job: Job, other: Job) -> bool:
-        """Whether both fit, when what is leaving has gone; a model that stays takes nobody's place.
+    def _has_room_for(self, job: Job, needs: Sequence[DeviceNeed], other: Job) -> bool:
+        """Whether both fit, on some of their devices, when what is leaving has gone.
 
-        A model that is being optimised is no reason why not: that ends for a load.
+        A model that stays takes nobody's place. A model that is being optimised is no reason why not: that
+        ends for a load.
         """
         leaving = [process for process in self.alive() if process.killed or process.unloading]
-        used = sum(process.run.memory_bytes for process in self.live.values() if process not in leaving)
-        staying = {process.model_id for process in self.alive() if process not in leaving}
-        fits = used + self.estimate(job) + self.estimate(other) <= self.budget_bytes
-        models = staying | {job.model_id, other.model_id}
-        return fits and (job.model_id in staying or len(models) <= self.max_loaded)
+        pairs = ((need, theirs) for need in needs for theirs in self.needs(other))
+        return any(self._fit_both(job, need, other, theirs, leaving) for need, theirs in pairs)
+
+    def _fit_both(
+        self, job: Job, need: DeviceNeed, other: Job, theirs: DeviceNeed, leaving: Collection[Process]
+    ) -> bool:
+        """Whether a load takes nothing of what another one needs."""
+        needed_by_other = dict(self.rooms_of(theirs))
+        for device, needed_bytes in self.rooms_of(need):
+            if device not in needed_by_other:
+                continue
+            budget_bytes, max_loaded = self.limits_of(device)
+            others = [process for process in self.live.values() if process not in leaving]
+            staying = self.present(device, without=leaving)
+            models = staying | {job.model_id, other.model_id}
+            if self.bytes_of(others, device) + needed_bytes + needed_by_other[device] > budget_bytes:
+                return False
+            if job.model_id not in staying and len(models) > max_loaded:
+                return False
+        return True
 
     def _is_ready(self, job: Job) -> bool:
         """Whether only the others are in a load's way."""
@@ -254,8 +336,9 @@ class WatchedWorld(World):
             self._check_need_to_evict(for_job)
 
     def _check_need_to_evict(self, job: Job | None) -> None:
+        places: list[str | None] = [None, *self.policy.devices]
         if job is None:
-            assert self.used_bytes() > self.budget_bytes
+            assert any(self.taken_bytes(device) > self.limits_of(device)[0] for device in places)
             return
         assert job.cause is not Cause.RESTART
         # It lacks room for itself, or beside those for which room is reserved.
@@ -264,14 +347,31 @@ class WatchedWorld(World):
             for each in self.state.unended()
             if each.load is not None and each.id not in self.live and not each.waits_for_approval
         ]
-        models = self.present() | {each.model_id for each in waiting}
-        is_over_budget = self.used_bytes() + sum(map(self.estimate, waiting)) > self.budget_bytes
-        assert len(models) > self.max_loaded or is_over_budget
-        self._check_turn(job)
+        own = {device for need in self.needs(job) for device, _ in self.rooms_of(need)}
+        assert any(self._is_short(device, waiting) for device in own)
+        self._check_turn(job, self.needs(job))
 
-    def present(self) -> set[str]:
+    def _is_short(self, device: str | None, waiting: Sequence[Job]) -> bool:
+        """Whether there is not room for all these loads, wherever they may run."""
+        budget_bytes, max_loaded = self.limits_of(device)
+        needed = {job.model_id: 0 for job in waiting} if device is None else {}
+        total_bytes = 0
+        for job in waiting:
+            found = [bytes_ for need in self.needs(job) for at, bytes_ in self.rooms_of(need) if at == device]
+            if found:
+                needed[job.model_id] = max(found)
+                total_bytes += max(found)
+        models = self.present(device) | needed.keys()
+        return len(models) > max_loaded or self.taken_bytes(device) + total_bytes > budget_bytes
+
+    def present(self, device: str | None = None, *, without: Collection[Process] = ()) -> set[str]:
+        """Return the models with a process, or with one on a device."""
         running = self.running()
-        return {process.model_id for load, process in self.live.items() if running[load].alive}
+        return {
+            process.model_id
+            for load, process in self.live.items()
+            if running[load].alive and device in (None, running[load].device) and process not in without
+        }
 
     def check_memory(self) -> None:
         """What a load has reserved counts until it has loaded, what it takes until its workers are gone."""
@@ -293,6 +393,9 @@ class WatchedWorld(World):
         assert len(loading) <= most + 1
         if len(loading) > most:  # the proof of a reload's files is gone once one of them made no progress
             assert any(job is not None and (job.cause in RELOADS or self.is_proven(job)) for job in loading)
+        for device, limits in self.policy.devices.items():
+            there = [run for _, run in running if run.device == device and run.phase is Phase.LOADING]
+            assert len(there) <= 1 or not limits.has_memory
         for name, model in self.state.models.items():
             unended = self.state.unended(name)
             own = [job for job in unended if job.kind is JobKind.LOAD or job.id in model.unloads]
@@ -354,6 +457,13 @@ RULES = st.sampled_from(
 
 EMERGENCY = Justification(Credential(), "fire", "fire")
 
+LIMITS = st.builds(
+    DeviceLimits,
+    budget_bytes=st.sampled_from([100, 100, None]),
+    max_loaded=st.sampled_from([None, None, 1]),
+    has_memory=st.sampled_from([True, True, False]),
+)
+
 POLICIES = st.builds(
     Policy,
     loads_at_once=st.integers(1, 2),
@@ -363,7 +473,18 @@ POLICIES = st.builds(
     min_residency_s=st.sampled_from([0.0, 10.0]),
     restores=st.sampled_from([True, True, False]),
     loads=RULES,
+    devices=st.fixed_dictionaries({"cuda:0": LIMITS, "cuda:1": LIMITS}),
 )
+
+DEVICES = st.sampled_from(
+    [
+        *(UNSET, UNSET, UNSET, UNSET, UNSET, UNSET, UNSET, ("cuda:0",), ("cuda:1",), ("cuda:*",)),
+        *(("cuda:1", "cpu"), ("cpu", "cuda:0"), ("npu:0", "cuda:0"), ("npu:0",)),
+    ]
+)
+"""Of a load; there is no `npu:0`."""
+DEFAULT_DEVICES = st.sampled_from([(CPU,), (CPU,), ("cuda:0",), ("cuda:0",), ("cuda:*", CPU)])
+"""Of loads that name none: what most of them contend for."""
 
 PARAMETERS = st.builds(
     LoadParameters,
@@ -373,7 +494,14 @@ PARAMETERS = st.builds(
     strategy=st.sampled_from(["beside", "in_place", "auto"]),
     pinned=st.sampled_from([False, False, False, True]),
     instances=st.sampled_from([1, 1, 1, 2]),
+    devices=DEVICES,
 )
+
+
+def is_special(parameters: LoadParameters, name: str) -> bool:
+    """Whether a request has to name a parameter."""
+    return getattr(parameters, name) not in (1, UNSET)
+
 
 LOADS = st.builds(
     lambda name, version, contents, parameters, asked, said: RequestLoad(
@@ -382,7 +510,7 @@ LOADS = st.builds(
         contents,
         "alice",
         parameters,
-        asked=frozenset(asked | ({"instances"} if parameters.instances > 1 else set())),
+        asked=frozenset(asked | {each for each in ("instances", "devices") if is_special(parameters, each)}),
         justification=said,
     ),
     NAMES,
@@ -425,9 +553,10 @@ class Simulation(RuleBasedStateMachine):
         super().__init__()
         self.world = WatchedWorld()
 
-    @initialize(policy=POLICIES, loads=st.lists(LOADS, max_size=3))
-    def begin(self, policy: Policy, loads: list[RequestLoad]) -> None:
+    @initialize(policy=POLICIES, loads=st.lists(LOADS, max_size=3), devices=DEFAULT_DEVICES)
+    def begin(self, policy: Policy, loads: list[RequestLoad], devices: tuple[str, ...] = (CPU,)) -> None:
         self.world = WatchedWorld(policy)
+        self.world.default_devices = devices
         for load in loads:
             self.somebody_loads_and_all_goes_well(load, 100)
 
@@ -547,6 +676,7 @@ class Simulation(RuleBasedStateMachine):
     def a_model_grows(self, which: int, turns: int) -> None:
         for process in pick(self.world.serving(), which):
             process.measured_bytes += 30
+            process.keeps_percent += 40
         self.world.work(turns)
 
     @rule(turns=TURNS)

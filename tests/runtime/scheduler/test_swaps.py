@@ -145,6 +145,37 @@ set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=in_p
 set loads_at_once=1; load a 60; start b 10; request a 60 version=2 strategy=auto
   -> a2 waits for a free load slot
 
+# On a device, what serves counts there only if it is on the same one.
+device cuda:0 100; load a 10 on=cuda:0 there=60; request a 10 version=2 strategy=beside on=cuda:0 there=40
+  -> start a2 on cuda:0
+device cuda:0 100; load a 10 on=cuda:0 there=60; request a 10 version=2 strategy=beside on=cuda:0 there=41
+  -> fail a2: insufficient_memory
+device cuda:0 100; load a 10; request a 10 version=2 strategy=beside on=cuda:0 there=100
+  -> start a2 on cuda:0
+device cuda:0 100; load a 10 on=cuda:0 there=60; request a 10 version=2 strategy=in_place on=cuda:0 there=100
+  -> replace a1 by a2
+device cuda:0 100; load a 10 on=cuda:0 there=60; request a 10 version=2 strategy=auto on=cuda:0 there=41
+  -> replace a1 by a2
+device cuda:0 100; load a 60; request a 41 version=2 strategy=auto on=cuda:0 there=41 -> replace a1 by a2
+device cuda:0 100; load z 10 on=cuda:0 there=60; load a 60; request a 10 version=2 strategy=auto on=cuda:0
+  there=41 -> nothing
+device cuda:0 100; device cuda:1 100; load a 10 on=cuda:0 there=60;
+  request a 10 version=2 strategy=auto on=cuda:0,cuda:1 there=41 -> start a2 on cuda:1
+device cuda:0 100; start z 10; begin z on=cuda:0 there=10; load a 10 on=cuda:0 there=60;
+  request a 10 version=2 strategy=in_place on=cuda:0 there=41 -> a2 waits for job z1 is loading
+device cuda:0 100; start z 10; begin z on=cuda:0 there=10; load a 10 on=cuda:0 there=60;
+  request a 10 version=2 strategy=in_place on=cuda:0,cpu there=41 -> a2 waits for job z1 is loading;
+  complete z 10 -> replace a1 by a2
+device cuda:0 100; start z 10; begin z on=cuda:0 there=10; load a 10 on=cuda:0 there=60;
+  request a 10 version=2 strategy=auto on=cuda:0,cpu there=30 -> a2 waits for job z1 is loading;
+  complete z 10 -> start a2 on cuda:0
+device cuda:0 100; start z 10; begin z on=cuda:0 there=10; load a 10 on=cuda:0 there=60;
+  request a 10 version=2 strategy=auto on=cuda:0,cpu there=41 -> start a2
+device cuda:0 100; load a 10 on=cuda:0 there=60;
+  request a 10 version=2 strategy=in_place on=cuda:0 there=100; unload a cause=swap;
+  request b 10 on=cuda:0 there=10 priority=high -> b1 waits for room, which is reserved for job a2, before it;
+  exit a -> start a2 on cuda:0
+
 # A model between two versions goes before everything, and its room is kept.
 {GAP} request b 30 priority=high -> a2 waits for the unload of the version that it replaces;
   -> b1 waits for room, which is reserved for job a2, before it; exit a -> start a2
