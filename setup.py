@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
+OPENVINO = ["onnxruntime-ep-openvino>=1.8; platform_machine == 'x86_64'"]  # it is not made for others
+CUDA = ["nvidia-ml-py"]  # ONNX Runtime's own wheel for it is another distribution, in place of onnxruntime
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
 CLOUD = ["obstore~=0.12"]
@@ -27,6 +29,8 @@ TEST = [
     *EXTENSIONS,
     *CLOUD,
     *POSTGRES,
+    *OPENVINO,
+    *CUDA,
     "asyncpg-stubs>=0.30",
     "axe-playwright-python>=0.1.4",
     "flask>=3",
@@ -93,6 +97,8 @@ setup(
         "images": IMAGES,  # for `loadledger infer` with pictures
         "hostile": ["schemathesis>=4.32"],  # beside "test", for `make hostile` alone
         "extensions": EXTENSIONS,
+        "openvino": OPENVINO,  # for loads on Intel's processors, GPUs and NPUs
+        "cuda": CUDA,  # for the memory of NVIDIA's GPUs; beside onnxruntime-gpu
         "otel": OTEL,
         "cloud": CLOUD,  # for sources in S3, Google Cloud Storage and Azure Blob Storage
         "postgres": POSTGRES,  # for a ledger in PostgreSQL

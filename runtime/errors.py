@@ -13,7 +13,14 @@ from typing import Literal
 OptimiseCode = Literal["optimise_failed", "disk_full"]
 """Codes with which a worker refuses to optimise a model, beside those of a load. They end no job."""
 LoadCode = Literal[
-    "invalid_model", "model_changed", "unsafe_file", "out_of_memory", "warm_up_failed", OptimiseCode
+    "invalid_model",
+    "model_changed",
+    "unsafe_file",
+    "out_of_memory",
+    "warm_up_failed",
+    "device_unavailable",
+    "fallback_refused",
+    OptimiseCode,
 ]
 """Codes with which a worker refuses to load or optimise a model."""
 
@@ -139,6 +146,12 @@ class LoadRefused(RuntimeProblem):
     def __init__(self, code: LoadCode, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class DeviceUnavailable(RuntimeProblem):
+    """This server has none of the devices that a load names, or may not use them."""
+
+    code = "device_unavailable"
 
 
 class NoProgress(RuntimeProblem):

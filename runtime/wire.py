@@ -16,7 +16,7 @@ may be then, is in `runtime.process.inflight`.
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Annotated, Generic, Literal, TypeVar
@@ -105,8 +105,11 @@ LoadStage = Literal["loading", "warming_up"]
 Fill = Literal["zeros", "ones"]
 Layer = Literal["landlock", "seccomp"]
 """By which the kernel confines a worker, in the order in which they are applied."""
-ForbiddenAct = Literal["read_files", "write_files", "use_network", "start_processes", "read_memory"]
-"""Forbidden things that a throw-away worker tries: outside of its files, or of another process."""
+ForbiddenAct = Literal[
+    "read_files", "write_files", "use_network", "start_processes", "read_memory", "run_code", "call_drivers"
+]
+"""Forbidden things that a throw-away worker tries: outside of its files, or of another process; to run code
+that it has made, and to call drivers of devices."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """Nanoseconds since 1970, and a file can be older."""
@@ -186,6 +189,14 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     example: Example | None = None
 
 
+class ProviderNodes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many nodes of a model's graph run on a provider, whose version it is."""
+
+    provider: Name
+    version: Name
+    nodes: Count
+
+
 class OptimisedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An optimised model: what a load uses instead of the version's files.
 
@@ -194,12 +205,69 @@ class OptimisedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sha256: its hash (`events.types.digest_of`).
         folder: where its files lie, absolute.
         bytes: the size of all of them.
+        placed: for a device, where the nodes of the version's graph run, of which its own has few.
     """
 
     key: str
     sha256: str
     folder: str
     bytes: Count
+    placed: tuple[ProviderNodes, ...] = ()
+
+
+class ProviderLibrary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The library of an execution provider that is installed.
+
+    Attributes:
+        provider: its name in names of devices.
+        path: of the library, absolute.
+        ep_name: what ONNX Runtime calls the provider.
+    """
+
+    provider: Name
+    path: str
+    ep_name: Name
+
+
+class FoundDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A device that a provider has found on this machine.
+
+    Attributes:
+        name: as loads name it (`events.devices`).
+        version: of the provider.
+        hardware: what the provider calls it, for people.
+        pci_bus_id: by which its driver knows it; "" of one that is on no such bus.
+    """
+
+    name: Name
+    version: Name
+    hardware: Name = ""
+    pci_bus_id: Name = ""
+
+
+class TargetDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The device of a load.
+
+    Attributes:
+        name: as loads name it (`events.devices`).
+        library: of its provider.
+        options: for the provider.
+        falls_back: whether nodes that it does not support run on the CPU; else the load is refused.
+    """
+
+    name: Name
+    library: ProviderLibrary
+    options: Mapping[str, str] = {}
+    falls_back: bool = False
+
+
+PROVIDER_MAPPED_BYTES = 64 * 2**20
+"""Memory that a provider maps and does not touch: OpenVINO's libraries and threads 50 MB (measured)."""
+
+
+def _leave_room(limit_bytes: int | None, device: TargetDevice | None) -> int | None:
+    """Return a limit of mapped memory with room for what a provider maps."""
+    return limit_bytes if limit_bytes is None or device is None else limit_bytes + PROVIDER_MAPPED_BYTES
 
 
 class Load(Message, frozen=True):
@@ -220,6 +288,7 @@ class Load(Message, frozen=True):
         ceiling_bytes: limit of its memory for good, whatever it does itself; None is no limit.
         tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
         name: what the process is called in lists of processes.
+        device: where the session runs; None is the CPU. Its warm-up has to succeed.
     """
 
     root: str
@@ -238,6 +307,7 @@ class Load(Message, frozen=True):
     ceiling_bytes: int | None = None
     tensors: tuple[TensorHead, ...] = ()
     name: str = ""
+    device: TargetDevice | None = None
 
     def hard_limit_bytes(self, thread_bytes: int) -> int | None:
         """Return the limit that the worker cannot lift; the model's own leaves room for its threads.
@@ -247,7 +317,8 @@ class Load(Message, frozen=True):
         """
         own = self.memory_limit_bytes
         with_threads = None if own is None else own + (self.threads - 1) * thread_bytes
-        return min((each for each in (with_threads, self.ceiling_bytes) if each is not None), default=None)
+        given = [each for each in (with_threads, self.ceiling_bytes) if each is not None]
+        return _leave_room(min(given, default=None), self.device)
 
     def most_bytes(self, thread_bytes: int) -> int | None:
         """Return the most memory of any kind that the worker can add within its limits; None has no limit.
@@ -265,6 +336,11 @@ class Load(Message, frozen=True):
         return self.bytes + (self.optimised.bytes if self.optimised is not None else 0)
 
     @property
+    def soft_limit_bytes(self) -> int | None:
+        """The limit that the worker lifts when the model is loaded; None is no limit."""
+        return _leave_room(self.load_limit_bytes, self.device)
+
+    @property
     def least_limit_bytes(self) -> int | None:
         given = [each for each in (self.memory_limit_bytes, self.load_limit_bytes) if each is not None]
         return min(given, default=None)
@@ -273,9 +349,9 @@ class Load(Message, frozen=True):
 class Optimise(Message, frozen=True):
     """Make an optimised model of the one in `folder`; the first message to a worker, and its last.
 
-    `root`, `bytes`, `threads`, `memory_limit_bytes`, `layers` and `name` are as for `Load`. `target` is an
-    empty folder, where its files are written, and nothing anywhere else. It is always done in the background.
-    No file has more than `most_bytes`; None leaves it at what one can be expected to have.
+    `root`, `bytes`, `threads`, `memory_limit_bytes`, `layers`, `name` and `device` are as for `Load`.
+    `target` is an empty folder, where its files are written, and nothing anywhere else. It is always done in
+    the background. No file has more than `most_bytes`; None leaves it at what one can be expected to have.
     """
 
     root: str
@@ -287,6 +363,12 @@ class Optimise(Message, frozen=True):
     most_bytes: Count | None = None
     layers: tuple[Layer, ...] = ()
     name: str = ""
+    device: TargetDevice | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The limit of mapped memory; None is no limit."""
+        return _leave_room(self.memory_limit_bytes, self.device)
 
 
 class Ping(Message, frozen=True):
@@ -300,11 +382,13 @@ class Pong(Message, frozen=True):
 class Probe(Message, frozen=True):
     """Confine yourself by these layers, as far as they are to be had, and try forbidden things.
 
-    The first message to a worker, and its last. `outside` is a folder that no worker needs.
+    The first message to a worker, and its last. `outside` is a folder that no worker needs. With `providers`,
+    do it as the worker of a load on a device, and list their devices.
     """
 
     outside: str
     layers: tuple[Layer, ...]
+    providers: tuple[ProviderLibrary, ...] = ()
 
 
 class ReadJson(Message, frozen=True):
@@ -342,12 +426,16 @@ class StageReached(Message, frozen=True):
 
 
 class Loaded(Message, frozen=True):
-    """The model can serve; `warming_up_us` is None if it was not run before."""
+    """The model can serve; `warming_up_us` is None if it was not run before.
+
+    `placed` is empty for a load on the CPU, else first what runs on its device.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_OUTPUTS)]
     loading_us: Count
     warming_up_us: Count | None = None
+    placed: tuple[ProviderNodes, ...] = ()
 
 
 class Optimised(Message, frozen=True):
@@ -361,13 +449,15 @@ class Probed(Message, frozen=True):
         landlock_abi: the version of the Landlock that was applied; 0 if it was not.
         layers: those that were applied.
         succeeded: the forbidden things that the worker could do.
-        problems: why a layer was not applied.
+        problems: why a layer was not applied, or a provider could not be used.
+        devices: of the providers.
     """
 
     landlock_abi: Count
     layers: tuple[Layer, ...]
     succeeded: tuple[ForbiddenAct, ...]
     problems: tuple[Text, ...] = ()
+    devices: tuple[FoundDevice, ...] = ()
 
 
 class JsonRead(Message, frozen=True):

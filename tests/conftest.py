@@ -1,5 +1,6 @@
 """The real application over a new repository and a new ledger."""
 
+import ctypes
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,11 +16,14 @@ from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
 from support.http import LocalApi, local_server
+from support.nvml import build_nvml
 from support.postgres import Database, PostgresServer, end_shared_server, join_shared_server
 from support.replicas import make_ledger
 from support.running import Engine, end_workers, running, save_models
+from support.shims import Shim
 from support.workers import Serve, order_of, running_pool, until
 
+from runtime import devices
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from server.config import Config
@@ -50,6 +54,18 @@ def repository(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Shim:
+    """The stand-in for the driver's library, in this process, which loads it once."""
+    shim = build_nvml(tmp_path_factory.mktemp("nvml"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in shim.variables.items():
+            patch.setenv(name, value)
+        ctypes.CDLL(str(shim.library), ctypes.RTLD_GLOBAL)
+    devices._open_nvml.cache_clear()  # other tests may have looked for it
+    return shim
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import sys
 
 from tools.loadtrace import BESIDE, ROOT
 
-MOST_MODULES = 45
-"""It is 44 or 45."""
+MOST_MODULES = 46
+"""It is 44 or 45, and was 46 once on a busy machine."""
 PART = re.compile(r"^(\S.*): (\d+) modules\n((?:  .+\n)+)", re.MULTILINE)
 
 

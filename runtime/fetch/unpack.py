@@ -62,7 +62,7 @@ def confine() -> None:
     with suppress(OSError):
         landlock.restrict({})
     with suppress(OSError):
-        seccomp.restrict(writes=False)
+        seccomp.restrict()
 
 
 def unpack(archive: BinaryIO) -> Iterator[bytes]:

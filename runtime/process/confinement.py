@@ -4,7 +4,7 @@ A throw-away worker applies the layers that this kernel has, and then tries forb
 (`runtime.worker.confine`). Workers of later loads apply the same layers, or end.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -12,8 +12,8 @@ from typing import get_args
 from events.types import Confinement
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.process.worker import Worker
-from runtime.timeouts import FORK_LIMIT_S, timeout
-from runtime.wire import ForbiddenAct, Layer, Probe, Probed
+from runtime.timeouts import DEVICES_LIMIT_S, FORK_LIMIT_S, timeout
+from runtime.wire import ForbiddenAct, FoundDevice, Layer, Probe, Probed, ProviderLibrary
 
 REQUIRE, OFF = "require", "off"
 """Modes: serve only if all forbidden acts are prevented; apply no layer. `auto` applies what there is."""
@@ -26,6 +26,8 @@ IN_WORDS: Mapping[str, str] = {
     "use_network": "use the network",
     "start_processes": "start processes",
     "read_memory": "read the memory of other processes",
+    "run_code": "run code of its own",
+    "call_drivers": "call drivers of devices",
 }
 
 
@@ -37,11 +39,19 @@ class NotConfined(RuntimeProblem):
 
 @dataclass(frozen=True, slots=True)
 class AppliedLayers:
-    """The layers that every worker applies, and what is recorded about them."""
+    """The layers that every worker applies, and what is recorded about them.
+
+    Attributes:
+        layers: which.
+        confinement: how far they go.
+        problems: why a layer was not applied, or a provider could not be used.
+        devices: that the providers have found in a worker with these layers.
+    """
 
     layers: tuple[Layer, ...]
     confinement: Confinement
     problems: tuple[str, ...] = ()
+    devices: tuple[FoundDevice, ...] = ()
 
     def check(self) -> None:
         """Refuse what `require` does not allow.
@@ -64,29 +74,54 @@ class AppliedLayers:
 UNCONFINED = AppliedLayers((), Confinement(OFF, 0, seccomp=False, not_prevented=ALL_ACTS))
 
 
-def describe(confinement: Confinement) -> str:
-    """Return in a sentence what confines the workers, and what it does not prevent."""
+def describe(confinement: Confinement, who: str = "workers") -> str:
+    """Return in a sentence what confines the workers, and what it does not prevent.
+
+    Args:
+        confinement: of these workers.
+        who: what the sentence calls them, for those of loads on devices.
+    """
     applied = [f"Landlock {confinement.landlock_abi}"] if confinement.landlock_abi else []
     applied += ["seccomp"] if confinement.seccomp else []
     how = f"confined by {' and '.join(applied)}" if applied else "not confined"
     can = ", ".join(IN_WORDS[act] for act in confinement.not_prevented)
-    return f"workers are {how}" + (f": a model that takes over its worker could {can}" if can else "")
+    return f"{who} are {how}" + (f": a model that takes over its worker could {can}" if can else "")
 
 
-async def probe(worker: Worker, mode: str, outside: Path) -> AppliedLayers:
+async def probe(
+    worker: Worker, mode: str, outside: Path, provider: ProviderLibrary | None = None
+) -> AppliedLayers:
     """Have a throw-away worker find out what can be applied, and what that does not prevent.
 
     Args:
         worker: it ends by itself.
         mode: `auto`, `require` or `off`.
         outside: a folder that no worker needs; nothing is left there.
+        provider: of devices; with it, the worker is confined as that of a load there, and finds them.
     """
-    order = Probe(str(outside), () if mode == OFF else ALL_LAYERS)
+    order = Probe(str(outside), () if mode == OFF else ALL_LAYERS, () if provider is None else (provider,))
     try:
-        async with timeout(FORK_LIMIT_S):
+        async with timeout(FORK_LIMIT_S if provider is None else DEVICES_LIMIT_S):
             found: Probed = await worker.execute(order)
     except (WorkerDied, TimeoutError) as error:
         said = "; ".join([str(error) or "the worker did not answer", *worker.stderr_tail()])
-        found = Probed(0, (), ALL_ACTS, (f"the test failed: {said}",))
+        tested = "" if provider is None else f"{provider.provider}: "
+        found = Probed(0, (), ALL_ACTS, (f"{tested}the test failed: {said}",))
     recorded = Confinement(mode, found.landlock_abi, "seccomp" in found.layers, found.succeeded)
-    return AppliedLayers(found.layers, recorded, found.problems)
+    return AppliedLayers(found.layers, recorded, found.problems, found.devices)
+
+
+def weakest(probed: Sequence[AppliedLayers]) -> AppliedLayers:
+    """Return the layers that all have in common, and what any of them does not prevent."""
+    confinements = [each.confinement for each in probed]
+    return AppliedLayers(
+        tuple(layer for layer in ALL_LAYERS if all(layer in each.layers for each in probed)),
+        Confinement(
+            confinements[0].mode,
+            min(each.landlock_abi for each in confinements),
+            seccomp=all(each.seccomp for each in confinements),
+            not_prevented=tuple(
+                act for act in ALL_ACTS if any(act in each.not_prevented for each in confinements)
+            ),
+        ),
+    )

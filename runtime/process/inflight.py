@@ -35,8 +35,10 @@ from runtime.wire import (
     Pong,
     Probe,
     Probed,
+    ProviderNodes,
     ReadJson,
     StageReached,
+    TargetDevice,
     Tensor,
     plain_text,
 )
@@ -69,6 +71,8 @@ class PendingOrder:
             MalformedFrame: a stage out of order or twice, or a report that is not the order's.
         """
         match self._order, report:
+            case Load(device=device), Loaded(placed=placed) if not _is_plausible(device, placed):
+                raise MalformedFrame("where nodes run is not what was asked for")
             case _, StageReached(stage):
                 if stage not in self._stages_left:  # an iterator, which does not go back
                     raise MalformedFrame(f"stage '{stage}' twice, or out of order")
@@ -99,6 +103,14 @@ class PendingOrder:
             self._answer.set_exception(result)
         else:
             self._answer.set_result(result)
+
+
+def _is_plausible(device: TargetDevice | None, placed: Sequence[ProviderNodes]) -> bool:
+    """Whether the nodes of a load run on its device, and the others on the CPU if they may; or all there."""
+    named = [each.provider for each in placed]
+    if device is None:
+        return not named
+    return named[:1] == [device.library.provider] and named[1:] in ([], ["cpu"][: device.falls_back])
 
 
 class AnswerRules:

@@ -5,12 +5,14 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from events.types import LoadParameters
+from runtime.devices import Devices, find_providers
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
-from runtime.process.confinement import UNCONFINED, probe
+from runtime.process.confinement import UNCONFINED, AppliedLayers, probe, weakest
 from runtime.process.forkclient import ForkServer, Process, close_watched
 from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import MemorySampler, Worker
@@ -25,7 +27,17 @@ from runtime.timeouts import (
     PING_LIMIT_S,
     timeout,
 )
-from runtime.wire import Buffer, JsonRead, Load, MalformedFrame, Ping, ReadJson, Tensor
+from runtime.wire import (
+    Buffer,
+    JsonRead,
+    Load,
+    MalformedFrame,
+    Ping,
+    ProviderLibrary,
+    ReadJson,
+    TargetDevice,
+    Tensor,
+)
 
 T = TypeVar("T")
 
@@ -84,6 +96,8 @@ class WorkerPool:
 
     Attributes:
         applied: what confines the workers; nothing before `confine`.
+        applied_to_devices: what confines those of loads on devices, which `require` does not demand.
+        devices: of this machine; none before `confine`.
     """
 
     def __init__(
@@ -96,6 +110,8 @@ class WorkerPool:
         self.threads = threads
         self.records_stderr = records_stderr
         self.applied = UNCONFINED
+        self.applied_to_devices = UNCONFINED
+        self.devices = Devices()
         self._patience_s = patience_s
         self._fork_server: ForkServer | None = None
         self._up = asyncio.Event()
@@ -130,15 +146,22 @@ class WorkerPool:
     async def confine(self, mode: str, outside: Path) -> None:
         """Confine the workers of later loads; for the arguments see `runtime.process.confinement.probe`.
 
+        With providers of devices installed, find the devices, and confine their workers as far as all allow.
+        Each provider is tried in a worker of its own: one that crashes or hangs takes no other away.
+
         Raises:
             NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as it is.
             ForkServerUnavailable: `fork_server_unavailable`.
         """
-        worker = await self.fork("probe")
-        try:
-            self.applied = await probe(worker, mode, outside)
-        finally:
-            await kill_and_wait(worker)
+        self.applied = await self._probe(mode, outside)
+        installed = await find_providers()
+        probing = (self._probe(mode, outside, provider) for provider in installed.libraries.values())
+        probed = await asyncio.gather(*probing)
+        if useful := [each for each in probed if each.devices]:
+            self.applied_to_devices = weakest(useful)
+        found = {device.name: device for each in probed for device in each.devices}
+        problems = [*installed.problems, *(problem for each in probed for problem in each.problems)]
+        self.devices = replace(installed, found=found, problems=tuple(dict.fromkeys(problems)))
         self.applied.check()
 
     def prefork(self) -> None:
@@ -150,8 +173,18 @@ class WorkerPool:
         """Return how many threads each worker of a load computes with."""
         return parameters.threads or self.threads
 
-    def build_load(self, files: HeldVersion, parameters: LoadParameters, warm_up: WarmUp) -> Load:
-        """Return the message by which a worker of this pool loads a version."""
+    def build_load(
+        self,
+        files: HeldVersion,
+        parameters: LoadParameters,
+        warm_up: WarmUp,
+        device: TargetDevice | None = None,
+    ) -> Load:
+        """Return the message by which a worker of this pool loads a version, on a device or the CPU.
+
+        On a device it is warmed up, whatever its loadledger.toml says.
+        """
+        applied = self.applied if device is None else self.applied_to_devices
         return Load(
             root=str(files.root),
             folder=str(files.folder),
@@ -160,10 +193,11 @@ class WorkerPool:
             memory_limit_bytes=parameters.memory_limit_bytes,
             max_batch_size=parameters.max_batch_size,
             max_queue_delay_us=parameters.max_queue_delay_us,
-            warm_up=warm_up.enabled is not False,
+            warm_up=device is not None or warm_up.enabled is not False,
             warm_up_required=warm_up.required,
-            layers=self.applied.layers,
+            layers=applied.layers,
             name=f"{files.model_id}/{files.version}",
+            device=device,
         )
 
     async def start(self, worker_id: str) -> Worker:
@@ -229,6 +263,15 @@ class WorkerPool:
         if self._fork_server is not None:  # last: it reaps the workers
             self._fork_server.kill()
             await asyncio.shield(self._fork_server.ended)
+
+    async def _probe(
+        self, mode: str, outside: Path, provider: ProviderLibrary | None = None
+    ) -> AppliedLayers:
+        worker = await self.fork("probe")
+        try:
+            return await probe(worker, mode, outside, provider)
+        finally:
+            await kill_and_wait(worker)
 
     async def _fork(
         self, fork_server: ForkServer, worker_id: str

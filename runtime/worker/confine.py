@@ -6,10 +6,13 @@ bind the calling thread and those that it starts, so they come before all thread
 """
 
 import errno
+import fcntl
+import mmap
 import os
 import resource
 import socket
 import sysconfig
+import termios
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,10 +23,23 @@ import numpy as np
 import onnxruntime as ort
 
 import runtime
+from runtime.errors import LoadRefused
 from runtime.memory import UNLIMITED_STACK_BYTES
-from runtime.wire import ForbiddenAct, Layer, Load, Optimise, OptimisedModel, Probe, Probed, ReadJson
-from runtime.worker import landlock, privileges, seccomp
-from runtime.worker.optimising import FILES
+from runtime.wire import (
+    ForbiddenAct,
+    FoundDevice,
+    Layer,
+    Load,
+    Optimise,
+    OptimisedModel,
+    Probe,
+    Probed,
+    ProviderLibrary,
+    ReadJson,
+)
+from runtime.worker import landlock, privileges, providers, seccomp
+from runtime.worker.optimising import list_files
+from runtime.worker.seccomp import Grants
 
 MAX_DESCRIPTORS = 256
 """A worker has five, and opens a model's files one after the other."""
@@ -32,6 +48,13 @@ NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 LIBRARY_FOLDERS = {"site-packages", "dist-packages"}
 SYSTEM_PATHS = ("/proc/self/status", "/proc/meminfo", "/sys/devices/system/cpu")
 """The C library and ONNX Runtime read these to find out how much memory and how many cores there are."""
+
+DRIVER_PATHS = (
+    *("/etc/ld.so.cache", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/cuda", "/usr/local/nvidia"),
+    *("/proc/driver/nvidia", "/proc/devices", "/proc/self", "/sys"),
+)
+"""What NVIDIA's driver reads, and folders of its libraries and of CUDA's. It is from what is said about the
+driver, and not tried."""
 
 
 def _find_code() -> tuple[str, ...]:
@@ -55,14 +78,14 @@ def confine(order: Load | Optimise | Probe | ReadJson) -> None:
     """
     if not order.layers:
         return
-    writes = isinstance(order, Optimise | Probe)  # a probe gets what any worker gets
+    grants = _find_grants(order)
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: MAX_DESCRIPTORS,
         resource.RLIMIT_STACK: UNLIMITED_STACK_BYTES if soft == resource.RLIM_INFINITY else soft,
     }
-    if not writes:  # optimising a model has a limit of its own
+    if Grants.WRITES not in grants:  # optimising a model has a limit of its own
         limits[resource.RLIMIT_FSIZE] = 0
     for kind, limit in limits.items():
         privileges.limit_resource(kind, limit)
@@ -71,7 +94,22 @@ def confine(order: Load | Optimise | Probe | ReadJson) -> None:
         if layer == "landlock":
             landlock.restrict(_find_accesses(order))
         else:
-            seccomp.restrict(writes=writes)
+            seccomp.restrict(grants)
+
+
+def _find_libraries(order: Load | Optimise | Probe | ReadJson) -> tuple[ProviderLibrary, ...]:
+    """Return the libraries of execution providers that an order uses."""
+    if isinstance(order, Probe | ReadJson):
+        return order.providers if isinstance(order, Probe) else ()
+    return () if order.device is None else (order.device.library,)
+
+
+def _find_grants(order: Load | Optimise | Probe | ReadJson) -> Grants:
+    """Return the profile of an order. A probe gets what any worker gets, on a device if it has providers."""
+    grants = Grants.WRITES if isinstance(order, Optimise | Probe) else Grants.NOTHING
+    for library in _find_libraries(order):
+        grants |= Grants.CODE | (Grants.DRIVERS if library.provider == providers.CUDA else Grants.NOTHING)
+    return grants
 
 
 def _find_accesses(order: Load | Optimise | Probe | ReadJson) -> dict[str, int]:
@@ -82,16 +120,23 @@ def _find_accesses(order: Load | Optimise | Probe | ReadJson) -> dict[str, int]:
             own = {root: landlock.READS}
         case Optimise(root=root, target=target):
             own = {root: landlock.READS, target: landlock.REMOVES}
-            own |= {f"{target}/{name}": landlock.WRITES for name in FILES}
+            own |= {f"{target}/{name}": landlock.WRITES for name in list_files(order)}
         case Probe() | ReadJson():
             own = {}
         case _:
             assert_never(order)
-    return {**dict.fromkeys((*SYSTEM_PATHS, *CODE), landlock.READS), **own}
+    reads = [*SYSTEM_PATHS, *CODE, *(str(Path(each.path).parent) for each in _find_libraries(order))]
+    if Grants.DRIVERS in _find_grants(order):
+        reads += DRIVER_PATHS
+        own |= {str(path): landlock.DRIVES for path in Path("/dev").glob("nvidia*")}
+    return {**dict.fromkeys(reads, landlock.READS), **own}
 
 
 def probe(order: Probe) -> Probed:
-    """Apply the layers of an order one by one, as far as this kernel allows, then try forbidden things."""
+    """Apply the layers of an order one by one, as far as this kernel allows, then try forbidden things.
+
+    In between it registers the providers of the order, and lists their devices.
+    """
     abi, applied, problems = landlock.find_abi(), list[Layer](), list[str]()
     target = _Target(order.outside, os.getppid())
     for layer in order.layers:
@@ -103,7 +148,15 @@ def probe(order: Probe) -> Probed:
             applied.append(layer)
     if "landlock" not in applied:
         abi = 0
-    return Probed(abi, tuple(applied), tuple(_try_all(target)), tuple(problems))
+    devices = list[FoundDevice]()
+    for library in order.providers:
+        try:
+            listed = providers.list_devices(library)
+        except LoadRefused as refusal:
+            problems.append(str(refusal))
+        else:
+            devices += [providers.describe_device(*each) for each in listed.items()]
+    return Probed(abi, tuple(applied), tuple(_try_all(target)), tuple(problems), tuple(devices))
 
 
 class _Target(NamedTuple):
@@ -156,11 +209,28 @@ def _read_memory(target: _Target) -> None:
         os.close(descriptor)
 
 
+def _run_code(_: _Target) -> None:
+    """Map memory that could be written and then executed."""
+    code = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, code).close()
+
+
+def _call_driver(_: _Target) -> None:
+    """Ask the driver of stdin, /dev/null, for the size of a window, which it does not know."""
+    try:
+        fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+    except OSError as error:
+        if error.errno != errno.ENOTTY:
+            raise
+
+
 FORBIDDEN_ACTS: Mapping[ForbiddenAct, Callable[[_Target], None]] = {
     "read_files": _read_file,
     "write_files": _write_file,
     "use_network": _use_network,
     "start_processes": _start_process,
     "read_memory": _read_memory,
+    "run_code": _run_code,
+    "call_drivers": _call_driver,
 }
-"""Five forbidden things; one that the kernel refuses raises OSError."""
+"""Seven forbidden things; one that the kernel refuses raises OSError."""

@@ -14,7 +14,8 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 """System calls, with the same numbers on all architectures."""
 CREATE_RULESET_VERSION, RULE_PATH_BENEATH = 1, 1
 
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, TRUNCATE = (1 << bit for bit in (0, 1, 2, 3, 5, 14))
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE = (1 << bit for bit in (0, 1, 2, 3, 5))
+TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
 ACCESS_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
 """How many kinds of access to files an ABI knows; from 5 on 16."""
 NET_FROM, NET_BIND, NET_ALL = 4, 0b01, 0b11
@@ -24,7 +25,9 @@ SCOPE_FROM, SCOPE_ALL = 6, 0b11
 READS = READ_FILE | READ_DIR
 WRITES = READS | WRITE_FILE | TRUNCATE
 REMOVES = READS | REMOVE_FILE
-OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
+DRIVES = WRITES | IOCTL_DEV
+"""Of a driver's files in /dev, whose calls (ioctl) an ABI from 5 on restricts."""
+OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 """Accesses that can be allowed on a path that is no folder."""
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -44,7 +47,7 @@ def restrict(accesses: Mapping[str, int], *, connects: bool = False) -> None:
     The process needs `no_new_privs` first.
 
     Args:
-        accesses: `READS`, `WRITES` or `REMOVES` by path; paths that do not exist are left out.
+        accesses: `READS`, `WRITES`, `REMOVES` or `DRIVES` by path; paths that do not exist are left out.
         connects: whether it may still connect by TCP.
 
     Raises:

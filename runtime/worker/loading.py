@@ -25,9 +25,10 @@ from runtime.wire import (
     Loaded,
     LoadStage,
     OptimisedModel,
+    ProviderNodes,
     Tensor,
 )
-from runtime.worker import extensions, privileges, sessions
+from runtime.worker import extensions, privileges, providers, sessions
 from runtime.worker.examples import MAX_INPUTS, find_example, is_fixed
 from runtime.worker.execution import SHRINK_ARENA
 from runtime.worker.sessions import ServingSession, describe_model, is_out_of_memory
@@ -58,7 +59,11 @@ WITH_GIVEN = (
 FATAL = 4
 """ONNX Runtime's log level at which it logs fatal errors alone."""
 NOT_TRIED = "not tried: its loadledger.toml gives inputs for the warm-up"
-OR_NOT = "or switch that off there, by enabled = false under [warm_up]"
+OR_NOT = "or, for loads on the CPU, switch that off there, by enabled = false under [warm_up]"
+NOT_RUN = (
+    "no inputs were found on which the model runs, and on a device it has to before it is loaded: give inputs"
+    " that it takes as [[warm_up.inputs]] in its loadledger.toml"
+)
 OnStage = Callable[[LoadStage], None]
 Examples = Mapping[str, Example]
 NO_EXAMPLES: Examples = {}
@@ -109,7 +114,8 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
     """Load the model of an order and warm it up on the given inputs; returns it and the server's report.
 
     Raises:
-        LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`.
+        LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`; on a
+            device also `device_unavailable`, `fallback_refused`.
     """
     try:
         with sessions.out_of_memory_refused(order.least_limit_bytes):
@@ -122,31 +128,38 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
 
 def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
     on_stage("loading")
-    if not huge_pages_help(order.bytes, order.optimised):
+    if order.device is None and not huge_pages_help(order.bytes, order.optimised):
         disable_huge_pages()
     sessions.limit_memory(
         order.hard_limit_bytes(thread_bytes()),
-        order.load_limit_bytes,
-        mapped_bytes=order.mapped_bytes,
+        order.soft_limit_bytes,
+        mapped_bytes=order.mapped_bytes if order.device is None else None,
         threads=order.threads,
     )
     clock = clock_for(order)
     started_ns = clock()
-    session = _create_session(order)
+    session, placed = _create_session(order)
     loading_us = (clock() - started_ns) // 1000
     model, warming_up_us, examples = describe_model(session, order.max_batch_size), None, NO_EXAMPLES
+    if order.device is not None:
+        providers.check_tensors(order.device, (*model.inputs, *model.outputs))
     if order.warm_up:  # before it is measured: memory of an inference belongs to the model
+        began_ns = clock()
         warming_up_us, examples = _warm_up(order, model, given, lambda: on_stage("warming_up"))
+        if order.background and warming_up_us is not None:  # for a trial, which compares it with another's
+            warming_up_us = (clock() - began_ns) // 1000
     sessions.return_free_memory()  # of loading: as much as the model keeps
     sessions.lift_load_limit()
     inputs = tuple(msgspec.structs.replace(spec, example=examples.get(spec.name)) for spec in model.inputs)
-    return model, Loaded(inputs, model.outputs, loading_us, warming_up_us)
+    return model, Loaded(inputs, model.outputs, loading_us, warming_up_us, placed)
 
 
 def _warm_up(
     order: Load, model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]
 ) -> tuple[int | None, Examples]:
     file = _find_file(order)
+    if order.device is not None:
+        return _warm_up_on_device(model, given, file, on_begin)
     # Zeros are no image, and a decoder that gets them may end the process (decision 49).
     if not given and file is not None and extensions.are_named(file):
         return None, NO_EXAMPLES
@@ -158,20 +171,38 @@ def _warm_up(
         return None, NO_EXAMPLES
 
 
+def _warm_up_on_device(
+    model: ServingSession, given: Sequence[Tensor], file: Path | None, on_begin: Callable[[], None]
+) -> tuple[int, Examples]:
+    """Run a model as `warm_up` does; one that was not run is refused: its first request would find out."""
+    run_us, examples = warm_up(model, given, file, on_begin)
+    if run_us is None:
+        said = {f". It says: {each.refusal}" for each in examples.values() if each.refusal}
+        raise LoadRefused("warm_up_failed", "".join([NOT_RUN, *sorted(said)[:1]]))
+    return run_us, examples
+
+
 def _find_file(order: Load) -> Path | None:
     folder = Path(order.folder if order.optimised is None else order.optimised.folder)
     name = find_model_file(each.name for each in os.scandir(folder))
     return None if name is None else folder / name
 
 
-def _create_session(order: Load) -> ort.InferenceSession:
+def _create_session(order: Load) -> tuple[ort.InferenceSession, tuple[ProviderNodes, ...]]:
+    """Return the session of a load, and where its nodes run, unless that is the CPU."""
+    choose = sessions.session_options if order.optimised is None else sessions.saved_graph_options
+    chosen = choose(order.threads)
+    device = None if order.device is None else providers.add_device(order.device, order.threads, chosen)
     if order.optimised is None:
         folder, root = Path(order.folder), Path(os.path.realpath(order.root))
-        chosen = sessions.session_options(order.threads)
-        return sessions.create_checked(folder, root, chosen, order.least_limit_bytes)
-    chosen = sessions.saved_graph_options(order.threads)
-    model_file = str(Path(order.optimised.folder) / MODEL_FILE)
-    return sessions.create_session(model_file, chosen, order.least_limit_bytes)
+        session = sessions.create_checked(folder, root, chosen, order.least_limit_bytes)
+    else:
+        model_file = str(Path(order.optimised.folder) / MODEL_FILE)
+        session = sessions.create_session(model_file, chosen, order.least_limit_bytes)
+    placed = () if order.device is None else providers.count_nodes(session, order.device, device)
+    if order.optimised is not None:
+        placed = order.optimised.placed or placed
+    return session, placed
 
 
 def warm_up(

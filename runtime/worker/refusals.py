@@ -1,6 +1,7 @@
 """Translates errors of ONNX Runtime, about a model or its inputs, into plain words and the cure.
 
-Its texts begin with codes, folders of this server and places in its own source. Texts of 1.31 and 1.32.
+Its texts begin with codes, folders of this server and places in its own source. Texts of 1.31 and 1.32, and
+of OpenVINO's plugin 1.8.1.
 """
 
 import re
@@ -11,7 +12,12 @@ _NOISE = re.compile(
     r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : "  # its code
     r"|Load model from .*? failed:"  # a path in the store
     r"|/onnxruntime_src/\S+ .*?\)(?: const)? (?=\S)"  # a place in its source, and the function
-    r"|This is an invalid model\. |Fatal error: |Exception during initialization: ",
+    r"|This is an invalid model\. |Fatal error: |Exception during initialization: "
+    # Of OpenVINO, places in its source and the report around the one line that says why:
+    r"|Check '[^']*' failed at \S+:\d+:|Exception from \S+:\d+:|\[OpenVINO-EP\] \S+:\d+ - "
+    r"|FrontEnd API failed with \w+:|Model wasn't fully converted\. .*? log:|-- \S+ with a message:"
+    r"|While validating node '[^']*' with friendly_name '[^']*':|Summary:\s+-- Conversion .*"
+    r"|Non-zero status code returned while running OpenVINO\S+ node\. Name:'\S+' Status Message: ",
     re.DOTALL,
 )
 MAX_CHARACTERS = 4096

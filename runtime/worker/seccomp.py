@@ -13,6 +13,7 @@ import platform
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Flag, auto
 from typing import NamedTuple
 
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
@@ -25,6 +26,21 @@ NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET, ARGUMENT_BYTES = 0, 4, 16,
 """Of `struct seccomp_data`. Each argument has 64 bits, of which the lower 32 come first."""
 INSTRUCTION = struct.Struct("=HBBI")
 WORD = 0xFFFFFFFF
+
+
+class Grants(Flag):
+    """What a worker may do beyond serving a model on the CPU.
+
+    Attributes:
+        WRITES: write files, which Landlock names: only while it makes an optimised form.
+        CODE: map libraries, and make code: a provider of a device is loaded, and may compile the model.
+        DRIVERS: what NVIDIA's driver does for a process. It is from what is said about that, and not tried.
+    """
+
+    NOTHING = 0
+    WRITES = auto()
+    CODE = auto()
+    DRIVERS = auto()
 
 
 class Machine(NamedTuple):
@@ -113,14 +129,29 @@ _WRITING = {
     "fdatasync": (75, 83),
     "dup": (32, 23),
 }
+_DRIVING = {
+    "mremap": (25, 216),
+    "mincore": (27, 232),
+    "mlock": (149, 228),
+    "munlock": (150, 229),
+    "mbind": (237, 235),
+    "set_mempolicy": (238, 237),
+    "get_mempolicy": (239, 236),
+    "sched_setaffinity": (203, 122),
+    "eventfd2": (290, 19),
+    "pipe2": (293, 59),
+    "dup": (32, 23),
+    "getuid": (102, 174),
+    "geteuid": (107, 175),
+}
 _REFUSED = {"clone3": (435, 435)}
 
-NUMBERS: Mapping[str, tuple[int, int | None]] = _PLAIN | _CHECKED | _WRITING | _REFUSED
+NUMBERS: Mapping[str, tuple[int, int | None]] = _PLAIN | _CHECKED | _WRITING | _DRIVING | _REFUSED
 """Numbers of system calls, by `Machine.column`; None where the architecture has no such call.
 
-Not among them: `mremap`, which makes memory of any size of a page of the stack, and no limit but that of
-addresses counts it (malloc then copies instead); `sendmsg` and `recvmsg`, whose descriptors and flags lie in
-memory, where a filter cannot read them.
+Only for drivers: `mremap`, which makes memory of any size of a page of the stack, and no limit but that of
+addresses counts it (malloc then copies instead). Not among them: `sendmsg` and `recvmsg`, whose descriptors
+and flags lie in memory, where a filter cannot read them.
 """
 
 _PROT_EXEC = 0x4
@@ -162,36 +193,38 @@ class Check(NamedTuple):
     values: tuple[int, ...]
 
 
-def build_checks(pid: int, *, writes: bool) -> dict[str, tuple[Check, ...]]:
+def build_checks(pid: int, grants: Grants) -> dict[str, tuple[Check, ...]]:
     """Return the conditions of the checked system calls, for the process `pid`."""
-    no_code = (Check(2, _PROT_EXEC, (0,)),)
+    drives = Grants.DRIVERS in grants
+    no_code = () if Grants.CODE in grants else (Check(2, _PROT_EXEC, (0,)),)
     itself = (Check(0, WORD, (pid,)),)
     return {
         "recvfrom": (Check(3, WORD, _SOCKET_FLAGS),),
         "sendto": (Check(3, WORD, _SOCKET_FLAGS), Check(5, WORD, (0,))),  # and to no address
-        "openat": () if writes else (Check(2, _WRITES, (0,)),),
-        "mmap": (*no_code, Check(3, _MAP_KINDS, _COUNTED)),
+        "openat": () if drives or Grants.WRITES in grants else (Check(2, _WRITES, (0,)),),
+        "mmap": (*no_code, *(() if drives else (Check(3, _MAP_KINDS, _COUNTED),))),
         "mprotect": no_code,
         "clone": (Check(0, _THREAD | _CLONE_NEW, (_THREAD,)),),
         "prlimit64": (Check(0, WORD, (0,)),),
         "fcntl": (Check(1, WORD, _FCNTLS),),
-        "ioctl": (Check(1, WORD, _IOCTLS),),
+        "ioctl": () if drives else (Check(1, WORD, _IOCTLS),),
         "prctl": (Check(0, WORD, _PRCTLS),),
         "kill": itself,
         "tgkill": itself,
     }
 
 
-def build_filter(machine: Machine, pid: int, *, writes: bool) -> bytes:
+def build_filter(machine: Machine, pid: int, grants: Grants) -> bytes:
     """Return the BPF program for a worker.
 
     Args:
         machine: the architecture.
         pid: the worker's process id: it may signal only itself.
-        writes: whether it writes files: only while it makes an optimised form.
+        grants: what it may do beyond serving a model on the CPU.
     """
-    calls = _PLAIN | (_WRITING if writes else {})
-    checks = build_checks(pid, writes=writes)
+    calls = _PLAIN | (_WRITING if Grants.WRITES in grants else {})
+    calls |= _DRIVING if Grants.DRIVERS in grants else {}
+    checks = build_checks(pid, grants)
     program = [
         _instruction(LOAD_WORD, ARCHITECTURE_OFFSET),
         _instruction(JUMP_IF_EQUAL, machine.audit_number, if_true=1),
@@ -234,8 +267,9 @@ _PID = 0x7FFFFFF7
 _TEMPLATES = (
     {}
     if _MACHINE is None
-    else {writes: build_filter(_MACHINE, _PID, writes=writes) for writes in (False, True)}
+    else {grants: build_filter(_MACHINE, _PID, grants) for grants in (Grants.NOTHING, Grants.WRITES)}
 )
+"""Of workers on the CPU; those on devices build their own."""
 
 
 class _Program(ctypes.Structure):
@@ -244,7 +278,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("instructions", ctypes.c_ushort), ("code", ctypes.c_void_p))
 
 
-def restrict(*, writes: bool) -> None:
+def restrict(grants: Grants = Grants.NOTHING) -> None:
     """Filter the system calls of this thread, and of those that it starts, for good.
 
     The process needs `no_new_privs` first.
@@ -252,9 +286,9 @@ def restrict(*, writes: bool) -> None:
     Raises:
         OSError: ENOSYS for an architecture without a table here, or what the kernel says.
     """
-    template = _TEMPLATES.get(writes)
-    if template is None:
+    if _MACHINE is None:
         raise OSError(errno.ENOSYS, f"no table of system calls for {platform.machine()}")
+    template = _TEMPLATES.get(grants) or build_filter(_MACHINE, _PID, grants)
     code = template.replace(_PID.to_bytes(4, sys.byteorder), os.getpid().to_bytes(4, sys.byteorder))
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(code) // INSTRUCTION.size, ctypes.addressof(buffer))

@@ -34,8 +34,10 @@ from runtime.worker.refusals import explain_refusal, strip_noise
 
 MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 2**16
 """Of a model's inputs and outputs: all of `Loaded` but its own two numbers."""
-OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation", "MemoryError")
-"""Texts of ONNX Runtime and Python for it; ONNX Runtime has no code."""
+OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate", "bad allocation", "MemoryError")
+"""Texts of ONNX Runtime, OpenVINO and Python for it; ONNX Runtime has no code."""
+NO_THREAD = "Resource temporarily unavailable"
+"""What OpenVINO says if there is no memory for a thread: EAGAIN of pthread_create(3)."""
 SMALLEST_MODEL = bytes.fromhex(
     "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
     "0a10 0a0178 120179 22084964656e74697479"  # a node, Identity of x to y
@@ -57,6 +59,7 @@ OTHER_THREADS = 3
 """That of the channel, that of cancellations, and that of delayed answers."""
 MAPPED_TIMES = 2
 """Addresses for each byte of a file: it is mapped weight by weight, each from the page where it begins."""
+NOT_ON_DEVICE = "the device of the load does not take the model: load it on cpu"
 UNREADABLE_BYTES = 64 * 2**20
 """Part of an invalid file shown to ONNX Runtime for its error text: the file may not fit into memory."""
 
@@ -204,15 +207,17 @@ def create_session(
 ) -> ort.InferenceSession:
     """Create a session from a file or from bytes; for arguments and errors see `create_checked`."""
     lacks_extensions = isinstance(model, str) and extensions.register(Path(model), chosen)
+    on_device = chosen.has_providers()  # then these are all, with the CPU's for what they do not support
+    providers = None if on_device else ["CPUExecutionProvider"]
     try:
-        return ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"], enable_fallback=False)
+        return ort.InferenceSession(model, chosen, providers=providers, enable_fallback=False)
     except MemoryError as error:
         raise out_of_memory(limit_bytes, str(error)) from None
     except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
         text = str(error) or type(error).__name__
-        if is_out_of_memory(text):
+        if is_out_of_memory(text) or (on_device and NO_THREAD in text):
             raise out_of_memory(limit_bytes, text) from None
-        said = explain_refusal(text, "the model is not valid")
+        said = explain_refusal(text, NOT_ON_DEVICE if on_device else "the model is not valid")
         if lacks_extensions:
             said = f"it uses operators of ONNX Runtime Extensions: {extensions.INSTALL}, and restart. {said}"
         raise LoadRefused("invalid_model", said) from None
@@ -243,7 +248,7 @@ def out_of_memory_refused(limit_bytes: int | None) -> Iterator[None]:
 
 
 def limit_memory(
-    limit_bytes: int | None, load_limit_bytes: int | None = None, *, mapped_bytes: int, threads: int
+    limit_bytes: int | None, load_limit_bytes: int | None = None, *, mapped_bytes: int | None, threads: int
 ) -> None:
     """Limit the memory that the process may add to its present one; None is no limit.
 
@@ -256,12 +261,14 @@ def limit_memory(
     Args:
         limit_bytes: for good.
         load_limit_bytes: until the model is loaded.
-        mapped_bytes: the size of all files that may be mapped, which RLIMIT_DATA need not count.
+        mapped_bytes: the size of all files that may be mapped, which RLIMIT_DATA need not count; None leaves
+            addresses without a limit, on a device: drivers reserve more than there is memory.
         threads: how many compute.
     """
     present_bytes = memory.data_bytes()
     if limit_bytes is not None:
         privileges.limit_resource(resource.RLIMIT_DATA, present_bytes + limit_bytes)
+    if limit_bytes is not None and mapped_bytes is not None:
         room_bytes = MAPPED_TIMES * mapped_bytes + (threads + OTHER_THREADS) * ARENA_BYTES
         privileges.limit_resource(resource.RLIMIT_AS, memory.size_bytes() + limit_bytes + room_bytes)
     if load_limit_bytes is not None:

@@ -28,7 +28,13 @@ class Shim:
 
 
 def build_shim(
-    source: Path, folder: Path, numbers: str, variable: str, others: Mapping[str, str] | None = None
+    source: Path,
+    folder: Path,
+    numbers: str,
+    variable: str,
+    others: Mapping[str, str] | None = None,
+    *,
+    name: str | None = None,
 ) -> Shim:
     """Build a library.
 
@@ -38,10 +44,12 @@ def build_shim(
         numbers: the format of its numbers, for `struct`; they begin with 0.
         variable: names their file to it.
         others: further variables of the server.
+        name: by which programs load it, if it stands in for a library; else its file's.
     """
     library, file = folder / f"{source.stem}.so", folder / source.stem
     build = ("cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror")
-    subprocess.run([*build, "-o", library, source, "-ldl"], check=True)
+    named = f"-Wl,-soname,{name or library.name}"
+    subprocess.run([*build, named, "-o", library, source, "-ldl"], check=True)
     file.write_bytes(bytes(struct.calcsize(numbers)))
     with file.open("r+b") as opened:
         mapped = mmap.mmap(opened.fileno(), 0)

@@ -41,6 +41,7 @@ from runtime.process import forkclient
 from runtime.process.channel import BYTES_PER_TURN, FRAMES_PER_TURN, Channel
 from runtime.process.forkclient import ForkServer
 from runtime.process.forkserver import Exited, Forked, ForkFailed, Ready
+from runtime.process.inflight import _is_plausible
 from runtime.process.worker import Worker
 from runtime.wire import (
     PREFIX,
@@ -52,7 +53,10 @@ from runtime.wire import (
     Optimise,
     Optimised,
     Outcome,
+    ProviderLibrary,
+    ProviderNodes,
     StageReached,
+    TargetDevice,
     Tensor,
     TensorSpec,
     heads,
@@ -66,6 +70,7 @@ PAUSE_S = 2.0
 
 Y, OTHER = floats("y", 1.0), floats("other", 1.0)
 LOADED = Loaded((), (TensorSpec("y", "FP32", (1,)), TensorSpec("z", "FP32", (1,))), 1, 2)
+ON_DEVICE = msgspec.structs.replace(LOADED, placed=(ProviderNodes("openvino", "1", 1),))
 LOADING, WARMING_UP = encoded(StageReached("loading")), encoded(StageReached("warming_up"))
 SERVES = LOADING + encoded(LOADED)
 
@@ -96,6 +101,7 @@ WHILE_LOADING = {
     "answers": (encoded(Outcome(0)), answered(Y), "Invalid value 'Outcome'"),
     "failed preparation": (encoded(LoadFailure("disk_full", "full")), LOADING, "'disk_full' of a load"),
     "prepared": (encoded(Optimised()), LOADING, "Optimised in answer to Load"),
+    "on a device": (encoded(ON_DEVICE), LOADING, "where nodes run is not what was asked for"),
     "no messages": (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", "a frame of 1347703880 + "),
     "no msgpack": (PREFIX.pack(1, 0) + b"\xc1", b"\xc1", "MessagePack data is malformed"),
 }
@@ -126,6 +132,27 @@ WHEN_ASKED = {
     "endless answer": (announced(LONG, 2**28 + 1), "+ 268435457 bytes (header + payload)"),
 }
 """Answers of a loaded worker to a request for the output y, and the reason why the server kills it."""
+
+
+@pytest.mark.parametrize(
+    ("placed", "refuses", "falls_back"),
+    [
+        (("tpu",), True, True),
+        (("tpu", "cpu"), False, True),
+        ((), False, False),
+        (("cpu",), False, False),
+        (("cpu", "tpu"), False, False),
+        (("tpu", "tpu"), False, False),
+        (("tpu", "cpu", "cpu"), False, False),
+    ],
+)
+def test_report_of_a_device_names_it_and_the_cpu(
+    placed: tuple[str, ...], *, refuses: bool, falls_back: bool
+) -> None:
+    nodes = [ProviderNodes(provider, "1", 1) for provider in placed]
+    for expected, may in ((refuses, False), (falls_back, True)):
+        device = TargetDevice("tpu:0", ProviderLibrary("tpu", "/tpu.so", "TPU"), falls_back=may)
+        assert _is_plausible(device, nodes) == expected
 
 
 async def load_fails(worker: Worker) -> None:

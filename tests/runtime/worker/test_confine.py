@@ -20,9 +20,11 @@ from support.patching import patch_runtime
 from support.workers import LAYERS, answer, floats, fork_server_of, load, order_of, running_pool
 
 from runtime.errors import LoadRefused, WorkerDied
+from runtime.process.confinement import ALL_ACTS
 from runtime.process.pool import WorkerPool
-from runtime.wire import ForbiddenAct, Layer, Load, Optimise, Probe
+from runtime.wire import ForbiddenAct, Layer, Load, Optimise, Probe, ProviderLibrary, TargetDevice
 from runtime.worker import landlock, seccomp
+from runtime.worker.seccomp import Grants
 
 MB = 10**6
 NO_FILES = (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE)
@@ -112,6 +114,36 @@ async def test_taken_over_worker_succeeds_at_nothing(
         assert await succeeded(pool, optimise) == set()
 
 
+BEYOND = {
+    "openvino": {
+        *("memory made code", "memory beyond the limit, to read only", "raise limit of addresses"),
+    },
+    "cuda": {
+        *("memory made code", "memory beyond the limit, to read only", "raise limit of addresses"),
+        *("memory beyond the limit, shared", "memory beyond the limit, as a stack"),
+        *("memory beyond the limit, of a page of the stack", "list connections", "list mounts"),
+        "memory with code",  # which is shared
+    },
+}
+"""What succeeds in a worker on a device, at most: the driver of CUDA needs more than a library."""
+
+
+@pytest.mark.parametrize("provider", BEYOND)
+async def test_taken_over_worker_on_device_succeeds_at_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int, provider: str
+) -> None:
+    if LAYERS != ("landlock", "seccomp"):
+        pytest.skip("this kernel has no Landlock; its files are then open to workers")
+    async with taken_over(tmp_path, monkeypatch) as pool:
+        root = await prepared_world(pool, tmp_path, port)
+        order = order_of(root, ceiling_bytes=500 * MB)
+        library = ProviderLibrary(provider, str(tmp_path / "library" / "plugin.so"), "Plugin")
+        device = TargetDevice(f"{provider}:0", library)
+        order = replace(order, root=order.folder, device=device)
+        found = await succeeded(pool, order)
+        assert {"memory made code"} <= found <= BEYOND[provider]
+
+
 MEMORY = {"read_memory"} if os.geteuid() else set()
 """A worker of root has given up the capabilities that the fork server has, and may not read its memory."""
 
@@ -119,8 +151,9 @@ MEMORY = {"read_memory"} if os.geteuid() else set()
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        ((), {"read_files", "write_files", "use_network", "start_processes", "read_memory"}),
-        (("landlock",), {"use_network", "start_processes"}),  # TCP alone is restricted; processes inherit it
+        ((), {*ALL_ACTS}),
+        # TCP alone is restricted; processes inherit it
+        (("landlock",), {"use_network", "start_processes", "run_code", "call_drivers"}),
         (("seccomp",), {"read_files", "write_files", *MEMORY}),
         (LAYERS, set()),
     ],
@@ -222,12 +255,36 @@ CASES = [  # system call, arguments, result when it reads, when it also writes
 ]
 
 
+DEVICE_CASES = [  # system call, arguments, result for a library, for a driver
+    ("mmap", (0, 1, READ | EXEC, 0x02), seccomp.ALLOW, seccomp.ALLOW),
+    ("mprotect", (0, 1, EXEC), seccomp.ALLOW, seccomp.ALLOW),
+    ("mmap", (0, 1, READ, 0x21), DENIED, seccomp.ALLOW),
+    ("openat", (0, 0, os.O_RDWR), DENIED, seccomp.ALLOW),
+    ("ioctl", (3, 0xC020462A), DENIED, seccomp.ALLOW),
+    ("mremap", (), DENIED, seccomp.ALLOW),
+    ("unlinkat", (), DENIED, DENIED),
+    ("clone", (0x01200011,), DENIED, DENIED),
+    ("kill", (1, 0), DENIED, DENIED),
+]
+
+
+@pytest.mark.parametrize("machine", seccomp.MACHINES)
+def test_filter_of_a_device_allows_what_it_needs(machine: str) -> None:
+    found = seccomp.MACHINES[machine]
+    for index, grants in enumerate((Grants.CODE, Grants.CODE | Grants.DRIVERS)):
+        program = seccomp.build_filter(found, PID, grants)
+        for name, arguments, *expected in DEVICE_CASES:
+            number = seccomp.NUMBERS[name][found.column]
+            assert number is not None
+            assert run(program, found.audit_number, number, *arguments) == expected[index], name
+
+
 @pytest.mark.parametrize("machine", seccomp.MACHINES)
 def test_filter_allows_calls_by_number_and_arguments(machine: str) -> None:
     found = seccomp.MACHINES[machine]
     other = next(each for name, each in seccomp.MACHINES.items() if name != machine)
-    for writes in (False, True):
-        program = seccomp.build_filter(found, PID, writes=writes)
+    for writes, grants in enumerate((Grants.NOTHING, Grants.WRITES)):
+        program = seccomp.build_filter(found, PID, grants)
         for name, arguments, *expected in CASES:
             number = seccomp.NUMBERS[name][found.column]
             assert number is not None

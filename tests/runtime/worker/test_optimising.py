@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from onnx import ModelProto
+from onnx import ModelProto, helper
 from support import models
 from support.models import save
 from support.optimised import execute, in_background, optimise_order
@@ -20,6 +20,7 @@ from support.workers import computing, refusal, until
 from runtime import wire
 from runtime.errors import Exit, WorkerDied
 from runtime.process.pool import WorkerPool
+from runtime.worker.optimising import has_context_in
 
 
 @pytest.fixture
@@ -124,3 +125,27 @@ async def test_kill_while_optimising_is_a_death(pool: WorkerPool, tmp_path: Path
     with pytest.raises(WorkerDied):
         await preparing
     assert worker.ended.result() == Exit(None, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("files", "is_own"),
+    [
+        (["m.bin"], True),
+        (["m.bin", "m.bin"], True),
+        ([], False),
+        (["m.bin", "../m.bin"], False),
+        (["m.bin2"], False),
+    ],
+    ids=["one", "several", "none", "other folder", "longer name"],
+)
+def test_contexts_of_provider_lie_in_one_file(files: list[str], *, is_own: bool) -> None:
+    """Models as a provider of a device writes them, with one node for each part that it compiled."""
+    nodes = [
+        helper.make_node(
+            "EPContext", ["x"], [f"y{at}"], domain="com.microsoft", embed_mode=0, ep_cache_context=file
+        )
+        for at, file in enumerate(files)
+    ]
+    outputs = [models.value("x", 1, [None]), *(models.value(f"y{at}", 1, [None]) for at in range(len(files)))]
+    written = helper.make_model(helper.make_graph(nodes, "g", outputs[:1], outputs[1:]))
+    assert has_context_in(written.SerializeToString(), "m.bin") == is_own

@@ -1,0 +1,295 @@
+"""Loads on a device, with OpenVINO's plugin on the CPU: where nodes run, what is refused, inferences."""
+
+import asyncio
+import json
+import re
+import resource
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from msgspec.structs import replace
+from support import models
+from support.models import save
+from support.openvino import DEVICE, openvino_path
+from support.workers import (
+    LAYERS,
+    answer,
+    array,
+    ask_all,
+    asked_at_once,
+    floats,
+    load,
+    order_of,
+    refusal,
+    running_pool,
+    tensor,
+    trips,
+)
+
+from events.types import LoadParameters
+from runtime.errors import Exit, InferenceFailed, InferenceTimeout
+from runtime.process import confinement
+from runtime.process.pool import WorkerPool
+from runtime.repository import Repository, read_warm_up
+from runtime.store.versions import HeldVersion, Versions
+from runtime.wire import Load, ProviderLibrary, TargetDevice, Tensor
+from runtime.worker.providers import _openvino_options
+
+MB = 10**6
+DIGITS = Path(__file__).parents[3] / "examples" / "digits"
+MANY_TRIPS = 2**31 - 1
+"""Hours of a loop. OpenVINO computes whole numbers with 32 bits on the CPU."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[WorkerPool]:
+    """A pool with the plugin."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(openvino_path(tmp_path_factory.mktemp("plugin"))))
+        async with running_pool() as pool:
+            yield pool
+
+
+def on_device(pool: WorkerPool, order: Load, *, falls_back: bool = False) -> Load:
+    """Return the order to load on the device, confined as `WorkerPool.build_load` has it."""
+    target = pool.devices.target(DEVICE, falls_back=falls_back, memory_bytes=None)
+    return replace(order, device=target, layers=pool.applied_to_devices.layers)
+
+
+def placed(report: Any) -> dict[str, int]:
+    """Return how many nodes of a load run where."""
+    return {each.provider: each.nodes for each in report.placed}
+
+
+async def test_throw_away_worker_finds_the_device(pool: WorkerPool) -> None:
+    found = pool.devices.found[DEVICE]
+    assert pool.devices.find_candidates([DEVICE, "cpu"]) == (DEVICE, "cpu")
+    assert (found.version[:1].isdigit(), found.hardware != "", found.pci_bus_id) == (True, True, "")
+    assert pool.applied_to_devices.layers == pool.applied.layers
+    beyond = {*pool.applied_to_devices.confinement.not_prevented} - {*pool.applied.confinement.not_prevented}
+    assert beyond == {"run_code"}
+
+
+ABORT = "void abort(void); __attribute__((constructor)) static void begin(void) { abort(); }"
+HANG = "int pause(void); __attribute__((constructor)) static void begin(void) { for (;;) pause(); }"
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        (None, "broken: its library cannot be registered: "),
+        (ABORT, "broken: the test failed: "),
+        (HANG, "broken: the test failed: the worker did not answer"),
+    ],
+)
+async def test_provider_that_cannot_be_used_takes_no_other_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str | None, problem: str
+) -> None:
+    package = tmp_path / "onnxruntime_ep_broken"
+    package.mkdir()
+    library, source = package / "broken.so", tmp_path / "broken.c"
+    says = f"def get_library_path(): return {str(library)!r}\ndef get_ep_name(): return 'Broken'\n"
+    (package / "__init__.py").write_text(says)
+    if code is not None:
+        source.write_text(code)
+        compiler = await asyncio.create_subprocess_exec("cc", "-shared", "-fPIC", "-o", library, source)
+        assert await compiler.wait() == 0
+    monkeypatch.syspath_prepend(str(openvino_path(tmp_path)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(confinement, "DEVICES_LIMIT_S", 5.0)
+    async with running_pool() as pool:
+        assert [each.startswith(problem) for each in pool.devices.problems] == [True]
+        assert DEVICE in pool.devices.found
+        assert {*pool.applied.layers} == {*pool.applied_to_devices.layers} == {*LAYERS}
+        assert "write_files" not in pool.applied_to_devices.confinement.not_prevented
+
+
+async def test_load_on_device_reports_its_nodes(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.misaligned(), tmp_path, "m")
+    worker, report = await load(pool, on_device(pool, order_of(tmp_path)))
+    assert placed(report) == {"openvino": 3}
+    assert report.placed[0].version == pool.devices.found[DEVICE].version
+    assert report.warming_up_us is not None
+    cpu, on_cpu = await load(pool, order_of(tmp_path))
+    assert on_cpu.placed == ()
+    given = tensor("x", "FP32", [[1.0] * 250])
+    [here], [there] = await answer(worker, given), await answer(cpu, given)
+    assert here == pytest.approx(there, abs=1e-5)
+
+
+async def test_nodes_elsewhere_are_refused_or_counted(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.optional_output(), tmp_path, "m")
+    refused = await refusal(pool, on_device(pool, order_of(tmp_path)))
+    assert refused.code == "fallback_refused"
+    assert str(refused) == (
+        "3 of the 4 nodes of its graph do not run on openvino:cpu: Optional (2), If (1);"
+        ' load it with fallback "cpu" to run them on the CPU'
+    )
+    _, report = await load(pool, on_device(pool, order_of(tmp_path), falls_back=True))
+    assert placed(report) == {"openvino": 1, "cpu": 3}
+    assert [each.provider for each in report.placed] == ["openvino", "cpu"]
+
+
+DOES_NOT_TAKE = "the device of the load does not take the model: load it on cpu. ONNX Runtime says: "
+DOES_NOT_RUN = "the model does not run on zeros or ones .* It says: the model cannot compute .* says: "
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "said"),
+    [
+        (1, "warm_up_failed", f"{DOES_NOT_RUN}Can't set the input tensor .* are incompatible$"),
+        (
+            2,
+            "invalid_model",
+            f"^{DOES_NOT_TAKE}While validating ONNX node '<Node.*>': Axis 1 out of the tensor",
+        ),
+    ],
+)
+async def test_error_of_the_provider_is_one_clear_line(
+    pool: WorkerPool, tmp_path: Path, version: int, code: str, said: str
+) -> None:
+    shutil.copytree(DIGITS, tmp_path / "digits")
+    refused = await refusal(pool, on_device(pool, order_of(tmp_path, "digits", version), falls_back=True))
+    assert (refused.code, bool(re.search(said, str(refused)))) == (code, True), str(refused)
+
+
+async def test_strings_are_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.strings(), tmp_path, "m")
+    refused = await refusal(pool, on_device(pool, order_of(tmp_path)))
+    assert str(refused) == (
+        "'x' is a tensor of strings, which openvino:cpu does not support: load the model on cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "advice"),
+    [
+        (
+            models.sequence_input(),
+            (),
+            "no inputs were found on which the model runs",
+        ),
+        (
+            models.reshape(),
+            (),
+            "does not run on zeros or ones .*: the shape of input",
+        ),
+        (
+            models.reshape(),
+            (tensor("x", "FP32", [0] * 6), tensor("sides", "INT64", [4, 4])),
+            "gives as .*: correct them, or, for loads on the CPU, .*: the shape of input data",
+        ),
+    ],
+)
+async def test_model_that_is_not_warmed_up_is_refused(
+    pool: WorkerPool, tmp_path: Path, model: Any, given: tuple[Tensor, ...], advice: str
+) -> None:
+    save(model, tmp_path, "m")
+    order = replace(order_of(tmp_path), warm_up_required=False)
+    refused = await refusal(pool, on_device(pool, order, falls_back=True), *given)
+    assert refused.code == "warm_up_failed"
+    assert re.search(advice, str(refused)), str(refused)
+
+
+async def test_given_inputs_warm_a_model_up(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.reshape(), tmp_path, "m")
+    given = tensor("x", "FP32", range(6)), tensor("sides", "INT64", [2, 3])
+    worker, report = await load(pool, on_device(pool, order_of(tmp_path)), *given)
+    assert report.warming_up_us is not None
+    assert await answer(worker, *given) == [[0, 1, 2], [3, 4, 5]]
+
+
+async def test_load_on_device_is_warmed_up_whatever_its_file_says(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save(models.add(), tmp_path, "m")
+    (folder.parent / "loadledger.toml").write_text("[warm_up]\nenabled = false\n")
+    repository = Repository(tmp_path)
+    warm_up = read_warm_up(repository, "m")
+    target = pool.devices.target(DEVICE, falls_back=False, memory_bytes=None)
+    files = HeldVersion(Versions(repository, None), "m", 1)
+    orders = [pool.build_load(files, LoadParameters(), warm_up, device) for device in (None, target)]
+    assert [(each.warm_up, each.device) for each in orders] == [(False, None), (True, target)]
+    assert orders[1].layers == pool.applied_to_devices.layers
+
+
+async def test_device_that_is_gone_is_unavailable(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    order = on_device(pool, order_of(tmp_path))
+    assert order.device is not None
+    refused = await refusal(pool, replace(order, device=replace(order.device, name="openvino:gpu")))
+    assert (refused.code, str(refused)) == (
+        "device_unavailable",
+        "openvino:gpu is not there any more; there is openvino:cpu",
+    )
+    moved = replace(order.device, library=replace(order.device.library, path=f"{tmp_path}/moved.so"))
+    refused = await refusal(pool, replace(order, device=moved))
+    assert refused.code == "device_unavailable"
+    assert str(refused).startswith("openvino: its library cannot be registered: ")
+
+
+async def test_failed_inference_on_one_thread_is_no_earlier_answer(pool: WorkerPool, tmp_path: Path) -> None:
+    """The plugin's own thread would drop the error, and answer with what the run before did."""
+    save(models.reshape(), tmp_path, "m")
+    x, good, bad = floats("x", *range(6)), [2, 3], [4, 4]
+    worker, _ = await load(pool, on_device(pool, order_of(tmp_path)), x, tensor("sides", "INT64", good))
+    for _ in range(2):
+        with pytest.raises(InferenceFailed, match="the shape of input data"):
+            await answer(worker, x, tensor("sides", "INT64", bad))
+        assert await answer(worker, x, tensor("sides", "INT64", [3, 2])) == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("name", "threads", "kind", "options"),
+    [
+        ("openvino:cpu", 1, "CPU", {"EXECUTION_MODE_HINT": "ACCURACY", "NUM_STREAMS": 0}),
+        ("openvino:gpu.1", 1, "GPU", {"EXECUTION_MODE_HINT": "ACCURACY"}),
+    ],
+)
+def test_openvino_keeps_precision_and_threads(
+    name: str, threads: int, kind: str, options: dict[str, object]
+) -> None:
+    target = TargetDevice(name, ProviderLibrary("openvino", "/", "x"))
+    assert json.loads(_openvino_options(target, threads)["load_config"]) == {kind: options}
+
+
+def test_other_providers_get_no_options_of_openvino() -> None:
+    assert _openvino_options(TargetDevice("tpu:cpu", ProviderLibrary("tpu", "/", "x")), 1) == {}
+
+
+async def test_memory_limit_leaves_room_for_what_the_provider_maps(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.weights(2), tmp_path, "m")
+    await load(pool, on_device(pool, replace(order_of(tmp_path), load_limit_bytes=20 * MB)))
+
+
+async def test_memory_limit_counts_data_and_no_addresses(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.filled(), tmp_path, "m")
+    order = replace(order_of(tmp_path), memory_limit_bytes=300 * MB)
+    worker, _ = await load(pool, on_device(pool, order))
+    assert resource.prlimit(worker.pid, resource.RLIMIT_AS) == 2 * (resource.RLIM_INFINITY,)
+    assert resource.prlimit(worker.pid, resource.RLIMIT_DATA)[1] < 600 * MB
+    with pytest.raises(InferenceFailed, match="Failed to allocate"):
+        await answer(worker, tensor("count", "INT64", [150 * MB]))
+    assert await answer(worker, tensor("count", "INT64", [4])) == [1.5] * 4
+
+
+async def test_requests_are_batched_on_device(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.add(), tmp_path, "m")
+    order = replace(order_of(tmp_path), max_batch_size=4)
+    worker, _ = await load(pool, on_device(pool, order))
+    tasks = await asked_at_once(worker, *(ask_all(worker, [floats("x", n)]) for n in range(3)))
+    done = [await task for task in tasks]
+    assert [array(outputs[0]).tolist() for _, outputs in done] == [[1], [2], [3]]
+    assert sum(outcome.execution_size for outcome, _ in done) == 3
+
+
+async def test_inference_that_ignores_its_cancellation_is_killed(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.counting_loop(), tmp_path, "m")
+    worker, _ = await load(pool, on_device(pool, order_of(tmp_path)))
+    worker._in_flight.patience_s = 0.05
+    with pytest.raises(InferenceTimeout):
+        await worker.infer([trips(MANY_TRIPS)], timeout_s=0.05)
+    assert await asyncio.shield(worker.ended) == Exit(None, signal.SIGKILL)
