@@ -21,7 +21,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 SHOWN_DIGITS = 12
 """Shown digits of a hash: enough to tell files apart; --json has all."""
 PREPARED_MEMBERS = ("model_id", "version", "sha256", "bytes", "made_at", "took_ms", "reason", "key")
-PREPARED_HEAD = ("model", "version", "size", "took", "made", "last used", "sha256")
+PREPARED_HEAD = ("model", "version", "device", "size", "took", "made", "last used", "sha256")
 
 
 def _archive_option(text: str) -> Callable[[options.Command], options.Command]:
@@ -460,7 +460,8 @@ def _open_store(data: Path) -> Any:
 
 def _prepared_members(entry: Any) -> dict[str, Any]:
     members = {name: getattr(entry, name) for name in PREPARED_MEMBERS}
-    return {**members, "last_used_at": entry.used_at, "figures": dict(entry.figures)}
+    members |= {"last_used_at": entry.used_at, "figures": dict(entry.figures)}
+    return {**members, "device": entry.device or "cpu"}
 
 
 def _prepared_table(entries: list[dict[str, Any]]) -> Iterator[str]:
@@ -481,6 +482,7 @@ def _prepared_row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
         entry["model_id"],
         str(entry["version"]),
+        entry["device"],
         output.format_size(entry["bytes"]) if entry["reason"] is None else "bare",
         f"{entry['took_ms'] / 1000:.1f} s",
         output.format_timestamp(entry["made_at"]),

@@ -1,4 +1,4 @@
-"""The key of an optimised model: its sources, the ONNX Runtime and the CPU.
+"""The key of an optimised model: its sources, the ONNX Runtime, the CPU, and the device if it is for one.
 
 A difference in any of these is another key. Weights packed for one CPU may crash or slow down another one, so
 the key has the kinds of CPU in /proc/cpuinfo (proc(5)) and their features. Frequencies, core numbers and
@@ -6,10 +6,14 @@ microcode revisions are left out: they change while the CPU stays the same, and 
 that takes one away. So is the number of threads: for 1, 2, 3, 8 and 16 threads the packed weights of five
 networks were equal byte for byte, and their graphs differed only in random names, as those of two runs with
 one thread do.
+
+For a load on a device, the key also has the device, its provider with the version, its hardware, and whether
+nodes may fall back to the CPU.
 """
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from importlib.machinery import ModuleSpec
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from events.codec import encode_canonical
+from runtime.wire import FoundDevice, TargetDevice
 
 PROC = Path("/proc")
 LAYOUT: Literal[5] = 5
@@ -50,22 +55,30 @@ def cpu_features(proc: Path = PROC) -> str:
     return hashlib.sha256(encode_canonical(sorted(found)).encode()).hexdigest()
 
 
-def make_key(digest: str) -> str:
+def make_key(digest: str, device: Sequence[str | bool] | None = None) -> str:
     """Return the key of an optimised model: SHA-256, in 64 hex digits, of all that it depends on.
 
     The other session options are the same for all models; whoever changes them increments `LAYOUT`.
 
     Args:
         digest: of the version's files (`events.types.digest_of`).
+        device: the description of that of the load (`describe_target`); None is the CPU.
     """
-    parts = {
+    parts: dict[str, object] = {
         "layout": LAYOUT,
         "runtime": _describe_runtime(),
         "machine": platform.machine(),
         "cpu": cpu_features(),
         "sources": digest,
     }
+    if device is not None:
+        parts["device"] = device
     return hashlib.sha256(encode_canonical(parts).encode()).hexdigest()
+
+
+def describe_target(target: TargetDevice, found: FoundDevice) -> tuple[str | bool, ...]:
+    """Return what of a device an optimised model depends on; the CPU's features are in each key."""
+    return target.library.ep_name, found.version, target.name, found.hardware, target.falls_back
 
 
 def runtime_was_replaced(pid: int, proc: Path = PROC) -> bool:

@@ -5,6 +5,9 @@ optimised model is made by a worker, tried once beside the original, and kept, o
 remembers for a day. An attempt may end at any moment: its draft is never used, and its candidate is tried
 again. An optimised model does not depend on the number of threads (`runtime.optimised.key`), so
 these workers compute with one: in the background they take no more than a core each.
+
+A version on a device has an optimised model for that one, made and tried there. Devices with memory of their
+own have none, since an attempt reserves only the machine's.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from events.counters import Histogram
 from events.jobs import Footprint
 from events.types import LoadedFile, LoadParameters, contents_of, digest_of
 from runtime.errors import ForkServerUnavailable, RuntimeProblem, StoreUnavailable
-from runtime.optimised.key import make_key, runtime_was_replaced
+from runtime.optimised.key import describe_target, make_key, runtime_was_replaced
 from runtime.optimised.pacing import Pacer
 from runtime.optimised.store import STORE_PROBLEMS, Manifest, OptimisedStore, Useless
 from runtime.optimised.trial import MAX_SAMPLE_BYTES, problems_of, try_optimised
@@ -34,7 +37,7 @@ from runtime.process.pool import WorkerPool, complete, start_task
 from runtime.repository import LOAD_LIMIT_S, SizedFile, read_warm_up
 from runtime.scheduler.estimates import WORKER_BYTES, is_same_files
 from runtime.store.versions import HeldVersion, Versions
-from runtime.wire import Load, Optimise, OptimisedModel, Tensor
+from runtime.wire import Load, Optimise, OptimisedModel, TargetDevice, Tensor
 
 KEPT = "kept"
 LEFT_OUT = "left_out"
@@ -71,6 +74,7 @@ class Candidate:
     Attributes:
         spent_s: duration of its interrupted attempts.
         is_suspect: whether the fork server failed in one of them.
+        device: where it was loaded; None is the CPU.
     """
 
     model_id: str
@@ -79,6 +83,7 @@ class Candidate:
     peak_bytes: int
     spent_s: float = 0.0
     is_suspect: bool = False
+    device: TargetDevice | None = None
 
     @property
     def need_bytes(self) -> int:
@@ -190,28 +195,39 @@ class Optimiser:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def find(self, files: Sequence[LoadedFile]) -> OptimisedModel | None:
-        """Return the optimised model to load for these files, if there is one; blocks."""
-        if self.store is None:
+    def find(self, files: Sequence[LoadedFile], device: TargetDevice | None = None) -> OptimisedModel | None:
+        """Return the optimised model to load for these files on a device, if there is one; blocks."""
+        if self.store is None or (key := self._key_of(files, device)) is None:
             return None
         try:
-            return self.store.use(_key_of(files))
+            return self.store.use(key)
         except STORE_PROBLEMS as error:
             _log.warning("a prepared model cannot be used, and the load goes on without it: %s", error)
             return None
 
-    def expected_for(self, files: Sequence[SizedFile], footprints: Iterable[Footprint]) -> str | None:
+    def expected_for(
+        self, files: Sequence[SizedFile], footprints: Iterable[Footprint], device: TargetDevice | None = None
+    ) -> str | None:
         """Return the SHA-256 of the optimised model that a load most likely gets; blocks.
 
         Args:
             files: sizes and times of those to load.
             footprints: of earlier loads of the model, whose files have hashes.
+            device: of the load; None is the CPU.
         """
         known = next((seen.files for seen in footprints if is_same_files(seen.files, files)), None)
-        if self.store is None or known is None:
+        if self.store is None or known is None or (key := self._key_of(known, device)) is None:
             return None
-        entry = self.store.find(_key_of(known))
+        entry = self.store.find(key)
         return None if entry is None else entry.sha256
+
+    def _key_of(self, files: Sequence[LoadedFile], device: TargetDevice | None) -> str | None:
+        """Return the key of an optimised model; None for a device with memory of its own, or that is gone."""
+        digest = digest_of(contents_of(files))
+        if device is None:
+            return make_key(digest)
+        found = self._pool.devices.found.get(device.name)
+        return None if found is None or found.pci_bus_id else make_key(digest, describe_target(device, found))
 
     def _next_key(self) -> str:
         """Return the key of the candidate that needs the least memory: one that waits delays no other."""
@@ -223,8 +239,8 @@ class Optimiser:
         task.add_done_callback(self._tasks.discard)
 
     async def _consider(self, store: OptimisedStore, candidate: Candidate) -> None:
-        key = await asyncio.to_thread(_key_of, candidate.files)
-        if await asyncio.to_thread(store.find, key) is None:
+        key = await asyncio.to_thread(self._key_of, candidate.files, candidate.device)
+        if key is not None and await asyncio.to_thread(store.find, key) is None:
             self._queue.setdefault(key, candidate)  # other models may have the same files
             self._wake()
 
@@ -245,7 +261,8 @@ class Optimiser:
     async def _run(self, store: OptimisedStore, key: str, candidate: Candidate) -> None:
         """Make one attempt, paced."""
         began_s, outcome = time.monotonic(), STOPPED
-        manifest = Manifest(key=key, model_id=candidate.model_id, version=candidate.version)
+        device = UNSET if candidate.device is None else candidate.device.name
+        manifest = Manifest(key=key, model_id=candidate.model_id, version=candidate.version, device=device)
         pacing = start_task(self._pacer.run(), "pacing")
         try:
             outcome = await self._attempt_once(store, manifest, candidate)
@@ -303,8 +320,9 @@ class Optimiser:
             bare, given = await self._build_load(candidate, files)
             await self._make(store, bare, candidate, draft)
             sealed, optimised = await complete(asyncio.to_thread(store.seal, manifest, draft))
-            figures = await try_optimised(self._pacer, bare, optimised, given)
+            figures, placed = await try_optimised(self._pacer, bare, optimised, given)
             passed = structs.replace(sealed, figures=asdict(figures), took_ms=_ms_since(began_s))
+            passed = structs.replace(passed, placed=placed or UNSET)
             # To its end: the draft must not be removed while it becomes an entry.
             await complete(asyncio.to_thread(store.keep, passed, draft))
 
@@ -314,7 +332,7 @@ class Optimiser:
         read = partial(read_warm_up, repository, candidate.model_id)
         warm_up = await repository.file_system.run(candidate.model_id, read, LOAD_LIMIT_S)
         parameters = LoadParameters(memory_limit_bytes=candidate.worker_bytes, threads=1)
-        return self._pool.build_load(files, parameters, warm_up), warm_up.inputs
+        return self._pool.build_load(files, parameters, warm_up, candidate.device), warm_up.inputs
 
     async def _make(self, store: OptimisedStore, bare: Load, candidate: Candidate, draft: Path) -> None:
         order = Optimise(
@@ -327,6 +345,7 @@ class Optimiser:
             most_bytes=store.limit_bytes,
             layers=bare.layers,
             name=f"{bare.name} (preparing)",
+            device=bare.device,
         )
         async with self._pacer.worker() as worker:
             if await asyncio.to_thread(runtime_was_replaced, worker.pid):
@@ -337,10 +356,6 @@ class Optimiser:
 
 def _ms_since(began_s: float) -> int:
     return round((time.monotonic() - began_s) * 1000)
-
-
-def _key_of(files: Sequence[LoadedFile]) -> str:
-    return make_key(digest_of(contents_of(files)))
 
 
 @asynccontextmanager

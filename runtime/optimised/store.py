@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from events.clock import format_timestamp
@@ -45,10 +47,10 @@ from runtime.store.folder import (
     remove,
     walk_files,
 )
-from runtime.wire import Count, Name, OptimisedModel, Sha256, Text, Time, plain_text
+from runtime.wire import Count, Name, OptimisedModel, ProviderNodes, Sha256, Text, Time, plain_text
 
-WEIGHTS_FILE = "weights.bin"
-"""Beside `MODEL_FILE`, the only file of an optimised model."""
+BESIDE = re.compile(r"weights\.bin|model_\w{1,64}\.bin", re.ASCII)
+"""Beside `MODEL_FILE`, the only file of an optimised model: of weights, or what a device's provider wrote."""
 MAX_USELESS = 1_000
 """Limit of useless entries. Each takes a folder and a file; a forgotten one costs one more attempt."""
 USELESS_KNOWN_S = 86_400
@@ -73,10 +75,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         key: the folder's name, made by `make_key`.
         model_id: the model that it was made of, for people; models with the same files share it.
         version: the version of that model.
+        device: where it is loaded; not stored for the CPU.
         made_ns: when it was kept or found useless, in nanoseconds since 1970.
         took_ms: duration of making and trying it.
         files: those of the optimised model; none if it is useless.
         sha256: their hash, made by `digest_of`; None if it is useless.
+        placed: of one for a device, as `OptimisedModel` has it.
         figures: measurements of the trial.
         reason: why it is useless, else None.
         used_ns: last use; when it is read, the time of the file.
@@ -86,10 +90,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     key: Sha256
     model_id: Name
     version: Count
+    device: Name | UnsetType = UNSET
     made_ns: Time = 0
     took_ms: Count = 0
     files: tuple[StoredFile, ...] = ()
     sha256: Sha256 | None = None
+    placed: tuple[ProviderNodes, ...] | UnsetType = UNSET
     figures: Annotated[dict[Name, int], msgspec.Meta(max_length=64)] = {}
     reason: Text | None = None
     used_ns: Time = 0
@@ -108,7 +114,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def optimised_model(self, folder: Path) -> OptimisedModel | None:
         """Return the optimised model whose files lie in a folder; None if it is useless."""
-        return None if self.sha256 is None else OptimisedModel(self.key, self.sha256, str(folder), self.bytes)
+        if self.sha256 is None:
+            return None
+        placed = () if self.placed is UNSET else self.placed
+        return OptimisedModel(self.key, self.sha256, str(folder), self.bytes, placed)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -130,7 +139,8 @@ def _is_sound(manifest: Manifest) -> bool:
 
 
 def _are_complete(paths: list[str]) -> bool:
-    return paths in ([MODEL_FILE], [MODEL_FILE, WEIGHTS_FILE])
+    model, beside = paths[:1], "/".join(paths[1:])  # several match nothing
+    return model == [MODEL_FILE] and (not beside or BESIDE.fullmatch(beside) is not None)
 
 
 def _timestamp_of(time_ns: int) -> str:
@@ -245,7 +255,8 @@ class OptimisedStore:
 
     def record_useless(self, manifest: Manifest, reason: str) -> None:
         """Record for a day why the optimised model of a key is useless, in place of its entry."""
-        useless = replace(manifest, files=(), sha256=None, figures={}, reason=plain_text(reason))
+        nothing = replace(manifest, files=(), sha256=None, placed=UNSET, figures={})
+        useless = replace(nothing, reason=plain_text(reason))
         draft = self.draft()
         try:
             self.keep(useless, draft)

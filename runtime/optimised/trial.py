@@ -24,7 +24,7 @@ from runtime.errors import ForkServerUnavailable, InferenceFailed, InvalidInput,
 from runtime.optimised.pacing import Pacer
 from runtime.optimised.store import Useless
 from runtime.process.worker import Worker
-from runtime.wire import DATATYPES, Load, Loaded, OptimisedModel, Tensor, TensorSpec
+from runtime.wire import DATATYPES, Load, Loaded, OptimisedModel, ProviderNodes, Tensor, TensorSpec
 
 RUNS = 200
 """Inferences of each session; at least `MIN_RUNS`, and for `RUN_S` at most. While the optimised model seems
@@ -119,8 +119,8 @@ class Session:
 
 async def try_optimised(
     pacer: Pacer, bare: Load, optimised: OptimisedModel, given: Sequence[Tensor]
-) -> Figures:
-    """Try an optimised model once, against its original.
+) -> tuple[Figures, tuple[ProviderNodes, ...]]:
+    """Try an optimised model once, against its original; returns also where the original's nodes run.
 
     Args:
         pacer: starts two fresh workers.
@@ -138,7 +138,7 @@ async def try_optimised(
         original = Session(first, "the model cannot be tried, bare as it is")
         session = Session(second, "prepared")
         report = await original.load(order)
-        other = await session.load(replace(order, warm_up=False, optimised=optimised))
+        other = await session.load(replace(order, warm_up=order.device is not None, optimised=optimised))
         if _declared(report) != _declared(other):
             raise Useless(_describe_difference(report, other))
         sets = [given] if given else []
@@ -146,10 +146,15 @@ async def try_optimised(
         for inputs in sets:
             await _compare(original, session, inputs)
         quickest_ns = await _find_quickest_ns(original, session, sets[0])
-    figures = Figures(report.loading_us, other.loading_us, *quickest_ns)
+    figures = Figures(_sum_us(report, order), _sum_us(other, order), *quickest_ns)
     if why_not := verdict(figures):
         raise Useless(why_not)
-    return figures
+    return figures, report.placed
+
+
+def _sum_us(report: Loaded, order: Load) -> int:
+    """Return the duration of a load; on a device with its warm-up, in which a provider may compile."""
+    return report.loading_us + (report.warming_up_us or 0 if order.device is not None else 0)
 
 
 async def _make_up_inputs(original: Session, report: Loaded, *, is_needed: bool) -> list[tuple[Tensor, ...]]:

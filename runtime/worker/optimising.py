@@ -3,6 +3,9 @@
 The graph is written after all optimisations for this machine, with the weights in a file beside it, as they
 are and as the kernels packed them. A load maps that file instead of reading and packing.
 
+For a device, its provider compiles its parts of the graph, and writes the results ("EPContext") into a file
+beside it: inside of it, OpenVINO copies them and takes three times as long as without any (decision 72).
+
 Before 1.32, ONNX Runtime writes packed weights at any offset, and its matrix kernels read them in aligned
 steps: of a 250 by 250 matrix the process dies of SIGSEGV, and only if it is run on two rows at once. The
 trial finds that. Of eight networks with 1.24 and 1.31 it refused only such a one.
@@ -20,9 +23,10 @@ import onnxruntime as ort
 from runtime.errors import LoadRefused
 from runtime.memory import free_disk_bytes
 from runtime.onnxfields import TooManyFields, Unparsable
-from runtime.onnxfile import MODEL_FILE, external_locations
-from runtime.wire import Optimise, Optimised
-from runtime.worker import privileges, sessions
+from runtime.onnxfile import MODEL_FILE, check_external_data, external_locations, find_model_file
+from runtime.wire import Optimise, Optimised, TargetDevice
+from runtime.worker import extensions, privileges, providers, sessions
+from runtime.worker.refusals import strip_noise
 
 WEIGHTS_FILE = "weights.bin"
 FILES = (MODEL_FILE, WEIGHTS_FILE)
@@ -41,6 +45,13 @@ PROBE_BYTES = 2**16
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
+def list_files(order: Optimise) -> tuple[str, ...]:
+    """Return the names of the files that a worker can write; a provider calls its own after the model's."""
+    if order.device is None:
+        return FILES
+    return MODEL_FILE, f"{Path(MODEL_FILE).stem}_{order.device.library.ep_name}.bin"
+
+
 def create_files(order: Optimise) -> None:
     """Create the files of an optimised model, all empty, in the target folder of an order.
 
@@ -51,7 +62,7 @@ def create_files(order: Optimise) -> None:
     try:
         if os.listdir(order.target):  # noqa: PTH208 - whether there is any
             raise LoadRefused("optimise_failed", f"{order.target} is not empty")
-        for name in FILES:
+        for name in list_files(order):
             Path(order.target, name).touch()
     except OSError as error:
         raise LoadRefused("disk_full" if error.errno in FULL else "optimise_failed", str(error)) from None
@@ -65,9 +76,10 @@ def optimise(order: Optimise) -> Optimised:
     """
     try:
         with sessions.out_of_memory_refused(order.memory_limit_bytes), _files_limited(order):
-            sessions.limit_memory(order.memory_limit_bytes, mapped_bytes=order.bytes, threads=order.threads)
+            mapped_bytes = order.bytes if order.device is None else None
+            sessions.limit_memory(order.limit_bytes, mapped_bytes=mapped_bytes, threads=order.threads)
             _write(order, Path(order.folder), Path(os.path.realpath(order.root)))
-            _check_written(Path(order.target))
+            _check_written(order)
     except OSError as error:
         raise LoadRefused("disk_full" if error.errno in FULL else "optimise_failed", str(error)) from None
     return Optimised()
@@ -85,7 +97,7 @@ def _files_limited(order: Optimise) -> Iterator[None]:
     wanted = max(MOST_BYTES, MOST_TIMES * order.bytes)
     if order.most_bytes is not None:
         wanted = min(wanted, order.most_bytes)
-    there_is = max(0, free_disk_bytes(target)) // len(FILES)
+    there_is = max(0, free_disk_bytes(target)) // len(list_files(order))
     privileges.limit_resource(resource.RLIMIT_FSIZE, min(wanted, there_is))
     try:
         yield
@@ -100,7 +112,10 @@ def _files_limited(order: Optimise) -> Iterator[None]:
 def _write(order: Optimise, folder: Path, root: Path) -> None:
     target = Path(order.target)
     try:
-        sessions.create_checked(folder, root, _options(order, target), order.memory_limit_bytes)
+        if order.device is None:
+            sessions.create_checked(folder, root, _options(order, target), order.memory_limit_bytes)
+        else:
+            _compile(order, order.device, folder, root)
     except LoadRefused as refusal:
         if refusal.code != "invalid_model":
             raise
@@ -122,6 +137,27 @@ def _options(order: Optimise, target: Path) -> ort.SessionOptions:
     return chosen
 
 
+def _compile(order: Optimise, device: TargetDevice, folder: Path, root: Path) -> None:
+    name = find_model_file(each.name for each in os.scandir(folder))
+    if name is None or not check_external_data(folder / name, folder, root):
+        raise LoadRefused("invalid_model", "the version has no model file whose references can be checked")
+    chosen = sessions.session_options(order.threads)
+    extensions.register(folder / name, chosen)
+    providers.add_device(device, order.threads, chosen)
+    try:
+        ort.ModelCompiler(
+            chosen,
+            str(folder / name),
+            flags=ort.OrtCompileApiFlags.ERROR_IF_NO_NODES_COMPILED,
+            graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        ).compile_to_file(str(Path(order.target, MODEL_FILE)))
+    except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
+        text = str(error)
+        if sessions.is_out_of_memory(text):
+            raise sessions.out_of_memory(order.memory_limit_bytes, text) from None
+        raise LoadRefused("invalid_model", strip_noise(text)) from None
+
+
 def _probe(target: Path) -> None:
     """Append to the longest file, to find out whether a full disk or a limit made ONNX Runtime fail.
 
@@ -133,15 +169,29 @@ def _probe(target: Path) -> None:
         probe.write(bytes(PROBE_BYTES))
 
 
-def _check_written(target: Path) -> None:
-    """Check that what was written is a model that refers only to its own weights.
+def _check_written(order: Optimise) -> None:
+    """Check that what was written is a model that refers only to its own files.
 
     Raises:
         LoadRefused: `optimise_failed`.
     """
+    model, beside = (Path(order.target, name) for name in list_files(order))
     try:
-        locations = set(external_locations(target / MODEL_FILE))
+        locations = set(external_locations(model))
     except (Unparsable, TooManyFields, FileNotFoundError) as problem:
         raise LoadRefused("optimise_failed", f"what was written is no model: {problem}") from None
-    if not locations <= {WEIGHTS_FILE}:
+    if order.device is not None and not has_context_in(model.read_bytes(), beside.name):
+        raise LoadRefused("optimise_failed", f"{order.device.name} did not write what it made into its file")
+    if not locations <= {beside.name}:
         raise LoadRefused("optimise_failed", "what was written refers to files that are not its own")
+
+
+def has_context_in(model: bytes, name: str) -> bool:
+    """Return whether all contexts of a provider in a model are in the file of this name.
+
+    As protocol buffers encode it: field 1 of the attribute is its name, field 4 the text.
+    """
+    field, text = b"ep_cache_context", name.encode()
+    parts = model.split(b"\n" + bytes([len(field)]) + field)[1:]
+    begin = b'"' + bytes([len(text)]) + text
+    return bool(parts) and all(part.startswith(begin) for part in parts)
