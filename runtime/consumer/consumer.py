@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from events.clock import seconds_between, uuid7
 from events.commands import OUTDATED, Condition, RequestLoad, RequestUnload
@@ -26,6 +26,7 @@ from events.log import Log
 from events.models import RELOADS
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
+from runtime.consumer.allocation import DeviceAllocation
 from runtime.consumer.checks import CheckedVersion
 from runtime.consumer.loads import (
     LOG_RETRY_S,
@@ -38,10 +39,12 @@ from runtime.consumer.loads import (
 )
 from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import (
+    DeviceUsage,
     InferenceTotals,
     JobWait,
     MemoryUse,
     PreparationUsage,
+    list_device_usage,
     list_usage,
 )
 from runtime.errors import CODE_FOLDERS, WorkerDied
@@ -66,6 +69,7 @@ from runtime.scheduler.actions import (
 from runtime.scheduler.placement import ALONE, Placement
 from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
+    DeviceNeed,
     Observations,
     Policy,
     SchedulerView,
@@ -191,6 +195,9 @@ class Consumer:
     def uses(self) -> list[MemoryUse]:
         return list_usage(self.loads.values(), self._log.state, self._log.now())
 
+    def device_uses(self) -> list[DeviceUsage]:
+        return list_device_usage(self.loads.values(), self.policy.devices)
+
     def preparation(self) -> PreparationUsage | None:
         """Return the version that is being optimised; None without one."""
         candidate, memory_bytes = self.optimiser.running, self.optimiser.memory_bytes
@@ -255,8 +262,8 @@ class Consumer:
         """
         conditions, record = list_conditions(action, self._log.state), self._recorder.record
         match action:
-            case actions.StartLoad(job, before):
-                await self._start_load(job, before, conditions)
+            case actions.StartLoad(job, before, device):
+                await self._start_load(job, before, device, conditions)
             case actions.RecordFact(job, data):
                 await record(draft_fact(job, data), conditions=conditions)
             case actions.ChangeSettings(job, load_job_id):
@@ -292,7 +299,9 @@ class Consumer:
             return command
         return replace(command, policy=rules.digest)
 
-    async def _start_load(self, job: Job, before: RecordFact | None, conditions: Conditions) -> None:
+    async def _start_load(
+        self, job: Job, before: RecordFact | None, device: DeviceNeed | None, conditions: Conditions
+    ) -> None:
         """Record `LoadStarted`, and grant the load what it will need."""
         task = self._loader.tasks[job.id]
         version, parameters = job.load_order
@@ -305,8 +314,10 @@ class Consumer:
             wake=self._wakeup.set,
             progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
             is_reload=job.cause in RELOADS,
-            estimate=task.known_estimate,
+            estimate=task.granted_estimate(device),
             budget_bytes=self.policy.budget_bytes,
+            device=device,
+            allocation=self._allocate(device),
         )
         load.allowance = partial(self._allowance, load)
         started = structs.replace(
@@ -317,6 +328,17 @@ class Consumer:
         self.loads[job.id] = load
         load.track(task.task)
         task.grant.set_result(load)
+
+    def _allocate(self, need: DeviceNeed | None) -> DeviceAllocation | None:
+        """Return the allocation of a load on a device with memory of its own; None of any other."""
+        limits = None if need is None else self.policy.devices.get(need.device)
+        if need is None or limits is None or not limits.has_memory:
+            return None
+        found, budget_bytes = self._pool.devices.found[need.device], limits.budget_bytes
+        return DeviceAllocation(found, need.device_bytes, budget_bytes, self._allocations)
+
+    def _allocations(self) -> list[DeviceAllocation]:
+        return [each.allocation for each in self.loads.values() if each.allocation is not None]
 
     def _allowance(self, load: RunningLoad) -> int | None:
         """Return how many bytes the workers of a load may take now; None without a budget."""
@@ -348,7 +370,10 @@ class Consumer:
         unloaded = ModelUnloaded(0, 0, 0)
         if load is not None:
             unloaded = ModelUnloaded(
-                min(load.freed_bytes, MAX_BYTES), load.drained_requests, load.aborted_requests
+                min(load.freed_bytes, MAX_BYTES),
+                load.drained_requests,
+                load.aborted_requests,
+                UNSET if load.allocation is None else load.allocation.unreturned_bytes or UNSET,
             )
         worker_id = self._only_worker_of(load_job_id)
         ends = [draft_fact(job, unloaded, worker_id) for job in jobs]
@@ -445,7 +470,8 @@ class Consumer:
 
     async def _cancel_effects(self) -> None:
         effects = (load.tasks for load in self.loads.values())
-        tasks = {each.task for each in self._loader.tasks.values()}.union(*effects)
+        returns = [each.returning for each in self._allocations() if each.returning]
+        tasks = {each.task for each in self._loader.tasks.values()}.union(returns, *effects)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._loader.syncs, return_exceptions=True)

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from events.clock import seconds_between, uuid7
 from events.commands import OUTDATED, Condition, ModelUnchanged, Record, RequestLoad, RequestUnload
+from events.devices import CPU
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.labels import draft_label
@@ -36,6 +37,7 @@ from events.types import (
     Durations,
     LoadedFile,
     LoadFailed,
+    LoadParameters,
     ModelLoaded,
     Prepared,
     UnloadRequested,
@@ -43,6 +45,7 @@ from events.types import (
     contents_of,
 )
 from runtime.cgroups import count_usable_cpus
+from runtime.consumer.allocation import describe_uses
 from runtime.consumer.checks import CheckedVersion, MakeInput, check_files, check_version, draft_question
 from runtime.consumer.running import GONE, OTHER_FILES, OUT_OF_MEMORY, LoadEnded, LoadTask, RunningLoad
 from runtime.errors import (
@@ -57,7 +60,7 @@ from runtime.errors import (
 )
 from runtime.memory import total_bytes
 from runtime.optimised.optimiser import Candidate, Optimiser
-from runtime.process.pool import WorkerPool, start_task
+from runtime.process.pool import WorkerPool, kill_and_wait, start_task
 from runtime.process.worker import Worker
 from runtime.repository import (
     LOAD_LIMIT_S,
@@ -80,7 +83,7 @@ from runtime.scheduler.view import (
 )
 from runtime.store.versions import HeldVersion, Versions
 from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
-from runtime.wire import Load, Loaded, OptimisedModel, plain_text
+from runtime.wire import Load, Loaded, OptimisedModel, TargetDevice, plain_text
 
 _log = logging.getLogger(__name__)
 
@@ -178,6 +181,8 @@ class Loader:
                 return
             if load.workers:
                 await asyncio.wait([worker.ended for worker in load.workers])
+            if load.allocation is not None:
+                await load.allocation.wait_returned()
             self._give_back(load, task)
 
     async def _estimate(self, job: Job, task: LoadTask) -> None:
@@ -209,14 +214,29 @@ class Loader:
         files: Sequence[SizedFile] | None = task.files or find_expected(job, model)
         files = files or await self._versions.stat(job.model_id, version)
         optimised = None
+        devices = self._find_devices(parameters)
         if footprints and not task.is_bare:
-            optimised = await asyncio.to_thread(self._optimiser.expected_for, files, footprints)
+            preferred = self._make_target(devices[0][0], parameters) if devices else None
+            optimised = await asyncio.to_thread(self._optimiser.expected_for, files, footprints, preferred)
         threads = self._pool.threads_of(parameters)
-        found = estimate_memory(files, version, parameters, footprints, optimised, threads=threads)
+        found = estimate_memory(
+            files, version, parameters, footprints, optimised, threads=threads, devices=devices
+        )
         has_bytes_of = self._versions.has_bytes_of
         if serving is None or not await has_bytes_of(job.model_id, version, serving.files):
             return found
         return change(found, same_as=serving.load_job_id)
+
+    def _find_devices(self, parameters: LoadParameters) -> Sequence[tuple[str, bool]]:
+        """Return the devices that a load may run on, and whether each has memory of its own; none is the CPU.
+
+        Raises:
+            DeviceUnavailable: `device_unavailable`, there is none of them.
+        """
+        if parameters.devices is UNSET:
+            return ()
+        names, limits = self._pool.devices.find_candidates(parameters.devices), self._policy.devices
+        return [(name, name in limits and limits[name].has_memory) for name in names]
 
     async def check_version(self, model_id: str, version: int | None) -> CheckedVersion:
         """Check a version that is not to be loaded, as `checks.check_version`.
@@ -295,10 +315,12 @@ class Loader:
                 order = await self._build_order(load, files)
                 load.reach_stage("starting")
                 hashing = start_task(files.hash(), "hashing a model")
-                first = await self._load_instance(load, order, load.worker_id)
-                await hashing
-                await files.settle()
-                await self._load_others(load, replace(order, root=str(files.root), folder=str(files.folder)))
+                async with load.measuring_device():
+                    first = await self._load_instance(load, order, load.worker_id)
+                    await hashing
+                    await files.settle()
+                    settled = replace(order, root=str(files.root), folder=str(files.folder))
+                    await self._load_others(load, settled)
             load.report = first
             await self._record_outcome(load, partial(self._draft_loaded, load, files))
             load.is_recorded = self._is_serving(load)
@@ -315,14 +337,16 @@ class Loader:
             LoadEnded: the load was granted for other files, or for an optimised model that is gone.
             RuntimeProblem: the model's loadledger.toml cannot be read; the code says why.
         """
-        needs_optimised = load.estimate.optimised is not None
+        device, preferred = self._find_target(load), load.estimate.devices[:1]
+        is_elsewhere = bool(preferred) and preferred[0].device != (CPU if device is None else device.name)
+        needs_optimised = load.estimate.optimised is not None and not is_elsewhere
         if needs_optimised:  # which is found by the hashes
             await files.hash()
 
         def look_up() -> tuple[WarmUp, OptimisedModel | None]:
             read = read_reload_warm_up if load.is_reload else read_warm_up
             warm_up = read(self._versions.repository, load.model_id)
-            return warm_up, self._optimiser.find(files.loaded_files) if needs_optimised else None
+            return warm_up, self._optimiser.find(files.loaded_files, device) if needs_optimised else None
 
         try:
             run = self._versions.repository.file_system.run
@@ -336,7 +360,25 @@ class Loader:
             load.restart = GONE
             raise LoadEnded
         load.warm_up_inputs = warm_up.inputs
-        return replace(self._pool.build_load(files, load.parameters, warm_up), optimised=load.optimised)
+        order = self._pool.build_load(files, load.parameters, warm_up, device)
+        return replace(order, optimised=load.optimised)
+
+    def _find_target(self, load: RunningLoad) -> TargetDevice | None:
+        """Return the device of a load, with a bound of what one of its workers may take there."""
+        if load.device is None:
+            return None
+        most_bytes, instances = None, load.parameters.instances
+        if load.allocation is not None and (allowance := load.allocation.allowance_bytes) is not None:
+            most_bytes = allowance - (instances - 1) * (load.device.device_bytes // instances)
+        return self._make_target(load.device.device, load.parameters, most_bytes)
+
+    def _make_target(
+        self, device: str, parameters: LoadParameters, most_bytes: int | None = None
+    ) -> TargetDevice | None:
+        if device == CPU:
+            return None
+        falls_back = parameters.fallback == CPU
+        return self._pool.devices.target(device, falls_back=falls_back, memory_bytes=most_bytes)
 
     async def _load_others(self, load: RunningLoad, order: Load) -> None:
         """Load the other instances, some at once; the first failure cancels the rest.
@@ -363,6 +405,9 @@ class Loader:
         load.check()
         began_ns = time.monotonic_ns()
         worker = await self._start_worker(worker_id)
+        if load.killed:  # since another worker died, say, whose memory is waited for
+            await kill_and_wait(worker)
+            raise LoadEnded
         load.workers.append(worker)
         load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
         worker.ended.add_done_callback(lambda _: load.on_exit(worker))
@@ -451,7 +496,9 @@ class Loader:
     def _offer(self, load: RunningLoad, files: HeldVersion) -> None:
         if load.optimised is None:
             peak_bytes = max(each.peak_memory_bytes for each in load.loaded_memory)
-            self._optimiser.offer(Candidate(load.model_id, load.version, files.loaded_files, peak_bytes))
+            device = self._find_target(load)
+            candidate = Candidate(load.model_id, load.version, files.loaded_files, peak_bytes, device=device)
+            self._optimiser.offer(candidate)
 
     def _give_back(self, load: RunningLoad, task: LoadTask) -> None:
         """Give the grant of an attempt back whose workers have exited."""
@@ -512,8 +559,9 @@ def describe_loaded(
             copying_us=files.copying_us,
         ),
         verified=files.is_stored,
-        confinement=pool.applied.confinement,
+        confinement=(pool.applied if load.device is None else pool.applied_to_devices).confinement,
         threads=pool.threads_of(load.parameters),
+        devices=UNSET if load.device is None else describe_uses(reports[0], load.device, load.allocation),
     )
 
 
@@ -553,6 +601,7 @@ async def run_unload(load: RunningLoad, drain_timeout_s: float) -> None:
             await asyncio.gather(*(worker.wait_until_drained() for worker in workers))
     if load.alive_workers:
         load.stage = "stopping"
+        await load.expect_return()
         await asyncio.gather(*(_stop(load, worker) for worker in load.alive_workers))
 
 

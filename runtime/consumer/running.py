@@ -7,16 +7,19 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from dataclasses import replace as change
 from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
 from events.clock import add_seconds
+from events.devices import CPU
 from events.jobs import FORK_SERVER_DIED, Failure, Job
 from events.policy.checks import CheckedLoad
 from events.types import LoadedFile, LoadParameters
+from runtime.consumer.allocation import DeviceAllocation
 from runtime.errors import (
     LoadRefused,
     NoProgress,
@@ -30,6 +33,7 @@ from runtime.repository import SizedFile
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.estimates import file_sizes
 from runtime.scheduler.view import (
+    DeviceNeed,
     LoadView,
     MemoryEstimate,
     Phase,
@@ -54,6 +58,7 @@ class LoadRun(NamedTuple):
         has_tasks: whether a task loads or unloads it.
         has_outcome: whether it is known how its loading ended.
         measured_bytes: private bytes of the workers that have not exited.
+        holds_device: whether a device's own memory is not known to be back.
     """
 
     started: Sequence[str]
@@ -66,6 +71,7 @@ class LoadRun(NamedTuple):
     killed: bool = False
     reserved_bytes: int = 0
     measured_bytes: int = 0
+    holds_device: bool = False
 
     @property
     def alive(self) -> list[str]:
@@ -76,14 +82,18 @@ class LoadRun(NamedTuple):
         return bool(self.started) and not self.alive
 
     @property
+    def is_gone(self) -> bool:
+        return self.has_exited and not self.holds_device
+
+    @property
     def unexpected_exits(self) -> tuple[str, ...]:
         exited = (worker_id for worker_id in self.started if worker_id in self.exited)
         return tuple(worker_id for worker_id in exited if worker_id not in self.expected_exits)
 
     @property
     def is_finished(self) -> bool:
-        """Whether neither a worker nor a task is left."""
-        return not self.has_tasks and not self.alive
+        """Whether neither a worker nor a task is left, nor what workers took of a device."""
+        return not self.has_tasks and (self.is_gone or not self.started)
 
     @property
     def memory_bytes(self) -> int:
@@ -97,9 +107,10 @@ class LoadRun(NamedTuple):
         """Return how far the load is, whose job has ended or not."""
         if is_job_unended:
             return Phase.LOADING
-        if self.has_exited:
+        if self.is_gone:
             return Phase.GONE
-        return Phase.DRAINING if self.unloading or self.killed else Phase.SERVING
+        is_ending = self.unloading or self.killed or self.has_exited
+        return Phase.DRAINING if is_ending else Phase.SERVING
 
 
 @dataclass(slots=True, eq=False)
@@ -144,16 +155,16 @@ class LoadTask:
     def known_bytes(self) -> int | None:
         return self.estimate.bytes if isinstance(self.estimate, MemoryEstimate) else None
 
-    @property
-    def known_estimate(self) -> MemoryEstimate:
-        """The estimate, which a load that is granted has.
+    def granted_estimate(self, device: DeviceNeed | None) -> MemoryEstimate:
+        """Return the estimate of a load that is granted a device; None is the CPU.
 
         Raises:
             RuntimeError: it is not known.
         """
         if not isinstance(self.estimate, MemoryEstimate):
             raise RuntimeError("the load has no estimate")  # noqa: TRY004 - not of an argument
-        return self.estimate
+        need = device or next((each for each in self.estimate.devices if each.device == CPU), None)
+        return self.estimate if need is None else change(self.estimate, bytes=need.bytes)
 
     def restart(self, *, is_bare: bool) -> None:
         """Begin again, with a new estimate: without the optimised model, or for other files."""
@@ -195,6 +206,8 @@ class RunningLoad:
         file_bytes: the size of the files that it loads, with those of its optimised model.
         allowance: tells how many bytes its workers may take until they have loaded; None is no limit.
         budget_bytes: the memory budget; None is no limit.
+        device: where it runs, and what it reserves there; None is the CPU.
+        allocation: of that device's own memory; None if it has none.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
     """
 
@@ -231,6 +244,8 @@ class RunningLoad:
     file_bytes: int = 0
     allowance: Callable[[], int | None] = lambda: None
     budget_bytes: int | None = None
+    device: DeviceNeed | None = None
+    allocation: DeviceAllocation | None = None
     last_used_ns: int = 0
     statistics: Statistics = field(default_factory=Statistics)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -257,6 +272,7 @@ class RunningLoad:
             killed=self.killed,
             reserved_bytes=self.estimate.bytes,
             measured_bytes=self.measured_bytes,
+            holds_device=self.allocation is not None and self.allocation.is_held,
         )
 
     @property
@@ -294,6 +310,14 @@ class RunningLoad:
         return sum(worker.memory_bytes for worker in self.alive_workers)
 
     @property
+    def device_bytes(self) -> int:
+        """Bytes of its device's own memory that count against the device's budget."""
+        if self.allocation is None:
+            return 0
+        run = self.run
+        return 0 if run.is_gone or (run.killed and run.is_finished) else self.allocation.bytes
+
+    @property
     def loaded_memory(self) -> list[WorkerMemory]:
         """The memory of its workers right after each had loaded."""
         return [worker.loaded_memory for worker in self.workers if worker.loaded_memory is not None]
@@ -326,6 +350,8 @@ class RunningLoad:
             has_outcome=run.has_outcome and run.has_tasks,
             busy=is_demanded or self.in_flight > 0,
             last_used_at=self.last_used_at(now),
+            device=None if self.device is None else self.device.device,
+            device_bytes=self.device_bytes,
         )
 
     def reach_stage(self, stage: str, worker_id: str = "") -> None:
@@ -394,6 +420,10 @@ class RunningLoad:
             with suppress(LoadEnded):
                 self.check()
             self.kill_workers()
+        if self.allocation is not None and not self.alive_workers:
+            self.allocation.begin_return(self.wake)
+        elif self.allocation is not None and worker.worker_id not in self.expected_exits:
+            self.allocation.release_share(len(self.alive_workers) + 1)
         self.wake()
 
     def check_estimate(self, files: Sequence[SizedFile]) -> None:
@@ -423,8 +453,20 @@ class RunningLoad:
         allowance, taken = self.allowance(), self.measured_bytes
         if self.report is None and allowance is not None and taken > allowance:
             took = f"the load took {format_megabytes(taken)} of memory"
-            self.store_failure(LoadRefused(OUT_OF_MEMORY, f"{took}; {self.describe_allowance()}"), worker)
-            self.kill_workers()
+            self._end_attempt(LoadRefused(OUT_OF_MEMORY, f"{took}; {self.describe_allowance()}"), worker)
+
+    def measuring_device(self) -> AbstractAsyncContextManager[None]:
+        """Measure what its workers take of a device's own memory; for errors see `DeviceAllocation`."""
+        return nullcontext() if self.allocation is None else self.allocation.measuring(self._end_attempt)
+
+    async def expect_return(self) -> None:
+        """Measure, right before its workers' end, what its device is to have free after it."""
+        if self.allocation is not None and not self.expected_exits:  # else some of it may be back
+            await self.allocation.expect_return()
+
+    def _end_attempt(self, problem: LoadRefused, worker: Worker | None = None) -> None:
+        self.store_failure(problem, worker)
+        self.kill_workers()
 
     def describe_allowance(self) -> str:
         """Return how much memory the load may take, for the message of one that took more."""

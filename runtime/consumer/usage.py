@@ -6,12 +6,13 @@ that no metric goes back when a model is unloaded or swapped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from events.counters import ModelLabels
 from events.state import State
 from runtime.consumer.running import RunningLoad
+from runtime.scheduler.view import DeviceLimits
 from runtime.statistics import Statistics
 
 
@@ -19,6 +20,7 @@ from runtime.statistics import Statistics
 class MemoryUse:
     """Memory of one load: `reserved_bytes` until it is loaded, then `memory_bytes`, measured now and then.
 
+    `device` is where it runs, None for the CPU, and `device_bytes` what it has reserved or takes there.
     A model can have two for a moment: the version that serves, and the next one, or the one that drains.
     """
 
@@ -34,6 +36,22 @@ class MemoryUse:
     last_used_at: str | None
     pinned: bool
     keep_alive_s: int | None
+    device: str | None = None
+    device_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUsage:
+    """Memory of the loads on one device: of its own memory, or of the machine's if it has none.
+
+    `reserved_bytes` is of those that load, and `used_bytes` of the others; `models` is how many models there
+    are.
+    """
+
+    device: str
+    reserved_bytes: int
+    used_bytes: int
+    models: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +75,7 @@ class PreparationUsage:
 
 
 def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[MemoryUse]:
-    there = [load for load in live if not load.run.has_exited]
+    there = [load for load in live if not load.run.is_gone]
     found = (_describe_use(load, state, now) for load in there)
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
 
@@ -82,7 +100,25 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> MemoryUse:
         last_used_at=run.last_used_at,
         pinned=settings.pinned,
         keep_alive_s=settings.keep_alive_s,
+        device=run.device,
+        device_bytes=run.device_bytes,
     )
+
+
+def list_device_usage(live: Iterable[RunningLoad], devices: Mapping[str, DeviceLimits]) -> list[DeviceUsage]:
+    """Return the use of each of these devices."""
+    there = [(load, load.device.device) for load in live if load.device and not load.run.is_gone]
+    return [
+        _describe_device(device, limits, [load for load, on in there if on == device])
+        for device, limits in devices.items()
+    ]
+
+
+def _describe_device(device: str, limits: DeviceLimits, loads: Sequence[RunningLoad]) -> DeviceUsage:
+    taken = {True: 0, False: 0}
+    for load in loads:
+        taken[load.report is None] += load.device_bytes if limits.has_memory else load.memory_bytes
+    return DeviceUsage(device, taken[True], taken[False], len({load.model_id for load in loads}))
 
 
 class InferenceTotals:

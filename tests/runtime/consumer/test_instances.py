@@ -110,6 +110,22 @@ async def test_instance_dying_during_the_load_fails_it(engine: Engine, which: st
     await engine.nothing_left()
 
 
+async def test_load_that_ends_while_an_instance_starts_takes_no_more(engine: Engine) -> None:
+    job_id, load = await start_load(engine, TWO)
+    pid = await engine.stopped_ahead()
+    await freeze(pid)  # it does not answer when it is taken
+    ahead = engine.pool._preforked._coming
+    os.kill(load.workers[0].pid, signal.SIGCONT)
+    await until(lambda: engine.pool._preforked._coming is not ahead)
+    os.kill(load.workers[0].pid, signal.SIGKILL)
+    await until(lambda: load.killed)
+    os.kill(pid, signal.SIGCONT)
+    assert code_of(await engine.ended(job_id)) == "worker_died"
+    assert len(load.workers) == 1
+    await until(lambda: gone(pid))
+    await engine.nothing_left()
+
+
 async def test_fork_server_dying_during_the_load_is_the_reason(folder: Path) -> None:
     async with running(folder) as engine:
         job_id, _, _ = await half_load(engine, TWO)

@@ -20,6 +20,7 @@ ENDED = [
     ("killed", run(is_loaded=True, killed=True), Phase.DRAINING),
     ("killed before a worker started", run((), killed=True), Phase.DRAINING),
     ("gone", run(exited=BOTH, is_loaded=True, killed=True), Phase.GONE),
+    ("died, and its device's memory is not back", run(exited=BOTH, holds_device=True), Phase.DRAINING),
 ]
 
 
@@ -50,3 +51,9 @@ def test_memory_of_load(load: LoadRun, expected: int) -> None:
 def test_exits_that_the_server_expects_are_no_deaths() -> None:
     load = run(exited=BOTH, expected_exits=("w1",))
     assert (load.unexpected_exits, load.alive, load.is_finished) == (("w0",), [], True)
+
+
+def test_load_is_finished_when_its_device_has_the_memory_back() -> None:
+    assert not run(exited=BOTH, holds_device=True).is_finished
+    assert run(exited=BOTH).is_finished
+    assert run((), holds_device=True).is_finished  # no worker took anything

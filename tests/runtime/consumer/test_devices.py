@@ -1,0 +1,322 @@
+"""Loads on devices: real workers with OpenVINO's provider, and a stand-in for the driver's library."""
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from msgspec import UNSET, structs
+from support import models
+from support.nvml import PCI_BUS_IDS, hanging
+from support.openvino import DEVICE, openvino_path
+from support.running import Engine, code_of, error_of, running, save_models
+from support.shims import Shim
+from support.workers import LIMIT_S, running_pool, until
+
+from events.jobs import Job, JobStatus
+from events.models import ModelState
+from events.types import DeviceUse, LoadParameters, LoadStarted, ModelLoaded, ModelUnloaded
+from runtime import devices
+from runtime.consumer import allocation
+from runtime.consumer.running import RunningLoad
+from runtime.process.pool import WorkerPool
+from runtime.scheduler.view import DeviceLimits, Policy
+from runtime.wire import FoundDevice
+
+ON_DEVICE = LoadParameters(devices=(DEVICE,))
+MB = 1_000_000
+TOTAL_BYTES = 8000 * MB
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[WorkerPool]:
+    """A pool that has found OpenVINO's device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(openvino_path(tmp_path_factory.mktemp("openvino")))
+        async with running_pool() as pool:
+            assert DEVICE in pool.devices.found
+            yield pool
+
+
+def on_device(budget_bytes: int | None = None, *, has_memory: bool = False) -> Policy:
+    limits = DeviceLimits(budget_bytes, has_memory=has_memory)
+    return Policy(2, evicts=True, min_residency_s=0, devices={DEVICE: limits})
+
+
+async def loaded(engine: Engine, model_id: str = "adder") -> ModelLoaded:
+    return (await engine.facts(ModelLoaded, of=model_id))[-1]
+
+
+# A device without memory of its own.
+
+
+async def test_load_on_device_records_what_runs_there(engine: Engine) -> None:
+    engine.consumer.policy = on_device()
+    assert (await engine.load("adder", 1, ON_DEVICE)).status is JobStatus.COMPLETED
+    assert await engine.ask("adder", 1) == 2
+    fact, found = await loaded(engine), engine.pool.devices.found[DEVICE]
+    assert fact.devices == (DeviceUse("openvino", found.version, DEVICE, 1),)
+    assert fact.confinement == engine.pool.applied_to_devices.confinement
+    [footprint] = engine.model("adder").footprints
+    assert (footprint.device, footprint.device_bytes) == (DEVICE, UNSET)
+    [use] = engine.consumer.uses()
+    assert (use.device, use.device_bytes) == (DEVICE, 0)
+    [usage] = engine.consumer.device_uses()
+    assert (usage.device, usage.reserved_bytes, usage.models) == (DEVICE, 0, 1)
+    assert usage.used_bytes == use.memory_bytes > 0
+    await engine.unload("adder")
+    assert (await engine.facts(ModelUnloaded))[-1].unreturned_bytes is UNSET
+    await engine.load("adder", 1)  # the footprint there is none of the CPU
+    assert (await loaded(engine)).devices is UNSET
+    assert len(engine.model("adder").footprints) == 2
+
+
+async def test_nodes_beside_the_device_need_leave_to_fall_back(engine: Engine) -> None:
+    models.save(models.zip_map(), engine.root, "partly")
+    refused = error_of(await engine.load("partly", parameters=ON_DEVICE))
+    assert refused.code == "fallback_refused"
+    assert "1 of the 2 nodes" in refused.message
+    with_fallback = structs.replace(ON_DEVICE, fallback="cpu")
+    assert (await engine.load("partly", parameters=with_fallback)).status is JobStatus.COMPLETED
+    uses = (await loaded(engine, "partly")).devices or ()
+    assert [(use.provider, use.device, use.nodes) for use in uses] == [
+        ("openvino", DEVICE, 1),
+        ("cpu", "cpu", 1),
+    ]
+
+
+async def test_load_without_any_of_its_devices_does_not_start(engine: Engine) -> None:
+    job = await engine.load("adder", 1, LoadParameters(devices=("cuda:0", "openvino:gpu")))
+    assert code_of(job) == "device_unavailable"
+    assert await engine.facts(LoadStarted) == []
+    await engine.load("adder", 1, LoadParameters(devices=("cuda:*", "cpu")))
+    assert (await loaded(engine)).devices is UNSET
+    assert await engine.ask("adder", 1) == 2
+
+
+async def test_new_version_replaces_the_one_on_the_device(engine: Engine) -> None:
+    await engine.load("adder", 1, ON_DEVICE)
+    await engine.load("adder", 2, structs.replace(ON_DEVICE, devices=("openvino:*",)))
+    assert await engine.ask("adder", 1) == 3
+    assert (await loaded(engine)).devices is not UNSET
+
+
+async def test_full_device_evicts_the_idle_model(tmp_path: Path, shared_pool: WorkerPool) -> None:
+    models.save(models.add(7), save_models(tmp_path) / "models", "third")
+    async with running(tmp_path, policy=on_device(80 * MB), pool=shared_pool) as engine:
+        await engine.load("adder", 1)
+        await engine.load("other", parameters=ON_DEVICE)  # which takes less than it reserved
+        assert (await engine.load("third", parameters=ON_DEVICE)).status is JobStatus.COMPLETED
+        assert engine.model("other").state is ModelState.UNLOADED
+        assert engine.model("adder").state is ModelState.LOADED  # it takes nothing there
+
+
+async def test_killed_worker_is_reloaded_on_the_device(engine: Engine) -> None:
+    await engine.load("adder", 1, ON_DEVICE)
+    await engine.die("adder")
+    await engine.becomes("adder", ModelState.LOADED)
+    assert (await loaded(engine)).devices is not UNSET
+    assert await engine.ask("adder", 1) == 2
+
+
+# A device with memory of its own: what is free there is what the test says.
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def device(
+    tmp_path: Path, shared_pool: WorkerPool, driver: Shim, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Engine]:
+    """The runtime with a device of which 1 GB of memory may be taken."""
+    known = shared_pool.devices.found[DEVICE]
+    found = {DEVICE: structs.replace(known, pci_bus_id=PCI_BUS_IDS[0])}
+    monkeypatch.setattr(shared_pool, "devices", replace(shared_pool.devices, found=found))
+    driver.set(TOTAL_BYTES, TOTAL_BYTES)
+    policy = on_device(1000 * MB, has_memory=True)
+    async with running(save_models(tmp_path), policy=policy, pool=shared_pool) as engine:
+        yield engine
+
+
+async def starting(engine: Engine, model_id: str, parameters: LoadParameters = ON_DEVICE) -> tuple[str, int]:
+    """Ask for a load whose worker stops before it takes anything; returns its job, and its process."""
+    pid = await engine.stopped_ahead()
+    job_id = await engine.ask_load(model_id, 1, parameters)
+    await until(lambda: job_id in engine.consumer.loads and bool(engine.consumer.loads[job_id].workers))
+    return job_id, pid
+
+
+async def load_taking(
+    engine: Engine, driver: Shim, model_id: str, bytes_: int, parameters: LoadParameters = ON_DEVICE
+) -> Job:
+    """Load a model, which takes so many bytes of the device."""
+    job_id, pid = await starting(engine, model_id, parameters)
+    take(driver, bytes_)
+    os.kill(pid, signal.SIGCONT)
+    return await engine.ended(job_id)
+
+
+def take(driver: Shim, bytes_: int) -> None:
+    total, free, *_ = driver.numbers
+    driver.set(total, free - bytes_)
+
+
+def allocation_of(load: RunningLoad) -> allocation.DeviceAllocation:
+    assert load.allocation is not None
+    return load.allocation
+
+
+async def exited(load: RunningLoad) -> None:
+    """Wait until the memory of exited workers is waited for."""
+    await until(lambda: allocation_of(load).returning is not None)
+
+
+async def test_memory_of_device_is_what_a_load_leaves_less(device: Engine, driver: Shim) -> None:
+    assert (await load_taking(device, driver, "adder", 600 * MB)).status is JobStatus.COMPLETED
+    [use] = (await loaded(device)).devices or ()
+    assert use.memory_bytes == 600 * MB
+    [footprint] = device.model("adder").footprints
+    assert footprint.device_bytes == 600 * MB
+    [usage] = device.consumer.device_uses()
+    assert (usage.reserved_bytes, usage.used_bytes) == (0, 600 * MB)
+    [use_of_model] = device.consumer.uses()
+    assert use_of_model.device_bytes == 600 * MB
+
+
+@pytest.mark.parametrize(
+    ("force", "grown_bytes"),
+    [(False, 50 * MB), (True, 0)],  # a kill waits for no reading: what was free before the load counts
+)
+async def test_unload_ends_when_the_device_has_its_memory_back(
+    device: Engine, driver: Shim, *, force: bool, grown_bytes: int
+) -> None:
+    await load_taking(device, driver, "adder", 600 * MB)
+    load = device.live("adder")
+    take(driver, grown_bytes)  # other models have grown, and other processes
+    job_id = await device.ask_unload("adder", force=force)
+    await exited(load)
+    assert device.worker_pids() == []
+    assert device.log.state.unended_job(job_id) is not None
+    assert device.consumer.device_uses()[0].used_bytes == 600 * MB
+    take(driver, -595 * MB)
+    assert (await device.ended(job_id)).status is JobStatus.COMPLETED
+    assert (await device.facts(ModelUnloaded))[-1].unreturned_bytes is UNSET
+    assert device.consumer.device_uses()[0].used_bytes == 0
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_unload_says_what_the_device_does_not_return(
+    device: Engine, driver: Shim, monkeypatch: pytest.MonkeyPatch, *, force: bool
+) -> None:
+    monkeypatch.setattr(allocation, "DEVICE_RETURN_S", 0.2)
+    await load_taking(device, driver, "adder", 600 * MB)
+    await device.unload("adder", force=force)
+    assert (await device.facts(ModelUnloaded))[-1].unreturned_bytes == 600 * MB
+    await device.nothing_left()
+
+
+async def test_lost_instance_is_not_waited_for_again(device: Engine, driver: Shim) -> None:
+    both = structs.replace(ON_DEVICE, instances=2)
+    device.consumer.policy = on_device(2000 * MB, has_memory=True)
+    await load_taking(device, driver, "adder", 600 * MB, both)
+    load = device.live("adder")
+    device.kill("adder")
+    await device.recorded(lambda: device.model("adder").degraded)
+    take(driver, -300 * MB)
+    assert load.device_bytes == 300 * MB
+    job_id = await device.ask_unload("adder")
+    await exited(load)
+    take(driver, -300 * MB)
+    await device.ended(job_id)
+    assert (await device.facts(ModelUnloaded))[-1].unreturned_bytes is UNSET
+
+
+async def test_load_that_takes_more_than_the_budget_fails(device: Engine, driver: Shim) -> None:
+    error = error_of(await load_taking(device, driver, "adder", 1100 * MB))
+    assert error.code == "out_of_memory"
+    assert f"the load took 1,100 MB of the memory of {DEVICE}; it may take 1,000 MB" in error.message
+    take(driver, -1100 * MB)
+    await device.nothing_left()
+
+
+async def test_models_beyond_the_budget_evict_each_other(device: Engine, driver: Shim) -> None:
+    await load_taking(device, driver, "adder", 600 * MB)
+    evicted, job_id = device.live("adder"), await device.ask_load("other", parameters=ON_DEVICE)
+    await exited(evicted)
+    assert job_id not in device.consumer.loads  # there is no room before the memory is back
+    take(driver, -600 * MB)
+    assert (await device.ended(job_id)).status is JobStatus.COMPLETED
+    assert device.model("adder").state is ModelState.UNLOADED
+    assert (await device.load("adder", 1, ON_DEVICE)).status is JobStatus.COMPLETED
+
+
+async def test_unload_meanwhile_does_not_count_for_a_load(device: Engine, driver: Shim) -> None:
+    await load_taking(device, driver, "adder", 400 * MB)
+    before, (job_id, pid) = device.live("adder"), await starting(device, "other")
+    unload_id = await device.ask_unload("adder")
+    await exited(before)
+    take(driver, 300 * MB - 400 * MB)
+    await device.ended(unload_id)
+    assert (await device.facts(ModelUnloaded))[-1].unreturned_bytes is UNSET
+    os.kill(pid, signal.SIGCONT)
+    await device.ended(job_id)
+    [use] = (await loaded(device, "other")).devices or ()
+    assert use.memory_bytes == 300 * MB
+
+
+async def test_reload_waits_for_the_memory_of_a_killed_worker(device: Engine, driver: Shim) -> None:
+    await load_taking(device, driver, "adder", 600 * MB)
+    lost = device.live("adder")
+    await device.die("adder")
+    assert allocation_of(lost).is_held
+    take(driver, -600 * MB)
+    await device.becomes("adder", ModelState.LOADED)
+    [use] = (await loaded(device)).devices or ()
+    assert (use.device, use.memory_bytes) == (DEVICE, 0)
+    assert await device.ask("adder", 1) == 2
+
+
+async def test_device_whose_driver_says_nothing_is_not_waited_for(
+    device: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = structs.replace(device.pool.devices.found[DEVICE], pci_bus_id="0000:09:00.0")
+    monkeypatch.setattr(device.pool, "devices", replace(device.pool.devices, found={DEVICE: gone}))
+    await device.load("adder", 1, ON_DEVICE)
+    [use] = (await loaded(device)).devices or ()
+    assert use.memory_bytes is None
+    await device.unload("adder")
+    assert (await device.facts(ModelUnloaded))[-1].unreturned_bytes is UNSET
+
+
+async def test_kill_does_not_wait_for_the_driver(
+    device: Engine, driver: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await load_taking(device, driver, "adder", 600 * MB)
+    take(driver, -600 * MB)
+    load = device.live("adder")
+    for module in (devices, allocation):
+        monkeypatch.setattr(module, "MEASURE_LIMIT_S", LIMIT_S, raising=False)
+    async with hanging(driver):
+        job_id = await device.ask_unload("adder", force=True)
+        await exited(load)
+        assert device.worker_pids() == []
+    assert (await device.ended(job_id)).status is JobStatus.COMPLETED
+
+
+async def test_load_while_the_driver_hangs_has_no_measurement(device: Engine, driver: Shim) -> None:
+    job_id, pid = await starting(device, "adder")
+    async with hanging(driver):
+        os.kill(pid, signal.SIGCONT)
+        assert (await device.ended(job_id)).status is JobStatus.COMPLETED
+    [use] = (await loaded(device)).devices or ()
+    assert use.memory_bytes is None
+    assert device.live("adder").device_bytes == allocation_of(device.live("adder")).reserved_bytes
+
+
+def test_devices_on_one_hardware_share_its_memory() -> None:
+    every = list[allocation.DeviceAllocation]()
+    for name, bus in (("cuda:0", 0), ("nv_tensorrt:0", 0), ("cuda:1", 1)):
+        found = FoundDevice(name, "1", pci_bus_id=PCI_BUS_IDS[bus])
+        every.append(allocation.DeviceAllocation(found, 300 * MB, 1000 * MB, lambda: every))
+    assert [each.allowance_bytes for each in every] == [700 * MB, 700 * MB, 1000 * MB]
