@@ -89,6 +89,8 @@ class LoadOptions(TypedDict, total=False):
     max_queue_delay_us: int
     node_labels: Sequence[str] | None
     copies: int
+    devices: Sequence[str] | None
+    fallback: Literal["refuse", "cpu"]
 
 
 class Operations:

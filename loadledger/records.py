@@ -98,6 +98,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         label: that a load sets when its version is loaded; None without.
         reason: why a person asked for it; `emergency`: why it must not wait for approval.
         approval: None until it is asked for or bypassed.
+        unreturned_bytes: of an unload: memory that its device had not returned; None if all was.
     """
 
     id: str
@@ -123,6 +124,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     emergency: str | None = None
     approval: ApprovalState | None = None
+    unreturned_bytes: int | None = None
     error: ErrorInfo | None = None
     as_of: int | None = None
     as_of_time: str | None = None
@@ -270,6 +272,16 @@ class ModelCopy(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int = 0
 
 
+class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
+    """How many nodes of a loaded model's graph run on one device; its own memory that they took, if any."""
+
+    provider: str
+    version: str
+    device: str
+    nodes: int
+    memory_bytes: int | None = None
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is in the repository or loaded.
 
@@ -289,6 +301,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         loaded_by: who asked for it.
         brought_back: why the system loaded it again since: restart, recovery, swap, drain, copy; or None.
         memory_bytes: now; None with `at`. `memory_at_load_bytes` is what it took when it was loaded.
+        devices: first that of its load, then the CPU if nodes of its graph run there; empty if all do.
         inputs: of the model alone, not in a list: of `signature_version`; None if its file cannot be read.
         outputs: likewise.
         signature_version: the version that serves, else the highest one.
@@ -320,6 +333,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     prepared: Prepared | None = None
     memory_bytes: int | None = None
     memory_at_load_bytes: int | None = None
+    devices: list[DeviceUse] = []
     error: ErrorInfo | None = None
     instances: int | None = None
     threads: int | None = None
@@ -351,7 +365,7 @@ class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Resources of one load until its processes have exited."""
+    """Resources of one load until its processes have exited; `device` is None on the CPU."""
 
     model_id: str
     version: int
@@ -361,6 +375,8 @@ class LoadUsage(msgspec.Struct, frozen=True, kw_only=True):
     reserved_bytes: int = 0
     memory_bytes: int = 0
     memory_at_load_bytes: int | None = None
+    device: str | None = None
+    device_bytes: int = 0
     in_flight: int = 0
     last_used_at: str | None = None
     pinned: bool = False
@@ -401,8 +417,32 @@ class WorkerConfinement(msgspec.Struct, frozen=True, kw_only=True):
     not_prevented: list[str]
 
 
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """A device on which models are loaded, and its use.
+
+    Attributes:
+        total_bytes, free_bytes: of its own memory; None if it has none.
+        reserved_bytes, used_bytes: of its own memory, or of the machine's if it has none.
+    """
+
+    device: str
+    provider: str = ""
+    version: str = ""
+    hardware: str = ""
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+    budget_bytes: int | None = None
+    reserved_bytes: int = 0
+    used_bytes: int = 0
+    models: int = 0
+    max_loaded: int | None = None
+
+
 class Resources(msgspec.Struct, frozen=True, kw_only=True):
-    """The memory budget of the workers, its use, and the jobs that wait for it."""
+    """The memory budget of the workers, its use, and the jobs that wait for it.
+
+    `devices` are first the CPU; `device_problems` say why others cannot be used.
+    """
 
     budget_bytes: int
     reserved_bytes: int
@@ -417,6 +457,9 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     preparing: CachePreparation | None = None
     pressure: PressureInfo | None = None
     confinement: WorkerConfinement | None = None
+    devices: list[Device] = []
+    device_problems: list[str] = []
+    confinement_of_devices: WorkerConfinement | None = None
     as_of: int = 0
 
 

@@ -1,9 +1,10 @@
 """Which node runs a load, and each node's share of the work: the pure choice among the nodes that are there.
 
 `place` prefers, in this order: the node where the model is loaded, nodes where the load fits without an
-eviction, those with a prepared model of its files, those with its files; then it spreads or packs. Equal
-nodes are ordered by a rendezvous hash, so that a model tends to the same node. What is known of memory and
-files is a hint: a load that finds no room at its node is placed anew by that node, a few times.
+eviction, those with the device that it names first, those with a prepared model of its files, those with its
+files; then it spreads or packs. Equal nodes are ordered by a rendezvous hash, so that a model tends to the
+same node. What is known of memory and files is a hint: a load that finds no room at its node is placed anew
+by that node, a few times. Nothing is known here of the memory of devices.
 
 A load goes only where the rules are in force with which it was accepted. While nodes have different policies,
 as in a rolling change, each takes what was requested by the rules that it has: a person's load whose rules no
@@ -20,10 +21,11 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, takewhile
 from math import inf
 
 from events.clock import add_seconds
+from events.devices import CPU, find_matching, provider_of
 from events.jobs import POLICY_DIFFERS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState, Serving
 from events.nodes import Node, find_placer
@@ -92,6 +94,7 @@ class PlacementRequest:
         occupied: the nodes that a further copy does not go to.
         holders: the nodes that have the version; empty if all have.
         policy: digest of the rules with which it was accepted; None without any.
+        devices: one of which the node must have, the preferred one first.
     """
 
     model_id: str
@@ -102,6 +105,7 @@ class PlacementRequest:
     holders: tuple[str, ...] = ()
     policy: str | None = None
     occupied: frozenset[str] = frozenset()
+    devices: tuple[str, ...] = (CPU,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +169,30 @@ def place(
 
 
 def can_run(request: PlacementRequest, node: Node) -> bool:
-    """Whether a node takes loads, has the version and the labels, and may get a copy if it is one."""
+    """Whether a node takes loads, has version, labels and a device, and may get a copy if it is one."""
     has_version = not request.holders or node.id in request.holders
     is_free = node.takes_loads and node.id not in request.occupied
-    return is_free and has_version and request.labels <= set(node.labels)
+    return (
+        is_free and has_version and request.labels <= set(node.labels) and has_device(request.devices, node)
+    )
+
+
+def has_device(devices: Sequence[str], node: Node) -> bool:
+    """Whether a node has one of these devices."""
+    return CPU in devices or bool(find_matching(devices, _list_devices(node)))
+
+
+def label_devices(devices: Iterable[str]) -> tuple[str, ...]:
+    """Return the labels by which a node says which devices it has: `device=cuda`, `device.cuda=0`."""
+    names = sorted(devices)
+    providers = sorted({f"device={provider_of(name)}" for name in names})
+    return (*providers, *(f"device.{name.replace(':', '=')}" for name in names))
+
+
+def _list_devices(node: Node) -> tuple[str, ...]:
+    """Return the devices that a node has by its labels, and the CPU."""
+    labels = (label.removeprefix("device.") for label in node.labels if label.startswith("device."))
+    return (*(label.replace("=", ":") for label in labels), CPU)
 
 
 @lru_cache(1024)
@@ -180,13 +204,23 @@ def find_digest(policy: LoadPolicy, model_id: str) -> str | None:
 
 def _rank(
     request: PlacementRequest, room: NodeRoom, strategy: PlacementStrategy
-) -> tuple[bool, int, float, int, bytes]:
+) -> tuple[bool, int, int, float, int, bytes]:
     """Return the key by which nodes are ordered: the lowest is the best."""
+    devices = request.devices
+    preference = 0 if len(devices) == 1 else _find_preference(devices, room.node)
     fits = room.fits(request.need_bytes)
     packs = strategy is PlacementStrategy.PACK and fits  # where it has to wait, more is free sooner
     free = room.free_percent
     by_load = (free, -room.models) if packs else (-free, room.models)
-    return (not fits, -_count_at_hand(request, room), *by_load, _hash(request.model_id, room.node.id))
+    order = (*by_load, _hash(request.model_id, room.node.id))
+    return (not fits, preference, -_count_at_hand(request, room), *order)
+
+
+def _find_preference(devices: Sequence[str], node: Node) -> int:
+    """Return how many devices a load names before the first one that a node has."""
+    there = _list_devices(node)
+    missing = takewhile(lambda name: not find_matching((name,), there), devices)
+    return len(list(missing))
 
 
 def _count_at_hand(request: PlacementRequest, room: NodeRoom) -> int:
@@ -333,6 +367,7 @@ def build_request(view: NodeView, job: Job) -> PlacementRequest:
         held.node_id if held is not None else None,
         _find_holders(model, version),
         job.policy_digest,
+        devices=parameters.devices or (CPU,),
     )
     template = None if model is None or model.phase is not ModelState.LOADED else model.template
     if model is None or template is None or job.cause is not Cause.COPY:
@@ -454,7 +489,8 @@ def _describe_demands(request: PlacementRequest, version: int | None) -> str:
     """Return what a load demands of its node, as the end of a text."""
     labels, holders = ", ".join(sorted(request.labels)), ", ".join(request.holders)
     where = f", of {holders}, where version {version} was added" if holders else ""
-    return (f" and has the labels {labels}" if labels else "") + where
+    devices = "" if CPU in request.devices else f" and has one of the devices {', '.join(request.devices)}"
+    return (f" and has the labels {labels}" if labels else "") + devices + where
 
 
 def _request_of(loaded: LoadedModel, occupied: frozenset[str] = frozenset()) -> PlacementRequest:
@@ -467,6 +503,7 @@ def _request_of(loaded: LoadedModel, occupied: frozenset[str] = frozenset()) -> 
         frozenset(serving.parameters.node_labels or ()),
         holders=_find_holders(model, serving.version),
         occupied=occupied,
+        devices=serving.parameters.devices or (CPU,),
     )
 
 

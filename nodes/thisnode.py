@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -20,7 +20,7 @@ from nodes.copies import count_copies
 from nodes.decisions import NodePlacement
 from nodes.membership import Membership
 from nodes.peers import Peers
-from nodes.placement import NodeHints, PlacementStrategy
+from nodes.placement import NodeHints, PlacementStrategy, find_usable, has_device, label_devices
 from nodes.routes import node_views
 from nodes.spread import CopyFigures, measure_copy
 from runtime.consumer.running import RunningLoad
@@ -81,6 +81,7 @@ class ThisNode:
         *,
         public_key: str,
         confinement: Confinement,
+        devices: Iterable[str] = (),
     ) -> Receipt:
         """Join, and renew the lease from now on.
 
@@ -90,6 +91,7 @@ class ThisNode:
             optimised: the optimised models that are here.
             public_key: with which the others verify what this node forwards.
             confinement: of its workers.
+            devices: names of those that it has beside the CPU.
 
         Raises:
             NameInUse: `node_name_in_use`.
@@ -98,7 +100,7 @@ class ThisNode:
         command = JoinNode(
             self.id,
             self._address,
-            self._config.labels(),
+            tuple(sorted({*self._config.labels(), *label_devices(devices)})),
             policy.budget_bytes,
             version("loadledger"),
             public_key,
@@ -145,6 +147,12 @@ class ThisNode:
     def count_copies(self, model: Model) -> tuple[int, str | None]:
         """Return how many copies of a model are ready, and what the missing ones wait for."""
         return count_copies(self.log.state, self.peers.untrusted(), model)
+
+    def has_device(self, devices: Sequence[str]) -> bool:
+        """Whether any node that takes loads has one of these devices."""
+        nodes = self.log.state.registers.nodes
+        usable = find_usable(self.log.state, self.peers.untrusted())
+        return any(has_device(devices, nodes[node_id]) for node_id in usable)
 
     def sign(self, statement: bytes) -> NodeSignature:
         """Sign what this node says of an approval, so that the others believe it."""

@@ -84,6 +84,7 @@ from server.appkeys import (
     LIMIT,
     LIVE_JOBS,
     LOG,
+    POLICY,
     POOL,
     READER,
     ROUTER,
@@ -100,6 +101,7 @@ from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, TokenIssuer
 from server.cluster import CLUSTER
 from server.config import MAX_BODY_BYTES, ON, Config, ConfigError, parse_budget, parse_prepared_size
+from server.devices import describe_setup, limit_devices, withhold_devices
 from server.errors import errors_middleware
 from server.http.bodies import MAX_BODIES_BYTES, Bodies
 from server.http.responses import response_completer
@@ -240,6 +242,10 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
     try:
         await _confine(pool, app[CONFIG])
         _log.info("threads of each model: %d, unless its load says otherwise", pool.threads)
+        withhold_devices(pool, app[CONFIG])
+        app[POLICY] = await _policy(app[CONFIG], app[LIMIT].bytes, pool)
+        for said in describe_setup(pool, app[POLICY].devices):
+            _log.info("%s", said)
         yield
     finally:
         await pool.close()
@@ -294,16 +300,17 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
 
 
 async def _begin(app: web.Application, node: ThisNode | None) -> Receipt:
-    config, confinement = app[CONFIG], app[POOL].applied.confinement
+    confinement = app[POOL].applied.confinement
     if node is None:
         return await app[LOG].server_started(confinement)
     app[GATE].nodes = node.peers
     receipt = await node.join(
-        _policy(config, app[LIMIT].bytes),
+        app[POLICY],
         app[VERSIONS].store,
         app.get(OPTIMISED),
         public_key=public_pem(app[PROVER].signer),
         confinement=confinement,
+        devices=app[POOL].devices.found,
     )
     app[THIS_NODE] = app[CLUSTER] = node
     return receipt
@@ -365,7 +372,7 @@ async def _uploads(app: web.Application) -> AsyncIterator[None]:
     await uploads.close()
 
 
-def _policy(config: Config, limit_bytes: int) -> Policy:
+async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:
     return Policy(
         config.max_loads(count_usable_cpus()),
         budget_bytes=parse_budget(config.memory_budget, limit_bytes),
@@ -374,6 +381,7 @@ def _policy(config: Config, limit_bytes: int) -> Policy:
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
         loads=config.policy,
+        devices=await limit_devices(config, pool, limit_bytes),
     )
 
 
@@ -428,7 +436,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         app[LOG],
         app[POOL],
         app[VERSIONS],
-        policy=_policy(config, app[LIMIT].bytes),
+        policy=app[POLICY],
         drain_timeout_s=config.drain_timeout_s,
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),

@@ -10,6 +10,7 @@ from runtime.consumer.consumer import Consumer
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
 from runtime.router import Router
+from runtime.scheduler.view import Policy
 from runtime.store.versions import Versions
 from runtime.uploads.commit import Uploads
 from server.api.livejobs import LiveJobs
@@ -35,6 +36,8 @@ CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyn
 ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
+POLICY = web.AppKey("policy", Policy)
+"""The operator's settings of what may be loaded, once the devices are known."""
 DEMAND = web.AppKey("demand", OnDemand)
 TIME_SERIES = web.AppKey("time_series", TimeSeries)
 """Samples for charts."""

@@ -22,6 +22,7 @@ from typing import Any
 from msgspec import structs
 
 from events.clock import format_timestamp, utc_now, uuid7
+from events.devices import CPU
 from events.errors import LedgerProblem
 from events.models import Model
 from events.policy.bundles import MAX_BYTES
@@ -34,7 +35,13 @@ from events.sqlite.schema import begin_reading
 from events.types import LoadedFile, LoadParameters, contents_of, digest_of
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.checks import CheckedVersion, check_contents
-from runtime.errors import ForkServerUnavailable, RuntimeProblem, UnknownModel, UnknownVersion
+from runtime.errors import (
+    DeviceUnavailable,
+    ForkServerUnavailable,
+    RuntimeProblem,
+    UnknownModel,
+    UnknownVersion,
+)
 from runtime.memory import MemoryUnknown, find_memory_limit
 from runtime.onnxfile import describe_foreign_content, read_head
 from runtime.process.confinement import NotConfined, describe
@@ -45,7 +52,7 @@ from runtime.scheduler.estimates import estimate_memory
 from runtime.store.folder import STORE
 from runtime.store.store import Store
 from runtime.store.versions import Versions
-from runtime.wire import Load, Tensor
+from runtime.wire import Load, TargetDevice, Tensor
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys
 from server.config import OFF, ON, OWN, Config, ConfigError, parse_budget
@@ -56,6 +63,7 @@ from server.configsources import (
     read_settings,
     unknown_variables,
 )
+from server.devices import describe_setup, limit_devices, withhold_devices
 from server.http.tls import load_context
 
 OnVersion = Callable[[str], None]
@@ -96,13 +104,14 @@ class CheckFinding:
 class CheckResult:
     """The result of a config check: numbers of models with a version, of versions and of trial loads.
 
-    `confinement` says in a sentence what confines the workers.
+    `confinement` says in a sentence what confines the workers, and `devices` has some about devices.
     """
 
     models: int = 0
     versions: int = 0
     loaded: int = 0
     confinement: str = ""
+    devices: list[str] = field(default_factory=list)
     findings: list[CheckFinding] = field(default_factory=list)
 
     @property
@@ -428,9 +437,34 @@ async def _check_confinement(pool: WorkerPool, config: Config, result: CheckResu
         result.findings.append(CheckFinding("--confine", problem.code, str(problem)))
         return
     result.confinement = describe(pool.applied.confinement)
+    await _check_devices(pool, config, result)
     if pool.applied.confinement.not_prevented:
         text = f"{result.confinement}{pool.applied.reasons}"
         result.findings.append(CheckFinding("--confine", NotConfined.code, text, Severity.NOTE))
+
+
+async def _check_devices(pool: WorkerPool, config: Config, result: CheckResult) -> None:
+    withhold_devices(pool, config)
+    try:
+        machine_bytes = find_memory_limit().bytes
+        limits = await limit_devices(config, pool, machine_bytes)
+        result.devices += describe_setup(pool, limits)
+    except ConfigError as error:
+        place, _, text = str(error).partition(": ")
+        result.findings.append(CheckFinding(place, "invalid_setting", text))
+
+
+def _find_target(pool: WorkerPool, parameters: LoadParameters) -> TargetDevice | None:
+    """Return the device on which a load would run if all had room; None is the CPU.
+
+    Raises:
+        DeviceUnavailable: `device_unavailable`, there is none of those that it names.
+    """
+    devices = parameters.devices or (CPU,)
+    device = CPU if devices == (CPU,) else pool.devices.find_candidates(devices)[0]
+    if device == CPU:
+        return None
+    return pool.devices.target(device, falls_back=parameters.fallback == CPU, memory_bytes=None)
 
 
 async def _load_all(
@@ -452,7 +486,8 @@ async def _load_all(
             limit = min(budget, trial.parameters.memory_limit_bytes or sys.maxsize)
             warm_up = read_warm_up(repository, trial.model_id)
             async with versions.version(trial.model_id, trial.version) as files:
-                message = pool.build_load(files, trial.parameters, warm_up)
+                target = _find_target(pool, trial.parameters)
+                message = pool.build_load(files, trial.parameters, warm_up, target)
                 message = structs.replace(message, memory_limit_bytes=limit)
                 await _load_once(pool, message, warm_up.inputs, trial.parameters.timeout_s)
             result.loaded += 1
@@ -460,7 +495,10 @@ async def _load_all(
             text = f"was not loaded within its timeout_s of {trial.parameters.timeout_s} s"
             result.findings.append(CheckFinding(trial.place, "timeout", text))
         except RuntimeProblem as problem:
-            result.findings.append(CheckFinding(trial.place, problem.code, str(problem)))
+            # With a ledger of several servers, another may have the device.
+            is_elsewhere = problem.code == DeviceUnavailable.code and config.ledger is not None
+            severity = Severity.NOTE if is_elsewhere else Severity.PROBLEM
+            result.findings.append(CheckFinding(trial.place, problem.code, str(problem), severity))
 
 
 async def _load_once(pool: WorkerPool, message: Load, inputs: tuple[Tensor, ...], timeout_s: float) -> None:

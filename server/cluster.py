@@ -92,6 +92,9 @@ class Cluster(Protocol):
     def count_copies(self, model: Model) -> tuple[int, str | None]:
         """Return how many copies of a model are ready, and what the missing ones wait for."""
 
+    def has_device(self, devices: Sequence[str]) -> bool:
+        """Whether any server that takes loads has one of these devices."""
+
     def sign(self, statement: bytes) -> NodeSignature:
         """Sign what this server says of an approval (`events.approvals`), so that the others believe it."""
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from marshmallow import ValidationError, validate
 
+from events.devices import ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
 from events.policy.rules import LoadPolicy
 from runtime.fetch.sources import parse_allowed
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
@@ -180,6 +181,52 @@ def parse_labels(text: str) -> tuple[str, ...]:
     return tuple(sorted(set(labels)))
 
 
+def parse_devices(text: str) -> tuple[str, ...]:
+    """Return the names of devices in a list like `cuda:*,cpu`.
+
+    Raises:
+        ValueError: it has other names, or none.
+    """
+    names = tuple(dict.fromkeys(text.split(",")))
+    if not all(map(DEVICE.fullmatch, names)) or len(names) > MAX_DEVICES:
+        raise ValueError(f"{DEVICE_RULE} Several are separated by commas.")
+    return names
+
+
+def parse_device_memory(text: str) -> Mapping[str, str]:
+    """Return the memory budget by device of a list like `cuda:0=20GB,cuda:1=50%`.
+
+    Raises:
+        ValueError: it is not of the form.
+    """
+    found = _parse_by_device(text, "cuda:0=20GB,cuda:1=50%")
+    for budget in found.values():
+        parse_budget(budget, limit_bytes=1)
+    return found
+
+
+def parse_device_max_loaded(text: str) -> Mapping[str, int]:
+    """Return the most models by device of a list like `cuda:0=4`.
+
+    Raises:
+        ValueError: it is not of the form.
+    """
+    found = _parse_by_device(text, "cuda:0=4")
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", each, re.ASCII) for each in found.values()):
+        raise ValueError("Must be a list like cuda:0=4: a device, and how many models.")
+    return {device: int(each) for device, each in found.items()}
+
+
+def _parse_by_device(text: str, example: str) -> Mapping[str, str]:
+    found = dict[str, str]()
+    for each in text.split(","):
+        device, _, value = each.partition("=")
+        if not DEVICE.fullmatch(device) or device == CPU or ANY in device or device in found:
+            raise ValueError(f"Must be a list like {example}, with each device once, and without cpu.")
+        found[device] = value
+    return found
+
+
 class ConfigError(Exception):
     """Settings are missing or invalid; each line says which setting, why and what to do."""
 
@@ -280,6 +327,23 @@ class Config:
     max_loaded: int = setting(
         0, "Models that may be loaded at the same time; 0 means no limit.", validate.Range(0, MANY)
     )
+    devices: str = setting(
+        CPU,
+        "Devices of each model, unless its load says otherwise: cpu, or a list like cuda:*,cpu, of which a"
+        " load takes the first that has room.",
+        _validator_of(parse_devices),
+    )
+    device_memory: str | None = setting(
+        None,
+        "Memory for all workers on a device, like cuda:0=20GB,cuda:1=50%: of its own memory, or of what its"
+        " workers take of the machine's. If unset, 90% of a device's own memory.",
+        _validator_of(parse_device_memory),
+    )
+    device_max_loaded: str | None = setting(
+        None,
+        "Models that may be loaded on a device at the same time, like cuda:0=4; if unset, no limit.",
+        _validator_of(parse_device_max_loaded),
+    )
     evict: str = setting(
         OFF,
         "Evict the least recently used idle models when a load needs room: idle, or off.",
@@ -348,6 +412,11 @@ class Config:
         "Confine workers with Landlock and seccomp: auto (as far as the kernel can), require (or do not"
         " start), or off.",
         validate.OneOf((AUTO, "require", OFF)),
+    )
+    confine_devices: str = setting(
+        "refuse",
+        "With --confine=require, loads on devices, whose workers are confined less: refuse, or allow.",
+        validate.OneOf(("refuse", "allow")),
     )
     ledger_stderr: str = setting(
         ON,
@@ -478,6 +547,18 @@ class Config:
 
     def labels(self) -> tuple[str, ...]:
         return () if self.node_labels is None else parse_labels(self.node_labels)
+
+    @property
+    def default_devices(self) -> tuple[str, ...]:
+        return parse_devices(self.devices)
+
+    @property
+    def device_budgets(self) -> Mapping[str, str]:
+        return {} if self.device_memory is None else parse_device_memory(self.device_memory)
+
+    @property
+    def device_counts(self) -> Mapping[str, int]:
+        return {} if self.device_max_loaded is None else parse_device_max_loaded(self.device_max_loaded)
 
     def max_loads(self, cpus: int) -> int:
         return self.loads_at_once or cpus

@@ -108,6 +108,8 @@ ERRORS: Mapping[str, ErrorKind] = {
     "version_exists": ErrorKind(409, "The version exists"),
     "version_in_use": ErrorKind(409, "A load or a label uses the version"),
     "too_many_labels": ErrorKind(409, "The model has too many labels"),
+    "device_unavailable": ErrorKind(409, "No server has the device"),
+    "fallback_refused": ErrorKind(400, "The device does not support the whole model"),
     "node_ended": ErrorKind(409, "The node has left, or was lost"),
     "repository_not_shared": ErrorKind(409, "The nodes may not share a repository"),
     "no_nodes": ErrorKind(409, "The server has no nodes"),

@@ -84,9 +84,9 @@ def report_job(job: Any, *, as_json: bool) -> None:
         return
     kind = output.to_printable(job.kind)
     if job.ended:
-        click.echo(
-            f"{model_of(job)}: {kind} completed in {output.format_elapsed(job.created_at, job.finished_at)}"
-        )
+        took, rest = output.format_elapsed(job.created_at, job.finished_at), job.unreturned_bytes
+        unreturned = f"; its device has not returned {output.format_size(rest)}" if rest else ""
+        click.echo(f"{model_of(job)}: {kind} completed in {took}{unreturned}")
     else:
         where = output.to_printable(job.stage or job.waiting_for or "")
         click.echo(
@@ -404,6 +404,19 @@ def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> l
     metavar="LABELS",
     callback=_split_labels,
     help="Labels that the node must have, like zone=a,disk=fast; empty for none.",
+)
+@click.option(
+    "--device",
+    "devices",
+    metavar="DEVICE",
+    multiple=True,
+    callback=lambda _context, _option, names: list(names) or None,
+    help="Device, like cuda:0 or cuda:*; repeat it for others, of which the first with room is taken.",
+)
+@click.option(
+    "--fallback",
+    type=click.Choice(["refuse", "cpu"]),
+    help="What becomes of nodes of the graph that the device does not support.",
 )
 @options.int_option("--copies", metavar="N", text="Number of nodes that are to have the model loaded.")
 @click.option("--label", metavar="LABEL", help="Label that names the version once it is loaded.")

@@ -1,4 +1,4 @@
-"""`loadledger models | show | verify-model | add | rm | label | resources`: models, versions, memory."""
+"""`loadledger models | show | verify-model | add | rm | label | resources | devices`: models, and memory."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ UNSET = (None, False, 0)
 """Parameters of a load that are not worth a word."""
 USE_HEAD = ("MODEL", "VERSION", "PHASE", "WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED", "KEPT")
 RIGHT = frozenset({"WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED"})
+DEVICES_HEAD = ("DEVICE", "PROVIDER", "HARDWARE", "USED", "RESERVED", "BUDGET", "FREE", "MODELS")
+DEVICES_RIGHT = frozenset({"USED", "RESERVED", "BUDGET", "FREE", "MODELS"})
 WAITING_HEAD = ("WAITING", "JOB", "NEEDS", "FOR")
 
 
@@ -184,6 +186,7 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "parameters": model.parameters and _parameters(model.parameters),
         "memory": model.memory_bytes and f"{format_size(model.memory_bytes)} now",
         "memory at load": model.memory_at_load_bytes and format_size(model.memory_at_load_bytes),
+        "devices": ", ".join(map(_describe_use, model.devices)) or None,
         "loaded": model.loaded_at
         and f"{output.format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
         "brought back": model.brought_back and BROUGHT_BACK.get(model.brought_back, model.brought_back),
@@ -206,6 +209,12 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
     yield from signature_lines(model, words)
+
+
+def _describe_use(use: Any) -> str:
+    memory = f", {format_size(use.memory_bytes)}" if use.memory_bytes is not None else ""
+    nodes = output.count_of(use.nodes, "node")
+    return f"{nodes} of its graph on {use.device} ({use.provider} {use.version}{memory})"
 
 
 def _origin_line(origin: Any) -> str:
@@ -486,16 +495,58 @@ def pressure_line(found: Any) -> str | None:
     return f"pressure of the last 10 s: {', '.join(parts)}" if parts else None
 
 
-def confinement_line(found: Any) -> str | None:
+def confinement_line(confinement: Any, whose: str = "workers") -> str | None:
     """Return what confines the workers; None from a server that does not say."""
-    confinement = found.confinement
     if confinement is None:
         return None
     applied = [f"Landlock {confinement.landlock_abi}"] if confinement.landlock_abi else []
     applied += ["seccomp"] if confinement.seccomp else []
     could = [format_cell(act) for act in confinement.not_prevented]
-    return f"workers confined by {' and '.join(applied) or 'nothing'}" + (
+    return f"{whose} confined by {' and '.join(applied) or 'nothing'}" + (
         f"; not prevented: {', '.join(could)}" if could else ""
+    )
+
+
+def _device_lines(found: Any) -> Iterator[str]:
+    """Yield the devices but the CPU, and what confines the workers there."""
+    for each in found.devices[1:]:
+        used = f"used {format_size(each.used_bytes)}, reserved {format_size(each.reserved_bytes)}"
+        limits = f"budget {format_size(each.budget_bytes)}, {output.count_of(each.models, 'model')}"
+        yield f"device {format_cell(each.device)}: {used}, {limits}"
+    whose = "workers on devices"
+    yield from filter(None, [confinement_line(found.confinement_of_devices, whose)])
+
+
+@click.command()
+@options.json_option
+@options.server_options
+def devices(*, as_json: bool, where: options.ServerChoice) -> None:
+    """List the devices of the server, on which models can be loaded.
+
+    The memory of cpu is that of all workers. Below the table it says which installed providers cannot be
+    used, and why. `loadledger nodes` shows the devices of other nodes as labels.
+    """
+    with options.open_chosen_client(where) as client:
+        found = client.resources()
+    lines = list(
+        format_table(DEVICES_HEAD, [_device_row(each) for each in found.devices], right=DEVICES_RIGHT)
+    )
+    lines += [to_printable(problem) for problem in found.device_problems]
+    value = {"devices": found.devices, "problems": found.device_problems}
+    output.print_result(value, lines, as_json=as_json)
+
+
+def _device_row(device: Any) -> tuple[str, ...]:
+    most = "" if device.max_loaded is None else f" of {device.max_loaded}"
+    return (
+        format_cell(device.device),
+        format_cell(f"{device.provider} {device.version}"),
+        format_cell(device.hardware, most=60),
+        format_size(device.used_bytes),
+        format_size(device.reserved_bytes) if device.reserved_bytes else output.NOTHING,
+        format_size(device.budget_bytes),
+        format_size(device.free_bytes),
+        f"{device.models}{most}",
     )
 
 
@@ -505,7 +556,8 @@ def _resource_lines(found: Any) -> Iterator[str]:
     yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"
     if found.threads is not None:
         yield f"threads of each worker: {found.threads}, unless its load says otherwise"
-    yield from filter(None, [pressure_line(found), confinement_line(found)])
+    yield from filter(None, [pressure_line(found), confinement_line(found.confinement)])
+    yield from _device_lines(found)
     if found.preparing is not None:
         yield f"preparing {format_cell(found.preparing.model_id)} version {found.preparing.version}"
     if found.models:

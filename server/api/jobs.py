@@ -190,6 +190,12 @@ class JobSchema(PastSchema):
     approval = fields.Nested(
         JobApprovalSchema, allow_none=True, **about("Of a load: null unless it was asked for, or bypassed.")
     )
+    unreturned_bytes = fields.Integer(
+        **about(
+            "Of an unload: memory that its device had not returned when it completed; missing if all was.",
+            is_optional=True,
+        )
+    )
     error = fields.Nested(FailureSchema, allow_none=True)
 
 
@@ -400,6 +406,7 @@ def job_view(job: Job, live: LiveJobs | None, model: Model | None = None) -> dic
         "reason": None if said is None else said.reason,
         "emergency": None if said is None else said.emergency,
         "approval": None if job.approval is None else _approval_view(job, job.approval, differences),
+        **({} if job.unreturned_bytes is UNSET else {"unreturned_bytes": job.unreturned_bytes}),
         "error": msgspec.to_builtins(job.error),
     }
 

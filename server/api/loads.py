@@ -17,6 +17,7 @@ from msgspec import UNSET
 
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
+from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
 from events.models import Model
 from events.types import Contents, Idempotency, Justification, LoadParameters
 from runtime.errors import (
@@ -42,6 +43,7 @@ from server.appkeys import CONFIG, GATE, LOG, UPLOADS, VERSIONS
 from server.auth.gate import PRINCIPAL, Principal, credential_of
 from server.cluster import signer_of
 from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
+from server.devices import check_devices
 from server.errors import ServerProblem
 from server.http.validation import (
     InvalidBody,
@@ -155,6 +157,22 @@ class LoadBodySchema(Schema):
         validate=validate.Range(1, MAX_COPIES),
         **about("At how many nodes the model is to be loaded; more than 1 needs nodes. Default: 1."),
     )
+    devices = fields.List(
+        fields.String(validate=validate.Regexp(rf"(?:{DEVICE.pattern})\Z", error=DEVICE_RULE)),
+        validate=validate.Length(1, MAX_DEVICES),
+        allow_none=True,
+        **about(
+            "Devices, like `cuda:0`, `cuda:*` (any) or `cpu`: the load runs on the first that has room. "
+            "Default, also for null: the server's --devices."
+        ),
+    )
+    fallback = fields.String(
+        validate=validate.OneOf(FALLBACKS),
+        **about(
+            "What becomes of nodes of the graph that the device does not support: `refuse` the load, or run "
+            "them on the `cpu`. Default: `refuse`."
+        ),
+    )
     label = fields.String(
         validate=IS_LABEL,
         **about("A label that names the version from the moment when it is loaded.", example="champion"),
@@ -208,6 +226,7 @@ async def unload_active(request: web.Request) -> web.Response:
         "unknown_version",
         "emergency_forbidden",
         "invalid_defaults",
+        "device_unavailable",
         "queue_full",
         "too_many_labels",
         "repository_busy",
@@ -265,7 +284,8 @@ async def make_load_command(
 
     Raises:
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
-        RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`.
+        RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`,
+            `device_unavailable`.
     """
     wanted = {name: value for name, value in asked.items() if name not in _NO_PARAMETERS}
     version = asked.get("version")
@@ -273,6 +293,8 @@ async def make_load_command(
     chosen, known, written = await look_in_repository(app, model_id, version, look)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
+    if parameters.devices is not UNSET:
+        check_devices(app, parameters.devices)
     rules, said = app[CONFIG].policy.of(model_id), (asked.get("reason"), asked.get("emergency"))
     is_justified = rules is not None or any(said)
     return RequestLoad(
@@ -381,4 +403,7 @@ def _merge_parameters(
         raise error(f"{where}: copies: a server alone has one of each model; use instances for more workers")
     merged["copies"] = merged.get("copies", 1) if config.ledger is not None and "copies" in merged else UNSET
     merged["node_labels"] = tuple(sorted(set(merged.get("node_labels") or ()))) or UNSET
+    devices = tuple(dict.fromkeys(merged.get("devices") or config.devices.split(",")))
+    merged["devices"] = UNSET if devices == (CPU,) else devices
+    merged["fallback"] = CPU if merged.get("fallback") == CPU else UNSET
     return LoadParameters(**merged)

@@ -88,6 +88,18 @@ class CopySchema(AnswerSchema):
     memory_bytes = fields.Integer(**about("What they took when it was loaded."))
 
 
+class DeviceUseSchema(AnswerSchema):
+    """What of a loaded model runs on one device."""
+
+    provider = fields.String(**about("The execution provider; `cpu` is ONNX Runtime's own."))
+    version = fields.String(**about("Of the provider."))
+    device = fields.String()
+    nodes = fields.Integer(**about("Nodes of the model's graph that run there."))
+    memory_bytes = fields.Integer(
+        allow_none=True, **about("Of the device's own memory when it was loaded; null if it has none.")
+    )
+
+
 class LoadApprovalSchema(AnswerSchema):
     """Why a load could go on that needed approval."""
 
@@ -198,6 +210,14 @@ class ModelSchema(PastSchema):
     )
     memory_at_load_bytes = fields.Integer(
         allow_none=True, **about("What they took when the model was loaded.")
+    )
+    devices = fields.List(
+        fields.Nested(DeviceUseSchema),
+        **about(
+            "First the device that it was loaded on, then `cpu` if nodes of its graph run there; missing if"
+            " all is on the CPU.",
+            is_optional=True,
+        ),
     )
     signature = fields.Nested(
         LoadSignatureSchema, allow_none=True, **about("Of what it serves; null without rules for signatures.")
@@ -404,6 +424,7 @@ def model_view(
         "prepared": msgspec.to_builtins(load.prepared) if load else None,
         "memory_bytes": memory_bytes,
         "memory_at_load_bytes": load.memory_bytes if load else None,
+        **({"devices": msgspec.to_builtins(load.devices)} if load and load.devices else {}),
         "signature": signature_view(load.signature) if load else None,
         "approval": msgspec.to_builtins(load.approval or None) if load else None,
         "error": msgspec.to_builtins(row.error),

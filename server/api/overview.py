@@ -84,7 +84,7 @@ def overview_routes(nodes_view: NodesView, node_schema: Schema) -> Routes:
         body = {
             **models,
             **await _read_jobs(app, models["models"]),
-            "resources": msgspec.Raw(app[RESOURCES_CACHE].body(app)),
+            "resources": msgspec.Raw(await app[RESOURCES_CACHE].body(app)),
             "nodes": nodes_view(app),
             "server_started": await _read_start(app) if may_audit else None,
         }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.nodes import NodePhase
 from events.types import TYPES, ApprovalBypassed, Cause
+from runtime.devices import DeviceMemory
 from runtime.memory import read_pressure
 from runtime.optimised.optimiser import OUTCOMES
 from runtime.process.confinement import ALL_ACTS
@@ -39,6 +40,7 @@ from runtime.statistics import TOOK_S
 from server.api.health import ready_checks
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL, STREAMS
 from server.cluster import CLUSTER
+from server.devices import list_devices, read_device_memory
 from server.errors import ERRORS
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress
 from server.observability.requestlog import HTTP_COUNTS
@@ -69,8 +71,9 @@ class ServerCollector(Collector):
     thread: it reads only single numbers and dictionaries of counts.
     """
 
-    def __init__(self, app: web.Application) -> None:
+    def __init__(self, app: web.Application, memory: Mapping[str, DeviceMemory]) -> None:
         self._app = app
+        self._devices = list_devices(app, memory)[1:]
         log, consumer = app[LOG], app[CONSUMER]
         loads = list({id(load): load for load in consumer.loads.values()}.values())
         name_of = log.tally.names.of
@@ -350,6 +353,18 @@ class ServerCollector(Collector):
             {act: int(act in confinement.not_prevented) for act in ALL_ACTS},
             "act",
         )
+        yield _gauge(
+            "device_memory_bytes",
+            "Memory of a device but the CPU: total and free, as its driver says, budget, reserved and used.",
+            dict(_list_memory(self._devices)),
+            "device kind",
+        )
+        yield _gauge(
+            "device_models",
+            "Models that have a process on a device but the CPU.",
+            {each["device"]: each["models"] for each in self._devices},
+            "device",
+        )
         found = read_pressure()
         percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}
         yield _gauge(
@@ -498,6 +513,12 @@ def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]
     return {**dict.fromkeys(known, 0.0), **counts}
 
 
+def _list_memory(devices: Iterable[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], int]]:
+    for each, kind in product(devices, ("total", "free", "budget", "reserved", "used")):
+        if each[f"{kind}_bytes"] is not None:
+            yield (each["device"], kind), each[f"{kind}_bytes"]
+
+
 def _should_serve(model: Model) -> bool:
     """Return whether a model should serve: it is loaded, or was and is to be again."""
     return model.phase in _SHOULD_SERVE or model.previous is not None
@@ -560,7 +581,8 @@ class Scrapes:
 
     async def _generate(self, app: web.Application, media_type: str) -> bytes:
         began_s = time.monotonic()
-        body = await asyncio.to_thread(_FORMATS[media_type][1], ServerCollector(app))
+        collector = ServerCollector(app, await read_device_memory(app))
+        body = await asyncio.to_thread(_FORMATS[media_type][1], collector)
         now_s = time.monotonic()
         self._kept_until_s[media_type] = now_s + max(KEPT_S, KEPT_TIMES * (now_s - began_s))
         return body

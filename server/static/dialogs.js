@@ -3,7 +3,7 @@
 import { api, errorText, requestErrorText } from "./api.js";
 import { count, oneLine } from "./format.js";
 import { load, unload } from "./operations.js";
-import { models, nodes, session, useOf } from "./state.js";
+import { models, nodes, resources, session, useOf } from "./state.js";
 import { html, notice, Refusal, signal, useLayoutEffect, useRef, useRequest, useState } from "./ui.js";
 
 export const dialog = signal(null); // the open one: {component, props, key}
@@ -63,6 +63,7 @@ export function Dialog({ name, title, kind, ask, buttons, close = "Close", close
 const AS_CONFIGURED = ["", "as configured"]; // which sends nothing
 const STRATEGIES = [AS_CONFIGURED, ["beside"], ["in_place"], ["auto"]];
 const PINNED = [AS_CONFIGURED, ["true", "yes: never unloaded to make room"], ["false", "no"]];
+const FALLBACKS = [AS_CONFIGURED, ["refuse", "refuse the load"], ["cpu", "run them on the CPU"]]; // for what a device does not support
 const PRIORITIES = [AS_CONFIGURED, ["high"], ["normal"], ["low"]];
 
 // A select of `choices`: [value, text] each; a value is its text without one.
@@ -81,6 +82,14 @@ export function TextField({ id, label, value, onText, ...more }) {
     <input id=${id} maxlength="1000" value=${value} onInput=${(event) => onText(event.target.value)} ...${more} />`;
 }
 
+// The devices of all servers: other nodes name theirs in labels. None where there is only the CPU.
+function deviceChoices() {
+  const labels = nodes.value.filter((node) => node.phase === "joined").flatMap((node) => node.labels).filter((label) => label.startsWith("device."));
+  const elsewhere = labels.map((label) => label.slice("device.".length).replace("=", ":"));
+  const names = [...new Set([...resources.value.devices.map(({ device }) => device), ...elsewhere])];
+  return names.length > 1 ? [AS_CONFIGURED, ...names.map((name) => [name, oneLine(name, 80)])] : [];
+}
+
 // Asks for a load of a model, or for a swap where it serves; `version` is the one that is chosen at first.
 export function LoadDialog({ model: known, version = null }) {
   const { answer, error } = useRequest((signal) => api.get(`/api/v1/models/${encodeURIComponent(known.id)}`, { signal }), []);
@@ -88,6 +97,7 @@ export function LoadDialog({ model: known, version = null }) {
   const [wanted, setWanted] = useState(version), [strategy, setStrategy] = useState(""), [priority, setPriority] = useState("");
   const [reason, setReason] = useState(""), [emergency, setEmergency] = useState(""), approvals = model.policy?.approvals ?? 0;
   const [pinned, setPinned] = useState(useOf(known).serving?.pinned ? "true" : ""), [copies, setCopies] = useState("");
+  const [device, setDevice] = useState(""), [fallback, setFallback] = useState(""), devices = deviceChoices();
   const versions = [...(model.versions ?? [])].sort((a, b) => b - a), chosen = versions.includes(wanted) ? wanted : versions[0];
   const shown = versions.map((each) => [each, `${each}${serves && each === model.version ? " (is loaded)" : ""}`]);
   const ask = async () => {
@@ -97,6 +107,8 @@ export function LoadDialog({ model: known, version = null }) {
     if (priority) body.priority = priority;
     if (pinned) body.pinned = pinned === "true";
     if (copies) body.copies = Number(copies);
+    if (device) body.devices = [device];
+    if (fallback) body.fallback = fallback;
     if (reason.trim()) body.reason = reason.trim();
     if (emergency.trim()) body.emergency = emergency.trim();
     await load(model.id, body);
@@ -120,6 +132,10 @@ export function LoadDialog({ model: known, version = null }) {
         <${TextField} id="load-copies" label="Copies" type="number" min="1" max="64" placeholder=${model.copies ?? 1}
           value=${copies} onText=${setCopies} aria-describedby="load-copies-help" />
         <p id="load-copies-help" class="hint">At how many nodes it is to be loaded, one copy at each.</p>`}
+      ${devices.length > 0 && html`
+        <${Choice} id="load-device" label="Device" choices=${devices} value=${device} onChoice=${setDevice} />
+        <${Choice} id="load-fallback" label="Nodes of the graph that the device does not support" choices=${FALLBACKS} value=${fallback}
+          onChoice=${setFallback} />`}
       <${Choice} id="load-priority" label="Priority" choices=${PRIORITIES} value=${priority} onChoice=${setPriority} />
       <${TextField} id="load-reason" label="Reason" value=${reason} onText=${setReason} />
       ${approvals > 0 && html`<p class="hint">Unless these files were approved before, it waits until ${count(approvals, "other person", "other people")} approved it.</p>`}

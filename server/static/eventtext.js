@@ -16,6 +16,7 @@ const FORMS = {
   MB: (size) => `${(size / 1e6).toFixed(1)} MB`,
   list: (items) => items.join(", "),
   acts: (acts) => acts.map((act) => act.replaceAll("_", " ")).join(", "),
+  devices: (uses) => uses.map((use) => `${use.device} (${use.nodes} graph nodes)`).join(", "),
   plain: (name) => name.replaceAll("_", " "),
   rules: (rules) => rules.map((rule) => `${rule.mode ?? "approval"} ${rule.models.join(", ")}`).join("; "),
   files: (files) => files.map((file) => `${file.path} ${file.sha256.slice(0, HASH_DIGITS)}`).join(", "),

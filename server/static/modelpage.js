@@ -82,6 +82,11 @@ function Head({ id, model, refusal }) {
 
 const errorOf = ({ error }) => (error ? `${error.code}: ${plain(error.message)}` : "");
 
+function deviceText({ device, nodes: there, provider, version, memory_bytes: memory }) {
+  const taken = memory == null ? "" : `, ${bytes(memory)} when it was loaded`;
+  return `${count(there, "node")} of its graph on ${oneLine(device, 80)} (${oneLine(`${provider} ${version}`, 80)}${taken})`;
+}
+
 function Facts({ model }) {
   const facts = factsOf(model), fact = (name, value) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`;
   const loaded = model.loaded_at ? `${stamp(model.loaded_at)} by ${oneLine(model.loaded_by, 130)}${broughtBack(model)}` : "–";
@@ -92,6 +97,7 @@ function Facts({ model }) {
       ${nodes.value.length > 0 && !facts.copies && fact("Node", facts.node)}
       ${facts.copies && fact("Copies", [facts.copies, oneLine(model.copies_waiting_for ?? "", 300)].filter(Boolean).join(": "))}
       ${fact("Memory now", [facts.memory, useOf(model).serving && facts.memoryAtLoad].filter(Boolean).join(", "))}
+      ${model.devices && fact("Device", model.devices.map(deviceText).join(", "))}
       ${fact("Loaded", loaded)}
       ${model.signature && fact("Signature", signatureText(model.signature))}
       ${model.approval && fact("Approval", approvalText(model.approval))}

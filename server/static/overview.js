@@ -9,7 +9,7 @@ import { cancel } from "./operations.js";
 import { acknowledge, openProblems, problems, showAgain } from "./problems.js";
 import { href } from "./router.js";
 import { models, nodes, resources, session } from "./state.js";
-import { Button, html, ModelLink, Panel, useKeptFocus, useState } from "./ui.js";
+import { Button, Hint, html, ModelLink, Panel, useKeptFocus, useState } from "./ui.js";
 
 const MOST = 12; // problems that are shown
 const MOST_MEMBERS = 100; // of one entry: more are found in the list of models
@@ -59,7 +59,8 @@ function Said() {
 
 const ACTS = {
   read_files: "read this user's files", write_files: "write this user's files", use_network: "use the network",
-  start_processes: "start processes", read_memory: "read other processes' memory",
+  start_processes: "start processes", read_memory: "read other processes' memory", run_code: "run code of its own",
+  call_drivers: "call drivers of devices",
 };
 
 // A banner on every page if workers are not fully confined. Nobody can put it away: it is so until the server starts anew.
@@ -137,6 +138,7 @@ function Memory() {
   const { budget_bytes: budget, used_bytes: used, reserved_bytes: reserved, free_bytes: free } = resources.value;
   const level = free < 0 ? "over" : free < budget / 10 ? "tight" : "fine", whole = Math.max(budget, used + reserved, 1);
   const parts = partsOf(resources.value), text = memoryText(resources.value);
+  const { devices, device_problems: troubles } = resources.value;
   return html`
     <${Panel} kind="memory" title="Memory" controls=${html`<p id="memory-text" class="figures">${text}</p>`}>
       <div class="bar ${level}" role="img" aria-label="Memory: ${text}">
@@ -147,8 +149,17 @@ function Memory() {
         ${parts.map((part) => html`
           <li><span class="swatch ${part.kind}" aria-hidden="true"></span>${partText(part)}</li>`)}
       </ul>
+      ${devices.length > 1 && html`<ul id="devices" class="legend">${devices.slice(1).map((each) => html`<li key=${each.device}>${deviceText(each)}</li>`)}</ul>`}
+      ${troubles.map((text) => html`<${Hint}>${oneLine(text, 400)}<//>`)}
       <${Charts} />
     <//>`;
+}
+
+function deviceText({ device, provider, version, hardware, models: there, ...of }) {
+  const memory = [`${bytes(of.used_bytes)} used`, of.reserved_bytes ? `${bytes(of.reserved_bytes)} reserved` : null];
+  memory.push(of.budget_bytes == null ? null : `budget ${bytes(of.budget_bytes)}`, of.free_bytes == null ? null : `${bytes(of.free_bytes)} free`);
+  const about = oneLine([hardware, `${provider} ${version}`].filter(Boolean).join(", "), 160);
+  return `${oneLine(device, 80)} (${about}): ${memory.filter(Boolean).join(", ")}; ${count(there, "model")}`;
 }
 
 const partText = ({ name, bytes: size, note }) => `${name}: ${bytes(size)}${note ? `, ${note}` : ""}`;

@@ -8,12 +8,13 @@ and choose the members in `HONOURED`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
 from marshmallow import fields
 
+from events.devices import CPU
 from events.types import LoadParameters
 from runtime import strictjson
 from runtime.onnxfile import MODEL_FILE
@@ -67,6 +68,7 @@ def model_config(
     parameters: LoadParameters,
 ) -> dict[str, Any]:
     batched = parameters.max_batch_size > 0
+    kind = "KIND_CPU" if parameters.devices is msgspec.UNSET else "KIND_MODEL"
     config = {
         "name": model_id,
         "platform": PLATFORM,
@@ -75,7 +77,7 @@ def model_config(
         "max_batch_size": parameters.max_batch_size,
         "input": [{**_tensor(spec, batched=batched), "optional": spec.optional} for spec in inputs],
         "output": [_tensor(spec, batched=batched) for spec in outputs],
-        "instance_group": [{"name": f"{model_id}_0", "kind": "KIND_CPU", "count": parameters.instances}],
+        "instance_group": [{"name": f"{model_id}_0", "kind": kind, "count": parameters.instances}],
         "default_model_filename": MODEL_FILE,
         "model_transaction_policy": {"decoupled": False},
     }
@@ -113,12 +115,17 @@ class NotSupported(ServerProblem):
     code = "not_supported"
 
 
+KINDS = ("KIND_CPU", "KIND_GPU", "KIND_AUTO", "KIND_MODEL")
+"""Where the instances run; the last two leave that to the server, and `model_config` has KIND_MODEL."""
+
+
 class InstanceGroup(msgspec.Struct):
     """The number of workers and their device; 0 is Triton's default, one."""
 
     count: int = 0
     kind: str = "KIND_AUTO"
     name: str = ""
+    gpus: list[Annotated[int, msgspec.Meta(ge=0)]] = []
 
 
 class DynamicBatching(msgspec.Struct):
@@ -305,7 +312,7 @@ def _check_members(given: object, kind: type[msgspec.Struct], where: str) -> Non
 def _load_parameters(config: LoadConfig) -> dict[str, Any]:
     parameters = {
         "version": _version(config.version_policy),
-        "instances": _instances(config.instance_group),
+        **_parse_groups(config.instance_group),
         "max_batch_size": config.max_batch_size,
     }
     if config.dynamic_batching is not None:
@@ -326,9 +333,15 @@ def _version(policy: VersionPolicy | None) -> int | None:
     )
 
 
-def _instances(groups: list[InstanceGroup]) -> int | None:
+def _parse_groups(groups: list[InstanceGroup]) -> dict[str, Any]:
+    """Return the workers, and their devices: for KIND_GPU those of CUDA, as Triton numbers them."""
     if not groups:
-        return None
-    if len(groups) > 1 or groups[0].kind not in ("KIND_CPU", "KIND_AUTO"):
-        raise NotSupported("parameters.config: instance_group: must be one group, of KIND_CPU or KIND_AUTO")
-    return groups[0].count or 1
+        return {}
+    group = groups[0]
+    if len(groups) > 1 or group.kind not in KINDS:
+        raise NotSupported(
+            f"parameters.config: instance_group: must be one group, of {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+        )
+    on_gpus = [f"cuda:{number}" for number in group.gpus] or ["cuda:*"]
+    devices = {"KIND_CPU": [CPU], "KIND_GPU": on_gpus}.get(group.kind)
+    return {"instances": group.count or 1, "devices": devices}

@@ -94,6 +94,18 @@ async def test_load_runs_at_node_with_its_labels(ledger: Database, tmp_path: Pat
         assert seen[0]["waiting_for"] == "a node that takes loads and has the labels gpu=a"
 
 
+async def test_load_on_device_goes_to_a_node_that_has_it(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a") as a:
+        a.save(add(), "m")
+        body = {"devices": ["rocm:*"]}
+        assert (await a.post("/api/v1/models/m/load", json=body)).refusal == (409, "device_unavailable")
+        async with local_node(ledger, tmp_path, "b", node_labels="device.rocm=0"):  # as if it had one
+            assert "device.rocm=0" in (await list_nodes(a))["b"]["labels"]
+            job = await a.failed_load("m", **body)
+            assert (job["node"], job["error"]["code"]) == ("b", "device_unavailable")
+        assert (await a.load("m", devices=["rocm:*", "cpu"]))["node"] == "a"
+
+
 async def test_node_without_keys_does_not_start(ledger: Database, tmp_path: Path) -> None:
     config = Config(
         repository=tmp_path, data=tmp_path / "data", ledger=ledger.server_url, node_address="http://a"

@@ -26,11 +26,14 @@ from nodes.placement import (
     PlacementRequest,
     PlacementStrategy,
     find_share,
+    has_device,
+    label_devices,
     place,
 )
 from nodes.spread import CopyFigures
 from runtime.scheduler.actions import Decision, RequestReload, StartLoad, UnloadAutomatically
 from runtime.scheduler.view import LoadView, MemoryEstimate, Observations, Policy, SchedulerView
+from server.config import LABEL
 
 F, P = frozenset({"f1", "f2"}), frozenset({"f1"})
 """Two files, and a prepared model of one."""
@@ -123,6 +126,34 @@ CASES = [
         [room("a", 90, labels="gpu=a"), room("b", 9, labels="gpu=a os=l zone=x")],
         "spread",
         "b room",
+    ),
+    (
+        "device",
+        PlacementRequest("m", devices=("cuda:1", "rocm:*")),
+        [room("a", 90, labels="device=cuda device.cuda=0"), room("b", 9, labels="device.rocm=0")],
+        "spread",
+        "b room",
+    ),
+    (
+        "the device that it names first",
+        PlacementRequest("m", devices=("cuda:*", "rocm:0", "cpu")),
+        [room("a", 90), room("b", 80, labels="device.rocm=0"), room("c", 9, labels="device.cuda=1")],
+        "spread",
+        "c room",
+    ),
+    (
+        "room before the first device",
+        PlacementRequest("m", 10, devices=("cuda:0", "cpu")),
+        [room("a", 90), room("b", 5, labels="device.cuda=0")],
+        "spread",
+        "a room",
+    ),
+    (
+        "no node has the device",
+        PlacementRequest("m", devices=("cuda:0",)),
+        [room("a", 90, labels="device=cuda device.cuda=1 cuda=0")],
+        "spread",
+        "none",
     ),
     (
         "own repositories",
@@ -246,6 +277,18 @@ def test_end_of_another_node_moves_no_placement(
     assert left.node == found.node
 
 
+def test_labels_of_devices_name_providers_and_each_device() -> None:
+    labels = label_devices(["openvino:cpu.1", "cuda:1", "cuda:0"])
+    assert labels == (
+        *("device=cuda", "device=openvino"),
+        *("device.cuda=0", "device.cuda=1", "device.openvino=cpu.1"),
+    )
+    assert all(map(LABEL.fullmatch, labels))
+    named = node("a", labels=" ".join(labels))
+    devices = ("openvino:cpu.1", "cuda:*", "openvino:*", "cpu", "openvino:cpu", "rocm:*")
+    assert [name for name in devices if has_device((name,), named)] == list(devices[:4])
+
+
 def test_equal_nodes_share_models() -> None:
     rooms = [room(name) for name in ("a", "b", "c")]
     found = [chosen(PlacementRequest(f"m{number}"), rooms) for number in range(60)]
@@ -362,6 +405,15 @@ def test_load_waits_for_node_with_its_labels() -> None:
     cluster.history.leave("c")
     cluster.history.seconds = 13
     assert cluster.next("a") == "fail L: timeout"
+
+
+def test_load_waits_for_node_with_its_device() -> None:
+    cluster = Cluster()
+    cluster.history.ask_load("L", timeout_s=10, devices=("cuda:*", "rocm:0"))
+    reason = "a node that takes loads and has one of the devices cuda:*, rocm:0"
+    assert cluster.decide("a").waiting_for == {"L": reason}
+    cluster.history.join("c", labels=label_devices(["cuda:1"]))
+    assert cluster.next("a") == "place L at c: room"
 
 
 ONE_APPROVAL, TWO_APPROVALS = (LoadPolicy(approval=(ApprovalRule((MODEL,), each),)) for each in (1, 2))

@@ -28,10 +28,10 @@ def test_list_prints_latest_used_first(store: OptimisedStore, tmp_path: Path) ->
     assert other is not None
     at = "2027-01-15 08:00:00Z"
     assert printed("prepared", "list", "--data", tmp_path).splitlines() == [
-        "model     version  size    took   made                  last used             sha256",
-        f"digits    1        0.2 MB  2.5 s  {at}  {at}  {other.sha256[:12]}",
-        f"detector  1        3.0 MB  2.5 s  {at}  {at}  {prepared.sha256[:12]}",
-        f"small     7        bare    2.5 s  {at}  {at}",
+        "model     version  device  size    took   made                  last used             sha256",
+        f"digits    1        cpu     0.2 MB  2.5 s  {at}  {at}  {other.sha256[:12]}",
+        f"detector  1        cpu     3.0 MB  2.5 s  {at}  {at}  {prepared.sha256[:12]}",
+        f"small     7        cpu     bare    2.5 s  {at}  {at}",
         "  slower:\ufffd\ufffd[31m1.2 times",
         "3 entries, 3.2 MB",
     ]
@@ -55,6 +55,7 @@ def test_list_in_json(store: OptimisedStore, tmp_path: Path) -> None:
         "figures": {"load_us": 1_000, "bare_load_us": 2_000},
         "reason": None,
         "key": key("a"),
+        "device": "cpu",
     }
     assert (bare["reason"] or "").startswith("slower")
     assert (bare["sha256"], bare["bytes"], bare["took_ms"]) == (None, 0, 2_500)

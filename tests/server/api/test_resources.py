@@ -57,10 +57,15 @@ async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: Lo
         assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
         expected = BUDGET if api is small else seen["limit_bytes"] * 80 // 100
         assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
-        assert seen.pop("limit_bytes") > BUDGET
+        limit_bytes = seen.pop("limit_bytes")
+        assert limit_bytes > BUDGET
         confinement = seen.pop("confinement")
         assert confinement["landlock_abi"] == find_abi()
         assert (confinement["mode"], confinement["seccomp"]) == ("auto", True)
+        assert isinstance(seen.pop("device_problems"), list)  # of what is installed here
+        assert seen.pop("confinement_of_devices") is None
+        [cpu] = seen.pop("devices")
+        assert (cpu["device"], cpu["total_bytes"], cpu["budget_bytes"]) == ("cpu", limit_bytes, expected)
         assert seen == {
             "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
             "max_loaded": max_loaded, "threads": count_usable_cpus(), "models": [], "waiting": [],
@@ -81,6 +86,7 @@ async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> 
     assert use == {
         "model_id": "m", "version": 3, "job_id": job["id"], "phase": "serving", "workers": 2,
         "reserved_bytes": 0, "in_flight": 0, "last_used_at": None, "pinned": True, "keep_alive_s": 50,
+        "device": None, "device_bytes": 0,
     }  # fmt: skip
     assert (await shared.infer("m", {**ENDLESS, "data": [1]})).status == 200
     seen = await resources_when(shared, lambda seen: seen["models"][0]["last_used_at"] is not None)

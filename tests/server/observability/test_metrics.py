@@ -213,7 +213,7 @@ async def test_streams_are_measured_and_invented_names_make_no_series(
     assert seen[http(NO_ROUTE, "4xx")] == 3
     assert seen[http(NO_ROUTE, "4xx", OTHER_METHOD)] == 3
     requests = next(
-        each for each in ServerCollector(api.app).collect() if each.name.endswith("http_requests")
+        each for each in ServerCollector(api.app, {}).collect() if each.name.endswith("http_requests")
     )
     assert {sample.labels["route"] for sample in requests.samples} <= {NO_ROUTE, *PATHS}
     assert {sample.labels["method"] for sample in requests.samples} <= METHODS | {OTHER_METHOD}
@@ -293,7 +293,9 @@ async def test_page_lists_every_family(shared: LocalApi) -> None:
     await shared.load("m")
     await shared.infer("m", ONE)
     found = [
-        family for family in ServerCollector(shared.app).collect() if family.name.startswith("loadledger_")
+        family
+        for family in ServerCollector(shared.app, {}).collect()
+        if family.name.startswith("loadledger_")
     ]
     listed = {family.name.removesuffix("_total"): family for family in FAMILIES}
     assert {family.name: (family.type, family.documentation) for family in found} == {

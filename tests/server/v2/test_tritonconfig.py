@@ -47,13 +47,22 @@ def test_configuration_may_repeat_what_is_fixed() -> None:
 
 def test_configuration_sets_parameters() -> None:
     delay = {"max_queue_delay_microseconds": "50"}
-    configs: list[tuple[dict[str, Any], dict[str, int]]] = [
+    configs: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"max_batch_size": 0}, {"max_batch_size": 0}),
         ({"max_batch_size": "8"}, {"max_batch_size": 8}),
         ({"max_batch_size": 8, "dynamic_batching": {}}, {"max_batch_size": 8, "max_queue_delay_us": 0}),
         ({"max_batch_size": 8, "dynamic_batching": delay}, {"max_batch_size": 8, "max_queue_delay_us": 50}),
         ({"instance_group": [{}]}, {"instances": 1}),
-        ({"instance_group": [{"name": "a", "count": 3, "kind": "KIND_CPU"}]}, {"instances": 3}),
+        (
+            {"instance_group": [{"name": "a", "count": 3, "kind": "KIND_CPU"}]},
+            {"instances": 3, "devices": ["cpu"]},
+        ),
+        ({"instance_group": [{"kind": "KIND_GPU"}]}, {"instances": 1, "devices": ["cuda:*"]}),
+        (
+            {"instance_group": [{"kind": "KIND_GPU", "gpus": [1, 0]}]},
+            {"instances": 1, "devices": ["cuda:1", "cuda:0"]},
+        ),
+        ({"instance_group": [{"kind": "KIND_MODEL"}]}, {"instances": 1}),
         ({"version_policy": {"specific": {"versions": ["2"]}}}, {"version": 2}),
     ]
     for config, expected in configs:
@@ -70,9 +79,9 @@ def test_configuration_sets_parameters() -> None:
         ({"output": [{"name": "y"}]}, "output"),
         ({"model_transaction_policy": {"decoupled": True}}, "model_transaction_policy"),
         ({"sequence_batching": {}}, "sequence_batching"),
-        ({"instance_group": [{"count": 1, "kind": "KIND_GPU"}]}, "KIND_CPU"),
+        ({"instance_group": [{"count": 1, "kind": "KIND_TPU"}]}, "KIND_CPU"),
         ({"instance_group": [{"count": 1}, {"count": 1}]}, "one group"),
-        ({"instance_group": [{"gpus": [0]}]}, "gpus"),
+        ({"instance_group": [{"profile": ["max"]}]}, "profile"),
         ({"max_batch_size": 4, "dynamic_batching": {"preferred_batch_size": [4]}}, "preferred_batch_size"),
         ({"version_policy": {}}, "version_policy"),
         ({"version_policy": {"all": {}}}, "all"),

@@ -1,0 +1,185 @@
+"""The devices of this server as its operator and callers see them: limits, refusals, and what is used.
+
+The drivers of devices are asked for their memory, which takes a millisecond or two, or for ever: see
+`runtime.devices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from aiohttp import web
+
+from events.devices import CPU, provider_of
+from runtime.consumer.usage import DeviceUsage
+from runtime.devices import DeviceMemory, Devices, measure_memory, query_memory
+from runtime.errors import DeviceUnavailable
+from runtime.process.confinement import REQUIRE, describe
+from runtime.process.pool import WorkerPool
+from runtime.scheduler.view import DeviceLimits
+from runtime.timeouts import DEVICES_LIMIT_S
+from runtime.wire import FoundDevice
+from server.appkeys import CONSUMER, LIMIT, POLICY, POOL
+from server.cluster import CLUSTER
+from server.config import Config, ConfigError, parse_budget
+from server.observability.timeseries import measure
+
+ON_DEVICES = "workers of loads on devices"
+DEFAULT_BUDGET = "90%"
+"""Of a device's own memory: the rest is for fragments of it, and for other processes of the machine."""
+
+
+def withhold_devices(pool: WorkerPool, config: Config) -> None:
+    """Leave out devices on hardware that another has, and all if --confine=require demands better workers."""
+    _withhold_same_hardware(pool)
+    confinement, found = pool.applied_to_devices.confinement, pool.devices.found
+    if confinement.mode != REQUIRE or not confinement.not_prevented or config.confine_devices == "allow":
+        return
+    how = f"{describe(confinement, ON_DEVICES)}; --confine-devices=allow allows it"
+    problems = (f"{name}: --confine=require: {how}" for name in sorted(set(map(provider_of, found))))
+    pool.devices = replace(pool.devices, found={}, problems=(*pool.devices.problems, *problems))
+
+
+def _withhold_same_hardware(pool: WorkerPool) -> None:
+    """Leave out all devices on one hardware but the first: their loads would share its memory."""
+    used, found, problems = dict[str, str](), dict[str, FoundDevice](), list[str]()
+    for name, device in pool.devices.found.items():
+        first = used.setdefault(device.pci_bus_id or name, name)
+        if first == name:
+            found[name] = device
+        else:
+            problems.append(f"{name}: is the same hardware as {first}, which is used")
+    pool.devices = replace(pool.devices, found=found, problems=(*pool.devices.problems, *problems))
+
+
+async def limit_devices(config: Config, pool: WorkerPool, machine_bytes: int) -> Mapping[str, DeviceLimits]:
+    """Return the limits of each device, whose driver says how much memory there is.
+
+    One that does not answer is a problem of the pool's devices, and its device has no memory of its own.
+
+    Raises:
+        ConfigError: a setting names a device that is not here.
+    """
+    _check_settings(config, pool.devices)
+    limits, budgets, most = dict[str, DeviceLimits](), config.device_budgets, config.device_counts
+    for name, device in pool.devices.found.items():
+        memory, text = await _query_memory(pool, device), budgets.get(name)
+        text = text or (None if memory is None else DEFAULT_BUDGET)
+        own_bytes = machine_bytes if memory is None else memory.total_bytes
+        budget_bytes = None if text is None else parse_budget(text, own_bytes)
+        limits[name] = DeviceLimits(budget_bytes, most.get(name), has_memory=memory is not None)
+    return limits
+
+
+async def _query_memory(pool: WorkerPool, device: FoundDevice) -> DeviceMemory | None:
+    try:
+        return await query_memory(device, DEVICES_LIMIT_S)
+    except TimeoutError:
+        problem = f"{device.name}: its driver does not answer"
+        pool.devices = replace(pool.devices, problems=(*pool.devices.problems, problem))
+        return None
+
+
+def _check_settings(config: Config, devices: Devices) -> None:
+    budgets, most = config.device_budgets, config.device_counts
+    for flag, named in (("--device-memory", budgets), ("--device-max-loaded", most)):
+        if missing := sorted(named.keys() - devices.found.keys()):
+            there = "; ".join([", ".join(devices.found) or "only the CPU", *devices.problems])
+            raise ConfigError(
+                f"{flag}: {', '.join(missing)} is not a device of this server, which has {there}"
+            )
+    if config.ledger is None and config.default_devices != (CPU,):  # with a ledger, other nodes may have them
+        try:
+            devices.find_candidates(config.default_devices)
+        except DeviceUnavailable as problem:
+            raise ConfigError(f"--devices: {problem}") from None
+
+
+def describe_setup(pool: WorkerPool, limits: Mapping[str, DeviceLimits]) -> Iterator[str]:
+    """Yield a sentence about each device, about what confines their workers, and about each problem."""
+    for problem in pool.devices.problems:
+        is_used = problem.partition(": ")[0] in pool.devices.found
+        yield f"{'device' if is_used else 'no device of'} {problem}"
+    if pool.devices.found:
+        yield describe(pool.applied_to_devices.confinement, ON_DEVICES)
+    for name, device in pool.devices.found.items():
+        budget, most = limits[name].budget_bytes, limits[name].max_loaded
+        memory = "no memory budget" if budget is None else f"budget {budget} bytes"
+        provider = f"{device.hardware or 'no name'}, provider {provider_of(name)} {device.version}"
+        yield f"device {name}: {provider}, {memory}{'' if most is None else f', at most {most} loaded'}"
+
+
+def check_devices(app: web.Application, devices: Sequence[str]) -> None:
+    """Refuse a load whose devices no server has.
+
+    Raises:
+        DeviceUnavailable: `device_unavailable`.
+    """
+    try:
+        app[POOL].devices.find_candidates(devices)
+    except DeviceUnavailable:
+        cluster = app.get(CLUSTER)
+        if cluster is None or not cluster.has_device(devices):
+            raise
+
+
+async def read_device_memory(app: web.Application) -> Mapping[str, DeviceMemory]:
+    """Return the memory of the devices that have their own, now, and whose driver says it."""
+    has_memory = [name for name, limits in app[POLICY].devices.items() if limits.has_memory]
+    found = app[POOL].devices.found
+    read = {name: await measure_memory(found[name]) for name in has_memory}
+    return {name: memory for name, memory in read.items() if memory is not None}
+
+
+def list_devices(app: web.Application, memory: Mapping[str, DeviceMemory]) -> list[dict[str, Any]]:
+    """Return the CPU and all devices with their use, as the API has them.
+
+    Args:
+        app: the application.
+        memory: of the devices that have their own.
+    """
+    consumer, limit = app[CONSUMER], app[LIMIT]
+    taken, on_cpu = measure(consumer, limit), {use.model_id for use in consumer.uses() if use.device is None}
+    cpu = {
+        "device": CPU,
+        "provider": CPU,
+        "version": _find_version(),
+        "hardware": "",
+        "total_bytes": limit.bytes,
+        "free_bytes": None,
+        "budget_bytes": taken.budget_bytes,
+        "reserved_bytes": taken.reserved_bytes,
+        "used_bytes": taken.used_bytes,
+        "models": len(on_cpu),
+        "max_loaded": consumer.policy.max_loaded,
+    }
+    return [cpu, *(_describe_device(app, use, memory.get(use.device)) for use in consumer.device_uses())]
+
+
+def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory | None) -> dict[str, Any]:
+    device, limits = app[POOL].devices.found[use.device], app[POLICY].devices[use.device]
+    return {
+        **asdict(use),
+        "provider": provider_of(use.device),
+        "version": device.version,
+        "hardware": device.hardware,
+        "total_bytes": None if own is None else own.total_bytes,
+        "free_bytes": None if own is None else own.free_bytes,
+        "budget_bytes": limits.budget_bytes,
+        "max_loaded": limits.max_loaded,
+    }
+
+
+@cache
+def _find_version() -> str:
+    """Return the version of ONNX Runtime, which is installed under one of two names."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return ""

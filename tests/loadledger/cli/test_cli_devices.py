@@ -1,0 +1,91 @@
+"""Devices at the command line: the list, loads on one, and the config check."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support import models
+from support.clients import run_command
+from support.models import save
+from support.openvino import DEVICE, openvino_path
+from support.servers import Server, standing
+
+from loadledger.cli.jobs import report_job
+from loadledger.records import Job
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of OpenVINO's package."""
+    return openvino_path(tmp_path_factory.mktemp("plugin"))
+
+
+@pytest.fixture(scope="module")
+def server(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("devices") / "repository"
+    save(models.add(), root, "m")
+    with standing(root, f"--device-memory={DEVICE}=2GB", environment={"PYTHONPATH": str(plugin)}) as server:
+        yield server
+
+
+def test_devices_are_listed_and_loaded_on(server: Server) -> None:
+    where: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
+
+    def prints(*words: str) -> str:
+        result = run_command(*words, **where)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert "load completed" in prints("load", "m", "--device", DEVICE, "--device=cpu", "--fallback=cpu", "-w")
+    shown = prints("show", "m")
+    assert re.search(rf"devices: +1 node of its graph on {DEVICE} \(openvino 1\.\S+\)", shown)
+    assert re.search(rf"parameters: .*devices {DEVICE} cpu, fallback cpu", shown)
+    head, cpu, device, *rest = prints("devices").splitlines()
+    assert head.split() == [
+        *("DEVICE", "PROVIDER", "HARDWARE", "USED", "RESERVED", "BUDGET", "FREE", "MODELS"),
+    ]
+    assert re.fullmatch(r"cpu +cpu 1\.\S+ +- .*MB +- +\S+ GB +- +0", cpu)
+    assert re.fullmatch(rf"{DEVICE} +openvino 1\.\S+ +\S.* MB +- +2\.00 GB +- +1", device)
+    assert rest == []
+    told = json.loads(prints("devices", "--json"))
+    assert [each["device"] for each in told["devices"]] == ["cpu", DEVICE]
+    assert told["problems"] == []
+    taken = prints("resources")
+    line = rf"^device {DEVICE}: used .+ MB, reserved 0\.0 MB, budget 2\.00 GB, 1 model$"
+    assert re.search(line, taken, re.MULTILINE)
+    assert re.search(r"^workers on devices confined by .*; not prevented: .*run_code", taken, re.MULTILINE)
+    refused = run_command("load", "m", "--device", "rocm:0", **where)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "device_unavailable" in refused.stderr
+    events = prints("events", "--model", "m")
+    assert f"on {DEVICE} (1 graph nodes)" in events
+
+
+def test_report_says_what_a_device_has_not_returned(capsys: pytest.CaptureFixture[str]) -> None:
+    job = Job(id="u", kind="unload", model_id="m", version=1, status="completed", unreturned_bytes=2_000_000)
+    times = {"created_at": "2026-01-31T14:02:00Z", "finished_at": "2026-01-31T14:02:05Z"}
+    report_job(replace(job, **times), as_json=False)
+    told = "m version 1: unload completed in 5.0s; its device has not returned 2.0 MB\n"
+    assert capsys.readouterr().out == told
+
+
+def test_check_lists_devices_and_loads_on_the_default_ones(
+    plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(plugin))
+    save(models.add(), tmp_path, "m")
+    save(models.add(), tmp_path, "elsewhere")
+    (tmp_path / "elsewhere" / "loadledger.toml").write_text('devices = ["rocm:0"]\n')
+    arguments = ("check", "--port=0", f"--repository={tmp_path}", f"--devices={DEVICE}")
+    result = run_command(*arguments, f"--device-max-loaded={DEVICE}=2")
+    assert re.search(rf"^device {DEVICE}: .*no memory budget, at most 2 loaded$", result.stdout, re.MULTILINE)
+    assert "1 of them loaded: 1 problem" in result.stdout
+    assert "elsewhere/1" in result.stdout
+    wrong = run_command(*arguments, "--quick", "--device-memory=rocm:0=1GB", "--json")
+    assert (wrong.exit_code, json.loads(wrong.stdout)["devices"]) == (1, [])
+    found = [(each["place"], each["code"]) for each in json.loads(wrong.stdout)["findings"]]
+    assert ("--device-memory", "invalid_setting") in found

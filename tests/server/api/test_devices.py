@@ -1,0 +1,202 @@
+"""Loads on devices over HTTP, with OpenVINO on the CPU: what they show, and which are refused."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from msgspec.structs import replace
+from support import models
+from support.http import ONE, LocalApi, local_server, when
+from support.nvml import PCI_BUS_IDS, count_calls, hanging
+from support.openvino import DEVICE, openvino_path
+from support.shims import Shim
+
+from runtime.devices import DeviceMemory
+from server.api import resources
+from server.api.jobs import job_view
+from server.appkeys import POLICY, POOL, READER
+from server.config import ConfigError
+from server.devices import list_devices
+from server.observability.metrics import ServerCollector
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@contextmanager
+def installed(folder: Path) -> Iterator[None]:
+    """Have a plugin that lists this machine's CPU found first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(openvino_path(folder)))
+        yield
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """An application whose models load on OpenVINO, if that has room, unless they say otherwise."""
+    folder = tmp_path_factory.mktemp("devices")
+    limits = {"device_memory": f"{DEVICE}=2GB", "device_max_loaded": f"{DEVICE}=3"}
+    with installed(folder):
+        async with local_server(folder, on_demand="on", **limits) as api:
+            yield api
+
+
+async def test_load_on_device_says_so_everywhere(served: LocalApi) -> None:
+    served.save(models.add(), "m")
+    job = await served.load("m", devices=["rocm:*", DEVICE], fallback="cpu")
+    assert (job["parameters"]["devices"], job["parameters"]["fallback"]) == (["rocm:*", DEVICE], "cpu")
+    assert (await served.infer("m", ONE)).status == 200
+    shown = await served.model("m")
+    release = shown["devices"][0]["version"]
+    assert release.startswith(version("onnxruntime-ep-openvino"))
+    use = {"provider": "openvino", "version": release, "device": DEVICE, "nodes": 1, "memory_bytes": None}
+    assert shown["devices"] == [use]
+    assert (await served.get(f"/api/v1/models/m?at={job['position']}")).json["devices"] == [use]
+    seen = (await served.get("/api/v1/resources")).json
+    cpu, device = seen["devices"]
+    assert (cpu["device"], cpu["version"], cpu["models"]) == ("cpu", version("onnxruntime"), 0)
+    assert cpu["used_bytes"] == seen["used_bytes"]
+    assert device.pop("hardware")
+    assert device == {
+        "device": DEVICE, "provider": "openvino", "version": release, "total_bytes": None,
+        "free_bytes": None, "budget_bytes": 2 * 10**9, "reserved_bytes": 0,
+        "used_bytes": seen["used_bytes"], "models": 1, "max_loaded": 3,
+    }  # fmt: skip
+    assert seen["device_problems"] == []
+    assert "run_code" in seen["confinement_of_devices"]["not_prevented"]
+    assert [(each["device"], each["device_bytes"]) for each in seen["models"]] == [(DEVICE, 0)]
+    scraped = (await served.get("/metrics")).body.decode()
+    assert f'loadledger_device_models{{device="{DEVICE}"}} 1.0' in scraped
+    assert f'loadledger_device_memory_bytes{{device="{DEVICE}",kind="budget"}} 2e+09' in scraped
+    config = (await served.get("/v2/models/m/config")).json
+    assert config["instance_group"][0]["kind"] == "KIND_MODEL"
+    unload = await served.unload("m")
+    assert "unreturned_bytes" not in unload
+
+
+async def test_memory_of_a_device_is_what_its_driver_says(served: LocalApi) -> None:
+    cpu, device = list_devices(served.app, {DEVICE: DeviceMemory(8_000, 5_000)})
+    assert (device["device"], device["total_bytes"], device["free_bytes"]) == (DEVICE, 8_000, 5_000)
+    assert cpu["free_bytes"] is None
+    collected = {
+        each.name: each for each in ServerCollector(served.app, {DEVICE: DeviceMemory(8, 5)}).collect()
+    }
+    samples = collected["loadledger_device_memory_bytes"].samples
+    assert {each.labels["kind"]: each.value for each in samples} == {
+        "total": 8,
+        "free": 5,
+        "budget": 2 * 10**9,
+        "reserved": 0,
+        "used": 0,
+    }
+
+
+async def test_driver_that_hangs_holds_up_no_answer(
+    served: LocalApi, driver: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, limits = served.app[POOL], served.app[POLICY].devices
+    found = {DEVICE: replace(pool.devices.found[DEVICE], pci_bus_id=PCI_BUS_IDS[0])}
+    monkeypatch.setattr(pool, "devices", dataclasses.replace(pool.devices, found=found))
+    monkeypatch.setitem(limits, DEVICE, dataclasses.replace(limits[DEVICE], has_memory=True))
+    monkeypatch.setattr(resources, "CACHED_S", -1.0)
+    async with hanging(driver):
+        calls = count_calls(driver)
+        asked = await asyncio.gather(*(served.get("/api/v1/resources") for _ in range(40)))
+        assert {(each.status, each.json["devices"][1]["total_bytes"]) for each in asked} == {(200, None)}
+        assert (await served.get("/metrics")).status == 200
+        assert count_calls(driver) == calls + 1
+        assert await asyncio.to_thread(lambda: 1) == 1  # the executor is free
+    driver.set(8_000, 5_000)
+    shown = await served.get("/api/v1/resources")
+    assert shown.json["devices"][1]["total_bytes"] == 8_000
+
+
+async def test_job_says_what_its_device_has_not_returned(served: LocalApi) -> None:
+    served.save(models.add(), "late")
+    await served.load("late", devices=[DEVICE])
+    job = await served.unload("late")
+    ended = await served.app[READER].job(job["id"])
+    assert ended is not None
+    assert job_view(replace(ended, unreturned_bytes=7), None)["unreturned_bytes"] == 7
+
+
+async def test_model_on_the_cpu_names_no_device(served: LocalApi) -> None:
+    served.save(models.add(), "plain")
+    job = await served.load("plain", devices=["cpu"])
+    assert job["parameters"].keys().isdisjoint({"devices", "fallback"})
+    assert "devices" not in await served.model("plain")
+    seen = (await served.get("/api/v1/resources")).json
+    assert [each["models"] for each in seen["devices"]] == [1, 0]
+    await served.unload("plain")
+
+
+async def test_load_on_missing_device_is_refused(served: LocalApi) -> None:
+    served.save(models.add(), "gone")
+    (served.config.repository / "gone" / "loadledger.toml").write_text('devices = ["rocm:0"]\n')
+    answers = [
+        await served.post("/api/v1/models/gone/load"),
+        await served.post("/api/v1/models/gone/load", json={"devices": ["cuda:7", "openvino:npu"]}),
+        await served.post("/v2/repository/models/gone/load"),
+    ]
+    for answer, asked in zip(answers, ("rocm:0", "cuda:7", "rocm:0"), strict=True):
+        assert answer.refusal == (409, "device_unavailable")
+        assert asked in answer.json["detail"]
+        assert DEVICE in answer.json["detail"]
+    answer = await served.infer("gone", ONE)
+    assert answer.refusal == (503, "load_failed")
+    assert "rocm:0" in answer.json["error"]
+    assert (await served.load("gone", devices=["rocm:0", "cpu"]))["status"] == "completed"
+    await served.unload("gone")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"devices": []}, "devices"),
+        ({"devices": ["cuda"]}, "like cuda:0"),
+        ({"devices": ["CUDA:0"]}, "like cuda:0"),
+        ({"fallback": "gpu"}, "fallback"),
+    ],
+)
+async def test_invalid_device_is_refused(served: LocalApi, body: dict[str, object], words: str) -> None:
+    answer = await served.post("/api/v1/models/m/load", json=body)
+    assert answer.refusal == (400, "invalid_body")
+    assert words in answer.json["detail"]
+
+
+async def test_require_refuses_devices_unless_they_are_allowed(tmp_path: Path) -> None:
+    with installed(tmp_path):
+        async with local_server(tmp_path, confine="require") as api:
+            api.save(models.add(), "m")
+            answer = await api.post("/api/v1/models/m/load", json={"devices": ["openvino:*"]})
+            assert answer.refusal == (409, "device_unavailable")
+            assert "--confine-devices=allow" in answer.json["detail"]
+            seen = (await api.get("/api/v1/resources")).json
+            assert [each["device"] for each in seen["devices"]] == ["cpu"]
+            assert "--confine=require" in seen["device_problems"][0]
+            assert (await api.load("m", devices=["openvino:*", "cpu"]))["status"] == "completed"
+            assert "devices" not in await api.model("m")
+        async with local_server(tmp_path, confine="require", confine_devices="allow") as api:
+            assert (await api.load("m", devices=["openvino:*"]))["status"] == "completed"
+
+
+async def test_default_device_of_the_server_is_taken(tmp_path: Path) -> None:
+    with installed(tmp_path):
+        async with local_server(tmp_path, devices="openvino:*") as api:
+            api.save(models.add(), "m")
+            assert (await api.load("m"))["parameters"]["devices"] == ["openvino:*"]
+            assert (await api.model("m"))["devices"][0]["device"] == DEVICE
+            assert (await api.load("m", devices=["cpu"]))["status"] == "completed"
+            shown = await when(lambda: api.model("m"), lambda model: model["state"] == "loaded")
+            assert "devices" not in shown
+            assert DEVICE in api.app[POOL].devices.found
+
+
+async def test_server_with_limit_of_missing_device_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--device-memory: rocm:7 is not a device of this server"):
+        async with local_server(tmp_path, device_memory="rocm:7=50%"):
+            pass

@@ -1,0 +1,176 @@
+"""Limits of devices at the start, devices whose workers are confined too little, and sentences about them."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace as replace_struct
+from support.nvml import PCI_BUS_IDS, build_nvml, hanging
+from support.shims import Shim, environment_of
+
+from events.types import Confinement
+from runtime.devices import Devices
+from runtime.errors import DeviceUnavailable
+from runtime.process.confinement import UNCONFINED
+from runtime.process.pool import WorkerPool
+from runtime.scheduler.view import DeviceLimits
+from runtime.wire import FoundDevice
+from server import devices as devices_module
+from server.config import Config, ConfigError
+from server.devices import describe_setup, limit_devices, withhold_devices
+
+DEVICES = Devices(
+    {
+        "npu:0": FoundDevice("npu:0", "2.1", "Some NPU"),
+        "npu:1": FoundDevice("npu:1", "2.1"),
+    },
+    problems=("rocm: its library cannot be loaded",),
+)
+"""Two devices without memory of their own, and a provider that cannot be used."""
+GPUS = {
+    f"cuda:{number}": FoundDevice(f"cuda:{number}", "1", pci_bus_id=bus)
+    for number, bus in enumerate(PCI_BUS_IDS)
+}
+MACHINE_BYTES = 1000
+
+
+def pool_of(devices: Devices) -> WorkerPool:
+    pool = WorkerPool()
+    pool.devices = devices
+    return pool
+
+
+def config(**settings: Any) -> Config:
+    return Config(repository=Path("/r"), data=Path("/d"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "second"),
+    [
+        ({}, DeviceLimits(), DeviceLimits()),
+        ({"device_memory": "npu:1=25%"}, DeviceLimits(), DeviceLimits(250)),
+        ({"device_memory": "npu:0=2GB,npu:1=7"}, DeviceLimits(2 * 10**9), DeviceLimits(7)),
+        ({"device_max_loaded": "npu:0=4"}, DeviceLimits(max_loaded=4), DeviceLimits()),
+        ({"devices": "npu:*,cpu"}, DeviceLimits(), DeviceLimits()),
+    ],
+)
+async def test_settings_limit_devices(
+    settings: dict[str, str], first: DeviceLimits, second: DeviceLimits
+) -> None:
+    found = await limit_devices(config(**settings), pool_of(DEVICES), MACHINE_BYTES)
+    assert found == {"npu:0": first, "npu:1": second}
+
+
+OWN_MEMORY = """
+import asyncio
+import sys
+from pathlib import Path
+from runtime.devices import Devices
+from runtime.process.pool import WorkerPool
+from runtime.wire import FoundDevice
+from server.config import Config
+from server.devices import limit_devices
+buses = {f"cuda:{number}": bus for number, bus in enumerate(sys.argv[1:])}
+found = {name: FoundDevice(name, "1", pci_bus_id=bus) for name, bus in buses.items()}
+config = Config(repository=Path("/r"), data=Path("/d"), device_memory="cuda:1=50%")
+pool = WorkerPool()
+pool.devices = Devices(found)
+for limits in asyncio.run(limit_devices(config, pool, 1000)).values():
+    print(limits.budget_bytes, limits.has_memory)
+"""
+
+
+def test_device_with_own_memory_has_most_of_it_as_budget(tmp_path: Path) -> None:
+    shim = build_nvml(tmp_path)
+    shim.set(24 * 10**9, 20 * 10**9, 8 * 10**9, 8 * 10**9)
+    command = [sys.executable, "-c", OWN_MEMORY, *PCI_BUS_IDS]
+    environment = {**os.environ, **environment_of([shim])}
+    printed = subprocess.check_output(command, env=environment, text=True, timeout=120)
+    assert printed.splitlines() == ["21600000000 True", "4000000000 True"]
+
+
+@pytest.mark.parametrize("flag", ["device_memory", "device_max_loaded"])
+async def test_limit_of_missing_device_is_refused(flag: str) -> None:
+    setting = config(**{flag: "npu:1=4,rocm:0=4"})
+    with pytest.raises(ConfigError) as refused:
+        await limit_devices(setting, pool_of(DEVICES), MACHINE_BYTES)
+    assert str(refused.value) == (
+        f"--{flag.replace('_', '-')}: rocm:0 is not a device of this server, which has npu:0, npu:1;"
+        " rocm: its library cannot be loaded"
+    )
+    with pytest.raises(ConfigError, match=r"which has only the CPU$"):
+        await limit_devices(setting, pool_of(Devices()), MACHINE_BYTES)
+
+
+async def test_missing_default_device_is_refused_unless_nodes_may_have_it() -> None:
+    with pytest.raises(ConfigError, match=r"^--devices: "):
+        await limit_devices(config(devices="rocm:*"), pool_of(DEVICES), MACHINE_BYTES)
+    for devices, others in (
+        ("rocm:*", {"ledger": "postgresql://u@h/l", "node_address": "http://a"}),
+        ("rocm:*,cpu", {}),
+    ):
+        setting = config(devices=devices, **others)
+        limits = await limit_devices(setting, pool_of(DEVICES), MACHINE_BYTES)
+        assert limits.keys() == DEVICES.found.keys()
+
+
+@pytest.mark.parametrize(
+    ("mode", "could", "setting", "is_withheld"),
+    [
+        ("require", ("run_code",), "refuse", True),
+        ("require", ("run_code",), "allow", False),
+        ("require", (), "refuse", False),
+        ("auto", ("run_code",), "refuse", False),
+    ],
+)
+def test_require_withholds_devices(mode: str, could: Any, setting: str, is_withheld: bool) -> None:  # noqa: FBT001
+    pool = pool_of(DEVICES)
+    pool.applied_to_devices = replace(UNCONFINED, confinement=Confinement(mode, 6, True, could))
+    withhold_devices(pool, config(confine=mode, confine_devices=setting))
+    assert (pool.devices == DEVICES) is not is_withheld
+    if is_withheld:
+        assert not pool.devices.found
+        assert pool.devices.problems[0] == DEVICES.problems[0]
+        for words in ("npu", "--confine=require", "run code", "--confine-devices=allow"):
+            assert words in pool.devices.problems[1]
+
+
+def test_each_device_is_described_in_a_sentence() -> None:
+    limits = {"npu:0": DeviceLimits(250, 4), "npu:1": DeviceLimits()}
+    pool = pool_of(DEVICES)
+    pool.applied_to_devices = replace(UNCONFINED, confinement=Confinement("auto", 6, True, ()))
+    assert list(describe_setup(pool, limits)) == [
+        "no device of rocm: its library cannot be loaded",
+        "workers of loads on devices are confined by Landlock 6 and seccomp",
+        "device npu:0: Some NPU, provider npu 2.1, budget 250 bytes, at most 4 loaded",
+        "device npu:1: no name, provider npu 2.1, no memory budget",
+    ]
+
+
+async def test_driver_that_does_not_answer_is_a_problem(
+    driver: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices_module, "DEVICES_LIMIT_S", 0.1)
+    pool = pool_of(Devices(GPUS))
+    async with hanging(driver):
+        limits = await limit_devices(config(), pool, MACHINE_BYTES)
+    assert limits == dict.fromkeys(GPUS, DeviceLimits())
+    assert pool.devices.found == GPUS
+    said = [f"{name}: its driver does not answer" for name in GPUS]
+    assert list(pool.devices.problems) == said
+    assert next(describe_setup(pool, limits)) == f"device {said[0]}"
+
+
+def test_second_device_on_the_same_hardware_is_left_out() -> None:
+    second = replace_struct(GPUS["cuda:1"], name="nv:1")
+    pool = pool_of(Devices({**GPUS, "nv:1": second, **DEVICES.found}))
+    withhold_devices(pool, config())
+    assert [*pool.devices.found] == ["cuda:0", "cuda:1", "npu:0", "npu:1"]
+    problem = "nv:1: is the same hardware as cuda:1, which is used"
+    assert list(pool.devices.problems) == [problem]
+    with pytest.raises(DeviceUnavailable, match=problem):
+        pool.devices.find_candidates(["nv:*"])
