@@ -19,6 +19,7 @@ from bench import (
     cluster,
     compute,
     copies,
+    devices,
     driver,
     fetch,
     firstloads,
@@ -60,6 +61,7 @@ PARTS = (
     "listing",
     "cluster",
     "copies",
+    "devices",
 )
 AT_LEAST_ONE = click.IntRange(min=1)
 BARE = "--prepared-size=off"
@@ -85,6 +87,7 @@ class Choice:
     away_seconds: float
     network: tuple[str, ...]
     only: tuple[str, ...]
+    device: str
     peers: Path | None
 
     @property
@@ -159,6 +162,9 @@ class Choice:
     type=click.Choice([network.name for network in (*NETWORKS, LARGE)]),
     help="Load and prepare only this one of all networks; can be repeated.",
 )
+@click.option(
+    "--device", default="openvino:cpu", show_default=True, help="Device that is measured beside the CPU."
+)
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part; can be repeated.")
 @click.option(
     "--peers",
@@ -191,6 +197,7 @@ def main(**options: Any) -> None:
         "listing": _listing,
         "cluster": _cluster,
         "copies": _copies,
+        "devices": _devices,
     }
     rows = [row for part in choice.parts for row in _measured(measures[part], choice)]
     console = Console()
@@ -307,6 +314,14 @@ def _copies(folder: Path, choice: Choice) -> list[Row]:
     ]
 
 
+def _devices(folder: Path, choice: Choice) -> list[Row]:
+    networks = choice.chosen(*NETWORKS)
+    with driver.running(folder, *driver.UNLIMITED, BARE) as server:
+        return devices.measure(
+            server, folder, choice.device, networks, repeats=choice.rounds, seconds=choice.seconds
+        )
+
+
 def _conditions(choice: Choice, busy: float) -> str:
     pages = HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else "unknown"
     machine = f"{os.cpu_count()} cores (load average before: {busy:.1f}), transparent huge pages {pages}."
@@ -389,7 +404,15 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"latencies of {choice.seconds:g} s each, in turn at both nodes."
         )
     told += [_copies_conditions(choice)] * ("copies" in choice.parts)
+    told += [_devices_conditions(choice)] * ("devices" in choice.parts)
     return " ".join(told)
+
+
+def _devices_conditions(choice: Choice) -> str:
+    return (
+        f"Devices: each network in turn on both, medians of {choice.rounds}; request to ready with one "
+        f"warm-up inference; {choice.seconds:g} s of inferences, one client, binary; nothing prepared."
+    )
 
 
 def _copies_conditions(choice: Choice) -> str:

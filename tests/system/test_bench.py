@@ -87,6 +87,7 @@ PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
         ("--only=cluster", *ONCE, "--facts=2000", "--away-seconds=2", "--seconds=0.2"),
     ),
     "copies": (SMALL_COPIES, ("--only=copies", "--rounds=1", "--seconds=0.5")),
+    "devices": (None, ("--only=devices", "--network=mlp", "--rounds=1", "--seconds=0.2")),
 }
 """By name: a program that runs the bench in a smaller form, and options."""
 

@@ -18,6 +18,8 @@ const state = await import("/console/state.js");
 const { api } = await import("/console/api.js");
 const { html, render } = await import("/console/ui.js");
 const soon = (ms) => new Promise((done) => setTimeout(done, ms));
+const confinement = { not_prevented: [] };
+const RESOURCES = { models: [], waiting: [], confinement, devices: [], device_problems: [] };
 """
 CASES: dict[str, tuple[object, str]] = {
     "stream continues anew where its position was archived": (
@@ -25,7 +27,7 @@ CASES: dict[str, tuple[object, str]] = {
         """
         const { run, stop } = await import("/console/live.js");
         const { Refusal } = await import("/console/api.js");
-        const asked = [], resources = { models: [], waiting: [], confinement: { not_prevented: [] } };
+        const asked = [], resources = { ...RESOURCES };
         const answers = [
           () => new Response('{"position": 7}\\n'), // and the connection ends
           () => { throw new Refusal(410, { code: "archived" }); },
@@ -61,7 +63,7 @@ CASES: dict[str, tuple[object, str]] = {
         [1, 500, 500],
         """
         const { run, stop } = await import("/console/live.js");
-        const resources = { models: [], waiting: [], confinement: { not_prevented: [] } };
+        const resources = { ...RESOURCES };
         const line = (position) => JSON.stringify({ position, model_id: "m" }) + "\\n";
         const lines = Array.from({ length: 500 }, (_, at) => line(at + 1)).join("");
         let looks = 0, told = 0, calls = 0;
@@ -104,7 +106,7 @@ CASES: dict[str, tuple[object, str]] = {
         """
         const { run, stop } = await import("/console/live.js");
         const { problems } = await import("/console/problems.js");
-        const resources = { models: [], waiting: [], confinement: { not_prevented: [] } };
+        const resources = { ...RESOURCES };
         const job = { id: "j", kind: "add", model_id: "m", status: "in_progress", stage: "fetching",
           progress: { bytes: 7, total_bytes: 10 }, requested_by: "alice", finished_at: null };
         const notice = (stage, bytes) => JSON.stringify({ stream: "stage", job_id: "j", stage,
@@ -209,7 +211,7 @@ CASES: dict[str, tuple[object, str]] = {
         state.nodes.value = [{ id: "a", phase: "joined", models: [], jobs: [], labels: [] }];
         state.models.value = new Map([["m", model]]);
         const use = { model_id: "m", job_id: "b", in_flight: 9, memory_bytes: 1, reserved_bytes: 0 };
-        state.resources.value = { models: [use], waiting: [], confinement: { not_prevented: [] } };
+        state.resources.value = { ...RESOURCES, models: [use] };
         await soon(50);
         const node = document.body.appendChild(document.createElement("div"));
         render(html`<${Boundary}><${ModelsList} /><${ModelPage} /><//>`, node);

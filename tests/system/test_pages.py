@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.openvino import openvino_path
 from support.pages import FAMILIES, ROOT, Block, blocks, expected, printed_as, run_alone, run_page, says
 from support.servers import QUIET, bare_environment, copy_examples, copy_tree, fresh_environment, standing
 from yarl import URL
@@ -41,6 +42,7 @@ STANDING = {
     "docs/time-travel.md": ("", 6),
     "docs/prepared.md": ("--prepared-size 20GB", 2),
     "docs/client.md": ("", 9),
+    "docs/devices.md": ("", 6),
     "docs/verify-it-yourself.md": ("", 8),
 }
 """Pages that need the quick start's server: its options, and how many answers are compared."""
@@ -84,7 +86,8 @@ def test_examples_print_what_the_page_says(tmp_path: Path, page: str, options: s
     assert not options or f"`{options}`" in (ROOT / page).read_text()
     skip_without_programs(page)
     copy_examples(tmp_path)
-    with standing(tmp_path / "examples", *options.split()) as server:
+    plugin = {"PYTHONPATH": str(openvino_path(tmp_path))} if "openvino" in (ROOT / page).read_text() else None
+    with standing(tmp_path / "examples", *options.split(), environment=plugin) as server:
         port = str(URL(server.url).port)
         ran = run_page(page, tmp_path, port, fresh_environment(tmp_path / "home"))
         answers = [(block, printed) for block, printed in ran if block.answer is not None]
