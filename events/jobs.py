@@ -687,7 +687,7 @@ class Footprint(Struct, frozen=True, gc=False):
 
     @property
     def conditions(self) -> tuple[object, ...]:
-        """What of the load, beside its files, the peak depends on."""
+        """The conditions of the load, beside its files, on which the peak depends."""
         return self.prepared, self.threads, self.device
 
 

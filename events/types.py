@@ -223,7 +223,7 @@ class LoadApproval(Struct, frozen=True, gc=False):
 
 
 class DeviceUse(Struct, frozen=True, gc=False):
-    """What of a loaded model runs on one device.
+    """The part of a loaded model that runs on one device.
 
     Attributes:
         provider: the execution provider; `cpu` is ONNX Runtime's own.

@@ -34,7 +34,7 @@ UNRETURNED_SHARE = 50
 
 @dataclass(slots=True, eq=False)
 class DeviceAllocation:
-    """What one load takes of the own memory of its device.
+    """The own memory of a device that one load takes.
 
     Attributes:
         device: where it loads.
@@ -69,7 +69,7 @@ class DeviceAllocation:
 
     @property
     def allowance_bytes(self) -> int | None:
-        """What its workers may take until they have loaded; None without a budget."""
+        """The most that its workers may take until they have loaded; None without a budget."""
         if self.budget_bytes is None:
             return None
         return load_allowance(

@@ -45,7 +45,7 @@ PRESSURE_POLL_S = 1.0
 """How often to check the pressure on the machine, a mean of ten seconds, while a load waits for it."""
 
 ShortageIn = Callable[[LoadRoom, str, int, Amount], Amount]
-"""What a load of a model lacks in a room, of so many bytes, beside what is reserved there."""
+"""The shortage in a room of a load of a model that needs so many bytes, beside the reservations there."""
 
 _PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 _LOWEST_PRIORITY = 2
@@ -97,7 +97,7 @@ class Reservations:
 
 @dataclass(slots=True)
 class _Shortage:
-    """What a load lacks on a device: room there and of the machine, and the end of the load there.
+    """The shortage of a load on a device: room there and of the machine, and the end of the load there.
 
     `rooms` has only those that are too small.
     """
@@ -227,7 +227,7 @@ class _PendingLoad:
 
     @cached_property
     def _needs(self) -> Sequence[DeviceNeed]:
-        """What it needs on each device on which it can run, the preferred one first."""
+        """The needs of the load on each device on which it can run, the preferred one first."""
         estimate = self._view.find_estimate(self.job)
         needs = () if estimate is None else estimate.needs
         return [need for need in needs if self._explain_misfit(need) is None]

@@ -23,7 +23,7 @@ turns of this length, instead of evicting each other for each request."""
 
 @dataclass(frozen=True, slots=True)
 class DeviceLimits:
-    """What may be loaded on one device, beside the limits of the machine.
+    """The limits of loads on one device, beside those of the machine.
 
     Attributes:
         budget_bytes: its memory for all workers; None is no limit.
@@ -168,7 +168,7 @@ class MemoryEstimate:
 
     @property
     def needs(self) -> tuple[DeviceNeed, ...]:
-        """What it needs on each device that it may run on, among which may be the CPU."""
+        """The needs of the load on each device that it may run on, among which may be the CPU."""
         return self.devices or (DeviceNeed(CPU, 0, self.bytes, self.is_guess),)
 
 

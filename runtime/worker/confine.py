@@ -53,8 +53,8 @@ DRIVER_PATHS = (
     *("/etc/ld.so.cache", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/cuda", "/usr/local/nvidia"),
     *("/proc/driver/nvidia", "/proc/devices", "/proc/self", "/sys"),
 )
-"""What NVIDIA's driver reads, and folders of its libraries and of CUDA's. It is from what is said about the
-driver, and not tried."""
+"""Files that NVIDIA's driver reads, and folders of its libraries and of CUDA's. It is from what is said about
+the driver, and not tried."""
 
 
 def _find_code() -> tuple[str, ...]:

@@ -29,7 +29,7 @@ WORD = 0xFFFFFFFF
 
 
 class Grants(Flag):
-    """What a worker may do beyond serving a model on the CPU.
+    """Permissions of a worker beyond serving a model on the CPU.
 
     Attributes:
         WRITES: write files, which Landlock names: only while it makes an optimised form.

@@ -37,7 +37,7 @@ MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 2**16
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate", "bad allocation", "MemoryError")
 """Texts of ONNX Runtime, OpenVINO and Python for it; ONNX Runtime has no code."""
 NO_THREAD = "Resource temporarily unavailable"
-"""What OpenVINO says if there is no memory for a thread: EAGAIN of pthread_create(3)."""
+"""The error text of OpenVINO if there is no memory for a thread: EAGAIN of pthread_create(3)."""
 SMALLEST_MODEL = bytes.fromhex(
     "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
     "0a10 0a0178 120179 22084964656e74697479"  # a node, Identity of x to y

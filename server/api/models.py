@@ -89,7 +89,7 @@ class CopySchema(AnswerSchema):
 
 
 class DeviceUseSchema(AnswerSchema):
-    """What of a loaded model runs on one device."""
+    """The part of a loaded model that runs on one device."""
 
     provider = fields.String(**about("The execution provider; `cpu` is ONNX Runtime's own."))
     version = fields.String(**about("Of the provider."))
