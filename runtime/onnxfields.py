@@ -86,12 +86,14 @@ def _tags(wire: int) -> bytes:
 def _short_fields() -> re.Pattern[bytes]:
     """Return the pattern of a run of short fields: numbers, and at most 127 bytes with their length.
 
-    Their tags have one byte, those of varints at most two.
+    Their tags have one byte, those of varints at most two. No quantifier is possessive: Python before 3.11.5
+    matches wrongly with them (python/cpython#106052). A greedy one keeps a state for each run, but
+    `ReferenceReader` matches some KiB at a time, which is as fast.
     """
     lengths = b"|".join(re.escape(bytes([length])) + b".{%d}" % length for length in range(128))
     long_tag, number = (
         b"[" + re.escape(bytes(range(0x80, 0x100, 8))) + rb"][\x01-\x7f]",
-        rb"[\x80-\xff]{0,9}+[\x00-\x7f]",
+        rb"[\x80-\xff]{0,9}[\x00-\x7f]",
     )
     kinds = (
         _tags(LENGTH) + b"(?:" + lengths + b")",
@@ -100,8 +102,8 @@ def _short_fields() -> re.Pattern[bytes]:
         _tags(FIXED64) + b".{8}",
         long_tag + number,
     )
-    runs = b"|".join(b"(?:" + kind + b")++" for kind in kinds)  # twice as fast as single fields
-    return re.compile(b"(?:" + runs + b")*+", re.DOTALL)
+    runs = b"|".join(b"(?:" + kind + b")+" for kind in kinds)  # twice as fast as single fields
+    return re.compile(b"(?:" + runs + b")*", re.DOTALL)
 
 
 SHORT_FIELDS = _short_fields()

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from events.clock import uuid7
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.process.worker import Worker
+from runtime.wire import Ping
 
 TICK_S = 0.005
 """Between two checks for work of others: their work is noticed after at most so long."""
@@ -42,14 +43,19 @@ class Pacer:
     async def worker(self) -> AsyncIterator[Worker]:
         """Start a worker, and kill it at the end, suspended or not.
 
+        A worker that has answered has asked the kernel to kill it with the fork server. One that was suspended
+        before would outlive a killed server, for ever.
+
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`.
+            WorkerDied: `worker_died`.
         """
         worker = await self._pool.fork(uuid7())
-        self._workers.add(worker)
-        if self._is_stopped:
-            worker.suspend()
         try:
+            await worker.execute(Ping())
+            self._workers.add(worker)
+            if self._is_stopped:
+                worker.suspend()
             yield worker
         finally:
             self._workers.discard(worker)

@@ -50,6 +50,18 @@ async def test_workers_have_their_turns_without_any_gap(
     await asyncio.wait([running])
 
 
+async def test_worker_is_stopped_only_when_it_ends_with_its_parent(pool: WorkerPool) -> None:
+    pacer = Pacer(pool, lambda: True)
+    running = asyncio.create_task(pacer.run())
+    for _ in range(20):
+        async with pacer.worker() as worker:
+            await until(lambda: is_stopped(worker.pid))  # noqa: B023 - it is called here
+            name = Path(f"/proc/{worker.pid}/comm").read_text()
+            assert name == "no model yet\n"  # which it has after that
+    running.cancel()
+    await asyncio.wait([running])
+
+
 async def test_run_in_the_background_is_timed_without_its_stops(pool: WorkerPool, tmp_path: Path) -> None:
     models.save(models.counting_loop(), tmp_path, "m")
     worker = await pool.start("w")
