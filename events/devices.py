@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 CPU = "cpu"
 ANY = "*"
+ALL_DEVICES = (ANY,)
+"""A list that matches each device."""
 DEVICE = re.compile(r"cpu|[a-z][a-z0-9_]{0,31}:(?:\*|[a-z0-9.]{1,31})", re.ASCII)
 DEVICE_RULE = "Must be cpu, or a provider and its device, like cuda:0, cuda:* (any) or openvino:cpu."
 MAX_DEVICES = 16
@@ -25,13 +27,11 @@ def provider_of(device: str) -> str:
 
 
 def find_matching(devices: Iterable[str], present: Iterable[str]) -> tuple[str, ...]:
-    """Return which of the devices that are present a load may run on, in the order in which it names them."""
+    """Return which of the devices that are present match a list like that of a load, in the list's order."""
     there = tuple(present)
-    found = dict.fromkeys(
-        each for wanted in devices for each in there if each == wanted or _is_any_of(wanted, each)
-    )
+    found = dict.fromkeys(each for wanted in devices for each in there if _matches(wanted, each))
     return tuple(found)
 
 
-def _is_any_of(wanted: str, device: str) -> bool:
-    return wanted == f"{provider_of(device)}:{ANY}"
+def _matches(wanted: str, device: str) -> bool:
+    return wanted in {device, f"{provider_of(device)}:{ANY}", ANY}

@@ -21,7 +21,7 @@ from threading import Thread
 from types import ModuleType
 from typing import Any, TypeVar
 
-from events.devices import CPU, find_matching, provider_of
+from events.devices import ALL_DEVICES, ANY, CPU, find_matching, provider_of
 from runtime.errors import DeviceUnavailable
 from runtime.timeouts import DEVICES_LIMIT_S, MEASURE_LIMIT_S, timeout
 from runtime.wire import FoundDevice, ProviderLibrary, TargetDevice
@@ -55,11 +55,13 @@ class Devices:
         found: each device by its name.
         libraries: the installed providers by their name, also of those that have found no device.
         problems: what is wrong with a provider or a device, in sentences that begin with its name.
+        visible: the names of devices that the server uses if it has them, like `cuda:1` or `cuda:*`.
     """
 
     found: Mapping[str, FoundDevice] = field(default_factory=dict)
     libraries: Mapping[str, ProviderLibrary] = field(default_factory=dict)
     problems: Sequence[str] = ()
+    visible: Sequence[str] = ALL_DEVICES
 
     def find_candidates(self, devices: Sequence[str]) -> tuple[str, ...]:
         """Return the devices that a load may run on, the preferred one first; the CPU among them is `cpu`.
@@ -100,7 +102,11 @@ class Devices:
         """Yield why there is no device of a provider, and what to do."""
         problems = [each for each in self.problems if provider_of(each.partition(": ")[0]) == provider]
         yield from problems
-        if provider in self.libraries or problems or provider == CPU:
+        if provider == CPU:
+            return
+        if ANY not in self.visible:
+            yield f"it uses {','.join(self.visible) or 'none'} of the machine's (--visible-devices)"
+        if provider in self.libraries or problems or not _is_visible(provider, self.visible):
             return
         how = "pip install 'loadledger[openvino]', and restart" if provider == OPENVINO else INSTALL
         yield f"{provider} is not installed: {how}"
@@ -153,18 +159,28 @@ class CallingThread:
                     call.set_exception(error)
 
 
-async def find_providers() -> Devices:
-    """Return the installed providers and their problems, and no devices yet; it imports no ONNX Runtime."""
+async def find_providers(visible: Sequence[str] = ALL_DEVICES) -> Devices:
+    """Return the installed providers and their problems, and no devices yet; it imports no ONNX Runtime.
+
+    Args:
+        visible: names of devices; the packages of other providers are left alone.
+    """
     libraries, problems = dict[str, ProviderLibrary](), list[str]()
     names, bundled = await asyncio.to_thread(_look_for_packages)
+    names = [name for name in names if _is_visible(name.removeprefix(PACKAGE_PREFIX), visible)]
     for read in await asyncio.gather(*map(_try_package, names)):
         if isinstance(read, ProviderLibrary):
             libraries[read.provider] = read
         else:
             problems.append(read)
-    if bundled is not None:
+    if bundled is not None and _is_visible(CUDA, visible):
         libraries.setdefault(CUDA, bundled)
-    return Devices(libraries=libraries, problems=problems)
+    return Devices(libraries=libraries, problems=problems, visible=visible)
+
+
+def _is_visible(provider: str, visible: Sequence[str]) -> bool:
+    """Whether a list names a device of a provider."""
+    return any(provider_of(each) in {provider, ANY} for each in visible)
 
 
 def _look_for_packages() -> tuple[list[str], ProviderLibrary | None]:

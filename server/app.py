@@ -237,6 +237,7 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
         threads=app[CONFIG].model_threads(count_usable_cpus()),
         patience_s=app[CONFIG].inference_grace_s,
         records_stderr=app[CONFIG].ledger_stderr == "on",
+        visible_devices=app[CONFIG].visible_device_names,
     )
     await pool.open()
     try:

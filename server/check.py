@@ -417,7 +417,9 @@ def check_workers(
     """
 
     async def check() -> None:
-        pool = WorkerPool(threads=config.model_threads(count_usable_cpus()))
+        pool = WorkerPool(
+            threads=config.model_threads(count_usable_cpus()), visible_devices=config.visible_device_names
+        )
         try:
             await pool.open()
             await _check_confinement(pool, config, result)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from marshmallow import ValidationError, validate
 
-from events.devices import ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
+from events.devices import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
 from events.policy.rules import LoadPolicy
 from runtime.fetch.sources import parse_allowed
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
@@ -50,6 +50,8 @@ AUTO = "auto"
 ON = "on"
 OFF = "off"
 OWN = "own"
+ALL = "all"
+NONE = "none"
 MAX_BODY_BYTES = 64 * 2**20
 """Of an inference. Triton's default (`--http-max-input-size`)."""
 
@@ -193,6 +195,20 @@ def parse_devices(text: str) -> tuple[str, ...]:
     return names
 
 
+def parse_visible_devices(text: str) -> tuple[str, ...]:
+    """Return the names of devices in a list like `cuda:1,openvino:*`, all, or none.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text in (ALL, NONE):
+        return ALL_DEVICES if text == ALL else ()
+    try:
+        return parse_devices(text)
+    except ValueError as error:
+        raise ValueError(f"{error} Or {ALL}, or {NONE}.") from None
+
+
 def parse_device_memory(text: str) -> Mapping[str, str]:
     """Return the memory budget by device of a list like `cuda:0=20GB,cuda:1=50%`.
 
@@ -332,6 +348,12 @@ class Config:
         "Devices of each model, unless its load says otherwise: cpu, or a list like cuda:*,cpu, of which a"
         " load takes the first that has room.",
         _validator_of(parse_devices),
+    )
+    visible_devices: str = setting(
+        ALL,
+        "Devices of the machine that this server uses beside the CPU: all, none, or a list like"
+        " cuda:1,openvino:*. The code of other execution providers is not run.",
+        _validator_of(parse_visible_devices),
     )
     device_memory: str | None = setting(
         None,
@@ -551,6 +573,10 @@ class Config:
     @property
     def default_devices(self) -> tuple[str, ...]:
         return parse_devices(self.devices)
+
+    @property
+    def visible_device_names(self) -> tuple[str, ...]:
+        return parse_visible_devices(self.visible_devices)
 
     @property
     def device_budgets(self) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from events.devices import CPU, provider_of
+from events.devices import ANY, CPU, provider_of
 from runtime.consumer.usage import DeviceUsage
 from runtime.devices import DeviceMemory, Devices, measure_memory, query_memory
 from runtime.errors import DeviceUnavailable
@@ -85,9 +85,11 @@ async def _query_memory(pool: WorkerPool, device: FoundDevice) -> DeviceMemory |
 
 
 def _check_settings(config: Config, devices: Devices) -> None:
-    budgets, most = config.device_budgets, config.device_counts
-    for flag, named in (("--device-memory", budgets), ("--device-max-loaded", most)):
-        if missing := sorted(named.keys() - devices.found.keys()):
+    visible = {name for name in config.visible_device_names if ANY not in name} - {CPU}
+    budgets, most = config.device_budgets.keys(), config.device_counts.keys()
+    flags = {"--visible-devices": visible, "--device-memory": budgets, "--device-max-loaded": most}
+    for flag, named in flags.items():
+        if missing := sorted(named - devices.found.keys()):
             there = "; ".join([", ".join(devices.found) or "only the CPU", *devices.problems])
             raise ConfigError(
                 f"{flag}: {', '.join(missing)} is not a device of this server, which has {there}"

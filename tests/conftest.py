@@ -71,7 +71,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Shim:
 @pytest.fixture
 def config(repository: Path, tmp_path: Path) -> Config:
     """A configuration over the repository and a data directory that is not there yet."""
-    return Config(repository=repository, data=tmp_path / "data")
+    return Config(repository=repository, data=tmp_path / "data", visible_devices="none")
 
 
 @pytest.fixture

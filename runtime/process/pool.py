@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from events.devices import ALL_DEVICES, find_matching
 from events.types import LoadParameters
 from runtime.devices import Devices, find_providers
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
@@ -93,6 +94,7 @@ class WorkerPool:
     Args:
         threads: how many threads each worker computes with, unless its load says otherwise.
         patience_s: how long a cancelled inference may go on before its worker is killed.
+        visible_devices: names of the devices that are used, of those that there are, like `cuda:1`, `cuda:*`.
 
     Attributes:
         applied: what confines the workers; nothing before `confine`.
@@ -106,12 +108,14 @@ class WorkerPool:
         threads: int = 1,
         patience_s: float = INFERENCE_GRACE_S,
         records_stderr: bool = True,
+        visible_devices: Sequence[str] = ALL_DEVICES,
     ) -> None:
         self.threads = threads
         self.records_stderr = records_stderr
         self.applied = UNCONFINED
         self.applied_to_devices = UNCONFINED
         self.devices = Devices()
+        self._visible_devices = visible_devices
         self._patience_s = patience_s
         self._fork_server: ForkServer | None = None
         self._up = asyncio.Event()
@@ -146,20 +150,22 @@ class WorkerPool:
     async def confine(self, mode: str, outside: Path) -> None:
         """Confine the workers of later loads; for the arguments see `runtime.process.confinement.probe`.
 
-        With providers of devices installed, find the devices, and confine their workers as far as all allow.
-        Each provider is tried in a worker of its own: one that crashes or hangs takes no other away.
+        Find the visible devices of installed providers, and confine their workers as far as all allow. Each
+        provider is tried in a worker of its own: one that crashes or hangs takes no other away.
 
         Raises:
             NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as it is.
             ForkServerUnavailable: `fork_server_unavailable`.
         """
         self.applied = await self._probe(mode, outside)
-        installed = await find_providers()
+        visible = self._visible_devices
+        installed = await find_providers(visible)
         probing = (self._probe(mode, outside, provider) for provider in installed.libraries.values())
         probed = await asyncio.gather(*probing)
-        if useful := [each for each in probed if each.devices]:
+        present = {device.name: device for each in probed for device in each.devices}
+        found = {name: present[name] for name in present if find_matching(visible, [name])}
+        if useful := [each for each in probed if any(device.name in found for device in each.devices)]:
             self.applied_to_devices = weakest(useful)
-        found = {device.name: device for each in probed for device in each.devices}
         problems = [*installed.problems, *(problem for each in probed for problem in each.problems)]
         self.devices = replace(installed, found=found, problems=tuple(dict.fromkeys(problems)))
         self.applied.check()

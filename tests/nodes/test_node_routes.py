@@ -11,6 +11,7 @@ from support.history import History, at
 from support.http import Json, LocalApi, when
 from support.models import add
 from support.nodes import list_nodes, local_node
+from support.openvino import DEVICE, PRESENT, visible_devices
 from support.postgres import Database
 from support.reachable import reachable_node
 from support.workers import until
@@ -38,6 +39,15 @@ async def test_server_alone_has_no_nodes(shared: LocalApi) -> None:
     assert (await shared.post("/api/v1/nodes/a/drain")).refusal == (409, "no_nodes")
     past = (await shared.get(f"/api/v1/models/m?at={job['position']}")).json
     assert not any("node" in shown for shown in (job, past, await shared.model("m"), *await shared.jobs()))
+
+
+@pytest.mark.parametrize("present", PRESENT)
+async def test_node_has_labels_for_its_devices(ledger: Database, tmp_path: Path, present: list[str]) -> None:
+    with visible_devices(present, tmp_path) as visible:
+        async with local_node(ledger, tmp_path, "a", node_labels="zone=eu", **visible) as a:
+            labels = (await list_nodes(a))["a"]["labels"]
+    of_devices = ["device.openvino=cpu", "device=openvino"] if DEVICE in present else []
+    assert labels == [*of_devices, "zone=eu"]
 
 
 async def test_drained_node_gives_its_models_away(ledger: Database, tmp_path: Path) -> None:

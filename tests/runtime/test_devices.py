@@ -1,6 +1,7 @@
 """Devices of a server: the installed providers, the devices that a load may run on, and their memory."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,23 @@ async def test_cuda_of_the_wheel_for_gpus_is_found(tmp_path: Path, monkeypatch: 
     assert (await find_providers()).libraries["cuda"] == expected
     own = add_package(tmp_path, "onnxruntime_ep_cuda", PACKAGE)
     assert (await find_providers()).libraries["cuda"].path == str(own / "plugin.so")
+
+
+@pytest.mark.parametrize(
+    ("visible", "providers"), [((), set()), (("tpu:1", "cpu"), {"tpu"}), (("tpu:*", "broken:0"), {"tpu"})]
+)
+async def test_packages_of_invisible_devices_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: tuple[str, ...], providers: set[str]
+) -> None:
+    add_package(tmp_path, "onnxruntime_ep_tpu", PACKAGE)
+    ran = tmp_path / "ran"
+    add_package(tmp_path, "onnxruntime_ep_broken", f"open({str(ran)!r}, 'w').close(); raise OSError")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = await find_providers(visible)
+    assert found.libraries.keys() == providers
+    assert ran.exists() == ("broken:0" in visible)
+    with pytest.raises(DeviceUnavailable, match=re.escape(f"it uses {','.join(visible) or 'none'} of")):
+        found.find_candidates(["cuda:0"])
 
 
 async def test_package_that_hangs_takes_no_other_away(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import isasyncgen
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import msgspec
@@ -34,14 +36,17 @@ NO_SETTINGS: dict[str, str | None] = dict.fromkeys(
         *(f"LOADLEDGER_{name}" for name in ("CONFIG", "TOKEN", "URL", "PROFILE", "CA")),
         *("XDG_CONFIG_HOME", "XDG_DATA_HOME"),
     ]
-)
+) | {"LOADLEDGER_VISIBLE_DEVICES": "none"}
+
+NEW_HOME = str(Path(gettempdir(), "new-user"))
+"""Nobody has this home yet, and whoever runs the tests may make it."""
 
 
 def run_command(
     *arguments: object, typed: str | None = None, color: bool = False, **environment: Any
 ) -> Result:
-    """Run `loadledger` in this process, with these variables and none of loadledger's beside them."""
-    env = {**NO_SETTINGS, "HOME": "/nowhere", **environment}
+    """Run `loadledger` in this process, with these variables, and no devices unless one names them."""
+    env = {**NO_SETTINGS, "HOME": NEW_HOME, **environment}
     words = [str(argument) for argument in arguments]
     result = CliRunner().invoke(main, words, input=typed, env=env, color=color, prog_name="loadledger")
     assert "Traceback" not in result.output

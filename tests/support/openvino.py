@@ -8,15 +8,21 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from events.devices import CPU
+
 PACKAGE = "onnxruntime_ep_openvino"
 LIBRARY = "libonnxruntime_providers_openvino_plugin.so"
 DEVICE = "openvino:cpu"
+PRESENT = ([CPU], [CPU, DEVICE])
+"""The devices that a server may have, for tests of what lists them."""
 COMPARE, INTEL = b"\x3d", 0x8086
 """`cmp eax, 0x8086`: the instruction, and its number, little-endian."""
 LIST = """
@@ -25,6 +31,20 @@ import onnxruntime as ort
 ort.register_execution_provider_library("openvino", sys.argv[1])
 print(json.dumps([[each.ep_name, each.device.vendor_id] for each in ort.get_ep_devices()]))
 """
+
+
+@contextmanager
+def visible_devices(devices: Sequence[str], folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the settings of a server in this process that has exactly these devices, of `PRESENT`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE in devices:
+            patch.syspath_prepend(str(openvino_path(folder)))
+        yield {"visible_devices": ",".join(devices)}
+
+
+def openvino_environment(folder: Path) -> dict[str, str]:
+    """Return the variables of a server that has `openvino:cpu`; for the argument see `openvino_path`."""
+    return {"PYTHONPATH": str(openvino_path(folder)), "LOADLEDGER_VISIBLE_DEVICES": DEVICE}
 
 
 def openvino_path(folder: Path) -> Path:

@@ -363,7 +363,7 @@ async def running(
     with unhurried():
         clock = clock or Clock()
         log, shared = Log(folder / "ledger.db", now=clock.now, boottime=clock.boottime), pool
-        pool = shared or WorkerPool(patience_s=LIMIT_S)
+        pool = shared or WorkerPool(patience_s=LIMIT_S, visible_devices=())
         repository = Repository(folder / "models")
         kept = opened_store(folder, store_bytes) if has_store else None
         versions = Versions(repository, kept)

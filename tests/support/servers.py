@@ -214,9 +214,14 @@ def started(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # proc_pid_stat(5)
 
 
+NO_DEVICES = {"LOADLEDGER_VISIBLE_DEVICES": "none"}
+"""A server has the devices that its test gives it, and not those of this machine."""
+
+
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without loadledger's settings."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("LOADLEDGER_")}
+    """Return this process's environment without loadledger's settings, and without devices."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LOADLEDGER_")}
+    return kept | NO_DEVICES
 
 
 async def events(config: Config) -> list[Event]:
@@ -322,10 +327,10 @@ def bare_environment(folder: Path) -> dict[str, str]:
 
 
 def fresh_environment(home: Path) -> dict[str, str]:
-    """Return an environment in which loadledger is installed, and nothing else is set."""
+    """Return an environment in which loadledger is installed, and which has no devices and no more."""
     home.mkdir(exist_ok=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8"}
+    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", **NO_DEVICES}
 
 
 TERMINAL_LIMIT_S = 60.0

@@ -52,9 +52,9 @@ FOR_EVER_S = 1000.0
 
 
 @asynccontextmanager
-async def running_pool(*, threads: int = 1) -> AsyncIterator[WorkerPool]:
+async def running_pool(*, threads: int = 1, visible_devices: Sequence[str] = ()) -> AsyncIterator[WorkerPool]:
     """Open a pool, and close it after; an inference that was told to stop has all the time it needs."""
-    pool = WorkerPool(threads=threads, patience_s=LIMIT_S)
+    pool = WorkerPool(threads=threads, patience_s=LIMIT_S, visible_devices=visible_devices)
     with unhurried():
         await pool.open()
         try:

@@ -7,7 +7,7 @@ import pytest_asyncio
 from playwright.async_api import expect
 from support import models
 from support.browser import Console, needs_browser
-from support.openvino import DEVICE, openvino_path
+from support.openvino import DEVICE, openvino_environment
 from support.servers import Server, serving
 
 from server.config import Config
@@ -21,7 +21,7 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
     root = tmp_path_factory.mktemp("devices")
     models.save(models.weights(4), root / "repository", "ranker")
     config = Config(repository=root / "repository", data=root / "data")
-    environment = {"PYTHONPATH": str(openvino_path(root))}
+    environment = openvino_environment(root)
     async with serving(config, f"--device-memory={DEVICE}=2GB", environment=environment) as running:
         yield running
 

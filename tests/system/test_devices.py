@@ -20,7 +20,7 @@ from support import models
 from support.fleet import of_both
 from support.http import Api, Json, when
 from support.models import save
-from support.openvino import openvino_path
+from support.openvino import openvino_environment
 from support.servers import APART, Server, address, bearer, events, serving, verified
 from support.workers import computing, until
 
@@ -46,10 +46,10 @@ ROW: Json = {"name": "x", "shape": [1, COLUMNS], "datatype": "FP32", "data": [0.
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of a server that finds the provider of `DEVICE`."""
+    """Environment of a server that has `DEVICE`."""
     if provider_of(DEVICE) != "openvino":
-        return {}
-    return {"PYTHONPATH": str(openvino_path(tmp_path_factory.mktemp("openvino")))}
+        return {"LOADLEDGER_VISIBLE_DEVICES": DEVICE}
+    return openvino_environment(tmp_path_factory.mktemp("openvino"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.openvino import openvino_path
+from support.openvino import openvino_environment
 from support.pages import FAMILIES, ROOT, Block, blocks, expected, printed_as, run_alone, run_page, says
 from support.servers import QUIET, bare_environment, copy_examples, copy_tree, fresh_environment, standing
 from yarl import URL
@@ -86,7 +86,7 @@ def test_examples_print_what_the_page_says(tmp_path: Path, page: str, options: s
     assert not options or f"`{options}`" in (ROOT / page).read_text()
     skip_without_programs(page)
     copy_examples(tmp_path)
-    plugin = {"PYTHONPATH": str(openvino_path(tmp_path))} if "openvino" in (ROOT / page).read_text() else None
+    plugin = openvino_environment(tmp_path) if "openvino" in (ROOT / page).read_text() else None
     with standing(tmp_path / "examples", *options.split(), environment=plugin) as server:
         port = str(URL(server.url).port)
         ran = run_page(page, tmp_path, port, fresh_environment(tmp_path / "home"))

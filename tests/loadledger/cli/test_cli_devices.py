@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from support import models
 from support.clients import run_command
 from support.models import save
-from support.openvino import DEVICE, openvino_path
+from support.openvino import DEVICE, PRESENT, openvino_environment, visible_devices
 from support.servers import Server, standing
 
 from loadledger.cli.jobs import report_job
@@ -19,16 +19,11 @@ from loadledger.records import Job
 
 
 @pytest.fixture(scope="module")
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of OpenVINO's package."""
-    return openvino_path(tmp_path_factory.mktemp("plugin"))
-
-
-@pytest.fixture(scope="module")
-def server(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("devices") / "repository"
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("devices")
+    root, environment = folder / "repository", openvino_environment(folder)
     save(models.add(), root, "m")
-    with standing(root, f"--device-memory={DEVICE}=2GB", environment={"PYTHONPATH": str(plugin)}) as server:
+    with standing(root, f"--device-memory={DEVICE}=2GB", environment=environment) as server:
         yield server
 
 
@@ -73,19 +68,31 @@ def test_report_says_what_a_device_has_not_returned(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == told
 
 
-def test_check_lists_devices_and_loads_on_the_default_ones(
-    plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(plugin))
-    save(models.add(), tmp_path, "m")
-    save(models.add(), tmp_path, "elsewhere")
-    (tmp_path / "elsewhere" / "loadledger.toml").write_text('devices = ["rocm:0"]\n')
-    arguments = ("check", "--port=0", f"--repository={tmp_path}", f"--devices={DEVICE}")
-    result = run_command(*arguments, f"--device-max-loaded={DEVICE}=2")
+@pytest.mark.parametrize("present", PRESENT)
+def test_check_lists_the_devices(tmp_path: Path, present: list[str]) -> None:
+    (tmp_path / "repository").mkdir()
+    with visible_devices(present, tmp_path) as settings:
+        given = [
+            f"--visible-devices={settings['visible_devices']}",
+            f"--repository={tmp_path / 'repository'}",
+        ]
+        result = run_command("check", "--port=0", "--quick", *given)
+    assert re.findall(r"^device (\S+): ", result.stdout, re.MULTILINE) == present[1:]
+
+
+def test_check_loads_on_the_default_devices(tmp_path: Path) -> None:
+    root = tmp_path / "repository"
+    save(models.add(), root, "m")
+    save(models.add(), root, "elsewhere")
+    (root / "elsewhere" / "loadledger.toml").write_text('devices = ["rocm:0"]\n')
+    used = (f"--visible-devices={DEVICE}", f"--devices={DEVICE}")
+    arguments = ("check", "--port=0", f"--repository={root}", *used)
+    with visible_devices([DEVICE], tmp_path):
+        result = run_command(*arguments, f"--device-max-loaded={DEVICE}=2")
+        wrong = run_command(*arguments, "--quick", "--device-memory=rocm:0=1GB", "--json")
     assert re.search(rf"^device {DEVICE}: .*no memory budget, at most 2 loaded$", result.stdout, re.MULTILINE)
     assert "1 of them loaded: 1 problem" in result.stdout
     assert "elsewhere/1" in result.stdout
-    wrong = run_command(*arguments, "--quick", "--device-memory=rocm:0=1GB", "--json")
     assert (wrong.exit_code, json.loads(wrong.stdout)["devices"]) == (1, [])
     found = [(each["place"], each["code"]) for each in json.loads(wrong.stdout)["findings"]]
     assert ("--device-memory", "invalid_setting") in found

@@ -36,7 +36,7 @@ async def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
     """A pool that has found OpenVINO's device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(openvino_path(tmp_path_factory.mktemp("openvino")))
-        async with running_pool() as pool:
+        async with running_pool(visible_devices=[DEVICE]) as pool:
             assert DEVICE in pool.devices.found
             yield pool
 

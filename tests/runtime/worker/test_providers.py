@@ -51,7 +51,7 @@ async def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
     """A pool with the plugin."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(openvino_path(tmp_path_factory.mktemp("plugin"))))
-        async with running_pool() as pool:
+        async with running_pool(visible_devices=[DEVICE]) as pool:
             yield pool
 
 
@@ -102,7 +102,7 @@ async def test_provider_that_cannot_be_used_takes_no_other_away(
     monkeypatch.syspath_prepend(str(openvino_path(tmp_path)))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(confinement, "DEVICES_LIMIT_S", 5.0)
-    async with running_pool() as pool:
+    async with running_pool(visible_devices=[DEVICE, "broken:*"]) as pool:
         assert [each.startswith(problem) for each in pool.devices.problems] == [True]
         assert DEVICE in pool.devices.found
         assert {*pool.applied.layers} == {*pool.applied_to_devices.layers} == {*LAYERS}

@@ -2,8 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from msgspec.structs import replace
 from support import models
 from support.http import ONE, LocalApi, local_server, when
 from support.nvml import PCI_BUS_IDS, count_calls, hanging
-from support.openvino import DEVICE, openvino_path
+from support.openvino import DEVICE, visible_devices
 from support.shims import Shim
 
 from runtime.devices import DeviceMemory
@@ -27,21 +26,13 @@ from server.observability.metrics import ServerCollector
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@contextmanager
-def installed(folder: Path) -> Iterator[None]:
-    """Have a plugin that lists this machine's CPU found first."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(openvino_path(folder)))
-        yield
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
     """An application whose models load on OpenVINO, if that has room, unless they say otherwise."""
     folder = tmp_path_factory.mktemp("devices")
     limits = {"device_memory": f"{DEVICE}=2GB", "device_max_loaded": f"{DEVICE}=3"}
-    with installed(folder):
-        async with local_server(folder, on_demand="on", **limits) as api:
+    with visible_devices([DEVICE], folder) as visible:
+        async with local_server(folder, on_demand="on", **visible, **limits) as api:
             yield api
 
 
@@ -169,8 +160,9 @@ async def test_invalid_device_is_refused(served: LocalApi, body: dict[str, objec
 
 
 async def test_require_refuses_devices_unless_they_are_allowed(tmp_path: Path) -> None:
-    with installed(tmp_path):
-        async with local_server(tmp_path, confine="require") as api:
+    with visible_devices([DEVICE], tmp_path):
+        visible = {"visible_devices": "openvino:*"}  # it must be there if it is named
+        async with local_server(tmp_path, confine="require", **visible) as api:
             api.save(models.add(), "m")
             answer = await api.post("/api/v1/models/m/load", json={"devices": ["openvino:*"]})
             assert answer.refusal == (409, "device_unavailable")
@@ -180,13 +172,13 @@ async def test_require_refuses_devices_unless_they_are_allowed(tmp_path: Path) -
             assert "--confine=require" in seen["device_problems"][0]
             assert (await api.load("m", devices=["openvino:*", "cpu"]))["status"] == "completed"
             assert "devices" not in await api.model("m")
-        async with local_server(tmp_path, confine="require", confine_devices="allow") as api:
+        async with local_server(tmp_path, confine="require", confine_devices="allow", **visible) as api:
             assert (await api.load("m", devices=["openvino:*"]))["status"] == "completed"
 
 
 async def test_default_device_of_the_server_is_taken(tmp_path: Path) -> None:
-    with installed(tmp_path):
-        async with local_server(tmp_path, devices="openvino:*") as api:
+    with visible_devices([DEVICE], tmp_path) as visible:
+        async with local_server(tmp_path, devices="openvino:*", **visible) as api:
             api.save(models.add(), "m")
             assert (await api.load("m"))["parameters"]["devices"] == ["openvino:*"]
             assert (await api.model("m"))["devices"][0]["device"] == DEVICE

@@ -3,11 +3,13 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from support import models
 from support.http import ENDLESS, Json, LocalApi, local_server, when
+from support.openvino import DEVICE, PRESENT, visible_devices
 from support.workers import computing, until
 
 from runtime.cgroups import count_usable_cpus
@@ -50,27 +52,36 @@ async def resources_when(api: LocalApi, holds: Callable[[Json], bool]) -> Json:
     return await when(lambda: resources(api), holds)
 
 
-async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: LocalApi) -> None:
-    for api, max_loaded in ((shared, None), (small, 7)):
-        seen = await resources(api)
-        pressure = seen.pop("pressure")
-        assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
-        expected = BUDGET if api is small else seen["limit_bytes"] * 80 // 100
-        assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
-        limit_bytes = seen.pop("limit_bytes")
-        assert limit_bytes > BUDGET
-        confinement = seen.pop("confinement")
-        assert confinement["landlock_abi"] == find_abi()
-        assert (confinement["mode"], confinement["seccomp"]) == ("auto", True)
-        assert isinstance(seen.pop("device_problems"), list)  # of what is installed here
-        assert seen.pop("confinement_of_devices") is None
-        [cpu] = seen.pop("devices")
-        assert (cpu["device"], cpu["total_bytes"], cpu["budget_bytes"]) == ("cpu", limit_bytes, expected)
-        assert seen == {
-            "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
-            "max_loaded": max_loaded, "threads": count_usable_cpus(), "models": [], "waiting": [],
-            "preparing": None, "as_of": api.position, "repository_writable": True,
-        }  # fmt: skip
+@pytest.mark.parametrize("present", PRESENT)
+@pytest.mark.parametrize(("budget", "max_loaded"), [("80%", 0), (str(BUDGET), 7)])
+async def test_idle_server_has_its_whole_budget_free(
+    tmp_path: Path, present: list[str], budget: str, max_loaded: int
+) -> None:
+    settings = {"memory_budget": budget, "max_loaded": max_loaded}
+    with visible_devices(present, tmp_path) as visible:
+        async with local_server(tmp_path, **settings, **visible) as api:
+            seen, position = await resources(api), api.position
+    pressure = seen.pop("pressure")
+    assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
+    assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
+    limit_bytes = seen.pop("limit_bytes")
+    assert limit_bytes > BUDGET
+    expected = limit_bytes * 80 // 100 if budget == "80%" else BUDGET
+    confinement, of_devices = seen.pop("confinement"), seen.pop("confinement_of_devices")
+    assert confinement["landlock_abi"] == find_abi()
+    assert (confinement["mode"], confinement["seccomp"]) == ("auto", True)
+    assert (of_devices is not None) == (DEVICE in present)
+    devices = seen.pop("devices")
+    assert [each["device"] for each in devices] == present
+    assert (devices[0]["total_bytes"], devices[0]["budget_bytes"]) == (limit_bytes, expected)
+    assert seen == {
+        "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
+        "max_loaded": max_loaded or None, "threads": count_usable_cpus(), "models": [], "waiting": [],
+        "preparing": None, "as_of": position, "repository_writable": True, "device_problems": [],
+    }  # fmt: skip
+
+
+async def test_unknown_parameter_is_refused(shared: LocalApi) -> None:
     assert (await shared.get("/api/v1/resources?model=m")).refusal == (400, "invalid_parameter")
 
 
