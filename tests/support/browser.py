@@ -45,7 +45,7 @@ async def chromium() -> AsyncIterator[BrowserContext]:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]
         browser = await playwright.chromium.launch(executable_path=BROWSER, args=arguments)
         try:
-            context = await browser.new_context()
+            context = await browser.new_context(timezone_id="UTC")
             context.set_default_timeout(LIMIT_MS)
             yield context
         finally:

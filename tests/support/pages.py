@@ -12,14 +12,11 @@ stands for anything.
 """
 
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -32,8 +29,9 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PORT = "8080"
 END = "-- end of the block --"
-LIMIT_S = 600.0
-"""The longest page takes 20 s, on a busy machine ten times that."""
+LIMIT_S = 300.0
+"""The longest page takes 20 s, on a busy machine ten times that. One that fails may wait for ever."""
+SUBREAPER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("subreaper.py")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +121,13 @@ def _with_servers(text: str) -> str:
 def _run(
     program: str, folder: Path, environment: Mapping[str, str], *, stderr: int = subprocess.PIPE
 ) -> tuple[int, str, str]:
-    """Run a shell program; at the end, kill it and all that it has started.
+    """Run a shell program; at its end, or after `LIMIT_S`, all that it has started is killed.
 
     Returns:
         Its exit code, what it printed, and what to stderr, unless that goes where the rest goes.
     """
     process = subprocess.Popen(
-        ["bash", "--noprofile", "--norc", "-eu", "-o", "pipefail", "-c", program],
+        [*SUBREAPER, "bash", "--noprofile", "--norc", "-eu", "-o", "pipefail", "-c", program],
         cwd=folder,
         env=dict(environment),
         stdin=subprocess.DEVNULL,
@@ -142,16 +140,11 @@ def _run(
         try:
             printed, errors = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
-            _end(process)
+            process.terminate()
             raise AssertionError(f"has not ended in time: {process.communicate()}") from None
         finally:
-            _end(process)
+            process.terminate()
     return process.returncode, printed, errors or ""
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _by_block(found: list[Block], printed: str) -> Iterator[tuple[Block, str]]:

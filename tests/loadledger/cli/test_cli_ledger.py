@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 from support import models
-from support.clients import printed, printed_json, refused, run_command
+from support.clients import NEW_HOME, printed, printed_json, refused, run_command
 from support.history import History, child, opened
 from support.http import LocalApi
 from support.ledgers import DATA_ROUNDS, append_events, change_ledger, rows_of, sample_history
@@ -365,7 +365,7 @@ def test_verify_store_hashes_everything(data: Path, stored: StoredVersion) -> No
 
 
 def test_verify_store_takes_a_data_directory_alone(data: Path, exported: Path) -> None:
-    assert "/nowhere" in refused("verify", "--store", code=2)  # the user's own
+    assert NEW_HOME in refused("verify", "--store", code=2)  # the user's own
     assert "nothing else" in refused("verify", "--store", "--data", data, exported, code=2)
     assert "no directory" in refused("verify", "--store", "--data", data / "none", code=2)
     assert lines("verify", "--store", "--data", data) == ["verified: 0 versions, 0 bytes"]

@@ -259,8 +259,8 @@ def test_report_at_start_says_what_is_wrong_and_next() -> None:
     assert "loadledger load MODEL" in following
 
 
-def test_serve_refuses_unreadable_configuration_file_in_one_line() -> None:
-    reason = refused("serve", f"--config={'x' * 300}", "--repository=a\nb", "--data=/x")
+def test_serve_refuses_unreadable_configuration_file_in_one_line(tmp_path: Path) -> None:
+    reason = refused("serve", f"--config={'x' * 300}", "--repository=a\nb", f"--data={tmp_path}")
     first, _ = reason.splitlines()
     assert first.startswith("loadledger: --config: ")
     assert "File name too long" in first
