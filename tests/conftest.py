@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from msgspec.structs import replace
 from onnx import ModelProto
-from support import models
+from support import leaks, models
 from support.http import LocalApi, local_server
 from support.nvml import build_nvml
 from support.postgres import Database, PostgresServer, end_shared_server, join_shared_server
@@ -38,8 +38,20 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End the run's PostgreSQL server, and fail the run for what it leaves, once its other processes end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    end_shared_server()
+    for left in leaks.find_leaks():
+        report = pytest.TestReport("the whole run", ("", None, ""), {}, "failed", f"left {left}", "teardown")
+        session.config.hook.pytest_runtest_logreport(report=report)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_unconfigure() -> None:
-    """End the run's PostgreSQL server, in the process that controls the others."""
+    """End the run's PostgreSQL server, in the process that controls the others, also after an interrupt."""
     end_shared_server()
 
 

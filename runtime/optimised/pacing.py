@@ -43,8 +43,8 @@ class Pacer:
     async def worker(self) -> AsyncIterator[Worker]:
         """Start a worker, and kill it at the end, suspended or not.
 
-        A worker that has answered has asked the kernel to kill it with the fork server. One that was suspended
-        before would outlive a killed server, for ever.
+        A worker that has answered has asked the kernel to kill it with the fork server. One that is suspended
+        before that outlives a killed server for ever.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`.

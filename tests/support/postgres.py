@@ -31,7 +31,7 @@ import pytest
 
 from bench.postgres import find_programs
 from loadledger.cli.postgres import SUPERUSER, DatabaseFailed, initialise, own, run_program
-from support import keeper
+from support import keeper, leaks
 from support.workers import LIMIT_S
 
 ROLES = ("ledger_owner", "ledger_server")
@@ -45,7 +45,7 @@ path is short. In memory a new database takes 20 ms, on a disk 200."""
 
 MIN_MEMORY_BYTES = 2 * 2**30
 """A container often has 64 MB there; a server takes 50 to 300."""
-PREFIX = "loadledger-postgres-"
+PREFIX = f"{leaks.NAME}postgres-{leaks.RUN}-"
 PRISTINE = "pristine"
 """A data directory before its first start, in the folder of the shared server."""
 
@@ -378,7 +378,7 @@ def _controller() -> int:
 
 
 def _shared_home() -> Path:
-    return _parent() / f"{PREFIX}{_controller()}"
+    return _parent() / f"{PREFIX}shared"
 
 
 @contextmanager
@@ -401,7 +401,7 @@ def _start_keeper(home: Path, owner: int) -> None:
     pid = os.posix_spawn(
         sys.executable,
         [sys.executable, "-I", "-S", keeper.__file__, "watch", str(home), str(owner)],
-        {},
+        leaks.MARKED,
         file_actions=null,
         setsid=True,
         setsigmask=[signal.SIGTERM],

@@ -25,6 +25,7 @@ from events.types import Event
 from runtime.memory import has_order, list_descendants, list_workers
 from server.config import Config
 from support.http import Api
+from support.leaks import MARKED
 from support.workers import hold, until, wait_gone
 
 MODULE = (sys.executable, "-P", "-m", "loadledger")  # -P: the installed package, not the folder we are in
@@ -327,10 +328,10 @@ def bare_environment(folder: Path) -> dict[str, str]:
 
 
 def fresh_environment(home: Path) -> dict[str, str]:
-    """Return an environment in which loadledger is installed, and which has no devices and no more."""
+    """Return an environment in which loadledger is installed, and which says no more than tests need."""
     home.mkdir(exist_ok=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", **NO_DEVICES}
+    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", **NO_DEVICES, **MARKED}
 
 
 TERMINAL_LIMIT_S = 60.0

@@ -11,6 +11,7 @@ from support.workers import FOR_EVER_S, computing, is_stopped, order_of, trips, 
 from runtime.optimised import pacing
 from runtime.optimised.pacing import Pacer
 from runtime.process.pool import WorkerPool
+from runtime.process.worker import Worker
 
 TRIPS = 500_000
 """Of a loop: a fifth of a second or so, and much longer in the background of a busy machine."""
@@ -50,14 +51,17 @@ async def test_workers_have_their_turns_without_any_gap(
     await asyncio.wait([running])
 
 
+def name_of(worker: Worker) -> str:
+    return Path(f"/proc/{worker.pid}/comm").read_text().strip()
+
+
 async def test_worker_is_stopped_only_when_it_ends_with_its_parent(pool: WorkerPool) -> None:
     pacer = Pacer(pool, lambda: True)
     running = asyncio.create_task(pacer.run())
     for _ in range(20):
         async with pacer.worker() as worker:
-            await until(lambda: is_stopped(worker.pid))  # noqa: B023 - it is called here
-            name = Path(f"/proc/{worker.pid}/comm").read_text()
-            assert name == "no model yet\n"  # which it has after that
+            await until(lambda: is_stopped(worker.pid))
+            assert name_of(worker) == "no model yet"  # which it has after that
     running.cancel()
     await asyncio.wait([running])
 
