@@ -41,7 +41,7 @@ soak: install
 
 SOAKS := runtime/scheduler/test_simulation nodes/test_cluster_simulation runtime/optimised/test_optimised_store runtime/store/test_store_keeping \
 	runtime/consumer/test_provenance \
-	$(addprefix system/test_,bench many_models cycles killed_servers cluster ray restore tails prepared)
+	$(addprefix system/test_,bench many_models cycles killed_servers killed_processes cluster ray restore tails prepared)
 
 # Attacks on a server with a good model, in their long forms: some minutes each, with figures.
 hostile: install

@@ -6,7 +6,9 @@ from setuptools import find_packages, setup
 
 OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
 OPENVINO = ["onnxruntime-ep-openvino>=1.8; platform_machine == 'x86_64'"]  # it is not made for others
-CUDA = ["nvidia-ml-py"]  # ONNX Runtime's own wheel for it is another distribution, in place of onnxruntime
+CUDA = [
+    "nvidia-ml-py>=12.560"
+]  # ONNX Runtime's own wheel for it is another distribution, in place of onnxruntime
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
 CLOUD = ["obstore~=0.12"]

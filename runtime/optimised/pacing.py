@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from events.clock import uuid7
+from runtime.errors import ForkServerUnavailable, WorkerDied
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.process.worker import Worker
 from runtime.wire import Ping
@@ -52,7 +53,7 @@ class Pacer:
         """
         worker = await self._pool.fork(uuid7())
         try:
-            await worker.execute(Ping())
+            await self._greet(worker)
             self._workers.add(worker)
             if self._is_stopped:
                 worker.suspend()
@@ -60,6 +61,15 @@ class Pacer:
         finally:
             self._workers.discard(worker)
             await kill_and_wait(worker)
+
+    @staticmethod
+    async def _greet(worker: Worker) -> None:
+        try:
+            await worker.execute(Ping())
+        except WorkerDied as problem:
+            if worker.orphaned:
+                raise ForkServerUnavailable from problem
+            raise
 
     async def run(self) -> None:
         """Pace the workers until cancelled; those that are suspended are resumed then."""

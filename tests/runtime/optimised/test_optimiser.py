@@ -18,6 +18,7 @@ from support.workers import FOR_EVER_S, fork_server_of, is_stopped, threads, tri
 
 from events.jobs import JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
+from runtime.memory import has_order
 from runtime.optimised.optimiser import KEPT, LEFT_OUT, STOPPED, Candidate, Optimiser
 from runtime.optimised.store import Manifest, OptimisedStore
 from runtime.process.pool import WorkerPool
@@ -257,7 +258,7 @@ def preparing_pids(engine: Engine) -> set[int]:
 
 async def preparing(engine: Engine) -> int:
     """Wait until a worker prepares a model, and return its process id."""
-    await until(lambda: bool(preparing_pids(engine)))
+    await until(lambda: any(map(has_order, preparing_pids(engine))))
     return min(preparing_pids(engine))
 
 

@@ -172,6 +172,40 @@ async def test_probe_reports_what_layers_do_not_prevent(
     assert sum(1 for _ in os.scandir(tmp_path)) == 0
 
 
+NO_LANDLOCK = """
+def _call(*_):
+    raise OSError(38, "Function not implemented")
+"""
+
+
+@pytest.mark.parametrize(
+    ("abi", "layers", "expected"),
+    [
+        (0, ("seccomp",), {"read_files", "write_files", *MEMORY}),  # a kernel without Landlock
+        (1, LAYERS, set()),  # Linux 5.13, which knows no truncation: the filter has that
+        (3, LAYERS, set()),  # Linux 6.2, which restricts no connections: the filter has those
+    ],
+)
+async def test_older_kernels_confine_as_far_as_they_can(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    abi: int,
+    layers: tuple[Layer, ...],
+    expected: set[ForbiddenAct],
+) -> None:
+    if abi > landlock.find_abi():
+        pytest.skip("this kernel has an older Landlock")
+    code = f"find_abi = lambda: {abi}\n" if abi else NO_LANDLOCK
+    patch_runtime(tmp_path, monkeypatch, {"landlock": code})
+    save(models.add(), tmp_path, "m")
+    async with running_pool() as pool:
+        found = pool.applied.confinement
+        assert (pool.applied.layers, found.landlock_abi) == (layers, abi)
+        assert {*found.not_prevented} == expected
+        worker, _ = await load(pool, order_of(tmp_path, layers=pool.applied.layers))
+        assert await answer(worker, floats("x", 1)) == [2]
+
+
 async def test_layer_that_cannot_be_applied_ends_the_worker(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     with pytest.raises(WorkerDied):  # the filter refuses the system calls of Landlock

@@ -1,4 +1,4 @@
-"""The console and `/docs` as served; `tests/system/test_console.py` uses the console in a browser."""
+"""The console and `/docs` as served; `tests/system/console/test_console.py` uses the console in a browser."""
 
 import json
 import re
