@@ -56,10 +56,9 @@ async def test_installed_providers_are_found_with_problems(
     add_package(tmp_path, "onnxruntime_ep_broken", "raise OSError('no license')")
     add_package(tmp_path, "onnxruntime_extras", "raise OSError")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = await find_providers()
-    assert found.libraries["tpu"] == ProviderLibrary("tpu", str(tpu / "plugin.so"), "TpuExecutionProvider")
-    assert found.libraries.keys() >= {"tpu", "openvino"}
-    assert "cuda" not in found.libraries
+    found = await find_providers(["tpu:*", "broken:*"])
+    library = ProviderLibrary("tpu", str(tpu / "plugin.so"), "TpuExecutionProvider")
+    assert found.libraries == {"tpu": library}
     assert found.problems == ["broken: the package onnxruntime_ep_broken cannot be used: no license"]
     assert not found.found
 
@@ -71,9 +70,9 @@ async def test_cuda_of_the_wheel_for_gpus_is_found(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     expected = ProviderLibrary("cuda", str(library), "CUDAExecutionProvider")
-    assert (await find_providers()).libraries["cuda"] == expected
+    assert (await find_providers(["cuda:*"])).libraries["cuda"] == expected
     own = add_package(tmp_path, "onnxruntime_ep_cuda", PACKAGE)
-    assert (await find_providers()).libraries["cuda"].path == str(own / "plugin.so")
+    assert (await find_providers(["cuda:*"])).libraries["cuda"].path == str(own / "plugin.so")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ async def test_package_that_hangs_takes_no_other_away(
     add_package(tmp_path, "onnxruntime_ep_asleep", "import threading\nthreading.Event().wait()")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(devices, "DEVICES_LIMIT_S", 3.0)
-    found = await find_providers()
+    found = await find_providers(["tpu:*", "asleep:*"])
     assert found.problems == ["asleep: the package onnxruntime_ep_asleep does not answer"]
     assert "tpu" in found.libraries
 
@@ -181,6 +180,5 @@ async def test_driver_that_hung_is_asked_again(driver: Shim) -> None:
     assert await measure_memory(device) == DeviceMemory(8, 5)
 
 
-async def test_memory_without_a_driver_is_unknown() -> None:
-    seen = await measure_memory(FoundDevice("cuda:0", "1", pci_bus_id=PCI_BUS_IDS[0]))
-    assert seen is None or isinstance(seen, DeviceMemory)  # of a machine that has one
+async def test_memory_of_a_device_that_no_driver_knows_is_unknown() -> None:
+    assert await measure_memory(FoundDevice("cuda:0", "1", pci_bus_id="ffff:ff:1f.7")) is None
