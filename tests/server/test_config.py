@@ -38,7 +38,7 @@ VALUES = {
 
 
     "devices": "cuda:*,cpu", "device_memory": "cuda:0=20GB,cuda:1=50%", "device_max_loaded": "cuda:0=4",
-    "confine_devices": "allow",
+    "visible_devices": "cuda:1,openvino:*", "confine_devices": "allow",
     "memory_budget": "12.5%", "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
     "keep_alive_s": "90", "on_demand": "on",
     "max_token_s": "3600",
@@ -127,7 +127,7 @@ REFUSED = {
     "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
     "limit_reads": "many 0/minute 1/second;10/minute 1/eon 1/minutely OFF", "max_loaded": "-1 1.5",
     "memory_budget": "0 -1 0.0% 100.1% 80_% 1.5 8gb nan% " + "9" * 5000,
-    "evict": "on", "min_residency_s": "-1 nan", "keep_alive_s": "-2 31536001 1.5",
+    "visible_devices": "ALL cuda *", "evict": "on", "min_residency_s": "-1 nan", "keep_alive_s": "-2 31536001 1.5",
     "on_demand": "1",
     "confine": "on", "restore": "off", "ledger_stderr": "none",
     "max_token_s": "0 59 1.5 9999999999",
