@@ -1,11 +1,14 @@
 """Libraries of a few lines of C that stand between a server and the C library, and the numbers they read."""
 
 import mmap
+import shutil
 import struct
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ def build_shim(
     *,
     name: str | None = None,
 ) -> Shim:
-    """Build a library.
+    """Build a library; the test is skipped without a C compiler.
 
     Args:
         source: its only file.
@@ -46,6 +49,7 @@ def build_shim(
         others: further variables of the server.
         name: by which programs load it, if it stands in for a library; else its file's.
     """
+    require_compiler()
     library, file = folder / f"{source.stem}.so", folder / source.stem
     build = ("cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror")
     named = f"-Wl,-soname,{name or library.name}"
@@ -54,6 +58,11 @@ def build_shim(
     with file.open("r+b") as opened:
         mapped = mmap.mmap(opened.fileno(), 0)
     return Shim(library, {variable: str(file), **(others or {})}, mapped, numbers)
+
+
+def require_compiler() -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
 
 
 def environment_of(shims: Iterable[Shim]) -> dict[str, str]:

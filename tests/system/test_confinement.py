@@ -8,11 +8,13 @@ from playwright.async_api import expect
 from support import models
 from support.browser import Console, chromium, needs_browser
 from support.clients import run_command
+from support.http import ONE
 from support.models import save
 from support.servers import MODULE, events, refused_start, serving
 
 from events.sqlite.datalock import LEDGER
 from events.types import Confinement, ModelLoaded, ServerStarted
+from runtime.process.confinement import ALL_ACTS
 from runtime.worker.landlock import find_abi
 from server.config import Config
 
@@ -51,9 +53,22 @@ async def test_confined_server_records_it(config: Config) -> None:
     assert recorded == [FULL, FULL]
 
 
+async def test_unconfined_server_loads_and_records_it(config: Config) -> None:
+    save(models.add(), config.repository, "m")
+    async with serving(config, "--confine=off") as server:
+        await server.api.load("m")
+        assert (await server.api.infer("m", ONE)).status == 200
+        assert await server.stop() == 0
+    [recorded] = [
+        event.data.confinement for event in await events(config) if isinstance(event.data, ModelLoaded)
+    ]
+    assert recorded == Confinement("off", 0, seccomp=False, not_prevented=ALL_ACTS)
+
+
 def test_check_says_what_confines_workers(config: Config) -> None:
     arguments = ("check", "--port=0", "--quick", f"--repository={config.repository}")
-    assert "workers are confined by Landlock" in run_command(*arguments).stdout
+    layers = "Landlock" if find_abi() else "seccomp"
+    assert f"workers are confined by {layers}" in run_command(*arguments).stdout
     result = run_command(*arguments, "--confine=off")
     assert "note: --confine: workers are not confined: a model that takes over its worker" in result.stdout
     assert "(not_confined)" in result.stdout

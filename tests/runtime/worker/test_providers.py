@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from support import models
 from support.models import save
 from support.openvino import DEVICE, openvino_path
+from support.shims import require_compiler
 from support.workers import (
     LAYERS,
     answer,
@@ -96,6 +97,7 @@ async def test_provider_that_cannot_be_used_takes_no_other_away(
     says = f"def get_library_path(): return {str(library)!r}\ndef get_ep_name(): return 'Broken'\n"
     (package / "__init__.py").write_text(says)
     if code is not None:
+        require_compiler()
         source.write_text(code)
         compiler = await asyncio.create_subprocess_exec("cc", "-shared", "-fPIC", "-o", library, source)
         assert await compiler.wait() == 0
