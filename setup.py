@@ -4,10 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.30", "opentelemetry-sdk>=1.30"]
+OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.35", "opentelemetry-sdk>=1.35"]
 OPENVINO = ["onnxruntime-ep-openvino>=1.8; platform_machine == 'x86_64'"]  # it is not made for others
 CUDA = [
-    "nvidia-ml-py>=12.560"
+    "nvidia-ml-py>=12.560.30"
 ]  # ONNX Runtime's own wheel for it is another distribution, in place of onnxruntime
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
@@ -82,16 +82,16 @@ setup(
         "PyYAML>=6",
         "aiohttp>=3.14.1,<4",  # 3.14.0 keeps any number of pipelined requests of a connection in memory
         "aiohttp-apispec==3.0.0b2",  # the only release that works with marshmallow 4 and Python >= 3.12
-        "apispec>=6.8,<7",
-        "click>=8.1",
+        "apispec>=6.9,<7",
+        "click>=8.4",
         "marshmallow>=4,<5",
         "msgspec>=0.20",
-        "multidict>=6",
-        "numpy>=2",
-        "onnxruntime>=1.24",
-        "prometheus-client>=0.22",
+        "multidict>=6.0.3",
+        "numpy>=2.2",
+        "onnxruntime>=1.24.1",
+        "prometheus-client>=0.23",
         "rich>=14",
-        "uvloop>=0.22",
+        "uvloop>=0.22.1",
     ],
     extras_require={
         "docs": DOCS,  # for `make docs` alone
