@@ -166,7 +166,8 @@ class WorkerPool:
         found = {name: present[name] for name in present if find_matching(visible, [name])}
         if useful := [each for each in probed if any(device.name in found for device in each.devices)]:
             self.applied_to_devices = weakest(useful)
-        problems = [*installed.problems, *(problem for each in probed for problem in each.problems)]
+        of_probes = [problem for each in probed for problem in each.problems]
+        problems = [*installed.problems, *(each for each in of_probes if each not in self.applied.problems)]
         self.devices = replace(installed, found=found, problems=tuple(dict.fromkeys(problems)))
         self.applied.check()
 

@@ -55,6 +55,8 @@ def limited(**limits: float | str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-c", script)
 
 
+CONFINED_LESS = re.compile(r"WARNING +workers are (?:not )?confined\b.*")
+"""What a server says at its start on a kernel without Landlock."""
 APART = "--host=127.7.7.7"
 """For a server that starts again on its port: another process could take one of 127.0.0.1 meanwhile."""
 
@@ -106,6 +108,11 @@ class Server:
             with suppress(FileNotFoundError):  # closed meanwhile
                 held.update(map(int, re.findall(r"^Pid:\t(\d+)", descriptor.read_text(), re.MULTILINE)))
         return held
+
+    def warnings(self) -> list[str]:
+        """Return the lines on stderr without events, and without what this kernel cannot confine."""
+        lines = _text(self.output).splitlines()
+        return [line for line in lines if " event=" not in line and not CONFINED_LESS.search(line)]
 
     def worker(self) -> int:
         """Return the process id of the newest worker."""

@@ -22,7 +22,7 @@ BODY = json.dumps({"inputs": [ONE]}).encode()
 FAST, SLOW = "/v2/models/m/infer", "/v2/models/%6D/infer"
 NOT_COMPARED = {"Date", "RateLimit", "Content-Length", "Connection"}
 PREDICT = ("predict",)
-BOMB = gzip.compress(BODY + b" " * MAX_BODY_BYTES)
+BOMB = gzip.compress(BODY + b" " * MAX_BODY_BYTES, mtime=0)
 LENGTH = "Inference-Header-Content-Length"
 
 
