@@ -29,6 +29,7 @@ from runtime.process.worker import Worker
 from server.config import Config
 
 LONG = ("tests/system/", "tests/conformance/", "tests/clients/", "tests/hostile/")
+MAX_ID = 100
 Start = Callable[..., Awaitable[LocalApi]]
 
 
@@ -53,6 +54,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_unconfigure() -> None:
     """End the run's PostgreSQL server, in the process that controls the others, also after an interrupt."""
     end_shared_server()
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a case with a long value after its argument: new keys, say, have other values in each process."""
+    return argname if isinstance(val, str | bytes) and len(val) > MAX_ID else None
 
 
 def pytest_xdist_auto_num_workers() -> int:

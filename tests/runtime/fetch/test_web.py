@@ -236,14 +236,14 @@ async def test_untrusted_certificate_is_refused_at_once(sites: Sites) -> None:
     assert "SSL_CERT_FILE" in str(problem)
 
 
-@pytest.mark.parametrize(("host", "word"), [("nowhere.invalid", "host"), ("localhost", "connection")])
-async def test_unreachable_host_is_named(sites: Sites, host: str, word: str) -> None:
+@pytest.mark.parametrize("host", ["nowhere.invalid", "localhost"])
+async def test_unreachable_host_is_named(sites: Sites, host: str) -> None:
     with create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     web = await sites.client(hosts=AllowedHosts(named=frozenset({f"{host}:{port}"})))
     problem = await failure(web, f"https://{host}:{port}/")
     assert isinstance(problem, SourceUnreachable)
-    assert word in str(problem)
+    assert f"https://{host}:{port}/" in str(problem)
 
 
 def test_missing_authority_is_refused(tmp_path: Path) -> None:

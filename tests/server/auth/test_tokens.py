@@ -356,7 +356,6 @@ def rsa_key_set(**members: object) -> bytes:
         public_pem(ec.generate_private_key(ec.SECP256K1())),
         public_pem(rsa.generate_private_key(public_exponent=65537, key_size=1024)),
     ],
-    ids=lambda _: "content",  # keys differ in each process
 )  # fmt: skip
 def test_provider_file_without_usable_key_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "keys"

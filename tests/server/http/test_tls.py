@@ -70,7 +70,6 @@ ENCRYPTED = make_pair(encryption=BestAvailableEncryption(b"secret"))
             for content in (b"", b"no PEM", b"-----BEGIN CERTIFICATE-----\nAAAA\n", b"\xff" * 99)
         ],
     ],
-    ids=lambda value: "content" if isinstance(value, bytes) else None,  # keys differ in each process
 )
 def test_unusable_file_is_refused_by_name(
     files: tuple[Path, Path], place: str, content: bytes, reason: str
