@@ -5,20 +5,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 OTEL = ["opentelemetry-exporter-otlp-proto-http>=1.35", "opentelemetry-sdk>=1.35"]
-OPENVINO = ["onnxruntime-ep-openvino>=1.8; platform_machine == 'x86_64'"]  # it is not made for others
-CUDA = [
-    "nvidia-ml-py>=12.560.30"
-]  # ONNX Runtime's own wheel for it is another distribution, in place of onnxruntime
+OPENVINO = ["onnxruntime-ep-openvino>=1.8.1; platform_machine == 'x86_64'"]  # it is not made for others
+CUDA = ["nvidia-ml-py>=12.560.30"]  # ONNX Runtime's wheel for it is installed in place of onnxruntime
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
-CLOUD = ["obstore~=0.12"]
+CLOUD = ["obstore~=0.12.1"]
 POSTGRES = ["asyncpg>=0.30,<1"]
 EXAMPLES = [  # 65 MB, of it scipy 34
     *IMAGES,
     "ipykernel>=7",
     "lightgbm>=4.6",
     "nbclient>=0.10.2",
-    "onnx>=1.20",
+    "onnx>=1.22",
     "onnxmltools>=1.16",
     "scikit-learn>=1.7",
     "skl2onnx>=1.20",
@@ -42,7 +40,7 @@ TEST = [
     "kserve>=0.21; python_version < '3.14'",  # it is not made for more
     "moto[s3]>=5.2",  # a server like S3; its extra `server` brings all of AWS, and minutes of pip
     "mypy==2.4.*",
-    "onnx>=1.20",
+    "onnx>=1.22",
     "openapi-spec-validator>=0.7",
     "playwright>=1.49",
     "pytest>=9",
@@ -85,10 +83,10 @@ setup(
         "apispec>=6.9,<7",
         "click>=8.4",
         "marshmallow>=4,<5",
-        "msgspec>=0.20",
+        "msgspec>=0.21",
         "multidict>=6.0.3",
         "numpy>=2.2",
-        "onnxruntime>=1.24.1",
+        "onnxruntime>=1.32",
         "prometheus-client>=0.23",
         "rich>=14",
         "uvloop>=0.22.1",

@@ -291,7 +291,7 @@ class Verifier:
                 audience=self.audience,
                 issuer=self.issuer,
             )
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
             raise InvalidToken(f"the token is not valid: {error}") from None
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
