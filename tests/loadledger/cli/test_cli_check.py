@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner, Result
 from support import models
 from support.clients import NO_SETTINGS, run_command
-from support.http import local_server, when
+from support.http import local_server
 from support.models import save, save_bytes
 from support.postgres import Database
 from support.signing import make_key, public_pem, sign_version
+from support.workers import until
 
 from events.approvals import AnswerApproval
 from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
@@ -263,8 +264,9 @@ async def test_check_names_loaded_models_that_a_restart_would_not_load(tmp_path:
     async with local_server(tmp_path, policy=APPROVED) as api:
         api.save(models.add(), "m")
         job = await api.accepted_load("m")
-        await when(lambda: api.types("m"), lambda types: "ApprovalAsked" in types)
-        asked = api.app[LOG].state.jobs[job["id"]].approval
+        jobs = api.app[LOG].state.jobs
+        await until(lambda: jobs[job["id"]].approval is not None)
+        asked = jobs[job["id"]].approval
         assert asked is not None
         answer = AnswerApproval(job["id"], "bob", asked.digest, "reviewed", Credential(), approves=True)
         await api.app[LOG].submit(answer)
