@@ -57,7 +57,7 @@ def test_loads_stay_within_the_budget_however_they_grow(
 
 def save_ballast(root: Path) -> None:
     """Save a model that takes 360 MB in many steps, and less than its limit, which counts a large file."""
-    folder = models.save(models.slow_to_fold(1500, 40), root, "big")
+    folder = models.save(models.slow_to_fold(600, 250), root, "big")
     with (folder / "weights.bin").open("wb") as file:
         file.truncate(180 * MB)
 
