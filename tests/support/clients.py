@@ -39,7 +39,7 @@ NO_SETTINGS: dict[str, str | None] = dict.fromkeys(
 ) | {"LOADLEDGER_VISIBLE_DEVICES": "none"}
 
 NEW_HOME = str(Path(gettempdir(), "new-user"))
-"""Nobody has this home yet, and whoever runs the tests may make it."""
+"""A home folder that does not exist, and that any user may create."""
 
 
 def run_command(

@@ -1,4 +1,4 @@
-"""What a test run leaves: processes, shared memory and sockets. The run fails for each (conftest.py).
+"""Leak check of a test run: processes, shared memory and sockets. The run fails for each (conftest.py).
 
 Each process of a run has `MARK` in its environment: a server passes variables of that kind (LC_*) on to its
 fork server, and so to all workers. So runs beside each other do not find each other's.

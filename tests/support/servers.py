@@ -56,7 +56,7 @@ def limited(**limits: float | str) -> tuple[str, ...]:
 
 
 CONFINED_LESS = re.compile(r"WARNING +workers are (?:not )?confined\b.*")
-"""What a server says at its start on a kernel without Landlock."""
+"""The warning at the start of a server on a kernel without Landlock."""
 APART = "--host=127.7.7.7"
 """For a server that starts again on its port: another process could take one of 127.0.0.1 meanwhile."""
 

@@ -126,8 +126,8 @@ BEYOND = {
         *(f"cores of {name}" for name in ("server", "fork_server", "sibling") if os.geteuid()),
     },
 }
-"""What succeeds in a worker on a device, at most: the driver of CUDA needs more than a library. One of root
-has no capabilities, and so no say over other processes of root."""
+"""Attempts that may succeed in a worker on a device: the driver of CUDA needs more than a library. A worker
+of root has no capabilities, and so no say over other processes of root."""
 
 
 @pytest.mark.parametrize("provider", BEYOND)
