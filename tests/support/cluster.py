@@ -1,6 +1,6 @@
 """Nodes of one ledger as real `serve` processes: started, stopped, killed, frozen, cut off, under load.
 
-    async with clustered(folder, server, size=3) as cluster, cluster.traffic() as traffic:
+    async with clustered(folder, server) as cluster, cluster.traffic(dice, cluster.fleet.ids):
         await cluster.nodes["n1"].kill()
         await cluster.until(lambda state: state.registers.nodes["n1"].phase is NodePhase.LOST)
 
@@ -9,6 +9,7 @@ before the database. All of them have the same keys and the same repository.
 """
 
 import asyncio
+import itertools
 import random
 import resource
 import shutil
@@ -281,12 +282,14 @@ class Cluster:
             raise AssertionError(f"{what or 'the state did not come'}: {self.describe()}") from None
 
     async def settled(self) -> State:
-        """Wait until nothing is under way, all replicas are equal, and the processes are those recorded."""
+        """Wait until nodes have joined, nothing is under way, and replicas and processes are as recorded."""
         seen: list[str] = []
 
         async def look() -> State | None:
             seen.clear()
             states = [node.read_state() for node in self.answering]
+            present = {node.id for node in states[0].registers.nodes.values() if node.is_present}
+            seen.extend(f"{node.name} has not joined" for node in self.answering if node.name not in present)
             seen.extend(_list_unsettled(states[0]))
             if len({(state.position, state.recorded_at) for state in states}) > 1 or seen:
                 return None
@@ -305,13 +308,13 @@ class Cluster:
 
     async def load(self, *model_ids: str, **body: Json) -> State:
         """Load models, wherever; return the state when all is at rest."""
-        apis = [node.api for node in self.answering]
-        answers = await asyncio.gather(
-            *(
-                apis[number % len(apis)].post(f"/api/v1/models/{model_id}/load", json=body, wait=60)
-                for number, model_id in enumerate(model_ids)
-            )
-        )
+        apis = itertools.cycle(node.api for node in self.answering)
+
+        async def load(model_id: str, api: Api) -> Answer:
+            loading = partial(api.post, f"/api/v1/models/{model_id}/load", json=body, wait=60)
+            return await when(loading, lambda answer: answer.status != 503)  # as at a node without a lease
+
+        answers = await asyncio.gather(*map(load, model_ids, apis))
         assert all(answer.json["status"] == "completed" for answer in answers), answers
         self.accepted |= {answer.json["id"] for answer in answers}
         return await self.settled()
