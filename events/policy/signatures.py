@@ -143,8 +143,9 @@ def _verify_certificate(bundle: Bundle, rule: TrustRule, at: Timestamp) -> Verif
         signer, *others = [x509.load_der_x509_certificate(each) for each in bundle.certificates]
         key, subject = signer.public_key(), signer.subject.rfc4514_string()
         digests = [_digest(_encode(each.public_key())) for each in (signer, *others)]
-    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
-        text = f"a certificate of the bundle cannot be read: {error}; sign the version again"
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion, KeyError, TypeError) as error:
+        # KeyError and TypeError: a value in a name is of a type of ASN.1 that it may not have.
+        text = f"a certificate of the bundle cannot be read: {error!r:.200}; sign the version again"
         raise SignatureRefused("signature_invalid", text) from None
     if not _is_supported(key):
         text = f"the certificate's key is not of {_CURVES}; sign with a certificate for such a key"

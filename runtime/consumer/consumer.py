@@ -67,7 +67,7 @@ from runtime.scheduler.actions import (
     list_conditions,
 )
 from runtime.scheduler.placement import ALONE, Placement
-from runtime.scheduler.scheduler import is_load_current
+from runtime.scheduler.scheduler import describe_approval_wait, is_load_current
 from runtime.scheduler.view import (
     DeviceNeed,
     Observations,
@@ -189,7 +189,9 @@ class Consumer:
         return None if target is None or not target.draining else target.stage
 
     def waiting_for(self, job: Job) -> str | None:
-        """Return what a pending job waits for, as of the last decision."""
+        """Return what a pending job waits for, as of the last decision; for approval as of this moment."""
+        if job.approval is not None and job.waits_for_approval:
+            return describe_approval_wait(job.approval)
         return self._decision.waiting_for.get(job.id)
 
     def uses(self) -> list[MemoryUse]:

@@ -271,7 +271,7 @@ def reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
     return add_seconds(since, back_off_s(doublings))
 
 
-def _describe_wait(asked: ApprovalState) -> str:
+def describe_approval_wait(asked: ApprovalState) -> str:
     """Return what a load waits for that needs approval."""
     left = asked.approvals - len(asked.answers)
     persons = "another person" if left == 1 else f"{left} other persons"
@@ -302,7 +302,8 @@ def _wake_at(
 
 
 def _waiting_for(view: SchedulerView, admission: Admission) -> dict[str, str]:
-    waiting = dict(admission.waiting_for) | {job.id: _describe_wait(asked) for job, asked in view.unapproved}
+    waiting = dict(admission.waiting_for)
+    waiting |= {job.id: describe_approval_wait(asked) for job, asked in view.unapproved}
     for job in view.unended:
         if job.status is JobStatus.PENDING and not view.is_first_in_queue(job):
             waiting[job.id] = f"job {view.queues[job.model_id][0].id} of the same model"
