@@ -141,11 +141,10 @@ def _verify_key(bundle: Bundle, rule: TrustRule) -> VerifiedSignature:
 def _verify_certificate(bundle: Bundle, rule: TrustRule, at: Timestamp) -> VerifiedSignature:
     try:
         signer, *others = [x509.load_der_x509_certificate(each) for each in bundle.certificates]
-        key, subject = signer.public_key(), signer.subject.rfc4514_string()
+        key, subject = signer.public_key(), _read_subject(signer)
         digests = [_digest(_encode(each.public_key())) for each in (signer, *others)]
-    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion, KeyError, TypeError) as error:
-        # KeyError and TypeError: a value in a name is of a type of ASN.1 that it may not have.
-        text = f"a certificate of the bundle cannot be read: {error!r:.200}; sign the version again"
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
+        text = f"a certificate of the bundle cannot be read: {error}; sign the version again"
         raise SignatureRefused("signature_invalid", text) from None
     if not _is_supported(key):
         text = f"the certificate's key is not of {_CURVES}; sign with a certificate for such a key"
@@ -171,6 +170,13 @@ def _verify_certificate(bundle: Bundle, rule: TrustRule, at: Timestamp) -> Verif
     if not _is_signed_by(key, bundle):
         raise SignatureRefused("signature_invalid", _CHANGED)
     return VerifiedSignature("certificate", subject)
+
+
+def _read_subject(certificate: x509.Certificate) -> str:
+    try:
+        return certificate.subject.rfc4514_string()
+    except (KeyError, TypeError):  # what the library raises there
+        raise ValueError("a value in its subject has an ASN.1 type that a name cannot have") from None
 
 
 def _is_signed_by(key: ec.EllipticCurvePublicKey, bundle: Bundle) -> bool:

@@ -21,7 +21,7 @@ from msgspec import UNSET, structs
 from events.clock import seconds_between, uuid7
 from events.commands import OUTDATED, Condition, RequestLoad, RequestUnload
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
-from events.jobs import TIMEOUT, Job, JobStatus
+from events.jobs import TIMEOUT, ApprovalState, Job, JobStatus
 from events.log import Log
 from events.models import RELOADS
 from events.state import State
@@ -67,7 +67,7 @@ from runtime.scheduler.actions import (
     list_conditions,
 )
 from runtime.scheduler.placement import ALONE, Placement
-from runtime.scheduler.scheduler import describe_approval_wait, is_load_current
+from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
     DeviceNeed,
     Observations,
@@ -191,7 +191,7 @@ class Consumer:
     def waiting_for(self, job: Job) -> str | None:
         """Return what a pending job waits for, as of the last decision; for approval as of this moment."""
         if job.approval is not None and job.waits_for_approval:
-            return describe_approval_wait(job.approval)
+            return _describe_wait(job.approval)
         return self._decision.waiting_for.get(job.id)
 
     def uses(self) -> list[MemoryUse]:
@@ -215,7 +215,7 @@ class Consumer:
     def waits(self) -> list[JobWait]:
         """Return the waiting jobs, oldest first, as of the last decision."""
         found = list[JobWait]()
-        for job in self._log.state.unended():
+        for job in self._own().unended():
             if (waiting_for := self.waiting_for(job)) is not None:
                 task = self._loader.tasks.get(job.id)
                 needs_bytes = None if task is None else task.known_bytes
@@ -579,3 +579,10 @@ class WorkerMonitor:
                 await worker.measure()
         finally:
             del self._measuring[worker.worker_id]
+
+
+def _describe_wait(asked: ApprovalState) -> str:
+    """Return what a load waits for that needs approval."""
+    left = asked.approvals - len(asked.answers)
+    persons = "another person" if left == 1 else f"{left} other persons"
+    return f"approval by {persons} until {asked.expires_at}"

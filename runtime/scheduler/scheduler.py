@@ -14,7 +14,7 @@ from functools import partial
 
 from events.approvals import is_void
 from events.clock import add_seconds
-from events.jobs import APPROVAL_VOID, POLICY_DIFFERS, TIMEOUT, ApprovalState, Job, JobKind, JobStatus
+from events.jobs import APPROVAL_VOID, POLICY_DIFFERS, TIMEOUT, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.state import State, has_turn
 from events.types import REPLACEMENTS, ApprovalExpired, Cause
@@ -271,13 +271,6 @@ def reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
     return add_seconds(since, back_off_s(doublings))
 
 
-def describe_approval_wait(asked: ApprovalState) -> str:
-    """Return what a load waits for that needs approval."""
-    left = asked.approvals - len(asked.answers)
-    persons = "another person" if left == 1 else f"{left} other persons"
-    return f"approval by {persons} until {asked.expires_at}"
-
-
 def _may_optimise(view: SchedulerView) -> bool:
     """Whether a model may be optimised: this begins when nothing else is to be done, in free memory."""
     seen, free = view.observations, view.machine.free_bytes
@@ -303,7 +296,6 @@ def _wake_at(
 
 def _waiting_for(view: SchedulerView, admission: Admission) -> dict[str, str]:
     waiting = dict(admission.waiting_for)
-    waiting |= {job.id: describe_approval_wait(asked) for job, asked in view.unapproved}
     for job in view.unended:
         if job.status is JobStatus.PENDING and not view.is_first_in_queue(job):
             waiting[job.id] = f"job {view.queues[job.model_id][0].id} of the same model"

@@ -312,7 +312,8 @@ class Cluster:
 
         async def load(model_id: str, api: Api) -> Answer:
             loading = partial(api.post, f"/api/v1/models/{model_id}/load", json=body, wait=60)
-            return await when(loading, lambda answer: answer.status != 503)  # as at a node without a lease
+            # A node that lost its lease answers with 503 until it has joined again.
+            return await when(loading, lambda answer: answer.status != 503)
 
         answers = await asyncio.gather(*map(load, model_ids, apis))
         assert all(answer.json["status"] == "completed" for answer in answers), answers

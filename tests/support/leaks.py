@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import gettempdir
 
+from support.subreaper import parent_of
+
 MARK = "LC_LOADLEDGER_TEST_RUN"
 RUN = os.environ.setdefault(MARK, f"{os.getpid()}-{secrets.token_hex(4)}")
 """Of the controlling process, which the others inherit."""
@@ -66,7 +68,7 @@ def find_processes(run: str) -> Iterator[tuple[int, str]]:
 def _ancestors(pid: int) -> Iterator[int]:
     while pid:
         yield pid
-        pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])  # proc_pid_stat(5)
+        pid = parent_of(str(pid))
 
 
 def find_memory_files() -> Iterator[Path]:

@@ -218,7 +218,7 @@ def test_changed_certificate_signs_nothing(data: st.DataObject) -> None:
     assert signed == SIGNER.certificate.tbs_certificate_bytes  # the issuer's signature is written otherwise
 
 
-def test_certificate_whose_name_has_a_value_of_another_type_is_refused() -> None:
+def test_subject_with_a_value_of_another_type_is_refused() -> None:
     der = SIGNER.certificate.public_bytes(Encoding.DER)
     at = der.index(b"\x0c\x07release")  # an ASN.1 UTF8String
     document = json.loads(sign_version(SMALL, SIGNER.key, SIGNER.chain))
