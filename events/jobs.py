@@ -230,13 +230,21 @@ class JobPlacement(Struct, frozen=True, gc=False):
 
 
 class ApprovalAnswer(Struct, frozen=True, gc=False):
-    """One approval of a load, or its bypass, with the signature of the node that took it."""
+    """One approval of a load, or its bypass, with the signature of the node that took it.
+
+    Attributes:
+        by: the person.
+        reason: as it was given.
+        jti, issuer, issued_by: of the person's token, as in `Credential`.
+        node_signature: UNSET at a server alone.
+    """
 
     by: str
     reason: str
     jti: str | None = None
     issuer: str | None = None
     node_signature: NodeSignature | UnsetType = UNSET
+    issued_by: tuple[str, ...] = ()
 
 
 class ApprovalState(Struct, frozen=True, gc=False):
@@ -605,7 +613,9 @@ def _approve(job: Job, event: Event, data: LoadApproved) -> Job:
     if event.actor in asked.approved_by:
         return job
     token = data.credential
-    answer = ApprovalAnswer(event.actor, data.reason, token.jti, token.issuer, data.node_signature)
+    answer = ApprovalAnswer(
+        event.actor, data.reason, token.jti, token.issuer, data.node_signature, token.issued_by
+    )
     approved = replace(asked, answers=(*asked.answers, answer))
     if len(approved.answers) < asked.approvals or job.load is None:
         return _with_approval(job, event, approved)

@@ -20,7 +20,7 @@ from events.commands import (
 )
 from events.nodes import Node, NodePhase
 from events.state import State
-from events.tokens import MAX_TOKENS, count_valid, find_issued
+from events.tokens import MAX_TOKENS, count_valid, find_issued, is_refused
 from events.types import (
     SYSTEM,
     Confinement,
@@ -55,6 +55,8 @@ class IssueToken(RegisterCommand):
                 "too_many_tokens",
                 f"{MAX_TOKENS} tokens have not expired yet; let tokens expire sooner, or issue fewer",
             )
+        if is_refused(tokens, self.issued.issued_with or ""):
+            return Refused("invalid_token", "the token that was to issue another one was revoked meanwhile")
         drafts = [Draft(at.new_id(), self.issued, self.actor)]
         if self.link_id is not None:
             drafts.insert(0, Draft(at.new_id(), SignInLinkUsed(self.link_id), self.actor))

@@ -1,7 +1,8 @@
 """The fold of issued and revoked tokens, which says whose token is refused.
 
 Tokens of an identity provider are not recorded: their signature counts. A token goes from the fold some time
-after its expiry, so memory grows with the valid ones.
+after its expiry, unless another that came from it is still there: so memory grows with the valid ones and
+those that they came from, and whoever ends a token reaches all that came from it.
 """
 
 from __future__ import annotations
@@ -144,5 +145,11 @@ def is_refused(tokens: Mapping[str, Token], jti: str) -> bool:
 
 
 def _find_forgotten(tokens: Mapping[str, Token], now: Timestamp) -> list[str]:
-    until = add_seconds(now, -KEPT_S)
-    return [key for key, token in tokens.items() if token.expires_at <= until]
+    """Return the ids of the tokens that expired some time ago, as did all that came from them."""
+    until, kept = add_seconds(now, -KEPT_S), set[str]()
+    for token in tokens.values():
+        origin = token if token.expires_at > until else None
+        while origin is not None and origin.id not in kept:
+            kept.add(origin.id)
+            origin = tokens.get(origin.issued_with or "")
+    return [key for key in tokens if key not in kept]

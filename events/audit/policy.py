@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as change
 from enum import StrEnum
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from msgspec import UNSET, UnsetType
@@ -116,11 +116,12 @@ class PolicyAudit:
         if any(is_same_person(actor, each) for each in (*requesters, *asked.approved_by)):
             return f"{actor!r} asked for this load or approved it already, and another person has to"
         issued_by = () if said is None else said.credential.issued_by
-        others = (*requesters, *asked.approved_by)
-        pairs = (*product(others, token.issued_by), *product((actor,), issued_by))
-        if any(is_same_person(*pair) for pair in pairs):
+        issuers = (*issued_by, *chain.from_iterable(each.issued_by for each in asked.answers))
+        pairs = product((actor, *token.issued_by), (*requesters, *asked.approved_by, *issuers))
+        shared = next((one for one, other in pairs if is_same_person(one, other)), None)
+        if shared is not None:
             text = (
-                f"the token of {actor!r} was issued by who asked or approved before, or the other way round"
+                f"{actor!r} and who asked or approved before may be one: {shared!r} issued a token of theirs"
             )
             self._remark(event, RemarkKind.SELF_ISSUED, text)
         return self._check_answer(job, data, ApprovalAnswer(actor, data.reason, token.jti, token.issuer))

@@ -212,10 +212,17 @@ _MAY_ISSUE = _require(lambda each: each.key_cert_sign, "an issuer may not issue"
 _IS_NO_AUTHORITY = _require(lambda each: not each.ca, "it is of an authority")
 _MAY_SIGN = _require(lambda each: each.digital_signature, "it may not sign")
 _IS_FOR_CODE = _require(lambda each: ExtendedKeyUsageOID.CODE_SIGNING in each, "it is not for code signing")
+_MAY_ISSUE_FOR_CODE = _require(
+    lambda each: {ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & {*each},
+    "an issuer is not for code signing",
+)
+"""An authority with usages of its own can issue for no others, as browsers and Windows have it (CA/Browser
+Forum, Code Signing Baseline Requirements 7.1.2.2)."""
 _OF_AUTHORITIES = (
     verification.ExtensionPolicy.permit_all()
     .require_present(x509.BasicConstraints, _ANY, _IS_AUTHORITY)
     .may_be_present(x509.KeyUsage, _ANY, _MAY_ISSUE)
+    .may_be_present(x509.ExtendedKeyUsage, _ANY, _MAY_ISSUE_FOR_CODE)
     .require_not_present(x509.NameConstraints)  # the library does not apply them to subjects
 )
 _OF_SIGNERS = (

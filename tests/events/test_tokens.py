@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from support.history import START, at, opened, steady
 from support.ledgers import SIGN, change_ledger
 
@@ -29,10 +30,12 @@ from events.tokens import (
     evolve_tokens,
     find_issued,
     is_refused,
+    list_issuers,
 )
 from events.types import Event, SignInLinkUsed, TokenData, TokenIssued, TokenRevoked
 
 BOB = TokenIssued("t1", "bob", ("admin",), at(600), "api")
+BY_BOB = TokenIssued("t2", "eve", ("admin",), at(600), "api", "t1")
 REVOKED, FOREIGN = TokenRevoked("t1"), TokenRevoked("t1", at(600))
 ISSUED_BY_T1 = {  # t1 > t2 > session t3 > session t4; t5 is of another one
     "t1": Token("t1", "bob", ("admin",), at(600), 1),
@@ -94,6 +97,22 @@ def test_expired_tokens_leave_the_fold() -> None:
     assert tokens["late"].is_revoked
 
 
+def test_expired_token_stays_while_what_came_from_it_is_valid() -> None:
+    tokens: dict[str, Token] = {}
+    chain = [("a", at(1e9), None), ("m", at(3), "a"), ("s", at(4), "m"), ("l", at(1e7), "s")]
+    others = [(f"n{each}", at(5), None) for each in range(3 * SWEEP_EVERY)]
+    for position, (jti, expires_at, of) in enumerate([*chain, *others], 1):
+        data, hours = TokenIssued(jti, "x", (), expires_at, "api", of), at(position * 3600)
+        evolve_tokens(tokens, data, position=position, recorded_at=hours, actor="x")
+    assert find_issued(tokens, "a") == ["m", "s", "l"]
+    assert list_issuers(tokens, "l") == ("x",)
+    last = TokenIssued("z", "x", (), at(1e9), "api")
+    for _ in range(SWEEP_EVERY):  # the number of tokens passes a multiple of it
+        evolve_tokens(tokens, last, position=1000, recorded_at=at(1e8), actor="x")
+        last = replace(last, jti=last.jti + "z")
+    assert not {"m", "s", "l"} & tokens.keys()
+
+
 def state_of(*facts: TokenData, count: int = 0, expires_at: str = "") -> State:
     token = fold(*facts)
     others = {f"n{number}": Token(f"n{number}", "x", (), expires_at, number) for number in range(count)}
@@ -108,6 +127,8 @@ ISSUE = IssueToken(BOB, "alice")
     [
         (state_of(), ISSUE, [BOB]),
         (state_of(), IssueToken(BOB, "alice", "l1"), [SignInLinkUsed("l1"), BOB]),
+        (state_of(BOB, REVOKED), IssueToken(BY_BOB, "bob"), "invalid_token"),
+        (state_of(BOB), IssueToken(BY_BOB, "alice"), [BY_BOB]),
         (state_of(count=MAX_TOKENS, expires_at=at(9)), ISSUE, "too_many_tokens"),
         (state_of(count=MAX_TOKENS, expires_at=at(5)), ISSUE, [BOB]),
         (state_of(BOB), RevokeToken("t1", "alice", at(900)), [REVOKED]),

@@ -1,10 +1,18 @@
 """Somebody with a copy of an admin's token, who makes others of it before it expires or is revoked."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.history import opened, steady
 from support.http import Answer, LocalApi, local_server
+
+from events.clock import format_timestamp
+from events.registercommands import IssueToken
+from events.tokens import SWEEP_EVERY
+from events.types import TokenIssued
+from server.auth.keys import ensure_data_dir, sign_token
 
 
 async def ask(api: LocalApi, token: str, path: str, body: dict[str, Any]) -> Answer:
@@ -63,3 +71,28 @@ async def test_no_token_outlives_the_longest_life(tmp_path: Path, longest: int, 
         assert refused.refusal == (400, "invalid_body")
         assert f"at most {longest} s" in refused.json["detail"]
         assert (await ask(api, taken["token"], "/api/v1/tokens", body | {"expires_s": longest})).status == 201
+
+
+async def test_revoking_a_token_reaches_what_forgotten_ones_issued(tmp_path: Path) -> None:
+    """The stolen token issues one for two seconds, which issues one for a year, two days ago."""
+    data, began = tmp_path / "data", datetime.now(UTC) - timedelta(days=2)
+    ensure_data_dir(data)
+    clock, lives_s = [began], {"stolen": 30 * 86_400, "middle": 2, "last": 360 * 86_400}
+    async with opened(data / "ledger.db", **steady(lambda: clock[0])) as log:
+        issued_with = None
+        for jti, life_s in lives_s.items():
+            until = format_timestamp(began + timedelta(seconds=life_s))
+            data_of = TokenIssued(jti, "ops", ("admin",), until, "api", issued_with)
+            await log.submit(IssueToken(data_of, "ops"))
+            issued_with = jti
+        clock[0] = datetime.now(UTC)
+        for number in range(2 * SWEEP_EVERY):  # those that expired long ago are forgotten
+            short = TokenIssued(f"other{number}", "x", (), format_timestamp(began), "api")
+            await log.submit(IssueToken(short, "x"))
+    async with local_server(tmp_path) as api:
+        audience = api.config.jwt_audience
+        last = sign_token(data, "ops", ["admin"], expires_s=9_999, audience=audience, jti="last")
+        assert await works(api, last)
+        revoked = await api.post("/api/v1/tokens/stolen/revoke", json={"issued": True})
+        assert revoked.status == 200
+        assert not await works(api, last)

@@ -164,11 +164,17 @@ class Certified:
         return Certified(key, certificate, (certificate, *self.chain))
 
     def issue_authority(
-        self, subject: str = "CN=Intermediate,O=Bank", *, path_length: int | None = None
+        self,
+        subject: str = "CN=Intermediate,O=Bank",
+        *,
+        path_length: int | None = None,
+        usage: Sequence[ObjectIdentifier] = (),
     ) -> Certified:
-        """Issue the certificate of an authority below this one."""
+        """Issue the certificate of an authority below this one, by default for any usage."""
         key = make_key()
         extensions = _of_authority(path_length)
+        if usage:
+            extensions.append((x509.ExtendedKeyUsage(usage), False))
         certificate = _issue(self, subject, key, start=START, days=365, extensions=extensions)
         return Certified(key, certificate, (certificate, *self.chain))
 

@@ -433,9 +433,15 @@ def test_bypass_and_reload_that_went_on_are_remarks() -> None:
 
 @pytest.mark.parametrize(
     ("of_request", "of_answer", "remarked"),
-    [((), (), False), (("Carol",), (), True), ((), ("ALICE",), True), (("dave",), ("dave",), False)],
+    [
+        ((), (), False),
+        (("Carol",), (), True),
+        ((), ("ALICE",), True),
+        (("dave",), ("root", "Dave"), True),
+        (("dave",), ("erin",), False),
+    ],
 )
-def test_approval_by_token_of_the_requester_is_a_remark(
+def test_approval_by_token_of_the_requesters_issuer_is_a_remark(
     of_request: tuple[str, ...], of_answer: tuple[str, ...], *, remarked: bool
 ) -> None:
     story = tell("policy:approval")
@@ -443,6 +449,18 @@ def test_approval_by_token_of_the_requester_is_a_remark(
     story.ask("L")
     story.approve("L", issued_by=of_answer)
     assert [each[:2] for each in remarks_of(story)] == [(4, RemarkKind.SELF_ISSUED)] * remarked
+
+
+@pytest.mark.parametrize(("issuers", "remarked"), [(("dave",), True), (("erin",), False), (("carol",), True)])
+def test_two_approvers_whose_tokens_one_issued_are_a_remark(
+    issuers: tuple[str, ...], *, remarked: bool
+) -> None:
+    story = tell("policy:two")
+    story.request("L")
+    story.ask("L")
+    story.approve("L", issued_by=("dave",))
+    story.approve("L", "bob", issued_by=issuers)
+    assert [each[:2] for each in remarks_of(story)] == [(5, RemarkKind.SELF_ISSUED)] * remarked
 
 
 def test_weakened_policy_is_a_remark() -> None:

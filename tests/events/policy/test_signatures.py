@@ -302,6 +302,10 @@ SIGNERS = {
         ).issue(),
         "an issuer may not issue",
     ),
+    "issuer is not for code": (
+        ROOT.issue_authority(usage=[ExtendedKeyUsageOID.SERVER_AUTH]).issue(),
+        "an issuer is not for code signing",
+    ),
     "unknown critical extension": (ROOT.issue(extensions=[(UNKNOWN, True)]), "critical extension"),
     "path too long": (ROOT.issue_authority(path_length=0).issue_authority("CN=Below").issue(), "path length"),
     "constrained names": (
@@ -324,6 +328,13 @@ def test_certificate_that_may_not_sign_is_untrusted(case: str) -> None:
     code, message = refused_signer(signer)
     assert code == "untrusted"
     assert reason in message
+
+
+@pytest.mark.parametrize("usage", [ExtendedKeyUsageOID.CODE_SIGNING, *NO_CODE[1:]])
+def test_authority_for_code_signing_may_issue(usage: ObjectIdentifier) -> None:
+    signer = ROOT.issue_authority(usage=[ExtendedKeyUsageOID.SERVER_AUTH, usage]).issue()
+    content = sign_version(CONTENTS, signer.key, signer.chain)
+    assert check(content, trust(roots=ROOT.pem)).method == "certificate"
 
 
 def test_unknown_extension_that_is_not_critical_is_accepted() -> None:
