@@ -277,7 +277,7 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
         said = replace(said, credential=replace(said.credential, issued_by=issued_by))
         if said.emergency is not None and command.sign is not None:
             what = event_id, command.model_id, command.version, command.actor
-            said = replace(said, node_signature=command.sign(emergency_statement(*what, said.emergency)))
+            said = replace(said, node_signature=command.sign(emergency_statement(*what, said)))
     data = LoadRequested.of(
         parameters,
         command.cause,

@@ -22,6 +22,7 @@ from events.tokens import list_issuers
 from events.types import (
     Credential,
     Draft,
+    Justification,
     LoadApproved,
     LoadRejected,
     Sign,
@@ -127,9 +128,12 @@ def answer_statement(job: Job, digest: str, rule: str, answer: ApprovalAnswer) -
     return msgspec.json.encode((*what, answer.by, answer.reason, answer.jti, answer.issuer))
 
 
-def emergency_statement(job_id: str, model_id: str, version: int | None, actor: str, emergency: str) -> bytes:
+def emergency_statement(
+    job_id: str, model_id: str, version: int | None, actor: str, said: Justification
+) -> bytes:
     """Return the bytes that a node signs for a request that must not wait, like `answer_statement`."""
-    return msgspec.json.encode(("loadledger-emergency-v1", job_id, model_id, version, actor, emergency))
+    what = "loadledger-emergency-v1", job_id, model_id, version, actor
+    return msgspec.json.encode((*what, said.emergency or "", said.digest or None))
 
 
 def load_statement(model_id: str, admitted: AdmittedBytes) -> bytes:

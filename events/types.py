@@ -168,12 +168,14 @@ class Justification(Struct, frozen=True, gc=False):
         reason: as it was given.
         emergency: why it must not wait for approval; None if it may.
         node_signature: of an emergency, by the node that has seen the person's role.
+        digest: of an emergency, of the files that it is for; UNSET where no rule asks for approval.
     """
 
     credential: Credential
     reason: str | None = None
     emergency: str | None = None
     node_signature: NodeSignature | UnsetType = UNSET
+    digest: str | UnsetType = UNSET
 
 
 class LoadSignature(Struct, frozen=True, gc=False):

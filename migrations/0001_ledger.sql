@@ -4,6 +4,7 @@ CREATE TABLE events (
   position INTEGER PRIMARY KEY AUTOINCREMENT,
   body TEXT NOT NULL CHECK (typeof(body) = 'text'),
   hash BLOB NOT NULL CHECK (typeof(hash) = 'blob' AND length(hash) = 32),
+  id TEXT GENERATED ALWAYS AS (json_extract(body, '$.id')) VIRTUAL,
   type TEXT GENERATED ALWAYS AS (json_extract(body, '$.type')) VIRTUAL NOT NULL,
   model_id TEXT GENERATED ALWAYS AS (json_extract(body, '$.model_id')) VIRTUAL,
   job_id TEXT GENERATED ALWAYS AS (json_extract(body, '$.job_id')) VIRTUAL,
@@ -13,6 +14,8 @@ CREATE TABLE events (
   CHECK (json_type(body, '$.position') IS 'integer' AND json_extract(body, '$.position') IS position)
 );
 
+-- A request's id is its job's: with a second one, signatures in the log would count for another load.
+CREATE UNIQUE INDEX events_by_id ON events (id);
 CREATE INDEX events_by_type ON events (type, position);
 CREATE INDEX events_by_model ON events (model_id, position) WHERE model_id IS NOT NULL;
 CREATE INDEX events_by_job ON events (job_id, position) WHERE job_id IS NOT NULL;

@@ -133,9 +133,11 @@ class PolicyAudit:
         text = f"{event.actor!r} let {job.model_id!r} be loaded without approval: {data.reason}"
         self._remark(event, RemarkKind.BYPASSED, text)
         said = job.policy.justification if job.policy else None
+        if said is not None and said.emergency is not None and said.digest != data.digest:
+            return "the emergency was for other files than those that passed"
         if self._entities.registers.nodes and said is not None:
-            what = job.id, job.model_id, job.version, job.requested_by, said.emergency or ""
-            if self._find_unsigned(emergency_statement(*what), said.node_signature) is not None:
+            statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said)
+            if self._find_unsigned(statement, said.node_signature) is not None:
                 return "no node has signed that who asked for this load has the role emergency"
         return self._check_answer(job, data, ApprovalAnswer(event.actor, data.reason))
 

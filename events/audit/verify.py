@@ -21,7 +21,7 @@ from events.models import Model
 from events.presence import Transition
 from events.sqlite.bases import entities_of, read_stored_base, state_at_base
 from events.sqlite.projections import StoredProjections
-from events.sqlite.proof import ProofReader, open_proof_reader, storage_errors
+from events.sqlite.proof import KnownIds, ProofReader, open_proof_reader, storage_errors
 from events.sqlite.queries import find_base
 from events.sqlite.storage import is_current
 from events.state import OF_NO_MODEL, Entities, State
@@ -148,6 +148,7 @@ class CheckedFold:
             if job.ended:
                 self._keep_if_behind(job)
         self._canonical = CanonicalCheck()
+        self._ids = KnownIds()
         self._changes = list[tuple[Event, Collection[Model], Iterable[Transition]]]()
         self.hashes = {start.position: start.hash}
         self._watched = sorted({each for each in watched if each > start.position}, reverse=True)
@@ -189,6 +190,9 @@ class CheckedFold:
         for page in _pages(rows):
             hashed, finding = _take_until_problem(self._hash_rows(page), None)
             events, finding = _take_until_problem(self._read(hashed), finding)
+            if (new := self._ids.add([event.id for event in events])) < len(events):
+                problem = f"an event before has its id, {events[new].id!r:.100}"
+                events, finding = events[:new], Finding(events[new].position, problem, FindingKind.EVENT)
             ended, finding = _take_until_problem(
                 self._fold_events(zip(hashed, events, strict=False)), finding
             )

@@ -7,8 +7,9 @@ error of SQLite becomes LogUnavailable where the ledger was opened; `storage_err
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from events.sqlite import queries
@@ -39,6 +40,24 @@ def storage_errors() -> Iterator[None]:
     except sqlite3.Error as error:
         kind = StorageDamaged if queries.kind_of(error) == sqlite3.SQLITE_CORRUPT else StorageError
         raise kind(str(error)) from error
+
+
+class KnownIds:
+    """The ids of the events that were read: in a temporary file, so that memory does not grow with them."""
+
+    def __init__(self) -> None:
+        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        weakref.finalize(self, self._table.close)
+        self._table.execute("PRAGMA journal_mode = OFF")
+        self._table.execute("CREATE TABLE known (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._table.execute("BEGIN")
+
+    def add(self, ids: Sequence[str]) -> int:
+        """Add ids up to the first that is known, and return how many those are."""
+        before = self._table.total_changes
+        with suppress(sqlite3.IntegrityError):
+            self._table.executemany("INSERT INTO known VALUES (?)", zip(ids, strict=True))
+        return self._table.total_changes - before
 
 
 class ProofReader:

@@ -19,7 +19,7 @@ from events.nodes import Node
 from events.registers import RecordedPolicy, RegisterChanges, RegisterEntry, Registers
 from events.sqlite import history
 from events.state import Changes, Join, KnownKey, State, read_key
-from events.storage import LogHead, Row
+from events.storage import LogHead, Row, StorageError
 from events.tokens import Token
 from events.types import OF_NODES, OF_SERVER, Anchor
 
@@ -294,16 +294,28 @@ def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
     """Insert events that follow one another; one statement takes a quarter less time than one for each.
 
     A body has no U+0000, which the canonical form escapes and SQLite would read as the end of the text.
+
+    Raises:
+        StorageError: an event has the id of an earlier one: a replica stops there.
+        sqlite3.Error: they were not inserted.
     """
-    connection.execute(
-        "INSERT INTO events (position, body, hash)"
-        " SELECT :first + key, value, substr(:hashes, 1 + 32 * key, 32) FROM json_each(:bodies)",
-        {
-            "first": rows[0].position,
-            "bodies": _ENCODER.encode([row.body for row in rows]).decode(),
-            "hashes": b"".join([row.hash for row in rows]),
-        },
-    )
+    try:
+        connection.execute(
+            "INSERT INTO events (position, body, hash)"
+            " SELECT :first + key, value, substr(:hashes, 1 + 32 * key, 32) FROM json_each(:bodies)",
+            {
+                "first": rows[0].position,
+                "bodies": _ENCODER.encode([row.body for row in rows]).decode(),
+                "hashes": b"".join([row.hash for row in rows]),
+            },
+        )
+    except sqlite3.IntegrityError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
+            raise
+        raise StorageError(
+            f"an event after position {rows[0].position - 1} has the id of an earlier one, and no release "
+            "writes that: `loadledger verify --ledger` names it"
+        ) from error
 
 
 def probe(connection: sqlite3.Connection) -> None:

@@ -6,6 +6,9 @@ CREATE TABLE events (
   hash bytea NOT NULL CHECK (octet_length(hash) = 32)
 );
 
+-- A request's id is its job's: with a second one, signatures in the log would count for another load.
+CREATE UNIQUE INDEX events_by_id ON events ((replace(body, '\u0000', '\u0001')::json ->> 'id'));
+
 -- Where the chain begins: the last archived event, at first position 0 and 32 zero bytes. state_sha256 is of the lines
 -- "kind key body" of base_state, sorted by kind and key (COLLATE "C"): at first of none.
 CREATE TABLE base (

@@ -141,6 +141,9 @@ def draft_question(
     if said is not None and said.emergency is not None and _is_seen(job, said, is_signed):
         if not rules.allows_emergency:
             return Failure("emergency_forbidden", "its rules allow no emergency: ask for approval instead")
+        if digest != said.digest:
+            text = f"the emergency was for the files {said.digest or 'of none'}, and the version has {digest}"
+            return Failure("model_changed", f"{text}: load it again")
         data = ApprovalBypassed(digest, rule, said.emergency)
         return Draft(uuid7(), data, job.requested_by, job.id, job.model_id, job.version)
     if (refusal := find_waiting_refusal(state, job)) is not None:
@@ -154,5 +157,5 @@ def draft_question(
 
 def _is_seen(job: Job, said: Justification, is_signed: IsSigned) -> bool:
     """Whether a trusted node has seen that who asks has the role `emergency`."""
-    statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said.emergency or "")
+    statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said)
     return is_signed(statement, said.node_signature)

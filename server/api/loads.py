@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 from marshmallow import Schema, fields, validate
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
@@ -39,7 +39,7 @@ from runtime.timeouts import PROGRESS_TIMEOUT_S
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.models import is_listed, look_at_model
 from server.api.schemas import IS_LABEL, IS_REASON, ModelPathSchema, about
-from server.appkeys import CONFIG, GATE, LOG, UPLOADS, VERSIONS
+from server.appkeys import CONFIG, CONSUMER, GATE, LOG, UPLOADS, VERSIONS
 from server.auth.gate import PRINCIPAL, Principal, credential_of
 from server.cluster import signer_of
 from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
@@ -184,8 +184,8 @@ class LoadBodySchema(Schema):
     emergency = fields.String(
         validate=IS_REASON,
         **about(
-            "Why the load must not wait for approval; needs the role `emergency`, too. Its signature is "
-            "checked all the same."
+            "Why the load must not wait for approval; needs the role `emergency`, too. It is for the files "
+            "that the version has now, hashed before the answer. Their signature is checked all the same."
         ),
     )
 
@@ -296,6 +296,9 @@ async def make_load_command(
     if parameters.devices is not UNSET:
         check_devices(app, parameters.devices)
     rules, said = app[CONFIG].policy.of(model_id), (asked.get("reason"), asked.get("emergency"))
+    digest: str | UnsetType = UNSET
+    if rules is not None and rules.approvals and asked.get("emergency"):
+        digest = (await app[CONSUMER].check_version(model_id, chosen)).digest
     is_justified = rules is not None or any(said)
     return RequestLoad(
         model_id,
@@ -306,7 +309,9 @@ async def make_load_command(
         asked=frozenset(wanted),
         idempotency=idempotency,
         policy=UNSET if rules is None else rules.digest,
-        justification=Justification(credential_of(person), *said) if person and is_justified else UNSET,
+        justification=Justification(credential_of(person), *said, digest=digest)
+        if person and is_justified
+        else UNSET,
         sign=signer_of(app) if asked.get("emergency") else None,
         label=asked.get("label", UNSET),
     )

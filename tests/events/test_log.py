@@ -259,10 +259,10 @@ async def test_foreign_event_ends_the_writer(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 2)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            body = rows_of(path)[0][1].replace('"position":1', '"position":3')
+            body = rows_of(path)[0][1].replace('"position":1', '"position":3').replace("f1", "f3")
             other.execute("INSERT INTO events (position, body, hash) VALUES (3, ?, zeroblob(32))", (body,))
         with pytest.raises(LogClosed):
-            await write(log, 1, first=3)
+            await write(log, 1, first=4)
         assert isinstance(log.writer.exception(), ForeignHead)
         assert len(rows_of(path)) == 3
         assert not log.closed

@@ -14,7 +14,7 @@ from support.replicas import make_ledger, opened_replica, rows_in
 from events.audit.verify import verify
 from events.codec import GENESIS, decode_event, hash_body
 from events.commands import JobUnchanged, Receipt, Record, RequestLoad, RequestUnload
-from events.errors import NotEncodable, RequestRefused
+from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.log import Log
 from events.types import SYSTEM, AccessDenied, Draft, Idempotency, LoadFailed
 
@@ -57,6 +57,15 @@ async def test_positions_have_no_gap_and_hashes_link(open_log: Open, path: Path)
     assert chain(rows_of(path))
     assert len(rows_of(path)) == 303
     assert verify(path).verified
+
+
+async def test_known_id_is_refused(open_log: Open, path: Path) -> None:
+    async with open_log() as log:
+        await write(log, 1)
+        with pytest.raises(LogUnavailable):
+            await write(log, 1)
+        await write(log, 1, first=2)
+    assert [decode_event(body).id for _, body, _ in rows_of(path)] == ["f1", "f2"]
 
 
 async def test_text_with_null_character_is_recorded(open_log: Open, path: Path) -> None:

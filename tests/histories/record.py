@@ -29,6 +29,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -83,6 +84,7 @@ from events.types import (
     Provenance,
     SignInLinkIssued,
     TokenIssued,
+    digest_of,
 )
 from runtime.scheduler.view import Policy
 
@@ -287,14 +289,16 @@ async def adds(folder: Path) -> None:
 async def approvals(folder: Path) -> None:
     """Signed versions are approved, rejected, not approved in time, and pass in an emergency."""
     key, clock = make_key(), Clock()
-    for version in (1, 2):
-        sign_folder(folder / "models" / "adder" / str(version), key)
+    model = folder / "models" / "adder"
+    signatures = [sign_folder(model / version, key) for version in ("1", "2")]
     rules = LoadPolicy(
         (TrustRule(("adder",), TrustMode.ENFORCE, (public_pem(key),)),),
         (ApprovalRule(("adder",), expires_s=3_600),),
     )
     said = Justification(Credential("idp", "t1"), "the new data", None)
-    emergency = Justification(Credential(), emergency="the old version answers nonsense")
+    files = signatures[1], model / "2" / "model.onnx"
+    digest = digest_of((each.name, sha256(each.read_bytes()).hexdigest()) for each in files)
+    emergency = Justification(Credential(), emergency="the old version answers nonsense", digest=digest)
     policy = Policy(2, loads=rules)
     async with running(folder, policy=policy, clock=clock, stops_cleanly=True) as engine:
         await engine.log.submit(Record((Draft(uuid7(), PolicyInForce(rules), SYSTEM),)))

@@ -21,7 +21,8 @@ from support.replicas import rows_in
 
 from events.clock import format_timestamp, utc_now, uuid7
 from events.codec import encode_event, hash_body
-from events.types import SYSTEM, Draft, EventsDiscarded, NodeJoined, record_draft
+from events.policy.rules import ApprovalRule, LoadPolicy
+from events.types import SYSTEM, Draft, EventsDiscarded, LoadRequested, NodeJoined, record_draft
 from server.appkeys import LOG
 
 INFER = "/v2/models/m/infer"
@@ -53,10 +54,13 @@ async def append_as_role(database: Database, *bodies: MakeBody) -> None:
         await connection.close()
 
 
+def made_of(draft: Draft) -> MakeBody:
+    return lambda position, at: encode_event(record_draft(draft, position, at))
+
+
 def joins(data: NodeJoined) -> MakeBody:
     """Return what makes the event of a join."""
-    draft = Draft(uuid7(), data, SYSTEM)
-    return lambda position, at: encode_event(record_draft(draft, position, at))
+    return made_of(Draft(uuid7(), data, SYSTEM))
 
 
 def rogue_join(name: str, address: str, epoch: int = 1) -> NodeJoined:
@@ -145,12 +149,37 @@ async def test_append_refuses_what_is_no_event(ledger: Database, tmp_path: Path)
         await node.api.load("m")
 
 
+async def test_emergency_is_not_repeated_for_other_bytes(ledger: Database, tmp_path: Path) -> None:
+    """The role repeats the signed request of an emergency that has ended, when other files are there."""
+    policy, said = LoadPolicy(approval=(ApprovalRule(("m",)),)), {"emergency": "an outage"}
+    async with reachable_node(ledger.server_url, tmp_path, "a", policy=policy) as node:
+        save(add(1), tmp_path / "repository", "m")
+        roles = ("admin", "emergency")
+        job = (await node.api.post("/api/v1/models/m/load", json=said, roles=roles, wait=60)).json
+        assert job["status"] == "completed"
+        await node.api.unload("m")
+        save(add(2), tmp_path / "repository", "m")
+        (loads,) = await node.api.data_of(LoadRequested)
+        with pytest.raises(asyncpg.UniqueViolationError):
+            await append_as_role(ledger, made_of(Draft(job["id"], loads, "alice", job["id"], "m", 1)))
+        await append_as_role(
+            ledger, made_of(Draft(uuid7(), loads, "alice", job["id"], "m", 1))
+        )  # means nothing
+        fresh = uuid7()
+        await append_as_role(ledger, made_of(Draft(fresh, loads, "alice", fresh, "m", 1)))
+        jobs = node.app[LOG].state.jobs  # the signature is for another job
+        await node.app[LOG].wait_until(lambda: fresh in jobs and jobs[fresh].waits_for_approval, 60)
+        assert (await node.api.model("m"))["state"] == "unloaded"
+        assert "verified" in await asyncio.to_thread(printed, "verify", "--ledger", ledger.server_url)
+
+
 async def test_unreadable_event_is_discarded_on_record(ledger: Database, tmp_path: Path) -> None:
     file, discard = tmp_path / "discarded", ("discard", "--ledger", ledger.owner_url)
     async with reachable_node(ledger.server_url, tmp_path, "a") as node:
         save(add(1), tmp_path / "repository", "m")
         assert "there is nothing to discard" in await asyncio.to_thread(refused, *discard, file)
-        await append_as_role(ledger, lambda position, at: body(position, at, type="LoadRequested"), body)
+        forged = {"type": "LoadRequested", "id": uuid7()}
+        await append_as_role(ledger, lambda position, at: body(position, at, **forged), body)
         first = node.app[LOG].head.position + 1
         assert (await node.api.post("/api/v1/models/m/load")).refusal == (503, "log_unavailable")
         role = ("discard", "--ledger", ledger.server_url, file)

@@ -1,5 +1,6 @@
 """Approval of loads by real nodes over PostgreSQL: answers at another node, forgeries, different policies."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from events.types import (
     LoadApproved,
     ModelLoaded,
     NodeSignature,
+    digest_of,
 )
 from server.appkeys import CONSUMER, LOG
 from server.cluster import CLUSTER
@@ -118,7 +120,8 @@ async def test_emergency_passes_if_a_node_has_seen_the_role(
     ledger: Database, tmp_path: Path, *, is_forged: bool
 ) -> None:
     save_model(tmp_path)
-    said = Justification(Credential(), emergency="an outage")
+    digest = digest_of((("model.onnx", hashlib.sha256(models.add(1).SerializeToString()).hexdigest()),))
+    said = Justification(Credential(), emergency="an outage", digest=digest)
     async with local_node(ledger, tmp_path, "a", policy=POLICY) as a:
         rules = POLICY.of("m") or ModelRules()
         load = RequestLoad("m", 1, None, "alice", policy=rules.digest, justification=said)

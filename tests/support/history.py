@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, settings
 from msgspec import UNSET, UnsetType
@@ -95,6 +95,8 @@ The examples are the same in each run, so that nothing fails by chance; with `SO
 """
 FEWER = settings(PLAIN, max_examples=of_both(short=15, long=500))
 """For a property each of whose examples takes milliseconds: it folds a history, or writes a file."""
+
+E = TypeVar("E", Event, Draft)
 
 
 SOURCE = "hf://org/repo@main"
@@ -526,9 +528,19 @@ def as_event(draft: Draft, position: int, after_s: float) -> Event:
     return record_draft(draft, position, at(after_s))
 
 
+def with_own_ids(events: Iterable[E], known: set[str] | None = None) -> Iterator[E]:
+    """Yield events or drafts, each with an id that no one before has; `known` are those of earlier ones."""
+    known = set() if known is None else known
+    for event in events:
+        event_id = event.id if event.id not in known else f"{event.id}{len(known)}"
+        known.add(event_id)
+        yield replace(event, id=event_id)
+
+
 def fold(drafts: Iterable[Draft]) -> History:
+    """Fold drafts, as far as they have ids of their own."""
     history = History()
-    for number, draft in enumerate(drafts, 1):
+    for number, draft in enumerate(with_own_ids(drafts), 1):
         history.facts.append(as_event(draft, number, number))
         history.state.apply(history.facts[-1])
     return history

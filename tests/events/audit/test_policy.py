@@ -136,8 +136,10 @@ class Story:
         issuers: tuple[str, ...] = (),
     ) -> None:
         said = Justification(Credential(issued_by=issuers), "why", emergency)
+        if emergency is not None:
+            said = replace(said, digest=digest_of(contents_of(files_of(ONE))))
         if emergency is not None and self.node is not UNSET:
-            seen = self.sign(emergency_statement(job, MODEL, 1, by, emergency))
+            seen = self.sign(emergency_statement(job, MODEL, 1, by, said))
             said = replace(said, node_signature=seen)
         digest = UNSET if self.rules is NO_RULES else self.rules.digest
         self.history.ask_load(job, cause=cause, policy=digest, justification=said)
@@ -231,6 +233,7 @@ WORDS: dict[str, Callable[..., object]] = {
     "rules_of": lambda s, name: setattr(s, "rules", POLICIES[name].of(MODEL)),
     "request": lambda s, *by: s.request("L", *by),
     "request_again": lambda s: s.request("L2"),
+    "bypass_other": lambda s: s.bypass("L", TWO),
     "request_emergency": lambda s: s.request("L", emergency="outage"),
     "request_reload": lambda s: s.request("R", "system", cause=Cause.RESTART),
     "join": lambda s, by: s.history.add(LoadJoined(), "L", by=by),
@@ -352,6 +355,8 @@ FORGED = [
     # Nodes.
     ("join_as_node policy:approval request ask unsigned approve:carol", "not by the key with which"),
     ("join_as_node policy:approval request ask at_node:b approve:carol", "not by the key with which"),
+    ("policy:approval request_emergency bypass_other", "the emergency was for other files"),
+    ("join_as_node policy:approval request_emergency bypass_other", "the emergency was for other files"),
     ("join_as_node policy:approval request_emergency unsigned bypass", "not by the key with which"),
     ("join_as_node policy:approval unsigned request_emergency bypass", "has the role emergency"),
     (

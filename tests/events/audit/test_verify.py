@@ -267,6 +267,14 @@ def test_rows_after_any_base_verify_from_the_state_there(after: int) -> None:
     assert found == Verification(HEAD - after, HEAD, ROWS[-1].hash, None, compared=False)
 
 
+def test_event_with_the_id_of_an_earlier_one_is_named() -> None:
+    known = decode_event(ROWS[2].body).id
+    found = verify_stored(with_body(HEAD, edited(HEAD, id=known)))
+    assert place_of(found.finding) == (HEAD, FindingKind.EVENT)
+    assert found.finding is not None
+    assert known in found.finding.problem
+
+
 def test_changed_row_of_any_log_is_named() -> None:
     changed = [*ROWS[:2], ROWS[2]._replace(body=edited(3, actor="mallory")), *ROWS[3:]]
     found = verify_rows(Anchor(0, GENESIS), State(), changed)

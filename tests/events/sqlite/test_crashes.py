@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 from support import ledgers
 from support.crashes import run_counted
-from support.history import opened, write
+from support.history import MODEL, opened
 
 from events.audit.audit import audit
+from events.clock import uuid7
+from events.commands import Record
 from events.errors import IncompleteCopy, LogUnavailable
 from events.sqlite.readonly import wants_wal
 from events.sqlite.storage import Database
+from events.types import SYSTEM, Draft, LoadStarted
 
 LEDGER = ledgers.sound_ledger(1)
 
@@ -25,7 +28,7 @@ def serve(path: Path) -> None:
     async def write_and_stop() -> None:
         async with opened(path) as log:
             await log.server_started()
-            await write(log, 1)
+            await log.submit(Record((Draft(uuid7(), LoadStarted(1), SYSTEM, "job", MODEL, 1),)))
             await log.server_stopped()
 
     asyncio.run(write_and_stop())

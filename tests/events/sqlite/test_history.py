@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import FEWER, MODEL, History, fold
+from support.history import FEWER, MODEL, History, fold, with_own_ids
 from support.ledgers import cut_off, ledger_of
 from support.strategies import copied_histories, drafts, histories
 
@@ -23,7 +23,7 @@ from events.types import Event, LoadJoined, VersionRemoved
 from server.api.models import model_view
 
 FORGED = st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts)
-FACTS = (histories() | copied_histories()).map(lambda history: history.facts)
+FACTS = (histories() | copied_histories()).map(lambda history: list(with_own_ids(history.facts)))
 
 
 def answers(models: Iterable[ShownModel]) -> list[dict[str, Any]]:

@@ -203,7 +203,7 @@ async def test_damaged_event_is_not_returned_and_keeps_no_transaction(path: Path
         change_ledger(path, "UPDATE events SET body = json_set(body, '$.position', 'x') WHERE position = 2")
         with pytest.raises(LogUnavailable, match="verify") as caught:
             await reader.event_page(EventQuery())
-        await write(log, 1)
+        await write(log, 1, first=5)
         assert [event.position for event in await reader.events(4)] == [5]
         assert caught.value.__traceback__ is not None  # it keeps the frames of the query
 

@@ -1,5 +1,6 @@
 """Loads under rules: signatures and approvals with real files, real workers and a real ledger."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from events.types import (
     LoadSignature,
     LoadStarted,
     ModelLoaded,
+    digest_of,
 )
 from runtime.scheduler.view import Policy
 
@@ -341,7 +343,9 @@ def replace_rule(rule: ApprovalRule, approvals: int) -> ApprovalRule:
 @pytest.mark.parametrize("allowed", [True, False])
 async def test_emergency_passes_without_approval_if_allowed(folder: Path, *, allowed: bool) -> None:
     rule = ApprovalRule(("adder",), emergency=allowed)
-    said = Justification(Credential(), emergency="the old version answers nonsense")
+    content = (folder / "models" / "adder" / "1" / "model.onnx").read_bytes()
+    digest = digest_of((("model.onnx", hashlib.sha256(content).hexdigest()),))
+    said = Justification(Credential(), emergency="the old version answers nonsense", digest=digest)
     async with running(folder, policy=under(approval=(rule,))) as engine:
         job = await engine.ended(job_of(await engine.submit_load("adder", 1, justification=said)))
         if not allowed:
@@ -352,6 +356,8 @@ async def test_emergency_passes_without_approval_if_allowed(folder: Path, *, all
         assert (await approval_of(engine)).result is ApprovalResult.BYPASSED
         await engine.unload("adder")
         await engine.waiting(await engine.ask_load("adder", 1))  # bypassed is not approved
+        others = await engine.submit_load("adder", 2, justification=said)
+        assert code_of(await engine.ended(job_of(others))) == "model_changed"
 
 
 async def test_subject_has_at_most_eight_waiting_loads(folder: Path) -> None:
