@@ -15,7 +15,9 @@ _NEXT_URL = re.compile(r",\s*(?=https?://)")
 """Before a further URL; a comma elsewhere is part of a URL."""
 USER_AGENT = "loadledger-client"
 CONTROL_SOCKET = "control.sock"
-"""The file in a data directory over which its server can be managed on its machine, without a token."""
+"""The file in a data directory over which its server can be managed on its machine."""
+CONTROL_KEY = "control.key"
+"""The file beside it that has the token for it, anew at each start of the server."""
 CONNECT_S = 10.0
 SILENCE_S = 45.0
 """A stream without a byte for so long is dead: the server sends a heartbeat every 15 s."""

@@ -13,7 +13,7 @@ from loadledger.address import MAX_ANSWER_BYTES, Address, ConnectionOptions
 from loadledger.operations import Operations
 from loadledger.profiles import find_target
 from loadledger.requests import CallContext, T
-from loadledger.transports.blocking import BlockingTransport, iterate, run
+from loadledger.transports.blocking import BlockingTransport, iterate, read_control_key, run
 from loadledger.transports.failover import FailoverTransport
 
 P = ParamSpec("P")
@@ -160,11 +160,15 @@ class Client(ServerClient):
     def of_data(cls, data: Path, *, timeout_s: float = 30.0) -> Self:
         """Return a client of the server that runs on a data directory, over the control socket there.
 
-        It needs no token: the socket is for the server's own user and root. It has the routes of tokens,
-        sign-in links and nodes.
+        It needs no token of yours: the one in the directory is for the server's own user and root. The socket
+        has the routes of tokens, sign-in links and nodes.
+
+        Raises:
+            ServerUnreachable: no server runs there, or it is another user's.
         """
+        address = Address.of("http://localhost", read_control_key(data))
         client = cls("http://localhost", timeout_s=timeout_s)
-        client._open([ConnectionOptions(Address.of("http://localhost"), timeout_s, data=data)])
+        client._open([ConnectionOptions(address, timeout_s, data=data)])
         client.data = data
         return client
 

@@ -106,10 +106,17 @@ Fill = Literal["zeros", "ones"]
 Layer = Literal["landlock", "seccomp"]
 """By which the kernel confines a worker, in the order in which they are applied."""
 ForbiddenAct = Literal[
-    "read_files", "write_files", "use_network", "start_processes", "read_memory", "run_code", "call_drivers"
+    "read_files",
+    "write_files",
+    "use_network",
+    "start_processes",
+    "read_memory",
+    "run_code",
+    "call_drivers",
+    "manage_server",
 ]
 """Forbidden things that a throw-away worker tries: outside of its files, or of another process; to run code
-that it has made, and to call drivers of devices."""
+that it has made, to call drivers of devices, and to manage the server over its control socket."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """Nanoseconds since 1970, and a file can be older."""

@@ -20,7 +20,14 @@ from math import inf
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from loadledger.address import CHUNK_BYTES, CONTROL_SOCKET, MAX_IDLE, SILENCE_S, ConnectionOptions
+from loadledger.address import (
+    CHUNK_BYTES,
+    CONTROL_KEY,
+    CONTROL_SOCKET,
+    MAX_IDLE,
+    SILENCE_S,
+    ConnectionOptions,
+)
 from loadledger.errors import ClientProblem, ServerUnreachable, failure_reason
 from loadledger.requests import MAX_JOINED_BYTES, Answer, Buffer, Request, T, body_buffer
 from loadledger.transports.http1 import (
@@ -354,13 +361,29 @@ def _connect_control(data: Path, limit_s: float) -> socket.socket:
             os.close(folder)
     except OSError as error:
         sock.close()
-        reason, advice = failure_reason(error), "manage tokens over the server's URL"
-        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
-            reason, advice = "no server runs there", f"start it with `loadledger serve --data {data}`"
-        elif isinstance(error, PermissionError):
-            reason, advice = "it is for the server's user", "run this as that user"
-        raise ServerUnreachable(str(data / CONTROL_SOCKET), reason, advice) from error
+        raise _explain_control(data, error) from error
     return sock
+
+
+def read_control_key(data: Path) -> str:
+    """Return the token for the control socket of the server that runs on a data directory.
+
+    Raises:
+        ServerUnreachable: no server runs there, or it is another user's.
+    """
+    try:
+        return (data / CONTROL_KEY).read_text(encoding="ascii", errors="replace")
+    except OSError as error:
+        raise _explain_control(data, error) from error
+
+
+def _explain_control(data: Path, error: OSError) -> ServerUnreachable:
+    reason, advice = failure_reason(error), "manage tokens over the server's URL"
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        reason, advice = "no server runs there", f"start it with `loadledger serve --data {data}`"
+    elif isinstance(error, PermissionError):
+        reason, advice = "it is for the server's user", "run this as that user"
+    return ServerUnreachable(str(data / CONTROL_SOCKET), reason, advice)
 
 
 def _safe_cause(error: Exception) -> Exception | None:

@@ -28,6 +28,7 @@ IN_WORDS: Mapping[str, str] = {
     "read_memory": "read the memory of other processes",
     "run_code": "run code of its own",
     "call_drivers": "call drivers of devices",
+    "manage_server": "manage this server's tokens",
 }
 
 

@@ -45,6 +45,8 @@ MAX_DESCRIPTORS = 256
 """A worker has five, and opens a model's files one after the other."""
 NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 """Of a file system that has only files with names."""
+CONTROL_SOCKET = "control.sock"
+"""As `server.auth.control` names it, in the data directory."""
 LIBRARY_FOLDERS = {"site-packages", "dist-packages"}
 SYSTEM_PATHS = ("/proc/self/status", "/proc/meminfo", "/sys/devices/system/cpu")
 """The C library and ONNX Runtime read these to find out how much memory and how many cores there are."""
@@ -224,6 +226,16 @@ def _call_driver(_: _Target) -> None:
             raise
 
 
+def _manage_server(target: _Target) -> None:
+    """Read where the control socket's key is, and connect to the socket; no server need listen yet."""
+    folder = os.open(target.outside, os.O_RDONLY)
+    try:
+        with socket.socket(socket.AF_UNIX) as control, suppress(FileNotFoundError, ConnectionRefusedError):
+            control.connect(f"/proc/self/fd/{folder}/{CONTROL_SOCKET}")
+    finally:
+        os.close(folder)
+
+
 FORBIDDEN_ACTS: Mapping[ForbiddenAct, Callable[[_Target], None]] = {
     "read_files": _read_file,
     "write_files": _write_file,
@@ -232,5 +244,6 @@ FORBIDDEN_ACTS: Mapping[ForbiddenAct, Callable[[_Target], None]] = {
     "read_memory": _read_memory,
     "run_code": _run_code,
     "call_drivers": _call_driver,
+    "manage_server": _manage_server,
 }
-"""Seven forbidden things; one that the kernel refuses raises OSError."""
+"""Eight forbidden things; one that the kernel refuses raises OSError."""

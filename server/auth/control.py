@@ -1,16 +1,19 @@
 """The socket in the data directory, over which users of the machine manage tokens and nodes without a token.
 
-Who may read the keys may sign any token; so whoever may open this socket is an administrator: the server's
-own user, and root. It speaks HTTP, with the routes of tokens and of nodes, and the limits of any
-connection:
+Who may read the keys may sign any token, so whoever proves that is an administrator: `control.key`, which is
+new at each start, is as readable as the keys are. To be the server's user is no proof: confined processes of
+ours are, and Landlock keeps none from connecting to a socket's path. It speaks HTTP, with the routes of
+tokens and of nodes, and the limits of any connection:
 
-    curl --unix-socket DATA/control.sock http://local/api/v1/tokens
+    curl --unix-socket control.sock -H "Authorization: Bearer $(cat control.key)" http://local/api/v1/tokens
 """
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
+import secrets
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -19,8 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 
+from events.files import write_file
 from server.api import tokens
 from server.appkeys import CONFIG, LOG
 from server.auth.gate import PRINCIPAL, InvalidToken, Principal
@@ -39,6 +43,12 @@ _log = logging.getLogger(__name__)
 SOCKET = "control.sock"
 """The socket's file in the data directory."""
 
+KEY = "control.key"
+"""The file beside it, of mode 0600, whose content a request has as its bearer token."""
+
+KEY_BYTES = 32
+"""Of randomness: nobody guesses it."""
+
 MAX_CONNECTIONS = 16
 """Commands at once; each asks one thing."""
 
@@ -56,12 +66,14 @@ async def open_control(app: web.Application, others: Sequence[Route] = ()) -> As
 
     Where no socket can be, as on some network file systems, the server runs without it.
     """
-    runner = web.AppRunner(_create_control(app, others), access_log=None, handler_cancellation=True)
+    key = secrets.token_urlsafe(KEY_BYTES)
+    runner = web.AppRunner(_create_control(app, others, key), access_log=None, handler_cancellation=True)
     limits = replace(ConnectionLimits.of(app[CONFIG]), most=MAX_CONNECTIONS, reserve=0, open=set())
     async with AsyncExitStack() as stack:
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         try:
+            stack.enter_context(_key_file(app[CONFIG].data / KEY, key))
             bound = stack.enter_context(_bound_socket(app[CONFIG].data))
         except OSError as error:
             _log.warning("without %s, tokens and nodes are managed over HTTP only: %s", SOCKET, error)
@@ -70,9 +82,9 @@ async def open_control(app: web.Application, others: Sequence[Route] = ()) -> As
         yield
 
 
-def _create_control(app: web.Application, others: Sequence[Route]) -> web.Application:
+def _create_control(app: web.Application, others: Sequence[Route], key: str) -> web.Application:
     control = web.Application(
-        middlewares=[errors_middleware, _local_middleware, validation_middleware],
+        middlewares=[errors_middleware, _local_middleware(key), validation_middleware],
         client_max_size=MAX_BODY_BYTES,
     )
     control.on_response_prepare.append(response_completer(Proxies()))
@@ -82,6 +94,17 @@ def _create_control(app: web.Application, others: Sequence[Route]) -> web.Applic
     if CLUSTER in app:
         control[CLUSTER] = app[CLUSTER]
     return control
+
+
+@contextmanager
+def _key_file(path: Path, key: str) -> Iterator[None]:
+    """Write the file, also over the one that a killed server left, and remove it on exit."""
+    with write_file(path, replace=True) as file:
+        file.write(key.encode())
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -112,14 +135,21 @@ def _remove(folder: int) -> None:
         os.unlink(SOCKET, dir_fd=folder)
 
 
-@web.middleware
-async def _local_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Have the user at the other end as an administrator."""
-    user = _peer_user(request)
-    if user not in {os.geteuid(), 0}:
-        raise InvalidToken("only the server's user and root may use this socket")
-    request[PRINCIPAL] = Principal(local_actor(user), frozenset({"admin"}))
-    return await handler(request)
+def _local_middleware(key: str) -> Middleware:
+    """Return a middleware that has the user at the other end, if it knows the key, as an administrator."""
+    expected = f"Bearer {key}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        user, given = _peer_user(request), request.headers.get("Authorization", "")
+        if user not in {os.geteuid(), 0}:
+            raise InvalidToken("only the server's user and root may use this socket")
+        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected):
+            raise InvalidToken(f"this socket takes the content of {KEY}, beside it, as the bearer token")
+        request[PRINCIPAL] = Principal(local_actor(user), frozenset({"admin"}))
+        return await handler(request)
+
+    return check
 
 
 def _peer_user(request: web.Request) -> int | None:

@@ -61,6 +61,7 @@ const ACTS = {
   read_files: "read this user's files", write_files: "write this user's files", use_network: "use the network",
   start_processes: "start processes", read_memory: "read other processes' memory", run_code: "run code of its own",
   call_drivers: "call drivers of devices",
+  manage_server: "manage this server's tokens",
 };
 
 // A banner on every page if workers are not fully confined. Nobody can put it away: it is so until the server starts anew.

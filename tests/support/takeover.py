@@ -273,6 +273,7 @@ def attempts(facts: Facts) -> dict[str, Callable[[], object]]:
         "tcp connect": partial(_connect, facts["port"]),
         "tcp listen": _listen,
         "udp": _send_datagram,
+        "read control key": partial(_open, f"{facts['data']}/control.key"),
         "unix socket": partial(_make_socket, socket.AF_UNIX, socket.SOCK_STREAM),
         "socket pair": partial(socket.socketpair),
         "netlink socket": partial(_make_socket, socket.AF_NETLINK, socket.SOCK_RAW),

@@ -65,7 +65,7 @@ async def prepared_world(pool: WorkerPool, folder: Path, port: int) -> Path:
     root, data = folder / "models", folder / "data"
     others = save(models.add(), root, "others") / "model.onnx"
     (data / "keys").mkdir(parents=True)
-    for name in ("ledger.key", "ledger.db", "keys/key.pem"):
+    for name in ("ledger.key", "ledger.db", "control.key", "keys/key.pem"):
         (data / name).write_bytes(b"secret")
     sibling = await pool.start("sibling")
     facts = {
@@ -88,6 +88,7 @@ async def succeeded(pool: WorkerPool, order: Load | Optimise) -> set[str]:
 
 
 ANYWHERE = {
+    "read control key", "unix socket",
     "read ledger key", "write ledger", "create in data directory", "write own model",
     "create beside own model", "tcp connect", "tcp listen", "udp", "fork", "start a program", "signal server",
     "memory with code", "limits of server", "outlive the fork server", "memory beyond the limit",

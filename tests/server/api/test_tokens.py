@@ -17,9 +17,9 @@ from support.models import add
 
 from events.types import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
 from loadledger import Client
-from loadledger.address import CONTROL_SOCKET
+from loadledger.address import CONTROL_KEY, CONTROL_SOCKET
 from server.appkeys import LOG
-from server.auth.control import SOCKET
+from server.auth.control import KEY, SOCKET
 from server.auth.gate import InvalidToken, Principal
 from server.auth.subjects import local_actor
 from server.auth.tokens import LINK_S, MAX_LINKS, TOKENS, SignInLinks
@@ -197,12 +197,13 @@ async def deep(tmp_path: Path) -> AsyncIterator[LocalApi]:
         os.close(there)
     async with local_server(folder, head_timeout_s=1) as api:
         yield api
-    assert not (folder / "data" / SOCKET).exists()
+    assert not {SOCKET, KEY} & {path.name for path in (folder / "data").iterdir()}
 
 
 async def test_socket_manages_tokens_within_limits(deep: LocalApi) -> None:
     data = deep.config.data
-    assert (SOCKET, stat.S_IMODE((data / SOCKET).stat().st_mode)) == (CONTROL_SOCKET, 0o600)
+    assert (SOCKET, KEY) == (CONTROL_SOCKET, CONTROL_KEY)
+    assert [stat.S_IMODE((data / name).stat().st_mode) for name in (SOCKET, KEY)] == [0o600] * 2
     local = Client.of_data(data)
     new = await asyncio.to_thread(local.post, "/api/v1/tokens", BOB | {"roles": ["audit", "admin"]})
     token = new["token"]
