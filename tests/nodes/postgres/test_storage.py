@@ -61,8 +61,9 @@ async def test_servers_append_in_one_order(ledger: Database, tmp_path: Path) -> 
         opened_replica(ledger.server_url, tmp_path / "a") as one,
         opened_replica(ledger.server_url, tmp_path / "b") as other,
     ):
-        commands = [log.submit(fact) for log in (one, other) for fact in facts(200)]
-        singles = [write(log, 40, first=1_000) for log in (one, other)]
+        firsts = (one, 1), (other, 10_000)
+        commands = [log.submit(fact) for log, first in firsts for fact in facts(200, first=first)]
+        singles = [write(log, 40, first=first + 1_000) for log, first in firsts]
         await asyncio.gather(*commands, *singles)
         await heads_agree(one, other)
         assert one.head.position == 480
