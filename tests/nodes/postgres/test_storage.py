@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -129,8 +130,8 @@ async def test_later_server_begins_with_all_events(ledger: Database, tmp_path: P
 
 async def test_busy_server_does_not_starve_another(ledger: Database, tmp_path: Path) -> None:
     async def keep_busy(log: Log) -> None:
-        while True:
-            await asyncio.gather(*map(log.submit, facts(20)))
+        for first in count(1_000, 20):
+            await asyncio.gather(*map(log.submit, facts(20, first=first)))
 
     async with (
         opened_replica(ledger.server_url, tmp_path / "a") as one,
@@ -139,6 +140,7 @@ async def test_busy_server_does_not_starve_another(ledger: Database, tmp_path: P
         busy = asyncio.create_task(keep_busy(one))
         async with asyncio.timeout(LIMIT_S):
             await write(other, 50)
+        assert not busy.done()
         busy.cancel()
         await asyncio.wait([busy])
         await heads_agree(one, other)
