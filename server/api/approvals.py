@@ -114,6 +114,13 @@ async def reject_load(request: web.Request) -> web.Response:
     return await _answer(request, approves=False)
 
 
+CHECK_ERRORS = (
+    *("invalid_model", "unsafe_file", "model_changed"),
+    *("repository_busy", "repository_unreadable", "disk_full", "store_full", "store_unavailable"),
+)
+"""Codes of `Consumer.check_version` for a version that is there."""
+
+
 @routes.get(
     "/api/v1/models/{id}/verify",
     access=Access.VERIFY,
@@ -123,10 +130,7 @@ async def reject_load(request: web.Request) -> web.Response:
     path=ModelPathSchema(),
     query=VerifyQuerySchema(),
     answers={200: (VersionVerificationSchema(), "The version's files, and what they pass.")},
-    errors=(
-        *("unknown_model", "unknown_version", "invalid_model", "unsafe_file", "model_changed"),
-        *("repository_busy", "repository_unreadable", "disk_full", "store_full", "store_unavailable"),
-    ),
+    errors=("unknown_model", "unknown_version", *CHECK_ERRORS),
 )
 async def verify_version(request: web.Request) -> web.Response:
     model_id, version = path_parameters(request)["id"], query_parameters(request)["version"]

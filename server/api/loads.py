@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from marshmallow import Schema, fields, validate
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
@@ -36,6 +37,7 @@ from runtime.repository import (
 )
 from runtime.store.versions import Versions
 from runtime.timeouts import PROGRESS_TIMEOUT_S
+from server.api.approvals import CHECK_ERRORS
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.models import is_listed, look_at_model
 from server.api.schemas import IS_LABEL, IS_REASON, ModelPathSchema, about
@@ -229,7 +231,7 @@ async def unload_active(request: web.Request) -> web.Response:
         "device_unavailable",
         "queue_full",
         "too_many_labels",
-        "repository_busy",
+        *CHECK_ERRORS,
         *JOB_ERRORS,
     ),
 )
@@ -285,7 +287,7 @@ async def make_load_command(
     Raises:
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`,
-            `device_unavailable`.
+            `device_unavailable`; as `_justify`.
     """
     wanted = {name: value for name, value in asked.items() if name not in _NO_PARAMETERS}
     version = asked.get("version")
@@ -295,11 +297,7 @@ async def make_load_command(
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     if parameters.devices is not UNSET:
         check_devices(app, parameters.devices)
-    rules, said = app[CONFIG].policy.of(model_id), (asked.get("reason"), asked.get("emergency"))
-    digest: str | UnsetType = UNSET
-    if rules is not None and rules.approvals and asked.get("emergency"):
-        digest = (await app[CONSUMER].check_version(model_id, chosen)).digest
-    is_justified = rules is not None or any(said)
+    rules = app[CONFIG].policy.of(model_id)
     return RequestLoad(
         model_id,
         chosen,
@@ -309,12 +307,28 @@ async def make_load_command(
         asked=frozenset(wanted),
         idempotency=idempotency,
         policy=UNSET if rules is None else rules.digest,
-        justification=Justification(credential_of(person), *said, digest=digest)
-        if person and is_justified
-        else UNSET,
+        justification=UNSET if person is None else await _justify(app, model_id, chosen, asked, person),
         sign=signer_of(app) if asked.get("emergency") else None,
         label=asked.get("label", UNSET),
     )
+
+
+async def _justify(
+    app: web.Application, model_id: str, version: int, asked: Mapping[str, Any], person: Principal
+) -> Justification | UnsetType:
+    """Return the reasons that a person gives; an emergency is for the files that the version has now.
+
+    Raises:
+        RuntimeProblem: of an emergency, as `Consumer.check_version`.
+    """
+    rules, reason, emergency = app[CONFIG].policy.of(model_id), asked.get("reason"), asked.get("emergency")
+    if rules is None and reason is None and emergency is None:
+        return UNSET
+    said = Justification(credential_of(person), reason, emergency)
+    if emergency is None or rules is None or not rules.approvals:
+        return said
+    checked = await app[CONSUMER].check_version(model_id, version)
+    return replace(said, digest=checked.digest)
 
 
 _NO_PARAMETERS = frozenset({"version", "label", "reason", "emergency"})

@@ -305,6 +305,14 @@ async def test_emergency_is_refused(
     assert alone.refusal == (403, "forbidden")
 
 
+async def test_emergency_for_files_that_cannot_be_hashed_is_refused(shared: LocalApi) -> None:
+    (shared.save(models.add(), "asked-link") / "weights").symlink_to("/etc/hostname")
+    head = shared.position
+    refused = await load(shared, "asked-link", "emergency", **EMERGENCY)
+    assert refused.refusal == (400, "unsafe_file")
+    assert shared.position == head
+
+
 async def test_denied_emergency_is_counted(start: Start) -> None:
     api = await start()
     api.save(models.add(), "m")
