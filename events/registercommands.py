@@ -55,7 +55,7 @@ class IssueToken(RegisterCommand):
                 "too_many_tokens",
                 f"{MAX_TOKENS} tokens have not expired yet; let tokens expire sooner, or issue fewer",
             )
-        if is_refused(tokens, self.issued.issued_with or ""):
+        if is_refused(tokens, self.issued.issued_with):
             return Refused("invalid_token", "the token that was to issue another one was revoked meanwhile")
         drafts = [Draft(at.new_id(), self.issued, self.actor)]
         if self.link_id is not None:
