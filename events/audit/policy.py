@@ -120,10 +120,8 @@ class PolicyAudit:
         pairs = product((actor, *token.issued_by), (*requesters, *asked.approved_by, *issuers))
         shared = next((one for one, other in pairs if is_same_person(one, other)), None)
         if shared is not None:
-            text = (
-                f"{actor!r} and who asked or approved before may be one: {shared!r} issued a token of theirs"
-            )
-            self._remark(event, RemarkKind.SELF_ISSUED, text)
+            text = f"{actor!r} and who asked or approved before may be one person: {shared!r} issued a token"
+            self._remark(event, RemarkKind.SELF_ISSUED, f"{text} of theirs")
         return self._check_answer(job, data, ApprovalAnswer(actor, data.reason, token.jti, token.issuer))
 
     def _check_bypass(self, event: Event, data: ApprovalBypassed) -> str | None:

@@ -212,13 +212,11 @@ _MAY_ISSUE = _require(lambda each: each.key_cert_sign, "an issuer may not issue"
 _IS_NO_AUTHORITY = _require(lambda each: not each.ca, "it is of an authority")
 _MAY_SIGN = _require(lambda each: each.digital_signature, "it may not sign")
 _IS_FOR_CODE = _require(lambda each: ExtendedKeyUsageOID.CODE_SIGNING in each, "it is not for code signing")
-_FOR_CODE = (ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE)
+_CODE_USAGES = {ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
 _MAY_ISSUE_FOR_CODE = _require(
-    lambda each: not {*each}.isdisjoint(_FOR_CODE),
-    "an issuer is not for code signing",
+    lambda each: not _CODE_USAGES.isdisjoint(each), "an issuer is not for code signing"
 )
-"""An authority with usages of its own can issue for no others, as browsers and Windows have it (CA/Browser
-Forum, Code Signing Baseline Requirements 7.1.2.2)."""
+"""Extended key usages nest: an authority that has some issues for these alone, as in Go's `crypto/x509`."""
 _OF_AUTHORITIES = (
     verification.ExtensionPolicy.permit_all()
     .require_present(x509.BasicConstraints, _ANY, _IS_AUTHORITY)

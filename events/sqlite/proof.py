@@ -1,4 +1,4 @@
-"""The reader of `verify`: the log as raw values and rows, and all that is compared with it.
+"""The reader of `verify`: the log as raw values and rows, and all that is compared with it; ids that it read.
 
 These reads hold one snapshot for long, on purpose: `events.audit` proves a ledger as it is at one moment. An
 error of SQLite becomes LogUnavailable where the ledger was opened; `storage_errors` converts it earlier.

@@ -158,7 +158,8 @@ class SignInLinkSchema(AnswerSchema):
     "/api/v1/tokens",
     access=Access.ADMIN,
     summary="List the tokens that have not expired, newest first",
-    description="Tokens of identity providers are not known to the ledger.",
+    description="Tokens of identity providers are not known to the ledger. An expired one stays while "
+    "one that came from it has not expired.",
     query=TokensQuerySchema(),
     answers={200: (TokenListSchema(), "One page.")},
 )

@@ -1,4 +1,4 @@
-"""The socket in the data directory, over which users of the machine manage tokens and nodes without a token.
+"""The control socket, over which the server's user and root manage tokens and nodes without a token.
 
 Who may read the keys may sign any token, so whoever proves that is an administrator: `control.key`, which is
 new at each start, is as readable as the keys are. To be the server's user is no proof: confined processes of

@@ -82,8 +82,8 @@ async def test_revoking_a_token_reaches_what_forgotten_ones_issued(tmp_path: Pat
         issued_with = None
         for jti, life_s in lives_s.items():
             until = format_timestamp(began + timedelta(seconds=life_s))
-            data_of = TokenIssued(jti, "ops", ("admin",), until, "api", issued_with)
-            await log.submit(IssueToken(data_of, "ops"))
+            token = TokenIssued(jti, "ops", ("admin",), until, "api", issued_with)
+            await log.submit(IssueToken(token, "ops"))
             issued_with = jti
         clock[0] = datetime.now(UTC)
         for number in range(2 * SWEEP_EVERY):  # those that expired long ago are forgotten
