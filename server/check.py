@@ -54,7 +54,7 @@ from runtime.store.store import Store
 from runtime.store.versions import Versions
 from runtime.wire import Load, TargetDevice, Tensor
 from server.api.loads import default_parameters
-from server.auth.keys import KeyProblem, read_public_keys
+from server.auth.keys import KeyProblem, read_public_keys, refuse_unsafe
 from server.config import OFF, ON, OWN, Config, ConfigError, parse_budget
 from server.configsources import (
     Mistake,
@@ -198,6 +198,7 @@ def _check_data(path: Path) -> None:
         raise ConfigError(f"{folder} is not a directory; name another")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder} is not writable for this user: correct its mode or owner")
+    refuse_unsafe(path)
 
 
 def _check_memory(config: Config) -> Iterator[CheckFinding]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from marshmallow import ValidationError, fields
 
 from events.policy.rules import LoadPolicy
+from server.auth.modes import find_risk
 from server.config import PREFIX, ConfigError, Setting, settings
 from server.policy import TABLES, read_policy
 
@@ -155,6 +156,8 @@ def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[s
         return {}, []
     path = Path(name)
     try:
+        if (risk := find_risk(path)) is not None:
+            return {}, [Mistake(source, risk)]
         text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
         document = tomllib.loads(text)
     except OSError as error:

@@ -16,6 +16,7 @@ from marshmallow import Schema, ValidationError, fields, validate, validates_sch
 
 from events.policy.rules import LoadPolicy, TrustMode
 from events.policy.signatures import normalise_key, normalise_roots, parse_subject
+from server.auth.modes import find_risk
 
 TABLES = ("trust", "approval")
 """The keys of the configuration file that are no settings."""
@@ -88,11 +89,13 @@ def _read_file(folder: Path, name: object, normalise: Callable[[str], str]) -> s
     """Return the contents of a file without comments.
 
     Raises:
-        ValidationError: it cannot be read, or is not of the kind.
+        ValidationError: it cannot be read, another user could change it, or it is not of the kind.
     """
     if not isinstance(name, str) or not name or name.startswith("~"):
         raise ValidationError("Must be a path in quotes, and in full: ~ is not expanded.")
     try:
+        if (risk := find_risk(folder / name)) is not None:
+            raise ValidationError(risk)
         with (folder / name).open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:

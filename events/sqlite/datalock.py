@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from events.errors import DataInUse, IsReplica
+from events.errors import DataInUse, IsReplica, WrongTarget
 from events.files import write_file
 
 LEDGER = "ledger.db"
@@ -64,9 +64,17 @@ def lock_data(data: Path) -> Iterator[None]:
 
     Raises:
         DataInUse: `data_in_use`, with the process id of the holder.
+        WrongTarget: `wrong_target`, the lock file is a symbolic link.
     """
     path = data / "lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise WrongTarget(
+            f"{path} is a symbolic link, whose target would be overwritten: remove it"
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

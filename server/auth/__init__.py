@@ -7,6 +7,7 @@ every request except those to public routes, and the fast path for inferences.
 - `gate`: tokens, roles, the middleware; denials, counted for the ledger
 - `keys`: the private keys in the data directory, and the ledger's; signs tokens, rotates and revokes keys;
   the public keys that verify tokens, ours or an identity provider's
+- `modes`: whether another user could change a key, the data directory or the configuration
 - `tokens`: a token is signed and recorded; revocations, sign-in links
 - `control`: the socket in the data directory, over which commands on this machine manage tokens and nodes
 - `subjects`: which subjects a token may have

@@ -39,11 +39,12 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from events.audit.kepthead import keep_first, sign_anew
+from events.audit.kepthead import KEPT_HEAD, keep_first, sign_anew
 from events.audit.signing import KEY_ID_DIGITS, HeadSigner, key_id
 from events.clock import uuid7
 from events.files import sync, write_file
 from events.sqlite.datalock import LEDGER
+from server.auth.modes import find_risk
 from server.auth.subjects import subject_refusal
 
 _log = logging.getLogger(__name__)
@@ -94,8 +95,13 @@ class KeyInfo:
 
 
 def ensure_data_dir(data: Path) -> None:
-    """Create the directory (0700), a first token key, the ledger's key and its head, as far as missing."""
+    """Create the directory (0700), a first token key, the ledger's key and its head, as far as missing.
+
+    Raises:
+        KeyProblem: a key is unusable, or `refuse_unsafe` refuses the directory.
+    """
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    refuse_unsafe(data)
     if not list_keys(data):
         create_key(data)
     ledger_key = data / LEDGER_KEY
@@ -109,6 +115,26 @@ def ensure_data_dir(data: Path) -> None:
     if is_new:
         sign_anew(data, signer)
     keep_first(data, signer)
+
+
+def refuse_unsafe(data: Path) -> None:
+    """Refuse a data directory in which another user could change the keys or the ledger.
+
+    Raises:
+        KeyProblem: with the path, its mode or owner, and the command that mends it.
+        OSError: a status cannot be read.
+    """
+    keys = [keys_folder(data) / f"{info.kid}.pem" for info in list_keys(data)]
+    kept = [data / name for name in (LEDGER, f"{LEDGER}-wal", KEPT_HEAD)]
+    for path in (data, keys_folder(data), *kept):
+        _refuse_risk(path)
+    for path in (data / LEDGER_KEY, *keys):
+        _refuse_risk(path, is_private=True)
+
+
+def _refuse_risk(path: Path, *, is_private: bool = False) -> None:
+    if (risk := find_risk(path, is_private=is_private)) is not None:
+        raise KeyProblem(risk)
 
 
 def create_key(data: Path, now: datetime | None = None) -> str:
@@ -401,6 +427,7 @@ class KeyRing:
     def _read(self, path: Path) -> _Keys:
         if self.provider is not None:
             return read_public_keys(path)
+        _refuse_risk(path, is_private=True)
         return {path.stem: VerificationKey(path.stem, ALGORITHM, load_private_key(path).public_key())}
 
 
@@ -408,9 +435,10 @@ def read_public_keys(path: Path) -> _Keys:
     """Read a PEM public key (under None) or the usable keys of a JWKS (by kid).
 
     Raises:
-        KeyProblem: the file has no key that can verify tokens.
+        KeyProblem: the file has no key that can verify tokens, or another user could change it.
         OSError: the file cannot be read.
     """
+    _refuse_risk(path)
     content = path.read_bytes()
     if not content.lstrip().startswith(b"{"):
         return {None: _read_pem(path, content)}

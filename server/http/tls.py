@@ -18,15 +18,13 @@ from typing import NoReturn, cast
 
 from cryptography import x509
 
+from server.auth.modes import find_risk
 from server.config import ConfigError
 
 _log = logging.getLogger(__name__)
 
 RELOAD_INTERVAL_S = 1.0
 """Checking two files each second costs nothing, and no renewal is more urgent."""
-
-UNSAFE_KEY_MODE = 0o027
-"""The group may read the key: Debian (`ssl-cert`) and Kubernetes (`fsGroup`) give keys to services so."""
 
 
 class TlsProblem(ConfigError):
@@ -128,14 +126,9 @@ def _read_certificate(path: Path) -> x509.Certificate:
 
 def _check_key_file(path: Path) -> None:
     """Refuse a key that users other than the server's, its group and root may read or change."""
-    status = _stat_file(path)
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & UNSAFE_KEY_MODE:
-        raise TlsProblem(
-            f"{path} has mode {mode:04o}: others may read or change the key; `chmod 0600 {path}`, or 0640"
-        )
-    if status.st_uid not in {os.geteuid(), 0}:
-        raise TlsProblem(f"{path} is another user's ({status.st_uid}); it must be the server's or root's")
+    _stat_file(path)
+    if (risk := find_risk(path, is_private=True)) is not None:
+        raise TlsProblem(risk)
 
 
 def _stat_file(path: Path) -> os.stat_result:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.history import child
 
-from events.errors import DataInUse
+from events.errors import DataInUse, WrongTarget
 from events.sqlite.datalock import lock_data, lock_ledger
 
 HOLD = """
@@ -82,3 +82,10 @@ def test_hard_link_of_ledger_is_locked_too(tmp_path: Path) -> None:
             connection.execute("CREATE TABLE t (x)")
     with lock_ledger(link):
         pass
+
+
+def test_lock_that_is_a_link_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WrongTarget, match=r"lock is a symbolic link.*remove it"), lock_data(tmp_path):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

@@ -79,7 +79,7 @@ def test_unusable_file_is_refused_by_name(
 
 
 def test_key_that_others_may_read_or_change_is_refused(files: tuple[Path, Path]) -> None:
-    for mode in (0o604, 0o602, 0o601, 0o660, 0o644, 0o777):
+    for mode in (0o604, 0o602, 0o601, 0o644, 0o777):
         files[1].chmod(mode)
         assert re.search(f"mode {mode:04o}.*chmod 0600", refused(files), re.DOTALL)
     for mode in (0o400, 0o600, 0o440, 0o640):
@@ -91,7 +91,7 @@ def test_key_of_another_user_is_refused(files: tuple[Path, Path]) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
     os.chown(files[1], 12345, -1)
-    assert "another user's (12345)" in refused(files)
+    assert "another user (12345)" in refused(files)
 
 
 def test_missing_or_special_file_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
