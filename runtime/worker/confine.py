@@ -48,8 +48,9 @@ NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 CONTROL_SOCKET = "control.sock"
 """As `server.auth.control` names it, in the data directory."""
 LIBRARY_FOLDERS = {"site-packages", "dist-packages"}
-SYSTEM_PATHS = ("/proc/self/status", "/proc/meminfo", "/sys/devices/system/cpu")
-"""The C library and ONNX Runtime read these to find out how much memory and how many cores there are."""
+SYSTEM_PATHS = ("/proc/self/status", "/proc/self/maps", "/proc/meminfo", "/sys/devices/system/cpu")
+"""The C library and ONNX Runtime read these to find out how much memory and how many cores there are; our own
+code reads the first two to limit memory and addresses."""
 
 DRIVER_PATHS = (
     *("/etc/ld.so.cache", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/cuda", "/usr/local/nvidia"),
@@ -110,7 +111,7 @@ def _find_grants(order: Load | Optimise | Probe | ReadJson) -> Grants:
     """Return the profile of an order. A probe gets what any worker gets, on a device if it has providers."""
     grants = Grants.WRITES if isinstance(order, Optimise | Probe) else Grants.NOTHING
     for library in _find_libraries(order):
-        grants |= Grants.CODE | (Grants.DRIVERS if library.provider == providers.CUDA else Grants.NOTHING)
+        grants |= Grants.CODE | (Grants.DRIVERS if providers.has_driver(library) else Grants.NOTHING)
     return grants
 
 

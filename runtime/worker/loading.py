@@ -133,8 +133,9 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     sessions.limit_memory(
         order.hard_limit_bytes(thread_bytes()),
         order.soft_limit_bytes,
-        mapped_bytes=order.mapped_bytes if order.device is None else None,
+        mapped_bytes=order.mapped_bytes,
         threads=order.threads,
+        device=order.device,
     )
     clock = clock_for(order)
     started_ns = clock()

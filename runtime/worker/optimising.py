@@ -76,8 +76,9 @@ def optimise(order: Optimise) -> Optimised:
     """
     try:
         with sessions.out_of_memory_refused(order.memory_limit_bytes), _files_limited(order):
-            mapped_bytes = order.bytes if order.device is None else None
-            sessions.limit_memory(order.limit_bytes, mapped_bytes=mapped_bytes, threads=order.threads)
+            sessions.limit_memory(
+                order.limit_bytes, mapped_bytes=order.bytes, threads=order.threads, device=order.device
+            )
             _write(order, Path(order.folder), Path(os.path.realpath(order.root)))
             _check_written(order)
     except OSError as error:

