@@ -156,9 +156,9 @@ def _read_file(flag: str | None, environment: Mapping[str, str]) -> tuple[dict[s
         return {}, []
     path = Path(name)
     try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
         if (risk := find_risk(path)) is not None:
             return {}, [Mistake(source, risk)]
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
         document = tomllib.loads(text)
     except OSError as error:
         return {}, [Mistake(source, f"{name!r:.200} cannot be read: {error.strerror}; name another file")]

@@ -94,12 +94,12 @@ def _read_file(folder: Path, name: object, normalise: Callable[[str], str]) -> s
     if not isinstance(name, str) or not name or name.startswith("~"):
         raise ValidationError("Must be a path in quotes, and in full: ~ is not expanded.")
     try:
-        if (risk := find_risk(folder / name)) is not None:
-            raise ValidationError(risk)
         with (folder / name).open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ValidationError(f"{name!r:.200} has more than {MAX_FILE_BYTES} bytes; name another file.")
+        if (risk := find_risk(folder / name)) is not None:
+            raise ValidationError(risk)
         return normalise(content.decode())
     except OSError as error:
         text = f"{name!r:.200} cannot be read: {error.strerror}; name another file."
