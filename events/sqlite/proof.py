@@ -9,9 +9,10 @@ from __future__ import annotations
 import sqlite3
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from events.errors import LogUnavailable
 from events.sqlite import queries
 from events.sqlite.readonly import open_read_only, refuse_incomplete
 from events.storage import RawRow, StorageDamaged, StorageError
@@ -53,10 +54,21 @@ class KnownIds:
         self._table.execute("BEGIN")
 
     def add(self, ids: Sequence[str]) -> int:
-        """Add ids up to the first that is known, and return how many those are."""
+        """Add ids up to the first that is known, and return how many those are.
+
+        Raises:
+            LogUnavailable: the temporary file cannot be written.
+        """
         before = self._table.total_changes
-        with suppress(sqlite3.IntegrityError):
+        try:
             self._table.executemany("INSERT INTO known VALUES (?)", zip(ids, strict=True))
+        except sqlite3.IntegrityError:
+            pass
+        except sqlite3.Error as error:
+            raise LogUnavailable(
+                f"the events' ids cannot be kept in a temporary file: {error}; make room in its folder, "
+                "or name another one in the variable SQLITE_TMPDIR"
+            ) from None
         return self._table.total_changes - before
 
 
