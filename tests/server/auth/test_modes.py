@@ -18,7 +18,7 @@ MOUNT = """
 set -e
 mount -t tmpfs -o mode=1777 none {folder}
 echo key > {folder}/key; chmod {mode} {folder}/key
-mount -o remount,ro {folder}
+mount -o remount,bind,ro {folder}
 exec {python} -P -c '
 import sys
 from pathlib import Path
