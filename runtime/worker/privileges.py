@@ -48,23 +48,23 @@ def limit_heaps(count: int) -> None:
 
 
 def seal_addresses(room_bytes: int) -> None:
-    """Seal all free addresses but so many for the heap, and as many for mappings, for good.
+    """Make free addresses unusable for good, except `room_bytes` for the heap and as many for mappings.
 
     RLIMIT_AS counts mapped pages, but a page that is alone in its GiB has 8 KiB of page tables. Nothing else
-    can be mapped at sealed addresses, so page tables have at most 1/512 of what is left. Sealed addresses
-    count as mapped. Without mseal(2), before Linux 6.10, nothing is sealed.
+    can be mapped at sealed addresses, so page tables take at most 1/512 of those that are left. Sealed
+    addresses count as mapped. Without mseal(2), before Linux 6.10, nothing is sealed.
     """
     if _seal(SYS_MSEAL, 0, 0, 0) == 0:
-        for first, end in list(_find_free_addresses(room_bytes)):
+        for first, end in list(_find_unneeded(room_bytes)):
             if end > first and _map(first, end - first, 0, NO_MEMORY, -1, 0) == first:
                 _seal(SYS_MSEAL, first, end - first, 0)
 
 
-def _find_free_addresses(room_bytes: int) -> Iterator[tuple[int, int]]:
-    """Return ranges of free addresses before, between and after all mappings (proc_pid_maps(5)).
+def _find_unneeded(room_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield the free addresses before, between and after all mappings, except the room (proc_pid_maps(5)).
 
-    They leave the room; a range without so many addresses ends before it begins. The heap grows up. Mappings
-    grow down, from the lowest library's, which comes next after the heap.
+    Each range is its first address and the one after its last; where there is less than the room, the end
+    comes before the beginning. The heap grows up, and mappings grow down from the lowest library above it.
     """
     room_bytes -= room_bytes % -mmap.PAGESIZE  # whole pages
     first = FIRST_ADDRESS

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = 0
 WRITABLE = stat.S_IWGRP | stat.S_IWOTH
-PRIVATE = WRITABLE | stat.S_IRWXO
+UNSAFE_FOR_KEY = WRITABLE | stat.S_IRWXO
 """The group may read a private key: Debian (`ssl-cert`) and Kubernetes (`fsGroup`) give services keys so."""
 
 
@@ -42,7 +42,7 @@ def find_risk(path: Path, *, is_private: bool = False) -> str | None:
         if user == ROOT:
             mend += ", or run this as that user"
         return f"{path} belongs to another user ({found.st_uid}), who could change it; {mend}"
-    unsafe = found.st_mode & (PRIVATE if is_private else WRITABLE)
+    unsafe = found.st_mode & (UNSAFE_FOR_KEY if is_private else WRITABLE)
     if is_read_only:
         unsafe &= ~WRITABLE
     if unsafe & stat.S_IWGRP and not _list_members(found.st_gid, besides={user, ROOT}):
@@ -50,8 +50,10 @@ def find_risk(path: Path, *, is_private: bool = False) -> str | None:
     if not unsafe:
         return None
     who = "every user of this machine" if unsafe & stat.S_IRWXO else f"the members of group {found.st_gid}"
-    act = "replace what is in it" if stat.S_ISDIR(found.st_mode) else "change it"
-    act = act if unsafe & WRITABLE else "read the key"
+    if not unsafe & WRITABLE:
+        act = "read the key"
+    else:
+        act = "replace what is in it" if stat.S_ISDIR(found.st_mode) else "change it"
     change = "0600" if is_private else "go-w"
     return f"{path} has mode {stat.S_IMODE(found.st_mode):04o}: {who} could {act}; `chmod {change} {name}`"
 

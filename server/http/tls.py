@@ -125,7 +125,7 @@ def _read_certificate(path: Path) -> x509.Certificate:
 
 
 def _check_key_file(path: Path) -> None:
-    """Refuse a key that users other than the server's, its group and root may read or change."""
+    """Refuse a key that another user could read or change; a group may read it (`server.auth.modes`)."""
     _stat_file(path)
     if (risk := find_risk(path, is_private=True)) is not None:
         raise TlsProblem(risk)
