@@ -296,6 +296,7 @@ class Load(Message, frozen=True):
         tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
         name: what the process is called in lists of processes.
         device: where the session runs; None is the CPU. Its warm-up has to succeed.
+        dependent_rows: whether rows of a batch may change each other's answers.
     """
 
     root: str
@@ -315,6 +316,7 @@ class Load(Message, frozen=True):
     tensors: tuple[TensorHead, ...] = ()
     name: str = ""
     device: TargetDevice | None = None
+    dependent_rows: bool = False
 
     def hard_limit_bytes(self, thread_bytes: int) -> int | None:
         """Return the limit that the worker cannot lift; the model's own leaves room for its threads.
@@ -435,7 +437,8 @@ class StageReached(Message, frozen=True):
 class Loaded(Message, frozen=True):
     """The model can serve; `warming_up_us` is None if it was not run before.
 
-    `placed` is empty for a load on the CPU, else first what runs on its device.
+    `placed` is empty for a load on the CPU, else first what runs on its device. `dependence` is why rows of a
+    batch might change each other's answers; None without batching, or if it was shown that they do not.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -443,6 +446,7 @@ class Loaded(Message, frozen=True):
     loading_us: Count
     warming_up_us: Count | None = None
     placed: tuple[ProviderNodes, ...] = ()
+    dependence: Text | None = None
 
 
 class Optimised(Message, frozen=True):

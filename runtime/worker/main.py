@@ -53,9 +53,12 @@ from runtime.worker.loading import clock_for, load, lower_priority
 from runtime.worker.optimising import create_files, optimise
 from runtime.worker.sessions import ServingSession, limit_memory, run_smallest_model
 from runtime.worker.sharedtensors import SharedTensors
+from runtime.worker.warmup import SearchLimit
 
 EX_PROTOCOL = 76
 """sysexits.h: the exit code of a worker after a malformed frame."""
+LIMIT_CHECK_S = 0.1
+"""Interval in which a load's run is checked for its limit."""
 MAX_WAIT_S = 3600.0
 """Limit of a wait for more requests of a batch: select takes no endless time."""
 BUSY_POLL_NS = 400_000
@@ -91,6 +94,7 @@ class _Worker:
         self._control = control
         self._shared = shared
         self._cancellation = Cancellation()
+        self._limit = SearchLimit()
         self._reader = FrameReader(FrameRules(TO_WORKER), shared.locate)
         self._outbox = Outbox(channel)
         self._executor: InferenceExecutor | None = None
@@ -184,15 +188,16 @@ class _Worker:
             lower_priority()  # which it may not do later
         confine(order)
         # Not `threading`: that waits for the thread to start, and so would the load.
-        _thread.start_new_thread(_listen, (self._control, self._cancellation))
+        _thread.start_new_thread(_listen, (self._control, self._cancellation, self._limit))
 
     def _load(self, order: Load, given: Sequence[Tensor]) -> None:
         self._confine(order)
         try:
-            model, report = load(order, given, lambda stage: self._send(StageReached(stage)))
+            model, report = load(order, given, self._limit, lambda stage: self._send(StageReached(stage)))
         except LoadRefused as refusal:
             self._send(LoadFailure(refusal.code, plain_text(str(refusal))))
             os._exit(0)
+        self._limit.is_needed = False
         self._begin(order, model)
         self._send(report)
 
@@ -230,8 +235,10 @@ class _Worker:
         self._outbox.flush()
 
 
-def _listen(channel: socket.socket, cancellation: Cancellation) -> None:
+def _listen(channel: socket.socket, cancellation: Cancellation, limit: SearchLimit) -> None:
     """Serve the control channel; its end ends the worker, even while it computes."""
+    while limit.is_needed and not select.select([channel], [], [], LIMIT_CHECK_S)[0]:
+        limit.check()
     reader = FrameReader(FrameRules(CONTROL))
     while count := _receive(channel, reader):
         for message, _ in _frames(reader, count):
