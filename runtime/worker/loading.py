@@ -118,7 +118,7 @@ def _load(
         threads=order.threads,
         device=order.device,
     )
-    clock = clock_for(order)
+    clock = limit.clock = clock_for(order)
     started_ns = clock()
     session, placed = _create_session(order)
     loading_ns = clock() - started_ns
@@ -128,11 +128,10 @@ def _load(
     warm_up = ModelWarmUp(order, model, given, _find_file(order), limit)
     if order.warm_up:  # before it is measured: memory of an inference belongs to the model
         began_ns = clock()
-        limit.begin(clock, loading_ns)
-        warming_up_us, examples = warm_up.run(lambda: on_stage("warming_up"))
+        warming_up_us, examples = warm_up.run(loading_ns, lambda: on_stage("warming_up"))
         if order.background and warming_up_us is not None:  # for a trial, which compares it with another's
             warming_up_us = (clock() - began_ns) // 1000
-    dependence = warm_up.check_rows(examples)
+    dependence = warm_up.check_rows(examples, warming_up_us or 0)
     sessions.return_free_memory()  # of loading: as much as the model keeps
     sessions.lift_load_limit()
     inputs = tuple(msgspec.structs.replace(spec, example=examples.get(spec.name)) for spec in model.inputs)

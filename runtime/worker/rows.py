@@ -121,36 +121,56 @@ def _is_close(one: Any, other: Any) -> bool:
 
 
 def _make_pairs(inputs: Sequence[TensorSpec], row: Feed) -> Iterator[tuple[Feed, Feed]]:
-    """Yield pairs of rows that differ much, the likeliest first; the model may refuse them."""
-    for step, is_varied in ((0.7, True), (1.3, False)):
-        for make in (partial(_draw, step), partial(_draw_positive, step), np.copy):
-            first = _make_row(inputs, row, make, is_varied=False)
-            yield first, _make_row(inputs, row, partial(_enlarge, make), is_varied=is_varied)
+    """Yield pairs of rows that differ much, the likeliest first; the model may refuse them.
+
+    Elements that are no floats may be words, a mask or lengths: they stay, are alike or differ.
+    """
+    longest = max((length for array in row.values() for length in array.shape), default=1)
+    count = partial(_count, min(longest, 127))
+    wholes: list[tuple[Make, Make]] = [
+        (np.copy, partial(_count, 1)),
+        (partial(_repeat, longest), partial(_repeat, longest)),
+        (count, lambda like: np.flip(count(like))),
+        (partial(_repeat, 1), partial(_repeat, 1)),
+        (np.copy, np.copy),
+    ]
+    draws: list[tuple[Make, float]] = [
+        (_draw, TIMES),
+        (lambda like: np.abs(_draw(like)), TIMES),
+        (np.copy, TIMES),
+        (partial(_count, 1), 1),
+    ]
+    are_floats = {spec.datatype in FLOATS for spec in inputs}
+    for whole, other in wholes if False in are_floats else wholes[:1]:
+        for draw, times in draws if True in are_floats else draws[:1]:
+            enlarge = partial(_enlarge, draw, times)
+            yield _make_row(inputs, row, draw, whole), _make_row(inputs, row, enlarge, other)
 
 
-def _make_row(inputs: Sequence[TensorSpec], row: Feed, make: Make, *, is_varied: bool) -> Feed:
-    """Return a row with other floats; the rest stays, or has two values if it is varied."""
-    made = dict(row)
-    for spec in inputs:
-        array = row[spec.name]
-        if spec.datatype in FLOATS:
-            made[spec.name] = _from_numbers(spec, make(_to_floats(spec, array)))
-        elif is_varied:
-            made[spec.name] = _from_numbers(spec, np.arange(array.size).reshape(array.shape) % 2)
-    return made
+def _make_row(inputs: Sequence[TensorSpec], row: Feed, draw: Make, whole: Make) -> Feed:
+    """Return a row with other elements."""
+    makes = [draw if spec.datatype in FLOATS else whole for spec in inputs]
+    return {
+        spec.name: _from_numbers(spec, make(_to_floats(spec, row[spec.name])))
+        for spec, make in zip(inputs, makes, strict=True)
+    }
 
 
-def _draw(step: float, like: Any) -> Any:
+def _enlarge(draw: Make, times: float, like: Any) -> Any:
+    return times * np.flip(draw(like))
+
+
+def _draw(like: Any) -> Any:
     """Return numbers from -1 to 1 without a pattern; a confined worker cannot import numpy's generators."""
-    return np.sin(np.arange(1, like.size + 1) ** 2 * step).reshape(like.shape)
+    return np.sin(np.arange(1, like.size + 1) ** 2 * 0.7).reshape(like.shape)
 
 
-def _draw_positive(step: float, like: Any) -> Any:
-    return np.abs(_draw(step, like))
+def _count(most: int, like: Any) -> Any:
+    return np.arange(like.size).reshape(like.shape) % (most + 1)
 
 
-def _enlarge(make: Make, like: Any) -> Any:
-    return TIMES * np.flip(make(like))
+def _repeat(number: int, like: Any) -> Any:
+    return np.full(like.shape, number)
 
 
 def _to_floats(spec: TensorSpec, array: Any) -> Any:
@@ -160,7 +180,7 @@ def _to_floats(spec: TensorSpec, array: Any) -> Any:
 
 def _from_numbers(spec: TensorSpec, values: Any) -> Any:
     if spec.datatype == "BYTES":
-        return np.where(values, TEXT, "").astype(object)
+        return values if values.dtype == object else np.where(values, TEXT, "").astype(object)
     if spec.datatype == "BF16":
         return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(DATATYPES[spec.datatype].numpy)

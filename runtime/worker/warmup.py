@@ -27,7 +27,9 @@ SEARCH_NS = 10**9
 """A search for an example ends after so long, or as long as the session took to create."""
 RUN_BYTES = 512 * 2**20
 """Memory of a run of a search, or as much as the model's files have."""
-TOO_LONG = "it was stopped: a search for sizes that the model takes may last {:.1f} s here"
+SHOW_NS, SHOW_RUNS = 10**10, 20
+"""To show that rows are independent may take so long, or as long as so many warm-ups."""
+TOO_LONG = "it was stopped: to find inputs that the model takes may last {:.1f} s here"
 WITH_ZEROS = (
     "the model does not run on zeros or ones of its declared shapes, and has to before it is loaded: give"
     " inputs that it takes as [[warm_up.inputs]] in its loadledger.toml"
@@ -53,23 +55,25 @@ NO_EXAMPLES: Examples = {}
 
 
 class SearchLimit:
-    """Ends a search for an example: a run of it is stopped by the thread of the control channel."""
+    """Ends a search for an example: a run of it is stopped by the thread of the control channel.
+
+    Attributes:
+        clock: of the load, in nanoseconds; set when its order is known.
+        is_needed: until the model is loaded.
+        most_ns: how long the present search may last.
+    """
 
     def __init__(self) -> None:
+        self.clock: Callable[[], int] = time.monotonic_ns
         self.is_needed = True
-        """Until the model is loaded."""
-        self.most_ns = 0
-        self._clock: Callable[[], int] = time.monotonic_ns
-        self._until_ns = 0
+        self.most_ns = self._until_ns = 0
         self._options: ort.RunOptions | None = None
 
-    def begin(self, clock: Callable[[], int], loading_ns: int) -> None:
-        """Begin the search; the session took so long to create on this clock."""
-        self.most_ns = max(SEARCH_NS, loading_ns)
-        self._clock, self._until_ns = clock, clock() + self.most_ns
+    def begin(self, most_ns: int) -> None:
+        self.most_ns, self._until_ns = most_ns, self.clock() + most_ns
 
     def is_over(self) -> bool:
-        return self._clock() > self._until_ns
+        return self.clock() > self._until_ns
 
     @contextmanager
     def applied(self, options: ort.RunOptions) -> Iterator[None]:
@@ -104,10 +108,11 @@ class ModelWarmUp:
     file: Path | None
     limit: SearchLimit
 
-    def run(self, on_begin: Callable[[], None]) -> tuple[int | None, Examples]:
+    def run(self, loading_ns: int, on_begin: Callable[[], None]) -> tuple[int | None, Examples]:
         """Run the model on the given inputs, else on an example of them that it takes.
 
         Args:
+            loading_ns: how long the session took to create.
             on_begin: called before the first run, and only if there is one.
 
         Returns:
@@ -121,6 +126,7 @@ class ModelWarmUp:
         # Zeros are no image, and a decoder that gets them may end the process (decision 49).
         if not self.given and not is_on_device and self.file is not None and extensions.are_named(self.file):
             return None, NO_EXAMPLES
+        self.limit.begin(max(SEARCH_NS, loading_ns))
         try:
             run_us, examples = self._run_given(on_begin) if self.given else self._find_example(on_begin)
         except LoadRefused:
@@ -132,8 +138,12 @@ class ModelWarmUp:
             raise LoadRefused("warm_up_failed", "".join([NOT_RUN, *sorted(said)[:1]]))
         return run_us, examples
 
-    def check_rows(self, examples: Examples) -> str | None:
+    def check_rows(self, examples: Examples, run_us: int) -> str | None:
         """Return why rows of a batch might change each other's answers; None if it is shown that they do not.
+
+        Args:
+            examples: as `run` returned them, with the duration of the run.
+            run_us: likewise.
 
         Raises:
             LoadRefused: `rows_depend`, unless the load allows it.
@@ -141,10 +151,10 @@ class ModelWarmUp:
         if self.order.max_batch_size <= 1:
             return None
         outputs = [spec for spec in self.model.outputs if spec.datatype in DATATYPES]
-        run = partial(_run, self.model, keeps_memory=False)
+        self.limit.begin(max(SHOW_NS, SHOW_RUNS * run_us * 1000))
         try:
             row = self._find_row(examples)
-            reason = find_dependence(self._required(), outputs, row, run, self.file)
+            reason = find_dependence(self._required(), outputs, row, self._run_guess, self.file)
         except MemoryError:
             reason = f"{NOT_SHOWN}: memory was short"
         if reason is not None and self.order.warm_up_required and not self.order.dependent_rows:
