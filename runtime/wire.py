@@ -16,7 +16,7 @@ may be then, is in `runtime.process.inflight`.
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Annotated, Generic, Literal, TypeVar
@@ -590,13 +590,20 @@ def pack_texts(texts: Iterable[str]) -> bytes:
     return b"".join(part for data in encoded for part in (LENGTH.pack(len(data)), data))
 
 
-def unpack_texts(data: Buffer) -> list[str]:
-    """Read the data of a BYTES tensor.
+def unpack_texts(data: Buffer) -> list[str] | list[bytes]:
+    """Read the data of a BYTES tensor: strings, or bytes if one of them is not UTF-8.
 
     Raises:
-        MalformedTexts: an element is longer than the data, or not UTF-8.
+        MalformedTexts: an element is longer than the data.
     """
-    texts, view, position = list[str](), memoryview(data), 0
+    try:
+        return [str(element, "utf-8") for element in _elements(data)]
+    except UnicodeDecodeError:
+        return [bytes(element) for element in _elements(data)]
+
+
+def _elements(data: Buffer) -> Iterator[memoryview]:
+    view, position = memoryview(data), 0
     while position < len(view):
         start = position + LENGTH.size
         if start > len(view):
@@ -604,11 +611,7 @@ def unpack_texts(data: Buffer) -> list[str]:
         position = start + int(LENGTH.unpack_from(view, position)[0])
         if position > len(view):
             raise MalformedTexts("an element is longer than the data")
-        try:
-            texts.append(str(view[start:position], "utf-8"))
-        except UnicodeDecodeError:
-            raise MalformedTexts("an element is not UTF-8") from None
-    return texts
+        yield view[start:position]
 
 
 def decode(

@@ -214,8 +214,7 @@ class _Worker:
         name_process("JSON of a request")
         confine(order)
         limit_memory(order.memory_limit_bytes, mapped_bytes=0, threads=1)
-        begin = find_address(text.data)
-        self._send(describe(text.data, lambda view: find_address(view) - begin))
+        self._send(describe(text.data, find_address))
         os._exit(0)
 
     def _begin(self, order: Load, model: ServingSession) -> None:
