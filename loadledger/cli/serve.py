@@ -25,8 +25,16 @@ from loadledger.cli.output import (
 )
 from loadledger.profiles import PROFILE, URL
 
-GENERIC_NAMES = frozenset({"model", "onnx"})
-"""Names of files and folders in common layouts, which name no model: the folder around them does."""
+_GENERIC = """
+    model models onnx best last final weights checkpoint checkpoints export exported saved snapshots runs
+    train detect quantized quant int8 uint8 fp16 fp32 bf16 q4 q8 q4f16 bnb4 static dynamic simplified sim opt
+    optimized downloads desktop documents files data home root tmp
+"""
+GENERIC_NAMES = frozenset(_GENERIC.split())
+"""Words in names of files and folders in common layouts, which name no model: the folder around them does."""
+COMMIT = re.compile(r"[0-9a-f]{12,64}")
+HUB_CACHE = "models--"
+"""What a folder of Hugging Face's cache begins with: models--ORGANISATION--REPOSITORY."""
 
 MAX_NAME = 128
 """Characters of a model's name."""
@@ -89,12 +97,16 @@ class Subject:
         path: of a file or folder here.
         source: the name of a source, which has `://`, from which the server fetches them.
         digest: that the source must have.
+        is_named: whether a person chose the name.
+        is_guessed: whether it is that of a folder around the file or folder.
     """
 
     name: str
     path: Path | None = None
     source: str | None = None
     digest: str | None = None
+    is_named: bool = False
+    is_guessed: bool = False
 
 
 @click.command()
@@ -108,7 +120,11 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
     """Load a model, and print how to send it a request.
 
     A file or folder is first added to the server's models, unless the model's highest version has the same
-    files. A SOURCE is a name with ://, as of `add`: the server fetches it, unless a version of the model has
+    files, or it lies in the server's repository. If its name is taken by a model with other inputs or
+    outputs, or is only that of a folder around it, the command asks first, and without a terminal wants a
+    --name.
+
+    A SOURCE is a name with ://, as of `add`: the server fetches it, unless a version of the model has
     its bytes for certain, by a commit or a digest.
 
     If no server runs, the command serves until Ctrl-C, with the settings of `serve` from variables and the
@@ -136,7 +152,9 @@ def choose_subject(given: str, name: str | None, digest: str | None = None) -> S
         raise click.UsageError("--digest is for a SOURCE, which has ://")
     path = Path(given)
     if path.exists():
-        return Subject(name or name_model(path.resolve()), path)
+        guess = name_model(Path(os.path.abspath(path)))  # noqa: PTH100 - as typed: `resolve` follows links
+        is_guessed = guess != _own_name(path)
+        return Subject(name or guess, path, is_named=name is not None, is_guessed=is_guessed)
     if name is not None or "/" in given or path.suffix:
         exit_with_error(f"there is no file or folder {to_printable(given)}")
     return Subject(given)
@@ -156,16 +174,29 @@ def name_source(source: str) -> str:
     return _choose_name(path, path.stem if path.suffix == ".onnx" else path.name)
 
 
+def _own_name(path: Path) -> str:
+    """Return the name of a file or folder itself, or of the model's folder in the layout MODEL/VERSION."""
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    if folder.name.isdecimal():
+        return _to_name(folder.parent.name)
+    return _to_name(path.stem if path.is_file() else path.name)
+
+
 def name_model(path: Path) -> str:
     return _choose_name(path, path.stem if path.is_file() else path.name)
 
 
 def _choose_name(path: PurePath, last: str) -> str:
     for part in (last, *(parent.name for parent in path.parents)):
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("._-")[:MAX_NAME]
-        if name and not name.isdecimal() and name.lower() not in GENERIC_NAMES:
+        name = _to_name(part.rpartition("--")[2] if part.startswith(HUB_CACHE) else part)
+        words = [word for word in re.split(r"[._-]", name.lower()) if word and not word.isdecimal()]
+        if not GENERIC_NAMES.issuperset(words) and not COMMIT.fullmatch(name):
             return name
     raise click.UsageError(f"{to_printable(str(path))} has no name for a model: give one with --name")
+
+
+def _to_name(part: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("._-")[:MAX_NAME]
 
 
 @click.command(cls=SettingsCommand)

@@ -66,7 +66,15 @@ def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
         options: of the command, which name the server.
     """
     required, command = _required(model), ["loadledger", "infer", *options, model.id]
-    if not _is_typed(model.id) or not all(map(_is_given, required)):
+    if not _is_typed(model.id) or not all(map(_is_sent, required)):
+        return
+    if not all(map(_is_given, required)):  # by name; JSON can have any
+        examples = {each.name: example_of(each) for each in required}
+        if max(prod(each.shape) for each in examples.values()) <= MAX_TYPED:
+            data = {each.name: _nested(each.datatype, examples[each.name]) for each in required}
+            yield shlex.join([*command, json.dumps(data)])
+        else:
+            yield shlex.join([*command, "@FILE.npz"])
         return
     values = {tensor.name: _value(tensor) for tensor in required}
     given = [f"{name}={value}" for name, value in values.items()]
@@ -80,6 +88,8 @@ def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
 def format_curl(url: str, model: Any, token: str) -> str | None:
     """Return the `curl` for a model; None if it has an input that cannot be given, or is too long.
 
+    If an output has no form in JSON, all are asked for in binary, and go to a file.
+
     Args:
         url: of the server.
         model: its record.
@@ -89,7 +99,7 @@ def format_curl(url: str, model: Any, token: str) -> str | None:
     for tensor in _required(model):
         example, head = example_of(tensor), {"name": tensor.name, "datatype": tensor.datatype}
         count, is_binary = prod(example.shape), tensor.datatype in BINARY_ONLY
-        if not _is_given(tensor) or (example.values == "ones" and count > MAX_ONES):
+        if not _is_sent(tensor) or (example.values == "ones" and count > MAX_ONES):
             return None
         if is_binary or (example.values == "zeros" and count > MAX_ZEROS):
             size = count * DATATYPES[tensor.datatype][1]
@@ -98,8 +108,11 @@ def format_curl(url: str, model: Any, token: str) -> str | None:
         else:
             data = _nested(tensor.datatype, example)
             tensors.append(head | {"shape": example.shape, "data": data if example.shape else [data]})
-    body, target = json.dumps({"inputs": tensors}), shlex.quote(f"{url}/v2/models/{model.id}/infer")
-    command = f'curl -sS {target} -H "Authorization: Bearer {token}"'
+    request: dict[str, Any] = {"inputs": tensors}
+    target, file = shlex.quote(f"{url}/v2/models/{model.id}/infer"), ""
+    if any(output.datatype in BINARY_ONLY for output in model.outputs or ()):
+        request["parameters"], file = {"binary_data_output": True}, " --fail-with-body --output answer.bin"
+    body, command = json.dumps(request), f'curl -sS{file} {target} -H "Authorization: Bearer {token}"'
     if not zero_bytes:
         return f"{command} \\\n  -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     return (
@@ -133,10 +146,14 @@ def _file(tensor: ModelTensor) -> str:
     return "@image.jpg" if is_picture and find_spec("PIL") is not None else "@FILE.npy"
 
 
+def _is_sent(tensor: ModelTensor) -> bool:
+    """Whether a request can have a value for an input."""
+    return tensor.datatype in DATATYPES and len(example_of(tensor).shape) <= MAX_DIMENSIONS
+
+
 def _is_given(tensor: ModelTensor) -> bool:
-    """Whether the command line can give a value for an input."""
-    is_named = _is_typed(tensor.name) and "=" not in tensor.name and tensor.name[0] not in NAMELESS
-    return is_named and tensor.datatype in DATATYPES and len(example_of(tensor).shape) <= MAX_DIMENSIONS
+    """Whether an argument NAME=VALUE can give it one."""
+    return _is_typed(tensor.name) and "=" not in tensor.name and tensor.name[0] not in NAMELESS
 
 
 def _is_typed(name: str) -> bool:

@@ -13,19 +13,19 @@ import pwd
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 import jwt
 
 from events.errors import LedgerProblem
 from events.tokens import Token
-from loadledger import AsyncClient, ClientProblem, JobFailed, NotFound, ServerUnreachable
+from loadledger import AsyncClient, ClientProblem, JobFailed, NotFound, ServerError, ServerUnreachable
 from loadledger.cli.jobs import display_job
 from loadledger.cli.models import signature_lines, with_signature
 from loadledger.cli.options import name_similar
@@ -46,7 +46,9 @@ from loadledger.profiles import (
     read_profile,
     write_profile,
 )
-from loadledger.uploads import find_version_files, hash_files
+from loadledger.uploads import VersionSource, find_version_files, hash_files
+from runtime.onnxfields import TooManyFields, Unparsable
+from runtime.onnxfile import FileWindows, find_model_file, read_signature
 from runtime.repository import RepositoryBusy
 from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.keys import KeyProblem
@@ -324,17 +326,76 @@ async def _add_if_new(client: AsyncClient, subject: Subject) -> int | None:
         return None
     source = await asyncio.to_thread(find_version_files, subject.path)
     try:
-        versions = (await client.model(subject.name)).versions or [0]
+        model = await client.model(subject.name)
     except NotFound:
-        versions = [0]
-    added_files = {}
-    async for event in client.events(types=["VersionAdded"], models=[subject.name]):
-        added_files[event.version] = {file["path"]: file["sha256"] for file in event.data["files"]}
-    if added_files.get(versions[-1]) == await asyncio.to_thread(hash_files, source):
-        return versions[-1]
+        model = None
+    if model is not None and model.versions:
+        same = await _find_same(client, subject, model, await asyncio.to_thread(hash_files, source))
+        if same is not None:
+            return same
+        await _ask_for_name(subject, model, source)
     added = await client.add(subject.name, subject.path)
     click.echo(f"{subject.name} version {added.version}: added")
     return added.version
+
+
+async def _find_same(
+    client: AsyncClient, subject: Subject, model: Any, files: Mapping[str, str]
+) -> int | None:
+    """Return the version that has the files: the highest, or the one in whose folder they lie."""
+    added = {}
+    async for event in client.events(types=["VersionAdded"], models=[subject.name]):
+        added[event.version] = {file["path"]: file["sha256"] for file in event.data["files"]}
+    folder = subject.path if subject.path is None or subject.path.is_dir() else subject.path.absolute().parent
+    versions: set[int] = {model.versions[-1]}
+    if folder is not None and folder.name.isdecimal() and int(folder.name) in model.versions:
+        versions.add(int(folder.name))
+    for version in sorted(versions, reverse=True):
+        if version in added:
+            found = added[version]
+        else:  # somebody has laid it into the repository
+            with suppress(ServerError):
+                known = await client.verify_model(subject.name, version)
+                found = {file.path: file.sha256 for file in known.files}
+        if set(files.values()) <= set(found.values()):
+            return version
+    return None
+
+
+async def _ask_for_name(subject: Subject, model: Any, source: VersionSource) -> None:
+    """Ask before a version is added to a model that may be another one; without a terminal, refuse.
+
+    Raises:
+        ValueError: the name is another model's, or was guessed; the message says what to do.
+    """
+    differs = _tensors_of(model) != await asyncio.to_thread(_read_tensors, source)
+    if subject.is_named or not (differs or subject.is_guessed):
+        return
+    number = model.versions[-1] + 1
+    why = "with other inputs or outputs" if differs else "and this name is only that of a folder"
+    if sys.stdin.isatty():
+        question = f"there is a model {subject.name} already, {why}: add this as its version {number}?"
+        if await asyncio.to_thread(click.confirm, question):
+            return
+    raise ValueError(
+        f"there is a model {subject.name} already, {why}: give this one a name with --name,"
+        f" or --name {subject.name} to add it as version {number} of that"
+    )
+
+
+def _tensors_of(model: Any) -> list[tuple[str, str, int]]:
+    """Return name, datatype and dimensions of inputs and outputs; a weight that may be given is none."""
+    tensors = [*(each for each in model.inputs or () if not each.optional), *(model.outputs or ())]
+    return [(each.name, each.datatype, len(each.shape)) for each in tensors]
+
+
+def _read_tensors(source: VersionSource) -> list[tuple[str, str, int]]:
+    file = find_model_file(each.path for each in source.files)
+    [path] = [each.source for each in source.files if each.path == file]
+    with path.open("rb") as opened, suppress(Unparsable, TooManyFields):
+        size = os.fstat(opened.fileno()).st_size
+        return _tensors_of(read_signature(FileWindows(opened.fileno()), size))
+    return []
 
 
 async def _add_source_if_new(client: AsyncClient, subject: Subject, source: str) -> int | None:

@@ -225,10 +225,17 @@ def test_command_for_an_inference_runs_without_files(tensors: list[ModelTensor],
     assert first == f"loadledger infer --url http://h m {values}"
 
 
-@pytest.mark.parametrize(
-    "refused", [tensor("s", "seq(tensor(float))"), tensor("a=b", "FP32", 1), tensor("\x1b", "FP32", 1)]
-)
-def test_input_that_cannot_be_typed_has_no_command(refused: ModelTensor) -> None:
+@pytest.mark.parametrize("name", ["a=b", "@x", "\x1b", "-o", "[", '"'])
+def test_input_whose_name_cannot_be_typed_is_given_in_json(name: str) -> None:
+    few, many = tensor(name, "FP32", 1), tensor("many", "FP32", 99)
+    [command] = format_infer(Model(id="m", state="loaded", inputs=[few, tensor("x", "INT64")]))
+    assert json.loads(shlex.split(command)[-1]) == {name: [0.0], "x": 0}
+    [command] = format_infer(Model(id="m", state="loaded", inputs=[few, many]))
+    assert command == "loadledger infer m @FILE.npz"
+
+
+def test_input_that_cannot_be_sent_has_no_command() -> None:
+    refused = tensor("s", "seq(tensor(float))")
     assert list(format_infer(Model(id="m", state="loaded", inputs=[refused]))) == []
 
 

@@ -1,0 +1,151 @@
+"""`run` with files, on a real server: how it names a model, when it asks, and the commands that it prints."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from onnx import ModelProto, TensorProto, helper
+from support import models
+from support.clients import run_command
+from support.models import FLOAT, model, save, value
+from support.servers import Server, at_terminal, standing
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("run") / "repository"
+    repository.mkdir()
+    return repository
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[Server]:
+    with standing(repository) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alice(server: Server) -> dict[str, Any]:
+    """The variables of an admin's commands."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.defpath])
+    return {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin"), "PATH": path}
+
+
+def write(path: Path, onnx_model: ModelProto) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(onnx_model.SerializeToString())
+    return path
+
+
+def halves(*also: int) -> ModelProto:
+    """`y = x` in FP16, and the same in other types beside it."""
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    nodes += [helper.make_node("Cast", ["x"], [f"y{at}"], to=element) for at, element in enumerate(also)]
+    outputs = [value(f"y{at}", element, [None]) for at, element in enumerate(also)]
+    half = TensorProto.FLOAT16
+    return model(nodes, [value("x", half, [None])], [value("y", half, [None]), *outputs])
+
+
+def names_in(ran: Result) -> str:
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout.partition(":")[0]
+
+
+def test_a_file_that_is_run_again_adds_nothing(alice: dict[str, Any], tmp_path: Path) -> None:
+    file = write(tmp_path / "again.onnx", models.add())
+    assert names_in(run_command("run", file, **alice)) == "again version 1"
+    assert run_command("run", file, **alice).stdout.startswith("again version 1: loaded\n")
+    write(file, models.add(2))  # another version, whose file says its name, with the same inputs and outputs
+    assert names_in(run_command("run", file, **alice)) == "again version 2"
+
+
+def test_no_other_model_is_replaced_without_asking(alice: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "cars"
+    for name in ("best.onnx", "weights/best.onnx", "model_quantized.onnx", "1.onnx", "分類器.onnx"):
+        write(folder / name, models.add(len(name)))
+    assert names_in(run_command("run", folder / "best.onnx", **alice)) == "cars version 1"
+    for name in ("weights/best.onnx", "model_quantized.onnx", "1.onnx", "分類器.onnx"):
+        refused = run_command("run", folder / name, **alice)
+        assert (refused.exit_code, refused.stdout) == (1, ""), name
+        assert "only that of a folder" in refused.stderr
+        assert "--name cars to add it as version 2" in refused.stderr
+    ran = run_command("run", folder / "1.onnx", "--name", "cars", **alice)
+    assert names_in(ran) == "cars version 2"
+    other = write(tmp_path / "cars.onnx", models.subtract())
+    refused = run_command("run", other, **alice)
+    assert (refused.exit_code, "with other inputs or outputs" in refused.stderr) == (1, True)
+    assert names_in(run_command("run", other, "--name", "bikes", **alice)) == "bikes version 1"
+
+
+async def test_a_person_at_a_terminal_is_asked(alice: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "trains" / "best.onnx", models.add())
+    write(tmp_path / "trains" / "last.onnx", models.add(2))
+    await asyncio.to_thread(run_command, "run", tmp_path / "trains" / "best.onnx", **alice)
+    for answer, code, words in (("n\r", 1, "give this one a name"), ("y\r", 0, "trains version 2: loaded")):
+        with at_terminal("run", str(tmp_path / "trains" / "last.onnx"), environment=alice) as terminal:
+            await terminal.until(r"add this as its version 2\?")
+            terminal.press(answer.encode())
+            assert await terminal.end() == code
+            assert words in terminal.plain
+
+
+def test_a_link_has_the_name_that_was_typed(alice: dict[str, Any], tmp_path: Path) -> None:
+    blob = write(tmp_path / "models--org--tiny-bert" / "blobs" / "0123456789abcdef", models.add())
+    link = tmp_path / "models--org--tiny-bert" / "snapshots" / COMMIT / "onnx" / "model.onnx"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    assert names_in(run_command("run", link, **alice)) == "tiny-bert version 1"
+
+
+def test_a_version_that_lies_in_the_repository_is_used(alice: dict[str, Any], repository: Path) -> None:
+    for number in (1, 2):
+        save(models.add(number), repository, "laid", number)
+    ran = run_command("run", repository / "laid" / "1" / "model.onnx", **alice)
+    assert (names_in(ran), "added" in ran.stdout) == ("laid version 1", False)
+    assert names_in(run_command("run", repository / "laid" / "2", **alice)) == "laid version 2"
+    assert sorted(each.name for each in (repository / "laid").iterdir()) == ["1", "2"]
+
+
+CURLS = {
+    "halves": halves(),
+    "halves-beside": halves(FLOAT, TensorProto.INT64),
+    "bfloats": models.identity(TensorProto.BFLOAT16, (2,)),
+    "equals": helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Add", ["a=b", "@x"], ["y"])],
+            "named",
+            [value("a=b", FLOAT, [2]), value("@x", FLOAT, [2])],
+            [value("y", FLOAT, [2])],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=9,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CURLS)
+def test_printed_commands_answer(alice: dict[str, Any], tmp_path: Path, name: str) -> None:
+    ran = run_command("run", write(tmp_path / f"{name}.onnx", CURLS[name]), **alice)
+    printed = ran.stdout.partition("\n\n")[2]
+    lines = printed.strip().split("\n\n")
+    [infer, *_] = [line for line in ran.stdout.splitlines() if line.startswith("loadledger infer")]
+    command = lines[-1]
+    assert ("--output answer.bin" in command) is (name != "equals")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=alice, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answered = (tmp_path / "answer.bin").read_bytes() if name != "equals" else done.stdout
+    head, _ = json.JSONDecoder().raw_decode(answered.decode("latin-1"))  # binary outputs follow
+    assert {each["name"] for each in head["outputs"]} >= {"y"}
+    words = ["-c", f"{infer} --json"]
+    asked = subprocess.run(["bash", *words], env=alice, capture_output=True, check=False)
+    assert asked.returncode == 0, asked.stderr
+    assert {each["name"] for each in json.loads(asked.stdout)["outputs"]} >= {"y"}
