@@ -270,6 +270,8 @@ class TargetDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 PROVIDER_MAPPED_BYTES = 64 * 2**20
 """Memory that a provider maps and does not touch: OpenVINO's libraries and threads 50 MB (measured)."""
+NO_MORE = "the machine has no more"
+"""Why a load without a limit of memory lacks it."""
 
 
 def _leave_room(limit_bytes: int | None, device: TargetDevice | None) -> int | None:
@@ -348,9 +350,20 @@ class Load(Message, frozen=True):
         return _leave_room(self.load_limit_bytes, self.device)
 
     @property
-    def least_limit_bytes(self) -> int | None:
-        given = [each for each in (self.memory_limit_bytes, self.load_limit_bytes) if each is not None]
-        return min(given, default=None)
+    def is_limited_by_itself(self) -> bool:
+        """Whether the model's own limit of memory is the lowest of its limits."""
+        own, others = self.memory_limit_bytes, (self.load_limit_bytes, self.ceiling_bytes)
+        return own is not None and all(each is None or own <= each for each in others)
+
+    @property
+    def limit_text(self) -> str:
+        """Which limit of memory is the lowest; the server says how much the budget leaves to a load."""
+        if self.is_limited_by_itself:
+            return f"its memory_limit_bytes are {self.memory_limit_bytes}"
+        if self.load_limit_bytes is not None:
+            return "the memory budget leaves it no more"
+        most = self.ceiling_bytes
+        return NO_MORE if most is None else f"the memory budget is {most} bytes"
 
 
 class Optimise(Message, frozen=True):
@@ -380,6 +393,10 @@ class Optimise(Message, frozen=True):
 
 class Ping(Message, frozen=True):
     """Say that you are there; before any other message to a worker."""
+
+    @property
+    def limit_text(self) -> str:
+        return NO_MORE if self.memory_limit_bytes is None else f"the limit is {self.memory_limit_bytes} bytes"
 
 
 class Pong(Message, frozen=True):

@@ -118,7 +118,7 @@ def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Servi
             device also `device_unavailable`, `fallback_refused`.
     """
     try:
-        with sessions.out_of_memory_refused(order.least_limit_bytes):
+        with sessions.out_of_memory_refused(order.limit_text):
             return _load(order, given, on_stage)
     except UnicodeDecodeError:
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
@@ -196,10 +196,10 @@ def _create_session(order: Load) -> tuple[ort.InferenceSession, tuple[ProviderNo
     device = None if order.device is None else providers.add_device(order.device, order.threads, chosen)
     if order.optimised is None:
         folder, root = Path(order.folder), Path(os.path.realpath(order.root))
-        session = sessions.create_checked(folder, root, chosen, order.least_limit_bytes)
+        session = sessions.create_checked(folder, root, chosen, order.limit_text)
     else:
         model_file = str(Path(order.optimised.folder) / MODEL_FILE)
-        session = sessions.create_session(model_file, chosen, order.least_limit_bytes)
+        session = sessions.create_session(model_file, chosen, order.limit_text)
     placed = () if order.device is None else providers.count_nodes(session, order.device, device)
     if order.optimised is not None:
         placed = order.optimised.placed or placed

@@ -124,7 +124,7 @@ async def test_failure_on_zeros_of_unknown_shape_is_ignored(pool: WorkerPool, tm
 async def test_warm_up_beyond_the_memory_limit_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.memory_bomb_on_zeros(), tmp_path, "m")
     refused = await refusal(pool, order_of(tmp_path, memory_limit_bytes=200_000_000))
-    assert (refused.code, "200000000 bytes" in str(refused)) == ("out_of_memory", True)
+    assert (refused.code, "memory_limit_bytes are 200000000" in str(refused)) == ("out_of_memory", True)
 
 
 async def test_batched_model_is_run_on_one_element(serve: Serve) -> None:
