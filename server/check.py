@@ -418,7 +418,9 @@ def check_workers(
 
     async def check() -> None:
         pool = WorkerPool(
-            threads=config.model_threads(count_usable_cpus()), visible_devices=config.visible_device_names
+            threads=config.model_threads(count_usable_cpus()),
+            visible_devices=config.visible_device_names,
+            max_request_bytes=config.max_request_bytes,
         )
         try:
             await pool.open()

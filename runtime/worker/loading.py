@@ -19,7 +19,6 @@ from runtime.errors import InferenceFailed, LoadRefused, RuntimeProblem
 from runtime.memory import thread_bytes
 from runtime.onnxfile import MODEL_FILE, find_model_file, read_weight_lengths
 from runtime.wire import (
-    DATATYPES,
     Example,
     Load,
     Loaded,
@@ -141,7 +140,8 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
     started_ns = clock()
     session, placed = _create_session(order)
     loading_us = (clock() - started_ns) // 1000
-    model, warming_up_us, examples = describe_model(session, order.max_batch_size), None, NO_EXAMPLES
+    model = describe_model(session, order.max_batch_size, order.max_request_bytes)
+    warming_up_us, examples = None, NO_EXAMPLES
     if order.device is not None:
         providers.check_tensors(order.device, (*model.inputs, *model.outputs))
     if order.warm_up:  # before it is measured: memory of an inference belongs to the model
@@ -228,8 +228,6 @@ def warm_up(
         examples = {tensor.name: Example(tensor.shape, "zeros", NOT_TRIED) for tensor in given[:MAX_INPUTS]}
         return _run_given(model, given, on_begin), examples
     required = [spec for spec in model.inputs if not spec.optional]
-    if not any(spec.datatype in DATATYPES for spec in model.outputs):  # nothing to send
-        return None, NO_EXAMPLES
     is_declared = all(map(is_fixed, required))
     run = partial(_run, model, keeps_memory=is_declared)
     found = find_example(required, run, on_begin, lambda: read_weight_lengths(file) if file else ())

@@ -30,6 +30,7 @@ from runtime.wire import (
 )
 from runtime.worker import extensions, privileges, providers
 from runtime.worker.batching import BatchDimension
+from runtime.worker.declaredsizes import explain_uselessness
 from runtime.worker.inference import Runner
 from runtime.worker.refusals import explain_refusal, strip_noise
 
@@ -77,21 +78,27 @@ class ServingSession:
     dimension: BatchDimension | None
 
 
-def describe_model(session: ort.InferenceSession, max_batch_size: int) -> ServingSession:
+def describe_model(
+    session: ort.InferenceSession, max_batch_size: int, max_request_bytes: int
+) -> ServingSession:
     """Return the serving session for batches of at most this many elements; 0 is no batching.
 
     Raises:
-        LoadRefused: `invalid_model`, inputs or outputs are too many, or one has too long a name or no batch
-            dimension.
+        LoadRefused: `invalid_model`, inputs or outputs are too many, one has too long a name or no batch
+            dimension, or no request can ask the model.
     """
     inputs, outputs = _inputs(session), tuple(_spec(node) for node in session.get_outputs())
     _check_size(inputs, outputs)
+    problem = explain_uselessness(inputs, outputs, max_request_bytes)
+    if problem is not None:
+        raise LoadRefused("invalid_model", problem)
     dimension = None
     if max_batch_size:
         names = [node.name for node in session.get_inputs()]
         _check_batch_dimension([*inputs[: len(names)], *outputs])
         dimension = BatchDimension(max_batch_size, names)
-    return ServingSession(Runner(session, inputs, outputs), inputs, outputs, dimension)
+    runner = Runner(session, inputs, outputs, is_batched=dimension is not None)
+    return ServingSession(runner, inputs, outputs, dimension)
 
 
 def _inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
