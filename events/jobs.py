@@ -134,6 +134,7 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     "worker_died": Consequence.INCIDENT,
     "invalid_model": Consequence.INCIDENT,
     "warm_up_failed": Consequence.INCIDENT,
+    "rows_depend": Consequence.INCIDENT,
     NO_PROGRESS: Consequence.INCIDENT,
     "not_encodable": Consequence.INCIDENT,
     # No process, no device, no memory, no disk, no time.

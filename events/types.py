@@ -270,6 +270,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
         devices: names of devices (`events.devices`); the load runs on the first that has room. Not stored for
             the CPU.
         fallback: `cpu` if nodes that the device does not support may run on the CPU; not stored for `refuse`.
+        dependent_rows: `allow` if rows of a batch may change each other's answers; not stored for `refuse`.
     """
 
     priority: str = "normal"
@@ -287,6 +288,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
     copies: int | UnsetType = UNSET
     devices: tuple[str, ...] | UnsetType = UNSET
     fallback: str | UnsetType = UNSET
+    dependent_rows: str | UnsetType = UNSET
 
     @property
     def wanted_copies(self) -> int:
@@ -307,9 +309,13 @@ class LoadParameters(Struct, frozen=True, gc=False):
         return is_same and self.wanted_copies == other.wanted_copies
 
 
+ALLOW = "allow"
+DEPENDENT_ROWS = ("refuse", ALLOW)
+"""Values of `dependent_rows`."""
+
 WORKER_PARAMETERS = (
     *("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads", "node_labels"),
-    *("devices", "fallback"),
+    *("devices", "fallback", "dependent_rows"),
 )
 """Parameters of the workers: a change of them loads the model anew."""
 
@@ -416,6 +422,9 @@ class ModelLoaded(Struct, frozen=True, gc=False):
 
     `devices` is first the device of the load, then the CPU if nodes fall back to it; it is missing for a load
     on the CPU.
+
+    `rows_depend` is why rows of a batch might change each other's answers: the load allows it or is a reload.
+    It is missing without batching, and if it was shown that they do not.
     """
 
     TYPE: ClassVar[str] = "ModelLoaded"
@@ -434,6 +443,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     bundle: str | UnsetType = UNSET
     node_signature: NodeSignature | UnsetType = UNSET
     devices: tuple[DeviceUse, ...] | UnsetType = UNSET
+    rows_depend: str | UnsetType = UNSET
 
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):

@@ -91,6 +91,7 @@ class LoadOptions(TypedDict, total=False):
     copies: int
     devices: Sequence[str] | None
     fallback: Literal["refuse", "cpu"]
+    dependent_rows: Literal["refuse", "allow"]
 
 
 class Operations:

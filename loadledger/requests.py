@@ -5,6 +5,7 @@ Nothing in an answer is trusted: it becomes a value of records.py or an exceptio
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -164,10 +165,20 @@ def decode_value(answer: Answer, kind: type[T], address: Address) -> T:
     if answer.status not in _SUCCESS:
         raise decode_refusal(answer, address)
     try:
-        return msgspec.json.decode(answer.body, type=kind)
+        return _decode_json(answer.body, kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         media_type = printable(address.hide(answer.headers.get("content-type", "no media type")), 100)
         raise foreign_answer(address, f"{media_type}: {printable(str(error), 200)}") from None
+
+
+def _decode_json(body: Buffer, kind: type[T]) -> T:
+    """Decode JSON, which may have NaN, Infinity and -Infinity, as answers of inferences do."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        return msgspec.convert(json.loads(bytes(body)), kind)
 
 
 def decode_refusal(answer: Answer, address: Address) -> ClientProblem:

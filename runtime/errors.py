@@ -18,6 +18,7 @@ LoadCode = Literal[
     "unsafe_file",
     "out_of_memory",
     "warm_up_failed",
+    "rows_depend",
     "device_unavailable",
     "fallback_refused",
     OptimiseCode,

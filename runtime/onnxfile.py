@@ -63,6 +63,8 @@ MAX_TYPE_DEPTH = 8
 """Of sequences, maps and optional values in each other; ONNX Runtime itself takes three."""
 WINDOW_BYTES = 2**12
 """Of a file read at once: the name of a weight is one page away from that of the next."""
+_OPERATOR_TAG = 4 << 3 | LENGTH
+"""Tag of a node's operator."""
 _IR_VERSION, _GRAPH, _OPERATOR_SET = 1, 7, 8
 """Fields of a model."""
 _DOMAIN = 1
@@ -383,6 +385,20 @@ def read_domains(path: Path) -> frozenset[str]:
                         and 0 <= each.start <= each.next < each.start + MAX_NAME_CHARACTERS
                     }
     return frozenset(found)
+
+
+def find_operator(path: Path, names: Iterable[str]) -> str | None:
+    """Return the first of these operators that a node of a model names, in functions and subgraphs, too.
+
+    Its bytes are searched for the field, so that a weight could have it as well.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    fields = b"|".join(re.escape(bytes([_OPERATOR_TAG, len(name)]) + name.encode()) for name in names)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = re.search(fields, data)
+        return None if found is None else found[0][2:].decode()
 
 
 def read_weight_lengths(path: Path) -> dict[int, None]:

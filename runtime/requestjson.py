@@ -1,5 +1,7 @@
 """The JSON of inference requests, read strictly, and so that a hostile text blocks nothing for long.
 
+Only the data of an input may have NaN, Infinity and -Infinity, which JSON has no form for, as in Triton.
+
 Short texts are decoded at once. A long one is read once into raw members, since each value of a hostile text
 would become an object; then what is left of it without the tensors' data is decoded. A key that appears twice
 in one object is refused. The longest are read in a process of their own, which says where the data is.
@@ -113,11 +115,41 @@ _DATA_KEY = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*')
 
 
 def decode_json(text: Buffer) -> JsonRequest:
-    """Decode the JSON of a request; the data of its tensors are views of the text.
+    """Decode the JSON of a request; the data of its tensors are views of the text, or of a copy.
 
     Raises:
         InvalidInput: `invalid_input`, it is malformed, or a key appears twice in one object.
     """
+    return _decode(text)[0]
+
+
+def hide_infinities(text: bytes) -> bytes:
+    """Return a text of the same length with numbers in place of NaN and Infinity."""
+    return text.replace(b"NaN", b"0e0").replace(b"Infinity", b"0e000000")
+
+
+def _decode(text: Buffer) -> tuple[JsonRequest, Buffer]:
+    """Decode the JSON of a request; returns also what the data of its tensors are views of."""
+    try:
+        return _decode_strictly(text), text
+    except InvalidInput:
+        whole = bytes(text)
+        hidden = hide_infinities(whole)
+        if hidden == whole:
+            raise
+    copy = bytearray(hidden)
+    request = _decode_strictly(copy)
+    copy[:] = whole  # of the same length, so that the views show it
+    if _count_infinities(whole) != sum(_count_infinities(bytes(item.data)) for item in request.inputs):
+        raise InvalidInput("NaN and Infinity are allowed in the data of an input alone")
+    return request, copy
+
+
+def _count_infinities(text: bytes) -> int:
+    return text.count(b"NaN") + text.count(b"Infinity")
+
+
+def _decode_strictly(text: Buffer) -> JsonRequest:
     try:
         request = _REQUEST.decode(text) if len(text) <= SHORT_JSON_BYTES else _decode_long(text)
         _check_keys(text, request)
@@ -141,21 +173,21 @@ def _decode_long(text: Buffer) -> JsonRequest:
     return request
 
 
-def describe(text: Buffer, place: Callable[[msgspec.Raw], int]) -> JsonRead:
+def describe(text: Buffer, address: Callable[[Buffer | msgspec.Raw], int]) -> JsonRead:
     """Decode the JSON of a request for another process, which has the same text.
 
     Args:
         text: the JSON.
-        place: returns where in the text a view of it begins.
+        address: returns where in memory a text or a view of it begins.
     """
     try:
-        request = decode_json(text)
+        request, source = _decode(text)
     except InvalidInput as problem:
         return JsonRead(problem=plain_text(str(problem)))
     spans = []
     for item in request.inputs:
         size = len(memoryview(item.data))
-        spans.append((place(item.data), size) if size else None)
+        spans.append((address(item.data) - address(source), size) if size else None)
         item.data = _NOTHING_YET if size else msgspec.Raw(b"null")
     return JsonRead(_ENCODER.encode(request), tuple(spans))
 

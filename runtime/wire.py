@@ -16,7 +16,7 @@ may be then, is in `runtime.process.inflight`.
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Annotated, Generic, Literal, TypeVar
@@ -301,6 +301,7 @@ class Load(Message, frozen=True):
         name: what the process is called in lists of processes.
         device: where the session runs; None is the CPU. Its warm-up has to succeed.
         max_request_bytes: limit of a request; a model that needs longer ones is refused.
+        dependent_rows: whether rows of a batch may change each other's answers.
     """
 
     root: str
@@ -321,6 +322,7 @@ class Load(Message, frozen=True):
     name: str = ""
     device: TargetDevice | None = None
     max_request_bytes: Count = MAX_REQUEST_BYTES
+    dependent_rows: bool = False
 
     def hard_limit_bytes(self, thread_bytes: int) -> int | None:
         """Return the limit that the worker cannot lift; the model's own leaves room for its threads.
@@ -456,7 +458,8 @@ class StageReached(Message, frozen=True):
 class Loaded(Message, frozen=True):
     """The model can serve; `warming_up_us` is None if it was not run before.
 
-    `placed` is empty for a load on the CPU, else first what runs on its device.
+    `placed` is empty for a load on the CPU, else first what runs on its device. `dependence` is why rows of a
+    batch might change each other's answers; None without batching, or if it was shown that they do not.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -464,6 +467,7 @@ class Loaded(Message, frozen=True):
     loading_us: Count
     warming_up_us: Count | None = None
     placed: tuple[ProviderNodes, ...] = ()
+    dependence: Text | None = None
 
 
 class Optimised(Message, frozen=True):
@@ -607,13 +611,20 @@ def pack_texts(texts: Iterable[str]) -> bytes:
     return b"".join(part for data in encoded for part in (LENGTH.pack(len(data)), data))
 
 
-def unpack_texts(data: Buffer) -> list[str]:
-    """Read the data of a BYTES tensor.
+def unpack_texts(data: Buffer) -> list[str] | list[bytes]:
+    """Read the data of a BYTES tensor: strings, or bytes if one of them is not UTF-8.
 
     Raises:
-        MalformedTexts: an element is longer than the data, or not UTF-8.
+        MalformedTexts: an element is longer than the data.
     """
-    texts, view, position = list[str](), memoryview(data), 0
+    try:
+        return [str(element, "utf-8") for element in _elements(data)]
+    except UnicodeDecodeError:
+        return [bytes(element) for element in _elements(data)]
+
+
+def _elements(data: Buffer) -> Iterator[memoryview]:
+    view, position = memoryview(data), 0
     while position < len(view):
         start = position + LENGTH.size
         if start > len(view):
@@ -621,11 +632,7 @@ def unpack_texts(data: Buffer) -> list[str]:
         position = start + int(LENGTH.unpack_from(view, position)[0])
         if position > len(view):
             raise MalformedTexts("an element is longer than the data")
-        try:
-            texts.append(str(view[start:position], "utf-8"))
-        except UnicodeDecodeError:
-            raise MalformedTexts("an element is not UTF-8") from None
-    return texts
+        yield view[start:position]
 
 
 def decode(

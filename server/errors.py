@@ -57,6 +57,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "invalid_model": ErrorKind(400, "The model cannot be loaded"),
     "warm_up_failed": ErrorKind(400, "The model loads, but its first inference fails"),
     "model_changed": ErrorKind(400, "The model's files changed while they were copied"),
+    "rows_depend": ErrorKind(400, "With batching, the answers of the model would depend on each other"),
     "unsafe_file": ErrorKind(400, "The model has an unsafe file"),
     "signature_invalid": ErrorKind(400, "The version's signature cannot be used"),
     "signature_missing": ErrorKind(400, "The version is not signed"),

@@ -7,6 +7,7 @@ numpy is in arrays.py.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -120,10 +121,10 @@ def read_value(file: Path) -> Any:
     if found.is_array or found.is_archive or found.is_image:
         return found
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
+        return json.loads(content, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
         raise _misfit(
-            f"{label} is no array of numpy (.npy, .npz), no PNG, JPEG or WebP image, and no JSON"
+            f"{label} is no array of numpy (.npy, .npz), no PNG, JPEG or WebP image, and no JSON: {error}"
         ) from None
 
 
@@ -149,9 +150,16 @@ def _read(file: BinaryIO, label: str) -> bytes:
 
 def _parse_json(text: str, name: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise _misfit(f"{name[:64]!r} is not JSON: {error}; give {EXAMPLES}") from None
+
+
+def _finite(number: str) -> float:
+    """Return a number of JSON; only the word Infinity is one."""
+    if math.isinf(float(number)):
+        raise ValueError(f"{number[:64]} is out of range")
+    return float(number)
 
 
 def _misfit(text: str) -> click.BadParameter:

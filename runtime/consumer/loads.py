@@ -564,6 +564,7 @@ def describe_loaded(
         confinement=(pool.applied if load.device is None else pool.applied_to_devices).confinement,
         threads=pool.threads_of(load.parameters),
         devices=UNSET if load.device is None else describe_uses(reports[0], load.device, load.allocation),
+        rows_depend=reports[0].dependence or UNSET,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from events.devices import ALL_DEVICES, find_matching
-from events.types import LoadParameters
+from events.types import ALLOW, LoadParameters
 from runtime.devices import Devices, find_providers
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
 from runtime.process.confinement import UNCONFINED, AppliedLayers, probe, weakest
@@ -210,6 +210,7 @@ class WorkerPool:
             name=f"{files.model_id}/{files.version}",
             device=device,
             max_request_bytes=self._max_request_bytes,
+            dependent_rows=parameters.dependent_rows == ALLOW,
         )
 
     async def start(self, worker_id: str) -> Worker:

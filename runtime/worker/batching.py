@@ -53,7 +53,9 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     def batch_key(self) -> Hashable:
         if self.alone:
             return self.number
-        return self.outputs, tuple([(name, array.shape[1:]) for name, array in self.feed.items()])
+        return self.outputs, tuple(
+            [(name, array.shape[1:], array.dtype) for name, array in self.feed.items()]
+        )
 
     def waiting_since_ns(self) -> int:
         """Return when its wait began: at the server or, without its time, here."""

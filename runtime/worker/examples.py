@@ -26,18 +26,16 @@ TEXT_BYTES = 40
 """Size of an empty element of BYTES: numpy's reference to it, and ONNX Runtime's string."""
 MAX_INPUTS = 64
 """Inputs of a model that has examples: a decoder with the keys and values of thirty layers has so many."""
-SIDES = (224, 64, 48, 32, 96, 112, 128, 160, 256, 299, 320, 384, 416, 512, 640, 1024)
-"""Lengths of a picture's open sides: the most usual one, then the quickest first."""
+SIDES = (32, 48, 64, 96, 112, 128, 160, 224, 256, 299, 320, 384, 416, 512, 640, 1024)
+"""Lengths of the open sides of a picture or volume, the smallest first: what the first run of a session
+takes, ONNX Runtime's arena keeps."""
 STEPS = (16, 512, 256, 128, 64, 32, 1, 8, 1024, 1600, 2048, 4096, 8000, 16000, 48000, 80)
 """Lengths of a sequence: words, frames, samples."""
 PICTURE_DIMENSIONS = 4
-SEARCH_S = 3.0
-"""After so long nothing further is tried: a load waits for it."""
 MAX_HINTS = 32
 """Numbers of refusals and weights that are tried."""
 MAX_REFUSAL_BYTES = 256
 """Of a refusal that is kept, with each input."""
-NOT_FINITE = "the model answers with NaN or an infinity, which JSON cannot represent"
 _NUMBER = re.compile(r"\b\d{1,5}\b")
 
 Dimension = tuple[str, int] | str
@@ -53,16 +51,13 @@ class SearchResult:
         examples: by input; of the first try if the model refused all of them.
         run_us: the duration of the run; None if the model refused all tries.
         problem: of the first try, likewise.
+        is_finite: whether the model answered without NaN and infinities.
     """
 
     examples: Mapping[str, Example]
     run_us: int | None
     problem: RuntimeProblem | MemoryError | None
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether the model answered, with numbers that JSON can represent."""
-        return self.problem is None and not any(each.refusal for each in self.examples.values())
+    is_finite: bool = False
 
     @property
     def lacks_memory(self) -> bool:
@@ -74,6 +69,9 @@ def find_example(
     run: Callable[[dict[str, Any]], Sequence[Any]],
     on_begin: Callable[[], None],
     read_weight_lengths: Callable[[], Iterable[int]],
+    is_over: Callable[[], bool],
+    *,
+    is_batched: bool,
 ) -> SearchResult | None:
     """Return an example of the inputs that a model requires; None if none may be made or sent.
 
@@ -82,15 +80,17 @@ def find_example(
         run: runs the model on arrays by name and returns its answers; raises RuntimeProblem.
         on_begin: called before the first run, and only if there is one.
         read_weight_lengths: reads the lengths of the model's weights.
+        is_over: whether the search has to end.
+        is_batched: whether the first dimension of each input is the batch's.
     """
     if len(required) > MAX_INPUTS or not all(map(_is_tensor, required)):
         return None
     # Whole numbers may be lengths or a mask, which cannot all be 0.
     fills: tuple[Fill, ...] = ("zeros", "ones") if any(map(_is_whole, required)) else ("zeros",)
     found: list[SearchResult] = []
-    tried, until_s = set[tuple[tuple[int, ...], ...]](), time.monotonic() + SEARCH_S
-    for lengths in _lengths_to_try(required, found, read_weight_lengths):
-        if time.monotonic() > until_s or (found and found[-1].lacks_memory):
+    tried = set[tuple[tuple[int, ...], ...]]()
+    for lengths in _lengths_to_try(required, found, read_weight_lengths, is_batched=is_batched):
+        if found and (is_over() or found[-1].lacks_memory):
             break
         shapes = tuple(_shape(spec, lengths) for spec in required)
         if shapes in tried or _total_bytes(required, shapes) > MAX_EXAMPLE_BYTES:
@@ -100,7 +100,7 @@ def find_example(
         tried.add(shapes)
         for fill in fills:
             found.append(_run_once(required, shapes, fill, run))
-            if found[-1].is_clean:
+            if found[-1].is_finite:
                 return found[-1]
         answered = [each for each in found if each.problem is None]
         if answered:
@@ -108,14 +108,15 @@ def find_example(
     return found[0] if found else None
 
 
-def is_fixed(spec: TensorSpec) -> bool:
+def is_fixed(spec: TensorSpec, *, is_batched: bool) -> bool:
     """Whether an input leaves no length open but that of the batch."""
-    return all(_is_batch(spec, index) for index, length in enumerate(spec.shape) if length < 0)
+    opened = (index for index, length in enumerate(spec.shape) if length < 0)
+    return all(_is_batch(spec, index, is_batched=is_batched) for index in opened)
 
 
-def _is_batch(spec: TensorSpec, index: int) -> bool:
-    """Whether a dimension is usually the batch's: the first one, but not of a lone sequence of floats."""
-    return index == 0 and (len(spec.shape) > 1 or _is_whole(spec))
+def _is_batch(spec: TensorSpec, index: int, *, is_batched: bool) -> bool:
+    """Whether a dimension is the batch's: usually the first one, but not of a lone sequence of floats."""
+    return index == 0 and (is_batched or len(spec.shape) > 1 or _is_whole(spec))
 
 
 def _is_tensor(spec: TensorSpec) -> bool:
@@ -136,16 +137,15 @@ def _run_once(
         spec.name: Example(shape, fill if _is_whole(spec) else "zeros")
         for spec, shape in zip(required, shapes, strict=True)
     }
-    started_ns, problem, refusal = time.perf_counter_ns(), None, None
+    started_ns = time.perf_counter_ns()
     try:
-        arrays = {spec.name: _make_array(spec, examples[spec.name]) for spec in required}
-        refusal = None if all(map(_is_finite, run(arrays))) else NOT_FINITE
-    except (MemoryError, RuntimeProblem) as refused:
-        problem, refusal = refused, plain_text(" ".join(str(refused).split()), MAX_REFUSAL_BYTES)
-    run_us = (time.perf_counter_ns() - started_ns) // 1000
-    if refusal is not None:
-        examples = {name: replace(example, refusal=refusal) for name, example in examples.items()}
-    return SearchResult(examples, run_us if problem is None else None, problem)
+        arrays = {spec.name: make_array(spec, examples[spec.name]) for spec in required}
+        is_finite = all(map(_is_finite, run(arrays)))
+    except (MemoryError, RuntimeProblem) as problem:
+        refusal = plain_text(" ".join(str(problem).split()), MAX_REFUSAL_BYTES)
+        refused = {name: replace(example, refusal=refusal) for name, example in examples.items()}
+        return SearchResult(refused, None, problem.with_traceback(None))
+    return SearchResult(examples, (time.perf_counter_ns() - started_ns) // 1000, None, is_finite)
 
 
 def _is_finite(answer: Any) -> bool:
@@ -153,7 +153,7 @@ def _is_finite(answer: Any) -> bool:
     return not is_float or bool(np.isfinite(answer).all())
 
 
-def _make_array(spec: TensorSpec, example: Example) -> Any:
+def make_array(spec: TensorSpec, example: Example) -> Any:
     if spec.datatype == "BYTES":
         return np.full(example.shape, "", object)
     make = np.ones if example.values == "ones" else np.zeros
@@ -164,6 +164,8 @@ def _lengths_to_try(
     required: Sequence[TensorSpec],
     found: Iterable[SearchResult],
     read_weight_lengths: Callable[[], Iterable[int]],
+    *,
+    is_batched: bool,
 ) -> Iterator[Lengths]:
     """Yield lengths for the open dimensions, the likeliest first; batches have one element.
 
@@ -171,6 +173,7 @@ def _lengths_to_try(
         required: the inputs.
         found: what was found with the lengths that were yielded so far.
         read_weight_lengths: see `find_example`.
+        is_batched: likewise.
     """
     kinds: dict[Dimension, Sequence[int]] = {}
     batch, first = dict[Dimension, int](), dict[Dimension, int]()
@@ -182,7 +185,7 @@ def _lengths_to_try(
             kinds.setdefault(dimension, SIDES if is_side else STEPS)
             if "past" in name:  # keys and values of earlier tokens, of which there are none
                 batch[dimension] = 0
-            elif "batch" in name.lower() or _is_batch(spec, index):
+            elif "batch" in name.lower() or _is_batch(spec, index, is_batched=is_batched):
                 batch[dimension] = 1
         first |= {dimension: 1 for _, dimension in dimensions[:1]}
     usual = {dimension: lengths[0] for dimension, lengths in kinds.items()} | batch

@@ -6,6 +6,7 @@ many elements as the shape has; FP16 and BF16 have no JSON form.
 
 import ctypes
 import hashlib
+import json
 import math
 import mmap
 import re
@@ -21,6 +22,7 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from runtime.errors import InferenceCancelled, InferenceFailed, InvalidInput, NotRepresentable
+from runtime.requestjson import hide_infinities
 from runtime.wire import (
     ALIGNMENT,
     DATATYPES,
@@ -53,7 +55,10 @@ STRING_BYTES = 96
 """Of Python's object for a string, and of its place in a list that grows."""
 ROOM_BYTES = 2 * 2**20
 """In such pieces, or smaller ones, Python takes memory."""
-_BRACKET, _COMMA = ord("["), ord(",")
+_BRACKET, _COMMA, _MINUS = ord("["), ord(","), ord("-")
+_BEFORE, _AFTER = list(b"[, \t\r\n"), list(b"], \t\r\n")
+_WITH_INFINITIES = ("FP32", "FP64")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _FIRST_OF_AN_ELEMENT = frozenset(b'-0123456789tf"')
 _BRACKETS = re.compile(rb"[\[ \t\r\n]*")
 _ENCODER = msgspec.json.Encoder()
@@ -73,6 +78,10 @@ MAX_LISTED = 20
 """Names that an error lists."""
 KNOWN_CHOICES = 64
 """Lists of wanted outputs that are cached; a hostile client may send more."""
+
+
+class _Misplaced(ValueError):
+    """NaN or an infinity is no element of a list."""
 
 
 def check_json(name: str, datatype: str) -> None:
@@ -102,17 +111,62 @@ def decode_text(tensor: Tensor) -> Any:
         _check_memory(bytes(tensor.data))
     elif 0 not in shape:
         _check_count(name, shape, tensor.data)
-    try:
-        values = _decoder(_ELEMENT.get(datatype, int), depth).decode(tensor.data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidInput(f"input '{name}': data is not {datatype}: {error}") from None
-    array = _array(name, datatype, values)
+    array = _decode_array(tensor, _decoder(_ELEMENT.get(datatype, int), depth))
     found = array.shape
     if found == shape:
         return array
     if found == (shape[:depth] if depth > 1 else (math.prod(shape),)):
         return _reshape(name, array, shape)
     raise InvalidInput(f"input '{name}': data has shape {list(found)}, declared is {list(shape)}")
+
+
+def _decode_array(tensor: Tensor, decoder: msgspec.json.Decoder[list[Any]]) -> Any:
+    """Return a JSON text as an array; one of FP32 and FP64 may have NaN, Infinity and -Infinity."""
+    name, datatype = tensor.name, tensor.datatype
+    try:
+        return _array(name, datatype, decoder.decode(tensor.data))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        text = bytes(tensor.data)
+        hidden = hide_infinities(text) if datatype in _WITH_INFINITIES else text
+        if hidden == text:
+            reason = _explain(datatype, text, error)
+            raise InvalidInput(f"input '{name}': data is not {datatype}: {reason}") from None
+    try:
+        array = _array(name, datatype, decoder.decode(hidden))
+        _put_infinities(array.reshape(-1), np.frombuffer(text, np.uint8))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, _Misplaced) as error:
+        raise InvalidInput(f"input '{name}': data is not {datatype}: {error}") from None
+    return array
+
+
+def _explain(datatype: str, text: bytes, error: Exception) -> str:
+    """Return what is wrong with the elements of a JSON text, in plainer words where they are known."""
+    if hide_infinities(text) != text and datatype != "BYTES":
+        return "it has no NaN and no Infinity"
+    if datatype == "BYTES" and _SURROGATE.search(text):
+        return "an element has an unpaired surrogate, which is no character"
+    return str(error)
+
+
+def _put_infinities(flat: Any, text: Any) -> None:
+    """Put NaN, Infinity and -Infinity of a list's text where numbers stand for them in the array.
+
+    Args:
+        flat: the elements.
+        text: its bytes, of which an element has a comma before it for each earlier one.
+
+    Raises:
+        _Misplaced: one is a part of something else.
+    """
+    commas = np.flatnonzero(text == _COMMA)
+    for letter, before, length, value in ((ord("a"), 1, 3, math.nan), (ord("y"), 7, 8, math.inf)):
+        first = np.flatnonzero(text == letter) - before
+        is_negative = text[first - 1] == _MINUS
+        starts = text[first - 1 - is_negative]
+        is_alone = np.isin(starts, _BEFORE).all() and np.isin(text[first + length], _AFTER).all()
+        if not is_alone or (is_negative.any() and length == 3):  # noqa: PLR2004 - NaN has no sign
+            raise _Misplaced("NaN, Infinity or -Infinity is a part of something else")
+        flat[np.searchsorted(commas, first)] = np.where(is_negative, -value, value)
 
 
 def _check_count(name: str, shape: tuple[int, ...], text: Buffer) -> None:
@@ -140,8 +194,6 @@ def encode_text(name: str, datatype: str, array: Any) -> list[Buffer]:
     parts, length = list[Buffer](), 0
     for start in range(0, max(flat.size, 1), PART_ELEMENTS):
         part = _encode_part(flat[start : start + PART_ELEMENTS], start, flat.size)
-        if datatype in ("FP32", "FP64") and b"null" in part:  # the encoding of NaN and infinity
-            raise NotRepresentable(f"output '{name}' holds NaN or infinity, which JSON cannot carry")
         parts.append(part)
         length += len(part)
         if length > MAX_PAYLOAD_BYTES:
@@ -152,10 +204,13 @@ def encode_text(name: str, datatype: str, array: Any) -> list[Buffer]:
 def _encode_part(elements: Any, start: int, total: int) -> bytearray:
     """Return some elements of a list as JSON text, with its brackets and commas where they belong.
 
-    Without memory `encode` crashes the process (msgspec 0.22), and `encode_into` raises MemoryError.
+    Without memory `encode` crashes the process (msgspec 0.22), and `encode_into` raises MemoryError. NaN and
+    infinities are as in JavaScript, which JSON has no form for and Triton's clients read.
     """
     text = bytearray()
     _ENCODER.encode_into(elements.tolist(), text)
+    if elements.dtype.kind == "f" and b"null" in text:
+        text = bytearray(json.dumps(elements.tolist(), separators=(",", ":")).encode())
     if start:
         text[0] = _COMMA
     if start + elements.size < total:
@@ -339,6 +394,10 @@ class Runner:
                 arrays = self._session.run(selected.names, feed, options)
         except InvalidArgument as error:
             raise InvalidInput(explain_refusal(str(error), "the inputs do not fit the model")) from None
+        except UnicodeDecodeError:
+            texts = _list_names(repr(name) for name, datatype, _ in selected.forms if datatype == "BYTES")
+            reason = "holds a string that is not UTF-8, which ONNX Runtime does not return to Python"
+            raise InferenceFailed(f"output {texts} {reason}: have the model return bytes as UINT8") from None
         except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
             if options.terminate:
                 raise InferenceCancelled from None
@@ -413,16 +472,15 @@ def to_array(tensor: Tensor) -> Any:
     """Return a tensor as a numpy array; a long, aligned one as a view.
 
     Raises:
-        InvalidInput: `invalid_input`: BYTES that are no text (ONNX Runtime takes no others from Python), a
-            number of elements that does not fit the shape, or a BOOL that is neither 0 nor 1.
+        InvalidInput: `invalid_input`: BYTES that ONNX Runtime does not take, a number of elements that does
+            not fit the shape, or a BOOL that is neither 0 nor 1.
     """
     if tensor.datatype == "BYTES":
         try:
             elements = unpack_texts(tensor.data)
         except MalformedTexts as error:
             raise InvalidInput(f"input {tensor.name!r}: {error}") from None
-        flat: Any = np.empty(len(elements), object)
-        flat[:] = elements
+        flat = _to_strings(tensor.name, elements)
     else:
         flat = _align(np.frombuffer(tensor.data, _TYPES[tensor.datatype]))
         if tensor.datatype == "BOOL" and flat.view(np.uint8).max(initial=0) > 1:
@@ -434,6 +492,25 @@ def to_array(tensor: Tensor) -> Any:
     except ValueError:
         shape = list(tensor.shape)
         raise InvalidInput(f"input {tensor.name!r} has {flat.size} elements, not those of {shape}") from None
+
+
+def _to_strings(name: str, elements: list[str] | list[bytes]) -> Any:
+    """Return strings as ONNX Runtime takes them; what is not UTF-8 as bytes.
+
+    It reads an element of numpy's `S` up to a byte of 0, even beyond its end (1.32), so there is one at each
+    end. Of `V` it takes all bytes, which are as many in each element.
+    """
+    if not elements or isinstance(elements[0], str):
+        flat: Any = np.empty(len(elements), object)
+        flat[:] = elements
+        return flat
+    lengths = set(map(len, elements))
+    if len(lengths) == 1:
+        return np.array(elements, f"V{lengths.pop()}")
+    if not any(b"\0" in element for element in elements if isinstance(element, bytes)):
+        return np.array(elements, f"S{max(lengths) + 1}")
+    reason = "elements that are not UTF-8, of different lengths and with bytes of 0, cannot be given together"
+    raise InvalidInput(f"input {name!r}: {reason}: send a request for each")
 
 
 def _align(flat: Any) -> Any:

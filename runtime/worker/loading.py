@@ -7,19 +7,16 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import onnxruntime as ort
 
-from runtime.errors import InferenceFailed, LoadRefused, RuntimeProblem
+from runtime.errors import LoadRefused
 from runtime.memory import thread_bytes
-from runtime.onnxfile import MODEL_FILE, find_model_file, read_weight_lengths
+from runtime.onnxfile import MODEL_FILE, find_model_file
 from runtime.wire import (
-    Example,
     Load,
     Loaded,
     LoadStage,
@@ -27,10 +24,9 @@ from runtime.wire import (
     ProviderNodes,
     Tensor,
 )
-from runtime.worker import extensions, privileges, providers, sessions
-from runtime.worker.examples import MAX_INPUTS, find_example, is_fixed
-from runtime.worker.execution import SHRINK_ARENA
-from runtime.worker.sessions import ServingSession, describe_model, is_out_of_memory
+from runtime.worker import privileges, providers, sessions
+from runtime.worker.sessions import ServingSession, describe_model
+from runtime.worker.warmup import NO_EXAMPLES, ModelWarmUp, SearchLimit
 
 PR_SET_THP_DISABLE = 41
 """linux/prctl.h"""
@@ -47,25 +43,7 @@ IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE, IOPRIO_CLASS_SHIFT = 1, 3, 13
 AUTOGROUP = Path("/proc/self/autogroup")
 """Where the kernel schedules each session (setsid) as one group, niceness counts only within it; this file
 sets the group's."""
-WITH_ZEROS = (
-    "the model does not run on zeros or ones of its declared shapes, and has to before it is loaded: give"
-    " inputs that it takes as [[warm_up.inputs]] in its loadledger.toml"
-)
-WITH_GIVEN = (
-    "the model does not run on the inputs that its loadledger.toml gives as [[warm_up.inputs]], and has to"
-    " before it is loaded: correct them"
-)
-FATAL = 4
-"""ONNX Runtime's log level at which it logs fatal errors alone."""
-NOT_TRIED = "not tried: its loadledger.toml gives inputs for the warm-up"
-OR_NOT = "or, for loads on the CPU, switch that off there, by enabled = false under [warm_up]"
-NOT_RUN = (
-    "no inputs were found on which the model runs, and on a device it has to before it is loaded: give inputs"
-    " that it takes as [[warm_up.inputs]] in its loadledger.toml"
-)
 OnStage = Callable[[LoadStage], None]
-Examples = Mapping[str, Example]
-NO_EXAMPLES: Examples = {}
 
 
 def huge_pages_help(source_bytes: int, optimised: OptimisedModel | None) -> bool:
@@ -109,23 +87,27 @@ def clock_for(order: Load) -> Callable[[], int]:
     return time.process_time_ns if order.background else time.monotonic_ns
 
 
-def load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
+def load(
+    order: Load, given: Sequence[Tensor], limit: SearchLimit, on_stage: OnStage
+) -> tuple[ServingSession, Loaded]:
     """Load the model of an order and warm it up on the given inputs; returns it and the server's report.
 
     Raises:
-        LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`; on a
-            device also `device_unavailable`, `fallback_refused`.
+        LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`; with
+            batching also `rows_depend`, on a device `device_unavailable` and `fallback_refused`.
     """
     try:
         with sessions.out_of_memory_refused(order.limit_text):
-            return _load(order, given, on_stage)
+            return _load(order, given, limit, on_stage)
     except UnicodeDecodeError:
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
     except OSError as error:  # only without a store: nobody else writes to that
         raise LoadRefused("model_changed", f"a file of the model cannot be read any more: {error}") from None
 
 
-def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[ServingSession, Loaded]:
+def _load(
+    order: Load, given: Sequence[Tensor], limit: SearchLimit, on_stage: OnStage
+) -> tuple[ServingSession, Loaded]:
     on_stage("loading")
     if order.device is None and not huge_pages_help(order.bytes, order.optimised):
         disable_huge_pages()
@@ -136,51 +118,25 @@ def _load(order: Load, given: Sequence[Tensor], on_stage: OnStage) -> tuple[Serv
         threads=order.threads,
         device=order.device,
     )
-    clock = clock_for(order)
+    clock = limit.clock = clock_for(order)
     started_ns = clock()
     session, placed = _create_session(order)
-    loading_us = (clock() - started_ns) // 1000
+    loading_ns = clock() - started_ns
     model = describe_model(session, order.max_batch_size, order.max_request_bytes)
     warming_up_us, examples = None, NO_EXAMPLES
     if order.device is not None:
         providers.check_tensors(order.device, (*model.inputs, *model.outputs))
+    warm_up = ModelWarmUp(order, model, given, _find_file(order), limit)
     if order.warm_up:  # before it is measured: memory of an inference belongs to the model
         began_ns = clock()
-        warming_up_us, examples = _warm_up(order, model, given, lambda: on_stage("warming_up"))
+        warming_up_us, examples = warm_up.run(loading_ns, lambda: on_stage("warming_up"))
         if order.background and warming_up_us is not None:  # for a trial, which compares it with another's
             warming_up_us = (clock() - began_ns) // 1000
+    dependence = warm_up.check_rows(examples, warming_up_us or 0)
     sessions.return_free_memory()  # of loading: as much as the model keeps
     sessions.lift_load_limit()
     inputs = tuple(msgspec.structs.replace(spec, example=examples.get(spec.name)) for spec in model.inputs)
-    return model, Loaded(inputs, model.outputs, loading_us, warming_up_us, placed)
-
-
-def _warm_up(
-    order: Load, model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]
-) -> tuple[int | None, Examples]:
-    file = _find_file(order)
-    if order.device is not None:
-        return _warm_up_on_device(model, given, file, on_begin)
-    # Zeros are no image, and a decoder that gets them may end the process (decision 49).
-    if not given and file is not None and extensions.are_named(file):
-        return None, NO_EXAMPLES
-    try:
-        return warm_up(model, given, file, on_begin)
-    except LoadRefused:
-        if order.warm_up_required:
-            raise
-        return None, NO_EXAMPLES
-
-
-def _warm_up_on_device(
-    model: ServingSession, given: Sequence[Tensor], file: Path | None, on_begin: Callable[[], None]
-) -> tuple[int, Examples]:
-    """Run a model as `warm_up` does; one that was not run is refused: its first request would find out."""
-    run_us, examples = warm_up(model, given, file, on_begin)
-    if run_us is None:
-        said = {f". It says: {each.refusal}" for each in examples.values() if each.refusal}
-        raise LoadRefused("warm_up_failed", "".join([NOT_RUN, *sorted(said)[:1]]))
-    return run_us, examples
+    return model, Loaded(inputs, model.outputs, loading_ns // 1000, warming_up_us, placed, dependence)
 
 
 def _find_file(order: Load) -> Path | None:
@@ -204,65 +160,3 @@ def _create_session(order: Load) -> tuple[ort.InferenceSession, tuple[ProviderNo
     if order.optimised is not None:
         placed = order.optimised.placed or placed
     return session, placed
-
-
-def warm_up(
-    model: ServingSession, given: Sequence[Tensor], file: Path | None, on_begin: Callable[[], None]
-) -> tuple[int | None, Examples]:
-    """Warm-up: run a model on the given inputs, else on an example of them that it takes.
-
-    Args:
-        model: the model.
-        given: inputs of its loadledger.toml; empty means that an example is looked for.
-        file: of the model, whose weights may say lengths.
-        on_begin: called before the first run, and only if there is one.
-
-    Returns:
-        The duration in microseconds, or None if the model was not run; and the examples by input.
-
-    Raises:
-        LoadRefused: `warm_up_failed`, with the runtime's words and what to do.
-        MemoryError: there is not enough memory for it.
-    """
-    if given:
-        examples = {tensor.name: Example(tensor.shape, "zeros", NOT_TRIED) for tensor in given[:MAX_INPUTS]}
-        return _run_given(model, given, on_begin), examples
-    required = [spec for spec in model.inputs if not spec.optional]
-    is_declared = all(map(is_fixed, required))
-    run = partial(_run, model, keeps_memory=is_declared)
-    found = find_example(required, run, on_begin, lambda: read_weight_lengths(file) if file else ())
-    if found is None:
-        return None, NO_EXAMPLES
-    # ONNX Runtime reports a scalar like an undeclared shape, so zeros may have been no valid input.
-    if found.problem is not None and is_declared and all(spec.shape for spec in required):
-        if found.lacks_memory:
-            raise MemoryError(str(found.problem))
-        raise _refuse(WITH_ZEROS, found.problem)
-    return found.run_us, found.examples
-
-
-def _run_given(model: ServingSession, given: Sequence[Tensor], on_begin: Callable[[], None]) -> int:
-    started_ns = time.perf_counter_ns()
-    on_begin()
-    try:
-        _run(model, model.runner.decode_inputs(given))
-    except RuntimeProblem as problem:
-        if isinstance(problem, InferenceFailed) and is_out_of_memory(str(problem)):
-            raise MemoryError(str(problem)) from None
-        raise _refuse(WITH_GIVEN, problem) from None
-    return (time.perf_counter_ns() - started_ns) // 1000
-
-
-def _refuse(advice: str, problem: Exception) -> LoadRefused:
-    return LoadRefused("warm_up_failed", f"{advice}, {OR_NOT}. It says: {problem}")
-
-
-def _run(model: ServingSession, feed: dict[str, Any], *, keeps_memory: bool = True) -> list[Any]:
-    """Run the model; memory of a run with guessed lengths is no memory that the model keeps."""
-    if model.dimension is not None:
-        model.dimension.measure(feed)
-    options = ort.RunOptions()
-    options.log_severity_level = FATAL  # a refusal is an answer here
-    if not keeps_memory:
-        options.add_run_config_entry(*SHRINK_ARENA)
-    return model.runner.run(model.runner.select_outputs((), text=False), feed, options)

@@ -54,9 +54,12 @@ from runtime.worker.loading import clock_for, load, lower_priority
 from runtime.worker.optimising import create_files, optimise
 from runtime.worker.sessions import ServingSession, limit_memory, run_smallest_model
 from runtime.worker.sharedtensors import SharedTensors
+from runtime.worker.warmup import SearchLimit
 
 EX_PROTOCOL = 76
 """sysexits.h: the exit code of a worker after a malformed frame."""
+LIMIT_CHECK_S = 0.1
+"""Interval in which a load's run is checked for its limit."""
 MAX_WAIT_S = 3600.0
 """Limit of a wait for more requests of a batch: select takes no endless time."""
 BUSY_POLL_NS = 400_000
@@ -92,6 +95,7 @@ class _Worker:
         self._control = control
         self._shared = shared
         self._cancellation = Cancellation()
+        self._limit = SearchLimit()
         rules = FrameRules(TO_WORKER, payload_bytes=MAX_REQUEST_BYTES)
         self._reader = FrameReader(rules, shared.locate)
         self._outbox = Outbox(channel)
@@ -186,15 +190,16 @@ class _Worker:
             lower_priority()  # which it may not do later
         confine(order)
         # Not `threading`: that waits for the thread to start, and so would the load.
-        _thread.start_new_thread(_listen, (self._control, self._cancellation))
+        _thread.start_new_thread(_listen, (self._control, self._cancellation, self._limit))
 
     def _load(self, order: Load, given: Sequence[Tensor]) -> None:
         self._confine(order)
         try:
-            model, report = load(order, given, lambda stage: self._send(StageReached(stage)))
+            model, report = load(order, given, self._limit, lambda stage: self._send(StageReached(stage)))
         except LoadRefused as refusal:
             self._send(LoadFailure(refusal.code, plain_text(str(refusal))))
             os._exit(0)
+        self._limit.is_needed = False
         self._begin(order, model)
         self._send(report)
 
@@ -211,8 +216,7 @@ class _Worker:
         name_process("JSON of a request")
         confine(order)
         limit_memory(order.memory_limit_bytes, mapped_bytes=0, threads=1)
-        begin = find_address(text.data)
-        self._send(describe(text.data, lambda view: find_address(view) - begin))
+        self._send(describe(text.data, find_address))
         os._exit(0)
 
     def _begin(self, order: Load, model: ServingSession) -> None:
@@ -232,8 +236,10 @@ class _Worker:
         self._outbox.flush()
 
 
-def _listen(channel: socket.socket, cancellation: Cancellation) -> None:
+def _listen(channel: socket.socket, cancellation: Cancellation, limit: SearchLimit) -> None:
     """Serve the control channel; its end ends the worker, even while it computes."""
+    while limit.is_needed and not select.select([channel], [], [], LIMIT_CHECK_S)[0]:
+        limit.check()
     reader = FrameReader(FrameRules(CONTROL))
     while count := _receive(channel, reader):
         for message, _ in _frames(reader, count):

@@ -293,6 +293,19 @@ def limit_memory(
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+@contextmanager
+def memory_limited(most_bytes: int) -> Iterator[None]:
+    """Limit the memory that the process adds meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = memory.data_bytes() + most_bytes
+    least = allowed if soft == resource.RLIM_INFINITY else min(allowed, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (least, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 def return_free_memory() -> None:
     """Return to the kernel what malloc keeps of freed memory, in 2 ms; mapped memory could not have it."""
     privileges.LIBC.malloc_trim(0)

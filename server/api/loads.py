@@ -20,7 +20,7 @@ from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
 from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
 from events.models import Model
-from events.types import Contents, Idempotency, Justification, LoadParameters
+from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
 from runtime.errors import (
     LoadRefused,
     RepositoryUnreadable,
@@ -173,6 +173,13 @@ class LoadBodySchema(Schema):
         **about(
             "What becomes of nodes of the graph that the device does not support: `refuse` the load, or run "
             "them on the `cpu`. Default: `refuse`."
+        ),
+    )
+    dependent_rows = fields.String(
+        validate=validate.OneOf(DEPENDENT_ROWS),
+        **about(
+            "With a `max_batch_size`: `refuse` a model unless it is shown that rows of a batch do not change "
+            "each other's answers, or `allow` it. Default: `refuse`."
         ),
     )
     label = fields.String(
@@ -425,4 +432,5 @@ def _merge_parameters(
     devices = tuple(dict.fromkeys(merged.get("devices") or config.devices.split(",")))
     merged["devices"] = UNSET if devices == (CPU,) else devices
     merged["fallback"] = CPU if merged.get("fallback") == CPU else UNSET
+    merged["dependent_rows"] = ALLOW if merged.get("dependent_rows") == ALLOW else UNSET
     return LoadParameters(**merged)

@@ -4,7 +4,7 @@
 import { api, errorText } from "./api.js";
 import { Dialog } from "./dialogs.js";
 import { duration, oneLine, plain } from "./format.js";
-import { encodeRequest, exampleTensors, guessText, layoutOf, overview, readTensor, requestText, SCALES, shapeText } from "./tensors.js";
+import { encodeRequest, exampleTensors, guessText, layoutOf, overview, parseTensors, readTensor, requestText, SCALES, shapeText } from "./tensors.js";
 import { Hint, html, useEffect, useMemo, useRef, useRequest, useState } from "./ui.js";
 
 const SHOWN = 20_000; // characters of an answer
@@ -65,7 +65,7 @@ export function PredictDialog({ model }) {
 
 function tensorsOf(text, inputs) {
   try {
-    return JSON.parse(text).inputs;
+    return parseTensors(text).inputs;
   } catch {
     return exampleTensors(inputs);
   }
@@ -115,7 +115,7 @@ async function infer(model, { body, headers }, signal) {
   const source = response.headers.get("Loadledger-Model")?.replace(";position=", ", the ModelLoaded at position ");
   return {
     status: `Answered in ${duration((performance.now() - began) / 1000)}${source ? ` by ${source}` : ""}.`,
-    outputs: overview(JSON.parse(text).outputs ?? []),
+    outputs: overview(parseTensors(text).outputs ?? []),
     text: plain(text, SHOWN),
   };
 }

@@ -55,11 +55,21 @@ export function requestText(tensors) {
   return `{"inputs": [\n${text.join(",\n")}\n]}`;
 }
 
+// The value of a JSON text, which may have NaN, Infinity and -Infinity, as tensors do.
+export function parseTensors(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    const quoted = text.replace(/"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Infinity)\b/g, (each) => (each[0] === '"' ? each : `"\\u0000${each}"`));
+    return JSON.parse(quoted, (_, value) => (typeof value === "string" && value[0] === "\0" ? Number(value.slice(1)) : value));
+  }
+}
+
 // The body and header fields for a request's text. It is sent as it is, so that long integers are not rounded; zeros, ones,
 // and inputs whose data is the name of a file in `files`, in binary. Throws SyntaxError for what is no JSON, RangeError for
 // what cannot be sent.
 export function encodeRequest(text, files = new Map()) {
-  const request = JSON.parse(text);
+  const request = parseTensors(text);
   const inputs = Array.isArray(request?.inputs) ? request.inputs : [];
   const data = inputs.map((input) => files.get(input?.data) ?? (FILLS.includes(input?.data) ? filled(input) : null));
   if (data.every((each) => each === null)) return { body: text };

@@ -88,7 +88,7 @@ MAX_INDEX_BYTES = 4096
 _BODY_ERRORS = ("invalid_body", "not_supported", "body_timeout", "body_too_large", "unsupported_media_type")
 _LOAD_ERRORS = (
     "device_unavailable", "fallback_refused",
-    "invalid_defaults", "invalid_model", "warm_up_failed", "model_changed", "unsafe_file",
+    "invalid_defaults", "invalid_model", "warm_up_failed", "rows_depend", "model_changed", "unsafe_file",
     "signature_missing", "signature_invalid", "signature_untrusted", "signature_mismatch",
     "signature_unsupported", "policy_differs", "approval_void", "approval_expired",
     "approval_required", "rejected", "not_encodable", "crash_loop", "job_failed", "cancelled",

@@ -265,8 +265,8 @@ def test_datatype_round_trips_in_each_encoding(dialect: Dialect, datatype: str) 
         if datatype not in dialect.datatypes or (datatype in NOT_IN_JSON and not all(binary)):
             continue
         array = extremes(datatype)
-        if "FP" in datatype and not all(binary):
-            array[~np.isfinite(array)] = 7  # JSON has no infinity
+        if "FP" in datatype and isinstance(dialect, KServe) and not all(binary):
+            array[~np.isfinite(array)] = 7  # its client reads JSON that has no infinity
         answer = dialect.infer(
             Inference(f"identity-{datatype}", {"x": array}, datatype=datatype, binary=binary)
         )

@@ -364,6 +364,18 @@ def rows(element: int = FLOAT) -> ModelProto:
     return identity(element, ("batch", "length"))
 
 
+def quantised() -> ModelProto:
+    """`y = x · w` by whole numbers, with one scale for all rows of x, as most int8 models compute."""
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+        helper.make_node("MatMulInteger", ["q", "w", "zero"], ["product"]),
+        helper.make_node("Cast", ["product"], ["sum"], to=FLOAT),
+        helper.make_node("Mul", ["sum", "scale"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(np.eye(4, dtype=np.int8), "w")]
+    return model(nodes, [value("x", FLOAT, ["batch", 4])], [value("y", FLOAT, ["batch", 4])], weights)
+
+
 def look_up() -> ModelProto:
     """`y = 10 * x` for rows of x from 0 to 3, by looking it up: fails for any other."""
     table = numpy_helper.from_array(np.array([0, 10, 20, 30], np.int64), "table")

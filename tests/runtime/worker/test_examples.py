@@ -8,7 +8,7 @@ import pytest
 from onnx import ModelProto, helper, numpy_helper
 from support import models
 from support.models import FLOAT, INT64, model, save, value
-from support.workers import load, order_of, tensor
+from support.workers import load, loaded_memory, order_of, tensor
 
 from runtime.process.pool import WorkerPool
 from runtime.wire import Example
@@ -77,6 +77,45 @@ def averaged() -> ModelProto:
     return model(nodes, [value("mask", INT64, ["batch", "sequence"])], [value("y", FLOAT, [])])
 
 
+def volume(channels: int = 8) -> ModelProto:
+    """Two convolutions over a volume, and the mean of what they find: 100 times the memory of its input."""
+    weights = [
+        numpy_helper.from_array(np.ones((channels, before, 3, 3, 3), np.float32), name)
+        for name, before in (("v", 1), ("w", channels))
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "v"], ["a"], pads=[1] * 6),
+        helper.make_node("Conv", ["a", "w"], ["b"], pads=[1] * 6),
+        helper.make_node("GlobalAveragePool", ["b"], ["y"]),
+    ]
+    inputs = [value("x", FLOAT, ["batch", 1, "depth", "height", "width"])]
+    return model(nodes, inputs, [value("y", FLOAT, None)], weights)
+
+
+def endless(shape: Sizes) -> ModelProto:
+    """Counts for ever, whatever it gets."""
+    loop = models.counting_loop().graph
+    far = helper.make_tensor("far", INT64, [], [models.ENDLESS])
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Add", ["largest", "far"], ["trips"]),
+        *loop.node,
+    ]
+    return model(nodes, [value("x", INT64, shape)], [value("count", INT64, [])], [*loop.initializer, far])
+
+
+def filled(count: int) -> ModelProto:
+    """The sum of so many zeros, and of `x`."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["length"]),
+        helper.make_node("Add", ["length", "count"], ["shape"]),
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["y"], keepdims=0),
+    ]
+    counts = [helper.make_tensor("count", INT64, [1], [count])]
+    return model(nodes, [value("x", FLOAT, ["length"])], [value("y", FLOAT, [])], counts)
+
+
 def zeros(*shape: int) -> Example:
     return Example(shape, "zeros")
 
@@ -84,12 +123,13 @@ def zeros(*shape: int) -> Example:
 FOUND: dict[str, tuple[ModelProto, list[Example]]] = {
     "declared": (models.identity(shape=(2, 3)), [zeros(2, 3)]),
     "batch": (models.identity(shape=("batch", 3)), [zeros(1, 3)]),
-    "picture": (divided_in_blocks((None, 3, "height", "width"), 32), [zeros(1, 3, 224, 224)]),
+    "picture": (divided_in_blocks((None, 3, "height", "width"), 32), [zeros(1, 3, 32, 32)]),
     "picture without batch name": (
         divided_in_blocks((1, 3, None, None), 128),
         [zeros(1, 3, 128, 128)],
     ),
     "height": (of_height((None, 3, None, None), 48), [zeros(1, 3, 48, 48)]),
+    "volume": (volume(), [zeros(1, 1, 32, 32, 32)]),
     "sequence": (multiplied((None, None), 512), [zeros(1, 512)]),
     "named by the weights": (multiplied((None, None), 13), [zeros(1, 13)]),
     "height named by the weights": (of_height((1, 1, None, 150), 37), [zeros(1, 1, 37, 150)]),
@@ -125,13 +165,37 @@ async def test_refused_lengths_are_reported_as_a_guess(pool: WorkerPool, tmp_pat
     assert "cannot be reshaped" in (guess.refusal or "")
 
 
-async def test_answer_of_nan_is_reported_and_counts_as_a_run(pool: WorkerPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("onnx_model", "words"),
+    [(endless(("batch", "words")), "it was stopped"), (filled(2**28), "Failed to allocate memory")],
+    ids=["time", "memory"],
+)
+async def test_a_search_is_bounded_and_the_load_goes_on(
+    pool: WorkerPool, tmp_path: Path, onnx_model: ModelProto, words: str
+) -> None:
+    save(onnx_model, tmp_path, "m")
+    worker, report = await load(pool, order_of(tmp_path))
+    [guess] = [spec.example for spec in report.inputs]
+    assert guess is not None
+    assert words in (guess.refusal or "")
+    assert report.warming_up_us is None
+    assert loaded_memory(worker).memory_bytes < 50_000_000
+
+
+async def test_a_volume_keeps_little_of_its_warm_up(pool: WorkerPool, tmp_path: Path) -> None:
+    save(volume(channels=32), tmp_path, "m")
+    with_it, without = [
+        loaded_memory((await load(pool, order_of(tmp_path, warm_up=warms_up)))[0]).memory_bytes
+        for warms_up in (True, False)
+    ]
+    assert with_it - without < 20_000_000
+
+
+async def test_answer_of_nan_is_an_answer(pool: WorkerPool, tmp_path: Path) -> None:
     node = helper.make_node("Div", ["x", "x"], ["y"])
     save(model([node], [value("x", FLOAT, [None, 2])], [value("y", FLOAT, [None, 2])]), tmp_path, "m")
     _, report = await load(pool, order_of(tmp_path))
-    [guess] = [spec.example for spec in report.inputs]
-    assert guess is not None
-    assert "NaN" in (guess.refusal or "")
+    assert [spec.example for spec in report.inputs] == [zeros(1, 2)]
     assert report.warming_up_us is not None
 
 

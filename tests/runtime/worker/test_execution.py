@@ -399,7 +399,9 @@ async def test_invalid_request_fails_alone(serve: Serve) -> None:
 async def test_cancelled_requests_leave_their_batch_running(
     serve: Serve, cancelled: tuple[int, ...], answers: dict[int, int]
 ) -> None:
-    worker = await serve(models.counting_rows(), max_batch_size=3)  # 0 to 2 run together, 3 and 4 wait
+    worker = await serve(
+        models.counting_rows(), max_batch_size=3, dependent_rows=True
+    )  # 0 to 2 run together, 3 and 4 wait
     counts = (5, ENDLESS, 7, ENDLESS, 9)
     tasks = await asked_at_once(worker, *(answer(worker, tensor("x", "INT64", [n])) for n in counts))
     await until(computing(worker.pid))

@@ -50,7 +50,9 @@ async def test_json_output_without_memory_for_it_fails_alone(serve: Serve) -> No
 
 
 async def test_output_too_large_fails_alone_in_a_batch(serve: Serve) -> None:
-    worker = await serve(models.filled_rows(), max_batch_size=4, memory_limit_bytes=150_000_000)
+    worker = await serve(
+        models.filled_rows(), max_batch_size=4, memory_limit_bytes=150_000_000, dependent_rows=True
+    )
     rows = [[tensor("x", "INT64", [[length]])] for length in (1, 2, 10**12, 3)]
     asked = await asked_at_once(worker, *(ask(worker, row) for row in rows))
     answers = await asyncio.gather(*asked, return_exceptions=True)

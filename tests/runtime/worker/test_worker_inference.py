@@ -99,11 +99,15 @@ REFUSED: list[tuple[ModelProto, list[Tensor], str]] = [
     (models.add(), [Tensor("\ud800", "FP32", (1,), b"1234")], "not Unicode"),
     (models.add(), [Tensor("x" * 5000, "FP32", (1,), b"1234")], "4096 characters"),
     (models.add(), [Tensor("x", "FP32", (0, 2**63), b"")], "shape or size"),
-    *((models.add(), [json("x", text)], "input 'x'") for text in (b"[1, 2]", b"[NaN]", b"[" * 10_000)),
+    *((models.add(), [json("x", text)], "input 'x'") for text in (b"[1, 2]", b"[nan]", b"[" * 10_000)),
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\1\0\0")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\2\0\0\0a")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (2,), b"\1\0\0\0a")], "has 1 elements"),
-    (STRINGS, [Tensor("x", "BYTES", (1,), b"\1\0\0\0\xff")], "not UTF-8"),
+    (
+        STRINGS,
+        [Tensor("x", "BYTES", (2,), b"\1\0\0\0\xff\2\0\0\0a\0")],
+        "'x': elements that are not UTF-8",
+    ),
     (STRINGS, [json("x", b'["\\ud800"]', "BYTES")], "'x'"),
     (models.with_default(), [floats("c", 1)], "no value for input 'x'"),
 ]

@@ -151,12 +151,14 @@ import sys
 from runtime.errors import LoadRefused
 from runtime.wire import Load, Optimise
 from runtime.worker import loading, optimising
+from runtime.worker.warmup import SearchLimit
 
 folder, target = sys.argv[1:]
 load = Load(folder, folder, 1, threads=1)
 order = Optimise(folder, folder, 1, 1, None, target)
 {TAKE_ALL_MEMORY}
-for step in (lambda: loading.load(load, (), lambda _: None), lambda: optimising.optimise(order)):
+limit = SearchLimit()
+for step in (lambda: loading.load(load, (), limit, lambda _: None), lambda: optimising.optimise(order)):
     try:
         step()
     except LoadRefused as refused:

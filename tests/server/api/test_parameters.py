@@ -10,8 +10,8 @@ from support import models
 from support.http import LocalApi
 from support.models import save
 
-from events.types import LoadRequested
-from runtime.repository import Repository
+from events.types import LoadRequested, ModelLoaded
+from runtime.repository import DEFAULTS_FILE, Repository
 from runtime.store.versions import Versions
 from server.api.loads import make_load_command
 from server.app import create_app
@@ -128,6 +128,18 @@ async def test_parameters_are_recorded_and_outlast_the_file(shared: LocalApi) ->
     await shared.unload("m")
 
 
+async def test_dependent_rows_are_refused_or_recorded(shared: LocalApi) -> None:
+    folder = save(models.quantised(), shared.config.repository, "q").parent
+    error = (await shared.failed_load("q", max_batch_size=8))["error"]
+    assert (error["code"], "one scale for all rows" in error["message"]) == ("rows_depend", True)
+    (folder / DEFAULTS_FILE).write_text('max_batch_size = 8\ndependent_rows = "allow"\n')
+    job = await shared.load("q")
+    assert job["parameters"] == RECORDED | {"max_batch_size": 8, "dependent_rows": "allow"}
+    loaded = (await shared.data_of(ModelLoaded))[-1]
+    assert "one scale for all rows" in (loaded.rows_depend or "")
+    await shared.unload("q")
+
+
 WRONG_FILES: list[tuple[str, tuple[str, ...]]] = [
     ("instnces = 2", ("instnces: Unknown field", "known are", "instances")),
     ("version = 2", ("version: Unknown field",)),
@@ -154,6 +166,7 @@ WRONG_FILES: list[tuple[str, tuple[str, ...]]] = [
     ("keep_alive_s = 31536001", ("keep_alive_s: Must be", "31536000")),
     ('pinned = "true"', ("pinned: Must be true or false",)),
     ("max_queue_delay_us = 5", ("max_queue_delay_us", "max_batch_size")),
+    ('dependent_rows = "yes"', ("dependent_rows: Must be one of", "refuse", "allow")),
     ("x", ("TOML",)),
 ]
 

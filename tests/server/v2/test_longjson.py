@@ -56,6 +56,16 @@ async def test_long_json_is_answered_as_a_short_one(tmp_path: Path) -> None:
         assert nothing_is_left(api)
 
 
+async def test_long_json_may_have_infinities(tmp_path: Path) -> None:
+    async with local_server(tmp_path) as api:
+        api.save(models.identity(), "m")
+        await api.load("m")
+        values = [float("-inf")] * (LONG_JSON_BYTES // 8) + [1.0]
+        one = {"name": "x", "datatype": "FP32", "shape": [len(values)], "data": values}
+        answer = await infer(api, json.dumps({"inputs": [one]}).encode())
+        assert answer.json["outputs"][0]["data"] == values
+
+
 HOSTILE: Mapping[str, tuple[bytes, bytes, str]] = {
     "nothing": (b"", b" ", "the body is not an inference request"),
     "brackets": (HEAD[:-2], b"[", "the body is not an inference request"),
@@ -106,8 +116,7 @@ async def test_end_of_the_fork_server_is_no_mistake_of_the_client(tmp_path: Path
 
 
 def read(text: bytes) -> JsonRead:
-    begin = find_address(text)
-    return describe(text, lambda view: find_address(view) - begin)
+    return describe(text, find_address)
 
 
 @PLAIN

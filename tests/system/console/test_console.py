@@ -110,6 +110,11 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     await expect(page.locator("#predict-answer")).to_contain_text('"data":[1.0]')
     await expect(page.locator("#predict-answer")).to_contain_text('"id":"binary"')
     await expect(page.locator("#predict-status")).to_contain_text("by digits/1, the ModelLoaded at position")
+    special = '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [3], "data": [NaN, -Infinity, 1]}]}'
+    await page.locator("#predict-body").fill(special)
+    await admin.choose("Predict")
+    await expect(page.locator("#predict-answer")).to_contain_text('"data":[NaN,-Infinity,2.0]')
+    await expect(page.locator("#predict-outputs")).to_contain_text("NaN, -Infinity, 2")
     await admin.choose("Close")
 
     await admin.press("digits", "Swap")

@@ -1,0 +1,240 @@
+"""The warm-up: a model runs before it is loaded, on given inputs or on an example that is looked for.
+
+With it a worker shows what an inference takes and whether there can be one; with batching also whether rows
+of several requests may run together.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from runtime.errors import InferenceCancelled, InferenceFailed, LoadRefused, RuntimeProblem
+from runtime.onnxfile import read_weight_lengths
+from runtime.wire import DATATYPES, Example, Load, Tensor, TensorSpec
+from runtime.worker import extensions, sessions
+from runtime.worker.examples import MAX_INPUTS, find_example, is_fixed, make_array
+from runtime.worker.execution import SHRINK_ARENA
+from runtime.worker.rows import NOT_SHOWN, find_dependence
+from runtime.worker.sessions import ServingSession, is_out_of_memory
+
+SEARCH_NS = 10**9
+"""A search for an example ends after so long, or as long as the session took to create."""
+RUN_BYTES = 512 * 2**20
+"""Memory of a run of a search, or as much as the model's files have."""
+SHOW_NS, SHOW_RUNS = 10**10, 20
+"""To show that rows are independent may take so long, or as long as so many warm-ups."""
+TOO_LONG = "it was stopped: to find inputs that the model takes may last {:.1f} s here"
+WITH_ZEROS = (
+    "the model does not run on zeros or ones of its declared shapes, and has to before it is loaded: give"
+    " inputs that it takes as [[warm_up.inputs]] in its loadledger.toml"
+)
+WITH_GIVEN = (
+    "the model does not run on the inputs that its loadledger.toml gives as [[warm_up.inputs]], and has to"
+    " before it is loaded: correct them"
+)
+OR_NOT = "or, for loads on the CPU, switch that off there, by enabled = false under [warm_up]"
+NOT_RUN = (
+    "no inputs were found on which the model runs, and on a device it has to before it is loaded: give inputs"
+    " that it takes as [[warm_up.inputs]] in its loadledger.toml"
+)
+ROWS_DEPEND = (
+    "with max_batch_size, requests of several clients run together as rows of one batch, and {}. Load it with"
+    ' max_batch_size 0, or with dependent_rows "allow" if such answers will do'
+)
+NOT_TRIED = "not tried: its loadledger.toml gives inputs for the warm-up"
+FATAL = 4
+"""ONNX Runtime's log level at which it logs fatal errors alone."""
+Examples = Mapping[str, Example]
+NO_EXAMPLES: Examples = {}
+
+
+class SearchLimit:
+    """Ends a search for an example: a run of it is stopped by the thread of the control channel.
+
+    Attributes:
+        clock: of the load, in nanoseconds; set when its order is known.
+        is_needed: until the model is loaded.
+        most_ns: how long the present search may last.
+    """
+
+    def __init__(self) -> None:
+        self.clock: Callable[[], int] = time.monotonic_ns
+        self.is_needed = True
+        self.most_ns = self._until_ns = 0
+        self._options: ort.RunOptions | None = None
+
+    def begin(self, most_ns: int) -> None:
+        self.most_ns, self._until_ns = most_ns, self.clock() + most_ns
+
+    def is_over(self) -> bool:
+        return self.clock() > self._until_ns
+
+    @contextmanager
+    def applied(self, options: ort.RunOptions) -> Iterator[None]:
+        """Stop the run that has these options once the search is over."""
+        self._options = options
+        try:
+            yield
+        finally:
+            self._options = None
+
+    def check(self) -> None:
+        options = self._options  # another thread sets it
+        if options is not None and self.is_over():
+            options.terminate = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWarmUp:
+    """The warm-up of a model.
+
+    Attributes:
+        order: of its load. On a device, a model that was not run is refused: a request would find out.
+        model: the model.
+        given: inputs of its loadledger.toml; empty means that an example is looked for.
+        file: of the model: its weights may say lengths, its operators that rows depend on each other.
+        limit: of the search.
+    """
+
+    order: Load
+    model: ServingSession
+    given: Sequence[Tensor]
+    file: Path | None
+    limit: SearchLimit
+
+    def run(self, loading_ns: int, on_begin: Callable[[], None]) -> tuple[int | None, Examples]:
+        """Run the model on the given inputs, else on an example of them that it takes.
+
+        Args:
+            loading_ns: how long the session took to create.
+            on_begin: called before the first run, and only if there is one.
+
+        Returns:
+            The duration in microseconds, or None if the model was not run; and the examples by input.
+
+        Raises:
+            LoadRefused: `warm_up_failed`, with the runtime's words and what to do.
+            MemoryError: there is not enough memory for it.
+        """
+        is_on_device = self.order.device is not None
+        # Zeros are no image, and a decoder that gets them may end the process (decision 49).
+        if not self.given and not is_on_device and self.file is not None and extensions.are_named(self.file):
+            return None, NO_EXAMPLES
+        self.limit.begin(max(SEARCH_NS, loading_ns))
+        try:
+            run_us, examples = self._run_given(on_begin) if self.given else self._find_example(on_begin)
+        except LoadRefused:
+            if self.order.warm_up_required or is_on_device:
+                raise
+            return None, NO_EXAMPLES
+        if run_us is None and is_on_device:
+            said = {f". It says: {each.refusal}" for each in examples.values() if each.refusal}
+            raise LoadRefused("warm_up_failed", "".join([NOT_RUN, *sorted(said)[:1]]))
+        return run_us, examples
+
+    def check_rows(self, examples: Examples, run_us: int) -> str | None:
+        """Return why rows of a batch might change each other's answers; None if it is shown that they do not.
+
+        Args:
+            examples: as `run` returned them, with the duration of the run.
+            run_us: likewise.
+
+        Raises:
+            LoadRefused: `rows_depend`, unless the load allows it.
+        """
+        if self.order.max_batch_size <= 1:
+            return None
+        outputs = [spec for spec in self.model.outputs if spec.datatype in DATATYPES]
+        self.limit.begin(max(SHOW_NS, SHOW_RUNS * run_us * 1000))
+        try:
+            row = self._find_row(examples)
+            reason = find_dependence(self._required(), outputs, row, self._run_guess, self.file)
+        except MemoryError:
+            reason = f"{NOT_SHOWN}: memory was short"
+        if reason is not None and self.order.warm_up_required and not self.order.dependent_rows:
+            raise LoadRefused("rows_depend", ROWS_DEPEND.format(reason))
+        return reason
+
+    def _find_row(self, examples: Examples) -> dict[str, Any]:
+        """Return a row of the required inputs on which the model ran; empty if none is known."""
+        required = self._required()
+        if self.given:
+            given = self.model.runner.decode_inputs(self.given)
+            return {spec.name: given[spec.name][:1] for spec in required}
+        if not examples or any(each.refusal for each in examples.values()):
+            return {}
+        return {spec.name: make_array(spec, examples[spec.name]) for spec in required}
+
+    def _required(self) -> list[TensorSpec]:
+        return [spec for spec in self.model.inputs if not spec.optional]
+
+    def _run_given(self, on_begin: Callable[[], None]) -> tuple[int, Examples]:
+        started_ns = time.perf_counter_ns()
+        on_begin()
+        try:
+            _run(self.model, self.model.runner.decode_inputs(self.given))
+        except RuntimeProblem as problem:
+            if isinstance(problem, InferenceFailed) and is_out_of_memory(str(problem)):
+                raise MemoryError(str(problem)) from None
+            raise _refuse(WITH_GIVEN, problem) from None
+        run_us = (time.perf_counter_ns() - started_ns) // 1000
+        return run_us, {
+            tensor.name: Example(tensor.shape, "zeros", NOT_TRIED) for tensor in self.given[:MAX_INPUTS]
+        }
+
+    def _find_example(self, on_begin: Callable[[], None]) -> tuple[int | None, Examples]:
+        required = self._required()
+        is_batched = self.model.dimension is not None
+        is_declared = all(is_fixed(spec, is_batched=is_batched) for spec in required)
+        found = find_example(
+            required,
+            partial(_run, self.model) if is_declared else self._run_guess,
+            on_begin,
+            lambda: read_weight_lengths(self.file) if self.file else (),
+            self.limit.is_over,
+            is_batched=is_batched,
+        )
+        if found is None:
+            return None, NO_EXAMPLES
+        # ONNX Runtime reports a scalar like an undeclared shape, so zeros may have been no valid input.
+        if found.problem is not None and is_declared and all(spec.shape for spec in required):
+            if found.lacks_memory:
+                raise MemoryError(str(found.problem))
+            raise _refuse(WITH_ZEROS, found.problem)
+        return found.run_us, found.examples
+
+    def _run_guess(self, feed: dict[str, Any]) -> list[Any]:
+        """Run the model on guessed lengths, within the bounds of a search."""
+        options, run_bytes = ort.RunOptions(), max(RUN_BYTES, self.order.bytes)
+        try:
+            with self.limit.applied(options), sessions.memory_limited(run_bytes):
+                return _run(self.model, feed, options, keeps_memory=False)
+        except InferenceCancelled:
+            raise InferenceFailed(TOO_LONG.format(self.limit.most_ns / 1e9)) from None
+
+
+def _refuse(advice: str, problem: Exception) -> LoadRefused:
+    return LoadRefused("warm_up_failed", f"{advice}, {OR_NOT}. It says: {problem}")
+
+
+def _run(
+    model: ServingSession,
+    feed: dict[str, Any],
+    options: ort.RunOptions | None = None,
+    *,
+    keeps_memory: bool = True,
+) -> list[Any]:
+    """Run the model; memory of a run with guessed lengths is no memory that the model keeps."""
+    if model.dimension is not None:
+        model.dimension.measure(feed)
+    options = options or ort.RunOptions()
+    options.log_severity_level = FATAL  # a refusal is an answer here
+    if not keeps_memory:
+        options.add_run_config_entry(*SHRINK_ARENA)
+    return model.runner.run(model.runner.select_outputs((), text=False), feed, options)
