@@ -38,7 +38,6 @@ from server.appkeys import CONFIG, LOG, ROUTER
 from server.auth.gate import FORWARDED, POSITION, PRINCIPAL
 from server.auth.ratelimit import AUTH_FAILURES, QUOTA
 from server.cluster import COPIES, FORWARDING, NODE_ADDRESS
-from server.config import MAX_BODY_BYTES
 from server.errors import ANSWERING_NODE, NODE, ServerProblem
 from server.http.bodies import Share, read_body
 from server.http.connection import read_body_into
@@ -417,9 +416,9 @@ async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
 
 async def _receive(request: web.BaseRequest, share: Share) -> Buffer:
     """Read a body as it is; a long one in place."""
-    length = request.content_length or 0
-    if not IN_PLACE_BYTES < length <= MAX_BODY_BYTES or request.content.is_eof():
-        return await read_body(request, MAX_BODY_BYTES, share)
+    length, max_bytes = request.content_length or 0, share.max_request_bytes
+    if not IN_PLACE_BYTES < length <= max_bytes or request.content.is_eof():
+        return await read_body(request, max_bytes, share)
     share.take(length)
     body = bytearray(length)
     await read_body_into(request, 0, memoryview(body))

@@ -149,6 +149,10 @@ class LoadRefused(RuntimeProblem):
         self.code = code
 
 
+class MissingData(LoadRefused):
+    """A model names a file that its version does not have."""
+
+
 class DeviceUnavailable(RuntimeProblem):
     """This server has none of the devices that a load names, or may not use them."""
 

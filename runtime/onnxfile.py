@@ -19,7 +19,7 @@ from typing import overload
 
 from msgspec.structs import replace
 
-from runtime.errors import LoadRefused
+from runtime.errors import LoadRefused, MissingData
 from runtime.onnxfields import (
     FIELDS,
     KEY,
@@ -161,7 +161,8 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
 
     Raises:
         LoadRefused: `unsafe_file`, for a location that is absolute, leaves the folder, or is not a regular
-            file inside the repository; `invalid_model`, for more fields than are read.
+            file inside the repository; `invalid_model`, for a missing file (`MissingData`), or more fields
+            than are read.
     """
     checked = set[PurePosixPath]()
     try:
@@ -534,6 +535,9 @@ def _check_place(place: PurePosixPath, folder: Path, root: Path) -> None:
     """Refuse what is no regular file in the repository; one that is missing ends the walk at once."""
     try:
         is_regular = stat.S_ISREG((folder / place).stat().st_mode)
+    except FileNotFoundError:
+        reason = f"its external data {str(place)!r} is missing: put that file into the model's folder, too"
+        raise MissingData("invalid_model", reason) from None
     except OSError:
         is_regular = False
     if not (is_regular and Path(os.path.realpath(folder / place)).is_relative_to(root)):

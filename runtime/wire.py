@@ -40,7 +40,9 @@ MAX_OUTPUTS = 4096
 MAX_HEAD_BYTES = 1024
 """Of an output's head in `Outcome`, beside its name: `MAX_DIMENSIONS` lengths of 9 bytes fit."""
 MAX_PAYLOAD_BYTES = 256 * 2**20
-"""Four times the largest request that the server takes; a longer answer becomes an `InferenceFailure`."""
+"""Of an answer, four times the largest request by default; a longer one becomes an `InferenceFailure`."""
+MAX_REQUEST_BYTES = 2**31
+"""Of what is sent to a worker: the most that `--max-request-size` may be."""
 ALIGNMENT = 16
 """Bytes: where the payload of a long frame begins is a multiple of it. malloc gives no other addresses."""
 SHARED_ALIGNMENT = 64
@@ -268,6 +270,8 @@ class TargetDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     falls_back: bool = False
 
 
+NO_MORE = "the machine has no more"
+"""Why a load without a limit of memory lacks it."""
 PROVIDER_MAPPED_BYTES = 64 * 2**20
 """Memory that a provider maps and does not touch: OpenVINO's libraries and threads 50 MB (measured)."""
 
@@ -296,6 +300,7 @@ class Load(Message, frozen=True):
         tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
         name: what the process is called in lists of processes.
         device: where the session runs; None is the CPU. Its warm-up has to succeed.
+        max_request_bytes: limit of a request; a model that needs longer ones is refused.
         dependent_rows: whether rows of a batch may change each other's answers.
     """
 
@@ -316,6 +321,7 @@ class Load(Message, frozen=True):
     tensors: tuple[TensorHead, ...] = ()
     name: str = ""
     device: TargetDevice | None = None
+    max_request_bytes: Count = MAX_REQUEST_BYTES
     dependent_rows: bool = False
 
     def hard_limit_bytes(self, thread_bytes: int) -> int | None:
@@ -350,9 +356,20 @@ class Load(Message, frozen=True):
         return _leave_room(self.load_limit_bytes, self.device)
 
     @property
-    def least_limit_bytes(self) -> int | None:
-        given = [each for each in (self.memory_limit_bytes, self.load_limit_bytes) if each is not None]
-        return min(given, default=None)
+    def is_limited_by_itself(self) -> bool:
+        """Whether the model's own limit of memory is the lowest of its limits."""
+        own, others = self.memory_limit_bytes, (self.load_limit_bytes, self.ceiling_bytes)
+        return own is not None and all(each is None or own <= each for each in others)
+
+    @property
+    def limit_text(self) -> str:
+        """Which limit of memory is the lowest; the server says how much the budget leaves to a load."""
+        if self.is_limited_by_itself:
+            return f"its memory_limit_bytes are {self.memory_limit_bytes}"
+        if self.load_limit_bytes is not None:
+            return "the memory budget leaves it no more"
+        most = self.ceiling_bytes
+        return NO_MORE if most is None else f"the memory budget is {most} bytes"
 
 
 class Optimise(Message, frozen=True):
@@ -378,6 +395,10 @@ class Optimise(Message, frozen=True):
     def limit_bytes(self) -> int | None:
         """The limit of mapped memory; None is no limit."""
         return _leave_room(self.memory_limit_bytes, self.device)
+
+    @property
+    def limit_text(self) -> str:
+        return NO_MORE if self.memory_limit_bytes is None else f"the limit is {self.memory_limit_bytes} bytes"
 
 
 class Ping(Message, frozen=True):
@@ -574,7 +595,7 @@ def encode(message: Message, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
         raise MalformedFrame("a name that is not Unicode text") from None
     parts = [tensor.data for tensor in tensors if len(tensor.data)]
     payload = sum(map(len, parts))
-    if len(header) > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
+    if len(header) > MAX_HEADER_BYTES or payload > MAX_REQUEST_BYTES:
         raise MalformedFrame("a frame of more than the allowed length")
     return [PREFIX.pack(len(header), payload) + header, *parts]
 

@@ -100,10 +100,10 @@ from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signe
 from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, TokenIssuer
 from server.cluster import CLUSTER
-from server.config import MAX_BODY_BYTES, ON, Config, ConfigError, parse_budget, parse_prepared_size
+from server.config import ON, Config, ConfigError, parse_budget, parse_prepared_size
 from server.devices import describe_setup, limit_devices, withhold_devices
 from server.errors import errors_middleware
-from server.http.bodies import MAX_BODIES_BYTES, Bodies
+from server.http.bodies import Bodies
 from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.observability import metrics
@@ -164,12 +164,12 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             auth_middleware(gate),
             validation_middleware,
         ],
-        client_max_size=MAX_BODY_BYTES,
+        client_max_size=config.max_request_bytes,
     )
     add_routes(app, all_routes(config.metrics))
     app[CONFIG] = config
     app[GATE] = gate
-    app[BODIES] = Bodies(MAX_BODIES_BYTES)
+    app[BODIES] = Bodies(config.max_request_bytes)
     app[STOPPING] = asyncio.Event()
     app[RESOURCES_CACHE] = ResourcesCache()
     app[HTTP_COUNTS] = counts
@@ -238,6 +238,7 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
         patience_s=app[CONFIG].inference_grace_s,
         records_stderr=app[CONFIG].ledger_stderr == "on",
         visible_devices=app[CONFIG].visible_device_names,
+        max_request_bytes=app[CONFIG].max_request_bytes,
     )
     await pool.open()
     try:

@@ -9,7 +9,6 @@ import asyncio
 import errno
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -419,7 +418,9 @@ def check_workers(
 
     async def check() -> None:
         pool = WorkerPool(
-            threads=config.model_threads(count_usable_cpus()), visible_devices=config.visible_device_names
+            threads=config.model_threads(count_usable_cpus()),
+            visible_devices=config.visible_device_names,
+            max_request_bytes=config.max_request_bytes,
         )
         try:
             await pool.open()
@@ -486,12 +487,11 @@ async def _load_all(
     for trial in candidates:
         on_version(trial.place)
         try:
-            limit = min(budget, trial.parameters.memory_limit_bytes or sys.maxsize)
             warm_up = read_warm_up(repository, trial.model_id)
             async with versions.version(trial.model_id, trial.version) as files:
                 target = _find_target(pool, trial.parameters)
                 message = pool.build_load(files, trial.parameters, warm_up, target)
-                message = structs.replace(message, memory_limit_bytes=limit)
+                message = structs.replace(message, ceiling_bytes=budget)
                 await _load_once(pool, message, warm_up.inputs, trial.parameters.timeout_s)
             result.loaded += 1
         except TimeoutError:

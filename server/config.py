@@ -21,6 +21,7 @@ from events.policy.rules import LoadPolicy
 from runtime.fetch.sources import parse_allowed
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.stage import UploadPolicy, Writable
+from runtime.wire import MAX_REQUEST_BYTES
 from server.auth.keys import MAX_EXPIRES_S
 from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
 
@@ -52,9 +53,6 @@ OFF = "off"
 OWN = "own"
 ALL = "all"
 NONE = "none"
-MAX_BODY_BYTES = 64 * 2**20
-"""Of an inference. Triton's default (`--http-max-input-size`)."""
-
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(r"(\d{1,18})(MB|GB|TB|MiB|GiB|TiB|)", re.ASCII)
 SIZES = "bytes, or a number of MB, GB, TB, MiB, GiB or TiB"
@@ -102,6 +100,14 @@ def parse_store_size(text: str) -> int | None:
     if text in (AUTO, OFF):
         return None if text == AUTO else 0
     return parse_size(text, f", {AUTO}, or {OFF}")
+
+
+def parse_request_size(text: str) -> int:
+    """Return the most bytes of a request, at most what a worker takes. Raises as `parse_size`."""
+    size = parse_size(text)
+    if size > MAX_REQUEST_BYTES:
+        raise ValueError("Must be at most 2GiB.")
+    return size
 
 
 def parse_budget(text: str, limit_bytes: int) -> int:
@@ -406,6 +412,12 @@ class Config:
         _validator_of(parse_prepared_size),
     )
     inference_timeout_s: float = setting(60.0, "Seconds that one inference may take.", _POSITIVE_SECONDS)
+    max_request_size: str = setting(  # Triton's default (`--http-max-input-size`)
+        "64MiB",
+        f"Largest request of an inference, also after decompression: {SIZES}; at most 2GiB. Requests and"
+        " answers may hold sixteen times as much memory at once, and at least 1 GiB.",
+        _validator_of(parse_request_size),
+    )
 
     store_size: str = setting(
         AUTO,
@@ -591,6 +603,10 @@ class Config:
 
     def model_threads(self, cpus: int) -> int:
         return self.threads or cpus
+
+    @property
+    def max_request_bytes(self) -> int:
+        return parse_request_size(self.max_request_size)
 
     @property
     def has_store(self) -> bool:

@@ -95,8 +95,9 @@ ADVICE: Mapping[str, str] = {
     " the repository yourself.",
     "precondition_failed": "As `version_exists`: the request had `If-None-Match: *`.",
     "archived": "Start at `oldest`, or read the archives: `loadledger replay --archive`.",
-    "body_too_large": "Send less at once. Send tensors in binary instead of JSON. A version may"
-    " have 20 GB: put a larger one into the repository's folder.",
+    "body_too_large": "Send less at once. Send tensors in binary instead of JSON. Of an inference,"
+    " `--max-request-size` is the limit. A version may have 20 GB: put a larger one into the repository's"
+    " folder.",
     "target_too_long": "Use a shorter path and query, for example fewer filters at once.",
     "unsupported_media_type": "Send `Content-Type: application/json` in UTF-8, or a coding that `detail`"
     " names.",

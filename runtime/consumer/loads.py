@@ -411,9 +411,10 @@ class Loader:
         load.workers.append(worker)
         load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
         worker.ended.add_done_callback(lambda _: load.on_exit(worker))
+        limited = load.limit_memory(order)
         try:
             report = await worker.load(
-                load.limit_memory(order),
+                limited,
                 lambda stage: load.reach_stage(stage, worker_id),
                 load.warm_up_inputs,
                 on_sample=lambda: load.check_allowance(worker),
@@ -421,7 +422,8 @@ class Loader:
         except RuntimeProblem as problem:
             if not isinstance(problem, WorkerDied):
                 load.expected_exits.add(worker_id)
-            if problem.code == OUT_OF_MEMORY and load.allowance() is not None:
+            is_of_budget = load.allowance() is not None and not limited.is_limited_by_itself
+            if problem.code == OUT_OF_MEMORY and is_of_budget:
                 problem = LoadRefused(OUT_OF_MEMORY, f"{problem}; {load.describe_allowance()}")
             load.store_failure(problem, worker)
             raise LoadEnded from problem

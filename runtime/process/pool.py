@@ -29,6 +29,7 @@ from runtime.timeouts import (
     timeout,
 )
 from runtime.wire import (
+    MAX_REQUEST_BYTES,
     Buffer,
     JsonRead,
     Load,
@@ -95,6 +96,7 @@ class WorkerPool:
         threads: how many threads each worker computes with, unless its load says otherwise.
         patience_s: how long a cancelled inference may go on before its worker is killed.
         visible_devices: names of the devices that are used, of those that there are, like `cuda:1`, `cuda:*`.
+        max_request_bytes: limit of an inference request, of which a model must be able to take some.
 
     Attributes:
         applied: what confines the workers; nothing before `confine`.
@@ -109,6 +111,7 @@ class WorkerPool:
         patience_s: float = INFERENCE_GRACE_S,
         records_stderr: bool = True,
         visible_devices: Sequence[str] = ALL_DEVICES,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
     ) -> None:
         self.threads = threads
         self.records_stderr = records_stderr
@@ -116,6 +119,7 @@ class WorkerPool:
         self.applied_to_devices = UNCONFINED
         self.devices = Devices()
         self._visible_devices = visible_devices
+        self._max_request_bytes = max_request_bytes
         self._patience_s = patience_s
         self._fork_server: ForkServer | None = None
         self._up = asyncio.Event()
@@ -205,6 +209,7 @@ class WorkerPool:
             layers=applied.layers,
             name=f"{files.model_id}/{files.version}",
             device=device,
+            max_request_bytes=self._max_request_bytes,
             dependent_rows=parameters.dependent_rows == ALLOW,
         )
 

@@ -182,9 +182,9 @@ class MemorySampler:
 
 
 MB = 1_000_000
-MAX_UNSENT_BYTES = 256 * 2**20
-"""Limit of inferences that a worker has not read. Beyond it the next is refused, however few they are:
-cancelled and timed-out requests stay in memory until they are read, too."""
+UNSENT_REQUESTS = 4
+"""Of the largest size: so many bytes of inferences may a worker not have read. Beyond it the next is refused,
+however few they are: cancelled and timed-out requests stay in memory until they are read, too."""
 MAX_UNSENT_CANCELS_BYTES = 2**20
 """Some 50,000. A worker reads cancellations at once, even while it computes; one that does not is killed."""
 SURPLUS_NAMES = 64
@@ -237,6 +237,7 @@ class Worker:
         self._pending: PendingOrder | None = None
         self._answer_rules: AnswerRules | None = None
         self._most_names = SURPLUS_NAMES
+        self._max_unsent_bytes = 0
         self._stopping = False
         self._exit_timer: Timeout | None = None
         self._empty_bytes = 0
@@ -295,6 +296,7 @@ class Worker:
         # A cancelled request may wait this long for others of its batch.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
         self._most_bytes = order.most_bytes(memory.thread_bytes())
+        self._max_unsent_bytes = UNSENT_REQUESTS * order.max_request_bytes
 
         def note_sample(bytes_: int) -> None:
             self.memory_bytes = bytes_
@@ -366,7 +368,7 @@ class Worker:
             QueueFull: `inference_queue_full`, the worker has too much to read.
             WorkerDied: `worker_died`.
         """
-        if self._data.unsent_bytes > MAX_UNSENT_BYTES:
+        if self._data.unsent_bytes > self._max_unsent_bytes:
             raise QueueFull("the model's worker has more to read than may wait")
         if len(inputs) + len(outputs) > self._most_names:
             raise InvalidInput("the request names more inputs and outputs than the model has")

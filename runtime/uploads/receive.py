@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from events.types import AddedFile
-from runtime.errors import LoadRefused, RepositoryUnreadable, RuntimeProblem
+from runtime.errors import LoadRefused, MissingData, RepositoryUnreadable, RuntimeProblem
 from runtime.onnxfile import (
     MODEL_FILE,
     check_external_data,
@@ -281,9 +281,7 @@ def check_model(folder: Path, paths: Iterable[str]) -> None:
         raise RuntimeProblem(f"{model} {foreign}", code="not_onnx")
     try:
         check_external_data(folder / model, folder, folder)
-    except LoadRefused as refused:
-        if refused.code != "unsafe_file":
-            raise
+    except MissingData as refused:
         advice = "; send all files that the model names, in a stage"
         raise LoadRefused(refused.code, f"{refused}{advice}") from None
 

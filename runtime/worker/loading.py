@@ -97,7 +97,7 @@ def load(
             batching also `rows_depend`, on a device `device_unavailable` and `fallback_refused`.
     """
     try:
-        with sessions.out_of_memory_refused(order.least_limit_bytes):
+        with sessions.out_of_memory_refused(order.limit_text):
             return _load(order, given, limit, on_stage)
     except UnicodeDecodeError:
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
@@ -122,7 +122,8 @@ def _load(
     started_ns = clock()
     session, placed = _create_session(order)
     loading_ns = clock() - started_ns
-    model, warming_up_us, examples = describe_model(session, order.max_batch_size), None, NO_EXAMPLES
+    model = describe_model(session, order.max_batch_size, order.max_request_bytes)
+    warming_up_us, examples = None, NO_EXAMPLES
     if order.device is not None:
         providers.check_tensors(order.device, (*model.inputs, *model.outputs))
     warm_up = ModelWarmUp(order, model, given, _find_file(order), limit)
@@ -151,10 +152,10 @@ def _create_session(order: Load) -> tuple[ort.InferenceSession, tuple[ProviderNo
     device = None if order.device is None else providers.add_device(order.device, order.threads, chosen)
     if order.optimised is None:
         folder, root = Path(order.folder), Path(os.path.realpath(order.root))
-        session = sessions.create_checked(folder, root, chosen, order.least_limit_bytes)
+        session = sessions.create_checked(folder, root, chosen, order.limit_text)
     else:
         model_file = str(Path(order.optimised.folder) / MODEL_FILE)
-        session = sessions.create_session(model_file, chosen, order.least_limit_bytes)
+        session = sessions.create_session(model_file, chosen, order.limit_text)
     placed = () if order.device is None else providers.count_nodes(session, order.device, device)
     if order.optimised is not None:
         placed = order.optimised.placed or placed

@@ -23,6 +23,7 @@ from runtime.process.forkserver import name_process
 from runtime.requestjson import describe
 from runtime.wire import (
     CONTROL,
+    MAX_REQUEST_BYTES,
     TO_WORKER,
     Buffer,
     Frame,
@@ -95,7 +96,8 @@ class _Worker:
         self._shared = shared
         self._cancellation = Cancellation()
         self._limit = SearchLimit()
-        self._reader = FrameReader(FrameRules(TO_WORKER), shared.locate)
+        rules = FrameRules(TO_WORKER, payload_bytes=MAX_REQUEST_BYTES)
+        self._reader = FrameReader(rules, shared.locate)
         self._outbox = Outbox(channel)
         self._executor: InferenceExecutor | None = None
         self._queue: Queue | None = None

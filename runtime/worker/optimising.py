@@ -75,7 +75,7 @@ def optimise(order: Optimise) -> Optimised:
         LoadRefused: `optimise_failed`, `disk_full`, `unsafe_file`, `out_of_memory`.
     """
     try:
-        with sessions.out_of_memory_refused(order.memory_limit_bytes), _files_limited(order):
+        with sessions.out_of_memory_refused(order.limit_text), _files_limited(order):
             sessions.limit_memory(
                 order.limit_bytes, mapped_bytes=order.bytes, threads=order.threads, device=order.device
             )
@@ -114,7 +114,7 @@ def _write(order: Optimise, folder: Path, root: Path) -> None:
     target = Path(order.target)
     try:
         if order.device is None:
-            sessions.create_checked(folder, root, _options(order, target), order.memory_limit_bytes)
+            sessions.create_checked(folder, root, _options(order, target), order.limit_text)
         else:
             _compile(order, order.device, folder, root)
     except LoadRefused as refusal:
@@ -155,7 +155,7 @@ def _compile(order: Optimise, device: TargetDevice, folder: Path, root: Path) ->
     except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
         text = str(error)
         if sessions.is_out_of_memory(text):
-            raise sessions.out_of_memory(order.memory_limit_bytes, text) from None
+            raise sessions.out_of_memory(order.limit_text, text) from None
         raise LoadRefused("invalid_model", strip_noise(text)) from None
 
 

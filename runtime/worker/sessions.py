@@ -30,6 +30,7 @@ from runtime.wire import (
 )
 from runtime.worker import extensions, privileges, providers
 from runtime.worker.batching import BatchDimension
+from runtime.worker.declaredsizes import explain_uselessness
 from runtime.worker.inference import Runner
 from runtime.worker.refusals import explain_refusal, strip_noise
 
@@ -77,21 +78,27 @@ class ServingSession:
     dimension: BatchDimension | None
 
 
-def describe_model(session: ort.InferenceSession, max_batch_size: int) -> ServingSession:
+def describe_model(
+    session: ort.InferenceSession, max_batch_size: int, max_request_bytes: int
+) -> ServingSession:
     """Return the serving session for batches of at most this many elements; 0 is no batching.
 
     Raises:
-        LoadRefused: `invalid_model`, inputs or outputs are too many, or one has too long a name or no batch
-            dimension.
+        LoadRefused: `invalid_model`, inputs or outputs are too many, one has too long a name or no batch
+            dimension, or no request can ask the model.
     """
     inputs, outputs = _inputs(session), tuple(_spec(node) for node in session.get_outputs())
     _check_size(inputs, outputs)
+    problem = explain_uselessness(inputs, outputs, max_request_bytes)
+    if problem is not None:
+        raise LoadRefused("invalid_model", problem)
     dimension = None
     if max_batch_size:
         names = [node.name for node in session.get_inputs()]
         _check_batch_dimension([*inputs[: len(names)], *outputs])
         dimension = BatchDimension(max_batch_size, names)
-    return ServingSession(Runner(session, inputs, outputs), inputs, outputs, dimension)
+    runner = Runner(session, inputs, outputs, is_batched=dimension is not None)
+    return ServingSession(runner, inputs, outputs, dimension)
 
 
 def _inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
@@ -165,16 +172,14 @@ def saved_graph_options(threads: int) -> ort.SessionOptions:
     return chosen
 
 
-def create_checked(
-    folder: Path, root: Path, chosen: ort.SessionOptions, limit_bytes: int | None
-) -> ort.InferenceSession:
+def create_checked(folder: Path, root: Path, chosen: ort.SessionOptions, limit: str) -> ort.InferenceSession:
     """Create the session of a version in the repository after checking all its references to files.
 
     Args:
         folder: the version's folder.
         root: the repository's root, without links.
         chosen: the session's options.
-        limit_bytes: the memory limit, for the error text.
+        limit: which limit of memory is the lowest, for the error text.
 
     Raises:
         LoadRefused: `unsafe_file`, `out_of_memory`, `invalid_model`.
@@ -186,7 +191,7 @@ def create_checked(
     is_parsed = check_external_data(path, folder, root)
     try:
         if is_parsed:
-            return create_session(str(path), chosen, limit_bytes)
+            return create_session(str(path), chosen, limit)
     except LoadRefused as refused:
         if refused.code == "invalid_model":
             _refuse_foreign(path)
@@ -194,7 +199,7 @@ def create_checked(
     _refuse_foreign(path)
     with path.open("rb") as file:
         beginning = file.read(UNREADABLE_BYTES)
-    create_session(beginning, _isolate(session_options(1)), limit_bytes)  # its own words for what is wrong
+    create_session(beginning, _isolate(session_options(1)), limit)  # its own words for what is wrong
     raise LoadRefused("invalid_model", f"{model} is not an ONNX file")
 
 
@@ -205,9 +210,7 @@ def _refuse_foreign(path: Path) -> None:
         raise LoadRefused("invalid_model", f"{path.name} {foreign}") from None
 
 
-def create_session(
-    model: str | bytes, chosen: ort.SessionOptions, limit_bytes: int | None
-) -> ort.InferenceSession:
+def create_session(model: str | bytes, chosen: ort.SessionOptions, limit: str) -> ort.InferenceSession:
     """Create a session from a file or from bytes; for arguments and errors see `create_checked`."""
     lacks_extensions = isinstance(model, str) and extensions.register(Path(model), chosen)
     on_device = chosen.has_providers()  # then these are all, with the CPU's for what they do not support
@@ -215,26 +218,25 @@ def create_session(
     try:
         return ort.InferenceSession(model, chosen, providers=providers, enable_fallback=False)
     except MemoryError as error:
-        raise out_of_memory(limit_bytes, str(error)) from None
+        raise out_of_memory(limit, str(error)) from None
     except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
         text = str(error) or type(error).__name__
         if is_out_of_memory(text) or (on_device and NO_THREAD in text):
-            raise out_of_memory(limit_bytes, text) from None
+            raise out_of_memory(limit, text) from None
         said = explain_refusal(text, NOT_ON_DEVICE if on_device else "the model is not valid")
         if lacks_extensions:
             said = f"it uses operators of ONNX Runtime Extensions: {extensions.INSTALL}, and restart. {said}"
         raise LoadRefused("invalid_model", said) from None
 
 
-def out_of_memory(limit_bytes: int | None, text: str) -> LoadRefused:
+def out_of_memory(limit: str, text: str) -> LoadRefused:
     """Return the refusal of a load for lack of memory, with its limit."""
-    reason = "the machine has no more" if limit_bytes is None else f"the limit is {limit_bytes} bytes"
-    plain = f"the model needs more memory than it may take, {reason}"
+    plain = f"the model needs more memory than it may take, {limit}"
     return LoadRefused("out_of_memory", f"{plain}: {strip_noise(text)}")
 
 
 @contextmanager
-def out_of_memory_refused(limit_bytes: int | None) -> Iterator[None]:
+def out_of_memory_refused(limit: str) -> Iterator[None]:
     """Translate lack of memory, which the C library reports as an OSError where it lists a folder.
 
     Raises:
@@ -243,11 +245,11 @@ def out_of_memory_refused(limit_bytes: int | None) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise out_of_memory(limit_bytes, str(error) or "MemoryError") from None
+        raise out_of_memory(limit, str(error) or "MemoryError") from None
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
-        raise out_of_memory(limit_bytes, str(error)) from None
+        raise out_of_memory(limit, str(error)) from None
 
 
 def limit_memory(

@@ -190,8 +190,6 @@ class ModelWarmUp:
 
     def _find_example(self, on_begin: Callable[[], None]) -> tuple[int | None, Examples]:
         required = self._required()
-        if not any(spec.datatype in DATATYPES for spec in self.model.outputs):  # nothing to send
-            return None, NO_EXAMPLES
         is_batched = self.model.dimension is not None
         is_declared = all(is_fixed(spec, is_batched=is_batched) for spec in required)
         found = find_example(

@@ -19,7 +19,11 @@ from runtime.timeouts import stall_detector, timeout
 from server.errors import ServerProblem
 
 MAX_BODIES_BYTES = 2**30
-"""Sixteen of the largest bodies; their workers take as much again while they read."""
+"""At least; workers take as much again while they read."""
+
+LARGEST_BODIES = 16
+"""Requests of the largest size that there is room for: a subject has half of it, and one of long JSON counts
+four times while it is read."""
 
 IDLE_S = 30.0
 """Also the only timeout after a malformed chunk: aiohttp lets a reader wait forever there."""
@@ -39,8 +43,9 @@ class BodyTooLarge(ServerProblem):
 
     code = "body_too_large"
 
-    def __init__(self, max_bytes: int) -> None:
-        super().__init__(f"the body must not be larger than {max_bytes} bytes")
+    def __init__(self, max_bytes: int, share: Share | None = None) -> None:
+        advice = "" if share is None else "; the server's --max-request-size sets this limit"
+        super().__init__(f"the body must not be larger than {max_bytes} bytes{advice}")
 
 
 class BodyTimeout(ServerProblem):
@@ -50,10 +55,15 @@ class BodyTimeout(ServerProblem):
 
 
 class Bodies:
-    """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it."""
+    """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it.
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    Args:
+        max_request_bytes: limit of a request that counts.
+    """
+
+    def __init__(self, max_request_bytes: int) -> None:
+        self.max_request_bytes = max_request_bytes
+        self._max_bytes = max(MAX_BODIES_BYTES, LARGEST_BODIES * max_request_bytes)
         self._by_subject = Counter[str]()
         self._turns = WeakValueDictionary[str, asyncio.Lock]()
         self.taken_bytes = 0
@@ -97,6 +107,10 @@ class Share:
         self._bodies = bodies
         self._subject = subject
         self._count = 0
+
+    @property
+    def max_request_bytes(self) -> int:
+        return self._bodies.max_request_bytes
 
     def take(self, count: int) -> None:
         """Count bytes that have arrived.
@@ -171,14 +185,14 @@ async def read_body(
     if content.is_eof():  # most bodies arrive with their head
         body = content.read_nowait()
         if len(body) > max_bytes:
-            raise BodyTooLarge(max_bytes)
+            raise BodyTooLarge(max_bytes, share)
         return body
     if (request.content_length or 0) > max_bytes:
-        raise BodyTooLarge(max_bytes)
+        raise BodyTooLarge(max_bytes, share)
     async for piece in iterate_body(content, idle_s):
         total_bytes += len(piece)
         if total_bytes > max_bytes:
-            raise BodyTooLarge(max_bytes)
+            raise BodyTooLarge(max_bytes, share)
         if share is not None:
             share.take(len(piece))
         pieces.append(piece)

@@ -22,7 +22,6 @@ from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER
 from server.auth.gate import FORWARDED, PRINCIPAL
 from server.auth.ratelimit import QUOTA
 from server.cluster import FORWARDING, Forwarding, forwardable
-from server.config import MAX_BODY_BYTES
 from server.errors import ANSWERING_NODE, NODE, ServerProblem, error_response
 from server.http.bodies import BodyTooLarge, Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
@@ -180,11 +179,14 @@ async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent
         BodyTooLarge: `body_too_large`; of a compressed body, no more than the limit was decompressed.
         ServerProblem: `bodies_full`.
     """
-    header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
+    header_bytes, max_bytes = (
+        header_length(request.headers.getall(HEADER_LENGTH, ())),
+        share.max_request_bytes,
+    )
     if header_bytes is not None:
-        if header_bytes > MAX_BODY_BYTES:
-            raise BodyTooLarge(MAX_BODY_BYTES)
-        tensor_bytes = _expected_tensor_bytes(request, header_bytes)
+        if header_bytes > max_bytes:
+            raise BodyTooLarge(max_bytes, share)
+        tensor_bytes = _expected_tensor_bytes(request, header_bytes, max_bytes)
         if tensor_bytes and isinstance(target, Here):
             worker = target.choose_worker()
             region = worker.tensor_memory.requests.reserve(tensor_bytes)
@@ -192,20 +194,23 @@ async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent
                 share.take(header_bytes + tensor_bytes)
                 text = await read_body_into(request, header_bytes, region.buffer)
                 return ReceivedBody(text, header_bytes, region, worker)
-    content = await read_body(request, MAX_BODY_BYTES, share)
+    content = await read_body(request, max_bytes, share)
     encoding = request.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is not None:
-        content = await decompress(content, encoding, MAX_BODY_BYTES)
+        try:
+            content = await decompress(content, encoding, max_bytes)
+        except BodyTooLarge:
+            raise BodyTooLarge(max_bytes, share) from None
         share.take(len(content))
     return ReceivedBody(content, header_bytes)
 
 
-def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int) -> int:
+def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int, max_bytes: int) -> int:
     """Return the length of tensors that are still arriving; 0 if they are short, or no length is known."""
     if request.content.is_eof() or hdrs.CONTENT_ENCODING in request.headers:
         return 0
     tensor_bytes = (request.content_length or 0) - header_bytes
-    return tensor_bytes if SHARED_FROM_BYTES <= tensor_bytes <= MAX_BODY_BYTES else 0
+    return tensor_bytes if SHARED_FROM_BYTES <= tensor_bytes <= max_bytes else 0
 
 
 async def _decode(

@@ -93,7 +93,8 @@ def _tensor_list(required: list[str], **members: dict[str, Any]) -> dict[str, An
 INFERENCE_BODY: dict[str, Any] = {
     "required": True,
     "description": "JSON, and after it the data of binary tensors in the order of the inputs. "
-    "May be compressed: Content-Encoding gzip or deflate. At most 64 MiB after decompression.",
+    "May be compressed: Content-Encoding gzip or deflate. At most 64 MiB after decompression, or the server's"
+    " --max-request-size.",
     "content": {
         "application/json": {
             "schema": {

@@ -31,7 +31,7 @@ from runtime.onnxfile import (
     external_locations,
     read_signature,
 )
-from runtime.wire import DATATYPES
+from runtime.wire import DATATYPES, MAX_REQUEST_BYTES
 from runtime.worker.sessions import describe_model, session_options
 
 
@@ -291,7 +291,7 @@ def test_files_beside_the_model_are_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "location",
     [
-        "", "/etc/passwd", "../2/w.bin", "../../../etc/passwd", "data/../../x", "none", "a\0b", "data",
+        "", "/etc/passwd", "../2/w.bin", "../../../etc/passwd", "data/../../x", "a\0b", "data",
         "fifo", "out", "out/passwd", "*/_ORT_MEM_ADDR_/*", "w.bin/x", "x" * 5000, "./" * 100_000,
     ],
 )  # fmt: skip
@@ -376,7 +376,6 @@ OF_TEST_MODELS = (
     models.add,
     models.strings,
     models.zip_map,
-    models.sequence_input,
     models.with_default,
     models.optional_input,
     models.optional_output,
@@ -393,7 +392,7 @@ def signature(model: onnx.ModelProto) -> ModelSignature:
 def test_signature_is_what_onnx_runtime_reports(made: Callable[[], onnx.ModelProto]) -> None:
     model = made()
     session = InferenceSession(model.SerializeToString(), session_options(1))
-    reported = describe_model(session, 0)
+    reported = describe_model(session, 0, MAX_REQUEST_BYTES)
     assert signature(model) == ModelSignature(reported.inputs, reported.outputs)
 
 

@@ -148,7 +148,7 @@ DEEP = b"\x82\xa4type\xa5Infer\xa2id" + b"\x91" * 100_000
     "stream",
     [
         wire.PREFIX.pack(wire.MAX_HEADER_BYTES + 1, 0),
-        wire.PREFIX.pack(1, wire.MAX_PAYLOAD_BYTES + 1),
+        wire.PREFIX.pack(1, wire.MAX_REQUEST_BYTES + 1),
         wire.PREFIX.pack(0, 0),
         wire.PREFIX.pack(1, 0) + b"\xc1",
         frame(Outcome(1)),  # not in this direction

@@ -44,7 +44,7 @@ VALUES = {
     "max_token_s": "3600",
     "prepared_size": "1GiB", "confine": "require", "restore": "none",
     "ledger_stderr": "off",
-    "store_size": "5TB",
+    "store_size": "5TB", "max_request_size": "128MiB",
     "repository_writable": "off", "sources": "hf oci://ghcr.io",
     "streams_per_subject": "5",
     "idle_timeout_s": "650.0", "log_format": "json", "log_level": "warning", "log_inferences": "0.25",
@@ -134,7 +134,7 @@ REFUSED = {
     "max_token_s": "0 59 1.5 9999999999",
     "prepared_size": "0 0GB -1 1.5GB 1gb GB \u0661GB " + "9" * 19,
     "sources": "ftp hf:// https://a/b ghcr.io",
-    "store_size": "0 0GB -1 1.5GB 1gb Auto Off",
+    "store_size": "0 0GB -1 1.5GB 1gb Auto Off", "max_request_size": "0 64mib 3GB 2147483649",
     "streams_per_subject": "0",
     "idle_timeout_s": "nan", "log_format": "JSON", "log_level": "INFO",
     "log_inferences": "1.1 nan", "trace_inferences": "-0.1", "metrics": "off",
@@ -159,6 +159,7 @@ def test_value_at_the_limit_is_taken() -> None:
         "memory_budget": ("1", "8589934592", "8GB", "100%", "0.5%"), "max_loaded": (0,),
         "min_residency_s": (0,),
         "keep_alive_s": (-1, 0, 31536000), "prepared_size": ("1", "999TB"),
+        "max_request_size": ("1", "2GiB"),
         "log_inferences": (0, 1), "threads": (0, 1024),
     }.items():  # fmt: skip
         for value in values:

@@ -65,7 +65,7 @@ def save_ballast(root: Path) -> None:
 @pytest.mark.parametrize(
     ("by", "budget_mb", "words"),
     [
-        pytest.param("its limit", 400, "the limit is ", id="limit"),
+        pytest.param("its limit", 400, "it may take, the memory budget leaves it no more: ", id="limit"),
         pytest.param("the server", 300, "the load took ", id="measured"),
     ],
 )
@@ -77,7 +77,7 @@ async def test_load_that_takes_more_than_is_free_fails(
     if by == "the server":
         save_ballast(root)
     else:
-        models.save(models.grown(250 * MB), root, "big")  # a file of 160 bytes
+        models.save(models.memory_bomb_on_load(250 * MB), root, "big")  # a file of 300 bytes
     policy = Policy(loads_at_once=2, budget_bytes=budget_mb * MB)
     async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
         await engine.load("adder")
@@ -89,6 +89,16 @@ async def test_load_that_takes_more_than_is_free_fails(
         assert error.message.endswith("and what is free of the memory budget")
         assert await engine.story(of="big") == ["LoadRequested", "LoadStarted", "LoadFailed"]
         assert await engine.ask("adder", 1) == 2
+
+
+async def test_load_beyond_its_own_limit_names_that_alone(tmp_path: Path, shared_pool: WorkerPool) -> None:
+    models.save(models.memory_bomb_on_load(), tmp_path / "models", "big")
+    policy = Policy(loads_at_once=1, budget_bytes=1000 * MB)
+    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+        limited = LoadParameters(threads=1, memory_limit_bytes=200 * MB)
+        message = error_of(await engine.load("big", parameters=limited)).message
+        assert "than it may take, its memory_limit_bytes are 200000000: " in message
+        assert "memory budget" not in message
 
 
 async def test_limit_of_a_load_ends_with_it_and_known_peaks_suffice(

@@ -149,7 +149,7 @@ async def test_weights_of_odd_sizes_are_used_or_found_to_crash(pool: WorkerPool,
 @pytest.mark.parametrize(
     ("model", "given", "limit_bytes", "words"),
     [
-        (models.weights(8), (), 5 * 10**6, "the limit is 5000000 bytes"),
+        (models.weights(8), (), 5 * 10**6, "its memory_limit_bytes are 5000000"),
         (models.crash_on_zeros(), (), None, "signal 8"),
         (models.add(2), (Tensor("other", "FP32", (), b"1", text=True),), None, "other"),
     ],

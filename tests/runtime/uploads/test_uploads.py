@@ -235,7 +235,7 @@ async def test_refused_commit_leaves_the_stage(folder: Path) -> None:
         await uploads.add_file(stage, "net.onnx", body_of(FILES["net.onnx"]))
         with pytest.raises(RuntimeProblem, match="send all files that the model names") as refused:
             await uploads.commit(stage)
-        assert refused.value.code == "unsafe_file"
+        assert refused.value.code == "invalid_model"
         await uploads.add_file(stage, "data/w.bin", body_of(FILES["data/w.bin"]))
         with ledgers.unwritable(log.path, "VersionAdded"), pytest.raises(LogUnavailable):
             await uploads.commit(stage)

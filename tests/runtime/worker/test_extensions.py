@@ -74,11 +74,11 @@ def test_without_the_extra_the_error_names_it(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(extensions, "LIBRARY", None)
     folder = save(mean_colour(), tmp_path, "m")
     with pytest.raises(LoadRefused, match=r"pip install 'loadledger\[extensions\]'") as refused:
-        sessions.create_checked(folder, tmp_path, sessions.session_options(1), None)
+        sessions.create_checked(folder, tmp_path, sessions.session_options(1), "")
     assert refused.value.code == "invalid_model"
     folder = save(models.unknown_operator(), tmp_path, "unknown")
     with pytest.raises(LoadRefused) as refused:
-        sessions.create_checked(folder, tmp_path, sessions.session_options(1), None)
+        sessions.create_checked(folder, tmp_path, sessions.session_options(1), "")
     assert "extensions" not in str(refused.value)
 
 

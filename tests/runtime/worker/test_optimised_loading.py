@@ -39,7 +39,6 @@ BUILDERS: dict[str, tuple[Callable[[], ModelProto], wire.Tensor | None]] = {
     "strings": (models.strings, None),
     "default": (models.with_default, floats("x", 1)),
     "maps": (models.zip_map, None),
-    "sequence": (models.sequence_input, None),
     "optional_input": (models.optional_input, floats("x", 1)),
     "optional_output": (models.optional_output, None),
     "scan": (models.running_total, None),

@@ -2,8 +2,9 @@
 
 import asyncio
 
+import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, helper, numpy_helper
 from support import models
 from support.workers import Serve, answer, ask, asked_at_once, floats, tensor
 
@@ -101,3 +102,34 @@ async def test_request_with_too_many_names_is_refused(serve: Serve) -> None:
         with pytest.raises(InvalidInput, match="more inputs and outputs than the model has"):
             await worker.infer([floats("x", 1)], (WantedOutput("y"),) * count, timeout_s=60)
     assert await answer(worker, floats("x", 1)) == [2]
+
+
+def columns(count: int, *, halved: bool = False) -> ModelProto:
+    """Return a model with so many columns for each element of `x`, or only for each second one."""
+    step = helper.make_node("Slice", ["x", "zero", "end", "zero", "step"], ["kept"])
+    nodes = [
+        step,
+        helper.make_node("Unsqueeze", ["kept", "one"], ["column"]),
+        helper.make_node("Expand", ["column", "shape"], ["y"]),
+    ]
+    numbers = {"zero": [0], "end": [2**40], "one": [1], "step": [2 if halved else 1], "shape": [1, count]}
+    weights = [numpy_helper.from_array(np.array(each, np.int64), name) for name, each in numbers.items()]
+    x, y = models.value("x", models.FLOAT, ["n"]), models.value("y", models.FLOAT, ["n", count])
+    return models.model(nodes, [x], [y], weights)
+
+
+async def test_answer_too_long_by_its_shape_is_not_computed(serve: Serve) -> None:
+    worker = await serve(columns(100_000), memory_limit_bytes=100_000_000)
+    with pytest.raises(InferenceFailed, match=NO_MEMORY):  # 240 MB are computed
+        await ask(worker, [floats("x", *[1] * 600)])
+    with pytest.raises(InferenceFailed, match="the outputs are larger than 268435456 bytes"):
+        await ask(worker, [floats("x", *[1] * 700)])
+    with pytest.raises(NotRepresentable, match="as JSON at most"):
+        await ask(worker, [floats("x", *[1] * 200)], text=True)
+    assert len(await ask(worker, [floats("x", 1)])) == 1
+
+
+async def test_shape_that_a_model_does_not_keep_refuses_nothing(serve: Serve) -> None:
+    worker = await serve(columns(2**20, halved=True))
+    (y,) = await ask(worker, [floats("x", *[1] * 80)])
+    assert y.shape == (40, 2**20)

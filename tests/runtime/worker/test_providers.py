@@ -41,6 +41,7 @@ from runtime.process.pool import WorkerPool
 from runtime.repository import Repository, read_warm_up
 from runtime.store.versions import HeldVersion, Versions
 from runtime.wire import Load, ProviderLibrary, TargetDevice, Tensor
+from runtime.worker.examples import MAX_EXAMPLE_BYTES
 from runtime.worker.providers import _openvino_options
 
 MB = 10**6
@@ -185,7 +186,7 @@ async def test_strings_are_refused(pool: WorkerPool, tmp_path: Path) -> None:
     ("model", "given", "advice"),
     [
         (
-            models.sequence_input(),
+            models.identity(shape=(MAX_EXAMPLE_BYTES // 4 + 1,)),
             (),
             "no inputs were found on which the model runs",
         ),

@@ -70,10 +70,13 @@ async def test_digest_covers_shape_and_replaces_output_of_any_length(serve: Serv
     given = [[tensor("x", "FP32", data.reshape(shape))] for shape in ((2, 3), (3, 2), (2, 3))]
     first, other, again = [await digests(worker, inputs) for inputs in given]
     assert first == again != other
-    long = await serve(models.widened(wire.MAX_PAYLOAD_BYTES // 4 + 1), "long")
+    long, count = (
+        await serve(models.filled(), "long"),
+        tensor("count", "INT64", [wire.MAX_PAYLOAD_BYTES // 4 + 1]),
+    )
     with pytest.raises(InferenceFailed, match="are larger"):
-        await ask(long, [floats("x", 1)])
-    assert len(await digests(long, [floats("x", 1)])) == 1
+        await ask(long, [count])
+    assert len(await digests(long, [count])) == 1
 
 
 async def test_strings_round_trip_in_json(serve: Serve) -> None:
@@ -107,7 +110,6 @@ REFUSED: list[tuple[ModelProto, list[Tensor], str]] = [
     ),
     (STRINGS, [json("x", b'["\\ud800"]', "BYTES")], "'x'"),
     (models.with_default(), [floats("c", 1)], "no value for input 'x'"),
-    (models.sequence_input(), [floats("s", 1)], "no tensor can be"),
 ]
 
 
@@ -122,7 +124,7 @@ async def test_invalid_input_is_refused_and_worker_lives(serve: Serve, subtests:
 
 async def test_input_beyond_the_payload_limit_is_refused(serve: Serve) -> None:
     worker = await serve(models.add())
-    too_long = wire.MAX_PAYLOAD_BYTES + 1
+    too_long = wire.MAX_REQUEST_BYTES + 1
     with pytest.raises(InvalidInput, match="allowed length"):
         await ask(worker, [Tensor("x", "UINT8", (too_long,), bytes(too_long))])
     assert await answer(worker, floats("x", 1)) == [2]
@@ -159,10 +161,6 @@ async def test_output_that_is_no_tensor_is_omitted_or_refused(pool: WorkerPool, 
     for name, words in (("named", "which is no tensor"), ("q", "no output 'q'")):
         with pytest.raises(InvalidInput, match=words):
             await ask(worker, [x], name)
-    del model.graph.output[0]
-    worker, _ = await loaded(pool, tmp_path, model)
-    with pytest.raises(InvalidInput, match="output"):
-        await ask(worker, [x])
 
 
 async def test_outputs_have_the_form_asked_for(serve: Serve) -> None:

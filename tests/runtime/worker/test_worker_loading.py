@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper
 from support import models
 from support.models import save, save_bytes
 from support.workers import (
@@ -86,6 +86,20 @@ def not_utf8() -> bytes:
     return data.replace(b"\x01x", b"\x01\xff")
 
 
+def from_float8() -> ModelProto:
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+    x, y = models.value("x", TensorProto.FLOAT8E4M3FN, [1]), models.value("y", models.FLOAT, [1])
+    model = models.model([node], [x], [y])
+    model.opset_import[0].version = 19
+    return model
+
+
+def only_maps() -> ModelProto:
+    model = models.zip_map()
+    del model.graph.output[0]
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], int | None, str, str]] = {
     "empty": (lambda: b"", None, "invalid_model", "model.onnx is empty"),
     "text": (lambda: models.TEXT, None, "invalid_model", "model.onnx is a text and no model"),
@@ -102,8 +116,16 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], int | None, str, str]
     "data outside": (lambda: models.external("../../secret"), None, "unsafe_file", "secret"),
     "absolute data": (lambda: models.external("/etc/hostname"), None, "unsafe_file", "hostname"),
     "linked data": (lambda: models.external("link"), None, "unsafe_file", "link"),
-    "missing data": (lambda: models.external("missing"), None, "unsafe_file", "missing"),
-    "memory bomb": (models.memory_bomb_on_load, 200_000_000, "out_of_memory", "200000000 bytes"),
+    "missing data": (lambda: models.external("missing"), None, "invalid_model", "data 'missing' is missing"),
+    "only maps": (only_maps, None, "invalid_model", "with zipmap=False"),
+    "sequence": (models.sequence_input, None, "invalid_model", "by SequenceConstruct"),
+    "float8": (from_float8, None, "invalid_model", "with a Cast"),
+    "65 dimensions": (lambda: models.identity(shape=(1,) * 65), None, "invalid_model", "at most 64"),
+    "too large a request": (
+        lambda: models.identity(shape=(None, 2**20, 600)), None, "invalid_model", "let it take less at once",
+    ),
+    "too large an answer": (lambda: models.widened(2**26 + 1), None, "invalid_model", "let it give less"),
+    "memory bomb": (models.memory_bomb_on_load, 200_000_000, "out_of_memory", "limit_bytes are 200000000"),
     "limit 0": (lambda: models.weights(8), 0, "out_of_memory", ""),
     "limit below the worker": (lambda: models.weights(8), 100_000, "out_of_memory", ""),
     "limit below the model": (lambda: models.weights(8), 2_000_000, "out_of_memory", ""),

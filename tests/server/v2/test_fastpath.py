@@ -14,7 +14,7 @@ from support.http import ONE, LocalApi, local_server
 from support.models import save
 
 from runtime.requestjson import LONG_JSON_BYTES
-from server.config import MAX_BODY_BYTES
+from server.config import parse_size
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -22,7 +22,8 @@ BODY = json.dumps({"inputs": [ONE]}).encode()
 FAST, SLOW = "/v2/models/m/infer", "/v2/models/%6D/infer"
 NOT_COMPARED = {"Date", "RateLimit", "Content-Length", "Connection"}
 PREDICT = ("predict",)
-BOMB = gzip.compress(BODY + b" " * MAX_BODY_BYTES, mtime=0)
+LARGEST = parse_size("64MiB")
+BOMB = gzip.compress(BODY + b" " * LARGEST, mtime=0)
 LENGTH = "Inference-Header-Content-Length"
 
 

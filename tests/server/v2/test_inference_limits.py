@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 from support import models
-from support.http import ENDLESS, ONE, Answer, Json, LocalApi, when
+from support.http import ENDLESS, ONE, Answer, Json, LocalApi, local_server, when
 from support.models import save
 from support.workers import computing, until
 
 from events.types import WorkerExited
 from server.appkeys import BODIES
-from server.config import MAX_BODY_BYTES
 from server.http.bodies import Bodies
 
 Start = Callable[..., Awaitable[LocalApi]]
@@ -144,7 +144,8 @@ async def test_swap_while_a_body_arrives_is_not_noticed(shared: LocalApi, count:
 async def test_bodies_beyond_the_budget_are_refused(
     start: Start, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.app.MAX_BODIES_BYTES", 2**20)
+    monkeypatch.setattr("server.http.bodies.MAX_BODIES_BYTES", 2**20)
+    monkeypatch.setattr("server.http.bodies.LARGEST_BODIES", 0)
     save(models.add(), repository, "m")
     api, more, body = await start(), asyncio.Event(), json.dumps({"inputs": [ONE]}).encode()
     await api.load("m")
@@ -182,11 +183,33 @@ async def test_json_part_has_the_limit_of_a_body(shared: LocalApi) -> None:
         yield b" " * 2**16
         await answered.wait()
 
-    length = MAX_BODY_BYTES + 1
+    length = 64 * 2**20 + 1
     fields = {"Inference-Header-Content-Length": str(length), "Content-Length": str(length + 2**20)}
     answer = await shared.post("/v2/models/headed/infer", data=body(), headers=fields)
     answered.set()
     assert answer.refusal == (413, "body_too_large")
+    assert "not be larger than 67108864 bytes; the server's --max-request-size" in answer.json["error"]
+
+
+async def test_request_above_the_default_limit_is_taken_where_allowed(start: Start, repository: Path) -> None:
+    """A picture of 4K in FP32 has 99.5 MB."""
+    axes = numpy_helper.from_array(np.array([2, 3], np.int64), "axes")
+    node = helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=0)
+    shape = [1, 3, 2160, 3840]
+    x, y = models.value("x", models.FLOAT, shape), models.value("y", models.FLOAT, [1, 3])
+    save(models.model([node], [x], [y], [axes]), repository, "picture")
+    async with local_server(repository.parent) as small:
+        job = await small.failed_load("picture")
+        assert job["error"]["code"] == "invalid_model"
+        assert job["error"]["message"].endswith("start the server with --max-request-size=95MiB")
+    api = await start(max_request_size="95MiB")
+    await api.load("picture")
+    data = np.full(shape, 2, "<f4").tobytes()
+    tensor = {"name": "x", "shape": shape, "datatype": "FP32", "parameters": {"binary_data_size": len(data)}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    fields = {"Inference-Header-Content-Length": str(len(head))}
+    answer = await api.post("/v2/models/picture/infer", data=io.BytesIO(head + data), headers=fields)
+    assert answer.json["outputs"][0]["data"] == [2, 2, 2]
 
 
 async def test_turns_of_a_subject_leave_time_to_others() -> None:
@@ -210,7 +233,7 @@ async def test_turns_of_a_subject_leave_time_to_others() -> None:
 async def test_data_that_a_worker_does_not_read_is_bounded(
     shared: LocalApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.process.worker.MAX_UNSENT_BYTES", 2**20)
+    monkeypatch.setattr("runtime.process.worker.UNSENT_REQUESTS", 0)
     monkeypatch.setattr("runtime.process.sharedmemory.SHARED_BYTES", 2**20)  # the socket takes it
     save(models.identity(), shared.config.repository, "unread")
     await shared.load("unread")
