@@ -36,7 +36,7 @@ from runtime.wire import (
     pack_texts,
     unpack_texts,
 )
-from runtime.worker.declaredsizes import OutputSizes
+from runtime.worker.declaredsizes import least_bytes
 from runtime.worker.refusals import explain_refusal
 from runtime.worker.sharedtensors import Room
 
@@ -296,12 +296,7 @@ class Runner:
     """Runs one session; invalid inputs are refused before they reach it."""
 
     def __init__(
-        self,
-        session: ort.InferenceSession,
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
-        *,
-        is_batched: bool = False,
+        self, session: ort.InferenceSession, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     ) -> None:
         # Undocumented, but `InferenceSession.run` around it takes 3 µs more, half of the smallest run
         # (measured with 1.31), for checks that `decode_inputs` has made or that cannot fail here.
@@ -310,7 +305,7 @@ class Runner:
         self._required = {spec.name for spec in inputs if not spec.optional}
         self._outputs = {spec.name: spec.datatype for spec in outputs}
         self._has_bfloat16 = "BF16" in (*self._inputs.values(), *self._outputs.values())
-        self._sizes = OutputSizes(inputs, outputs, is_batched=is_batched)
+        self._sizes = {spec.name: least_bytes(spec, 0) for spec in outputs if spec.datatype in DATATYPES}
         self._known = lru_cache(KNOWN_CHOICES)(self._select)
 
     def select_outputs(
@@ -344,6 +339,12 @@ class Runner:
         for name, datatype, as_text in forms:
             if as_text:
                 check_json(name, datatype)
+                _check_size(name, self._sizes[name])
+        if (
+            sum(self._sizes[name] for name, _, as_text in forms if not as_text and not digest)
+            > MAX_PAYLOAD_BYTES
+        ):
+            raise InferenceFailed(TOO_LONG)
         return SelectedOutputs(list(chosen), forms, digest)
 
     def decode_inputs(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -362,23 +363,6 @@ class Runner:
             raise InvalidInput(f"no value for input {', '.join(map(repr, missing))}")
         return arrays
 
-    def check_sizes(self, selected: SelectedOutputs, feed: Mapping[str, Any]) -> None:
-        """Refuse outputs that are too long, before they are computed, where the declared shapes say so.
-
-        Raises:
-            NotRepresentable: `not_representable`, as JSON.
-            InferenceFailed: `inference_failed`.
-        """
-        total = 0
-        for name, _, as_text in selected.forms if self._sizes.kept and not selected.digest else ():
-            size = self._sizes.tell(name, feed)
-            if as_text:
-                _check_size(name, size)
-            else:
-                total += size
-        if total > MAX_PAYLOAD_BYTES:
-            raise InferenceFailed(TOO_LONG)
-
     def run(self, selected: SelectedOutputs, feed: Mapping[str, Any], options: ort.RunOptions) -> list[Any]:
         """Run the model once; returns an array for each output, None for an optional one without a value.
 
@@ -389,9 +373,8 @@ class Runner:
         """
         try:
             if self._has_bfloat16:
-                arrays = self._run_with_values(selected, feed, options)
-            else:
-                arrays = self._session.run(selected.names, feed, options)
+                return self._run_with_values(selected, feed, options)
+            arrays: list[Any] = self._session.run(selected.names, feed, options)
         except InvalidArgument as error:
             raise InvalidInput(explain_refusal(str(error), "the inputs do not fit the model")) from None
         except UnicodeDecodeError:
@@ -403,8 +386,6 @@ class Runner:
                 raise InferenceCancelled from None
             said = str(error) or type(error).__name__
             raise InferenceFailed(explain_refusal(said, "the model cannot compute these inputs")) from None
-        if self._sizes.runs_to_observe:
-            self._sizes.observe(selected.names, feed, arrays)
         return arrays
 
     def encode_outputs(

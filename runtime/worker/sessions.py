@@ -97,8 +97,7 @@ def describe_model(
         names = [node.name for node in session.get_inputs()]
         _check_batch_dimension([*inputs[: len(names)], *outputs])
         dimension = BatchDimension(max_batch_size, names)
-    runner = Runner(session, inputs, outputs, is_batched=dimension is not None)
-    return ServingSession(runner, inputs, outputs, dimension)
+    return ServingSession(Runner(session, inputs, outputs), inputs, outputs, dimension)
 
 
 def _inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:

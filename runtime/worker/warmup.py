@@ -230,11 +230,11 @@ def _run(
     *,
     keeps_memory: bool = True,
 ) -> list[Any]:
-    """Run the model; memory of a run with guessed lengths is no memory that the model keeps."""
+    """Run the model for all outputs, however long; memory of guessed lengths is none that the model keeps."""
     if model.dimension is not None:
         model.dimension.measure(feed)
     options = options or ort.RunOptions()
     options.log_severity_level = FATAL  # a refusal is an answer here
     if not keeps_memory:
         options.add_run_config_entry(*SHRINK_ARENA)
-    return model.runner.run(model.runner.select_outputs((), text=False), feed, options)
+    return model.runner.run(model.runner.select_outputs((), text=False, digest=True), feed, options)
