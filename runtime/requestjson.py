@@ -111,6 +111,8 @@ _COUNTED_BYTES = 4096
 _BACKSLASH, _ESCAPED_COLON = b"\\", rb"\u003"
 _NESTED = frozenset({dict, list})
 _ANYTHING = msgspec.json.Decoder()
+_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_LONE_SURROGATE = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
 _DATA_KEY = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*')
 
 
@@ -154,7 +156,9 @@ def _decode_strictly(text: Buffer) -> JsonRequest:
         request = _REQUEST.decode(text) if len(text) <= SHORT_JSON_BYTES else _decode_long(text)
         _check_keys(text, request)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InvalidJson) as error:
-        raise InvalidInput(f"the body is not an inference request: {error}") from None
+        is_lone = _LONE_SURROGATE.search(text) is not None
+        reason = "a string has an unpaired surrogate" if is_lone else error
+        raise InvalidInput(f"the body is not an inference request: {reason}") from None
     return request
 
 

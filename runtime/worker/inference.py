@@ -58,7 +58,6 @@ ROOM_BYTES = 2 * 2**20
 _BRACKET, _COMMA, _MINUS = ord("["), ord(","), ord("-")
 _BEFORE, _AFTER = list(b"[, \t\r\n"), list(b"], \t\r\n")
 _WITH_INFINITIES = ("FP32", "FP64")
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _FIRST_OF_AN_ELEMENT = frozenset(b'-0123456789tf"')
 _BRACKETS = re.compile(rb"[\[ \t\r\n]*")
 _ENCODER = msgspec.json.Encoder()
@@ -129,7 +128,8 @@ def _decode_array(tensor: Tensor, decoder: msgspec.json.Decoder[list[Any]]) -> A
         text = bytes(tensor.data)
         hidden = hide_infinities(text) if datatype in _WITH_INFINITIES else text
         if hidden == text:
-            reason = _explain(datatype, text, error)
+            is_hidden = datatype != "BYTES" and hide_infinities(text) != text
+            reason = "it has no NaN and no Infinity" if is_hidden else error
             raise InvalidInput(f"input '{name}': data is not {datatype}: {reason}") from None
     try:
         array = _array(name, datatype, decoder.decode(hidden))
@@ -137,15 +137,6 @@ def _decode_array(tensor: Tensor, decoder: msgspec.json.Decoder[list[Any]]) -> A
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, _Misplaced) as error:
         raise InvalidInput(f"input '{name}': data is not {datatype}: {error}") from None
     return array
-
-
-def _explain(datatype: str, text: bytes, error: Exception) -> str:
-    """Return what is wrong with the elements of a JSON text, in plainer words where they are known."""
-    if hide_infinities(text) != text and datatype != "BYTES":
-        return "it has no NaN and no Infinity"
-    if datatype == "BYTES" and _SURROGATE.search(text):
-        return "an element has an unpaired surrogate, which is no character"
-    return str(error)
 
 
 def _put_infinities(flat: Any, text: Any) -> None:

@@ -124,6 +124,7 @@ MISTAKES = [
     ("verify-model digits/v1", 2, "'v1' is no version: give MODEL, or MODEL/VERSION such as digits/2"),
     # inferences
     ("infer digits x=[1,", 2, "is not JSON"),
+    ("infer digits x=[1e400]", 2, "1e400 is out of range"),
     ("infer digits image=[1]", 2, "no input 'image'; it has x"),
     ("infer digits x=[[1,2],[3,4]]", 2, "takes [-1]"),
     ("infer digits x=@nope.npy", 2, "nope.npy cannot be read"),
