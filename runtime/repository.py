@@ -769,4 +769,4 @@ def _check_elements(where: str, values: list[Any]) -> None:
         elif not isinstance(each, bool | int | float | str):
             raise InvalidDefaults(f"{where}: takes numbers, booleans, strings and lists of them")
         elif isinstance(each, float) and not math.isfinite(each):
-            raise InvalidDefaults(f"{where}: takes no infinity and no NaN, as a request does not")
+            raise InvalidDefaults(f"{where}: takes no infinity and no NaN")

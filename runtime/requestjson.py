@@ -140,32 +140,31 @@ def _decode(text: Buffer) -> tuple[JsonRequest, Buffer]:
         if hidden == whole:
             raise
     copy = bytearray(hidden)
-    request = _decode_strictly(copy)
-    copy[:] = whole  # of the same length, so that the views show it
-    if _count_infinities(whole) != sum(_count_infinities(bytes(item.data)) for item in request.inputs):
-        raise InvalidInput("NaN and Infinity are allowed in the data of an input alone")
-    return request, copy
+    return _decode_strictly(copy, whole), copy
 
 
-def _count_infinities(text: bytes) -> int:
-    return text.count(b"NaN") + text.count(b"Infinity")
-
-
-def _decode_strictly(text: Buffer) -> JsonRequest:
+def _decode_strictly(text: Buffer, original: bytes = b"") -> JsonRequest:
     try:
-        request = _REQUEST.decode(text) if len(text) <= SHORT_JSON_BYTES else _decode_long(text)
+        is_short = len(text) <= SHORT_JSON_BYTES and not original
+        request = _REQUEST.decode(text) if is_short else _decode_long(text, original)
         _check_keys(text, request)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InvalidJson) as error:
         is_lone = _LONE_SURROGATE.search(text) is not None
         reason = "a string has an unpaired surrogate" if is_lone else error
-        raise InvalidInput(f"the body is not an inference request: {reason}") from None
+        where = "; NaN and Infinity are allowed in the data of an input alone" if original else ""
+        raise InvalidInput(f"the body is not an inference request: {reason}{where}") from None
     return request
 
 
-def _decode_long(text: Buffer) -> JsonRequest:
-    """Decode a long text: read it once into raw members, and then what is left without the tensors' data."""
+def _decode_long(text: Buffer, original: bytes = b"") -> JsonRequest:
+    """Decode a long text: read it once into raw members, and then what is left without the tensors' data.
+
+    In between, the text becomes its original, which hides nothing; the members are views of it.
+    """
     _RawInput.count = 0
     raw = _RAW_REQUEST.decode(text)
+    if original:
+        memoryview(text)[:] = original
     data = [each.data for each in raw.inputs or ()]
     _check_head(len(text) - sum(len(memoryview(each)) for each in data if each))
     for each in raw.inputs or ():

@@ -35,7 +35,7 @@ NUMBERS: tuple[Any, ...] = (
     float("inf"),
     -float("inf"),
 )
-"""Elements of tensors; `json.dumps` writes NaN and Infinity, which are no JSON."""
+"""Elements of tensors; `json.dumps` writes NaN and Infinity, which are numbers in data alone."""
 SHAPES: tuple[Any, ...] = (
     [],
     [0],

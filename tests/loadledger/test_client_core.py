@@ -440,6 +440,18 @@ def test_outputs_are_arrays_in_binary_and_json() -> None:
     )
 
 
+def test_nan_and_infinities_in_json_are_numbers() -> None:
+    text = (
+        b'{"outputs":[{"name":"NaN","datatype":"FP32","shape":[3],"data":[NaN,Infinity,-Infinity]},'
+        b'{"name":"b","datatype":"FP32","shape":[1],"parameters":{"binary_data_size":4}}]}'
+    )
+    found = decode_inference(Answer(200, {LENGTH.lower(): str(len(text))}, text + bytes(4)), ADDRESS)
+    np.testing.assert_array_equal(found["NaN"], np.array([math.nan, math.inf, -math.inf], np.float32))
+    assert found["b"].tolist() == [0]
+    with pytest.raises(BadAnswer, match="is this its URL"):
+        decode_inference(Answer(200, {}, b'{"outputs": [nan]}'), ADDRESS)
+
+
 def test_large_outputs_are_aligned_views_of_the_body() -> None:
     output = {"name": "a", "datatype": "FP64", "shape": [2], "parameters": {"binary_data_size": 16}}
     for spaces in range(16):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from msgspec.structs import replace
+from PIL import Image
 from support import models
 from support.clients import run_command
 from support.models import save
@@ -114,6 +115,17 @@ def test_label_names_a_version_in_lists_and_requests(alice: Shell, tmp_path: Pat
     assert "version_in_use" in alice.refused(2, "rm labelled -v 2")
     assert alice.json("label labelled champion --remove") == {"labels": {"latest": 2}}
     alice.prints("unload labelled --wait")
+
+
+def test_picture_for_an_input_of_texts_is_sent_as_it_is(alice: Shell, server: Server, tmp_path: Path) -> None:
+    picture = tmp_path / "red.png"
+    Image.new("RGB", (2, 2), "red").save(picture)
+    assert b"\0" in picture.read_bytes()
+    save(models.is_one_of([picture.read_bytes()]), server.api.config.repository, "pictures")
+    alice.prints("load pictures --wait")
+    assert re.search(r"y +BOOL +\[1\] +\[true\]", alice.run("infer", "pictures", f"@{picture}").stdout)
+    assert "[false]" in alice.run("infer", "pictures", 'x=["red"]').stdout
+    alice.prints("unload pictures --wait")
 
 
 def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None:
