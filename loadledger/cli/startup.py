@@ -351,13 +351,12 @@ async def _find_same(
     if folder is not None and folder.name.isdecimal() and int(folder.name) in model.versions:
         versions.add(int(folder.name))
     for version in sorted(versions, reverse=True):
-        if version in added:
-            found = added[version]
-        else:  # somebody has laid it into the repository
+        found = added.get(version)
+        if found is None:  # somebody has laid it into the repository
             with suppress(ServerError):
                 known = await client.verify_model(subject.name, version)
                 found = {file.path: file.sha256 for file in known.files}
-        if set(files.values()) <= set(found.values()):
+        if found is not None and set(files.values()) <= set(found.values()):
             return version
     return None
 
@@ -368,7 +367,7 @@ async def _ask_for_name(subject: Subject, model: Any, source: VersionSource) -> 
     Raises:
         ValueError: the name is another model's, or was guessed; the message says what to do.
     """
-    differs = _tensors_of(model) != await asyncio.to_thread(_read_tensors, source)
+    differs = await asyncio.to_thread(_read_tensors, source) not in {None, _tensors_of(model)}
     if subject.is_named or not (differs or subject.is_guessed):
         return
     number = model.versions[-1] + 1
@@ -383,19 +382,20 @@ async def _ask_for_name(subject: Subject, model: Any, source: VersionSource) -> 
     )
 
 
-def _tensors_of(model: Any) -> list[tuple[str, str, int]]:
+def _tensors_of(model: Any) -> tuple[tuple[str, str, int], ...]:
     """Return name, datatype and dimensions of inputs and outputs; a weight that may be given is none."""
     tensors = [*(each for each in model.inputs or () if not each.optional), *(model.outputs or ())]
-    return [(each.name, each.datatype, len(each.shape)) for each in tensors]
+    return tuple((each.name, each.datatype, len(each.shape)) for each in tensors)
 
 
-def _read_tensors(source: VersionSource) -> list[tuple[str, str, int]]:
+def _read_tensors(source: VersionSource) -> tuple[tuple[str, str, int], ...] | None:
+    """Return what the file declares; None of one that cannot be read, which the server refuses."""
     file = find_model_file(each.path for each in source.files)
     [path] = [each.source for each in source.files if each.path == file]
     with path.open("rb") as opened, suppress(Unparsable, TooManyFields):
         size = os.fstat(opened.fileno()).st_size
         return _tensors_of(read_signature(FileWindows(opened.fileno()), size))
-    return []
+    return None
 
 
 async def _add_source_if_new(client: AsyncClient, subject: Subject, source: str) -> int | None:

@@ -27,7 +27,7 @@ SEARCH_NS = 10**9
 """A search for an example ends after so long, or as long as the session took to create."""
 RUN_BYTES = 512 * 2**20
 """Memory of a run of a search, or as much as the model's files have."""
-SHOW_NS, SHOW_RUNS = 10**10, 20
+SHOW_NS, SHOW_RUNS = 10**10, 10
 """To show that rows are independent may take so long, or as long as so many warm-ups."""
 TOO_LONG = "it was stopped: to find inputs that the model takes may last {:.1f} s here"
 WITH_ZEROS = (
@@ -155,8 +155,8 @@ class ModelWarmUp:
         try:
             row = self._find_row(examples)
             reason = find_dependence(self._required(), outputs, row, self._run_guess, self.file)
-        except MemoryError:
-            reason = f"{NOT_SHOWN}: memory was short"
+        except (MemoryError, RuntimeProblem) as problem:
+            reason = f"{NOT_SHOWN}: {str(problem) or 'memory was short'}"
         if reason is not None and self.order.warm_up_required and not self.order.dependent_rows:
             raise LoadRefused("rows_depend", ROWS_DEPEND.format(reason))
         return reason

@@ -179,10 +179,8 @@ async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent
         BodyTooLarge: `body_too_large`; of a compressed body, no more than the limit was decompressed.
         ServerProblem: `bodies_full`.
     """
-    header_bytes, max_bytes = (
-        header_length(request.headers.getall(HEADER_LENGTH, ())),
-        share.max_request_bytes,
-    )
+    header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
+    max_bytes = share.max_request_bytes
     if header_bytes is not None:
         if header_bytes > max_bytes:
             raise BodyTooLarge(max_bytes, share)

@@ -195,6 +195,15 @@ async def test_reload_reports_and_refuses_nothing(pool: WorkerPool, tmp_path: Pa
     assert "one scale" in (report.dependence or "")
 
 
+async def test_wrong_inputs_of_the_file_show_nothing_and_fail_no_reload(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    save(models.rows(), tmp_path, "m")
+    order = order_of(tmp_path, max_batch_size=2, warm_up_required=False)
+    _, report = await load(pool, order, tensor("nothing", "FP32", [[1]]))
+    assert "cannot be shown: the model has no input 'nothing'" in (report.dependence or "")
+
+
 async def test_one_scale_changes_an_answer(serve: Serve) -> None:
     """The reason for all this: large numbers of another client turn an answer into zeros."""
     worker = await serve(models.quantised(), max_batch_size=2, max_queue_delay_us=10**6, dependent_rows=True)
