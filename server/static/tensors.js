@@ -51,7 +51,7 @@ export function guessText(inputs) {
 
 // A request as text, an input in each line.
 export function requestText(tensors) {
-  const text = tensors.map((tensor) => `  {${Object.entries(tensor).map(([name, value]) => `${JSON.stringify(name)}: ${JSON.stringify(value)}`).join(", ")}}`);
+  const text = tensors.map((tensor) => `  {${Object.entries(tensor).map(([name, value]) => `${JSON.stringify(name)}: ${stringify(value)}`).join(", ")}}`);
   return `{"inputs": [\n${text.join(",\n")}\n]}`;
 }
 
@@ -60,9 +60,15 @@ export function parseTensors(text) {
   try {
     return JSON.parse(text);
   } catch {
-    const quoted = text.replace(/"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Infinity)\b/g, (each) => (each[0] === '"' ? each : `"\\u0000${each}"`));
-    return JSON.parse(quoted, (_, value) => (typeof value === "string" && value[0] === "\0" ? Number(value.slice(1)) : value));
+    const quoted = text.replace(/"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Inf(?:inity)?)\b/g, (each) => (each[0] === '"' ? each : `"\\u0000${each}"`));
+    return JSON.parse(quoted, (_, value) => (typeof value === "string" && value[0] === "\0" ? Number(value.slice(1).replace(/Inf$/, "Infinity")) : value));
   }
+}
+
+// The text of a value that `parseTensors` reads.
+function stringify(value) {
+  const quoted = JSON.stringify(value, (_, each) => (typeof each === "number" && !Number.isFinite(each) ? `\0${each}` : each));
+  return quoted.replace(/"\\u0000(NaN|-?Infinity)"/g, "$1");
 }
 
 // The body and header fields for a request's text. It is sent as it is, so that long integers are not rounded; zeros, ones,
@@ -73,7 +79,7 @@ export function encodeRequest(text, files = new Map()) {
   const inputs = Array.isArray(request?.inputs) ? request.inputs : [];
   const data = inputs.map((input) => files.get(input?.data) ?? (FILLS.includes(input?.data) ? filled(input) : null));
   if (data.every((each) => each === null)) return { body: text };
-  const head = new TextEncoder().encode(JSON.stringify({ ...request, inputs: inputs.map((input, at) => withoutData(input, data[at])) }));
+  const head = new TextEncoder().encode(stringify({ ...request, inputs: inputs.map((input, at) => withoutData(input, data[at])) }));
   const headers = { "Content-Type": "application/octet-stream", "Inference-Header-Content-Length": String(head.length) };
   return { body: new Blob([head, ...data.filter(Boolean)]), headers };
 }
@@ -193,10 +199,11 @@ function glance(shape, data) {
   if (!Array.isArray(data)) return "";
   if (data.length <= FEW) return data.map(short).join(", ");
   if (!data.every((value) => typeof value === "number")) return `${data.length} values`;
+  const numbers = data.map((value, at) => [value, at]).filter(([value]) => !Number.isNaN(value));
   if (data.length === shape.at(-1)) {
-    const best = data.map((value, at) => [value, at]).sort((a, b) => b[0] - a[0]).slice(0, BEST);
+    const best = numbers.sort((a, b) => (a[0] < b[0]) - (a[0] > b[0])).slice(0, BEST); // two infinities have no difference
     return `largest: ${best.map(([value, at]) => `${short(value)} at ${at}`).join(", ")}`;
   }
-  const [least, most] = data.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+  const [least, most] = numbers.reduce(([low, high], [value]) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
   return `${data.length} values from ${short(least)} to ${short(most)}`;
 }

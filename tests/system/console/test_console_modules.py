@@ -448,6 +448,30 @@ CASES: dict[str, tuple[object, str]] = {
           said(input("no"), refused), said(fixed)];
         """,
     ),
+    "NaN and the infinities are numbers": (
+        [
+            ["1.5, NaN, -Infinity", "largest: Infinity at 9, 8 at 8, 7 at 7, 6 at 6, 5 at 5"],
+            "10 values from 1 to Infinity",
+            ['Inf "NaN"', True],
+            '{"name": "x", "data": [NaN,-Infinity]}',
+            '{"inputs":[{"name":"x","data":[NaN,-Infinity]},',
+        ],
+        """
+        const { encodeRequest, overview, parseTensors, requestText } = await import("/console/tensors.js");
+        const many = "[NaN,1,2,3,4,5,6,7,8,Infinity]";
+        const outputs = (data, shape) => `{"outputs":[{"name":"y","shape":${shape},"data":${data}}]}`;
+        const said = (...answer) => overview(parseTensors(outputs(...answer)).outputs)[0].values;
+        const inputs = '[{"name": "x", "data": [NaN, -Inf]}, {"data": "zeros", "shape": []}]';
+        const text = `{"name": "Inf \\\\"NaN\\\\"", "inputs": ${inputs}}`;
+        const read = parseTensors(text);
+        const { body, headers } = encodeRequest(text.replace(/"name": "Inf.*?, /, ""));
+        const length = Number(headers["Inference-Header-Content-Length"]);
+        const sent = (await body.slice(0, length).text()).split('{"shape"')[0];
+        return [[said("[1.5,NaN,-Infinity]", "[3]"), said(many, "[10]")], said(many, "[2,5]"),
+          [read.name, Number.isNaN(read.inputs[0].data[0]) && read.inputs[0].data[1] === -Infinity],
+          requestText(read.inputs.slice(0, 1)).split("\\n")[1].trim(), sent];
+        """,
+    ),
     "a request is prefilled with zeros": (
         [
             [
