@@ -111,9 +111,15 @@ _COUNTED_BYTES = 4096
 _BACKSLASH, _ESCAPED_COLON = b"\\", rb"\u003"
 _NESTED = frozenset({dict, list})
 _ANYTHING = msgspec.json.Decoder()
-_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-_LONE_SURROGATE = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
 _DATA_KEY = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*')
+_NOT_FINITE = {b"NaN": b"111", b"Infinity": b"11111111", b"Inf": b"111"}
+"""What Triton reads in data beside JSON's numbers, and a number of the same length."""
+_UNPAIRED = re.compile(
+    rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]|\xed[\xa0-\xbf]", re.DOTALL
+)
+"""Half of a character beyond U+FFFF, escaped or in the form that UTF-8 does not allow."""
+_POSITION = re.compile(r"\(byte (\d+)\)")
+_NEAR_BYTES = 16
 
 
 def decode_json(text: Buffer) -> JsonRequest:
@@ -125,46 +131,56 @@ def decode_json(text: Buffer) -> JsonRequest:
     return _decode(text)[0]
 
 
-def hide_infinities(text: bytes) -> bytes:
-    """Return a text of the same length with numbers in place of NaN and Infinity."""
-    return text.replace(b"NaN", b"0e0").replace(b"Infinity", b"0e000000")
-
-
 def _decode(text: Buffer) -> tuple[JsonRequest, Buffer]:
-    """Decode the JSON of a request; returns also what the data of its tensors are views of."""
-    try:
-        return _decode_strictly(text), text
-    except InvalidInput:
-        whole = bytes(text)
-        hidden = hide_infinities(whole)
-        if hidden == whole:
-            raise
-    copy = bytearray(hidden)
-    return _decode_strictly(copy, whole), copy
+    """Decode the JSON of a request; returns it with the text that its data are views of.
 
-
-def _decode_strictly(text: Buffer, original: bytes = b"") -> JsonRequest:
+    Where NaN and infinities stand, numbers of their length are read. Then the text comes back, under the raw
+    members, so they are refused anywhere but in data.
+    """
+    where = ""
     try:
-        is_short = len(text) <= SHORT_JSON_BYTES and not original
-        request = _REQUEST.decode(text) if is_short else _decode_long(text, original)
+        try:
+            request = _REQUEST.decode(text) if len(text) <= SHORT_JSON_BYTES else _decode_long(text)
+        except msgspec.DecodeError:
+            finite = bytearray(text)
+            for number, other in _NOT_FINITE.items():
+                finite = finite.replace(number, other)
+            if finite == text:
+                raise
+            where = "; NaN and Infinity are allowed in the data of an input alone"
+            request, text = _decode_long(finite, text), finite
         _check_keys(text, request)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InvalidJson) as error:
-        is_lone = _LONE_SURROGATE.search(text) is not None
-        reason = "a string has an unpaired surrogate" if is_lone else error
-        where = "; NaN and Infinity are allowed in the data of an input alone" if original else ""
+        reason = explain_malformed(text, error)
         raise InvalidInput(f"the body is not an inference request: {reason}{where}") from None
-    return request
+    return request, text
 
 
-def _decode_long(text: Buffer, original: bytes = b"") -> JsonRequest:
+def explain_malformed(text: Buffer, error: Exception) -> str:
+    """Return what is wrong with a text that was refused; the decoder's words for half a character vary.
+
+    Only the text around it is searched, since all of it may take a tenth of a second (measured with 4 MiB).
+    """
+    if isinstance(error, UnicodeDecodeError):
+        near = error.object[error.start : error.end + 1]
+    else:
+        found = _POSITION.search(str(error))
+        at = int(found[1]) if found else len(text)  # at the end of a text that was cut off
+        near = bytes(text[max(0, at - _NEAR_BYTES) : at + _NEAR_BYTES])
+    if "surrogate" in str(error) or _UNPAIRED.search(near.replace(rb"\\", b"")):
+        return "a string has an unpaired surrogate, \\ud800 to \\udfff, which is half a character"
+    return str(error)
+
+
+def _decode_long(text: Buffer, later: Buffer = b"") -> JsonRequest:
     """Decode a long text: read it once into raw members, and then what is left without the tensors' data.
 
-    In between, the text becomes its original, which hides nothing; the members are views of it.
+    `later` replaces the text once the members are known.
     """
     _RawInput.count = 0
     raw = _RAW_REQUEST.decode(text)
-    if original:
-        memoryview(text)[:] = original
+    if later:
+        memoryview(text)[:] = later
     data = [each.data for each in raw.inputs or ()]
     _check_head(len(text) - sum(len(memoryview(each)) for each in data if each))
     for each in raw.inputs or ():
@@ -236,7 +252,7 @@ def _check_keys(text: Buffer, request: JsonRequest) -> None:
         InvalidJson: a key appears twice.
         InvalidInput: what is left without the data is too long to be decoded.
     """
-    whole = bytes(text)
+    whole = text if isinstance(text, bytearray) else bytes(text)
     more = _count_colons(whole) - _count_members(request)
     is_known = not more or more == _colons_in_strings(request)
     if is_known and not _may_escape_colons(whole):
@@ -248,7 +264,7 @@ def _check_keys(text: Buffer, request: JsonRequest) -> None:
         raise InvalidJson("a key appears twice in one object")
 
 
-def _count_colons(text: bytes) -> int:
+def _count_colons(text: bytes | bytearray) -> int:
     if len(text) <= _COUNTED_BYTES:
         return text.count(b":")
     return len(text) - len(text.replace(b":", b""))
@@ -301,7 +317,7 @@ def _count_all(value: object) -> int:
     return count + "".join(texts).count(":")
 
 
-def _may_escape_colons(text: bytes) -> bool:
+def _may_escape_colons(text: bytes | bytearray) -> bool:
     """Whether a text holds the beginning of an escaped colon.
 
     Most texts have no backslash, and one byte is found in a twentieth of the time (measured with 3 MB).
@@ -317,13 +333,13 @@ def _without_escaped_colons(text: bytes) -> bytes:
     return text.replace(rb"\u003a", b":").replace(rb"\u003A", b":")
 
 
-def _without_data(text: bytes, request: JsonRequest) -> bytes:
+def _without_data(text: bytes | bytearray, request: JsonRequest) -> bytes:
     """Return a text with 0 for the data of its inputs.
 
     Raises:
         InvalidInput: what is left is too long; the data appears twice, or its key is escaped.
     """
-    pieces, start, position = list[bytes](), 0, 0
+    pieces, start, position = list[Buffer](), 0, 0
     for item in request.inputs:
         data = bytes(item.data)
         while data and (key := _DATA_KEY.search(text, position)):

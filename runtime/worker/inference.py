@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -22,7 +22,7 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from runtime.errors import InferenceCancelled, InferenceFailed, InvalidInput, NotRepresentable
-from runtime.requestjson import hide_infinities
+from runtime.requestjson import explain_malformed
 from runtime.wire import (
     ALIGNMENT,
     DATATYPES,
@@ -44,6 +44,10 @@ MAX_JSON_BYTES = 64 * 2**20
 """Limit of an output's tensor before encoding: the size of a request. JSON takes several times as much."""
 
 _BINARY_ONLY = ("FP16", "BF16")
+_FLOATS = ("FP32", "FP64")
+_QUOTED = {b"NaN": b'"NaN"', b"Infinity": b"Inf", b"Inf": b'"Inf"', b'-"': b'"-'}
+"""Replacements, in this order, that make strings of NaN and the infinities, which numpy reads as numbers."""
+_FLOAT_OR_QUOTED = float | Literal["NaN", "-NaN", "Inf", "-Inf"]
 _ELEMENT: dict[str, type] = {"BOOL": bool, "BYTES": str, "FP32": float, "FP64": float}
 _TYPES = {datatype.name: np.dtype(datatype.numpy) for datatype in DATATYPES.values()}
 _COUNTED_BYTES = 4096
@@ -55,9 +59,7 @@ STRING_BYTES = 96
 """Of Python's object for a string, and of its place in a list that grows."""
 ROOM_BYTES = 2 * 2**20
 """In such pieces, or smaller ones, Python takes memory."""
-_BRACKET, _COMMA, _MINUS = ord("["), ord(","), ord("-")
-_BEFORE, _AFTER = list(b"[, \t\r\n"), list(b"], \t\r\n")
-_WITH_INFINITIES = ("FP32", "FP64")
+_BRACKET, _COMMA = ord("["), ord(",")
 _FIRST_OF_AN_ELEMENT = frozenset(b'-0123456789tf"')
 _BRACKETS = re.compile(rb"[\[ \t\r\n]*")
 _ENCODER = msgspec.json.Encoder()
@@ -77,10 +79,6 @@ MAX_LISTED = 20
 """Names that an error lists."""
 KNOWN_CHOICES = 64
 """Lists of wanted outputs that are cached; a hostile client may send more."""
-
-
-class _Misplaced(ValueError):
-    """NaN or an infinity is no element of a list."""
 
 
 def check_json(name: str, datatype: str) -> None:
@@ -110,7 +108,16 @@ def decode_text(tensor: Tensor) -> Any:
         _check_memory(bytes(tensor.data))
     elif 0 not in shape:
         _check_count(name, shape, tensor.data)
-    array = _decode_array(tensor, _decoder(_ELEMENT.get(datatype, int), depth))
+    not_finite = 0
+    try:
+        try:
+            values = _decoder(_ELEMENT.get(datatype, int), depth).decode(tensor.data)
+        except msgspec.DecodeError as error:
+            values, not_finite = _decode_not_finite(datatype, depth, bytes(tensor.data), error)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        reason = explain_malformed(tensor.data, error)
+        raise InvalidInput(f"input '{name}': data is not {datatype}: {reason}") from None
+    array = _array(name, datatype, values, not_finite)
     found = array.shape
     if found == shape:
         return array
@@ -119,45 +126,23 @@ def decode_text(tensor: Tensor) -> Any:
     raise InvalidInput(f"input '{name}': data has shape {list(found)}, declared is {list(shape)}")
 
 
-def _decode_array(tensor: Tensor, decoder: msgspec.json.Decoder[list[Any]]) -> Any:
-    """Return a JSON text as an array; one of FP32 and FP64 may have NaN, Infinity and -Infinity."""
-    name, datatype = tensor.name, tensor.datatype
-    try:
-        return _array(name, datatype, decoder.decode(tensor.data))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        text = bytes(tensor.data)
-        hidden = hide_infinities(text) if datatype in _WITH_INFINITIES else text
-        if hidden == text:
-            is_hidden = datatype != "BYTES" and hide_infinities(text) != text
-            reason = "it has no NaN and no Infinity" if is_hidden else error
-            raise InvalidInput(f"input '{name}': data is not {datatype}: {reason}") from None
-    try:
-        array = _array(name, datatype, decoder.decode(hidden))
-        _put_infinities(array.reshape(-1), np.frombuffer(text, np.uint8))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, _Misplaced) as error:
-        raise InvalidInput(f"input '{name}': data is not {datatype}: {error}") from None
-    return array
-
-
-def _put_infinities(flat: Any, text: Any) -> None:
-    """Put NaN, Infinity and -Infinity of a list's text where numbers stand for them in the array.
-
-    Args:
-        flat: the elements.
-        text: its bytes, of which an element has a comma before it for each earlier one.
+def _decode_not_finite(
+    datatype: str, depth: int, text: bytes, error: msgspec.DecodeError
+) -> tuple[list[Any], int]:
+    """Return the elements of a text with NaN or infinities, which are strings, and how many those are.
 
     Raises:
-        _Misplaced: one is a part of something else.
+        DecodeError: `error` if there are none, or what is wrong beside them.
     """
-    commas = np.flatnonzero(text == _COMMA)
-    for letter, before, length, value in ((ord("a"), 1, 3, math.nan), (ord("y"), 7, 8, math.inf)):
-        first = np.flatnonzero(text == letter) - before
-        is_negative = text[first - 1] == _MINUS
-        starts = text[first - 1 - is_negative]
-        is_alone = np.isin(starts, _BEFORE).all() and np.isin(text[first + length], _AFTER).all()
-        if not is_alone or (is_negative.any() and length == 3):  # noqa: PLR2004 - NaN has no sign
-            raise _Misplaced("NaN, Infinity or -Infinity is a part of something else")
-        flat[np.searchsorted(commas, first)] = np.where(is_negative, -value, value)
+    if b'"' in text:
+        raise error
+    for each, quoted in _QUOTED.items():
+        text = text.replace(each, quoted)
+    if b'"' not in text:
+        raise error
+    if datatype not in _FLOATS:
+        raise msgspec.DecodeError("it has no NaN and no Infinity")
+    return _decoder(_FLOAT_OR_QUOTED, depth).decode(text), text.count(b'"') // 2
 
 
 def _check_count(name: str, shape: tuple[int, ...], text: Buffer) -> None:
@@ -233,7 +218,7 @@ def _check_memory(text: bytes) -> None:
 
 
 @cache
-def _decoder(element: type, depth: int) -> msgspec.json.Decoder[list[Any]]:
+def _decoder(element: Any, depth: int) -> msgspec.json.Decoder[list[Any]]:
     nested: Any = element
     for _ in range(depth):
         nested = list[nested]
@@ -253,13 +238,13 @@ def _nesting(shape: tuple[int, ...]) -> int:
     return shape.index(0) + 1 if 0 in shape else max(1, len(shape))
 
 
-def _array(name: str, datatype: str, values: list[Any]) -> Any:
+def _array(name: str, datatype: str, values: list[Any], not_finite: int) -> Any:
     try:
         with np.errstate(over="ignore"):  # the decoder reads FP64; what rounds to infinity is refused
             array = np.array(values, _TYPES[datatype])
     except (OverflowError, ValueError) as error:
         raise InvalidInput(f"input '{name}': data is not {datatype} of one shape: {error}") from None
-    if datatype == "FP32" and not np.isfinite(array).all():
+    if datatype == "FP32" and np.count_nonzero(np.isfinite(array)) + not_finite < array.size:
         raise InvalidInput(f"input '{name}': a number is out of the range of {datatype}")
     return array
 

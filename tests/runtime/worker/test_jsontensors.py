@@ -119,8 +119,8 @@ def test_number_beyond_float_range_is_refused_and_others_rounded(padding: int) -
     refusal("FP64", shape, b"[1e999]")
 
 
-SPECIAL = [math.nan, math.inf, -math.inf, 1.5, 0.0]
-WORDS = ["NaN", "Infinity", "-Infinity", "1.5", "0e0"]
+SPECIAL = [math.nan, math.inf, -math.inf, 1.5, 0.0, math.nan, math.inf, -math.inf]
+WORDS = ["NaN", "Infinity", "-Infinity", "1.5", "0e0", "-NaN", "Inf", "-Inf"]
 
 
 @pytest.mark.parametrize("datatype", ["FP32", "FP64"])
@@ -137,7 +137,18 @@ def test_nan_and_infinities_are_numbers(datatype: str, words: list[str], comma: 
 
 
 @pytest.mark.parametrize(
-    "text", [b"[1NaN]", b"[NaN1]", b"[-NaN]", b"[--Infinity]", b"[1-Infinity]", b"[Infinity1]", b"[eNaN]"]
+    "text",
+    [
+        b"[1NaN]",
+        b"[NaN1]",
+        b"[+NaN]",
+        b"[--Infinity]",
+        b'["NaN"]',
+        b"[Infinityinity]",
+        b"[1-Infinity]",
+        b"[Infinity1]",
+        b"[eNaN]",
+    ],
 )
 def test_nan_within_something_else_is_refused(text: bytes) -> None:
     refusal("FP64", [1], text)
@@ -156,8 +167,9 @@ OTHER_KINDS: dict[str, list[object]] = {
     "FP32": [["1"], [True], [None], [{}]],
     "INT8": [["3"], [True], [None], [1.5]],
     "BOOL": [[0], [1], ["true"], [None]],
-    "BYTES": [[1], [None], [True], [{}], b'["\xff"]', rb'["\ud800"]'],
+    "BYTES": [[1], [None], [True], [{}], b'["\xff"]', b"[NaN]"],
 }
+HALVES = (rb'["\ud800"]', rb'["\udc00"]', rb'["\ud83d\\ude00"]', b'["\xed\xa0\x80"]')
 
 
 @pytest.mark.parametrize(
@@ -166,6 +178,9 @@ OTHER_KINDS: dict[str, list[object]] = {
         *(("INT64", [], data, "") for data in (b"5", [[5]], [], [5, 6])),
         *(("FP32", [1], data, "") for data in (*NUMBERS, *NO_LISTS)),
         *(("INT32", [1], data, "Expected `int`") for data in (b"[1.0]", b"[1.5]", b"[1e2]", b"[-0.0]")),
+        *(("FP32", [2], data, "is not FP32") for data in (b"[NaN, null]", b"[true, NaN]", b"[1e999, NaN]")),
+        ("FP32", [2], b"[1e39, NaN]", "out of the range"),
+        *(("BYTES", [1], data, "unpaired surrogate") for data in HALVES),
         *((kind, [1], data, f"is not {kind}") for kind in OTHER_KINDS for data in OTHER_KINDS[kind]),
         *(("FP32", shape, [1], "") for shape in ([2**63 - 1], [2**30] * 32, [0, 2**62, 2**62])),
         *(("FP32", shape, b"[[[]]]", "") for shape in ([2**63 - 1], [2**30] * 32, [0, 2**62, 2**62])),

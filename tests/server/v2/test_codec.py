@@ -29,7 +29,7 @@ from server.v2 import codec
 
 JSON_DATATYPES = sorted(DATATYPES.keys() - {"FP16", "BF16"})
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
-ELEMENTS = st.integers() | st.text(max_size=3) | st.floats(allow_nan=False, allow_infinity=False)
+ELEMENTS = st.integers() | st.text(max_size=3) | st.floats()
 
 
 def request_of(*inputs: Any, data: bytes = b"", **members: Any) -> tuple[bytes, int | None]:
@@ -238,7 +238,40 @@ def test_malformed_request_is_refused(body: bytes) -> None:
     assert refusal(body, len(body))
 
 
-@pytest.mark.parametrize("padding", [0, requestjson.SHORT_JSON_BYTES], ids=["short", "long"])
+PADDINGS = pytest.mark.parametrize("padding", [0, requestjson.SHORT_JSON_BYTES], ids=["short", "long"])
+
+
+@PADDINGS
+def test_nan_and_infinities_are_read_in_data_alone(padding: int) -> None:
+    names = ("Inf: \\u0022NaN", "-Infinity")
+    inputs = [tensor(name=name, data=[math.nan, -math.inf]) for name in names]
+    body, _ = request_of(*inputs, id="NaN", parameters={"NaN": "Infinity"}, outputs=[{"name": "Inf"}])
+    read = codec.decode_request(body + b" " * padding)
+    assert [(each.name, bytes(each.data)) for each in read.tensors] == [
+        (name, b"[NaN, -Infinity]") for name in names
+    ]
+    assert (read.id, read.outputs) == ("NaN", (WantedOutput("Inf", text=True),))
+    for members in ({"parameters": {"timeout": math.inf}}, {"mine": math.nan}, {"id": math.nan}):
+        wrong, _ = request_of(tensor(data=[math.nan]), **members)
+        assert "invalid character" in refusal(wrong + b" " * padding)
+    wrong, _ = request_of(tensor(shape=[math.nan]))
+    assert "NaN and Infinity are allowed in the data of an input alone" in refusal(wrong + b" " * padding)
+    twice = b'"data": [NaN, 1], "data": [NaN, 2]'
+    assert refusal(body.replace(b'"data": [NaN, -Infinity]', twice, 1) + b" " * padding)
+
+
+@PADDINGS
+@pytest.mark.parametrize("name", [rb"\ud800", rb"\udfff", rb"\uD83D\\uDE00", b"\xed\xa0\x80"])
+def test_unpaired_surrogate_is_refused_as_such(name: bytes, padding: int) -> None:
+    body = json.dumps({"inputs": [tensor()]}).encode().replace(b'"x"', b'"%s"' % name)
+    assert "unpaired surrogate" in refusal(body + b" " * padding)
+    escaped = body.replace(name, rb"\\ud800") + b"," + b" " * padding
+    assert "surrogate" not in refusal(escaped)
+    paired = body.replace(name, rb"\ud83d\ude00 \\ud800")
+    assert codec.decode_request(paired + b" " * padding).tensors[0].name == "\U0001f600 \\ud800"
+
+
+@PADDINGS
 @pytest.mark.parametrize(
     ("body", "key"),
     [

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -139,6 +140,17 @@ def test_text_read_elsewhere_is_the_one_read_here(data: str, count: int, padding
         expected, found = decode_json(text), assemble(text, read(text))
         assert [bytes(each.data) for each in found.inputs] == [bytes(each.data) for each in expected.inputs]
         assert (found.id, found.inputs[-1].parameters) == (expected.id, expected.inputs[-1].parameters)
+
+
+@pytest.mark.parametrize("element", [b"NaN,", b"-Infinity,"])
+def test_nan_is_read_within_two_copies_of_the_text(element: bytes) -> None:
+    text = TEXT.replace(b"[1]}", b"[" + element * (LONG // len(element)) + b"1]}")
+    tracemalloc.start()
+    try:
+        assert not read(text).problem
+        assert tracemalloc.get_traced_memory()[1] < 2.1 * len(text)  # `reading_bytes` has room for no more
+    finally:
+        tracemalloc.stop()
 
 
 TEXT = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}'
