@@ -236,8 +236,6 @@ def make_samples(inputs: Iterable[TensorSpec]) -> Iterator[tuple[Tensor, ...]]:
     Floats are between -1 and 1; integers are 0 or 1, a valid index of almost anything.
     """
     required = [spec for spec in inputs if not spec.optional]
-    if not all(spec.datatype in DATATYPES for spec in required):
-        return
     made = set[tuple[tuple[int, ...], ...]]()
     for first, other in LENGTHS:
         shapes = tuple(_shape(spec, first, other) for spec in required)

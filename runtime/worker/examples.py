@@ -17,7 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from runtime.errors import RuntimeProblem
-from runtime.wire import DATATYPES, MAX_DIMENSIONS, Example, Fill, TensorSpec, plain_text
+from runtime.wire import DATATYPES, Example, Fill, TensorSpec, plain_text
 from runtime.worker.sessions import is_out_of_memory
 
 MAX_EXAMPLE_BYTES = 64 * 2**20
@@ -29,6 +29,7 @@ MAX_INPUTS = 64
 SIDES = (32, 48, 64, 96, 112, 128, 160, 224, 256, 299, 320, 384, 416, 512, 640, 1024)
 """Lengths of the open sides of a picture or volume, the smallest first: what the first run of a session
 takes, ONNX Runtime's arena keeps."""
+USUAL_SIDE = 224
 STEPS = (16, 512, 256, 128, 64, 32, 1, 8, 1024, 1600, 2048, 4096, 8000, 16000, 48000, 80)
 """Lengths of a sequence: words, frames, samples."""
 PICTURE_DIMENSIONS = 4
@@ -83,7 +84,7 @@ def find_example(
         is_over: whether the search has to end.
         is_batched: whether the first dimension of each input is the batch's.
     """
-    if len(required) > MAX_INPUTS or not all(map(_is_tensor, required)):
+    if len(required) > MAX_INPUTS:
         return None
     # Whole numbers may be lengths or a mask, which cannot all be 0.
     fills: tuple[Fill, ...] = ("zeros", "ones") if any(map(_is_whole, required)) else ("zeros",)
@@ -117,10 +118,6 @@ def is_fixed(spec: TensorSpec, *, is_batched: bool) -> bool:
 def _is_batch(spec: TensorSpec, index: int, *, is_batched: bool) -> bool:
     """Whether a dimension is the batch's: usually the first one, but not of a lone sequence of floats."""
     return index == 0 and (is_batched or len(spec.shape) > 1 or _is_whole(spec))
-
-
-def _is_tensor(spec: TensorSpec) -> bool:
-    return spec.datatype in DATATYPES and len(spec.shape) <= MAX_DIMENSIONS
 
 
 def _is_whole(spec: TensorSpec) -> bool:
@@ -188,7 +185,10 @@ def _lengths_to_try(
             elif "batch" in name.lower() or _is_batch(spec, index, is_batched=is_batched):
                 batch[dimension] = 1
         first |= {dimension: 1 for _, dimension in dimensions[:1]}
-    usual = {dimension: lengths[0] for dimension, lengths in kinds.items()} | batch
+    smallest = {dimension: lengths[0] for dimension, lengths in kinds.items()} | batch
+    usual = (
+        smallest | {dimension: USUAL_SIDE for dimension, lengths in kinds.items() if lengths is SIDES} | batch
+    )
     for position in range(len(SIDES)):
         lengths = {dimension: lengths[position] for dimension, lengths in kinds.items()}
         yield lengths | batch
@@ -198,7 +198,7 @@ def _lengths_to_try(
         numbers = dict.fromkeys([*map(int, named), *read_weight_lengths()])
         for number in islice((each for each in numbers if each > 1), MAX_HINTS):
             yield dict.fromkeys(kinds, number) | batch
-            yield from (usual | {dimension: number} for dimension in kinds)
+            yield from (others | {dimension: number} for dimension in kinds for others in (smallest, usual))
 
 
 def _open_dimensions(spec: TensorSpec) -> Iterator[tuple[int, Dimension]]:

@@ -259,7 +259,3 @@ def test_samples_have_several_lengths_within_the_limit(
 ) -> None:
     found = [tensors[0].shape for tensors in make_samples([TensorSpec("x", "FP32", declared)])]
     assert found[::2] == found[1::2] == shapes  # noise and zeros of each
-
-
-def test_input_that_is_no_tensor_has_no_samples() -> None:
-    assert list(make_samples([TensorSpec("x", "seq(tensor(float))", ())])) == []

@@ -92,6 +92,19 @@ def volume(channels: int = 8) -> ModelProto:
     return model(nodes, inputs, [value("y", FLOAT, None)], weights)
 
 
+def coloured() -> ModelProto:
+    """A picture of three colours and 224 by 224, of which the file says nothing."""
+    nodes = [
+        helper.make_node("Conv", ["x", "v"], ["grey"]),
+        helper.make_node("Reshape", ["grey", "sides"], ["row"]),
+        helper.make_node("MatMul", ["row", "w"], ["y"]),
+    ]
+    sides = numpy_helper.from_array(np.array([-1, 224 * 224], np.int64), "sides")
+    inputs = [value("x", FLOAT, ["n", "c", "h", "w"])]
+    kept = [weights("v", 1, 3, 1, 1), weights("w", 224 * 224, 1), sides]
+    return model(nodes, inputs, [value("y", FLOAT, None)], kept)
+
+
 def endless(shape: Sizes) -> ModelProto:
     """Counts for ever, whatever it gets."""
     loop = models.counting_loop().graph
@@ -129,6 +142,7 @@ FOUND: dict[str, tuple[ModelProto, list[Example]]] = {
         [zeros(1, 3, 128, 128)],
     ),
     "height": (of_height((None, 3, None, None), 48), [zeros(1, 3, 48, 48)]),
+    "colours": (coloured(), [zeros(1, 3, 224, 224)]),
     "volume": (volume(), [zeros(1, 1, 32, 32, 32)]),
     "sequence": (multiplied((None, None), 512), [zeros(1, 512)]),
     "named by the weights": (multiplied((None, None), 13), [zeros(1, 13)]),
